@@ -1,0 +1,99 @@
+"""The command line: compose -> resolve -> stages.<stage>.run(config) -> exit status.
+
+Hydra composes; what it would answer with a traceback is turned into one message here. Nothing heavy is imported
+before a stage runs, so that --help and mistakes answer at once.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline import command_line, config
+from pipeline.tracking import is_main_process
+from pipeline.errors import CheckFailed, UserError, user_errors
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _beside_or_inside(name: str) -> Path:
+    """conf/ and recipes/ lie beside the package in a checkout, inside it in an installed wheel."""
+    inside = _PACKAGE / name
+    return inside if inside.is_dir() else _PACKAGE.parent / name
+
+
+CONF_DIR = _beside_or_inside("conf")
+RECIPES_DIR = _beside_or_inside("recipes")
+
+
+def register() -> None:
+    """Make the schema and the recipes known to Hydra."""
+    store = ConfigStore.instance()
+    store.store("schema", config.PipelineConfig)
+    for path in sorted(RECIPES_DIR.glob("*.yaml")):
+        node = OmegaConf.load(path)
+        node["recipe"] = path.stem
+        store.store(path.stem, node, group="recipe", package="_global_", provider=str(path))
+
+
+def run(composed: DictConfig) -> None:
+    """One job: one stage of one recipe."""
+    pipeline_config = config.resolve(composed)
+    stage = importlib.import_module(f"pipeline.stages.{pipeline_config.stage.name}")
+    stage.run(pipeline_config)
+
+
+def main() -> NoReturn:
+    """Entry point of `python -m pipeline` and of the console script."""
+    # Hydra prints a traceback and exits with 1 unless it is told to raise; setdefault would let the shell undo it.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.exit(_status(sys.argv[1:]))
+
+
+def _status(arguments: list[str]) -> int:
+    try:
+        register()
+        if command_line.asks_for_help(arguments):
+            print(command_line.help_text(CONF_DIR, RECIPES_DIR))
+            return 0
+        found = command_line.problems(arguments, CONF_DIR, RECIPES_DIR)
+        if found:
+            raise user_errors(found)
+        hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")(_job)()
+        return 0
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        return _report(error, 2)
+    except KeyboardInterrupt:
+        return _report(UserError("interrupted; run the same command again to go on"), 130)
+    except SystemExit as leaving:
+        return int(leaving.code or 0) if not isinstance(leaving.code, str) else _report(UserError(leaving.code), 1)
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _job(composed: DictConfig) -> None:
+    # Hydra prints a line of its own before it raises a job's exception; leaving by SystemExit says it once.
+    try:
+        run(composed)
+    except (UserError, CheckFailed) as error:
+        sys.exit(_report(error, error.exit_status))
+
+
+def _report(error: Exception, status: int) -> int:
+    message = str(error) if isinstance(error, (UserError, CheckFailed)) else str(error).strip().splitlines()[0]
+    if is_main_process():
+        print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    main()

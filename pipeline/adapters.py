@@ -1,0 +1,129 @@
+"""LoRA on attention and on expert stacks, and its merge into the weights. The only importer of peft."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.checkpoints import ADAPTER_WEIGHTS
+from pipeline.config import LoraConfig, LoraTarget
+from pipeline.errors import UserError
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+_ADAPTER = "default"
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_EXPERTS = ("gate_up_proj", "down_proj")
+
+
+def attach(model: Any, lora: LoraConfig, section: str) -> PeftModel:
+    """Give the chosen parts of the chosen layers fresh adapters; everything else is frozen.
+
+    Raises:
+        UserError: a layer that the model does not have.
+    """
+    count = model.config.num_hidden_layers
+    layers = range(count) if lora.layers is None else lora.layers
+    bad = [layer for layer in layers if not 0 <= layer < count]
+    if bad or not layers:
+        raise UserError(f"{section}.lora.layers={list(layers)}: the model has the layers 0 to {count - 1}.")
+    attention = LoraTarget.attention in lora.targets
+    experts = LoraTarget.experts in lora.targets
+    config = PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,  # PEFT cannot drop out inputs of a parameter that it adapts in place
+        bias="none",
+        target_modules=[f"model.layers.{i}.self_attn.{p}" for i in layers for p in _ATTENTION] if attention else [],
+        target_parameters=[f"model.layers.{i}.mlp.experts.{p}" for i in layers for p in _EXPERTS] if experts else None,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def load(model: Any, directory: Path, trainable: bool) -> PeftModel:
+    """Attach the adapters saved in `directory`."""
+    return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether the model carries adapters."""
+    return isinstance(model, PeftModel)
+
+
+def base_of(model: Any) -> Any:
+    """The model itself, with any adapters in place but without PEFT's wrapper around it."""
+    return model.get_base_model() if is_adapted(model) else model
+
+
+def merge_attention(model: Any) -> None:
+    """Merge the adapters of attention layers, in place, with PEFT's own merge; those of experts stay adapters."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.merge()
+
+
+def parameter_name(module_name: str) -> str:
+    """Name in the plain model of a module or parameter of an adapted one."""
+    return module_name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+class Merger:
+    """The adapters of a directory, merged tensor by tensor, without the base model in memory.
+
+    PEFT's own `merge` does it, one layer of a skeleton at a time: base + delta in the type of the weights. That is also
+    what a quantizer on an adapted expert stack sees: ModelOpt 0.47 adds PEFT's delta weight to the base before it
+    quantizes. (Without quantizers PEFT folds the factors into one baddbmm, which rounds differently in the last bit.)
+    """
+
+    def __init__(self, directory: Path, model_config: Any, dtype: torch.dtype) -> None:
+        """Read the adapters.
+
+        Args:
+            directory: of the adapter.
+            model_config: transformers configuration of the base model.
+            dtype: type that the base weights had in training.
+        """
+        from transformers import AutoModelForCausalLM
+
+        self._dtype = dtype
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+        config = PeftLoraConfig.from_pretrained(str(directory))
+        adapted = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
+        weights = load_file(directory / ADAPTER_WEIGHTS)
+        self._layers: dict[str, LoraLayer] = {}
+        for name, module in adapted.named_modules():
+            if isinstance(module, ParamWrapper):
+                self._layers[f"{parameter_name(name)}.{module.parameter_name}"] = module
+            elif isinstance(module, Linear):
+                self._layers[f"{parameter_name(name)}.weight"] = module
+            else:
+                continue
+            for factor in (module.lora_A, module.lora_B):
+                side = "lora_A" if factor is module.lora_A else "lora_B"
+                factor[_ADAPTER].weight = torch.nn.Parameter(weights.pop(f"{name}.{side}.weight"))
+        if weights:
+            raise UserError(f"{directory / ADAPTER_WEIGHTS}: holds tensors of no adapter: {', '.join(sorted(weights)[:3])}.")
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a parameter of the plain model has an adapter."""
+        return name in self._layers
+
+    @torch.no_grad()
+    def merged(self, name: str, base: Tensor) -> Tensor:
+        """base + delta, in the type that training used."""
+        layer = self._layers[name]
+        owner, attribute = layer.get_base_layer(), name.rpartition(".")[2]
+        hollow = getattr(owner, attribute)
+        setattr(owner, attribute, torch.nn.Parameter(base.to(self._dtype, copy=True), requires_grad=False))
+        layer.merge(adapter_names=[_ADAPTER])
+        merged = getattr(owner, attribute).data
+        setattr(owner, attribute, hollow)
+        layer.merged_adapters.clear()
+        return merged

@@ -1,0 +1,326 @@
+"""What a stage leaves behind: one directory, complete exactly when its artifact.json is there.
+
+`build` is the life of a stage's directory: up to date, changed, unfinished, or new; the stage's work; then
+artifact.json, last and atomically. Fingerprints are of contents, so a stage rebuilt with the same result leaves what
+depends on it up to date.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from omegaconf import OmegaConf
+
+from pipeline.config import PipelineConfig, Stage
+from pipeline.errors import UserError
+from pipeline.tracking import METRICS_FILE, is_main_process, say, wait_for_everyone
+
+ARTIFACT_FILE = "artifact.json"
+CONFIG_FILE = "config.yaml"
+UNFINISHED_FILE = "unfinished.json"
+CHECKPOINTS_DIR = "checkpoints"
+
+BOOKKEEPING = {ARTIFACT_FILE, CONFIG_FILE, METRICS_FILE, UNFINISHED_FILE}
+_LIBRARIES = ("torch", "transformers", "trl", "peft", "nvidia-modelopt", "accelerate", "datasets", "safetensors")
+_READ_BYTES = 1 << 24
+
+
+class Kind(Enum):
+    """What a directory holds."""
+
+    checkpoint = "checkpoint"
+    adapter = "adapter"
+    packed = "packed"
+    report = "report"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage's work says about what it made.
+
+    Attributes:
+        kind: of the payload.
+        format: number format of the experts' weights in the payload, or None for a report.
+        fake_quantized: the FORMATS row that the model's forward pass rounds the experts' weights to, or None.
+        details: figures worth keeping: counts, losses, sizes.
+    """
+
+    kind: Kind
+    format: str | None = None
+    fake_quantized: str | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete stage: where it lies and what artifact.json says."""
+
+    directory: Path
+    stage: str
+    kind: Kind
+    format: str | None
+    fake_quantized: str | None
+    fingerprint: str
+    parents: dict[str, str]
+    settings: dict[str, Any]
+    files: dict[str, int]
+    details: dict[str, Any]
+    base_model: dict[str, Any]
+    data: str | None
+
+
+def build(
+    config: PipelineConfig,
+    stage: Stage,
+    settings: tuple[str, ...],
+    parents: dict[str, str],
+    work: Callable[[Path], Result],
+    data: str | None = None,
+    on_every_process: bool = False,
+) -> Artifact:
+    """Run `work` unless its result is there already, and publish what it leaves in the stage's directory.
+
+    Args:
+        config: the resolved configuration.
+        stage: whose directory it is.
+        settings: dotted keys (or sections) of the configuration that the result depends on.
+        parents: name -> fingerprint of everything the result is made from.
+        work: fills the directory that it is given; finds there what an interrupted run of the same settings left.
+        data: fingerprint of the data set, where one is used.
+        on_every_process: whether `work` is a joint effort of all processes (training), or the main process' alone.
+
+    Raises:
+        UserError: the directory is complete or unfinished with other settings or parents, or not writable.
+    """
+    directory = stage_dir(config, stage.name)
+    inputs = {"settings": _chosen(config, settings), "parents": dict(parents), "data": data}
+    if (directory / ARTIFACT_FILE).is_file() and not config.overwrite:
+        done = load(directory)
+        _raise_if_changed(directory, _inputs_of(done), inputs, "is complete, but was made with other inputs")
+        say(stage.name, f"up to date: {directory}")
+        return done
+    _raise_if_unfinished_differs(config, directory, inputs)
+    wait_for_everyone()
+    if is_main_process():
+        _prepare(config, directory, inputs)
+    wait_for_everyone()
+    started = time.monotonic()
+    result = work(directory) if on_every_process or is_main_process() else None
+    wait_for_everyone()
+    if is_main_process():
+        assert result is not None
+        _publish(config, stage, directory, inputs, result, time.monotonic() - started)
+    wait_for_everyone()
+    return load(directory)
+
+
+def load(directory: Path) -> Artifact:
+    """Read a complete stage's artifact.json and check that its files are all there.
+
+    Raises:
+        UserError: no artifact.json, an unreadable one, or a missing or changed file.
+    """
+    path = directory / ARTIFACT_FILE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        known = {item.name for item in dataclasses.fields(Artifact)} - {"directory", "kind"}
+        artifact = Artifact(directory, kind=Kind[record["kind"]], **{name: record[name] for name in known})
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a readable artifact ({error}). Run its stage again with overwrite=true.") from error
+    for name, size in artifact.files.items():
+        file = directory / name
+        if not file.is_file() or file.stat().st_size != size:
+            state = "changed in size since it was written" if file.is_file() else "missing"
+            raise UserError(f"{file}: {state}. Run stage={artifact.stage} again with overwrite=true.")
+    return artifact
+
+
+def require(config: PipelineConfig, stage: Stage) -> Artifact:
+    """The complete artifact of another stage of this run.
+
+    Raises:
+        UserError: it is missing or unfinished; says which stage to run.
+    """
+    directory = stage_dir(config, stage.name)
+    if not (directory / ARTIFACT_FILE).is_file():
+        state = "unfinished" if directory.is_dir() else "missing"
+        raise UserError(
+            f"stage={config.stage.name} needs {directory}, which is {state}."
+            f" Run first: python -m pipeline stage={stage.name} recipe={config.recipe} run_dir={config.run_dir}"
+        )
+    return load(directory)
+
+
+def is_complete(config: PipelineConfig, stage: Stage) -> bool:
+    """Whether a stage of this run has been published."""
+    return (stage_dir(config, stage.name) / ARTIFACT_FILE).is_file()
+
+
+def stage_dir(config: PipelineConfig, name: str) -> Path:
+    """Where a stage of this run has its files."""
+    return Path(config.run_dir).expanduser().absolute() / name
+
+
+def fingerprint_of(directory: Path) -> tuple[str, dict[str, int]]:
+    """XXH3-128 of the payload's names and bytes, and the payload's files with their sizes in bytes."""
+    digest = xxhash.xxh3_128()
+    sizes: dict[str, int] = {}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        name = path.relative_to(directory).as_posix()
+        if name in BOOKKEEPING or name.startswith(f"{CHECKPOINTS_DIR}/"):
+            continue
+        digest.update(name.encode() + b"\0")
+        with path.open("rb") as file:
+            while chunk := file.read(_READ_BYTES):
+                digest.update(chunk)
+        sizes[name] = path.stat().st_size
+    return digest.hexdigest(), sizes
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file so that it is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _prepare(config: PipelineConfig, directory: Path, inputs: dict[str, Any]) -> None:
+    """Leave an empty directory, or the unfinished one of the same inputs."""
+    try:
+        if (directory / ARTIFACT_FILE).exists() or _unfinished(directory) not in (None, inputs):
+            shutil.rmtree(directory)  # only with overwrite=true: _raise_if_… have let it pass
+        directory.mkdir(parents=True, exist_ok=True)
+        if (directory / UNFINISHED_FILE).exists():
+            say(directory.name, f"resuming what was interrupted in {directory}")
+        write_json(directory / UNFINISHED_FILE, inputs)
+    except OSError as error:
+        raise UserError(
+            f"run_dir={config.run_dir}: cannot write {directory} ({error.strerror}). Set run_dir to a writable place."
+        ) from error
+    OmegaConf.save(OmegaConf.structured(config), directory / CONFIG_FILE)
+
+
+def _publish(
+    config: PipelineConfig, stage: Stage, directory: Path, inputs: dict[str, Any], result: Result, seconds: float
+) -> None:
+    shutil.rmtree(directory / CHECKPOINTS_DIR, ignore_errors=True)
+    (directory / UNFINISHED_FILE).unlink()
+    fingerprint, files = fingerprint_of(directory)
+    record = {
+        "stage": stage.name,
+        "kind": result.kind.name,
+        "format": result.format,
+        "fake_quantized": result.fake_quantized,
+        "fingerprint": fingerprint,
+        **inputs,
+        "base_model": {"path": config.model.path, "revision": config.model.revision},
+        "details": result.details,
+        "files": files,
+        "seconds": round(seconds, 3),
+        "git_commit": _git_commit(),
+        "libraries": {name: version(name) for name in _LIBRARIES},
+        **_machine(),
+    }
+    write_json(directory / ARTIFACT_FILE, record)
+    say(stage.name, f"done in {seconds:.1f} s: {directory}")
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the program, with '+changes' where it was edited since; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists() or shutil.which("git") is None:
+        return None
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    changes = subprocess.run(
+        ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return (commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")) or None
+
+
+def _chosen(config: PipelineConfig, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The settings under `keys`, flat: dotted key -> plain value."""
+    node = OmegaConf.structured(config)
+    flat: dict[str, Any] = {}
+    for key in keys:
+        value = OmegaConf.select(node, key)
+        if OmegaConf.is_dict(value):
+            plain = OmegaConf.to_container(value, enum_to_str=True)
+            flat.update(_flatten(plain, f"{key}."))
+        else:
+            flat[key] = value.name if isinstance(value, Enum) else value
+    return flat
+
+
+def _flatten(node: Any, prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in node.items():
+        flat.update(_flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+    return flat
+
+
+def _inputs_of(artifact: Artifact) -> dict[str, Any]:
+    return {"settings": artifact.settings, "parents": artifact.parents, "data": artifact.data}
+
+
+def _unfinished(directory: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((directory / UNFINISHED_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def _raise_if_unfinished_differs(config: PipelineConfig, directory: Path, inputs: dict[str, Any]) -> None:
+    before = _unfinished(directory)
+    if before is not None:
+        if not config.overwrite:
+            _raise_if_changed(directory, before, inputs, "is unfinished, and was begun with other inputs")
+    elif directory.is_dir() and any(directory.iterdir()) and not (directory / ARTIFACT_FILE).is_file():
+        raise UserError(
+            f"{directory}: holds files that this program did not leave. Move them away, or set another run_dir."
+        )
+
+
+def _raise_if_changed(directory: Path, before: dict[str, Any], now: dict[str, Any], what: str) -> None:
+    differences = [
+        f"{key}: was {old!r}, is {new!r}"
+        for part in ("settings", "parents")
+        for key in sorted({*before[part], *now[part]})
+        if (old := before[part].get(key)) != (new := now[part].get(key))
+    ]
+    if before["data"] != now["data"]:
+        differences.append(f"the data set's contents: fingerprint was {before['data']}, is {now['data']}")
+    if differences:
+        raise UserError(
+            f"{directory} {what}: {'; '.join(differences)}."
+            " Use overwrite=true to rebuild it, or another run_dir to keep it."
+        )

@@ -1,0 +1,218 @@
+"""Harmony conversations: what is valid, and what of it the model sees and learns.
+
+An assistant turn is trained exactly as it occurs at inference: the prompt is the chat template's own rendering of what
+came before, up to `<|start|>assistant`, and the completion is what the model has to produce from there, its reasoning
+and the token that stops it included. Only the completion is supervised. The template drops the reasoning of earlier
+turns, so a conversation with several assistant turns becomes several examples, each with the prompt of its own turn.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.gpt_oss import SPECIAL_TOKENS, STOP_TOKENS
+
+IGNORED = -100
+"""Label of a token that is not supervised (the default of torch's cross entropy)."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_INSTRUCTIONS = ("system", "developer")
+_PLACEHOLDER = [{"role": "user", "content": ""}]
+
+
+class ConversationError(ValueError):
+    """A conversation that cannot be trained on; says which message and why."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A valid conversation in the form that the chat template takes.
+
+    Attributes:
+        messages: role and content, thinking and tool_calls only where there are any.
+        tools: function schemas offered to the model, or None.
+        reasoning_effort: of this conversation, or None for the data set's.
+        merged_instructions: whether a system and a developer message were joined into one.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
+    merged_instructions: bool = False
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How conversations are rendered: the tokenizer with its chat template, and the system message's variables."""
+
+    tokenizer: Any
+    reasoning_effort: str
+    conversation_date: str
+    every_turn: bool
+
+
+def parse_conversation(row: Any) -> Conversation:
+    """Check one row of a chat data set.
+
+    Args:
+        row: {"messages": [{"role", "content", "thinking"?, "tool_calls"?}, …], "tools"?, "reasoning_effort"?}. Keys
+            that are None count as absent: Arrow fills them in.
+
+    Raises:
+        ConversationError: what is wrong, and in which message.
+    """
+    if not isinstance(row, dict):
+        raise ConversationError(f"is a {type(row).__name__}, not an object with 'messages'")
+    messages = row.get("messages")
+    if messages is None:
+        raise ConversationError(f"has no 'messages' (it has: {', '.join(sorted(map(str, row))) or 'nothing'})")
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ConversationError("'messages' is not a list with at least one message")
+    cleaned = [_message(i, message) for i, message in enumerate(messages)]
+    merged = _merge_instructions(cleaned)
+    _check_order(merged)
+    return Conversation(merged, _tools(row.get("tools")), _effort(row), len(merged) < len(cleaned))
+
+
+def examples(conversation: Conversation, rendering: Rendering) -> list[dict[str, list[int]]]:
+    """One training example per supervised assistant turn: `input_ids` and `labels`, of equal length.
+
+    Raises:
+        ConversationError: the chat template refuses the conversation or is not a Harmony template.
+    """
+    turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    return [_example(conversation, i, rendering) for i in (turns if rendering.every_turn else turns[-1:])]
+
+
+def _example(conversation: Conversation, turn: int, rendering: Rendering) -> dict[str, list[int]]:
+    messages = conversation.messages
+    prompt = _render(messages[:turn], conversation, rendering, True)
+    # The completion is rendered on its own: the template would drop the reasoning of a tool call from a longer history.
+    alone = _render([*_PLACEHOLDER, messages[turn]], conversation, rendering, False)
+    opening = _render(_PLACEHOLDER, conversation, rendering, True)
+    if not alone.startswith(opening) or not alone.endswith(STOP_TOKENS):
+        raise ConversationError(
+            "the tokenizer's chat template is not Harmony's: an assistant turn does not continue the generation prompt"
+            f" up to {' or '.join(STOP_TOKENS)}"
+        )
+    prompt_ids = rendering.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    completion_ids = rendering.tokenizer(alone[len(opening) :], add_special_tokens=False)["input_ids"]
+    return {
+        "input_ids": prompt_ids + completion_ids,
+        "labels": [IGNORED] * len(prompt_ids) + completion_ids,
+    }
+
+
+def _render(
+    messages: list[dict[str, Any]], conversation: Conversation, rendering: Rendering, for_generation: bool
+) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return rendering.tokenizer.apply_chat_template(
+            messages,
+            tools=conversation.tools,
+            tokenize=False,
+            add_generation_prompt=for_generation,
+            reasoning_effort=conversation.reasoning_effort or rendering.reasoning_effort,
+            # The template asks this function for today's date; a variable of the same name shadows it.
+            strftime_now=lambda _: rendering.conversation_date,
+        )
+    except (TemplateError, TypeError, AttributeError) as error:
+        raise ConversationError(f"the chat template refuses it: {error}") from error
+
+
+def _message(index: int, message: Any) -> dict[str, Any]:
+    where = f"messages[{index}]"
+    if not isinstance(message, dict):
+        raise ConversationError(f"{where} is a {type(message).__name__}, not an object with role and content")
+    role = message.get("role")
+    if role not in ROLES:
+        raise ConversationError(f"{where} has the unknown role {role!r}; roles are {', '.join(ROLES)}")
+    tool_calls = message.get("tool_calls") or None
+    cleaned: dict[str, Any] = {"role": role, "content": _text(where, "content", message, tool_calls is not None)}
+    if message.get("thinking"):
+        if role != "assistant":
+            raise ConversationError(f"{where} has 'thinking', but its role is {role!r}, not 'assistant'")
+        cleaned["thinking"] = _text(where, "thinking", message, False)
+    if tool_calls is not None:
+        cleaned["tool_calls"] = [_tool_call(where, role, tool_calls)]
+        if cleaned["content"] and cleaned.get("thinking"):
+            raise ConversationError(f"{where} calls a tool: put its reasoning in 'thinking' or 'content', not both")
+    return cleaned
+
+
+def _text(where: str, key: str, message: dict[str, Any], may_be_absent: bool) -> str:
+    text = message.get(key)
+    if text is None and may_be_absent:
+        return ""
+    if not isinstance(text, str):
+        raise ConversationError(f"{where}.{key} is {type(text).__name__}, not text")
+    special = next((token for token in SPECIAL_TOKENS.values() if token in text), None)
+    if special is not None:
+        raise ConversationError(f"{where}.{key} contains the special token {special}, which would end the message")
+    return text
+
+
+def _tool_call(where: str, role: str, tool_calls: Any) -> dict[str, Any]:
+    if role != "assistant":
+        raise ConversationError(f"{where} has 'tool_calls', but its role is {role!r}, not 'assistant'")
+    if not isinstance(tool_calls, (list, tuple)) or len(tool_calls) != 1:
+        raise ConversationError(f"{where}.tool_calls must be a list of exactly one call: Harmony makes one at a time")
+    call = tool_calls[0]
+    function = call.get("function") or call if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ConversationError(f"{where}.tool_calls[0] has no function name")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):  # OpenAI's API sends them as JSON text; the template expects the object
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise ConversationError(f"{where}.tool_calls[0].arguments is not valid JSON ({error})") from error
+    return {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
+
+
+def _merge_instructions(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The template keeps only the first system or developer message: those that open the conversation become one."""
+    leading = 0
+    while leading < len(messages) and messages[leading]["role"] in _INSTRUCTIONS:
+        leading += 1
+    for i, message in enumerate(messages[leading:], leading):
+        if message["role"] in _INSTRUCTIONS:
+            raise ConversationError(
+                f"messages[{i}] is a {message['role']} message in mid-conversation, which the template would drop"
+            )
+    if leading < 2:
+        return messages
+    text = "\n\n".join(message["content"] for message in messages[:leading])
+    return [{"role": "developer", "content": text}, *messages[leading:]]
+
+
+def _check_order(messages: list[dict[str, Any]]) -> None:
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ConversationError("has no assistant message: there is nothing to learn")
+    if messages[0]["role"] == "assistant":
+        raise ConversationError("opens with an assistant message: there is nothing that it answers")
+    for i, message in enumerate(messages):
+        if message["role"] == "tool" and not any("tool_calls" in earlier for earlier in messages[:i]):
+            raise ConversationError("has a tool message without an earlier assistant message with 'tool_calls'")
+
+
+def _tools(tools: Any) -> list[dict[str, Any]] | None:
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise ConversationError(f"'tools' is not valid JSON ({error})") from error
+    if not tools:
+        return None
+    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, dict) for tool in tools):
+        raise ConversationError("'tools' is not a list of function schemas")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def _effort(row: dict[str, Any]) -> str | None:
+    effort = row.get("reasoning_effort")
+    if effort not in (None, "low", "medium", "high"):
+        raise ConversationError(f"'reasoning_effort' is {effort!r}, not low, medium or high")
+    return effort

@@ -1,0 +1,268 @@
+"""The models of a run: where a stage's weights are, how they are loaded to train, and what the forward pass uses.
+
+A stage leaves a full checkpoint or adapters on the checkpoint of an earlier stage, with or without fake quantizers.
+`ModelRef` says which; everything that needs weights starts from it.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import adapters, quantizer
+from pipeline.artifacts import ARTIFACT_FILE, Artifact, Kind, is_complete, load, require, write_json
+from pipeline.checkpoints import CONFIG, Checkpoint, Piece, copy_side_files, read_config, write_sharded
+from pipeline.config import Precision, PipelineConfig, Stage, TrainConfig
+from pipeline.errors import CheckFailed, UserError
+from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, plain_layout
+from pipeline.numerics.codec import fake_quantize
+from pipeline.numerics.formats import FORMATS
+from pipeline.source import sampled_fingerprint
+
+MODEL_STAGES = (Stage.upcast, Stage.sft, Stage.quantize, Stage.qat, Stage.export)
+"""Stages that leave a model, oldest first."""
+
+TRAIN_DTYPES = {
+    Precision.fp32: torch.float32,
+    Precision.mixed_bf16: torch.float32,
+    Precision.bf16: torch.bfloat16,
+}
+"""Type of the weights while training."""
+
+_STORED_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model on disk.
+
+    Attributes:
+        name: of the stage, or the directory.
+        directory: of the stage.
+        base: directory of the full checkpoint; `directory` itself unless that holds adapters.
+        adapter: whether `directory` holds adapters.
+        fake_quantized: FORMATS row that the forward pass rounds the experts to, or None.
+        fingerprint: of the artifact, or of a directory that is none.
+        dtype: type of the weights in training, in which adapters are merged.
+    """
+
+    name: str
+    directory: Path
+    base: Path
+    adapter: bool = False
+    fake_quantized: str | None = None
+    fingerprint: str = ""
+    dtype: torch.dtype = torch.bfloat16
+
+
+def of_artifact(artifact: Artifact) -> ModelRef:
+    """The model that a stage left."""
+    adapter = artifact.kind is Kind.adapter
+    return ModelRef(
+        artifact.stage,
+        artifact.directory,
+        artifact.directory.parent / artifact.details["base"] if adapter else artifact.directory,
+        adapter,
+        artifact.fake_quantized,
+        artifact.fingerprint,
+        getattr(torch, artifact.details.get("dtype", "bfloat16")),
+    )
+
+
+def find(config: PipelineConfig, source: str | None, among: tuple[Stage, ...], key: str) -> ModelRef:
+    """The model that `key`=`source` names: a stage of this run or a directory; None: the newest stage of the run.
+
+    Raises:
+        UserError: it is missing, unfinished, or not a model.
+    """
+    if source is None:
+        newest = next((stage for stage in reversed(among) if is_complete(config, stage)), among[0])
+        return of_artifact(require(config, newest))
+    if source in Stage.__members__ and not Path(source).is_dir():
+        stage = Stage[source]
+        if stage not in among:
+            raise UserError(f"{key}={source}: must be one of {', '.join(s.name for s in among)}, or a directory.")
+        return of_artifact(require(config, stage))
+    directory = Path(source).expanduser().absolute()
+    if not directory.is_dir():
+        raise UserError(f"{key}={source}: neither a stage ({', '.join(s.name for s in among)}) nor a directory.")
+    if (directory / ARTIFACT_FILE).is_file():
+        return of_artifact(load(directory))
+    Checkpoint(directory).close()
+    return ModelRef(source, directory, directory, fingerprint=sampled_fingerprint(directory))
+
+
+def stage_ref(config: PipelineConfig, stage: Stage) -> ModelRef:
+    """The model of a complete stage of this run."""
+    return of_artifact(require(config, stage))
+
+
+class Weights:
+    """The weights of a model by their plain names, one at a time, with adapters merged."""
+
+    def __init__(self, ref: ModelRef) -> None:
+        """Open the checkpoint and the adapters behind `ref`."""
+        self.ref = ref
+        self.checkpoint = Checkpoint(ref.base)
+        self.shape: Shape = self.checkpoint.shape
+        self._experts = {projection.name for projection in expert_projections(self.shape)}
+        self._merger = adapters.Merger(ref.directory, model_config(ref.base), ref.dtype) if ref.adapter else None
+
+    def names(self) -> list[str]:
+        """Every tensor of the plain layout."""
+        return list(plain_layout(self.shape))
+
+    def trained(self, name: str) -> Tensor:
+        """The weight that training holds, not quantized; MXFP4 is decoded."""
+        weight = self.checkpoint.read_plain(name)
+        if self._merger is not None and name in self._merger:
+            return self._merger.merged(name, weight)
+        return weight
+
+    def effective(self, name: str) -> Tensor:
+        """The weight that the forward pass multiplies with: fake-quantized where the model is."""
+        weight = self.trained(name)
+        if self.ref.fake_quantized is None or name not in self._experts:
+            return weight
+        block_format = FORMATS[self.ref.fake_quantized]
+        quantized = [fake_quantize(expert.T.contiguous(), block_format).T for expert in weight]
+        return torch.stack(quantized).contiguous()
+
+    def is_changed(self, name: str) -> bool:
+        """Whether `effective` differs from what the base checkpoint stores."""
+        quantized = self.ref.fake_quantized is not None and name in self._experts
+        return quantized or (self._merger is not None and name in self._merger)
+
+
+def model_config(directory: Path) -> Any:
+    """transformers' configuration of a model directory."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(directory)
+
+
+def load_plain(directory: Path, dtype: torch.dtype, **arguments: Any) -> Any:
+    """A checkpoint as transformers loads it; an MXFP4 one is decoded.
+
+    Raises:
+        CheckFailed: a tensor is missing, unexpected or of another shape, which transformers only prints.
+    """
+    from transformers import AutoModelForCausalLM, Mxfp4Config
+
+    if "quantization_config" in read_config(directory):
+        arguments["quantization_config"] = Mxfp4Config(dequantize=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, output_loading_info=True, **{"attn_implementation": "eager", **arguments}
+    )
+    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    if wrong:
+        raise CheckFailed(f"{directory}: transformers could not load it whole: {wrong}")
+    return model
+
+
+def load_quantized(ref: ModelRef, dtype: torch.dtype, trainable: bool = False, **arguments: Any) -> Any:
+    """A model with its adapters and its fake quantizers in place, the latter counted."""
+    model = load_plain(ref.base, dtype, **arguments)
+    if ref.adapter:
+        model = adapters.load(model, ref.directory, trainable)
+    if ref.fake_quantized is not None:
+        quantizer.restore(model, ref.directory, FORMATS[ref.fake_quantized])
+    return model
+
+
+def load_to_train(ref: ModelRef, train: TrainConfig) -> Any:
+    """A model as the training stage needs it: quantizers and adapters of `ref` restored, weights in `train.precision`."""
+    model = load_quantized(
+        ref, TRAIN_DTYPES[train.precision], trainable=True, attn_implementation=train.attn_implementation
+    )
+    model.config.use_cache = False
+    return model
+
+
+def load_effective(ref: ModelRef, dtype: torch.dtype) -> Any:
+    """A plain model that holds the values which the forward pass of `ref` uses: adapters merged, experts rounded."""
+    model = load_plain(ref.base, dtype)
+    weights = Weights(ref)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if weights.is_changed(name):
+                parameter.copy_(weights.effective(name))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a model directory.
+
+    Raises:
+        UserError: there is none, it has no chat template, or its vocabulary does not fit the model.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}: no usable tokenizer ({str(error).strip().splitlines()[0]}).") from error
+    if not tokenizer.chat_template:
+        raise UserError(f"{directory}: the tokenizer has no chat template (chat_template.jinja).")
+    vocabulary = read_config(directory)["vocab_size"]
+    if len(tokenizer) > vocabulary:
+        raise UserError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}.")
+    return tokenizer
+
+
+def save(model: Any, ref: ModelRef, directory: Path, train: TrainConfig) -> tuple[Kind, dict[str, Any]]:
+    """Write a trained model next to the side files of `ref`, the model that training started from.
+
+    The configuration is `ref`'s, but for the type: transformers would rewrite it in its newest dialect (rope settings
+    renamed), which older engines misread.
+
+    Returns:
+        What it is, and what `of_artifact` needs to find it again.
+    """
+    dtype = TRAIN_DTYPES[train.precision]
+    details: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
+    if adapters.is_adapted(model):
+        model.save_pretrained(directory)
+        (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty template of a model card
+        base = ref.base if ref.adapter else ref.directory
+        copy_side_files(base, directory)
+        return Kind.adapter, {**details, "base": os.path.relpath(base, directory.parent)}
+    model.save_pretrained(directory)
+    copy_side_files(ref.base, directory)
+    write_config(directory, read_config(ref.base), dtype)
+    Checkpoint(directory).close()
+    return Kind.checkpoint, details
+
+
+def write_config(directory: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """config.json of a plain checkpoint: `config` without quantization, with its type."""
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
+    write_json(directory / CONFIG, {**plain, "dtype": str(dtype).removeprefix("torch.")})
+
+
+def write_plain(ref: ModelRef, directory: Path, shard_bytes: int) -> None:
+    """Stream a model as a plain full checkpoint, adapters merged, in the type that training used."""
+    weights = Weights(ref)
+    layout = plain_layout(weights.shape, _STORED_NAMES[ref.dtype])
+    pieces = [
+        Piece({name: TensorInfo(info.dtype, info.shape)}, lambda name=name: {name: weights.trained(name).to(ref.dtype)})  # type: ignore[misc]
+        for name, info in layout.items()
+    ]
+    write_sharded(directory, pieces, shard_bytes, "merging")
+    copy_side_files(ref.base, directory)
+    write_config(directory, weights.checkpoint.config, ref.dtype)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """The same file in another place: a hard link where the file system allows it."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+

@@ -1,0 +1,110 @@
+"""Where the base checkpoint comes from: a directory, the hub, or the program itself."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from pipeline import synthetic
+from pipeline.checkpoints import Checkpoint
+from pipeline.config import SYNTHETIC, PipelineConfig
+from pipeline.errors import UserError
+from pipeline.tracking import is_main_process, say, wait_for_everyone
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "LICENSE*", "USAGE_POLICY*", "README.md"]
+_HUB_OTHER_LAYOUTS = ["original/*", "metal/*"]
+_SAMPLES = 64
+_SAMPLE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Source:
+    """The base checkpoint on this machine's disk.
+
+    Attributes:
+        directory: where it lies.
+        fingerprint: of its configuration and weights (sampled: reading 65 GB to see that nothing changed is too much).
+    """
+
+    directory: Path
+    fingerprint: str
+
+    def open(self) -> Checkpoint:
+        """Open and check it."""
+        return Checkpoint(self.directory)
+
+
+def locate(config: PipelineConfig) -> Source:
+    """Find, fetch or make the checkpoint that `model.path` names, and check it.
+
+    Raises:
+        UserError: no such directory or hub id, not a gpt-oss checkpoint, a damaged one.
+    """
+    directory = base_directory(config.model.path, config)
+    Checkpoint(directory).close()
+    return Source(directory, sampled_fingerprint(directory))
+
+
+def base_directory(path: str, config: PipelineConfig) -> Path:
+    """The directory behind a path, a hub id or a synthetic model."""
+    if path.startswith(SYNTHETIC):
+        return _synthetic(path, config)
+    directory = Path(path).expanduser().absolute()
+    if directory.exists() or not _looks_like_hub_id(path):
+        return directory
+    return _fetch(path, config.model.revision)
+
+
+def _synthetic(path: str, config: PipelineConfig) -> Path:
+    if path != f"{SYNTHETIC}tiny":
+        raise UserError(f"model.path={path!r}: no such synthetic model. Use {SYNTHETIC}tiny, a directory or a hub id.")
+    tiny = config.model.tiny
+    directory = Path(config.run_dir).expanduser().absolute() / "source" / synthetic.name_of(tiny)
+    if not directory.is_dir():
+        if is_main_process():
+            try:
+                synthetic.create_tiny(directory, tiny)
+            except OSError as error:
+                raise UserError(
+                    f"run_dir={config.run_dir}: cannot write {directory} ({error.strerror})."
+                    " Set run_dir to a writable place."
+                ) from error
+            say("source", f"made a tiny random gpt-oss: {directory}")
+        wait_for_everyone()
+    return directory
+
+
+def _looks_like_hub_id(path: str) -> bool:
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith("/")
+
+
+def _fetch(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_OTHER_LAYOUTS
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        at = f" at revision {revision!r}" if revision else ""
+        raise UserError(
+            f"model.path={hub_id!r}{at}: no such directory, and the hub could not be asked or does not have it"
+            f" ({reason}). Check the name, your network and `hf auth login`, or give a directory."
+        ) from error
+
+
+def sampled_fingerprint(directory: Path) -> str:
+    """XXH3-128 of the configuration, and of name, size and 64 evenly spaced samples of each weight file."""
+    digest = xxhash.xxh3_128((directory / "config.json").read_bytes())
+    for path in sorted(directory.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            for i in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

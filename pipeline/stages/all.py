@@ -1,0 +1,20 @@
+"""all: every stage in order; each skips itself when it is up to date and resumes what was interrupted."""
+
+import importlib
+from dataclasses import replace
+
+from pipeline.artifacts import Artifact
+from pipeline.config import PipelineConfig, Stage
+
+
+def run(config: PipelineConfig) -> Artifact:
+    """Run the stages and return the last one's artifact."""
+    artifact = None
+    for stage in Stage:
+        if stage is not Stage.all:
+            settings = replace(config, stage=stage)
+            if stage is Stage.evaluate and config.evaluate.source is None:
+                settings = replace(settings, evaluate=replace(config.evaluate, source="all"))
+            artifact = importlib.import_module(f"pipeline.stages.{stage.name}").run(settings)
+    assert artifact is not None
+    return artifact

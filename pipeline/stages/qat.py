@@ -1,0 +1,42 @@
+"""qat: the quantized model trained on at a low learning rate, the forward pass rounding the experts as export will."""
+
+from pathlib import Path
+
+from pipeline import artifacts, data, models, quantizer, training
+from pipeline.artifacts import Artifact, Result
+from pipeline.config import PipelineConfig, Stage
+from pipeline.data import Rows
+from pipeline.errors import pick
+from pipeline.models import ModelRef
+from pipeline.numerics.formats import FORMATS
+from pipeline.tracking import is_main_process
+
+_SETTINGS = ("data", "format", "qat")
+
+
+def run(config: PipelineConfig) -> Artifact:
+    """Make <run_dir>/qat: the trained model, its quantizers in place."""
+    start = artifacts.require(config, Stage.quantize)
+    rows = data.load_rows(config)
+    return artifacts.build(
+        config,
+        Stage.qat,
+        _SETTINGS,
+        {"quantize": start.fingerprint},
+        lambda directory: _train(config, models.of_artifact(start), rows, directory),
+        data=rows.fingerprint,
+        on_every_process=True,
+    )
+
+
+def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
+    block_format = pick(FORMATS, config.format.name, "format.name")
+    tokenizer = models.load_tokenizer(start.base)
+    splits = data.prepare(config, rows, tokenizer)
+    model = models.load_to_train(start, config.qat)
+    details = training.train(model, tokenizer, splits, config.qat, directory, "qat")
+    details["quantizers"] = quantizer.count(model, block_format)
+    kind, where = models.save(model, start, directory, config.qat) if is_main_process() else (None, {})
+    if is_main_process():
+        quantizer.save_state(model, directory)
+    return Result(kind, where.get("dtype"), block_format.name, {**details, **where})

@@ -1,0 +1,78 @@
+"""quantize: fake quantizers on the experts of the fine-tuned model: the PTQ baseline, and where QAT starts.
+
+Quantizers go on last: a quantizer under an adapter that is attached later never runs. So the model first takes the form
+that QAT will train: adapters merged for full training, fresh adapters attached for LoRA on a full checkpoint.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline import adapters, artifacts, data, losses, models, quantizer
+from pipeline.artifacts import Artifact, Kind, Result
+from pipeline.config import Method, PipelineConfig, Stage
+from pipeline.data import Rows
+from pipeline.errors import pick
+from pipeline.models import ModelRef
+from pipeline.numerics.formats import FORMATS, BlockFormat
+from pipeline.tracking import log_metrics, say
+
+_SETTINGS = ("data", "format", "quantize", "qat.method", "qat.lora", "qat.precision")
+
+
+def run(config: PipelineConfig) -> Artifact:
+    """Make <run_dir>/quantize: the fine-tuned model with fake quantizers, proven to run."""
+    block_format = pick(FORMATS, config.format.name, "format.name")
+    sft = artifacts.require(config, Stage.sft)
+    rows = data.load_rows(config)
+    return artifacts.build(
+        config,
+        Stage.quantize,
+        _SETTINGS,
+        {"sft": sft.fingerprint},
+        lambda directory: _quantize(config, block_format, models.of_artifact(sft), rows, directory),
+        data=rows.fingerprint,
+    )
+
+
+def _quantize(config: PipelineConfig, block_format: BlockFormat, sft: ModelRef, rows: Rows, directory: Path) -> Result:
+    kind, start, where = _take_form(config, sft, directory)
+    model = models.load_quantized(start, start.dtype)
+    if config.qat.method is Method.lora and not start.adapter:
+        model = adapters.attach(model, config.qat.lora, "qat")
+        kind, where = models.save(model, start, directory, config.qat)
+    batches = _calibration_batches(config, rows, sft)
+    quantizer.insert(model, block_format, lambda quantized: _run(quantized, batches))
+    quantizers = quantizer.count(model, block_format)
+    with quantizer.watch(model) as fired:
+        _run(model, batches[:1])
+    fired.raise_unless_all(model)
+    quantizer.save_state(model, directory)
+    say("quantize", f"{quantizers} expert weights are fake-quantized to {block_format.name}; each ran, nothing else did")
+    log_metrics(directory, {"quantizers": quantizers})
+    return Result(kind, where["dtype"], block_format.name, {"quantizers": quantizers, **where})
+
+
+def _take_form(config: PipelineConfig, sft: ModelRef, directory: Path) -> tuple[Kind, ModelRef, dict[str, Any]]:
+    """The SFT model in the form that QAT trains, and where its weights are."""
+    where: dict[str, Any] = {"dtype": str(sft.dtype).removeprefix("torch.")}
+    if sft.adapter and config.qat.method is Method.full:
+        say("quantize", "qat trains every weight: merging SFT's adapters")
+        models.write_plain(sft, directory, config.upcast.shard_bytes)
+        return Kind.checkpoint, replace(sft, directory=directory, base=directory, adapter=False), where
+    if config.qat.method is Method.full or sft.adapter:
+        for path in sorted(p for p in sft.directory.iterdir() if p.name not in artifacts.BOOKKEEPING and p.is_file()):
+            models.link_or_copy(path, directory / path.name)
+    kind = Kind.adapter if sft.adapter else Kind.checkpoint
+    return kind, sft, {**where, "base": sft.base.name} if sft.adapter else where
+
+
+def _calibration_batches(config: PipelineConfig, rows: Rows, sft: ModelRef) -> list[Any]:
+    tokenizer = models.load_tokenizer(sft.base)
+    train = data.prepare(config, rows, tokenizer).train
+    chosen = train.select(range(min(config.quantize.calibration_samples, len(train))))
+    return losses.batches(chosen, config.quantize.batch_size, tokenizer.pad_token_id)
+
+
+def _run(model: Any, batches: list[Any]) -> None:
+    losses.measure(model, batches)

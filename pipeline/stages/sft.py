@@ -1,0 +1,38 @@
+"""sft: supervised fine-tuning of the upcast checkpoint, in full or with adapters."""
+
+from pathlib import Path
+
+from pipeline import adapters, artifacts, data, models, training
+from pipeline.artifacts import Artifact, Result
+from pipeline.config import Method, PipelineConfig, Stage
+from pipeline.data import Rows
+from pipeline.models import ModelRef
+from pipeline.tracking import is_main_process
+
+_SETTINGS = ("data", "sft")
+
+
+def run(config: PipelineConfig) -> Artifact:
+    """Make <run_dir>/sft: the fine-tuned checkpoint, or its adapters."""
+    upcast = artifacts.require(config, Stage.upcast)
+    rows = data.load_rows(config)
+    return artifacts.build(
+        config,
+        Stage.sft,
+        _SETTINGS,
+        {"upcast": upcast.fingerprint},
+        lambda directory: _train(config, models.of_artifact(upcast), rows, directory),
+        data=rows.fingerprint,
+        on_every_process=True,
+    )
+
+
+def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
+    tokenizer = models.load_tokenizer(start.base)
+    splits = data.prepare(config, rows, tokenizer)
+    model = models.load_to_train(start, config.sft)
+    if config.sft.method is Method.lora:
+        model = adapters.attach(model, config.sft.lora, "sft")
+    details = training.train(model, tokenizer, splits, config.sft, directory, "sft")
+    kind, where = models.save(model, start, directory, config.sft) if is_main_process() else (None, {})
+    return Result(kind, format=where.get("dtype"), details={**details, **where})

@@ -1,0 +1,66 @@
+"""upcast: the source's MXFP4 experts decoded to BF16, exact to the bit, shard by shard; a BF16 source is linked."""
+
+from pathlib import Path
+
+import torch
+
+from pipeline import artifacts, source
+from pipeline.artifacts import Artifact, Kind, Result
+from pipeline.checkpoints import Checkpoint, Piece, copy_side_files, write_sharded
+from pipeline.config import PipelineConfig, Stage
+from pipeline.errors import UserError
+from pipeline.gpt_oss import plain_layout
+from pipeline.models import link_or_copy, load_tokenizer, write_config
+from pipeline.source import Source
+from pipeline.tracking import log_metrics, say
+
+_SETTINGS = ("model.path", "model.revision", "model.tiny", "upcast")
+
+
+def run(config: PipelineConfig) -> Artifact:
+    """Make <run_dir>/upcast: a checkpoint that transformers can train."""
+    base = source.locate(config)
+    load_tokenizer(base.directory)
+    return artifacts.build(
+        config,
+        Stage.upcast,
+        _SETTINGS,
+        {"source": base.fingerprint},
+        lambda directory: _upcast(base, directory, config.upcast.shard_bytes),
+    )
+
+
+def _upcast(base: Source, directory: Path, shard_bytes: int) -> Result:
+    checkpoint = base.open()
+    if checkpoint.is_packed:
+        details = _decode(checkpoint, directory, shard_bytes)
+    else:
+        details = _pass_through(checkpoint, directory)
+    copy_side_files(base.directory, directory)
+    write_config(directory, checkpoint.config, torch.bfloat16)
+    log_metrics(directory, details)
+    return Result(Kind.checkpoint, format="bf16", details={**details, "dtype": "bfloat16"})
+
+
+def _decode(checkpoint: Checkpoint, directory: Path, shard_bytes: int) -> dict[str, int]:
+    pieces = [
+        Piece({name: info}, lambda name=name: {name: checkpoint.read_plain(name)})  # type: ignore[misc]
+        for name, info in plain_layout(checkpoint.shape).items()
+    ]
+    total = write_sharded(directory, pieces, shard_bytes, "upcast")
+    decoded = sum(name not in checkpoint.tensors for name in plain_layout(checkpoint.shape))
+    return {"decoded_tensors": decoded, "copied_tensors": len(pieces) - decoded, "tensor_bytes": total}
+
+
+def _pass_through(checkpoint: Checkpoint, directory: Path) -> dict[str, int]:
+    others = sorted({info.dtype for info in checkpoint.tensors.values()} - {"BF16"})
+    if others:
+        raise UserError(f"{checkpoint.directory}: has {', '.join(others)} tensors; the source must be MXFP4 or BF16.")
+    say("upcast", "the source is BF16 already: linking its files")
+    for path in checkpoint.weight_files():
+        link_or_copy(path, directory / path.name)
+    return {
+        "decoded_tensors": 0,
+        "copied_tensors": len(checkpoint.tensors),
+        "tensor_bytes": sum(info.bytes for info in checkpoint.tensors.values()),
+    }

@@ -1,0 +1,66 @@
+"""What a run tells: lines for a person, progress, and metrics.jsonl. Only the main process speaks and writes."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def is_main_process() -> bool:
+    """Whether this process is the only one, or the first that `accelerate launch` or `torchrun` started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def wait_for_everyone() -> None:
+    """Let all processes come to this point before any goes on."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+
+
+def say(stage: str, message: str) -> None:
+    """A line for the person at the terminal."""
+    if is_main_process():
+        print(f"[{stage}] {message}", flush=True)
+
+
+def warn(stage: str, message: str) -> None:
+    """A line that the person must not miss."""
+    if is_main_process():
+        print(f"[{stage}] warning: {message}", file=sys.stderr, flush=True)
+
+
+def log_metrics(directory: Path, values: dict[str, Any]) -> None:
+    """Append one JSON object to the stage's metrics.jsonl."""
+    if is_main_process():
+        with (directory / METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a stage's metrics.jsonl."""
+    path = directory / METRICS_FILE
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def forget_metrics_after(directory: Path, step: int) -> None:
+    """Drop the lines of steps that a resumed run is about to repeat."""
+    path = directory / METRICS_FILE
+    if is_main_process() and path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def progress(items: Iterable | None = None, total: int | None = None, what: str = "", unit: str = "it") -> Any:
+    """A progress bar on the terminal; silent on other processes and when the output is not a terminal."""
+    from tqdm.auto import tqdm
+
+    disabled = None if is_main_process() else True  # None: tqdm decides by whether stderr is a terminal
+    return tqdm(items, total=total, desc=what, unit=unit, unit_scale=unit == "B", disable=disabled)

@@ -1,0 +1,219 @@
+"""One `train` for SFT and QAT: TRL's trainer on our tokens, our validation loss, checkpoints that are whole.
+
+The only importer of trl. The model comes in ready, with adapters and quantizers; QAT differs from SFT in nothing here.
+"""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from pipeline import losses
+from pipeline.artifacts import CHECKPOINTS_DIR
+from pipeline.config import Precision, TrainConfig
+from pipeline.data import Splits
+from pipeline.errors import UserError
+from pipeline.losses import Loss
+from pipeline.numerics.codec import CodecError
+from pipeline.tracking import (
+    forget_metrics_after,
+    is_main_process,
+    log_metrics,
+    read_metrics,
+    say,
+    wait_for_everyone,
+    warn,
+)
+
+_WHOLE = "whole"  # this file in a checkpoint says that all of it was written
+_LOWEST_SAFE_BF16_RATE = 1e-4
+
+
+def train(
+    model: Any, tokenizer: Any, splits: Splits, settings: TrainConfig, directory: Path, stage: str
+) -> dict[str, Any]:
+    """Train in place, going on from the last whole checkpoint in `directory` if there is one.
+
+    Args:
+        model: in training precision, with whatever adapters and quantizers it is to have.
+        tokenizer: of the model.
+        splits: tokenized examples.
+        settings: `sft` or `qat` of the configuration.
+        directory: of the stage; checkpoints and metrics.jsonl go there.
+        stage: its name, for messages.
+
+    Returns:
+        Steps, training loss, validation loss before and after, tokens seen.
+
+    Raises:
+        UserError: a setting that transformers refuses.
+    """
+    _warn_of_lost_updates(model, settings, stage)
+    trainer = _trainer(model, tokenizer, splits, settings, directory)
+    checkpoint = _last_whole_checkpoint(directory / CHECKPOINTS_DIR, stage)
+    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
+    forget_metrics_after(directory, step)
+    if checkpoint is None:
+        trainer.evaluate()
+    else:
+        say(stage, f"going on from step {step}")
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except CodecError as error:
+        raise _diverged(settings, stage, str(error)) from error
+    if not _has_validation_loss(directory, trainer.state.global_step):
+        trainer.evaluate()
+    return {"steps": trainer.state.global_step, **_outcome(directory, settings, stage), **splits.counts}
+
+
+def _outcome(directory: Path, settings: TrainConfig, stage: str) -> dict[str, float]:
+    """First and last figures of metrics.jsonl, which survives interruptions (the trainer's own averages do not)."""
+    lines = read_metrics(directory)
+    validation = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    training = [line["loss"] for line in lines if "loss" in line]
+    if not all(math.isfinite(loss) for loss in (*validation, *training)):
+        raise _diverged(settings, stage, "the loss is not finite")
+    return {
+        "train_loss_first": training[0],
+        "train_loss_last": training[-1],
+        "validation_loss_before": validation[0],
+        "validation_loss": validation[-1],
+    }
+
+
+def _has_validation_loss(directory: Path, step: int) -> bool:
+    return any("eval_loss" in line and line["step"] == step for line in read_metrics(directory))
+
+
+def _diverged(settings: TrainConfig, stage: str, reason: str) -> UserError:
+    return UserError(f"{stage}.learning_rate={settings.learning_rate}: training diverged ({reason}). Lower it.")
+
+
+class _Trainer(SFTTrainer):
+    """TRL's trainer with our validation loss.
+
+    Overridden because transformers 5.14 averages validation loss over batches, so that it depends on the batch size and
+    differs from what `evaluate` reports; there is no public hook for a token-weighted mean.
+    """
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        loss = self._validation_loss()
+        metrics = {
+            f"{metric_key_prefix}_loss": loss.supervised,
+            f"{metric_key_prefix}_loss_all_tokens": loss.over_all,
+            f"{metric_key_prefix}_perplexity": loss.perplexity,
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _validation_loss(self) -> Loss:
+        """Every process takes every n-th batch; all take part in as many, for the sake of sharded models."""
+        batches = losses.batches(
+            self.eval_dataset, self.args.per_device_eval_batch_size, self.processing_class.pad_token_id
+        )
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = batches[rank::world]
+        sums = torch.zeros(4, dtype=torch.float64)
+        with self.accelerator.autocast():
+            for batch in mine:
+                sums += losses.sums(self.model, [batch])
+            if len(mine) < math.ceil(len(batches) / world):
+                losses.sums(self.model, batches[:1])
+        return losses.from_sums(self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu())
+
+
+class _Log(TrainerCallback):
+    """Writes what the trainer logs to metrics.jsonl, and marks checkpoints as whole."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if state.is_world_process_zero and logs:
+            log_metrics(self._directory, {"step": state.global_step, **logs})
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        wait_for_everyone()
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
+
+
+def _trainer(model: Any, tokenizer: Any, splits: Splits, settings: TrainConfig, directory: Path) -> _Trainer:
+    try:
+        arguments = _arguments(settings, directory)
+        trainer = _Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=splits.train,
+            eval_dataset=splits.validation,
+            processing_class=tokenizer,
+            callbacks=[_Log(directory)],
+        )
+    except ValueError as error:
+        raise UserError(f"training settings: {error}") from error
+    return trainer
+
+
+def _arguments(settings: TrainConfig, directory: Path) -> SFTConfig:
+    on_gpu = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=str(directory / CHECKPOINTS_DIR),
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler,
+        warmup_steps=settings.warmup_ratio,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        optim=settings.optimizer,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.precision is Precision.mixed_bf16,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        router_aux_loss_coef=settings.router_aux_loss_coef,
+        logging_steps=settings.logging_steps,
+        eval_strategy="steps",
+        eval_steps=settings.eval_steps,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=settings.save_total_limit,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu,
+        max_length=None,  # cut and counted when the data was prepared
+        shuffle_dataset=False,
+        packing=False,  # with eager attention packed documents see each other
+        report_to="none",
+        disable_tqdm=None if is_main_process() else True,
+    )
+
+
+def _last_whole_checkpoint(directory: Path, stage: str) -> Path | None:
+    """The newest checkpoint that was written to its end; later, broken ones are removed."""
+    found = sorted(directory.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    whole = [path for path in found if (path / _WHOLE).is_file()]
+    wait_for_everyone()
+    for path in found:
+        if path not in whole and is_main_process():
+            say(stage, f"removing {path.name}, which was interrupted while it was written")
+            shutil.rmtree(path)
+    wait_for_everyone()
+    return whole[-1] if whole else None
+
+
+def _warn_of_lost_updates(model: Any, settings: TrainConfig, stage: str) -> None:
+    trained_in_bf16 = any(p.requires_grad and p.dtype is torch.bfloat16 for p in model.parameters())
+    if trained_in_bf16 and settings.learning_rate < _LOWEST_SAFE_BF16_RATE:
+        warn(
+            stage,
+            f"{stage}.precision=bf16 at {stage}.learning_rate={settings.learning_rate}: most updates are smaller than"
+            " half a BF16 step and are lost (69 % at 2e-5, 84 % at 1e-5). Use mixed_bf16, or expect little to change.",
+        )
