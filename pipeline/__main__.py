@@ -18,8 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline import command_line, config
-from pipeline.tracking import is_main_process
 from pipeline.errors import CheckFailed, UserError, user_errors
+from pipeline.tracking import is_main_process
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -39,8 +39,7 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store("schema", config.PipelineConfig)
     for path in sorted(RECIPES_DIR.glob("*.yaml")):
-        node = OmegaConf.load(path)
-        node["recipe"] = path.stem
+        node = OmegaConf.merge(OmegaConf.load(path), {"recipe": path.stem})
         store.store(path.stem, node, group="recipe", package="_global_", provider=str(path))
 
 
@@ -75,7 +74,7 @@ def _status(arguments: list[str]) -> int:
         return _report(UserError("interrupted; run the same command again to go on"), 130)
     except SystemExit as leaving:
         return int(leaving.code or 0) if not isinstance(leaving.code, str) else _report(UserError(leaving.code), 1)
-    except Exception:
+    except Exception:  # noqa: BLE001 - the one place that turns any bug into its traceback and status 1
         traceback.print_exc()
         return 1
 

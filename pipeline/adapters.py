@@ -14,8 +14,6 @@ from pipeline.checkpoints import ADAPTER_WEIGHTS
 from pipeline.config import LoraConfig, LoraTarget
 from pipeline.errors import UserError
 
-ADAPTER_CONFIG = "adapter_config.json"
-
 _ADAPTER = "default"
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _EXPERTS = ("gate_up_proj", "down_proj")
@@ -109,7 +107,9 @@ class Merger:
                 side = "lora_A" if factor is module.lora_A else "lora_B"
                 factor[_ADAPTER].weight = torch.nn.Parameter(weights.pop(f"{name}.{side}.weight"))
         if weights:
-            raise UserError(f"{directory / ADAPTER_WEIGHTS}: holds tensors of no adapter: {', '.join(sorted(weights)[:3])}.")
+            raise UserError(
+                f"{directory / ADAPTER_WEIGHTS}: holds tensors of no adapter: {', '.join(sorted(weights)[:3])}."
+            )
 
     def __contains__(self, name: str) -> bool:
         """Whether a parameter of the plain model has an adapter."""

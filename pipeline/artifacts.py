@@ -89,6 +89,7 @@ def build(
     work: Callable[[Path], Result],
     data: str | None = None,
     on_every_process: bool = False,
+    is_report: bool = False,
 ) -> Artifact:
     """Run `work` unless its result is there already, and publish what it leaves in the stage's directory.
 
@@ -100,21 +101,27 @@ def build(
         work: fills the directory that it is given; finds there what an interrupted run of the same settings left.
         data: fingerprint of the data set, where one is used.
         on_every_process: whether `work` is a joint effort of all processes (training), or the main process' alone.
+        is_report: a report costs little and must tell of what is there now: when its inputs changed it is made anew,
+            saying so, where a model would be protected by an error. `work` finds the earlier report's files.
 
     Raises:
         UserError: the directory is complete or unfinished with other settings or parents, or not writable.
     """
     directory = stage_dir(config, stage.name)
-    inputs = {"settings": _chosen(config, settings), "parents": dict(parents), "data": data}
+    inputs = {"settings": chosen(config, settings), "parents": dict(parents), "data": data}
     if (directory / ARTIFACT_FILE).is_file() and not config.overwrite:
         done = load(directory)
-        _raise_if_changed(directory, _inputs_of(done), inputs, "is complete, but was made with other inputs")
-        say(stage.name, f"up to date: {directory}")
-        return done
-    _raise_if_unfinished_differs(config, directory, inputs)
+        if not is_report:
+            _raise_if_changed(directory, _inputs_of(done), inputs, "is complete, but was made with other inputs")
+        if _inputs_of(done) == inputs:
+            say(stage.name, f"up to date: {directory}")
+            return done
+        say(stage.name, f"made anew, since {'; '.join(_differences(_inputs_of(done), inputs))}")
+    if not is_report:
+        _raise_if_unfinished_differs(config, directory, inputs)
     wait_for_everyone()
     if is_main_process():
-        _prepare(config, directory, inputs)
+        _prepare(config, directory, inputs, keep_files=is_report and not config.overwrite)
     wait_for_everyone()
     started = time.monotonic()
     result = work(directory) if on_every_process or is_main_process() else None
@@ -126,8 +133,8 @@ def build(
     return load(directory)
 
 
-def load(directory: Path) -> Artifact:
-    """Read a complete stage's artifact.json and check that its files are all there.
+def load(directory: Path, check_files: bool = True) -> Artifact:
+    """Read a complete stage's artifact.json and check that its files are all there, in their sizes.
 
     Raises:
         UserError: no artifact.json, an unreadable one, or a missing or changed file.
@@ -138,8 +145,10 @@ def load(directory: Path) -> Artifact:
         known = {item.name for item in dataclasses.fields(Artifact)} - {"directory", "kind"}
         artifact = Artifact(directory, kind=Kind[record["kind"]], **{name: record[name] for name in known})
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a readable artifact ({error}). Run its stage again with overwrite=true.") from error
-    for name, size in artifact.files.items():
+        raise UserError(
+            f"{path}: not a readable artifact ({error}). Run its stage again with overwrite=true."
+        ) from error
+    for name, size in artifact.files.items() if check_files else ():
         file = directory / name
         if not file.is_file() or file.stat().st_size != size:
             state = "changed in size since it was written" if file.is_file() else "missing"
@@ -147,7 +156,7 @@ def load(directory: Path) -> Artifact:
     return artifact
 
 
-def require(config: PipelineConfig, stage: Stage) -> Artifact:
+def require(config: PipelineConfig, stage: Stage, check_files: bool = True) -> Artifact:
     """The complete artifact of another stage of this run.
 
     Raises:
@@ -160,7 +169,7 @@ def require(config: PipelineConfig, stage: Stage) -> Artifact:
             f"stage={config.stage.name} needs {directory}, which is {state}."
             f" Run first: python -m pipeline stage={stage.name} recipe={config.recipe} run_dir={config.run_dir}"
         )
-    return load(directory)
+    return load(directory, check_files)
 
 
 def is_complete(config: PipelineConfig, stage: Stage) -> bool:
@@ -200,10 +209,13 @@ def write_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
-def _prepare(config: PipelineConfig, directory: Path, inputs: dict[str, Any]) -> None:
-    """Leave an empty directory, or the unfinished one of the same inputs."""
+def _prepare(config: PipelineConfig, directory: Path, inputs: dict[str, Any], keep_files: bool) -> None:
+    """Leave an empty directory, or the unfinished one of the same inputs, or (keep_files) a report's."""
     try:
-        if (directory / ARTIFACT_FILE).exists() or _unfinished(directory) not in (None, inputs):
+        if keep_files:
+            (directory / ARTIFACT_FILE).unlink(missing_ok=True)
+            (directory / METRICS_FILE).unlink(missing_ok=True)
+        elif (directory / ARTIFACT_FILE).exists() or _unfinished(directory) not in (None, inputs):
             shutil.rmtree(directory)  # only with overwrite=true: _raise_if_… have let it pass
         directory.mkdir(parents=True, exist_ok=True)
         if (directory / UNFINISHED_FILE).exists():
@@ -267,7 +279,7 @@ def _git_commit() -> str | None:
     return (commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")) or None
 
 
-def _chosen(config: PipelineConfig, keys: tuple[str, ...]) -> dict[str, Any]:
+def chosen(config: PipelineConfig, keys: tuple[str, ...]) -> dict[str, Any]:
     """The settings under `keys`, flat: dotted key -> plain value."""
     node = OmegaConf.structured(config)
     flat: dict[str, Any] = {}
@@ -311,16 +323,21 @@ def _raise_if_unfinished_differs(config: PipelineConfig, directory: Path, inputs
 
 
 def _raise_if_changed(directory: Path, before: dict[str, Any], now: dict[str, Any], what: str) -> None:
-    differences = [
+    differences = _differences(before, now)
+    if differences:
+        raise UserError(
+            f"{directory} {what}: {'; '.join(differences)}."
+            " Use overwrite=true to rebuild it, or another run_dir to keep it."
+        )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    found = [
         f"{key}: was {old!r}, is {new!r}"
         for part in ("settings", "parents")
         for key in sorted({*before[part], *now[part]})
         if (old := before[part].get(key)) != (new := now[part].get(key))
     ]
     if before["data"] != now["data"]:
-        differences.append(f"the data set's contents: fingerprint was {before['data']}, is {now['data']}")
-    if differences:
-        raise UserError(
-            f"{directory} {what}: {'; '.join(differences)}."
-            " Use overwrite=true to rebuild it, or another run_dir to keep it."
-        )
+        found.append(f"the data set's contents: fingerprint was {before['data']}, is {now['data']}")
+    return found

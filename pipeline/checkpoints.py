@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pipeline.artifacts import BOOKKEEPING, write_json
 from pipeline.errors import UserError, user_errors
 from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, packed_layout, plain_layout
 from pipeline.numerics.codec import decode
@@ -27,6 +28,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 
 _MOST_PROBLEMS = 8
 _FLOATING = ("BF16", "F32", "F16")
@@ -175,10 +177,50 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def copy_side_files(source: Path, target: Path) -> list[str]:
     """Copy what is neither weights nor config: tokenizer, chat template, generation config, licence. Their names."""
-    names = [p.name for p in sorted(source.iterdir()) if p.is_file() and _is_side_file(p.name)]
+    names = side_files(source)
     for name in names:
         shutil.copyfile(source / name, target / name)
     return names
+
+
+def side_files(directory: Path) -> list[str]:
+    """Names of the files that go with a model, but are neither weights nor config nor this program's own."""
+    return [p.name for p in sorted(directory.iterdir()) if p.is_file() and _is_side_file(p.name)]
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a model directory.
+
+    Raises:
+        UserError: there is none, it has no chat template, or its vocabulary does not fit the model.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}: no usable tokenizer ({str(error).strip().splitlines()[0]}).") from error
+    if not tokenizer.chat_template:
+        raise UserError(f"{directory}: the tokenizer has no chat template (chat_template.jinja).")
+    vocabulary = read_config(directory)["vocab_size"]
+    if len(tokenizer) > vocabulary:
+        raise UserError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}.")
+    return tokenizer
+
+
+def write_config(directory: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """config.json of a plain checkpoint: `config` without quantization, with its type."""
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
+    write_json(directory / CONFIG, {**plain, "dtype": str(dtype).removeprefix("torch.")})
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """The same file in another place: a hard link where the file system allows it."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def write_sharded(directory: Path, pieces: list[Piece], shard_bytes: int, what: str) -> int:
@@ -193,9 +235,7 @@ def write_sharded(directory: Path, pieces: list[Piece], shard_bytes: int, what: 
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     total = sum(_bytes(piece) for piece in pieces)
     missing = [
-        (directory / name, shard)
-        for name, shard in zip(names, shards, strict=True)
-        if not (directory / name).is_file()
+        (directory / name, shard) for name, shard in zip(names, shards, strict=True) if not (directory / name).is_file()
     ]
     _raise_if_disk_too_small(directory, sum(_bytes(piece) for _, shard in missing for piece in shard))
     with progress(total=total, what=what, unit="B") as bar:
@@ -246,7 +286,7 @@ def _write_shard(path: Path, shard: list[Piece], advance: Callable[[int], object
             for name, info in piece.tensors.items():
                 _raise_if_unlike(name, made[name], info)
                 file.seek(start + header[name]["data_offsets"][0])
-                file.write(memoryview(made[name].contiguous().view(torch.uint8).flatten().cpu().numpy()))
+                file.write(made[name].contiguous().view(torch.uint8).flatten().cpu().numpy().data)
                 advance(info.bytes)
         file.flush()
         os.fsync(file.fileno())
@@ -273,7 +313,7 @@ def _raise_if_disk_too_small(directory: Path, needed: int) -> None:
 
 def _is_side_file(name: str) -> bool:
     return not (
-        name in {CONFIG, INDEX, "artifact.json", "config.yaml", "metrics.jsonl", "unfinished.json", ".gitattributes"}
+        name in {CONFIG, INDEX, ADAPTER_CONFIG, ".gitattributes", *BOOKKEEPING}
         or name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".tmp", ".lock"))
     )
 
@@ -321,11 +361,10 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         return {name: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
 
 
-def _index_problems(
-    directory: Path, weight_map: dict[str, str], files: dict[str, dict[str, TensorInfo]]
-) -> list[str]:
+def _index_problems(directory: Path, weight_map: dict[str, str], files: dict[str, dict[str, TensorInfo]]) -> list[str]:
     stored = {(name, file) for file, tensors in files.items() for name in tensors}
     listed = set(weight_map.items())
     return [
-        f"{directory / INDEX}: says that {name} is in {file}, where it is not." for name, file in sorted(listed - stored)
+        f"{directory / INDEX}: says that {name} is in {file}, where it is not."
+        for name, file in sorted(listed - stored)
     ] + [f"{directory / file}: holds {name}, which is not in {INDEX}." for name, file in sorted(stored - listed)]

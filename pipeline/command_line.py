@@ -162,4 +162,6 @@ def _default(item: Any) -> str:
 
 
 def _values(kind: Any) -> str:
-    return f" ({' | '.join(member.name for member in kind)})" if inspect.isclass(kind) and issubclass(kind, Enum) else ""
+    return (
+        f" ({' | '.join(member.name for member in kind)})" if inspect.isclass(kind) and issubclass(kind, Enum) else ""
+    )

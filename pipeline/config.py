@@ -110,7 +110,7 @@ class ModelConfig:
     """The model to start from."""
 
     path: str = MISSING
-    """Checkpoint to start from: a directory or a hub id, MXFP4 or BF16; `synthetic://tiny` makes one from model.tiny."""
+    """Checkpoint to start from: a directory or a hub id, MXFP4 or BF16; `synthetic://tiny` makes model.tiny."""
     revision: Optional[str] = None
     """Revision of a hub id: branch, tag or commit."""
     dtype: Dtype = Dtype.bfloat16
@@ -254,7 +254,7 @@ class VerifyConfig:
     samples: int = 8
     """Validation examples whose logits are compared."""
     logits_tolerance: float = 1.0e-4
-    """Largest allowed difference of a logit. The weights are compared bit for bit; here only summation order differs."""
+    """Largest allowed difference of a logit; the weights are compared bit for bit, here sums may differ in order."""
 
 
 @dataclass
@@ -360,8 +360,8 @@ def problems(config: PipelineConfig) -> list[str]:
     both_lora = config.sft.method is Method.lora and config.qat.method is Method.lora
     if both_lora and config.sft.lora != config.qat.lora:
         found.append(
-            f"qat.lora={_shown(config.qat.lora)} differs from sft.lora={_shown(config.sft.lora)}: QAT goes on with SFT's"
-            " adapters. Give both the same values."
+            f"qat.lora={_shown(config.qat.lora)} differs from sft.lora={_shown(config.sft.lora)}: QAT goes on with"
+            " SFT's adapters. Give both the same values."
         )
     return found
 
@@ -429,7 +429,7 @@ def _select(config: Any, key: str) -> Any:
 
 def _leaf_keys(node: DictConfig, prefix: str = "") -> list[str]:
     keys: list[str] = []
-    for name in node:
+    for name in map(str, node):
         child = node._get_node(name)
         if isinstance(child, DictConfig) and not child._is_none() and len(child):
             keys += _leaf_keys(child, f"{prefix}{name}.")

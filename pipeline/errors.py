@@ -2,6 +2,9 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -31,7 +34,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
 
 
-def pick(table: dict, name: str, what: str) -> object:
+def pick(table: dict[str, T], name: str, what: str) -> T:
     """table[name], or a UserError that lists what there is."""
     if name in table:
         return table[name]

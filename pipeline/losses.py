@@ -55,7 +55,9 @@ def batches(examples: Any, batch_size: int, pad_token_id: int) -> list[dict[str,
             {
                 "input_ids": pad_sequence(columns["input_ids"], batch_first=True, padding_value=pad_token_id),
                 "labels": pad_sequence(columns["labels"], batch_first=True, padding_value=IGNORED),
-                "attention_mask": pad_sequence([torch.ones_like(ids) for ids in columns["input_ids"]], batch_first=True),
+                "attention_mask": pad_sequence(
+                    [torch.ones_like(ids) for ids in columns["input_ids"]], batch_first=True
+                ),
             }
         )
     return made

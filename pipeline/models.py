@@ -5,7 +5,6 @@ A stage leaves a full checkpoint or adapters on the checkpoint of an earlier sta
 """
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,15 @@ import torch
 from torch import Tensor
 
 from pipeline import adapters, quantizer
-from pipeline.artifacts import ARTIFACT_FILE, Artifact, Kind, is_complete, load, require, write_json
-from pipeline.checkpoints import CONFIG, Checkpoint, Piece, copy_side_files, read_config, write_sharded
-from pipeline.config import Precision, PipelineConfig, Stage, TrainConfig
+from pipeline.artifacts import ARTIFACT_FILE, Artifact, Kind, is_complete, load, require
+from pipeline.checkpoints import Checkpoint, Piece, copy_side_files, read_config, write_config, write_sharded
+from pipeline.config import PipelineConfig, Precision, Stage, TrainConfig
 from pipeline.errors import CheckFailed, UserError
 from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, plain_layout
 from pipeline.numerics.codec import fake_quantize
 from pipeline.numerics.formats import FORMATS
 from pipeline.source import sampled_fingerprint
+from pipeline.tracking import is_main_process, shows_progress
 
 MODEL_STAGES = (Stage.upcast, Stage.sft, Stage.quantize, Stage.qat, Stage.export)
 """Stages that leave a model, oldest first."""
@@ -145,22 +145,36 @@ def model_config(directory: Path) -> Any:
     return AutoConfig.from_pretrained(directory)
 
 
+def _quieten() -> None:
+    """Say nothing of transformers' own where there is no terminal, and nothing of MXFP4 kernels that are not wanted."""
+    from transformers.utils import logging
+
+    if not shows_progress():
+        logging.disable_progress_bar()
+    logging.get_logger("transformers.quantizers.quantizer_mxfp4").setLevel(logging.ERROR)
+
+
 def load_plain(directory: Path, dtype: torch.dtype, **arguments: Any) -> Any:
     """A checkpoint as transformers loads it; an MXFP4 one is decoded.
 
     Raises:
         CheckFailed: a tensor is missing, unexpected or of another shape, which transformers only prints.
     """
-    from transformers import AutoModelForCausalLM, Mxfp4Config
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import Mxfp4Config
 
+    _quieten()
     if "quantization_config" in read_config(directory):
         arguments["quantization_config"] = Mxfp4Config(dequantize=True)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, output_loading_info=True, **{"attn_implementation": "eager", **arguments}
     )
+    model, info = loaded
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
         raise CheckFailed(f"{directory}: transformers could not load it whole: {wrong}")
+    for parameter in model.parameters():  # transformers 5.14 leaves decoded experts in BF16, whatever the dtype
+        parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -175,7 +189,7 @@ def load_quantized(ref: ModelRef, dtype: torch.dtype, trainable: bool = False, *
 
 
 def load_to_train(ref: ModelRef, train: TrainConfig) -> Any:
-    """A model as the training stage needs it: quantizers and adapters of `ref` restored, weights in `train.precision`."""
+    """A model as a training stage needs it: quantizers and adapters of `ref` in place, in `train.precision`."""
     model = load_quantized(
         ref, TRAIN_DTYPES[train.precision], trainable=True, attn_implementation=train.attn_implementation
     )
@@ -194,26 +208,6 @@ def load_effective(ref: ModelRef, dtype: torch.dtype) -> Any:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a model directory.
-
-    Raises:
-        UserError: there is none, it has no chat template, or its vocabulary does not fit the model.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory}: no usable tokenizer ({str(error).strip().splitlines()[0]}).") from error
-    if not tokenizer.chat_template:
-        raise UserError(f"{directory}: the tokenizer has no chat template (chat_template.jinja).")
-    vocabulary = read_config(directory)["vocab_size"]
-    if len(tokenizer) > vocabulary:
-        raise UserError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}.")
-    return tokenizer
-
-
 def save(model: Any, ref: ModelRef, directory: Path, train: TrainConfig) -> tuple[Kind, dict[str, Any]]:
     """Write a trained model next to the side files of `ref`, the model that training started from.
 
@@ -225,23 +219,15 @@ def save(model: Any, ref: ModelRef, directory: Path, train: TrainConfig) -> tupl
     """
     dtype = TRAIN_DTYPES[train.precision]
     details: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
-    if adapters.is_adapted(model):
+    if is_main_process():
         model.save_pretrained(directory)
-        (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty template of a model card
-        base = ref.base if ref.adapter else ref.directory
-        copy_side_files(base, directory)
-        return Kind.adapter, {**details, "base": os.path.relpath(base, directory.parent)}
-    model.save_pretrained(directory)
-    copy_side_files(ref.base, directory)
-    write_config(directory, read_config(ref.base), dtype)
-    Checkpoint(directory).close()
+        copy_side_files(ref.base, directory)
+    if adapters.is_adapted(model):
+        return Kind.adapter, {**details, "base": os.path.relpath(ref.base, directory.parent)}
+    if is_main_process():
+        write_config(directory, read_config(ref.base), dtype)
+        Checkpoint(directory).close()
     return Kind.checkpoint, details
-
-
-def write_config(directory: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
-    """config.json of a plain checkpoint: `config` without quantization, with its type."""
-    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
-    write_json(directory / CONFIG, {**plain, "dtype": str(dtype).removeprefix("torch.")})
 
 
 def write_plain(ref: ModelRef, directory: Path, shard_bytes: int) -> None:
@@ -255,14 +241,3 @@ def write_plain(ref: ModelRef, directory: Path, shard_bytes: int) -> None:
     write_sharded(directory, pieces, shard_bytes, "merging")
     copy_side_files(ref.base, directory)
     write_config(directory, weights.checkpoint.config, ref.dtype)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """The same file in another place: a hard link where the file system allows it."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-

@@ -84,9 +84,7 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
 
     try:
         return Path(
-            snapshot_download(
-                hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_OTHER_LAYOUTS
-            )
+            snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_OTHER_LAYOUTS)
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -62,5 +62,9 @@ def progress(items: Iterable | None = None, total: int | None = None, what: str 
     """A progress bar on the terminal; silent on other processes and when the output is not a terminal."""
     from tqdm.auto import tqdm
 
-    disabled = None if is_main_process() else True  # None: tqdm decides by whether stderr is a terminal
-    return tqdm(items, total=total, desc=what, unit=unit, unit_scale=unit == "B", disable=disabled)
+    return tqdm(items, total=total, desc=what, unit=unit, unit_scale=unit == "B", disable=not shows_progress())
+
+
+def shows_progress() -> bool:
+    """Whether progress bars make sense: on the main process, on a terminal."""
+    return is_main_process() and sys.stderr.isatty()

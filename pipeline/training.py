@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from pipeline import losses
@@ -25,6 +25,7 @@ from pipeline.tracking import (
     log_metrics,
     read_metrics,
     say,
+    shows_progress,
     wait_for_everyone,
     warn,
 )
@@ -53,7 +54,7 @@ def train(
         UserError: a setting that transformers refuses.
     """
     _warn_of_lost_updates(model, settings, stage)
-    trainer = _trainer(model, tokenizer, splits, settings, directory)
+    trainer = _trainer(model, tokenizer, splits, settings, directory, stage)
     checkpoint = _last_whole_checkpoint(directory / CHECKPOINTS_DIR, stage)
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
     forget_metrics_after(directory, step)
@@ -113,9 +114,8 @@ class _Trainer(SFTTrainer):
 
     def _validation_loss(self) -> Loss:
         """Every process takes every n-th batch; all take part in as many, for the sake of sharded models."""
-        batches = losses.batches(
-            self.eval_dataset, self.args.per_device_eval_batch_size, self.processing_class.pad_token_id
-        )
+        tokenizer: Any = self.processing_class
+        batches = losses.batches(self.eval_dataset, self.args.per_device_eval_batch_size, tokenizer.pad_token_id)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         mine = batches[rank::world]
         sums = torch.zeros(4, dtype=torch.float64)
@@ -130,12 +130,15 @@ class _Trainer(SFTTrainer):
 class _Log(TrainerCallback):
     """Writes what the trainer logs to metrics.jsonl, and marks checkpoints as whole."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, stage: str) -> None:
         self._directory = directory
+        self._stage = stage
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:
             log_metrics(self._directory, {"step": state.global_step, **logs})
+            if "eval_loss" in logs:
+                say(self._stage, f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         wait_for_everyone()
@@ -143,7 +146,9 @@ class _Log(TrainerCallback):
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
 
 
-def _trainer(model: Any, tokenizer: Any, splits: Splits, settings: TrainConfig, directory: Path) -> _Trainer:
+def _trainer(
+    model: Any, tokenizer: Any, splits: Splits, settings: TrainConfig, directory: Path, stage: str
+) -> _Trainer:
     try:
         arguments = _arguments(settings, directory)
         trainer = _Trainer(
@@ -152,8 +157,9 @@ def _trainer(model: Any, tokenizer: Any, splits: Splits, settings: TrainConfig, 
             train_dataset=splits.train,
             eval_dataset=splits.validation,
             processing_class=tokenizer,
-            callbacks=[_Log(directory)],
+            callbacks=[_Log(directory, stage)],
         )
+        trainer.remove_callback(PrinterCallback)
     except ValueError as error:
         raise UserError(f"training settings: {error}") from error
     return trainer
@@ -192,7 +198,7 @@ def _arguments(settings: TrainConfig, directory: Path) -> SFTConfig:
         shuffle_dataset=False,
         packing=False,  # with eager attention packed documents see each other
         report_to="none",
-        disable_tqdm=None if is_main_process() else True,
+        disable_tqdm=not shows_progress(),
     )
 
 

@@ -27,9 +27,9 @@ def write(weights: Weights, source: Source, directory: Path, shard_bytes: int) -
     experts = {projection.name: projection for projection in expert_projections(weights.shape)}
     for projection in experts.values():
         _raise_if_not_divisible(projection)
-    pieces = [
-        _other_piece(weights, name, info) for name, info in other_tensors(weights.shape).items()
-    ] + [_expert_piece(weights, projection) for projection in experts.values()]
+    pieces = [_other_piece(weights, name, info) for name, info in other_tensors(weights.shape).items()] + [
+        _expert_piece(weights, projection) for projection in experts.values()
+    ]
     pieces.sort(key=lambda piece: _order(next(iter(piece.tensors))))
     total = write_sharded(directory, pieces, shard_bytes, "export")
     copy_side_files(source.directory, directory)

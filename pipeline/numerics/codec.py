@@ -76,7 +76,7 @@ def fake_quantize(values: Tensor, block_format: BlockFormat) -> Tensor:
     Raises:
         CodecError: as `encode`.
     """
-    return _StraightThrough.apply(values, block_format)  # type: ignore[no-untyped-call]
+    return _StraightThrough.apply(values, block_format)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -148,6 +148,4 @@ def _table(values: tuple[float, ...], like: Tensor) -> Tensor:
 _INVERSE_SCALES = tuple(2.0 ** (E8M0_BIAS - byte) for byte in range(254))
 
 # Between codes c and c + 1: the midpoint of their values, and whether the even one of the two codes is c + 1.
-_MIDPOINTS = tuple(
-    ((E2M1_VALUES[code] + E2M1_VALUES[code + 1]) / 2, (code + 1) % 2 == 0) for code in range(7)
-)
+_MIDPOINTS = tuple(((E2M1_VALUES[code] + E2M1_VALUES[code + 1]) / 2, (code + 1) % 2 == 0) for code in range(7))

@@ -16,7 +16,7 @@ E2M1_VALUES = E2M1_MAGNITUDES + tuple(-magnitude for magnitude in E2M1_MAGNITUDE
 E8M0_BIAS = 127
 E8M0_NAN = 255
 
-E8M0_VALUES = tuple(math.ldexp(1.0, byte - E8M0_BIAS) for byte in range(255)) + (math.nan,)
+E8M0_VALUES = (*(math.ldexp(1.0, byte - E8M0_BIAS) for byte in range(255)), math.nan)
 """Value of each scale byte: 2^(byte - 127); byte 255 is NaN."""
 
 

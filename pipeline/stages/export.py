@@ -1,5 +1,7 @@
 """export: any model of the run, or a directory, as a checkpoint for serving."""
 
+from pathlib import Path
+
 from pipeline import artifacts, models, source
 from pipeline.artifacts import Artifact, Kind, Result
 from pipeline.config import PipelineConfig, Stage
@@ -18,7 +20,7 @@ def run(config: PipelineConfig) -> Artifact:
     ref = models.find(config, config.export.source, _SOURCES, "export.source")
     base = source.locate(config)
 
-    def work(directory):
+    def work(directory: Path) -> Result:
         details = writer(Weights(ref), base, directory, config.export.shard_bytes)
         log_metrics(directory, details)
         return Result(Kind.packed, config.export.target, details={**details, **_origin(ref)})

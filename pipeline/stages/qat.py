@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pipeline import artifacts, data, models, quantizer, training
 from pipeline.artifacts import Artifact, Result
+from pipeline.checkpoints import load_tokenizer
 from pipeline.config import PipelineConfig, Stage
 from pipeline.data import Rows
 from pipeline.errors import pick
@@ -31,12 +32,12 @@ def run(config: PipelineConfig) -> Artifact:
 
 def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
     block_format = pick(FORMATS, config.format.name, "format.name")
-    tokenizer = models.load_tokenizer(start.base)
+    tokenizer = load_tokenizer(start.base)
     splits = data.prepare(config, rows, tokenizer)
     model = models.load_to_train(start, config.qat)
     details = training.train(model, tokenizer, splits, config.qat, directory, "qat")
     details["quantizers"] = quantizer.count(model, block_format)
-    kind, where = models.save(model, start, directory, config.qat) if is_main_process() else (None, {})
+    kind, where = models.save(model, start, directory, config.qat)
     if is_main_process():
         quantizer.save_state(model, directory)
-    return Result(kind, where.get("dtype"), block_format.name, {**details, **where})
+    return Result(kind, where["dtype"], block_format.name, {**details, **where})

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline import adapters, artifacts, data, losses, models, quantizer
 from pipeline.artifacts import Artifact, Kind, Result
+from pipeline.checkpoints import link_or_copy, load_tokenizer
 from pipeline.config import Method, PipelineConfig, Stage
 from pipeline.data import Rows
 from pipeline.errors import pick
@@ -48,7 +49,9 @@ def _quantize(config: PipelineConfig, block_format: BlockFormat, sft: ModelRef, 
         _run(model, batches[:1])
     fired.raise_unless_all(model)
     quantizer.save_state(model, directory)
-    say("quantize", f"{quantizers} expert weights are fake-quantized to {block_format.name}; each ran, nothing else did")
+    say(
+        "quantize", f"{quantizers} expert weights are fake-quantized to {block_format.name}; each ran, nothing else did"
+    )
     log_metrics(directory, {"quantizers": quantizers})
     return Result(kind, where["dtype"], block_format.name, {"quantizers": quantizers, **where})
 
@@ -62,13 +65,13 @@ def _take_form(config: PipelineConfig, sft: ModelRef, directory: Path) -> tuple[
         return Kind.checkpoint, replace(sft, directory=directory, base=directory, adapter=False), where
     if config.qat.method is Method.full or sft.adapter:
         for path in sorted(p for p in sft.directory.iterdir() if p.name not in artifacts.BOOKKEEPING and p.is_file()):
-            models.link_or_copy(path, directory / path.name)
+            link_or_copy(path, directory / path.name)
     kind = Kind.adapter if sft.adapter else Kind.checkpoint
     return kind, sft, {**where, "base": sft.base.name} if sft.adapter else where
 
 
 def _calibration_batches(config: PipelineConfig, rows: Rows, sft: ModelRef) -> list[Any]:
-    tokenizer = models.load_tokenizer(sft.base)
+    tokenizer = load_tokenizer(sft.base)
     train = data.prepare(config, rows, tokenizer).train
     chosen = train.select(range(min(config.quantize.calibration_samples, len(train))))
     return losses.batches(chosen, config.quantize.batch_size, tokenizer.pad_token_id)

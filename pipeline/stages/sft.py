@@ -4,10 +4,10 @@ from pathlib import Path
 
 from pipeline import adapters, artifacts, data, models, training
 from pipeline.artifacts import Artifact, Result
+from pipeline.checkpoints import load_tokenizer
 from pipeline.config import Method, PipelineConfig, Stage
 from pipeline.data import Rows
 from pipeline.models import ModelRef
-from pipeline.tracking import is_main_process
 
 _SETTINGS = ("data", "sft")
 
@@ -28,11 +28,11 @@ def run(config: PipelineConfig) -> Artifact:
 
 
 def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
-    tokenizer = models.load_tokenizer(start.base)
+    tokenizer = load_tokenizer(start.base)
     splits = data.prepare(config, rows, tokenizer)
     model = models.load_to_train(start, config.sft)
     if config.sft.method is Method.lora:
         model = adapters.attach(model, config.sft.lora, "sft")
     details = training.train(model, tokenizer, splits, config.sft, directory, "sft")
-    kind, where = models.save(model, start, directory, config.sft) if is_main_process() else (None, {})
-    return Result(kind, format=where.get("dtype"), details={**details, **where})
+    kind, where = models.save(model, start, directory, config.sft)
+    return Result(kind, format=where["dtype"], details={**details, **where})

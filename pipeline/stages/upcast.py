@@ -6,11 +6,18 @@ import torch
 
 from pipeline import artifacts, source
 from pipeline.artifacts import Artifact, Kind, Result
-from pipeline.checkpoints import Checkpoint, Piece, copy_side_files, write_sharded
+from pipeline.checkpoints import (
+    Checkpoint,
+    Piece,
+    copy_side_files,
+    link_or_copy,
+    load_tokenizer,
+    write_config,
+    write_sharded,
+)
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
 from pipeline.gpt_oss import plain_layout
-from pipeline.models import link_or_copy, load_tokenizer, write_config
 from pipeline.source import Source
 from pipeline.tracking import log_metrics, say
 

@@ -1,0 +1,105 @@
+"""evaluate: figures of one model of the run, of a directory, or of every model of the run, kept side by side."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from pipeline import artifacts, data, losses, models
+from pipeline.artifacts import Artifact, Kind, Result, is_complete, write_json
+from pipeline.checkpoints import load_tokenizer
+from pipeline.config import PipelineConfig, Stage
+from pipeline.data import Rows
+from pipeline.errors import UserError
+from pipeline.evals import EVALS
+from pipeline.evals.subject import Subject
+from pipeline.models import MODEL_STAGES, ModelRef, Weights
+from pipeline.tracking import log_metrics, say
+
+_SETTINGS = ("data", "model.dtype", "evaluate.max_samples", "evaluate.batch_size")
+_ALL = "all"
+
+
+def run(config: PipelineConfig) -> Artifact:
+    """Add the figures of `evaluate.source` to <run_dir>/evaluate, next to those measured before."""
+    rows = data.load_rows(config)
+    subjects = {ref.name: ref for ref in (*_measured_before(config), *_asked_for(config))}
+    return artifacts.build(
+        config,
+        Stage.evaluate,
+        _SETTINGS,
+        {name: ref.fingerprint for name, ref in subjects.items()},
+        lambda directory: _evaluate(config, list(subjects.values()), rows, directory),
+        data=rows.fingerprint,
+        is_report=True,
+    )
+
+
+def _asked_for(config: PipelineConfig) -> list[ModelRef]:
+    source = config.evaluate.source
+    if source != _ALL:
+        return [models.find(config, source, MODEL_STAGES, "evaluate.source")]
+    complete = [stage for stage in MODEL_STAGES if is_complete(config, stage)]
+    if not complete:
+        raise UserError(
+            f"evaluate.source={_ALL}: {config.run_dir} has no model yet."
+            f" Run first: python -m pipeline stage=upcast recipe={config.recipe} run_dir={config.run_dir}"
+        )
+    return [models.stage_ref(config, stage) for stage in complete]
+
+
+def _measured_before(config: PipelineConfig) -> list[ModelRef]:
+    """Stages of this run that an earlier report has; each is measured again only if it changed."""
+    if not is_complete(config, Stage.evaluate):
+        return []
+    names = artifacts.require(config, Stage.evaluate).parents
+    stages = [stage for stage in MODEL_STAGES if stage.name in names and is_complete(config, stage)]
+    return [models.stage_ref(config, stage) for stage in stages]
+
+
+def _evaluate(config: PipelineConfig, subjects: list[ModelRef], rows: Rows, directory: Path) -> Result:
+    results = {}
+    key = {"settings": artifacts.chosen(config, _SETTINGS), "data": rows.fingerprint}
+    reference = _reference(config, subjects)
+    for ref in subjects:
+        path = directory / f"{ref.name.strip('/').replace('/', '_')}.json"
+        inputs = {**key, "model": ref.fingerprint, "reference": reference.fingerprint}
+        figures = _kept(path, inputs)
+        if figures is None:
+            figures = _measure(config, ref, reference, rows)
+            write_json(path, {"inputs": inputs, "figures": figures})
+            say("evaluate", f"{ref.name}: validation loss {figures['validation_loss']:.4f}")
+        log_metrics(directory, {"model": ref.name, **figures})
+        results[ref.name] = figures
+    return Result(Kind.report, details={"reference": reference.name, "results": results})
+
+
+def _measure(config: PipelineConfig, ref: ModelRef, reference: ModelRef, rows: Rows) -> dict[str, float]:
+    tokenizer = load_tokenizer(ref.base)
+    validation = data.prepare(config, rows, tokenizer).validation
+    if config.evaluate.max_samples is not None:
+        validation = validation.select(range(min(config.evaluate.max_samples, len(validation))))
+    subject = Subject(
+        ref,
+        models.load_effective(ref, getattr(torch, config.model.dtype.name)),
+        Weights(ref),
+        Weights(reference),
+        losses.batches(validation, config.evaluate.batch_size, tokenizer.pad_token_id),
+    )
+    return {name: value for score in EVALS.values() for name, value in score(subject).items()}
+
+
+def _reference(config: PipelineConfig, subjects: list[ModelRef]) -> ModelRef:
+    """The model that weight errors are relative to."""
+    for stage in (Stage.sft, Stage.upcast):
+        if is_complete(config, stage):
+            return models.stage_ref(config, stage)
+    return subjects[0]
+
+
+def _kept(path: Path, inputs: dict) -> dict[str, float] | None:
+    """Figures measured before of the same model, data and settings."""
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return record["figures"] if record["inputs"] == inputs else None

@@ -1,0 +1,132 @@
+"""verify: prove that an export is right; the report says how far apart anything is, and a wrong export exits with 1."""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline import artifacts, data, losses, models, proof, source
+from pipeline.artifacts import Artifact, Kind, Result, write_json
+from pipeline.checkpoints import load_tokenizer
+from pipeline.config import PipelineConfig, Stage
+from pipeline.errors import CheckFailed, UserError
+from pipeline.models import ModelRef
+from pipeline.proof import Check
+from pipeline.source import Source
+from pipeline.tracking import is_main_process, log_metrics, say
+
+_SETTINGS = ("verify",)
+_REPORT = "report.json"
+
+
+def run(config: PipelineConfig) -> Artifact:
+    """Make <run_dir>/verify. Raises CheckFailed, and leaves the report but no artifact, if something is off."""
+    directory = _checkpoint(config)
+    reference = _reference(config)
+    ref, unknown = _trained(config, directory)
+    fingerprint, _ = artifacts.fingerprint_of(directory)
+    parents = {"checkpoint": fingerprint, "reference": reference.fingerprint}
+    if ref is not None:
+        parents["model"] = ref.fingerprint
+    return artifacts.build(
+        config,
+        Stage.verify,
+        _SETTINGS,
+        parents,
+        lambda into: _verify(config, directory, reference, ref, unknown, into),
+        is_report=True,
+    )
+
+
+def _verify(
+    config: PipelineConfig, directory: Path, reference: Source, ref: ModelRef | None, unknown: str, into: Path
+) -> Result:
+    checks = [proof.check_layout(directory, reference.directory)]
+    if checks[0].problems:
+        unknown = "the layout is wrong"
+    else:
+        checks.append(proof.check_scales(directory))
+    if ref is None or checks[0].problems:
+        checks.append(Check("weights and logits against the trained model", skipped=unknown))
+    else:
+        checks += _against_trained(config, directory, ref)
+    report = {
+        "checkpoint": str(directory),
+        "reference": str(reference.directory),
+        "trained_model": str(ref.directory) if ref is not None else None,
+        "checks": [_record(check) for check in checks],
+    }
+    write_json(into / _REPORT, report)
+    for check in checks:
+        log_metrics(into, {"check": check.title, "status": check.status, **check.measured})
+        _show(check)
+    wrong = [problem for check in checks for problem in check.problems]
+    if wrong:
+        raise CheckFailed(f"{directory} is not right: {len(wrong)} problems, see {into / _REPORT}. First: {wrong[0]}")
+    return Result(Kind.report, details={"checks": {check.title: check.status for check in checks}})
+
+
+def _against_trained(config: PipelineConfig, directory: Path, ref: ModelRef) -> list[Check]:
+    tokenizer = load_tokenizer(ref.base)
+    validation = data.prepare(config, data.load_rows(config), tokenizer).validation
+    batches = losses.batches(
+        validation.select(range(min(config.verify.samples, len(validation)))), 1, tokenizer.pad_token_id
+    )
+    trained = proof.TrainedModel(ref, batches)
+    return [
+        trained.check_experts(directory),
+        trained.check_others(directory),
+        trained.check_logits(directory, config.verify.logits_tolerance),
+    ]
+
+
+def _checkpoint(config: PipelineConfig) -> Path:
+    if config.verify.checkpoint is None:
+        return artifacts.require(config, Stage.export, check_files=False).directory
+    directory = Path(config.verify.checkpoint).expanduser().absolute()
+    if not directory.is_dir():
+        raise UserError(f"verify.checkpoint={config.verify.checkpoint}: no such directory.")
+    return directory
+
+
+def _reference(config: PipelineConfig) -> Source:
+    if config.verify.reference is None:
+        return source.locate(config)
+    directory = source.base_directory(config.verify.reference, config)
+    if not directory.is_dir():
+        raise UserError(f"verify.reference={config.verify.reference}: no such directory.")
+    return Source(directory, source.sampled_fingerprint(directory))
+
+
+def _trained(config: PipelineConfig, directory: Path) -> tuple[ModelRef | None, str]:
+    """The model that the export was made from, or why it is not known."""
+    if not (directory / artifacts.ARTIFACT_FILE).is_file():
+        return None, f"{directory} has no {artifacts.ARTIFACT_FILE} that names the model it was made from"
+    export = artifacts.load(directory, check_files=False)
+    origin = Path(export.details.get("exported_directory", ""))
+    if not origin.is_dir():
+        return None, f"the model that it was made from, {origin}, is not there any more"
+    ref = models.find(config, str(origin), (), "exported_directory")
+    if ref.fingerprint != export.parents.get("model"):
+        raise UserError(
+            f"{directory} was made from an earlier {ref.name} ({origin} has changed since)."
+            f" Export again: python -m pipeline stage=export recipe={config.recipe} run_dir={config.run_dir}"
+            " overwrite=true"
+        )
+    return ref, ""
+
+
+def _record(check: Check) -> dict[str, Any]:
+    return {
+        "title": check.title,
+        "status": check.status,
+        "problems": check.problems,
+        "measured": check.measured,
+        "skipped": check.skipped,
+    }
+
+
+def _show(check: Check) -> None:
+    figures = ", ".join(f"{name} {value:.6g}" for name, value in check.measured.items())
+    say("verify", f"{check.status:<12}{check.title}{f' ({figures})' if figures else ''}")
+    if is_main_process():
+        for line in [*check.problems, *([check.skipped] if check.skipped else [])]:
+            print(f"             {line}")
