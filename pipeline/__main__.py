@@ -54,10 +54,11 @@ def main() -> NoReturn:
     """Entry point of `python -m pipeline` and of the console script."""
     # Hydra prints a traceback and exits with 1 unless it is told to raise; setdefault would let the shell undo it.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.exit(_status(sys.argv[1:]))
+    sys.exit(status(sys.argv[1:]))
 
 
-def _status(arguments: list[str]) -> int:
+def status(arguments: list[str]) -> int:
+    """Run what the arguments (those in sys.argv) ask for; the exit status."""
     try:
         register()
         if command_line.asks_for_help(arguments):

@@ -1,7 +1,8 @@
 """The models of a run: where a stage's weights are, how they are loaded to train, and what the forward pass uses.
 
 A stage leaves a full checkpoint or adapters on the checkpoint of an earlier stage, with or without fake quantizers.
-`ModelRef` says which; everything that needs weights starts from it.
+`ModelRef` says which; everything that needs weights starts from it. peft and modelopt take ten seconds to import, so
+they are, here, only where a model has adapters or quantizers.
 """
 
 import os
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import adapters, quantizer
 from pipeline.artifacts import ARTIFACT_FILE, Artifact, Kind, is_complete, load, require
 from pipeline.checkpoints import Checkpoint, Piece, copy_side_files, read_config, write_config, write_sharded
 from pipeline.config import PipelineConfig, Precision, Stage, TrainConfig
@@ -110,7 +110,7 @@ class Weights:
         self.checkpoint = Checkpoint(ref.base)
         self.shape: Shape = self.checkpoint.shape
         self._experts = {projection.name for projection in expert_projections(self.shape)}
-        self._merger = adapters.Merger(ref.directory, model_config(ref.base), ref.dtype) if ref.adapter else None
+        self._merger = _merger(ref) if ref.adapter else None
 
     def names(self) -> list[str]:
         """Every tensor of the plain layout."""
@@ -138,11 +138,12 @@ class Weights:
         return quantized or (self._merger is not None and name in self._merger)
 
 
-def model_config(directory: Path) -> Any:
-    """transformers' configuration of a model directory."""
+def _merger(ref: ModelRef) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(directory)
+    from pipeline.adapters import Merger
+
+    return Merger(ref.directory, AutoConfig.from_pretrained(ref.base), ref.dtype)
 
 
 def _quieten() -> None:
@@ -182,8 +183,12 @@ def load_quantized(ref: ModelRef, dtype: torch.dtype, trainable: bool = False, *
     """A model with its adapters and its fake quantizers in place, the latter counted."""
     model = load_plain(ref.base, dtype, **arguments)
     if ref.adapter:
+        from pipeline import adapters
+
         model = adapters.load(model, ref.directory, trainable)
     if ref.fake_quantized is not None:
+        from pipeline import quantizer
+
         quantizer.restore(model, ref.directory, FORMATS[ref.fake_quantized])
     return model
 
@@ -217,12 +222,14 @@ def save(model: Any, ref: ModelRef, directory: Path, train: TrainConfig) -> tupl
     Returns:
         What it is, and what `of_artifact` needs to find it again.
     """
+    from pipeline.adapters import is_adapted
+
     dtype = TRAIN_DTYPES[train.precision]
     details: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
     if is_main_process():
         model.save_pretrained(directory)
         copy_side_files(ref.base, directory)
-    if adapters.is_adapted(model):
+    if is_adapted(model):
         return Kind.adapter, {**details, "base": os.path.relpath(ref.base, directory.parent)}
     if is_main_process():
         write_config(directory, read_config(ref.base), dtype)

@@ -4,6 +4,7 @@ ModelOpt keeps the books: which quantizers there are, what is saved and restored
 ModelOpt's public hook for backends, so that training sees the bits that export writes, on any device.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ _EXPERT_QUANTIZERS = f"*mlp.experts*_proj{_SUFFIX}"
 def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:
     """ModelOpt hands in the weights as (E, out, in): blocks run along the last dimension."""
     return fake_quantize(inputs, FORMATS[quantizer.backend_extra_args["format"]])
+
+
+# Said of every module type when processes are many; tensor parallelism, which it is about, is not used here.
+warnings.filterwarnings("ignore", message="Distributed training is initialized but no parallel_state")
 
 
 def register_backend() -> None:
