@@ -1,0 +1,49 @@
+"""Running the program in this process, and one smoke run that many tests look at."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import __main__ as program
+
+SHORT = (
+    "data.max_samples=80",
+    "sft.max_steps=12",
+    "sft.eval_steps=6",
+    "sft.save_steps=6",
+    "sft.logging_steps=2",
+    "qat.max_steps=6",
+    "qat.eval_steps=3",
+    "qat.save_steps=3",
+    "qat.logging_steps=2",
+    "verify.samples=2",
+)
+"""Settings that make the smoke recipe a matter of seconds."""
+
+
+def run_program(*arguments: str) -> int:
+    """The exit status of `python -m pipeline arguments…`, run in this process."""
+    before = sys.argv
+    sys.argv = ["pipeline", *arguments]
+    try:
+        return program.status(list(arguments))
+    finally:
+        sys.argv = before
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of recipe=smoke, every stage, short. Not to be written to."""
+    run_dir = tmp_path_factory.mktemp("smoke") / "run"
+    assert run_program("stage=all", "recipe=smoke", f"run_dir={run_dir}", *SHORT) == 0
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of recipe=smoke_lora with adapters on layer 1 alone. Not to be written to."""
+    run_dir = tmp_path_factory.mktemp("smoke_lora") / "run"
+    layers = ("sft.lora.layers=[1]", "qat.lora.layers=[1]")
+    assert run_program("stage=all", "recipe=smoke_lora", f"run_dir={run_dir}", *SHORT, *layers) == 0
+    return run_dir

@@ -1,0 +1,127 @@
+"""recipe=smoke through all stages: what it leaves behind, and what a second run does."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import SHORT, run_program
+
+from pipeline import artifacts
+from pipeline.checkpoints import Checkpoint, read_config, side_files
+from pipeline.config import Stage
+
+STAGES = [stage.name for stage in Stage if stage is not Stage.all]
+
+
+def metrics(run_dir: Path, stage: str) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def source_of(run_dir: Path) -> Path:
+    (directory,) = (run_dir / "source").iterdir()
+    return directory
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_leaves_a_complete_artifact(smoke_run: Path, stage: str) -> None:
+    record = json.loads((smoke_run / stage / "artifact.json").read_text())
+    assert record["stage"] == stage
+    assert record["fingerprint"] == artifacts.fingerprint_of(smoke_run / stage)[0]
+    assert {"libraries", "host", "device", "seconds", "peak_memory_bytes", "base_model", "git_commit"} <= record.keys()
+    assert (smoke_run / stage / "config.yaml").is_file()
+    assert metrics(smoke_run, stage)
+    assert not (smoke_run / stage / artifacts.UNFINISHED_FILE).exists()
+    assert not (smoke_run / stage / artifacts.CHECKPOINTS_DIR).exists()
+
+
+def test_parents_are_the_fingerprints_of_the_stages_before(smoke_run: Path) -> None:
+    load = {name: artifacts.load(smoke_run / name) for name in STAGES}
+    assert load["sft"].parents == {"upcast": load["upcast"].fingerprint}
+    assert load["quantize"].parents == {"sft": load["sft"].fingerprint}
+    assert load["qat"].parents == {"quantize": load["quantize"].fingerprint}
+    assert load["export"].parents["model"] == load["qat"].fingerprint
+    assert load["verify"].parents["checkpoint"] == load["export"].fingerprint
+
+
+def test_sft_learns(smoke_run: Path) -> None:
+    details = artifacts.load(smoke_run / "sft").details
+    assert details["validation_loss"] < 0.6 * details["validation_loss_before"]
+    training = [line["loss"] for line in metrics(smoke_run, "sft") if "loss" in line]
+    assert training[-1] < 0.6 * training[0]
+
+
+def test_qat_improves_on_the_quantized_model(smoke_run: Path) -> None:
+    results = artifacts.load(smoke_run / "evaluate").details["results"]
+    assert results["qat"]["validation_loss"] < results["quantize"]["validation_loss"]
+    assert results["quantize"]["validation_loss"] != results["sft"]["validation_loss"]
+
+
+def test_training_and_evaluate_report_the_same_validation_loss(smoke_run: Path) -> None:
+    results = artifacts.load(smoke_run / "evaluate").details["results"]
+    for stage in ("sft", "qat"):
+        trained = artifacts.load(smoke_run / stage).details["validation_loss"]
+        assert results[stage]["validation_loss"] == pytest.approx(trained, rel=1e-5)
+
+
+def test_the_export_has_the_names_shapes_types_and_configuration_of_the_source(smoke_run: Path) -> None:
+    source, export = Checkpoint(source_of(smoke_run)), Checkpoint(smoke_run / "export")
+    assert export.tensors == source.tensors
+    assert export.config == source.config
+    for name in side_files(source.directory):
+        assert (export.directory / name).read_bytes() == (source.directory / name).read_bytes()
+
+
+def test_the_export_differs_from_the_source_where_training_reached(smoke_run: Path) -> None:
+    source, export = Checkpoint(source_of(smoke_run)), Checkpoint(smoke_run / "export")
+    blocks = [name for name in export.tensors if name.endswith("_blocks")]
+    assert all((export.read(name) != source.read(name)).any() for name in blocks)
+
+
+def test_the_upcast_keeps_the_configuration_but_for_quantization(smoke_run: Path) -> None:
+    config = read_config(source_of(smoke_run))
+    del config["quantization_config"]
+    assert read_config(smoke_run / "upcast") == {**config, "dtype": "bfloat16"}
+
+
+def test_the_comparison_has_a_row_for_every_model(smoke_run: Path) -> None:
+    rows = json.loads((smoke_run / "compare" / "compare.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["upcast", "sft", "quantize", "qat", "export"]
+    figures = {row["model"]: row for row in rows}
+    assert figures["sft"]["relative_weight_error"] == 0
+    assert 0.05 < figures["quantize"]["relative_weight_error"] < 0.2
+    assert figures["export"]["relative_weight_error"] == figures["qat"]["relative_weight_error"]
+    assert figures["export"]["weight_bytes"] < 0.3 * figures["sft"]["weight_bytes"]
+    table = (smoke_run / "compare" / "compare.md").read_text()
+    assert all(f"| {row['model']} |" in table for row in rows)
+
+
+def test_the_proof_found_no_difference(smoke_run: Path) -> None:
+    report = json.loads((smoke_run / "verify" / "report.json").read_text())
+    assert [check["status"] for check in report["checks"]] == ["ok"] * 5
+    by_title = {check["title"].split(":")[0]: check["measured"] for check in report["checks"]}
+    assert by_title["experts"]["differing_values"] == 0
+    assert by_title["experts"]["values"] == 2 * 8 * (64 * 192 + 96 * 64)
+    assert by_title["logits"]["largest_difference"] == 0
+
+
+def test_a_second_run_does_nothing(smoke_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in smoke_run.rglob("*") if path.is_file()}
+    assert run_program("stage=all", "recipe=smoke", f"run_dir={smoke_run}", *SHORT) == 0
+    assert capsys.readouterr().out.count("up to date") == len(STAGES)
+    assert {path: path.stat().st_mtime_ns for path in smoke_run.rglob("*") if path.is_file()} == before
+
+
+def test_a_changed_setting_is_named_and_nothing_is_touched(
+    smoke_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("stage=sft", "recipe=smoke", f"run_dir={smoke_run}", *SHORT, "sft.learning_rate=0.002")
+    assert run_program(*arguments) == 2
+    assert "sft.learning_rate: was 0.003, is 0.002" in capsys.readouterr().err
+
+
+def test_transformers_loads_every_checkpoint_whole(smoke_run: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for stage in ("upcast", "sft", "quantize", "qat", "export"):
+        _, info = AutoModelForCausalLM.from_pretrained(smoke_run / stage, output_loading_info=True)
+        assert not any(info.values()), stage
