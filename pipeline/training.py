@@ -5,6 +5,8 @@ The only importer of trl. The model comes in ready, with adapters and quantizers
 
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +65,24 @@ def train(
     else:
         say(stage, f"going on from step {step}")
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with _deterministic_on_cpu():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except CodecError as error:
         raise _diverged(settings, stage, str(error)) from error
     if not _has_validation_loss(directory, trainer.state.global_step):
         trainer.evaluate()
     return {"steps": trainer.state.global_step, **_outcome(directory, settings, stage), **splits.counts}
+
+
+@contextmanager
+def _deterministic_on_cpu() -> Iterator[None]:
+    """On a CPU the deterministic kernels cost nothing, and an interrupted run ends with the bits of a whole one."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or not torch.cuda.is_available())
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _outcome(directory: Path, settings: TrainConfig, stage: str) -> dict[str, float]:

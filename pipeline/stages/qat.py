@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline import artifacts, data, models, quantizer, training
+from pipeline import artifacts, data, models
 from pipeline.artifacts import Artifact, Result
 from pipeline.checkpoints import load_tokenizer
 from pipeline.config import PipelineConfig, Stage
@@ -31,6 +31,8 @@ def run(config: PipelineConfig) -> Artifact:
 
 
 def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
+    from pipeline import quantizer, training
+
     block_format = pick(FORMATS, config.format.name, "format.name")
     tokenizer = load_tokenizer(start.base)
     splits = data.prepare(config, rows, tokenizer)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import adapters, artifacts, data, losses, models, quantizer
+from pipeline import artifacts, data, losses, models
 from pipeline.artifacts import Artifact, Kind, Result
 from pipeline.checkpoints import link_or_copy, load_tokenizer
 from pipeline.config import Method, PipelineConfig, Stage
@@ -37,6 +37,8 @@ def run(config: PipelineConfig) -> Artifact:
 
 
 def _quantize(config: PipelineConfig, block_format: BlockFormat, sft: ModelRef, rows: Rows, directory: Path) -> Result:
+    from pipeline import adapters, quantizer
+
     kind, start, where = _take_form(config, sft, directory)
     model = models.load_quantized(start, start.dtype)
     if config.qat.method is Method.lora and not start.adapter:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline import adapters, artifacts, data, models, training
+from pipeline import artifacts, data, models
 from pipeline.artifacts import Artifact, Result
 from pipeline.checkpoints import load_tokenizer
 from pipeline.config import Method, PipelineConfig, Stage
@@ -28,6 +28,8 @@ def run(config: PipelineConfig) -> Artifact:
 
 
 def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
+    from pipeline import adapters, training
+
     tokenizer = load_tokenizer(start.base)
     splits = data.prepare(config, rows, tokenizer)
     model = models.load_to_train(start, config.sft)

@@ -1,17 +1,19 @@
 """verify: prove that an export is right; the report says how far apart anything is, and a wrong export exits with 1."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline import artifacts, data, losses, models, proof, source
+from pipeline import artifacts, data, losses, models, source
 from pipeline.artifacts import Artifact, Kind, Result, write_json
 from pipeline.checkpoints import load_tokenizer
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import CheckFailed, UserError
 from pipeline.models import ModelRef
-from pipeline.proof import Check
 from pipeline.source import Source
 from pipeline.tracking import is_main_process, log_metrics, say
+
+if TYPE_CHECKING:
+    from pipeline.proof import Check
 
 _SETTINGS = ("verify",)
 _REPORT = "report.json"
@@ -39,13 +41,15 @@ def run(config: PipelineConfig) -> Artifact:
 def _verify(
     config: PipelineConfig, directory: Path, reference: Source, ref: ModelRef | None, unknown: str, into: Path
 ) -> Result:
+    from pipeline import proof
+
     checks = [proof.check_layout(directory, reference.directory)]
     if checks[0].problems:
         unknown = "the layout is wrong"
     else:
         checks.append(proof.check_scales(directory))
     if ref is None or checks[0].problems:
-        checks.append(Check("weights and logits against the trained model", skipped=unknown))
+        checks.append(proof.Check("weights and logits against the trained model", skipped=unknown))
     else:
         checks += _against_trained(config, directory, ref)
     report = {
@@ -64,7 +68,9 @@ def _verify(
     return Result(Kind.report, details={"checks": {check.title: check.status for check in checks}})
 
 
-def _against_trained(config: PipelineConfig, directory: Path, ref: ModelRef) -> list[Check]:
+def _against_trained(config: PipelineConfig, directory: Path, ref: ModelRef) -> list["Check"]:
+    from pipeline import proof
+
     tokenizer = load_tokenizer(ref.base)
     validation = data.prepare(config, data.load_rows(config), tokenizer).validation
     batches = losses.batches(
@@ -114,7 +120,7 @@ def _trained(config: PipelineConfig, directory: Path) -> tuple[ModelRef | None, 
     return ref, ""
 
 
-def _record(check: Check) -> dict[str, Any]:
+def _record(check: "Check") -> dict[str, Any]:
     return {
         "title": check.title,
         "status": check.status,
@@ -124,7 +130,7 @@ def _record(check: Check) -> dict[str, Any]:
     }
 
 
-def _show(check: Check) -> None:
+def _show(check: "Check") -> None:
     figures = ", ".join(f"{name} {value:.6g}" for name, value in check.measured.items())
     say("verify", f"{check.status:<12}{check.title}{f' ({figures})' if figures else ''}")
     if is_main_process():

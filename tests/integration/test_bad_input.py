@@ -184,9 +184,7 @@ def test_validation_split_that_leaves_nothing(capsys: pytest.CaptureFixture[str]
     assert "data.validation_fraction=0.1 of 3 rows leaves none to validate on" in message
 
 
-def test_sequence_limit_that_cuts_every_supervised_token(
-    capsys: pytest.CaptureFixture[str], upcast_run: Path
-) -> None:
+def test_sequence_limit_that_cuts_every_supervised_token(capsys: pytest.CaptureFixture[str], upcast_run: Path) -> None:
     assert "data.max_length=10 cuts away every supervised token" in sft_error(capsys, upcast_run, "data.max_length=10")
 
 

@@ -111,9 +111,7 @@ def test_a_second_run_does_nothing(smoke_run: Path, capsys: pytest.CaptureFixtur
     assert {path: path.stat().st_mtime_ns for path in smoke_run.rglob("*") if path.is_file()} == before
 
 
-def test_a_changed_setting_is_named_and_nothing_is_touched(
-    smoke_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_changed_setting_is_named_and_nothing_is_touched(smoke_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("stage=sft", "recipe=smoke", f"run_dir={smoke_run}", *SHORT, "sft.learning_rate=0.002")
     assert run_program(*arguments) == 2
     assert "sft.learning_rate: was 0.003, is 0.002" in capsys.readouterr().err

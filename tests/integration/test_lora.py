@@ -1,0 +1,101 @@
+"""LoRA on attention and experts, from SFT to the export."""
+
+import json
+from pathlib import Path
+
+import torch
+from conftest import SHORT, run_program
+
+from pipeline import adapters, artifacts, models, quantizer
+from pipeline.checkpoints import Checkpoint
+from pipeline.config import Stage
+from pipeline.gpt_oss import expert_projections
+from pipeline.models import Weights
+
+BATCH = {"input_ids": torch.arange(40).reshape(2, 20), "attention_mask": torch.ones(2, 20, dtype=torch.long)}
+
+ADAPTED = ("_proj.weight", "experts.gate_up_proj", "experts.down_proj")
+
+
+def test_the_whole_run_is_proven(lora_run: Path) -> None:
+    report = json.loads((lora_run / "verify" / "report.json").read_text())
+    assert [check["status"] for check in report["checks"]] == ["ok"] * 5
+
+
+def test_only_adapters_are_stored(lora_run: Path) -> None:
+    artifact = artifacts.load(lora_run / "sft")
+    assert artifact.kind is artifacts.Kind.adapter
+    assert artifact.details["base"] == "upcast"
+    assert not list(artifact.directory.glob("model*.safetensors"))
+
+
+def test_qat_trains_the_adapters_of_sft_on(lora_run: Path) -> None:
+    sft, qat = (Weights(models.of_artifact(artifacts.load(lora_run / stage))) for stage in ("sft", "qat"))
+    name = "model.layers.1.mlp.experts.down_proj"
+    assert not torch.equal(sft.trained(name), qat.trained(name))
+
+
+def test_layers_without_adapters_keep_their_weights(lora_run: Path) -> None:
+    upcast, qat = Checkpoint(lora_run / "upcast"), Weights(models.of_artifact(artifacts.load(lora_run / "qat")))
+    for name in qat.names():
+        adapted = name.startswith("model.layers.1.") and name.endswith(ADAPTED)
+        assert torch.equal(qat.trained(name), upcast.read(name)) != adapted, name
+
+
+def test_merged_experts_are_what_the_quantizers_are_given(lora_run: Path) -> None:
+    ref = models.of_artifact(artifacts.load(lora_run / "qat"))
+    model, weights = models.load_quantized(ref, ref.dtype), Weights(ref)
+    given: dict[str, torch.Tensor] = {}
+    for name, module in adapters.base_of(model).named_modules():
+        if type(module).__name__ == "TensorQuantizer" and module.is_enabled:
+            parameter = quantizer.quantized_parameter(name)
+            module.register_forward_hook(lambda _, inputs, out, p=parameter: given.update({p: inputs[0].detach()}))
+    model(**BATCH)
+    assert given.keys() == {projection.name for projection in expert_projections(weights.shape)}
+    for name, values in given.items():
+        assert torch.equal(values.transpose(1, 2), weights.trained(name)), name
+
+
+def test_adapters_merge_to_base_plus_delta(lora_run: Path) -> None:
+    """Against the factors as PEFT documents them: A (r E, in), B (out, r E), delta of expert e = scale * B_e A_e."""
+    from safetensors.torch import load_file
+
+    directory = lora_run / "sft"
+    config = json.loads((directory / "adapter_config.json").read_text())
+    factors = load_file(directory / "adapter_model.safetensors")
+    weights = Weights(models.of_artifact(artifacts.load(directory)))
+    base = Checkpoint(lora_run / "upcast").read("model.layers.1.mlp.experts.gate_up_proj").double()
+    experts, rank, scale = base.shape[0], config["r"], config["lora_alpha"] / config["r"]
+    # The factors of gate_up_proj are those next to the B of its output size.
+    (b_name,) = (name for name, factor in factors.items() if factor.shape == (base.shape[2], rank * experts))
+    a = factors[b_name.replace("lora_B", "lora_A")].double().reshape(experts, rank, -1)
+    b = factors[b_name].double().reshape(-1, rank, experts)
+    expected = base + scale * torch.einsum("ore,eri->eio", b, a)
+    merged = weights.trained("model.layers.1.mlp.experts.gate_up_proj").double()
+    assert (merged - base).abs().max() > 1e-3
+    torch.testing.assert_close(merged, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_sft_adapters_are_merged_for_full_qat_and_attached_for_lora_qat(tmp_path: Path) -> None:
+    for name, method, kind in (
+        ("lora_then_full", ("train@sft=lora",), artifacts.Kind.checkpoint),
+        ("full_then_lora", ("train@qat=lora",), artifacts.Kind.adapter),
+    ):
+        arguments = (
+            f"run_dir={tmp_path / name}",
+            "recipe=smoke",
+            *SHORT,
+            "sft.max_steps=2",
+            "qat.max_steps=2",
+            *method,
+        )
+        assert run_program("stage=all", *arguments) == 0
+        assert artifacts.load(tmp_path / name / Stage.quantize.name).kind is kind
+        assert artifacts.load(tmp_path / name / Stage.qat.name).kind is kind
+
+
+def test_adapters_that_differ_between_sft_and_qat_are_refused(capsys) -> None:
+    assert run_program("stage=sft", "recipe=smoke_lora", "sft.lora.rank=4") == 2
+    message = capsys.readouterr().err
+    assert "qat.lora={rank: 8" in message
+    assert "sft.lora={rank: 4" in message

@@ -1,0 +1,96 @@
+"""A run that is killed and started again ends with the bytes of one that was not."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import SHORT, run_program
+
+from pipeline import artifacts
+from pipeline.tracking import read_metrics
+
+# Experts large enough that writing them takes a while.
+LARGE = (
+    "model.tiny.num_hidden_layers=4",
+    "model.tiny.num_local_experts=16",
+    "model.tiny.hidden_size=512",
+    "model.tiny.intermediate_size=512",
+)
+
+
+def run_and_kill(when: Callable[[], bool], *arguments: str) -> None:
+    """Start the program, and kill it without warning as soon as `when` holds."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=Path(__file__).parents[2],
+    )
+    deadline = time.monotonic() + 120
+    while not when():
+        assert process.poll() is None, "the program ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_sft_killed_between_checkpoints_resumes_to_the_same_weights(tmp_path: Path, capsys) -> None:
+    arguments = ("recipe=smoke", *SHORT, "sft.save_steps=4", "sft.max_steps=20")
+    whole, killed = (f"run_dir={tmp_path / name}" for name in ("whole", "killed"))
+    for run_dir in (whole, killed):
+        assert run_program("stage=upcast", run_dir, *arguments) == 0
+    assert run_program("stage=sft", whole, *arguments) == 0
+
+    sft = tmp_path / "killed" / "sft"
+    run_and_kill(lambda: any(sft.glob("checkpoints/checkpoint-*/whole")), "stage=sft", killed, *arguments)
+    assert not (sft / artifacts.ARTIFACT_FILE).exists()
+    capsys.readouterr()
+    assert run_program("stage=qat", killed, *arguments) == 2
+    assert "needs" in capsys.readouterr().err
+
+    assert run_program("stage=sft", killed, *arguments) == 0
+    assert "going on from step" in capsys.readouterr().out
+    one, other = artifacts.load(tmp_path / "whole" / "sft"), artifacts.load(sft)
+    assert one.fingerprint == other.fingerprint
+    assert one.details == other.details
+    losses = [
+        [line["loss"] for line in read_metrics(directory) if "loss" in line]
+        for directory in (one.directory, other.directory)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_broken_checkpoint_is_not_resumed_from(tmp_path: Path, capsys) -> None:
+    arguments = (f"run_dir={tmp_path}", "recipe=smoke", *SHORT)
+    assert run_program("stage=upcast", *arguments) == 0
+    sft = tmp_path / "sft"
+    run_and_kill(lambda: any(sft.glob("checkpoints/checkpoint-*/whole")), "stage=sft", *arguments)
+    torn = sft / "checkpoints" / "checkpoint-9"
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half of it")
+    assert run_program("stage=sft", *arguments) == 0
+    output = capsys.readouterr().out
+    assert "removing checkpoint-9" in output
+    assert "going on from step 6" in output
+
+
+def test_export_killed_between_shards_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    arguments = ("recipe=smoke", *LARGE, "export.source=upcast", "export.shard_bytes=1000000")
+    whole, killed = (f"run_dir={tmp_path / name}" for name in ("whole", "killed"))
+    for run_dir in (whole, killed):
+        assert run_program("stage=upcast", run_dir, *arguments) == 0
+    assert run_program("stage=export", whole, *arguments) == 0
+
+    export = tmp_path / "killed" / "export"
+    run_and_kill(lambda: len(list(export.glob("*.safetensors"))) >= 2, "stage=export", killed, *arguments)
+    assert not (export / artifacts.ARTIFACT_FILE).exists()
+    finished = {path: path.stat().st_mtime_ns for path in export.glob("*.safetensors")}
+
+    assert run_program("stage=export", killed, *arguments) == 0
+    assert len(finished) < len(list(export.glob("*.safetensors")))
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert artifacts.load(tmp_path / "whole" / "export").fingerprint == artifacts.load(export).fingerprint
