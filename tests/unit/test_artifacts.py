@@ -390,6 +390,14 @@ def test_overwrite_makes_a_report_from_an_empty_directory(config: PipelineConfig
     assert work.found == [{"config.yaml", "unfinished.json"}]
 
 
+def test_an_interrupted_report_is_made_again(config: PipelineConfig) -> None:
+    with pytest.raises(RuntimeError):
+        make_report(config, Work({"half.json": b"1"}, RuntimeError("power cut")), {"evaluate": "one"})
+    assert not artifacts.is_complete(config, Stage.compare)
+    make_report(config, Work({"table.json": b"1"}, kind=Kind.report), {"evaluate": "two"})
+    assert artifacts.is_complete(config, Stage.compare)
+
+
 def test_a_report_does_not_take_the_files_of_someone_else_for_its_own(config: PipelineConfig) -> None:
     # BUG: directories of reports are not checked: the files are kept, and recorded and fingerprinted as the report's.
     directory = stage_dir(config, "compare")
@@ -566,6 +574,16 @@ def test_metrics_of_repeated_steps_are_forgotten(step: int, kept: list[int | Non
         tracking.log_metrics(tmp_path, values)
     tracking.forget_metrics_after(tmp_path, step)
     assert [line.get("step") for line in tracking.read_metrics(tmp_path)] == kept
+
+
+def test_a_torn_last_line_does_not_keep_a_run_from_resuming(tmp_path: Path) -> None:
+    # BUG: a full disk or a power cut can leave half a line; the run that resumes ends with JSONDecodeError, every time.
+    tracking.log_metrics(tmp_path, {"step": 1})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"time": 1.0, "st')
+    tracking.forget_metrics_after(tmp_path, 1)
+    tracking.log_metrics(tmp_path, {"step": 2})
+    assert [line["step"] for line in tracking.read_metrics(tmp_path)] == [1, 2]
 
 
 def test_only_the_main_process_speaks_and_writes(

@@ -1,0 +1,54 @@
+"""Two real processes (gloo, on the CPU) against one, at the same global batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SHORT, run_program
+
+from pipeline import artifacts
+from pipeline.tracking import read_metrics
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def two_processes(*arguments: str) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*launcher, "-m", "pipeline", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def losses(run_dir: Path, stage: str) -> list[float]:
+    lines = read_metrics(run_dir / stage)
+    return [line[key] for line in lines for key in ("loss", "eval_loss") if key in line]
+
+
+def test_two_processes_train_as_one_and_prove_the_export(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    # Within one epoch: at its end accelerate fills the last, short batch of several processes with repeated examples.
+    within = ("sft.max_steps=8", "sft.eval_steps=4")
+    single = ("sft.gradient_accumulation_steps=2", "qat.gradient_accumulation_steps=2")
+    arguments = ("stage=all", "recipe=smoke", *SHORT, *within, "sft.batch_size=4", "qat.batch_size=4")
+    assert run_program(*arguments, *single, f"run_dir={one}") == 0
+    outcome = two_processes(*arguments, f"run_dir={two}")
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    assert outcome.stdout.count("[sft] done") == 1
+    for stage in ("sft", "qat"):
+        assert losses(two, stage) == pytest.approx(losses(one, stage), rel=1e-5)
+    assert artifacts.load(two / "verify").details["checks"] == artifacts.load(one / "verify").details["checks"]
+
+
+def test_all_processes_leave_with_one_message(tmp_path: Path) -> None:
+    outcome = two_processes("stage=sft", "recipe=smoke", f"run_dir={tmp_path}")
+    assert outcome.returncode != 0
+    assert outcome.stderr.count("error: stage=sft needs") == 1
+    assert "exitcode  : 2" in outcome.stderr
+    assert not (tmp_path / "sft").exists()

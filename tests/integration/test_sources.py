@@ -1,0 +1,111 @@
+"""What a run can start from and be fed with: BF16 sources, directories as export source, real text, bad weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHORT, run_program
+from safetensors.torch import load_file, save_file
+
+from pipeline import artifacts
+from pipeline.checkpoints import Checkpoint
+from pipeline.gpt_oss import QUANTIZATION_CONFIG
+from pipeline.tracking import read_metrics
+
+REAL_TEXT = Path(__file__).parents[3] / "shared" / "data" / "mgsm" / "reasoning.jsonl"
+GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"
+
+
+def source_of(run_dir: Path) -> Path:
+    (directory,) = (run_dir / "source").iterdir()
+    return directory
+
+
+def change_weights(source: Path, target: Path, edit) -> Path:
+    """A copy of a plain checkpoint with edit(tensors) applied, in one file."""
+    target.mkdir()
+    tensors: dict[str, torch.Tensor] = {}
+    for path in source.iterdir():
+        if path.suffix == ".safetensors":
+            tensors |= load_file(path)
+        elif path.name not in {*artifacts.BOOKKEEPING, "model.safetensors.index.json"}:
+            shutil.copyfile(path, target / path.name)
+    edit(tensors)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def test_bf16_source_is_passed_through_byte_for_byte(smoke_run: Path, tmp_path: Path) -> None:
+    source = change_weights(smoke_run / "upcast", tmp_path / "bf16", lambda tensors: None)
+    run_dir = tmp_path / "run"
+    assert run_program("stage=upcast", "recipe=smoke", f"model.path={source}", f"run_dir={run_dir}") == 0
+    upcast = run_dir / "upcast"
+    assert (upcast / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    assert artifacts.load(upcast).details["copied_tensors"] == len(Checkpoint(source).tensors)
+
+
+def test_export_of_an_untouched_model_has_every_value_of_the_source(smoke_run: Path, tmp_path: Path) -> None:
+    """MXFP4 -> BF16 -> MXFP4, and a BF16 source gets the quantization and the configuration of the original."""
+    source = change_weights(smoke_run / "upcast", tmp_path / "bf16", lambda tensors: None)
+    arguments = ("recipe=smoke", f"model.path={source}", f"run_dir={tmp_path / 'run'}")
+    for stage in ("upcast", "export"):
+        assert run_program(f"stage={stage}", *arguments) == 0
+    export, original = Checkpoint(tmp_path / "run" / "export"), Checkpoint(source_of(smoke_run))
+    assert export.config == original.config
+    assert export.config["quantization_config"] == QUANTIZATION_CONFIG
+    assert export.tensors == original.tensors
+    for name in Checkpoint(smoke_run / "upcast").tensors:
+        assert torch.equal(export.read_plain(name), original.read_plain(name)), name
+    assert run_program("stage=verify", *arguments) == 0
+
+
+def test_rope_settings_of_transformers_5_are_written_as_the_engines_read_them(smoke_run: Path, tmp_path: Path) -> None:
+    source = change_weights(smoke_run / "upcast", tmp_path / "bf16", lambda tensors: None)
+    config = json.loads((source / "config.json").read_text())
+    rope = {**config.pop("rope_scaling"), "rope_theta": config.pop("rope_theta")}
+    (source / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
+    arguments = ("recipe=smoke", f"model.path={source}", f"run_dir={tmp_path / 'run'}")
+    for stage in ("upcast", "export"):
+        assert run_program(f"stage={stage}", *arguments) == 0
+    assert Checkpoint(tmp_path / "run" / "export").config == Checkpoint(source_of(smoke_run)).config
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weight_that_is_not_finite_is_named(smoke_run: Path, tmp_path: Path, capsys, bad: float) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[GATE_UP][5, 40, 17] = bad  # (E, in, out): input 40 lies in block 1 of row 17
+
+    spoilt = change_weights(smoke_run / "upcast", tmp_path / "spoilt", spoil)
+    run_dir = tmp_path / "run"
+    arguments = ("recipe=smoke", f"run_dir={run_dir}", f"model.path={source_of(smoke_run)}")
+    assert run_program("stage=export", *arguments, f"export.source={spoilt}") == 2
+    message = capsys.readouterr().err
+    assert f"{GATE_UP}: expert 5, row 17, block 1" in message
+    assert not (run_dir / "export" / "artifact.json").exists()
+
+
+def test_input_dimension_that_32_does_not_divide_is_named(tmp_path: Path, smoke_run: Path, capsys) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(smoke_run / "upcast")
+    config.intermediate_size = 40
+    odd = tmp_path / "odd"
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(odd)
+    arguments = ("recipe=smoke", f"run_dir={tmp_path / 'run'}", f"model.path={source_of(smoke_run)}")
+    assert run_program("stage=export", *arguments, f"export.source={odd}") == 2
+    message = capsys.readouterr().err
+    assert "model.layers.0.mlp.experts.down_proj: expert 0, block 1" in message
+    assert "not a multiple of 32" in message
+
+
+@pytest.mark.skipif(not REAL_TEXT.is_file(), reason="the shared test data is not there")
+def test_a_run_on_real_multilingual_text_learns(tmp_path: Path) -> None:
+    arguments = ("recipe=smoke", f"run_dir={tmp_path}", f"data.path={REAL_TEXT}", "data.max_length=1024")
+    assert run_program("stage=upcast", *arguments) == 0
+    assert run_program("stage=sft", *arguments, *SHORT) == 0
+    details = artifacts.load(tmp_path / "sft").details
+    assert details["train_examples_cut"] == 0
+    assert details["validation_loss"] < 0.8 * details["validation_loss_before"]
+    assert len(read_metrics(tmp_path / "sft")) > 6
