@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.artifacts import BOOKKEEPING, write_json
 from pipeline.errors import UserError, user_errors
-from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, packed_layout, plain_layout
+from pipeline.gpt_oss import BYTES_PER_VALUE, Shape, TensorInfo, expert_projections, packed_layout, plain_layout
 from pipeline.numerics.codec import decode
 from pipeline.tracking import progress
 
@@ -271,7 +271,7 @@ def _write_shard(path: Path, shard: list[Piece], advance: Callable[[int], object
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     # Wider types first: readers view the data as the tensor's type, which needs aligned offsets.
-    for name in sorted(infos, key=lambda n: (infos[n].dtype == "U8", n)):
+    for name in sorted(infos, key=lambda n: (-BYTES_PER_VALUE[infos[n].dtype], n)):
         end = offset + infos[name].bytes
         header[name] = {"dtype": infos[name].dtype, "shape": list(infos[name].shape), "data_offsets": [offset, end]}
         offset = end

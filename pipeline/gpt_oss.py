@@ -92,7 +92,7 @@ class Shape:
                 f"{where}: model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}: not a gpt-oss checkpoint."
             )
         sizes = {name: config.get(name) for name in cls.__dataclass_fields__}
-        bad = [f"{name}={value!r}" for name, value in sizes.items() if not isinstance(value, int) or value < 1]
+        bad = [f"{name}={value!r}" for name, value in sizes.items() if type(value) is not int or value < 1]
         if bad:
             raise UserError(f"{where}: {', '.join(bad)}: must be a positive whole number.")
         return cls(**sizes)  # type: ignore[arg-type]

@@ -38,8 +38,10 @@ def encode(values: Tensor, block_format: BlockFormat) -> tuple[Tensor, Tensor]:
     """Quantize and pack.
 
     Args:
-        values: (..., in), any floating dtype, blocks along the last dimension.
+        values: (..., in) float32 or bfloat16, blocks along the last dimension.
         block_format: a row of FORMATS.
+
+    Magnitudes from 3.5 * 2^126 on round to 2^128, which decodes to Inf: float32 and bfloat16 do not have it.
 
     Returns:
         blocks: (..., nb, block_size / 2) uint8, two codes a byte.
@@ -47,8 +49,9 @@ def encode(values: Tensor, block_format: BlockFormat) -> tuple[Tensor, Tensor]:
 
     Raises:
         CodecError: the block size does not divide `in`, or a block holds NaN or Inf.
+        TypeError: another dtype (float16 cannot hold the result, float64 would be rounded twice).
     """
-    codes, scales = _quantize(_in_blocks(values, block_format))
+    codes, scales = _quantize(_in_blocks(values, block_format), block_format)
     return pack_nibbles(codes), scales
 
 
@@ -70,7 +73,7 @@ def fake_quantize(values: Tensor, block_format: BlockFormat) -> Tensor:
     """The values that `decode(encode(values))` has, in the dtype of `values`; the gradient passes straight through.
 
     Args:
-        values: (..., in), any floating dtype, blocks along the last dimension.
+        values: (..., in) float32 or bfloat16, blocks along the last dimension.
         block_format: a row of FORMATS.
 
     Raises:
@@ -84,7 +87,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: object, values: Tensor, block_format: BlockFormat) -> Tensor:
-        codes, scales = _quantize(_in_blocks(values, block_format))
+        codes, scales = _quantize(_in_blocks(values, block_format), block_format)
         return _dequantize(codes, scales).flatten(-2).to(values.dtype)
 
     @staticmethod
@@ -94,6 +97,8 @@ class _StraightThrough(torch.autograd.Function):
 
 def _in_blocks(values: Tensor, block_format: BlockFormat) -> Tensor:
     """(..., in) -> (..., nb, block_size) float32."""
+    if values.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"values must be float32 or bfloat16, not {values.dtype}")
     if values.shape[-1] % block_format.block_size:
         raise CodecError(
             f"the input dimension {values.shape[-1]} is not a multiple of the block size {block_format.block_size}"
@@ -101,12 +106,12 @@ def _in_blocks(values: Tensor, block_format: BlockFormat) -> Tensor:
     return values.detach().float().unflatten(-1, (-1, block_format.block_size))
 
 
-def _quantize(values: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize(values: Tensor, block_format: BlockFormat) -> tuple[Tensor, Tensor]:
     """(..., nb, block) float32 -> codes (..., nb, block) uint8, scales (..., nb) uint8."""
     bits = values.view(torch.int32)
     amax = (bits & 0x7FFFFFFF).amax(dim=-1)  # as integers: positive floats order like their bits
     _raise_if_not_finite(amax)
-    scales = _ceil_scales(amax)
+    scales = _SCALE_RULES[block_format.scale_rule](amax)
     scaled = values.abs() * _table(_INVERSE_SCALES, values)[scales.int()].unsqueeze(-1)
     codes = _round_to_e2m1(scaled) | ((bits < 0).to(torch.uint8) * _SIGN)
     return codes, scales
@@ -143,6 +148,8 @@ def _raise_if_not_finite(amax_bits: Tensor) -> None:
 def _table(values: tuple[float, ...], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=like.device)
 
+
+_SCALE_RULES = {"ceil": _ceil_scales}
 
 # 2^(127 - byte). Bytes above 253 belong to no finite block (the largest float32 has byte 253).
 _INVERSE_SCALES = tuple(2.0 ** (E8M0_BIAS - byte) for byte in range(254))
