@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.checkpoints import ADAPTER_WEIGHTS
-from pipeline.config import LoraConfig, LoraTarget
+from pipeline.config import LoraTarget, TrainConfig
 from pipeline.errors import UserError
 
 _ADAPTER = "default"
@@ -19,12 +19,18 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _EXPERTS = ("gate_up_proj", "down_proj")
 
 
-def attach(model: Any, lora: LoraConfig, section: str) -> PeftModel:
+def attach(model: Any, train: TrainConfig, section: str) -> PeftModel:
     """Give the chosen parts of the chosen layers fresh adapters; everything else is frozen.
+
+    Args:
+        model: a plain gpt-oss.
+        train: `lora` says where and how large, `seed` decides the initial values.
+        section: name of `train` in the configuration, for messages.
 
     Raises:
         UserError: a layer that the model does not have.
     """
+    lora = train.lora
     count = model.config.num_hidden_layers
     layers = range(count) if lora.layers is None else lora.layers
     bad = [layer for layer in layers if not 0 <= layer < count]
@@ -41,6 +47,7 @@ def attach(model: Any, lora: LoraConfig, section: str) -> PeftModel:
         target_parameters=[f"model.layers.{i}.mlp.experts.{p}" for i in layers for p in _EXPERTS] if experts else None,
         task_type="CAUSAL_LM",
     )
+    torch.manual_seed(train.seed)
     return get_peft_model(model, config)
 
 

@@ -33,6 +33,7 @@ TRAIN_DTYPES = {
 }
 """Type of the weights while training."""
 
+_ROOM = 1.3  # weights, and what a forward pass needs besides
 _STORED_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
@@ -210,7 +211,16 @@ def load_effective(ref: ModelRef, dtype: torch.dtype) -> Any:
         for name, parameter in model.named_parameters():
             if weights.is_changed(name):
                 parameter.copy_(weights.effective(name))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return place(model).eval()
+
+
+def place(model: Any) -> Any:
+    """The model on the GPU if there is one with room for it, otherwise where it is."""
+    if torch.cuda.is_available():
+        needed = sum(parameter.nbytes for parameter in model.parameters())
+        if torch.cuda.mem_get_info()[0] > _ROOM * needed:
+            return model.to("cuda")
+    return model
 
 
 def save(model: Any, ref: ModelRef, directory: Path, train: TrainConfig) -> tuple[Kind, dict[str, Any]]:

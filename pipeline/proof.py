@@ -86,7 +86,7 @@ class TrainedModel:
         """Load it, with adapters and quantizers."""
         self.ref = ref
         self.batches = batches
-        self.model = models.load_quantized(ref, ref.dtype).eval()
+        self.model = models.place(models.load_quantized(ref, ref.dtype)).eval()
 
     def check_experts(self, directory: Path) -> Check:
         """Decoded expert weights against the fake-quantized ones of the forward pass, bit for bit."""
@@ -140,7 +140,7 @@ class TrainedModel:
         self.model = None  # frees its memory for the export
         try:
             # ModelOpt runs experts one by one; another order of sums can flip a router's near-tie.
-            exported = models.load_plain(directory, self.ref.dtype, experts_implementation="eager").eval()
+            exported = models.place(models.load_plain(directory, self.ref.dtype, experts_implementation="eager")).eval()
         except (CheckFailed, ValueError, RuntimeError, OSError) as error:
             check.problems.append(f"transformers cannot load it: {str(error).splitlines()[0]}")
             return check

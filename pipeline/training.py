@@ -55,6 +55,7 @@ def train(
     Raises:
         UserError: a setting that transformers refuses.
     """
+    model.config.bos_token_id = tokenizer.bos_token_id  # the trainer would do it, with a warning
     _warn_of_lost_updates(model, settings, stage)
     trainer = _trainer(model, tokenizer, splits, settings, directory, stage)
     checkpoint = _last_whole_checkpoint(directory / CHECKPOINTS_DIR, stage)

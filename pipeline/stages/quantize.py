@@ -18,7 +18,7 @@ from pipeline.models import ModelRef
 from pipeline.numerics.formats import FORMATS, BlockFormat
 from pipeline.tracking import log_metrics, say
 
-_SETTINGS = ("data", "format", "quantize", "qat.method", "qat.lora", "qat.precision")
+_SETTINGS = ("data", "format", "quantize", "qat.method", "qat.lora", "qat.precision", "qat.seed")
 
 
 def run(config: PipelineConfig) -> Artifact:
@@ -40,9 +40,9 @@ def _quantize(config: PipelineConfig, block_format: BlockFormat, sft: ModelRef, 
     from pipeline import adapters, quantizer
 
     kind, start, where = _take_form(config, sft, directory)
-    model = models.load_quantized(start, start.dtype)
+    model = models.place(models.load_quantized(start, start.dtype))
     if config.qat.method is Method.lora and not start.adapter:
-        model = adapters.attach(model, config.qat.lora, "qat")
+        model = adapters.attach(model, config.qat, "qat")
         kind, where = models.save(model, start, directory, config.qat)
     batches = _calibration_batches(config, rows, sft)
     quantizer.insert(model, block_format, lambda quantized: _run(quantized, batches))

@@ -34,7 +34,7 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
     splits = data.prepare(config, rows, tokenizer)
     model = models.load_to_train(start, config.sft)
     if config.sft.method is Method.lora:
-        model = adapters.attach(model, config.sft.lora, "sft")
+        model = adapters.attach(model, config.sft, "sft")
     details = training.train(model, tokenizer, splits, config.sft, directory, "sft")
     kind, where = models.save(model, start, directory, config.sft)
     return Result(kind, format=where["dtype"], details={**details, **where})

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from conftest import SHORT, run_program
 
 from pipeline import artifacts
@@ -62,6 +63,32 @@ def test_sft_killed_between_checkpoints_resumes_to_the_same_weights(tmp_path: Pa
         for directory in (one.directory, other.directory)
     ]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(("recipe", "stage"), [("smoke", "qat"), ("smoke_lora", "sft"), ("smoke_lora", "qat")])
+def test_training_interrupted_after_a_checkpoint_resumes_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, stage: str
+) -> None:
+    from pipeline import training
+
+    arguments = (f"run_dir={tmp_path}", f"recipe={recipe}", *SHORT, "sft.save_steps=4", "qat.save_steps=4")
+    before = ("upcast", "sft", "quantize", "qat")
+    for earlier in before[: before.index(stage) + 1]:
+        assert run_program(f"stage={earlier}", *arguments) == 0
+    whole = artifacts.load(tmp_path / stage)
+
+    def interrupt(self, args, state, control, **kwargs) -> None:
+        on_save(self, args, state, control, **kwargs)
+        raise KeyboardInterrupt
+
+    on_save = training._Log.on_save
+    monkeypatch.setattr(training._Log, "on_save", interrupt)
+    assert run_program(f"stage={stage}", *arguments, "overwrite=true") == 130
+    assert not (tmp_path / stage / artifacts.ARTIFACT_FILE).exists()
+    monkeypatch.undo()
+    assert run_program(f"stage={stage}", *arguments) == 0
+    resumed = artifacts.load(tmp_path / stage)
+    assert (resumed.fingerprint, resumed.details) == (whole.fingerprint, whole.details)
 
 
 def test_broken_checkpoint_is_not_resumed_from(tmp_path: Path, capsys) -> None:
