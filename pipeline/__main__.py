@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -45,6 +46,9 @@ def register() -> None:
 
 def run(composed: DictConfig) -> None:
     """One job: one stage of one recipe."""
+    chosen = HydraConfig.get().runtime.choices.get("recipe")
+    if chosen is not None:
+        composed.recipe = chosen  # a recipe from --config-dir does not know its own name
     pipeline_config = config.resolve(composed)
     stage = importlib.import_module(f"pipeline.stages.{pipeline_config.stage.name}")
     stage.run(pipeline_config)

@@ -122,7 +122,7 @@ class ModelConfig:
 class DataConfig:
     """The conversations to train and validate on."""
 
-    path: str = MISSING
+    path: Optional[str] = None
     """Chat data: a .jsonl or .parquet file, a folder of them, a saved data set, a hub id, or `synthetic://arithmetic`."""
     revision: Optional[str] = None
     """Revision of a hub id: branch, tag or commit."""
@@ -328,8 +328,12 @@ def resolve(composed: DictConfig) -> PipelineConfig:
     if unknown:
         raise user_errors([unknown_key(key, "configuration") for key in unknown])
     try:
-        OmegaConf.resolve(composed)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PipelineConfig), composed))
+        merged = OmegaConf.merge(OmegaConf.structured(PipelineConfig), composed)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise user_errors([_not_set(key) for key in missing])
+        OmegaConf.resolve(merged)
+        config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"configuration: {str(error).splitlines()[0]}") from error
     assert isinstance(config, PipelineConfig)
@@ -364,6 +368,11 @@ def problems(config: PipelineConfig) -> list[str]:
             " SFT's adapters. Give both the same values."
         )
     return found
+
+
+def _not_set(key: str) -> str:
+    choices = f" Choose one of: {', '.join(Stage.__members__)}." if key == "stage" else ""
+    return f"{key}: is not set. Give {key}=<value>.{choices}"
 
 
 def _shown(lora: LoraConfig) -> str:

@@ -163,6 +163,8 @@ def _tokenize(
 
 def _raw_rows(data: DataConfig) -> Iterator[tuple[str, Any]]:
     """(where it stands, row) of every row; rows of a file are counted from 1, as editors do."""
+    if data.path is None:
+        raise UserError("data.path: is not set. Give data.path=<file, folder or hub id>, or choose a recipe.")
     if data.path.startswith(SYNTHETIC):
         if data.path != f"{SYNTHETIC}arithmetic":
             raise UserError(f"data.path={data.path!r}: no such synthetic data set. Use {SYNTHETIC}arithmetic.")
@@ -174,7 +176,7 @@ def _raw_rows(data: DataConfig) -> Iterator[tuple[str, Any]]:
     elif path.is_dir():
         yield from _folder_rows(path, data)
     elif _looks_like_hub_id(data.path):
-        yield from _numbered(f"{data.path} ({data.split})", _fetch(data))
+        yield from _numbered(f"{data.path} ({data.split})", _fetch(data.path, data))
     else:
         raise UserError(f"data.path={data.path}: no such file or folder.")
 
@@ -242,12 +244,12 @@ def _saved(path: Path, data: DataConfig) -> Dataset:
     return loaded[data.split]
 
 
-def _fetch(data: DataConfig) -> Dataset:
+def _fetch(hub_id: str, data: DataConfig) -> Dataset:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
-        return load_dataset(data.path, split=data.split, revision=data.revision)
+        return load_dataset(hub_id, split=data.split, revision=data.revision)
     except (DatasetsError, ValueError, OSError) as error:
         raise UserError(
             f"data.path={data.path!r}, data.split={data.split!r}: no such file or folder, and the hub could not be"

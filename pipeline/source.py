@@ -41,6 +41,8 @@ def locate(config: PipelineConfig) -> Source:
         UserError: no such directory or hub id, not a gpt-oss checkpoint, a damaged one.
     """
     directory = base_directory(config.model.path, config)
+    if not directory.is_dir():
+        raise UserError(f"model.path={config.model.path}: no such directory.")
     Checkpoint(directory).close()
     return Source(directory, sampled_fingerprint(directory))
 
