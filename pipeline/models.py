@@ -83,7 +83,7 @@ def find(config: PipelineConfig, source: str | None, among: tuple[Stage, ...], k
     if source is None:
         newest = next((stage for stage in reversed(among) if is_complete(config, stage)), among[0])
         return of_artifact(require(config, newest))
-    if source in Stage.__members__ and not Path(source).is_dir():
+    if source in Stage.__members__:  # a directory of that name can be given as ./<name>
         stage = Stage[source]
         if stage not in among:
             raise UserError(f"{key}={source}: must be one of {', '.join(s.name for s in among)}, or a directory.")

@@ -107,17 +107,20 @@ def _trained(config: PipelineConfig, directory: Path) -> tuple[ModelRef | None, 
     if not (directory / artifacts.ARTIFACT_FILE).is_file():
         return None, f"{directory} has no {artifacts.ARTIFACT_FILE} that names the model it was made from"
     export = artifacts.load(directory, check_files=False)
-    origin = Path(export.details.get("exported_directory", ""))
-    if not origin.is_dir():
-        return None, f"the model that it was made from, {origin}, is not there any more"
-    ref = models.find(config, str(origin), (), "exported_directory")
-    if ref.fingerprint != export.parents.get("model"):
+    if export.stage != Stage.export.name:
+        return None, f"{directory} is a result of stage={export.stage}, not of export"
+    origins = (directory.parent / export.details["exported_from"], Path(export.details["exported_directory"]))
+    there = [models.find(config, str(origin), (), "exported_directory") for origin in origins if origin.is_dir()]
+    for ref in there:
+        if ref.fingerprint == export.parents["model"]:
+            return ref, ""
+    if there:
         raise UserError(
-            f"{directory} was made from an earlier {ref.name} ({origin} has changed since)."
+            f"{directory} was made from an earlier {there[0].name} ({there[0].directory} has changed since)."
             f" Export again: python -m pipeline stage=export recipe={config.recipe} run_dir={config.run_dir}"
             " overwrite=true"
         )
-    return ref, ""
+    return None, f"the model that it was made from, {origins[-1]}, is not there any more"
 
 
 def _record(check: "Check") -> dict[str, Any]:

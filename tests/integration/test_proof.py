@@ -235,3 +235,15 @@ def test_verify_looks_again_when_the_export_has_changed(tmp_path: Path, smoke_ru
     rewrite(run / "export", flip_one_bit)
     assert run_program("stage=verify", "recipe=smoke", *SHORT, f"run_dir={run}") == 1
     assert not (run / "verify" / "artifact.json").exists()
+
+
+def test_directory_that_is_no_export_is_not_right(tmp_path: Path, smoke_run: Path, capsys) -> None:
+    assert verify(smoke_run, tmp_path / "run", smoke_run / "sft") == 1
+    assert "experts are stored as BF16, not as MXFP4" in capsys.readouterr().out
+
+
+def test_a_moved_run_is_still_proven(tmp_path: Path, smoke_run: Path) -> None:
+    run = Path(shutil.copytree(smoke_run, tmp_path / "moved"))
+    assert run_program("stage=verify", "recipe=smoke", *SHORT, f"run_dir={run}", "overwrite=true") == 0
+    report = json.loads((run / "verify" / "report.json").read_text())
+    assert report["trained_model"] == str(run / "qat")

@@ -296,6 +296,11 @@ def test_a_path_that_is_not_there_is_named(name: str) -> None:
     assert load_error(name) == f"data.path={name}: no such file or folder."
 
 
+def test_a_data_set_that_is_not_given_is_asked_for() -> None:
+    with pytest.raises(UserError, match=r"data\.path: is not set\. Give data\.path=<file, folder or hub id>"):
+        data.load_rows(PipelineConfig(stage=Stage.sft, model=ModelConfig(path="unused")))
+
+
 def test_a_file_of_another_kind_is_refused_with_the_kinds_that_are_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("role,content\n")
