@@ -93,7 +93,9 @@ def _job(composed: DictConfig) -> None:
 
 
 def _report(error: Exception, status: int) -> int:
-    message = str(error) if isinstance(error, (UserError, CheckFailed)) else str(error).strip().splitlines()[0]
+    # Of Hydra's and OmegaConf's messages the first lines tell what and where, the others quote their internals.
+    own = isinstance(error, (UserError, CheckFailed))
+    message = str(error) if own else " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
     if is_main_process():
         print(f"error: {message}", file=sys.stderr)
     return status

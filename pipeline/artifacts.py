@@ -115,10 +115,12 @@ def build(
             _raise_if_changed(directory, _inputs_of(done), inputs, "is complete, but was made with other inputs")
         if _inputs_of(done) == inputs:
             say(stage.name, f"up to date: {directory}")
+            _clear_work(directory)
             return done
         say(stage.name, f"made anew, since {'; '.join(_differences(_inputs_of(done), inputs))}")
-    if not is_report:
-        _raise_if_unfinished_differs(config, directory, inputs)
+    _raise_if_foreign(directory)
+    if not is_report and not config.overwrite:
+        _raise_if_unfinished_differs(directory, inputs)
     wait_for_everyone()
     if is_main_process():
         _prepare(config, directory, inputs, keep_files=is_report and not config.overwrite)
@@ -142,6 +144,8 @@ def load(directory: Path, check_files: bool = True) -> Artifact:
     path = directory / ARTIFACT_FILE
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError(f"holds {type(record).__name__}, not an object")
         known = {item.name for item in dataclasses.fields(Artifact)} - {"directory", "kind"}
         artifact = Artifact(directory, kind=Kind[record["kind"]], **{name: record[name] for name in known})
     except (OSError, ValueError, KeyError) as error:
@@ -165,9 +169,10 @@ def require(config: PipelineConfig, stage: Stage, check_files: bool = True) -> A
     directory = stage_dir(config, stage.name)
     if not (directory / ARTIFACT_FILE).is_file():
         state = "unfinished" if directory.is_dir() else "missing"
+        recipe = "" if config.recipe == PipelineConfig.recipe else f" recipe={config.recipe}"
         raise UserError(
             f"stage={config.stage.name} needs {directory}, which is {state}."
-            f" Run first: python -m pipeline stage={stage.name} recipe={config.recipe} run_dir={config.run_dir}"
+            f" Run first: python -m pipeline stage={stage.name}{recipe} run_dir={config.run_dir}"
         )
     return load(directory, check_files)
 
@@ -183,14 +188,14 @@ def stage_dir(config: PipelineConfig, name: str) -> Path:
 
 
 def fingerprint_of(directory: Path) -> tuple[str, dict[str, int]]:
-    """XXH3-128 of the payload's names and bytes, and the payload's files with their sizes in bytes."""
+    """XXH3-128 of the payload's names, sizes and bytes, and the payload's files with their sizes in bytes."""
     digest = xxhash.xxh3_128()
     sizes: dict[str, int] = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         name = path.relative_to(directory).as_posix()
-        if name in BOOKKEEPING or name.startswith(f"{CHECKPOINTS_DIR}/"):
+        if name.removesuffix(".tmp") in BOOKKEEPING or name.startswith(f"{CHECKPOINTS_DIR}/"):
             continue
-        digest.update(name.encode() + b"\0")
+        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while chunk := file.read(_READ_BYTES):
                 digest.update(chunk)
@@ -231,8 +236,6 @@ def _prepare(config: PipelineConfig, directory: Path, inputs: dict[str, Any], ke
 def _publish(
     config: PipelineConfig, stage: Stage, directory: Path, inputs: dict[str, Any], result: Result, seconds: float
 ) -> None:
-    shutil.rmtree(directory / CHECKPOINTS_DIR, ignore_errors=True)
-    (directory / UNFINISHED_FILE).unlink()
     fingerprint, files = fingerprint_of(directory)
     record = {
         "stage": stage.name,
@@ -250,7 +253,15 @@ def _publish(
         **_machine(),
     }
     write_json(directory / ARTIFACT_FILE, record)
+    _clear_work(directory)
     say(stage.name, f"done in {seconds:.1f} s: {directory}")
+
+
+def _clear_work(directory: Path) -> None:
+    """Remove what a complete stage needs no more. Only now: before, an interruption would have cost it."""
+    if is_main_process():
+        shutil.rmtree(directory / CHECKPOINTS_DIR, ignore_errors=True)
+        (directory / UNFINISHED_FILE).unlink(missing_ok=True)
 
 
 def _machine() -> dict[str, Any]:
@@ -311,15 +322,18 @@ def _unfinished(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def _raise_if_unfinished_differs(config: PipelineConfig, directory: Path, inputs: dict[str, Any]) -> None:
-    before = _unfinished(directory)
-    if before is not None:
-        if not config.overwrite:
-            _raise_if_changed(directory, before, inputs, "is unfinished, and was begun with other inputs")
-    elif directory.is_dir() and any(directory.iterdir()) and not (directory / ARTIFACT_FILE).is_file():
+def _raise_if_foreign(directory: Path) -> None:
+    ours = (directory / ARTIFACT_FILE).is_file() or (directory / UNFINISHED_FILE).is_file()
+    if not ours and directory.is_dir() and any(directory.iterdir()):
         raise UserError(
             f"{directory}: holds files that this program did not leave. Move them away, or set another run_dir."
         )
+
+
+def _raise_if_unfinished_differs(directory: Path, inputs: dict[str, Any]) -> None:
+    before = _unfinished(directory)
+    if before is not None:
+        _raise_if_changed(directory, before, inputs, "is unfinished, and was begun with other inputs")
 
 
 def _raise_if_changed(directory: Path, before: dict[str, Any], now: dict[str, Any], what: str) -> None:

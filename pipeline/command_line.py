@@ -100,14 +100,13 @@ def _override_problems(override: Override, conf: Path, recipes: Path) -> list[st
         return [
             f"{name}={value}: no such choice.{did_you_mean(str(value), choices)} Choose from: {', '.join(choices)}."
             for value in values
-            if value is not None and value not in choices and not _has_config_dir()
+            if value not in choices and not _has_config_dir()
         ]
     if override.is_add() or name not in config.setting_keys():
         return [config.unknown_key(name, override.input_line or name)] if not _known(name) else []
-    if override.is_sweep_override() or override.is_delete():
+    if override.is_delete():
         return []
-    problem = config.value_problem(name, values[0])
-    return [problem] if problem else []
+    return [problem for value in values if (problem := config.value_problem(name, value))]
 
 
 def _known(name: str) -> bool:

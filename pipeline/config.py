@@ -3,9 +3,11 @@
 `resolve` turns what Hydra composed into `PipelineConfig`; `problems` holds the rules between settings.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from functools import cache
 from typing import Any, Optional
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -65,6 +67,18 @@ class Supervise(Enum):
 
     every_turn = "every_turn"
     last_turn = "last_turn"
+
+
+class FormatName(Enum):
+    """Number formats to train for: the rows of numerics.formats.FORMATS."""
+
+    mxfp4 = "mxfp4"
+
+
+class ExportTarget(Enum):
+    """Layouts that `export` writes: the rows of EXPORTERS."""
+
+    mxfp4 = "mxfp4"
 
 
 class ReasoningEffort(Enum):
@@ -209,8 +223,8 @@ class TrainConfig:
 class FormatConfig:
     """The 4-bit format of the experts' weights."""
 
-    name: str = "mxfp4"
-    """A row of numerics.formats.FORMATS."""
+    name: FormatName = FormatName.mxfp4
+    """The format."""
 
 
 @dataclass
@@ -237,7 +251,7 @@ class ExportConfig:
 
     source: Optional[str] = None
     """What to export: a stage of this run (upcast, sft, quantize, qat) or a directory; null: the newest of the run."""
-    target: str = "mxfp4"
+    target: ExportTarget = ExportTarget.mxfp4
     """Layout to write: mxfp4 (Hugging Face layout of openai/gpt-oss)."""
     shard_bytes: int = 5_000_000_000
     """Size limit of one weight file, in bytes."""
@@ -386,10 +400,11 @@ class _Rule:
     holds: Callable[[Any], bool]
 
 
-_POSITIVE = _Rule("greater than 0", lambda value: value > 0)
-_NOT_NEGATIVE = _Rule("0 or more", lambda value: value >= 0)
+_POSITIVE = _Rule("greater than 0", lambda value: 0 < value < math.inf)
+_NOT_NEGATIVE = _Rule("0 or more", lambda value: 0 <= value < math.inf)
 _FRACTION = _Rule("between 0 and 1, both excluded", lambda value: 0 < value < 1)
 _SHARE = _Rule("0 or more and below 1", lambda value: 0 <= value < 1)
+_SEED = _Rule("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 _STEPS = _Rule("a number of steps, or -1", lambda value: value == -1 or value > 0)
 _BLOCKS = _Rule("a positive multiple of 32, the block size of MXFP4", lambda value: value > 0 and value % 32 == 0)
 
@@ -403,6 +418,7 @@ _TRAIN_RULES = {
     "weight_decay": _NOT_NEGATIVE,
     "max_grad_norm": _POSITIVE,
     "router_aux_loss_coef": _NOT_NEGATIVE,
+    "seed": _SEED,
     "logging_steps": _POSITIVE,
     "eval_steps": _POSITIVE,
     "save_steps": _POSITIVE,
@@ -413,6 +429,8 @@ _TRAIN_RULES = {
 _RULES = {
     "model.tiny.hidden_size": _BLOCKS,
     "model.tiny.intermediate_size": _BLOCKS,
+    "model.tiny.seed": _SEED,
+    "data.seed": _SEED,
     "data.max_samples": _POSITIVE,
     "data.validation_fraction": _FRACTION,
     "data.max_length": _POSITIVE,
@@ -447,5 +465,10 @@ def _leaf_keys(node: DictConfig, prefix: str = "") -> list[str]:
     return keys
 
 
+@cache
+def _known_keys() -> frozenset[str]:
+    return frozenset(setting_keys())
+
+
 def _is_known(key: str) -> bool:
-    return key in setting_keys()
+    return key in _known_keys()

@@ -73,7 +73,7 @@ def load_rows(config: PipelineConfig) -> Rows:
             continue
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         try:
-            conversations.append(parse_conversation(row))
+            conversations.append(parse_conversation(row, where))
         except ConversationError as error:
             problems.append(f"{where}: {error}.")
     if problems:
@@ -114,14 +114,25 @@ def _split(data: DataConfig, conversations: list[Conversation]) -> tuple[list[Co
     if data.max_samples is not None and data.max_samples > len(order):
         say("data", f"data.max_samples={data.max_samples}, but there are only {len(order)} rows: using all")
     chosen = [conversations[i] for i in order[: data.max_samples]]
-    held_out = round(len(chosen) * data.validation_fraction)
-    if held_out == 0 or held_out == len(chosen):
-        empty = "validate on" if held_out == 0 else "train on"
+    wanted = round(len(chosen) * data.validation_fraction)
+    copies: dict[str, list[Conversation]] = {}
+    for conversation in chosen:
+        copies.setdefault(_identity(conversation), []).append(conversation)
+    parts: tuple[list[Conversation], list[Conversation]] = ([], [])
+    for same in copies.values():  # all copies of a conversation go the same way
+        parts[len(parts[1]) < wanted].extend(same)
+    train, validation = parts
+    if not train or not validation:
+        empty = "train on" if validation else "validate on"
         raise UserError(
             f"data.validation_fraction={data.validation_fraction} of {len(chosen)} rows leaves none to {empty}."
             " Change it, or use more rows."
         )
-    return chosen[held_out:], chosen[:held_out]
+    return train, validation
+
+
+def _identity(conversation: Conversation) -> str:
+    return json.dumps([conversation.messages, conversation.tools, conversation.reasoning_effort], sort_keys=True)
 
 
 def _tokenize(
@@ -129,11 +140,13 @@ def _tokenize(
 ) -> Dataset:
     kept: list[dict[str, list[int]]] = []
     cut = lost = 0
+    problems: list[str] = []
     for conversation in progress(conversations, what=f"tokenizing {name}", unit="row"):
         try:
             rendered = examples(conversation, rendering)
         except ConversationError as error:
-            raise UserError(f"data.path={data.path}: {error}. First message: {conversation.messages[0]!r}") from error
+            problems.append(f"{conversation.where}: {error}.")
+            continue
         for example in rendered:
             cut += len(example["input_ids"]) > data.max_length
             example = {key: ids[: data.max_length] for key, ids in example.items()}
@@ -141,6 +154,8 @@ def _tokenize(
                 lost += 1
             else:
                 kept.append(example)
+    if problems:
+        raise user_errors(at_most(problems))
     if not kept:
         raise UserError(
             f"data.max_length={data.max_length} cuts away every supervised token of the {name} examples: raise it."
@@ -226,7 +241,7 @@ def _folder_rows(path: Path, data: DataConfig) -> Iterator[tuple[str, Any]]:
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         yield from _numbered(str(path), _saved(path, data))
         return
-    files = sorted(p for p in path.iterdir() if p.suffix in _FILES)
+    files = sorted(p for p in path.iterdir() if p.suffix in _FILES and p.is_file())
     if not files:
         raise UserError(f"data.path={path}: holds neither {' nor '.join(_FILES)} files nor a saved data set.")
     for file in files:
@@ -236,7 +251,12 @@ def _folder_rows(path: Path, data: DataConfig) -> Iterator[tuple[str, Any]]:
 def _saved(path: Path, data: DataConfig) -> Dataset:
     from datasets import DatasetDict, load_from_disk
 
-    loaded = load_from_disk(str(path))
+    try:
+        loaded = load_from_disk(str(path))
+    except IndexError as error:  # how datasets 5.2 meets a data set without rows
+        raise UserError(f"data.path={path}: the data set is empty.") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a readable saved data set ({error}).") from error
     if not isinstance(loaded, DatasetDict):
         return loaded
     if data.split not in loaded:

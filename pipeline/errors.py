@@ -2,9 +2,6 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import TypeVar
-
-T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -32,10 +29,3 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     by_leaf = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]
     close = difflib.get_close_matches(word, known, n=2, cutoff=0.6) or by_leaf[:2]
     return f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
-
-
-def pick(table: dict[str, T], name: str, what: str) -> T:
-    """table[name], or a UserError that lists what there is."""
-    if name in table:
-        return table[name]
-    raise UserError(f"{what}: unknown value {name!r}.{did_you_mean(name, table)} Choose from: {', '.join(table)}.")

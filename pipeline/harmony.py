@@ -7,7 +7,7 @@ turns, so a conversation with several assistant turns becomes several examples, 
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.gpt_oss import SPECIAL_TOKENS, STOP_TOKENS
@@ -33,12 +33,14 @@ class Conversation:
         tools: function schemas offered to the model, or None.
         reasoning_effort: of this conversation, or None for the data set's.
         merged_instructions: whether a system and a developer message were joined into one.
+        where: the file and row, or the like, that it comes from.
     """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
     merged_instructions: bool = False
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,11 @@ class Rendering:
     every_turn: bool
 
 
-def parse_conversation(row: Any) -> Conversation:
+def parse_conversation(row: Any, where: str = "") -> Conversation:
     """Check one row of a chat data set.
 
     Args:
+        where: the row's place, kept for messages.
         row: {"messages": [{"role", "content", "thinking"?, "tool_calls"?}, …], "tools"?, "reasoning_effort"?}. Keys
             that are None count as absent: Arrow fills them in.
 
@@ -71,7 +74,7 @@ def parse_conversation(row: Any) -> Conversation:
     cleaned = [_message(i, message) for i, message in enumerate(messages)]
     merged = _merge_instructions(cleaned)
     _check_order(merged)
-    return Conversation(merged, _tools(row.get("tools")), _effort(row), len(merged) < len(cleaned))
+    return Conversation(merged, _tools(row.get("tools")), _effort(row), len(merged) < len(cleaned), where)
 
 
 def examples(conversation: Conversation, rendering: Rendering) -> list[dict[str, list[int]]]:
@@ -148,10 +151,36 @@ def _text(where: str, key: str, message: dict[str, Any], may_be_absent: bool) ->
         return ""
     if not isinstance(text, str):
         raise ConversationError(f"{where}.{key} is {type(text).__name__}, not text")
+    _check_text(f"{where}.{key}", text)
+    return text
+
+
+def _check_text(where: str, text: str) -> None:
     special = next((token for token in SPECIAL_TOKENS.values() if token in text), None)
     if special is not None:
-        raise ConversationError(f"{where}.{key} contains the special token {special}, which would end the message")
-    return text
+        raise ConversationError(f"{where} contains the special token {special}, which would end the message")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConversationError(f"{where} is not valid Unicode: it contains half of a surrogate pair")
+
+
+def _check_json(where: str, value: Any) -> None:
+    """All text in a JSON value, keys included."""
+    if isinstance(value, str):
+        _check_text(where, value)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            _check_json(where, key)
+            _check_json(where, inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            _check_json(where, inner)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every object of a column the keys of all others, as None: such keys are absent."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _tool_call(where: str, role: str, tool_calls: Any) -> dict[str, Any]:
@@ -169,6 +198,9 @@ def _tool_call(where: str, role: str, tool_calls: Any) -> dict[str, Any]:
             arguments = json.loads(arguments)
         except ValueError as error:
             raise ConversationError(f"{where}.tool_calls[0].arguments is not valid JSON ({error})") from error
+    else:
+        arguments = _without_nulls(arguments)
+    _check_json(f"{where}.tool_calls[0]", [function["name"], arguments])
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
 
 
@@ -208,7 +240,14 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, dict) for tool in tools):
         raise ConversationError("'tools' is not a list of function schemas")
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    schemas = [_without_nulls(tool.get("function") or tool) for tool in tools]
+    for i, schema in enumerate(schemas):
+        for key in ("name", "description"):
+            if not isinstance(schema, dict) or not isinstance(schema.get(key), str):
+                called = schema.get("name") if isinstance(schema, dict) else schema
+                raise ConversationError(f"tools[{i}] ({called!r}) has no {key}, which the chat template shows")
+    _check_json("'tools'", schemas)
+    return [{"type": "function", "function": schema} for schema in schemas]
 
 
 def _effort(row: dict[str, Any]) -> str | None:

@@ -44,18 +44,18 @@ def log_metrics(directory: Path, values: dict[str, Any]) -> None:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a stage's metrics.jsonl."""
+    """The lines of a stage's metrics.jsonl; a last line that was cut off by a crash is left out."""
     path = directory / METRICS_FILE
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def forget_metrics_after(directory: Path, step: int) -> None:
     """Drop the lines of steps that a resumed run is about to repeat."""
     path = directory / METRICS_FILE
     if is_main_process() and path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        kept = [line for line in read_metrics(directory) if line.get("step", 0) <= step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 def progress(items: Iterable | None = None, total: int | None = None, what: str = "", unit: str = "it") -> Any:

@@ -5,7 +5,6 @@ from pathlib import Path
 from pipeline import artifacts, models, source
 from pipeline.artifacts import Artifact, Kind, Result
 from pipeline.config import PipelineConfig, Stage
-from pipeline.errors import pick
 from pipeline.export import EXPORTERS
 from pipeline.models import ModelRef, Weights
 from pipeline.tracking import log_metrics
@@ -16,14 +15,14 @@ _SOURCES = (Stage.upcast, Stage.sft, Stage.quantize, Stage.qat)
 
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/export: names, shapes, types and configuration as the source checkpoint has them."""
-    writer = pick(EXPORTERS, config.export.target, "export.target")
+    writer = EXPORTERS[config.export.target.name]
     ref = models.find(config, config.export.source, _SOURCES, "export.source")
     base = source.locate(config)
 
     def work(directory: Path) -> Result:
         details = writer(Weights(ref), base, directory, config.export.shard_bytes)
         log_metrics(directory, details)
-        return Result(Kind.packed, config.export.target, details={**details, **_origin(ref)})
+        return Result(Kind.packed, config.export.target.name, details={**details, **_origin(ref)})
 
     parents = {"model": ref.fingerprint, "source": base.fingerprint}
     return artifacts.build(config, Stage.export, _SETTINGS, parents, work)

@@ -7,7 +7,6 @@ from pipeline.artifacts import Artifact, Result
 from pipeline.checkpoints import load_tokenizer
 from pipeline.config import PipelineConfig, Stage
 from pipeline.data import Rows
-from pipeline.errors import pick
 from pipeline.models import ModelRef
 from pipeline.numerics.formats import FORMATS
 from pipeline.tracking import is_main_process
@@ -33,7 +32,7 @@ def run(config: PipelineConfig) -> Artifact:
 def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
     from pipeline import quantizer, training
 
-    block_format = pick(FORMATS, config.format.name, "format.name")
+    block_format = FORMATS[config.format.name.name]
     tokenizer = load_tokenizer(start.base)
     splits = data.prepare(config, rows, tokenizer)
     model = models.load_to_train(start, config.qat)

@@ -13,7 +13,6 @@ from pipeline.artifacts import Artifact, Kind, Result
 from pipeline.checkpoints import link_or_copy, load_tokenizer
 from pipeline.config import Method, PipelineConfig, Stage
 from pipeline.data import Rows
-from pipeline.errors import pick
 from pipeline.models import ModelRef
 from pipeline.numerics.formats import FORMATS, BlockFormat
 from pipeline.tracking import log_metrics, say
@@ -23,7 +22,7 @@ _SETTINGS = ("data", "format", "quantize", "qat.method", "qat.lora", "qat.precis
 
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/quantize: the fine-tuned model with fake quantizers, proven to run."""
-    block_format = pick(FORMATS, config.format.name, "format.name")
+    block_format = FORMATS[config.format.name.name]
     sft = artifacts.require(config, Stage.sft)
     rows = data.load_rows(config)
     return artifacts.build(

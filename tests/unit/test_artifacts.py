@@ -312,9 +312,6 @@ def test_an_empty_directory_is_taken(config: PipelineConfig) -> None:
 def test_an_interruption_while_publishing_can_be_resumed(
     step: str, config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # BUG: _publish removes unfinished.json before it reads the whole payload for the fingerprint (minutes for 20b).
-    # Interrupted there, the stage is neither complete nor unfinished: "holds files that this program did not leave",
-    # with overwrite=true too, and hours of training have to be moved away by hand.
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
@@ -326,8 +323,6 @@ def test_an_interruption_while_publishing_can_be_resumed(
 
 
 def test_a_half_written_artifact_json_is_not_taken_for_payload(config: PipelineConfig) -> None:
-    # BUG: what write_json leaves when it is killed (artifact.json.tmp) is fingerprinted as payload and recorded in
-    # `files`; the next write replaces it, and the artifact just made is refused: "artifact.json.tmp: missing".
     directory = begin(config)
     (directory / "artifact.json.tmp").write_text('{"stage": ')
     assert set(make(config).files) == {"shard-1", *PAYLOAD}
@@ -399,7 +394,6 @@ def test_an_interrupted_report_is_made_again(config: PipelineConfig) -> None:
 
 
 def test_a_report_does_not_take_the_files_of_someone_else_for_its_own(config: PipelineConfig) -> None:
-    # BUG: directories of reports are not checked: the files are kept, and recorded and fingerprinted as the report's.
     directory = stage_dir(config, "compare")
     directory.mkdir(parents=True)
     (directory / "thesis.tex").write_text("years of work")
@@ -441,7 +435,6 @@ def test_a_damaged_stage_is_rebuilt_with_overwrite(config: PipelineConfig) -> No
 
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"kind": "poem"}', "[]", "\ufeff{}"])
 def test_an_artifact_json_that_is_not_one_is_a_mistake_of_the_user(content: str, config: PipelineConfig) -> None:
-    # BUG: "[]" raises TypeError: a traceback, exit status 1.
     directory = make(config).directory
     (directory / "artifact.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=r"artifact\.json: not a readable artifact .* overwrite=true"):
@@ -465,7 +458,6 @@ def test_an_unfinished_stage_is_named_with_the_command_that_finishes_it(config: 
 
 
 def test_the_command_that_is_given_is_a_valid_one_without_a_recipe_too(config: PipelineConfig) -> None:
-    # BUG: without recipe= the message says recipe=default, and that is "no such choice".
     config.recipe = PipelineConfig().recipe
     with pytest.raises(UserError) as caught:
         require(config, Stage.upcast)
@@ -533,7 +525,6 @@ def test_the_fingerprint_does_not_depend_on_bookkeeping_files(tmp_path: Path) ->
 
 
 def test_the_fingerprint_tells_one_file_from_two_with_the_same_bytes(tmp_path: Path) -> None:
-    # BUG: names and contents are hashed one after the other without their lengths.
     assert payload(tmp_path / "a", {"a": b"1", "b": b"2"}) != payload(tmp_path / "b", {"a": b"1b\x002"})
 
 
@@ -577,7 +568,6 @@ def test_metrics_of_repeated_steps_are_forgotten(step: int, kept: list[int | Non
 
 
 def test_a_torn_last_line_does_not_keep_a_run_from_resuming(tmp_path: Path) -> None:
-    # BUG: a full disk or a power cut can leave half a line; the run that resumes ends with JSONDecodeError, every time.
     tracking.log_metrics(tmp_path, {"step": 1})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"time": 1.0, "st')

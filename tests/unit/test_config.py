@@ -204,7 +204,6 @@ def test_nothing_is_written_where_the_program_is_called(seen: list[PipelineConfi
 
 
 def test_a_sweep_writes_nothing_where_it_is_called(seen: list[PipelineConfig], tmp_path: Path) -> None:
-    # BUG: Hydra's sweeper leaves a multirun.yaml in hydra.sweep.dir, which is the directory of the call.
     assert run_program("-m", "stage=sft", "recipe=smoke") == 0
     assert len(seen) == 1
     assert list(tmp_path.iterdir()) == []
@@ -271,9 +270,6 @@ def test_resolve_refuses_keys_that_were_added_past_the_schema() -> None:
 
 
 def test_a_misspelt_key_in_a_recipe_is_refused_with_its_full_name(mistake: Mistake, tmp_path: Path) -> None:
-    # BUG: only the first line of Hydra's message is shown: "In 'recipe/mine': ConfigKeyError raised while composing
-    # config:"; the key is on the second. (Contract, 2.3: the full key; 3: a typo anywhere is an error with its full
-    # key.)
     write_recipe(tmp_path, "sft:\n  learning_rat: 0.5\n")
     message = mistake("--config-dir", str(tmp_path), "stage=sft", "recipe=mine")
     assert "recipe/mine" in message
@@ -281,7 +277,6 @@ def test_a_misspelt_key_in_a_recipe_is_refused_with_its_full_name(mistake: Mista
 
 
 def test_a_value_of_the_wrong_type_in_a_recipe_is_refused_with_its_full_key(mistake: Mistake, tmp_path: Path) -> None:
-    # BUG: as above, "In 'recipe/mine': ValidationError raised while composing config:".
     write_recipe(tmp_path, "sft:\n  learning_rate: fast\n")
     message = mistake("--config-dir", str(tmp_path), "stage=sft", "recipe=mine")
     assert "sft.learning_rate" in message
@@ -310,8 +305,6 @@ def test_an_unknown_choice_of_a_group_is_refused_with_all_choices(argument: str,
 
 
 def test_no_recipe_is_a_choice_too(seen: list[PipelineConfig]) -> None:
-    # BUG: conf/config.yaml says `recipe: null`, but on the command line recipe=null is a ValueError of Hydra's: a
-    # traceback, exit status 1.
     assert run_program("stage=sft", "recipe=null", SYNTHETIC_DATA) in (0, 2)
 
 
@@ -354,8 +347,6 @@ def test_a_value_of_the_wrong_type_is_refused(argument: str, expected: str) -> N
     ],
 )
 def test_a_value_of_the_wrong_type_in_a_sweep_is_refused_before_it_starts(argument: str, reason: str) -> None:
-    # BUG: the values of a sweep are not checked before it starts. The jobs before the bad one run, then it ends with
-    # "Error merging override stage=exprot", without the reason and what can be chosen.
     assert reason in found_on("-m", argument)
 
 

@@ -393,13 +393,11 @@ INJECTED = {
 
 @pytest.mark.parametrize("row", INJECTED.values(), ids=INJECTED.keys())
 def test_a_special_token_inside_a_tool_call_or_schema_is_refused(row: dict[str, Any]) -> None:
-    # BUG: only content and thinking are checked; here <|call|> is tokenized as the real token, in mid-completion.
     assert "special token" in refusal(row)
 
 
 @pytest.mark.parametrize("key", ["content", "thinking"])
 def test_text_that_is_not_valid_unicode_is_refused(key: str) -> None:
-    # BUG: a lone surrogate (JSON's "\ud800") passes, and the tokenizer raises TypeError: a traceback, exit status 1.
     assert f"messages[1].{key}" in refusal({"messages": [USER, {**ASSISTANT, key: "\ud800"}]})
 
 
