@@ -116,8 +116,6 @@ def test_strided_tensors_are_written_in_the_order_of_their_indices(tmp_path: Pat
         assert torch.equal(found, maker.tensors[name])
 
 
-# Fails: BUG in checkpoints._write_shard, reported. Its comment says "wider types first … needs aligned offsets",
-# but its sort key only tells U8 from the rest: an odd number of BF16 values leaves the next F32 tensor misaligned.
 def test_every_tensor_starts_at_a_multiple_of_its_value_size(tmp_path: Path) -> None:
     maker = Maker()
     maker.add(a=torch.randn(3).bfloat16(), b=torch.randn(4), c=random_bytes(3), d=torch.randn(1).half())
