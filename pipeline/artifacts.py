@@ -12,6 +12,7 @@ import platform
 import resource
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ CHECKPOINTS_DIR = "checkpoints"
 BOOKKEEPING = {ARTIFACT_FILE, CONFIG_FILE, METRICS_FILE, UNFINISHED_FILE}
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "nvidia-modelopt", "accelerate", "datasets", "safetensors")
 _READ_BYTES = 1 << 24
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, KiB on Linux
 
 
 class Kind(Enum):
@@ -273,7 +275,7 @@ def _machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
     }
 

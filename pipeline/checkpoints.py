@@ -218,7 +218,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     """The same file in another place: a hard link where the file system allows it."""
     target.unlink(missing_ok=True)
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)  # the hub's cache holds symbolic links
     except OSError:
         shutil.copyfile(source, target)
 

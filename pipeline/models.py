@@ -21,7 +21,7 @@ from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, plain_layout
 from pipeline.numerics.codec import fake_quantize
 from pipeline.numerics.formats import FORMATS
 from pipeline.source import sampled_fingerprint
-from pipeline.tracking import is_main_process, shows_progress
+from pipeline.tracking import is_main_process, say, shows_progress
 
 MODEL_STAGES = (Stage.upcast, Stage.sft, Stage.quantize, Stage.qat, Stage.export)
 """Stages that leave a model, oldest first."""
@@ -82,7 +82,9 @@ def find(config: PipelineConfig, source: str | None, among: tuple[Stage, ...], k
     """
     if source is None:
         newest = next((stage for stage in reversed(among) if is_complete(config, stage)), among[0])
-        return of_artifact(require(config, newest))
+        ref = of_artifact(require(config, newest))
+        say(config.stage.name, f"{key}: {newest.name}, the newest complete stage")
+        return ref
     if source in Stage.__members__:  # a directory of that name can be given as ./<name>
         stage = Stage[source]
         if stage not in among:
@@ -203,9 +205,9 @@ def load_to_train(ref: ModelRef, train: TrainConfig) -> Any:
     return model
 
 
-def load_effective(ref: ModelRef, dtype: torch.dtype) -> Any:
+def load_effective(ref: ModelRef, dtype: torch.dtype, **arguments: Any) -> Any:
     """A plain model that holds the values which the forward pass of `ref` uses: adapters merged, experts rounded."""
-    model = load_plain(ref.base, dtype)
+    model = load_plain(ref.base, dtype, **arguments)
     weights = Weights(ref)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

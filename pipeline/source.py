@@ -62,17 +62,16 @@ def _synthetic(path: str, config: PipelineConfig) -> Path:
         raise UserError(f"model.path={path!r}: no such synthetic model. Use {SYNTHETIC}tiny, a directory or a hub id.")
     tiny = config.model.tiny
     directory = Path(config.run_dir).expanduser().absolute() / "source" / synthetic.name_of(tiny)
-    if not directory.is_dir():
-        if is_main_process():
-            try:
-                synthetic.create_tiny(directory, tiny)
-            except OSError as error:
-                raise UserError(
-                    f"run_dir={config.run_dir}: cannot write {directory} ({error.strerror})."
-                    " Set run_dir to a writable place."
-                ) from error
-            say("source", f"made a tiny random gpt-oss: {directory}")
-        wait_for_everyone()
+    if is_main_process() and not directory.is_dir():
+        try:
+            synthetic.create_tiny(directory, tiny)
+        except OSError as error:
+            raise UserError(
+                f"run_dir={config.run_dir}: cannot write {directory} ({error.strerror})."
+                " Set run_dir to a writable place."
+            ) from error
+        say("source", f"made a tiny random gpt-oss: {directory}")
+    wait_for_everyone()
     return directory
 
 

@@ -70,8 +70,9 @@ def train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except CodecError as error:
         raise _diverged(settings, stage, str(error)) from error
-    if not _has_validation_loss(directory, trainer.state.global_step):
+    if trainer.evaluated_step != trainer.state.global_step:
         trainer.evaluate()
+    wait_for_everyone()  # the main process has written all its metrics
     return {"steps": trainer.state.global_step, **_outcome(directory, settings, stage), **splits.counts}
 
 
@@ -101,10 +102,6 @@ def _outcome(directory: Path, settings: TrainConfig, stage: str) -> dict[str, fl
     }
 
 
-def _has_validation_loss(directory: Path, step: int) -> bool:
-    return any("eval_loss" in line and line["step"] == step for line in read_metrics(directory))
-
-
 def _diverged(settings: TrainConfig, stage: str, reason: str) -> UserError:
     return UserError(f"{stage}.learning_rate={settings.learning_rate}: training diverged ({reason}). Lower it.")
 
@@ -116,6 +113,8 @@ class _Trainer(SFTTrainer):
     differs from what `evaluate` reports; there is no public hook for a token-weighted mean.
     """
 
+    evaluated_step: int | None = None
+
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         loss = self._validation_loss()
         metrics = {
@@ -124,6 +123,7 @@ class _Trainer(SFTTrainer):
             f"{metric_key_prefix}_perplexity": loss.perplexity,
         }
         self.log(metrics)
+        self.evaluated_step = self.state.global_step
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

@@ -9,6 +9,8 @@ from pipeline import __main__ as program
 
 SHORT = (
     "data.max_samples=80",
+    "sft.learning_rate=3e-3",
+    "qat.learning_rate=5e-4",
     "sft.max_steps=12",
     "sft.eval_steps=6",
     "sft.save_steps=6",

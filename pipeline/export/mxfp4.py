@@ -22,18 +22,25 @@ def write(weights: Weights, source: Source, directory: Path, shard_bytes: int) -
     """Stream `weights` into `directory`, expert by expert.
 
     Raises:
-        UserError: NaN or Inf in a weight, or an input dimension that 32 does not divide; names tensor, expert, block.
+        UserError: NaN or Inf in a weight, or an input dimension that 32 does not divide: names tensor, expert, block;
+            a source of other sizes.
     """
     experts = {projection.name: projection for projection in expert_projections(weights.shape)}
     for projection in experts.values():
         _raise_if_not_divisible(projection)
+    base = source.open()
+    if weights.shape != base.shape:
+        raise UserError(
+            f"{weights.ref.directory} has {weights.shape}, but model.path={source.directory} has {base.shape}:"
+            " the export takes its configuration from model.path, which must be the model that training started from."
+        )
     pieces = [_other_piece(weights, name, info) for name, info in other_tensors(weights.shape).items()] + [
         _expert_piece(weights, projection) for projection in experts.values()
     ]
     pieces.sort(key=lambda piece: _order(next(iter(piece.tensors))))
     total = write_sharded(directory, pieces, shard_bytes, "export")
     copy_side_files(source.directory, directory)
-    write_json(directory / CONFIG, released_config(source.open().config))
+    write_json(directory / CONFIG, released_config(base.config))
     return {"tensor_bytes": total, "encoded_tensors": len(experts), "other_tensors": len(pieces) - len(experts)}
 
 

@@ -59,6 +59,8 @@ def test_export_of_an_untouched_model_has_every_value_of_the_source(smoke_run: P
     for name in Checkpoint(smoke_run / "upcast").tensors:
         assert torch.equal(export.read_plain(name), original.read_plain(name)), name
     assert run_program("stage=verify", *arguments) == 0
+    report = json.loads((tmp_path / "run" / "verify" / "report.json").read_text())
+    assert [check["status"] for check in report["checks"]] == ["ok"] * 5
 
 
 def test_rope_settings_of_transformers_5_are_written_as_the_engines_read_them(smoke_run: Path, tmp_path: Path) -> None:
@@ -109,3 +111,11 @@ def test_a_run_on_real_multilingual_text_learns(tmp_path: Path) -> None:
     assert details["train_examples_cut"] == 0
     assert details["validation_loss"] < 0.8 * details["validation_loss_before"]
     assert len(read_metrics(tmp_path / "sft")) > 6
+
+
+def test_export_of_a_model_that_is_not_the_sources_is_refused(tmp_path: Path, smoke_run: Path, capsys) -> None:
+    arguments = ("recipe=smoke", f"run_dir={tmp_path / 'run'}", "model.tiny.num_hidden_layers=3")
+    assert run_program("stage=export", *arguments, f"export.source={smoke_run / 'upcast'}") == 2
+    message = capsys.readouterr().err
+    assert "num_hidden_layers=2" in message
+    assert "num_hidden_layers=3" in message
