@@ -46,7 +46,9 @@ def _upcast(base: Source, directory: Path, shard_bytes: int) -> Result:
     copy_side_files(base.directory, directory)
     write_config(directory, checkpoint.config, torch.bfloat16)
     log_metrics(directory, details)
-    return Result(Kind.checkpoint, format="bf16", details={**details, "dtype": "bfloat16"})
+    return Result(
+        Kind.checkpoint, format="bf16", details={**details, "dtype": "bfloat16", "source": str(base.directory)}
+    )
 
 
 def _decode(checkpoint: Checkpoint, directory: Path, shard_bytes: int) -> dict[str, int]:
