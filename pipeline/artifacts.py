@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
-from pipeline.tracking import METRICS_FILE, is_main_process, say, wait_for_everyone
+from pipeline.tracking import METRICS_FILE, is_main_process, progress, say, wait_for_everyone
 
 ARTIFACT_FILE = "artifact.json"
 CONFIG_FILE = "config.yaml"
@@ -192,17 +192,20 @@ def stage_dir(config: PipelineConfig, name: str) -> Path:
 def fingerprint_of(directory: Path) -> tuple[str, dict[str, int]]:
     """XXH3-128 of the payload's names, sizes and bytes, and the payload's files with their sizes in bytes."""
     digest = xxhash.xxh3_128()
-    sizes: dict[str, int] = {}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        name = path.relative_to(directory).as_posix()
-        if name.removesuffix(".tmp") in BOOKKEEPING or name.startswith(f"{CHECKPOINTS_DIR}/"):
-            continue
-        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            while chunk := file.read(_READ_BYTES):
-                digest.update(chunk)
-        sizes[name] = path.stat().st_size
+    payload = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    sizes = {name: payload[name].stat().st_size for name in sorted(payload) if _is_payload(name)}
+    with progress(total=sum(sizes.values()), what="fingerprint", unit="B") as bar:
+        for name, size in sizes.items():
+            digest.update(f"{name}\0{size}\0".encode())
+            with payload[name].open("rb") as file:
+                while chunk := file.read(_READ_BYTES):
+                    digest.update(chunk)
+                    bar.update(len(chunk))
     return digest.hexdigest(), sizes
+
+
+def _is_payload(name: str) -> bool:
+    return name.removesuffix(".tmp") not in BOOKKEEPING and not name.startswith(f"{CHECKPOINTS_DIR}/")
 
 
 def write_json(path: Path, content: Any) -> None:
