@@ -76,7 +76,7 @@ def status(arguments: list[str]) -> int:
     except (UserError, HydraException, OmegaConfBaseException) as error:
         return _report(error, 2)
     except KeyboardInterrupt:
-        return _report(UserError("interrupted; run the same command again to go on"), 130)
+        return _report(UserError("interrupted; the same command, without overwrite=true, goes on from here"), 130)
     except SystemExit as leaving:
         return int(leaving.code or 0) if not isinstance(leaving.code, str) else _report(UserError(leaving.code), 1)
     except Exception:  # noqa: BLE001 - the one place that turns any bug into its traceback and status 1

@@ -6,6 +6,7 @@ depends on it up to date.
 """
 
 import dataclasses
+import fcntl
 import json
 import os
 import platform
@@ -14,7 +15,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from importlib.metadata import version
@@ -123,17 +125,18 @@ def build(
     _raise_if_foreign(directory)
     if not is_report and not config.overwrite:
         _raise_if_unfinished_differs(directory, inputs)
-    wait_for_everyone()
-    if is_main_process():
-        _prepare(config, directory, inputs, keep_files=is_report and not config.overwrite)
-    wait_for_everyone()
-    started = time.monotonic()
-    result = work(directory) if on_every_process or is_main_process() else None
-    wait_for_everyone()
-    if is_main_process():
-        assert result is not None
-        _publish(config, stage, directory, inputs, result, time.monotonic() - started)
-    wait_for_everyone()
+    with _alone_in(config, directory):
+        wait_for_everyone()
+        if is_main_process():
+            _prepare(config, directory, inputs, keep_files=is_report and not config.overwrite)
+        wait_for_everyone()
+        started = time.monotonic()
+        result = work(directory) if on_every_process or is_main_process() else None
+        wait_for_everyone()
+        if is_main_process():
+            assert result is not None
+            _publish(config, stage, directory, inputs, result, time.monotonic() - started)
+        wait_for_everyone()
     return load(directory)
 
 
@@ -176,7 +179,32 @@ def require(config: PipelineConfig, stage: Stage, check_files: bool = True) -> A
             f"stage={config.stage.name} needs {directory}, which is {state}."
             f" Run first: python -m pipeline stage={stage.name}{recipe} run_dir={config.run_dir}"
         )
-    return load(directory, check_files)
+    artifact = load(directory, check_files)
+    stale = staleness(config, artifact)
+    if stale is not None:
+        raise UserError(stale)
+    return artifact
+
+
+def staleness(config: PipelineConfig, artifact: Artifact) -> str | None:
+    """Why a model of this run does not belong to the stages it was made from any more, or None.
+
+    A parent whose directory was removed to save space is not looked at; reports bring themselves up to date.
+    """
+    if artifact.kind is Kind.report:
+        return None
+    for name, fingerprint in artifact.parents.items():
+        directory = stage_dir(config, name)
+        if name in Stage.__members__ and (directory / ARTIFACT_FILE).is_file():
+            parent = load(directory, check_files=False)
+            if parent.fingerprint != fingerprint:
+                return (
+                    f"{artifact.directory} was made from an earlier {name}, which was rebuilt since."
+                    f" Run stage={artifact.stage} again with overwrite=true."
+                )
+            if (inherited := staleness(config, parent)) is not None:
+                return inherited
+    return None
 
 
 def is_complete(config: PipelineConfig, stage: Stage) -> bool:
@@ -219,23 +247,60 @@ def write_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
-def _prepare(config: PipelineConfig, directory: Path, inputs: dict[str, Any], keep_files: bool) -> None:
-    """Leave an empty directory, or the unfinished one of the same inputs, or (keep_files) a report's."""
+@contextmanager
+def _alone_in(config: PipelineConfig, directory: Path) -> Iterator[None]:
+    """Let no second run write to a stage's directory: two would mix their files into one that looks complete."""
+    if not is_main_process():
+        yield
+        return
     try:
-        if keep_files:
-            (directory / ARTIFACT_FILE).unlink(missing_ok=True)
-            (directory / METRICS_FILE).unlink(missing_ok=True)
-        elif (directory / ARTIFACT_FILE).exists() or _unfinished(directory) not in (None, inputs):
-            shutil.rmtree(directory)  # only with overwrite=true: _raise_if_… have let it pass
-        directory.mkdir(parents=True, exist_ok=True)
-        if (directory / UNFINISHED_FILE).exists():
-            say(directory.name, f"resuming what was interrupted in {directory}")
-        write_json(directory / UNFINISHED_FILE, inputs)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        lock = (directory.parent / f".{directory.name}.lock").open("w")
     except OSError as error:
-        raise UserError(
-            f"run_dir={config.run_dir}: cannot write {directory} ({error.strerror}). Set run_dir to a writable place."
-        ) from error
-    OmegaConf.save(OmegaConf.structured(config), directory / CONFIG_FILE)
+        raise _not_writable(config, directory, error) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{directory}: another run is working there. Wait for it, or set another run_dir."
+            ) from error
+        yield
+
+
+def _prepare(config: PipelineConfig, directory: Path, inputs: dict[str, Any], keep_files: bool) -> None:
+    """Leave an empty directory, or the unfinished one of the same inputs, or (keep_files) a report's.
+
+    unfinished.json is there before anything else goes, so that an interruption leaves no directory that is nobody's.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        is_resumed = _unfinished(directory) == inputs and not (directory / ARTIFACT_FILE).exists()
+        write_json(directory / UNFINISHED_FILE, inputs)
+        (directory / ARTIFACT_FILE).unlink(missing_ok=True)
+        if is_resumed:
+            say(directory.name, f"resuming what was interrupted in {directory}")
+        elif keep_files:
+            (directory / METRICS_FILE).unlink(missing_ok=True)
+        else:
+            _empty(directory)  # complete or begun with other inputs: overwrite=true has let it come here
+        OmegaConf.save(OmegaConf.structured(config), directory / CONFIG_FILE)
+    except OSError as error:
+        raise _not_writable(config, directory, error) from error
+
+
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != UNFINISHED_FILE:
+            path.unlink()
+
+
+def _not_writable(config: PipelineConfig, directory: Path, error: OSError) -> UserError:
+    return UserError(
+        f"run_dir={config.run_dir}: cannot write {directory} ({error.strerror}). Set run_dir to a writable place."
+    )
 
 
 def _publish(

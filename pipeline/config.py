@@ -366,10 +366,15 @@ def problems(config: PipelineConfig) -> list[str]:
     ]
     for section in ("sft", "qat"):
         train: TrainConfig = getattr(config, section)
-        if train.attn_implementation in _DROP_SINKS:
+        if train.attn_implementation not in _KEEP_SINKS:
             found.append(
-                f"{section}.attn_implementation={train.attn_implementation!r}: ignores gpt-oss' attention sinks."
-                " Use 'eager' or 'flex_attention'."
+                f"{section}.attn_implementation={train.attn_implementation!r}: must be one of"
+                f" {', '.join(_KEEP_SINKS)}; others lose gpt-oss' attention sinks or their gradient."
+            )
+        if train.method is Method.lora and train.precision is Precision.mixed_bf16:
+            found.append(
+                f"{section}.precision=mixed_bf16: not with LoRA, whose merge autocast would round otherwise than export"
+                " does. Use bf16 (the adapters stay FP32) or fp32."
             )
         if train.lr_scheduler not in _SCHEDULERS:
             found.append(f"{section}.lr_scheduler={train.lr_scheduler!r}: must be one of {', '.join(_SCHEDULERS)}.")
@@ -405,6 +410,7 @@ _NOT_NEGATIVE = _Rule("0 or more", lambda value: 0 <= value < math.inf)
 _FRACTION = _Rule("between 0 and 1, both excluded", lambda value: 0 < value < 1)
 _SHARE = _Rule("0 or more and below 1", lambda value: 0 <= value < 1)
 _SEED = _Rule("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
+_AT_LEAST_TWO = _Rule("2 or more: the one before is needed while one is written", lambda value: value >= 2)
 _STEPS = _Rule("a number of steps, or -1", lambda value: value == -1 or value > 0)
 _BLOCKS = _Rule("a positive multiple of 32, the block size of MXFP4", lambda value: value > 0 and value % 32 == 0)
 
@@ -422,7 +428,7 @@ _TRAIN_RULES = {
     "logging_steps": _POSITIVE,
     "eval_steps": _POSITIVE,
     "save_steps": _POSITIVE,
-    "save_total_limit": _POSITIVE,
+    "save_total_limit": _AT_LEAST_TWO,
     "lora.rank": _POSITIVE,
     "lora.alpha": _POSITIVE,
 }
@@ -445,7 +451,7 @@ _RULES = {
     **{f"{section}.{key}": rule for section in ("sft", "qat") for key, rule in _TRAIN_RULES.items()},
 }
 _SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
-_DROP_SINKS = ("sdpa", "flash_attention_2")
+_KEEP_SINKS = ("eager", "flex_attention")
 
 
 def _select(config: Any, key: str) -> Any:

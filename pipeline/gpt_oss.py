@@ -16,7 +16,6 @@ from pipeline.numerics.formats import MXFP4
 
 MODEL_TYPE = "gpt_oss"
 ARCHITECTURE = "GptOssForCausalLM"
-DECODER_LAYER = "GptOssDecoderLayer"
 
 QUANTIZATION_CONFIG = {
     "modules_to_not_convert": [
@@ -184,9 +183,3 @@ def plain_layout(shape: Shape, dtype: str = "BF16") -> dict[str, TensorInfo]:
     for projection in expert_projections(shape):
         tensors[projection.name] = projection.plain_tensor(dtype)
     return tensors
-
-
-def layer_of(name: str) -> str:
-    """The part of the model that a tensor belongs to: 'model.layers.3', or the name's own stem."""
-    parts = name.split(".")
-    return ".".join(parts[:3]) if parts[:2] == ["model", "layers"] else ".".join(parts[:-1])

@@ -5,15 +5,16 @@ A stage leaves a full checkpoint or adapters on the checkpoint of an earlier sta
 they are, here, only where a model has adapters or quantizers.
 """
 
+import gc
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.artifacts import ARTIFACT_FILE, Artifact, Kind, is_complete, load, require
+from pipeline.artifacts import ARTIFACT_FILE, Artifact, Kind, is_complete, load, require, stage_dir
 from pipeline.checkpoints import Checkpoint, Piece, copy_side_files, read_config, write_config, write_sharded
 from pipeline.config import PipelineConfig, Precision, Stage, TrainConfig
 from pipeline.errors import CheckFailed, UserError
@@ -94,7 +95,8 @@ def find(config: PipelineConfig, source: str | None, among: tuple[Stage, ...], k
     if not directory.is_dir():
         raise UserError(f"{key}={source}: neither a stage ({', '.join(s.name for s in among)}) nor a directory.")
     if (directory / ARTIFACT_FILE).is_file():
-        return of_artifact(load(directory))
+        ref = of_artifact(load(directory))
+        return ref if directory == stage_dir(config, ref.name) else replace(ref, name=source)
     Checkpoint(directory).close()
     return ModelRef(source, directory, directory, fingerprint=sampled_fingerprint(directory))
 
@@ -199,7 +201,12 @@ def load_quantized(ref: ModelRef, dtype: torch.dtype, trainable: bool = False, *
 def load_to_train(ref: ModelRef, train: TrainConfig) -> Any:
     """A model as a training stage needs it: quantizers and adapters of `ref` in place, in `train.precision`."""
     model = load_quantized(
-        ref, TRAIN_DTYPES[train.precision], trainable=True, attn_implementation=train.attn_implementation
+        ref,
+        TRAIN_DTYPES[train.precision],
+        trainable=True,
+        attn_implementation=train.attn_implementation,
+        # The one kernel for experts that computes in BF16 under mixed_bf16, and the one that QAT runs on.
+        experts_implementation="eager",
     )
     model.config.use_cache = False
     return model
@@ -219,6 +226,8 @@ def load_effective(ref: ModelRef, dtype: torch.dtype, **arguments: Any) -> Any:
 def place(model: Any) -> Any:
     """The model on the GPU if there is one with room for it, otherwise where it is."""
     if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()  # what an earlier model left counts as used otherwise
         needed = sum(parameter.nbytes for parameter in model.parameters())
         if torch.cuda.mem_get_info()[0] > _ROOM * needed:
             return model.to("cuda")

@@ -5,6 +5,7 @@ decoded by transformers' own routine, the trained values are those that the fake
 used, and adapters are merged by PEFT.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -93,7 +94,10 @@ class TrainedModel:
             rounded = replace(ref, fake_quantized=MXFP4.name)
             self.model = models.load_effective(rounded, ref.dtype, experts_implementation="eager")
         else:
-            self.model = models.place(models.load_quantized(ref, ref.dtype)).eval()
+            self.model = models.load_quantized(ref, ref.dtype).eval()
+            if not ref.adapter:  # export merges on the CPU, and another device's matrix product may round differently
+                self.model = models.place(self.model)
+        self.device = self.model.device
 
     def check_experts(self, directory: Path) -> Check:
         """Decoded expert weights against the fake-quantized ones of the forward pass, bit for bit."""
@@ -142,9 +146,11 @@ class TrainedModel:
         check = Check("logits: transformers loads it, and computes what the fake-quantized model computes")
         expected = [self._logits(self.model, batch) for batch in self.batches]
         self.model = None  # frees its memory for the export
+        gc.collect()
         try:
             # ModelOpt runs experts one by one; another order of sums can flip a router's near-tie.
-            exported = models.place(models.load_plain(directory, self.ref.dtype, experts_implementation="eager")).eval()
+            exported = models.load_plain(directory, self.ref.dtype, experts_implementation="eager")
+            exported = exported.to(self.device).eval()
         except (CheckFailed, ValueError, RuntimeError, OSError) as error:
             check.problems.append(f"transformers cannot load it: {str(error).splitlines()[0]}")
             return check

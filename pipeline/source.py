@@ -34,15 +34,15 @@ class Source:
         return Checkpoint(self.directory)
 
 
-def locate(config: PipelineConfig) -> Source:
-    """Find, fetch or make the checkpoint that `model.path` names, and check it.
+def locate(config: PipelineConfig, key: str = "model.path") -> Source:
+    """Find, fetch or make the checkpoint that `model.path` names (the user gave it as `key`), and check it.
 
     Raises:
         UserError: no such directory or hub id, not a gpt-oss checkpoint, a damaged one.
     """
     directory = base_directory(config.model.path, config)
     if not directory.is_dir():
-        raise UserError(f"model.path={config.model.path}: no such directory.")
+        raise UserError(f"{key}={config.model.path}: no such directory.")
     Checkpoint(directory).close()
     return Source(directory, sampled_fingerprint(directory))
 

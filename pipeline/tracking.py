@@ -5,10 +5,13 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
+
+_PATIENCE = timedelta(days=1)
 
 
 def is_main_process() -> bool:
@@ -19,9 +22,12 @@ def is_main_process() -> bool:
 def wait_for_everyone() -> None:
     """Let all processes come to this point before any goes on."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import torch
         from accelerate import PartialState
 
-        PartialState().wait_for_everyone()
+        # The first PartialState makes the process group. Without cpu=True it makes none on a machine without a GPU; the
+        # default timeout (10 minutes on GPUs) is shorter than the main process may be busy converting a model.
+        PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE).wait_for_everyone()
 
 
 def say(stage: str, message: str) -> None:

@@ -4,6 +4,7 @@ The only importer of trl. The model comes in ready, with adapters and quantizers
 """
 
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -155,6 +156,12 @@ class _Log(TrainerCallback):
             if "eval_loss" in logs:
                 say(self._stage, f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}")
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            # transformers 5.14 would save now, and take one step too many when it resumes from there.
+            control.should_save = False
+
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         wait_for_everyone()
         if state.is_world_process_zero:
@@ -166,6 +173,7 @@ def _trainer(
 ) -> _Trainer:
     try:
         arguments = _arguments(settings, directory)
+        _raise_if_launched_otherwise(arguments, settings, stage)
         trainer = _Trainer(
             model=model,
             args=arguments,
@@ -178,6 +186,19 @@ def _trainer(
     except ValueError as error:
         raise UserError(f"training settings: {error}") from error
     return trainer
+
+
+def _raise_if_launched_otherwise(arguments: SFTConfig, settings: TrainConfig, stage: str) -> None:
+    """`accelerate launch` passes its own configuration by the environment, and the trainer takes it up silently."""
+    wanted = "bf16" if settings.precision is Precision.mixed_bf16 else "no"
+    if arguments.mixed_precision != wanted:
+        raise UserError(
+            f"{stage}.precision={settings.precision.name} means mixed precision {wanted!r}, but the launcher sets"
+            f" {arguments.mixed_precision!r}. Use accelerate launch --mixed_precision {wanted}."
+        )
+    sharded = [name for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if os.environ.get(name) == "true"]
+    if sharded:
+        raise UserError(f"the launcher sets {', '.join(sharded)}: only data parallel training is supported as yet.")
 
 
 def _arguments(settings: TrainConfig, directory: Path) -> SFTConfig:

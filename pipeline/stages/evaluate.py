@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from pipeline.tracking import log_metrics, say
 
 _SETTINGS = ("data", "model.dtype", "evaluate.max_samples", "evaluate.batch_size")
 _ALL = "all"
+_TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja")
 
 
 def run(config: PipelineConfig) -> Artifact:
@@ -53,20 +55,29 @@ def _measured_before(config: PipelineConfig) -> list[ModelRef]:
     if not is_complete(config, Stage.evaluate):
         return []
     names = artifacts.require(config, Stage.evaluate).parents
-    stages = [stage for stage in MODEL_STAGES if stage.name in names and is_complete(config, stage)]
-    return [models.stage_ref(config, stage) for stage in stages]
+    there = [
+        artifacts.load(artifacts.stage_dir(config, stage.name))
+        for stage in MODEL_STAGES
+        if stage.name in names and is_complete(config, stage)
+    ]
+    return [models.of_artifact(artifact) for artifact in there if artifacts.staleness(config, artifact) is None]
 
 
 def _evaluate(config: PipelineConfig, subjects: list[ModelRef], rows: Rows, directory: Path) -> Result:
     results = {}
     key = {"settings": artifacts.chosen(config, _SETTINGS), "data": rows.fingerprint}
     reference = _reference(config, subjects)
+    prepared: dict[bytes, list[Any]] = {}
     for ref in subjects:
         path = directory / f"{ref.name.strip('/').replace('/', '_')}.json"
         inputs = {**key, "model": ref.fingerprint, "reference": reference.fingerprint}
         figures = _kept(path, inputs)
         if figures is None:
-            figures = _measure(config, ref, reference, rows)
+            files = [ref.base / name for name in _TOKENIZER_FILES]
+            tokenizer_files = b"".join(path.read_bytes() for path in files if path.is_file())
+            if tokenizer_files not in prepared:
+                prepared[tokenizer_files] = _batches(config, ref, rows)
+            figures = _measure(config, ref, reference, prepared[tokenizer_files])
             write_json(path, {"inputs": inputs, "figures": figures})
             say("evaluate", f"{ref.name}: validation loss {figures['validation_loss']:.4f}")
         log_metrics(directory, {"model": ref.name, **figures})
@@ -74,18 +85,17 @@ def _evaluate(config: PipelineConfig, subjects: list[ModelRef], rows: Rows, dire
     return Result(Kind.report, details={"reference": reference.name, "results": results})
 
 
-def _measure(config: PipelineConfig, ref: ModelRef, reference: ModelRef, rows: Rows) -> dict[str, float]:
+def _batches(config: PipelineConfig, ref: ModelRef, rows: Rows) -> list[Any]:
     tokenizer = load_tokenizer(ref.base)
     validation = data.prepare(config, rows, tokenizer).validation
     if config.evaluate.max_samples is not None:
         validation = validation.select(range(min(config.evaluate.max_samples, len(validation))))
-    subject = Subject(
-        ref,
-        models.load_effective(ref, getattr(torch, config.model.dtype.name)),
-        Weights(ref),
-        Weights(reference),
-        losses.batches(validation, config.evaluate.batch_size, tokenizer.pad_token_id),
-    )
+    return losses.batches(validation, config.evaluate.batch_size, tokenizer.pad_token_id)
+
+
+def _measure(config: PipelineConfig, ref: ModelRef, reference: ModelRef, batches: list[Any]) -> dict[str, float]:
+    model = models.load_effective(ref, getattr(torch, config.model.dtype.name))
+    subject = Subject(ref, model, Weights(ref), Weights(reference), batches)
     return {name: value for score in EVALS.values() for name, value in score(subject).items()}
 
 

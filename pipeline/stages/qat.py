@@ -36,7 +36,9 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
     tokenizer = load_tokenizer(start.base)
     splits = data.prepare(config, rows, tokenizer)
     model = models.load_to_train(start, config.qat)
-    details = training.train(model, tokenizer, splits, config.qat, directory, "qat")
+    with quantizer.watch(model) as fired:
+        details = training.train(model, tokenizer, splits, config.qat, directory, "qat")
+    fired.raise_unless_all(model)
     details["quantizers"] = quantizer.count(model, block_format)
     kind, where = models.save(model, start, directory, config.qat)
     if is_main_process():

@@ -52,3 +52,23 @@ def test_all_processes_leave_with_one_message(tmp_path: Path) -> None:
     assert outcome.stderr.count("error: stage=sft needs") == 1
     assert "exitcode  : 2" in outcome.stderr
     assert not (tmp_path / "sft").exists()
+
+
+def test_all_processes_wait_for_the_main_ones_work(tmp_path: Path) -> None:
+    """The first barrier of a process must be one: on a CPU accelerate makes no group unless it is told to."""
+    script = tmp_path / "barrier.py"
+    script.write_text(
+        "import time\n"
+        "from pathlib import Path\n"
+        "from pipeline.tracking import is_main_process, wait_for_everyone\n"
+        f"done = Path({str(tmp_path / 'done')!r})\n"
+        "if is_main_process():\n"
+        "    time.sleep(3)\n"
+        "    done.touch()\n"
+        "wait_for_everyone()\n"
+        "assert done.exists()\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    outcome = subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=120)
+    assert outcome.returncode == 0, outcome.stderr[-2000:]

@@ -1,6 +1,8 @@
 """recipe=smoke through all stages: what it leaves behind, and what a second run does."""
 
+import fcntl
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,32 @@ def test_transformers_loads_every_checkpoint_whole(smoke_run: Path) -> None:
     for stage in ("upcast", "sft", "quantize", "qat", "export"):
         _, info = AutoModelForCausalLM.from_pretrained(smoke_run / stage, output_loading_info=True)
         assert not any(info.values()), stage
+
+
+def test_stage_made_from_an_earlier_parent_is_refused(smoke_run: Path, tmp_path: Path, capsys) -> None:
+    run = Path(shutil.copytree(smoke_run, tmp_path / "run"))
+    record = json.loads((run / "sft" / "artifact.json").read_text())
+    (run / "sft" / "artifact.json").write_text(json.dumps({**record, "fingerprint": "rebuilt"}))
+    assert run_program("stage=export", "recipe=smoke", *SHORT, f"run_dir={run}", "overwrite=true") == 2
+    assert f"{run / 'quantize'} was made from an earlier sft" in capsys.readouterr().err
+
+
+def test_another_model_in_the_same_run_is_refused(smoke_run: Path, capsys) -> None:
+    arguments = ("stage=sft", "recipe=smoke", *SHORT, f"run_dir={smoke_run}", f"model.path={source_of(smoke_run)}")
+    assert run_program(*arguments) == 2
+    assert "was made from synthetic://tiny" in capsys.readouterr().err
+
+
+def test_fewer_steps_than_a_logging_interval_are_trained_too(smoke_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(smoke_run, tmp_path / "run"))
+    arguments = ("stage=sft", "recipe=smoke", *SHORT, f"run_dir={run}", "overwrite=true")
+    assert run_program(*arguments, "sft.max_steps=3", "sft.logging_steps=50") == 0
+    assert artifacts.load(run / "sft").details["steps"] == 3
+
+
+def test_second_run_at_the_same_time_is_refused(tmp_path: Path, capsys) -> None:
+    (tmp_path / "upcast").mkdir()
+    with (tmp_path / ".upcast.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run_program("stage=upcast", "recipe=smoke", f"run_dir={tmp_path}") == 2
+    assert "another run is working there" in capsys.readouterr().err

@@ -397,10 +397,13 @@ BROKEN_RULES: dict[str, tuple[Any, str]] = {
     "verify.logits_tolerance": (-1.0, "must be 0 or more."),
     "model.tiny.hidden_size": (33, "must be a positive multiple of 32, the block size of MXFP4."),
     "model.tiny.intermediate_size": (0, "must be a positive multiple of 32, the block size of MXFP4."),
-    "sft.attn_implementation": ("sdpa", "ignores gpt-oss' attention sinks. Use 'eager' or 'flex_attention'."),
+    "sft.attn_implementation": (
+        "sdpa",
+        "must be one of eager, flex_attention; others lose gpt-oss' attention sinks or their gradient.",
+    ),
     "qat.attn_implementation": (
         "flash_attention_2",
-        "ignores gpt-oss' attention sinks. Use 'eager' or 'flex_attention'.",
+        "must be one of eager, flex_attention; others lose gpt-oss' attention sinks or their gradient.",
     ),
     "qat.lr_scheduler": (
         "cosinus",
@@ -421,11 +424,12 @@ def test_the_defaults_break_no_rule() -> None:
 def test_lora_without_targets_is_refused_but_not_when_training_in_full() -> None:
     assert broken(sft__lora__targets=[]) == []
     expected = "sft.lora.targets=[]: LoRA needs at least one of attention, experts."
-    assert broken(sft__method=Method.lora, sft__lora__targets=[]) == [expected]
+    assert broken(sft__method=Method.lora, sft__precision=Precision.bf16, sft__lora__targets=[]) == [expected]
 
 
 def test_sft_and_qat_with_different_adapters_are_refused_with_both() -> None:
-    both = {"sft__method": Method.lora, "qat__method": Method.lora}
+    both = {f"{stage}__method": Method.lora for stage in ("sft", "qat")}
+    both |= {f"{stage}__precision": Precision.bf16 for stage in ("sft", "qat")}
     assert broken(**both, sft__lora__rank=4, qat__lora__rank=4) == []
     assert broken(**both, sft__lora__rank=4, qat__lora__layers=[1]) == [
         "qat.lora={rank: 8, alpha: 16, targets: ['attention', 'experts'], layers: [1]} differs from"
@@ -435,7 +439,12 @@ def test_sft_and_qat_with_different_adapters_are_refused_with_both() -> None:
 
 
 def test_different_adapter_settings_are_fine_when_only_one_stage_uses_them() -> None:
-    assert broken(qat__method=Method.lora, sft__lora__rank=4) == []
+    assert broken(qat__method=Method.lora, qat__precision=Precision.bf16, sft__lora__rank=4) == []
+
+
+def test_lora_under_autocast_is_refused() -> None:
+    (problem,) = broken(sft__method=Method.lora, sft__precision=Precision.mixed_bf16)
+    assert problem.startswith("sft.precision=mixed_bf16: not with LoRA")
 
 
 def test_several_broken_rules_are_reported_together(mistake: Mistake) -> None:
@@ -484,7 +493,9 @@ def test_a_bug_keeps_its_traceback_and_leaves_with_1(
 def test_an_interruption_leaves_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     replace_stages(monkeypatch, raising(KeyboardInterrupt()))
     assert run_program(*ARGUMENTS) == 130
-    assert capsys.readouterr().err == "error: interrupted; run the same command again to go on\n"
+    assert (
+        capsys.readouterr().err == "error: interrupted; the same command, without overwrite=true, goes on from here\n"
+    )
 
 
 def test_only_the_main_process_reports_and_all_leave_alike(

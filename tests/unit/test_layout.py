@@ -14,7 +14,6 @@ from pipeline.gpt_oss import (
     Shape,
     TensorInfo,
     expert_projections,
-    layer_of,
     other_tensors,
     packed_layout,
     plain_layout,
@@ -193,13 +192,6 @@ def test_bytes_of_a_tensor_are_those_that_torch_needs() -> None:
     for name, dtype in SAFETENSORS_TYPES.items():
         assert TensorInfo(name, (3, 5, 7)).bytes == torch.empty(3, 5, 7, dtype=dtype).nbytes
         assert TensorInfo(name, ()).bytes == torch.empty((), dtype=dtype).nbytes
-
-
-def test_the_layer_of_a_tensor_is_its_decoder_layer_or_its_stem() -> None:
-    assert layer_of("model.layers.3.mlp.experts.down_proj_bias") == "model.layers.3"
-    assert layer_of("model.layers.13.input_layernorm.weight") == "model.layers.13"
-    assert layer_of("model.embed_tokens.weight") == "model.embed_tokens"
-    assert layer_of("lm_head.weight") == "lm_head"
 
 
 def test_another_architecture_is_an_error_that_names_it(config: dict[str, Any]) -> None:
