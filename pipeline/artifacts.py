@@ -401,8 +401,10 @@ def _raise_if_foreign(directory: Path) -> None:
 
 
 def _raise_if_unfinished_differs(directory: Path, inputs: dict[str, Any]) -> None:
+    """Unfinished work is protected as finished work is; a directory in which nothing was made yet is not work."""
     before = _unfinished(directory)
-    if before is not None:
+    made = [path for path in directory.rglob("*") if path.is_file() and path.name not in BOOKKEEPING]
+    if before is not None and made:
         _raise_if_changed(directory, before, inputs, "is unfinished, and was begun with other inputs")
 
 

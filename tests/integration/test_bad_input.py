@@ -188,6 +188,12 @@ def test_sequence_limit_that_cuts_every_supervised_token(capsys: pytest.CaptureF
     assert "data.max_length=10 cuts away every supervised token" in sft_error(capsys, upcast_run, "data.max_length=10")
 
 
+def test_mended_mistake_needs_no_overwrite(capsys: pytest.CaptureFixture[str], upcast_run: Path) -> None:
+    sft_error(capsys, upcast_run, "data.max_length=10")
+    message = error_of(capsys, "stage=sft", "recipe=smoke", f"run_dir={upcast_run}", "data.max_length=11")
+    assert "data.max_length=11 cuts away" in message
+
+
 def test_layer_that_the_model_does_not_have(capsys: pytest.CaptureFixture[str], upcast_run: Path) -> None:
     message = sft_error(capsys, upcast_run, "train@sft=lora", "sft.lora.layers=[1,7]")
     assert "sft.lora.layers=[1, 7]: the model has the layers 0 to 1" in message
