@@ -13,10 +13,10 @@ from torch import Tensor
 from pipeline.checkpoints import ADAPTER_WEIGHTS
 from pipeline.config import LoraTarget, TrainConfig
 from pipeline.errors import UserError
+from pipeline.gpt_oss import EXPERT_WEIGHTS
 
 _ADAPTER = "default"
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_EXPERTS = ("gate_up_proj", "down_proj")
 
 
 def attach(model: Any, train: TrainConfig, section: str) -> PeftModel:
@@ -44,7 +44,9 @@ def attach(model: Any, train: TrainConfig, section: str) -> PeftModel:
         lora_dropout=0.0,  # PEFT cannot drop out inputs of a parameter that it adapts in place
         bias="none",
         target_modules=[f"model.layers.{i}.self_attn.{p}" for i in layers for p in _ATTENTION] if attention else [],
-        target_parameters=[f"model.layers.{i}.mlp.experts.{p}" for i in layers for p in _EXPERTS] if experts else None,
+        target_parameters=[f"model.layers.{i}.mlp.experts.{p}" for i in layers for p in EXPERT_WEIGHTS]
+        if experts
+        else None,
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(train.seed)

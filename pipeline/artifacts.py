@@ -115,13 +115,8 @@ def build(
     inputs = {"settings": chosen(config, settings), "parents": dict(parents), "data": data}
     if (directory / ARTIFACT_FILE).is_file() and not config.overwrite:
         done = load(directory)
-        if not is_report:
-            _raise_if_changed(directory, _inputs_of(done), inputs, "is complete, but was made with other inputs")
-        if _inputs_of(done) == inputs:
-            say(stage.name, f"up to date: {directory}")
-            _clear_work(directory)
+        if _is_up_to_date(done, inputs, is_report):
             return done
-        say(stage.name, f"made anew, since {'; '.join(_differences(_inputs_of(done), inputs))}")
     _raise_if_foreign(directory)
     if not is_report and not config.overwrite:
         _raise_if_unfinished_differs(directory, inputs)
@@ -247,6 +242,19 @@ def write_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
+def _is_up_to_date(done: Artifact, inputs: dict[str, Any], is_report: bool) -> bool:
+    """Whether there is nothing to do; a model that was made with other inputs is an error, a report is made anew."""
+    before = _inputs_of(done)
+    if not is_report:
+        _raise_if_changed(done.directory, before, inputs, "is complete, but was made with other inputs")
+    if before != inputs:
+        say(done.stage, f"made anew, since {'; '.join(_differences(before, inputs))}")
+        return False
+    say(done.stage, f"up to date: {done.directory}")
+    _clear_work(done.directory)
+    return True
+
+
 @contextmanager
 def _alone_in(config: PipelineConfig, directory: Path) -> Iterator[None]:
     """Let no second run write to a stage's directory: two would mix their files into one that looks complete."""
@@ -257,7 +265,7 @@ def _alone_in(config: PipelineConfig, directory: Path) -> Iterator[None]:
         directory.parent.mkdir(parents=True, exist_ok=True)
         lock = (directory.parent / f".{directory.name}.lock").open("w")
     except OSError as error:
-        raise _not_writable(config, directory, error) from error
+        raise not_writable(config, directory, error) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -286,7 +294,7 @@ def _prepare(config: PipelineConfig, directory: Path, inputs: dict[str, Any], ke
             _empty(directory)  # complete or begun with other inputs: overwrite=true has let it come here
         OmegaConf.save(OmegaConf.structured(config), directory / CONFIG_FILE)
     except OSError as error:
-        raise _not_writable(config, directory, error) from error
+        raise not_writable(config, directory, error) from error
 
 
 def _empty(directory: Path) -> None:
@@ -297,7 +305,8 @@ def _empty(directory: Path) -> None:
             path.unlink()
 
 
-def _not_writable(config: PipelineConfig, directory: Path, error: OSError) -> UserError:
+def not_writable(config: PipelineConfig, directory: Path, error: OSError) -> UserError:
+    """The error for a directory of the run that cannot be made or written."""
     return UserError(
         f"run_dir={config.run_dir}: cannot write {directory} ({error.strerror}). Set run_dir to a writable place."
     )

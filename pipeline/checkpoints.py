@@ -208,10 +208,15 @@ def load_tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16`, as configurations write it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def write_config(directory: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
     """config.json of a plain checkpoint: `config` without quantization, with its type."""
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
-    write_json(directory / CONFIG, {**plain, "dtype": str(dtype).removeprefix("torch.")})
+    write_json(directory / CONFIG, {**plain, "dtype": dtype_name(dtype)})
 
 
 def link_or_copy(source: Path, target: Path) -> None:

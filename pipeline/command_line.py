@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import sys
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -102,20 +103,14 @@ def _override_problems(override: Override, conf: Path, recipes: Path) -> list[st
             for value in values
             if value not in choices and not _has_config_dir()
         ]
-    if override.is_add() or name not in config.setting_keys():
-        return [config.unknown_key(name, override.input_line or name)] if not _known(name) else []
+    if not config.is_known(name):
+        return [config.unknown_key(name, override.input_line or name)]
     if override.is_delete():
         return []
     return [problem for value in values if (problem := config.value_problem(name, value))]
 
 
-def _known(name: str) -> bool:
-    return name in config.setting_keys()
-
-
 def _has_config_dir() -> bool:
-    import sys
-
     return any(argument.startswith(("--config-dir", "-cd")) for argument in sys.argv)
 
 

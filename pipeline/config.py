@@ -317,6 +317,11 @@ def setting_keys(node: Any = PipelineConfig, prefix: str = "") -> list[str]:
     return keys
 
 
+def is_known(key: str) -> bool:
+    """Whether the schema has a setting or section of this full key."""
+    return key in _known_keys()
+
+
 def unknown_key(key: str, where: str) -> str:
     """The message for a key that the schema does not have."""
     return f"{where}: unknown key {key!r}.{did_you_mean(key, setting_keys())} `--help` lists all keys."
@@ -338,7 +343,7 @@ def resolve(composed: DictConfig) -> PipelineConfig:
         UserError: an unknown key, a value of the wrong type, a missing value, a broken rule; all rules together.
     """
     # `+sft.lr=1` adds a key to what Hydra composed, and OmegaConf.to_object drops it: a fresh schema refuses it.
-    unknown = [key for key in _leaf_keys(composed) if not _is_known(key)]
+    unknown = [key for key in _leaf_keys(composed) if not is_known(key)]
     if unknown:
         raise user_errors([unknown_key(key, "configuration") for key in unknown])
     try:
@@ -474,7 +479,3 @@ def _leaf_keys(node: DictConfig, prefix: str = "") -> list[str]:
 @cache
 def _known_keys() -> frozenset[str]:
     return frozenset(setting_keys())
-
-
-def _is_known(key: str) -> bool:
-    return key in _known_keys()

@@ -28,6 +28,9 @@ QUANTIZATION_CONFIG = {
 }
 """`quantization_config` of openai/gpt-oss-20b and -120b."""
 
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+"""The two stacks of expert weights of a layer, under `model.layers.N.mlp.experts.`."""
+
 STOP_TOKENS = ("<|return|>", "<|call|>")
 """Tokens that end an assistant's turn at inference."""
 

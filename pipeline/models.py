@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from pipeline.artifacts import ARTIFACT_FILE, Artifact, Kind, is_complete, load, require, stage_dir
-from pipeline.checkpoints import Checkpoint, Piece, copy_side_files, read_config, write_config, write_sharded
+from pipeline.checkpoints import (
+    Checkpoint,
+    Piece,
+    copy_side_files,
+    dtype_name,
+    read_config,
+    write_config,
+    write_sharded,
+)
 from pipeline.config import PipelineConfig, Precision, Stage, TrainConfig
 from pipeline.errors import CheckFailed, UserError
 from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, plain_layout
@@ -246,7 +254,7 @@ def save(model: Any, ref: ModelRef, directory: Path, train: TrainConfig) -> tupl
     from pipeline.adapters import is_adapted
 
     dtype = TRAIN_DTYPES[train.precision]
-    details: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
+    details: dict[str, Any] = {"dtype": dtype_name(dtype)}
     if is_main_process():
         model.save_pretrained(directory)
         copy_side_files(ref.base, directory)

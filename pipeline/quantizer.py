@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline.adapters import base_of, parameter_name
 from pipeline.errors import CheckFailed
+from pipeline.gpt_oss import EXPERT_WEIGHTS
 from pipeline.numerics.codec import fake_quantize
 from pipeline.numerics.formats import FORMATS, BlockFormat
 
@@ -77,7 +78,9 @@ def count(model: Any, block_format: BlockFormat) -> int:
         CheckFailed: others are on, or some of these are not, or they are of another format.
     """
     base = base_of(model)
-    expected = {f"model.layers.{i}.mlp.experts.{p}" for i in range(base.config.num_hidden_layers) for p in _PROJECTIONS}
+    expected = {
+        f"model.layers.{i}.mlp.experts.{p}" for i in range(base.config.num_hidden_layers) for p in EXPERT_WEIGHTS
+    }
     found = {quantized_parameter(name): quantizer for name, quantizer in _enabled(base)}
     wrong = sorted(expected ^ found.keys()) + [
         f"{name} ({quantizer.backend_extra_args})"
@@ -133,9 +136,6 @@ def watch(model: Any, see: Callable[[str, Tensor], None] | None = None) -> Itera
 def quantized_parameter(quantizer_name: str) -> str:
     """Plain name of the parameter behind a quantizer."""
     return parameter_name(quantizer_name).removesuffix(_SUFFIX)
-
-
-_PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
 def _hook(name: str, fired: Fired, see: Callable[[str, Tensor], None] | None) -> Callable:

@@ -6,6 +6,7 @@ from pathlib import Path
 import xxhash
 
 from pipeline import synthetic
+from pipeline.artifacts import not_writable
 from pipeline.checkpoints import Checkpoint
 from pipeline.config import SYNTHETIC, PipelineConfig
 from pipeline.errors import UserError
@@ -66,10 +67,7 @@ def _synthetic(path: str, config: PipelineConfig) -> Path:
         try:
             synthetic.create_tiny(directory, tiny)
         except OSError as error:
-            raise UserError(
-                f"run_dir={config.run_dir}: cannot write {directory} ({error.strerror})."
-                " Set run_dir to a writable place."
-            ) from error
+            raise not_writable(config, directory, error) from error
         say("source", f"made a tiny random gpt-oss: {directory}")
     wait_for_everyone()
     return directory

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline import artifacts, data, losses, models
 from pipeline.artifacts import Artifact, Kind, Result
-from pipeline.checkpoints import link_or_copy, load_tokenizer
+from pipeline.checkpoints import dtype_name, link_or_copy, load_tokenizer
 from pipeline.config import Method, PipelineConfig, Stage
 from pipeline.data import Rows
 from pipeline.models import ModelRef
@@ -59,7 +59,7 @@ def _quantize(config: PipelineConfig, block_format: BlockFormat, sft: ModelRef, 
 
 def _take_form(config: PipelineConfig, sft: ModelRef, directory: Path) -> tuple[Kind, ModelRef, dict[str, Any]]:
     """The SFT model in the form that QAT trains, and where its weights are."""
-    where: dict[str, Any] = {"dtype": str(sft.dtype).removeprefix("torch.")}
+    where: dict[str, Any] = {"dtype": dtype_name(sft.dtype)}
     if sft.adapter and config.qat.method is Method.full:
         say("quantize", "qat trains every weight: merging SFT's adapters")
         models.write_plain(sft, directory, config.upcast.shard_bytes)
