@@ -1,29 +1,34 @@
 """The codec: values -> codes and scales -> values. Training's fake quantization and the export both call it.
 
-The idea: a block of 32 values shares a power-of-two scale; each value is divided by it and rounded to the nearest of
-the 16 values of e2m1, ties to even (OCP MX v1.0, 5.3.3 and 6.3). The choice made here is the scale (see
-`BlockFormat.scale_rule`) and exactness: the scale's exponent is read from the float's bits, not computed with log2,
-and the division is by a power of two, so that every device gives the same bits. The cost is a float32 copy of what is
-being encoded, several times over: callers hand in one expert, or one layer, at a time.
+The idea: a block of values along the input dimension shares a scale; each value is divided by it and rounded to the
+nearest of the 16 values of e2m1, ties to even (OCP MX v1.0, 5.3.3 and 6.3). What may be chosen is the scale (see
+`formats.SCALE_RULES`). All is exact: scales come from the bits of the largest magnitude (`scales`), division is by powers
+of two, ties are decided by comparison (`kernels`), so that every device gives the same bits, compiled or not.
 
-Two public tools disagree with themselves here: ModelOpt's training kernel rounds ties to even, its exporter toward
-zero, so that 0.4 % of the exported BF16 weights are not the trained ones. One definition for both is the point.
+Two public tools disagree with themselves here: ModelOpt's training kernel rounds ties to even, its exporter toward zero,
+so that 0.4 % of the exported BF16 weights are not the trained ones. One definition for both is the point.
 
-Legend: in = input dimension, nb = number of blocks = in / block_size.
+What happens at the edges. Zeros keep their sign, also values that round to zero. Subnormal values are rounded like
+others, with the smallest scale, 2^-127 (NVFP4: they become zero under a tensor scale of at least 2^-110). Values beyond
+what the scale holds saturate at 6 scales: under `floor`, `nearest` and `mse`, under a given tensor scale, and from
+3.5 * 2^126 on, where the next value, 2^128, would be Inf. A block with NaN or Inf is an error, never zeros.
+
+Values have the logical shape (..., out, in), blocks along `in`; memory may have any order. An (E, in, out) parameter is
+handed in as `parameter.transpose(-1, -2)`, and costs no transposed copy. Work goes in slabs, so that temporaries stay small.
+
+Legend: in = input dimension, out = output dimension, nb = blocks per row = in / block_size, L = all leading dimensions.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from pipeline.numerics.formats import E2M1_VALUES, E8M0_BIAS, E8M0_VALUES, BlockFormat
-from pipeline.numerics.packing import pack_nibbles, unpack_nibbles
+from pipeline.numerics import kernels, scales
+from pipeline.numerics.formats import BlockFormat, ScaleType
 
-_SIGN = 8
-_INFINITY_BITS = 0x7F800000
-_EXPONENT_SHIFT = 23
-_MANTISSA_MASK = 0x7FFFFF
-_MANTISSA_OF_SIX = 0x400000  # 6 = 1.5 * 2^2: a larger mantissa than 1.5 needs the next exponent
-_LARGEST_EXPONENT_OF_E2M1 = 2
+_SLAB_VALUES = {"cpu": 1 << 22, "cuda": 1 << 27}
+_WEIGHT_BITS = 16
 
 
 class CodecError(ValueError):
@@ -34,125 +39,228 @@ class CodecError(ValueError):
         self.block = block
 
 
-def encode(values: Tensor, block_format: BlockFormat) -> tuple[Tensor, Tensor]:
+def encode(
+    values: Tensor, block_format: BlockFormat, tensor_scale: Tensor | None = None, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantize and pack.
 
     Args:
-        values: (..., in) float32 or bfloat16, blocks along the last dimension.
-        block_format: a row of FORMATS.
-
-    Magnitudes from 3.5 * 2^126 on round to 2^128, which decodes to Inf: float32 and bfloat16 do not have it.
+        values: (..., in) or (..., out, in) float32 or bfloat16, blocks along the last dimension, any strides.
+        block_format: a row of FORMATS, or one with another rule.
+        tensor_scale: (...) float32 as `tensor_scale` gives it, for formats that have one; None for others.
+        importance: (in) or (..., in) float32, not negative: weights of the squared error under the rule `mse`.
 
     Returns:
-        blocks: (..., nb, block_size / 2) uint8, two codes a byte.
-        scales: (..., nb) uint8, e8m0.
+        blocks: (..., nb, block_size / 2) uint8, two codes a byte, the even element in the low nibble; contiguous.
+        scales: (..., nb) uint8 (e8m0) or float8_e4m3fn; contiguous.
 
     Raises:
         CodecError: the block size does not divide `in`, or a block holds NaN or Inf.
         TypeError: another dtype (float16 cannot hold the result, float64 would be rounded twice).
     """
-    codes, scales = _quantize(_in_blocks(values, block_format), block_format)
-    return pack_nibbles(codes), scales
+    view, unit = _view(values, block_format), _unit(tensor_scale, block_format)
+    chosen = _choose_scales(view, values.shape, block_format, unit, importance)
+    count, nb, size, lanes = view.shape
+    blocks = torch.empty((count, lanes, nb, size // 2), dtype=torch.uint8, device=values.device)
+    for slab in _slabs(view):
+        part = scales.divisor(chosen[slab], block_format.scale_type, _of(unit, slab))
+        _put_transposed(blocks, slab, kernels.packed(view[slab], part.inverse, part.significand))
+    stored = chosen.transpose(1, 2).contiguous().view(_SCALE_DTYPES[block_format.scale_type])
+    return blocks.view(*values.shape[:-1], nb, size // 2), stored.view(*values.shape[:-1], nb)
 
 
-def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Unpack and dequantize: value = e2m1(code) * 2^(scale - 127), exact in BF16 and FP32 where it is in their range.
+def decode(
+    blocks: Tensor,
+    scales_: Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+    tensor_scale: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Unpack and dequantize: value = e2m1(code) * scale, exact in BF16 and FP32 where it is in their range.
 
     Args:
         blocks: (..., nb, block_size / 2) uint8.
-        scales: (..., nb) uint8, e8m0.
+        scales_: (..., nb) uint8 (e8m0) or float8_e4m3fn.
         dtype: of the result.
+        tensor_scale: (...) float32, without the last dimension of what was encoded and `out`; for float8_e4m3fn scales.
+        out: where to write, (..., in) of any strides; None for a new, contiguous tensor.
 
     Returns:
-        (..., in) values; a scale of 255 gives NaN, values beyond the dtype's range give Inf.
+        (..., in) values; a NaN scale gives NaN, values beyond the dtype's range give Inf.
     """
-    return _dequantize(unpack_nibbles(blocks), scales).flatten(-2).to(dtype)
+    nb, half = blocks.shape[-2:]
+    target = torch.empty((*blocks.shape[:-2], nb * half * 2), dtype=dtype, device=blocks.device) if out is None else out
+    view = _as_blocks(target.view(-1, *target.shape[-2:]) if target.ndim > 1 else target.view(1, 1, -1), 2 * half)
+    lanes_first = blocks.reshape(-1, view.shape[-1], nb, half), scales_.reshape(-1, view.shape[-1], nb)
+    unit = None if tensor_scale is None else tensor_scale.reshape(-1)
+    for slab in _slabs(view):
+        experts, rows = slab
+        codes, stored = (part[experts, :, rows] for part in lanes_first)
+        unit_scale = scales.values_of(stored, _of(unit, slab)).transpose(1, 2).contiguous()
+        view[slab] = kernels.unpacked(_transposed(codes), unit_scale, target[..., :0])
+    return target
 
 
-def fake_quantize(values: Tensor, block_format: BlockFormat) -> Tensor:
-    """The values that `decode(encode(values))` has, in the dtype of `values`; the gradient passes straight through.
+def fake_quantize(
+    values: Tensor, block_format: BlockFormat, tensor_scale: Tensor | None = None, importance: Tensor | None = None
+) -> Tensor:
+    """The values that `decode(encode(values))` has, in the dtype and memory order of `values`; straight-through gradient.
 
-    Args:
-        values: (..., in) float32 or bfloat16, blocks along the last dimension.
-        block_format: a row of FORMATS.
-
-    Raises:
-        CodecError: as `encode`.
+    Arguments and errors are those of `encode`; a tensor scale that is needed and not given is that of the values.
     """
-    return _StraightThrough.apply(values, block_format)
+    return _StraightThrough.apply(values, block_format, tensor_scale, importance)
+
+
+def tensor_scale(values: Tensor, block_format: BlockFormat) -> Tensor | None:
+    """The scale of each whole (out, in) matrix: a power of two, float32, of the leading shape; None where there is none."""
+    if block_format.scale_type is ScaleType.e8m0:
+        return None
+    view = _view(values, block_format)
+    return scales.tensor_scale_of(_amax(view).amax(dim=(1, 2)), block_format.scale_rule).view(values.shape[:-2])
+
+
+def saturates(values: Tensor, block_format: BlockFormat, scales_: Tensor, unit: Tensor | None = None) -> Tensor:
+    """Whether a block's largest magnitude lies beyond 6 scales: (..., nb) bool for `encode`'s values and scales."""
+    amax = kernels.block_amax(_view(values, block_format)).float().transpose(1, 2).reshape(scales_.shape)
+    held = scales.LARGEST_E2M1 * scales.values_of(scales_.reshape(-1, *scales_.shape[-2:]), _flat(unit))
+    return amax > held.view(scales_.shape)
 
 
 class _StraightThrough(torch.autograd.Function):
     """Bengio et al. 2013 (arXiv:1308.3432): rounding has zero gradient almost everywhere, so pretend it is one."""
 
     @staticmethod
-    def forward(ctx: object, values: Tensor, block_format: BlockFormat) -> Tensor:
-        codes, scales = _quantize(_in_blocks(values, block_format), block_format)
-        return _dequantize(codes, scales).flatten(-2).to(values.dtype)
+    def forward(
+        ctx: object, values: Tensor, block_format: BlockFormat, given: Tensor | None, importance: Tensor | None
+    ) -> Tensor:
+        unit = _unit(tensor_scale(values, block_format) if given is None else given, block_format)
+        view = _view(values, block_format)
+        chosen = _choose_scales(view, values.shape, block_format, unit, importance)
+        result = torch.empty_like(_as_matrices(values))
+        into = _as_blocks(result, block_format.block_size)
+        for slab in _slabs(view):
+            part = scales.divisor(chosen[slab], block_format.scale_type, _of(unit, slab))
+            into[slab] = kernels.rounded(view[slab], part.inverse, part.significand, part.scale)
+        return result.view(values.shape)
 
     @staticmethod
-    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradients[0], None, None, None
 
 
-def _in_blocks(values: Tensor, block_format: BlockFormat) -> Tensor:
-    """(..., in) -> (..., nb, block_size) float32."""
+def _choose_scales(
+    view: Tensor, shape: torch.Size, block_format: BlockFormat, unit: Tensor | None, importance: Tensor | None
+) -> Tensor:
+    """(L, nb, block, lanes) -> scale bytes (L, nb, lanes) uint8."""
+    first, *others = scales.candidates(_amax(view), block_format.scale_type, block_format.scale_rule, unit)
+    _raise_if_not_finite(first, shape, block_format.scale_type)
+    weights = None if importance is None or not others else _weights(importance, view)
+    for other in others:
+        for slab in _slabs(view):
+            here = None if weights is None else weights[slab[0] if len(weights) > 1 else slice(None), slab[1]]
+            first[slab] = _better(view[slab], first[slab], other[slab], block_format.scale_type, _of(unit, slab), here)
+    return first
+
+
+def _better(
+    view: Tensor, first: Tensor, second: Tensor, scale_type: ScaleType, unit: Tensor | None, weights: Tensor | None
+) -> Tensor:
+    """Of two scales the one with the smaller squared error; the first of two equally good."""
+    one, two = (scales.divisor(each, scale_type, unit) for each in (first, second))
+    error_one, error_two = (kernels.squared_error(view, each.inverse, each.significand, weights) for each in (one, two))
+    ratio = two.inverse / one.inverse  # of powers of two: exact
+    return torch.where(error_two < error_one * (ratio * ratio), second, first)
+
+
+def _weights(importance: Tensor, view: Tensor) -> Tensor:
+    """(…, in) -> (L or 1, nb, block, 1) float64, whole numbers below 2^16; a block without any importance weighs one."""
+    nb, size = view.shape[1:3]
+    blocks = importance.float().reshape(-1, nb, size, 1).double()
+    exponent = torch.frexp(blocks.amax(dim=2, keepdim=True)).exponent
+    whole = torch.floor(torch.ldexp(blocks, _WEIGHT_BITS - exponent))
+    return torch.where(blocks.amax(dim=2, keepdim=True) > 0, whole, torch.ones_like(whole))
+
+
+def _amax(view: Tensor) -> Tensor:
+    """(L, nb, block, lanes) -> (L, nb, lanes) float32."""
+    amax = torch.empty((*view.shape[:2], view.shape[3]), dtype=torch.float32, device=view.device)
+    for slab in _slabs(view):
+        amax[slab] = kernels.block_amax(view[slab])
+    return amax
+
+
+def _raise_if_not_finite(scale_bytes: Tensor, shape: torch.Size, scale_type: ScaleType) -> None:
+    bad = scale_bytes == scales.NAN[scale_type]
+    if bad.any():
+        rows = bad.transpose(1, 2).reshape(*shape[:-1], -1)
+        block = tuple(int(i) for i in rows.nonzero()[0])
+        raise CodecError(f"NaN or Inf in {int(bad.sum())} blocks, the first at index {list(block)}", block)
+
+
+def _view(values: Tensor, block_format: BlockFormat) -> Tensor:
+    """(..., out, in) -> (L, nb, block, lanes) of the same memory."""
     if values.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"values must be float32 or bfloat16, not {values.dtype}")
     if values.shape[-1] % block_format.block_size:
         raise CodecError(
             f"the input dimension {values.shape[-1]} is not a multiple of the block size {block_format.block_size}"
         )
-    return values.detach().float().unflatten(-1, (-1, block_format.block_size))
+    return _as_blocks(_as_matrices(values.detach()), block_format.block_size)
 
 
-def _quantize(values: Tensor, block_format: BlockFormat) -> tuple[Tensor, Tensor]:
-    """(..., nb, block) float32 -> codes (..., nb, block) uint8, scales (..., nb) uint8."""
-    bits = values.view(torch.int32)
-    amax = (bits & 0x7FFFFFFF).amax(dim=-1)  # as integers: positive floats order like their bits
-    _raise_if_not_finite(amax)
-    scales = _SCALE_RULES[block_format.scale_rule](amax)
-    scaled = values.abs() * _table(_INVERSE_SCALES, values)[scales.int()].unsqueeze(-1)
-    codes = _round_to_e2m1(scaled) | ((bits < 0).to(torch.uint8) * _SIGN)
-    return codes, scales
+def _as_matrices(values: Tensor) -> Tensor:
+    """(..., out, in) or (in) -> (L, out, in)."""
+    return values.reshape(-1, *values.shape[-2:]) if values.ndim > 1 else values.view(1, 1, -1)
 
 
-def _ceil_scales(amax_bits: Tensor) -> Tensor:
-    """Bits of each block's largest magnitude -> e8m0 byte of 2^ceil(log2(amax / 6)), at least 2^-127."""
-    exponent = amax_bits >> _EXPONENT_SHIFT  # biased by 127, as e8m0 is
-    above_six = (amax_bits & _MANTISSA_MASK) > _MANTISSA_OF_SIX
-    return (exponent - _LARGEST_EXPONENT_OF_E2M1 + above_six).clamp_(min=0).to(torch.uint8)
+def _as_blocks(matrices: Tensor, block_size: int) -> Tensor:
+    """(L, out, in) -> (L, nb, block, lanes) of the same memory."""
+    return matrices.unflatten(-1, (-1, block_size)).permute(0, 2, 3, 1)
 
 
-def _round_to_e2m1(magnitudes: Tensor) -> Tensor:
-    """Magnitudes of at most 6 -> 3-bit codes, to nearest, ties to the even code."""
-    codes = torch.zeros(magnitudes.shape, dtype=torch.uint8, device=magnitudes.device)
-    for midpoint, even_is_above in _MIDPOINTS:
-        codes += (magnitudes >= midpoint) if even_is_above else (magnitudes > midpoint)
-    return codes
+def _slabs(view: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Index pairs (experts, block rows) that cut (L, nb, block, lanes) into pieces which fit the caches."""
+    count, nb, size, lanes = view.shape
+    budget = _SLAB_VALUES.get(view.device.type, _SLAB_VALUES["cuda"])
+    experts = max(1, budget // max(1, nb * size * lanes))
+    rows = _largest_divisor(nb, budget // max(1, size * lanes))  # all slabs alike: one shape to compile for
+    for i in range(0, count, experts):
+        for j in range(0, nb, rows):
+            yield slice(i, i + experts), slice(j, j + rows)
 
 
-def _dequantize(codes: Tensor, scales: Tensor) -> Tensor:
-    """codes (..., nb, block), scales (..., nb) -> (..., nb, block) float32."""
-    values = _table(E2M1_VALUES, codes)[codes.int()]
-    return values * _table(E8M0_VALUES, scales)[scales.int()].unsqueeze(-1)
+def _largest_divisor(number: int, limit: int) -> int:
+    return next((n for n in range(min(number, limit), 1, -1) if number % n == 0), 1)
 
 
-def _raise_if_not_finite(amax_bits: Tensor) -> None:
-    bad = amax_bits >= _INFINITY_BITS
-    if bad.any():
-        block = tuple(int(i) for i in bad.nonzero()[0])
-        raise CodecError(f"NaN or Inf in {int(bad.sum())} blocks, the first at index {list(block)}", block)
+def _put_transposed(blocks: Tensor, slab: tuple[slice, slice], codes: Tensor) -> None:
+    """codes (l, rows, half, lanes) -> blocks[experts, :, rows] of (L, lanes, nb, half)."""
+    experts, rows = slab
+    for i, expert in enumerate(codes):
+        turned = kernels.transposed(expert.reshape(-1, expert.shape[-1]))
+        blocks[experts.start + i, :, rows] = turned.view(-1, *expert.shape[:-1])
 
 
-def _table(values: tuple[float, ...], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device)
+def _transposed(codes: Tensor) -> Tensor:
+    """(l, lanes, rows, half) -> (l, rows, half, lanes), contiguous."""
+    count, lanes, rows, half = codes.shape
+    turned = [kernels.transposed(expert.reshape(lanes, -1)).view(rows, half, lanes) for expert in codes]
+    return torch.stack(turned) if count > 1 else turned[0].unsqueeze(0)
 
 
-_SCALE_RULES = {"ceil": _ceil_scales}
+def _unit(given: Tensor | None, block_format: BlockFormat) -> Tensor | None:
+    if (given is None) != (block_format.scale_type is ScaleType.e8m0):
+        wanted = "takes no" if given is not None else "needs a"
+        raise TypeError(f"{block_format.name} {wanted} tensor scale")
+    return _flat(given)
 
-# 2^(127 - byte). Bytes above 253 belong to no finite block (the largest float32 has byte 253).
-_INVERSE_SCALES = tuple(2.0 ** (E8M0_BIAS - byte) for byte in range(254))
 
-# Between codes c and c + 1: the midpoint of their values, and whether the even one of the two codes is c + 1.
-_MIDPOINTS = tuple(((E2M1_VALUES[code] + E2M1_VALUES[code + 1]) / 2, (code + 1) % 2 == 0) for code in range(7))
+def _flat(unit: Tensor | None) -> Tensor | None:
+    return None if unit is None else unit.reshape(-1)
+
+
+def _of(unit: Tensor | None, slab: tuple[slice, slice]) -> Tensor | None:
+    return None if unit is None else unit[slab[0]]
+
+
+_SCALE_DTYPES = {ScaleType.e8m0: torch.uint8, ScaleType.e4m3: torch.float8_e4m3fn}

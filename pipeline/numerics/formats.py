@@ -1,11 +1,14 @@
 """The block-scaled formats as data: a new format is a new row of FORMATS.
 
-A block of consecutive values along the input dimension of a weight shares one scale; each value is stored as a
-4-bit code. Source: OCP Microscaling Formats (MX) v1.0, sections 5.3.3 (e2m1), 5.4.1 (e8m0) and 6.3 (conversion).
+A block of consecutive values along the input dimension of a weight shares one scale; each value is stored as a 4-bit
+code, e2m1. Sources: OCP Microscaling Formats (MX) v1.0, sections 5.3.3 (e2m1), 5.4.1 (e8m0) and 6.3 (conversion);
+NVIDIA's NVFP4 for blocks of 16 with an e4m3 scale under one FP32 scale per tensor; OCP 8-bit Floating Point (OFP8)
+v1.0 for e4m3.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Value of each 3-bit magnitude code of e2m1; bit 3 of the 4-bit code is the sign."""
@@ -19,6 +22,23 @@ E8M0_NAN = 255
 E8M0_VALUES = (*(math.ldexp(1.0, byte - E8M0_BIAS) for byte in range(255)), math.nan)
 """Value of each scale byte: 2^(byte - 127); byte 255 is NaN."""
 
+E8M0_LARGEST = 252
+"""The largest scale that `encode` writes: 6 * 2^(252 - 127) is the largest multiple that FP32 and BF16 hold."""
+
+E4M3_LARGEST = 126
+"""Byte of the largest finite e4m3 value, 448."""
+
+E4M3_NAN = 127
+
+
+class ScaleType(Enum):
+    """How a block's scale is stored."""
+
+    e8m0 = "e8m0"
+    """A power of two, one byte."""
+    e4m3 = "e4m3"
+    """A small float, one byte, under one FP32 scale for the whole tensor."""
+
 
 @dataclass(frozen=True)
 class BlockFormat:
@@ -27,18 +47,39 @@ class BlockFormat:
     Attributes:
         name: the word used in configurations and artifacts.
         block_size: values per scale, along the input dimension.
-        scale_rule: how the scale is chosen; `ceil` is the smallest power of two that keeps the block's largest
-            magnitude within the range of e2m1, 2^ceil(log2(amax / 6)). It never saturates, and it is what
-            ModelOpt's training kernel does; the OCP text's floor(log2(amax)) - 2 saturates above 6.
-        bits_per_value: storage, scales included.
+        scale_type: what the scale is.
+        scale_rule: how the scale of a block is chosen, one of SCALE_RULES[scale_type].
+        bits_per_value: storage, scales included, the tensor's own scale not.
+        quantizes_activations: whether the inputs of a quantized weight are rounded too (W4A4).
     """
 
     name: str
     block_size: int
+    scale_type: ScaleType
     scale_rule: str
     bits_per_value: float
+    quantizes_activations: bool = False
+
+    def with_rule(self, scale_rule: str) -> "BlockFormat":
+        """The same format with its scales chosen in another way."""
+        return replace(self, scale_rule=scale_rule)
 
 
-MXFP4 = BlockFormat(name="mxfp4", block_size=32, scale_rule="ceil", bits_per_value=4.25)
+SCALE_RULES = {
+    ScaleType.e8m0: ("ceil", "floor", "mse"),
+    ScaleType.e4m3: ("nearest", "ceil", "floor", "mse"),
+}
+"""The rules of each type of scale, with amax the largest magnitude of a block and 6 the largest of e2m1.
 
-FORMATS = {MXFP4.name: MXFP4}
+ceil     the smallest scale that holds amax: nothing saturates. For e8m0 it is ModelOpt's training kernel.
+floor    e8m0: 2^(floor(log2(amax)) - 2), the OCP text; e4m3: the largest scale not above amax / 6. Both may saturate.
+nearest  e4m3 only: the scale nearest to amax / 6, as ModelOpt does.
+mse      the better of two by the block's squared error. e8m0: ceil, and the power of two below it; e4m3: the scales
+         nearest to amax / 6 and to amax / 4 ("four over six", Cook et al. 2025, arXiv:2512.02010).
+"""
+
+MXFP4 = BlockFormat("mxfp4", 32, ScaleType.e8m0, "ceil", 4.25)
+NVFP4 = BlockFormat("nvfp4", 16, ScaleType.e4m3, "nearest", 4.5)
+NVFP4_W4A4 = replace(NVFP4, name="nvfp4_w4a4", quantizes_activations=True)
+
+FORMATS = {row.name: row for row in (MXFP4, NVFP4, NVFP4_W4A4)}

@@ -1,0 +1,90 @@
+"""When the arithmetic is compiled: the same functions run eagerly or through torch.compile, with the same bits.
+
+torch.compile fuses a function into one loop over memory (C++ on a CPU, Triton on a GPU), some ten times faster. It costs
+seconds to half a minute the first time, so functions are eager until so many values have passed through that compiling
+would have paid, and stay eager, with a warning, where no compiler works.
+"""
+
+import functools
+import importlib.util
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+_PAYS_AFTER = 1 << 28  # values: some 5 s of eager work on two CPU cores, a fifth of a cold compilation
+
+Result = TypeVar("Result")
+
+
+class Compilation(Enum):
+    """When kernels are compiled."""
+
+    when_it_pays = "when_it_pays"
+    never = "never"
+    always = "always"
+
+
+_mode = Compilation.when_it_pays
+_values_seen = 0
+
+
+@contextmanager
+def compilation(mode: Compilation) -> Iterator[None]:
+    """Decide inside the block when kernels are compiled; for tests and measurements."""
+    global _mode
+    before, _mode = _mode, mode
+    try:
+        yield
+    finally:
+        _mode = before
+
+
+def kernel(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Decorate a pure function of tensors: eager or compiled, as the mode and the amount of work say.
+
+    Only operations that are exact, or correctly rounded by IEEE 754, may be in it, and no sum whose order matters.
+    """
+    # Shapes of weights are few, and a loop of known length is three times faster; those of activations are many.
+    of_weights, of_activations = torch.compile(function, dynamic=False), torch.compile(function, dynamic=True)
+
+    @functools.wraps(function)
+    def run(values: Tensor, *others: object) -> Result:
+        if not _is_compiled(values):
+            return function(values, *others)
+        try:
+            return (of_weights if values.stride(-1) == 1 else of_activations)(values, *others)
+        except torch._dynamo.exc.TorchDynamoException as error:  # what a broken compiler raises has no public name
+            _give_up(error)
+            return function(values, *others)
+
+    return run
+
+
+@functools.cache
+def can_compile(device_type: str) -> bool:
+    """Whether there is a compiler for this type of device, `cpu` or `cuda`."""
+    if device_type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
+
+
+def _is_compiled(values: Tensor) -> bool:
+    global _values_seen
+    _values_seen += values.numel()
+    if _mode is Compilation.never or (_mode is Compilation.when_it_pays and _values_seen < _PAYS_AFTER):
+        return False
+    return can_compile(values.device.type)
+
+
+def _give_up(error: Exception) -> None:
+    global _mode
+    _mode = Compilation.never
+    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    warnings.warn(f"torch.compile failed, conversions go on uncompiled, some ten times slower: {first}", stacklevel=3)

@@ -1,0 +1,71 @@
+"""MXFP4 -> NVFP4 without going through values: the codes stay, each block of 32 becomes two of 16 with its scale.
+
+An e8m0 scale is a power of two. e4m3 has the powers from 2^-9 to 2^8, so all blocks of a matrix whose exponents lie
+within 17 of the largest convert exactly under the tensor scale 2^(largest - 8). A block below that range is rounded to
+the smallest scale; where that changes a value, it is counted.
+
+Legend: E experts (any leading dimensions), out rows, nb blocks of 32 per row.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.numerics.codec import decode, encode
+from pipeline.numerics.formats import MXFP4, NVFP4
+
+_LARGEST_POWER = 8  # 2^8 is the largest power of two of e4m3
+_RANGE = 17  # and 2^-9 the smallest
+_BYTE_OF_LARGEST = 0x78  # of 2^8 in e4m3
+_SPLIT = MXFP4.block_size // NVFP4.block_size
+
+
+class Converted(NamedTuple):
+    """NVFP4 weights.
+
+    Attributes:
+        blocks: (E, out, 2 nb, 8) uint8, two codes a byte.
+        scales: (E, out, 2 nb) float8_e4m3fn.
+        tensor_scale: (E) float32.
+        changed_blocks: how many blocks of 16 hold other values than before.
+    """
+
+    blocks: Tensor
+    scales: Tensor
+    tensor_scale: Tensor
+    changed_blocks: int
+
+
+def mxfp4_to_nvfp4(blocks: Tensor, scales: Tensor) -> Converted:
+    """Convert packed weights; exact but for `changed_blocks`.
+
+    Args:
+        blocks: (E, out, nb, 16) uint8.
+        scales: (E, out, nb) uint8, e8m0, none of them NaN.
+    """
+    split = blocks.unflatten(-1, (_SPLIT, -1)).flatten(-3, -2)
+    exponents = scales.repeat_interleave(_SPLIT, dim=-1).int()
+    is_zero = (split & 0x77).amax(dim=-1) == 0
+    largest = torch.where(is_zero, 0, exponents).amax(dim=(-2, -1))
+    unit = torch.exp2(largest.double() - 127 - _LARGEST_POWER).clamp(min=2.0**-110).float()
+    below = _exponent_of(unit)[..., None, None] + _LARGEST_POWER - exponents
+    power = (_LARGEST_POWER - below.clamp(0, _RANGE)).float().exp2()
+    out_of_range = (below > _RANGE) & ~is_zero
+    converted = Converted(split.clone(), power.to(torch.float8_e4m3fn), unit, 0)
+    return _round(converted, split, exponents, out_of_range) if out_of_range.any() else converted
+
+
+def _round(converted: Converted, split: Tensor, exponents: Tensor, chosen: Tensor) -> Converted:
+    """Re-encode the chosen blocks, each a matrix of one row, under the smallest scale that holds them."""
+    exact = decode(split[chosen][:, None, None], exponents[chosen].to(torch.uint8)[:, None, None], torch.float32)
+    unit = converted.tensor_scale[..., None, None].expand_as(exponents)[chosen]
+    blocks, scales = encode(exact, NVFP4, unit)
+    converted.blocks[chosen], converted.scales[chosen] = blocks.flatten(0, 2), scales.flatten()
+    changed = (decode(blocks, scales, torch.float32, unit) != exact).any(dim=-1)
+    return converted._replace(changed_blocks=int(changed.sum()))
+
+
+def _exponent_of(power_of_two: Tensor) -> Tensor:
+    """Biased by 127."""
+    return power_of_two.view(torch.int32) >> 23

@@ -1,0 +1,210 @@
+"""How the scale of a block is chosen from its largest magnitude, for each type of scale and each rule.
+
+The idea: candidates are computed from the bits of the largest magnitude, with exact comparisons in place of logarithms
+and divisions, so that every device chooses the same scale. A rule is one candidate, or two between which the codec
+decides by squared error.
+
+The scale that divides is significand * 2^exponent. For e8m0 the significand is one. For e4m3 it has four bits; it is
+kept apart, since dividing by a power of two is exact and comparing with midpoint * significand is exact, while dividing
+by 1.125 is neither exact nor the same on every device. For the same reason the tensor scale is a power of two: the
+smallest with amax <= 6 * 448 * scale, where common practice takes amax / (6 * 448) itself. All values of the format are
+then exact in BF16, and the price is at most one binade of the range of e4m3, out of 17.
+
+Legend: amax (L, nb, lanes) float32, the largest magnitude of each block; bytes: scales as int32.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.numerics.compiled import kernel
+from pipeline.numerics.formats import E4M3_LARGEST, E4M3_NAN, E8M0_LARGEST, E8M0_NAN, SCALE_RULES, ScaleType
+
+LARGEST_E2M1 = 6.0
+
+_EXPONENT_SHIFT = 23
+_INFINITY_BITS = 0x7F800000
+_NAN_BITS = 0x7FC00000
+_MANTISSA_MASK = 0x7FFFFF
+_MANTISSA_OF_SIX = 0x400000  # 6 = 1.5 * 2^2: a larger mantissa than 1.5 needs the next exponent
+_MANTISSA_OF_2688 = 0x280000  # 6 * 448 = 1.3125 * 2^11
+_MANTISSA_OF_1792 = 0x600000  # 4 * 448 = 1.75 * 2^10
+_BITS_OF_SMALLEST_E8M0 = 0x400000  # 2^-127, a subnormal float
+_SMALLEST_TENSOR_SCALE = 2.0**-110  # below, products with e4m3 and e2m1 would leave the normal range of FP32
+
+
+@dataclass(frozen=True)
+class Divisor:
+    """What values are divided by, each (L, nb, lanes) float32.
+
+    Attributes:
+        inverse: 2^-exponent; multiplying by it is exact.
+        significand: in [1, 2), or None for one.
+        scale: significand * 2^exponent, the value of a unit of e2m1.
+    """
+
+    inverse: Tensor
+    significand: Tensor | None
+    scale: Tensor
+
+
+def candidates(amax: Tensor, scale_type: ScaleType, rule: str, tensor_scale: Tensor | None) -> list[Tensor]:
+    """The scale bytes (L, nb, lanes) uint8 between which the rule decides; the first wins a draw.
+
+    A block with NaN or Inf has the byte NAN[scale_type].
+    """
+    if tensor_scale is not None:
+        amax = amax * tensor_scale.reciprocal()[:, None, None]
+    return [choose(amax) for choose in _RULES[scale_type][rule]]
+
+
+def divisor(scales: Tensor, scale_type: ScaleType, tensor_scale: Tensor | None) -> Divisor:
+    """What scale bytes (L, nb, lanes) mean, under the tensor scale (L,) where the type has one."""
+    if scale_type is ScaleType.e8m0:
+        inverse, scale = _e8m0_parts(scales)
+        return Divisor(inverse, None, scale)
+    assert tensor_scale is not None
+    return Divisor(*_e4m3_parts(scales, tensor_scale[:, None, None]))
+
+
+def values_of(scales: Tensor, tensor_scale: Tensor | None) -> Tensor:
+    """Stored scales (L, …) -> the value of a unit of e2m1, float32: uint8 is e8m0, float8_e4m3fn has a tensor scale."""
+    if scales.dtype == torch.uint8:
+        return _e8m0_values(scales)
+    assert tensor_scale is not None
+    return scales.float() * tensor_scale.view(-1, *[1] * (scales.ndim - 1))
+
+
+def tensor_scale_of(amax: Tensor, rule: str) -> Tensor:
+    """The smallest power of two, at least 2^-110, under which e4m3 holds every candidate of the rule; any shape.
+
+    That is amax <= 6 * 448 * scale, and under `mse`, where amax / 4 is a candidate, amax <= 4 * 448 * scale.
+    """
+    bits = amax.contiguous().view(torch.int32)
+    exponent, mantissa = (10, _MANTISSA_OF_1792) if rule == "mse" else (11, _MANTISSA_OF_2688)
+    exponent = (bits >> _EXPONENT_SHIFT) - exponent + ((bits & _MANTISSA_MASK) > mantissa).int()
+    return (exponent.clamp(min=1) << _EXPONENT_SHIFT).view(torch.float32).clamp(min=_SMALLEST_TENSOR_SCALE)
+
+
+@kernel
+def _e8m0_ceil(amax: Tensor) -> Tensor:
+    """2^ceil(log2(amax / 6))."""
+    return _e8m0_bytes(amax, _exponent_of_ceil(amax.view(torch.int32)))
+
+
+@kernel
+def _e8m0_floor(amax: Tensor) -> Tensor:
+    """2^(floor(log2(amax)) - 2)."""
+    return _e8m0_bytes(amax, (amax.view(torch.int32) >> 23) - 2)
+
+
+@kernel
+def _e8m0_below_ceil(amax: Tensor) -> Tensor:
+    return _e8m0_bytes(amax, _exponent_of_ceil(amax.view(torch.int32)).clamp(0, 252) - 1)
+
+
+def _exponent_of_ceil(bits: Tensor) -> Tensor:
+    return (bits >> _EXPONENT_SHIFT) - 2 + ((bits & _MANTISSA_MASK) > _MANTISSA_OF_SIX).int()
+
+
+def _e8m0_bytes(amax: Tensor, biased_exponent: Tensor) -> Tensor:
+    is_finite = amax.view(torch.int32) < _INFINITY_BITS
+    return torch.where(is_finite, biased_exponent.clamp(0, E8M0_LARGEST), E8M0_NAN).to(torch.uint8)
+
+
+@kernel
+def _e8m0_parts(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Bytes up to 252 -> 2^(127 - byte), 2^(byte - 127)."""
+    index = scales.int()
+    bits = torch.where(index == 0, _BITS_OF_SMALLEST_E8M0, index << _EXPONENT_SHIFT)
+    return ((254 - index) << _EXPONENT_SHIFT).view(torch.float32), bits.view(torch.float32)
+
+
+@kernel
+def _e8m0_values(scales: Tensor) -> Tensor:
+    """Any byte -> 2^(byte - 127), NaN for 255."""
+    index = scales.int()
+    bits = torch.where(index == 0, _BITS_OF_SMALLEST_E8M0, index << _EXPONENT_SHIFT)
+    return torch.where(index == E8M0_NAN, _NAN_BITS, bits).view(torch.float32)
+
+
+@kernel
+def _e4m3_ceil(amax: Tensor) -> Tensor:
+    return _e4m3_bytes(amax, _ceil_to_e4m3(amax, 6.0))
+
+
+@kernel
+def _e4m3_floor(amax: Tensor) -> Tensor:
+    return _e4m3_bytes(amax, _floor_to_e4m3(amax, 6.0))
+
+
+@kernel
+def _e4m3_nearest(amax: Tensor) -> Tensor:
+    return _e4m3_bytes(amax, _nearest_e4m3(amax, 6.0))
+
+
+@kernel
+def _e4m3_nearest_to_a_quarter(amax: Tensor) -> Tensor:
+    return _e4m3_bytes(amax, _nearest_e4m3(amax, 4.0))
+
+
+def _ceil_to_e4m3(amax: Tensor, largest: float) -> Tensor:
+    """The smallest scale with amax <= largest * scale: a guess by division, put right by exact comparisons."""
+    guess = amax * (1.0 / largest)
+    byte = torch.where(guess < 2.0**-6, (guess * 512.0).int(), (guess.view(torch.int32) >> 20) - (120 << 3))
+    byte = byte.clamp(1, E4M3_LARGEST) - 1
+    for _ in range(3):
+        byte = (byte + (largest * _e4m3_values(byte) < amax).int()).clamp(max=E4M3_LARGEST)
+    return byte
+
+
+def _floor_to_e4m3(amax: Tensor, largest: float) -> Tensor:
+    above = _ceil_to_e4m3(amax, largest)
+    return above - (largest * _e4m3_values(above) > amax).int()
+
+
+def _nearest_e4m3(amax: Tensor, largest: float) -> Tensor:
+    """The scale nearest to amax / largest, of two equally near the even one."""
+    above = _ceil_to_e4m3(amax, largest)
+    below = above - (largest * _e4m3_values(above) > amax).int()
+    middle = largest * (_e4m3_values(above) + _e4m3_values(below))
+    takes_above = (2.0 * amax > middle) | ((2.0 * amax == middle) & ((above & 1) == 0))
+    return torch.where(takes_above, above, below)
+
+
+def _e4m3_bytes(amax: Tensor, byte: Tensor) -> Tensor:
+    """At least one, the smallest subnormal: a scale of zero would divide by nothing."""
+    is_finite = amax.view(torch.int32) < _INFINITY_BITS
+    return torch.where(is_finite, byte.clamp(1, E4M3_LARGEST), E4M3_NAN).to(torch.uint8)
+
+
+def _e4m3_values(byte: Tensor) -> Tensor:
+    """Finite bytes as int32 -> values: subnormals are multiples of 2^-9, exponents are biased by 7."""
+    normal = ((byte + (120 << 3)) << 20).view(torch.float32)
+    return torch.where(byte < 8, byte.float() * 2.0**-9, normal)
+
+
+@kernel
+def _e4m3_parts(scales: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Finite bytes above zero, under a tensor scale -> 1 / power of two, significand, scale."""
+    byte = scales.int()
+    exponent = 136 - (byte >= 2).int() - (byte >= 4).int() - (byte >> 3)
+    inverse, value = (exponent << _EXPONENT_SHIFT).view(torch.float32), _e4m3_values(byte)
+    return inverse * unit.reciprocal(), value * inverse, value * unit
+
+
+NAN = {ScaleType.e8m0: E8M0_NAN, ScaleType.e4m3: E4M3_NAN}
+"""The byte that no finite block has."""
+
+_RULES: dict[ScaleType, dict[str, tuple[Callable[[Tensor], Tensor], ...]]] = {
+    ScaleType.e8m0: {"ceil": (_e8m0_ceil,), "floor": (_e8m0_floor,), "mse": (_e8m0_ceil, _e8m0_below_ceil)},
+    ScaleType.e4m3: {
+        "nearest": (_e4m3_nearest,),
+        "ceil": (_e4m3_ceil,),
+        "floor": (_e4m3_floor,),
+        "mse": (_e4m3_nearest, _e4m3_nearest_to_a_quarter),
+    },
+}
+assert {kind: tuple(rules) for kind, rules in _RULES.items()} == SCALE_RULES
