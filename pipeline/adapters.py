@@ -1,5 +1,7 @@
 """LoRA on attention and on expert stacks, and its merge into the weights. The only importer of peft."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +127,50 @@ class Merger:
         return name in self._layers
 
     @torch.no_grad()
-    def merged(self, name: str, base: Tensor) -> Tensor:
-        """base + delta, in the type that training used."""
+    def merged(self, name: str, base: Tensor, first: int = 0) -> Tensor:
+        """base + delta, in the type that training used.
+
+        Args:
+            name: of the parameter.
+            base: its base weights; of an expert stack any two or more experts (E, in, out) will do.
+            first: which expert the first of them is.
+        """
         layer = self._layers[name]
         owner, attribute = layer.get_base_layer(), name.rpartition(".")[2]
         hollow = getattr(owner, attribute)
         setattr(owner, attribute, torch.nn.Parameter(base.to(self._dtype, copy=True), requires_grad=False))
-        layer.merge(adapter_names=[_ADAPTER])
+        with _only_experts(layer, first, len(base)) if isinstance(layer, ParamWrapper) else nullcontext():
+            layer.merge(adapter_names=[_ADAPTER])
         merged = getattr(owner, attribute).data
         setattr(owner, attribute, hollow)
         layer.merged_adapters.clear()
         return merged
+
+
+def _weight(factor: Any) -> Tensor:
+    return factor.weight
+
+
+@contextmanager
+def _only_experts(layer: ParamWrapper, first: int, count: int) -> Iterator[None]:
+    """Let an adapter of an expert stack be that of `count` experts from `first` on.
+
+    PEFT 0.21 keeps the factors of all experts in two matrices: A (experts * rank, in), B (out, rank * experts). There
+    is no public way to merge a part, and the delta of a whole stack takes gigabytes. Not for one expert: PEFT takes
+    another way then.
+    """
+    everyone, factor_a, factor_b = layer.num_experts, layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
+    a, b = _weight(factor_a), _weight(factor_b)
+    if count == everyone:
+        yield
+        return
+    assert count > 1
+    chosen = slice(first, first + count)
+    layer.num_experts = count
+    factor_a.weight = torch.nn.Parameter(a.data.view(everyone, -1, a.shape[1])[chosen].flatten(0, 1))
+    factor_b.weight = torch.nn.Parameter(b.data.view(b.shape[0], -1, everyone)[..., chosen].flatten(1))
+    try:
+        yield
+    finally:
+        layer.num_experts = everyone
+        factor_a.weight, factor_b.weight = a, b

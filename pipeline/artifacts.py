@@ -33,9 +33,10 @@ from pipeline.tracking import METRICS_FILE, is_main_process, progress, say, wait
 ARTIFACT_FILE = "artifact.json"
 CONFIG_FILE = "config.yaml"
 UNFINISHED_FILE = "unfinished.json"
+SHARDS_FILE = "shards.json"
 CHECKPOINTS_DIR = "checkpoints"
 
-BOOKKEEPING = {ARTIFACT_FILE, CONFIG_FILE, METRICS_FILE, UNFINISHED_FILE}
+BOOKKEEPING = {ARTIFACT_FILE, CONFIG_FILE, METRICS_FILE, UNFINISHED_FILE, SHARDS_FILE}
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "nvidia-modelopt", "accelerate", "datasets", "safetensors")
 _READ_BYTES = 1 << 24
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, KiB on Linux
@@ -58,13 +59,17 @@ class Result:
         kind: of the payload.
         format: number format of the experts' weights in the payload, or None for a report.
         fake_quantized: the FORMATS row that the model's forward pass rounds the experts' weights to, or None.
+        scale_rule: how `fake_quantized`, or a packed `format`, chooses its scales, or None.
         details: figures worth keeping: counts, losses, sizes.
+        digests: file -> XXH3-128 of its bytes, for those that `work` hashed while it wrote them.
     """
 
     kind: Kind
     format: str | None = None
     fake_quantized: str | None = None
+    scale_rule: str | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class Artifact:
     kind: Kind
     format: str | None
     fake_quantized: str | None
+    scale_rule: str | None
     fingerprint: str
     parents: dict[str, str]
     settings: dict[str, Any]
@@ -212,19 +218,31 @@ def stage_dir(config: PipelineConfig, name: str) -> Path:
     return Path(config.run_dir).expanduser().absolute() / name
 
 
-def fingerprint_of(directory: Path) -> tuple[str, dict[str, int]]:
-    """XXH3-128 of the payload's names, sizes and bytes, and the payload's files with their sizes in bytes."""
-    digest = xxhash.xxh3_128()
+def fingerprint_of(directory: Path, known: dict[str, str] | None = None) -> tuple[str, dict[str, int]]:
+    """XXH3-128 of the payload's names, sizes and digests, and the payload's files with their sizes in bytes.
+
+    Args:
+        directory: of a stage, or any other.
+        known: file -> XXH3-128 of its bytes, for files that need not be read again.
+    """
+    digests = dict(known or {})
     payload = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
     sizes = {name: payload[name].stat().st_size for name in sorted(payload) if _is_payload(name)}
-    with progress(total=sum(sizes.values()), what="fingerprint", unit="B") as bar:
-        for name, size in sizes.items():
-            digest.update(f"{name}\0{size}\0".encode())
-            with payload[name].open("rb") as file:
-                while chunk := file.read(_READ_BYTES):
-                    digest.update(chunk)
-                    bar.update(len(chunk))
-    return digest.hexdigest(), sizes
+    unread = {name: size for name, size in sizes.items() if name not in digests}
+    with progress(total=sum(unread.values()), what="fingerprint", unit="B") as bar:
+        for name in unread:
+            digests[name] = _digest(payload[name], bar.update)
+    text = "".join(f"{name}\0{size}\0{digests[name]}\0" for name, size in sizes.items())
+    return xxhash.xxh3_128_hexdigest(text.encode()), sizes
+
+
+def _digest(path: Path, advance: Callable[[int], object]) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_READ_BYTES):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
 
 
 def _is_payload(name: str) -> bool:
@@ -315,12 +333,13 @@ def not_writable(config: PipelineConfig, directory: Path, error: OSError) -> Use
 def _publish(
     config: PipelineConfig, stage: Stage, directory: Path, inputs: dict[str, Any], result: Result, seconds: float
 ) -> None:
-    fingerprint, files = fingerprint_of(directory)
+    fingerprint, files = fingerprint_of(directory, result.digests)
     record = {
         "stage": stage.name,
         "kind": result.kind.name,
         "format": result.format,
         "fake_quantized": result.fake_quantized,
+        "scale_rule": result.scale_rule,
         "fingerprint": fingerprint,
         **inputs,
         "base_model": {"path": config.model.path, "revision": config.model.revision},
@@ -341,6 +360,7 @@ def _clear_work(directory: Path) -> None:
     if is_main_process():
         shutil.rmtree(directory / CHECKPOINTS_DIR, ignore_errors=True)
         (directory / UNFINISHED_FILE).unlink(missing_ok=True)
+        (directory / SHARDS_FILE).unlink(missing_ok=True)
 
 
 def _machine() -> dict[str, Any]:

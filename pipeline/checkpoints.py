@@ -1,16 +1,12 @@
-"""Safetensors in and out, tensor by tensor: a checkpoint is checked when opened and written shard by shard.
+"""Checkpoints in: checked when opened, read tensor by tensor or in parts of tensors; and the files beside the weights.
 
-A shard gets its final name only when it is whole, so an interrupted conversion goes on at the first missing shard.
-safetensors' own writer wants all tensors of a file in memory; the format itself does not (8 bytes of header length,
-a JSON header, the data), so it is written here with one tensor in memory at a time.
+Data is read into memory of its own, not mapped: a file that shrinks meanwhile is an error and not a crash, memory is
+what the caller holds, and a thread can read ahead.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +16,19 @@ from torch import Tensor
 
 from pipeline.artifacts import BOOKKEEPING, write_json
 from pipeline.errors import UserError, user_errors
-from pipeline.gpt_oss import BYTES_PER_VALUE, Shape, TensorInfo, expert_projections, packed_layout, plain_layout
+from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, packed_layout, plain_layout
 from pipeline.numerics.codec import decode
-from pipeline.tracking import progress
+from pipeline.numerics.formats import E8M0_NAN
+from pipeline.shards import INDEX
 
 CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 
 _MOST_PROBLEMS = 8
 _FLOATING = ("BF16", "F32", "F16")
+_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16, "U8": torch.uint8}
 
 
 class Checkpoint:
@@ -59,33 +56,68 @@ class Checkpoint:
         self._file_of = {name: file for file, tensors in self._files.items() for name in tensors}
         self.is_packed = any(name.endswith(("_blocks", "_scales")) for name in self.tensors)
         self._raise_if_not_gpt_oss()
-        self._handles: dict[str, Any] = {}
-        self._stack = ExitStack()
+        self._offsets: dict[str, dict[str, int]] = {}
+        self._descriptors: dict[str, int] = {}
 
-    def read(self, name: str) -> Tensor:
-        """A stored tensor, as it is."""
-        file = self._file_of[name]
-        if file not in self._handles:
-            self._handles[file] = self._stack.enter_context(safe_open(self.directory / file, framework="pt"))
-        return self._handles[file].get_tensor(name)
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """A stored tensor, or rows of its first dimension, as it is.
 
-    def read_plain(self, name: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """A tensor of the plain layout; MXFP4 experts are decoded to (E, in, out), exact in BF16.
+        Raises:
+            UserError: the file ends before the data does.
+        """
+        file, info = self._file_of[name], self.tensors[name]
+        first, last, _ = rows.indices(info.shape[0])
+        shape = (max(0, last - first), *info.shape[1:])
+        row_bytes = info.bytes // max(1, info.shape[0])
+        data = torch.empty(shape[0] * row_bytes, dtype=torch.uint8)
+        view, offset = memoryview(data.numpy().data), self._offset(file, name) + first * row_bytes
+        while view:
+            count = os.preadv(self._descriptor(file), [view], offset)
+            if count == 0:
+                raise UserError(f"{self.directory / file}: ends within {name}: truncated while it was read.")
+            view, offset = view[count:], offset + count
+        return data.view(_DTYPES[info.dtype]).view(shape)
+
+    def read_plain(self, name: str, dtype: torch.dtype = torch.bfloat16, rows: slice = slice(None)) -> Tensor:
+        """A tensor of the plain layout, or rows of its first dimension; MXFP4 is decoded, exact in BF16.
 
         Raises:
             UserError: a scale byte of 255 (NaN).
         """
-        if name in self.tensors:
-            return self.read(name)
-        blocks, scales = self.read(f"{name}_blocks"), self.read(f"{name}_scales")
-        if bool((scales == 255).any()):
-            expert, row, block = (scales == 255).nonzero()[0].tolist()
+        return self.decoded(name, self.read_stored(name, rows), dtype, rows)
+
+    def read_stored(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, ...]:
+        """What is stored of a tensor of the plain layout: itself, or its blocks and scales."""
+        names = (name,) if name in self.tensors else (f"{name}_blocks", f"{name}_scales")
+        return tuple(self.read(stored, rows) for stored in names)
+
+    def decoded(
+        self,
+        name: str,
+        stored: tuple[Tensor, ...],
+        dtype: torch.dtype = torch.bfloat16,
+        rows: slice = slice(None),
+        device: str = "cpu",
+    ) -> Tensor:
+        """What `read_stored` gave as a tensor of the plain layout: experts (E, in, out).
+
+        Raises:
+            UserError: a scale byte of 255 (NaN).
+        """
+        if len(stored) == 1:
+            return stored[0].to(device)
+        blocks, scales = (tensor.to(device) for tensor in stored)
+        nan = scales == E8M0_NAN
+        if bool(nan.any()):
+            expert, row, block = nan.nonzero()[0].tolist()
             raise UserError(
-                f"{self.directory / self._file_of[f'{name}_scales']}: {name}_scales: NaN (byte 255) at expert {expert},"
-                f" row {row}, block {block}. The checkpoint is damaged."
+                f"{self.directory / self._file_of[f'{name}_scales']}: {name}_scales: NaN (byte 255) at expert"
+                f" {expert + (rows.start or 0)}, row {row}, block {block}. The checkpoint is damaged."
             )
-        plain = torch.stack([decode(b, s, dtype).T for b, s in zip(blocks, scales, strict=True)])
-        return plain.contiguous()
+        experts, out_features, nb, half = blocks.shape
+        plain = torch.empty((experts, nb * half * 2, out_features), dtype=dtype, device=device)
+        decode(blocks, scales, dtype, out=plain.transpose(1, 2))
+        return plain
 
     @property
     def weight_bytes(self) -> int:
@@ -98,9 +130,24 @@ class Checkpoint:
         return [*files, self.directory / INDEX] if (self.directory / INDEX).is_file() else files
 
     def close(self) -> None:
-        """Let go of the files."""
-        self._stack.close()
-        self._handles.clear()
+        """Let go of the files; they are opened again when they are needed."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptors"):  # not when opening it failed
+            self.close()
+
+    def _descriptor(self, file: str) -> int:
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(self.directory / file, os.O_RDONLY)
+        return self._descriptors[file]
+
+    def _offset(self, file: str, name: str) -> int:
+        if file not in self._offsets:
+            self._offsets[file] = _data_offsets(self.directory / file)
+        return self._offsets[file][name]
 
     def _raise_if_not_gpt_oss(self) -> None:
         problems = []
@@ -127,14 +174,6 @@ class Checkpoint:
             else info
             for name, info in plain.items()
         }
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Tensors that are made together and lie in the same shard; `make` is called when it is their turn."""
-
-    tensors: dict[str, TensorInfo]
-    make: Callable[[], dict[str, Tensor]]
 
 
 def layout_problems(stored: dict[str, TensorInfo], expected: dict[str, TensorInfo]) -> list[str]:
@@ -228,94 +267,6 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def write_sharded(directory: Path, pieces: list[Piece], shard_bytes: int, what: str) -> int:
-    """Write pieces in order as shards of at most `shard_bytes` (a larger piece gets a shard of its own), and the index.
-
-    Shards that an interrupted run of the same conversion left are kept. Returns the bytes of all tensors.
-
-    Raises:
-        UserError: the disk has too little room for what is still to be written.
-    """
-    shards = _split(pieces, shard_bytes)
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    total = sum(_bytes(piece) for piece in pieces)
-    missing = [
-        (directory / name, shard) for name, shard in zip(names, shards, strict=True) if not (directory / name).is_file()
-    ]
-    _raise_if_disk_too_small(directory, sum(_bytes(piece) for _, shard in missing for piece in shard))
-    with progress(total=total, what=what, unit="B") as bar:
-        bar.update(total - sum(_bytes(piece) for _, shard in missing for piece in shard))
-        for path, shard in missing:
-            _write_shard(path, shard, bar.update)
-    weight_map = {
-        name: file for file, shard in zip(names, shards, strict=True) for piece in shard for name in piece.tensors
-    }
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return total
-
-
-def _split(pieces: list[Piece], shard_bytes: int) -> list[list[Piece]]:
-    shards: list[list[Piece]] = [[]]
-    size = 0
-    for piece in pieces:
-        if shards[-1] and size + _bytes(piece) > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(piece)
-        size += _bytes(piece)
-    return shards
-
-
-def _bytes(piece: Piece) -> int:
-    return sum(info.bytes for info in piece.tensors.values())
-
-
-def _write_shard(path: Path, shard: list[Piece], advance: Callable[[int], object]) -> None:
-    infos = {name: info for piece in shard for name, info in piece.tensors.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    # Wider types first: readers view the data as the tensor's type, which needs aligned offsets.
-    for name in sorted(infos, key=lambda n: (-BYTES_PER_VALUE[infos[n].dtype], n)):
-        end = offset + infos[name].bytes
-        header[name] = {"dtype": infos[name].dtype, "shape": list(infos[name].shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        start = file.tell()
-        for piece in shard:
-            made = piece.make()
-            for name, info in piece.tensors.items():
-                _raise_if_unlike(name, made[name], info)
-                file.seek(start + header[name]["data_offsets"][0])
-                file.write(made[name].contiguous().view(torch.uint8).flatten().cpu().numpy().data)
-                advance(info.bytes)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _raise_if_unlike(name: str, tensor: Tensor, info: TensorInfo) -> None:
-    stored = _SAFETENSORS_TYPES[tensor.dtype]
-    if tuple(tensor.shape) != info.shape or stored != info.dtype:
-        raise AssertionError(f"{name}: made {stored} {list(tensor.shape)}, planned {info.dtype} {list(info.shape)}")
-
-
-_SAFETENSORS_TYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16", torch.uint8: "U8"}
-
-
-def _raise_if_disk_too_small(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise UserError(
-            f"{directory}: needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free."
-            " Free some, or set run_dir to another disk."
-        )
-
-
 def _is_side_file(name: str) -> bool:
     return not (
         name in {CONFIG, INDEX, ADAPTER_CONFIG, ".gitattributes", *BOOKKEEPING}
@@ -361,9 +312,28 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
+    """Type and shape by name, checked by safetensors: lengths, offsets, overlaps, holes, and the end of the file."""
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        return {name: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+        infos = {name: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+    _data_offsets(path)
+    return infos
+
+
+def _data_offsets(path: Path) -> dict[str, int]:
+    """Name -> where its data begins in the file; safetensors reads only whole tensors or mapped slices of them.
+
+    Raises:
+        UserError: the header names a tensor twice, of which readers take one or the other.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        pairs = json.loads(file.read(length), object_pairs_hook=list)
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise UserError(f"{path}: holds {', '.join(twice[:3])} twice. Fetch it again.")
+    return {name: 8 + length + dict(entry)["data_offsets"][0] for name, entry in pairs if name != "__metadata__"}
 
 
 def _index_problems(directory: Path, weight_map: dict[str, str], files: dict[str, dict[str, TensorInfo]]) -> list[str]:

@@ -73,6 +73,25 @@ class FormatName(Enum):
     """Number formats to train for: the rows of numerics.formats.FORMATS."""
 
     mxfp4 = "mxfp4"
+    nvfp4 = "nvfp4"
+    nvfp4_w4a4 = "nvfp4_w4a4"
+
+
+class ScaleRule(Enum):
+    """How a block's scale is chosen: the rules of numerics.formats.SCALE_RULES."""
+
+    ceil = "ceil"
+    floor = "floor"
+    nearest = "nearest"
+    mse = "mse"
+
+
+class Device(Enum):
+    """Where tensors are converted."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 class ExportTarget(Enum):
@@ -224,7 +243,9 @@ class FormatConfig:
     """The 4-bit format of the experts' weights."""
 
     name: FormatName = FormatName.mxfp4
-    """The format."""
+    """mxfp4; nvfp4; nvfp4_w4a4: NVFP4 with the inputs of the experts quantized too, on a calibrated scale."""
+    scale_rule: ScaleRule = ScaleRule.ceil
+    """Scale of a block: ceil (holds the largest value), floor (may clip it), mse (better of two), nearest (NVFP4)."""
 
 
 @dataclass
@@ -293,6 +314,8 @@ class PipelineConfig:
     """Name of the recipe (chosen on the command line as recipe=<name>)."""
     run_dir: str = "runs/${recipe}"
     """Where the run's artifacts go."""
+    device: Device = Device.auto
+    """Where upcast and export compute: auto is the GPU if there is one. The bits are the same everywhere."""
     overwrite: bool = False
     """Rebuild a stage that is complete, and discard unfinished work done with other settings."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -385,6 +408,19 @@ def problems(config: PipelineConfig) -> list[str]:
             found.append(f"{section}.lr_scheduler={train.lr_scheduler!r}: must be one of {', '.join(_SCHEDULERS)}.")
         if train.method is Method.lora and not train.lora.targets:
             found.append(f"{section}.lora.targets=[]: LoRA needs at least one of attention, experts.")
+    rules = _SCALE_RULES[config.format.name]
+    if config.format.scale_rule not in rules:
+        found.append(
+            f"format.scale_rule={config.format.scale_rule.name}: {config.format.name.name} has"
+            f" {', '.join(rule.name for rule in rules)}."
+        )
+    held = _HELD_BY[config.export.target]
+    if config.stage in (Stage.export, Stage.all) and config.format.name not in held:
+        found.append(
+            f"export.target={config.export.target.name}: holds {', '.join(name.name for name in held)}, not"
+            f" format={config.format.name.name}. Train for another format, or run the stages up to qat and evaluate one"
+            " by one."
+        )
     both_lora = config.sft.method is Method.lora and config.qat.method is Method.lora
     if both_lora and config.sft.lora != config.qat.lora:
         found.append(
@@ -456,6 +492,13 @@ _RULES = {
     **{f"{section}.{key}": rule for section in ("sft", "qat") for key, rule in _TRAIN_RULES.items()},
 }
 _SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+_SCALE_RULES = {
+    FormatName.mxfp4: (ScaleRule.ceil, ScaleRule.floor, ScaleRule.mse),
+    FormatName.nvfp4: (ScaleRule.nearest, ScaleRule.ceil, ScaleRule.floor, ScaleRule.mse),
+    FormatName.nvfp4_w4a4: (ScaleRule.nearest, ScaleRule.ceil, ScaleRule.floor, ScaleRule.mse),
+}
+_HELD_BY = {ExportTarget.mxfp4: (FormatName.mxfp4,)}
+
 _KEEP_SINKS = ("eager", "flex_attention")
 
 

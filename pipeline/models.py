@@ -6,8 +6,10 @@ they are, here, only where a model has adapters or quantizers.
 """
 
 import gc
+import math
 import os
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,17 @@ from torch import Tensor
 from pipeline.artifacts import ARTIFACT_FILE, Artifact, Kind, is_complete, load, require, stage_dir
 from pipeline.checkpoints import (
     Checkpoint,
-    Piece,
     copy_side_files,
     dtype_name,
     read_config,
     write_config,
-    write_sharded,
 )
-from pipeline.config import PipelineConfig, Precision, Stage, TrainConfig
+from pipeline.config import Device, PipelineConfig, Precision, Stage, TrainConfig
 from pipeline.errors import CheckFailed, UserError
 from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, plain_layout
 from pipeline.numerics.codec import fake_quantize
-from pipeline.numerics.formats import FORMATS
+from pipeline.numerics.formats import FORMATS, BlockFormat
+from pipeline.shards import STEP_BYTES, Piece, Step, Written, write_sharded
 from pipeline.source import sampled_fingerprint
 from pipeline.tracking import is_main_process, say, shows_progress
 
@@ -55,7 +56,7 @@ class ModelRef:
         directory: of the stage.
         base: directory of the full checkpoint; `directory` itself unless that holds adapters.
         adapter: whether `directory` holds adapters.
-        fake_quantized: FORMATS row that the forward pass rounds the experts to, or None.
+        block_format: what the forward pass rounds the experts to, with the rule it chooses scales by, or None.
         fingerprint: of the artifact, or of a directory that is none.
         dtype: type of the weights in training, in which adapters are merged.
     """
@@ -64,7 +65,7 @@ class ModelRef:
     directory: Path
     base: Path
     adapter: bool = False
-    fake_quantized: str | None = None
+    block_format: BlockFormat | None = None
     fingerprint: str = ""
     dtype: torch.dtype = torch.bfloat16
 
@@ -77,10 +78,35 @@ def of_artifact(artifact: Artifact) -> ModelRef:
         artifact.directory,
         artifact.directory.parent / artifact.details["base"] if adapter else artifact.directory,
         adapter,
-        artifact.fake_quantized,
+        format_of(artifact),
         artifact.fingerprint,
         getattr(torch, artifact.details.get("dtype", "bfloat16")),
     )
+
+
+def format_of(artifact: Artifact) -> BlockFormat | None:
+    """The format that the artifact's forward pass rounds to, with its rule."""
+    if artifact.fake_quantized is None:
+        return None
+    assert artifact.scale_rule is not None
+    return FORMATS[artifact.fake_quantized].with_rule(artifact.scale_rule)
+
+
+def configured_format(config: PipelineConfig) -> BlockFormat:
+    """The format, with its rule, that the configuration asks for."""
+    return FORMATS[config.format.name.name].with_rule(config.format.scale_rule.name)
+
+
+def device_of(config: PipelineConfig) -> str:
+    """Where conversions compute: `cpu` or `cuda`.
+
+    Raises:
+        UserError: a GPU is asked for that is not there.
+    """
+    has_gpu = torch.cuda.is_available()
+    if config.device is Device.cuda and not has_gpu:
+        raise UserError("device=cuda: no GPU is visible here. Use device=auto or device=cpu.")
+    return "cuda" if has_gpu and config.device is not Device.cpu else "cpu"
 
 
 def find(config: PipelineConfig, source: str | None, among: tuple[Stage, ...], key: str) -> ModelRef:
@@ -129,25 +155,49 @@ class Weights:
         """Every tensor of the plain layout."""
         return list(plain_layout(self.shape))
 
-    def trained(self, name: str) -> Tensor:
-        """The weight that training holds, not quantized; MXFP4 is decoded."""
-        weight = self.checkpoint.read_plain(name)
-        if self._merger is not None and name in self._merger:
-            return self._merger.merged(name, weight)
-        return weight
+    def parts(self, name: str) -> list[slice]:
+        """Rows of the first dimension that together make the tensor, few enough at a time to be small in memory.
+
+        Of an adapted expert stack never a single expert, of any other adapted weight all rows.
+        """
+        shape = plain_layout(self.shape)[name].shape
+        adapted = self._merger is not None and name in self._merger
+        if adapted and name not in self._experts:
+            return [slice(0, shape[0])]
+        row_bytes = self.ref.dtype.itemsize * math.prod(shape[1:])
+        count = max(2 if adapted else 1, STEP_BYTES // row_bytes)
+        starts = list(range(0, shape[0], count))
+        if adapted and len(starts) > 1 and shape[0] - starts[-1] == 1:
+            starts.pop()
+        return [slice(start, end) for start, end in pairwise([*starts, shape[0]])]
+
+    def stored(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, ...]:
+        """What the checkpoint holds of a weight, to be handed to `trained` later."""
+        return self.checkpoint.read_stored(name, rows)
+
+    def trained(
+        self, name: str, rows: slice = slice(None), stored: tuple[Tensor, ...] | None = None, device: str = "cpu"
+    ) -> Tensor:
+        """The weight that training holds, or rows of it as `parts` gives them, not quantized; MXFP4 is decoded.
+
+        Adapters are merged on the CPU, whatever `device`: that is where `verify` checks them.
+        """
+        stored = self.stored(name, rows) if stored is None else stored
+        if self._merger is None or name not in self._merger:
+            return self.checkpoint.decoded(name, stored, rows=rows, device=device)
+        base = self.checkpoint.decoded(name, stored, rows=rows)
+        return self._merger.merged(name, base, rows.start or 0).to(device)
 
     def effective(self, name: str) -> Tensor:
         """The weight that the forward pass multiplies with: fake-quantized where the model is."""
         weight = self.trained(name)
-        if self.ref.fake_quantized is None or name not in self._experts:
+        if self.ref.block_format is None or name not in self._experts:
             return weight
-        block_format = FORMATS[self.ref.fake_quantized]
-        quantized = [fake_quantize(expert.T.contiguous(), block_format).T for expert in weight]
-        return torch.stack(quantized).contiguous()
+        return fake_quantize(weight.transpose(1, 2), self.ref.block_format).transpose(1, 2)
 
     def is_changed(self, name: str) -> bool:
         """Whether `effective` differs from what the base checkpoint stores."""
-        quantized = self.ref.fake_quantized is not None and name in self._experts
+        quantized = self.ref.block_format is not None and name in self._experts
         return quantized or (self._merger is not None and name in self._merger)
 
 
@@ -199,10 +249,10 @@ def load_quantized(ref: ModelRef, dtype: torch.dtype, trainable: bool = False, *
         from pipeline import adapters
 
         model = adapters.load(model, ref.directory, trainable)
-    if ref.fake_quantized is not None:
+    if ref.block_format is not None:
         from pipeline import quantizer
 
-        quantizer.restore(model, ref.directory, FORMATS[ref.fake_quantized])
+        quantizer.restore(model, ref.directory, ref.block_format)
     return model
 
 
@@ -221,7 +271,12 @@ def load_to_train(ref: ModelRef, train: TrainConfig) -> Any:
 
 
 def load_effective(ref: ModelRef, dtype: torch.dtype, **arguments: Any) -> Any:
-    """A plain model that holds the values which the forward pass of `ref` uses: adapters merged, experts rounded."""
+    """A model that computes what `ref` does, plain where that can be: adapters merged, experts rounded.
+
+    Where inputs are quantized too, the quantizers themselves have to run.
+    """
+    if ref.block_format is not None and ref.block_format.quantizes_activations:
+        return place(load_quantized(ref, dtype, **arguments)).eval()
     model = load_plain(ref.base, dtype, **arguments)
     weights = Weights(ref)
     with torch.no_grad():
@@ -266,14 +321,24 @@ def save(model: Any, ref: ModelRef, directory: Path, train: TrainConfig) -> tupl
     return Kind.checkpoint, details
 
 
-def write_plain(ref: ModelRef, directory: Path, shard_bytes: int) -> None:
+def write_plain(ref: ModelRef, directory: Path, shard_bytes: int) -> Written:
     """Stream a model as a plain full checkpoint, adapters merged, in the type that training used."""
     weights = Weights(ref)
     layout = plain_layout(weights.shape, _STORED_NAMES[ref.dtype])
-    pieces = [
-        Piece({name: TensorInfo(info.dtype, info.shape)}, lambda name=name: {name: weights.trained(name).to(ref.dtype)})  # type: ignore[misc]
-        for name, info in layout.items()
-    ]
-    write_sharded(directory, pieces, shard_bytes, "merging")
+    pieces = [plain_piece(weights, name, info, ref.dtype) for name, info in layout.items()]
+    written = write_sharded(directory, pieces, shard_bytes, "merging")
     copy_side_files(ref.base, directory)
     write_config(directory, weights.checkpoint.config, ref.dtype)
+    return written
+
+
+def plain_piece(weights: Weights, name: str, info: TensorInfo, dtype: torch.dtype, device: str = "cpu") -> Piece:
+    """A weight as training holds it, decoded and merged, part by part."""
+
+    def step(rows: slice) -> Step:
+        return Step(
+            lambda: weights.stored(name, rows),
+            lambda stored: [(name, weights.trained(name, rows, stored, device).to(dtype))],
+        )
+
+    return Piece({name: info}, lambda: [step(rows) for rows in weights.parts(name)])

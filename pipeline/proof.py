@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from pipeline import adapters, losses, models, quantizer
@@ -21,7 +22,8 @@ from pipeline.export.mxfp4 import released_config
 from pipeline.gpt_oss import expert_projections, other_tensors
 from pipeline.models import ModelRef, Weights
 from pipeline.numerics.codec import fake_quantize
-from pipeline.numerics.formats import E8M0_NAN, MXFP4
+from pipeline.numerics.formats import E8M0_NAN, BlockFormat
+from pipeline.shards import STEP_BYTES
 from pipeline.tracking import progress
 
 _UNIMPORTANT_KEYS = ("transformers_version", "_name_or_path")
@@ -80,18 +82,42 @@ def check_scales(directory: Path) -> Check:
     return check
 
 
+def check_copied(directory: Path, base: Path, names: list[str]) -> Check:
+    """Tensors that the export says are the source's own: the hash of their stored bytes, read again from both."""
+    check = Check("untouched tensors: the source's own bytes, by hash")
+    export, reference = Checkpoint(directory), Checkpoint(base)
+    for name in progress(names, what="untouched", unit="tensor"):
+        if name not in export.tensors or name not in reference.tensors:
+            check.problems.append(f"{name}: said to be the source's own, but is not in both checkpoints")
+        elif _digest(export, name) != _digest(reference, name):
+            check.problems.append(f"{name}: its bytes are not the source's")
+    check.measured["tensors"] = len(names)
+    return check
+
+
+def _digest(checkpoint: Checkpoint, name: str) -> str:
+    """XXH3-128 of a tensor's stored bytes, a part at a time."""
+    info, digest = checkpoint.tensors[name], xxhash.xxh3_128()
+    rows = max(1, STEP_BYTES // max(1, info.bytes // info.shape[0]))
+    for start in range(0, info.shape[0], rows):
+        part = checkpoint.read(name, slice(start, start + rows))
+        digest.update(part.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 class TrainedModel:
     """The model that an export was made from, running as it ran in training.
 
     A model without quantizers did not round its weights; what the export must hold is what they round to.
     """
 
-    def __init__(self, ref: ModelRef, batches: list[dict[str, Tensor]]) -> None:
-        """Load it: with adapters and quantizers, or with its weights rounded by the codec."""
+    def __init__(self, ref: ModelRef, batches: list[dict[str, Tensor]], block_format: BlockFormat) -> None:
+        """Load it: with adapters and quantizers, or with its weights rounded to the export's format by the codec."""
         self.ref = ref
         self.batches = batches
-        if ref.fake_quantized is None:
-            rounded = replace(ref, fake_quantized=MXFP4.name)
+        self.block_format = block_format
+        if ref.block_format is None:
+            rounded = replace(ref, block_format=block_format)
             self.model = models.load_effective(rounded, ref.dtype, experts_implementation="eager")
         else:
             self.model = models.load_quantized(ref, ref.dtype).eval()
@@ -110,7 +136,7 @@ class TrainedModel:
                 seen.add(name)
                 _compare_bits(check, name, _decoded(export, name), trained)
 
-        if self.ref.fake_quantized is not None:
+        if self.ref.block_format is not None:
             with quantizer.watch(self.model, see) as fired:
                 losses.measure(self.model, self.batches[:1])
             fired.raise_unless_all(self.model)
@@ -175,7 +201,7 @@ class TrainedModel:
         weights = Weights(self.ref)
         for projection in expert_projections(weights.shape):
             plain = weights.trained(projection.name)
-            see(projection.name, fake_quantize(plain.transpose(1, 2).contiguous(), MXFP4))
+            see(projection.name, fake_quantize(plain.transpose(1, 2), self.block_format))
 
     @staticmethod
     @torch.no_grad()

@@ -22,19 +22,28 @@ from pipeline.adapters import base_of, parameter_name
 from pipeline.errors import CheckFailed
 from pipeline.gpt_oss import EXPERT_WEIGHTS
 from pipeline.numerics.codec import fake_quantize
-from pipeline.numerics.formats import FORMATS, BlockFormat
+from pipeline.numerics.formats import FORMATS, BlockFormat, ScaleType
+from pipeline.numerics.scales import tensor_scale_of
 
 STATE_FILE = "modelopt_state.pth"
 """Name that ModelOpt's own `enable_huggingface_checkpointing` looks for."""
 
 _BACKEND = "pipeline_codec"
-_SUFFIX = "_weight_quantizer"
-_EXPERT_QUANTIZERS = f"*mlp.experts*_proj{_SUFFIX}"
+_WEIGHTS = "_weight_quantizer"
+_INPUTS = "_input_quantizer"
+_EXPERTS = "*mlp.experts*_proj"
+_INPUT_RULE = "nearest"  # what kernels that quantize activations while they run can afford
 
 
 def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:
-    """ModelOpt hands in the weights as (E, out, in): blocks run along the last dimension."""
-    return fake_quantize(inputs, FORMATS[quantizer.backend_extra_args["format"]])
+    """ModelOpt hands in weights as (E, out, in), inputs as (tokens, in): blocks run along the last dimension.
+
+    The tensor scale of inputs is calibrated, so that values beyond what calibration saw saturate, as when served.
+    """
+    arguments = quantizer.backend_extra_args
+    block_format = FORMATS[arguments["format"]].with_rule(arguments["scale_rule"])
+    amax = quantizer.amax if arguments["is_input"] else None
+    return fake_quantize(inputs, block_format, None if amax is None else tensor_scale_of(amax.float(), _INPUT_RULE))
 
 
 # Said of every module type when processes are many; tensor parallelism, which it is about, is not used here.
@@ -72,32 +81,37 @@ def restore(model: Any, directory: Path, block_format: BlockFormat) -> None:
 
 
 def count(model: Any, block_format: BlockFormat) -> int:
-    """How many quantizers are on: two per layer, those of the expert weights and no other.
+    """How many quantizers are on: those of the expert weights, two per layer, of their inputs under W4A4, and no other.
 
     Raises:
-        CheckFailed: others are on, or some of these are not, or they are of another format.
+        CheckFailed: others are on, or some of these are not, or they are of another format or rule, or not calibrated.
     """
     base = base_of(model)
+    kinds = _arguments(block_format)
     expected = {
-        f"model.layers.{i}.mlp.experts.{p}" for i in range(base.config.num_hidden_layers) for p in EXPERT_WEIGHTS
+        f"model.layers.{i}.mlp.experts.{p}{kind}": arguments
+        for i in range(base.config.num_hidden_layers)
+        for p in EXPERT_WEIGHTS
+        for kind, arguments in kinds.items()
     }
-    found = {quantized_parameter(name): quantizer for name, quantizer in _enabled(base)}
-    wrong = sorted(expected ^ found.keys()) + [
+    found = {parameter_name(name): quantizer for name, quantizer in _enabled(base)}
+    wrong = sorted(expected.keys() ^ found.keys()) + [
         f"{name} ({quantizer.backend_extra_args})"
         for name, quantizer in found.items()
-        if quantizer.backend != _BACKEND or quantizer.backend_extra_args.get("format") != block_format.name
+        if (name in expected and (quantizer.backend != _BACKEND or quantizer.backend_extra_args != expected[name]))
+        or (name.endswith(_INPUTS) and quantizer.amax is None)
     ]
     if wrong:
         raise CheckFailed(
-            f"fake quantization: {len(found)} quantizers are on, expected the {len(expected)} expert weights in"
-            f" {block_format.name}; wrong: {', '.join(wrong[:6])}"
+            f"fake quantization: {len(found)} quantizers are on, expected {len(expected)} on the experts in"
+            f" {block_format.name}, scale_rule={block_format.scale_rule}; wrong: {', '.join(wrong[:6])}"
         )
     return len(found)
 
 
 @dataclass
 class Fired:
-    """What ran in a forward pass: parameter -> number of calls, of the quantizers that changed values."""
+    """What ran in a forward pass: quantizer, by its plain name -> number of calls."""
 
     calls: dict[str, int]
 
@@ -107,7 +121,7 @@ class Fired:
         Raises:
             CheckFailed: naming those that did not run, or should not have.
         """
-        expected = {quantized_parameter(name) for name, _ in _enabled(base_of(model))}
+        expected = {parameter_name(name) for name, _ in _enabled(base_of(model))}
         silent, stray = sorted(expected - self.calls.keys()), sorted(self.calls.keys() - expected)
         if silent or stray:
             raise CheckFailed(f"fake quantization: did not run: {silent or 'none'}; ran unasked: {stray or 'none'}")
@@ -125,7 +139,7 @@ def watch(model: Any, see: Callable[[str, Tensor], None] | None = None) -> Itera
     hooks = []
     for name, module in base_of(model).named_modules():
         if isinstance(module, TensorQuantizer):
-            hooks.append(module.register_forward_hook(_hook(quantized_parameter(name), fired, see)))
+            hooks.append(module.register_forward_hook(_hook(parameter_name(name), fired, see)))
     try:
         yield fired
     finally:
@@ -133,17 +147,12 @@ def watch(model: Any, see: Callable[[str, Tensor], None] | None = None) -> Itera
             hook.remove()
 
 
-def quantized_parameter(quantizer_name: str) -> str:
-    """Plain name of the parameter behind a quantizer."""
-    return parameter_name(quantizer_name).removesuffix(_SUFFIX)
-
-
 def _hook(name: str, fired: Fired, see: Callable[[str, Tensor], None] | None) -> Callable:
     def hook(module: TensorQuantizer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if module.is_enabled:
             fired.calls[name] = fired.calls.get(name, 0) + 1
-            if see is not None:
-                see(name, output)
+            if see is not None and name.endswith(_WEIGHTS):
+                see(name.removesuffix(_WEIGHTS), output)
 
     return hook
 
@@ -154,20 +163,24 @@ def _enabled(model: Any) -> Iterator[tuple[str, TensorQuantizer]]:
             yield name, module
 
 
+def _arguments(block_format: BlockFormat) -> dict[str, dict[str, Any]]:
+    """Kind of quantizer that the format switches on -> what our backend is told."""
+    common = {"format": block_format.name}
+    weights = {**common, "scale_rule": block_format.scale_rule, "is_input": False}
+    inputs = {**common, "scale_rule": _INPUT_RULE, "is_input": True}
+    return {_WEIGHTS: weights, **({_INPUTS: inputs} if block_format.quantizes_activations else {})}
+
+
 def _quant_cfg(block_format: BlockFormat) -> dict[str, Any]:
-    """As ModelOpt's MXFP4_MLP_WEIGHT_ONLY_CFG, for the expert stacks alone and with our backend.
+    """As ModelOpt's MXFP4_MLP_WEIGHT_ONLY_CFG and its like, for the expert stacks alone and with our backend.
 
     ModelOpt's own pattern (*mlp*weight_quantizer) would also switch on quantizers of adapters on experts, which never
-    run.
+    run. `max` calibrates the largest magnitude of the inputs; our backend does not need that of weights.
     """
-    weights = {
-        "num_bits": (2, 1),
-        "block_sizes": {-1: block_format.block_size, "type": "dynamic", "scale_bits": (8, 0)},
-        "backend": _BACKEND,
-        "backend_extra_args": {"format": block_format.name},
-    }
-    rules = [
-        {"quantizer_name": "*", "enable": False},
-        {"quantizer_name": _EXPERT_QUANTIZERS, "cfg": weights},
-    ]
-    return {"quant_cfg": rules, "algorithm": None}
+    scale_bits = {ScaleType.e8m0: (8, 0), ScaleType.e4m3: (4, 3)}[block_format.scale_type]
+    block_sizes = {-1: block_format.block_size, "type": "dynamic", "scale_bits": scale_bits}
+    rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for kind, arguments in _arguments(block_format).items():
+        settings = {"num_bits": (2, 1), "block_sizes": block_sizes, "backend": _BACKEND}
+        rules.append({"quantizer_name": _EXPERTS + kind, "cfg": {**settings, "backend_extra_args": arguments}})
+    return {"quant_cfg": rules, "algorithm": "max" if block_format.quantizes_activations else None}

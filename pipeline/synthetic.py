@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoints import CONFIG, Piece, write_sharded
+from pipeline.artifacts import SHARDS_FILE
+from pipeline.checkpoints import CONFIG
 from pipeline.config import TinyConfig
 from pipeline.errors import UserError
 from pipeline.gpt_oss import (
@@ -30,6 +31,7 @@ from pipeline.gpt_oss import (
 )
 from pipeline.numerics.codec import encode
 from pipeline.numerics.formats import MXFP4
+from pipeline.shards import Piece, whole, write_sharded
 
 _ROWS = 4000
 _RESERVED_ROWS = 16  # rows of the embedding without a token, as in the released models
@@ -66,6 +68,7 @@ def create_tiny(directory: Path, tiny: TinyConfig) -> None:
     _write(unfinished / CONFIG, config)
     _write(unfinished / "generation_config.json", _generation_config(ids))
     write_sharded(unfinished, _pieces(tiny, config), tiny.shard_bytes, "tiny model")
+    (unfinished / SHARDS_FILE).unlink()
     unfinished.replace(directory)
 
 
@@ -92,7 +95,7 @@ def _pieces(tiny: TinyConfig, config: dict[str, Any]) -> list[Piece]:
         ) * (projection.in_features**-0.5)
         blocks, scales = encode(plain.bfloat16(), MXFP4)
         made = {projection.blocks: blocks, projection.scales: scales}
-        pieces.append(Piece(projection.packed_tensors(), lambda made=made: made))  # type: ignore[misc]
+        pieces.append(whole(projection.packed_tensors(), lambda made=made: made))  # type: ignore[misc]
     return sorted(pieces, key=lambda piece: next(iter(piece.tensors)))
 
 
@@ -107,7 +110,7 @@ def _random_piece(name: str, info: TensorInfo, generator: torch.Generator) -> Pi
     else:
         tensor = tensor * info.shape[-1] ** -0.5
     made: dict[str, Tensor] = {name: tensor.bfloat16()}
-    return Piece({name: info}, lambda: made)
+    return whole({name: info}, lambda: made)
 
 
 def _write_tokenizer(directory: Path, tiny: TinyConfig) -> dict[str, int]:

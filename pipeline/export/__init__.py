@@ -2,11 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pipeline.export import mxfp4
-from pipeline.models import Weights
-from pipeline.source import Source
+from pipeline.export.target import Exported, Job
 
-EXPORTERS: dict[str, Callable[[Weights, Source, Path, int], dict[str, Any]]] = {"mxfp4": mxfp4.write}
-"""Target -> writer(weights, source, directory, shard_bytes), which returns figures for artifact.json."""
+EXPORTERS: dict[str, Callable[[Job, Path], Exported]] = {"mxfp4": mxfp4.write}
+"""Target -> writer(job, directory)."""

@@ -1,5 +1,13 @@
-"""The Hugging Face layout of openai/gpt-oss: MXFP4 experts, everything else BF16, config.json as the source has it."""
+"""The Hugging Face layout of openai/gpt-oss: MXFP4 experts, everything else BF16, config.json as the source has it.
 
+What training did not touch keeps the source's own bytes: the same values can be written with other scales, and only the
+bytes themselves are sure to be what every engine already serves.
+
+Legend: E experts of one part, in, out dimensions of the matrix, nb = in / 32.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -7,41 +15,42 @@ import torch
 from torch import Tensor
 
 from pipeline.artifacts import write_json
-from pipeline.checkpoints import CONFIG, Piece, copy_side_files, write_sharded
+from pipeline.checkpoints import CONFIG, Checkpoint, copy_side_files
 from pipeline.errors import UserError
-from pipeline.gpt_oss import QUANTIZATION_CONFIG, ExpertProjection, expert_projections, other_tensors
-from pipeline.models import Weights
-from pipeline.numerics.codec import CodecError, encode
+from pipeline.export.survival import Survival
+from pipeline.export.target import Exported, Job
+from pipeline.gpt_oss import QUANTIZATION_CONFIG, ExpertProjection, TensorInfo, expert_projections, other_tensors
+from pipeline.numerics.codec import CodecError, decode, encode
 from pipeline.numerics.formats import MXFP4
-from pipeline.source import Source
+from pipeline.shards import Piece, Step, write_sharded
 
 _DIALECT = ("rope_parameters", "dtype", "torch_dtype")
 
 
-def write(weights: Weights, source: Source, directory: Path, shard_bytes: int) -> dict[str, Any]:
-    """Stream `weights` into `directory`, expert by expert.
+def write(job: Job, directory: Path) -> Exported:
+    """Stream the model into `directory`, expert by expert.
 
     Raises:
         UserError: NaN or Inf in a weight, or an input dimension that 32 does not divide: names tensor, expert, block;
             a source of other sizes.
     """
-    experts = {projection.name: projection for projection in expert_projections(weights.shape)}
-    for projection in experts.values():
+    shape = job.weights.shape
+    experts = expert_projections(shape)
+    for projection in experts:
         _raise_if_not_divisible(projection)
-    base = source.open()
-    if weights.shape != base.shape:
+    base = job.source.open()
+    if shape != base.shape:
         raise UserError(
-            f"{weights.ref.directory} has {weights.shape}, but model.path={source.directory} has {base.shape}:"
+            f"{job.weights.ref.directory} has {shape}, but model.path={job.source.directory} has {base.shape}:"
             " the export takes its configuration from model.path, which must be the model that training started from."
         )
-    pieces = [_other_piece(weights, name, info) for name, info in other_tensors(weights.shape).items()] + [
-        _expert_piece(weights, projection) for projection in experts.values()
-    ]
+    pieces = [_Other(job, base, name, info).piece() for name, info in other_tensors(shape).items()]
+    pieces += [_Experts(job, base, projection).piece() for projection in experts]
     pieces.sort(key=lambda piece: _order(next(iter(piece.tensors))))
-    total = write_sharded(directory, pieces, shard_bytes, "export")
-    copy_side_files(source.directory, directory)
+    written = write_sharded(directory, pieces, job.shard_bytes, "export")
+    copy_side_files(job.source.directory, directory)
     write_json(directory / CONFIG, released_config(base.config))
-    return {"tensor_bytes": total, "encoded_tensors": len(experts), "other_tensors": len(pieces) - len(experts)}
+    return Exported(written)
 
 
 def released_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -59,33 +68,123 @@ def released_config(config: dict[str, Any]) -> dict[str, Any]:
     return {**released, "quantization_config": QUANTIZATION_CONFIG}
 
 
-def _other_piece(weights: Weights, name: str, info: Any) -> Piece:
-    def make() -> dict[str, Tensor]:
-        tensor = weights.trained(name).to(torch.bfloat16)
+@dataclass
+class _Other:
+    """A tensor that is not an expert weight, in BF16."""
+
+    job: Job
+    base: Checkpoint
+    name: str
+    info: TensorInfo
+    is_copied: bool = True
+
+    def piece(self) -> Piece:
+        return Piece({self.name: self.info}, self._steps, self._note)
+
+    def _steps(self) -> Iterable[Step]:
+        return [self._step(rows) for rows in self.job.weights.parts(self.name)]
+
+    def _step(self, rows: slice) -> Step:
+        weights = self.job.weights
+        return Step(
+            lambda: (weights.stored(self.name, rows), self.base.read(self.name, rows)),
+            lambda read: [(self.name, self._convert(rows, *read))],
+        )
+
+    def _convert(self, rows: slice, stored: tuple[Tensor, ...], source: Tensor) -> Tensor:
+        tensor = self.job.weights.trained(self.name, rows, stored).to(torch.bfloat16)
         if not bool(tensor.isfinite().all()):
-            index = (~tensor.isfinite()).nonzero()[0].tolist()
-            raise UserError(f"{weights.ref.directory}: {name}: NaN or Inf at index {index}. Training went wrong.")
-        return {name: tensor}
+            first, *others = (~tensor.isfinite()).nonzero()[0].tolist()
+            raise UserError(
+                f"{self.job.weights.ref.directory}: {self.name}: NaN or Inf at index {[first + rows.start, *others]}."
+                " Training went wrong."
+            )
+        self.is_copied &= source.dtype == tensor.dtype and _same_bits(tensor, source)
+        return tensor
 
-    return Piece({name: info}, make)
+    def _note(self) -> dict[str, Any]:
+        return {"tensors": [self.name], "is_copied": self.is_copied}
 
 
-def _expert_piece(weights: Weights, projection: ExpertProjection) -> Piece:
-    def make() -> dict[str, Tensor]:
-        encoded = []
-        for i, expert in enumerate(weights.trained(projection.name)):  # (in, out)
-            try:
-                encoded.append(encode(expert.T.contiguous(), MXFP4))
-            except CodecError as error:
-                row, block = error.block or (None, None)
-                raise UserError(
-                    f"{weights.ref.directory}: {projection.name}: expert {i}, row {row}, block {block}: {error}."
-                    " Training went wrong."
-                ) from error
-        blocks, scales = zip(*encoded, strict=True)
-        return {projection.blocks: torch.stack(blocks), projection.scales: torch.stack(scales)}
+@dataclass
+class _Experts:
+    """A stack of expert weights as blocks and scales; experts that equal the source's keep the source's bytes."""
 
-    return Piece(projection.packed_tensors(), make)
+    job: Job
+    base: Checkpoint
+    projection: ExpertProjection
+    scales: list[Tensor] = field(default_factory=list)
+    survival: Survival = field(default_factory=Survival)
+    copied_experts: int = 0
+
+    def piece(self) -> Piece:
+        return Piece(self.projection.packed_tensors(), self._steps, self._note)
+
+    def _steps(self) -> Iterable[Step]:
+        return [self._step(rows) for rows in self.job.weights.parts(self.projection.name)]
+
+    def _step(self, rows: slice) -> Step:
+        weights, name = self.job.weights, self.projection.name
+        return Step(
+            lambda: (weights.stored(name, rows), self.base.read_stored(name, rows)),
+            lambda read: self._convert(rows, *read),
+        )
+
+    def _convert(
+        self, rows: slice, stored: tuple[Tensor, ...], source: tuple[Tensor, ...]
+    ) -> Iterable[tuple[str, Tensor]]:
+        job, name = self.job, self.projection.name
+        trained = job.weights.trained(name, rows, stored, job.device)  # (E, in, out)
+        blocks, scales = self._encoded(trained, rows)
+        base = self.base.decoded(name, source, rows=rows, device=job.device)
+        base_blocks, base_scales = (each.to(job.device) for each in self._packed(source, base))
+        near, old = (
+            _plain(blocks, scales, trained),
+            base if len(source) == 2 else _plain(base_blocks, base_scales, base),
+        )
+        moved = self.survival.add(trained, near, base, old, scales, base_scales, job.block_format)
+        untouched = (moved == 0) if len(source) == 2 else torch.zeros_like(moved, dtype=torch.bool)
+        blocks[untouched], scales[untouched] = base_blocks[untouched], base_scales[untouched]
+        self.copied_experts += int(untouched.sum())
+        self.scales.append(scales)
+        yield self.projection.blocks, blocks
+        if rows.stop == self.projection.experts:
+            yield self.projection.scales, torch.cat(self.scales)
+            self.scales.clear()
+
+    def _encoded(self, trained: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        try:
+            return encode(trained.transpose(1, 2), self.job.block_format)
+        except CodecError as error:
+            expert, row, block = error.block or (0, None, None)
+            raise UserError(
+                f"{self.job.weights.ref.directory}: {self.projection.name}: expert {expert + rows.start}, row {row},"
+                f" block {block}: {error}. Training went wrong."
+            ) from error
+
+    def _packed(self, source: tuple[Tensor, ...], base: Tensor) -> tuple[Tensor, ...]:
+        """The source's blocks and scales; of a BF16 source those that it would be exported to."""
+        return source if len(source) == 2 else encode(base.transpose(1, 2), self.job.block_format)
+
+    def _note(self) -> dict[str, Any]:
+        return {
+            "tensors": [self.projection.blocks, self.projection.scales],
+            "is_copied": self.copied_experts == self.projection.experts,
+            "layer": self.projection.layer,
+            "copied_experts": self.copied_experts,
+            "sums": self.survival.sums,
+        }
+
+
+def _plain(blocks: Tensor, scales: Tensor, like: Tensor) -> Tensor:
+    """(E, in, out) in the type of `like`, which holds every value of the format."""
+    plain = torch.empty_like(like)
+    decode(blocks, scales, plain.dtype, out=plain.transpose(1, 2))
+    return plain
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.view(torch.int16), other.view(torch.int16))
 
 
 def _raise_if_not_divisible(projection: ExpertProjection) -> None:

@@ -2,11 +2,11 @@
 
 The idea: a block of values along the input dimension shares a scale; each value is divided by it and rounded to the
 nearest of the 16 values of e2m1, ties to even (OCP MX v1.0, 5.3.3 and 6.3). What may be chosen is the scale (see
-`formats.SCALE_RULES`). All is exact: scales come from the bits of the largest magnitude (`scales`), division is by powers
-of two, ties are decided by comparison (`kernels`), so that every device gives the same bits, compiled or not.
+`formats.SCALE_RULES`). All is exact: scales come from the bits of the largest magnitude (`scales`), division is by
+powers of two, ties are decided by comparison (`kernels`), so that every device gives the same bits, compiled or not.
 
-Two public tools disagree with themselves here: ModelOpt's training kernel rounds ties to even, its exporter toward zero,
-so that 0.4 % of the exported BF16 weights are not the trained ones. One definition for both is the point.
+Tools disagree with themselves here: ModelOpt's training kernel rounds ties to even, its exporter toward zero, so that
+0.4 % of the exported BF16 weights are not the trained ones. One definition for both is the point.
 
 What happens at the edges. Zeros keep their sign, also values that round to zero. Subnormal values are rounded like
 others, with the smallest scale, 2^-127 (NVFP4: they become zero under a tensor scale of at least 2^-110). Values beyond
@@ -14,20 +14,25 @@ what the scale holds saturate at 6 scales: under `floor`, `nearest` and `mse`, u
 3.5 * 2^126 on, where the next value, 2^128, would be Inf. A block with NaN or Inf is an error, never zeros.
 
 Values have the logical shape (..., out, in), blocks along `in`; memory may have any order. An (E, in, out) parameter is
-handed in as `parameter.transpose(-1, -2)`, and costs no transposed copy. Work goes in slabs, so that temporaries stay small.
+handed in as `parameter.transpose(-1, -2)`, and costs no transposed copy. Work goes in slabs: temporaries stay small.
 
 Legend: in = input dimension, out = output dimension, nb = blocks per row = in / block_size, L = all leading dimensions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from pipeline.numerics import kernels, scales
 from pipeline.numerics.formats import BlockFormat, ScaleType
+from pipeline.numerics.scales import Divisor
+
+Slab = tuple[slice, slice, slice]
+"""Experts, block rows, lanes."""
 
 _SLAB_VALUES = {"cpu": 1 << 22, "cuda": 1 << 27}
+_SLAB_LANES = 1 << 12
 _WEIGHT_BITS = 16
 
 
@@ -58,14 +63,12 @@ def encode(
         CodecError: the block size does not divide `in`, or a block holds NaN or Inf.
         TypeError: another dtype (float16 cannot hold the result, float64 would be rounded twice).
     """
-    view, unit = _view(values, block_format), _unit(tensor_scale, block_format)
-    chosen = _choose_scales(view, values.shape, block_format, unit, importance)
-    count, nb, size, lanes = view.shape
+    work = _Rounding(values, block_format, _unit(tensor_scale, block_format), importance)
+    count, nb, size, lanes = work.view.shape
     blocks = torch.empty((count, lanes, nb, size // 2), dtype=torch.uint8, device=values.device)
-    for slab in _slabs(view):
-        part = scales.divisor(chosen[slab], block_format.scale_type, _of(unit, slab))
-        _put_transposed(blocks, slab, kernels.packed(view[slab], part.inverse, part.significand))
-    stored = chosen.transpose(1, 2).contiguous().view(_SCALE_DTYPES[block_format.scale_type])
+    for slab, part, divisor in work:
+        _put_transposed(blocks, slab, kernels.packed(part, divisor.inverse, divisor.significand))
+    stored = work.scales.transpose(1, 2).contiguous().view(_SCALE_DTYPES[block_format.scale_type])
     return blocks.view(*values.shape[:-1], nb, size // 2), stored.view(*values.shape[:-1], nb)
 
 
@@ -94,25 +97,26 @@ def decode(
     lanes_first = blocks.reshape(-1, view.shape[-1], nb, half), scales_.reshape(-1, view.shape[-1], nb)
     unit = None if tensor_scale is None else tensor_scale.reshape(-1)
     for slab in _slabs(view):
-        experts, rows = slab
-        codes, stored = (part[experts, :, rows] for part in lanes_first)
-        unit_scale = scales.values_of(stored, _of(unit, slab)).transpose(1, 2).contiguous()
-        view[slab] = kernels.unpacked(_transposed(codes), unit_scale, target[..., :0])
+        experts, rows, lanes = slab
+        codes, stored = (part[experts, lanes, rows] for part in lanes_first)
+        unit_scale = scales.values_of(stored.transpose(1, 2).contiguous(), _of(unit, slab))
+        view[experts, rows, :, lanes] = kernels.unpacked(_transposed(codes), unit_scale, target[..., :0])
     return target
 
 
 def fake_quantize(
     values: Tensor, block_format: BlockFormat, tensor_scale: Tensor | None = None, importance: Tensor | None = None
 ) -> Tensor:
-    """The values that `decode(encode(values))` has, in the dtype and memory order of `values`; straight-through gradient.
+    """The values that `decode(encode(values))` has, in the dtype and memory order of `values`.
 
-    Arguments and errors are those of `encode`; a tensor scale that is needed and not given is that of the values.
+    The gradient passes straight through. Arguments and errors are those of `encode`; a tensor scale that is needed and
+    not given is that of the values.
     """
     return _StraightThrough.apply(values, block_format, tensor_scale, importance)
 
 
 def tensor_scale(values: Tensor, block_format: BlockFormat) -> Tensor | None:
-    """The scale of each whole (out, in) matrix: a power of two, float32, of the leading shape; None where there is none."""
+    """The scale of each (out, in) matrix: a power of two, float32, leading shape; None if the format has none."""
     if block_format.scale_type is ScaleType.e8m0:
         return None
     view = _view(values, block_format)
@@ -126,6 +130,26 @@ def saturates(values: Tensor, block_format: BlockFormat, scales_: Tensor, unit: 
     return amax > held.view(scales_.shape)
 
 
+def block_differences(stacks: Sequence[Tensor], block_format: BlockFormat) -> Tensor:
+    """Sums over each block: (4, ..., out, nb) float32.
+
+    Args:
+        stacks: values, what they were rounded to, base, what that was rounded to: (..., out, in) each.
+        block_format: whose blocks.
+
+    Returns:
+        The squared error of rounding the values; their squares; how many values differ from the base; how many of the
+        rounded values differ from the rounded base.
+    """
+    values = stacks[0]
+    views = [_view(stack, block_format) for stack in stacks]
+    count, nb, _, lanes = views[0].shape
+    sums = torch.empty((4, count, nb, lanes), dtype=torch.float32, device=values.device)
+    for slab in _slabs(views[0]):
+        sums[(slice(None), *slab)] = kernels.differences(*(_part(view, slab) for view in views))
+    return sums.transpose(2, 3).reshape(4, *values.shape[:-1], nb)
+
+
 class _StraightThrough(torch.autograd.Function):
     """Bengio et al. 2013 (arXiv:1308.3432): rounding has zero gradient almost everywhere, so pretend it is one."""
 
@@ -134,13 +158,12 @@ class _StraightThrough(torch.autograd.Function):
         ctx: object, values: Tensor, block_format: BlockFormat, given: Tensor | None, importance: Tensor | None
     ) -> Tensor:
         unit = _unit(tensor_scale(values, block_format) if given is None else given, block_format)
-        view = _view(values, block_format)
-        chosen = _choose_scales(view, values.shape, block_format, unit, importance)
+        work = _Rounding(values, block_format, unit, importance)
         result = torch.empty_like(_as_matrices(values))
         into = _as_blocks(result, block_format.block_size)
-        for slab in _slabs(view):
-            part = scales.divisor(chosen[slab], block_format.scale_type, _of(unit, slab))
-            into[slab] = kernels.rounded(view[slab], part.inverse, part.significand, part.scale)
+        for (experts, rows, lanes), part, divisor in work:
+            near = kernels.rounded(part, divisor.inverse, divisor.significand, divisor.scale)
+            into[experts, rows, :, lanes] = near
         return result.view(values.shape)
 
     @staticmethod
@@ -148,18 +171,37 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], None, None, None
 
 
-def _choose_scales(
-    view: Tensor, shape: torch.Size, block_format: BlockFormat, unit: Tensor | None, importance: Tensor | None
-) -> Tensor:
-    """(L, nb, block, lanes) -> scale bytes (L, nb, lanes) uint8."""
-    first, *others = scales.candidates(_amax(view), block_format.scale_type, block_format.scale_rule, unit)
-    _raise_if_not_finite(first, shape, block_format.scale_type)
-    weights = None if importance is None or not others else _weights(importance, view)
-    for other in others:
-        for slab in _slabs(view):
-            here = None if weights is None else weights[slab[0] if len(weights) > 1 else slice(None), slab[1]]
-            first[slab] = _better(view[slab], first[slab], other[slab], block_format.scale_type, _of(unit, slab), here)
-    return first
+class _Rounding:
+    """Iterate over values slab by slab: (slab, its values, what to divide them by); `scales` is complete at the end.
+
+    Raises CodecError at the end of the iteration: NaN or Inf.
+    """
+
+    def __init__(
+        self, values: Tensor, block_format: BlockFormat, unit: Tensor | None, importance: Tensor | None
+    ) -> None:
+        self.view = _view(values, block_format)
+        count, nb, _, lanes = self.view.shape
+        self.scales = torch.empty((count, nb, lanes), dtype=torch.uint8, device=values.device)
+        self._shape, self._format, self._unit = values.shape, block_format, unit
+        self._weights = None if importance is None else _weights(importance, self.view)
+
+    def __iter__(self) -> Iterator[tuple[Slab, Tensor, Divisor]]:
+        scale_type = self._format.scale_type
+        for slab in _slabs(self.view):
+            part, unit = _part(self.view, slab), _of(self._unit, slab)
+            amax = kernels.block_amax(part).float()
+            chosen, *others = scales.candidates(amax, scale_type, self._format.scale_rule, unit)
+            for other in others:
+                chosen = _better(part, chosen, other, scale_type, unit, self._weights_of(slab))
+            self.scales[slab] = chosen
+            yield slab, part, scales.divisor(chosen, scale_type, unit)
+        _raise_if_not_finite(self.scales, self._shape, scale_type)
+
+    def _weights_of(self, slab: Slab) -> Tensor | None:
+        if self._weights is None:
+            return None
+        return self._weights[slab[0] if len(self._weights) > 1 else slice(None), slab[1]]
 
 
 def _better(
@@ -173,7 +215,7 @@ def _better(
 
 
 def _weights(importance: Tensor, view: Tensor) -> Tensor:
-    """(…, in) -> (L or 1, nb, block, 1) float64, whole numbers below 2^16; a block without any importance weighs one."""
+    """(…, in) -> (L or 1, nb, block, 1) float64, whole numbers below 2^16; ones for a block of no importance at all."""
     nb, size = view.shape[1:3]
     blocks = importance.float().reshape(-1, nb, size, 1).double()
     exponent = torch.frexp(blocks.amax(dim=2, keepdim=True)).exponent
@@ -185,7 +227,7 @@ def _amax(view: Tensor) -> Tensor:
     """(L, nb, block, lanes) -> (L, nb, lanes) float32."""
     amax = torch.empty((*view.shape[:2], view.shape[3]), dtype=torch.float32, device=view.device)
     for slab in _slabs(view):
-        amax[slab] = kernels.block_amax(view[slab])
+        amax[slab] = kernels.block_amax(_part(view, slab))
     return amax
 
 
@@ -218,27 +260,39 @@ def _as_blocks(matrices: Tensor, block_size: int) -> Tensor:
     return matrices.unflatten(-1, (-1, block_size)).permute(0, 2, 3, 1)
 
 
-def _slabs(view: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Index pairs (experts, block rows) that cut (L, nb, block, lanes) into pieces which fit the caches."""
+def _slabs(view: Tensor) -> Iterator[Slab]:
+    """Cut (L, nb, block, lanes) into pieces that fit the caches, all of one shape, so that there is one to compile for.
+
+    Both expert stacks of a layer of gpt-oss, with 5760 and with 2880 lanes, are cut into the same shape.
+    """
     count, nb, size, lanes = view.shape
     budget = _SLAB_VALUES.get(view.device.type, _SLAB_VALUES["cuda"])
-    experts = max(1, budget // max(1, nb * size * lanes))
-    rows = _largest_divisor(nb, budget // max(1, size * lanes))  # all slabs alike: one shape to compile for
+    width = _largest_divisor(lanes, _SLAB_LANES)
+    rows = _largest_divisor(nb, budget // (size * width))
+    experts = max(1, budget // (nb * size * lanes)) if (rows, width) == (nb, lanes) else 1
     for i in range(0, count, experts):
         for j in range(0, nb, rows):
-            yield slice(i, i + experts), slice(j, j + rows)
+            for k in range(0, lanes, width):
+                yield slice(i, i + experts), slice(j, j + rows), slice(k, k + width)
+
+
+def _part(blocks: Tensor, slab: Slab) -> Tensor:
+    """A slab of (L, nb, block, lanes), contiguous: a copy within the caches saves compiling for other strides."""
+    experts, rows, lanes = slab
+    part = blocks[experts, rows, :, lanes]
+    return part.contiguous() if part.stride(-1) == 1 else part
 
 
 def _largest_divisor(number: int, limit: int) -> int:
     return next((n for n in range(min(number, limit), 1, -1) if number % n == 0), 1)
 
 
-def _put_transposed(blocks: Tensor, slab: tuple[slice, slice], codes: Tensor) -> None:
-    """codes (l, rows, half, lanes) -> blocks[experts, :, rows] of (L, lanes, nb, half)."""
-    experts, rows = slab
+def _put_transposed(blocks: Tensor, slab: Slab, codes: Tensor) -> None:
+    """codes (l, rows, half, lanes) -> blocks[experts, lanes, rows] of (L, lanes, nb, half)."""
+    experts, rows, lanes = slab
     for i, expert in enumerate(codes):
         turned = kernels.transposed(expert.reshape(-1, expert.shape[-1]))
-        blocks[experts.start + i, :, rows] = turned.view(-1, *expert.shape[:-1])
+        blocks[experts.start + i, lanes, rows] = turned.view(-1, *expert.shape[:-1])
 
 
 def _transposed(codes: Tensor) -> Tensor:
@@ -259,7 +313,7 @@ def _flat(unit: Tensor | None) -> Tensor | None:
     return None if unit is None else unit.reshape(-1)
 
 
-def _of(unit: Tensor | None, slab: tuple[slice, slice]) -> Tensor | None:
+def _of(unit: Tensor | None, slab: Slab) -> Tensor | None:
     return None if unit is None else unit[slab[0]]
 
 

@@ -1,8 +1,8 @@
 """When the arithmetic is compiled: the same functions run eagerly or through torch.compile, with the same bits.
 
-torch.compile fuses a function into one loop over memory (C++ on a CPU, Triton on a GPU), some ten times faster. It costs
-seconds to half a minute the first time, so functions are eager until so many values have passed through that compiling
-would have paid, and stay eager, with a warning, where no compiler works.
+torch.compile fuses a function into one loop over memory (C++ on a CPU, Triton on a GPU), some ten times faster. It
+costs seconds a function, and half a minute the first time on a machine, so each is eager until so many values have
+passed through it that compiling would have paid; all stay eager, with a warning, where no compiler works.
 """
 
 import functools
@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-_PAYS_AFTER = 1 << 28  # values: some 5 s of eager work on two CPU cores, a fifth of a cold compilation
+_PAYS_AFTER = 1 << 27  # values: some 4 s of eager work on two CPU cores, about what compiling a function takes
 
 Result = TypeVar("Result")
 
@@ -32,7 +32,6 @@ class Compilation(Enum):
 
 
 _mode = Compilation.when_it_pays
-_values_seen = 0
 
 
 @contextmanager
@@ -53,10 +52,14 @@ def kernel(function: Callable[..., Result]) -> Callable[..., Result]:
     """
     # Shapes of weights are few, and a loop of known length is three times faster; those of activations are many.
     of_weights, of_activations = torch.compile(function, dynamic=False), torch.compile(function, dynamic=True)
+    values_seen = 0
 
     @functools.wraps(function)
+    @torch.no_grad()  # compiled code is valid for one grad mode; gradients are the business of the codec
     def run(values: Tensor, *others: object) -> Result:
-        if not _is_compiled(values):
+        nonlocal values_seen
+        values_seen += values.numel()
+        if not _is_compiled(values.device.type, values_seen):
             return function(values, *others)
         try:
             return (of_weights if values.stride(-1) == 1 else of_activations)(values, *others)
@@ -75,12 +78,10 @@ def can_compile(device_type: str) -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
 
 
-def _is_compiled(values: Tensor) -> bool:
-    global _values_seen
-    _values_seen += values.numel()
-    if _mode is Compilation.never or (_mode is Compilation.when_it_pays and _values_seen < _PAYS_AFTER):
+def _is_compiled(device_type: str, values_seen: int) -> bool:
+    if _mode is Compilation.never or (_mode is Compilation.when_it_pays and values_seen < _PAYS_AFTER):
         return False
-    return can_compile(values.device.type)
+    return can_compile(device_type)
 
 
 def _give_up(error: Exception) -> None:

@@ -36,7 +36,7 @@ def packed(values: Tensor, inverse: Tensor, significand: Tensor | None) -> Tenso
 
 @kernel
 def unpacked(blocks: Tensor, scale: Tensor, like: Tensor) -> Tensor:
-    """(L, nb, block / 2, lanes) uint8 and the scale (L, nb, lanes) float32 -> (L, nb, block, lanes) of `like`'s type."""
+    """(L, nb, block / 2, lanes) uint8, scale (L, nb, lanes) float32 -> (L, nb, block, lanes) of the type of `like`."""
     unit = scale.unsqueeze(-2)
     low, high = _values((blocks & 15).float(), unit), _values((blocks >> 4).float(), unit)
     return torch.stack((low.to(like.dtype), high.to(like.dtype)), dim=-2).flatten(-3, -2)
@@ -80,16 +80,16 @@ def _block_sum(values: Tensor) -> Tensor:
 
 
 @kernel
-def differences(values: Tensor, rounded_values: Tensor, base: Tensor) -> Tensor:
-    """How far quantization and training went, per lane: (4, L, nb, lanes) float32 from three (L, nb, block, lanes).
+def differences(values: Tensor, rounded_values: Tensor, base: Tensor, rounded_base: Tensor) -> Tensor:
+    """How far quantization and training went: (4, L, nb, lanes) float32 from four (L, nb, block, lanes).
 
-    Sums over a block: squared error of `rounded_values`, squares of `values`; counts of values that differ from `base`,
-    and of rounded values that do.
+    Sums over a block: the squared error of `rounded_values`, the squares of `values`; counts of values that differ from
+    `base`, and of rounded values that differ from `rounded_base`. For reports: the order of these sums may differ.
     """
-    exact, near, old = values.float(), rounded_values.float(), base.float()
+    exact, near = values.float(), rounded_values.float()
     error = exact - near
-    sums = ((error * error), (exact * exact), (exact != old).float(), (near != old).float())
-    return torch.stack([each.sum(-2) for each in sums])
+    moved, changed = exact != base.float(), near != rounded_base.float()
+    return torch.stack([each.sum(-2) for each in (error * error, exact * exact, moved.float(), changed.float())])
 
 
 def _nearest_code(scaled: Tensor, significand: Tensor | None) -> Tensor:

@@ -83,8 +83,8 @@ def tensor_scale_of(amax: Tensor, rule: str) -> Tensor:
     That is amax <= 6 * 448 * scale, and under `mse`, where amax / 4 is a candidate, amax <= 4 * 448 * scale.
     """
     bits = amax.contiguous().view(torch.int32)
-    exponent, mantissa = (10, _MANTISSA_OF_1792) if rule == "mse" else (11, _MANTISSA_OF_2688)
-    exponent = (bits >> _EXPONENT_SHIFT) - exponent + ((bits & _MANTISSA_MASK) > mantissa).int()
+    power, mantissa = (10, _MANTISSA_OF_1792) if rule == "mse" else (11, _MANTISSA_OF_2688)
+    exponent = (bits >> _EXPONENT_SHIFT) - power + ((bits & _MANTISSA_MASK) > mantissa).int()
     return (exponent.clamp(min=1) << _EXPONENT_SHIFT).view(torch.float32).clamp(min=_SMALLEST_TENSOR_SCALE)
 
 

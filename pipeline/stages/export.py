@@ -1,31 +1,92 @@
-"""export: any model of the run, or a directory, as a checkpoint for serving."""
+"""export: any model of the run, or a directory, as a checkpoint for serving, with an account of what reached 4 bits."""
 
 from pathlib import Path
+from typing import Any
 
 from pipeline import artifacts, models, source
 from pipeline.artifacts import Artifact, Kind, Result
 from pipeline.config import PipelineConfig, Stage
-from pipeline.export import EXPORTERS
+from pipeline.errors import UserError
+from pipeline.export import EXPORTERS, survival
+from pipeline.export.target import Exported, Job
 from pipeline.models import ModelRef, Weights
-from pipeline.tracking import log_metrics
+from pipeline.numerics.formats import BlockFormat
+from pipeline.tracking import log_metrics, say, warn
 
-_SETTINGS = ("export",)
+_SETTINGS = ("export", "format")
 _SOURCES = (Stage.upcast, Stage.sft, Stage.quantize, Stage.qat)
+_HARDLY_ANY = 0.05
 
 
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/export: names, shapes, types and configuration as the source checkpoint has them."""
-    writer = EXPORTERS[config.export.target.name]
     ref = models.find(config, config.export.source, _SOURCES, "export.source")
-    base = source.locate(config)
+    block_format = models.configured_format(config)
+    _raise_if_trained_otherwise(ref, block_format)
+    base, device = source.locate(config), models.device_of(config)
 
     def work(directory: Path) -> Result:
-        details = writer(Weights(ref), base, directory, config.export.shard_bytes)
-        log_metrics(directory, details)
-        return Result(Kind.packed, config.export.target.name, details={**details, **_origin(ref)})
+        job = Job(Weights(ref), base, block_format, config.export.shard_bytes, device)
+        exported = EXPORTERS[config.export.target.name](job, directory)
+        details = {**_account(exported, directory), **_origin(ref)}
+        target = config.export.target.name
+        digests = exported.written.files
+        return Result(Kind.packed, target, scale_rule=block_format.scale_rule, details=details, digests=digests)
 
     parents = {"model": ref.fingerprint, "source": base.fingerprint}
     return artifacts.build(config, Stage.export, _SETTINGS, parents, work)
+
+
+def _account(exported: Exported, directory: Path) -> dict[str, Any]:
+    """Log the figures of each layer and of the whole; what artifact.json keeps."""
+    notes = exported.written.notes
+    experts = [note for note in notes if "sums" in note]
+    for layer in sorted({note["layer"] for note in experts}):
+        of_layer = survival.total(note["sums"] for note in experts if note["layer"] == layer)
+        log_metrics(directory, {"layer": layer, **of_layer.figures()})
+    whole = survival.total(note["sums"] for note in experts).figures()
+    copied = [name for note in notes if note["is_copied"] for name in note["tensors"]]
+    details = {
+        "tensor_bytes": exported.written.bytes,
+        "copied_tensors": len(copied),
+        "encoded_tensors": sum(len(note["tensors"]) for note in notes if not note["is_copied"]),
+        "copied_experts": sum(note["copied_experts"] for note in experts),
+        **whole,
+    }
+    log_metrics(directory, details)
+    _tell(details)
+    return {**details, "copied": copied}
+
+
+def _tell(details: dict[str, Any]) -> None:
+    say(
+        "export",
+        f"{details['encoded_tensors']} tensors encoded, {details['copied_tensors']} are the source's own bytes;"
+        f" signal-to-noise {details['snr_db']:.2f} dB, saturated blocks {details['saturated_blocks']:.3%}",
+    )
+    say(
+        "export",
+        f"training moved {details['moved_weights']:.2%} of the expert weights; {details['changed_codes']:.2%} of the"
+        f" 4-bit values differ from the base model's ({details['survival']:.2%} of those moved)",
+    )
+    if details["moved_weights"] and details["survival"] < _HARDLY_ANY:
+        warn(
+            "export",
+            f"hardly any of the fine-tuning of the experts reached the 4-bit weights: {details['survival']:.2%} of the"
+            " weights that training moved differ from the base model after rounding; the others snapped back. Compare"
+            " with stage=evaluate; train on with stage=quantize and stage=qat, at a higher qat.learning_rate or with"
+            " more qat.max_steps, and export that.",
+        )
+
+
+def _raise_if_trained_otherwise(ref: ModelRef, block_format: BlockFormat) -> None:
+    trained = ref.block_format
+    if trained is not None and trained != block_format:
+        raise UserError(
+            f"export.source={ref.name} was trained for format={trained.name} with scale_rule={trained.scale_rule}, but"
+            f" format={block_format.name} with format.scale_rule={block_format.scale_rule} is asked for: other weights"
+            f" than the trained ones. Use format={trained.name} format.scale_rule={trained.scale_rule}."
+        )
 
 
 def _origin(ref: ModelRef) -> dict[str, str]:

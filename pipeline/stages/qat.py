@@ -8,7 +8,6 @@ from pipeline.checkpoints import load_tokenizer
 from pipeline.config import PipelineConfig, Stage
 from pipeline.data import Rows
 from pipeline.models import ModelRef
-from pipeline.numerics.formats import FORMATS
 from pipeline.tracking import is_main_process
 
 _SETTINGS = ("data", "format", "qat")
@@ -32,7 +31,7 @@ def run(config: PipelineConfig) -> Artifact:
 def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
     from pipeline import quantizer, training
 
-    block_format = FORMATS[config.format.name.name]
+    block_format = models.configured_format(config)
     tokenizer = load_tokenizer(start.base)
     splits = data.prepare(config, rows, tokenizer)
     model = models.load_to_train(start, config.qat)
@@ -43,4 +42,4 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
     kind, where = models.save(model, start, directory, config.qat)
     if is_main_process():
         quantizer.save_state(model, directory)
-    return Result(kind, where["dtype"], block_format.name, {**details, **where})
+    return Result(kind, where["dtype"], block_format.name, block_format.scale_rule, {**details, **where})

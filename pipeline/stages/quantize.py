@@ -14,7 +14,7 @@ from pipeline.checkpoints import dtype_name, link_or_copy, load_tokenizer
 from pipeline.config import Method, PipelineConfig, Stage
 from pipeline.data import Rows
 from pipeline.models import ModelRef
-from pipeline.numerics.formats import FORMATS, BlockFormat
+from pipeline.numerics.formats import BlockFormat
 from pipeline.tracking import log_metrics, say
 
 _SETTINGS = ("data", "format", "quantize", "qat.method", "qat.lora", "qat.precision", "qat.seed")
@@ -22,7 +22,7 @@ _SETTINGS = ("data", "format", "quantize", "qat.method", "qat.lora", "qat.precis
 
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/quantize: the fine-tuned model with fake quantizers, proven to run."""
-    block_format = FORMATS[config.format.name.name]
+    block_format = models.configured_format(config)
     sft = artifacts.require(config, Stage.sft)
     rows = data.load_rows(config)
     return artifacts.build(
@@ -51,10 +51,13 @@ def _quantize(config: PipelineConfig, block_format: BlockFormat, sft: ModelRef, 
     fired.raise_unless_all(model)
     quantizer.save_state(model, directory)
     say(
-        "quantize", f"{quantizers} expert weights are fake-quantized to {block_format.name}; each ran, nothing else did"
+        "quantize",
+        f"{quantizers} quantizers round the experts to {block_format.name} (scale_rule={block_format.scale_rule});"
+        " each ran, nothing else did",
     )
     log_metrics(directory, {"quantizers": quantizers})
-    return Result(kind, where["dtype"], block_format.name, {"quantizers": quantizers, **where})
+    details = {"quantizers": quantizers, **where}
+    return Result(kind, where["dtype"], block_format.name, block_format.scale_rule, details)
 
 
 def _take_form(config: PipelineConfig, sft: ModelRef, directory: Path) -> tuple[Kind, ModelRef, dict[str, Any]]:

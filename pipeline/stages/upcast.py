@@ -1,23 +1,18 @@
 """upcast: the source's MXFP4 experts decoded to BF16, exact to the bit, shard by shard; a BF16 source is linked."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipeline import artifacts, source
 from pipeline.artifacts import Artifact, Kind, Result
-from pipeline.checkpoints import (
-    Checkpoint,
-    Piece,
-    copy_side_files,
-    link_or_copy,
-    load_tokenizer,
-    write_config,
-    write_sharded,
-)
+from pipeline.checkpoints import Checkpoint, copy_side_files, link_or_copy, load_tokenizer, write_config
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
 from pipeline.gpt_oss import plain_layout
+from pipeline.models import ModelRef, Weights, device_of, plain_piece
+from pipeline.shards import write_sharded
 from pipeline.source import Source
 from pipeline.tracking import log_metrics, say
 
@@ -33,32 +28,30 @@ def run(config: PipelineConfig) -> Artifact:
         Stage.upcast,
         _SETTINGS,
         {"source": base.fingerprint},
-        lambda directory: _upcast(base, directory, config.upcast.shard_bytes),
+        lambda directory: _upcast(base, directory, config),
     )
 
 
-def _upcast(base: Source, directory: Path, shard_bytes: int) -> Result:
+def _upcast(base: Source, directory: Path, config: PipelineConfig) -> Result:
     checkpoint = base.open()
-    if checkpoint.is_packed:
-        details = _decode(checkpoint, directory, shard_bytes)
-    else:
-        details = _pass_through(checkpoint, directory)
+    details, digests = (
+        _decode(base, directory, config) if checkpoint.is_packed else (_pass_through(checkpoint, directory), {})
+    )
     copy_side_files(base.directory, directory)
     write_config(directory, checkpoint.config, torch.bfloat16)
     log_metrics(directory, details)
-    return Result(
-        Kind.checkpoint, format="bf16", details={**details, "dtype": "bfloat16", "source": str(base.directory)}
-    )
+    details |= {"dtype": "bfloat16", "source": str(base.directory)}
+    return Result(Kind.checkpoint, format="bf16", details=details, digests=digests)
 
 
-def _decode(checkpoint: Checkpoint, directory: Path, shard_bytes: int) -> dict[str, int]:
-    pieces = [
-        Piece({name: info}, lambda name=name: {name: checkpoint.read_plain(name)})  # type: ignore[misc]
-        for name, info in plain_layout(checkpoint.shape).items()
-    ]
-    total = write_sharded(directory, pieces, shard_bytes, "upcast")
-    decoded = sum(name not in checkpoint.tensors for name in plain_layout(checkpoint.shape))
-    return {"decoded_tensors": decoded, "copied_tensors": len(pieces) - decoded, "tensor_bytes": total}
+def _decode(base: Source, directory: Path, config: PipelineConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    weights = Weights(ModelRef("source", base.directory, base.directory))
+    layout, device = plain_layout(weights.shape), device_of(config)
+    pieces = [plain_piece(weights, name, info, torch.bfloat16, device) for name, info in layout.items()]
+    written = write_sharded(directory, pieces, config.upcast.shard_bytes, "upcast")
+    decoded = sum(name not in weights.checkpoint.tensors for name in layout)
+    details = {"decoded_tensors": decoded, "copied_tensors": len(pieces) - decoded, "tensor_bytes": written.bytes}
+    return details, written.files
 
 
 def _pass_through(checkpoint: Checkpoint, directory: Path) -> dict[str, int]:

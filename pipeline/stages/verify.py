@@ -10,6 +10,7 @@ from pipeline.checkpoints import load_tokenizer, read_config
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import CheckFailed, UserError
 from pipeline.models import ModelRef
+from pipeline.numerics.formats import FORMATS
 from pipeline.source import Source
 from pipeline.tracking import is_main_process, log_metrics, say
 
@@ -25,7 +26,10 @@ def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/verify. Raises CheckFailed, and leaves the report but no artifact, if something is off."""
     directory = _checkpoint(config)
     reference = _reference(config)
-    ref, unknown = _trained(config, directory)
+    export, unknown = _export(directory)
+    ref = None
+    if export is not None:
+        ref, unknown = _trained(config, export)
     fingerprint, _ = artifacts.fingerprint_of(directory)
     parents = {"checkpoint": fingerprint, "reference": reference.fingerprint}
     if ref is not None:
@@ -35,13 +39,19 @@ def run(config: PipelineConfig) -> Artifact:
         Stage.verify,
         _SETTINGS,
         parents,
-        lambda into: _verify(config, directory, reference, ref, unknown, into),
+        lambda into: _verify(config, directory, reference, export, ref, unknown, into),
         is_report=True,
     )
 
 
 def _verify(
-    config: PipelineConfig, directory: Path, reference: Source, ref: ModelRef | None, unknown: str, into: Path
+    config: PipelineConfig,
+    directory: Path,
+    reference: Source,
+    export: Artifact | None,
+    ref: ModelRef | None,
+    unknown: str,
+    into: Path,
 ) -> Result:
     from pipeline import proof
 
@@ -50,10 +60,12 @@ def _verify(
         unknown = "the layout is wrong"
     else:
         checks.append(proof.check_scales(directory))
-    if ref is None or checks[0].problems:
+        if export is not None:
+            checks.append(proof.check_copied(directory, reference.directory, export.details["copied"]))
+    if ref is None or export is None or checks[0].problems:
         checks.append(proof.Check("weights and logits against the trained model", skipped=unknown))
     else:
-        checks += _against_trained(config, directory, ref)
+        checks += _against_trained(config, export, ref)
     report = {
         "checkpoint": str(directory),
         "reference": str(reference.directory),
@@ -70,16 +82,19 @@ def _verify(
     return Result(Kind.report, details={"checks": {check.title: check.status for check in checks}})
 
 
-def _against_trained(config: PipelineConfig, directory: Path, ref: ModelRef) -> list["Check"]:
+def _against_trained(config: PipelineConfig, export: Artifact, ref: ModelRef) -> list["Check"]:
     from pipeline import proof
 
+    directory = export.directory
+    assert export.format is not None and export.scale_rule is not None
+    block_format = FORMATS[export.format].with_rule(export.scale_rule)
     tokenizer = load_tokenizer(ref.base)
     validation = data.prepare(config, data.load_rows(config), tokenizer).validation
     batches = losses.batches(
         validation.select(range(min(config.verify.samples, len(validation)))), 1, tokenizer.pad_token_id
     )
     batches = [{key: values[:, :_MOST_POSITIONS] for key, values in batch.items()} for batch in batches]
-    trained = proof.TrainedModel(ref, batches)
+    trained = proof.TrainedModel(ref, batches, block_format)
     return [
         trained.check_experts(directory),
         trained.check_others(directory),
@@ -104,13 +119,19 @@ def _reference(config: PipelineConfig) -> Source:
     return source.locate(replace(config, model=model), "verify.reference")
 
 
-def _trained(config: PipelineConfig, directory: Path) -> tuple[ModelRef | None, str]:
-    """The model that the export was made from, or why it is not known."""
+def _export(directory: Path) -> tuple[Artifact | None, str]:
+    """What the export stage recorded of a directory, or why that is not known."""
     if not (directory / artifacts.ARTIFACT_FILE).is_file():
         return None, f"{directory} has no {artifacts.ARTIFACT_FILE} that names the model it was made from"
     export = artifacts.load(directory, check_files=False)
     if export.stage != Stage.export.name:
         return None, f"{directory} is a result of stage={export.stage}, not of export"
+    return export, ""
+
+
+def _trained(config: PipelineConfig, export: Artifact) -> tuple[ModelRef | None, str]:
+    """The model that the export was made from, or why it is not known."""
+    directory = export.directory
     origins = (directory.parent / export.details["exported_from"], Path(export.details["exported_directory"]))
     there = [models.find(config, str(origin), (), "exported_directory") for origin in origins if origin.is_dir()]
     for ref in there:

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.numerics.codec import CodecError, decode, encode, fake_quantize
+from pipeline.numerics.codec import CodecError, decode, encode, fake_quantize, tensor_scale
 from pipeline.numerics.formats import E2M1_VALUES, E8M0_VALUES, FORMATS, MXFP4, BlockFormat
 
 MAGNITUDES = (0, Fraction(1, 2), 1, Fraction(3, 2), 2, 3, 4, 6)
 MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 EVEN_CODES = (0, 2, 2, 4, 4, 6, 6)  # of each midpoint's two neighbours, the one whose last bit is zero
-LARGEST_SCALE = 252  # 6 * 2^(252 - 127) is the largest value of any block within the range of BF16 and FP32
+LARGEST_SCALE = 252  # its largest multiple, 6 * 2^(252 - 127), is the last that BF16 and FP32 hold: 253 would give Inf
 
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 TRAINED_TYPES = (torch.bfloat16, torch.float32)
@@ -41,9 +41,9 @@ def assert_same_bytes(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -
 
 
 def exact_scale(amax: float) -> int:
-    """Byte of the smallest power of two s, at least 2^-127, with amax <= 6 s: found by trying, in exact arithmetic."""
+    """Byte of the smallest power of two s, from 2^-127 to 2^125, with amax <= 6 s: found by trying, exactly."""
     exponent = max(-127, math.frexp(amax)[1] - 5) if amax else -127
-    while Fraction(amax) > 6 * Fraction(2) ** exponent:
+    while Fraction(amax) > 6 * Fraction(2) ** exponent and exponent + 127 < LARGEST_SCALE:
         exponent += 1
     return exponent + 127
 
@@ -51,7 +51,6 @@ def exact_scale(amax: float) -> int:
 def exact_code(value: float, scale: int) -> int:
     """The e2m1 code nearest to value / 2^(scale - 127), the even one of two equally near, in exact arithmetic."""
     magnitude = abs(Fraction(value)) / Fraction(2) ** (scale - 127)
-    assert magnitude <= 6, "the block saturates"
     code = min(range(8), key=lambda c: (abs(MAGNITUDES[c] - magnitude), c % 2))
     return code | (8 if math.copysign(1.0, value) < 0 else 0)
 
@@ -101,7 +100,7 @@ def test_e2m1_and_e8m0_values_are_those_of_ml_dtypes() -> None:
 @pytest.mark.parametrize("block_format", FORMATS.values(), ids=FORMATS)
 def test_every_format_takes_the_storage_that_it_declares(block_format: BlockFormat) -> None:
     values = torch.ones(3, 4 * block_format.block_size)
-    blocks, scales = encode(values, block_format)
+    blocks, scales = encode(values, block_format, tensor_scale(values, block_format))
     assert 8 * (blocks.nbytes + scales.nbytes) == block_format.bits_per_value * values.numel()
 
 
@@ -163,7 +162,8 @@ def test_a_maximum_of_six_scales_fits_and_the_next_float_does_not(dtype: torch.d
     expected = list(range(LARGEST_SCALE + 1))
     assert encode(one_to_a_block(sixes), MXFP4)[1].flatten().tolist() == expected
     assert encode(one_to_a_block(below), MXFP4)[1].flatten().tolist() == expected
-    assert encode(one_to_a_block(above), MXFP4)[1].flatten().tolist() == [byte + 1 for byte in expected]
+    larger = [min(byte + 1, LARGEST_SCALE) for byte in expected]
+    assert encode(one_to_a_block(above), MXFP4)[1].flatten().tolist() == larger
 
 
 def test_the_scale_depends_on_nothing_but_the_largest_magnitude() -> None:
@@ -199,12 +199,20 @@ def test_the_floats_beside_a_midpoint_go_to_its_two_sides(sign: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
-def test_the_largest_finite_values_do_not_saturate(dtype: torch.dtype) -> None:
+def test_the_largest_finite_values_saturate_instead_of_becoming_inf(dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     values = torch.tensor([largest, -largest, largest / 2, largest / 8, 1.0] + [0.0] * 27, dtype=dtype)
     blocks, scales = encode(values, MXFP4)
-    assert scales.tolist() == [253]
-    assert unpack_nibbles(blocks).flatten().tolist() == [exact_code(value, 253) for value in values.tolist()]
+    assert scales.tolist() == [LARGEST_SCALE]
+    assert unpack_nibbles(blocks).flatten().tolist() == [exact_code(value, LARGEST_SCALE) for value in values.tolist()]
+    assert decode(blocks, scales, dtype).tolist()[:2] == [3 * 2.0**126, -3 * 2.0**126]
+
+
+@pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
+def test_values_nearer_to_2_to_128_become_the_largest_finite_value_like_those_below(dtype: torch.dtype) -> None:
+    limit = bits(torch.tensor([3.5 * 2.0**126], dtype=dtype))
+    values = one_to_a_block(torch.cat([limit - 1, limit, limit + 1]).view(dtype))
+    assert fake_quantize(values, MXFP4).abs().amax(dim=1).tolist() == [3 * 2.0**126] * 3
 
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)

@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("quantizer", "source"),
     ("adapters", "synthetic"),
     ("checkpoints", "harmony"),
+    ("shards",),
     ("artifacts", "gpt_oss"),
     ("tracking", "config", "numerics"),
     ("errors",),

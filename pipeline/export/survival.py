@@ -1,0 +1,86 @@
+"""How much of the fine-tuning reached the 4-bit weights, and what rounding cost: sums, and the figures they give.
+
+Low-rate fine-tuning moves most weights by less than half a step of the format; rounding then returns the base model's
+value, and what was learnt there is lost. The share that survives explains what quantization costs before anything is
+evaluated.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from pipeline.numerics.codec import block_differences, saturates
+from pipeline.numerics.formats import BlockFormat
+
+_SUMS = ("squared_error", "squares", "moved", "changed", "values", "changed_scales", "saturated_blocks", "blocks")
+
+
+@dataclass
+class Survival:
+    """Sums over expert weights.
+
+    Attributes:
+        sums: by name; counts but for `squared_error` and `squares`. `moved`: weights that training changed; `changed`:
+            weights whose 4-bit value differs from the base model's; `changed_scales`: blocks with another scale and
+            other values (the same values can be written with another scale).
+    """
+
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMS, 0.0))
+
+    def add(
+        self,
+        trained: Tensor,
+        rounded: Tensor,
+        base: Tensor,
+        rounded_base: Tensor,
+        scales: Tensor,
+        base_scales: Tensor,
+        block_format: BlockFormat,
+    ) -> Tensor:
+        """Add some experts; returns how many weights of each training moved, (E).
+
+        Args:
+            trained, rounded: (E, in, out) weights, and what the export holds of them.
+            base, rounded_base: the base model's, and its 4-bit values.
+            scales, base_scales: (E, out, nb) as stored.
+            block_format: of the export.
+        """
+        stacks = (trained, rounded, base, rounded_base)
+        of_blocks = block_differences([stack.transpose(1, 2) for stack in stacks], block_format)  # (4, E, out, nb)
+        totals = of_blocks.double().sum(dim=(2, 3))  # (4, E)
+        for name, total in zip(_SUMS, totals.sum(dim=1).tolist(), strict=False):
+            self.sums[name] += total
+        self.sums["values"] += trained.numel()
+        self.sums["changed_scales"] += int(((scales != base_scales) & (of_blocks[3] > 0)).sum())
+        self.sums["saturated_blocks"] += int(saturates(trained.transpose(1, 2), block_format, scales).sum())
+        self.sums["blocks"] += scales.numel()
+        return totals[2]
+
+    def figures(self) -> dict[str, float]:
+        """Shares and errors: `survival` is the share of moved weights whose 4-bit value changed; 0 where none moved."""
+        sums = self.sums
+        error = _share(sums["squared_error"], sums["squares"])
+        return {
+            "relative_squared_error": error,
+            "snr_db": -10 * math.log10(error) if error else math.inf,
+            "moved_weights": _share(sums["moved"], sums["values"]),
+            "changed_codes": _share(sums["changed"], sums["values"]),
+            "changed_scales": _share(sums["changed_scales"], sums["blocks"]),
+            "survival": min(1.0, _share(sums["changed"], sums["moved"])),
+            "saturated_blocks": _share(sums["saturated_blocks"], sums["blocks"]),
+        }
+
+
+def total(parts: Iterable[dict[str, float]]) -> Survival:
+    """The sums of several."""
+    added = Survival()
+    for sums in parts:
+        for name in _SUMS:
+            added.sums[name] += sums[name]
+    return added
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0

@@ -1,0 +1,344 @@
+"""Safetensors out: a checkpoint written shard by shard while its tensors are still being made.
+
+Reading, converting and writing overlap: one thread reads ahead, the caller's thread converts, one writes and hashes,
+one makes the disk keep up. A tensor is made in steps of some tens of megabytes, so memory does not depend on the size
+of tensors. A shard gets its final name only when it is whole and on the disk, so that an interrupted conversion goes on
+at the first missing shard. safetensors' own writer wants all tensors of a file in memory; the format itself does not (8
+bytes of header length, a JSON header, the data), so it is written here.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from pipeline.artifacts import SHARDS_FILE, write_json
+from pipeline.errors import UserError
+from pipeline.gpt_oss import BYTES_PER_VALUE, TensorInfo
+from pipeline.tracking import progress
+
+INDEX = "model.safetensors.index.json"
+STEP_BYTES = 1 << 26
+"""About how much one step makes: enough to be fast, little enough that a handful of them is not felt."""
+
+_AHEAD = 2  # steps read before they are needed, and made before they are written
+_FLUSH_BYTES = 1 << 28  # bytes after which the disk is asked to take what the page cache holds
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of a piece.
+
+    Attributes:
+        read: fetches what is needed, on the reading thread.
+        convert: makes of it parts of tensors, in the order of the piece's tensors and of their rows: (name, values).
+    """
+
+    read: Callable[[], Any]
+    convert: Callable[[Any], Iterable[tuple[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors that are made together and lie in the same shard.
+
+    Attributes:
+        tensors: name -> type and shape, in the order in which the steps make them.
+        steps: begins the work when it is the piece's turn.
+        note: says, after the last step, what is worth keeping of it: plain values; None for nothing.
+    """
+
+    tensors: dict[str, TensorInfo]
+    steps: Callable[[], Iterable[Step]]
+    note: Callable[[], dict[str, Any] | None] = lambda: None
+
+    @property
+    def bytes(self) -> int:
+        """Size of the data."""
+        return sum(info.bytes for info in self.tensors.values())
+
+
+def whole(tensors: dict[str, TensorInfo], make: Callable[[], dict[str, Tensor]]) -> Piece:
+    """A piece that is made at once, the wider types first."""
+    ordered = dict(sorted(tensors.items(), key=lambda item: -BYTES_PER_VALUE[item[1].dtype]))
+    return Piece(ordered, lambda: [Step(make, lambda made: [(name, made[name]) for name in ordered])])
+
+
+@dataclass
+class Written:
+    """What a conversion left.
+
+    Attributes:
+        bytes: of all tensors.
+        files: shard -> XXH3-128 of its bytes.
+        tensors: name -> XXH3-128 of its data.
+        notes: of the pieces, in order, where they had one.
+    """
+
+    bytes: int = 0
+    files: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, str] = field(default_factory=dict)
+    notes: list[dict[str, Any]] = field(default_factory=list)
+
+
+def write_sharded(directory: Path, pieces: list[Piece], shard_bytes: int, what: str) -> Written:
+    """Write pieces as shards of at most `shard_bytes` (a larger piece gets a shard of its own), and the index.
+
+    Shards that an interrupted run of the same conversion left are kept.
+
+    Raises:
+        UserError: the disk has too little room for what is still to be written, or fills up meanwhile.
+    """
+    shards = _split(pieces, shard_bytes)
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    done = _finished(directory)
+    missing = [i for i, name in enumerate(names) if name not in done]
+    total, left = sum(piece.bytes for piece in pieces), sum(piece.bytes for i in missing for piece in shards[i])
+    _raise_if_disk_too_small(directory, left)
+    with ExitStack() as stack, progress(total=total, what=what, unit="B") as bar:
+        bar.update(total - left)
+        output = stack.enter_context(_Output(bar.update))
+        for i, made in _made(shards, missing):
+            if i not in output.begun:
+                output.begin(i, directory / names[i], shards[i])
+            if made is not None:
+                output.append(*made)
+            else:
+                done[names[i]] = output.finish(i, shards[i])
+                write_json(directory / SHARDS_FILE, done)
+                output.publish(i)
+    _write_index(directory, dict(zip(names, shards, strict=True)), total)
+    kept = [done[name] for name in names]
+    return Written(
+        total,
+        {name: record["digest"] for name, record in zip(names, kept, strict=True)},
+        {name: digest for record in kept for name, digest in record["tensors"].items()},
+        [note for record in kept for note in record["notes"]],
+    )
+
+
+def _split(pieces: list[Piece], shard_bytes: int) -> list[list[Piece]]:
+    """Pieces by shard, in each the wider types first: readers view data as its type, which needs aligned offsets."""
+    shards: list[list[Piece]] = [[]]
+    size = 0
+    for piece in pieces:
+        if shards[-1] and size + piece.bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(piece)
+        size += piece.bytes
+    return [sorted(shard, key=lambda piece: -_width(piece)) for shard in shards]
+
+
+def _width(piece: Piece) -> int:
+    return min(BYTES_PER_VALUE[info.dtype] for info in piece.tensors.values())
+
+
+def _finished(directory: Path) -> dict[str, Any]:
+    """The records of shards that an interrupted run finished and that are still there."""
+    try:
+        records = json.loads((directory / SHARDS_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    paths = {name: directory / name for name in records}
+    return {name: records[name] for name, path in paths.items() if _size(path) == records[name]["size"]}
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _made(shards: list[list[Piece]], missing: list[int]) -> Iterator[tuple[int, tuple[str, Tensor] | None]]:
+    """Run the steps of the missing shards, reading ahead: (shard, part of a tensor), then (shard, None) at its end."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
+        waiting: deque[tuple[int, Step | None, Future | None]] = deque()
+        for i, step in _steps(shards, missing):
+            waiting.append((i, step, reader.submit(step.read) if step is not None else None))
+            if len(waiting) > _AHEAD:
+                yield from _convert(*waiting.popleft())
+        while waiting:
+            yield from _convert(*waiting.popleft())
+
+
+def _steps(shards: list[list[Piece]], missing: list[int]) -> Iterator[tuple[int, Step | None]]:
+    for i in missing:
+        for piece in shards[i]:
+            for step in piece.steps():
+                yield i, step
+        yield i, None
+
+
+def _convert(i: int, step: Step | None, read: Future | None) -> Iterator[tuple[int, tuple[str, Tensor] | None]]:
+    if step is None or read is None:
+        yield i, None
+        return
+    for part in step.convert(read.result()):
+        yield i, part
+
+
+class _Output:
+    """The writing side: shards are appended to, hashed, flushed and renamed on a thread of their own."""
+
+    def __init__(self, advance: Callable[[int], object]) -> None:
+        self.begun: dict[int, _Shard] = {}
+        self._advance = advance
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
+        self._pending: deque[Future] = deque()
+        self._current: _Shard | None = None
+
+    def __enter__(self) -> "_Output":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writer.shutdown(wait=True, cancel_futures=True)
+        self._flusher.shutdown(wait=True, cancel_futures=True)
+        for shard in self.begun.values():
+            shard.close()
+
+    def begin(self, i: int, path: Path, pieces: list[Piece]) -> None:
+        infos = {name: info for piece in pieces for name, info in piece.tensors.items()}
+        self._current = self.begun[i] = _Shard(path, infos, self._flusher)
+
+    def append(self, name: str, values: Tensor) -> None:
+        assert self._current is not None
+        self._current.check(name, values)
+        data = values.detach().contiguous().cpu().view(-1).view(torch.uint8)
+        self._submit(self._current.write, name, data)
+
+    def finish(self, i: int, pieces: list[Piece]) -> dict[str, Any]:
+        """Wait until the shard is on the disk; its record."""
+        while self._pending:
+            self._wait()
+        shard = self.begun[i]
+        notes = [note for piece in pieces if (note := piece.note()) is not None]
+        return {**_calling(shard.path, shard.finish), "notes": notes}
+
+    def publish(self, i: int) -> None:
+        """Give the shard its name."""
+        self.begun[i].temporary.replace(self.begun[i].path)
+
+    def _submit(self, write: Callable[[str, Tensor], int], name: str, data: Tensor) -> None:
+        while len(self._pending) >= _AHEAD:
+            self._wait()
+        self._pending.append(self._writer.submit(write, name, data))
+
+    def _wait(self) -> None:
+        assert self._current is not None
+        self._advance(_calling(self._current.path, self._pending.popleft().result))
+
+
+class _Shard:
+    """A file that is being written, front to back."""
+
+    def __init__(self, path: Path, infos: dict[str, TensorInfo], flusher: ThreadPoolExecutor) -> None:
+        self.path, self.temporary = path, path.with_name(path.name + ".tmp")
+        self._infos = infos
+        self._left = {name: info.bytes for name, info in infos.items()}
+        self._digests = {name: xxhash.xxh3_128() for name in infos}
+        self._digest = xxhash.xxh3_128()
+        self._file = self.temporary.open("wb", buffering=0)
+        self._flusher, self._unflushed = flusher, 0
+        self._flushes: list[Future] = []
+        self._write(_header(infos))
+
+    def check(self, name: str, values: Tensor) -> None:
+        """Raises AssertionError: not the part of a tensor that is due here, in type, width or order."""
+        due = next((name for name, left in self._left.items() if left), None)
+        info, stored = self._infos[name], _SAFETENSORS_TYPES[values.dtype]
+        row = info.shape[1:]
+        if stored != info.dtype or tuple(values.shape[1:]) != row or name != due or values.nbytes > self._left[name]:
+            raise AssertionError(
+                f"{name}: made {stored} {list(values.shape)}, planned {info.dtype} {list(info.shape)}, due {due}"
+            )
+        self._left[name] -= values.nbytes
+
+    def write(self, name: str, data: Tensor) -> int:
+        view = data.numpy().data
+        self._digests[name].update(view)
+        self._write(view)
+        return len(view)
+
+    def finish(self) -> dict[str, Any]:
+        unmade = [name for name, left in self._left.items() if left]
+        if unmade:
+            raise AssertionError(f"{self.path.name}: never made: {unmade[:3]}")
+        for flush in self._flushes:
+            flush.result()
+        os.fsync(self._file.fileno())
+        size = self._file.tell()
+        self.close()
+        digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
+        return {"size": size, "digest": self._digest.hexdigest(), "tensors": digests}
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, data: Any) -> None:
+        self._digest.update(data)
+        left = memoryview(data)
+        while left:
+            left = left[self._file.write(left) :]
+        self._unflushed += len(data)
+        if self._unflushed >= _FLUSH_BYTES:
+            self._unflushed = 0
+            self._flushes.append(self._flusher.submit(os.fdatasync, self._file.fileno()))
+
+
+def _calling(path: Path, function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise UserError(
+                f"{path.parent}: the disk is full. Free some, and run the same command again: it goes on at"
+                f" {path.name}."
+            ) from error
+        raise
+
+
+def _header(infos: dict[str, TensorInfo]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, info in infos.items():
+        end = offset + info.bytes
+        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_index(directory: Path, shards: dict[str, list[Piece]], total: int) -> None:
+    weight_map = {name: file for file, shard in shards.items() for piece in shard for name in piece.tensors}
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+_SAFETENSORS_TYPES = {
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+
+
+def _raise_if_disk_too_small(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise UserError(
+            f"{directory}: needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free."
+            " Free some, or set run_dir to another disk."
+        )
