@@ -25,6 +25,7 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+IMPORTANCE_FILE = "importance.pt"
 
 _MOST_PROBLEMS = 8
 _FLOATING = ("BF16", "F32", "F16")
@@ -245,6 +246,12 @@ def load_tokenizer(directory: Path) -> Any:
     if len(tokenizer) > vocabulary:
         raise UserError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}.")
     return tokenizer
+
+
+def load_importance(directory: Path) -> dict[str, Tensor]:
+    """Expert weight -> weights (in) float32 of its input channels' errors, as calibrated; empty if there are none."""
+    path = directory / IMPORTANCE_FILE
+    return torch.load(path, weights_only=True) if path.is_file() else {}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -246,6 +246,8 @@ class FormatConfig:
     """mxfp4; nvfp4; nvfp4_w4a4: NVFP4 with the inputs of the experts quantized too, on a calibrated scale."""
     scale_rule: ScaleRule = ScaleRule.ceil
     """Scale of a block: ceil (holds the largest value), floor (may clip it), mse (better of two), nearest (NVFP4)."""
+    importance: bool = False
+    """With scale_rule=mse: weigh each input channel's error by the mean square of what calibration sends through it."""
 
 
 @dataclass
@@ -413,6 +415,11 @@ def problems(config: PipelineConfig) -> list[str]:
         found.append(
             f"format.scale_rule={config.format.scale_rule.name}: {config.format.name.name} has"
             f" {', '.join(rule.name for rule in rules)}."
+        )
+    if config.format.importance and config.format.scale_rule is not ScaleRule.mse:
+        found.append(
+            f"format.importance=true: has a meaning only with format.scale_rule=mse, not"
+            f" {config.format.scale_rule.name}."
         )
     held = _HELD_BY[config.export.target]
     if config.stage in (Stage.export, Stage.all) and config.format.name not in held:

@@ -21,6 +21,7 @@ from pipeline.checkpoints import (
     Checkpoint,
     copy_side_files,
     dtype_name,
+    load_importance,
     read_config,
     write_config,
 )
@@ -150,6 +151,7 @@ class Weights:
         self.shape: Shape = self.checkpoint.shape
         self._experts = {projection.name for projection in expert_projections(self.shape)}
         self._merger = _merger(ref) if ref.adapter else None
+        self._importance = load_importance(ref.directory)
 
     def names(self) -> list[str]:
         """Every tensor of the plain layout."""
@@ -193,7 +195,12 @@ class Weights:
         weight = self.trained(name)
         if self.ref.block_format is None or name not in self._experts:
             return weight
-        return fake_quantize(weight.transpose(1, 2), self.ref.block_format).transpose(1, 2)
+        importance = self.importance(name)
+        return fake_quantize(weight.transpose(1, 2), self.ref.block_format, importance=importance).transpose(1, 2)
+
+    def importance(self, name: str) -> Tensor | None:
+        """Weights (in) of the errors of an expert weight's input channels, by which its scales are chosen, or None."""
+        return self._importance.get(name)
 
     def is_changed(self, name: str) -> bool:
         """Whether `effective` differs from what the base checkpoint stores."""

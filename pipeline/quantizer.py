@@ -19,6 +19,7 @@ from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registere
 from torch import Tensor
 
 from pipeline.adapters import base_of, parameter_name
+from pipeline.checkpoints import IMPORTANCE_FILE, load_importance
 from pipeline.errors import CheckFailed
 from pipeline.gpt_oss import EXPERT_WEIGHTS
 from pipeline.numerics.codec import fake_quantize
@@ -27,6 +28,8 @@ from pipeline.numerics.scales import tensor_scale_of
 
 STATE_FILE = "modelopt_state.pth"
 """Name that ModelOpt's own `enable_huggingface_checkpointing` looks for."""
+
+_IMPORTANCE = "pipeline_importance"  # attribute of a weight quantizer, (in) float32
 
 _BACKEND = "pipeline_codec"
 _WEIGHTS = "_weight_quantizer"
@@ -43,7 +46,9 @@ def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:
     arguments = quantizer.backend_extra_args
     block_format = FORMATS[arguments["format"]].with_rule(arguments["scale_rule"])
     amax = quantizer.amax if arguments["is_input"] else None
-    return fake_quantize(inputs, block_format, None if amax is None else tensor_scale_of(amax.float(), _INPUT_RULE))
+    scale = None if amax is None else tensor_scale_of(amax.float(), _INPUT_RULE)
+    importance = getattr(quantizer, _IMPORTANCE, None)
+    return fake_quantize(inputs, block_format, scale, None if importance is None else importance.to(inputs.device))
 
 
 # Said of every module type when processes are many; tensor parallelism, which it is about, is not used here.
@@ -68,15 +73,55 @@ def insert(model: Any, block_format: BlockFormat, calibrate: Callable[[Any], Non
     mtq.quantize(base_of(model), _quant_cfg(block_format), forward_loop=calibrate)
 
 
+def calibrate_importance(model: Any, calibrate: Callable[[Any], None]) -> None:
+    """Let the expert weights' scales be chosen by the error in what they compute, not in the weights alone.
+
+    The weight of an input channel is the mean square of the values that calibration sends through it (of all experts:
+    which expert a value goes to is not known where it is seen).
+    """
+    sums: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable:
+        def add(module: TensorQuantizer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            squares = inputs[0].detach().float().flatten(0, -2).square().sum(dim=0)
+            sums[name] = sums[name] + squares if name in sums else squares
+
+        return add
+
+    modules = dict(base_of(model).named_modules())
+    weights = {name: module for name, module in _enabled(base_of(model)) if name.endswith(_WEIGHTS)}
+    inputs = {name: modules[name.removesuffix(_WEIGHTS) + _INPUTS] for name in weights}
+    hooks = [module.register_forward_hook(hook(name)) for name, module in inputs.items()]
+    try:
+        calibrate(model)
+    finally:
+        for each in hooks:
+            each.remove()
+    for name, module in weights.items():
+        setattr(module, _IMPORTANCE, sums[name].cpu())
+
+
 def save_state(model: Any, directory: Path) -> None:
-    """Write which quantizers the model has."""
+    """Write which quantizers the model has, and the importance by which they choose scales."""
     torch.save(mto.modelopt_state(base_of(model)), directory / STATE_FILE)
+    importance = {
+        parameter_name(name).removesuffix(_WEIGHTS): getattr(module, _IMPORTANCE)
+        for name, module in _enabled(base_of(model))
+        if hasattr(module, _IMPORTANCE)
+    }
+    if importance:
+        torch.save(importance, directory / IMPORTANCE_FILE)
 
 
 def restore(model: Any, directory: Path, block_format: BlockFormat) -> None:
     """Put the quantizers saved in `directory` back, in place, and count them."""
     register_backend()
     mto.restore_from_modelopt_state(base_of(model), modelopt_state_path=str(directory / STATE_FILE))
+    importance = load_importance(directory)
+    for name, module in _enabled(base_of(model)):
+        parameter = parameter_name(name).removesuffix(_WEIGHTS)
+        if parameter in importance:
+            setattr(module, _IMPORTANCE, importance[parameter])
     count(model, block_format)
 
 

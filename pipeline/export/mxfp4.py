@@ -135,26 +135,31 @@ class _Experts:
     ) -> Iterable[tuple[str, Tensor]]:
         job, name = self.job, self.projection.name
         trained = job.weights.trained(name, rows, stored, job.device)  # (E, in, out)
-        blocks, scales = self._encoded(trained, rows)
+        near = torch.empty_like(trained)
+        blocks, scales = self._encoded(trained, rows, near)
         base = self.base.decoded(name, source, rows=rows, device=job.device)
         base_blocks, base_scales = (each.to(job.device) for each in self._packed(source, base))
-        near, old = (
-            _plain(blocks, scales, trained),
-            base if len(source) == 2 else _plain(base_blocks, base_scales, base),
-        )
+        old = base if len(source) == 2 else _plain(base_blocks, base_scales, base)
         moved = self.survival.add(trained, near, base, old, scales, base_scales, job.block_format)
-        untouched = (moved == 0) if len(source) == 2 else torch.zeros_like(moved, dtype=torch.bool)
-        blocks[untouched], scales[untouched] = base_blocks[untouched], base_scales[untouched]
-        self.copied_experts += int(untouched.sum())
+        for i in moved.eq(0).nonzero().flatten().tolist() if len(source) == 2 else ():
+            if _same_bits(trained[i], base[i]):  # moved counts values, and a zero may have changed its sign
+                blocks[i], scales[i] = base_blocks[i], base_scales[i]
+                self.copied_experts += 1
         self.scales.append(scales)
         yield self.projection.blocks, blocks
         if rows.stop == self.projection.experts:
             yield self.projection.scales, torch.cat(self.scales)
             self.scales.clear()
 
-    def _encoded(self, trained: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def _encoded(self, trained: Tensor, rows: slice, near: Tensor) -> tuple[Tensor, Tensor]:
         try:
-            return encode(trained.transpose(1, 2), self.job.block_format)
+            importance = self.job.weights.importance(self.projection.name)
+            return encode(
+                trained.transpose(1, 2),
+                self.job.block_format,
+                importance=None if importance is None else importance.to(trained.device),
+                rounded=near.transpose(1, 2),
+            )
         except CodecError as error:
             expert, row, block = error.block or (0, None, None)
             raise UserError(
@@ -184,7 +189,7 @@ def _plain(blocks: Tensor, scales: Tensor, like: Tensor) -> Tensor:
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.view(torch.int16), other.view(torch.int16))
+    return torch.equal(one.float().view(torch.int32), other.float().view(torch.int32))
 
 
 def _raise_if_not_divisible(projection: ExpertProjection) -> None:

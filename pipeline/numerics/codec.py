@@ -45,7 +45,11 @@ class CodecError(ValueError):
 
 
 def encode(
-    values: Tensor, block_format: BlockFormat, tensor_scale: Tensor | None = None, importance: Tensor | None = None
+    values: Tensor,
+    block_format: BlockFormat,
+    tensor_scale: Tensor | None = None,
+    importance: Tensor | None = None,
+    rounded: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantize and pack.
 
@@ -54,6 +58,7 @@ def encode(
         block_format: a row of FORMATS, or one with another rule.
         tensor_scale: (...) float32 as `tensor_scale` gives it, for formats that have one; None for others.
         importance: (in) or (..., in) float32, not negative: weights of the squared error under the rule `mse`.
+        rounded: where to write what the result decodes to, shape and type of `values`, any strides; None: not wanted.
 
     Returns:
         blocks: (..., nb, block_size / 2) uint8, two codes a byte, the even element in the low nibble; contiguous.
@@ -66,8 +71,11 @@ def encode(
     work = _Rounding(values, block_format, _unit(tensor_scale, block_format), importance)
     count, nb, size, lanes = work.view.shape
     blocks = torch.empty((count, lanes, nb, size // 2), dtype=torch.uint8, device=values.device)
+    near = None if rounded is None else _as_blocks(_viewed_as_matrices(rounded), size)
     for slab, part, divisor in work:
         _put_transposed(blocks, slab, kernels.packed(part, divisor.inverse, divisor.significand))
+        if near is not None:
+            _put(near, slab, kernels.rounded(part, divisor.inverse, divisor.significand, divisor.scale))
     stored = work.scales.transpose(1, 2).contiguous().view(_SCALE_DTYPES[block_format.scale_type])
     return blocks.view(*values.shape[:-1], nb, size // 2), stored.view(*values.shape[:-1], nb)
 
@@ -93,14 +101,14 @@ def decode(
     """
     nb, half = blocks.shape[-2:]
     target = torch.empty((*blocks.shape[:-2], nb * half * 2), dtype=dtype, device=blocks.device) if out is None else out
-    view = _as_blocks(target.view(-1, *target.shape[-2:]) if target.ndim > 1 else target.view(1, 1, -1), 2 * half)
+    view = _as_blocks(_viewed_as_matrices(target), 2 * half)
     lanes_first = blocks.reshape(-1, view.shape[-1], nb, half), scales_.reshape(-1, view.shape[-1], nb)
     unit = None if tensor_scale is None else tensor_scale.reshape(-1)
     for slab in _slabs(view):
         experts, rows, lanes = slab
         codes, stored = (part[experts, lanes, rows] for part in lanes_first)
         unit_scale = scales.values_of(stored.transpose(1, 2).contiguous(), _of(unit, slab))
-        view[experts, rows, :, lanes] = kernels.unpacked(_transposed(codes), unit_scale, target[..., :0])
+        _put(view, slab, kernels.unpacked(_transposed(codes), unit_scale, target[..., :0]))
     return target
 
 
@@ -161,9 +169,8 @@ class _StraightThrough(torch.autograd.Function):
         work = _Rounding(values, block_format, unit, importance)
         result = torch.empty_like(_as_matrices(values))
         into = _as_blocks(result, block_format.block_size)
-        for (experts, rows, lanes), part, divisor in work:
-            near = kernels.rounded(part, divisor.inverse, divisor.significand, divisor.scale)
-            into[experts, rows, :, lanes] = near
+        for slab, part, divisor in work:
+            _put(into, slab, kernels.rounded(part, divisor.inverse, divisor.significand, divisor.scale))
         return result.view(values.shape)
 
     @staticmethod
@@ -255,6 +262,11 @@ def _as_matrices(values: Tensor) -> Tensor:
     return values.reshape(-1, *values.shape[-2:]) if values.ndim > 1 else values.view(1, 1, -1)
 
 
+def _viewed_as_matrices(values: Tensor) -> Tensor:
+    """As `_as_matrices`, but of the same memory, to be written to."""
+    return values.view(-1, *values.shape[-2:]) if values.ndim > 1 else values.view(1, 1, -1)
+
+
 def _as_blocks(matrices: Tensor, block_size: int) -> Tensor:
     """(L, out, in) -> (L, nb, block, lanes) of the same memory."""
     return matrices.unflatten(-1, (-1, block_size)).permute(0, 2, 3, 1)
@@ -281,6 +293,11 @@ def _part(blocks: Tensor, slab: Slab) -> Tensor:
     experts, rows, lanes = slab
     part = blocks[experts, rows, :, lanes]
     return part.contiguous() if part.stride(-1) == 1 else part
+
+
+def _put(blocks: Tensor, slab: Slab, part: Tensor) -> None:
+    experts, rows, lanes = slab
+    blocks[experts, rows, :, lanes] = part
 
 
 def _largest_divisor(number: int, limit: int) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 _PAYS_AFTER = 1 << 27  # values: some 4 s of eager work on two CPU cores, about what compiling a function takes
+_WORTH_COUNTING = 1 << 16  # values: below, the time is that of calls, which compiling does not shorten
 
 Result = TypeVar("Result")
 
@@ -58,7 +59,7 @@ def kernel(function: Callable[..., Result]) -> Callable[..., Result]:
     @torch.no_grad()  # compiled code is valid for one grad mode; gradients are the business of the codec
     def run(values: Tensor, *others: object) -> Result:
         nonlocal values_seen
-        values_seen += values.numel()
+        values_seen += values.numel() if values.numel() >= _WORTH_COUNTING else 0
         if not _is_compiled(values.device.type, values_seen):
             return function(values, *others)
         try:

@@ -45,6 +45,8 @@ def _quantize(config: PipelineConfig, block_format: BlockFormat, sft: ModelRef, 
         kind, where = models.save(model, start, directory, config.qat)
     batches = _calibration_batches(config, rows, sft)
     quantizer.insert(model, block_format, lambda quantized: _run(quantized, batches))
+    if config.format.importance:
+        quantizer.calibrate_importance(model, lambda quantized: _run(quantized, batches))
     quantizers = quantizer.count(model, block_format)
     with quantizer.watch(model) as fired:
         _run(model, batches[:1])

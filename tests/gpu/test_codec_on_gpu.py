@@ -1,31 +1,158 @@
-"""The codec gives the same bits on every device."""
+"""The codec gives the same bits on every device, compiled or not, and those of ModelOpt's own training kernel."""
+
+import warnings
 
 import pytest
 import torch
+from torch import Tensor
 
-from pipeline.numerics.codec import decode, encode, fake_quantize
-from pipeline.numerics.formats import FORMATS
+from pipeline.numerics.codec import decode, encode, fake_quantize, tensor_scale
+from pipeline.numerics.compiled import Compilation, can_compile, compilation
+from pipeline.numerics.convert import mxfp4_to_nvfp4
+from pipeline.numerics.formats import FORMATS, MXFP4, SCALE_RULES, BlockFormat
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+RULES = {f"{name}-{rule}": row.with_rule(rule) for name, row in FORMATS.items() for rule in SCALE_RULES[row.scale_type]}
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
+TRAINED_TYPES = (torch.bfloat16, torch.float32)
+ORDERS = {
+    "in_last": lambda values: values,
+    "in_first": lambda values: values.transpose(-2, -1).contiguous().transpose(-2, -1),
+}
+MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    kinds = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.uint8: torch.uint8}
-    return tensor.cpu().view(kinds[tensor.dtype])
+
+def bits(values: Tensor) -> Tensor:
+    values = values.cpu().contiguous()
+    return values.view(BITS.get(values.dtype, values.dtype))
 
 
-@pytest.mark.parametrize("block_format", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_gpu_gives_the_bits_of_a_cpu(block_format, dtype: torch.dtype) -> None:
-    """Over every scale: the values' exponents run from the subnormals to 2^126."""
+def to_gpu(values: Tensor) -> Tensor:
+    """With the strides that it has."""
+    return torch.empty_strided(values.shape, values.stride(), dtype=values.dtype, device="cuda").copy_(values)
+
+
+def whole_range(dtype: torch.dtype) -> Tensor:
+    """(2, 1037, 192): from the subnormals to 2^126 in both matrices; every other row of few bits, with many ties."""
     generator = torch.Generator().manual_seed(0)
-    exponents = torch.linspace(-149, 126, 4096)[:, None].exp2()
-    values = (torch.randn(4096, 2 * block_format.block_size, generator=generator).clamp(-1, 1) * exponents).to(dtype)
-    for on_cpu, on_gpu in zip(encode(values, block_format), encode(values.cuda(), block_format), strict=True):
-        assert torch.equal(on_cpu, on_gpu.cpu())
-    blocks, scales = encode(values, block_format)
-    assert torch.equal(bits(decode(blocks, scales)), bits(decode(blocks.cuda(), scales.cuda())))
-    assert torch.equal(bits(fake_quantize(values, block_format)), bits(fake_quantize(values.cuda(), block_format)))
+    values = torch.randn(2, 1037, 192, generator=generator).clamp(-1, 1)
+    values[:, ::2] = (values[:, ::2] * 16).round() / 16
+    values[..., 5], values[..., 70] = 0.0, -0.0
+    return (values * torch.linspace(-149, 126, 1037)[:, None].exp2()).to(dtype)
+
+
+def of_one_size(dtype: torch.dtype) -> Tensor:
+    """(3, 517, 192): as weights are, within the range of e4m3."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = torch.randint(-12, 1, (3, 517, 12), generator=generator).float().exp2().repeat_interleave(16, dim=-1)
+    return (torch.randn(3, 517, 192, generator=generator) * sizes).to(dtype)
+
+
+def everything(values: Tensor, block_format: BlockFormat, importance: Tensor) -> list[Tensor]:
+    """All that the codec computes from values."""
+    unit = tensor_scale(values, block_format)
+    blocks, scales = encode(values, block_format, unit)
+    decoded = [decode(blocks, scales, values.dtype, unit, into) for into in (None, torch.empty_like(values))]
+    rounded = [fake_quantize(values, block_format, None, weights) for weights in (None, importance)]
+    units = [] if unit is None else [unit]
+    return [*units, blocks, scales, *encode(values, block_format, unit, importance), *decoded, *rounded]
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
+@pytest.mark.parametrize("block_format", RULES.values(), ids=RULES)
+def test_a_gpu_gives_the_bits_of_a_cpu(
+    block_format: BlockFormat, dtype: torch.dtype, order: str, is_compiled: bool
+) -> None:
+    """Compiled by Triton or not, against the CPU's eager bits; whatever would quietly stay eager is an error."""
+    if is_compiled and not can_compile("cuda"):
+        pytest.skip("no Triton on this machine")
+    mode = Compilation.always if is_compiled else Compilation.never
+    importance = torch.rand(192, generator=torch.Generator().manual_seed(2)) ** 4
+    for sample in (whole_range(dtype), of_one_size(dtype)):
+        values = ORDERS[order](sample)
+        with compilation(Compilation.never):
+            on_cpu = everything(values, block_format, importance)
+        with (
+            compilation(mode),
+            torch._dynamo.config.patch(recompile_limit=100, fail_on_recompile_limit_hit=True),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("error", message="torch.compile failed")
+            on_gpu = everything(to_gpu(values), block_format, importance.cuda())
+        for one, other in zip(on_gpu, on_cpu, strict=True):
+            assert one.is_cuda
+            assert (one.dtype, one.shape) == (other.dtype, other.shape)
+            assert torch.equal(bits(one), bits(other))
+
+
+@pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
+def test_a_gpu_decodes_every_code_and_scale_of_mxfp4_as_a_cpu_does(dtype: torch.dtype) -> None:
+    """Among them NaN, and those beyond the range of the type, which are Inf."""
+    codes = torch.arange(16, dtype=torch.uint8)
+    blocks = (codes[0::2] | codes[1::2] << 4).repeat(2).expand(256, 1, 16).contiguous()
+    scales = torch.arange(256, dtype=torch.uint8).unsqueeze(-1)
+    on_cpu, on_gpu = decode(blocks, scales, dtype), decode(blocks.cuda(), scales.cuda(), dtype)
+    assert torch.equal(bits(on_gpu[:255]), bits(on_cpu[:255]))
+    assert bool(on_gpu[255].isnan().all())
+
+
+def test_a_gpu_converts_mxfp4_to_the_nvfp4_of_a_cpu() -> None:
+    """With blocks out of range, which are rounded and counted."""
+    generator = torch.Generator().manual_seed(3)
+    blocks = torch.randint(0, 256, (2, 60, 4, 16), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(90, 120, (2, 60, 4), generator=generator, dtype=torch.uint8)
+    on_cpu, on_gpu = mxfp4_to_nvfp4(blocks, scales), mxfp4_to_nvfp4(blocks.cuda(), scales.cuda())
+    assert on_gpu.changed_blocks == on_cpu.changed_blocks > 0
+    for one, other in zip(on_gpu[:3], on_cpu[:3], strict=True):
+        assert torch.equal(bits(one), bits(other))
+
+
+def assert_same_as_modelopt(values: Tensor) -> None:
+    """Bit for bit but for zeros that come in: ModelOpt's kernel leaves their sign undefined (tensor_quant_mx.cu)."""
+    from modelopt.torch.quantization.tensor_quant import dynamic_block_quant
+
+    theirs = dynamic_block_quant(values, MXFP4.block_size, None, None, (2, 1), (8, 0))  # as TensorQuantizer calls it
+    ours = fake_quantize(values, MXFP4)
+    assert (theirs.dtype, theirs.shape) == (ours.dtype, ours.shape)
+    is_zero = values == 0
+    assert bool((theirs[is_zero] == 0).all())
+    assert torch.equal(bits(theirs[~is_zero]), bits(ours[~is_zero]))
+
+
+@pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
+def test_random_weights_are_rounded_as_modelopts_kernel_does(dtype: torch.dtype) -> None:
+    """Of sizes whose scales are normal floats: that kernel is built with fast math, which takes subnormals for zero.
+
+    Its quotient amax / 6 is approximate for the same reason: blocks whose maximum is almost, not exactly, six times a
+    power of two may have the other scale there, and are left out. BF16 has none.
+    """
+    generator = torch.Generator().manual_seed(4)
+    sizes = torch.randint(-90, 91, (2000, 90, 1), generator=generator).float().exp2()
+    values = (torch.randn(2000, 90, 32, generator=generator) * sizes).to(dtype)
+    quotient = torch.frexp(values.double().abs().amax(dim=-1) / 6).mantissa  # in [0.5, 1)
+    is_close = (quotient > 1 - 2.0**-20) | ((quotient > 0.5) & (quotient < 0.5 + 2.0**-20))
+    assert dtype == torch.float32 or not is_close.any()
+    values[is_close] = 0.0
+    assert_same_as_modelopt(values.flatten(1).cuda())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
+@pytest.mark.parametrize("largest", [3.5, 4.0, 5.5, 6.0], ids="largest_is_{}".format)
+def test_ties_are_rounded_as_modelopts_kernel_does(largest: float, dtype: torch.dtype, sign: int) -> None:
+    """Every midpoint at every scale from 2^-100 to 2^100, and the floats beside them; a maximum of six scales too."""
+    powers = torch.arange(-100.0, 101.0).exp2().unsqueeze(-1)
+    midpoints = (torch.tensor([m for m in MIDPOINTS if m < largest]) * powers).to(dtype)
+    kind = BITS[dtype]
+    beside = [(midpoints.view(kind) + step).view(dtype) for step in (-1, 0, 1)]
+    values = torch.zeros(len(powers), 32, dtype=dtype)
+    values[:, :1] = (largest * powers).to(dtype)
+    row = torch.cat(beside, dim=-1)
+    values[:, 1 : 1 + row.shape[1]] = row
+    assert_same_as_modelopt((sign * values).cuda())

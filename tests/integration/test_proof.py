@@ -11,6 +11,7 @@ from conftest import SHORT, run_program
 from safetensors.torch import load_file, save_file
 
 from pipeline import artifacts, models, proof
+from pipeline.numerics.formats import MXFP4
 
 GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"
 DOWN = "model.layers.1.mlp.experts.down_proj"
@@ -153,7 +154,8 @@ def trained(smoke_run: Path) -> proof.TrainedModel:
     """The model behind the export, loaded once."""
     ref = models.of_artifact(artifacts.load(smoke_run / "qat"))
     ids = torch.arange(20)[None]
-    return proof.TrainedModel(ref, [{"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}])
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    return proof.TrainedModel(ref, [batch], MXFP4)
 
 
 def source_of(smoke_run: Path) -> Path:

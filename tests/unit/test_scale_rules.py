@@ -409,14 +409,15 @@ def test_storage_order_changes_no_bit_and_is_kept(block_format: BlockFormat, dty
 
 @pytest.mark.parametrize("block_format", RULES.values(), ids=RULES)
 def test_slabs_change_no_bit(block_format: BlockFormat, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several experts to a slab, one, and a few rows of blocks of one."""
-    values = random_values((5, 12, 320), torch.bfloat16)
-    importance = torch.rand(5, 320, generator=torch.Generator().manual_seed(5))
+    """Several experts to a slab, one, a few rows of blocks of one, and some lanes of these."""
+    values = random_values((3, 4, 96), torch.bfloat16)
+    importance = torch.rand(3, 96, generator=torch.Generator().manual_seed(5))
     unit = tensor_scale(values, block_format)
     whole = encode(values, block_format, unit, importance)
     plain = decode(*whole, torch.bfloat16, unit)
-    for budget in (2 * 12 * 320, 12 * 320, 12 * 96, 1):
+    for budget, lanes in ((2 * 4 * 96, 4), (4 * 96, 4), (4 * 32, 4), (4 * 32, 3), (1, 1)):
         monkeypatch.setitem(codec._SLAB_VALUES, "cpu", budget)
+        monkeypatch.setattr(codec, "_SLAB_LANES", lanes)
         found = encode(values, block_format, unit, importance)
         assert [bytes_of(part) for part in found] == [bytes_of(part) for part in whole]
         assert_same_bits(decode(*found, torch.bfloat16, unit), plain)

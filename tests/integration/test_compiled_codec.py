@@ -1,0 +1,115 @@
+"""Every format and rule, compiled against eager, bit for bit. Apart from the unit tests: minutes of compiling."""
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from pipeline.numerics import codec
+from pipeline.numerics.codec import decode, encode, fake_quantize, tensor_scale
+from pipeline.numerics.compiled import Compilation, can_compile, compilation
+from pipeline.numerics.formats import FORMATS, SCALE_RULES, BlockFormat
+
+pytestmark = pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler on this machine")
+
+SHAPE = (3, 37, 192)  # experts, out, in; neither 37 nor a slab of 3 * 37 * 64 values fills whole vector registers
+BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float8_e4m3fn: torch.uint8}
+ORDERS = {
+    "in_last": lambda values: values,
+    "in_first": lambda values: values.transpose(1, 2).contiguous().transpose(1, 2),
+}
+
+
+@pytest.fixture(autouse=True)
+def must_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Several slabs; and whatever would quietly run a kernel eagerly is an error."""
+    monkeypatch.setitem(codec._SLAB_VALUES, "cpu", 37 * 64)
+    with torch._dynamo.config.patch(recompile_limit=100, fail_on_recompile_limit_hit=True), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+
+
+def bits(values: Tensor) -> Tensor:
+    return values.contiguous().view(BITS.get(values.dtype, values.dtype))
+
+
+def sample(dtype: torch.dtype) -> Tensor:
+    """Half random, half multiples of a quarter, many of which are ties; blocks of many sizes; zeros of both signs."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(SHAPE, generator=generator)
+    values[:, ::2] = (values[:, ::2] * 16).round() / 4
+    sizes = torch.randint(-20, 20, (*SHAPE[:2], SHAPE[2] // 16), generator=generator)
+    values = values * torch.exp2(sizes.float()).repeat_interleave(16, dim=-1)
+    values[..., 5], values[..., 70] = 0.0, -0.0
+    return values.to(dtype)
+
+
+def everything(values: Tensor, block_format: BlockFormat, importance: Tensor) -> list[Tensor]:
+    """All that the codec computes from values."""
+    unit = tensor_scale(values, block_format)
+    blocks, scales = encode(values, block_format, unit)
+    decoded = [decode(blocks, scales, values.dtype, unit, into) for into in (None, torch.empty_like(values))]
+    rounded = [fake_quantize(values, block_format, unit, weights) for weights in (None, importance)]
+    return [blocks, scales, *encode(values, block_format, unit, importance), *decoded, *rounded]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_compiled_codecs_give_the_bits_of_eager_ones(dtype: torch.dtype, order: str) -> None:
+    """Every format and rule, weighted or not."""
+    values = ORDERS[order](sample(dtype))
+    importance = torch.rand(SHAPE[0], SHAPE[2], generator=torch.Generator().manual_seed(1)) ** 4
+    graphs_before = counters["stats"]["unique_graphs"]
+    for row in FORMATS.values():
+        for block_format in map(row.with_rule, SCALE_RULES[row.scale_type]):
+            with compilation(Compilation.never):
+                eager = everything(values, block_format, importance)
+            with compilation(Compilation.always):
+                found = everything(values, block_format, importance)
+            for one, other in zip(found, eager, strict=True):
+                assert (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
+                assert torch.equal(bits(one), bits(other)), block_format
+    assert counters["stats"]["unique_graphs"] > graphs_before
+    assert not counters["graph_break"]
+
+
+CONVERTS_TWICE = """
+import warnings, torch
+from pipeline.numerics.codec import fake_quantize
+from pipeline.numerics.compiled import Compilation, compilation
+from pipeline.numerics.formats import MXFP4
+
+values = torch.linspace(-7, 7, 64)
+eager = fake_quantize(values, MXFP4)
+with compilation(Compilation.always), warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        assert torch.equal(fake_quantize(values, MXFP4).view(torch.int32), eager.view(torch.int32))
+print([str(warning.message) for warning in caught if "torch.compile failed" in str(warning.message)])
+"""
+
+
+@pytest.mark.parametrize("accepts_version", [True, False], ids=["compiles_nothing", "is_no_compiler"])
+def test_a_broken_compiler_costs_a_warning_and_no_result(tmp_path: Path, accepts_version: bool) -> None:
+    """A process of its own: torch remembers which compiler it found."""
+    compiler = tmp_path / "c++"
+    version = 'case "$1" in --version) echo "g++ 13.0.0"; exit 0;; esac\n' if accepts_version else ""
+    compiler.write_text(f"#!/bin/sh\n{version}exit 1\n")
+    compiler.chmod(0o755)
+    environment = {
+        **os.environ,
+        "CXX": str(compiler),
+        "PYTHONPATH": str(Path(codec.__file__).parents[2]),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),  # else an earlier run's machine code would serve
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", CONVERTS_TWICE], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count("torch.compile failed, conversions go on uncompiled") == 1

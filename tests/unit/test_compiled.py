@@ -1,0 +1,205 @@
+"""When kernels are compiled, and what happens where they cannot be. All formats, compiled: test_compiled_codec.py."""
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.numerics import compiled, kernels
+from pipeline.numerics.compiled import Compilation, can_compile, compilation
+
+Kernel = Callable[..., Tensor]
+Calls = list[str]
+LARGE = 1 << 16  # values: from here on a tensor counts as work
+
+has_compiler = pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler on this machine")
+
+
+@pytest.fixture(autouse=True)
+def unchanged_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test begins as a process does."""
+    monkeypatch.setattr(compiled, "_mode", Compilation.when_it_pays)
+    can_compile.cache_clear()
+    yield
+    can_compile.cache_clear()
+
+
+@pytest.fixture
+def calls() -> Calls:
+    """How the kernel `doubled` was run, in order: eager, static or dynamic."""
+    return []
+
+
+@pytest.fixture
+def doubled(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> Kernel:
+    """A kernel whose compiled forms only say that they were called; there is a compiler."""
+
+    def compile_(function: Kernel, dynamic: bool) -> Kernel:
+        def run(values: Tensor) -> Tensor:
+            calls.append("dynamic" if dynamic else "static")
+            return 2 * values
+
+        return run
+
+    def function(values: Tensor) -> Tensor:
+        calls.append("eager")
+        return 2 * values
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(compiled, "can_compile", lambda device_type: True)
+    return compiled.kernel(function)
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """A kernel with a compiler that fails."""
+
+    def compile_(function: Kernel, dynamic: bool) -> Kernel:
+        def run(values: Tensor) -> Tensor:
+            raise torch._dynamo.exc.InternalTorchDynamoError("the compiler is out of order\nand more lines")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(compiled, "can_compile", lambda device_type: True)
+    return compiled.kernel(lambda values: 2 * values)
+
+
+def test_a_kernel_is_eager_until_so_much_work_has_passed_through_it_that_compiling_pays(
+    doubled: Kernel, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "_PAYS_AFTER", 2 * LARGE)
+    for _ in range(3):
+        doubled(torch.ones(LARGE))
+    assert calls == ["eager", "static", "static"]
+
+
+def test_the_work_of_one_kernel_does_not_compile_another(
+    doubled: Kernel, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "_PAYS_AFTER", 2 * LARGE)
+    kernels.block_amax(torch.ones(1, LARGE // 32, 32, 1))
+    doubled(torch.ones(LARGE))
+    assert calls == ["eager"]
+
+
+def test_small_tensors_do_not_count_however_many(
+    doubled: Kernel, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their time is that of calls, which compiling does not shorten."""
+    monkeypatch.setattr(compiled, "_PAYS_AFTER", LARGE)
+    small = torch.ones(LARGE - 1)
+    for _ in range(3):
+        doubled(small)
+    assert calls == ["eager"] * 3
+
+
+def test_a_test_or_a_small_model_never_waits_for_a_compiler() -> None:
+    """A whole tiny model has some 10^5 expert weights; the smoke recipe rounds them a hundred times."""
+    assert compiled._PAYS_AFTER > 1e8
+
+
+def test_weights_are_compiled_for_their_shape_and_activations_for_any(doubled: Kernel, calls: Calls) -> None:
+    """Lanes are contiguous in a parameter (E, in, out); in activations the blocks are."""
+    with compilation(Compilation.always):
+        doubled(torch.ones(4, 3))
+        doubled(torch.ones(3, 4).t())
+    assert calls == ["static", "dynamic"]
+
+
+def test_the_mode_holds_inside_the_block_and_not_after_it(doubled: Kernel, calls: Calls) -> None:
+    with compilation(Compilation.always):
+        doubled(torch.ones(1))
+        with compilation(Compilation.never):
+            doubled(torch.ones(1))
+        doubled(torch.ones(1))
+    doubled(torch.ones(1))
+    assert calls == ["static", "eager", "static", "eager"]
+
+
+def test_never_means_never(doubled: Kernel, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_PAYS_AFTER", 0)
+    with compilation(Compilation.never):
+        doubled(torch.ones(LARGE))
+    assert calls == ["eager"]
+
+
+def test_an_error_inside_the_block_restores_the_mode() -> None:
+    with pytest.raises(RuntimeError), compilation(Compilation.always):
+        raise RuntimeError
+    assert compiled._mode is Compilation.when_it_pays
+
+
+def test_a_failing_compiler_is_warned_of_once_and_the_work_goes_on(broken: Kernel) -> None:
+    with compilation(Compilation.always):
+        with pytest.warns(UserWarning, match="torch.compile failed, .*: the compiler is out of order$"):
+            assert torch.equal(broken(torch.ones(3)), torch.full((3,), 2.0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(broken(torch.ones(3)), torch.full((3,), 2.0))
+
+
+def test_kernels_record_no_gradients(doubled: Kernel) -> None:
+    """Code is compiled for one grad mode; the codec's gradient is straight-through."""
+    weight = torch.ones(3, requires_grad=True)
+    for mode in (Compilation.never, Compilation.always):
+        with compilation(mode):
+            assert not doubled(weight).requires_grad
+            with torch.no_grad():
+                doubled(weight)
+            assert torch.is_grad_enabled()
+
+
+def test_errors_of_the_work_itself_are_not_taken_for_the_compilers(broken: Kernel) -> None:
+    with compilation(Compilation.never), pytest.raises(TypeError):
+        broken()
+
+
+def test_without_a_compiler_kernels_stay_eager(doubled: Kernel, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "can_compile", lambda device_type: False)
+    with compilation(Compilation.always):
+        doubled(torch.ones(3))
+    assert calls == ["eager"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "installed", "expected"),
+    [
+        (None, set(), False),
+        (None, {"g++"}, True),
+        (None, {"clang++"}, True),
+        ("/opt/bin/c++", {"/opt/bin/c++"}, True),
+        ("/opt/bin/c++", set(), False),
+    ],
+)
+def test_a_cpu_needs_a_cpp_compiler(
+    environment: str | None, installed: set[str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if environment is None:
+        monkeypatch.delenv("CXX", raising=False)
+    else:
+        monkeypatch.setenv("CXX", environment)
+    monkeypatch.setattr("shutil.which", lambda name: name if name in installed else None)
+    assert can_compile("cpu") is expected
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_a_gpu_needs_triton(is_installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if is_installed else None)
+    assert can_compile("cuda") is is_installed
+
+
+@has_compiler
+def test_a_compiled_kernel_gives_the_bits_of_the_eager_one() -> None:
+    """One kernel, for speed; 37 lanes do not fill a vector register, and half the exponents make ties."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-48, 49, (2, 3, 32, 37), generator=generator).to(torch.bfloat16) / 4
+    inverse = torch.exp2(torch.randint(-2, 3, (2, 3, 37), generator=generator).float())
+    significand = 1 + torch.randint(0, 8, (2, 3, 37), generator=generator) / 8
+    eager = kernels.rounded(values, inverse, significand, significand / inverse)
+    with compilation(Compilation.always), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # that of a failing compiler
+        found = kernels.rounded(values, inverse, significand, significand / inverse)
+    assert torch.equal(found.view(torch.int16), eager.view(torch.int16))
