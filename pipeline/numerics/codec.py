@@ -11,7 +11,8 @@ Tools disagree with themselves here: ModelOpt's training kernel rounds ties to e
 What happens at the edges. Zeros keep their sign, also values that round to zero. Subnormal values are rounded like
 others, with the smallest scale, 2^-127 (NVFP4: they become zero under a tensor scale of at least 2^-110). Values beyond
 what the scale holds saturate at 6 scales: under `floor`, `nearest` and `mse`, under a given tensor scale, and from
-3.5 * 2^126 on, where the next value, 2^128, would be Inf. A block with NaN or Inf is an error, never zeros.
+3.5 * 2^126 on (NVFP4: 2^127), where the next value, 2^128, would be Inf. A block with NaN or Inf is an error, never
+zeros.
 
 Values have the logical shape (..., out, in), blocks along `in`; memory may have any order. An (E, in, out) parameter is
 handed in as `parameter.transpose(-1, -2)`, and costs no transposed copy. Work goes in slabs: temporaries stay small.
@@ -19,6 +20,7 @@ handed in as `parameter.transpose(-1, -2)`, and costs no transposed copy. Work g
 Legend: in = input dimension, out = output dimension, nb = blocks per row = in / block_size, L = all leading dimensions.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -102,11 +104,12 @@ def decode(
     nb, half = blocks.shape[-2:]
     target = torch.empty((*blocks.shape[:-2], nb * half * 2), dtype=dtype, device=blocks.device) if out is None else out
     view = _as_blocks(_viewed_as_matrices(target), 2 * half)
-    lanes_first = blocks.reshape(-1, view.shape[-1], nb, half), scales_.reshape(-1, view.shape[-1], nb)
+    count, lanes = view.shape[0], view.shape[-1]
+    lanes_first = blocks.reshape(count, lanes, nb, half), scales_.reshape(count, lanes, nb)
     unit = None if tensor_scale is None else tensor_scale.reshape(-1)
     for slab in _slabs(view):
-        experts, rows, lanes = slab
-        codes, stored = (part[experts, lanes, rows] for part in lanes_first)
+        experts, rows, columns = slab
+        codes, stored = (part[experts, columns, rows] for part in lanes_first)
         unit_scale = scales.values_of(stored.transpose(1, 2).contiguous(), _of(unit, slab))
         _put(view, slab, kernels.unpacked(_transposed(codes), unit_scale, target[..., :0]))
     return target
@@ -127,6 +130,8 @@ def tensor_scale(values: Tensor, block_format: BlockFormat) -> Tensor | None:
     """The scale of each (out, in) matrix: a power of two, float32, leading shape; None if the format has none."""
     if block_format.scale_type is ScaleType.e8m0:
         return None
+    if values.numel() == 0:
+        return torch.ones(values.shape[:-2], device=values.device)
     view = _view(values, block_format)
     return scales.tensor_scale_of(_amax(view).amax(dim=(1, 2)), block_format.scale_rule).view(values.shape[:-2])
 
@@ -223,6 +228,8 @@ def _better(
 
 def _weights(importance: Tensor, view: Tensor) -> Tensor:
     """(…, in) -> (L or 1, nb, block, 1) float64, whole numbers below 2^16; ones for a block of no importance at all."""
+    if not bool((importance >= 0).all()):
+        raise CodecError("importance must be a number, not negative, for every input channel")
     nb, size = view.shape[1:3]
     blocks = importance.float().reshape(-1, nb, size, 1).double()
     exponent = torch.frexp(blocks.amax(dim=2, keepdim=True)).exponent
@@ -259,12 +266,16 @@ def _view(values: Tensor, block_format: BlockFormat) -> Tensor:
 
 def _as_matrices(values: Tensor) -> Tensor:
     """(..., out, in) or (in) -> (L, out, in)."""
-    return values.reshape(-1, *values.shape[-2:]) if values.ndim > 1 else values.view(1, 1, -1)
+    return values.reshape(_matrices(values.shape))
 
 
 def _viewed_as_matrices(values: Tensor) -> Tensor:
     """As `_as_matrices`, but of the same memory, to be written to."""
-    return values.view(-1, *values.shape[-2:]) if values.ndim > 1 else values.view(1, 1, -1)
+    return values.view(_matrices(values.shape))
+
+
+def _matrices(shape: torch.Size) -> tuple[int, int, int]:
+    return math.prod(shape[:-2]), shape[-2] if len(shape) > 1 else 1, shape[-1]
 
 
 def _as_blocks(matrices: Tensor, block_size: int) -> Tensor:
@@ -277,6 +288,8 @@ def _slabs(view: Tensor) -> Iterator[Slab]:
 
     Both expert stacks of a layer of gpt-oss, with 5760 and with 2880 lanes, are cut into the same shape.
     """
+    if view.numel() == 0:  # an expert that no token is sent to
+        return
     count, nb, size, lanes = view.shape
     budget = _SLAB_VALUES.get(view.device.type, _SLAB_VALUES["cuda"])
     width = _largest_divisor(lanes, _SLAB_LANES)

@@ -13,12 +13,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 _PAYS_AFTER = 1 << 27  # values: some 4 s of eager work on two CPU cores, about what compiling a function takes
+_MOST_VARIANTS = 64  # of shapes, types and rules; torch's own limit, 8, would silently go back to eager
 _WORTH_COUNTING = 1 << 16  # values: below, the time is that of calls, which compiling does not shorten
 
 Result = TypeVar("Result")
@@ -52,7 +53,9 @@ def kernel(function: Callable[..., Result]) -> Callable[..., Result]:
     Only operations that are exact, or correctly rounded by IEEE 754, may be in it, and no sum whose order matters.
     """
     # Shapes of weights are few, and a loop of known length is three times faster; those of activations are many.
-    of_weights, of_activations = torch.compile(function, dynamic=False), torch.compile(function, dynamic=True)
+    compile_for: Any = torch.compile  # recompile_limit is documented, but in torch 2.13 not in every typed overload
+    of_weights = compile_for(function, dynamic=False, recompile_limit=_MOST_VARIANTS)
+    of_activations = compile_for(function, dynamic=True, recompile_limit=_MOST_VARIANTS)
     values_seen = 0
 
     @functools.wraps(function)
@@ -64,7 +67,8 @@ def kernel(function: Callable[..., Result]) -> Callable[..., Result]:
             return function(values, *others)
         try:
             return (of_weights if values.stride(-1) == 1 else of_activations)(values, *others)
-        except torch._dynamo.exc.TorchDynamoException as error:  # what a broken compiler raises has no public name
+        except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
+            # A compiler that does not work (what it raises has no public name), or a cache that cannot be written.
             _give_up(error)
             return function(values, *others)
 
@@ -73,10 +77,15 @@ def kernel(function: Callable[..., Result]) -> Callable[..., Result]:
 
 @functools.cache
 def can_compile(device_type: str) -> bool:
-    """Whether there is a compiler for this type of device, `cpu` or `cuda`."""
+    """Whether there is a compiler for this type of device, `cpu` or `cuda`; warns, once, if there is none."""
     if device_type == "cuda":
-        return importlib.util.find_spec("triton") is not None
-    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
+        found = importlib.util.find_spec("triton") is not None
+    else:
+        found = any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
+    if not found:
+        wanted = "Triton" if device_type == "cuda" else "C++ compiler (g++ or clang++)"
+        warnings.warn(f"no {wanted}: conversions run uncompiled, some ten times slower", stacklevel=4)
+    return found
 
 
 def _is_compiled(device_type: str, values_seen: int) -> bool:

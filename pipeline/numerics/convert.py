@@ -61,7 +61,9 @@ def _round(converted: Converted, split: Tensor, exponents: Tensor, chosen: Tenso
     exact = decode(split[chosen][:, None, None], exponents[chosen].to(torch.uint8)[:, None, None], torch.float32)
     unit = converted.tensor_scale[..., None, None].expand_as(exponents)[chosen]
     blocks, scales = encode(exact, NVFP4, unit)
-    converted.blocks[chosen], converted.scales[chosen] = blocks.flatten(0, 2), scales.flatten()
+    converted.blocks[chosen] = blocks.flatten(0, 2)
+    # As bytes: torch 2.13 cannot put a single float8 value under a mask.
+    converted.scales.view(torch.uint8)[chosen] = scales.view(torch.uint8).flatten()
     changed = (decode(blocks, scales, torch.float32, unit) != exact).any(dim=-1)
     return converted._replace(changed_blocks=int(changed.sum()))
 

@@ -61,7 +61,15 @@ class BlockFormat:
     quantizes_activations: bool = False
 
     def with_rule(self, scale_rule: str) -> "BlockFormat":
-        """The same format with its scales chosen in another way."""
+        """The same format with its scales chosen in another way.
+
+        Raises:
+            ValueError: a rule that its type of scale does not have.
+        """
+        if scale_rule not in SCALE_RULES[self.scale_type]:
+            raise ValueError(
+                f"{self.name} has the scale rules {', '.join(SCALE_RULES[self.scale_type])}, not {scale_rule}"
+            )
         return replace(self, scale_rule=scale_rule)
 
 

@@ -13,6 +13,7 @@ then exact in BF16, and the price is at most one binade of the range of e4m3, ou
 Legend: amax (L, nb, lanes) float32, the largest magnitude of each block; bytes: scales as int32.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,7 +26,6 @@ from pipeline.numerics.formats import E4M3_LARGEST, E4M3_NAN, E8M0_LARGEST, E8M0
 LARGEST_E2M1 = 6.0
 
 _EXPONENT_SHIFT = 23
-_INFINITY_BITS = 0x7F800000
 _NAN_BITS = 0x7FC00000
 _MANTISSA_MASK = 0x7FFFFF
 _MANTISSA_OF_SIX = 0x400000  # 6 = 1.5 * 2^2: a larger mantissa than 1.5 needs the next exponent
@@ -56,7 +56,7 @@ def candidates(amax: Tensor, scale_type: ScaleType, rule: str, tensor_scale: Ten
     A block with NaN or Inf has the byte NAN[scale_type].
     """
     if tensor_scale is not None:
-        amax = amax * tensor_scale.reciprocal()[:, None, None]
+        amax = _in_units(amax, tensor_scale.reciprocal()[:, None, None])
     return [choose(amax) for choose in _RULES[scale_type][rule]]
 
 
@@ -70,10 +70,16 @@ def divisor(scales: Tensor, scale_type: ScaleType, tensor_scale: Tensor | None) 
 
 
 def values_of(scales: Tensor, tensor_scale: Tensor | None) -> Tensor:
-    """Stored scales (L, …) -> the value of a unit of e2m1, float32: uint8 is e8m0, float8_e4m3fn has a tensor scale."""
-    if scales.dtype == torch.uint8:
+    """Stored scales (L, …) -> the value of a unit of e2m1, float32: uint8 is e8m0, float8_e4m3fn has a tensor scale.
+
+    Raises:
+        TypeError: a tensor scale where the type of scale has none, or none where it has one.
+    """
+    is_e8m0 = scales.dtype == torch.uint8
+    if is_e8m0 != (tensor_scale is None):
+        raise TypeError(f"{scales.dtype} scales {'have no' if is_e8m0 else 'need a'} tensor scale")
+    if tensor_scale is None:
         return _e8m0_values(scales)
-    assert tensor_scale is not None
     return scales.float() * tensor_scale.view(-1, *[1] * (scales.ndim - 1))
 
 
@@ -110,8 +116,7 @@ def _exponent_of_ceil(bits: Tensor) -> Tensor:
 
 
 def _e8m0_bytes(amax: Tensor, biased_exponent: Tensor) -> Tensor:
-    is_finite = amax.view(torch.int32) < _INFINITY_BITS
-    return torch.where(is_finite, biased_exponent.clamp(0, E8M0_LARGEST), E8M0_NAN).to(torch.uint8)
+    return torch.where(amax < math.inf, biased_exponent.clamp(0, E8M0_LARGEST), E8M0_NAN).to(torch.uint8)
 
 
 @kernel
@@ -128,6 +133,12 @@ def _e8m0_values(scales: Tensor) -> Tensor:
     index = scales.int()
     bits = torch.where(index == 0, _BITS_OF_SMALLEST_E8M0, index << _EXPONENT_SHIFT)
     return torch.where(index == E8M0_NAN, _NAN_BITS, bits).view(torch.float32)
+
+
+@kernel
+def _in_units(amax: Tensor, inverse: Tensor) -> Tensor:
+    """amax / tensor scale, finite where amax is. Capped at 2^127, so that 6 scales are no more than FP32 holds."""
+    return torch.where(amax < math.inf, (amax.clamp(max=2.0**127) * inverse).clamp(max=2.0**100), amax)
 
 
 @kernel
@@ -176,8 +187,7 @@ def _nearest_e4m3(amax: Tensor, largest: float) -> Tensor:
 
 def _e4m3_bytes(amax: Tensor, byte: Tensor) -> Tensor:
     """At least one, the smallest subnormal: a scale of zero would divide by nothing."""
-    is_finite = amax.view(torch.int32) < _INFINITY_BITS
-    return torch.where(is_finite, byte.clamp(1, E4M3_LARGEST), E4M3_NAN).to(torch.uint8)
+    return torch.where(amax < math.inf, byte.clamp(1, E4M3_LARGEST), E4M3_NAN).to(torch.uint8)
 
 
 def _e4m3_values(byte: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def calls() -> Calls:
 def doubled(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> Kernel:
     """A kernel whose compiled forms only say that they were called; there is a compiler."""
 
-    def compile_(function: Kernel, dynamic: bool) -> Kernel:
+    def compile_(function: Kernel, dynamic: bool, **_: object) -> Kernel:
         def run(values: Tensor) -> Tensor:
             calls.append("dynamic" if dynamic else "static")
             return 2 * values
@@ -56,7 +56,7 @@ def doubled(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> Kernel:
 def broken(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     """A kernel with a compiler that fails."""
 
-    def compile_(function: Kernel, dynamic: bool) -> Kernel:
+    def compile_(function: Kernel, dynamic: bool, **_: object) -> Kernel:
         def run(values: Tensor) -> Tensor:
             raise torch._dynamo.exc.InternalTorchDynamoError("the compiler is out of order\nand more lines")
 

@@ -98,7 +98,8 @@ def parts_of(count: int) -> list[list[slice]]:
     """Ways to cut a stack: in twos, unevenly, and almost whole."""
     twos = [*range(0, count - 1, 2), count] if count % 2 == 0 else [*range(0, count - 2, 2), count]
     bounds = [twos, [0, 3, count], [0, 2, 5, count], [0, count - 2, count], [0, count]]
-    return [[slice(*pair) for pair in pairwise(each)] for each in bounds]
+    cuts = [[slice(*pair) for pair in pairwise(each)] for each in bounds]
+    return [parts for parts in cuts if all(part.stop - part.start > 1 for part in parts)]
 
 
 def merged_in(parts: list[slice], merger: Merger, name: str, base: Tensor) -> Tensor:
@@ -126,6 +127,7 @@ def test_merging_a_few_experts_at_a_time_gives_the_bits_of_the_whole_stack(
         {"num_local_experts": 7},
         {"num_local_experts": 16, "hidden_size": 256, "intermediate_size": 320},
         {"num_local_experts": 5, "hidden_size": 544, "intermediate_size": 32},
+        {"num_local_experts": 6, "hidden_size": 96, "intermediate_size": 96},
     ],
     ids=lambda sizes: "-".join(map(str, sizes.values())),
 )
@@ -139,6 +141,7 @@ def test_so_it_does_at_other_sizes(dtype: torch.dtype, sizes: dict[str, int], ad
         whole = merger.merged(name, base)
         for parts in parts_of(len(base)):
             assert same_bits(merged_in(parts, merger, name, base), whole), (name, parts)
+        assert same_bits(whole, model.merged[name])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -216,9 +219,6 @@ def test_parts_cover_every_row_of_every_weight_once(
     for name, info in plain_layout(weights.shape).items():
         parts = weights.parts(name)
         assert_covered_once(parts, info.shape[0])
-        row_bytes = ref.dtype.itemsize * info.shape[1:].numel() if info.shape[1:] else 0
-        if not is_adapted:
-            assert all((part.stop - part.start) == 1 or (part.stop - part.start) * row_bytes for part in parts)
 
 
 @pytest.mark.parametrize("step_bytes", STEP_SIZES)
@@ -271,11 +271,10 @@ def test_weights_read_in_parts_are_the_weights(
         assert same_bits(torch.cat(parts), whole), name
 
 
-@pytest.mark.parametrize("experts", [1, 2])
-def test_a_stack_of_one_or_two_experts_is_merged_whole(experts: int, adapted: Callable[..., Adapted]) -> None:
-    model = adapted(torch.float32, 4, num_local_experts=experts, num_experts_per_tok=1)
+def test_a_stack_of_two_experts_is_merged_whole(adapted: Callable[..., Adapted]) -> None:
+    model = adapted(torch.float32, 4, num_local_experts=2, num_experts_per_tok=1)
     weights = Weights(model.ref)
     for projection in expert_projections(weights.shape):
-        assert weights.parts(projection.name) == [slice(0, experts)]
+        assert weights.parts(projection.name) == [slice(0, 2)]
     for name in STACKS:
         assert same_bits(weights.trained(name), model.merged[name])

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from pipeline.config import ExportTarget, FormatName
+from pipeline.config import _SCALE_RULES, ExportTarget, FormatName, ScaleRule
 from pipeline.export import EXPORTERS
-from pipeline.numerics.formats import FORMATS
+from pipeline.numerics.formats import FORMATS, SCALE_RULES
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -17,3 +17,9 @@ def test_every_format_can_be_chosen() -> None:
 
 def test_every_export_target_can_be_chosen() -> None:
     assert [target.value for target in ExportTarget] == list(EXPORTERS)
+
+
+def test_every_rule_of_a_format_can_be_chosen_for_it_and_no_other() -> None:
+    chosen = {name.value: tuple(rule.value for rule in rules) for name, rules in _SCALE_RULES.items()}
+    assert chosen == {name: SCALE_RULES[row.scale_type] for name, row in FORMATS.items()}
+    assert {rule.value for rule in ScaleRule} == {rule for rules in SCALE_RULES.values() for rule in rules}

@@ -1,0 +1,153 @@
+"""NVFP4, weights alone and with inputs: trained and measured; what cannot be written is said before any work."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHORT, run_program
+
+from pipeline import artifacts
+
+QUICK = ("recipe=smoke", *SHORT, "sft.max_steps=6", "qat.max_steps=3")
+QUANTIZERS = {"nvfp4": 4, "nvfp4_w4a4": 8}  # two layers of two stacks; with inputs twice as many
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """upcast and sft, which no format has a part in. Not to be written to."""
+    run_dir: Path = tmp_path_factory.mktemp("tuned") / "run"
+    for stage in ("upcast", "sft"):
+        assert run_program(f"stage={stage}", f"run_dir={run_dir}", *QUICK) == 0
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def trained(tuned: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run directory of a format, from quantize to compare, made once. Not to be written to."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = Path(shutil.copytree(tuned, tmp_path_factory.mktemp(name) / "run"))
+            for stage in ("quantize", "qat", "evaluate", "compare"):
+                arguments = (f"stage={stage}", f"run_dir={made[name]}", *QUICK, f"format={name}")
+                assert run_program(*arguments, "evaluate.source=all") == 0, stage
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_the_artifacts_say_what_was_trained_for(name: str, trained: Callable[[str], Path]) -> None:
+    for stage in ("quantize", "qat"):
+        artifact = artifacts.load(trained(name) / stage)
+        assert (artifact.fake_quantized, artifact.scale_rule) == (name, "mse")
+        assert artifact.details["quantizers"] == QUANTIZERS[name]
+        assert artifact.kind is artifacts.Kind.checkpoint
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_evaluate_measures_the_model_that_was_trained(name: str, trained: Callable[[str], Path]) -> None:
+    """Its own forward pass, quantizers and all, gives the validation loss that training ended with."""
+    results = artifacts.load(trained(name) / "evaluate").details["results"]
+    qat = artifacts.load(trained(name) / "qat").details
+    assert results["qat"]["validation_loss"] == pytest.approx(qat["validation_loss"], rel=1e-5)
+    assert results["quantize"]["validation_loss"] == pytest.approx(qat["validation_loss_before"], rel=1e-5)
+    assert results["quantize"]["validation_loss"] != results["sft"]["validation_loss"]
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_qat_improves_on_the_quantized_model(name: str, trained: Callable[[str], Path]) -> None:
+    results = artifacts.load(trained(name) / "evaluate").details["results"]
+    assert results["qat"]["validation_loss"] < results["quantize"]["validation_loss"]
+
+
+def test_quantized_inputs_change_what_the_same_weights_compute(trained: Callable[[str], Path]) -> None:
+    weights, inputs = (artifacts.load(trained(name) / "evaluate").details["results"]["quantize"] for name in QUANTIZERS)
+    assert weights["relative_weight_error"] == inputs["relative_weight_error"]
+    assert weights["validation_loss"] != inputs["validation_loss"]
+
+
+def test_sixteen_values_a_scale_are_closer_than_thirty_two(trained: Callable[[str], Path], smoke_run: Path) -> None:
+    def error(run: Path) -> float:
+        return artifacts.load(run / "evaluate").details["results"]["quantize"]["relative_weight_error"]
+
+    assert 0 < error(trained("nvfp4")) < error(smoke_run)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_the_comparison_has_a_row_for_every_model(name: str, trained: Callable[[str], Path]) -> None:
+    rows = json.loads((trained(name) / "compare" / "compare.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["upcast", "sft", "quantize", "qat"]
+
+
+# What is refused.
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one message of a run that must end with status 2."""
+    capsys.readouterr()
+    assert run_program(*arguments) == 2
+    message = capsys.readouterr().err
+    assert message.count("error: ") == 1, message
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("stage", ["export", "all"])
+def test_a_format_that_the_target_cannot_hold_is_refused_before_anything_is_done(
+    stage: str, name: str, tmp_path: Path, capsys
+) -> None:
+    message = error_of(capsys, f"stage={stage}", f"run_dir={tmp_path / 'run'}", *QUICK, f"format={name}")
+    assert "export.target=mxfp4" in message
+    assert f"format={name}" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_trained_for_nvfp4_is_not_exported_to_mxfp4(trained: Callable[[str], Path], capsys) -> None:
+    message = error_of(capsys, "stage=export", f"run_dir={trained('nvfp4')}", *QUICK, "export.source=qat")
+    assert "format=nvfp4" in message
+    assert "format=mxfp4" in message
+    assert not (trained("nvfp4") / "export").exists()
+
+
+@pytest.mark.parametrize("stage", ["quantize", "all"])
+def test_a_rule_that_the_format_does_not_have_is_refused(stage: str, tmp_path: Path, capsys) -> None:
+    arguments = (f"stage={stage}", f"run_dir={tmp_path / 'run'}", *QUICK, "format=mxfp4", "format.scale_rule=nearest")
+    message = error_of(capsys, *arguments)
+    assert "format.scale_rule=nearest" in message
+    assert all(rule in message for rule in ("ceil", "floor", "mse"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("other", ["format.scale_rule=nearest", "format=mxfp4", "format=nvfp4_w4a4"])
+def test_qat_for_another_format_than_the_quantizers_is_refused_before_it_trains(
+    other: str, trained: Callable[[str], Path], tmp_path: Path, capsys
+) -> None:
+    run = Path(shutil.copytree(trained("nvfp4"), tmp_path / "run"))
+    shutil.rmtree(run / "qat")
+    formats = ("format=nvfp4", other) if other.startswith("format.") else (other,)
+    message = error_of(capsys, "stage=qat", f"run_dir={run}", *QUICK, *formats)
+    assert "nvfp4" in message
+    assert "quantize" in message
+    assert not (run / "qat" / "metrics.jsonl").exists()
+
+
+@NO_GPU
+def test_a_gpu_that_is_not_there_is_refused_and_the_stage_goes_on_without_it(tmp_path: Path, capsys) -> None:
+    arguments = (f"run_dir={tmp_path}", *QUICK)
+    assert "device=cuda: no GPU" in error_of(capsys, "stage=upcast", *arguments, "device=cuda")
+    assert not (tmp_path / "upcast" / artifacts.ARTIFACT_FILE).exists()
+    assert run_program("stage=upcast", *arguments, "device=cpu") == 0
+
+
+@NO_GPU
+def test_so_it_is_for_the_export(tuned: Path, capsys) -> None:
+    message = error_of(capsys, "stage=export", f"run_dir={tuned}", *QUICK, "device=cuda")
+    assert "device=cuda: no GPU" in message
+    assert not (tuned / "export").exists()
