@@ -120,6 +120,11 @@ class ExpertProjection:
         """Name of the scales."""
         return f"{self.name}_scales"
 
+    @property
+    def values(self) -> int:
+        """Number of weights."""
+        return self.experts * self.in_features * self.out_features
+
     def packed_tensors(self) -> dict[str, TensorInfo]:
         """The two tensors of the packed layout."""
         rows = (self.experts, self.out_features, self.in_features // MXFP4.block_size)

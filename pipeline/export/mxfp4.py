@@ -21,6 +21,7 @@ from pipeline.export.survival import Survival
 from pipeline.export.target import Exported, Job
 from pipeline.gpt_oss import QUANTIZATION_CONFIG, ExpertProjection, TensorInfo, expert_projections, other_tensors
 from pipeline.numerics.codec import CodecError, decode, encode
+from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.formats import MXFP4
 from pipeline.shards import Piece, Step, write_sharded
 
@@ -47,7 +48,8 @@ def write(job: Job, directory: Path) -> Exported:
     pieces = [_Other(job, base, name, info).piece() for name, info in other_tensors(shape).items()]
     pieces += [_Experts(job, base, projection).piece() for projection in experts]
     pieces.sort(key=lambda piece: _order(next(iter(piece.tensors))))
-    written = write_sharded(directory, pieces, job.shard_bytes, "export")
+    with compilation_for(sum(projection.values for projection in experts)):
+        written = write_sharded(directory, pieces, job.shard_bytes, "export")
     copy_side_files(job.source.directory, directory)
     write_json(directory / CONFIG, released_config(base.config))
     return Exported(written)

@@ -11,7 +11,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 _PAYS_AFTER = 1 << 27  # values: some 4 s of eager work on two CPU cores, about what compiling a function takes
+_PAYS_AT_ONCE = 1 << 29  # values of a whole job: eagerly that is longer than compiling all that it needs, once cached
 _MOST_VARIANTS = 64  # of shapes, types and rules; torch's own limit, 8, would silently go back to eager
 _WORTH_COUNTING = 1 << 16  # values: below, the time is that of calls, which compiling does not shorten
 
@@ -34,6 +35,7 @@ class Compilation(Enum):
 
 
 _mode = Compilation.when_it_pays
+_gave_up = False
 
 
 @contextmanager
@@ -44,7 +46,13 @@ def compilation(mode: Compilation) -> Iterator[None]:
     try:
         yield
     finally:
-        _mode = before
+        _mode = Compilation.never if _gave_up else before
+
+
+def compilation_for(values: int) -> AbstractContextManager[None]:
+    """For a job of so many values inside the block: compile from the start if it is large enough."""
+    is_large = _mode is Compilation.when_it_pays and values >= _PAYS_AT_ONCE
+    return compilation(Compilation.always) if is_large else nullcontext()
 
 
 def kernel(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -95,7 +103,7 @@ def _is_compiled(device_type: str, values_seen: int) -> bool:
 
 
 def _give_up(error: Exception) -> None:
-    global _mode
-    _mode = Compilation.never
+    global _mode, _gave_up
+    _mode, _gave_up = Compilation.never, True
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     warnings.warn(f"torch.compile failed, conversions go on uncompiled, some ten times slower: {first}", stacklevel=3)

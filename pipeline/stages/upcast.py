@@ -10,8 +10,9 @@ from pipeline.artifacts import Artifact, Kind, Result
 from pipeline.checkpoints import Checkpoint, copy_side_files, link_or_copy, load_tokenizer, write_config
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
-from pipeline.gpt_oss import plain_layout
+from pipeline.gpt_oss import expert_projections, plain_layout
 from pipeline.models import ModelRef, Weights, device_of, plain_piece
+from pipeline.numerics.compiled import compilation_for
 from pipeline.shards import write_sharded
 from pipeline.source import Source
 from pipeline.tracking import log_metrics, say
@@ -48,7 +49,8 @@ def _decode(base: Source, directory: Path, config: PipelineConfig) -> tuple[dict
     weights = Weights(ModelRef("source", base.directory, base.directory))
     layout, device = plain_layout(weights.shape), device_of(config)
     pieces = [plain_piece(weights, name, info, torch.bfloat16, device) for name, info in layout.items()]
-    written = write_sharded(directory, pieces, config.upcast.shard_bytes, "upcast")
+    with compilation_for(sum(projection.values for projection in expert_projections(weights.shape))):
+        written = write_sharded(directory, pieces, config.upcast.shard_bytes, "upcast")
     decoded = sum(name not in weights.checkpoint.tensors for name in layout)
     details = {"decoded_tensors": decoded, "copied_tensors": len(pieces) - decoded, "tensor_bytes": written.bytes}
     return details, written.files

@@ -182,6 +182,29 @@ def test_experts_that_no_token_reached_are_proven_too(tmp_path: Path) -> None:
     assert not moved.all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_directory_in_another_type_is_exported_or_refused(
+    dtype: torch.dtype, layer_one: Path, tmp_path: Path, capsys
+) -> None:
+    """The values of MXFP4 are exact in every floating type that a plain checkpoint may have."""
+    run = copied_run(layer_one, tmp_path / "run", "upcast")
+    plain = Path(shutil.copytree(run / "upcast", tmp_path / "plain"))
+    (plain / artifacts.ARTIFACT_FILE).unlink()
+    for path in plain.glob("*.safetensors"):
+        save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    status = run_program("stage=export", f"run_dir={run}", *LORA, f"export.source={plain}")
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    if status == 0:
+        source, export = stored(source_of(run)), stored(run / "export")
+        assert [
+            name for name in experts_in(source) if not torch.equal(decoded(export, name), decoded(source, name))
+        ] == []
+    else:
+        assert status == 2
+        assert str(plain) in error
+
+
 # The account.
 
 
@@ -279,22 +302,18 @@ def test_what_is_written_of_the_export_is_json(layer_one: Path) -> None:
         json.loads(line, parse_constant=refuse)
 
 
-def test_fine_tuning_that_rounding_takes_back_is_warned_of(mse: Path, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize(("rate", "is_lost"), [(1e-7, True), (2e-2, False)])
+def test_fine_tuning_that_rounding_takes_back_is_warned_of_and_no_other(
+    rate: float, is_lost: bool, mse: Path, tmp_path: Path, capsys
+) -> None:
     run = copied_run(mse, tmp_path / "run", "upcast")
-    run_stages(("sft", "export"), run, "recipe=smoke", *QUICK, "sft.learning_rate=1e-7", "export.source=sft")
-    error = capsys.readouterr().err
-    assert "hardly any of the fine-tuning of the experts reached the 4-bit weights" in error
+    run_stages(("sft", "export"), run, "recipe=smoke", *QUICK, f"sft.learning_rate={rate}", "export.source=sft")
     details = details_of(run / "export")
     assert details["moved_weights"] > 0.5
-    assert details["survival"] < 0.05
-    assert f"{details['survival']:.2%}" in error
-
-
-def test_fine_tuning_that_arrives_is_not_warned_of(mse: Path, tmp_path: Path, capsys) -> None:
-    run = copied_run(mse, tmp_path / "run", "upcast", "sft", "quantize", "qat")
-    run_stages(("export",), run, *MSE)
-    assert details_of(run / "export")["survival"] > 0.05
-    assert "hardly any" not in capsys.readouterr().err
+    assert (details["survival"] < 0.05) == is_lost
+    error = capsys.readouterr().err
+    assert ("hardly any of the fine-tuning of the experts reached the 4-bit weights" in error) == is_lost
+    assert (f"{details['survival']:.2%} of the weights that training moved differ" in error) == is_lost
 
 
 def test_a_model_that_was_not_trained_is_not_warned_of(mse: Path, tmp_path: Path, capsys) -> None:

@@ -21,6 +21,7 @@ has_compiler = pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compile
 def unchanged_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every test begins as a process does."""
     monkeypatch.setattr(compiled, "_mode", Compilation.when_it_pays)
+    monkeypatch.setattr(compiled, "_gave_up", False)
     can_compile.cache_clear()
     yield
     can_compile.cache_clear()
@@ -203,3 +204,18 @@ def test_a_compiled_kernel_gives_the_bits_of_the_eager_one() -> None:
         warnings.simplefilter("error", UserWarning)  # that of a failing compiler
         found = kernels.rounded(values, inverse, significand, significand / inverse)
     assert torch.equal(found.view(torch.int16), eager.view(torch.int16))
+
+
+def test_a_large_job_is_compiled_from_its_first_value(doubled: Kernel, calls: Calls) -> None:
+    with compiled.compilation_for(compiled._PAYS_AT_ONCE - 1):
+        doubled(torch.ones(2, 2))
+    with compiled.compilation_for(compiled._PAYS_AT_ONCE):
+        doubled(torch.ones(2, 2))
+    doubled(torch.ones(2, 2))
+    assert calls == ["eager", "static", "eager"]
+
+
+def test_who_gave_up_in_a_large_job_does_not_try_again_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with compiled.compilation_for(compiled._PAYS_AT_ONCE), pytest.warns(UserWarning, match="torch.compile failed"):
+        compiled._give_up(RuntimeError("no compiler today"))
+    assert compiled._mode is Compilation.never
