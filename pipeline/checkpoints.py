@@ -7,6 +7,7 @@ what the caller holds, and a thread can read ahead.
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-IMPORTANCE_FILE = "importance.pt"
+CALIBRATION_FILE = "calibration.pt"
 
 _MOST_PROBLEMS = 8
 _FLOATING = ("BF16", "F32", "F16")
@@ -57,7 +58,7 @@ class Checkpoint:
         self._file_of = {name: file for file, tensors in self._files.items() for name in tensors}
         self.is_packed = any(name.endswith(("_blocks", "_scales")) for name in self.tensors)
         self._raise_if_not_gpt_oss()
-        self._offsets: dict[str, dict[str, int]] = {}
+        self._offsets = {file: _data_offsets(directory / file) for file in self._files}
         self._descriptors: dict[str, int] = {}
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
@@ -71,7 +72,7 @@ class Checkpoint:
         shape = (max(0, last - first), *info.shape[1:])
         row_bytes = info.bytes // max(1, info.shape[0])
         data = torch.empty(shape[0] * row_bytes, dtype=torch.uint8)
-        view, offset = memoryview(data.numpy().data), self._offset(file, name) + first * row_bytes
+        view, offset = memoryview(data.numpy().data), self._offsets[file][name] + first * row_bytes
         while view:
             count = os.preadv(self._descriptor(file), [view], offset)
             if count == 0:
@@ -106,7 +107,8 @@ class Checkpoint:
             UserError: a scale byte of 255 (NaN).
         """
         if len(stored) == 1:
-            return stored[0].to(device)
+            plain = stored[0].to(device)
+            return plain.float() if plain.dtype == torch.float16 else plain  # which the codec does not take
         blocks, scales = (tensor.to(device) for tensor in stored)
         nan = scales == E8M0_NAN
         if bool(nan.any()):
@@ -144,11 +146,6 @@ class Checkpoint:
         if file not in self._descriptors:
             self._descriptors[file] = os.open(self.directory / file, os.O_RDONLY)
         return self._descriptors[file]
-
-    def _offset(self, file: str, name: str) -> int:
-        if file not in self._offsets:
-            self._offsets[file] = _data_offsets(self.directory / file)
-        return self._offsets[file][name]
 
     def _raise_if_not_gpt_oss(self) -> None:
         problems = []
@@ -248,10 +245,23 @@ def load_tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
-def load_importance(directory: Path) -> dict[str, Tensor]:
-    """Expert weight -> weights (in) float32 of its input channels' errors, as calibrated; empty if there are none."""
-    path = directory / IMPORTANCE_FILE
-    return torch.load(path, weights_only=True) if path.is_file() else {}
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration found.
+
+    Attributes:
+        importance: expert weight -> weights (in) float32 of its input channels' errors; empty if there are none.
+        amax: input quantizer -> largest magnitude that it saw; empty if inputs are not quantized.
+    """
+
+    importance: dict[str, Tensor]
+    amax: dict[str, Tensor]
+
+
+def load_calibration(directory: Path) -> Calibration:
+    """What a stage kept of its calibration; nothing where it had none."""
+    path = directory / CALIBRATION_FILE
+    return Calibration(**torch.load(path, weights_only=True)) if path.is_file() else Calibration({}, {})
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -294,7 +304,7 @@ def _stored_files(directory: Path) -> dict[str, dict[str, TensorInfo]]:
     for name in (n for n in listed if n in present):
         try:
             files[name] = _read_header(directory / name)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             problems.append(f"{directory / name}: damaged or truncated ({error}). Fetch it again.")
     if weight_map is not None and not problems:
         problems = _index_problems(directory, weight_map, files)

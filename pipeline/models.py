@@ -21,7 +21,7 @@ from pipeline.checkpoints import (
     Checkpoint,
     copy_side_files,
     dtype_name,
-    load_importance,
+    load_calibration,
     read_config,
     write_config,
 )
@@ -151,7 +151,7 @@ class Weights:
         self.shape: Shape = self.checkpoint.shape
         self._experts = {projection.name for projection in expert_projections(self.shape)}
         self._merger = _merger(ref) if ref.adapter else None
-        self._importance = load_importance(ref.directory)
+        self._importance = load_calibration(ref.directory).importance
 
     def names(self) -> list[str]:
         """Every tensor of the plain layout."""
@@ -318,7 +318,7 @@ def save(model: Any, ref: ModelRef, directory: Path, train: TrainConfig) -> tupl
     dtype = TRAIN_DTYPES[train.precision]
     details: dict[str, Any] = {"dtype": dtype_name(dtype)}
     if is_main_process():
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, **_without_calibration(model))
         copy_side_files(ref.base, directory)
     if is_adapted(model):
         return Kind.adapter, {**details, "base": os.path.relpath(ref.base, directory.parent)}
@@ -326,6 +326,15 @@ def save(model: Any, ref: ModelRef, directory: Path, train: TrainConfig) -> tupl
         write_config(directory, read_config(ref.base), dtype)
         Checkpoint(directory).close()
     return Kind.checkpoint, details
+
+
+def _without_calibration(model: Any) -> dict[str, Any]:
+    """What keeps the buffers of input quantizers out of the weights; `quantizer.save_state` keeps them elsewhere."""
+    from pipeline.adapters import is_adapted
+
+    if is_adapted(model):
+        return {}
+    return {"state_dict": {name: value for name, value in model.state_dict().items() if not name.endswith("._amax")}}
 
 
 def write_plain(ref: ModelRef, directory: Path, shard_bytes: int) -> Written:

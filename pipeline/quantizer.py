@@ -19,7 +19,7 @@ from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registere
 from torch import Tensor
 
 from pipeline.adapters import base_of, parameter_name
-from pipeline.checkpoints import IMPORTANCE_FILE, load_importance
+from pipeline.checkpoints import CALIBRATION_FILE, load_calibration
 from pipeline.errors import CheckFailed
 from pipeline.gpt_oss import EXPERT_WEIGHTS
 from pipeline.numerics.codec import fake_quantize
@@ -102,26 +102,33 @@ def calibrate_importance(model: Any, calibrate: Callable[[Any], None]) -> None:
 
 
 def save_state(model: Any, directory: Path) -> None:
-    """Write which quantizers the model has, and the importance by which they choose scales."""
+    """Write which quantizers the model has, and what calibration found: ModelOpt's state has its shapes, not values."""
     torch.save(mto.modelopt_state(base_of(model)), directory / STATE_FILE)
     importance = {
         parameter_name(name).removesuffix(_WEIGHTS): getattr(module, _IMPORTANCE)
         for name, module in _enabled(base_of(model))
         if hasattr(module, _IMPORTANCE)
     }
-    if importance:
-        torch.save(importance, directory / IMPORTANCE_FILE)
+    amax = {
+        parameter_name(name): module.amax.cpu()
+        for name, module in _enabled(base_of(model))
+        if name.endswith(_INPUTS) and module.amax is not None
+    }
+    if importance or amax:
+        torch.save({"importance": importance, "amax": amax}, directory / CALIBRATION_FILE)
 
 
 def restore(model: Any, directory: Path, block_format: BlockFormat) -> None:
     """Put the quantizers saved in `directory` back, in place, and count them."""
     register_backend()
     mto.restore_from_modelopt_state(base_of(model), modelopt_state_path=str(directory / STATE_FILE))
-    importance = load_importance(directory)
-    for name, module in _enabled(base_of(model)):
-        parameter = parameter_name(name).removesuffix(_WEIGHTS)
-        if parameter in importance:
-            setattr(module, _IMPORTANCE, importance[parameter])
+    calibration = load_calibration(directory)
+    for full_name, module in _enabled(base_of(model)):
+        name = parameter_name(full_name)
+        if name in calibration.amax:
+            module.amax = calibration.amax[name]
+        if name.removesuffix(_WEIGHTS) in calibration.importance:
+            setattr(module, _IMPORTANCE, calibration.importance[name.removesuffix(_WEIGHTS)])
     count(model, block_format)
 
 
@@ -144,7 +151,7 @@ def count(model: Any, block_format: BlockFormat) -> int:
         f"{name} ({quantizer.backend_extra_args})"
         for name, quantizer in found.items()
         if (name in expected and (quantizer.backend != _BACKEND or quantizer.backend_extra_args != expected[name]))
-        or (name.endswith(_INPUTS) and quantizer.amax is None)
+        or (name.endswith(_INPUTS) and not (quantizer.amax is not None and bool(quantizer.amax > 0)))
     ]
     if wrong:
         raise CheckFailed(

@@ -112,14 +112,14 @@ def write_sharded(directory: Path, pieces: list[Piece], shard_bytes: int, what: 
         output = stack.enter_context(_Output(bar.update))
         for i, made in _made(shards, missing):
             if i not in output.begun:
-                output.begin(i, directory / names[i], shards[i])
+                _calling(directory / names[i], lambda i=i: output.begin(i, directory / names[i], shards[i]))  # type: ignore[misc]
             if made is not None:
                 output.append(*made)
             else:
                 done[names[i]] = output.finish(i, shards[i])
-                write_json(directory / SHARDS_FILE, done)
+                _calling(directory / names[i], lambda: write_json(directory / SHARDS_FILE, done))
                 output.publish(i)
-    _write_index(directory, dict(zip(names, shards, strict=True)), total)
+    _calling(directory / INDEX, lambda: _write_index(directory, dict(zip(names, shards, strict=True)), total))
     kept = [done[name] for name in names]
     return Written(
         total,

@@ -1,9 +1,13 @@
 """Running the program in this process, and one smoke run that many tests look at."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported, and for the processes that tests start: threads cost more than such small tensors give.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pipeline import __main__ as program
 

@@ -58,13 +58,16 @@ class Survival:
         self.sums["blocks"] += scales.numel()
         return totals[2]
 
-    def figures(self) -> dict[str, float]:
-        """Shares and errors: `survival` is the share of moved weights whose 4-bit value changed; 0 where none moved."""
+    def figures(self) -> dict[str, float | None]:
+        """Shares and errors: `survival` is the share of moved weights whose 4-bit value changed; 0 where none moved.
+
+        `snr_db` is None where rounding changed nothing.
+        """
         sums = self.sums
         error = _share(sums["squared_error"], sums["squares"])
         return {
             "relative_squared_error": error,
-            "snr_db": -10 * math.log10(error) if error else math.inf,
+            "snr_db": -10 * math.log10(error) if error else None,
             "moved_weights": _share(sums["moved"], sums["values"]),
             "changed_codes": _share(sums["changed"], sums["values"]),
             "changed_scales": _share(sums["changed_scales"], sums["blocks"]),

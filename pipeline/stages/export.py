@@ -59,10 +59,11 @@ def _account(exported: Exported, directory: Path) -> dict[str, Any]:
 
 
 def _tell(details: dict[str, Any]) -> None:
+    noise = "" if details["snr_db"] is None else f"signal-to-noise {details['snr_db']:.2f} dB, "
     say(
         "export",
         f"{details['encoded_tensors']} tensors encoded, {details['copied_tensors']} are the source's own bytes;"
-        f" signal-to-noise {details['snr_db']:.2f} dB, saturated blocks {details['saturated_blocks']:.3%}",
+        f" {noise}saturated blocks {details['saturated_blocks']:.3%}",
     )
     say(
         "export",

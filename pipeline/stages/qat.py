@@ -7,7 +7,9 @@ from pipeline.artifacts import Artifact, Result
 from pipeline.checkpoints import load_tokenizer
 from pipeline.config import PipelineConfig, Stage
 from pipeline.data import Rows
+from pipeline.errors import UserError
 from pipeline.models import ModelRef
+from pipeline.numerics.formats import BlockFormat
 from pipeline.tracking import is_main_process
 
 _SETTINGS = ("data", "format", "qat")
@@ -16,6 +18,7 @@ _SETTINGS = ("data", "format", "qat")
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/qat: the trained model, its quantizers in place."""
     start = artifacts.require(config, Stage.quantize)
+    _raise_if_quantized_otherwise(models.of_artifact(start), models.configured_format(config))
     rows = data.load_rows(config)
     return artifacts.build(
         config,
@@ -26,6 +29,16 @@ def run(config: PipelineConfig) -> Artifact:
         data=rows.fingerprint,
         on_every_process=True,
     )
+
+
+def _raise_if_quantized_otherwise(start: ModelRef, wanted: BlockFormat) -> None:
+    have = start.block_format
+    if have is not None and have != wanted:
+        raise UserError(
+            f"{start.directory} was made for format={have.name} with format.scale_rule={have.scale_rule}, but"
+            f" format={wanted.name} with format.scale_rule={wanted.scale_rule} is asked for. Run stage=quantize again"
+            f" with overwrite=true, or use format={have.name} format.scale_rule={have.scale_rule}."
+        )
 
 
 def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
