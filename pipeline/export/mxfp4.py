@@ -18,17 +18,17 @@ from pipeline.artifacts import write_json
 from pipeline.checkpoints import CONFIG, Checkpoint, copy_side_files
 from pipeline.errors import UserError
 from pipeline.export.survival import Survival
-from pipeline.export.target import Exported, Job
+from pipeline.export.target import Job
 from pipeline.gpt_oss import QUANTIZATION_CONFIG, ExpertProjection, TensorInfo, expert_projections, other_tensors
 from pipeline.numerics.codec import CodecError, decode, encode
 from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.formats import MXFP4
-from pipeline.shards import Piece, Step, write_sharded
+from pipeline.shards import Piece, Step, Written, write_sharded
 
 _DIALECT = ("rope_parameters", "dtype", "torch_dtype")
 
 
-def write(job: Job, directory: Path) -> Exported:
+def write(job: Job, directory: Path) -> Written:
     """Stream the model into `directory`, expert by expert.
 
     Raises:
@@ -52,7 +52,7 @@ def write(job: Job, directory: Path) -> Exported:
         written = write_sharded(directory, pieces, job.shard_bytes, "export")
     copy_side_files(job.source.directory, directory)
     write_json(directory / CONFIG, released_config(base.config))
-    return Exported(written)
+    return written
 
 
 def released_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""What an exporter is given, and what it leaves."""
+"""What an exporter is given."""
 
 from dataclasses import dataclass
 
 from pipeline.models import Weights
 from pipeline.numerics.formats import BlockFormat
-from pipeline.shards import Written
 from pipeline.source import Source
 
 
@@ -25,15 +24,3 @@ class Job:
     block_format: BlockFormat
     shard_bytes: int
     device: str
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What an exporter wrote.
-
-    Attributes:
-        written: digests and sizes; each note has `tensors` (names), `is_copied` (whether they are the source's bytes),
-            and for experts `layer`, `copied_experts` and `sums` of Survival.
-    """
-
-    written: Written

@@ -106,7 +106,7 @@ def decode(
     view = _as_blocks(_viewed_as_matrices(target), 2 * half)
     count, lanes = view.shape[0], view.shape[-1]
     lanes_first = blocks.reshape(count, lanes, nb, half), scales_.reshape(count, lanes, nb)
-    unit = None if tensor_scale is None else tensor_scale.reshape(-1)
+    unit = _flat(tensor_scale)
     for slab in _slabs(view):
         experts, rows, columns = slab
         codes, stored = (part[experts, columns, rows] for part in lanes_first)

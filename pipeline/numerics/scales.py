@@ -103,12 +103,12 @@ def _e8m0_ceil(amax: Tensor) -> Tensor:
 @kernel
 def _e8m0_floor(amax: Tensor) -> Tensor:
     """2^(floor(log2(amax)) - 2)."""
-    return _e8m0_bytes(amax, (amax.view(torch.int32) >> 23) - 2)
+    return _e8m0_bytes(amax, (amax.view(torch.int32) >> _EXPONENT_SHIFT) - 2)
 
 
 @kernel
 def _e8m0_below_ceil(amax: Tensor) -> Tensor:
-    return _e8m0_bytes(amax, _exponent_of_ceil(amax.view(torch.int32)).clamp(0, 252) - 1)
+    return _e8m0_bytes(amax, _exponent_of_ceil(amax.view(torch.int32)).clamp(0, E8M0_LARGEST) - 1)
 
 
 def _exponent_of_ceil(bits: Tensor) -> Tensor:
@@ -123,16 +123,19 @@ def _e8m0_bytes(amax: Tensor, biased_exponent: Tensor) -> Tensor:
 def _e8m0_parts(scales: Tensor) -> tuple[Tensor, Tensor]:
     """Bytes up to 252 -> 2^(127 - byte), 2^(byte - 127)."""
     index = scales.int()
-    bits = torch.where(index == 0, _BITS_OF_SMALLEST_E8M0, index << _EXPONENT_SHIFT)
-    return ((254 - index) << _EXPONENT_SHIFT).view(torch.float32), bits.view(torch.float32)
+    return ((254 - index) << _EXPONENT_SHIFT).view(torch.float32), _e8m0_bits(index).view(torch.float32)
 
 
 @kernel
 def _e8m0_values(scales: Tensor) -> Tensor:
     """Any byte -> 2^(byte - 127), NaN for 255."""
     index = scales.int()
-    bits = torch.where(index == 0, _BITS_OF_SMALLEST_E8M0, index << _EXPONENT_SHIFT)
-    return torch.where(index == E8M0_NAN, _NAN_BITS, bits).view(torch.float32)
+    return torch.where(index == E8M0_NAN, _NAN_BITS, _e8m0_bits(index)).view(torch.float32)
+
+
+def _e8m0_bits(index: Tensor) -> Tensor:
+    """Bytes below 255 as int32 -> bits of 2^(byte - 127) as a float; byte 0 is a subnormal."""
+    return torch.where(index == 0, _BITS_OF_SMALLEST_E8M0, index << _EXPONENT_SHIFT)
 
 
 @kernel
@@ -148,7 +151,7 @@ def _e4m3_ceil(amax: Tensor) -> Tensor:
 
 @kernel
 def _e4m3_floor(amax: Tensor) -> Tensor:
-    return _e4m3_bytes(amax, _floor_to_e4m3(amax, 6.0))
+    return _e4m3_bytes(amax, _neighbours_in_e4m3(amax, 6.0)[0])
 
 
 @kernel
@@ -171,15 +174,15 @@ def _ceil_to_e4m3(amax: Tensor, largest: float) -> Tensor:
     return byte
 
 
-def _floor_to_e4m3(amax: Tensor, largest: float) -> Tensor:
+def _neighbours_in_e4m3(amax: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """The scales below and above amax / largest; the same one twice where it is a scale itself."""
     above = _ceil_to_e4m3(amax, largest)
-    return above - (largest * _e4m3_values(above) > amax).int()
+    return above - (largest * _e4m3_values(above) > amax).int(), above
 
 
 def _nearest_e4m3(amax: Tensor, largest: float) -> Tensor:
     """The scale nearest to amax / largest, of two equally near the even one."""
-    above = _ceil_to_e4m3(amax, largest)
-    below = above - (largest * _e4m3_values(above) > amax).int()
+    below, above = _neighbours_in_e4m3(amax, largest)
     middle = largest * (_e4m3_values(above) + _e4m3_values(below))
     takes_above = (2.0 * amax > middle) | ((2.0 * amax == middle) & ((above & 1) == 0))
     return torch.where(takes_above, above, below)

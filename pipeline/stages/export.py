@@ -8,9 +8,10 @@ from pipeline.artifacts import Artifact, Kind, Result
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
 from pipeline.export import EXPORTERS, survival
-from pipeline.export.target import Exported, Job
+from pipeline.export.target import Job
 from pipeline.models import ModelRef, Weights
 from pipeline.numerics.formats import BlockFormat
+from pipeline.shards import Written
 from pipeline.tracking import log_metrics, say, warn
 
 _SETTINGS = ("export", "format")
@@ -27,19 +28,19 @@ def run(config: PipelineConfig) -> Artifact:
 
     def work(directory: Path) -> Result:
         job = Job(Weights(ref), base, block_format, config.export.shard_bytes, device)
-        exported = EXPORTERS[config.export.target.name](job, directory)
-        details = {**_account(exported, directory), **_origin(ref)}
+        written = EXPORTERS[config.export.target.name](job, directory)
+        details = {**_account(written, directory), **_origin(ref)}
         target = config.export.target.name
-        digests = exported.written.files
+        digests = written.files
         return Result(Kind.packed, target, scale_rule=block_format.scale_rule, details=details, digests=digests)
 
     parents = {"model": ref.fingerprint, "source": base.fingerprint}
     return artifacts.build(config, Stage.export, _SETTINGS, parents, work)
 
 
-def _account(exported: Exported, directory: Path) -> dict[str, Any]:
+def _account(written: Written, directory: Path) -> dict[str, Any]:
     """Log the figures of each layer and of the whole; what artifact.json keeps."""
-    notes = exported.written.notes
+    notes = written.notes
     experts = [note for note in notes if "sums" in note]
     for layer in sorted({note["layer"] for note in experts}):
         of_layer = survival.total(note["sums"] for note in experts if note["layer"] == layer)
@@ -47,7 +48,7 @@ def _account(exported: Exported, directory: Path) -> dict[str, Any]:
     whole = survival.total(note["sums"] for note in experts).figures()
     copied = [name for note in notes if note["is_copied"] for name in note["tensors"]]
     details = {
-        "tensor_bytes": exported.written.bytes,
+        "tensor_bytes": written.bytes,
         "copied_tensors": len(copied),
         "encoded_tensors": sum(len(note["tensors"]) for note in notes if not note["is_copied"]),
         "copied_experts": sum(note["copied_experts"] for note in experts),
