@@ -7,6 +7,7 @@ before a stage runs, so that --help and mistakes answer at once.
 import importlib
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import NoReturn
@@ -23,6 +24,7 @@ from pipeline.errors import CheckFailed, UserError, user_errors
 from pipeline.tracking import is_main_process
 
 _PACKAGE = Path(__file__).resolve().parent
+_SECONDS_FOR_THE_MAIN_PROCESS = 10.0
 
 
 def _beside_or_inside(name: str) -> Path:
@@ -97,7 +99,12 @@ def _report(error: Exception, status: int) -> int:
     own = isinstance(error, (UserError, CheckFailed))
     message = str(error) if own else " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
     if is_main_process():
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        # The launcher stops all processes when one has ended: the main one must have had the time to speak for all.
+        # One that is still here afterwards has failed alone.
+        time.sleep(_SECONDS_FOR_THE_MAIN_PROCESS)
+        print(f"error on process {os.environ['RANK']}: {message}", file=sys.stderr, flush=True)
     return status
 
 

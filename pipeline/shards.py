@@ -23,6 +23,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from pipeline.allocator import keep_freed_memory
 from pipeline.artifacts import SHARDS_FILE, write_json
 from pipeline.errors import UserError
 from pipeline.gpt_oss import BYTES_PER_VALUE, TensorInfo
@@ -101,6 +102,7 @@ def write_sharded(directory: Path, pieces: list[Piece], shard_bytes: int, what: 
     Raises:
         UserError: the disk has too little room for what is still to be written, or fills up meanwhile.
     """
+    keep_freed_memory()
     shards = _split(pieces, shard_bytes)
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     done = _finished(directory)

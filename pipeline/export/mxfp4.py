@@ -26,6 +26,7 @@ from pipeline.numerics.formats import MXFP4
 from pipeline.shards import Piece, Step, Written, write_sharded
 
 _DIALECT = ("rope_parameters", "dtype", "torch_dtype")
+_BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
 def write(job: Job, directory: Path) -> Written:
@@ -137,16 +138,19 @@ class _Experts:
     ) -> Iterable[tuple[str, Tensor]]:
         job, name = self.job, self.projection.name
         trained = job.weights.trained(name, rows, stored, job.device)  # (E, in, out)
-        near = torch.empty_like(trained)
-        blocks, scales = self._encoded(trained, rows, near)
         base = self.base.decoded(name, source, rows=rows, device=job.device)
         base_blocks, base_scales = (each.to(job.device) for each in self._packed(source, base))
+        is_untouched = [len(source) == 2 and _same_bits(*pair) for pair in zip(trained, base, strict=True)]
+        self.copied_experts += sum(is_untouched)
+        if all(is_untouched):
+            near, blocks, scales = base, base_blocks, base_scales
+        else:
+            near = torch.empty_like(trained)
+            blocks, scales = self._encoded(trained, rows, near)
+            untouched = torch.tensor(is_untouched).nonzero().flatten().to(job.device)
+            blocks[untouched], scales[untouched] = base_blocks[untouched], base_scales[untouched]
         old = base if len(source) == 2 else _plain(base_blocks, base_scales, base)
-        moved = self.survival.add(trained, near, base, old, scales, base_scales, job.block_format)
-        for i in moved.eq(0).nonzero().flatten().tolist() if len(source) == 2 else ():
-            if _same_bits(trained[i], base[i]):  # moved counts values, and a zero may have changed its sign
-                blocks[i], scales[i] = base_blocks[i], base_scales[i]
-                self.copied_experts += 1
+        self.survival.add(trained, near, base, old, scales, base_scales, job.block_format)
         self.scales.append(scales)
         yield self.projection.blocks, blocks
         if rows.stop == self.projection.experts:
@@ -191,7 +195,9 @@ def _plain(blocks: Tensor, scales: Tensor, like: Tensor) -> Tensor:
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.float().view(torch.int32), other.float().view(torch.int32))
+    if one.dtype != other.dtype:
+        one, other = one.float(), other.float()
+    return torch.equal(*(each.view(_BITS[each.dtype]) for each in (one, other)))
 
 
 def _raise_if_not_divisible(projection: ExpertProjection) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from pipeline.numerics.codec import block_differences, saturates
+from pipeline.numerics.codec import differences, saturates, unequal_blocks
 from pipeline.numerics.formats import BlockFormat
 
 _SUMS = ("squared_error", "squares", "moved", "changed", "values", "changed_scales", "saturated_blocks", "blocks")
@@ -38,8 +38,8 @@ class Survival:
         scales: Tensor,
         base_scales: Tensor,
         block_format: BlockFormat,
-    ) -> Tensor:
-        """Add some experts; returns how many weights of each training moved, (E).
+    ) -> None:
+        """Add some experts.
 
         Args:
             trained, rounded: (E, in, out) weights, and what the export holds of them.
@@ -47,16 +47,16 @@ class Survival:
             scales, base_scales: (E, out, nb) as stored.
             block_format: of the export.
         """
-        stacks = (trained, rounded, base, rounded_base)
-        of_blocks = block_differences([stack.transpose(1, 2) for stack in stacks], block_format)  # (4, E, out, nb)
-        totals = of_blocks.double().sum(dim=(2, 3))  # (4, E)
-        for name, total in zip(_SUMS, totals.sum(dim=1).tolist(), strict=False):
+        counted = differences((trained, rounded, base, rounded_base))
+        for name, total in zip(_SUMS, counted.tolist(), strict=False):
             self.sums[name] += total
         self.sums["values"] += trained.numel()
-        self.sums["changed_scales"] += int(((scales != base_scales) & (of_blocks[3] > 0)).sum())
+        has_other_scale = scales != base_scales
+        if bool(has_other_scale.any()):
+            has_other_values = unequal_blocks(rounded.transpose(1, 2), rounded_base.transpose(1, 2), block_format)
+            self.sums["changed_scales"] += int((has_other_scale & has_other_values).sum())
         self.sums["saturated_blocks"] += int(saturates(trained.transpose(1, 2), block_format, scales).sum())
         self.sums["blocks"] += scales.numel()
-        return totals[2]
 
     def figures(self) -> dict[str, float | None]:
         """Shares and errors: `survival` is the share of moved weights whose 4-bit value changed; 0 where none moved.

@@ -143,24 +143,30 @@ def saturates(values: Tensor, block_format: BlockFormat, scales_: Tensor, unit: 
     return amax > held.view(scales_.shape)
 
 
-def block_differences(stacks: Sequence[Tensor], block_format: BlockFormat) -> Tensor:
-    """Sums over each block: (4, ..., out, nb) float32.
+def differences(stacks: Sequence[Tensor]) -> Tensor:
+    """Sums over weights: (4) float64.
 
     Args:
-        stacks: values, what they were rounded to, base, what that was rounded to: (..., out, in) each.
-        block_format: whose blocks.
+        stacks: values, what they were rounded to, base, what that was rounded to: (E, rows, columns) each.
 
     Returns:
         The squared error of rounding the values; their squares; how many values differ from the base; how many of the
         rounded values differ from the rounded base.
     """
-    values = stacks[0]
-    views = [_view(stack, block_format) for stack in stacks]
+    sums = torch.zeros(4, dtype=torch.float64, device=stacks[0].device)
+    for matrices in zip(*stacks, strict=True):
+        sums += kernels.row_differences(*matrices).double().sum(dim=1)
+    return sums
+
+
+def unequal_blocks(one: Tensor, other: Tensor, block_format: BlockFormat) -> Tensor:
+    """Which blocks of two (..., out, in) hold other values: (..., out, nb) bool; a zero's sign does not count."""
+    views = [_view(values, block_format) for values in (one, other)]
     count, nb, _, lanes = views[0].shape
-    sums = torch.empty((4, count, nb, lanes), dtype=torch.float32, device=values.device)
+    found = torch.empty((count, nb, lanes), dtype=torch.bool, device=one.device)
     for slab in _slabs(views[0]):
-        sums[(slice(None), *slab)] = kernels.differences(*(_part(view, slab) for view in views))
-    return sums.transpose(2, 3).reshape(4, *values.shape[:-1], nb)
+        found[slab] = kernels.unequal(*(_part(view, slab) for view in views)) > 0
+    return found.transpose(1, 2).reshape(*one.shape[:-1], nb)
 
 
 class _StraightThrough(torch.autograd.Function):

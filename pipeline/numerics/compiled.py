@@ -60,11 +60,12 @@ def kernel(function: Callable[..., Result]) -> Callable[..., Result]:
 
     Only operations that are exact, or correctly rounded by IEEE 754, may be in it, and no sum whose order matters.
     """
-    # Shapes of weights are few, and a loop of known length is three times faster; those of activations are many.
-    compile_for: Any = torch.compile  # recompile_limit is documented, but in torch 2.13 not in every typed overload
-    of_weights = compile_for(function, dynamic=False, recompile_limit=_MOST_VARIANTS)
-    of_activations = compile_for(function, dynamic=True, recompile_limit=_MOST_VARIANTS)
     values_seen = 0
+
+    @functools.cache  # torch.compile imports three seconds' worth of modules
+    def compiled(is_dynamic: bool) -> Callable[..., Result]:
+        compile_for: Any = torch.compile  # recompile_limit is documented, but in torch 2.13 not in every typed overload
+        return compile_for(function, dynamic=is_dynamic, recompile_limit=_MOST_VARIANTS)
 
     @functools.wraps(function)
     @torch.no_grad()  # compiled code is valid for one grad mode; gradients are the business of the codec
@@ -73,8 +74,9 @@ def kernel(function: Callable[..., Result]) -> Callable[..., Result]:
         values_seen += values.numel() if values.numel() >= _WORTH_COUNTING else 0
         if not _is_compiled(values.device.type, values_seen):
             return function(values, *others)
+        # Shapes of weights are few, and a loop of known length is three times faster; those of activations are many.
         try:
-            return (of_weights if values.stride(-1) == 1 else of_activations)(values, *others)
+            return compiled(is_dynamic=values.stride(-1) != 1)(values, *others)
         except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
             # A compiler that does not work (what it raises has no public name), or a cache that cannot be written.
             _give_up(error)

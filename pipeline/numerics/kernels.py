@@ -80,16 +80,22 @@ def _block_sum(values: Tensor) -> Tensor:
 
 
 @kernel
-def differences(values: Tensor, rounded_values: Tensor, base: Tensor, rounded_base: Tensor) -> Tensor:
-    """How far quantization and training went: (4, L, nb, lanes) float32 from four (L, nb, block, lanes).
+def row_differences(values: Tensor, rounded_values: Tensor, base: Tensor, rounded_base: Tensor) -> Tensor:
+    """How far quantization and training went: (4, ...) float32 from four (..., columns).
 
-    Sums over a block: the squared error of `rounded_values`, the squares of `values`; counts of values that differ from
+    Sums over a row: the squared error of `rounded_values`, the squares of `values`; counts of values that differ from
     `base`, and of rounded values that differ from `rounded_base`. For reports: the order of these sums may differ.
     """
     exact, near = values.float(), rounded_values.float()
     error = exact - near
     moved, changed = exact != base.float(), near != rounded_base.float()
-    return torch.stack([each.sum(-2) for each in (error * error, exact * exact, moved.float(), changed.float())])
+    return torch.stack([each.sum(-1) for each in (error * error, exact * exact, moved.float(), changed.float())])
+
+
+@kernel
+def unequal(one: Tensor, other: Tensor) -> Tensor:
+    """(L, nb, block, lanes) twice -> (L, nb, lanes) float32: in how many values a block differs."""
+    return (one != other).float().sum(-2)
 
 
 def _nearest_code(scaled: Tensor, significand: Tensor | None) -> Tensor:

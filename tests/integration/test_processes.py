@@ -15,14 +15,14 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def two_processes(*arguments: str) -> subprocess.CompletedProcess:
+    return launched("-m", "pipeline", *arguments)
+
+
+def launched(*command: str) -> subprocess.CompletedProcess:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(
-        [*launcher, "-m", "pipeline", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        [*launcher, *command], env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=300
     )
 
 
@@ -54,6 +54,25 @@ def test_all_processes_leave_with_one_message(tmp_path: Path) -> None:
     assert not (tmp_path / "sft").exists()
 
 
+def test_a_process_that_fails_alone_says_so(tmp_path: Path) -> None:
+    script = tmp_path / "lonely.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from pipeline import __main__ as program, config\n"
+        "from pipeline.errors import UserError\n"
+        "def resolve(composed):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise UserError('this node has no such file')\n"
+        "    time.sleep(250)\n"
+        "config.resolve = resolve\n"
+        "sys.argv = ['pipeline', 'stage=sft', 'recipe=smoke']\n"
+        "sys.exit(program.status(sys.argv[1:]))\n"
+    )
+    outcome = launched(str(script))
+    assert "error on process 1: this node has no such file" in outcome.stderr
+    assert "exitcode  : 2" in outcome.stderr
+
+
 def test_all_processes_wait_for_the_main_ones_work(tmp_path: Path) -> None:
     """The first barrier of a process must be one: on a CPU accelerate makes no group unless it is told to."""
     script = tmp_path / "barrier.py"
@@ -68,7 +87,5 @@ def test_all_processes_wait_for_the_main_ones_work(tmp_path: Path) -> None:
         "wait_for_everyone()\n"
         "assert done.exists()\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    outcome = subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=120)
+    outcome = launched(str(script))
     assert outcome.returncode == 0, outcome.stderr[-2000:]

@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("shards",),
     ("artifacts", "gpt_oss"),
     ("tracking", "config", "numerics"),
-    ("errors",),
+    ("errors", "allocator"),
 )
 """Files and folders of the package, from top to bottom: each imports only from the rows below its own.
 
