@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 import os
 
-# libgomp's threads spin while they wait for each other. With one more busy thread than cores (the conversions read, hash
+# libgomp's threads spin while they wait for each other. With one more busy thread than cores (conversions read, hash
 # and write beside their arithmetic; other people work on the same machine) the arithmetic is then up to five times
 # slower. Read when torch is loaded, therefore here.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

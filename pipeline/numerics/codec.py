@@ -138,9 +138,10 @@ def tensor_scale(values: Tensor, block_format: BlockFormat) -> Tensor | None:
 
 def saturates(values: Tensor, block_format: BlockFormat, scales_: Tensor, unit: Tensor | None = None) -> Tensor:
     """Whether a block's largest magnitude lies beyond 6 scales: (..., nb) bool for `encode`'s values and scales."""
-    amax = kernels.block_amax(_view(values, block_format)).float().transpose(1, 2).reshape(scales_.shape)
-    held = scales.LARGEST_E2M1 * scales.values_of(scales_.reshape(-1, *scales_.shape[-2:]), _flat(unit))
-    return amax > held.view(scales_.shape)
+    view = _view(values, block_format)
+    count, nb, _, lanes = view.shape
+    held = scales.LARGEST_E2M1 * scales.values_of(scales_.reshape(count, lanes, nb), _flat(unit))
+    return (_amax(view).transpose(1, 2) > held).view(scales_.shape)
 
 
 def differences(stacks: Sequence[Tensor]) -> Tensor:

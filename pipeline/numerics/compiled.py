@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -77,8 +78,9 @@ def kernel(function: Callable[..., Result]) -> Callable[..., Result]:
         # Shapes of weights are few, and a loop of known length is three times faster; those of activations are many.
         try:
             return compiled(is_dynamic=values.stride(-1) != 1)(values, *others)
-        except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
-            # A compiler that does not work (what it raises has no public name), or a cache that cannot be written.
+        except (OSError, RuntimeError) as error:
+            if not _is_the_compilers(error):
+                raise
             _give_up(error)
             return function(values, *others)
 
@@ -102,6 +104,12 @@ def _is_compiled(device_type: str, values_seen: int) -> bool:
     if _mode is Compilation.never or (_mode is Compilation.when_it_pays and values_seen < _PAYS_AFTER):
         return False
     return can_compile(device_type)
+
+
+def _is_the_compilers(error: Exception) -> bool:
+    """Whether a compiler does not work, or its cache cannot be written, which fails the import of torch._dynamo."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return isinstance(error, OSError) or (dynamo is not None and isinstance(error, dynamo.exc.TorchDynamoException))
 
 
 def _give_up(error: Exception) -> None:

@@ -1,0 +1,76 @@
+"""What the codec says to tensors that are empty, and to arguments that do not fit together."""
+
+import pytest
+import torch
+
+from pipeline.numerics.codec import CodecError, decode, encode, fake_quantize, saturates, tensor_scale, unequal_blocks
+from pipeline.numerics.formats import FORMATS, MXFP4, NVFP4, BlockFormat
+
+EVERY_FORMAT = pytest.mark.parametrize("block_format", FORMATS.values(), ids=lambda each: each.name)
+
+
+@EVERY_FORMAT
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64), (0, 3, 64), (3, 0)], ids=str)
+def test_empty_tensors_give_empty_tensors(block_format: BlockFormat, shape: tuple[int, ...]) -> None:
+    values = torch.empty(shape, dtype=torch.bfloat16)
+    unit = tensor_scale(values, block_format)
+    blocks, scales = encode(values, block_format, unit)
+    per_row = shape[-1] // block_format.block_size
+    assert blocks.shape == (*shape[:-1], per_row, block_format.block_size // 2)
+    assert scales.shape == (*shape[:-1], per_row)
+    assert decode(blocks, scales, tensor_scale=unit).shape == shape
+    assert fake_quantize(values, block_format).shape == shape
+    assert saturates(values, block_format, scales, unit).shape == scales.shape
+    assert unequal_blocks(values, values, block_format).shape == scales.shape
+
+
+def test_an_input_that_no_token_reaches_passes_a_gradient() -> None:
+    inputs = torch.empty(0, 64, requires_grad=True)
+    fake_quantize(inputs, MXFP4).sum().backward()
+    assert inputs.grad is not None and inputs.grad.shape == (0, 64)
+
+
+def test_scales_of_e8m0_decode_without_a_tensor_scale_alone() -> None:
+    blocks, scales = encode(torch.ones(2, 32), MXFP4)
+    with pytest.raises(TypeError, match="uint8 scales have no tensor scale"):
+        decode(blocks, scales, tensor_scale=torch.ones(()))
+
+
+def test_scales_of_e4m3_decode_with_a_tensor_scale_alone() -> None:
+    values = torch.ones(2, 32)
+    blocks, scales = encode(values, NVFP4, tensor_scale(values, NVFP4))
+    with pytest.raises(TypeError, match="need a tensor scale"):
+        decode(blocks, scales)
+
+
+def test_decoding_writes_where_it_is_told_to_whatever_the_strides() -> None:
+    values = torch.randn(3, 5, 64)
+    blocks, scales = encode(values, MXFP4)
+    into = torch.zeros(3, 64, 5, dtype=torch.bfloat16)
+    decoded = decode(blocks, scales, out=into.transpose(1, 2))
+    assert decoded.data_ptr() == into.data_ptr()
+    assert torch.equal(into.transpose(1, 2), decode(blocks, scales))
+
+
+@pytest.mark.parametrize("given", [torch.full((64,), -1.0), torch.full((64,), torch.nan)], ids=["negative", "nan"])
+def test_importance_that_is_no_weight_is_refused(given: torch.Tensor) -> None:
+    with pytest.raises(CodecError, match="importance must be a number, not negative"):
+        encode(torch.randn(2, 64), MXFP4.with_rule("mse"), importance=given)
+
+
+def test_values_beyond_a_given_tensor_scale_become_the_largest_of_their_sign() -> None:
+    values = torch.tensor([[1.0, -1.0, 3.0e4, -3.0e38] * 8])
+    unit = torch.tensor(2.0**-10)
+    largest = 6 * 448 * unit
+    rounded = fake_quantize(values, NVFP4, unit)
+    assert rounded[0, 2:4].tolist() == [float(largest), -float(largest)]
+    assert bool(rounded.isfinite().all())
+    _, scales = encode(values, NVFP4, unit)
+    assert bool(saturates(values, NVFP4, scales, unit).all())
+
+
+def test_blocks_differ_by_value_and_not_by_the_sign_of_a_zero() -> None:
+    one = torch.zeros(2, 96)
+    other = one.clone()
+    other[0, 5], other[1, 40] = -0.0, 1.0
+    assert unequal_blocks(one, other, MXFP4).tolist() == [[False] * 3, [False, True, False]]
