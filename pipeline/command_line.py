@@ -134,17 +134,20 @@ def _settings_help(node: Any, prefix: str) -> list[str]:
 
 
 def _meanings(node: Any) -> dict[str, str]:
-    body = ast.parse(inspect.getsource(node)).body[0]
-    assert isinstance(body, ast.ClassDef)
+    """Field -> its meaning, inherited fields included."""
     found: dict[str, str] = {}
-    for statement, below in zip(body.body, body.body[1:], strict=False):
-        if (
-            isinstance(statement, ast.AnnAssign)
-            and isinstance(statement.target, ast.Name)
-            and isinstance(below, ast.Expr)
-            and isinstance(below.value, ast.Constant)
-        ):
-            found[statement.target.id] = str(below.value.value)
+    sections: list[Any] = [each for each in reversed(node.__mro__) if is_dataclass(each)]
+    for each in sections:
+        body = ast.parse(inspect.getsource(each)).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for statement, below in zip(body.body, body.body[1:], strict=False):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
+                found[statement.target.id] = str(below.value.value)
     return found
 
 

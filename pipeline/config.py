@@ -193,7 +193,7 @@ class LoraConfig:
 
 @dataclass
 class TrainConfig:
-    """One training stage; `sft` and `qat` have the same settings."""
+    """One training stage: `sft`, and with a few more settings `qat`."""
 
     method: Method = Method.full
     """Train every weight (full) or adapters (lora)."""
@@ -236,6 +236,14 @@ class TrainConfig:
     """Checkpoints kept while training; they are removed when the stage is complete."""
     seed: int = 42
     """Seed of the data order and of the adapters."""
+
+
+@dataclass
+class QatConfig(TrainConfig):
+    """Training on with fake quantization."""
+
+    rounded_cache_gib: Optional[float] = None
+    """Memory for the experts' rounded weights, kept from one forward pass to the next; null: as much as they take."""
 
 
 @dataclass
@@ -326,7 +334,7 @@ class PipelineConfig:
     sft: TrainConfig = field(default_factory=TrainConfig)
     format: FormatConfig = field(default_factory=FormatConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
-    qat: TrainConfig = field(default_factory=TrainConfig)
+    qat: QatConfig = field(default_factory=QatConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -496,6 +504,7 @@ _RULES = {
     "verify.logits_tolerance": _NOT_NEGATIVE,
     "evaluate.max_samples": _POSITIVE,
     "evaluate.batch_size": _POSITIVE,
+    "qat.rounded_cache_gib": _NOT_NEGATIVE,
     **{f"{section}.{key}": rule for section in ("sft", "qat") for key, rule in _TRAIN_RULES.items()},
 }
 _SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")

@@ -7,7 +7,7 @@ ModelOpt's public hook for backends, so that training sees the bits that export 
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,21 @@ import modelopt.torch.quantization as mtq
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer, register_quant_backend
 from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registered_quant_backend
+from modelopt.torch.quantization.plugins import huggingface, peft
+from modelopt.torch.quantization.plugins.huggingface import _transposed_quantize
 from torch import Tensor
 
-from pipeline.adapters import base_of, parameter_name
+from pipeline.adapters import base_of, is_wrapped, parameter_name
 from pipeline.checkpoints import CALIBRATION_FILE, load_calibration
 from pipeline.errors import CheckFailed
 from pipeline.gpt_oss import EXPERT_WEIGHTS
 from pipeline.numerics.codec import fake_quantize
 from pipeline.numerics.formats import FORMATS, BlockFormat, ScaleType
 from pipeline.numerics.scales import tensor_scale_of
+from pipeline.rounding import RoundedWeights, compute_dtype, straight_through
 
 STATE_FILE = "modelopt_state.pth"
 """Name that ModelOpt's own `enable_huggingface_checkpointing` looks for."""
-
-_IMPORTANCE = "pipeline_importance"  # attribute of a weight quantizer, (in) float32
 
 _BACKEND = "pipeline_codec"
 _WEIGHTS = "_weight_quantizer"
@@ -38,8 +39,31 @@ _EXPERTS = "*mlp.experts*_proj"
 _INPUT_RULE = "nearest"  # what kernels that quantize activations while they run can afford
 
 
+@dataclass
+class _Own:
+    """What we know of a weight quantizer, in the slot that ModelOpt keeps for backends and leaves out of its state.
+
+    Attributes:
+        importance: (in) float32, by which scales are chosen, or None.
+        keeper: of rounded weights, or None: they are rounded in every forward pass.
+        is_rounded: whether the parameter itself holds rounded values.
+        observers: told of rounded weights, (E, out, in).
+    """
+
+    importance: Tensor | None = None
+    keeper: RoundedWeights | None = None
+    is_rounded: bool = False
+    observers: list[Callable[[Tensor], None]] = field(default_factory=list)
+
+
+def _own(quantizer: TensorQuantizer) -> _Own:
+    if getattr(quantizer, "_quantizer_cache", None) is None:
+        quantizer._quantizer_cache = _Own()
+    return quantizer._quantizer_cache
+
+
 def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:
-    """ModelOpt hands in weights as (E, out, in), inputs as (tokens, in): blocks run along the last dimension.
+    """Weights come in as (E, out, in), inputs as (tokens, in): blocks run along the last dimension.
 
     The tensor scale of inputs is calibrated, so that values beyond what calibration saw saturate, as when served.
     """
@@ -47,8 +71,76 @@ def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:
     block_format = FORMATS[arguments["format"]].with_rule(arguments["scale_rule"])
     amax = quantizer.amax if arguments["is_input"] else None
     scale = None if amax is None else tensor_scale_of(amax.float(), _INPUT_RULE)
-    importance = getattr(quantizer, _IMPORTANCE, None)
+    importance = _own(quantizer).importance
     return fake_quantize(inputs, block_format, scale, None if importance is None else importance.to(inputs.device))
+
+
+def _rounded(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
+    """(E, in, out) weights, adapters merged -> what the forward pass multiplies with, in the type that it computes in.
+
+    Takes the place of a function of ModelOpt's plugins, which turns the stack, rounds it and turns it back in every
+    forward pass. Here the codec works on the stack as it lies, and a weight is rounded again only when it has changed.
+    """
+    if not (quantizer.is_enabled and quantizer._if_quant):  # while ModelOpt calibrates
+        return _transposed_quantize(weight, quantizer)
+    own, dtype = _own(quantizer), compute_dtype(weight)
+
+    def make() -> Tensor:
+        with torch.no_grad():
+            return _entrypoint(weight.transpose(1, 2), quantizer).transpose(1, 2).to(dtype)
+
+    if own.is_rounded:
+        result = weight
+    else:
+        # With adapters, base + delta is no parameter; the base alone is used where they are switched off.
+        key = (quantizer, dtype, isinstance(weight, torch.nn.Parameter))
+        rounded = make() if own.keeper is None else own.keeper.of(key, weight, make)
+        result = straight_through(weight, rounded)
+    for observe in own.observers:
+        observe(result.detach().transpose(1, 2))
+    return result
+
+
+_switching = huggingface._QuantGptOssExperts.quantize_weight
+
+
+@contextmanager
+def _quantize_weight(experts: Any) -> Iterator[None]:
+    """ModelOpt's switch around a forward pass, switched off in any case.
+
+    nvidia-modelopt 0.47 leaves it on when a forward pass ends early, as recomputation under checkpointing does.
+    """
+    try:
+        with _switching(experts):
+            yield
+    finally:
+        experts._enable_weight_quantization = False
+
+
+def keep_rounded(model: Any, budget_bytes: float) -> RoundedWeights:
+    """Round weights once per optimizer step instead of once per forward pass; frozen ones here and now, in place.
+
+    Args:
+        model: with quantizers, and adapters if it is to have any.
+        budget_bytes: how much may be kept.
+
+    Returns:
+        What must be told (`forget`) that weights have changed.
+    """
+    base = base_of(model)
+    modules = dict(base.named_modules())
+    keeper = RoundedWeights(budget_bytes)
+    for name, quantizer in _enabled(base):
+        if not name.endswith(_WEIGHTS):
+            continue
+        owner, _, projection = name.removesuffix(_WEIGHTS).rpartition(".")
+        parameter = dict(modules[owner].named_parameters(recurse=False))[projection]
+        if parameter.requires_grad or is_wrapped(name):
+            _own(quantizer).keeper = keeper
+        else:
+            parameter.data.copy_(_rounded(parameter.data, quantizer))
+            _own(quantizer).is_rounded = True
+    return keeper
 
 
 # Said of every module type when processes are many; tensor parallelism, which it is about, is not used here.
@@ -59,6 +151,9 @@ def register_backend() -> None:
     """Make the codec known to ModelOpt; needed before quantizers are inserted or restored."""
     if not is_registered_quant_backend(_BACKEND):
         register_quant_backend(_BACKEND, _entrypoint)
+        for plugin in (huggingface, peft):  # nvidia-modelopt 0.47 has no public hook in their place
+            plugin._transposed_quantize = _rounded
+        huggingface._QuantGptOssExperts.quantize_weight = _quantize_weight
 
 
 def insert(model: Any, block_format: BlockFormat, calibrate: Callable[[Any], None]) -> None:
@@ -98,16 +193,16 @@ def calibrate_importance(model: Any, calibrate: Callable[[Any], None]) -> None:
         for each in hooks:
             each.remove()
     for name, module in weights.items():
-        setattr(module, _IMPORTANCE, sums[name].cpu())
+        _own(module).importance = sums[name].cpu()
 
 
 def save_state(model: Any, directory: Path) -> None:
     """Write which quantizers the model has, and what calibration found: ModelOpt's state has its shapes, not values."""
     torch.save(mto.modelopt_state(base_of(model)), directory / STATE_FILE)
     importance = {
-        parameter_name(name).removesuffix(_WEIGHTS): getattr(module, _IMPORTANCE)
+        parameter_name(name).removesuffix(_WEIGHTS): _own(module).importance
         for name, module in _enabled(base_of(model))
-        if hasattr(module, _IMPORTANCE)
+        if _own(module).importance is not None
     }
     amax = {
         parameter_name(name): module.amax.cpu()
@@ -128,7 +223,7 @@ def restore(model: Any, directory: Path, block_format: BlockFormat) -> None:
         if name in calibration.amax:
             module.amax = calibration.amax[name]
         if name.removesuffix(_WEIGHTS) in calibration.importance:
-            setattr(module, _IMPORTANCE, calibration.importance[name.removesuffix(_WEIGHTS)])
+            _own(module).importance = calibration.importance[name.removesuffix(_WEIGHTS)]
     count(model, block_format)
 
 
@@ -167,6 +262,10 @@ class Fired:
 
     calls: dict[str, int]
 
+    def add(self, name: str) -> None:
+        """One more call."""
+        self.calls[name] = self.calls.get(name, 0) + 1
+
     def raise_unless_all(self, model: Any) -> None:
         """Check that every quantizer that is on has run, and nothing else.
 
@@ -189,24 +288,38 @@ def watch(model: Any, see: Callable[[str, Tensor], None] | None = None) -> Itera
     """
     fired = Fired({})
     hooks = []
-    for name, module in base_of(model).named_modules():
+    observed = []
+    for full_name, module in base_of(model).named_modules():
         if isinstance(module, TensorQuantizer):
-            hooks.append(module.register_forward_hook(_hook(parameter_name(name), fired, see)))
+            name = parameter_name(full_name)
+            hooks.append(module.register_forward_hook(_hook(name, fired)))
+            if name.endswith(_WEIGHTS):
+                observed.append((_own(module).observers, _observer(name, fired, see)))
+                observed[-1][0].append(observed[-1][1])
     try:
         yield fired
     finally:
         for hook in hooks:
             hook.remove()
+        for observers, observer in observed:
+            observers.remove(observer)
 
 
-def _hook(name: str, fired: Fired, see: Callable[[str, Tensor], None] | None) -> Callable:
+def _hook(name: str, fired: Fired) -> Callable:
     def hook(module: TensorQuantizer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if module.is_enabled:
-            fired.calls[name] = fired.calls.get(name, 0) + 1
-            if see is not None and name.endswith(_WEIGHTS):
-                see(name.removesuffix(_WEIGHTS), output)
+            fired.add(name)
 
     return hook
+
+
+def _observer(name: str, fired: Fired, see: Callable[[str, Tensor], None] | None) -> Callable[[Tensor], None]:
+    def observe(rounded: Tensor) -> None:
+        fired.add(name)
+        if see is not None:
+            see(name.removesuffix(_WEIGHTS), rounded)
+
+    return observe
 
 
 def _enabled(model: Any) -> Iterator[tuple[str, TensorQuantizer]]:

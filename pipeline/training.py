@@ -22,6 +22,7 @@ from pipeline.data import Splits
 from pipeline.errors import UserError
 from pipeline.losses import Loss
 from pipeline.numerics.codec import CodecError
+from pipeline.rounding import RoundedWeights
 from pipeline.tracking import (
     forget_metrics_after,
     is_main_process,
@@ -38,7 +39,13 @@ _LOWEST_SAFE_BF16_RATE = 1e-4
 
 
 def train(
-    model: Any, tokenizer: Any, splits: Splits, settings: TrainConfig, directory: Path, stage: str
+    model: Any,
+    tokenizer: Any,
+    splits: Splits,
+    settings: TrainConfig,
+    directory: Path,
+    stage: str,
+    rounded: RoundedWeights | None = None,
 ) -> dict[str, Any]:
     """Train in place, going on from the last whole checkpoint in `directory` if there is one.
 
@@ -49,6 +56,7 @@ def train(
         settings: `sft` or `qat` of the configuration.
         directory: of the stage; checkpoints and metrics.jsonl go there.
         stage: its name, for messages.
+        rounded: what is kept of the model's rounded weights, to be forgotten when they change.
 
     Returns:
         Steps, training loss, validation loss before and after, tokens seen.
@@ -59,6 +67,8 @@ def train(
     model.config.bos_token_id = tokenizer.bos_token_id  # the trainer would do it, with a warning
     _warn_of_lost_updates(model, settings, stage)
     trainer = _trainer(model, tokenizer, splits, settings, directory, stage)
+    if rounded is not None:
+        trainer.add_callback(_Forget(rounded))
     checkpoint = _last_whole_checkpoint(directory / CHECKPOINTS_DIR, stage)
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
     forget_metrics_after(directory, step)
@@ -166,6 +176,22 @@ class _Log(TrainerCallback):
         wait_for_everyone()
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
+
+
+class _Forget(TrainerCallback):
+    """Weights change when a checkpoint is loaded and when the optimizer has made a step."""
+
+    def __init__(self, rounded: RoundedWeights) -> None:
+        self._rounded = rounded
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._rounded.forget()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._rounded.forget()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._rounded.forget()
 
 
 def _trainer(

@@ -1,5 +1,6 @@
 """qat: the quantized model trained on at a low learning rate, the forward pass rounding the experts as export will."""
 
+import math
 from pathlib import Path
 
 from pipeline import artifacts, data, models
@@ -48,8 +49,10 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
     tokenizer = load_tokenizer(start.base)
     splits = data.prepare(config, rows, tokenizer)
     model = models.load_to_train(start, config.qat)
+    budget = config.qat.rounded_cache_gib
+    rounded = quantizer.keep_rounded(model, math.inf if budget is None else budget * 2**30)
     with quantizer.watch(model) as fired:
-        details = training.train(model, tokenizer, splits, config.qat, directory, "qat")
+        details = training.train(model, tokenizer, splits, config.qat, directory, "qat", rounded)
     fired.raise_unless_all(model)
     details["quantizers"] = quantizer.count(model, block_format)
     kind, where = models.save(model, start, directory, config.qat)

@@ -498,14 +498,16 @@ def test_an_interruption_leaves_with_130(monkeypatch: pytest.MonkeyPatch, capsys
     )
 
 
-def test_only_the_main_process_reports_and_all_leave_alike(
+def test_another_process_waits_for_the_main_ones_report_and_speaks_when_it_is_still_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    waited: list[float] = []
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(program.time, "sleep", waited.append)
     replace_stages(monkeypatch, raising(UserError("this is wrong.")))
     assert run_program(*ARGUMENTS) == 2
-    assert run_program("stage=sft", "sft.lr=1") == 2
-    assert capsys.readouterr().err == ""
+    assert waited and min(waited) >= 5
+    assert capsys.readouterr().err == "error on process 1: this is wrong.\n"
 
 
 def test_main_exits_with_the_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -555,7 +557,7 @@ def test_the_help_names_every_setting_with_its_meaning() -> None:
     lines = help_text().splitlines()
     sections = {"": "PipelineConfig", "model": "ModelConfig", "model.tiny": "TinyConfig", "data": "DataConfig"}
     sections |= {"upcast": "UpcastConfig", "sft": "TrainConfig", "sft.lora": "LoraConfig", "format": "FormatConfig"}
-    sections |= {"quantize": "QuantizeConfig", "qat": "TrainConfig", "qat.lora": "LoraConfig"}
+    sections |= {"quantize": "QuantizeConfig", "qat": "QatConfig", "qat.lora": "LoraConfig"}
     sections |= {"export": "ExportConfig", "verify": "VerifyConfig", "evaluate": "EvaluateConfig"}
     settings = documented_settings()
     assert set(settings) <= set(sections.values()), "a new section: add it above"

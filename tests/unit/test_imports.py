@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("export", "training"),
     ("models", "data", "losses"),
     ("quantizer", "source"),
-    ("adapters", "synthetic"),
+    ("adapters", "synthetic", "rounding"),
     ("checkpoints", "harmony"),
     ("shards",),
     ("artifacts", "gpt_oss"),

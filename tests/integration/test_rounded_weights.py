@@ -1,0 +1,105 @@
+"""QAT rounds the experts once per optimizer step, and learns exactly what it learns when it rounds all the time."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHORT, run_program
+
+from pipeline import artifacts, quantizer
+from pipeline.numerics.codec import fake_quantize
+from pipeline.tracking import read_metrics
+
+STEPS, ACCUMULATED = 3, 4
+BY_HAND = (
+    *SHORT,
+    f"qat.max_steps={STEPS}",
+    f"qat.gradient_accumulation_steps={ACCUMULATED}",
+    "qat.batch_size=1",
+    "qat.gradient_checkpointing=true",
+    "qat.logging_steps=1",
+    "qat.eval_steps=100",
+    "qat.save_steps=100",
+)
+
+
+@pytest.fixture
+def roundings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of experts that each call of the codec rounds."""
+    seen: list[int] = []
+
+    def counted(values: torch.Tensor, *others: object) -> torch.Tensor:
+        seen.append(len(values))
+        return fake_quantize(values, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(quantizer, "fake_quantize", counted)
+    return seen
+
+
+def trained(run_dir: Path, source: Path, *settings: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses of a QAT that starts from `source`'s quantize stage, and the weights that it leaves."""
+    from safetensors.torch import load_file
+
+    run_dir.mkdir()
+    for stage in ("upcast", "sft", "quantize"):
+        (run_dir / stage).symlink_to(source / stage)
+    assert run_program("stage=qat", f"run_dir={run_dir}", *settings) == 0
+    losses = [line["loss"] for line in read_metrics(run_dir / "qat") if "loss" in line]
+    files = sorted((run_dir / "qat").glob("*.safetensors"))
+    return losses, {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+ROUNDED_TIMES = STEPS + 2  # in every step, and for the validation before the first and after the last
+
+
+@pytest.mark.parametrize(
+    ("recipe", "once"),
+    # Two stacks in each of two layers; with adapters on one layer the other's are rounded once for ever.
+    [("smoke", 4 * ROUNDED_TIMES), ("smoke_lora", 2 + 2 * ROUNDED_TIMES)],
+)
+def test_the_experts_are_rounded_once_per_step_with_the_losses_of_rounding_in_every_pass(
+    recipe: str, once: int, tmp_path: Path, request: pytest.FixtureRequest, roundings: list[int]
+) -> None:
+    run = request.getfixturevalue("smoke_run" if recipe == "smoke" else "lora_run")
+    layers = ("sft.lora.layers=[1]", "qat.lora.layers=[1]") if recipe == "smoke_lora" else ()
+    settings = (f"recipe={recipe}", *BY_HAND, *layers)
+    roundings.clear()
+    losses, weights = trained(tmp_path / "once", run, *settings)
+    assert len(roundings) == once
+    roundings.clear()
+    every_time, same_weights = trained(tmp_path / "always", run, *settings, "qat.rounded_cache_gib=0")
+    assert len(roundings) > once + 2 * ACCUMULATED * STEPS
+    assert losses == every_time
+    assert weights.keys() == same_weights.keys()
+    assert all(torch.equal(weights[name], same_weights[name]) for name in weights)
+
+
+def test_frozen_experts_are_rounded_once_and_the_adapters_learn_the_same(
+    smoke_run: Path, tmp_path: Path, roundings: list[int]
+) -> None:
+    attention = ("qat.method=lora", "qat.lora.targets=[attention]", "qat.precision=fp32")
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    for stage in ("upcast", "sft"):
+        (run_dir / stage).symlink_to(smoke_run / stage)
+    settings = ("recipe=smoke", *BY_HAND, *attention)
+    assert run_program("stage=quantize", f"run_dir={run_dir}", *settings) == 0
+    roundings.clear()
+    assert run_program("stage=qat", f"run_dir={run_dir}", *settings) == 0
+    assert len(roundings) == 4
+    assert artifacts.load(run_dir / "qat").details["quantizers"] == 4
+
+
+def test_what_is_kept_is_no_part_of_what_is_saved(smoke_run: Path) -> None:
+    state = torch.load(smoke_run / "qat" / quantizer.STATE_FILE, weights_only=False)
+
+    def strings(value: object) -> set[str]:
+        if isinstance(value, dict):
+            return {str(key) for key in value} | {s for each in value.values() for s in strings(each)}
+        if isinstance(value, (list, tuple)):
+            return {s for each in value for s in strings(each)}
+        return set()
+
+    names = strings(state)
+    assert any(name.endswith("_weight_quantizer") for name in names)
+    assert not any("quantizer_cache" in name or "pipeline" in name for name in names if not name.startswith("model."))
