@@ -239,11 +239,22 @@ class TrainConfig:
 
 
 @dataclass
+class DistillationConfig:
+    """Learning from the SFT model's predictions beside the data (QAD)."""
+
+    weight: float = 0.0
+    """Share of the loss that is the divergence from the SFT model, up to 1; 0: no teacher is loaded."""
+    temperature: float = 1.0
+    """Softens both distributions; above 1, unlikely tokens count for more."""
+
+
+@dataclass
 class QatConfig(TrainConfig):
     """Training on with fake quantization."""
 
     rounded_cache_gib: Optional[float] = None
     """Memory for the experts' rounded weights, kept from one forward pass to the next; null: as much as they take."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
 
 @dataclass
@@ -436,6 +447,11 @@ def problems(config: PipelineConfig) -> list[str]:
             f" format={config.format.name.name}. Train for another format, or run the stages up to qat and evaluate one"
             " by one."
         )
+    if config.qat.distillation.weight and config.qat.router_aux_loss_coef:
+        found.append(
+            f"qat.router_aux_loss_coef={config.qat.router_aux_loss_coef}: not with qat.distillation.weight="
+            f"{config.qat.distillation.weight}, whose loss has no such part. Set it to 0."
+        )
     both_lora = config.sft.method is Method.lora and config.qat.method is Method.lora
     if both_lora and config.sft.lora != config.qat.lora:
         found.append(
@@ -465,6 +481,7 @@ _POSITIVE = _Rule("greater than 0", lambda value: 0 < value < math.inf)
 _NOT_NEGATIVE = _Rule("0 or more", lambda value: 0 <= value < math.inf)
 _FRACTION = _Rule("between 0 and 1, both excluded", lambda value: 0 < value < 1)
 _SHARE = _Rule("0 or more and below 1", lambda value: 0 <= value < 1)
+_UP_TO_ONE = _Rule("from 0 to 1", lambda value: 0 <= value <= 1)
 _SEED = _Rule("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 _AT_LEAST_TWO = _Rule("2 or more: the one before is needed while one is written", lambda value: value >= 2)
 _STEPS = _Rule("a number of steps, or -1", lambda value: value == -1 or value > 0)
@@ -505,6 +522,8 @@ _RULES = {
     "evaluate.max_samples": _POSITIVE,
     "evaluate.batch_size": _POSITIVE,
     "qat.rounded_cache_gib": _NOT_NEGATIVE,
+    "qat.distillation.weight": _UP_TO_ONE,
+    "qat.distillation.temperature": _POSITIVE,
     **{f"{section}.{key}": rule for section in ("sft", "qat") for key, rule in _TRAIN_RULES.items()},
 }
 _SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")

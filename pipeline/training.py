@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from pipeline import losses
 from pipeline.artifacts import CHECKPOINTS_DIR
 from pipeline.config import Precision, TrainConfig
 from pipeline.data import Splits
+from pipeline.distillation import Teacher, distilled
 from pipeline.errors import UserError
+from pipeline.harmony import IGNORED
 from pipeline.losses import Loss
 from pipeline.numerics.codec import CodecError
 from pipeline.rounding import RoundedWeights
@@ -46,6 +49,7 @@ def train(
     directory: Path,
     stage: str,
     rounded: RoundedWeights | None = None,
+    teacher: Teacher | None = None,
 ) -> dict[str, Any]:
     """Train in place, going on from the last whole checkpoint in `directory` if there is one.
 
@@ -57,6 +61,7 @@ def train(
         directory: of the stage; checkpoints and metrics.jsonl go there.
         stage: its name, for messages.
         rounded: what is kept of the model's rounded weights, to be forgotten when they change.
+        teacher: whose predictions are learnt beside the data, or None.
 
     Returns:
         Steps, training loss, validation loss before and after, tokens seen.
@@ -69,6 +74,8 @@ def train(
     trainer = _trainer(model, tokenizer, splits, settings, directory, stage)
     if rounded is not None:
         trainer.add_callback(_Forget(rounded))
+    if teacher is not None:
+        trainer.learn_from(teacher)
     checkpoint = _last_whole_checkpoint(directory / CHECKPOINTS_DIR, stage)
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
     forget_metrics_after(directory, step)
@@ -118,13 +125,32 @@ def _diverged(settings: TrainConfig, stage: str, reason: str) -> UserError:
 
 
 class _Trainer(SFTTrainer):
-    """TRL's trainer with our validation loss.
+    """TRL's trainer with our validation loss, and with a teacher if there is one.
 
     Overridden because transformers 5.14 averages validation loss over batches, so that it depends on the batch size and
     differs from what `evaluate` reports; there is no public hook for a token-weighted mean.
     """
 
     evaluated_step: int | None = None
+    _teacher: Teacher | None = None
+
+    def learn_from(self, teacher: Teacher) -> None:
+        """Distil from now on; the teacher is spread over the processes as the model is."""
+        model = self.accelerator.prepare_model(teacher.model.requires_grad_(False), evaluation_mode=True)
+        self._teacher = replace(teacher, model=model.eval())
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Overridden for the teacher: TRL's `compute_loss_func` does not see the inputs that it must be given."""
+        if self._teacher is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        found = distilled(model, self._teacher, inputs)
+        mine = (inputs["labels"][:, 1:] != IGNORED).sum()
+        self._metrics["train"]["teacher_divergence"].append((found.divergence / mine.clamp(min=1)).item())
+        if num_items_in_batch is None:
+            return found.loss / mine.clamp(min=1)
+        return found.loss / num_items_in_batch * self.accelerator.num_processes
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         loss = self._validation_loss()

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 from pipeline import artifacts, data, models
 from pipeline.artifacts import Artifact, Result
@@ -49,13 +50,25 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
     tokenizer = load_tokenizer(start.base)
     splits = data.prepare(config, rows, tokenizer)
     model = models.load_to_train(start, config.qat)
+    teacher = _teacher(config)
     budget = config.qat.rounded_cache_gib
     rounded = quantizer.keep_rounded(model, math.inf if budget is None else budget * 2**30)
     with quantizer.watch(model) as fired:
-        details = training.train(model, tokenizer, splits, config.qat, directory, "qat", rounded)
+        details = training.train(model, tokenizer, splits, config.qat, directory, "qat", rounded, teacher)
     fired.raise_unless_all(model)
     details["quantizers"] = quantizer.count(model, block_format)
     kind, where = models.save(model, start, directory, config.qat)
     if is_main_process():
         quantizer.save_state(model, directory)
     return Result(kind, where["dtype"], block_format.name, block_format.scale_rule, {**details, **where})
+
+
+def _teacher(config: PipelineConfig) -> Any:
+    """The SFT model, if it is to be learnt from."""
+    from pipeline.distillation import Teacher
+
+    settings = config.qat.distillation
+    if not settings.weight:
+        return None
+    sft = models.stage_ref(config, Stage.sft)
+    return Teacher(models.load_effective(sft, sft.dtype), settings.weight, settings.temperature)

@@ -558,6 +558,7 @@ def test_the_help_names_every_setting_with_its_meaning() -> None:
     sections = {"": "PipelineConfig", "model": "ModelConfig", "model.tiny": "TinyConfig", "data": "DataConfig"}
     sections |= {"upcast": "UpcastConfig", "sft": "TrainConfig", "sft.lora": "LoraConfig", "format": "FormatConfig"}
     sections |= {"quantize": "QuantizeConfig", "qat": "QatConfig", "qat.lora": "LoraConfig"}
+    sections |= {"qat.distillation": "DistillationConfig"}
     sections |= {"export": "ExportConfig", "verify": "VerifyConfig", "evaluate": "EvaluateConfig"}
     settings = documented_settings()
     assert set(settings) <= set(sections.values()), "a new section: add it above"

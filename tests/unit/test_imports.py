@@ -16,7 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stages", "command_line"),
     ("proof", "evals", "report"),
     ("export", "training"),
-    ("models", "data", "losses"),
+    ("models", "data", "losses", "distillation"),
     ("quantizer", "source"),
     ("adapters", "synthetic", "rounding"),
     ("checkpoints", "harmony"),
