@@ -82,6 +82,30 @@ def parameter_name(module_name: str) -> str:
     return module_name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
+@torch.no_grad()
+def expert_weights(model: Any, experts: slice) -> Iterator[tuple[str, Tensor]]:
+    """Some experts (E, in, out) of each stack that is trained, adapters merged; of a sharded stack this process's own.
+
+    Stacks whose parameter is not here (ZeRO-3 empties it between forward passes) are left out.
+    """
+    adapted = {
+        f"{parameter_name(name)}.{module.parameter_name}": module
+        for name, module in model.named_modules()
+        if isinstance(module, ParamWrapper)
+    }
+    for full_name, parameter in model.named_parameters():
+        name = parameter_name(full_name)
+        if not name.endswith(EXPERT_WEIGHTS) or not (parameter.requires_grad or name in adapted):
+            continue
+        stack = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        if not stack.numel():
+            continue
+        if name in adapted:
+            module = adapted[name]
+            stack = stack + sum(module.get_delta_weight(adapter) for adapter in module.active_adapters)
+        yield name, stack[experts]
+
+
 def is_wrapped(module_name: str) -> bool:
     """Whether a module of an adapted model carries an adapter on one of its parameters."""
     return ".base_layer" in module_name

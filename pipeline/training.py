@@ -21,6 +21,7 @@ from pipeline.artifacts import CHECKPOINTS_DIR
 from pipeline.config import Precision, TrainConfig
 from pipeline.data import Splits
 from pipeline.distillation import Teacher, distilled
+from pipeline.drift import Drift
 from pipeline.errors import UserError
 from pipeline.harmony import IGNORED
 from pipeline.losses import Loss
@@ -48,6 +49,7 @@ def train(
     settings: TrainConfig,
     directory: Path,
     stage: str,
+    drift: Drift,
     rounded: RoundedWeights | None = None,
     teacher: Teacher | None = None,
 ) -> dict[str, Any]:
@@ -60,6 +62,7 @@ def train(
         settings: `sft` or `qat` of the configuration.
         directory: of the stage; checkpoints and metrics.jsonl go there.
         stage: its name, for messages.
+        drift: measures, at each validation, how far the experts have moved.
         rounded: what is kept of the model's rounded weights, to be forgotten when they change.
         teacher: whose predictions are learnt beside the data, or None.
 
@@ -72,6 +75,7 @@ def train(
     model.config.bos_token_id = tokenizer.bos_token_id  # the trainer would do it, with a warning
     _warn_of_lost_updates(model, settings, stage)
     trainer = _trainer(model, tokenizer, splits, settings, directory, stage)
+    trainer.drift = drift
     if rounded is not None:
         trainer.add_callback(_Forget(rounded))
     if teacher is not None:
@@ -131,6 +135,7 @@ class _Trainer(SFTTrainer):
     differs from what `evaluate` reports; there is no public hook for a token-weighted mean.
     """
 
+    drift: Drift
     evaluated_step: int | None = None
     _teacher: Teacher | None = None
 
@@ -158,6 +163,7 @@ class _Trainer(SFTTrainer):
             f"{metric_key_prefix}_loss": loss.supervised,
             f"{metric_key_prefix}_loss_all_tokens": loss.over_all,
             f"{metric_key_prefix}_perplexity": loss.perplexity,
+            **self.drift.figures(),
         }
         self.log(metrics)
         self.evaluated_step = self.state.global_step

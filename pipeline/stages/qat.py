@@ -45,16 +45,18 @@ def _raise_if_quantized_otherwise(start: ModelRef, wanted: BlockFormat) -> None:
 
 def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
     from pipeline import quantizer, training
+    from pipeline.drift import Drift
 
     block_format = models.configured_format(config)
     tokenizer = load_tokenizer(start.base)
     splits = data.prepare(config, rows, tokenizer)
     model = models.load_to_train(start, config.qat)
+    drift = Drift(model, block_format)  # before frozen experts are rounded in place
     teacher = _teacher(config)
     budget = config.qat.rounded_cache_gib
     rounded = quantizer.keep_rounded(model, math.inf if budget is None else budget * 2**30)
     with quantizer.watch(model) as fired:
-        details = training.train(model, tokenizer, splits, config.qat, directory, "qat", rounded, teacher)
+        details = training.train(model, tokenizer, splits, config.qat, directory, "qat", drift, rounded, teacher)
     fired.raise_unless_all(model)
     details["quantizers"] = quantizer.count(model, block_format)
     kind, where = models.save(model, start, directory, config.qat)

@@ -35,12 +35,14 @@ def run(config: PipelineConfig) -> Artifact:
 
 def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
     from pipeline import adapters, training
+    from pipeline.drift import Drift
 
     tokenizer = load_tokenizer(start.base)
     splits = data.prepare(config, rows, tokenizer)
     model = models.load_to_train(start, config.sft)
     if config.sft.method is Method.lora:
         model = adapters.attach(model, config.sft, "sft")
-    details = training.train(model, tokenizer, splits, config.sft, directory, "sft")
+    drift = Drift(model, models.configured_format(config))
+    details = training.train(model, tokenizer, splits, config.sft, directory, "sft", drift)
     kind, where = models.save(model, start, directory, config.sft)
     return Result(kind, format=where["dtype"], details={**details, **where})

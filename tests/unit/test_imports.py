@@ -16,7 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stages", "command_line"),
     ("proof", "evals", "report"),
     ("export", "training"),
-    ("models", "data", "losses", "distillation"),
+    ("models", "data", "losses", "distillation", "drift"),
     ("quantizer", "source"),
     ("adapters", "synthetic", "rounding"),
     ("checkpoints", "harmony"),
