@@ -221,7 +221,7 @@ class TrainConfig:
     precision: Precision = Precision.mixed_bf16
     """fp32; mixed_bf16: FP32 weights, BF16 arithmetic; bf16: BF16 weights, which low learning rates hardly move."""
     attn_implementation: str = "eager"
-    """Attention kernel, by its transformers name; it must honour gpt-oss' attention sinks, which sdpa does not."""
+    """Attention kernel, by its transformers name; compared with eager before training, since many lose the sinks."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
     router_aux_loss_coef: float = 0.0
@@ -396,11 +396,6 @@ def problems(config: PipelineConfig) -> list[str]:
     ]
     for section in ("sft", "qat"):
         train: TrainConfig = getattr(config, section)
-        if train.attn_implementation not in _KEEP_SINKS:
-            found.append(
-                f"{section}.attn_implementation={train.attn_implementation!r}: must be one of"
-                f" {', '.join(_KEEP_SINKS)}; others lose gpt-oss' attention sinks or their gradient."
-            )
         if train.method is Method.lora and train.precision is Precision.mixed_bf16:
             found.append(
                 f"{section}.precision=mixed_bf16: not with LoRA, whose merge autocast would round otherwise than export"
@@ -505,8 +500,6 @@ _SCALE_RULES = {
     FormatName.nvfp4_w4a4: (ScaleRule.nearest, ScaleRule.ceil, ScaleRule.floor, ScaleRule.mse),
 }
 _HELD_BY = {ExportTarget.mxfp4: (FormatName.mxfp4,)}
-
-_KEEP_SINKS = ("eager", "flex_attention")
 
 
 def _select(config: Any, key: str) -> Any:

@@ -397,14 +397,6 @@ BROKEN_RULES: dict[str, tuple[Any, str]] = {
     "verify.logits_tolerance": (-1.0, "must be 0 or more."),
     "model.tiny.hidden_size": (33, "must be a positive multiple of 32, the block size of MXFP4."),
     "model.tiny.intermediate_size": (0, "must be a positive multiple of 32, the block size of MXFP4."),
-    "sft.attn_implementation": (
-        "sdpa",
-        "must be one of eager, flex_attention; others lose gpt-oss' attention sinks or their gradient.",
-    ),
-    "qat.attn_implementation": (
-        "flash_attention_2",
-        "must be one of eager, flex_attention; others lose gpt-oss' attention sinks or their gradient.",
-    ),
     "qat.lr_scheduler": (
         "cosinus",
         "must be one of cosine, linear, constant, constant_with_warmup, polynomial, inverse_sqrt.",

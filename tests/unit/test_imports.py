@@ -15,7 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("stages", "command_line"),
     ("proof", "evals", "report"),
-    ("export", "training"),
+    ("export", "training", "attention"),
     ("models", "data", "losses"),
     ("quantizer", "source"),
     ("adapters", "synthetic"),
