@@ -19,9 +19,16 @@ SYNTHETIC = "synthetic://"
 """Prefix of a model or data set that the program makes itself, for trying it without the internet."""
 
 
+_LANGUAGES = (
+    *("en", "de", "fr", "es", "it", "pt", "nl", "pl", "cs", "sv", "da", "fi", "hu", "ro", "el", "bg", "ru", "uk", "tr"),
+    *("ar", "he", "fa", "hi", "bn", "te", "ta", "th", "vi", "id", "zh", "ja", "ko", "sw"),
+)
+
+
 class Stage(Enum):
     """The parts of a run, in the order in which `all` runs them."""
 
+    doctor = "doctor"
     upcast = "upcast"
     sft = "sft"
     quantize = "quantize"
@@ -251,6 +258,16 @@ class FormatConfig:
 
 
 @dataclass
+class DoctorConfig:
+    """Look at the data and the machine before anything is trained."""
+
+    row: int = 1
+    """The conversation that is shown token by token, counted from 1 through the whole data set."""
+    languages: list[str] = field(default_factory=lambda: list(_LANGUAGES))
+    """Languages that prompts, reasoning and answers are told apart as: ISO 639-1 codes. Fewer are told more surely."""
+
+
+@dataclass
 class UpcastConfig:
     """MXFP4 -> BF16."""
 
@@ -322,6 +339,7 @@ class PipelineConfig:
     """Rebuild a stage that is complete, and discard unfinished work done with other settings."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    doctor: DoctorConfig = field(default_factory=DoctorConfig)
     upcast: UpcastConfig = field(default_factory=UpcastConfig)
     sft: TrainConfig = field(default_factory=TrainConfig)
     format: FormatConfig = field(default_factory=FormatConfig)
@@ -455,6 +473,7 @@ _SHARE = _Rule("0 or more and below 1", lambda value: 0 <= value < 1)
 _SEED = _Rule("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 _AT_LEAST_TWO = _Rule("2 or more: the one before is needed while one is written", lambda value: value >= 2)
 _STEPS = _Rule("a number of steps, or -1", lambda value: value == -1 or value > 0)
+_TWO_LANGUAGES = _Rule("at least two different languages", lambda value: len(set(value)) >= 2)
 _BLOCKS = _Rule("a positive multiple of 32, the block size of MXFP4", lambda value: value > 0 and value % 32 == 0)
 
 _TRAIN_RULES = {
@@ -483,6 +502,8 @@ _RULES = {
     "data.max_samples": _POSITIVE,
     "data.validation_fraction": _FRACTION,
     "data.max_length": _POSITIVE,
+    "doctor.row": _POSITIVE,
+    "doctor.languages": _TWO_LANGUAGES,
     "upcast.shard_bytes": _POSITIVE,
     "quantize.calibration_samples": _POSITIVE,
     "quantize.batch_size": _POSITIVE,
