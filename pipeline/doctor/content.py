@@ -51,7 +51,7 @@ def control_text(rows: list[Row]) -> dict[str, Any]:
     found: Counter[str] = Counter()
     ill = []
     for row in rows:
-        matches = set(_CONTROL.findall("\n".join(_texts(row.conversation))))
+        matches = sorted(set(_CONTROL.findall("\n".join(_texts(row.conversation)))))
         found.update(matches)
         if matches:
             ill.append(row)

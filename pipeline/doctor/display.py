@@ -12,23 +12,23 @@ from pipeline.harmony import IGNORED, Conversation, Rendering, examples
 from pipeline.tracking import say, warn
 
 _PLAIN_WIDTH = 120
-_STYLES = {"prompt": ("dim", "dim reverse"), "learnt": ("green", "black on green")}
+_STYLES = {"prompt": ("dim", "dim reverse"), "supervised": ("green", "black on green")}
 _BETWEEN = "│"
 _BAR = 30
 _TITLE = 22
 
 
 def conversation(row: int, chosen: Conversation, how: Rendering) -> None:
-    """Print every example of a conversation, token by token: what the model is given, and what it learns.
+    """Print every example of a conversation, token by token: what the model is given, and what it has to produce.
 
     On a terminal neighbouring tokens alternate in shade; elsewhere a bar stands between them.
     """
     console = _console()
     for number, example in enumerate(examples(chosen, how), 1):
-        labels = ["prompt" if label == IGNORED else "learnt" for label in example["labels"]]
+        labels = ["prompt" if label == IGNORED else "supervised" for label in example["labels"]]
         tokens = [how.tokenizer.decode([i]).replace("\n", "\\n") for i in example["input_ids"]]
-        learnt = labels.count("learnt")
-        say("doctor", f"row {row} ({chosen.where}), example {number}: {len(tokens)} tokens, {learnt} of them learnt")
+        supervised = labels.count("supervised")
+        say("doctor", f"row {row} ({chosen.where}), example {number}: {len(tokens)} tokens, {supervised} supervised")
         for label, run in groupby(zip(labels, tokens, strict=True), key=lambda pair: pair[0]):
             _print(console, label, _tokens(label, [token for _, token in run], console.is_terminal))
 
@@ -61,12 +61,12 @@ def _tokens(label: str, tokens: list[str], is_terminal: bool) -> Text:
 
 def _data_lines(data: dict[str, Any]) -> Iterable[tuple[str, str]]:
     rows, cut, empty, leaks = data["rows"], data["cut"], data["nothing_to_learn"], data["leaks"]
-    lengths, reasoning, tools = data["lengths"], data["reasoning"], data["tools"]
+    tokens, lengths, reasoning, tools = (data[name] for name in ("tokens", "lengths", "reasoning", "tools"))
     yield "rows", f"{rows['all']:,}, of which {rows['train']:,} are trained on and {rows['validation']:,} held out"
-    yield "examples", f"{data['examples']:,}, one for each assistant turn that is trained"
+    yield "examples", f"{tokens['examples']:,}, one for each assistant turn that is trained"
     yield (
         "tokens",
-        f"{data['tokens']:,}, of which {data['supervised_tokens']:,} ({data['supervised_share']:.1%}) are learnt",
+        f"{tokens['all']:,}, of which {tokens['supervised']:,} ({tokens['supervised_share']:.1%}) are supervised",
     )
     yield "length", f"median {lengths['median']}, 95 % up to {lengths['p95']}, longest {lengths['longest']} tokens"
     yield from _histogram(lengths["histogram"])

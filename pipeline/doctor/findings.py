@@ -86,7 +86,7 @@ def _other_tokens(facts: Facts) -> list[str]:
         return []
     first = parity["first"]
     return [
-        f"{parity['differ']} of {parity['examples']} examples have other tokens than openai-harmony gives, first"
+        f"examples with other tokens than openai-harmony gives: {parity['differ']} of {parity['examples']}, first"
         f" {first['where']} at token {first['position']}: {first['ours']!r} for {first['theirs']!r}. Engines would ask"
         " the model what it was not trained on: use the released tokenizer and chat template in model.path."
     ]
@@ -97,8 +97,8 @@ def _leaks(facts: Facts) -> list[str]:
     if not leaks["normalized"]:
         return []
     return [
-        f"{leaks['normalized']} of the {facts.data['rows']['validation']} validation rows ({leaks['share']:.1%}) have a"
-        f" prompt that is trained on too ({leaks['exact']} word for word), so that validation loss measures memory:"
+        f"validation rows whose prompt is trained on too, so that validation loss measures memory:"
+        f" {leaks['normalized']} of {facts.data['rows']['validation']} ({leaks['exact']} word for word):"
         f" {_and_more(leaks['first'], leaks['normalized'])}. Keep one row of each prompt in data.path."
     ]
 
@@ -109,9 +109,9 @@ def _control_text(facts: Facts) -> list[str]:
         return []
     tokens = ", ".join(f"{token} ({count})" for token, count in list(found["rows_by_token"].items())[:5])
     return [
-        f"{found['rows']} rows have control tokens of a chat format in their text, which the model will learn to write:"
-        f" {tokens}; {_and_more(found['first'], found['rows'])}. Take them out of data.path; reasoning belongs into"
-        " 'thinking'."
+        f"rows with control tokens of a chat format in their text, which the model will learn to write:"
+        f" {found['rows']}, {tokens}; {_and_more(found['first'], found['rows'])}. Take them out of data.path;"
+        " reasoning belongs into 'thinking'."
     ]
 
 
@@ -120,9 +120,8 @@ def _nothing_to_learn(facts: Facts) -> list[str]:
     if not found["examples"]:
         return []
     return [
-        f"{found['examples']} examples have nothing left to learn after data.max_length="
-        f"{facts.config.data.max_length} and are left out: {_and_more(found['first'], found['examples'])}."
-        f" {_longer(facts)}"
+        f"examples left out, since data.max_length={facts.config.data.max_length} cuts away all their supervised"
+        f" tokens: {found['examples']}; {_and_more(found['first'], found['examples'])}. {_longer(facts)}"
     ]
 
 
@@ -131,8 +130,8 @@ def _cut(facts: Facts) -> list[str]:
     if not cut["supervised_tokens_lost"]:
         return []
     return [
-        f"{cut['examples']} examples are cut at data.max_length={cut['max_length']} and lose"
-        f" {cut['supervised_share_lost']:.1%} of all supervised tokens, their stop tokens among them:"
+        f"examples cut at data.max_length={cut['max_length']}: {cut['examples']}, which lose"
+        f" {cut['supervised_share_lost']:.1%} of all supervised tokens, and the token that stops them;"
         f" {_and_more(cut['first'], cut['rows'])}. {_longer(facts)}"
     ]
 
@@ -142,9 +141,9 @@ def _no_reasoning(facts: Facts) -> list[str]:
     if not found["turns_without"]:
         return []
     return [
-        f"{found['turns_without']} of {found['turns']} assistant turns have no reasoning, which teaches the model to"
-        f" answer without: {_and_more(found['first'], found['turns_without'])}. Give it as 'thinking'; where there is"
-        " none, say so by a row's own reasoning_effort, or data.reasoning_effort=low."
+        f"assistant turns without reasoning, which teach the model to answer without: {found['turns_without']} of"
+        f" {found['turns']}; {_and_more(found['first'], found['turns_without'])}. Give it as 'thinking'; where there is"
+        " none, say so with the row's reasoning_effort or data.reasoning_effort=low."
     ]
 
 
@@ -153,7 +152,7 @@ def _copies(facts: Facts) -> list[str]:
     if not found["rows"]:
         return []
     return [
-        f"{found['rows']} rows are copies of others and count as often as they occur:"
+        f"rows that copy another, each counting as one more: {found['rows']};"
         f" {_and_more(found['first'], found['rows'])}. Remove them from data.path, unless that is meant."
     ]
 
@@ -166,8 +165,8 @@ def _few_to_validate(facts: Facts) -> list[str]:
     fraction = math.ceil(100 * _FEW_ROWS / chosen) / 100
     remedy = f"Set data.validation_fraction={fraction}" if fraction <= _MOST_HELD_OUT else "Use more rows"
     return [
-        f"only {rows['validation']} rows are held out by data.validation_fraction={config.validation_fraction}:"
-        f" validation loss will be mostly noise. {remedy}."
+        f"rows held out by data.validation_fraction={config.validation_fraction}: {rows['validation']}, so that"
+        f" validation loss is mostly noise. {remedy}."
     ]
 
 

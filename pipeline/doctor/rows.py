@@ -58,10 +58,12 @@ def figures(rows: list[Row], limit: int) -> dict[str, Any]:
     tokens, supervised = sum(e.tokens for e in every), sum(e.supervised for e in every)
     lost = sum(e.supervised - e.kept_supervised for e in cut)
     return {
-        "examples": len(every),
-        "tokens": tokens,
-        "supervised_tokens": supervised,
-        "supervised_share": supervised / tokens,
+        "tokens": {
+            "examples": len(every),
+            "all": tokens,
+            "supervised": supervised,
+            "supervised_share": supervised / tokens,
+        },
         "lengths": _lengths([example.tokens for example in every]),
         "cut": {
             "max_length": limit,

@@ -15,6 +15,7 @@ from pipeline.doctor.findings import Facts
 from pipeline.doctor.rows import examine
 from pipeline.doctor.rows import figures as token_figures
 from pipeline.errors import UserError
+from pipeline.harmony import Rendering
 from pipeline.languages import Languages
 from pipeline.tracking import is_main_process, log_metrics
 
@@ -23,7 +24,9 @@ _SETTINGS = ("data", "model.path", "model.revision", "sft", "qat", "doctor.langu
 
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/doctor, and show it with one conversation. Of the model only its tokenizer and sizes are used."""
+    tell = Languages(config.doctor.languages, "doctor.languages")
     model = source.without_weights(config)
+    how = data.rendering(config, load_tokenizer(model))
     rows = data.load_rows(config)
     _raise_if_no_such_row(config, rows)
     artifact = artifacts.build(
@@ -31,40 +34,29 @@ def run(config: PipelineConfig) -> Artifact:
         Stage.doctor,
         _SETTINGS,
         {"tokenizer": _fingerprint(model)},
-        lambda directory: _examine(config, model, rows, directory),
+        lambda directory: _report(config, model, _data_figures(config, rows, how, tell), directory),
         data=rows.fingerprint,
         is_report=True,
     )
     if is_main_process():
-        report = artifact.details
         # What is free changes from one minute to the next, so it is looked at even when the report is up to date.
-        facts = Facts(report["data"], report["needs"], machine.figures(config), config)
-        how = data.rendering(config, load_tokenizer(model))
+        facts = Facts(artifact.details["data"], artifact.details["needs"], machine.figures(config), config)
         display.conversation(config.doctor.row, rows.conversations[config.doctor.row - 1], how)
         display.report(facts, findings.findings(facts))
     return artifact
 
 
-def _examine(config: PipelineConfig, model: Path, rows: Rows, directory: Path) -> Result:
-    figures = _data_figures(config, model, rows)
+def _report(config: PipelineConfig, model: Path, figures: dict[str, Any], directory: Path) -> Result:
     longest = min(figures["lengths"]["longest"], config.data.max_length)
     facts = Facts(figures, needs.figures(config, read_config(model), longest), machine.figures(config), config)
-    report: dict[str, Any] = {
-        "data": facts.data,
-        "needs": facts.needs,
-        "machine": facts.machine,
-        "findings": findings.findings(facts),
-    }
-    for section in ("needs", "machine"):
-        log_metrics(directory, {"section": section, **report[section]})
-    for name, value in figures.items():
-        log_metrics(directory, {"section": name, **(value if isinstance(value, dict) else {name: value})})
-    return Result(Kind.report, details=report)
+    for section, values in {**facts.data, "needs": facts.needs, "machine": facts.machine}.items():
+        log_metrics(directory, {"section": section, **values})
+    found = findings.findings(facts)
+    details = {"data": facts.data, "needs": facts.needs, "machine": facts.machine, "findings": found}
+    return Result(Kind.report, details=details)
 
 
-def _data_figures(config: PipelineConfig, model: Path, rows: Rows) -> dict[str, Any]:
-    tell = Languages(config.doctor.languages, "doctor.languages")
-    how = data.rendering(config, load_tokenizer(model))
+def _data_figures(config: PipelineConfig, rows: Rows, how: Rendering, tell: Languages) -> dict[str, Any]:
     train, validation = (examine(config, part, how) for part in data.split(config, rows))
     every = [*train, *validation]
     return {
