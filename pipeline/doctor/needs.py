@@ -150,9 +150,9 @@ def _activations(shape: Shape, train: TrainConfig, tokens: int, experts_per_toke
 
     With gradient checkpointing the input of every layer, B·T·H·a, and all of one layer; without it all of every layer.
     Of a layer: a few vectors of width H, the queries, keys and values, K experts of widths 2I and I, eager attention's
-    scores B·N·T·T, and copies of the expert stacks that LoRA (delta and sum) and fake quantization (transposed and
-    rounded) make. Then the logits with their FP32 copy and gradient, and, in mixed precision, the BF16 copies of the
-    weights that autocast keeps.
+    scores B·N·T·T, and the copy of the expert stacks that LoRA (base and delta) or fake quantization (rounded)
+    multiplies with; while one is made, two more. Then the logits with their FP32 copy and gradient, and, in mixed
+    precision, the BF16 copies of the weights that autocast keeps.
     """
     places = train.batch_size * tokens
     width = 4 if train.precision is Precision.fp32 else 2
@@ -161,13 +161,14 @@ def _activations(shape: Shape, train: TrainConfig, tokens: int, experts_per_toke
     values = 8 * hidden + attention + experts_per_token * (6 * inner + 2 * hidden)
     scores = _SCORE_COPIES * heads * tokens if train.attn_implementation == "eager" else 0
     stack = sum(projection.values for projection in expert_projections(shape) if projection.layer == 0)
-    adapted = train.method is Method.lora and LoraTarget.experts in train.lora.targets
-    layer = width * (places * (values + scores) + stack * 2 * (adapted + is_quantized))
+    is_adapted = train.method is Method.lora and LoraTarget.experts in train.lora.targets
+    copy = stack * width * (is_adapted or is_quantized)
+    layer = width * places * (values + scores) + copy
     kept = shape.num_hidden_layers * places * hidden * width
     body = kept + layer if train.gradient_checkpointing else shape.num_hidden_layers * layer
     logits = places * shape.vocab_size * (width + 4 + 4)
     autocast = _count(plain_layout(shape)) * 2 if train.precision is Precision.mixed_bf16 else 0
-    return body + logits + autocast
+    return body + 2 * copy + logits + autocast
 
 
 def _saved(shape: Shape, train: TrainConfig) -> int:

@@ -119,11 +119,6 @@ def test_what_transformers_cannot_run_is_one_message(name: str) -> None:
     assert len(message) < 500
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="flex attention honours sinks on a GPU")
-def test_flex_attention_is_refused_on_a_cpu_where_transformers_cannot_give_it_sinks() -> None:
-    assert "Attention sinks cannot be run on CPU with flex attention" in refusal("flex_attention")
-
-
 def test_eager_is_not_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "errors", lambda *_: pytest.fail("eager was compared"))
     attention.check(TrainConfig(attn_implementation="eager"), "sft")

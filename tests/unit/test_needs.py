@@ -115,20 +115,23 @@ def kept_bytes() -> Iterator[dict[int, int]]:
         yield kept
 
 
-@pytest.mark.parametrize(("batch_size", "tokens"), [(1, 64), (2, 256), (8, 128)])
-def test_activations_are_within_a_factor_of_two_of_what_autograd_keeps(
-    model_config: dict[str, Any], shape: Shape, batch_size: int, tokens: int
+@pytest.mark.parametrize("method", Method)
+@pytest.mark.parametrize(("batch_size", "tokens"), [(1, 64), (2, 256), (4, 128)])
+def test_activations_are_close_to_what_autograd_keeps(
+    model_config: dict[str, Any], shape: Shape, batch_size: int, tokens: int, method: Method
 ) -> None:
+    train = replace(FULL, method=method, batch_size=batch_size, gradient_checkpointing=False)
     model = build(model_config)
+    if method is Method.lora:
+        model = adapters.attach(model, train, "sft")
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     ids = torch.randint(0, 700, (batch_size, tokens))
     with kept_bytes() as kept:
         loss = model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids), use_cache=False).loss
     held = sum(size for storage, size in kept.items() if storage not in parameters)
     assert loss.requires_grad
-    train = replace(FULL, batch_size=batch_size, gradient_checkpointing=False)
     estimate = needs.memory(shape, train, tokens, TINY.num_experts_per_tok, False).activations
-    assert 0.5 < estimate / held < 2
+    assert 0.8 < estimate / held < 1.8
 
 
 def test_checkpointing_longer_batches_and_flex_attention_change_activations_the_right_way() -> None:
