@@ -341,7 +341,7 @@ def test_a_value_of_the_wrong_type_is_refused(argument: str, expected: str) -> N
 @pytest.mark.parametrize(
     ("argument", "reason"),
     [
-        ("stage=sft,exprot", "'exprot', expected one of [upcast, "),
+        ("stage=sft,exprot", "'exprot', expected one of [doctor, "),
         ("sft.learning_rate=1e-5,fast", "'fast' of type 'str' could not be converted to Float"),
         ("sft.precision=fp32,fp16", "'fp16', expected one of [fp32, mixed_bf16, bf16]"),
     ],
@@ -546,7 +546,13 @@ def test_no_setting_is_without_a_meaning() -> None:
 def test_the_help_names_every_setting_with_its_meaning() -> None:
     lines = help_text().splitlines()
     sections = {"": "PipelineConfig", "model": "ModelConfig", "model.tiny": "TinyConfig", "data": "DataConfig"}
-    sections |= {"upcast": "UpcastConfig", "sft": "TrainConfig", "sft.lora": "LoraConfig", "format": "FormatConfig"}
+    sections |= {
+        "doctor": "DoctorConfig",
+        "upcast": "UpcastConfig",
+        "sft": "TrainConfig",
+        "sft.lora": "LoraConfig",
+        "format": "FormatConfig",
+    }
     sections |= {"quantize": "QuantizeConfig", "qat": "TrainConfig", "qat.lora": "LoraConfig"}
     sections |= {"export": "ExportConfig", "verify": "VerifyConfig", "evaluate": "EvaluateConfig"}
     settings = documented_settings()
