@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.text import Text
 
 from pipeline.doctor.findings import Facts, disk_needed, gigabytes, host_needed
-from pipeline.harmony import IGNORED, Conversation, Rendering, examples
+from pipeline.errors import UserError
+from pipeline.harmony import IGNORED, Conversation, ConversationError, Rendering, examples
 from pipeline.tracking import say, warn
 
 _PLAIN_WIDTH = 120
@@ -22,9 +23,16 @@ def conversation(row: int, chosen: Conversation, how: Rendering) -> None:
     """Print every example of a conversation, token by token: what the model is given, and what it has to produce.
 
     On a terminal neighbouring tokens alternate in shade; elsewhere a bar stands between them.
+
+    Raises:
+        UserError: the chat template refuses it (it need not be among the rows that training uses).
     """
     console = _console()
-    for number, example in enumerate(examples(chosen, how), 1):
+    try:
+        rendered = examples(chosen, how)
+    except ConversationError as error:
+        raise UserError(f"doctor.row={row}: {chosen.where}: {error}.") from error
+    for number, example in enumerate(rendered, 1):
         labels = ["prompt" if label == IGNORED else "supervised" for label in example["labels"]]
         tokens = [how.tokenizer.decode([i]).replace("\n", "\\n") for i in example["input_ids"]]
         supervised = labels.count("supervised")
@@ -46,7 +54,7 @@ def report(facts: Facts, findings: list[str]) -> None:
 
 def _print(console: Console, title: str, text: Text) -> None:
     """A title and, in lines beside it, the text; nothing is padded, so that a log can be searched and compared."""
-    for line in text.wrap(console, console.width - _TITLE, overflow="fold"):
+    for line in text.wrap(console, max(_TITLE, console.width - _TITLE), overflow="fold"):
         line.rstrip()
         console.print(Text(title.ljust(_TITLE)) + line)
         title = ""

@@ -333,6 +333,13 @@ def test_what_is_shown_is_what_is_supervised(how: Rendering, capsys: pytest.Capt
     assert text == "<|channel|>analysis<|message|>2+3=5<|end|><|start|>assistant<|channel|>final<|message|>5<|return|>"
 
 
+def test_a_conversation_that_the_template_refuses_is_named_by_its_setting_and_row(how: Rendering) -> None:
+    call, orphan = {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "5"}
+    bad = Conversation([QUESTION, call, ANSWER, orphan, ANSWER], where="data.jsonl: row 9")
+    with pytest.raises(UserError, match=r"doctor\.row=9: data\.jsonl: row 9: the chat template refuses it"):
+        display.conversation(9, bad, how)
+
+
 def test_on_a_terminal_it_is_in_colour(how: Rendering, monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     terminal = Console(file=out, force_terminal=True, color_system="standard", width=100, legacy_windows=False)
