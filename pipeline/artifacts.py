@@ -395,9 +395,9 @@ def chosen(config: PipelineConfig, keys: tuple[str, ...]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key in keys:
         value = OmegaConf.select(node, key)
-        if OmegaConf.is_dict(value):
+        if OmegaConf.is_config(value):
             plain = OmegaConf.to_container(value, enum_to_str=True)
-            flat.update(_flatten(plain, f"{key}."))
+            flat.update(_flatten(plain, f"{key}.") if isinstance(plain, dict) else {key: plain})
         else:
             flat[key] = value.name if isinstance(value, Enum) else value
     return flat

@@ -26,6 +26,7 @@ _GROUPS = {
 }
 _HELP_FLAGS = ("--help", "-h")
 _STAGES = {
+    "doctor": "look at the data, at what the run needs, and whether it fits here",
     "upcast": "MXFP4 checkpoint -> BF16, exact to the bit",
     "sft": "supervised fine-tuning",
     "quantize": "insert fake quantization: the PTQ baseline",

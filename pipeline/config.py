@@ -19,9 +19,16 @@ SYNTHETIC = "synthetic://"
 """Prefix of a model or data set that the program makes itself, for trying it without the internet."""
 
 
+_LANGUAGES = (
+    *("en", "de", "fr", "es", "it", "pt", "nl", "pl", "cs", "sv", "da", "fi", "hu", "ro", "el", "bg", "ru", "uk", "tr"),
+    *("ar", "he", "fa", "hi", "bn", "te", "ta", "th", "vi", "id", "zh", "ja", "ko", "sw"),
+)
+
+
 class Stage(Enum):
     """The parts of a run, in the order in which `all` runs them."""
 
+    doctor = "doctor"
     upcast = "upcast"
     sft = "sft"
     quantize = "quantize"
@@ -221,7 +228,7 @@ class TrainConfig:
     precision: Precision = Precision.mixed_bf16
     """fp32; mixed_bf16: FP32 weights, BF16 arithmetic; bf16: BF16 weights, which low learning rates hardly move."""
     attn_implementation: str = "eager"
-    """Attention kernel, by its transformers name; it must honour gpt-oss' attention sinks, which sdpa does not."""
+    """Attention kernel, by its transformers name; compared with eager before training, since many lose the sinks."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
     router_aux_loss_coef: float = 0.0
@@ -267,6 +274,16 @@ class FormatConfig:
     """Scale of a block: ceil (holds the largest value), floor (may clip it), mse (better of two), nearest (NVFP4)."""
     importance: bool = False
     """With scale_rule=mse: weigh each input channel's error by the mean square of what calibration sends through it."""
+
+
+@dataclass
+class DoctorConfig:
+    """Look at the data and the machine before anything is trained."""
+
+    row: int = 1
+    """The conversation that is shown token by token, counted from 1 through the whole data set."""
+    languages: list[str] = field(default_factory=lambda: list(_LANGUAGES))
+    """Languages that prompts, reasoning and answers are told apart as: ISO 639-1 codes. Fewer are told more surely."""
 
 
 @dataclass
@@ -341,6 +358,7 @@ class PipelineConfig:
     """Rebuild a stage that is complete, and discard unfinished work done with other settings."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    doctor: DoctorConfig = field(default_factory=DoctorConfig)
     upcast: UpcastConfig = field(default_factory=UpcastConfig)
     sft: TrainConfig = field(default_factory=TrainConfig)
     format: FormatConfig = field(default_factory=FormatConfig)
@@ -415,11 +433,6 @@ def problems(config: PipelineConfig) -> list[str]:
     ]
     for section in ("sft", "qat"):
         train: TrainConfig = getattr(config, section)
-        if train.attn_implementation not in _KEEP_SINKS:
-            found.append(
-                f"{section}.attn_implementation={train.attn_implementation!r}: must be one of"
-                f" {', '.join(_KEEP_SINKS)}; others lose gpt-oss' attention sinks or their gradient."
-            )
         if train.method is Method.lora and train.precision is Precision.mixed_bf16:
             found.append(
                 f"{section}.precision=mixed_bf16: not with LoRA, whose merge autocast would round otherwise than export"
@@ -485,6 +498,7 @@ _UP_TO_ONE = _Rule("from 0 to 1", lambda value: 0 <= value <= 1)
 _SEED = _Rule("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 _AT_LEAST_TWO = _Rule("2 or more: the one before is needed while one is written", lambda value: value >= 2)
 _STEPS = _Rule("a number of steps, or -1", lambda value: value == -1 or value > 0)
+_TWO_LANGUAGES = _Rule("at least two different languages", lambda value: len(set(value)) >= 2)
 _BLOCKS = _Rule("a positive multiple of 32, the block size of MXFP4", lambda value: value > 0 and value % 32 == 0)
 
 _TRAIN_RULES = {
@@ -513,6 +527,8 @@ _RULES = {
     "data.max_samples": _POSITIVE,
     "data.validation_fraction": _FRACTION,
     "data.max_length": _POSITIVE,
+    "doctor.row": _POSITIVE,
+    "doctor.languages": _TWO_LANGUAGES,
     "upcast.shard_bytes": _POSITIVE,
     "quantize.calibration_samples": _POSITIVE,
     "quantize.batch_size": _POSITIVE,
@@ -533,8 +549,6 @@ _SCALE_RULES = {
     FormatName.nvfp4_w4a4: (ScaleRule.nearest, ScaleRule.ceil, ScaleRule.floor, ScaleRule.mse),
 }
 _HELD_BY = {ExportTarget.mxfp4: (FormatName.mxfp4,)}
-
-_KEEP_SINKS = ("eager", "flex_attention")
 
 
 def _select(config: Any, key: str) -> Any:

@@ -92,24 +92,31 @@ def prepare(config: PipelineConfig, rows: Rows, tokenizer: Any) -> Splits:
     Raises:
         UserError: nothing is left to train on or to validate on, or the template refuses a row.
     """
-    data = config.data
-    train, validation = _split(data, rows.conversations)
-    rendering = Rendering(
-        tokenizer,
-        data.reasoning_effort.name,
-        data.conversation_date,
-        data.supervise is Supervise.every_turn,
-    )
+    train, validation = split(config, rows)
+    how = rendering(config, tokenizer)
     counts: dict[str, int] = {"train_rows": len(train), "validation_rows": len(validation)}
     tokenized = {}
     for name, part in (("train", train), ("validation", validation)):
-        tokenized[name] = _tokenize(name, part, rendering, data, counts)
+        tokenized[name] = _tokenize(name, part, how, config.data, counts)
     return Splits(tokenized["train"], tokenized["validation"], counts)
 
 
-def _split(data: DataConfig, conversations: list[Conversation]) -> tuple[list[Conversation], list[Conversation]]:
+def rendering(config: PipelineConfig, tokenizer: Any) -> Rendering:
+    """How the settings want conversations rendered."""
+    data = config.data
+    every_turn = data.supervise is Supervise.every_turn
+    return Rendering(tokenizer, data.reasoning_effort.name, data.conversation_date, every_turn)
+
+
+def split(config: PipelineConfig, rows: Rows) -> tuple[list[Conversation], list[Conversation]]:
+    """The conversations to train on and those to validate on; data.max_samples may leave some out of both.
+
+    Raises:
+        UserError: there are none to train on or to validate on.
+    """
     import torch
 
+    data, conversations = config.data, rows.conversations
     order = torch.randperm(len(conversations), generator=torch.Generator().manual_seed(data.seed)).tolist()
     if data.max_samples is not None and data.max_samples > len(order):
         say("data", f"data.max_samples={data.max_samples}, but there are only {len(order)} rows: using all")

@@ -44,9 +44,10 @@ def _raise_if_quantized_otherwise(start: ModelRef, wanted: BlockFormat) -> None:
 
 
 def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
-    from pipeline import quantizer, training
+    from pipeline import attention, quantizer, training
     from pipeline.drift import Drift
 
+    attention.check(config.qat, "qat")
     block_format = models.configured_format(config)
     tokenizer = load_tokenizer(start.base)
     splits = data.prepare(config, rows, tokenizer)

@@ -34,9 +34,10 @@ def run(config: PipelineConfig) -> Artifact:
 
 
 def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
-    from pipeline import adapters, training
+    from pipeline import adapters, attention, training
     from pipeline.drift import Drift
 
+    attention.check(config.sft, "sft")
     tokenizer = load_tokenizer(start.base)
     splits = data.prepare(config, rows, tokenizer)
     model = models.load_to_train(start, config.sft)

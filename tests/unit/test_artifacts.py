@@ -593,3 +593,8 @@ def test_a_line_goes_to_stdout_and_a_warning_to_stderr(capsys: pytest.CaptureFix
     tracking.say("sft", "hello")
     tracking.warn("sft", "careful")
     assert capsys.readouterr() == ("[sft] hello\n", "[sft] warning: careful\n")
+
+
+def test_a_setting_that_is_a_list_is_recorded_as_one(config: PipelineConfig) -> None:
+    config.doctor.languages = ["en", "de"]
+    assert artifacts.chosen(config, ("doctor.languages",)) == {"doctor.languages": ["en", "de"]}

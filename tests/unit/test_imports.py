@@ -14,15 +14,15 @@ PACKAGE = Path(__file__).parents[2] / "pipeline"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("stages", "command_line"),
-    ("proof", "evals", "report"),
-    ("export", "training"),
+    ("proof", "evals", "report", "doctor"),
+    ("export", "training", "attention"),
     ("models", "data", "losses", "distillation", "drift"),
     ("quantizer", "source"),
     ("adapters", "synthetic", "rounding"),
     ("checkpoints", "harmony"),
     ("shards",),
     ("artifacts", "gpt_oss"),
-    ("tracking", "config", "numerics"),
+    ("tracking", "config", "numerics", "languages"),
     ("errors", "allocator"),
 )
 """Files and folders of the package, from top to bottom: each imports only from the rows below its own.
@@ -50,6 +50,8 @@ ONLY_IMPORTER = {
     "trl": "training",
     "peft": "adapters",
     "modelopt": "quantizer",
+    "py3langid": "languages",
+    "openai_harmony": "doctor.parity",
     "hydra": ("__main__", "command_line"),
 }
 
