@@ -1,8 +1,8 @@
 """The command line and the configuration: what composes, what is refused and in which words, and the help."""
 
 import ast
-import dataclasses
 import copy
+import dataclasses
 import inspect
 import math
 import os
