@@ -557,6 +557,7 @@ def test_the_help_names_every_setting_with_its_meaning() -> None:
     sections |= {"upcast": "UpcastConfig", "sft": "TrainConfig", "sft.lora": "LoraConfig", "format": "FormatConfig"}
     sections |= {"quantize": "QuantizeConfig", "qat": "TrainConfig", "qat.lora": "LoraConfig"}
     sections |= {"export": "ExportConfig", "verify": "VerifyConfig", "evaluate": "EvaluateConfig"}
+    sections |= {"tracking": "TrackingConfig"}
     settings = documented_settings()
     assert set(settings) <= set(sections.values()), "a new section: add it above"
     for section, name in sections.items():

@@ -16,13 +16,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stages", "command_line"),
     ("proof", "evals", "report"),
     ("export", "training"),
-    ("models", "data", "losses"),
+    ("models", "data", "losses", "callbacks"),
     ("quantizer", "source"),
     ("adapters", "synthetic"),
     ("checkpoints", "harmony"),
     ("shards",),
     ("artifacts", "gpt_oss"),
-    ("tracking", "config", "numerics"),
+    ("tracking",),
+    ("config", "numerics"),
     ("errors", "allocator"),
 )
 """Files and folders of the package, from top to bottom: each imports only from the rows below its own.
@@ -50,6 +51,7 @@ ONLY_IMPORTER = {
     "trl": "training",
     "peft": "adapters",
     "modelopt": "quantizer",
+    "wandb": "tracking",
     "hydra": ("__main__", "command_line"),
 }
 
