@@ -235,6 +235,8 @@ class Checkpoints(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not args.load_best_model_at_end or state.best_metric is None or not is_main_process():
             return
+        if state.global_step < state.max_steps:
+            say(self._stage, f"stopped early, at step {state.global_step} of {state.max_steps}")
         if state.best_global_step != state.global_step:
             say(self._stage, f"keeping step {state.best_global_step}: validation loss {state.best_metric:.4f}")
         before = next(line[_LOSS] for line in read_metrics(self._directory) if _LOSS in line)
@@ -257,9 +259,6 @@ class EarlyStopping(EarlyStoppingCallback):
             control.should_log = True
             # A run resumed from here would go on; from the checkpoint before it stops here again.
             control.should_save = False
-            patience = self.early_stopping_patience
-            if state.is_world_process_zero:
-                say("early stopping", f"step {state.global_step}: {patience} evaluations without a lower loss")
 
 
 def _checkpoint(args: Any, step: int) -> Path:

@@ -259,7 +259,7 @@ _followed_by: _Wandb | None = None
 
 def _not_started(reason: str) -> UserError:
     return UserError(
-        f"tracking=wandb: W&B could not be started ({_in_one_line(reason)}). Log in with `wandb login` or WANDB_API_KEY,"
+        f"tracking=wandb: W&B could not be started ({_in_one_line(reason)}). Log in with `wandb login`,"
         " set WANDB_MODE=offline to upload later, or use tracking=none."
     )
 
