@@ -24,7 +24,7 @@ WHOLE = "whole"
 """This file in a checkpoint says that all of it was written."""
 
 _LOSS = "eval_loss"
-_NOT_LOGGED = {"num_tokens", "total_flos"}  # TRL and transformers begin to count anew when a run is resumed
+_RECOUNTED = "num_tokens"  # TRL's sum, which begins anew when a run is resumed
 
 
 def callbacks(settings: TrainConfig, directory: Path, stage: str) -> list[TrainerCallback]:
@@ -68,7 +68,7 @@ class Metrics(TrainerCallback):
         # On every process: counts are added up over all of them.
         logs: dict[str, Any] = event["logs"]
         if "loss" in logs:
-            line = {name: value for name, value in logs.items() if name not in _NOT_LOGGED} | self._throughput()
+            line = {name: value for name, value in logs.items() if name != _RECOUNTED} | self._throughput()
         elif _LOSS in logs:
             # TRL adds averages of the training steps to this line, where they do not belong.
             line = {name: value for name, value in logs.items() if name.startswith("eval_") or name == "epoch"}
