@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
-from pipeline.tracking import METRICS_FILE, is_main_process, progress, say, wait_for_everyone
+from pipeline.tracking import METRICS_FILE, followed, is_main_process, progress, say, wait_for_everyone
 
 ARTIFACT_FILE = "artifact.json"
 CONFIG_FILE = "config.yaml"
@@ -126,7 +126,8 @@ def build(
     _raise_if_foreign(directory)
     if not is_report and not config.overwrite:
         _raise_if_unfinished_differs(directory, inputs)
-    with _alone_in(config, directory):
+    # Followed before anything is emptied: a service that cannot be reached must not cost an earlier result.
+    with _alone_in(config, directory), followed(config, stage.name, directory.parent):
         wait_for_everyone()
         if is_main_process():
             _prepare(config, directory, inputs, keep_files=is_report and not config.overwrite)
@@ -372,9 +373,14 @@ def _machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
+        "peak_memory_bytes": peak_resident_bytes(),
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
     }
+
+
+def peak_resident_bytes() -> int:
+    """Most main memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
 
 
 def _git_commit() -> str | None:

@@ -107,6 +107,13 @@ class ExportTarget(Enum):
     mxfp4 = "mxfp4"
 
 
+class TrackingBackend(Enum):
+    """Where metrics go besides metrics.jsonl."""
+
+    none = "none"
+    wandb = "wandb"
+
+
 class ReasoningEffort(Enum):
     """The `Reasoning:` line of the Harmony system message."""
 
@@ -240,7 +247,11 @@ class TrainConfig:
     save_steps: int = 50
     """Optimizer steps between two checkpoints to resume from."""
     save_total_limit: int = 2
-    """Checkpoints kept while training; they are removed when the stage is complete."""
+    """Checkpoints kept while training, the newest and the best among them; removed when the stage is complete."""
+    keep_best: bool = True
+    """Leave the weights of the lowest validation loss, not of the last step; needs save_steps = eval_steps."""
+    early_stopping_patience: Optional[int] = None
+    """Stop after so many validation losses in a row that are not lower than the lowest; null: never."""
     seed: int = 42
     """Seed of the data order and of the adapters."""
 
@@ -343,6 +354,22 @@ class EvaluateConfig:
 
 
 @dataclass
+class TrackingConfig:
+    """Metrics beyond metrics.jsonl, which is always written."""
+
+    backend: TrackingBackend = TrackingBackend.none
+    """Service that gets the same numbers: none or wandb (Weights & Biases; WANDB_MODE=offline keeps them here)."""
+    project: str = "gpt-oss-qat"
+    """Project of the service."""
+    entity: Optional[str] = None
+    """User or team of the service; null: its default for the login."""
+    tags: list[str] = field(default_factory=list)
+    """Tags of every stage's run."""
+    name: Optional[str] = None
+    """Name of the pipeline run: stages appear as <name>-<stage>, in one group; null: the recipe."""
+
+
+@dataclass
 class PipelineConfig:
     """The whole pipeline; `stage` only says which part to run now."""
 
@@ -367,6 +394,7 @@ class PipelineConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 def setting_keys(node: Any = PipelineConfig, prefix: str = "") -> list[str]:
@@ -442,6 +470,7 @@ def problems(config: PipelineConfig) -> list[str]:
             found.append(f"{section}.lr_scheduler={train.lr_scheduler!r}: must be one of {', '.join(_SCHEDULERS)}.")
         if train.method is Method.lora and not train.lora.targets:
             found.append(f"{section}.lora.targets=[]: LoRA needs at least one of attention, experts.")
+        found += _keeping_problems(section, train)
     rules = _SCALE_RULES[config.format.name]
     if config.format.scale_rule not in rules:
         found.append(
@@ -470,6 +499,22 @@ def problems(config: PipelineConfig) -> list[str]:
         found.append(
             f"qat.lora={_shown(config.qat.lora)} differs from sft.lora={_shown(config.sft.lora)}: QAT goes on with"
             " SFT's adapters. Give both the same values."
+        )
+    return found
+
+
+def _keeping_problems(section: str, train: TrainConfig) -> list[str]:
+    found = []
+    if train.keep_best and train.save_steps != train.eval_steps:
+        found.append(
+            f"{section}.save_steps={train.save_steps}, {section}.eval_steps={train.eval_steps}: must be equal with"
+            f" {section}.keep_best=true, which needs a checkpoint of every step that is evaluated."
+            f" Give both the same value, or {section}.keep_best=false."
+        )
+    if train.early_stopping_patience is not None and not train.keep_best:
+        found.append(
+            f"{section}.early_stopping_patience={train.early_stopping_patience}: needs {section}.keep_best=true, or the"
+            " weights left would be the last, which did not improve."
         )
     return found
 
@@ -516,6 +561,7 @@ _TRAIN_RULES = {
     "eval_steps": _POSITIVE,
     "save_steps": _POSITIVE,
     "save_total_limit": _AT_LEAST_TWO,
+    "early_stopping_patience": _POSITIVE,
     "lora.rank": _POSITIVE,
     "lora.alpha": _POSITIVE,
 }

@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from pipeline import losses
 from pipeline.artifacts import CHECKPOINTS_DIR
+from pipeline.callbacks import WHOLE, callbacks
 from pipeline.config import Precision, TrainConfig
 from pipeline.data import Splits
 from pipeline.distillation import Teacher, distilled
@@ -30,15 +31,12 @@ from pipeline.rounding import RoundedWeights
 from pipeline.tracking import (
     forget_metrics_after,
     is_main_process,
-    log_metrics,
     read_metrics,
     say,
-    shows_progress,
     wait_for_everyone,
     warn,
 )
 
-_WHOLE = "whole"  # this file in a checkpoint says that all of it was written
 _LOWEST_SAFE_BF16_RATE = 1e-4
 
 
@@ -67,7 +65,7 @@ def train(
         teacher: whose predictions are learnt beside the data, or None.
 
     Returns:
-        Steps, training loss, validation loss before and after, tokens seen.
+        Steps, the step whose weights are left, training loss, validation loss before and after, tokens seen.
 
     Raises:
         UserError: a setting that transformers refuses.
@@ -95,7 +93,9 @@ def train(
     if trainer.evaluated_step != trainer.state.global_step:
         trainer.evaluate()
     wait_for_everyone()  # the main process has written all its metrics
-    return {"steps": trainer.state.global_step, **_outcome(directory, settings, stage), **splits.counts}
+    kept = trainer.state.best_global_step if settings.keep_best else trainer.state.global_step
+    outcome = _outcome(directory, settings, stage, kept)
+    return {"steps": trainer.state.global_step, "kept_step": kept, **outcome, **splits.counts}
 
 
 @contextmanager
@@ -109,18 +109,19 @@ def _deterministic_on_cpu() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _outcome(directory: Path, settings: TrainConfig, stage: str) -> dict[str, float]:
-    """First and last figures of metrics.jsonl, which survives interruptions (the trainer's own averages do not)."""
+def _outcome(directory: Path, settings: TrainConfig, stage: str, kept: int | None) -> dict[str, float]:
+    """Figures of metrics.jsonl, which survives interruptions (the trainer's own averages do not)."""
     lines = read_metrics(directory)
-    validation = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    validation = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     training = [line["loss"] for line in lines if "loss" in line]
-    if not all(math.isfinite(loss) for loss in (*validation, *training)):
+    if not all(math.isfinite(loss) for loss in (*validation.values(), *training)):
         raise _diverged(settings, stage, "the loss is not finite")
+    assert kept is not None  # one finite loss is the lowest
     return {
         "train_loss_first": training[0],
         "train_loss_last": training[-1],
         "validation_loss_before": validation[0],
-        "validation_loss": validation[-1],
+        "validation_loss": validation[kept],
     }
 
 
@@ -185,31 +186,6 @@ class _Trainer(SFTTrainer):
         return losses.from_sums(self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu())
 
 
-class _Log(TrainerCallback):
-    """Writes what the trainer logs to metrics.jsonl, and marks checkpoints as whole."""
-
-    def __init__(self, directory: Path, stage: str) -> None:
-        self._directory = directory
-        self._stage = stage
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if state.is_world_process_zero and logs:
-            log_metrics(self._directory, {"step": state.global_step, **logs})
-            if "eval_loss" in logs:
-                say(self._stage, f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-            # transformers 5.14 would save now, and take one step too many when it resumes from there.
-            control.should_save = False
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        wait_for_everyone()
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
-
-
 class _Forget(TrainerCallback):
     """Weights change when a checkpoint is loaded and when the optimizer has made a step."""
 
@@ -238,7 +214,7 @@ def _trainer(
             train_dataset=splits.train,
             eval_dataset=splits.validation,
             processing_class=tokenizer,
-            callbacks=[_Log(directory, stage)],
+            callbacks=callbacks(settings, directory, stage),
         )
         trainer.remove_callback(PrinterCallback)
     except ValueError as error:
@@ -283,7 +259,8 @@ def _arguments(settings: TrainConfig, directory: Path) -> SFTConfig:
         eval_steps=settings.eval_steps,
         save_strategy="steps",
         save_steps=settings.save_steps,
-        save_total_limit=settings.save_total_limit,
+        load_best_model_at_end=settings.keep_best,
+        restore_callback_states_from_checkpoint=True,
         seed=settings.seed,
         data_seed=settings.seed,
         use_cpu=not on_gpu,
@@ -292,14 +269,14 @@ def _arguments(settings: TrainConfig, directory: Path) -> SFTConfig:
         shuffle_dataset=False,
         packing=False,  # with eager attention packed documents see each other
         report_to="none",
-        disable_tqdm=not shows_progress(),
+        disable_tqdm=True,
     )
 
 
 def _last_whole_checkpoint(directory: Path, stage: str) -> Path | None:
     """The newest checkpoint that was written to its end; later, broken ones are removed."""
     found = sorted(directory.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    whole = [path for path in found if (path / _WHOLE).is_file()]
+    whole = [path for path in found if (path / WHOLE).is_file()]
     wait_for_everyone()
     for path in found:
         if path not in whole and is_main_process():

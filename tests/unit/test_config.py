@@ -392,6 +392,7 @@ BROKEN_RULES: dict[str, tuple[Any, str]] = {
     "sft.warmup_ratio": (1.0, "must be 0 or more and below 1."),
     "sft.max_steps": (0, "must be a number of steps, or -1."),
     "qat.max_steps": (-2, "must be a number of steps, or -1."),
+    "sft.early_stopping_patience": (0, "must be greater than 0."),
     "sft.lora.rank": (0, "must be greater than 0."),
     "sft.router_aux_loss_coef": (-0.5, "must be 0 or more."),
     "quantize.calibration_samples": (0, "must be greater than 0."),
@@ -438,6 +439,18 @@ def test_different_adapter_settings_are_fine_when_only_one_stage_uses_them() -> 
 def test_lora_under_autocast_is_refused() -> None:
     (problem,) = broken(sft__method=Method.lora, sft__precision=Precision.mixed_bf16)
     assert problem.startswith("sft.precision=mixed_bf16: not with LoRA")
+
+
+def test_keeping_the_best_weights_needs_a_checkpoint_of_every_evaluation() -> None:
+    assert broken(qat__save_steps=50, qat__eval_steps=25, qat__keep_best=False) == []
+    (problem,) = broken(qat__save_steps=50, qat__eval_steps=25)
+    assert problem.startswith("qat.save_steps=50, qat.eval_steps=25: must be equal with qat.keep_best=true")
+
+
+def test_early_stopping_without_the_best_weights_is_refused() -> None:
+    assert broken(sft__early_stopping_patience=3) == []
+    (problem,) = broken(sft__early_stopping_patience=3, sft__keep_best=False)
+    assert problem.startswith("sft.early_stopping_patience=3: needs sft.keep_best=true")
 
 
 def test_several_broken_rules_are_reported_together(mistake: Mistake) -> None:

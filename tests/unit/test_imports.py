@@ -16,13 +16,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stages", "command_line"),
     ("proof", "evals", "report", "doctor"),
     ("export", "training", "attention"),
-    ("models", "data", "losses", "distillation", "drift"),
+    ("models", "data", "losses", "distillation", "drift", "callbacks"),
     ("quantizer", "source"),
     ("adapters", "synthetic", "rounding"),
     ("checkpoints", "harmony"),
     ("shards",),
     ("artifacts", "gpt_oss"),
-    ("tracking", "config", "numerics", "languages"),
+    ("tracking",),
+    ("config", "numerics", "languages"),
     ("errors", "allocator"),
 )
 """Files and folders of the package, from top to bottom: each imports only from the rows below its own.
@@ -52,6 +53,7 @@ ONLY_IMPORTER = {
     "modelopt": "quantizer",
     "py3langid": "languages",
     "openai_harmony": "doctor.parity",
+    "wandb": "tracking",
     "hydra": ("__main__", "command_line"),
 }
 
