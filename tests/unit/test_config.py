@@ -559,6 +559,7 @@ def test_the_help_names_every_setting_with_its_meaning() -> None:
     sections |= {"upcast": "UpcastConfig", "sft": "TrainConfig", "sft.lora": "LoraConfig", "format": "FormatConfig"}
     sections |= {"quantize": "QuantizeConfig", "qat": "QatConfig", "qat.lora": "LoraConfig"}
     sections |= {"qat.distillation": "DistillationConfig"}
+    sections |= {"data.columns": "ColumnsConfig", "data.blend[]": "BlendPartConfig"}
     sections |= {"export": "ExportConfig", "verify": "VerifyConfig", "evaluate": "EvaluateConfig"}
     settings = documented_settings()
     assert set(settings) <= set(sections.values()), "a new section: add it above"

@@ -35,10 +35,17 @@ def quiet() -> None:
     datasets.disable_progress_bars()
 
 
+@pytest.fixture(autouse=True)
+def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are written below run_dir, which is relative here."""
+    working = tmp_path / "working"
+    working.mkdir()
+    monkeypatch.chdir(working)
+
+
 def config_of(path: Any, **settings: Any) -> PipelineConfig:
-    return PipelineConfig(
-        stage=Stage.sft, model=ModelConfig(path="unused"), data=DataConfig(path=str(path), **settings)
-    )
+    data = DataConfig(path=None if path is None else str(path), **settings)
+    return PipelineConfig(stage=Stage.sft, run_dir="run", model=ModelConfig(path="unused"), data=data)
 
 
 def jsonl(path: Path, rows: list[Any]) -> Path:
@@ -52,7 +59,7 @@ def parquet(path: Path, rows: list[Any]) -> Path:
 
 
 def conversations(path: Any, **settings: Any) -> list[Conversation]:
-    return data.load_rows(config_of(path, **settings)).conversations
+    return list(data.load_rows(config_of(path, **settings)).conversations)
 
 
 def load_error(path: Any, **settings: Any) -> str:
@@ -141,7 +148,7 @@ def test_a_hub_id_is_asked_for_its_split_and_revision(monkeypatch: pytest.Monkey
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     found = conversations("owner/name", split="validation", revision="abc")
     assert found == [parse_conversation(row) for row in ROWS]
-    assert asked == [("owner/name", {"split": "validation", "revision": "abc"})]
+    assert asked == [("owner/name", {"split": "validation", "revision": "abc", "streaming": False})]
 
 
 def test_the_split_of_a_saved_dictionary_can_be_chosen(tmp_path: Path) -> None:
@@ -255,7 +262,7 @@ def test_several_bad_rows_are_reported_together(tmp_path: Path) -> None:
 
 
 def test_of_many_bad_rows_a_few_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
-    message = load_error(jsonl(tmp_path / "rows.jsonl", [{}] * 1000))
+    message = load_error(jsonl(tmp_path / "rows.jsonl", [{"messages": []}] * 1000))
     assert len(message.splitlines()) < 12
     assert "row 1:" in message and "and 992 more" in message
 
