@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.config import ColumnsConfig, DataConfig
+from pipeline.errors import did_you_mean
 from pipeline.harmony import ConversationError
 
 _NEEDED = ("messages", "prompt", "completion")
 _MESSAGE_KEYS = ("role", "content", "thinking")
+_FILTER = "filter"
 _ABSENT = object()
 _MOST_NAMES = 40
 
@@ -28,6 +30,7 @@ class Columns:
         self._data = data
         self._wanted = dict(self._looked_for())
         self._met: set[str] = set()
+        self._kept_one = False
         self._others: dict[str, None] = {}  # names in rows that lack a wanted column, in order
 
     def chat_row(self, row: Any) -> dict[str, Any] | None:
@@ -41,6 +44,7 @@ class Columns:
         found = {column: self._find(row, column) for column in self._data.filter}
         if any(found[column] not in values for column, values in self._data.filter.items()):
             return None
+        self._kept_one = True
         columns = self._data.columns
         options = ("tools", "reasoning_effort", "reasoning_language")
         chat = {name: value for name in options if (value := self._optional(row, getattr(columns, name))) is not None}
@@ -54,9 +58,11 @@ class Columns:
         """What is to be said, after the last row, of each column that no row had."""
         there = ", ".join(self._others) or "none"
         return [
-            f"{self._key}.{setting}={column!r}: no row of {self._data.path} has that column. There are: {there}."
+            f"{self._key}.{setting}={column!r}: no row of {self._data.path} has that column."
+            f"{did_you_mean(column, self._others)} There are: {there}."
             for column, setting in self._wanted.items()
-            if column not in self._met
+            # Of rows that the filter left out nothing was looked for.
+            if column not in self._met and (self._kept_one or setting == _FILTER)
         ]
 
     def _looked_for(self) -> Iterator[tuple[str, str]]:
@@ -66,7 +72,7 @@ class Columns:
             must_be_there = name in _NEEDED or column != getattr(usual, name)
             if name not in _MESSAGE_KEYS and column is not None and must_be_there:
                 yield column, f"columns.{name}"
-        yield from ((column, "filter") for column in self._data.filter)
+        yield from ((column, _FILTER) for column in self._data.filter)
 
     def _find(self, row: dict[str, Any], path: str) -> Any:
         """The value at a dotted path, a column whose name has the dot in it first; _ABSENT if there is none."""

@@ -288,8 +288,8 @@ def _examples(
 ) -> Iterator[dict[str, Any]]:
     bad = _BadRows()
     turns: list[Turn] = []
-    for number in progress(numbers.tolist(), what=f"tokenizing {name}", unit="row"):
-        conversation = conversations[number]
+    for number in progress(numbers, what=f"tokenizing {name}", unit="row"):
+        conversation = conversations[int(number)]
         try:
             turns += harmony.turns(conversation, rendering)
         except ConversationError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from datasets.exceptions import DatasetsError
 
 from pipeline import synthetic
 from pipeline.config import SYNTHETIC, BlendPartConfig, DataConfig
@@ -141,7 +142,17 @@ def _downloaded(source: Source, hub_id: str) -> Opened:
 def _streamed(source: Source, hub_id: str) -> Opened:
     commit = _commit(source, hub_id)
     pinned = replace(source, data=replace(source.data, revision=commit))
-    return Opened(commit, lambda: _numbered(_place(source, hub_id), _from_hub(pinned, hub_id)))
+    return Opened(commit, lambda: _numbered(_place(source, hub_id), _received(pinned, hub_id)))
+
+
+def _received(source: Source, hub_id: str) -> Iterator[Any]:
+    try:
+        yield from _from_hub(source, hub_id)
+    except (DatasetsError, OSError) as error:
+        raise UserError(
+            f"{source.key}.path={hub_id}: the hub stopped sending rows ({_first_line(error)}). Run the same command"
+            f" again, or set {source.key}.streaming=false to fetch the files first."
+        ) from error
 
 
 def _place(source: Source, hub_id: str) -> str:
@@ -163,7 +174,6 @@ def _commit(source: Source, hub_id: str) -> str:
 
 def _from_hub(source: Source, hub_id: str) -> Any:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
     data = source.data
     try:
@@ -175,8 +185,12 @@ def _from_hub(source: Source, hub_id: str) -> Any:
 def _not_on_hub(source: Source, error: Exception) -> UserError:
     return UserError(
         f"{source.key}.path={source.data.path!r}, {source.key}.split={source.data.split!r}: no such file or folder, and"
-        f" the hub could not be asked or does not have it ({str(error).strip().splitlines()[0]})."
+        f" the hub could not be asked or does not have it ({_first_line(error)})."
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _looks_like_hub_id(path: str) -> bool:
@@ -233,11 +247,18 @@ def _saved(source: Source, path: Path) -> Any:
 
 
 def digest(files: list[Path]) -> str:
-    """XXH3-128 of the files' names, sizes and bytes: a small part of the time that reading their rows takes."""
+    """XXH3-128 of the files' names, sizes and bytes: a small part of the time that reading their rows takes.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
     hashed = xxhash.xxh3_128()
     for path in files:
-        hashed.update(f"{path.absolute()}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            while chunk := file.read(_READ_BYTES):
-                hashed.update(chunk)
+        try:
+            hashed.update(f"{path.absolute()}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as file:
+                while chunk := file.read(_READ_BYTES):
+                    hashed.update(chunk)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
     return hashed.hexdigest()

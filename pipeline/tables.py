@@ -4,6 +4,7 @@ Whoever comes first writes, among any number of processes and runs; the others w
 whole. A barrier would not do: some stages prepare data on every process, others on the main one alone.
 """
 
+import errno
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,8 @@ from pipeline import artifacts
 from pipeline.config import PipelineConfig
 
 DIRECTORY = "data"
+
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def table(
@@ -40,7 +43,7 @@ def table(
             return Dataset.from_generator(rows, features=features, cache_dir=str(directory), fingerprint=fingerprint)
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
-        if isinstance(cause, OSError):
+        if isinstance(cause, OSError) and cause.errno in _DISK_IS_FULL:  # others may come from reading the rows
             raise artifacts.not_writable(config, directory, cause) from error
         raise cause from None
     except OSError as error:
