@@ -11,9 +11,9 @@ from pipeline.errors import did_you_mean
 from pipeline.harmony import ConversationError
 
 _NEEDED = ("messages", "prompt", "completion")
+_OPTIONS = ("tools", "reasoning_effort", "reasoning_language")
 _MESSAGE_KEYS = ("role", "content", "thinking")
 _FILTER = "filter"
-_ABSENT = object()
 _MOST_NAMES = 40
 
 
@@ -45,14 +45,16 @@ class Columns:
         if any(found[column] not in values for column, values in self._data.filter.items()):
             return None
         self._kept_one = True
-        columns = self._data.columns
-        options = ("tools", "reasoning_effort", "reasoning_language")
-        chat = {name: value for name in options if (value := self._optional(row, getattr(columns, name))) is not None}
-        messages = self._messages(row) if columns.messages is not None else self._single_turn(row)
-        system = self._optional(row, columns.system)
-        if system is not None and isinstance(messages, list):
-            messages = [{"role": "system", "content": system}, *messages]
-        return {"messages": messages, **chat}
+        columns = {name: column for name, column in vars(self._data.columns).items() if name not in _MESSAGE_KEYS}
+        # All are looked up before the first is missed, so that `missing` names only those that are.
+        values = {name: self._find(row, column) for name, column in columns.items() if column is not None}
+        for name in _NEEDED:
+            if name in values and values[name] is None:
+                raise ConversationError(f"has no {columns[name]!r} (it has: {', '.join(_leaves(row)) or 'nothing'})")
+        messages = self._messages(values["messages"]) if "messages" in values else self._single_turn(values)
+        if values.get("system") is not None and isinstance(messages, list):
+            messages = [{"role": "system", "content": values["system"]}, *messages]
+        return {"messages": messages, **{name: values.get(name) for name in _OPTIONS}}
 
     def missing(self) -> list[str]:
         """What is to be said, after the last row, of each column that no row had."""
@@ -75,43 +77,26 @@ class Columns:
         yield from ((column, _FILTER) for column in self._data.filter)
 
     def _find(self, row: dict[str, Any], path: str) -> Any:
-        """The value at a dotted path, a column whose name has the dot in it first; _ABSENT if there is none."""
+        """The value at a dotted path, or in a column whose name has the dots in it; None if there is none."""
         value: Any = row
         for part in [path] if path in row else path.split("."):
             if not isinstance(value, dict) or part not in value:
                 if path in self._wanted and len(self._others) < _MOST_NAMES:
                     self._others |= dict.fromkeys(_leaves(row))
-                return _ABSENT
+                return None
             value = value[part]
         self._met.add(path)
         return value
 
-    def _needed(self, row: dict[str, Any], path: str) -> Any:
-        value = self._find(row, path)
-        if value is _ABSENT or value is None:
-            raise ConversationError(f"has no {path!r} (it has: {', '.join(_leaves(row)) or 'nothing'})")
-        return value
+    def _single_turn(self, values: dict[str, Any]) -> list[dict[str, Any]]:
+        for name in ("prompt", "completion"):
+            if not isinstance(values[name], str):
+                column = getattr(self._data.columns, name)
+                raise ConversationError(f"{column!r} is {type(values[name]).__name__}, not text")
+        answer = {"role": "assistant", "content": values["completion"], "thinking": values.get("reasoning")}
+        return [{"role": "user", "content": values["prompt"]}, answer]
 
-    def _optional(self, row: dict[str, Any], path: str | None) -> Any:
-        value = self._find(row, path) if path is not None else None
-        return None if value is _ABSENT else value
-
-    def _text(self, row: dict[str, Any], path: str) -> str:
-        text = self._needed(row, path)
-        if not isinstance(text, str):
-            raise ConversationError(f"{path!r} is {type(text).__name__}, not text")
-        return text
-
-    def _single_turn(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        columns = self._data.columns
-        assert columns.prompt is not None and columns.completion is not None  # config.problems sees to it
-        answer = {"role": "assistant", "content": self._text(row, columns.completion)}
-        answer["thinking"] = self._optional(row, columns.reasoning)
-        return [{"role": "user", "content": self._text(row, columns.prompt)}, answer]
-
-    def _messages(self, row: dict[str, Any]) -> Any:
-        assert self._data.columns.messages is not None
-        messages = self._needed(row, self._data.columns.messages)
+    def _messages(self, messages: Any) -> Any:
         return [self._message(message) for message in messages] if isinstance(messages, (list, tuple)) else messages
 
     def _message(self, message: Any) -> Any:

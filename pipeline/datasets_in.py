@@ -69,7 +69,7 @@ def sources(data: DataConfig) -> list[Source]:
     """The data sets that the configuration names.
 
     Raises:
-        UserError: none.
+        UserError: there is none.
     """
     if data.blend:
         return [_part(f"data.blend[{i}]", data, part) for i, part in enumerate(data.blend)]

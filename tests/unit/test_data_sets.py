@@ -217,6 +217,12 @@ def test_an_option_that_no_row_has_is_a_mistake() -> None:
     )
 
 
+@pytest.mark.parametrize("setting", ["prompt", "completion"])
+def test_of_the_columns_only_the_missing_ones_are_named(setting: str) -> None:
+    message = load_error(with_columns(jsonl([ROW] * 3), **single_turn(**{setting: "text"})))
+    assert message.startswith(f"data.columns.{setting}='text': no row of rows.jsonl has that column. There are:")
+
+
 def test_a_row_without_a_column_that_others_have_is_named() -> None:
     message = load_error(with_columns(jsonl([ROW, {"question": "Hi?"}]), **single_turn()))
     assert message == "rows.jsonl: row 2: has no 'answer' (it has: question)."
