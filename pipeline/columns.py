@@ -63,8 +63,8 @@ class Columns:
             f"{self._key}.{setting}={column!r}: no row of {self._data.path} has that column."
             f"{did_you_mean(column, self._others)} There are: {there}."
             for column, setting in self._wanted.items()
-            # Of rows that the filter left out nothing was looked for.
-            if column not in self._met and (self._kept_one or setting == _FILTER)
+            # Nothing was looked for in rows that were no rows, and only the filter's columns in those that it left out.
+            if column not in self._met and (self._kept_one or (setting == _FILTER and self._others))
         ]
 
     def _looked_for(self) -> Iterator[tuple[str, str]]:

@@ -228,6 +228,15 @@ def test_a_row_without_a_column_that_others_have_is_named() -> None:
     assert message == "rows.jsonl: row 2: has no 'answer' (it has: question)."
 
 
+@pytest.mark.parametrize("name", ["chat", "false_reject"])
+def test_a_file_that_holds_no_rows_at_all_is_not_said_to_lack_columns(name: str) -> None:
+    Path("rows.jsonl").write_text("role,content\n[1]\n")
+    lines = load_error(data_config(name, Path("rows.jsonl"), filter={"kind": ["a"]})).splitlines()
+    assert lines[0] == "2 problems:"
+    assert lines[1].startswith("  - rows.jsonl: row 1: not valid JSON")
+    assert lines[2].startswith("  - rows.jsonl: row 2: is a list, not an object with")
+
+
 def test_a_column_that_is_no_text_is_named() -> None:
     message = load_error(with_columns(jsonl([ROW, {**ROW, "answer": ["Hello."]}]), **single_turn()))
     assert message == "rows.jsonl: row 2: 'answer' is list, not text."
