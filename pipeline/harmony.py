@@ -174,7 +174,8 @@ def _in_language(messages: list[dict[str, Any]], language: str | None) -> list[d
     line = f"{_LANGUAGE_LINE} {language}"
     if messages and messages[0]["role"] in _INSTRUCTIONS:
         opening, *rest = messages
-        return [{**opening, "content": f"{line}\n\n{opening['content']}"}, *rest]
+        text = f"{line}\n\n{opening['content']}" if opening["content"] else line
+        return [{**opening, "content": text}, *rest]
     return [{"role": "system", "content": line}, *messages]
 
 
