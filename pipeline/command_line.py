@@ -7,7 +7,7 @@ from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -132,6 +132,8 @@ def _settings_help(node: Any, prefix: str) -> list[str]:
         else:
             lines.append(f"  {key} [{_default(item)}]{_values(item.type)}")
             lines.append(f"      {meanings[item.name]}")
+            if get_origin(item.type) is list and is_dataclass(element := get_args(item.type)[0]):
+                lines += _settings_help(element, f"{key}[].")
     return lines
 
 

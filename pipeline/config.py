@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, Optional
+from typing import Any, Optional, get_origin
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -166,15 +166,78 @@ class ModelConfig:
 
 
 @dataclass
+class ColumnsConfig:
+    """Which column of a row holds what; a dotted path reaches into nested objects. null: the data set has none."""
+
+    messages: Optional[str] = "messages"
+    """Column with the list of messages; null where prompt and completion take its place."""
+    prompt: Optional[str] = None
+    """Column with the text of a single user turn."""
+    completion: Optional[str] = None
+    """Column with the answer to `prompt`."""
+    reasoning: Optional[str] = None
+    """Column with the reasoning that comes before `completion`."""
+    system: Optional[str] = None
+    """Column with instructions, put before the first message."""
+    tools: Optional[str] = "tools"
+    """Column with the function schemas offered to the model: a list, or its JSON text."""
+    reasoning_effort: Optional[str] = "reasoning_effort"
+    """Column with the row's own data.reasoning_effort."""
+    reasoning_language: Optional[str] = "reasoning_language"
+    """Column with the row's own data.reasoning_language."""
+    role: str = "role"
+    """Key of a message that says who speaks."""
+    content: str = "content"
+    """Key of a message that holds its text."""
+    thinking: str = "thinking"
+    """Key of an assistant's message that holds its reasoning."""
+
+
+@dataclass
+class BlendPartConfig:
+    """One data set of a blend. What is null is as in `data`."""
+
+    path: str = MISSING
+    """As data.path."""
+    weight: float = MISSING
+    """Its share of the rows that are used, relative to the other weights."""
+    revision: Optional[str] = None
+    """As data.revision."""
+    split: Optional[str] = None
+    """As data.split."""
+    streaming: Optional[bool] = None
+    """As data.streaming."""
+    columns: Optional[ColumnsConfig] = None
+    """As data.columns."""
+    roles: Optional[dict[str, str]] = None
+    """As data.roles."""
+    filter: Optional[dict[str, list[Any]]] = None
+    """As data.filter."""
+    reasoning_effort: Optional[ReasoningEffort] = None
+    """As data.reasoning_effort."""
+    reasoning_language: Optional[str] = None
+    """As data.reasoning_language."""
+
+
+@dataclass
 class DataConfig:
     """The conversations to train and validate on."""
 
     path: Optional[str] = None
-    """Chat data: a .jsonl or .parquet file, a folder of them, a saved data set, a hub id, or `synthetic://arithmetic`."""
+    """The rows: a .jsonl or .parquet file, a folder of them, a saved data set, a hub id, or `synthetic://arithmetic`."""
     revision: Optional[str] = None
     """Revision of a hub id: branch, tag or commit."""
     split: str = "train"
     """Split of a hub id or of a saved data set dictionary."""
+    streaming: bool = False
+    """Read a hub id without keeping a copy of its files; the checked rows are kept in <run_dir>/data either way."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    roles: dict[str, str] = field(default_factory=dict)
+    """The data set's names of roles, and what they are called here: {human: user, gpt: assistant}."""
+    filter: dict[str, list[Any]] = field(default_factory=dict)
+    """Keep only rows whose column has one of the values, for each column named: {category: [a, b]}."""
+    blend: list[BlendPartConfig] = field(default_factory=list)
+    """Several data sets in place of `path`, each with its weight: [{path: a.jsonl, weight: 3}, …]."""
     max_samples: Optional[int] = None
     """Use only this many rows, chosen with data.seed; null: all."""
     validation_fraction: float = 0.1
@@ -187,6 +250,10 @@ class DataConfig:
     """Train every assistant turn, each with the prompt that it has at inference, or only the last turn."""
     reasoning_effort: ReasoningEffort = ReasoningEffort.medium
     """The `Reasoning:` line of the system message; a row's own `reasoning_effort` wins."""
+    reasoning_language: Optional[str] = None
+    """Put "reasoning language: …" before the instructions; null: nothing. What a row says itself wins."""
+    model_identity: Optional[str] = None
+    """First line of the system message; null: the chat template's own ("You are ChatGPT, …")."""
     conversation_date: str = "2025-08-05"
     """The `Current date:` line of the system message, pinned so that a run can be repeated."""
 
@@ -409,7 +476,8 @@ def setting_keys(node: Any = PipelineConfig, prefix: str = "") -> list[str]:
 
 def is_known(key: str) -> bool:
     """Whether the schema has a setting or section of this full key."""
-    return key in _known_keys()
+    # Below a setting that maps names to values, the names are the user's own.
+    return key in _known_keys() or any(key.startswith(f"{mapping}.") for mapping in _mappings())
 
 
 def unknown_key(key: str, where: str) -> str:
@@ -444,7 +512,8 @@ def resolve(composed: DictConfig) -> PipelineConfig:
         OmegaConf.resolve(merged)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(f"configuration: {str(error).splitlines()[0]}") from error
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise UserError(f"configuration: {key}{str(error).splitlines()[0]}") from error
     assert isinstance(config, PipelineConfig)
     found = problems(config)
     if found:
@@ -459,6 +528,7 @@ def problems(config: PipelineConfig) -> list[str]:
         for key, rule in _RULES.items()
         if (value := _select(config, key)) is not None and not rule.holds(value)
     ]
+    found += _data_problems(config.data)
     for section in ("sft", "qat"):
         train: TrainConfig = getattr(config, section)
         if train.method is Method.lora and train.precision is Precision.mixed_bf16:
@@ -517,6 +587,36 @@ def _keeping_problems(section: str, train: TrainConfig) -> list[str]:
             " weights left would be the last, which did not improve."
         )
     return found
+
+
+def _data_problems(data: DataConfig) -> list[str]:
+    found = _columns_problems("data", data.columns)
+    texts = {"data.model_identity": data.model_identity, "data.reasoning_language": data.reasoning_language}
+    texts |= {f"data.blend[{i}].reasoning_language": part.reasoning_language for i, part in enumerate(data.blend)}
+    for key, text in texts.items():
+        if text is not None and ("<|" in text or "\n" in text or not text.strip()):
+            found.append(f"{key}={text!r}: must be one line of text, without special tokens.")
+    if data.blend and data.path is not None:
+        found.append(f"data.path={data.path!r}: not together with data.blend; make it one of the parts, or null.")
+    for i, part in enumerate(data.blend):
+        if not 0 < part.weight < math.inf:
+            found.append(f"data.blend[{i}].weight={part.weight!r}: must be {_POSITIVE.meaning}.")
+        if part.columns is not None:
+            found += _columns_problems(f"data.blend[{i}]", part.columns)
+    return found
+
+
+def _columns_problems(key: str, columns: ColumnsConfig) -> list[str]:
+    pair = (columns.prompt, columns.completion)
+    if (columns.messages is None) == (None in pair) or (columns.messages is not None and pair != (None, None)):
+        return [
+            f"{key}.columns: messages={columns.messages!r}, prompt={columns.prompt!r} and"
+            f" completion={columns.completion!r} cannot go together. Name either messages,"
+            " or prompt and completion with messages=null."
+        ]
+    if columns.reasoning is not None and columns.completion is None:
+        return [f"{key}.columns.reasoning={columns.reasoning!r}: belongs to completion, which is null."]
+    return []
 
 
 def _not_set(key: str) -> str:
@@ -612,6 +712,11 @@ def _leaf_keys(node: DictConfig, prefix: str = "") -> list[str]:
         else:
             keys.append(f"{prefix}{name}")
     return keys
+
+
+@cache
+def _mappings() -> tuple[str, ...]:
+    return tuple(f"data.{item.name}" for item in fields(DataConfig) if get_origin(item.type) is dict)
 
 
 @cache

@@ -105,14 +105,15 @@ def _deterministic_on_cpu() -> Iterator[None]:
     Torch would also fill all uninitialized memory, which doubles the time of a step and which no bit depends on.
     """
     before = torch.are_deterministic_algorithms_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic  # a module whose switches are properties
+    filled = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(before or not torch.cuda.is_available())
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        settings.fill_uninitialized_memory = filled
 
 
 def _outcome(directory: Path, settings: TrainConfig, stage: str, kept: int | None) -> dict[str, float]:

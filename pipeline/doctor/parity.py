@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline.doctor.rows import Row
 from pipeline.gpt_oss import SPECIAL_TOKENS
-from pipeline.harmony import Conversation, Rendering, examples
+from pipeline.harmony import Conversation, Rendering, examples, in_language
 from pipeline.tracking import progress
 
 _VOCABULARY = "o200k_base.tiktoken"
@@ -106,8 +106,11 @@ class _Oracle:
         effort = (conversation.reasoning_effort or self._how.reasoning_effort).capitalize()
         system = h.SystemContent.new().with_reasoning_effort(h.ReasoningEffort(effort))
         system = system.with_conversation_start_date(self._how.conversation_date)
+        if self._how.model_identity is not None:
+            system = system.with_model_identity(self._how.model_identity)
         messages = [h.Message.from_role_and_content(h.Role.SYSTEM, system)]
-        first = conversation.messages[0]
+        language = conversation.reasoning_language or self._how.reasoning_language
+        first = in_language(conversation.messages, language)[0]
         text = first["content"] if first["role"] in ("system", "developer") else ""
         if text or conversation.tools:
             developer = h.DeveloperContent.new()

@@ -23,7 +23,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipeline import __main__ as program
 from pipeline import command_line, config
-from pipeline.config import DataConfig, LoraConfig, LoraTarget, Method, ModelConfig, PipelineConfig, Precision, Stage
+from pipeline.config import (
+    BlendPartConfig,
+    ColumnsConfig,
+    DataConfig,
+    LoraConfig,
+    LoraTarget,
+    Method,
+    ModelConfig,
+    PipelineConfig,
+    Precision,
+    Stage,
+)
 from pipeline.errors import CheckFailed, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -451,6 +462,54 @@ def test_early_stopping_without_the_best_weights_is_refused() -> None:
     assert broken(sft__early_stopping_patience=3) == []
     (problem,) = broken(sft__early_stopping_patience=3, sft__keep_best=False)
     assert problem.startswith("sft.early_stopping_patience=3: needs sft.keep_best=true")
+
+
+BAD_COLUMNS = {
+    "two forms": {"prompt": "a", "completion": "b"},
+    "two forms, one by half": {"prompt": "a"},
+    "no form": {"messages": None},
+    "half a form": {"messages": None, "prompt": "a"},
+}
+
+
+@pytest.mark.parametrize("columns", BAD_COLUMNS.values(), ids=BAD_COLUMNS.keys())
+def test_columns_are_of_one_form(columns: dict[str, Any]) -> None:
+    of_data = ColumnsConfig(**columns)
+    part = BlendPartConfig(path="a", weight=1.0, columns=of_data)
+    (problem,) = broken(data__columns=of_data)
+    (problem_of_part,) = broken(data__path=None, data__blend=[part])
+    assert problem.startswith(f"data.columns: messages={of_data.messages!r}, prompt={of_data.prompt!r} and completion=")
+    assert problem_of_part == problem.replace("data.", "data.blend[0].", 1)
+
+
+def test_reasoning_belongs_to_a_completion() -> None:
+    expected = "data.columns.reasoning='why': belongs to completion, which is null."
+    assert broken(data__columns=ColumnsConfig(reasoning="why")) == [expected]
+
+
+def test_a_data_set_and_a_blend_are_not_given_together() -> None:
+    parts = [BlendPartConfig(path="a", weight=1.0)]
+    assert broken(data__path=None, data__blend=parts) == []
+    (problem,) = broken(data__path="b", data__blend=parts)
+    assert problem.startswith("data.path='b': not together with data.blend")
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
+def test_a_weight_is_greater_than_0(weight: float) -> None:
+    parts = [BlendPartConfig(path="a", weight=1.0), BlendPartConfig(path="b", weight=weight)]
+    assert broken(data__path=None, data__blend=parts) == [f"data.blend[1].weight={weight!r}: must be greater than 0."]
+
+
+@pytest.mark.parametrize("text", ["", "You are\nAda.", "<|end|>"])
+@pytest.mark.parametrize("key", ["model_identity", "reasoning_language"])
+def test_what_goes_into_the_prompt_is_one_line_of_text(key: str, text: str) -> None:
+    expected = f"data.{key}={text!r}: must be one line of text, without special tokens."
+    assert broken(**{f"data__{key}": text}) == [expected]
+
+
+def test_a_mapping_takes_names_of_the_users_own() -> None:
+    assert config.is_known("data.roles.human") and config.is_known("data.filter.category")
+    assert not config.is_known("data.role.human")
 
 
 def test_several_broken_rules_are_reported_together(mistake: Mistake) -> None:

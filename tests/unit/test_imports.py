@@ -17,14 +17,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("proof", "evals", "report", "doctor"),
     ("export", "training", "attention"),
     ("models", "data", "losses", "distillation", "drift", "callbacks"),
-    ("quantizer", "source"),
+    ("quantizer", "source", "columns", "datasets_in", "tables"),
     ("adapters", "synthetic", "rounding"),
     ("checkpoints", "harmony"),
     ("shards",),
     ("artifacts", "gpt_oss"),
     ("tracking",),
     ("config", "numerics", "languages"),
-    ("errors", "allocator"),
+    ("errors", "allocator", "choice"),
 )
 """Files and folders of the package, from top to bottom: each imports only from the rows below its own.
 
@@ -37,7 +37,7 @@ CONTRACT: tuple[tuple[str, ...], ...] = (
     ("stages",),
     (
         *("export", "evals", "report", "proof", "training", "quantizer", "adapters", "models", "data", "losses"),
-        *("synthetic", "source"),
+        *("synthetic", "source", "columns", "datasets_in", "tables"),
     ),
     ("checkpoints", "gpt_oss", "harmony"),
     ("numerics",),
