@@ -12,7 +12,7 @@ from pipeline.data import Rows
 from pipeline.errors import UserError
 from pipeline.models import ModelRef
 from pipeline.numerics.formats import BlockFormat
-from pipeline.tracking import is_main_process
+from pipeline.tracking import is_main_process, warn
 
 _SETTINGS = ("data", "format", "qat")
 
@@ -21,6 +21,7 @@ def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/qat: the trained model, its quantizers in place."""
     start = artifacts.require(config, Stage.quantize)
     _raise_if_quantized_otherwise(models.of_artifact(start), models.configured_format(config))
+    _warn_if_faster_than_sft(config)
     rows = data.load_rows(config)
     return artifacts.build(
         config,
@@ -40,6 +41,17 @@ def _raise_if_quantized_otherwise(start: ModelRef, wanted: BlockFormat) -> None:
             f"{start.directory} was made for format={have.name} with format.scale_rule={have.scale_rule}, but"
             f" format={wanted.name} with format.scale_rule={wanted.scale_rule} is asked for. Run stage=quantize again"
             f" with overwrite=true, or use format={have.name} format.scale_rule={have.scale_rule}."
+        )
+
+
+def _warn_if_faster_than_sft(config: PipelineConfig) -> None:
+    sft = artifacts.require(config, Stage.sft).settings["sft.learning_rate"]
+    same_method = config.qat.method is config.sft.method  # adapters learn at ten times the rate of full weights
+    if same_method and config.qat.learning_rate > sft:
+        warn(
+            "qat",
+            f"qat.learning_rate={config.qat.learning_rate} is above the {sft} that sft was trained at: QAT settles the"
+            " weights on the grid, and a high rate undoes what was learnt. 1e-5 to 5e-6 is usual.",
         )
 
 
