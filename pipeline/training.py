@@ -171,7 +171,7 @@ class _Trainer(SFTTrainer):
             f"{metric_key_prefix}_loss": loss.supervised,
             f"{metric_key_prefix}_loss_all_tokens": loss.over_all,
             f"{metric_key_prefix}_perplexity": loss.perplexity,
-            **self.drift.figures(),
+            **{f"{metric_key_prefix}_{name}": share for name, share in self.drift.figures().items()},
         }
         self.log(metrics)
         self.evaluated_step = self.state.global_step

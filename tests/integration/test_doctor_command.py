@@ -35,7 +35,7 @@ def test_it_works_before_anything_else_was_run(run_dir: Path, capsys: pytest.Cap
     out = capsys.readouterr().out
     assert "of which 360 are trained on and 40 held out" in out
     assert "supervised            <|channel|>" in out
-    assert sorted(path.name for path in run_dir.iterdir() if path.is_dir()) == ["doctor", "source"]
+    assert sorted(path.name for path in run_dir.iterdir() if path.is_dir()) == ["data", "doctor", "source"]
 
 
 def test_its_figures_are_those_of_training(run_dir: Path, smoke_run: Path) -> None:

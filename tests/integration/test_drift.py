@@ -59,5 +59,5 @@ def test_without_experts_to_train_there_is_nothing_to_tell(model: object) -> Non
 def test_every_validation_tells_how_far_training_has_come(smoke_run: Path) -> None:
     for stage in ("sft", "qat"):
         told = [line for line in read_metrics(smoke_run / stage) if "eval_loss" in line]
-        assert told[0]["moved_weights"] == 0.0
-        assert 0 < told[-1]["changed_codes"] < told[-1]["moved_weights"] <= 1
+        assert told[0]["eval_moved_weights"] == 0.0
+        assert 0 < told[-1]["eval_changed_codes"] < told[-1]["eval_moved_weights"] <= 1

@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable
 from functools import cache, lru_cache, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
 from conftest import run_program
@@ -622,8 +622,11 @@ def sections_of(node: type, prefix: str = "") -> dict[str, str]:
     """Key of a section -> the name of its dataclass."""
     found = {prefix: node.__name__}
     for item in dataclasses.fields(node):
+        key = f"{prefix}.{item.name}".lstrip(".")
         if dataclasses.is_dataclass(item.type):
-            found |= sections_of(item.type, f"{prefix}.{item.name}".lstrip("."))  # type: ignore[arg-type]
+            found |= sections_of(item.type, key)  # type: ignore[arg-type]
+        if get_origin(item.type) is list and dataclasses.is_dataclass(element := get_args(item.type)[0]):
+            found |= sections_of(element, f"{key}[]")
     return found
 
 
