@@ -30,7 +30,7 @@ class Drift:
     def __init__(self, model: Any, block_format: BlockFormat) -> None:
         """Take the model as it is now for the start; `block_format` is what it will be, or is, rounded to."""
         self._model, self._format = model, block_format
-        self._start = {name: _Start(weights, self._rounded(weights)) for name, weights in self._sample()}
+        self._start = {name: _Start(weights.clone(), self._rounded(weights)) for name, weights in self._sample()}
 
     @torch.no_grad()
     def figures(self) -> dict[str, float]:
@@ -44,7 +44,7 @@ class Drift:
         return {"moved_weights": moved / total, "changed_codes": changed / total} if total else {}
 
     def _sample(self) -> list[tuple[str, Tensor]]:
-        return [(name, weights.detach().clone()) for name, weights in expert_weights(self._model, _SAMPLED)]
+        return [(name, weights.detach()) for name, weights in expert_weights(self._model, _SAMPLED)]
 
     def _rounded(self, weights: Tensor) -> Tensor:
         return fake_quantize(weights.transpose(1, 2), self._format).transpose(1, 2)
