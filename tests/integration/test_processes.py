@@ -64,13 +64,13 @@ def test_a_process_that_fails_alone_says_so(tmp_path: Path) -> None:
     script = tmp_path / "lonely.py"
     script.write_text(
         "import os, sys, time\n"
-        "from pipeline import __main__ as program, config\n"
+        "from pipeline import __main__ as program, rules\n"
         "from pipeline.errors import UserError\n"
         "def resolve(composed):\n"
         "    if os.environ['RANK'] == '1':\n"
         "        raise UserError('this node has no such file')\n"
         "    time.sleep(250)\n"
-        "config.resolve = resolve\n"
+        "rules.resolve = resolve\n"
         "sys.argv = ['pipeline', 'stage=sft', 'recipe=smoke']\n"
         "sys.exit(program.status(sys.argv[1:]))\n"
     )

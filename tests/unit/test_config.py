@@ -22,7 +22,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline import __main__ as program
-from pipeline import command_line, config
+from pipeline import command_line, config, rules
 from pipeline.config import (
     BlendPartConfig,
     ColumnsConfig,
@@ -64,7 +64,7 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def resolved(*overrides: str) -> PipelineConfig:
-    return config.resolve(composed(*overrides))
+    return rules.resolve(composed(*overrides))
 
 
 def found_on(*arguments: str) -> str:
@@ -79,7 +79,7 @@ def broken(**settings: Any) -> list[str]:
     for key, value in settings.items():
         *sections, name = key.split("__")
         setattr(reduce(getattr, sections, changed), name, value)
-    return config.problems(changed)
+    return rules.problems(changed)
 
 
 Run = Callable[[PipelineConfig], None]
@@ -134,7 +134,7 @@ def test_every_recipe_resolves_for_every_stage(recipe: str) -> None:
     for stage in Stage:
         node.stage = stage
         node.run_dir = "runs/${recipe}"
-        found = config.resolve(node)
+        found = rules.resolve(node)
         assert (found.stage, found.recipe, found.run_dir) == (stage, recipe, f"runs/{recipe}")
 
 
@@ -276,7 +276,7 @@ def test_resolve_refuses_keys_that_were_added_past_the_schema() -> None:
     OmegaConf.update(node, "sft.lr", 1, force_add=True)
     OmegaConf.update(node, "foo", {"bar": 1}, force_add=True)
     with pytest.raises(UserError) as caught:
-        config.resolve(node)
+        rules.resolve(node)
     assert "unknown key 'sft.lr'" in str(caught.value)
     assert "unknown key 'foo.bar'" in str(caught.value)
 

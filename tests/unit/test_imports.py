@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoints", "harmony"),
     ("shards",),
     ("artifacts", "gpt_oss"),
-    ("tracking",),
+    ("tracking", "rules"),
     ("config", "numerics", "languages"),
     ("errors", "allocator", "choice"),
 )
