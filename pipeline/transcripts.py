@@ -1,7 +1,14 @@
 """What a model said to a prompt: a line of generations.jsonl, which generation writes and scorers read."""
 
-from dataclasses import dataclass
-from typing import Any
+import re
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+_PLAIN = r"(?:(?!<\|(?:start|channel|message|end|return|call)\|>).)*"
+_MESSAGE = re.compile(
+    rf"(?P<author>{_PLAIN})<\|channel\|>(?P<channel>{_PLAIN})<\|message\|>(?P<text>{_PLAIN})", re.DOTALL
+)
+_RECIPIENT = re.compile(r"\bto=([^\s<]+)")
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,7 @@ class Transcript:
         finish: why it ended: "return", "call", "length", or an endpoint's own word.
         tokens: generated.
         seed: of the sampling, or None for greedy decoding.
+        tool_calls: {"name", "arguments"} of each call, the arguments as the model wrote them.
     """
 
     prompt_id: str
@@ -31,3 +39,30 @@ class Transcript:
     finish: str
     tokens: int
     seed: int | None
+    tool_calls: list[dict[str, str]] = field(default_factory=list)
+
+
+class Parsed(NamedTuple):
+    """What a completion holds, by channel; None and empty where there is nothing of the kind."""
+
+    reasoning: str | None
+    answer: str | None
+    tool_calls: list[dict[str, str]]
+
+
+def parse(completion: str) -> Parsed:
+    """Take a Harmony completion apart: what follows `<|start|>assistant`, special tokens included.
+
+    A message with a recipient is a tool call, in whatever channel. What is cut off counts as far as it came; what is
+    not a message of Harmony is passed over, so that nothing a model writes is an error.
+    """
+    texts: dict[str, list[str]] = {}
+    tool_calls = []
+    for message in _MESSAGE.finditer(completion):
+        recipient = _RECIPIENT.search(message["author"]) or _RECIPIENT.search(message["channel"])
+        if recipient:
+            tool_calls.append({"name": recipient[1].removeprefix("functions."), "arguments": message["text"]})
+        else:
+            texts.setdefault(message["channel"].strip(), []).append(message["text"])
+    reasoning, answer = ("\n".join(texts[name]) if name in texts else None for name in ("analysis", "final"))
+    return Parsed(reasoning, answer, tool_calls)
