@@ -13,21 +13,23 @@ from pipeline.harmony import ConversationError
 _NEEDED = ("messages", "prompt", "completion")
 _OPTIONS = ("tools", "reasoning_effort", "reasoning_language")
 _MESSAGE_KEYS = ("role", "content", "thinking")
-_FILTER = "filter"
+_EXPECTED = "evaluate.prompts.expected"
 _MOST_NAMES = 40
 
 
 class Columns:
     """Maps the rows of one data set, and remembers which of the columns that it looks for were ever there."""
 
-    def __init__(self, key: str, data: DataConfig) -> None:
+    def __init__(self, key: str, data: DataConfig, expected: dict[str, str] | None = None) -> None:
         """
         Args:
             key: of the data set's settings, for messages: `data` or `data.blend[0]`.
             data: columns, roles and filter.
+            expected: what scorers need to know of a row, and the column that has it.
         """
         self._key = key
         self._data = data
+        self._expected = expected or {}
         self._wanted = dict(self._looked_for())
         self._met: set[str] = set()
         self._kept_one = False
@@ -56,25 +58,39 @@ class Columns:
             messages = [{"role": "system", "content": values["system"]}, *messages]
         return {"messages": messages, **{name: values.get(name) for name in _OPTIONS}}
 
+    def expected(self, row: dict[str, Any]) -> dict[str, str]:
+        """What a row that was kept says of a right answer, as text.
+
+        Raises:
+            ConversationError: a column is not there, or neither text nor a number.
+        """
+        found = {name: self._find(row, column) for name, column in self._expected.items()}
+        for name, value in found.items():
+            if not isinstance(value, (str, int, float)):
+                kind = "is not there" if value is None else f"is a {type(value).__name__}, neither text nor a number"
+                raise ConversationError(f"{self._expected[name]!r}, which {_EXPECTED}.{name} names, {kind}")
+        return {name: str(value) for name, value in found.items()}
+
     def missing(self) -> list[str]:
         """What is to be said, after the last row, of each column that no row had."""
         there = ", ".join(self._others) or "none"
         return [
-            f"{self._key}.{setting}={column!r}: no row of {self._data.path} has that column."
+            f"{setting}={column!r}: no row of {self._data.path} has that column."
             f"{did_you_mean(column, self._others)} There are: {there}."
             for column, setting in self._wanted.items()
             # Nothing was looked for in rows that were no rows, and only the filter's columns in those that it left out.
-            if column not in self._met and (self._kept_one or (setting == _FILTER and self._others))
+            if column not in self._met and (self._kept_one or (column in self._data.filter and self._others))
         ]
 
     def _looked_for(self) -> Iterator[tuple[str, str]]:
-        """(column, setting) of what must be in some row: what every row needs, and options that were set by name."""
+        """(column, full key) of what must be in some row: what every row needs, and options that were set by name."""
         usual = ColumnsConfig()
         for name, column in vars(self._data.columns).items():
             must_be_there = name in _NEEDED or column != getattr(usual, name)
             if name not in _MESSAGE_KEYS and column is not None and must_be_there:
-                yield column, f"columns.{name}"
-        yield from ((column, _FILTER) for column in self._data.filter)
+                yield column, f"{self._key}.columns.{name}"
+        yield from ((column, f"{self._key}.filter") for column in self._data.filter)
+        yield from ((column, f"{_EXPECTED}.{name}") for name, column in self._expected.items())
 
     def _find(self, row: dict[str, Any], path: str) -> Any:
         """The value at a dotted path, or in a column whose name has the dots in it; None if there is none."""
@@ -90,11 +106,14 @@ class Columns:
 
     def _single_turn(self, values: dict[str, Any]) -> list[dict[str, Any]]:
         for name in ("prompt", "completion"):
-            if not isinstance(values[name], str):
-                column = getattr(self._data.columns, name)
+            column = getattr(self._data.columns, name)
+            if column is not None and not isinstance(values[name], str):
                 raise ConversationError(f"{column!r} is {type(values[name]).__name__}, not text")
+        question = {"role": "user", "content": values["prompt"]}
+        if "completion" not in values:
+            return [question]
         answer = {"role": "assistant", "content": values["completion"], "thinking": values.get("reasoning")}
-        return [{"role": "user", "content": values["prompt"]}, answer]
+        return [question, answer]
 
     def _messages(self, messages: Any) -> Any:
         return [self._message(message) for message in messages] if isinstance(messages, (list, tuple)) else messages

@@ -31,6 +31,7 @@ _ROWS = Features(
         "conversation": Value("string"),  # JSON
         "where": Value("string"),
         "identity": Value("int64"),  # equal for rows with the same contents
+        "expected": Value("string"),  # JSON
         "merged": Value("bool"),
     }
 )
@@ -42,7 +43,7 @@ _EXAMPLES = Features(
         "supervised": Value("int32"),  # supervised tokens after it
     }
 )
-_FILTERED_OUT = {"kept": False, "conversation": "", "where": "", "identity": 0, "merged": False}
+_FILTERED_OUT = {"kept": False, "conversation": "", "where": "", "identity": 0, "expected": "", "merged": False}
 _CODE = [Path(__file__), *(Path(str(module.__file__)) for module in (columns, datasets_in, harmony))]
 _MOST_PROBLEMS = 8
 _TURNS_AT_ONCE = 256
@@ -61,7 +62,12 @@ class Conversations(Sequence[Conversation]):
         if isinstance(index, slice):
             return Conversations(self._table.select(range(len(self))[index]))
         row = self._table[index]
-        return Conversation(**json.loads(row["conversation"]), merged_instructions=row["merged"], where=row["where"])
+        return Conversation(
+            **json.loads(row["conversation"]),
+            merged_instructions=row["merged"],
+            where=row["where"],
+            expected=json.loads(row["expected"]),
+        )
 
     def select(self, numbers: Numbers) -> "Conversations":
         """Those of the given numbers, in that order."""
@@ -127,7 +133,15 @@ def load_rows(config: PipelineConfig) -> Rows:
     Raises:
         UserError: one is not there, empty, or has bad rows: each with its file and row; those of all parts together.
     """
-    sources = datasets_in.sources(config.data)
+    return read(config, datasets_in.sources(config.data))
+
+
+def read(config: PipelineConfig, sources: list[Source]) -> Rows:
+    """Read and check data sets.
+
+    Raises:
+        UserError: as `load_rows`.
+    """
     found: list[Dataset] = []
     problems: list[str] = []
     for source in sources:
@@ -200,13 +214,14 @@ def _checked(config: PipelineConfig, source: Source) -> Dataset:
     data = source.data
     settings = (data.path, data.revision, data.split, data.columns, data.roles, data.filter)
     defaults = (source.reasoning_effort, source.reasoning_language)
-    key = ("rows", opened.identity, settings, defaults, datasets_in.digest(_CODE))
+    use = (source.expected, source.needs_answers)
+    key = ("rows", opened.identity, settings, defaults, use, datasets_in.digest(_CODE))
     return tables.table(config, key, _ROWS, lambda: _check(source, opened))
 
 
 def _check(source: Source, opened: Opened) -> Iterator[dict[str, Any]]:
     """Rows of the table; raises after the last row, so that all bad ones are reported together."""
-    mapping = Columns(source.key, source.data)
+    mapping = Columns(source.key, source.data, source.expected)
     bad, count = _BadRows(), 0
     for where, row in progress(opened.rows(), what=f"checking {source.data.path}", unit="row"):
         count += 1
@@ -227,7 +242,7 @@ def _checked_row(source: Source, mapping: Columns, where: str, row: Any) -> dict
     chat_row = mapping.chat_row(row)
     if chat_row is None:
         return _FILTERED_OUT
-    found = parse_conversation(chat_row, where)
+    found = parse_conversation(chat_row, where, source.needs_answers)
     conversation = {
         "messages": found.messages,
         "tools": found.tools,
@@ -241,6 +256,7 @@ def _checked_row(source: Source, mapping: Columns, where: str, row: Any) -> dict
         "conversation": text,
         "where": where,
         "identity": identity,
+        "expected": json.dumps(mapping.expected(row), ensure_ascii=False),
         "merged": found.merged_instructions,
     }
 

@@ -6,7 +6,7 @@ A row is passed on as it stands, with its place; what it means is for others to 
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Source:
         weight: its share of a blend, relative to the others'.
         reasoning_effort: a part's own, for rows that say nothing; None: as `data`.
         reasoning_language: likewise.
+        expected: what scorers need to know of a row, and the column that has it.
+        needs_answers: whether a row must have an answer to learn, as it need not where it is only asked.
     """
 
     key: str
@@ -43,6 +45,8 @@ class Source:
     weight: float = 1.0
     reasoning_effort: str | None = None
     reasoning_language: str | None = None
+    expected: dict[str, str] = field(default_factory=dict)
+    needs_answers: bool = True
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ turns, so a conversation with several assistant turns becomes several examples, 
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from pipeline.gpt_oss import SPECIAL_TOKENS, STOP_TOKENS
@@ -36,6 +36,7 @@ class Conversation:
         reasoning_language: likewise; what the instructions themselves say comes before either.
         merged_instructions: whether a system and a developer message were joined into one.
         where: the file and row, or the like, that it comes from.
+        expected: what the row says of a right answer, for scorers.
     """
 
     messages: list[dict[str, Any]]
@@ -44,6 +45,7 @@ class Conversation:
     reasoning_language: str | None = None
     merged_instructions: bool = False
     where: str = field(default="", compare=False)
+    expected: dict[str, str] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,12 @@ class Turn(NamedTuple):
     completion: str
 
 
-def parse_conversation(row: Any, where: str = "") -> Conversation:
+def parse_conversation(row: Any, where: str = "", needs_answer: bool = True) -> Conversation:
     """Check one row of a chat data set.
 
     Args:
         where: the row's place, kept for messages.
+        needs_answer: whether there must be something to learn; a row that is only asked may end with the user.
         row: {"messages": [{"role", "content", "thinking"?, "tool_calls"?}, …], "tools"?, "reasoning_effort"?,
             "reasoning_language"?}. Keys that are None count as absent: Arrow fills them in.
 
@@ -94,7 +97,7 @@ def parse_conversation(row: Any, where: str = "") -> Conversation:
         raise ConversationError("'messages' is not a list with at least one message")
     cleaned = [_message(i, message) for i, message in enumerate(messages)]
     merged = _merge_instructions(cleaned)
-    _check_order(merged)
+    _check_order(merged, needs_answer)
     joined = len(merged) < len(cleaned)
     return Conversation(merged, _tools(row.get("tools")), _effort(row), _language(row, merged), joined, where)
 
@@ -128,6 +131,33 @@ def tokenize(made: list[Turn], rendering: Rendering) -> list[dict[str, list[int]
         {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
         for prompt, completion in zip(ids[::2], ids[1::2], strict=True)
     ]
+
+
+def asked(conversation: Conversation, effort: str, language: str | None) -> Conversation:
+    """What a model is asked: all but the assistant's last turn, if the conversation ends with one.
+
+    Args:
+        conversation: of an evaluation row.
+        effort: reasoning effort, where the row has none.
+        language: of the reasoning, where the row names none.
+    """
+    messages = conversation.messages[:-1] if conversation.messages[-1]["role"] == "assistant" else conversation.messages
+    messages = in_language(messages, conversation.reasoning_language or language)
+    return replace(
+        conversation,
+        messages=messages,
+        reasoning_effort=conversation.reasoning_effort or effort,
+        reasoning_language=_stated_language(messages),
+    )
+
+
+def prompt(conversation: Conversation, rendering: Rendering) -> str:
+    """A conversation as text, up to where the assistant's next turn begins.
+
+    Raises:
+        ConversationError: the chat template refuses it.
+    """
+    return _render(conversation.messages, conversation, rendering, True)
 
 
 def _turn(conversation: Conversation, index: int, rendering: Rendering) -> Turn:
@@ -286,9 +316,11 @@ def _merge_instructions(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"role": "developer", "content": text}, *messages[leading:]]
 
 
-def _check_order(messages: list[dict[str, Any]]) -> None:
-    if not any(message["role"] == "assistant" for message in messages):
+def _check_order(messages: list[dict[str, Any]], needs_answer: bool) -> None:
+    if needs_answer and not any(message["role"] == "assistant" for message in messages):
         raise ConversationError("has no assistant message: there is nothing to learn")
+    if messages[-1]["role"] in _INSTRUCTIONS:
+        raise ConversationError("has nothing but instructions: there is nothing that is asked")
     if messages[0]["role"] == "assistant":
         raise ConversationError("opens with an assistant message: there is nothing that it answers")
     for i, message in enumerate(messages):
