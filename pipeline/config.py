@@ -404,6 +404,77 @@ class VerifyConfig:
 
 
 @dataclass
+class PromptsConfig:
+    """The prompts that models answer. Without a path of their own: the validation rows of `data`."""
+
+    path: Optional[str] = None
+    """Another data set, as data.path, whose rows need no answer; null: the validation rows of `data`."""
+    revision: Optional[str] = None
+    """As data.revision."""
+    split: str = "train"
+    """As data.split."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    roles: dict[str, str] = field(default_factory=dict)
+    """As data.roles."""
+    filter: dict[str, list[Any]] = field(default_factory=dict)
+    """As data.filter."""
+    expected: dict[str, str] = field(default_factory=dict)
+    """What scorers need to know, and the column that has it: {category: topic}. `language` is known without."""
+    expected_of_all: dict[str, str] = field(default_factory=dict)
+    """The same, where it holds for every prompt and stands in no column: {safety: safe}."""
+    max_samples: Optional[int] = None
+    """Ask only this many, chosen with data.seed; null: all."""
+
+
+@dataclass
+class GenerationConfig:
+    """How models answer."""
+
+    max_new_tokens: int = 512
+    """Longest answer in tokens, reasoning included."""
+    temperature: float = 0.0
+    """0: always the likeliest token; above, the logits are divided by it and tokens are drawn."""
+    top_p: float = 1.0
+    """Draw only among the likeliest tokens whose probabilities add up to this."""
+    samples: int = 1
+    """Answers to each prompt."""
+    seed: int = 42
+    """Seed of the draws: with the prompt and the number of the sample it decides an answer."""
+    batch_size: int = 8
+    """Answers written at once; an endpoint has `concurrency` in its place."""
+
+
+@dataclass
+class EndpointConfig:
+    """A server with OpenAI's chat API (vLLM, SGLang, TensorRT-LLM) whose model is measured beside the run's."""
+
+    url: Optional[str] = None
+    """Address, as OpenAI's clients take it: http://localhost:8000/v1. Without evaluate.source it alone is measured."""
+    name: str = "endpoint"
+    """What its model is called among the results."""
+    model: Optional[str] = None
+    """Model to ask for; null: the one that the server has."""
+    api_key_env: Optional[str] = None
+    """Environment variable that holds the key, which is neither shown nor saved; null: no key is sent."""
+    concurrency: int = 16
+    """Requests at a time."""
+    retries: int = 5
+    """Repetitions of a request that got no answer, 429 or 5xx: after 0.5 s, 1 s, 2 s, …, or as the server says."""
+    timeout_seconds: float = 600.0
+    """Longest wait for one answer."""
+
+
+@dataclass
+class DuringTrainingConfig:
+    """An early look: answers of the model in training at each validation, in samples.jsonl."""
+
+    prompts: int = 0
+    """How many of evaluate.prompts it answers; 0: none."""
+    max_new_tokens: int = 128
+    """Longest of these answers, in tokens; always the likeliest token."""
+
+
+@dataclass
 class EvaluateConfig:
     """Measure models."""
 
@@ -413,6 +484,12 @@ class EvaluateConfig:
     """Use only this many validation examples; null: all."""
     batch_size: int = 4
     """Examples per forward pass."""
+    generate: bool = False
+    """Let models answer prompts too; every answer is kept in evaluate/<model>/generations.jsonl."""
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    during_training: DuringTrainingConfig = field(default_factory=DuringTrainingConfig)
 
 
 @dataclass
@@ -491,7 +568,10 @@ def value_problem(key: str, value: Any) -> str | None:
 
 @cache
 def _mappings() -> tuple[str, ...]:
-    return tuple(f"data.{item.name}" for item in fields(DataConfig) if get_origin(item.type) is dict)
+    sections = {"data": DataConfig, "evaluate.prompts": PromptsConfig}
+    return tuple(
+        f"{key}.{item.name}" for key, node in sections.items() for item in fields(node) if get_origin(item.type) is dict
+    )
 
 
 @cache

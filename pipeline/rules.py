@@ -4,9 +4,11 @@
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -14,12 +16,15 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.config import (
     ColumnsConfig,
     DataConfig,
+    EndpointConfig,
+    EvaluateConfig,
     ExportTarget,
     FormatName,
     LoraConfig,
     Method,
     PipelineConfig,
     Precision,
+    PromptsConfig,
     QatConfig,
     ScaleRule,
     Stage,
@@ -64,7 +69,7 @@ def problems(config: PipelineConfig) -> list[str]:
         for key, rule in _RULES.items()
         if (value := _select(config, key)) is not None and not rule.holds(value)
     ]
-    found += _data_problems(config.data)
+    found += _data_problems(config.data) + _evaluate_problems(config.evaluate)
     found += _train_problems("sft", config.sft) + _train_problems("qat", config.qat)
     found += _format_problems(config)
     return found + _qat_problems(config.sft, config.qat)
@@ -155,6 +160,59 @@ def _data_problems(data: DataConfig) -> list[str]:
     return found
 
 
+def _evaluate_problems(evaluate: EvaluateConfig) -> list[str]:
+    found = _prompts_problems(evaluate.prompts) + _endpoint_problems(evaluate.endpoint)
+    generation = evaluate.generation
+    if generation.samples > 1 and generation.temperature == 0:
+        found.append(
+            f"evaluate.generation.samples={generation.samples}: with evaluate.generation.temperature=0 they would all"
+            " be the same answer. Raise the temperature, or ask for one."
+        )
+    if evaluate.endpoint.url is not None and not evaluate.generate:
+        found.append(
+            f"evaluate.endpoint.url={evaluate.endpoint.url}: nothing would be asked there with evaluate.generate=false."
+            " Add eval=quick or eval=full."
+        )
+    return found
+
+
+def _prompts_problems(prompts: PromptsConfig) -> list[str]:
+    key = "evaluate.prompts"
+    if prompts.path is not None:
+        columns = prompts.columns
+        if (columns.messages is None) == (columns.prompt is None):
+            return [
+                f"{key}.columns: messages={columns.messages!r} and prompt={columns.prompt!r} cannot go together."
+                " Name one of them, the other null."
+            ]
+        return []
+    usual = PromptsConfig()
+    return [
+        f"{key}.{name}={getattr(prompts, name)!r}: has a meaning only with {key}.path; without it the prompts are the"
+        f" validation rows of data, which are chosen by data.{name}."
+        for name in ("revision", "split", "columns", "roles", "filter")
+        if getattr(prompts, name) != getattr(usual, name)
+    ]
+
+
+def _endpoint_problems(endpoint: EndpointConfig) -> list[str]:
+    found = []
+    if endpoint.url is not None:
+        url = urlsplit(endpoint.url)
+        if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
+            found.append(f"evaluate.endpoint.url={endpoint.url!r}: must be like http://localhost:8000/v1.")
+        elif "@" in url.netloc:
+            found.append(
+                "evaluate.endpoint.url: holds a user name or a password, which would be saved with the run. Give the"
+                " key in an environment variable, evaluate.endpoint.api_key_env=<its name>."
+            )
+    if endpoint.name in Stage.__members__ or not _NAME.fullmatch(endpoint.name):
+        found.append(
+            f"evaluate.endpoint.name={endpoint.name!r}: must be letters, digits, '.', '_' and '-', and no stage's name."
+        )
+    return found
+
+
 def _columns_problems(key: str, columns: ColumnsConfig) -> list[str]:
     pair = (columns.prompt, columns.completion)
     if (columns.messages is None) == (None in pair) or (columns.messages is not None and pair != (None, None)):
@@ -191,6 +249,7 @@ _SHARE = _Rule("0 or more and below 1", lambda value: 0 <= value < 1)
 _UP_TO_ONE = _Rule("from 0 to 1", lambda value: 0 <= value <= 1)
 _SEED = _Rule("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 _AT_LEAST_TWO = _Rule("2 or more: the one before is needed while one is written", lambda value: value >= 2)
+_PART = _Rule("above 0 and up to 1", lambda value: 0 < value <= 1)
 _STEPS = _Rule("a number of steps, or -1", lambda value: value == -1 or value > 0)
 _TWO_LANGUAGES = _Rule("at least two different languages", lambda value: len(set(value)) >= 2)
 _BLOCKS = _Rule("a positive multiple of 32, the block size of MXFP4", lambda value: value > 0 and value % 32 == 0)
@@ -232,6 +291,18 @@ _RULES = {
     "verify.logits_tolerance": _NOT_NEGATIVE,
     "evaluate.max_samples": _POSITIVE,
     "evaluate.batch_size": _POSITIVE,
+    "evaluate.prompts.max_samples": _POSITIVE,
+    "evaluate.generation.max_new_tokens": _POSITIVE,
+    "evaluate.generation.temperature": _NOT_NEGATIVE,
+    "evaluate.generation.top_p": _PART,
+    "evaluate.generation.samples": _POSITIVE,
+    "evaluate.generation.seed": _SEED,
+    "evaluate.generation.batch_size": _POSITIVE,
+    "evaluate.endpoint.concurrency": _POSITIVE,
+    "evaluate.endpoint.retries": _NOT_NEGATIVE,
+    "evaluate.endpoint.timeout_seconds": _POSITIVE,
+    "evaluate.during_training.prompts": _NOT_NEGATIVE,
+    "evaluate.during_training.max_new_tokens": _POSITIVE,
     "qat.rounded_cache_gib": _NOT_NEGATIVE,
     "qat.distillation.weight": _UP_TO_ONE,
     "qat.distillation.temperature": _POSITIVE,
@@ -243,6 +314,7 @@ _SCALE_RULES = {
     FormatName.nvfp4: (ScaleRule.nearest, ScaleRule.ceil, ScaleRule.floor, ScaleRule.mse),
     FormatName.nvfp4_w4a4: (ScaleRule.nearest, ScaleRule.ceil, ScaleRule.floor, ScaleRule.mse),
 }
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _HELD_BY = {ExportTarget.mxfp4: (FormatName.mxfp4,)}
 
 

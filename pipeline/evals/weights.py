@@ -9,6 +9,8 @@ from pipeline.tracking import progress
 
 def score(subject: Subject) -> dict[str, float]:
     """Relative error of the weights that the forward pass uses: ||W - R|| / ||R|| over all experts, R the reference."""
+    if subject.ref is None or subject.weights is None or subject.reference is None:
+        return {}
     difference = norm = 0.0
     projections = expert_projections(subject.weights.shape)
     for projection in progress(projections, what=f"weights of {subject.ref.name}", unit="tensor"):

@@ -16,23 +16,22 @@ class Column:
     show: Callable[[dict[str, Any]], str]
 
 
-def _megabytes(row: dict[str, Any]) -> str:
-    size = row["weight_bytes"]
+def _figure(name: str, form: Callable[[Any], str]) -> Callable[[dict[str, Any]], str]:
+    """A figure as `form` writes it; a model on a server has not all of them."""
+    return lambda row: "–" if row.get(name) is None else form(row[name])
+
+
+def _megabytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.3f} MB"
-
-
-def _change(row: dict[str, Any]) -> str:
-    change = row["loss_change"]
-    return "–" if change is None else f"{100 * change:+.2f} %"
 
 
 COLUMNS = (
     Column("model", lambda row: row["model"]),
-    Column("validation loss", lambda row: f"{row['validation_loss']:.4f}"),
-    Column("against sft", _change),
-    Column("perplexity", lambda row: f"{row['perplexity']:.3f}"),
-    Column("size on disk", _megabytes),
-    Column("relative weight error", lambda row: f"{100 * row['relative_weight_error']:.3f} %"),
+    Column("validation loss", _figure("validation_loss", "{:.4f}".format)),
+    Column("against sft", _figure("loss_change", lambda share: f"{100 * share:+.2f} %")),
+    Column("perplexity", _figure("perplexity", "{:.3f}".format)),
+    Column("size on disk", _figure("weight_bytes", _megabytes)),
+    Column("relative weight error", _figure("relative_weight_error", lambda share: f"{100 * share:.3f} %")),
 )
 
 

@@ -50,12 +50,13 @@ def _compare(evaluated: Artifact, directory: Path) -> Result:
 
 def _row(name: str, results: dict[str, dict[str, float]]) -> dict[str, Any]:
     figures, sft = results[name], results.get("sft")
-    change = figures["validation_loss"] / sft["validation_loss"] - 1 if sft and name not in ("sft", "upcast") else None
+    compares = sft is not None and name not in ("sft", "upcast") and "validation_loss" in figures
+    change = figures["validation_loss"] / sft["validation_loss"] - 1 if sft and compares else None
     return {"model": name, **figures, "loss_change": change}
 
 
 def _caption(report: dict[str, Any]) -> str:
-    tokens = report["rows"][0]["supervised_tokens"] if report["rows"] else 0
+    tokens = next((row["supervised_tokens"] for row in report["rows"] if "supervised_tokens" in row), 0)
     return (
         f"Loss over {tokens} supervised validation tokens. Relative weight error: of the experts' weights as the"
         f" forward pass uses them, against {report['reference']}."

@@ -1,6 +1,10 @@
-"""evaluate: figures of one model of the run, of a directory, or of every model of the run, kept side by side."""
+"""evaluate: figures of one model of the run, of a directory, of a server's model, or of every model of the run,
+
+kept side by side; and, where models are asked, all that they answered.
+"""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +18,52 @@ from pipeline.data import Rows
 from pipeline.errors import UserError
 from pipeline.evals import EVALS
 from pipeline.evals.subject import Subject
+from pipeline.generation import endpoint, prompts
+from pipeline.generation.endpoint import Served
+from pipeline.generation.journal import Journal
+from pipeline.generation.prompts import Question
 from pipeline.models import MODEL_STAGES, ModelRef, Weights
 from pipeline.tracking import log_metrics, say
+from pipeline.transcripts import Transcript
 
-_SETTINGS = ("data", "model.dtype", "evaluate.max_samples", "evaluate.batch_size")
+_SETTINGS = (
+    *("data", "model.dtype", "evaluate.max_samples", "evaluate.batch_size"),
+    *("evaluate.generate", "evaluate.prompts", "evaluate.generation"),
+)
+_DECIDE_SERVED = tuple(f"evaluate.generation.{name}" for name in ("max_new_tokens", "temperature", "top_p", "seed"))
+"""What an answer depends on besides the model and the prompt."""
+_DECIDE_LOCAL = ("evaluate.generation", "model.dtype", "data.model_identity", "data.conversation_date")
+"""Here also on what is in its batch, if only in the last bit of a sum."""
+_PROMPTS = "evaluate.prompts"
 _ALL = "all"
 _TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja")
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Add the figures of `evaluate.source` to <run_dir>/evaluate, next to those measured before."""
-    subjects = {ref.name: ref for ref in (*_measured_before(config), *_asked_for(config))}
+    """Add the figures of `evaluate.source` and `evaluate.endpoint` to <run_dir>/evaluate, next to those from before."""
+    asked_for = _asked_for(config)
     rows = data.load_rows(config)
+    questions = _questions(config, rows)
+    inputs = {_PROMPTS: prompts.fingerprint(questions)} if questions else {}
+    before: list[ModelRef | Served] = [*_measured_before(config), *_served_before(config, rows, inputs)]
+    subjects: dict[str, ModelRef | Served] = {subject.name: subject for subject in (*before, *asked_for)}
     return artifacts.build(
         config,
         Stage.evaluate,
         _SETTINGS,
-        {name: ref.fingerprint for name, ref in subjects.items()},
-        lambda directory: _evaluate(config, list(subjects.values()), rows, directory),
+        {**{name: subject.fingerprint for name, subject in subjects.items()}, **inputs},
+        lambda directory: _evaluate(config, list(subjects.values()), rows, questions, directory),
         data=rows.fingerprint,
         is_report=True,
     )
 
 
-def _asked_for(config: PipelineConfig) -> list[ModelRef]:
+def _asked_for(config: PipelineConfig) -> Sequence[ModelRef | Served]:
+    served = [] if config.evaluate.endpoint.url is None else [endpoint.find(config.evaluate.endpoint)]
+    return served if served and config.evaluate.source is None else [*_refs(config), *served]
+
+
+def _refs(config: PipelineConfig) -> list[ModelRef]:
     source = config.evaluate.source
     if source != _ALL:
         return [models.find(config, source, MODEL_STAGES, "evaluate.source")]
@@ -48,6 +74,12 @@ def _asked_for(config: PipelineConfig) -> list[ModelRef]:
             f" Run first: python -m pipeline stage=upcast recipe={config.recipe} run_dir={config.run_dir}"
         )
     return [models.stage_ref(config, stage) for stage in complete]
+
+
+def _questions(config: PipelineConfig, rows: Rows) -> list[Question]:
+    if not config.evaluate.generate:
+        return []
+    return prompts.questions(prompts.load(config, rows), config.evaluate.generation.samples)
 
 
 def _measured_before(config: PipelineConfig) -> list[ModelRef]:
@@ -63,48 +95,124 @@ def _measured_before(config: PipelineConfig) -> list[ModelRef]:
     return [models.of_artifact(artifact) for artifact in there if artifacts.staleness(config, artifact) is None]
 
 
-def _evaluate(config: PipelineConfig, subjects: list[ModelRef], rows: Rows, directory: Path) -> Result:
-    results = {}
+def _served_before(config: PipelineConfig, rows: Rows, inputs: dict[str, str]) -> list[Served]:
+    """Models on servers that an earlier report has. They may be gone, so they stay only while nothing has changed."""
+    if not is_complete(config, Stage.evaluate) or config.overwrite:
+        return []
+    done = artifacts.require(config, Stage.evaluate)
+    served = [Served(**record) for record in done.details.get("served", [])]
+    before = (done.settings, done.data, done.parents.get(_PROMPTS))
+    if before == (artifacts.chosen(config, _SETTINGS), rows.fingerprint, inputs.get(_PROMPTS)):
+        return served
+    for each in served:
+        if each.url != config.evaluate.endpoint.url:
+            say("evaluate", f"{each.name}: left out, since it was asked otherwise (evaluate.endpoint.url={each.url})")
+    return []
+
+
+def _evaluate(
+    config: PipelineConfig,
+    subjects: Sequence[ModelRef | Served],
+    rows: Rows,
+    questions: list[Question],
+    directory: Path,
+) -> Result:
+    refs = [subject for subject in subjects if isinstance(subject, ModelRef)]
+    reference = _reference(config, refs)
     key = {"settings": artifacts.chosen(config, _SETTINGS), "data": rows.fingerprint}
-    reference = _reference(config, subjects)
-    prepared: dict[bytes, list[Any]] = {}
-    for ref in subjects:
-        path = directory / f"{ref.name.strip('/').replace('/', '_')}.json"
-        inputs = {**key, "model": ref.fingerprint, "reference": reference.fingerprint}
+    measure = _Measure(config, rows, questions, directory, reference)
+    results = {}
+    for subject in subjects:
+        path = directory / f"{_file_name(subject)}.json"
+        inputs = {**key, "prompts": prompts.fingerprint(questions), "model": subject.fingerprint}
+        if isinstance(subject, ModelRef) and reference is not None:
+            inputs["reference"] = reference.fingerprint
         figures = _kept(path, inputs)
         if figures is None:
-            files = [ref.base / name for name in _TOKENIZER_FILES]
-            tokenizer_files = b"".join(path.read_bytes() for path in files if path.is_file())
-            if tokenizer_files not in prepared:
-                prepared[tokenizer_files] = _batches(config, ref, rows)
-            figures = _measure(config, ref, reference, prepared[tokenizer_files])
+            figures = measure.figures(subject)
             write_json(path, {"inputs": inputs, "figures": figures})
-            say("evaluate", f"{ref.name}: validation loss {figures['validation_loss']:.4f}")
-        log_metrics(directory, {"model": ref.name, **figures})
-        results[ref.name] = figures
-    return Result(Kind.report, details={"reference": reference.name, "results": results})
+        log_metrics(directory, {"model": subject.name, **figures})
+        results[subject.name] = figures
+    served = [vars(subject) for subject in subjects if isinstance(subject, Served)]
+    details = {"reference": reference.name if reference else None, "results": results, "served": served}
+    return Result(Kind.report, details=details)
 
 
-def _batches(config: PipelineConfig, ref: ModelRef, rows: Rows) -> list[Any]:
-    tokenizer = load_tokenizer(ref.base)
-    validation = data.prepare(config, rows, tokenizer).validation
-    if config.evaluate.max_samples is not None:
-        validation = validation.select(range(min(config.evaluate.max_samples, len(validation))))
-    return losses.batches(validation, config.evaluate.batch_size, tokenizer.pad_token_id)
+class _Measure:
+    """Asks and scores models, one after the other; what they have in common is prepared once."""
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        rows: Rows,
+        questions: list[Question],
+        directory: Path,
+        reference: ModelRef | None,
+    ) -> None:
+        self._config = config
+        self._rows = rows
+        self._questions = questions
+        self._directory = directory
+        self._reference = reference
+        self._batches: dict[bytes, list[Any]] = {}  # by the bytes of the tokenizer's files
+
+    def figures(self, subject: ModelRef | Served) -> dict[str, float]:
+        """All figures of one model."""
+        scored = self._served(subject) if isinstance(subject, Served) else self._local(subject)
+        figures = {name: value for score in EVALS.values() for name, value in score(scored).items()}
+        loss = [f"validation loss {figures['validation_loss']:.4f}"] if "validation_loss" in figures else []
+        answers = [f"{len(scored.transcripts)} answers"] if scored.transcripts else []
+        say("evaluate", f"{subject.name}: {', '.join(loss + answers)}")
+        return figures
+
+    def _served(self, served: Served) -> Subject:
+        evaluate = self._config.evaluate
+        journal = self._journal(served, artifacts.chosen(self._config, _DECIDE_SERVED))
+        endpoint.ask(served, evaluate.endpoint, evaluate.generation, self._questions, journal)
+        return Subject(None, None, None, None, [], journal.transcripts(self._questions))
+
+    def _local(self, ref: ModelRef) -> Subject:
+        assert self._reference is not None
+        tokenizer = load_tokenizer(ref.base)
+        batches = self._validation(ref, tokenizer)
+        model = models.load_effective(ref, getattr(torch, self._config.model.dtype.name))
+        transcripts = self._answers(ref, model, tokenizer) if self._questions else []
+        return Subject(ref, model, Weights(ref), Weights(self._reference), batches, transcripts)
+
+    def _answers(self, ref: ModelRef, model: Any, tokenizer: Any) -> list[Transcript]:
+        from pipeline.generation.local import Local
+
+        decide = {_PROMPTS: prompts.fingerprint(self._questions)} | artifacts.chosen(self._config, _DECIDE_LOCAL)
+        journal = self._journal(ref, decide)
+        local = Local(model, data.rendering(self._config, tokenizer), self._config.evaluate.generation)
+        local.ask(self._questions, journal, ref.name)
+        return journal.transcripts(self._questions)
+
+    def _journal(self, subject: ModelRef | Served, decide: dict[str, Any]) -> Journal:
+        return Journal(self._directory / _file_name(subject), {"model": subject.fingerprint, **decide})
+
+    def _validation(self, ref: ModelRef, tokenizer: Any) -> list[Any]:
+        files = [ref.base / name for name in _TOKENIZER_FILES]
+        tokenizer_files = b"".join(path.read_bytes() for path in files if path.is_file())
+        if tokenizer_files not in self._batches:
+            settings = self._config.evaluate
+            examples = data.prepare(self._config, self._rows, tokenizer).validation
+            if settings.max_samples is not None:
+                examples = examples.select(range(min(settings.max_samples, len(examples))))
+            self._batches[tokenizer_files] = losses.batches(examples, settings.batch_size, tokenizer.pad_token_id)
+        return self._batches[tokenizer_files]
 
 
-def _measure(config: PipelineConfig, ref: ModelRef, reference: ModelRef, batches: list[Any]) -> dict[str, float]:
-    model = models.load_effective(ref, getattr(torch, config.model.dtype.name))
-    subject = Subject(ref, model, Weights(ref), Weights(reference), batches)
-    return {name: value for score in EVALS.values() for name, value in score(subject).items()}
+def _file_name(subject: ModelRef | Served) -> str:
+    return subject.name.strip("/").replace("/", "_")
 
 
-def _reference(config: PipelineConfig, subjects: list[ModelRef]) -> ModelRef:
-    """The model that weight errors are relative to."""
+def _reference(config: PipelineConfig, refs: list[ModelRef]) -> ModelRef | None:
+    """The model that weight errors are relative to, if there is any but on servers."""
     for stage in (Stage.sft, Stage.upcast):
         if is_complete(config, stage):
             return models.stage_ref(config, stage)
-    return subjects[0]
+    return refs[0] if refs else None
 
 
 def _kept(path: Path, inputs: dict) -> dict[str, float] | None:
