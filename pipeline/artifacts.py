@@ -34,9 +34,10 @@ ARTIFACT_FILE = "artifact.json"
 CONFIG_FILE = "config.yaml"
 UNFINISHED_FILE = "unfinished.json"
 SHARDS_FILE = "shards.json"
+SAMPLES_FILE = "samples.jsonl"
 CHECKPOINTS_DIR = "checkpoints"
 
-BOOKKEEPING = {ARTIFACT_FILE, CONFIG_FILE, METRICS_FILE, UNFINISHED_FILE, SHARDS_FILE}
+BOOKKEEPING = {ARTIFACT_FILE, CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, UNFINISHED_FILE, SHARDS_FILE}
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "nvidia-modelopt", "accelerate", "datasets", "safetensors")
 _READ_BYTES = 1 << 24
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, KiB on Linux

@@ -130,18 +130,22 @@ class _RouterLoad:
         self._shape = (len(routers), routers[0].num_experts)
         self._active = routers[0].top_k
         model.register_forward_pre_hook(self._remember_padding, with_kwargs=True)
+        model.register_forward_hook(self._forget_padding)
         for layer, router in enumerate(routers):
             router.register_forward_hook(partial(self._count, layer))
 
     def _remember_padding(self, model: Any, _: Any, inputs: dict[str, Any]) -> None:
-        if not model.training:
+        # A forward pass with a cache writes samples, and is no evaluation.
+        if not model.training and not inputs.get("use_cache"):
             self._is_real = inputs["attention_mask"].flatten()
 
+    def _forget_padding(self, *_: Any) -> None:
+        self._is_real = None
+
     def _count(self, layer: int, router: Any, _: Any, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
-        if router.training:
+        if router.training or self._is_real is None:
             return
         experts = outputs[2]  # (B T, experts per token)
-        assert self._is_real is not None
         if self._counted is None:
             self._counted = torch.zeros(self._shape, dtype=torch.int64, device=experts.device)
         each = self._is_real.to(torch.int64)[:, None].expand_as(experts)

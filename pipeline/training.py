@@ -6,7 +6,7 @@ The only importer of trl. The model comes in ready, with adapters and quantizers
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +50,7 @@ def train(
     drift: Drift,
     rounded: RoundedWeights | None = None,
     teacher: Teacher | None = None,
+    extra: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Train in place, going on from the last whole checkpoint in `directory` if there is one.
 
@@ -63,6 +64,7 @@ def train(
         drift: measures, at each validation, how far the experts have moved.
         rounded: what is kept of the model's rounded weights, to be forgotten when they change.
         teacher: whose predictions are learnt beside the data, or None.
+        extra: callbacks besides those that every training has.
 
     Returns:
         Steps, the step whose weights are left, training loss, validation loss before and after, tokens seen.
@@ -76,6 +78,8 @@ def train(
     trainer.drift = drift
     if rounded is not None:
         trainer.add_callback(_Forget(rounded))
+    for each in extra:
+        trainer.add_callback(each)
     if teacher is not None:
         trainer.learn_from(teacher)
     checkpoint = _last_whole_checkpoint(directory / CHECKPOINTS_DIR, stage)

@@ -56,7 +56,7 @@ def _warn_if_faster_than_sft(config: PipelineConfig) -> None:
 
 
 def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
-    from pipeline import attention, quantizer, training
+    from pipeline import attention, quantizer, samples, training
     from pipeline.drift import Drift
 
     attention.check(config.qat, "qat")
@@ -68,8 +68,9 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
     teacher = _teacher(config)
     budget = config.qat.rounded_cache_gib
     rounded = quantizer.keep_rounded(model, math.inf if budget is None else budget * 2**30)
+    extra = samples.callback(config, rows, tokenizer, directory, "qat")
     with quantizer.watch(model) as fired:
-        details = training.train(model, tokenizer, splits, config.qat, directory, "qat", drift, rounded, teacher)
+        details = training.train(model, tokenizer, splits, config.qat, directory, "qat", drift, rounded, teacher, extra)
     fired.raise_unless_all(model)
     details["quantizers"] = quantizer.count(model, block_format)
     kind, where = models.save(model, start, directory, config.qat)

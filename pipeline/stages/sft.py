@@ -34,7 +34,7 @@ def run(config: PipelineConfig) -> Artifact:
 
 
 def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
-    from pipeline import adapters, attention, training
+    from pipeline import adapters, attention, samples, training
     from pipeline.drift import Drift
 
     attention.check(config.sft, "sft")
@@ -44,6 +44,7 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
     if config.sft.method is Method.lora:
         model = adapters.attach(model, config.sft, "sft")
     drift = Drift(model, models.configured_format(config))
-    details = training.train(model, tokenizer, splits, config.sft, directory, "sft", drift)
+    extra = samples.callback(config, rows, tokenizer, directory, "sft")
+    details = training.train(model, tokenizer, splits, config.sft, directory, "sft", drift, extra=extra)
     kind, where = models.save(model, start, directory, config.sft)
     return Result(kind, format=where["dtype"], details={**details, **where})

@@ -15,7 +15,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("stages", "command_line"),
     ("proof", "evals", "report", "doctor"),
-    ("export", "training", "attention"),
+    ("export", "training", "attention", "samples"),
+    ("generation",),
     ("models", "data", "losses", "distillation", "drift", "callbacks"),
     ("quantizer", "source", "columns", "datasets_in", "tables"),
     ("adapters", "synthetic", "rounding"),
@@ -54,6 +55,7 @@ ONLY_IMPORTER = {
     "py3langid": "languages",
     "openai_harmony": "doctor.parity",
     "wandb": "tracking",
+    "httpx": "generation.endpoint",
     "hydra": ("__main__", "command_line"),
 }
 
