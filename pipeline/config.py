@@ -449,7 +449,7 @@ class EndpointConfig:
     """A server with OpenAI's chat API (vLLM, SGLang, TensorRT-LLM) whose model is measured beside the run's."""
 
     url: Optional[str] = None
-    """Address, as OpenAI's clients take it: http://localhost:8000/v1. Without evaluate.source it alone is measured."""
+    """Address, as OpenAI's clients take it: http://localhost:8000/v1. Without evaluate.source nothing else is added."""
     name: str = "endpoint"
     """What its model is called among the results."""
     model: Optional[str] = None

@@ -197,20 +197,27 @@ def _prompts_problems(prompts: PromptsConfig) -> list[str]:
 
 def _endpoint_problems(endpoint: EndpointConfig) -> list[str]:
     found = []
-    if endpoint.url is not None:
-        url = urlsplit(endpoint.url)
-        if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
-            found.append(f"evaluate.endpoint.url={endpoint.url!r}: must be like http://localhost:8000/v1.")
-        elif "@" in url.netloc:
-            found.append(
-                "evaluate.endpoint.url: holds a user name or a password, which would be saved with the run. Give the"
-                " key in an environment variable, evaluate.endpoint.api_key_env=<its name>."
-            )
+    if endpoint.url is not None and "@" in endpoint.url:
+        found.append(
+            "evaluate.endpoint.url: holds a user name or a password, which would be saved with the run. Give the key in"
+            " an environment variable: evaluate.endpoint.api_key_env=<its name>."
+        )
+    elif endpoint.url is not None and not _is_address(endpoint.url):
+        found.append(f"evaluate.endpoint.url={endpoint.url!r}: must be like http://localhost:8000/v1.")
     if endpoint.name in Stage.__members__ or not _NAME.fullmatch(endpoint.name):
         found.append(
             f"evaluate.endpoint.name={endpoint.name!r}: must be letters, digits, '.', '_' and '-', and no stage's name."
         )
     return found
+
+
+def _is_address(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        has_host = bool(url.hostname) and url.port != 0
+    except ValueError:  # a port that is no number, half of a bracket
+        return False
+    return url.scheme in ("http", "https") and has_host and not url.query and not url.fragment
 
 
 def _columns_problems(key: str, columns: ColumnsConfig) -> list[str]:

@@ -30,12 +30,13 @@ MODELS = Reply({"object": "list", "data": [{"id": "tiny", "object": "model"}]})
 
 
 class Server(ThreadingHTTPServer):
-    """Sends the replies in turn, then again and again the last one, and remembers what it was asked."""
+    """Answers questions with the replies in turn, then again and again the last one; remembers what it was asked."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.models = MODELS
         self.replies: list[Reply] = [GOOD]
         self.asked: list[tuple[str, Any, dict[str, str]]] = []
         self.at: list[float] = []
@@ -50,6 +51,8 @@ class Server(ThreadingHTTPServer):
         with self.lock:
             self.asked.append((path, body, headers))
             self.at.append(time.monotonic())
+            if path.endswith("/models"):
+                return self.models
             return self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
 
     def bodies(self) -> list[Any]:

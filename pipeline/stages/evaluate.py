@@ -46,7 +46,9 @@ def run(config: PipelineConfig) -> Artifact:
     questions = _questions(config, rows)
     inputs = {_PROMPTS: prompts.fingerprint(questions)} if questions else {}
     before: list[ModelRef | Served] = [*_measured_before(config), *_served_before(config, rows, inputs)]
-    subjects: dict[str, ModelRef | Served] = {subject.name: subject for subject in (*before, *asked_for)}
+    # Servers first: what is wrong there shows before hours are spent here.
+    everything = sorted([*before, *asked_for], key=lambda subject: isinstance(subject, ModelRef))
+    subjects = {subject.name: subject for subject in everything}
     return artifacts.build(
         config,
         Stage.evaluate,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import GOOD, MODELS, Reply, Server, completion
+from chat_server import GOOD, Reply, Server, completion
 
 from pipeline.config import EndpointConfig, GenerationConfig
 from pipeline.errors import UserError
@@ -70,7 +70,6 @@ def error_of(answers: Answer, wanted: list[Question], **settings: Any) -> str:
 
 
 def test_the_model_of_the_server_is_taken_when_none_is_named(server: Server) -> None:
-    server.replies = [MODELS]
     assert find(EndpointConfig(url=server.url)) == Served("endpoint", server.url, "tiny")
     assert server.asked[0][0] == "/v1/models"
 
@@ -81,13 +80,12 @@ def test_a_named_model_needs_no_asking(server: Server) -> None:
 
 
 def test_an_address_without_a_path_is_that_of_the_api_below_it(server: Server) -> None:
-    server.replies = [MODELS]
     assert find(EndpointConfig(url=server.url.removesuffix("/v1"))).url == server.url
 
 
 @pytest.mark.parametrize(("names", "told"), [(["a", "b"], "has several models (a, b)"), ([], "names no model")])
 def test_not_one_model_is_an_error_that_says_which_there_are(server: Server, names: list[str], told: str) -> None:
-    server.replies = [Reply({"data": [{"id": name} for name in names]})]
+    server.models = Reply({"data": [{"id": name} for name in names]})
     with pytest.raises(UserError) as caught:
         find(EndpointConfig(url=server.url))
     assert told in str(caught.value) and "evaluate.endpoint.model=<name>" in str(caught.value)

@@ -1,0 +1,112 @@
+"""What may be set of prompts, answers and servers, and in which words the rest is refused."""
+
+from functools import reduce
+from typing import Any
+
+import pytest
+from conftest import run_program
+
+from pipeline import config, rules
+from pipeline.config import ColumnsConfig, DataConfig, ModelConfig, PipelineConfig, Stage
+
+URL = "http://localhost:8000/v1"
+
+
+def broken(**settings: Any) -> list[str]:
+    """The rules that `evaluate` breaks with these settings; two underscores stand for a dot."""
+    changed = PipelineConfig(stage=Stage.evaluate, model=ModelConfig(path="model"), data=DataConfig(path="data"))
+    for key, value in settings.items():
+        *sections, name = key.split("__")
+        setattr(reduce(getattr, sections, changed.evaluate), name, value)
+    return rules.problems(changed)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "meaning"),
+    [
+        ("prompts.max_samples", 0, "greater than 0"),
+        ("generation.max_new_tokens", 0, "greater than 0"),
+        ("generation.temperature", -0.5, "0 or more"),
+        ("generation.top_p", 0.0, "above 0 and up to 1"),
+        ("generation.top_p", 1.5, "above 0 and up to 1"),
+        ("generation.samples", 0, "greater than 0"),
+        ("generation.seed", -1, "a whole number from 0 to 4294967295"),
+        ("generation.batch_size", 0, "greater than 0"),
+        ("endpoint.concurrency", 0, "greater than 0"),
+        ("endpoint.retries", -1, "0 or more"),
+        ("endpoint.timeout_seconds", 0.0, "greater than 0"),
+        ("during_training.prompts", -1, "0 or more"),
+        ("during_training.max_new_tokens", 0, "greater than 0"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_its_key(key: str, value: Any, meaning: str) -> None:
+    assert broken(**{key.replace(".", "__"): value}) == [f"evaluate.{key}={value!r}: must be {meaning}."]
+
+
+def test_several_samples_of_the_likeliest_tokens_are_refused() -> None:
+    (problem,) = broken(generation__samples=3)
+    assert problem.startswith("evaluate.generation.samples=3: with evaluate.generation.temperature=0")
+    assert broken(generation__samples=3, generation__temperature=0.6) == []
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "ftp://host/v1", "http://", "http://host:port/v1", "http://[::1", f"{URL}?a=b", ""]
+)
+def test_what_is_no_address_is_refused(url: str) -> None:
+    assert broken(generate=True, endpoint__url=url) == [
+        f"evaluate.endpoint.url={url!r}: must be like http://localhost:8000/v1."
+    ]
+
+
+@pytest.mark.parametrize("url", [URL, "https://host", "http://[::1]:8000/v1", "http://10.0.0.1:1/a/b"])
+def test_an_address_is_taken(url: str) -> None:
+    assert broken(generate=True, endpoint__url=url) == []
+
+
+def test_a_password_in_an_address_is_refused_without_showing_it() -> None:
+    (problem,) = broken(generate=True, endpoint__url="http://me:secret@host/v1")
+    assert "secret" not in problem and "evaluate.endpoint.api_key_env" in problem
+
+
+def test_a_server_without_questions_is_refused() -> None:
+    (problem,) = broken(endpoint__url=URL)
+    assert problem.startswith(f"evaluate.endpoint.url={URL}: nothing would be asked") and "eval=quick" in problem
+
+
+@pytest.mark.parametrize("name", ["sft", "all", "a/b", "", "..", "a b"])
+def test_a_name_that_is_no_file_name_or_that_of_a_stage_is_refused(name: str) -> None:
+    (problem,) = broken(endpoint__name=name)
+    assert problem.startswith(f"evaluate.endpoint.name={name!r}: must be letters")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("split", "test"), ("filter", {"a": ["b"]}), ("roles", {"a": "user"}), ("columns", ColumnsConfig(role="from"))],
+)
+def test_what_is_said_of_another_data_set_that_is_not_there_is_refused(name: str, value: Any) -> None:
+    (problem,) = broken(**{f"prompts__{name}": value})
+    assert problem.startswith(f"evaluate.prompts.{name}=") and "only with evaluate.prompts.path" in problem
+    assert broken(**{f"prompts__{name}": value}, prompts__path="rows.jsonl") == []
+
+
+def test_prompts_stand_in_one_column() -> None:
+    assert broken(prompts__path="a", prompts__columns=ColumnsConfig(messages=None, prompt="question")) == []
+    for columns in (ColumnsConfig(messages=None), ColumnsConfig(prompt="question")):
+        (problem,) = broken(prompts__path="a", prompts__columns=columns)
+        assert problem.startswith("evaluate.prompts.columns: messages=")
+
+
+def test_a_mapping_of_the_prompts_takes_names_of_the_users_own() -> None:
+    assert config.is_known("evaluate.prompts.expected.category") and config.is_known("evaluate.prompts.filter.kind")
+
+
+def test_eval_chooses_what_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {}
+    for choice in ("none", "quick", "full"):
+        arguments = ("--cfg", "job", "stage=evaluate", "recipe=smoke", f"eval={choice}", "--package", "evaluate")
+        assert run_program(*arguments) == 0
+        shown[choice] = capsys.readouterr().out
+    assert "generate: false" in shown["none"] and "generate: true" in shown["quick"]
+    assert "max_samples: 16" in shown["quick"] and "max_samples: 16" not in shown["full"]
+    assert run_program("--cfg", "job", "stage=evaluate", "recipe=smoke", "--package", "evaluate") == 0
+    assert capsys.readouterr().out == shown["none"]
