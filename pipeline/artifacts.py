@@ -210,6 +210,18 @@ def staleness(config: PipelineConfig, artifact: Artifact) -> str | None:
     return None
 
 
+def report_parents(config: PipelineConfig, stage: Stage) -> dict[str, str]:
+    """What a report was last made from, or was being made from when it was interrupted; empty without one.
+
+    Raises:
+        UserError: as `load`.
+    """
+    directory = stage_dir(config, stage.name)
+    if is_complete(config, stage):
+        return load(directory).parents
+    return (_unfinished(directory) or {"parents": {}})["parents"]
+
+
 def is_complete(config: PipelineConfig, stage: Stage) -> bool:
     """Whether a stage of this run has been published."""
     return (stage_dir(config, stage.name) / ARTIFACT_FILE).is_file()

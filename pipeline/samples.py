@@ -48,7 +48,7 @@ def callback(config: PipelineConfig, rows: Rows, tokenizer: Any, directory: Path
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.prompts,
     )
-    local = Local(None, data.rendering(config, tokenizer), greedy)
+    local = Local(None, data.rendering(config, tokenizer), greedy, limit="evaluate.during_training.prompts")
     return [Samples(local, asked, directory, stage)]
 
 

@@ -104,6 +104,8 @@ async def _ask(
                 asyncio.as_completed(tasks), total=len(tasks), what=f"answers of {served.name}", unit="answer"
             ):
                 await done
+        except UserError as error:
+            raise UserError(f"{error} The answers so far are kept: the same command goes on from there.") from error
         finally:
             for task in tasks:
                 task.cancel()
@@ -181,10 +183,7 @@ class _Client:
             ) from error
 
     def _error(self, problem: str, remedy: str) -> UserError:
-        return UserError(
-            f"evaluate.endpoint.url={self._url}: {problem}. {remedy} The answers so far are kept: the same command goes"
-            " on from there."
-        )
+        return UserError(f"evaluate.endpoint.url={self._url}: {problem}. {remedy}")
 
     def _told(self, error: httpx.RequestError) -> str:
         if isinstance(error, httpx.TimeoutException):

@@ -37,11 +37,13 @@ class Local:
         model: a causal language model in evaluation mode, on its device.
         rendering: its tokenizer, and what else the prompt says.
         settings: how it answers.
+        limit: the setting that says how many answers are written at once.
     """
 
     model: Any
     rendering: Rendering
     settings: GenerationConfig
+    limit: str = "evaluate.generation.batch_size"
 
     def ask(self, questions: list[Question], journal: Journal, name: str) -> None:
         """Answer what the journal does not have yet.
@@ -66,7 +68,7 @@ class Local:
             completions = self._complete(prompts, seeds)
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"evaluate.generation.batch_size={self.settings.batch_size}: the GPU's memory is too small for"
+                f"{self.limit}={self.settings.batch_size}: the GPU's memory is too small for"
                 f" {len(prompts)} answers at once to prompts of up to {max(map(len, prompts))} tokens. Lower it."
             ) from error
         return [

@@ -56,7 +56,9 @@ def _row(name: str, results: dict[str, dict[str, float]]) -> dict[str, Any]:
 
 
 def _caption(report: dict[str, Any]) -> str:
-    tokens = next((row["supervised_tokens"] for row in report["rows"] if "supervised_tokens" in row), 0)
+    tokens = next((row["supervised_tokens"] for row in report["rows"] if "supervised_tokens" in row), None)
+    if tokens is None:
+        return "Of models on servers neither loss nor weights are known."
     return (
         f"Loss over {tokens} supervised validation tokens. Relative weight error: of the experts' weights as the"
         f" forward pass uses them, against {report['reference']}."

@@ -1,7 +1,4 @@
-"""evaluate: figures of one model of the run, of a directory, of a server's model, or of every model of the run,
-
-kept side by side; and, where models are asked, all that they answered.
-"""
+"""evaluate: figures and answers of a model of the run, of a directory, of a server, or of every stage, side by side."""
 
 import json
 from collections.abc import Sequence
@@ -45,7 +42,7 @@ def run(config: PipelineConfig) -> Artifact:
     rows = data.load_rows(config)
     questions = _questions(config, rows)
     inputs = {_PROMPTS: prompts.fingerprint(questions)} if questions else {}
-    before: list[ModelRef | Served] = [*_measured_before(config), *_served_before(config, rows, inputs)]
+    before: list[ModelRef | Served] = [*_measured_before(config), *_served_before(config, rows, questions)]
     # Servers first: what is wrong there shows before hours are spent here.
     everything = sorted([*before, *asked_for], key=lambda subject: isinstance(subject, ModelRef))
     subjects = {subject.name: subject for subject in everything}
@@ -86,9 +83,7 @@ def _questions(config: PipelineConfig, rows: Rows) -> list[Question]:
 
 def _measured_before(config: PipelineConfig) -> list[ModelRef]:
     """Stages of this run that an earlier report has; each is measured again only if it changed."""
-    if not is_complete(config, Stage.evaluate):
-        return []
-    names = artifacts.require(config, Stage.evaluate).parents
+    names = artifacts.report_parents(config, Stage.evaluate)
     there = [
         artifacts.load(artifacts.stage_dir(config, stage.name))
         for stage in MODEL_STAGES
@@ -97,19 +92,41 @@ def _measured_before(config: PipelineConfig) -> list[ModelRef]:
     return [models.of_artifact(artifact) for artifact in there if artifacts.staleness(config, artifact) is None]
 
 
-def _served_before(config: PipelineConfig, rows: Rows, inputs: dict[str, str]) -> list[Served]:
+def _served_before(config: PipelineConfig, rows: Rows, questions: list[Question]) -> list[Served]:
     """Models on servers that an earlier report has. They may be gone, so they stay only while nothing has changed."""
-    if not is_complete(config, Stage.evaluate) or config.overwrite:
-        return []
-    done = artifacts.require(config, Stage.evaluate)
-    served = [Served(**record) for record in done.details.get("served", [])]
-    before = (done.settings, done.data, done.parents.get(_PROMPTS))
-    if before == (artifacts.chosen(config, _SETTINGS), rows.fingerprint, inputs.get(_PROMPTS)):
-        return served
-    for each in served:
-        if each.url != config.evaluate.endpoint.url:
-            say("evaluate", f"{each.name}: left out, since it was asked otherwise (evaluate.endpoint.url={each.url})")
-    return []
+    directory = artifacts.stage_dir(config, Stage.evaluate.name)
+    kept = []
+    for name in artifacts.report_parents(config, Stage.evaluate):
+        path = directory / f"{name}.json"
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if "served" not in record or (name == config.evaluate.endpoint.name and config.evaluate.endpoint.url):
+            continue
+        served = Served(**record["served"])
+        if record["inputs"] == _inputs(config, rows, questions, served, None) and not config.overwrite:
+            kept.append(served)
+        else:
+            say(
+                "evaluate",
+                f"{name}: left out, since it was asked otherwise; evaluate.endpoint.url={served.url} asks anew",
+            )
+    return kept
+
+
+def _inputs(
+    config: PipelineConfig,
+    rows: Rows,
+    questions: list[Question],
+    subject: ModelRef | Served,
+    reference: ModelRef | None,
+) -> dict[str, Any]:
+    """All that a model's figures depend on."""
+    return {
+        "settings": artifacts.chosen(config, _SETTINGS),
+        "data": rows.fingerprint,
+        "prompts": prompts.fingerprint(questions),
+        "model": subject.fingerprint,
+        "reference": reference.fingerprint if reference and isinstance(subject, ModelRef) else None,
+    }
 
 
 def _evaluate(
@@ -121,22 +138,19 @@ def _evaluate(
 ) -> Result:
     refs = [subject for subject in subjects if isinstance(subject, ModelRef)]
     reference = _reference(config, refs)
-    key = {"settings": artifacts.chosen(config, _SETTINGS), "data": rows.fingerprint}
     measure = _Measure(config, rows, questions, directory, reference)
     results = {}
     for subject in subjects:
         path = directory / f"{_file_name(subject)}.json"
-        inputs = {**key, "prompts": prompts.fingerprint(questions), "model": subject.fingerprint}
-        if isinstance(subject, ModelRef) and reference is not None:
-            inputs["reference"] = reference.fingerprint
+        inputs = _inputs(config, rows, questions, subject, reference)
         figures = _kept(path, inputs)
         if figures is None:
             figures = measure.figures(subject)
-            write_json(path, {"inputs": inputs, "figures": figures})
+            served = {"served": vars(subject)} if isinstance(subject, Served) else {}
+            write_json(path, {"inputs": inputs, "figures": figures, **served})
         log_metrics(directory, {"model": subject.name, **figures})
         results[subject.name] = figures
-    served = [vars(subject) for subject in subjects if isinstance(subject, Served)]
-    details = {"reference": reference.name if reference else None, "results": results, "served": served}
+    details = {"reference": reference.name if reference else None, "results": results}
     return Result(Kind.report, details=details)
 
 
