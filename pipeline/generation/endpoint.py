@@ -203,11 +203,14 @@ class _Client:
 def _key(variable: str | None) -> str | None:
     if variable is None:
         return None
-    if not os.environ.get(variable):
+    key = os.environ.get(variable, "").strip()  # a file read into the variable ends with a line break
+    if not key:
         raise UserError(
-            f"evaluate.endpoint.api_key_env={variable}: the environment has no such variable, or it is empty."
+            f"evaluate.endpoint.api_key_env={variable}: the environment has no such variable, or an empty one."
         )
-    return os.environ[variable]
+    if not key.isascii() or not key.isprintable():
+        raise UserError(f"evaluate.endpoint.api_key_env={variable}: holds characters that a key cannot have.")
+    return key
 
 
 def _remedy(status: int) -> str:

@@ -329,6 +329,24 @@ def test_a_server_that_quotes_the_key_does_not_bring_it_into_the_message(
     assert "Incorrect API key: ***" in message and KEY not in message
 
 
+def test_a_line_break_after_the_key_is_not_part_of_it(
+    server: Server, answers: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", f"{KEY}\n")
+    answers(asked("a"), api_key_env="MY_KEY")
+    assert server.asked[0][2]["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("value", ["sk-sécret", "sk-secret\nsecond"])
+def test_a_key_that_cannot_be_sent_is_refused_without_showing_it(
+    server: Server, answers: Answer, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("MY_KEY", value)
+    message = error_of(answers, asked("a"), api_key_env="MY_KEY")
+    assert "evaluate.endpoint.api_key_env=MY_KEY" in message and "sk-" not in message
+    assert server.asked == []
+
+
 @pytest.mark.parametrize("value", [None, ""])
 def test_a_variable_that_is_not_set_is_an_error_before_anything_is_sent(
     server: Server, answers: Answer, monkeypatch: pytest.MonkeyPatch, value: str | None
