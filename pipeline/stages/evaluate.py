@@ -97,7 +97,7 @@ def _served_before(config: PipelineConfig, rows: Rows, questions: list[Question]
     directory = artifacts.stage_dir(config, Stage.evaluate.name)
     kept = []
     for name in artifacts.report_parents(config, Stage.evaluate):
-        path = directory / f"{name}.json"
+        path = directory / f"{_file_name(name)}.json"
         record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if "served" not in record or (name == config.evaluate.endpoint.name and config.evaluate.endpoint.url):
             continue
@@ -141,7 +141,7 @@ def _evaluate(
     measure = _Measure(config, rows, questions, directory, reference)
     results = {}
     for subject in subjects:
-        path = directory / f"{_file_name(subject)}.json"
+        path = directory / f"{_file_name(subject.name)}.json"
         inputs = _inputs(config, rows, questions, subject, reference)
         figures = _kept(path, inputs)
         if figures is None:
@@ -205,7 +205,7 @@ class _Measure:
         return journal.transcripts(self._questions)
 
     def _journal(self, subject: ModelRef | Served, decide: dict[str, Any]) -> Journal:
-        return Journal(self._directory / _file_name(subject), {"model": subject.fingerprint, **decide})
+        return Journal(self._directory / _file_name(subject.name), {"model": subject.fingerprint, **decide})
 
     def _validation(self, ref: ModelRef, tokenizer: Any) -> list[Any]:
         files = [ref.base / name for name in _TOKENIZER_FILES]
@@ -219,8 +219,9 @@ class _Measure:
         return self._batches[tokenizer_files]
 
 
-def _file_name(subject: ModelRef | Served) -> str:
-    return subject.name.strip("/").replace("/", "_")
+def _file_name(name: str) -> str:
+    """A model's name, which may be a path, as that of a file."""
+    return name.strip("/").replace("/", "_")
 
 
 def _reference(config: PipelineConfig, refs: list[ModelRef]) -> ModelRef | None:
