@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("artifacts", "gpt_oss"),
     ("tracking", "rules"),
     ("config", "numerics", "languages"),
-    ("errors", "allocator", "choice", "transcripts"),
+    ("errors", "allocator", "choice", "transcripts", "statistics"),
 )
 """Files and folders of the package, from top to bottom: each imports only from the rows below its own.
 
@@ -52,6 +52,7 @@ ONLY_IMPORTER = {
     "peft": "adapters",
     "modelopt": "quantizer",
     "py3langid": "languages",
+    "scipy": "statistics",
     "openai_harmony": "doctor.parity",
     "wandb": "tracking",
     "hydra": ("__main__", "command_line"),
