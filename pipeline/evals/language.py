@@ -1,0 +1,61 @@
+"""Whether a model reasons, and answers, in the language that it was asked to.
+
+Told offline by pipeline.languages among the languages in its table. A text of two languages, neither with two thirds,
+is in none; one that is missing, too short, or that the classifier is not sure of, is undecided.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+from pipeline.evals.subject import Subject
+from pipeline.evals.verdicts import Verdict, figures
+from pipeline.languages import NAMES, UNDECIDED, Languages, code_of
+from pipeline.transcripts import Transcript
+
+
+def reasoning(subject: Subject) -> dict[str, float]:
+    """Shares of transcripts whose analysis is in expected["language"]: `reasoning_language`, and for each language."""
+    return figures("reasoning_language", reasoning_verdicts(subject.transcripts))
+
+
+def answer(subject: Subject) -> dict[str, float]:
+    """Shares of transcripts whose answer is in the language of the question: `answer_language`, as `reasoning`."""
+    return figures("answer_language", answer_verdicts(subject.transcripts))
+
+
+def reasoning_verdicts(transcripts: Sequence[Transcript]) -> list[Verdict]:
+    """On the transcripts with expected["language"], a name or an ISO 639-1 code; the group is the code.
+
+    Raises:
+        UserError: a language that is not known.
+    """
+    return _verdicts(transcripts, lambda each: each.expected.get("language"), lambda each: each.reasoning)
+
+
+def answer_verdicts(transcripts: Sequence[Transcript]) -> list[Verdict]:
+    """As `reasoning_verdicts`, of the answer; expected["answer_language"] wins where there is one."""
+    return _verdicts(
+        transcripts,
+        lambda each: each.expected.get("answer_language", each.expected.get("language")),
+        lambda each: each.answer,
+    )
+
+
+def _verdicts(
+    transcripts: Sequence[Transcript],
+    wanted_of: Callable[[Transcript], str | None],
+    text_of: Callable[[Transcript], str | None],
+) -> list[Verdict]:
+    found = []
+    for each in transcripts:
+        wanted = wanted_of(each)
+        if wanted is not None:
+            code = code_of(wanted, f"prompt {each.prompt_id}")
+            told = _languages().of(text_of(each) or "")
+            found.append(Verdict(each.prompt_id, each.sample, code, None if told == UNDECIDED else told == code))
+    return found
+
+
+@cache
+def _languages() -> Languages:
+    return Languages(list(NAMES.values()), "languages.NAMES")
