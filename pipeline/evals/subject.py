@@ -1,11 +1,14 @@
 """What a scorer is given."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from pipeline.models import ModelRef, Weights
+from pipeline.transcripts import Transcript
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,8 @@ class Subject:
         weights: the same weights, one at a time, by name.
         reference: weights that its own are held against: the fine-tuned model's, or the upcast's where there is none.
         batches: validation examples.
+        transcripts: what the model answered to prompts, where any were generated.
+        reference_predictions: where `logits.record` kept those of the reference on these batches, if it did.
     """
 
     ref: ModelRef
@@ -25,3 +30,5 @@ class Subject:
     weights: Weights
     reference: Weights
     batches: list[dict[str, Tensor]]
+    transcripts: Sequence[Transcript] = ()
+    reference_predictions: Path | None = None
