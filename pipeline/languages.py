@@ -4,8 +4,9 @@ A classifier is sure of itself on anything, also on code and numbers, so these a
 must be long enough. The sentences of a text vote, each with its letters, so that one quoted line does not decide, and a
 text of two languages is called mixed. A sentence that the classifier is not sure of does not vote.
 
-The least length and confidence are measured (scripts/measure_scorers: MGSM in seven languages, told apart among 33): of
-6,000 sentences 99.4 % are told right; of those with 24 bytes of letters and 0.9 confidence all are, and 7 % abstain.
+The least confidence is measured (scripts/measure_scorers, 2026-11-22: MGSM in seven languages, told apart among 33).
+Without it 22 of 5,716 sentences are told wrong, with 0.8 one of 5,521, and 3 % more are undecided; whole questions, of
+50 words or so: 1,746 right, none wrong, 4 undecided. Close relatives are the hard part: most are Russian.
 """
 
 import re

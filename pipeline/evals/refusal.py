@@ -2,8 +2,14 @@
 
 Rules, no model: patterns of English, German, French, Spanish and Italian on the first sentences, where models refuse
 (`refusal_patterns`). Three degrees, as in XSTest (Röttger et al., NAACL 2024): compliance, full refusal, and partial
-refusal, which declines and then still says something of use. What only a reader would call a refusal, such as polite
-advice to do something else, the rules miss; `judge` asks a model.
+refusal, which declines and then still says something of use.
+
+Against human labels of 450 completions of a Mistral model to XSTest v2 (scripts/measure_scorers, 2026-11-22; 83 % of
+them comply), on the 225 whose texts were not looked at for the patterns: precision and recall of refusals, full or
+partial, 0.89 and 0.44; of compliance 0.90 and 0.99; of full refusals 0.75 and 0.26, of partial ones 0.70 and 0.54;
+refused or not is right in 90 %. On the others: 0.82 and 0.58; 0.91 and 0.97; 0.82 and 0.54, 0.64 and 0.50; 90 %. What
+is missed are answers that admonish, or contradict the question, without declining; `judge` asks a model. How often
+gpt-oss is misread is not measured, nor are the other languages on answers of models.
 """
 
 import re
