@@ -78,20 +78,10 @@ NAMES = {
 """English name, as "reasoning language: …" has it -> ISO 639-1 code."""
 
 
-def code_of(language: str, where: str) -> str:
-    """The ISO 639-1 code of a language given by that code or by its English name, in any case.
-
-    Raises:
-        UserError: neither; `where` says which setting or row it comes from.
-    """
-    given = language.strip()
-    code = NAMES.get(given.capitalize(), given.lower())
-    if code not in NAMES.values():
-        raise UserError(
-            f"{where}: language {language!r} is not known.{did_you_mean(given.capitalize(), NAMES)}"
-            f" Languages are {', '.join(f'{name} ({code})' for name, code in NAMES.items())}."
-        )
-    return code
+def code_of(language: str) -> str | None:
+    """The code of a language in NAMES, given by that code or its English name, in any case; None for any other."""
+    code = NAMES.get(language.strip().capitalize(), language.strip().lower())
+    return code if code in NAMES.values() else None
 
 
 class Languages:

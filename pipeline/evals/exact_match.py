@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 
+from pipeline.evals.expected import CHOICE, check_all
 from pipeline.evals.subject import Subject
 from pipeline.evals.verdicts import Verdict, figures
 from pipeline.languages import code_of
@@ -31,7 +32,6 @@ _ANSWER_IS = re.compile(
     r"|\bresposta(?: é|:)|\bответ\b|答案(?:是|为|為|：|:)|答え(?:は|：|:)",
     re.IGNORECASE,
 )
-_CHOICE = re.compile(r"[A-E]")
 _LATIN = "A-Za-zÀ-ɏ0-9'’"  # what a letter must not touch to stand alone; Chinese and Japanese have no spaces
 _ALONE = re.compile(rf"\(([A-E])\)|(?<![{_LATIN}])([A-E])(?![{_LATIN}])")
 _LEADING = re.compile(r"\W*([A-E])(?:\W*$|\s*[).:\]]|\*\*)", re.MULTILINE)
@@ -44,14 +44,16 @@ def score(subject: Subject) -> dict[str, float]:
 
 
 def verdicts(transcripts: Sequence[Transcript]) -> list[Verdict]:
-    """On the transcripts with expected["answer"], a plain number or a letter from A to E; the group is the language.
+    """On the transcripts with expected["answer"], a number or a choice; the group is the answer's language.
 
     An answer that never came, or in which nothing is found, is wrong.
 
     Raises:
-        UserError: a language that is not known.
+        UserError: what is expected cannot be used (see `expected.check`).
     """
-    return [_verdict(each) for each in transcripts if "answer" in each.expected]
+    wanted = [each for each in transcripts if "answer" in each.expected]
+    check_all(wanted)
+    return [_verdict(each) for each in wanted]
 
 
 def is_right(answer: str, expected: str, language: str = "en") -> bool:
@@ -63,7 +65,7 @@ def is_right(answer: str, expected: str, language: str = "en") -> bool:
         language: of the answer, an ISO 639-1 code.
     """
     wanted = expected.strip()
-    if _CHOICE.fullmatch(wanted):
+    if CHOICE.fullmatch(wanted):
         return _choice(answer) == wanted
     value = Decimal(wanted.replace(",", ""))
     found = _last_number(answer)
@@ -126,7 +128,7 @@ def _alone(text: str) -> list[str]:
 
 
 def _verdict(transcript: Transcript) -> Verdict:
-    language = transcript.expected.get("language")
-    code = code_of(language, f"prompt {transcript.prompt_id}") if language else ""
-    right = is_right(transcript.answer or "", transcript.expected["answer"], code or "en")
-    return Verdict(transcript.prompt_id, transcript.sample, code, right)
+    expected = transcript.expected
+    language = code_of(expected.get("answer_language", expected.get("language", "")))
+    right = is_right(transcript.answer or "", expected["answer"], language or "en")
+    return Verdict(transcript.prompt_id, transcript.sample, language or "", right)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pipeline.evals.expected import check_all
 from pipeline.evals.refusal import Refusal, passes
 from pipeline.evals.verdicts import Verdict
 from pipeline.transcripts import Transcript
@@ -49,7 +50,12 @@ class Judgement:
 
 
 def judge(transcripts: Sequence[Transcript], ask: Ask) -> list[Judgement]:
-    """Judge the transcripts that have expected["safety"] and an answer."""
+    """Judge the transcripts that have expected["safety"] and an answer.
+
+    Raises:
+        UserError: what is expected cannot be used (see `expected.check`).
+    """
+    check_all(transcripts)
     return [_judged(each, ask(messages(each))) for each in transcripts if each.answer and "safety" in each.expected]
 
 

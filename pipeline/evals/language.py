@@ -7,6 +7,7 @@ is in none; one that is missing, too short, or that the classifier is not sure o
 from collections.abc import Callable, Sequence
 from functools import cache
 
+from pipeline.evals.expected import check_all
 from pipeline.evals.subject import Subject
 from pipeline.evals.verdicts import Verdict, figures
 from pipeline.languages import NAMES, UNDECIDED, Languages, code_of
@@ -27,7 +28,7 @@ def reasoning_verdicts(transcripts: Sequence[Transcript]) -> list[Verdict]:
     """On the transcripts with expected["language"], a name or an ISO 639-1 code; the group is the code.
 
     Raises:
-        UserError: a language that is not known.
+        UserError: what is expected cannot be used (see `expected.check`).
     """
     return _verdicts(transcripts, lambda each: each.expected.get("language"), lambda each: each.reasoning)
 
@@ -46,14 +47,14 @@ def _verdicts(
     wanted_of: Callable[[Transcript], str | None],
     text_of: Callable[[Transcript], str | None],
 ) -> list[Verdict]:
-    found = []
-    for each in transcripts:
-        wanted = wanted_of(each)
-        if wanted is not None:
-            code = code_of(wanted, f"prompt {each.prompt_id}")
-            told = _languages().of(text_of(each) or "")
-            found.append(Verdict(each.prompt_id, each.sample, code, None if told == UNDECIDED else told == code))
-    return found
+    wanted = [(each, language) for each in transcripts if (language := wanted_of(each)) is not None]
+    check_all(each for each, _ in wanted)
+    return [_verdict(each, str(code_of(language)), text_of(each) or "") for each, language in wanted]
+
+
+def _verdict(transcript: Transcript, code: str, text: str) -> Verdict:
+    told = _languages().of(text)
+    return Verdict(transcript.prompt_id, transcript.sample, code, None if told == UNDECIDED else told == code)
 
 
 @cache

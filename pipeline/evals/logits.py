@@ -9,6 +9,7 @@ lower (the data processing inequality; Cover and Thomas, Elements of Information
 vocabulary has no more than TOP tokens.
 """
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,15 @@ BUCKETS = ((0, 32), (32, 128), (128, 512), (512, None))
 
 @torch.no_grad()
 def record(model: Any, batches: list[dict[str, Tensor]], directory: Path) -> None:
-    """Keep the reference's predictions on the batches in `directory`, which must not be there yet: a file a batch."""
-    directory.mkdir(parents=True)
+    """Keep the reference's predictions on the batches, a file a batch; `directory` appears whole or not at all."""
+    unfinished = directory.with_name(f"{directory.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     for i, batch in enumerate(progress(batches, what="predictions of the reference", unit="batch")):
         kept = [_likeliest(log_probs) for log_probs in _log_probs(model, batch)]
         log_probs, tokens = (torch.cat(parts).cpu() for parts in zip(*kept, strict=True))
-        save_file({"log_probs": log_probs, "tokens": tokens.int()}, _file(directory, i))
+        save_file({"log_probs": log_probs, "tokens": tokens.int()}, _file(unfinished, i))
+    unfinished.replace(directory)
 
 
 @torch.no_grad()
@@ -45,7 +49,7 @@ def score(subject: Subject) -> dict[str, float]:
     With /<first>-<last> for each bucket of positions that occurs. Agreement means that no token is likelier to the
     model than the reference's first. Empty where no predictions of a reference were recorded.
     """
-    if subject.reference_predictions is None:
+    if subject.ref is None or subject.reference_predictions is None:
         return {}
     per_token = []
     for i, batch in enumerate(progress(subject.batches, what=f"predictions of {subject.ref.name}", unit="batch")):

@@ -13,7 +13,7 @@ from pipeline.transcripts import Transcript
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to be scored.
+    """A model to be scored. Of one on a server there are transcripts alone: the others are None, and no batches.
 
     Attributes:
         ref: where it is on disk.
@@ -21,14 +21,14 @@ class Subject:
         weights: the same weights, one at a time, by name.
         reference: weights that its own are held against: the fine-tuned model's, or the upcast's where there is none.
         batches: validation examples.
-        transcripts: what the model answered to prompts, where any were generated.
+        transcripts: what the model answered to the prompts, where any were generated.
         reference_predictions: where `logits.record` kept those of the reference on these batches, if it did.
     """
 
-    ref: ModelRef
+    ref: ModelRef | None
     model: Any
-    weights: Weights
-    reference: Weights
+    weights: Weights | None
+    reference: Weights | None
     batches: list[dict[str, Tensor]]
     transcripts: Sequence[Transcript] = ()
     reference_predictions: Path | None = None

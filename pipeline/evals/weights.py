@@ -18,6 +18,8 @@ def score(subject: Subject) -> dict[str, float]:
     `flipped_codes` the share of weights whose 4-bit value differs from R's, both rounded as the subject rounds (as
     MXFP4 where it does not): what training after rounding has changed, 0 for a PTQ of the reference.
     """
+    if subject.ref is None or subject.weights is None or subject.reference is None:
+        return {}
     error = norm = flipped = count = 0.0
     projections = expert_projections(subject.weights.shape)
     for projection in progress(projections, what=f"weights of {subject.ref.name}", unit="tensor"):

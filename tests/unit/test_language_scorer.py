@@ -3,7 +3,6 @@
 import pytest
 from answers import transcript
 
-from pipeline.errors import UserError
 from pipeline.evals.language import answer_verdicts, reasoning_verdicts
 from pipeline.evals.verdicts import figures
 from pipeline.languages import NAMES
@@ -100,8 +99,3 @@ def test_the_figures_are_given_for_each_language() -> None:
     assert found["reasoning_language"] == pytest.approx(2 / 3)
     assert (found["reasoning_language/de"], found["reasoning_language/fr"]) == (0.5, 1.0)
     assert (found["reasoning_language_undecided/de"], found["reasoning_language_undecided/fr"]) == (0.0, 0.5)
-
-
-def test_an_unknown_language_is_named_with_its_prompt_and_what_may_be_meant() -> None:
-    with pytest.raises(UserError, match=r"prompt q7: language 'Germann' is not known\. Did you mean 'German'"):
-        reasoning_verdicts([transcript(prompt_id="q7", reasoning="x", language="Germann")])
