@@ -68,7 +68,7 @@ def is_right(answer: str, expected: str, language: str = "en") -> bool:
     if CHOICE.fullmatch(wanted):
         return _choice(answer) == wanted
     value = Decimal(wanted.replace(",", ""))
-    found = _last_number(answer)
+    found = _number(answer)
     return found is not None and value in readings(found, language)
 
 
@@ -85,29 +85,32 @@ def readings(number: str, language: str) -> list[Decimal]:
 def _read(compact: str, thousands: str, point: str) -> Iterator[Decimal]:
     whole, _, fraction = compact.partition(point)
     groups = whole.lstrip("-").split(thousands)
-    # Groups of two are India's: 1,00,000.
-    is_grouped = len(groups[0]) <= 3 and len(groups[-1]) == 3 and all(len(group) in (2, 3) for group in groups[1:])
+    sizes = [len(group) for group in groups]
+    # Groups of two are India's: 1,00,000. Nobody groups 0,125.
+    is_grouped = sizes[0] <= 3 and sizes[-1] == 3 and {*sizes[1:]} <= {2, 3} and not whole.lstrip("-").startswith("0")
     if (len(groups) == 1 or is_grouped) and (not fraction or fraction.isdecimal()):
         yield Decimal(f"{whole.replace(thousands, '')}.{fraction or 0}")
 
 
-def _last_number(answer: str) -> str | None:
+def _number(answer: str) -> str | None:
     text = unicodedata.normalize("NFKC", answer)
     boxed = _BOXED.findall(text)
-    after = text[list(_ANSWER_IS.finditer(text))[-1].end() :] if _ANSWER_IS.search(text) else ""
     if boxed and _NUMBERS.search(boxed[-1]):
         return _NUMBERS.findall(boxed[-1].replace(r"\,", "").replace("{,}", ","))[-1]
-    first = _NUMBERS.search(after)
-    if first:
-        return _result(after, first)
+    marks = list(_ANSWER_IS.finditer(text))
+    stated = _first_result(text[marks[-1].end() :]) if marks else None
     found = _NUMBERS.findall(text)
-    return found[-1] if found else None
+    return stated or (found[-1] if found else None)
 
 
-def _result(text: str, first: re.Match[str]) -> str:
-    """The number that is the answer: of "5 + 6 = 11" the last one of that line, else the first."""
+def _first_result(text: str) -> str | None:
+    """The first number, or where its line is an equation ("5 + 6 = 11"), the first after the last equals sign."""
+    first = _NUMBERS.search(text)
+    if first is None:
+        return None
     line = text[first.start() :].partition("\n")[0]
-    return _NUMBERS.findall(line)[-1] if "=" in line else first.group()
+    result = _NUMBERS.search(line.rpartition("=")[2])
+    return result.group() if result else first.group()
 
 
 def _choice(answer: str) -> str | None:

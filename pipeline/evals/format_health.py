@@ -15,7 +15,7 @@ from pipeline.evals.subject import Subject
 from pipeline.evals.verdicts import Verdict, figures
 from pipeline.transcripts import Transcript
 
-_TEXT = r"(?:(?!<\|[a-z]+\|>).)*"
+_TEXT = r"(?:(?!<\|\w+\|>).)*"
 _HEADER = (
     r"(?: to=[^\s<]+)?<\|channel\|>(?:analysis|commentary|final)(?: to=[^\s<]+)?"
     r"(?: ?<\|constrain\|>[a-z]+| [a-z]+)?<\|message\|>"
@@ -23,9 +23,7 @@ _HEADER = (
 _WHOLE = re.compile(
     rf"(?:{_HEADER}{_TEXT}<\|end\|><\|start\|>assistant)*{_HEADER}{_TEXT}(?:<\|return\|>|<\|call\|>)", re.DOTALL
 )
-_LEAK = re.compile(
-    r"<\|[a-z]+\|>|\A\W*(?:assistant)?(?:analysis|commentary|final)(?=[A-Z])|assistant(?:final|analysis)"
-)
+_LEAK = re.compile(r"<\|\w+\|>|\A\W*(?:assistant)?(?:analysis|commentary|final)(?=[A-Z])|assistant(?:final|analysis)")
 
 _ENDS = ("return", "stop", "call", "tool_calls")  # ours, and an endpoint's
 _LENGTH = "length"

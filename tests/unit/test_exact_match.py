@@ -42,6 +42,8 @@ def test_a_number_is_read_as_its_language_writes_it(language: str, sentence: str
         (r"\boxed{70{,}000}", "70000"),
         ("The answer is 18. There were 20 at first.", "18"),
         ("The answer is 5 + 13 = 18.", "18"),
+        ("The answer is 18 (5 + 13 = 18, of 20).", "18"),
+        ("The answer is:\n18\n5 + 12 = 17", "18"),
         ("First the answer is 3, but then the answer is 18, of 20.", "18"),
         ("There were 20; 2 broke, and 18 are left.", "18"),
         ("-5", "-5"),
@@ -64,6 +66,7 @@ def test_an_english_number_in_a_language_with_decimal_commas_is_right_either_way
     assert is_right("Das macht 70,000 US-Dollar.", "70000", "de")
     assert is_right("Das macht 3,125 Liter.", "3.125", "de")
     assert not is_right("That makes 3.125 litres.", "3125", "en")
+    assert not is_right("Das macht 0,125 Liter.", "125", "de")
 
 
 @pytest.mark.parametrize(
