@@ -3,7 +3,8 @@
 import pytest
 
 from pipeline.evals.verdicts import Verdict, figures, paired
-from pipeline.statistics import wilson
+from pipeline.statistics import BETTER, wilson
+from pipeline.statistics import verdict as compared
 
 
 def verdict(prompt_id: str, passed: bool | None, group: str = "", sample: int = 0) -> Verdict:
@@ -43,3 +44,9 @@ def test_models_are_paired_by_prompt_where_both_are_decided() -> None:
     reference = [verdict("a", True), verdict("b", True), verdict("c", True), verdict("e", True)]
     first, second = paired(model, reference)
     assert (first.tolist(), second.tolist()) == ([False, True], [True, True])
+
+
+def test_two_models_are_compared_on_the_prompts_that_both_have() -> None:
+    model = [verdict(str(i), True) for i in range(12)]
+    reference = [verdict(str(i), i % 2 == 0) for i in range(20)]
+    assert compared(*paired(model, reference)) == BETTER
