@@ -2,7 +2,11 @@
 
 A classifier is sure of itself on anything, also on code and numbers, so these are taken out first, and what is left
 must be long enough. The sentences of a text vote, each with its letters, so that one quoted line does not decide, and a
-text of two languages is called mixed.
+text of two languages is called mixed. A sentence that the classifier is not sure of does not vote.
+
+The least confidence is measured (scripts/measure_scorers, 2026-11-22: MGSM in seven languages, told apart among 33).
+Without it 22 of 5,716 sentences are told wrong, with 0.8 one of 5,521, and 3 % more are undecided; whole questions, of
+50 words or so: 1,746 right, none wrong, 4 undecided. Close relatives are the hard part: most are Russian.
 """
 
 import re
@@ -14,7 +18,7 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 from pipeline.errors import UserError, did_you_mean
 
 UNDECIDED = "undecided"
-"""Too little natural language to tell."""
+"""Too little natural language to tell, or none that the classifier is sure of."""
 MIXED = "mixed"
 """No language has two thirds of the text."""
 
@@ -33,7 +37,51 @@ _NOT_LANGUAGE = re.compile(
 )
 _SENTENCE = re.compile(r"[^.!?。！？…\n]+")
 _LEAST_BYTES = 24  # of letters in UTF-8: 24 Latin, 12 Cyrillic, 8 Chinese ones
+_LEAST_CONFIDENCE = 0.8
 _LEAST_SHARE = 2 / 3
+
+NAMES = {
+    "Arabic": "ar",
+    "Bengali": "bn",
+    "Bulgarian": "bg",
+    "Chinese": "zh",
+    "Czech": "cs",
+    "Danish": "da",
+    "Dutch": "nl",
+    "English": "en",
+    "Finnish": "fi",
+    "French": "fr",
+    "German": "de",
+    "Greek": "el",
+    "Hebrew": "he",
+    "Hindi": "hi",
+    "Hungarian": "hu",
+    "Indonesian": "id",
+    "Italian": "it",
+    "Japanese": "ja",
+    "Korean": "ko",
+    "Persian": "fa",
+    "Polish": "pl",
+    "Portuguese": "pt",
+    "Romanian": "ro",
+    "Russian": "ru",
+    "Spanish": "es",
+    "Swahili": "sw",
+    "Swedish": "sv",
+    "Tamil": "ta",
+    "Telugu": "te",
+    "Thai": "th",
+    "Turkish": "tr",
+    "Ukrainian": "uk",
+    "Vietnamese": "vi",
+}
+"""English name, as "reasoning language: …" has it -> ISO 639-1 code."""
+
+
+def code_of(language: str) -> str | None:
+    """The code of a language in NAMES, given by that code or its English name, in any case; None for any other."""
+    code = NAMES.get(language.strip().capitalize(), language.strip().lower())
+    return code if code in NAMES.values() else None
 
 
 class Languages:
@@ -61,15 +109,16 @@ class Languages:
 
     @cached_property
     def _identifier(self) -> LanguageIdentifier:
-        return LanguageIdentifier.from_model_file(MODEL_FILE)  # as py3langid makes its own
+        return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)  # confidences are probabilities
 
     def of(self, text: str) -> str:
         """The code of the language that two thirds of the text are in, or MIXED, or UNDECIDED."""
         votes: Counter[str] = Counter()
         prose = _NOT_LANGUAGE.sub(" ", text)
         for sentence in _long_enough(_SENTENCE.findall(prose)):
-            language, _ = self._identifier.classify(sentence)
-            votes[language] += _letter_bytes(sentence)
+            language, confidence = self._identifier.classify(sentence)
+            if confidence >= _LEAST_CONFIDENCE:
+                votes[language] += _letter_bytes(sentence)
         if not votes:
             return UNDECIDED
         language, most = votes.most_common(1)[0]

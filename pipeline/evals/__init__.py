@@ -2,12 +2,18 @@
 
 from collections.abc import Callable
 
-from pipeline.evals import size, validation_loss, weights
+from pipeline.evals import exact_match, format_health, language, logits, refusal, size, validation_loss, weights
 from pipeline.evals.subject import Subject
 
 EVALS: dict[str, Callable[[Subject], dict[str, float]]] = {
     "validation_loss": validation_loss.score,
     "size": size.score,
     "weights": weights.score,
+    "logits": logits.score,
+    "reasoning_language": language.reasoning,
+    "answer_language": language.answer,
+    "refusal": refusal.score,
+    "exact_match": exact_match.score,
+    "format_health": format_health.score,
 }
-"""Name -> score(subject), which returns figure -> value."""
+"""Name -> score(subject), which returns figure -> value; nothing where the subject has not got what it takes."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +22,7 @@ class Subject:
         reference: weights that its own are held against: the fine-tuned model's, or the upcast's where there is none.
         batches: validation examples.
         transcripts: what the model answered to the prompts, where any were generated.
+        reference_predictions: where `logits.record` kept those of the reference on these batches, if it did.
     """
 
     ref: ModelRef | None
@@ -29,3 +31,4 @@ class Subject:
     reference: Weights | None
     batches: list[dict[str, Tensor]]
     transcripts: Sequence[Transcript] = ()
+    reference_predictions: Path | None = None

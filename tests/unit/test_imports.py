@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("artifacts", "gpt_oss"),
     ("tracking", "rules"),
     ("config", "numerics", "languages"),
-    ("errors", "allocator", "choice", "transcripts"),
+    ("errors", "allocator", "choice", "transcripts", "statistics"),
 )
 """Files and folders of the package, from top to bottom: each imports only from the rows below its own.
 
@@ -53,6 +53,7 @@ ONLY_IMPORTER = {
     "peft": "adapters",
     "modelopt": "quantizer",
     "py3langid": "languages",
+    "scipy": "statistics",
     "openai_harmony": "doctor.parity",
     "wandb": "tracking",
     "httpx": "generation.endpoint",

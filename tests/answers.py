@@ -1,0 +1,17 @@
+"""Transcripts made by hand, for the tests of scorers."""
+
+from pipeline.transcripts import Transcript
+
+
+def transcript(
+    answer: str | None = "Done.",
+    reasoning: str | None = None,
+    prompt_id: str = "1",
+    sample: int = 0,
+    finish: str = "return",
+    completion: str | None = None,
+    **expected: str,
+) -> Transcript:
+    """An answer to the prompt "Hello", with what is expected of it."""
+    messages = [{"role": "user", "content": "Hello"}]
+    return Transcript(prompt_id, sample, messages, expected, reasoning, answer, completion, finish, 10, None)
