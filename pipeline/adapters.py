@@ -16,6 +16,7 @@ from pipeline.checkpoints import ADAPTER_WEIGHTS
 from pipeline.config import LoraTarget, TrainConfig
 from pipeline.errors import UserError
 from pipeline.gpt_oss import EXPERT_WEIGHTS
+from pipeline.rules import adapted_layers
 
 _ADAPTER = "default"
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -34,10 +35,10 @@ def attach(model: Any, train: TrainConfig, section: str) -> PeftModel:
     """
     lora = train.lora
     count = model.config.num_hidden_layers
-    layers = range(count) if lora.layers is None else lora.layers
-    bad = [layer for layer in layers if not 0 <= layer < count]
-    if bad or not layers:
-        raise UserError(f"{section}.lora.layers={list(layers)}: the model has the layers 0 to {count - 1}.")
+    layers = adapted_layers(lora, count)
+    if not layers or not set(layers) <= set(range(count)):
+        setting = f"layers={lora.layers}" if lora.every_nth is None else f"every_nth={lora.every_nth}"
+        raise UserError(f"{section}.lora.{setting}: the model has the layers 0 to {count - 1}.")
     attention = LoraTarget.attention in lora.targets
     experts = LoraTarget.experts in lora.targets
     config = PeftLoraConfig(

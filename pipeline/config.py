@@ -258,13 +258,15 @@ class LoraConfig:
     """Low-rank adapters; read only when method is lora."""
 
     rank: int = 8
-    """Rank of each adapter; on experts, of each expert's own adapter."""
+    """Rank r of each adapter, on experts of each expert's own, where E of them take E·r·(in + out) weights a stack."""
     alpha: int = 16
     """Scale of the update: alpha / rank."""
     targets: list[LoraTarget] = field(default_factory=lambda: [LoraTarget.attention, LoraTarget.experts])
     """Parts that get adapters: attention (q, k, v, o), experts (gate_up and down), or both."""
     layers: Optional[list[int]] = None
-    """Layers that get adapters, counted from 0; null: all."""
+    """Layers that get adapters, counted from 0; null: all, or what `every_nth` says."""
+    every_nth: Optional[int] = None
+    """In place of `layers`: the last of every n layers gets adapters; 8 of 24 layers: 7, 15 and 23."""
 
 
 @dataclass

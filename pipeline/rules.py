@@ -70,6 +70,13 @@ def problems(config: PipelineConfig) -> list[str]:
     return found + _qat_problems(config.sft, config.qat)
 
 
+def adapted_layers(lora: LoraConfig, count: int) -> list[int]:
+    """The layers, of `count`, that get adapters; `lora.layers` is not checked against it."""
+    if lora.every_nth is not None:
+        return list(range(lora.every_nth - 1, count, lora.every_nth))
+    return list(range(count)) if lora.layers is None else lora.layers
+
+
 def _train_problems(section: str, train: TrainConfig) -> list[str]:
     found = []
     if train.method is Method.lora and train.precision is Precision.mixed_bf16:
@@ -81,6 +88,11 @@ def _train_problems(section: str, train: TrainConfig) -> list[str]:
         found.append(f"{section}.lr_scheduler={train.lr_scheduler!r}: must be one of {', '.join(_SCHEDULERS)}.")
     if train.method is Method.lora and not train.lora.targets:
         found.append(f"{section}.lora.targets=[]: LoRA needs at least one of attention, experts.")
+    if train.lora.layers is not None and train.lora.every_nth is not None:
+        found.append(
+            f"{section}.lora.layers={train.lora.layers}, {section}.lora.every_nth={train.lora.every_nth}: give one of"
+            " them, and null for the other."
+        )
     return found + _keeping_problems(section, train)
 
 
@@ -175,7 +187,10 @@ def _not_set(key: str) -> str:
 
 def _shown(lora: LoraConfig) -> str:
     targets = [target.name for target in lora.targets]
-    return f"{{rank: {lora.rank}, alpha: {lora.alpha}, targets: {targets}, layers: {lora.layers}}}"
+    return (
+        f"{{rank: {lora.rank}, alpha: {lora.alpha}, targets: {targets}, layers: {lora.layers},"
+        f" every_nth: {lora.every_nth}}}"
+    )
 
 
 @dataclass(frozen=True)
@@ -213,6 +228,7 @@ _TRAIN_RULES = {
     "early_stopping_patience": _POSITIVE,
     "lora.rank": _POSITIVE,
     "lora.alpha": _POSITIVE,
+    "lora.every_nth": _POSITIVE,
 }
 _RULES = {
     "model.tiny.hidden_size": _BLOCKS,

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.config import LoraTarget, Method, PipelineConfig, Precision, Stage, TrainConfig
 from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, other_tensors, packed_layout, plain_layout
+from pipeline.rules import adapted_layers
 
 _WEIGHT_TYPE = {Precision.fp32: "F32", Precision.mixed_bf16: "F32", Precision.bf16: "BF16"}
 _WIDTH = {"F32": 4, "BF16": 2}
@@ -59,7 +60,7 @@ def trained_parameters(shape: Shape, train: TrainConfig) -> int:
     """
     if train.method is Method.full:
         return _count(plain_layout(shape))
-    layers = range(shape.num_hidden_layers) if train.lora.layers is None else train.lora.layers
+    layers = adapted_layers(train.lora, shape.num_hidden_layers)
     attention = [
         sum(info.shape)
         for name, info in other_tensors(shape).items()

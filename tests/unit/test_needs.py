@@ -72,6 +72,7 @@ LORAS = {
     "attention": LoraConfig(targets=[LoraTarget.attention]),
     "experts": LoraConfig(targets=[LoraTarget.experts]),
     "one layer": LoraConfig(rank=2, layers=[1]),
+    "every second layer": LoraConfig(rank=2, every_nth=2),
 }
 
 
