@@ -50,6 +50,15 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+class ExpertsImplementation(Enum):
+    """Kernels that multiply with the experts' weights, as transformers calls them."""
+
+    auto = "auto"
+    eager = "eager"
+    batched_mm = "batched_mm"
+    grouped_mm = "grouped_mm"
+
+
 class Method(Enum):
     """What is trained: every weight, or low-rank adapters on a frozen base."""
 
@@ -300,6 +309,8 @@ class TrainConfig:
     """fp32; mixed_bf16: FP32 weights, BF16 arithmetic; bf16: BF16 weights, which low learning rates hardly move."""
     attn_implementation: str = "eager"
     """Attention kernel, by its transformers name; compared with eager before training, since many lose the sinks."""
+    experts_implementation: ExpertsImplementation = ExpertsImplementation.auto
+    """Kernel for the experts; auto: grouped_mm, or eager for formats that quantize inputs, which grouped_mm leaves."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
     router_aux_loss_coef: float = 0.0

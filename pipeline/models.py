@@ -265,14 +265,15 @@ def load_quantized(ref: ModelRef, dtype: torch.dtype, trainable: bool = False, *
 
 def load_to_train(ref: ModelRef, train: TrainConfig) -> Any:
     """A model as a training stage needs it: quantizers and adapters of `ref` in place, in `train.precision`."""
+    from pipeline import experts
+
     model = load_quantized(
         ref,
         TRAIN_DTYPES[train.precision],
         trainable=True,
         attn_implementation=train.attn_implementation,
-        # The one kernel for experts that computes in BF16 under mixed_bf16, and the one that QAT runs on.
-        experts_implementation="eager",
     )
+    experts.use(model, train.experts_implementation, ref.block_format)
     model.config.use_cache = False
     return model
 

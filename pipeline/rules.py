@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.config import (
     ColumnsConfig,
     DataConfig,
+    ExpertsImplementation,
     ExportTarget,
     FormatName,
     LoraConfig,
@@ -67,7 +68,7 @@ def problems(config: PipelineConfig) -> list[str]:
     found += _data_problems(config.data)
     found += _train_problems("sft", config.sft) + _train_problems("qat", config.qat)
     found += _format_problems(config)
-    return found + _qat_problems(config.sft, config.qat)
+    return found + _qat_problems(config.sft, config.qat) + _experts_problems(config)
 
 
 def adapted_layers(lora: LoraConfig, count: int) -> list[int]:
@@ -132,6 +133,16 @@ def _qat_problems(sft: TrainConfig, qat: QatConfig) -> list[str]:
             " Give both the same values."
         )
     return found
+
+
+def _experts_problems(config: PipelineConfig) -> list[str]:
+    asked, can = config.qat.experts_implementation, _EXPERTS_IMPLEMENTATIONS[config.format.name]
+    if asked in can:
+        return []
+    return [
+        f"qat.experts_implementation={asked.name}: leaves out the quantizers of down_proj's inputs, which"
+        f" format={config.format.name.name} has. Use one of {', '.join(each.name for each in can)}."
+    ]
 
 
 def _keeping_problems(section: str, train: TrainConfig) -> list[str]:
@@ -258,6 +269,11 @@ _SCALE_RULES = {
     FormatName.mxfp4: (ScaleRule.ceil, ScaleRule.floor, ScaleRule.mse),
     FormatName.nvfp4: (ScaleRule.nearest, ScaleRule.ceil, ScaleRule.floor, ScaleRule.mse),
     FormatName.nvfp4_w4a4: (ScaleRule.nearest, ScaleRule.ceil, ScaleRule.floor, ScaleRule.mse),
+}
+_EXPERTS_IMPLEMENTATIONS = {
+    FormatName.mxfp4: tuple(ExpertsImplementation),
+    FormatName.nvfp4: tuple(ExpertsImplementation),
+    FormatName.nvfp4_w4a4: (ExpertsImplementation.auto, ExpertsImplementation.eager, ExpertsImplementation.batched_mm),
 }
 _HELD_BY = {ExportTarget.mxfp4: (FormatName.mxfp4,)}
 

@@ -27,12 +27,15 @@ from pipeline.config import (
     BlendPartConfig,
     ColumnsConfig,
     DataConfig,
+    ExpertsImplementation,
+    FormatName,
     LoraConfig,
     LoraTarget,
     Method,
     ModelConfig,
     PipelineConfig,
     Precision,
+    ScaleRule,
     Stage,
 )
 from pipeline.errors import CheckFailed, UserError
@@ -444,6 +447,17 @@ def test_every_eighth_layer_is_the_last_of_each_eight() -> None:
 def test_layers_and_every_nth_together_are_refused() -> None:
     assert broken(sft__lora__layers=[1], sft__lora__every_nth=2) == [
         "sft.lora.layers=[1], sft.lora.every_nth=2: give one of them, and null for the other."
+    ]
+
+
+def test_a_kernel_that_passes_by_a_formats_quantizers_is_refused_for_qat() -> None:
+    w4a4 = {"format__name": FormatName.nvfp4_w4a4, "format__scale_rule": ScaleRule.mse}
+    assert broken(**w4a4, qat__experts_implementation=ExpertsImplementation.batched_mm) == []
+    assert broken(qat__experts_implementation=ExpertsImplementation.grouped_mm) == []
+    assert broken(**w4a4, sft__experts_implementation=ExpertsImplementation.grouped_mm) == []
+    assert broken(**w4a4, qat__experts_implementation=ExpertsImplementation.grouped_mm) == [
+        "qat.experts_implementation=grouped_mm: leaves out the quantizers of down_proj's inputs, which"
+        " format=nvfp4_w4a4 has. Use one of auto, eager, batched_mm."
     ]
 
 

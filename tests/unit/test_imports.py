@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("proof", "evals", "report", "doctor"),
     ("export", "training", "attention"),
     ("models", "data", "losses", "distillation", "drift", "callbacks"),
-    ("quantizer", "source", "columns", "datasets_in", "tables"),
+    ("quantizer", "experts", "source", "columns", "datasets_in", "tables"),
     ("adapters", "synthetic", "rounding"),
     ("checkpoints", "harmony"),
     ("shards",),
