@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from pipeline.config import _SCALE_RULES, ExportTarget, FormatName, ScaleRule
+from pipeline.config import ExpertsImplementation, ExportTarget, FormatName, ScaleRule
 from pipeline.export import EXPORTERS
 from pipeline.numerics.formats import FORMATS, SCALE_RULES
+from pipeline.rules import _EXPERTS_IMPLEMENTATIONS, _SCALE_RULES
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -23,3 +24,10 @@ def test_every_rule_of_a_format_can_be_chosen_for_it_and_no_other() -> None:
     chosen = {name.value: tuple(rule.value for rule in rules) for name, rules in _SCALE_RULES.items()}
     assert chosen == {name: SCALE_RULES[row.scale_type] for name, row in FORMATS.items()}
     assert {rule.value for rule in ScaleRule} == {rule for rules in SCALE_RULES.values() for rule in rules}
+
+
+def test_grouped_mm_can_be_chosen_for_every_format_that_leaves_inputs_alone_and_the_others_always() -> None:
+    for name, chosen in _EXPERTS_IMPLEMENTATIONS.items():
+        left_out = {ExpertsImplementation.grouped_mm} if FORMATS[name.value].quantizes_activations else set()
+        assert set(chosen) == set(ExpertsImplementation) - left_out
+    assert set(_EXPERTS_IMPLEMENTATIONS) == set(FormatName)
