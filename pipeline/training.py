@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from pipeline import losses
 from pipeline.artifacts import CHECKPOINTS_DIR
-from pipeline.callbacks import WHOLE, callbacks
+from pipeline.callbacks import WHOLE, TokenCount, callbacks
 from pipeline.config import Precision, TrainConfig
 from pipeline.data import Splits
 from pipeline.distillation import Teacher, distilled
@@ -88,7 +88,7 @@ def train(
     try:
         with _deterministic_on_cpu():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except CodecError as error:
+    except (CodecError, FloatingPointError) as error:
         raise _diverged(settings, stage, str(error)) from error
     if trainer.evaluated_step != trainer.state.global_step:
         trainer.evaluate()
@@ -144,8 +144,21 @@ class _Trainer(SFTTrainer):
     """
 
     drift: Drift
+    tokens: TokenCount
     evaluated_step: int | None = None
     _teacher: Teacher | None = None
+    _loss_of_step = torch.zeros(())
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Overridden to end at the first step whose loss is not finite, on every process, and before weights change."""
+        loss = super().training_step(*args, **kwargs)
+        self._loss_of_step = self._loss_of_step + loss.detach()
+        if self.accelerator.sync_gradients:
+            total = self.accelerator.reduce(self._loss_of_step, "sum")
+            self._loss_of_step = torch.zeros(())
+            if not total.isfinite():
+                raise FloatingPointError(f"the loss of step {self.state.global_step + 1} is not finite")
+        return loss
 
     def learn_from(self, teacher: Teacher) -> None:
         """Distil from now on; the teacher is spread over the processes as the model is."""
@@ -155,7 +168,8 @@ class _Trainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Overridden for the teacher: TRL's `compute_loss_func` does not see the inputs that it must be given."""
+        """Overridden to count tokens, and for the teacher: TRL's `compute_loss_func` does not see the inputs for it."""
+        self.tokens.add(inputs)
         if self._teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         found = distilled(model, self._teacher, inputs)
@@ -215,14 +229,16 @@ def _trainer(
     try:
         arguments = _arguments(settings, directory)
         _raise_if_launched_otherwise(arguments, settings, stage)
+        tokens = TokenCount()
         trainer = _Trainer(
             model=model,
             args=arguments,
             train_dataset=splits.train,
             eval_dataset=splits.validation,
             processing_class=tokenizer,
-            callbacks=callbacks(settings, directory, stage),
+            callbacks=callbacks(settings, directory, stage, tokens),
         )
+        trainer.tokens = tokens
         trainer.remove_callback(PrinterCallback)
     except ValueError as error:
         raise UserError(f"training settings: {error}") from error
@@ -262,6 +278,7 @@ def _arguments(settings: TrainConfig, directory: Path) -> SFTConfig:
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         router_aux_loss_coef=settings.router_aux_loss_coef,
         logging_steps=settings.logging_steps,
+        logging_nan_inf_filter=False,  # would log the mean of earlier losses in place of one that is not finite
         eval_strategy="steps",
         eval_steps=settings.eval_steps,
         save_strategy="steps",
