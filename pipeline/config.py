@@ -297,6 +297,8 @@ class TrainConfig:
     """Optimizer steps; -1: as many as `epochs` takes."""
     batch_size: int = 1
     """Examples per device and forward pass."""
+    packing: bool = False
+    """Fill rows up to data.max_length with whole examples, which do not see each other; batch_size then counts rows."""
     gradient_accumulation_steps: int = 8
     """Forward passes per optimizer step."""
     optimizer: str = "adamw_torch"

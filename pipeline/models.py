@@ -265,7 +265,8 @@ def load_quantized(ref: ModelRef, dtype: torch.dtype, trainable: bool = False, *
 
 def load_to_train(ref: ModelRef, train: TrainConfig) -> Any:
     """A model as a training stage needs it: quantizers and adapters of `ref` in place, in `train.precision`."""
-    from pipeline import experts
+    from pipeline import documents, experts
+    from pipeline.adapters import base_of
 
     model = load_quantized(
         ref,
@@ -275,6 +276,8 @@ def load_to_train(ref: ModelRef, train: TrainConfig) -> Any:
     )
     experts.use(model, train.experts_implementation, ref.block_format)
     model.config.use_cache = False
+    if train.packing:
+        documents.keep_apart(base_of(model))
     return model
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, pack_dataset
 
-from pipeline import losses
+from pipeline import losses, tables
 from pipeline.artifacts import CHECKPOINTS_DIR
 from pipeline.callbacks import WHOLE, TokenCount, callbacks
 from pipeline.config import Precision, TrainConfig
@@ -37,6 +38,7 @@ from pipeline.tracking import (
     warn,
 )
 
+_WHOLE_EXAMPLES = "bfd"  # best fit, decreasing: TRL's way to pack that cuts no example that fits
 _LOWEST_SAFE_BF16_RATE = 1e-4
 
 
@@ -233,7 +235,7 @@ def _trainer(
         trainer = _Trainer(
             model=model,
             args=arguments,
-            train_dataset=splits.train,
+            train_dataset=_packed(splits, stage) if settings.packing else splits.train,
             eval_dataset=splits.validation,
             processing_class=tokenizer,
             callbacks=callbacks(settings, directory, stage, tokens),
@@ -243,6 +245,16 @@ def _trainer(
     except ValueError as error:
         raise UserError(f"training settings: {error}") from error
     return trainer
+
+
+def _packed(splits: Splits, stage: str) -> Dataset:
+    """Rows filled up to `max_length` with whole examples, whose lengths are in a column of their own, seq_lengths."""
+    with tables.no_progress_bars():
+        rows: Any = pack_dataset(
+            splits.train.select_columns(["input_ids", "labels"]), splits.max_length, _WHOLE_EXAMPLES
+        )
+    say(stage, f"packed {len(splits.train)} examples into {len(rows)} rows of up to {splits.max_length} tokens")
+    return rows
 
 
 def _raise_if_launched_otherwise(arguments: SFTConfig, settings: TrainConfig, stage: str) -> None:
@@ -291,7 +303,9 @@ def _arguments(settings: TrainConfig, directory: Path) -> SFTConfig:
         dataloader_pin_memory=on_gpu,
         max_length=None,  # cut and counted when the data was prepared
         shuffle_dataset=False,
-        packing=False,  # with eager attention packed documents see each other
+        dataset_kwargs={"skip_prepare_dataset": True},  # tokenized, and packed, already
+        packing=settings.packing,
+        packing_strategy=_WHOLE_EXAMPLES,
         report_to="none",
         disable_tqdm=True,
     )

@@ -80,10 +80,14 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
 
 def _teacher(config: PipelineConfig) -> Any:
     """The SFT model, if it is to be learnt from."""
+    from pipeline import documents
     from pipeline.distillation import Teacher
 
     settings = config.qat.distillation
     if not settings.weight:
         return None
     sft = models.stage_ref(config, Stage.sft)
-    return Teacher(models.load_effective(sft, sft.dtype), settings.weight, settings.temperature)
+    model = models.load_effective(sft, sft.dtype)
+    if config.qat.packing:
+        documents.keep_apart(model)
+    return Teacher(model, settings.weight, settings.temperature)

@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("artifacts", "gpt_oss"),
     ("tracking", "rules"),
     ("config", "numerics", "languages"),
-    ("errors", "allocator", "choice"),
+    ("errors", "allocator", "choice", "documents"),
 )
 """Files and folders of the package, from top to bottom: each imports only from the rows below its own.
 
