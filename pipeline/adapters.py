@@ -101,10 +101,15 @@ def expert_weights(model: Any, experts: slice) -> Iterator[tuple[str, Tensor]]:
         stack = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         if not stack.numel():
             continue
-        if name in adapted:
-            module = adapted[name]
-            stack = stack + sum(module.get_delta_weight(adapter) for adapter in module.active_adapters)
-        yield name, stack[experts]
+        yield name, stack[experts] + _delta(adapted[name], experts) if name in adapted else stack[experts]
+
+
+def _delta(wrapper: ParamWrapper, experts: slice) -> Tensor:
+    """What its adapter adds to some experts (E, in, out) of a stack; that of the whole stack is never made."""
+    first, end, _ = experts.indices(wrapper.num_experts)
+    start = min(first, max(0, wrapper.num_experts - 2))
+    with _only_experts(wrapper, start, min(max(2, end - start), wrapper.num_experts)):
+        return wrapper.get_delta_weight(_ADAPTER)[first - start : end - start]
 
 
 def is_wrapped(module_name: str) -> bool:

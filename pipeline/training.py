@@ -199,13 +199,13 @@ class _Trainer(SFTTrainer):
         tokenizer: Any = self.processing_class
         batches = losses.batches(self.eval_dataset, self.args.per_device_eval_batch_size, tokenizer.pad_token_id)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = batches[rank::world]
+        mine = range(rank, len(batches), world)
         sums = torch.zeros(4, dtype=torch.float64)
         with self.accelerator.autocast():
-            for batch in mine:
-                sums += losses.sums(self.model, [batch])
+            for number in mine:
+                sums += losses.sums(self.model, [batches[number]])
             if len(mine) < math.ceil(len(batches) / world):
-                losses.sums(self.model, batches[:1])
+                losses.sums(self.model, [batches[0]])
         return losses.from_sums(self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu())
 
 

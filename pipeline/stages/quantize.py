@@ -4,6 +4,7 @@ Quantizers go on last: a quantizer under an adapter that is attached later never
 that QAT will train: adapters merged for full training, fresh adapters attached for LoRA on a full checkpoint.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def _take_form(config: PipelineConfig, sft: ModelRef, directory: Path) -> tuple[
     return kind, sft, {**where, "base": sft.base.name} if sft.adapter else where
 
 
-def _calibration_batches(config: PipelineConfig, rows: Rows, sft: ModelRef) -> list[Any]:
+def _calibration_batches(config: PipelineConfig, rows: Rows, sft: ModelRef) -> Sequence[Any]:
     tokenizer = load_tokenizer(sft.base)
     train = data.prepare(config, rows, tokenizer).train
     is_calibrated = models.configured_format(config).quantizes_activations or config.format.importance
@@ -91,5 +92,5 @@ def _calibration_batches(config: PipelineConfig, rows: Rows, sft: ModelRef) -> l
     return losses.batches(chosen, config.quantize.batch_size, tokenizer.pad_token_id)
 
 
-def _run(model: Any, batches: list[Any]) -> None:
+def _run(model: Any, batches: Sequence[Any]) -> None:
     losses.measure(model, batches)
