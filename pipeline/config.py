@@ -97,6 +97,13 @@ class ScaleRule(Enum):
     mse = "mse"
 
 
+class QuantizeSource(Enum):
+    """Models that fake quantizers can be put into."""
+
+    sft = "sft"
+    upcast = "upcast"
+
+
 class Device(Enum):
     """Where tensors are converted."""
 
@@ -386,6 +393,8 @@ class UpcastConfig:
 class QuantizeConfig:
     """Insert fake quantization: the PTQ baseline, and where QAT starts."""
 
+    source: QuantizeSource = QuantizeSource.sft
+    """The fine-tuned model, or upcast: the original, so that qat takes the place of sft, which it warns of."""
     calibration_samples: int = 64
     """Training examples run through the model for calibration (formats that need it) and for the proof."""
     batch_size: int = 1

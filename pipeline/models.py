@@ -141,6 +141,21 @@ def stage_ref(config: PipelineConfig, stage: Stage) -> ModelRef:
     return of_artifact(require(config, stage))
 
 
+def require_upcast(config: PipelineConfig) -> Artifact:
+    """The complete upcast of this run.
+
+    Raises:
+        UserError: it is missing or unfinished, or of another model.
+    """
+    upcast = require(config, Stage.upcast)
+    if upcast.settings["model.path"] != config.model.path:
+        raise UserError(
+            f"model.path={config.model.path}, but {upcast.directory} was made from {upcast.settings['model.path']}."
+            " Set another run_dir, or give the model.path that this run began with."
+        )
+    return upcast
+
+
 class Weights:
     """The weights of a model by their plain names, one at a time, with adapters merged."""
 

@@ -21,7 +21,7 @@ from pipeline.config import (
     Method,
     PipelineConfig,
     Precision,
-    QatConfig,
+    QuantizeSource,
     ScaleRule,
     Stage,
     TrainConfig,
@@ -68,7 +68,7 @@ def problems(config: PipelineConfig) -> list[str]:
     found += _data_problems(config.data)
     found += _train_problems("sft", config.sft) + _train_problems("qat", config.qat)
     found += _format_problems(config)
-    return found + _qat_problems(config.sft, config.qat) + _experts_problems(config)
+    return found + _qat_problems(config) + _experts_problems(config)
 
 
 def adapted_layers(lora: LoraConfig, count: int) -> list[int]:
@@ -120,14 +120,20 @@ def _format_problems(config: PipelineConfig) -> list[str]:
     return found
 
 
-def _qat_problems(sft: TrainConfig, qat: QatConfig) -> list[str]:
-    found = []
+def _qat_problems(config: PipelineConfig) -> list[str]:
+    found, sft, qat = [], config.sft, config.qat
+    follows_sft = config.quantize.source is QuantizeSource.sft
+    if qat.distillation.weight and not follows_sft:
+        found.append(
+            f"qat.distillation.weight={qat.distillation.weight}: the teacher is the SFT model, and with"
+            f" quantize.source={config.quantize.source.name} there is none. Set it to 0, or quantize.source=sft."
+        )
     if qat.distillation.weight and qat.router_aux_loss_coef:
         found.append(
             f"qat.router_aux_loss_coef={qat.router_aux_loss_coef}: not with qat.distillation.weight="
             f"{qat.distillation.weight}, whose loss has no such part. Set it to 0."
         )
-    if sft.method is Method.lora and qat.method is Method.lora and sft.lora != qat.lora:
+    if follows_sft and sft.method is Method.lora and qat.method is Method.lora and sft.lora != qat.lora:
         found.append(
             f"qat.lora={_shown(qat.lora)} differs from sft.lora={_shown(sft.lora)}: QAT goes on with SFT's adapters."
             " Give both the same values."

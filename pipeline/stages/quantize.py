@@ -12,7 +12,7 @@ from typing import Any
 from pipeline import artifacts, data, losses, models
 from pipeline.artifacts import Artifact, Kind, Result
 from pipeline.checkpoints import dtype_name, link_or_copy, load_tokenizer
-from pipeline.config import Method, PipelineConfig, Stage
+from pipeline.config import Method, PipelineConfig, QuantizeSource, Stage
 from pipeline.data import Rows
 from pipeline.errors import UserError
 from pipeline.models import ModelRef
@@ -25,14 +25,15 @@ _SETTINGS = ("data", "format", "quantize", "qat.method", "qat.lora", "qat.precis
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/quantize: the fine-tuned model with fake quantizers, proven to run."""
     block_format = models.configured_format(config)
-    sft = artifacts.require(config, Stage.sft)
+    from_sft = config.quantize.source is QuantizeSource.sft
+    start = artifacts.require(config, Stage.sft) if from_sft else models.require_upcast(config)
     rows = data.load_rows(config)
     return artifacts.build(
         config,
         Stage.quantize,
         _SETTINGS,
-        {"sft": sft.fingerprint},
-        lambda directory: _quantize(config, block_format, models.of_artifact(sft), rows, directory),
+        {start.stage: start.fingerprint},
+        lambda directory: _quantize(config, block_format, models.of_artifact(start), rows, directory),
         data=rows.fingerprint,
     )
 
