@@ -14,11 +14,12 @@ from torch import Tensor
 
 from pipeline.checkpoints import ADAPTER_WEIGHTS
 from pipeline.config import LoraTarget, TrainConfig
-from pipeline.errors import UserError
+from pipeline.errors import CheckFailed, UserError
 from pipeline.gpt_oss import EXPERT_WEIGHTS
 from pipeline.rules import adapted_layers
 
 _ADAPTER = "default"
+_QUANTIZER = "_weight_quantizer"
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -32,7 +33,10 @@ def attach(model: Any, train: TrainConfig, section: str) -> PeftModel:
 
     Raises:
         UserError: a layer that the model does not have.
+        CheckFailed: the model has quantizers already; under adapters on experts they would never run.
     """
+    if any(name.endswith(_QUANTIZER) for name, _ in model.named_modules()):
+        raise CheckFailed("adapters: the model is quantized already; attach them before quantizers are inserted")
     lora = train.lora
     count = model.config.num_hidden_layers
     layers = adapted_layers(lora, count)

@@ -129,6 +129,13 @@ def test_quantized_experts_with_adapters_learn_what_they_do_with_eager(implement
     assert max(distances({name: found[name] for name in real}, real).values()) < 1e-5
 
 
+def test_adapters_under_which_quantizers_would_not_run_are_refused() -> None:
+    model = gpt_oss(torch.float32)
+    quantizer.insert(model, MXFP4, lambda quantized: quantized(input_ids=IDS))
+    with pytest.raises(CheckFailed, match="attach them before quantizers"):
+        adapters.attach(model, TrainConfig(), "qat")
+
+
 def test_quantized_inputs_are_quantized_with_what_auto_chooses_and_with_batched_mm_but_not_with_grouped_mm() -> None:
     block_format = FORMATS["nvfp4_w4a4"]
     auto, batched = (
