@@ -14,10 +14,12 @@ from torch import Tensor
 
 from pipeline.checkpoints import ADAPTER_WEIGHTS
 from pipeline.config import LoraTarget, TrainConfig
-from pipeline.errors import UserError
+from pipeline.errors import CheckFailed, UserError
 from pipeline.gpt_oss import EXPERT_WEIGHTS
+from pipeline.rules import adapted_layers
 
 _ADAPTER = "default"
+_QUANTIZER = "_weight_quantizer"
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -31,13 +33,16 @@ def attach(model: Any, train: TrainConfig, section: str) -> PeftModel:
 
     Raises:
         UserError: a layer that the model does not have.
+        CheckFailed: the model has quantizers already; under adapters on experts they would never run.
     """
+    if any(name.endswith(_QUANTIZER) for name, _ in model.named_modules()):
+        raise CheckFailed("adapters: the model is quantized already; attach them before quantizers are inserted")
     lora = train.lora
     count = model.config.num_hidden_layers
-    layers = range(count) if lora.layers is None else lora.layers
-    bad = [layer for layer in layers if not 0 <= layer < count]
-    if bad or not layers:
-        raise UserError(f"{section}.lora.layers={list(layers)}: the model has the layers 0 to {count - 1}.")
+    layers = adapted_layers(lora, count)
+    if not layers or not set(layers) <= set(range(count)):
+        setting = f"layers={lora.layers}" if lora.every_nth is None else f"every_nth={lora.every_nth}"
+        raise UserError(f"{section}.lora.{setting}: the model has the layers 0 to {count - 1}.")
     attention = LoraTarget.attention in lora.targets
     experts = LoraTarget.experts in lora.targets
     config = PeftLoraConfig(
@@ -100,10 +105,15 @@ def expert_weights(model: Any, experts: slice) -> Iterator[tuple[str, Tensor]]:
         stack = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         if not stack.numel():
             continue
-        if name in adapted:
-            module = adapted[name]
-            stack = stack + sum(module.get_delta_weight(adapter) for adapter in module.active_adapters)
-        yield name, stack[experts]
+        yield name, stack[experts] + _delta(adapted[name], experts) if name in adapted else stack[experts]
+
+
+def _delta(wrapper: ParamWrapper, experts: slice) -> Tensor:
+    """What its adapter adds to some experts (E, in, out) of a stack; that of the whole stack is never made."""
+    first, end, _ = experts.indices(wrapper.num_experts)
+    start = min(first, max(0, wrapper.num_experts - 2))
+    with _only_experts(wrapper, start, min(max(2, end - start), wrapper.num_experts)):
+        return wrapper.get_delta_weight(_ADAPTER)[first - start : end - start]
 
 
 def is_wrapped(module_name: str) -> bool:
