@@ -82,6 +82,11 @@ def parameter_name(module_name: str) -> str:
     return module_name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
+def is_factor(parameter_name: str) -> bool:
+    """Whether a parameter of an adapted model is part of an adapter."""
+    return ".lora_" in parameter_name
+
+
 def is_wrapped(module_name: str) -> bool:
     """Whether a module of an adapted model carries an adapter on one of its parameters."""
     return ".base_layer" in module_name

@@ -4,7 +4,6 @@ The only importer of trl. The model comes in ready, with adapters and quantizers
 """
 
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +14,9 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from pipeline import losses
+from pipeline import losses, sharding
 from pipeline.artifacts import CHECKPOINTS_DIR
-from pipeline.config import Precision, TrainConfig
+from pipeline.config import Precision, Sharding, TrainConfig
 from pipeline.data import Splits
 from pipeline.errors import UserError
 from pipeline.losses import Loss
@@ -45,6 +44,7 @@ def train(
     settings: TrainConfig,
     directory: Path,
     stage: str,
+    shared: Sharding,
     rounded: RoundedWeights | None = None,
 ) -> dict[str, Any]:
     """Train in place, going on from the last whole checkpoint in `directory` if there is one.
@@ -56,6 +56,7 @@ def train(
         settings: `sft` or `qat` of the configuration.
         directory: of the stage; checkpoints and metrics.jsonl go there.
         stage: its name, for messages.
+        shared: how the processes share the model.
         rounded: what is kept of the model's rounded weights, to be forgotten when they change.
 
     Returns:
@@ -66,15 +67,14 @@ def train(
     """
     model.config.bos_token_id = tokenizer.bos_token_id  # the trainer would do it, with a warning
     _warn_of_lost_updates(model, settings, stage)
-    trainer = _trainer(model, tokenizer, splits, settings, directory, stage)
+    checkpoint = _last_whole_checkpoint(directory / CHECKPOINTS_DIR, stage)
+    arguments = _arguments(settings, directory, shared, stage, is_new=checkpoint is None)
+    trainer = _trainer(model, tokenizer, splits, arguments, directory, stage)
     if rounded is not None:
         trainer.add_callback(_Forget(rounded))
-    checkpoint = _last_whole_checkpoint(directory / CHECKPOINTS_DIR, stage)
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
     forget_metrics_after(directory, step)
-    if checkpoint is None:
-        trainer.evaluate()
-    else:
+    if checkpoint is not None:
         say(stage, f"going on from step {step}")
     try:
         with _deterministic_on_cpu():
@@ -194,12 +194,8 @@ class _Forget(TrainerCallback):
         self._rounded.forget()
 
 
-def _trainer(
-    model: Any, tokenizer: Any, splits: Splits, settings: TrainConfig, directory: Path, stage: str
-) -> _Trainer:
+def _trainer(model: Any, tokenizer: Any, splits: Splits, arguments: SFTConfig, directory: Path, stage: str) -> _Trainer:
     try:
-        arguments = _arguments(settings, directory)
-        _raise_if_launched_otherwise(arguments, settings, stage)
         trainer = _Trainer(
             model=model,
             args=arguments,
@@ -222,14 +218,12 @@ def _raise_if_launched_otherwise(arguments: SFTConfig, settings: TrainConfig, st
             f"{stage}.precision={settings.precision.name} means mixed precision {wanted!r}, but the launcher sets"
             f" {arguments.mixed_precision!r}. Use accelerate launch --mixed_precision {wanted}."
         )
-    sharded = [name for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if os.environ.get(name) == "true"]
-    if sharded:
-        raise UserError(f"the launcher sets {', '.join(sharded)}: only data parallel training is supported as yet.")
 
 
-def _arguments(settings: TrainConfig, directory: Path) -> SFTConfig:
+def _arguments(settings: TrainConfig, directory: Path, shared: Sharding, stage: str, is_new: bool) -> SFTConfig:
     on_gpu = torch.cuda.is_available()
-    return SFTConfig(
+    arguments = SFTConfig(
+        **sharding.arguments(shared),
         output_dir=str(directory / CHECKPOINTS_DIR),
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler,
@@ -249,6 +243,7 @@ def _arguments(settings: TrainConfig, directory: Path) -> SFTConfig:
         logging_steps=settings.logging_steps,
         eval_strategy="steps",
         eval_steps=settings.eval_steps,
+        eval_on_start=is_new,
         save_strategy="steps",
         save_steps=settings.save_steps,
         save_total_limit=settings.save_total_limit,
@@ -262,6 +257,8 @@ def _arguments(settings: TrainConfig, directory: Path) -> SFTConfig:
         report_to="none",
         disable_tqdm=not shows_progress(),
     )
+    _raise_if_launched_otherwise(arguments, settings, stage)
+    return arguments
 
 
 def _last_whole_checkpoint(directory: Path, stage: str) -> Path | None:

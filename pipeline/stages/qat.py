@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from pipeline import artifacts, data, models
+from pipeline import artifacts, data, models, sharding
 from pipeline.artifacts import Artifact, Result
 from pipeline.checkpoints import load_tokenizer
 from pipeline.config import PipelineConfig, Stage
@@ -49,13 +49,20 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
     tokenizer = load_tokenizer(start.base)
     splits = data.prepare(config, rows, tokenizer)
     model = models.load_to_train(start, config.qat)
-    budget = config.qat.rounded_cache_gib
-    rounded = quantizer.keep_rounded(model, math.inf if budget is None else budget * 2**30)
+    rounded = quantizer.keep_rounded(model, _budget_bytes(config))
     with quantizer.watch(model) as fired:
-        details = training.train(model, tokenizer, splits, config.qat, directory, "qat", rounded)
+        details = training.train(model, tokenizer, splits, config.qat, directory, "qat", config.sharding, rounded)
     fired.raise_unless_all(model)
     details["quantizers"] = quantizer.count(model, block_format)
-    kind, where = models.save(model, start, directory, config.qat)
+    kind, where = models.save(model, start, directory, config.qat, config)
     if is_main_process():
         quantizer.save_state(model, directory)
     return Result(kind, where["dtype"], block_format.name, block_format.scale_rule, {**details, **where})
+
+
+def _budget_bytes(config: PipelineConfig) -> float:
+    """Gathered parameters are other memory each time, and there is no room for all of them: by default keep nothing."""
+    budget = config.qat.rounded_cache_gib
+    if budget is None:
+        return 0.0 if sharding.ENGINES[config.sharding].gathers else math.inf
+    return budget * 2**30

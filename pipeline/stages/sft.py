@@ -41,6 +41,6 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
     model = models.load_to_train(start, config.sft)
     if config.sft.method is Method.lora:
         model = adapters.attach(model, config.sft, "sft")
-    details = training.train(model, tokenizer, splits, config.sft, directory, "sft")
-    kind, where = models.save(model, start, directory, config.sft)
+    details = training.train(model, tokenizer, splits, config.sft, directory, "sft", config.sharding)
+    kind, where = models.save(model, start, directory, config.sft, config)
     return Result(kind, format=where["dtype"], details={**details, **where})

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("adapters", "synthetic", "rounding"),
     ("checkpoints", "harmony"),
     ("shards",),
-    ("artifacts", "gpt_oss"),
+    ("artifacts", "gpt_oss", "sharding"),
     ("tracking", "config", "numerics"),
     ("errors", "allocator"),
 )

@@ -1,0 +1,162 @@
+"""Sharded training: how each engine is switched on, and one whole tensor at a time out of what it has split.
+
+FSDP2 and ZeRO-3 give every process a part of each parameter, ZeRO-2 of the gradients and of the optimizer alone. Both
+come through accelerate, by the public arguments of transformers' trainer; the settings that must agree with the
+trainer's own are "auto", so that each stands in one place.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config import Precision, Sharding, TrainConfig
+from pipeline.errors import UserError
+from pipeline.tracking import wait_for_everyone
+
+_LAYER_CLASS = "GptOssDecoderLayer"  # what is gathered at once
+_LAUNCHER_SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A way to shard.
+
+    Attributes:
+        arguments: of transformers' TrainingArguments, made anew for each trainer, which changes them.
+        gathers: whether parameters are whole only while they are used, and in memory of their own each time.
+        distributed_type: what accelerate calls it, before the trainer says more.
+        package: that must be installed, or None.
+    """
+
+    arguments: Callable[[], dict[str, Any]]
+    gathers: bool
+    distributed_type: str = "MULTI_GPU"
+    package: str | None = None
+
+
+def _fsdp2() -> dict[str, Any]:
+    config = {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": [_LAYER_CLASS],
+        "reshard_after_forward": True,
+        "state_dict_type": "SHARDED_STATE_DICT",
+    }
+    return {"fsdp": True, "fsdp_config": config}
+
+
+def _zero(stage: int) -> dict[str, Any]:
+    config = {
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": torch.cuda.is_available(),
+            "contiguous_gradients": True,
+            "reduce_bucket_size": "auto",
+            **(
+                {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}
+                if stage == 3
+                else {}
+            ),
+        },
+        "bf16": {"enabled": "auto"},
+        "gradient_clipping": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "zero_allow_untested_optimizer": True,
+    }
+    return {"deepspeed": config}
+
+
+ENGINES = {
+    Sharding.none: Engine(dict, gathers=False),
+    Sharding.fsdp2: Engine(_fsdp2, gathers=True),
+    Sharding.zero2: Engine(lambda: _zero(2), False, "DEEPSPEED", "deepspeed"),
+    Sharding.zero3: Engine(lambda: _zero(3), True, "DEEPSPEED", "deepspeed"),
+}
+
+
+def arguments(sharding: Sharding) -> dict[str, Any]:
+    """What transformers' TrainingArguments need for it; prepares the processes of a machine without a GPU.
+
+    Raises:
+        UserError: there is only one process, a package is missing, or the launcher brings a setup of its own.
+    """
+    _raise_if_launched_otherwise(sharding)
+    if sharding is Sharding.none:
+        return {}
+    wait_for_everyone()  # makes the process group
+    made = ENGINES[sharding].arguments()
+    return made if torch.cuda.is_available() else {**made, **_on_cpu(sharding)}
+
+
+def _raise_if_launched_otherwise(sharding: Sharding) -> None:
+    """`accelerate launch` hands a configuration of its own over by the environment; the trainer would take it up."""
+    switches = [name for name in _LAUNCHER_SWITCHES if os.environ.get(name) == "true"]
+    if switches:
+        raise UserError(
+            f"sharding={sharding.name}: the launcher sets {', '.join(switches)} as well. Say how to shard in one place:"
+            " leave it out of accelerate's configuration (scripts/accelerate has one) and keep sharding=."
+        )
+    package = ENGINES[sharding].package
+    if package is not None and find_spec(package) is None:
+        raise UserError(f"sharding={sharding.name}: needs {package}. Install it: pip install 'gpt-oss-qat[{package}]'.")
+    if sharding is not Sharding.none and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise UserError(
+            f"sharding={sharding.name}: there is one process, and nothing to share among. Start several with"
+            " scripts/launch, torchrun or accelerate launch, or use sharding=none."
+        )
+
+
+def _on_cpu(sharding: Sharding) -> dict[str, Any]:
+    """accelerate shards where it sees several GPUs; told that it does, it shards over gloo as well."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    AcceleratorState._reset_state()  # of an earlier stage in this process
+    PartialState().distributed_type = DistributedType[ENGINES[sharding].distributed_type]
+    return {"accelerator_config": {"use_configured_state": True}}
+
+
+def saved_dtype(train: TrainConfig, dtype: torch.dtype, sharding: Sharding) -> torch.dtype:
+    """Type of the weights that the forward pass computes with, and that are saved.
+
+    Engines cast parameters to BF16 before they gather them, so that under mixed_bf16 the quantizers round BF16 values:
+    those are the trained model. The FP32 ones are kept only by the optimizer and the checkpoints to resume from.
+
+    Args:
+        train: of the stage.
+        dtype: type of the weights in the memory of one process.
+        sharding: how they are split.
+    """
+    casts = sharding is not Sharding.none and train.precision is Precision.mixed_bf16
+    return torch.bfloat16 if casts else dtype
+
+
+@contextmanager
+def gathered(parameter: Tensor) -> Iterator[Tensor]:
+    """The whole of a parameter, on every process; for all of them to enter together, in the same order."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(parameter, DTensor):
+        yield parameter.full_tensor()
+    elif hasattr(parameter, "ds_id"):  # how DeepSpeed itself marks what it has split
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(parameter):
+            yield parameter.data
+    else:
+        yield parameter
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether processes hold parts of the parameters."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
