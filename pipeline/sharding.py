@@ -82,18 +82,22 @@ ENGINES = {
 }
 
 
-def arguments(sharding: Sharding) -> dict[str, Any]:
-    """What transformers' TrainingArguments need for it; prepares the processes of a machine without a GPU.
+@contextmanager
+def switched_on(sharding: Sharding) -> Iterator[dict[str, Any]]:
+    """What transformers' TrainingArguments need for it, while one model is trained.
 
     Raises:
         UserError: there is only one process, a package is missing, or the launcher brings a setup of its own.
     """
     _raise_if_launched_otherwise(sharding)
-    if sharding is Sharding.none:
-        return {}
-    wait_for_everyone()  # makes the process group
     made = ENGINES[sharding].arguments()
-    return made if torch.cuda.is_available() else {**made, **_on_cpu(sharding)}
+    if made and not torch.cuda.is_available():
+        made.update(_on_cpu(sharding))
+    try:
+        yield made
+    finally:
+        for name in _LAUNCHER_SWITCHES:  # accelerate sets them too, and the next stage would find them
+            os.environ.pop(name, None)
 
 
 def _raise_if_launched_otherwise(sharding: Sharding) -> None:
@@ -119,6 +123,7 @@ def _on_cpu(sharding: Sharding) -> dict[str, Any]:
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
+    wait_for_everyone()  # makes the process group
     AcceleratorState._reset_state()  # of an earlier stage in this process
     PartialState().distributed_type = DistributedType[ENGINES[sharding].distributed_type]
     return {"accelerator_config": {"use_configured_state": True}}

@@ -3,7 +3,9 @@
 The only importer of trl. The model comes in ready, with adapters and quantizers; QAT differs from SFT in nothing here.
 """
 
+import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from pipeline import losses, sharding
-from pipeline.artifacts import CHECKPOINTS_DIR
+from pipeline.artifacts import CHECKPOINTS_DIR, write_json
 from pipeline.config import Precision, Sharding, TrainConfig
 from pipeline.data import Splits
 from pipeline.errors import UserError
@@ -33,7 +35,7 @@ from pipeline.tracking import (
     warn,
 )
 
-_WHOLE = "whole"  # this file in a checkpoint says that all of it was written
+_WHOLE = "whole"  # this file in a checkpoint says that all of it was written, and under which circumstances
 _LOWEST_SAFE_BF16_RATE = 1e-4
 
 
@@ -67,22 +69,23 @@ def train(
     """
     model.config.bos_token_id = tokenizer.bos_token_id  # the trainer would do it, with a warning
     _warn_of_lost_updates(model, settings, stage)
-    checkpoint = _last_whole_checkpoint(directory / CHECKPOINTS_DIR, stage)
-    arguments = _arguments(settings, directory, shared, stage, is_new=checkpoint is None)
-    trainer = _trainer(model, tokenizer, splits, arguments, directory, stage)
-    if rounded is not None:
-        trainer.add_callback(_Forget(rounded))
-    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
-    forget_metrics_after(directory, step)
-    if checkpoint is not None:
-        say(stage, f"going on from step {step}")
-    try:
-        with _deterministic_on_cpu():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except CodecError as error:
-        raise _diverged(settings, stage, str(error)) from error
-    if trainer.evaluated_step != trainer.state.global_step:
-        trainer.evaluate()
+    checkpoint = _last_whole_checkpoint(directory / CHECKPOINTS_DIR, stage, shared)
+    with sharding.switched_on(shared) as switches:
+        arguments = _arguments(settings, directory, stage, eval_on_start=checkpoint is None, **switches)
+        trainer = _trainer(model, tokenizer, splits, arguments, _Log(directory, stage, shared))
+        if rounded is not None:
+            trainer.add_callback(_Forget(rounded))
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
+        forget_metrics_after(directory, step)
+        if checkpoint is not None:
+            say(stage, f"going on from step {step}")
+        try:
+            with _deterministic_on_cpu():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except CodecError as error:
+            raise _diverged(settings, stage, str(error)) from error
+        if trainer.evaluated_step != trainer.state.global_step:
+            trainer.evaluate()
     wait_for_everyone()  # the main process has written all its metrics
     return {"steps": trainer.state.global_step, **_outcome(directory, settings, stage), **splits.counts}
 
@@ -156,9 +159,10 @@ class _Trainer(SFTTrainer):
 class _Log(TrainerCallback):
     """Writes what the trainer logs to metrics.jsonl, and marks checkpoints as whole."""
 
-    def __init__(self, directory: Path, stage: str) -> None:
+    def __init__(self, directory: Path, stage: str, shared: Sharding) -> None:
         self._directory = directory
         self._stage = stage
+        self._shared = shared
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:
@@ -175,7 +179,8 @@ class _Log(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         wait_for_everyone()
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
+            whole = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE
+            write_json(whole, _circumstances(self._shared))
 
 
 class _Forget(TrainerCallback):
@@ -194,7 +199,7 @@ class _Forget(TrainerCallback):
         self._rounded.forget()
 
 
-def _trainer(model: Any, tokenizer: Any, splits: Splits, arguments: SFTConfig, directory: Path, stage: str) -> _Trainer:
+def _trainer(model: Any, tokenizer: Any, splits: Splits, arguments: SFTConfig, log: _Log) -> _Trainer:
     try:
         trainer = _Trainer(
             model=model,
@@ -202,7 +207,7 @@ def _trainer(model: Any, tokenizer: Any, splits: Splits, arguments: SFTConfig, d
             train_dataset=splits.train,
             eval_dataset=splits.validation,
             processing_class=tokenizer,
-            callbacks=[_Log(directory, stage)],
+            callbacks=[log],
         )
         trainer.remove_callback(PrinterCallback)
     except ValueError as error:
@@ -220,10 +225,9 @@ def _raise_if_launched_otherwise(arguments: SFTConfig, settings: TrainConfig, st
         )
 
 
-def _arguments(settings: TrainConfig, directory: Path, shared: Sharding, stage: str, is_new: bool) -> SFTConfig:
+def _arguments(settings: TrainConfig, directory: Path, stage: str, **more: Any) -> SFTConfig:
     on_gpu = torch.cuda.is_available()
     arguments = SFTConfig(
-        **sharding.arguments(shared),
         output_dir=str(directory / CHECKPOINTS_DIR),
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler,
@@ -243,7 +247,6 @@ def _arguments(settings: TrainConfig, directory: Path, shared: Sharding, stage: 
         logging_steps=settings.logging_steps,
         eval_strategy="steps",
         eval_steps=settings.eval_steps,
-        eval_on_start=is_new,
         save_strategy="steps",
         save_steps=settings.save_steps,
         save_total_limit=settings.save_total_limit,
@@ -256,13 +259,33 @@ def _arguments(settings: TrainConfig, directory: Path, shared: Sharding, stage: 
         packing=False,  # with eager attention packed documents see each other
         report_to="none",
         disable_tqdm=not shows_progress(),
+        **more,
     )
     _raise_if_launched_otherwise(arguments, settings, stage)
     return arguments
 
 
-def _last_whole_checkpoint(directory: Path, stage: str) -> Path | None:
-    """The newest checkpoint that was written to its end; later, broken ones are removed."""
+def _circumstances(shared: Sharding) -> dict[str, Any]:
+    """What a checkpoint's files, and the place in the data where it stands, depend on."""
+    return {"processes": int(os.environ.get("WORLD_SIZE", "1")), "sharding": shared.name}
+
+
+def _raise_if_made_otherwise(checkpoint: Path, shared: Sharding, stage: str) -> None:
+    before, now = json.loads((checkpoint / _WHOLE).read_text(encoding="utf-8")), _circumstances(shared)
+    if before != now:
+        raise UserError(
+            f"{stage}: {checkpoint} is of {before['processes']} processes with sharding={before['sharding']}; on"
+            f" {now['processes']} with sharding={now['sharding']} it would not go on with the same batches."
+            " Go on as it was begun, or start anew with overwrite=true."
+        )
+
+
+def _last_whole_checkpoint(directory: Path, stage: str, shared: Sharding) -> Path | None:
+    """The newest checkpoint that was written to its end; later, broken ones are removed.
+
+    Raises:
+        UserError: it was made by another number of processes, or sharded otherwise.
+    """
     found = sorted(directory.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
     whole = [path for path in found if (path / _WHOLE).is_file()]
     wait_for_everyone()
@@ -271,6 +294,8 @@ def _last_whole_checkpoint(directory: Path, stage: str) -> Path | None:
             say(stage, f"removing {path.name}, which was interrupted while it was written")
             shutil.rmtree(path)
     wait_for_everyone()
+    if whole:
+        _raise_if_made_otherwise(whole[-1], shared, stage)
     return whole[-1] if whole else None
 
 
