@@ -84,12 +84,7 @@ ENGINES = {
 
 @contextmanager
 def switched_on(sharding: Sharding) -> Iterator[dict[str, Any]]:
-    """What transformers' TrainingArguments need for it, while one model is trained.
-
-    Raises:
-        UserError: there is only one process, a package is missing, or the launcher brings a setup of its own.
-    """
-    _raise_if_launched_otherwise(sharding)
+    """What transformers' TrainingArguments need for it, while one model is trained."""
     made = ENGINES[sharding].arguments()
     if made and not torch.cuda.is_available():
         made.update(_on_cpu(sharding))
@@ -100,8 +95,14 @@ def switched_on(sharding: Sharding) -> Iterator[dict[str, Any]]:
             os.environ.pop(name, None)
 
 
-def _raise_if_launched_otherwise(sharding: Sharding) -> None:
-    """`accelerate launch` hands a configuration of its own over by the environment; the trainer would take it up."""
+def raise_if_impossible(sharding: Sharding) -> None:
+    """Check early that training can be shared so.
+
+    `accelerate launch` hands a configuration of its own over by the environment, which the trainer would take up.
+
+    Raises:
+        UserError: there is only one process, a package is missing, or the launcher brings a setup of its own.
+    """
     switches = [name for name in _LAUNCHER_SWITCHES if os.environ.get(name) == "true"]
     if switches:
         raise UserError(
@@ -160,8 +161,10 @@ def gathered(parameter: Tensor) -> Iterator[Tensor]:
         yield parameter
 
 
-def is_sharded(model: Any) -> bool:
-    """Whether processes hold parts of the parameters."""
-    from torch.distributed.tensor import DTensor
+def let_go(model: Any) -> None:
+    """Give back what FSDP2 keeps whole after a forward pass without a backward one: norm and head, once validated."""
+    from torch.distributed.fsdp import FSDPModule
 
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

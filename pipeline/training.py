@@ -86,6 +86,7 @@ def train(
             raise _diverged(settings, stage, str(error)) from error
         if trainer.evaluated_step != trainer.state.global_step:
             trainer.evaluate()
+    sharding.let_go(model)
     wait_for_everyone()  # the main process has written all its metrics
     return {"steps": trainer.state.global_step, **_outcome(directory, settings, stage), **splits.counts}
 

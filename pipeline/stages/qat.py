@@ -19,6 +19,7 @@ _SETTINGS = ("data", "format", "qat")
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/qat: the trained model, its quantizers in place."""
     start = artifacts.require(config, Stage.quantize)
+    sharding.raise_if_impossible(config.sharding)
     _raise_if_quantized_otherwise(models.of_artifact(start), models.configured_format(config))
     rows = data.load_rows(config)
     return artifacts.build(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline import artifacts, data, models
+from pipeline import artifacts, data, models, sharding
 from pipeline.artifacts import Artifact, Result
 from pipeline.checkpoints import load_tokenizer
 from pipeline.config import Method, PipelineConfig, Stage
@@ -16,6 +16,7 @@ _SETTINGS = ("data", "sft")
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/sft: the fine-tuned checkpoint, or its adapters."""
     upcast = artifacts.require(config, Stage.upcast)
+    sharding.raise_if_impossible(config.sharding)
     if upcast.settings["model.path"] != config.model.path:
         raise UserError(
             f"model.path={config.model.path}, but {upcast.directory} was made from {upcast.settings['model.path']}."
