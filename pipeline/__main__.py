@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline import command_line, config
+from pipeline import command_line, config, rules
 from pipeline.errors import CheckFailed, UserError, user_errors
 from pipeline.tracking import is_main_process
 
@@ -51,7 +51,7 @@ def run(composed: DictConfig) -> None:
     chosen = HydraConfig.get().runtime.choices.get("recipe")
     if chosen is not None:
         composed.recipe = chosen  # a recipe from --config-dir does not know its own name
-    pipeline_config = config.resolve(composed)
+    pipeline_config = rules.resolve(composed)
     stage = importlib.import_module(f"pipeline.stages.{pipeline_config.stage.name}")
     stage.run(pipeline_config)
 

@@ -1,7 +1,7 @@
 """LoRA on attention and on expert stacks, and its merge into the weights. The only importer of peft."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline import sharding
 from pipeline.checkpoints import ADAPTER_WEIGHTS
 from pipeline.config import LoraTarget, TrainConfig
 from pipeline.errors import UserError
@@ -85,6 +86,38 @@ def parameter_name(module_name: str) -> str:
 def is_factor(parameter_name: str) -> bool:
     """Whether a parameter of an adapted model is part of an adapter."""
     return ".lora_" in parameter_name
+
+
+@torch.no_grad()
+def expert_weights(model: Any, experts: slice) -> Iterator[tuple[str, Tensor]]:
+    """Some experts (E, in, out) of each stack that is trained, adapters merged; for all processes together.
+
+    Of a sharded stack only the main process yields experts, from its own part, which is the first. Stacks whose
+    parameter is not here (ZeRO-3 empties it between forward passes) are left out.
+    """
+    adapted = {
+        f"{parameter_name(name)}.{module.parameter_name}": module
+        for name, module in model.named_modules()
+        if isinstance(module, ParamWrapper)
+    }
+    for full_name, parameter in model.named_parameters():
+        name = parameter_name(full_name)
+        if not name.endswith(EXPERT_WEIGHTS) or not (parameter.requires_grad or name in adapted):
+            continue
+        delta = _delta(adapted[name]) if name in adapted else None
+        stack = sharding.first_part(parameter)
+        if stack.numel():
+            yield name, stack[experts] if delta is None else stack[experts] + delta[experts]
+
+
+def _delta(wrapper: ParamWrapper) -> Tensor:
+    """What its adapters add to a stack of experts (E, in, out); factors that are sharded are gathered for it."""
+    with ExitStack() as gathered:
+        for factor in (*wrapper.lora_A.values(), *wrapper.lora_B.values()):
+            whole = gathered.enter_context(sharding.gathered(_weight(factor)))
+            gathered.callback(setattr, factor, "weight", _weight(factor))
+            factor.weight = torch.nn.Parameter(whole.data, requires_grad=False)
+        return sum(wrapper.get_delta_weight(adapter) for adapter in wrapper.active_adapters)
 
 
 def is_wrapped(module_name: str) -> bool:

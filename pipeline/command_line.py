@@ -7,7 +7,7 @@ from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -24,9 +24,11 @@ _GROUPS = {
     "train@qat": "full or lora, for QAT",
     "format": "the 4-bit format",
     "sharding": "how processes share a model while it is trained",
+    "tracking": "where metrics go besides metrics.jsonl",
 }
 _HELP_FLAGS = ("--help", "-h")
 _STAGES = {
+    "doctor": "look at the data, at what the run needs, and whether it fits here",
     "upcast": "MXFP4 checkpoint -> BF16, exact to the bit",
     "sft": "supervised fine-tuning",
     "quantize": "insert fake quantization: the PTQ baseline",
@@ -131,6 +133,8 @@ def _settings_help(node: Any, prefix: str) -> list[str]:
         else:
             lines.append(f"  {key} [{_default(item)}]{_values(item.type)}")
             lines.append(f"      {meanings[item.name]}")
+            if get_origin(item.type) is list and is_dataclass(element := get_args(item.type)[0]):
+                lines += _settings_help(element, f"{key}[].")
     return lines
 
 

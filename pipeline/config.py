@@ -1,27 +1,29 @@
-"""Every setting: name, type, default and meaning. YAML files under conf/ and recipes/ hold values only.
+"""Every setting: name, type, default and meaning. YAML files under conf/ and recipes/ hold values only."""
 
-`resolve` turns what Hydra composed into `PipelineConfig`; `problems` holds the rules between settings.
-"""
-
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, Optional
+from typing import Any, Optional, get_origin
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.errors import UserError, did_you_mean, user_errors
+from pipeline.errors import did_you_mean
 
 SYNTHETIC = "synthetic://"
 """Prefix of a model or data set that the program makes itself, for trying it without the internet."""
 
 
+_LANGUAGES = (
+    *("en", "de", "fr", "es", "it", "pt", "nl", "pl", "cs", "sv", "da", "fi", "hu", "ro", "el", "bg", "ru", "uk", "tr"),
+    *("ar", "he", "fa", "hi", "bn", "te", "ta", "th", "vi", "id", "zh", "ja", "ko", "sw"),
+)
+
+
 class Stage(Enum):
     """The parts of a run, in the order in which `all` runs them."""
 
+    doctor = "doctor"
     upcast = "upcast"
     sft = "sft"
     quantize = "quantize"
@@ -109,6 +111,13 @@ class ExportTarget(Enum):
     mxfp4 = "mxfp4"
 
 
+class TrackingBackend(Enum):
+    """Where metrics go besides metrics.jsonl."""
+
+    none = "none"
+    wandb = "wandb"
+
+
 class ReasoningEffort(Enum):
     """The `Reasoning:` line of the Harmony system message."""
 
@@ -161,15 +170,78 @@ class ModelConfig:
 
 
 @dataclass
+class ColumnsConfig:
+    """Which column of a row holds what; a dotted path reaches into nested objects. null: the data set has none."""
+
+    messages: Optional[str] = "messages"
+    """Column with the list of messages; null where prompt and completion take its place."""
+    prompt: Optional[str] = None
+    """Column with the text of a single user turn."""
+    completion: Optional[str] = None
+    """Column with the answer to `prompt`."""
+    reasoning: Optional[str] = None
+    """Column with the reasoning that comes before `completion`."""
+    system: Optional[str] = None
+    """Column with instructions, put before the first message."""
+    tools: Optional[str] = "tools"
+    """Column with the function schemas offered to the model: a list, or its JSON text."""
+    reasoning_effort: Optional[str] = "reasoning_effort"
+    """Column with the row's own data.reasoning_effort."""
+    reasoning_language: Optional[str] = "reasoning_language"
+    """Column with the row's own data.reasoning_language."""
+    role: str = "role"
+    """Key of a message that says who speaks."""
+    content: str = "content"
+    """Key of a message that holds its text."""
+    thinking: str = "thinking"
+    """Key of an assistant's message that holds its reasoning."""
+
+
+@dataclass
+class BlendPartConfig:
+    """One data set of a blend. What is null is as in `data`."""
+
+    path: str = MISSING
+    """As data.path."""
+    weight: float = MISSING
+    """Its share of the rows that are used, relative to the other weights."""
+    revision: Optional[str] = None
+    """As data.revision."""
+    split: Optional[str] = None
+    """As data.split."""
+    streaming: Optional[bool] = None
+    """As data.streaming."""
+    columns: Optional[ColumnsConfig] = None
+    """As data.columns."""
+    roles: Optional[dict[str, str]] = None
+    """As data.roles."""
+    filter: Optional[dict[str, list[Any]]] = None
+    """As data.filter."""
+    reasoning_effort: Optional[ReasoningEffort] = None
+    """As data.reasoning_effort."""
+    reasoning_language: Optional[str] = None
+    """As data.reasoning_language."""
+
+
+@dataclass
 class DataConfig:
     """The conversations to train and validate on."""
 
     path: Optional[str] = None
-    """Chat data: a .jsonl or .parquet file, a folder of them, a saved data set, a hub id, or `synthetic://arithmetic`."""
+    """The rows: a .jsonl or .parquet file, a folder of them, a saved data set, a hub id, or `synthetic://arithmetic`."""
     revision: Optional[str] = None
     """Revision of a hub id: branch, tag or commit."""
     split: str = "train"
     """Split of a hub id or of a saved data set dictionary."""
+    streaming: bool = False
+    """Read a hub id without keeping a copy of its files; the checked rows are kept in <run_dir>/data either way."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    roles: dict[str, str] = field(default_factory=dict)
+    """The data set's names of roles, and what they are called here: {human: user, gpt: assistant}."""
+    filter: dict[str, list[Any]] = field(default_factory=dict)
+    """Keep only rows whose column has one of the values, for each column named: {category: [a, b]}."""
+    blend: list[BlendPartConfig] = field(default_factory=list)
+    """Several data sets in place of `path`, each with its weight: [{path: a.jsonl, weight: 3}, …]."""
     max_samples: Optional[int] = None
     """Use only this many rows, chosen with data.seed; null: all."""
     validation_fraction: float = 0.1
@@ -182,6 +254,10 @@ class DataConfig:
     """Train every assistant turn, each with the prompt that it has at inference, or only the last turn."""
     reasoning_effort: ReasoningEffort = ReasoningEffort.medium
     """The `Reasoning:` line of the system message; a row's own `reasoning_effort` wins."""
+    reasoning_language: Optional[str] = None
+    """Put "reasoning language: …" before the instructions; null: nothing. What a row says itself wins."""
+    model_identity: Optional[str] = None
+    """First line of the system message; null: the chat template's own ("You are ChatGPT, …")."""
     conversation_date: str = "2025-08-05"
     """The `Current date:` line of the system message, pinned so that a run can be repeated."""
 
@@ -230,7 +306,7 @@ class TrainConfig:
     precision: Precision = Precision.mixed_bf16
     """fp32; mixed_bf16: FP32 weights, BF16 arithmetic; bf16: BF16 weights, which low learning rates hardly move."""
     attn_implementation: str = "eager"
-    """Attention kernel, by its transformers name; it must honour gpt-oss' attention sinks, which sdpa does not."""
+    """Attention kernel, by its transformers name; compared with eager before training, since many lose the sinks."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
     router_aux_loss_coef: float = 0.0
@@ -242,9 +318,23 @@ class TrainConfig:
     save_steps: int = 50
     """Optimizer steps between two checkpoints to resume from."""
     save_total_limit: int = 2
-    """Checkpoints kept while training; they are removed when the stage is complete."""
+    """Checkpoints kept while training, the newest and the best among them; removed when the stage is complete."""
+    keep_best: bool = True
+    """Leave the weights of the lowest validation loss, not of the last step; needs save_steps = eval_steps."""
+    early_stopping_patience: Optional[int] = None
+    """Stop after so many validation losses in a row that are not lower than the lowest; null: never."""
     seed: int = 42
     """Seed of the data order and of the adapters."""
+
+
+@dataclass
+class DistillationConfig:
+    """Learning from the SFT model's predictions beside the data (QAD)."""
+
+    weight: float = 0.0
+    """Share of the loss that is the divergence from the SFT model, up to 1; 0: no teacher is loaded."""
+    temperature: float = 1.0
+    """Softens both distributions; above 1, unlikely tokens count for more."""
 
 
 @dataclass
@@ -253,6 +343,7 @@ class QatConfig(TrainConfig):
 
     rounded_cache_gib: Optional[float] = None
     """Memory for the experts' rounded weights, kept between forward passes; null: all, none where they are gathered."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
 
 @dataclass
@@ -265,6 +356,16 @@ class FormatConfig:
     """Scale of a block: ceil (holds the largest value), floor (may clip it), mse (better of two), nearest (NVFP4)."""
     importance: bool = False
     """With scale_rule=mse: weigh each input channel's error by the mean square of what calibration sends through it."""
+
+
+@dataclass
+class DoctorConfig:
+    """Look at the data and the machine before anything is trained."""
+
+    row: int = 1
+    """The conversation that is shown token by token, counted from 1 through the whole data set."""
+    languages: list[str] = field(default_factory=lambda: list(_LANGUAGES))
+    """Languages that prompts, reasoning and answers are told apart as: ISO 639-1 codes. Fewer are told more surely."""
 
 
 @dataclass
@@ -324,6 +425,22 @@ class EvaluateConfig:
 
 
 @dataclass
+class TrackingConfig:
+    """Metrics beyond metrics.jsonl, which is always written."""
+
+    backend: TrackingBackend = TrackingBackend.none
+    """Service that gets the same numbers: none or wandb (Weights & Biases; WANDB_MODE=offline keeps them here)."""
+    project: str = "gpt-oss-qat"
+    """Project of the service."""
+    entity: Optional[str] = None
+    """User or team of the service; null: its default for the login."""
+    tags: list[str] = field(default_factory=list)
+    """Tags of every stage's run."""
+    name: Optional[str] = None
+    """Name of the pipeline run: stages appear as <name>-<stage>, in one group; null: the recipe."""
+
+
+@dataclass
 class PipelineConfig:
     """The whole pipeline; `stage` only says which part to run now."""
 
@@ -341,6 +458,7 @@ class PipelineConfig:
     """What processes share while training: nothing but data; fsdp2 or zero3: all; zero2: gradients and optimizer."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    doctor: DoctorConfig = field(default_factory=DoctorConfig)
     upcast: UpcastConfig = field(default_factory=UpcastConfig)
     sft: TrainConfig = field(default_factory=TrainConfig)
     format: FormatConfig = field(default_factory=FormatConfig)
@@ -349,6 +467,7 @@ class PipelineConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 def setting_keys(node: Any = PipelineConfig, prefix: str = "") -> list[str]:
@@ -363,7 +482,8 @@ def setting_keys(node: Any = PipelineConfig, prefix: str = "") -> list[str]:
 
 def is_known(key: str) -> bool:
     """Whether the schema has a setting or section of this full key."""
-    return key in _known_keys()
+    # Below a setting that maps names to values, the names are the user's own.
+    return key in _known_keys() or any(key.startswith(f"{mapping}.") for mapping in _mappings())
 
 
 def unknown_key(key: str, where: str) -> str:
@@ -380,170 +500,9 @@ def value_problem(key: str, value: Any) -> str | None:
     return None
 
 
-def resolve(composed: DictConfig) -> PipelineConfig:
-    """The composed configuration as plain dataclasses.
-
-    Raises:
-        UserError: an unknown key, a value of the wrong type, a missing value, a broken rule; all rules together.
-    """
-    # `+sft.lr=1` adds a key to what Hydra composed, and OmegaConf.to_object drops it: a fresh schema refuses it.
-    unknown = [key for key in _leaf_keys(composed) if not is_known(key)]
-    if unknown:
-        raise user_errors([unknown_key(key, "configuration") for key in unknown])
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(PipelineConfig), composed)
-        missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            raise user_errors([_not_set(key) for key in missing])
-        OmegaConf.resolve(merged)
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise UserError(f"configuration: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, PipelineConfig)
-    found = problems(config)
-    if found:
-        raise user_errors(found)
-    return config
-
-
-def problems(config: PipelineConfig) -> list[str]:
-    """Every rule that the settings break, each with its full key and value."""
-    found = [
-        f"{key}={value!r}: must be {rule.meaning}."
-        for key, rule in _RULES.items()
-        if (value := _select(config, key)) is not None and not rule.holds(value)
-    ]
-    for section in ("sft", "qat"):
-        train: TrainConfig = getattr(config, section)
-        if train.attn_implementation not in _KEEP_SINKS:
-            found.append(
-                f"{section}.attn_implementation={train.attn_implementation!r}: must be one of"
-                f" {', '.join(_KEEP_SINKS)}; others lose gpt-oss' attention sinks or their gradient."
-            )
-        if train.method is Method.lora and train.precision is Precision.mixed_bf16:
-            found.append(
-                f"{section}.precision=mixed_bf16: not with LoRA, whose merge autocast would round otherwise than export"
-                " does. Use bf16 (the adapters stay FP32) or fp32."
-            )
-        if train.lr_scheduler not in _SCHEDULERS:
-            found.append(f"{section}.lr_scheduler={train.lr_scheduler!r}: must be one of {', '.join(_SCHEDULERS)}.")
-        if train.method is Method.lora and not train.lora.targets:
-            found.append(f"{section}.lora.targets=[]: LoRA needs at least one of attention, experts.")
-    rules = _SCALE_RULES[config.format.name]
-    if config.format.scale_rule not in rules:
-        found.append(
-            f"format.scale_rule={config.format.scale_rule.name}: {config.format.name.name} has"
-            f" {', '.join(rule.name for rule in rules)}."
-        )
-    if config.format.importance and config.format.scale_rule is not ScaleRule.mse:
-        found.append(
-            f"format.importance=true: has a meaning only with format.scale_rule=mse, not"
-            f" {config.format.scale_rule.name}."
-        )
-    held = _HELD_BY[config.export.target]
-    if config.stage in (Stage.export, Stage.all) and config.format.name not in held:
-        found.append(
-            f"export.target={config.export.target.name}: holds {', '.join(name.name for name in held)}, not"
-            f" format={config.format.name.name}. Train for another format, or run the stages up to qat and evaluate one"
-            " by one."
-        )
-    both_lora = config.sft.method is Method.lora and config.qat.method is Method.lora
-    if both_lora and config.sft.lora != config.qat.lora:
-        found.append(
-            f"qat.lora={_shown(config.qat.lora)} differs from sft.lora={_shown(config.sft.lora)}: QAT goes on with"
-            " SFT's adapters. Give both the same values."
-        )
-    return found
-
-
-def _not_set(key: str) -> str:
-    choices = f" Choose one of: {', '.join(Stage.__members__)}." if key == "stage" else ""
-    return f"{key}: is not set. Give {key}=<value>.{choices}"
-
-
-def _shown(lora: LoraConfig) -> str:
-    targets = [target.name for target in lora.targets]
-    return f"{{rank: {lora.rank}, alpha: {lora.alpha}, targets: {targets}, layers: {lora.layers}}}"
-
-
-@dataclass(frozen=True)
-class _Rule:
-    meaning: str
-    holds: Callable[[Any], bool]
-
-
-_POSITIVE = _Rule("greater than 0", lambda value: 0 < value < math.inf)
-_NOT_NEGATIVE = _Rule("0 or more", lambda value: 0 <= value < math.inf)
-_FRACTION = _Rule("between 0 and 1, both excluded", lambda value: 0 < value < 1)
-_SHARE = _Rule("0 or more and below 1", lambda value: 0 <= value < 1)
-_SEED = _Rule("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
-_AT_LEAST_TWO = _Rule("2 or more: the one before is needed while one is written", lambda value: value >= 2)
-_STEPS = _Rule("a number of steps, or -1", lambda value: value == -1 or value > 0)
-_BLOCKS = _Rule("a positive multiple of 32, the block size of MXFP4", lambda value: value > 0 and value % 32 == 0)
-
-_TRAIN_RULES = {
-    "learning_rate": _POSITIVE,
-    "warmup_ratio": _SHARE,
-    "epochs": _POSITIVE,
-    "max_steps": _STEPS,
-    "batch_size": _POSITIVE,
-    "gradient_accumulation_steps": _POSITIVE,
-    "weight_decay": _NOT_NEGATIVE,
-    "max_grad_norm": _POSITIVE,
-    "router_aux_loss_coef": _NOT_NEGATIVE,
-    "seed": _SEED,
-    "logging_steps": _POSITIVE,
-    "eval_steps": _POSITIVE,
-    "save_steps": _POSITIVE,
-    "save_total_limit": _AT_LEAST_TWO,
-    "lora.rank": _POSITIVE,
-    "lora.alpha": _POSITIVE,
-}
-_RULES = {
-    "model.tiny.hidden_size": _BLOCKS,
-    "model.tiny.intermediate_size": _BLOCKS,
-    "model.tiny.seed": _SEED,
-    "data.seed": _SEED,
-    "data.max_samples": _POSITIVE,
-    "data.validation_fraction": _FRACTION,
-    "data.max_length": _POSITIVE,
-    "upcast.shard_bytes": _POSITIVE,
-    "quantize.calibration_samples": _POSITIVE,
-    "quantize.batch_size": _POSITIVE,
-    "export.shard_bytes": _POSITIVE,
-    "verify.samples": _POSITIVE,
-    "verify.logits_tolerance": _NOT_NEGATIVE,
-    "evaluate.max_samples": _POSITIVE,
-    "evaluate.batch_size": _POSITIVE,
-    "qat.rounded_cache_gib": _NOT_NEGATIVE,
-    **{f"{section}.{key}": rule for section in ("sft", "qat") for key, rule in _TRAIN_RULES.items()},
-}
-_SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
-_SCALE_RULES = {
-    FormatName.mxfp4: (ScaleRule.ceil, ScaleRule.floor, ScaleRule.mse),
-    FormatName.nvfp4: (ScaleRule.nearest, ScaleRule.ceil, ScaleRule.floor, ScaleRule.mse),
-    FormatName.nvfp4_w4a4: (ScaleRule.nearest, ScaleRule.ceil, ScaleRule.floor, ScaleRule.mse),
-}
-_HELD_BY = {ExportTarget.mxfp4: (FormatName.mxfp4,)}
-
-_KEEP_SINKS = ("eager", "flex_attention")
-
-
-def _select(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = getattr(config, part)
-    return config
-
-
-def _leaf_keys(node: DictConfig, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for name in map(str, node):
-        child = node._get_node(name)
-        if isinstance(child, DictConfig) and not child._is_none() and len(child):
-            keys += _leaf_keys(child, f"{prefix}{name}.")
-        else:
-            keys.append(f"{prefix}{name}")
-    return keys
+@cache
+def _mappings() -> tuple[str, ...]:
+    return tuple(f"data.{item.name}" for item in fields(DataConfig) if get_origin(item.type) is dict)
 
 
 @cache

@@ -8,7 +8,7 @@ turns, so a conversation with several assistant turns becomes several examples, 
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.gpt_oss import SPECIAL_TOKENS, STOP_TOKENS
 
@@ -17,6 +17,7 @@ IGNORED = -100
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _INSTRUCTIONS = ("system", "developer")
+_LANGUAGE_LINE = "reasoning language:"  # as in OpenAI's cookbook and in HuggingFaceH4/Multilingual-Thinking
 _PLACEHOLDER = [{"role": "user", "content": ""}]
 
 
@@ -32,6 +33,7 @@ class Conversation:
         messages: role and content, thinking and tool_calls only where there are any.
         tools: function schemas offered to the model, or None.
         reasoning_effort: of this conversation, or None for the data set's.
+        reasoning_language: likewise; what the instructions themselves say comes before either.
         merged_instructions: whether a system and a developer message were joined into one.
         where: the file and row, or the like, that it comes from.
     """
@@ -39,18 +41,37 @@ class Conversation:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
+    reasoning_language: str | None = None
     merged_instructions: bool = False
     where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """How conversations are rendered: the tokenizer with its chat template, and the system message's variables."""
+    """How conversations are rendered: the tokenizer with its chat template, and what else the prompt says.
+
+    Attributes:
+        tokenizer: with gpt-oss' chat template.
+        reasoning_effort: low, medium or high, for conversations that have none of their own.
+        conversation_date: the system message's `Current date:`.
+        every_turn: whether every assistant turn is an example, or only the last one.
+        reasoning_language: for conversations that name none, or None.
+        model_identity: first line of the system message, or None for the template's own.
+    """
 
     tokenizer: Any
     reasoning_effort: str
     conversation_date: str
     every_turn: bool
+    reasoning_language: str | None = None
+    model_identity: str | None = None
+
+
+class Turn(NamedTuple):
+    """An assistant's turn: the prompt that it has at inference, and what the model has to produce, as text."""
+
+    prompt: str
+    completion: str
 
 
 def parse_conversation(row: Any, where: str = "") -> Conversation:
@@ -58,8 +79,8 @@ def parse_conversation(row: Any, where: str = "") -> Conversation:
 
     Args:
         where: the row's place, kept for messages.
-        row: {"messages": [{"role", "content", "thinking"?, "tool_calls"?}, …], "tools"?, "reasoning_effort"?}. Keys
-            that are None count as absent: Arrow fills them in.
+        row: {"messages": [{"role", "content", "thinking"?, "tool_calls"?}, …], "tools"?, "reasoning_effort"?,
+            "reasoning_language"?}. Keys that are None count as absent: Arrow fills them in.
 
     Raises:
         ConversationError: what is wrong, and in which message.
@@ -74,7 +95,8 @@ def parse_conversation(row: Any, where: str = "") -> Conversation:
     cleaned = [_message(i, message) for i, message in enumerate(messages)]
     merged = _merge_instructions(cleaned)
     _check_order(merged)
-    return Conversation(merged, _tools(row.get("tools")), _effort(row), len(merged) < len(cleaned), where)
+    joined = len(merged) < len(cleaned)
+    return Conversation(merged, _tools(row.get("tools")), _effort(row), _language(row, merged), joined, where)
 
 
 def examples(conversation: Conversation, rendering: Rendering) -> list[dict[str, list[int]]]:
@@ -83,27 +105,43 @@ def examples(conversation: Conversation, rendering: Rendering) -> list[dict[str,
     Raises:
         ConversationError: the chat template refuses the conversation or is not a Harmony template.
     """
-    turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-    return [_example(conversation, i, rendering) for i in (turns if rendering.every_turn else turns[-1:])]
+    return tokenize(turns(conversation, rendering), rendering)
 
 
-def _example(conversation: Conversation, turn: int, rendering: Rendering) -> dict[str, list[int]]:
+def turns(conversation: Conversation, rendering: Rendering) -> list[Turn]:
+    """The supervised assistant turns as text.
+
+    Raises:
+        ConversationError: the chat template refuses the conversation or is not a Harmony template.
+    """
+    found = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    return [_turn(conversation, i, rendering) for i in (found if rendering.every_turn else found[-1:])]
+
+
+def tokenize(made: list[Turn], rendering: Rendering) -> list[dict[str, list[int]]]:
+    """Turns as `input_ids` and `labels`; many at once are faster, since the tokenizer has its own threads."""
+    if not made:
+        return []
+    texts = [text for turn in made for text in (turn.prompt, turn.completion)]
+    ids = rendering.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [
+        {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
+        for prompt, completion in zip(ids[::2], ids[1::2], strict=True)
+    ]
+
+
+def _turn(conversation: Conversation, index: int, rendering: Rendering) -> Turn:
     messages = conversation.messages
-    prompt = _render(messages[:turn], conversation, rendering, True)
+    prompt = _render(messages[:index], conversation, rendering, True)
     # The completion is rendered on its own: the template would drop the reasoning of a tool call from a longer history.
-    alone = _render([*_PLACEHOLDER, messages[turn]], conversation, rendering, False)
+    alone = _render([*_PLACEHOLDER, messages[index]], conversation, rendering, False)
     opening = _render(_PLACEHOLDER, conversation, rendering, True)
     if not alone.startswith(opening) or not alone.endswith(STOP_TOKENS):
         raise ConversationError(
             "the tokenizer's chat template is not Harmony's: an assistant turn does not continue the generation prompt"
             f" up to {' or '.join(STOP_TOKENS)}"
         )
-    prompt_ids = rendering.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    completion_ids = rendering.tokenizer(alone[len(opening) :], add_special_tokens=False)["input_ids"]
-    return {
-        "input_ids": prompt_ids + completion_ids,
-        "labels": [IGNORED] * len(prompt_ids) + completion_ids,
-    }
+    return Turn(prompt, alone[len(opening) :])
 
 
 def _render(
@@ -111,18 +149,42 @@ def _render(
 ) -> str:
     from jinja2 import TemplateError
 
+    language = conversation.reasoning_language or rendering.reasoning_language
+    # The template tests whether the variable is defined: None would be written out.
+    identity = {} if rendering.model_identity is None else {"model_identity": rendering.model_identity}
     try:
         return rendering.tokenizer.apply_chat_template(
-            messages,
+            in_language(messages, language),
             tools=conversation.tools,
             tokenize=False,
             add_generation_prompt=for_generation,
             reasoning_effort=conversation.reasoning_effort or rendering.reasoning_effort,
             # The template asks this function for today's date; a variable of the same name shadows it.
             strftime_now=lambda _: rendering.conversation_date,
+            **identity,
         )
     except (TemplateError, TypeError, AttributeError) as error:
         raise ConversationError(f"the chat template refuses it: {error}") from error
+
+
+def in_language(messages: list[dict[str, Any]], language: str | None) -> list[dict[str, Any]]:
+    """The messages with "reasoning language: …" as the first line of the instructions, unless they have one."""
+    if language is None or _stated_language(messages) is not None:
+        return messages
+    line = f"{_LANGUAGE_LINE} {language}"
+    if messages and messages[0]["role"] in _INSTRUCTIONS:
+        opening, *rest = messages
+        text = f"{line}\n\n{opening['content']}" if opening["content"] else line
+        return [{**opening, "content": text}, *rest]
+    return [{"role": "system", "content": line}, *messages]
+
+
+def _stated_language(messages: list[dict[str, Any]]) -> str | None:
+    """What the first line of the instructions says."""
+    if not messages or messages[0]["role"] not in _INSTRUCTIONS:
+        return None
+    key, colon, language = messages[0]["content"].partition("\n")[0].partition(":")
+    return language.strip() if f"{key.strip().lower()}{colon}" == _LANGUAGE_LINE else None
 
 
 def _message(index: int, message: Any) -> dict[str, Any]:
@@ -159,8 +221,10 @@ def _check_text(where: str, text: str) -> None:
     special = next((token for token in SPECIAL_TOKENS.values() if token in text), None)
     if special is not None:
         raise ConversationError(f"{where} contains the special token {special}, which would end the message")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ConversationError(f"{where} is not valid Unicode: it contains half of a surrogate pair")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConversationError(f"{where} is not valid Unicode: it contains half of a surrogate pair") from error
 
 
 def _check_json(where: str, value: Any) -> None:
@@ -174,6 +238,8 @@ def _check_json(where: str, value: Any) -> None:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             _check_json(where, inner)
+    elif value is not None and not isinstance(value, (bool, int, float)):
+        raise ConversationError(f"{where} has a {type(value).__name__}, which JSON does not know")
 
 
 def _without_nulls(value: Any) -> Any:
@@ -255,3 +321,18 @@ def _effort(row: dict[str, Any]) -> str | None:
     if effort not in (None, "low", "medium", "high"):
         raise ConversationError(f"'reasoning_effort' is {effort!r}, not low, medium or high")
     return effort
+
+
+def _language(row: dict[str, Any], messages: list[dict[str, Any]]) -> str | None:
+    language = row.get("reasoning_language")
+    if language is None:
+        return None
+    if not isinstance(language, str) or not language.strip() or "\n" in language:
+        raise ConversationError(f"'reasoning_language' is {language!r}, not the name of a language")
+    _check_text("'reasoning_language'", language)
+    stated = _stated_language(messages)
+    if stated is not None and stated.lower() != language.strip().lower():
+        raise ConversationError(
+            f"'reasoning_language' is {language!r}, but its instructions begin with '{_LANGUAGE_LINE} {stated}'"
+        )
+    return language.strip()

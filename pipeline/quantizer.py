@@ -24,10 +24,10 @@ from pipeline.adapters import base_of, is_wrapped, parameter_name
 from pipeline.checkpoints import CALIBRATION_FILE, load_calibration
 from pipeline.errors import CheckFailed
 from pipeline.gpt_oss import EXPERT_WEIGHTS
-from pipeline.numerics.codec import fake_quantize
+from pipeline.numerics.codec import fake_quantize, straight_through
 from pipeline.numerics.formats import FORMATS, BlockFormat, ScaleType
 from pipeline.numerics.scales import tensor_scale_of
-from pipeline.rounding import RoundedWeights, compute_dtype, straight_through
+from pipeline.rounding import RoundedWeights, compute_dtype
 
 STATE_FILE = "modelopt_state.pth"
 """Name that ModelOpt's own `enable_huggingface_checkpointing` looks for."""

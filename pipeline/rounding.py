@@ -45,22 +45,6 @@ class RoundedWeights:
         self._kept.clear()
 
 
-def straight_through(weight: Tensor, rounded: Tensor) -> Tensor:
-    """`rounded`, with the gradient of `weight`: the derivative of rounding is taken for one (see codec)."""
-    return _StraightThrough.apply(weight, rounded)
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, weight: Tensor, rounded: Tensor) -> Tensor:
-        ctx.dtype = weight.dtype  # type: ignore[attr-defined]
-        return rounded.detach()
-
-    @staticmethod
-    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0].to(ctx.dtype), None  # type: ignore[attr-defined]
-
-
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """The type in which a matrix product with `weight` is computed here."""
     kind = weight.device.type

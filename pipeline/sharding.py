@@ -17,10 +17,21 @@ from torch import Tensor
 
 from pipeline.config import Precision, Sharding, TrainConfig
 from pipeline.errors import UserError
-from pipeline.tracking import wait_for_everyone
+from pipeline.tracking import is_main_process, process_count, wait_for_everyone
 
 _LAYER_CLASS = "GptOssDecoderLayer"  # what is gathered at once
 _LAUNCHER_SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+
+
+def _each_whole(accelerator: Any, model: Any) -> Any:
+    return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def _split(accelerator: Any, model: Any) -> Any:
+    # `prepare_model` would leave it whole. Its own function, by which it splits the trained model, layer by layer.
+    from accelerate.utils import fsdp2_prepare_model
+
+    return fsdp2_prepare_model(accelerator, model)
 
 
 @dataclass(frozen=True)
@@ -30,12 +41,16 @@ class Engine:
     Attributes:
         arguments: of transformers' TrainingArguments, made anew for each trainer, which changes them.
         gathers: whether parameters are whole only while they are used, and in memory of their own each time.
+        reshards: whether any number of processes can go on from a checkpoint of another number.
+        spread: (accelerator, model) -> a model that is not trained, shared as the trained one is.
         distributed_type: what accelerate calls it, before the trainer says more.
         package: that must be installed, or None.
     """
 
     arguments: Callable[[], dict[str, Any]]
     gathers: bool
+    reshards: bool
+    spread: Callable[[Any, Any], Any] = _each_whole
     distributed_type: str = "MULTI_GPU"
     package: str | None = None
 
@@ -75,10 +90,10 @@ def _zero(stage: int) -> dict[str, Any]:
 
 
 ENGINES = {
-    Sharding.none: Engine(dict, gathers=False),
-    Sharding.fsdp2: Engine(_fsdp2, gathers=True),
-    Sharding.zero2: Engine(lambda: _zero(2), False, "DEEPSPEED", "deepspeed"),
-    Sharding.zero3: Engine(lambda: _zero(3), True, "DEEPSPEED", "deepspeed"),
+    Sharding.none: Engine(dict, gathers=False, reshards=True),
+    Sharding.fsdp2: Engine(_fsdp2, gathers=True, reshards=True, spread=_split),
+    Sharding.zero2: Engine(lambda: _zero(2), False, False, _each_whole, "DEEPSPEED", "deepspeed"),
+    Sharding.zero3: Engine(lambda: _zero(3), True, False, _each_whole, "DEEPSPEED", "deepspeed"),
 }
 
 
@@ -112,7 +127,7 @@ def raise_if_impossible(sharding: Sharding) -> None:
     package = ENGINES[sharding].package
     if package is not None and find_spec(package) is None:
         raise UserError(f"sharding={sharding.name}: needs {package}. Install it: pip install 'gpt-oss-qat[{package}]'.")
-    if sharding is not Sharding.none and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if sharding is not Sharding.none and process_count() < 2:
         raise UserError(
             f"sharding={sharding.name}: there is one process, and nothing to share among. Start several with"
             " scripts/launch, torchrun or accelerate launch, or use sharding=none."
@@ -159,6 +174,15 @@ def gathered(parameter: Tensor) -> Iterator[Tensor]:
             yield parameter.data
     else:
         yield parameter
+
+
+def first_part(parameter: Tensor) -> Tensor:
+    """What the main process holds of a parameter: a sharded one's first rows; on other processes no rows of it."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.to_local() if is_main_process() else parameter.to_local()[:0]
 
 
 def let_go(model: Any) -> None:

@@ -12,7 +12,8 @@ from pipeline.config import SYNTHETIC, PipelineConfig
 from pipeline.errors import UserError
 from pipeline.tracking import is_main_process, say, wait_for_everyone
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "LICENSE*", "USAGE_POLICY*", "README.md"]
+_HUB_SIDE_FILES = ["*.json", "*.jinja", "LICENSE*", "USAGE_POLICY*", "README.md"]
+_HUB_FILES = [*_HUB_SIDE_FILES, "*.safetensors"]
 _HUB_OTHER_LAYOUTS = ["original/*", "metal/*"]
 _SAMPLES = 64
 _SAMPLE_BYTES = 1 << 16
@@ -48,14 +49,26 @@ def locate(config: PipelineConfig, key: str = "model.path") -> Source:
     return Source(directory, sampled_fingerprint(directory))
 
 
-def base_directory(path: str, config: PipelineConfig) -> Path:
-    """The directory behind a path, a hub id or a synthetic model."""
+def without_weights(config: PipelineConfig) -> Path:
+    """The directory of what goes with the weights: sizes, tokenizer, chat template; a hub id's weights stay there.
+
+    Raises:
+        UserError: no such directory or hub id.
+    """
+    directory = base_directory(config.model.path, config, _HUB_SIDE_FILES)
+    if not directory.is_dir():
+        raise UserError(f"model.path={config.model.path}: no such directory.")
+    return directory
+
+
+def base_directory(path: str, config: PipelineConfig, hub_files: list[str] = _HUB_FILES) -> Path:
+    """The directory behind a path, a hub id (of which `hub_files` are fetched) or a synthetic model."""
     if path.startswith(SYNTHETIC):
         return _synthetic(path, config)
     directory = Path(path).expanduser().absolute()
     if directory.exists() or not _looks_like_hub_id(path):
         return directory
-    return _fetch(path, config.model.revision)
+    return _fetch(path, config.model.revision, hub_files)
 
 
 def _synthetic(path: str, config: PipelineConfig) -> Path:
@@ -77,13 +90,13 @@ def _looks_like_hub_id(path: str) -> bool:
     return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith("/")
 
 
-def _fetch(hub_id: str, revision: str | None) -> Path:
+def _fetch(hub_id: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(
-            snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_OTHER_LAYOUTS)
+            snapshot_download(hub_id, revision=revision, allow_patterns=files, ignore_patterns=_HUB_OTHER_LAYOUTS)
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -123,7 +123,15 @@ def fake_quantize(
     The gradient passes straight through. Arguments and errors are those of `encode`; a tensor scale that is needed and
     not given is that of the values.
     """
-    return _StraightThrough.apply(values, block_format, tensor_scale, importance)
+    return straight_through(values, _rounded(values, block_format, tensor_scale, importance))
+
+
+def straight_through(values: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, with the gradient of `values`, in their dtype.
+
+    Bengio et al. 2013 (arXiv:1308.3432): rounding has zero gradient almost everywhere, so pretend it is one.
+    """
+    return _StraightThrough.apply(values, rounded)
 
 
 def tensor_scale(values: Tensor, block_format: BlockFormat) -> Tensor | None:
@@ -171,23 +179,25 @@ def unequal_blocks(one: Tensor, other: Tensor, block_format: BlockFormat) -> Ten
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Bengio et al. 2013 (arXiv:1308.3432): rounding has zero gradient almost everywhere, so pretend it is one."""
+    @staticmethod
+    def forward(ctx: object, values: Tensor, rounded: Tensor) -> Tensor:
+        ctx.dtype = values.dtype  # type: ignore[attr-defined]
+        return rounded.detach()
 
     @staticmethod
-    def forward(
-        ctx: object, values: Tensor, block_format: BlockFormat, given: Tensor | None, importance: Tensor | None
-    ) -> Tensor:
-        unit = _unit(tensor_scale(values, block_format) if given is None else given, block_format)
-        work = _Rounding(values, block_format, unit, importance)
-        result = torch.empty_like(_as_matrices(values))
-        into = _as_blocks(result, block_format.block_size)
-        for slab, part, divisor in work:
-            _put(into, slab, kernels.rounded(part, divisor.inverse, divisor.significand, divisor.scale))
-        return result.view(values.shape)
+    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].to(ctx.dtype), None  # type: ignore[attr-defined]
 
-    @staticmethod
-    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        return gradients[0], None, None, None
+
+@torch.no_grad()
+def _rounded(values: Tensor, block_format: BlockFormat, given: Tensor | None, importance: Tensor | None) -> Tensor:
+    unit = _unit(tensor_scale(values, block_format) if given is None else given, block_format)
+    work = _Rounding(values, block_format, unit, importance)
+    result = torch.empty_like(_as_matrices(values))
+    into = _as_blocks(result, block_format.block_size)
+    for slab, part, divisor in work:
+        _put(into, slab, kernels.rounded(part, divisor.inverse, divisor.significand, divisor.scale))
+    return result.view(values.shape)
 
 
 class _Rounding:

@@ -8,7 +8,7 @@ from pipeline import artifacts
 from pipeline.artifacts import Artifact, Kind, Result, write_json
 from pipeline.config import PipelineConfig, Stage
 from pipeline.report import table
-from pipeline.tracking import is_main_process, log_metrics, say
+from pipeline.tracking import is_main_process, log_metrics, log_report, say
 
 _JSON = "compare.json"
 _MARKDOWN = "compare.md"
@@ -44,6 +44,7 @@ def _compare(evaluated: Artifact, directory: Path) -> Result:
     (directory / _MARKDOWN).write_text(f"{table.markdown(rows)}\n{_caption(report)}\n", encoding="utf-8")
     for row in rows:
         log_metrics(directory, row)
+    log_report(Stage.compare.name, [directory / _JSON, directory / _MARKDOWN])
     return Result(Kind.report, details={"rows": len(rows)})
 
 

@@ -24,8 +24,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja")
 
 def run(config: PipelineConfig) -> Artifact:
     """Add the figures of `evaluate.source` to <run_dir>/evaluate, next to those measured before."""
-    rows = data.load_rows(config)
     subjects = {ref.name: ref for ref in (*_measured_before(config), *_asked_for(config))}
+    rows = data.load_rows(config)
     return artifacts.build(
         config,
         Stage.evaluate,

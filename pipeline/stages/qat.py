@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 from pipeline import artifacts, data, models, sharding
 from pipeline.artifacts import Artifact, Result
@@ -11,7 +12,7 @@ from pipeline.data import Rows
 from pipeline.errors import UserError
 from pipeline.models import ModelRef
 from pipeline.numerics.formats import BlockFormat
-from pipeline.tracking import is_main_process
+from pipeline.tracking import is_main_process, warn
 
 _SETTINGS = ("data", "format", "qat")
 
@@ -21,6 +22,7 @@ def run(config: PipelineConfig) -> Artifact:
     start = artifacts.require(config, Stage.quantize)
     sharding.raise_if_impossible(config.sharding)
     _raise_if_quantized_otherwise(models.of_artifact(start), models.configured_format(config))
+    _warn_if_faster_than_sft(config)
     rows = data.load_rows(config)
     return artifacts.build(
         config,
@@ -43,16 +45,31 @@ def _raise_if_quantized_otherwise(start: ModelRef, wanted: BlockFormat) -> None:
         )
 
 
-def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
-    from pipeline import quantizer, training
+def _warn_if_faster_than_sft(config: PipelineConfig) -> None:
+    sft = artifacts.require(config, Stage.sft).settings["sft.learning_rate"]
+    same_method = config.qat.method is config.sft.method  # adapters learn at ten times the rate of full weights
+    if same_method and config.qat.learning_rate > sft:
+        warn(
+            "qat",
+            f"qat.learning_rate={config.qat.learning_rate} is above the {sft} that sft was trained at: QAT settles the"
+            " weights on the grid, and a high rate undoes what was learnt. 1e-5 to 5e-6 is usual.",
+        )
 
+
+def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
+    from pipeline import attention, quantizer, training
+    from pipeline.drift import Drift
+
+    attention.check(config.qat, "qat")
     block_format = models.configured_format(config)
     tokenizer = load_tokenizer(start.base)
     splits = data.prepare(config, rows, tokenizer)
     model = models.load_to_train(start, config.qat)
+    drift = Drift(model, block_format)  # before frozen experts are rounded in place
     rounded = quantizer.keep_rounded(model, _budget_bytes(config))
+    inputs = training.Inputs(model, tokenizer, splits, drift, rounded, _teacher(config))
     with quantizer.watch(model) as fired:
-        details = training.train(model, tokenizer, splits, config.qat, directory, "qat", config.sharding, rounded)
+        details = training.train(inputs, training.Setup(config.qat, "qat", directory, config.sharding))
     fired.raise_unless_all(model)
     details["quantizers"] = quantizer.count(model, block_format)
     kind, where = models.save(model, start, directory, config.qat, config)
@@ -67,3 +84,14 @@ def _budget_bytes(config: PipelineConfig) -> float:
     if budget is None:
         return 0.0 if sharding.ENGINES[config.sharding].gathers else math.inf
     return budget * 2**30
+
+
+def _teacher(config: PipelineConfig) -> Any:
+    """The SFT model, if it is to be learnt from."""
+    from pipeline.distillation import Teacher
+
+    settings = config.qat.distillation
+    if not settings.weight:
+        return None
+    sft = models.stage_ref(config, Stage.sft)
+    return Teacher(models.load_effective(sft, sft.dtype), settings.weight, settings.temperature)

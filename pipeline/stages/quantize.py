@@ -13,6 +13,7 @@ from pipeline.artifacts import Artifact, Kind, Result
 from pipeline.checkpoints import dtype_name, link_or_copy, load_tokenizer
 from pipeline.config import Method, PipelineConfig, Stage
 from pipeline.data import Rows
+from pipeline.errors import UserError
 from pipeline.models import ModelRef
 from pipeline.numerics.formats import BlockFormat
 from pipeline.tracking import log_metrics, say
@@ -79,6 +80,13 @@ def _take_form(config: PipelineConfig, sft: ModelRef, directory: Path) -> tuple[
 def _calibration_batches(config: PipelineConfig, rows: Rows, sft: ModelRef) -> list[Any]:
     tokenizer = load_tokenizer(sft.base)
     train = data.prepare(config, rows, tokenizer).train
+    is_calibrated = models.configured_format(config).quantizes_activations or config.format.importance
+    if is_calibrated and len(train) < config.quantize.calibration_samples:
+        raise UserError(
+            f"quantize.calibration_samples={config.quantize.calibration_samples}: format={config.format.name.name} is"
+            f" calibrated on the data, which has {len(train)} training examples. Use more data, or lower the number:"
+            " the scales are then right for fewer inputs."
+        )
     chosen = train.select(range(min(config.quantize.calibration_samples, len(train))))
     return losses.batches(chosen, config.quantize.batch_size, tokenizer.pad_token_id)
 

@@ -35,13 +35,17 @@ def run(config: PipelineConfig) -> Artifact:
 
 
 def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
-    from pipeline import adapters, training
+    from pipeline import adapters, attention, training
+    from pipeline.drift import Drift
 
+    attention.check(config.sft, "sft")
     tokenizer = load_tokenizer(start.base)
     splits = data.prepare(config, rows, tokenizer)
     model = models.load_to_train(start, config.sft)
     if config.sft.method is Method.lora:
         model = adapters.attach(model, config.sft, "sft")
-    details = training.train(model, tokenizer, splits, config.sft, directory, "sft", config.sharding)
+    drift = Drift(model, models.configured_format(config))
+    inputs = training.Inputs(model, tokenizer, splits, drift)
+    details = training.train(inputs, training.Setup(config.sft, "sft", directory, config.sharding))
     kind, where = models.save(model, start, directory, config.sft, config)
     return Result(kind, format=where["dtype"], details={**details, **where})

@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import run_program
 from safetensors.torch import load_file, save_file
 
 from pipeline import synthetic
 from pipeline.config import TinyConfig
 
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
 
 
@@ -199,6 +201,24 @@ def test_layer_that_the_model_does_not_have(capsys: pytest.CaptureFixture[str], 
     assert "sft.lora.layers=[1, 7]: the model has the layers 0 to 1" in message
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (
+            "sdpa",
+            "does not support an attention implementation through torch.nn.functional.scaled_dot_product_attention",
+        ),
+        pytest.param("flex_attention", "Attention sinks cannot be run on CPU with flex attention", marks=NO_GPU),
+    ],
+)
+def test_attention_that_loses_the_sinks(
+    capsys: pytest.CaptureFixture[str], upcast_run: Path, name: str, reason: str
+) -> None:
+    message = sft_error(capsys, upcast_run, f"sft.attn_implementation={name}")
+    assert f"sft.attn_implementation={name}: transformers cannot train gpt-oss, whose attention has sinks" in message
+    assert reason in message
+
+
 def test_optimizer_that_does_not_exist(capsys: pytest.CaptureFixture[str], upcast_run: Path) -> None:
     assert "adamw_torhc" in sft_error(capsys, upcast_run, "sft.optimizer=adamw_torhc")
 
@@ -213,7 +233,6 @@ def test_optimizer_that_does_not_exist(capsys: pytest.CaptureFixture[str], upcas
         ("+sft.lr=1", ("sft.lr",)),
         ("sft.learning_rate=fast", ("sft.learning_rate", "fast")),
         ("data.validation_fraction=2", ("data.validation_fraction=2", "between 0 and 1")),
-        ("sft.attn_implementation=sdpa", ("sft.attn_implementation='sdpa'", "sinks")),
     ],
 )
 def test_mistake_on_the_command_line(

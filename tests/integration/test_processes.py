@@ -31,10 +31,15 @@ def losses(run_dir: Path, stage: str) -> list[float]:
     return [line[key] for line in lines for key in ("loss", "eval_loss") if key in line]
 
 
+def token_counts(run_dir: Path, stage: str) -> list[tuple[int, int]]:
+    lines = read_metrics(run_dir / stage)
+    return [(line["tokens"], line["supervised_tokens"]) for line in lines if "tokens" in line]
+
+
 def test_two_processes_train_as_one_and_prove_the_export(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     # Within one epoch: at its end accelerate fills the last, short batch of several processes with repeated examples.
-    within = ("sft.max_steps=8", "sft.eval_steps=4")
+    within = ("sft.max_steps=8", "sft.eval_steps=4", "sft.save_steps=4")
     single = ("sft.gradient_accumulation_steps=2", "qat.gradient_accumulation_steps=2")
     arguments = ("stage=all", "recipe=smoke", *SHORT, *within, "sft.batch_size=4", "qat.batch_size=4")
     assert run_program(*arguments, *single, f"run_dir={one}") == 0
@@ -43,6 +48,7 @@ def test_two_processes_train_as_one_and_prove_the_export(tmp_path: Path) -> None
     assert outcome.stdout.count("[sft] done") == 1
     for stage in ("sft", "qat"):
         assert losses(two, stage) == pytest.approx(losses(one, stage), rel=1e-5)
+        assert token_counts(two, stage) == token_counts(one, stage)
     assert artifacts.load(two / "verify").details["checks"] == artifacts.load(one / "verify").details["checks"]
 
 
@@ -58,13 +64,13 @@ def test_a_process_that_fails_alone_says_so(tmp_path: Path) -> None:
     script = tmp_path / "lonely.py"
     script.write_text(
         "import os, sys, time\n"
-        "from pipeline import __main__ as program, config\n"
+        "from pipeline import __main__ as program, rules\n"
         "from pipeline.errors import UserError\n"
         "def resolve(composed):\n"
         "    if os.environ['RANK'] == '1':\n"
         "        raise UserError('this node has no such file')\n"
         "    time.sleep(250)\n"
-        "config.resolve = resolve\n"
+        "rules.resolve = resolve\n"
         "sys.argv = ['pipeline', 'stage=sft', 'recipe=smoke']\n"
         "sys.exit(program.status(sys.argv[1:]))\n"
     )

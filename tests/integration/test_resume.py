@@ -40,7 +40,7 @@ def run_and_kill(when: Callable[[], bool], *arguments: str) -> None:
 
 
 def test_sft_killed_between_checkpoints_resumes_to_the_same_weights(tmp_path: Path, capsys) -> None:
-    arguments = ("recipe=smoke", *SHORT, "sft.save_steps=4", "sft.max_steps=20")
+    arguments = ("recipe=smoke", *SHORT, "sft.save_steps=4", "sft.eval_steps=4", "sft.max_steps=20")
     whole, killed = (f"run_dir={tmp_path / name}" for name in ("whole", "killed"))
     for run_dir in (whole, killed):
         assert run_program("stage=upcast", run_dir, *arguments) == 0
@@ -69,9 +69,14 @@ def test_sft_killed_between_checkpoints_resumes_to_the_same_weights(tmp_path: Pa
 def test_training_interrupted_after_a_checkpoint_resumes_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, stage: str
 ) -> None:
-    from pipeline import training
+    from pipeline import callbacks
 
-    arguments = (f"run_dir={tmp_path}", f"recipe={recipe}", *SHORT, "sft.save_steps=4", "qat.save_steps=4")
+    arguments = (
+        f"run_dir={tmp_path}",
+        f"recipe={recipe}",
+        *SHORT,
+        *(f"{stage}.{key}=4" for stage in ("sft", "qat") for key in ("save_steps", "eval_steps")),
+    )
     before = ("upcast", "sft", "quantize", "qat")
     for earlier in before[: before.index(stage) + 1]:
         assert run_program(f"stage={earlier}", *arguments) == 0
@@ -81,8 +86,8 @@ def test_training_interrupted_after_a_checkpoint_resumes_to_the_same_weights(
         on_save(self, args, state, control, **kwargs)
         raise KeyboardInterrupt
 
-    on_save = training._Log.on_save
-    monkeypatch.setattr(training._Log, "on_save", interrupt)
+    on_save = callbacks.Checkpoints.on_save
+    monkeypatch.setattr(callbacks.Checkpoints, "on_save", interrupt)
     assert run_program(f"stage={stage}", *arguments, "overwrite=true") == 130
     assert not (tmp_path / stage / artifacts.ARTIFACT_FILE).exists()
     monkeypatch.undo()

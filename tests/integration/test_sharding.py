@@ -26,11 +26,12 @@ sys.exit(program.status(sys.argv[1:]))
 """
 
 INTERRUPTED = """
-on_save = training._Log.on_save
+from pipeline import callbacks
+on_save = callbacks.Checkpoints.on_save
 def interrupt(self, *arguments, **more):
     on_save(self, *arguments, **more)
     raise KeyboardInterrupt
-training._Log.on_save = interrupt
+callbacks.Checkpoints.on_save = interrupt
 """
 
 COMPARED = """

@@ -81,7 +81,7 @@ def test_the_work_of_one_kernel_does_not_compile_another(
     doubled: Kernel, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiled, "_PAYS_AFTER", 2 * LARGE)
-    kernels.block_amax(torch.ones(1, LARGE // 32, 32, 1))
+    compiled.kernel(lambda values: values + 1)(torch.ones(LARGE))
     doubled(torch.ones(LARGE))
     assert calls == ["eager"]
 

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import dataclasses
 import inspect
 import math
 import os
@@ -12,7 +13,7 @@ import types
 from collections.abc import Callable
 from functools import cache, lru_cache, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
 from conftest import run_program
@@ -21,8 +22,19 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline import __main__ as program
-from pipeline import command_line, config
-from pipeline.config import DataConfig, LoraConfig, LoraTarget, Method, ModelConfig, PipelineConfig, Precision, Stage
+from pipeline import command_line, config, rules
+from pipeline.config import (
+    BlendPartConfig,
+    ColumnsConfig,
+    DataConfig,
+    LoraConfig,
+    LoraTarget,
+    Method,
+    ModelConfig,
+    PipelineConfig,
+    Precision,
+    Stage,
+)
 from pipeline.errors import CheckFailed, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +64,7 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def resolved(*overrides: str) -> PipelineConfig:
-    return config.resolve(composed(*overrides))
+    return rules.resolve(composed(*overrides))
 
 
 def found_on(*arguments: str) -> str:
@@ -67,7 +79,7 @@ def broken(**settings: Any) -> list[str]:
     for key, value in settings.items():
         *sections, name = key.split("__")
         setattr(reduce(getattr, sections, changed), name, value)
-    return config.problems(changed)
+    return rules.problems(changed)
 
 
 Run = Callable[[PipelineConfig], None]
@@ -122,7 +134,7 @@ def test_every_recipe_resolves_for_every_stage(recipe: str) -> None:
     for stage in Stage:
         node.stage = stage
         node.run_dir = "runs/${recipe}"
-        found = config.resolve(node)
+        found = rules.resolve(node)
         assert (found.stage, found.recipe, found.run_dir) == (stage, recipe, f"runs/{recipe}")
 
 
@@ -264,7 +276,7 @@ def test_resolve_refuses_keys_that_were_added_past_the_schema() -> None:
     OmegaConf.update(node, "sft.lr", 1, force_add=True)
     OmegaConf.update(node, "foo", {"bar": 1}, force_add=True)
     with pytest.raises(UserError) as caught:
-        config.resolve(node)
+        rules.resolve(node)
     assert "unknown key 'sft.lr'" in str(caught.value)
     assert "unknown key 'foo.bar'" in str(caught.value)
 
@@ -341,7 +353,7 @@ def test_a_value_of_the_wrong_type_is_refused(argument: str, expected: str) -> N
 @pytest.mark.parametrize(
     ("argument", "reason"),
     [
-        ("stage=sft,exprot", "'exprot', expected one of [upcast, "),
+        ("stage=sft,exprot", "'exprot', expected one of [doctor, "),
         ("sft.learning_rate=1e-5,fast", "'fast' of type 'str' could not be converted to Float"),
         ("sft.precision=fp32,fp16", "'fp16', expected one of [fp32, mixed_bf16, bf16]"),
     ],
@@ -391,20 +403,13 @@ BROKEN_RULES: dict[str, tuple[Any, str]] = {
     "sft.warmup_ratio": (1.0, "must be 0 or more and below 1."),
     "sft.max_steps": (0, "must be a number of steps, or -1."),
     "qat.max_steps": (-2, "must be a number of steps, or -1."),
+    "sft.early_stopping_patience": (0, "must be greater than 0."),
     "sft.lora.rank": (0, "must be greater than 0."),
     "sft.router_aux_loss_coef": (-0.5, "must be 0 or more."),
     "quantize.calibration_samples": (0, "must be greater than 0."),
     "verify.logits_tolerance": (-1.0, "must be 0 or more."),
     "model.tiny.hidden_size": (33, "must be a positive multiple of 32, the block size of MXFP4."),
     "model.tiny.intermediate_size": (0, "must be a positive multiple of 32, the block size of MXFP4."),
-    "sft.attn_implementation": (
-        "sdpa",
-        "must be one of eager, flex_attention; others lose gpt-oss' attention sinks or their gradient.",
-    ),
-    "qat.attn_implementation": (
-        "flash_attention_2",
-        "must be one of eager, flex_attention; others lose gpt-oss' attention sinks or their gradient.",
-    ),
     "qat.lr_scheduler": (
         "cosinus",
         "must be one of cosine, linear, constant, constant_with_warmup, polynomial, inverse_sqrt.",
@@ -445,6 +450,66 @@ def test_different_adapter_settings_are_fine_when_only_one_stage_uses_them() -> 
 def test_lora_under_autocast_is_refused() -> None:
     (problem,) = broken(sft__method=Method.lora, sft__precision=Precision.mixed_bf16)
     assert problem.startswith("sft.precision=mixed_bf16: not with LoRA")
+
+
+def test_keeping_the_best_weights_needs_a_checkpoint_of_every_evaluation() -> None:
+    assert broken(qat__save_steps=50, qat__eval_steps=25, qat__keep_best=False) == []
+    (problem,) = broken(qat__save_steps=50, qat__eval_steps=25)
+    assert problem.startswith("qat.save_steps=50, qat.eval_steps=25: must be equal with qat.keep_best=true")
+
+
+def test_early_stopping_without_the_best_weights_is_refused() -> None:
+    assert broken(sft__early_stopping_patience=3) == []
+    (problem,) = broken(sft__early_stopping_patience=3, sft__keep_best=False)
+    assert problem.startswith("sft.early_stopping_patience=3: needs sft.keep_best=true")
+
+
+BAD_COLUMNS = {
+    "two forms": {"prompt": "a", "completion": "b"},
+    "two forms, one by half": {"prompt": "a"},
+    "no form": {"messages": None},
+    "half a form": {"messages": None, "prompt": "a"},
+}
+
+
+@pytest.mark.parametrize("columns", BAD_COLUMNS.values(), ids=BAD_COLUMNS.keys())
+def test_columns_are_of_one_form(columns: dict[str, Any]) -> None:
+    of_data = ColumnsConfig(**columns)
+    part = BlendPartConfig(path="a", weight=1.0, columns=of_data)
+    (problem,) = broken(data__columns=of_data)
+    (problem_of_part,) = broken(data__path=None, data__blend=[part])
+    assert problem.startswith(f"data.columns: messages={of_data.messages!r}, prompt={of_data.prompt!r} and completion=")
+    assert problem_of_part == problem.replace("data.", "data.blend[0].", 1)
+
+
+def test_reasoning_belongs_to_a_completion() -> None:
+    expected = "data.columns.reasoning='why': belongs to completion, which is null."
+    assert broken(data__columns=ColumnsConfig(reasoning="why")) == [expected]
+
+
+def test_a_data_set_and_a_blend_are_not_given_together() -> None:
+    parts = [BlendPartConfig(path="a", weight=1.0)]
+    assert broken(data__path=None, data__blend=parts) == []
+    (problem,) = broken(data__path="b", data__blend=parts)
+    assert problem.startswith("data.path='b': not together with data.blend")
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
+def test_a_weight_is_greater_than_0(weight: float) -> None:
+    parts = [BlendPartConfig(path="a", weight=1.0), BlendPartConfig(path="b", weight=weight)]
+    assert broken(data__path=None, data__blend=parts) == [f"data.blend[1].weight={weight!r}: must be greater than 0."]
+
+
+@pytest.mark.parametrize("text", ["", "You are\nAda.", "<|end|>"])
+@pytest.mark.parametrize("key", ["model_identity", "reasoning_language"])
+def test_what_goes_into_the_prompt_is_one_line_of_text(key: str, text: str) -> None:
+    expected = f"data.{key}={text!r}: must be one line of text, without special tokens."
+    assert broken(**{f"data__{key}": text}) == [expected]
+
+
+def test_a_mapping_takes_names_of_the_users_own() -> None:
+    assert config.is_known("data.roles.human") and config.is_known("data.filter.category")
+    assert not config.is_known("data.role.human")
 
 
 def test_several_broken_rules_are_reported_together(mistake: Mistake) -> None:
@@ -553,14 +618,23 @@ def test_no_setting_is_without_a_meaning() -> None:
     assert [f"{name}.{key}" for name, fields in settings.items() for key, text in fields.items() if not text] == []
 
 
+def sections_of(node: type, prefix: str = "") -> dict[str, str]:
+    """Key of a section -> the name of its dataclass."""
+    found = {prefix: node.__name__}
+    for item in dataclasses.fields(node):
+        key = f"{prefix}.{item.name}".lstrip(".")
+        if dataclasses.is_dataclass(item.type):
+            found |= sections_of(item.type, key)  # type: ignore[arg-type]
+        if get_origin(item.type) is list and dataclasses.is_dataclass(element := get_args(item.type)[0]):
+            found |= sections_of(element, f"{key}[]")
+    return found
+
+
 def test_the_help_names_every_setting_with_its_meaning() -> None:
     lines = help_text().splitlines()
-    sections = {"": "PipelineConfig", "model": "ModelConfig", "model.tiny": "TinyConfig", "data": "DataConfig"}
-    sections |= {"upcast": "UpcastConfig", "sft": "TrainConfig", "sft.lora": "LoraConfig", "format": "FormatConfig"}
-    sections |= {"quantize": "QuantizeConfig", "qat": "QatConfig", "qat.lora": "LoraConfig"}
-    sections |= {"export": "ExportConfig", "verify": "VerifyConfig", "evaluate": "EvaluateConfig"}
+    sections = sections_of(config.PipelineConfig)
     settings = documented_settings()
-    assert set(settings) <= set(sections.values()), "a new section: add it above"
+    assert set(settings) <= set(sections.values())
     for section, name in sections.items():
         for key, meaning in settings[name].items():
             full = f"{section}.{key}".lstrip(".")

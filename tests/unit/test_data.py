@@ -1,19 +1,34 @@
 """Data sets in every form that is read, every mistake in them, the split, and what is cut."""
 
+import copy
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
 from pipeline import data, synthetic
-from pipeline.config import DataConfig, ModelConfig, PipelineConfig, Stage, Supervise, TinyConfig
+from pipeline.config import (
+    BlendPartConfig,
+    ColumnsConfig,
+    DataConfig,
+    ModelConfig,
+    PipelineConfig,
+    ReasoningEffort,
+    Stage,
+    Supervise,
+    TinyConfig,
+)
 from pipeline.data import Splits
 from pipeline.errors import UserError
 from pipeline.harmony import IGNORED, Conversation, parse_conversation
@@ -35,10 +50,17 @@ def quiet() -> None:
     datasets.disable_progress_bars()
 
 
+@pytest.fixture(autouse=True)
+def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are written below run_dir, which is relative here."""
+    working = tmp_path / "working"
+    working.mkdir()
+    monkeypatch.chdir(working)
+
+
 def config_of(path: Any, **settings: Any) -> PipelineConfig:
-    return PipelineConfig(
-        stage=Stage.sft, model=ModelConfig(path="unused"), data=DataConfig(path=str(path), **settings)
-    )
+    data = DataConfig(path=None if path is None else str(path), **settings)
+    return PipelineConfig(stage=Stage.sft, run_dir="run", model=ModelConfig(path="unused"), data=data)
 
 
 def jsonl(path: Path, rows: list[Any]) -> Path:
@@ -52,7 +74,7 @@ def parquet(path: Path, rows: list[Any]) -> Path:
 
 
 def conversations(path: Any, **settings: Any) -> list[Conversation]:
-    return data.load_rows(config_of(path, **settings)).conversations
+    return list(data.load_rows(config_of(path, **settings)).conversations)
 
 
 def load_error(path: Any, **settings: Any) -> str:
@@ -141,7 +163,57 @@ def test_a_hub_id_is_asked_for_its_split_and_revision(monkeypatch: pytest.Monkey
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     found = conversations("owner/name", split="validation", revision="abc")
     assert found == [parse_conversation(row) for row in ROWS]
-    assert asked == [("owner/name", {"split": "validation", "revision": "abc"})]
+    assert asked == [("owner/name", {"split": "validation", "revision": "abc", "streaming": False})]
+
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A hub that streams ROWS, and what it was asked."""
+    asked: list[Any] = []
+
+    def load_dataset(path: str, **options: Any) -> Any:
+        asked.append((path, options))
+        return datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+
+    def dataset_info(path: str, revision: str | None) -> Any:
+        asked.append(revision)
+        return SimpleNamespace(sha=COMMIT)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub, "dataset_info", dataset_info)
+    return asked
+
+
+@pytest.mark.parametrize("revision", [None, "main"])
+def test_a_streamed_data_set_is_read_once_at_the_commit_that_its_revision_means(
+    revision: str | None, hub: list[Any]
+) -> None:
+    for _ in range(2):
+        found = conversations("owner/name", streaming=True, revision=revision)
+        assert found == [parse_conversation(row) for row in ROWS]
+    streamed = ("owner/name", {"split": "train", "revision": COMMIT, "streaming": True})
+    assert hub == [revision, streamed, revision]
+
+
+def test_a_streamed_data_set_at_a_commit_is_not_asked_for_again(hub: list[Any]) -> None:
+    for _ in range(2):
+        conversations("owner/name", streaming=True, revision=COMMIT)
+    assert hub == [("owner/name", {"split": "train", "revision": COMMIT, "streaming": True})]
+
+
+def test_a_hub_that_stops_sending_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> Iterator[Any]:
+        yield ROWS[0]
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows())
+    message = load_error("owner/name", streaming=True, revision=COMMIT)
+    assert message.startswith(
+        "data.path=owner/name: the hub stopped sending rows (reset by peer). Run the same command"
+    )
 
 
 def test_the_split_of_a_saved_dictionary_can_be_chosen(tmp_path: Path) -> None:
@@ -255,7 +327,7 @@ def test_several_bad_rows_are_reported_together(tmp_path: Path) -> None:
 
 
 def test_of_many_bad_rows_a_few_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
-    message = load_error(jsonl(tmp_path / "rows.jsonl", [{}] * 1000))
+    message = load_error(jsonl(tmp_path / "rows.jsonl", [{"messages": []}] * 1000))
     assert len(message.splitlines()) < 12
     assert "row 1:" in message and "and 992 more" in message
 
@@ -447,6 +519,180 @@ def test_reasoning_effort_and_date_of_the_data_set_are_in_every_prompt(tokenizer
     assert sorted(text.partition("Reasoning: ")[2].split()[0] for text in texts) == ["low", *["medium"] * 9]
 
 
+# --- blends ----------------------------------------------------------------------------------------------------------
+
+
+def blend(*parts: BlendPartConfig) -> list[BlendPartConfig]:
+    return list(parts)
+
+
+def parts_of(tokenizer: Any, splits: Splits) -> Counter[str]:
+    """How many examples are of rows from `a`, and how many from `b` (numbered from 1000 on)."""
+    numbers = [*numbers_in(tokenizer, splits.train), *numbers_in(tokenizer, splits.validation)]
+    assert len(numbers) == len(set(numbers))
+    return Counter("b" if number >= 1000 else "a" for number in numbers)
+
+
+@pytest.fixture
+def two_files(tmp_path: Path) -> tuple[str, str]:
+    a = jsonl(tmp_path / "a.jsonl", numbered_rows(100))
+    prompts = [{"prompt": f"number {i}.", "completion": f"number {i}."} for i in range(1000, 1030)]
+    return str(a), str(jsonl(tmp_path / "b.jsonl", prompts))
+
+
+PAIR = ColumnsConfig(messages=None, prompt="prompt", completion="completion")
+
+
+@pytest.mark.parametrize(
+    ("weights", "max_samples", "expected"),
+    [((1, 1), None, (30, 30)), ((3, 1), None, (90, 30)), ((3, 1), 40, (30, 10)), ((0.9, 0.1), None, (100, 11))],
+)
+def test_the_weights_of_a_blend_are_shares_of_its_rows(
+    weights: tuple[float, float],
+    max_samples: int | None,
+    expected: tuple[int, int],
+    two_files: tuple[str, str],
+    tokenizer: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    a, b = two_files
+    parts = blend(BlendPartConfig(a, weights[0]), BlendPartConfig(b, weights[1], columns=PAIR))
+    splits = prepare(tokenizer, None, blend=parts, max_samples=max_samples)
+    assert parts_of(tokenizer, splits) == {"a": expected[0], "b": expected[1]}
+    assert splits.counts["data.blend[0].rows"] == expected[0]
+    assert splits.counts["data.blend[1].rows"] == expected[1]
+    assert splits.counts["train_rows"] + splits.counts["validation_rows"] == sum(expected)
+    said = capsys.readouterr().out
+    assert f"[data] {a}: {expected[0]} of 100 rows, {expected[0] / sum(expected):.1%} of the blend" in said
+    assert f"[data] {b}: {expected[1]} of 30 rows, {expected[1] / sum(expected):.1%} of the blend" in said
+
+
+def test_a_blend_is_the_same_every_time_and_changes_with_the_seed(two_files: tuple[str, str], tokenizer: Any) -> None:
+    parts = blend(BlendPartConfig(two_files[0], 1), BlendPartConfig(two_files[1], 1, columns=PAIR))
+    one, same, other = (
+        numbers_in(tokenizer, prepare(tokenizer, None, blend=parts, seed=seed).train) for seed in (1, 1, 2)
+    )
+    assert one == same
+    assert set(one) != set(other)
+
+
+def test_a_part_of_a_blend_has_its_own_settings_and_otherwise_those_of_data(two_files: tuple[str, str]) -> None:
+    parts = blend(
+        BlendPartConfig(two_files[0], 1, reasoning_effort=ReasoningEffort.low, reasoning_language="French"),
+        BlendPartConfig(two_files[1], 1),
+    )
+    config = config_of(None, blend=parts, columns=PAIR)
+    config.data.blend[0].columns = ColumnsConfig()
+    found = data.load_rows(config).conversations
+    assert {(one.reasoning_effort, one.reasoning_language) for one in found[:100]} == {("low", "French")}
+    assert {(one.reasoning_effort, one.reasoning_language) for one in found[100:]} == {(None, None)}
+
+
+def test_bad_rows_of_all_parts_are_reported_together(tmp_path: Path) -> None:
+    names = [str(jsonl(tmp_path / f"{name}.jsonl", [ROWS[0], {"messages": []}])) for name in "ab"]
+    message = load_error(None, blend=blend(*(BlendPartConfig(name, 1) for name in [*names, "nowhere.jsonl"])))
+    wrong = "row 2: 'messages' is not a list with at least one message."
+    assert message == (
+        f"3 problems:\n  - {names[0]}: {wrong}\n  - {names[1]}: {wrong}\n"
+        "  - data.blend[2].path=nowhere.jsonl: no such file or folder."
+    )
+
+
+def test_more_rows_than_the_weights_allow_are_said_not_to_be_there(
+    two_files: tuple[str, str], tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = blend(BlendPartConfig(two_files[0], 1), BlendPartConfig(two_files[1], 1, columns=PAIR))
+    prepare(tokenizer, None, blend=parts, max_samples=100)
+    assert "data.max_samples=100, but with these weights there are only 60 rows: using all" in capsys.readouterr().out
+
+
+def test_a_part_of_less_than_one_row_is_refused(two_files: tuple[str, str], tokenizer: Any) -> None:
+    parts = blend(BlendPartConfig(two_files[0], 1000), BlendPartConfig(two_files[1], 1, columns=PAIR))
+    message = prepare_error(tokenizer, None, blend=parts)
+    assert message.startswith("data.blend[1].weight=1: less than one row of 100.")
+
+
+# --- once read, not read again ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often rows were parsed and turns rendered."""
+    counted: Counter[str] = Counter()
+
+    def count(module: Any, name: str) -> None:
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *arguments: (counted.update([name]), original(*arguments))[1])
+
+    count(data, "parse_conversation")
+    count(data.harmony, "turns")
+    return counted
+
+
+def test_a_second_run_reads_and_tokenizes_nothing(calls: Counter[str], tokenizer: Any, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", numbered_rows(40))
+    first = prepare(tokenizer, path)
+    assert calls == {"parse_conversation": 40, "turns": 40}
+    second = prepare(tokenizer, path)
+    assert calls == {"parse_conversation": 40, "turns": 40}
+    assert first.counts == second.counts
+    assert first.train.to_list() == second.train.to_list()
+
+
+def test_a_changed_file_is_read_again(calls: Counter[str], tokenizer: Any, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", numbered_rows(40))
+    prepare(tokenizer, path)
+    times = path.stat()
+    path.write_text(path.read_text().replace("number 7.", "number 8."))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    prepare(tokenizer, path)
+    assert calls["parse_conversation"] == 80
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"max_length": 999},
+        {"seed": 1},
+        {"reasoning_effort": ReasoningEffort.low},
+        {"reasoning_language": "French"},
+        {"model_identity": "You are Ada."},
+        {"conversation_date": "2020-01-01"},
+        {"supervise": Supervise.last_turn},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_a_setting_of_the_rendering_changes_the_examples_alone(
+    changed: dict[str, Any], calls: Counter[str], tokenizer: Any, tmp_path: Path
+) -> None:
+    path = jsonl(tmp_path / "a.jsonl", numbered_rows(40))
+    prepare(tokenizer, path, max_length=1000)
+    prepare(tokenizer, path, **{"max_length": 1000, **changed})
+    assert calls == {"parse_conversation": 40, "turns": 80}
+
+
+def test_another_tokenizer_changes_the_examples(calls: Counter[str], tokenizer: Any, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", numbered_rows(40))
+    prepare(tokenizer, path)
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["number"])
+    assert prepare(other, path).counts["train_tokens"] != prepare(tokenizer, path).counts["train_tokens"]
+    assert calls == {"parse_conversation": 40, "turns": 80}
+
+
+# --- the system message ----------------------------------------------------------------------------------------------
+
+
+def test_language_and_identity_of_the_data_set_are_in_every_prompt(tokenizer: Any, tmp_path: Path) -> None:
+    own = {**numbered_rows(1)[0], "reasoning_language": "German"}
+    path = jsonl(tmp_path / "a.jsonl", [*numbered_rows(9), own])
+    splits = prepare(tokenizer, path, reasoning_language="French", model_identity="You are Ada.", max_length=1000)
+    texts = [tokenizer.decode(ids) for part in (splits.train, splits.validation) for ids in part["input_ids"]]
+    assert all(text.startswith("<|start|>system<|message|>You are Ada.\n") for text in texts)
+    languages = [text.partition("reasoning language: ")[2].split()[0] for text in texts]
+    assert Counter(languages) == {"French": 9, "German": 1}
+
+
 # --- length ----------------------------------------------------------------------------------------------------------
 
 
@@ -487,6 +733,32 @@ def test_what_is_longer_than_max_length_is_cut_counted_and_said(
             f"[data] warning: {longer} of {len(expected)} {name} examples are longer than data.max_length=150 and were"
             f" cut; {left_out} of them had no supervised token left and were left out\n"
         ) in said
+
+
+def test_a_cut_takes_the_end_of_the_answer_and_its_stop_token_first(tokenizer: Any, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", ROWS[1:5])
+    whole = prepare(tokenizer, path, validation_fraction=0.5).train[0]
+    length = len(whole["input_ids"])
+    (cut, *_) = prepare(tokenizer, path, validation_fraction=0.5, max_length=length - 1).train
+    assert tokenizer.decode(whole["input_ids"][-1]) == "<|return|>"
+    assert cut == {key: ids[:-1] for key, ids in whole.items()}
+
+
+@pytest.mark.parametrize("supervise", Supervise)
+def test_of_a_long_conversation_the_early_turns_survive_a_cut_unless_only_the_last_is_trained(
+    supervise: Supervise, tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [*numbered_rows(10), {"messages": numbered_rows(12, turns=6)[11]["messages"]}]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    whole = prepare(tokenizer, path, supervise=supervise)
+    first_turns = numbers_in(tokenizer, whole.train) + numbers_in(tokenizer, whole.validation)
+    assert first_turns.count(11) == (6 if supervise is Supervise.every_turn else 1)
+    shortest = len(whole.train[0]["input_ids"])
+    cut = prepare(tokenizer, path, supervise=supervise, max_length=shortest + 20)
+    kept = numbers_in(tokenizer, cut.train) + numbers_in(tokenizer, cut.validation)
+    left_out = cut.counts["train_examples_left_out"] + cut.counts["validation_examples_left_out"]
+    assert kept.count(11) == first_turns.count(11) - left_out
+    assert 0 < kept.count(11) < 6 if supervise is Supervise.every_turn else kept.count(11) == 0
 
 
 def test_supervised_tokens_are_counted(tokenizer: Any, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Conversations against gpt-oss' own chat template: what the model sees, what it learns, and what is refused."""
 
 import copy
+import datetime
 import re
 from typing import Any
 
@@ -294,6 +295,52 @@ def test_the_conversation_date_is_pinned(tokenizer: Any) -> None:
     assert re.findall(r"\d{4}-\d\d-\d\d", prompt) == ["1999-12-31"]
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_the_reasoning_language_is_the_first_line_of_the_instructions(tokenizer: Any, role: str) -> None:
+    row = {"messages": [{"role": role, "content": "Be brief."}, *TWO_TURNS], "reasoning_language": "French"}
+    stated = [{"role": role, "content": "reasoning language: French\n\nBe brief."}, *TWO_TURNS]
+    assert rendered(tokenizer, row) == rendered(tokenizer, {"messages": stated})
+
+
+def test_without_instructions_the_reasoning_language_is_all_of_them(tokenizer: Any) -> None:
+    (example,) = rendered(tokenizer, {"messages": [USER, ASSISTANT]}, reasoning_language="German")
+    assert prompt_of(tokenizer, example) == (
+        f"{SYSTEM}<|start|>developer<|message|># Instructions\n\nreasoning language: German\n\n<|end|>"
+        "<|start|>user<|message|>hi<|end|><|start|>assistant"
+    )
+
+
+STATED = {"role": "system", "content": "reasoning language: French\n\nBe brief."}
+
+
+@pytest.mark.parametrize("own", [None, "French", "french "])
+def test_a_reasoning_language_that_is_there_already_is_not_put_there_twice(tokenizer: Any, own: str | None) -> None:
+    row = {"messages": [STATED, USER, ASSISTANT]}
+    for language in (None, "German"):
+        again = rendered(tokenizer, {**row, "reasoning_language": own}, reasoning_language=language)
+        assert again == rendered(tokenizer, row)
+        assert prompt_of(tokenizer, again[0]).count("language") == SYSTEM.count("language") + 1
+
+
+def test_a_rows_reasoning_language_wins_over_the_data_sets(tokenizer: Any) -> None:
+    row = {"messages": [USER, ASSISTANT], "reasoning_language": "French"}
+    (example,) = rendered(tokenizer, row, reasoning_language="German")
+    assert "reasoning language: French\n" in prompt_of(tokenizer, example)
+    assert "German" not in prompt_of(tokenizer, example)
+
+
+def test_the_reasoning_language_comes_before_instructions_that_were_joined(tokenizer: Any) -> None:
+    both = [{"role": "system", "content": "One."}, {"role": "developer", "content": "Two."}]
+    (example,) = rendered(tokenizer, {"messages": [*both, USER, ASSISTANT], "reasoning_language": "French"})
+    assert "# Instructions\n\nreasoning language: French\n\nOne.\n\nTwo.\n\n<|end|>" in prompt_of(tokenizer, example)
+
+
+def test_the_model_identity_is_the_first_line_of_the_system_message(tokenizer: Any) -> None:
+    (example,) = rendered(tokenizer, {"messages": [USER, ASSISTANT]}, model_identity="You are Ada.")
+    expected = SYSTEM.replace("You are ChatGPT, a large language model trained by OpenAI.", "You are Ada.")
+    assert prompt_of(tokenizer, example).startswith(expected)
+
+
 def test_system_and_developer_message_are_joined_into_one(tokenizer: Any) -> None:
     messages = [{"role": "system", "content": "One."}, {"role": "developer", "content": "Two."}, USER, ASSISTANT]
     conversation = parse_conversation({"messages": messages})
@@ -419,6 +466,25 @@ def test_a_row_that_is_no_conversation_is_refused(row: Any, reason: str) -> None
 def test_an_unknown_reasoning_effort_is_refused(effort: Any) -> None:
     row = {"messages": [USER, ASSISTANT], "reasoning_effort": effort}
     assert refusal(row) == f"'reasoning_effort' is {effort!r}, not low, medium or high"
+
+
+@pytest.mark.parametrize("language", ["", " ", 3, "French\nGerman"])
+def test_a_reasoning_language_that_is_no_name_is_refused(language: Any) -> None:
+    row = {"messages": [USER, ASSISTANT], "reasoning_language": language}
+    assert refusal(row) == f"'reasoning_language' is {language!r}, not the name of a language"
+
+
+def test_a_row_that_names_two_reasoning_languages_is_refused() -> None:
+    row = {"messages": [STATED, USER, ASSISTANT], "reasoning_language": "German"}
+    assert refusal(row) == (
+        "'reasoning_language' is 'German', but its instructions begin with 'reasoning language: French'"
+    )
+
+
+def test_tool_arguments_that_json_does_not_know_are_refused() -> None:
+    when = datetime.date(2025, 8, 5)
+    messages = calling([{"name": "add", "arguments": {"when": when}}])
+    assert refusal({"messages": messages}) == "messages[1].tool_calls[0] has a date, which JSON does not know"
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,17 @@ PACKAGE = Path(__file__).parents[2] / "pipeline"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("stages", "command_line"),
-    ("proof", "evals", "report"),
-    ("export", "training"),
-    ("models", "data", "losses"),
-    ("quantizer", "source"),
+    ("proof", "evals", "report", "doctor"),
+    ("export", "training", "attention"),
+    ("models", "data", "losses", "distillation", "drift", "callbacks"),
+    ("quantizer", "source", "columns", "datasets_in", "tables"),
     ("adapters", "synthetic", "rounding"),
     ("checkpoints", "harmony"),
-    ("shards",),
+    ("shards", "resume"),
     ("artifacts", "gpt_oss", "sharding"),
-    ("tracking", "config", "numerics"),
-    ("errors", "allocator"),
+    ("tracking", "rules"),
+    ("config", "numerics", "languages"),
+    ("errors", "allocator", "choice"),
 )
 """Files and folders of the package, from top to bottom: each imports only from the rows below its own.
 
@@ -36,7 +37,7 @@ CONTRACT: tuple[tuple[str, ...], ...] = (
     ("stages",),
     (
         *("export", "evals", "report", "proof", "training", "quantizer", "adapters", "models", "data", "losses"),
-        *("synthetic", "source"),
+        *("synthetic", "source", "columns", "datasets_in", "tables"),
     ),
     ("checkpoints", "gpt_oss", "harmony"),
     ("numerics",),
@@ -50,6 +51,9 @@ ONLY_IMPORTER = {
     "trl": "training",
     "peft": "adapters",
     "modelopt": "quantizer",
+    "py3langid": "languages",
+    "openai_harmony": "doctor.parity",
+    "wandb": "tracking",
     "hydra": ("__main__", "command_line"),
 }
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from pipeline.rounding import RoundedWeights, compute_dtype, straight_through
+from pipeline.numerics.codec import straight_through
+from pipeline.rounding import RoundedWeights, compute_dtype
 
 
 class Rounder:

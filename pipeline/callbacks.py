@@ -1,0 +1,268 @@
+"""What happens beside the steps of training: metrics, progress, whole checkpoints, the best one, early stopping.
+
+Shapes: B examples, T tokens, L layers, E experts.
+"""
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+from transformers.trainer_utils import rotate_checkpoints
+
+from pipeline.artifacts import peak_resident_bytes
+from pipeline.config import Sharding, TrainConfig
+from pipeline.harmony import IGNORED
+from pipeline.resume import mark_whole
+from pipeline.tracking import is_main_process, log_metrics, progress, read_metrics, say, wait_for_everyone, warn
+
+_LOSS = "eval_loss"
+_RECOUNTED = "num_tokens"  # TRL's sum, which begins anew when a run is resumed
+
+
+def callbacks(settings: TrainConfig, directory: Path, stage: str, shared: Sharding) -> list[TrainerCallback]:
+    """The callbacks of one training stage.
+
+    Args:
+        settings: `sft` or `qat` of the configuration.
+        directory: of the stage.
+        stage: its name, for messages.
+        shared: how the processes share the model.
+    """
+    made: list[TrainerCallback] = [
+        Metrics(directory, stage),
+        Checkpoints(settings.save_total_limit, directory, stage, shared),
+    ]
+    if settings.early_stopping_patience is not None:
+        made.append(EarlyStopping(settings.early_stopping_patience))
+    return made
+
+
+class Metrics(TrainerCallback):
+    """Writes what the trainer logs, with throughput, memory and router load, to metrics.jsonl and the terminal."""
+
+    def __init__(self, directory: Path, stage: str) -> None:
+        self._directory = directory
+        self._progress = _Progress(stage)
+        self._seconds = 0.0  # in steps since the last line; evaluations and checkpoints are not counted
+        self._started = 0.0
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self._tokens = _TokenCount(model)
+        self._routers = _RouterLoad(model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._progress.begin(state)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._seconds += time.perf_counter() - self._started
+        self._progress.step()
+
+    def on_log(self, args: Any, state: Any, control: Any, **event: Any) -> None:
+        # On every process: counts are added up over all of them.
+        logs: dict[str, Any] = event["logs"]
+        if "loss" in logs:
+            line = {name: value for name, value in logs.items() if name != _RECOUNTED} | self._throughput()
+        elif _LOSS in logs:
+            # TRL adds averages of the training steps to this line, where they do not belong.
+            line = {name: value for name, value in logs.items() if name.startswith("eval_") or name == "epoch"}
+            line |= self._routers.figures()
+        else:
+            return  # averages over the whole training, wrong after a resume
+        log_metrics(self._directory, {"step": state.global_step, **line})
+        self._progress.show(state, line)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._progress.end()
+
+    def _throughput(self) -> dict[str, float]:
+        tokens, supervised = self._tokens.take()
+        seconds, self._seconds = self._seconds, 0.0
+        return {
+            "tokens": tokens,
+            "supervised_tokens": supervised,
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "peak_memory_bytes": torch.cuda.max_memory_allocated()
+            if torch.cuda.is_available()
+            else peak_resident_bytes(),
+        }
+
+
+class _TokenCount:
+    """Tokens that were trained on, without padding, counted on the model's device as they enter it."""
+
+    def __init__(self, model: Any) -> None:
+        self._counted: Tensor | None = None  # (2): tokens, supervised tokens
+        model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, model: Any, _: Any, inputs: dict[str, Any]) -> None:
+        if model.training:
+            # The first token of an example is never predicted.
+            supervised = (inputs["labels"][:, 1:] != IGNORED).sum()
+            counts = torch.stack([inputs["attention_mask"].sum(), supervised])
+            self._counted = counts if self._counted is None else self._counted + counts
+
+    def take(self) -> tuple[int, int]:
+        """Tokens and supervised tokens of all processes since the last call."""
+        assert self._counted is not None
+        tokens, supervised = reduce(self._counted, "sum").tolist()
+        self._counted = None
+        return tokens, supervised
+
+
+class _RouterLoad:
+    """How evenly the routers spread the tokens of an evaluation over the experts; training steps are not looked at.
+
+    With several processes some validation examples are seen twice, to keep the processes in step, and count twice.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._is_real: Tensor | None = None  # (B T), of the batch in the model
+        self._counted: Tensor | None = None  # (L, E): tokens sent to each expert
+        routers = [module for module in model.modules() if isinstance(module, GptOssTopKRouter)]
+        self._shape = (len(routers), routers[0].num_experts)
+        self._active = routers[0].top_k
+        model.register_forward_pre_hook(self._remember_padding, with_kwargs=True)
+        for layer, router in enumerate(routers):
+            router.register_forward_hook(partial(self._count, layer))
+
+    def _remember_padding(self, model: Any, _: Any, inputs: dict[str, Any]) -> None:
+        if not model.training:
+            self._is_real = inputs["attention_mask"].flatten()
+
+    def _count(self, layer: int, router: Any, _: Any, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
+        if router.training:
+            return
+        experts = outputs[2]  # (B T, experts per token)
+        assert self._is_real is not None
+        if self._counted is None:
+            self._counted = torch.zeros(self._shape, dtype=torch.int64, device=experts.device)
+        each = self._is_real.to(torch.int64)[:, None].expand_as(experts)
+        self._counted[layer].scatter_add_(0, experts.flatten(), each.flatten())
+
+    def figures(self) -> dict[str, float]:
+        """For each layer, over all processes since the last call, of the share of tokens that each expert gets:
+
+        the coefficient of variation (0: even), and the largest (even: experts per token / experts; 1: gets all).
+        """
+        assert self._counted is not None
+        counts = reduce(self._counted, "sum").double().cpu()
+        self._counted = None
+        shares = counts * self._active / counts.sum(1, keepdim=True)
+        variation = shares.std(1, correction=0) / shares.mean(1)
+        found = {f"router_variation/layer_{layer}": float(value) for layer, value in enumerate(variation)}
+        return found | {f"router_largest/layer_{layer}": float(value) for layer, value in enumerate(shares.amax(1))}
+
+
+class _Progress:
+    """One line on a terminal; elsewhere a line for every line of metrics."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._shown: dict[str, str] = {}
+        self._first_step = 0
+        self._started = 0.0
+        self._bar: Any = None
+
+    def begin(self, state: Any) -> None:
+        self._first_step = state.global_step
+        self._started = time.monotonic()
+        self._bar = progress(total=state.max_steps, what=f"[{self._stage}]", unit="step", done=state.global_step)
+
+    def step(self) -> None:
+        self._bar.update()
+
+    def show(self, state: Any, line: dict[str, Any]) -> None:
+        if _LOSS in line:
+            say(self._stage, f"step {state.global_step}: validation loss {line[_LOSS]:.4f}")
+            return
+        shown = f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s"
+        if self._bar.disable:
+            say(self._stage, f"step {state.global_step} of {state.max_steps}: {shown}, {self._left(state)} left")
+        else:
+            self._bar.set_postfix_str(shown)
+
+    def end(self) -> None:
+        self._bar.close()
+
+    def _left(self, state: Any) -> str:
+        """h:mm:ss until the last step, evaluations and checkpoints included, if all goes on as it did so far."""
+        per_step = (time.monotonic() - self._started) / (state.global_step - self._first_step)
+        seconds = round(per_step * (state.max_steps - state.global_step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+class Checkpoints(TrainerCallback):
+    """Marks checkpoints as whole, removes old ones, and sees to it that the trainer ends with the best weights.
+
+    With `load_best_model_at_end` the trainer goes back to `state.best_model_checkpoint` after the last step.
+    """
+
+    def __init__(self, limit: int, directory: Path, stage: str, shared: Sharding) -> None:
+        self._limit = limit
+        self._directory = directory
+        self._stage = stage
+        self._shared = shared
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.best_global_step:  # from the checkpoint, which may have been moved since, together with its run
+            state.best_model_checkpoint = str(_checkpoint(args, state.best_global_step))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            # transformers 5.14 would save now, and take one step too many when it resumes from there.
+            control.should_save = False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **event: Any) -> None:
+        is_best = state.best_metric is None or event["metrics"][_LOSS] < state.best_metric
+        if state.global_step >= state.max_steps and is_best:
+            state.best_model_checkpoint = None  # the last step has none, and the model holds its weights already
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        wait_for_everyone()
+        if state.is_world_process_zero:
+            mark_whole(_checkpoint(args, state.global_step), self._shared)
+            # Not before it is whole: what a resume would need is still there if this one was torn.
+            rotate_checkpoints(args.output_dir, self._limit, state.best_model_checkpoint)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not args.load_best_model_at_end or state.best_metric is None or not is_main_process():
+            return
+        if state.global_step < state.max_steps:
+            say(self._stage, f"stopped early, at step {state.global_step} of {state.max_steps}")
+        if state.best_global_step != state.global_step:
+            say(self._stage, f"keeping step {state.best_global_step}: validation loss {state.best_metric:.4f}")
+        before = next(line[_LOSS] for line in read_metrics(self._directory) if _LOSS in line)
+        if state.best_metric >= before:
+            warn(
+                self._stage,
+                f"no step had a lower validation loss than the {before:.4f} before training; the best of them is kept",
+            )
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Transformers' own, which remembers in checkpoints how many evaluations have not improved."""
+
+    # Transformers' own signature is not that of its TrainerCallback either.
+    def on_evaluate(  # type: ignore[override]
+        self, args: Any, state: Any, control: Any, metrics: Any, **others: Any
+    ) -> None:
+        super().on_evaluate(args, state, control, metrics, **others)
+        if control.should_training_stop:
+            control.should_log = True
+            # A run resumed from here would go on; from the checkpoint before it stops here again.
+            control.should_save = False
+
+
+def _checkpoint(args: Any, step: int) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{step}"

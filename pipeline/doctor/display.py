@@ -1,0 +1,137 @@
+"""What doctor shows to a person: a conversation token by token, the figures, and what they mean."""
+
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from pipeline.doctor.findings import Facts, disk_needed, gigabytes, host_needed
+from pipeline.errors import UserError
+from pipeline.harmony import IGNORED, Conversation, ConversationError, Rendering, examples
+from pipeline.tracking import say, warn
+
+_PLAIN_WIDTH = 120
+_STYLES = {"prompt": ("dim", "dim reverse"), "supervised": ("green", "black on green")}
+_BETWEEN = "│"
+_BAR = 30
+_TITLE = 22
+
+
+def conversation(row: int, chosen: Conversation, how: Rendering) -> None:
+    """Print every example of a conversation, token by token: what the model is given, and what it has to produce.
+
+    On a terminal neighbouring tokens alternate in shade; elsewhere a bar stands between them.
+
+    Raises:
+        UserError: the chat template refuses it (it need not be among the rows that training uses).
+    """
+    console = _console()
+    try:
+        rendered = examples(chosen, how)
+    except ConversationError as error:
+        raise UserError(f"doctor.row={row}: {chosen.where}: {error}.") from error
+    for number, example in enumerate(rendered, 1):
+        labels = ["prompt" if label == IGNORED else "supervised" for label in example["labels"]]
+        tokens = [how.tokenizer.decode([i]).replace("\n", "\\n") for i in example["input_ids"]]
+        supervised = labels.count("supervised")
+        say("doctor", f"row {row} ({chosen.where}), example {number}: {len(tokens)} tokens, {supervised} supervised")
+        for label, run in groupby(zip(labels, tokens, strict=True), key=lambda pair: pair[0]):
+            _print(console, label, _tokens(label, [token for _, token in run], console.is_terminal))
+
+
+def report(facts: Facts, findings: list[str]) -> None:
+    """Print the figures, then the findings, the most serious first."""
+    console = _console()
+    for title, value in (*_data_lines(facts.data), *_needs_lines(facts)):
+        _print(console, title, Text(value))
+    if not findings:
+        say("doctor", "nothing found that would hurt training")
+    for number, finding in enumerate(findings, 1):
+        warn("doctor", f"{number}. {finding}")
+
+
+def _print(console: Console, title: str, text: Text) -> None:
+    """A title and, in lines beside it, the text; nothing is padded, so that a log can be searched and compared."""
+    for line in text.wrap(console, max(_TITLE, console.width - _TITLE), overflow="fold"):
+        line.rstrip()
+        console.print(Text(title.ljust(_TITLE)) + line)
+        title = ""
+
+
+def _tokens(label: str, tokens: list[str], is_terminal: bool) -> Text:
+    text = Text(overflow="fold")
+    for i, token in enumerate(tokens):
+        text.append(token if is_terminal or i == 0 else _BETWEEN + token, _STYLES[label][i % 2])
+    return text
+
+
+def _data_lines(data: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    rows, cut, empty, leaks = data["rows"], data["cut"], data["nothing_to_learn"], data["leaks"]
+    tokens, lengths, reasoning, tools = (data[name] for name in ("tokens", "lengths", "reasoning", "tools"))
+    yield "rows", f"{rows['all']:,}, of which {rows['train']:,} are trained on and {rows['validation']:,} held out"
+    yield "examples", f"{tokens['examples']:,}, one for each assistant turn that is trained"
+    yield (
+        "tokens",
+        f"{tokens['all']:,}, of which {tokens['supervised']:,} ({tokens['supervised_share']:.1%}) are supervised",
+    )
+    yield "length", f"median {lengths['median']}, 95 % up to {lengths['p95']}, longest {lengths['longest']} tokens"
+    yield from _histogram(lengths["histogram"])
+    lost = f"{cut['tokens_lost']:,} tokens lost, {cut['supervised_tokens_lost']:,} of them supervised"
+    yield f"cut at {cut['max_length']}", f"{cut['examples']} examples of {cut['rows']} rows: {lost}"
+    yield "nothing to learn", f"{empty['examples']} examples, {empty['rows']} whole rows"
+    yield "without reasoning", f"{reasoning['turns_without']} of {reasoning['turns']} turns"
+    yield "reasoning effort", _counts(data["reasoning_effort"])
+    yield (
+        "tools",
+        f"offered in {tools['rows_that_offer']} rows, called {tools['calls']} times in {tools['rows_that_call']}",
+    )
+    yield "control tokens", f"as text in {data['control_text']['rows']} rows"
+    copies = data["copies"]
+    yield "copies", f"{copies['rows']} rows; {copies['same_prompt_other_answer']} more with an earlier row's prompt"
+    yield "leaks", f"{leaks['exact']} validation prompts trained on, {leaks['normalized']} after normalization"
+    for kind, found in data["languages"].items():
+        yield f"language: {kind}", _counts(found)
+    yield "token parity", _parity(data["parity"])
+
+
+def _needs_lines(facts: Facts) -> Iterable[tuple[str, str]]:
+    needs, machine = facts.needs, facts.machine
+    yield "parameters", f"{needs['parameters']['all']:,}, of which {needs['parameters']['experts']:,} in experts"
+    for stage, part in needs["device_bytes"].items():
+        shown = ", ".join(f"{name} {gigabytes(part[name])}" for name in ("weights", "gradients", "optimizer"))
+        estimate = f"activations about {gigabytes(part['activations'])} at {needs['tokens']} tokens"
+        yield f"{stage}, each device", f"about {gigabytes(part['total'])}: {shown}, {estimate}"
+    yield "disk by stage", ", ".join(f"{name} {gigabytes(size)}" for name, size in needs["disk_bytes"].items())
+    yield "disk", f"{_fits(disk_needed(facts), machine['disk_free_bytes'])} (with checkpoints while training)"
+    yield "host memory", _fits(host_needed(facts), machine["host_free_bytes"])
+    largest = max(part["total"] for part in needs["device_bytes"].values())
+    yield "GPU memory", _fits(largest, machine["gpu_free_bytes"]) if machine["gpus"] else "there is no GPU here"
+
+
+def _fits(needed: int, free: int) -> str:
+    verdict = "fits" if needed <= free else "DOES NOT FIT"
+    return f"up to {gigabytes(needed)} to come, {gigabytes(free)} free: {verdict}"
+
+
+def _histogram(counts: dict[str, int]) -> Iterable[tuple[str, str]]:
+    most = max(counts.values())
+    for edge, count in counts.items():
+        bar = "█" * max(round(_BAR * count / most), count > 0)
+        yield f"  up to {edge}", f"{bar} {count}"
+
+
+def _parity(parity: dict[str, Any]) -> str:
+    if not parity["is_checked"]:
+        return f"not checked: {parity['reason']}"
+    return f"{parity['examples'] - parity['differ']} of {parity['examples']} examples equal openai-harmony's"
+
+
+def _counts(found: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in found.items()) or "none"
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(width=_PLAIN_WIDTH, highlight=False)

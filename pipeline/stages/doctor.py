@@ -1,0 +1,88 @@
+"""doctor: what is in the data, what the run will need, whether it fits here, and what of it will hurt training."""
+
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from pipeline import artifacts, data, source
+from pipeline.artifacts import Artifact, Kind, Result
+from pipeline.checkpoints import load_tokenizer, read_config, side_files
+from pipeline.config import PipelineConfig, Stage
+from pipeline.data import Rows
+from pipeline.doctor import content, display, findings, leaks, machine, needs, parity
+from pipeline.doctor.findings import Facts
+from pipeline.doctor.rows import examine
+from pipeline.doctor.rows import figures as token_figures
+from pipeline.errors import UserError
+from pipeline.harmony import Rendering
+from pipeline.languages import Languages
+from pipeline.tracking import is_main_process, log_metrics
+
+_SETTINGS = ("data", "model.path", "model.revision", "sft", "qat", "doctor.languages")
+
+
+def run(config: PipelineConfig) -> Artifact:
+    """Make <run_dir>/doctor, and show it with one conversation. Of the model only its tokenizer and sizes are used."""
+    tell = Languages(config.doctor.languages, "doctor.languages")
+    model = source.without_weights(config)
+    how = data.rendering(config, load_tokenizer(model))
+    rows = data.load_rows(config)
+    _raise_if_no_such_row(config, rows)
+    artifact = artifacts.build(
+        config,
+        Stage.doctor,
+        _SETTINGS,
+        {"tokenizer": _fingerprint(model)},
+        lambda directory: _report(config, model, _data_figures(config, rows, how, tell), directory),
+        data=rows.fingerprint,
+        is_report=True,
+    )
+    if is_main_process():
+        # What is free changes from one minute to the next, so it is looked at even when the report is up to date.
+        facts = Facts(artifact.details["data"], artifact.details["needs"], machine.figures(config), config)
+        display.conversation(config.doctor.row, rows.conversations[config.doctor.row - 1], how)
+        display.report(facts, findings.findings(facts))
+    return artifact
+
+
+def _report(config: PipelineConfig, model: Path, figures: dict[str, Any], directory: Path) -> Result:
+    longest = min(figures["lengths"]["longest"], config.data.max_length)
+    facts = Facts(figures, needs.figures(config, read_config(model), longest), machine.figures(config), config)
+    for section, values in {**facts.data, "needs": facts.needs, "machine": facts.machine}.items():
+        log_metrics(directory, {"section": section, **values})
+    found = findings.findings(facts)
+    details = {"data": facts.data, "needs": facts.needs, "machine": facts.machine, "findings": found}
+    return Result(Kind.report, details=details)
+
+
+def _data_figures(config: PipelineConfig, rows: Rows, how: Rendering, tell: Languages) -> dict[str, Any]:
+    train, validation = (examine(config, part, how) for part in data.split(config, rows))
+    every = [*train, *validation]
+    return {
+        "rows": {"all": len(rows.conversations), "train": len(train), "validation": len(validation)},
+        **token_figures(every, config.data.max_length),
+        "reasoning": content.reasoning(every),
+        "reasoning_effort": content.efforts(every, how.reasoning_effort),
+        "tools": content.tools(every),
+        "control_text": content.control_text(every),
+        "copies": content.copies(every),
+        "leaks": leaks.figures(train, validation),
+        "languages": content.languages(every, tell),
+        "parity": parity.figures(every, how),
+    }
+
+
+def _raise_if_no_such_row(config: PipelineConfig, rows: Rows) -> None:
+    if config.doctor.row > len(rows.conversations):
+        raise UserError(
+            f"doctor.row={config.doctor.row}: data.path={config.data.path} has {len(rows.conversations)} rows."
+        )
+
+
+def _fingerprint(model: Path) -> str:
+    """Of what goes into the report: the sizes in config.json, the tokenizer, the chat template."""
+    digest = xxhash.xxh3_128()
+    for name in ("config.json", *(name for name in side_files(model) if name.endswith((".json", ".jinja")))):
+        digest.update(f"{name}\0".encode() + (model / name).read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,17 @@
+"""Attention implementations that exist only on a GPU: flex attention honours the sinks there."""
+
+import pytest
+import torch
+
+from pipeline import attention
+from pipeline.config import Precision, TrainConfig
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("precision", Precision)
+def test_flex_attention_passes_on_a_gpu(precision: Precision) -> None:
+    attention.check(TrainConfig(attn_implementation="flex_attention", precision=precision), "sft")

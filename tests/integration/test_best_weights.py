@@ -1,0 +1,112 @@
+"""A stage leaves the weights of its lowest validation loss, and stops when it gets no lower, interrupted or not."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import run_program
+
+from pipeline import artifacts, callbacks
+from pipeline.artifacts import Artifact
+from pipeline.tracking import read_metrics
+
+EVERY = 3
+PATIENCE = 3
+
+# Few examples and a high rate: the model soon learns them by heart. At a constant rate, without warm-up, a shorter run
+# takes the steps with which a longer one begins.
+OVERFITTING = {
+    "learning_rate": 0.02,
+    "lr_scheduler": "constant",
+    "warmup_ratio": 0,
+    "max_steps": 60,
+    "eval_steps": EVERY,
+    "save_steps": EVERY,
+    "logging_steps": EVERY,
+}
+
+
+def settings(stage: str, **changes: object) -> list[str]:
+    return [f"{stage}.{name}={value}" for name, value in {**OVERFITTING, **changes}.items()]
+
+
+def prepared(tmp_path: Path, recipe: str, stage: str) -> tuple[Path, list[str]]:
+    """A run that is complete up to the stage, and the arguments that it was made with."""
+    run_dir, arguments = tmp_path / "run", [f"recipe={recipe}", "data.max_samples=24"]
+    if stage == "qat":
+        arguments += ["sft.max_steps=4", "sft.eval_steps=4", "sft.save_steps=4"]
+    before = ("upcast", "sft", "quantize", "qat")
+    for earlier in before[: before.index(stage)]:
+        assert run_program(f"stage={earlier}", f"run_dir={run_dir}", *arguments) == 0
+    return run_dir, [f"stage={stage}", *arguments]
+
+
+def copy_of(run_dir: Path, name: str) -> Path:
+    return Path(shutil.copytree(run_dir, run_dir.with_name(name)))
+
+
+def validation_losses(directory: Path) -> dict[int, float]:
+    """Step -> validation loss, of the steps that were trained."""
+    return {
+        line["step"]: line["eval_loss"] for line in read_metrics(directory) if line.get("eval_loss") and line["step"]
+    }
+
+
+def weights(artifact: Artifact) -> dict[str, bytes]:
+    """The tensors' files; adapters come with files that name their directory."""
+    return {path.name: path.read_bytes() for path in artifact.directory.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize(("recipe", "stage"), [("smoke", "sft"), ("smoke_lora", "sft"), ("smoke", "qat")])
+def test_the_best_weights_are_left_by_a_whole_and_by_a_resumed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, stage: str
+) -> None:
+    run_dir, arguments = prepared(tmp_path, recipe, stage)
+    shorter, resumed = copy_of(run_dir, "shorter"), copy_of(run_dir, "resumed")
+    stopping = settings(stage, early_stopping_patience=PATIENCE)
+
+    assert run_program(*arguments, f"run_dir={run_dir}", *stopping) == 0
+    whole = artifacts.load(run_dir / stage)
+    losses, best = validation_losses(whole.directory), whole.details["kept_step"]
+    assert losses[best] == min(losses.values()) == whole.details["validation_loss"]
+    assert whole.details["steps"] == best + PATIENCE * EVERY < OVERFITTING["max_steps"]
+
+    # A run that ends at that step has its weights, without any being chosen.
+    until_best = settings(stage, max_steps=best, keep_best=False)
+    assert run_program(*arguments, f"run_dir={shorter}", *until_best) == 0
+    assert weights(artifacts.load(shorter / stage)) == weights(whole)
+
+    def interrupt(self, args, state, control, **event) -> None:
+        on_save(self, args, state, control, **event)
+        if state.global_step == best + EVERY:
+            raise KeyboardInterrupt
+
+    on_save = callbacks.Checkpoints.on_save
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks.Checkpoints, "on_save", interrupt)
+        assert run_program(*arguments, f"run_dir={resumed}", *stopping) == 130
+    moved = resumed.rename(tmp_path / "moved")
+    assert run_program(*arguments, f"run_dir={moved}", *stopping) == 0
+    end = artifacts.load(moved / stage)
+    assert (end.details, weights(end)) == (whole.details, weights(whole))
+
+
+def test_the_last_weights_are_left_when_they_are_the_best_or_asked_for(tmp_path: Path) -> None:
+    run_dir, arguments = prepared(tmp_path, "smoke", "sft")
+    kept = {}
+    for keep_best in (True, False):
+        copy = copy_of(run_dir, f"keep_best_{keep_best}")
+        # The last evaluation is not at a multiple of eval_steps.
+        changes = settings("sft", max_steps=7, keep_best=keep_best)
+        assert run_program(*arguments, f"run_dir={copy}", *changes) == 0
+        kept[keep_best] = artifacts.load(copy / "sft")
+        assert validation_losses(copy / "sft").keys() == {3, 6, 7}
+    assert kept[True].details["kept_step"] == kept[False].details["kept_step"] == 7
+    assert weights(kept[True]) == weights(kept[False])
+
+
+def test_a_loss_that_never_falls_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir, arguments = prepared(tmp_path, "smoke", "qat")
+    never_lower = settings("qat", learning_rate=3, max_steps=6)
+    assert run_program(*arguments, f"run_dir={run_dir}", *never_lower) == 0
+    assert "[qat] warning: no step had a lower validation loss than the" in capsys.readouterr().err

@@ -1,0 +1,40 @@
+"""Known ways to spoil a run: said before it is spoilt."""
+
+from pathlib import Path
+
+import pytest
+from conftest import SHORT, run_program
+
+
+def started(run_dir: Path, source: Path, *stages: str) -> tuple[str, ...]:
+    run_dir.mkdir()
+    for stage in stages:
+        (run_dir / stage).symlink_to(source / stage)
+    return ("recipe=smoke", f"run_dir={run_dir}", *SHORT, "qat.max_steps=1")
+
+
+@pytest.mark.parametrize(("rate", "is_warned"), [("1e-2", True), ("1e-4", False)])
+def test_a_qat_rate_above_that_of_sft_is_warned_of(
+    rate: str, is_warned: bool, smoke_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = started(tmp_path / "run", smoke_run, "upcast", "sft", "quantize")
+    assert run_program("stage=qat", *settings, f"qat.learning_rate={rate}") == 0
+    assert ("is above the 0.003 that sft was trained at" in capsys.readouterr().err) == is_warned
+
+
+@pytest.mark.parametrize("setting", ["format=nvfp4_w4a4", "format.importance=true"])
+def test_too_little_data_to_calibrate_on_is_refused_with_the_number_needed(
+    setting: str, smoke_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = started(tmp_path / "run", smoke_run, "upcast", "sft")
+    rule = ("format.scale_rule=mse",) if "importance" in setting else ()
+    wanted = "quantize.calibration_samples=100000"
+    assert run_program("stage=quantize", *settings, setting, *rule, wanted) == 2
+    error = capsys.readouterr().err
+    assert wanted in error and "training examples" in error
+    assert not (tmp_path / "run" / "quantize" / "artifact.json").exists()
+
+
+def test_a_format_that_needs_no_calibration_takes_what_data_there_is(smoke_run: Path, tmp_path: Path) -> None:
+    settings = started(tmp_path / "run", smoke_run, "upcast", "sft")
+    assert run_program("stage=quantize", *settings, "quantize.calibration_samples=100000") == 0

@@ -1,0 +1,43 @@
+"""QAT that learns from the SFT model comes closer to it than QAT that learns from the data alone."""
+
+from pathlib import Path
+
+import pytest
+from conftest import SHORT, run_program
+
+from pipeline.tracking import read_metrics
+
+SETTINGS = (*SHORT, "qat.max_steps=16", "qat.logging_steps=4", "qat.eval_steps=100", "qat.save_steps=100")
+
+
+def distilled(run_dir: Path, source: Path, recipe: str, *settings: str) -> list[float]:
+    """The divergence from the teacher, in nats per token, at each logged step."""
+    run_dir.mkdir()
+    for stage in ("upcast", "sft", "quantize"):
+        (run_dir / stage).symlink_to(source / stage)
+    assert run_program("stage=qat", f"recipe={recipe}", f"run_dir={run_dir}", *SETTINGS, *settings) == 0
+    return [line["teacher_divergence"] for line in read_metrics(run_dir / "qat") if "teacher_divergence" in line]
+
+
+@pytest.mark.parametrize("recipe", ["smoke", "smoke_lora"])
+def test_distillation_lowers_the_divergence_from_the_teacher(
+    recipe: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    run = request.getfixturevalue("smoke_run" if recipe == "smoke" else "lora_run")
+    layers = ("sft.lora.layers=[1]", "qat.lora.layers=[1]") if recipe == "smoke_lora" else ()
+    found = distilled(tmp_path / "run", run, recipe, "qat.distillation.weight=1", *layers)
+    assert len(found) == 4 and found[-1] < 0.9 * found[0]
+
+
+def test_without_a_weight_no_teacher_is_asked(smoke_run: Path, tmp_path: Path) -> None:
+    assert distilled(tmp_path / "run", smoke_run, "smoke") == []
+
+
+def test_a_weight_beyond_one_and_a_router_loss_beside_it_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("qat.distillation.weight=1.5", "qat.router_aux_loss_coef=0.01")
+    assert run_program("stage=qat", "recipe=smoke", f"run_dir={tmp_path}", *settings) == 2
+    error = capsys.readouterr().err
+    assert "qat.distillation.weight=1.5: must be from 0 to 1." in error
+    assert "qat.router_aux_loss_coef=0.01: not with qat.distillation.weight" in error

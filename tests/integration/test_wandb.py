@@ -1,0 +1,146 @@
+"""Weights & Biases for real, offline: what its file holds is what metrics.jsonl holds, and no secrets."""
+
+import json
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SHORT, run_program
+
+from pipeline.config import PipelineConfig, TrackingBackend, TrackingConfig
+from pipeline.tracking import followed, log_metrics, log_report, log_table, read_metrics
+
+SECRETS = {"WANDB_API_KEY": "0123456789abcdef" * 3, "HF_TOKEN": "hf_aTokenThatNobodyHas", "MY_PASSWORD": "swordfish42"}
+HEADER_BYTES, BLOCK_BYTES = 7, 32768
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An environment with secrets, a home of its own and an empty current directory."""
+    wandb = pytest.importorskip("wandb")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            patch.delenv(name)
+        for name, value in {**SECRETS, "WANDB_MODE": "offline", "HOME": str(tmp_path_factory.mktemp("home"))}.items():
+            patch.setenv(name, value)
+        patch.chdir(tmp_path_factory.mktemp("current"))
+        wandb.teardown()  # an earlier test's environment
+        yield
+        wandb.teardown()
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run up to SFT; SFT was run twice."""
+    run_dir = tmp_path_factory.mktemp("tracked") / "run"
+    arguments = ("recipe=smoke", "tracking=wandb", "tracking.tags=[one]", f"run_dir={run_dir}", *SHORT)
+    for stage in ("upcast", "sft"):
+        assert run_program(f"stage={stage}", *arguments) == 0
+    assert run_program("stage=sft", *arguments, "sft.max_steps=2", "overwrite=true") == 0
+    return run_dir
+
+
+def records(path: Path) -> list[Any]:
+    """The protobuf messages of a .wandb file: LevelDB's log format after a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, parts, found = path.read_bytes(), HEADER_BYTES, b"", []
+    assert data.startswith(b":W&B")
+    while at + HEADER_BYTES <= len(data):
+        room = BLOCK_BYTES - at % BLOCK_BYTES
+        if room < HEADER_BYTES:  # too little for a fragment's own header: padding
+            at += room
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + HEADER_BYTES])
+        parts += data[at + HEADER_BYTES : at + HEADER_BYTES + length]
+        at += HEADER_BYTES + length
+        if kind in (1, 4):  # whole, or a last fragment
+            found.append(Record.FromString(parts))
+            parts = b""
+    return found
+
+
+def wandb_files(run_dir: Path, stage: str) -> list[Path]:
+    """The files of a stage's runs, oldest first, whole: `finish` can return while wandb's own process still writes."""
+    import wandb
+
+    wandb.teardown()
+    return sorted(run_dir.glob(f"wandb/offline-run-*-{stage}/*.wandb"), key=lambda path: path.stat().st_mtime)
+
+
+def history(found: list[Any]) -> list[dict[str, Any]]:
+    """The logged lines, without what wandb adds."""
+    lines = []
+    for record in found:
+        if record.WhichOneof("record_type") == "history":
+            items = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            lines.append({key: value for key, value in items.items() if not key.startswith("_")})
+    return lines
+
+
+def run_record(found: list[Any]) -> Any:
+    return next(record.run for record in found if record.WhichOneof("record_type") == "run")
+
+
+def test_the_file_holds_every_line_of_metrics_jsonl(run_dir: Path) -> None:
+    logged = read_metrics(run_dir / "sft")
+    assert [line["step"] for line in logged] == [0, 2, 2]
+    assert history(records(wandb_files(run_dir, "sft")[-1])) == logged
+    names = {name for line in logged for name in line}
+    assert {"loss", "eval_loss", "eval_perplexity", "learning_rate", "grad_norm", "tokens_per_second", "epoch"} <= names
+    assert {"supervised_tokens", "peak_memory_bytes", "seconds", "router_variation/layer_1"} <= names
+
+
+def test_a_repeated_stage_is_the_same_run_in_the_group_of_the_pipeline(run_dir: Path) -> None:
+    first, second, upcast = (
+        run_record(records(path)) for path in (*wandb_files(run_dir, "sft"), *wandb_files(run_dir, "upcast"))
+    )
+    assert first.run_id == second.run_id != upcast.run_id
+    assert first.run_group == second.run_group == upcast.run_group
+    assert (first.job_type, first.display_name, first.project, list(first.tags)) == (
+        "sft",
+        "smoke-sft",
+        "gpt-oss-qat",
+        ["one"],
+    )
+
+
+def test_the_configuration_is_there_and_no_secret_is_anywhere(run_dir: Path) -> None:
+    config = {
+        item.key: json.loads(item.value_json)
+        for item in run_record(records(wandb_files(run_dir, "sft")[0])).config.update
+    }
+    assert config["sft"]["learning_rate"] == 0.003
+    assert config["model"]["path"] == "synthetic://tiny"
+    for path in run_dir.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert not [name for name, value in SECRETS.items() if value.encode() in content], path
+
+
+def test_wandb_writes_nothing_but_in_the_run(run_dir: Path) -> None:
+    assert list(Path.cwd().iterdir()) == []
+    assert not [path for path in Path.home().rglob("*") if path.is_file()]
+
+
+def test_tables_and_reports_are_in_the_file_and_on_disk(tmp_path: Path) -> None:
+    config = PipelineConfig(tracking=TrackingConfig(backend=TrackingBackend.wandb), recipe="smoke")
+    report = tmp_path / "compare.md"
+    report.write_text("| a | b |")
+    with followed(config, "compare", tmp_path):
+        log_metrics(tmp_path, {"model": "sft", "loss_change": None})
+        log_table(tmp_path, "examples", ["prompt", "answer"], [["a", "b"], ["c", {"d": 1}]])
+        log_report("compare", [report])
+    (file,) = wandb_files(tmp_path, "compare")
+    found = records(file)
+    assert history(found)[0]["model"] == "sft"
+    assert history(found)[1]["examples.nrows"] == 2
+    sent = [record.artifact for record in found if record.WhichOneof("record_type") == "artifact"]
+    (contents,) = (artifact.manifest.contents for artifact in sent if artifact.type == "report")
+    assert [entry.path for entry in contents] == ["compare.md"]
+    (table,) = file.parent.glob("files/media/table/*.json")
+    assert json.loads(table.read_text())["data"] == [["a", "b"], ["c", {"d": 1}]]
+    assert len((tmp_path / "examples.jsonl").read_text().splitlines()) == 2

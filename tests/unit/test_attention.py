@@ -1,0 +1,130 @@
+"""The check of attention implementations, on right ones and on deliberately wrong ones."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+from pipeline import attention
+from pipeline.config import Precision, TrainConfig
+from pipeline.errors import UserError
+
+CPU = torch.device("cpu")
+NAME = "attention_under_test"
+Attention = Callable[..., tuple[Tensor, None]]
+
+
+def repeated(module: Any, states: Tensor) -> Tensor:
+    return states.repeat_interleave(module.num_key_value_groups, dim=1)
+
+
+def online(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: Any) -> Any:
+    """Right, and written unlike eager: the sink rescales the softmax of the scores, as fused kernels do."""
+    scores = query @ repeated(module, key).transpose(2, 3) * scaling + mask
+    log_sum = scores.logsumexp(-1, keepdim=True)
+    kept = torch.sigmoid(log_sum - module.sinks.view(1, -1, 1, 1))
+    return (scores.softmax(-1) @ repeated(module, value) * kept).transpose(1, 2), None
+
+
+def without_sinks(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: Any
+) -> Any:
+    output = functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
+    return output.transpose(1, 2), None
+
+
+def without_the_sinks_gradient(module: Any, *tensors: Any, **arguments: Any) -> Any:
+    """What is told of some fused kernels: right outputs, but the backward pass forgets the sinks."""
+    blind = SimpleNamespace(
+        sinks=module.sinks.detach(), num_key_value_groups=module.num_key_value_groups, training=module.training
+    )
+    return eager_attention_forward(blind, *tensors, **arguments)
+
+
+def without_the_window(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **arguments: Any) -> Any:
+    length = query.shape[2]
+    causal = torch.full((length, length), torch.finfo(query.dtype).min).triu(1)
+    return eager_attention_forward(module, query, key, value, causal.expand(query.shape[0], 1, -1, -1), **arguments)
+
+
+def with_half_the_key_gradient(module: Any, query: Tensor, key: Tensor, *rest: Any, **arguments: Any) -> Any:
+    return eager_attention_forward(module, query, (key + key.detach()) / 2, *rest, **arguments)
+
+
+def register(function: Attention) -> None:
+    """Make a function known to transformers under NAME, with the masks that eager gets."""
+    AttentionInterface.register(NAME, function)
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+
+
+def refusal(name: str, precision: Precision = Precision.fp32) -> str:
+    with pytest.raises(UserError) as caught:
+        attention.check(TrainConfig(attn_implementation=name, precision=precision), "qat")
+    message = str(caught.value)
+    assert message.startswith(f"qat.attn_implementation={name}: ") and "\n" not in message
+    assert message.endswith("Use qat.attn_implementation=eager.")
+    return message
+
+
+@pytest.mark.parametrize("precision", Precision)
+def test_eager_is_as_far_from_the_truth_as_eager(precision: Precision) -> None:
+    distances, rounding = attention.errors("eager", precision, CPU)
+    assert max(distances.values()) == rounding
+    assert 0 < rounding < (1e-5 if precision is Precision.fp32 else 0.1)
+
+
+@pytest.mark.parametrize("precision", Precision)
+def test_a_right_kernel_passes_in_every_precision(precision: Precision, capsys: pytest.CaptureFixture[str]) -> None:
+    register(online)
+    attention.check(TrainConfig(attn_implementation=NAME, precision=precision), "sft")
+    assert f"[sft] attn_implementation={NAME} agrees with eager" in capsys.readouterr().out
+
+
+WRONG = {
+    without_sinks: ("the gradient of sinks in a", 9),
+    without_the_sinks_gradient: ("the gradient of sinks in a", 2),
+    without_the_window: ("in a sliding-attention layer", 9),
+    with_half_the_key_gradient: ("the gradient of k in a", 5),
+}
+
+
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
+@pytest.mark.parametrize(("wrong", "tensor", "count"), [(wrong, *rest) for wrong, rest in WRONG.items()])
+def test_a_wrong_kernel_is_refused_in_the_finest_and_in_the_coarsest_precision(
+    wrong: Attention, tensor: str, count: int, precision: Precision
+) -> None:
+    register(wrong)
+    message = refusal(NAME, precision)
+    assert tensor in message and "differs from eager by" in message
+    if precision is Precision.fp32:
+        assert f"{count} of 9 tensors are off" in message
+
+
+def test_a_kernel_that_gives_nan_is_refused() -> None:
+    register(lambda *tensors, **arguments: (eager_attention_forward(*tensors, **arguments)[0] * torch.nan, None))
+    assert "differs from eager by nan" in refusal(NAME)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "flash_attention_3", "nonsense", "no/such-kernel"])
+def test_what_transformers_cannot_run_is_one_message(name: str) -> None:
+    message = refusal(name)
+    assert "transformers cannot train gpt-oss, whose attention has sinks, with it here (" in message
+    assert len(message) < 500
+
+
+def test_eager_is_not_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "errors", lambda *_: pytest.fail("eager was compared"))
+    attention.check(TrainConfig(attn_implementation="eager"), "sft")
+
+
+def test_the_check_leaves_the_random_numbers_of_training_alone() -> None:
+    before = torch.random.get_rng_state()
+    attention.errors("eager", Precision.fp32, CPU)
+    assert torch.equal(torch.random.get_rng_state(), before)

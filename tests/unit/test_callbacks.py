@@ -1,0 +1,131 @@
+"""Router load against transformers' router logits; token counts, time left, and checkpoints that may go."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import callbacks
+from pipeline.config import Sharding
+from pipeline.harmony import IGNORED
+from pipeline.resume import WHOLE
+
+EXPERTS, ACTIVE = 8, 2
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        num_hidden_layers=2,
+        hidden_size=32,
+        intermediate_size=32,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=ACTIVE,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        vocab_size=64,
+        pad_token_id=0,
+    )
+    return GptOssForCausalLM._from_config(config, attn_implementation="eager")
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    """Two examples of 7 and 4 tokens, the latter padded, of which 3 and 1 are supervised."""
+    ids = torch.randint(1, 64, (2, 7), generator=torch.Generator().manual_seed(1))
+    mask, labels = torch.ones_like(ids), torch.full_like(ids, IGNORED)
+    mask[1, 4:] = 0
+    labels[0, 4:] = ids[0, 4:]
+    labels[1, 3] = ids[1, 3]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def test_router_load_is_that_of_transformers_router_logits_without_padding(model: Any, batch: dict) -> None:
+    load = callbacks._RouterLoad(model)
+    model.eval()
+    with torch.no_grad():
+        logits = model(**batch, output_router_logits=True).router_logits
+    figures = load.figures()
+    real = batch["attention_mask"].flatten().bool()
+    assert len(logits) == 2
+    for layer, of_layer in enumerate(logits):
+        chosen = of_layer[real].topk(ACTIVE).indices
+        shares = torch.bincount(chosen.flatten(), minlength=EXPERTS).double() / real.sum()
+        assert figures[f"router_largest/layer_{layer}"] == pytest.approx(shares.max().item())
+        assert figures[f"router_variation/layer_{layer}"] == pytest.approx(
+            (shares.std(correction=0) / shares.mean()).item()
+        )
+
+
+def test_router_load_leaves_training_steps_alone(model: Any, batch: dict) -> None:
+    load = callbacks._RouterLoad(model)
+    model.train()
+    model(**batch)
+    assert load._counted is None
+
+
+def test_tokens_are_counted_without_padding_over_the_steps_since_the_last_line(model: Any, batch: dict) -> None:
+    tokens = callbacks._TokenCount(model)
+    model.train()
+    model(**batch)
+    model(**batch)
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])  # as in an evaluation
+    assert tokens.take() == (2 * (7 + 4), 2 * (3 + 1))
+    model.train()
+    model(**batch)
+    assert tokens.take() == (7 + 4, 3 + 1)
+
+
+def saved(directory: Path, best: int | None, step: int) -> tuple[Any, Any]:
+    """Arguments and state of a trainer that has just written the checkpoint of `step`."""
+    (directory / f"checkpoint-{step}").mkdir()
+    state = SimpleNamespace(
+        global_step=step,
+        is_world_process_zero=True,
+        best_model_checkpoint=str(directory / f"checkpoint-{best}") if best else None,
+    )
+    return SimpleNamespace(output_dir=str(directory)), state
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def test_the_newest_and_the_best_checkpoint_stay_and_are_marked_whole(tmp_path: Path) -> None:
+    keeper = callbacks.Checkpoints(2, tmp_path, "sft", Sharding.none)
+    for step, best in ((2, 2), (4, 2), (6, 2), (10, 2)):
+        keeper.on_save(*saved(tmp_path, best, step), None)
+    assert names(tmp_path) == {"checkpoint-2", "checkpoint-10"}
+    assert all((path / WHOLE).is_file() for path in tmp_path.iterdir())
+
+
+def test_nothing_goes_before_the_new_checkpoint_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper = callbacks.Checkpoints(2, tmp_path, "sft", Sharding.none)
+    for step in (2, 4):
+        keeper.on_save(*saved(tmp_path, 2, step), None)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(callbacks, "wait_for_everyone", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        keeper.on_save(*saved(tmp_path, 6, 6), None)
+    assert names(tmp_path) == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+
+
+def test_time_left_goes_on_from_the_steps_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((100.0, 160.0))
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: next(clock))
+    line = callbacks._Progress("sft")
+    state = SimpleNamespace(global_step=1000, max_steps=1130)  # resumed at 1000
+    line.begin(state)
+    state.global_step = 1010
+    assert line._left(state) == "0:12:00"  # 120 steps of 6 seconds

@@ -1,0 +1,348 @@
+"""What doctor finds in conversations, on rows made to be ill in one way each."""
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from pipeline import synthetic
+from pipeline.config import DataConfig, ModelConfig, PipelineConfig, Stage, TinyConfig, TrainConfig
+from pipeline.doctor import content, display, findings, leaks, rows
+from pipeline.doctor.findings import Facts
+from pipeline.doctor.rows import Example, Row
+from pipeline.errors import UserError
+from pipeline.harmony import Conversation, Rendering, parse_conversation
+from pipeline.languages import Languages
+
+QUESTION = {"role": "user", "content": "What is 2 + 3?"}
+ANSWER = {"role": "assistant", "thinking": "2 + 3 = 5", "content": "5"}
+CALL = {"function": {"name": "add", "arguments": {"a": 2, "b": 3}}}
+ADD = {"name": "add", "description": "Adds two numbers.", "parameters": {"type": "object", "properties": {}}}
+TOOL_USE = [
+    QUESTION,
+    {"role": "assistant", "thinking": "I can add.", "tool_calls": [CALL]},
+    {"role": "tool", "content": "5"},
+    {"role": "assistant", "thinking": "So 5.", "content": "It is 5."},
+]
+
+
+def row(*messages: dict[str, Any], where: str = "data.jsonl: row 1", **more: Any) -> Row:
+    return Row(parse_conversation({"messages": list(messages), **more}, where), [])
+
+
+def asked(text: str, number: int = 1) -> Row:
+    return row({"role": "user", "content": text}, ANSWER, where=f"data.jsonl: row {number}")
+
+
+@pytest.fixture(scope="module")
+def how(tmp_path_factory: pytest.TempPathFactory) -> Rendering:
+    directory = tmp_path_factory.mktemp("tokenizer") / "tiny"
+    synthetic.create_tiny(directory, TinyConfig())
+    return Rendering(AutoTokenizer.from_pretrained(directory), "medium", "2025-08-05", True)
+
+
+def config(**data: Any) -> PipelineConfig:
+    return PipelineConfig(Stage.doctor, model=ModelConfig("model"), data=DataConfig("data.jsonl", **data))
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def test_kept_and_lost_tokens_add_up_to_all(how: Rendering) -> None:
+    conversation = row(QUESTION, ANSWER).conversation
+    (whole,) = rows.examine(config(), [conversation], how)[0].examples
+    limit = whole.tokens - 3
+    (cut,) = rows.examine(config(max_length=limit), [conversation], how)[0].examples
+    assert cut == Example(whole.tokens, whole.supervised, limit, whole.supervised - 3)
+
+
+def test_figures_count_what_the_limit_takes() -> None:
+    one, two = (
+        row(QUESTION, ANSWER, where="a: row 1").conversation,
+        row(QUESTION, ANSWER, where="a: row 2").conversation,
+    )
+    examined = [Row(one, [Example(100, 40, 90, 30)]), Row(two, [Example(80, 20, 80, 20), Example(200, 20, 90, 0)])]
+    found = rows.figures(examined, 90)
+    assert found["tokens"] == {"examples": 3, "all": 380, "supervised": 80, "supervised_share": 80 / 380}
+    assert found["cut"] == {
+        "max_length": 90,
+        "rows": 2,
+        "examples": 2,
+        "tokens_lost": 120,
+        "supervised_tokens_lost": 30,
+        "supervised_share_lost": 30 / 80,
+        "first": ["a: row 1", "a: row 2"],
+    }
+    assert found["nothing_to_learn"] == {"examples": 1, "rows": 0, "first": ["a: row 2"]}
+
+
+def test_the_histogram_holds_every_example_once() -> None:
+    conversation = row(QUESTION, ANSWER).conversation
+    lengths = [10, 64, 65, 128, 129, 1000]
+    examined = [Row(conversation, [Example(length, 1, length, 1)]) for length in lengths]
+    found = rows.figures(examined, 4096)["lengths"]
+    assert found["histogram"] == {"64": 2, "128": 2, "256": 1, "512": 0, "1024": 1}
+    assert (found["shortest"], found["median"], found["longest"]) == (10, 65, 1000)
+
+
+def test_rows_that_the_template_refuses_are_reported_together(how: Rendering) -> None:
+    orphan = {"role": "tool", "content": "5"}
+    call = {"role": "assistant", "tool_calls": [CALL]}
+    bad = [Conversation([QUESTION, call, ANSWER, orphan, ANSWER], where=f"data.jsonl: row {i}") for i in (1, 2)]
+    with pytest.raises(UserError, match=r"2 problems:(.|\n)*row 1: (.|\n)*row 2: "):
+        rows.examine(config(), bad, how)
+
+
+# --- content ---------------------------------------------------------------------------------------------------------
+
+
+def test_turns_without_reasoning_are_counted_and_placed() -> None:
+    silent = {"role": "assistant", "content": "5"}
+    found = content.reasoning([row(QUESTION, ANSWER, QUESTION, silent, where="a"), row(QUESTION, ANSWER, where="b")])
+    assert found == {"turns": 3, "turns_without": 1, "rows_without": 0, "first": ["a"]}
+
+
+def test_the_content_of_a_tool_call_is_its_reasoning() -> None:
+    call = {"role": "assistant", "content": "I can add.", "tool_calls": [CALL]}
+    assert content.reasoning([row(QUESTION, call)])["turns_without"] == 0
+
+
+def test_tools_are_counted_as_offered_called_and_answered() -> None:
+    found = content.tools([row(*TOOL_USE, tools=[ADD]), row(QUESTION, ANSWER, tools=[ADD]), row(QUESTION, ANSWER)])
+    assert found == {"rows_that_offer": 2, "rows_that_call": 1, "calls": 1, "results": 1, "by_name": {"add": 1}}
+
+
+def test_a_rows_own_effort_counts_before_the_settings() -> None:
+    found = content.efforts([row(QUESTION, ANSWER, reasoning_effort="high"), row(QUESTION, ANSWER)], "low")
+    assert found == {"low": 1, "medium": 0, "high": 1}
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<think>", "</think>", "[INST]", "<</SYS>>", "<|eot_id|>"])
+@pytest.mark.parametrize("key", ["content", "thinking"])
+def test_control_tokens_of_other_formats_are_found_in_text(token: str, key: str) -> None:
+    found = content.control_text([row(QUESTION, {**ANSWER, key: f"well {token} then"}), row(QUESTION, ANSWER)])
+    assert found == {"rows": 1, "rows_by_token": {token: 1}, "first": ["data.jsonl: row 1"]}
+
+
+def test_control_tokens_are_found_in_the_arguments_of_calls() -> None:
+    call = {"function": {"name": "add", "arguments": {"a": "<|im_start|>"}}}
+    found = content.control_text([row(QUESTION, {"role": "assistant", "thinking": "hm", "tool_calls": [call]})])
+    assert found["rows_by_token"] == {"<|im_start|>": 1}
+
+
+@pytest.mark.parametrize("text", ["a < b | c > d", "if x <| y then z |> w", "<b>bold</b>", "list[int]", "I think so"])
+def test_ordinary_text_has_no_control_tokens(text: str) -> None:
+    assert content.control_text([row(QUESTION, {**ANSWER, "content": text})])["rows"] == 0
+
+
+def test_copies_are_told_from_other_answers_to_the_same_prompt() -> None:
+    other = {**ANSWER, "content": "five"}
+    found = content.copies([row(QUESTION, ANSWER), row(QUESTION, ANSWER, where="copy"), row(QUESTION, other)])
+    assert found == {"rows": 1, "first": ["copy"], "same_prompt_other_answer": 1}
+
+
+def test_languages_are_counted_by_kind_of_text() -> None:
+    english = "The train left the station before anyone had noticed."
+    german = "Der Zug verließ den Bahnhof, bevor es jemand bemerkt hatte."
+    turns = ({"role": "user", "content": english}, {"role": "assistant", "thinking": german, "content": "42"})
+    found = content.languages([row(*turns)], Languages(["en", "de"], "doctor.languages"))
+    assert found == {"prompts": {"en": 1}, "reasoning": {"de": 1}, "answers": {"undecided": 1}}
+
+
+# --- leaks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("held_out", "exact", "normalized"),
+    [
+        ("What is 2 + 3?", 1, 1),
+        ("what  is\n2 + 3 ?", 0, 1),
+        ("What is “2 + 3”", 0, 1),
+        ("Ｗhat is 2 + 3?", 0, 1),
+        ("What is 2 - 3?", 0, 0),
+        ("What is 2 + 3.5?", 0, 0),
+        ("What is 23?", 0, 0),
+    ],
+)
+def test_a_leak_is_the_same_question_in_other_clothes(held_out: str, exact: int, normalized: int) -> None:
+    found = leaks.figures([asked("What is 2 + 3?", 1)], [asked(held_out, 2), asked("Something else", 3)])
+    assert (found["exact"], found["normalized"], found["share"]) == (exact, normalized, normalized / 2)
+    assert found["first"] == ["data.jsonl: row 2 = data.jsonl: row 1"] * normalized
+
+
+def test_vowel_signs_tell_words_apart() -> None:
+    assert leaks.figures([asked("किताब क्या है?")], [asked("कुतुब क्या है?")])["normalized"] == 0
+
+
+def test_another_instruction_makes_another_prompt() -> None:
+    trained = row({"role": "system", "content": "Answer in French."}, QUESTION, ANSWER)
+    held_out = row({"role": "system", "content": "Answer in German."}, QUESTION, ANSWER)
+    assert leaks.figures([trained], [held_out])["normalized"] == 0
+
+
+# --- findings --------------------------------------------------------------------------------------------------------
+
+HEALTHY: dict[str, Any] = {
+    "rows": {"all": 400, "train": 360, "validation": 40},
+    "tokens": {"examples": 400, "all": 40000, "supervised": 8000, "supervised_share": 0.2},
+    "lengths": {"shortest": 50, "median": 90, "p95": 120, "longest": 150, "histogram": {"128": 390, "256": 10}},
+    "cut": {
+        "max_length": 4096,
+        "rows": 0,
+        "examples": 0,
+        "tokens_lost": 0,
+        "supervised_tokens_lost": 0,
+        "supervised_share_lost": 0.0,
+        "first": [],
+    },
+    "nothing_to_learn": {"examples": 0, "rows": 0, "first": []},
+    "reasoning": {"turns": 400, "turns_without": 0, "rows_without": 0, "first": []},
+    "reasoning_effort": {"low": 0, "medium": 400, "high": 0},
+    "tools": {"rows_that_offer": 0, "rows_that_call": 0, "calls": 0, "results": 0, "by_name": {}},
+    "control_text": {"rows": 0, "rows_by_token": {}, "first": []},
+    "copies": {"rows": 0, "first": [], "same_prompt_other_answer": 0},
+    "leaks": {"exact": 0, "normalized": 0, "share": 0.0, "first": []},
+    "languages": {"prompts": {"en": 400}, "reasoning": {"de": 400}, "answers": {"undecided": 400}},
+    "parity": {"is_checked": False, "reason": "the package openai-harmony is not installed"},
+}
+TRAINING = {"weights": 40, "gradients": 10, "optimizer": 20, "activations": 30, "total": 100}
+NEEDS: dict[str, Any] = {
+    "parameters": {"all": 10, "experts": 8},
+    "trained_parameters": {"sft": 10, "qat": 10},
+    "device_bytes": {"sft": TRAINING, "qat": TRAINING},
+    "disk_bytes": {"upcast": 20, "sft": 40, "quantize": 0, "qat": 40, "export": 5},
+    "checkpoint_bytes": {"sft": 180, "qat": 120},
+    "tokens": 150,
+}
+ROOMY = {"disk_free_bytes": 10**6, "host_free_bytes": 10**6, "gpus": 1, "gpu_free_bytes": 10**6, "processes": 1}
+Found = Callable[..., list[str]]
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> Found:
+    """The findings with some figures changed: `data__section__name=value` or `machine__name=value`."""
+
+    def of(train: TrainConfig | None = None, **changes: Any) -> list[str]:
+        data, machine = {name: dict(values) for name, values in HEALTHY.items()}, dict(ROOMY)
+        for key, value in changes.items():
+            place, *path = key.split("__")
+            (data[path[0]] if place == "data" else machine)[path[-1]] = value
+        settings = replace(config(), run_dir=str(tmp_path), sft=train or TrainConfig(), qat=train or TrainConfig())
+        return findings.findings(Facts(data, NEEDS, machine, settings))
+
+    return of
+
+
+def test_nothing_is_found_where_nothing_is_wrong(found: Found) -> None:
+    assert found() == []
+
+
+def test_the_most_serious_comes_first(found: Found) -> None:
+    messages = found(
+        data__copies__rows=3,
+        data__reasoning__turns_without=4,
+        data__leaks__normalized=1,
+        machine__gpu_free_bytes=99,
+    )
+    beginnings = ("sft needs", "qat needs", "validation rows whose", "assistant turns without", "rows that copy")
+    assert [message.startswith(start) for message, start in zip(messages, beginnings, strict=True)] == [True] * 5
+
+
+def test_a_gpu_too_small_is_told_with_what_would_make_it_fit(found: Found) -> None:
+    sft, qat = found(machine__gpu_free_bytes=99, train=TrainConfig(batch_size=4, gradient_checkpointing=False))
+    assert sft.startswith("sft needs about 0.0 MB on each GPU") and qat.startswith("qat needs")
+    assert "use train@sft=lora, sft.gradient_checkpointing=true, sft.batch_size=1, data.max_length=75." in sft
+
+
+def test_without_a_gpu_all_of_training_has_to_fit_into_host_memory(found: Found) -> None:
+    (message,) = found(machine__gpus=0, machine__host_free_bytes=99)
+    assert message.startswith("training, without a GPU, needs about")
+    assert found(machine__gpus=1, machine__host_free_bytes=99) == []
+
+
+def test_every_process_loads_the_weights(found: Found) -> None:
+    assert found(machine__processes=2, machine__host_free_bytes=80) == []
+    (message,) = found(machine__processes=3, machine__host_free_bytes=80)
+    assert message.startswith("loading the weights needs")
+
+
+def test_stages_to_come_and_the_checkpoints_of_one_have_to_fit_on_disk(found: Found) -> None:
+    assert found(machine__disk_free_bytes=105 + 180) == []
+    (message,) = found(machine__disk_free_bytes=105 + 179)
+    assert "run_dir=" in message and "sft.save_total_limit" in message
+
+
+def test_complete_stages_need_no_more_disk(found: Found, tmp_path: Path) -> None:
+    for stage in ("upcast", "sft"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "artifact.json").touch()
+    assert found(machine__disk_free_bytes=45 + 120) == []
+    assert len(found(machine__disk_free_bytes=45 + 119)) == 1
+
+
+def test_a_limit_that_keeps_everything_is_proposed(found: Found) -> None:
+    (message,) = found(data__cut__supervised_tokens_lost=9, data__cut__examples=2, data__cut__first=["a: row 7"])
+    assert (
+        "data.max_length=4096" in message
+        and "a: row 7" in message
+        and "data.max_length=192 keeps everything" in message
+    )
+
+
+def test_few_validation_rows_are_told_with_the_fraction_that_holds_out_enough(found: Found) -> None:
+    (message,) = found(data__rows__validation=8, data__rows__train=72)
+    assert message.startswith("rows held out by data.validation_fraction=0.1: 8") and message.endswith(
+        "Set data.validation_fraction=0.25."
+    )
+    (message,) = found(data__rows__validation=2, data__rows__train=18)
+    assert message.endswith("Use more rows.")
+
+
+def test_other_tokens_than_harmonys_are_quoted(found: Found) -> None:
+    first = {"where": "a: row 3", "position": 17, "ours": "json", "theirs": "<|constrain|>json"}
+    parity = {"is_checked": True, "examples": 400, "differ": 2, "first": first}
+    (message,) = found(**{f"data__parity__{key}": value for key, value in parity.items()})
+    assert "2 of 400" in message and "a: row 3 at token 17: 'json' for '<|constrain|>json'" in message
+
+
+# --- display ---------------------------------------------------------------------------------------------------------
+
+
+def shown(how: Rendering, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    display.conversation(4, row(QUESTION, ANSWER).conversation, how)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_without_a_terminal_a_conversation_is_plain_text(how: Rendering, capsys: pytest.CaptureFixture[str]) -> None:
+    head, *lines = shown(how, capsys)
+    assert head.startswith("[doctor] row 4 (data.jsonl: row 1), example 1: ")
+    assert "\x1b" not in "".join(lines) and all(line == line.rstrip() and len(line) <= 120 for line in lines)
+    titles = [line.split()[0] for line in lines if not line.startswith(" ")]
+    assert titles == ["prompt", "supervised"]
+
+
+def test_what_is_shown_is_what_is_supervised(how: Rendering, capsys: pytest.CaptureFixture[str]) -> None:
+    _, *lines = shown(how, capsys)
+    start = next(i for i, line in enumerate(lines) if line.startswith("supervised"))
+    text = "".join("".join(lines[start:]).removeprefix("supervised").replace("│", "").split())
+    assert text == "<|channel|>analysis<|message|>2+3=5<|end|><|start|>assistant<|channel|>final<|message|>5<|return|>"
+
+
+def test_a_conversation_that_the_template_refuses_is_named_by_its_setting_and_row(how: Rendering) -> None:
+    call, orphan = {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "5"}
+    bad = Conversation([QUESTION, call, ANSWER, orphan, ANSWER], where="data.jsonl: row 9")
+    with pytest.raises(UserError, match=r"doctor\.row=9: data\.jsonl: row 9: the chat template refuses it"):
+        display.conversation(9, bad, how)
+
+
+def test_on_a_terminal_it_is_in_colour(how: Rendering, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    terminal = Console(file=out, force_terminal=True, color_system="standard", width=100, legacy_windows=False)
+    monkeypatch.setattr(display, "_console", lambda: terminal)
+    display.conversation(1, row(QUESTION, ANSWER).conversation, how)
+    assert "\x1b[32m<|channel|>" in out.getvalue()

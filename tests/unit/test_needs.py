@@ -1,0 +1,172 @@
+"""What a run needs, against what transformers, PEFT and torch really allocate for a tiny model."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline import adapters
+from pipeline.config import (
+    LoraConfig,
+    LoraTarget,
+    Method,
+    ModelConfig,
+    PipelineConfig,
+    Precision,
+    Stage,
+    TinyConfig,
+    TrainConfig,
+)
+from pipeline.doctor import needs
+from pipeline.gpt_oss import Shape
+from pipeline.synthetic import create_tiny
+
+TINY = TinyConfig(num_hidden_layers=3, num_key_value_heads=1)
+FULL = TrainConfig(precision=Precision.fp32)
+LORA = TrainConfig(method=Method.lora, precision=Precision.bf16)
+RELEASED = Shape(24, 2880, 2880, 32, 64, 8, 64, 201_088)
+
+
+@pytest.fixture(scope="module")
+def model_config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory: Path = tmp_path_factory.mktemp("needs") / "tiny"
+    create_tiny(directory, TINY)
+    config = json.loads((directory / "config.json").read_text())
+    del config["quantization_config"]
+    return config
+
+
+@pytest.fixture(scope="module")
+def shape(model_config: dict[str, Any]) -> Shape:
+    return Shape.of(model_config, "config.json")
+
+
+def build(model_config: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM, GptOssConfig
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(
+        GptOssConfig(**model_config), attn_implementation="eager", experts_implementation="eager"
+    )
+
+
+def settings(sft: TrainConfig, qat: TrainConfig) -> PipelineConfig:
+    return PipelineConfig(Stage.doctor, model=ModelConfig("model"), sft=sft, qat=qat)
+
+
+def test_parameters_are_those_of_the_model(model_config: dict[str, Any], shape: Shape) -> None:
+    model = build(model_config)
+    assert needs.parameters(shape)["all"] == sum(p.numel() for p in model.parameters())
+    stacks = [p.numel() for name, p in model.named_parameters() if name.endswith(("gate_up_proj", "down_proj"))]
+    assert needs.parameters(shape)["experts"] == sum(stacks)
+
+
+LORAS = {
+    "both": LoraConfig(rank=4),
+    "attention": LoraConfig(targets=[LoraTarget.attention]),
+    "experts": LoraConfig(targets=[LoraTarget.experts]),
+    "one layer": LoraConfig(rank=2, layers=[1]),
+}
+
+
+@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
+def test_adapters_have_as_many_parameters_as_peft_gives_them(
+    model_config: dict[str, Any], shape: Shape, lora: LoraConfig
+) -> None:
+    train = replace(LORA, lora=lora)
+    adapted = adapters.attach(build(model_config), train, "sft")
+    assert needs.trained_parameters(shape, train) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def test_gradients_and_optimizer_are_what_torch_allocates(model_config: dict[str, Any], shape: Shape) -> None:
+    model = build(model_config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    found = needs.memory(shape, FULL, 8, TINY.num_experts_per_tok, False)
+    assert found.weights == sum(p.nbytes for p in model.parameters())
+    assert found.gradients == sum(p.grad.nbytes for p in model.parameters())
+    states = [value.nbytes for state in optimizer.state.values() for key, value in state.items() if key != "step"]
+    assert found.optimizer == sum(states)
+
+
+def test_full_fine_tuning_of_20b_takes_sixteen_bytes_a_parameter() -> None:
+    found = needs.memory(RELEASED, replace(FULL, precision=Precision.mixed_bf16), 4096, 4, False)
+    assert found.weights + found.gradients + found.optimizer == 16 * needs.parameters(RELEASED)["all"]
+    assert found.weights + found.gradients + found.optimizer == pytest.approx(334e9, rel=0.01)
+
+
+@contextmanager
+def kept_bytes() -> Iterator[dict[int, int]]:
+    """Storage -> bytes of everything that autograd keeps for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+@pytest.mark.parametrize("method", Method)
+@pytest.mark.parametrize(("batch_size", "tokens"), [(1, 64), (2, 256), (4, 128)])
+def test_activations_are_close_to_what_autograd_keeps(
+    model_config: dict[str, Any], shape: Shape, batch_size: int, tokens: int, method: Method
+) -> None:
+    train = replace(FULL, method=method, batch_size=batch_size, gradient_checkpointing=False)
+    model = build(model_config)
+    if method is Method.lora:
+        model = adapters.attach(model, train, "sft")
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    ids = torch.randint(0, 700, (batch_size, tokens))
+    with kept_bytes() as kept:
+        loss = model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids), use_cache=False).loss
+    held = sum(size for storage, size in kept.items() if storage not in parameters)
+    assert loss.requires_grad
+    estimate = needs.memory(shape, train, tokens, TINY.num_experts_per_tok, False).activations
+    assert 0.8 < estimate / held < 1.8
+
+
+def test_checkpointing_longer_batches_and_flex_attention_change_activations_the_right_way() -> None:
+    def activations(**changes: Any) -> int:
+        train = replace(LORA, **{"batch_size": 2, **changes})
+        return needs.memory(RELEASED, train, 2048, 4, False).activations
+
+    usual = activations()
+    assert activations(gradient_checkpointing=False) > 5 * usual
+    assert activations(batch_size=1) < usual < activations(batch_size=4)
+    assert activations(attn_implementation="flex_attention") < usual
+
+
+def test_disk_is_what_the_shapes_say() -> None:
+    found = needs.disk(settings(FULL, FULL), RELEASED, True)
+    every = needs.parameters(RELEASED)["all"]
+    assert (found["upcast"], found["sft"], found["qat"]) == (2 * every, 4 * every, 4 * every)
+    assert found["quantize"] == 0
+    assert found["export"] == pytest.approx(13.76e9, rel=0.001)  # the size of openai/gpt-oss-20b
+
+
+@pytest.mark.parametrize(
+    ("sft", "qat", "expected"),
+    [(FULL, FULL, "nothing"), (LORA, LORA, "nothing"), (LORA, FULL, "a merged model"), (FULL, LORA, "adapters")],
+)
+def test_quantize_writes_only_what_it_cannot_link(sft: TrainConfig, qat: TrainConfig, expected: str) -> None:
+    merged = 2 * needs.parameters(RELEASED)["all"]
+    sizes = {"nothing": 0, "a merged model": merged, "adapters": 4 * needs.trained_parameters(RELEASED, qat)}
+    assert needs.disk(settings(sft, qat), RELEASED, True)["quantize"] == sizes[expected]
+
+
+def test_a_bf16_source_is_linked() -> None:
+    assert needs.disk(settings(LORA, LORA), RELEASED, False)["upcast"] == 0
+
+
+def test_checkpoints_hold_weights_and_optimizer_once_more_than_are_kept() -> None:
+    trained = needs.trained_parameters(RELEASED, LORA)
+    assert needs.checkpoints(RELEASED, LORA) == (LORA.save_total_limit + 1) * trained * (4 + 8)
