@@ -6,6 +6,7 @@ trainer's own are "auto", so that each stands in one place.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from torch import Tensor
 from pipeline.config import Precision, Sharding, TrainConfig
 from pipeline.errors import UserError
 from pipeline.tracking import is_main_process, process_count, wait_for_everyone
+
+# DeepSpeed 0.19 calls collectives by their older names, and torch says so at every step.
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 _LAYER_CLASS = "GptOssDecoderLayer"  # what is gathered at once
 _LAUNCHER_SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
@@ -40,14 +44,16 @@ class Engine:
 
     Attributes:
         arguments: of transformers' TrainingArguments, made anew for each trainer, which changes them.
+        splits: what each process has but its part of: weights, gradients, optimizer.
         gathers: whether parameters are whole only while they are used, and in memory of their own each time.
         reshards: whether any number of processes can go on from a checkpoint of another number.
         spread: (accelerator, model) -> a model that is not trained, shared as the trained one is.
-        distributed_type: what accelerate calls it, before the trainer says more.
+        distributed_type: what accelerate is told that it is, on CPUs.
         package: that must be installed, or None.
     """
 
     arguments: Callable[[], dict[str, Any]]
+    splits: tuple[str, ...]
     gathers: bool
     reshards: bool
     spread: Callable[[Any, Any], Any] = _each_whole
@@ -66,18 +72,14 @@ def _fsdp2() -> dict[str, Any]:
     return {"fsdp": True, "fsdp_config": config}
 
 
-def _zero(stage: int) -> dict[str, Any]:
+def _zero(stage: int, **more: Any) -> dict[str, Any]:
     config = {
         "zero_optimization": {
             "stage": stage,
             "overlap_comm": torch.cuda.is_available(),
             "contiguous_gradients": True,
             "reduce_bucket_size": "auto",
-            **(
-                {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}
-                if stage == 3
-                else {}
-            ),
+            **more,
         },
         "bf16": {"enabled": "auto"},
         "gradient_clipping": "auto",
@@ -89,11 +91,18 @@ def _zero(stage: int) -> dict[str, Any]:
     return {"deepspeed": config}
 
 
+def _zero3() -> dict[str, Any]:
+    # trl 1.16 gathers the head itself, outside of the head's own forward pass, and lets go of it: if DeepSpeed, which
+    # has seen it used in a validation, is fetching it ahead at that moment, it stops with "a param in flight".
+    return _zero(3, stage3_param_persistence_threshold="auto", stage3_prefetch_bucket_size=0)
+
+
+_ALL = ("weights", "gradients", "optimizer")
 ENGINES = {
-    Sharding.none: Engine(dict, gathers=False, reshards=True),
-    Sharding.fsdp2: Engine(_fsdp2, gathers=True, reshards=True, spread=_split),
-    Sharding.zero2: Engine(lambda: _zero(2), False, False, _each_whole, "DEEPSPEED", "deepspeed"),
-    Sharding.zero3: Engine(lambda: _zero(3), True, False, _each_whole, "DEEPSPEED", "deepspeed"),
+    Sharding.none: Engine(dict, (), gathers=False, reshards=True, distributed_type="MULTI_CPU"),
+    Sharding.fsdp2: Engine(_fsdp2, _ALL, gathers=True, reshards=True, spread=_split),
+    Sharding.zero2: Engine(lambda: _zero(2), _ALL[1:], False, False, _each_whole, "DEEPSPEED", "deepspeed"),
+    Sharding.zero3: Engine(_zero3, _ALL, True, False, _each_whole, "DEEPSPEED", "deepspeed"),
 }
 
 
@@ -101,13 +110,21 @@ ENGINES = {
 def switched_on(sharding: Sharding) -> Iterator[dict[str, Any]]:
     """What transformers' TrainingArguments need for it, while one model is trained."""
     made = ENGINES[sharding].arguments()
-    if made and not torch.cuda.is_available():
+    if process_count() > 1 and not torch.cuda.is_available():
         made.update(_on_cpu(sharding))
     try:
         yield made
     finally:
-        for name in _LAUNCHER_SWITCHES:  # accelerate sets them too, and the next stage would find them
-            os.environ.pop(name, None)
+        _forget_switches()
+
+
+def _forget_switches() -> None:
+    """Where accelerate and transformers remember how the trainer shards, and the next stage would find it."""
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    for name in _LAUNCHER_SWITCHES:
+        os.environ.pop(name, None)
+    unset_hf_deepspeed_config()  # else it would load the next model in pieces
 
 
 def raise_if_impossible(sharding: Sharding) -> None:
@@ -141,7 +158,9 @@ def _on_cpu(sharding: Sharding) -> dict[str, Any]:
 
     wait_for_everyone()  # makes the process group
     AcceleratorState._reset_state()  # of an earlier stage in this process
-    PartialState().distributed_type = DistributedType[ENGINES[sharding].distributed_type]
+    state = PartialState()
+    state.distributed_type = DistributedType[ENGINES[sharding].distributed_type]
+    state.device = torch.device("cpu")  # accelerate's own, cpu:0, is none that torch can load a checkpoint to
     return {"accelerator_config": {"use_configured_state": True}}
 
 

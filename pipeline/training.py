@@ -285,6 +285,7 @@ def _arguments(setup: Setup, **more: Any) -> SFTConfig:
         data_seed=settings.seed,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,  # every step uses all of them: a layer's experts are one parameter
         max_length=None,  # cut and counted when the data was prepared
         shuffle_dataset=False,
         packing=False,  # with eager attention packed documents see each other

@@ -12,7 +12,7 @@ from typing import Any
 from torch.distributed.tensor import DTensor
 
 from pipeline import __main__ as program
-from pipeline import callbacks, models, training
+from pipeline import callbacks, losses, models, sharding, training
 from pipeline.tracking import is_main_process, process_count
 
 
@@ -38,6 +38,14 @@ def share_held(model: Any) -> float:
     return held / sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
+def loss_of(inputs: Any) -> float:
+    """The validation loss of the model as it is now."""
+    batches = losses.batches(inputs.splits.validation, 12, inputs.tokenizer.pad_token_id)
+    loss = losses.measure(inputs.model, batches).supervised
+    sharding.let_go(inputs.model)
+    return loss
+
+
 def run(line: Line) -> dict[str, Any]:
     outcome: dict[str, Any] = {}
     on_save, train, save = callbacks.Checkpoints.on_save, training.train, models.save
@@ -50,6 +58,7 @@ def run(line: Line) -> dict[str, Any]:
     def looking(inputs: Any, setup: Any) -> dict[str, Any]:
         details = train(inputs, setup)
         outcome["share"] = share_held(inputs.model)
+        outcome["loss_left"] = loss_of(inputs)
         outcome["teacher_share"] = None if inputs.teacher is None else share_held(inputs.teacher.model)
         return details
 
