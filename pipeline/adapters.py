@@ -1,7 +1,7 @@
 """LoRA on attention and on expert stacks, and its merge into the weights. The only importer of peft."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline import sharding
 from pipeline.checkpoints import ADAPTER_WEIGHTS
 from pipeline.config import LoraTarget, TrainConfig
 from pipeline.errors import CheckFailed, UserError
@@ -87,11 +88,17 @@ def parameter_name(module_name: str) -> str:
     return module_name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
+def is_factor(parameter_name: str) -> bool:
+    """Whether a parameter of an adapted model is part of an adapter."""
+    return ".lora_" in parameter_name
+
+
 @torch.no_grad()
 def expert_weights(model: Any, experts: slice) -> Iterator[tuple[str, Tensor]]:
-    """Some experts (E, in, out) of each stack that is trained, adapters merged; of a sharded stack this process's own.
+    """Some experts (E, in, out) of each stack that is trained, adapters merged; for all processes together.
 
-    Stacks whose parameter is not here (ZeRO-3 empties it between forward passes) are left out.
+    Of a sharded stack only the main process yields experts, from its own part, which is the first. Stacks whose
+    parameter is not here (ZeRO-3 empties it between forward passes) are left out.
     """
     adapted = {
         f"{parameter_name(name)}.{module.parameter_name}": module
@@ -102,18 +109,30 @@ def expert_weights(model: Any, experts: slice) -> Iterator[tuple[str, Tensor]]:
         name = parameter_name(full_name)
         if not name.endswith(EXPERT_WEIGHTS) or not (parameter.requires_grad or name in adapted):
             continue
-        stack = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        if not stack.numel():
-            continue
-        yield name, stack[experts] + _delta(adapted[name], experts) if name in adapted else stack[experts]
+        stack = sharding.first_part(parameter)
+        delta = _delta(adapted[name], experts) if name in adapted else None  # a joint effort where factors are sharded
+        if stack.numel():
+            yield name, stack[experts] if delta is None else stack[experts] + delta
 
 
 def _delta(wrapper: ParamWrapper, experts: slice) -> Tensor:
     """What its adapter adds to some experts (E, in, out) of a stack; that of the whole stack is never made."""
     first, end, _ = experts.indices(wrapper.num_experts)
     start = min(first, max(0, wrapper.num_experts - 2))
-    with _only_experts(wrapper, start, min(max(2, end - start), wrapper.num_experts)):
+    count = min(max(2, end - start), wrapper.num_experts)
+    with _whole_factors(wrapper), _only_experts(wrapper, start, count):
         return wrapper.get_delta_weight(_ADAPTER)[first - start : end - start]
+
+
+@contextmanager
+def _whole_factors(wrapper: ParamWrapper) -> Iterator[None]:
+    """Inside the block the adapter has its factors whole, where each process holds a part of them."""
+    with ExitStack() as gathered:
+        for factor in (*wrapper.lora_A.values(), *wrapper.lora_B.values()):
+            whole = gathered.enter_context(sharding.gathered(_weight(factor)))
+            gathered.callback(setattr, factor, "weight", _weight(factor))
+            factor.weight = torch.nn.Parameter(whole.data, requires_grad=False)
+        yield
 
 
 def is_wrapped(module_name: str) -> bool:

@@ -16,29 +16,30 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 from transformers.trainer_utils import rotate_checkpoints
 
 from pipeline.artifacts import peak_resident_bytes
-from pipeline.config import TrainConfig
+from pipeline.config import Sharding, TrainConfig
 from pipeline.harmony import IGNORED
+from pipeline.resume import mark_whole
 from pipeline.tracking import is_main_process, log_metrics, progress, read_metrics, say, wait_for_everyone, warn
-
-WHOLE = "whole"
-"""This file in a checkpoint says that all of it was written."""
 
 _LOSS = "eval_loss"
 _RECOUNTED = "num_tokens"  # TRL's sum, which begins anew when a run is resumed
 
 
-def callbacks(settings: TrainConfig, directory: Path, stage: str, tokens: "TokenCount") -> list[TrainerCallback]:
+def callbacks(
+    settings: TrainConfig, directory: Path, stage: str, shared: Sharding, tokens: "TokenCount"
+) -> list[TrainerCallback]:
     """The callbacks of one training stage.
 
     Args:
         settings: `sft` or `qat` of the configuration.
         directory: of the stage.
         stage: its name, for messages.
+        shared: how the processes share the model.
         tokens: told of every batch that is trained on.
     """
     made: list[TrainerCallback] = [
         Metrics(directory, stage, tokens),
-        Checkpoints(settings.save_total_limit, directory, stage),
+        Checkpoints(settings.save_total_limit, directory, stage, shared),
     ]
     if settings.early_stopping_patience is not None:
         made.append(EarlyStopping(settings.early_stopping_patience))
@@ -210,10 +211,11 @@ class Checkpoints(TrainerCallback):
     With `load_best_model_at_end` the trainer goes back to `state.best_model_checkpoint` after the last step.
     """
 
-    def __init__(self, limit: int, directory: Path, stage: str) -> None:
+    def __init__(self, limit: int, directory: Path, stage: str, shared: Sharding) -> None:
         self._limit = limit
         self._directory = directory
         self._stage = stage
+        self._shared = shared
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.best_global_step:  # from the checkpoint, which may have been moved since, together with its run
@@ -233,7 +235,7 @@ class Checkpoints(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         wait_for_everyone()
         if state.is_world_process_zero:
-            (_checkpoint(args, state.global_step) / WHOLE).touch()
+            mark_whole(_checkpoint(args, state.global_step), self._shared)
             # Not before it is whole: what a resume would need is still there if this one was torn.
             rotate_checkpoints(args.output_dir, self._limit, state.best_model_checkpoint)
 

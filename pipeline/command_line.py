@@ -23,6 +23,7 @@ _GROUPS = {
     "train@sft": "full or lora, for SFT",
     "train@qat": "full or lora, for QAT",
     "format": "the 4-bit format",
+    "sharding": "how processes share a model while it is trained",
     "tracking": "where metrics go besides metrics.jsonl",
 }
 _HELP_FLAGS = ("--help", "-h")

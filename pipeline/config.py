@@ -66,6 +66,15 @@ class Method(Enum):
     lora = "lora"
 
 
+class Sharding(Enum):
+    """How the processes of a training stage share one model: the rows of sharding.ENGINES."""
+
+    none = "none"
+    fsdp2 = "fsdp2"
+    zero2 = "zero2"
+    zero3 = "zero3"
+
+
 class LoraTarget(Enum):
     """Parts of a layer that get adapters."""
 
@@ -355,7 +364,7 @@ class QatConfig(TrainConfig):
     """Training on with fake quantization."""
 
     rounded_cache_gib: Optional[float] = None
-    """Memory for the experts' rounded weights, kept from one forward pass to the next; null: as much as they take."""
+    """Memory for the experts' rounded weights, kept between forward passes; null: all, none where they are gathered."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
 
@@ -469,6 +478,8 @@ class PipelineConfig:
     """Where upcast and export compute: auto is the GPU if there is one. The bits are the same everywhere."""
     overwrite: bool = False
     """Rebuild a stage that is complete, and discard unfinished work done with other settings."""
+    sharding: Sharding = Sharding.none
+    """What processes share while training: nothing but data; fsdp2 or zero3: all; zero2: gradients and optimizer."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     doctor: DoctorConfig = field(default_factory=DoctorConfig)

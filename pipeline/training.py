@@ -4,11 +4,9 @@ The only importer of trl. The model comes in ready, with adapters and quantizers
 """
 
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,10 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
-from pipeline import losses, tables
+from pipeline import losses, resume, sharding, tables
 from pipeline.artifacts import CHECKPOINTS_DIR
-from pipeline.callbacks import WHOLE, TokenCount, callbacks
-from pipeline.config import Precision, TrainConfig
+from pipeline.callbacks import TokenCount, callbacks
+from pipeline.config import Precision, Sharding, TrainConfig
 from pipeline.data import Splits
 from pipeline.distillation import Teacher, distilled
 from pipeline.drift import Drift
@@ -31,7 +29,6 @@ from pipeline.numerics.codec import CodecError
 from pipeline.rounding import RoundedWeights
 from pipeline.tracking import (
     forget_metrics_after,
-    is_main_process,
     read_metrics,
     say,
     wait_for_everyone,
@@ -42,62 +39,82 @@ _WHOLE_EXAMPLES = "bfd"  # best fit, decreasing: TRL's way to pack that cuts no 
 _LOWEST_SAFE_BF16_RATE = 1e-4
 
 
-def train(
-    model: Any,
-    tokenizer: Any,
-    splits: Splits,
-    settings: TrainConfig,
-    directory: Path,
-    stage: str,
-    drift: Drift,
-    rounded: RoundedWeights | None = None,
-    teacher: Teacher | None = None,
-) -> dict[str, Any]:
-    """Train in place, going on from the last whole checkpoint in `directory` if there is one.
+@dataclass(frozen=True)
+class Inputs:
+    """What a training stage trains, and on what.
 
-    Args:
-        model: in training precision, with whatever adapters and quantizers it is to have.
+    Attributes:
+        model: in training precision, with whatever adapters and quantizers it is to have; trained in place.
         tokenizer: of the model.
         splits: tokenized examples.
-        settings: `sft` or `qat` of the configuration.
-        directory: of the stage; checkpoints and metrics.jsonl go there.
-        stage: its name, for messages.
         drift: measures, at each validation, how far the experts have moved.
         rounded: what is kept of the model's rounded weights, to be forgotten when they change.
         teacher: whose predictions are learnt beside the data, or None.
+    """
+
+    model: Any
+    tokenizer: Any
+    splits: Splits
+    drift: Drift
+    rounded: RoundedWeights | None = None
+    teacher: Teacher | None = None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How and where a stage trains.
+
+    Attributes:
+        settings: `sft` or `qat` of the configuration.
+        stage: its name, for messages.
+        directory: of the stage; checkpoints and metrics.jsonl go there.
+        shared: how the processes share the model.
+    """
+
+    settings: TrainConfig
+    stage: str
+    directory: Path
+    shared: Sharding
+
+    def diverged(self, reason: str) -> UserError:
+        """The error for a loss or weights that are no numbers any more."""
+        rate = f"{self.stage}.learning_rate={self.settings.learning_rate}"
+        return UserError(f"{rate}: training diverged ({reason}). Lower it.")
+
+
+def train(inputs: Inputs, setup: Setup) -> dict[str, Any]:
+    """Train in place, going on from the last whole checkpoint of the stage if there is one.
 
     Returns:
         Steps, the step whose weights are left, training loss, validation loss before and after, tokens seen.
 
     Raises:
-        UserError: a setting that transformers refuses.
+        UserError: a setting that transformers refuses, a launcher or a checkpoint that does not go with the settings.
     """
-    model.config.bos_token_id = tokenizer.bos_token_id  # the trainer would do it, with a warning
-    _warn_of_lost_updates(model, settings, stage)
-    trainer = _trainer(model, tokenizer, splits, settings, directory, stage)
-    trainer.drift = drift
-    if rounded is not None:
-        trainer.add_callback(_Forget(rounded))
-    if teacher is not None:
-        trainer.learn_from(teacher)
-    checkpoint = _last_whole_checkpoint(directory / CHECKPOINTS_DIR, stage)
-    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
-    forget_metrics_after(directory, step)
-    if checkpoint is None:
-        trainer.evaluate()
-    else:
-        say(stage, f"going on from step {step}")
-    try:
-        with _deterministic_on_cpu():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except (CodecError, FloatingPointError) as error:
-        raise _diverged(settings, stage, str(error)) from error
-    if trainer.evaluated_step != trainer.state.global_step:
-        trainer.evaluate()
+    _warn_of_lost_updates(inputs.model, setup)
+    checkpoint = resume.last_whole(setup.directory / CHECKPOINTS_DIR, setup.stage, setup.shared)
+    with sharding.switched_on(setup.shared) as switches:
+        trainer = _trainer(inputs, setup, eval_on_start=checkpoint is None, **switches)
+        step = resume.step_of(checkpoint) if checkpoint else -1
+        forget_metrics_after(setup.directory, step)
+        if checkpoint is not None:
+            say(setup.stage, f"going on from step {step}")
+        try:
+            with _deterministic_on_cpu():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except (CodecError, FloatingPointError) as error:
+            raise setup.diverged(str(error)) from error
+        if trainer.evaluated_step != trainer.state.global_step:
+            trainer.evaluate()
+    sharding.let_go(inputs.model)
     wait_for_everyone()  # the main process has written all its metrics
-    kept = trainer.state.best_global_step if settings.keep_best else trainer.state.global_step
-    outcome = _outcome(directory, settings, stage, kept)
-    return {"steps": trainer.state.global_step, "kept_step": kept, **outcome, **splits.counts}
+    kept = trainer.state.best_global_step if setup.settings.keep_best else trainer.state.global_step
+    return {
+        "steps": trainer.state.global_step,
+        "kept_step": kept,
+        **_outcome(setup, kept),
+        **inputs.splits.counts,
+    }
 
 
 @contextmanager
@@ -118,13 +135,13 @@ def _deterministic_on_cpu() -> Iterator[None]:
         settings.fill_uninitialized_memory = filled
 
 
-def _outcome(directory: Path, settings: TrainConfig, stage: str, kept: int | None) -> dict[str, float]:
+def _outcome(setup: Setup, kept: int | None) -> dict[str, float]:
     """Figures of metrics.jsonl, which survives interruptions (the trainer's own averages do not)."""
-    lines = read_metrics(directory)
+    lines = read_metrics(setup.directory)
     validation = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     training = [line["loss"] for line in lines if "loss" in line]
     if not all(math.isfinite(loss) for loss in (*validation.values(), *training)):
-        raise _diverged(settings, stage, "the loss is not finite")
+        raise setup.diverged("the loss is not finite")
     assert kept is not None  # one finite loss is the lowest
     return {
         "train_loss_first": training[0],
@@ -132,10 +149,6 @@ def _outcome(directory: Path, settings: TrainConfig, stage: str, kept: int | Non
         "validation_loss_before": validation[0],
         "validation_loss": validation[kept],
     }
-
-
-def _diverged(settings: TrainConfig, stage: str, reason: str) -> UserError:
-    return UserError(f"{stage}.learning_rate={settings.learning_rate}: training diverged ({reason}). Lower it.")
 
 
 class _Trainer(SFTTrainer):
@@ -162,9 +175,9 @@ class _Trainer(SFTTrainer):
                 raise FloatingPointError(f"the loss of step {self.state.global_step + 1} is not finite")
         return loss
 
-    def learn_from(self, teacher: Teacher) -> None:
+    def learn_from(self, teacher: Teacher, shared: Sharding) -> None:
         """Distil from now on; the teacher is spread over the processes as the model is."""
-        model = self.accelerator.prepare_model(teacher.model.requires_grad_(False), evaluation_mode=True)
+        model = sharding.ENGINES[shared].spread(self.accelerator, teacher.model.requires_grad_(False))
         self._teacher = replace(teacher, model=model.eval())
 
     def compute_loss(
@@ -225,25 +238,27 @@ class _Forget(TrainerCallback):
         self._rounded.forget()
 
 
-def _trainer(
-    model: Any, tokenizer: Any, splits: Splits, settings: TrainConfig, directory: Path, stage: str
-) -> _Trainer:
+def _trainer(inputs: Inputs, setup: Setup, **more: Any) -> _Trainer:
+    inputs.model.config.bos_token_id = inputs.tokenizer.bos_token_id  # the trainer would do it, with a warning
     try:
-        arguments = _arguments(settings, directory)
-        _raise_if_launched_otherwise(arguments, settings, stage)
-        tokens = TokenCount()
+        tokens, is_packed = TokenCount(), setup.settings.packing
         trainer = _Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=_packed(splits, stage) if settings.packing else splits.train,
-            eval_dataset=splits.validation,
-            processing_class=tokenizer,
-            callbacks=callbacks(settings, directory, stage, tokens),
+            model=inputs.model,
+            args=_arguments(setup, **more),
+            train_dataset=_packed(inputs.splits, setup.stage) if is_packed else inputs.splits.train,
+            eval_dataset=inputs.splits.validation,
+            processing_class=inputs.tokenizer,
+            callbacks=callbacks(setup.settings, setup.directory, setup.stage, setup.shared, tokens),
         )
-        trainer.tokens = tokens
-        trainer.remove_callback(PrinterCallback)
     except ValueError as error:
         raise UserError(f"training settings: {error}") from error
+    trainer.remove_callback(PrinterCallback)
+    trainer.tokens = tokens
+    trainer.drift = inputs.drift
+    if inputs.rounded is not None:
+        trainer.add_callback(_Forget(inputs.rounded))
+    if inputs.teacher is not None:
+        trainer.learn_from(inputs.teacher, setup.shared)
     return trainer
 
 
@@ -257,23 +272,21 @@ def _packed(splits: Splits, stage: str) -> Dataset:
     return rows
 
 
-def _raise_if_launched_otherwise(arguments: SFTConfig, settings: TrainConfig, stage: str) -> None:
+def _raise_if_launched_otherwise(arguments: SFTConfig, setup: Setup) -> None:
     """`accelerate launch` passes its own configuration by the environment, and the trainer takes it up silently."""
-    wanted = "bf16" if settings.precision is Precision.mixed_bf16 else "no"
+    precision = setup.settings.precision
+    wanted = "bf16" if precision is Precision.mixed_bf16 else "no"
     if arguments.mixed_precision != wanted:
         raise UserError(
-            f"{stage}.precision={settings.precision.name} means mixed precision {wanted!r}, but the launcher sets"
+            f"{setup.stage}.precision={precision.name} means mixed precision {wanted!r}, but the launcher sets"
             f" {arguments.mixed_precision!r}. Use accelerate launch --mixed_precision {wanted}."
         )
-    sharded = [name for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if os.environ.get(name) == "true"]
-    if sharded:
-        raise UserError(f"the launcher sets {', '.join(sharded)}: only data parallel training is supported as yet.")
 
 
-def _arguments(settings: TrainConfig, directory: Path) -> SFTConfig:
-    on_gpu = torch.cuda.is_available()
-    return SFTConfig(
-        output_dir=str(directory / CHECKPOINTS_DIR),
+def _arguments(setup: Setup, **more: Any) -> SFTConfig:
+    settings, on_gpu = setup.settings, torch.cuda.is_available()
+    arguments = SFTConfig(
+        output_dir=str(setup.directory / CHECKPOINTS_DIR),
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler,
         warmup_steps=settings.warmup_ratio,
@@ -301,6 +314,7 @@ def _arguments(settings: TrainConfig, directory: Path) -> SFTConfig:
         data_seed=settings.seed,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,  # every step uses all of them: a layer's experts are one parameter
         max_length=None,  # cut and counted when the data was prepared
         shuffle_dataset=False,
         dataset_kwargs={"skip_prepare_dataset": True},  # tokenized, and packed, already
@@ -308,27 +322,18 @@ def _arguments(settings: TrainConfig, directory: Path) -> SFTConfig:
         packing_strategy=_WHOLE_EXAMPLES,
         report_to="none",
         disable_tqdm=True,
+        **more,
     )
+    _raise_if_launched_otherwise(arguments, setup)
+    return arguments
 
 
-def _last_whole_checkpoint(directory: Path, stage: str) -> Path | None:
-    """The newest checkpoint that was written to its end; later, broken ones are removed."""
-    found = sorted(directory.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    whole = [path for path in found if (path / WHOLE).is_file()]
-    wait_for_everyone()
-    for path in found:
-        if path not in whole and is_main_process():
-            say(stage, f"removing {path.name}, which was interrupted while it was written")
-            shutil.rmtree(path)
-    wait_for_everyone()
-    return whole[-1] if whole else None
-
-
-def _warn_of_lost_updates(model: Any, settings: TrainConfig, stage: str) -> None:
+def _warn_of_lost_updates(model: Any, setup: Setup) -> None:
+    rate, stage = setup.settings.learning_rate, setup.stage
     trained_in_bf16 = any(p.requires_grad and p.dtype is torch.bfloat16 for p in model.parameters())
-    if trained_in_bf16 and settings.learning_rate < _LOWEST_SAFE_BF16_RATE:
+    if trained_in_bf16 and rate < _LOWEST_SAFE_BF16_RATE:
         warn(
             stage,
-            f"{stage}.precision=bf16 at {stage}.learning_rate={settings.learning_rate}: most updates are smaller than"
+            f"{stage}.precision=bf16 at {stage}.learning_rate={rate}: most updates are smaller than"
             " half a BF16 step and are lost (69 % at 2e-5, 84 % at 1e-5). Use mixed_bf16, or expect little to change.",
         )

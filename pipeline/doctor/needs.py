@@ -2,7 +2,7 @@
 
 Weights, gradients, optimizer states and files follow from the shapes and are exact. Activations are an estimate, from
 what a decoder layer keeps for its backward pass in transformers' eager implementation; fragmentation and the CUDA
-context come on top. Every process holds all of it: training is data parallel, without sharding.
+context come on top. What processes share (`sharding`) is taken off where the needs are held against a machine.
 
 Legend: B batch size, T tokens of the longest example, L layers, H hidden size, I intermediate size, N query heads,
 K experts per token, V vocabulary, E experts; w bytes per weight, a bytes per activation.

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pipeline import artifacts, data, models
+from pipeline import artifacts, data, models, sharding
 from pipeline.artifacts import Artifact, Result
 from pipeline.checkpoints import load_tokenizer
 from pipeline.config import PipelineConfig, Stage
@@ -20,6 +20,7 @@ _SETTINGS = ("data", "format", "qat")
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/qat: the trained model, its quantizers in place."""
     start = artifacts.require(config, Stage.quantize)
+    sharding.raise_if_impossible(config.sharding)
     _raise_if_quantized_otherwise(models.of_artifact(start), models.configured_format(config))
     _warn_of_what_sft_was(config, start)
     rows = data.load_rows(config)
@@ -73,17 +74,24 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
     splits = data.prepare(config, rows, tokenizer)
     model = models.load_to_train(start, config.qat)
     drift = Drift(model, block_format)  # before frozen experts are rounded in place
-    teacher = _teacher(config)
-    budget = config.qat.rounded_cache_gib
-    rounded = quantizer.keep_rounded(model, math.inf if budget is None else budget * 2**30)
+    rounded = quantizer.keep_rounded(model, _budget_bytes(config))
+    inputs = training.Inputs(model, tokenizer, splits, drift, rounded, _teacher(config))
     with quantizer.watch(model) as fired:
-        details = training.train(model, tokenizer, splits, config.qat, directory, "qat", drift, rounded, teacher)
+        details = training.train(inputs, training.Setup(config.qat, "qat", directory, config.sharding))
     fired.raise_unless_all(model)
     details["quantizers"] = quantizer.count(model, block_format)
-    kind, where = models.save(model, start, directory, config.qat)
+    kind, where = models.save(model, start, directory, config.qat, config)
     if is_main_process():
         quantizer.save_state(model, directory)
     return Result(kind, where["dtype"], block_format.name, block_format.scale_rule, {**details, **where})
+
+
+def _budget_bytes(config: PipelineConfig) -> float:
+    """Gathered parameters are other memory each time, and there is no room for all of them: by default keep nothing."""
+    budget = config.qat.rounded_cache_gib
+    if budget is None:
+        return 0.0 if sharding.ENGINES[config.sharding].gathers else math.inf
+    return budget * 2**30
 
 
 def _teacher(config: PipelineConfig) -> Any:

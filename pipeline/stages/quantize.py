@@ -45,7 +45,7 @@ def _quantize(config: PipelineConfig, block_format: BlockFormat, sft: ModelRef, 
     model = models.place(models.load_quantized(start, start.dtype))
     if config.qat.method is Method.lora and not start.adapter:
         model = adapters.attach(model, config.qat, "qat")
-        kind, where = models.save(model, start, directory, config.qat)
+        kind, where = models.save(model, start, directory, config.qat, config)
     batches = _calibration_batches(config, rows, sft)
     quantizer.insert(model, block_format, lambda quantized: _run(quantized, batches))
     if config.format.importance:

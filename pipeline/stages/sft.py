@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline import artifacts, data, models
+from pipeline import artifacts, data, models, sharding
 from pipeline.artifacts import Artifact, Result
 from pipeline.checkpoints import load_tokenizer
 from pipeline.config import Method, PipelineConfig, Stage
@@ -15,6 +15,7 @@ _SETTINGS = ("data", "sft")
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/sft: the fine-tuned checkpoint, or its adapters."""
     upcast = models.require_upcast(config)
+    sharding.raise_if_impossible(config.sharding)
     rows = data.load_rows(config)
     return artifacts.build(
         config,
@@ -38,6 +39,7 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
     if config.sft.method is Method.lora:
         model = adapters.attach(model, config.sft, "sft")
     drift = Drift(model, models.configured_format(config))
-    details = training.train(model, tokenizer, splits, config.sft, directory, "sft", drift)
-    kind, where = models.save(model, start, directory, config.sft)
+    inputs = training.Inputs(model, tokenizer, splits, drift)
+    details = training.train(inputs, training.Setup(config.sft, "sft", directory, config.sharding))
+    kind, where = models.save(model, start, directory, config.sft, config)
     return Result(kind, format=where["dtype"], details={**details, **where})

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from pipeline import callbacks
+from pipeline.config import Sharding
 from pipeline.harmony import IGNORED
+from pipeline.resume import WHOLE
 
 EXPERTS, ACTIVE = 8, 2
 
@@ -99,15 +101,15 @@ def names(directory: Path) -> set[str]:
 
 
 def test_the_newest_and_the_best_checkpoint_stay_and_are_marked_whole(tmp_path: Path) -> None:
-    keeper = callbacks.Checkpoints(2, tmp_path, "sft")
+    keeper = callbacks.Checkpoints(2, tmp_path, "sft", Sharding.none)
     for step, best in ((2, 2), (4, 2), (6, 2), (10, 2)):
         keeper.on_save(*saved(tmp_path, best, step), None)
     assert names(tmp_path) == {"checkpoint-2", "checkpoint-10"}
-    assert all((path / callbacks.WHOLE).is_file() for path in tmp_path.iterdir())
+    assert all((path / WHOLE).is_file() for path in tmp_path.iterdir())
 
 
 def test_nothing_goes_before_the_new_checkpoint_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keeper = callbacks.Checkpoints(2, tmp_path, "sft")
+    keeper = callbacks.Checkpoints(2, tmp_path, "sft", Sharding.none)
     for step in (2, 4):
         keeper.on_save(*saved(tmp_path, 2, step), None)
 
