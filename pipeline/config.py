@@ -325,6 +325,8 @@ class TrainConfig:
     """Gradients are clipped to this norm."""
     precision: Precision = Precision.mixed_bf16
     """fp32; mixed_bf16: FP32 weights, BF16 arithmetic; bf16: BF16 weights, which low learning rates hardly move."""
+    stochastic_rounding: bool = False
+    """Let low rates move BF16 weights: round each update up or down at random; needs optimizer=adamw_torch_8bit."""
     attn_implementation: str = "eager"
     """Attention kernel, by its transformers name; compared with eager before training, since many lose the sinks."""
     experts_implementation: ExpertsImplementation = ExpertsImplementation.auto

@@ -26,10 +26,10 @@ _GROUPED = "grouped_mm_in_compute_dtype"
 
 
 def use(model: Any, asked: ExpertsImplementation, block_format: BlockFormat | None) -> None:
-    """Let a model compute its experts with the kernel asked for; after everything else has been done to the model.
+    """Let a model compute its experts with the kernel asked for; after quantizers are inserted or restored.
 
     Args:
-        model: a gpt-oss, with whatever adapters and quantizers it is to have.
+        model: a gpt-oss, adapted or not, with whatever quantizers it is to have.
         asked: `auto` is the fastest that runs all quantizers.
         block_format: of the quantizers, or None.
     """

@@ -85,6 +85,8 @@ def _train_problems(section: str, train: TrainConfig) -> list[str]:
             f"{section}.precision=mixed_bf16: not with LoRA, whose merge autocast would round otherwise than export"
             " does. Use bf16 (the adapters stay FP32) or fp32."
         )
+    if train.stochastic_rounding:
+        found += _rounding_problems(section, train)
     if train.lr_scheduler not in _SCHEDULERS:
         found.append(f"{section}.lr_scheduler={train.lr_scheduler!r}: must be one of {', '.join(_SCHEDULERS)}.")
     if train.method is Method.lora and not train.lora.targets:
@@ -95,6 +97,21 @@ def _train_problems(section: str, train: TrainConfig) -> list[str]:
             " them, and null for the other."
         )
     return found + _keeping_problems(section, train)
+
+
+def _rounding_problems(section: str, train: TrainConfig) -> list[str]:
+    found = []
+    if train.method is Method.lora or train.precision is not Precision.bf16:
+        found.append(
+            f"{section}.stochastic_rounding=true: only BF16 weights are rounded, not those of {section}.method="
+            f"{train.method.name} with {section}.precision={train.precision.name}. Set it to false."
+        )
+    if train.optimizer not in _ROUNDING_OPTIMIZERS:
+        found.append(
+            f"{section}.stochastic_rounding=true: {section}.optimizer={train.optimizer} cannot. Use one of"
+            f" {', '.join(_ROUNDING_OPTIMIZERS)}, which need pip install 'gpt-oss-qat[torchao]'."
+        )
+    return found
 
 
 def _format_problems(config: PipelineConfig) -> list[str]:
@@ -271,6 +288,7 @@ _RULES = {
     **{f"{section}.{key}": rule for section in ("sft", "qat") for key, rule in _TRAIN_RULES.items()},
 }
 _SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+_ROUNDING_OPTIMIZERS = ("adamw_torch_8bit", "adamw_torch_4bit")
 _SCALE_RULES = {
     FormatName.mxfp4: (ScaleRule.ceil, ScaleRule.floor, ScaleRule.mse),
     FormatName.nvfp4: (ScaleRule.nearest, ScaleRule.ceil, ScaleRule.floor, ScaleRule.mse),

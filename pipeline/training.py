@@ -250,6 +250,9 @@ def _trainer(inputs: Inputs, setup: Setup, **more: Any) -> _Trainer:
             processing_class=inputs.tokenizer,
             callbacks=callbacks(setup.settings, setup.directory, setup.stage, setup.shared, tokens),
         )
+        trainer.get_optimizer_cls_and_kwargs(trainer.args, inputs.model)  # imports the package that has the optimizer
+    except ImportError as error:
+        raise UserError(f"{setup.stage}.optimizer={setup.settings.optimizer}: {error}") from error
     except ValueError as error:
         raise UserError(f"training settings: {error}") from error
     trainer.remove_callback(PrinterCallback)
@@ -296,6 +299,7 @@ def _arguments(setup: Setup, **more: Any) -> SFTConfig:
         per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         optim=settings.optimizer,
+        optim_args="bf16_stochastic_round=True" if settings.stochastic_rounding else None,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.precision is Precision.mixed_bf16,
@@ -331,9 +335,11 @@ def _arguments(setup: Setup, **more: Any) -> SFTConfig:
 def _warn_of_lost_updates(model: Any, setup: Setup) -> None:
     rate, stage = setup.settings.learning_rate, setup.stage
     trained_in_bf16 = any(p.requires_grad and p.dtype is torch.bfloat16 for p in model.parameters())
-    if trained_in_bf16 and rate < _LOWEST_SAFE_BF16_RATE:
+    is_lost = trained_in_bf16 and not setup.settings.stochastic_rounding
+    if is_lost and rate < _LOWEST_SAFE_BF16_RATE:
         warn(
             stage,
             f"{stage}.precision=bf16 at {stage}.learning_rate={rate}: most updates are smaller than"
-            " half a BF16 step and are lost (69 % at 2e-5, 84 % at 1e-5). Use mixed_bf16, or expect little to change.",
+            " half a BF16 step and are lost (69 % at 2e-5, 84 % at 1e-5). Use mixed_bf16,"
+            f" or {stage}.stochastic_rounding=true, or expect little to change.",
         )

@@ -38,15 +38,15 @@ def run(config: PipelineConfig) -> Artifact:
     )
 
 
-def _quantize(config: PipelineConfig, block_format: BlockFormat, sft: ModelRef, rows: Rows, directory: Path) -> Result:
+def _quantize(config: PipelineConfig, block_format: BlockFormat, ref: ModelRef, rows: Rows, directory: Path) -> Result:
     from pipeline import adapters, quantizer
 
-    kind, start, where = _take_form(config, sft, directory)
+    kind, start, where = _take_form(config, ref, directory)
     model = models.place(models.load_quantized(start, start.dtype))
     if config.qat.method is Method.lora and not start.adapter:
         model = adapters.attach(model, config.qat, "qat")
         kind, where = models.save(model, start, directory, config.qat, config)
-    batches = _calibration_batches(config, rows, sft)
+    batches = _calibration_batches(config, rows, ref)
     quantizer.insert(model, block_format, lambda quantized: _run(quantized, batches))
     if config.format.importance:
         quantizer.calibrate_importance(model, lambda quantized: _run(quantized, batches))
@@ -65,22 +65,22 @@ def _quantize(config: PipelineConfig, block_format: BlockFormat, sft: ModelRef, 
     return Result(kind, where["dtype"], block_format.name, block_format.scale_rule, details)
 
 
-def _take_form(config: PipelineConfig, sft: ModelRef, directory: Path) -> tuple[Kind, ModelRef, dict[str, Any]]:
-    """The SFT model in the form that QAT trains, and where its weights are."""
-    where: dict[str, Any] = {"dtype": dtype_name(sft.dtype)}
-    if sft.adapter and config.qat.method is Method.full:
+def _take_form(config: PipelineConfig, ref: ModelRef, directory: Path) -> tuple[Kind, ModelRef, dict[str, Any]]:
+    """The model in the form that QAT trains, and where its weights are."""
+    where: dict[str, Any] = {"dtype": dtype_name(ref.dtype)}
+    if ref.adapter and config.qat.method is Method.full:
         say("quantize", "qat trains every weight: merging SFT's adapters")
-        models.write_plain(sft, directory, config.upcast.shard_bytes)
-        return Kind.checkpoint, replace(sft, directory=directory, base=directory, adapter=False), where
-    if config.qat.method is Method.full or sft.adapter:
-        for path in sorted(p for p in sft.directory.iterdir() if p.name not in artifacts.BOOKKEEPING and p.is_file()):
+        models.write_plain(ref, directory, config.upcast.shard_bytes)
+        return Kind.checkpoint, replace(ref, directory=directory, base=directory, adapter=False), where
+    if config.qat.method is Method.full or ref.adapter:
+        for path in sorted(p for p in ref.directory.iterdir() if p.name not in artifacts.BOOKKEEPING and p.is_file()):
             link_or_copy(path, directory / path.name)
-    kind = Kind.adapter if sft.adapter else Kind.checkpoint
-    return kind, sft, {**where, "base": sft.base.name} if sft.adapter else where
+    kind = Kind.adapter if ref.adapter else Kind.checkpoint
+    return kind, ref, {**where, "base": ref.base.name} if ref.adapter else where
 
 
-def _calibration_batches(config: PipelineConfig, rows: Rows, sft: ModelRef) -> Sequence[Any]:
-    tokenizer = load_tokenizer(sft.base)
+def _calibration_batches(config: PipelineConfig, rows: Rows, ref: ModelRef) -> Sequence[Any]:
+    tokenizer = load_tokenizer(ref.base)
     train = data.prepare(config, rows, tokenizer).train
     is_calibrated = models.configured_format(config).quantizes_activations or config.format.importance
     if is_calibrated and len(train) < config.quantize.calibration_samples:

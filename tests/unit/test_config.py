@@ -444,6 +444,18 @@ def test_every_eighth_layer_is_the_last_of_each_eight() -> None:
     assert adapted_layers(LoraConfig(layers=[2, 0]), 3) == [2, 0]
 
 
+def test_stochastic_rounding_needs_bf16_weights_and_an_optimizer_that_can() -> None:
+    right = {"sft__precision": Precision.bf16, "sft__optimizer": "adamw_torch_8bit", "sft__stochastic_rounding": True}
+    assert broken(**right) == []
+    assert broken(sft__stochastic_rounding=True) == [
+        "sft.stochastic_rounding=true: only BF16 weights are rounded, not those of sft.method=full with"
+        " sft.precision=mixed_bf16. Set it to false.",
+        "sft.stochastic_rounding=true: sft.optimizer=adamw_torch cannot. Use one of adamw_torch_8bit,"
+        " adamw_torch_4bit, which need pip install 'gpt-oss-qat[torchao]'.",
+    ]
+    assert len(broken(**right, sft__method=Method.lora)) == 1
+
+
 def test_layers_and_every_nth_together_are_refused() -> None:
     assert broken(sft__lora__layers=[1], sft__lora__every_nth=2) == [
         "sft.lora.layers=[1], sft.lora.every_nth=2: give one of them, and null for the other."
