@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
-from pipeline.tracking import METRICS_FILE, followed, is_main_process, progress, say, wait_for_everyone
+from pipeline.tracking import METRICS_FILE, followed, is_main_process, process_count, progress, say, wait_for_everyone
 
 ARTIFACT_FILE = "artifact.json"
 CONFIG_FILE = "config.yaml"
@@ -315,8 +315,9 @@ def _prepare(config: PipelineConfig, directory: Path, inputs: dict[str, Any], ke
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        is_resumed = _unfinished(directory) == inputs and not (directory / ARTIFACT_FILE).exists()
-        write_json(directory / UNFINISHED_FILE, inputs)
+        begun = _begun_with(inputs)
+        is_resumed = _unfinished(directory) == begun and not (directory / ARTIFACT_FILE).exists()
+        write_json(directory / UNFINISHED_FILE, begun)
         (directory / ARTIFACT_FILE).unlink(missing_ok=True)
         if is_resumed:
             say(directory.name, f"resuming what was interrupted in {directory}")
@@ -385,7 +386,7 @@ def _machine() -> dict[str, Any]:
         "host": platform.node(),
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": process_count(),
         "peak_memory_bytes": peak_resident_bytes(),
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
     }
@@ -440,6 +441,20 @@ def _unfinished(directory: Path) -> dict[str, Any] | None:
         return None
 
 
+def _begun_with(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs as far as a stage must be finished with those that it was begun with.
+
+    In training the examples of an optimizer step matter, not how processes and forward passes share them.
+    """
+    settings = dict(inputs["settings"])
+    for key in inputs["settings"]:
+        section, _, name = key.rpartition(".")
+        if name == "gradient_accumulation_steps":
+            product = settings.pop(key) * settings.pop(f"{section}.batch_size") * process_count()
+            settings[f"{section}.batch_size x {key} x processes"] = product
+    return {**inputs, "settings": settings}
+
+
 def _raise_if_foreign(directory: Path) -> None:
     ours = (directory / ARTIFACT_FILE).is_file() or (directory / UNFINISHED_FILE).is_file()
     if not ours and directory.is_dir() and any(directory.iterdir()):
@@ -453,15 +468,18 @@ def _raise_if_unfinished_differs(directory: Path, inputs: dict[str, Any]) -> Non
     before = _unfinished(directory)
     made = [path for path in directory.rglob("*") if path.is_file() and path.name not in BOOKKEEPING]
     if before is not None and made:
-        _raise_if_changed(directory, before, inputs, "is unfinished, and was begun with other inputs")
+        what = "is unfinished, and was begun with other inputs"
+        _raise_if_changed(directory, before, _begun_with(inputs), what, "Go on with the same inputs, or use")
 
 
-def _raise_if_changed(directory: Path, before: dict[str, Any], now: dict[str, Any], what: str) -> None:
+def _raise_if_changed(
+    directory: Path, before: dict[str, Any], now: dict[str, Any], what: str, remedy: str = "Use"
+) -> None:
     differences = _differences(before, now)
     if differences:
         raise UserError(
             f"{directory} {what}: {'; '.join(differences)}."
-            " Use overwrite=true to rebuild it, or another run_dir to keep it."
+            f" {remedy} overwrite=true to rebuild it, or another run_dir to keep it."
         )
 
 

@@ -16,26 +16,31 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 from transformers.trainer_utils import rotate_checkpoints
 
 from pipeline.artifacts import peak_resident_bytes
-from pipeline.config import TrainConfig
+from pipeline.config import Sharding, TrainConfig
 from pipeline.harmony import IGNORED
+from pipeline.resume import mark_whole
 from pipeline.tracking import is_main_process, log_metrics, progress, read_metrics, say, wait_for_everyone, warn
-
-WHOLE = "whole"
-"""This file in a checkpoint says that all of it was written."""
 
 _LOSS = "eval_loss"
 _RECOUNTED = "num_tokens"  # TRL's sum, which begins anew when a run is resumed
 
 
-def callbacks(settings: TrainConfig, directory: Path, stage: str) -> list[TrainerCallback]:
+def callbacks(
+    settings: TrainConfig, directory: Path, stage: str, shared: Sharding, tokens: "TokenCount"
+) -> list[TrainerCallback]:
     """The callbacks of one training stage.
 
     Args:
         settings: `sft` or `qat` of the configuration.
         directory: of the stage.
         stage: its name, for messages.
+        shared: how the processes share the model.
+        tokens: told of every batch that is trained on.
     """
-    made: list[TrainerCallback] = [Metrics(directory, stage), Checkpoints(settings.save_total_limit, directory, stage)]
+    made: list[TrainerCallback] = [
+        Metrics(directory, stage, tokens),
+        Checkpoints(settings.save_total_limit, directory, stage, shared),
+    ]
     if settings.early_stopping_patience is not None:
         made.append(EarlyStopping(settings.early_stopping_patience))
     return made
@@ -44,14 +49,14 @@ def callbacks(settings: TrainConfig, directory: Path, stage: str) -> list[Traine
 class Metrics(TrainerCallback):
     """Writes what the trainer logs, with throughput, memory and router load, to metrics.jsonl and the terminal."""
 
-    def __init__(self, directory: Path, stage: str) -> None:
+    def __init__(self, directory: Path, stage: str, tokens: "TokenCount") -> None:
         self._directory = directory
+        self._tokens = tokens
         self._progress = _Progress(stage)
         self._seconds = 0.0  # in steps since the last line; evaluations and checkpoints are not counted
         self._started = 0.0
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self._tokens = _TokenCount(model)
         self._routers = _RouterLoad(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -95,19 +100,20 @@ class Metrics(TrainerCallback):
         }
 
 
-class _TokenCount:
-    """Tokens that were trained on, without padding, counted on the model's device as they enter it."""
+class TokenCount:
+    """Tokens that were trained on, without padding, counted where the batch lies."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self) -> None:
         self._counted: Tensor | None = None  # (2): tokens, supervised tokens
-        model.register_forward_pre_hook(self._count, with_kwargs=True)
 
-    def _count(self, model: Any, _: Any, inputs: dict[str, Any]) -> None:
-        if model.training:
-            # The first token of an example is never predicted.
-            supervised = (inputs["labels"][:, 1:] != IGNORED).sum()
-            counts = torch.stack([inputs["attention_mask"].sum(), supervised])
-            self._counted = counts if self._counted is None else self._counted + counts
+    def add(self, batch: dict[str, Tensor]) -> None:
+        """Count a batch: labels (B, T) and attention_mask (B, T), without which there is no padding."""
+        # The first token of an example is never predicted.
+        supervised = (batch["labels"][:, 1:] != IGNORED).sum()
+        is_real = batch.get("attention_mask")
+        tokens = torch.full_like(supervised, batch["labels"].numel()) if is_real is None else is_real.sum()
+        counts = torch.stack([tokens, supervised])
+        self._counted = counts if self._counted is None else self._counted + counts
 
     def take(self) -> tuple[int, int]:
         """Tokens and supervised tokens of all processes since the last call."""
@@ -209,10 +215,11 @@ class Checkpoints(TrainerCallback):
     With `load_best_model_at_end` the trainer goes back to `state.best_model_checkpoint` after the last step.
     """
 
-    def __init__(self, limit: int, directory: Path, stage: str) -> None:
+    def __init__(self, limit: int, directory: Path, stage: str, shared: Sharding) -> None:
         self._limit = limit
         self._directory = directory
         self._stage = stage
+        self._shared = shared
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.best_global_step:  # from the checkpoint, which may have been moved since, together with its run
@@ -232,7 +239,7 @@ class Checkpoints(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         wait_for_everyone()
         if state.is_world_process_zero:
-            (_checkpoint(args, state.global_step) / WHOLE).touch()
+            mark_whole(_checkpoint(args, state.global_step), self._shared)
             # Not before it is whole: what a resume would need is still there if this one was torn.
             rotate_checkpoints(args.output_dir, self._limit, state.best_model_checkpoint)
 

@@ -24,6 +24,7 @@ _GROUPS = {
     "train@qat": "full or lora, for QAT",
     "format": "the 4-bit format",
     "eval": "what models are asked, beyond their validation loss",
+    "sharding": "how processes share a model while it is trained",
     "tracking": "where metrics go besides metrics.jsonl",
 }
 _HELP_FLAGS = ("--help", "-h")

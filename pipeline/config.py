@@ -50,11 +50,29 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+class ExpertsImplementation(Enum):
+    """Kernels that multiply with the experts' weights, as transformers calls them."""
+
+    auto = "auto"
+    eager = "eager"
+    batched_mm = "batched_mm"
+    grouped_mm = "grouped_mm"
+
+
 class Method(Enum):
     """What is trained: every weight, or low-rank adapters on a frozen base."""
 
     full = "full"
     lora = "lora"
+
+
+class Sharding(Enum):
+    """How the processes of a training stage share one model: the rows of sharding.ENGINES."""
+
+    none = "none"
+    fsdp2 = "fsdp2"
+    zero2 = "zero2"
+    zero3 = "zero3"
 
 
 class LoraTarget(Enum):
@@ -86,6 +104,13 @@ class ScaleRule(Enum):
     floor = "floor"
     nearest = "nearest"
     mse = "mse"
+
+
+class QuantizeSource(Enum):
+    """Models that fake quantizers can be put into."""
+
+    sft = "sft"
+    upcast = "upcast"
 
 
 class Device(Enum):
@@ -258,13 +283,15 @@ class LoraConfig:
     """Low-rank adapters; read only when method is lora."""
 
     rank: int = 8
-    """Rank of each adapter; on experts, of each expert's own adapter."""
+    """Rank r of each adapter, on experts of each expert's own, where E of them take E·r·(in + out) weights a stack."""
     alpha: int = 16
     """Scale of the update: alpha / rank."""
     targets: list[LoraTarget] = field(default_factory=lambda: [LoraTarget.attention, LoraTarget.experts])
     """Parts that get adapters: attention (q, k, v, o), experts (gate_up and down), or both."""
     layers: Optional[list[int]] = None
-    """Layers that get adapters, counted from 0; null: all."""
+    """Layers that get adapters, counted from 0; null: all, or what `every_nth` says."""
+    every_nth: Optional[int] = None
+    """In place of `layers`: the last of every n layers gets adapters; 8 of 24 layers: 7, 15 and 23."""
 
 
 @dataclass
@@ -286,6 +313,8 @@ class TrainConfig:
     """Optimizer steps; -1: as many as `epochs` takes."""
     batch_size: int = 1
     """Examples per device and forward pass."""
+    packing: bool = False
+    """Fill rows up to data.max_length with whole examples, which do not see each other; batch_size then counts rows."""
     gradient_accumulation_steps: int = 8
     """Forward passes per optimizer step."""
     optimizer: str = "adamw_torch"
@@ -296,8 +325,12 @@ class TrainConfig:
     """Gradients are clipped to this norm."""
     precision: Precision = Precision.mixed_bf16
     """fp32; mixed_bf16: FP32 weights, BF16 arithmetic; bf16: BF16 weights, which low learning rates hardly move."""
+    stochastic_rounding: bool = False
+    """Let low rates move BF16 weights: round each update up or down at random; needs optimizer=adamw_torch_8bit."""
     attn_implementation: str = "eager"
     """Attention kernel, by its transformers name; compared with eager before training, since many lose the sinks."""
+    experts_implementation: ExpertsImplementation = ExpertsImplementation.auto
+    """Kernel for the experts; auto: grouped_mm, or eager for formats that quantize inputs, which grouped_mm leaves."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
     router_aux_loss_coef: float = 0.0
@@ -333,7 +366,7 @@ class QatConfig(TrainConfig):
     """Training on with fake quantization."""
 
     rounded_cache_gib: Optional[float] = None
-    """Memory for the experts' rounded weights, kept from one forward pass to the next; null: as much as they take."""
+    """Memory for the experts' rounded weights, kept between forward passes; null: all, none where they are gathered."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
 
@@ -371,6 +404,8 @@ class UpcastConfig:
 class QuantizeConfig:
     """Insert fake quantization: the PTQ baseline, and where QAT starts."""
 
+    source: QuantizeSource = QuantizeSource.sft
+    """The fine-tuned model, or upcast: the original, so that qat takes the place of sft, which it warns of."""
     calibration_samples: int = 64
     """Training examples run through the model for calibration (formats that need it) and for the proof."""
     batch_size: int = 1
@@ -522,6 +557,8 @@ class PipelineConfig:
     """Where upcast and export compute: auto is the GPU if there is one. The bits are the same everywhere."""
     overwrite: bool = False
     """Rebuild a stage that is complete, and discard unfinished work done with other settings."""
+    sharding: Sharding = Sharding.none
+    """What processes share while training: nothing but data; fsdp2 or zero3: all; zero2: gradients and optimizer."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     doctor: DoctorConfig = field(default_factory=DoctorConfig)

@@ -8,6 +8,7 @@ they are, here, only where a model has adapters or quantizers.
 import gc
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.artifacts import ARTIFACT_FILE, Artifact, Kind, is_complete, load, require, stage_dir
+from pipeline import sharding
+from pipeline.artifacts import ARTIFACT_FILE, SHARDS_FILE, Artifact, Kind, is_complete, load, require, stage_dir
 from pipeline.checkpoints import (
     Checkpoint,
     copy_side_files,
@@ -139,6 +141,21 @@ def find(config: PipelineConfig, source: str | None, among: tuple[Stage, ...], k
 def stage_ref(config: PipelineConfig, stage: Stage) -> ModelRef:
     """The model of a complete stage of this run."""
     return of_artifact(require(config, stage))
+
+
+def require_upcast(config: PipelineConfig) -> Artifact:
+    """The complete upcast of this run.
+
+    Raises:
+        UserError: it is missing or unfinished, or of another model.
+    """
+    upcast = require(config, Stage.upcast)
+    if upcast.settings["model.path"] != config.model.path:
+        raise UserError(
+            f"model.path={config.model.path}, but {upcast.directory} was made from {upcast.settings['model.path']}."
+            " Set another run_dir, or give the model.path that this run began with."
+        )
+    return upcast
 
 
 class Weights:
@@ -265,15 +282,19 @@ def load_quantized(ref: ModelRef, dtype: torch.dtype, trainable: bool = False, *
 
 def load_to_train(ref: ModelRef, train: TrainConfig) -> Any:
     """A model as a training stage needs it: quantizers and adapters of `ref` in place, in `train.precision`."""
+    from pipeline import documents, experts
+    from pipeline.adapters import base_of
+
     model = load_quantized(
         ref,
         TRAIN_DTYPES[train.precision],
         trainable=True,
         attn_implementation=train.attn_implementation,
-        # The one kernel for experts that computes in BF16 under mixed_bf16, and the one that QAT runs on.
-        experts_implementation="eager",
     )
+    experts.use(model, train.experts_implementation, ref.block_format)
     model.config.use_cache = False
+    if train.packing:
+        documents.keep_apart(base_of(model))
     return model
 
 
@@ -304,37 +325,67 @@ def place(model: Any) -> Any:
     return model
 
 
-def save(model: Any, ref: ModelRef, directory: Path, train: TrainConfig) -> tuple[Kind, dict[str, Any]]:
+def save(
+    model: Any, ref: ModelRef, directory: Path, train: TrainConfig, config: PipelineConfig
+) -> tuple[Kind, dict[str, Any]]:
     """Write a trained model next to the side files of `ref`, the model that training started from.
 
-    The configuration is `ref`'s, but for the type: transformers would rewrite it in its newest dialect (rope settings
-    renamed), which older engines misread.
+    A joint effort of all processes where the model is sharded. The configuration is `ref`'s, but for the type:
+    transformers would rewrite it in its newest dialect (rope settings renamed), which older engines misread.
 
     Returns:
         What it is, and what `of_artifact` needs to find it again.
     """
     from pipeline.adapters import is_adapted
 
-    dtype = TRAIN_DTYPES[train.precision]
+    dtype = sharding.saved_dtype(train, TRAIN_DTYPES[train.precision], config.sharding)
     details: dict[str, Any] = {"dtype": dtype_name(dtype)}
     if is_main_process():
-        model.save_pretrained(directory, **_without_calibration(model))
         copy_side_files(ref.base, directory)
     if is_adapted(model):
+        _save_adapters(model, directory)
         return Kind.adapter, {**details, "base": os.path.relpath(ref.base, directory.parent)}
+    _save_whole(model, directory, dtype, config.upcast.shard_bytes)
     if is_main_process():
         write_config(directory, read_config(ref.base), dtype)
         Checkpoint(directory).close()
     return Kind.checkpoint, details
 
 
-def _without_calibration(model: Any) -> dict[str, Any]:
-    """What keeps the buffers of input quantizers out of the weights; `quantizer.save_state` keeps them elsewhere."""
-    from pipeline.adapters import is_adapted
+def _save_adapters(model: Any, directory: Path) -> None:
+    """Adapters are small: every process gathers all of them, the main one writes."""
+    from pipeline.adapters import is_factor
 
-    if is_adapted(model):
-        return {}
-    return {"state_dict": {name: value for name, value in model.state_dict().items() if not name.endswith("._amax")}}
+    state = {}
+    for name, parameter in model.named_parameters():
+        if is_factor(name):
+            with sharding.gathered(parameter) as whole:
+                state[name] = whole.detach().cpu().clone()
+    if is_main_process():
+        model.save_pretrained(directory, state_dict=state)
+
+
+def _save_whole(model: Any, directory: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+    """Stream the parameters to disk, gathering one at a time; all processes go through them in the same order."""
+    parameters = dict(model.named_parameters())
+    layout = plain_layout(Shape.of(model.config.to_dict(), directory), _STORED_NAMES[dtype])
+    if not is_main_process():
+        for name in layout:
+            with sharding.gathered(parameters[name]):
+                pass
+        return
+    # Shards that an interrupted saving left may be of other weights, and are not to be skipped: the others gather all.
+    (directory / SHARDS_FILE).unlink(missing_ok=True)
+    pieces = [_gathered_piece(name, info, parameters[name], dtype) for name, info in layout.items()]
+    write_sharded(directory, pieces, shard_bytes, "saving")
+
+
+def _gathered_piece(name: str, info: TensorInfo, parameter: Tensor, dtype: torch.dtype) -> Piece:
+    def make(_: None) -> Iterator[tuple[str, Tensor]]:
+        with sharding.gathered(parameter) as whole:
+            yield name, whole.detach().to(dtype)
+
+    return Piece({name: info}, lambda: [Step(lambda: None, make)])
 
 
 def write_plain(ref: ModelRef, directory: Path, shard_bytes: int) -> Written:

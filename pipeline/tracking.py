@@ -33,9 +33,14 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def process_count() -> int:
+    """How many processes `accelerate launch` or `torchrun` started; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def wait_for_everyone() -> None:
     """Let all processes come to this point before any goes on."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if process_count() > 1:
         import torch
         from accelerate import PartialState
 

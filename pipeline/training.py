@@ -4,22 +4,21 @@ The only importer of trl. The model comes in ready, with adapters and quantizers
 """
 
 import math
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, pack_dataset
 
-from pipeline import losses
+from pipeline import losses, resume, sharding, tables
 from pipeline.artifacts import CHECKPOINTS_DIR
-from pipeline.callbacks import WHOLE, callbacks
-from pipeline.config import Precision, TrainConfig
+from pipeline.callbacks import TokenCount, callbacks
+from pipeline.config import Precision, Sharding, TrainConfig
 from pipeline.data import Splits
 from pipeline.distillation import Teacher, distilled
 from pipeline.drift import Drift
@@ -30,76 +29,94 @@ from pipeline.numerics.codec import CodecError
 from pipeline.rounding import RoundedWeights
 from pipeline.tracking import (
     forget_metrics_after,
-    is_main_process,
     read_metrics,
     say,
     wait_for_everyone,
     warn,
 )
 
+_WHOLE_EXAMPLES = "bfd"  # best fit, decreasing: TRL's way to pack that cuts no example that fits
 _LOWEST_SAFE_BF16_RATE = 1e-4
 
 
-def train(
-    model: Any,
-    tokenizer: Any,
-    splits: Splits,
-    settings: TrainConfig,
-    directory: Path,
-    stage: str,
-    drift: Drift,
-    rounded: RoundedWeights | None = None,
-    teacher: Teacher | None = None,
-    extra: Sequence[TrainerCallback] = (),
-) -> dict[str, Any]:
-    """Train in place, going on from the last whole checkpoint in `directory` if there is one.
+@dataclass(frozen=True)
+class Inputs:
+    """What a training stage trains, and on what.
 
-    Args:
-        model: in training precision, with whatever adapters and quantizers it is to have.
+    Attributes:
+        model: in training precision, with whatever adapters and quantizers it is to have; trained in place.
         tokenizer: of the model.
         splits: tokenized examples.
-        settings: `sft` or `qat` of the configuration.
-        directory: of the stage; checkpoints and metrics.jsonl go there.
-        stage: its name, for messages.
         drift: measures, at each validation, how far the experts have moved.
         rounded: what is kept of the model's rounded weights, to be forgotten when they change.
         teacher: whose predictions are learnt beside the data, or None.
-        extra: callbacks besides those that every training has.
+        looks: callbacks that look at the model at each validation.
+    """
+
+    model: Any
+    tokenizer: Any
+    splits: Splits
+    drift: Drift
+    rounded: RoundedWeights | None = None
+    teacher: Teacher | None = None
+    looks: Sequence[TrainerCallback] = ()
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How and where a stage trains.
+
+    Attributes:
+        settings: `sft` or `qat` of the configuration.
+        stage: its name, for messages.
+        directory: of the stage; checkpoints and metrics.jsonl go there.
+        shared: how the processes share the model.
+    """
+
+    settings: TrainConfig
+    stage: str
+    directory: Path
+    shared: Sharding
+
+    def diverged(self, reason: str) -> UserError:
+        """The error for a loss or weights that are no numbers any more."""
+        rate = f"{self.stage}.learning_rate={self.settings.learning_rate}"
+        return UserError(f"{rate}: training diverged ({reason}). Lower it.")
+
+
+def train(inputs: Inputs, setup: Setup) -> dict[str, Any]:
+    """Train in place, going on from the last whole checkpoint of the stage if there is one.
 
     Returns:
         Steps, the step whose weights are left, training loss, validation loss before and after, tokens seen.
 
     Raises:
-        UserError: a setting that transformers refuses.
+        UserError: a setting that transformers refuses, a launcher or a checkpoint that does not go with the settings.
     """
-    model.config.bos_token_id = tokenizer.bos_token_id  # the trainer would do it, with a warning
-    _warn_of_lost_updates(model, settings, stage)
-    trainer = _trainer(model, tokenizer, splits, settings, directory, stage)
-    trainer.drift = drift
-    if rounded is not None:
-        trainer.add_callback(_Forget(rounded))
-    for each in extra:
-        trainer.add_callback(each)
-    if teacher is not None:
-        trainer.learn_from(teacher)
-    checkpoint = _last_whole_checkpoint(directory / CHECKPOINTS_DIR, stage)
-    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
-    forget_metrics_after(directory, step)
-    if checkpoint is None:
-        trainer.evaluate()
-    else:
-        say(stage, f"going on from step {step}")
-    try:
-        with _deterministic_on_cpu():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except CodecError as error:
-        raise _diverged(settings, stage, str(error)) from error
-    if trainer.evaluated_step != trainer.state.global_step:
-        trainer.evaluate()
+    _warn_of_lost_updates(inputs.model, setup)
+    checkpoint = resume.last_whole(setup.directory / CHECKPOINTS_DIR, setup.stage, setup.shared)
+    with sharding.switched_on(setup.shared) as switches:
+        trainer = _trainer(inputs, setup, eval_on_start=checkpoint is None, **switches)
+        step = resume.step_of(checkpoint) if checkpoint else -1
+        forget_metrics_after(setup.directory, step)
+        if checkpoint is not None:
+            say(setup.stage, f"going on from step {step}")
+        try:
+            with _deterministic_on_cpu():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except (CodecError, FloatingPointError) as error:
+            raise setup.diverged(str(error)) from error
+        if trainer.evaluated_step != trainer.state.global_step:
+            trainer.evaluate()
+    sharding.let_go(inputs.model)
     wait_for_everyone()  # the main process has written all its metrics
-    kept = trainer.state.best_global_step if settings.keep_best else trainer.state.global_step
-    outcome = _outcome(directory, settings, stage, kept)
-    return {"steps": trainer.state.global_step, "kept_step": kept, **outcome, **splits.counts}
+    kept = trainer.state.best_global_step if setup.settings.keep_best else trainer.state.global_step
+    return {
+        "steps": trainer.state.global_step,
+        "kept_step": kept,
+        **_outcome(setup, kept),
+        **inputs.splits.counts,
+    }
 
 
 @contextmanager
@@ -120,13 +137,13 @@ def _deterministic_on_cpu() -> Iterator[None]:
         settings.fill_uninitialized_memory = filled
 
 
-def _outcome(directory: Path, settings: TrainConfig, stage: str, kept: int | None) -> dict[str, float]:
+def _outcome(setup: Setup, kept: int | None) -> dict[str, float]:
     """Figures of metrics.jsonl, which survives interruptions (the trainer's own averages do not)."""
-    lines = read_metrics(directory)
+    lines = read_metrics(setup.directory)
     validation = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     training = [line["loss"] for line in lines if "loss" in line]
     if not all(math.isfinite(loss) for loss in (*validation.values(), *training)):
-        raise _diverged(settings, stage, "the loss is not finite")
+        raise setup.diverged("the loss is not finite")
     assert kept is not None  # one finite loss is the lowest
     return {
         "train_loss_first": training[0],
@@ -134,10 +151,6 @@ def _outcome(directory: Path, settings: TrainConfig, stage: str, kept: int | Non
         "validation_loss_before": validation[0],
         "validation_loss": validation[kept],
     }
-
-
-def _diverged(settings: TrainConfig, stage: str, reason: str) -> UserError:
-    return UserError(f"{stage}.learning_rate={settings.learning_rate}: training diverged ({reason}). Lower it.")
 
 
 class _Trainer(SFTTrainer):
@@ -148,18 +161,32 @@ class _Trainer(SFTTrainer):
     """
 
     drift: Drift
+    tokens: TokenCount
     evaluated_step: int | None = None
     _teacher: Teacher | None = None
+    _loss_of_step = torch.zeros(())
 
-    def learn_from(self, teacher: Teacher) -> None:
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Overridden to end at the first step whose loss is not finite, on every process, and before weights change."""
+        loss = super().training_step(*args, **kwargs)
+        self._loss_of_step = self._loss_of_step + loss.detach()
+        if self.accelerator.sync_gradients:
+            total = self.accelerator.reduce(self._loss_of_step, "sum")
+            self._loss_of_step = torch.zeros(())
+            if not total.isfinite():
+                raise FloatingPointError(f"the loss of step {self.state.global_step + 1} is not finite")
+        return loss
+
+    def learn_from(self, teacher: Teacher, shared: Sharding) -> None:
         """Distil from now on; the teacher is spread over the processes as the model is."""
-        model = self.accelerator.prepare_model(teacher.model.requires_grad_(False), evaluation_mode=True)
+        model = sharding.ENGINES[shared].spread(self.accelerator, teacher.model.requires_grad_(False))
         self._teacher = replace(teacher, model=model.eval())
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Overridden for the teacher: TRL's `compute_loss_func` does not see the inputs that it must be given."""
+        """Overridden to count tokens, and for the teacher: TRL's `compute_loss_func` does not see the inputs for it."""
+        self.tokens.add(inputs)
         if self._teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         found = distilled(model, self._teacher, inputs)
@@ -187,13 +214,13 @@ class _Trainer(SFTTrainer):
         tokenizer: Any = self.processing_class
         batches = losses.batches(self.eval_dataset, self.args.per_device_eval_batch_size, tokenizer.pad_token_id)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = batches[rank::world]
+        mine = range(rank, len(batches), world)
         sums = torch.zeros(4, dtype=torch.float64)
         with self.accelerator.autocast():
-            for batch in mine:
-                sums += losses.sums(self.model, [batch])
+            for number in mine:
+                sums += losses.sums(self.model, [batches[number]])
             if len(mine) < math.ceil(len(batches) / world):
-                losses.sums(self.model, batches[:1])
+                losses.sums(self.model, [batches[0]])
         return losses.from_sums(self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu())
 
 
@@ -213,43 +240,60 @@ class _Forget(TrainerCallback):
         self._rounded.forget()
 
 
-def _trainer(
-    model: Any, tokenizer: Any, splits: Splits, settings: TrainConfig, directory: Path, stage: str
-) -> _Trainer:
+def _trainer(inputs: Inputs, setup: Setup, **more: Any) -> _Trainer:
+    inputs.model.config.bos_token_id = inputs.tokenizer.bos_token_id  # the trainer would do it, with a warning
     try:
-        arguments = _arguments(settings, directory)
-        _raise_if_launched_otherwise(arguments, settings, stage)
+        tokens, is_packed = TokenCount(), setup.settings.packing
         trainer = _Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=splits.train,
-            eval_dataset=splits.validation,
-            processing_class=tokenizer,
-            callbacks=callbacks(settings, directory, stage),
+            model=inputs.model,
+            args=_arguments(setup, **more),
+            train_dataset=_packed(inputs.splits, setup.stage) if is_packed else inputs.splits.train,
+            eval_dataset=inputs.splits.validation,
+            processing_class=inputs.tokenizer,
+            callbacks=callbacks(setup.settings, setup.directory, setup.stage, setup.shared, tokens),
         )
-        trainer.remove_callback(PrinterCallback)
+        trainer.get_optimizer_cls_and_kwargs(trainer.args, inputs.model)  # imports the package that has the optimizer
+    except ImportError as error:
+        raise UserError(f"{setup.stage}.optimizer={setup.settings.optimizer}: {error}") from error
     except ValueError as error:
         raise UserError(f"training settings: {error}") from error
+    trainer.remove_callback(PrinterCallback)
+    trainer.tokens = tokens
+    trainer.drift = inputs.drift
+    for look in inputs.looks:
+        trainer.add_callback(look)
+    if inputs.rounded is not None:
+        trainer.add_callback(_Forget(inputs.rounded))
+    if inputs.teacher is not None:
+        trainer.learn_from(inputs.teacher, setup.shared)
     return trainer
 
 
-def _raise_if_launched_otherwise(arguments: SFTConfig, settings: TrainConfig, stage: str) -> None:
+def _packed(splits: Splits, stage: str) -> Dataset:
+    """Rows filled up to `max_length` with whole examples, whose lengths are in a column of their own, seq_lengths."""
+    with tables.no_progress_bars():
+        rows: Any = pack_dataset(
+            splits.train.select_columns(["input_ids", "labels"]), splits.max_length, _WHOLE_EXAMPLES
+        )
+    say(stage, f"packed {len(splits.train)} examples into {len(rows)} rows of up to {splits.max_length} tokens")
+    return rows
+
+
+def _raise_if_launched_otherwise(arguments: SFTConfig, setup: Setup) -> None:
     """`accelerate launch` passes its own configuration by the environment, and the trainer takes it up silently."""
-    wanted = "bf16" if settings.precision is Precision.mixed_bf16 else "no"
+    precision = setup.settings.precision
+    wanted = "bf16" if precision is Precision.mixed_bf16 else "no"
     if arguments.mixed_precision != wanted:
         raise UserError(
-            f"{stage}.precision={settings.precision.name} means mixed precision {wanted!r}, but the launcher sets"
+            f"{setup.stage}.precision={precision.name} means mixed precision {wanted!r}, but the launcher sets"
             f" {arguments.mixed_precision!r}. Use accelerate launch --mixed_precision {wanted}."
         )
-    sharded = [name for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if os.environ.get(name) == "true"]
-    if sharded:
-        raise UserError(f"the launcher sets {', '.join(sharded)}: only data parallel training is supported as yet.")
 
 
-def _arguments(settings: TrainConfig, directory: Path) -> SFTConfig:
-    on_gpu = torch.cuda.is_available()
-    return SFTConfig(
-        output_dir=str(directory / CHECKPOINTS_DIR),
+def _arguments(setup: Setup, **more: Any) -> SFTConfig:
+    settings, on_gpu = setup.settings, torch.cuda.is_available()
+    arguments = SFTConfig(
+        output_dir=str(setup.directory / CHECKPOINTS_DIR),
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler,
         warmup_steps=settings.warmup_ratio,
@@ -259,6 +303,7 @@ def _arguments(settings: TrainConfig, directory: Path) -> SFTConfig:
         per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         optim=settings.optimizer,
+        optim_args="bf16_stochastic_round=True" if settings.stochastic_rounding else None,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.precision is Precision.mixed_bf16,
@@ -266,6 +311,7 @@ def _arguments(settings: TrainConfig, directory: Path) -> SFTConfig:
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         router_aux_loss_coef=settings.router_aux_loss_coef,
         logging_steps=settings.logging_steps,
+        logging_nan_inf_filter=False,  # would log the mean of earlier losses in place of one that is not finite
         eval_strategy="steps",
         eval_steps=settings.eval_steps,
         save_strategy="steps",
@@ -276,32 +322,28 @@ def _arguments(settings: TrainConfig, directory: Path) -> SFTConfig:
         data_seed=settings.seed,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,  # every step uses all of them: a layer's experts are one parameter
         max_length=None,  # cut and counted when the data was prepared
         shuffle_dataset=False,
-        packing=False,  # with eager attention packed documents see each other
+        dataset_kwargs={"skip_prepare_dataset": True},  # tokenized, and packed, already
+        packing=settings.packing,
+        packing_strategy=_WHOLE_EXAMPLES,
         report_to="none",
         disable_tqdm=True,
+        **more,
     )
+    _raise_if_launched_otherwise(arguments, setup)
+    return arguments
 
 
-def _last_whole_checkpoint(directory: Path, stage: str) -> Path | None:
-    """The newest checkpoint that was written to its end; later, broken ones are removed."""
-    found = sorted(directory.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    whole = [path for path in found if (path / WHOLE).is_file()]
-    wait_for_everyone()
-    for path in found:
-        if path not in whole and is_main_process():
-            say(stage, f"removing {path.name}, which was interrupted while it was written")
-            shutil.rmtree(path)
-    wait_for_everyone()
-    return whole[-1] if whole else None
-
-
-def _warn_of_lost_updates(model: Any, settings: TrainConfig, stage: str) -> None:
+def _warn_of_lost_updates(model: Any, setup: Setup) -> None:
+    rate, stage = setup.settings.learning_rate, setup.stage
     trained_in_bf16 = any(p.requires_grad and p.dtype is torch.bfloat16 for p in model.parameters())
-    if trained_in_bf16 and settings.learning_rate < _LOWEST_SAFE_BF16_RATE:
+    is_lost = trained_in_bf16 and not setup.settings.stochastic_rounding
+    if is_lost and rate < _LOWEST_SAFE_BF16_RATE:
         warn(
             stage,
-            f"{stage}.precision=bf16 at {stage}.learning_rate={settings.learning_rate}: most updates are smaller than"
-            " half a BF16 step and are lost (69 % at 2e-5, 84 % at 1e-5). Use mixed_bf16, or expect little to change.",
+            f"{stage}.precision=bf16 at {stage}.learning_rate={rate}: most updates are smaller than"
+            " half a BF16 step and are lost (69 % at 2e-5, 84 % at 1e-5). Use mixed_bf16,"
+            f" or {stage}.stochastic_rounding=true, or expect little to change.",
         )

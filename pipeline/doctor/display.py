@@ -7,9 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from pipeline.doctor.findings import Facts, disk_needed, gigabytes, host_needed
+from pipeline.doctor.findings import Facts, device_needed, disk_needed, gigabytes, host_needed
 from pipeline.errors import UserError
 from pipeline.harmony import IGNORED, Conversation, ConversationError, Rendering, examples
+from pipeline.sharding import ENGINES
 from pipeline.tracking import say, warn
 
 _PLAIN_WIDTH = 120
@@ -102,12 +103,19 @@ def _needs_lines(facts: Facts) -> Iterable[tuple[str, str]]:
     for stage, part in needs["device_bytes"].items():
         shown = ", ".join(f"{name} {gigabytes(part[name])}" for name in ("weights", "gradients", "optimizer"))
         estimate = f"activations about {gigabytes(part['activations'])} at {needs['tokens']} tokens"
-        yield f"{stage}, each device", f"about {gigabytes(part['total'])}: {shown}, {estimate}"
+        yield f"{stage}, each device", f"about {gigabytes(part['total'])}: {shown}, {estimate}{_shared(facts, stage)}"
     yield "disk by stage", ", ".join(f"{name} {gigabytes(size)}" for name, size in needs["disk_bytes"].items())
     yield "disk", f"{_fits(disk_needed(facts), machine['disk_free_bytes'])} (with checkpoints while training)"
     yield "host memory", _fits(host_needed(facts), machine["host_free_bytes"])
-    largest = max(part["total"] for part in needs["device_bytes"].values())
+    largest = max(device_needed(facts, stage) for stage in needs["device_bytes"])
     yield "GPU memory", _fits(largest, machine["gpu_free_bytes"]) if machine["gpus"] else "there is no GPU here"
+
+
+def _shared(facts: Facts, stage: str) -> str:
+    if not ENGINES[facts.config.sharding].splits:
+        return ""
+    how = f"sharding={facts.config.sharding.name} on {facts.machine['processes']} processes"
+    return f"; with {how} {gigabytes(device_needed(facts, stage))}"
 
 
 def _fits(needed: int, free: int) -> str:

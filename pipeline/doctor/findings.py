@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.artifacts import is_complete
-from pipeline.config import Method, PipelineConfig, Stage, TrainConfig
+from pipeline.config import Method, PipelineConfig, Sharding, Stage, TrainConfig
+from pipeline.sharding import ENGINES
 
 _FEW_ROWS = 20
 _MOST_HELD_OUT = 0.5
@@ -41,10 +42,19 @@ def disk_needed(facts: Facts) -> int:
     return sum(facts.needs["disk_bytes"][name] for name in todo) + max(resumable, default=0)
 
 
+def device_needed(facts: Facts, stage: str) -> int:
+    """Bytes on each device while a stage trains; what `sharding` splits, processes share."""
+    needed = facts.needs["device_bytes"][stage]
+    split = sum(needed[part] for part in ENGINES[facts.config.sharding].splits)
+    return needed["total"] - split + split // facts.machine["processes"]
+
+
 def host_needed(facts: Facts) -> int:
-    """Bytes in host memory: the weights that every process loads, or all of training where there is no GPU."""
-    part = "weights" if facts.machine["gpus"] else "total"
-    return facts.machine["processes"] * max(needed[part] for needed in facts.needs["device_bytes"].values())
+    """Bytes in host memory: the weights, whole in every process at first, or all of training where there is no GPU."""
+    each = [needed["weights"] for needed in facts.needs["device_bytes"].values()]
+    if not facts.machine["gpus"]:
+        each += [device_needed(facts, stage) for stage in facts.needs["device_bytes"]]
+    return facts.machine["processes"] * max(each)
 
 
 def _device_too_small(facts: Facts) -> list[str]:
@@ -52,10 +62,10 @@ def _device_too_small(facts: Facts) -> list[str]:
         return []
     free = facts.machine["gpu_free_bytes"]
     return [
-        f"{stage} needs about {gigabytes(needed['total'])} on each GPU, of which {gigabytes(free)} are free:"
+        f"{stage} needs about {gigabytes(needed)} on each GPU, of which {gigabytes(free)} are free:"
         f" {_less_memory(facts, stage)}."
-        for stage, needed in facts.needs["device_bytes"].items()
-        if needed["total"] > free
+        for stage in facts.needs["device_bytes"]
+        if (needed := device_needed(facts, stage)) > free
     ]
 
 
@@ -179,6 +189,8 @@ def _less_memory(facts: Facts, stage: str) -> str:
     found += [f"{stage}.batch_size=1"] if train.batch_size > 1 else []
     if needed["activations"] > needed["total"] / 4:
         found.append(f"data.max_length={max(_ROUND, facts.needs['tokens'] // 2)}")
+    if facts.machine["gpus"] and facts.config.sharding is Sharding.none:
+        found.append("sharding=fsdp2 on several GPUs")
     return f"use {', '.join(found)}" if found else "it needs a larger machine"
 
 

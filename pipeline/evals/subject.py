@@ -29,6 +29,6 @@ class Subject:
     model: Any
     weights: Weights | None
     reference: Weights | None
-    batches: list[dict[str, Tensor]]
+    batches: Sequence[dict[str, Tensor]]
     transcripts: Sequence[Transcript] = ()
     reference_predictions: Path | None = None

@@ -13,7 +13,7 @@ from pipeline.checkpoints import load_tokenizer
 from pipeline.config import PipelineConfig, Stage
 from pipeline.data import Rows
 from pipeline.errors import UserError
-from pipeline.evals import EVALS
+from pipeline.evals import EVALS, expected
 from pipeline.evals.subject import Subject
 from pipeline.generation import endpoint, prompts
 from pipeline.generation.endpoint import Served
@@ -78,7 +78,9 @@ def _refs(config: PipelineConfig) -> list[ModelRef]:
 def _questions(config: PipelineConfig, rows: Rows) -> list[Question]:
     if not config.evaluate.generate:
         return []
-    return prompts.questions(prompts.load(config, rows), config.evaluate.generation.samples)
+    loaded = prompts.load(config, rows)
+    expected.check((prompt.prompt_id, prompt.expected) for prompt in loaded)  # before hours of answers
+    return prompts.questions(loaded, config.evaluate.generation.samples)
 
 
 def _measured_before(config: PipelineConfig) -> list[ModelRef]:
@@ -170,7 +172,7 @@ class _Measure:
         self._questions = questions
         self._directory = directory
         self._reference = reference
-        self._batches: dict[bytes, list[Any]] = {}  # by the bytes of the tokenizer's files
+        self._batches: dict[bytes, Sequence[Any]] = {}  # by the bytes of the tokenizer's files
 
     def figures(self, subject: ModelRef | Served) -> dict[str, float]:
         """All figures of one model."""
@@ -207,7 +209,7 @@ class _Measure:
     def _journal(self, subject: ModelRef | Served, decide: dict[str, Any]) -> Journal:
         return Journal(self._directory / _file_name(subject.name), {"model": subject.fingerprint, **decide})
 
-    def _validation(self, ref: ModelRef, tokenizer: Any) -> list[Any]:
+    def _validation(self, ref: ModelRef, tokenizer: Any) -> Sequence[Any]:
         files = [ref.base / name for name in _TOKENIZER_FILES]
         tokenizer_files = b"".join(path.read_bytes() for path in files if path.is_file())
         if tokenizer_files not in self._batches:

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pipeline import artifacts, data, models
+from pipeline import artifacts, data, models, sharding
 from pipeline.artifacts import Artifact, Result
 from pipeline.checkpoints import load_tokenizer
 from pipeline.config import PipelineConfig, Stage
@@ -20,8 +20,9 @@ _SETTINGS = ("data", "format", "qat")
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/qat: the trained model, its quantizers in place."""
     start = artifacts.require(config, Stage.quantize)
+    sharding.raise_if_impossible(config.sharding)
     _raise_if_quantized_otherwise(models.of_artifact(start), models.configured_format(config))
-    _warn_if_faster_than_sft(config)
+    _warn_of_what_sft_was(config, start)
     rows = data.load_rows(config)
     return artifacts.build(
         config,
@@ -44,7 +45,15 @@ def _raise_if_quantized_otherwise(start: ModelRef, wanted: BlockFormat) -> None:
         )
 
 
-def _warn_if_faster_than_sft(config: PipelineConfig) -> None:
+def _warn_of_what_sft_was(config: PipelineConfig, start: Artifact) -> None:
+    if Stage.sft.name not in start.parents:
+        warn(
+            "qat",
+            f"{start.directory} was made with quantize.source=upcast, so nothing has been fine-tuned yet. Published"
+            " results have QAT after SFT, whose task it keeps through rounding, and never instead of it: at QAT's low"
+            " rate a task is hardly learnt.",
+        )
+        return
     sft = artifacts.require(config, Stage.sft).settings["sft.learning_rate"]
     same_method = config.qat.method is config.sft.method  # adapters learn at ten times the rate of full weights
     if same_method and config.qat.learning_rate > sft:
@@ -65,26 +74,37 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
     splits = data.prepare(config, rows, tokenizer)
     model = models.load_to_train(start, config.qat)
     drift = Drift(model, block_format)  # before frozen experts are rounded in place
-    teacher = _teacher(config)
-    budget = config.qat.rounded_cache_gib
-    rounded = quantizer.keep_rounded(model, math.inf if budget is None else budget * 2**30)
-    extra = samples.callback(config, rows, tokenizer, directory, "qat")
+    rounded = quantizer.keep_rounded(model, _budget_bytes(config))
+    looks = samples.callback(config, rows, tokenizer, directory, "qat")
+    inputs = training.Inputs(model, tokenizer, splits, drift, rounded, _teacher(config), looks)
     with quantizer.watch(model) as fired:
-        details = training.train(model, tokenizer, splits, config.qat, directory, "qat", drift, rounded, teacher, extra)
+        details = training.train(inputs, training.Setup(config.qat, "qat", directory, config.sharding))
     fired.raise_unless_all(model)
     details["quantizers"] = quantizer.count(model, block_format)
-    kind, where = models.save(model, start, directory, config.qat)
+    kind, where = models.save(model, start, directory, config.qat, config)
     if is_main_process():
         quantizer.save_state(model, directory)
     return Result(kind, where["dtype"], block_format.name, block_format.scale_rule, {**details, **where})
 
 
+def _budget_bytes(config: PipelineConfig) -> float:
+    """Gathered parameters are other memory each time, and there is no room for all of them: by default keep nothing."""
+    budget = config.qat.rounded_cache_gib
+    if budget is None:
+        return 0.0 if sharding.ENGINES[config.sharding].gathers else math.inf
+    return budget * 2**30
+
+
 def _teacher(config: PipelineConfig) -> Any:
     """The SFT model, if it is to be learnt from."""
+    from pipeline import documents
     from pipeline.distillation import Teacher
 
     settings = config.qat.distillation
     if not settings.weight:
         return None
     sft = models.stage_ref(config, Stage.sft)
-    return Teacher(models.load_effective(sft, sft.dtype), settings.weight, settings.temperature)
+    model = models.load_effective(sft, sft.dtype)
+    if config.qat.packing:
+        documents.keep_apart(model)
+    return Teacher(model, settings.weight, settings.temperature)

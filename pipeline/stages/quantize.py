@@ -4,6 +4,7 @@ Quantizers go on last: a quantizer under an adapter that is attached later never
 that QAT will train: adapters merged for full training, fresh adapters attached for LoRA on a full checkpoint.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from pipeline import artifacts, data, losses, models
 from pipeline.artifacts import Artifact, Kind, Result
 from pipeline.checkpoints import dtype_name, link_or_copy, load_tokenizer
-from pipeline.config import Method, PipelineConfig, Stage
+from pipeline.config import Method, PipelineConfig, QuantizeSource, Stage
 from pipeline.data import Rows
 from pipeline.errors import UserError
 from pipeline.models import ModelRef
@@ -24,27 +25,28 @@ _SETTINGS = ("data", "format", "quantize", "qat.method", "qat.lora", "qat.precis
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/quantize: the fine-tuned model with fake quantizers, proven to run."""
     block_format = models.configured_format(config)
-    sft = artifacts.require(config, Stage.sft)
+    from_sft = config.quantize.source is QuantizeSource.sft
+    start = artifacts.require(config, Stage.sft) if from_sft else models.require_upcast(config)
     rows = data.load_rows(config)
     return artifacts.build(
         config,
         Stage.quantize,
         _SETTINGS,
-        {"sft": sft.fingerprint},
-        lambda directory: _quantize(config, block_format, models.of_artifact(sft), rows, directory),
+        {start.stage: start.fingerprint},
+        lambda directory: _quantize(config, block_format, models.of_artifact(start), rows, directory),
         data=rows.fingerprint,
     )
 
 
-def _quantize(config: PipelineConfig, block_format: BlockFormat, sft: ModelRef, rows: Rows, directory: Path) -> Result:
+def _quantize(config: PipelineConfig, block_format: BlockFormat, ref: ModelRef, rows: Rows, directory: Path) -> Result:
     from pipeline import adapters, quantizer
 
-    kind, start, where = _take_form(config, sft, directory)
+    kind, start, where = _take_form(config, ref, directory)
     model = models.place(models.load_quantized(start, start.dtype))
     if config.qat.method is Method.lora and not start.adapter:
         model = adapters.attach(model, config.qat, "qat")
-        kind, where = models.save(model, start, directory, config.qat)
-    batches = _calibration_batches(config, rows, sft)
+        kind, where = models.save(model, start, directory, config.qat, config)
+    batches = _calibration_batches(config, rows, ref)
     quantizer.insert(model, block_format, lambda quantized: _run(quantized, batches))
     if config.format.importance:
         quantizer.calibrate_importance(model, lambda quantized: _run(quantized, batches))
@@ -63,22 +65,22 @@ def _quantize(config: PipelineConfig, block_format: BlockFormat, sft: ModelRef, 
     return Result(kind, where["dtype"], block_format.name, block_format.scale_rule, details)
 
 
-def _take_form(config: PipelineConfig, sft: ModelRef, directory: Path) -> tuple[Kind, ModelRef, dict[str, Any]]:
-    """The SFT model in the form that QAT trains, and where its weights are."""
-    where: dict[str, Any] = {"dtype": dtype_name(sft.dtype)}
-    if sft.adapter and config.qat.method is Method.full:
+def _take_form(config: PipelineConfig, ref: ModelRef, directory: Path) -> tuple[Kind, ModelRef, dict[str, Any]]:
+    """The model in the form that QAT trains, and where its weights are."""
+    where: dict[str, Any] = {"dtype": dtype_name(ref.dtype)}
+    if ref.adapter and config.qat.method is Method.full:
         say("quantize", "qat trains every weight: merging SFT's adapters")
-        models.write_plain(sft, directory, config.upcast.shard_bytes)
-        return Kind.checkpoint, replace(sft, directory=directory, base=directory, adapter=False), where
-    if config.qat.method is Method.full or sft.adapter:
-        for path in sorted(p for p in sft.directory.iterdir() if p.name not in artifacts.BOOKKEEPING and p.is_file()):
+        models.write_plain(ref, directory, config.upcast.shard_bytes)
+        return Kind.checkpoint, replace(ref, directory=directory, base=directory, adapter=False), where
+    if config.qat.method is Method.full or ref.adapter:
+        for path in sorted(p for p in ref.directory.iterdir() if p.name not in artifacts.BOOKKEEPING and p.is_file()):
             link_or_copy(path, directory / path.name)
-    kind = Kind.adapter if sft.adapter else Kind.checkpoint
-    return kind, sft, {**where, "base": sft.base.name} if sft.adapter else where
+    kind = Kind.adapter if ref.adapter else Kind.checkpoint
+    return kind, ref, {**where, "base": ref.base.name} if ref.adapter else where
 
 
-def _calibration_batches(config: PipelineConfig, rows: Rows, sft: ModelRef) -> list[Any]:
-    tokenizer = load_tokenizer(sft.base)
+def _calibration_batches(config: PipelineConfig, rows: Rows, ref: ModelRef) -> Sequence[Any]:
+    tokenizer = load_tokenizer(ref.base)
     train = data.prepare(config, rows, tokenizer).train
     is_calibrated = models.configured_format(config).quantizes_activations or config.format.importance
     if is_calibrated and len(train) < config.quantize.calibration_samples:
@@ -91,5 +93,5 @@ def _calibration_batches(config: PipelineConfig, rows: Rows, sft: ModelRef) -> l
     return losses.batches(chosen, config.quantize.batch_size, tokenizer.pad_token_id)
 
 
-def _run(model: Any, batches: list[Any]) -> None:
+def _run(model: Any, batches: Sequence[Any]) -> None:
     losses.measure(model, batches)

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from pipeline import artifacts, data, models
+from pipeline import artifacts, data, models, sharding
 from pipeline.artifacts import Artifact, Result
 from pipeline.checkpoints import load_tokenizer
 from pipeline.config import Method, PipelineConfig, Stage
 from pipeline.data import Rows
-from pipeline.errors import UserError
 from pipeline.models import ModelRef
 
 _SETTINGS = ("data", "sft")
@@ -15,12 +14,8 @@ _SETTINGS = ("data", "sft")
 
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/sft: the fine-tuned checkpoint, or its adapters."""
-    upcast = artifacts.require(config, Stage.upcast)
-    if upcast.settings["model.path"] != config.model.path:
-        raise UserError(
-            f"model.path={config.model.path}, but {upcast.directory} was made from {upcast.settings['model.path']}."
-            " Set another run_dir, or give the model.path that this run began with."
-        )
+    upcast = models.require_upcast(config)
+    sharding.raise_if_impossible(config.sharding)
     rows = data.load_rows(config)
     return artifacts.build(
         config,
@@ -44,7 +39,8 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
     if config.sft.method is Method.lora:
         model = adapters.attach(model, config.sft, "sft")
     drift = Drift(model, models.configured_format(config))
-    extra = samples.callback(config, rows, tokenizer, directory, "sft")
-    details = training.train(model, tokenizer, splits, config.sft, directory, "sft", drift, extra=extra)
-    kind, where = models.save(model, start, directory, config.sft)
+    looks = samples.callback(config, rows, tokenizer, directory, "sft")
+    inputs = training.Inputs(model, tokenizer, splits, drift, looks=looks)
+    details = training.train(inputs, training.Setup(config.sft, "sft", directory, config.sharding))
+    kind, where = models.save(model, start, directory, config.sft, config)
     return Result(kind, format=where["dtype"], details={**details, **where})

@@ -196,9 +196,21 @@ def test_mended_mistake_needs_no_overwrite(capsys: pytest.CaptureFixture[str], u
     assert "data.max_length=11 cuts away" in message
 
 
+def test_optimizer_whose_package_is_not_installed(
+    capsys: pytest.CaptureFixture[str], upcast_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import trainer_optimizer
+
+    monkeypatch.setattr(trainer_optimizer, "is_torchao_available", lambda: False)
+    message = sft_error(capsys, upcast_run, "sft.optimizer=adamw_torch_8bit")
+    assert "sft.optimizer=adamw_torch_8bit: " in message and "pip install torchao" in message
+
+
 def test_layer_that_the_model_does_not_have(capsys: pytest.CaptureFixture[str], upcast_run: Path) -> None:
     message = sft_error(capsys, upcast_run, "train@sft=lora", "sft.lora.layers=[1,7]")
     assert "sft.lora.layers=[1, 7]: the model has the layers 0 to 1" in message
+    message = sft_error(capsys, upcast_run, "train@sft=lora", "sft.lora.every_nth=3")
+    assert "sft.lora.every_nth=3: the model has the layers 0 to 1" in message
 
 
 @pytest.mark.parametrize(

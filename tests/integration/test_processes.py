@@ -12,18 +12,18 @@ from pipeline import artifacts
 from pipeline.tracking import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node={}")
 
 
 def two_processes(*arguments: str) -> subprocess.CompletedProcess:
     return launched("-m", "pipeline", *arguments)
 
 
-def launched(*command: str) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(
-        [*launcher, *command], env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=300
-    )
+def launched(*command: str, processes: int = 2, launcher: tuple[str, ...] = TORCHRUN) -> subprocess.CompletedProcess:
+    """What became of a command of the interpreter's, started by a launcher: a module with flags, {} for how many."""
+    started = [sys.executable, "-m", *(part.format(processes) for part in launcher), *command]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run(started, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
 
 
 def losses(run_dir: Path, stage: str) -> list[float]:

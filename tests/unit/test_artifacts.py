@@ -164,6 +164,7 @@ def test_settings_are_recorded_flat_and_by_name(config: PipelineConfig) -> None:
         "sft.lora.alpha": 16,
         "sft.lora.targets": ["experts"],
         "sft.lora.layers": None,
+        "sft.lora.every_nth": None,
     }
 
 
@@ -270,6 +271,32 @@ def test_unfinished_work_with_other_inputs_is_an_error_and_stays(config: Pipelin
     )
     assert work.calls == 0
     assert (directory / "shard-1").read_bytes() == b"half"
+
+
+def test_unfinished_training_goes_on_if_processes_and_batches_make_the_same_global_batch(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.sft.batch_size, config.sft.gradient_accumulation_steps = 2, 6
+    directory = begin(config)
+    monkeypatch.setattr(artifacts, "process_count", lambda: 3)
+    message = error_of(config)
+    assert message == (
+        f"{directory} is unfinished, and was begun with other inputs: sft.batch_size x sft.gradient_accumulation_steps"
+        " x processes: was 12, is 36. Go on with the same inputs, or use overwrite=true to rebuild it, or another"
+        " run_dir to keep it."
+    )
+    config.sft.gradient_accumulation_steps = 2
+    make(config, work := Work())
+    assert "shard-1" in work.found[0]
+
+
+def test_a_complete_stage_is_up_to_date_on_any_number_of_processes(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make(config)
+    monkeypatch.setattr(artifacts, "process_count", lambda: 2)
+    assert make(config, work := Work()).fingerprint == made.fingerprint
+    assert work.calls == 0
 
 
 def test_overwrite_discards_unfinished_work_with_other_inputs(config: PipelineConfig) -> None:

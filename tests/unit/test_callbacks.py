@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from pipeline import callbacks
+from pipeline.config import Sharding
 from pipeline.harmony import IGNORED
+from pipeline.resume import WHOLE
 
 EXPERTS, ACTIVE = 8, 2
 
@@ -68,18 +70,19 @@ def test_router_load_leaves_training_steps_alone(model: Any, batch: dict) -> Non
     assert load._counted is None
 
 
-def test_tokens_are_counted_without_padding_over_the_steps_since_the_last_line(model: Any, batch: dict) -> None:
-    tokens = callbacks._TokenCount(model)
-    model.train()
-    model(**batch)
-    model(**batch)
-    model.eval()
-    with torch.no_grad():
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])  # as in an evaluation
+def test_tokens_are_counted_without_padding_over_the_steps_since_the_last_line(batch: dict) -> None:
+    tokens = callbacks.TokenCount()
+    tokens.add(batch)
+    tokens.add(batch)
     assert tokens.take() == (2 * (7 + 4), 2 * (3 + 1))
-    model.train()
-    model(**batch)
+    tokens.add(batch)
     assert tokens.take() == (7 + 4, 3 + 1)
+
+
+def test_a_batch_without_a_mask_has_no_padding(batch: dict) -> None:
+    tokens = callbacks.TokenCount()
+    tokens.add({"input_ids": batch["input_ids"], "labels": batch["labels"]})
+    assert tokens.take() == (2 * 7, 3 + 1)
 
 
 def saved(directory: Path, best: int | None, step: int) -> tuple[Any, Any]:
@@ -98,15 +101,15 @@ def names(directory: Path) -> set[str]:
 
 
 def test_the_newest_and_the_best_checkpoint_stay_and_are_marked_whole(tmp_path: Path) -> None:
-    keeper = callbacks.Checkpoints(2, tmp_path, "sft")
+    keeper = callbacks.Checkpoints(2, tmp_path, "sft", Sharding.none)
     for step, best in ((2, 2), (4, 2), (6, 2), (10, 2)):
         keeper.on_save(*saved(tmp_path, best, step), None)
     assert names(tmp_path) == {"checkpoint-2", "checkpoint-10"}
-    assert all((path / callbacks.WHOLE).is_file() for path in tmp_path.iterdir())
+    assert all((path / WHOLE).is_file() for path in tmp_path.iterdir())
 
 
 def test_nothing_goes_before_the_new_checkpoint_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keeper = callbacks.Checkpoints(2, tmp_path, "sft")
+    keeper = callbacks.Checkpoints(2, tmp_path, "sft", Sharding.none)
     for step in (2, 4):
         keeper.on_save(*saved(tmp_path, 2, step), None)
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from pipeline import synthetic
-from pipeline.config import DataConfig, ModelConfig, PipelineConfig, Stage, TinyConfig, TrainConfig
+from pipeline.config import DataConfig, ModelConfig, PipelineConfig, Sharding, Stage, TinyConfig, TrainConfig
 from pipeline.doctor import content, display, findings, leaks, rows
 from pipeline.doctor.findings import Facts
 from pipeline.doctor.rows import Example, Row
@@ -227,12 +227,13 @@ Found = Callable[..., list[str]]
 def found(tmp_path: Path) -> Found:
     """The findings with some figures changed: `data__section__name=value` or `machine__name=value`."""
 
-    def of(train: TrainConfig | None = None, **changes: Any) -> list[str]:
+    def of(train: TrainConfig | None = None, sharding: Sharding = Sharding.none, **changes: Any) -> list[str]:
         data, machine = {name: dict(values) for name, values in HEALTHY.items()}, dict(ROOMY)
         for key, value in changes.items():
             place, *path = key.split("__")
             (data[path[0]] if place == "data" else machine)[path[-1]] = value
-        settings = replace(config(), run_dir=str(tmp_path), sft=train or TrainConfig(), qat=train or TrainConfig())
+        trained = {stage: train or TrainConfig() for stage in ("sft", "qat")}
+        settings = replace(config(), run_dir=str(tmp_path), sharding=sharding, **trained)
         return findings.findings(Facts(data, NEEDS, machine, settings))
 
     return of
@@ -251,6 +252,20 @@ def test_the_most_serious_comes_first(found: Found) -> None:
     )
     beginnings = ("sft needs", "qat needs", "validation rows whose", "assistant turns without", "rows that copy")
     assert [message.startswith(start) for message, start in zip(messages, beginnings, strict=True)] == [True] * 5
+
+
+def test_what_processes_share_need_not_fit_on_one_gpu(found: Found) -> None:
+    assert found(machine__gpu_free_bytes=99, machine__processes=7, sharding=Sharding.fsdp2) == []
+    # 30 of activations, the weights, and a seventh of gradients and optimizer
+    assert found(machine__gpu_free_bytes=74, machine__processes=7, sharding=Sharding.zero2) == []
+    assert len(found(machine__gpu_free_bytes=73, machine__processes=7, sharding=Sharding.zero2)) == 2
+    sft, _ = found(machine__gpu_free_bytes=99)
+    assert "sharding=fsdp2 on several GPUs" in sft
+
+
+def test_every_process_loads_the_whole_weights_into_host_memory(found: Found) -> None:
+    assert found(machine__host_free_bytes=160, machine__processes=4, sharding=Sharding.fsdp2) == []
+    assert len(found(machine__host_free_bytes=159, machine__processes=4, sharding=Sharding.fsdp2)) == 1
 
 
 def test_a_gpu_too_small_is_told_with_what_would_make_it_fit(found: Found) -> None:

@@ -18,14 +18,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("export", "training", "attention", "samples"),
     ("generation",),
     ("models", "data", "losses", "distillation", "drift", "callbacks"),
-    ("quantizer", "source", "columns", "datasets_in", "tables"),
+    ("quantizer", "experts", "source", "columns", "datasets_in", "tables"),
     ("adapters", "synthetic", "rounding"),
     ("checkpoints", "harmony"),
-    ("shards",),
-    ("artifacts", "gpt_oss"),
+    ("shards", "resume"),
+    ("artifacts", "gpt_oss", "sharding"),
     ("tracking", "rules"),
     ("config", "numerics", "languages"),
-    ("errors", "allocator", "choice", "transcripts", "statistics"),
+    ("errors", "allocator", "choice", "documents", "transcripts", "statistics"),
 )
 """Files and folders of the package, from top to bottom: each imports only from the rows below its own.
 

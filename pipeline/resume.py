@@ -1,0 +1,66 @@
+"""Checkpoints that interrupted training goes on from: which are whole, and under which circumstances they serve.
+
+A checkpoint stands after a number of global batches, and the order of the examples depends on the seed and the epoch
+alone: with the same global batch (`artifacts` sees to that) any number of processes goes on with the same examples.
+Nothing else that training does is random (gpt-oss has no dropout, and adapters have none), so that the states of
+random generators, which transformers saves for each process, need not be there for a process that is new.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts import write_json
+from pipeline.config import Sharding
+from pipeline.errors import UserError
+from pipeline.sharding import ENGINES
+from pipeline.tracking import is_main_process, process_count, say, wait_for_everyone
+
+WHOLE = "whole"
+"""This file in a checkpoint says that all of it was written, and under which circumstances."""
+
+
+def step_of(checkpoint: Path) -> int:
+    """After which step it was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def mark_whole(checkpoint: Path, shared: Sharding) -> None:
+    """Say that all of it is on disk."""
+    write_json(checkpoint / WHOLE, _circumstances(shared))
+
+
+def last_whole(directory: Path, stage: str, shared: Sharding) -> Path | None:
+    """The newest checkpoint that was written to its end; later, broken ones are removed.
+
+    Raises:
+        UserError: it was sharded otherwise, or by another number of processes where its files do not allow that.
+    """
+    found = sorted(directory.glob("checkpoint-*"), key=step_of)
+    whole = [path for path in found if (path / WHOLE).is_file()]
+    wait_for_everyone()
+    for path in found:
+        if path not in whole and is_main_process():
+            say(stage, f"removing {path.name}, which was interrupted while it was written")
+            shutil.rmtree(path)
+    wait_for_everyone()
+    if whole:
+        _raise_if_made_otherwise(whole[-1], shared)
+    return whole[-1] if whole else None
+
+
+def _circumstances(shared: Sharding) -> dict[str, Any]:
+    return {"processes": process_count(), "sharding": shared.name}
+
+
+def _raise_if_made_otherwise(checkpoint: Path, shared: Sharding) -> None:
+    before, now = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8")), _circumstances(shared)
+    same_sharding = before["sharding"] == now["sharding"]
+    if same_sharding and (before["processes"] == now["processes"] or ENGINES[shared].reshards):
+        return
+    raise UserError(
+        f"{checkpoint}: was written by {before['processes']} processes with sharding={before['sharding']}; its files"
+        f" cannot be read by {now['processes']} with sharding={now['sharding']}. Go on as it was begun, or start anew"
+        " with overwrite=true."
+    )

@@ -1,0 +1,246 @@
+"""Processes that share one model: they train as one process does, resume in other numbers, and leave the same.
+
+Few launches do many runs, since a process imports for longer than it trains.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import command_lines
+import pytest
+from command_lines import Line
+from conftest import run_program
+from test_processes import REPOSITORY, TORCHRUN, launched, losses
+
+from pipeline import artifacts
+from pipeline.tracking import read_metrics
+
+ACCELERATE = ("accelerate.commands.launch", "--config_file=scripts/accelerate/processes.yaml", "--num_processes={}")
+STAGES = ("sft", "qat")
+# Global batches of 12 examples, within one epoch: at its end accelerate fills the last batch with repeated examples.
+SETTINGS = (
+    "data.max_samples=80",
+    "sft.learning_rate=3e-3",
+    "qat.learning_rate=5e-4",
+    "upcast.shard_bytes=300000",
+    "verify.samples=2",
+    *(f"{stage}.{key}=2" for stage in STAGES for key in ("eval_steps", "save_steps", "logging_steps")),
+    *(f"{stage}.max_steps=6" for stage in STAGES),
+)
+BEFORE = {"sft": ("upcast",), "qat": ("upcast", "sft", "quantize")}
+# A rate so high that the loss soon rises again: the best weights are not the last.
+RISING = ("qat.learning_rate=0.05", "qat.lr_scheduler=constant", "qat.warmup_ratio=0")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stage that one process trains, and several with interruptions."""
+
+    recipe: str
+    stage: str
+    sharding: str
+    more: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe}-{self.stage}-{self.sharding}"
+
+    def arguments(self, run_dir: Path, batch_size: int, steps: int) -> list[str]:
+        """Of the program; a process accumulates over `steps` forward passes."""
+        batch = [f"{stage}.batch_size={batch_size}" for stage in STAGES]
+        batch += [f"{stage}.gradient_accumulation_steps={steps}" for stage in STAGES]
+        return [f"stage={self.stage}", f"recipe={self.recipe}", f"run_dir={run_dir}", *SETTINGS, *self.more, *batch]
+
+    def line(self, run_dir: Path, batch_size: int, steps: int, **how: Any) -> Line:
+        """For several processes."""
+        return Line([*self.arguments(run_dir, batch_size, steps), f"sharding={self.sharding}"], **how)
+
+
+ALONE = Case("smoke", "sft", "none")
+SFT = Case("smoke", "sft", "fsdp2")
+TAUGHT = Case("smoke", "qat", "fsdp2", ("qat.distillation.weight=0.5", *RISING))
+ADAPTED = Case("smoke_lora", "sft", "fsdp2")
+ADAPTED_QAT = Case("smoke_lora", "qat", "fsdp2")
+SHARDED = (SFT, TAUGHT, ADAPTED, ADAPTED_QAT)
+MOVED = (SFT, ADAPTED_QAT)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Run directories by the cases' names, and what was seen of the last run in each (see `command_lines`)."""
+
+    directory: Path
+    outcomes: dict[str, dict[str, Any]]
+
+    def of(self, case: Case) -> Path:
+        return self.directory / case.name
+
+
+def begin(case: Case, done: Path, run_dir: Path) -> None:
+    """A run directory in which everything before the stage is complete."""
+    for stage in BEFORE[case.stage]:
+        shutil.copytree(done / case.recipe / stage, run_dir / stage)
+
+
+def launch_lines(
+    file: Path, processes: int, lines: list[Line], launcher: tuple[str, ...] = TORCHRUN
+) -> list[dict[str, Any]]:
+    """What became of the command lines, run one after the other by as many processes."""
+    file.write_text(json.dumps([asdict(line) for line in lines]), encoding="utf-8")
+    outcome = launched(command_lines.__file__, str(file), processes=processes, launcher=launcher)
+    print(outcome.stdout, outcome.stderr)  # for whoever looks into a failure
+    assert outcome.returncode == 0
+    return [json.loads(line) for line in Path(f"{file}.outcomes").read_text(encoding="utf-8").splitlines()]
+
+
+def run_by_one_process(directory: Path, cases: tuple[Case, ...]) -> Runs:
+    """The stages before, as <recipe>, and the cases, none of them interrupted."""
+    outcomes = {}
+    for recipe in sorted({case.recipe for case in cases}):
+        for stage in ("upcast", "sft", "quantize"):
+            assert run_program(*Case(recipe, stage, "none").arguments(directory / recipe, 4, 3)) == 0
+    for case in cases:
+        begin(case, directory, directory / case.name)
+        outcomes[case.name] = command_lines.run(Line(case.arguments(directory / case.name, 4, 3)))
+        assert outcomes[case.name]["status"] == 0
+    return Runs(directory, outcomes)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return run_by_one_process(tmp_path_factory.mktemp("one"), (ALONE, *SHARDED))
+
+
+@pytest.fixture(scope="module")
+def shared(one: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Two processes begin each case, three go on with those that move, two finish; `none` moves from one to two to one.
+
+    Each in another way of sharing out the same global batch.
+    """
+    runs = Runs(tmp_path_factory.mktemp("shared"), {})
+    for case in (ALONE, *SHARDED):
+        begin(case, one.directory, runs.of(case))
+    interrupted = [command_lines.run(ALONE.line(runs.of(ALONE), 4, 3, interrupted_at=2))]
+    lines = [ALONE.line(runs.of(ALONE), 2, 3, interrupted_at=4)]
+    lines += [case.line(runs.of(case), 2, 3, interrupted_at=2) for case in SHARDED]
+    interrupted += launch_lines(runs.directory / "begin", 2, lines)
+    lines = [case.line(runs.of(case), 2, 2, interrupted_at=4) for case in MOVED]
+    interrupted += launch_lines(runs.directory / "move", 3, lines)
+    assert {outcome["status"] for outcome in interrupted} == {130}
+    lines = [case.line(runs.of(case), 6, 1, is_compared=case is SFT) for case in SHARDED]
+    outcomes = [command_lines.run(ALONE.line(runs.of(ALONE), 12, 1))]
+    outcomes += launch_lines(runs.directory / "finish", 2, lines, ACCELERATE)
+    names = (case.name for case in (ALONE, *SHARDED))
+    return Runs(runs.directory, dict(zip(names, outcomes, strict=True)))
+
+
+@pytest.mark.parametrize("case", [ALONE, *SHARDED], ids=lambda case: case.name)
+def test_interrupted_training_goes_on_in_other_numbers_of_processes_to_the_losses_of_one(
+    case: Case, one: Runs, shared: Runs
+) -> None:
+    assert shared.outcomes[case.name]["status"] == 0
+    assert losses(shared.of(case), case.stage) == pytest.approx(losses(one.of(case), case.stage), rel=1e-5)
+
+
+@pytest.mark.parametrize("case", SHARDED, ids=lambda case: case.name)
+def test_fsdp2_leaves_each_process_its_part(case: Case, shared: Runs) -> None:
+    assert shared.outcomes[case.name]["share"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_teacher_is_shared_as_the_student_is(one: Runs, shared: Runs) -> None:
+    assert one.outcomes[TAUGHT.name]["teacher_share"] == 1
+    assert shared.outcomes[TAUGHT.name]["teacher_share"] == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("case", [ALONE, *SHARDED], ids=lambda case: case.name)
+def test_the_weights_left_are_those_of_the_lowest_validation_loss(case: Case, one: Runs, shared: Runs) -> None:
+    details, alone = (artifacts.load(runs.of(case) / case.stage).details for runs in (shared, one))
+    assert details["kept_step"] == alone["kept_step"]
+    assert shared.outcomes[case.name]["loss_left"] == pytest.approx(details["validation_loss"], rel=1e-6)
+    if case is TAUGHT:
+        assert details["kept_step"] < details["steps"]
+
+
+@pytest.mark.parametrize("case", SHARDED, ids=lambda case: case.name)
+def test_drift_and_router_load_are_told_of_sharded_models(case: Case, one: Runs, shared: Runs) -> None:
+    lines, alone = (
+        [line for line in read_metrics(runs.of(case) / case.stage) if "eval_loss" in line] for runs in (shared, one)
+    )
+    for line, expected in zip(lines, alone, strict=True):
+        # Weights that noise of the last bit moves from one side of a rounding boundary to the other.
+        for share in ("eval_moved_weights", "eval_changed_codes"):
+            assert line[share] == pytest.approx(expected[share], abs=2e-3)
+        assert {name for name in line if "router" in name} == {name for name in expected if "router" in name} != set()
+    assert 0 < lines[-1]["eval_changed_codes"] < 1
+
+
+def test_what_sharded_processes_save_is_what_one_process_saves(shared: Runs) -> None:
+    same = shared.outcomes[SFT.name]["same"]
+    assert len(same) > 1 and all(same)
+
+
+@pytest.mark.parametrize("case", [TAUGHT, ADAPTED_QAT], ids=lambda case: case.name)
+def test_what_sharded_processes_trained_is_exported_and_proven(case: Case, shared: Runs) -> None:
+    assert artifacts.load(shared.of(case) / "qat").details["quantizers"] == 4
+    for stage in ("export", "verify"):
+        arguments = case.arguments(shared.of(case), 12, 1)
+        assert run_program(*(f"stage={stage}" if a == "stage=qat" else a for a in arguments)) == 0
+
+
+def test_one_process_has_nothing_to_share(one: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin(SFT, one.directory, tmp_path)
+    assert command_lines.run(SFT.line(tmp_path, 12, 1))["status"] == 2
+    assert "error: sharding=fsdp2: there is one process, and nothing to share among." in capsys.readouterr().err
+
+
+def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [REPOSITORY / "scripts" / "launch", *arguments],
+        env={**os.environ, "PYTHON": "python3", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_launcher_prints_a_command_for_one_machine() -> None:
+    outcome = launch("--processes", "4", "--dry-run", "stage=sft", "data.path=my file")
+    assert outcome.stdout.split(" -m ") == [
+        "python3",
+        "torch.distributed.run --nproc-per-node=4 --standalone --max-restarts=0",
+        "pipeline stage=sft data.path=my\\ file \n",
+    ]
+
+
+def test_under_slurm_the_launcher_meets_at_the_first_node_and_restarts() -> None:
+    slurm = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "123456", "MASTER_ADDR": "node1"}
+    outcome = launch("--processes", "8", "--dry-run", "stage=sft", **slurm)
+    for flag in ("--nnodes=2", "--rdzv-endpoint=node1:23456", "--rdzv-id=123456", "--max-restarts=3"):
+        assert f" {flag} " in outcome.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--processes", "0", "stage=sft"), "--processes 0: must be a whole number"),
+        (("--gpus", "2"), "--gpus: unknown flag"),
+        (("--dry-run",), "nothing to run"),
+    ],
+)
+def test_the_launcher_says_what_is_wrong(arguments: tuple[str, ...], message: str) -> None:
+    outcome = launch(*arguments)
+    assert outcome.returncode == 2
+    assert message in outcome.stderr
+
+
+def test_the_launcher_starts_two_processes_of_the_program(tmp_path: Path) -> None:
+    outcome = launch("--processes", "2", "stage=sft", "recipe=smoke", f"run_dir={tmp_path}", PYTHON=sys.executable)
+    assert outcome.stderr.count("error: stage=sft needs") == 1
+    assert "(local_rank: 1)" in outcome.stderr
+    assert "exitcode  : 2" in outcome.stderr

@@ -1,0 +1,69 @@
+"""DeepSpeed's ZeRO: two processes train as one does, resume to the same losses, and leave the weights they ended with.
+
+Needs deepspeed, and without a GPU DS_ACCELERATOR=cpu (its first use then builds an extension, about two minutes).
+"""
+
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+from conftest import run_program
+from test_processes import losses
+from test_sharding import RISING, Case, Runs, begin, launch_lines, run_by_one_process
+
+from pipeline import artifacts
+
+pytestmark = pytest.mark.skipif(
+    find_spec("deepspeed") is None or not (torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu"),
+    reason="needs deepspeed, and without a GPU DS_ACCELERATOR=cpu",
+)
+
+TAUGHT = ("qat.distillation.weight=0.5", *RISING)
+KINDS = (("smoke", "sft", ()), ("smoke", "qat", TAUGHT), ("smoke_lora", "sft", ()), ("smoke_lora", "qat", ()))
+CASES = tuple(Case(recipe, stage, zero, more) for zero in ("zero2", "zero3") for recipe, stage, more in KINDS)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return run_by_one_process(tmp_path_factory.mktemp("one"), CASES[: len(KINDS)])
+
+
+@pytest.fixture(scope="module")
+def shared(one: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    runs = Runs(tmp_path_factory.mktemp("zero"), {})
+    lines = []
+    for case in CASES:
+        begin(case, one.directory, runs.of(case))
+        lines += [case.line(runs.of(case), 2, 3, interrupted_at=2), case.line(runs.of(case), 2, 3)]
+    outcomes = launch_lines(runs.directory / "lines", 2, lines)
+    assert {outcome["status"] for outcome in outcomes[::2]} == {130}
+    return Runs(runs.directory, {case.name: outcome for case, outcome in zip(CASES, outcomes[1::2], strict=True)})
+
+
+def alone(case: Case) -> Case:
+    """The one that a single process has trained in its place."""
+    return CASES[CASES.index(case) % len(KINDS)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_interrupted_training_goes_on_to_the_losses_of_one_process(case: Case, one: Runs, shared: Runs) -> None:
+    assert shared.outcomes[case.name]["status"] == 0
+    assert losses(shared.of(case), case.stage) == pytest.approx(losses(one.of(alone(case)), case.stage), rel=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_zero3_alone_splits_parameters(case: Case, shared: Runs) -> None:
+    # Between forward passes a process has nothing of a parameter that is split where the model looks for it.
+    assert shared.outcomes[case.name]["share"] == pytest.approx(0 if case.sharding == "zero3" else 1, abs=0.05)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_best_weights_are_left_and_saved(case: Case, one: Runs, shared: Runs) -> None:
+    details = artifacts.load(shared.of(case) / case.stage).details
+    assert details["kept_step"] == artifacts.load(one.of(alone(case)) / case.stage).details["kept_step"]
+    assert shared.outcomes[case.name]["loss_left"] == pytest.approx(details["validation_loss"], rel=1e-6)
+    arguments = case.arguments(shared.of(case), 12, 1)[1:]
+    assert run_program("stage=evaluate", f"evaluate.source={case.stage}", "model.dtype=float32", *arguments) == 0
+    saved = artifacts.load(shared.of(case) / "evaluate").details["results"][case.stage]
+    assert saved["validation_loss"] == pytest.approx(details["validation_loss"], rel=1e-6)
