@@ -15,10 +15,12 @@ from torch import Tensor
 from pipeline import sharding
 from pipeline.checkpoints import ADAPTER_WEIGHTS
 from pipeline.config import LoraTarget, TrainConfig
-from pipeline.errors import UserError
+from pipeline.errors import CheckFailed, UserError
 from pipeline.gpt_oss import EXPERT_WEIGHTS
+from pipeline.rules import adapted_layers
 
 _ADAPTER = "default"
+_QUANTIZER = "_weight_quantizer"
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -32,13 +34,16 @@ def attach(model: Any, train: TrainConfig, section: str) -> PeftModel:
 
     Raises:
         UserError: a layer that the model does not have.
+        CheckFailed: the model has quantizers already; under adapters on experts they would never run.
     """
+    if any(name.endswith(_QUANTIZER) for name, _ in model.named_modules()):
+        raise CheckFailed("adapters: the model is quantized already; attach them before quantizers are inserted")
     lora = train.lora
     count = model.config.num_hidden_layers
-    layers = range(count) if lora.layers is None else lora.layers
-    bad = [layer for layer in layers if not 0 <= layer < count]
-    if bad or not layers:
-        raise UserError(f"{section}.lora.layers={list(layers)}: the model has the layers 0 to {count - 1}.")
+    layers = adapted_layers(lora, count)
+    if not layers or not set(layers) <= set(range(count)):
+        setting = f"layers={lora.layers}" if lora.every_nth is None else f"every_nth={lora.every_nth}"
+        raise UserError(f"{section}.lora.{setting}: the model has the layers 0 to {count - 1}.")
     attention = LoraTarget.attention in lora.targets
     experts = LoraTarget.experts in lora.targets
     config = PeftLoraConfig(
@@ -104,20 +109,30 @@ def expert_weights(model: Any, experts: slice) -> Iterator[tuple[str, Tensor]]:
         name = parameter_name(full_name)
         if not name.endswith(EXPERT_WEIGHTS) or not (parameter.requires_grad or name in adapted):
             continue
-        delta = _delta(adapted[name]) if name in adapted else None
         stack = sharding.first_part(parameter)
+        delta = _delta(adapted[name], experts) if name in adapted else None  # a joint effort where factors are sharded
         if stack.numel():
-            yield name, stack[experts] if delta is None else stack[experts] + delta[experts]
+            yield name, stack[experts] if delta is None else stack[experts] + delta
 
 
-def _delta(wrapper: ParamWrapper) -> Tensor:
-    """What its adapters add to a stack of experts (E, in, out); factors that are sharded are gathered for it."""
+def _delta(wrapper: ParamWrapper, experts: slice) -> Tensor:
+    """What its adapter adds to some experts (E, in, out) of a stack; that of the whole stack is never made."""
+    first, end, _ = experts.indices(wrapper.num_experts)
+    start = min(first, max(0, wrapper.num_experts - 2))
+    count = min(max(2, end - start), wrapper.num_experts)
+    with _whole_factors(wrapper), _only_experts(wrapper, start, count):
+        return wrapper.get_delta_weight(_ADAPTER)[first - start : end - start]
+
+
+@contextmanager
+def _whole_factors(wrapper: ParamWrapper) -> Iterator[None]:
+    """Inside the block the adapter has its factors whole, where each process holds a part of them."""
     with ExitStack() as gathered:
         for factor in (*wrapper.lora_A.values(), *wrapper.lora_B.values()):
             whole = gathered.enter_context(sharding.gathered(_weight(factor)))
             gathered.callback(setattr, factor, "weight", _weight(factor))
             factor.weight = torch.nn.Parameter(whole.data, requires_grad=False)
-        return sum(wrapper.get_delta_weight(adapter) for adapter in wrapper.active_adapters)
+        yield
 
 
 def is_wrapped(module_name: str) -> bool:

@@ -6,7 +6,8 @@ its gradient out. So nothing is trusted by its name. The same batch goes through
 eager in float64, as the truth; with eager in the precision of the run, whose distance from the truth is what rounding
 costs; and with the implementation asked for, which may be a few times as far away. The batch is longer than the sliding
 window and padded on the right, as training pads; every token goes to every expert, since a choice that rounding flips
-would hide what attention does.
+would hide what attention does. Where training packs, the implementation also gets the same documents packed into one
+row, and the truth stays that of each alone: a kernel that lets them see each other is off by far.
 """
 
 import math
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline import documents
 from pipeline.config import Precision, TrainConfig
 from pipeline.errors import UserError
 from pipeline.harmony import IGNORED
@@ -44,6 +46,10 @@ _SIZES: dict[str, Any] = {
     "use_cache": False,
 }
 _PARTS = {"sinks": "sinks", "q": "q_proj.weight", "k": "k_proj.weight", "v": "v_proj.weight"}
+_WHAT_FOR = {
+    False: "gpt-oss, whose attention has sinks",
+    True: "packed documents, which must not see each other",
+}
 _TIMES_ROUNDING = 4.0  # another order of sums costs about as much again
 _ALWAYS_ALLOWED = 1e-5
 
@@ -52,22 +58,28 @@ def check(train: TrainConfig, section: str) -> None:
     """Refuse an attention implementation that does not compute, or does not differentiate, what eager does.
 
     Args:
-        train: `attn_implementation` and `precision` are looked at.
+        train: `attn_implementation`, `precision` and `packing` are looked at.
         section: name of `train` in the configuration, for messages.
 
     Raises:
         UserError: transformers does not know it or cannot run it here, or a tensor differs: which, and by how much.
     """
+    if train.attn_implementation != _EAGER:
+        _check(train, section, is_packed=False)
+    if train.packing:
+        _check(train, section, is_packed=True)
+
+
+def _check(train: TrainConfig, section: str, is_packed: bool) -> None:
     name = train.attn_implementation
-    if name == _EAGER:
-        return
     setting = f"{section}.attn_implementation={name}"
+    packed = f" with {section}.packing=true" if is_packed else ""
     try:
-        found, rounding = errors(name, train.precision, _device())
+        found, rounding = errors(name, train.precision, _device(), is_packed)
     except (ValueError, KeyError, ImportError, OSError, RuntimeError) as error:
         reason = str(error).strip("'\" \n").partition("\n")[0].partition(". ")[0]
         raise UserError(
-            f"{setting}: transformers cannot train gpt-oss, whose attention has sinks, with it here ({reason})."
+            f"{setting}: transformers cannot train gpt-oss, whose attention has sinks, with it here{packed} ({reason})."
             f" Use {section}.attn_implementation={_EAGER}."
         ) from error
     allowed = _TIMES_ROUNDING * rounding + _ALWAYS_ALLOWED
@@ -75,14 +87,17 @@ def check(train: TrainConfig, section: str) -> None:
     if wrong:
         tensor = max(wrong, key=lambda name: math.inf if math.isnan(wrong[name]) else wrong[name])
         raise UserError(
-            f"{setting}: is wrong for gpt-oss, whose attention has sinks: {tensor} differs from eager by"
+            f"{setting}: is wrong for {_WHAT_FOR[is_packed]}: {tensor} differs from eager by"
             f" {wrong[tensor]:.2g} (relative), where rounding explains {allowed:.2g}; {len(wrong)} of {len(found)}"
             f" tensors are off. Use {section}.attn_implementation={_EAGER}."
         )
-    say(section, f"attn_implementation={name} agrees with eager: outputs and gradients of sinks, q, k and v")
+    alone = " keeps packed documents apart, and" if is_packed else ""
+    say(section, f"attn_implementation={name}{alone} agrees with eager: outputs and gradients of sinks, q, k and v")
 
 
-def errors(name: str, precision: Precision, device: torch.device) -> tuple[dict[str, float], float]:
+def errors(
+    name: str, precision: Precision, device: torch.device, is_packed: bool = False
+) -> tuple[dict[str, float], float]:
     """How far an implementation is from eager in float64, and how far eager in the same precision is at most.
 
     Returns:
@@ -93,20 +108,24 @@ def errors(name: str, precision: Precision, device: torch.device) -> tuple[dict[
     truth = _tensors(_EAGER, torch.float64, False, device)
     dtype, is_mixed = TRAIN_DTYPES[precision], precision is Precision.mixed_bf16
     eager = _tensors(_EAGER, dtype, is_mixed, device)
-    asked_for = _tensors(name, dtype, is_mixed, device)
+    asked_for = _tensors(name, dtype, is_mixed, device, is_packed)
     rounding = max(_distance(eager[key], truth[key]) for key in truth)
     return {key: _distance(asked_for[key], truth[key]) for key in truth}, rounding
 
 
-def _tensors(name: str, dtype: torch.dtype, is_mixed: bool, device: torch.device) -> dict[str, Tensor]:
+def _tensors(
+    name: str, dtype: torch.dtype, is_mixed: bool, device: torch.device, is_packed: bool = False
+) -> dict[str, Tensor]:
     """Logits of real tokens, and the gradients of each layer's sinks, q, k and v."""
-    model, batch = _model(name, dtype).to(device), {key: value.to(device) for key, value in _batch().items()}
+    model, batch = _model(name, dtype).to(device), _packed(_batch()) if is_packed else _batch()
+    batch = {key: value.to(device) for key, value in batch.items()}
+    labels, is_real = batch.pop("labels"), batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     autocast = torch.autocast(device.type, torch.bfloat16) if is_mixed else nullcontext()
     with autocast:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    targets = batch["labels"][:, 1:].flatten()
-    functional.cross_entropy(logits[:, :-1].flatten(0, 1).to(torch.float64), targets, ignore_index=IGNORED).backward()
-    found = {"the output": logits.detach()[batch["attention_mask"].bool()]}
+        logits = model(**batch).logits
+    predicted = logits[:, :-1].flatten(0, 1).to(torch.float64)
+    functional.cross_entropy(predicted, labels[:, 1:].flatten(), ignore_index=IGNORED).backward()
+    found = {"the output": logits.detach()[is_real]}
     for layer, kind in zip(model.model.layers, _LAYERS, strict=True):
         for part, parameter in _PARTS.items():
             weight = layer.self_attn.get_parameter(parameter)
@@ -130,6 +149,7 @@ def _model(name: str, dtype: torch.dtype) -> Any:
                 drawn = torch.randn(parameter.shape, generator=generator)
                 fan_in = 1 if parameter.ndim == 1 else parameter.shape[1]
                 parameter.copy_(1 + 0.1 * drawn if key.endswith("norm.weight") else drawn * fan_in**-0.5)
+    documents.keep_apart(model)
     return model.to(dtype).train()
 
 
@@ -139,6 +159,17 @@ def _batch() -> dict[str, Tensor]:
     ids = torch.randint(1, _VOCABULARY, (len(_LENGTHS), longest), generator=torch.Generator().manual_seed(1))
     mask = (torch.arange(longest) < torch.tensor(_LENGTHS)[:, None]).long()
     return {"input_ids": ids * mask, "attention_mask": mask, "labels": ids.where(mask.bool(), torch.tensor(IGNORED))}
+
+
+def _packed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The documents of a padded batch in one row, with positions in place of the mask; none predicts the next one."""
+    is_real = batch["attention_mask"].bool()
+    positions = (batch["attention_mask"].cumsum(1) - 1)[is_real]
+    return {
+        "input_ids": batch["input_ids"][is_real][None],
+        "position_ids": positions[None],
+        "labels": batch["labels"][is_real].where(positions > 0, torch.tensor(IGNORED))[None],
+    }
 
 
 def _distance(value: Tensor, truth: Tensor) -> float:

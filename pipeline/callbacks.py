@@ -25,7 +25,9 @@ _LOSS = "eval_loss"
 _RECOUNTED = "num_tokens"  # TRL's sum, which begins anew when a run is resumed
 
 
-def callbacks(settings: TrainConfig, directory: Path, stage: str, shared: Sharding) -> list[TrainerCallback]:
+def callbacks(
+    settings: TrainConfig, directory: Path, stage: str, shared: Sharding, tokens: "TokenCount"
+) -> list[TrainerCallback]:
     """The callbacks of one training stage.
 
     Args:
@@ -33,9 +35,10 @@ def callbacks(settings: TrainConfig, directory: Path, stage: str, shared: Shardi
         directory: of the stage.
         stage: its name, for messages.
         shared: how the processes share the model.
+        tokens: told of every batch that is trained on.
     """
     made: list[TrainerCallback] = [
-        Metrics(directory, stage),
+        Metrics(directory, stage, tokens),
         Checkpoints(settings.save_total_limit, directory, stage, shared),
     ]
     if settings.early_stopping_patience is not None:
@@ -46,14 +49,14 @@ def callbacks(settings: TrainConfig, directory: Path, stage: str, shared: Shardi
 class Metrics(TrainerCallback):
     """Writes what the trainer logs, with throughput, memory and router load, to metrics.jsonl and the terminal."""
 
-    def __init__(self, directory: Path, stage: str) -> None:
+    def __init__(self, directory: Path, stage: str, tokens: "TokenCount") -> None:
         self._directory = directory
+        self._tokens = tokens
         self._progress = _Progress(stage)
         self._seconds = 0.0  # in steps since the last line; evaluations and checkpoints are not counted
         self._started = 0.0
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self._tokens = _TokenCount(model)
         self._routers = _RouterLoad(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -97,19 +100,20 @@ class Metrics(TrainerCallback):
         }
 
 
-class _TokenCount:
-    """Tokens that were trained on, without padding, counted on the model's device as they enter it."""
+class TokenCount:
+    """Tokens that were trained on, without padding, counted where the batch lies."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self) -> None:
         self._counted: Tensor | None = None  # (2): tokens, supervised tokens
-        model.register_forward_pre_hook(self._count, with_kwargs=True)
 
-    def _count(self, model: Any, _: Any, inputs: dict[str, Any]) -> None:
-        if model.training:
-            # The first token of an example is never predicted.
-            supervised = (inputs["labels"][:, 1:] != IGNORED).sum()
-            counts = torch.stack([inputs["attention_mask"].sum(), supervised])
-            self._counted = counts if self._counted is None else self._counted + counts
+    def add(self, batch: dict[str, Tensor]) -> None:
+        """Count a batch: labels (B, T) and attention_mask (B, T), without which there is no padding."""
+        # The first token of an example is never predicted.
+        supervised = (batch["labels"][:, 1:] != IGNORED).sum()
+        is_real = batch.get("attention_mask")
+        tokens = torch.full_like(supervised, batch["labels"].numel()) if is_real is None else is_real.sum()
+        counts = torch.stack([tokens, supervised])
+        self._counted = counts if self._counted is None else self._counted + counts
 
     def take(self) -> tuple[int, int]:
         """Tokens and supervised tokens of all processes since the last call."""

@@ -50,6 +50,15 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+class ExpertsImplementation(Enum):
+    """Kernels that multiply with the experts' weights, as transformers calls them."""
+
+    auto = "auto"
+    eager = "eager"
+    batched_mm = "batched_mm"
+    grouped_mm = "grouped_mm"
+
+
 class Method(Enum):
     """What is trained: every weight, or low-rank adapters on a frozen base."""
 
@@ -95,6 +104,13 @@ class ScaleRule(Enum):
     floor = "floor"
     nearest = "nearest"
     mse = "mse"
+
+
+class QuantizeSource(Enum):
+    """Models that fake quantizers can be put into."""
+
+    sft = "sft"
+    upcast = "upcast"
 
 
 class Device(Enum):
@@ -267,13 +283,15 @@ class LoraConfig:
     """Low-rank adapters; read only when method is lora."""
 
     rank: int = 8
-    """Rank of each adapter; on experts, of each expert's own adapter."""
+    """Rank r of each adapter, on experts of each expert's own, where E of them take E·r·(in + out) weights a stack."""
     alpha: int = 16
     """Scale of the update: alpha / rank."""
     targets: list[LoraTarget] = field(default_factory=lambda: [LoraTarget.attention, LoraTarget.experts])
     """Parts that get adapters: attention (q, k, v, o), experts (gate_up and down), or both."""
     layers: Optional[list[int]] = None
-    """Layers that get adapters, counted from 0; null: all."""
+    """Layers that get adapters, counted from 0; null: all, or what `every_nth` says."""
+    every_nth: Optional[int] = None
+    """In place of `layers`: the last of every n layers gets adapters; 8 of 24 layers: 7, 15 and 23."""
 
 
 @dataclass
@@ -295,6 +313,8 @@ class TrainConfig:
     """Optimizer steps; -1: as many as `epochs` takes."""
     batch_size: int = 1
     """Examples per device and forward pass."""
+    packing: bool = False
+    """Fill rows up to data.max_length with whole examples, which do not see each other; batch_size then counts rows."""
     gradient_accumulation_steps: int = 8
     """Forward passes per optimizer step."""
     optimizer: str = "adamw_torch"
@@ -307,6 +327,8 @@ class TrainConfig:
     """fp32; mixed_bf16: FP32 weights, BF16 arithmetic; bf16: BF16 weights, which low learning rates hardly move."""
     attn_implementation: str = "eager"
     """Attention kernel, by its transformers name; compared with eager before training, since many lose the sinks."""
+    experts_implementation: ExpertsImplementation = ExpertsImplementation.auto
+    """Kernel for the experts; auto: grouped_mm, or eager for formats that quantize inputs, which grouped_mm leaves."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
     router_aux_loss_coef: float = 0.0
@@ -380,6 +402,8 @@ class UpcastConfig:
 class QuantizeConfig:
     """Insert fake quantization: the PTQ baseline, and where QAT starts."""
 
+    source: QuantizeSource = QuantizeSource.sft
+    """The fine-tuned model, or upcast: the original, so that qat takes the place of sft, which it warns of."""
     calibration_samples: int = 64
     """Training examples run through the model for calibration (formats that need it) and for the proof."""
     batch_size: int = 1

@@ -93,11 +93,13 @@ class Splits:
         train: examples to learn from.
         validation: examples held out; no conversation is in both.
         counts: what went in, and what was cut.
+        max_length: tokens that no example is longer than.
     """
 
     train: Dataset
     validation: Dataset
     counts: dict[str, int]
+    max_length: int
 
 
 class _BadRows(Exception):
@@ -167,7 +169,7 @@ def prepare(config: PipelineConfig, rows: Rows, tokenizer: Any) -> Splits:
     if problems:
         raise user_errors(problems)
     kept = {name: _supervised(data, name, table, counts) for name, table in tokenized.items()}
-    return Splits(kept["train"], kept["validation"], counts)
+    return Splits(kept["train"], kept["validation"], counts, data.max_length)
 
 
 def rendering(config: PipelineConfig, tokenizer: Any) -> Rendering:

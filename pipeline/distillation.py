@@ -44,11 +44,10 @@ class Distilled:
 
 
 def distilled(student: Any, teacher: Teacher, batch: dict[str, Tensor]) -> Distilled:
-    """Run both models on a batch (input_ids, attention_mask, labels: B x T)."""
+    """Run both models on a batch: labels (B x T), and what a model takes beside them."""
     labels = batch["labels"][:, 1:]
     supervised = labels != IGNORED
-    # The labels only so that supervised tokens are counted (callbacks); the loss that comes with them is not used.
-    own = _logits(student, batch, labels=batch["labels"])[:, :-1][supervised]  # (N, V)
+    own = _logits(student, batch)[:, :-1][supervised]  # (N, V)
     with torch.no_grad():
         taught = _logits(teacher.model, batch)[:, :-1][supervised]
     return sums(own, taught, labels[supervised], teacher.weight, teacher.temperature)
@@ -78,6 +77,5 @@ def _divergence(own: Tensor, taught: Tensor) -> Tensor:
     return functional.kl_div(own.log_softmax(-1), taught.log_softmax(-1), reduction="sum", log_target=True)
 
 
-def _logits(model: Any, batch: dict[str, Tensor], **more: Tensor) -> Tensor:
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    return model(**inputs, **more, use_cache=False).logits
+def _logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    return model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False).logits

@@ -1,13 +1,14 @@
 """Validation loss, defined once: training's early look and `evaluate` both call this."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.harmony import IGNORED
 
@@ -43,24 +44,34 @@ class Loss:
         return math.exp(self.supervised) if self.supervised < 700 else math.inf
 
 
-def batches(examples: Any, batch_size: int, pad_token_id: int) -> list[dict[str, Tensor]]:
-    """Examples (columns input_ids, labels) in order, padded on the right: input_ids, attention_mask, labels (B, T)."""
-    from torch.nn.utils.rnn import pad_sequence
+def batches(examples: Any, batch_size: int, pad_token_id: int) -> Sequence[dict[str, Tensor]]:
+    """Examples (columns input_ids, labels) in order, padded on the right: input_ids, attention_mask, labels (B, T).
 
-    made = []
-    for start in range(0, len(examples), batch_size):
-        part = [examples[i] for i in range(start, min(start + batch_size, len(examples)))]
+    Each batch is made when it is asked for: a large validation set takes no memory.
+    """
+    return _Batches(examples, batch_size, pad_token_id)
+
+
+@dataclass(frozen=True)
+class _Batches(Sequence[dict[str, Tensor]]):
+    examples: Any
+    batch_size: int
+    pad_token_id: int
+
+    def __len__(self) -> int:
+        return -(-len(self.examples) // self.batch_size)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        start = range(len(self))[index] * self.batch_size
+        part = [self.examples[i] for i in range(start, min(start + self.batch_size, len(self.examples)))]
         columns = {key: [torch.tensor(example[key]) for example in part] for key in ("input_ids", "labels")}
-        made.append(
-            {
-                "input_ids": pad_sequence(columns["input_ids"], batch_first=True, padding_value=pad_token_id),
-                "labels": pad_sequence(columns["labels"], batch_first=True, padding_value=IGNORED),
-                "attention_mask": pad_sequence(
-                    [torch.ones_like(ids) for ids in columns["input_ids"]], batch_first=True
-                ),
-            }
-        )
-    return made
+        return {
+            "input_ids": pad_sequence(columns["input_ids"], batch_first=True, padding_value=self.pad_token_id),
+            "labels": pad_sequence(columns["labels"], batch_first=True, padding_value=IGNORED),
+            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in columns["input_ids"]], batch_first=True),
+        }
 
 
 def measure(model: Any, made: Iterable[dict[str, Tensor]]) -> Loss:

@@ -143,6 +143,21 @@ def stage_ref(config: PipelineConfig, stage: Stage) -> ModelRef:
     return of_artifact(require(config, stage))
 
 
+def require_upcast(config: PipelineConfig) -> Artifact:
+    """The complete upcast of this run.
+
+    Raises:
+        UserError: it is missing or unfinished, or of another model.
+    """
+    upcast = require(config, Stage.upcast)
+    if upcast.settings["model.path"] != config.model.path:
+        raise UserError(
+            f"model.path={config.model.path}, but {upcast.directory} was made from {upcast.settings['model.path']}."
+            " Set another run_dir, or give the model.path that this run began with."
+        )
+    return upcast
+
+
 class Weights:
     """The weights of a model by their plain names, one at a time, with adapters merged."""
 
@@ -267,15 +282,19 @@ def load_quantized(ref: ModelRef, dtype: torch.dtype, trainable: bool = False, *
 
 def load_to_train(ref: ModelRef, train: TrainConfig) -> Any:
     """A model as a training stage needs it: quantizers and adapters of `ref` in place, in `train.precision`."""
+    from pipeline import documents, experts
+    from pipeline.adapters import base_of
+
     model = load_quantized(
         ref,
         TRAIN_DTYPES[train.precision],
         trainable=True,
         attn_implementation=train.attn_implementation,
-        # The one kernel for experts that computes in BF16 under mixed_bf16, and the one that QAT runs on.
-        experts_implementation="eager",
     )
+    experts.use(model, train.experts_implementation, ref.block_format)
     model.config.use_cache = False
+    if train.packing:
+        documents.keep_apart(base_of(model))
     return model
 
 

@@ -14,13 +14,14 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.config import (
     ColumnsConfig,
     DataConfig,
+    ExpertsImplementation,
     ExportTarget,
     FormatName,
     LoraConfig,
     Method,
     PipelineConfig,
     Precision,
-    QatConfig,
+    QuantizeSource,
     ScaleRule,
     Stage,
     TrainConfig,
@@ -67,7 +68,14 @@ def problems(config: PipelineConfig) -> list[str]:
     found += _data_problems(config.data)
     found += _train_problems("sft", config.sft) + _train_problems("qat", config.qat)
     found += _format_problems(config)
-    return found + _qat_problems(config.sft, config.qat)
+    return found + _qat_problems(config) + _experts_problems(config)
+
+
+def adapted_layers(lora: LoraConfig, count: int) -> list[int]:
+    """The layers, of `count`, that get adapters; `lora.layers` is not checked against it."""
+    if lora.every_nth is not None:
+        return list(range(lora.every_nth - 1, count, lora.every_nth))
+    return list(range(count)) if lora.layers is None else lora.layers
 
 
 def _train_problems(section: str, train: TrainConfig) -> list[str]:
@@ -81,6 +89,11 @@ def _train_problems(section: str, train: TrainConfig) -> list[str]:
         found.append(f"{section}.lr_scheduler={train.lr_scheduler!r}: must be one of {', '.join(_SCHEDULERS)}.")
     if train.method is Method.lora and not train.lora.targets:
         found.append(f"{section}.lora.targets=[]: LoRA needs at least one of attention, experts.")
+    if train.lora.layers is not None and train.lora.every_nth is not None:
+        found.append(
+            f"{section}.lora.layers={train.lora.layers}, {section}.lora.every_nth={train.lora.every_nth}: give one of"
+            " them, and null for the other."
+        )
     return found + _keeping_problems(section, train)
 
 
@@ -107,19 +120,35 @@ def _format_problems(config: PipelineConfig) -> list[str]:
     return found
 
 
-def _qat_problems(sft: TrainConfig, qat: QatConfig) -> list[str]:
-    found = []
+def _qat_problems(config: PipelineConfig) -> list[str]:
+    found, sft, qat = [], config.sft, config.qat
+    follows_sft = config.quantize.source is QuantizeSource.sft
+    if qat.distillation.weight and not follows_sft:
+        found.append(
+            f"qat.distillation.weight={qat.distillation.weight}: the teacher is the SFT model, and with"
+            f" quantize.source={config.quantize.source.name} there is none. Set it to 0, or quantize.source=sft."
+        )
     if qat.distillation.weight and qat.router_aux_loss_coef:
         found.append(
             f"qat.router_aux_loss_coef={qat.router_aux_loss_coef}: not with qat.distillation.weight="
             f"{qat.distillation.weight}, whose loss has no such part. Set it to 0."
         )
-    if sft.method is Method.lora and qat.method is Method.lora and sft.lora != qat.lora:
+    if follows_sft and sft.method is Method.lora and qat.method is Method.lora and sft.lora != qat.lora:
         found.append(
             f"qat.lora={_shown(qat.lora)} differs from sft.lora={_shown(sft.lora)}: QAT goes on with SFT's adapters."
             " Give both the same values."
         )
     return found
+
+
+def _experts_problems(config: PipelineConfig) -> list[str]:
+    asked, can = config.qat.experts_implementation, _EXPERTS_IMPLEMENTATIONS[config.format.name]
+    if asked in can:
+        return []
+    return [
+        f"qat.experts_implementation={asked.name}: leaves out the quantizers of down_proj's inputs, which"
+        f" format={config.format.name.name} has. Use one of {', '.join(each.name for each in can)}."
+    ]
 
 
 def _keeping_problems(section: str, train: TrainConfig) -> list[str]:
@@ -175,7 +204,10 @@ def _not_set(key: str) -> str:
 
 def _shown(lora: LoraConfig) -> str:
     targets = [target.name for target in lora.targets]
-    return f"{{rank: {lora.rank}, alpha: {lora.alpha}, targets: {targets}, layers: {lora.layers}}}"
+    return (
+        f"{{rank: {lora.rank}, alpha: {lora.alpha}, targets: {targets}, layers: {lora.layers},"
+        f" every_nth: {lora.every_nth}}}"
+    )
 
 
 @dataclass(frozen=True)
@@ -213,6 +245,7 @@ _TRAIN_RULES = {
     "early_stopping_patience": _POSITIVE,
     "lora.rank": _POSITIVE,
     "lora.alpha": _POSITIVE,
+    "lora.every_nth": _POSITIVE,
 }
 _RULES = {
     "model.tiny.hidden_size": _BLOCKS,
@@ -242,6 +275,11 @@ _SCALE_RULES = {
     FormatName.mxfp4: (ScaleRule.ceil, ScaleRule.floor, ScaleRule.mse),
     FormatName.nvfp4: (ScaleRule.nearest, ScaleRule.ceil, ScaleRule.floor, ScaleRule.mse),
     FormatName.nvfp4_w4a4: (ScaleRule.nearest, ScaleRule.ceil, ScaleRule.floor, ScaleRule.mse),
+}
+_EXPERTS_IMPLEMENTATIONS = {
+    FormatName.mxfp4: tuple(ExpertsImplementation),
+    FormatName.nvfp4: tuple(ExpertsImplementation),
+    FormatName.nvfp4_w4a4: (ExpertsImplementation.auto, ExpertsImplementation.eager, ExpertsImplementation.batched_mm),
 }
 _HELD_BY = {ExportTarget.mxfp4: (FormatName.mxfp4,)}
 

@@ -39,7 +39,7 @@ def table(
     directory = artifacts.stage_dir(config, DIRECTORY)
     fingerprint = xxhash.xxh3_128_hexdigest(repr((datasets.__version__, *key, features)).encode())
     try:
-        with _no_progress_bars():  # the rows have one of their own
+        with no_progress_bars():  # the rows have one of their own
             return Dataset.from_generator(rows, features=features, cache_dir=str(directory), fingerprint=fingerprint)
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
@@ -51,7 +51,8 @@ def table(
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
+    """Let `datasets` show none of its own."""
     were_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

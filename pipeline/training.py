@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, pack_dataset
 
-from pipeline import losses, resume, sharding
+from pipeline import losses, resume, sharding, tables
 from pipeline.artifacts import CHECKPOINTS_DIR
-from pipeline.callbacks import callbacks
+from pipeline.callbacks import TokenCount, callbacks
 from pipeline.config import Precision, Sharding, TrainConfig
 from pipeline.data import Splits
 from pipeline.distillation import Teacher, distilled
@@ -34,6 +35,7 @@ from pipeline.tracking import (
     warn,
 )
 
+_WHOLE_EXAMPLES = "bfd"  # best fit, decreasing: TRL's way to pack that cuts no example that fits
 _LOWEST_SAFE_BF16_RATE = 1e-4
 
 
@@ -100,7 +102,7 @@ def train(inputs: Inputs, setup: Setup) -> dict[str, Any]:
         try:
             with _deterministic_on_cpu():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except CodecError as error:
+        except (CodecError, FloatingPointError) as error:
             raise setup.diverged(str(error)) from error
         if trainer.evaluated_step != trainer.state.global_step:
             trainer.evaluate()
@@ -157,8 +159,21 @@ class _Trainer(SFTTrainer):
     """
 
     drift: Drift
+    tokens: TokenCount
     evaluated_step: int | None = None
     _teacher: Teacher | None = None
+    _loss_of_step = torch.zeros(())
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Overridden to end at the first step whose loss is not finite, on every process, and before weights change."""
+        loss = super().training_step(*args, **kwargs)
+        self._loss_of_step = self._loss_of_step + loss.detach()
+        if self.accelerator.sync_gradients:
+            total = self.accelerator.reduce(self._loss_of_step, "sum")
+            self._loss_of_step = torch.zeros(())
+            if not total.isfinite():
+                raise FloatingPointError(f"the loss of step {self.state.global_step + 1} is not finite")
+        return loss
 
     def learn_from(self, teacher: Teacher, shared: Sharding) -> None:
         """Distil from now on; the teacher is spread over the processes as the model is."""
@@ -168,7 +183,8 @@ class _Trainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Overridden for the teacher: TRL's `compute_loss_func` does not see the inputs that it must be given."""
+        """Overridden to count tokens, and for the teacher: TRL's `compute_loss_func` does not see the inputs for it."""
+        self.tokens.add(inputs)
         if self._teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         found = distilled(model, self._teacher, inputs)
@@ -197,13 +213,13 @@ class _Trainer(SFTTrainer):
         tokenizer: Any = self.processing_class
         batches = losses.batches(self.eval_dataset, self.args.per_device_eval_batch_size, tokenizer.pad_token_id)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = batches[rank::world]
+        mine = range(rank, len(batches), world)
         sums = torch.zeros(4, dtype=torch.float64)
         with self.accelerator.autocast():
-            for batch in mine:
-                sums += losses.sums(self.model, [batch])
+            for number in mine:
+                sums += losses.sums(self.model, [batches[number]])
             if len(mine) < math.ceil(len(batches) / world):
-                losses.sums(self.model, batches[:1])
+                losses.sums(self.model, [batches[0]])
         return losses.from_sums(self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu())
 
 
@@ -226,23 +242,35 @@ class _Forget(TrainerCallback):
 def _trainer(inputs: Inputs, setup: Setup, **more: Any) -> _Trainer:
     inputs.model.config.bos_token_id = inputs.tokenizer.bos_token_id  # the trainer would do it, with a warning
     try:
+        tokens, is_packed = TokenCount(), setup.settings.packing
         trainer = _Trainer(
             model=inputs.model,
             args=_arguments(setup, **more),
-            train_dataset=inputs.splits.train,
+            train_dataset=_packed(inputs.splits, setup.stage) if is_packed else inputs.splits.train,
             eval_dataset=inputs.splits.validation,
             processing_class=inputs.tokenizer,
-            callbacks=callbacks(setup.settings, setup.directory, setup.stage, setup.shared),
+            callbacks=callbacks(setup.settings, setup.directory, setup.stage, setup.shared, tokens),
         )
     except ValueError as error:
         raise UserError(f"training settings: {error}") from error
     trainer.remove_callback(PrinterCallback)
+    trainer.tokens = tokens
     trainer.drift = inputs.drift
     if inputs.rounded is not None:
         trainer.add_callback(_Forget(inputs.rounded))
     if inputs.teacher is not None:
         trainer.learn_from(inputs.teacher, setup.shared)
     return trainer
+
+
+def _packed(splits: Splits, stage: str) -> Dataset:
+    """Rows filled up to `max_length` with whole examples, whose lengths are in a column of their own, seq_lengths."""
+    with tables.no_progress_bars():
+        rows: Any = pack_dataset(
+            splits.train.select_columns(["input_ids", "labels"]), splits.max_length, _WHOLE_EXAMPLES
+        )
+    say(stage, f"packed {len(splits.train)} examples into {len(rows)} rows of up to {splits.max_length} tokens")
+    return rows
 
 
 def _raise_if_launched_otherwise(arguments: SFTConfig, setup: Setup) -> None:
@@ -276,6 +304,7 @@ def _arguments(setup: Setup, **more: Any) -> SFTConfig:
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         router_aux_loss_coef=settings.router_aux_loss_coef,
         logging_steps=settings.logging_steps,
+        logging_nan_inf_filter=False,  # would log the mean of earlier losses in place of one that is not finite
         eval_strategy="steps",
         eval_steps=settings.eval_steps,
         save_strategy="steps",
@@ -289,7 +318,9 @@ def _arguments(setup: Setup, **more: Any) -> SFTConfig:
         ddp_find_unused_parameters=False,  # every step uses all of them: a layer's experts are one parameter
         max_length=None,  # cut and counted when the data was prepared
         shuffle_dataset=False,
-        packing=False,  # with eager attention packed documents see each other
+        dataset_kwargs={"skip_prepare_dataset": True},  # tokenized, and packed, already
+        packing=settings.packing,
+        packing_strategy=_WHOLE_EXAMPLES,
         report_to="none",
         disable_tqdm=True,
         **more,

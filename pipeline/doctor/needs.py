@@ -8,12 +8,13 @@ Legend: B batch size, T tokens of the longest example, L layers, H hidden size, 
 K experts per token, V vocabulary, E experts; w bytes per weight, a bytes per activation.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
 from pipeline.config import LoraTarget, Method, PipelineConfig, Precision, Stage, TrainConfig
 from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, other_tensors, packed_layout, plain_layout
+from pipeline.rules import adapted_layers
 
 _WEIGHT_TYPE = {Precision.fp32: "F32", Precision.mixed_bf16: "F32", Precision.bf16: "BF16"}
 _WIDTH = {"F32": 4, "BF16": 2}
@@ -59,7 +60,7 @@ def trained_parameters(shape: Shape, train: TrainConfig) -> int:
     """
     if train.method is Method.full:
         return _count(plain_layout(shape))
-    layers = range(shape.num_hidden_layers) if train.lora.layers is None else train.lora.layers
+    layers = adapted_layers(train.lora, shape.num_hidden_layers)
     attention = [
         sum(info.shape)
         for name, info in other_tensors(shape).items()
@@ -134,7 +135,10 @@ def figures(config: PipelineConfig, model: dict[str, Any], longest: int) -> dict
     shape = Shape.of(model, config.model.path)
     trains = {"sft": config.sft, "qat": config.qat}
     per_token = int(model["num_experts_per_tok"])
-    needed = {name: memory(shape, train, longest, per_token, name == "qat") for name, train in trains.items()}
+    needed = {}
+    for name, train in trains.items():
+        batched, tokens = _as_batched(train, longest, config.data.max_length)
+        needed[name] = memory(shape, batched, tokens, per_token, name == "qat")
     return {
         "parameters": parameters(shape),
         "trained_parameters": {name: trained_parameters(shape, train) for name, train in trains.items()},
@@ -143,6 +147,13 @@ def figures(config: PipelineConfig, model: dict[str, Any], longest: int) -> dict
         "checkpoint_bytes": {name: checkpoints(shape, train) for name, train in trains.items()},
         "tokens": longest,
     }
+
+
+def _as_batched(train: TrainConfig, longest: int, max_length: int) -> tuple[TrainConfig, int]:
+    """Settings and tokens of a row: padded to the longest example, or all packed rows laid end to end, as TRL does."""
+    if not train.packing:
+        return train, longest
+    return replace(train, batch_size=1), train.batch_size * max_length
 
 
 def _activations(shape: Shape, train: TrainConfig, tokens: int, experts_per_token: int, is_quantized: bool) -> int:

@@ -85,7 +85,7 @@ def _evaluate(config: PipelineConfig, subjects: list[ModelRef], rows: Rows, dire
     return Result(Kind.report, details={"reference": reference.name, "results": results})
 
 
-def _batches(config: PipelineConfig, ref: ModelRef, rows: Rows) -> list[Any]:
+def _batches(config: PipelineConfig, ref: ModelRef, rows: Rows) -> Any:
     tokenizer = load_tokenizer(ref.base)
     validation = data.prepare(config, rows, tokenizer).validation
     if config.evaluate.max_samples is not None:

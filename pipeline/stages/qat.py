@@ -22,7 +22,7 @@ def run(config: PipelineConfig) -> Artifact:
     start = artifacts.require(config, Stage.quantize)
     sharding.raise_if_impossible(config.sharding)
     _raise_if_quantized_otherwise(models.of_artifact(start), models.configured_format(config))
-    _warn_if_faster_than_sft(config)
+    _warn_of_what_sft_was(config, start)
     rows = data.load_rows(config)
     return artifacts.build(
         config,
@@ -45,7 +45,15 @@ def _raise_if_quantized_otherwise(start: ModelRef, wanted: BlockFormat) -> None:
         )
 
 
-def _warn_if_faster_than_sft(config: PipelineConfig) -> None:
+def _warn_of_what_sft_was(config: PipelineConfig, start: Artifact) -> None:
+    if Stage.sft.name not in start.parents:
+        warn(
+            "qat",
+            f"{start.directory} was made with quantize.source=upcast, so nothing has been fine-tuned yet. Published"
+            " results have QAT after SFT, whose task it keeps through rounding, and never instead of it: at QAT's low"
+            " rate a task is hardly learnt.",
+        )
+        return
     sft = artifacts.require(config, Stage.sft).settings["sft.learning_rate"]
     same_method = config.qat.method is config.sft.method  # adapters learn at ten times the rate of full weights
     if same_method and config.qat.learning_rate > sft:
@@ -88,10 +96,14 @@ def _budget_bytes(config: PipelineConfig) -> float:
 
 def _teacher(config: PipelineConfig) -> Any:
     """The SFT model, if it is to be learnt from."""
+    from pipeline import documents
     from pipeline.distillation import Teacher
 
     settings = config.qat.distillation
     if not settings.weight:
         return None
     sft = models.stage_ref(config, Stage.sft)
-    return Teacher(models.load_effective(sft, sft.dtype), settings.weight, settings.temperature)
+    model = models.load_effective(sft, sft.dtype)
+    if config.qat.packing:
+        documents.keep_apart(model)
+    return Teacher(model, settings.weight, settings.temperature)

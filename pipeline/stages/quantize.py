@@ -4,6 +4,7 @@ Quantizers go on last: a quantizer under an adapter that is attached later never
 that QAT will train: adapters merged for full training, fresh adapters attached for LoRA on a full checkpoint.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from pipeline import artifacts, data, losses, models
 from pipeline.artifacts import Artifact, Kind, Result
 from pipeline.checkpoints import dtype_name, link_or_copy, load_tokenizer
-from pipeline.config import Method, PipelineConfig, Stage
+from pipeline.config import Method, PipelineConfig, QuantizeSource, Stage
 from pipeline.data import Rows
 from pipeline.errors import UserError
 from pipeline.models import ModelRef
@@ -24,14 +25,15 @@ _SETTINGS = ("data", "format", "quantize", "qat.method", "qat.lora", "qat.precis
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/quantize: the fine-tuned model with fake quantizers, proven to run."""
     block_format = models.configured_format(config)
-    sft = artifacts.require(config, Stage.sft)
+    from_sft = config.quantize.source is QuantizeSource.sft
+    start = artifacts.require(config, Stage.sft) if from_sft else models.require_upcast(config)
     rows = data.load_rows(config)
     return artifacts.build(
         config,
         Stage.quantize,
         _SETTINGS,
-        {"sft": sft.fingerprint},
-        lambda directory: _quantize(config, block_format, models.of_artifact(sft), rows, directory),
+        {start.stage: start.fingerprint},
+        lambda directory: _quantize(config, block_format, models.of_artifact(start), rows, directory),
         data=rows.fingerprint,
     )
 
@@ -77,7 +79,7 @@ def _take_form(config: PipelineConfig, sft: ModelRef, directory: Path) -> tuple[
     return kind, sft, {**where, "base": sft.base.name} if sft.adapter else where
 
 
-def _calibration_batches(config: PipelineConfig, rows: Rows, sft: ModelRef) -> list[Any]:
+def _calibration_batches(config: PipelineConfig, rows: Rows, sft: ModelRef) -> Sequence[Any]:
     tokenizer = load_tokenizer(sft.base)
     train = data.prepare(config, rows, tokenizer).train
     is_calibrated = models.configured_format(config).quantizes_activations or config.format.importance
@@ -91,5 +93,5 @@ def _calibration_batches(config: PipelineConfig, rows: Rows, sft: ModelRef) -> l
     return losses.batches(chosen, config.quantize.batch_size, tokenizer.pad_token_id)
 
 
-def _run(model: Any, batches: list[Any]) -> None:
+def _run(model: Any, batches: Sequence[Any]) -> None:
     losses.measure(model, batches)

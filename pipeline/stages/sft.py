@@ -7,7 +7,6 @@ from pipeline.artifacts import Artifact, Result
 from pipeline.checkpoints import load_tokenizer
 from pipeline.config import Method, PipelineConfig, Stage
 from pipeline.data import Rows
-from pipeline.errors import UserError
 from pipeline.models import ModelRef
 
 _SETTINGS = ("data", "sft")
@@ -15,13 +14,8 @@ _SETTINGS = ("data", "sft")
 
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/sft: the fine-tuned checkpoint, or its adapters."""
-    upcast = artifacts.require(config, Stage.upcast)
+    upcast = models.require_upcast(config)
     sharding.raise_if_impossible(config.sharding)
-    if upcast.settings["model.path"] != config.model.path:
-        raise UserError(
-            f"model.path={config.model.path}, but {upcast.directory} was made from {upcast.settings['model.path']}."
-            " Set another run_dir, or give the model.path that this run began with."
-        )
     rows = data.load_rows(config)
     return artifacts.build(
         config,

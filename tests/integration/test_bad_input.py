@@ -199,6 +199,8 @@ def test_mended_mistake_needs_no_overwrite(capsys: pytest.CaptureFixture[str], u
 def test_layer_that_the_model_does_not_have(capsys: pytest.CaptureFixture[str], upcast_run: Path) -> None:
     message = sft_error(capsys, upcast_run, "train@sft=lora", "sft.lora.layers=[1,7]")
     assert "sft.lora.layers=[1, 7]: the model has the layers 0 to 1" in message
+    message = sft_error(capsys, upcast_run, "train@sft=lora", "sft.lora.every_nth=3")
+    assert "sft.lora.every_nth=3: the model has the layers 0 to 1" in message
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.lora import ParamWrapper
 
 from pipeline import adapters, artifacts, models
 from pipeline.config import LoraTarget, Precision, TrainConfig
@@ -48,6 +49,33 @@ def test_what_adapters_add_counts_as_moved(model: object) -> None:
                 parameter.normal_()
     assert drift.figures()["moved_weights"] > 0.95
     assert 0 < drift.figures()["changed_codes"] <= 1
+
+
+@pytest.mark.parametrize("experts", [slice(0, 1), slice(2, 5), slice(7, 8), slice(None)])
+def test_what_adapters_add_is_made_for_the_experts_that_are_looked_at(
+    model: object, experts: slice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = TrainConfig(precision=Precision.fp32)
+    settings.lora.targets = [LoraTarget.experts]
+    adapted = adapters.attach(model, settings, "sft")
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    whole = dict(adapters.expert_weights(adapted, slice(None)))
+    made: list[int] = []
+    delta = ParamWrapper.get_delta_weight
+
+    def noting(wrapper: ParamWrapper, adapter: str) -> torch.Tensor:
+        made.append(len(delta(wrapper, adapter)))
+        return delta(wrapper, adapter)
+
+    monkeypatch.setattr(ParamWrapper, "get_delta_weight", noting)
+    for name, weights in adapters.expert_weights(adapted, experts):
+        torch.testing.assert_close(weights, whole[name][experts], rtol=1e-6, atol=1e-6)
+    assert set(made) == {max(2, len(range(8)[experts]))}
+    factors = [parameter.shape for name, parameter in adapted.named_parameters() if "lora_A" in name]
+    assert {shape[0] for shape in factors} == {8 * settings.lora.rank}
 
 
 def test_without_experts_to_train_there_is_nothing_to_tell(model: object) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from conftest import SHORT, run_program
 
+from pipeline import artifacts
+
 
 def started(run_dir: Path, source: Path, *stages: str) -> tuple[str, ...]:
     run_dir.mkdir()
@@ -20,6 +22,28 @@ def test_a_qat_rate_above_that_of_sft_is_warned_of(
     settings = started(tmp_path / "run", smoke_run, "upcast", "sft", "quantize")
     assert run_program("stage=qat", *settings, f"qat.learning_rate={rate}") == 0
     assert ("is above the 0.003 that sft was trained at" in capsys.readouterr().err) == is_warned
+
+
+def test_qat_without_sft_is_possible_and_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("recipe=smoke", f"run_dir={tmp_path}", *SHORT, "quantize.source=upcast")
+    assert run_program("stage=all", *settings) == 0
+    said = capsys.readouterr()
+    assert "[sft] left out, since quantize.source=upcast" in said.out
+    assert "nothing has been fine-tuned yet. Published results have QAT after SFT" in said.err
+    assert not (tmp_path / "sft").exists()
+    assert artifacts.load(tmp_path / "quantize").parents.keys() == {"upcast"}
+    assert artifacts.load(tmp_path / "qat").details["steps"] == 6
+    assert run_program("stage=quantize", *settings[:-1]) == 2
+    assert f"stage=quantize needs {tmp_path / 'sft'}, which is missing" in capsys.readouterr().err
+
+
+def test_without_sft_there_is_no_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("qat.distillation.weight=0.5", "quantize.source=upcast")
+    assert run_program("stage=qat", "recipe=smoke", f"run_dir={tmp_path}", *settings) == 2
+    message = (
+        "qat.distillation.weight=0.5: the teacher is the SFT model, and with quantize.source=upcast there is none."
+    )
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("setting", ["format=nvfp4_w4a4", "format.importance=true"])

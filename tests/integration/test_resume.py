@@ -96,6 +96,42 @@ def test_training_interrupted_after_a_checkpoint_resumes_to_the_same_weights(
     assert (resumed.fingerprint, resumed.details) == (whole.fingerprint, whole.details)
 
 
+def test_sft_resumed_at_any_step_ends_as_if_it_had_not_stopped(
+    smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import callbacks
+
+    steps = 4
+    every_step = [f"sft.{key}=1" for key in ("save_steps", "eval_steps", "logging_steps")]
+    settings = ("stage=sft", "recipe=smoke", *SHORT, f"sft.max_steps={steps}", *every_step)
+    on_save = callbacks.Checkpoints.on_save
+
+    def trained(name: str) -> tuple[artifacts.Artifact, list[float]]:
+        assert run_program(*settings, f"run_dir={tmp_path / name}") == 0
+        directory = tmp_path / name / "sft"
+        return artifacts.load(directory), [line["loss"] for line in read_metrics(directory) if "loss" in line]
+
+    def interrupted_at(step: int) -> Callable[..., None]:
+        def interrupt(self, args, state, control, **kwargs) -> None:
+            on_save(self, args, state, control, **kwargs)
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+        return interrupt
+
+    for name in ("whole", *map(str, range(1, steps))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "upcast").symlink_to(smoke_run / "upcast")
+    whole, losses = trained("whole")
+    assert len(losses) == steps
+    for step in range(1, steps):
+        monkeypatch.setattr(callbacks.Checkpoints, "on_save", interrupted_at(step))
+        assert run_program(*settings, f"run_dir={tmp_path / str(step)}") == 130
+        monkeypatch.undo()
+        resumed, resumed_losses = trained(str(step))
+        assert (resumed.fingerprint, resumed.details, resumed_losses) == (whole.fingerprint, whole.details, losses)
+
+
 def test_broken_checkpoint_is_not_resumed_from(tmp_path: Path, capsys) -> None:
     arguments = (f"run_dir={tmp_path}", "recipe=smoke", *SHORT)
     assert run_program("stage=upcast", *arguments) == 0

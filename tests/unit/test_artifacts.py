@@ -164,6 +164,7 @@ def test_settings_are_recorded_flat_and_by_name(config: PipelineConfig) -> None:
         "sft.lora.alpha": 16,
         "sft.lora.targets": ["experts"],
         "sft.lora.layers": None,
+        "sft.lora.every_nth": None,
     }
 
 

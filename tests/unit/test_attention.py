@@ -119,6 +119,43 @@ def test_what_transformers_cannot_run_is_one_message(name: str) -> None:
     assert len(message) < 500
 
 
+def with_masks_of_its_own(module: Any, query: Tensor, key: Tensor, value: Tensor, _: Any, **arguments: Any) -> Any:
+    """Right for padded batches, as far as real tokens go; of packed documents it knows nothing."""
+    ages = torch.arange(query.shape[2])[:, None] - torch.arange(query.shape[2])
+    hidden = (ages < 0) | (ages >= (module.sliding_window or query.shape[2]))
+    mask = torch.zeros(query.shape[0], 1, *ages.shape, dtype=query.dtype).masked_fill(
+        hidden, torch.finfo(query.dtype).min
+    )
+    return eager_attention_forward(module, query, key, value, mask, **arguments)
+
+
+@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("name", ["eager", NAME])
+def test_a_kernel_that_goes_by_its_masks_may_train_packed_documents(
+    name: str, precision: Precision, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register(online)
+    attention.check(TrainConfig(attn_implementation=name, precision=precision, packing=True), "sft")
+    said = capsys.readouterr().out
+    assert f"attn_implementation={name} keeps packed documents apart, and agrees with eager" in said
+
+
+def test_a_kernel_that_lets_packed_documents_see_each_other_is_refused_only_with_packing() -> None:
+    register(with_masks_of_its_own)
+    settings = TrainConfig(attn_implementation=NAME, precision=Precision.fp32)
+    attention.check(settings, "sft")
+    settings.packing = True
+    with pytest.raises(UserError) as caught:
+        attention.check(settings, "sft")
+    assert "is wrong for packed documents, which must not see each other: " in str(caught.value)
+
+
+def test_eager_without_masks_made_of_positions_would_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention.documents, "keep_apart", lambda model: None)
+    with pytest.raises(UserError, match="packed documents"):
+        attention.check(TrainConfig(packing=True, precision=Precision.fp32), "sft")
+
+
 def test_eager_is_not_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "errors", lambda *_: pytest.fail("eager was compared"))
     attention.check(TrainConfig(attn_implementation="eager"), "sft")

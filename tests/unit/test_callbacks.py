@@ -70,18 +70,19 @@ def test_router_load_leaves_training_steps_alone(model: Any, batch: dict) -> Non
     assert load._counted is None
 
 
-def test_tokens_are_counted_without_padding_over_the_steps_since_the_last_line(model: Any, batch: dict) -> None:
-    tokens = callbacks._TokenCount(model)
-    model.train()
-    model(**batch)
-    model(**batch)
-    model.eval()
-    with torch.no_grad():
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])  # as in an evaluation
+def test_tokens_are_counted_without_padding_over_the_steps_since_the_last_line(batch: dict) -> None:
+    tokens = callbacks.TokenCount()
+    tokens.add(batch)
+    tokens.add(batch)
     assert tokens.take() == (2 * (7 + 4), 2 * (3 + 1))
-    model.train()
-    model(**batch)
+    tokens.add(batch)
     assert tokens.take() == (7 + 4, 3 + 1)
+
+
+def test_a_batch_without_a_mask_has_no_padding(batch: dict) -> None:
+    tokens = callbacks.TokenCount()
+    tokens.add({"input_ids": batch["input_ids"], "labels": batch["labels"]})
+    assert tokens.take() == (2 * 7, 3 + 1)
 
 
 def saved(directory: Path, best: int | None, step: int) -> tuple[Any, Any]:

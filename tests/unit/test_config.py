@@ -27,15 +27,19 @@ from pipeline.config import (
     BlendPartConfig,
     ColumnsConfig,
     DataConfig,
+    ExpertsImplementation,
+    FormatName,
     LoraConfig,
     LoraTarget,
     Method,
     ModelConfig,
     PipelineConfig,
     Precision,
+    ScaleRule,
     Stage,
 )
 from pipeline.errors import CheckFailed, UserError
+from pipeline.rules import adapted_layers
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in program.RECIPES_DIR.glob("*.yaml"))
@@ -405,6 +409,7 @@ BROKEN_RULES: dict[str, tuple[Any, str]] = {
     "qat.max_steps": (-2, "must be a number of steps, or -1."),
     "sft.early_stopping_patience": (0, "must be greater than 0."),
     "sft.lora.rank": (0, "must be greater than 0."),
+    "sft.lora.every_nth": (0, "must be greater than 0."),
     "sft.router_aux_loss_coef": (-0.5, "must be 0 or more."),
     "quantize.calibration_samples": (0, "must be greater than 0."),
     "verify.logits_tolerance": (-1.0, "must be 0 or more."),
@@ -432,13 +437,37 @@ def test_lora_without_targets_is_refused_but_not_when_training_in_full() -> None
     assert broken(sft__method=Method.lora, sft__precision=Precision.bf16, sft__lora__targets=[]) == [expected]
 
 
+def test_every_eighth_layer_is_the_last_of_each_eight() -> None:
+    assert adapted_layers(LoraConfig(every_nth=8), 24) == [7, 15, 23]
+    assert adapted_layers(LoraConfig(every_nth=8), 36) == [7, 15, 23, 31]
+    assert adapted_layers(LoraConfig(every_nth=1), 3) == adapted_layers(LoraConfig(), 3) == [0, 1, 2]
+    assert adapted_layers(LoraConfig(layers=[2, 0]), 3) == [2, 0]
+
+
+def test_layers_and_every_nth_together_are_refused() -> None:
+    assert broken(sft__lora__layers=[1], sft__lora__every_nth=2) == [
+        "sft.lora.layers=[1], sft.lora.every_nth=2: give one of them, and null for the other."
+    ]
+
+
+def test_a_kernel_that_passes_by_a_formats_quantizers_is_refused_for_qat() -> None:
+    w4a4 = {"format__name": FormatName.nvfp4_w4a4, "format__scale_rule": ScaleRule.mse}
+    assert broken(**w4a4, qat__experts_implementation=ExpertsImplementation.batched_mm) == []
+    assert broken(qat__experts_implementation=ExpertsImplementation.grouped_mm) == []
+    assert broken(**w4a4, sft__experts_implementation=ExpertsImplementation.grouped_mm) == []
+    assert broken(**w4a4, qat__experts_implementation=ExpertsImplementation.grouped_mm) == [
+        "qat.experts_implementation=grouped_mm: leaves out the quantizers of down_proj's inputs, which"
+        " format=nvfp4_w4a4 has. Use one of auto, eager, batched_mm."
+    ]
+
+
 def test_sft_and_qat_with_different_adapters_are_refused_with_both() -> None:
     both = {f"{stage}__method": Method.lora for stage in ("sft", "qat")}
     both |= {f"{stage}__precision": Precision.bf16 for stage in ("sft", "qat")}
     assert broken(**both, sft__lora__rank=4, qat__lora__rank=4) == []
     assert broken(**both, sft__lora__rank=4, qat__lora__layers=[1]) == [
-        "qat.lora={rank: 8, alpha: 16, targets: ['attention', 'experts'], layers: [1]} differs from"
-        " sft.lora={rank: 4, alpha: 16, targets: ['attention', 'experts'], layers: None}:"
+        "qat.lora={rank: 8, alpha: 16, targets: ['attention', 'experts'], layers: [1], every_nth: None} differs from"
+        " sft.lora={rank: 4, alpha: 16, targets: ['attention', 'experts'], layers: None, every_nth: None}:"
         " QAT goes on with SFT's adapters. Give both the same values."
     ]
 

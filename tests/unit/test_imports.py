@@ -17,14 +17,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("proof", "evals", "report", "doctor"),
     ("export", "training", "attention"),
     ("models", "data", "losses", "distillation", "drift", "callbacks"),
-    ("quantizer", "source", "columns", "datasets_in", "tables"),
+    ("quantizer", "experts", "source", "columns", "datasets_in", "tables"),
     ("adapters", "synthetic", "rounding"),
     ("checkpoints", "harmony"),
     ("shards", "resume"),
     ("artifacts", "gpt_oss", "sharding"),
     ("tracking", "rules"),
     ("config", "numerics", "languages"),
-    ("errors", "allocator", "choice"),
+    ("errors", "allocator", "choice", "documents"),
 )
 """Files and folders of the package, from top to bottom: each imports only from the rows below its own.
 

@@ -72,6 +72,7 @@ LORAS = {
     "attention": LoraConfig(targets=[LoraTarget.attention]),
     "experts": LoraConfig(targets=[LoraTarget.experts]),
     "one layer": LoraConfig(rank=2, layers=[1]),
+    "every second layer": LoraConfig(rank=2, every_nth=2),
 }
 
 
@@ -82,6 +83,13 @@ def test_adapters_have_as_many_parameters_as_peft_gives_them(
     train = replace(LORA, lora=lora)
     adapted = adapters.attach(build(model_config), train, "sft")
     assert needs.trained_parameters(shape, train) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def test_packed_rows_are_laid_end_to_end(model_config: dict[str, Any], shape: Shape) -> None:
+    packed = settings(replace(FULL, batch_size=2, packing=True), FULL)
+    packed.data.max_length = 64
+    found = needs.figures(packed, model_config, 32)["device_bytes"]["sft"]["activations"]
+    assert found == needs.memory(shape, FULL, 128, TINY.num_experts_per_tok, False).activations
 
 
 def test_gradients_and_optimizer_are_what_torch_allocates(model_config: dict[str, Any], shape: Shape) -> None:

@@ -1,0 +1,60 @@
+"""The losses of the smoke recipe: the same in every run of one machine, and, where the environment is the same, those
+of tests/golden/smoke.json, so that no change of the code changes the arithmetic unseen.
+
+A change that is meant to: put the figures that the failed test shows into the file, and say why in the commit.
+"""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_program
+
+from pipeline import artifacts
+from pipeline.tracking import read_metrics
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "smoke.json").read_text())
+STAGES = ("sft", "qat")
+SETTINGS = ("recipe=smoke", *(f"{stage}.{key}" for stage in STAGES for key in ("max_steps=5", "logging_steps=1")))
+
+
+def environment() -> dict[str, str]:
+    """What the last bits of a loss depend on."""
+    libraries = ("torch", "transformers", "trl", "nvidia-modelopt")
+    return {
+        **{name: version(name) for name in libraries},
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def run(run_dir: Path) -> dict[str, list[float]]:
+    for stage in ("upcast", "sft", "quantize", "qat"):
+        assert run_program(f"stage={stage}", f"run_dir={run_dir}", *SETTINGS) == 0
+    return {stage: [line["loss"] for line in read_metrics(run_dir / stage) if "loss" in line] for stage in STAGES}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[float]]]:
+    run_dir = tmp_path_factory.mktemp("golden") / "first"
+    return run_dir, run(run_dir)
+
+
+def test_the_same_seed_gives_the_same_losses_and_weights_to_the_bit(
+    first: tuple[Path, dict[str, list[float]]], tmp_path: Path
+) -> None:
+    run_dir, losses = first
+    assert run(tmp_path) == losses
+    assert all(len(each) == 5 for each in losses.values())
+    for stage in STAGES:
+        assert artifacts.load(tmp_path / stage).fingerprint == artifacts.load(run_dir / stage).fingerprint
+
+
+def test_the_losses_are_those_on_record(first: tuple[Path, dict[str, list[float]]]) -> None:
+    if environment() != GOLDEN["environment"]:
+        pytest.skip(f"recorded with {GOLDEN['environment']}, this is {environment()}")
+    losses = first[1]
+    recorded = {stage: GOLDEN[stage] for stage in STAGES}
+    assert losses == {stage: pytest.approx(recorded[stage], abs=1e-5) for stage in STAGES}, json.dumps(losses)
