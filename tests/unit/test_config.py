@@ -36,6 +36,7 @@ from pipeline.config import (
     PipelineConfig,
     Precision,
     ScaleRule,
+    Sharding,
     Stage,
 )
 from pipeline.errors import CheckFailed, UserError
@@ -459,6 +460,15 @@ def test_a_kernel_that_passes_by_a_formats_quantizers_is_refused_for_qat() -> No
         "qat.experts_implementation=grouped_mm: leaves out the quantizers of down_proj's inputs, which"
         " format=nvfp4_w4a4 has. Use one of auto, eager, batched_mm."
     ]
+
+
+def test_zero3_is_refused_where_qat_is_trained() -> None:
+    assert broken(stage=Stage.sft, sharding=Sharding.zero3) == []
+    assert broken(stage=Stage.qat, sharding=Sharding.zero2) == []
+    for stage in (Stage.qat, Stage.all):
+        assert broken(stage=stage, sharding=Sharding.zero3) == [
+            f"sharding=zero3: not with stage={stage.name}, for DeepSpeed cannot train QAT so. Use fsdp2."
+        ]
 
 
 def test_sft_and_qat_with_different_adapters_are_refused_with_both() -> None:
