@@ -122,10 +122,11 @@ def _format_problems(config: PipelineConfig) -> list[str]:
 
 
 def _sharding_problems(config: PipelineConfig) -> list[str]:
-    if config.sharding is Sharding.zero3 and config.stage in (Stage.qat, Stage.all):
-        # DeepSpeed 0.19 wants each step to use the parameters in the order of the step before. Quantized experts do
-        # not: it stops with a "tracing error", or its processes wait for one another for ever.
-        return [f"sharding=zero3: not with stage={config.stage.name}, for DeepSpeed cannot train QAT so. Use fsdp2."]
+    is_adapted = config.stage is Stage.sft and config.sft.method is Method.lora
+    if config.sharding is Sharding.zero3 and (is_adapted or config.stage in (Stage.qat, Stage.all)):
+        # DeepSpeed 0.19 wants each step to use the parameters in the order of the step before. With TRL's loss, adapted
+        # and quantized experts do not: it stops with a "tracing error", or its processes wait for ever.
+        return ["sharding=zero3: trains stage=sft with train@sft=full alone; elsewhere DeepSpeed stops. Use fsdp2."]
     return []
 
 
