@@ -98,11 +98,12 @@ def _zero3() -> dict[str, Any]:
 
 
 _ALL = ("weights", "gradients", "optimizer")
+_DEEPSPEED: Any = {"reshards": False, "distributed_type": "DEEPSPEED", "package": "deepspeed"}
 ENGINES = {
-    Sharding.none: Engine(dict, (), gathers=False, reshards=True, distributed_type="MULTI_CPU"),
-    Sharding.fsdp2: Engine(_fsdp2, _ALL, gathers=True, reshards=True, spread=_split),
-    Sharding.zero2: Engine(lambda: _zero(2), _ALL[1:], False, False, _each_whole, "DEEPSPEED", "deepspeed"),
-    Sharding.zero3: Engine(_zero3, _ALL, True, False, _each_whole, "DEEPSPEED", "deepspeed"),
+    Sharding.none: Engine(dict, splits=(), gathers=False, reshards=True, distributed_type="MULTI_CPU"),
+    Sharding.fsdp2: Engine(_fsdp2, splits=_ALL, gathers=True, reshards=True, spread=_split),
+    Sharding.zero2: Engine(lambda: _zero(2), splits=_ALL[1:], gathers=False, **_DEEPSPEED),
+    Sharding.zero3: Engine(_zero3, splits=_ALL, gathers=True, **_DEEPSPEED),
 }
 
 

@@ -190,6 +190,7 @@ class _Trainer(SFTTrainer):
         if self._teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         found = distilled(model, self._teacher, inputs)
+        sharding.let_go(self._teacher.model)
         mine = (inputs["labels"][:, 1:] != IGNORED).sum()
         self._metrics["train"]["teacher_divergence"].append((found.divergence / mine.clamp(min=1)).item())
         if num_items_in_batch is None:

@@ -32,10 +32,11 @@ class Line:
 
 
 def share_held(model: Any) -> float:
-    """Which part of a model this process holds, by its number of values."""
+    """Which part of a model is this process's own, by its number of values."""
     parameters = list(model.parameters())
-    held = sum((p.to_local() if isinstance(p, DTensor) else p.data).numel() for p in parameters)
-    return held / sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+    # ds_tensor: DeepSpeed's part of a parameter, which is whole in some moments and empty in others.
+    own = (p.to_local() if isinstance(p, DTensor) else getattr(p, "ds_tensor", p.data) for p in parameters)
+    return sum(part.numel() for part in own) / sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
 def loss_of(inputs: Any) -> float:

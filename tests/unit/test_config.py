@@ -36,6 +36,7 @@ from pipeline.config import (
     PipelineConfig,
     Precision,
     ScaleRule,
+    Sharding,
     Stage,
 )
 from pipeline.errors import CheckFailed, UserError
@@ -166,7 +167,7 @@ def test_every_choice_of_every_group_resolves() -> None:
         by_group.setdefault(choice.partition("=")[0], []).append(choice)
     for i in range(max(map(len, by_group.values()))):
         one_of_each = [found[i % len(found)] for found in by_group.values()]
-        resolved("stage=sft", *one_of_each, SYNTHETIC_DATA)
+        resolved("stage=upcast", *one_of_each, SYNTHETIC_DATA)  # no stage that a choice would be refused for
 
 
 def test_lora_is_chosen_for_each_stage_on_its_own() -> None:
@@ -471,6 +472,16 @@ def test_a_kernel_that_passes_by_a_formats_quantizers_is_refused_for_qat() -> No
         "qat.experts_implementation=grouped_mm: leaves out the quantizers of down_proj's inputs, which"
         " format=nvfp4_w4a4 has. Use one of auto, eager, batched_mm."
     ]
+
+
+def test_zero3_is_refused_where_adapters_or_quantizers_are_trained() -> None:
+    message = "sharding=zero3: trains stage=sft with train@sft=full alone; elsewhere DeepSpeed stops. Use fsdp2."
+    assert broken(stage=Stage.sft, sharding=Sharding.zero3) == []
+    assert broken(stage=Stage.qat, sharding=Sharding.zero2) == []
+    assert broken(stage=Stage.qat, sharding=Sharding.zero3) == [message]
+    assert broken(stage=Stage.all, sharding=Sharding.zero3) == [message]
+    lora = {"sft__method": Method.lora, "sft__precision": Precision.bf16}
+    assert broken(stage=Stage.sft, sharding=Sharding.zero3, **lora) == [message]
 
 
 def test_sft_and_qat_with_different_adapters_are_refused_with_both() -> None:

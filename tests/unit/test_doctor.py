@@ -271,7 +271,8 @@ def test_every_process_loads_the_whole_weights_into_host_memory(found: Found) ->
 def test_a_gpu_too_small_is_told_with_what_would_make_it_fit(found: Found) -> None:
     sft, qat = found(machine__gpu_free_bytes=99, train=TrainConfig(batch_size=4, gradient_checkpointing=False))
     assert sft.startswith("sft needs about 0.0 MB on each GPU") and qat.startswith("qat needs")
-    assert "use train@sft=lora, sft.gradient_checkpointing=true, sft.batch_size=1, data.max_length=75." in sft
+    remedies = "use train@sft=lora, sft.gradient_checkpointing=true, sft.batch_size=1, data.max_length=75"
+    assert f"{remedies}, sharding=fsdp2 on several GPUs." in sft
 
 
 def test_without_a_gpu_all_of_training_has_to_fit_into_host_memory(found: Found) -> None:
