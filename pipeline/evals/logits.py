@@ -10,7 +10,7 @@ vocabulary has no more than TOP tokens.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ BUCKETS = ((0, 32), (32, 128), (128, 512), (512, None))
 
 
 @torch.no_grad()
-def record(model: Any, batches: list[dict[str, Tensor]], directory: Path) -> None:
+def record(model: Any, batches: Sequence[dict[str, Tensor]], directory: Path) -> None:
     """Keep the reference's predictions on the batches, a file a batch; `directory` appears whole or not at all."""
     unfinished = directory.with_name(f"{directory.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
