@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.checkpoints import Checkpoint
+from pipeline.checkpoints import Checkpoint, at_most
 from pipeline.gpt_oss import ExpertProjection, expert_projections, other_tensors
 from pipeline.numerics.formats import MXFP4
 from pipeline.proof.check import Check
@@ -104,7 +104,10 @@ class Rows:
 
 
 def check_distance(directory: Path, base: Path) -> Check:
-    """Every tensor of an export against the base model's: whether training can have made the one from the other."""
+    """Every tensor of an export against the base model's: whether training can have made the one from the other.
+
+    The two must have the same sizes. One expert is in memory at a time, of other tensors some rows.
+    """
     check = Check("distance: every tensor resembles the base model's")
     export, reference = Checkpoint(directory), Checkpoint(base)
     wrong = dict(_unlike(check, export, reference))
@@ -115,6 +118,9 @@ def check_distance(directory: Path, base: Path) -> Check:
             f"{directory}: neither experts nor embeddings resemble those of {base}: it was made from another base"
             " model. Give that one as verify.reference"
         ]
+    zero = [name for name, figures in check.tensors.items() if figures["gain"] is None and name not in wrong]
+    if zero:
+        check.unseen = f"the distance of {', '.join(at_most(zero))}: zero in the base model"
     distances = [figures["relative_distance"] or 0.0 for figures in check.tensors.values()]
     check.measured = {"tensors": len(distances), "largest_relative_distance": max(distances)}
     return check
@@ -164,9 +170,9 @@ def _expert(checkpoint: Checkpoint, projection: ExpertProjection, index: int) ->
     return decoded(checkpoint, projection.name, slice(index, index + 1))[0]
 
 
-def _halves_alternating(row_pairs: Tensor) -> Tensor:
-    """Of each block (…, block): element j and j + block / 2 side by side."""
-    return row_pairs.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+def _halves_alternating(blocks: Tensor) -> Tensor:
+    """(..., block) -> (..., block): of each block the elements j and j + block / 2 side by side."""
+    return blocks.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 
 def _by_block(arrange: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
+METADATA = {"format": "pt"}
 Tensors = dict[str, Tensor]
 Break = Callable[[Path, Path], object]
 """break_(export, base)."""
@@ -22,7 +23,7 @@ def replace(path: Path, content: str | bytes) -> None:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def write_shard(path: Path, tensors: Tensors, metadata: dict[str, str] | None = {"format": "pt"}) -> None:  # noqa: B006
+def write_shard(path: Path, tensors: Tensors, metadata: dict[str, str] | None = METADATA) -> None:
     path.unlink(missing_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
 
