@@ -57,8 +57,9 @@ class Rows:
     @classmethod
     def of(cls, have: Tensor, want: Tensor) -> "Rows":
         """Of the last dimension of two tensors (..., n) of one shape."""
-        e, b = have.double().reshape(-1, have.shape[-1]), want.double().reshape(-1, want.shape[-1])
-        return cls(*(pair.sum(-1) for pair in (e * b, e * e, b * b, (e - b).square())))
+        e, b = (tensor.float().reshape(-1, tensor.shape[-1]) for tensor in (have, want))
+        products = (e * b, e * e, b * b, (e - b).square())
+        return cls(*(product.sum(-1, dtype=torch.float64) for product in products))
 
     @classmethod
     def joined(cls, several: Iterable["Rows"]) -> "Rows":
