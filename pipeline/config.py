@@ -429,9 +429,9 @@ class VerifyConfig:
     """Prove that an export is right."""
 
     checkpoint: Optional[str] = None
-    """Directory to check; null: this run's export."""
+    """Directory to check, of any export in MXFP4; null: this run's export."""
     reference: Optional[str] = None
-    """Base checkpoint whose layout it must have; null: model.path."""
+    """Base checkpoint that it was fine-tuned from and is held against; null: model.path."""
     samples: int = 8
     """Validation examples whose logits are compared."""
     logits_tolerance: float = 1.0e-4

@@ -9,6 +9,11 @@ class UserError(Exception):
 
     exit_status = 2
 
+    def __init__(self, message: str, problems: list[str] | None = None) -> None:
+        """`problems`: those that `message` reports together; None: it is one."""
+        super().__init__(message)
+        self.problems = problems or [message]
+
 
 class CheckFailed(Exception):
     """A check of the program found a wrong result (not a mistake of the user): exit status 1, no traceback."""
@@ -20,7 +25,7 @@ def user_errors(problems: list[str]) -> UserError:
     """One error that reports several problems together."""
     if len(problems) == 1:
         return UserError(problems[0])
-    return UserError(f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    return UserError(f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems), problems)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

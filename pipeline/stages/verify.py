@@ -1,76 +1,82 @@
 """verify: prove that an export is right; the report says how far apart anything is, and a wrong export exits with 1."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import artifacts, data, losses, models, source
 from pipeline.artifacts import Artifact, Kind, Result, write_json
-from pipeline.checkpoints import load_tokenizer, read_config
+from pipeline.checkpoints import ADAPTER_CONFIG, CONFIG, load_tokenizer, read_config
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import CheckFailed, UserError
+from pipeline.gpt_oss import Shape
 from pipeline.models import ModelRef
 from pipeline.numerics.formats import FORMATS
 from pipeline.source import Source
 from pipeline.tracking import is_main_process, log_metrics, say
 
 if TYPE_CHECKING:
-    from pipeline.proof import Check
+    from pipeline.proof import Check, TrainedModel
 
 _SETTINGS = ("verify",)
 _REPORT = "report.json"
+_EXPORT_IT = "python -m pipeline stage=export export.source"
 _MOST_POSITIONS = 512  # of each sample: the logits of 8 samples of the released vocabulary are 3.3 GB
 
 
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/verify. Raises CheckFailed, and leaves the report but no artifact, if something is off."""
-    directory = _checkpoint(config)
-    reference = _reference(config)
-    export, unknown = _export(directory)
-    ref = None
-    if export is not None:
-        ref, unknown = _trained(config, export)
-    fingerprint, _ = artifacts.fingerprint_of(directory)
-    parents = {"checkpoint": fingerprint, "reference": reference.fingerprint}
-    if ref is not None:
-        parents["model"] = ref.fingerprint
+    subject = _subject(config)
+    parents = {"checkpoint": subject.fingerprint, "reference": subject.reference.fingerprint}
+    if subject.ref is not None:
+        parents["model"] = subject.ref.fingerprint
     return artifacts.build(
-        config,
-        Stage.verify,
-        _SETTINGS,
-        parents,
-        lambda into: _verify(config, directory, reference, export, ref, unknown, into),
-        is_report=True,
+        config, Stage.verify, _SETTINGS, parents, lambda into: _verify(config, subject, into), is_report=True
     )
 
 
-def _verify(
-    config: PipelineConfig,
-    directory: Path,
-    reference: Source,
-    export: Artifact | None,
-    ref: ModelRef | None,
-    unknown: str,
-    into: Path,
-) -> Result:
-    from pipeline import proof
+@dataclass(frozen=True)
+class _Subject:
+    """What is to be proven right, and what is at hand to prove it with.
 
-    checks = [proof.check_layout(directory, reference.directory)]
-    if checks[0].problems:
-        unknown = "the layout is wrong"
-    else:
-        checks.append(proof.check_scales(directory))
-        if export is not None:
-            checks.append(proof.check_copied(directory, reference.directory, export.details["copied"]))
-    if ref is None or export is None or checks[0].problems:
-        checks.append(proof.Check("weights and logits against the trained model", skipped=unknown))
-    else:
-        checks += _against_trained(config, export, ref)
+    Attributes:
+        directory: of the checkpoint.
+        fingerprint, sizes: of its files as they are now.
+        reference: the base model.
+        export: what the export stage recorded, or None.
+        ref: the model that the export was made from, or None.
+        unknown: why there is no `ref`.
+    """
+
+    directory: Path
+    fingerprint: str
+    sizes: dict[str, int]
+    reference: Source
+    export: Artifact | None
+    ref: ModelRef | None
+    unknown: str
+
+
+def _subject(config: PipelineConfig) -> _Subject:
+    directory = _checkpoint(config)
+    reference = _reference(config)
+    export, ref = None, None
+    unknown = f"{directory} has no {artifacts.ARTIFACT_FILE} that names the model it was made from"
+    if (directory / artifacts.ARTIFACT_FILE).is_file():
+        export = _export(directory, reference)
+        ref, unknown = _trained(config, export)
+    return _Subject(directory, *artifacts.fingerprint_of(directory), reference, export, ref, unknown)
+
+
+def _verify(config: PipelineConfig, subject: _Subject, into: Path) -> Result:
+    checks = _checks(config, subject)
+    gaps = [check.gap for check in checks if check.gap]
     report = {
-        "checkpoint": str(directory),
-        "reference": str(reference.directory),
-        "trained_model": str(ref.directory) if ref is not None else None,
+        "checkpoint": str(subject.directory),
+        "reference": str(subject.reference.directory),
+        "trained_model": str(subject.ref.directory) if subject.ref is not None else None,
         "checks": [_record(check) for check in checks],
+        "not_checked": gaps,
     }
     write_json(into / _REPORT, report)
     for check in checks:
@@ -78,37 +84,73 @@ def _verify(
         _show(check)
     wrong = [problem for check in checks for problem in check.problems]
     if wrong:
-        raise CheckFailed(f"{directory} is not right: {len(wrong)} problems, see {into / _REPORT}. First: {wrong[0]}")
-    return Result(Kind.report, details={"checks": {check.title: check.status for check in checks}})
+        count = "1 problem" if len(wrong) == 1 else f"{len(wrong)} problems"
+        raise CheckFailed(f"{subject.directory} is not right: {count}, see {into / _REPORT}. First: {wrong[0]}")
+    say("verify", "nothing wrong was found. Not checked:")
+    _list(gaps)
+    return Result(Kind.report, details={"checks": {check.title: check.status for check in checks}, "not_checked": gaps})
 
 
-def _against_trained(config: PipelineConfig, export: Artifact, ref: ModelRef) -> list["Check"]:
+def _checks(config: PipelineConfig, subject: _Subject) -> list["Check"]:
+    """All that can be checked: weights where they can be read, logits where the configuration is right."""
     from pipeline import proof
 
-    directory = export.directory
+    directory, base, export = subject.directory, subject.reference.directory, subject.export
+    checks = proof.against_base(directory, base)
+    are_comparable, are_configured = (check.status == "ok" for check in checks[:2])
+    if export is not None:
+        checks.append(proof.check_unchanged(export, subject.fingerprint, subject.sizes))
+    if not are_comparable:
+        return checks
+    if export is not None:
+        checks.append(proof.check_copied(directory, base, export.details["copied"]))
+    if export is None or subject.ref is None:
+        skipped = f"{subject.unknown}. Against the base model gross errors show, single wrong values do not"
+        return [*checks, proof.Check("weights and logits against the trained model", skipped=skipped)]
+    trained = _trained_model(config, export, subject.ref)
+    checks += [trained.check_experts(directory), trained.check_others(directory)]
+    if not are_configured:
+        return [*checks, proof.Check("logits", skipped="the files are not the base model's")]
+    return [*checks, trained.check_logits(directory, config.verify.logits_tolerance)]
+
+
+def _trained_model(config: PipelineConfig, export: Artifact, ref: ModelRef) -> "TrainedModel":
+    from pipeline import proof
+
     assert export.format is not None and export.scale_rule is not None
     block_format = FORMATS[export.format].with_rule(export.scale_rule)
     tokenizer = load_tokenizer(ref.base)
     validation = data.prepare(config, data.load_rows(config), tokenizer).validation
-    batches = losses.batches(
-        validation.select(range(min(config.verify.samples, len(validation)))), 1, tokenizer.pad_token_id
-    )
+    chosen = validation.select(range(min(config.verify.samples, len(validation))))
+    batches = losses.batches(chosen, 1, tokenizer.pad_token_id)
     batches = [{key: values[:, :_MOST_POSITIONS] for key, values in batch.items()} for batch in batches]
-    trained = proof.TrainedModel(ref, batches, block_format)
-    return [
-        trained.check_experts(directory),
-        trained.check_others(directory),
-        trained.check_logits(directory, config.verify.logits_tolerance),
-    ]
+    return proof.TrainedModel(ref, batches, block_format)
 
 
 def _checkpoint(config: PipelineConfig) -> Path:
+    """The directory to be checked.
+
+    Raises:
+        UserError: it is not there, unfinished, or nothing that could be an export of gpt-oss.
+    """
     if config.verify.checkpoint is None:
         return artifacts.require(config, Stage.export, check_files=False).directory
+    given = f"verify.checkpoint={config.verify.checkpoint}"
     directory = Path(config.verify.checkpoint).expanduser().absolute()
     if not directory.is_dir():
-        raise UserError(f"verify.checkpoint={config.verify.checkpoint}: no such directory.")
-    read_config(directory)
+        raise UserError(f"{given}: no such directory.")
+    if (directory / artifacts.ARTIFACT_FILE).is_file():
+        return directory
+    if (directory / artifacts.UNFINISHED_FILE).is_file():
+        raise UserError(f"{given}: unfinished. Run the command that was writing it again, to its end, then verify.")
+    if (directory / ADAPTER_CONFIG).is_file() and not (directory / CONFIG).is_file():
+        raise UserError(f"{given}: holds adapters, not a whole model. Verify its export: {_EXPORT_IT}={directory}")
+    if not any(directory.glob("*.safetensors")):
+        raise UserError(f"{given}: holds no weights (*.safetensors): not an exported checkpoint.")
+    try:
+        Shape.of(read_config(directory), directory / CONFIG)
+    except UserError as error:
+        raise UserError(f"{given}: {error}") from error
     return directory
 
 
@@ -119,14 +161,24 @@ def _reference(config: PipelineConfig) -> Source:
     return source.locate(replace(config, model=model), "verify.reference")
 
 
-def _export(directory: Path) -> tuple[Artifact | None, str]:
-    """What the export stage recorded of a directory, or why that is not known."""
-    if not (directory / artifacts.ARTIFACT_FILE).is_file():
-        return None, f"{directory} has no {artifacts.ARTIFACT_FILE} that names the model it was made from"
+def _export(directory: Path, reference: Source) -> Artifact:
+    """What the export stage recorded of a directory.
+
+    Raises:
+        UserError: another stage left it, or it was made from another base model.
+    """
     export = artifacts.load(directory, check_files=False)
     if export.stage != Stage.export.name:
-        return None, f"{directory} is a result of stage={export.stage}, not of export"
-    return export, ""
+        raise UserError(
+            f"verify.checkpoint={directory}: a result of stage={export.stage}, not of stage=export."
+            f" Verify its export: {_EXPORT_IT}={directory}"
+        )
+    if export.parents["source"] != reference.fingerprint:
+        raise UserError(
+            f"{directory} was made from the base model {export.base_model['path']}, which is not the one in"
+            f" {reference.directory}. Set verify.reference to the base model that it was made from."
+        )
+    return export
 
 
 def _trained(config: PipelineConfig, export: Artifact) -> tuple[ModelRef | None, str]:
@@ -152,13 +204,22 @@ def _record(check: "Check") -> dict[str, Any]:
         "status": check.status,
         "problems": check.problems,
         "measured": check.measured,
+        "tensors": check.tensors,
         "skipped": check.skipped,
     }
 
 
 def _show(check: "Check") -> None:
-    figures = ", ".join(f"{name} {value:.6g}" for name, value in check.measured.items())
+    figures = ", ".join(f"{name} {_figure(value)}" for name, value in check.measured.items())
     say("verify", f"{check.status:<12}{check.title}{f' ({figures})' if figures else ''}")
+    _list([*check.problems, *([check.skipped] if check.skipped else [])])
+
+
+def _figure(value: float | str | None) -> str:
+    return f"{value:.6g}" if isinstance(value, int | float) else str(value)
+
+
+def _list(lines: list[str]) -> None:
     if is_main_process():
-        for line in [*check.problems, *([check.skipped] if check.skipped else [])]:
+        for line in lines:
             print(f"             {line}")

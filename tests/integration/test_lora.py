@@ -20,7 +20,7 @@ ADAPTED = ("_proj.weight", "experts.gate_up_proj", "experts.down_proj")
 
 def test_the_whole_run_is_proven(lora_run: Path) -> None:
     report = json.loads((lora_run / "verify" / "report.json").read_text())
-    assert [check["status"] for check in report["checks"]] == ["ok"] * 6
+    assert {check["status"] for check in report["checks"]} == {"ok"}
 
 
 def test_only_adapters_are_stored(lora_run: Path) -> None:

@@ -1,4 +1,4 @@
-"""`verify` finds what is wrong with an export, names it, and exits with 1."""
+"""`verify` at the command line: what it says of a wrong export, of one it cannot know all about, and of none at all."""
 
 import json
 import shutil
@@ -6,156 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+from breaking import Break, change, drop, set_at, settings, tensors
 from conftest import SHORT, run_program
-from safetensors.torch import load_file, save_file
+from mutations import DOWN, GATE_UP, SINKS, swapped_nibbles
 
-from pipeline import artifacts, models, proof
-from pipeline.numerics.formats import MXFP4
+from pipeline.checkpoints import Checkpoint
+from pipeline.gpt_oss import expert_projections
 
-GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"
-DOWN = "model.layers.1.mlp.experts.down_proj"
-SINKS = "model.layers.0.self_attn.sinks"
-Tensors = dict[str, torch.Tensor]
-
-
-def swap_nibbles(tensors: Tensors) -> None:
-    blocks = tensors[f"{GATE_UP}_blocks"]
-    tensors[f"{GATE_UP}_blocks"] = (blocks << 4) | (blocks >> 4)
-
-
-def flip_one_bit(tensors: Tensors) -> None:
-    tensors[f"{DOWN}_blocks"][7, 3, 1, 5] ^= 1
-
-
-def raise_scales(tensors: Tensors) -> None:
-    tensors[f"{GATE_UP}_scales"] += 1
-
-
-def remove_bias_of_scales(tensors: Tensors) -> None:
-    tensors[f"{GATE_UP}_scales"] -= 127
-
-
-def put_nan(tensors: Tensors) -> None:
-    tensors[f"{DOWN}_scales"][0, 0, 0] = 255
-
-
-def halve_gate_and_up(tensors: Tensors) -> None:
-    for part in ("blocks", "scales"):
-        rows = tensors[f"{GATE_UP}_{part}"]
-        tensors[f"{GATE_UP}_{part}"] = torch.cat((rows[:, ::2], rows[:, 1::2]), dim=1)
-
-
-def exchange_gate_and_up(tensors: Tensors) -> None:
-    for part in ("blocks", "scales"):
-        rows = tensors[f"{GATE_UP}_{part}"].unflatten(1, (-1, 2))
-        tensors[f"{GATE_UP}_{part}"] = rows.flip(2).flatten(1, 2).contiguous()
-
-
-def permute_experts(tensors: Tensors) -> None:
-    for part in ("blocks", "scales"):
-        tensors[f"{DOWN}_{part}"] = tensors[f"{DOWN}_{part}"].roll(1, dims=0)
-
-
-def drop_sinks(tensors: Tensors) -> None:
-    del tensors[SINKS]
-
-
-def drop_head(tensors: Tensors) -> None:
-    del tensors["lm_head.weight"]
-
-
-def tie_head(tensors: Tensors) -> None:
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-
-
-def widen_bias(tensors: Tensors) -> None:
-    tensors[f"{GATE_UP}_bias"] = tensors[f"{GATE_UP}_bias"].float()
-
-
-def nudge_bias(tensors: Tensors) -> None:
-    tensors[f"{GATE_UP}_bias"][2, 2] += 0.5
-
-
-def misspell_scales(tensors: Tensors) -> None:
-    tensors[f"{GATE_UP}_scale"] = tensors.pop(f"{GATE_UP}_scales")
-
-
-def leave_adapter(tensors: Tensors) -> None:
-    tensors["model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.zeros(8, 64)
-
-
-def leave_bf16_experts(tensors: Tensors) -> None:
-    tensors[GATE_UP] = torch.zeros(8, 64, 192, dtype=torch.bfloat16)
-
-
-def set_config(**changes: object) -> Callable[[Path], None]:
-    def edit(export: Path) -> None:
-        config = json.loads((export / "config.json").read_text())
-        (export / "config.json").write_text(json.dumps({**config, **changes}))
-
-    return edit
-
-
-def drop_config(key: str) -> Callable[[Path], None]:
-    def edit(export: Path) -> None:
-        config = json.loads((export / "config.json").read_text())
-        del config[key]
-        (export / "config.json").write_text(json.dumps(config))
-
-    return edit
-
-
-def change_template(export: Path) -> None:
-    with (export / "chat_template.jinja").open("a") as file:
-        file.write(" ")
-
-
-def drop_generation_config(export: Path) -> None:
-    (export / "generation_config.json").unlink()
-
-
-def leave_stale_shard(export: Path) -> None:
-    shutil.copyfile(next(export.glob("model-*.safetensors")), export / "old.safetensors")
-
-
-TENSOR_MUTATIONS = [
-    (swap_nibbles, GATE_UP),
-    (flip_one_bit, DOWN),
-    (raise_scales, GATE_UP),
-    (remove_bias_of_scales, GATE_UP),
-    (put_nan, DOWN),
-    (halve_gate_and_up, GATE_UP),
-    (exchange_gate_and_up, GATE_UP),
-    (permute_experts, DOWN),
-    (drop_sinks, SINKS),
-    (drop_head, "lm_head.weight"),
-    (tie_head, "lm_head.weight"),
-    (widen_bias, f"{GATE_UP}_bias"),
-    (nudge_bias, f"{GATE_UP}_bias"),
-    (misspell_scales, f"{GATE_UP}_scales"),
-    (leave_adapter, "lora_A"),
-    (leave_bf16_experts, GATE_UP),
-]
-FILE_MUTATIONS = [
-    (set_config(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
-    (set_config(rope_theta=10000), "rope_theta"),
-    (set_config(architectures=["FSDPGptOssForCausalLM"]), "architectures"),
-    (drop_config("rope_scaling"), "rope_scaling"),
-    (drop_config("quantization_config"), "quantization_config"),
-    (change_template, "chat_template.jinja"),
-    (drop_generation_config, "generation_config.json"),
-    (leave_stale_shard, "old.safetensors"),
-]
-
-
-@pytest.fixture(scope="module")
-def trained(smoke_run: Path) -> proof.TrainedModel:
-    """The model behind the export, loaded once."""
-    ref = models.of_artifact(artifacts.load(smoke_run / "qat"))
-    ids = torch.arange(20)[None]
-    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-    return proof.TrainedModel(ref, [batch], MXFP4)
+swap_nibbles = change(f"{GATE_UP}_blocks", swapped_nibbles)
+flip_one_bit = change(f"{DOWN}_blocks", set_at(7, 3, 1, 5, to=lambda byte: byte ^ 1))
+drop_sinks = drop(SINKS)
+WRONG = ["swapped nibbles", "one bit flipped", "no sinks", "another rope theta"]
 
 
 def source_of(smoke_run: Path) -> Path:
@@ -163,27 +24,13 @@ def source_of(smoke_run: Path) -> Path:
     return directory
 
 
-def verify(smoke_run: Path, work: Path, export: Path) -> int:
+def verify(smoke_run: Path, work: Path, export: Path, *more: str) -> int:
     arguments = ("stage=verify", "recipe=smoke", *SHORT, f"run_dir={work}", f"verify.checkpoint={export}")
-    return run_program(*arguments, f"model.path={source_of(smoke_run)}")
+    return run_program(*arguments, f"model.path={source_of(smoke_run)}", *more)
 
 
-def problems_of(smoke_run: Path, export: Path, trained: proof.TrainedModel) -> list[str]:
-    """What `verify` finds, without the logits."""
-    layout = proof.check_layout(export, source_of(smoke_run))
-    if layout.problems:
-        return layout.problems
-    checks = [proof.check_scales(export), trained.check_experts(export), trained.check_others(export)]
-    return [problem for check in checks for problem in check.problems]
-
-
-def rewrite(export: Path, mutate: Callable[[Tensors], None]) -> None:
-    (shard,) = export.glob("model-*.safetensors")
-    tensors = load_file(shard)
-    mutate(tensors)
-    save_file(tensors, shard, {"format": "pt"})
-    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, shard.name)}
-    (export / "model.safetensors.index.json").write_text(json.dumps(index))
+def report_of(work: Path) -> dict:
+    return json.loads((work / "verify" / "report.json").read_text())
 
 
 @pytest.fixture
@@ -196,56 +43,141 @@ def test_a_good_copy_passes(smoke_run: Path, tmp_path: Path, export: Path) -> No
     assert verify(smoke_run, tmp_path / "run", export) == 0
 
 
-def test_nothing_is_found_in_a_good_export(smoke_run: Path, trained) -> None:
-    assert problems_of(smoke_run, smoke_run / "export", trained) == []
+def forget_the_model(export: Path) -> None:
+    (export / "artifact.json").unlink()
 
 
-@pytest.mark.parametrize(("mutate", "named"), TENSOR_MUTATIONS, ids=lambda value: getattr(value, "__name__", None))
-def test_wrong_tensor_is_found_and_named(smoke_run: Path, export: Path, trained, mutate, named: str) -> None:
-    rewrite(export, mutate)
-    problems = problems_of(smoke_run, export, trained)
-    assert any(named in problem for problem in problems), problems
-
-
-@pytest.mark.parametrize(("mutate", "named"), FILE_MUTATIONS, ids=[named for _, named in FILE_MUTATIONS])
-def test_wrong_file_is_found_and_named(smoke_run: Path, export: Path, trained, mutate, named: str) -> None:
-    mutate(export)
-    problems = problems_of(smoke_run, export, trained)
-    assert any(named in problem for problem in problems), problems
-
-
-@pytest.mark.parametrize("mutate", [swap_nibbles, nudge_bias, drop_sinks])
+@pytest.mark.parametrize("break_", [swap_nibbles, flip_one_bit, drop_sinks, settings(rope_theta=1)], ids=WRONG)
 def test_wrong_export_exits_with_1_and_leaves_a_report_but_no_artifact(
-    smoke_run: Path, tmp_path: Path, export: Path, mutate
+    smoke_run: Path, tmp_path: Path, export: Path, break_: Break
 ) -> None:
-    rewrite(export, mutate)
+    break_(export, source_of(smoke_run))
     assert verify(smoke_run, tmp_path / "run", export) == 1
-    report = json.loads((tmp_path / "run" / "verify" / "report.json").read_text())
-    assert any(check["problems"] for check in report["checks"])
+    assert any(check["problems"] for check in report_of(tmp_path / "run")["checks"])
     assert not (tmp_path / "run" / "verify" / "artifact.json").exists()
 
 
-def test_export_of_another_model_is_not_proven(smoke_run: Path, tmp_path: Path, export: Path, capsys) -> None:
-    """Without artifact.json nothing says what it was made from: only the layout can be checked, and that is said."""
-    (export / "artifact.json").unlink()
+def test_without_the_trained_model_the_base_model_is_held_against_it_and_the_rest_is_said_to_be_unknown(
+    smoke_run: Path, tmp_path: Path, export: Path, capsys
+) -> None:
+    forget_the_model(export)
     assert verify(smoke_run, tmp_path / "run", export) == 0
-    assert "not checked" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "nothing wrong was found. Not checked:" in out
+    assert "single wrong values do not" in out
+    report = report_of(tmp_path / "run")
+    assert len(report["not_checked"]) == 1
+    (distance,) = (check for check in report["checks"] if check["title"].startswith("distance"))
+    stored = {projection.name for projection in expert_projections(Checkpoint(export).shape)}
+    assert stored < distance["tensors"].keys()
+    assert 0 < distance["tensors"][DOWN]["relative_distance"] < 0.2
+
+
+def test_without_the_trained_model_a_wrong_order_exits_with_1_and_says_which(
+    smoke_run: Path, tmp_path: Path, export: Path, capsys
+) -> None:
+    forget_the_model(export)
+    swap_nibbles(export, source_of(smoke_run))
+    assert verify(smoke_run, tmp_path / "run", export) == 1
+    assert f"{GATE_UP}: 1536 of 1536 rows do not resemble" in (err := capsys.readouterr().err)
+    assert "expert 0 resembles the base model's with swapped nibbles" in err
+
+
+def test_without_the_trained_model_a_flipped_bit_is_seen_by_the_fingerprint(
+    tmp_path: Path, smoke_run: Path, capsys
+) -> None:
+    run = Path(shutil.copytree(smoke_run, tmp_path / "run", ignore=shutil.ignore_patterns("qat")))
+    record = json.loads((run / "export" / "artifact.json").read_text())
+    record["details"]["exported_directory"] = str(tmp_path / "gone")
+    (run / "export" / "artifact.json").write_text(json.dumps(record))
+    (shard,) = (run / "export").glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[8 + int.from_bytes(content[:8], "little")] ^= 1  # the first byte after the header: of a BF16 value
+    shard.write_bytes(content)
+    assert verify(smoke_run, tmp_path / "work", run / "export") == 1
+    assert "the contents of a file changed since export wrote it" in capsys.readouterr().err
 
 
 def test_verify_looks_again_when_the_export_has_changed(tmp_path: Path, smoke_run: Path) -> None:
     run = Path(shutil.copytree(smoke_run, tmp_path / "run"))
-    rewrite(run / "export", flip_one_bit)
+    flip_one_bit(run / "export", source_of(smoke_run))
     assert run_program("stage=verify", "recipe=smoke", *SHORT, f"run_dir={run}") == 1
     assert not (run / "verify" / "artifact.json").exists()
-
-
-def test_directory_that_is_no_export_is_not_right(tmp_path: Path, smoke_run: Path, capsys) -> None:
-    assert verify(smoke_run, tmp_path / "run", smoke_run / "sft") == 1
-    assert "experts are stored as BF16, not as MXFP4" in capsys.readouterr().out
 
 
 def test_a_moved_run_is_still_proven(tmp_path: Path, smoke_run: Path) -> None:
     run = Path(shutil.copytree(smoke_run, tmp_path / "moved"))
     assert run_program("stage=verify", "recipe=smoke", *SHORT, f"run_dir={run}", "overwrite=true") == 0
-    report = json.loads((run / "verify" / "report.json").read_text())
-    assert report["trained_model"] == str(run / "qat")
+    assert report_of(run)["trained_model"] == str(run / "qat")
+
+
+def unfinished(export: Path) -> None:
+    (export / "artifact.json").rename(export / "unfinished.json")
+
+
+def only_adapters(export: Path) -> None:
+    shutil.rmtree(export)
+    export.mkdir()
+    (export / "adapter_config.json").write_text("{}")
+
+
+def no_weights(export: Path) -> None:
+    forget_the_model(export)
+    for path in export.glob("*.safetensors"):
+        path.unlink()
+
+
+def another_architecture(export: Path) -> None:
+    forget_the_model(export)
+    settings(model_type="llama")(export, export)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (shutil.rmtree, "no such directory"),
+        (unfinished, "unfinished"),
+        (only_adapters, "holds adapters, not a whole model"),
+        (no_weights, "holds no weights"),
+        (another_architecture, "model_type is 'llama'"),
+    ],
+)
+def test_directory_that_is_no_export_is_the_users_mistake(
+    smoke_run: Path, tmp_path: Path, export: Path, capsys, make: Callable[[Path], object], said: str
+) -> None:
+    make(export)
+    assert verify(smoke_run, tmp_path / "run", export) == 2
+    err = capsys.readouterr().err
+    assert f"error: verify.checkpoint={export}: " in err
+    assert said in err
+    assert not (tmp_path / "run" / "verify").exists()
+
+
+@pytest.mark.parametrize("stage", ["upcast", "sft", "evaluate"])
+def test_result_of_another_stage_is_the_users_mistake(stage: str, smoke_run: Path, tmp_path: Path, capsys) -> None:
+    assert verify(smoke_run, tmp_path / "run", smoke_run / stage) == 2
+    assert f"a result of stage={stage}, not of stage=export" in capsys.readouterr().err
+
+
+def another_base(smoke_run: Path, directory: Path) -> Path:
+    """The same sizes and tokenizer, but weights that have nothing to do with the others."""
+    shutil.copytree(source_of(smoke_run), directory)
+    shift = tensors(lambda all_: all_.update({name: tensor.flip(0) for name, tensor in all_.items()}))
+    shift(directory, directory)
+    return directory
+
+
+def test_export_of_another_base_model_is_the_users_mistake(smoke_run: Path, tmp_path: Path, capsys) -> None:
+    reference = f"verify.reference={another_base(smoke_run, tmp_path / 'base')}"
+    assert verify(smoke_run, tmp_path / "run", smoke_run / "export", reference) == 2
+    assert "was made from the base model synthetic://tiny" in capsys.readouterr().err
+
+
+def test_without_artifact_another_base_model_is_told_from_the_weights_in_one_message(
+    smoke_run: Path, tmp_path: Path, export: Path, capsys
+) -> None:
+    forget_the_model(export)
+    reference = f"verify.reference={another_base(smoke_run, tmp_path / 'base')}"
+    assert verify(smoke_run, tmp_path / "run", export, reference) == 1
+    assert "is not right: 1 problem, " in (err := capsys.readouterr().err)
+    assert "it was made from another base model" in err

@@ -60,7 +60,7 @@ def test_export_of_an_untouched_model_has_every_value_of_the_source(smoke_run: P
         assert torch.equal(export.read_plain(name), original.read_plain(name)), name
     assert run_program("stage=verify", *arguments) == 0
     report = json.loads((tmp_path / "run" / "verify" / "report.json").read_text())
-    assert [check["status"] for check in report["checks"]] == ["ok"] * 6
+    assert {check["status"] for check in report["checks"]} == {"ok"}
 
 
 def test_rope_settings_of_transformers_5_are_written_as_the_engines_read_them(smoke_run: Path, tmp_path: Path) -> None:

@@ -1,108 +1,24 @@
-"""The proof that an export is right: its bits against the trained model's, its layout against the base model's.
-
-Engines load many wrong checkpoints without a word, so nothing here trusts the code that wrote the export: MXFP4 is
-decoded by transformers' own routine, the trained values are those that the fake-quantized model's forward pass really
-used, and adapters are merged by PEFT.
-"""
+"""An export against the model that it was made from: weights bit for bit, and logits."""
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
 from pipeline import adapters, losses, models, quantizer
-from pipeline.checkpoints import CONFIG, Checkpoint, read_config, side_files
-from pipeline.errors import CheckFailed, UserError
-from pipeline.export.mxfp4 import released_config
+from pipeline.checkpoints import Checkpoint
+from pipeline.errors import CheckFailed
 from pipeline.gpt_oss import expert_projections, other_tensors
 from pipeline.models import ModelRef, Weights
 from pipeline.numerics.codec import fake_quantize
-from pipeline.numerics.formats import E8M0_NAN, BlockFormat
-from pipeline.shards import STEP_BYTES
+from pipeline.numerics.formats import BlockFormat
+from pipeline.proof.check import Check
+from pipeline.proof.stored import decoded
 from pipeline.tracking import progress
-
-_UNIMPORTANT_KEYS = ("transformers_version", "_name_or_path")
-
-
-@dataclass
-class Check:
-    """One part of the proof.
-
-    Attributes:
-        title: what was compared.
-        problems: what is wrong; empty when it passed.
-        measured: figures, passed or not.
-        skipped: why it could not be checked, or None.
-    """
-
-    title: str
-    problems: list[str] = field(default_factory=list)
-    measured: dict[str, Any] = field(default_factory=dict)
-    skipped: str | None = None
-
-    @property
-    def status(self) -> str:
-        """ok, FAILED or not checked."""
-        if self.problems:
-            return "FAILED"
-        return "not checked" if self.skipped else "ok"
-
-
-def check_layout(directory: Path, base: Path) -> Check:
-    """Names, shapes, types, configuration and side files of an export against those of the base checkpoint."""
-    check = Check("layout: names, shapes, types, configuration, tokenizer")
-    try:
-        export = Checkpoint(directory)
-    except UserError as error:
-        check.problems.append(str(error))
-        return check
-    if not export.is_packed:
-        check.problems.append(f"{directory}: experts are stored as BF16, not as MXFP4 blocks and scales")
-    reference = Checkpoint(base)
-    if export.shape != reference.shape:
-        check.problems.append(f"{directory / CONFIG}: sizes {export.shape} differ from the base model's")
-    check.problems += _config_problems(directory, base) + _side_file_problems(directory, base)
-    check.measured = {"tensors": len(export.tensors), "weight_bytes": export.weight_bytes}
-    return check
-
-
-def check_scales(directory: Path) -> Check:
-    """No scale of an export is NaN."""
-    check = Check("scales: no NaN")
-    export = Checkpoint(directory)
-    for projection in expert_projections(export.shape):
-        nan = export.read(projection.scales) == E8M0_NAN
-        if bool(nan.any()):
-            check.problems.append(f"{projection.scales}: {int(nan.sum())} scales are NaN (byte 255)")
-    return check
-
-
-def check_copied(directory: Path, base: Path, names: list[str]) -> Check:
-    """Tensors that the export says are the source's own: the hash of their stored bytes, read again from both."""
-    check = Check("untouched tensors: the source's own bytes, by hash")
-    export, reference = Checkpoint(directory), Checkpoint(base)
-    for name in progress(names, what="untouched", unit="tensor"):
-        if name not in export.tensors or name not in reference.tensors:
-            check.problems.append(f"{name}: said to be the source's own, but is not in both checkpoints")
-        elif _digest(export, name) != _digest(reference, name):
-            check.problems.append(f"{name}: its bytes are not the source's")
-    check.measured["tensors"] = len(names)
-    return check
-
-
-def _digest(checkpoint: Checkpoint, name: str) -> str:
-    """XXH3-128 of a tensor's stored bytes, a part at a time."""
-    info, digest = checkpoint.tensors[name], xxhash.xxh3_128()
-    rows = max(1, STEP_BYTES // max(1, info.bytes // info.shape[0]))
-    for start in range(0, info.shape[0], rows):
-        part = checkpoint.read(name, slice(start, start + rows))
-        digest.update(part.view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class TrainedModel:
@@ -134,7 +50,7 @@ class TrainedModel:
         def see(name: str, trained: Tensor) -> None:
             if name not in seen:
                 seen.add(name)
-                _compare_bits(check, name, _decoded(export, name), trained)
+                _compare_bits(check, name, decoded(export, name), trained)
 
         if self.ref.block_format is not None:
             with quantizer.watch(self.model, see) as fired:
@@ -169,7 +85,10 @@ class TrainedModel:
 
     def check_logits(self, directory: Path, tolerance: float) -> Check:
         """Logits of the export, loaded by transformers, against those of the fake-quantized model, on real text."""
-        check = Check("logits: transformers loads it, and computes what the fake-quantized model computes")
+        check = Check(
+            "logits: transformers loads it, and computes what the fake-quantized model computes",
+            unseen=f"engines other than transformers, and prompts other than the {len(self.batches)} compared",
+        )
         expected = [self._logits(self.model, batch) for batch in self.batches]
         self.model = None  # frees its memory for the export
         gc.collect()
@@ -212,14 +131,6 @@ class TrainedModel:
         return logits[inputs["attention_mask"].bool()].float().cpu()
 
 
-def _decoded(export: Checkpoint, name: str) -> Tensor:
-    """(E, out, in) float32, decoded by transformers."""
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-    blocks, scales = export.read(f"{name}_blocks"), export.read(f"{name}_scales")
-    return convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).transpose(1, 2)
-
-
 def _compare_bits(check: Check, name: str, have: Tensor, want: Tensor) -> None:
     """Add to the check how far two tensors are apart; any differing bit is a problem."""
     want, have = want.detach().float().cpu(), have.float()
@@ -234,23 +145,3 @@ def _compare_bits(check: Check, name: str, have: Tensor, want: Tensor) -> None:
         index = (have != want).nonzero()
         first = f", the first at {index[0].tolist()}" if len(index) else " (signs of zero)"
         check.problems.append(f"{name}: {different} of {want.numel()} values differ, by up to {largest:.3g}{first}")
-
-
-def _config_problems(directory: Path, base: Path) -> list[str]:
-    have, want = read_config(directory), released_config(read_config(base))
-    return [
-        f"{directory / CONFIG}: {key} is {have.get(key, 'absent')!r}, must be {want.get(key, 'absent')!r}"
-        for key in sorted({*have, *want} - set(_UNIMPORTANT_KEYS))
-        if have.get(key, "absent") != want.get(key, "absent")
-    ]
-
-
-def _side_file_problems(directory: Path, base: Path) -> list[str]:
-    problems = []
-    for name in side_files(base):
-        path = directory / name
-        if not path.is_file():
-            problems.append(f"{path}: missing; the base model has it")
-        elif path.read_bytes() != (base / name).read_bytes():
-            problems.append(f"{path}: differs from the base model's")
-    return problems

@@ -1,0 +1,119 @@
+"""Every known way to break an export is caught and named, with the trained model at hand and with only the base model.
+
+The second cannot catch all; what it misses is marked in the table, and that too is tested.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHORT, run_program
+from mutations import MUTATIONS, SQUARE, Mutation
+
+from pipeline import artifacts, models, proof
+from pipeline.checkpoints import Checkpoint
+from pipeline.numerics.formats import MXFP4
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def source_of(run_dir: Path) -> Path:
+    (directory,) = (run_dir / "source").iterdir()
+    return directory
+
+
+class Run:
+    """A run with an export in several shards, its base model, and the model that it was made from."""
+
+    def __init__(self, run_dir: Path, stage: str) -> None:
+        self.export, self.base = run_dir / "export", source_of(run_dir)
+        ids = torch.arange(20)[None]
+        batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+        self.trained = proof.TrainedModel(models.of_artifact(artifacts.load(run_dir / stage)), [batch], MXFP4)
+
+    def broken(self, mutation: Mutation, directory: Path) -> Path:
+        """A copy with the mutation, of links to the files that it leaves alone."""
+        shutil.copytree(self.export, directory, copy_function=os.link)
+        mutation.break_(directory, self.base)
+        return directory
+
+    def problems_with_model(self, export: Path) -> list[str]:
+        """What is found with the trained model, but for the logits; the distance from the base is not used."""
+        found = [*proof.check_tensors(export, self.base).problems, *proof.check_files(export, self.base).problems]
+        if found:
+            return found
+        checks = (proof.check_scales(export), self.trained.check_experts(export), self.trained.check_others(export))
+        return [problem for check in checks for problem in check.problems]
+
+    def problems_with_base(self, export: Path) -> list[str]:
+        """What is found without the trained model."""
+        return [problem for check in proof.against_base(export, self.base) for problem in check.problems]
+
+
+@pytest.fixture(scope="module")
+def run(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run_dir = Path(shutil.copytree(smoke_run, tmp_path_factory.mktemp("mutations") / "run"))
+    settings = (f"run_dir={run_dir}", "overwrite=true", "export.shard_bytes=150000")
+    assert run_program("stage=export", "recipe=smoke", *SHORT, *settings) == 0
+    return Run(run_dir, "qat")
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """hidden = intermediate, and no training: only the layout matters here."""
+    run_dir = tmp_path_factory.mktemp("square") / "run"
+    settings = (f"run_dir={run_dir}", "model.tiny.intermediate_size=64", "export.source=upcast")
+    for stage in ("upcast", "export"):
+        assert run_program(f"stage={stage}", "recipe=smoke", *SHORT, *settings) == 0
+    return Run(run_dir, "upcast")
+
+
+def assert_named(problems: list[str], named: str) -> None:
+    assert any(named in problem for problem in problems), problems
+
+
+def ids(mutations: list[Mutation]) -> list[str]:
+    return [mutation.name for mutation in mutations]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=ids(MUTATIONS))
+def test_mutation_is_caught_and_named(run: Run, tmp_path: Path, mutation: Mutation) -> None:
+    export = run.broken(mutation, tmp_path / "export")
+    assert_named(run.problems_with_model(export), mutation.named)
+    if mutation.shows_against_base:
+        assert_named(run.problems_with_base(export), mutation.named)
+    else:
+        assert run.problems_with_base(export) == []
+
+
+@pytest.mark.parametrize("mutation", SQUARE, ids=ids(SQUARE))
+def test_mutation_that_shapes_hide_is_caught_and_named(square: Run, tmp_path: Path, mutation: Mutation) -> None:
+    export = square.broken(mutation, tmp_path / "export")
+    assert_named(square.problems_with_model(export), mutation.named)
+    assert_named(square.problems_with_base(export), mutation.named)
+
+
+@pytest.mark.parametrize("which", ["run", "square"])
+def test_good_export_has_no_problems_and_is_what_it_was(which: str, request: pytest.FixtureRequest) -> None:
+    """After all mutations: none wrote through a link."""
+    good: Run = request.getfixturevalue(which)
+    assert good.problems_with_model(good.export) == good.problems_with_base(good.export) == []
+    assert artifacts.fingerprint_of(good.export)[0] == artifacts.load(good.export).fingerprint
+
+
+def test_export_has_several_shards_to_break(run: Run) -> None:
+    assert len(Checkpoint(run.export).weight_files()) > 3
+
+
+def test_readme_says_how_many_are_caught(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each single one is caught, or not, as the table says: by the tests above."""
+    every = [*MUTATIONS, *SQUARE]
+    caught, with_base = len(every), sum(mutation.shows_against_base for mutation in every)
+    said = re.sub(r"\s+", " ", README.read_text(encoding="utf-8"))
+    with capsys.disabled():
+        print(f"\ncaught: {caught} of {len(every)} with the trained model, {with_base} with only the base model")
+    assert f"breaks a good export in {len(every)} ways" in said
+    assert f"{with_base} of the {len(every)}" in said
