@@ -243,7 +243,12 @@ _SCALE_RULES = {
     FormatName.nvfp4: (ScaleRule.nearest, ScaleRule.ceil, ScaleRule.floor, ScaleRule.mse),
     FormatName.nvfp4_w4a4: (ScaleRule.nearest, ScaleRule.ceil, ScaleRule.floor, ScaleRule.mse),
 }
-_HELD_BY = {ExportTarget.mxfp4: (FormatName.mxfp4,)}
+_HELD_BY = {
+    ExportTarget.mxfp4: (FormatName.mxfp4,),
+    ExportTarget.openai: (FormatName.mxfp4,),
+    ExportTarget.gguf: (FormatName.mxfp4,),
+    ExportTarget.bf16: (FormatName.mxfp4, FormatName.nvfp4),
+}
 
 
 def _select(config: Any, key: str) -> Any:
