@@ -101,6 +101,7 @@ class ExportTarget(Enum):
 
     mxfp4 = "mxfp4"
     openai = "openai"
+    nvfp4 = "nvfp4"
     gguf = "gguf"
     bf16 = "bf16"
 
@@ -387,7 +388,7 @@ class ExportConfig:
     source: Optional[str] = None
     """What to export: a stage of this run (upcast, sft, quantize, qat) or a directory; null: the newest of the run."""
     target: ExportTarget = ExportTarget.mxfp4
-    """Layout: mxfp4 (Hugging Face's of openai/gpt-oss), openai (the original one), gguf (llama.cpp), bf16 (plain)."""
+    """Layout: mxfp4 (Hugging Face's of openai/gpt-oss), openai (the original), nvfp4, gguf (llama.cpp), bf16."""
     requantize: bool = False
     """Round a model to another format than it was trained for; says what that loses."""
     shard_bytes: int = 5_000_000_000

@@ -246,6 +246,7 @@ _SCALE_RULES = {
 _HELD_BY = {
     ExportTarget.mxfp4: (FormatName.mxfp4,),
     ExportTarget.openai: (FormatName.mxfp4,),
+    ExportTarget.nvfp4: (FormatName.nvfp4, FormatName.nvfp4_w4a4, FormatName.mxfp4),
     ExportTarget.gguf: (FormatName.mxfp4,),
     ExportTarget.bf16: (FormatName.mxfp4, FormatName.nvfp4),
 }

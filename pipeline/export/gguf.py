@@ -7,7 +7,6 @@ llama.cpp's authors publish; as in their converter, vectors and the router are F
 Legend: E experts, nb blocks per row.
 """
 
-import importlib
 import json
 import math
 import os
@@ -204,9 +203,13 @@ def _padded(size: int, alignment: int) -> int:
 
 def _library() -> Any:
     try:
-        return importlib.import_module("gguf")
+        import gguf
+
+        return gguf
     except ImportError as error:
-        raise UserError("export.target=gguf: needs the package gguf. Install it: pip install 'gguf>=0.19'.") from error
+        raise UserError(
+            "export.target=gguf: needs the package gguf. Install it: pip install 'gpt-oss-qat[gguf]', or gguf."
+        ) from error
 
 
 _TYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}

@@ -54,6 +54,7 @@ ONLY_IMPORTER = {
     "py3langid": "languages",
     "openai_harmony": "doctor.parity",
     "wandb": "tracking",
+    "gguf": "export.gguf",
     "hydra": ("__main__", "command_line"),
 }
 
