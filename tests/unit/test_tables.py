@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from pipeline.config import _SCALE_RULES, ExportTarget, FormatName, ScaleRule
+from pipeline.config import ExportTarget, FormatName, ScaleRule
 from pipeline.export import EXPORTERS
 from pipeline.numerics.formats import FORMATS, SCALE_RULES
+from pipeline.rules import _SCALE_RULES
 
 CONF = Path(__file__).parents[2] / "conf"
 
