@@ -44,11 +44,12 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there
 
 
 class Kind(Enum):
-    """What a directory holds."""
+    """What a directory holds; `foreign` is a model in a layout that transformers does not load."""
 
     checkpoint = "checkpoint"
     adapter = "adapter"
     packed = "packed"
+    foreign = "foreign"
     report = "report"
 
 

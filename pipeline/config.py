@@ -125,6 +125,10 @@ class ExportTarget(Enum):
     """Layouts that `export` writes: the rows of EXPORTERS."""
 
     mxfp4 = "mxfp4"
+    openai = "openai"
+    nvfp4 = "nvfp4"
+    gguf = "gguf"
+    bf16 = "bf16"
 
 
 class TrackingBackend(Enum):
@@ -419,7 +423,9 @@ class ExportConfig:
     source: Optional[str] = None
     """What to export: a stage of this run (upcast, sft, quantize, qat) or a directory; null: the newest of the run."""
     target: ExportTarget = ExportTarget.mxfp4
-    """Layout to write: mxfp4 (Hugging Face layout of openai/gpt-oss)."""
+    """Layout: mxfp4 (Hugging Face's of openai/gpt-oss), openai (the original), nvfp4, gguf (llama.cpp), bf16."""
+    requantize: bool = False
+    """Round a model to another format than it was trained for; says what that loses."""
     shard_bytes: int = 5_000_000_000
     """Size limit of one weight file, in bytes."""
 

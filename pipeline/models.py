@@ -75,6 +75,11 @@ class ModelRef:
 
 def of_artifact(artifact: Artifact) -> ModelRef:
     """The model that a stage left."""
+    if artifact.kind is Kind.foreign:
+        raise UserError(
+            f"{artifact.directory} was exported in a layout that only its engines load. Name another model of the run,"
+            " or export with export.target=mxfp4."
+        )
     adapter = artifact.kind is Kind.adapter
     return ModelRef(
         artifact.stage,
@@ -119,7 +124,7 @@ def find(config: PipelineConfig, source: str | None, among: tuple[Stage, ...], k
         UserError: it is missing, unfinished, or not a model.
     """
     if source is None:
-        newest = next((stage for stage in reversed(among) if is_complete(config, stage)), among[0])
+        newest = next((stage for stage in reversed(among) if is_loadable(config, stage)), among[0])
         ref = of_artifact(require(config, newest))
         say(config.stage.name, f"{key}: {newest.name}, the newest complete stage")
         return ref
@@ -136,6 +141,12 @@ def find(config: PipelineConfig, source: str | None, among: tuple[Stage, ...], k
         return ref if directory == stage_dir(config, ref.name) else replace(ref, name=source)
     Checkpoint(directory).close()
     return ModelRef(source, directory, directory, fingerprint=sampled_fingerprint(directory))
+
+
+def is_loadable(config: PipelineConfig, stage: Stage) -> bool:
+    """Whether a stage of this run has left a model that transformers loads."""
+    directory = stage_dir(config, stage.name)
+    return is_complete(config, stage) and load(directory, check_files=False).kind is not Kind.foreign
 
 
 def stage_ref(config: PipelineConfig, stage: Stage) -> ModelRef:

@@ -26,7 +26,7 @@ from pipeline.errors import CheckFailed
 from pipeline.gpt_oss import EXPERT_WEIGHTS
 from pipeline.numerics.codec import fake_quantize, straight_through
 from pipeline.numerics.formats import FORMATS, BlockFormat, ScaleType
-from pipeline.numerics.scales import tensor_scale_of
+from pipeline.numerics.scales import INPUT_RULE, tensor_scale_of
 from pipeline.rounding import RoundedWeights, compute_dtype
 
 STATE_FILE = "modelopt_state.pth"
@@ -36,7 +36,6 @@ _BACKEND = "pipeline_codec"
 _WEIGHTS = "_weight_quantizer"
 _INPUTS = "_input_quantizer"
 _EXPERTS = "*mlp.experts*_proj"
-_INPUT_RULE = "nearest"  # what kernels that quantize activations while they run can afford
 
 
 @dataclass
@@ -70,7 +69,7 @@ def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:
     arguments = quantizer.backend_extra_args
     block_format = FORMATS[arguments["format"]].with_rule(arguments["scale_rule"])
     amax = quantizer.amax if arguments["is_input"] else None
-    scale = None if amax is None else tensor_scale_of(amax.float(), _INPUT_RULE)
+    scale = None if amax is None else tensor_scale_of(amax.float(), INPUT_RULE)
     importance = _own(quantizer).importance
     return fake_quantize(inputs, block_format, scale, None if importance is None else importance.to(inputs.device))
 
@@ -332,7 +331,7 @@ def _arguments(block_format: BlockFormat) -> dict[str, dict[str, Any]]:
     """Kind of quantizer that the format switches on -> what our backend is told."""
     common = {"format": block_format.name}
     weights = {**common, "scale_rule": block_format.scale_rule, "is_input": False}
-    inputs = {**common, "scale_rule": _INPUT_RULE, "is_input": True}
+    inputs = {**common, "scale_rule": INPUT_RULE, "is_input": True}
     return {_WEIGHTS: weights, **({_INPUTS: inputs} if block_format.quantizes_activations else {})}
 
 

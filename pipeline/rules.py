@@ -388,7 +388,13 @@ _EXPERTS_IMPLEMENTATIONS = {
     FormatName.nvfp4: tuple(ExpertsImplementation),
     FormatName.nvfp4_w4a4: (ExpertsImplementation.auto, ExpertsImplementation.eager, ExpertsImplementation.batched_mm),
 }
-_HELD_BY = {ExportTarget.mxfp4: (FormatName.mxfp4,)}
+_HELD_BY = {
+    ExportTarget.mxfp4: (FormatName.mxfp4,),
+    ExportTarget.openai: (FormatName.mxfp4,),
+    ExportTarget.nvfp4: (FormatName.nvfp4, FormatName.nvfp4_w4a4, FormatName.mxfp4),
+    ExportTarget.gguf: (FormatName.mxfp4,),
+    ExportTarget.bf16: (FormatName.mxfp4, FormatName.nvfp4),
+}
 
 
 def _select(config: Any, key: str) -> Any:

@@ -77,6 +77,16 @@ def whole(tensors: dict[str, TensorInfo], make: Callable[[], dict[str, Tensor]])
     return Piece(ordered, lambda: [Step(make, lambda made: [(name, made[name]) for name in ordered])])
 
 
+def in_order(pieces: Iterable[Piece]) -> list[Piece]:
+    """Layer by layer, by the first number in the name of the first tensor, so that a shard holds whole layers."""
+
+    def key(piece: Piece) -> tuple:
+        name = next(iter(piece.tensors))
+        return tuple(int(part) if part.isdigit() else -1 for part in name.split(".")[:3]), name
+
+    return sorted(pieces, key=key)
+
+
 @dataclass
 class Written:
     """What a conversion left.
@@ -108,7 +118,7 @@ def write_sharded(directory: Path, pieces: list[Piece], shard_bytes: int, what: 
     done = _finished(directory)
     missing = [i for i, name in enumerate(names) if name not in done]
     total, left = sum(piece.bytes for piece in pieces), sum(piece.bytes for i in missing for piece in shards[i])
-    _raise_if_disk_too_small(directory, left)
+    raise_if_disk_too_small(directory, left)
     with ExitStack() as stack, progress(total=total, what=what, unit="B") as bar:
         bar.update(total - left)
         output = stack.enter_context(_Output(bar.update))
@@ -129,6 +139,13 @@ def write_sharded(directory: Path, pieces: list[Piece], shard_bytes: int, what: 
         {name: digest for record in kept for name, digest in record["tensors"].items()},
         [note for record in kept for note in record["notes"]],
     )
+
+
+def parts(pieces: list[Piece]) -> Iterator[tuple[str, Tensor]]:
+    """Run the pieces' steps, reading ahead: parts of tensors, in the order in which they are made."""
+    for _, made in _made([pieces], [0]):
+        if made is not None:
+            yield made
 
 
 def _split(pieces: list[Piece], shard_bytes: int) -> list[list[Piece]]:
@@ -337,7 +354,8 @@ _SAFETENSORS_TYPES = {
 }
 
 
-def _raise_if_disk_too_small(directory: Path, needed: int) -> None:
+def raise_if_disk_too_small(directory: Path, needed: int) -> None:
+    """Raises UserError: `directory` has room for fewer bytes."""
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise UserError(

@@ -1,15 +1,37 @@
 """Checkpoints for serving: one file per target, one row in EXPORTERS."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.export import mxfp4
+from pipeline.artifacts import Kind
+from pipeline.export import bf16, gguf, mxfp4, nvfp4, openai
 from pipeline.export.target import Job
 from pipeline.shards import Written
 
-EXPORTERS: dict[str, Callable[[Job, Path], Written]] = {"mxfp4": mxfp4.write}
-"""Target -> writer(job, directory).
 
-Each note of what it returns has `tensors` (names), `is_copied` (whether they are the source's own bytes), and, of
-experts, `layer`, `copied_experts` and `sums` of Survival.
+@dataclass(frozen=True)
+class Target:
+    """A layout.
+
+    Attributes:
+        write: (job, directory) -> what was written.
+        kind: of the directory.
+    """
+
+    write: Callable[[Job, Path], Written]
+    kind: Kind
+
+
+EXPORTERS = {
+    "mxfp4": Target(mxfp4.write, Kind.packed),
+    "openai": Target(openai.write, Kind.foreign),
+    "nvfp4": Target(nvfp4.write, Kind.foreign),
+    "gguf": Target(gguf.write, Kind.foreign),
+    "bf16": Target(bf16.write, Kind.checkpoint),
+}
+"""Layouts by name.
+
+Each note of what `write` returns has `tensors` (names), `is_copied` (whether they are the source's own bytes), and, of
+experts, `layer`, `copied_experts`, `other_than_trained` and `sums` of Survival.
 """

@@ -9,10 +9,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from pipeline.numerics.codec import differences, saturates, unequal_blocks
 from pipeline.numerics.formats import BlockFormat
+from pipeline.numerics.scales import values_of
 
 _SUMS = ("squared_error", "squares", "moved", "changed", "values", "changed_scales", "saturated_blocks", "blocks")
 
@@ -35,28 +37,31 @@ class Survival:
         rounded: Tensor,
         base: Tensor,
         rounded_base: Tensor,
-        scales: Tensor,
-        base_scales: Tensor,
+        scales: tuple[Tensor, Tensor],
         block_format: BlockFormat,
+        units: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> None:
         """Add some experts.
 
         Args:
             trained, rounded: (E, in, out) weights, and what the export holds of them.
             base, rounded_base: the base model's, and its 4-bit values.
-            scales, base_scales: (E, out, nb) as stored.
+            scales: (E, out, nb) as stored, of the export and of the base model.
             block_format: of the export.
+            units: tensor scales (E) of the two, for formats that have one.
         """
         counted = differences((trained, rounded, base, rounded_base))
         for name, total in zip(_SUMS, counted.tolist(), strict=False):
             self.sums[name] += total
         self.sums["values"] += trained.numel()
-        has_other_scale = scales != base_scales
+        has_other_scale = torch.ne(*(values_of(*each) for each in zip(scales, units, strict=True)))
         if bool(has_other_scale.any()):
             has_other_values = unequal_blocks(rounded.transpose(1, 2), rounded_base.transpose(1, 2), block_format)
             self.sums["changed_scales"] += int((has_other_scale & has_other_values).sum())
-        self.sums["saturated_blocks"] += int(saturates(trained.transpose(1, 2), block_format, scales).sum())
-        self.sums["blocks"] += scales.numel()
+        self.sums["saturated_blocks"] += int(
+            saturates(trained.transpose(1, 2), block_format, scales[0], units[0]).sum()
+        )
+        self.sums["blocks"] += scales[0].numel()
 
     def figures(self) -> dict[str, float | None]:
         """Shares and errors: `survival` is the share of moved weights whose 4-bit value changed; 0 where none moved.

@@ -83,6 +83,10 @@ def values_of(scales: Tensor, tensor_scale: Tensor | None) -> Tensor:
     return scales.float() * tensor_scale.view(-1, *[1] * (scales.ndim - 1))
 
 
+INPUT_RULE = "nearest"
+"""How the inputs of experts get their scales: what kernels that quantize them while they run can afford."""
+
+
 def tensor_scale_of(amax: Tensor, rule: str) -> Tensor:
     """The smallest power of two, at least 2^-110, under which e4m3 holds every candidate of the rule; any shape.
 

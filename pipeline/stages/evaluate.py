@@ -66,7 +66,7 @@ def _refs(config: PipelineConfig) -> list[ModelRef]:
     source = config.evaluate.source
     if source != _ALL:
         return [models.find(config, source, MODEL_STAGES, "evaluate.source")]
-    complete = [stage for stage in MODEL_STAGES if is_complete(config, stage)]
+    complete = [stage for stage in MODEL_STAGES if models.is_loadable(config, stage)]
     if not complete:
         raise UserError(
             f"evaluate.source={_ALL}: {config.run_dir} has no model yet."
@@ -89,7 +89,7 @@ def _measured_before(config: PipelineConfig) -> list[ModelRef]:
     there = [
         artifacts.load(artifacts.stage_dir(config, stage.name))
         for stage in MODEL_STAGES
-        if stage.name in names and is_complete(config, stage)
+        if stage.name in names and models.is_loadable(config, stage)
     ]
     return [models.of_artifact(artifact) for artifact in there if artifacts.staleness(config, artifact) is None]
 

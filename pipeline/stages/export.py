@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import artifacts, models, source
-from pipeline.artifacts import Artifact, Kind, Result
+from pipeline.artifacts import Artifact, Result
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
 from pipeline.export import EXPORTERS, survival
@@ -23,16 +23,18 @@ def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/export: names, shapes, types and configuration as the source checkpoint has them."""
     ref = models.find(config, config.export.source, _SOURCES, "export.source")
     block_format = models.configured_format(config)
-    _raise_if_trained_otherwise(ref, block_format)
+    if not config.export.requantize:
+        _raise_if_trained_otherwise(ref, block_format)
     base, device = source.locate(config), models.device_of(config)
 
     def work(directory: Path) -> Result:
         job = Job(Weights(ref), base, block_format, config.export.shard_bytes, device)
-        written = EXPORTERS[config.export.target.name](job, directory)
-        details = {**_account(written, directory), **_origin(ref)}
-        target = config.export.target.name
-        digests = written.files
-        return Result(Kind.packed, target, scale_rule=block_format.scale_rule, details=details, digests=digests)
+        target = EXPORTERS[config.export.target.name]
+        written = target.write(job, directory)
+        details = {**_account(written, directory), **_origin(ref), "target": config.export.target.name}
+        _tell_of_requantizing(ref, block_format, details)
+        rule, digests = block_format.scale_rule, written.files
+        return Result(target.kind, block_format.name, scale_rule=rule, details=details, digests=digests)
 
     parents = {"model": ref.fingerprint, "source": base.fingerprint}
     return artifacts.build(config, Stage.export, _SETTINGS, parents, work)
@@ -49,9 +51,11 @@ def _account(written: Written, directory: Path) -> dict[str, Any]:
     copied = [name for note in notes if note["is_copied"] for name in note["tensors"]]
     details = {
         "tensor_bytes": written.bytes,
+        "expert_weights": int(sum(note["sums"]["values"] for note in experts)),
         "copied_tensors": len(copied),
         "encoded_tensors": sum(len(note["tensors"]) for note in notes if not note["is_copied"]),
         "copied_experts": sum(note["copied_experts"] for note in experts),
+        "other_than_trained": sum(note["other_than_trained"] for note in experts),
         **whole,
     }
     log_metrics(directory, details)
@@ -87,7 +91,19 @@ def _raise_if_trained_otherwise(ref: ModelRef, block_format: BlockFormat) -> Non
         raise UserError(
             f"export.source={ref.name} was trained for format={trained.name} with scale_rule={trained.scale_rule}, but"
             f" format={block_format.name} with format.scale_rule={block_format.scale_rule} is asked for: other weights"
-            f" than the trained ones. Use format={trained.name} format.scale_rule={trained.scale_rule}."
+            f" than the trained ones. Use format={trained.name} format.scale_rule={trained.scale_rule}, or"
+            " export.requantize=true to round them anew, which says what it loses."
+        )
+
+
+def _tell_of_requantizing(ref: ModelRef, block_format: BlockFormat, details: dict[str, Any]) -> None:
+    if ref.block_format not in (None, block_format):
+        share = details["other_than_trained"] / details["expert_weights"]
+        warn(
+            "export",
+            f"export.requantize=true: {share:.2%} of the experts' weights are not those that {ref.name} was trained"
+            " with. Measure what that costs before it is served: stage=evaluate of the same export with"
+            " export.target=bf16.",
         )
 
 

@@ -57,6 +57,7 @@ ONLY_IMPORTER = {
     "openai_harmony": "doctor.parity",
     "wandb": "tracking",
     "httpx": "generation.endpoint",
+    "gguf": "export.gguf",
     "hydra": ("__main__", "command_line"),
 }
 

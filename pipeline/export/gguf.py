@@ -1,0 +1,235 @@
+"""GGUF, the file of llama.cpp, Ollama and LM Studio: MXFP4 experts repacked without loss, everything else BF16 or FP32.
+
+A block is 17 bytes: the scale, then 16 of codes, where byte j holds element j in its low half and element j + 16 in its
+high half; gate and up are tensors of their own. Names, keys and the container are those of the package `gguf`, which
+llama.cpp's authors publish; as in their converter, vectors and the router are FP32, which holds every BF16 value.
+
+Legend: E experts, nb blocks per row.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.checkpoints import CONFIG, load_tokenizer
+from pipeline.errors import UserError
+from pipeline.export.mxfp4 import legacy_config
+from pipeline.export.target import Job
+from pipeline.export.weights import ExpertStack, OtherTensor, Packed, checked_base, stacks
+from pipeline.gpt_oss import other_tensors
+from pipeline.numerics.compiled import compilation_for
+from pipeline.numerics.formats import MXFP4
+from pipeline.shards import Piece, Written, parts, raise_if_disk_too_small
+from pipeline.tracking import progress, warn
+
+FILE = "model.gguf"
+
+_ARCHITECTURE = "gpt-oss"
+_HALF = MXFP4.block_size // 2
+_O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How o200k cuts text into words, as OpenAI's tiktoken has it; llama.cpp knows it by the name `gpt-4o`."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of the file: its dimensions, outermost first, its type's name in ggml, and its size in bytes."""
+
+    shape: tuple[int, ...]
+    type: str
+    bytes: int
+
+
+def write(job: Job, directory: Path) -> Written:
+    """Stream the model into one file in `directory`, expert by expert. An interrupted file is begun anew.
+
+    Raises:
+        UserError: as exporting to `mxfp4`; the package gguf is not installed; a configuration that lacks a key.
+    """
+    gguf = _library()
+    base = checked_base(job)
+    target = _Target(gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT_OSS, base.shape.num_hidden_layers))
+    pieces = [target.other(OtherTensor(job, base, name)) for name in other_tensors(base.shape)]
+    pieces += [target.experts(stack) for stack in stacks(job, base)]
+    path = directory / FILE
+    temporary = path.with_name(f"{FILE}.tmp")
+    start = _write_head(gguf, temporary, job.source.directory, base.config, target.stored)
+    raise_if_disk_too_small(directory, target.bytes)
+    with compilation_for(sum(stack.projection.values for stack in stacks(job, base))):
+        _write_data(temporary, pieces, target.offsets(start, gguf.GGUF_DEFAULT_ALIGNMENT), target.bytes)
+    temporary.replace(path)
+    return Written(target.bytes, notes=[note for piece in pieces if (note := piece.note()) is not None])
+
+
+class _Target:
+    """The tensors of the file, collected while the pieces that make them are."""
+
+    def __init__(self, names: Any) -> None:
+        self._names = names
+        self.stored: dict[str, _Stored] = {}
+
+    @property
+    def bytes(self) -> int:
+        return sum(each.bytes for each in self.stored.values())
+
+    def offsets(self, start: int, alignment: int) -> dict[str, int]:
+        """Where each tensor begins in the file, whose head ends at `start`."""
+        found, offset = {}, _padded(start, alignment)
+        for name, each in self.stored.items():
+            found[name] = offset
+            offset = _padded(offset + each.bytes, alignment)
+        return found
+
+    def other(self, tensor: OtherTensor) -> Piece:
+        shape, source = tensor.info.shape, tensor.name
+        is_gate_up = source.endswith("gate_up_proj_bias")
+        halves = [source.replace("gate_up_proj_bias", f"{part}_proj.bias") for part in ("gate", "up")]
+        plain = source.replace("down_proj_bias", "down_proj.bias").replace("self_attn.sinks", "self_attn.sinks.weight")
+        names = [self._name(name) for name in (halves if is_gate_up else [plain])]
+        wide = torch.float32 if len(shape) == 1 or "mlp." in source else torch.bfloat16
+        for name in names:
+            size = (*shape[:-1], shape[-1] // len(names))
+            self.stored[name] = _Stored(size, _TYPES[wide], wide.itemsize * math.prod(size))
+
+        def put(values: Tensor) -> Iterator[tuple[str, Tensor]]:
+            for i, name in enumerate(names):
+                yield name, values[..., i :: len(names)].to(wide)
+
+        note = {"tensors": names, "is_copied": False}
+        return Piece({}, lambda: tensor.steps(put), lambda: {**note, "is_copied": tensor.is_copied})
+
+    def experts(self, stack: ExpertStack) -> Piece:
+        projection, prefix = stack.projection, stack.projection.name.rpartition(".")[0]
+        kind = projection.name.rpartition(".")[2]
+        names = [self._name(f"{prefix}.{part}.weight") for part in _PARTS[kind]]
+        rows, nb = projection.out_features // len(names), projection.in_features // MXFP4.block_size
+        for name in names:
+            size = (projection.experts, rows, projection.in_features)
+            self.stored[name] = _Stored(size, "MXFP4", projection.experts * rows * nb * (1 + _HALF))
+
+        def put(made: Packed) -> Iterator[tuple[str, Tensor]]:
+            for i, name in enumerate(names):
+                yield name, repacked(made.blocks[:, i :: len(names)], made.scales[:, i :: len(names)])
+
+        return Piece({}, lambda: stack.steps(put), lambda: stack.note(names))
+
+    def _name(self, name: str) -> str:
+        return self._names.get_name(name, try_suffixes=(".weight", ".bias"))
+
+
+def repacked(blocks: Tensor, scales: Tensor) -> Tensor:
+    """(E, rows, nb, 16) and (E, rows, nb) uint8 -> (E, rows, nb * 17): the scale, then codes j and j + 16 in a byte."""
+    codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)  # (E, rows, nb, 32)
+    return torch.cat((scales.unsqueeze(-1), codes[..., :_HALF] | codes[..., _HALF:] << 4), dim=-1).flatten(-2)
+
+
+def _write_head(gguf: Any, path: Path, source: Path, config: dict[str, Any], stored: dict[str, _Stored]) -> int:
+    """Everything before the data; its size in bytes."""
+    writer = gguf.GGUFWriter(None, _ARCHITECTURE)
+    _describe(gguf, writer, {**config, **legacy_config(config)}, source)
+    _add_tokenizer(gguf, writer, source, config["vocab_size"])
+    for name, each in stored.items():
+        # gguf takes the dimensions of a raw type as they are unless the data is said to be bytes.
+        writer.add_tensor_info(name, each.shape, np.float16, each.bytes, gguf.GGMLQuantizationType[each.type])
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    return path.stat().st_size
+
+
+def _describe(gguf: Any, writer: Any, config: dict[str, Any], source: Path) -> None:
+    rope = config.get("rope_scaling") or {}
+    given = {**config, **{f"rope_scaling.{key}": value for key, value in rope.items()}}
+    missing = [key for key in _KEYS if given.get(key) is None]
+    if missing:
+        raise UserError(f"{source / CONFIG}: has no {', '.join(missing)}, which export.target=gguf must say.")
+    for key, adder in _KEYS.items():
+        getattr(writer, adder)(given[key])
+    writer.add_value_length(given["head_dim"])
+    writer.add_expert_feed_forward_length(given["intermediate_size"])
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_name(source.name)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_MXFP4_MOE)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add_tokenizer(gguf: Any, writer: Any, source: Path, rows: int) -> None:
+    """The source's vocabulary, merges, special tokens and chat template; rows of the embedding without a token too."""
+    tokenizer = load_tokenizer(source)
+    pattern = re.findall(r'"Regex":\s*("(?:[^"\\]|\\.)*")', (source / "tokenizer.json").read_text(encoding="utf-8"))
+    if _O200K not in [json.loads(each) for each in pattern]:
+        warn("export", "the tokenizer cuts text into words in its own way; what reads a gguf does it as o200k does.")
+    words = {i: token for token, i in tokenizer.get_vocab().items()}
+    special = tokenizer.added_tokens_decoder
+    kinds = gguf.TokenType
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-4o")
+    writer.add_token_list([words.get(i, f"[PAD{i}]") for i in range(rows)])
+    writer.add_token_types(
+        [kinds.UNUSED if i not in words else kinds.CONTROL if i in special else kinds.NORMAL for i in range(rows)]
+    )
+    gguf.SpecialVocab(source, load_merges=True).add_to_gguf(writer, quiet=True)
+
+
+def _write_data(path: Path, pieces: list[Piece], offsets: dict[str, int], total: int) -> None:
+    """Put each part behind the earlier ones of its tensor."""
+    with path.open("r+b") as file, progress(total=total, what="export", unit="B") as bar:
+        for name, values in parts(pieces):
+            data = values.contiguous().cpu().view(-1).view(torch.uint8).numpy()
+            file.seek(offsets[name])
+            file.write(data.data)
+            offsets[name] += data.nbytes
+            bar.update(data.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _padded(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+def _library() -> Any:
+    try:
+        import gguf
+
+        return gguf
+    except ImportError as error:
+        raise UserError(
+            "export.target=gguf: needs the package gguf. Install it: pip install 'gpt-oss-qat[gguf]', or gguf."
+        ) from error
+
+
+_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_KEYS = {
+    "num_hidden_layers": "add_block_count",
+    "max_position_embeddings": "add_context_length",
+    "hidden_size": "add_embedding_length",
+    "intermediate_size": "add_feed_forward_length",
+    "num_attention_heads": "add_head_count",
+    "num_key_value_heads": "add_head_count_kv",
+    "head_dim": "add_key_length",
+    "rms_norm_eps": "add_layer_norm_rms_eps",
+    "num_local_experts": "add_expert_count",
+    "num_experts_per_tok": "add_expert_used_count",
+    "sliding_window": "add_sliding_window",
+    "rope_theta": "add_rope_freq_base",
+    "rope_scaling.factor": "add_rope_scaling_factor",
+    "rope_scaling.original_max_position_embeddings": "add_rope_scaling_orig_ctx_len",
+    "rope_scaling.beta_fast": "add_rope_scaling_yarn_beta_fast",
+    "rope_scaling.beta_slow": "add_rope_scaling_yarn_beta_slow",
+}
+"""Key of config.json -> what the writer calls it."""

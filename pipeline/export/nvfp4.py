@@ -1,0 +1,125 @@
+"""NVFP4 for engines on Blackwell, in the layout of ModelOpt: fused experts, packed along the input dimension.
+
+A model that was trained for MXFP4 becomes NVFP4 with the same values: the codes stay, each scale of 32 becomes two of
+16. Engines multiply in 4 bits on both sides and so need a scale for the inputs, which only calibration gives: a model
+of `nvfp4_w4a4` brings it, others say in their metadata that inputs stay BF16. The tensor scale is one per expert.
+Sources: the tensors that SGLang's loader binds for an NVFP4 gpt-oss; ModelOpt 0.47 (`hf_quant_config.json`).
+
+Legend: E experts, in, out dimensions of the matrix.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.artifacts import write_json
+from pipeline.checkpoints import load_calibration
+from pipeline.errors import UserError
+from pipeline.export.mxfp4 import legacy_config
+from pipeline.export.target import Job
+from pipeline.export.weights import ExpertStack, Packed, checked_base, others_piece, stacks, write_checkpoint
+from pipeline.gpt_oss import QUANTIZATION_CONFIG, TensorInfo, other_tensors
+from pipeline.numerics.convert import mxfp4_to_nvfp4
+from pipeline.numerics.formats import NVFP4
+from pipeline.numerics.scales import INPUT_RULE, tensor_scale_of
+from pipeline.shards import Piece, Written, whole
+
+
+def write(job: Job, directory: Path) -> Written:
+    """Stream the model into `directory`, expert by expert.
+
+    Raises:
+        UserError: as exporting to `mxfp4`; MXFP4 blocks whose exponents NVFP4 cannot hold.
+    """
+    base = checked_base(job)
+    amax = load_calibration(job.weights.ref.directory).amax if job.block_format.quantizes_activations else {}
+    pieces = [others_piece(job, base, name, [name]) for name in other_tensors(base.shape)]
+    pieces += [_stack(stack) for stack in stacks(job, base)]
+    pieces += [_input_scale(name, largest) for name, largest in amax.items()]
+    record = _record(bool(amax))
+    config = {key: value for key, value in legacy_config(base.config).items() if key != "quantization_config"}
+    written = write_checkpoint(job, base, directory, pieces, {**config, "quantization_config": _in_config(record)})
+    write_json(directory / "hf_quant_config.json", record)
+    return written
+
+
+def _stack(stack: ExpertStack) -> Piece:
+    """Packed codes (E, in / 2, out), scales (E, in / 16, out) and tensor scales (E)."""
+    projection = stack.projection
+    name, rows = projection.name, (projection.experts, projection.in_features)
+    tensors = {
+        name: TensorInfo("U8", (rows[0], rows[1] // 2, projection.out_features)),
+        f"{name}_weight_scale": TensorInfo("F8_E4M3", (rows[0], rows[1] // NVFP4.block_size, projection.out_features)),
+        f"{name}_weight_scale_2": TensorInfo("F32", (projection.experts,)),
+    }
+    held: list[Packed] = []
+
+    def put(made: Packed) -> Iterator[tuple[str, Tensor]]:
+        packed = _as_nvfp4(made, projection.name)
+        yield name, packed.blocks.flatten(-2).transpose(1, 2).contiguous()
+        held.append(packed)
+        if made.is_last:
+            yield f"{name}_weight_scale", torch.cat([each.scales.transpose(1, 2).contiguous() for each in held])
+            yield (
+                f"{name}_weight_scale_2",
+                torch.cat([each.tensor_scale for each in held if each.tensor_scale is not None]),
+            )
+            held.clear()
+
+    return Piece(tensors, lambda: stack.steps(put), lambda: stack.note(list(tensors)))
+
+
+def _as_nvfp4(made: Packed, name: str) -> Packed:
+    """Some experts in NVFP4, with the values that they have.
+
+    Raises:
+        UserError: blocks of MXFP4 whose exponents are too far apart for it.
+    """
+    if made.tensor_scale is not None:
+        return made
+    converted = mxfp4_to_nvfp4(made.blocks, made.scales)
+    if converted.changed_blocks:
+        raise UserError(
+            f"{name}: {converted.changed_blocks} blocks of MXFP4 would have other values in NVFP4, whose scales within"
+            " an expert span 17 powers of two. Use format=nvfp4 export.requantize=true to round the weights anew."
+        )
+    return replace(made, blocks=converted.blocks, scales=converted.scales, tensor_scale=converted.tensor_scale)
+
+
+def _input_scale(name: str, amax: Tensor) -> Piece:
+    """The calibrated tensor scale of an expert stack's inputs, as training rounds them."""
+    target = f"{name.removesuffix('_input_quantizer')}_input_scale"
+    scale = tensor_scale_of(amax.float().reshape(()), INPUT_RULE)
+    return whole({target: TensorInfo("F32", ())}, lambda: {target: scale})
+
+
+def _record(quantizes_inputs: bool) -> dict[str, Any]:
+    """hf_quant_config.json."""
+    return {
+        "producer": {"name": "modelopt", "version": version("nvidia-modelopt")},
+        "quantization": {
+            "quant_algo": "NVFP4" if quantizes_inputs else "W4A16_NVFP4",
+            "kv_cache_quant_algo": None,
+            "group_size": NVFP4.block_size,
+            "exclude_modules": QUANTIZATION_CONFIG["modules_to_not_convert"],
+        },
+    }
+
+
+def _in_config(record: dict[str, Any]) -> dict[str, Any]:
+    """The same in config.json, in ModelOpt's words for it."""
+    quantization = record["quantization"]
+    bits = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": quantization["group_size"]}
+    sides = ("input_activations", "weights") if quantization["quant_algo"] == "NVFP4" else ("weights",)
+    return {
+        "config_groups": {"group_0": {**dict.fromkeys(sides, bits), "targets": ["Linear"]}},
+        "ignore": quantization["exclude_modules"],
+        "quant_algo": quantization["quant_algo"],
+        "producer": record["producer"],
+        "quant_method": "modelopt",
+    }

@@ -1,0 +1,95 @@
+"""OpenAI's original layout, which its reference code loads: the same bytes under other names, q, k and v in one tensor.
+
+Source: the loader of gpt-oss 0.0.9 (`gpt_oss/torch/weights.py`, `gpt_oss/torch/model.py`).
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoints import CONFIG
+from pipeline.errors import UserError
+from pipeline.export.mxfp4 import legacy_config
+from pipeline.export.target import Job
+from pipeline.export.weights import checked_base, others_piece, packed_piece, stacks, write_checkpoint
+from pipeline.gpt_oss import ExpertProjection, Shape
+from pipeline.shards import Written
+
+_STACKS = {"gate_up_proj": "mlp1_weight", "down_proj": "mlp2_weight"}
+_OF_MODEL = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.scale": "model.norm.weight",
+    "unembedding.weight": "lm_head.weight",
+}
+_OF_LAYER: dict[str, tuple[str, ...]] = {
+    "attn.norm.scale": ("input_layernorm.weight",),
+    "attn.sinks": ("self_attn.sinks",),
+    "attn.qkv.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
+    "attn.qkv.bias": tuple(f"self_attn.{part}_proj.bias" for part in "qkv"),
+    "attn.out.weight": ("self_attn.o_proj.weight",),
+    "attn.out.bias": ("self_attn.o_proj.bias",),
+    "mlp.norm.scale": ("post_attention_layernorm.weight",),
+    "mlp.gate.weight": ("mlp.router.weight",),
+    "mlp.gate.bias": ("mlp.router.bias",),
+    "mlp.mlp1_bias": ("mlp.experts.gate_up_proj_bias",),
+    "mlp.mlp2_bias": ("mlp.experts.down_proj_bias",),
+}
+_KEYS = {
+    "num_hidden_layers": "num_hidden_layers",
+    "num_experts": "num_local_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "swiglu_limit": "swiglu_limit",
+    "head_dim": "head_dim",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "sliding_window": "sliding_window",
+    "initial_context_length": "initial_context_length",
+    "rope_theta": "rope_theta",
+}
+_ROPE_KEYS = {"rope_scaling_factor": "factor", "rope_ntk_alpha": "beta_slow", "rope_ntk_beta": "beta_fast"}
+
+
+def write(job: Job, directory: Path) -> Written:
+    """Stream the model into `directory`, expert by expert.
+
+    Raises:
+        UserError: as exporting to `mxfp4`, or a configuration that this layout cannot say.
+    """
+    base = checked_base(job)
+    config = original_config(base.config, job.source.directory)
+    pieces = [others_piece(job, base, target, sources) for target, sources in other_names(base.shape).items()]
+    pieces += [packed_piece(each, *stack_names(each.projection)) for each in stacks(job, base)]
+    return write_checkpoint(job, base, directory, pieces, config)
+
+
+def other_names(shape: Shape) -> dict[str, tuple[str, ...]]:
+    """Every tensor that is no expert weight -> the tensors of the Hugging Face layout that are its rows."""
+    names: dict[str, tuple[str, ...]] = {target: (source,) for target, source in _OF_MODEL.items()}
+    for layer in range(shape.num_hidden_layers):
+        for target, sources in _OF_LAYER.items():
+            names[f"block.{layer}.{target}"] = tuple(f"model.layers.{layer}.{source}" for source in sources)
+    return names
+
+
+def stack_names(projection: ExpertProjection) -> tuple[str, str]:
+    """Blocks and scales of a stack of experts."""
+    name = f"block.{projection.layer}.mlp.{_STACKS[projection.name.rpartition('.')[2]]}"
+    return f"{name}.blocks", f"{name}.scales"
+
+
+def original_config(config: dict[str, Any], where: Path) -> dict[str, Any]:
+    """config.json as the reference code reads it.
+
+    Raises:
+        UserError: a key that it needs is missing.
+    """
+    rope = {**config, **legacy_config(config)}
+    scaling = rope.get("rope_scaling") or {}
+    values = {key: rope.get(source) for key, source in _KEYS.items()}
+    values |= {key: scaling.get(source) for key, source in _ROPE_KEYS.items()}
+    missing = [{**_KEYS, **_ROPE_KEYS}[key] for key, value in values.items() if value is None]
+    if missing:
+        raise UserError(f"{where / CONFIG}: has no {', '.join(missing)}, which export.target=openai must say.")
+    return values

@@ -1,0 +1,276 @@
+"""What every target makes of a weight, part by part: 4-bit experts by the codec, everything else in BF16.
+
+What training did not touch keeps the source's own bytes: the same values can be written with other scales, and only the
+bytes themselves are sure to be what every engine already serves.
+
+Legend: E experts of one part, in, out dimensions of the matrix, nb = in / block size.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.artifacts import write_json
+from pipeline.checkpoints import CONFIG, Checkpoint, copy_side_files
+from pipeline.errors import UserError
+from pipeline.export.survival import Survival
+from pipeline.export.target import Job
+from pipeline.gpt_oss import ExpertProjection, TensorInfo, expert_projections, other_tensors
+from pipeline.numerics.codec import CodecError, differences, encode, fake_quantize
+from pipeline.numerics.codec import tensor_scale as tensor_scale_of
+from pipeline.numerics.compiled import compilation_for
+from pipeline.numerics.convert import mxfp4_to_nvfp4
+from pipeline.numerics.formats import MXFP4
+from pipeline.shards import Piece, Step, Written, in_order, write_sharded
+
+_BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Some experts of a stack, encoded.
+
+    Attributes:
+        blocks: (E, out, nb, block size / 2) uint8.
+        scales: (E, out, nb).
+        tensor_scale: (E) float32, or None where the format has none.
+        values: (E, in, out), what they decode to.
+        is_last: whether the stack ends with them.
+    """
+
+    blocks: Tensor
+    scales: Tensor
+    tensor_scale: Tensor | None
+    values: Tensor
+    is_last: bool = False
+
+
+def checked_base(job: Job) -> Checkpoint:
+    """The base checkpoint, which the model must belong to.
+
+    Raises:
+        UserError: it has other sizes, or an input dimension that the block size does not divide.
+    """
+    base = job.source.open()
+    if job.weights.shape != base.shape:
+        raise UserError(
+            f"{job.weights.ref.directory} has {job.weights.shape}, but model.path={job.source.directory} has"
+            f" {base.shape}: the export takes its configuration from model.path, which must be the model that training"
+            " started from."
+        )
+    for projection in expert_projections(base.shape):
+        _raise_if_not_divisible(projection, job)
+    return base
+
+
+@dataclass
+class OtherTensor:
+    """A tensor that is not an expert weight, in BF16.
+
+    Attributes:
+        is_copied: whether, so far, it is the source's own bytes.
+    """
+
+    job: Job
+    base: Checkpoint
+    name: str
+    is_copied: bool = True
+
+    @property
+    def info(self) -> TensorInfo:
+        """Type and shape of what is written."""
+        return other_tensors(self.base.shape)[self.name]
+
+    def steps(self, put: Callable[[Tensor], Iterable[tuple[str, Tensor]]]) -> Iterator[Step]:
+        """Make it row by row; `put` says where rows go."""
+        for rows in self.job.weights.parts(self.name):
+            yield self._step(rows, put)
+
+    def _step(self, rows: slice, put: Callable[[Tensor], Iterable[tuple[str, Tensor]]]) -> Step:
+        return Step(
+            lambda: (self.job.weights.stored(self.name, rows), self.base.read(self.name, rows)),
+            lambda read: put(self._converted(rows, *read)),
+        )
+
+    def _converted(self, rows: slice, stored: tuple[Tensor, ...], source: Tensor) -> Tensor:
+        tensor = self.job.weights.trained(self.name, rows, stored).to(torch.bfloat16)
+        if not bool(tensor.isfinite().all()):
+            first, *others = (~tensor.isfinite()).nonzero()[0].tolist()
+            raise UserError(
+                f"{self.job.weights.ref.directory}: {self.name}: NaN or Inf at index {[first + rows.start, *others]}."
+                " Training went wrong."
+            )
+        self.is_copied &= source.dtype == tensor.dtype and same_bits(tensor, source)
+        return tensor
+
+
+def others_piece(job: Job, base: Checkpoint, target: str, sources: Iterable[str]) -> Piece:
+    """A tensor of the target, made of the rows of one tensor or of several, one after the other."""
+    parts = [OtherTensor(job, base, name) for name in sources]
+    rows = sum(part.info.shape[0] for part in parts)
+    info = TensorInfo(parts[0].info.dtype, (rows, *parts[0].info.shape[1:]))
+    return Piece(
+        {target: info},
+        lambda: (step for part in parts for step in part.steps(lambda tensor: [(target, tensor)])),
+        lambda: {"tensors": [target], "is_copied": all(part.is_copied for part in parts)},
+    )
+
+
+@dataclass
+class ExpertStack:
+    """A stack of expert weights in the job's format; experts that equal the source's keep what the source has.
+
+    Attributes:
+        survival: sums over the experts made so far.
+        copied_experts: how many of them are the source's.
+        other_than_trained: how many weights were rounded to another value in training, for a model of another format.
+    """
+
+    job: Job
+    base: Checkpoint
+    projection: ExpertProjection
+    survival: Survival = field(default_factory=Survival)
+    copied_experts: int = 0
+    other_than_trained: int = 0
+
+    def steps(self, put: Callable[[Packed], Iterable[tuple[str, Tensor]]]) -> Iterator[Step]:
+        """Make it some experts at a time; `put` says where they go."""
+        for rows in self.job.weights.parts(self.projection.name):
+            yield self._step(rows, put)
+
+    def note(self, tensors: list[str]) -> dict[str, Any]:
+        """What is worth keeping, once all is made, of the tensors that hold it."""
+        return {
+            "tensors": tensors,
+            "is_copied": self.copied_experts == self.projection.experts,
+            "layer": self.projection.layer,
+            "copied_experts": self.copied_experts,
+            "sums": self.survival.sums,
+            "other_than_trained": self.other_than_trained,
+        }
+
+    def _step(self, rows: slice, put: Callable[[Packed], Iterable[tuple[str, Tensor]]]) -> Step:
+        weights, name = self.job.weights, self.projection.name
+        return Step(
+            lambda: (weights.stored(name, rows), self.base.read_stored(name, rows)),
+            lambda read: put(self._packed(rows, *read)),
+        )
+
+    def _packed(self, rows: slice, stored: tuple[Tensor, ...], source: tuple[Tensor, ...]) -> Packed:
+        job, name = self.job, self.projection.name
+        trained = job.weights.trained(name, rows, stored, job.device)  # (E, in, out)
+        base = self.base.decoded(name, source, rows=rows, device=job.device)
+        old = self._of_source(source, base)
+        holds_base = len(source) == 2 and old.values is base
+        is_untouched = [holds_base and same_bits(*pair) for pair in zip(trained, base, strict=True)]
+        self.copied_experts += sum(is_untouched)
+        new = old if all(is_untouched) else self._encoded(trained, rows)
+        if new is not old:
+            _keep(new, old, torch.tensor(is_untouched).nonzero().flatten().to(job.device))
+        self._account(trained, new, base, old)
+        return replace(new, is_last=rows.stop == self.projection.experts)
+
+    def _of_source(self, source: tuple[Tensor, ...], base: Tensor) -> Packed:
+        """The base model in the job's format: what it stores, or what that would be exported to."""
+        if len(source) == 1:
+            return self._coded(base, None)
+        blocks, scales = (each.to(self.job.device) for each in source)
+        if self.job.block_format.scale_type is MXFP4.scale_type:
+            return Packed(blocks, scales, None, base)
+        converted = mxfp4_to_nvfp4(blocks, scales)
+        if converted.changed_blocks:
+            return self._coded(base, None)
+        return Packed(converted.blocks, converted.scales, converted.tensor_scale, base)
+
+    def _encoded(self, trained: Tensor, rows: slice) -> Packed:
+        importance = self.job.weights.importance(self.projection.name)
+        try:
+            return self._coded(trained, None if importance is None else importance.to(trained.device))
+        except CodecError as error:
+            expert, row, block = error.block or (0, None, None)
+            raise UserError(
+                f"{self.job.weights.ref.directory}: {self.projection.name}: expert {expert + rows.start}, row {row},"
+                f" block {block}: {error}. Training went wrong."
+            ) from error
+
+    def _coded(self, values: Tensor, importance: Tensor | None) -> Packed:
+        block_format, near, turned = self.job.block_format, torch.empty_like(values), values.transpose(1, 2)
+        unit = tensor_scale_of(turned, block_format)
+        rounded = near.transpose(1, 2)
+        blocks, scales = encode(turned, block_format, unit, importance=importance, rounded=rounded)
+        return Packed(blocks, scales, unit, near)
+
+    def _account(self, trained: Tensor, new: Packed, base: Tensor, old: Packed) -> None:
+        job = self.job
+        scales, units = (new.scales, old.scales), (new.tensor_scale, old.tensor_scale)
+        self.survival.add(trained, new.values, base, old.values, scales, job.block_format, units)
+        trained_for = job.weights.ref.block_format
+        if trained_for not in (None, job.block_format):
+            importance = job.weights.importance(self.projection.name)
+            seen = fake_quantize(trained.transpose(1, 2), trained_for, importance=importance).transpose(1, 2)
+            _, _, changed, _ = differences((new.values, new.values, seen, seen)).tolist()
+            self.other_than_trained += int(changed)
+
+
+def stacks(job: Job, base: Checkpoint) -> list[ExpertStack]:
+    """Every stack of expert weights of the model."""
+    return [ExpertStack(job, base, projection) for projection in expert_projections(base.shape)]
+
+
+def write_checkpoint(
+    job: Job, base: Checkpoint, directory: Path, pieces: list[Piece], config: dict[str, Any]
+) -> Written:
+    """Stream the pieces, layer by layer, and put the source's side files and a configuration beside them."""
+    values = sum(projection.values for projection in expert_projections(base.shape))
+    with compilation_for(values):
+        written = write_sharded(directory, in_order(pieces), job.shard_bytes, "export")
+    copy_side_files(job.source.directory, directory)
+    write_json(directory / CONFIG, config)
+    return written
+
+
+def packed_piece(stack: ExpertStack, blocks: str, scales: str) -> Piece:
+    """A stack as two tensors of the names given: its blocks, then its scales."""
+    held: list[Tensor] = []
+
+    def put(made: Packed) -> Iterator[tuple[str, Tensor]]:
+        yield blocks, made.blocks
+        held.append(made.scales)
+        if made.is_last:
+            yield scales, torch.cat(held)
+            held.clear()
+
+    tensors = dict(zip((blocks, scales), stack.projection.packed_tensors().values(), strict=True))
+    return Piece(tensors, lambda: stack.steps(put), lambda: stack.note([blocks, scales]))
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same bits, the narrower widened."""
+    if one.dtype != other.dtype:
+        one, other = one.float(), other.float()
+    return torch.equal(*(each.view(_BITS[each.dtype]) for each in (one, other)))
+
+
+def _keep(new: Packed, old: Packed, experts: Tensor) -> None:
+    """Give some experts what the source has of them."""
+    for mine, source in zip(_tensors(new), _tensors(old), strict=True):
+        # As bytes: torch 2.13 has no indexed copy of float8.
+        mine.view(torch.uint8)[experts] = source.view(torch.uint8)[experts]
+
+
+def _tensors(packed: Packed) -> list[Tensor]:
+    every = (packed.blocks, packed.scales, packed.tensor_scale)
+    return [each for each in every if each is not None]
+
+
+def _raise_if_not_divisible(projection: ExpertProjection, job: Job) -> None:
+    size = job.block_format.block_size
+    if projection.in_features % size:
+        raise UserError(
+            f"{projection.name}: expert 0, block {projection.in_features // size}: the input dimension"
+            f" {projection.in_features} is not a multiple of {size}, the block size of {job.block_format.name}."
+        )
