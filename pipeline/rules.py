@@ -28,7 +28,6 @@ from pipeline.config import (
     PromptsConfig,
     QuantizeSource,
     ScaleRule,
-    Sharding,
     Stage,
     TrainConfig,
     is_known,
@@ -73,7 +72,7 @@ def problems(config: PipelineConfig) -> list[str]:
     ]
     found += _data_problems(config.data) + _evaluate_problems(config.evaluate)
     found += _train_problems("sft", config.sft) + _train_problems("qat", config.qat)
-    found += _format_problems(config) + _sharding_problems(config)
+    found += _format_problems(config)
     return found + _qat_problems(config) + _experts_problems(config)
 
 
@@ -141,15 +140,6 @@ def _format_problems(config: PipelineConfig) -> list[str]:
             " by one."
         )
     return found
-
-
-def _sharding_problems(config: PipelineConfig) -> list[str]:
-    is_adapted = config.stage is Stage.sft and config.sft.method is Method.lora
-    if config.sharding is Sharding.zero3 and (is_adapted or config.stage in (Stage.qat, Stage.all)):
-        # DeepSpeed 0.19 wants each step to use the parameters in the order of the step before. With TRL's loss, adapted
-        # and quantized experts do not: it stops with a "tracing error", or its processes wait for ever.
-        return ["sharding=zero3: trains stage=sft with train@sft=full alone; elsewhere DeepSpeed stops. Use fsdp2."]
-    return []
 
 
 def _qat_problems(config: PipelineConfig) -> list[str]:

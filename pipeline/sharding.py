@@ -24,6 +24,7 @@ from pipeline.tracking import is_main_process, process_count, wait_for_everyone
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 _LAYER_CLASS = "GptOssDecoderLayer"  # what is gathered at once
+_LAYER_MODULE = "transformers.models.gpt_oss.modeling_gpt_oss"
 _LAUNCHER_SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
@@ -46,6 +47,7 @@ class Engine:
         arguments: of transformers' TrainingArguments, made anew for each trainer, which changes them.
         splits: what each process has but its part of: weights, gradients, optimizer.
         gathers: whether parameters are whole only while they are used, and in memory of their own each time.
+        hooks_gradients: whether it gathers a layer for its backward pass where a gradient of the layer's input is due.
         reshards: whether any number of processes can go on from a checkpoint of another number.
         spread: (accelerator, model) -> a model that is not trained, shared as the trained one is.
         distributed_type: what accelerate is told that it is, on CPUs.
@@ -56,6 +58,7 @@ class Engine:
     splits: tuple[str, ...]
     gathers: bool
     reshards: bool
+    hooks_gradients: bool = False
     spread: Callable[[Any, Any], Any] = _each_whole
     distributed_type: str = "MULTI_GPU"
     package: str | None = None
@@ -94,7 +97,10 @@ def _zero(stage: int, **more: Any) -> dict[str, Any]:
 def _zero3() -> dict[str, Any]:
     # trl 1.16 gathers the head itself, outside of the head's own forward pass, and lets go of it: if DeepSpeed, which
     # has seen it used in a validation, is fetching it ahead at that moment, it stops with "a param in flight".
-    return _zero(3, stage3_param_persistence_threshold="auto", stage3_prefetch_bucket_size=0)
+    # DeepSpeed wants the parameters used in the same order in each pass. Adapters' are not, and PEFT takes a stack of
+    # experts out of its module while its adapter is at work: so a layer is gathered as one, whatever is inside.
+    leaves = {"classes": [f"{_LAYER_MODULE}.{_LAYER_CLASS}"]}
+    return _zero(3, stage3_param_persistence_threshold="auto", stage3_prefetch_bucket_size=0, leaf_module=leaves)
 
 
 _ALL = ("weights", "gradients", "optimizer")
@@ -103,7 +109,7 @@ ENGINES = {
     Sharding.none: Engine(dict, splits=(), gathers=False, reshards=True, distributed_type="MULTI_CPU"),
     Sharding.fsdp2: Engine(_fsdp2, splits=_ALL, gathers=True, reshards=True, spread=_split),
     Sharding.zero2: Engine(lambda: _zero(2), splits=_ALL[1:], gathers=False, **_DEEPSPEED),
-    Sharding.zero3: Engine(_zero3, splits=_ALL, gathers=True, **_DEEPSPEED),
+    Sharding.zero3: Engine(_zero3, splits=_ALL, gathers=True, hooks_gradients=True, **_DEEPSPEED),
 }
 
 

@@ -94,6 +94,8 @@ def train(inputs: Inputs, setup: Setup) -> dict[str, Any]:
         UserError: a setting that transformers refuses, a launcher or a checkpoint that does not go with the settings.
     """
     _warn_of_lost_updates(inputs.model, setup)
+    if sharding.ENGINES[setup.shared].hooks_gradients:
+        inputs.model.enable_input_require_grads()  # frozen embeddings: else adapters of the first layer alone have them
     checkpoint = resume.last_whole(setup.directory / CHECKPOINTS_DIR, setup.stage, setup.shared)
     with sharding.switched_on(setup.shared) as switches:
         trainer = _trainer(inputs, setup, eval_on_start=checkpoint is None, **switches)

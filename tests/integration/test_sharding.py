@@ -46,10 +46,11 @@ class Case:
     stage: str
     sharding: str
     more: tuple[str, ...] = ()
+    variant: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.recipe}-{self.stage}-{self.sharding}"
+        return f"{self.recipe}{self.variant}-{self.stage}-{self.sharding}"
 
     def arguments(self, run_dir: Path, batch_size: int, steps: int) -> list[str]:
         """Of the program; a process accumulates over `steps` forward passes."""

@@ -4,6 +4,7 @@ Needs deepspeed, and without a GPU DS_ACCELERATOR=cpu (its first use then builds
 """
 
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -19,18 +20,21 @@ pytestmark = pytest.mark.skipif(
     reason="needs deepspeed, and without a GPU DS_ACCELERATOR=cpu",
 )
 
-TAUGHT = ("qat.distillation.weight=0.5",)
-KINDS = (("smoke", "sft", ()), ("smoke_lora", "sft", ()), ("smoke", "qat", TAUGHT), ("smoke_lora", "qat", ()))
-CASES = (
-    *(Case(recipe, stage, "zero2", more) for recipe, stage, more in KINDS),
-    Case("smoke", "sft", "zero3"),
+EXPERTS = tuple(f"{stage}.lora.targets=[experts]" for stage in ("sft", "qat"))
+KINDS = (
+    Case("smoke", "sft", "zero2"),
+    Case("smoke_lora", "sft", "zero2"),
+    Case("smoke_lora", "sft", "zero2", EXPERTS, "_experts"),
+    Case("smoke", "qat", "zero2", ("qat.distillation.weight=0.5",)),
+    Case("smoke_lora", "qat", "zero2"),
 )
+CASES = (*KINDS, *(replace(kind, sharding="zero3") for kind in KINDS))
 KEPT = Case("smoke", "qat", "zero2", RISING)
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return run_by_one_process(tmp_path_factory.mktemp("one"), CASES[: len(KINDS)])
+    return run_by_one_process(tmp_path_factory.mktemp("one"), KINDS)
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,6 @@ from pipeline.config import (
     PipelineConfig,
     Precision,
     ScaleRule,
-    Sharding,
     Stage,
 )
 from pipeline.errors import CheckFailed, UserError
@@ -472,16 +471,6 @@ def test_a_kernel_that_passes_by_a_formats_quantizers_is_refused_for_qat() -> No
         "qat.experts_implementation=grouped_mm: leaves out the quantizers of down_proj's inputs, which"
         " format=nvfp4_w4a4 has. Use one of auto, eager, batched_mm."
     ]
-
-
-def test_zero3_is_refused_where_adapters_or_quantizers_are_trained() -> None:
-    message = "sharding=zero3: trains stage=sft with train@sft=full alone; elsewhere DeepSpeed stops. Use fsdp2."
-    assert broken(stage=Stage.sft, sharding=Sharding.zero3) == []
-    assert broken(stage=Stage.qat, sharding=Sharding.zero2) == []
-    assert broken(stage=Stage.qat, sharding=Sharding.zero3) == [message]
-    assert broken(stage=Stage.all, sharding=Sharding.zero3) == [message]
-    lora = {"sft__method": Method.lora, "sft__precision": Precision.bf16}
-    assert broken(stage=Stage.sft, sharding=Sharding.zero3, **lora) == [message]
 
 
 def test_sft_and_qat_with_different_adapters_are_refused_with_both() -> None:
