@@ -27,6 +27,7 @@ _GROUPS = {
     "sharding": "how processes share a model while it is trained",
     "tracking": "where metrics go besides metrics.jsonl",
 }
+_OF_NO_MODEL = ("stage", "recipe", "run_dir", "doctor", "verify", "eval", "compare", "tracking", "overwrite")
 _HELP_FLAGS = ("--help", "-h")
 _STAGES = {
     "doctor": "look at the data, at what the run needs, and whether it fits here",
@@ -62,6 +63,25 @@ def problems(arguments: list[str], conf: Path, recipes: Path) -> list[str]:
     return found
 
 
+def naming_jobs(arguments: list[str]) -> list[str]:
+    """The arguments, and in a sweep one that tells Hydra to name jobs by the settings in which they differ.
+
+    Not by what all have in common, nor by what makes no other model: so each stage of a sweep finds the same names.
+    """
+    plain = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    if not plain or not {"-m", "--multirun"} & {*arguments}:
+        return arguments
+    common = {
+        override.key_or_group
+        for override in OverridesParser.create().parse_overrides(plain)
+        if not override.is_sweep_override() or override.key_or_group.startswith(_OF_NO_MODEL)
+    }
+    left_out = ", ".join(f"'{key}'" for key in sorted(common))
+    end = arguments.index(plain[-1]) + 1  # overrides have to stand together
+    naming = f"hydra.job.config.override_dirname.exclude_keys=[{left_out}]"
+    return [*arguments[:end], naming, *arguments[end:]]
+
+
 def help_text(conf: Path, recipes: Path) -> str:
     """The whole help: usage, stages, groups with their choices, every setting with its default and meaning."""
     lines = [
@@ -70,7 +90,7 @@ def help_text(conf: Path, recipes: Path) -> str:
         "  python -m pipeline stage=all recipe=smoke            every stage on a tiny model",
         "  python -m pipeline stage=sft recipe=multilingual     one stage of one recipe",
         "  accelerate launch -m pipeline stage=sft …            the same on several GPUs",
-        "  python -m pipeline -m stage=all recipe=smoke sft.learning_rate=1e-3,2e-3 'run_dir=r/${sft.learning_rate}'",
+        "  python -m pipeline -m stage=qat recipe=smoke format=mxfp4,nvfp4   a sweep: a directory for each job",
         "",
         "stages",
         *(f"  {name:<10}{meaning}" for name, meaning in _STAGES.items()),

@@ -534,6 +534,16 @@ class EvaluateConfig:
 
 
 @dataclass
+class CompareConfig:
+    """The report on what `evaluate` measured."""
+
+    runs: list[str] = field(default_factory=list)
+    """Runs to put side by side: their directories, or patterns of them (runs/smoke/sweep/*); empty: this run."""
+    examples: int = 20
+    """Prompts whose answers are shown side by side, those first on which models differ."""
+
+
+@dataclass
 class TrackingConfig:
     """Metrics beyond metrics.jsonl, which is always written."""
 
@@ -559,6 +569,8 @@ class PipelineConfig:
     """Name of the recipe (chosen on the command line as recipe=<name>)."""
     run_dir: str = "runs/${recipe}"
     """Where the run's artifacts go."""
+    base_run: Optional[str] = None
+    """Another run, whose models up to qat are used where they were made with the same settings; set by sweeps (-m)."""
     device: Device = Device.auto
     """Where upcast and export compute: auto is the GPU if there is one. The bits are the same everywhere."""
     overwrite: bool = False
@@ -576,6 +588,7 @@ class PipelineConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 

@@ -370,6 +370,7 @@ _RULES = {
     "evaluate.endpoint.timeout_seconds": _POSITIVE,
     "evaluate.during_training.prompts": _NOT_NEGATIVE,
     "evaluate.during_training.max_new_tokens": _POSITIVE,
+    "compare.examples": _NOT_NEGATIVE,
     "qat.rounded_cache_gib": _NOT_NEGATIVE,
     "qat.distillation.weight": _UP_TO_ONE,
     "qat.distillation.temperature": _POSITIVE,

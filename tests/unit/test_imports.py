@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parents[2] / "pipeline"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("stages", "command_line"),
-    ("proof", "evals", "report", "doctor"),
+    ("report",),
+    ("proof", "evals", "doctor"),
     ("export", "training", "attention", "samples"),
     ("generation",),
     ("models", "data", "losses", "distillation", "drift", "callbacks"),
@@ -58,6 +59,7 @@ ONLY_IMPORTER = {
     "wandb": "tracking",
     "httpx": "generation.endpoint",
     "gguf": "export.gguf",
+    "matplotlib": "report.plots",
     "hydra": ("__main__", "command_line"),
 }
 
