@@ -38,7 +38,7 @@ _STAGES = {
     "export": "a real MXFP4 checkpoint, in the layout of the original",
     "verify": "prove that the export is right",
     "evaluate": "loss, perplexity, size and weight error of a stage's model",
-    "compare": "one table of what each step won or lost",
+    "compare": "a report on what each step won or lost, of one run or several",
     "all": "all of these in order; skips what is up to date, resumes what was interrupted",
 }
 
@@ -71,11 +71,10 @@ def naming_jobs(arguments: list[str]) -> list[str]:
     plain = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     if not plain or not {"-m", "--multirun"} & {*arguments}:
         return arguments
-    common = {
-        override.key_or_group
-        for override in OverridesParser.create().parse_overrides(plain)
-        if not override.is_sweep_override() or override.key_or_group.startswith(_OF_NO_MODEL)
-    }
+    overrides = OverridesParser.create().parse_overrides(plain)
+    swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
+    common = {override.key_or_group for override in overrides} - swept
+    common |= {key for key in swept if key.startswith(_OF_NO_MODEL)}
     left_out = ", ".join(f"'{key}'" for key in sorted(common))
     end = arguments.index(plain[-1]) + 1  # overrides have to stand together
     naming = f"hydra.job.config.override_dirname.exclude_keys=[{left_out}]"

@@ -1,5 +1,6 @@
 """What the report plots, as data: drawn by `plots`, and shown as tables of the same figures by `page`."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -10,6 +11,8 @@ from pipeline.report.table import is_rate
 from pipeline.tracking import read_metrics
 
 _LOSS = "validation_loss"
+_GROUPED = {_LOSS: "nats", "kl_divergence": "nats"}
+"""Figures besides pass rates that are plotted by group (language, category, position), and their units."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def _tradeoff(rows: list[Row], figure: str, what: str, quality: str, label: str,
         *(f"Far outside: {row.title}, {row.figures[quality]:.4f}." for row in measured if row not in drawn),
     ]
     return Chart(
-        f"tradeoff-{figure}-{quality}".replace("_", "-"),
+        _slug(f"tradeoff-{figure}-{quality}"),
         f"{_title(quality)} against size {what}",
         " ".join(told),
         "tradeoff",
@@ -109,6 +112,11 @@ def _rate_names(rows: list[Row]) -> list[str]:
     return [name for name in names if is_rate(name, rows)]
 
 
+def _slug(text: str) -> str:
+    """A name for files and pages."""
+    return re.sub("[^a-z0-9]+", "-", text.lower())
+
+
 def _title(figure: str) -> str:
     return figure.replace("_", " ").capitalize()
 
@@ -121,7 +129,7 @@ def _rates(rows: list[Row]) -> Iterator[Chart]:
         points = [_point(row, name, row.title) for row in rows if name in row.figures]
         description = "Share of decided answers that passed, with its 95 % interval."
         yield Chart(
-            f"rate-{name}".replace("_", "-"),
+            _slug(f"rate-{name}"),
             _title(name),
             description,
             "dots",
@@ -136,28 +144,28 @@ def _groups(rows: list[Row]) -> Iterator[Chart]:
     """Figures of groups, such as languages: for each figure the groups, in each of them the models."""
     rates = _rate_names(rows)
     figures = dict.fromkeys(name.partition("/")[0] for row in rows for name in row.figures if "/" in name)
-    for figure in [name for name in figures if name in rates or "loss" in name]:
+    for figure in [name for name in figures if name in rates or name in _GROUPED]:
         series = [
             Series(row.title, [_point(row, figure, name.partition("/")[2]) for name in _groups_of(row, figure)])
             for row in rows
         ]
-        is_share = figure in rates
+        has_intervals = any(point.low is not None for each in series for point in each.points)
         yield Chart(
-            f"groups-{figure}".replace("_", "-"),
+            _slug(f"groups-{figure}"),
             f"{_title(figure)} by group",
-            "One line for each group, one point for each model" + (", with 95 % intervals." if is_share else "."),
+            "For each group one point of each model" + (", with its 95 % interval." if has_intervals else "."),
             "dots",
-            "passed (%)" if is_share else "nats",
+            _GROUPED.get(figure, "passed (%)"),
             "",
             series,
-            is_share=is_share,
+            is_share=figure in rates,
         )
 
 
 def _groups_of(row: Row, figure: str) -> list[str]:
     """Names of the figures of groups; checks within a pass rate have no counts of their own, and are none."""
     names = [name for name in row.figures if name.startswith(f"{figure}/")]
-    return [name for name in names if f"{figure}_decided/{name.partition('/')[2]}" in row.figures or "loss" in figure]
+    return [name for name in names if figure in _GROUPED or f"{figure}_decided/{name.partition('/')[2]}" in row.figures]
 
 
 def _point(row: Row, figure: str, at: str) -> Point:
@@ -186,7 +194,7 @@ def _training(runs: list[Run]) -> Iterator[Chart]:
             for run, prefix in _distinct(runs, stage)
         ]
         description = "Share of the experts' weights that differ from the start of the stage (first expert of a stack)."
-        name = f"training-{key.removeprefix('eval_')}".replace("_", "-")
+        name = _slug(f"training-{key.removeprefix('eval_')}")
         yield Chart(name, title, description, "lines", "optimizer step", "share (%)", series, is_share=True)
 
 
@@ -221,7 +229,7 @@ _OF_LAYERS = (
 def _layers(runs: list[Run]) -> Iterator[Chart]:
     for key, title, unit, is_share, description in _OF_LAYERS:
         series = [Series(f"{prefix}{EXPORT}", _by_layer(run, key)) for run, prefix in _distinct(runs, EXPORT)]
-        name = f"layers-{key}".replace("_", "-")
+        name = _slug(f"layers-{key}")
         yield Chart(name, title, description, "lines", "layer", unit, series, is_share=is_share)
 
 

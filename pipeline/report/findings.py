@@ -26,10 +26,7 @@ class Finding:
 
 def findings(rows: list[Row], tested: list[Test]) -> list[Finding]:
     """What the report says first, a finding for each chain and each pair of formats."""
-    found, told = [], set()
-    for chain in chains(rows):
-        found.append(Finding(chain.title, [each for each in _of_chain(chain, tested) if each not in told]))
-        told.update(found[-1].sentences)  # several QATs may have gone on from the same PTQ
+    found = [Finding(chain.title, list(_of_chain(chain, tested))) for chain in chains(rows)]
     if not found:
         found = [Finding("Nothing to compare", ["Neither a PTQ nor a QAT was evaluated (evaluate.source=all does)."])]
     return found + [

@@ -30,6 +30,7 @@ _WIDTH_INCHES, _HEIGHT_INCHES = 6.4, 3.4
 _LINE_INCHES = 0.17  # of one point beside a name
 _PNG_DPI = 150
 _LONGEST_NAME = 30
+_LEGEND_LETTERS = 90  # of a line
 _SAME_PLACE = 0.03  # of an axis
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
@@ -74,10 +75,20 @@ def _plain(text: str) -> str:
 
 
 def _drawn(chart: Chart) -> Figure:
+    shown = [series for series in chart.series if series.points]
+    longest = max(len(series.name) for series in shown)
+    columns = max(1, min(4, len(shown), _LEGEND_LETTERS // (longest + 5)))
     height = _HEIGHT_INCHES if chart.kind != "dots" else 0.9 + _LINE_INCHES * max(8, _lines_of(chart))
-    figure = Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
+    figure = Figure(figsize=(_WIDTH_INCHES, height + _LINE_INCHES * (len(shown) // columns)), layout="constrained")
     axes = figure.add_subplot()
     _KINDS[chart.kind](axes, chart)
+    _label(axes, chart)
+    if len(shown) > 1:
+        figure.legend(loc="outside lower center", ncols=columns, fontsize=8)
+    return figure
+
+
+def _label(axes: Any, chart: Chart) -> None:
     axes.set_xlabel(chart.x)
     axes.set_ylabel(chart.y)
     if chart.is_share:
@@ -85,11 +96,6 @@ def _drawn(chart: Chart) -> Figure:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
     axes.grid(axis="x" if chart.kind == "dots" else "y", linewidth=0.6)
     axes.set_axisbelow(True)
-    shown = [series for series in chart.series if series.points]
-    if len(shown) > 1:
-        columns = 2 if max(len(series.name) for series in shown) > 16 else min(4, len(shown))
-        figure.legend(loc="outside lower center", ncols=columns, fontsize=8)
-    return figure
 
 
 def _lines_of(chart: Chart) -> int:

@@ -85,8 +85,7 @@ def _row(run: Run, model: str, results: dict[str, Any], shape: Shape | None, is_
     record = run.record(model) if model in ORDER else None
     lineage = _lineage(run, model)
     answers = _answers(run, model)
-    figures = flat(results[model])
-    figures |= _sizes(record, shape)
+    figures = flat(results[model]) | _sizes(record, shape)
     return Row(
         run,
         model,
@@ -103,16 +102,13 @@ def _row(run: Run, model: str, results: dict[str, Any], shape: Shape | None, is_
     )
 
 
-def flat(figures: dict[str, Any], prefix: str = "", suffix: str = "") -> dict[str, float]:
+def flat(figures: dict[str, Any]) -> dict[str, float]:
     """Figures of groups, {figure: {group: value}} or {figure: {group: {part: value}}}, as figure_part/group."""
     found: dict[str, float] = {}
     for name, value in figures.items():
-        if not isinstance(value, dict):
-            found[f"{prefix}{name}{suffix}"] = value
-            continue
-        for group, inner in value.items():
+        for group, inner in value.items() if isinstance(value, dict) else [("", value)]:
             parts = inner if isinstance(inner, dict) else {"": inner}
-            found |= {f"{name}{part and '_' + part}/{group}": each for part, each in parts.items()}
+            found |= {f"{name}{part and '_' + part}{group and '/' + group}": each for part, each in parts.items()}
     return found
 
 
@@ -140,11 +136,12 @@ def _lineage(run: Run, model: str) -> dict[str, str]:
     parents = dict(record["parents"])
     if model == EXPORT:
         parents = {record["details"]["exported_from"]: parents["model"]}
-    stages = {name: fingerprint for name, fingerprint in parents.items() if name in ORDER}
-    return {name: each for stage in stages for name, each in _lineage(run, stage).items()} | {
-        **stages,
-        model: record["fingerprint"],
-    }
+    found = {model: record["fingerprint"]}
+    for stage, fingerprint in parents.items():
+        if stage in ORDER:
+            earlier = _lineage(run, stage)
+            found |= earlier if earlier.get(stage) == fingerprint else {stage: fingerprint}
+    return found
 
 
 def _block_format(record: dict[str, Any] | None) -> str | None:

@@ -34,9 +34,17 @@ class Run:
     evaluated: Artifact
 
     def stage_dir(self, stage: str) -> Path | None:
-        """Where a finished stage lies, here or in the run that this one shares stages with; None without one."""
-        places = [self.directory, *([Path(self._shared)] if self._shared else [])]
-        return next((place / stage for place in places if (place / stage / ARTIFACT_FILE).is_file()), None)
+        """Where a finished stage lies; None without one.
+
+        That is here, or in the run that this one shares stages with, if it is the one that was evaluated.
+        """
+        if (self.directory / stage / ARTIFACT_FILE).is_file():
+            return self.directory / stage
+        shared = None if self._shared is None else Path(self._shared).expanduser().absolute() / stage
+        if shared is None or not (shared / ARTIFACT_FILE).is_file():
+            return None
+        fingerprint = artifacts.load(shared, check_files=False).fingerprint
+        return shared if self.evaluated.parents.get(stage, fingerprint) == fingerprint else None
 
     def record(self, stage: str) -> dict[str, Any] | None:
         """What artifact.json says of a finished stage, cost included; None without one."""
@@ -107,7 +115,7 @@ def _problem(directory: Path) -> str | None:
         return f"{evaluate}: the evaluation is unfinished. Run it again: {_command(directory)}"
     if directory.is_dir() and any((directory / stage.name / ARTIFACT_FILE).is_file() for stage in Stage):
         return f"{directory}: the run was not evaluated. Run first: {_command(directory)}"
-    return f"{directory}: not the directory of a run."
+    return f"{directory}: not the directory of a run, which holds its stages."
 
 
 def _rebuilt(run: Run) -> list[str]:

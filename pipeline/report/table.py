@@ -35,14 +35,25 @@ class Table:
     columns: list[Column]
     caption: str = ""
 
+    def titles(self) -> list[str]:
+        """Of the columns."""
+        return [column.title for column in self.columns]
+
     def cells(self, rows: Iterable[Row]) -> list[list[str]]:
         """What stands in it, row by row."""
         return [[column.show(row) for column in self.columns] for row in rows]
 
 
 def _figure(name: str, form: Callable[[float], str]) -> Callable[[Row], str]:
-    """A figure as `form` writes it; not every model has every figure."""
-    return lambda row: _NONE if row.figures.get(name) is None else form(row.figures[name])
+    """A figure as `form` writes it, with its interval if it has one; not every model has every figure."""
+
+    def show(row: Row) -> str:
+        value, low, high = (row.figures.get(f"{name}{part}") for part in ("", "_low", "_high"))
+        if value is None:
+            return _NONE
+        return form(value) if low is None or high is None else f"{form(value)} [{form(low)}, {form(high)}]"
+
+    return show
 
 
 def _percent(share: float) -> str:
@@ -146,7 +157,7 @@ def _caption(rows: list[Row], reference: str | None) -> str:
 
 def markdown(table: Table, rows: list[Row]) -> str:
     """The table in Markdown, with its caption below."""
-    lines = [[column.title for column in table.columns], ["---"] * len(table.columns), *table.cells(rows)]
+    lines = [table.titles(), ["---"] * len(table.columns), *table.cells(rows)]
     drawn = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     return f"{drawn}\n\n{table.caption}\n" if table.caption else f"{drawn}\n"
 

@@ -51,6 +51,8 @@ def _write(report: Content, directory: Path) -> Result:
         plots.png(chart, images[chart.name])
     for row in report.rows:
         log_metrics(directory, row.plain())
+    for each in report.tables:
+        log_table(directory, each.title.lower().replace(" ", "_"), each.titles(), each.cells(report.rows))
     log_table(directory, "tests", list(TEST_COLUMNS), [test.cells() for test in report.tests])
     log_media(images, {Stage.compare.name: directory / _PAGE})
     log_report(Stage.compare.name, [directory / name for name in (_JSON, _MARKDOWN, _PAGE)] + list(images.values()))

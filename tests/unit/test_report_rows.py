@@ -57,17 +57,27 @@ def test_undominated_rows_are_those_that_no_other_beats(tmp_path: Path) -> None:
     assert 0 < len(best) < len(every)
 
 
+def test_a_job_whose_models_are_gone_does_not_take_those_of_the_shared_run(tmp_path: Path) -> None:
+    four(tmp_path / "base")
+    job = evaluated.run(tmp_path / "job", figures={"qat": {"validation_loss": 1.9}}, fingerprints={"qat": "own"})
+    (job / "evaluate" / "config.yaml").write_text(f"base_run: {tmp_path}/base\n")
+    assert found(job)[0].lineage == {"upcast": "upcast", "sft": "sft", "quantize": "quantize", "qat": "own"}
+    (job / "qat" / "artifact.json").unlink()
+    assert (found(job)[0].lineage, found(job)[0].role) == ({}, "qat")
+
+
 def test_figures_of_groups_are_flat() -> None:
     nested = {"loss": {"de": 1.0}, "by_group": {"fr": {"loss": 2.0, "tokens": 3}}, "perplexity": 4.0}
     assert rows.flat(nested) == {"loss/de": 1.0, "by_group_loss/fr": 2.0, "by_group_tokens/fr": 3, "perplexity": 4.0}
 
 
-def test_a_figure_that_nobody_foresaw_gets_a_column(tmp_path: Path) -> None:
-    figures = {"sft": {"validation_loss": 2.0, "surprise_index": 0.12345}, "qat": {"validation_loss": 2.0}}
+def test_figures_that_nobody_foresaw_get_columns_and_intervals_are_shown(tmp_path: Path) -> None:
+    interval = {"kl_divergence": 0.5, "kl_divergence_low": 0.25, "kl_divergence_high": 0.75}
+    figures = {"sft": {"validation_loss": 2.0, "surprise_index": 0.12345, **interval}, "qat": {"validation_loss": 2.0}}
     every = found(evaluated.run(tmp_path / "run", figures=figures))
     shown = {each.title: each for each in table.tables(every, "sft")}["Other figures"]
-    assert [column.title for column in shown.columns] == ["model", "surprise index"]
-    assert shown.cells(every) == [["sft", "0.1235"], ["qat", "–"]]
+    assert [column.title for column in shown.columns] == ["model", "surprise index", "KL (nats)"]
+    assert shown.cells(every) == [["sft", "0.1235", "0.50000 [0.25000, 0.75000]"], ["qat", "–", "–"]]
 
 
 def test_a_rate_is_shown_with_its_interval_and_count(tmp_path: Path) -> None:

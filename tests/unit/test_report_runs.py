@@ -48,7 +48,7 @@ def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
         f" run_dir={tmp_path}/unmeasured, with the run's recipe",
         f"{tmp_path}/half/evaluate: the evaluation is unfinished. Run it again: python -m pipeline stage=evaluate"
         f" run_dir={tmp_path}/half, with the run's recipe",
-        f"{tmp_path}/notes: not the directory of a run.",
+        f"{tmp_path}/notes: not the directory of a run, which holds its stages.",
         f"'{tmp_path}/nothing/*': no such directory, and nothing that it is a pattern of.",
         f"{run} is named twice, by '{run}' and by '{run}/evaluate'. Leave one out.",
     ]

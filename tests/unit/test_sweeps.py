@@ -12,7 +12,14 @@ from pipeline import artifacts
 from pipeline.artifacts import chosen, needed, stage_dir
 from pipeline.config import PipelineConfig, QuantizeConfig, QuantizeSource, Stage, TrainConfig
 
-SWEEP = ("-m", "recipe=smoke", "format=mxfp4,nvfp4", "qat.learning_rate=1e-4,5e-5", "data.max_samples=80")
+SWEEP = (
+    "-m",
+    "recipe=smoke",
+    "qat.learning_rate=1e-3",
+    "format=mxfp4,nvfp4",
+    "qat.learning_rate=1e-4,5e-5",
+    "data.max_samples=80",
+)
 NAMES = [f"format={name},qat.learning_rate={rate}" for name in ("mxfp4", "nvfp4") for rate in ("0.0001", "5e-05")]
 
 
@@ -31,14 +38,13 @@ def places(ran: list[PipelineConfig]) -> list[tuple[str, str | None]]:
 
 def test_each_job_has_a_directory_named_by_what_it_alone_has(ran: list[PipelineConfig], tmp_path: Path) -> None:
     assert run_program(*SWEEP, "stage=qat", f"run_dir={tmp_path}") == 0
-    assert places(ran) == [(f"{tmp_path}/sweep/{name}", str(tmp_path)) for name in NAMES]
+    assert sorted(places(ran), key=str) == [(f"{tmp_path}/sweep/{name}", str(tmp_path)) for name in NAMES]
 
 
 def test_other_stages_of_a_sweep_find_the_same_directories(ran: list[PipelineConfig], tmp_path: Path) -> None:
-    more = ("stage=evaluate", "eval=quick", "evaluate.source=quantize,qat", "overwrite=true")
-    assert run_program(*SWEEP, *more, f"run_dir={tmp_path}") == 0
-    assert {config.run_dir for config in ran} == {f"{tmp_path}/sweep/{name}" for name in NAMES}
-    assert len(ran) == 8
+    more = ("format=mxfp4,", "stage=evaluate", "eval=quick", "evaluate.source=quantize,qat", "overwrite=true")
+    assert run_program("-m", "recipe=smoke", *more, f"run_dir={tmp_path}") == 0
+    assert [config.run_dir for config in ran] == [f"{tmp_path}/sweep/format=mxfp4"] * 2
 
 
 def test_the_default_run_directory_is_shared_too(ran: list[PipelineConfig]) -> None:
