@@ -1,5 +1,6 @@
 """What the report plots, as data: drawn by `plots`, and shown as tables of the same figures by `page`."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -77,7 +78,9 @@ def _tradeoffs(rows: list[Row]) -> Iterator[Chart]:
 
 
 def _tradeoff(rows: list[Row], figure: str, what: str, quality: str, label: str, sign: int) -> Chart:
-    measured = [row for row in rows if {figure, quality} <= row.figures.keys()]
+    measured = [
+        row for row in rows if all(math.isfinite(row.figures.get(name, math.nan)) for name in (figure, quality))
+    ]
     best = [row.title for row in undominated(measured, figure, quality, sign)]
     beaten = [row.title for row in measured if row.title not in best]
     drawn = [row for row in measured if not _is_far_off(row, measured, quality)]

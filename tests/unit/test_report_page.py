@@ -148,3 +148,11 @@ def test_the_original_does_not_flatten_the_others(tmp_path: Path) -> None:
     found = content.of(runs.find([str(evaluated.run(tmp_path / "run", figures=figures))]), 0).charts[0]
     assert [series.name for series in found.series] == ["sft", "qat"]
     assert "Far outside: upcast, 7.0000." in found.description
+
+
+def test_a_model_that_diverged_is_left_out_of_the_plots_and_not_of_the_table(tmp_path: Path) -> None:
+    losses = {"sft": 2.0, "quantize": 2.1, "qat": float("nan")}
+    figures = {model: {"validation_loss": loss, "weight_bytes": 9.0} for model, loss in losses.items()}
+    found = content.of(runs.find([str(evaluated.run(tmp_path / "run", figures=figures))]), 0)
+    assert [series.name for series in found.charts[0].series] == ["sft", "quantize"]
+    assert "nan" in found.tables[0].cells(found.rows)[2]
