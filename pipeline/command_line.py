@@ -28,6 +28,7 @@ _GROUPS = {
     "tracking": "where metrics go besides metrics.jsonl",
 }
 _OF_NO_MODEL = ("stage", "recipe", "run_dir", "doctor", "verify", "eval", "compare", "tracking", "overwrite")
+"""How settings begin that change no model: jobs of a sweep that differ in them alone share a directory."""
 _HELP_FLAGS = ("--help", "-h")
 _STAGES = {
     "doctor": "look at the data, at what the run needs, and whether it fits here",
