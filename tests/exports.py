@@ -22,7 +22,12 @@ SIZES = {
 EXPORTED = {"config.json": json.dumps(SIZES), "model.safetensors": "weights"}
 
 
-def make_export(config: PipelineConfig, target: str = "mxfp4", files: dict[str, str] = EXPORTED) -> Artifact:
+def make_export(
+    config: PipelineConfig,
+    target: str = "mxfp4",
+    files: dict[str, str] = EXPORTED,
+    parents: dict[str, str] = {"model": "m", "source": "s"},  # noqa: B006 - never changed
+) -> Artifact:
     """<run_dir>/export with such files."""
 
     def work(directory: Path) -> Result:
@@ -31,7 +36,7 @@ def make_export(config: PipelineConfig, target: str = "mxfp4", files: dict[str, 
         details: dict[str, Any] = {"target": target, "exported_from": "qat", "exported_directory": "gone"}
         return Result(Kind.packed, "mxfp4", scale_rule="ceil", details=details)
 
-    return artifacts.build(config, Stage.export, (), {"model": "m", "source": "s"}, work)
+    return artifacts.build(config, Stage.export, (), parents, work, is_report=True)
 
 
 def prove(config: PipelineConfig, export: Artifact) -> Artifact:

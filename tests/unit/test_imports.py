@@ -15,7 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("stages", "command_line"),
     ("proof", "evals", "report", "doctor"),
-    ("export", "training", "attention", "samples", "serving"),
+    ("export", "training", "attention", "samples", "serving", "publishing"),
     ("generation",),
     ("models", "data", "losses", "distillation", "drift", "callbacks"),
     ("quantizer", "experts", "source", "columns", "datasets_in", "tables"),
@@ -56,7 +56,7 @@ ONLY_IMPORTER = {
     "scipy": "statistics",
     "openai_harmony": "doctor.parity",
     "wandb": "tracking",
-    "httpx": "generation.endpoint",
+    "httpx": ("generation.endpoint", "publishing.hub"),
     "gguf": "export.gguf",
     "hydra": ("__main__", "command_line"),
 }
