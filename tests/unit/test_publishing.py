@@ -14,6 +14,12 @@ from pipeline.publishing.layouts import LAYOUTS
 from pipeline.source import Source
 
 
+@pytest.fixture(autouse=True)
+def without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records say which commit made them; asking git takes longer than all else here."""
+    monkeypatch.setattr(artifacts, "_git_commit", lambda: None)
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> PipelineConfig:
     return PipelineConfig(stage=Stage.publish, run_dir=str(tmp_path / "run"), model=ModelConfig("openai/gpt-oss-20b"))
