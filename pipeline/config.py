@@ -574,7 +574,7 @@ class ServeConfig:
     tensor_parallel_size: Optional[int] = None
     """GPUs that share each layer; must divide heads and experts. null: as many of the visible ones as do."""
     context_length: Optional[int] = None
-    """Longest conversation in tokens, which decides what the KV cache needs; null: the model's."""
+    """Longest conversation in tokens, which decides what the KV cache needs; null: the engine's, mostly the model's."""
     gpu_memory_fraction: Optional[float] = None
     """Share of a GPU's memory that vllm and sglang take; tensorrt_llm: of what weights leave free. null: their own."""
     extra_arguments: list[str] = field(default_factory=list)

@@ -93,7 +93,7 @@ ENGINES = {
             "gpu_memory_fraction": "--kv_cache_free_gpu_memory_fraction",
         },
         targets=("mxfp4", "nvfp4", "bf16"),
-        install="use NVIDIA's container nvcr.io/nvidia/tensorrt-llm/release",
+        install="pip install tensorrt_llm, or NVIDIA's container nvcr.io/nvidia/tensorrt-llm/release",
     ),
     # tools/server/README.md of llama.cpp. It spreads layers over all GPUs by itself.
     "llama_cpp": Engine(
@@ -108,7 +108,7 @@ ENGINES = {
         fixed=("--jinja",),
         targets=("gguf",),
         model_suffix=".gguf",
-        install="get llama.cpp (https://github.com/ggml-org/llama.cpp, `brew install llama.cpp`)",
+        install="brew install llama.cpp, or from https://github.com/ggml-org/llama.cpp",
     ),
     # `python -m llama_cpp.server --help`. It has no route for its health, but loads its model before it listens.
     "llama_cpp_python": Engine(

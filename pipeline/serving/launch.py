@@ -5,6 +5,7 @@ import shlex
 import shutil
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import Artifact
@@ -69,7 +70,7 @@ def plan(config: PipelineConfig, export: Artifact, gpus: int, found: list[str]) 
     values["model"] = engine.model_in(export.directory, export.files)
     host = _EVERY_ADDRESS.get(serve.host, serve.host)
     address = f"http://{f'[{host}]' if ':' in host else host}:{serve.port}"
-    return Launch(engine.arguments(serve.program, values, serve.extra_arguments), address, address + engine.health)
+    return Launch(engine.arguments(_program(serve), values, serve.extra_arguments), address, address + engine.health)
 
 
 def largest_parallel(shape: Shape, gpus: int) -> int:
@@ -120,14 +121,20 @@ def _parallel_problems(serve: ServeConfig, shape: Shape, gpus: int) -> list[str]
     return []
 
 
+def _program(serve: ServeConfig) -> str | None:
+    """The program that is named, from any working directory."""
+    is_path = serve.program is not None and "/" in serve.program
+    return str(Path(str(serve.program)).expanduser().absolute()) if is_path else serve.program
+
+
 def _program_problems(serve: ServeConfig, engine: Engine) -> list[str]:
-    program = serve.program or engine.command[0]
+    program = _program(serve) or engine.command[0]
     if shutil.which(program):
         return []
     where = f"serve.program={program}" if serve.program else f"serve.engine={serve.engine.name}"
     return [
-        f"{where}: no program {program!r} to start. In an environment of its own: {engine.install}; then"
-        f" serve.program=<path of its {engine.command[0]}>."
+        f"{where}: no program {program!r} to start. Install it in an environment of its own ({engine.install}),"
+        f" and say where: serve.program=<path of its {engine.command[0]}>."
     ]
 
 

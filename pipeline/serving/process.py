@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.errors import CheckFailed
+from pipeline.errors import CheckFailed, UserError
 from pipeline.tracking import say
 
 _POLL_SECONDS = 0.25
@@ -28,16 +28,19 @@ class EngineProcess:
         """Start it.
 
         Raises:
-            OSError: the program cannot be started.
+            UserError: the program cannot be started.
         """
         self._name = name
         self._log = log
         self._family: set[psutil.Process] = set()
         with log.open("wb") as output:
             # A session of its own: Ctrl-C is for this program, which then ends the engine; and its children are known.
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            try:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                )
+            except OSError as error:
+                raise UserError(f"serve.engine={name}: {command[0]} cannot be started ({error.strerror}).") from error
 
     def __enter__(self) -> "EngineProcess":
         return self
@@ -81,8 +84,8 @@ class EngineProcess:
 
     def stop(self) -> None:
         """End it and all its children: politely, then, or at a second Ctrl-C, without asking."""
-        self._note_family()
         try:
+            self._note_family()
             self._signal(signal.SIGTERM)
             self._process.wait(_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -98,7 +101,7 @@ class EngineProcess:
     def _raise_if_ended(self, when: str) -> None:
         status = self._process.poll()
         if status is not None:
-            how = f"exit status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
+            how = f"exit status {status}" if status >= 0 else f"signal {-status}"
             raise self.failed(f"ended {when}, with {how}")
 
     def _note_family(self) -> None:

@@ -68,8 +68,7 @@ def _serve(config: PipelineConfig, launch: "Launch") -> None:
 
 
 def _log(config: PipelineConfig, launch: "Launch") -> Path:
-    """Keep the command, for the person and for a service file; where the engine's output is to go. By port, as several
-    may run at a time."""
+    """Where the engine's output goes, beside its command, which is kept; by port, as several may run at a time."""
     directory, port = artifacts.stage_dir(config, Stage.serve.name), config.serve.port
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -120,6 +120,14 @@ def test_a_fault_of_the_engine_ends_with_1_and_the_end_of_its_log(
     assert processes(tmp_path) == []
 
 
+def test_a_program_that_is_none_is_a_mistake(
+    arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "vllm").write_text("neither a script nor a program")
+    assert run_program(*arguments) == 2
+    assert f"{tmp_path / 'vllm'} cannot be started (Exec format error)" in capfd.readouterr().err
+
+
 def test_an_engine_that_ends_by_itself_while_it_serves_ends_with_1(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

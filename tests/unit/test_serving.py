@@ -166,6 +166,15 @@ def test_a_program_that_is_not_there_is_refused_with_how_to_get_it(
     assert refusal(program="/nowhere/vllm").startswith("serve.program=/nowhere/vllm: no program")
 
 
+def test_a_program_is_named_from_any_working_directory(
+    config: PipelineConfig, export: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    for program, told in (("~/vllm", "/home/me/vllm"), ("bin/vllm", f"{tmp_path}/bin/vllm"), ("vllm-new", "vllm-new")):
+        assert words(config, export, program=program)[0] == told
+
+
 def test_a_port_in_use_is_refused(refusal: Refusal, tmp_path: Path) -> None:
     program = tmp_path / "vllm"
     program.touch()
