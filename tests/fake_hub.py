@@ -18,6 +18,7 @@ class Hub(ThreadingHTTPServer):
     Attributes:
         is_there, is_private: whether it exists before the upload, and how it is seen.
         refuses: whether every token is refused.
+        complaint: about the card's metadata, or None.
         files: path -> contents, as committed.
         tokens: that requests came with.
     """
@@ -27,6 +28,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.is_there = self.is_private = self.refuses = False
+        self.complaint: str | None = None
         self.files: dict[str, bytes] = {}
         self.blobs: dict[str, bytes] = {}
         self.tokens: set[str] = set()
@@ -67,6 +69,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._note_token()
         if hub.refuses:
             self._send(401, {"error": "Invalid username or password."})
+        elif self.path == "/api/validate-yaml" and hub.complaint:
+            self._send(400, {"errors": [{"message": hub.complaint}]})
         elif self.path == "/api/repos/create":
             if hub.is_there:
                 self._send(409, {"url": f"{hub.url}/me/mine"})

@@ -44,7 +44,8 @@ def push(settings: PublishConfig, directory: Path) -> str:
         return api.upload_folder(
             repo_id=repository.repo_id, folder_path=directory, commit_message="Add the exported model and its card"
         ).commit_url
-    except (httpx.HTTPError, OSError) as error:  # the Hub's own errors are of both kinds
+    # The Hub's own errors are of the first two kinds; ValueError: it refuses the card's metadata, or a large file.
+    except (httpx.HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"publish.push_to_hub={name}: the Hub was not reached, or refused ({reason}). {_LOGIN}"

@@ -90,7 +90,8 @@ def languages(config: PipelineConfig, stage: Artifact) -> list[str]:
 
 def survival(export: Artifact) -> dict[str, str]:
     """How much of the fine-tuning reached the exported weights, by what is measured."""
-    return {title: show(export.details[name]) for name, (title, show) in _SURVIVAL.items() if export.details[name]}
+    measured = {name: export.details[name] for name in _SURVIVAL if export.details[name] is not None}
+    return {title: show(measured[name]) for name, (title, show) in _SURVIVAL.items() if name in measured}
 
 
 def comparison(config: PipelineConfig, export: Artifact) -> str | None:
@@ -133,13 +134,9 @@ def _source(part: dict[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = (
-        ", ".join(map(str, value))
-        if isinstance(value, list)
-        else json.dumps(value)
-        if isinstance(value, bool)
-        else str(value)
-    )
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    text = json.dumps(value) if isinstance(value, bool) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
 
 

@@ -7,7 +7,7 @@ from pipeline.artifacts import Artifact
 from pipeline.config import PipelineConfig, QuantizeSource, Stage
 from pipeline.tracking import say
 
-_STAGES = tuple(Stage)[: tuple(Stage).index(Stage.all)]
+_STAGES = tuple(Stage)[: tuple(Stage).index(Stage.all)]  # what leaves this machine, or does not end, is asked for
 
 
 def run(config: PipelineConfig) -> Artifact:

@@ -48,7 +48,7 @@ def run(config: PipelineConfig) -> Artifact:
         is_report=True,
     )
     if is_main_process():
-        _offer(config, artifact.directory / MODEL)
+        _offer(config, artifact)
     return artifact
 
 
@@ -100,10 +100,13 @@ def _tell_of_gaps(config: PipelineConfig, base: Source) -> None:
         warn("publish", "the card names no licence, as the base model's does not. Set publish.license=<as on the Hub>.")
 
 
-def _offer(config: PipelineConfig, directory: Path) -> None:
-    from pipeline.publishing import hub
-
+def _offer(config: PipelineConfig, artifact: Artifact) -> None:
+    directory = artifact.directory / MODEL
     if config.publish.push_to_hub is None:
         say("publish", f"to upload it: hf upload <name/model> {directory} . --private")
-    else:
-        say("publish", f"uploaded: {hub.push(config.publish, directory)}")
+        return
+    from pipeline.publishing import hub
+
+    if artifacts.fingerprint_of(artifact.directory)[0] != artifact.fingerprint:
+        raise UserError(f"{directory}: a file has changed since it was made. Make it again: overwrite=true.")
+    say("publish", f"uploaded: {hub.push(config.publish, directory)}")

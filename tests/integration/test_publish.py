@@ -178,6 +178,16 @@ def test_the_upload_is_the_directory(run: Path, hub: Hub, capfd: pytest.CaptureF
     assert not any("hf_only_for_tests" in text for text in kept)
 
 
+def test_what_changed_after_it_was_made_is_not_uploaded(run: Path, hub: Hub, capfd: pytest.CaptureFixture[str]) -> None:
+    assert publish(run, "publish.push_to_hub=me/mine") == 0
+    hub.files.clear()
+    path = run / "publish" / "model" / "tokenizer_config.json"
+    path.write_bytes(path.read_bytes().replace(b" ", b"\t", 1))
+    assert publish(run, "publish.push_to_hub=me/mine") == 2
+    assert "a file has changed since it was made" in capfd.readouterr().err
+    assert hub.files == {}
+
+
 def test_without_a_token_nothing_is_made(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -56,6 +56,14 @@ def test_a_refused_token_is_one_message_without_the_token(hub: Hub, directory: P
     assert TOKEN not in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_metadata_that_the_hub_refuses_are_one_message(hub: Hub, directory: Path) -> None:
+    (directory / "README.md").write_text("---\nlicense: none of them\n---\n")
+    hub.complaint = '"license" must be one of apache-2.0'
+    with pytest.raises(UserError, match=r'Invalid metadata in README\.md.*"license" must be one of') as caught:
+        uploads.push(PublishConfig(push_to_hub="me/mine"), directory)
+    assert hub.files == {} and "\n" not in str(caught.value)
+
+
 def test_a_hub_that_is_not_there_is_one_message(hub: Hub, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="the Hub was not reached, or refused"):

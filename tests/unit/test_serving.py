@@ -19,6 +19,7 @@ from pipeline.gpt_oss import Shape
 from pipeline.serving import launch
 from pipeline.serving.engines import ENGINES
 from pipeline.stages import serve as stage
+from pipeline.stages.all import _STAGES as all_stages
 
 GPT_OSS_20B = Shape(24, 2880, 2880, 32, 64, 8, 64, 201_088)
 
@@ -62,6 +63,10 @@ def refusal(config: PipelineConfig, export: Artifact) -> Refusal:
 def words(config: PipelineConfig, export: Artifact, gpus: int = 1, **settings: Any) -> list[str]:
     config.serve = dataclasses.replace(config.serve, **settings)
     return launch.plan(config, export, gpus, []).command
+
+
+def test_the_stage_all_neither_publishes_nor_serves() -> None:
+    assert {*Stage} - {*all_stages} == {Stage.all, Stage.publish, Stage.serve}
 
 
 def test_the_table_has_a_row_for_every_engine_of_the_configuration() -> None:
