@@ -319,7 +319,7 @@ _PART = _Rule("above 0 and up to 1", lambda value: 0 < value <= 1)
 _STEPS = _Rule("a number of steps, or -1", lambda value: value == -1 or value > 0)
 _TWO_LANGUAGES = _Rule("at least two different languages", lambda value: len(set(value)) >= 2)
 _PORT = _Rule("a port: a whole number from 1 to 65535", lambda value: 0 < value < 2**16)
-_NOT_EMPTY = _Rule("something", lambda value: bool(value.strip()))
+_NOT_EMPTY = _Rule("some text", lambda value: bool(value.strip()))
 _BLOCKS = _Rule("a positive multiple of 32, the block size of MXFP4", lambda value: value > 0 and value % 32 == 0)
 
 _TRAIN_RULES = {
