@@ -27,6 +27,7 @@ def make_export(
     target: str = "mxfp4",
     files: dict[str, str] = EXPORTED,
     parents: dict[str, str] = {"model": "m", "source": "s"},  # noqa: B006 - never changed
+    moved: float = 0.0,
 ) -> Artifact:
     """<run_dir>/export with such files."""
 
@@ -34,6 +35,13 @@ def make_export(
         for name, text in files.items():
             (directory / name).write_text(text, encoding="utf-8")
         details: dict[str, Any] = {"target": target, "exported_from": "qat", "exported_directory": "gone"}
+        details |= {
+            "moved_weights": moved,
+            "changed_codes": 0.0,
+            "survival": 0.0,
+            "saturated_blocks": 0.0,
+            "snr_db": None,
+        }
         return Result(Kind.packed, "mxfp4", scale_rule="ceil", details=details)
 
     return artifacts.build(config, Stage.export, (), parents, work, is_report=True)

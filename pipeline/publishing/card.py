@@ -70,11 +70,12 @@ def license_of(config: PipelineConfig, base: Source) -> dict[str, Any]:
 
 def _metadata(config: PipelineConfig, export: Artifact, trained: list[Artifact], base: Source) -> ModelCardData:
     layout, name = LAYOUTS[export.details["target"]], base_name(config)
+    is_tuned = bool(trained or export.details["moved_weights"])  # trained here or, where there is no record, elsewhere
     is_qat = any(each.stage == Stage.qat.name for each in trained)
     tags = ["gpt_oss", *layout.tags, *(["quantization-aware-training"] if is_qat else []), "conversational"]
     return ModelCardData(
         base_model=name,
-        base_model_relation=("finetune" if trained else "quantized") if name else None,
+        base_model_relation=("finetune" if is_tuned else "quantized") if name else None,
         library_name=layout.library,
         pipeline_tag="text-generation",
         tags=tags,

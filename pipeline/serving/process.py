@@ -17,6 +17,7 @@ from pipeline.tracking import say
 _POLL_SECONDS = 0.25
 _TELL_SECONDS = 30.0
 _GRACE_SECONDS = 15.0  # for requests in flight, and for letting go of the GPU
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 _TAIL_LINES = 20
 _TAIL_BYTES = 1 << 14
 
@@ -124,12 +125,16 @@ class EngineProcess:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the program as Ctrl-C does, so that the engine is ended too."""
+    """Let SIGTERM and SIGHUP end the program as Ctrl-C does, so that the engine is ended too.
+
+    A signal that is ignored, as SIGHUP under nohup, stays so.
+    """
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heeded = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heeded}
     try:
         yield
     finally:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exports import make_export
+from exports import make_export, prove
+from huggingface_hub import ModelCard
 
 from pipeline import artifacts
 from pipeline.artifacts import Artifact, Kind, Result
@@ -148,3 +149,32 @@ def test_the_licence_is_that_of_the_base_model_s_card(
     assert card.license_of(config, base) == license
     config.publish = PublishConfig(license="mit")
     assert card.license_of(config, base) == {"license": "mit"}
+
+
+@pytest.mark.parametrize(
+    ("moved", "relation", "told"),
+    [
+        (0.0, "quantized", "Nothing was trained: the values are the base model's."),
+        (0.5, "finetune", "No training is on record: the weights come from a checkpoint that was made elsewhere."),
+    ],
+)
+def test_without_a_record_of_training_the_weights_tell_whether_there_was_one(
+    config: PipelineConfig, tmp_path: Path, moved: float, relation: str, told: str
+) -> None:
+    export = make_export(config, "gguf", {"model.gguf": "weights"}, moved=moved)
+    made = ModelCard(card.text(config, export, prove(config, export), Source(tmp_path, "f"), ["LICENSE"]))
+    assert made.data.to_dict() == {
+        "base_model": "openai/gpt-oss-20b",
+        "base_model_relation": relation,
+        "pipeline_tag": "text-generation",
+        "tags": ["gpt_oss", "gguf", "mxfp4", "conversational"],
+    }
+    assert told in made.text and "The files beside README.md and LICENSE are" in made.text
+    assert "{{" not in made.text and "None" not in made.text
+
+
+def test_a_revision_of_the_hub_s_cache_is_told(config: PipelineConfig, tmp_path: Path) -> None:
+    export = make_export(config)
+    base = tmp_path / "models--openai--gpt-oss-20b" / "snapshots" / "6cee5e81ee83"
+    base.mkdir(parents=True)
+    assert "revision `6cee5e81ee83`" in card.text(config, export, prove(config, export), Source(base, "f"), [])

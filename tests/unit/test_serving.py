@@ -1,9 +1,12 @@
 """What engines are told, what is refused before one is started, and who may be served."""
 
 import dataclasses
+import os
 import shlex
+import signal
 import socket
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.gpt_oss import Shape
 from pipeline.serving import launch
 from pipeline.serving.engines import ENGINES
+from pipeline.serving.process import ended_by_signals
 from pipeline.stages import serve as stage
 from pipeline.stages.all import _STAGES as all_stages
 
@@ -232,3 +236,22 @@ def test_a_launcher_s_processes_do_not_start_an_engine_each(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="without a launcher"):
         stage.run(config)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_that_end_programs_interrupt_this_one_while_an_engine_runs(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), ended_by_signals():
+        os.kill(os.getpid(), number)
+        time.sleep(1)
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
