@@ -7,13 +7,14 @@ from pipeline.artifacts import Artifact
 from pipeline.config import PipelineConfig, QuantizeSource, Stage
 from pipeline.tracking import say
 
-_STAGES = tuple(Stage)[: tuple(Stage).index(Stage.all)]  # what leaves this machine, or does not end, is asked for
+STAGES = tuple(Stage)[: tuple(Stage).index(Stage.all)]
+"""The stages that `all` runs. What leaves this machine, or does not end by itself, has to be asked for."""
 
 
 def run(config: PipelineConfig) -> Artifact:
     """Run the stages and return the last one's artifact."""
     artifact = None
-    for stage in _STAGES:
+    for stage in STAGES:
         if stage is Stage.sft and config.quantize.source is QuantizeSource.upcast:
             say(stage.name, "left out, since quantize.source=upcast")
         else:

@@ -451,7 +451,7 @@ def test_stochastic_rounding_needs_bf16_weights_and_an_optimizer_that_can() -> N
     assert broken(sft__stochastic_rounding=True) == [
         "sft.stochastic_rounding=true: only BF16 weights are rounded, not those of sft.method=full with"
         " sft.precision=mixed_bf16. Set it to false.",
-        "sft.stochastic_rounding=true: sft.optimizer=adamw_torch cannot. Use one of adamw_torch_8bit,"
+        "sft.stochastic_rounding=true: sft.optimizer=adamw_torch_fused cannot. Use one of adamw_torch_8bit,"
         " adamw_torch_4bit, which need pip install 'gpt-oss-qat[torchao]'.",
     ]
     assert len(broken(**right, sft__method=Method.lora)) == 1

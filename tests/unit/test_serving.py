@@ -23,7 +23,7 @@ from pipeline.serving import launch
 from pipeline.serving.engines import ENGINES
 from pipeline.serving.process import ended_by_signals
 from pipeline.stages import serve as stage
-from pipeline.stages.all import _STAGES as all_stages
+from pipeline.stages.all import STAGES
 
 GPT_OSS_20B = Shape(24, 2880, 2880, 32, 64, 8, 64, 201_088)
 
@@ -70,7 +70,7 @@ def words(config: PipelineConfig, export: Artifact, gpus: int = 1, **settings: A
 
 
 def test_the_stage_all_neither_publishes_nor_serves() -> None:
-    assert {*Stage} - {*all_stages} == {Stage.all, Stage.publish, Stage.serve}
+    assert {*Stage} - {*STAGES} == {Stage.all, Stage.publish, Stage.serve}
 
 
 def test_the_table_has_a_row_for_every_engine_of_the_configuration() -> None:
