@@ -55,6 +55,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._note_token()
         if self.server.refuses:
             self._send(401, {"error": "Invalid username or password."})
+        elif "/tree/" in self.path:
+            files = self.server.files.items()
+            self._send(200, [{"type": "file", "path": p, "size": len(c), "oid": "0" * 40} for p, c in files])
         else:
             private = self.server.is_private
             self._send(200, {"id": "me/mine", "private": private, "siblings": [], "sha": "0" * 40, "tags": []})
@@ -97,6 +100,8 @@ class _Handler(BaseHTTPRequestHandler):
             value = line["value"]
             if line["key"] == "file":
                 self.server.files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "deletedFile":
+                del self.server.files[value["path"]]
             elif line["key"] == "lfsFile":
                 self.server.files[value["path"]] = self.server.blobs[value["oid"]]
         self._send(200, {"commitUrl": f"{self.server.url}/me/mine/commit/1", "commitOid": "1" * 40, "success": True})

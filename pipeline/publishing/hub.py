@@ -29,7 +29,9 @@ def check(settings: PublishConfig) -> None:
 
 
 def push(settings: PublishConfig, directory: Path) -> str:
-    """Upload all files of a directory in one commit; its address. Large files that are there already are not sent.
+    """Make a repository hold the files of a directory, by one commit; its address.
+
+    What else the repository had is deleted: a shard of an earlier export would be taken for a part of this one.
 
     Raises:
         UserError: the Hub refuses or cannot be reached; the repository is public, and it should not be.
@@ -41,9 +43,13 @@ def push(settings: PublishConfig, directory: Path) -> str:
             raise UserError(
                 f"publish.push_to_hub={name}: is public. Make it private, choose another, or set publish.private=false."
             )
-        return api.upload_folder(
-            repo_id=repository.repo_id, folder_path=directory, commit_message="Add the exported model and its card"
-        ).commit_url
+        made = api.upload_folder(
+            repo_id=repository.repo_id,
+            folder_path=directory,
+            commit_message="Add the exported model and its card",
+            delete_patterns="*",
+        )
+        return made.commit_url
     # The Hub's own errors are of the first two kinds; ValueError: it refuses the card's metadata, or a large file.
     except (httpx.HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())

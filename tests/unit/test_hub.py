@@ -49,6 +49,13 @@ def test_a_public_repository_is_uploaded_to_only_when_it_is_asked_for(hub: Hub, 
     assert hub.files == FILES and not hub.is_private
 
 
+def test_what_an_earlier_upload_left_is_gone(hub: Hub, directory: Path) -> None:
+    hub.is_there = hub.is_private = True
+    hub.files = {"model-00002-of-00002.safetensors": b"old", ".gitattributes": b"*.safetensors filter=lfs"}
+    uploads.push(PublishConfig(push_to_hub="me/mine"), directory)
+    assert hub.files == FILES | {".gitattributes": b"*.safetensors filter=lfs"}
+
+
 def test_a_refused_token_is_one_message_without_the_token(hub: Hub, directory: Path) -> None:
     hub.refuses = True
     with pytest.raises(UserError, match=r"publish\.push_to_hub=me/mine: .*401.*hf auth login") as caught:
