@@ -550,7 +550,7 @@ class PublishConfig:
     """Make the proven export a directory for the Hub, with a model card, and upload it."""
 
     push_to_hub: Optional[str] = None
-    """Repository that gets these files for its own, as name/model; the token is that of `hf auth login` or HF_TOKEN. null: no upload."""
+    """Repository that takes these files, as name/model; the token: `hf auth login` or HF_TOKEN. null: no upload."""
     private: bool = True
     """Make the repository private, and upload to no other; false: to a public one."""
     base_model: Optional[str] = None
