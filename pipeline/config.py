@@ -21,7 +21,7 @@ _LANGUAGES = (
 
 
 class Stage(Enum):
-    """The parts of a run, in the order in which `all` runs them."""
+    """The parts of a run, in the order in which `all` runs them; what it leaves out comes after it."""
 
     doctor = "doctor"
     upcast = "upcast"
@@ -33,6 +33,8 @@ class Stage(Enum):
     evaluate = "evaluate"
     compare = "compare"
     all = "all"
+    publish = "publish"
+    serve = "serve"
 
 
 class Dtype(Enum):
@@ -129,6 +131,16 @@ class ExportTarget(Enum):
     nvfp4 = "nvfp4"
     gguf = "gguf"
     bf16 = "bf16"
+
+
+class ServingEngine(Enum):
+    """Programs that serve an export: the rows of serving.ENGINES."""
+
+    vllm = "vllm"
+    sglang = "sglang"
+    tensorrt_llm = "tensorrt_llm"
+    llama_cpp = "llama_cpp"
+    llama_cpp_python = "llama_cpp_python"
 
 
 class TrackingBackend(Enum):
@@ -544,6 +556,56 @@ class CompareConfig:
 
 
 @dataclass
+class PublishConfig:
+    """Make the proven export a directory for the Hub, with a model card, and upload it."""
+
+    push_to_hub: Optional[str] = None
+    """Repository that takes these files, as name/model; the token: `hf auth login` or HF_TOKEN. null: no upload."""
+    private: bool = True
+    """Make the repository private, and upload to no other; false: to a public one."""
+    base_model: Optional[str] = None
+    """The card's base model, as a hub id; null: model.path, where that is one."""
+    license: Optional[str] = None
+    """The card's licence, by its name on the Hub (apache-2.0, …); null: what the base model's own card says."""
+
+
+@dataclass
+class ServeConfig:
+    """Start an engine on the proven export, ask it one question, and keep it running."""
+
+    engine: ServingEngine = ServingEngine.vllm
+    """vllm, sglang, tensorrt_llm: on GPUs; llama_cpp (llama-server), llama_cpp_python: export.target=gguf, anywhere."""
+    program: Optional[str] = None
+    """The engine's executable (llama_cpp_python: its Python), as in /opt/vllm/bin/vllm; null: the one on the PATH."""
+    host: str = "127.0.0.1"
+    """Address to listen at: 127.0.0.1 for this machine alone, 0.0.0.0 for everyone who can reach it, without a key."""
+    port: int = 8000
+    """Port to listen at."""
+    tensor_parallel_size: Optional[int] = None
+    """GPUs that share each layer; must divide heads and experts. null: as many of the visible ones as do."""
+    context_length: Optional[int] = None
+    """Longest conversation in tokens, which decides what the KV cache needs; null: the engine's, mostly the model's."""
+    gpu_memory_fraction: Optional[float] = None
+    """Share of a GPU's memory that vllm and sglang take; tensorrt_llm: of what weights leave free. null: their own."""
+    extra_arguments: list[str] = field(default_factory=list)
+    """Arguments added to the engine's command, last: [--max-num-seqs, 64]."""
+    question: str = "What is 12 + 7?"
+    """What it is asked once it is up; data.reasoning_effort applies."""
+    max_new_tokens: int = 512
+    """Longest answer to the question in tokens, reasoning included."""
+    startup_seconds: float = 1800.0
+    """Longest wait for the engine to be up: it loads weights and compiles kernels."""
+    answer_seconds: float = 300.0
+    """Longest wait for the answer."""
+    once: bool = False
+    """Stop after the answer."""
+    dry_run: bool = False
+    """Only print the engine's command, as one line for a shell, here or on another machine."""
+    verified_only: bool = True
+    """Serve nothing but what stage=verify has passed."""
+
+
+@dataclass
 class TrackingConfig:
     """Metrics beyond metrics.jsonl, which is always written."""
 
@@ -589,6 +651,8 @@ class PipelineConfig:
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 

@@ -318,6 +318,8 @@ _AT_LEAST_TWO = _Rule("2 or more: the one before is needed while one is written"
 _PART = _Rule("above 0 and up to 1", lambda value: 0 < value <= 1)
 _STEPS = _Rule("a number of steps, or -1", lambda value: value == -1 or value > 0)
 _TWO_LANGUAGES = _Rule("at least two different languages", lambda value: len(set(value)) >= 2)
+_PORT = _Rule("a port: a whole number from 1 to 65535", lambda value: 0 < value < 2**16)
+_NOT_EMPTY = _Rule("some text", lambda value: bool(value.strip()))
 _BLOCKS = _Rule("a positive multiple of 32, the block size of MXFP4", lambda value: value > 0 and value % 32 == 0)
 
 _TRAIN_RULES = {
@@ -371,6 +373,16 @@ _RULES = {
     "evaluate.during_training.prompts": _NOT_NEGATIVE,
     "evaluate.during_training.max_new_tokens": _POSITIVE,
     "compare.examples": _NOT_NEGATIVE,
+    "serve.program": _NOT_EMPTY,
+    "serve.host": _NOT_EMPTY,
+    "serve.port": _PORT,
+    "serve.tensor_parallel_size": _POSITIVE,
+    "serve.context_length": _POSITIVE,
+    "serve.gpu_memory_fraction": _FRACTION,
+    "serve.question": _NOT_EMPTY,
+    "serve.max_new_tokens": _POSITIVE,
+    "serve.startup_seconds": _POSITIVE,
+    "serve.answer_seconds": _POSITIVE,
     "qat.rounded_cache_gib": _NOT_NEGATIVE,
     "qat.distillation.weight": _UP_TO_ONE,
     "qat.distillation.temperature": _POSITIVE,
