@@ -189,7 +189,8 @@ class _Trainer(SFTTrainer):
         self.tokens.add(inputs)
         if self._teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        found = distilled(model, self._teacher, inputs)
+        with self.accelerator.autocast():
+            found = distilled(model, self._teacher, inputs)
         sharding.let_go(self._teacher.model)
         mine = (inputs["labels"][:, 1:] != IGNORED).sum()
         self._metrics["train"]["teacher_divergence"].append((found.divergence / mine.clamp(min=1)).item())

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("quantizer", "experts", "source", "columns", "datasets_in", "tables"),
     ("adapters", "synthetic", "rounding"),
     ("checkpoints", "harmony"),
-    ("shards", "resume"),
+    ("shards", "resume", "head"),
     ("artifacts", "gpt_oss", "sharding"),
     ("tracking", "rules"),
     ("config", "numerics", "languages"),
