@@ -61,8 +61,8 @@ def states(model: Any, inputs: dict[str, Any], chosen: Tensor) -> States:
 def in_chunks(of_logits: Callable[..., T], models: Sequence[States], *others: Tensor) -> Iterator[T]:
     """What `of_logits` makes of every CHUNK of the chosen positions, in order; of no positions, one empty chunk.
 
-    Gradients flow to the hidden states and heads of `models`. A sharded head is gathered once, so that all processes
-    have to enter and to finish together.
+    Gradients flow to the hidden states and heads of `models`, whose weights have to stay where they are until the
+    backward pass is over. A sharded head is gathered once, so that all processes have to enter and to finish together.
 
     Args:
         of_logits: of the float32 logits (n, V) of each model and the others' parts (n, …); called again in the backward

@@ -117,7 +117,7 @@ def _places(batch: dict[str, Tensor], first_example: int) -> Tensor:
 def _figures(per_token: Tensor) -> dict[str, float]:
     """(N, 4), divergence, agreement, position and example -> figures."""
     divergence, agrees, position, example = per_token.unbind(1)
-    found = {}
+    found: dict[str, float] = {}
     for name, values in (("kl_divergence", divergence), ("top1_agreement", agrees)):
         found |= {name: float(values.mean()), **_interval(name, values, example)}
         for first, end in BUCKETS:

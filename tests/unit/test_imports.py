@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("shards", "resume", "head"),
     ("artifacts", "gpt_oss", "sharding"),
     ("tracking", "rules"),
+    ("evaluation_rules",),
     ("config", "numerics", "languages"),
     ("errors", "allocator", "choice", "documents", "transcripts", "statistics"),
 )
@@ -56,8 +57,9 @@ ONLY_IMPORTER = {
     "scipy": "statistics",
     "openai_harmony": "doctor.parity",
     "wandb": "tracking",
-    "httpx": "generation.endpoint",
+    "httpx": "generation.client",
     "gguf": "export.gguf",
+    "lm_eval": "evals.harness",
     "hydra": ("__main__", "command_line"),
 }
 
