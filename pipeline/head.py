@@ -1,7 +1,7 @@
 """A model's last product, hidden states times vocabulary, for a few tokens at a time and only where it is wanted.
 
 The logits of all positions are the largest tensor there is: 3.3 GB in BF16 for 8,192 tokens and a vocabulary of
-201,088. What is computed of them (losses, divergences) is a few numbers a token. So the forward pass stops before the
+201,088. What is computed of them (losses, divergences) is a few numbers a token. So the forward pass leaves out the
 product, and `in_chunks` makes the logits of CHUNK tokens, hands them on, and lets them go; where gradients are wanted,
 it makes them once more in the backward pass.
 
@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -52,7 +51,8 @@ def states(model: Any, inputs: dict[str, Any], chosen: Tensor) -> States:
     found: list[Tensor] = []
     hook = causal.get_decoder().register_forward_hook(lambda *call: found.append(call[-1].last_hidden_state))
     try:
-        model(**inputs, use_cache=False, logits_to_keep=torch.empty(0, dtype=torch.long, device=chosen.device))
+        # One position goes through the head as usual: what hangs on it (FSDP2, quantizers) is to see it run.
+        model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         hook.remove()
     return States(found[0][chosen], causal.get_output_embeddings().weight)
