@@ -32,7 +32,10 @@ PREDICTIONS = "predictions"
 
 _ASKED = tuple(f"evaluate.generation.{name}" for name in ("max_new_tokens", "temperature", "top_p", "seed"))
 _RENDERED = ("data.model_identity", "data.conversation_date")
-_DECIDE_SERVED = {EndpointApi.completions.name: (*_ASKED, *_RENDERED), EndpointApi.chat.name: _ASKED}
+_DECIDE_SERVED = {
+    EndpointApi.completions.name: (*_ASKED, *_RENDERED, "model.path", "model.revision"),  # whose tokenizer it is
+    EndpointApi.chat.name: _ASKED,
+}
 """What an answer depends on besides the model and the prompt."""
 _DECIDE_LOCAL = ("evaluate.generation", "model.dtype", *_RENDERED)
 """Here also on what is in its batch, if only in the last bit of a sum."""
