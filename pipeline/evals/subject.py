@@ -13,7 +13,7 @@ from pipeline.transcripts import Transcript
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to be scored. Of one on a server there are transcripts alone: the others are None, and no batches.
+    """A model to be scored. Of one on a server there is only what it wrote, and what was said of that.
 
     Attributes:
         ref: where it is on disk.

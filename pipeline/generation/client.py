@@ -128,8 +128,16 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
-    async def send(self, method: str, path: str, body: Any, read: Callable[[Any], T], what: str) -> T:
+    async def send(self, method: str, path: str, body: Any, read: Callable[[Any], T], what: str, hint: str = "") -> T:
         """One request, and what `read` makes of the JSON that answers it.
+
+        Args:
+            method: of HTTP.
+            path: below the address.
+            body: sent as JSON.
+            read: raises KeyError, IndexError or TypeError where the reply is something else.
+            what: is asked for, for messages.
+            hint: what else may help where it is refused.
 
         Raises:
             UserError: no answer in spite of repetitions, a refusal, or not what `read` expects.
@@ -145,7 +153,7 @@ class Client:
                     return self._read(response, read, what)
                 problem, wait = f"status {response.status_code}: {self._shown(response)}", _retry_after(response)
                 if response.status_code != _TOO_MANY and response.status_code < _SERVER_FAILED:
-                    raise self.error(f"{what} was refused with {problem}", self._remedy(response.status_code))
+                    raise self.error(f"{what} was refused with {problem}", self._remedy(response.status_code) + hint)
             if attempt + 1 < attempts:
                 backoff = _FIRST_WAIT_SECONDS * 2**attempt
                 await asyncio.sleep(min(backoff if wait is None else wait, self._settings.timeout_seconds))

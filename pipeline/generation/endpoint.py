@@ -20,6 +20,7 @@ from pipeline.generation.prompts import Question
 from pipeline.transcripts import Transcript
 
 KEY = "evaluate.endpoint"
+_TAKES_NO_TOKENS = f" Or does it take no tokens? Then use {KEY}.api=chat."
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,21 @@ class Api(NamedTuple):
         request: (model, question, its prompt's tokens, settings) -> body.
         transcript: (reply, question, seed) -> what it says; KeyError, IndexError or TypeError if it is something else.
         is_rendered_here: whether it takes tokens.
+        hint: what may help a server that refuses.
     """
 
     path: str
     request: Callable[[str, Question, list[int], GenerationConfig], dict[str, Any]]
     transcript: Callable[[Any, Question, int | None], Transcript]
     is_rendered_here: bool
+    hint: str = ""
 
 
 APIS = {
-    EndpointApi.completions.name: Api("/completions", completions.request, completions.transcript, True),
-    EndpointApi.chat.name: Api("/chat/completions", chat.request, chat.transcript, False),
+    EndpointApi.completions.name: Api(
+        "/completions", completions.request, completions.transcript, is_rendered_here=True, hint=_TAKES_NO_TOKENS
+    ),
+    EndpointApi.chat.name: Api("/chat/completions", chat.request, chat.transcript, is_rendered_here=False),
 }
 
 
@@ -105,7 +110,7 @@ def ask(
             return api.transcript(reply, question, body.get("seed"))
 
         where = question.prompt.conversation.where
-        journal.add([await connection.send("POST", api.path, body, read, f"the answer to {where}")])
+        journal.add([await connection.send("POST", api.path, body, read, f"the answer to {where}", api.hint)])
 
     todo = [pair for pair in asked if pair[0].key not in journal]
     client.for_each(endpoint, KEY, todo, answer, f"answers of {served.name}")

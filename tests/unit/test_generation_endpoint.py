@@ -444,6 +444,12 @@ def test_what_is_no_completion_is_one_error(server: Server, completed: Answer, b
     assert "the answer to row a is not what OpenAI's API promises" in error_of(completed, asked("a"))
 
 
+def test_a_server_that_takes_no_tokens_is_an_error_that_names_the_other_api(server: Server, completed: Answer) -> None:
+    server.replies = [Reply({"error": {"message": "prompt must be a string"}}, 400)]
+    message = error_of(completed, asked("a"))
+    assert "prompt must be a string" in message and "evaluate.endpoint.api=chat" in message
+
+
 def test_the_two_apis_are_different_subjects(server: Server) -> None:
     settings = EndpointConfig(url=server.url, model="m")
     assert find(settings).fingerprint != find(replace(settings, api=EndpointApi.chat)).fingerprint
