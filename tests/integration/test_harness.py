@@ -116,7 +116,7 @@ def test_chat_is_rendered_with_our_date_and_effort(tasks: Path, tiny: Path, monk
     monkeypatch.setattr(model, "generate", watching)
     chat = settings(tasks, "own_free", limit=1, apply_chat_template=True)
     found = Suites(chat).of_model(model, rendering(tiny))
-    assert found.keys() == {"lm_eval/own_free/exact_match"} or "lm_eval/own_free/exact_match_stderr" in found
+    assert "lm_eval/own_free/exact_match" in found
     assert "Current date: 2025-08-05" in seen[0] and "Reasoning: low" in seen[0]
     assert seen[0].endswith("<|start|>user<|message|>Is ice cold?<|end|><|start|>assistant")
 
