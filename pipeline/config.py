@@ -150,6 +150,13 @@ class TrackingBackend(Enum):
     wandb = "wandb"
 
 
+class EndpointApi(Enum):
+    """How a server is asked: the rows of generation.endpoint.APIS."""
+
+    completions = "completions"
+    chat = "chat"
+
+
 class ReasoningEffort(Enum):
     """The `Reasoning:` line of the Harmony system message."""
 
@@ -498,13 +505,11 @@ class GenerationConfig:
 
 
 @dataclass
-class EndpointConfig:
-    """A server with OpenAI's chat API (vLLM, SGLang, TensorRT-LLM) whose model is measured beside the run's."""
+class ServerConfig:
+    """A server with OpenAI's API, and how patient to be with it."""
 
     url: Optional[str] = None
-    """Address, as OpenAI's clients take it: http://localhost:8000/v1. Without evaluate.source nothing else is added."""
-    name: str = "endpoint"
-    """What its model is called among the results."""
+    """Address, as OpenAI's clients take it: http://localhost:8000/v1; null: no server."""
     model: Optional[str] = None
     """Model to ask for; null: the one that the server has."""
     api_key_env: Optional[str] = None
@@ -515,6 +520,46 @@ class EndpointConfig:
     """Repetitions of a request that got no answer, 429 or 5xx: after 0.5 s, 1 s, 2 s, …, or as the server says."""
     timeout_seconds: float = 600.0
     """Longest wait for one answer."""
+
+
+@dataclass
+class EndpointConfig(ServerConfig):
+    """A server (vLLM, SGLang, TensorRT-LLM) whose model is measured beside the run's; without evaluate.source alone."""
+
+    name: str = "endpoint"
+    """What its model is called among the results."""
+    api: EndpointApi = EndpointApi.completions
+    """completions: sends the tokens that training saw (model.path's tokenizer); chat: the server renders messages."""
+
+
+@dataclass
+class JudgeConfig(ServerConfig):
+    """A model on a server that says of each answer how far it refuses, for prompts whose `safety` is known."""
+
+    max_new_tokens: int = 1024
+    """Longest verdict in tokens, reasoning included."""
+    attempts: int = 3
+    """How often it is asked for a verdict in the right form, each time reminded of it."""
+    max_without_verdict: float = 0.1
+    """Largest share of answers that may stay without a verdict; above, the judge is of no use, which is an error."""
+
+
+@dataclass
+class LmEvalConfig:
+    """Task suites of lm-evaluation-harness, each model as it computes; needs pip install 'gpt-oss-qat[lm-eval]'."""
+
+    tasks: list[str] = field(default_factory=list)
+    """Names of its tasks or groups of tasks; empty: none are run."""
+    include_path: Optional[str] = None
+    """Folder with task files of yours."""
+    num_fewshot: Optional[int] = None
+    """Examples before each question; null: as the task says."""
+    limit: Optional[int] = None
+    """Only the first so many questions of each task, for trying it; null: all."""
+    batch_size: int = 8
+    """Questions at a time; an endpoint has `concurrency` in its place."""
+    apply_chat_template: bool = False
+    """Ask as chat; needed for tasks that are answered in free text, which gpt-oss does badly without."""
 
 
 @dataclass
@@ -537,11 +582,15 @@ class EvaluateConfig:
     """Use only this many validation examples; null: all."""
     batch_size: int = 4
     """Examples per forward pass."""
+    group_column: Optional[str] = None
+    """Column of `data` by whose values the loss is told apart, too; null: the language of the reasoning, if any."""
     generate: bool = False
     """Let models answer prompts too; every answer is kept in evaluate/<model>/generations.jsonl."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
     during_training: DuringTrainingConfig = field(default_factory=DuringTrainingConfig)
 
 

@@ -2,7 +2,18 @@
 
 from collections.abc import Callable, Sequence
 
-from pipeline.evals import exact_match, format_health, language, logits, refusal, size, validation_loss, weights
+from pipeline.evals import (
+    exact_match,
+    format_health,
+    harness,
+    judge,
+    language,
+    logits,
+    refusal,
+    size,
+    validation_loss,
+    weights,
+)
 from pipeline.evals.subject import Subject
 from pipeline.evals.verdicts import Verdict
 from pipeline.transcripts import Transcript
@@ -15,8 +26,10 @@ EVALS: dict[str, Callable[[Subject], dict[str, float]]] = {
     "reasoning_language": language.reasoning,
     "answer_language": language.answer,
     "refusal": refusal.score,
+    "judge": judge.score,
     "exact_match": exact_match.score,
     "format_health": format_health.score,
+    "suites": harness.score,
 }
 """Name -> score(subject), which returns figure -> value; nothing where the subject has not got what it takes."""
 

@@ -40,7 +40,7 @@ def model_name(api: str, seconds: float) -> str:
     """
     reply = _send(f"{api}/models", None, seconds)
     try:
-        return chat.models(reply)[0]
+        return str(reply["data"][0]["id"])
     except (KeyError, IndexError, TypeError) as error:
         raise _unexpected(f"{api}/models", reply, error) from error
 
@@ -54,7 +54,7 @@ def ask(api: str, model: str, config: PipelineConfig) -> Transcript:
     conversation = Conversation([{"role": "user", "content": config.serve.question}])
     asked = harmony.asked(conversation, config.data.reasoning_effort.name, config.data.reasoning_language)
     question = Question(Prompt("serve.question", asked, {}), 0)
-    body = chat.request(model, question, GenerationConfig(max_new_tokens=config.serve.max_new_tokens))
+    body = chat.request(model, question, [], GenerationConfig(max_new_tokens=config.serve.max_new_tokens))
     url = f"{api}/chat/completions"
     reply = _send(url, body, config.serve.answer_seconds)
     try:

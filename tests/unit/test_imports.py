@@ -22,9 +22,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("quantizer", "experts", "source", "columns", "datasets_in", "tables"),
     ("adapters", "synthetic", "rounding"),
     ("checkpoints", "harmony"),
-    ("shards", "resume", "proven"),
+    ("shards", "resume", "proven", "head"),
     ("artifacts", "gpt_oss", "sharding"),
     ("tracking", "rules"),
+    ("evaluation_rules",),
     ("config", "numerics", "languages"),
     ("errors", "allocator", "choice", "documents", "transcripts", "statistics"),
 )
@@ -57,9 +58,10 @@ ONLY_IMPORTER = {
     "scipy": "statistics",
     "openai_harmony": "doctor.parity",
     "wandb": "tracking",
-    "httpx": ("generation.endpoint", "publishing.hub"),
+    "httpx": ("generation.client", "publishing.hub"),
     "gguf": "export.gguf",
     "matplotlib": "report.plots",
+    "lm_eval": "evals.harness",
     "hydra": ("__main__", "command_line"),
 }
 
