@@ -9,7 +9,8 @@ from pipeline.artifacts import Artifact, Kind, Result, write_json
 from pipeline.checkpoints import ADAPTER_CONFIG, CONFIG, load_tokenizer, read_config
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import CheckFailed, UserError
-from pipeline.gpt_oss import Shape
+from pipeline.export import recognized
+from pipeline.gpt_oss import MODEL_TYPE
 from pipeline.models import ModelRef
 from pipeline.numerics.formats import FORMATS
 from pipeline.source import Source
@@ -42,6 +43,7 @@ class _Subject:
     Attributes:
         directory: of the checkpoint.
         fingerprint, sizes: of its files as they are now.
+        target: its layout, a row of EXPORTERS.
         reference: the base model.
         export: what the export stage recorded, or None.
         ref: the model that the export was made from, or None.
@@ -51,6 +53,7 @@ class _Subject:
     directory: Path
     fingerprint: str
     sizes: dict[str, int]
+    target: str
     reference: Source
     export: Artifact | None
     ref: ModelRef | None
@@ -65,7 +68,8 @@ def _subject(config: PipelineConfig) -> _Subject:
     if (directory / artifacts.ARTIFACT_FILE).is_file():
         export = _export(directory, reference)
         ref, unknown = _trained(config, export)
-    return _Subject(directory, *artifacts.fingerprint_of(directory), reference, export, ref, unknown)
+    target = recognized(directory) if export is None else export.details["target"]
+    return _Subject(directory, *artifacts.fingerprint_of(directory), target, reference, export, ref, unknown)
 
 
 def _verify(config: PipelineConfig, subject: _Subject, into: Path) -> Result:
@@ -73,6 +77,7 @@ def _verify(config: PipelineConfig, subject: _Subject, into: Path) -> Result:
     gaps = [check.gap for check in checks if check.gap]
     report = {
         "checkpoint": str(subject.directory),
+        "target": subject.target,
         "reference": str(subject.reference.directory),
         "trained_model": str(subject.ref.directory) if subject.ref is not None else None,
         "checks": [_record(check) for check in checks],
@@ -96,21 +101,22 @@ def _checks(config: PipelineConfig, subject: _Subject) -> list["Check"]:
     from pipeline import proof
 
     directory, base, export = subject.directory, subject.reference.directory, subject.export
-    checks = proof.against_base(directory, base)
+    copied = None if export is None else export.details["copied"]
+    checks = proof.against_base(directory, subject.target, base, copied)
     are_comparable, are_configured = (check.status == "ok" for check in checks[:2])
     if export is not None:
         checks.append(proof.check_unchanged(export, subject.fingerprint, subject.sizes))
     if not are_comparable:
         return checks
-    if export is not None:
-        checks.append(proof.check_copied(directory, base, export.details["copied"]))
     if export is None or subject.ref is None:
         skipped = f"{subject.unknown}. Against the base model gross errors show, single wrong values do not"
         return [*checks, proof.Check("weights and logits against the trained model", skipped=skipped)]
-    trained = _trained_model(config, export, subject.ref)
-    checks += [trained.check_experts(directory), trained.check_others(directory)]
+    trained, view = _trained_model(config, export, subject.ref), proof.viewed(directory, subject.target, base)
+    checks += [trained.check_experts(view), trained.check_others(view)]
     if not are_configured:
         return [*checks, proof.Check("logits", skipped="the files are not the base model's")]
+    if export.kind is Kind.foreign:
+        return [*checks, proof.Check("logits", skipped=f"transformers does not load {subject.target}")]
     return [*checks, trained.check_logits(directory, config.verify.logits_tolerance)]
 
 
@@ -145,13 +151,19 @@ def _checkpoint(config: PipelineConfig) -> Path:
         raise UserError(f"{given}: unfinished. Run the command that was writing it again, to its end, then verify.")
     if (directory / ADAPTER_CONFIG).is_file() and not (directory / CONFIG).is_file():
         raise UserError(f"{given}: holds adapters, not a whole model. Verify its export: {_EXPORT_IT}={directory}")
-    if not any(directory.glob("*.safetensors")):
-        raise UserError(f"{given}: holds no weights (*.safetensors): not an exported checkpoint.")
-    try:
-        Shape.of(read_config(directory), directory / CONFIG)
-    except UserError as error:
-        raise UserError(f"{given}: {error}") from error
+    if not any(each for kind in ("*.safetensors", "*.gguf") for each in directory.glob(kind)):
+        raise UserError(f"{given}: holds no weights (*.safetensors, *.gguf): not an exported checkpoint.")
+    if (found := _model_type(directory)) not in (None, MODEL_TYPE):
+        raise UserError(f"{given}: model_type is {found!r}, not {MODEL_TYPE!r}: not a gpt-oss checkpoint.")
     return directory
+
+
+def _model_type(directory: Path) -> Any:
+    """What config.json says; None where it says nothing or, which the proof reports, cannot be read."""
+    try:
+        return read_config(directory).get("model_type")
+    except UserError:
+        return None
 
 
 def _reference(config: PipelineConfig) -> Source:

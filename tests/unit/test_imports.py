@@ -57,7 +57,7 @@ ONLY_IMPORTER = {
     "openai_harmony": "doctor.parity",
     "wandb": "tracking",
     "httpx": "generation.endpoint",
-    "gguf": "export.gguf",
+    "gguf": "export.gguf_layout",
     "hydra": ("__main__", "command_line"),
 }
 
