@@ -108,6 +108,11 @@ class View:
         values = self.values(name, rows)
         return values.transpose(1, 2) if len(self.plain[name].shape) == 3 else values
 
+    def plain_values(self, name: str) -> Tensor:
+        """A tensor as `values` decodes it, as the plain layout has it: experts (E, in, out)."""
+        values = self.values(name)
+        return values.transpose(1, 2) if len(self.plain[name].shape) == 3 else values
+
     def _stored(self, name: str, rows: slice) -> tuple[Tensor, ...]:
         held = self.layout[name]
         start, stop, _ = rows.indices(self.plain[name].shape[0])

@@ -85,7 +85,7 @@ class TrainedModel:
         """Logits of the export, loaded by transformers, against those of the fake-quantized model, on real text."""
         check = Check(
             "logits: transformers loads it, and computes what the fake-quantized model computes",
-            unseen=f"engines other than transformers, and prompts other than the {len(self.batches)} compared",
+            unseen=f"logits on prompts other than the {len(self.batches)} compared",
         )
         expected = [self._logits(self.model, batch) for batch in self.batches]
         self.model = None  # frees its memory for the export

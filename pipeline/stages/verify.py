@@ -1,8 +1,11 @@
 """verify: prove that an export is right; the report says how far apart anything is, and a wrong export exits with 1."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from pipeline import artifacts, data, losses, models, source
 from pipeline.artifacts import Artifact, Kind, Result, write_json
@@ -11,8 +14,8 @@ from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import CheckFailed, UserError
 from pipeline.export import recognized
 from pipeline.gpt_oss import MODEL_TYPE
-from pipeline.models import ModelRef
-from pipeline.numerics.formats import FORMATS
+from pipeline.models import ModelRef, Weights
+from pipeline.numerics.formats import FORMATS, BlockFormat
 from pipeline.source import Source
 from pipeline.tracking import is_main_process, log_metrics, say
 
@@ -69,7 +72,14 @@ def _subject(config: PipelineConfig) -> _Subject:
         export = _export(directory, reference)
         ref, unknown = _trained(config, export)
     target = recognized(directory) if export is None else export.details["target"]
+    _raise_unless_loadable(config, target)
     return _Subject(directory, *artifacts.fingerprint_of(directory), target, reference, export, ref, unknown)
+
+
+def _raise_unless_loadable(config: PipelineConfig, target: str) -> None:
+    from pipeline.proof import engines
+
+    engines.raise_unless_loadable([each.name for each in config.verify.engines], target, vars(config.verify.python))
 
 
 def _verify(config: PipelineConfig, subject: _Subject, into: Path) -> Result:
@@ -108,29 +118,71 @@ def _checks(config: PipelineConfig, subject: _Subject) -> list["Check"]:
         checks.append(proof.check_unchanged(export, subject.fingerprint, subject.sizes))
     if not are_comparable:
         return checks
+    return [*checks, *_weight_checks(config, subject, are_configured), *_engine_checks(config, subject)]
+
+
+def _weight_checks(config: PipelineConfig, subject: _Subject, are_configured: bool) -> list["Check"]:
+    """Against the model that the export was made from."""
+    from pipeline import proof
+
+    export = subject.export
     if export is None or subject.ref is None:
         skipped = f"{subject.unknown}. Against the base model gross errors show, single wrong values do not"
-        return [*checks, proof.Check("weights and logits against the trained model", skipped=skipped)]
-    trained, view = _trained_model(config, export, subject.ref), proof.viewed(directory, subject.target, base)
-    checks += [trained.check_experts(view), trained.check_others(view)]
+        return [proof.Check("weights and logits against the trained model", skipped=skipped)]
+    trained = _trained_model(config, export, subject.ref)
+    view = proof.viewed(subject.directory, subject.target, subject.reference.directory)
+    checks = [trained.check_experts(view), trained.check_others(view)]
     if not are_configured:
         return [*checks, proof.Check("logits", skipped="the files are not the base model's")]
     if export.kind is Kind.foreign:
         return [*checks, proof.Check("logits", skipped=f"transformers does not load {subject.target}")]
-    return [*checks, trained.check_logits(directory, config.verify.logits_tolerance)]
+    return [*checks, trained.check_logits(subject.directory, config.verify.logits_tolerance)]
+
+
+def _engine_checks(config: PipelineConfig, subject: _Subject) -> list["Check"]:
+    """In each engine that is asked for."""
+    from pipeline.proof import Check, engines
+
+    asked = [each.name for each in config.verify.engines]
+    checks = []
+    if asked:
+        dtype = getattr(torch, config.model.dtype.name)
+        prompts = engines.prompts(_examples(config, subject.reference.directory))
+        trial = engines.Trial(subject.directory, subject.target, prompts, dtype, config.verify.engine_seconds)
+        expected = engines.expectation(subject.reference.directory, _values(subject), trial)
+        pythons = vars(config.verify.python)
+        checks = [engines.check_engine(name, pythons[name], trial, expected) for name in asked]
+    others = [name for name, each in engines.ENGINES.items() if subject.target in each.targets and name not in asked]
+    return [*checks, Check("engines", skipped=f"not in verify.engines: {', '.join(others)}")] if others else checks
+
+
+def _values(subject: _Subject) -> Callable[[str], torch.Tensor]:
+    """What engines should compute with: what training used, or what the export holds as others decode it."""
+    from pipeline.proof import engines, viewed
+
+    if subject.export is None or subject.ref is None:
+        return viewed(subject.directory, subject.target, subject.reference.directory).plain_values
+    ref = replace(subject.ref, block_format=_format_of(subject.export))
+    return engines.trained_values(Weights(ref))
+
+
+def _examples(config: PipelineConfig, base: Path) -> Any:
+    """Some of the validation set, tokenized."""
+    validation = data.prepare(config, data.load_rows(config), load_tokenizer(base)).validation
+    return validation.select(range(min(config.verify.samples, len(validation))))
 
 
 def _trained_model(config: PipelineConfig, export: Artifact, ref: ModelRef) -> "TrainedModel":
     from pipeline import proof
 
-    assert export.format is not None and export.scale_rule is not None
-    block_format = FORMATS[export.format].with_rule(export.scale_rule)
-    tokenizer = load_tokenizer(ref.base)
-    validation = data.prepare(config, data.load_rows(config), tokenizer).validation
-    chosen = validation.select(range(min(config.verify.samples, len(validation))))
-    batches = losses.batches(chosen, 1, tokenizer.pad_token_id)
+    batches = losses.batches(_examples(config, ref.base), 1, load_tokenizer(ref.base).pad_token_id)
     batches = [{key: values[:, :_MOST_POSITIONS] for key, values in batch.items()} for batch in batches]
-    return proof.TrainedModel(ref, batches, block_format)
+    return proof.TrainedModel(ref, batches, _format_of(export))
+
+
+def _format_of(export: Artifact) -> BlockFormat:
+    assert export.format is not None and export.scale_rule is not None
+    return FORMATS[export.format].with_rule(export.scale_rule)
 
 
 def _checkpoint(config: PipelineConfig) -> Path:
