@@ -331,7 +331,7 @@ class TrainConfig:
     """Fill rows up to data.max_length with whole examples, which do not see each other; batch_size then counts rows."""
     gradient_accumulation_steps: int = 8
     """Forward passes per optimizer step."""
-    optimizer: str = "adamw_torch"
+    optimizer: str = "adamw_torch_fused"
     """Optimizer, by its transformers name."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""

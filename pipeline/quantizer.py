@@ -154,6 +154,9 @@ def register_backend() -> None:
         for plugin in (huggingface, peft):  # nvidia-modelopt 0.47 has no public hook in their place
             plugin._transposed_quantize = _rounded
         huggingface._QuantGptOssExperts.quantize_weight = _quantize_weight
+        # ModelOpt's own adapted linear layer adds base and delta in every forward pass, to quantize the sum, and so
+        # computes the frozen weight's gradient as well. Attention is never quantized here: it stays PEFT's.
+        mtq.unregister(peft.LoraLinear)
 
 
 def insert(model: Any, block_format: BlockFormat, calibrate: Callable[[Any], None]) -> None:
