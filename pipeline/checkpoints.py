@@ -67,10 +67,11 @@ class TensorFiles:
             UserError: the file ends before the data does.
         """
         file, info = self._file_of[name], self.tensors[name]
-        first, last, _ = rows.indices(info.shape[0])
-        shape = (max(0, last - first), *info.shape[1:])
-        row_bytes = info.bytes // max(1, info.shape[0])
-        data = torch.empty(shape[0] * row_bytes, dtype=torch.uint8)
+        length, *others = info.shape or (1,)  # a scalar is one row
+        first, last, _ = rows.indices(length)
+        shape = (max(0, last - first), *others) if info.shape else ()
+        row_bytes = info.bytes // max(1, length)
+        data = torch.empty(max(0, last - first) * row_bytes, dtype=torch.uint8)
         view, offset = memoryview(data.numpy().data), self._offsets[file][name] + first * row_bytes
         while view:
             count = os.preadv(self._descriptor(file), [view], offset)

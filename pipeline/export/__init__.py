@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from pipeline.artifacts import Kind
 from pipeline.checkpoints import Checkpoint, TensorFiles, read_config
 from pipeline.errors import UserError
@@ -28,6 +30,7 @@ class Target:
         open: the files of a directory.
         said: what a directory says of its model.
         optional: tensors that may be there besides, all or none.
+        calibrated: (directory of a model with quantized inputs) -> what these must hold.
         records: files that the layout has besides the base model's.
         is_one_file: whether a single file holds everything, tokenizer and configuration too.
     """
@@ -40,6 +43,7 @@ class Target:
     open: Callable[[Path], Files] = TensorFiles
     said: Callable[[Path], dict[str, Any]] = read_config
     optional: Callable[[Shape], dict[str, TensorInfo]] = lambda shape: {}
+    calibrated: Callable[[Path], dict[str, Tensor]] = lambda model: {}
     records: tuple[str, ...] = ()
     is_one_file: bool = False
 
@@ -55,6 +59,7 @@ EXPORTERS = {
         "_weight_scale",
         said=nvfp4.said,
         optional=nvfp4.input_scales,
+        calibrated=nvfp4.calibrated,
         records=(nvfp4.RECORD,),
     ),
     "gguf": Target(

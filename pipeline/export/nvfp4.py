@@ -42,10 +42,10 @@ def write(job: Job, directory: Path) -> Written:
         UserError: as exporting to `mxfp4`; MXFP4 blocks whose exponents NVFP4 cannot hold.
     """
     base = checked_base(job)
-    amax = load_calibration(job.weights.ref.directory).amax if job.block_format.quantizes_activations else {}
+    scales = calibrated(job.weights.ref.directory) if job.block_format.quantizes_activations else {}
     pieces = [others_piece(job, base, name, [name]) for name in other_tensors(base.shape)]
     pieces += [_stack(stack) for stack in stacks(job, base)]
-    pieces += [_input_scale(name, largest) for name, largest in amax.items()]
+    pieces += [_input_scale(name, scale) for name, scale in scales.items()]
     config = described(base, [name for piece in pieces for name in piece.tensors])
     record = config.pop(RECORD)
     written = write_checkpoint(job, base, directory, pieces, config)
@@ -62,6 +62,13 @@ def layout(shape: Shape) -> Layout:
 def input_scales(shape: Shape) -> dict[str, TensorInfo]:
     """What a model with quantized inputs stores besides."""
     return {f"{each.name}{_INPUT_SCALE}": TensorInfo("F32", ()) for each in expert_projections(shape)}
+
+
+def calibrated(model: Path) -> dict[str, Tensor]:
+    """Of a model with quantized inputs the tensor scale of each expert stack's inputs, as training rounds them."""
+    amax = load_calibration(model).amax
+    names = {name: f"{name.removesuffix('_input_quantizer')}{_INPUT_SCALE}" for name in amax}
+    return {names[name]: tensor_scale_of(amax[name].float().reshape(()), INPUT_RULE) for name in amax}
 
 
 def described(base: Checkpoint, tensors: Collection[str]) -> dict[str, Any]:
@@ -139,11 +146,8 @@ def _as_nvfp4(made: Packed, name: str) -> Packed:
     return replace(made, blocks=converted.blocks, scales=converted.scales, tensor_scale=converted.tensor_scale)
 
 
-def _input_scale(name: str, amax: Tensor) -> Piece:
-    """The calibrated tensor scale of an expert stack's inputs, as training rounds them."""
-    target = f"{name.removesuffix('_input_quantizer')}{_INPUT_SCALE}"
-    scale = tensor_scale_of(amax.float().reshape(()), INPUT_RULE)
-    return whole({target: TensorInfo("F32", ())}, lambda: {target: scale})
+def _input_scale(name: str, scale: Tensor) -> Piece:
+    return whole({name: TensorInfo("F32", ())}, lambda: {name: scale})
 
 
 def _record(quantizes_inputs: bool) -> dict[str, Any]:

@@ -18,6 +18,7 @@ whatever `rope_scaling.truncate` says; they are compared with a model that does 
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,7 +130,7 @@ def raise_unless_loadable(engines: list[str], target: str, pythons: dict[str, st
     wrong += [
         f"verify.python.{name}={python}: no such program. Give the Python of the environment with {name}."
         for name, python in pythons.items()
-        if name in engines and python is not None and not os.access(python, os.X_OK)
+        if name in engines and python is not None and shutil.which(python) is None
     ]
     if wrong:
         raise user_errors(wrong)

@@ -119,6 +119,16 @@ class TrainedModel:
         for projection in expert_projections(weights.shape):
             see(projection.name, weights.effective(projection.name).transpose(1, 2))
 
+    def check_inputs(self, export: View, calibrated: Callable[[Path], dict[str, Tensor]]) -> Check:
+        """The scales of quantized inputs against those that the forward pass rounds with."""
+        check = Check("inputs: their scales equal the calibrated ones, bit for bit")
+        for name, scale in calibrated(self.rounded.directory).items():
+            if name in export.files.tensors:
+                _compare_bits(check, name, export.files.read(name).reshape(1), scale.reshape(1))
+            else:
+                check.problems.append(f"{name}: missing, but the inputs were quantized in training")
+        return check
+
     @staticmethod
     @torch.no_grad()
     def _logits(model: Any, batch: dict[str, Tensor]) -> Tensor:

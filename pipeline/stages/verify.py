@@ -12,7 +12,7 @@ from pipeline.artifacts import Artifact, Kind, Result, write_json
 from pipeline.checkpoints import ADAPTER_CONFIG, CONFIG, load_tokenizer, read_config
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import CheckFailed, UserError
-from pipeline.export import recognized
+from pipeline.export import EXPORTERS, recognized
 from pipeline.gpt_oss import MODEL_TYPE
 from pipeline.models import ModelRef, Weights
 from pipeline.numerics.formats import FORMATS, BlockFormat
@@ -132,6 +132,8 @@ def _weight_checks(config: PipelineConfig, subject: _Subject, are_configured: bo
     trained = _trained_model(config, export, subject.ref)
     view = proof.viewed(subject.directory, subject.target, subject.reference.directory)
     checks = [trained.check_experts(view), trained.check_others(view)]
+    if _format_of(export).quantizes_activations:
+        checks.append(trained.check_inputs(view, EXPORTERS[subject.target].calibrated))
     if not are_configured:
         return [*checks, proof.Check("logits", skipped="the files are not the base model's")]
     if export.kind is Kind.foreign:
