@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -164,7 +165,8 @@ def ask(name: str, python: str, trial: Trial) -> Answer:
         dtype = str(trial.dtype).removeprefix("torch.")
         request.write_text(json.dumps({"prompts": trial.prompts, "dtype": dtype}), encoding="utf-8")
         command = [python, str(Path(worker.__file__).resolve()), name, str(trial.directory), str(request), str(result)]
-        status, output = _run(command, trial.seconds)
+        output = Path(scratch) / "output.txt"
+        status = _run(command, trial.seconds, output)
         if status == worker.NOT_INSTALLED:
             return Answer()
         if status is None:
@@ -175,24 +177,25 @@ def ask(name: str, python: str, trial: Trial) -> Answer:
         return Answer(version, torch.from_numpy(np.load(result)))
 
 
-def _run(command: list[str], seconds: float) -> tuple[int | None, str]:
-    """Exit status, None after `seconds`; and what was written."""
+def _run(command: list[str], seconds: float, output: Path) -> int | None:
+    """Exit status, None after `seconds`. What is written goes to a file: a pipe would wait for whatever it starts."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, text=True, errors="replace", **streams)
-    try:
-        output, _ = process.communicate(timeout=seconds)
-        return process.returncode, output
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return None, process.communicate()[0]
-    except BaseException:  # an interrupted check leaves no engine behind
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
+    with output.open("wb") as file:
+        streams: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+        process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+        try:
+            return process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:  # an interrupted check, too, leaves no engine behind
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
-def _end(output: str) -> str:
-    lines = [line for line in output.splitlines() if line.strip()][-_LINES:]
+def _end(output: Path) -> str:
+    text = output.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()][-_LINES:]
     return "Its last lines:\n" + "\n".join(f"    {line}" for line in lines) if lines else "It wrote nothing."
 
 
