@@ -44,6 +44,16 @@ class Dtype(Enum):
     float32 = "float32"
 
 
+class Engine(Enum):
+    """What serves models, and can be asked whether it loads an export."""
+
+    transformers = "transformers"
+    openai = "openai"
+    llama_cpp = "llama_cpp"
+    mlx = "mlx"
+    vllm = "vllm"
+
+
 class Precision(Enum):
     """Weights / arithmetic while training."""
 
@@ -450,17 +460,38 @@ class ExportConfig:
 
 
 @dataclass
+class PythonConfig:
+    """Python of the environment that an engine is installed in; null: the one that runs this program."""
+
+    transformers: Optional[str] = None
+    """With transformers, of any version."""
+    vllm: Optional[str] = None
+    """With vLLM."""
+    llama_cpp: Optional[str] = None
+    """With llama-cpp-python."""
+    openai: Optional[str] = None
+    """With gpt-oss, OpenAI's reference code, and torch."""
+    mlx: Optional[str] = None
+    """With mlx-lm."""
+
+
+@dataclass
 class VerifyConfig:
     """Prove that an export is right."""
 
     checkpoint: Optional[str] = None
-    """Directory to check, of any export in MXFP4; null: this run's export."""
+    """Directory to check, of any export; null: this run's export."""
     reference: Optional[str] = None
     """Base checkpoint that it was fine-tuned from and is held against; null: model.path."""
     samples: int = 8
     """Validation examples whose logits are compared."""
     logits_tolerance: float = 1.0e-4
     """Largest allowed difference of a logit; the weights are compared bit for bit, here sums may differ in order."""
+    engines: list[Engine] = field(default_factory=list)
+    """Engines to load the export in: transformers, openai, llama_cpp, mlx, vllm. One that is not installed is said."""
+    python: PythonConfig = field(default_factory=PythonConfig)
+    engine_seconds: float = 600.0
+    """Longest that an engine may take to load the export and to answer."""
 
 
 @dataclass

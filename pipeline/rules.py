@@ -294,6 +294,7 @@ _RULES = {
     "export.shard_bytes": _POSITIVE,
     "verify.samples": _POSITIVE,
     "verify.logits_tolerance": _NOT_NEGATIVE,
+    "verify.engine_seconds": _POSITIVE,
     "evaluate.max_samples": _POSITIVE,
     "evaluate.batch_size": _POSITIVE,
     "evaluate.prompts.max_samples": _POSITIVE,

@@ -59,7 +59,7 @@ ONLY_IMPORTER = {
     "openai_harmony": "doctor.parity",
     "wandb": "tracking",
     "httpx": ("generation.client", "publishing.hub"),
-    "gguf": "export.gguf",
+    "gguf": "export.gguf_layout",
     "matplotlib": "report.plots",
     "lm_eval": "evals.harness",
     "hydra": ("__main__", "command_line"),
