@@ -9,21 +9,26 @@ import os
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from types import ModuleType
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline import command_line, config, rules
+from pipeline import artifacts, command_line, config, rules
 from pipeline.errors import CheckFailed, UserError, user_errors
 from pipeline.tracking import is_main_process
 
 _PACKAGE = Path(__file__).resolve().parent
+SWEEP_DIR = "sweep"
+"""In run_dir: the directories of a sweep's jobs."""
 _SECONDS_FOR_THE_MAIN_PROCESS = 10.0
 
 
@@ -51,9 +56,29 @@ def run(composed: DictConfig) -> None:
     chosen = HydraConfig.get().runtime.choices.get("recipe")
     if chosen is not None:
         composed.recipe = chosen  # a recipe from --config-dir does not know its own name
+    _keep_jobs_apart(composed)
     pipeline_config = rules.resolve(composed)
-    stage = importlib.import_module(f"pipeline.stages.{pipeline_config.stage.name}")
-    stage.run(pipeline_config)
+    for stage in artifacts.needed(pipeline_config):
+        _module(stage).run(replace(pipeline_config, stage=stage, overwrite=False))
+    _module(pipeline_config.stage).run(pipeline_config)
+
+
+def _keep_jobs_apart(composed: DictConfig) -> None:
+    """In a sweep each job has a directory of its own, and shares what it can with the run that run_dir names.
+
+    Unless run_dir is made of settings, so that the user has kept them apart.
+    """
+    hydra_config = HydraConfig.get()
+    job = hydra_config.job.override_dirname.replace("/", "_")
+    written: Any = OmegaConf.to_container(composed, resolve=False)
+    is_made_of_settings = "${" in written["run_dir"].replace("${recipe}", "")
+    if hydra_config.mode is RunMode.MULTIRUN and job and not is_made_of_settings:
+        composed.base_run = composed.run_dir
+        composed.run_dir = f"{composed.run_dir}/{SWEEP_DIR}/{job}"
+
+
+def _module(stage: config.Stage) -> ModuleType:
+    return importlib.import_module(f"pipeline.stages.{stage.name}")
 
 
 def main() -> NoReturn:
@@ -73,6 +98,7 @@ def status(arguments: list[str]) -> int:
         found = command_line.problems(arguments, CONF_DIR, RECIPES_DIR)
         if found:
             raise user_errors(found)
+        sys.argv[1:] = command_line.naming_jobs(arguments)
         hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")(_job)()
         return 0
     except (UserError, HydraException, OmegaConfBaseException) as error:

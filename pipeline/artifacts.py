@@ -26,7 +26,7 @@ from typing import Any
 import xxhash
 from omegaconf import OmegaConf
 
-from pipeline.config import PipelineConfig, Stage
+from pipeline.config import PipelineConfig, QuantizeSource, Stage
 from pipeline.errors import UserError
 from pipeline.tracking import METRICS_FILE, followed, is_main_process, process_count, progress, say, wait_for_everyone
 
@@ -38,6 +38,8 @@ SAMPLES_FILE = "samples.jsonl"
 CHECKPOINTS_DIR = "checkpoints"
 
 BOOKKEEPING = {ARTIFACT_FILE, CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, UNFINISHED_FILE, SHARDS_FILE}
+_SHARED = (Stage.upcast, Stage.sft, Stage.quantize, Stage.qat)
+"""Stages whose models runs can share, in order; what reports on a run is its own."""
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "nvidia-modelopt", "accelerate", "datasets", "safetensors")
 _READ_BYTES = 1 << 24
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, KiB on Linux
@@ -179,10 +181,10 @@ def require(config: PipelineConfig, stage: Stage, check_files: bool = True) -> A
     if not (directory / ARTIFACT_FILE).is_file():
         state = "unfinished" if directory.is_dir() else "missing"
         recipe = "" if config.recipe == PipelineConfig.recipe else f" recipe={config.recipe}"
-        raise UserError(
-            f"stage={config.stage.name} needs {directory}, which is {state}."
-            f" Run first: python -m pipeline stage={stage.name}{recipe} run_dir={config.run_dir}"
-        )
+        first = f"python -m pipeline stage={stage.name}{recipe} run_dir={config.base_run or config.run_dir}"
+        if config.base_run is not None:
+            first += ", or this command with that stage"
+        raise UserError(f"stage={config.stage.name} needs {directory}, which is {state}. Run first: {first}")
     artifact = load(directory, check_files)
     stale = staleness(config, artifact)
     if stale is not None:
@@ -229,8 +231,47 @@ def is_complete(config: PipelineConfig, stage: Stage) -> bool:
 
 
 def stage_dir(config: PipelineConfig, name: str) -> Path:
-    """Where a stage of this run has its files."""
-    return Path(config.run_dir).expanduser().absolute() / name
+    """Where a stage of this run has its files, or `base_run` has them, if they serve as they are.
+
+    What belongs to no stage (tables of data, a synthetic source) is kept in `base_run` alone.
+    """
+    own = _run_dir(config.run_dir) / name
+    if config.base_run is None or (own / ARTIFACT_FILE).is_file() or (own / UNFINISHED_FILE).is_file():
+        return own
+    shared = _run_dir(config.base_run) / name
+    return shared if name not in Stage.__members__ or _serves(config, shared) else own
+
+
+def needed(config: PipelineConfig) -> list[Stage]:
+    """Stages that come before the one asked for, where `base_run` has them, be it with other settings.
+
+    With those this run makes its own. What `base_run` has not is asked for, so that not every job of a sweep trains it.
+    """
+    if config.base_run is None or config.stage not in _SHARED:
+        return []
+    earlier = _SHARED[: _SHARED.index(config.stage)]
+    skips_sft = config.quantize.source is QuantizeSource.upcast
+    there = [stage for stage in earlier if (_run_dir(config.base_run) / stage.name / ARTIFACT_FILE).is_file()]
+    return [stage for stage in there if not (skips_sft and stage is Stage.sft)]
+
+
+def _run_dir(path: str) -> Path:
+    return Path(path).expanduser().absolute()
+
+
+def _serves(config: PipelineConfig, directory: Path) -> bool:
+    """Whether a stage of `base_run` is what this run would make: of the same settings, from stages that are, too.
+
+    A stage that is to be rebuilt is this run's own: other runs use the one of `base_run`.
+    """
+    name = directory.name
+    is_rebuilt = config.overwrite and config.stage.name == name
+    if Stage[name] not in _SHARED or is_rebuilt or not (directory / ARTIFACT_FILE).is_file():
+        return False
+    artifact = load(directory, check_files=False)
+    parents = [parent for parent in artifact.parents if parent in Stage.__members__]
+    has_same_parents = all(stage_dir(config, parent) == directory.with_name(parent) for parent in parents)
+    return has_same_parents and artifact.settings == chosen(config, tuple(artifact.settings))
 
 
 def fingerprint_of(directory: Path, known: dict[str, str] | None = None) -> tuple[str, dict[str, int]]:

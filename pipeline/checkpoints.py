@@ -30,18 +30,21 @@ CALIBRATION_FILE = "calibration.pt"
 
 _MOST_PROBLEMS = 8
 _FLOATING = ("BF16", "F32", "F16")
-_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16, "U8": torch.uint8}
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 
 
-class Checkpoint:
-    """A gpt-oss checkpoint on disk, packed (MXFP4) or plain, whose names, shapes and files have been checked.
+class TensorFiles:
+    """The safetensors files of a directory, whose names, headers and index have been checked, whatever is in them.
 
     Attributes:
-        directory: where it lies.
-        config: config.json as it stands.
-        shape: the sizes in it.
+        directory: where they lie.
         tensors: name -> type and shape of every stored tensor.
-        is_packed: whether the experts are MXFP4 blocks and scales.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -51,13 +54,9 @@ class Checkpoint:
             UserError: naming the file, key or tensor; several problems together.
         """
         self.directory = directory
-        self.config = read_config(directory)
-        self.shape = Shape.of(self.config, directory / CONFIG)
         self._files = _stored_files(directory)
         self.tensors = {name: info for tensors in self._files.values() for name, info in tensors.items()}
         self._file_of = {name: file for file, tensors in self._files.items() for name in tensors}
-        self.is_packed = any(name.endswith(("_blocks", "_scales")) for name in self.tensors)
-        self._raise_if_not_gpt_oss()
         self._offsets = {file: _data_offsets(directory / file) for file in self._files}
         self._descriptors: dict[str, int] = {}
 
@@ -68,10 +67,11 @@ class Checkpoint:
             UserError: the file ends before the data does.
         """
         file, info = self._file_of[name], self.tensors[name]
-        first, last, _ = rows.indices(info.shape[0])
-        shape = (max(0, last - first), *info.shape[1:])
-        row_bytes = info.bytes // max(1, info.shape[0])
-        data = torch.empty(shape[0] * row_bytes, dtype=torch.uint8)
+        length, *others = info.shape or (1,)  # a scalar is one row
+        first, last, _ = rows.indices(length)
+        shape = (max(0, last - first), *others) if info.shape else ()
+        row_bytes = info.bytes // max(1, length)
+        data = torch.empty(max(0, last - first) * row_bytes, dtype=torch.uint8)
         view, offset = memoryview(data.numpy().data), self._offsets[file][name] + first * row_bytes
         while view:
             count = os.preadv(self._descriptor(file), [view], offset)
@@ -79,6 +79,53 @@ class Checkpoint:
                 raise UserError(f"{self.directory / file}: ends within {name}: truncated while it was read.")
             view, offset = view[count:], offset + count
         return data.view(_DTYPES[info.dtype]).view(shape)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weight files."""
+        return sum((self.directory / file).stat().st_size for file in self._files)
+
+    def weight_files(self) -> list[Path]:
+        """The weight files, and the index where there is one."""
+        files = [self.directory / file for file in self._files]
+        return [*files, self.directory / INDEX] if (self.directory / INDEX).is_file() else files
+
+    def close(self) -> None:
+        """Let go of the files; they are opened again when they are needed."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptors"):  # not when opening it failed
+            self.close()
+
+    def _descriptor(self, file: str) -> int:
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(self.directory / file, os.O_RDONLY)
+        return self._descriptors[file]
+
+
+class Checkpoint(TensorFiles):
+    """A gpt-oss checkpoint on disk, packed (MXFP4) or plain, whose names, shapes and files have been checked.
+
+    Attributes:
+        config: config.json as it stands.
+        shape: the sizes in it.
+        is_packed: whether the experts are MXFP4 blocks and scales.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Open and check.
+
+        Raises:
+            UserError: naming the file, key or tensor; several problems together.
+        """
+        self.config = read_config(directory)
+        self.shape = Shape.of(self.config, directory / CONFIG)
+        super().__init__(directory)
+        self.is_packed = any(name.endswith(("_blocks", "_scales")) for name in self.tensors)
+        self._raise_if_not_gpt_oss()
 
     def read_plain(self, name: str, dtype: torch.dtype = torch.bfloat16, rows: slice = slice(None)) -> Tensor:
         """A tensor of the plain layout, or rows of its first dimension; MXFP4 is decoded, exact in BF16.
@@ -121,31 +168,6 @@ class Checkpoint:
         plain = torch.empty((experts, nb * half * 2, out_features), dtype=dtype, device=device)
         decode(blocks, scales, dtype, out=plain.transpose(1, 2))
         return plain
-
-    @property
-    def weight_bytes(self) -> int:
-        """Size of the weight files."""
-        return sum((self.directory / file).stat().st_size for file in self._files)
-
-    def weight_files(self) -> list[Path]:
-        """The weight files, and the index where there is one."""
-        files = [self.directory / file for file in self._files]
-        return [*files, self.directory / INDEX] if (self.directory / INDEX).is_file() else files
-
-    def close(self) -> None:
-        """Let go of the files; they are opened again when they are needed."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptors"):  # not when opening it failed
-            self.close()
-
-    def _descriptor(self, file: str) -> int:
-        if file not in self._descriptors:
-            self._descriptors[file] = os.open(self.directory / file, os.O_RDONLY)
-        return self._descriptors[file]
 
     def _raise_if_not_gpt_oss(self) -> None:
         problems = []
@@ -192,17 +214,17 @@ def at_most(problems: list[str], most: int = _MOST_PROBLEMS) -> list[str]:
     return [*problems[:most], f"and {rest} more"] if rest > 0 else problems
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a model directory.
+def read_config(directory: Path, name: str = CONFIG) -> dict[str, Any]:
+    """config.json of a model directory, or another such file.
 
     Raises:
-        UserError: no such directory, no config.json, or not JSON.
+        UserError: no such directory, no such file, or not JSON.
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory.")
-    path = directory / CONFIG
+    path = directory / name
     if not path.is_file():
-        raise UserError(f"{directory}: has no {CONFIG}: not a model directory.")
+        raise UserError(f"{directory}: has no {name}: not a model directory.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -13,23 +13,26 @@ from pipeline.harmony import ConversationError
 _NEEDED = ("messages", "prompt", "completion")
 _OPTIONS = ("tools", "reasoning_effort", "reasoning_language")
 _MESSAGE_KEYS = ("role", "content", "thinking")
-_EXPECTED = "evaluate.prompts.expected"
 _MOST_NAMES = 40
 
 
 class Columns:
     """Maps the rows of one data set, and remembers which of the columns that it looks for were ever there."""
 
-    def __init__(self, key: str, data: DataConfig, expected: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, key: str, data: DataConfig, expected: dict[str, str] | None = None, expected_key: str = "{}"
+    ) -> None:
         """
         Args:
             key: of the data set's settings, for messages: `data` or `data.blend[0]`.
             data: columns, roles and filter.
             expected: what scorers need to know of a row, and the column that has it.
+            expected_key: of the settings that say so, for messages; {} stands for the name.
         """
         self._key = key
         self._data = data
         self._expected = expected or {}
+        self._expected_key = expected_key
         self._wanted = dict(self._looked_for())
         self._met: set[str] = set()
         self._kept_one = False
@@ -68,7 +71,9 @@ class Columns:
         for name, value in found.items():
             if not isinstance(value, (str, int, float)):
                 kind = "is not there" if value is None else f"is a {type(value).__name__}, neither text nor a number"
-                raise ConversationError(f"{self._expected[name]!r}, which {_EXPECTED}.{name} names, {kind}")
+                raise ConversationError(
+                    f"{self._expected[name]!r}, which {self._expected_key.format(name)} names, {kind}"
+                )
         return {name: str(value) for name, value in found.items()}
 
     def missing(self) -> list[str]:
@@ -90,7 +95,7 @@ class Columns:
             if name not in _MESSAGE_KEYS and column is not None and must_be_there:
                 yield column, f"{self._key}.columns.{name}"
         yield from ((column, f"{self._key}.filter") for column in self._data.filter)
-        yield from ((column, f"{_EXPECTED}.{name}") for name, column in self._expected.items())
+        yield from ((column, self._expected_key.format(name)) for name, column in self._expected.items())
 
     def _find(self, row: dict[str, Any], path: str) -> Any:
         """The value at a dotted path, or in a column whose name has the dots in it; None if there is none."""

@@ -27,6 +27,8 @@ _GROUPS = {
     "sharding": "how processes share a model while it is trained",
     "tracking": "where metrics go besides metrics.jsonl",
 }
+_OF_NO_MODEL = ("stage", "recipe", "run_dir", "doctor", "verify", "eval", "compare", "tracking", "overwrite")
+"""How settings begin that change no model: jobs of a sweep that differ in them alone share a directory."""
 _HELP_FLAGS = ("--help", "-h")
 _STAGES = {
     "doctor": "look at the data, at what the run needs, and whether it fits here",
@@ -37,8 +39,10 @@ _STAGES = {
     "export": "a real MXFP4 checkpoint, in the layout of the original",
     "verify": "prove that the export is right",
     "evaluate": "loss, perplexity, size and weight error of a stage's model",
-    "compare": "one table of what each step won or lost",
+    "compare": "a report on what each step won or lost, of one run or several",
     "all": "all of these in order; skips what is up to date, resumes what was interrupted",
+    "publish": "the proven export with a model card, ready for the Hugging Face Hub; publish.push_to_hub uploads it",
+    "serve": "start vLLM, SGLang, TensorRT-LLM or llama.cpp on the proven export, and ask it a question",
 }
 
 
@@ -62,6 +66,24 @@ def problems(arguments: list[str], conf: Path, recipes: Path) -> list[str]:
     return found
 
 
+def naming_jobs(arguments: list[str]) -> list[str]:
+    """The arguments, and in a sweep one that tells Hydra to name jobs by the settings in which they differ.
+
+    Not by what all have in common, nor by what makes no other model: so each stage of a sweep finds the same names.
+    """
+    plain = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    if not plain or not {"-m", "--multirun"} & {*arguments}:
+        return arguments
+    overrides = OverridesParser.create().parse_overrides(plain)
+    swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
+    common = {override.key_or_group for override in overrides} - swept
+    common |= {key for key in swept if key.startswith(_OF_NO_MODEL)}
+    left_out = ", ".join(f"'{key}'" for key in sorted(common))
+    end = arguments.index(plain[-1]) + 1  # overrides have to stand together
+    naming = f"hydra.job.config.override_dirname.exclude_keys=[{left_out}]"
+    return [*arguments[:end], naming, *arguments[end:]]
+
+
 def help_text(conf: Path, recipes: Path) -> str:
     """The whole help: usage, stages, groups with their choices, every setting with its default and meaning."""
     lines = [
@@ -70,7 +92,7 @@ def help_text(conf: Path, recipes: Path) -> str:
         "  python -m pipeline stage=all recipe=smoke            every stage on a tiny model",
         "  python -m pipeline stage=sft recipe=multilingual     one stage of one recipe",
         "  accelerate launch -m pipeline stage=sft …            the same on several GPUs",
-        "  python -m pipeline -m stage=all recipe=smoke sft.learning_rate=1e-3,2e-3 'run_dir=r/${sft.learning_rate}'",
+        "  python -m pipeline -m stage=qat recipe=smoke format=mxfp4,nvfp4   a sweep: a directory for each job",
         "",
         "stages",
         *(f"  {name:<10}{meaning}" for name, meaning in _STAGES.items()),

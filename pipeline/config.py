@@ -21,7 +21,7 @@ _LANGUAGES = (
 
 
 class Stage(Enum):
-    """The parts of a run, in the order in which `all` runs them."""
+    """The parts of a run, in the order in which `all` runs them; what it leaves out comes after it."""
 
     doctor = "doctor"
     upcast = "upcast"
@@ -33,6 +33,8 @@ class Stage(Enum):
     evaluate = "evaluate"
     compare = "compare"
     all = "all"
+    publish = "publish"
+    serve = "serve"
 
 
 class Dtype(Enum):
@@ -40,6 +42,16 @@ class Dtype(Enum):
 
     bfloat16 = "bfloat16"
     float32 = "float32"
+
+
+class Engine(Enum):
+    """What serves models, and can be asked whether it loads an export."""
+
+    transformers = "transformers"
+    openai = "openai"
+    llama_cpp = "llama_cpp"
+    mlx = "mlx"
+    vllm = "vllm"
 
 
 class Precision(Enum):
@@ -131,11 +143,28 @@ class ExportTarget(Enum):
     bf16 = "bf16"
 
 
+class ServingEngine(Enum):
+    """Programs that serve an export: the rows of serving.ENGINES."""
+
+    vllm = "vllm"
+    sglang = "sglang"
+    tensorrt_llm = "tensorrt_llm"
+    llama_cpp = "llama_cpp"
+    llama_cpp_python = "llama_cpp_python"
+
+
 class TrackingBackend(Enum):
     """Where metrics go besides metrics.jsonl."""
 
     none = "none"
     wandb = "wandb"
+
+
+class EndpointApi(Enum):
+    """How a server is asked: the rows of generation.endpoint.APIS."""
+
+    completions = "completions"
+    chat = "chat"
 
 
 class ReasoningEffort(Enum):
@@ -431,17 +460,38 @@ class ExportConfig:
 
 
 @dataclass
+class PythonConfig:
+    """Python of the environment that an engine is installed in; null: the one that runs this program."""
+
+    transformers: Optional[str] = None
+    """With transformers, of any version."""
+    vllm: Optional[str] = None
+    """With vLLM."""
+    llama_cpp: Optional[str] = None
+    """With llama-cpp-python."""
+    openai: Optional[str] = None
+    """With gpt-oss, OpenAI's reference code, and torch."""
+    mlx: Optional[str] = None
+    """With mlx-lm."""
+
+
+@dataclass
 class VerifyConfig:
     """Prove that an export is right."""
 
     checkpoint: Optional[str] = None
-    """Directory to check, of any export in MXFP4; null: this run's export."""
+    """Directory to check, of any export; null: this run's export."""
     reference: Optional[str] = None
     """Base checkpoint that it was fine-tuned from and is held against; null: model.path."""
     samples: int = 8
     """Validation examples whose logits are compared."""
     logits_tolerance: float = 1.0e-4
     """Largest allowed difference of a logit; the weights are compared bit for bit, here sums may differ in order."""
+    engines: list[Engine] = field(default_factory=list)
+    """Engines to load the export in: transformers, openai, llama_cpp, mlx, vllm. One that is not installed is said."""
+    python: PythonConfig = field(default_factory=PythonConfig)
+    engine_seconds: float = 600.0
+    """Longest that an engine may take to load the export and to answer."""
 
 
 @dataclass
@@ -486,13 +536,11 @@ class GenerationConfig:
 
 
 @dataclass
-class EndpointConfig:
-    """A server with OpenAI's chat API (vLLM, SGLang, TensorRT-LLM) whose model is measured beside the run's."""
+class ServerConfig:
+    """A server with OpenAI's API, and how patient to be with it."""
 
     url: Optional[str] = None
-    """Address, as OpenAI's clients take it: http://localhost:8000/v1. Without evaluate.source nothing else is added."""
-    name: str = "endpoint"
-    """What its model is called among the results."""
+    """Address, as OpenAI's clients take it: http://localhost:8000/v1; null: no server."""
     model: Optional[str] = None
     """Model to ask for; null: the one that the server has."""
     api_key_env: Optional[str] = None
@@ -503,6 +551,46 @@ class EndpointConfig:
     """Repetitions of a request that got no answer, 429 or 5xx: after 0.5 s, 1 s, 2 s, …, or as the server says."""
     timeout_seconds: float = 600.0
     """Longest wait for one answer."""
+
+
+@dataclass
+class EndpointConfig(ServerConfig):
+    """A server (vLLM, SGLang, TensorRT-LLM) whose model is measured beside the run's; without evaluate.source alone."""
+
+    name: str = "endpoint"
+    """What its model is called among the results."""
+    api: EndpointApi = EndpointApi.completions
+    """completions: sends the tokens that training saw (model.path's tokenizer); chat: the server renders messages."""
+
+
+@dataclass
+class JudgeConfig(ServerConfig):
+    """A model on a server that says of each answer how far it refuses, for prompts whose `safety` is known."""
+
+    max_new_tokens: int = 1024
+    """Longest verdict in tokens, reasoning included."""
+    attempts: int = 3
+    """How often it is asked for a verdict in the right form, each time reminded of it."""
+    max_without_verdict: float = 0.1
+    """Largest share of answers that may stay without a verdict; above, the judge is of no use, which is an error."""
+
+
+@dataclass
+class LmEvalConfig:
+    """Task suites of lm-evaluation-harness, each model as it computes; needs pip install 'gpt-oss-qat[lm-eval]'."""
+
+    tasks: list[str] = field(default_factory=list)
+    """Names of its tasks or groups of tasks; empty: none are run."""
+    include_path: Optional[str] = None
+    """Folder with task files of yours."""
+    num_fewshot: Optional[int] = None
+    """Examples before each question; null: as the task says."""
+    limit: Optional[int] = None
+    """Only the first so many questions of each task, for trying it; null: all."""
+    batch_size: int = 8
+    """Questions at a time; an endpoint has `concurrency` in its place."""
+    apply_chat_template: bool = False
+    """Ask as chat; needed for tasks that are answered in free text, which gpt-oss does badly without."""
 
 
 @dataclass
@@ -525,12 +613,76 @@ class EvaluateConfig:
     """Use only this many validation examples; null: all."""
     batch_size: int = 4
     """Examples per forward pass."""
+    group_column: Optional[str] = None
+    """Column of `data` by whose values the loss is told apart, too; null: the language of the reasoning, if any."""
     generate: bool = False
     """Let models answer prompts too; every answer is kept in evaluate/<model>/generations.jsonl."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
     during_training: DuringTrainingConfig = field(default_factory=DuringTrainingConfig)
+
+
+@dataclass
+class CompareConfig:
+    """The report on what `evaluate` measured."""
+
+    runs: list[str] = field(default_factory=list)
+    """Runs to put side by side: their directories, or patterns of them (runs/smoke/sweep/*); empty: this run."""
+    examples: int = 20
+    """Prompts whose answers are shown side by side, those first on which models differ."""
+
+
+@dataclass
+class PublishConfig:
+    """Make the proven export a directory for the Hub, with a model card, and upload it."""
+
+    push_to_hub: Optional[str] = None
+    """Repository that takes these files, as name/model; the token: `hf auth login` or HF_TOKEN. null: no upload."""
+    private: bool = True
+    """Make the repository private, and upload to no other; false: to a public one."""
+    base_model: Optional[str] = None
+    """The card's base model, as a hub id; null: model.path, where that is one."""
+    license: Optional[str] = None
+    """The card's licence, by its name on the Hub (apache-2.0, …); null: what the base model's own card says."""
+
+
+@dataclass
+class ServeConfig:
+    """Start an engine on the proven export, ask it one question, and keep it running."""
+
+    engine: ServingEngine = ServingEngine.vllm
+    """vllm, sglang, tensorrt_llm: on GPUs; llama_cpp (llama-server), llama_cpp_python: export.target=gguf, anywhere."""
+    program: Optional[str] = None
+    """The engine's executable (llama_cpp_python: its Python), as in /opt/vllm/bin/vllm; null: the one on the PATH."""
+    host: str = "127.0.0.1"
+    """Address to listen at: 127.0.0.1 for this machine alone, 0.0.0.0 for everyone who can reach it, without a key."""
+    port: int = 8000
+    """Port to listen at."""
+    tensor_parallel_size: Optional[int] = None
+    """GPUs that share each layer; must divide heads and experts. null: as many of the visible ones as do."""
+    context_length: Optional[int] = None
+    """Longest conversation in tokens, which decides what the KV cache needs; null: the engine's, mostly the model's."""
+    gpu_memory_fraction: Optional[float] = None
+    """Share of a GPU's memory that vllm and sglang take; tensorrt_llm: of what weights leave free. null: their own."""
+    extra_arguments: list[str] = field(default_factory=list)
+    """Arguments added to the engine's command, last: [--max-num-seqs, 64]."""
+    question: str = "What is 12 + 7?"
+    """What it is asked once it is up; data.reasoning_effort applies."""
+    max_new_tokens: int = 512
+    """Longest answer to the question in tokens, reasoning included."""
+    startup_seconds: float = 1800.0
+    """Longest wait for the engine to be up: it loads weights and compiles kernels."""
+    answer_seconds: float = 300.0
+    """Longest wait for the answer."""
+    once: bool = False
+    """Stop after the answer."""
+    dry_run: bool = False
+    """Only print the engine's command, as one line for a shell, here or on another machine."""
+    verified_only: bool = True
+    """Serve nothing but what stage=verify has passed."""
 
 
 @dataclass
@@ -559,6 +711,8 @@ class PipelineConfig:
     """Name of the recipe (chosen on the command line as recipe=<name>)."""
     run_dir: str = "runs/${recipe}"
     """Where the run's artifacts go."""
+    base_run: Optional[str] = None
+    """Another run, whose models up to qat are used where they were made with the same settings; set by sweeps (-m)."""
     device: Device = Device.auto
     """Where upcast and export compute: auto is the GPU if there is one. The bits are the same everywhere."""
     overwrite: bool = False
@@ -576,6 +730,9 @@ class PipelineConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 

@@ -39,6 +39,7 @@ _EXAMPLES = Features(
     {
         "input_ids": List(Value("int32")),
         "labels": List(Value("int32")),
+        "row": Value("int64"),  # number of its conversation
         "length": Value("int32"),  # tokens before the cut
         "supervised": Value("int32"),  # supervised tokens after it
     }
@@ -100,12 +101,14 @@ class Splits:
         validation: examples held out; no conversation is in both.
         counts: what went in, and what was cut.
         max_length: tokens that no example is longer than.
+        validation_rows: of each validation example the number of its conversation in Rows.
     """
 
     train: Dataset
     validation: Dataset
     counts: dict[str, int]
     max_length: int
+    validation_rows: Numbers
 
 
 class _BadRows(Exception):
@@ -183,7 +186,10 @@ def prepare(config: PipelineConfig, rows: Rows, tokenizer: Any) -> Splits:
     if problems:
         raise user_errors(problems)
     kept = {name: _supervised(data, name, table, counts) for name, table in tokenized.items()}
-    return Splits(kept["train"], kept["validation"], counts, data.max_length)
+    examples = {name: table.select_columns(["input_ids", "labels"]) for name, table in kept.items()}
+    return Splits(
+        **examples, counts=counts, max_length=data.max_length, validation_rows=_column(kept["validation"], "row")
+    )
 
 
 def rendering(config: PipelineConfig, tokenizer: Any) -> Rendering:
@@ -223,7 +229,7 @@ def _checked(config: PipelineConfig, source: Source) -> Dataset:
 
 def _check(source: Source, opened: Opened) -> Iterator[dict[str, Any]]:
     """Rows of the table; raises after the last row, so that all bad ones are reported together."""
-    mapping = Columns(source.key, source.data, source.expected)
+    mapping = Columns(source.key, source.data, source.expected, source.expected_key)
     bad, count = _BadRows(), 0
     for where, row in progress(opened.rows(), what=f"checking {source.data.path}", unit="row"):
         count += 1
@@ -325,25 +331,26 @@ def _examples(
     name: str, conversations: Conversations, numbers: Numbers, rendering: Rendering, max_length: int
 ) -> Iterator[dict[str, Any]]:
     bad = _BadRows()
-    turns: list[Turn] = []
+    turns: list[tuple[int, Turn]] = []
     for number in progress(numbers, what=f"tokenizing {name}", unit="row"):
         conversation = conversations[int(number)]
         try:
-            turns += harmony.turns(conversation, rendering)
+            turns += [(int(number), turn) for turn in harmony.turns(conversation, rendering)]
         except ConversationError as error:
             bad.add(f"{conversation.where}: {error}.")
         if len(turns) >= _TURNS_AT_ONCE:
-            yield from _cut(harmony.tokenize(turns, rendering), max_length)
+            yield from _cut(turns, rendering, max_length)
             turns = []
-    yield from _cut(harmony.tokenize(turns, rendering), max_length)
+    yield from _cut(turns, rendering, max_length)
     bad.raise_if_any()
 
 
-def _cut(examples: list[dict[str, list[int]]], max_length: int) -> Iterator[dict[str, Any]]:
-    for example in examples:
+def _cut(turns: list[tuple[int, Turn]], rendering: Rendering, max_length: int) -> Iterator[dict[str, Any]]:
+    examples = harmony.tokenize([turn for _, turn in turns], rendering)
+    for (number, _), example in zip(turns, examples, strict=True):
         cut = {key: ids[:max_length] for key, ids in example.items()}
         supervised = len(cut["labels"]) - cut["labels"].count(IGNORED)
-        yield {**cut, "length": len(example["input_ids"]), "supervised": supervised}
+        yield {**cut, "row": number, "length": len(example["input_ids"]), "supervised": supervised}
 
 
 def _supervised(data: DataConfig, name: str, table: Dataset, counts: dict[str, int]) -> Dataset:
@@ -368,8 +375,7 @@ def _supervised(data: DataConfig, name: str, table: Dataset, counts: dict[str, i
         f"{name}_examples_cut": cut,
         f"{name}_examples_left_out": lost,
     }
-    tokens = table.select_columns(["input_ids", "labels"])
-    return tokens.select(kept) if lost else tokens
+    return table.select(kept) if lost else table
 
 
 def _column(table: Dataset, name: str) -> NDArray[Any]:

@@ -37,6 +37,7 @@ class Source:
         reasoning_effort: a part's own, for rows that say nothing; None: as `data`.
         reasoning_language: likewise.
         expected: what scorers need to know of a row, and the column that has it.
+        expected_key: of the settings that say so, for messages; {} stands for the name.
         needs_answers: whether a row must have an answer to learn, as it need not where it is only asked.
     """
 
@@ -46,6 +47,7 @@ class Source:
     reasoning_effort: str | None = None
     reasoning_language: str | None = None
     expected: dict[str, str] = field(default_factory=dict)
+    expected_key: str = "evaluate.prompts.expected.{}"
     needs_answers: bool = True
 
 

@@ -4,20 +4,22 @@ The loss of a supervised token is (1 - weight) * cross entropy + weight * T^2 * 
 distributions are softened by the temperature T; T^2 keeps the size of the gradient (Hinton et al. 2015,
 arXiv:1503.02531, section 2).
 
-Legend: B batch, T positions, V vocabulary, N supervised tokens of the batch.
+Neither model's logits are there for more than a few tokens at a time (see `head`).
+
+Legend: B batch, T positions, V vocabulary, N supervised tokens of the batch, n of them in a chunk.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
+from pipeline import head
 from pipeline.harmony import IGNORED
-
-_CHUNK = 512  # tokens whose float32 distributions are held at once: 0.8 GB for a vocabulary of 201,088
+from pipeline.head import States
 
 
 @dataclass(frozen=True)
@@ -45,27 +47,26 @@ class Distilled:
 
 def distilled(student: Any, teacher: Teacher, batch: dict[str, Tensor]) -> Distilled:
     """Run both models on a batch: labels (B x T), and what a model takes beside them."""
-    labels = batch["labels"][:, 1:]
-    supervised = labels != IGNORED
-    own = _logits(student, batch)[:, :-1][supervised]  # (N, V)
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "use_cache")}
+    supervised = functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))  # at each position, of the token after it
+    targets = batch["labels"].roll(-1, dims=1)[supervised]
+    own = head.states(student, inputs, supervised)
     with torch.no_grad():
-        taught = _logits(teacher.model, batch)[:, :-1][supervised]
-    return sums(own, taught, labels[supervised], teacher.weight, teacher.temperature)
+        taught = head.states(teacher.model, inputs, supervised)
+    return sums(own, taught, targets, teacher.weight, teacher.temperature)
 
 
-def sums(own: Tensor, taught: Tensor, targets: Tensor, weight: float, temperature: float) -> Distilled:
-    """From the logits of student and teacher (N, V) and the tokens that follow (N)."""
-    loss, divergence = own.new_zeros((), dtype=torch.float32), own.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(targets), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        # Recomputed in the backward pass: else the distributions of every chunk would be held for it.
-        of_part = checkpoint(_sums, own[part], taught[part], targets[part], weight, temperature, use_reentrant=False)
-        loss, divergence = loss + of_part[0], divergence + of_part[1]
+def sums(own: States, taught: States, targets: Tensor, weight: float, temperature: float) -> Distilled:
+    """From what student and teacher make their logits of, and the tokens that follow (N)."""
+    loss, divergence = torch.zeros((), device=targets.device), torch.zeros((), device=targets.device)
+    of_part = partial(_sums, weight=weight, temperature=temperature)
+    for part_loss, part_divergence in head.in_chunks(of_part, (own, taught), targets):
+        loss, divergence = loss + part_loss, divergence + part_divergence
     return Distilled(loss, divergence.detach())
 
 
 def _sums(own: Tensor, taught: Tensor, targets: Tensor, weight: float, temperature: float) -> tuple[Tensor, Tensor]:
-    own, taught = own.float(), taught.float()
+    """From logits (n, V) of both and targets (n)."""
     cross_entropy = functional.cross_entropy(own, targets, reduction="sum")
     softened = _divergence(own / temperature, taught / temperature) * temperature**2
     with torch.no_grad():
@@ -75,7 +76,3 @@ def _sums(own: Tensor, taught: Tensor, targets: Tensor, weight: float, temperatu
 
 def _divergence(own: Tensor, taught: Tensor) -> Tensor:
     return functional.kl_div(own.log_softmax(-1), taught.log_softmax(-1), reduction="sum", log_target=True)
-
-
-def _logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    return model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False).logits

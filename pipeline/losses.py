@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from pipeline import head
 from pipeline.harmony import IGNORED
-
-_CHUNK = 512  # positions whose float32 logits are held at once: 0.4 GB for a vocabulary of 201,088
 
 
 @dataclass(frozen=True)
@@ -79,16 +78,19 @@ def measure(model: Any, made: Iterable[dict[str, Tensor]]) -> Loss:
     return from_sums(sums(model, made))
 
 
-@torch.no_grad()
 def sums(model: Any, made: Iterable[dict[str, Tensor]]) -> Tensor:
     """What a Loss is made of, as one float64 tensor (4,), so that processes can add theirs up."""
+    return sums_by_example(model, made).sum(0)
+
+
+@torch.no_grad()
+def sums_by_example(model: Any, made: Iterable[dict[str, Tensor]]) -> Tensor:
+    """The same of each example, in order: float64 (examples, 4)."""
     was_training = model.training
     model.eval()
-    total = torch.zeros(4, dtype=torch.float64)
-    for batch in made:
-        total += _batch_sums(model, {key: value.to(model.device) for key, value in batch.items()})
+    found = [_batch_sums(model, {key: value.to(model.device) for key, value in batch.items()}) for batch in made]
     model.train(was_training)
-    return total
+    return torch.cat([torch.zeros(0, 4, dtype=torch.float64), *found])
 
 
 def from_sums(sums: Tensor) -> Loss:
@@ -97,17 +99,16 @@ def from_sums(sums: Tensor) -> Loss:
 
 
 def _batch_sums(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    targets = batch["input_ids"][:, 1:]
-    real = batch["attention_mask"][:, 1:].bool()
-    supervised = batch["labels"][:, 1:] != IGNORED
-    sums = torch.zeros(4, dtype=torch.float64)
-    for start in range(0, targets.shape[1], _CHUNK):
-        part = slice(start, start + _CHUNK)
-        nll = functional.cross_entropy(
-            logits[:, :-1][:, part].float().transpose(1, 2), targets[:, part], reduction="none"
-        ).double()
-        for i, mask in ((0, supervised[:, part]), (2, real[:, part])):
-            sums[i] += nll[mask].sum().cpu()
-            sums[i + 1] += mask.sum().cpu()
-    return sums
+    """(B, 4) float64 of a batch."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    real = functional.pad(batch["attention_mask"][:, 1:].bool(), (0, 1))  # at each position, of the token after it
+    targets, labels = (batch[name].roll(-1, dims=1)[real] for name in ("input_ids", "labels"))
+    states = head.states(model, inputs, real)
+    nll = torch.cat(list(head.in_chunks(_negative_log_likelihoods, (states,), targets))).double().cpu()
+    supervised, example = (labels != IGNORED).cpu(), real.nonzero()[:, 0].cpu()
+    of_token = torch.stack([nll.where(supervised, 0.0), supervised.double(), nll, torch.ones_like(nll)], dim=1)
+    return torch.zeros(len(real), 4, dtype=torch.float64).index_add_(0, example, of_token)
+
+
+def _negative_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(logits, targets, reduction="none")

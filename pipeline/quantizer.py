@@ -18,6 +18,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer, register_quant_backe
 from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registered_quant_backend
 from modelopt.torch.quantization.plugins import huggingface, peft
 from modelopt.torch.quantization.plugins.huggingface import _transposed_quantize
+from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 from torch import Tensor
 
 from pipeline.adapters import base_of, is_wrapped, parameter_name
@@ -257,6 +258,25 @@ def count(model: Any, block_format: BlockFormat) -> int:
             f" {block_format.name}, scale_rule={block_format.scale_rule}; wrong: {', '.join(wrong[:6])}"
         )
     return len(found)
+
+
+def nvfp4_values(blocks: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
+    """NVFP4 weights as ModelOpt decodes them, which takes one tensor scale at a time.
+
+    Args:
+        blocks: (E, out, nb, 8) uint8, the even element in the low half of a byte.
+        scales: (E, out, nb) float8_e4m3fn.
+        tensor_scale: (E) float32.
+
+    Returns:
+        (E, out, in) float32.
+    """
+    experts = []
+    for codes, scale, unit in zip(blocks.flatten(-2), scales, tensor_scale, strict=True):
+        tensor = NVFP4QTensor(torch.Size((codes.shape[0], 2 * codes.shape[1])), torch.float32, codes)
+        size = {-1: 2 * blocks.shape[-1]}
+        experts.append(tensor.dequantize(scale=scale, double_scale=unit, block_sizes=size))
+    return torch.stack(experts)
 
 
 @dataclass

@@ -4,20 +4,17 @@
 """
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline import evaluation_rules
 from pipeline.config import (
     ColumnsConfig,
     DataConfig,
-    EndpointConfig,
-    EvaluateConfig,
     ExpertsImplementation,
     ExportTarget,
     FormatName,
@@ -25,7 +22,6 @@ from pipeline.config import (
     Method,
     PipelineConfig,
     Precision,
-    PromptsConfig,
     QuantizeSource,
     ScaleRule,
     Stage,
@@ -70,7 +66,7 @@ def problems(config: PipelineConfig) -> list[str]:
         for key, rule in _RULES.items()
         if (value := _select(config, key)) is not None and not rule.holds(value)
     ]
-    found += _data_problems(config.data) + _evaluate_problems(config.evaluate)
+    found += _data_problems(config.data) + evaluation_rules.problems(config.evaluate)
     found += _train_problems("sft", config.sft) + _train_problems("qat", config.qat)
     found += _format_problems(config)
     return found + _qat_problems(config) + _experts_problems(config)
@@ -206,66 +202,6 @@ def _data_problems(data: DataConfig) -> list[str]:
     return found
 
 
-def _evaluate_problems(evaluate: EvaluateConfig) -> list[str]:
-    found = _prompts_problems(evaluate.prompts) + _endpoint_problems(evaluate.endpoint)
-    generation = evaluate.generation
-    if generation.samples > 1 and generation.temperature == 0:
-        found.append(
-            f"evaluate.generation.samples={generation.samples}: with evaluate.generation.temperature=0 they would all"
-            " be the same answer. Raise the temperature, or ask for one."
-        )
-    if evaluate.endpoint.url is not None and not evaluate.generate:
-        found.append(
-            f"evaluate.endpoint.url={evaluate.endpoint.url}: nothing would be asked there with evaluate.generate=false."
-            " Add eval=quick or eval=full."
-        )
-    return found
-
-
-def _prompts_problems(prompts: PromptsConfig) -> list[str]:
-    key = "evaluate.prompts"
-    if prompts.path is not None:
-        columns = prompts.columns
-        if (columns.messages is None) == (columns.prompt is None):
-            return [
-                f"{key}.columns: messages={columns.messages!r} and prompt={columns.prompt!r} cannot go together."
-                " Name one of them, the other null."
-            ]
-        return []
-    usual = PromptsConfig()
-    return [
-        f"{key}.{name}={getattr(prompts, name)!r}: has a meaning only with {key}.path; without it the prompts are the"
-        f" validation rows of data, which are chosen by data.{name}."
-        for name in ("revision", "split", "columns", "roles", "filter")
-        if getattr(prompts, name) != getattr(usual, name)
-    ]
-
-
-def _endpoint_problems(endpoint: EndpointConfig) -> list[str]:
-    found = []
-    if endpoint.url is not None and "@" in endpoint.url:
-        found.append(
-            "evaluate.endpoint.url: holds a user name or a password, which would be saved with the run. Give the key in"
-            " an environment variable: evaluate.endpoint.api_key_env=<its name>."
-        )
-    elif endpoint.url is not None and not _is_address(endpoint.url):
-        found.append(f"evaluate.endpoint.url={endpoint.url!r}: must be like http://localhost:8000/v1.")
-    if endpoint.name in Stage.__members__ or not _NAME.fullmatch(endpoint.name):
-        found.append(
-            f"evaluate.endpoint.name={endpoint.name!r}: must be letters, digits, '.', '_' and '-', and no stage's name."
-        )
-    return found
-
-
-def _is_address(text: str) -> bool:
-    try:
-        url = urlsplit(text)
-        has_host = bool(url.hostname) and url.port != 0
-    except ValueError:  # a port that is no number, half of a bracket
-        return False
-    return url.scheme in ("http", "https") and has_host and not url.query and not url.fragment
-
-
 def _columns_problems(key: str, columns: ColumnsConfig) -> list[str]:
     pair = (columns.prompt, columns.completion)
     if (columns.messages is None) == (None in pair) or (columns.messages is not None and pair != (None, None)):
@@ -308,6 +244,8 @@ _AT_LEAST_TWO = _Rule("2 or more: the one before is needed while one is written"
 _PART = _Rule("above 0 and up to 1", lambda value: 0 < value <= 1)
 _STEPS = _Rule("a number of steps, or -1", lambda value: value == -1 or value > 0)
 _TWO_LANGUAGES = _Rule("at least two different languages", lambda value: len(set(value)) >= 2)
+_PORT = _Rule("a port: a whole number from 1 to 65535", lambda value: 0 < value < 2**16)
+_NOT_EMPTY = _Rule("some text", lambda value: bool(value.strip()))
 _BLOCKS = _Rule("a positive multiple of 32, the block size of MXFP4", lambda value: value > 0 and value % 32 == 0)
 
 _TRAIN_RULES = {
@@ -346,6 +284,7 @@ _RULES = {
     "export.shard_bytes": _POSITIVE,
     "verify.samples": _POSITIVE,
     "verify.logits_tolerance": _NOT_NEGATIVE,
+    "verify.engine_seconds": _POSITIVE,
     "evaluate.max_samples": _POSITIVE,
     "evaluate.batch_size": _POSITIVE,
     "evaluate.prompts.max_samples": _POSITIVE,
@@ -358,8 +297,28 @@ _RULES = {
     "evaluate.endpoint.concurrency": _POSITIVE,
     "evaluate.endpoint.retries": _NOT_NEGATIVE,
     "evaluate.endpoint.timeout_seconds": _POSITIVE,
+    "evaluate.judge.concurrency": _POSITIVE,
+    "evaluate.judge.retries": _NOT_NEGATIVE,
+    "evaluate.judge.timeout_seconds": _POSITIVE,
+    "evaluate.judge.max_new_tokens": _POSITIVE,
+    "evaluate.judge.attempts": _POSITIVE,
+    "evaluate.judge.max_without_verdict": _UP_TO_ONE,
+    "evaluate.lm_eval.num_fewshot": _NOT_NEGATIVE,
+    "evaluate.lm_eval.limit": _POSITIVE,
+    "evaluate.lm_eval.batch_size": _POSITIVE,
     "evaluate.during_training.prompts": _NOT_NEGATIVE,
     "evaluate.during_training.max_new_tokens": _POSITIVE,
+    "compare.examples": _NOT_NEGATIVE,
+    "serve.program": _NOT_EMPTY,
+    "serve.host": _NOT_EMPTY,
+    "serve.port": _PORT,
+    "serve.tensor_parallel_size": _POSITIVE,
+    "serve.context_length": _POSITIVE,
+    "serve.gpu_memory_fraction": _FRACTION,
+    "serve.question": _NOT_EMPTY,
+    "serve.max_new_tokens": _POSITIVE,
+    "serve.startup_seconds": _POSITIVE,
+    "serve.answer_seconds": _POSITIVE,
     "qat.rounded_cache_gib": _NOT_NEGATIVE,
     "qat.distillation.weight": _UP_TO_ONE,
     "qat.distillation.temperature": _POSITIVE,
@@ -372,7 +331,6 @@ _SCALE_RULES = {
     FormatName.nvfp4: (ScaleRule.nearest, ScaleRule.ceil, ScaleRule.floor, ScaleRule.mse),
     FormatName.nvfp4_w4a4: (ScaleRule.nearest, ScaleRule.ceil, ScaleRule.floor, ScaleRule.mse),
 }
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _EXPERTS_IMPLEMENTATIONS = {
     FormatName.mxfp4: tuple(ExpertsImplementation),
     FormatName.nvfp4: tuple(ExpertsImplementation),

@@ -6,7 +6,7 @@ from pathlib import Path
 import xxhash
 
 from pipeline import synthetic
-from pipeline.artifacts import not_writable
+from pipeline.artifacts import not_writable, stage_dir
 from pipeline.checkpoints import Checkpoint
 from pipeline.config import SYNTHETIC, PipelineConfig
 from pipeline.errors import UserError
@@ -75,7 +75,7 @@ def _synthetic(path: str, config: PipelineConfig) -> Path:
     if path != f"{SYNTHETIC}tiny":
         raise UserError(f"model.path={path!r}: no such synthetic model. Use {SYNTHETIC}tiny, a directory or a hub id.")
     tiny = config.model.tiny
-    directory = Path(config.run_dir).expanduser().absolute() / "source" / synthetic.name_of(tiny)
+    directory = stage_dir(config, "source") / synthetic.name_of(tiny)
     if is_main_process() and not directory.is_dir():
         try:
             synthetic.create_tiny(directory, tiny)

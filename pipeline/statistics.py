@@ -79,6 +79,31 @@ def mean_interval(values: Values, confidence: float = 0.95) -> Interval:
     return Interval(float(found.low), float(found.high))
 
 
+def ratio_interval(sums: Values, counts: Values, confidence: float = 0.95) -> Interval:
+    """Interval of sums.sum() / counts.sum(), such as a mean over tokens that come in clusters, at least two of them.
+
+    By bootstrap over the clusters (percentiles; Efron 1979), with a fixed seed.
+
+    Args:
+        sums: (N), of each cluster.
+        counts: (N), of what was summed.
+        confidence: level.
+    """
+    from scipy.stats import bootstrap
+
+    found = bootstrap(
+        (np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)),
+        lambda total, count, axis: total.sum(axis) / count.sum(axis),
+        paired=True,
+        confidence_level=confidence,
+        n_resamples=_RESAMPLES,
+        method="percentile",
+        batch=max(1, 10_000_000 // len(sums)),  # 80 MB of resampled values at a time
+        rng=np.random.default_rng(_SEED),
+    ).confidence_interval
+    return Interval(float(found.low), float(found.high))
+
+
 def mcnemar(wins: int, losses: int) -> float:
     """Two-sided p-value of McNemar's exact test: the chance of so uneven a split of the prompts that differ."""
     from scipy.stats import binomtest

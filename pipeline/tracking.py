@@ -103,6 +103,12 @@ def log_report(name: str, files: list[Path]) -> None:
         _followed_by.send_report(name, files)
 
 
+def log_media(images: dict[str, Path], pages: dict[str, Path]) -> None:
+    """Send finished plots and HTML pages of the stage to the service, each to be seen under its name."""
+    if _followed_by is not None:
+        _followed_by.send_media(images, pages)
+
+
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The lines of a stage's metrics.jsonl; a last line that was cut off by a crash is left out."""
     path = directory / METRICS_FILE
@@ -231,6 +237,14 @@ class _Wandb:
 
     def send_table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         self._try(lambda run: run.log({name: self._library.Table(columns=columns, data=rows, allow_mixed_types=True)}))
+
+    def send_media(self, images: dict[str, Path], pages: dict[str, Path]) -> None:
+        def send(run: Any) -> None:
+            shown = {f"plots/{name}": self._library.Image(str(path)) for name, path in images.items()}
+            shown |= {f"pages/{name}": self._library.Html(str(path), inject=False) for name, path in pages.items()}
+            run.log(shown)
+
+        self._try(send)
 
     def send_report(self, name: str, files: list[Path]) -> None:
         def send(run: Any) -> None:

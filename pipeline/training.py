@@ -171,6 +171,8 @@ class _Trainer(SFTTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Overridden to end at the first step whose loss is not finite, on every process, and before weights change."""
         loss = super().training_step(*args, **kwargs)
+        if self._teacher is not None:
+            sharding.let_go(self._teacher.model)  # only now: its head was needed once more in the backward pass
         self._loss_of_step = self._loss_of_step + loss.detach()
         if self.accelerator.sync_gradients:
             total = self.accelerator.reduce(self._loss_of_step, "sum")
@@ -191,8 +193,8 @@ class _Trainer(SFTTrainer):
         self.tokens.add(inputs)
         if self._teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        found = distilled(model, self._teacher, inputs)
-        sharding.let_go(self._teacher.model)
+        with self.accelerator.autocast():
+            found = distilled(model, self._teacher, inputs)
         mine = (inputs["labels"][:, 1:] != IGNORED).sum()
         self._metrics["train"]["teacher_divergence"].append((found.divergence / mine.clamp(min=1)).item())
         if num_items_in_batch is None:

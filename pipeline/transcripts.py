@@ -59,10 +59,20 @@ def parse(completion: str) -> Parsed:
     texts: dict[str, list[str]] = {}
     tool_calls = []
     for message in _MESSAGE.finditer(completion):
-        recipient = _RECIPIENT.search(message["author"]) or _RECIPIENT.search(message["channel"])
+        recipient = _recipient(message)
         if recipient:
             tool_calls.append({"name": recipient[1].removeprefix("functions."), "arguments": message["text"]})
         else:
             texts.setdefault(message["channel"].strip(), []).append(message["text"])
     reasoning, answer = ("\n".join(texts[name]) if name in texts else None for name in ("analysis", "final"))
     return Parsed(reasoning, answer, tool_calls)
+
+
+def calls_tool(completion: str) -> bool:
+    """Whether its last message has a recipient, so that `<|call|>` is what ends it."""
+    messages = list(_MESSAGE.finditer(completion))
+    return bool(messages) and _recipient(messages[-1]) is not None
+
+
+def _recipient(message: re.Match[str]) -> re.Match[str] | None:
+    return _RECIPIENT.search(message["author"]) or _RECIPIENT.search(message["channel"])

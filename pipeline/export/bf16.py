@@ -3,12 +3,14 @@
 Every value of MXFP4 and of NVFP4 (under its tensor scale, a power of two) is exact in BF16. Four times the size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.checkpoints import Checkpoint
 from pipeline.export.mxfp4 import legacy_config
 from pipeline.export.target import Job
 from pipeline.export.weights import ExpertStack, Packed, checked_base, others_piece, stacks, write_checkpoint
@@ -25,8 +27,13 @@ def write(job: Job, directory: Path) -> Written:
     base = checked_base(job)
     pieces = [others_piece(job, base, name, [name]) for name in other_tensors(base.shape)]
     pieces += [_plain(stack) for stack in stacks(job, base)]
+    return write_checkpoint(job, base, directory, pieces, described(base))
+
+
+def described(base: Checkpoint, _: Collection[str] = ()) -> dict[str, Any]:
+    """What config.json must say."""
     config = {key: value for key, value in legacy_config(base.config).items() if key != "quantization_config"}
-    return write_checkpoint(job, base, directory, pieces, {**config, "dtype": "bfloat16"})
+    return {**config, "dtype": "bfloat16"}
 
 
 def _plain(stack: ExpertStack) -> Piece:

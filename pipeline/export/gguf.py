@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pipeline.checkpoints import CONFIG, load_tokenizer
 from pipeline.errors import UserError
+from pipeline.export.gguf_layout import ARCHITECTURE, HALF, expert_tensors_of, library, other_tensors_of, tensor_names
 from pipeline.export.mxfp4 import legacy_config
 from pipeline.export.target import Job
 from pipeline.export.weights import ExpertStack, OtherTensor, Packed, checked_base, stacks
@@ -33,8 +34,6 @@ from pipeline.tracking import progress, warn
 
 FILE = "model.gguf"
 
-_ARCHITECTURE = "gpt-oss"
-_HALF = MXFP4.block_size // 2
 _O200K = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -58,9 +57,9 @@ def write(job: Job, directory: Path) -> Written:
     Raises:
         UserError: as exporting to `mxfp4`; the package gguf is not installed; a configuration that lacks a key.
     """
-    gguf = _library()
+    gguf = library()
     base = checked_base(job)
-    target = _Target(gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT_OSS, base.shape.num_hidden_layers))
+    target = _Target(tensor_names(base.shape))
     pieces = [target.other(OtherTensor(job, base, name)) for name in other_tensors(base.shape)]
     pieces += [target.experts(stack) for stack in stacks(job, base)]
     path = directory / FILE
@@ -93,15 +92,10 @@ class _Target:
         return found
 
     def other(self, tensor: OtherTensor) -> Piece:
-        shape, source = tensor.info.shape, tensor.name
-        is_gate_up = source.endswith("gate_up_proj_bias")
-        halves = [source.replace("gate_up_proj_bias", f"{part}_proj.bias") for part in ("gate", "up")]
-        plain = source.replace("down_proj_bias", "down_proj.bias").replace("self_attn.sinks", "self_attn.sinks.weight")
-        names = [self._name(name) for name in (halves if is_gate_up else [plain])]
-        wide = torch.float32 if len(shape) == 1 or "mlp." in source else torch.bfloat16
-        for name in names:
-            size = (*shape[:-1], shape[-1] // len(names))
-            self.stored[name] = _Stored(size, _TYPES[wide], wide.itemsize * math.prod(size))
+        stored = other_tensors_of(self._names, tensor.name, tensor.info.shape)
+        names, wide = list(stored), _WIDE[next(iter(stored.values())).dtype]
+        for name, info in stored.items():
+            self.stored[name] = _Stored(info.shape, info.dtype, wide.itemsize * math.prod(info.shape))
 
         def put(values: Tensor) -> Iterator[tuple[str, Tensor]]:
             for i, name in enumerate(names):
@@ -111,13 +105,11 @@ class _Target:
         return Piece({}, lambda: tensor.steps(put), lambda: {**note, "is_copied": tensor.is_copied})
 
     def experts(self, stack: ExpertStack) -> Piece:
-        projection, prefix = stack.projection, stack.projection.name.rpartition(".")[0]
-        kind = projection.name.rpartition(".")[2]
-        names = [self._name(f"{prefix}.{part}.weight") for part in _PARTS[kind]]
-        rows, nb = projection.out_features // len(names), projection.in_features // MXFP4.block_size
-        for name in names:
-            size = (projection.experts, rows, projection.in_features)
-            self.stored[name] = _Stored(size, "MXFP4", projection.experts * rows * nb * (1 + _HALF))
+        projection = stack.projection
+        tensors = expert_tensors_of(self._names, projection)
+        names, nb = list(tensors), projection.in_features // MXFP4.block_size
+        for name, info in tensors.items():
+            self.stored[name] = _Stored(info.shape, info.dtype, math.prod(info.shape[:-1]) * nb * (1 + HALF))
 
         def put(made: Packed) -> Iterator[tuple[str, Tensor]]:
             for i, name in enumerate(names):
@@ -125,19 +117,16 @@ class _Target:
 
         return Piece({}, lambda: stack.steps(put), lambda: stack.note(names))
 
-    def _name(self, name: str) -> str:
-        return self._names.get_name(name, try_suffixes=(".weight", ".bias"))
-
 
 def repacked(blocks: Tensor, scales: Tensor) -> Tensor:
     """(E, rows, nb, 16) and (E, rows, nb) uint8 -> (E, rows, nb * 17): the scale, then codes j and j + 16 in a byte."""
     codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)  # (E, rows, nb, 32)
-    return torch.cat((scales.unsqueeze(-1), codes[..., :_HALF] | codes[..., _HALF:] << 4), dim=-1).flatten(-2)
+    return torch.cat((scales.unsqueeze(-1), codes[..., :HALF] | codes[..., HALF:] << 4), dim=-1).flatten(-2)
 
 
 def _write_head(gguf: Any, path: Path, source: Path, config: dict[str, Any], stored: dict[str, _Stored]) -> int:
     """Everything before the data; its size in bytes."""
-    writer = gguf.GGUFWriter(None, _ARCHITECTURE)
+    writer = gguf.GGUFWriter(None, ARCHITECTURE)
     _describe(gguf, writer, {**config, **legacy_config(config)}, source)
     _add_tokenizer(gguf, writer, source, config["vocab_size"])
     for name, each in stored.items():
@@ -201,19 +190,7 @@ def _padded(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
 
 
-def _library() -> Any:
-    try:
-        import gguf
-
-        return gguf
-    except ImportError as error:
-        raise UserError(
-            "export.target=gguf: needs the package gguf. Install it: pip install 'gpt-oss-qat[gguf]', or gguf."
-        ) from error
-
-
-_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_WIDE = {"F32": torch.float32, "BF16": torch.bfloat16}
 _KEYS = {
     "num_hidden_layers": "add_block_count",
     "max_position_embeddings": "add_context_length",

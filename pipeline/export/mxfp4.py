@@ -1,8 +1,10 @@
 """The Hugging Face layout of openai/gpt-oss: MXFP4 experts, everything else BF16, config.json as the source has it."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoints import Checkpoint
 from pipeline.export.target import Job
 from pipeline.export.weights import checked_base, others_piece, packed_piece, stacks, write_checkpoint
 from pipeline.gpt_oss import QUANTIZATION_CONFIG, other_tensors
@@ -22,6 +24,11 @@ def write(job: Job, directory: Path) -> Written:
     pieces = [others_piece(job, base, name, [name]) for name in other_tensors(base.shape)]
     pieces += [packed_piece(each, each.projection.blocks, each.projection.scales) for each in stacks(job, base)]
     return write_checkpoint(job, base, directory, pieces, released_config(base.config))
+
+
+def described(base: Checkpoint, _: Collection[str]) -> dict[str, Any]:
+    """What config.json must say."""
+    return released_config(base.config)
 
 
 def released_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ Sources: the tensors that SGLang's loader binds for an NVFP4 gpt-oss; ModelOpt 0
 Legend: E experts, in, out dimensions of the matrix.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,17 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline import quantizer
 from pipeline.artifacts import write_json
-from pipeline.checkpoints import load_calibration
+from pipeline.checkpoints import Checkpoint, load_calibration, read_config
 from pipeline.errors import UserError
+from pipeline.export.layout import Codes, Held, Layout, others, with_signed_zeros
 from pipeline.export.mxfp4 import legacy_config
 from pipeline.export.target import Job
 from pipeline.export.weights import ExpertStack, Packed, checked_base, others_piece, stacks, write_checkpoint
-from pipeline.gpt_oss import QUANTIZATION_CONFIG, TensorInfo, other_tensors
+from pipeline.gpt_oss import QUANTIZATION_CONFIG, ExpertProjection, Shape, TensorInfo, expert_projections, other_tensors
 from pipeline.numerics.convert import mxfp4_to_nvfp4
 from pipeline.numerics.formats import NVFP4
 from pipeline.numerics.scales import INPUT_RULE, tensor_scale_of
 from pipeline.shards import Piece, Written, whole
+
+RECORD = "hf_quant_config.json"
+_INPUT_SCALE = "_input_scale"
 
 
 def write(job: Job, directory: Path) -> Written:
@@ -37,30 +42,58 @@ def write(job: Job, directory: Path) -> Written:
         UserError: as exporting to `mxfp4`; MXFP4 blocks whose exponents NVFP4 cannot hold.
     """
     base = checked_base(job)
-    amax = load_calibration(job.weights.ref.directory).amax if job.block_format.quantizes_activations else {}
+    scales = calibrated(job.weights.ref.directory) if job.block_format.quantizes_activations else {}
     pieces = [others_piece(job, base, name, [name]) for name in other_tensors(base.shape)]
     pieces += [_stack(stack) for stack in stacks(job, base)]
-    pieces += [_input_scale(name, largest) for name, largest in amax.items()]
-    record = _record(bool(amax))
-    config = {key: value for key, value in legacy_config(base.config).items() if key != "quantization_config"}
-    written = write_checkpoint(job, base, directory, pieces, {**config, "quantization_config": _in_config(record)})
-    write_json(directory / "hf_quant_config.json", record)
+    pieces += [_input_scale(name, scale) for name, scale in scales.items()]
+    config = described(base, [name for piece in pieces for name in piece.tensors])
+    record = config.pop(RECORD)
+    written = write_checkpoint(job, base, directory, pieces, config)
+    write_json(directory / RECORD, record)
     return written
+
+
+def layout(shape: Shape) -> Layout:
+    """What holds which tensor; ModelOpt decodes."""
+    stacks = {each.name: Held(_tensors(each), decode=_by_modelopt, codes=_codes) for each in expert_projections(shape)}
+    return others(shape) | stacks
+
+
+def input_scales(shape: Shape) -> dict[str, TensorInfo]:
+    """What a model with quantized inputs stores besides."""
+    return {f"{each.name}{_INPUT_SCALE}": TensorInfo("F32", ()) for each in expert_projections(shape)}
+
+
+def calibrated(model: Path) -> dict[str, Tensor]:
+    """Of a model with quantized inputs the tensor scale of each expert stack's inputs, as training rounds them."""
+    amax = load_calibration(model).amax
+    names = {name: f"{name.removesuffix('_input_quantizer')}{_INPUT_SCALE}" for name in amax}
+    return {names[name]: tensor_scale_of(amax[name].float().reshape(()), INPUT_RULE) for name in amax}
+
+
+def described(base: Checkpoint, tensors: Collection[str]) -> dict[str, Any]:
+    """What config.json must say beside these tensors and, under its name, what RECORD must."""
+    record = _record(any(name.endswith(_INPUT_SCALE) for name in tensors))
+    config = {key: value for key, value in legacy_config(base.config).items() if key != "quantization_config"}
+    return {**config, "quantization_config": _in_config(record), RECORD: record}
+
+
+def said(directory: Path) -> dict[str, Any]:
+    """What config.json and RECORD say.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    return {**read_config(directory), RECORD: read_config(directory, RECORD)}
 
 
 def _stack(stack: ExpertStack) -> Piece:
     """Packed codes (E, in / 2, out), scales (E, in / 16, out) and tensor scales (E)."""
-    projection = stack.projection
-    name, rows = projection.name, (projection.experts, projection.in_features)
-    tensors = {
-        name: TensorInfo("U8", (rows[0], rows[1] // 2, projection.out_features)),
-        f"{name}_weight_scale": TensorInfo("F8_E4M3", (rows[0], rows[1] // NVFP4.block_size, projection.out_features)),
-        f"{name}_weight_scale_2": TensorInfo("F32", (projection.experts,)),
-    }
+    tensors, name = _tensors(stack.projection), stack.projection.name
     held: list[Packed] = []
 
     def put(made: Packed) -> Iterator[tuple[str, Tensor]]:
-        packed = _as_nvfp4(made, projection.name)
+        packed = _as_nvfp4(made, name)
         yield name, packed.blocks.flatten(-2).transpose(1, 2).contiguous()
         held.append(packed)
         if made.is_last:
@@ -72,6 +105,28 @@ def _stack(stack: ExpertStack) -> Piece:
             held.clear()
 
     return Piece(tensors, lambda: stack.steps(put), lambda: stack.note(list(tensors)))
+
+
+def _tensors(projection: ExpertProjection) -> dict[str, TensorInfo]:
+    """Codes, scales and tensor scales of a stack."""
+    name, experts, columns = projection.name, projection.experts, projection.out_features
+    return {
+        name: TensorInfo("U8", (experts, projection.in_features // 2, columns)),
+        f"{name}_weight_scale": TensorInfo("F8_E4M3", (experts, projection.in_features // NVFP4.block_size, columns)),
+        f"{name}_weight_scale_2": TensorInfo("F32", (experts,)),
+    }
+
+
+def _codes(packed: Tensor, scales: Tensor, tensor_scale: Tensor) -> Codes:
+    """What is stored -> (E, out, nb, 8), (E, out, nb) and (E)."""
+    blocks = packed.transpose(1, 2).unflatten(-1, (-1, NVFP4.block_size // 2))
+    return Codes(blocks.contiguous(), scales.transpose(1, 2).contiguous(), tensor_scale)
+
+
+def _by_modelopt(packed: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
+    """(E, out, in) float32."""
+    codes = _codes(packed, scales, tensor_scale)
+    return with_signed_zeros(quantizer.nvfp4_values(codes.blocks, codes.scales, tensor_scale), codes)
 
 
 def _as_nvfp4(made: Packed, name: str) -> Packed:
@@ -91,11 +146,8 @@ def _as_nvfp4(made: Packed, name: str) -> Packed:
     return replace(made, blocks=converted.blocks, scales=converted.scales, tensor_scale=converted.tensor_scale)
 
 
-def _input_scale(name: str, amax: Tensor) -> Piece:
-    """The calibrated tensor scale of an expert stack's inputs, as training rounds them."""
-    target = f"{name.removesuffix('_input_quantizer')}_input_scale"
-    scale = tensor_scale_of(amax.float().reshape(()), INPUT_RULE)
-    return whole({target: TensorInfo("F32", ())}, lambda: {target: scale})
+def _input_scale(name: str, scale: Tensor) -> Piece:
+    return whole({name: TensorInfo("F32", ())}, lambda: {name: scale})
 
 
 def _record(quantizes_inputs: bool) -> dict[str, Any]:

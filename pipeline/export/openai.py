@@ -3,15 +3,17 @@
 Source: the loader of gpt-oss 0.0.9 (`gpt_oss/torch/weights.py`, `gpt_oss/torch/model.py`).
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoints import CONFIG
+from pipeline.checkpoints import CONFIG, Checkpoint
 from pipeline.errors import UserError
+from pipeline.export.layout import Held, Layout, packed
 from pipeline.export.mxfp4 import legacy_config
 from pipeline.export.target import Job
 from pipeline.export.weights import checked_base, others_piece, packed_piece, stacks, write_checkpoint
-from pipeline.gpt_oss import ExpertProjection, Shape
+from pipeline.gpt_oss import ExpertProjection, Shape, TensorInfo, expert_projections, other_tensors
 from pipeline.shards import Written
 
 _STACKS = {"gate_up_proj": "mlp1_weight", "down_proj": "mlp2_weight"}
@@ -77,6 +79,23 @@ def stack_names(projection: ExpertProjection) -> tuple[str, str]:
     """Blocks and scales of a stack of experts."""
     name = f"block.{projection.layer}.mlp.{_STACKS[projection.name.rpartition('.')[2]]}"
     return f"{name}.blocks", f"{name}.scales"
+
+
+def layout(shape: Shape) -> Layout:
+    """What holds which tensor: of `attn.qkv` some rows each."""
+    infos, held = other_tensors(shape), {}
+    for target, sources in other_names(shape).items():
+        rows, first = sum(infos[source].shape[0] for source in sources), 0
+        for source in sources:
+            info = TensorInfo(infos[source].dtype, (rows, *infos[source].shape[1:]))
+            held[source] = Held({target: info}, first=first)
+            first += infos[source].shape[0]
+    return held | {each.name: packed(each, *stack_names(each)) for each in expert_projections(shape)}
+
+
+def described(base: Checkpoint, _: Collection[str]) -> dict[str, Any]:
+    """What config.json must say."""
+    return original_config(base.config, base.directory)
 
 
 def original_config(config: dict[str, Any], where: Path) -> dict[str, Any]:

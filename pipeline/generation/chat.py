@@ -11,8 +11,8 @@ _REASONING = ("reasoning_content", "reasoning")
 """Where servers put the reasoning; vLLM has changed from the first to the second."""
 
 
-def request(model: str, question: Question, settings: GenerationConfig) -> dict[str, Any]:
-    """The body of POST /chat/completions."""
+def request(model: str, question: Question, _: list[int], settings: GenerationConfig) -> dict[str, Any]:
+    """The body of POST /chat/completions; the server renders the messages, and no tokens of ours are sent."""
     conversation = question.prompt.conversation
     body = {
         "model": model,
@@ -27,15 +27,6 @@ def request(model: str, question: Question, settings: GenerationConfig) -> dict[
     if conversation.tools:
         body["tools"] = conversation.tools
     return body
-
-
-def models(reply: Any) -> list[str]:
-    """Names in the reply to GET /models.
-
-    Raises:
-        KeyError, TypeError: it is something else.
-    """
-    return [str(model["id"]) for model in reply["data"]]
 
 
 def transcript(reply: Any, question: Question, seed: int | None) -> Transcript:
@@ -60,6 +51,15 @@ def transcript(reply: Any, question: Question, seed: int | None) -> Transcript:
         seed=seed,
         tool_calls=[_call(call["function"]) for call in message.get("tool_calls") or ()],
     )
+
+
+def content(reply: Any) -> str | None:
+    """The text of the reply's message.
+
+    Raises:
+        KeyError, IndexError, TypeError: it is something else.
+    """
+    return _text(reply["choices"][0]["message"], "content")
 
 
 def _text(message: dict[str, Any], name: str) -> str | None:

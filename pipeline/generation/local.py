@@ -8,6 +8,7 @@ Shapes: B answers at once, T tokens, V vocabulary.
 """
 
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -15,17 +16,16 @@ from torch import Tensor
 from transformers import GenerationConfig as Decoding
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from pipeline import harmony
 from pipeline.config import GenerationConfig
-from pipeline.errors import UserError, user_errors
+from pipeline.errors import UserError
+from pipeline.generation import prompts
 from pipeline.generation.journal import Journal
 from pipeline.generation.prompts import Question
 from pipeline.gpt_oss import STOP_TOKENS
-from pipeline.harmony import ConversationError, Rendering
+from pipeline.harmony import Rendering
 from pipeline.tracking import progress
-from pipeline.transcripts import Transcript, parse
+from pipeline.transcripts import Transcript
 
-_MOST_PROBLEMS = 8
 _LENGTH = "length"
 
 
@@ -45,14 +45,14 @@ class Local:
     settings: GenerationConfig
     limit: str = "evaluate.generation.batch_size"
 
-    def ask(self, questions: list[Question], journal: Journal, name: str) -> None:
+    def ask(self, questions: list[Question], journal: Journal[Transcript], name: str) -> None:
         """Answer what the journal does not have yet.
 
         Raises:
             UserError: the chat template refuses prompts, or the GPU's memory is too small for a batch.
         """
         batches = self._batches(questions)
-        todo = [batch for batch in batches if any(question not in journal for question, _ in batch)]
+        todo = [batch for batch in batches if any(question.key not in journal for question, _ in batch)]
         for batch in progress(todo, what=f"answers of {name}", unit="batch"):
             journal.add(self.answer(*zip(*batch, strict=True)))
 
@@ -72,8 +72,10 @@ class Local:
                 f" {len(prompts)} answers at once to prompts of up to {max(map(len, prompts))} tokens. Lower it."
             ) from error
         return [
-            self._transcript(question, ids, None if seeds is None else seeds[i])
-            for i, (question, ids) in enumerate(zip(questions, completions, strict=True))
+            question.transcript(
+                self.rendering.tokenizer.decode(ids, clean_up_tokenization_spaces=False), _LENGTH, len(ids), seed
+            )
+            for question, ids, seed in zip(questions, completions, seeds or repeat(None, len(questions)), strict=True)
         ]
 
     def token_ids(self, questions: list[Question]) -> list[list[int]]:
@@ -82,16 +84,7 @@ class Local:
         Raises:
             UserError: the chat template refuses some of them.
         """
-        texts, problems = [], []
-        for question in questions:
-            try:
-                texts.append(harmony.prompt(question.prompt.conversation, self.rendering))
-            except ConversationError as error:
-                problems.append(f"{question.prompt.conversation.where}: {error}.")
-        if problems:
-            rest = len(problems) - _MOST_PROBLEMS
-            raise user_errors(problems[:_MOST_PROBLEMS] + ([f"and {rest} more"] if rest > 0 else []))
-        return self.rendering.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return prompts.token_ids(questions, self.rendering)
 
     def _batches(self, questions: list[Question]) -> list[list[tuple[Question, list[int]]]]:
         """All questions with their tokens, the longest first: what does not fit into memory fails at once."""
@@ -125,24 +118,6 @@ class Local:
         if self.settings.top_p < 1:
             draws.append(TopPLogitsWarper(self.settings.top_p))
         return [*draws, _Noise(seeds, self.model.device)]
-
-    def _transcript(self, question: Question, ids: list[int], seed: int | None) -> Transcript:
-        completion = self.rendering.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        found = parse(completion)
-        ended_by = next((token for token in STOP_TOKENS if completion.endswith(token)), None)
-        return Transcript(
-            prompt_id=question.prompt.prompt_id,
-            sample=question.sample,
-            messages=question.prompt.conversation.messages,
-            expected=question.prompt.expected,
-            reasoning=found.reasoning,
-            answer=found.answer,
-            completion=completion,
-            finish=_LENGTH if ended_by is None else ended_by.strip("<|>"),
-            tokens=len(ids),
-            seed=seed,
-            tool_calls=found.tool_calls,
-        )
 
 
 class _Noise(LogitsProcessor):

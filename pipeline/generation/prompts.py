@@ -11,10 +11,14 @@ from pipeline import choice, data, datasets_in, harmony
 from pipeline.config import PipelineConfig
 from pipeline.data import Conversations, Rows
 from pipeline.datasets_in import Source
-from pipeline.harmony import Conversation
+from pipeline.errors import user_errors
+from pipeline.gpt_oss import STOP_TOKENS
+from pipeline.harmony import Conversation, ConversationError, Rendering
 from pipeline.tracking import say
+from pipeline.transcripts import Transcript, parse
 
 _SEEDS = 2**31  # what every server takes
+_MOST_PROBLEMS = 8
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,31 @@ class Question(NamedTuple):
         """Seed of this answer's draws: no answer depends on which others are asked for."""
         return xxhash.xxh3_64_intdigest(f"{seed}/{self.prompt.prompt_id}/{self.sample}".encode()) % _SEEDS
 
+    def transcript(self, completion: str, finish: str, tokens: int, seed: int | None) -> Transcript:
+        """An answer as it was generated.
+
+        Args:
+            completion: what follows `<|start|>assistant`, special tokens included.
+            finish: why it ended, where it does not end with a stop token.
+            tokens: generated.
+            seed: of the draws, or None.
+        """
+        found = parse(completion)
+        ended_by = next((token for token in STOP_TOKENS if completion.endswith(token)), None)
+        return Transcript(
+            prompt_id=self.prompt.prompt_id,
+            sample=self.sample,
+            messages=self.prompt.conversation.messages,
+            expected=self.prompt.expected,
+            reasoning=found.reasoning,
+            answer=found.answer,
+            completion=completion,
+            finish=finish if ended_by is None else ended_by.strip("<|>"),
+            tokens=tokens,
+            seed=seed,
+            tool_calls=found.tool_calls,
+        )
+
 
 def load(config: PipelineConfig, rows: Rows, most: int | None = None) -> list[Prompt]:
     """The prompts that `evaluate.prompts` names, every one once.
@@ -72,6 +101,24 @@ def load(config: PipelineConfig, rows: Rows, most: int | None = None) -> list[Pr
 def questions(prompts: list[Prompt], samples: int) -> list[Question]:
     """Each prompt as often as it is to be answered."""
     return [Question(prompt, sample) for prompt in prompts for sample in range(samples)]
+
+
+def token_ids(asked: list[Question], rendering: Rendering) -> list[list[int]]:
+    """The prompts as tokens, up to where the assistant's turn begins.
+
+    Raises:
+        UserError: the chat template refuses some of them.
+    """
+    texts, problems = [], []
+    for question in asked:
+        try:
+            texts.append(harmony.prompt(question.prompt.conversation, rendering))
+        except ConversationError as error:
+            problems.append(f"{question.prompt.conversation.where}: {error}.")
+    if problems:
+        rest = len(problems) - _MOST_PROBLEMS
+        raise user_errors(problems[:_MOST_PROBLEMS] + ([f"and {rest} more"] if rest > 0 else []))
+    return rendering.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def fingerprint(asked: list[Question]) -> str:

@@ -93,6 +93,16 @@ def row_differences(values: Tensor, rounded_values: Tensor, base: Tensor, rounde
 
 
 @kernel
+def column_products(one: Tensor, other: Tensor) -> Tensor:
+    """(..., rows, columns) twice -> (4, ..., columns) float32, sums over a column: e b, e e, b b and (e - b)^2.
+
+    For reports: the order of these sums may differ.
+    """
+    e, b = one.float(), other.float()
+    return torch.stack([each.sum(-2) for each in (e * b, e * e, b * b, (e - b) * (e - b))])
+
+
+@kernel
 def unequal(one: Tensor, other: Tensor) -> Tensor:
     """(L, nb, block, lanes) twice -> (L, nb, lanes) float32: in how many values a block differs."""
     return (one != other).float().sum(-2)

@@ -1,34 +1,49 @@
 """The proof that an export is right, as checks of its files, of its distance from the base model, of its weights.
 
-Engines load many wrong checkpoints without a word, so nothing here trusts the code that wrote the export: MXFP4 is
-decoded by transformers' own routine, the trained values are those that the fake-quantized model's forward pass really
-used, and adapters are merged by PEFT.
+Engines load many wrong checkpoints without a word, so nothing here trusts the code that wrote the export: weights are
+decoded by others (MXFP4 by transformers, NVFP4 by ModelOpt, GGUF by llama.cpp's package), the trained values are those
+that the fake-quantized model's forward pass really used, and adapters are merged by PEFT. All layouts go through the
+same checks: each says which of its tensors hold which one of the plain layout.
 """
 
 from pathlib import Path
 
+from pipeline.checkpoints import Checkpoint
+from pipeline.export import EXPORTERS
+from pipeline.export.layout import View, of_base
 from pipeline.proof.check import Check
-from pipeline.proof.distance import check_distance
+from pipeline.proof.distance import compare
 from pipeline.proof.files import check_files, check_tensors, check_unchanged
-from pipeline.proof.stored import check_copied, check_scales
 from pipeline.proof.trained import TrainedModel
+from pipeline.proof.untouched import check_untouched
 
-__all__ = [
-    "Check",
-    "TrainedModel",
-    "against_base",
-    "check_copied",
-    "check_distance",
-    "check_files",
-    "check_scales",
-    "check_tensors",
-    "check_unchanged",
-]
+__all__ = ["Check", "TrainedModel", "against_base", "check_files", "check_tensors", "check_unchanged", "viewed"]
 
 
-def against_base(directory: Path, base: Path) -> list[Check]:
-    """All that the base model tells of an export; of tensors that are not those of the layout no weights are read."""
-    tensors, files = check_tensors(directory, base), check_files(directory, base)
+def against_base(directory: Path, target: str, base: Path, copied: list[str] | None = None) -> list[Check]:
+    """All that the base model tells of an export; of tensors that are not those of the layout no weights are read.
+
+    Args:
+        directory: of the export.
+        target: its layout, a row of EXPORTERS.
+        base: the base model.
+        copied: stored tensors that the export says are the base model's own; None: it says nothing of that.
+    """
+    layout, reference = EXPORTERS[target], Checkpoint(base)
+    tensors, files = check_tensors(directory, layout, reference), check_files(directory, layout, reference)
     if tensors.status != "ok":
         return [tensors, files, Check("weights", skipped="the tensors are not those of the layout")]
-    return [tensors, files, check_scales(directory), check_distance(directory, base)]
+    export = viewed(directory, target, base)
+    found = compare(export, of_base(base))
+    checks = [tensors, files, found.distance]
+    return checks if copied is None else [*checks, check_untouched(export, found.same, copied)]
+
+
+def viewed(directory: Path, target: str, base: Path) -> View:
+    """The weights of an export, whose tensors have been checked.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    shape = Checkpoint(base).shape
+    return View(EXPORTERS[target].open(directory), EXPORTERS[target].layout(shape), shape)

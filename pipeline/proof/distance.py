@@ -22,18 +22,21 @@ Legend: E experts, out and in the dimensions of a matrix; a row has the `in` wei
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline.checkpoints import Checkpoint, at_most
+from pipeline.checkpoints import at_most
+from pipeline.export.layout import Codes, View, decoded
+from pipeline.export.weights import same_bits
 from pipeline.gpt_oss import ExpertProjection, expert_projections, other_tensors
+from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.formats import MXFP4
+from pipeline.numerics.kernels import column_products
 from pipeline.proof.check import Check
-from pipeline.proof.stored import decoded, parts
 from pipeline.tracking import progress
 
 _LEAST_SIMILARITY = 0.4
@@ -56,10 +59,8 @@ class Rows:
 
     @classmethod
     def of(cls, have: Tensor, want: Tensor) -> "Rows":
-        """Of the last dimension of two tensors (..., n) of one shape."""
-        e, b = (tensor.float().reshape(-1, tensor.shape[-1]) for tensor in (have, want))
-        products = (e * b, e * e, b * b, (e - b).square())
-        return cls(*(product.sum(-1, dtype=torch.float64) for product in products))
+        """Of the columns of two tensors (..., in, rows) of one shape, as experts lie that are decoded fast."""
+        return cls(*column_products(have, want).double().flatten(1))
 
     @classmethod
     def joined(cls, several: Iterable["Rows"]) -> "Rows":
@@ -104,45 +105,109 @@ class Rows:
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def check_distance(directory: Path, base: Path) -> Check:
-    """Every tensor of an export against the base model's: whether training can have made the one from the other.
+class Comparison(NamedTuple):
+    """An export beside its base model.
+
+    Attributes:
+        distance: whether training can have made the one from the other.
+        same: names of the tensors that are the base model's own, to the bit.
+    """
+
+    distance: Check
+    same: set[str]
+
+
+def compare(export: View, base: View) -> Comparison:
+    """Every tensor of an export against the base model's, each read and decoded once.
 
     The two must have the same sizes. One expert is in memory at a time, of other tensors some rows.
     """
-    check = Check("distance: every tensor resembles the base model's")
-    export, reference = Checkpoint(directory), Checkpoint(base)
-    wrong = dict(_unlike(check, export, reference))
+    check = Check("distance: every tensor is finite and resembles the base model's")
+    experts = {projection.name: projection for projection in expert_projections(export.shape)}
+    same: set[str] = set()
+    wrong: dict[str, str] = {}
+    with compilation_for(2 * sum(projection.values for projection in experts.values())):
+        for name in progress([*experts, *other_tensors(export.shape)], what="distance", unit="tensor"):
+            rows, is_same = _compared(export, base, name)
+            check.tensors[name] = rows.figures()
+            same |= {name} if is_same else set()
+            if problem := _not_finite(name, rows) or _unlike(export, base, name, rows, experts.get(name)):
+                wrong[name] = problem
     check.problems = list(wrong.values())
-    experts = {projection.name for projection in expert_projections(export.shape)}
     if wrong.keys() >= {*experts, _EMBEDDING}:
         check.problems = [
-            f"{directory}: neither experts nor embeddings resemble those of {base}: it was made from another base"
-            " model. Give that one as verify.reference"
+            "neither experts nor embeddings resemble those of the base model: it was made from another base model."
+            " Give that one as verify.reference"
         ]
     zero = [name for name, figures in check.tensors.items() if figures["gain"] is None and name not in wrong]
     if zero:
         check.unseen = f"the distance of {', '.join(at_most(zero))}: zero in the base model"
     distances = [figures["relative_distance"] or 0.0 for figures in check.tensors.values()]
     check.measured = {"tensors": len(distances), "largest_relative_distance": max(distances)}
-    return check
+    return Comparison(check, same)
 
 
-def _unlike(check: Check, export: Checkpoint, base: Checkpoint) -> Iterator[tuple[str, str]]:
-    """The names of tensors that do not resemble the base model's, and why; notes the figures of all."""
-    projections = {projection.name: projection for projection in expert_projections(export.shape)}
-    for name in progress([*projections, *other_tensors(export.shape)], what="distance", unit="tensor"):
-        projection = projections.get(name)
-        rows = _other_rows(export, base, name) if projection is None else _expert_rows(export, base, projection)
-        check.tensors[name] = rows.figures()
-        unlike = rows.unlike(have_scales=projection is not None)
-        if not bool(unlike.any()):
-            continue
-        first = int(unlike.nonzero()[0])
-        found = _found(name, rows, first, int(unlike.sum()))
-        if projection is None:
-            yield name, f"{found}{_other_origin(export, base, name)}"
-        else:
-            yield name, f"{found}{_expert_origin(export, base, projection, first // projection.out_features)}"
+def _compared(export: View, base: View, name: str) -> tuple[Rows, bool]:
+    """A tensor of both, and whether they are the same to the bit.
+
+    Of experts there is a row for each output, of stacked biases one for each expert, of anything else a single one.
+    """
+    have_many_rows = len(export.plain[name].shape) == 3 or name.endswith(_STACKS)
+    found, is_same = [], True
+    for part in export.parts(name):
+        have, want = _Part.of(export, name, part), _Part.of(base, name, part)
+        is_same &= have.equals(want)
+        rows = Rows.of(_in_columns(name, have.weights), _in_columns(name, want.weights))
+        found.append(rows if have_many_rows else rows.total())
+    rows = Rows.joined(found)
+    return (rows if have_many_rows else rows.total()), is_same
+
+
+class _Part(NamedTuple):
+    """Rows of a tensor, decoded fast: experts (E, in, out); of packed ones what is stored, too."""
+
+    codes: Codes | None
+    weights: Tensor
+
+    @classmethod
+    def of(cls, view: View, name: str, rows: slice) -> "_Part":
+        codes = view.codes(name, rows)
+        return cls(codes, view.weights(name, rows) if codes is None else decoded(codes))
+
+    def equals(self, other: "_Part") -> bool:
+        """Whether both hold the same bits: codes and scales where both have those of one kind, else values."""
+        if self.codes is None or other.codes is None or self.codes.scales.dtype != other.codes.scales.dtype:
+            return same_bits(self.weights, other.weights)
+        return all(
+            torch.equal(one.view(torch.uint8), two.view(torch.uint8))
+            for one, two in zip(self.codes, other.codes, strict=True)
+            if one is not None and two is not None
+        )
+
+
+def _in_columns(name: str, weights: Tensor) -> Tensor:
+    """Weights with what makes a row along the last dimension but one."""
+    if weights.dim() == 1:
+        return weights.unsqueeze(-1)
+    return weights.T.contiguous() if name.endswith(_STACKS) else weights
+
+
+def _not_finite(name: str, rows: Rows) -> str | None:
+    bad = int((~rows.e_e.isfinite()).sum())
+    place = "" if len(rows.e_e) == 1 else f" in {bad} of {len(rows.e_e)} rows"
+    return f"{name}: NaN or Inf, or values or scales beyond all measure{place}" if bad else None
+
+
+def _unlike(export: View, base: View, name: str, rows: Rows, projection: ExpertProjection | None) -> str | None:
+    """That a tensor does not resemble the base model's, and what it is instead."""
+    unlike = rows.unlike(have_scales=projection is not None)
+    if not bool(unlike.any()):
+        return None
+    first = int(unlike.nonzero()[0])
+    found = _found(name, rows, first, int(unlike.sum()))
+    if projection is None:
+        return f"{found}{_other_origin(export, base, name)}"
+    return f"{found}{_expert_origin(export, base, projection, first // projection.out_features)}"
 
 
 def _found(name: str, rows: Rows, first: int, count: int) -> str:
@@ -152,23 +217,9 @@ def _found(name: str, rows: Rows, first: int, count: int) -> str:
     return f"{name}: {count} of {total} rows do not resemble the base model's ({figures} of the first)"
 
 
-def _expert_rows(export: Checkpoint, base: Checkpoint, projection: ExpertProjection) -> Rows:
-    """Rows of a stack of experts, one expert in memory at a time."""
-    pairs = ((_expert(export, projection, i), _expert(base, projection, i)) for i in range(projection.experts))
-    return Rows.joined(Rows.of(have, want) for have, want in pairs)
-
-
-def _other_rows(export: Checkpoint, base: Checkpoint, name: str) -> Rows:
-    """A tensor as one row; of a stack of biases a row for each expert."""
-    if name.endswith(_STACKS):
-        return Rows.of(export.read(name), base.read(name))
-    pairs = ((export.read(name, rows).flatten(), base.read(name, rows).flatten()) for rows in parts(export, name))
-    return Rows.joined(Rows.of(have, want) for have, want in pairs).total()
-
-
-def _expert(checkpoint: Checkpoint, projection: ExpertProjection, index: int) -> Tensor:
-    """(out, in) float32."""
-    return decoded(checkpoint, projection.name, slice(index, index + 1))[0]
+def _expert(view: View, projection: ExpertProjection, index: int) -> Tensor:
+    """(out, in)."""
+    return view.weights(projection.name, slice(index, index + 1))[0].T
 
 
 def _halves_alternating(blocks: Tensor) -> Tensor:
@@ -190,7 +241,7 @@ ARRANGEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
 """Wrong orders of an expert's weights (out, in) that are known to happen, for the message."""
 
 
-def _expert_origin(export: Checkpoint, base: Checkpoint, projection: ExpertProjection, expert: int) -> str:
+def _expert_origin(export: View, base: View, projection: ExpertProjection, expert: int) -> str:
     """What an expert of the export is instead: the base model's in another order, or another expert."""
     have, own = _expert(export, projection, expert), _expert(base, projection, expert)
     for name, arrange in ARRANGEMENTS.items():
@@ -202,13 +253,12 @@ def _expert_origin(export: Checkpoint, base: Checkpoint, projection: ExpertProje
     return f"; the first is of expert {expert}"
 
 
-def _other_origin(export: Checkpoint, base: Checkpoint, name: str) -> str:
+def _other_origin(export: View, base: View, name: str) -> str:
     """What a tensor of the export is instead: another one of the base model."""
-    shape = base.tensors[name].shape
     for other, info in other_tensors(base.shape).items():
-        if other != name and info.shape == shape:
-            pairs = ((export.read(name, rows), base.read(other, rows)) for rows in parts(export, name))
-            rows = Rows.joined(Rows.of(have.flatten(), want.flatten()) for have, want in pairs).total()
+        if other != name and info.shape == base.plain[name].shape:
+            pairs = ((export.weights(name, rows), base.weights(other, rows)) for rows in export.parts(name))
+            rows = Rows.joined(Rows.of(*(_in_columns(name, each) for each in pair)).total() for pair in pairs).total()
             if bool(rows.similarity >= _SAME):
                 return f"; it resembles the base model's {other}"
     return ""

@@ -4,50 +4,68 @@ Weights are not read here but for their headers.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
-from pipeline.artifacts import Artifact
-from pipeline.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, Checkpoint, read_config, side_files
+from pipeline.artifacts import BOOKKEEPING, Artifact
+from pipeline.checkpoints import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    Checkpoint,
+    TensorFiles,
+    at_most,
+    layout_problems,
+    side_files,
+)
 from pipeline.errors import UserError
-from pipeline.export.mxfp4 import released_config
-from pipeline.gpt_oss import expert_projections
+from pipeline.export import Target
+from pipeline.export.layout import stored_tensors
 from pipeline.proof.check import Check
 from pipeline.shards import INDEX
 
-_WITHOUT_MEANING = ("transformers_version", "_name_or_path")
+_WITHOUT_MEANING = ("transformers_version", "_name_or_path", "producer")
 _DOCUMENTS = (".md",)  # a model card is its author's
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf")
 _ADAPTERS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 _ABSENT = object()
+_LONGEST = 80  # characters of a value in a message
 
 
-def check_tensors(directory: Path, base: Path) -> Check:
+def check_tensors(directory: Path, target: Target, base: Checkpoint) -> Check:
     """Names, shapes and types of an export's tensors; only where they are right can weights be compared."""
-    check = Check("tensors: names, shapes and types as the base model's")
+    check = Check("tensors: names, shapes and types as the layout has them for the base model's sizes")
     try:
-        export = Checkpoint(directory)
+        tensors = target.open(directory).tensors
     except UserError as error:
         check.problems += error.problems
         return check
-    if not export.is_packed:
-        check.problems.append(f"{directory}: experts are stored as BF16, not as MXFP4 blocks and scales")
-    if export.shape != Checkpoint(base).shape:  # which check_files reports
-        check.skipped = f"the sizes in {directory / CONFIG} are not the base model's"
-    check.measured = {"tensors": len(export.tensors), "weight_bytes": export.weight_bytes}
+    expected, optional = stored_tensors(target.layout(base.shape)), target.optional(base.shape)
+    expected |= optional if optional.keys() & tensors.keys() else {}
+    check.problems = [f"{directory}: {problem}" for problem in at_most(layout_problems(tensors, expected))]
+    check.measured = {"tensors": len(tensors)}
     return check
 
 
-def check_files(directory: Path, base: Path) -> Check:
-    """Every key of config.json and every file beside the weights against the base model's; shards, index, strays."""
-    check = Check("files: config.json, tokenizer, chat template, generation config as the base model's, sound shards")
-    look = (_config_problems, _side_file_problems, _stray_problems, _shard_problems)
-    check.problems = [problem for problems in look for problem in problems(directory, base)]
-    check.measured = {"files": len(side_files(base))}
+def check_files(directory: Path, target: Target, base: Checkpoint) -> Check:
+    """Every key of the configuration and every file beside the weights against the base model's; shards, strays."""
+    if target.is_one_file:
+        check = Check("files: the file's keys, tokenizer and chat template as the base model's")
+        looks: tuple[_Look, ...] = (_config_problems, _foreign_problems)
+    else:
+        check = Check(
+            "files: config.json, tokenizer, chat template, generation config as the base model's, sound shards"
+        )
+        looks = (_config_problems, _side_file_problems, _stray_problems, _shard_problems)
+        check.measured = {"files": len(side_files(base.directory))}
+    check.problems = [problem for look in looks for problem in look(directory, target, base)]
     return check
+
+
+_Look = Callable[[Path, Target, Checkpoint], Iterator[str]]
 
 
 def check_unchanged(export: Artifact, fingerprint: str, sizes: dict[str, int]) -> Check:
@@ -70,13 +88,14 @@ def check_unchanged(export: Artifact, fingerprint: str, sizes: dict[str, int]) -
     return check
 
 
-def _config_problems(directory: Path, base: Path) -> list[str]:
+def _config_problems(directory: Path, target: Target, base: Checkpoint) -> Iterator[str]:
     try:
-        have = read_config(directory)
-    except UserError:  # which check_tensors reports
-        return []
-    differences = _differences(have, released_config(read_config(base)))
-    return [f"{directory / CONFIG}: {difference}" for difference in differences]
+        have, names = target.said(directory), target.open(directory).tensors
+    except UserError as error:
+        yield from error.problems
+        return
+    for difference in _differences(have, target.described(base, names)):
+        yield f"{directory if target.is_one_file else directory / CONFIG}: {difference}"
 
 
 def _differences(have: dict[str, Any], want: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -86,26 +105,31 @@ def _differences(have: dict[str, Any], want: dict[str, Any], prefix: str = "") -
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _differences(new, old, f"{prefix}{key}.")
         elif old is _ABSENT:
-            yield f"{prefix}{key} is {new!r}, but the base model has no such key"
+            yield f"{prefix}{key} is {_short(new)}, but must not be there"
         elif new is _ABSENT:
-            yield f"{prefix}{key} is missing, must be {old!r}"
+            yield f"{prefix}{key} is missing, must be {_short(old)}"
         elif old != new:
-            yield f"{prefix}{key} is {new!r}, must be {old!r}"
+            yield f"{prefix}{key} is {_short(new)}, must be {_short(old)}"
 
 
-def _side_file_problems(directory: Path, base: Path) -> Iterator[str]:
-    expected, present = set(side_files(base)), set(side_files(directory))
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def _side_file_problems(directory: Path, target: Target, base: Checkpoint) -> Iterator[str]:
+    expected, present = set(side_files(base.directory)), set(side_files(directory)) - set(target.records)
     for name in sorted(name for name in expected | present if not name.endswith(_DOCUMENTS)):
         path = directory / name
         if name not in present:
             yield f"{path}: missing; the base model has it"
         elif name not in expected:
             yield f"{path}: the base model has no such file; remove it"
-        elif path.read_bytes() != (base / name).read_bytes():
+        elif path.read_bytes() != (base.directory / name).read_bytes():
             yield f"{path}: differs from the base model's"
 
 
-def _stray_problems(directory: Path, _: Path) -> Iterator[str]:
+def _stray_problems(directory: Path, _: Target, __: Checkpoint) -> Iterator[str]:
     for name in sorted(path.name for path in directory.iterdir()):
         if name in _ADAPTERS:
             yield f"{directory / name}: a leftover adapter, which transformers would add to the weights; remove it"
@@ -113,32 +137,36 @@ def _stray_problems(directory: Path, _: Path) -> Iterator[str]:
             yield f"{directory / name}: weights that do not belong to the layout; remove it"
 
 
-def _shard_problems(directory: Path, _: Path) -> Iterator[str]:
+def _foreign_problems(directory: Path, *_: object) -> Iterator[str]:
+    for name in sorted(path.name for path in directory.iterdir()):
+        if not name.endswith((".gguf", *_DOCUMENTS)) and name not in BOOKKEEPING:
+            yield f"{directory / name}: does not belong to the layout, which is one file; remove it"
+
+
+def _shard_problems(directory: Path, target: Target, base: Checkpoint) -> Iterator[str]:
     """Shards that a strict reader refuses, or a careless one pairs wrongly; of weights that can be opened."""
     try:
-        export = Checkpoint(directory)
+        files = TensorFiles(directory)
     except UserError:  # which check_tensors reports
         return
-    for path in export.weight_files():
+    for path in files.weight_files():
         if path.name != INDEX:
             with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("format") != "pt":
                     yield f'{path}: its metadata must say {{"format": "pt"}}; some readers refuse it'
     if (directory / INDEX).is_file():
-        yield from _index_problems(export)
+        yield from _index_problems(files, target, base)
 
 
-def _index_problems(export: Checkpoint) -> Iterator[str]:
-    path = export.directory / INDEX
+def _index_problems(files: TensorFiles, target: Target, base: Checkpoint) -> Iterator[str]:
+    path = files.directory / INDEX
     index = json.loads(path.read_text(encoding="utf-8"))
-    total = sum(info.bytes for info in export.tensors.values())
+    total = sum(info.bytes for info in files.tensors.values())
     if (said := index.get("metadata", {}).get("total_size", total)) != total:
         yield f"{path}: total_size is {said}, the tensors have {total} bytes"
-    for projection in expert_projections(export.shape) if export.is_packed else ():
-        blocks, scales = (index["weight_map"][name] for name in (projection.blocks, projection.scales))
-        if blocks != scales:
-            # llama.cpp's converter takes them for the scales of the blocks that it read last.
-            yield (
-                f"{projection.scales} is in {scales}, its blocks in {blocks}: they must be in one file, or llama.cpp's"
-                " converter writes a wrong model without a word"
-            )
+    for held in target.layout(base.shape).values():
+        homes = {name: index["weight_map"].get(name) for name in held.tensors}
+        if len(set(homes.values())) > 1:
+            # llama.cpp's converter takes scales for those of the blocks that it read last.
+            where = " and ".join(f"{name} in {home}" for name, home in homes.items())
+            yield f"{where}: they must be in one file, or llama.cpp's converter writes a wrong model without a word"

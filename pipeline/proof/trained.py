@@ -10,49 +10,48 @@ import torch
 from torch import Tensor
 
 from pipeline import adapters, losses, models, quantizer
-from pipeline.checkpoints import Checkpoint
 from pipeline.errors import CheckFailed
+from pipeline.export.layout import View
 from pipeline.gpt_oss import expert_projections, other_tensors
 from pipeline.models import ModelRef, Weights
-from pipeline.numerics.codec import fake_quantize
 from pipeline.numerics.formats import BlockFormat
 from pipeline.proof.check import Check
-from pipeline.proof.stored import decoded
 from pipeline.tracking import progress
 
 
 class TrainedModel:
     """The model that an export was made from, running as it ran in training.
 
-    A model without quantizers did not round its weights; what the export must hold is what they round to.
+    A model without quantizers, or with those of another format, did not round its weights so; what the export must
+    hold is what they round to.
     """
 
     def __init__(self, ref: ModelRef, batches: list[dict[str, Tensor]], block_format: BlockFormat) -> None:
         """Load it: with adapters and quantizers, or with its weights rounded to the export's format by the codec."""
-        self.ref = ref
         self.batches = batches
-        self.block_format = block_format
-        if ref.block_format is None:
-            rounded = replace(ref, block_format=block_format)
-            self.model = models.load_effective(rounded, ref.dtype, experts_implementation="eager")
+        # Inputs are rounded by quantizers alone, and for their scale those must have been calibrated.
+        self.rounded = replace(ref, block_format=replace(block_format, quantizes_activations=False))
+        self.runs_quantizers = ref.block_format == block_format
+        if not self.runs_quantizers:
+            self.model = models.load_effective(self.rounded, ref.dtype, experts_implementation="eager")
         else:
             self.model = models.load_quantized(ref, ref.dtype).eval()
             if not ref.adapter:  # export merges on the CPU, and another device's matrix product may round differently
                 self.model = models.place(self.model)
         self.device = self.model.device
 
-    def check_experts(self, directory: Path) -> Check:
+    def check_experts(self, export: View) -> Check:
         """Decoded expert weights against the fake-quantized ones of the forward pass, bit for bit."""
         check = Check("experts: decoded weights equal those that the forward pass used, bit for bit")
-        export = Checkpoint(directory)
         seen: set[str] = set()
 
         def see(name: str, trained: Tensor) -> None:
             if name not in seen:
                 seen.add(name)
-                _compare_bits(check, name, decoded(export, name), trained)
+                for part in export.parts(name):  # an expert at a time, to be small in memory
+                    _compare_bits(check, name, export.values(name, part), trained[part], part.start)
 
-        if self.ref.block_format is not None:
+        if self.runs_quantizers:
             with quantizer.watch(self.model, see) as fired:
                 losses.measure(self.model, self.batches[:1])
             fired.raise_unless_all(self.model)
@@ -63,13 +62,12 @@ class TrainedModel:
         check.measured["tensors"] = len(seen)
         return check
 
-    def check_others(self, directory: Path) -> Check:
+    def check_others(self, export: View) -> Check:
         """Everything but the expert weights against the trained values, rounded to BF16, bit for bit.
 
         Merges the adapters of attention into the model and rounds it: `check_logits` needs it so.
         """
         check = Check("other tensors: equal the trained ones in BF16, bit for bit")
-        export = Checkpoint(directory)
         adapters.merge_attention(self.model)
         expected = other_tensors(export.shape)
         found = set()
@@ -78,7 +76,7 @@ class TrainedModel:
             if name in expected:
                 found.add(name)
                 parameter.data = parameter.data.to(torch.bfloat16).to(parameter.dtype)
-                _compare_bits(check, name, export.read(name), parameter.data.to(torch.bfloat16))
+                _compare_bits(check, name, export.values(name), parameter.data)
         check.problems += [f"{name}: the trained model has no such tensor" for name in sorted(expected.keys() - found)]
         check.measured["tensors"] = len(found)
         return check
@@ -87,14 +85,14 @@ class TrainedModel:
         """Logits of the export, loaded by transformers, against those of the fake-quantized model, on real text."""
         check = Check(
             "logits: transformers loads it, and computes what the fake-quantized model computes",
-            unseen=f"engines other than transformers, and prompts other than the {len(self.batches)} compared",
+            unseen=f"logits on prompts other than the {len(self.batches)} compared",
         )
         expected = [self._logits(self.model, batch) for batch in self.batches]
         self.model = None  # frees its memory for the export
         gc.collect()
         try:
             # ModelOpt runs experts one by one; another order of sums can flip a router's near-tie.
-            exported = models.load_plain(directory, self.ref.dtype, experts_implementation="eager")
+            exported = models.load_plain(directory, self.rounded.dtype, experts_implementation="eager")
             exported = exported.to(self.device).eval()
         except (CheckFailed, ValueError, RuntimeError, OSError) as error:
             check.problems.append(f"transformers cannot load it: {str(error).splitlines()[0]}")
@@ -116,11 +114,20 @@ class TrainedModel:
         return check
 
     def _see_rounded(self, see: Callable[[str, Tensor], None]) -> None:
-        """A model without quantizers: what its weights round to."""
-        weights = Weights(self.ref)
+        """What the weights round to, (E, out, in)."""
+        weights = Weights(self.rounded)
         for projection in expert_projections(weights.shape):
-            plain = weights.trained(projection.name)
-            see(projection.name, fake_quantize(plain.transpose(1, 2), self.block_format))
+            see(projection.name, weights.effective(projection.name).transpose(1, 2))
+
+    def check_inputs(self, export: View, calibrated: Callable[[Path], dict[str, Tensor]]) -> Check:
+        """The scales of quantized inputs against those that the forward pass rounds with."""
+        check = Check("inputs: their scales equal the calibrated ones, bit for bit")
+        for name, scale in calibrated(self.rounded.directory).items():
+            if name in export.files.tensors:
+                _compare_bits(check, name, export.files.read(name).reshape(1), scale.reshape(1))
+            else:
+                check.problems.append(f"{name}: missing, but the inputs were quantized in training")
+        return check
 
     @staticmethod
     @torch.no_grad()
@@ -131,8 +138,8 @@ class TrainedModel:
         return logits[inputs["attention_mask"].bool()].float().cpu()
 
 
-def _compare_bits(check: Check, name: str, have: Tensor, want: Tensor) -> None:
-    """Add to the check how far two tensors are apart; any differing bit is a problem."""
+def _compare_bits(check: Check, name: str, have: Tensor, want: Tensor, first: int = 0) -> None:
+    """Add to the check how far two tensors, whose first row is `first`, are apart; a differing bit is a problem."""
     want, have = want.detach().float().cpu(), have.float()
     if have.shape != want.shape:
         check.problems.append(f"{name}: shape {list(have.shape)}, trained {list(want.shape)}")
@@ -143,5 +150,6 @@ def _compare_bits(check: Check, name: str, have: Tensor, want: Tensor) -> None:
     if different:
         largest = float((have - want).abs().max())
         index = (have != want).nonzero()
-        first = f", the first at {index[0].tolist()}" if len(index) else " (signs of zero)"
-        check.problems.append(f"{name}: {different} of {want.numel()} values differ, by up to {largest:.3g}{first}")
+        place = [int(index[0][0]) + first, *index[0].tolist()[1:]] if len(index) else []
+        where = f", the first at {place}" if place else " (signs of zero)"
+        check.problems.append(f"{name}: {different} of {want.numel()} values differ, by up to {largest:.3g}{where}")

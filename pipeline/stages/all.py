@@ -7,14 +7,17 @@ from pipeline.artifacts import Artifact
 from pipeline.config import PipelineConfig, QuantizeSource, Stage
 from pipeline.tracking import say
 
+STAGES = tuple(Stage)[: tuple(Stage).index(Stage.all)]
+"""The stages that `all` runs. What leaves this machine, or does not end by itself, has to be asked for."""
+
 
 def run(config: PipelineConfig) -> Artifact:
     """Run the stages and return the last one's artifact."""
     artifact = None
-    for stage in Stage:
+    for stage in STAGES:
         if stage is Stage.sft and config.quantize.source is QuantizeSource.upcast:
             say(stage.name, "left out, since quantize.source=upcast")
-        elif stage is not Stage.all:
+        else:
             settings = replace(config, stage=stage)
             if stage is Stage.evaluate and config.evaluate.source is None:
                 settings = replace(settings, evaluate=replace(config.evaluate, source="all"))

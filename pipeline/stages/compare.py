@@ -1,65 +1,72 @@
-"""compare: one table of what each step won or lost, on the terminal, as Markdown and as JSON."""
+"""compare: what each step won or lost, in one run or several: in words, tables, plots, and answers side by side."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from pipeline import artifacts
 from pipeline.artifacts import Artifact, Kind, Result, write_json
 from pipeline.config import PipelineConfig, Stage
-from pipeline.report import table
-from pipeline.tracking import is_main_process, log_metrics, log_report, say
+from pipeline.report import content, page, plots, runs, table
+from pipeline.report.content import Content
+from pipeline.report.evidence import TEST_COLUMNS
+from pipeline.report.rows import ORDER
+from pipeline.report.runs import Run
+from pipeline.tracking import is_main_process, log_media, log_metrics, log_report, log_table, say
 
 _JSON = "compare.json"
 _MARKDOWN = "compare.md"
-_ORDER = ("upcast", "sft", "quantize", "qat", "export")
+_PAGE = "compare.html"
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Make <run_dir>/compare from <run_dir>/evaluate, and show it."""
-    evaluated = artifacts.require(config, Stage.evaluate)
+    """Make <run_dir>/compare of the runs that compare.runs names, else of this one, and show it."""
+    found = _runs(config)
+    report = content.of(found, config.compare.examples)
     artifact = artifacts.build(
         config,
         Stage.compare,
-        (),
-        {"evaluate": evaluated.fingerprint},
-        lambda directory: _compare(evaluated, directory),
+        ("compare",),
+        {run.directory.as_posix() if config.compare.runs else "evaluate": run.evaluated.fingerprint for run in found},
+        lambda directory: _write(report, directory),
         is_report=True,
     )
     if is_main_process():
-        report = json.loads((artifact.directory / _JSON).read_text(encoding="utf-8"))
-        table.show(report["rows"], _caption(report))
-        missing = [name for name in _ORDER if name not in {row["model"] for row in report["rows"]}]
-        if missing:
-            say("compare", f"not evaluated: {', '.join(missing)} (evaluate.source=all evaluates every stage there is)")
+        _show(report, artifact.directory / _PAGE)
     return artifact
 
 
-def _compare(evaluated: Artifact, directory: Path) -> Result:
-    results = evaluated.details["results"]
-    names = [*(name for name in _ORDER if name in results), *(name for name in results if name not in _ORDER)]
-    rows = [_row(name, results) for name in names]
-    report = {"reference": evaluated.details["reference"], "rows": rows}
-    write_json(directory / _JSON, report)
-    (directory / _MARKDOWN).write_text(f"{table.markdown(rows)}\n{_caption(report)}\n", encoding="utf-8")
-    for row in rows:
-        log_metrics(directory, row)
-    log_report(Stage.compare.name, [directory / _JSON, directory / _MARKDOWN])
-    return Result(Kind.report, details={"rows": len(rows)})
+def _runs(config: PipelineConfig) -> list[Run]:
+    if config.compare.runs:
+        return runs.find(config.compare.runs)
+    return runs.of_this_run(artifacts.require(config, Stage.evaluate))
 
 
-def _row(name: str, results: dict[str, dict[str, float]]) -> dict[str, Any]:
-    figures, sft = results[name], results.get("sft")
-    compares = sft is not None and name not in ("sft", "upcast") and "validation_loss" in figures
-    change = figures["validation_loss"] / sft["validation_loss"] - 1 if sft and compares else None
-    return {"model": name, **figures, "loss_change": change}
+def _write(report: Content, directory: Path) -> Result:
+    write_json(directory / _JSON, report.plain())
+    (directory / _MARKDOWN).write_text(content.markdown(report), encoding="utf-8")
+    (directory / _PAGE).write_text(page.page(report), encoding="utf-8")
+    images = {chart.name: directory / f"{chart.name}.png" for chart in report.charts}
+    for earlier in set(directory.glob("*.png")) - set(images.values()):
+        earlier.unlink()  # of a report on other figures
+    for chart in report.charts:
+        plots.png(chart, images[chart.name])
+    for row in report.rows:
+        log_metrics(directory, row.plain())
+    for each in report.tables:
+        log_table(directory, each.title.lower().replace(" ", "_"), each.titles(), each.cells(report.rows))
+    log_table(directory, "tests", list(TEST_COLUMNS), [test.cells() for test in report.tests])
+    log_media(images, {Stage.compare.name: directory / _PAGE})
+    log_report(Stage.compare.name, [directory / name for name in (_JSON, _MARKDOWN, _PAGE)] + list(images.values()))
+    return Result(Kind.report, details={"rows": len(report.rows)})
 
 
-def _caption(report: dict[str, Any]) -> str:
-    tokens = next((row["supervised_tokens"] for row in report["rows"] if "supervised_tokens" in row), None)
-    if tokens is None:
-        return "Of models on servers neither loss nor weights are known."
-    return (
-        f"Loss over {tokens} supervised validation tokens. Relative weight error: of the experts' weights as the"
-        f" forward pass uses them, against {report['reference']}."
-    )
+def _show(report: Content, path: Path) -> None:
+    for each in report.tables:
+        table.show(each, report.rows)
+    for finding in report.findings:
+        say("compare", finding.title)
+        for sentence in finding.sentences:
+            say("compare", f"  {sentence}")
+    missing = [name for name in ORDER if name not in {row.model for row in report.rows}]
+    if missing:
+        say("compare", f"not evaluated: {', '.join(missing)} (evaluate.source=all evaluates every stage there is)")
+    say("compare", f"with plots and answers: {path}")

@@ -4,6 +4,7 @@ Quantizers go on last: a quantizer under an adapter that is attached later never
 that QAT will train: adapters merged for full training, fresh adapters attached for LoRA on a full checkpoint.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +77,7 @@ def _take_form(config: PipelineConfig, ref: ModelRef, directory: Path) -> tuple[
         for path in sorted(p for p in ref.directory.iterdir() if p.name not in artifacts.BOOKKEEPING and p.is_file()):
             link_or_copy(path, directory / path.name)
     kind = Kind.adapter if ref.adapter else Kind.checkpoint
-    return kind, ref, {**where, "base": ref.base.name} if ref.adapter else where
+    return kind, ref, {**where, "base": os.path.relpath(ref.base, directory.parent)} if ref.adapter else where
 
 
 def _calibration_batches(config: PipelineConfig, rows: Rows, ref: ModelRef) -> Sequence[Any]:

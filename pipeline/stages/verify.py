@@ -1,17 +1,21 @@
 """verify: prove that an export is right; the report says how far apart anything is, and a wrong export exits with 1."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from pipeline import artifacts, data, losses, models, source
 from pipeline.artifacts import Artifact, Kind, Result, write_json
 from pipeline.checkpoints import ADAPTER_CONFIG, CONFIG, load_tokenizer, read_config
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import CheckFailed, UserError
-from pipeline.gpt_oss import Shape
-from pipeline.models import ModelRef
-from pipeline.numerics.formats import FORMATS
+from pipeline.export import EXPORTERS, recognized
+from pipeline.gpt_oss import MODEL_TYPE
+from pipeline.models import ModelRef, Weights
+from pipeline.numerics.formats import FORMATS, BlockFormat
 from pipeline.source import Source
 from pipeline.tracking import is_main_process, log_metrics, say
 
@@ -42,6 +46,7 @@ class _Subject:
     Attributes:
         directory: of the checkpoint.
         fingerprint, sizes: of its files as they are now.
+        target: its layout, a row of EXPORTERS.
         reference: the base model.
         export: what the export stage recorded, or None.
         ref: the model that the export was made from, or None.
@@ -51,6 +56,7 @@ class _Subject:
     directory: Path
     fingerprint: str
     sizes: dict[str, int]
+    target: str
     reference: Source
     export: Artifact | None
     ref: ModelRef | None
@@ -65,7 +71,15 @@ def _subject(config: PipelineConfig) -> _Subject:
     if (directory / artifacts.ARTIFACT_FILE).is_file():
         export = _export(directory, reference)
         ref, unknown = _trained(config, export)
-    return _Subject(directory, *artifacts.fingerprint_of(directory), reference, export, ref, unknown)
+    target = recognized(directory) if export is None else export.details["target"]
+    _raise_unless_loadable(config, target)
+    return _Subject(directory, *artifacts.fingerprint_of(directory), target, reference, export, ref, unknown)
+
+
+def _raise_unless_loadable(config: PipelineConfig, target: str) -> None:
+    from pipeline.proof import engines
+
+    engines.raise_unless_loadable([each.name for each in config.verify.engines], target, vars(config.verify.python))
 
 
 def _verify(config: PipelineConfig, subject: _Subject, into: Path) -> Result:
@@ -73,6 +87,7 @@ def _verify(config: PipelineConfig, subject: _Subject, into: Path) -> Result:
     gaps = [check.gap for check in checks if check.gap]
     report = {
         "checkpoint": str(subject.directory),
+        "target": subject.target,
         "reference": str(subject.reference.directory),
         "trained_model": str(subject.ref.directory) if subject.ref is not None else None,
         "checks": [_record(check) for check in checks],
@@ -96,35 +111,80 @@ def _checks(config: PipelineConfig, subject: _Subject) -> list["Check"]:
     from pipeline import proof
 
     directory, base, export = subject.directory, subject.reference.directory, subject.export
-    checks = proof.against_base(directory, base)
+    copied = None if export is None else export.details["copied"]
+    checks = proof.against_base(directory, subject.target, base, copied)
     are_comparable, are_configured = (check.status == "ok" for check in checks[:2])
     if export is not None:
         checks.append(proof.check_unchanged(export, subject.fingerprint, subject.sizes))
     if not are_comparable:
         return checks
-    if export is not None:
-        checks.append(proof.check_copied(directory, base, export.details["copied"]))
+    return [*checks, *_weight_checks(config, subject, are_configured), *_engine_checks(config, subject)]
+
+
+def _weight_checks(config: PipelineConfig, subject: _Subject, are_configured: bool) -> list["Check"]:
+    """Against the model that the export was made from."""
+    from pipeline import proof
+
+    export = subject.export
     if export is None or subject.ref is None:
         skipped = f"{subject.unknown}. Against the base model gross errors show, single wrong values do not"
-        return [*checks, proof.Check("weights and logits against the trained model", skipped=skipped)]
+        return [proof.Check("weights and logits against the trained model", skipped=skipped)]
     trained = _trained_model(config, export, subject.ref)
-    checks += [trained.check_experts(directory), trained.check_others(directory)]
+    view = proof.viewed(subject.directory, subject.target, subject.reference.directory)
+    checks = [trained.check_experts(view), trained.check_others(view)]
+    if _format_of(export).quantizes_activations:
+        checks.append(trained.check_inputs(view, EXPORTERS[subject.target].calibrated))
     if not are_configured:
         return [*checks, proof.Check("logits", skipped="the files are not the base model's")]
-    return [*checks, trained.check_logits(directory, config.verify.logits_tolerance)]
+    if export.kind is Kind.foreign:
+        return [*checks, proof.Check("logits", skipped=f"transformers does not load {subject.target}")]
+    return [*checks, trained.check_logits(subject.directory, config.verify.logits_tolerance)]
+
+
+def _engine_checks(config: PipelineConfig, subject: _Subject) -> list["Check"]:
+    """In each engine that is asked for."""
+    from pipeline.proof import Check, engines
+
+    asked = [each.name for each in config.verify.engines]
+    checks = []
+    if asked:
+        dtype = getattr(torch, config.model.dtype.name)
+        prompts = engines.prompts(_examples(config, subject.reference.directory))
+        trial = engines.Trial(subject.directory, subject.target, prompts, dtype, config.verify.engine_seconds)
+        expected = engines.expectation(subject.reference.directory, _values(subject), trial)
+        pythons = vars(config.verify.python)
+        checks = [engines.check_engine(name, pythons[name], trial, expected) for name in asked]
+    others = [name for name, each in engines.ENGINES.items() if subject.target in each.targets and name not in asked]
+    return [*checks, Check("engines", skipped=f"not in verify.engines: {', '.join(others)}")] if others else checks
+
+
+def _values(subject: _Subject) -> Callable[[str], torch.Tensor]:
+    """What engines should compute with: what training used, or what the export holds as others decode it."""
+    from pipeline.proof import engines, viewed
+
+    if subject.export is None or subject.ref is None:
+        return viewed(subject.directory, subject.target, subject.reference.directory).plain_values
+    ref = replace(subject.ref, block_format=_format_of(subject.export))
+    return engines.trained_values(Weights(ref))
+
+
+def _examples(config: PipelineConfig, base: Path) -> Any:
+    """Some of the validation set, tokenized."""
+    validation = data.prepare(config, data.load_rows(config), load_tokenizer(base)).validation
+    return validation.select(range(min(config.verify.samples, len(validation))))
 
 
 def _trained_model(config: PipelineConfig, export: Artifact, ref: ModelRef) -> "TrainedModel":
     from pipeline import proof
 
-    assert export.format is not None and export.scale_rule is not None
-    block_format = FORMATS[export.format].with_rule(export.scale_rule)
-    tokenizer = load_tokenizer(ref.base)
-    validation = data.prepare(config, data.load_rows(config), tokenizer).validation
-    chosen = validation.select(range(min(config.verify.samples, len(validation))))
-    batches = losses.batches(chosen, 1, tokenizer.pad_token_id)
+    batches = losses.batches(_examples(config, ref.base), 1, load_tokenizer(ref.base).pad_token_id)
     batches = [{key: values[:, :_MOST_POSITIONS] for key, values in batch.items()} for batch in batches]
-    return proof.TrainedModel(ref, batches, block_format)
+    return proof.TrainedModel(ref, batches, _format_of(export))
+
+
+def _format_of(export: Artifact) -> BlockFormat:
+    assert export.format is not None and export.scale_rule is not None
+    return FORMATS[export.format].with_rule(export.scale_rule)
 
 
 def _checkpoint(config: PipelineConfig) -> Path:
@@ -145,13 +205,19 @@ def _checkpoint(config: PipelineConfig) -> Path:
         raise UserError(f"{given}: unfinished. Run the command that was writing it again, to its end, then verify.")
     if (directory / ADAPTER_CONFIG).is_file() and not (directory / CONFIG).is_file():
         raise UserError(f"{given}: holds adapters, not a whole model. Verify its export: {_EXPORT_IT}={directory}")
-    if not any(directory.glob("*.safetensors")):
-        raise UserError(f"{given}: holds no weights (*.safetensors): not an exported checkpoint.")
-    try:
-        Shape.of(read_config(directory), directory / CONFIG)
-    except UserError as error:
-        raise UserError(f"{given}: {error}") from error
+    if not any(each for kind in ("*.safetensors", "*.gguf") for each in directory.glob(kind)):
+        raise UserError(f"{given}: holds no weights (*.safetensors, *.gguf): not an exported checkpoint.")
+    if (found := _model_type(directory)) not in (None, MODEL_TYPE):
+        raise UserError(f"{given}: model_type is {found!r}, not {MODEL_TYPE!r}: not a gpt-oss checkpoint.")
     return directory
+
+
+def _model_type(directory: Path) -> Any:
+    """What config.json says; None where it says nothing or, which the proof reports, cannot be read."""
+    try:
+        return read_config(directory).get("model_type")
+    except UserError:
+        return None
 
 
 def _reference(config: PipelineConfig) -> Source:

@@ -61,9 +61,14 @@ def change(name: str, how: Callable[[Tensor], Tensor]) -> Break:
     return tensors(lambda all_: all_.update({name: how(all_[name])}))
 
 
+def packed_as(how: Callable[[Tensor], Tensor], *names: str) -> Break:
+    """Replace several tensors by `how` of them."""
+    return tensors(lambda all_: all_.update({name: how(all_[name]) for name in names}))
+
+
 def packed(name: str, how: Callable[[Tensor], Tensor]) -> Break:
     """Replace both blocks and scales by `how` of them: what reorders experts or rows."""
-    return tensors(lambda all_: all_.update({n: how(all_[n]) for n in (f"{name}_blocks", f"{name}_scales")}))
+    return packed_as(how, f"{name}_blocks", f"{name}_scales")
 
 
 def drop(*names: str) -> Break:

@@ -226,7 +226,7 @@ VALUES = [
     Mutation("scales one lower", change(f"{DOWN}_scales", lambda scales: scales - 1), DOWN),
     Mutation("scales of one row one higher", change(f"{DOWN}_scales", set_at(2, 9, to=lambda row: row + 1)), DOWN),
     Mutation("scales without the bias", change(f"{GATE_UP}_scales", lambda scales: scales - 127), GATE_UP),
-    Mutation("one scale NaN", change(f"{DOWN}_scales", set_at(0, 0, 0, to=lambda _: 255)), f"{DOWN}_scales"),
+    Mutation("one scale NaN", change(f"{DOWN}_scales", set_at(0, 0, 0, to=lambda _: 255)), DOWN),
     Mutation("gate and up in halves", packed(GATE_UP, in_halves), GATE_UP),
     Mutation("gate and up exchanged", packed(GATE_UP, exchanged_pairs), GATE_UP),
     Mutation("biases of gate and up in halves", change(f"{GATE_UP}_bias", in_halves), f"{GATE_UP}_bias"),

@@ -12,9 +12,12 @@ import pytest
 import torch
 from conftest import SHORT, run_program
 from mutations import MUTATIONS, SQUARE, Mutation
+from mutations_of_layouts import OF_LAYOUT
 
 from pipeline import artifacts, models, proof
 from pipeline.checkpoints import Checkpoint
+from pipeline.export import EXPORTERS, recognized
+from pipeline.models import ModelRef
 from pipeline.numerics.formats import MXFP4
 
 README = Path(__file__).parents[2] / "README.md"
@@ -26,13 +29,13 @@ def source_of(run_dir: Path) -> Path:
 
 
 class Run:
-    """A run with an export in several shards, its base model, and the model that it was made from."""
+    """A run with an export, its base model, and the model that it was made from."""
 
-    def __init__(self, run_dir: Path, stage: str) -> None:
-        self.export, self.base = run_dir / "export", source_of(run_dir)
+    def __init__(self, run_dir: Path, target: str, ref: ModelRef, base: Path) -> None:
+        self.export, self.target, self.base = run_dir / "export", target, base
         ids = torch.arange(20)[None]
         batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-        self.trained = proof.TrainedModel(models.of_artifact(artifacts.load(run_dir / stage)), [batch], MXFP4)
+        self.trained = proof.TrainedModel(ref, [batch], MXFP4)
 
     def broken(self, mutation: Mutation, directory: Path) -> Path:
         """A copy with the mutation, of links to the files that it leaves alone."""
@@ -42,15 +45,22 @@ class Run:
 
     def problems_with_model(self, export: Path) -> list[str]:
         """What is found with the trained model, but for the logits; the distance from the base is not used."""
-        found = [*proof.check_tensors(export, self.base).problems, *proof.check_files(export, self.base).problems]
+        target, base = EXPORTERS[self.target], Checkpoint(self.base)
+        found = [*proof.check_tensors(export, target, base).problems, *proof.check_files(export, target, base).problems]
         if found:
             return found
-        checks = (proof.check_scales(export), self.trained.check_experts(export), self.trained.check_others(export))
+        view = proof.viewed(export, self.target, self.base)
+        checks = (self.trained.check_experts(view), self.trained.check_others(view))
         return [problem for check in checks for problem in check.problems]
 
     def problems_with_base(self, export: Path) -> list[str]:
-        """What is found without the trained model."""
-        return [problem for check in proof.against_base(export, self.base) for problem in check.problems]
+        """What is found without the trained model, of an export of which only the directory is known."""
+        checks = proof.against_base(export, recognized(export), self.base)
+        return [problem for check in checks for problem in check.problems]
+
+
+def model_of(run_dir: Path, stage: str) -> ModelRef:
+    return models.of_artifact(artifacts.load(run_dir / stage))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +68,7 @@ def run(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run_dir = Path(shutil.copytree(smoke_run, tmp_path_factory.mktemp("mutations") / "run"))
     settings = (f"run_dir={run_dir}", "overwrite=true", "export.shard_bytes=150000")
     assert run_program("stage=export", "recipe=smoke", *SHORT, *settings) == 0
-    return Run(run_dir, "qat")
+    return Run(run_dir, "mxfp4", model_of(run_dir, "qat"), source_of(run_dir))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +78,16 @@ def square(tmp_path_factory: pytest.TempPathFactory) -> Run:
     settings = (f"run_dir={run_dir}", "model.tiny.intermediate_size=64", "export.source=upcast")
     for stage in ("upcast", "export"):
         assert run_program(f"stage={stage}", "recipe=smoke", *SHORT, *settings) == 0
-    return Run(run_dir, "upcast")
+    return Run(run_dir, "mxfp4", model_of(run_dir, "upcast"), source_of(run_dir))
+
+
+@pytest.fixture(scope="module")
+def other_layout(request: pytest.FixtureRequest, smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same model in another layout."""
+    target, run_dir = request.param, tmp_path_factory.mktemp(request.param) / "run"
+    settings = (f"run_dir={run_dir}", f"export.source={smoke_run / 'qat'}", f"export.target={target}")
+    assert run_program("stage=export", "recipe=smoke", *SHORT, *settings, "export.shard_bytes=150000") == 0
+    return Run(run_dir, target, model_of(smoke_run, "qat"), source_of(smoke_run))
 
 
 def assert_named(problems: list[str], named: str) -> None:
@@ -96,6 +115,27 @@ def test_mutation_that_shapes_hide_is_caught_and_named(square: Run, tmp_path: Pa
     assert_named(square.problems_with_base(export), mutation.named)
 
 
+@pytest.mark.parametrize(
+    ("other_layout", "mutation"),
+    [pytest.param(name, each, id=f"{name}: {each.name}") for name, every in OF_LAYOUT.items() for each in every],
+    indirect=["other_layout"],
+)
+def test_mutation_of_another_layout_is_caught_and_named(other_layout: Run, tmp_path: Path, mutation: Mutation) -> None:
+    export = other_layout.broken(mutation, tmp_path / "export")
+    assert_named(other_layout.problems_with_model(export), mutation.named)
+    if mutation.shows_against_base:
+        assert_named(other_layout.problems_with_base(export), mutation.named)
+    else:
+        assert other_layout.problems_with_base(export) == []
+
+
+@pytest.mark.parametrize("other_layout", OF_LAYOUT, indirect=True)
+def test_good_export_in_another_layout_has_no_problems_and_is_recognized(other_layout: Run) -> None:
+    assert recognized(other_layout.export) == other_layout.target
+    assert other_layout.problems_with_model(other_layout.export) == []
+    assert other_layout.problems_with_base(other_layout.export) == []
+
+
 @pytest.mark.parametrize("which", ["run", "square"])
 def test_good_export_has_no_problems_and_is_what_it_was(which: str, request: pytest.FixtureRequest) -> None:
     """After all mutations: none wrote through a link."""
@@ -110,10 +150,10 @@ def test_export_has_several_shards_to_break(run: Run) -> None:
 
 def test_readme_says_how_many_are_caught(capsys: pytest.CaptureFixture[str]) -> None:
     """Each single one is caught, or not, as the table says: by the tests above."""
-    every = [*MUTATIONS, *SQUARE]
+    every = [*MUTATIONS, *SQUARE, *(mutation for of_layout in OF_LAYOUT.values() for mutation in of_layout)]
     caught, with_base = len(every), sum(mutation.shows_against_base for mutation in every)
     said = re.sub(r"\s+", " ", README.read_text(encoding="utf-8"))
     with capsys.disabled():
         print(f"\ncaught: {caught} of {len(every)} with the trained model, {with_base} with only the base model")
-    assert f"breaks a good export in {len(every)} ways" in said
+    assert f"break a good export in {len(every)} ways" in said
     assert f"{with_base} of the {len(every)}" in said

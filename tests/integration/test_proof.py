@@ -43,6 +43,45 @@ def test_a_good_copy_passes(smoke_run: Path, tmp_path: Path, export: Path) -> No
     assert verify(smoke_run, tmp_path / "run", export) == 0
 
 
+@pytest.mark.parametrize("target", ["openai", "nvfp4", "gguf", "bf16"])
+def test_every_target_is_proven_in_the_run_that_exported_it(
+    target: str, smoke_run: Path, tmp_path: Path, capsys
+) -> None:
+    settings = ("recipe=smoke", *SHORT, f"run_dir={tmp_path}", f"model.path={source_of(smoke_run)}")
+    exported = run_program("stage=export", *settings, f"export.source={smoke_run / 'qat'}", f"export.target={target}")
+    assert (exported, run_program("stage=verify", *settings)) == (0, 0)
+    report = report_of(tmp_path)
+    assert report["target"] == target
+    experts = next(check for check in report["checks"] if check["title"].startswith("experts"))
+    assert experts["measured"]["differing_values"] == 0 and experts["measured"]["values"] > 0
+
+
+def test_an_engine_is_asked_and_what_it_said_is_in_the_report(smoke_run: Path, tmp_path: Path, export: Path) -> None:
+    assert verify(smoke_run, tmp_path / "run", export, "verify.engines=[transformers]") == 0
+    checks = report_of(tmp_path / "run")["checks"]
+    (engine,) = (check for check in checks if check["title"].startswith("transformers"))
+    assert engine["status"] == "ok"
+    assert engine["measured"]["prompts"] == 4
+    assert engine["measured"]["version"].startswith("transformers 5.")
+
+
+def test_an_engine_sees_a_wrong_export_of_which_only_the_directory_is_known(
+    smoke_run: Path, tmp_path: Path, export: Path, capsys
+) -> None:
+    """It expects what the export holds; only the configuration that it goes by is another."""
+    forget_the_model(export)
+    settings(rope_theta=10)(export, export)
+    assert verify(smoke_run, tmp_path / "run", export, "verify.engines=[transformers]") == 1
+    assert "expects other tokens" in capsys.readouterr().out
+
+
+def test_an_engine_for_another_layout_is_the_users_mistake(
+    smoke_run: Path, tmp_path: Path, export: Path, capsys
+) -> None:
+    assert verify(smoke_run, tmp_path / "run", export, "verify.engines=[llama_cpp]") == 2
+    assert "verify.engines=llama_cpp: loads gguf, not mxfp4" in capsys.readouterr().err
+
+
 def forget_the_model(export: Path) -> None:
     (export / "artifact.json").unlink()
 
@@ -66,7 +105,10 @@ def test_without_the_trained_model_the_base_model_is_held_against_it_and_the_res
     assert "nothing wrong was found. Not checked:" in out
     assert "single wrong values do not" in out
     report = report_of(tmp_path / "run")
-    assert len(report["not_checked"]) == 1
+    assert [gap.partition(":")[0] for gap in report["not_checked"]] == [
+        "weights and logits against the trained model",
+        "engines",
+    ]
     (distance,) = (check for check in report["checks"] if check["title"].startswith("distance"))
     stored = {projection.name for projection in expert_projections(Checkpoint(export).shape)}
     assert stored < distance["tensors"].keys()

@@ -10,9 +10,9 @@ from conftest import SHORT, run_program
 
 from pipeline import artifacts
 from pipeline.checkpoints import Checkpoint, read_config, side_files
-from pipeline.config import Stage
+from pipeline.stages import all as every_stage
 
-STAGES = [stage.name for stage in Stage if stage is not Stage.all]
+STAGES = [stage.name for stage in every_stage.STAGES]
 
 
 def metrics(run_dir: Path, stage: str) -> list[dict]:

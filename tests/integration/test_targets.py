@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from breaking import change
 from conftest import SHORT, run_program
 from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 from safetensors.torch import load_file
@@ -174,6 +175,15 @@ def test_nvfp4_of_a_model_trained_for_it_holds_what_training_rounded_to(smoke_ru
         assert float(tensors[f"{name}_input_scale"]) > 0
     record = json.loads((run / "export" / "hf_quant_config.json").read_text())
     assert record["quantization"]["quant_algo"] == "NVFP4"
+    assert run_program("stage=verify", *settings) == 0
+    change(f"{STACKS[0]}_input_scale", lambda scale: scale * 2)(run / "export", run)
+    assert run_program("stage=verify", *settings) == 1
+    report = json.loads((run / "verify" / "report.json").read_text())
+    assert any(problem.startswith(f"{STACKS[0]}_input_scale: 1 of 1") for problem in problems_of(report))
+
+
+def problems_of(report: dict) -> list[str]:
+    return [problem for check in report["checks"] for problem in check["problems"]]
 
 
 def dequantized(tensors: Tensors, name: str) -> Tensor:
@@ -205,6 +215,9 @@ def test_another_format_than_the_trained_one_is_refused_unless_it_is_asked_for(
     assert "was trained for format=mxfp4" in capfd.readouterr().err
     assert run_program(*other, "export.requantize=true") == 0
     assert "of the experts' weights are not those that" in capfd.readouterr().err
+    reference = next((tmp_path / "source").iterdir())
+    settings = (f"verify.checkpoint={tmp_path / 'export'}", f"verify.reference={reference}")
+    assert run_program("stage=verify", "recipe=smoke", *SHORT, f"run_dir={tmp_path / 'proof'}", *settings) == 0
     details = artifacts.load(tmp_path / "export").details
     trained = Weights(models.of_artifact(artifacts.load(smoke_run / "qat")))
     tensors = stored(tmp_path / "export")

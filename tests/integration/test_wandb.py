@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from conftest import SHORT, run_program
+from matplotlib.figure import Figure
 
 from pipeline.config import PipelineConfig, TrackingBackend, TrackingConfig
-from pipeline.tracking import followed, log_metrics, log_report, log_table, read_metrics
+from pipeline.tracking import followed, log_media, log_metrics, log_report, log_table, read_metrics
 
 SECRETS = {"WANDB_API_KEY": "0123456789abcdef" * 3, "HF_TOKEN": "hf_aTokenThatNobodyHas", "MY_PASSWORD": "swordfish42"}
 HEADER_BYTES, BLOCK_BYTES = 7, 32768
@@ -126,18 +127,25 @@ def test_wandb_writes_nothing_but_in_the_run(run_dir: Path) -> None:
     assert not [path for path in Path.home().rglob("*") if path.is_file()]
 
 
-def test_tables_and_reports_are_in_the_file_and_on_disk(tmp_path: Path) -> None:
+def test_tables_plots_pages_and_reports_are_in_the_file_and_on_disk(tmp_path: Path) -> None:
     config = PipelineConfig(tracking=TrackingConfig(backend=TrackingBackend.wandb), recipe="smoke")
     report = tmp_path / "compare.md"
     report.write_text("| a | b |")
+    page, plot = tmp_path / "compare.html", tmp_path / "loss.png"
+    page.write_text("<!doctype html><p>shown</p>")
+    Figure().savefig(plot)
     with followed(config, "compare", tmp_path):
         log_metrics(tmp_path, {"model": "sft", "loss_change": None})
         log_table(tmp_path, "examples", ["prompt", "answer"], [["a", "b"], ["c", {"d": 1}]])
+        log_media({"loss": plot}, {"compare": page})
         log_report("compare", [report])
     (file,) = wandb_files(tmp_path, "compare")
     found = records(file)
     assert history(found)[0]["model"] == "sft"
     assert history(found)[1]["examples.nrows"] == 2
+    media = {path.name.split("_")[0]: path for path in file.parent.glob("files/media/*/*/*")}
+    assert media["loss"].read_bytes() == plot.read_bytes()
+    assert media["compare"].read_text() == page.read_text()
     sent = [record.artifact for record in found if record.WhichOneof("record_type") == "artifact"]
     (contents,) = (artifact.manifest.contents for artifact in sent if artifact.type == "report")
     assert [entry.path for entry in contents] == ["compare.md"]

@@ -450,7 +450,7 @@ def test_stochastic_rounding_needs_bf16_weights_and_an_optimizer_that_can() -> N
     assert broken(sft__stochastic_rounding=True) == [
         "sft.stochastic_rounding=true: only BF16 weights are rounded, not those of sft.method=full with"
         " sft.precision=mixed_bf16. Set it to false.",
-        "sft.stochastic_rounding=true: sft.optimizer=adamw_torch cannot. Use one of adamw_torch_8bit,"
+        "sft.stochastic_rounding=true: sft.optimizer=adamw_torch_fused cannot. Use one of adamw_torch_8bit,"
         " adamw_torch_4bit, which need pip install 'gpt-oss-qat[torchao]'.",
     ]
     assert len(broken(**right, sft__method=Method.lora)) == 1
@@ -659,9 +659,9 @@ def test_no_setting_is_without_a_meaning() -> None:
     assert [f"{name}.{key}" for name, fields in settings.items() for key, text in fields.items() if not text] == []
 
 
-def sections_of(node: type, prefix: str = "") -> dict[str, str]:
-    """Key of a section -> the name of its dataclass."""
-    found = {prefix: node.__name__}
+def sections_of(node: type, prefix: str = "") -> dict[str, list[str]]:
+    """Key of a section -> the names of its dataclass and of those that it extends."""
+    found = {prefix: [each.__name__ for each in node.__mro__ if dataclasses.is_dataclass(each)]}
     for item in dataclasses.fields(node):
         key = f"{prefix}.{item.name}".lstrip(".")
         if dataclasses.is_dataclass(item.type):
@@ -675,9 +675,9 @@ def test_the_help_names_every_setting_with_its_meaning() -> None:
     lines = help_text().splitlines()
     sections = sections_of(config.PipelineConfig)
     settings = documented_settings()
-    assert set(settings) <= set(sections.values())
-    for section, name in sections.items():
-        for key, meaning in settings[name].items():
+    assert set(settings) <= {name for names in sections.values() for name in names}
+    for section, names in sections.items():
+        for key, meaning in (pair for name in names for pair in settings[name].items()):
             full = f"{section}.{key}".lstrip(".")
             (at,) = (i for i, line in enumerate(lines) if line.startswith(f"  {full} ["))
             assert lines[at + 1].strip() == meaning

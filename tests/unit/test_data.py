@@ -452,6 +452,13 @@ def test_no_conversation_is_in_both_parts(tokenizer: Any, tmp_path: Path) -> Non
     assert not set(train) & set(validation)
 
 
+def test_every_validation_example_has_the_number_of_its_conversation(tokenizer: Any, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [*numbered_rows(5), *numbered_rows(40, turns=2)[5:]])
+    splits = prepare(tokenizer, path, validation_fraction=0.5)
+    assert splits.validation_rows.tolist() == numbers_in(tokenizer, splits.validation)
+    assert len(splits.validation_rows) > 20
+
+
 def test_a_conversation_that_is_there_twice_is_not_in_both_parts(tokenizer: Any, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", numbered_rows(20) * 2)
     splits = prepare(tokenizer, path, validation_fraction=0.25)

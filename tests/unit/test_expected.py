@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 from answers import transcript
 
+from pipeline.config import JudgeConfig
 from pipeline.errors import UserError
 from pipeline.evals import exact_match, expected, judge, language, refusal
+from pipeline.evals.judge import Judge
 from pipeline.evals.subject import Subject
 from pipeline.languages import NAMES
 
@@ -57,7 +59,7 @@ def test_a_flood_of_mistakes_is_cut_and_counted() -> None:
         (exact_match.verdicts, "answer"),
         (refusal.verdicts, "safety"),
         (lambda made: refusal.score(Subject(None, None, None, None, [], made)), "safety"),
-        (lambda made: judge.judge(made, lambda messages: ""), "safety"),
+        (lambda made: judge.judge(Judge("", ""), JudgeConfig(), made, {}, "qat"), "safety"),
     ],
 )
 def test_no_scorer_passes_over_a_value_that_it_cannot_use(score, key: str) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from chat_server import GOOD, Reply, Server, completion
 
-from pipeline.config import EndpointConfig, GenerationConfig
+from pipeline.config import EndpointApi, EndpointConfig, GenerationConfig
 from pipeline.errors import UserError
-from pipeline.generation import endpoint
+from pipeline.generation import client
 from pipeline.generation.endpoint import Served, ask, find
-from pipeline.generation.journal import FILE, Journal
+from pipeline.generation.journal import GENERATIONS, Journal
 from pipeline.generation.prompts import Prompt, Question, questions
 from pipeline.harmony import Conversation
 from pipeline.transcripts import Transcript
@@ -34,7 +34,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Repetitions follow at once, and no proxy of this machine stands between."""
-    monkeypatch.setattr(endpoint, "_FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(client, "_FIRST_WAIT_SECONDS", 0.001)
     monkeypatch.setenv("NO_PROXY", "*")
 
 
@@ -52,9 +52,10 @@ def answers(server: Server, tmp_path: Path) -> Answer:
 
     def of(wanted: list[Question], generation: GenerationConfig = SETTINGS, **settings: Any) -> list[Transcript]:
         configured = EndpointConfig(**{"url": server.url, "timeout_seconds": 5.0, **settings})
-        journal = Journal(tmp_path, {})
-        ask(Served("endpoint", server.url, "tiny"), configured, generation, wanted, journal)
-        return journal.transcripts(wanted)
+        journal: Journal[Transcript] = Journal(tmp_path, {})
+        served = Served("endpoint", server.url, "tiny", "chat")
+        ask(served, configured, generation, [(question, []) for question in wanted], journal)
+        return [journal[question.key] for question in wanted]
 
     return of
 
@@ -181,7 +182,7 @@ def test_a_slow_answer_is_asked_for_again(server: Server, answers: Answer) -> No
 
 
 def test_repetitions_wait_longer_each_time(server: Server, answers: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "_FIRST_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(client, "_FIRST_WAIT_SECONDS", 0.1)
     server.replies = [Reply("oops", 500)] * 3 + [GOOD]
     answers(asked("a"))
     waits = [later - earlier for earlier, later in zip(server.at, server.at[1:], strict=False)]
@@ -282,7 +283,7 @@ def test_what_was_answered_before_a_fault_is_kept_and_not_asked_again(
 ) -> None:
     server.replies = [GOOD, GOOD, Reply("<html>")]
     error_of(answers, asked(*"abcd"), concurrency=1)
-    assert len((tmp_path / FILE).read_text().splitlines()) == 2
+    assert len((tmp_path / GENERATIONS.file).read_text().splitlines()) == 2
     server.replies, server.asked = [GOOD], []
     assert len(answers(asked(*"abcd"))) == 4
     assert sorted(body["messages"][0]["content"] for body in server.bodies()) == ["c", "d"]
@@ -356,3 +357,99 @@ def test_a_variable_that_is_not_set_is_an_error_before_anything_is_sent(
         monkeypatch.setenv("MY_KEY", value)
     assert "evaluate.endpoint.api_key_env=MY_KEY" in error_of(answers, asked("a"), api_key_env="MY_KEY")
     assert server.asked == []
+
+
+# --- tokens in place of messages -------------------------------------------------------------------------------------
+
+WHOLE = "<|channel|>analysis<|message|>so<|end|><|start|>assistant<|channel|>final<|message|>5"
+CALL = "<|channel|>commentary to=functions.add<|message|>{}"
+
+
+def text_completion(text: Any = f"{WHOLE}<|return|>", finish: str = "stop") -> dict[str, Any]:
+    return {"choices": [{"text": text, "finish_reason": finish}], "usage": {"completion_tokens": 9}}
+
+
+@pytest.fixture
+def completed(server: Server, tmp_path: Path) -> Answer:
+    """Asks the server for completions, and returns what the journal then has."""
+    server.replies = [Reply(text_completion())]
+
+    def of(wanted: list[Question], generation: GenerationConfig = SETTINGS, **settings: Any) -> list[Transcript]:
+        configured = EndpointConfig(**{"url": server.url, "timeout_seconds": 5.0, **settings})
+        journal: Journal[Transcript] = Journal(tmp_path, {})
+        served = find(replace(configured, model="tiny"))
+        ask(served, configured, generation, [(question, [5, 6, 7]) for question in wanted], journal)
+        return [journal[question.key] for question in wanted]
+
+    return of
+
+
+def test_by_default_our_tokens_are_sent_and_special_tokens_asked_for(server: Server, completed: Answer) -> None:
+    completed(asked("a"))
+    ((path, body, _),) = server.asked
+    assert path == "/v1/completions"
+    assert {name: body[name] for name in ("model", "prompt", "max_tokens", "temperature", "top_p")} == {
+        "model": "tiny",
+        "prompt": [5, 6, 7],
+        "max_tokens": 7,
+        "temperature": 0.0,
+        "top_p": 1.0,
+    }
+    assert body["skip_special_tokens"] is False and body["include_stop_str_in_output"] is True
+    assert body["stop"] == ["<|return|>", "<|call|>"] and "seed" not in body
+
+
+def test_a_completion_is_read_as_that_of_a_model_of_the_run(completed: Answer) -> None:
+    (found,) = completed(asked("a"))
+    assert found == asked("a")[0].transcript(f"{WHOLE}<|return|>", "length", 9, None)
+    assert (found.reasoning, found.answer, found.finish) == ("so", "5", "return")
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "ended"),
+    [
+        (WHOLE, "stop", "return"),  # a server that keeps the stop token to itself
+        (CALL, "stop", "call"),
+        (f"{CALL}<|call|>", "stop", "call"),
+        (WHOLE, "length", "length"),
+    ],
+)
+def test_what_ended_a_completion_is_told_with_and_without_its_stop_token(
+    server: Server, completed: Answer, text: str, finish: str, ended: str
+) -> None:
+    server.replies = [Reply(text_completion(text, finish))]
+    (found,) = completed(asked("a"))
+    assert found.finish == ended
+    assert found.completion == (text if ended == "length" else f"{text.removesuffix('<|call|>')}<|{ended}|>")
+
+
+def test_drawn_completions_have_seeds_of_their_own(server: Server, completed: Answer) -> None:
+    both = questions([asked("a")[0].prompt], 2)
+    found = completed(both, replace(SETTINGS, temperature=0.7, samples=2))
+    assert {each.seed for each in found} == {body["seed"] for body in server.bodies()}
+
+
+@pytest.mark.parametrize("finish", ["stop", "length"])
+def test_a_server_that_leaves_special_tokens_out_is_an_error_that_names_the_other_api(
+    server: Server, completed: Answer, finish: str
+) -> None:
+    server.replies = [Reply(text_completion("analysissoassistantfinal5", finish))]
+    message = error_of(completed, asked(*"abc"))
+    assert "no answer has a special token" in message and "evaluate.endpoint.api=chat" in message
+
+
+@pytest.mark.parametrize("body", [text_completion(None), text_completion(["5"]), completion(), {"choices": []}])
+def test_what_is_no_completion_is_one_error(server: Server, completed: Answer, body: Any) -> None:
+    server.replies = [Reply(body)]
+    assert "the answer to row a is not what OpenAI's API promises" in error_of(completed, asked("a"))
+
+
+def test_a_server_that_takes_no_tokens_is_an_error_that_names_the_other_api(server: Server, completed: Answer) -> None:
+    server.replies = [Reply({"error": {"message": "prompt must be a string"}}, 400)]
+    message = error_of(completed, asked("a"))
+    assert "prompt must be a string" in message and "evaluate.endpoint.api=chat" in message
+
+
+def test_the_two_apis_are_different_subjects(server: Server) -> None:
+    settings = EndpointConfig(url=server.url, model="m")
+    assert find(settings).fingerprint != find(replace(settings, api=EndpointApi.chat)).fingerprint

@@ -11,7 +11,7 @@ from pipeline.checkpoints import load_tokenizer
 from pipeline.config import GenerationConfig, TinyConfig
 from pipeline.errors import UserError
 from pipeline.generation import local
-from pipeline.generation.journal import FILE, Journal
+from pipeline.generation.journal import GENERATIONS, Journal
 from pipeline.generation.local import Local
 from pipeline.generation.prompts import Prompt, Question, questions
 from pipeline.harmony import Conversation, Rendering
@@ -47,7 +47,7 @@ def drawn(greedy: Local) -> Local:
 def asked(model: Local, directory: Path, prompts: list[Prompt] = PROMPTS) -> list[Transcript]:
     journal = Journal(directory, {})
     model.ask(questions(prompts, model.settings.samples), journal, "tiny")
-    return journal.transcripts(questions(prompts, model.settings.samples))
+    return [journal[question.key] for question in questions(prompts, model.settings.samples)]
 
 
 def without_cache(model: Local, question: Question, length: int) -> str:
@@ -90,13 +90,11 @@ def test_an_answer_ends_with_its_stop_token_while_others_go_on(
     assert ended == [free[0][: free[0].index(stop) + 1], free[1]]
 
 
-def test_what_ended_an_answer_is_the_name_of_the_token(greedy: Local) -> None:
-    tokenizer = greedy.rendering.tokenizer
+def test_what_ended_an_answer_is_the_name_of_the_token() -> None:
     for text, finish in (("<|return|>", "return"), ("<|call|>", "call"), ("<|end|>", "length"), ("", "length")):
         completion = f"<|channel|>analysis<|message|>so<|end|><|start|>assistant<|channel|>final<|message|>5{text}"
-        ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
-        answer = greedy._transcript(Question(PROMPTS[0], 0), ids, None)
-        assert (answer.finish, answer.tokens, answer.completion) == (finish, len(ids), completion)
+        answer = Question(PROMPTS[0], 0).transcript(completion, "length", 7, None)
+        assert (answer.finish, answer.tokens, answer.completion) == (finish, 7, completion)
         assert (answer.reasoning, answer.answer, answer.expected) == ("so", "5", {"category": "sum"})
 
 
@@ -115,19 +113,19 @@ def test_each_answer_has_the_seed_that_it_was_drawn_with(drawn: Local, tmp_path:
 
 def test_an_interrupted_evaluation_ends_with_the_same_answers(drawn: Local, tmp_path: Path) -> None:
     whole = asked(drawn, tmp_path / "whole")
-    kept = (tmp_path / "whole" / FILE).read_bytes().splitlines(keepends=True)
+    kept = (tmp_path / "whole" / GENERATIONS.file).read_bytes().splitlines(keepends=True)
     for lines in (3, 4):  # within a batch and after one
         directory = tmp_path / str(lines)
         Journal(directory, {})
-        (directory / FILE).write_bytes(b"".join(kept[:lines]))
+        (directory / GENERATIONS.file).write_bytes(b"".join(kept[:lines]))
         assert asked(drawn, directory) == whole
-        assert (directory / FILE).read_bytes() == b"".join(kept)
+        assert (directory / GENERATIONS.file).read_bytes() == b"".join(kept)
 
 
 def test_only_batches_with_a_missing_answer_are_run(greedy: Local, tmp_path: Path, monkeypatch: Any) -> None:
     asked(greedy, tmp_path)
-    lines = (tmp_path / FILE).read_bytes().splitlines(keepends=True)
-    (tmp_path / FILE).write_bytes(b"".join(lines[:-1]))
+    lines = (tmp_path / GENERATIONS.file).read_bytes().splitlines(keepends=True)
+    (tmp_path / GENERATIONS.file).write_bytes(b"".join(lines[:-1]))
     ran: list[int] = []
     monkeypatch.setattr(
         Local, "_complete", lambda self, prompts, seeds: ran.append(len(prompts)) or [[1]] * len(prompts)

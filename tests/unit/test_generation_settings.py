@@ -7,7 +7,7 @@ import pytest
 from conftest import run_program
 
 from pipeline import config, rules
-from pipeline.config import ColumnsConfig, DataConfig, ModelConfig, PipelineConfig, Stage
+from pipeline.config import ColumnsConfig, DataConfig, EndpointApi, ModelConfig, PipelineConfig, Stage
 
 URL = "http://localhost:8000/v1"
 
@@ -35,6 +35,13 @@ def broken(**settings: Any) -> list[str]:
         ("endpoint.concurrency", 0, "greater than 0"),
         ("endpoint.retries", -1, "0 or more"),
         ("endpoint.timeout_seconds", 0.0, "greater than 0"),
+        ("judge.attempts", 0, "greater than 0"),
+        ("judge.max_new_tokens", 0, "greater than 0"),
+        ("judge.max_without_verdict", 1.5, "from 0 to 1"),
+        ("judge.concurrency", 0, "greater than 0"),
+        ("lm_eval.limit", 0, "greater than 0"),
+        ("lm_eval.num_fewshot", -1, "0 or more"),
+        ("lm_eval.batch_size", 0, "greater than 0"),
         ("during_training.prompts", -1, "0 or more"),
         ("during_training.max_new_tokens", 0, "greater than 0"),
     ],
@@ -110,3 +117,24 @@ def test_eval_chooses_what_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
     assert "max_samples: 16" in shown["quick"] and "max_samples: 16" not in shown["full"]
     assert run_program("--cfg", "job", "stage=evaluate", "recipe=smoke", "--package", "evaluate") == 0
     assert capsys.readouterr().out == shown["none"]
+
+
+def test_a_judge_needs_answers_and_an_address() -> None:
+    (problem,) = broken(judge__url=URL)
+    assert problem.startswith(f"evaluate.judge.url={URL}: there would be no answers to judge")
+    assert broken(judge__url=URL, generate=True) == []
+    assert broken(judge__url="localhost", generate=True) == [
+        "evaluate.judge.url='localhost': must be like http://localhost:8000/v1."
+    ]
+
+
+def test_task_suites_are_enough_to_ask_a_server_for() -> None:
+    assert broken(endpoint__url=URL, lm_eval__tasks=["x"]) == []
+
+
+@pytest.mark.parametrize(("api", "chat"), [("completions", True), ("chat", False)])
+def test_task_suites_go_to_the_api_that_they_are_rendered_for(api: str, chat: bool) -> None:
+    settings = {"endpoint__url": URL, "endpoint__api": EndpointApi[api], "lm_eval__tasks": ["x"]}
+    (problem,) = broken(**settings, lm_eval__apply_chat_template=chat)
+    assert f"apply_chat_template={str(chat).lower()}: not with evaluate.endpoint.api={api}" in problem
+    assert broken(**settings, lm_eval__apply_chat_template=not chat) == []

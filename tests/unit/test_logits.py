@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 from transformers import GptOssConfig, GptOssForCausalLM
 
+from pipeline import head
 from pipeline.evals import logits
 from pipeline.evals.subject import Subject
 from pipeline.harmony import IGNORED
@@ -98,7 +99,7 @@ def test_the_likeliest_tokens_alone_give_a_lower_bound_that_rises_with_their_num
 
 def test_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = scored(model(1), model(0), tmp_path / "whole")
-    monkeypatch.setattr(logits, "CHUNK", 7)
+    monkeypatch.setattr(head, "CHUNK", 7)
     assert scored(model(1), model(0), tmp_path / "parts") == pytest.approx(whole, rel=1e-5)
 
 

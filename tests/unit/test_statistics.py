@@ -8,7 +8,17 @@ import pytest
 from scipy import stats
 
 from pipeline import statistics
-from pipeline.statistics import BETTER, WORSE, compare, holm, mcnemar, mean_interval, smallest_difference, wilson
+from pipeline.statistics import (
+    BETTER,
+    WORSE,
+    compare,
+    holm,
+    mcnemar,
+    mean_interval,
+    ratio_interval,
+    smallest_difference,
+    wilson,
+)
 
 
 def outcomes(both: int, wins: int, losses: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -136,3 +146,22 @@ def test_the_difference_is_that_of_the_pass_rates() -> None:
 def test_what_cannot_be_paired_is_an_error(model: list, reference: list) -> None:
     with pytest.raises(ValueError):
         compare(np.array(model), np.array(reference))
+
+
+def test_the_interval_of_a_ratio_with_equal_counts_is_that_of_the_mean() -> None:
+    values = np.random.default_rng(0).normal(size=50)
+    expected = mean_interval(values)
+    found = ratio_interval(3 * values, np.full(50, 3))
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_the_interval_of_a_ratio_covers_the_truth_where_counts_go_with_values() -> None:
+    generator, covered = np.random.default_rng(0), 0
+    for _ in range(100):
+        counts = generator.integers(1, 100, size=60)
+        means = np.where(counts > 50, 2.0, 1.0) + generator.normal(
+            scale=0.5, size=60
+        )  # large clusters have larger means
+        found = ratio_interval(means * counts, counts)
+        covered += found.low <= (2.0 * sum(range(51, 100)) + sum(range(1, 51))) / sum(range(1, 100)) <= found.high
+    assert 88 <= covered <= 100

@@ -1,0 +1,90 @@
+"""What the settings of `evaluate` must be together: prompts, answers, servers, judge and suites of tasks."""
+
+import re
+from urllib.parse import urlsplit
+
+from pipeline.config import EndpointApi, EndpointConfig, EvaluateConfig, PromptsConfig, ServerConfig, Stage
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def problems(evaluate: EvaluateConfig) -> list[str]:
+    """Every rule that these settings break together, each with full keys and values."""
+    found = _prompts_problems(evaluate.prompts) + _endpoint_problems(evaluate.endpoint)
+    found += _server_problems("evaluate.judge", evaluate.judge) + _lm_eval_problems(evaluate)
+    generation = evaluate.generation
+    if generation.samples > 1 and generation.temperature == 0:
+        found.append(
+            f"evaluate.generation.samples={generation.samples}: with evaluate.generation.temperature=0 they would all"
+            " be the same answer. Raise the temperature, or ask for one."
+        )
+    if evaluate.endpoint.url is not None and not evaluate.generate and not evaluate.lm_eval.tasks:
+        found.append(
+            f"evaluate.endpoint.url={evaluate.endpoint.url}: nothing would be asked there with evaluate.generate=false."
+            " Add eval=quick or eval=full."
+        )
+    if evaluate.judge.url is not None and not evaluate.generate:
+        found.append(
+            f"evaluate.judge.url={evaluate.judge.url}: there would be no answers to judge with evaluate.generate=false."
+            " Add eval=quick or eval=full."
+        )
+    return found
+
+
+def _prompts_problems(prompts: PromptsConfig) -> list[str]:
+    key = "evaluate.prompts"
+    if prompts.path is not None:
+        columns = prompts.columns
+        if (columns.messages is None) == (columns.prompt is None):
+            return [
+                f"{key}.columns: messages={columns.messages!r} and prompt={columns.prompt!r} cannot go together."
+                " Name one of them, the other null."
+            ]
+        return []
+    usual = PromptsConfig()
+    return [
+        f"{key}.{name}={getattr(prompts, name)!r}: has a meaning only with {key}.path; without it the prompts are the"
+        f" validation rows of data, which are chosen by data.{name}."
+        for name in ("revision", "split", "columns", "roles", "filter")
+        if getattr(prompts, name) != getattr(usual, name)
+    ]
+
+
+def _endpoint_problems(endpoint: EndpointConfig) -> list[str]:
+    found = _server_problems("evaluate.endpoint", endpoint)
+    if endpoint.name in Stage.__members__ or not _NAME.fullmatch(endpoint.name):
+        found.append(
+            f"evaluate.endpoint.name={endpoint.name!r}: must be letters, digits, '.', '_' and '-', and no stage's name."
+        )
+    return found
+
+
+def _server_problems(key: str, server: ServerConfig) -> list[str]:
+    if server.url is not None and "@" in server.url:
+        return [
+            f"{key}.url: holds a user name or a password, which would be saved with the run. Give the key in an"
+            f" environment variable: {key}.api_key_env=<its name>."
+        ]
+    if server.url is not None and not _is_address(server.url):
+        return [f"{key}.url={server.url!r}: must be like http://localhost:8000/v1."]
+    return []
+
+
+def _lm_eval_problems(evaluate: EvaluateConfig) -> list[str]:
+    """The harness sends to the chat API messages alone, and would render those to completions with today's date."""
+    is_chat = evaluate.endpoint.api is EndpointApi.chat
+    if evaluate.lm_eval.tasks and evaluate.endpoint.url is not None and evaluate.lm_eval.apply_chat_template != is_chat:
+        return [
+            f"evaluate.lm_eval.apply_chat_template={str(not is_chat).lower()}: not with evaluate.endpoint.api="
+            f"{evaluate.endpoint.api.name}. Chat is for api=chat, and plain text for api=completions."
+        ]
+    return []
+
+
+def _is_address(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        has_host = bool(url.hostname) and url.port != 0
+    except ValueError:  # a port that is no number, half of a bracket
+        return False
+    return url.scheme in ("http", "https") and has_host and not url.query and not url.fragment

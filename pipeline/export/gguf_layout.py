@@ -1,0 +1,206 @@
+"""GGUF read back: the names and types that tensors have there, what a file says of the model, and values by `gguf`.
+
+Names are those of the package `gguf`, which llama.cpp's authors publish; it is also what decodes.
+
+Legend: E experts, nb blocks per row.
+"""
+
+import json
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.checkpoints import Checkpoint, load_tokenizer
+from pipeline.errors import UserError
+from pipeline.export.layout import Codes, Held, Layout, with_signed_zeros
+from pipeline.export.mxfp4 import legacy_config
+from pipeline.gpt_oss import ExpertProjection, Shape, TensorInfo, expert_projections, other_tensors
+from pipeline.numerics.formats import MXFP4
+
+ARCHITECTURE = "gpt-oss"
+HALF = MXFP4.block_size // 2
+
+
+class GgufFile:
+    """A GGUF file as the package `gguf` reads it; tensors come as bytes, (rows, ..., bytes of a row).
+
+    Attributes:
+        tensors: name -> type and shape, outermost dimension first; MXFP4 in values.
+        fields: key -> what the file says of the model.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Open the file.
+
+        Raises:
+            UserError: there is not one such file, or it is damaged; the package gguf is not installed.
+        """
+        gguf, found = library(), sorted(directory.glob("*.gguf"))
+        if len(found) != 1:
+            raise UserError(f"{directory}: holds {len(found)} files *.gguf, must be one (split files are not read).")
+        try:
+            reader = gguf.GGUFReader(found[0])
+        except (ValueError, KeyError, IndexError, OverflowError) as error:
+            raise UserError(f"{found[0]}: damaged or truncated ({error}). Export it again.") from error
+        self._data = {each.name: each.data for each in reader.tensors}
+        shapes = {each.name: tuple(int(n) for n in reversed(each.shape)) for each in reader.tensors}
+        self.tensors = {each.name: TensorInfo(each.tensor_type.name, shapes[each.name]) for each in reader.tensors}
+        self.fields = {name: field.contents() for name, field in reader.fields.items()}
+
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Rows of the first dimension."""
+        data = np.array(self._data[name][rows])
+        return torch.from_numpy(data.view(np.uint8).reshape(*data.shape[:-1], -1))
+
+
+def layout(shape: Shape) -> Layout:
+    """What holds which tensor; the package `gguf` decodes."""
+    names = tensor_names(shape)
+    held = {}
+    for name, info in other_tensors(shape).items():
+        stored = other_tensors_of(names, name, info.shape)
+        held[name] = Held(stored, decode=partial(_values, next(iter(stored.values())).dtype, dim=1))
+    for projection in expert_projections(shape):
+        stored = expert_tensors_of(names, projection)
+        held[projection.name] = Held(stored, decode=_weights, codes=_codes)
+    return held
+
+
+def described(base: Checkpoint, _: Collection[str]) -> dict[str, Any]:
+    """What the file must say of the model, its tokenizer and its chat template."""
+    config, tokenizer = {**base.config, **legacy_config(base.config)}, load_tokenizer(base.directory)
+    given = {**config, **{f"rope_scaling.{key}": value for key, value in (config.get("rope_scaling") or {}).items()}}
+    words = {i: token for token, i in tokenizer.get_vocab().items()}
+    return {
+        "general.architecture": ARCHITECTURE,
+        **{f"{ARCHITECTURE}.{field}": given.get(key) for field, key in _FIELDS.items()},
+        f"{ARCHITECTURE}.rope.scaling.type": "yarn",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-4o",
+        "tokenizer.ggml.tokens": [words.get(i, f"[PAD{i}]") for i in range(config["vocab_size"])],
+        "tokenizer.ggml.merges": _merges(tokenizer),
+        "tokenizer.ggml.bos_token_id": tokenizer.bos_token_id,
+        "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
+        "tokenizer.ggml.padding_token_id": tokenizer.pad_token_id,
+        "tokenizer.chat_template": tokenizer.chat_template,
+    }
+
+
+def said(directory: Path) -> dict[str, Any]:
+    """What the file says of the same."""
+    fields = GgufFile(directory).fields
+    of_model = ("rope.scaling.type", *_FIELDS)
+    known = ("general.architecture", *(f"{ARCHITECTURE}.{key}" for key in of_model), *_OF_TOKENIZER)
+    # Numbers are FP32 in the file, and shorter in config.json.
+    return {key: _short(fields[key]) for key in known if key in fields}
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def _merges(tokenizer: Any) -> list[str]:
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    return [each if isinstance(each, str) else " ".join(each) for each in merges]
+
+
+def _values(type_: str, *stored: Tensor, dim: int) -> Tensor:
+    """float32, of two tensors every other row or column each, along `dim`."""
+    import gguf.quants
+
+    parts_ = [gguf.quants.dequantize(each.numpy(), gguf.GGMLQuantizationType[type_]) for each in stored]
+    values = [torch.from_numpy(np.ascontiguousarray(part)) for part in parts_]
+    return values[0] if len(values) == 1 else torch.stack(values, dim + 1).flatten(dim, dim + 1)
+
+
+def _weights(*stored: Tensor) -> Tensor:
+    """(E, out, in) float32."""
+    return with_signed_zeros(_values("MXFP4", *stored, dim=1), _codes(*stored))
+
+
+def _codes(*stored: Tensor) -> Codes:
+    """Blocks of 17 bytes -> codes and scales in the order of the released layout."""
+    blocks = torch.stack(stored, 2).flatten(1, 2).unflatten(-1, (-1, 1 + HALF))  # (E, out, nb, 17)
+    halves = blocks[..., 1:]
+    codes = torch.cat((halves & 15, halves >> 4), dim=-1)
+    return Codes(codes[..., 0::2] | codes[..., 1::2] << 4, blocks[..., 0].contiguous())
+
+
+def other_tensors_of(names: Any, source: str, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
+    """What holds a tensor that is no expert weight; the bias of gate and up is two, of every other column each."""
+    is_gate_up = source.endswith("gate_up_proj_bias")
+    halves = [source.replace("gate_up_proj_bias", f"{part}_proj.bias") for part in ("gate", "up")]
+    plain = source.replace("down_proj_bias", "down_proj.bias").replace("self_attn.sinks", "self_attn.sinks.weight")
+    targets = halves if is_gate_up else [plain]
+    info = TensorInfo(
+        "F32" if len(shape) == 1 or "mlp." in source else "BF16", (*shape[:-1], shape[-1] // len(targets))
+    )
+    return {_name(names, target): info for target in targets}
+
+
+def expert_tensors_of(names: Any, projection: ExpertProjection) -> dict[str, TensorInfo]:
+    """What holds a stack of expert weights; gate and up have every other row each."""
+    prefix, _, kind = projection.name.rpartition(".")
+    parts_ = _PARTS[kind]
+    info = TensorInfo("MXFP4", (projection.experts, projection.out_features // len(parts_), projection.in_features))
+    return {_name(names, f"{prefix}.{part}.weight"): info for part in parts_}
+
+
+def _name(names: Any, name: str) -> str:
+    return names.get_name(name, try_suffixes=(".weight", ".bias"))
+
+
+def tensor_names(shape: Shape) -> Any:
+    """The names of tensors in other layouts -> here."""
+    gguf = library()
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT_OSS, shape.num_hidden_layers)
+
+
+def library() -> Any:
+    """The package gguf.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import gguf
+
+        return gguf
+    except ImportError as error:
+        raise UserError(
+            "a gguf file needs the package gguf. Install it: pip install 'gpt-oss-qat[gguf]', or gguf."
+        ) from error
+
+
+_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_FIELDS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "expert_feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "rope.freq_base": "rope_theta",
+    "rope.scaling.factor": "rope_scaling.factor",
+    "rope.scaling.original_context_length": "rope_scaling.original_max_position_embeddings",
+    "rope.scaling.yarn_beta_fast": "rope_scaling.beta_fast",
+    "rope.scaling.yarn_beta_slow": "rope_scaling.beta_slow",
+}
+"""Key of the file, in its architecture -> key of config.json: read off llama.cpp, not off the writer above."""
+_OF_TOKENIZER = (
+    *(f"tokenizer.ggml.{key}" for key in ("model", "pre", "tokens", "merges")),
+    *(f"tokenizer.ggml.{key}_token_id" for key in ("bos", "eos", "padding")),
+    "tokenizer.chat_template",
+)

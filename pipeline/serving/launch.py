@@ -1,0 +1,155 @@
+"""An engine's command for one export and one machine, and every reason why it cannot be started."""
+
+import errno
+import shlex
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts import Artifact
+from pipeline.checkpoints import CONFIG, read_config
+from pipeline.config import PipelineConfig, ServeConfig
+from pipeline.errors import user_errors
+from pipeline.gpt_oss import Shape
+from pipeline.serving.engines import ENGINES, Engine
+
+_SETTABLE = ("tensor_parallel_size", "context_length", "gpu_memory_fraction")
+_EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is started, and where it then answers.
+
+    Attributes:
+        command: the words of the command.
+        address: of the server, without a path.
+        health: what answers 200 once the engine is up.
+    """
+
+    command: list[str]
+    address: str
+    health: str
+
+    @property
+    def shell_line(self) -> str:
+        """The command as one line for a shell."""
+        return shlex.join(self.command)
+
+    @property
+    def api(self) -> str:
+        """OpenAI's API, as evaluate.endpoint.url takes it."""
+        return f"{self.address}/v1"
+
+
+def plan(config: PipelineConfig, export: Artifact, gpus: int, found: list[str]) -> Launch:
+    """The command, if nothing stands against it.
+
+    Args:
+        export: to be served.
+        gpus: that are visible here.
+        found: problems that are known already, reported with those found here.
+
+    Raises:
+        UserError: the engine cannot read the export or has no such setting; a tensor-parallel size that does not fit;
+            unless it is only to be printed: the engine is not installed, or the port is taken.
+    """
+    serve, engine = config.serve, ENGINES[config.serve.engine.name]
+    values = {name: getattr(serve, name) for name in ("host", "port", *_SETTABLE)} | {"name": config.recipe}
+    found = [*found, *_target_problems(serve, engine, export), *_setting_problems(serve, engine)]
+    if not found and "tensor_parallel_size" in engine.flags:
+        shape = Shape.of(read_config(export.directory), export.directory / CONFIG)
+        found += _parallel_problems(serve, shape, gpus)
+        values["tensor_parallel_size"] = serve.tensor_parallel_size or largest_parallel(shape, gpus)
+    if not serve.dry_run:
+        found += _program_problems(serve, engine) + _port_problems(serve)
+    if found:
+        raise user_errors(found)
+    values["model"] = engine.model_in(export.directory, export.files)
+    host = _EVERY_ADDRESS.get(serve.host, serve.host)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{serve.port}"
+    return Launch(engine.arguments(_program(serve), values, serve.extra_arguments), address, address + engine.health)
+
+
+def largest_parallel(shape: Shape, gpus: int) -> int:
+    """The most GPUs, of those there are, that can share each layer evenly; 1 without any."""
+    return max((size for size in range(2, gpus + 1) if not _undivided(shape, size)), default=1)
+
+
+def _undivided(shape: Shape, size: int) -> list[str]:
+    counts = {
+        "attention heads": shape.num_attention_heads,
+        "key-value heads": shape.num_key_value_heads,
+        "experts": shape.num_local_experts,
+    }
+    return [f"{count} {name}" for name, count in counts.items() if count % size]
+
+
+def _target_problems(serve: ServeConfig, engine: Engine, export: Artifact) -> list[str]:
+    target = export.details["target"]
+    if target in engine.targets:
+        return []
+    able = [name for name, each in ENGINES.items() if target in each.targets]
+    others = f"serve.engine={' or '.join(able)} reads that one" if able else "no engine here reads that one"
+    return [
+        f"serve.engine={serve.engine.name}: reads export.target={', '.join(engine.targets)}, and {export.directory} is"
+        f" export.target={target}. Export to another target, or change the engine: {others}."
+    ]
+
+
+def _setting_problems(serve: ServeConfig, engine: Engine) -> list[str]:
+    return [
+        f"serve.{name}={getattr(serve, name)}: serve.engine={serve.engine.name} has no such setting. Set it to null."
+        for name in _SETTABLE
+        if name not in engine.flags and getattr(serve, name) is not None
+    ]
+
+
+def _parallel_problems(serve: ServeConfig, shape: Shape, gpus: int) -> list[str]:
+    size = serve.tensor_parallel_size
+    if size is None:
+        return []
+    if undivided := _undivided(shape, size):
+        return [
+            f"serve.tensor_parallel_size={size}: does not divide the model's {', '.join(undivided)}."
+            f" Here {largest_parallel(shape, gpus)} fits best."
+        ]
+    if size > max(gpus, 1) and not serve.dry_run:
+        return [f"serve.tensor_parallel_size={size}: {gpus} GPUs are visible here. Lower it, or set it to null."]
+    return []
+
+
+def _program(serve: ServeConfig) -> str | None:
+    """The program that is named, from any working directory."""
+    is_path = serve.program is not None and "/" in serve.program
+    return str(Path(str(serve.program)).expanduser().absolute()) if is_path else serve.program
+
+
+def _program_problems(serve: ServeConfig, engine: Engine) -> list[str]:
+    program = _program(serve) or engine.command[0]
+    if shutil.which(program):
+        return []
+    where = f"serve.program={program}" if serve.program else f"serve.engine={serve.engine.name}"
+    return [
+        f"{where}: no program {program!r} to start. Install it in an environment of its own ({engine.install}),"
+        f" and say where: serve.program=<path of its {engine.command[0]}>."
+    ]
+
+
+def _port_problems(serve: ServeConfig) -> list[str]:
+    family = socket.AF_INET6 if ":" in serve.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was let go a moment ago is free
+        try:
+            probe.bind((serve.host, serve.port))
+        except OSError as error:
+            return [_not_bound(serve, error)]
+    return []
+
+
+def _not_bound(serve: ServeConfig, error: Any) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"serve.port={serve.port}: something listens there already. Stop it, or choose another port."
+    return f"serve.host={serve.host}, serve.port={serve.port}: cannot listen there ({error.strerror})."

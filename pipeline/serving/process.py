@@ -1,0 +1,142 @@
+"""An engine as a process of ours: started in a group of its own, watched, and ended with all its children."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.errors import CheckFailed, UserError
+from pipeline.tracking import say
+
+_POLL_SECONDS = 0.25
+_TELL_SECONDS = 30.0
+_GRACE_SECONDS = 15.0  # for requests in flight, and for letting go of the GPU
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+_TAIL_LINES = 20
+_TAIL_BYTES = 1 << 14
+
+
+class EngineProcess:
+    """A running engine, whose output goes to a log; `with` ends it, whatever happens."""
+
+    def __init__(self, name: str, command: list[str], log: Path) -> None:
+        """Start it.
+
+        Raises:
+            UserError: the program cannot be started.
+        """
+        self._name = name
+        self._log = log
+        self._family: set[psutil.Process] = set()
+        with log.open("wb") as output:
+            # A session of its own: Ctrl-C is for this program, which then ends the engine; and its children are known.
+            try:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                )
+            except OSError as error:
+                raise UserError(f"serve.engine={name}: {command[0]} cannot be started ({error.strerror}).") from error
+
+    def __enter__(self) -> "EngineProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def wait_until(self, is_up: Callable[[], bool], seconds: float) -> None:
+        """Let it start.
+
+        Raises:
+            CheckFailed: it ended, or took longer; with the end of its log.
+        """
+        started = told = time.monotonic()
+        while not is_up():
+            self._raise_if_ended("before it was up")
+            self._note_family()
+            now = time.monotonic()
+            if now - started > seconds:
+                raise self.failed(f"was not up after serve.startup_seconds={seconds:g}")
+            if now - told > _TELL_SECONDS:
+                told = now
+                say("serve", f"{self._name} is starting, {now - started:.0f} s so far: {self._last_line()}")
+            time.sleep(_POLL_SECONDS)
+        self._raise_if_ended("when it was up")  # what answered was then another server
+        self._note_family()
+
+    def wait(self) -> None:
+        """Let it serve.
+
+        Raises:
+            CheckFailed: it ended by itself.
+        """
+        self._process.wait()
+        self._raise_if_ended("while it served")
+
+    def failed(self, how: str) -> CheckFailed:
+        """The error for what it did wrong, with the end of its log."""
+        tail = "".join(f"\n    {line}" for line in self._tail())
+        return CheckFailed(f"{self._name} {how}. The end of its log, {self._log}:{tail or ' nothing'}")
+
+    def stop(self) -> None:
+        """End it and all its children: politely, then, or at a second Ctrl-C, without asking."""
+        try:
+            self._note_family()
+            self._signal(signal.SIGTERM)
+            self._process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            say("serve", f"{self._name} did not end within {_GRACE_SECONDS:g} s of being asked to, and is killed")
+        finally:
+            self._signal(signal.SIGKILL)
+            for child in self._family:  # those that left the group
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+            self._process.wait()
+            psutil.wait_procs(self._family, timeout=_GRACE_SECONDS)
+
+    def _raise_if_ended(self, when: str) -> None:
+        status = self._process.poll()
+        if status is not None:
+            how = f"exit status {status}" if status >= 0 else f"signal {-status}"
+            raise self.failed(f"ended {when}, with {how}")
+
+    def _note_family(self) -> None:
+        """Remember its children while they can be found: those of one that has crashed are nobody's."""
+        with suppress(psutil.NoSuchProcess):
+            self._family |= set(psutil.Process(self._process.pid).children(recursive=True))
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):  # its group, named after it, may outlive it
+            os.killpg(self._process.pid, number)
+
+    def _tail(self) -> list[str]:
+        with self._log.open("rb") as file:
+            file.seek(max(0, self._log.stat().st_size - _TAIL_BYTES))
+            return file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
+
+    def _last_line(self) -> str:
+        return next((line.strip() for line in reversed(self._tail()) if line.strip()), "nothing in its log yet")
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the program as Ctrl-C does, so that the engine is ended too.
+
+    A signal that is ignored, as SIGHUP under nohup, stays so.
+    """
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    heeded = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

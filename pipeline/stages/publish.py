@@ -1,0 +1,112 @@
+"""publish: the proven export with a model card, ready for the Hub; and, where that is asked for, its upload."""
+
+from pathlib import Path
+
+from pipeline import artifacts, proven, source
+from pipeline.artifacts import Artifact, Kind, Result
+from pipeline.checkpoints import link_or_copy, side_files
+from pipeline.config import PipelineConfig, Stage
+from pipeline.errors import UserError
+from pipeline.source import Source
+from pipeline.tracking import is_main_process, say, warn
+
+MODEL = "model"
+"""The directory to upload, in the stage's: without the records, which tell of this machine."""
+
+_SETTINGS = (
+    *("publish.push_to_hub", "publish.base_model", "publish.license"),
+    *("recipe", "model.path", "model.revision"),
+)
+_ALSO_TOLD = (Stage.doctor, Stage.compare)
+_LEGAL = ("LICENSE", "USAGE_POLICY", "NOTICE")
+
+
+def run(config: PipelineConfig) -> Artifact:
+    """Make <run_dir>/publish, and upload its model/.
+
+    Raises:
+        UserError: the export is unfinished, not proven or has changed since, or the base model has; the upload fails.
+    """
+    export = artifacts.require(config, Stage.export)
+    proof = proven.proof_of(config, export)
+    if proof is None:
+        raise UserError(f"{proven.missing_proof(config, export)}. Nothing else is published.")
+    if config.publish.push_to_hub is not None:
+        from pipeline.publishing import hub
+
+        hub.check(config.publish)
+    base = _base(config, export)
+    parents = {"export": export.fingerprint, "verify": proof.fingerprint}
+    told = [stage for stage in _ALSO_TOLD if artifacts.is_complete(config, stage)]
+    parents |= {stage.name: artifacts.require(config, stage).fingerprint for stage in told}
+    artifact = artifacts.build(
+        config,
+        Stage.publish,
+        _SETTINGS,
+        parents,
+        lambda into: _publish(config, export, proof, base, into),
+        is_report=True,
+    )
+    if is_main_process():
+        _offer(config, artifact)
+    return artifact
+
+
+def _base(config: PipelineConfig, export: Artifact) -> Source:
+    base = source.locate(config)
+    if base.fingerprint != export.parents["source"]:
+        raise UserError(
+            f"model.path={config.model.path}: is not the base model that {export.directory} was made from"
+            f" ({export.base_model['path']}), or has changed since. Export again, or set model.path."
+        )
+    return base
+
+
+def _publish(config: PipelineConfig, export: Artifact, proof: Artifact, base: Source, into: Path) -> Result:
+    from pipeline.publishing import card
+
+    directory = into / MODEL
+    _link(export, directory)
+    added = [name for name in side_files(base.directory) if name.startswith(_LEGAL) and not (directory / name).exists()]
+    for name in added:
+        link_or_copy(base.directory / name, directory / name)
+    (directory / card.FILE).unlink(missing_ok=True)  # a link: written to, it would change the export's
+    (directory / card.FILE).write_text(card.text(config, export, proof, base, added), encoding="utf-8")
+    _tell_of_gaps(config, base)
+    return Result(Kind.report, export.format, details={"files": len(list(directory.iterdir()))})
+
+
+def _link(export: Artifact, directory: Path) -> None:
+    """The export's files in another directory, and the proof that they are those that were verified."""
+    directory.mkdir(exist_ok=True)
+    for path in directory.iterdir():
+        path.unlink()
+    for name in export.files:
+        link_or_copy(export.directory / name, directory / name)
+    fingerprint, _ = artifacts.fingerprint_of(directory)
+    if fingerprint != export.fingerprint:
+        raise UserError(
+            f"{export.directory}: its files have changed since they were exported and verified. Export again:"
+            " stage=export overwrite=true, then stage=verify."
+        )
+
+
+def _tell_of_gaps(config: PipelineConfig, base: Source) -> None:
+    from pipeline.publishing import card
+
+    if card.base_name(config) is None:
+        warn("publish", "the card names no base model, as model.path is no hub id. Set publish.base_model=<hub id>.")
+    if not card.license_of(config, base):
+        warn("publish", "the card names no licence, as the base model's does not. Set publish.license=<as on the Hub>.")
+
+
+def _offer(config: PipelineConfig, artifact: Artifact) -> None:
+    directory = artifact.directory / MODEL
+    if config.publish.push_to_hub is None:
+        say("publish", f"to upload it: hf upload <name/model> {directory} . --private")
+        return
+    from pipeline.publishing import hub
+
+    if artifacts.fingerprint_of(artifact.directory)[0] != artifact.fingerprint:
+        raise UserError(f"{directory}: a file has changed since it was made. Make it again: overwrite=true.")
+    say("publish", f"uploaded: {hub.push(config.publish, directory)}")

@@ -1,0 +1,97 @@
+"""serve: start an engine on the proven export, ask it one question, keep it running until Ctrl-C.
+
+It ends by being stopped, and what it leaves is no result: no artifact, only the command and the engine's log.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline import artifacts, proven
+from pipeline.artifacts import Artifact
+from pipeline.config import PipelineConfig, Stage
+from pipeline.errors import UserError
+from pipeline.tracking import process_count, say
+
+if TYPE_CHECKING:
+    from pipeline.serving.launch import Launch
+    from pipeline.serving.process import EngineProcess
+    from pipeline.transcripts import Parsed
+
+
+def run(config: PipelineConfig) -> Artifact:
+    """Serve <run_dir>/export, which is returned.
+
+    Raises:
+        UserError: it is unfinished or not proven; what `plan` raises.
+        CheckFailed: the engine crashed, did not come up, or did not answer.
+        KeyboardInterrupt: before the engine was up and had answered; afterwards that is how it ends.
+    """
+    if process_count() > 1:
+        raise UserError("stage=serve: starts its engine from one process. Run it without a launcher.")
+    export = artifacts.require(config, Stage.export)
+    launch = _launch(config, export)
+    if config.serve.dry_run:
+        print(launch.shell_line)
+    else:
+        _serve(config, launch)
+    return export
+
+
+def _launch(config: PipelineConfig, export: Artifact) -> "Launch":
+    import torch
+
+    from pipeline.serving.launch import plan
+
+    found = []
+    if config.serve.verified_only and proven.proof_of(config, export) is None:
+        found = [f"{proven.missing_proof(config, export)}, or serve it as it is: serve.verified_only=false"]
+    return plan(config, export, torch.cuda.device_count(), found)
+
+
+def _serve(config: PipelineConfig, launch: "Launch") -> None:
+    from pipeline.serving import client
+    from pipeline.serving.process import EngineProcess, ended_by_signals
+
+    name, log = config.serve.engine.name, _log(config, launch)
+    with ended_by_signals(), EngineProcess(name, launch.command, log) as engine:
+        say("serve", f"{name} is starting; its log: {log}")
+        engine.wait_until(lambda: client.is_up(launch.health), config.serve.startup_seconds)
+        try:
+            model = client.model_name(launch.api, config.serve.answer_seconds)
+            answer = client.ask(launch.api, model, config)
+        except client.NoAnswerError as error:
+            raise engine.failed(f"was up, but did not answer: {error}") from error
+        _show(config.serve.question, client.channels(answer), answer.finish)
+        if not config.serve.once:
+            _until_interrupted(engine, f"{launch.api} serves {model!r}. Ctrl-C ends it")
+    say("serve", f"{name} has ended")
+
+
+def _log(config: PipelineConfig, launch: "Launch") -> Path:
+    """Where the engine's output goes, beside its command, which is kept; by port, as several may run at a time."""
+    directory, port = artifacts.stage_dir(config, Stage.serve.name), config.serve.port
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f"command-{port}.sh").write_text(f"#!/bin/sh\nexec {launch.shell_line}\n", encoding="utf-8")
+    except OSError as error:
+        raise artifacts.not_writable(config, directory, error) from error
+    return directory / f"engine-{port}.log"
+
+
+def _show(question: str, answer: "Parsed", finish: str) -> None:
+    say("serve", f"question: {question}")
+    if answer.reasoning is not None:
+        say("serve", f"analysis: {answer.reasoning}")
+    for call in answer.tool_calls:
+        say("serve", f"calls {call['name']}: {call['arguments']}")
+    say("serve", f"final: {answer.answer}" if answer.answer is not None else "final: the answer never came")
+    if finish == "length":
+        say("serve", "cut off: it was longer than serve.max_new_tokens")
+
+
+def _until_interrupted(engine: "EngineProcess", message: str) -> None:
+    try:
+        say("serve", message)  # who has read it may interrupt
+        engine.wait()
+    except KeyboardInterrupt:
+        say("serve", "ending the engine")

@@ -1,0 +1,100 @@
+"""Runs as `evaluate` leaves them, made by hand: what a report says of them is known."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.transcripts import Transcript
+
+RIGHT, WRONG = "7", "8"
+SHAPE = {
+    "model_type": "gpt_oss",
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_local_experts": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 768,
+}
+PARENTS = {"upcast": {}, "sft": {"upcast": "upcast"}, "quantize": {"sft": "sft"}, "qat": {"quantize": "quantize"}}
+
+
+def record(directory: Path, **facts: Any) -> None:
+    """A stage's artifact.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    usual: dict[str, Any] = {
+        "stage": directory.name,
+        "kind": "checkpoint",
+        "format": "bf16",
+        "fake_quantized": None,
+        "scale_rule": None,
+        "fingerprint": directory.name,
+        "parents": {},
+        "settings": {},
+        "files": {},
+        "details": {},
+        "base_model": {"path": "gpt", "revision": None},
+        "data": None,
+        "seconds": 10.0,
+        "peak_memory_bytes": 2_000_000,
+        "peak_device_memory_bytes": 0,
+    }
+    (directory / "artifact.json").write_text(json.dumps({**usual, **facts}))
+
+
+def answer(prompt: int, text: str | None, **facts: Any) -> Transcript:
+    """What a model says to "3 + 4?", whose answer is 7."""
+    completion = f"<|channel|>final<|message|>{text}<|return|>"
+    messages = [{"role": "user", "content": f"3 + 4? ({prompt})"}]
+    usual = Transcript(f"p{prompt}", 0, messages, {"answer": RIGHT}, None, text, completion, "return", 4, None)
+    return Transcript(**{**asdict(usual), **facts})
+
+
+def run(
+    directory: Path,
+    passed: dict[str, list[bool]] | None = None,
+    figures: dict[str, dict[str, Any]] | None = None,
+    answers: dict[str, list[Transcript]] | None = None,
+    block_format: str = "mxfp4",
+    fingerprints: dict[str, str] | None = None,
+    **facts: Any,
+) -> Path:
+    """An evaluated run: its models, what they answered, and what was measured of them.
+
+    Args:
+        directory: of the run.
+        passed: model -> whether it passed each prompt; without it no model was asked.
+        figures: model -> figures; what is in neither was not evaluated.
+        answers: model -> answers in place of those that `passed` makes.
+        block_format: that quantize and qat round to.
+        fingerprints: of stages, where they are not the stage's name.
+        facts: of the evaluate artifact.
+    """
+    given = answers or {
+        model: [answer(i, RIGHT if each else WRONG) for i, each in enumerate(outcomes)]
+        for model, outcomes in (passed or {}).items()
+    }
+    models = {model: (figures or {}).get(model, {}) for model in {**(figures or {}), **given}}
+    named = {model: (fingerprints or {}).get(model, model) for model in {**PARENTS, **models}}
+    for model in [model for model in models if model in PARENTS]:
+        parents = {name: named[name] for name in PARENTS[model]} or {"source": "base"}
+        rounds = block_format if model in ("quantize", "qat") else None
+        record(directory / model, fingerprint=named[model], parents=parents, fake_quantized=rounds)
+        (directory / model / "config.json").write_text(json.dumps(SHAPE))
+    evaluate = directory / "evaluate"
+    for model, said in given.items():
+        (evaluate / model).mkdir(parents=True)
+        lines = [json.dumps(asdict(each)) + "\n" for each in said]
+        (evaluate / model / "generations.jsonl").write_text("".join(lines))
+    parents = {model: named[model] for model in models} | ({"evaluate.prompts": "prompts"} if given else {})
+    settings = {"data.path": "chats.jsonl", "evaluate.generate": bool(given), **facts.pop("settings", {})}
+    details = {"reference": "sft", "results": models}
+    record(
+        evaluate,
+        **{"kind": "report", "parents": parents, "settings": settings, "details": details, "data": "rows", **facts},
+    )
+    (evaluate / "config.yaml").write_text("base_run: null\n")
+    return directory

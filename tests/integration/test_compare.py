@@ -1,0 +1,89 @@
+"""compare on real runs: what it leaves, a second run, a sweep over formats, and what is refused on the command line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import SHORT, run_program
+
+RECIPE = ("recipe=smoke", *SHORT)
+
+
+@pytest.fixture(scope="module")
+def run_dir(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the smoke run with a sweep over two formats beside it, evaluated."""
+    run_dir = tmp_path_factory.mktemp("swept") / "run"
+    shutil.copytree(smoke_run, run_dir)
+    sweep = (*RECIPE, f"run_dir={run_dir}", "format=mxfp4,nvfp4", "-m")
+    assert run_program("stage=qat", *sweep) == 0
+    assert run_program("stage=evaluate", "evaluate.source=quantize,qat", *sweep) == 0
+    return run_dir
+
+
+def test_a_run_leaves_a_page_tables_and_plots(smoke_run: Path) -> None:
+    directory = smoke_run / "compare"
+    assert {"compare.html", "compare.md", "compare.json", "tests.jsonl"} <= {path.name for path in directory.iterdir()}
+    plots = {path.stem for path in directory.glob("*.png")}
+    assert {"loss-sft", "loss-qat", "tradeoff-served-bytes-validation-loss", "layers-survival"} <= plots
+    page = (directory / "compare.html").read_text(encoding="utf-8")
+    assert all(f'<figure id="{name}">' in page for name in plots)
+    assert "## sft → quantize → qat" in (directory / "compare.md").read_text(encoding="utf-8")
+
+
+def test_the_table_is_shown_again_without_being_made_again(smoke_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (smoke_run / "compare" / "compare.html").stat().st_mtime_ns
+    assert run_program("stage=compare", *RECIPE, f"run_dir={smoke_run}") == 0
+    out = capsys.readouterr().out
+    assert "[compare] up to date" in out and "SFT + QAT, exported" in out and "compare.html" in out
+    assert (smoke_run / "compare" / "compare.html").stat().st_mtime_ns == before
+
+
+def test_a_sweeps_jobs_share_what_their_settings_leave_as_it_was(run_dir: Path) -> None:
+    jobs = {job.name: {path.name for path in job.iterdir() if path.is_dir()} for job in (run_dir / "sweep").iterdir()}
+    assert jobs == {
+        "format=mxfp4": {"evaluate"},  # the settings of the run itself
+        "format=nvfp4": {"quantize", "qat", "evaluate"},
+    }
+
+
+def test_one_report_over_a_run_and_its_sweep(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    everything = f"compare.runs=[{run_dir},{run_dir}/sweep/*]"
+    assert run_program("stage=compare", *RECIPE, f"run_dir={run_dir}", everything) == 0
+    report = json.loads((run_dir / "compare" / "compare.json").read_text())
+    # What the first job shares with the run is shown once.
+    assert [(row["run"], row["model"], row["format"]) for row in report["rows"]] == [
+        *(("run", name, None) for name in ("upcast", "sft")),
+        *(("run", name, "mxfp4") for name in ("quantize", "qat", "export")),
+        *(("format=nvfp4", name, "nvfp4") for name in ("quantize", "qat")),
+    ]
+    assert all(row["loss_change"] is not None for row in report["rows"] if row["model"] in ("quantize", "qat"))
+    titles = [finding["title"] for finding in report["findings"]]
+    assert titles == [
+        "run/sft → run/quantize → run/qat",
+        "run/sft → format=nvfp4/quantize → format=nvfp4/qat",
+        "nvfp4 against mxfp4",
+    ]
+    assert "format=nvfp4/qat" in capsys.readouterr().out
+
+
+def test_runs_on_other_data_are_refused_in_one_message(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(run_dir, tmp_path / "other"))
+    short = [each for each in RECIPE if "max_samples" not in each]
+    arguments = (*short, "data.max_samples=60", f"run_dir={other}")
+    assert run_program("stage=evaluate", "evaluate.source=upcast", *arguments) == 0
+    capsys.readouterr()
+    assert run_program("stage=compare", *RECIPE, f"run_dir={run_dir}", f"compare.runs=[{run_dir},{other}]") == 2
+    error = capsys.readouterr().err
+    assert f"{run_dir} and {other} cannot be compared" in error
+    assert "data.max_samples=80 and data.max_samples=60" in error
+
+
+def test_a_pattern_without_runs_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pattern = f"{tmp_path}/none/*"
+    assert run_program("stage=compare", *RECIPE, f"run_dir={tmp_path}", f"compare.runs=[{pattern}]") == 2
+    error = capsys.readouterr().err
+    assert error == f"error: compare.runs: '{pattern}': no such directory, and nothing that it is a pattern of.\n"
+    assert list(tmp_path.iterdir()) == []

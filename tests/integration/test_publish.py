@@ -1,0 +1,198 @@
+"""stage=publish on a real run: the card against the records, the directory against the export, the upload."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import fake_hub
+import huggingface_hub.constants
+import pytest
+from conftest import SHORT, run_program
+from fake_hub import Hub
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
+
+from pipeline import artifacts
+
+HUB_NAMES = ("publish.base_model=openai/gpt-oss-20b", "publish.license=apache-2.0")
+
+
+@pytest.fixture
+def run(smoke_run: Path, tmp_path: Path) -> Path:
+    """A copy of the smoke run, to be written to."""
+    return Path(shutil.copytree(smoke_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with fake_hub.running() as running:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", "hf_only_for_tests")
+        yield running
+
+
+def publish(run: Path, *settings: str) -> int:
+    return run_program("stage=publish", "recipe=smoke", f"run_dir={run}", *SHORT, *settings)
+
+
+def card(run: Path) -> ModelCard:
+    return ModelCard.load(run / "publish" / "model" / "README.md")
+
+
+def section(text: str, title: str) -> str:
+    return text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_the_directory_is_the_export_byte_for_byte_and_a_card(run: Path) -> None:
+    assert publish(run) == 0
+    model, export = run / "publish" / "model", artifacts.load(run / "export")
+    assert {path.name for path in model.iterdir()} == {*export.files, "README.md"}
+    for name in export.files:
+        assert (model / name).read_bytes() == (run / "export" / name).read_bytes()
+    assert (model / "config.json").samefile(run / "export" / "config.json")  # no second copy of 13 or 65 GB
+    _, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True)
+    assert not any(info.values())
+
+
+def test_verify_passes_on_the_directory(run: Path, tmp_path: Path) -> None:
+    assert publish(run) == 0
+    arguments = ("recipe=smoke", f"run_dir={tmp_path / 'other'}", f"verify.checkpoint={run / 'publish' / 'model'}")
+    assert run_program("stage=verify", *arguments, *SHORT) == 0
+
+
+def test_the_metadata_are_those_that_the_hub_reads(run: Path) -> None:
+    assert publish(run, *HUB_NAMES) == 0
+    assert card(run).data.to_dict() == {
+        "base_model": "openai/gpt-oss-20b",
+        "base_model_relation": "finetune",
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["gpt_oss", "mxfp4", "vllm", "quantization-aware-training", "conversational"],
+    }
+
+
+def test_the_card_tells_what_the_records_tell(run: Path) -> None:
+    assert publish(run) == 0
+    text = card(run).text
+    export, sft, qat = (artifacts.load(run / name) for name in ("export", "sft", "qat"))
+    assert f"`{export.fingerprint}`" in section(text, "Verification")
+    assert section(text, "Verification").count("| ok |") == len(artifacts.load(run / "verify").details["checks"])
+    assert (run / "compare" / "compare.md").read_text().strip() in text
+    assert f"{export.details['survival']:.2%}" in section(text, "What reached the exported weights")
+    made = section(text, "How it was made")
+    assert f"fingerprint `{export.parents['source']}`" in made and f"| fingerprint | `{sft.data}` |" in made
+    for stage, rate in ((sft, "0.003"), (qat, "0.0005")):
+        assert f"{stage.details['steps']} steps on 72 conversations" in made
+        assert f"→ {stage.details['validation_loss']:.4f}" in made and f"| `learning_rate` | {rate} |" in made
+
+
+def test_the_card_tells_nothing_of_this_machine(run: Path) -> None:
+    assert publish(run) == 0
+    text = (run / "publish" / "model" / "README.md").read_text()
+    assert str(run.parent) not in text and os.uname().nodename not in text
+
+
+def test_writing_the_card_leaves_a_readme_of_the_export_alone(run: Path) -> None:
+    """As the base model's own, which is exported with its tokenizer and its licence."""
+    source = next(path for path in (run / "source").iterdir() if path.is_dir())
+    own = "---\nlicense: apache-2.0\nlanguage: en\n---\n# The base model\n"
+    (source / "README.md").write_text(own)
+    (source / "LICENSE").write_text("the licence")
+    assert run_program("stage=export", "recipe=smoke", f"run_dir={run}", *SHORT, "overwrite=true") == 0
+    assert run_program("stage=verify", "recipe=smoke", f"run_dir={run}", *SHORT) == 0
+    assert publish(run) == 0
+    assert (run / "export" / "README.md").read_text() == own
+    assert card(run).data.license == "apache-2.0"
+    assert "# smoke" in card(run).text
+    assert (run / "publish" / "model" / "LICENSE").read_text() == "the licence"
+
+
+def test_a_gguf_gets_the_licence_of_the_base_model(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = next(path for path in (run / "source").iterdir() if path.is_dir())
+    (source / "LICENSE").write_text("the licence")
+    other = run.parent / "gguf"
+    arguments = ("recipe=smoke", f"run_dir={other}", f"export.source={run / 'qat'}", f"model.path={source}")
+    assert run_program("stage=export", *arguments, "export.target=gguf") == 0
+    export = artifacts.load(other / "export")
+    pass_verify(other, export.fingerprint)
+    assert publish(other, f"model.path={source}", *HUB_NAMES) == 0
+    assert {path.name for path in (other / "publish" / "model").iterdir()} == {"model.gguf", "README.md", "LICENSE"}
+    text = (other / "publish" / "model" / "README.md").read_text()
+    assert "- gguf\n" in text and "library_name" not in text and "The files beside README.md and LICENSE are" in text
+    assert "| supervised fine-tuning | 12 steps" in text and "The models of this run were not compared." in text
+
+
+def pass_verify(run: Path, fingerprint: str) -> None:
+    """As verify leaves it that has passed."""
+    from pipeline.artifacts import Kind, Result
+    from pipeline.config import ModelConfig, PipelineConfig, Stage
+
+    config = PipelineConfig(stage=Stage.verify, run_dir=str(run), model=ModelConfig("base"))
+    details = {"checks": {"scales: no NaN": "ok"}, "not_checked": [f"weights: {run}/export has no record"]}
+    parents = {"checkpoint": fingerprint}
+    artifacts.build(config, Stage.verify, (), parents, lambda _: Result(Kind.report, details=details), is_report=True)
+
+
+def test_an_export_that_verify_has_not_passed_is_not_published(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(run / "verify")
+    assert publish(run) == 2
+    assert "stage=verify has not passed on it" in capfd.readouterr().err
+    assert not (run / "publish").exists()
+
+
+def test_a_file_that_changed_since_it_was_verified_is_not_published(
+    run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = next((run / "export").glob("*.safetensors"))
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x01")  # of the same size
+    assert publish(run) == 2
+    assert "its files have changed since they were exported and verified" in capfd.readouterr().err
+    assert not (run / "publish" / "artifact.json").exists()
+
+
+def test_a_second_run_has_nothing_to_do_and_another_licence_makes_it_anew(
+    run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert publish(run) == publish(run) == 0
+    assert "[publish] up to date" in capfd.readouterr().out
+    assert publish(run, *HUB_NAMES) == 0
+    assert "made anew, since publish.base_model: was None" in capfd.readouterr().out
+    assert card(run).data.license == "apache-2.0"
+
+
+def test_the_upload_is_the_directory(run: Path, hub: Hub, capfd: pytest.CaptureFixture[str]) -> None:
+    assert publish(run, "publish.push_to_hub=me/mine") == 0
+    model = run / "publish" / "model"
+    assert hub.files == {path.name: path.read_bytes() for path in model.iterdir()}
+    assert hub.is_private
+    assert f"uploaded: {hub.url}/me/mine/commit/1" in capfd.readouterr().out
+    assert "vllm serve me/mine\n" in card(run).text and "# mine\n" in card(run).text
+    kept = [path.read_text() for path in (run / "publish").rglob("*.json*")] + [
+        (run / "publish" / "config.yaml").read_text()
+    ]
+    assert not any("hf_only_for_tests" in text for text in kept)
+
+
+def test_what_changed_after_it_was_made_is_not_uploaded(run: Path, hub: Hub, capfd: pytest.CaptureFixture[str]) -> None:
+    assert publish(run, "publish.push_to_hub=me/mine") == 0
+    hub.files.clear()
+    path = run / "publish" / "model" / "tokenizer_config.json"
+    path.write_bytes(path.read_bytes().replace(b" ", b"\t", 1))
+    assert publish(run, "publish.push_to_hub=me/mine") == 2
+    assert "a file has changed since it was made" in capfd.readouterr().err
+    assert hub.files == {}
+
+
+def test_without_a_token_nothing_is_made(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    assert publish(run, "publish.push_to_hub=me/mine") == 2
+    assert "there is no token for the Hub" in capfd.readouterr().err
+    assert not (run / "publish").exists()

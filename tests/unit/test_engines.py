@@ -1,0 +1,124 @@
+"""Engines as `verify` runs them: the processes, what is said of each outcome, and how predictions are compared."""
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import Engine, PythonConfig
+from pipeline.errors import UserError
+from pipeline.export import EXPORTERS
+from pipeline.proof import worker
+from pipeline.proof.check import Check
+from pipeline.proof.engines import ENGINES, Trial, check_engine, judged, prompts, raise_unless_loadable
+
+EVEN = torch.full((2, 4), math.log(0.25))
+
+
+def python_that(tmp_path: Path, does: str) -> str:
+    """A program in the place of an engine's Python: worker, engine, checkpoint, request, result are $1 to $5."""
+    path = tmp_path / "python"
+    path.write_text(f"#!/bin/bash\n{does}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def answer(tmp_path: Path, values: torch.Tensor) -> str:
+    np.save(tmp_path / "answer.npy", values.numpy())
+    return f'cp {tmp_path}/answer.npy "$5"; echo -n "engine 1.2" > "${{5%.npy}}.version"'
+
+
+def checked(
+    tmp_path: Path, does: str, seconds: float = 20.0, name: str = "openai", dtype: torch.dtype = torch.float32
+) -> Check:
+    trial = Trial(tmp_path, ENGINES[name].targets[0], [[1, 2], [3]], dtype, seconds)
+    return check_engine(name, python_that(tmp_path, does), trial, lambda rounds_yarn: EVEN)
+
+
+def test_an_engine_that_expects_the_same_passes_with_its_version(tmp_path: Path) -> None:
+    check = checked(tmp_path, answer(tmp_path, EVEN))
+    assert check.status == "ok"
+    assert check.measured["version"] == "engine 1.2"
+    assert check.measured["nats"] == 0 and check.measured["top1_agreement"] == 1
+
+
+def test_an_engine_that_expects_other_tokens_fails_with_the_divergence(tmp_path: Path) -> None:
+    other = torch.tensor([[0.7, 0.1, 0.1, 0.1]] * 2).log()
+    check = checked(tmp_path, answer(tmp_path, other))
+    assert check.status == "FAILED"
+    assert check.measured["nats"] == pytest.approx(-0.25 * math.log(0.7 * 0.1**3) - math.log(4), abs=1e-6)
+
+
+def test_nan_is_no_agreement(tmp_path: Path) -> None:
+    assert checked(tmp_path, answer(tmp_path, EVEN * float("nan"))).status == "FAILED"
+
+
+def test_an_engine_that_is_not_installed_is_not_checked_and_says_how_to_get_it(tmp_path: Path) -> None:
+    check = checked(tmp_path, f"exit {worker.NOT_INSTALLED}")
+    assert check.status == "not checked"
+    assert check.skipped is not None and "pip install" in check.skipped and "verify.python.openai" in check.skipped
+
+
+def test_an_engine_that_crashes_is_wrong_with_the_end_of_its_output(tmp_path: Path) -> None:
+    check = checked(tmp_path, "for i in $(seq 100); do echo line $i; done; echo out of cheese >&2; exit 7")
+    (problem,) = check.problems
+    assert "exit status 7" in problem and "out of cheese" in problem and "line 100" in problem
+    assert "line 50" not in problem
+
+
+def test_an_engine_that_ends_without_an_answer_is_wrong(tmp_path: Path) -> None:
+    assert checked(tmp_path, "exit 0").status == "FAILED"
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at processes as Linux shows them")
+def test_an_engine_that_hangs_is_stopped_with_what_it_started(tmp_path: Path) -> None:
+    started = time.monotonic()
+    check = checked(tmp_path, f"echo began; sleep 60 & echo $! > {tmp_path}/child; wait", seconds=1.0)
+    assert "no answer within verify.engine_seconds=1" in check.problems[0] and "began" in check.problems[0]
+    assert time.monotonic() - started < 20
+    child = int((tmp_path / "child").read_text())
+    while is_running(child) and time.monotonic() - started < 20:
+        time.sleep(0.1)  # the signal is sent, not waited for, where the process is not ours
+    assert not is_running(child)
+
+
+def is_running(process: int) -> bool:
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+
+def test_bf16_is_allowed_more_than_fp32(tmp_path: Path) -> None:
+    near = torch.tensor([[0.27, 0.25, 0.25, 0.23]] * 2).log()
+    assert checked(tmp_path, answer(tmp_path, near)).status == "FAILED"
+    assert checked(tmp_path, answer(tmp_path, near), dtype=torch.bfloat16).status == "ok"
+
+
+def test_divergence_is_that_of_the_worst_prompt() -> None:
+    want = torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log()
+    have = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+    assert judged(have, want)["nats"] == pytest.approx(0.5 * math.log(0.25 / 0.09))
+
+
+def test_prompts_end_before_the_answer_and_in_its_middle() -> None:
+    example = {"input_ids": [5, 6, 7, 8, 9, 10], "labels": [-100, -100, 7, 8, 9, 10]}
+    assert prompts([example]) == [[5, 6], [5, 6, 7, 8]]
+
+
+def test_an_engine_that_does_not_load_the_layout_and_a_python_that_is_not_there_are_reported_together() -> None:
+    with pytest.raises(UserError) as error:
+        raise_unless_loadable(["llama_cpp", "mlx"], "mxfp4", {"llama_cpp": None, "mlx": "/not/there"})
+    assert "verify.engines=llama_cpp: loads gguf, not mxfp4" in str(error.value)
+    assert "verify.python.mlx=/not/there: no such program" in str(error.value)
+
+
+def test_every_engine_has_a_worker_a_setting_and_layouts() -> None:
+    assert set(ENGINES) == set(worker.ENGINES) == set(Engine.__members__) == set(vars(PythonConfig()))
+    assert all(set(engine.targets) <= set(EXPORTERS) for engine in ENGINES.values())
+
+
+def test_the_worker_needs_nothing_of_the_program() -> None:
+    source = Path(worker.__file__).read_text(encoding="utf-8")
+    assert "import pipeline" not in source and "from pipeline" not in source

@@ -1,0 +1,91 @@
+"""Uploads, to a Hub on this machine."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import fake_hub
+import huggingface_hub.constants
+import pytest
+from fake_hub import Hub
+
+from pipeline.config import PublishConfig
+from pipeline.errors import UserError
+from pipeline.publishing import hub as uploads
+
+TOKEN = "hf_only_for_tests"
+FILES = {"README.md": b"# Mine\n", "config.json": b"{}", "model.safetensors": bytes(range(256)) * 64}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with fake_hub.running() as running:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield running
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def test_every_file_arrives_in_a_private_repository(hub: Hub, directory: Path) -> None:
+    url = uploads.push(PublishConfig(push_to_hub="me/mine"), directory)
+    assert url == f"{hub.url}/me/mine/commit/1"
+    assert hub.files == FILES
+    assert hub.is_private
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+
+
+def test_a_public_repository_is_uploaded_to_only_when_it_is_asked_for(hub: Hub, directory: Path) -> None:
+    hub.is_there = True
+    with pytest.raises(UserError, match=r"publish\.push_to_hub=me/mine: is public\. .*publish\.private=false"):
+        uploads.push(PublishConfig(push_to_hub="me/mine"), directory)
+    assert hub.files == {}
+    uploads.push(PublishConfig(push_to_hub="me/mine", private=False), directory)
+    assert hub.files == FILES and not hub.is_private
+
+
+def test_what_an_earlier_upload_left_is_gone(hub: Hub, directory: Path) -> None:
+    hub.is_there = hub.is_private = True
+    hub.files = {"model-00002-of-00002.safetensors": b"old", ".gitattributes": b"*.safetensors filter=lfs"}
+    uploads.push(PublishConfig(push_to_hub="me/mine"), directory)
+    assert hub.files == FILES | {".gitattributes": b"*.safetensors filter=lfs"}
+
+
+def test_a_refused_token_is_one_message_without_the_token(hub: Hub, directory: Path) -> None:
+    hub.refuses = True
+    with pytest.raises(UserError, match=r"publish\.push_to_hub=me/mine: .*401.*hf auth login") as caught:
+        uploads.push(PublishConfig(push_to_hub="me/mine"), directory)
+    assert TOKEN not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_metadata_that_the_hub_refuses_are_one_message(hub: Hub, directory: Path) -> None:
+    (directory / "README.md").write_text("---\nlicense: none of them\n---\n")
+    hub.complaint = '"license" must be one of apache-2.0'
+    with pytest.raises(UserError, match=r'Invalid metadata in README\.md.*"license" must be one of') as caught:
+        uploads.push(PublishConfig(push_to_hub="me/mine"), directory)
+    assert hub.files == {} and "\n" not in str(caught.value)
+
+
+def test_a_hub_that_is_not_there_is_one_message(hub: Hub, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="the Hub was not reached, or refused"):
+        uploads.push(PublishConfig(push_to_hub="me/mine"), directory)
+
+
+def test_a_missing_token_is_found_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"publish\.push_to_hub=me/mine: there is no token .* HF_TOKEN"):
+        uploads.check(PublishConfig(push_to_hub="me/mine"))
+
+
+@pytest.mark.parametrize("name", ["me/mine/too", "a b", "-x/y", "me/x..y"])
+def test_a_name_that_the_hub_has_not_is_refused(name: str, hub: Hub) -> None:
+    with pytest.raises(UserError, match=r"publish\.push_to_hub="):
+        uploads.check(PublishConfig(push_to_hub=name))

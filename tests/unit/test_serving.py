@@ -1,0 +1,257 @@
+"""What engines are told, what is refused before one is started, and who may be served."""
+
+import dataclasses
+import os
+import shlex
+import signal
+import socket
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from exports import EXPORTED, make_export, prove
+
+from pipeline import artifacts
+from pipeline.artifacts import Artifact
+from pipeline.config import ExportTarget, ModelConfig, PipelineConfig, ServeConfig, ServingEngine, Stage
+from pipeline.errors import UserError
+from pipeline.gpt_oss import Shape
+from pipeline.serving import launch
+from pipeline.serving.engines import ENGINES
+from pipeline.serving.process import ended_by_signals
+from pipeline.stages import serve as stage
+from pipeline.stages.all import STAGES
+
+GPT_OSS_20B = Shape(24, 2880, 2880, 32, 64, 8, 64, 201_088)
+
+
+@pytest.fixture(autouse=True)
+def without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records say which commit made them; asking git takes longer than all else here."""
+    monkeypatch.setattr(artifacts, "_git_commit", lambda: None)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> PipelineConfig:
+    serve = ServeConfig(dry_run=True)
+    return PipelineConfig(
+        stage=Stage.serve, recipe="mine", run_dir=str(tmp_path / "run"), model=ModelConfig("base"), serve=serve
+    )
+
+
+@pytest.fixture
+def export(config: PipelineConfig) -> Artifact:
+    return make_export(config)
+
+
+Refusal = Callable[..., str]
+
+
+@pytest.fixture
+def refusal(config: PipelineConfig, export: Artifact) -> Refusal:
+    """The message that settings of `serve` end in."""
+
+    def message(gpus: int = 1, **settings: Any) -> str:
+        for name, value in settings.items():
+            setattr(config.serve, name, value)
+        with pytest.raises(UserError) as caught:
+            launch.plan(config, export, gpus, [])
+        return str(caught.value)
+
+    return message
+
+
+def words(config: PipelineConfig, export: Artifact, gpus: int = 1, **settings: Any) -> list[str]:
+    config.serve = dataclasses.replace(config.serve, **settings)
+    return launch.plan(config, export, gpus, []).command
+
+
+def test_the_stage_all_neither_publishes_nor_serves() -> None:
+    assert {*Stage} - {*STAGES} == {Stage.all, Stage.publish, Stage.serve}
+
+
+def test_the_table_has_a_row_for_every_engine_of_the_configuration() -> None:
+    assert set(ENGINES) == {engine.name for engine in ServingEngine}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_engines_read_targets_that_exist(name: str) -> None:
+    assert set(ENGINES[name].targets) <= {target.name for target in ExportTarget}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_engine_can_be_told_its_model_and_where_to_listen(name: str) -> None:
+    assert {"model", "host", "port"} <= set(ENGINES[name].flags)
+
+
+def test_vllm_gets_the_directory_and_every_setting(config: PipelineConfig, export: Artifact) -> None:
+    settings = {"context_length": 4096, "gpu_memory_fraction": 0.8, "extra_arguments": ["--max-num-seqs", "4"]}
+    assert words(config, export, gpus=2, **settings) == [
+        *("vllm", "serve", str(export.directory), "--served-model-name", "mine", "--host", "127.0.0.1"),
+        *("--port", "8000", "--tensor-parallel-size", "2", "--max-model-len", "4096"),
+        *("--gpu-memory-utilization", "0.8", "--enable-auto-tool-choice", "--tool-call-parser", "openai"),
+        *("--max-num-seqs", "4"),
+    ]
+
+
+def test_what_is_not_set_is_left_to_the_engine(config: PipelineConfig, export: Artifact) -> None:
+    command = words(config, export, engine=ServingEngine.tensorrt_llm)
+    assert command == ["trtllm-serve", str(export.directory), "--host", "127.0.0.1", "--port", "8000", "--tp_size", "1"]
+
+
+@pytest.mark.parametrize("engine", [ServingEngine.llama_cpp, ServingEngine.llama_cpp_python])
+def test_llama_cpp_gets_the_file(config: PipelineConfig, engine: ServingEngine) -> None:
+    export = make_export(config, "gguf", {"model.gguf": "weights"})
+    command = words(config, export, engine=engine, program="/opt/bin/it")
+    assert command[0] == "/opt/bin/it"
+    assert command[command.index("--model") + 1] == str(export.directory / "model.gguf")
+
+
+def test_the_line_for_a_shell_is_the_command(config: PipelineConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    config.run_dir = str(Path(config.run_dir).parent / "a run; with 'quotes'")
+    prove(config, make_export(config))
+    capsys.readouterr()
+    export = stage.run(config)
+    line = capsys.readouterr().out
+    assert line.endswith("\n") and line.count("\n") == 1
+    assert str(export.directory) in shlex.split(line)
+
+
+def test_a_dry_run_starts_nothing_and_leaves_nothing(config: PipelineConfig, export: Artifact) -> None:
+    prove(config, export)
+    stage.run(config)
+    assert not (Path(config.run_dir) / "serve").exists()
+
+
+@pytest.mark.parametrize(("gpus", "size"), [(0, 1), (1, 1), (2, 2), (3, 2), (6, 4), (8, 8), (16, 8)])
+def test_as_many_gpus_as_divide_heads_and_experts_share_the_model(gpus: int, size: int) -> None:
+    assert launch.largest_parallel(GPT_OSS_20B, gpus) == size
+
+
+def test_a_size_that_does_not_divide_is_refused_with_the_sizes(refusal: Refusal) -> None:
+    message = refusal(gpus=3, tensor_parallel_size=3)
+    assert message.startswith("serve.tensor_parallel_size=3: does not divide the model's 4 attention heads,")
+    assert "Here 2 fits best" in message
+
+
+def test_more_gpus_than_there_are_are_refused_but_may_be_printed_for_another_machine(
+    refusal: Refusal, config: PipelineConfig, export: Artifact
+) -> None:
+    assert "--tensor-parallel-size" in words(config, export, gpus=0, tensor_parallel_size=2)
+    assert "serve.tensor_parallel_size=2: 1 GPUs are visible here" in refusal(tensor_parallel_size=2, dry_run=False)
+
+
+@pytest.mark.parametrize("target", ["gguf", "openai", "nvfp4"])
+def test_an_engine_that_cannot_read_the_export_is_refused_and_another_named(
+    config: PipelineConfig, target: str
+) -> None:
+    export = make_export(config, target)
+    with pytest.raises(UserError) as caught:
+        launch.plan(config, export, 1, [])
+    able = {
+        "gguf": "llama_cpp or llama_cpp_python reads",
+        "openai": "no engine here reads",
+        "nvfp4": "tensorrt_llm reads",
+    }
+    assert "serve.engine=vllm: reads export.target=mxfp4, bf16" in str(caught.value)
+    assert f"export.target={target}" in str(caught.value) and able[target] in str(caught.value)
+
+
+def test_several_mistakes_are_reported_together(refusal: Refusal) -> None:
+    message = refusal(engine=ServingEngine.llama_cpp, context_length=1, tensor_parallel_size=2, gpu_memory_fraction=0.5)
+    assert message.startswith("3 problems:")
+    assert "serve.gpu_memory_fraction=0.5: serve.engine=llama_cpp has no such setting" in message
+
+
+def test_a_program_that_is_not_there_is_refused_with_how_to_get_it(
+    refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    message = refusal(dry_run=False)
+    assert message.startswith("serve.engine=vllm: no program 'vllm' to start.") and "pip install vllm" in message
+    assert refusal(program="/nowhere/vllm").startswith("serve.program=/nowhere/vllm: no program")
+
+
+def test_a_program_is_named_from_any_working_directory(
+    config: PipelineConfig, export: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    for program, told in (("~/vllm", "/home/me/vllm"), ("bin/vllm", f"{tmp_path}/bin/vllm"), ("vllm-new", "vllm-new")):
+        assert words(config, export, program=program)[0] == told
+
+
+def test_a_port_in_use_is_refused(refusal: Refusal, tmp_path: Path) -> None:
+    program = tmp_path / "vllm"
+    program.touch()
+    program.chmod(stat.S_IRWXU)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert refusal(dry_run=False, program=str(program), port=port).startswith(
+            f"serve.port={port}: something listens"
+        )
+
+
+@pytest.mark.parametrize(("host", "address"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("localhost", "localhost")])
+def test_a_server_for_everyone_is_asked_from_here(
+    config: PipelineConfig, export: Artifact, host: str, address: str
+) -> None:
+    config.serve.host = host
+    planned = launch.plan(config, export, 1, [])
+    assert planned.api == f"http://{address}:8000/v1"
+    assert planned.health == f"http://{address}:8000/health"
+
+
+# --- who may be served -----------------------------------------------------------------------------------------------
+
+
+def test_an_export_that_verify_has_not_passed_is_refused(config: PipelineConfig, export: Artifact) -> None:
+    with pytest.raises(UserError, match=r"stage=verify has not passed on it\. Run first: .*serve\.verified_only=false"):
+        stage.run(config)
+    config.serve.verified_only = False
+    assert stage.run(config) == export
+
+
+def test_a_proof_of_an_earlier_export_does_not_count(config: PipelineConfig, export: Artifact) -> None:
+    prove(config, export)
+    stage.run(config)
+    config.overwrite = True
+    make_export(config, files={**EXPORTED, "model.safetensors": "other weights"})
+    with pytest.raises(UserError, match="has not passed on it"):
+        stage.run(config)
+
+
+def test_an_unfinished_export_is_refused(config: PipelineConfig, export: Artifact) -> None:
+    (export.directory / "artifact.json").unlink()
+    with pytest.raises(UserError, match=r"stage=serve needs .*export, which is unfinished"):
+        stage.run(config)
+
+
+def test_a_launcher_s_processes_do_not_start_an_engine_each(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="without a launcher"):
+        stage.run(config)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_that_end_programs_interrupt_this_one_while_an_engine_runs(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), ended_by_signals():
+        os.kill(os.getpid(), number)
+        time.sleep(1)
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -1,0 +1,149 @@
+"""Sweeps: a directory for each job, and what the jobs share with the run that run_dir names."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import run_program
+from evaluated import record
+
+from pipeline import __main__ as program
+from pipeline import artifacts
+from pipeline.artifacts import chosen, needed, stage_dir
+from pipeline.config import PipelineConfig, QuantizeConfig, QuantizeSource, Stage, TrainConfig
+
+SWEEP = ("recipe=smoke", "qat.learning_rate=1e-3", "format=mxfp4,nvfp4", "qat.learning_rate=choice(5e-5)")
+"""Two jobs; `choice` of one value is a sweep, too."""
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[PipelineConfig]:
+    """What the stages are called with; none runs."""
+    found: list[PipelineConfig] = []
+    stage = type("Recorder", (), {"run": staticmethod(found.append)})
+    monkeypatch.setattr(program, "_module", lambda _: stage)
+    return found
+
+
+def places(ran: list[PipelineConfig]) -> list[tuple[str, str | None]]:
+    return [(config.run_dir, config.base_run) for config in ran]
+
+
+def test_each_job_has_a_directory_named_by_what_it_alone_has(ran: list[PipelineConfig], tmp_path: Path) -> None:
+    assert run_program("-m", "stage=qat", *SWEEP, "data.max_samples=80", f"run_dir={tmp_path}") == 0
+    names = [f"format={name},qat.learning_rate=5e-05" for name in ("mxfp4", "nvfp4")]
+    assert sorted(places(ran), key=str) == [(f"{tmp_path}/sweep/{name}", str(tmp_path)) for name in names]
+
+
+def test_other_stages_of_a_sweep_find_the_same_directories(ran: list[PipelineConfig], tmp_path: Path) -> None:
+    more = ("stage=evaluate", "eval=quick", "evaluate.source=quantize,qat", "overwrite=true")
+    assert run_program("-m", "recipe=smoke", "format=choice(nvfp4)", *more, f"run_dir={tmp_path}") == 0
+    assert [config.run_dir for config in ran] == [f"{tmp_path}/sweep/format=nvfp4"] * 2
+
+
+def test_the_default_run_directory_is_shared_too(ran: list[PipelineConfig]) -> None:
+    assert run_program("-m", "stage=qat", "recipe=smoke", "qat.seed=choice(1)") == 0
+    assert places(ran) == [("runs/smoke/sweep/qat.seed=1", "runs/smoke")]
+
+
+def test_the_flag_may_stand_at_the_end(ran: list[PipelineConfig]) -> None:
+    assert run_program("stage=qat", "qat.seed=choice(1)", "recipe=smoke", "-m") == 0
+    assert places(ran) == [("runs/smoke/sweep/qat.seed=1", "runs/smoke")]
+
+
+@pytest.mark.parametrize("sweep", ["stage=choice(sft)", "recipe=choice(smoke)", "run_dir=choice(a)"])
+def test_what_makes_no_other_model_makes_no_other_directory(sweep: str, ran: list[PipelineConfig]) -> None:
+    usual = [each for each in ("stage=sft", "recipe=smoke") if not sweep.startswith(each.partition("=")[0])]
+    assert run_program("-m", sweep, *usual) == 0
+    assert {config.base_run for config in ran} == {None}
+    assert not [config.run_dir for config in ran if "sweep" in config.run_dir]
+
+
+def test_a_slash_in_a_value_makes_no_deeper_directory(ran: list[PipelineConfig], tmp_path: Path) -> None:
+    assert run_program("-m", "stage=sft", "recipe=smoke", "data.path=choice(/a/b)", f"run_dir={tmp_path}") == 0
+    assert [Path(config.run_dir).name for config in ran] == ["data.path=_a_b"]
+
+
+def test_without_a_sweep_nothing_is_shared(ran: list[PipelineConfig]) -> None:
+    assert run_program("stage=qat", "recipe=smoke", "qat.learning_rate=1e-4") == 0
+    assert places(ran) == [("runs/smoke", None)]
+
+
+# --- what is shared --------------------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "upcast": ("model.path",),
+    "sft": ("data", "sft"),
+    "quantize": ("format", "quantize"),
+    "qat": ("data", "format", "qat"),
+}
+PARENTS = {"upcast": {"source": "s"}, "sft": {"upcast": "upcast"}, "quantize": {"sft": "sft"}, "qat": {"quantize": ""}}
+
+
+def config(tmp_path: Path, stage: Stage = Stage.qat, **facts: object) -> PipelineConfig:
+    made = PipelineConfig(stage=stage, run_dir=f"{tmp_path}/job", base_run=f"{tmp_path}/base", **facts)  # type: ignore[arg-type]
+    made.model.path = "gpt"
+    return made
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A run with models up to qat, made with the usual settings."""
+    for name, keys in SETTINGS.items():
+        settings = chosen(config(tmp_path), keys)
+        record(tmp_path / "base" / name, settings=settings, parents=PARENTS[name])
+    return tmp_path / "base"
+
+
+def test_models_of_the_same_settings_are_shared_and_reports_are_not(base: Path, tmp_path: Path) -> None:
+    record(base / "evaluate", kind="report")
+    for name in SETTINGS:
+        assert stage_dir(config(tmp_path), name) == base / name
+    assert stage_dir(config(tmp_path), "evaluate") == tmp_path / "job" / "evaluate"
+
+
+def test_what_was_made_otherwise_or_from_what_was_is_the_jobs_own(base: Path, tmp_path: Path) -> None:
+    other = config(tmp_path, sft=TrainConfig(learning_rate=1.0))
+    own = [name for name in SETTINGS if stage_dir(other, name) == tmp_path / "job" / name]
+    assert own == ["sft", "quantize", "qat"]  # quantize and qat have the same settings, but were made from another sft
+
+
+def test_a_job_that_has_its_own_uses_that(base: Path, tmp_path: Path) -> None:
+    record(tmp_path / "job" / "sft")
+    assert stage_dir(config(tmp_path), "sft") == tmp_path / "job" / "sft"
+    assert stage_dir(config(tmp_path), "quantize") == tmp_path / "job" / "quantize"
+
+
+def test_a_stage_that_is_rebuilt_leaves_the_shared_one_alone(base: Path, tmp_path: Path) -> None:
+    rebuilt = config(tmp_path, overwrite=True)
+    assert stage_dir(rebuilt, "qat") == tmp_path / "job" / "qat"
+    assert stage_dir(rebuilt, "sft") == base / "sft"
+
+
+def test_data_and_made_up_models_are_kept_once(base: Path, tmp_path: Path) -> None:
+    assert stage_dir(config(tmp_path), "data") == base / "data"
+
+
+def test_what_comes_before_is_made_where_the_base_run_has_it(base: Path, tmp_path: Path) -> None:
+    assert needed(config(tmp_path)) == [Stage.upcast, Stage.sft, Stage.quantize]
+    assert needed(config(tmp_path, Stage.sft)) == [Stage.upcast]
+    assert needed(config(tmp_path, Stage.evaluate)) == []
+    without_sft = config(tmp_path, quantize=QuantizeConfig(source=QuantizeSource.upcast))
+    assert needed(without_sft) == [Stage.upcast, Stage.quantize]
+
+
+def test_a_base_run_without_sft_is_asked_for_it(tmp_path: Path) -> None:
+    with pytest.raises(artifacts.UserError, match=f"stage=sft run_dir={tmp_path}/base, or this command with"):
+        artifacts.require(config(tmp_path), Stage.sft)
+    assert needed(config(tmp_path)) == []
+
+
+def test_a_shared_stage_is_up_to_date_and_is_not_made_again(base: Path, tmp_path: Path, capsys) -> None:
+    asked = config(tmp_path, Stage.sft)
+    artifact = artifacts.build(
+        asked, Stage.sft, SETTINGS["sft"], PARENTS["sft"], lambda _: pytest.fail("it was made again")
+    )
+    assert artifact.directory == base / "sft"
+    assert json.loads((base / "sft" / "artifact.json").read_text())["fingerprint"] == "sft"
+    assert f"[sft] up to date: {base}/sft" in capsys.readouterr().out
+    assert not (tmp_path / "job").exists()
