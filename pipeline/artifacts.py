@@ -9,23 +9,19 @@ import dataclasses
 import fcntl
 import json
 import os
-import platform
-import resource
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import xxhash
 from omegaconf import OmegaConf
 
+from pipeline import provenance
 from pipeline.config import PipelineConfig, QuantizeSource, Stage
 from pipeline.errors import UserError
 from pipeline.tracking import METRICS_FILE, followed, is_main_process, process_count, progress, say, wait_for_everyone
@@ -40,9 +36,7 @@ CHECKPOINTS_DIR = "checkpoints"
 BOOKKEEPING = {ARTIFACT_FILE, CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, UNFINISHED_FILE, SHARDS_FILE}
 _SHARED = (Stage.upcast, Stage.sft, Stage.quantize, Stage.qat)
 """Stages whose models runs can share, in order; what reports on a run is its own."""
-_LIBRARIES = ("torch", "transformers", "trl", "peft", "nvidia-modelopt", "accelerate", "datasets", "safetensors")
 _READ_BYTES = 1 << 24
-_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, KiB on Linux
 
 
 class Kind(Enum):
@@ -403,9 +397,7 @@ def _publish(
         "details": result.details,
         "files": files,
         "seconds": round(seconds, 3),
-        "git_commit": _git_commit(),
-        "libraries": {name: version(name) for name in _LIBRARIES},
-        **_machine(),
+        **provenance.record(),
     }
     write_json(directory / ARTIFACT_FILE, record)
     _clear_work(directory)
@@ -418,37 +410,6 @@ def _clear_work(directory: Path) -> None:
         shutil.rmtree(directory / CHECKPOINTS_DIR, ignore_errors=True)
         (directory / UNFINISHED_FILE).unlink(missing_ok=True)
         (directory / SHARDS_FILE).unlink(missing_ok=True)
-
-
-def _machine() -> dict[str, Any]:
-    import torch
-
-    cuda = torch.cuda.is_available()
-    return {
-        "host": platform.node(),
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
-        "processes": process_count(),
-        "peak_memory_bytes": peak_resident_bytes(),
-        "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
-    }
-
-
-def peak_resident_bytes() -> int:
-    """Most main memory that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
-
-
-def _git_commit() -> str | None:
-    """Commit of the program, with '+changes' where it was edited since; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-    if not (here.parent / ".git").exists() or shutil.which("git") is None:
-        return None
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    changes = subprocess.run(
-        ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=False
-    )
-    return (commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")) or None
 
 
 def chosen(config: PipelineConfig, keys: tuple[str, ...]) -> dict[str, Any]:

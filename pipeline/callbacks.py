@@ -15,9 +15,9 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 from transformers.trainer_utils import rotate_checkpoints
 
-from pipeline.artifacts import peak_resident_bytes
 from pipeline.config import Sharding, TrainConfig
 from pipeline.harmony import IGNORED
+from pipeline.provenance import peak_resident_bytes
 from pipeline.resume import mark_whole
 from pipeline.tracking import is_main_process, log_metrics, progress, read_metrics, say, wait_for_everyone, warn
 

@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from pipeline import __main__ as program
-from pipeline import artifacts, command_line, tracking
+from pipeline import artifacts, command_line, provenance, tracking
 from pipeline.artifacts import Artifact, Kind, Result, build, fingerprint_of, load, require, stage_dir
 from pipeline.config import DataConfig, LoraTarget, ModelConfig, PipelineConfig, Stage
 from pipeline.errors import UserError
@@ -335,15 +335,15 @@ def test_an_empty_directory_is_taken(config: PipelineConfig) -> None:
     assert set(make(config).files) == set(PAYLOAD)
 
 
-@pytest.mark.parametrize("step", ["fingerprint_of", "_machine"])
+@pytest.mark.parametrize("step", [(artifacts, "fingerprint_of"), (provenance, "record")], ids=lambda step: step[1])
 def test_an_interruption_while_publishing_can_be_resumed(
-    step: str, config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+    step: tuple[Any, str], config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(artifacts, step, interrupted)
+        patched.setattr(*step, interrupted)
         with pytest.raises(KeyboardInterrupt):
             make(config)
     assert set(make(config).files) == set(PAYLOAD)

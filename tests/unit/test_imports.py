@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoints", "harmony"),
     ("shards", "resume", "proven", "head"),
     ("artifacts", "gpt_oss", "sharding"),
+    ("provenance",),
     ("tracking", "rules"),
     ("evaluation_rules",),
     ("config", "numerics", "languages"),
@@ -47,7 +48,7 @@ CONTRACT: tuple[tuple[str, ...], ...] = (
 )
 """The coarse order that the architecture promises; within a row it leaves the order to LAYERS."""
 
-FOR_ALL = ("tracking", "artifacts", "config", "errors")
+FOR_ALL = ("tracking", "artifacts", "provenance", "config", "errors")
 """May be used by everyone but numerics, and use nothing but one another."""
 
 ONLY_IMPORTER = {

@@ -7,7 +7,7 @@ import pytest
 from exports import make_export, prove
 from huggingface_hub import ModelCard
 
-from pipeline import artifacts
+from pipeline import artifacts, provenance
 from pipeline.artifacts import Artifact, Kind, Result
 from pipeline.config import ExportTarget, ModelConfig, PipelineConfig, PublishConfig, Stage
 from pipeline.publishing import card, record
@@ -18,7 +18,7 @@ from pipeline.source import Source
 @pytest.fixture(autouse=True)
 def without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     """Records say which commit made them; asking git takes longer than all else here."""
-    monkeypatch.setattr(artifacts, "_git_commit", lambda: None)
+    monkeypatch.setattr(provenance, "_git_commit", lambda: None)
 
 
 @pytest.fixture

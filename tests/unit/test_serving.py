@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from exports import EXPORTED, make_export, prove
 
-from pipeline import artifacts
+from pipeline import provenance
 from pipeline.artifacts import Artifact
 from pipeline.config import ExportTarget, ModelConfig, PipelineConfig, ServeConfig, ServingEngine, Stage
 from pipeline.errors import UserError
@@ -31,7 +31,7 @@ GPT_OSS_20B = Shape(24, 2880, 2880, 32, 64, 8, 64, 201_088)
 @pytest.fixture(autouse=True)
 def without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     """Records say which commit made them; asking git takes longer than all else here."""
-    monkeypatch.setattr(artifacts, "_git_commit", lambda: None)
+    monkeypatch.setattr(provenance, "_git_commit", lambda: None)
 
 
 @pytest.fixture
