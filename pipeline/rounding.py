@@ -11,6 +11,20 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from pipeline.config import PipelineConfig
+from pipeline.sharding import ENGINES
+
+
+def budget_bytes(config: PipelineConfig) -> float:
+    """How much a run may keep, on each device: `qat.rounded_cache_gib`.
+
+    Gathered parameters are other memory each time, and there is no room for all of them: by default nothing is kept.
+    """
+    budget = config.qat.rounded_cache_gib
+    if budget is None:
+        return 0.0 if ENGINES[config.sharding].gathers else math.inf
+    return budget * 2**30
+
 
 class RoundedWeights:
     """A store of rounded weights, emptied by `forget` whenever weights may have changed."""

@@ -102,6 +102,7 @@ def _needs_lines(facts: Facts) -> Iterable[tuple[str, str]]:
     yield "parameters", f"{needs['parameters']['all']:,}, of which {needs['parameters']['experts']:,} in experts"
     for stage, part in needs["device_bytes"].items():
         shown = ", ".join(f"{name} {gigabytes(part[name])}" for name in ("weights", "gradients", "optimizer"))
+        shown += f", rounded experts {gigabytes(part['rounded'])}" if part["rounded"] else ""
         estimate = f"activations about {gigabytes(part['activations'])} at {needs['tokens']} tokens"
         yield f"{stage}, each device", f"about {gigabytes(part['total'])}: {shown}, {estimate}{_shared(facts, stage)}"
     yield "disk by stage", ", ".join(f"{name} {gigabytes(size)}" for name, size in needs["disk_bytes"].items())

@@ -187,6 +187,7 @@ def _less_memory(facts: Facts, stage: str) -> str:
     found = [] if train.method is Method.lora else [f"train@{stage}=lora"]
     found += [] if train.gradient_checkpointing else [f"{stage}.gradient_checkpointing=true"]
     found += [f"{stage}.batch_size=1"] if train.batch_size > 1 else []
+    found += [f"{stage}.rounded_cache_gib=0"] if needed["rounded"] else []
     if needed["activations"] > needed["total"] / 4:
         found.append(f"data.max_length={max(_ROUND, facts.needs['tokens'] // 2)}")
     if facts.machine["gpus"] and facts.config.sharding is Sharding.none:

@@ -12,37 +12,39 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
+from pipeline import rounding
 from pipeline.config import LoraTarget, Method, PipelineConfig, Precision, Stage, TrainConfig
 from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, other_tensors, packed_layout, plain_layout
 from pipeline.rules import adapted_layers
 
 _WEIGHT_TYPE = {Precision.fp32: "F32", Precision.mixed_bf16: "F32", Precision.bf16: "BF16"}
 _WIDTH = {"F32": 4, "BF16": 2}
-_STATES_PER_WEIGHT = {
-    "adamw_torch": 2.0,
-    "adamw_torch_fused": 2.0,
-    "adamw_bnb_8bit": 0.5,
-    "adamw_8bit": 0.5,
+_STATE_BYTES = {
+    "adamw_bnb_8bit": 1.0,
+    "adamw_8bit": 1.0,
+    "adamw_torch_8bit": 1.0,
+    "adamw_torch_4bit": 0.5,
     "sgd": 0.0,
 }
-"""Optimizer states in units of the trained weights' type; those not listed are taken as Adam's two."""
+"""Bytes of each of Adam's two states of a weight; of optimizers not listed they are of the weight's own type."""
 _ADAPTER_WIDTH = 4  # PEFT keeps adapters in FP32
 _SCORE_COPIES = 4  # scores, with the sink, less their maximum, and their softmax
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one device has to hold while it trains."""
+    """Bytes that one device has to hold while it trains; `rounded`: experts' weights, kept for a whole step of QAT."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    rounded: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.activations + self.rounded
 
 
 def parameters(shape: Shape) -> dict[str, int]:
@@ -71,7 +73,9 @@ def trained_parameters(shape: Shape, train: TrainConfig) -> int:
     return len(layers) * train.lora.rank * sum(per_target[target] for target in set(train.lora.targets))
 
 
-def memory(shape: Shape, train: TrainConfig, tokens: int, experts_per_token: int, is_quantized: bool) -> Memory:
+def memory(
+    shape: Shape, train: TrainConfig, tokens: int, experts_per_token: int, is_quantized: bool, rounded_budget: float = 0
+) -> Memory:
     """Bytes on each device.
 
     Args:
@@ -80,18 +84,37 @@ def memory(shape: Shape, train: TrainConfig, tokens: int, experts_per_token: int
         tokens: of the longest example.
         experts_per_token: that the router chooses.
         is_quantized: whether fake quantizers run (QAT).
+        rounded_budget: how many bytes of rounded weights they may keep.
     """
     every, trained = _count(plain_layout(shape)), trained_parameters(shape, train)
     width = _WIDTH[_WEIGHT_TYPE[train.precision]]
     is_full = train.method is Method.full
     trained_width = width if is_full else _ADAPTER_WIDTH
-    states = _STATES_PER_WEIGHT.get(train.optimizer, 2.0)
     return Memory(
         weights=every * width + (0 if is_full else trained * _ADAPTER_WIDTH),
         gradients=trained * trained_width,
-        optimizer=int(trained * trained_width * states),
+        optimizer=_states(train, trained, trained_width),
         activations=_activations(shape, train, tokens, experts_per_token, is_quantized),
+        rounded=int(min(rounded_budget, _changing_experts(shape, train) * _compute_width(train)))
+        if is_quantized
+        else 0,
     )
+
+
+def _states(train: TrainConfig, trained: int, width: int) -> int:
+    return int(2 * trained * _STATE_BYTES.get(train.optimizer, width))
+
+
+def _compute_width(train: TrainConfig) -> int:
+    return 4 if train.precision is Precision.fp32 else 2
+
+
+def _changing_experts(shape: Shape, train: TrainConfig) -> int:
+    """How many weights of experts are other ones after each step; those that stay are rounded once, in place."""
+    layers = list(range(shape.num_hidden_layers))
+    if train.method is Method.lora:
+        layers = adapted_layers(train.lora, len(layers)) if LoraTarget.experts in train.lora.targets else []
+    return sum(projection.values for projection in expert_projections(shape) if projection.layer in layers)
 
 
 def disk(config: PipelineConfig, shape: Shape, is_packed: bool) -> dict[str, int]:
@@ -119,9 +142,8 @@ def checkpoints(shape: Shape, train: TrainConfig) -> int:
     """Bytes of the checkpoints to resume from, while a stage trains: weights and optimizer states, several times."""
     trained = trained_parameters(shape, train)
     width = _WIDTH[_WEIGHT_TYPE[train.precision]] if train.method is Method.full else _ADAPTER_WIDTH
-    states = int(trained * width * _STATES_PER_WEIGHT.get(train.optimizer, 2.0))
     # transformers removes the oldest only when the next one is written
-    return (train.save_total_limit + 1) * (_saved(shape, train) + states)
+    return (train.save_total_limit + 1) * (_saved(shape, train) + _states(train, trained, width))
 
 
 def figures(config: PipelineConfig, model: dict[str, Any], longest: int) -> dict[str, Any]:
@@ -138,7 +160,7 @@ def figures(config: PipelineConfig, model: dict[str, Any], longest: int) -> dict
     needed = {}
     for name, train in trains.items():
         batched, tokens = _as_batched(train, longest, config.data.max_length)
-        needed[name] = memory(shape, batched, tokens, per_token, name == "qat")
+        needed[name] = memory(shape, batched, tokens, per_token, name == "qat", rounding.budget_bytes(config))
     return {
         "parameters": parameters(shape),
         "trained_parameters": {name: trained_parameters(shape, train) for name, train in trains.items()},
@@ -166,7 +188,7 @@ def _activations(shape: Shape, train: TrainConfig, tokens: int, experts_per_toke
     precision, the BF16 copies of the weights that autocast keeps.
     """
     places = train.batch_size * tokens
-    width = 4 if train.precision is Precision.fp32 else 2
+    width = _compute_width(train)
     heads, hidden, inner = shape.num_attention_heads, shape.hidden_size, shape.intermediate_size
     attention = 2 * shape.head_dim * (heads + shape.num_key_value_heads)
     values = 8 * hidden + attention + experts_per_token * (6 * inner + 2 * hidden)

@@ -1,6 +1,5 @@
 """qat: the quantized model trained on at a low learning rate, the forward pass rounding the experts as export will."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def _warn_of_what_sft_was(config: PipelineConfig, start: Artifact) -> None:
 
 
 def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
-    from pipeline import attention, quantizer, samples, training
+    from pipeline import attention, quantizer, rounding, samples, training
     from pipeline.drift import Drift
 
     attention.check(config.qat, "qat")
@@ -74,7 +73,7 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
     splits = data.prepare(config, rows, tokenizer)
     model = models.load_to_train(start, config.qat)
     drift = Drift(model, block_format)  # before frozen experts are rounded in place
-    rounded = quantizer.keep_rounded(model, _budget_bytes(config))
+    rounded = quantizer.keep_rounded(model, rounding.budget_bytes(config))
     looks = samples.callback(config, rows, tokenizer, directory, "qat")
     inputs = training.Inputs(model, tokenizer, splits, drift, rounded, _teacher(config), looks)
     with quantizer.watch(model) as fired:
@@ -85,14 +84,6 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
     if is_main_process():
         quantizer.save_state(model, directory)
     return Result(kind, where["dtype"], block_format.name, block_format.scale_rule, {**details, **where})
-
-
-def _budget_bytes(config: PipelineConfig) -> float:
-    """Gathered parameters are other memory each time, and there is no room for all of them: by default keep nothing."""
-    budget = config.qat.rounded_cache_gib
-    if budget is None:
-        return 0.0 if sharding.ENGINES[config.sharding].gathers else math.inf
-    return budget * 2**30
 
 
 def _teacher(config: PipelineConfig) -> Any:

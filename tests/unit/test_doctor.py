@@ -210,7 +210,7 @@ HEALTHY: dict[str, Any] = {
     "languages": {"prompts": {"en": 400}, "reasoning": {"de": 400}, "answers": {"undecided": 400}},
     "parity": {"is_checked": False, "reason": "the package openai-harmony is not installed"},
 }
-TRAINING = {"weights": 40, "gradients": 10, "optimizer": 20, "activations": 30, "total": 100}
+TRAINING = {"weights": 40, "gradients": 10, "optimizer": 20, "activations": 30, "rounded": 0, "total": 100}
 NEEDS: dict[str, Any] = {
     "parameters": {"all": 10, "experts": 8},
     "trained_parameters": {"sft": 10, "qat": 10},

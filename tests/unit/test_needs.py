@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import adapters
+from pipeline import adapters, rounding
 from pipeline.config import (
     LoraConfig,
     LoraTarget,
@@ -19,6 +19,8 @@ from pipeline.config import (
     ModelConfig,
     PipelineConfig,
     Precision,
+    QatConfig,
+    Sharding,
     Stage,
     TinyConfig,
     TrainConfig,
@@ -86,7 +88,7 @@ def test_adapters_have_as_many_parameters_as_peft_gives_them(
 
 
 def test_packed_rows_are_laid_end_to_end(model_config: dict[str, Any], shape: Shape) -> None:
-    packed = settings(replace(FULL, batch_size=2, packing=True), FULL)
+    packed = settings(replace(FULL, batch_size=2, packing=True), QatConfig())
     packed.data.max_length = 64
     found = needs.figures(packed, model_config, 32)["device_bytes"]["sft"]["activations"]
     assert found == needs.memory(shape, FULL, 128, TINY.num_experts_per_tok, False).activations
@@ -178,3 +180,32 @@ def test_a_bf16_source_is_linked() -> None:
 def test_checkpoints_hold_weights_and_optimizer_once_more_than_are_kept() -> None:
     trained = needs.trained_parameters(RELEASED, LORA)
     assert needs.checkpoints(RELEASED, LORA) == (LORA.save_total_limit + 1) * trained * (4 + 8)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "each"),
+    [("adamw_torch_fused", 2), ("adamw_torch_8bit", 1), ("adamw_bnb_8bit", 1), ("adamw_torch_4bit", 0.5), ("sgd", 0)],
+)
+def test_both_states_of_a_bf16_weight_take_what_the_optimizer_keeps_them_in(optimizer: str, each: float) -> None:
+    found = needs.memory(RELEASED, replace(FULL, precision=Precision.bf16, optimizer=optimizer), 8, 4, False)
+    assert found.optimizer == int(2 * each * needs.parameters(RELEASED)["all"])
+
+
+@pytest.mark.parametrize(
+    ("sharding", "budget_gib", "expected"),
+    [(Sharding.none, None, 38.2e9), (Sharding.fsdp2, None, 0), (Sharding.none, 0, 0), (Sharding.fsdp2, 1, 2**30)],
+)
+def test_rounded_experts_are_kept_in_bf16_as_far_as_their_budget_goes(
+    sharding: Sharding, budget_gib: float | None, expected: float
+) -> None:
+    qat = QatConfig(rounded_cache_gib=budget_gib)
+    budget = rounding.budget_bytes(replace(settings(FULL, FULL), qat=qat, sharding=sharding))
+    assert needs.memory(RELEASED, qat, 8, 4, True, budget).rounded == pytest.approx(expected, rel=1e-3)
+
+
+def test_only_adapted_experts_are_rounded_again() -> None:
+    def rounded(**lora: Any) -> int:
+        return needs.memory(RELEASED, replace(LORA, lora=LoraConfig(**lora)), 8, 4, True, float("inf")).rounded
+
+    assert rounded(targets=[LoraTarget.attention]) == 0
+    assert 12 * rounded(layers=[3, 7]) == rounded()
