@@ -1,5 +1,6 @@
 """stage=serve with a real process in the engine's place: what it shows, what its faults end in, and that it is gone."""
 
+import functools
 import os
 import signal
 import socket
@@ -7,7 +8,10 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import fake_engine
 import psutil
@@ -146,13 +150,26 @@ def test_an_engine_that_ignores_being_asked_to_end_is_killed(
     assert processes(tmp_path) == []
 
 
+@contextmanager
+def started(arguments: list[str], **how: Any) -> Iterator[subprocess.Popen[str]]:
+    """The program in a process of its own, which no failed test leaves behind.
+
+    What runs in the background of a shell ignores SIGINT, and so would what it starts.
+    """
+    command, root = [sys.executable, "-m", "pipeline", *arguments], Path(fake_engine.__file__).parents[1]
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, text=True, cwd=root, preexec_fn=heed, **how) as program:
+        try:
+            yield program
+        finally:
+            program.terminate()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ending_the_program_ends_the_engine_and_all_its_children(
     arguments: list[str], tmp_path: Path, number: signal.Signals
 ) -> None:
-    command = [sys.executable, "-m", "pipeline", *arguments]
-    root = Path(fake_engine.__file__).parents[1]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as program:
+    with started(arguments, stdout=subprocess.PIPE) as program:
         assert program.stdout is not None
         shown = []
         for line in program.stdout:
@@ -166,13 +183,10 @@ def test_ending_the_program_ends_the_engine_and_all_its_children(
 
 
 def test_ending_the_program_before_the_engine_is_up_is_an_interruption(arguments: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipeline", *arguments]
-    root = Path(fake_engine.__file__).parents[1]
     environment = {**os.environ, "FAKE_ENGINE": "never"}
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=root, env=environment
-    ) as program:
+    with started(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as program:
         while not (tmp_path / "pids").exists() or len((tmp_path / "pids").read_text().split()) < 3:
+            assert program.poll() is None
             time.sleep(0.05)
         program.send_signal(signal.SIGTERM)
         assert program.wait(20) == 130
