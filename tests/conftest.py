@@ -1,5 +1,6 @@
 """Running the program in this process, and one smoke run that many tests look at."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -36,6 +37,12 @@ def run_program(*arguments: str) -> int:
         return program.status(list(arguments))
     finally:
         sys.argv = before
+
+
+def outcomes(run_dir: Path) -> set[str]:
+    """How the checks of a run's proof ended; but that of engines, which is made only where it is asked for."""
+    report = json.loads((run_dir / "verify" / "report.json").read_text(encoding="utf-8"))
+    return {check["status"] for check in report["checks"] if check["title"] != "engines"}
 
 
 @pytest.fixture(scope="session")

@@ -79,7 +79,8 @@ def test_the_card_tells_what_the_records_tell(run: Path) -> None:
     text = card(run).text
     export, sft, qat = (artifacts.load(run / name) for name in ("export", "sft", "qat"))
     assert f"`{export.fingerprint}`" in section(text, "Verification")
-    assert section(text, "Verification").count("| ok |") == len(artifacts.load(run / "verify").details["checks"])
+    checks = artifacts.load(run / "verify").details["checks"]
+    assert section(text, "Verification").count("| ok |") == list(checks.values()).count("ok") >= 8
     assert (run / "compare" / "compare.md").read_text().strip() in text
     assert f"{export.details['survival']:.2%}" in section(text, "What reached the exported weights")
     made = section(text, "How it was made")
