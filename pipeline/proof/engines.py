@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -96,6 +96,7 @@ class Trial:
         prompts: ids.
         dtype: that it computes in.
         seconds: after which it is stopped.
+        tokens: to generate after each prompt.
     """
 
     directory: Path
@@ -103,6 +104,7 @@ class Trial:
     prompts: list[list[int]]
     dtype: torch.dtype
     seconds: float
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,11 +115,13 @@ class Answer:
         version: of the engine, or None: it is not installed.
         log_probabilities: (prompts, vocabulary), or None.
         failure: the end of its output, or None.
+        generated: after each prompt.
     """
 
     version: str | None = None
     log_probabilities: Tensor | None = None
     failure: str | None = None
+    generated: Sequence[list[int]] = ()
 
 
 def raise_unless_loadable(engines: list[str], target: str, pythons: dict[str, str | None]) -> None:
@@ -163,7 +167,8 @@ def ask(name: str, python: str, trial: Trial) -> Answer:
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
         request, result = Path(scratch) / "request.json", Path(scratch) / "result.npy"
         dtype = str(trial.dtype).removeprefix("torch.")
-        request.write_text(json.dumps({"prompts": trial.prompts, "dtype": dtype}), encoding="utf-8")
+        asked = {"prompts": trial.prompts, "tokens": trial.tokens, "dtype": dtype}
+        request.write_text(json.dumps(asked), encoding="utf-8")
         command = [python, str(Path(worker.__file__).resolve()), name, str(trial.directory), str(request), str(result)]
         output = Path(scratch) / "output.txt"
         status = _run(command, trial.seconds, output)
@@ -173,8 +178,8 @@ def ask(name: str, python: str, trial: Trial) -> Answer:
             return Answer(failure=f"no answer within verify.engine_seconds={trial.seconds:g}. {_end(output)}")
         if status or not result.is_file():
             return Answer(failure=f"exit status {status}. {_end(output)}")
-        version = result.with_suffix(".version").read_text(encoding="utf-8")
-        return Answer(version, torch.from_numpy(np.load(result)))
+        told = json.loads(result.with_suffix(".json").read_text(encoding="utf-8"))
+        return Answer(told["version"], torch.from_numpy(np.load(result)), generated=told["generated"])
 
 
 def _run(command: list[str], seconds: float, output: Path) -> int | None:
@@ -229,29 +234,41 @@ def prompts(examples: Any) -> list[list[int]]:
     return [ids for ids in found if ids]
 
 
-def expectation(base: Path, weights: Callable[[str], Tensor], trial: Trial) -> Expected:
-    """What the base model in transformers expects with other values in place of its own.
+def reference(base: Path, weights: Callable[[str], Tensor], dtype: torch.dtype) -> Callable[[bool], Any]:
+    """The base model in transformers with other values in place of its own: rounds_yarn -> model.
 
     Args:
         base: the base model.
         weights: name -> value in the plain layout, experts (E, in, out).
-        trial: prompts, and the type to compute in.
+        dtype: to compute in.
     """
 
     @cache
-    def expected(rounds_yarn: bool) -> Tensor:
+    def model(rounds_yarn: bool) -> Any:
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(base)
         config.rope_parameters["truncate"] = rounds_yarn or config.rope_parameters.get("truncate", True)
-        model = models.load_plain(base, trial.dtype, config=config, experts_implementation="eager").eval()
+        made = models.load_plain(base, dtype, config=config, experts_implementation="eager").eval()
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for name, parameter in made.named_parameters():
                 parameter.copy_(weights(name))
-            logits = [model(torch.tensor([ids])).logits[0, -1].double() for ids in trial.prompts]
-        return torch.stack(logits).log_softmax(-1)
+        return made
 
-    return expected
+    return model
+
+
+@torch.no_grad()
+def predicted(model: Any, prompts: list[list[int]]) -> Tensor:
+    """Log-probabilities of the next token (prompts, vocabulary)."""
+    logits = [model(torch.tensor([ids])).logits[0, -1].double() for ids in prompts]
+    return torch.stack(logits).log_softmax(-1)
+
+
+def expectation(base: Path, weights: Callable[[str], Tensor], trial: Trial) -> Expected:
+    """What the reference expects after the prompts of a trial; arguments as those of `reference`."""
+    model = reference(base, weights, trial.dtype)
+    return cache(lambda rounds_yarn: predicted(model(rounds_yarn), trial.prompts))
 
 
 def trained_values(weights: Weights) -> Callable[[str], Tensor]:

@@ -2,8 +2,9 @@
 
     <python> worker.py <engine> <checkpoint> <request.json> <result.npy>
 
-The request is {"prompts": [[ids]], "dtype": "float32"}, the result (prompts, vocabulary) float32. Nothing else of this
-program is imported, as an engine's environment does not have it. Exit status 3: the engine is not installed there.
+The request is {"prompts": [[ids]], "tokens": 0, "dtype": "float32"}, the result (prompts, vocabulary) float32, and
+beside it result.json: {"version": "…", "generated": [[ids]]}, the likeliest tokens, so many, after each prompt. Nothing
+else of this program is imported, as an engine's environment does not have it. Exit status 3: it is not installed there.
 """
 
 import importlib.metadata
@@ -18,9 +19,11 @@ from typing import Any
 NOT_INSTALLED = 3
 
 Prompts = list[list[int]]
+Predict = Callable[[Prompts], Any]
+"""Prompts -> logits or log-probabilities of the next token (prompts, vocabulary)."""
 
 
-def transformers(checkpoint: str, prompts: Prompts, dtype: str) -> Any:
+def transformers(checkpoint: str, longest: int, dtype: str) -> Predict:
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import Mxfp4Config
@@ -29,48 +32,59 @@ def transformers(checkpoint: str, prompts: Prompts, dtype: str) -> Any:
     if "quantization_config" in json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8")):
         arguments["quantization_config"] = Mxfp4Config(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, **arguments).to(getattr(torch, dtype)).eval()
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def predict(prompts: Prompts) -> Any:
         return torch.stack([model(torch.tensor([ids])).logits[0, -1].float() for ids in prompts]).numpy()
 
+    return predict
 
-def openai(checkpoint: str, prompts: Prompts, dtype: str) -> Any:
+
+def openai(checkpoint: str, longest: int, dtype: str) -> Predict:
     import torch
     from gpt_oss.torch.model import Transformer
 
     model = Transformer.from_checkpoint(checkpoint, device="cpu").to(getattr(torch, dtype))
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def predict(prompts: Prompts) -> Any:
         return torch.stack([model(torch.tensor(ids))[-1].float() for ids in prompts]).numpy()
 
+    return predict
 
-def llama_cpp(checkpoint: str, prompts: Prompts, dtype: str) -> Any:
+
+def llama_cpp(checkpoint: str, longest: int, dtype: str) -> Predict:
     import numpy
     from llama_cpp import Llama
 
     (path,) = Path(checkpoint).glob("*.gguf")
-    longest = max(map(len, prompts))
     # Its cache of keys and values is FP16 unless it is told otherwise; 0 is ggml's number for F32.
     kinds = {"type_k": 0, "type_v": 0} if dtype == "float32" else {}
     llama = Llama(str(path), n_ctx=longest + 8, n_batch=longest, logits_all=True, verbose=False, **kinds)
-    logits = []
-    for ids in prompts:
+
+    def one(ids: list[int]) -> Any:
         llama.reset()
         llama.eval(ids)
-        logits.append(numpy.array(llama.scores[len(ids) - 1], dtype=numpy.float32))
-    return numpy.stack(logits)
+        return numpy.array(llama.scores[len(ids) - 1], dtype=numpy.float32)
+
+    return lambda prompts: numpy.stack([one(ids) for ids in prompts])
 
 
-def mlx(checkpoint: str, prompts: Prompts, dtype: str) -> Any:
+def mlx(checkpoint: str, longest: int, dtype: str) -> Predict:
     import mlx.core as mx
     import numpy
     from mlx_lm.utils import load_model
 
     model, _ = load_model(Path(checkpoint))
     model.set_dtype(getattr(mx, dtype))
-    logits = [model(mx.array([ids]))[0, -1].astype(mx.float32) for ids in prompts]
-    return numpy.stack([numpy.array(each) for each in logits])
+
+    def one(ids: list[int]) -> Any:
+        return numpy.array(model(mx.array([ids]))[0, -1].astype(mx.float32))
+
+    return lambda prompts: numpy.stack([one(ids) for ids in prompts])
 
 
-def vllm(checkpoint: str, prompts: Prompts, dtype: str) -> Any:
+def vllm(checkpoint: str, longest: int, dtype: str) -> Predict:
     import numpy
 
     # In this process, on however many cores there are, and without a word to anyone.
@@ -86,25 +100,30 @@ def vllm(checkpoint: str, prompts: Prompts, dtype: str) -> Any:
         checkpoint,
         dtype=dtype,
         enforce_eager=True,
-        max_model_len=max(map(len, prompts)) + 8,
+        max_model_len=longest + 8,
         max_num_seqs=2,
         max_logprobs=-1,
         skip_tokenizer_init=True,
     )
     asked = SamplingParams(max_tokens=1, temperature=0.0, logprobs=-1, detokenize=False)
-    answers = llm.generate([{"prompt_token_ids": ids} for ids in prompts], asked, use_tqdm=False)
-    found = [answer.outputs[0].logprobs[0] for answer in answers]
-    return numpy.array([[of_token[i].logprob for i in range(len(of_token))] for of_token in found], numpy.float32)
+
+    def predict(prompts: Prompts) -> Any:
+        answers = llm.generate([{"prompt_token_ids": ids} for ids in prompts], asked, use_tqdm=False)
+        found = [answer.outputs[0].logprobs[0] for answer in answers]
+        return numpy.array([[of_token[i].logprob for i in range(len(of_token))] for of_token in found], numpy.float32)
+
+    return predict
 
 
-ENGINES: dict[str, tuple[str, str, Callable[[str, Prompts, str], Any]]] = {
+ENGINES: dict[str, tuple[str, str, Callable[[str, int, str], Predict]]] = {
     "transformers": ("transformers", "transformers", transformers),
     "openai": ("gpt_oss", "gpt-oss", openai),
     "llama_cpp": ("llama_cpp", "llama-cpp-python", llama_cpp),
     "mlx": ("mlx_lm", "mlx-lm", mlx),
     "vllm": ("vllm", "vllm", vllm),
 }
-"""Engine -> the module whose absence means that it is not installed, its distribution, and what it computes."""
+"""Engine -> the module whose absence means that it is not installed, its distribution, and its loader: (checkpoint,
+most positions, type) -> what it predicts."""
 
 
 def version(module: str, distribution: str) -> str:
@@ -115,18 +134,30 @@ def version(module: str, distribution: str) -> str:
 
 def main(engine: str, checkpoint: str, request: str, result: str) -> int:
     """Raises whatever the engine raises."""
-    module, distribution, compute = ENGINES[engine]
+    module, distribution, load = ENGINES[engine]
     if importlib.util.find_spec(module) is None:
         return NOT_INSTALLED
     import numpy
 
     asked = json.loads(Path(request).read_text(encoding="utf-8"))
-    logits = numpy.asarray(compute(checkpoint, asked["prompts"], asked["dtype"]), dtype=numpy.float64)
+    prompts, tokens = asked["prompts"], asked["tokens"]
+    predict = load(checkpoint, max(map(len, prompts)) + tokens, asked["dtype"])
+    logits = numpy.asarray(predict(prompts), dtype=numpy.float64)
     largest = logits.max(-1, keepdims=True)
     shares = numpy.exp(logits - largest)
     numpy.save(result, (logits - largest - numpy.log(shares.sum(-1, keepdims=True))).astype(numpy.float32))
-    Path(result).with_suffix(".version").write_text(version(module, distribution), encoding="utf-8")
+    told = {"version": version(module, distribution), "generated": generated(predict, prompts, tokens)}
+    Path(result).with_suffix(".json").write_text(json.dumps(told), encoding="utf-8")
     return 0
+
+
+def generated(predict: Predict, prompts: Prompts, tokens: int) -> Prompts:
+    """The likeliest tokens after each prompt, one after the other."""
+    texts = [list(ids) for ids in prompts]
+    for _ in range(tokens):
+        for ids, each in zip(texts, predict(texts), strict=True):
+            ids.append(int(each.argmax()))
+    return [ids[len(prompt) :] for ids, prompt in zip(texts, prompts, strict=True)]
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ def python_that(tmp_path: Path, does: str) -> str:
 
 def answer(tmp_path: Path, values: torch.Tensor) -> str:
     np.save(tmp_path / "answer.npy", values.numpy())
-    return f'cp {tmp_path}/answer.npy "$5"; echo -n "engine 1.2" > "${{5%.npy}}.version"'
+    (tmp_path / "answer.json").write_text('{"version": "engine 1.2", "generated": [[], []]}')
+    return f'cp {tmp_path}/answer.npy "$5"; cp {tmp_path}/answer.json "${{5%.npy}}.json"'
 
 
 def checked(
@@ -122,3 +123,11 @@ def test_every_engine_has_a_worker_a_setting_and_layouts() -> None:
 def test_the_worker_needs_nothing_of_the_program() -> None:
     source = Path(worker.__file__).read_text(encoding="utf-8")
     assert "import pipeline" not in source and "from pipeline" not in source
+
+
+def test_generated_tokens_are_the_likeliest_one_after_the_other() -> None:
+    def after(prompts: list[list[int]]) -> np.ndarray:
+        return np.stack([np.eye(7)[(ids[-1] + len(ids)) % 7] for ids in prompts])
+
+    assert worker.generated(after, [[1, 2], [3]], 3) == [[4, 0, 4], [4, 6, 2]]
+    assert worker.generated(after, [[1, 2]], 0) == [[]]
