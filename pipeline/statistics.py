@@ -5,6 +5,7 @@ Not to see a difference is no proof that there is none, so a comparison also say
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,18 +66,7 @@ def mean_interval(values: Values, confidence: float = 0.95) -> Interval:
 
     For a difference between two models hand in the differences: that is the paired bootstrap.
     """
-    from scipy.stats import bootstrap
-
-    found = bootstrap(
-        (np.asarray(values, dtype=float),),
-        np.mean,
-        confidence_level=confidence,
-        n_resamples=_RESAMPLES,
-        method="percentile",
-        batch=max(1, 10_000_000 // len(values)),  # 80 MB of resampled values at a time
-        rng=np.random.default_rng(_SEED),
-    ).confidence_interval
-    return Interval(float(found.low), float(found.high))
+    return _bootstrap(np.mean, confidence, values)
 
 
 def ratio_interval(sums: Values, counts: Values, confidence: float = 0.95) -> Interval:
@@ -89,16 +79,21 @@ def ratio_interval(sums: Values, counts: Values, confidence: float = 0.95) -> In
         counts: (N), of what was summed.
         confidence: level.
     """
+    return _bootstrap(lambda total, count, axis: total.sum(axis) / count.sum(axis), confidence, sums, counts)
+
+
+def _bootstrap(statistic: Callable[..., Any], confidence: float, *values: Values) -> Interval:
+    """Of a statistic of values that are drawn together, each (N)."""
     from scipy.stats import bootstrap
 
     found = bootstrap(
-        (np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)),
-        lambda total, count, axis: total.sum(axis) / count.sum(axis),
-        paired=True,
+        tuple(np.asarray(each, dtype=float) for each in values),
+        statistic,
+        paired=len(values) > 1,
         confidence_level=confidence,
         n_resamples=_RESAMPLES,
         method="percentile",
-        batch=max(1, 10_000_000 // len(sums)),  # 80 MB of resampled values at a time
+        batch=max(1, 10_000_000 // len(values[0])),  # 80 MB of resampled values at a time
         rng=np.random.default_rng(_SEED),
     ).confidence_interval
     return Interval(float(found.low), float(found.high))

@@ -5,20 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from exports import SIZES
+
 from pipeline.transcripts import Transcript
 
 RIGHT, WRONG = "7", "8"
-SHAPE = {
-    "model_type": "gpt_oss",
-    "num_hidden_layers": 2,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_local_experts": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 768,
-}
 PARENTS = {"upcast": {}, "sft": {"upcast": "upcast"}, "quantize": {"sft": "sft"}, "qat": {"quantize": "quantize"}}
 
 
@@ -83,7 +74,7 @@ def run(
         parents = {name: named[name] for name in PARENTS[model]} or {"source": "base"}
         rounds = block_format if model in ("quantize", "qat") else None
         record(directory / model, fingerprint=named[model], parents=parents, fake_quantized=rounds)
-        (directory / model / "config.json").write_text(json.dumps(SHAPE))
+        (directory / model / "config.json").write_text(json.dumps(SIZES))
     evaluate = directory / "evaluate"
     for model, said in given.items():
         (evaluate / model).mkdir(parents=True)

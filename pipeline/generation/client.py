@@ -1,4 +1,4 @@
-"""Requests to a server with OpenAI's API: several at a time, repeated where it may help. The only importer of httpx."""
+"""Requests to a server with OpenAI's API: several at a time, repeated where it may help."""
 
 import asyncio
 import os

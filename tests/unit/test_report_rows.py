@@ -5,12 +5,13 @@ from pathlib import Path
 
 import evaluated
 import pytest
+from exports import SIZES
 
 from pipeline.errors import UserError
 from pipeline.gpt_oss import Shape, packed_layout, plain_layout
 from pipeline.report import content, examples, rows, runs, table
 
-SHAPE = Shape.of(evaluated.SHAPE, "tests")
+SHAPE = Shape.of(SIZES, "tests")
 
 
 def found(*directories: Path) -> list[rows.Row]:
