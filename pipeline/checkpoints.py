@@ -157,6 +157,14 @@ class Checkpoint(TensorFiles):
             plain = stored[0].to(device)
             return plain.float() if plain.dtype == torch.float16 else plain  # which the codec does not take
         blocks, scales = (tensor.to(device) for tensor in stored)
+        self.raise_if_nan(name, scales, rows)
+        experts, out_features, nb, half = blocks.shape
+        plain = torch.empty((experts, nb * half * 2, out_features), dtype=dtype, device=device)
+        decode(blocks, scales, dtype, out=plain.transpose(1, 2))
+        return plain
+
+    def raise_if_nan(self, name: str, scales: Tensor, rows: slice = slice(None)) -> None:
+        """Raises UserError: among the scales of an expert stack, or of rows of it, is a byte of 255 (NaN)."""
         nan = scales == E8M0_NAN
         if bool(nan.any()):
             expert, row, block = nan.nonzero()[0].tolist()
@@ -164,10 +172,6 @@ class Checkpoint(TensorFiles):
                 f"{self.directory / self._file_of[f'{name}_scales']}: {name}_scales: NaN (byte 255) at expert"
                 f" {expert + (rows.start or 0)}, row {row}, block {block}. The checkpoint is damaged."
             )
-        experts, out_features, nb, half = blocks.shape
-        plain = torch.empty((experts, nb * half * 2, out_features), dtype=dtype, device=device)
-        decode(blocks, scales, dtype, out=plain.transpose(1, 2))
-        return plain
 
     def _raise_if_not_gpt_oss(self) -> None:
         problems = []

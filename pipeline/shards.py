@@ -1,7 +1,7 @@
 """Safetensors out: a checkpoint written shard by shard while its tensors are still being made.
 
 Reading, converting and writing overlap: one thread reads ahead, the caller's thread converts, one writes and hashes,
-one makes the disk keep up. A tensor is made in steps of some tens of megabytes, so memory does not depend on the size
+one hands over to the disk. A tensor is made in steps of some tens of megabytes, so memory does not depend on the size
 of tensors. A shard gets its final name only when it is whole and on the disk, so that an interrupted conversion goes on
 at the first missing shard. safetensors' own writer wants all tensors of a file in memory; the format itself does not (8
 bytes of header length, a JSON header, the data), so it is written here.
@@ -9,7 +9,6 @@ bytes of header length, a JSON header, the data), so it is written here.
 
 import errno
 import json
-import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +26,7 @@ from pipeline.allocator import keep_freed_memory
 from pipeline.artifacts import SHARDS_FILE, write_json
 from pipeline.errors import UserError
 from pipeline.gpt_oss import BYTES_PER_VALUE, TensorInfo
+from pipeline.streamed import StreamedFile
 from pipeline.tracking import progress
 
 INDEX = "model.safetensors.index.json"
@@ -34,7 +34,6 @@ STEP_BYTES = 1 << 26
 """About how much one step makes: enough to be fast, little enough that a handful of them is not felt."""
 
 _AHEAD = 2  # steps read before they are needed, and made before they are written
-_FLUSH_BYTES = 1 << 28  # bytes after which the disk is asked to take what the page cache holds
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -208,13 +207,13 @@ def _convert(i: int, step: Step | None, read: Future | None) -> Iterator[tuple[i
 
 
 class _Output:
-    """The writing side: shards are appended to, hashed, flushed and renamed on a thread of their own."""
+    """The writing side: shards are hashed and appended to on one thread, and written on another."""
 
     def __init__(self, advance: Callable[[int], object]) -> None:
         self.begun: dict[int, _Shard] = {}
         self._advance = advance
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
         self._pending: deque[Future] = deque()
         self._current: _Shard | None = None
 
@@ -223,13 +222,13 @@ class _Output:
 
     def __exit__(self, *error: object) -> None:
         self._writer.shutdown(wait=True, cancel_futures=True)
-        self._flusher.shutdown(wait=True, cancel_futures=True)
+        self._disk.shutdown(wait=True, cancel_futures=True)
         for shard in self.begun.values():
             shard.close()
 
     def begin(self, i: int, path: Path, pieces: list[Piece]) -> None:
         infos = {name: info for piece in pieces for name, info in piece.tensors.items()}
-        self._current = self.begun[i] = _Shard(path, infos, self._flusher)
+        self._current = self.begun[i] = _Shard(path, infos, self._disk)
 
     def append(self, name: str, values: Tensor) -> None:
         assert self._current is not None
@@ -262,15 +261,13 @@ class _Output:
 class _Shard:
     """A file that is being written, front to back."""
 
-    def __init__(self, path: Path, infos: dict[str, TensorInfo], flusher: ThreadPoolExecutor) -> None:
+    def __init__(self, path: Path, infos: dict[str, TensorInfo], disk: ThreadPoolExecutor) -> None:
         self.path, self.temporary = path, path.with_name(path.name + ".tmp")
         self._infos = infos
         self._left = {name: info.bytes for name, info in infos.items()}
         self._digests = {name: xxhash.xxh3_128() for name in infos}
         self._digest = xxhash.xxh3_128()
-        self._file = self.temporary.open("wb", buffering=0)
-        self._flusher, self._unflushed = flusher, 0
-        self._flushes: list[Future] = []
+        self._file = StreamedFile(self.temporary, disk)
         self._write(_header(infos))
 
     def check(self, name: str, values: Tensor) -> None:
@@ -294,26 +291,17 @@ class _Shard:
         unmade = [name for name, left in self._left.items() if left]
         if unmade:
             raise AssertionError(f"{self.path.name}: never made: {unmade[:3]}")
-        for flush in self._flushes:
-            flush.result()
-        os.fsync(self._file.fileno())
-        size = self._file.tell()
+        self._file.finish()
         self.close()
         digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
-        return {"size": size, "digest": self._digest.hexdigest(), "tensors": digests}
+        return {"size": self._file.size, "digest": self._digest.hexdigest(), "tensors": digests}
 
     def close(self) -> None:
         self._file.close()
 
     def _write(self, data: Any) -> None:
         self._digest.update(data)
-        left = memoryview(data)
-        while left:
-            left = left[self._file.write(left) :]
-        self._unflushed += len(data)
-        if self._unflushed >= _FLUSH_BYTES:
-            self._unflushed = 0
-            self._flushes.append(self._flusher.submit(os.fdatasync, self._file.fileno()))
+        self._file.append(data)
 
 
 def _calling(path: Path, function: Callable[[], Any]) -> Any:

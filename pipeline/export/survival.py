@@ -63,6 +63,15 @@ class Survival:
         )
         self.sums["blocks"] += scales[0].numel()
 
+    def add_untouched(self, values: Tensor, blocks: int) -> None:
+        """Add some experts (E, in, out) in so many blocks that are the base model's own: as `add`, in less time.
+
+        They are what the base model's blocks decode to, so that nothing has moved, and nothing is rounded or saturates.
+        """
+        squares = differences((values,) * 4)[_SUMS.index("squares")]
+        for name, added in (("squares", float(squares)), ("values", values.numel()), ("blocks", blocks)):
+            self.sums[name] += added
+
     def figures(self) -> dict[str, float | None]:
         """Shares and errors: `survival` is the share of moved weights whose 4-bit value changed; 0 where none moved.
 

@@ -104,15 +104,36 @@ def decode(
     nb, half = blocks.shape[-2:]
     target = torch.empty((*blocks.shape[:-2], nb * half * 2), dtype=dtype, device=blocks.device) if out is None else out
     view = _as_blocks(_viewed_as_matrices(target), 2 * half)
-    count, lanes = view.shape[0], view.shape[-1]
-    lanes_first = blocks.reshape(count, lanes, nb, half), scales_.reshape(count, lanes, nb)
+    for slab, values in _unpacked(view, blocks, scales_, tensor_scale):
+        _put(view, slab, values)
+    return target
+
+
+def decodes_to(values: Tensor, blocks: Tensor, scales_: Tensor) -> bool:
+    """Whether `decode` would give these values, to the bit; decodes no further than to where they differ.
+
+    Args:
+        values: (..., in) float32 or bfloat16, any strides.
+        blocks, scales_: as for `decode`, of a format without a tensor scale.
+    """
+    view = _as_blocks(_as_matrices(values), 2 * blocks.shape[-1])
+    pairs = ((_part(view, slab), decoded) for slab, decoded in _unpacked(view, blocks, scales_, None))
+    bits = torch.int16 if values.dtype == torch.bfloat16 else torch.int32
+    return all(torch.equal(part.view(bits), decoded.view(bits)) for part, decoded in pairs)
+
+
+def _unpacked(
+    view: Tensor, blocks: Tensor, scales_: Tensor, tensor_scale: Tensor | None
+) -> Iterator[tuple[Slab, Tensor]]:
+    """What belongs into (L, nb, block, lanes), slab by slab, in its type."""
+    count, nb, size, lanes = view.shape
+    lanes_first = blocks.reshape(count, lanes, nb, size // 2), scales_.reshape(count, lanes, nb)
     unit = _flat(tensor_scale)
     for slab in _slabs(view):
         experts, rows, columns = slab
         codes, stored = (part[experts, columns, rows] for part in lanes_first)
         unit_scale = scales.values_of(stored.transpose(1, 2).contiguous(), _of(unit, slab))
-        _put(view, slab, kernels.unpacked(_transposed(codes), unit_scale, target[..., :0]))
-    return target
+        yield slab, kernels.unpacked(_transposed(codes), unit_scale, view[0, 0, 0, :0])
 
 
 def fake_quantize(

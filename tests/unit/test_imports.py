@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tracking", "rules"),
     ("evaluation_rules",),
     ("config", "numerics", "languages"),
-    ("errors", "allocator", "choice", "documents", "transcripts", "statistics"),
+    ("errors", "allocator", "choice", "documents", "transcripts", "statistics", "streamed"),
 )
 """Files and folders of the package, from top to bottom: each imports only from the rows below its own.
 

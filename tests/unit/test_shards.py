@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline import shards
+from pipeline import shards, streamed
 from pipeline.artifacts import SHARDS_FILE
 from pipeline.checkpoints import INDEX
 from pipeline.errors import UserError
@@ -24,7 +25,7 @@ from pipeline.shards import Piece, Step, Written, whole, write_sharded
 
 TYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16", torch.uint8: "U8"}
 ONE_SHARD = "model-00001-of-00001.safetensors"
-THREADS = ("read", "write", "flush")
+THREADS = ("read", "write", "disk")
 LONG_ENOUGH = 20  # seconds that a thread waits for another before the test has failed
 
 Part = tuple[str, Tensor]
@@ -214,11 +215,11 @@ def expected_digests(directory: Path) -> tuple[dict[str, str], dict[str, str]]:
     return files, data
 
 
-@pytest.mark.parametrize("flush_bytes", [1, 100, 1 << 28])
+@pytest.mark.parametrize("buffer_bytes", [16, 100, 1 << 24])
 def test_the_digests_are_those_of_the_files_and_of_the_data_of_each_tensor(
-    flush_bytes: int, tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    buffer_bytes: int, tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "_FLUSH_BYTES", flush_bytes)
+    monkeypatch.setattr(streamed, "_BUFFER_BYTES", buffer_bytes)
     written = write(tmp_path, [in_parts({name: tensor}, 2) for name, tensor in tensors.items()], 100)
     assert len(written.files) == 2
     assert (written.files, written.tensors) == expected_digests(tmp_path)
@@ -446,11 +447,10 @@ def fail_after(monkeypatch: pytest.MonkeyPatch, method: str, calls: int, error: 
     monkeypatch.setattr(shards._Shard, method, run)
 
 
-def test_an_error_while_flushing_is_not_lost(
+def test_an_error_of_the_disk_is_not_lost(
     tmp_path: Path, stacks: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "_FLUSH_BYTES", 1)
-    monkeypatch.setattr(shards.os, "fdatasync", lambda _: raise_(OSError(errno.EIO, "Input/output error")))
+    monkeypatch.setattr(streamed.os, "write", lambda *_: raise_(OSError(errno.EIO, "Input/output error")))
     with pytest.raises(OSError, match="Input/output error"):
         write(tmp_path, pieces_of(stacks), STACK_BYTES)
     assert shards_in(tmp_path) == []
@@ -461,19 +461,17 @@ def test_an_error_while_flushing_is_not_lost(
 
 
 def disk_with(monkeypatch: pytest.MonkeyPatch, capacity: int, number: int = errno.ENOSPC) -> None:
-    """Shards as on a disk of so many bytes: what fits of a write is written, then the system says no."""
-    written = [0]
-    write_all = shards._Shard._write
+    """A disk of so many bytes, written to a few at a time: what fits is written, then the system says no."""
+    monkeypatch.setattr(streamed, "_BUFFER_BYTES", 16)
+    monkeypatch.setattr(streamed, "_DIRECT", 0)
+    written, write_some = [0], os.write
 
-    def run(self: Any, data: Any) -> None:
+    def run(descriptor: int, data: Any) -> int:
         fitting = min(len(data), capacity - written[0])
         written[0] += fitting
-        if fitting < len(data):
-            self._file.write(memoryview(data)[:fitting])
-            raise OSError(number, "No space left on device")
-        write_all(self, data)
+        return write_some(descriptor, data[:fitting]) if fitting else raise_(OSError(number, "No space left on device"))
 
-    monkeypatch.setattr(shards._Shard, "_write", run)
+    monkeypatch.setattr(streamed.os, "write", run)
 
 
 def header_bytes(path: Path) -> int:
@@ -510,13 +508,15 @@ def test_a_disk_that_fills_up_is_one_error_that_says_what_to_do(
     assert made_again(directory, stacks) == list(STACKS[done:])
 
 
-@pytest.mark.parametrize("call", ["fdatasync", "fsync"])
+@pytest.mark.parametrize("sync_bytes", [1, 1 << 28])
 def test_a_disk_that_turns_out_full_when_it_takes_the_data_is_the_same_error(
-    call: str, tmp_path: Path, stacks: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    sync_bytes: int, tmp_path: Path, stacks: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """File systems that allocate late (and NFS) say so only then."""
-    monkeypatch.setattr(shards, "_FLUSH_BYTES", 1)
-    monkeypatch.setattr(shards.os, call, lambda _: raise_(OSError(errno.ENOSPC, "No space left on device")))
+    """File systems that allocate late (and NFS) say so only then, in the middle or at the end."""
+    monkeypatch.setattr(streamed, "_SYNC_BYTES", sync_bytes)
+    monkeypatch.setattr(streamed, "_BUFFER_BYTES", 16)
+    monkeypatch.setattr(streamed, "_DIRECT", 0)
+    monkeypatch.setattr(streamed.os, "fsync", lambda _: raise_(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(UserError, match=f"{tmp_path}: the disk is full"):
         write(tmp_path, pieces_of(stacks), STACK_BYTES)
     assert shards_in(tmp_path) == []

@@ -1,0 +1,123 @@
+"""A file written front to back, past the page cache where the file system allows it.
+
+Through the page cache the kernel copies each byte into pages that it has to find first: that takes more of the
+processor's time than decoding the byte, and drives out what a conversion reads meanwhile. With direct I/O (O_DIRECT of
+open(2)) the disk takes the bytes from the process's own memory. Addresses, offsets and sizes must then be aligned:
+that is what the buffers are for.
+"""
+
+import errno
+import fcntl
+import os
+from collections import deque
+from concurrent.futures import Executor, Future
+from mmap import mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux has it
+_NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
+_BUFFER_BYTES = 1 << 24  # written at once; a multiple of every alignment that a file system asks for
+_BUFFERS = 3  # one being filled, one being written, one waiting
+_SYNC_BYTES = 1 << 28  # without direct I/O: bytes after which the disk has to take what the page cache holds
+
+
+class StreamedFile:
+    """A file that is appended to by one thread and written by another.
+
+    Attributes:
+        size: bytes appended.
+    """
+
+    def __init__(self, path: Path, disk: Executor) -> None:
+        """Create `path`, or empty it; `disk` runs one task at a time."""
+        self.size = 0
+        self._descriptor, self._is_direct = _open(path)
+        self._disk = disk
+        self._free = [np.frombuffer(mmap(-1, _BUFFER_BYTES), np.uint8) for _ in range(_BUFFERS)]  # aligned to pages
+        self._filling = self._free[0]
+        self._writing: deque[tuple[Future[None], np.ndarray]] = deque()
+        self._unsynced = 0
+
+    def append(self, data: Any) -> None:
+        """Take a copy of some bytes.
+
+        Raises:
+            OSError: from writing these or earlier ones.
+        """
+        left = np.frombuffer(data, np.uint8)
+        while len(left):
+            start = self.size % _BUFFER_BYTES
+            if start == 0:
+                self._filling = self._empty_buffer()
+            count = min(len(left), _BUFFER_BYTES - start)
+            self._filling[start : start + count] = left[:count]
+            left = left[count:]
+            self.size += count
+            if start + count == _BUFFER_BYTES:
+                self._writing.append((self._disk.submit(self._write, self._filling), self._filling))
+
+    def finish(self) -> None:
+        """Wait until all is on the disk.
+
+        Raises:
+            OSError: from writing.
+        """
+        while self._writing:
+            self._wait()
+        self._leave_direct()  # for an end that is not aligned
+        self._write(self._filling[: self.size % _BUFFER_BYTES])
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Let go of the file, finished or not; a second call does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _empty_buffer(self) -> np.ndarray:
+        while not self._free or (self._writing and self._writing[0][0].done()):
+            self._wait()
+        return self._free.pop()
+
+    def _wait(self) -> None:
+        written, buffer = self._writing.popleft()
+        self._free.append(buffer)
+        written.result()
+
+    def _write(self, buffer: np.ndarray) -> None:
+        left = buffer.data
+        while left:
+            left = left[self._write_some(left) :]
+        self._unsynced += len(buffer)
+        if not self._is_direct and self._unsynced >= _SYNC_BYTES:
+            self._unsynced = 0
+            os.fsync(self._descriptor)
+
+    def _write_some(self, data: memoryview) -> int:
+        try:
+            return os.write(self._descriptor, data)
+        except OSError as error:
+            if not self._is_direct or error.errno not in _NOT_DIRECT:
+                raise
+            self._leave_direct()  # some file systems refuse only here, as all do after a write that was cut short
+            return os.write(self._descriptor, data)
+
+    def _leave_direct(self) -> None:
+        if self._is_direct:
+            flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
+            self._is_direct = False
+
+
+def _open(path: Path) -> tuple[int, bool]:
+    """Descriptor, and whether its writes are direct."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    try:
+        return os.open(path, flags | _DIRECT, 0o666), bool(_DIRECT)
+    except OSError as error:
+        if not _DIRECT or error.errno not in _NOT_DIRECT:
+            raise
+        return os.open(path, flags, 0o666), False
