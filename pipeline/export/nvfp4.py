@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import quantizer
 from pipeline.artifacts import write_json
 from pipeline.checkpoints import Checkpoint, load_calibration, read_config
 from pipeline.errors import UserError
@@ -126,6 +125,8 @@ def _codes(packed: Tensor, scales: Tensor, tensor_scale: Tensor) -> Codes:
 def _by_modelopt(packed: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
     """(E, out, in) float32."""
     codes = _codes(packed, scales, tensor_scale)
+    from pipeline import quantizer  # imports ModelOpt and TRL: ten seconds that writing an export does not need
+
     return with_signed_zeros(quantizer.nvfp4_values(codes.blocks, codes.scales, tensor_scale), codes)
 
 
