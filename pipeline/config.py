@@ -5,7 +5,7 @@ from enum import Enum
 from functools import cache
 from typing import Any, Optional, get_origin
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.errors import did_you_mean
@@ -757,10 +757,13 @@ def unknown_key(key: str, where: str) -> str:
     return f"{where}: unknown key {key!r}.{did_you_mean(key, setting_keys())} `--help` lists all keys."
 
 
-def value_problem(key: str, value: Any) -> str | None:
-    """Why `value` does not fit the setting `key`, or None."""
+def value_problem(schema: DictConfig, key: str, value: Any) -> str | None:
+    """Why `value` does not fit the setting `key` of a schema, made of PipelineConfig; or None, and the schema has it.
+
+    Making a schema takes longer than all else that is done with a command line: one serves for all of its settings.
+    """
     try:
-        OmegaConf.update(OmegaConf.structured(PipelineConfig), key, value, merge=True)
+        OmegaConf.update(schema, key, value, merge=True)
     except (OmegaConfBaseException, ValueError) as error:
         return f"{key}={value!r}: {str(error).splitlines()[0]}"
     return None
