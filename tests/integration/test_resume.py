@@ -16,6 +16,7 @@ from pipeline.tracking import read_metrics
 
 # Experts large enough that writing them takes a while.
 LARGE = (
+    "model.tiny.num_hidden_layers=4",
     "model.tiny.num_local_experts=16",
     "model.tiny.hidden_size=512",
     "model.tiny.intermediate_size=512",
@@ -140,7 +141,7 @@ def test_export_killed_between_shards_resumes_to_the_same_bytes(tmp_path: Path) 
     arguments = ("recipe=smoke", *LARGE, "export.source=upcast", "export.shard_bytes=1000000")
     whole, killed = (f"run_dir={tmp_path / name}" for name in ("whole", "killed"))
     assert run_program("stage=upcast", whole, *arguments) == 0
-    linked(tmp_path / "killed", tmp_path / "whole", "upcast")
+    linked(tmp_path / "killed", tmp_path / "whole", "source", "upcast")
     assert run_program("stage=export", whole, *arguments) == 0
 
     export = tmp_path / "killed" / "export"
