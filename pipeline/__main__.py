@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -42,8 +43,9 @@ CONF_DIR = _beside_or_inside("conf")
 RECIPES_DIR = _beside_or_inside("recipes")
 
 
+@cache
 def register() -> None:
-    """Make the schema and the recipes known to Hydra."""
+    """Make the schema and the recipes known to Hydra, whose store lasts as long as the process."""
     store = ConfigStore.instance()
     store.store("schema", config.PipelineConfig)
     for path in sorted(RECIPES_DIR.glob("*.yaml")):

@@ -414,7 +414,8 @@ def _clear_work(directory: Path) -> None:
 
 def chosen(config: PipelineConfig, keys: tuple[str, ...]) -> dict[str, Any]:
     """The settings under `keys`, flat: dotted key -> plain value."""
-    node = OmegaConf.structured(config)
+    sections = {key.partition(".")[0] for key in keys}  # these alone: OmegaConf takes its time for the whole
+    node = OmegaConf.create({name: value for name, value in vars(config).items() if name in sections})
     flat: dict[str, Any] = {}
     for key in keys:
         value = OmegaConf.select(node, key)

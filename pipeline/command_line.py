@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
+from omegaconf import DictConfig
 
 from pipeline import config
 from pipeline.errors import did_you_mean
@@ -54,6 +55,7 @@ def asks_for_help(arguments: list[str]) -> bool:
 def problems(arguments: list[str], conf: Path, recipes: Path) -> list[str]:
     """Every override that names an unknown key, an unknown choice of a group, or a value of the wrong type."""
     found: list[str] = []
+    known = config.schema()
     for argument in arguments:
         if argument.startswith("-") or "=" not in argument or argument.lstrip("+~").startswith("hydra"):
             continue  # Hydra's own
@@ -62,7 +64,7 @@ def problems(arguments: list[str], conf: Path, recipes: Path) -> list[str]:
         except OverrideParseException as error:
             found.append(f"{argument}: {str(error).splitlines()[0]}")
             continue
-        found += _override_problems(override, conf, recipes)
+        found += _override_problems(override, known, conf, recipes)
     return found
 
 
@@ -117,7 +119,7 @@ def help_text(conf: Path, recipes: Path) -> str:
     return "\n".join(lines)
 
 
-def _override_problems(override: Override, conf: Path, recipes: Path) -> list[str]:
+def _override_problems(override: Override, known: DictConfig, conf: Path, recipes: Path) -> list[str]:
     name = override.key_or_group + (f"@{override.package}" if override.package else "")
     values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
     if name in _GROUPS or name == "train":
@@ -133,7 +135,7 @@ def _override_problems(override: Override, conf: Path, recipes: Path) -> list[st
         return [config.unknown_key(name, override.input_line or name)]
     if override.is_delete():
         return []
-    return [problem for value in values if (problem := config.value_problem(name, value))]
+    return [problem for value in values if (problem := config.value_problem(known, name, value))]
 
 
 def _has_config_dir() -> bool:

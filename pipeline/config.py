@@ -1,11 +1,12 @@
 """Every setting: name, type, default and meaning. YAML files under conf/ and recipes/ hold values only."""
 
+import copy
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from typing import Any, Optional, get_origin
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.errors import did_you_mean
@@ -757,13 +758,24 @@ def unknown_key(key: str, where: str) -> str:
     return f"{where}: unknown key {key!r}.{did_you_mean(key, setting_keys())} `--help` lists all keys."
 
 
-def value_problem(key: str, value: Any) -> str | None:
-    """Why `value` does not fit the setting `key`, or None."""
+def schema() -> DictConfig:
+    """The settings' names, types and defaults, to be filled in."""
+    return copy.deepcopy(_schema())
+
+
+def value_problem(known: DictConfig, key: str, value: Any) -> str | None:
+    """Why `value` does not fit the setting `key` of a schema; or None, and the schema has it."""
     try:
-        OmegaConf.update(OmegaConf.structured(PipelineConfig), key, value, merge=True)
+        OmegaConf.update(known, key, value, merge=True)
     except (OmegaConfBaseException, ValueError) as error:
         return f"{key}={value!r}: {str(error).splitlines()[0]}"
     return None
+
+
+@cache
+def _schema() -> DictConfig:
+    """Made once: it takes longer than all else that is done with a command line."""
+    return OmegaConf.structured(PipelineConfig)
 
 
 @cache

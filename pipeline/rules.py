@@ -27,6 +27,7 @@ from pipeline.config import (
     Stage,
     TrainConfig,
     is_known,
+    schema,
     unknown_key,
 )
 from pipeline.errors import UserError, user_errors
@@ -43,7 +44,7 @@ def resolve(composed: DictConfig) -> PipelineConfig:
     if unknown:
         raise user_errors([unknown_key(key, "configuration") for key in unknown])
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(PipelineConfig), composed)
+        merged = OmegaConf.merge(schema(), composed)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise user_errors([_not_set(key) for key in missing])

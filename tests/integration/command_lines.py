@@ -3,6 +3,7 @@
 Takes a JSON file of them (see `Line`) and leaves <file>.outcomes, with one line of JSON for each.
 """
 
+import gc
 import json
 import sys
 from dataclasses import dataclass
@@ -86,11 +87,14 @@ def run(line: Line) -> dict[str, Any]:
 
 
 def main(file: Path) -> None:
+    # Here no launcher ends a process that has reported its error: none has to wait until the main one has spoken.
+    program._SECONDS_FOR_THE_MAIN_PROCESS = 0
     for line in json.loads(file.read_text(encoding="utf-8")):
         outcome = run(Line(**line))
         if is_main_process():
             with Path(f"{file}.outcomes").open("a", encoding="utf-8") as outcomes:
                 outcomes.write(json.dumps({**outcome, "processes": process_count()}) + "\n")
+        gc.freeze()  # what libraries have made by now stays: collections need not look at it again
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import run_program
+from conftest import linked, run_program
 
 from pipeline import artifacts, callbacks
 from pipeline.artifacts import Artifact
@@ -30,19 +30,15 @@ def settings(stage: str, **changes: object) -> list[str]:
     return [f"{stage}.{name}={value}" for name, value in {**OVERFITTING, **changes}.items()]
 
 
-def prepared(tmp_path: Path, recipe: str, stage: str) -> tuple[Path, list[str]]:
-    """A run that is complete up to the stage, and the arguments that it was made with."""
-    run_dir, arguments = tmp_path / "run", [f"recipe={recipe}", "data.max_samples=24"]
-    if stage == "qat":
-        arguments += ["sft.max_steps=4", "sft.eval_steps=4", "sft.save_steps=4"]
-    before = ("upcast", "sft", "quantize", "qat")
-    for earlier in before[: before.index(stage)]:
-        assert run_program(f"stage={earlier}", f"run_dir={run_dir}", *arguments) == 0
-    return run_dir, [f"stage={stage}", *arguments]
+def prepared(tmp_path: Path, smoke_run: Path, recipe: str, stage: str) -> tuple[Path, list[str]]:
+    """A run that is complete up to the stage, and the arguments to go on with."""
+    before = ("upcast", "sft", "quantize") if stage == "qat" else ("upcast",)
+    run_dir = linked(tmp_path / "run", smoke_run, *before)
+    return run_dir, [f"stage={stage}", f"recipe={recipe}", "data.max_samples=24"]
 
 
 def copy_of(run_dir: Path, name: str) -> Path:
-    return Path(shutil.copytree(run_dir, run_dir.with_name(name)))
+    return Path(shutil.copytree(run_dir, run_dir.with_name(name), symlinks=True))
 
 
 def validation_losses(directory: Path) -> dict[int, float]:
@@ -59,9 +55,9 @@ def weights(artifact: Artifact) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("recipe", "stage"), [("smoke", "sft"), ("smoke_lora", "sft"), ("smoke", "qat")])
 def test_the_best_weights_are_left_by_a_whole_and_by_a_resumed_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, stage: str
+    smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, stage: str
 ) -> None:
-    run_dir, arguments = prepared(tmp_path, recipe, stage)
+    run_dir, arguments = prepared(tmp_path, smoke_run, recipe, stage)
     shorter, resumed = copy_of(run_dir, "shorter"), copy_of(run_dir, "resumed")
     stopping = settings(stage, early_stopping_patience=PATIENCE)
 
@@ -91,8 +87,8 @@ def test_the_best_weights_are_left_by_a_whole_and_by_a_resumed_run(
     assert (end.details, weights(end)) == (whole.details, weights(whole))
 
 
-def test_the_last_weights_are_left_when_they_are_the_best_or_asked_for(tmp_path: Path) -> None:
-    run_dir, arguments = prepared(tmp_path, "smoke", "sft")
+def test_the_last_weights_are_left_when_they_are_the_best_or_asked_for(smoke_run: Path, tmp_path: Path) -> None:
+    run_dir, arguments = prepared(tmp_path, smoke_run, "smoke", "sft")
     kept = {}
     for keep_best in (True, False):
         copy = copy_of(run_dir, f"keep_best_{keep_best}")
@@ -105,8 +101,10 @@ def test_the_last_weights_are_left_when_they_are_the_best_or_asked_for(tmp_path:
     assert weights(kept[True]) == weights(kept[False])
 
 
-def test_a_loss_that_never_falls_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_dir, arguments = prepared(tmp_path, "smoke", "qat")
+def test_a_loss_that_never_falls_is_a_warning(
+    smoke_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, arguments = prepared(tmp_path, smoke_run, "smoke", "qat")
     never_lower = settings("qat", learning_rate=3, max_steps=6)
     assert run_program(*arguments, f"run_dir={run_dir}", *never_lower) == 0
     assert "[qat] warning: no step had a lower validation loss than the" in capsys.readouterr().err

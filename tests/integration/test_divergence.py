@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import SHORT, run_program
+from conftest import SHORT, linked, run_program
 
 from pipeline.tracking import read_metrics
 
@@ -12,7 +12,7 @@ from pipeline.tracking import read_metrics
 def test_training_ends_at_the_step_that_diverges(
     accumulated: int, smoke_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "upcast").symlink_to(smoke_run / "upcast")
+    linked(tmp_path, smoke_run, "upcast")
     # The first step of the warm-up has a rate of 0, the second makes the weights overflow.
     settings = ("sft.learning_rate=1e30", f"sft.gradient_accumulation_steps={accumulated}", "sft.batch_size=2")
     assert run_program("stage=sft", "recipe=smoke", f"run_dir={tmp_path}", *SHORT, *settings) == 2

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,10 @@ JUDGED = (
 
 
 @pytest.fixture
-def run_dir(smoke_run: Path, tmp_path: Path) -> Path:
-    """A run of one's own."""
-    return Path(shutil.copytree(smoke_run, tmp_path / "run"))
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "*")
-    with Server() as made:
-        made.replies = [Reply(completion("It helps.\nVERDICT: none"))]
-        yield made
+def server(server: Server) -> Server:
+    """One that judges."""
+    server.replies = [Reply(completion("It helps.\nVERDICT: none"))]
+    return server
 
 
 def evaluated(run_dir: Path, *arguments: str) -> int:

@@ -7,33 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHORT, run_program
+from conftest import SHORT, linked, run_program
 
 from pipeline import artifacts, models, quantizer
 from pipeline.numerics.formats import FORMATS
 
-QUICK = ("recipe=smoke", *SHORT, "sft.max_steps=6", "qat.max_steps=3")
+QUICK = ("recipe=smoke", *SHORT, "qat.max_steps=3")
 QUANTIZERS = {"nvfp4": 4, "nvfp4_w4a4": 8}  # two layers of two stacks; with inputs twice as many
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """upcast and sft, which no format has a part in. Not to be written to."""
-    run_dir: Path = tmp_path_factory.mktemp("tuned") / "run"
-    for stage in ("upcast", "sft"):
-        assert run_program(f"stage={stage}", f"run_dir={run_dir}", *QUICK) == 0
-    return run_dir
-
-
-@pytest.fixture(scope="module")
-def trained(tuned: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def trained(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The run directory of a format, from quantize to compare, made once. Not to be written to."""
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
         if name not in made:
-            run = Path(shutil.copytree(tuned, tmp_path_factory.mktemp(name) / "run"))
+            # upcast and sft are what no format has a part in.
+            run = linked(tmp_path_factory.mktemp(name) / "run", smoke_run, "source", "upcast", "sft")
             for stage in ("quantize", "qat", "evaluate", "compare"):
                 arguments = (f"stage={stage}", f"run_dir={run}", *QUICK, f"format={name}")
                 assert run_program(*arguments, "evaluate.source=all") == 0, stage
@@ -44,10 +36,10 @@ def trained(tuned: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_a_restored_model_computes_what_the_calibrated_one_did(name: str, tuned: Path, tmp_path: Path) -> None:
+def test_a_restored_model_computes_what_the_calibrated_one_did(name: str, smoke_run: Path, tmp_path: Path) -> None:
     """Also the ranges of inputs, which calibration found and nothing else knows."""
     block_format = FORMATS[name].with_rule("mse")
-    ref = models.of_artifact(artifacts.load(tuned / "sft"))
+    ref = models.of_artifact(artifacts.load(smoke_run / "sft"))
     calibrated, restored = (models.load_quantized(ref, torch.float32) for _ in range(2))
     ids = torch.arange(40).view(2, 20)
     quantizer.insert(calibrated, block_format, lambda model: model(input_ids=ids))
@@ -157,7 +149,8 @@ def test_a_gpu_that_is_not_there_is_refused_and_the_stage_goes_on_without_it(tmp
 
 
 @NO_GPU
-def test_so_it_is_for_the_export(tuned: Path, capsys) -> None:
-    message = error_of(capsys, "stage=export", f"run_dir={tuned}", *QUICK, "device=cuda")
+def test_so_it_is_for_the_export(smoke_run: Path, tmp_path: Path, capsys) -> None:
+    run_dir = linked(tmp_path, smoke_run, "source", "upcast", "sft")
+    message = error_of(capsys, "stage=export", f"run_dir={run_dir}", *QUICK, "device=cuda")
     assert "device=cuda: no GPU" in message
-    assert not (tuned / "export").exists()
+    assert not (run_dir / "export").exists()

@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chat_server import GOOD, Reply, Server
-from conftest import SHORT, run_program
+from conftest import ONE_LAYER, SHORT, linked, run_program
 
 from pipeline import artifacts
 
@@ -23,21 +22,8 @@ KEY = "sk-secret-7"
 
 
 @pytest.fixture
-def run_dir(smoke_run: Path, tmp_path: Path) -> Path:
-    """A run of one's own."""
-    return Path(shutil.copytree(smoke_run, tmp_path / "run"))
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "*")
-    with Server() as made:
-        yield made
-
-
-@pytest.fixture
 def unmeasured(run_dir: Path) -> Path:
-    """The same before any evaluation."""
+    """A copy of the smoke run before any evaluation."""
     shutil.rmtree(run_dir / "evaluate")
     return run_dir
 
@@ -210,7 +196,7 @@ def trained(run_dir: Path, recipe: str, stages: tuple[str, ...], *arguments: str
 
 
 def test_samples_are_written_at_each_validation_and_change_nothing(smoke_run: Path, tmp_path: Path) -> None:
-    trained(tmp_path / "run", "smoke", ("upcast", "sft", "quantize", "qat"), *EARLY)
+    trained(linked(tmp_path / "run", smoke_run, "upcast"), "smoke", ("sft", "quantize", "qat"), *EARLY)
     for stage, steps in (("sft", [0, 6, 12]), ("qat", [0, 3, 6])):
         samples = lines(tmp_path / "run" / stage / "samples.jsonl")
         assert [line["step"] for line in samples] == [step for step in steps for _ in range(2)]
@@ -226,7 +212,7 @@ def test_samples_are_written_at_each_validation_and_change_nothing(smoke_run: Pa
 
 
 def test_a_model_with_adapters_writes_samples_too(lora_run: Path, tmp_path: Path) -> None:
-    trained(tmp_path / "run", "smoke_lora", ("upcast", "sft"), *EARLY, "sft.lora.layers=[1]", "qat.lora.layers=[1]")
+    trained(linked(tmp_path / "run", lora_run, "upcast"), "smoke_lora", ("sft",), *EARLY, *ONE_LAYER)
     assert len(lines(tmp_path / "run" / "sft" / "samples.jsonl")) == 6
     made, before = (run / "sft" / "adapter_model.safetensors" for run in (tmp_path / "run", lora_run))
     assert made.read_bytes() == before.read_bytes()

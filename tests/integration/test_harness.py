@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -65,13 +64,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("harness") / "tiny"
     create_tiny(directory, TinyConfig())
     return directory
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "*")
-    with Server() as made:
-        yield made
 
 
 def settings(folder: Path, *names: str, **more: Any) -> LmEvalConfig:

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHORT, outcomes, run_program
+from conftest import SHORT, linked, outcomes, run_program
 
 from pipeline import adapters, artifacts, models, quantizer
 from pipeline.checkpoints import Checkpoint
-from pipeline.config import Stage
 from pipeline.gpt_oss import expert_projections
 from pipeline.models import Weights
 
@@ -84,22 +83,19 @@ def test_adapters_merge_to_base_plus_delta(lora_run: Path) -> None:
     torch.testing.assert_close(merged, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_sft_adapters_are_merged_for_full_qat_and_attached_for_lora_qat(tmp_path: Path) -> None:
-    for name, method, kind in (
-        ("lora_then_full", ("train@sft=lora",), artifacts.Kind.checkpoint),
-        ("full_then_lora", ("train@qat=lora",), artifacts.Kind.adapter),
-    ):
-        arguments = (
-            f"run_dir={tmp_path / name}",
-            "recipe=smoke",
-            *SHORT,
-            "sft.max_steps=2",
-            "qat.max_steps=2",
-            *method,
-        )
-        assert run_program("stage=all", *arguments) == 0
-        assert artifacts.load(tmp_path / name / Stage.quantize.name).kind is kind
-        assert artifacts.load(tmp_path / name / Stage.qat.name).kind is kind
+@pytest.mark.parametrize(
+    ("before", "method", "kind"),
+    [("lora_run", "full", artifacts.Kind.checkpoint), ("smoke_run", "lora", artifacts.Kind.adapter)],
+)
+def test_sft_adapters_are_merged_for_full_qat_and_attached_for_lora_qat(
+    before: str, method: str, kind: artifacts.Kind, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    run_dir = linked(tmp_path / "run", request.getfixturevalue(before), "source", "upcast", "sft")
+    settings = (f"run_dir={run_dir}", "recipe=smoke", *SHORT, "qat.max_steps=2", f"train@qat={method}")
+    for stage in ("quantize", "qat", "export", "verify"):
+        assert run_program(f"stage={stage}", *settings) == 0
+    assert artifacts.load(run_dir / "quantize").kind is kind
+    assert artifacts.load(run_dir / "qat").kind is kind
 
 
 def test_adapters_that_differ_between_sft_and_qat_are_refused(capsys) -> None:

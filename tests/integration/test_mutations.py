@@ -6,6 +6,8 @@ The second cannot catch all; what it misses is marked in the table, and that too
 import os
 import re
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -82,12 +84,17 @@ def square(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def other_layout(request: pytest.FixtureRequest, smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The same model in another layout."""
-    target, run_dir = request.param, tmp_path_factory.mktemp(request.param) / "run"
-    settings = (f"run_dir={run_dir}", f"export.source={smoke_run / 'qat'}", f"export.target={target}")
-    assert run_program("stage=export", "recipe=smoke", *SHORT, *settings, "export.shard_bytes=150000") == 0
-    return Run(run_dir, target, model_of(smoke_run, "qat"), source_of(smoke_run))
+def exported_as(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """The same model in the layout of a target, made once."""
+
+    @cache
+    def make(target: str) -> Run:
+        run_dir = tmp_path_factory.mktemp(target) / "run"
+        settings = (f"run_dir={run_dir}", f"export.source={smoke_run / 'qat'}", f"export.target={target}")
+        assert run_program("stage=export", "recipe=smoke", *SHORT, *settings, "export.shard_bytes=150000") == 0
+        return Run(run_dir, target, model_of(smoke_run, "qat"), source_of(smoke_run))
+
+    return make
 
 
 def assert_named(problems: list[str], named: str) -> None:
@@ -116,11 +123,13 @@ def test_mutation_that_shapes_hide_is_caught_and_named(square: Run, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("other_layout", "mutation"),
+    ("target", "mutation"),
     [pytest.param(name, each, id=f"{name}: {each.name}") for name, every in OF_LAYOUT.items() for each in every],
-    indirect=["other_layout"],
 )
-def test_mutation_of_another_layout_is_caught_and_named(other_layout: Run, tmp_path: Path, mutation: Mutation) -> None:
+def test_mutation_of_another_layout_is_caught_and_named(
+    exported_as: Callable[[str], Run], tmp_path: Path, target: str, mutation: Mutation
+) -> None:
+    other_layout = exported_as(target)
     export = other_layout.broken(mutation, tmp_path / "export")
     assert_named(other_layout.problems_with_model(export), mutation.named)
     if mutation.shows_against_base:
@@ -129,8 +138,11 @@ def test_mutation_of_another_layout_is_caught_and_named(other_layout: Run, tmp_p
         assert other_layout.problems_with_base(export) == []
 
 
-@pytest.mark.parametrize("other_layout", OF_LAYOUT, indirect=True)
-def test_good_export_in_another_layout_has_no_problems_and_is_recognized(other_layout: Run) -> None:
+@pytest.mark.parametrize("target", OF_LAYOUT)
+def test_good_export_in_another_layout_has_no_problems_and_is_recognized(
+    exported_as: Callable[[str], Run], target: str
+) -> None:
+    other_layout = exported_as(target)
     assert recognized(other_layout.export) == other_layout.target
     assert other_layout.problems_with_model(other_layout.export) == []
     assert other_layout.problems_with_base(other_layout.export) == []

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SHORT, run_program
+from conftest import SHORT, linked, run_program
 
 from pipeline import artifacts
 from pipeline.tracking import read_metrics
@@ -15,10 +15,7 @@ ALL_AT_ONCE = (*SHORT, "data.max_samples=20", "data.max_length=200")
 
 def first_step(run_dir: Path, source: Path, stage: str, *settings: str) -> dict[str, Any]:
     """The metrics of the first step, and of the validation before it."""
-    run_dir.mkdir()
-    before = ("upcast", "sft", "quantize")
-    for earlier in before[: before.index("quantize" if stage == "qat" else "upcast") + 1]:
-        (run_dir / earlier).symlink_to(source / earlier)
+    linked(run_dir, source, *(("upcast", "sft", "quantize") if stage == "qat" else ("upcast",)))
     once = (f"{stage}.max_steps=1", f"{stage}.logging_steps=1", f"{stage}.batch_size=64")
     assert run_program(f"stage={stage}", "recipe=smoke", f"run_dir={run_dir}", *ALL_AT_ONCE, *once, *settings) == 0
     validation, step, *_ = read_metrics(run_dir / stage)

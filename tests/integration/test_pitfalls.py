@@ -3,15 +3,13 @@
 from pathlib import Path
 
 import pytest
-from conftest import SHORT, run_program
+from conftest import SHORT, linked, run_program
 
 from pipeline import artifacts
 
 
 def started(run_dir: Path, source: Path, *stages: str) -> tuple[str, ...]:
-    run_dir.mkdir()
-    for stage in stages:
-        (run_dir / stage).symlink_to(source / stage)
+    linked(run_dir, source, *stages)
     return ("recipe=smoke", f"run_dir={run_dir}", *SHORT, "qat.max_steps=1")
 
 

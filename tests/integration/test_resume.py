@@ -1,5 +1,6 @@
 """A run that is killed and started again ends with the bytes of one that was not."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SHORT, run_program
+from conftest import ONE_LAYER, SHORT, linked, run_program
 
-from pipeline import artifacts
+from pipeline import artifacts, callbacks
 from pipeline.tracking import read_metrics
 
 # Experts large enough that writing them takes a while.
@@ -39,11 +40,9 @@ def run_and_kill(when: Callable[[], bool], *arguments: str) -> None:
     process.wait()
 
 
-def test_sft_killed_between_checkpoints_resumes_to_the_same_weights(tmp_path: Path, capsys) -> None:
+def test_sft_killed_between_checkpoints_resumes_to_the_same_weights(smoke_run: Path, tmp_path: Path, capsys) -> None:
     arguments = ("recipe=smoke", *SHORT, "sft.save_steps=4", "sft.eval_steps=4", "sft.max_steps=20")
-    whole, killed = (f"run_dir={tmp_path / name}" for name in ("whole", "killed"))
-    for run_dir in (whole, killed):
-        assert run_program("stage=upcast", run_dir, *arguments) == 0
+    whole, killed = (f"run_dir={linked(tmp_path / name, smoke_run, 'upcast')}" for name in ("whole", "killed"))
     assert run_program("stage=sft", whole, *arguments) == 0
 
     sft = tmp_path / "killed" / "sft"
@@ -65,82 +64,74 @@ def test_sft_killed_between_checkpoints_resumes_to_the_same_weights(tmp_path: Pa
     assert losses[0] == losses[1]
 
 
+def interrupting_at(step: int) -> Callable[..., None]:
+    """In place of a callback's `on_save`: interrupts the run after the checkpoint of that step."""
+    on_save = callbacks.Checkpoints.on_save
+
+    def interrupt(self, args, state, control, **event) -> None:
+        on_save(self, args, state, control, **event)
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    return interrupt
+
+
 @pytest.mark.parametrize(("recipe", "stage"), [("smoke", "qat"), ("smoke_lora", "sft"), ("smoke_lora", "qat")])
 def test_training_interrupted_after_a_checkpoint_resumes_to_the_same_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, stage: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, stage: str, request: pytest.FixtureRequest
 ) -> None:
-    from pipeline import callbacks
-
-    arguments = (
-        f"run_dir={tmp_path}",
-        f"recipe={recipe}",
-        *SHORT,
-        *(f"{stage}.{key}=4" for stage in ("sft", "qat") for key in ("save_steps", "eval_steps")),
-    )
-    before = ("upcast", "sft", "quantize", "qat")
-    for earlier in before[: before.index(stage) + 1]:
-        assert run_program(f"stage={earlier}", *arguments) == 0
-    whole = artifacts.load(tmp_path / stage)
-
-    def interrupt(self, args, state, control, **kwargs) -> None:
-        on_save(self, args, state, control, **kwargs)
-        raise KeyboardInterrupt
-
-    on_save = callbacks.Checkpoints.on_save
-    monkeypatch.setattr(callbacks.Checkpoints, "on_save", interrupt)
-    assert run_program(f"stage={stage}", *arguments, "overwrite=true") == 130
-    assert not (tmp_path / stage / artifacts.ARTIFACT_FILE).exists()
-    monkeypatch.undo()
-    assert run_program(f"stage={stage}", *arguments) == 0
-    resumed = artifacts.load(tmp_path / stage)
+    made = request.getfixturevalue("smoke_run" if recipe == "smoke" else "lora_run")
+    run = Path(shutil.copytree(made, tmp_path / "run"))
+    layers = ONE_LAYER if recipe == "smoke_lora" else ()
+    every_four = [f"{stage}.{key}=4" for key in ("save_steps", "eval_steps")]
+    arguments = (f"stage={stage}", f"recipe={recipe}", f"run_dir={run}", *SHORT, *layers, *every_four, "overwrite=true")
+    assert run_program(*arguments) == 0
+    whole = artifacts.load(run / stage)
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks.Checkpoints, "on_save", interrupting_at(4))
+        assert run_program(*arguments) == 130
+    assert not (run / stage / artifacts.ARTIFACT_FILE).exists()
+    assert run_program(*arguments[:-1]) == 0
+    resumed = artifacts.load(run / stage)
     assert (resumed.fingerprint, resumed.details) == (whole.fingerprint, whole.details)
 
 
 def test_sft_resumed_at_any_step_ends_as_if_it_had_not_stopped(
     smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline import callbacks
-
     steps = 4
     every_step = [f"sft.{key}=1" for key in ("save_steps", "eval_steps", "logging_steps")]
     settings = ("stage=sft", "recipe=smoke", *SHORT, f"sft.max_steps={steps}", *every_step)
-    on_save = callbacks.Checkpoints.on_save
 
     def trained(name: str) -> tuple[artifacts.Artifact, list[float]]:
         assert run_program(*settings, f"run_dir={tmp_path / name}") == 0
         directory = tmp_path / name / "sft"
         return artifacts.load(directory), [line["loss"] for line in read_metrics(directory) if "loss" in line]
 
-    def interrupted_at(step: int) -> Callable[..., None]:
-        def interrupt(self, args, state, control, **kwargs) -> None:
-            on_save(self, args, state, control, **kwargs)
-            if state.global_step == step:
-                raise KeyboardInterrupt
-
-        return interrupt
-
     for name in ("whole", *map(str, range(1, steps))):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "upcast").symlink_to(smoke_run / "upcast")
+        linked(tmp_path / name, smoke_run, "upcast")
     whole, losses = trained("whole")
     assert len(losses) == steps
     for step in range(1, steps):
-        monkeypatch.setattr(callbacks.Checkpoints, "on_save", interrupted_at(step))
-        assert run_program(*settings, f"run_dir={tmp_path / str(step)}") == 130
-        monkeypatch.undo()
+        with monkeypatch.context() as patched:
+            patched.setattr(callbacks.Checkpoints, "on_save", interrupting_at(step))
+            assert run_program(*settings, f"run_dir={tmp_path / str(step)}") == 130
         resumed, resumed_losses = trained(str(step))
         assert (resumed.fingerprint, resumed.details, resumed_losses) == (whole.fingerprint, whole.details, losses)
 
 
-def test_broken_checkpoint_is_not_resumed_from(tmp_path: Path, capsys) -> None:
-    arguments = (f"run_dir={tmp_path}", "recipe=smoke", *SHORT)
-    assert run_program("stage=upcast", *arguments) == 0
+def test_broken_checkpoint_is_not_resumed_from(
+    smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    arguments = ("stage=sft", f"run_dir={linked(tmp_path, smoke_run, 'upcast')}", "recipe=smoke", *SHORT)
     sft = tmp_path / "sft"
-    run_and_kill(lambda: any(sft.glob("checkpoints/checkpoint-*/whole")), "stage=sft", *arguments)
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks.Checkpoints, "on_save", interrupting_at(6))
+        assert run_program(*arguments) == 130
     torn = sft / "checkpoints" / "checkpoint-9"
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half of it")
-    assert run_program("stage=sft", *arguments) == 0
+    assert run_program(*arguments) == 0
     output = capsys.readouterr().out
     assert "removing checkpoint-9" in output
     assert "going on from step 6" in output
@@ -149,8 +140,8 @@ def test_broken_checkpoint_is_not_resumed_from(tmp_path: Path, capsys) -> None:
 def test_export_killed_between_shards_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     arguments = ("recipe=smoke", *LARGE, "export.source=upcast", "export.shard_bytes=1000000")
     whole, killed = (f"run_dir={tmp_path / name}" for name in ("whole", "killed"))
-    for run_dir in (whole, killed):
-        assert run_program("stage=upcast", run_dir, *arguments) == 0
+    assert run_program("stage=upcast", whole, *arguments) == 0
+    linked(tmp_path / "killed", tmp_path / "whole", "source", "upcast")
     assert run_program("stage=export", whole, *arguments) == 0
 
     export = tmp_path / "killed" / "export"

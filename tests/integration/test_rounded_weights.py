@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHORT, run_program
+from conftest import ONE_LAYER, SHORT, linked, run_program
 
 from pipeline import artifacts, quantizer
 from pipeline.numerics.codec import fake_quantize
@@ -40,9 +40,7 @@ def trained(run_dir: Path, source: Path, *settings: str) -> tuple[list[float], d
     """The losses of a QAT that starts from `source`'s quantize stage, and the weights that it leaves."""
     from safetensors.torch import load_file
 
-    run_dir.mkdir()
-    for stage in ("upcast", "sft", "quantize"):
-        (run_dir / stage).symlink_to(source / stage)
+    linked(run_dir, source, "upcast", "sft", "quantize")
     assert run_program("stage=qat", f"run_dir={run_dir}", *settings) == 0
     losses = [line["loss"] for line in read_metrics(run_dir / "qat") if "loss" in line]
     files = sorted((run_dir / "qat").glob("*.safetensors"))
@@ -61,7 +59,7 @@ def test_the_experts_are_rounded_once_per_step_with_the_losses_of_rounding_in_ev
     recipe: str, once: int, tmp_path: Path, request: pytest.FixtureRequest, roundings: list[int]
 ) -> None:
     run = request.getfixturevalue("smoke_run" if recipe == "smoke" else "lora_run")
-    layers = ("sft.lora.layers=[1]", "qat.lora.layers=[1]") if recipe == "smoke_lora" else ()
+    layers = ONE_LAYER if recipe == "smoke_lora" else ()
     settings = (f"recipe={recipe}", *BY_HAND, *layers)
     roundings.clear()
     losses, weights = trained(tmp_path / "once", run, *settings)
@@ -78,10 +76,7 @@ def test_frozen_experts_are_rounded_once_and_the_adapters_learn_the_same(
     smoke_run: Path, tmp_path: Path, roundings: list[int]
 ) -> None:
     attention = ("qat.method=lora", "qat.lora.targets=[attention]", "qat.precision=fp32")
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    for stage in ("upcast", "sft"):
-        (run_dir / stage).symlink_to(smoke_run / stage)
+    run_dir = linked(tmp_path / "run", smoke_run, "upcast", "sft")
     settings = ("recipe=smoke", *BY_HAND, *attention)
     assert run_program("stage=quantize", f"run_dir={run_dir}", *settings) == 0
     roundings.clear()

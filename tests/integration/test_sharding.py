@@ -4,11 +4,8 @@ Few launches do many runs, since a process imports for longer than it trains.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +13,10 @@ import command_lines
 import pytest
 from command_lines import Line
 from conftest import run_program
-from test_processes import REPOSITORY, TORCHRUN, launched, losses
+from test_processes import TORCHRUN, launched, losses
 
 from pipeline import artifacts
+from pipeline.tables import DIRECTORY
 from pipeline.tracking import read_metrics
 
 ACCELERATE = ("accelerate.commands.launch", "--config_file=scripts/accelerate/processes.yaml", "--num_processes={}")
@@ -52,6 +50,11 @@ class Case:
     def name(self) -> str:
         return f"{self.recipe}{self.variant}-{self.stage}-{self.sharding}"
 
+    @property
+    def alone(self) -> "Case":
+        """The same by one process."""
+        return replace(self, sharding="none")
+
     def arguments(self, run_dir: Path, batch_size: int, steps: int) -> list[str]:
         """Of the program; a process accumulates over `steps` forward passes."""
         batch = [f"{stage}.batch_size={batch_size}" for stage in STAGES]
@@ -63,7 +66,12 @@ class Case:
         return Line([*self.arguments(run_dir, batch_size, steps), f"sharding={self.sharding}"], **how)
 
 
-ALONE = Case("smoke", "sft", "none")
+def plain(recipe: str) -> Case:
+    """What one process has to do before any other case of the recipe can begin."""
+    return Case(recipe, "sft", "none")
+
+
+ALONE = plain("smoke")
 SFT = Case("smoke", "sft", "fsdp2")
 TAUGHT = Case("smoke", "qat", "fsdp2", ("qat.distillation.weight=0.5",))
 ADAPTED = Case("smoke_lora", "sft", "fsdp2")
@@ -90,9 +98,9 @@ class Runs:
 
 
 def begin(case: Case, done: Path, run_dir: Path) -> None:
-    """A run directory in which everything before the stage is complete."""
-    for stage in BEFORE[case.stage]:
-        shutil.copytree(done / case.recipe / stage, run_dir / stage)
+    """A run directory in which everything before the stage is complete, and the data are read."""
+    for part in (*BEFORE[case.stage], DIRECTORY):
+        shutil.copytree(done / plain(case.recipe).name / part, run_dir / part)
 
 
 def launch_lines(
@@ -107,16 +115,18 @@ def launch_lines(
 
 
 def run_by_one_process(directory: Path, cases: tuple[Case, ...]) -> Runs:
-    """The stages before, as <recipe>, and the cases, none of them interrupted."""
-    outcomes = {}
-    for recipe in sorted({case.recipe for case in cases}):
+    """The cases, none of them interrupted, and the stages before them."""
+    runs = Runs(directory, {})
+    before = [plain(recipe) for recipe in sorted({case.recipe for case in cases})]
+    for case in before:
         for stage in ("upcast", "sft", "quantize"):
-            assert run_program(*Case(recipe, stage, "none").arguments(directory / recipe, 4, 3)) == 0
-    for case in cases:
-        begin(case, directory, directory / case.name)
-        outcomes[case.name] = command_lines.run(Line(case.arguments(directory / case.name, 4, 3)))
-        assert outcomes[case.name]["status"] == 0
-    return Runs(directory, outcomes)
+            assert run_program(*replace(case, stage=stage).arguments(runs.of(case), 4, 3)) == 0
+    for case in dict.fromkeys(case.alone for case in cases):
+        if case not in before:
+            begin(case, directory, runs.of(case))
+            runs.outcomes[case.name] = command_lines.run(Line(case.arguments(runs.of(case), 4, 3)))
+            assert runs.outcomes[case.name]["status"] == 0
+    return runs
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +166,7 @@ def test_interrupted_training_goes_on_in_other_numbers_of_processes_to_the_losse
     case: Case, one: Runs, shared: Runs
 ) -> None:
     assert shared.outcomes[case.name]["status"] == 0
-    assert losses(shared.of(case), case.stage) == pytest.approx(losses(one.of(case), case.stage), rel=1e-5)
+    assert losses(shared.of(case), case.stage) == pytest.approx(losses(one.of(case.alone), case.stage), rel=1e-5)
 
 
 @pytest.mark.parametrize("case", SHARDED, ids=lambda case: case.name)
@@ -168,13 +178,13 @@ def test_fsdp2_leaves_each_process_its_part(case: Case, shared: Runs) -> None:
 
 
 def test_the_teacher_is_shared_as_the_student_is(one: Runs, shared: Runs) -> None:
-    assert one.outcomes[TAUGHT.name]["teacher_share"] == 1
+    assert one.outcomes[TAUGHT.alone.name]["teacher_share"] == 1
     assert shared.outcomes[TAUGHT.name]["teacher_share"] == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("case", [ALONE, *SHARDED], ids=lambda case: case.name)
 def test_the_weights_left_are_those_of_the_lowest_validation_loss(case: Case, one: Runs, shared: Runs) -> None:
-    details, alone = (artifacts.load(runs.of(case) / case.stage).details for runs in (shared, one))
+    details, alone = (artifacts.load(run_dir / case.stage).details for run_dir in (shared.of(case), one.of(case.alone)))
     assert details["kept_step"] == alone["kept_step"]
     assert shared.outcomes[case.name]["loss_left"] == pytest.approx(details["validation_loss"], rel=1e-6)
 
@@ -188,7 +198,8 @@ def test_sharded_training_goes_back_to_the_best_weights(shared: Runs) -> None:
 @pytest.mark.parametrize("case", SHARDED, ids=lambda case: case.name)
 def test_drift_and_router_load_are_told_of_sharded_models(case: Case, one: Runs, shared: Runs) -> None:
     lines, alone = (
-        [line for line in read_metrics(runs.of(case) / case.stage) if "eval_loss" in line] for runs in (shared, one)
+        [line for line in read_metrics(run_dir / case.stage) if "eval_loss" in line]
+        for run_dir in (shared.of(case), one.of(case.alone))
     )
     for line, expected in zip(lines, alone, strict=True):
         # Weights that noise of the last bit moves from one side of a rounding boundary to the other.
@@ -221,50 +232,3 @@ def test_one_process_has_nothing_to_share(one: Runs, tmp_path: Path, capsys: pyt
     begin(SFT, one.directory, tmp_path)
     assert command_lines.run(SFT.line(tmp_path, 12, 1))["status"] == 2
     assert "error: sharding=fsdp2: there is one process, and nothing to share among." in capsys.readouterr().err
-
-
-def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [REPOSITORY / "scripts" / "launch", *arguments],
-        env={**os.environ, "PYTHON": "python3", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def test_the_launcher_prints_a_command_for_one_machine() -> None:
-    outcome = launch("--processes", "4", "--dry-run", "stage=sft", "data.path=my file")
-    assert outcome.stdout.split(" -m ") == [
-        "python3",
-        "torch.distributed.run --nproc-per-node=4 --standalone --max-restarts=0",
-        "pipeline stage=sft data.path=my\\ file \n",
-    ]
-
-
-def test_under_slurm_the_launcher_meets_at_the_first_node_and_restarts() -> None:
-    slurm = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "123456", "MASTER_ADDR": "node1"}
-    outcome = launch("--processes", "8", "--dry-run", "stage=sft", **slurm)
-    for flag in ("--nnodes=2", "--rdzv-endpoint=node1:23456", "--rdzv-id=123456", "--max-restarts=3"):
-        assert f" {flag} " in outcome.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--processes", "0", "stage=sft"), "--processes 0: must be a whole number"),
-        (("--gpus", "2"), "--gpus: unknown flag"),
-        (("--dry-run",), "nothing to run"),
-    ],
-)
-def test_the_launcher_says_what_is_wrong(arguments: tuple[str, ...], message: str) -> None:
-    outcome = launch(*arguments)
-    assert outcome.returncode == 2
-    assert message in outcome.stderr
-
-
-def test_the_launcher_starts_two_processes_of_the_program(tmp_path: Path) -> None:
-    outcome = launch("--processes", "2", "stage=sft", "recipe=smoke", f"run_dir={tmp_path}", PYTHON=sys.executable)
-    assert outcome.stderr.count("error: stage=sft needs") == 1
-    assert "(local_rank: 1)" in outcome.stderr
-    assert "exitcode  : 2" in outcome.stderr

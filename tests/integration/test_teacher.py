@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import SHORT, run_program
+from conftest import ONE_LAYER, SHORT, linked, run_program
 
 from pipeline.tracking import read_metrics
 
@@ -12,9 +12,7 @@ SETTINGS = (*SHORT, "qat.max_steps=16", "qat.logging_steps=4", "qat.eval_steps=1
 
 def distilled(run_dir: Path, source: Path, recipe: str, *settings: str) -> list[float]:
     """The divergence from the teacher, in nats per token, at each logged step."""
-    run_dir.mkdir()
-    for stage in ("upcast", "sft", "quantize"):
-        (run_dir / stage).symlink_to(source / stage)
+    linked(run_dir, source, "upcast", "sft", "quantize")
     assert run_program("stage=qat", f"recipe={recipe}", f"run_dir={run_dir}", *SETTINGS, *settings) == 0
     return [line["teacher_divergence"] for line in read_metrics(run_dir / "qat") if "teacher_divergence" in line]
 
@@ -24,7 +22,7 @@ def test_distillation_lowers_the_divergence_from_the_teacher(
     recipe: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     run = request.getfixturevalue("smoke_run" if recipe == "smoke" else "lora_run")
-    layers = ("sft.lora.layers=[1]", "qat.lora.layers=[1]") if recipe == "smoke_lora" else ()
+    layers = ONE_LAYER if recipe == "smoke_lora" else ()
     found = distilled(tmp_path / "run", run, recipe, "qat.distillation.weight=1", *layers)
     assert len(found) == 4 and found[-1] < 0.9 * found[0]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHORT, outcomes, run_program
+from conftest import SHORT, linked, outcomes, run_program
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -36,18 +36,18 @@ def run_stages(stages: Iterable[str], run_dir: Path, *arguments: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def layer_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def layer_one(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with adapters on the experts of layer 1 alone. Not to be written to."""
-    run_dir: Path = tmp_path_factory.mktemp("layer_one") / "run"
-    run_stages(("upcast", "sft", "quantize", "qat", "export", "verify"), run_dir, *LORA)
+    run_dir = linked(tmp_path_factory.mktemp("layer_one") / "run", smoke_run, "source", "upcast")
+    run_stages(("sft", "quantize", "qat", "export", "verify"), run_dir, *LORA)
     return run_dir
 
 
 @pytest.fixture(scope="module")
-def mse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mse(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that trained every weight, for scales chosen by squared error. Not to be written to."""
-    run_dir: Path = tmp_path_factory.mktemp("mse") / "run"
-    run_stages(("upcast", "sft", "quantize", "qat", "export", "verify"), run_dir, *MSE)
+    run_dir = linked(tmp_path_factory.mktemp("mse") / "run", smoke_run, "source", "upcast", "sft")
+    run_stages(("quantize", "qat", "export", "verify"), run_dir, *MSE)
     return run_dir
 
 

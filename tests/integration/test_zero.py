@@ -52,15 +52,10 @@ def shared(one: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(runs.directory, dict(zip(names, outcomes[1::2], strict=True)))
 
 
-def alone(case: Case) -> Case:
-    """The one that a single process has trained in its place."""
-    return CASES[CASES.index(case) % len(KINDS)]
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_interrupted_training_goes_on_to_the_losses_of_one_process(case: Case, one: Runs, shared: Runs) -> None:
     assert shared.outcomes[case.name]["status"] == 0
-    assert losses(shared.of(case), case.stage) == pytest.approx(losses(one.of(alone(case)), case.stage), rel=1e-5)
+    assert losses(shared.of(case), case.stage) == pytest.approx(losses(one.of(case.alone), case.stage), rel=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -71,7 +66,7 @@ def test_zero3_alone_splits_parameters(case: Case, shared: Runs) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_best_weights_are_left_and_saved(case: Case, one: Runs, shared: Runs) -> None:
     details = artifacts.load(shared.of(case) / case.stage).details
-    assert details["kept_step"] == artifacts.load(one.of(alone(case)) / case.stage).details["kept_step"]
+    assert details["kept_step"] == artifacts.load(one.of(case.alone) / case.stage).details["kept_step"]
     assert shared.outcomes[case.name]["loss_left"] == pytest.approx(details["validation_loss"], rel=1e-6)
     arguments = case.arguments(shared.of(case), 12, 1)[1:]
     assert run_program("stage=evaluate", f"evaluate.source={case.stage}", "model.dtype=float32", *arguments) == 0

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import gpt_oss
 
 from pipeline import callbacks
 from pipeline.config import Sharding
@@ -17,22 +18,7 @@ EXPERTS, ACTIVE = 8, 2
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    torch.manual_seed(0)
-    config = GptOssConfig(
-        num_hidden_layers=2,
-        hidden_size=32,
-        intermediate_size=32,
-        num_local_experts=EXPERTS,
-        num_experts_per_tok=ACTIVE,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        vocab_size=64,
-        pad_token_id=0,
-    )
-    return GptOssForCausalLM._from_config(config, attn_implementation="eager")
+    return gpt_oss(64, num_local_experts=EXPERTS, num_experts_per_tok=ACTIVE, pad_token_id=0)
 
 
 @pytest.fixture

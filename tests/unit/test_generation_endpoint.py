@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
@@ -25,17 +25,10 @@ SETTINGS = GenerationConfig(max_new_tokens=7)
 KEY = "sk-secret-7"
 
 
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as made:
-        yield made
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Repetitions follow at once, and no proxy of this machine stands between."""
+    """Repetitions follow at once."""
     monkeypatch.setattr(client, "_FIRST_WAIT_SECONDS", 0.001)
-    monkeypatch.setenv("NO_PROXY", "*")
 
 
 def asked(*texts: str) -> list[Question]:

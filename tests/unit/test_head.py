@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny_models import gpt_oss
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import GptOssConfig, GptOssForCausalLM
 
 from pipeline import distillation, head, losses
 from pipeline.distillation import Teacher
@@ -21,20 +21,7 @@ VOCABULARY, ROWS, TOKENS = 997, 3, 50
 
 
 def model(seed: int) -> Any:
-    torch.manual_seed(seed)
-    config = GptOssConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        attn_implementation="eager",
-    )
-    return GptOssForCausalLM(config)
+    return gpt_oss(VOCABULARY, seed)
 
 
 def batch() -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """A judge model's verdicts: what it is asked, what its replies mean, and a judge that fails, on a real local server."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,10 @@ Judged = Callable[..., dict[tuple[str, int], Judgement]]
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     monkeypatch.setattr(client, "_FIRST_WAIT_SECONDS", 0.001)
-    monkeypatch.setenv("NO_PROXY", "*")
-    with Server() as made:
-        made.replies = [NONE]
-        yield made
+    server.replies = [NONE]
+    return server
 
 
 @pytest.fixture

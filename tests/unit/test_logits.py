@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import gpt_oss
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
-from transformers import GptOssConfig, GptOssForCausalLM
 
 from pipeline import head
 from pipeline.evals import logits
@@ -20,21 +20,7 @@ VOCABULARY = 61
 
 
 def model(seed: int) -> Any:
-    torch.manual_seed(seed)
-    config = GptOssConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        initializer_range=1.0,
-        attn_implementation="eager",
-    )
-    return GptOssForCausalLM(config).eval()
+    return gpt_oss(VOCABULARY, seed, num_hidden_layers=1, initializer_range=1.0).eval()
 
 
 def examples() -> list[dict[str, list[int]]]:

@@ -1,0 +1,59 @@
+"""scripts/launch: which command it makes of its flags, and that the command starts what it should."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [REPOSITORY / "scripts" / "launch", *arguments],
+        env={**os.environ, "PYTHON": "python3", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_launcher_prints_a_command_for_one_machine() -> None:
+    outcome = launch("--processes", "4", "--dry-run", "stage=sft", "data.path=my file")
+    assert outcome.stdout.split(" -m ") == [
+        "python3",
+        "torch.distributed.run --nproc-per-node=4 --standalone --max-restarts=0",
+        "pipeline stage=sft data.path=my\\ file \n",
+    ]
+
+
+def test_under_slurm_the_launcher_meets_at_the_first_node_and_restarts() -> None:
+    slurm = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "123456", "MASTER_ADDR": "node1"}
+    outcome = launch("--processes", "8", "--dry-run", "stage=sft", **slurm)
+    for flag in ("--nnodes=2", "--rdzv-endpoint=node1:23456", "--rdzv-id=123456", "--max-restarts=3"):
+        assert f" {flag} " in outcome.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--processes", "0", "stage=sft"), "--processes 0: must be a whole number"),
+        (("--gpus", "2"), "--gpus: unknown flag"),
+        (("--dry-run",), "nothing to run"),
+    ],
+)
+def test_the_launcher_says_what_is_wrong(arguments: tuple[str, ...], message: str) -> None:
+    outcome = launch(*arguments)
+    assert outcome.returncode == 2
+    assert message in outcome.stderr
+
+
+def test_the_launcher_starts_two_processes_that_leave_with_one_message(tmp_path: Path) -> None:
+    outcome = launch("--processes", "2", "stage=sft", "recipe=smoke", f"run_dir={tmp_path}", PYTHON=sys.executable)
+    assert outcome.returncode != 0
+    assert outcome.stderr.count("error: stage=sft needs") == 1
+    assert "(local_rank: 1)" in outcome.stderr
+    assert "exitcode  : 2" in outcome.stderr
+    assert not (tmp_path / "sft").exists()
