@@ -42,7 +42,7 @@ _STAGES = {
     "evaluate": "loss, perplexity, size and weight error of a stage's model",
     "compare": "a report on what each step won or lost, of one run or several",
     "all": "all of these in order; skips what is up to date, resumes what was interrupted",
-    "publish": "the proven export with a model card, ready for the Hugging Face Hub; publish.push_to_hub uploads it",
+    "publish": "the proven export with a model card; export.push_to_hub uploads it, and makes this a part of all",
     "serve": "start vLLM, SGLang, TensorRT-LLM or llama.cpp on the proven export, and ask it a question",
 }
 

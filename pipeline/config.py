@@ -22,7 +22,7 @@ _LANGUAGES = (
 
 
 class Stage(Enum):
-    """The parts of a run, in the order in which `all` runs them; what it leaves out comes after it."""
+    """The parts of a run, in the order in which `all` runs them; what it leaves out unless asked comes after it."""
 
     doctor = "doctor"
     upcast = "upcast"
@@ -447,8 +447,18 @@ class QuantizeConfig:
 
 
 @dataclass
+class CardConfig:
+    """What the model card says that no record of the run knows."""
+
+    base_model: Optional[str] = None
+    """The card's base model, as a hub id; null: model.path, where that is one."""
+    license: Optional[str] = None
+    """The card's licence, by its name on the Hub (apache-2.0, …); null: what the base model's own card says."""
+
+
+@dataclass
 class ExportConfig:
-    """Write a checkpoint for serving."""
+    """Write a checkpoint for serving, and where on the Hub it goes once it is proven."""
 
     source: Optional[str] = None
     """What to export: a stage of this run (upcast, sft, quantize, qat) or a directory; null: the newest of the run."""
@@ -458,6 +468,11 @@ class ExportConfig:
     """Round a model to another format than it was trained for; says what that loses."""
     shard_bytes: int = 5_000_000_000
     """Size limit of one weight file, in bytes."""
+    push_to_hub: Optional[str] = None
+    """Repository that stage=publish uploads the proven export to, as name/model; stage=all then ends so. null: none."""
+    private: bool = True
+    """Make that repository private, and upload to no other; false: to a public one."""
+    card: CardConfig = field(default_factory=CardConfig)
 
 
 @dataclass
@@ -637,20 +652,6 @@ class CompareConfig:
 
 
 @dataclass
-class PublishConfig:
-    """Make the proven export a directory for the Hub, with a model card, and upload it."""
-
-    push_to_hub: Optional[str] = None
-    """Repository that takes these files, as name/model; the token: `hf auth login` or HF_TOKEN. null: no upload."""
-    private: bool = True
-    """Make the repository private, and upload to no other; false: to a public one."""
-    base_model: Optional[str] = None
-    """The card's base model, as a hub id; null: model.path, where that is one."""
-    license: Optional[str] = None
-    """The card's licence, by its name on the Hub (apache-2.0, …); null: what the base model's own card says."""
-
-
-@dataclass
 class ServeConfig:
     """Start an engine on the proven export, ask it one question, and keep it running."""
 
@@ -732,7 +733,6 @@ class PipelineConfig:
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
-    publish: PublishConfig = field(default_factory=PublishConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

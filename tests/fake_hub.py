@@ -16,7 +16,7 @@ class Hub(ThreadingHTTPServer):
     """One repository.
 
     Attributes:
-        is_there, is_private: whether it exists before the upload, and how it is seen.
+        is_there, is_private: whether it exists, and how it is seen.
         refuses: whether every token is refused.
         complaint: about the card's metadata, or None.
         files: path -> contents, as committed.
@@ -54,7 +54,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._note_token()
         if self.server.refuses:
-            self._send(401, {"error": "Invalid username or password."})
+            self._refuse()
+        elif not self.server.is_there:
+            self._send(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         elif "/tree/" in self.path:
             files = self.server.files.items()
             self._send(200, [{"type": "file", "path": p, "size": len(c), "oid": "0" * 40} for p, c in files])
@@ -71,14 +73,14 @@ class _Handler(BaseHTTPRequestHandler):
         hub, body = self.server, self._body()
         self._note_token()
         if hub.refuses:
-            self._send(401, {"error": "Invalid username or password."})
+            self._refuse()
         elif self.path == "/api/validate-yaml" and hub.complaint:
             self._send(400, {"errors": [{"message": hub.complaint}]})
         elif self.path == "/api/repos/create":
             if hub.is_there:
                 self._send(409, {"url": f"{hub.url}/me/mine"})
             else:
-                hub.is_private = json.loads(body).get("visibility") == "private"
+                hub.is_there, hub.is_private = True, json.loads(body).get("visibility") == "private"
                 self._send(200, {"url": f"{hub.url}/me/mine"})
         elif "/preupload/" in self.path:
             paths = [each["path"] for each in json.loads(body)["files"]]
@@ -106,6 +108,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.files[value["path"]] = self.server.blobs[value["oid"]]
         self._send(200, {"commitUrl": f"{self.server.url}/me/mine/commit/1", "commitOid": "1" * 40, "success": True})
 
+    def _refuse(self) -> None:
+        reason = "Invalid credentials in Authorization header"
+        self._send(401, {"error": reason}, {"X-Error-Message": reason})
+
     def _note_token(self) -> None:
         self.server.tokens.add(self.headers.get("Authorization", ""))
 
@@ -119,11 +125,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(parts)
 
-    def _send(self, status: int, body: Any) -> None:
+    def _send(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
         content = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
 

@@ -2,7 +2,8 @@
 
 That is compared with the model as training computed it: the base model in transformers with the trained values in place
 of its own, or, with only the export at hand, with what other code decodes from it. The measure is the divergence of the
-engine's prediction from the expected one, the sum of p log(p / q) over the vocabulary, in nats, at the worst prompt.
+engine's prediction from the expected one, the sum of p log(p / q) over the vocabulary, in nats: in FP32 at the worst
+prompt, in BF16 at the median one.
 
 How far a right engine may be, in FP32:
 
@@ -11,9 +12,20 @@ How far a right engine may be, in FP32:
     llama_cpp                     2e-2: ggml rounds activations to 8 bits before it multiplies them with MXFP4; a tiny
                                   random model, which is worse off than a trained one, is 1e-3 to 7e-3 away.
 
-In BF16 (`model.dtype`), where each sum is rounded to 8 bits and near-ties of a router fall either way, 5e-2 for all. A
-wrong layout is whole nats away on a trained model. llama.cpp and mlx-lm round the range over which YaRN is corrected,
-whatever `rope_scaling.truncate` says; they are compared with a model that does so too, for that alone moves logits.
+In BF16 (`model.dtype`) each sum is rounded to 8 bits and near-ties of a router fall either way, so that single prompts
+are far off where nothing is wrong. Transformers against itself: the tiny model after smoke's short training, and random
+ones of 8 layers, 768 wide, with 16 experts and the released vocabulary (in brackets the deviation of their logits):
+
+    nats, median / worst     positions   BF16 and FP32        BF16, experts in another order of sums
+    tiny, trained            2112        5e-5 / 2.3e-2        2e-5 / 2.1e-2
+    8 layers, random (1.0)   144         3e-3 / 3.4e-2        5e-4 / 3.6e-2
+    8 layers, random (4.4)   144         5e-2 / 7.5e-1        1e-2 / 8.3e-1
+
+Two engines that are each as far from FP32 as the last may be twice as far apart: 1e-1 at the median, for all. That is a
+judgement: random models are taken to be the worst case, and no released one has been measured. FP32 is the sharp check.
+
+llama.cpp and mlx-lm round the range over which YaRN is corrected, whatever `rope_scaling.truncate` says; they are
+compared with a model that does so too, for that alone moves logits.
 """
 
 import json
@@ -45,7 +57,7 @@ from pipeline.tracking import say
 Expected = Callable[[bool], Tensor]
 """Whether YaRN's range is rounded -> log-probabilities (prompts, vocabulary)."""
 
-_BF16_NATS = 5e-2
+_BF16_NATS = 1e-1
 _LONGEST = 512  # positions
 _LINES = 12  # of what a failed engine wrote last
 
@@ -152,11 +164,13 @@ def check_engine(name: str, python: str | None, trial: Trial, expected: Expected
         check.problems.append(f"{name} failed: {answer.failure}")
     else:
         check.measured = {"version": answer.version, **judged(answer.log_probabilities, expected(engine.rounds_yarn))}
-        allowed = engine.nats if trial.dtype is torch.float32 else max(engine.nats, _BF16_NATS)
+        is_sharp = trial.dtype is torch.float32
+        prompt, allowed = ("worst", engine.nats) if is_sharp else ("median", max(engine.nats, _BF16_NATS))
+        nats = check.measured["nats" if is_sharp else "median_nats"]
         check.measured["tolerance"] = allowed
-        if not check.measured["nats"] <= allowed:  # NaN is not, either
+        if not nats <= allowed:  # NaN is not, either
             check.problems.append(
-                f"{name} expects other tokens than the trained model: {check.measured['nats']:.3g} nats, more than"
+                f"{name} expects other tokens than the trained model: {nats:.3g} nats at the {prompt} prompt, more than"
                 f" {allowed:.3g}"
             )
     return check
@@ -211,13 +225,15 @@ def judged(have: Tensor, want: Tensor) -> dict[str, float]:
         have, want: log-probabilities (prompts, vocabulary); an engine may leave out rows that have no token.
 
     Returns:
-        The divergence at the worst prompt (NaN if there is one in a log-probability), the largest difference of a
-        log-probability, and for how many prompts the likeliest token is the same.
+        The divergence at the worst and at the median prompt (NaN if there is one in a log-probability), the largest
+        difference of a log-probability, and for how many prompts the likeliest token is the same.
     """
     q, p = have.double()[:, : want.shape[1]], want.double()[:, : have.shape[1]]
     nats = (p.exp() * (p - q)).sum(-1)
+    is_finite = bool(nats.isfinite().all())
     return {
-        "nats": max(0.0, float(nats.max())) if bool(nats.isfinite().all()) else float("nan"),
+        "nats": max(0.0, float(nats.max())) if is_finite else float("nan"),
+        "median_nats": max(0.0, float(nats.quantile(0.5))) if is_finite else float("nan"),
         "largest_difference": float((p - q).abs().max()),
         "top1_agreement": float((p.argmax(-1) == q.argmax(-1)).double().mean()),
         "prompts": len(p),

@@ -30,7 +30,7 @@ def text(config: PipelineConfig, export: Artifact, proof: Artifact, base: Source
     """
     made = json.loads((export.directory / ARTIFACT_FILE).read_text(encoding="utf-8"))
     trained = record.trainings(record.lineage(export))
-    layout, repository = LAYOUTS[export.details["target"]], config.publish.push_to_hub
+    layout, repository = LAYOUTS[export.details["target"]], config.export.push_to_hub
     card = ModelCard.from_template(
         _metadata(config, export, trained, base),
         template_path=str(_TEMPLATE),
@@ -56,13 +56,13 @@ def text(config: PipelineConfig, export: Artifact, proof: Artifact, base: Source
 
 def base_name(config: PipelineConfig) -> str | None:
     """The base model's id on the Hub, or None where it is not known."""
-    return config.publish.base_model or (config.model.path if record.is_hub_id(config.model.path) else None)
+    return config.export.card.base_model or (config.model.path if record.is_hub_id(config.model.path) else None)
 
 
 def license_of(config: PipelineConfig, base: Source) -> dict[str, Any]:
     """`license`, and what goes with it, as set, or as in the base model's own card; empty where that says nothing."""
-    if config.publish.license is not None:
-        return {"license": config.publish.license}
+    if config.export.card.license is not None:
+        return {"license": config.export.card.license}
     path = base.directory / FILE
     known = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path.is_file() else {}
     return {name: known[name] for name in ("license", "license_name", "license_link") if known.get(name)}

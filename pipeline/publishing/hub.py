@@ -1,34 +1,51 @@
 """Upload to the Hugging Face Hub. Tokens are huggingface_hub's affair: they are in no configuration and no log."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from pipeline.config import PublishConfig
-from pipeline.errors import UserError
+from pipeline.config import ExportConfig
+from pipeline.errors import UserError, user_errors
+from pipeline.tracking import is_main_process
 
 _LOGIN = "Log in with `hf auth login`, or put a token with the right to write into the environment variable HF_TOKEN."
 
 
-def check(settings: PublishConfig) -> None:
-    """Find what would stop an upload before there is anything to upload.
+def check(settings: ExportConfig) -> None:
+    """Find what would stop an upload before there is anything to upload; whether a token may write, only that tells.
 
     Raises:
-        UserError: the name is none, or there is no token.
+        UserError: the name is none; there is no token, or a wrong one; the Hub cannot be reached; the repository is
+            public, and it should not be.
     """
-    key = f"publish.push_to_hub={settings.push_to_hub}"
-    try:
-        validate_repo_id(str(settings.push_to_hub))
-    except HFValidationError as error:
-        raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
+    if settings.push_to_hub is None or not is_main_process():
+        return
+    name = settings.push_to_hub
+    found = _name_problems(name)
     if get_token() is None:
-        raise UserError(f"{key}: there is no token for the Hub. {_LOGIN}")
+        found.append(f"{_setting(name)}: there is no token for the Hub. {_LOGIN}")
+    if found:
+        raise user_errors(found)
+    with _hub_errors(name):
+        _raise_if_public(settings, HfApi(), name)
 
 
-def push(settings: PublishConfig, directory: Path) -> str:
+def _name_problems(name: str) -> list[str]:
+    if "/" not in name:  # the Hub would put it below the token's owner, which neither the card nor `check` knows
+        return [f"{_setting(name)}: must have its owner, too, as <your name>/{name}."]
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        return [f"{_setting(name)}: {str(error).splitlines()[0]}"]
+    return []
+
+
+def push(settings: ExportConfig, directory: Path) -> str:
     """Make a repository hold the files of a directory, by one commit; its address.
 
     What else the repository had is deleted: a shard of an earlier export would be taken for a part of this one.
@@ -37,12 +54,9 @@ def push(settings: PublishConfig, directory: Path) -> str:
         UserError: the Hub refuses or cannot be reached; the repository is public, and it should not be.
     """
     name, api = str(settings.push_to_hub), HfApi()
-    try:
+    with _hub_errors(name):
         repository = api.create_repo(name, private=settings.private, exist_ok=True)
-        if settings.private and not api.model_info(repository.repo_id).private:
-            raise UserError(
-                f"publish.push_to_hub={name}: is public. Make it private, choose another, or set publish.private=false."
-            )
+        _raise_if_public(settings, api, repository.repo_id)
         made = api.upload_folder(
             repo_id=repository.repo_id,
             folder_path=directory,
@@ -50,9 +64,26 @@ def push(settings: PublishConfig, directory: Path) -> str:
             delete_patterns="*",
         )
         return made.commit_url
+
+
+def _raise_if_public(settings: ExportConfig, api: HfApi, name: str) -> None:
+    try:
+        is_private = api.model_info(name).private
+    except RepositoryNotFoundError:
+        return  # `push` makes it
+    if settings.private and not is_private:
+        raise UserError(f"{_setting(name)}: is public. Make it private, choose another, or set export.private=false.")
+
+
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    try:
+        yield
     # The Hub's own errors are of the first two kinds; ValueError: it refuses the card's metadata, or a large file.
     except (httpx.HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"publish.push_to_hub={name}: the Hub was not reached, or refused ({reason}). {_LOGIN}"
-        ) from error
+        raise UserError(f"{_setting(name)}: the Hub was not reached, or refused ({reason}). {_LOGIN}") from error
+
+
+def _setting(name: str) -> str:
+    return f"export.push_to_hub={name}"

@@ -5,16 +5,18 @@ from dataclasses import replace
 
 from pipeline.artifacts import Artifact
 from pipeline.config import PipelineConfig, QuantizeSource, Stage
+from pipeline.publishing import hub
 from pipeline.tracking import say
 
 STAGES = tuple(Stage)[: tuple(Stage).index(Stage.all)]
-"""The stages that `all` runs. What leaves this machine, or does not end by itself, has to be asked for."""
+"""The stages that `all` always runs. What leaves this machine, or does not end by itself, has to be asked for."""
 
 
 def run(config: PipelineConfig) -> Artifact:
     """Run the stages and return the last one's artifact."""
+    hub.check(config.export)  # now: the upload comes last, hours later
     artifact = None
-    for stage in STAGES:
+    for stage in STAGES if config.export.push_to_hub is None else (*STAGES, Stage.publish):
         if stage is Stage.sft and config.quantize.source is QuantizeSource.upcast:
             say(stage.name, "left out, since quantize.source=upcast")
         else:

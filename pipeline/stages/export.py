@@ -14,7 +14,7 @@ from pipeline.numerics.formats import BlockFormat
 from pipeline.shards import Written
 from pipeline.tracking import log_metrics, say, warn
 
-_SETTINGS = ("export", "format")
+_SETTINGS = ("export.source", "export.target", "export.requantize", "export.shard_bytes", "format")
 _SOURCES = (Stage.upcast, Stage.sft, Stage.quantize, Stage.qat)
 _HARDLY_ANY = 0.05
 
@@ -37,7 +37,10 @@ def run(config: PipelineConfig) -> Artifact:
         return Result(target.kind, block_format.name, scale_rule=rule, details=details, digests=digests)
 
     parents = {"model": ref.fingerprint, "source": base.fingerprint}
-    return artifacts.build(config, Stage.export, _SETTINGS, parents, work)
+    artifact = artifacts.build(config, Stage.export, _SETTINGS, parents, work)
+    if (repository := config.export.push_to_hub) is not None:
+        say("export", f"export.push_to_hub={repository}: stage=publish uploads it, once stage=verify has passed")
+    return artifact
 
 
 def _account(written: Written, directory: Path) -> dict[str, Any]:

@@ -7,16 +7,14 @@ from pipeline.artifacts import Artifact, Kind, Result
 from pipeline.checkpoints import link_or_copy, side_files
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
+from pipeline.publishing import hub
 from pipeline.source import Source
 from pipeline.tracking import is_main_process, say, warn
 
 MODEL = "model"
 """The directory to upload, in the stage's: without the records, which tell of this machine."""
 
-_SETTINGS = (
-    *("publish.push_to_hub", "publish.base_model", "publish.license"),
-    *("recipe", "model.path", "model.revision"),
-)
+_SETTINGS = ("export.push_to_hub", "export.card", "recipe", "model.path", "model.revision")
 _ALSO_TOLD = (Stage.doctor, Stage.compare)
 _LEGAL = ("LICENSE", "USAGE_POLICY", "NOTICE")
 
@@ -31,10 +29,7 @@ def run(config: PipelineConfig) -> Artifact:
     proof = proven.proof_of(config, export)
     if proof is None:
         raise UserError(f"{proven.missing_proof(config, export)}. Nothing else is published.")
-    if config.publish.push_to_hub is not None:
-        from pipeline.publishing import hub
-
-        hub.check(config.publish)
+    hub.check(config.export)
     base = _base(config, export)
     parents = {"export": export.fingerprint, "verify": proof.fingerprint}
     told = [stage for stage in _ALSO_TOLD if artifacts.is_complete(config, stage)]
@@ -95,18 +90,18 @@ def _tell_of_gaps(config: PipelineConfig, base: Source) -> None:
     from pipeline.publishing import card
 
     if card.base_name(config) is None:
-        warn("publish", "the card names no base model, as model.path is no hub id. Set publish.base_model=<hub id>.")
+        warn("publish", "the card names no base model: model.path is no hub id. Set export.card.base_model=<hub id>.")
     if not card.license_of(config, base):
-        warn("publish", "the card names no licence, as the base model's does not. Set publish.license=<as on the Hub>.")
+        warn(
+            "publish", "the card names no licence: the base model's does not. Set export.card.license=<as on the Hub>."
+        )
 
 
 def _offer(config: PipelineConfig, artifact: Artifact) -> None:
     directory = artifact.directory / MODEL
-    if config.publish.push_to_hub is None:
+    if config.export.push_to_hub is None:
         say("publish", f"to upload it: hf upload <name/model> {directory} . --private")
         return
-    from pipeline.publishing import hub
-
     if artifacts.fingerprint_of(artifact.directory)[0] != artifact.fingerprint:
         raise UserError(f"{directory}: a file has changed since it was made. Make it again: overwrite=true.")
-    say("publish", f"uploaded: {hub.push(config.publish, directory)}")
+    say("publish", f"uploaded: {hub.push(config.export, directory)}")

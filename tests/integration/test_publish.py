@@ -14,8 +14,9 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from pipeline import artifacts
+from pipeline.stages.all import STAGES
 
-HUB_NAMES = ("publish.base_model=openai/gpt-oss-20b", "publish.license=apache-2.0")
+HUB_NAMES = ("export.card.base_model=openai/gpt-oss-20b", "export.card.license=apache-2.0")
 
 
 @pytest.fixture
@@ -162,12 +163,12 @@ def test_a_second_run_has_nothing_to_do_and_another_licence_makes_it_anew(
     assert publish(run) == publish(run) == 0
     assert "[publish] up to date" in capfd.readouterr().out
     assert publish(run, *HUB_NAMES) == 0
-    assert "made anew, since publish.base_model: was None" in capfd.readouterr().out
+    assert "made anew, since export.card.base_model: was None" in capfd.readouterr().out
     assert card(run).data.license == "apache-2.0"
 
 
 def test_the_upload_is_the_directory(run: Path, hub: Hub, capfd: pytest.CaptureFixture[str]) -> None:
-    assert publish(run, "publish.push_to_hub=me/mine") == 0
+    assert publish(run, "export.push_to_hub=me/mine") == 0
     model = run / "publish" / "model"
     assert hub.files == {path.name: path.read_bytes() for path in model.iterdir()}
     assert hub.is_private
@@ -180,20 +181,56 @@ def test_the_upload_is_the_directory(run: Path, hub: Hub, capfd: pytest.CaptureF
 
 
 def test_what_changed_after_it_was_made_is_not_uploaded(run: Path, hub: Hub, capfd: pytest.CaptureFixture[str]) -> None:
-    assert publish(run, "publish.push_to_hub=me/mine") == 0
+    assert publish(run, "export.push_to_hub=me/mine") == 0
     hub.files.clear()
     path = run / "publish" / "model" / "tokenizer_config.json"
     path.write_bytes(path.read_bytes().replace(b" ", b"\t", 1))
-    assert publish(run, "publish.push_to_hub=me/mine") == 2
+    assert publish(run, "export.push_to_hub=me/mine") == 2
     assert "a file has changed since it was made" in capfd.readouterr().err
     assert hub.files == {}
 
 
-def test_without_a_token_nothing_is_made(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_all_ends_with_the_upload_where_that_is_asked_for(
+    run: Path, hub: Hub, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    arguments = ("stage=all", "recipe=smoke", f"run_dir={run}", *SHORT, "export.push_to_hub=me/mine")
+    assert run_program(*arguments) == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("[")]
+    assert [line.split()[0] for line in lines if "up to date" in line] == [f"[{stage.name}]" for stage in STAGES]
+    assert lines[-1] == f"[publish] uploaded: {hub.url}/me/mine/commit/1"
+    assert "model.safetensors.index.json" in hub.files
+    hub.files.clear()
+    assert run_program("stage=all", "recipe=smoke", f"run_dir={run}", *SHORT) == 0
+    assert hub.files == {}
+
+
+def test_nothing_is_uploaded_from_a_run_whose_verify_fails(
+    run: Path, hub: Hub, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "export" / "chat_template.jinja"
+    path.write_text(path.read_text().replace("a", "b", 1))
+    arguments = ("stage=all", "recipe=smoke", f"run_dir={run}", *SHORT, "export.push_to_hub=me/mine")
+    assert run_program(*arguments) == 1
+    assert "chat_template.jinja" in capfd.readouterr().err
+    assert hub.files == {} and not (run / "publish").exists()
+
+
+@pytest.fixture
+def logged_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-    assert publish(run, "publish.push_to_hub=me/mine") == 2
+
+
+def test_without_a_token_nothing_is_made(run: Path, logged_out: None, capfd: pytest.CaptureFixture[str]) -> None:
+    assert publish(run, "export.push_to_hub=me/mine") == 2
     assert "there is no token for the Hub" in capfd.readouterr().err
     assert not (run / "publish").exists()
+
+
+def test_all_finds_a_missing_token_before_its_first_stage(
+    tmp_path: Path, logged_out: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "new"
+    assert run_program("stage=all", "recipe=smoke", f"run_dir={run}", *SHORT, "export.push_to_hub=me/mine") == 2
+    assert "there is no token for the Hub" in capfd.readouterr().err
+    assert not run.exists()

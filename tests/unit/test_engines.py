@@ -33,10 +33,15 @@ def answer(tmp_path: Path, values: torch.Tensor) -> str:
 
 
 def checked(
-    tmp_path: Path, does: str, seconds: float = 20.0, name: str = "openai", dtype: torch.dtype = torch.float32
+    tmp_path: Path,
+    does: str,
+    seconds: float = 20.0,
+    name: str = "openai",
+    dtype: torch.dtype = torch.float32,
+    expected: torch.Tensor = EVEN,
 ) -> Check:
     trial = Trial(tmp_path, ENGINES[name].targets[0], [[1, 2], [3]], dtype, seconds)
-    return check_engine(name, python_that(tmp_path, does), trial, lambda rounds_yarn: EVEN)
+    return check_engine(name, python_that(tmp_path, does), trial, lambda rounds_yarn: expected)
 
 
 def test_an_engine_that_expects_the_same_passes_with_its_version(tmp_path: Path) -> None:
@@ -97,10 +102,22 @@ def test_bf16_is_allowed_more_than_fp32(tmp_path: Path) -> None:
     assert checked(tmp_path, answer(tmp_path, near), dtype=torch.bfloat16).status == "ok"
 
 
-def test_divergence_is_that_of_the_worst_prompt() -> None:
-    want = torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log()
-    have = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+def test_in_bf16_a_single_prompt_may_be_far_off_but_not_most(tmp_path: Path) -> None:
+    far = [[0.97, 0.01, 0.01, 0.01]]
+    of_three = torch.full((3, 4), math.log(0.25))
+    for count, status in ((1, "ok"), (2, "FAILED")):
+        does = answer(tmp_path, torch.tensor(far * count + [[0.25] * 4] * (3 - count)).log())
+        check = checked(tmp_path, does, dtype=torch.bfloat16, expected=of_three)
+        assert check.status == status
+    assert "at the median prompt" in check.problems[0]
+
+
+def test_divergence_is_told_of_the_worst_and_of_the_median_prompt() -> None:
+    want = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]]).log()
+    have = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.5, 0.5]]).log()
     assert judged(have, want)["nats"] == pytest.approx(0.5 * math.log(0.25 / 0.09))
+    assert judged(have, want)["median_nats"] == 0
+    assert math.isnan(judged(have.index_fill(0, torch.tensor([1]), math.nan), want)["median_nats"])
 
 
 def test_prompts_end_before_the_answer_and_in_its_middle() -> None:

@@ -136,6 +136,13 @@ def test_values_are_those_of_the_released_layout_to_the_sign_of_zeros(target: st
         assert torch.equal(bits(export.values(name)), bits(want)), name
 
 
+def test_decoding_in_steps_gives_what_one_step_gives(released: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.export.layout._DECODED_ROWS", 24)  # of 64
+    export = view("mxfp4", released)
+    for name in (GATE_UP, DOWN):
+        assert torch.equal(bits(export.values(name)), bits(expected(released, name)))
+
+
 @pytest.mark.parametrize("target", MAKE)
 def test_the_fast_decoder_gives_the_same_values(target: str, released: Tensors) -> None:
     export = view(target, released)

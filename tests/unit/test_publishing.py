@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from pipeline import artifacts, provenance
 from pipeline.artifacts import Artifact, Kind, Result
-from pipeline.config import ExportTarget, ModelConfig, PipelineConfig, PublishConfig, Stage
+from pipeline.config import CardConfig, ExportConfig, ExportTarget, ModelConfig, PipelineConfig, Stage
 from pipeline.publishing import card, record
 from pipeline.publishing.layouts import LAYOUTS
 from pipeline.source import Source
@@ -147,7 +147,7 @@ def test_the_licence_is_that_of_the_base_model_s_card(
         (tmp_path / "README.md").write_text(own)
     base = Source(tmp_path, "f")
     assert card.license_of(config, base) == license
-    config.publish = PublishConfig(license="mit")
+    config.export = ExportConfig(card=CardConfig(license="mit"))
     assert card.license_of(config, base) == {"license": "mit"}
 
 
@@ -178,3 +178,13 @@ def test_a_revision_of_the_hub_s_cache_is_told(config: PipelineConfig, tmp_path:
     base = tmp_path / "models--openai--gpt-oss-20b" / "snapshots" / "6cee5e81ee83"
     base.mkdir(parents=True)
     assert "revision `6cee5e81ee83`" in card.text(config, export, prove(config, export), Source(base, "f"), [])
+
+
+def test_where_an_export_goes_is_no_part_of_what_it_is(config: PipelineConfig) -> None:
+    """The same export stays up to date, whether or not it is uploaded; any other setting makes another one."""
+    from pipeline.stages import export
+
+    every = artifacts.chosen(config, ("export",))
+    assert every.keys() - artifacts.chosen(config, export._SETTINGS) == {
+        *("export.push_to_hub", "export.private", "export.card.base_model", "export.card.license"),
+    }
