@@ -3,7 +3,7 @@
 The logits of all positions are the largest tensor there is: 3.3 GB in BF16 for 8,192 tokens and a vocabulary of
 201,088. What is computed of them (losses, divergences) is a few numbers a token. So the forward pass leaves out the
 product, and `in_chunks` makes the logits of CHUNK tokens, hands them on, and lets them go; where gradients are wanted,
-it makes them once more in the backward pass.
+it makes them once more in the backward pass. Under ZeRO-3 a head that is trained has to make them all by itself.
 
 Legend: B batch, T positions, H hidden size, V vocabulary, N chosen positions, n up to CHUNK of them.
 """
@@ -13,12 +13,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from pipeline.sharding import gathered
+from pipeline.sharding import gathered, is_kept_from_gradients
 
 CHUNK = 512  # tokens whose float32 logits are held at once: 0.4 GB for a vocabulary of 201,088
 
@@ -31,11 +32,12 @@ class States:
 
     Attributes:
         hidden: (N, H), of the chosen positions.
-        head: the output embedding's weight (V, H), a process's part of it where it is sharded.
+        head: the output embedding's weight (V, H), a process's part of it where it is sharded. None: `hidden` are the
+            logits (N, V) themselves.
     """
 
     hidden: Tensor
-    head: Tensor
+    head: Tensor | None
 
 
 def states(model: Any, inputs: dict[str, Any], chosen: Tensor) -> States:
@@ -48,6 +50,11 @@ def states(model: Any, inputs: dict[str, Any], chosen: Tensor) -> States:
         chosen: (B, T) booleans.
     """
     causal = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    head = causal.get_output_embeddings().weight
+    if torch.is_grad_enabled() and is_kept_from_gradients(head):
+        positions = chosen.any(dim=0).nonzero().flatten()
+        logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits
+        return States(logits[chosen[:, positions]], None)
     found: list[Tensor] = []
     hook = causal.get_decoder().register_forward_hook(lambda *call: found.append(call[-1].last_hidden_state))
     try:
@@ -55,7 +62,7 @@ def states(model: Any, inputs: dict[str, Any], chosen: Tensor) -> States:
         model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         hook.remove()
-    return States(found[0][chosen], causal.get_output_embeddings().weight)
+    return States(found[0][chosen], head)
 
 
 def in_chunks(of_logits: Callable[..., T], models: Sequence[States], *others: Tensor) -> Iterator[T]:
@@ -71,7 +78,7 @@ def in_chunks(of_logits: Callable[..., T], models: Sequence[States], *others: Te
         others: (N, …), what else there is of each position.
     """
     with ExitStack() as stack:
-        heads = [stack.enter_context(gathered(model.head)) for model in models]
+        heads = [None if model.head is None else stack.enter_context(gathered(model.head)) for model in models]
         for part in zip(
             *(tensor.split(CHUNK) for tensor in (*(model.hidden for model in models), *others)), strict=True
         ):
@@ -79,6 +86,10 @@ def in_chunks(of_logits: Callable[..., T], models: Sequence[States], *others: Te
             yield checkpoint(_applied, of_logits, heads, hidden, rest, use_reentrant=False, preserve_rng_state=False)
 
 
-def _applied(of_logits: Callable[..., T], heads: list[Tensor], hidden: Sequence[Tensor], others: Sequence[Tensor]) -> T:
-    logits = (functional.linear(part, head).float() for part, head in zip(hidden, heads, strict=True))
-    return of_logits(*logits, *others)
+def _applied(
+    of_logits: Callable[..., T], heads: list[Tensor | None], hidden: Sequence[Tensor], others: Sequence[Tensor]
+) -> T:
+    products = (
+        part if head is None else functional.linear(part, head) for part, head in zip(hidden, heads, strict=True)
+    )
+    return of_logits(*(logits.float() for logits in products), *others)

@@ -188,7 +188,10 @@ def saved_dtype(train: TrainConfig, dtype: torch.dtype, sharding: Sharding) -> t
 
 @contextmanager
 def gathered(parameter: Tensor) -> Iterator[Tensor]:
-    """The whole of a parameter, on every process; for all of them to enter together, in the same order."""
+    """The whole of a parameter, on every process; for all of them to enter together, in the same order.
+
+    Gradients reach the parameter through it unless `is_kept_from_gradients`.
+    """
     from torch.distributed.tensor import DTensor
 
     if isinstance(parameter, DTensor):
@@ -200,6 +203,11 @@ def gathered(parameter: Tensor) -> Iterator[Tensor]:
             yield parameter.data
     else:
         yield parameter
+
+
+def is_kept_from_gradients(parameter: Tensor) -> bool:
+    """Whether a parameter gets its gradient from the forward pass of its own module alone: one that ZeRO-3 trains."""
+    return parameter.requires_grad and hasattr(parameter, "ds_id")
 
 
 def first_part(parameter: Tensor) -> Tensor:
