@@ -51,14 +51,16 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "adapted"])
-def test_the_loss_and_its_gradients_are_those_of_all_logits_at_once(wrapped: bool) -> None:
+@pytest.mark.parametrize("how", ["plain", "adapted", "split by ZeRO-3"])
+def test_the_loss_and_its_gradients_are_those_of_all_logits_at_once(how: str) -> None:
     found = []
     for of in (lambda each: distillation.distilled(each, Teacher(model(1), 0.5, 2.0), batch()).loss, None):
         student = model(0)
-        if wrapped:
+        if how == "adapted":
             torch.manual_seed(2)
             student = get_peft_model(student, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        if how == "split by ZeRO-3":
+            student.get_output_embeddings().weight.ds_id = 0  # which keeps others from using it
         loss = of(student) if of else whole_loss(student, model(1), 0.5, 2.0)
         loss.backward()
         found.append((loss.detach(), {name: p.grad for name, p in student.named_parameters() if p.grad is not None}))
@@ -71,8 +73,11 @@ def test_the_loss_and_its_gradients_are_those_of_all_logits_at_once(wrapped: boo
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_a_batch_with_nothing_supervised_has_a_loss_of_zero_with_gradients() -> None:
+@pytest.mark.parametrize("is_split", [False, True], ids=["plain", "split by ZeRO-3"])
+def test_a_batch_with_nothing_supervised_has_a_loss_of_zero_with_gradients(is_split: bool) -> None:
     student, made = model(0), batch()
+    if is_split:
+        student.get_output_embeddings().weight.ds_id = 0
     made["labels"][:] = IGNORED
     loss = distillation.distilled(student, Teacher(model(1), 0.5, 1.0), made).loss
     loss.backward()
