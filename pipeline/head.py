@@ -50,8 +50,8 @@ def states(model: Any, inputs: dict[str, Any], chosen: Tensor) -> States:
         chosen: (B, T) booleans.
     """
     causal = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    head = causal.get_output_embeddings().weight
-    if torch.is_grad_enabled() and is_kept_from_gradients(head):
+    embedding = causal.get_output_embeddings()
+    if torch.is_grad_enabled() and is_kept_from_gradients(embedding.weight):
         positions = chosen.any(dim=0).nonzero().flatten()
         logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits
         return States(logits[chosen[:, positions]], None)
@@ -62,7 +62,7 @@ def states(model: Any, inputs: dict[str, Any], chosen: Tensor) -> States:
         model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         hook.remove()
-    return States(found[0][chosen], head)
+    return States(found[0][chosen], embedding.weight)  # now: FSDP2 has another one while a pass is under way
 
 
 def in_chunks(of_logits: Callable[..., T], models: Sequence[States], *others: Tensor) -> Iterator[T]:
