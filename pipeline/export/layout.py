@@ -152,8 +152,7 @@ def packed(projection: ExpertProjection, blocks: str, scales: str) -> Held:
 def _by_transformers(blocks: Tensor, scales: Tensor) -> Tensor:
     """(E, out, in) float32.
 
-    Every value, not a sample: an expert of 5760 x 2880 takes 0.34 CPU-seconds in steps of 1024 rows (in one step 0.57),
-    this program's own codec 0.42. Nothing would be gained by trusting that.
+    Every value, not a sample. In steps of 1024 rows a layer of gpt-oss-20b took 26 CPU-seconds, in one step 30.
     """
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 

@@ -124,9 +124,9 @@ def _codes(packed: Tensor, scales: Tensor, tensor_scale: Tensor) -> Codes:
 
 def _by_modelopt(packed: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
     """(E, out, in) float32."""
-    codes = _codes(packed, scales, tensor_scale)
     from pipeline import quantizer  # imports ModelOpt and TRL: ten seconds that writing an export does not need
 
+    codes = _codes(packed, scales, tensor_scale)
     return with_signed_zeros(quantizer.nvfp4_values(codes.blocks, codes.scales, tensor_scale), codes)
 
 

@@ -20,14 +20,12 @@ from pipeline.errors import UserError
 from pipeline.export.survival import Survival
 from pipeline.export.target import Job
 from pipeline.gpt_oss import ExpertProjection, TensorInfo, expert_projections, other_tensors
-from pipeline.numerics.codec import CodecError, decodes_to, differences, encode, fake_quantize
+from pipeline.numerics.codec import CodecError, decodes_to, differences, encode, fake_quantize, same_bits
 from pipeline.numerics.codec import tensor_scale as tensor_scale_of
 from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.convert import mxfp4_to_nvfp4
 from pipeline.numerics.formats import MXFP4
 from pipeline.shards import Piece, Step, Written, in_order, write_sharded
-
-_BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
 @dataclass(frozen=True)
@@ -163,6 +161,7 @@ class ExpertStack:
     def _packed(self, rows: slice, stored: tuple[Tensor, ...], source: tuple[Tensor, ...]) -> Packed:
         job, name = self.job, self.projection.name
         trained = job.weights.trained(name, rows, stored, job.device)  # (E, in, out)
+        source = tuple(each.to(job.device) for each in source)
         is_untouched = self._are_untouched(trained, source, rows)
         base = trained if all(is_untouched) else self.base.decoded(name, source, rows=rows, device=job.device)
         old = self._of_source(source, base)
@@ -179,7 +178,7 @@ class ExpertStack:
         """By expert: whether the source is MXFP4 and decodes to it, to the bit."""
         if len(source) == 1:
             return [False] * len(trained)
-        blocks, scales = (each.to(self.job.device) for each in source)
+        blocks, scales = source
         self.base.raise_if_nan(self.projection.name, scales, rows)
         return [
             decodes_to(values.transpose(0, 1), *held) for values, *held in zip(trained, blocks, scales, strict=True)
@@ -189,7 +188,7 @@ class ExpertStack:
         """The base model in the job's format: what it stores, or what that would be exported to."""
         if len(source) == 1:
             return self._coded(base, None)
-        blocks, scales = (each.to(self.job.device) for each in source)
+        blocks, scales = source
         if self.job.block_format.scale_type is MXFP4.scale_type:
             return Packed(blocks, scales, None, base)
         converted = mxfp4_to_nvfp4(blocks, scales)
@@ -260,13 +259,6 @@ def packed_piece(stack: ExpertStack, blocks: str, scales: str) -> Piece:
 
     tensors = dict(zip((blocks, scales), stack.projection.packed_tensors().values(), strict=True))
     return Piece(tensors, lambda: stack.steps(put), lambda: stack.note([blocks, scales]))
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same bits, the narrower widened."""
-    if one.dtype != other.dtype:
-        one, other = one.float(), other.float()
-    return torch.equal(*(each.view(_BITS[each.dtype]) for each in (one, other)))
 
 
 def _keep(new: Packed, old: Packed, experts: Tensor) -> None:

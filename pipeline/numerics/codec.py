@@ -36,6 +36,7 @@ Slab = tuple[slice, slice, slice]
 _SLAB_VALUES = {"cpu": 1 << 22, "cuda": 1 << 27}
 _SLAB_LANES = 1 << 12
 _WEIGHT_BITS = 16
+_BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
 class CodecError(ValueError):
@@ -118,8 +119,14 @@ def decodes_to(values: Tensor, blocks: Tensor, scales_: Tensor) -> bool:
     """
     view = _as_blocks(_as_matrices(values), 2 * blocks.shape[-1])
     pairs = ((_part(view, slab), decoded) for slab, decoded in _unpacked(view, blocks, scales_, None))
-    bits = torch.int16 if values.dtype == torch.bfloat16 else torch.int32
-    return all(torch.equal(part.view(bits), decoded.view(bits)) for part, decoded in pairs)
+    return all(same_bits(*pair) for pair in pairs)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors, float32 or bfloat16, hold the same bits, the narrower widened."""
+    if one.dtype != other.dtype:
+        one, other = one.float(), other.float()
+    return torch.equal(*(each.view(_BITS[each.dtype]) for each in (one, other)))
 
 
 def _unpacked(

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from pipeline.checkpoints import at_most
 from pipeline.export.layout import Codes, View, decoded
-from pipeline.export.weights import same_bits
 from pipeline.gpt_oss import ExpertProjection, expert_projections, other_tensors
+from pipeline.numerics.codec import same_bits
 from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.formats import MXFP4
 from pipeline.numerics.kernels import column_products
