@@ -1,4 +1,4 @@
-"""Checkpoints that interrupted training goes on from: which are whole, and under which circumstances they serve.
+"""Checkpoints that interrupted training goes on from: which are whole, and whether they can be read.
 
 A checkpoint stands after a number of global batches, and the order of the examples depends on the seed and the epoch
 alone: with the same global batch (`artifacts` sees to that) any number of processes goes on with the same examples.
@@ -9,16 +9,14 @@ random generators, which transformers saves for each process, need not be there 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from pipeline.artifacts import write_json
 from pipeline.config import Sharding
 from pipeline.errors import UserError
-from pipeline.sharding import ENGINES
-from pipeline.tracking import is_main_process, process_count, say, wait_for_everyone
+from pipeline.tracking import is_main_process, say, wait_for_everyone
 
 WHOLE = "whole"
-"""This file in a checkpoint says that all of it was written, and under which circumstances."""
+"""This file in a checkpoint says that all of it was written, and how it was sharded."""
 
 
 def step_of(checkpoint: Path) -> int:
@@ -28,14 +26,14 @@ def step_of(checkpoint: Path) -> int:
 
 def mark_whole(checkpoint: Path, shared: Sharding) -> None:
     """Say that all of it is on disk."""
-    write_json(checkpoint / WHOLE, _circumstances(shared))
+    write_json(checkpoint / WHOLE, {"sharding": shared.name})
 
 
 def last_whole(directory: Path, stage: str, shared: Sharding) -> Path | None:
     """The newest checkpoint that was written to its end; later, broken ones are removed.
 
     Raises:
-        UserError: it was sharded otherwise, or by another number of processes where its files do not allow that.
+        UserError: it was sharded otherwise.
     """
     found = sorted(directory.glob("checkpoint-*"), key=step_of)
     whole = [path for path in found if (path / WHOLE).is_file()]
@@ -50,17 +48,10 @@ def last_whole(directory: Path, stage: str, shared: Sharding) -> Path | None:
     return whole[-1] if whole else None
 
 
-def _circumstances(shared: Sharding) -> dict[str, Any]:
-    return {"processes": process_count(), "sharding": shared.name}
-
-
 def _raise_if_made_otherwise(checkpoint: Path, shared: Sharding) -> None:
-    before, now = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8")), _circumstances(shared)
-    same_sharding = before["sharding"] == now["sharding"]
-    if same_sharding and (before["processes"] == now["processes"] or ENGINES[shared].reshards):
-        return
-    raise UserError(
-        f"{checkpoint}: was written by {before['processes']} processes with sharding={before['sharding']}; its files"
-        f" cannot be read by {now['processes']} with sharding={now['sharding']}. Go on as it was begun, or start anew"
-        " with overwrite=true."
-    )
+    before = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))["sharding"]
+    if before != shared.name:
+        raise UserError(
+            f"{checkpoint}: was written with sharding={before}; its files cannot be read with sharding={shared.name}."
+            " Go on as it was begun, or start anew with overwrite=true."
+        )

@@ -8,7 +8,7 @@ trainer's own are "auto", so that each stands in one place.
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline import universal
 from pipeline.config import Precision, Sharding, TrainConfig
 from pipeline.errors import UserError
 from pipeline.tracking import is_main_process, process_count, wait_for_everyone
@@ -48,20 +49,20 @@ class Engine:
         splits: what each process has but its part of: weights, gradients, optimizer.
         gathers: whether parameters are whole only while they are used, and in memory of their own each time.
         hooks_gradients: whether it gathers a layer for its backward pass where a gradient of the layer's input is due.
-        reshards: whether any number of processes can go on from a checkpoint of another number.
         spread: (accelerator, model) -> a model that is not trained, shared as the trained one is.
         distributed_type: what accelerate is told that it is, on CPUs.
         package: that must be installed, or None.
+        reading: what has to be in force while checkpoints are read that another number of processes may have written.
     """
 
     arguments: Callable[[], dict[str, Any]]
     splits: tuple[str, ...]
     gathers: bool
-    reshards: bool
     hooks_gradients: bool = False
     spread: Callable[[Any, Any], Any] = _each_whole
     distributed_type: str = "MULTI_GPU"
     package: str | None = None
+    reading: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def _fsdp2() -> dict[str, Any]:
@@ -104,10 +105,14 @@ def _zero3() -> dict[str, Any]:
 
 
 _ALL = ("weights", "gradients", "optimizer")
-_DEEPSPEED: Any = {"reshards": False, "distributed_type": "DEEPSPEED", "package": "deepspeed"}
+_DEEPSPEED: Any = {
+    "distributed_type": "DEEPSPEED",
+    "package": "deepspeed",
+    "reading": universal.read_where_needed,
+}
 ENGINES = {
-    Sharding.none: Engine(dict, splits=(), gathers=False, reshards=True, distributed_type="MULTI_CPU"),
-    Sharding.fsdp2: Engine(_fsdp2, splits=_ALL, gathers=True, reshards=True, spread=_split),
+    Sharding.none: Engine(dict, splits=(), gathers=False, distributed_type="MULTI_CPU"),
+    Sharding.fsdp2: Engine(_fsdp2, splits=_ALL, gathers=True, spread=_split),
     Sharding.zero2: Engine(lambda: _zero(2), splits=_ALL[1:], gathers=False, **_DEEPSPEED),
     Sharding.zero3: Engine(_zero3, splits=_ALL, gathers=True, hooks_gradients=True, **_DEEPSPEED),
 }
@@ -120,7 +125,8 @@ def switched_on(sharding: Sharding) -> Iterator[dict[str, Any]]:
     if process_count() > 1 and not torch.cuda.is_available():
         made.update(_on_cpu(sharding))
     try:
-        yield made
+        with ENGINES[sharding].reading():
+            yield made
     finally:
         _forget_switches()
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.numerics.codec import differences, saturates, unequal_blocks
+from pipeline.numerics.codec import differences, saturates, sum_of_squares, unequal_blocks
 from pipeline.numerics.formats import BlockFormat
 from pipeline.numerics.scales import values_of
 
@@ -68,8 +68,7 @@ class Survival:
 
         They are what the base model's blocks decode to, so that nothing has moved, and nothing is rounded or saturates.
         """
-        squares = differences((values,) * 4)[_SUMS.index("squares")]
-        for name, added in (("squares", float(squares)), ("values", values.numel()), ("blocks", blocks)):
+        for name, added in (("squares", sum_of_squares(values)), ("values", values.numel()), ("blocks", blocks)):
             self.sums[name] += added
 
     def figures(self) -> dict[str, float | None]:

@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.export.survival import Survival
 from pipeline.export.target import Job
 from pipeline.gpt_oss import ExpertProjection, TensorInfo, expert_projections, other_tensors
-from pipeline.numerics.codec import CodecError, decodes_to, differences, encode, fake_quantize, same_bits
+from pipeline.numerics.codec import CodecError, differences, encode, fake_quantize, same_bits
 from pipeline.numerics.codec import tensor_scale as tensor_scale_of
 from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.convert import mxfp4_to_nvfp4
@@ -162,27 +162,16 @@ class ExpertStack:
         job, name = self.job, self.projection.name
         trained = job.weights.trained(name, rows, stored, job.device)  # (E, in, out)
         source = tuple(each.to(job.device) for each in source)
-        is_untouched = self._are_untouched(trained, source, rows)
-        base = trained if all(is_untouched) else self.base.decoded(name, source, rows=rows, device=job.device)
+        base = self.base.decoded(name, source, rows=rows, device=job.device)
         old = self._of_source(source, base)
-        if old.values is not base:  # what the source has is not in this format
-            is_untouched = [False] * len(trained)
+        is_kept = old.values is base  # else what the source has is not in this format
+        is_untouched = [is_kept and same_bits(*pair) for pair in zip(trained, base, strict=True)]
         self.copied_experts += sum(is_untouched)
         new = old if all(is_untouched) else self._encoded(trained, rows)
         if new is not old:
             _keep(new, old, torch.tensor(is_untouched).nonzero().flatten().to(job.device))
         self._account(trained, new, base, old)
         return replace(new, is_last=rows.stop == self.projection.experts)
-
-    def _are_untouched(self, trained: Tensor, source: tuple[Tensor, ...], rows: slice) -> list[bool]:
-        """By expert: whether the source is MXFP4 and decodes to it, to the bit."""
-        if len(source) == 1:
-            return [False] * len(trained)
-        blocks, scales = source
-        self.base.raise_if_nan(self.projection.name, scales, rows)
-        return [
-            decodes_to(values.transpose(0, 1), *held) for values, *held in zip(trained, blocks, scales, strict=True)
-        ]
 
     def _of_source(self, source: tuple[Tensor, ...], base: Tensor) -> Packed:
         """The base model in the job's format: what it stores, or what that would be exported to."""
@@ -216,7 +205,7 @@ class ExpertStack:
 
     def _account(self, trained: Tensor, new: Packed, base: Tensor, old: Packed) -> None:
         job = self.job
-        if new is old and base is trained:
+        if new is old:
             self.survival.add_untouched(trained, new.scales.numel())
         else:
             scales, units = (new.scales, old.scales), (new.tensor_scale, old.tensor_scale)

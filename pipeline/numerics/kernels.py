@@ -93,6 +93,13 @@ def row_differences(values: Tensor, rounded_values: Tensor, base: Tensor, rounde
 
 
 @kernel
+def row_squares(values: Tensor) -> Tensor:
+    """(..., columns) -> (...) float32: the sum of squares of a row, as `row_differences` has it."""
+    exact = values.float()
+    return (exact * exact).sum(-1)
+
+
+@kernel
 def column_products(one: Tensor, other: Tensor) -> Tensor:
     """(..., rows, columns) twice -> (4, ..., columns) float32, sums over a column: e b, e e, b b and (e - b)^2.
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: two processes train as one does, resume to the same losses, and leave the weights they ended with.
+"""DeepSpeed's ZeRO: processes train as one does, resume in other numbers, and leave the weights they ended with.
 
 Needs deepspeed, and without a GPU DS_ACCELERATOR=cpu (its first use then builds an extension, about two minutes).
 """
@@ -21,35 +21,39 @@ pytestmark = pytest.mark.skipif(
 )
 
 EXPERTS = tuple(f"{stage}.lora.targets=[experts]" for stage in ("sft", "qat"))
-KINDS = (
+MOVING = (
     Case("smoke", "sft", "zero2"),
-    Case("smoke_lora", "sft", "zero2"),
     Case("smoke_lora", "sft", "zero2", EXPERTS, "_experts"),
-    Case("smoke", "qat", "zero2", ("qat.distillation.weight=0.5",)),
     Case("smoke_lora", "qat", "zero2"),
 )
-CASES = (*KINDS, *(replace(kind, sharding="zero3") for kind in KINDS))
-KEPT = Case("smoke", "qat", "zero2", RISING)
+STAYING = (Case("smoke_lora", "sft", "zero2"), Case("smoke", "qat", "zero2", ("qat.distillation.weight=0.5",)))
+MOVED, STAYED = ((*kinds, *(replace(kind, sharding="zero3") for kind in kinds)) for kinds in (MOVING, STAYING))
+CASES = (*MOVED, *STAYED)
+KEPT = Case("smoke", "qat", "zero2", RISING, "_rising")
+KEPT_MOVED = replace(KEPT, sharding="zero3")
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return run_by_one_process(tmp_path_factory.mktemp("one"), KINDS)
+    return run_by_one_process(tmp_path_factory.mktemp("one"), (*MOVING, *STAYING))
 
 
 @pytest.fixture(scope="module")
 def shared(one: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Two processes train all, interrupted once, and end what stays; three end what moves."""
     runs = Runs(tmp_path_factory.mktemp("zero"), {})
-    lines = []
-    for case in CASES:
+    begun, ended = [], []
+    for case in (*CASES, KEPT, KEPT_MOVED):
         begin(case, one.directory, runs.of(case))
-        lines += [case.line(runs.of(case), 2, 3, interrupted_at=2), case.line(runs.of(case), 2, 3)]
-    begin(KEPT, one.directory, runs.directory / "kept")
-    lines += [KEPT.line(runs.directory / "kept", 2, 3, interrupted_at=4), KEPT.line(runs.directory / "kept", 2, 3)]
-    outcomes = launch_lines(runs.directory / "lines", 2, lines)
-    assert {outcome["status"] for outcome in outcomes[::2]} == {130}
-    names = (*(case.name for case in CASES), "kept")
-    return Runs(runs.directory, dict(zip(names, outcomes[1::2], strict=True)))
+        begun.append(case.line(runs.of(case), 2, 3, interrupted_at=4 if RISING[0] in case.more else 2))
+    for case in (*STAYED, KEPT):
+        ended.append(case.line(runs.of(case), 2, 3))
+    outcomes = launch_lines(runs.directory / "two", 2, [*begun, *ended])
+    assert {outcome["status"] for outcome in outcomes[: len(begun)]} == {130}
+    moving = [case.line(runs.of(case), 2, 2) for case in (*MOVED, KEPT_MOVED)]
+    outcomes = [*outcomes[len(begun) :], *launch_lines(runs.directory / "three", 3, moving)]
+    names = [case.name for case in (*STAYED, KEPT, *MOVED, KEPT_MOVED)]
+    return Runs(runs.directory, dict(zip(names, outcomes, strict=True)))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -60,7 +64,10 @@ def test_interrupted_training_goes_on_to_the_losses_of_one_process(case: Case, o
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_zero3_alone_splits_parameters(case: Case, shared: Runs) -> None:
-    assert shared.outcomes[case.name]["share"] == pytest.approx(0.5 if case.sharding == "zero3" else 1, abs=0.01)
+    outcome = shared.outcomes[case.name]
+    assert outcome["processes"] == (3 if case in MOVED else 2)
+    expected = 1 / outcome["processes"] if case.sharding == "zero3" else 1
+    assert outcome["share"] == pytest.approx(expected, abs=0.06)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -74,7 +81,8 @@ def test_the_best_weights_are_left_and_saved(case: Case, one: Runs, shared: Runs
     assert saved["validation_loss"] == pytest.approx(details["validation_loss"], rel=1e-6)
 
 
-def test_training_goes_back_to_the_best_weights(shared: Runs) -> None:
-    details = artifacts.load(shared.directory / "kept" / "qat").details
+@pytest.mark.parametrize("case", [KEPT, KEPT_MOVED], ids=lambda case: case.name)
+def test_training_goes_back_to_the_best_weights(case: Case, shared: Runs) -> None:
+    details = artifacts.load(shared.of(case) / "qat").details
     assert (details["kept_step"], details["steps"]) == (2, 6)
-    assert shared.outcomes["kept"]["loss_left"] == pytest.approx(details["validation_loss"], rel=1e-6)
+    assert shared.outcomes[case.name]["loss_left"] == pytest.approx(details["validation_loss"], rel=1e-6)
