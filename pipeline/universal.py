@@ -21,6 +21,11 @@ _NATIVE, _UNIVERSAL = "latest", "latest_universal"
 """Files in a checkpoint: which folder of it holds which kind."""
 
 _CONVERTER = "deepspeed.checkpoint.ds_to_universal"
+_OPTIONS = (
+    "--inject_missing_state",  # which only checkpoints of pipelines have
+    "--num_extract_workers=1",  # each holds one process's part of the optimizer
+    "--num_merge_workers=1",
+)
 _COPIES = 2  # the tool cuts tensors out of the processes' files before it puts them together
 
 
@@ -31,32 +36,40 @@ def read_where_needed() -> Iterator[None]:
     The engine's configuration says once for all checkpoints of which kind they are, but one run may go on from a
     converted one and go back to the best weights in one of its own, or the other way round. There is no public hook
     before an engine reads (DeepSpeed 0.19), so its method is wrapped.
-
-    DeepSpeed 0.19.8 makes two mistakes when it reads converted files for ZeRO-3, which are put right here: all groups of
-    parameters get the settings of the first one, so that weights that are not to decay would; and they share one tensor
-    that counts Adam's steps, so that each step counts as many times as there are groups.
     """
     from deepspeed import DeepSpeedEngine
 
     read = DeepSpeedEngine.load_checkpoint
 
     def read_either(engine: Any, load_dir: str, *others: Any, **more: Any) -> Any:
-        engine._config.load_universal_checkpoint = is_universal = _written_by(Path(load_dir)) != process_count()
-        if is_universal:
-            _have_converted(Path(load_dir))
-        own = _settings_of_their_own(engine.optimizer.param_groups)
-        result = read(engine, load_dir, *others, **more)
-        for group, settings in zip(engine.optimizer.param_groups, own, strict=True):
-            group.update(settings)
-        for state in engine.optimizer.state.values():
-            state["step"] = deepcopy(state["step"])
-        return result
+        is_universal = _written_by(Path(load_dir)) != process_count()
+        engine._config.load_universal_checkpoint = is_universal
+        if not is_universal:
+            return read(engine, load_dir, *others, **more)
+        _have_converted(Path(load_dir))
+        with _put_right(engine.optimizer):
+            return read(engine, load_dir, *others, **more)
 
     DeepSpeedEngine.load_checkpoint = read_either
     try:
         yield
     finally:
         DeepSpeedEngine.load_checkpoint = read
+
+
+@contextmanager
+def _put_right(optimizer: Any) -> Iterator[None]:
+    """Mend what DeepSpeed 0.19.8 gets wrong when it reads converted files for ZeRO-3.
+
+    All groups of parameters get the settings of the first one, so that weights that are not to decay would. They also
+    share one tensor that counts Adam's steps, so that each step counts as many times as there are groups.
+    """
+    own = _settings_of_their_own(optimizer.param_groups)
+    yield
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
+    for state in optimizer.state.values():
+        state["step"] = deepcopy(state["step"])
 
 
 def _settings_of_their_own(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -92,16 +105,7 @@ def _convert(checkpoint: Path) -> None:
     raise_if_disk_too_small(checkpoint, _COPIES * sum(path.stat().st_size for path in native.iterdir()))
     say("resume", f"{checkpoint.name}: {_written_by(checkpoint)} processes wrote it; converting it for any number")
     folders = [f"--input_folder={native}", f"--output_folder={universal}"]
-    # One file at a time: each holds a process's part of the optimizer. The state that is missing is of pipelines.
-    command = [
-        sys.executable,
-        "-m",
-        _CONVERTER,
-        "--inject_missing_state",
-        *folders,
-        "--num_extract_workers=1",
-        "--num_merge_workers=1",
-    ]
+    command = [sys.executable, "-m", _CONVERTER, *folders, *_OPTIONS]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]

@@ -38,11 +38,12 @@ class Engine:
         self.read.append((Path(load_dir).name, self._config.load_universal_checkpoint, more))
         first, *others = self.optimizer.param_groups
         first["lr"] = 0.25
-        for group in others:  # as DeepSpeed 0.19 does
-            group |= {**first, "params": []}
-        step = torch.tensor(3)
-        for state in self.optimizer.state.values():
-            state["step"] = step
+        if self._config.load_universal_checkpoint:  # what DeepSpeed 0.19.8 does to them
+            for group in others:
+                group |= {**first, "params": []}
+            step = torch.tensor(3)
+            for state in self.optimizer.state.values():
+                state["step"] = step
         return "read"
 
 
