@@ -9,7 +9,6 @@ bytes of header length, a JSON header, the data), so it is written here.
 
 import errno
 import json
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from pipeline.allocator import keep_freed_memory
 from pipeline.artifacts import SHARDS_FILE, write_json
+from pipeline.disk import raise_if_disk_too_small
 from pipeline.errors import UserError
 from pipeline.gpt_oss import BYTES_PER_VALUE, TensorInfo
 from pipeline.streamed import StreamedFile
@@ -340,13 +340,3 @@ _SAFETENSORS_TYPES = {
     torch.uint8: "U8",
     torch.float8_e4m3fn: "F8_E4M3",
 }
-
-
-def raise_if_disk_too_small(directory: Path, needed: int) -> None:
-    """Raises UserError: `directory` has room for fewer bytes."""
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise UserError(
-            f"{directory}: needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free."
-            " Free some, or set run_dir to another disk."
-        )

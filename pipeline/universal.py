@@ -13,8 +13,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from pipeline.disk import raise_if_disk_too_small
 from pipeline.errors import UserError
-from pipeline.shards import raise_if_disk_too_small
 from pipeline.tracking import is_main_process, process_count, say, wait_for_everyone
 
 _NATIVE, _UNIVERSAL = "latest", "latest_universal"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints import CONFIG, load_tokenizer
+from pipeline.disk import raise_if_disk_too_small
 from pipeline.errors import UserError
 from pipeline.export.gguf_layout import ARCHITECTURE, HALF, expert_tensors_of, library, other_tensors_of, tensor_names
 from pipeline.export.mxfp4 import legacy_config
@@ -29,7 +30,7 @@ from pipeline.export.weights import ExpertStack, OtherTensor, Packed, checked_ba
 from pipeline.gpt_oss import other_tensors
 from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.formats import MXFP4
-from pipeline.shards import Piece, Written, parts, raise_if_disk_too_small
+from pipeline.shards import Piece, Written, parts
 from pipeline.tracking import progress, warn
 
 FILE = "model.gguf"

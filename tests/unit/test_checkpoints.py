@@ -227,7 +227,7 @@ def disk_with_free(size: int) -> Callable[[Path], Any]:
 def test_a_disk_without_room_is_an_error_before_anything_is_made(
     tmp_path: Path, maker: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards.shutil, "disk_usage", disk_with_free(229))
+    monkeypatch.setattr("shutil.disk_usage", disk_with_free(229))
     with pytest.raises(UserError, match=f"{tmp_path}: needs .* GB, but the disk has"):
         write_sharded(tmp_path, maker.pieces, 80, "test")
     assert maker.made == []
@@ -239,7 +239,7 @@ def test_room_is_needed_only_for_what_is_still_to_be_written(
 ) -> None:
     write_sharded(tmp_path, maker.pieces, 80, "test")
     (tmp_path / FOUR_NAMES[1]).unlink()
-    monkeypatch.setattr(shards.shutil, "disk_usage", disk_with_free(40))
+    monkeypatch.setattr("shutil.disk_usage", disk_with_free(40))
     write_sharded(tmp_path, maker.pieces, 80, "test")
     assert sorted(files_in(tmp_path)) == sorted([*FOUR_NAMES, INDEX])
 

@@ -24,10 +24,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoints", "harmony"),
     ("shards", "resume", "proven", "head"),
     ("artifacts", "gpt_oss", "sharding"),
-    ("provenance",),
+    ("provenance", "universal"),
     ("tracking", "rules"),
     ("evaluation_rules",),
-    ("config", "numerics", "languages"),
+    ("config", "numerics", "languages", "disk"),
     ("errors", "allocator", "choice", "documents", "transcripts", "statistics", "streamed"),
 )
 """Files and folders of the package, from top to bottom: each imports only from the rows below its own.

@@ -17,8 +17,9 @@ SWEEP = ("recipe=smoke", "qat.learning_rate=1e-3", "format=mxfp4,nvfp4", "qat.le
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[PipelineConfig]:
-    """What the stages are called with; none runs."""
+def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[PipelineConfig]:
+    """What the stages are called with; none runs, and there is no earlier run in the default directory."""
+    monkeypatch.chdir(tmp_path)
     found: list[PipelineConfig] = []
     stage = type("Recorder", (), {"run": staticmethod(found.append)})
     monkeypatch.setattr(program, "_module", lambda _: stage)

@@ -1,0 +1,16 @@
+"""Room on a disk, asked for before the first byte is written."""
+
+import shutil
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+
+def raise_if_disk_too_small(directory: Path, needed: int) -> None:
+    """Raises UserError: `directory` has room for fewer bytes."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise UserError(
+            f"{directory}: needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free."
+            " Free some, or set run_dir to another disk."
+        )
