@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline import shards
 from pipeline.artifacts import SHARDS_FILE
 from pipeline.checkpoints import CONFIG, INDEX, SINGLE, Checkpoint
 from pipeline.config import TinyConfig
