@@ -26,6 +26,7 @@ warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is depreca
 
 _LAYER_CLASS = "GptOssDecoderLayer"  # what is gathered at once
 _LAYER_MODULE = "transformers.models.gpt_oss.modeling_gpt_oss"
+_LEAVES = {"classes": [f"{_LAYER_MODULE}.{_LAYER_CLASS}"]}  # what ZeRO-3 gathers as one, whatever is inside
 _LAUNCHER_SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
@@ -38,6 +39,19 @@ def _split(accelerator: Any, model: Any) -> Any:
     from accelerate.utils import fsdp2_prepare_model
 
     return fsdp2_prepare_model(accelerator, model)
+
+
+def _split_by_zero3(accelerator: Any, model: Any) -> Any:
+    # accelerate splits only what it trains; without an optimizer DeepSpeed splits the parameters alone.
+    import deepspeed
+
+    trained = accelerator.state.deepspeed_plugin.deepspeed_config
+    config = {
+        "zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 0, "leaf_module": _LEAVES},
+        "bf16": trained["bf16"],
+        "train_micro_batch_size_per_gpu": 1,  # has to be there, and is of no consequence
+    }
+    return deepspeed.initialize(model=model, config=config)[0]
 
 
 @dataclass(frozen=True)
@@ -100,8 +114,7 @@ def _zero3() -> dict[str, Any]:
     # has seen it used in a validation, is fetching it ahead at that moment, it stops with "a param in flight".
     # DeepSpeed wants the parameters used in the same order in each pass. Adapters' are not, and PEFT takes a stack of
     # experts out of its module while its adapter is at work: so a layer is gathered as one, whatever is inside.
-    leaves = {"classes": [f"{_LAYER_MODULE}.{_LAYER_CLASS}"]}
-    return _zero(3, stage3_param_persistence_threshold="auto", stage3_prefetch_bucket_size=0, leaf_module=leaves)
+    return _zero(3, stage3_param_persistence_threshold="auto", stage3_prefetch_bucket_size=0, leaf_module=_LEAVES)
 
 
 _ALL = ("weights", "gradients", "optimizer")
@@ -114,7 +127,9 @@ ENGINES = {
     Sharding.none: Engine(dict, splits=(), gathers=False, distributed_type="MULTI_CPU"),
     Sharding.fsdp2: Engine(_fsdp2, splits=_ALL, gathers=True, spread=_split),
     Sharding.zero2: Engine(lambda: _zero(2), splits=_ALL[1:], gathers=False, **_DEEPSPEED),
-    Sharding.zero3: Engine(_zero3, splits=_ALL, gathers=True, hooks_gradients=True, **_DEEPSPEED),
+    Sharding.zero3: Engine(
+        _zero3, splits=_ALL, gathers=True, hooks_gradients=True, spread=_split_by_zero3, **_DEEPSPEED
+    ),
 }
 
 

@@ -184,7 +184,8 @@ class _Trainer(SFTTrainer):
     def learn_from(self, teacher: Teacher, shared: Sharding) -> None:
         """Distil from now on; the teacher is spread over the processes as the model is."""
         model = sharding.ENGINES[shared].spread(self.accelerator, teacher.model.requires_grad_(False))
-        self._teacher = replace(teacher, model=model.eval())
+        model.eval()  # which DeepSpeed's does not return
+        self._teacher = replace(teacher, model=model)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

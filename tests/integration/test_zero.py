@@ -20,13 +20,14 @@ pytestmark = pytest.mark.skipif(
     reason="needs deepspeed, and without a GPU DS_ACCELERATOR=cpu",
 )
 
+TEACHER = ("qat.distillation.weight=0.5",)
 EXPERTS = tuple(f"{stage}.lora.targets=[experts]" for stage in ("sft", "qat"))
 MOVING = (
     Case("smoke", "sft", "zero2"),
     Case("smoke_lora", "sft", "zero2", EXPERTS, "_experts"),
-    Case("smoke_lora", "qat", "zero2"),
+    Case("smoke_lora", "qat", "zero2", TEACHER),
 )
-STAYING = (Case("smoke_lora", "sft", "zero2"), Case("smoke", "qat", "zero2", ("qat.distillation.weight=0.5",)))
+STAYING = (Case("smoke_lora", "sft", "zero2"), Case("smoke", "qat", "zero2", TEACHER))
 MOVED, STAYED = ((*kinds, *(replace(kind, sharding="zero3") for kind in kinds)) for kinds in (MOVING, STAYING))
 CASES = (*MOVED, *STAYED)
 KEPT = Case("smoke", "qat", "zero2", RISING, "_rising")
@@ -63,11 +64,12 @@ def test_interrupted_training_goes_on_to_the_losses_of_one_process(case: Case, o
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_zero3_alone_splits_parameters(case: Case, shared: Runs) -> None:
+def test_zero3_alone_splits_parameters_and_those_of_a_teacher(case: Case, shared: Runs) -> None:
     outcome = shared.outcomes[case.name]
     assert outcome["processes"] == (3 if case in MOVED else 2)
     expected = 1 / outcome["processes"] if case.sharding == "zero3" else 1
     assert outcome["share"] == pytest.approx(expected, abs=0.06)
+    assert outcome["teacher_share"] == (pytest.approx(expected, abs=0.06) if case.more == TEACHER else None)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
