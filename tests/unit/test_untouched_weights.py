@@ -11,7 +11,7 @@ from pipeline.numerics.formats import MXFP4
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
-@pytest.fixture(params=[(3, 48, 64), (3, 5, 7), (1, 0, 64)], ids=["even", "odd", "empty"])
+@pytest.fixture(params=[(3, 48, 64), (3, 5, 7)], ids=["even", "odd"])
 def values(request: pytest.FixtureRequest) -> Tensor:
     """In BF16, of even and odd counts, which are compared in words of other widths."""
     made = torch.randn(request.param, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -25,15 +25,13 @@ def test_equal_bits_are_equal_in_any_memory_order_and_type(dtype: torch.dtype, v
     for other in (values.clone(), turned):
         assert same_bits(values, other.to(dtype))
         assert same_bits(other.to(dtype), values)
-    for part in (slice(1, None), slice(0, 1)):
+    for part in (slice(1, None), slice(0, 1), slice(0, 0)):
         assert same_bits(values[:, part], turned[:, part])
 
 
 @pytest.mark.parametrize("dtype", BITS, ids=str)
 @pytest.mark.parametrize("at", [0, 17, -1])
 def test_a_single_bit_makes_a_difference(at: int, dtype: torch.dtype, values: Tensor) -> None:
-    if not values.numel():
-        return
     changed = values.to(dtype, copy=True)
     changed.view(BITS[dtype]).view(-1)[at] ^= 1
     assert not same_bits(changed, values)
