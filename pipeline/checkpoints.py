@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.artifacts import BOOKKEEPING, write_json
+from pipeline.direct_io import StoredFile
 from pipeline.errors import UserError, user_errors
 from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, packed_layout, plain_layout
 from pipeline.numerics.codec import decode
@@ -58,7 +59,7 @@ class TensorFiles:
         self.tensors = {name: info for tensors in self._files.values() for name, info in tensors.items()}
         self._file_of = {name: file for file, tensors in self._files.items() for name in tensors}
         self._offsets = {file: _data_offsets(directory / file) for file in self._files}
-        self._descriptors: dict[str, int] = {}
+        self._open: dict[str, StoredFile] = {}
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """A stored tensor, or rows of its first dimension, as it is.
@@ -71,14 +72,11 @@ class TensorFiles:
         first, last, _ = rows.indices(length)
         shape = (max(0, last - first), *others) if info.shape else ()
         row_bytes = info.bytes // max(1, length)
-        data = torch.empty(max(0, last - first) * row_bytes, dtype=torch.uint8)
-        view, offset = memoryview(data.numpy().data), self._offsets[file][name] + first * row_bytes
-        while view:
-            count = os.preadv(self._descriptor(file), [view], offset)
-            if count == 0:
-                raise UserError(f"{self.directory / file}: ends within {name}: truncated while it was read.")
-            view, offset = view[count:], offset + count
-        return data.view(_DTYPES[info.dtype]).view(shape)
+        size = max(0, last - first) * row_bytes
+        data = self._file(file).read(self._offsets[file][name] + first * row_bytes, size)
+        if len(data) < size:
+            raise UserError(f"{self.directory / file}: ends within {name}: truncated while it was read.")
+        return torch.from_numpy(data).view(_DTYPES[info.dtype]).view(shape)
 
     @property
     def weight_bytes(self) -> int:
@@ -92,18 +90,18 @@ class TensorFiles:
 
     def close(self) -> None:
         """Let go of the files; they are opened again when they are needed."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
 
     def __del__(self) -> None:
-        if hasattr(self, "_descriptors"):  # not when opening it failed
+        if hasattr(self, "_open"):  # not when opening it failed
             self.close()
 
-    def _descriptor(self, file: str) -> int:
-        if file not in self._descriptors:
-            self._descriptors[file] = os.open(self.directory / file, os.O_RDONLY)
-        return self._descriptors[file]
+    def _file(self, file: str) -> StoredFile:
+        if file not in self._open:
+            self._open[file] = StoredFile(self.directory / file)
+        return self._open[file]
 
 
 class Checkpoint(TensorFiles):

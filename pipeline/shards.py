@@ -23,10 +23,10 @@ from torch import Tensor
 
 from pipeline.allocator import keep_freed_memory
 from pipeline.artifacts import SHARDS_FILE, write_json
+from pipeline.direct_io import StreamedFile
 from pipeline.disk import raise_if_disk_too_small
 from pipeline.errors import UserError
 from pipeline.gpt_oss import BYTES_PER_VALUE, TensorInfo
-from pipeline.streamed import StreamedFile
 from pipeline.tracking import progress
 
 INDEX = "model.safetensors.index.json"

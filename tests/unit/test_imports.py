@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tracking", "rules"),
     ("evaluation_rules",),
     ("config", "numerics", "languages", "disk"),
-    ("errors", "allocator", "choice", "documents", "transcripts", "statistics", "streamed"),
+    ("errors", "allocator", "choice", "documents", "transcripts", "statistics", "direct_io"),
 )
 """Files and folders of the package, from top to bottom: each imports only from the rows below its own.
 

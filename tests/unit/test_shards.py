@@ -16,7 +16,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline import shards, streamed
+from pipeline import direct_io, shards
 from pipeline.artifacts import SHARDS_FILE
 from pipeline.checkpoints import INDEX
 from pipeline.errors import UserError
@@ -219,7 +219,7 @@ def expected_digests(directory: Path) -> tuple[dict[str, str], dict[str, str]]:
 def test_the_digests_are_those_of_the_files_and_of_the_data_of_each_tensor(
     buffer_bytes: int, tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streamed, "_BUFFER_BYTES", buffer_bytes)
+    monkeypatch.setattr(direct_io, "_BUFFER_BYTES", buffer_bytes)
     written = write(tmp_path, [in_parts({name: tensor}, 2) for name, tensor in tensors.items()], 100)
     assert len(written.files) == 2
     assert (written.files, written.tensors) == expected_digests(tmp_path)
@@ -450,7 +450,7 @@ def fail_after(monkeypatch: pytest.MonkeyPatch, method: str, calls: int, error: 
 def test_an_error_of_the_disk_is_not_lost(
     tmp_path: Path, stacks: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streamed.os, "write", lambda *_: raise_(OSError(errno.EIO, "Input/output error")))
+    monkeypatch.setattr(direct_io.os, "write", lambda *_: raise_(OSError(errno.EIO, "Input/output error")))
     with pytest.raises(OSError, match="Input/output error"):
         write(tmp_path, pieces_of(stacks), STACK_BYTES)
     assert shards_in(tmp_path) == []
@@ -462,8 +462,8 @@ def test_an_error_of_the_disk_is_not_lost(
 
 def disk_with(monkeypatch: pytest.MonkeyPatch, capacity: int, number: int = errno.ENOSPC) -> None:
     """A disk of so many bytes, written to a few at a time: what fits is written, then the system says no."""
-    monkeypatch.setattr(streamed, "_BUFFER_BYTES", 16)
-    monkeypatch.setattr(streamed, "_DIRECT", 0)
+    monkeypatch.setattr(direct_io, "_BUFFER_BYTES", 16)
+    monkeypatch.setattr(direct_io, "_DIRECT", 0)
     written, write_some = [0], os.write
 
     def run(descriptor: int, data: Any) -> int:
@@ -471,7 +471,7 @@ def disk_with(monkeypatch: pytest.MonkeyPatch, capacity: int, number: int = errn
         written[0] += fitting
         return write_some(descriptor, data[:fitting]) if fitting else raise_(OSError(number, "No space left on device"))
 
-    monkeypatch.setattr(streamed.os, "write", run)
+    monkeypatch.setattr(direct_io.os, "write", run)
 
 
 def header_bytes(path: Path) -> int:
@@ -513,10 +513,10 @@ def test_a_disk_that_turns_out_full_when_it_takes_the_data_is_the_same_error(
     sync_bytes: int, tmp_path: Path, stacks: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """File systems that allocate late (and NFS) say so only then, in the middle or at the end."""
-    monkeypatch.setattr(streamed, "_SYNC_BYTES", sync_bytes)
-    monkeypatch.setattr(streamed, "_BUFFER_BYTES", 16)
-    monkeypatch.setattr(streamed, "_DIRECT", 0)
-    monkeypatch.setattr(streamed.os, "fsync", lambda _: raise_(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(direct_io, "_SYNC_BYTES", sync_bytes)
+    monkeypatch.setattr(direct_io, "_BUFFER_BYTES", 16)
+    monkeypatch.setattr(direct_io, "_DIRECT", 0)
+    monkeypatch.setattr(direct_io.os, "fsync", lambda _: raise_(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(UserError, match=f"{tmp_path}: the disk is full"):
         write(tmp_path, pieces_of(stacks), STACK_BYTES)
     assert shards_in(tmp_path) == []

@@ -1,17 +1,18 @@
-"""A file written front to back, past the page cache where the file system allows it.
+"""Large files, written front to back and read in parts, past the page cache where the file system allows it.
 
-Through the page cache the kernel copies each byte into pages that it has to find first: that takes more of the
-processor's time than decoding the byte, and drives out what a conversion reads meanwhile. With direct I/O (O_DIRECT of
-open(2)) the disk takes the bytes from the process's own memory. Addresses, offsets and sizes must then be aligned:
-that is what the buffers are for.
+Through the page cache the kernel copies each byte into pages, or out of pages, that it has to find first: that takes
+more of the processor's time than decoding the byte, and drives out what others need. With direct I/O (O_DIRECT of
+open(2)) bytes go between the disk and the process's own memory. Addresses, offsets and sizes must then be aligned: that
+is what the buffers are for. What lies in the page cache already is read from there, which no disk is faster than.
 """
 
+import ctypes
 import errno
 import fcntl
 import os
 from collections import deque
 from concurrent.futures import Executor, Future
-from mmap import mmap
+from mmap import PAGESIZE, PROT_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ _NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 _BUFFER_BYTES = 1 << 24  # written at once; a multiple of every alignment that a file system asks for
 _BUFFERS = 3  # one being filled, one being written, one waiting
 _SYNC_BYTES = 1 << 28  # without direct I/O: bytes after which the disk has to take what the page cache holds
+_WORD_BYTES = 8
+_LEAST_DIRECT_BYTES = 1 << 20  # to read; for less, reading ahead is worth more than the processor's time
 
 
 class StreamedFile:
@@ -34,7 +37,7 @@ class StreamedFile:
     def __init__(self, path: Path, disk: Executor) -> None:
         """Create `path`, or empty it; `disk` runs one task at a time."""
         self.size = 0
-        self._descriptor, self._is_direct = _open(path)
+        self._descriptor, self._is_direct = _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._disk = disk
         self._free = [np.frombuffer(mmap(-1, _BUFFER_BYTES), np.uint8) for _ in range(_BUFFERS)]  # aligned to pages
         self._filling = self._free[0]
@@ -112,12 +115,77 @@ class StreamedFile:
             self._is_direct = False
 
 
-def _open(path: Path) -> tuple[int, bool]:
-    """Descriptor, and whether its writes are direct."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+class StoredFile:
+    """A file that is read in parts, by any thread."""
+
+    def __init__(self, path: Path) -> None:
+        """Open `path`."""
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self._direct, self._is_direct = _open(path, os.O_RDONLY)
+
+    def read(self, offset: int, size: int) -> np.ndarray:
+        """(size) uint8, writable, aligned to 8 bytes; fewer where the file ends.
+
+        Raises:
+            OSError: from reading.
+        """
+        is_direct = self._is_worth_direct(offset, size)
+        lead = offset % PAGESIZE if is_direct else 0
+        buffer, start, end = _empty_pages(lead + size), offset - lead, lead + size
+        got = max(lead, self._read_direct(buffer, start)) if is_direct else 0
+        while got < end:  # the page cache has, or fetches, what a direct read does not give
+            count = os.preadv(self._descriptor, [buffer[got:end].data], start + got)
+            if count == 0:
+                break
+            got += count
+        return buffer[lead : min(got, end)]
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self._descriptor)
+        os.close(self._direct)
+
+    def _is_worth_direct(self, offset: int, size: int) -> bool:
+        can_be = self._is_direct and offset % _WORD_BYTES == 0  # which a direct read keeps of the alignment in the file
+        return can_be and size >= _LEAST_DIRECT_BYTES and not _is_cached(self._descriptor, offset, size)
+
+    def _read_direct(self, buffer: np.ndarray, start: int) -> int:
+        """Bytes read, perhaps fewer than the file has."""
+        try:
+            return os.preadv(self._direct, [buffer.data], start)
+        except OSError as error:
+            if error.errno not in _NOT_DIRECT:
+                raise
+            self._is_direct = False
+            return 0
+
+
+def _open(path: Path, flags: int) -> tuple[int, bool]:
+    """Descriptor, and whether what it does is direct."""
     try:
         return os.open(path, flags | _DIRECT, 0o666), bool(_DIRECT)
     except OSError as error:
         if not _DIRECT or error.errno not in _NOT_DIRECT:
             raise
         return os.open(path, flags, 0o666), False
+
+
+def _empty_pages(size: int) -> np.ndarray:
+    """Whole pages for `size` bytes."""
+    pages = -(-size // PAGESIZE)
+    memory = np.empty((pages + 1) * PAGESIZE, np.uint8)
+    return memory[-memory.ctypes.data % PAGESIZE :][: pages * PAGESIZE]
+
+
+def _is_cached(descriptor: int, offset: int, size: int) -> bool:
+    """Whether the page cache holds most of a part of a file, by mincore(2); also where the system does not say."""
+    mincore = getattr(ctypes.CDLL(None), "mincore", None)
+    lead = offset % PAGESIZE
+    try:
+        pages = mmap(descriptor, lead + size, prot=PROT_READ, offset=offset - lead)  # only to ask: nothing is read
+    except (OSError, ValueError):  # ValueError: the file ends before
+        return True
+    held = np.empty(-(-(lead + size) // PAGESIZE), np.uint8)
+    addresses = [ctypes.c_void_p(each.ctypes.data) for each in (np.frombuffer(pages, np.uint8), held)]
+    failed = mincore is None or mincore(addresses[0], ctypes.c_size_t(lead + size), addresses[1])
+    return bool(failed) or float((held & 1).mean()) > 0.5
