@@ -253,8 +253,9 @@ def packed_piece(stack: ExpertStack, blocks: str, scales: str) -> Piece:
 def _keep(new: Packed, old: Packed, experts: Tensor) -> None:
     """Give some experts what the source has of them."""
     for mine, source in zip(_tensors(new), _tensors(old), strict=True):
+        bytes_of = [each.view(len(each), -1).view(torch.uint8) for each in (mine, source)]  # of each expert
         # As bytes: torch 2.13 has no indexed copy of float8.
-        mine.view(torch.uint8)[experts] = source.view(torch.uint8)[experts]
+        bytes_of[0][experts] = bytes_of[1][experts]
 
 
 def _tensors(packed: Packed) -> list[Tensor]:

@@ -11,7 +11,7 @@ import torch
 from breaking import change
 from conftest import SHORT, run_program
 from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -204,6 +204,30 @@ def test_what_training_left_alone_is_said_to_be_the_source_s(smoke_run: Path, tm
     details = artifacts.load(directory).details
     assert details["copied_experts"] == 2 * 2 * 8
     assert details["survival"] == 0 and details["relative_squared_error"] == 0
+
+
+def test_experts_of_nvfp4_that_did_not_move_keep_their_values_beside_those_that_did(
+    smoke_run: Path, tmp_path: Path
+) -> None:
+    """Blocks, scales and tensor scales of an expert belong together."""
+    plain = Path(shutil.copytree(smoke_run / "upcast", tmp_path / "plain"))
+    (plain / artifacts.ARTIFACT_FILE).unlink()
+    for path in plain.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in tensors.keys() & set(STACKS):
+            tensors[name][1::3] *= 1.1
+        save_file(tensors, path, {"format": "pt"})
+    directory = exported(smoke_run, tmp_path, "nvfp4", "format=nvfp4", source=str(plain))
+    assert artifacts.load(directory).details["copied_experts"] == 2 * 2 * 5
+    trained, base, found = stored(plain), stored(smoke_run / "upcast"), stored(directory)
+    for name in STACKS:
+        values = dequantized(found, name)
+        is_kept = torch.tensor([expert % 3 != 1 for expert in range(8)])
+        assert torch.equal(values[is_kept], base[name][is_kept].float())
+        error = (values - trained[name].float())[~is_kept].square().sum() / trained[name][~is_kept].square().sum()
+        assert 0 < error < 0.02
+    proof = (f"verify.checkpoint={directory}", f"verify.reference={next((smoke_run / 'source').iterdir())}")
+    assert run_program("stage=verify", "recipe=smoke", *SHORT, f"run_dir={tmp_path / 'proof'}", *proof) == 0
 
 
 def test_another_format_than_the_trained_one_is_refused_unless_it_is_asked_for(
