@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.numerics.codec import differences, saturates, sum_of_squares, unequal_blocks
+from pipeline.numerics.codec import differences, sum_of_squares, unequal_blocks
 from pipeline.numerics.formats import BlockFormat
 from pipeline.numerics.scales import values_of
 
@@ -38,6 +38,7 @@ class Survival:
         base: Tensor,
         rounded_base: Tensor,
         scales: tuple[Tensor, Tensor],
+        saturated: Tensor,
         block_format: BlockFormat,
         units: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> None:
@@ -47,6 +48,7 @@ class Survival:
             trained, rounded: (E, in, out) weights, and what the export holds of them.
             base, rounded_base: the base model's, and its 4-bit values.
             scales: (E, out, nb) as stored, of the export and of the base model.
+            saturated: (E, out, nb), which blocks of the export are.
             block_format: of the export.
             units: tensor scales (E) of the two, for formats that have one.
         """
@@ -56,11 +58,9 @@ class Survival:
         self.sums["values"] += trained.numel()
         has_other_scale = torch.ne(*(values_of(*each) for each in zip(scales, units, strict=True)))
         if bool(has_other_scale.any()):
-            has_other_values = unequal_blocks(rounded.transpose(1, 2), rounded_base.transpose(1, 2), block_format)
+            has_other_values = unequal_blocks(rounded, rounded_base, block_format)
             self.sums["changed_scales"] += int((has_other_scale & has_other_values).sum())
-        self.sums["saturated_blocks"] += int(
-            saturates(trained.transpose(1, 2), block_format, scales[0], units[0]).sum()
-        )
+        self.sums["saturated_blocks"] += int(saturated.sum())
         self.sums["blocks"] += scales[0].numel()
 
     def add_untouched(self, values: Tensor, blocks: int) -> None:

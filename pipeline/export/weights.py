@@ -37,6 +37,7 @@ class Packed:
         scales: (E, out, nb).
         tensor_scale: (E) float32, or None where the format has none.
         values: (E, in, out), what they decode to.
+        saturated: (E, out, nb) bool, the blocks in which the scale could not hold the largest weight.
         is_last: whether the stack ends with them.
     """
 
@@ -44,6 +45,7 @@ class Packed:
     scales: Tensor
     tensor_scale: Tensor | None
     values: Tensor
+    saturated: Tensor
     is_last: bool = False
 
 
@@ -179,11 +181,11 @@ class ExpertStack:
             return self._coded(base, None)
         blocks, scales = source
         if self.job.block_format.scale_type is MXFP4.scale_type:
-            return Packed(blocks, scales, None, base)
+            return Packed(blocks, scales, None, base, _none_of(scales))
         converted = mxfp4_to_nvfp4(blocks, scales)
         if converted.changed_blocks:
             return self._coded(base, None)
-        return Packed(converted.blocks, converted.scales, converted.tensor_scale, base)
+        return Packed(converted.blocks, converted.scales, converted.tensor_scale, base, _none_of(converted.scales))
 
     def _encoded(self, trained: Tensor, rows: slice) -> Packed:
         importance = self.job.weights.importance(self.projection.name)
@@ -199,9 +201,10 @@ class ExpertStack:
     def _coded(self, values: Tensor, importance: Tensor | None) -> Packed:
         block_format, near, turned = self.job.block_format, torch.empty_like(values), values.transpose(1, 2)
         unit = tensor_scale_of(turned, block_format)
-        rounded = near.transpose(1, 2)
-        blocks, scales = encode(turned, block_format, unit, importance=importance, rounded=rounded)
-        return Packed(blocks, scales, unit, near)
+        blocks_in_row = turned.shape[2] // block_format.block_size
+        saturated = torch.empty((*turned.shape[:2], blocks_in_row), dtype=torch.bool, device=values.device)
+        blocks, scales = encode(turned, block_format, unit, importance, near.transpose(1, 2), saturated)
+        return Packed(blocks, scales, unit, near, saturated)
 
     def _account(self, trained: Tensor, new: Packed, base: Tensor, old: Packed) -> None:
         job = self.job
@@ -209,7 +212,7 @@ class ExpertStack:
             self.survival.add_untouched(trained, new.scales.numel())
         else:
             scales, units = (new.scales, old.scales), (new.tensor_scale, old.tensor_scale)
-            self.survival.add(trained, new.values, base, old.values, scales, job.block_format, units)
+            self.survival.add(trained, new.values, base, old.values, scales, new.saturated, job.block_format, units)
         trained_for = job.weights.ref.block_format
         if trained_for not in (None, job.block_format):
             importance = job.weights.importance(self.projection.name)
@@ -258,8 +261,12 @@ def _keep(new: Packed, old: Packed, experts: Tensor) -> None:
         bytes_of[0][experts] = bytes_of[1][experts]
 
 
+def _none_of(blocks: Tensor) -> Tensor:
+    return torch.zeros_like(blocks, dtype=torch.bool)
+
+
 def _tensors(packed: Packed) -> list[Tensor]:
-    every = (packed.blocks, packed.scales, packed.tensor_scale)
+    every = (packed.blocks, packed.scales, packed.saturated, packed.tensor_scale)
     return [each for each in every if each is not None]
 
 

@@ -54,6 +54,7 @@ def encode(
     tensor_scale: Tensor | None = None,
     importance: Tensor | None = None,
     rounded: Tensor | None = None,
+    saturated: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantize and pack.
 
@@ -63,6 +64,7 @@ def encode(
         tensor_scale: (...) float32 as `tensor_scale` gives it, for formats that have one; None for others.
         importance: (in) or (..., in) float32, not negative: weights of the squared error under the rule `mse`.
         rounded: where to write what the result decodes to, shape and type of `values`, any strides; None: not wanted.
+        saturated: where to write which blocks' largest magnitude lies beyond 6 scales, (..., nb) bool, contiguous.
 
     Returns:
         blocks: (..., nb, block_size / 2) uint8, two codes a byte, the even element in the low nibble; contiguous.
@@ -76,10 +78,13 @@ def encode(
     count, nb, size, lanes = work.view.shape
     blocks = torch.empty((count, lanes, nb, size // 2), dtype=torch.uint8, device=values.device)
     near = None if rounded is None else _as_blocks(_viewed_as_matrices(rounded), size)
-    for slab, part, divisor in work:
+    beyond = None if saturated is None else saturated.view(count, lanes, nb).transpose(1, 2)
+    for slab, part, amax, divisor in work:
         _put_transposed(blocks, slab, kernels.packed(part, divisor.inverse, divisor.significand))
         if near is not None:
             _put(near, slab, kernels.rounded(part, divisor.inverse, divisor.significand, divisor.scale))
+        if beyond is not None:
+            beyond[slab] = amax > scales.LARGEST_E2M1 * divisor.scale
     stored = work.scales.transpose(1, 2).contiguous().view(_SCALE_DTYPES[block_format.scale_type])
     return blocks.view(*values.shape[:-1], nb, size // 2), stored.view(*values.shape[:-1], nb)
 
@@ -157,14 +162,6 @@ def tensor_scale(values: Tensor, block_format: BlockFormat) -> Tensor | None:
     return scales.tensor_scale_of(_amax(view).amax(dim=(1, 2)), block_format.scale_rule).view(values.shape[:-2])
 
 
-def saturates(values: Tensor, block_format: BlockFormat, scales_: Tensor, unit: Tensor | None = None) -> Tensor:
-    """Whether a block's largest magnitude lies beyond 6 scales: (..., nb) bool for `encode`'s values and scales."""
-    view = _view(values, block_format)
-    count, nb, _, lanes = view.shape
-    held = scales.LARGEST_E2M1 * scales.values_of(scales_.reshape(count, lanes, nb), _flat(unit))
-    return (_amax(view).transpose(1, 2) > held).view(scales_.shape)
-
-
 def differences(stacks: Sequence[Tensor]) -> Tensor:
     """Sums over weights: (4) float64.
 
@@ -187,13 +184,9 @@ def sum_of_squares(values: Tensor) -> float:
 
 
 def unequal_blocks(one: Tensor, other: Tensor, block_format: BlockFormat) -> Tensor:
-    """Which blocks of two (..., out, in) hold other values: (..., out, nb) bool; a zero's sign does not count."""
-    views = [_view(values, block_format) for values in (one, other)]
-    count, nb, _, lanes = views[0].shape
-    found = torch.empty((count, nb, lanes), dtype=torch.bool, device=one.device)
-    for slab in _slabs(views[0]):
-        found[slab] = kernels.unequal(*(_part(view, slab) for view in views)) > 0
-    return found.transpose(1, 2).reshape(*one.shape[:-1], nb)
+    """Which blocks of two (E, in, out) hold other values: (E, out, nb) bool; a zero's sign does not count."""
+    blocks = (values.unflatten(1, (-1, block_format.block_size)) for values in (one, other))
+    return torch.stack([kernels.unequal(*pair) > 0 for pair in zip(*blocks, strict=True)]).transpose(1, 2)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -213,13 +206,15 @@ def _rounded(values: Tensor, block_format: BlockFormat, given: Tensor | None, im
     work = _Rounding(values, block_format, unit, importance)
     result = torch.empty_like(_as_matrices(values))
     into = _as_blocks(result, block_format.block_size)
-    for slab, part, divisor in work:
+    for slab, part, _, divisor in work:
         _put(into, slab, kernels.rounded(part, divisor.inverse, divisor.significand, divisor.scale))
     return result.view(values.shape)
 
 
 class _Rounding:
-    """Iterate over values slab by slab: (slab, its values, what to divide them by); `scales` is complete at the end.
+    """Iterate over values slab by slab: (slab, its values, largest magnitudes of blocks, what to divide them by).
+
+    At the end, `scales` is complete.
 
     Raises CodecError at the end of the iteration: NaN or Inf.
     """
@@ -233,7 +228,7 @@ class _Rounding:
         self._shape, self._format, self._unit = values.shape, block_format, unit
         self._weights = None if importance is None else _weights(importance, self.view)
 
-    def __iter__(self) -> Iterator[tuple[Slab, Tensor, Divisor]]:
+    def __iter__(self) -> Iterator[tuple[Slab, Tensor, Tensor, Divisor]]:
         scale_type = self._format.scale_type
         for slab in _slabs(self.view):
             part, unit = _part(self.view, slab), _of(self._unit, slab)
@@ -242,7 +237,7 @@ class _Rounding:
             for other in others:
                 chosen = _better(part, chosen, other, scale_type, unit, self._weights_of(slab))
             self.scales[slab] = chosen
-            yield slab, part, scales.divisor(chosen, scale_type, unit)
+            yield slab, part, amax, scales.divisor(chosen, scale_type, unit)
         _raise_if_not_finite(self.scales, self._shape, scale_type)
 
     def _weights_of(self, slab: Slab) -> Tensor | None:

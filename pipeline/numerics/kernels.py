@@ -111,7 +111,7 @@ def column_products(one: Tensor, other: Tensor) -> Tensor:
 
 @kernel
 def unequal(one: Tensor, other: Tensor) -> Tensor:
-    """(L, nb, block, lanes) twice -> (L, nb, lanes) float32: in how many values a block differs."""
+    """(nb, block, lanes) twice -> (nb, lanes) float32: in how many values a block differs."""
     return (one != other).float().sum(-2)
 
 

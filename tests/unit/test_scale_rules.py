@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.numerics import codec
 from pipeline.numerics import scales as scale_arithmetic
-from pipeline.numerics.codec import decode, encode, fake_quantize, saturates, tensor_scale
+from pipeline.numerics.codec import decode, encode, fake_quantize, tensor_scale
 from pipeline.numerics.formats import (
     E2M1_MAGNITUDES,
     E8M0_VALUES,
@@ -118,8 +118,8 @@ def test_floor_of_e8m0_is_the_power_of_two_below_the_maximum_over_four(dtype: to
 def test_floor_of_e8m0_saturates_maxima_above_six_scales_and_no_others(dtype: torch.dtype) -> None:
     values = random_values((60, 320), dtype)
     block_format = MXFP4.with_rule("floor")
-    blocks, scales = encode(values, block_format)
-    saturated = saturates(values, block_format, scales)
+    saturated = torch.empty((60, 10), dtype=torch.bool)
+    blocks, scales = encode(values, block_format, saturated=saturated)
     amax = values.double().unflatten(-1, (-1, 32)).abs().amax(dim=-1)
     mantissa = torch.frexp(amax).mantissa  # in [0.5, 1): 6 of 8 is 0.75
     assert torch.equal(saturated, mantissa > 0.75)
@@ -132,8 +132,9 @@ def test_floor_of_e8m0_saturates_maxima_above_six_scales_and_no_others(dtype: to
 @pytest.mark.parametrize("block_format", [MXFP4, NVFP4.with_rule("ceil")], ids=["mxfp4-ceil", "nvfp4-ceil"])
 def test_nothing_saturates_under_ceil(block_format: BlockFormat) -> None:
     values = random_values((60, 320), torch.float32)
-    unit = tensor_scale(values, block_format)
-    assert not saturates(values, block_format, encode(values, block_format, unit)[1], unit).any()
+    saturated = torch.ones((60, 320 // block_format.block_size), dtype=torch.bool)
+    encode(values, block_format, tensor_scale(values, block_format), saturated=saturated)
+    assert not saturated.any()
 
 
 # ---- e4m3
@@ -181,7 +182,8 @@ def test_ceil_and_floor_of_e4m3_are_the_values_on_either_side_of_a_sixth(dtype: 
     maxima = maxima_around_e4m3(dtype)
     block_format = NVFP4.with_rule(rule)
     values = alone_in_blocks(maxima, block_format)
-    scales = encode(values, block_format, torch.ones(()))[1]
+    saturated = torch.empty((len(values), 1), dtype=torch.bool)
+    scales = encode(values, block_format, torch.ones(()), saturated=saturated)[1]
     expected = []
     for amax in maxima.tolist():
         above = bisect_left(E4M3, Fraction(amax) / 6)
@@ -190,7 +192,7 @@ def test_ceil_and_floor_of_e4m3_are_the_values_on_either_side_of_a_sixth(dtype: 
         expected.append(min(max(byte, 1), 126))
     assert bytes_of(scales) == expected
     beyond = [Fraction(amax) > 6 * E4M3[byte] for amax, byte in zip(maxima.tolist(), expected, strict=True)]
-    assert saturates(values, block_format, scales, torch.ones(())).flatten().tolist() == beyond
+    assert saturated.flatten().tolist() == beyond
 
 
 @pytest.mark.parametrize("rule", SCALE_RULES[ScaleType.e4m3])

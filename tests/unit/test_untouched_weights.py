@@ -61,6 +61,7 @@ def test_untouched_weights_count_as_any_others_do() -> None:
     known, counted = Survival(), Survival()
     for _ in range(2):
         known.add_untouched(stack, scales.numel())
-        counted.add(stack, stack.clone(), stack.clone(), stack.clone(), (scales, scales), MXFP4)
+        none = torch.zeros(scales.shape, dtype=torch.bool)
+        counted.add(stack, stack.clone(), stack.clone(), stack.clone(), (scales, scales), none, MXFP4)
     assert known.sums == pytest.approx(counted.sums, rel=1e-6)
     assert known.figures() == counted.figures()
