@@ -37,7 +37,7 @@ class StreamedFile:
     def __init__(self, path: Path, disk: Executor) -> None:
         """Create `path`, or empty it; `disk` runs one task at a time."""
         self.size = 0
-        self._descriptor, self._is_direct = _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        self._descriptor, self._is_direct = _open(path)
         self._disk = disk
         self._free = [np.frombuffer(mmap(-1, _BUFFER_BYTES), np.uint8) for _ in range(_BUFFERS)]  # aligned to pages
         self._filling = self._free[0]
@@ -121,7 +121,8 @@ class StoredFile:
     def __init__(self, path: Path) -> None:
         """Open `path`."""
         self._descriptor = os.open(path, os.O_RDONLY)
-        self._direct, self._is_direct = _open(path, os.O_RDONLY)
+        self._direct = _opened_direct(path)
+        self._is_direct = self._direct is not None
 
     def read(self, offset: int, size: int) -> np.ndarray:
         """(size) uint8, writable, aligned to 8 bytes; fewer where the file ends.
@@ -142,32 +143,46 @@ class StoredFile:
 
     def close(self) -> None:
         """Let go of the file."""
-        os.close(self._descriptor)
-        os.close(self._direct)
+        for descriptor in (self._descriptor, self._direct):
+            if descriptor is not None:
+                os.close(descriptor)
 
     def _is_worth_direct(self, offset: int, size: int) -> bool:
         can_be = self._is_direct and offset % _WORD_BYTES == 0  # which a direct read keeps of the alignment in the file
         return can_be and size >= _LEAST_DIRECT_BYTES and not _is_cached(self._descriptor, offset, size)
 
     def _read_direct(self, buffer: np.ndarray, start: int) -> int:
-        """Bytes read, perhaps fewer than the file has."""
+        """Bytes read, perhaps fewer than the file has: a reason not to go on is for the page cache to meet again."""
+        assert self._direct is not None
+        got = 0
         try:
-            return os.preadv(self._direct, [buffer.data], start)
-        except OSError as error:
-            if error.errno not in _NOT_DIRECT:
-                raise
+            while got < len(buffer) and got % PAGESIZE == 0:  # Linux reads 2 GiB at most at once
+                count = os.preadv(self._direct, [buffer[got:].data], start + got)
+                if count == 0:
+                    break
+                got += count
+        except OSError:
             self._is_direct = False
-            return 0
+        return got
 
 
-def _open(path: Path, flags: int) -> tuple[int, bool]:
-    """Descriptor, and whether what it does is direct."""
+def _open(path: Path) -> tuple[int, bool]:
+    """Descriptor to write, and whether writes are direct."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
         return os.open(path, flags | _DIRECT, 0o666), bool(_DIRECT)
     except OSError as error:
         if not _DIRECT or error.errno not in _NOT_DIRECT:
             raise
         return os.open(path, flags, 0o666), False
+
+
+def _opened_direct(path: Path) -> int | None:
+    """Descriptor to read, or None where a file that can be opened cannot be opened for this."""
+    try:
+        return os.open(path, os.O_RDONLY | _DIRECT) if _DIRECT else None
+    except OSError:
+        return None
 
 
 def _empty_pages(size: int) -> np.ndarray:
@@ -178,7 +193,10 @@ def _empty_pages(size: int) -> np.ndarray:
 
 
 def _is_cached(descriptor: int, offset: int, size: int) -> bool:
-    """Whether the page cache holds most of a part of a file, by mincore(2); also where the system does not say."""
+    """Whether the page cache holds most of a part of a file, by mincore(2).
+
+    True where the system does not say, also of the files of others that this process may not write to.
+    """
     mincore = getattr(ctypes.CDLL(None), "mincore", None)
     lead = offset % PAGESIZE
     try:

@@ -23,7 +23,6 @@ from pipeline.gpt_oss import ExpertProjection, TensorInfo, expert_projections, o
 from pipeline.numerics.codec import CodecError, differences, encode, fake_quantize, same_bits
 from pipeline.numerics.codec import tensor_scale as tensor_scale_of
 from pipeline.numerics.compiled import compilation_for
-from pipeline.numerics.convert import mxfp4_to_nvfp4
 from pipeline.numerics.formats import MXFP4
 from pipeline.shards import Piece, Step, Written, in_order, write_sharded
 
@@ -122,7 +121,7 @@ def others_piece(job: Job, base: Checkpoint, target: str, sources: Iterable[str]
 
 @dataclass
 class ExpertStack:
-    """A stack of expert weights in the job's format; experts that equal the source's keep what the source has.
+    """A stack of expert weights in the job's format; where that is the source's, untouched experts keep its bytes.
 
     Attributes:
         survival: sums over the experts made so far.
@@ -166,31 +165,25 @@ class ExpertStack:
         source = tuple(each.to(job.device) for each in source)
         base = self.base.decoded(name, source, rows=rows, device=job.device)
         old = self._of_source(source, base)
-        is_kept = old.values is base  # else what the source has is not in this format
-        is_untouched = [is_kept and same_bits(*pair) for pair in zip(trained, base, strict=True)]
-        self.copied_experts += sum(is_untouched)
+        is_own = old.values is base
+        is_untouched = [same_bits(*pair) for pair in zip(trained, base, strict=True)]
+        self.copied_experts += sum(is_untouched) if is_own else 0
         new = old if all(is_untouched) else self._encoded(trained, rows)
-        if new is not old:
+        if is_own and new is not old:
             _keep(new, old, torch.tensor(is_untouched).nonzero().flatten().to(job.device))
         self._account(trained, new, base, old)
         return replace(new, is_last=rows.stop == self.projection.experts)
 
     def _of_source(self, source: tuple[Tensor, ...], base: Tensor) -> Packed:
-        """The base model in the job's format: what it stores, or what that would be exported to."""
-        if len(source) == 1:
-            return self._coded(base, None)
+        """The base model in the job's format: what it stores, or what training rounds that to."""
+        if len(source) == 1 or self.job.block_format.scale_type is not MXFP4.scale_type:
+            return self._coded(base)
         blocks, scales = source
-        if self.job.block_format.scale_type is MXFP4.scale_type:
-            return Packed(blocks, scales, None, base, _none_of(scales))
-        converted = mxfp4_to_nvfp4(blocks, scales)
-        if converted.changed_blocks:
-            return self._coded(base, None)
-        return Packed(converted.blocks, converted.scales, converted.tensor_scale, base, _none_of(converted.scales))
+        return Packed(blocks, scales, None, base, torch.zeros_like(scales, dtype=torch.bool))
 
     def _encoded(self, trained: Tensor, rows: slice) -> Packed:
-        importance = self.job.weights.importance(self.projection.name)
         try:
-            return self._coded(trained, None if importance is None else importance.to(trained.device))
+            return self._coded(trained)
         except CodecError as error:
             expert, row, block = error.block or (0, None, None)
             raise UserError(
@@ -198,7 +191,9 @@ class ExpertStack:
                 f" block {block}: {error}. Training went wrong."
             ) from error
 
-    def _coded(self, values: Tensor, importance: Tensor | None) -> Packed:
+    def _coded(self, values: Tensor) -> Packed:
+        importance = self.job.weights.importance(self.projection.name)
+        importance = None if importance is None else importance.to(values.device)
         block_format, near, turned = self.job.block_format, torch.empty_like(values), values.transpose(1, 2)
         unit = tensor_scale_of(turned, block_format)
         blocks_in_row = turned.shape[2] // block_format.block_size
@@ -208,7 +203,7 @@ class ExpertStack:
 
     def _account(self, trained: Tensor, new: Packed, base: Tensor, old: Packed) -> None:
         job = self.job
-        if new is old:
+        if new.values is base:
             self.survival.add_untouched(trained, new.scales.numel())
         else:
             scales, units = (new.scales, old.scales), (new.tensor_scale, old.tensor_scale)
@@ -254,20 +249,9 @@ def packed_piece(stack: ExpertStack, blocks: str, scales: str) -> Piece:
 
 
 def _keep(new: Packed, old: Packed, experts: Tensor) -> None:
-    """Give some experts what the source has of them."""
-    for mine, source in zip(_tensors(new), _tensors(old), strict=True):
-        bytes_of = [each.view(len(each), -1).view(torch.uint8) for each in (mine, source)]  # of each expert
-        # As bytes: torch 2.13 has no indexed copy of float8.
-        bytes_of[0][experts] = bytes_of[1][experts]
-
-
-def _none_of(blocks: Tensor) -> Tensor:
-    return torch.zeros_like(blocks, dtype=torch.bool)
-
-
-def _tensors(packed: Packed) -> list[Tensor]:
-    every = (packed.blocks, packed.scales, packed.saturated, packed.tensor_scale)
-    return [each for each in every if each is not None]
+    """Give some experts of MXFP4 what the source has of them: the same values, perhaps under other scales."""
+    for mine, source in ((new.blocks, old.blocks), (new.scales, old.scales), (new.saturated, old.saturated)):
+        mine[experts] = source[experts]
 
 
 def _raise_if_not_divisible(projection: ExpertProjection, job: Job) -> None:

@@ -206,10 +206,11 @@ def test_what_training_left_alone_is_said_to_be_the_source_s(smoke_run: Path, tm
     assert details["survival"] == 0 and details["relative_squared_error"] == 0
 
 
-def test_experts_of_nvfp4_that_did_not_move_keep_their_values_beside_those_that_did(
-    smoke_run: Path, tmp_path: Path
+@pytest.mark.parametrize("rule", ["mse", "nearest"])
+def test_experts_of_nvfp4_that_did_not_move_do_not_depend_on_those_that_did(
+    rule: str, smoke_run: Path, tmp_path: Path
 ) -> None:
-    """Blocks, scales and tensor scales of an expert belong together."""
+    """Blocks, scales and tensor scales of an expert belong together; `nearest` rounds values of MXFP4 to others."""
     plain = Path(shutil.copytree(smoke_run / "upcast", tmp_path / "plain"))
     (plain / artifacts.ARTIFACT_FILE).unlink()
     for path in plain.glob("*.safetensors"):
@@ -217,17 +218,24 @@ def test_experts_of_nvfp4_that_did_not_move_keep_their_values_beside_those_that_
         for name in tensors.keys() & set(STACKS):
             tensors[name][1::3] *= 1.1
         save_file(tensors, path, {"format": "pt"})
-    directory = exported(smoke_run, tmp_path, "nvfp4", "format=nvfp4", source=str(plain))
-    assert artifacts.load(directory).details["copied_experts"] == 2 * 2 * 5
-    trained, base, found = stored(plain), stored(smoke_run / "upcast"), stored(directory)
+    settings = ("format=nvfp4", f"format.scale_rule={rule}")
+    directory = exported(smoke_run, tmp_path, "nvfp4", *settings, source=str(plain))
+    unmoved = exported(smoke_run, tmp_path / "unmoved", "nvfp4", *settings, source="upcast")
+    details = artifacts.load(unmoved).details
+    assert (details["copied_experts"], details["survival"], details["changed_scales"]) == (0, 0, 0)
+    assert (details["relative_squared_error"] == 0) == (rule == "mse")
+    trained, base, found, other = (stored(each) for each in (plain, smoke_run / "upcast", directory, unmoved))
+    is_moved = torch.tensor([expert % 3 == 1 for expert in range(8)])
     for name in STACKS:
-        values = dequantized(found, name)
-        is_kept = torch.tensor([expert % 3 != 1 for expert in range(8)])
-        assert torch.equal(values[is_kept], base[name][is_kept].float())
-        error = (values - trained[name].float())[~is_kept].square().sum() / trained[name][~is_kept].square().sum()
+        values, alone = dequantized(found, name), dequantized(other, name)
+        assert torch.equal(values[~is_moved], alone[~is_moved])
+        assert torch.equal(alone, base[name].float()) == (rule == "mse")
+        error = (values - trained[name].float())[is_moved].square().sum() / trained[name][is_moved].square().sum()
         assert 0 < error < 0.02
-    proof = (f"verify.checkpoint={directory}", f"verify.reference={next((smoke_run / 'source').iterdir())}")
-    assert run_program("stage=verify", "recipe=smoke", *SHORT, f"run_dir={tmp_path / 'proof'}", *proof) == 0
+    for each in (directory, unmoved):
+        proof = (f"verify.checkpoint={each}", f"verify.reference={next((smoke_run / 'source').iterdir())}")
+        run = f"run_dir={tmp_path / 'proof' / each.parent.parent.name}"
+        assert run_program("stage=verify", "recipe=smoke", *SHORT, run, *proof) == 0
 
 
 def test_another_format_than_the_trained_one_is_refused_unless_it_is_asked_for(
