@@ -185,8 +185,12 @@ def sum_of_squares(values: Tensor) -> float:
 
 def unequal_blocks(one: Tensor, other: Tensor, block_format: BlockFormat) -> Tensor:
     """Which blocks of two (E, in, out) hold other values: (E, out, nb) bool; a zero's sign does not count."""
-    blocks = (values.unflatten(1, (-1, block_format.block_size)) for values in (one, other))
-    return torch.stack([kernels.unequal(*pair) > 0 for pair in zip(*blocks, strict=True)]).transpose(1, 2)
+    blocks = [values.unflatten(1, (-1, block_format.block_size)) for values in (one, other)]
+    experts, nb, _, lanes = blocks[0].shape
+    found = torch.empty((experts, nb, lanes), dtype=torch.bool, device=one.device)
+    for into, *pair in zip(found, *blocks, strict=True):
+        into.copy_(kernels.unequal(*pair) > 0)
+    return found.transpose(1, 2)
 
 
 class _StraightThrough(torch.autograd.Function):

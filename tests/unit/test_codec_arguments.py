@@ -21,6 +21,8 @@ def test_empty_tensors_give_empty_tensors(block_format: BlockFormat, shape: tupl
     assert scales.shape == (*shape[:-1], per_row)
     assert decode(blocks, scales, tensor_scale=unit).shape == shape
     assert fake_quantize(values, block_format).shape == shape
+    stack = (values if values.ndim == 3 else values.unsqueeze(0)).mT
+    assert unequal_blocks(stack, stack, block_format).shape == (len(stack), *scales.shape[-2:])
 
 
 def test_an_input_that_no_token_reaches_passes_a_gradient() -> None:
