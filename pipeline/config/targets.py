@@ -1,0 +1,72 @@
+"""Export targets: what is known of each layout without reading a tensor. A new target is one row and one file.
+
+The file is `pipeline/export/<name>.py`. It writes the layout and says how to read it back. The choices of the setting,
+the rules between settings, size estimates and the model card derive from the rows.
+"""
+
+from dataclasses import dataclass
+
+from pipeline.numerics.formats import MXFP4, NVFP4
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layout that `export` writes.
+
+    Attributes:
+        holds: names of the formats that it can hold.
+        expert_bits: bits that a weight of an expert takes on disk, scales included.
+        title: what the layout is, in a sentence of the model card.
+        usage: commands that serve it; {model} is its repository or directory.
+        tags: for the Hub.
+        library: what loads it, by its name on the Hub; None if the Hub has no name for it.
+    """
+
+    holds: tuple[str, ...]
+    expert_bits: float
+    title: str
+    usage: str
+    tags: tuple[str, ...]
+    library: str | None = None
+
+
+TARGETS = {
+    "mxfp4": Target(
+        holds=("mxfp4",),
+        expert_bits=MXFP4.bits_per_value,
+        title="MXFP4 in the layout of the original: experts in 4 bits, everything else in BF16",
+        usage="vllm serve {model}\nsglang serve --model-path {model}",
+        tags=("mxfp4", "vllm"),
+        library="transformers",
+    ),
+    "openai": Target(
+        holds=("mxfp4",),
+        expert_bits=MXFP4.bits_per_value,
+        title="MXFP4 in OpenAI's original layout, which its reference code (the package gpt-oss) loads",
+        usage="python -m gpt_oss.generate {model}",
+        tags=("mxfp4",),
+    ),
+    "nvfp4": Target(
+        holds=("nvfp4", "nvfp4_w4a4", "mxfp4"),
+        expert_bits=NVFP4.bits_per_value,
+        title="NVFP4: experts in 4 bits, everything else in BF16",
+        usage="trtllm-serve {model}",
+        tags=("nvfp4", "modelopt"),
+    ),
+    "gguf": Target(
+        holds=("mxfp4",),
+        expert_bits=MXFP4.bits_per_value,
+        title="GGUF with experts in MXFP4, for llama.cpp, Ollama and LM Studio",
+        usage="llama-server --jinja --model {model}/model.gguf",
+        tags=("gguf", "mxfp4"),
+    ),
+    "bf16": Target(
+        holds=("mxfp4", "nvfp4"),
+        expert_bits=16,
+        title="plain BF16, four times the size, with the values of the 4-bit format",
+        usage="vllm serve {model}",
+        tags=("vllm",),
+        library="transformers",
+    ),
+}
+"""Layouts by name, the value of `export.target`."""
