@@ -20,6 +20,7 @@ class Target:
         usage: commands that serve it; {model} is its repository or directory.
         tags: for the Hub.
         library: what loads it, by its name on the Hub; None if the Hub has no name for it.
+        fp32: parts of tensor names. Tensors with such a name in the plain layout are FP32. Other tensors are BF16.
     """
 
     holds: tuple[str, ...]
@@ -28,6 +29,11 @@ class Target:
     usage: str
     tags: tuple[str, ...]
     library: str | None = None
+    fp32: tuple[str, ...] = ()
+
+    def is_fp32(self, name: str) -> bool:
+        """Whether the layout holds a tensor in FP32. Experts' weights take `expert_bits` instead."""
+        return any(part in name for part in self.fp32)
 
 
 TARGETS = {
@@ -59,6 +65,7 @@ TARGETS = {
         title="GGUF with experts in MXFP4, for llama.cpp, Ollama and LM Studio",
         usage="llama-server --jinja --model {model}/model.gguf",
         tags=("gguf", "mxfp4"),
+        fp32=("bias", "norm", "sinks", "router"),  # vectors and the router, as llama.cpp's converter has them
     ),
     "bf16": Target(
         holds=("mxfp4", "nvfp4"),

@@ -14,7 +14,8 @@ from typing import Any
 
 from pipeline import rounding
 from pipeline.config import LoraTarget, Method, PipelineConfig, Precision, Stage, TrainConfig
-from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, other_tensors, packed_layout, plain_layout
+from pipeline.config.targets import TARGETS
+from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, other_tensors, plain_layout
 from pipeline.rules import adapted_layers
 
 _WEIGHT_TYPE = {Precision.fp32: "F32", Precision.mixed_bf16: "F32", Precision.bf16: "BF16"}
@@ -121,7 +122,7 @@ def disk(config: PipelineConfig, shape: Shape, is_packed: bool) -> dict[str, int
     """Bytes that each stage leaves in its directory; hard links take none.
 
     Args:
-        config: which stages train what.
+        config: which stages train what, and the export's target.
         shape: of the model.
         is_packed: whether the source is MXFP4; a BF16 one is linked.
     """
@@ -134,8 +135,19 @@ def disk(config: PipelineConfig, shape: Shape, is_packed: bool) -> dict[str, int
         "sft": saved[Stage.sft],
         "quantize": plain[_WEIGHT_TYPE[config.sft.precision]] if merges else saved[Stage.qat] if begins else 0,
         "qat": saved[Stage.qat],
-        "export": _bytes(packed_layout(shape)),
+        "export": export_bytes(shape, config.export.target.name),
     }
+
+
+def export_bytes(shape: Shape, target: str) -> int:
+    """Bytes of the tensors of an export.
+
+    Scales of whole tensors and of inputs (NVFP4) are not counted. They take a few bytes per expert.
+    """
+    layout = TARGETS[target]
+    experts = parameters(shape)["experts"] * layout.expert_bits / 8
+    others = sum(prod(info.shape) * (4 if layout.is_fp32(name) else 2) for name, info in other_tensors(shape).items())
+    return round(experts) + others
 
 
 def checkpoints(shape: Shape, train: TrainConfig) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints import Checkpoint, load_tokenizer
+from pipeline.config.targets import TARGETS
 from pipeline.errors import UserError
 from pipeline.export.layout import Codes, Held, Layout, with_signed_zeros
 from pipeline.export.mxfp4 import legacy_config
@@ -137,9 +138,8 @@ def other_tensors_of(names: Any, source: str, shape: tuple[int, ...]) -> dict[st
     halves = [source.replace("gate_up_proj_bias", f"{part}_proj.bias") for part in ("gate", "up")]
     plain = source.replace("down_proj_bias", "down_proj.bias").replace("self_attn.sinks", "self_attn.sinks.weight")
     targets = halves if is_gate_up else [plain]
-    info = TensorInfo(
-        "F32" if len(shape) == 1 or "mlp." in source else "BF16", (*shape[:-1], shape[-1] // len(targets))
-    )
+    dtype = "F32" if TARGETS["gguf"].is_fp32(source) else "BF16"
+    info = TensorInfo(dtype, (*shape[:-1], shape[-1] // len(targets)))
     return {_name(names, target): info for target in targets}
 
 

@@ -19,7 +19,7 @@ from pipeline.harmony import Rendering
 from pipeline.languages import Languages
 from pipeline.tracking import is_main_process, log_metrics
 
-_SETTINGS = ("data", "model.path", "model.revision", "sft", "qat", "doctor.languages")
+_SETTINGS = ("data", "model.path", "model.revision", "sft", "qat", "export.target", "doctor.languages")
 
 
 def run(config: PipelineConfig) -> Artifact:

@@ -67,6 +67,17 @@ def test_a_second_run_is_up_to_date_and_shows_the_row_asked_for(
     assert "[doctor] up to date" in out and "[doctor] row 3 (synthetic://arithmetic: row 3)" in out
 
 
+def test_another_export_target_brings_the_report_up_to_date(run_dir: Path) -> None:
+    needs = {}
+    for target in ("mxfp4", "bf16"):
+        assert doctor(run_dir, "data.max_samples=80", f"export.target={target}") == 0
+        needs[target] = artifacts.load(run_dir / "doctor").details["needs"]
+    parameters = needs["bf16"]["parameters"]
+    others = 2 * (parameters["all"] - parameters["experts"])
+    experts = {target: each["disk_bytes"]["export"] - others for target, each in needs.items()}
+    assert experts["bf16"] / experts["mxfp4"] == 16 / 4.25
+
+
 def test_what_is_wrong_is_said_on_stderr_and_kept(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """What a run needs, against what transformers, PEFT and torch really allocate for a tiny model."""
 
+import importlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline import adapters, rounding
 from pipeline.config import (
+    ExportConfig,
+    ExportTarget,
     LoraConfig,
     LoraTarget,
     Method,
@@ -26,7 +30,12 @@ from pipeline.config import (
     TrainConfig,
 )
 from pipeline.doctor import needs
+from pipeline.export import EXPORTERS
+from pipeline.export.target import Job
 from pipeline.gpt_oss import Shape
+from pipeline.models import ModelRef, Weights
+from pipeline.numerics.formats import MXFP4
+from pipeline.source import Source
 from pipeline.synthetic import create_tiny
 
 TINY = TinyConfig(num_hidden_layers=3, num_key_value_heads=1)
@@ -161,6 +170,40 @@ def test_disk_is_what_the_shapes_say() -> None:
     assert (found["upcast"], found["sft"], found["qat"]) == (2 * every, 4 * every, 4 * every)
     assert found["quantize"] == 0
     assert found["export"] == pytest.approx(13.76e9, rel=0.001)  # the size of openai/gpt-oss-20b
+
+
+def exported_to(target: str) -> PipelineConfig:
+    return replace(settings(FULL, FULL), export=ExportConfig(target=ExportTarget[target]))
+
+
+@pytest.mark.parametrize("target", EXPORTERS)
+def test_an_export_takes_the_bytes_that_its_target_writes(target: str, tmp_path: Path) -> None:
+    tiny, directory = tmp_path / "tiny", tmp_path / "export"
+    create_tiny(tiny, TINY)
+    directory.mkdir()
+    job = Job(Weights(ModelRef("tiny", tiny, tiny)), Source(tiny, ""), MXFP4, 1 << 30, "cpu")
+    EXPORTERS[target].write(job, directory)
+    found = needs.disk(exported_to(target), job.weights.shape, True)["export"]
+    assert found == pytest.approx(tensor_bytes(directory), rel=0.01)
+
+
+def tensor_bytes(export: Path) -> int:
+    """Size of the tensors in the files, read by the formats' own libraries. Headers and the tokenizer are left out."""
+    if files := list(export.glob("*.gguf")):
+        return sum(
+            int(each.n_bytes) for path in files for each in importlib.import_module("gguf").GGUFReader(path).tensors
+        )
+    return sum(each.nbytes for path in export.glob("*.safetensors") for each in load_file(path).values())
+
+
+def test_experts_take_four_times_the_bytes_in_bf16() -> None:
+    mxfp4, nvfp4, bf16 = (
+        needs.disk(exported_to(target), RELEASED, True)["export"] for target in ("mxfp4", "nvfp4", "bf16")
+    )
+    experts = needs.parameters(RELEASED)["experts"]
+    others = 2 * (needs.parameters(RELEASED)["all"] - experts)
+    assert (bf16 - others) / (mxfp4 - others) == 16 / 4.25
+    assert (nvfp4 - others) / (mxfp4 - others) == 4.5 / 4.25
 
 
 @pytest.mark.parametrize(
