@@ -1,93 +1,48 @@
-"""Checkpoints for serving: for each target a writer and how to read it back, one row in EXPORTERS."""
+"""Checkpoints for serving: one file per row of TARGETS, which writes the layout and says how to read it back."""
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+import importlib
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
-from pipeline.artifacts import Kind
-from pipeline.checkpoints import Checkpoint, TensorFiles, read_config
+from pipeline.checkpoints import TensorFiles
+from pipeline.config.targets import TARGETS
 from pipeline.errors import UserError
-from pipeline.export import bf16, gguf, gguf_layout, mxfp4, nvfp4, openai
-from pipeline.export.layout import Files, Layout, packed_layout, unpacked_layout
-from pipeline.export.target import Job
-from pipeline.gpt_oss import Shape, TensorInfo
-from pipeline.shards import Written
+from pipeline.export.exporter import Exporter
 
 
-@dataclass(frozen=True)
-class Target:
-    """A layout.
+def exporters() -> dict[str, Exporter]:
+    """The EXPORTER of every target, from `pipeline/export/<name>.py`.
 
-    Attributes:
-        write: (job, directory) -> what was written.
-        kind: of the directory.
-        layout: which stored tensors hold which tensor of the plain layout.
-        described: (base model, names of stored tensors) -> what `said` must be.
-        mark: part of a tensor's name that no other layout has; None: what has none of the others'.
-        open: the files of a directory.
-        said: what a directory says of its model.
-        optional: tensors that may be there besides, all or none.
-        calibrated: (directory of a model with quantized inputs) -> what these must hold.
-        records: files that the layout has besides the base model's.
-        is_one_file: whether a single file holds everything, tokenizer and configuration too.
+    Raises:
+        ImportError: a target has no such file, or the file has no EXPORTER.
     """
-
-    write: Callable[[Job, Path], Written]
-    kind: Kind
-    layout: Callable[[Shape], Layout]
-    described: Callable[[Checkpoint, Collection[str]], dict[str, Any]]
-    mark: str | None
-    open: Callable[[Path], Files] = TensorFiles
-    said: Callable[[Path], dict[str, Any]] = read_config
-    optional: Callable[[Shape], dict[str, TensorInfo]] = lambda shape: {}
-    calibrated: Callable[[Path], dict[str, Tensor]] = lambda model: {}
-    records: tuple[str, ...] = ()
-    is_one_file: bool = False
+    return {name: _exporter(name) for name in TARGETS}
 
 
-EXPORTERS = {
-    "mxfp4": Target(mxfp4.write, Kind.packed, packed_layout, mxfp4.described, "_blocks"),
-    "openai": Target(openai.write, Kind.foreign, openai.layout, openai.described, "block."),
-    "nvfp4": Target(
-        nvfp4.write,
-        Kind.foreign,
-        nvfp4.layout,
-        nvfp4.described,
-        "_weight_scale",
-        said=nvfp4.said,
-        optional=nvfp4.input_scales,
-        calibrated=nvfp4.calibrated,
-        records=(nvfp4.RECORD,),
-    ),
-    "gguf": Target(
-        gguf.write,
-        Kind.foreign,
-        gguf_layout.layout,
-        gguf_layout.described,
-        "blk.",
-        open=gguf_layout.GgufFile,
-        said=gguf_layout.said,
-        is_one_file=True,
-    ),
-    "bf16": Target(bf16.write, Kind.checkpoint, unpacked_layout, bf16.described, None),
-}
-"""Layouts by name.
+def _exporter(name: str) -> Exporter:
+    module = f"{__name__}.{name}"
+    where = f"TARGETS has a row {name!r}, but pipeline/export/{name}.py"
+    try:
+        found = vars(importlib.import_module(module)).get("EXPORTER")
+    except ModuleNotFoundError as error:
+        if error.name != module:  # the file is there, and imports something that is not
+            raise
+        raise ImportError(f"{where} does not exist. Add the file, or remove the row.") from error
+    if not isinstance(found, Exporter):
+        raise ImportError(f"{where} has no EXPORTER. End the file with EXPORTER = Exporter(write=…, …).")
+    return found
 
-Each note of what `write` returns has `tensors` (names), `is_copied` (whether they are the source's own bytes), and, of
-experts, `layer`, `copied_experts`, `other_than_trained` and `sums` of Survival.
-"""
+
+EXPORTERS = exporters()
+"""Exporters by the name of their target."""
 
 
 def recognized(directory: Path) -> str:
-    """The layout of a directory that nobody has named, told from its tensors' names; mxfp4 if they cannot be read."""
+    """The layout of a directory without a record, judged by its tensors' names; mxfp4 if they cannot be read."""
     if any(directory.glob("*.gguf")) and not any(directory.glob("*.safetensors")):
         return "gguf"
     try:
         names = TensorFiles(directory).tensors
     except UserError:
         return "mxfp4"
-    marked = (name for name, target in EXPORTERS.items() if target.mark and any(target.mark in each for each in names))
+    marked = (name for name, each in EXPORTERS.items() if each.mark and any(each.mark in tensor for tensor in names))
     return next(marked, "bf16")

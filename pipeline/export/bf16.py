@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.artifacts import Kind
 from pipeline.checkpoints import Checkpoint
+from pipeline.export.exporter import Exporter
+from pipeline.export.layout import unpacked_layout
 from pipeline.export.mxfp4 import legacy_config
 from pipeline.export.target import Job
 from pipeline.export.weights import ExpertStack, Packed, checked_base, others_piece, stacks, write_checkpoint
@@ -46,3 +49,6 @@ def _plain(stack: ExpertStack) -> Piece:
         return {**stack.note([name]), "is_copied": False}  # of an MXFP4 source no byte is the same
 
     return Piece({name: stack.projection.plain_tensor()}, lambda: stack.steps(put), note)
+
+
+EXPORTER = Exporter(write=write, kind=Kind.checkpoint, layout=unpacked_layout, described=described)

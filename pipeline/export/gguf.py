@@ -20,10 +20,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.artifacts import Kind
 from pipeline.checkpoints import CONFIG, load_tokenizer
 from pipeline.disk import raise_if_disk_too_small
 from pipeline.errors import UserError
-from pipeline.export.gguf_layout import ARCHITECTURE, HALF, expert_tensors_of, library, other_tensors_of, tensor_names
+from pipeline.export.exporter import Exporter
+from pipeline.export.gguf_layout import (
+    ARCHITECTURE,
+    HALF,
+    GgufFile,
+    described,
+    expert_tensors_of,
+    layout,
+    library,
+    other_tensors_of,
+    said,
+    tensor_names,
+)
 from pipeline.export.mxfp4 import legacy_config
 from pipeline.export.target import Job
 from pipeline.export.weights import ExpertStack, OtherTensor, Packed, checked_base, stacks
@@ -211,3 +224,14 @@ _KEYS = {
     "rope_scaling.beta_slow": "add_rope_scaling_yarn_beta_slow",
 }
 """Key of config.json -> what the writer calls it."""
+
+EXPORTER = Exporter(
+    write=write,
+    kind=Kind.foreign,
+    layout=layout,
+    described=described,
+    mark="blk.",
+    open=GgufFile,
+    said=said,
+    is_one_file=True,
+)

@@ -4,7 +4,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from pipeline.artifacts import Kind
 from pipeline.checkpoints import Checkpoint
+from pipeline.export.exporter import Exporter
+from pipeline.export.layout import packed_layout
 from pipeline.export.target import Job
 from pipeline.export.weights import checked_base, others_piece, packed_piece, stacks, write_checkpoint
 from pipeline.gpt_oss import QUANTIZATION_CONFIG, other_tensors
@@ -49,3 +52,6 @@ def legacy_config(config: dict[str, Any]) -> dict[str, Any]:
         legacy["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
         legacy["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 150000))
     return legacy
+
+
+EXPORTER = Exporter(write=write, kind=Kind.packed, layout=packed_layout, described=described, mark="_blocks")

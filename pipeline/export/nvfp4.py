@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.artifacts import write_json
+from pipeline.artifacts import Kind, write_json
 from pipeline.checkpoints import Checkpoint, load_calibration, read_config
 from pipeline.errors import UserError
+from pipeline.export.exporter import Exporter
 from pipeline.export.layout import Codes, Held, Layout, others, with_signed_zeros
 from pipeline.export.mxfp4 import legacy_config
 from pipeline.export.target import Job
@@ -176,3 +177,16 @@ def _in_config(record: dict[str, Any]) -> dict[str, Any]:
         "producer": record["producer"],
         "quant_method": "modelopt",
     }
+
+
+EXPORTER = Exporter(
+    write=write,
+    kind=Kind.foreign,
+    layout=layout,
+    described=described,
+    mark="_weight_scale",
+    said=said,
+    optional=input_scales,
+    calibrated=calibrated,
+    records=(RECORD,),
+)

@@ -7,8 +7,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from pipeline.artifacts import Kind
 from pipeline.checkpoints import CONFIG, Checkpoint
 from pipeline.errors import UserError
+from pipeline.export.exporter import Exporter
 from pipeline.export.layout import Held, Layout, packed
 from pipeline.export.mxfp4 import legacy_config
 from pipeline.export.target import Job
@@ -112,3 +114,6 @@ def original_config(config: dict[str, Any], where: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{where / CONFIG}: has no {', '.join(missing)}, which export.target=openai must say.")
     return values
+
+
+EXPORTER = Exporter(write=write, kind=Kind.foreign, layout=layout, described=described, mark="block.")

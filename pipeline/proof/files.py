@@ -22,7 +22,7 @@ from pipeline.checkpoints import (
     side_files,
 )
 from pipeline.errors import UserError
-from pipeline.export import Target
+from pipeline.export.exporter import Exporter
 from pipeline.export.layout import stored_tensors
 from pipeline.proof.check import Check
 from pipeline.shards import INDEX
@@ -35,7 +35,7 @@ _ABSENT = object()
 _LONGEST = 80  # characters of a value in a message
 
 
-def check_tensors(directory: Path, target: Target, base: Checkpoint) -> Check:
+def check_tensors(directory: Path, target: Exporter, base: Checkpoint) -> Check:
     """Names, shapes and types of an export's tensors; only where they are right can weights be compared."""
     check = Check("tensors: names, shapes and types as the layout has them for the base model's sizes")
     try:
@@ -50,7 +50,7 @@ def check_tensors(directory: Path, target: Target, base: Checkpoint) -> Check:
     return check
 
 
-def check_files(directory: Path, target: Target, base: Checkpoint) -> Check:
+def check_files(directory: Path, target: Exporter, base: Checkpoint) -> Check:
     """Every key of the configuration and every file beside the weights against the base model's; shards, strays."""
     if target.is_one_file:
         check = Check("files: the file's keys, tokenizer and chat template as the base model's")
@@ -65,7 +65,7 @@ def check_files(directory: Path, target: Target, base: Checkpoint) -> Check:
     return check
 
 
-_Look = Callable[[Path, Target, Checkpoint], Iterator[str]]
+_Look = Callable[[Path, Exporter, Checkpoint], Iterator[str]]
 
 
 def check_unchanged(export: Artifact, fingerprint: str, sizes: dict[str, int]) -> Check:
@@ -88,7 +88,7 @@ def check_unchanged(export: Artifact, fingerprint: str, sizes: dict[str, int]) -
     return check
 
 
-def _config_problems(directory: Path, target: Target, base: Checkpoint) -> Iterator[str]:
+def _config_problems(directory: Path, target: Exporter, base: Checkpoint) -> Iterator[str]:
     try:
         have, names = target.said(directory), target.open(directory).tensors
     except UserError as error:
@@ -117,7 +117,7 @@ def _short(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
-def _side_file_problems(directory: Path, target: Target, base: Checkpoint) -> Iterator[str]:
+def _side_file_problems(directory: Path, target: Exporter, base: Checkpoint) -> Iterator[str]:
     expected, present = set(side_files(base.directory)), set(side_files(directory)) - set(target.records)
     for name in sorted(name for name in expected | present if not name.endswith(_DOCUMENTS)):
         path = directory / name
@@ -129,7 +129,7 @@ def _side_file_problems(directory: Path, target: Target, base: Checkpoint) -> It
             yield f"{path}: differs from the base model's"
 
 
-def _stray_problems(directory: Path, _: Target, __: Checkpoint) -> Iterator[str]:
+def _stray_problems(directory: Path, _: Exporter, __: Checkpoint) -> Iterator[str]:
     for name in sorted(path.name for path in directory.iterdir()):
         if name in _ADAPTERS:
             yield f"{directory / name}: a leftover adapter, which transformers would add to the weights; remove it"
@@ -143,7 +143,7 @@ def _foreign_problems(directory: Path, *_: object) -> Iterator[str]:
             yield f"{directory / name}: does not belong to the layout, which is one file; remove it"
 
 
-def _shard_problems(directory: Path, target: Target, base: Checkpoint) -> Iterator[str]:
+def _shard_problems(directory: Path, target: Exporter, base: Checkpoint) -> Iterator[str]:
     """Shards that a strict reader refuses, or a careless one pairs wrongly; of weights that can be opened."""
     try:
         files = TensorFiles(directory)
@@ -158,7 +158,7 @@ def _shard_problems(directory: Path, target: Target, base: Checkpoint) -> Iterat
         yield from _index_problems(files, target, base)
 
 
-def _index_problems(files: TensorFiles, target: Target, base: Checkpoint) -> Iterator[str]:
+def _index_problems(files: TensorFiles, target: Exporter, base: Checkpoint) -> Iterator[str]:
     path = files.directory / INDEX
     index = json.loads(path.read_text(encoding="utf-8"))
     total = sum(info.bytes for info in files.tensors.values())

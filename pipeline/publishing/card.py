@@ -9,8 +9,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from pipeline import __version__
 from pipeline.artifacts import ARTIFACT_FILE, Artifact
 from pipeline.config import PipelineConfig, Stage
+from pipeline.config.targets import TARGETS
 from pipeline.publishing import record
-from pipeline.publishing.layouts import LAYOUTS
 from pipeline.source import Source
 
 FILE = "README.md"
@@ -30,13 +30,13 @@ def text(config: PipelineConfig, export: Artifact, proof: Artifact, base: Source
     """
     made = json.loads((export.directory / ARTIFACT_FILE).read_text(encoding="utf-8"))
     trained = record.trainings(record.lineage(export))
-    layout, repository = LAYOUTS[export.details["target"]], config.export.push_to_hub
+    target, repository = TARGETS[export.details["target"]], config.export.push_to_hub
     card = ModelCard.from_template(
         _metadata(config, export, trained, base),
         template_path=str(_TEMPLATE),
         title=repository.rpartition("/")[2] if repository else config.recipe,
-        layout=layout.name,
-        usage=layout.usage.format(model=repository or "<its repository or directory>"),
+        layout=target.title,
+        usage=target.usage.format(model=repository or "<its repository or directory>"),
         base_name=base_name(config) or Path(config.model.path).name,
         base_revision=_revision(config, base),
         base=base,
@@ -69,14 +69,14 @@ def license_of(config: PipelineConfig, base: Source) -> dict[str, Any]:
 
 
 def _metadata(config: PipelineConfig, export: Artifact, trained: list[Artifact], base: Source) -> ModelCardData:
-    layout, name = LAYOUTS[export.details["target"]], base_name(config)
+    target, name = TARGETS[export.details["target"]], base_name(config)
     is_tuned = bool(trained or export.details["moved_weights"])  # trained here or, where there is no record, elsewhere
     is_qat = any(each.stage == Stage.qat.name for each in trained)
-    tags = ["gpt_oss", *layout.tags, *(["quantization-aware-training"] if is_qat else []), "conversational"]
+    tags = ["gpt_oss", *target.tags, *(["quantization-aware-training"] if is_qat else []), "conversational"]
     return ModelCardData(
         base_model=name,
         base_model_relation=("finetune" if is_tuned else "quantized") if name else None,
-        library_name=layout.library,
+        library_name=target.library,
         pipeline_tag="text-generation",
         tags=tags,
         datasets=(record.hub_data_sets(trained[-1]) if trained else None) or None,

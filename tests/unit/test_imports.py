@@ -157,8 +157,9 @@ def test_stages_never_import_stages() -> None:
     assert users == set()
 
 
-def test_only_the_command_line_and_the_stage_all_choose_stages_by_name() -> None:
-    assert {name for name in modules() if "importlib" in imported(name)} == {"__main__", "stages.all"}
+def test_stages_and_export_targets_alone_are_imported_by_name() -> None:
+    """Stages by the command line and the stage `all`, export targets by their package."""
+    assert {name for name in modules() if "importlib" in imported(name)} == {"__main__", "stages.all", "export"}
 
 
 @pytest.mark.parametrize(("library", "importer"), ONLY_IMPORTER.items())

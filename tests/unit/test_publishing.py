@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard
 from pipeline import artifacts, provenance
 from pipeline.artifacts import Artifact, Kind, Result
 from pipeline.config import CardConfig, ExportConfig, ExportTarget, ModelConfig, PipelineConfig, Stage
+from pipeline.config.targets import TARGETS
 from pipeline.publishing import card, record
-from pipeline.publishing.layouts import LAYOUTS
 from pipeline.source import Source
 
 
@@ -32,7 +32,7 @@ def stage(config: PipelineConfig, name: Stage, details: dict[str, Any], **inputs
 
 
 def test_every_export_target_has_a_row() -> None:
-    assert set(LAYOUTS) == {target.name for target in ExportTarget}
+    assert set(TARGETS) == {target.name for target in ExportTarget}
 
 
 @pytest.mark.parametrize(
