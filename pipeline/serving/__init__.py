@@ -1,1 +1,1 @@
-"""Engines that serve an export: what each takes, how it is started, and that it is always ended again."""
+"""Starts an engine on an export, asks it a question, and always ends it. What engines take is in config/engines.py."""

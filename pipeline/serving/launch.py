@@ -11,9 +11,9 @@ from typing import Any
 from pipeline.artifacts import Artifact
 from pipeline.checkpoints import CONFIG, read_config
 from pipeline.config import PipelineConfig, ServeConfig
+from pipeline.config.engines import ENGINES, SERVERS, Server
 from pipeline.errors import user_errors
 from pipeline.gpt_oss import Shape
-from pipeline.serving.engines import ENGINES, Engine
 
 _SETTABLE = ("tensor_parallel_size", "context_length", "gpu_memory_fraction")
 _EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -56,21 +56,21 @@ def plan(config: PipelineConfig, export: Artifact, gpus: int, found: list[str]) 
         UserError: the engine cannot read the export or has no such setting; a tensor-parallel size that does not fit;
             unless it is only to be printed: the engine is not installed, or the port is taken.
     """
-    serve, engine = config.serve, ENGINES[config.serve.engine.name]
+    serve, server = config.serve, SERVERS[config.serve.engine.name]
     values = {name: getattr(serve, name) for name in ("host", "port", *_SETTABLE)} | {"name": config.recipe}
-    found = [*found, *_target_problems(serve, engine, export), *_setting_problems(serve, engine)]
-    if not found and "tensor_parallel_size" in engine.flags:
+    found = [*found, *_target_problems(serve, export), *_setting_problems(serve, server)]
+    if not found and "tensor_parallel_size" in server.flags:
         shape = Shape.of(read_config(export.directory), export.directory / CONFIG)
         found += _parallel_problems(serve, shape, gpus)
         values["tensor_parallel_size"] = serve.tensor_parallel_size or largest_parallel(shape, gpus)
     if not serve.dry_run:
-        found += _program_problems(serve, engine) + _port_problems(serve)
+        found += _program_problems(serve, server) + _port_problems(serve)
     if found:
         raise user_errors(found)
-    values["model"] = engine.model_in(export.directory, export.files)
+    values["model"] = server.model_in(export.directory, export.files)
     host = _EVERY_ADDRESS.get(serve.host, serve.host)
     address = f"http://{f'[{host}]' if ':' in host else host}:{serve.port}"
-    return Launch(engine.arguments(_program(serve), values, serve.extra_arguments), address, address + engine.health)
+    return Launch(server.arguments(_program(serve), values, serve.extra_arguments), address, address + server.health)
 
 
 def largest_parallel(shape: Shape, gpus: int) -> int:
@@ -87,23 +87,23 @@ def _undivided(shape: Shape, size: int) -> list[str]:
     return [f"{count} {name}" for name, count in counts.items() if count % size]
 
 
-def _target_problems(serve: ServeConfig, engine: Engine, export: Artifact) -> list[str]:
-    target = export.details["target"]
-    if target in engine.targets:
+def _target_problems(serve: ServeConfig, export: Artifact) -> list[str]:
+    target, targets = export.details["target"], ENGINES[serve.engine.name].targets
+    if target in targets:
         return []
-    able = [name for name, each in ENGINES.items() if target in each.targets]
+    able = [name for name in SERVERS if target in ENGINES[name].targets]
     others = f"serve.engine={' or '.join(able)} reads that one" if able else "no engine here reads that one"
     return [
-        f"serve.engine={serve.engine.name}: reads export.target={', '.join(engine.targets)}, and {export.directory} is"
+        f"serve.engine={serve.engine.name}: reads export.target={', '.join(targets)}, and {export.directory} is"
         f" export.target={target}. Export to another target, or change the engine: {others}."
     ]
 
 
-def _setting_problems(serve: ServeConfig, engine: Engine) -> list[str]:
+def _setting_problems(serve: ServeConfig, server: Server) -> list[str]:
     return [
         f"serve.{name}={getattr(serve, name)}: serve.engine={serve.engine.name} has no such setting. Set it to null."
         for name in _SETTABLE
-        if name not in engine.flags and getattr(serve, name) is not None
+        if name not in server.flags and getattr(serve, name) is not None
     ]
 
 
@@ -127,14 +127,14 @@ def _program(serve: ServeConfig) -> str | None:
     return str(Path(str(serve.program)).expanduser().absolute()) if is_path else serve.program
 
 
-def _program_problems(serve: ServeConfig, engine: Engine) -> list[str]:
-    program = _program(serve) or engine.command[0]
+def _program_problems(serve: ServeConfig, server: Server) -> list[str]:
+    program = _program(serve) or server.command[0]
     if shutil.which(program):
         return []
     where = f"serve.program={program}" if serve.program else f"serve.engine={serve.engine.name}"
     return [
-        f"{where}: no program {program!r} to start. Install it in an environment of its own ({engine.install}),"
-        f" and say where: serve.program=<path of its {engine.command[0]}>."
+        f"{where}: no program {program!r} to start. Install it in an environment of its own ({server.install}),"
+        f" and say where: serve.program=<path of its {server.command[0]}>."
     ]
 
 

@@ -154,7 +154,7 @@ def _engine_checks(config: PipelineConfig, subject: _Subject) -> list["Check"]:
         expected = engines.expectation(subject.reference.directory, _values(subject), trial)
         pythons = vars(config.verify.python)
         checks = [engines.check_engine(name, pythons[name], trial, expected) for name in asked]
-    others = [name for name, each in engines.ENGINES.items() if subject.target in each.targets and name not in asked]
+    others = [name for name in engines.engines_for(subject.target) if name not in asked]
     return [*checks, Check("engines", skipped=f"not in verify.engines: {', '.join(others)}")] if others else checks
 
 

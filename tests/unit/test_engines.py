@@ -1,5 +1,6 @@
 """Engines as `verify` runs them: the processes, what is said of each outcome, and how predictions are compared."""
 
+import json
 import math
 import time
 from pathlib import Path
@@ -9,11 +10,12 @@ import pytest
 import torch
 
 from pipeline.config import Engine, PythonConfig
+from pipeline.config.engines import ENGINES, LIBRARIES
 from pipeline.errors import UserError
 from pipeline.export import EXPORTERS
 from pipeline.proof import worker
 from pipeline.proof.check import Check
-from pipeline.proof.engines import ENGINES, Trial, check_engine, judged, prompts, raise_unless_loadable
+from pipeline.proof.engines import Trial, check_engine, judged, prompts, raise_unless_loadable
 
 EVEN = torch.full((2, 4), math.log(0.25))
 
@@ -66,6 +68,20 @@ def test_an_engine_that_is_not_installed_is_not_checked_and_says_how_to_get_it(t
     check = checked(tmp_path, f"exit {worker.NOT_INSTALLED}")
     assert check.status == "not checked"
     assert check.skipped is not None and "pip install" in check.skipped and "verify.python.openai" in check.skipped
+
+
+def test_the_worker_is_told_the_module_and_the_package_of_the_table(tmp_path: Path) -> None:
+    does = f'cp "$4" {tmp_path}/asked.json; exit {worker.NOT_INSTALLED}'
+    for name, library in LIBRARIES.items():
+        checked(tmp_path, does, name=name)
+        asked = json.loads((tmp_path / "asked.json").read_text(encoding="utf-8"))
+        assert (asked["module"], asked["distribution"]) == (library.module, library.distribution)
+
+
+def test_the_worker_says_with_its_exit_status_that_the_module_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "request.json").write_text('{"module": "not_installed_here"}', encoding="utf-8")
+    status = worker.main("mlx", str(tmp_path), str(tmp_path / "request.json"), str(tmp_path / "result.npy"))
+    assert status == worker.NOT_INSTALLED and not (tmp_path / "result.npy").exists()
 
 
 def test_an_engine_that_crashes_is_wrong_with_the_end_of_its_output(tmp_path: Path) -> None:
@@ -132,8 +148,8 @@ def test_an_engine_that_does_not_load_the_layout_and_a_python_that_is_not_there_
     assert "verify.python.mlx=/not/there: no such program" in str(error.value)
 
 
-def test_every_engine_has_a_worker_a_setting_and_layouts() -> None:
-    assert set(ENGINES) == set(worker.ENGINES) == set(Engine.__members__) == set(vars(PythonConfig()))
+def test_every_library_has_a_loader_a_setting_and_layouts() -> None:
+    assert set(LIBRARIES) == set(worker.LOADERS) == set(Engine.__members__) == set(vars(PythonConfig()))
     assert all(set(engine.targets) <= set(EXPORTERS) for engine in ENGINES.values())
 
 

@@ -17,10 +17,10 @@ from exports import EXPORTED, make_export, prove
 from pipeline import provenance
 from pipeline.artifacts import Artifact
 from pipeline.config import ExportTarget, ModelConfig, PipelineConfig, ServeConfig, ServingEngine, Stage
+from pipeline.config.engines import ENGINES, SERVERS
 from pipeline.errors import UserError
 from pipeline.gpt_oss import Shape
 from pipeline.serving import launch
-from pipeline.serving.engines import ENGINES
 from pipeline.serving.process import ended_by_signals
 from pipeline.stages import serve as stage
 from pipeline.stages.all import STAGES
@@ -74,7 +74,7 @@ def test_the_stage_all_neither_publishes_nor_serves() -> None:
 
 
 def test_the_table_has_a_row_for_every_engine_of_the_configuration() -> None:
-    assert set(ENGINES) == {engine.name for engine in ServingEngine}
+    assert set(SERVERS) == {engine.name for engine in ServingEngine}
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -82,9 +82,9 @@ def test_engines_read_targets_that_exist(name: str) -> None:
     assert set(ENGINES[name].targets) <= {target.name for target in ExportTarget}
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", SERVERS)
 def test_every_engine_can_be_told_its_model_and_where_to_listen(name: str) -> None:
-    assert {"model", "host", "port"} <= set(ENGINES[name].flags)
+    assert {"model", "host", "port"} <= set(SERVERS[name].flags)
 
 
 def test_vllm_gets_the_directory_and_every_setting(config: PipelineConfig, export: Artifact) -> None:
