@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.export import bf16, gguf, gguf_layout, mxfp4, nvfp4, openai
 from pipeline.export.layout import Files, Layout, packed_layout, unpacked_layout
 from pipeline.export.target import Job
-from pipeline.gpt_oss import Shape, TensorInfo
+from pipeline.gpt_oss import BLOCKS_SUFFIX, Shape, TensorInfo
 from pipeline.shards import Written
 
 
@@ -49,7 +49,7 @@ class Target:
 
 
 EXPORTERS = {
-    "mxfp4": Target(mxfp4.write, Kind.packed, packed_layout, mxfp4.described, "_blocks"),
+    "mxfp4": Target(mxfp4.write, Kind.packed, packed_layout, mxfp4.described, BLOCKS_SUFFIX),
     "openai": Target(openai.write, Kind.foreign, openai.layout, openai.described, "block."),
     "nvfp4": Target(
         nvfp4.write,
