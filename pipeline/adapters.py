@@ -1,4 +1,7 @@
-"""LoRA on attention and on expert stacks, and its merge into the weights. The only importer of peft."""
+"""LoRA adapters on attention and on expert stacks, and how they are merged into the weights.
+
+This is the only module that imports peft.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -16,28 +19,27 @@ from pipeline import sharding
 from pipeline.checkpoints import ADAPTER_WEIGHTS
 from pipeline.config import LoraTarget, TrainConfig
 from pipeline.errors import CheckFailed, UserError
-from pipeline.gpt_oss import EXPERT_WEIGHTS
+from pipeline.gpt_oss import ATTENTION_PROJECTIONS, EXPERT_WEIGHTS, attention_projection, expert_parameter
 from pipeline.rules import adapted_layers
 
 _ADAPTER = "default"
 _QUANTIZER = "_weight_quantizer"
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def attach(model: Any, train: TrainConfig, section: str) -> PeftModel:
-    """Give the chosen parts of the chosen layers fresh adapters; everything else is frozen.
+    """Attach new adapters to the configured parts of the configured layers, and freeze everything else.
 
     Args:
-        model: a plain gpt-oss.
-        train: `lora` says where and how large, `seed` decides the initial values.
+        model: a gpt-oss model without adapters or quantizers.
+        train: `lora` sets where adapters go and their rank; `seed` sets their initial values.
         section: name of `train` in the configuration, for messages.
 
     Raises:
-        UserError: a layer that the model does not have.
-        CheckFailed: the model has quantizers already; under adapters on experts they would never run.
+        UserError: the configuration names a layer that the model does not have.
+        CheckFailed: the model has quantizers already. Quantizers under adapters on experts would never run.
     """
     if any(name.endswith(_QUANTIZER) for name, _ in model.named_modules()):
-        raise CheckFailed("adapters: the model is quantized already; attach them before quantizers are inserted")
+        raise CheckFailed("adapters: the model is quantized already. Attach adapters before quantizers are inserted.")
     lora = train.lora
     count = model.config.num_hidden_layers
     layers = adapted_layers(lora, count)
@@ -49,12 +51,12 @@ def attach(model: Any, train: TrainConfig, section: str) -> PeftModel:
     config = PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        lora_dropout=0.0,  # PEFT cannot drop out inputs of a parameter that it adapts in place
+        lora_dropout=0.0,  # PEFT does not support dropout for `target_parameters`
         bias="none",
-        target_modules=[f"model.layers.{i}.self_attn.{p}" for i in layers for p in _ATTENTION] if attention else [],
-        target_parameters=[f"model.layers.{i}.mlp.experts.{p}" for i in layers for p in EXPERT_WEIGHTS]
-        if experts
-        else None,
+        target_modules=[attention_projection(i, name) for i in layers for name in ATTENTION_PROJECTIONS]
+        if attention
+        else [],
+        target_parameters=[expert_parameter(i, name) for i in layers for name in EXPERT_WEIGHTS] if experts else None,
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(train.seed)
@@ -62,29 +64,29 @@ def attach(model: Any, train: TrainConfig, section: str) -> PeftModel:
 
 
 def load(model: Any, directory: Path, trainable: bool) -> PeftModel:
-    """Attach the adapters saved in `directory`."""
+    """Attach the adapters that are saved in `directory`."""
     return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
 
 
 def is_adapted(model: Any) -> bool:
-    """Whether the model carries adapters."""
+    """Whether the model has adapters."""
     return isinstance(model, PeftModel)
 
 
 def base_of(model: Any) -> Any:
-    """The model itself, with any adapters in place but without PEFT's wrapper around it."""
+    """The model without PEFT's wrapper around it. Adapters stay attached to its layers."""
     return model.get_base_model() if is_adapted(model) else model
 
 
 def merge_attention(model: Any) -> None:
-    """Merge the adapters of attention layers, in place, with PEFT's own merge; those of experts stay adapters."""
+    """Merge the adapters of attention layers in place, with PEFT's own merge. Adapters of experts stay adapters."""
     for module in model.modules():
         if isinstance(module, Linear):
             module.merge()
 
 
 def parameter_name(module_name: str) -> str:
-    """Name in the plain model of a module or parameter of an adapted one."""
+    """The name that a module or parameter of an adapted model has in the plain model."""
     return module_name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
@@ -95,10 +97,10 @@ def is_factor(parameter_name: str) -> bool:
 
 @torch.no_grad()
 def expert_weights(model: Any, experts: slice) -> Iterator[tuple[str, Tensor]]:
-    """Some experts (E, in, out) of each stack that is trained, adapters merged; for all processes together.
+    """Some experts (E, in, out) of each trained stack, with adapters merged. This is a collective call.
 
-    Of a sharded stack only the main process yields experts, from its own part, which is the first. Stacks whose
-    parameter is not here (ZeRO-3 empties it between forward passes) are left out.
+    If a stack is sharded, only the main process yields experts; they come from its own shard, which is the first. A
+    stack is skipped if its parameter is empty, as ZeRO-3 leaves it between forward passes.
     """
     adapted = {
         f"{parameter_name(name)}.{module.parameter_name}": module
@@ -110,13 +112,13 @@ def expert_weights(model: Any, experts: slice) -> Iterator[tuple[str, Tensor]]:
         if not name.endswith(EXPERT_WEIGHTS) or not (parameter.requires_grad or name in adapted):
             continue
         stack = sharding.first_part(parameter)
-        delta = _delta(adapted[name], experts) if name in adapted else None  # a joint effort where factors are sharded
+        delta = _delta(adapted[name], experts) if name in adapted else None  # a collective if factors are sharded
         if stack.numel():
             yield name, stack[experts] if delta is None else stack[experts] + delta
 
 
 def _delta(wrapper: ParamWrapper, experts: slice) -> Tensor:
-    """What its adapter adds to some experts (E, in, out) of a stack; that of the whole stack is never made."""
+    """The delta that an adapter adds to some experts (E, in, out). The delta of the whole stack is never computed."""
     first, end, _ = experts.indices(wrapper.num_experts)
     start = min(first, max(0, wrapper.num_experts - 2))
     count = min(max(2, end - start), wrapper.num_experts)
@@ -126,7 +128,7 @@ def _delta(wrapper: ParamWrapper, experts: slice) -> Tensor:
 
 @contextmanager
 def _whole_factors(wrapper: ParamWrapper) -> Iterator[None]:
-    """Inside the block the adapter has its factors whole, where each process holds a part of them."""
+    """Gather the factors of an adapter for the duration of the block."""
     with ExitStack() as gathered:
         for factor in (*wrapper.lora_A.values(), *wrapper.lora_B.values()):
             whole = gathered.enter_context(sharding.gathered(_weight(factor)))
@@ -141,20 +143,20 @@ def is_wrapped(module_name: str) -> bool:
 
 
 class Merger:
-    """The adapters of a directory, merged tensor by tensor, without the base model in memory.
+    """Merges the adapters of a directory tensor by tensor, without the base model in memory.
 
-    PEFT's own `merge` does it, one layer of a skeleton at a time: base + delta in the type of the weights. That is also
-    what a quantizer on an adapted expert stack sees: ModelOpt 0.47 adds PEFT's delta weight to the base before it
-    quantizes. (Without quantizers PEFT folds the factors into one baddbmm, which rounds differently in the last bit.)
+    PEFT's own `merge` runs on one layer of a model without weights at a time: base + delta in the type of the weights.
+    A quantizer on an adapted expert stack sees the same values: ModelOpt 0.47 adds PEFT's delta to the base before it
+    quantizes. (Without quantizers PEFT uses one baddbmm, which rounds differently in the last bit.)
     """
 
     def __init__(self, directory: Path, model_config: Any, dtype: torch.dtype) -> None:
         """Read the adapters.
 
         Args:
-            directory: of the adapter.
+            directory: where the adapters are.
             model_config: transformers configuration of the base model.
-            dtype: type that the base weights had in training.
+            dtype: type of the base weights in training.
         """
         from transformers import AutoModelForCausalLM
 
@@ -177,11 +179,11 @@ class Merger:
                 factor[_ADAPTER].weight = torch.nn.Parameter(weights.pop(f"{name}.{side}.weight"))
         if weights:
             raise UserError(
-                f"{directory / ADAPTER_WEIGHTS}: holds tensors of no adapter: {', '.join(sorted(weights)[:3])}."
+                f"{directory / ADAPTER_WEIGHTS}: tensors belong to no adapter: {', '.join(sorted(weights)[:3])}."
             )
 
     def __contains__(self, name: str) -> bool:
-        """Whether a parameter of the plain model has an adapter."""
+        """Whether this parameter of the plain model has an adapter."""
         return name in self._layers
 
     @torch.no_grad()
@@ -189,9 +191,9 @@ class Merger:
         """base + delta, in the type that training used.
 
         Args:
-            name: of the parameter.
-            base: its base weights; of an expert stack any two or more experts (E, in, out) will do.
-            first: which expert the first of them is.
+            name: name of the parameter in the plain model.
+            base: its base weights. For an expert stack, two or more consecutive experts (E, in, out) are enough.
+            first: index of the first expert in `base`.
         """
         layer = self._layers[name]
         owner, attribute = layer.get_base_layer(), name.rpartition(".")[2]
@@ -211,11 +213,11 @@ def _weight(factor: Any) -> Tensor:
 
 @contextmanager
 def _only_experts(layer: ParamWrapper, first: int, count: int) -> Iterator[None]:
-    """Let an adapter of an expert stack be that of `count` experts from `first` on.
+    """Reduce the adapter of an expert stack to `count` experts from `first` on, for the duration of the block.
 
-    PEFT 0.21 keeps the factors of all experts in two matrices: A (experts * rank, in), B (out, rank * experts). There
-    is no public way to merge a part, and the delta of a whole stack takes gigabytes. Not for one expert: PEFT takes
-    another way then.
+    PEFT 0.21 keeps the factors of all experts in two matrices: A (experts * rank, in), B (out, rank * experts). It has
+    no public way to merge only some experts, and the delta of a whole stack takes gigabytes. `count` must not be 1,
+    because PEFT handles a single expert differently.
     """
     everyone, factor_a, factor_b = layer.num_experts, layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
     a, b = _weight(factor_a), _weight(factor_b)

@@ -1,13 +1,18 @@
-"""Whether an attention implementation may train gpt-oss: compared with eager on a small random model before it does.
+"""Checks an attention implementation before training: it is compared with eager on a small random gpt-oss.
 
-Each query of gpt-oss attends to one more logit, its head's learned sink, which takes probability and gives no value.
-Kernels that know nothing of it run all the same and train another model; some honour it in the forward pass and leave
-its gradient out. So nothing is trusted by its name. The same batch goes through the same weights three times: with
-eager in float64, as the truth; with eager in the precision of the run, whose distance from the truth is what rounding
-costs; and with the implementation asked for, which may be a few times as far away. The batch is longer than the sliding
-window and padded on the right, as training pads; every token goes to every expert, since a choice that rounding flips
-would hide what attention does. Where training packs, the implementation also gets the same documents packed into one
-row, and the truth stays that of each alone: a kernel that lets them see each other is off by far.
+Each query of gpt-oss attends to one more logit, its head's learned sink, which takes probability but has no value.
+Kernels without support for sinks run without an error and train a different model. Some use the sink in the forward
+pass but do not compute its gradient. So no implementation is trusted by its name.
+
+The same batch goes through the same weights three times:
+1. with eager in float64, as the reference;
+2. with eager in the precision of the run, to measure the error from rounding;
+3. with the configured implementation, whose error may be a few times as large.
+
+The batch is longer than the sliding window and padded on the right, as in training. Every token goes to every expert,
+because a router choice that flips by rounding would hide errors of attention. If training packs documents, the third
+pass has the documents packed into one row, and the reference keeps them separate. A kernel that lets packed documents
+see each other then has a large error.
 """
 
 import math
@@ -22,18 +27,18 @@ from torch.nn import functional
 from pipeline import documents
 from pipeline.config import Precision, TrainConfig
 from pipeline.errors import UserError
+from pipeline.gpt_oss import ATTENTION, ATTENTION_TYPES, K_PROJ, Q_PROJ, SINKS, V_PROJ, in_layer
 from pipeline.harmony import IGNORED
 from pipeline.models import TRAIN_DTYPES
 from pipeline.tracking import say
 
 _EAGER = "eager"
-_LAYERS = ("sliding_attention", "full_attention")
 _VOCABULARY, _EXPERTS, _LENGTHS = 128, 2, (288, 256)
-# Heads of 64, eight queries to a key, and the window are those of the released models: kernels are made for such sizes.
+# Heads of 64, eight queries per key and the window are as in the released models, because kernels support few sizes.
 _SIZES: dict[str, Any] = {
     "vocab_size": _VOCABULARY,
-    "num_hidden_layers": len(_LAYERS),
-    "layer_types": list(_LAYERS),
+    "num_hidden_layers": len(ATTENTION_TYPES),
+    "layer_types": list(ATTENTION_TYPES),
     "sliding_window": 128,
     "hidden_size": 64,
     "intermediate_size": 64,
@@ -45,24 +50,24 @@ _SIZES: dict[str, Any] = {
     "pad_token_id": 0,
     "use_cache": False,
 }
-_PARTS = {"sinks": "sinks", "q": "q_proj.weight", "k": "k_proj.weight", "v": "v_proj.weight"}
+_PARTS = {"sinks": SINKS, "q": f"{Q_PROJ}.weight", "k": f"{K_PROJ}.weight", "v": f"{V_PROJ}.weight"}
 _WHAT_FOR = {
     False: "gpt-oss, whose attention has sinks",
     True: "packed documents, which must not see each other",
 }
-_TIMES_ROUNDING = 4.0  # another order of sums costs about as much again
+_TIMES_ROUNDING = 4.0  # another order of summation doubles the error from rounding; the rest is margin
 _ALWAYS_ALLOWED = 1e-5
 
 
 def check(train: TrainConfig, section: str) -> None:
-    """Refuse an attention implementation that does not compute, or does not differentiate, what eager does.
+    """Check that an attention implementation has the same outputs and gradients as eager.
 
     Args:
-        train: `attn_implementation`, `precision` and `packing` are looked at.
+        train: `attn_implementation`, `precision` and `packing` are used.
         section: name of `train` in the configuration, for messages.
 
     Raises:
-        UserError: transformers does not know it or cannot run it here, or a tensor differs: which, and by how much.
+        UserError: transformers does not know the implementation or cannot run it here, or its results are wrong.
     """
     if train.attn_implementation != _EAGER:
         _check(train, section, is_packed=False)
@@ -98,12 +103,12 @@ def _check(train: TrainConfig, section: str, is_packed: bool) -> None:
 def errors(
     name: str, precision: Precision, device: torch.device, is_packed: bool = False
 ) -> tuple[dict[str, float], float]:
-    """How far an implementation is from eager in float64, and how far eager in the same precision is at most.
+    """Errors of an implementation and of eager in the same precision, both against eager in float64.
 
     Returns:
-        Tensor -> relative error ‖x - truth‖ / ‖truth‖ of the implementation, a gradient that is not there counting as
-        zeros; and the largest such error of eager in `precision`. (The largest: that of a single small tensor, such as
-        the eight sinks, is small by chance.)
+        Tensor -> relative error ‖x - truth‖ / ‖truth‖ of the implementation, where a missing gradient counts as zeros.
+        And the largest relative error of eager in `precision`. It is the largest over all tensors because the error of
+        a small tensor, such as the eight sinks, can be small by chance.
     """
     truth = _tensors(_EAGER, torch.float64, False, device)
     dtype, is_mixed = TRAIN_DTYPES[precision], precision is Precision.mixed_bf16
@@ -116,7 +121,7 @@ def errors(
 def _tensors(
     name: str, dtype: torch.dtype, is_mixed: bool, device: torch.device, is_packed: bool = False
 ) -> dict[str, Tensor]:
-    """Logits of real tokens, and the gradients of each layer's sinks, q, k and v."""
+    """Logits without padding, and the gradients of each layer's sinks, q, k and v."""
     model, batch = _model(name, dtype).to(device), _packed(_batch()) if is_packed else _batch()
     batch = {key: value.to(device) for key, value in batch.items()}
     labels, is_real = batch.pop("labels"), batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
@@ -126,16 +131,16 @@ def _tensors(
     predicted = logits[:, :-1].flatten(0, 1).to(torch.float64)
     functional.cross_entropy(predicted, labels[:, 1:].flatten(), ignore_index=IGNORED).backward()
     found = {"the output": logits.detach()[is_real]}
-    for layer, kind in zip(model.model.layers, _LAYERS, strict=True):
+    for layer, kind in enumerate(ATTENTION_TYPES):
         for part, parameter in _PARTS.items():
-            weight = layer.self_attn.get_parameter(parameter)
+            weight = model.get_parameter(in_layer(layer, f"{ATTENTION}.{parameter}"))
             gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
             found[f"the gradient of {part} in a {kind.replace('_', '-')} layer"] = gradient
     return found
 
 
 def _model(name: str, dtype: torch.dtype) -> Any:
-    """A gpt-oss with the same weights every time, large enough for attention and sinks to matter."""
+    """A gpt-oss with the same random weights every time, large enough that attention and sinks matter."""
     from transformers import AutoModelForCausalLM, GptOssConfig
 
     config = GptOssConfig(**_SIZES)
@@ -162,7 +167,7 @@ def _batch() -> dict[str, Tensor]:
 
 
 def _packed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The documents of a padded batch in one row, with positions in place of the mask; none predicts the next one."""
+    """The documents of a padded batch in one row, with positions instead of the mask. Labels stay within a document."""
     is_real = batch["attention_mask"].bool()
     positions = (batch["attention_mask"].cumsum(1) - 1)[is_real]
     return {
@@ -177,7 +182,7 @@ def _distance(value: Tensor, truth: Tensor) -> float:
 
 
 def _device() -> torch.device:
-    """Where this process will train."""
+    """The device that this process will train on."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -1,4 +1,4 @@
-"""What happens beside the steps of training: metrics, progress, whole checkpoints, the best one, early stopping.
+"""Callbacks of training: metrics, progress, checkpoints, the best weights, early stopping.
 
 Shapes: B examples, T tokens, L layers, E experts.
 """
@@ -22,7 +22,7 @@ from pipeline.resume import mark_whole
 from pipeline.tracking import is_main_process, log_metrics, progress, read_metrics, say, wait_for_everyone, warn
 
 _LOSS = "eval_loss"
-_RECOUNTED = "num_tokens"  # TRL's sum, which begins anew when a run is resumed
+_RECOUNTED = "num_tokens"  # TRL's count, which restarts at zero when a run is resumed
 
 
 def callbacks(
@@ -32,10 +32,10 @@ def callbacks(
 
     Args:
         settings: `sft` or `qat` of the configuration.
-        directory: of the stage.
-        stage: its name, for messages.
-        shared: how the processes share the model.
-        tokens: told of every batch that is trained on.
+        directory: directory of the stage.
+        stage: name of the stage, for messages.
+        shared: how the model is sharded.
+        tokens: counts the tokens of every training batch.
     """
     made: list[TrainerCallback] = [
         Metrics(directory, stage, tokens),
@@ -47,13 +47,13 @@ def callbacks(
 
 
 class Metrics(TrainerCallback):
-    """Writes what the trainer logs, with throughput, memory and router load, to metrics.jsonl and the terminal."""
+    """Writes the trainer's logs, throughput, memory and router load to metrics.jsonl and the terminal."""
 
     def __init__(self, directory: Path, stage: str, tokens: "TokenCount") -> None:
         self._directory = directory
         self._tokens = tokens
         self._progress = _Progress(stage)
-        self._seconds = 0.0  # in steps since the last line; evaluations and checkpoints are not counted
+        self._seconds = 0.0  # spent in steps since the last line, without evaluations and checkpoints
         self._started = 0.0
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -70,16 +70,16 @@ class Metrics(TrainerCallback):
         self._progress.step()
 
     def on_log(self, args: Any, state: Any, control: Any, **event: Any) -> None:
-        # On every process: counts are added up over all of them.
+        # Runs on every process, because counts are summed over all of them.
         logs: dict[str, Any] = event["logs"]
         if "loss" in logs:
             line = {name: value for name, value in logs.items() if name != _RECOUNTED} | self._throughput()
         elif _LOSS in logs:
-            # TRL adds averages of the training steps to this line, where they do not belong.
+            # TRL adds averages over training steps to evaluation logs. They are dropped.
             line = {name: value for name, value in logs.items() if name.startswith("eval_") or name == "epoch"}
             line |= self._routers.figures()
         else:
-            return  # averages over the whole training, wrong after a resume
+            return  # averages over the whole training, which are wrong after a resume
         log_metrics(self._directory, {"step": state.global_step, **line})
         self._progress.show(state, line)
 
@@ -101,13 +101,13 @@ class Metrics(TrainerCallback):
 
 
 class TokenCount:
-    """Tokens that were trained on, without padding, counted where the batch lies."""
+    """Counts the tokens of training batches, without padding, on the device of the batch."""
 
     def __init__(self) -> None:
         self._counted: Tensor | None = None  # (2): tokens, supervised tokens
 
     def add(self, batch: dict[str, Tensor]) -> None:
-        """Count a batch: labels (B, T) and attention_mask (B, T), without which there is no padding."""
+        """Count a batch: labels (B, T) and attention_mask (B, T). Without a mask there is no padding."""
         # The first token of an example is never predicted.
         supervised = (batch["labels"][:, 1:] != IGNORED).sum()
         is_real = batch.get("attention_mask")
@@ -124,13 +124,14 @@ class TokenCount:
 
 
 class _RouterLoad:
-    """How evenly the routers spread the tokens of an evaluation over the experts; training steps are not looked at.
+    """Measures how evenly the routers distribute the tokens of an evaluation over the experts. Training is ignored.
 
-    With several processes some validation examples are seen twice, to keep the processes in step, and count twice.
+    With several processes, some validation examples are repeated so that all processes run the same number of batches.
+    Repeated examples count twice.
     """
 
     def __init__(self, model: Any) -> None:
-        self._is_real: Tensor | None = None  # (B T), of the batch in the model
+        self._is_real: Tensor | None = None  # (B T), for the current batch
         self._counted: Tensor | None = None  # (L, E): tokens sent to each expert
         routers = [module for module in model.modules() if isinstance(module, GptOssTopKRouter)]
         self._shape = (len(routers), routers[0].num_experts)
@@ -141,7 +142,7 @@ class _RouterLoad:
             router.register_forward_hook(partial(self._count, layer))
 
     def _remember_padding(self, model: Any, _: Any, inputs: dict[str, Any]) -> None:
-        # A forward pass with a cache writes samples, and is no evaluation.
+        # A forward pass with a cache generates samples and is not an evaluation.
         if not model.training and not inputs.get("use_cache"):
             self._is_real = inputs["attention_mask"].flatten()
 
@@ -158,9 +159,10 @@ class _RouterLoad:
         self._counted[layer].scatter_add_(0, experts.flatten(), each.flatten())
 
     def figures(self) -> dict[str, float]:
-        """For each layer, over all processes since the last call, of the share of tokens that each expert gets:
+        """Router load of each layer since the last call, over all processes.
 
-        the coefficient of variation (0: even), and the largest (even: experts per token / experts; 1: gets all).
+        `router_variation` is the coefficient of variation of the experts' shares of tokens; 0 is even.
+        `router_largest` is the largest share: experts per token / experts if even, 1 if one expert gets every token.
         """
         assert self._counted is not None
         counts = reduce(self._counted, "sum").double().cpu()
@@ -172,7 +174,7 @@ class _RouterLoad:
 
 
 class _Progress:
-    """One line on a terminal; elsewhere a line for every line of metrics."""
+    """A progress bar on a terminal; otherwise one message for each line of metrics."""
 
     def __init__(self, stage: str) -> None:
         self._stage = stage
@@ -203,16 +205,16 @@ class _Progress:
         self._bar.close()
 
     def _left(self, state: Any) -> str:
-        """h:mm:ss until the last step, evaluations and checkpoints included, if all goes on as it did so far."""
+        """Estimated time until the last step as h:mm:ss, at the average speed so far."""
         per_step = (time.monotonic() - self._started) / (state.global_step - self._first_step)
         seconds = round(per_step * (state.max_steps - state.global_step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 class Checkpoints(TrainerCallback):
-    """Marks checkpoints as whole, removes old ones, and sees to it that the trainer ends with the best weights.
+    """Marks checkpoints as complete, removes old ones, and makes the trainer end with the best weights.
 
-    With `load_best_model_at_end` the trainer goes back to `state.best_model_checkpoint` after the last step.
+    With `load_best_model_at_end` the trainer loads `state.best_model_checkpoint` after the last step.
     """
 
     def __init__(self, limit: int, directory: Path, stage: str, shared: Sharding) -> None:
@@ -222,25 +224,25 @@ class Checkpoints(TrainerCallback):
         self._shared = shared
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.best_global_step:  # from the checkpoint, which may have been moved since, together with its run
+        if state.best_global_step:  # a resumed run may have been moved since its checkpoint stored the path
             state.best_model_checkpoint = str(_checkpoint(args, state.best_global_step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True
-            # transformers 5.14 would save now, and take one step too many when it resumes from there.
+            # transformers 5.14 would save now, and would take one step too many after a resume from there.
             control.should_save = False
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **event: Any) -> None:
         is_best = state.best_metric is None or event["metrics"][_LOSS] < state.best_metric
         if state.global_step >= state.max_steps and is_best:
-            state.best_model_checkpoint = None  # the last step has none, and the model holds its weights already
+            state.best_model_checkpoint = None  # the last step has no checkpoint, and the model already has its weights
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         wait_for_everyone()
         if state.is_world_process_zero:
             mark_whole(_checkpoint(args, state.global_step), self._shared)
-            # Not before it is whole: what a resume would need is still there if this one was torn.
+            # Remove old checkpoints only now. If this one had been interrupted, a resume would need them.
             rotate_checkpoints(args.output_dir, self._limit, state.best_model_checkpoint)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -254,21 +256,21 @@ class Checkpoints(TrainerCallback):
         if state.best_metric >= before:
             warn(
                 self._stage,
-                f"no step had a lower validation loss than the {before:.4f} before training; the best of them is kept",
+                f"no step had a lower validation loss than {before:.4f} before training; keeping the best step",
             )
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """Transformers' own, which remembers in checkpoints how many evaluations have not improved."""
+    """transformers' own callback, which saves its count of evaluations without improvement in checkpoints."""
 
-    # Transformers' own signature is not that of its TrainerCallback either.
+    # transformers' own signature differs from TrainerCallback's too.
     def on_evaluate(  # type: ignore[override]
         self, args: Any, state: Any, control: Any, metrics: Any, **others: Any
     ) -> None:
         super().on_evaluate(args, state, control, metrics, **others)
         if control.should_training_stop:
             control.should_log = True
-            # A run resumed from here would go on; from the checkpoint before it stops here again.
+            # A run resumed from a checkpoint of this step would continue. From an earlier one it stops here again.
             control.should_save = False
 
 

@@ -1,6 +1,6 @@
-"""Checkpoints in: checked when opened, read tensor by tensor or in parts of tensors; and the files beside the weights.
+"""Reading checkpoints: they are checked when opened, and read by tensor or by rows. Also the files beside the weights.
 
-Data is read into memory of its own, not mapped: a file that shrinks meanwhile is an error and not a crash, memory is
+Data is read into memory, not mapped. So a file that shrinks meanwhile is an error instead of a crash, memory use is
 what the caller holds, and a thread can read ahead.
 """
 
@@ -17,8 +17,17 @@ from torch import Tensor
 
 from pipeline.artifacts import BOOKKEEPING, write_json
 from pipeline.direct_io import StoredFile
+from pipeline.dtypes import PLAIN_TYPES, dtype_name, torch_dtype
 from pipeline.errors import UserError, user_errors
-from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, packed_layout, plain_layout
+from pipeline.gpt_oss import (
+    Shape,
+    TensorInfo,
+    expert_projections,
+    is_packed_name,
+    packed_names,
+    packed_tensors,
+    plain_tensors,
+)
 from pipeline.numerics.codec import decode
 from pipeline.numerics.formats import E8M0_NAN
 from pipeline.shards import INDEX
@@ -30,29 +39,21 @@ ADAPTER_CONFIG = "adapter_config.json"
 CALIBRATION_FILE = "calibration.pt"
 
 _MOST_PROBLEMS = 8
-_FLOATING = ("BF16", "F32", "F16")
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "U8": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
 
 
 class TensorFiles:
-    """The safetensors files of a directory, whose names, headers and index have been checked, whatever is in them.
+    """The safetensors files of a directory, of any layout. Names, headers and the index have been checked.
 
     Attributes:
-        directory: where they lie.
+        directory: where the files are.
         tensors: name -> type and shape of every stored tensor.
     """
 
     def __init__(self, directory: Path) -> None:
-        """Open and check.
+        """Open and check the files.
 
         Raises:
-            UserError: naming the file, key or tensor; several problems together.
+            UserError: names the files, keys or tensors that are wrong; several problems are reported together.
         """
         self.directory = directory
         self._files = _stored_files(directory)
@@ -62,7 +63,7 @@ class TensorFiles:
         self._open: dict[str, StoredFile] = {}
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """A stored tensor, or rows of its first dimension, as it is.
+        """A tensor as it is stored, or rows of its first dimension.
 
         Raises:
             UserError: the file ends before the data does.
@@ -75,27 +76,27 @@ class TensorFiles:
         size = max(0, last - first) * row_bytes
         data = self._file(file).read(self._offsets[file][name] + first * row_bytes, size)
         if len(data) < size:
-            raise UserError(f"{self.directory / file}: ends within {name}: truncated while it was read.")
-        return torch.from_numpy(data).view(_DTYPES[info.dtype]).view(shape)
+            raise UserError(f"{self.directory / file}: ends within {name}: it was truncated while it was read.")
+        return torch.from_numpy(data).view(torch_dtype(info.dtype)).view(shape)
 
     @property
     def weight_bytes(self) -> int:
-        """Size of the weight files."""
+        """Total size of the weight files."""
         return sum((self.directory / file).stat().st_size for file in self._files)
 
     def weight_files(self) -> list[Path]:
-        """The weight files, and the index where there is one."""
+        """The weight files, and the index if there is one."""
         files = [self.directory / file for file in self._files]
         return [*files, self.directory / INDEX] if (self.directory / INDEX).is_file() else files
 
     def close(self) -> None:
-        """Let go of the files; they are opened again when they are needed."""
+        """Close the files. They are opened again when they are needed."""
         for file in self._open.values():
             file.close()
         self._open.clear()
 
     def __del__(self) -> None:
-        if hasattr(self, "_open"):  # not when opening it failed
+        if hasattr(self, "_open"):  # it is missing when __init__ failed
             self.close()
 
     def _file(self, file: str) -> StoredFile:
@@ -105,37 +106,37 @@ class TensorFiles:
 
 
 class Checkpoint(TensorFiles):
-    """A gpt-oss checkpoint on disk, packed (MXFP4) or plain, whose names, shapes and files have been checked.
+    """A gpt-oss checkpoint on disk, packed (MXFP4) or plain. Names, shapes and files have been checked.
 
     Attributes:
-        config: config.json as it stands.
+        config: content of config.json.
         shape: the sizes in it.
-        is_packed: whether the experts are MXFP4 blocks and scales.
+        is_packed: whether the experts are stored as MXFP4 blocks and scales.
     """
 
     def __init__(self, directory: Path) -> None:
-        """Open and check.
+        """Open and check the checkpoint.
 
         Raises:
-            UserError: naming the file, key or tensor; several problems together.
+            UserError: names the files, keys or tensors that are wrong; several problems are reported together.
         """
         self.config = read_config(directory)
         self.shape = Shape.of(self.config, directory / CONFIG)
         super().__init__(directory)
-        self.is_packed = any(name.endswith(("_blocks", "_scales")) for name in self.tensors)
+        self.is_packed = any(is_packed_name(name) for name in self.tensors)
         self._raise_if_not_gpt_oss()
 
     def read_plain(self, name: str, dtype: torch.dtype = torch.bfloat16, rows: slice = slice(None)) -> Tensor:
-        """A tensor of the plain layout, or rows of its first dimension; MXFP4 is decoded, exact in BF16.
+        """A tensor of the plain layout, or rows of its first dimension. MXFP4 is decoded, which is exact in BF16.
 
         Raises:
-            UserError: a scale byte of 255 (NaN).
+            UserError: a scale byte is 255 (NaN).
         """
         return self.decoded(name, self.read_stored(name, rows), dtype, rows)
 
     def read_stored(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, ...]:
-        """What is stored of a tensor of the plain layout: itself, or its blocks and scales."""
-        names = (name,) if name in self.tensors else (f"{name}_blocks", f"{name}_scales")
+        """The stored tensors behind a tensor of the plain layout: itself, or its blocks and scales."""
+        names = (name,) if name in self.tensors else packed_names(name)
         return tuple(self.read(stored, rows) for stored in names)
 
     def decoded(
@@ -146,14 +147,14 @@ class Checkpoint(TensorFiles):
         rows: slice = slice(None),
         device: str = "cpu",
     ) -> Tensor:
-        """What `read_stored` gave as a tensor of the plain layout: experts (E, in, out).
+        """Decode the result of `read_stored` to a tensor of the plain layout. Experts become (E, in, out).
 
         Raises:
-            UserError: a scale byte of 255 (NaN).
+            UserError: a scale byte is 255 (NaN).
         """
         if len(stored) == 1:
             plain = stored[0].to(device)
-            return plain.float() if plain.dtype == torch.float16 else plain  # which the codec does not take
+            return plain.float() if plain.dtype == torch.float16 else plain  # the codec does not take float16
         blocks, scales = (tensor.to(device) for tensor in stored)
         self.raise_if_nan(name, scales, rows)
         experts, out_features, nb, half = blocks.shape
@@ -162,12 +163,17 @@ class Checkpoint(TensorFiles):
         return plain
 
     def raise_if_nan(self, name: str, scales: Tensor, rows: slice = slice(None)) -> None:
-        """Raises UserError: among the scales of an expert stack, or of rows of it, is a byte of 255 (NaN)."""
+        """Check the scales of an expert stack, or of rows of it.
+
+        Raises:
+            UserError: a scale byte is 255 (NaN).
+        """
         nan = scales == E8M0_NAN
         if bool(nan.any()):
             expert, row, block = nan.nonzero()[0].tolist()
+            _, stored = packed_names(name)
             raise UserError(
-                f"{self.directory / self._file_of[f'{name}_scales']}: {name}_scales: NaN (byte 255) at expert"
+                f"{self.directory / self._file_of[stored]}: {stored}: NaN (byte 255) at expert"
                 f" {expert + (rows.start or 0)}, row {row}, block {block}. The checkpoint is damaged."
             )
 
@@ -186,20 +192,20 @@ class Checkpoint(TensorFiles):
             raise user_errors([f"{self.directory}: {problem}." for problem in at_most(problems)])
 
     def expected(self) -> dict[str, TensorInfo]:
-        """What a checkpoint of this shape must hold; a plain one may be in any one floating type per tensor."""
+        """The tensors that the checkpoint must have. In a plain one, each tensor may have any of PLAIN_TYPES."""
         if self.is_packed:
-            return packed_layout(self.shape)
-        plain = plain_layout(self.shape)
+            return packed_tensors(self.shape)
+        plain = plain_tensors(self.shape)
         return {
             name: TensorInfo(stored.dtype, info.shape)
-            if (stored := self.tensors.get(name)) is not None and stored.dtype in _FLOATING
+            if (stored := self.tensors.get(name)) is not None and stored.dtype in PLAIN_TYPES
             else info
             for name, info in plain.items()
         }
 
 
 def layout_problems(stored: dict[str, TensorInfo], expected: dict[str, TensorInfo]) -> list[str]:
-    """Every difference between the tensors that are there and those that should be."""
+    """Every difference between the stored tensors and the expected ones."""
     found = [f"tensor {name} is missing" for name in expected if name not in stored]
     found += [f"tensor {name} does not belong there" for name in stored if name not in expected]
     for name, info in expected.items():
@@ -211,16 +217,16 @@ def layout_problems(stored: dict[str, TensorInfo], expected: dict[str, TensorInf
 
 
 def at_most(problems: list[str], most: int = _MOST_PROBLEMS) -> list[str]:
-    """The first few, and how many more."""
+    """The first `most` problems, and how many more there are."""
     rest = len(problems) - most
     return [*problems[:most], f"and {rest} more"] if rest > 0 else problems
 
 
 def read_config(directory: Path, name: str = CONFIG) -> dict[str, Any]:
-    """config.json of a model directory, or another such file.
+    """The content of config.json in a model directory, or of another JSON file there.
 
     Raises:
-        UserError: no such directory, no such file, or not JSON.
+        UserError: the directory or the file does not exist, or the file is not a JSON object.
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory.")
@@ -237,7 +243,7 @@ def read_config(directory: Path, name: str = CONFIG) -> dict[str, Any]:
 
 
 def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copy what is neither weights nor config: tokenizer, chat template, generation config, licence. Their names."""
+    """Copy the tokenizer, chat template, generation config, licence and the like. Returns the names of the files."""
     names = side_files(source)
     for name in names:
         shutil.copyfile(source / name, target / name)
@@ -245,7 +251,7 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
 
 
 def side_files(directory: Path) -> list[str]:
-    """Names of the files that go with a model, but are neither weights nor config nor this program's own."""
+    """Names of the files that belong to a model, except weights, config.json and this program's own records."""
     return [p.name for p in sorted(directory.iterdir()) if p.is_file() and _is_side_file(p.name)]
 
 
@@ -253,7 +259,7 @@ def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a model directory.
 
     Raises:
-        UserError: there is none, it has no chat template, or its vocabulary does not fit the model.
+        UserError: there is no tokenizer, it has no chat template, or it has more tokens than the model.
     """
     from transformers import AutoTokenizer
 
@@ -271,11 +277,11 @@ def load_tokenizer(directory: Path) -> Any:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration found.
+    """Results of calibration.
 
     Attributes:
-        importance: expert weight -> weights (in) float32 of its input channels' errors; empty if there are none.
-        amax: input quantizer -> largest magnitude that it saw; empty if inputs are not quantized.
+        importance: expert weight -> (in) float32, how much an error in each input channel counts. May be empty.
+        amax: input quantizer -> largest magnitude that it saw. Empty if inputs are not quantized.
     """
 
     importance: dict[str, Tensor]
@@ -283,27 +289,22 @@ class Calibration:
 
 
 def load_calibration(directory: Path) -> Calibration:
-    """What a stage kept of its calibration; nothing where it had none."""
+    """The calibration that a stage saved; an empty one if it saved none."""
     path = directory / CALIBRATION_FILE
     return Calibration(**torch.load(path, weights_only=True)) if path.is_file() else Calibration({}, {})
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16`, as configurations write it."""
-    return str(dtype).removeprefix("torch.")
-
-
 def write_config(directory: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
-    """config.json of a plain checkpoint: `config` without quantization, with its type."""
+    """Write config.json of a plain checkpoint: `config` without quantization, and with the type `dtype`."""
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
     write_json(directory / CONFIG, {**plain, "dtype": dtype_name(dtype)})
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """The same file in another place: a hard link where the file system allows it."""
+    """Put the same file in another place: as a hard link if the file system allows it, otherwise as a copy."""
     target.unlink(missing_ok=True)
     try:
-        os.link(source.resolve(), target)  # the hub's cache holds symbolic links
+        os.link(source.resolve(), target)  # resolve: files in the hub's cache are symbolic links
     except OSError:
         shutil.copyfile(source, target)
 
@@ -316,7 +317,7 @@ def _is_side_file(name: str) -> bool:
 
 
 def _stored_files(directory: Path) -> dict[str, dict[str, TensorInfo]]:
-    """File -> its tensors, for every weight file; the index, where there is one, must agree with them exactly."""
+    """File -> its tensors, for every weight file. If there is an index, it must agree with the files exactly."""
     present = sorted(p.name for p in directory.glob("*.safetensors") if p.name != ADAPTER_WEIGHTS)
     weight_map = _weight_map(directory)
     listed = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
@@ -353,7 +354,7 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
-    """Type and shape by name, checked by safetensors: lengths, offsets, overlaps, holes, and the end of the file."""
+    """Name -> type and shape. safetensors checks lengths, offsets, overlaps, holes and the end of the file."""
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         infos = {name: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
@@ -362,10 +363,10 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _data_offsets(path: Path) -> dict[str, int]:
-    """Name -> where its data begins in the file; safetensors reads only whole tensors or mapped slices of them.
+    """Name -> position of its data in the file. (safetensors reads only whole tensors, or maps slices of them.)
 
     Raises:
-        UserError: the header names a tensor twice, of which readers take one or the other.
+        UserError: the header names a tensor twice. Different readers would take different ones.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -381,6 +382,5 @@ def _index_problems(directory: Path, weight_map: dict[str, str], files: dict[str
     stored = {(name, file) for file, tensors in files.items() for name in tensors}
     listed = set(weight_map.items())
     return [
-        f"{directory / INDEX}: says that {name} is in {file}, where it is not."
-        for name, file in sorted(listed - stored)
+        f"{directory / INDEX}: says that {name} is in {file}, but it is not." for name, file in sorted(listed - stored)
     ] + [f"{directory / file}: holds {name}, which is not in {INDEX}." for name, file in sorted(stored - listed)]

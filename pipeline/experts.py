@@ -1,14 +1,15 @@
-"""The kernel that training multiplies the experts' weights with: one of transformers', in the type of the precision.
+"""Selects the kernel that multiplies with the experts' weights in training. All kernels come from transformers.
 
-`eager` is a Python loop over the experts, whose backward pass fills a gradient as large as the whole stack for each of
-them; `batched_mm` copies the weights of an expert for each token that goes there; `grouped_mm` is one product for all
-experts over the tokens sorted by expert. All compute the same but for the order of sums. Two traps are closed here:
+- `eager` is a Python loop over the experts. For each expert, its backward pass writes a gradient of the whole stack.
+- `batched_mm` copies the weights of an expert for each of its tokens.
+- `grouped_mm` is one product for all experts, over the tokens sorted by expert.
 
-- ModelOpt sets a model to eager when it inserts or restores quantizers. Those of weights run with every kernel, so what
-  was asked for is set afterwards. Those of the inputs of `down_proj` hang on operators that `grouped_mm` does not use.
-- Autocast knows nothing of `grouped_mm`, and transformers 5.14 turns the inputs into the type of the weights: FP32
-  under mixed precision, at which GPUs are many times slower than at BF16. So the weights are turned first. What lies
-  between the two products is then BF16, too, as in a linear layer under autocast; `eager` happens to keep it in FP32.
+All compute the same values except for the order of summation. Two problems are solved here:
+- ModelOpt sets a model to eager when it inserts or restores quantizers, so the kernel must be set afterwards.
+  Quantizers of weights run with every kernel. Quantizers of the inputs of `down_proj` do not run with `grouped_mm`.
+- Autocast does not cover `grouped_mm`, and transformers 5.14 casts the inputs to the type of the weights. Under mixed
+  precision this is FP32, which is many times slower than BF16 on GPUs. So the weights are cast to the compute type
+  first. Values between the two products are then BF16 too, as in a linear layer under autocast; `eager` has FP32 there.
 """
 
 from typing import Any
@@ -26,12 +27,12 @@ _GROUPED = "grouped_mm_in_compute_dtype"
 
 
 def use(model: Any, asked: ExpertsImplementation, block_format: BlockFormat | None) -> None:
-    """Let a model compute its experts with the kernel asked for; after quantizers are inserted or restored.
+    """Set the kernel for the experts of a model. Call this after quantizers are inserted or restored.
 
     Args:
-        model: a gpt-oss, adapted or not, with whatever quantizers it is to have.
-        asked: `auto` is the fastest that runs all quantizers.
-        block_format: of the quantizers, or None.
+        model: a gpt-oss model, with its final adapters and quantizers.
+        asked: the kernel; `auto` is the fastest one that runs all quantizers.
+        block_format: format of the quantizers, or None if there are none.
     """
     if asked is ExpertsImplementation.auto:
         quantizes_inputs = block_format is not None and block_format.quantizes_activations
@@ -46,7 +47,7 @@ def _grouped_mm(experts: Any, *inputs: Tensor) -> Tensor:
 
 
 class _InComputeType:
-    """A module of experts as its kernel reads it, with the weights in the type that autocast computes in."""
+    """A view of an experts module whose weights have the type that autocast computes in."""
 
     def __init__(self, experts: Any) -> None:
         self._experts = experts

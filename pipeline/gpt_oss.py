@@ -1,21 +1,55 @@
-"""All knowledge of the architecture: which tensors a gpt-oss checkpoint has, which are experts, how they lie.
+"""The architecture of gpt-oss: which tensors a checkpoint has, their names, their shapes, and which are experts.
 
 Legend: E experts, H hidden size, I intermediate size, nb = blocks per row = input dimension / 32.
 
-Two layouts in the Hugging Face naming. Packed (as released): per projection `…_blocks` (E, out, nb, 16) and
-`…_scales` (E, out, nb), uint8. Plain (as transformers trains): `gate_up_proj` (E, H, 2I) and `down_proj` (E, I, H),
-that is (E, in, out): the transpose of the packed order. Blocks run along `in` in both. The columns of gate_up
-alternate gate, up, gate, up.
+Hugging Face checkpoints come in two layouts, which differ only in the expert weights:
+- Packed, as released: each projection is `…_blocks` (E, out, nb, 16) and `…_scales` (E, out, nb), both uint8.
+- Plain, as transformers trains: `gate_up_proj` is (E, H, 2I) and `down_proj` is (E, I, H). Both are (E, in, out), the
+  transpose of the packed order.
+Blocks run along `in` in both layouts. The columns of gate_up alternate: gate, up, gate, up.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.dtypes import bytes_per_value
 from pipeline.errors import UserError
 from pipeline.numerics.formats import MXFP4
 
 MODEL_TYPE = "gpt_oss"
 ARCHITECTURE = "GptOssForCausalLM"
+
+MODELING_MODULE = "transformers.models.gpt_oss.modeling_gpt_oss"
+DECODER_LAYER_CLASS = "GptOssDecoderLayer"
+"""Class of a decoder layer in MODELING_MODULE."""
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+
+ATTENTION = "self_attn"
+"""Module of a layer's attention, under `model.layers.N.`."""
+Q_PROJ, K_PROJ, V_PROJ, O_PROJ = ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""Linear layers of the attention module."""
+SINKS = "sinks"
+"""Parameter of the attention module: one learned logit per query head."""
+ATTENTION_TYPES = ("sliding_attention", "full_attention")
+"""The two kinds of layers, as `layer_types` in config.json names them; they alternate."""
+
+MLP = "mlp"
+ROUTER = f"{MLP}.router"
+EXPERTS = f"{MLP}.experts"
+"""Module of a layer's experts, under `model.layers.N.`."""
+GATE_UP, DOWN = EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+"""The two stacks of expert weights of a layer, parameters of the experts' module."""
+BIAS_SUFFIX = "_bias"
+EXPERT_BIASES = (GATE_UP + BIAS_SUFFIX, DOWN + BIAS_SUFFIX)
+"""The biases of these stacks, each (E, out)."""
+EXPERT_PATTERN = f"*{EXPERTS}*_proj"
+"""Wildcard that matches every stack of expert weights, also one that PEFT has wrapped."""
+
+BLOCKS_SUFFIX, SCALES_SUFFIX = PACKED_SUFFIXES = ("_blocks", "_scales")
+"""What the packed layout appends to the name of a stack of expert weights."""
 
 QUANTIZATION_CONFIG = {
     "modules_to_not_convert": [
@@ -28,11 +62,8 @@ QUANTIZATION_CONFIG = {
 }
 """`quantization_config` of openai/gpt-oss-20b and -120b."""
 
-EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
-"""The two stacks of expert weights of a layer, under `model.layers.N.mlp.experts.`."""
-
 STOP_TOKENS = ("<|return|>", "<|call|>")
-"""Tokens that end an assistant's turn at inference."""
+"""Tokens that end the assistant's turn at inference."""
 
 SPECIAL_TOKENS = {
     199998: "<|startoftext|>",
@@ -52,7 +83,7 @@ SPECIAL_TOKENS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Type (safetensors' name for it) and shape of a stored tensor."""
+    """Type and shape of a stored tensor; the type by its name in safetensors."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -60,18 +91,15 @@ class TensorInfo:
     @property
     def bytes(self) -> int:
         """Size of the tensor's data."""
-        size = BYTES_PER_VALUE[self.dtype]
+        size = bytes_per_value(self.dtype)
         for length in self.shape:
             size *= length
         return size
 
 
-BYTES_PER_VALUE = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "U8": 1, "I8": 1, "F8_E8M0": 1, "F8_E4M3": 1}
-
-
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that decide which tensors there are."""
+    """The sizes in config.json that determine the tensors."""
 
     num_hidden_layers: int
     hidden_size: int
@@ -84,10 +112,10 @@ class Shape:
 
     @classmethod
     def of(cls, config: dict[str, Any], where: object) -> "Shape":
-        """Read from config.json.
+        """Read the sizes from the content of config.json; `where` is its path, for messages.
 
         Raises:
-            UserError: another architecture, or a size that is missing or not a positive whole number.
+            UserError: the architecture is another one, or a size is missing or not a positive whole number.
         """
         if config.get("model_type") != MODEL_TYPE:
             raise UserError(
@@ -102,7 +130,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class ExpertProjection:
-    """One stack of expert weights: `name` is its parameter in the plain layout, of shape (E, in, out)."""
+    """One stack of expert weights. `name` is its parameter in the plain layout, of shape (E, in, out)."""
 
     name: str
     layer: int
@@ -111,14 +139,19 @@ class ExpertProjection:
     out_features: int
 
     @property
+    def kind(self) -> str:
+        """Which of EXPERT_WEIGHTS it is."""
+        return self.name.rpartition(".")[2]
+
+    @property
     def blocks(self) -> str:
-        """Name of the packed codes."""
-        return f"{self.name}_blocks"
+        """Name of the blocks in the packed layout."""
+        return packed_names(self.name)[0]
 
     @property
     def scales(self) -> str:
-        """Name of the scales."""
-        return f"{self.name}_scales"
+        """Name of the scales in the packed layout."""
+        return packed_names(self.name)[1]
 
     @property
     def values(self) -> int:
@@ -138,56 +171,88 @@ class ExpertProjection:
         return TensorInfo(dtype, (self.experts, self.in_features, self.out_features))
 
 
+def in_layer(layer: int, name: str) -> str:
+    """Full name of a module or parameter of a decoder layer."""
+    return f"model.layers.{layer}.{name}"
+
+
+def attention_projection(layer: int, name: str) -> str:
+    """Module of one of ATTENTION_PROJECTIONS; it has a `weight` and a `bias`."""
+    return in_layer(layer, f"{ATTENTION}.{name}")
+
+
+def expert_parameter(layer: int, name: str) -> str:
+    """Parameter of one of EXPERT_WEIGHTS or EXPERT_BIASES in the plain layout."""
+    return in_layer(layer, f"{EXPERTS}.{name}")
+
+
+def is_in_mlp(name: str) -> bool:
+    """Whether a parameter belongs to the experts or the router of a layer."""
+    return f".{MLP}." in name
+
+
+def packed_names(name: str) -> tuple[str, str]:
+    """Names of the blocks and of the scales that hold a stack of expert weights in the packed layout."""
+    return name + BLOCKS_SUFFIX, name + SCALES_SUFFIX
+
+
+def is_packed_name(name: str) -> bool:
+    """Whether a tensor of this name holds blocks or scales."""
+    return name.endswith(PACKED_SUFFIXES)
+
+
 def expert_projections(shape: Shape) -> list[ExpertProjection]:
-    """Every expert weight of the model, in layer order: gate_up_proj, then down_proj."""
+    """Every stack of expert weights, in layer order: gate_up_proj, then down_proj."""
+    hidden, inner, experts = shape.hidden_size, shape.intermediate_size, shape.num_local_experts
     found = []
     for layer in range(shape.num_hidden_layers):
-        prefix = f"model.layers.{layer}.mlp.experts."
-        hidden, inner, experts = shape.hidden_size, shape.intermediate_size, shape.num_local_experts
-        found.append(ExpertProjection(f"{prefix}gate_up_proj", layer, experts, hidden, 2 * inner))
-        found.append(ExpertProjection(f"{prefix}down_proj", layer, experts, inner, hidden))
+        found.append(ExpertProjection(expert_parameter(layer, GATE_UP), layer, experts, hidden, 2 * inner))
+        found.append(ExpertProjection(expert_parameter(layer, DOWN), layer, experts, inner, hidden))
     return found
 
 
 def other_tensors(shape: Shape, dtype: str = "BF16") -> dict[str, TensorInfo]:
-    """Every tensor that is not an expert weight; the same in both layouts."""
-    hidden, experts = shape.hidden_size, shape.num_local_experts
-    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    per_layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (queries, hidden),
-        "self_attn.q_proj.bias": (queries,),
-        "self_attn.k_proj.weight": (keys, hidden),
-        "self_attn.k_proj.bias": (keys,),
-        "self_attn.v_proj.weight": (keys, hidden),
-        "self_attn.v_proj.bias": (keys,),
-        "self_attn.o_proj.weight": (hidden, queries),
-        "self_attn.o_proj.bias": (hidden,),
-        "self_attn.sinks": (shape.num_attention_heads,),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.router.weight": (experts, hidden),
-        "mlp.router.bias": (experts,),
-        "mlp.experts.gate_up_proj_bias": (experts, 2 * shape.intermediate_size),
-        "mlp.experts.down_proj_bias": (experts, hidden),
-    }
-    tensors = {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
+    """Every tensor that is not an expert weight; both layouts have the same ones."""
+    tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (shape.vocab_size, shape.hidden_size)}
     for layer in range(shape.num_hidden_layers):
-        tensors |= {f"model.layers.{layer}.{name}": size for name, size in per_layer.items()}  # type: ignore[misc]
-    tensors |= {"model.norm.weight": (hidden,), "lm_head.weight": (shape.vocab_size, hidden)}  # type: ignore[dict-item]
+        tensors |= {in_layer(layer, name): size for name, size in _other_tensors_of_layer(shape).items()}
+    tensors |= {FINAL_NORM: (shape.hidden_size,), HEAD: (shape.vocab_size, shape.hidden_size)}
     return {name: TensorInfo(dtype, size) for name, size in tensors.items()}
 
 
-def packed_layout(shape: Shape) -> dict[str, TensorInfo]:
-    """Every tensor of a released (MXFP4) checkpoint."""
+def packed_tensors(shape: Shape) -> dict[str, TensorInfo]:
+    """Every tensor of a packed (MXFP4) checkpoint, as released."""
     tensors = other_tensors(shape)
     for projection in expert_projections(shape):
         tensors |= projection.packed_tensors()
     return tensors
 
 
-def plain_layout(shape: Shape, dtype: str = "BF16") -> dict[str, TensorInfo]:
-    """Every tensor of a checkpoint that transformers can train."""
+def plain_tensors(shape: Shape, dtype: str = "BF16") -> dict[str, TensorInfo]:
+    """Every tensor of a plain checkpoint, which transformers can train."""
     tensors = other_tensors(shape, dtype)
     for projection in expert_projections(shape):
         tensors[projection.name] = projection.plain_tensor(dtype)
     return tensors
+
+
+def _other_tensors_of_layer(shape: Shape) -> dict[str, tuple[int, ...]]:
+    hidden, experts = shape.hidden_size, shape.num_local_experts
+    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    return {
+        "input_layernorm.weight": (hidden,),
+        f"{ATTENTION}.{Q_PROJ}.weight": (queries, hidden),
+        f"{ATTENTION}.{Q_PROJ}.bias": (queries,),
+        f"{ATTENTION}.{K_PROJ}.weight": (keys, hidden),
+        f"{ATTENTION}.{K_PROJ}.bias": (keys,),
+        f"{ATTENTION}.{V_PROJ}.weight": (keys, hidden),
+        f"{ATTENTION}.{V_PROJ}.bias": (keys,),
+        f"{ATTENTION}.{O_PROJ}.weight": (hidden, queries),
+        f"{ATTENTION}.{O_PROJ}.bias": (hidden,),
+        f"{ATTENTION}.{SINKS}": (shape.num_attention_heads,),
+        "post_attention_layernorm.weight": (hidden,),
+        f"{ROUTER}.weight": (experts, hidden),
+        f"{ROUTER}.bias": (experts,),
+        f"{EXPERTS}.{GATE_UP}{BIAS_SUFFIX}": (experts, 2 * shape.intermediate_size),
+        f"{EXPERTS}.{DOWN}{BIAS_SUFFIX}": (experts, hidden),
+    }

@@ -1,8 +1,8 @@
-"""The models of a run: where a stage's weights are, how they are loaded to train, and what the forward pass uses.
+"""The models of a run: where a stage's weights are, how they are loaded and saved, and what the forward pass uses.
 
-A stage leaves a full checkpoint or adapters on the checkpoint of an earlier stage, with or without fake quantizers.
-`ModelRef` says which; everything that needs weights starts from it. peft and modelopt take ten seconds to import, so
-they are, here, only where a model has adapters or quantizers.
+A stage leaves a full checkpoint, or adapters on the checkpoint of an earlier stage, with or without fake quantizers.
+`ModelRef` describes which. peft and modelopt take ten seconds to import, so this module imports them only for models
+with adapters or quantizers.
 """
 
 import gc
@@ -22,14 +22,14 @@ from pipeline.artifacts import ARTIFACT_FILE, SHARDS_FILE, Artifact, Kind, is_co
 from pipeline.checkpoints import (
     Checkpoint,
     copy_side_files,
-    dtype_name,
     load_calibration,
     read_config,
     write_config,
 )
-from pipeline.config import Device, PipelineConfig, Precision, Stage, TrainConfig
+from pipeline.config import Device, PipelineConfig, Stage, TrainConfig
+from pipeline.dtypes import TRAIN_TYPES, dtype_name, stored_name, torch_dtype
 from pipeline.errors import CheckFailed, UserError
-from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, plain_layout
+from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, plain_tensors
 from pipeline.numerics.codec import fake_quantize
 from pipeline.numerics.formats import FORMATS, BlockFormat
 from pipeline.shards import STEP_BYTES, Piece, Step, Written, write_sharded
@@ -37,17 +37,12 @@ from pipeline.source import sampled_fingerprint
 from pipeline.tracking import is_main_process, say, shows_progress
 
 MODEL_STAGES = (Stage.upcast, Stage.sft, Stage.quantize, Stage.qat, Stage.export)
-"""Stages that leave a model, oldest first."""
+"""Stages whose output is a model, in the order in which they run."""
 
-TRAIN_DTYPES = {
-    Precision.fp32: torch.float32,
-    Precision.mixed_bf16: torch.float32,
-    Precision.bf16: torch.bfloat16,
-}
-"""Type of the weights while training."""
+TRAIN_DTYPES = {precision: torch_dtype(name) for precision, name in TRAIN_TYPES.items()}
+"""Type of the weights while a stage trains in this precision."""
 
-_ROOM = 1.3  # weights, and what a forward pass needs besides
-_STORED_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_ROOM = 1.3  # memory for a forward pass, as a multiple of the size of the weights
 
 
 @dataclass(frozen=True)
@@ -55,13 +50,13 @@ class ModelRef:
     """A model on disk.
 
     Attributes:
-        name: of the stage, or the directory.
-        directory: of the stage.
-        base: directory of the full checkpoint; `directory` itself unless that holds adapters.
-        adapter: whether `directory` holds adapters.
-        block_format: what the forward pass rounds the experts to, with the rule it chooses scales by, or None.
-        fingerprint: of the artifact, or of a directory that is none.
-        dtype: type of the weights in training, in which adapters are merged.
+        name: name of the stage, or the directory as the user gave it.
+        directory: where the stage wrote the model.
+        base: directory of the full checkpoint; the same as `directory` unless that has adapters.
+        adapter: whether `directory` has adapters.
+        block_format: format and scale rule that the forward pass rounds the experts to, or None.
+        fingerprint: fingerprint of the artifact, or of a directory that is not an artifact.
+        dtype: type of the weights in training. Adapters are merged in it.
     """
 
     name: str
@@ -74,11 +69,15 @@ class ModelRef:
 
 
 def of_artifact(artifact: Artifact) -> ModelRef:
-    """The model that a stage left."""
+    """The model that a stage wrote.
+
+    Raises:
+        UserError: it is an export that transformers cannot load.
+    """
     if artifact.kind is Kind.foreign:
         raise UserError(
-            f"{artifact.directory} was exported in a layout that only its engines load. Name another model of the run,"
-            " or export with export.target=mxfp4."
+            f"{artifact.directory} was exported in a layout that only inference engines load. Name another model of the"
+            " run, or export with export.target=mxfp4."
         )
     adapter = artifact.kind is Kind.adapter
     return ModelRef(
@@ -93,7 +92,7 @@ def of_artifact(artifact: Artifact) -> ModelRef:
 
 
 def format_of(artifact: Artifact) -> BlockFormat | None:
-    """The format that the artifact's forward pass rounds to, with its rule."""
+    """The format and scale rule that the artifact's forward pass rounds to, or None."""
     if artifact.fake_quantized is None:
         return None
     assert artifact.scale_rule is not None
@@ -101,15 +100,15 @@ def format_of(artifact: Artifact) -> BlockFormat | None:
 
 
 def configured_format(config: PipelineConfig) -> BlockFormat:
-    """The format, with its rule, that the configuration asks for."""
+    """The format and scale rule in the configuration."""
     return FORMATS[config.format.name.name].with_rule(config.format.scale_rule.name)
 
 
 def device_of(config: PipelineConfig) -> str:
-    """Where conversions compute: `cpu` or `cuda`.
+    """The device for conversions: `cpu` or `cuda`.
 
     Raises:
-        UserError: a GPU is asked for that is not there.
+        UserError: the configuration asks for a GPU, but there is none.
     """
     has_gpu = torch.cuda.is_available()
     if config.device is Device.cuda and not has_gpu:
@@ -118,17 +117,17 @@ def device_of(config: PipelineConfig) -> str:
 
 
 def find(config: PipelineConfig, source: str | None, among: tuple[Stage, ...], key: str) -> ModelRef:
-    """The model that `key`=`source` names: a stage of this run or a directory; None: the newest stage of the run.
+    """The model that `key`=`source` names: a stage of this run, or a directory. None means the newest complete stage.
 
     Raises:
-        UserError: it is missing, unfinished, or not a model.
+        UserError: the model is missing or unfinished, or the directory is not a model.
     """
     if source is None:
         newest = next((stage for stage in reversed(among) if is_loadable(config, stage)), among[0])
         ref = of_artifact(require(config, newest))
         say(config.stage.name, f"{key}: {newest.name}, the newest complete stage")
         return ref
-    if source in Stage.__members__:  # a directory of that name can be given as ./<name>
+    if source in Stage.__members__:  # for a directory with the name of a stage, give ./<name>
         stage = Stage[source]
         if stage not in among:
             raise UserError(f"{key}={source}: must be one of {', '.join(s.name for s in among)}, or a directory.")
@@ -144,7 +143,7 @@ def find(config: PipelineConfig, source: str | None, among: tuple[Stage, ...], k
 
 
 def is_loadable(config: PipelineConfig, stage: Stage) -> bool:
-    """Whether a stage of this run has left a model that transformers loads."""
+    """Whether a stage of this run is complete and its model can be loaded by transformers."""
     directory = stage_dir(config, stage.name)
     return is_complete(config, stage) and load(directory, check_files=False).kind is not Kind.foreign
 
@@ -158,7 +157,7 @@ def require_upcast(config: PipelineConfig) -> Artifact:
     """The complete upcast of this run.
 
     Raises:
-        UserError: it is missing or unfinished, or of another model.
+        UserError: it is missing or unfinished, or was made from another model.
     """
     upcast = require(config, Stage.upcast)
     if upcast.settings["model.path"] != config.model.path:
@@ -170,7 +169,7 @@ def require_upcast(config: PipelineConfig) -> Artifact:
 
 
 class Weights:
-    """The weights of a model by their plain names, one at a time, with adapters merged."""
+    """Reads the weights of a model one at a time, under their names in the plain layout, with adapters merged."""
 
     def __init__(self, ref: ModelRef) -> None:
         """Open the checkpoint and the adapters behind `ref`."""
@@ -183,14 +182,14 @@ class Weights:
 
     def names(self) -> list[str]:
         """Every tensor of the plain layout."""
-        return list(plain_layout(self.shape))
+        return list(plain_tensors(self.shape))
 
     def parts(self, name: str) -> list[slice]:
-        """Rows of the first dimension that together make the tensor, few enough at a time to be small in memory.
+        """Split a tensor into slices of its first dimension, each of which is small in memory.
 
-        Of an adapted expert stack never a single expert, of any other adapted weight all rows.
+        A slice of an adapted expert stack has at least two experts. Other adapted weights are not split.
         """
-        shape = plain_layout(self.shape)[name].shape
+        shape = plain_tensors(self.shape)[name].shape
         adapted = self._merger is not None and name in self._merger
         if adapted and name not in self._experts:
             return [slice(0, shape[0])]
@@ -202,15 +201,15 @@ class Weights:
         return [slice(start, end) for start, end in pairwise([*starts, shape[0]])]
 
     def stored(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, ...]:
-        """What the checkpoint holds of a weight, to be handed to `trained` later."""
+        """The stored tensors behind a weight, as an argument for `trained`."""
         return self.checkpoint.read_stored(name, rows)
 
     def trained(
         self, name: str, rows: slice = slice(None), stored: tuple[Tensor, ...] | None = None, device: str = "cpu"
     ) -> Tensor:
-        """The weight that training holds, or rows of it as `parts` gives them, not quantized; MXFP4 is decoded.
+        """The weight that training updates, or a slice of it from `parts`: not quantized, MXFP4 decoded.
 
-        Adapters are merged on the CPU, whatever `device`: that is where `verify` checks them.
+        Adapters are merged on the CPU whatever `device` is, because `verify` checks them there.
         """
         stored = self.stored(name, rows) if stored is None else stored
         if self._merger is None or name not in self._merger:
@@ -219,7 +218,7 @@ class Weights:
         return self._merger.merged(name, base, rows.start or 0).to(device)
 
     def effective(self, name: str) -> Tensor:
-        """The weight that the forward pass multiplies with: fake-quantized where the model is."""
+        """The weight that the forward pass uses: fake-quantized if the model fake-quantizes it."""
         weight = self.trained(name)
         if self.ref.block_format is None or name not in self._experts:
             return weight
@@ -227,11 +226,11 @@ class Weights:
         return fake_quantize(weight.transpose(1, 2), self.ref.block_format, importance=importance).transpose(1, 2)
 
     def importance(self, name: str) -> Tensor | None:
-        """Weights (in) of the errors of an expert weight's input channels, by which its scales are chosen, or None."""
+        """Importance (in) of the input channels of an expert weight when its scales are chosen, or None."""
         return self._importance.get(name)
 
     def is_changed(self, name: str) -> bool:
-        """Whether `effective` differs from what the base checkpoint stores."""
+        """Whether `effective` can differ from the weight in the base checkpoint."""
         quantized = self.ref.block_format is not None and name in self._experts
         return quantized or (self._merger is not None and name in self._merger)
 
@@ -245,7 +244,7 @@ def _merger(ref: ModelRef) -> Any:
 
 
 def _quieten() -> None:
-    """Say nothing of transformers' own where there is no terminal, and nothing of MXFP4 kernels that are not wanted."""
+    """Silence transformers' progress bars if there is no terminal, and its warnings that MXFP4 kernels are missing."""
     from transformers.utils import logging
 
     if not shows_progress():
@@ -254,10 +253,10 @@ def _quieten() -> None:
 
 
 def load_plain(directory: Path, dtype: torch.dtype, **arguments: Any) -> Any:
-    """A checkpoint as transformers loads it; an MXFP4 one is decoded.
+    """Load a checkpoint with transformers. MXFP4 is decoded.
 
     Raises:
-        CheckFailed: a tensor is missing, unexpected or of another shape, which transformers only prints.
+        CheckFailed: a tensor is missing, unexpected or has another shape. (transformers only prints this.)
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import Mxfp4Config
@@ -271,14 +270,14 @@ def load_plain(directory: Path, dtype: torch.dtype, **arguments: Any) -> Any:
     model, info = loaded
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
-        raise CheckFailed(f"{directory}: transformers could not load it whole: {wrong}")
+        raise CheckFailed(f"{directory}: transformers could not load every tensor: {wrong}")
     for parameter in model.parameters():  # transformers 5.14 leaves decoded experts in BF16, whatever the dtype
         parameter.data = parameter.data.to(dtype)
     return model
 
 
 def load_quantized(ref: ModelRef, dtype: torch.dtype, trainable: bool = False, **arguments: Any) -> Any:
-    """A model with its adapters and its fake quantizers in place, the latter counted."""
+    """Load a model with its adapters and its fake quantizers. The quantizers are checked."""
     model = load_plain(ref.base, dtype, **arguments)
     if ref.adapter:
         from pipeline import adapters
@@ -292,7 +291,7 @@ def load_quantized(ref: ModelRef, dtype: torch.dtype, trainable: bool = False, *
 
 
 def load_to_train(ref: ModelRef, train: TrainConfig) -> Any:
-    """A model as a training stage needs it: quantizers and adapters of `ref` in place, in `train.precision`."""
+    """Load a model for training, with the adapters and quantizers of `ref`, in `train.precision`."""
     from pipeline import documents, experts
     from pipeline.adapters import base_of
 
@@ -310,9 +309,9 @@ def load_to_train(ref: ModelRef, train: TrainConfig) -> Any:
 
 
 def load_effective(ref: ModelRef, dtype: torch.dtype, **arguments: Any) -> Any:
-    """A model that computes what `ref` does, plain where that can be: adapters merged, experts rounded.
+    """Load a plain model that computes the same as `ref`: adapters are merged and experts are rounded.
 
-    Where inputs are quantized too, the quantizers themselves have to run.
+    If inputs are quantized too, the model keeps its adapters and quantizers instead.
     """
     if ref.block_format is not None and ref.block_format.quantizes_activations:
         return place(load_quantized(ref, dtype, **arguments)).eval()
@@ -326,10 +325,10 @@ def load_effective(ref: ModelRef, dtype: torch.dtype, **arguments: Any) -> Any:
 
 
 def place(model: Any) -> Any:
-    """The model on the GPU if there is one with room for it, otherwise where it is."""
+    """Move the model to the GPU if there is one with enough free memory."""
     if torch.cuda.is_available():
         gc.collect()
-        torch.cuda.empty_cache()  # what an earlier model left counts as used otherwise
+        torch.cuda.empty_cache()  # otherwise memory of an earlier model counts as used
         needed = sum(parameter.nbytes for parameter in model.parameters())
         if torch.cuda.mem_get_info()[0] > _ROOM * needed:
             return model.to("cuda")
@@ -339,13 +338,13 @@ def place(model: Any) -> Any:
 def save(
     model: Any, ref: ModelRef, directory: Path, train: TrainConfig, config: PipelineConfig
 ) -> tuple[Kind, dict[str, Any]]:
-    """Write a trained model next to the side files of `ref`, the model that training started from.
+    """Write a trained model, with the side files of `ref`, the model that training started from.
 
-    A joint effort of all processes where the model is sharded. The configuration is `ref`'s, but for the type:
-    transformers would rewrite it in its newest dialect (rope settings renamed), which older engines misread.
+    This is a collective call. config.json is the one of `ref` except for the type. transformers would rename settings
+    in it, such as those of rope, and older engines would misread them.
 
     Returns:
-        What it is, and what `of_artifact` needs to find it again.
+        The kind of the model, and the details that `of_artifact` needs to find it again.
     """
     from pipeline.adapters import is_adapted
 
@@ -364,7 +363,7 @@ def save(
 
 
 def _save_adapters(model: Any, directory: Path) -> None:
-    """Adapters are small: every process gathers all of them, the main one writes."""
+    """Gather all adapters on every process, which is cheap because they are small. The main process writes them."""
     from pipeline.adapters import is_factor
 
     state = {}
@@ -377,15 +376,15 @@ def _save_adapters(model: Any, directory: Path) -> None:
 
 
 def _save_whole(model: Any, directory: Path, dtype: torch.dtype, shard_bytes: int) -> None:
-    """Stream the parameters to disk, gathering one at a time; all processes go through them in the same order."""
+    """Stream the parameters to disk, gathering one at a time. All processes gather them in the same order."""
     parameters = dict(model.named_parameters())
-    layout = plain_layout(Shape.of(model.config.to_dict(), directory), _STORED_NAMES[dtype])
+    layout = plain_tensors(Shape.of(model.config.to_dict(), directory), stored_name(dtype))
     if not is_main_process():
         for name in layout:
             with sharding.gathered(parameters[name]):
                 pass
         return
-    # Shards that an interrupted saving left may be of other weights, and are not to be skipped: the others gather all.
+    # Do not resume: shards from an interrupted save may have other weights, and the other processes gather everything.
     (directory / SHARDS_FILE).unlink(missing_ok=True)
     pieces = [_gathered_piece(name, info, parameters[name], dtype) for name, info in layout.items()]
     write_sharded(directory, pieces, shard_bytes, "saving")
@@ -400,9 +399,9 @@ def _gathered_piece(name: str, info: TensorInfo, parameter: Tensor, dtype: torch
 
 
 def write_plain(ref: ModelRef, directory: Path, shard_bytes: int) -> Written:
-    """Stream a model as a plain full checkpoint, adapters merged, in the type that training used."""
+    """Stream a model to disk as a plain full checkpoint, with adapters merged, in the type that training used."""
     weights = Weights(ref)
-    layout = plain_layout(weights.shape, _STORED_NAMES[ref.dtype])
+    layout = plain_tensors(weights.shape, stored_name(ref.dtype))
     pieces = [plain_piece(weights, name, info, ref.dtype) for name, info in layout.items()]
     written = write_sharded(directory, pieces, shard_bytes, "merging")
     copy_side_files(ref.base, directory)
@@ -411,7 +410,7 @@ def write_plain(ref: ModelRef, directory: Path, shard_bytes: int) -> Written:
 
 
 def plain_piece(weights: Weights, name: str, info: TensorInfo, dtype: torch.dtype, device: str = "cpu") -> Piece:
-    """A weight as training holds it, decoded and merged, part by part."""
+    """A piece that makes a weight part by part: decoded, and with adapters merged."""
 
     def step(rows: slice) -> Step:
         return Step(

@@ -1,7 +1,9 @@
-"""Fake quantization of the expert weights through ModelOpt, with our codec behind it. The only importer of modelopt.
+"""Fake quantization of the expert weights, through ModelOpt with our codec as its backend.
 
-ModelOpt keeps the books: which quantizers there are, what is saved and restored. The numbers are the codec's, through
-ModelOpt's public hook for backends, so that training sees the bits that export writes, on any device.
+ModelOpt manages the quantizers: which there are, and how they are saved and restored. The codec computes the numbers,
+through ModelOpt's public hook for backends. So training sees the bits that export writes, on any device.
+
+This is the only module that imports modelopt.
 """
 
 import warnings
@@ -24,30 +26,29 @@ from torch import Tensor
 from pipeline.adapters import base_of, is_wrapped, parameter_name
 from pipeline.checkpoints import CALIBRATION_FILE, load_calibration
 from pipeline.errors import CheckFailed
-from pipeline.gpt_oss import EXPERT_WEIGHTS
+from pipeline.gpt_oss import EXPERT_PATTERN, EXPERT_WEIGHTS, expert_parameter
 from pipeline.numerics.codec import fake_quantize, straight_through
 from pipeline.numerics.formats import FORMATS, BlockFormat, ScaleType
-from pipeline.numerics.scales import INPUT_RULE, tensor_scale_of
+from pipeline.numerics.scales import INPUT_RULE, tensor_scale_for_amax
 from pipeline.rounding import RoundedWeights, compute_dtype
 
 STATE_FILE = "modelopt_state.pth"
-"""Name that ModelOpt's own `enable_huggingface_checkpointing` looks for."""
+"""The name that ModelOpt's own `enable_huggingface_checkpointing` looks for."""
 
 _BACKEND = "pipeline_codec"
 _WEIGHTS = "_weight_quantizer"
 _INPUTS = "_input_quantizer"
-_EXPERTS = "*mlp.experts*_proj"
 
 
 @dataclass
 class _Own:
-    """What we know of a weight quantizer, in the slot that ModelOpt keeps for backends and leaves out of its state.
+    """Our data on a weight quantizer, stored in ModelOpt's per-backend slot, which it does not serialize.
 
     Attributes:
-        importance: (in) float32, by which scales are chosen, or None.
-        keeper: of rounded weights, or None: they are rounded in every forward pass.
+        importance: (in) float32, weights of the errors when scales are chosen, or None.
+        keeper: cache of rounded weights. None: weights are rounded in every forward pass.
         is_rounded: whether the parameter itself holds rounded values.
-        observers: told of rounded weights, (E, out, in).
+        observers: called with rounded weights, (E, out, in).
     """
 
     importance: Tensor | None = None
@@ -63,25 +64,25 @@ def _own(quantizer: TensorQuantizer) -> _Own:
 
 
 def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:
-    """Weights come in as (E, out, in), inputs as (tokens, in): blocks run along the last dimension.
+    """The backend that ModelOpt calls. Weights are (E, out, in), inputs are (tokens, in); blocks run along `in`.
 
-    The tensor scale of inputs is calibrated, so that values beyond what calibration saw saturate, as when served.
+    The tensor scale of inputs is calibrated. Values beyond the calibrated range saturate, as they do when served.
     """
     arguments = quantizer.backend_extra_args
     block_format = FORMATS[arguments["format"]].with_rule(arguments["scale_rule"])
     amax = quantizer.amax if arguments["is_input"] else None
-    scale = None if amax is None else tensor_scale_of(amax.float(), INPUT_RULE)
+    scale = None if amax is None else tensor_scale_for_amax(amax.float(), INPUT_RULE)
     importance = _own(quantizer).importance
     return fake_quantize(inputs, block_format, scale, None if importance is None else importance.to(inputs.device))
 
 
 def _rounded(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
-    """(E, in, out) weights, adapters merged -> what the forward pass multiplies with, in the type that it computes in.
+    """Round a stack of weights (E, in, out), adapters merged, to the type that the forward pass computes in.
 
-    Takes the place of a function of ModelOpt's plugins, which turns the stack, rounds it and turns it back in every
-    forward pass. Here the codec works on the stack as it lies, and a weight is rounded again only when it has changed.
+    This replaces a function of ModelOpt's plugins, which transposes, rounds and transposes back in every forward pass.
+    Here the codec works on a transposed view, and weights are rounded again only when they have changed.
     """
-    if not (quantizer.is_enabled and quantizer._if_quant):  # while ModelOpt calibrates
+    if not (quantizer.is_enabled and quantizer._if_quant):  # ModelOpt is calibrating
         return _transposed_quantize(weight, quantizer)
     own, dtype = _own(quantizer), compute_dtype(weight)
 
@@ -92,7 +93,7 @@ def _rounded(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
     if own.is_rounded:
         result = weight
     else:
-        # With adapters, base + delta is no parameter; the base alone is used where they are switched off.
+        # base + delta is not a parameter; the base alone is one, and is used while adapters are disabled.
         key = (quantizer, dtype, isinstance(weight, torch.nn.Parameter))
         rounded = make() if own.keeper is None else own.keeper.of(key, weight, make)
         result = straight_through(weight, rounded)
@@ -106,9 +107,9 @@ _switching = huggingface._QuantGptOssExperts.quantize_weight
 
 @contextmanager
 def _quantize_weight(experts: Any) -> Iterator[None]:
-    """ModelOpt's switch around a forward pass, switched off in any case.
+    """ModelOpt's switch around a forward pass, which is always switched off at the end.
 
-    nvidia-modelopt 0.47 leaves it on when a forward pass ends early, as recomputation under checkpointing does.
+    nvidia-modelopt 0.47 leaves it on if a forward pass ends early, as in recomputation for gradient checkpointing.
     """
     try:
         with _switching(experts):
@@ -118,14 +119,14 @@ def _quantize_weight(experts: Any) -> Iterator[None]:
 
 
 def keep_rounded(model: Any, budget_bytes: float) -> RoundedWeights:
-    """Round weights once per optimizer step instead of once per forward pass; frozen ones here and now, in place.
+    """Round weights once per optimizer step instead of once per forward pass. Frozen weights are rounded now, in place.
 
     Args:
-        model: with quantizers, and adapters if it is to have any.
-        budget_bytes: how much may be kept.
+        model: a model with quantizers, and with adapters if it is to have any.
+        budget_bytes: how many bytes of rounded weights may be cached.
 
     Returns:
-        What must be told (`forget`) that weights have changed.
+        The cache. Call its `forget` when weights have changed.
     """
     base = base_of(model)
     modules = dict(base.named_modules())
@@ -143,40 +144,40 @@ def keep_rounded(model: Any, budget_bytes: float) -> RoundedWeights:
     return keeper
 
 
-# Said of every module type when processes are many; tensor parallelism, which it is about, is not used here.
+# ModelOpt warns once for each module type. The warning is about tensor parallelism, which is not used here.
 warnings.filterwarnings("ignore", message="Distributed training is initialized but no parallel_state")
 
 
 def register_backend() -> None:
-    """Make the codec known to ModelOpt; needed before quantizers are inserted or restored."""
+    """Register the codec as a backend of ModelOpt. Call this before quantizers are inserted or restored."""
     if not is_registered_quant_backend(_BACKEND):
         register_quant_backend(_BACKEND, _entrypoint)
-        for plugin in (huggingface, peft):  # nvidia-modelopt 0.47 has no public hook in their place
+        for plugin in (huggingface, peft):  # nvidia-modelopt 0.47 has no public hook for these functions
             plugin._transposed_quantize = _rounded
         huggingface._QuantGptOssExperts.quantize_weight = _quantize_weight
-        # Linear layers are never quantized here and stay what they are. ModelOpt's adapted one would add base and delta
-        # in every forward pass, to quantize the sum, and so compute the gradient of the frozen weight as well.
+        # Linear layers are never quantized here, so ModelOpt must not replace them. Its LoRA layer would add base and
+        # delta in every forward pass to quantize the sum, and then compute the gradient of the frozen weight too.
         for kind in (torch.nn.Linear, peft.LoraLinear):
             mtq.unregister(kind)
 
 
 def insert(model: Any, block_format: BlockFormat, calibrate: Callable[[Any], None]) -> None:
-    """Put a fake quantizer on each expert weight, in place; adapters must be attached before.
+    """Put a fake quantizer on each expert weight, in place. Adapters must be attached before.
 
     Args:
-        model: a gpt-oss model, adapted or not.
+        model: a gpt-oss model, with or without adapters.
         block_format: a row of FORMATS.
-        calibrate: runs calibration data through the model, for formats with calibrated scales.
+        calibrate: runs calibration data through the model; used by formats with calibrated scales.
     """
     register_backend()
     mtq.quantize(base_of(model), _quant_cfg(block_format), forward_loop=calibrate)
 
 
 def calibrate_importance(model: Any, calibrate: Callable[[Any], None]) -> None:
-    """Let the expert weights' scales be chosen by the error in what they compute, not in the weights alone.
+    """Choose the scales of expert weights by the error in the layer's output instead of the error in the weights.
 
-    The weight of an input channel is the mean square of the values that calibration sends through it (of all experts:
-    which expert a value goes to is not known where it is seen).
+    The importance of an input channel is the sum of squares of the values that calibration sends through it. All
+    experts share it, because the hook does not know which expert a value goes to.
     """
     sums: dict[str, Tensor] = {}
 
@@ -201,7 +202,7 @@ def calibrate_importance(model: Any, calibrate: Callable[[Any], None]) -> None:
 
 
 def save_state(model: Any, directory: Path) -> None:
-    """Write which quantizers the model has, and what calibration found: ModelOpt's state has its shapes, not values."""
+    """Save the quantizers and the results of calibration. (ModelOpt's state has only the shapes of those results.)"""
     torch.save(mto.modelopt_state(base_of(model)), directory / STATE_FILE)
     importance = {
         parameter_name(name).removesuffix(_WEIGHTS): _own(module).importance
@@ -218,7 +219,7 @@ def save_state(model: Any, directory: Path) -> None:
 
 
 def restore(model: Any, directory: Path, block_format: BlockFormat) -> None:
-    """Put the quantizers saved in `directory` back, in place, and count them."""
+    """Restore the quantizers that are saved in `directory`, in place, and check them with `count`."""
     register_backend()
     mto.restore_from_modelopt_state(base_of(model), modelopt_state_path=str(directory / STATE_FILE))
     calibration = load_calibration(directory)
@@ -232,17 +233,19 @@ def restore(model: Any, directory: Path, block_format: BlockFormat) -> None:
 
 
 def count(model: Any, block_format: BlockFormat) -> int:
-    """How many quantizers are on: those of the expert weights, two per layer, of their inputs under W4A4, and no other.
+    """Check which quantizers are enabled, and count them.
+
+    Enabled must be those of the expert weights (two per layer), under W4A4 those of their inputs, and no others.
 
     Raises:
-        CheckFailed: others are on, or some of these are not, or they are of another format or rule, or not calibrated.
+        CheckFailed: quantizers are missing, unexpected or not calibrated, or have another format or rule.
     """
     base = base_of(model)
     kinds = _arguments(block_format)
     expected = {
-        f"model.layers.{i}.mlp.experts.{p}{kind}": arguments
-        for i in range(base.config.num_hidden_layers)
-        for p in EXPERT_WEIGHTS
+        expert_parameter(layer, name) + kind: arguments
+        for layer in range(base.config.num_hidden_layers)
+        for name in EXPERT_WEIGHTS
         for kind, arguments in kinds.items()
     }
     found = {parameter_name(name): quantizer for name, quantizer in _enabled(base)}
@@ -254,14 +257,14 @@ def count(model: Any, block_format: BlockFormat) -> int:
     ]
     if wrong:
         raise CheckFailed(
-            f"fake quantization: {len(found)} quantizers are on, expected {len(expected)} on the experts in"
+            f"fake quantization: {len(found)} quantizers are enabled, expected {len(expected)} on the experts in"
             f" {block_format.name}, scale_rule={block_format.scale_rule}; wrong: {', '.join(wrong[:6])}"
         )
     return len(found)
 
 
 def nvfp4_values(blocks: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
-    """NVFP4 weights as ModelOpt decodes them, which takes one tensor scale at a time.
+    """NVFP4 weights as ModelOpt decodes them. ModelOpt takes one tensor scale at a time, so experts are decoded singly.
 
     Args:
         blocks: (E, out, nb, 8) uint8, the even element in the low half of a byte.
@@ -281,24 +284,30 @@ def nvfp4_values(blocks: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor
 
 @dataclass
 class Fired:
-    """What ran in a forward pass: quantizer, by its plain name -> number of calls."""
+    """Quantizers that ran in a forward pass.
+
+    Attributes:
+        calls: name of the quantizer in the plain model -> number of calls.
+    """
 
     calls: dict[str, int]
 
     def add(self, name: str) -> None:
-        """One more call."""
+        """Count one more call."""
         self.calls[name] = self.calls.get(name, 0) + 1
 
     def raise_unless_all(self, model: Any) -> None:
-        """Check that every quantizer that is on has run, and nothing else.
+        """Check that exactly the enabled quantizers have run.
 
         Raises:
-            CheckFailed: naming those that did not run, or should not have.
+            CheckFailed: names those that did not run and those that should not have.
         """
         expected = {parameter_name(name) for name, _ in _enabled(base_of(model))}
         silent, stray = sorted(expected - self.calls.keys()), sorted(self.calls.keys() - expected)
         if silent or stray:
-            raise CheckFailed(f"fake quantization: did not run: {silent or 'none'}; ran unasked: {stray or 'none'}")
+            raise CheckFailed(
+                f"fake quantization: did not run: {silent or 'none'}; ran although disabled: {stray or 'none'}"
+            )
 
 
 @contextmanager
@@ -306,8 +315,9 @@ def watch(model: Any, see: Callable[[str, Tensor], None] | None = None) -> Itera
     """Record which quantizers run inside the block.
 
     Args:
-        model: with quantizers.
-        see: called with a parameter's plain name and its fake-quantized values (E, out, in), as the forward uses them.
+        model: a model with quantizers.
+        see: called with a parameter's name in the plain model and its fake-quantized values (E, out, in), as the
+            forward pass uses them.
     """
     fired = Fired({})
     hooks = []
@@ -352,7 +362,7 @@ def _enabled(model: Any) -> Iterator[tuple[str, TensorQuantizer]]:
 
 
 def _arguments(block_format: BlockFormat) -> dict[str, dict[str, Any]]:
-    """Kind of quantizer that the format switches on -> what our backend is told."""
+    """Kind of quantizer that the format needs -> arguments for our backend."""
     common = {"format": block_format.name}
     weights = {**common, "scale_rule": block_format.scale_rule, "is_input": False}
     inputs = {**common, "scale_rule": INPUT_RULE, "is_input": True}
@@ -360,15 +370,15 @@ def _arguments(block_format: BlockFormat) -> dict[str, dict[str, Any]]:
 
 
 def _quant_cfg(block_format: BlockFormat) -> dict[str, Any]:
-    """As ModelOpt's MXFP4_MLP_WEIGHT_ONLY_CFG and its like, for the expert stacks alone and with our backend.
+    """ModelOpt's configuration, like its own MXFP4_MLP_WEIGHT_ONLY_CFG, but only for expert stacks and our backend.
 
-    ModelOpt's own pattern (*mlp*weight_quantizer) would also switch on quantizers of adapters on experts, which never
-    run. `max` calibrates the largest magnitude of the inputs; our backend does not need that of weights.
+    ModelOpt's own pattern (*mlp*weight_quantizer) would also enable quantizers of adapters on experts, which never run.
+    `max` calibrates the largest magnitude of the inputs; our backend does not need the one of weights.
     """
     scale_bits = {ScaleType.e8m0: (8, 0), ScaleType.e4m3: (4, 3)}[block_format.scale_type]
     block_sizes = {-1: block_format.block_size, "type": "dynamic", "scale_bits": scale_bits}
     rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for kind, arguments in _arguments(block_format).items():
         settings = {"num_bits": (2, 1), "block_sizes": block_sizes, "backend": _BACKEND}
-        rules.append({"quantizer_name": _EXPERTS + kind, "cfg": {**settings, "backend_extra_args": arguments}})
+        rules.append({"quantizer_name": EXPERT_PATTERN + kind, "cfg": {**settings, "backend_extra_args": arguments}})
     return {"quant_cfg": rules, "algorithm": "max" if block_format.quantizes_activations else None}

@@ -1,8 +1,8 @@
-"""Sharded training: how each engine is switched on, and one whole tensor at a time out of what it has split.
+"""Sharded training: how each engine is switched on, and how a sharded tensor is gathered.
 
-FSDP2 and ZeRO-3 give every process a part of each parameter, ZeRO-2 of the gradients and of the optimizer alone. Both
-come through accelerate, by the public arguments of transformers' trainer; the settings that must agree with the
-trainer's own are "auto", so that each stands in one place.
+FSDP2 and ZeRO-3 shard parameters, gradients and optimizer states; ZeRO-2 shards gradients and optimizer states only.
+All are set up by accelerate, through public arguments of transformers' trainer. Settings that must agree with the
+trainer's own are "auto".
 """
 
 import os
@@ -19,14 +19,13 @@ from torch import Tensor
 from pipeline import universal
 from pipeline.config import Precision, Sharding, TrainConfig
 from pipeline.errors import UserError
+from pipeline.gpt_oss import DECODER_LAYER_CLASS, MODELING_MODULE
 from pipeline.tracking import is_main_process, process_count, wait_for_everyone
 
-# DeepSpeed 0.19 calls collectives by their older names, and torch says so at every step.
+# DeepSpeed 0.19 calls collectives by deprecated names, and torch warns at every step.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
-_LAYER_CLASS = "GptOssDecoderLayer"  # what is gathered at once
-_LAYER_MODULE = "transformers.models.gpt_oss.modeling_gpt_oss"
-_LEAVES = {"classes": [f"{_LAYER_MODULE}.{_LAYER_CLASS}"]}  # what ZeRO-3 gathers as one, whatever is inside
+_LEAVES = {"classes": [f"{MODELING_MODULE}.{DECODER_LAYER_CLASS}"]}  # ZeRO-3 gathers each of these modules as a whole
 _LAUNCHER_SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
@@ -35,38 +34,39 @@ def _each_whole(accelerator: Any, model: Any) -> Any:
 
 
 def _split(accelerator: Any, model: Any) -> Any:
-    # `prepare_model` would leave it whole. Its own function, by which it splits the trained model, layer by layer.
+    # `prepare_model` does not shard a model that is only evaluated, so this calls the function behind it.
     from accelerate.utils import fsdp2_prepare_model
 
     return fsdp2_prepare_model(accelerator, model)
 
 
 def _split_by_zero3(accelerator: Any, model: Any) -> Any:
-    # accelerate splits only what it trains; without an optimizer DeepSpeed splits the parameters alone.
+    # accelerate shards only models that it trains. Without an optimizer, DeepSpeed shards only the parameters.
     import deepspeed
 
     trained = accelerator.state.deepspeed_plugin.deepspeed_config
     config = {
         "zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 0, "leaf_module": _LEAVES},
         "bf16": trained["bf16"],
-        "train_micro_batch_size_per_gpu": 1,  # has to be there, and is of no consequence
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed requires the key but does not use it here
     }
     return deepspeed.initialize(model=model, config=config)[0]
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A way to shard.
+    """One way to shard a model.
 
     Attributes:
-        arguments: of transformers' TrainingArguments, made anew for each trainer, which changes them.
-        splits: what each process has but its part of: weights, gradients, optimizer.
-        gathers: whether parameters are whole only while they are used, and in memory of their own each time.
-        hooks_gradients: whether it gathers a layer for its backward pass where a gradient of the layer's input is due.
-        spread: (accelerator, model) -> a model that is not trained, shared as the trained one is.
-        distributed_type: what accelerate is told that it is, on CPUs.
-        package: that must be installed, or None.
-        reading: what has to be in force while checkpoints are read that another number of processes may have written.
+        arguments: returns arguments for transformers' TrainingArguments; new ones each time, since the trainer changes
+            them.
+        splits: what is sharded: weights, gradients, optimizer.
+        gathers: whether parameters are gathered only while they are used. Each time is a new allocation.
+        hooks_gradients: whether a layer is gathered for its backward pass only if the gradient of its input is needed.
+        spread: (accelerator, model) -> the model, which is not trained, sharded like the trained one.
+        distributed_type: the DistributedType that accelerate is set to on CPUs.
+        package: package that must be installed, or None.
+        reading: context in which checkpoints are read that may come from another number of processes.
     """
 
     arguments: Callable[[], dict[str, Any]]
@@ -83,7 +83,7 @@ def _fsdp2() -> dict[str, Any]:
     config = {
         "version": 2,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": [_LAYER_CLASS],
+        "transformer_layer_cls_to_wrap": [DECODER_LAYER_CLASS],
         "reshard_after_forward": True,
         "state_dict_type": "SHARDED_STATE_DICT",
     }
@@ -110,10 +110,10 @@ def _zero(stage: int, **more: Any) -> dict[str, Any]:
 
 
 def _zero3() -> dict[str, Any]:
-    # trl 1.16 gathers the head itself, outside of the head's own forward pass, and lets go of it: if DeepSpeed, which
-    # has seen it used in a validation, is fetching it ahead at that moment, it stops with "a param in flight".
-    # DeepSpeed wants the parameters used in the same order in each pass. Adapters' are not, and PEFT takes a stack of
-    # experts out of its module while its adapter is at work: so a layer is gathered as one, whatever is inside.
+    # No prefetching: trl 1.16 gathers and releases the head outside of the head's own forward pass. DeepSpeed may be
+    # prefetching it at that moment, because a validation has used it, and then stops with "a param in flight".
+    # Whole layers as leaves: DeepSpeed expects the same order of parameters in each pass. Parameters of adapters are
+    # used in varying order, and PEFT removes a stack of experts from its module while its adapter runs.
     return _zero(3, stage3_param_persistence_threshold="auto", stage3_prefetch_bucket_size=0, leaf_module=_LEAVES)
 
 
@@ -135,7 +135,7 @@ ENGINES = {
 
 @contextmanager
 def switched_on(sharding: Sharding) -> Iterator[dict[str, Any]]:
-    """What transformers' TrainingArguments need for it, while one model is trained."""
+    """Arguments for transformers' TrainingArguments. Valid inside the block, for training one model."""
     made = ENGINES[sharding].arguments()
     if process_count() > 1 and not torch.cuda.is_available():
         made.update(_on_cpu(sharding))
@@ -147,61 +147,61 @@ def switched_on(sharding: Sharding) -> Iterator[dict[str, Any]]:
 
 
 def _forget_switches() -> None:
-    """Where accelerate and transformers remember how the trainer shards, and the next stage would find it."""
+    """Clear what accelerate and transformers remember about the sharding, so that the next stage does not find it."""
     from transformers.integrations import unset_hf_deepspeed_config
 
     for name in _LAUNCHER_SWITCHES:
         os.environ.pop(name, None)
-    unset_hf_deepspeed_config()  # else it would load the next model in pieces
+    unset_hf_deepspeed_config()  # otherwise transformers would shard the next model while loading it
 
 
 def raise_if_impossible(sharding: Sharding) -> None:
-    """Check early that training can be shared so.
+    """Check early that training can be sharded this way.
 
-    `accelerate launch` hands a configuration of its own over by the environment, which the trainer would take up.
+    `accelerate launch` can pass its own sharding settings through environment variables, and the trainer obeys them.
 
     Raises:
-        UserError: there is only one process, a package is missing, or the launcher brings a setup of its own.
+        UserError: there is only one process, a package is missing, or the launcher sets up sharding too.
     """
     switches = [name for name in _LAUNCHER_SWITCHES if os.environ.get(name) == "true"]
     if switches:
         raise UserError(
-            f"sharding={sharding.name}: the launcher sets {', '.join(switches)} as well. Say how to shard in one place:"
-            " leave it out of accelerate's configuration (scripts/accelerate has one) and keep sharding=."
+            f"sharding={sharding.name}: the launcher sets {', '.join(switches)} as well. Remove sharding from"
+            " accelerate's configuration (scripts/accelerate has an example) and keep sharding=."
         )
     package = ENGINES[sharding].package
     if package is not None and find_spec(package) is None:
         raise UserError(f"sharding={sharding.name}: needs {package}. Install it: pip install 'gpt-oss-qat[{package}]'.")
     if sharding is not Sharding.none and process_count() < 2:
         raise UserError(
-            f"sharding={sharding.name}: there is one process, and nothing to share among. Start several with"
+            f"sharding={sharding.name}: needs several processes, but there is only one. Start several with"
             " scripts/launch, torchrun or accelerate launch, or use sharding=none."
         )
 
 
 def _on_cpu(sharding: Sharding) -> dict[str, Any]:
-    """accelerate shards where it sees several GPUs; told that it does, it shards over gloo as well."""
+    """Arguments that make accelerate shard on CPUs, over gloo. By itself it shards only if it finds several GPUs."""
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
-    wait_for_everyone()  # makes the process group
-    AcceleratorState._reset_state()  # of an earlier stage in this process
+    wait_for_everyone()  # creates the process group
+    AcceleratorState._reset_state()  # an earlier stage in this process may have left one
     state = PartialState()
     state.distributed_type = DistributedType[ENGINES[sharding].distributed_type]
-    state.device = torch.device("cpu")  # accelerate's own, cpu:0, is none that torch can load a checkpoint to
+    state.device = torch.device("cpu")  # torch cannot load a checkpoint to cpu:0, accelerate's default
     return {"accelerator_config": {"use_configured_state": True}}
 
 
 def saved_dtype(train: TrainConfig, dtype: torch.dtype, sharding: Sharding) -> torch.dtype:
-    """Type of the weights that the forward pass computes with, and that are saved.
+    """Type of the weights that the forward pass uses and that are saved.
 
-    Engines cast parameters to BF16 before they gather them, so that under mixed_bf16 the quantizers round BF16 values:
-    those are the trained model. The FP32 ones are kept only by the optimizer and the checkpoints to resume from.
+    Engines cast parameters to BF16 before they gather them. So under mixed_bf16 the quantizers round BF16 values, and
+    these are the trained model. Only the optimizer and the checkpoints to resume from keep FP32 values.
 
     Args:
-        train: of the stage.
+        train: settings of the stage.
         dtype: type of the weights in the memory of one process.
-        sharding: how they are split.
+        sharding: how the weights are sharded.
     """
     casts = sharding is not Sharding.none and train.precision is Precision.mixed_bf16
     return torch.bfloat16 if casts else dtype
@@ -209,15 +209,15 @@ def saved_dtype(train: TrainConfig, dtype: torch.dtype, sharding: Sharding) -> t
 
 @contextmanager
 def gathered(parameter: Tensor) -> Iterator[Tensor]:
-    """The whole of a parameter, on every process; for all of them to enter together, in the same order.
+    """The whole parameter, on every process. This is a collective: all processes must call it in the same order.
 
-    Gradients reach the parameter through it unless `is_kept_from_gradients`.
+    Gradients flow through the result to the parameter, unless `is_kept_from_gradients`.
     """
     from torch.distributed.tensor import DTensor
 
     if isinstance(parameter, DTensor):
         yield parameter.full_tensor()
-    elif hasattr(parameter, "ds_id"):  # how DeepSpeed itself marks what it has split
+    elif hasattr(parameter, "ds_id"):  # DeepSpeed marks sharded parameters with this attribute
         import deepspeed
 
         with deepspeed.zero.GatheredParameters(parameter):
@@ -227,12 +227,12 @@ def gathered(parameter: Tensor) -> Iterator[Tensor]:
 
 
 def is_kept_from_gradients(parameter: Tensor) -> bool:
-    """Whether a parameter gets its gradient from the forward pass of its own module alone: one that ZeRO-3 trains."""
+    """Whether only the forward pass of its own module gives a parameter its gradient, as under ZeRO-3."""
     return parameter.requires_grad and hasattr(parameter, "ds_id")
 
 
 def first_part(parameter: Tensor) -> Tensor:
-    """What the main process holds of a parameter: a sharded one's first rows; on other processes no rows of it."""
+    """The part of a parameter on the main process: the first rows if it is sharded. Other processes get no rows."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(parameter, DTensor):
@@ -241,7 +241,7 @@ def first_part(parameter: Tensor) -> Tensor:
 
 
 def let_go(model: Any) -> None:
-    """Give back what FSDP2 keeps whole after a forward pass without a backward one: norm and head, once validated."""
+    """Reshard what FSDP2 keeps gathered after a forward pass without a backward pass: the final norm and the head."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():

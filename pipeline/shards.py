@@ -1,10 +1,12 @@
-"""Safetensors out: a checkpoint written shard by shard while its tensors are still being made.
+"""Writing checkpoints: safetensors files are written shard by shard while their tensors are still being made.
 
-Reading, converting and writing overlap: one thread reads ahead, the caller's thread converts, one writes and hashes,
-one hands over to the disk. A tensor is made in steps of some tens of megabytes, so memory does not depend on the size
-of tensors. A shard gets its final name only when it is whole and on the disk, so that an interrupted conversion goes on
-at the first missing shard. safetensors' own writer wants all tensors of a file in memory; the format itself does not (8
-bytes of header length, a JSON header, the data), so it is written here.
+- Reading, converting and writing overlap. One thread reads ahead, the caller's thread converts, one thread hashes, and
+  one writes to the disk.
+- A tensor is made in steps of some tens of megabytes, so memory use does not depend on the size of tensors.
+- A shard gets its final name only when it is complete and on the disk. An interrupted conversion resumes at the first
+  missing shard.
+- The files are written here because safetensors' own writer needs all tensors of a file in memory. The format is
+  simple: 8 bytes with the length of the header, a JSON header, the data.
 """
 
 import errno
@@ -25,25 +27,27 @@ from pipeline.allocator import keep_freed_memory
 from pipeline.artifacts import SHARDS_FILE, write_json
 from pipeline.direct_io import StreamedFile
 from pipeline.disk import raise_if_disk_too_small
+from pipeline.dtypes import bytes_per_value, stored_name
 from pipeline.errors import UserError
-from pipeline.gpt_oss import BYTES_PER_VALUE, TensorInfo
+from pipeline.gpt_oss import TensorInfo
 from pipeline.tracking import progress
 
 INDEX = "model.safetensors.index.json"
 STEP_BYTES = 1 << 26
-"""About how much one step makes: enough to be fast, little enough that a handful of them is not felt."""
+"""Approximate output of one step. Large enough to be fast; several steps in memory do not matter."""
 
-_AHEAD = 2  # steps read before they are needed, and made before they are written
+_AHEAD = 2  # how many steps may wait between reading and converting, and between converting and writing
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A part of a piece.
+    """One step of the work on a piece.
 
     Attributes:
-        read: fetches what is needed, on the reading thread.
-        convert: makes of it parts of tensors, in the order of the piece's tensors and of their rows: (name, values).
+        read: reads the inputs, on the reading thread.
+        convert: turns the inputs into parts of tensors, (name, values). They come in the order of the piece's tensors
+            and of their rows.
     """
 
     read: Callable[[], Any]
@@ -52,12 +56,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Piece:
-    """Tensors that are made together and lie in the same shard.
+    """Tensors that are made together and stored in the same shard.
 
     Attributes:
         tensors: name -> type and shape, in the order in which the steps make them.
-        steps: begins the work when it is the piece's turn.
-        note: says, after the last step, what is worth keeping of it: plain values; None for nothing.
+        steps: returns the steps; called when it is the piece's turn.
+        note: called after the last step; returns JSON values to record about the piece, or None.
     """
 
     tensors: dict[str, TensorInfo]
@@ -66,18 +70,18 @@ class Piece:
 
     @property
     def bytes(self) -> int:
-        """Size of the data."""
+        """Size of the tensors' data."""
         return sum(info.bytes for info in self.tensors.values())
 
 
 def whole(tensors: dict[str, TensorInfo], make: Callable[[], dict[str, Tensor]]) -> Piece:
-    """A piece that is made at once, the wider types first."""
-    ordered = dict(sorted(tensors.items(), key=lambda item: -BYTES_PER_VALUE[item[1].dtype]))
+    """A piece that is made in a single step. Tensors of wider types come first."""
+    ordered = dict(sorted(tensors.items(), key=lambda item: -bytes_per_value(item[1].dtype)))
     return Piece(ordered, lambda: [Step(make, lambda made: [(name, made[name]) for name in ordered])])
 
 
 def in_order(pieces: Iterable[Piece]) -> list[Piece]:
-    """Layer by layer, by the first number in the name of the first tensor, so that a shard holds whole layers."""
+    """Sort pieces by layer, the first number in the name of their first tensor, so that shards hold whole layers."""
 
     def key(piece: Piece) -> tuple:
         name = next(iter(piece.tensors))
@@ -88,13 +92,13 @@ def in_order(pieces: Iterable[Piece]) -> list[Piece]:
 
 @dataclass
 class Written:
-    """What a conversion left.
+    """The result of a conversion.
 
     Attributes:
-        bytes: of all tensors.
+        bytes: size of all tensors.
         files: shard -> XXH3-128 of its bytes.
         tensors: name -> XXH3-128 of its data.
-        notes: of the pieces, in order, where they had one.
+        notes: the notes of the pieces, in order, without those that are None.
     """
 
     bytes: int = 0
@@ -104,12 +108,12 @@ class Written:
 
 
 def write_sharded(directory: Path, pieces: list[Piece], shard_bytes: int, what: str) -> Written:
-    """Write pieces as shards of at most `shard_bytes` (a larger piece gets a shard of its own), and the index.
+    """Write pieces as shards of at most `shard_bytes`, and the index. A larger piece gets its own shard.
 
-    Shards that an interrupted run of the same conversion left are kept.
+    Shards from an interrupted run of the same conversion are kept.
 
     Raises:
-        UserError: the disk has too little room for what is still to be written, or fills up meanwhile.
+        UserError: the disk has too little space for the missing shards, or fills up while they are written.
     """
     keep_freed_memory()
     shards = _split(pieces, shard_bytes)
@@ -141,14 +145,14 @@ def write_sharded(directory: Path, pieces: list[Piece], shard_bytes: int, what: 
 
 
 def parts(pieces: list[Piece]) -> Iterator[tuple[str, Tensor]]:
-    """Run the pieces' steps, reading ahead: parts of tensors, in the order in which they are made."""
+    """Run the steps of the pieces, reading ahead. Yields parts of tensors in the order in which they are made."""
     for _, made in _made([pieces], [0]):
         if made is not None:
             yield made
 
 
 def _split(pieces: list[Piece], shard_bytes: int) -> list[list[Piece]]:
-    """Pieces by shard, in each the wider types first: readers view data as its type, which needs aligned offsets."""
+    """Distribute pieces over shards. In each shard wider types come first, so that all offsets are aligned."""
     shards: list[list[Piece]] = [[]]
     size = 0
     for piece in pieces:
@@ -161,11 +165,11 @@ def _split(pieces: list[Piece], shard_bytes: int) -> list[list[Piece]]:
 
 
 def _width(piece: Piece) -> int:
-    return min(BYTES_PER_VALUE[info.dtype] for info in piece.tensors.values())
+    return min(bytes_per_value(info.dtype) for info in piece.tensors.values())
 
 
 def _finished(directory: Path) -> dict[str, Any]:
-    """The records of shards that an interrupted run finished and that are still there."""
+    """Shard -> record, for the shards that an interrupted run finished and that still exist."""
     try:
         records = json.loads((directory / SHARDS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -179,7 +183,7 @@ def _size(path: Path) -> int | None:
 
 
 def _made(shards: list[list[Piece]], missing: list[int]) -> Iterator[tuple[int, tuple[str, Tensor] | None]]:
-    """Run the steps of the missing shards, reading ahead: (shard, part of a tensor), then (shard, None) at its end."""
+    """Run the steps of the missing shards, reading ahead. Yields (shard, part), and (shard, None) at a shard's end."""
     with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
         waiting: deque[tuple[int, Step | None, Future | None]] = deque()
         for i, step in _steps(shards, missing):
@@ -207,7 +211,7 @@ def _convert(i: int, step: Step | None, read: Future | None) -> Iterator[tuple[i
 
 
 class _Output:
-    """The writing side: shards are hashed and appended to on one thread, and written on another."""
+    """The writing side. One thread hashes and appends to the shards, another writes them to the disk."""
 
     def __init__(self, advance: Callable[[int], object]) -> None:
         self.begun: dict[int, _Shard] = {}
@@ -237,7 +241,7 @@ class _Output:
         self._submit(self._current.write, name, data)
 
     def finish(self, i: int, pieces: list[Piece]) -> dict[str, Any]:
-        """Wait until the shard is on the disk; its record."""
+        """Wait until the shard is on the disk. Returns its record."""
         while self._pending:
             self._wait()
         shard = self.begun[i]
@@ -245,7 +249,7 @@ class _Output:
         return {**_calling(shard.path, shard.finish), "notes": notes}
 
     def publish(self, i: int) -> None:
-        """Give the shard its name."""
+        """Give the shard its final name."""
         self.begun[i].temporary.replace(self.begun[i].path)
 
     def _submit(self, write: Callable[[str, Tensor], int], name: str, data: Tensor) -> None:
@@ -259,7 +263,7 @@ class _Output:
 
 
 class _Shard:
-    """A file that is being written, front to back."""
+    """A file that is being written from front to back."""
 
     def __init__(self, path: Path, infos: dict[str, TensorInfo], disk: ThreadPoolExecutor) -> None:
         self.path, self.temporary = path, path.with_name(path.name + ".tmp")
@@ -271,9 +275,13 @@ class _Shard:
         self._write(_header(infos))
 
     def check(self, name: str, values: Tensor) -> None:
-        """Raises AssertionError: not the part of a tensor that is due here, in type, width or order."""
+        """Check the next part of a tensor.
+
+        Raises:
+            AssertionError: it has another type or width than planned, or another part is due.
+        """
         due = next((name for name, left in self._left.items() if left), None)
-        info, stored = self._infos[name], _SAFETENSORS_TYPES[values.dtype]
+        info, stored = self._infos[name], stored_name(values.dtype)
         row = info.shape[1:]
         if stored != info.dtype or tuple(values.shape[1:]) != row or name != due or values.nbytes > self._left[name]:
             raise AssertionError(
@@ -310,7 +318,7 @@ def _calling(path: Path, function: Callable[[], Any]) -> Any:
     except OSError as error:
         if error.errno in _DISK_FULL:
             raise UserError(
-                f"{path.parent}: the disk is full. Free some, and run the same command again: it goes on at"
+                f"{path.parent}: the disk is full. Free some space and run the same command again. It resumes at"
                 f" {path.name}."
             ) from error
         raise
@@ -331,12 +339,3 @@ def _header(infos: dict[str, TensorInfo]) -> bytes:
 def _write_index(directory: Path, shards: dict[str, list[Piece]], total: int) -> None:
     weight_map = {name: file for file, shard in shards.items() for piece in shard for name in piece.tensors}
     write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-
-
-_SAFETENSORS_TYPES = {
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.uint8: "U8",
-    torch.float8_e4m3fn: "F8_E4M3",
-}

@@ -21,6 +21,8 @@ from pipeline.config import TinyConfig
 from pipeline.errors import UserError
 from pipeline.gpt_oss import (
     ARCHITECTURE,
+    ATTENTION_TYPES,
+    EMBEDDING,
     MODEL_TYPE,
     QUANTIZATION_CONFIG,
     SPECIAL_TOKENS,
@@ -105,7 +107,7 @@ def _random_piece(name: str, info: TensorInfo, generator: torch.Generator) -> Pi
         tensor = 1 + 0.05 * tensor
     elif name.endswith(("bias", "sinks")):
         tensor = 0.1 * tensor
-    elif name.endswith("embed_tokens.weight"):
+    elif name == EMBEDDING:
         tensor = 0.5 * tensor
     else:
         tensor = tensor * info.shape[-1] ** -0.5
@@ -156,7 +158,6 @@ def _corpus() -> list[str]:
 
 def _config(tiny: TinyConfig, ids: dict[str, int]) -> dict[str, Any]:
     """config.json with the keys of the released models'."""
-    kinds = ("sliding_attention", "full_attention")
     return {
         "architectures": [ARCHITECTURE],
         "attention_bias": True,
@@ -169,7 +170,7 @@ def _config(tiny: TinyConfig, ids: dict[str, int]) -> dict[str, Any]:
         "initial_context_length": _CONTEXT,
         "initializer_range": 0.02,
         "intermediate_size": tiny.intermediate_size,
-        "layer_types": [kinds[layer % 2] for layer in range(tiny.num_hidden_layers)],
+        "layer_types": [ATTENTION_TYPES[layer % 2] for layer in range(tiny.num_hidden_layers)],
         "max_position_embeddings": _CONTEXT * int(_ROPE_FACTOR),
         "model_type": MODEL_TYPE,
         "num_attention_heads": tiny.num_attention_heads,

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline import rounding
 from pipeline.config import LoraTarget, Method, PipelineConfig, Precision, Stage, TrainConfig
 from pipeline.config.targets import TARGETS
-from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, other_tensors, plain_layout
+from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, other_tensors, plain_tensors
 from pipeline.rules import adapted_layers
 
 _WEIGHT_TYPE = {Precision.fp32: "F32", Precision.mixed_bf16: "F32", Precision.bf16: "BF16"}
@@ -51,7 +51,7 @@ class Memory:
 def parameters(shape: Shape) -> dict[str, int]:
     """Numbers of parameters: all, and the experts' weights."""
     return {
-        "all": _count(plain_layout(shape)),
+        "all": _count(plain_tensors(shape)),
         "experts": sum(projection.values for projection in expert_projections(shape)),
     }
 
@@ -62,7 +62,7 @@ def trained_parameters(shape: Shape, train: TrainConfig) -> int:
     An adapter of rank r on a weight (in, out) has r·(in + out) parameters, one on an expert stack E times as many.
     """
     if train.method is Method.full:
-        return _count(plain_layout(shape))
+        return _count(plain_tensors(shape))
     layers = adapted_layers(train.lora, shape.num_hidden_layers)
     attention = [
         sum(info.shape)
@@ -87,7 +87,7 @@ def memory(
         is_quantized: whether fake quantizers run (QAT).
         rounded_budget: how many bytes of rounded weights they may keep.
     """
-    every, trained = _count(plain_layout(shape)), trained_parameters(shape, train)
+    every, trained = _count(plain_tensors(shape)), trained_parameters(shape, train)
     width = _WIDTH[_WEIGHT_TYPE[train.precision]]
     is_full = train.method is Method.full
     trained_width = width if is_full else _ADAPTER_WIDTH
@@ -126,7 +126,7 @@ def disk(config: PipelineConfig, shape: Shape, is_packed: bool) -> dict[str, int
         shape: of the model.
         is_packed: whether the source is MXFP4; a BF16 one is linked.
     """
-    plain = {dtype: _bytes(plain_layout(shape, dtype)) for dtype in _WIDTH}
+    plain = {dtype: _bytes(plain_tensors(shape, dtype)) for dtype in _WIDTH}
     saved = {stage: _saved(shape, train) for stage, train in ((Stage.sft, config.sft), (Stage.qat, config.qat))}
     merges = config.sft.method is Method.lora and config.qat.method is Method.full
     begins = config.sft.method is Method.full and config.qat.method is Method.lora
@@ -212,7 +212,7 @@ def _activations(shape: Shape, train: TrainConfig, tokens: int, experts_per_toke
     kept = shape.num_hidden_layers * places * hidden * width
     body = kept + layer if train.gradient_checkpointing else shape.num_hidden_layers * layer
     logits = places * shape.vocab_size * (width + 4 + 4)
-    autocast = _count(plain_layout(shape)) * 2 if train.precision is Precision.mixed_bf16 else 0
+    autocast = _count(plain_tensors(shape)) * 2 if train.precision is Precision.mixed_bf16 else 0
     return body + 2 * copy + logits + autocast
 
 
@@ -220,7 +220,7 @@ def _saved(shape: Shape, train: TrainConfig) -> int:
     """Bytes of what a training stage saves."""
     if train.method is Method.lora:
         return trained_parameters(shape, train) * _ADAPTER_WIDTH
-    return _bytes(plain_layout(shape, _WEIGHT_TYPE[train.precision]))
+    return _bytes(plain_tensors(shape, _WEIGHT_TYPE[train.precision]))
 
 
 def _count(tensors: dict[str, TensorInfo]) -> int:

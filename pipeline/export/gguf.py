@@ -1,8 +1,8 @@
-"""GGUF, the file of llama.cpp, Ollama and LM Studio: MXFP4 experts repacked without loss, everything else BF16 or FP32.
+"""Writing GGUF, the file format of llama.cpp, Ollama and LM Studio. MXFP4 experts are repacked without loss.
 
-A block is 17 bytes: the scale, then 16 of codes, where byte j holds element j in its low half and element j + 16 in its
-high half; gate and up are tensors of their own. Names, keys and the container are those of the package `gguf`, which
-llama.cpp's authors publish; as in their converter, vectors and the router are FP32, which holds every BF16 value.
+A block has 17 bytes: the scale, then 16 bytes of codes. Byte j has element j in its low half and element j + 16 in its
+high half. Gate and up are separate tensors. Vectors and the router are FP32 as in llama.cpp's converter, which is
+exact; other tensors are BF16. Names, keys and the container come from the package `gguf` by llama.cpp's authors.
 
 Legend: E experts, nb blocks per row.
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 from pipeline.artifacts import Kind
 from pipeline.checkpoints import CONFIG, load_tokenizer
 from pipeline.disk import raise_if_disk_too_small
+from pipeline.dtypes import torch_dtype
 from pipeline.errors import UserError
 from pipeline.export.exporter import Exporter
 from pipeline.export.gguf_layout import (
@@ -53,12 +54,12 @@ _O200K = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How o200k cuts text into words, as OpenAI's tiktoken has it; llama.cpp knows it by the name `gpt-4o`."""
+"""The pattern by which o200k splits text into words, from OpenAI's tiktoken. llama.cpp calls it `gpt-4o`."""
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor of the file: its dimensions, outermost first, its type's name in ggml, and its size in bytes."""
+    """A tensor of the file: its dimensions (outermost first), the name of its type in ggml, and its size in bytes."""
 
     shape: tuple[int, ...]
     type: str
@@ -66,10 +67,10 @@ class _Stored:
 
 
 def write(job: Job, directory: Path) -> Written:
-    """Stream the model into one file in `directory`, expert by expert. An interrupted file is begun anew.
+    """Stream the model into one file in `directory`, expert by expert. An interrupted export starts again.
 
     Raises:
-        UserError: as exporting to `mxfp4`; the package gguf is not installed; a configuration that lacks a key.
+        UserError: as for `mxfp4`; or the package gguf is not installed; or a key is missing in config.json.
     """
     gguf = library()
     base = checked_base(job)
@@ -87,7 +88,7 @@ def write(job: Job, directory: Path) -> Written:
 
 
 class _Target:
-    """The tensors of the file, collected while the pieces that make them are."""
+    """Collects the tensors of the file while their pieces are created."""
 
     def __init__(self, names: Any) -> None:
         self._names = names
@@ -98,7 +99,7 @@ class _Target:
         return sum(each.bytes for each in self.stored.values())
 
     def offsets(self, start: int, alignment: int) -> dict[str, int]:
-        """Where each tensor begins in the file, whose head ends at `start`."""
+        """Position of each tensor in the file. The header ends at `start`."""
         found, offset = {}, _padded(start, alignment)
         for name, each in self.stored.items():
             found[name] = offset
@@ -107,7 +108,7 @@ class _Target:
 
     def other(self, tensor: OtherTensor) -> Piece:
         stored = other_tensors_of(self._names, tensor.name, tensor.info.shape)
-        names, wide = list(stored), _WIDE[next(iter(stored.values())).dtype]
+        names, wide = list(stored), torch_dtype(next(iter(stored.values())).dtype)
         for name, info in stored.items():
             self.stored[name] = _Stored(info.shape, info.dtype, wide.itemsize * math.prod(info.shape))
 
@@ -133,18 +134,18 @@ class _Target:
 
 
 def repacked(blocks: Tensor, scales: Tensor) -> Tensor:
-    """(E, rows, nb, 16) and (E, rows, nb) uint8 -> (E, rows, nb * 17): the scale, then codes j and j + 16 in a byte."""
+    """(E, rows, nb, 16) and (E, rows, nb) uint8 -> (E, rows, nb * 17): scale, then bytes of codes j and j + 16."""
     codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)  # (E, rows, nb, 32)
     return torch.cat((scales.unsqueeze(-1), codes[..., :HALF] | codes[..., HALF:] << 4), dim=-1).flatten(-2)
 
 
 def _write_head(gguf: Any, path: Path, source: Path, config: dict[str, Any], stored: dict[str, _Stored]) -> int:
-    """Everything before the data; its size in bytes."""
+    """Write everything before the data. Returns its size in bytes."""
     writer = gguf.GGUFWriter(None, ARCHITECTURE)
     _describe(gguf, writer, {**config, **legacy_config(config)}, source)
     _add_tokenizer(gguf, writer, source, config["vocab_size"])
     for name, each in stored.items():
-        # gguf takes the dimensions of a raw type as they are unless the data is said to be bytes.
+        # float16 is a placeholder: with uint8, gguf would read the dimensions as bytes and convert them.
         writer.add_tensor_info(name, each.shape, np.float16, each.bytes, gguf.GGMLQuantizationType[each.type])
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
@@ -158,7 +159,7 @@ def _describe(gguf: Any, writer: Any, config: dict[str, Any], source: Path) -> N
     given = {**config, **{f"rope_scaling.{key}": value for key, value in rope.items()}}
     missing = [key for key in _KEYS if given.get(key) is None]
     if missing:
-        raise UserError(f"{source / CONFIG}: has no {', '.join(missing)}, which export.target=gguf must say.")
+        raise UserError(f"{source / CONFIG}: has no {', '.join(missing)}. export.target=gguf needs it.")
     for key, adder in _KEYS.items():
         getattr(writer, adder)(given[key])
     writer.add_value_length(given["head_dim"])
@@ -170,11 +171,14 @@ def _describe(gguf: Any, writer: Any, config: dict[str, Any], source: Path) -> N
 
 
 def _add_tokenizer(gguf: Any, writer: Any, source: Path, rows: int) -> None:
-    """The source's vocabulary, merges, special tokens and chat template; rows of the embedding without a token too."""
+    """Add vocabulary, merges, special tokens and chat template. Embedding rows without a token get placeholders."""
     tokenizer = load_tokenizer(source)
     pattern = re.findall(r'"Regex":\s*("(?:[^"\\]|\\.)*")', (source / "tokenizer.json").read_text(encoding="utf-8"))
     if _O200K not in [json.loads(each) for each in pattern]:
-        warn("export", "the tokenizer cuts text into words in its own way; what reads a gguf does it as o200k does.")
+        warn(
+            "export",
+            "the tokenizer splits text into words by its own pattern, but readers of gguf files use the one of o200k.",
+        )
     words = {i: token for token, i in tokenizer.get_vocab().items()}
     special = tokenizer.added_tokens_decoder
     kinds = gguf.TokenType
@@ -188,7 +192,7 @@ def _add_tokenizer(gguf: Any, writer: Any, source: Path, rows: int) -> None:
 
 
 def _write_data(path: Path, pieces: list[Piece], offsets: dict[str, int], total: int) -> None:
-    """Put each part behind the earlier ones of its tensor."""
+    """Write each part after the earlier parts of its tensor."""
     with path.open("r+b") as file, progress(total=total, what="export", unit="B") as bar:
         for name, values in parts(pieces):
             data = values.contiguous().cpu().view(-1).view(torch.uint8).numpy()
@@ -204,7 +208,6 @@ def _padded(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
 
 
-_WIDE = {"F32": torch.float32, "BF16": torch.bfloat16}
 _KEYS = {
     "num_hidden_layers": "add_block_count",
     "max_position_embeddings": "add_context_length",
@@ -223,7 +226,7 @@ _KEYS = {
     "rope_scaling.beta_fast": "add_rope_scaling_yarn_beta_fast",
     "rope_scaling.beta_slow": "add_rope_scaling_yarn_beta_slow",
 }
-"""Key of config.json -> what the writer calls it."""
+"""Key of config.json -> method of gguf's writer that adds it."""
 
 EXPORTER = Exporter(
     write=write,

@@ -1,6 +1,6 @@
-"""GGUF read back: the names and types that tensors have there, what a file says of the model, and values by `gguf`.
+"""Reading GGUF: names and types of tensors, the description of the model, and decoded values.
 
-Names are those of the package `gguf`, which llama.cpp's authors publish; it is also what decodes.
+Names and the decoder come from the package `gguf` by llama.cpp's authors.
 
 Legend: E experts, nb blocks per row.
 """
@@ -20,7 +20,18 @@ from pipeline.config.targets import TARGETS
 from pipeline.errors import UserError
 from pipeline.export.layout import Codes, Held, Layout, with_signed_zeros
 from pipeline.export.mxfp4 import legacy_config
-from pipeline.gpt_oss import ExpertProjection, Shape, TensorInfo, expert_projections, other_tensors
+from pipeline.gpt_oss import (
+    BIAS_SUFFIX,
+    DOWN,
+    EXPERT_BIASES,
+    GATE_UP,
+    SINKS,
+    ExpertProjection,
+    Shape,
+    TensorInfo,
+    expert_projections,
+    other_tensors,
+)
 from pipeline.numerics.formats import MXFP4
 
 ARCHITECTURE = "gpt-oss"
@@ -28,22 +39,24 @@ HALF = MXFP4.block_size // 2
 
 
 class GgufFile:
-    """A GGUF file as the package `gguf` reads it; tensors come as bytes, (rows, ..., bytes of a row).
+    """A GGUF file, read by the package `gguf`. Tensors are returned as bytes, (rows, ..., bytes of a row).
 
     Attributes:
-        tensors: name -> type and shape, outermost dimension first; MXFP4 in values.
-        fields: key -> what the file says of the model.
+        tensors: name -> type and shape, outermost dimension first. Shapes of MXFP4 tensors count values.
+        fields: key -> value of the file's metadata.
     """
 
     def __init__(self, directory: Path) -> None:
         """Open the file.
 
         Raises:
-            UserError: there is not one such file, or it is damaged; the package gguf is not installed.
+            UserError: there is not exactly one such file, it is damaged, or the package gguf is not installed.
         """
         gguf, found = library(), sorted(directory.glob("*.gguf"))
         if len(found) != 1:
-            raise UserError(f"{directory}: holds {len(found)} files *.gguf, must be one (split files are not read).")
+            raise UserError(
+                f"{directory}: has {len(found)} files *.gguf, but must have one (split files are not supported)."
+            )
         try:
             reader = gguf.GGUFReader(found[0])
         except (ValueError, KeyError, IndexError, OverflowError) as error:
@@ -54,13 +67,13 @@ class GgufFile:
         self.fields = {name: field.contents() for name, field in reader.fields.items()}
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Rows of the first dimension."""
+        """Rows of the first dimension of a tensor, as bytes."""
         data = np.array(self._data[name][rows])
         return torch.from_numpy(data.view(np.uint8).reshape(*data.shape[:-1], -1))
 
 
 def layout(shape: Shape) -> Layout:
-    """What holds which tensor; the package `gguf` decodes."""
+    """How the file holds each tensor. The package `gguf` decodes."""
     names = tensor_names(shape)
     held = {}
     for name, info in other_tensors(shape).items():
@@ -73,7 +86,7 @@ def layout(shape: Shape) -> Layout:
 
 
 def described(base: Checkpoint, _: Collection[str]) -> dict[str, Any]:
-    """What the file must say of the model, its tokenizer and its chat template."""
+    """The metadata that the file must have on the model, its tokenizer and its chat template."""
     config, tokenizer = {**base.config, **legacy_config(base.config)}, load_tokenizer(base.directory)
     given = {**config, **{f"rope_scaling.{key}": value for key, value in (config.get("rope_scaling") or {}).items()}}
     words = {i: token for token, i in tokenizer.get_vocab().items()}
@@ -93,11 +106,11 @@ def described(base: Checkpoint, _: Collection[str]) -> dict[str, Any]:
 
 
 def said(directory: Path) -> dict[str, Any]:
-    """What the file says of the same."""
+    """The metadata that the file has, under the keys of `described`."""
     fields = GgufFile(directory).fields
     of_model = ("rope.scaling.type", *_FIELDS)
     known = ("general.architecture", *(f"{ARCHITECTURE}.{key}" for key in of_model), *_OF_TOKENIZER)
-    # Numbers are FP32 in the file, and shorter in config.json.
+    # The file stores numbers in FP32; config.json has fewer digits.
     return {key: _short(fields[key]) for key in known if key in fields}
 
 
@@ -111,7 +124,7 @@ def _merges(tokenizer: Any) -> list[str]:
 
 
 def _values(type_: str, *stored: Tensor, dim: int) -> Tensor:
-    """float32, of two tensors every other row or column each, along `dim`."""
+    """Decode to float32. Two tensors are interleaved along `dim`."""
     import gguf.quants
 
     parts_ = [gguf.quants.dequantize(each.numpy(), gguf.GGMLQuantizationType[type_]) for each in stored]
@@ -125,7 +138,7 @@ def _weights(*stored: Tensor) -> Tensor:
 
 
 def _codes(*stored: Tensor) -> Codes:
-    """Blocks of 17 bytes -> codes and scales in the order of the released layout."""
+    """Blocks of 17 bytes -> blocks and scales in the order of the released layout."""
     blocks = torch.stack(stored, 2).flatten(1, 2).unflatten(-1, (-1, 1 + HALF))  # (E, out, nb, 17)
     halves = blocks[..., 1:]
     codes = torch.cat((halves & 15, halves >> 4), dim=-1)
@@ -133,22 +146,23 @@ def _codes(*stored: Tensor) -> Codes:
 
 
 def other_tensors_of(names: Any, source: str, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
-    """What holds a tensor that is no expert weight; the bias of gate and up is two, of every other column each."""
-    is_gate_up = source.endswith("gate_up_proj_bias")
-    halves = [source.replace("gate_up_proj_bias", f"{part}_proj.bias") for part in ("gate", "up")]
-    plain = source.replace("down_proj_bias", "down_proj.bias").replace("self_attn.sinks", "self_attn.sinks.weight")
-    targets = halves if is_gate_up else [plain]
+    """The stored tensors of a tensor that is not an expert weight. The bias of gate_up is split into gate and up."""
+    module, _, kind = source.rpartition(".")
+    if kind in EXPERT_BIASES:
+        targets = [f"{module}.{part}.bias" for part in _PARTS[kind.removesuffix(BIAS_SUFFIX)]]
+    else:
+        targets = [f"{source}.weight" if kind == SINKS else source]
     dtype = "F32" if TARGETS["gguf"].is_fp32(source) else "BF16"
     info = TensorInfo(dtype, (*shape[:-1], shape[-1] // len(targets)))
     return {_name(names, target): info for target in targets}
 
 
 def expert_tensors_of(names: Any, projection: ExpertProjection) -> dict[str, TensorInfo]:
-    """What holds a stack of expert weights; gate and up have every other row each."""
-    prefix, _, kind = projection.name.rpartition(".")
+    """The stored tensors of a stack of expert weights. gate_up is split into gate and up."""
+    module, _, kind = projection.name.rpartition(".")
     parts_ = _PARTS[kind]
     info = TensorInfo("MXFP4", (projection.experts, projection.out_features // len(parts_), projection.in_features))
-    return {_name(names, f"{prefix}.{part}.weight"): info for part in parts_}
+    return {_name(names, f"{module}.{part}.weight"): info for part in parts_}
 
 
 def _name(names: Any, name: str) -> str:
@@ -156,13 +170,13 @@ def _name(names: Any, name: str) -> str:
 
 
 def tensor_names(shape: Shape) -> Any:
-    """The names of tensors in other layouts -> here."""
+    """gguf's map from names in other layouts to names in the file."""
     gguf = library()
     return gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT_OSS, shape.num_hidden_layers)
 
 
 def library() -> Any:
-    """The package gguf.
+    """Import the package gguf.
 
     Raises:
         UserError: it is not installed.
@@ -173,11 +187,11 @@ def library() -> Any:
         return gguf
     except ImportError as error:
         raise UserError(
-            "a gguf file needs the package gguf. Install it: pip install 'gpt-oss-qat[gguf]', or gguf."
+            "gguf files need the package gguf. Install it: pip install 'gpt-oss-qat[gguf]', or pip install gguf."
         ) from error
 
 
-_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_PARTS = {GATE_UP: ("gate_proj", "up_proj"), DOWN: ("down_proj",)}
 _FIELDS = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -198,7 +212,7 @@ _FIELDS = {
     "rope.scaling.yarn_beta_fast": "rope_scaling.beta_fast",
     "rope.scaling.yarn_beta_slow": "rope_scaling.beta_slow",
 }
-"""Key of the file, in its architecture -> key of config.json: read off llama.cpp, not off the writer above."""
+"""Key in the file, without the architecture -> key of config.json. Taken from llama.cpp, independent of the writer."""
 _OF_TOKENIZER = (
     *(f"tokenizer.ggml.{key}" for key in ("model", "pre", "tokens", "merges")),
     *(f"tokenizer.ggml.{key}_token_id" for key in ("bos", "eos", "padding")),

@@ -1,8 +1,8 @@
-"""A layout read back: how it holds each tensor of the plain Hugging Face layout, so that one proof serves all layouts.
+"""Reading an export back: how each layout holds the tensors of the plain layout, so that one proof serves all.
 
-Each target says, beside its writer, which stored tensors hold a plain one and how they are decoded: by code that is not
-this program's, for the proof that every bit is right; and, of experts, where codes and scales are, which is faster and
-enough where two checkpoints are compared.
+Each target describes, next to its writer, which stored tensors hold a plain tensor, and two ways to read them:
+- decoded by code from another project, for the proof that every bit is right;
+- as codes and scales, for packed experts. This is faster, and enough to compare two checkpoints.
 
 Legend: E experts of one part, in, out dimensions of the matrix, nb = blocks per row = in / block size.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints import Checkpoint
-from pipeline.gpt_oss import ExpertProjection, Shape, TensorInfo, expert_projections, other_tensors, plain_layout
+from pipeline.gpt_oss import ExpertProjection, Shape, TensorInfo, expert_projections, other_tensors, plain_tensors
 from pipeline.numerics.codec import decode
 
 _STEP_VALUES = 1 << 24  # an expert of the released models has 16.6 million
@@ -24,12 +24,12 @@ _DECODED_ROWS = 1024
 
 
 class Codes(NamedTuple):
-    """4-bit weights as the codec has them.
+    """4-bit weights in the codec's representation.
 
     Attributes:
         blocks: (E, out, nb, block size / 2) uint8, the even element in the low half of a byte.
         scales: (E, out, nb) uint8 (e8m0) or float8_e4m3fn.
-        tensor_scale: (E) float32 beside float8_e4m3fn, else None.
+        tensor_scale: (E) float32 for float8_e4m3fn scales, otherwise None.
     """
 
     blocks: Tensor
@@ -42,10 +42,10 @@ class Held:
     """How a layout holds one tensor of the plain layout.
 
     Attributes:
-        tensors: stored name -> type and shape; the first dimension of each is that of the plain tensor.
-        decode: what is stored of some rows -> their values in a floating type; experts become (E, out, in).
-        codes: what is stored of some experts -> their codes and scales; None: not packed.
-        first: row of the stored tensors at which it begins.
+        tensors: stored name -> type and shape. The first dimension of each matches the plain tensor.
+        decode: stored tensors of some rows -> values in a floating type. Experts become (E, out, in).
+        codes: stored tensors of some experts -> codes and scales. None if they are not packed.
+        first: the row of the stored tensors at which the plain tensor begins.
     """
 
     tensors: dict[str, TensorInfo]
@@ -59,12 +59,12 @@ Layout = dict[str, Held]
 
 
 class Files(Protocol):
-    """Where tensors are stored."""
+    """A place that tensors can be read from."""
 
     tensors: dict[str, TensorInfo]
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Rows of the first dimension, as they are."""
+        """Rows of the first dimension of a tensor, as stored."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ class View:
     """The weights of a checkpoint of any layout, under their names in the plain layout.
 
     Attributes:
-        files: that hold them.
-        layout: that the files have.
-        shape: of the model.
-        plain: type and shape that each tensor has in the plain layout.
+        files: the files with the weights.
+        layout: the layout of the files.
+        shape: sizes of the model.
+        plain: name -> type and shape of each tensor in the plain layout.
     """
 
     files: Files
@@ -84,25 +84,25 @@ class View:
     plain: dict[str, TensorInfo] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "plain", plain_layout(self.shape))
+        object.__setattr__(self, "plain", plain_tensors(self.shape))
 
     def parts(self, name: str) -> Iterator[slice]:
-        """Rows of the first dimension that together make a tensor, few enough at a time to be small in memory."""
+        """Split a tensor into slices of its first dimension, each of which is small in memory."""
         count, *others = self.plain[name].shape
         rows = max(1, _STEP_VALUES // max(1, torch.Size(others).numel()))
         yield from (slice(start, min(start + rows, count)) for start in range(0, count, rows))
 
     def values(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """A tensor, or rows of it, decoded by code that is not this program's; experts (E, out, in)."""
+        """A tensor, or rows of it, decoded by code from another project. Experts are (E, out, in)."""
         return self.layout[name].decode(*self._stored(name, rows))
 
     def codes(self, name: str, rows: slice = slice(None)) -> Codes | None:
-        """Of experts the codes and scales, None where they are not packed."""
+        """Codes and scales of packed experts; None for other tensors."""
         held = self.layout[name]
         return None if held.codes is None else held.codes(*self._stored(name, rows))
 
     def weights(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """The same values as `values`, decoded fast; experts (E, in, out)."""
+        """The same values as `values`, but decoded by the fast codec. Experts are (E, in, out)."""
         codes = self.codes(name, rows)
         if codes is not None:
             return decoded(codes)
@@ -110,7 +110,7 @@ class View:
         return values.transpose(1, 2) if len(self.plain[name].shape) == 3 else values
 
     def plain_values(self, name: str) -> Tensor:
-        """A tensor as `values` decodes it, as the plain layout has it: experts (E, in, out)."""
+        """A whole tensor as `values` decodes it, in the order of the plain layout: experts are (E, in, out)."""
         values = self.values(name)
         return values.transpose(1, 2) if len(self.plain[name].shape) == 3 else values
 
@@ -121,7 +121,7 @@ class View:
 
 
 def decoded(codes: Codes) -> Tensor:
-    """(E, in, out) bfloat16 by the codec."""
+    """Decode with the codec: (E, in, out) bfloat16."""
     experts, out, nb, half = codes.blocks.shape
     plain = torch.empty((experts, 2 * nb * half, out), dtype=torch.bfloat16)
     decode(codes.blocks, codes.scales, torch.bfloat16, codes.tensor_scale, out=plain.transpose(1, 2))
@@ -129,7 +129,7 @@ def decoded(codes: Codes) -> Tensor:
 
 
 def with_signed_zeros(values: Tensor, codes: Codes) -> Tensor:
-    """(E, out, in) values of a decoder that drops the sign of zeros, with the signs that the codes have."""
+    """Restore the signs of zeros in (E, out, in) values from a decoder that drops them."""
     return torch.where(values == 0, decoded(codes).transpose(1, 2).to(values.dtype), values)
 
 
@@ -139,20 +139,20 @@ def stored_tensors(layout: Layout) -> dict[str, TensorInfo]:
 
 
 def others(shape: Shape) -> Layout:
-    """What is no expert weight, under its own name."""
+    """The tensors that are not expert weights, stored under their own names."""
     return {name: Held({name: info}) for name, info in other_tensors(shape).items()}
 
 
 def packed(projection: ExpertProjection, blocks: str, scales: str) -> Held:
-    """A stack of experts as MXFP4 blocks and scales of these names."""
+    """A stack of experts, stored as MXFP4 blocks and scales with these names."""
     infos = projection.packed_tensors().values()
     return Held(dict(zip((blocks, scales), infos, strict=True)), decode=_by_transformers, codes=Codes)
 
 
 def _by_transformers(blocks: Tensor, scales: Tensor) -> Tensor:
-    """(E, out, in) float32.
+    """Decode every value to (E, out, in) float32.
 
-    Every value, not a sample. In steps of 1024 rows a layer of gpt-oss-20b took 26 CPU-seconds, in one step 30.
+    Steps of 1024 rows are faster: a layer of gpt-oss-20b takes 26 CPU-seconds, and 30 in a single step.
     """
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -162,13 +162,13 @@ def _by_transformers(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def packed_layout(shape: Shape) -> Layout:
-    """The released layout."""
+    """The layout of the released checkpoints."""
     stacks = {each.name: packed(each, each.blocks, each.scales) for each in expert_projections(shape)}
     return others(shape) | stacks
 
 
 def unpacked_layout(shape: Shape) -> Layout:
-    """Experts (E, in, out) in one floating type."""
+    """The plain layout: experts are (E, in, out) in a floating type."""
     stacks = {
         each.name: Held({each.name: each.plain_tensor()}, decode=lambda plain: plain.transpose(1, 2))
         for each in expert_projections(shape)
@@ -177,7 +177,7 @@ def unpacked_layout(shape: Shape) -> Layout:
 
 
 def of_base(directory: Path) -> View:
-    """A base model, packed or not.
+    """The weights of a base model, packed or plain.
 
     Raises:
         UserError: it is not a gpt-oss checkpoint.

@@ -10,7 +10,7 @@ from pipeline.export.exporter import Exporter
 from pipeline.export.layout import packed_layout
 from pipeline.export.target import Job
 from pipeline.export.weights import checked_base, others_piece, packed_piece, stacks, write_checkpoint
-from pipeline.gpt_oss import QUANTIZATION_CONFIG, other_tensors
+from pipeline.gpt_oss import BLOCKS_SUFFIX, QUANTIZATION_CONFIG, other_tensors
 from pipeline.shards import Written
 
 _DIALECT = ("rope_parameters", "dtype", "torch_dtype")
@@ -54,4 +54,4 @@ def legacy_config(config: dict[str, Any]) -> dict[str, Any]:
     return legacy
 
 
-EXPORTER = Exporter(write=write, kind=Kind.packed, layout=packed_layout, described=described, mark="_blocks")
+EXPORTER = Exporter(write=write, kind=Kind.packed, layout=packed_layout, described=described, mark=BLOCKS_SUFFIX)

@@ -28,7 +28,7 @@ from pipeline.export.weights import ExpertStack, Packed, checked_base, others_pi
 from pipeline.gpt_oss import QUANTIZATION_CONFIG, ExpertProjection, Shape, TensorInfo, expert_projections, other_tensors
 from pipeline.numerics.convert import mxfp4_to_nvfp4
 from pipeline.numerics.formats import NVFP4
-from pipeline.numerics.scales import INPUT_RULE, tensor_scale_of
+from pipeline.numerics.scales import INPUT_RULE, tensor_scale_for_amax
 from pipeline.shards import Piece, Written, whole
 
 RECORD = "hf_quant_config.json"
@@ -68,7 +68,7 @@ def calibrated(model: Path) -> dict[str, Tensor]:
     """Of a model with quantized inputs the tensor scale of each expert stack's inputs, as training rounds them."""
     amax = load_calibration(model).amax
     names = {name: f"{name.removesuffix('_input_quantizer')}{_INPUT_SCALE}" for name in amax}
-    return {names[name]: tensor_scale_of(amax[name].float().reshape(()), INPUT_RULE) for name in amax}
+    return {names[name]: tensor_scale_for_amax(amax[name].float().reshape(()), INPUT_RULE) for name in amax}
 
 
 def described(base: Checkpoint, tensors: Collection[str]) -> dict[str, Any]:

@@ -15,14 +15,26 @@ from pipeline.export.layout import Held, Layout, packed
 from pipeline.export.mxfp4 import legacy_config
 from pipeline.export.target import Job
 from pipeline.export.weights import checked_base, others_piece, packed_piece, stacks, write_checkpoint
-from pipeline.gpt_oss import ExpertProjection, Shape, TensorInfo, expert_projections, other_tensors
+from pipeline.gpt_oss import (
+    DOWN,
+    EMBEDDING,
+    FINAL_NORM,
+    GATE_UP,
+    HEAD,
+    ExpertProjection,
+    Shape,
+    TensorInfo,
+    expert_projections,
+    in_layer,
+    other_tensors,
+)
 from pipeline.shards import Written
 
-_STACKS = {"gate_up_proj": "mlp1_weight", "down_proj": "mlp2_weight"}
+_STACKS = {GATE_UP: "mlp1_weight", DOWN: "mlp2_weight"}
 _OF_MODEL = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "norm.scale": "model.norm.weight",
-    "unembedding.weight": "lm_head.weight",
+    "embedding.weight": EMBEDDING,
+    "norm.scale": FINAL_NORM,
+    "unembedding.weight": HEAD,
 }
 _OF_LAYER: dict[str, tuple[str, ...]] = {
     "attn.norm.scale": ("input_layernorm.weight",),
@@ -73,13 +85,13 @@ def other_names(shape: Shape) -> dict[str, tuple[str, ...]]:
     names: dict[str, tuple[str, ...]] = {target: (source,) for target, source in _OF_MODEL.items()}
     for layer in range(shape.num_hidden_layers):
         for target, sources in _OF_LAYER.items():
-            names[f"block.{layer}.{target}"] = tuple(f"model.layers.{layer}.{source}" for source in sources)
+            names[f"block.{layer}.{target}"] = tuple(in_layer(layer, source) for source in sources)
     return names
 
 
 def stack_names(projection: ExpertProjection) -> tuple[str, str]:
     """Blocks and scales of a stack of experts."""
-    name = f"block.{projection.layer}.mlp.{_STACKS[projection.name.rpartition('.')[2]]}"
+    name = f"block.{projection.layer}.mlp.{_STACKS[projection.kind]}"
     return f"{name}.blocks", f"{name}.scales"
 
 

@@ -1,7 +1,7 @@
-"""What every target makes of a weight, part by part: 4-bit experts by the codec, everything else in BF16.
+"""Converting weights for every target, part by part: experts to 4 bits by the codec, everything else to BF16.
 
-What training did not touch keeps the source's own bytes: the same values can be written with other scales, and only the
-bytes themselves are sure to be what every engine already serves.
+Weights that training did not change keep the bytes of the source. The same values could be written with other scales,
+but only the original bytes are known to work in every engine.
 
 Legend: E experts of one part, in, out dimensions of the matrix, nb = in / block size.
 """
@@ -20,8 +20,7 @@ from pipeline.errors import UserError
 from pipeline.export.survival import Survival
 from pipeline.export.target import Job
 from pipeline.gpt_oss import ExpertProjection, TensorInfo, expert_projections, other_tensors
-from pipeline.numerics.codec import CodecError, differences, encode, fake_quantize, same_bits
-from pipeline.numerics.codec import tensor_scale as tensor_scale_of
+from pipeline.numerics.codec import CodecError, differences, encode, fake_quantize, same_bits, tensor_scale
 from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.formats import MXFP4
 from pipeline.shards import Piece, Step, Written, in_order, write_sharded
@@ -35,9 +34,9 @@ class Packed:
         blocks: (E, out, nb, block size / 2) uint8.
         scales: (E, out, nb).
         tensor_scale: (E) float32, or None where the format has none.
-        values: (E, in, out), what they decode to.
-        saturated: (E, out, nb) bool, the blocks in which the scale could not hold the largest weight.
-        is_last: whether the stack ends with them.
+        values: (E, in, out), the decoded values.
+        saturated: (E, out, nb) bool, blocks whose largest weight is too large for their scale.
+        is_last: whether these are the last experts of the stack.
     """
 
     blocks: Tensor
@@ -49,16 +48,16 @@ class Packed:
 
 
 def checked_base(job: Job) -> Checkpoint:
-    """The base checkpoint, which the model must belong to.
+    """Open the base checkpoint and check that the model can be exported with its configuration.
 
     Raises:
-        UserError: it has other sizes, or an input dimension that the block size does not divide.
+        UserError: the model has other sizes, or the block size does not divide an input dimension.
     """
     base = job.source.open()
     if job.weights.shape != base.shape:
         raise UserError(
             f"{job.weights.ref.directory} has {job.weights.shape}, but model.path={job.source.directory} has"
-            f" {base.shape}: the export takes its configuration from model.path, which must be the model that training"
+            f" {base.shape}. The export takes its configuration from model.path, so set it to the model that training"
             " started from."
         )
     for projection in expert_projections(base.shape):
@@ -71,7 +70,7 @@ class OtherTensor:
     """A tensor that is not an expert weight, in BF16.
 
     Attributes:
-        is_copied: whether, so far, it is the source's own bytes.
+        is_copied: whether everything made so far is identical to the source.
     """
 
     job: Job
@@ -81,11 +80,11 @@ class OtherTensor:
 
     @property
     def info(self) -> TensorInfo:
-        """Type and shape of what is written."""
+        """Type and shape of the written tensor."""
         return other_tensors(self.base.shape)[self.name]
 
     def steps(self, put: Callable[[Tensor], Iterable[tuple[str, Tensor]]]) -> Iterator[Step]:
-        """Make it row by row; `put` says where rows go."""
+        """Steps that make the tensor. `put` assigns rows to tensors of the target."""
         for rows in self.job.weights.parts(self.name):
             yield self._step(rows, put)
 
@@ -108,7 +107,7 @@ class OtherTensor:
 
 
 def others_piece(job: Job, base: Checkpoint, target: str, sources: Iterable[str]) -> Piece:
-    """A tensor of the target, made of the rows of one tensor or of several, one after the other."""
+    """A tensor of the target. It has the rows of one or several source tensors, concatenated."""
     parts = [OtherTensor(job, base, name) for name in sources]
     rows = sum(part.info.shape[0] for part in parts)
     info = TensorInfo(parts[0].info.dtype, (rows, *parts[0].info.shape[1:]))
@@ -121,12 +120,13 @@ def others_piece(job: Job, base: Checkpoint, target: str, sources: Iterable[str]
 
 @dataclass
 class ExpertStack:
-    """A stack of expert weights in the job's format; where that is the source's, untouched experts keep its bytes.
+    """A stack of expert weights in the job's format. If the source has that format, unchanged experts keep its bytes.
 
     Attributes:
         survival: sums over the experts made so far.
-        copied_experts: how many of them are the source's.
-        other_than_trained: how many weights were rounded to another value in training, for a model of another format.
+        copied_experts: how many of these experts are copied from the source.
+        other_than_trained: how many weights differ from the rounded weights in training. Not counted if training
+            rounded to the same format or did not round.
     """
 
     job: Job
@@ -137,12 +137,12 @@ class ExpertStack:
     other_than_trained: int = 0
 
     def steps(self, put: Callable[[Packed], Iterable[tuple[str, Tensor]]]) -> Iterator[Step]:
-        """Make it some experts at a time; `put` says where they go."""
+        """Steps that make the stack, a few experts at a time. `put` assigns them to tensors of the target."""
         for rows in self.job.weights.parts(self.projection.name):
             yield self._step(rows, put)
 
     def note(self, tensors: list[str]) -> dict[str, Any]:
-        """What is worth keeping, once all is made, of the tensors that hold it."""
+        """The record of the finished stack; `tensors` are the names of the written tensors."""
         return {
             "tensors": tensors,
             "is_copied": self.copied_experts == self.projection.experts,
@@ -175,7 +175,7 @@ class ExpertStack:
         return replace(new, is_last=rows.stop == self.projection.experts)
 
     def _of_source(self, source: tuple[Tensor, ...], base: Tensor) -> Packed:
-        """The base model in the job's format: what it stores, or what training rounds that to."""
+        """The base model's experts in the job's format: as stored, or rounded as training rounds them."""
         if len(source) == 1 or self.job.block_format.scale_type is not MXFP4.scale_type:
             return self._coded(base)
         blocks, scales = source
@@ -195,7 +195,7 @@ class ExpertStack:
         importance = self.job.weights.importance(self.projection.name)
         importance = None if importance is None else importance.to(values.device)
         block_format, near, turned = self.job.block_format, torch.empty_like(values), values.transpose(1, 2)
-        unit = tensor_scale_of(turned, block_format)
+        unit = tensor_scale(turned, block_format)
         blocks_in_row = turned.shape[2] // block_format.block_size
         saturated = torch.empty((*turned.shape[:2], blocks_in_row), dtype=torch.bool, device=values.device)
         blocks, scales = encode(turned, block_format, unit, importance, near.transpose(1, 2), saturated)
@@ -224,7 +224,7 @@ def stacks(job: Job, base: Checkpoint) -> list[ExpertStack]:
 def write_checkpoint(
     job: Job, base: Checkpoint, directory: Path, pieces: list[Piece], config: dict[str, Any]
 ) -> Written:
-    """Stream the pieces, layer by layer, and put the source's side files and a configuration beside them."""
+    """Write the pieces layer by layer, the side files of the source, and config.json."""
     values = sum(projection.values for projection in expert_projections(base.shape))
     with compilation_for(values):
         written = write_sharded(directory, in_order(pieces), job.shard_bytes, "export")
@@ -234,7 +234,7 @@ def write_checkpoint(
 
 
 def packed_piece(stack: ExpertStack, blocks: str, scales: str) -> Piece:
-    """A stack as two tensors of the names given: its blocks, then its scales."""
+    """A stack as two tensors with the given names: its blocks, then its scales."""
     held: list[Tensor] = []
 
     def put(made: Packed) -> Iterator[tuple[str, Tensor]]:
@@ -249,7 +249,7 @@ def packed_piece(stack: ExpertStack, blocks: str, scales: str) -> Piece:
 
 
 def _keep(new: Packed, old: Packed, experts: Tensor) -> None:
-    """Give some experts of MXFP4 what the source has of them: the same values, perhaps under other scales."""
+    """Replace some MXFP4 experts by those of the source, which have the same values but perhaps other scales."""
     for mine, source in ((new.blocks, old.blocks), (new.scales, old.scales), (new.saturated, old.saturated)):
         mine[experts] = source[experts]
 

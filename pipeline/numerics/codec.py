@@ -1,21 +1,23 @@
 """The codec: values -> codes and scales -> values. Training's fake quantization and the export both call it.
 
-The idea: a block of values along the input dimension shares a scale; each value is divided by it and rounded to the
-nearest of the 16 values of e2m1, ties to even (OCP MX v1.0, 5.3.3 and 6.3). What may be chosen is the scale (see
-`formats.SCALE_RULES`). All is exact: scales come from the bits of the largest magnitude (`scales`), division is by
-powers of two, ties are decided by comparison (`kernels`), so that every device gives the same bits, compiled or not.
+A block of values along the input dimension shares a scale. Each value is divided by it and rounded to the nearest of
+the 16 values of e2m1, ties to even (OCP MX v1.0, 5.3.3 and 6.3). The rule for the scale can be chosen (see
+`formats.SCALE_RULES`). All steps are exact: scales come from the bits of the largest magnitude (`scales`), division is
+by powers of two, and ties are decided by comparison (`kernels`). So every device gives the same bits, compiled or not.
 
-Tools disagree with themselves here: ModelOpt's training kernel rounds ties to even, its exporter toward zero, so that
-0.4 % of the exported BF16 weights are not the trained ones. One definition for both is the point.
+One definition for training and export matters. ModelOpt's training kernel rounds ties to even, but its exporter rounds
+them toward zero, so 0.4 % of its exported BF16 weights differ from the trained ones.
 
-What happens at the edges. Zeros keep their sign, also values that round to zero. Subnormal values are rounded like
-others, with the smallest scale, 2^-127 (NVFP4: they become zero under a tensor scale of at least 2^-110). Values beyond
-what the scale holds saturate at 6 scales: under `floor`, `nearest` and `mse`, under a given tensor scale, and from
-3.5 * 2^126 on (NVFP4: 2^127), where the next value, 2^128, would be Inf. A block with NaN or Inf is an error, never
-zeros.
+Edge cases:
+- Zeros keep their sign, also values that round to zero.
+- Subnormal values are rounded like others, with the smallest scale, 2^-127. (NVFP4: they become zero, because the
+  tensor scale is at least 2^-110.)
+- Values beyond 6 * scale saturate. This happens under `floor`, `nearest` and `mse`, under a given tensor scale, and
+  from 3.5 * 2^126 on (NVFP4: 2^127), because the next value, 2^128, would be Inf.
+- A block with NaN or Inf is an error and never becomes zeros.
 
-Values have the logical shape (..., out, in), blocks along `in`; memory may have any order. An (E, in, out) parameter is
-handed in as `parameter.transpose(-1, -2)`, and costs no transposed copy. Work goes in slabs: temporaries stay small.
+Values have the logical shape (..., out, in), with blocks along `in`. Memory may have any order: pass an (E, in, out)
+parameter as `parameter.transpose(-1, -2)`, and it is not copied. Work is done in slabs, so temporaries stay small.
 
 Legend: in = input dimension, out = output dimension, nb = blocks per row = in / block_size, L = all leading dimensions.
 """
@@ -41,7 +43,7 @@ _WORD = torch.int64
 
 
 class CodecError(ValueError):
-    """Values that cannot be represented; `block` is the index of the first bad block, or None."""
+    """Values cannot be represented. `block` is the index of the first bad block, or None."""
 
     def __init__(self, message: str, block: tuple[int, ...] | None = None) -> None:
         super().__init__(message)
@@ -59,20 +61,20 @@ def encode(
     """Quantize and pack.
 
     Args:
-        values: (..., in) or (..., out, in) float32 or bfloat16, blocks along the last dimension, any strides.
+        values: (..., in) or (..., out, in) float32 or bfloat16 with any strides. Blocks run along the last dimension.
         block_format: a row of FORMATS, or one with another rule.
-        tensor_scale: (...) float32 as `tensor_scale` gives it, for formats that have one; None for others.
+        tensor_scale: (...) float32 from the function `tensor_scale`, for formats that have one; None for others.
         importance: (in) or (..., in) float32, not negative: weights of the squared error under the rule `mse`.
-        rounded: where to write what the result decodes to, shape and type of `values`, any strides; None: not wanted.
-        saturated: where to write which blocks' largest magnitude lies beyond 6 scales, (..., nb) bool, contiguous.
+        rounded: output for the decoded result, or None. Shape and type of `values`, any strides.
+        saturated: output for the blocks whose largest magnitude exceeds 6 * scale, or None. (..., nb) bool, contiguous.
 
     Returns:
         blocks: (..., nb, block_size / 2) uint8, two codes a byte, the even element in the low nibble; contiguous.
         scales: (..., nb) uint8 (e8m0) or float8_e4m3fn; contiguous.
 
     Raises:
-        CodecError: the block size does not divide `in`, or a block holds NaN or Inf.
-        TypeError: another dtype (float16 cannot hold the result, float64 would be rounded twice).
+        CodecError: the block size does not divide `in`, or a block has NaN or Inf.
+        TypeError: `values` has another dtype. (float16 cannot hold the result; float64 would be rounded twice.)
     """
     work = _Rounding(values, block_format, _unit(tensor_scale, block_format), importance)
     count, nb, size, lanes = work.view.shape
@@ -96,17 +98,17 @@ def decode(
     tensor_scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Unpack and dequantize: value = e2m1(code) * scale, exact in BF16 and FP32 where it is in their range.
+    """Unpack and dequantize: value = e2m1(code) * scale. This is exact in BF16 and FP32 within their range.
 
     Args:
         blocks: (..., nb, block_size / 2) uint8.
         scales_: (..., nb) uint8 (e8m0) or float8_e4m3fn.
-        dtype: of the result.
-        tensor_scale: (...) float32, without the last dimension of what was encoded and `out`; for float8_e4m3fn scales.
-        out: where to write, (..., in) of any strides; None for a new, contiguous tensor.
+        dtype: type of the result.
+        tensor_scale: (...) float32 for float8_e4m3fn scales: the leading dimensions, without out and in.
+        out: output, (..., in) with any strides; None for a new, contiguous tensor.
 
     Returns:
-        (..., in) values; a NaN scale gives NaN, values beyond the dtype's range give Inf.
+        (..., in) values. A NaN scale gives NaN, and values beyond the dtype's range give Inf.
     """
     nb, half = blocks.shape[-2:]
     target = torch.empty((*blocks.shape[:-2], nb * half * 2), dtype=dtype, device=blocks.device) if out is None else out
@@ -123,11 +125,11 @@ def decode(
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors, float32 or bfloat16, hold the same bits, the narrower widened."""
+    """Whether two tensors, float32 or bfloat16, have the same bits. If their types differ, both are widened first."""
     if one.dtype != other.dtype:
         one, other = one.float(), other.float()
     flat = [each.contiguous().view(-1) for each in (one, other)]
-    # By words of eight bytes, where both begin and end at one: torch 2.13 is four times faster at that.
+    # torch 2.13 compares words of eight bytes four times faster. They need aligned starts and ends.
     ends = [end * one.element_size() for each in flat for end in (each.storage_offset(), len(each))]
     word = _BITS[one.dtype] if any(end % _WORD.itemsize for end in ends) else _WORD
     return one.shape == other.shape and torch.equal(*(each.view(word) for each in flat))
@@ -136,41 +138,41 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 def fake_quantize(
     values: Tensor, block_format: BlockFormat, tensor_scale: Tensor | None = None, importance: Tensor | None = None
 ) -> Tensor:
-    """The values that `decode(encode(values))` has, in the dtype and memory order of `values`.
+    """The values of `decode(encode(values))`, in the dtype and memory order of `values`.
 
-    The gradient passes straight through. Arguments and errors are those of `encode`; a tensor scale that is needed and
-    not given is that of the values.
+    The gradient passes straight through. Arguments and errors are those of `encode`, but a tensor scale that is not
+    given is computed from the values.
     """
     return straight_through(values, _rounded(values, block_format, tensor_scale, importance))
 
 
 def straight_through(values: Tensor, rounded: Tensor) -> Tensor:
-    """`rounded`, with the gradient of `values`, in their dtype.
+    """`rounded`, whose gradient goes to `values` unchanged, in the dtype of `values`.
 
-    Bengio et al. 2013 (arXiv:1308.3432): rounding has zero gradient almost everywhere, so pretend it is one.
+    Bengio et al. 2013 (arXiv:1308.3432): rounding has zero gradient almost everywhere, so it is replaced by one.
     """
     return _StraightThrough.apply(values, rounded)
 
 
 def tensor_scale(values: Tensor, block_format: BlockFormat) -> Tensor | None:
-    """The scale of each (out, in) matrix: a power of two, float32, leading shape; None if the format has none."""
+    """The tensor scale of each (out, in) matrix: powers of two, float32, (...). None if the format has none."""
     if block_format.scale_type is ScaleType.e8m0:
         return None
     if values.numel() == 0:
         return torch.ones(values.shape[:-2], device=values.device)
     view = _view(values, block_format)
-    return scales.tensor_scale_of(_amax(view).amax(dim=(1, 2)), block_format.scale_rule).view(values.shape[:-2])
+    return scales.tensor_scale_for_amax(_amax(view).amax(dim=(1, 2)), block_format.scale_rule).view(values.shape[:-2])
 
 
 def differences(stacks: Sequence[Tensor]) -> Tensor:
     """Sums over weights: (4) float64.
 
     Args:
-        stacks: values, what they were rounded to, base, what that was rounded to: (E, rows, columns) each.
+        stacks: values, rounded values, base, rounded base: (E, rows, columns) each.
 
     Returns:
-        The squared error of rounding the values; their squares; how many values differ from the base; how many of the
-        rounded values differ from the rounded base.
+        The squared error of rounding the values; the squares of the values; how many values differ from the base; how
+        many rounded values differ from the rounded base.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=stacks[0].device)
     for matrices in zip(*stacks, strict=True):
@@ -179,12 +181,12 @@ def differences(stacks: Sequence[Tensor]) -> Tensor:
 
 
 def sum_of_squares(values: Tensor) -> float:
-    """As `differences` has it, of (E, rows, columns)."""
+    """The sum of squares of (E, rows, columns), the same as in `differences`."""
     return sum(float(kernels.row_squares(matrix).double().sum()) for matrix in values)
 
 
 def unequal_blocks(one: Tensor, other: Tensor, block_format: BlockFormat) -> Tensor:
-    """Which blocks of two (E, in, out) hold other values: (E, out, nb) bool; a zero's sign does not count."""
+    """Which blocks of two (E, in, out) tensors have different values: (E, out, nb) bool. Signs of zeros are ignored."""
     blocks = [values.unflatten(1, (-1, block_format.block_size)) for values in (one, other)]
     experts, nb, _, lanes = blocks[0].shape
     found = torch.empty((experts, nb, lanes), dtype=torch.bool, device=one.device)
@@ -216,11 +218,9 @@ def _rounded(values: Tensor, block_format: BlockFormat, given: Tensor | None, im
 
 
 class _Rounding:
-    """Iterate over values slab by slab: (slab, its values, largest magnitudes of blocks, what to divide them by).
+    """Iterates over values slab by slab: (slab, its values, largest magnitudes of blocks, divisor).
 
-    At the end, `scales` is complete.
-
-    Raises CodecError at the end of the iteration: NaN or Inf.
+    `scales` is complete at the end of the iteration. The iteration then raises CodecError if a block has NaN or Inf.
     """
 
     def __init__(
@@ -253,7 +253,7 @@ class _Rounding:
 def _better(
     view: Tensor, first: Tensor, second: Tensor, scale_type: ScaleType, unit: Tensor | None, weights: Tensor | None
 ) -> Tensor:
-    """Of two scales the one with the smaller squared error; the first of two equally good."""
+    """The scale with the smaller squared error; the first one if both are equal."""
     one, two = (scales.divisor(each, scale_type, unit) for each in (first, second))
     error_one, error_two = (kernels.squared_error(view, each.inverse, each.significand, weights) for each in (one, two))
     ratio = two.inverse / one.inverse  # of powers of two: exact
@@ -261,7 +261,7 @@ def _better(
 
 
 def _weights(importance: Tensor, view: Tensor) -> Tensor:
-    """(…, in) -> (L or 1, nb, block, 1) float64, whole numbers below 2^16; ones for a block of no importance at all."""
+    """(…, in) -> (L or 1, nb, block, 1) float64: whole numbers below 2^16, or ones if a block's are all zero."""
     if not bool((importance >= 0).all()):
         raise CodecError("importance must be a number, not negative, for every input channel")
     nb, size = view.shape[1:3]
@@ -304,7 +304,7 @@ def _as_matrices(values: Tensor) -> Tensor:
 
 
 def _viewed_as_matrices(values: Tensor) -> Tensor:
-    """As `_as_matrices`, but of the same memory, to be written to."""
+    """Like `_as_matrices`, but always a view, for writing."""
     return values.view(_matrices(values.shape))
 
 
@@ -318,11 +318,11 @@ def _as_blocks(matrices: Tensor, block_size: int) -> Tensor:
 
 
 def _slabs(view: Tensor) -> Iterator[Slab]:
-    """Cut (L, nb, block, lanes) into pieces that fit the caches, all of one shape, so that there is one to compile for.
+    """Split (L, nb, block, lanes) into slabs that fit the caches. All have one shape, so kernels are compiled once.
 
-    Both expert stacks of a layer of gpt-oss, with 5760 and with 2880 lanes, are cut into the same shape.
+    Both expert stacks of a gpt-oss layer, with 5760 and 2880 lanes, give slabs of the same shape.
     """
-    if view.numel() == 0:  # an expert that no token is sent to
+    if view.numel() == 0:  # for example inputs of an expert that gets no token
         return
     count, nb, size, lanes = view.shape
     budget = _SLAB_VALUES.get(view.device.type, _SLAB_VALUES["cuda"])
@@ -336,7 +336,7 @@ def _slabs(view: Tensor) -> Iterator[Slab]:
 
 
 def _part(blocks: Tensor, slab: Slab) -> Tensor:
-    """A slab of (L, nb, block, lanes), contiguous: a copy within the caches saves compiling for other strides."""
+    """A slab of (L, nb, block, lanes). It is copied if needed, because other strides would be compiled separately."""
     experts, rows, lanes = slab
     part = blocks[experts, rows, :, lanes]
     return part.contiguous() if part.stride(-1) == 1 else part

@@ -1,14 +1,14 @@
-"""How the scale of a block is chosen from its largest magnitude, for each type of scale and each rule.
+"""Choosing the scale of a block from its largest magnitude, for each type of scale and each rule.
 
-The idea: candidates are computed from the bits of the largest magnitude, with exact comparisons in place of logarithms
-and divisions, so that every device chooses the same scale. A rule is one candidate, or two between which the codec
-decides by squared error.
+Candidates are computed from the bits of the largest magnitude, by exact comparisons instead of logarithms and
+divisions. So every device chooses the same scale. A rule has one candidate, or two from which the codec takes the one
+with the smaller squared error.
 
-The scale that divides is significand * 2^exponent. For e8m0 the significand is one. For e4m3 it has four bits; it is
-kept apart, since dividing by a power of two is exact and comparing with midpoint * significand is exact, while dividing
-by 1.125 is neither exact nor the same on every device. For the same reason the tensor scale is a power of two: the
-smallest with amax <= 6 * 448 * scale, where common practice takes amax / (6 * 448) itself. All values of the format are
-then exact in BF16, and the price is at most one binade of the range of e4m3, out of 17.
+A scale is significand * 2^exponent. For e8m0 the significand is one. For e4m3 it has four bits and is kept separate:
+dividing by a power of two and comparing with midpoint * significand are exact, but dividing by 1.125 is neither exact
+nor the same on every device. For the same reason the tensor scale is a power of two, the smallest one with
+amax <= 6 * 448 * scale. (Common practice is amax / (6 * 448).) All values of the format are then exact in BF16. This
+costs at most one of the 17 binades of e4m3.
 
 Legend: amax (L, nb, lanes) float32, the largest magnitude of each block; bytes: scales as int32.
 """
@@ -37,10 +37,10 @@ _SMALLEST_TENSOR_SCALE = 2.0**-110  # below, products with e4m3 and e2m1 would l
 
 @dataclass(frozen=True)
 class Divisor:
-    """What values are divided by, each (L, nb, lanes) float32.
+    """The divisor of the values in each block. All fields are (L, nb, lanes) float32.
 
     Attributes:
-        inverse: 2^-exponent; multiplying by it is exact.
+        inverse: 2^-exponent. Multiplying by it is exact.
         significand: in [1, 2), or None for one.
         scale: significand * 2^exponent, the value of a unit of e2m1.
     """
@@ -51,9 +51,9 @@ class Divisor:
 
 
 def candidates(amax: Tensor, scale_type: ScaleType, rule: str, tensor_scale: Tensor | None) -> list[Tensor]:
-    """The scale bytes (L, nb, lanes) uint8 between which the rule decides; the first wins a draw.
+    """The candidates of a rule, as scale bytes (L, nb, lanes) uint8. The first one wins a tie.
 
-    A block with NaN or Inf has the byte NAN[scale_type].
+    A block with NaN or Inf gets the byte NAN[scale_type].
     """
     if tensor_scale is not None:
         amax = _in_units(amax, tensor_scale.reciprocal()[:, None, None])
@@ -61,7 +61,7 @@ def candidates(amax: Tensor, scale_type: ScaleType, rule: str, tensor_scale: Ten
 
 
 def divisor(scales: Tensor, scale_type: ScaleType, tensor_scale: Tensor | None) -> Divisor:
-    """What scale bytes (L, nb, lanes) mean, under the tensor scale (L,) where the type has one."""
+    """The divisor for scale bytes (L, nb, lanes), with the tensor scale (L,) if the type has one."""
     if scale_type is ScaleType.e8m0:
         inverse, scale = _e8m0_parts(scales)
         return Divisor(inverse, None, scale)
@@ -70,10 +70,12 @@ def divisor(scales: Tensor, scale_type: ScaleType, tensor_scale: Tensor | None) 
 
 
 def values_of(scales: Tensor, tensor_scale: Tensor | None) -> Tensor:
-    """Stored scales (L, …) -> the value of a unit of e2m1, float32: uint8 is e8m0, float8_e4m3fn has a tensor scale.
+    """Stored scales (L, …) -> the value of a unit of e2m1, float32.
+
+    Scales of type uint8 are e8m0. Scales of type float8_e4m3fn need a tensor scale.
 
     Raises:
-        TypeError: a tensor scale where the type of scale has none, or none where it has one.
+        TypeError: a tensor scale is given but the type has none, or it is missing.
     """
     is_e8m0 = scales.dtype == torch.uint8
     if is_e8m0 != (tensor_scale is None):
@@ -84,13 +86,14 @@ def values_of(scales: Tensor, tensor_scale: Tensor | None) -> Tensor:
 
 
 INPUT_RULE = "nearest"
-"""How the inputs of experts get their scales: what kernels that quantize them while they run can afford."""
+"""Rule for the scales of experts' inputs. Kernels that quantize inputs at run time use it because it is cheap."""
 
 
-def tensor_scale_of(amax: Tensor, rule: str) -> Tensor:
-    """The smallest power of two, at least 2^-110, under which e4m3 holds every candidate of the rule; any shape.
+def tensor_scale_for_amax(amax: Tensor, rule: str) -> Tensor:
+    """The tensor scale for a largest magnitude, elementwise: a power of two, at least 2^-110.
 
-    That is amax <= 6 * 448 * scale, and under `mse`, where amax / 4 is a candidate, amax <= 4 * 448 * scale.
+    It is the smallest one for which e4m3 can hold every candidate of the rule: amax <= 6 * 448 * scale. Under `mse`,
+    where amax / 4 is a candidate, it is amax <= 4 * 448 * scale.
     """
     bits = amax.contiguous().view(torch.int32)
     power, mantissa = (10, _MANTISSA_OF_1792) if rule == "mse" else (11, _MANTISSA_OF_2688)
@@ -138,13 +141,13 @@ def _e8m0_values(scales: Tensor) -> Tensor:
 
 
 def _e8m0_bits(index: Tensor) -> Tensor:
-    """Bytes below 255 as int32 -> bits of 2^(byte - 127) as a float; byte 0 is a subnormal."""
+    """Bytes below 255 as int32 -> bits of the float 2^(byte - 127). Byte 0 gives a subnormal."""
     return torch.where(index == 0, _BITS_OF_SMALLEST_E8M0, index << _EXPONENT_SHIFT)
 
 
 @kernel
 def _in_units(amax: Tensor, inverse: Tensor) -> Tensor:
-    """amax / tensor scale, finite where amax is. Capped at 2^127, so that 6 scales are no more than FP32 holds."""
+    """amax / tensor scale, finite wherever amax is. amax is capped at 2^127, so that 6 * scale is finite in FP32."""
     return torch.where(amax < math.inf, (amax.clamp(max=2.0**127) * inverse).clamp(max=2.0**100), amax)
 
 
@@ -169,7 +172,7 @@ def _e4m3_nearest_to_a_quarter(amax: Tensor) -> Tensor:
 
 
 def _ceil_to_e4m3(amax: Tensor, largest: float) -> Tensor:
-    """The smallest scale with amax <= largest * scale: a guess by division, put right by exact comparisons."""
+    """The smallest scale with amax <= largest * scale: an estimate by division, corrected by exact comparisons."""
     guess = amax * (1.0 / largest)
     byte = torch.where(guess < 2.0**-6, (guess * 512.0).int(), (guess.view(torch.int32) >> 20) - (120 << 3))
     byte = byte.clamp(1, E4M3_LARGEST) - 1
@@ -179,13 +182,13 @@ def _ceil_to_e4m3(amax: Tensor, largest: float) -> Tensor:
 
 
 def _neighbours_in_e4m3(amax: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """The scales below and above amax / largest; the same one twice where it is a scale itself."""
+    """The scales below and above amax / largest. Both are the same if it is a scale itself."""
     above = _ceil_to_e4m3(amax, largest)
     return above - (largest * _e4m3_values(above) > amax).int(), above
 
 
 def _nearest_e4m3(amax: Tensor, largest: float) -> Tensor:
-    """The scale nearest to amax / largest, of two equally near the even one."""
+    """The scale nearest to amax / largest, ties to even."""
     below, above = _neighbours_in_e4m3(amax, largest)
     middle = largest * (_e4m3_values(above) + _e4m3_values(below))
     takes_above = (2.0 * amax > middle) | ((2.0 * amax == middle) & ((above & 1) == 0))
@@ -193,19 +196,19 @@ def _nearest_e4m3(amax: Tensor, largest: float) -> Tensor:
 
 
 def _e4m3_bytes(amax: Tensor, byte: Tensor) -> Tensor:
-    """At least one, the smallest subnormal: a scale of zero would divide by nothing."""
+    """Bytes as stored, at least 1, the smallest subnormal, because a scale of zero cannot divide."""
     return torch.where(amax < math.inf, byte.clamp(1, E4M3_LARGEST), E4M3_NAN).to(torch.uint8)
 
 
 def _e4m3_values(byte: Tensor) -> Tensor:
-    """Finite bytes as int32 -> values: subnormals are multiples of 2^-9, exponents are biased by 7."""
+    """Finite bytes as int32 -> values. Subnormals are multiples of 2^-9; the exponent bias is 7."""
     normal = ((byte + (120 << 3)) << 20).view(torch.float32)
     return torch.where(byte < 8, byte.float() * 2.0**-9, normal)
 
 
 @kernel
 def _e4m3_parts(scales: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Finite bytes above zero, under a tensor scale -> 1 / power of two, significand, scale."""
+    """Finite bytes above zero, and a tensor scale -> 1 / power of two, significand, scale."""
     byte = scales.int()
     exponent = 136 - (byte >= 2).int() - (byte >= 4).int() - (byte >> 3)
     inverse, value = (exponent << _EXPONENT_SHIFT).view(torch.float32), _e4m3_values(byte)
@@ -213,7 +216,7 @@ def _e4m3_parts(scales: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 NAN = {ScaleType.e8m0: E8M0_NAN, ScaleType.e4m3: E4M3_NAN}
-"""The byte that no finite block has."""
+"""The byte that marks a block with NaN or Inf."""
 
 _RULES: dict[ScaleType, dict[str, tuple[Callable[[Tensor], Tensor], ...]]] = {
     ScaleType.e8m0: {"ceil": (_e8m0_ceil,), "floor": (_e8m0_floor,), "mse": (_e8m0_ceil, _e8m0_below_ceil)},

@@ -1,22 +1,22 @@
-"""How far an export is from its base model: what tells a fine-tune from a wrong layout when the trained model is gone.
+"""The distance of an export from its base model. It tells fine-tuning from a wrong layout without the trained model.
 
-Fine-tuning moves weights by little of their size. The same values in a wrong order (nibbles, rows, experts, axes) have
-nothing in common with the base model's, and scales that are off by one double them. Two figures of a row e of the
-export and the same row b of the base model show it:
+Fine-tuning changes weights by a small part of their size. Values in a wrong order (nibbles, rows, experts, axes) are
+uncorrelated with the base model's, and scales that are off by one double or halve them. Two figures show this. For a
+row e of the export and the same row b of the base model:
 
-    similarity = <e, b> / (|e| |b|)    1 where nothing changed, about 0 for rows that have nothing to do with each other
+    similarity = <e, b> / (|e| |b|)    1 if nothing changed, about 0 for unrelated rows
     gain       = <e, b> / <b, b>       the factor on b that fits e best: 2 or 1/2 if every scale is off by one
 
-What honest training leaves was measured on the tiny random model, whose rows have only 64 or 96 values, so that figures
-scatter more than a released model's. Least similarity and range of gains, of the rows of experts and of other tensors:
+The effect of training was measured on the tiny random model. Its rows have only 64 or 96 values, so the figures vary
+more than for a released model. Smallest similarity and range of gains, for rows of experts and of other tensors:
 
     SFT rate  steps   QAT rate  steps   experts: similarity   gain           others: similarity   gain
     1e-3      80      1e-4      40               0.97         0.94 .. 1.06           0.97         0.94 .. 1.04
     3e-3      400     1e-3      200              0.79         0.82 .. 1.17           0.63         0.87 .. 1.33
     1e-2      200     1e-3      40               0.52         0.71 .. 1.33           0.57         0.83 .. 1.51
 
-(1e-2 is a thousand times what is advised for released models.) Rows in a wrong order have similarities of 0 +- 0.13
-there, and of 0 +- 0.02 in a released model, whose rows are longer.
+(1e-2 is a thousand times the recommended rate for released models.) Rows in a wrong order have similarities of
+0 +- 0.13 in the tiny model, and of 0 +- 0.02 in a released model, whose rows are longer.
 
 Legend: E experts, out and in the dimensions of a matrix; a row has the `in` weights of one output.
 """
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pipeline.checkpoints import at_most
 from pipeline.export.layout import Codes, View, decoded
-from pipeline.gpt_oss import ExpertProjection, expert_projections, other_tensors
+from pipeline.gpt_oss import EMBEDDING, EXPERT_BIASES, ExpertProjection, expert_projections, other_tensors
 from pipeline.numerics.codec import same_bits
 from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.formats import MXFP4
@@ -40,17 +40,14 @@ from pipeline.proof.check import Check
 from pipeline.tracking import progress
 
 _LEAST_SIMILARITY = 0.4
-_SAME = 0.7  # similarity that says what it is instead; half of the rows in the right place would give 0.5
-_LARGEST_GAIN = math.sqrt(2)  # half way, in powers of two, from right to off by one
-_FAINT = 1 / 64  # of the mean square
-_STACKS = ("gate_up_proj_bias", "down_proj_bias")  # each row is another expert's
-
-_EMBEDDING = "model.embed_tokens.weight"
+_SAME = 0.7  # similarity that identifies a tensor; if half of its rows were in the right place, it would be 0.5
+_LARGEST_GAIN = math.sqrt(2)  # halfway, in powers of two, between correct scales and scales off by one
+_FAINT = 1 / 64  # of the mean over rows of <b, b>
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Products of rows of the export, e, and of the base model, b; each (rows) float64."""
+    """Products of rows e of the export and rows b of the base model, each (rows) float64."""
 
     e_b: Tensor
     e_e: Tensor
@@ -59,42 +56,42 @@ class Rows:
 
     @classmethod
     def of(cls, have: Tensor, want: Tensor) -> "Rows":
-        """Of the columns of two tensors (..., in, rows) of one shape, as experts lie that are decoded fast."""
+        """From two tensors (..., in, rows) of the same shape. This is the order of experts from `View.weights`."""
         return cls(*column_products(have, want).double().flatten(1))
 
     @classmethod
     def joined(cls, several: Iterable["Rows"]) -> "Rows":
-        """All rows of several."""
+        """Concatenate rows."""
         return cls(*(torch.cat(of_each) for of_each in zip(*(vars(rows).values() for rows in several), strict=True)))
 
     def total(self) -> "Rows":
-        """All as one long row."""
+        """All rows as a single long row."""
         return Rows(*(products.sum().view(1) for products in vars(self).values()))
 
     @property
     def similarity(self) -> Tensor:
-        """(rows) cosine of the angle between e and b; NaN where one is zero."""
+        """(rows) cosine of the angle between e and b. NaN if one of them is zero."""
         return self.e_b / (self.e_e * self.b_b).sqrt()
 
     @property
     def gain(self) -> Tensor:
-        """(rows) factor on b that comes closest to e."""
+        """(rows) factor on b that fits e best."""
         return self.e_b / self.b_b
 
     @property
     def is_judged(self) -> Tensor:
-        """(rows) whether b is more than almost nothing, which training easily moves by more than its size."""
+        """(rows) whether b is large enough to judge. Training can change tiny rows by more than their size."""
         return self.b_b > _FAINT * self.b_b.mean()
 
     def unlike(self, have_scales: bool) -> Tensor:
-        """(rows) whether e cannot come from b by training; the gain tells of scales, where there are any."""
+        """(rows) whether training cannot have turned b into e. The gain is checked only for weights with scales."""
         fits = self.similarity >= _LEAST_SIMILARITY
         if have_scales:
             fits &= (self.gain <= _LARGEST_GAIN) & (self.gain >= 1 / _LARGEST_GAIN)
         return ~fits & self.is_judged
 
     def figures(self) -> dict[str, float | None]:
-        """Of all as one: relative distance |e - b| / |b|, similarity, gain; and the least similarity of a row."""
+        """Relative distance |e - b| / |b|, similarity and gain of all rows, and the smallest similarity of a row."""
         whole, judged = self.total(), self.similarity[self.is_judged]
         values = {
             "relative_distance": float((whole.change / whole.b_b).sqrt()),
@@ -106,11 +103,11 @@ class Rows:
 
 
 class Comparison(NamedTuple):
-    """An export beside its base model.
+    """The result of comparing an export with its base model.
 
     Attributes:
-        distance: whether training can have made the one from the other.
-        same: names of the tensors that are the base model's own, to the bit.
+        distance: whether the export can come from the base model by training.
+        same: names of the tensors that are bit-identical to the base model's.
     """
 
     distance: Check
@@ -118,9 +115,9 @@ class Comparison(NamedTuple):
 
 
 def compare(export: View, base: View) -> Comparison:
-    """Every tensor of an export against the base model's, each read and decoded once.
+    """Compare every tensor of an export with the base model's. Each is read and decoded once.
 
-    The two must have the same sizes. One expert is in memory at a time, of other tensors some rows.
+    The two models must have the same sizes. Memory holds one expert, or some rows of another tensor, at a time.
     """
     check = Check("distance: every tensor is finite and resembles the base model's")
     experts = {projection.name: projection for projection in expert_projections(export.shape)}
@@ -134,10 +131,10 @@ def compare(export: View, base: View) -> Comparison:
             if problem := _not_finite(name, rows) or _unlike(export, base, name, rows, experts.get(name)):
                 wrong[name] = problem
     check.problems = list(wrong.values())
-    if wrong.keys() >= {*experts, _EMBEDDING}:
+    if wrong.keys() >= {*experts, EMBEDDING}:
         check.problems = [
-            "neither experts nor embeddings resemble those of the base model: it was made from another base model."
-            " Give that one as verify.reference"
+            "neither experts nor embeddings resemble those of the base model: the export was made from another base"
+            " model. Set verify.reference to that model"
         ]
     zero = [name for name, figures in check.tensors.items() if figures["gain"] is None and name not in wrong]
     if zero:
@@ -148,11 +145,11 @@ def compare(export: View, base: View) -> Comparison:
 
 
 def _compared(export: View, base: View, name: str) -> tuple[Rows, bool]:
-    """A tensor of both, and whether they are the same to the bit.
+    """Compare a tensor of both models. Also returns whether it is bit-identical.
 
-    Of experts there is a row for each output, of stacked biases one for each expert, of anything else a single one.
+    Experts have a row for each output, and their biases a row for each expert. Other tensors are a single row.
     """
-    have_many_rows = len(export.plain[name].shape) == 3 or name.endswith(_STACKS)
+    have_many_rows = len(export.plain[name].shape) == 3 or name.endswith(EXPERT_BIASES)
     found, is_same = [], True
     for part in export.parts(name):
         have, want = _Part.of(export, name, part), _Part.of(base, name, part)
@@ -164,7 +161,7 @@ def _compared(export: View, base: View, name: str) -> tuple[Rows, bool]:
 
 
 class _Part(NamedTuple):
-    """Rows of a tensor, decoded fast: experts (E, in, out); of packed ones what is stored, too."""
+    """Rows of a tensor, decoded by the codec (experts are (E, in, out)), and their codes if they are packed."""
 
     codes: Codes | None
     weights: Tensor
@@ -175,7 +172,7 @@ class _Part(NamedTuple):
         return cls(codes, view.weights(name, rows) if codes is None else decoded(codes))
 
     def equals(self, other: "_Part") -> bool:
-        """Whether both hold the same bits: codes and scales where both have those of one kind, else values."""
+        """Whether both have the same bits. Compares codes and scales if both have the same format, otherwise values."""
         if self.codes is None or other.codes is None or self.codes.scales.dtype != other.codes.scales.dtype:
             return same_bits(self.weights, other.weights)
         return all(
@@ -186,20 +183,20 @@ class _Part(NamedTuple):
 
 
 def _in_columns(name: str, weights: Tensor) -> Tensor:
-    """Weights with what makes a row along the last dimension but one."""
+    """Weights with the values of a row along the second-to-last dimension."""
     if weights.dim() == 1:
         return weights.unsqueeze(-1)
-    return weights.T.contiguous() if name.endswith(_STACKS) else weights
+    return weights.T.contiguous() if name.endswith(EXPERT_BIASES) else weights
 
 
 def _not_finite(name: str, rows: Rows) -> str | None:
     bad = int((~rows.e_e.isfinite()).sum())
     place = "" if len(rows.e_e) == 1 else f" in {bad} of {len(rows.e_e)} rows"
-    return f"{name}: NaN or Inf, or values or scales beyond all measure{place}" if bad else None
+    return f"{name}: NaN or Inf, or values or scales too large to compare{place}" if bad else None
 
 
 def _unlike(export: View, base: View, name: str, rows: Rows, projection: ExpertProjection | None) -> str | None:
-    """That a tensor does not resemble the base model's, and what it is instead."""
+    """The problem with a tensor that does not resemble the base model's, and which tensor it resembles instead."""
     unlike = rows.unlike(have_scales=projection is not None)
     if not bool(unlike.any()):
         return None
@@ -223,7 +220,7 @@ def _expert(view: View, projection: ExpertProjection, index: int) -> Tensor:
 
 
 def _halves_alternating(blocks: Tensor) -> Tensor:
-    """(..., block) -> (..., block): of each block the elements j and j + block / 2 side by side."""
+    """(..., block) -> (..., block), with elements j and j + block / 2 of each block next to each other."""
     return blocks.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 
@@ -238,11 +235,11 @@ ARRANGEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "with gate and up in halves": lambda weight: torch.cat((weight[::2], weight[1::2])),
     "along the other axis": lambda weight: weight.T,
 }
-"""Wrong orders of an expert's weights (out, in) that are known to happen, for the message."""
+"""Known wrong orders of an expert's weights (out, in). The message names the one that matches."""
 
 
 def _expert_origin(export: View, base: View, projection: ExpertProjection, expert: int) -> str:
-    """What an expert of the export is instead: the base model's in another order, or another expert."""
+    """What an expert of the export resembles: the base model's expert in another order, or another expert."""
     have, own = _expert(export, projection, expert), _expert(base, projection, expert)
     for name, arrange in ARRANGEMENTS.items():
         if _resembles(have, arrange(own)):
@@ -254,7 +251,7 @@ def _expert_origin(export: View, base: View, projection: ExpertProjection, exper
 
 
 def _other_origin(export: View, base: View, name: str) -> str:
-    """What a tensor of the export is instead: another one of the base model."""
+    """Which other tensor of the base model a tensor of the export resembles."""
     for other, info in other_tensors(base.shape).items():
         if other != name and info.shape == base.plain[name].shape:
             pairs = ((export.weights(name, rows), base.weights(other, rows)) for rows in export.parts(name))

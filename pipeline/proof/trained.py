@@ -1,4 +1,4 @@
-"""An export against the model that it was made from: weights bit for bit, and logits."""
+"""Compares an export with the model that it was made from: weights bit for bit, and logits."""
 
 import gc
 from collections.abc import Callable
@@ -22,26 +22,28 @@ from pipeline.tracking import progress
 class TrainedModel:
     """The model that an export was made from, running as it ran in training.
 
-    A model without quantizers, or with those of another format, did not round its weights so; what the export must
-    hold is what they round to.
+    If the model has no quantizers, or those of another format, its weights are rounded to the export's format instead.
+    The export must have the rounded weights.
     """
 
     def __init__(self, ref: ModelRef, batches: list[dict[str, Tensor]], block_format: BlockFormat) -> None:
-        """Load it: with adapters and quantizers, or with its weights rounded to the export's format by the codec."""
+        """Load the model with its adapters and quantizers, or with weights that the codec rounds to `block_format`."""
         self.batches = batches
-        # Inputs are rounded by quantizers alone, and for their scale those must have been calibrated.
+        # Only quantizers can round inputs, because they have the calibrated scales. The codec rounds only weights.
         self.rounded = replace(ref, block_format=replace(block_format, quantizes_activations=False))
         self.runs_quantizers = ref.block_format == block_format
         if not self.runs_quantizers:
             self.model = models.load_effective(self.rounded, ref.dtype, experts_implementation="eager")
         else:
             self.model = models.load_quantized(ref, ref.dtype).eval()
-            if not ref.adapter:  # export merges on the CPU, and another device's matrix product may round differently
+            if (
+                not ref.adapter
+            ):  # adapters stay on the CPU, because export merges them there and GPUs may round products differently
                 self.model = models.place(self.model)
         self.device = self.model.device
 
     def check_experts(self, export: View) -> Check:
-        """Decoded expert weights against the fake-quantized ones of the forward pass, bit for bit."""
+        """Compare decoded expert weights with the fake-quantized ones of the forward pass, bit for bit."""
         check = Check("experts: decoded weights equal those that the forward pass used, bit for bit")
         seen: set[str] = set()
 
@@ -63,9 +65,9 @@ class TrainedModel:
         return check
 
     def check_others(self, export: View) -> Check:
-        """Everything but the expert weights against the trained values, rounded to BF16, bit for bit.
+        """Compare every other tensor with the trained values rounded to BF16, bit for bit.
 
-        Merges the adapters of attention into the model and rounds it: `check_logits` needs it so.
+        This merges the adapters of attention into the model and rounds it, which `check_logits` relies on.
         """
         check = Check("other tensors: equal the trained ones in BF16, bit for bit")
         adapters.merge_attention(self.model)
@@ -82,7 +84,7 @@ class TrainedModel:
         return check
 
     def check_logits(self, directory: Path, tolerance: float) -> Check:
-        """Logits of the export, loaded by transformers, against those of the fake-quantized model, on real text."""
+        """Compare the export's logits in transformers with those of the fake-quantized model, on real text."""
         check = Check(
             "logits: transformers loads it, and computes what the fake-quantized model computes",
             unseen=f"logits on prompts other than the {len(self.batches)} compared",
@@ -91,7 +93,7 @@ class TrainedModel:
         self.model = None  # frees its memory for the export
         gc.collect()
         try:
-            # ModelOpt runs experts one by one; another order of sums can flip a router's near-tie.
+            # eager, as in ModelOpt: another order of summation can flip a close decision of a router.
             exported = models.load_plain(directory, self.rounded.dtype, experts_implementation="eager")
             exported = exported.to(self.device).eval()
         except (CheckFailed, ValueError, RuntimeError, OSError) as error:
@@ -114,13 +116,13 @@ class TrainedModel:
         return check
 
     def _see_rounded(self, see: Callable[[str, Tensor], None]) -> None:
-        """What the weights round to, (E, out, in)."""
+        """Call `see` with the rounded weights (E, out, in) of each stack."""
         weights = Weights(self.rounded)
         for projection in expert_projections(weights.shape):
             see(projection.name, weights.effective(projection.name).transpose(1, 2))
 
     def check_inputs(self, export: View, calibrated: Callable[[Path], dict[str, Tensor]]) -> Check:
-        """The scales of quantized inputs against those that the forward pass rounds with."""
+        """Compare the scales of quantized inputs with the calibrated ones."""
         check = Check("inputs: their scales equal the calibrated ones, bit for bit")
         for name, scale in calibrated(self.rounded.directory).items():
             if name in export.files.tensors:
@@ -132,14 +134,14 @@ class TrainedModel:
     @staticmethod
     @torch.no_grad()
     def _logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """(positions, vocabulary), padding left out, in float32 on the CPU."""
+        """Logits without padding, (positions, vocabulary), in float32 on the CPU."""
         inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
         logits = model(**inputs, use_cache=False).logits
         return logits[inputs["attention_mask"].bool()].float().cpu()
 
 
 def _compare_bits(check: Check, name: str, have: Tensor, want: Tensor, first: int = 0) -> None:
-    """Add to the check how far two tensors, whose first row is `first`, are apart; a differing bit is a problem."""
+    """Compare two tensors, whose first row is `first`, and add any difference to the check as a problem."""
     want, have = want.detach().float().cpu(), have.float()
     if have.shape != want.shape:
         check.problems.append(f"{name}: shape {list(have.shape)}, trained {list(want.shape)}")

@@ -11,7 +11,7 @@ from pipeline.checkpoints import read_config
 from pipeline.errors import UserError
 from pipeline.evals import VERDICTS
 from pipeline.evals.verdicts import Verdict
-from pipeline.gpt_oss import Shape, expert_projections, plain_layout
+from pipeline.gpt_oss import Shape, expert_projections, plain_tensors
 from pipeline.numerics.formats import FORMATS, MXFP4
 from pipeline.report.runs import Run, answers_prompts
 from pipeline.transcripts import Transcript
@@ -174,7 +174,7 @@ def _sizes(record: dict[str, Any] | None, shape: Shape | None) -> dict[str, floa
     name = MXFP4.name if was_packed else _block_format(record)
     bits = FORMATS[name].bits_per_value if name in FORMATS else _BF16_BITS
     experts = sum(projection.values for projection in expert_projections(shape))
-    others = sum(info.bytes for info in plain_layout(shape).values()) - experts * _BF16_BITS // 8
+    others = sum(info.bytes for info in plain_tensors(shape).values()) - experts * _BF16_BITS // 8
     return {"served_bytes": others + experts * bits / 8}
 
 

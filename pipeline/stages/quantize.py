@@ -12,9 +12,10 @@ from typing import Any
 
 from pipeline import artifacts, data, losses, models
 from pipeline.artifacts import Artifact, Kind, Result
-from pipeline.checkpoints import dtype_name, link_or_copy, load_tokenizer
+from pipeline.checkpoints import link_or_copy, load_tokenizer
 from pipeline.config import Method, PipelineConfig, QuantizeSource, Stage
 from pipeline.data import Rows
+from pipeline.dtypes import dtype_name
 from pipeline.errors import UserError
 from pipeline.models import ModelRef
 from pipeline.numerics.formats import BlockFormat

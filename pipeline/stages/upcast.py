@@ -10,7 +10,7 @@ from pipeline.artifacts import Artifact, Kind, Result
 from pipeline.checkpoints import Checkpoint, copy_side_files, link_or_copy, load_tokenizer, write_config
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
-from pipeline.gpt_oss import expert_projections, plain_layout
+from pipeline.gpt_oss import expert_projections, plain_tensors
 from pipeline.models import ModelRef, Weights, device_of, plain_piece
 from pipeline.numerics.compiled import compilation_for
 from pipeline.shards import write_sharded
@@ -47,7 +47,7 @@ def _upcast(base: Source, directory: Path, config: PipelineConfig) -> Result:
 
 def _decode(base: Source, directory: Path, config: PipelineConfig) -> tuple[dict[str, Any], dict[str, str]]:
     weights = Weights(ModelRef("source", base.directory, base.directory))
-    layout, device = plain_layout(weights.shape), device_of(config)
+    layout, device = plain_tensors(weights.shape), device_of(config)
     pieces = [plain_piece(weights, name, info, torch.bfloat16, device) for name, info in layout.items()]
     with compilation_for(sum(projection.values for projection in expert_projections(weights.shape))):
         written = write_sharded(directory, pieces, config.upcast.shard_bytes, "upcast")

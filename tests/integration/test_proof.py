@@ -222,4 +222,4 @@ def test_without_artifact_another_base_model_is_told_from_the_weights_in_one_mes
     reference = f"verify.reference={another_base(smoke_run, tmp_path / 'base')}"
     assert verify(smoke_run, tmp_path / "run", export, reference) == 1
     assert "is not right: 1 problem, " in (err := capsys.readouterr().err)
-    assert "it was made from another base model" in err
+    assert "the export was made from another base model" in err

@@ -231,4 +231,4 @@ def test_what_sharded_processes_trained_is_exported_and_proven(case: Case, share
 def test_one_process_has_nothing_to_share(one: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begin(SFT, one.directory, tmp_path)
     assert command_lines.run(SFT.line(tmp_path, 12, 1))["status"] == 2
-    assert "error: sharding=fsdp2: there is one process, and nothing to share among." in capsys.readouterr().err
+    assert "error: sharding=fsdp2: needs several processes, but there is only one." in capsys.readouterr().err

@@ -263,7 +263,7 @@ def test_what_only_engines_load_is_not_evaluated(
     directory = exported(smoke_run, tmp_path, "openai")
     arguments = ("stage=evaluate", "recipe=smoke", f"run_dir={directory.parent}", *SHORT)
     assert run_program(*arguments, "evaluate.source=export") == 2
-    assert "only its engines load" in capfd.readouterr().err
+    assert "only inference engines load" in capfd.readouterr().err
 
 
 def test_gguf_without_its_package_says_what_to_install(

@@ -17,7 +17,7 @@ from pipeline.artifacts import SHARDS_FILE
 from pipeline.checkpoints import CONFIG, INDEX, SINGLE, Checkpoint
 from pipeline.config import TinyConfig
 from pipeline.errors import UserError
-from pipeline.gpt_oss import TensorInfo, expert_projections, packed_layout, plain_layout
+from pipeline.gpt_oss import TensorInfo, expert_projections, packed_tensors, plain_tensors
 from pipeline.shards import Piece, whole, write_sharded
 from pipeline.synthetic import create_tiny
 
@@ -265,7 +265,7 @@ def plain(tiny: Path, tmp_path: Path) -> Path:
     directory = tmp_path / "plain"
     directory.mkdir()
     source = Checkpoint(tiny)
-    save_file({name: source.read_plain(name) for name in plain_layout(source.shape)}, directory / SINGLE)
+    save_file({name: source.read_plain(name) for name in plain_tensors(source.shape)}, directory / SINGLE)
     source.close()
     shutil.copyfile(tiny / CONFIG, directory / CONFIG)
     return directory
@@ -313,7 +313,7 @@ def stored(directory: Path, name: str) -> Tensor:
 def test_a_packed_checkpoint_opens_with_the_tensors_of_its_layout(tiny: Path) -> None:
     checkpoint = Checkpoint(tiny)
     assert checkpoint.is_packed
-    assert checkpoint.tensors == packed_layout(checkpoint.shape)
+    assert checkpoint.tensors == packed_tensors(checkpoint.shape)
     assert checkpoint.config == json.loads((tiny / CONFIG).read_text())
     shards = sorted(tiny.glob("*.safetensors"))
     assert len(shards) > 1
@@ -324,7 +324,7 @@ def test_a_packed_checkpoint_opens_with_the_tensors_of_its_layout(tiny: Path) ->
 def test_a_plain_checkpoint_in_a_single_file_opens(plain: Path) -> None:
     checkpoint = Checkpoint(plain)
     assert not checkpoint.is_packed
-    assert checkpoint.tensors == plain_layout(checkpoint.shape)
+    assert checkpoint.tensors == plain_tensors(checkpoint.shape)
     assert checkpoint.weight_files() == [plain / SINGLE]
 
 
@@ -332,7 +332,7 @@ def test_a_plain_checkpoint_may_be_in_another_floating_type(plain: Path) -> None
     tensors = load_file(plain / SINGLE)
     save_file({name: tensor.float() for name, tensor in tensors.items()}, plain / SINGLE)
     checkpoint = Checkpoint(plain)
-    assert checkpoint.tensors == plain_layout(checkpoint.shape, "F32")
+    assert checkpoint.tensors == plain_tensors(checkpoint.shape, "F32")
 
 
 def test_stored_tensors_are_read_as_they_are(tiny: Path) -> None:
@@ -469,7 +469,7 @@ def test_a_stored_tensor_that_is_not_in_the_index_is_an_error(copy: Path) -> Non
 def test_a_tensor_in_the_index_that_is_not_stored_is_an_error(copy: Path) -> None:
     file = weight_map_of(copy)[SINKS]
     edit(copy, {SINKS: None}, in_index=False)
-    assert only_problem(copy) == f"{copy / INDEX}: says that {SINKS} is in {file}, where it is not."
+    assert only_problem(copy) == f"{copy / INDEX}: says that {SINKS} is in {file}, but it is not."
 
 
 def test_a_tensor_that_lies_in_another_shard_than_the_index_says_is_an_error(copy: Path) -> None:
@@ -477,7 +477,7 @@ def test_a_tensor_that_lies_in_another_shard_than_the_index_says_is_an_error(cop
     other = next(f for f in sorted(set(weight_map_of(copy).values())) if f != file)
     edit_index(copy, **{SINKS: other})
     message = error_of(copy)
-    assert f"{copy / INDEX}: says that {SINKS} is in {other}, where it is not." in message
+    assert f"{copy / INDEX}: says that {SINKS} is in {other}, but it is not." in message
     assert f"{copy / file}: holds {SINKS}, which is not in {INDEX}." in message
 
 

@@ -132,7 +132,7 @@ def test_quantized_experts_with_adapters_learn_what_they_do_with_eager(implement
 def test_adapters_under_which_quantizers_would_not_run_are_refused() -> None:
     model = gpt_oss(torch.float32)
     quantizer.insert(model, MXFP4, lambda quantized: quantized(input_ids=IDS))
-    with pytest.raises(CheckFailed, match="attach them before quantizers"):
+    with pytest.raises(CheckFailed, match="Attach adapters before quantizers"):
         adapters.attach(model, TrainConfig(), "qat")
 
 

@@ -1,6 +1,8 @@
 """The layout tables against the model that transformers builds, and against the released checkpoints."""
 
 import json
+from fnmatch import fnmatch
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +12,30 @@ import torch
 from pipeline.config import TinyConfig
 from pipeline.errors import UserError
 from pipeline.gpt_oss import (
-    BYTES_PER_VALUE,
+    ATTENTION_PROJECTIONS,
+    ATTENTION_TYPES,
+    DECODER_LAYER_CLASS,
+    EMBEDDING,
+    EXPERT_BIASES,
+    EXPERT_PATTERN,
+    EXPERT_WEIGHTS,
+    FINAL_NORM,
+    HEAD,
+    MODELING_MODULE,
     Shape,
     TensorInfo,
+    attention_projection,
+    expert_parameter,
     expert_projections,
+    is_in_mlp,
+    is_packed_name,
     other_tensors,
-    packed_layout,
-    plain_layout,
+    packed_tensors,
+    plain_tensors,
 )
 from pipeline.synthetic import create_tiny
 
 TINY = TinyConfig(num_hidden_layers=3, num_key_value_heads=1)
-
-SAFETENSORS_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +96,7 @@ def test_no_two_sizes_of_the_tiny_model_can_be_mistaken_for_each_other(shape: Sh
 
 
 def test_the_plain_layout_is_that_of_transformers(shape: Shape, parameters: dict[str, tuple[int, ...]]) -> None:
-    assert shapes_of(plain_layout(shape)) == parameters
+    assert shapes_of(plain_tensors(shape)) == parameters
 
 
 def test_the_packed_layout_is_that_of_transformers_but_for_the_expert_weights(
@@ -100,7 +104,7 @@ def test_the_packed_layout_is_that_of_transformers_but_for_the_expert_weights(
 ) -> None:
     experts = {projection.name for projection in expert_projections(shape)}
     packed = {name for projection in expert_projections(shape) for name in projection.packed_tensors()}
-    layout = shapes_of(packed_layout(shape))
+    layout = shapes_of(packed_tensors(shape))
     assert {name: size for name, size in layout.items() if name not in packed} == {
         name: size for name, size in parameters.items() if name not in experts
     }
@@ -145,7 +149,7 @@ def test_packed_tensors_have_the_names_types_and_shapes_of_the_released_checkpoi
 
 
 def test_a_packed_checkpoint_has_19_tensors_a_layer_and_3_more(shape: Shape) -> None:
-    names = list(packed_layout(shape))
+    names = list(packed_tensors(shape))
     per_layer = [sum(name.startswith(f"model.layers.{layer}.") for name in names) for layer in range(3)]
     assert per_layer == [19, 19, 19]
     assert {name for name in names if not name.startswith("model.layers.")} == {
@@ -157,7 +161,7 @@ def test_a_packed_checkpoint_has_19_tensors_a_layer_and_3_more(shape: Shape) -> 
 
 
 def test_a_plain_checkpoint_has_17_tensors_a_layer_and_3_more(shape: Shape) -> None:
-    assert len(plain_layout(shape)) == 3 * 17 + 3
+    assert len(plain_tensors(shape)) == 3 * 17 + 3
 
 
 @pytest.mark.parametrize(
@@ -167,31 +171,61 @@ def test_released_models_have_the_count_and_total_size_of_their_index(
     model: str, tensors: int, total_size: int, released: dict[str, Shape]
 ) -> None:
     """`metadata.total_size` in model.safetensors.index.json of openai/gpt-oss-20b and -120b."""
-    layout = packed_layout(released[model])
+    layout = packed_tensors(released[model])
     assert (len(layout), sum(info.bytes for info in layout.values())) == (tensors, total_size)
 
 
 def test_only_expert_weights_are_stored_as_bytes(shape: Shape) -> None:
     packed = {name for projection in expert_projections(shape) for name in projection.packed_tensors()}
-    assert {name for name, info in packed_layout(shape).items() if info.dtype == "U8"} == packed
-    assert {info.dtype for name, info in packed_layout(shape).items() if name not in packed} == {"BF16"}
+    assert {name for name, info in packed_tensors(shape).items() if info.dtype == "U8"} == packed
+    assert {info.dtype for name, info in packed_tensors(shape).items() if name not in packed} == {"BF16"}
 
 
 def test_a_plain_layout_is_of_the_type_asked_for(shape: Shape) -> None:
-    assert {info.dtype for info in plain_layout(shape).values()} == {"BF16"}
-    assert {info.dtype for info in plain_layout(shape, "F32").values()} == {"F32"}
+    assert {info.dtype for info in plain_tensors(shape).values()} == {"BF16"}
+    assert {info.dtype for info in plain_tensors(shape, "F32").values()} == {"F32"}
 
 
 def test_the_layouts_share_every_tensor_that_is_not_an_expert_weight(shape: Shape) -> None:
-    shared = packed_layout(shape).keys() & plain_layout(shape).keys()
+    shared = packed_tensors(shape).keys() & plain_tensors(shape).keys()
     assert shared == other_tensors(shape).keys()
 
 
-def test_bytes_of_a_tensor_are_those_that_torch_needs() -> None:
-    assert BYTES_PER_VALUE.keys() == SAFETENSORS_TYPES.keys()
-    for name, dtype in SAFETENSORS_TYPES.items():
-        assert TensorInfo(name, (3, 5, 7)).bytes == torch.empty(3, 5, 7, dtype=dtype).nbytes
-        assert TensorInfo(name, ()).bytes == torch.empty((), dtype=dtype).nbytes
+def test_names_are_those_of_parameters_in_transformers(parameters: dict[str, tuple[int, ...]]) -> None:
+    assert {EMBEDDING, FINAL_NORM, HEAD} <= parameters.keys()
+    for layer in range(TINY.num_hidden_layers):
+        modules = {attention_projection(layer, name) for name in ATTENTION_PROJECTIONS}
+        assert {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")} <= parameters.keys()
+        weights = {expert_parameter(layer, name) for name in EXPERT_WEIGHTS}
+        biases = {expert_parameter(layer, name) for name in EXPERT_BIASES}
+        assert {name for name in parameters if f"layers.{layer}.mlp.experts" in name} == weights | biases
+
+
+def test_the_pattern_of_experts_matches_the_stacks_of_weights_alone(parameters: dict[str, tuple[int, ...]]) -> None:
+    matched = {name for name in parameters if fnmatch(name, EXPERT_PATTERN)}
+    assert matched == {name for name, size in parameters.items() if len(size) == 3}
+
+
+def test_blocks_and_scales_are_known_by_their_names(shape: Shape) -> None:
+    packed = {name for projection in expert_projections(shape) for name in projection.packed_tensors()}
+    assert {name for name in packed_tensors(shape) if is_packed_name(name)} == packed
+    assert not any(is_packed_name(name) for name in plain_tensors(shape))
+
+
+def test_the_mlp_is_the_router_and_the_experts(shape: Shape) -> None:
+    inside = {name for name in plain_tensors(shape) if is_in_mlp(name)}
+    assert inside == {name for name in plain_tensors(shape) if "router" in name or "experts" in name}
+
+
+def test_transformers_has_the_class_of_decoder_layers() -> None:
+    assert hasattr(import_module(MODELING_MODULE), DECODER_LAYER_CLASS)
+
+
+def test_the_kinds_of_layers_are_those_of_transformers(config: dict[str, Any]) -> None:
+    from transformers import GptOssConfig
+
+    assert GptOssConfig(num_hidden_layers=4).layer_types == [*ATTENTION_TYPES, *ATTENTION_TYPES]
+    assert config["layer_types"] == [ATTENTION_TYPES[0], ATTENTION_TYPES[1], ATTENTION_TYPES[0]]
 
 
 def test_another_architecture_is_an_error_that_names_it(config: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from pipeline.export import EXPORTERS
 from pipeline.export.gguf import repacked
 from pipeline.export.layout import View, packed_layout, stored_tensors
-from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, plain_layout
+from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, plain_tensors
 from pipeline.numerics.convert import mxfp4_to_nvfp4
 from pipeline.proof.distance import compare
 
@@ -125,13 +125,13 @@ def test_every_target_is_read_back_here() -> None:
 
 @pytest.mark.parametrize("target", MAKE)
 def test_a_layout_holds_every_tensor_of_the_plain_layout(target: str) -> None:
-    assert EXPORTERS[target].layout(SHAPE).keys() == plain_layout(SHAPE).keys()
+    assert EXPORTERS[target].layout(SHAPE).keys() == plain_tensors(SHAPE).keys()
 
 
 @pytest.mark.parametrize("target", MAKE)
 def test_values_are_those_of_the_released_layout_to_the_sign_of_zeros(target: str, released: Tensors) -> None:
     export = view(target, released)
-    for name in plain_layout(SHAPE):
+    for name in plain_tensors(SHAPE):
         want = released[name] if name in released else expected(released, name)
         assert torch.equal(bits(export.values(name)), bits(want)), name
 
@@ -153,7 +153,7 @@ def test_the_fast_decoder_gives_the_same_values(target: str, released: Tensors) 
 @pytest.mark.parametrize("target", MAKE)
 def test_rows_are_rows_of_the_whole(target: str, released: Tensors) -> None:
     export = view(target, released)
-    for name in plain_layout(SHAPE):
+    for name in plain_tensors(SHAPE):
         assert torch.equal(bits(export.values(name, slice(1, 3))), bits(export.values(name)[1:3])), name
 
 
@@ -162,7 +162,7 @@ def test_a_repacked_base_model_is_the_base_model_s_own_at_no_distance(target: st
     found = compare(view(target, released), view("mxfp4", released))
     assert found.distance.problems == []
     assert found.distance.measured["largest_relative_distance"] == 0
-    assert found.same == plain_layout(SHAPE).keys()
+    assert found.same == plain_tensors(SHAPE).keys()
 
 
 @pytest.mark.parametrize("target", ["mxfp4", "openai", "gguf"])

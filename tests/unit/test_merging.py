@@ -15,7 +15,7 @@ from pipeline import adapters, models
 from pipeline.adapters import Merger
 from pipeline.checkpoints import Checkpoint
 from pipeline.config import LoraConfig, LoraTarget, TinyConfig, TrainConfig
-from pipeline.gpt_oss import EXPERT_WEIGHTS, expert_projections, plain_layout
+from pipeline.gpt_oss import EXPERT_WEIGHTS, expert_projections, plain_tensors
 from pipeline.models import ModelRef, Weights
 from pipeline.synthetic import create_tiny
 
@@ -193,7 +193,7 @@ def test_an_error_in_a_part_leaves_the_adapters_as_they_were(adapted: Callable[.
 def test_only_adapted_weights_are_in_the_merger(adapted: Callable[..., Adapted]) -> None:
     model = adapted(torch.float32, 8)
     merger = model.merger()
-    layout = plain_layout(Checkpoint(model.ref.base).shape)
+    layout = plain_tensors(Checkpoint(model.ref.base).shape)
     assert {name for name in layout if name in merger} == {*STACKS, *ATTENTION}
 
 
@@ -216,7 +216,7 @@ def test_parts_cover_every_row_of_every_weight_once(
     monkeypatch.setattr(models, "STEP_BYTES", step_bytes)
     ref = adapted(torch.float32, 8).ref
     weights = Weights(ref if is_adapted else ModelRef("source", ref.base, ref.base))
-    for name, info in plain_layout(weights.shape).items():
+    for name, info in plain_tensors(weights.shape).items():
         parts = weights.parts(name)
         assert_covered_once(parts, info.shape[0])
 
@@ -254,7 +254,7 @@ def test_adapted_attention_is_merged_whole(
     monkeypatch.setattr(models, "STEP_BYTES", step_bytes)
     weights = Weights(adapted(torch.float32, 8).ref)
     for name in ATTENTION:
-        assert weights.parts(name) == [slice(0, plain_layout(weights.shape)[name].shape[0])]
+        assert weights.parts(name) == [slice(0, plain_tensors(weights.shape)[name].shape[0])]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

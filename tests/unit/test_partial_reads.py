@@ -18,7 +18,7 @@ from pipeline import models
 from pipeline.checkpoints import CONFIG, INDEX, SINGLE, Checkpoint
 from pipeline.config import TinyConfig
 from pipeline.errors import UserError
-from pipeline.gpt_oss import expert_projections, plain_layout
+from pipeline.gpt_oss import expert_projections, plain_tensors
 from pipeline.models import ModelRef, Weights
 from pipeline.synthetic import create_tiny
 
@@ -68,7 +68,7 @@ def save_plain(tiny: Path, directory: Path, dtype: torch.dtype) -> Path:
     """The tiny checkpoint in the plain layout and another type, as a single file."""
     directory.mkdir()
     source = Checkpoint(tiny)
-    save_file({name: source.read_plain(name).to(dtype) for name in plain_layout(source.shape)}, directory / SINGLE)
+    save_file({name: source.read_plain(name).to(dtype) for name in plain_tensors(source.shape)}, directory / SINGLE)
     shutil.copyfile(tiny / CONFIG, directory / CONFIG)
     return directory
 

@@ -8,7 +8,7 @@ import pytest
 from exports import SIZES
 
 from pipeline.errors import UserError
-from pipeline.gpt_oss import Shape, packed_layout, plain_layout
+from pipeline.gpt_oss import Shape, packed_tensors, plain_tensors
 from pipeline.report import content, examples, rows, runs, table
 
 SHAPE = Shape.of(SIZES, "tests")
@@ -33,7 +33,7 @@ def test_rows_say_what_was_done_to_the_original(tmp_path: Path) -> None:
 def test_sizes_served_are_those_of_the_layouts(tmp_path: Path) -> None:
     run = four(tmp_path / "run")
     evaluated.record(run / "upcast", details={"decoded_tensors": 4}, parents={"source": "base"})
-    plain, packed = (sum(info.bytes for info in layout(SHAPE).values()) for layout in (plain_layout, packed_layout))
+    plain, packed = (sum(info.bytes for info in layout(SHAPE).values()) for layout in (plain_tensors, packed_tensors))
     assert [row.figures["served_bytes"] for row in found(run)] == [packed, plain, packed, packed]
 
 
