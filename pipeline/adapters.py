@@ -14,10 +14,9 @@ from torch import Tensor
 
 from pipeline import sharding
 from pipeline.checkpoints import ADAPTER_WEIGHTS
-from pipeline.config import LoraTarget, TrainConfig
+from pipeline.config import LoraTarget, TrainConfig, adapted_layers
 from pipeline.errors import CheckFailed, UserError
 from pipeline.gpt_oss import EXPERT_WEIGHTS
-from pipeline.rules import adapted_layers
 
 _ADAPTER = "default"
 _QUANTIZER = "_weight_quantizer"

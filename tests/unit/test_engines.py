@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import Engine, PythonConfig
+from pipeline.config import LoadingEngine, PythonConfig
 from pipeline.errors import UserError
 from pipeline.export import EXPORTERS
 from pipeline.proof import worker
@@ -133,7 +133,7 @@ def test_an_engine_that_does_not_load_the_layout_and_a_python_that_is_not_there_
 
 
 def test_every_engine_has_a_worker_a_setting_and_layouts() -> None:
-    assert set(ENGINES) == set(worker.ENGINES) == set(Engine.__members__) == set(vars(PythonConfig()))
+    assert set(ENGINES) == set(worker.ENGINES) == set(LoadingEngine.__members__) == set(vars(PythonConfig()))
     assert all(set(engine.targets) <= set(EXPORTERS) for engine in ENGINES.values())
 
 
