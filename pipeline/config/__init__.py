@@ -1,6 +1,6 @@
-"""Every setting with its type, default, bounds and meaning; the rules between settings; the command line.
+"""Settings: their types, defaults, bounds and meanings, the rules between them, and the command line.
 
-It knows the tables of formats, export targets and engines. It must not know models, data sets or stages.
+This package reads the tables of formats, export targets and engines, and must not know models, data sets or stages.
 """
 
 from pipeline.config.compare import CompareConfig
