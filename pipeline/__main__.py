@@ -23,7 +23,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline import artifacts, command_line, config, rules
+from pipeline import artifacts, config
+from pipeline.config import command_line, rules
 from pipeline.errors import CheckFailed, UserError, user_errors
 from pipeline.tracking import is_main_process
 

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from pipeline import sharding
 from pipeline.checkpoints import ADAPTER_WEIGHTS
-from pipeline.config import LoraTarget, TrainConfig
+from pipeline.config import LoraTarget, TrainConfig, adapted_layers
 from pipeline.errors import CheckFailed, UserError
 from pipeline.gpt_oss import ATTENTION_PROJECTIONS, EXPERT_WEIGHTS, attention_projection, expert_parameter
-from pipeline.rules import adapted_layers
 
 _ADAPTER = "default"
 _QUANTIZER = "_weight_quantizer"

@@ -40,49 +40,6 @@ _LEAST_BYTES = 24  # of letters in UTF-8: 24 Latin, 12 Cyrillic, 8 Chinese ones
 _LEAST_CONFIDENCE = 0.8
 _LEAST_SHARE = 2 / 3
 
-NAMES = {
-    "Arabic": "ar",
-    "Bengali": "bn",
-    "Bulgarian": "bg",
-    "Chinese": "zh",
-    "Czech": "cs",
-    "Danish": "da",
-    "Dutch": "nl",
-    "English": "en",
-    "Finnish": "fi",
-    "French": "fr",
-    "German": "de",
-    "Greek": "el",
-    "Hebrew": "he",
-    "Hindi": "hi",
-    "Hungarian": "hu",
-    "Indonesian": "id",
-    "Italian": "it",
-    "Japanese": "ja",
-    "Korean": "ko",
-    "Persian": "fa",
-    "Polish": "pl",
-    "Portuguese": "pt",
-    "Romanian": "ro",
-    "Russian": "ru",
-    "Spanish": "es",
-    "Swahili": "sw",
-    "Swedish": "sv",
-    "Tamil": "ta",
-    "Telugu": "te",
-    "Thai": "th",
-    "Turkish": "tr",
-    "Ukrainian": "uk",
-    "Vietnamese": "vi",
-}
-"""English name, as "reasoning language: …" has it -> ISO 639-1 code."""
-
-
-def code_of(language: str) -> str | None:
-    """The code of a language in NAMES, given by that code or its English name, in any case; None for any other."""
-    code = NAMES.get(language.strip().capitalize(), language.strip().lower())
-    return code if code in NAMES.values() else None
-
 
 class Languages:
     """Tells the declared languages apart."""

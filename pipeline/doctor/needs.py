@@ -13,10 +13,9 @@ from math import prod
 from typing import Any
 
 from pipeline import rounding
-from pipeline.config import LoraTarget, Method, PipelineConfig, Precision, Stage, TrainConfig
+from pipeline.config import LoraTarget, Method, PipelineConfig, Precision, Stage, TrainConfig, adapted_layers
 from pipeline.config.targets import TARGETS
 from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, other_tensors, plain_tensors
-from pipeline.rules import adapted_layers
 
 _WEIGHT_TYPE = {Precision.fp32: "F32", Precision.mixed_bf16: "F32", Precision.bf16: "BF16"}
 _WIDTH = {"F32": 4, "BF16": 2}

@@ -12,14 +12,14 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 
+from pipeline.config.languages import code_of
 from pipeline.evals.expected import CHOICE, check_all
 from pipeline.evals.subject import Subject
 from pipeline.evals.verdicts import Verdict, figures
-from pipeline.languages import code_of
 from pipeline.transcripts import Transcript
 
 _DECIMAL_POINT = frozenset(("en", "zh", "ja", "ko", "th", "he", "hi", "bn", "te", "ta", "sw"))
-"""Languages that write 1,234.5; the others of languages.NAMES write 1.234,5."""
+"""Languages that write 1,234.5; the others of config.languages.NAMES write 1.234,5."""
 
 _NUMBERS = re.compile(
     r"(?<![\w.,])[-−–]?\d(?:[\d.,'’]*\d|(?: \d{3})+(?!\d))*"

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 
+from pipeline.config.languages import NAMES, code_of
 from pipeline.errors import did_you_mean, user_errors
-from pipeline.languages import NAMES, code_of
 from pipeline.transcripts import Transcript
 
 SAFE, UNSAFE = "safe", "unsafe"

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pipeline import data, datasets_in
 from pipeline.choice import Numbers
 from pipeline.config import PipelineConfig
+from pipeline.config.languages import code_of
 from pipeline.data import Rows
 from pipeline.errors import UserError
 from pipeline.harmony import Conversation
-from pipeline.languages import code_of
 
 _KEY = "evaluate.group_column"
 _MOST_GROUPS = 100

@@ -7,10 +7,11 @@ is in none; one that is missing, too short, or that the classifier is not sure o
 from collections.abc import Callable, Sequence
 from functools import cache
 
+from pipeline.config.languages import NAMES, code_of
 from pipeline.evals.expected import check_all
 from pipeline.evals.subject import Subject
 from pipeline.evals.verdicts import Verdict, figures
-from pipeline.languages import NAMES, UNDECIDED, Languages, code_of
+from pipeline.languages import UNDECIDED, Languages
 from pipeline.transcripts import Transcript
 
 
@@ -59,4 +60,4 @@ def _verdict(transcript: Transcript, code: str, text: str) -> Verdict:
 
 @cache
 def _languages() -> Languages:
-    return Languages(list(NAMES.values()), "languages.NAMES")
+    return Languages(list(NAMES.values()), "config.languages.NAMES")

@@ -53,7 +53,8 @@ def test_a_process_that_fails_alone_says_so(tmp_path: Path) -> None:
     script = tmp_path / "lonely.py"
     script.write_text(
         "import os, sys, time\n"
-        "from pipeline import __main__ as program, rules\n"
+        "from pipeline import __main__ as program\n"
+        "from pipeline.config import rules\n"
         "from pipeline.errors import UserError\n"
         "def resolve(composed):\n"
         "    if os.environ['RANK'] == '1':\n"

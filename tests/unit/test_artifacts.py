@@ -11,9 +11,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from pipeline import __main__ as program
-from pipeline import artifacts, command_line, provenance, tracking
+from pipeline import artifacts, provenance, tracking
 from pipeline.artifacts import Artifact, Kind, Result, build, fingerprint_of, load, require, stage_dir
-from pipeline.config import DataConfig, LoraTarget, ModelConfig, PipelineConfig, Stage
+from pipeline.config import DataConfig, LoraTarget, ModelConfig, PipelineConfig, Stage, command_line
 from pipeline.errors import UserError
 
 PAYLOAD = {"model.safetensors": b"weights", "sub/config.json": b"{}"}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import Engine, PythonConfig
+from pipeline.config import LoadingEngine, PythonConfig
 from pipeline.config.engines import ENGINES, LIBRARIES
 from pipeline.errors import UserError
 from pipeline.export import EXPORTERS
@@ -149,7 +149,7 @@ def test_an_engine_that_does_not_load_the_layout_and_a_python_that_is_not_there_
 
 
 def test_every_library_has_a_loader_a_setting_and_layouts() -> None:
-    assert set(LIBRARIES) == set(worker.LOADERS) == set(Engine.__members__) == set(vars(PythonConfig()))
+    assert set(LIBRARIES) == set(worker.LOADERS) == set(LoadingEngine.__members__) == set(vars(PythonConfig()))
     assert all(set(engine.targets) <= set(EXPORTERS) for engine in ENGINES.values())
 
 

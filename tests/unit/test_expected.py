@@ -6,11 +6,11 @@ import pytest
 from answers import transcript
 
 from pipeline.config import JudgeConfig
+from pipeline.config.languages import NAMES
 from pipeline.errors import UserError
 from pipeline.evals import exact_match, expected, judge, language, refusal
 from pipeline.evals.judge import Judge
 from pipeline.evals.subject import Subject
-from pipeline.languages import NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)

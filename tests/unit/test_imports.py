@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "pipeline"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
-    ("stages", "command_line"),
+    ("stages",),
     ("report",),
     ("proof", "evals", "doctor"),
     ("export", "training", "attention", "samples", "serving", "publishing"),
@@ -25,8 +25,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("shards", "resume", "proven", "head"),
     ("artifacts", "sharding"),
     ("provenance", "universal"),
-    ("tracking", "rules", "gpt_oss"),
-    ("evaluation_rules", "dtypes"),
+    ("tracking", "gpt_oss"),
+    ("dtypes",),
     ("config", "languages", "disk"),
     ("numerics",),
     ("errors", "allocator", "choice", "documents", "transcripts", "statistics", "direct_io"),
@@ -64,7 +64,7 @@ ONLY_IMPORTER = {
     "gguf": "export.gguf_layout",
     "matplotlib": "report.plots",
     "lm_eval": "evals.harness",
-    "hydra": ("__main__", "command_line"),
+    "hydra": ("__main__", "config.command_line"),
 }
 
 
@@ -142,7 +142,7 @@ def test_no_imports_go_round_in_a_circle() -> None:
 
 
 def test_nothing_imports_the_command_line() -> None:
-    users = {name for name in modules() if {"__main__", "command_line"} & own(name)}
+    users = {name for name in modules() if {"__main__", "config.command_line"} & own(name)}
     assert users <= {"__main__"}
 
 
@@ -168,7 +168,15 @@ def test_a_big_library_has_one_importer(library: str, importer: str | tuple[str,
     assert {name for name in modules() if library in libraries(name)} == expected
 
 
-@pytest.mark.parametrize("name", ["__main__", "command_line", "config", "errors", "tracking"])
+@pytest.mark.parametrize("name", [name for name in modules() if unit(name) == "config"])
+def test_the_settings_know_nothing_but_the_formats(name: str) -> None:
+    others = {other for other in own(name) if unit(other) != "config"}
+    assert others <= {"errors", "numerics.formats"}
+
+
+@pytest.mark.parametrize(
+    "name", ["__main__", "errors", "tracking", *(name for name in modules() if unit(name) == "config")]
+)
 def test_what_runs_before_a_stage_imports_no_slow_library_at_its_top(name: str) -> None:
     top = ast.parse(modules()[name].read_text(encoding="utf-8")).body
     found = {alias.name.partition(".")[0] for node in top if isinstance(node, ast.Import) for alias in node.names}

@@ -3,9 +3,9 @@
 import pytest
 from answers import transcript
 
+from pipeline.config.languages import NAMES
 from pipeline.evals.language import answer_verdicts, reasoning_verdicts
 from pipeline.evals.verdicts import figures
-from pipeline.languages import NAMES
 
 TEXTS = {
     "ar": "يسأل المستخدم عن عدد التفاحات المتبقية. كان لديه عشر تفاحات وأعطى ثلاثًا منها لأخته، فيبقى معه سبع تفاحات.",

@@ -98,11 +98,11 @@ def test_vllm_gets_the_directory_and_every_setting(config: PipelineConfig, expor
 
 
 def test_what_is_not_set_is_left_to_the_engine(config: PipelineConfig, export: Artifact) -> None:
-    command = words(config, export, engine=ServingEngine.tensorrt_llm)
+    command = words(config, export, engine=ServingEngine["tensorrt_llm"])
     assert command == ["trtllm-serve", str(export.directory), "--host", "127.0.0.1", "--port", "8000", "--tp_size", "1"]
 
 
-@pytest.mark.parametrize("engine", [ServingEngine.llama_cpp, ServingEngine.llama_cpp_python])
+@pytest.mark.parametrize("engine", [ServingEngine["llama_cpp"], ServingEngine["llama_cpp_python"]])
 def test_llama_cpp_gets_the_file(config: PipelineConfig, engine: ServingEngine) -> None:
     export = make_export(config, "gguf", {"model.gguf": "weights"})
     command = words(config, export, engine=engine, program="/opt/bin/it")
@@ -161,7 +161,9 @@ def test_an_engine_that_cannot_read_the_export_is_refused_and_another_named(
 
 
 def test_several_mistakes_are_reported_together(refusal: Refusal) -> None:
-    message = refusal(engine=ServingEngine.llama_cpp, context_length=1, tensor_parallel_size=2, gpu_memory_fraction=0.5)
+    message = refusal(
+        engine=ServingEngine["llama_cpp"], context_length=1, tensor_parallel_size=2, gpu_memory_fraction=0.5
+    )
     assert message.startswith("3 problems:")
     assert "serve.gpu_memory_fraction=0.5: serve.engine=llama_cpp has no such setting" in message
 

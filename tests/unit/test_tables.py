@@ -1,11 +1,22 @@
-"""What can be chosen in the configuration is what there is in the tables of records."""
+"""The choices of the settings are the rows of the tables."""
 
 from pathlib import Path
 
-from pipeline.config import ExportTarget, FormatName, ScaleRule
+from pipeline.config import (
+    EndpointApi,
+    ExportTarget,
+    FormatConfig,
+    FormatName,
+    PipelineConfig,
+    ScaleRule,
+    Sharding,
+    Stage,
+    rules,
+)
 from pipeline.export import EXPORTERS
+from pipeline.generation.endpoint import APIS
 from pipeline.numerics.formats import FORMATS, SCALE_RULES
-from pipeline.rules import _SCALE_RULES
+from pipeline.sharding import ENGINES
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -20,7 +31,26 @@ def test_every_export_target_can_be_chosen() -> None:
     assert [target.value for target in ExportTarget] == list(EXPORTERS)
 
 
+def problems(name: FormatName, rule: ScaleRule) -> list[str]:
+    return rules.problems(PipelineConfig(Stage.qat, format=FormatConfig(name, rule)))
+
+
 def test_every_rule_of_a_format_can_be_chosen_for_it_and_no_other() -> None:
-    chosen = {name.value: tuple(rule.value for rule in rules) for name, rules in _SCALE_RULES.items()}
-    assert chosen == {name: SCALE_RULES[row.scale_type] for name, row in FORMATS.items()}
+    chosen = {name.value: tuple(rule.value for rule in ScaleRule if not problems(name, rule)) for name in FormatName}
+    assert {name: set(rules) for name, rules in chosen.items()} == {
+        name: set(SCALE_RULES[row.scale_type]) for name, row in FORMATS.items()
+    }
+    refused = [
+        problem
+        for name in FormatName
+        for rule in ScaleRule
+        if rule.value not in chosen[name.value]
+        for problem in problems(name, rule)
+    ]
+    assert refused == ["format.scale_rule=nearest: mxfp4 has ceil, floor, mse."]
     assert {rule.value for rule in ScaleRule} == {rule for rules in SCALE_RULES.values() for rule in rules}
+
+
+def test_every_api_of_an_endpoint_and_every_sharding_has_its_row() -> None:
+    assert set(APIS) == set(EndpointApi.__members__)
+    assert set(ENGINES) == set(Sharding)

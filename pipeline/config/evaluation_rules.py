@@ -1,9 +1,10 @@
-"""What the settings of `evaluate` must be together: prompts, answers, servers, judge and suites of tasks."""
+"""The rules between the settings of `evaluate`: prompts, answers, servers, judge and task suites."""
 
 import re
 from urllib.parse import urlsplit
 
-from pipeline.config import EndpointApi, EndpointConfig, EvaluateConfig, PromptsConfig, ServerConfig, Stage
+from pipeline.config.evaluate import EndpointApi, EndpointConfig, EvaluateConfig, PromptsConfig, ServerConfig
+from pipeline.config.pipeline import Stage
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -15,17 +16,17 @@ def problems(evaluate: EvaluateConfig) -> list[str]:
     generation = evaluate.generation
     if generation.samples > 1 and generation.temperature == 0:
         found.append(
-            f"evaluate.generation.samples={generation.samples}: with evaluate.generation.temperature=0 they would all"
-            " be the same answer. Raise the temperature, or ask for one."
+            f"evaluate.generation.samples={generation.samples}: with evaluate.generation.temperature=0 all of them"
+            " would be the same answer. Raise the temperature, or set it to 1."
         )
     if evaluate.endpoint.url is not None and not evaluate.generate and not evaluate.lm_eval.tasks:
         found.append(
-            f"evaluate.endpoint.url={evaluate.endpoint.url}: nothing would be asked there with evaluate.generate=false."
+            f"evaluate.endpoint.url={evaluate.endpoint.url}: unused with evaluate.generate=false."
             " Add eval=quick or eval=full."
         )
     if evaluate.judge.url is not None and not evaluate.generate:
         found.append(
-            f"evaluate.judge.url={evaluate.judge.url}: there would be no answers to judge with evaluate.generate=false."
+            f"evaluate.judge.url={evaluate.judge.url}: with evaluate.generate=false there are no answers to judge."
             " Add eval=quick or eval=full."
         )
     return found
@@ -38,13 +39,13 @@ def _prompts_problems(prompts: PromptsConfig) -> list[str]:
         if (columns.messages is None) == (columns.prompt is None):
             return [
                 f"{key}.columns: messages={columns.messages!r} and prompt={columns.prompt!r} cannot go together."
-                " Name one of them, the other null."
+                " Name one of them, and null for the other."
             ]
         return []
     usual = PromptsConfig()
     return [
-        f"{key}.{name}={getattr(prompts, name)!r}: has a meaning only with {key}.path; without it the prompts are the"
-        f" validation rows of data, which are chosen by data.{name}."
+        f"{key}.{name}={getattr(prompts, name)!r}: applies only to {key}.path. Without it the prompts are the"
+        f" validation rows of data. Set data.{name} instead."
         for name in ("revision", "split", "columns", "roles", "filter")
         if getattr(prompts, name) != getattr(usual, name)
     ]
@@ -62,7 +63,7 @@ def _endpoint_problems(endpoint: EndpointConfig) -> list[str]:
 def _server_problems(key: str, server: ServerConfig) -> list[str]:
     if server.url is not None and "@" in server.url:
         return [
-            f"{key}.url: holds a user name or a password, which would be saved with the run. Give the key in an"
+            f"{key}.url: contains a user name or a password, which would be saved with the run. Give the key in an"
             f" environment variable: {key}.api_key_env=<its name>."
         ]
     if server.url is not None and not _is_address(server.url):
@@ -71,12 +72,12 @@ def _server_problems(key: str, server: ServerConfig) -> list[str]:
 
 
 def _lm_eval_problems(evaluate: EvaluateConfig) -> list[str]:
-    """The harness sends to the chat API messages alone, and would render those to completions with today's date."""
+    """The harness sends only messages to the chat API. For completions it would render them with today's date."""
     is_chat = evaluate.endpoint.api is EndpointApi.chat
     if evaluate.lm_eval.tasks and evaluate.endpoint.url is not None and evaluate.lm_eval.apply_chat_template != is_chat:
         return [
             f"evaluate.lm_eval.apply_chat_template={str(not is_chat).lower()}: not with evaluate.endpoint.api="
-            f"{evaluate.endpoint.api.name}. Chat is for api=chat, and plain text for api=completions."
+            f"{evaluate.endpoint.api.name}. Chat needs api=chat, and plain text api=completions."
         ]
     return []
 
@@ -85,6 +86,6 @@ def _is_address(text: str) -> bool:
     try:
         url = urlsplit(text)
         has_host = bool(url.hostname) and url.port != 0
-    except ValueError:  # a port that is no number, half of a bracket
+    except ValueError:  # the port is no number, or a bracket is open
         return False
     return url.scheme in ("http", "https") and has_host and not url.query and not url.fragment

@@ -1,4 +1,4 @@
-"""What stands on the command line: a help that a person can read, and all mistakes found at once."""
+"""The command line: its help, its mistakes (all found at once), and the names of a sweep's jobs."""
 
 import ast
 import inspect
@@ -14,51 +14,39 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
 
-from pipeline import config
+from pipeline.config.bounds import Bound, bounds_of
+from pipeline.config.keys import is_known, schema, types_of, unknown_key, value_problem
+from pipeline.config.pipeline import PipelineConfig, Stage
 from pipeline.errors import did_you_mean
 
 _GROUPS = {
-    "recipe": "the experiment: what differs from the defaults",
+    "recipe": "the experiment: its differences from the defaults",
     "model": "the checkpoint to start from",
     "data": "the data set",
     "train@sft": "full or lora, for SFT",
     "train@qat": "full or lora, for QAT",
     "format": "the 4-bit format",
-    "eval": "what models are asked, beyond their validation loss",
-    "sharding": "how processes share a model while it is trained",
-    "tracking": "where metrics go besides metrics.jsonl",
+    "eval": "prompts and tasks for models, besides the validation loss",
+    "sharding": "how processes share a model in training",
+    "tracking": "a service for metrics, besides metrics.jsonl",
 }
 _OF_NO_MODEL = ("stage", "recipe", "run_dir", "doctor", "verify", "eval", "compare", "tracking", "overwrite")
-"""How settings begin that change no model: jobs of a sweep that differ in them alone share a directory."""
+"""Prefixes of settings that do not change a model. Jobs of a sweep that differ only in these share a directory."""
 _HELP_FLAGS = ("--help", "-h")
-_STAGES = {
-    "doctor": "look at the data, at what the run needs, and whether it fits here",
-    "upcast": "MXFP4 checkpoint -> BF16, exact to the bit",
-    "sft": "supervised fine-tuning",
-    "quantize": "insert fake quantization: the PTQ baseline",
-    "qat": "quantization-aware training from there, at a low learning rate",
-    "export": "a real MXFP4 checkpoint, in the layout of the original",
-    "verify": "prove that the export is right",
-    "evaluate": "loss, perplexity, size and weight error of a stage's model",
-    "compare": "a report on what each step won or lost, of one run or several",
-    "all": "all of these in order; skips what is up to date, resumes what was interrupted",
-    "publish": "the proven export with a model card; export.push_to_hub uploads it, and makes this a part of all",
-    "serve": "start vLLM, SGLang, TensorRT-LLM or llama.cpp on the proven export, and ask it a question",
-}
 
 
 def asks_for_help(arguments: list[str]) -> bool:
-    """Whether --help or -h is there."""
+    """Whether --help or -h is among the arguments."""
     return any(argument in _HELP_FLAGS for argument in arguments)
 
 
 def problems(arguments: list[str], conf: Path, recipes: Path) -> list[str]:
     """Every override that names an unknown key, an unknown choice of a group, or a value of the wrong type."""
     found: list[str] = []
-    known = config.schema()
+    known = schema()
     for argument in arguments:
         if argument.startswith("-") or "=" not in argument or argument.lstrip("+~").startswith("hydra"):
-            continue  # Hydra's own
+            continue  # an argument of Hydra itself
         try:
             (override,) = OverridesParser.create().parse_overrides([argument])
         except OverrideParseException as error:
@@ -69,9 +57,10 @@ def problems(arguments: list[str], conf: Path, recipes: Path) -> list[str]:
 
 
 def naming_jobs(arguments: list[str]) -> list[str]:
-    """The arguments, and in a sweep one that tells Hydra to name jobs by the settings in which they differ.
+    """The arguments; in a sweep, also one that tells Hydra how to name the jobs.
 
-    Not by what all have in common, nor by what makes no other model: so each stage of a sweep finds the same names.
+    A job's name consists of the settings in which the jobs differ. Settings that do not change a model are left out,
+    so that every stage of a sweep finds the same names.
     """
     plain = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     if not plain or not {"-m", "--multirun"} & {*arguments}:
@@ -81,7 +70,7 @@ def naming_jobs(arguments: list[str]) -> list[str]:
     common = {override.key_or_group for override in overrides} - swept
     common |= {key for key in swept if key.startswith(_OF_NO_MODEL)}
     left_out = ", ".join(f"'{key}'" for key in sorted(common))
-    end = arguments.index(plain[-1]) + 1  # overrides have to stand together
+    end = arguments.index(plain[-1]) + 1  # Hydra requires that overrides are adjacent
     naming = f"hydra.job.config.override_dirname.exclude_keys=[{left_out}]"
     return [*arguments[:end], naming, *arguments[end:]]
 
@@ -97,7 +86,7 @@ def help_text(conf: Path, recipes: Path) -> str:
         "  python -m pipeline -m stage=qat recipe=smoke format=mxfp4,nvfp4   a sweep: a directory for each job",
         "",
         "stages",
-        *(f"  {name:<10}{meaning}" for name, meaning in _STAGES.items()),
+        *(f"  {stage.name:<10}{stage.value}" for stage in Stage),
         "",
         "groups (group=choice)",
         *(
@@ -105,13 +94,13 @@ def help_text(conf: Path, recipes: Path) -> str:
             for group, meaning in _GROUPS.items()
         ),
         "",
-        "settings (key=value; [default], which recipes change)",
-        *_settings_help(config.PipelineConfig, ""),
+        "settings (key=value; [default], which a recipe may change)",
+        *_settings_help(PipelineConfig, ""),
         "",
         "flags",
-        "  --cfg job        print the composed configuration and leave",
+        "  --cfg job        print the composed configuration and exit",
         "  -m, --multirun   sweep over comma-separated values",
-        "  --config-dir D   more configuration files, among them recipes in D/recipe/ (line 1: # @package _global_)",
+        "  --config-dir D   add configuration files, such as recipes in D/recipe/ (line 1: # @package _global_)",
         "  --hydra-help     Hydra's own flags",
         "",
         "exit status: 0 done or up to date, 2 your mistake, 1 a failed check or a bug, 130 interrupted",
@@ -131,11 +120,11 @@ def _override_problems(override: Override, known: DictConfig, conf: Path, recipe
             for value in values
             if value not in choices and not _has_config_dir()
         ]
-    if not config.is_known(name):
-        return [config.unknown_key(name, override.input_line or name)]
+    if not is_known(name):
+        return [unknown_key(name, override.input_line or name)]
     if override.is_delete():
         return []
-    return [problem for value in values if (problem := config.value_problem(known, name, value))]
+    return [problem for value in values if (problem := value_problem(known, name, value))]
 
 
 def _has_config_dir() -> bool:
@@ -147,27 +136,30 @@ def _choices(group: str, conf: Path, recipes: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def _settings_help(node: Any, prefix: str) -> list[str]:
-    """One line per setting; the meaning is the string that stands under the field in config.py."""
-    meanings = _meanings(node)
+def _settings_help(section: Any, prefix: str) -> list[str]:
+    """Two lines per setting: its key, default and choices, then its meaning."""
+    meanings, types, bounds = _meanings(section), types_of(section), bounds_of(section)
     lines: list[str] = []
-    for item in fields(node):
-        key = f"{prefix}{item.name}"
-        if is_dataclass(item.type):
-            lines += _settings_help(item.type, f"{key}.")
-        else:
-            lines.append(f"  {key} [{_default(item)}]{_values(item.type)}")
-            lines.append(f"      {meanings[item.name]}")
-            if get_origin(item.type) is list and is_dataclass(element := get_args(item.type)[0]):
-                lines += _settings_help(element, f"{key}[].")
+    for item in fields(section):
+        key, kind = f"{prefix}{item.name}", types[item.name]
+        if is_dataclass(kind):
+            lines += _settings_help(kind, f"{key}.")
+            continue
+        element = get_args(kind)[0] if get_origin(kind) is list else kind
+        lines.append(f"  {key} [{_default(item)}]{_shown(_choices_of(element, bounds[item.name]))}")
+        lines.append(f"      {meanings[item.name]}")
+        if is_dataclass(element):
+            lines += _settings_help(element, f"{key}[].")
     return lines
 
 
-def _meanings(node: Any) -> dict[str, str]:
-    """Field -> its meaning, inherited fields included."""
-    found: dict[str, str] = {}
-    sections: list[Any] = [each for each in reversed(node.__mro__) if is_dataclass(each)]
-    for each in sections:
+def _meanings(section: Any) -> dict[str, str]:
+    """Field -> its meaning: the string below it in the source, or the metadata of a field without source."""
+    found = {item.name: item.metadata["meaning"] for item in fields(section) if item.metadata}
+    if len(found) == len(fields(section)):
+        return found
+    inherited: list[Any] = [each for each in reversed(section.__mro__) if is_dataclass(each)]
+    for each in inherited:
         body = ast.parse(inspect.getsource(each)).body[0]
         assert isinstance(body, ast.ClassDef)
         for statement, below in zip(body.body, body.body[1:], strict=False):
@@ -188,7 +180,11 @@ def _default(item: Any) -> str:
     return {"None": "null", "???": "required", "True": "true", "False": "false"}.get(shown, shown)
 
 
-def _values(kind: Any) -> str:
-    return (
-        f" ({' | '.join(member.name for member in kind)})" if inspect.isclass(kind) and issubclass(kind, Enum) else ""
-    )
+def _choices_of(kind: Any, bounds: tuple[Bound, ...]) -> list[str]:
+    if inspect.isclass(kind) and issubclass(kind, Enum):
+        return [member.name for member in kind]
+    return [choice for bound in bounds for choice in bound.choices]
+
+
+def _shown(choices: list[str]) -> str:
+    return f" ({' | '.join(choices)})" if choices else ""

@@ -1,4 +1,4 @@
-"""What may be set of prompts, answers and servers, and in which words the rest is refused."""
+"""Bounds and rules of the settings of prompts, answers and servers, with their messages."""
 
 from functools import reduce
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from conftest import run_program
 
-from pipeline import config, rules
-from pipeline.config import ColumnsConfig, DataConfig, EndpointApi, ModelConfig, PipelineConfig, Stage
+from pipeline import config
+from pipeline.config import ColumnsConfig, DataConfig, EndpointApi, ModelConfig, PipelineConfig, Stage, rules
 
 URL = "http://localhost:8000/v1"
 
@@ -77,7 +77,10 @@ def test_a_password_in_an_address_is_refused_without_showing_it() -> None:
 
 def test_a_server_without_questions_is_refused() -> None:
     (problem,) = broken(endpoint__url=URL)
-    assert problem.startswith(f"evaluate.endpoint.url={URL}: nothing would be asked") and "eval=quick" in problem
+    assert (
+        problem.startswith(f"evaluate.endpoint.url={URL}: unused with evaluate.generate=false")
+        and "eval=quick" in problem
+    )
 
 
 @pytest.mark.parametrize("name", ["sft", "all", "a/b", "", "..", "a b"])
@@ -92,7 +95,7 @@ def test_a_name_that_is_no_file_name_or_that_of_a_stage_is_refused(name: str) ->
 )
 def test_what_is_said_of_another_data_set_that_is_not_there_is_refused(name: str, value: Any) -> None:
     (problem,) = broken(**{f"prompts__{name}": value})
-    assert problem.startswith(f"evaluate.prompts.{name}=") and "only with evaluate.prompts.path" in problem
+    assert problem.startswith(f"evaluate.prompts.{name}=") and "only to evaluate.prompts.path" in problem
     assert broken(**{f"prompts__{name}": value}, prompts__path="rows.jsonl") == []
 
 
@@ -121,7 +124,7 @@ def test_eval_chooses_what_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_judge_needs_answers_and_an_address() -> None:
     (problem,) = broken(judge__url=URL)
-    assert problem.startswith(f"evaluate.judge.url={URL}: there would be no answers to judge")
+    assert problem.startswith(f"evaluate.judge.url={URL}: with evaluate.generate=false there are no answers to judge")
     assert broken(judge__url=URL, generate=True) == []
     assert broken(judge__url="localhost", generate=True) == [
         "evaluate.judge.url='localhost': must be like http://localhost:8000/v1."

@@ -1,0 +1,13 @@
+"""Enums whose members are the rows of a table."""
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def add_members(body: dict[str, Any], names: Iterable[str]) -> None:
+    """Add a member for each name to an enum, in its class body: `add_members(vars(), FORMATS)`.
+
+    mypy does not see these members. Write `FormatName["mxfp4"]`, not `FormatName.mxfp4`.
+    """
+    for name in names:
+        body[name] = name

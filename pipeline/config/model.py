@@ -1,0 +1,68 @@
+"""`model`: the checkpoint to start from."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Annotated, Optional
+
+from omegaconf import MISSING
+
+from pipeline.config.bounds import SEED, Bound
+from pipeline.numerics.formats import MXFP4
+
+SYNTHETIC = "synthetic://"
+"""Prefix of a model or data set that the program generates itself, for trials without the internet."""
+
+_BLOCKS = Bound(
+    f"a positive multiple of {MXFP4.block_size}, the block size of MXFP4",
+    lambda value: value > 0 and value % MXFP4.block_size == 0,
+)
+
+
+class Dtype(Enum):
+    """Floating-point type of a model's weights and arithmetic."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+@dataclass
+class TinyConfig:
+    """The small random gpt-oss that `model.path=synthetic://tiny` generates."""
+
+    num_hidden_layers: int = 2
+    """Decoder layers. Sliding and full attention alternate."""
+    hidden_size: Annotated[int, _BLOCKS] = 64
+    """Width of the residual stream: a multiple of 32, the block size of MXFP4."""
+    intermediate_size: Annotated[int, _BLOCKS] = 96
+    """Width of each expert: a multiple of 32. It differs from hidden_size, so transposed weights fail to load."""
+    num_local_experts: int = 8
+    """Experts per layer."""
+    num_experts_per_tok: int = 4
+    """Experts that the router chooses for each token."""
+    num_attention_heads: int = 4
+    """Query heads."""
+    num_key_value_heads: int = 2
+    """Key and value heads."""
+    head_dim: int = 32
+    """Width of one attention head."""
+    sliding_window: int = 64
+    """Window of the sliding-attention layers, in tokens."""
+    vocab_size: int = 768
+    """Rows of the embedding. As in the released models, there are more rows than tokens."""
+    shard_bytes: int = 300_000
+    """Size limit of one weight file, in bytes. The default is small, so that the model has several files."""
+    seed: Annotated[int, SEED] = 0
+    """Seed of the weights."""
+
+
+@dataclass
+class ModelConfig:
+    """The model to start from."""
+
+    path: str = MISSING
+    """Checkpoint to start from, in MXFP4 or BF16: a directory, a hub id, or synthetic://tiny (see model.tiny)."""
+    revision: Optional[str] = None
+    """Revision of a hub id: a branch, tag or commit."""
+    dtype: Dtype = Dtype.bfloat16
+    """Arithmetic of evaluate and verify. Training has its own setting, precision."""
+    tiny: TinyConfig = field(default_factory=TinyConfig)

@@ -1,0 +1,231 @@
+"""The rules between settings, and how a composed configuration becomes a checked one.
+
+`resolve` turns Hydra's composition into `PipelineConfig`. `problems` lists the broken bounds and rules.
+"""
+
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.config import evaluation_rules
+from pipeline.config.bounds import bounds_of
+from pipeline.config.data import ColumnsConfig, DataConfig
+from pipeline.config.keys import is_known, schema, unknown_key
+from pipeline.config.pipeline import PipelineConfig, Stage
+from pipeline.config.quantize import QuantizeSource
+from pipeline.config.targets import TARGETS
+from pipeline.config.training import (
+    ROUNDING_OPTIMIZERS,
+    ExpertsImplementation,
+    LoraConfig,
+    Method,
+    Precision,
+    TrainConfig,
+)
+from pipeline.errors import UserError, user_errors
+from pipeline.numerics.formats import FORMATS, SCALE_RULES
+
+
+def resolve(composed: DictConfig) -> PipelineConfig:
+    """The composed configuration as plain dataclasses.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type, a missing value, or broken rules, all of them together.
+    """
+    # `+sft.lr=1` adds a key to Hydra's composition. OmegaConf.to_object would drop it silently.
+    unknown = [key for key in _leaf_keys(composed) if not is_known(key)]
+    if unknown:
+        raise user_errors([unknown_key(key, "configuration") for key in unknown])
+    try:
+        merged = OmegaConf.merge(schema(), composed)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise user_errors([_not_set(key) for key in missing])
+        OmegaConf.resolve(merged)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise UserError(f"configuration: {key}{str(error).splitlines()[0]}") from error
+    assert isinstance(config, PipelineConfig)
+    found = problems(config)
+    if found:
+        raise user_errors(found)
+    return config
+
+
+def problems(config: PipelineConfig) -> list[str]:
+    """Every bound and rule that the settings break, each with its full key and value."""
+    found = [*_bound_problems(config), *_data_problems(config.data), *evaluation_rules.problems(config.evaluate)]
+    found += _train_problems("sft", config.sft) + _train_problems("qat", config.qat)
+    found += _format_problems(config)
+    return found + _qat_problems(config) + _experts_problems(config)
+
+
+def _bound_problems(section: Any, prefix: str = "") -> Iterator[str]:
+    """The broken bounds of a section, of the sections in it, and of lists of sections."""
+    bounds = bounds_of(type(section))
+    for name, value in vars(section).items():
+        key = f"{prefix}{name}"
+        if is_dataclass(value):
+            yield from _bound_problems(value, f"{key}.")
+        elif isinstance(value, list):
+            for i, element in enumerate(value):
+                if is_dataclass(element):
+                    yield from _bound_problems(element, f"{key}[{i}].")
+        if value is not None:
+            yield from (f"{key}={value!r}: must be {b.meaning}." for b in bounds[name] if not b.holds(value))
+
+
+def _data_problems(data: DataConfig) -> list[str]:
+    found = _columns_problems("data", data.columns)
+    texts = {"data.model_identity": data.model_identity, "data.reasoning_language": data.reasoning_language}
+    texts |= {f"data.blend[{i}].reasoning_language": part.reasoning_language for i, part in enumerate(data.blend)}
+    for key, text in texts.items():
+        if text is not None and ("<|" in text or "\n" in text or not text.strip()):
+            found.append(f"{key}={text!r}: must be one line of text, without special tokens.")
+    if data.blend and data.path is not None:
+        found.append(f"data.path={data.path!r}: not together with data.blend; make it one of the parts, or null.")
+    for i, part in enumerate(data.blend):
+        if part.columns is not None:
+            found += _columns_problems(f"data.blend[{i}]", part.columns)
+    return found
+
+
+def _columns_problems(key: str, columns: ColumnsConfig) -> list[str]:
+    pair = (columns.prompt, columns.completion)
+    if (columns.messages is None) == (None in pair) or (columns.messages is not None and pair != (None, None)):
+        return [
+            f"{key}.columns: messages={columns.messages!r}, prompt={columns.prompt!r} and"
+            f" completion={columns.completion!r} cannot go together. Name either messages,"
+            " or prompt and completion with messages=null."
+        ]
+    if columns.reasoning is not None and columns.completion is None:
+        return [f"{key}.columns.reasoning={columns.reasoning!r}: belongs to completion, which is null."]
+    return []
+
+
+def _train_problems(section: str, train: TrainConfig) -> list[str]:
+    found = []
+    if train.method is Method.lora and train.precision is Precision.mixed_bf16:
+        found.append(
+            f"{section}.precision=mixed_bf16: not with LoRA. Autocast would round the merged weights differently from"
+            " the export. Use bf16 (the adapters stay FP32) or fp32."
+        )
+    if train.stochastic_rounding:
+        found += _rounding_problems(section, train)
+    if train.method is Method.lora and not train.lora.targets:
+        found.append(f"{section}.lora.targets=[]: LoRA needs at least one of attention, experts.")
+    if train.lora.layers is not None and train.lora.every_nth is not None:
+        found.append(
+            f"{section}.lora.layers={train.lora.layers}, {section}.lora.every_nth={train.lora.every_nth}: give one of"
+            " them, and null for the other."
+        )
+    return found + _keeping_problems(section, train)
+
+
+def _rounding_problems(section: str, train: TrainConfig) -> list[str]:
+    found = []
+    if train.method is Method.lora or train.precision is not Precision.bf16:
+        found.append(
+            f"{section}.stochastic_rounding=true: only BF16 weights are rounded, not those of {section}.method="
+            f"{train.method.name} with {section}.precision={train.precision.name}. Set it to false."
+        )
+    if train.optimizer not in ROUNDING_OPTIMIZERS:
+        found.append(
+            f"{section}.stochastic_rounding=true: {section}.optimizer={train.optimizer} does not support it. Use one of"
+            f" {', '.join(ROUNDING_OPTIMIZERS)}, which need pip install 'gpt-oss-qat[torchao]'."
+        )
+    return found
+
+
+def _keeping_problems(section: str, train: TrainConfig) -> list[str]:
+    found = []
+    if train.keep_best and train.save_steps != train.eval_steps:
+        found.append(
+            f"{section}.save_steps={train.save_steps}, {section}.eval_steps={train.eval_steps}: must be equal with"
+            f" {section}.keep_best=true, which needs a checkpoint of every step that is evaluated."
+            f" Give both the same value, or {section}.keep_best=false."
+        )
+    if train.early_stopping_patience is not None and not train.keep_best:
+        found.append(
+            f"{section}.early_stopping_patience={train.early_stopping_patience}: needs {section}.keep_best=true."
+            " Otherwise the last weights would be kept, which did not improve."
+        )
+    return found
+
+
+def _format_problems(config: PipelineConfig) -> list[str]:
+    found = []
+    name, scale_rule = config.format.name.name, config.format.scale_rule.name
+    rules = SCALE_RULES[FORMATS[name].scale_type]
+    if scale_rule not in rules:
+        found.append(f"format.scale_rule={scale_rule}: {name} has {', '.join(rules)}.")
+    if config.format.importance and scale_rule != "mse":
+        found.append(f"format.importance=true: applies only to format.scale_rule=mse, not {scale_rule}.")
+    target = config.export.target.name
+    held = TARGETS[target].holds
+    if config.stage in (Stage.export, Stage.all) and name not in held:
+        found.append(
+            f"export.target={target}: holds {', '.join(held)}, not format={name}. Train for another format, or run the"
+            " stages up to qat and evaluate one by one."
+        )
+    return found
+
+
+def _qat_problems(config: PipelineConfig) -> list[str]:
+    found, sft, qat = [], config.sft, config.qat
+    follows_sft = config.quantize.source is QuantizeSource.sft
+    if qat.distillation.weight and not follows_sft:
+        found.append(
+            f"qat.distillation.weight={qat.distillation.weight}: the teacher is the SFT model, and with"
+            f" quantize.source={config.quantize.source.name} there is none. Set it to 0, or quantize.source=sft."
+        )
+    if qat.distillation.weight and qat.router_aux_loss_coef:
+        found.append(
+            f"qat.router_aux_loss_coef={qat.router_aux_loss_coef}: not with qat.distillation.weight="
+            f"{qat.distillation.weight}, whose loss has no such part. Set it to 0."
+        )
+    if follows_sft and sft.method is Method.lora and qat.method is Method.lora and sft.lora != qat.lora:
+        found.append(
+            f"qat.lora={_shown(qat.lora)} differs from sft.lora={_shown(sft.lora)}: QAT continues with SFT's adapters."
+            " Give both the same values."
+        )
+    return found
+
+
+def _experts_problems(config: PipelineConfig) -> list[str]:
+    asked, name = config.qat.experts_implementation, config.format.name.name
+    if asked.quantizes_activations or not FORMATS[name].quantizes_activations:
+        return []
+    can = [each.name for each in ExpertsImplementation if each.quantizes_activations]
+    return [
+        f"qat.experts_implementation={asked.name}: skips the quantizers of down_proj's inputs, which format={name} has."
+        f" Use one of {', '.join(can)}."
+    ]
+
+
+def _not_set(key: str) -> str:
+    choices = f" Choose one of: {', '.join(Stage.__members__)}." if key == "stage" else ""
+    return f"{key}: is not set. Give {key}=<value>.{choices}"
+
+
+def _shown(lora: LoraConfig) -> str:
+    targets = [target.name for target in lora.targets]
+    return (
+        f"{{rank: {lora.rank}, alpha: {lora.alpha}, targets: {targets}, layers: {lora.layers},"
+        f" every_nth: {lora.every_nth}}}"
+    )
+
+
+def _leaf_keys(node: DictConfig, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name in map(str, node):
+        child = node._get_node(name)
+        if isinstance(child, DictConfig) and not child._is_none() and len(child):
+            keys += _leaf_keys(child, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys

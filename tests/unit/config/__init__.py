@@ -1,0 +1,1 @@
+"""Tests of pipeline.config. A package, so that its conftest and its file names are its own."""

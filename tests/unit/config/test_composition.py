@@ -1,0 +1,109 @@
+"""What composes: recipes, groups, overrides and sweeps."""
+
+from pathlib import Path
+
+import pytest
+from conftest import run_program
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from config.composing import RECIPES, SYNTHETIC_DATA, Mistake, choices, composed, resolved, write_recipe
+from pipeline import __main__ as program
+from pipeline.config import LoraConfig, LoraTarget, Method, PipelineConfig, Precision, Stage, command_line, rules
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_resolves_for_every_stage(recipe: str) -> None:
+    node = composed(f"recipe={recipe}", "stage=all")
+    for stage in Stage:
+        node.stage = stage
+        node.run_dir = "runs/${recipe}"
+        found = rules.resolve(node)
+        assert (found.stage, found.recipe, found.run_dir) == (stage, recipe, f"runs/{recipe}")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_opens_with_its_own_command(recipe: str) -> None:
+    first = (program.RECIPES_DIR / f"{recipe}.yaml").read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# ") and "-m pipeline " in first
+    arguments = first.partition("-m pipeline ")[2].split()
+    assert f"recipe={recipe}" in arguments
+    assert command_line.problems(arguments, program.CONF_DIR, program.RECIPES_DIR) == []
+
+
+def test_every_choice_of_every_group_resolves() -> None:
+    by_group: dict[str, list[str]] = {}
+    for choice in choices():
+        by_group.setdefault(choice.partition("=")[0], []).append(choice)
+    for i in range(max(map(len, by_group.values()))):
+        one_of_each = [found[i % len(found)] for found in by_group.values()]
+        resolved("stage=upcast", *one_of_each, SYNTHETIC_DATA)  # no stage that a choice would be refused for
+
+
+def test_lora_is_chosen_for_each_stage_on_its_own() -> None:
+    found = resolved("stage=sft", "train@qat=lora", SYNTHETIC_DATA)
+    assert (found.sft.method, found.qat.method) == (Method.full, Method.lora)
+
+
+def test_qat_has_a_lower_rate_than_sft_unless_a_recipe_says_otherwise() -> None:
+    found = resolved("stage=sft", SYNTHETIC_DATA)
+    assert (found.sft.learning_rate, found.qat.learning_rate) == (2e-5, 1e-5)
+
+
+def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults() -> None:
+    found = resolved("recipe=smoke", "stage=sft", "sft.max_steps=7")
+    assert found.sft.max_steps == 7
+    assert found.sft.batch_size == 8
+    assert found.sft.precision is Precision.fp32
+
+
+def test_a_stage_gets_the_resolved_configuration(seen: list[PipelineConfig], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert run_program("stage=qat", "recipe=smoke_lora", f"run_dir={run_dir}", "qat.batch_size=3") == 0
+    (found,) = seen
+    assert type(found) is PipelineConfig and type(found.qat.lora) is LoraConfig
+    assert (found.stage, found.recipe, found.run_dir) == (Stage.qat, "smoke_lora", str(run_dir))
+    assert (found.qat.batch_size, found.qat.method) == (3, Method.lora)
+    assert found.qat.lora.targets == [LoraTarget.attention, LoraTarget.experts]
+
+
+def test_a_sweep_runs_each_value(seen: list[PipelineConfig]) -> None:
+    arguments = ("-m", "stage=sft", "recipe=smoke", "sft.learning_rate=1e-5,2e-5", "run_dir=runs/${sft.learning_rate}")
+    assert run_program(*arguments) == 0
+    assert [(found.sft.learning_rate, found.run_dir) for found in seen] == [
+        (1e-5, "runs/1e-05"),
+        (2e-5, "runs/2e-05"),
+    ]
+
+
+def test_cfg_job_prints_the_configuration_and_runs_nothing(
+    seen: list[PipelineConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_program("--cfg", "job", "stage=sft", "recipe=smoke") == 0
+    assert capsys.readouterr().out.strip() == OmegaConf.to_yaml(composed("stage=sft", "recipe=smoke")).strip()
+    assert seen == []
+
+
+def test_nothing_is_written_where_the_program_is_called(seen: list[PipelineConfig], tmp_path: Path) -> None:
+    assert run_program("stage=sft", "recipe=smoke") == 0
+    assert len(seen) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_writes_nothing_where_it_is_called(seen: list[PipelineConfig], tmp_path: Path) -> None:
+    assert run_program("-m", "stage=sft", "recipe=smoke") == 0
+    assert len(seen) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_run_leaves_no_state_of_hydra_to_the_next(mistake: Mistake) -> None:
+    mistake("stage=sft", "recipe=smoke", "~sft.learning_rate")
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_a_recipe_in_a_folder_of_the_users_has_its_own_name_and_run_directory(
+    seen: list[PipelineConfig], tmp_path: Path
+) -> None:
+    write_recipe(tmp_path, "sft:\n  learning_rate: 0.5\n")
+    assert run_program("--config-dir", str(tmp_path), "stage=sft", "recipe=mine") == 0
+    assert (seen[0].recipe, seen[0].run_dir, seen[0].sft.learning_rate) == ("mine", "runs/mine", 0.5)

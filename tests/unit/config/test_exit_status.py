@@ -1,0 +1,74 @@
+"""Exit statuses, and the messages that come with them."""
+
+import sys
+
+import pytest
+from conftest import run_program
+
+from config.composing import Run, replace_stages
+from pipeline import __main__ as program
+from pipeline.config import PipelineConfig
+from pipeline.errors import CheckFailed, UserError
+
+
+def raising(error: BaseException) -> Run:
+    def run(_: PipelineConfig) -> None:
+        raise error
+
+    return run
+
+
+ARGUMENTS = ("stage=sft", "recipe=smoke")
+
+
+@pytest.mark.parametrize(("error", "status"), [(UserError("this is wrong."), 2), (CheckFailed("not equal."), 1)])
+def test_a_mistake_and_a_failed_check_are_one_line_on_stderr(
+    error: Exception, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace_stages(monkeypatch, raising(error))
+    assert run_program(*ARGUMENTS) == status
+    captured = capsys.readouterr()
+    assert captured.err == f"error: {error}\n"
+    assert captured.out == ""
+
+
+def test_a_bug_keeps_its_traceback_and_leaves_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace_stages(monkeypatch, raising(RuntimeError("an index is off")))
+    assert run_program(*ARGUMENTS) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error and error.endswith("RuntimeError: an index is off\n")
+
+
+def test_an_interruption_leaves_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    replace_stages(monkeypatch, raising(KeyboardInterrupt()))
+    assert run_program(*ARGUMENTS) == 130
+    assert (
+        capsys.readouterr().err == "error: interrupted; the same command, without overwrite=true, goes on from here\n"
+    )
+
+
+def test_another_process_waits_for_the_main_ones_report_and_speaks_when_it_is_still_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(program.time, "sleep", waited.append)
+    replace_stages(monkeypatch, raising(UserError("this is wrong.")))
+    assert run_program(*ARGUMENTS) == 2
+    assert waited and min(waited) >= 5
+    assert capsys.readouterr().err == "error on process 1: this is wrong.\n"
+
+
+def test_main_exits_with_the_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["pipeline", "stage=sft", "sft.lr=1"])
+    with pytest.raises(SystemExit) as leaving:
+        program.main()
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err.startswith("error: sft.lr=1: unknown key")
+
+
+def test_an_unknown_flag_leaves_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_program(*ARGUMENTS, "--fast") == 2
+    assert "unrecognized arguments: --fast" in capsys.readouterr().err

@@ -1,0 +1,184 @@
+"""Bounds of settings, and rules between them."""
+
+import math
+from typing import Any
+
+import pytest
+
+from config.composing import Mistake, broken
+from pipeline.config import (
+    BlendPartConfig,
+    ColumnsConfig,
+    ExpertsImplementation,
+    FormatName,
+    LoraConfig,
+    Method,
+    Precision,
+    ScaleRule,
+    adapted_layers,
+    is_known,
+)
+
+BROKEN_RULES: dict[str, tuple[Any, str]] = {
+    "data.validation_fraction": (2.0, "must be between 0 and 1, both excluded."),
+    "data.max_samples": (0, "must be greater than 0."),
+    "data.max_length": (-5, "must be greater than 0."),
+    "sft.learning_rate": (0.0, "must be greater than 0."),
+    "qat.learning_rate": (math.nan, "must be greater than 0."),
+    "sft.warmup_ratio": (1.0, "must be 0 or more and below 1."),
+    "sft.max_steps": (0, "must be a number of steps, or -1."),
+    "qat.max_steps": (-2, "must be a number of steps, or -1."),
+    "sft.early_stopping_patience": (0, "must be greater than 0."),
+    "sft.lora.rank": (0, "must be greater than 0."),
+    "sft.lora.every_nth": (0, "must be greater than 0."),
+    "sft.router_aux_loss_coef": (-0.5, "must be 0 or more."),
+    "quantize.calibration_samples": (0, "must be greater than 0."),
+    "verify.logits_tolerance": (-1.0, "must be 0 or more."),
+    "model.tiny.hidden_size": (33, "must be a positive multiple of 32, the block size of MXFP4."),
+    "model.tiny.intermediate_size": (0, "must be a positive multiple of 32, the block size of MXFP4."),
+    "qat.lr_scheduler": (
+        "cosinus",
+        "must be one of cosine, linear, constant, constant_with_warmup, polynomial, inverse_sqrt.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("key", "value", "meaning"), [(key, *rest) for key, rest in BROKEN_RULES.items()])
+def test_a_broken_rule_names_full_key_and_value(key: str, value: Any, meaning: str) -> None:
+    assert broken(**{key.replace(".", "__"): value}) == [f"{key}={value!r}: {meaning}"]
+
+
+def test_the_defaults_break_no_rule() -> None:
+    assert broken() == []
+
+
+def test_lora_without_targets_is_refused_but_not_when_training_in_full() -> None:
+    assert broken(sft__lora__targets=[]) == []
+    expected = "sft.lora.targets=[]: LoRA needs at least one of attention, experts."
+    assert broken(sft__method=Method.lora, sft__precision=Precision.bf16, sft__lora__targets=[]) == [expected]
+
+
+def test_every_eighth_layer_is_the_last_of_each_eight() -> None:
+    assert adapted_layers(LoraConfig(every_nth=8), 24) == [7, 15, 23]
+    assert adapted_layers(LoraConfig(every_nth=8), 36) == [7, 15, 23, 31]
+    assert adapted_layers(LoraConfig(every_nth=1), 3) == adapted_layers(LoraConfig(), 3) == [0, 1, 2]
+    assert adapted_layers(LoraConfig(layers=[2, 0]), 3) == [2, 0]
+
+
+def test_stochastic_rounding_needs_bf16_weights_and_an_optimizer_that_can() -> None:
+    right = {"sft__precision": Precision.bf16, "sft__optimizer": "adamw_torch_8bit", "sft__stochastic_rounding": True}
+    assert broken(**right) == []
+    assert broken(sft__stochastic_rounding=True) == [
+        "sft.stochastic_rounding=true: only BF16 weights are rounded, not those of sft.method=full with"
+        " sft.precision=mixed_bf16. Set it to false.",
+        "sft.stochastic_rounding=true: sft.optimizer=adamw_torch_fused does not support it. Use one of"
+        " adamw_torch_8bit, adamw_torch_4bit, which need pip install 'gpt-oss-qat[torchao]'.",
+    ]
+    assert len(broken(**right, sft__method=Method.lora)) == 1
+
+
+def test_layers_and_every_nth_together_are_refused() -> None:
+    assert broken(sft__lora__layers=[1], sft__lora__every_nth=2) == [
+        "sft.lora.layers=[1], sft.lora.every_nth=2: give one of them, and null for the other."
+    ]
+
+
+def test_a_kernel_that_passes_by_a_formats_quantizers_is_refused_for_qat() -> None:
+    w4a4 = {"format__name": FormatName["nvfp4_w4a4"], "format__scale_rule": ScaleRule["mse"]}
+    assert broken(**w4a4, qat__experts_implementation=ExpertsImplementation.batched_mm) == []
+    assert broken(qat__experts_implementation=ExpertsImplementation.grouped_mm) == []
+    assert broken(**w4a4, sft__experts_implementation=ExpertsImplementation.grouped_mm) == []
+    assert broken(**w4a4, qat__experts_implementation=ExpertsImplementation.grouped_mm) == [
+        "qat.experts_implementation=grouped_mm: skips the quantizers of down_proj's inputs, which"
+        " format=nvfp4_w4a4 has. Use one of auto, eager, batched_mm."
+    ]
+
+
+def test_sft_and_qat_with_different_adapters_are_refused_with_both() -> None:
+    both = {f"{stage}__method": Method.lora for stage in ("sft", "qat")}
+    both |= {f"{stage}__precision": Precision.bf16 for stage in ("sft", "qat")}
+    assert broken(**both, sft__lora__rank=4, qat__lora__rank=4) == []
+    assert broken(**both, sft__lora__rank=4, qat__lora__layers=[1]) == [
+        "qat.lora={rank: 8, alpha: 16, targets: ['attention', 'experts'], layers: [1], every_nth: None} differs from"
+        " sft.lora={rank: 4, alpha: 16, targets: ['attention', 'experts'], layers: None, every_nth: None}:"
+        " QAT continues with SFT's adapters. Give both the same values."
+    ]
+
+
+def test_different_adapter_settings_are_fine_when_only_one_stage_uses_them() -> None:
+    assert broken(qat__method=Method.lora, qat__precision=Precision.bf16, sft__lora__rank=4) == []
+
+
+def test_lora_under_autocast_is_refused() -> None:
+    (problem,) = broken(sft__method=Method.lora, sft__precision=Precision.mixed_bf16)
+    assert problem.startswith("sft.precision=mixed_bf16: not with LoRA")
+
+
+def test_keeping_the_best_weights_needs_a_checkpoint_of_every_evaluation() -> None:
+    assert broken(qat__save_steps=50, qat__eval_steps=25, qat__keep_best=False) == []
+    (problem,) = broken(qat__save_steps=50, qat__eval_steps=25)
+    assert problem.startswith("qat.save_steps=50, qat.eval_steps=25: must be equal with qat.keep_best=true")
+
+
+def test_early_stopping_without_the_best_weights_is_refused() -> None:
+    assert broken(sft__early_stopping_patience=3) == []
+    (problem,) = broken(sft__early_stopping_patience=3, sft__keep_best=False)
+    assert problem.startswith("sft.early_stopping_patience=3: needs sft.keep_best=true")
+
+
+BAD_COLUMNS = {
+    "two forms": {"prompt": "a", "completion": "b"},
+    "two forms, one by half": {"prompt": "a"},
+    "no form": {"messages": None},
+    "half a form": {"messages": None, "prompt": "a"},
+}
+
+
+@pytest.mark.parametrize("columns", BAD_COLUMNS.values(), ids=BAD_COLUMNS.keys())
+def test_columns_are_of_one_form(columns: dict[str, Any]) -> None:
+    of_data = ColumnsConfig(**columns)
+    part = BlendPartConfig(path="a", weight=1.0, columns=of_data)
+    (problem,) = broken(data__columns=of_data)
+    (problem_of_part,) = broken(data__path=None, data__blend=[part])
+    assert problem.startswith(f"data.columns: messages={of_data.messages!r}, prompt={of_data.prompt!r} and completion=")
+    assert problem_of_part == problem.replace("data.", "data.blend[0].", 1)
+
+
+def test_reasoning_belongs_to_a_completion() -> None:
+    expected = "data.columns.reasoning='why': belongs to completion, which is null."
+    assert broken(data__columns=ColumnsConfig(reasoning="why")) == [expected]
+
+
+def test_a_data_set_and_a_blend_are_not_given_together() -> None:
+    parts = [BlendPartConfig(path="a", weight=1.0)]
+    assert broken(data__path=None, data__blend=parts) == []
+    (problem,) = broken(data__path="b", data__blend=parts)
+    assert problem.startswith("data.path='b': not together with data.blend")
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
+def test_a_weight_is_greater_than_0(weight: float) -> None:
+    parts = [BlendPartConfig(path="a", weight=1.0), BlendPartConfig(path="b", weight=weight)]
+    assert broken(data__path=None, data__blend=parts) == [f"data.blend[1].weight={weight!r}: must be greater than 0."]
+
+
+@pytest.mark.parametrize("text", ["", "You are\nAda.", "<|end|>"])
+@pytest.mark.parametrize("key", ["model_identity", "reasoning_language"])
+def test_what_goes_into_the_prompt_is_one_line_of_text(key: str, text: str) -> None:
+    expected = f"data.{key}={text!r}: must be one line of text, without special tokens."
+    assert broken(**{f"data__{key}": text}) == [expected]
+
+
+def test_a_mapping_takes_names_of_the_users_own() -> None:
+    assert is_known("data.roles.human") and is_known("data.filter.category")
+    assert not is_known("data.role.human")
+
+
+def test_several_broken_rules_are_reported_together(mistake: Mistake) -> None:
+    arguments = ("data.validation_fraction=2", "sft.learning_rate=0", "qat.max_steps=-2")
+    assert mistake("stage=sft", "recipe=smoke", *arguments).splitlines() == [
+        "3 problems:",
+        "  - data.validation_fraction=2.0: must be between 0 and 1, both excluded.",
+        "  - sft.learning_rate=0.0: must be greater than 0.",
+        "  - qat.max_steps=-2: must be a number of steps, or -1.",
+    ]
