@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 _LARGE = (".safetensors", ".gguf")
+_ANONYMOUS = "/api/agent-harnesses"  # huggingface_hub 1.33 asks for it by itself, without a token
 
 
 class Hub(ThreadingHTTPServer):
@@ -20,7 +21,7 @@ class Hub(ThreadingHTTPServer):
         refuses: whether every token is refused.
         complaint: about the card's metadata, or None.
         files: path -> contents, as committed.
-        tokens: that requests came with.
+        tokens: that requests about the repository came with.
     """
 
     daemon_threads = True
@@ -113,7 +114,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(401, {"error": reason}, {"X-Error-Message": reason})
 
     def _note_token(self) -> None:
-        self.server.tokens.add(self.headers.get("Authorization", ""))
+        if self.path != _ANONYMOUS:
+            self.server.tokens.add(self.headers.get("Authorization", ""))
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
