@@ -23,10 +23,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline import artifacts, config
+from pipeline import config
 from pipeline.config import command_line, rules
 from pipeline.errors import CheckFailed, UserError, user_errors
-from pipeline.tracking import is_main_process
+from pipeline.runs import artifacts
+from pipeline.runs.processes import is_main_process
 
 _PACKAGE = Path(__file__).resolve().parent
 SWEEP_DIR = "sweep"

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline import documents
+from pipeline.checkpoints.gpt_oss import ATTENTION, ATTENTION_TYPES, K_PROJ, Q_PROJ, SINKS, V_PROJ, in_layer
 from pipeline.config import Precision, TrainConfig
+from pipeline.data.harmony import IGNORED
 from pipeline.errors import UserError
-from pipeline.gpt_oss import ATTENTION, ATTENTION_TYPES, K_PROJ, Q_PROJ, SINKS, V_PROJ, in_layer
-from pipeline.harmony import IGNORED
-from pipeline.models import TRAIN_DTYPES
-from pipeline.tracking import say
+from pipeline.models import packing_masks
+from pipeline.models.loading import TRAIN_DTYPES
+from pipeline.runs.console import say
 
 _EAGER = "eager"
 _VOCABULARY, _EXPERTS, _LENGTHS = 128, 2, (288, 256)
@@ -154,7 +154,7 @@ def _model(name: str, dtype: torch.dtype) -> Any:
                 drawn = torch.randn(parameter.shape, generator=generator)
                 fan_in = 1 if parameter.ndim == 1 else parameter.shape[1]
                 parameter.copy_(1 + 0.1 * drawn if key.endswith("norm.weight") else drawn * fan_in**-0.5)
-    documents.keep_apart(model)
+    packing_masks.keep_apart(model)
     return model.to(dtype).train()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.adapters import expert_weights
+from pipeline.models.adapters import expert_weights
 from pipeline.numerics.codec import fake_quantize
 from pipeline.numerics.formats import BlockFormat
 

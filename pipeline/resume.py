@@ -10,10 +10,11 @@ import json
 import shutil
 from pathlib import Path
 
-from pipeline.artifacts import write_json
 from pipeline.config import Sharding
 from pipeline.errors import UserError
-from pipeline.tracking import is_main_process, say, wait_for_everyone
+from pipeline.runs.artifacts import write_json
+from pipeline.runs.console import say
+from pipeline.runs.processes import is_main_process, wait_for_everyone
 
 WHOLE = "whole"
 """This file in a checkpoint says that all of it was written, and how it was sharded."""

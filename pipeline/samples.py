@@ -12,14 +12,16 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from pipeline import data
-from pipeline.artifacts import SAMPLES_FILE
 from pipeline.config import PipelineConfig
-from pipeline.data import Rows
+from pipeline.data.examples import rendering_of
+from pipeline.data.rows import Rows
 from pipeline.generation import prompts
 from pipeline.generation.local import Local
 from pipeline.generation.prompts import Question
-from pipeline.tracking import is_main_process, log_table, say
+from pipeline.runs.artifacts import SAMPLES_FILE
+from pipeline.runs.console import say
+from pipeline.runs.processes import is_main_process
+from pipeline.runs.tracking import log_table
 from pipeline.transcripts import Transcript
 
 _COLUMNS = ["step", "prompt", "reasoning", "answer", "completion", "finish", "tokens"]
@@ -48,7 +50,7 @@ def callback(config: PipelineConfig, rows: Rows, tokenizer: Any, directory: Path
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.prompts,
     )
-    local = Local(None, data.rendering(config, tokenizer), greedy, limit="evaluate.during_training.prompts")
+    local = Local(None, rendering_of(config, tokenizer), greedy, limit="evaluate.during_training.prompts")
     return [Samples(local, asked, directory, stage)]
 
 

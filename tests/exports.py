@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline import artifacts
-from pipeline.artifacts import Artifact, Kind, Result
 from pipeline.config import PipelineConfig, Stage
+from pipeline.runs import artifacts
+from pipeline.runs.artifacts import Artifact, Kind, Result
 
 SIZES = {
     "model_type": "gpt_oss",

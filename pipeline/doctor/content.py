@@ -6,9 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.data.harmony import Conversation
+from pipeline.data.languages import Languages
 from pipeline.doctor.rows import Row, first
-from pipeline.harmony import Conversation
-from pipeline.languages import Languages
 
 _CONTROL = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?(?:think|thinking|reasoning|analysis)>|\[/?INST\]|<</?SYS>>")
 """Control tokens of Harmony and of other chat formats, and the tags that others put around reasoning."""

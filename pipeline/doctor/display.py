@@ -7,11 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from pipeline.data.harmony import IGNORED, Conversation, ConversationError, Rendering, examples
 from pipeline.doctor.findings import Facts, device_needed, disk_needed, gigabytes, host_needed
 from pipeline.errors import UserError
-from pipeline.harmony import IGNORED, Conversation, ConversationError, Rendering, examples
-from pipeline.sharding import ENGINES
-from pipeline.tracking import say, warn
+from pipeline.models.sharding import ENGINES
+from pipeline.runs.console import say, warn
 
 _PLAIN_WIDTH = 120
 _STYLES = {"prompt": ("dim", "dim reverse"), "supervised": ("green", "black on green")}

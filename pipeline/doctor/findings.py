@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.artifacts import is_complete
 from pipeline.config import Method, PipelineConfig, Sharding, Stage, TrainConfig
-from pipeline.sharding import ENGINES
+from pipeline.models.sharding import ENGINES
+from pipeline.runs.artifacts import is_complete
 
 _FEW_ROWS = 20
 _MOST_HELD_OUT = 0.5

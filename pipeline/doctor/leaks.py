@@ -5,9 +5,9 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any
 
+from pipeline.data.harmony import Conversation
 from pipeline.doctor.content import prompt
 from pipeline.doctor.rows import Row
-from pipeline.harmony import Conversation
 
 _QUOTES = re.compile("[\"'`´“”„‘’‚«»「」]")
 _PUNCTUATION = re.compile(r"[.,;:!?…。，、；：！？]+(?=\s|$)")  # not that within numbers

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
-from pipeline import rounding
+from pipeline.checkpoints.gpt_oss import Shape, TensorInfo, expert_projections, other_tensors, plain_tensors
 from pipeline.config import LoraTarget, Method, PipelineConfig, Precision, Stage, TrainConfig, adapted_layers
 from pipeline.config.targets import TARGETS
-from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, other_tensors, plain_tensors
+from pipeline.models import rounded_weights
 
 _WEIGHT_TYPE = {Precision.fp32: "F32", Precision.mixed_bf16: "F32", Precision.bf16: "BF16"}
 _WIDTH = {"F32": 4, "BF16": 2}
@@ -171,7 +171,7 @@ def figures(config: PipelineConfig, model: dict[str, Any], longest: int) -> dict
     needed = {}
     for name, train in trains.items():
         batched, tokens = _as_batched(train, longest, config.data.max_length)
-        needed[name] = memory(shape, batched, tokens, per_token, name == "qat", rounding.budget_bytes(config))
+        needed[name] = memory(shape, batched, tokens, per_token, name == "qat", rounded_weights.budget_bytes(config))
     return {
         "parameters": parameters(shape),
         "trained_parameters": {name: trained_parameters(shape, train) for name, train in trains.items()},

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoints.gpt_oss import SPECIAL_TOKENS
+from pipeline.data.harmony import Conversation, Rendering, examples, in_language
 from pipeline.doctor.rows import Row
-from pipeline.gpt_oss import SPECIAL_TOKENS
-from pipeline.harmony import Conversation, Rendering, examples, in_language
-from pipeline.tracking import progress
+from pipeline.runs.console import progress
 
 _VOCABULARY = "o200k_base.tiktoken"
 _URL = f"https://openaipublic.blob.core.windows.net/encodings/{_VOCABULARY}"

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.checkpoints import at_most
+from pipeline.checkpoints.reading import at_most
 from pipeline.config import PipelineConfig
+from pipeline.data.harmony import IGNORED, Conversation, ConversationError, Rendering, examples
 from pipeline.errors import user_errors
-from pipeline.harmony import IGNORED, Conversation, ConversationError, Rendering, examples
-from pipeline.tracking import progress
+from pipeline.runs.console import progress
 
 _FIRST_LENGTH = 64
 _PERCENTILES = {"median": 0.5, "p95": 0.95}

@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
-from pipeline import data, datasets_in
-from pipeline.choice import Numbers
 from pipeline.config import PipelineConfig
 from pipeline.config.languages import code_of
-from pipeline.data import Rows
+from pipeline.data.harmony import Conversation
+from pipeline.data.rows import Rows, read_rows
+from pipeline.data.sampling import Numbers
+from pipeline.data.sources import data_sources
 from pipeline.errors import UserError
-from pipeline.harmony import Conversation
 
 _KEY = "evaluate.group_column"
 _MOST_GROUPS = 100
@@ -28,10 +28,8 @@ def of_examples(config: PipelineConfig, rows: Rows, numbers: Numbers) -> list[st
     """
     column = config.evaluate.group_column
     if column is not None:  # the same rows, read with one more of their columns
-        sources = [
-            replace(one, expected={_GROUP: column}, expected_key=_KEY) for one in datasets_in.sources(config.data)
-        ]
-        rows = data.read(config, sources)
+        sources = [replace(one, expected={_GROUP: column}, expected_key=_KEY) for one in data_sources(config.data)]
+        rows = read_rows(config, sources)
     group_of = {number: _group(rows.conversations[number]) for number in sorted({*map(int, numbers)})}
     found = {*group_of.values()} - {""}
     if len(found) > _MOST_GROUPS:

@@ -14,12 +14,12 @@ from typing import Any
 from datasets.exceptions import DatasetsError
 
 from pipeline.config import EndpointApi, EndpointConfig, LmEvalConfig
+from pipeline.data.harmony import Rendering
 from pipeline.errors import UserError, did_you_mean, user_errors
 from pipeline.evals.subject import Subject
 from pipeline.generation.client import key_of
 from pipeline.generation.endpoint import KEY as ENDPOINT
 from pipeline.generation.endpoint import Served
-from pipeline.harmony import Rendering
 
 KEY = "evaluate.lm_eval"
 _BEFORE_TEXT = "<|message|>"

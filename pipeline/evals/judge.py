@@ -21,7 +21,7 @@ from pipeline.evals.verdicts import Verdict, figures
 from pipeline.generation import chat, client
 from pipeline.generation.client import Client
 from pipeline.generation.journal import Journal, Kind
-from pipeline.tracking import warn
+from pipeline.runs.console import warn
 from pipeline.transcripts import Transcript
 
 KEY = "evaluate.judge"

@@ -1,6 +1,6 @@
 """Whether a model reasons, and answers, in the language that it was asked to.
 
-Told offline by pipeline.languages among the languages in its table. A text of two languages, neither with two thirds,
+Told offline by pipeline.data.languages among the languages in its table. A text of two languages, neither with two thirds,
 is in none; one that is missing, too short, or that the classifier is not sure of, is undecided.
 """
 
@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 from pipeline.config.languages import NAMES, code_of
+from pipeline.data.languages import UNDECIDED, Languages
 from pipeline.evals.expected import check_all
 from pipeline.evals.subject import Subject
 from pipeline.evals.verdicts import Verdict, figures
-from pipeline.languages import UNDECIDED, Languages
 from pipeline.transcripts import Transcript
 
 

@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline import head
+from pipeline.data.harmony import IGNORED
 from pipeline.evals.subject import Subject
-from pipeline.harmony import IGNORED
-from pipeline.head import States
-from pipeline.models import ModelRef
+from pipeline.models import chunked_logits
+from pipeline.models.chunked_logits import States
+from pipeline.models.references import ModelRef
+from pipeline.runs.console import progress
 from pipeline.statistics import ratio_interval
-from pipeline.tracking import progress
 
 TOP = 128
 BUCKETS = ((0, 32), (32, 128), (128, 512), (512, None))
@@ -35,7 +35,7 @@ BUCKETS = ((0, 32), (32, 128), (128, 512), (512, None))
 
 def fingerprint(reference: ModelRef, dtype: torch.dtype, batches: Sequence[dict[str, Tensor]]) -> str:
     """Of all that decides what `record` keeps: the reference, its arithmetic, and the batches, as they are padded."""
-    digest = xxhash.xxh3_128(f"{reference.fingerprint}\0{dtype}\0{TOP}\0{head.CHUNK}".encode())
+    digest = xxhash.xxh3_128(f"{reference.fingerprint}\0{dtype}\0{TOP}\0{chunked_logits.CHUNK}".encode())
     for batch in batches:
         for name in ("input_ids", "labels"):
             digest.update(f"{tuple(batch[name].shape)}".encode() + batch[name].numpy().tobytes())
@@ -49,7 +49,7 @@ def record(model: Any, batches: Sequence[dict[str, Tensor]], directory: Path) ->
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     for i, batch in enumerate(progress(batches, what="predictions of the reference", unit="batch")):
-        kept = list(head.in_chunks(_likeliest, (_states(model, batch),)))
+        kept = list(chunked_logits.in_chunks(_likeliest, (_states(model, batch),)))
         log_probs, tokens = (torch.cat(parts).cpu() for parts in zip(*kept, strict=True))
         save_file({"log_probs": log_probs, "tokens": tokens.int()}, _file(unfinished, i))
     unfinished.replace(directory)
@@ -69,7 +69,7 @@ def score(subject: Subject) -> dict[str, float]:
     for i, batch in enumerate(progress(subject.batches, what=f"predictions of {subject.ref.name}", unit="batch")):
         kept = load_file(_file(subject.reference_predictions, i), device=str(subject.model.device))
         states = _states(subject.model, batch)
-        found = torch.cat(list(head.in_chunks(_compared, (states,), kept["log_probs"], kept["tokens"])))
+        found = torch.cat(list(chunked_logits.in_chunks(_compared, (states,), kept["log_probs"], kept["tokens"])))
         per_token.append(torch.cat([found.cpu(), _places(batch, example)], dim=1))
         example += len(batch["labels"])
     return _figures(torch.cat(per_token))
@@ -79,7 +79,7 @@ def _states(model: Any, batch: dict[str, Tensor]) -> States:
     """Up to the head, where a supervised token comes next, row by row of the batch."""
     inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
     supervised = functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
-    return head.states(model, inputs, supervised.to(model.device))
+    return chunked_logits.states(model, inputs, supervised.to(model.device))
 
 
 def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeline import artifacts, data, losses, models, source
-from pipeline.checkpoints import load_tokenizer
 from pipeline.config import EndpointApi, PipelineConfig
-from pipeline.data import Rows
+from pipeline.data.examples import prepare_examples, rendering_of
+from pipeline.data.rows import Rows, load_rows
+from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import UserError, user_errors
 from pipeline.evals import EVALS, groups, harness, judge, logits
 from pipeline.evals.expected import check
@@ -23,8 +23,11 @@ from pipeline.generation.endpoint import Served
 from pipeline.generation.journal import Journal
 from pipeline.generation.local import Local
 from pipeline.generation.prompts import Question
-from pipeline.models import ModelRef, Weights
-from pipeline.tracking import say
+from pipeline.models import loading, losses, source
+from pipeline.models.references import ModelRef
+from pipeline.models.weights import Weights
+from pipeline.runs import artifacts
+from pipeline.runs.console import say
 from pipeline.transcripts import Transcript
 
 PREDICTIONS = "predictions"
@@ -74,7 +77,7 @@ def prepare(config: PipelineConfig) -> Task:
     Raises:
         UserError: bad rows or prompts, prompts without what scorers need, no such judge or suite of tasks.
     """
-    rows = data.load_rows(config)
+    rows = load_rows(config)
     questions = _questions(config, rows)
     if config.evaluate.judge.url is not None and not any("safety" in each.prompt.expected for each in questions):
         raise UserError(
@@ -165,8 +168,8 @@ class Measure:
         tokenizer = load_tokenizer(ref.base)
         validation = self._validation(ref, tokenizer)
         predictions = self._predictions(ref, validation.batches)
-        model = models.load_effective(ref, self._dtype)
-        rendering = data.rendering(self._config, tokenizer)
+        model = loading.load_effective(ref, self._dtype)
+        rendering = rendering_of(self._config, tokenizer)
         decide = {"evaluate.prompts": prompts.fingerprint(self._task.questions)}
         decide |= artifacts.chosen(self._config, _DECIDE_LOCAL)
         transcripts: list[Transcript] = []
@@ -209,7 +212,7 @@ class Measure:
         made = logits.fingerprint(self._reference, self._dtype, batches)
         directory = artifacts.stage_dir(self._config, PREDICTIONS) / made
         if not directory.is_dir():
-            logits.record(models.load_effective(self._reference, self._dtype), batches, directory)
+            logits.record(loading.load_effective(self._reference, self._dtype), batches, directory)
             gc.collect()  # modules refer to themselves, and would stay until there is no room for the next
         return directory
 
@@ -217,7 +220,7 @@ class Measure:
         files = b"".join(path.read_bytes() for name in _TOKENIZER_FILES if (path := ref.base / name).is_file())
         if files not in self._validation_of:
             settings = self._config.evaluate
-            splits = data.prepare(self._config, self._task.rows, tokenizer)
+            splits = prepare_examples(self._config, self._task.rows, tokenizer)
             examples, rows = splits.validation, splits.validation_rows
             count = min(settings.max_samples or len(examples), len(examples))
             batches = losses.batches(examples.select(range(count)), settings.batch_size, tokenizer.pad_token_id)
@@ -239,7 +242,7 @@ class Measure:
 
     @cached_property
     def _rendering(self) -> Any:
-        return data.rendering(self._config, load_tokenizer(self._tokenizer_directory))
+        return rendering_of(self._config, load_tokenizer(self._tokenizer_directory))
 
 
 def _questions(config: PipelineConfig, rows: Rows) -> list[Question]:

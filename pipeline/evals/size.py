@@ -1,6 +1,6 @@
 """Size on disk."""
 
-from pipeline.checkpoints import ADAPTER_WEIGHTS
+from pipeline.checkpoints.side_files import ADAPTER_WEIGHTS
 from pipeline.evals.subject import Subject
 
 

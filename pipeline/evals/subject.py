@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.models import ModelRef, Weights
+from pipeline.models.references import ModelRef
+from pipeline.models.weights import Weights
 from pipeline.transcripts import Transcript
 
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from pipeline import losses
 from pipeline.evals.subject import Subject
-from pipeline.tracking import progress
+from pipeline.models import losses
+from pipeline.runs.console import progress
 
 
 def score(subject: Subject) -> dict[str, float]:

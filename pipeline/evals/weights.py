@@ -4,11 +4,11 @@ import math
 
 from torch import Tensor
 
+from pipeline.checkpoints.gpt_oss import expert_projections
 from pipeline.evals.subject import Subject
-from pipeline.gpt_oss import expert_projections
 from pipeline.numerics.codec import differences, fake_quantize
 from pipeline.numerics.formats import MXFP4, BlockFormat
-from pipeline.tracking import progress
+from pipeline.runs.console import progress
 
 
 def score(subject: Subject) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import importlib
 from pathlib import Path
 
-from pipeline.checkpoints import TensorFiles
+from pipeline.checkpoints.reading import TensorFiles
 from pipeline.config.targets import TARGETS
 from pipeline.errors import UserError
 from pipeline.export.exporter import Exporter

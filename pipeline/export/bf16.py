@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.artifacts import Kind
-from pipeline.checkpoints import Checkpoint
+from pipeline.checkpoints.gpt_oss import other_tensors
+from pipeline.checkpoints.reading import Checkpoint
+from pipeline.checkpoints.shards import Piece, Written
 from pipeline.export.exporter import Exporter
 from pipeline.export.layout import unpacked_layout
 from pipeline.export.mxfp4 import legacy_config
 from pipeline.export.target import Job
 from pipeline.export.weights import ExpertStack, Packed, checked_base, others_piece, stacks, write_checkpoint
-from pipeline.gpt_oss import other_tensors
-from pipeline.shards import Piece, Written
+from pipeline.runs.artifacts import Kind
 
 
 def write(job: Job, directory: Path) -> Written:

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.artifacts import Kind
-from pipeline.checkpoints import Checkpoint, TensorFiles, read_config
+from pipeline.checkpoints.config_json import read_config
+from pipeline.checkpoints.gpt_oss import Shape, TensorInfo
+from pipeline.checkpoints.reading import Checkpoint, TensorFiles
+from pipeline.checkpoints.shards import Written
 from pipeline.export.layout import Files, Layout
 from pipeline.export.target import Job
-from pipeline.gpt_oss import Shape, TensorInfo
-from pipeline.shards import Written
+from pipeline.runs.artifacts import Kind
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.artifacts import Kind
-from pipeline.checkpoints import CONFIG, load_tokenizer
-from pipeline.disk import raise_if_disk_too_small
-from pipeline.dtypes import torch_dtype
+from pipeline.checkpoints.config_json import CONFIG
+from pipeline.checkpoints.dtypes import torch_dtype
+from pipeline.checkpoints.gpt_oss import other_tensors
+from pipeline.checkpoints.shards import Piece, Written, parts
+from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.export.exporter import Exporter
 from pipeline.export.gguf_layout import (
@@ -41,11 +42,11 @@ from pipeline.export.gguf_layout import (
 from pipeline.export.mxfp4 import legacy_config
 from pipeline.export.target import Job
 from pipeline.export.weights import ExpertStack, OtherTensor, Packed, checked_base, stacks
-from pipeline.gpt_oss import other_tensors
 from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.formats import MXFP4
-from pipeline.shards import Piece, Written, parts
-from pipeline.tracking import progress, warn
+from pipeline.runs.artifacts import Kind
+from pipeline.runs.console import progress, warn
+from pipeline.runs.disk import raise_if_disk_too_small
 
 FILE = "model.gguf"
 

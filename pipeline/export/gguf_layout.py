@@ -15,12 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.checkpoints import Checkpoint, load_tokenizer
-from pipeline.config.targets import TARGETS
-from pipeline.errors import UserError
-from pipeline.export.layout import Codes, Held, Layout, with_signed_zeros
-from pipeline.export.mxfp4 import legacy_config
-from pipeline.gpt_oss import (
+from pipeline.checkpoints.gpt_oss import (
     BIAS_SUFFIX,
     DOWN,
     EXPERT_BIASES,
@@ -32,6 +27,12 @@ from pipeline.gpt_oss import (
     expert_projections,
     other_tensors,
 )
+from pipeline.checkpoints.reading import Checkpoint
+from pipeline.config.targets import TARGETS
+from pipeline.data.tokenizers import load_tokenizer
+from pipeline.errors import UserError
+from pipeline.export.layout import Codes, Held, Layout, with_signed_zeros
+from pipeline.export.mxfp4 import legacy_config
 from pipeline.numerics.formats import MXFP4
 
 ARCHITECTURE = "gpt-oss"

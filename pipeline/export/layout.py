@@ -15,8 +15,15 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pipeline.checkpoints import Checkpoint
-from pipeline.gpt_oss import ExpertProjection, Shape, TensorInfo, expert_projections, other_tensors, plain_tensors
+from pipeline.checkpoints.gpt_oss import (
+    ExpertProjection,
+    Shape,
+    TensorInfo,
+    expert_projections,
+    other_tensors,
+    plain_tensors,
+)
+from pipeline.checkpoints.reading import Checkpoint
 from pipeline.numerics.codec import decode
 
 _STEP_VALUES = 1 << 24  # an expert of the released models has 16.6 million

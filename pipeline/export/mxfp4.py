@@ -4,14 +4,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import Kind
-from pipeline.checkpoints import Checkpoint
+from pipeline.checkpoints.gpt_oss import BLOCKS_SUFFIX, QUANTIZATION_CONFIG, other_tensors
+from pipeline.checkpoints.reading import Checkpoint
+from pipeline.checkpoints.shards import Written
 from pipeline.export.exporter import Exporter
 from pipeline.export.layout import packed_layout
 from pipeline.export.target import Job
 from pipeline.export.weights import checked_base, others_piece, packed_piece, stacks, write_checkpoint
-from pipeline.gpt_oss import BLOCKS_SUFFIX, QUANTIZATION_CONFIG, other_tensors
-from pipeline.shards import Written
+from pipeline.runs.artifacts import Kind
 
 _DIALECT = ("rope_parameters", "dtype", "torch_dtype")
 

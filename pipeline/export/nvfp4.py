@@ -17,19 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.artifacts import Kind, write_json
-from pipeline.checkpoints import Checkpoint, load_calibration, read_config
+from pipeline.checkpoints.config_json import read_config
+from pipeline.checkpoints.gpt_oss import (
+    QUANTIZATION_CONFIG,
+    ExpertProjection,
+    Shape,
+    TensorInfo,
+    expert_projections,
+    other_tensors,
+)
+from pipeline.checkpoints.reading import Checkpoint
+from pipeline.checkpoints.shards import Piece, Written, whole
 from pipeline.errors import UserError
 from pipeline.export.exporter import Exporter
 from pipeline.export.layout import Codes, Held, Layout, others, with_signed_zeros
 from pipeline.export.mxfp4 import legacy_config
 from pipeline.export.target import Job
 from pipeline.export.weights import ExpertStack, Packed, checked_base, others_piece, stacks, write_checkpoint
-from pipeline.gpt_oss import QUANTIZATION_CONFIG, ExpertProjection, Shape, TensorInfo, expert_projections, other_tensors
+from pipeline.models.calibration import load_calibration
 from pipeline.numerics.convert import mxfp4_to_nvfp4
 from pipeline.numerics.formats import NVFP4
 from pipeline.numerics.scales import INPUT_RULE, tensor_scale_for_amax
-from pipeline.shards import Piece, Written, whole
+from pipeline.runs.artifacts import Kind, write_json
 
 RECORD = "hf_quant_config.json"
 _INPUT_SCALE = "_input_scale"
@@ -125,10 +134,12 @@ def _codes(packed: Tensor, scales: Tensor, tensor_scale: Tensor) -> Codes:
 
 def _by_modelopt(packed: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
     """(E, out, in) float32."""
-    from pipeline import quantizer  # imports ModelOpt and TRL: ten seconds that writing an export does not need
+    from pipeline.models import (
+        fake_quantizers,  # imports ModelOpt and TRL: ten seconds that writing an export does not need
+    )
 
     codes = _codes(packed, scales, tensor_scale)
-    return with_signed_zeros(quantizer.nvfp4_values(codes.blocks, codes.scales, tensor_scale), codes)
+    return with_signed_zeros(fake_quantizers.nvfp4_values(codes.blocks, codes.scales, tensor_scale), codes)
 
 
 def _as_nvfp4(made: Packed, name: str) -> Packed:

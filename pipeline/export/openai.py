@@ -7,15 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import Kind
-from pipeline.checkpoints import CONFIG, Checkpoint
-from pipeline.errors import UserError
-from pipeline.export.exporter import Exporter
-from pipeline.export.layout import Held, Layout, packed
-from pipeline.export.mxfp4 import legacy_config
-from pipeline.export.target import Job
-from pipeline.export.weights import checked_base, others_piece, packed_piece, stacks, write_checkpoint
-from pipeline.gpt_oss import (
+from pipeline.checkpoints.config_json import CONFIG
+from pipeline.checkpoints.gpt_oss import (
     DOWN,
     EMBEDDING,
     FINAL_NORM,
@@ -28,7 +21,15 @@ from pipeline.gpt_oss import (
     in_layer,
     other_tensors,
 )
-from pipeline.shards import Written
+from pipeline.checkpoints.reading import Checkpoint
+from pipeline.checkpoints.shards import Written
+from pipeline.errors import UserError
+from pipeline.export.exporter import Exporter
+from pipeline.export.layout import Held, Layout, packed
+from pipeline.export.mxfp4 import legacy_config
+from pipeline.export.target import Job
+from pipeline.export.weights import checked_base, others_piece, packed_piece, stacks, write_checkpoint
+from pipeline.runs.artifacts import Kind
 
 _STACKS = {GATE_UP: "mlp1_weight", DOWN: "mlp2_weight"}
 _OF_MODEL = {

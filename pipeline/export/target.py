@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from pipeline.models import Weights
+from pipeline.models.source import Source
+from pipeline.models.weights import Weights
 from pipeline.numerics.formats import BlockFormat
-from pipeline.source import Source
 
 
 @dataclass(frozen=True)

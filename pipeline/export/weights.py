@@ -14,16 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.artifacts import write_json
-from pipeline.checkpoints import CONFIG, Checkpoint, copy_side_files
+from pipeline.checkpoints.config_json import CONFIG
+from pipeline.checkpoints.gpt_oss import ExpertProjection, TensorInfo, expert_projections, other_tensors
+from pipeline.checkpoints.reading import Checkpoint
+from pipeline.checkpoints.shards import Piece, Step, Written, in_order, write_sharded
+from pipeline.checkpoints.side_files import copy_side_files
 from pipeline.errors import UserError
 from pipeline.export.survival import Survival
 from pipeline.export.target import Job
-from pipeline.gpt_oss import ExpertProjection, TensorInfo, expert_projections, other_tensors
 from pipeline.numerics.codec import CodecError, differences, encode, fake_quantize, same_bits, tensor_scale
 from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.formats import MXFP4
-from pipeline.shards import Piece, Step, Written, in_order, write_sharded
+from pipeline.runs.artifacts import write_json
 
 
 @dataclass(frozen=True)

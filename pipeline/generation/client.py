@@ -12,7 +12,7 @@ import httpx
 
 from pipeline.config import ServerConfig
 from pipeline.errors import UserError
-from pipeline.tracking import progress
+from pipeline.runs.console import progress
 
 _FIRST_WAIT_SECONDS = 0.5
 _CONNECT_SECONDS = 10.0

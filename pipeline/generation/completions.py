@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from pipeline.checkpoints.gpt_oss import STOP_TOKENS
 from pipeline.config import GenerationConfig
 from pipeline.generation.prompts import Question
-from pipeline.gpt_oss import STOP_TOKENS
 from pipeline.transcripts import Transcript, calls_tool
 
 _RETURN, _CALL = "<|return|>", "<|call|>"

@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from pipeline.artifacts import write_json
 from pipeline.errors import UserError
-from pipeline.tracking import say
+from pipeline.runs.artifacts import write_json
+from pipeline.runs.console import say
 from pipeline.transcripts import Transcript
 
 

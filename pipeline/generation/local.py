@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import GenerationConfig as Decoding
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+from pipeline.checkpoints.gpt_oss import STOP_TOKENS
 from pipeline.config import GenerationConfig
+from pipeline.data.harmony import Rendering
 from pipeline.errors import UserError
 from pipeline.generation import prompts
 from pipeline.generation.journal import Journal
 from pipeline.generation.prompts import Question
-from pipeline.gpt_oss import STOP_TOKENS
-from pipeline.harmony import Rendering
-from pipeline.tracking import progress
+from pipeline.runs.console import progress
 from pipeline.transcripts import Transcript
 
 _LENGTH = "length"

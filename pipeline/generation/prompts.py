@@ -7,14 +7,15 @@ from typing import NamedTuple
 
 import xxhash
 
-from pipeline import choice, data, datasets_in, harmony
+from pipeline.checkpoints.gpt_oss import STOP_TOKENS
 from pipeline.config import PipelineConfig
-from pipeline.data import Conversations, Rows
-from pipeline.datasets_in import Source
+from pipeline.data import harmony, sampling
+from pipeline.data.examples import split_rows
+from pipeline.data.harmony import Conversation, ConversationError, Rendering
+from pipeline.data.rows import Conversations, Rows, read_rows
+from pipeline.data.sources import Source, data_sources
 from pipeline.errors import user_errors
-from pipeline.gpt_oss import STOP_TOKENS
-from pipeline.harmony import Conversation, ConversationError, Rendering
-from pipeline.tracking import say
+from pipeline.runs.console import say
 from pipeline.transcripts import Transcript, parse
 
 _SEEDS = 2**31  # what every server takes
@@ -130,9 +131,9 @@ def fingerprint(asked: list[Question]) -> str:
 def _of_data(config: PipelineConfig, rows: Rows) -> Conversations:
     expected = config.evaluate.prompts.expected
     if expected:  # the same rows, read with more of their columns
-        sources = [replace(source, expected=expected) for source in datasets_in.sources(config.data)]
-        rows = data.read(config, sources)
-    _, validation = data.split(config, rows)
+        sources = [replace(source, expected=expected) for source in data_sources(config.data)]
+        rows = read_rows(config, sources)
+    _, validation = split_rows(config, rows)
     return validation
 
 
@@ -141,9 +142,9 @@ def _of_their_own(config: PipelineConfig) -> Conversations:
     names = ("path", "revision", "split", "columns", "roles", "filter")
     own = replace(config.data, blend=[], streaming=False, **{name: getattr(settings, name) for name in names})
     source = Source("evaluate.prompts", own, expected=settings.expected, needs_answers=False)
-    conversations = data.read(config, [source]).conversations
+    conversations = read_rows(config, [source]).conversations
     count = len(conversations)
-    return conversations.select(choice.choose([count], [count], config.data.seed))
+    return conversations.select(sampling.choose([count], [count], config.data.seed))
 
 
 def _prompt(config: PipelineConfig, row: Conversation) -> Prompt:

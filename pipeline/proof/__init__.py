@@ -8,7 +8,7 @@ same checks: each says which of its tensors hold which one of the plain layout.
 
 from pathlib import Path
 
-from pipeline.checkpoints import Checkpoint
+from pipeline.checkpoints.reading import Checkpoint
 from pipeline.export import EXPORTERS
 from pipeline.export.layout import View, of_base
 from pipeline.proof.check import Check

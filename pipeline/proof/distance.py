@@ -29,15 +29,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.checkpoints import at_most
+from pipeline.checkpoints.gpt_oss import EMBEDDING, EXPERT_BIASES, ExpertProjection, expert_projections, other_tensors
+from pipeline.checkpoints.reading import at_most
 from pipeline.export.layout import Codes, View, decoded
-from pipeline.gpt_oss import EMBEDDING, EXPERT_BIASES, ExpertProjection, expert_projections, other_tensors
 from pipeline.numerics.codec import same_bits
 from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.formats import MXFP4
 from pipeline.numerics.kernels import column_products
 from pipeline.proof.check import Check
-from pipeline.tracking import progress
+from pipeline.runs.console import progress
 
 _LEAST_SIMILARITY = 0.4
 _SAME = 0.7  # similarity that identifies a tensor; if half of its rows were in the right place, it would be 0.5

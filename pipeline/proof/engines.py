@@ -48,14 +48,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import models
 from pipeline.config.engines import ENGINES, LIBRARIES
+from pipeline.data.harmony import IGNORED
 from pipeline.errors import user_errors
-from pipeline.harmony import IGNORED
-from pipeline.models import Weights
+from pipeline.models import loading
+from pipeline.models.weights import Weights
 from pipeline.proof import worker
 from pipeline.proof.check import Check
-from pipeline.tracking import say
+from pipeline.runs.console import say
 
 Expected = Callable[[bool], Tensor]
 """Whether YaRN's range is rounded -> log-probabilities (prompts, vocabulary)."""
@@ -244,7 +244,7 @@ def reference(base: Path, weights: Callable[[str], Tensor], dtype: torch.dtype) 
 
         config = AutoConfig.from_pretrained(base)
         config.rope_parameters["truncate"] = rounds_yarn or config.rope_parameters.get("truncate", True)
-        made = models.load_plain(base, dtype, config=config, experts_implementation="eager").eval()
+        made = loading.load_plain(base, dtype, config=config, experts_implementation="eager").eval()
         with torch.no_grad():
             for name, parameter in made.named_parameters():
                 parameter.copy_(weights(name))

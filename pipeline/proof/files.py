@@ -10,22 +10,15 @@ from typing import Any
 
 from safetensors import safe_open
 
-from pipeline.artifacts import BOOKKEEPING, Artifact
-from pipeline.checkpoints import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    CONFIG,
-    Checkpoint,
-    TensorFiles,
-    at_most,
-    layout_problems,
-    side_files,
-)
+from pipeline.checkpoints.config_json import CONFIG
+from pipeline.checkpoints.reading import Checkpoint, TensorFiles, at_most, layout_problems
+from pipeline.checkpoints.shards import INDEX
+from pipeline.checkpoints.side_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, side_files
 from pipeline.errors import UserError
 from pipeline.export.exporter import Exporter
 from pipeline.export.layout import stored_tensors
 from pipeline.proof.check import Check
-from pipeline.shards import INDEX
+from pipeline.runs.artifacts import BOOKKEEPING, Artifact
 
 _WITHOUT_MEANING = ("transformers_version", "_name_or_path", "producer")
 _DOCUMENTS = (".md",)  # a model card is its author's

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import adapters, losses, models, quantizer
+from pipeline.checkpoints.gpt_oss import expert_projections, other_tensors
 from pipeline.errors import CheckFailed
 from pipeline.export.layout import View
-from pipeline.gpt_oss import expert_projections, other_tensors
-from pipeline.models import ModelRef, Weights
+from pipeline.models import adapters, fake_quantizers, loading, losses
+from pipeline.models.references import ModelRef
+from pipeline.models.weights import Weights
 from pipeline.numerics.formats import BlockFormat
 from pipeline.proof.check import Check
-from pipeline.tracking import progress
+from pipeline.runs.console import progress
 
 
 class TrainedModel:
@@ -33,13 +34,13 @@ class TrainedModel:
         self.rounded = replace(ref, block_format=replace(block_format, quantizes_activations=False))
         self.runs_quantizers = ref.block_format == block_format
         if not self.runs_quantizers:
-            self.model = models.load_effective(self.rounded, ref.dtype, experts_implementation="eager")
+            self.model = loading.load_effective(self.rounded, ref.dtype, experts_implementation="eager")
         else:
-            self.model = models.load_quantized(ref, ref.dtype).eval()
+            self.model = loading.load_quantized(ref, ref.dtype).eval()
             if (
                 not ref.adapter
             ):  # adapters stay on the CPU, because export merges them there and GPUs may round products differently
-                self.model = models.place(self.model)
+                self.model = loading.place(self.model)
         self.device = self.model.device
 
     def check_experts(self, export: View) -> Check:
@@ -54,7 +55,7 @@ class TrainedModel:
                     _compare_bits(check, name, export.values(name, part), trained[part], part.start)
 
         if self.runs_quantizers:
-            with quantizer.watch(self.model, see) as fired:
+            with fake_quantizers.watch(self.model, see) as fired:
                 losses.measure(self.model, self.batches[:1])
             fired.raise_unless_all(self.model)
         else:
@@ -94,7 +95,7 @@ class TrainedModel:
         gc.collect()
         try:
             # eager, as in ModelOpt: another order of summation can flip a close decision of a router.
-            exported = models.load_plain(directory, self.rounded.dtype, experts_implementation="eager")
+            exported = loading.load_plain(directory, self.rounded.dtype, experts_implementation="eager")
             exported = exported.to(self.device).eval()
         except (CheckFailed, ValueError, RuntimeError, OSError) as error:
             check.problems.append(f"transformers cannot load it: {str(error).splitlines()[0]}")

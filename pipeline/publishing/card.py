@@ -7,11 +7,11 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from pipeline import __version__
-from pipeline.artifacts import ARTIFACT_FILE, Artifact
 from pipeline.config import PipelineConfig, Stage
 from pipeline.config.targets import TARGETS
+from pipeline.models.source import Source
 from pipeline.publishing import record
-from pipeline.source import Source
+from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact
 
 FILE = "README.md"
 

@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from pipeline.config import ExportConfig
 from pipeline.errors import UserError, user_errors
-from pipeline.tracking import is_main_process
+from pipeline.runs.processes import is_main_process
 
 _LOGIN = "Log in with `hf auth login`, or put a token with the right to write into the environment variable HF_TOKEN."
 

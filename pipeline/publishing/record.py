@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import artifacts
-from pipeline.artifacts import ARTIFACT_FILE, Artifact
 from pipeline.config import PipelineConfig, Stage
+from pipeline.runs import artifacts
+from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact
 
 _COMPARISON = "compare.md"
 _DIRECTORIES = re.compile(r"(?<![\w:/.~-])[~.]{0,2}/(?:[^\s/|]+/)+")

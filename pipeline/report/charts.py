@@ -9,7 +9,7 @@ from pipeline.report.findings import size
 from pipeline.report.rows import EXPORT, QAT, SFT, UPCAST, Row, undominated
 from pipeline.report.runs import Run
 from pipeline.report.table import is_rate
-from pipeline.tracking import read_metrics
+from pipeline.runs.metrics import read_metrics
 
 _LOSS = "validation_loss"
 _GROUPED = {_LOSS: "nats", "kl_divergence": "nats"}

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import Kind
-from pipeline.checkpoints import read_config
+from pipeline.checkpoints.config_json import read_config
+from pipeline.checkpoints.gpt_oss import Shape, expert_projections, plain_tensors
 from pipeline.errors import UserError
 from pipeline.evals import VERDICTS
 from pipeline.evals.verdicts import Verdict
-from pipeline.gpt_oss import Shape, expert_projections, plain_tensors
 from pipeline.numerics.formats import FORMATS, MXFP4
 from pipeline.report.runs import Run, answers_prompts
+from pipeline.runs.artifacts import Kind
 from pipeline.transcripts import Transcript
 
 ANSWERS_FILE = "generations.jsonl"

@@ -10,10 +10,10 @@ from typing import Any
 
 import xxhash
 
-from pipeline import artifacts
-from pipeline.artifacts import ARTIFACT_FILE, CONFIG_FILE, UNFINISHED_FILE, Artifact
 from pipeline.config import Stage
 from pipeline.errors import user_errors
+from pipeline.runs import artifacts
+from pipeline.runs.artifacts import ARTIFACT_FILE, CONFIG_FILE, UNFINISHED_FILE, Artifact
 
 _EVALUATE = Stage.evaluate.name
 _SHARED = "base_run"

@@ -6,11 +6,11 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from pipeline import harmony
 from pipeline.config import GenerationConfig, PipelineConfig
+from pipeline.data import harmony
+from pipeline.data.harmony import Conversation
 from pipeline.generation import chat
 from pipeline.generation.prompts import Prompt, Question
-from pipeline.harmony import Conversation
 from pipeline.transcripts import Parsed, Transcript, parse
 
 _HEALTH_SECONDS = 5.0

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import Artifact
-from pipeline.checkpoints import CONFIG, read_config
+from pipeline.checkpoints.config_json import CONFIG, read_config
+from pipeline.checkpoints.gpt_oss import Shape
 from pipeline.config import PipelineConfig, ServeConfig
 from pipeline.config.engines import ENGINES, SERVERS, Server
 from pipeline.errors import user_errors
-from pipeline.gpt_oss import Shape
+from pipeline.runs.artifacts import Artifact
 
 _SETTABLE = ("tensor_parallel_size", "context_length", "gpu_memory_fraction")
 _EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}

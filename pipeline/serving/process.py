@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from pipeline.errors import CheckFailed, UserError
-from pipeline.tracking import say
+from pipeline.runs.console import say
 
 _POLL_SECONDS = 0.25
 _TELL_SECONDS = 30.0

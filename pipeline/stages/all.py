@@ -3,10 +3,10 @@
 import importlib
 from dataclasses import replace
 
-from pipeline.artifacts import Artifact
 from pipeline.config import PipelineConfig, QuantizeSource, Stage
 from pipeline.publishing import hub
-from pipeline.tracking import say
+from pipeline.runs.artifacts import Artifact
+from pipeline.runs.console import say
 
 STAGES = tuple(Stage)[: tuple(Stage).index(Stage.all)]
 """The stages that `all` always runs. What leaves this machine, or does not end by itself, has to be asked for."""

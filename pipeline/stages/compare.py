@@ -2,15 +2,17 @@
 
 from pathlib import Path
 
-from pipeline import artifacts
-from pipeline.artifacts import Artifact, Kind, Result, write_json
 from pipeline.config import PipelineConfig, Stage
 from pipeline.report import content, page, plots, runs, table
 from pipeline.report.content import Content
 from pipeline.report.evidence import TEST_COLUMNS
 from pipeline.report.rows import ORDER
 from pipeline.report.runs import Run
-from pipeline.tracking import is_main_process, log_media, log_metrics, log_report, log_table, say
+from pipeline.runs import artifacts
+from pipeline.runs.artifacts import Artifact, Kind, Result, write_json
+from pipeline.runs.console import say
+from pipeline.runs.processes import is_main_process
+from pipeline.runs.tracking import log_media, log_metrics, log_report, log_table
 
 _JSON = "compare.json"
 _MARKDOWN = "compare.md"

@@ -5,19 +5,24 @@ from typing import Any
 
 import xxhash
 
-from pipeline import artifacts, data, source
-from pipeline.artifacts import Artifact, Kind, Result
-from pipeline.checkpoints import load_tokenizer, read_config, side_files
+from pipeline.checkpoints.config_json import read_config
+from pipeline.checkpoints.side_files import side_files
 from pipeline.config import PipelineConfig, Stage
-from pipeline.data import Rows
+from pipeline.data.examples import rendering_of, split_rows
+from pipeline.data.harmony import Rendering
+from pipeline.data.languages import Languages
+from pipeline.data.rows import Rows, load_rows
+from pipeline.data.tokenizers import load_tokenizer
 from pipeline.doctor import content, display, findings, leaks, machine, needs, parity
 from pipeline.doctor.findings import Facts
 from pipeline.doctor.rows import examine
 from pipeline.doctor.rows import figures as token_figures
 from pipeline.errors import UserError
-from pipeline.harmony import Rendering
-from pipeline.languages import Languages
-from pipeline.tracking import is_main_process, log_metrics
+from pipeline.models import source
+from pipeline.runs import artifacts
+from pipeline.runs.artifacts import Artifact, Kind, Result
+from pipeline.runs.processes import is_main_process
+from pipeline.runs.tracking import log_metrics
 
 _SETTINGS = ("data", "model.path", "model.revision", "sft", "qat", "export.target", "doctor.languages")
 
@@ -26,8 +31,8 @@ def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/doctor, and show it with one conversation. Of the model only its tokenizer and sizes are used."""
     tell = Languages(config.doctor.languages, "doctor.languages")
     model = source.without_weights(config)
-    how = data.rendering(config, load_tokenizer(model))
-    rows = data.load_rows(config)
+    how = rendering_of(config, load_tokenizer(model))
+    rows = load_rows(config)
     _raise_if_no_such_row(config, rows)
     artifact = artifacts.build(
         config,
@@ -57,7 +62,7 @@ def _report(config: PipelineConfig, model: Path, figures: dict[str, Any], direct
 
 
 def _data_figures(config: PipelineConfig, rows: Rows, how: Rendering, tell: Languages) -> dict[str, Any]:
-    train, validation = (examine(config, part, how) for part in data.split(config, rows))
+    train, validation = (examine(config, part, how) for part in split_rows(config, rows))
     every = [*train, *validation]
     return {
         "rows": {"all": len(rows.conversations), "train": len(train), "validation": len(validation)},

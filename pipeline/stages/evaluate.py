@@ -5,16 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import artifacts, models
-from pipeline.artifacts import Artifact, Kind, Result, is_complete, write_json
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
 from pipeline.evals import judge, measure
 from pipeline.evals.measure import Measure, Task, file_name
 from pipeline.generation import endpoint, prompts
 from pipeline.generation.endpoint import Served
-from pipeline.models import MODEL_STAGES, ModelRef
-from pipeline.tracking import log_metrics, say
+from pipeline.models import references
+from pipeline.models.references import MODEL_STAGES, ModelRef
+from pipeline.runs import artifacts
+from pipeline.runs.artifacts import Artifact, Kind, Result, is_complete, write_json
+from pipeline.runs.console import say
+from pipeline.runs.tracking import log_metrics
 
 _JUDGE = tuple(f"{judge.KEY}.{name}" for name in ("max_new_tokens", "attempts", "max_without_verdict"))
 _SETTINGS = (
@@ -61,14 +63,14 @@ def _asked_for(config: PipelineConfig) -> Sequence[ModelRef | Served]:
 def _refs(config: PipelineConfig) -> list[ModelRef]:
     source = config.evaluate.source
     if source != _ALL:
-        return [models.find(config, source, MODEL_STAGES, "evaluate.source")]
-    complete = [stage for stage in MODEL_STAGES if models.is_loadable(config, stage)]
+        return [references.find(config, source, MODEL_STAGES, "evaluate.source")]
+    complete = [stage for stage in MODEL_STAGES if references.is_loadable(config, stage)]
     if not complete:
         raise UserError(
             f"evaluate.source={_ALL}: {config.run_dir} has no model yet."
             f" Run first: python -m pipeline stage=upcast recipe={config.recipe} run_dir={config.run_dir}"
         )
-    return [models.stage_ref(config, stage) for stage in complete]
+    return [references.stage_ref(config, stage) for stage in complete]
 
 
 def _measured_before(config: PipelineConfig) -> list[ModelRef]:
@@ -77,9 +79,9 @@ def _measured_before(config: PipelineConfig) -> list[ModelRef]:
     there = [
         artifacts.load(artifacts.stage_dir(config, stage.name))
         for stage in MODEL_STAGES
-        if stage.name in names and models.is_loadable(config, stage)
+        if stage.name in names and references.is_loadable(config, stage)
     ]
-    return [models.of_artifact(artifact) for artifact in there if artifacts.staleness(config, artifact) is None]
+    return [references.of_artifact(artifact) for artifact in there if artifacts.staleness(config, artifact) is None]
 
 
 def _served_before(task: Task) -> list[Served]:
@@ -133,7 +135,7 @@ def _reference(config: PipelineConfig, refs: list[ModelRef]) -> ModelRef | None:
     """The model that weights and predictions are held against, if there is any but on servers."""
     for stage in (Stage.sft, Stage.upcast):
         if is_complete(config, stage):
-            return models.stage_ref(config, stage)
+            return references.stage_ref(config, stage)
     return refs[0] if refs else None
 
 

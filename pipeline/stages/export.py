@@ -3,16 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline import artifacts, models, source
-from pipeline.artifacts import Artifact, Result
+from pipeline.checkpoints.shards import Written
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
 from pipeline.export import EXPORTERS, survival
 from pipeline.export.target import Job
-from pipeline.models import ModelRef, Weights
+from pipeline.models import loading, references, source
+from pipeline.models.references import ModelRef
+from pipeline.models.weights import Weights
 from pipeline.numerics.formats import BlockFormat
-from pipeline.shards import Written
-from pipeline.tracking import log_metrics, say, warn
+from pipeline.runs import artifacts
+from pipeline.runs.artifacts import Artifact, Result
+from pipeline.runs.console import say, warn
+from pipeline.runs.tracking import log_metrics
 
 _SETTINGS = ("export.source", "export.target", "export.requantize", "export.shard_bytes", "format")
 _SOURCES = (Stage.upcast, Stage.sft, Stage.quantize, Stage.qat)
@@ -21,11 +24,11 @@ _HARDLY_ANY = 0.05
 
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/export: names, shapes, types and configuration as the source checkpoint has them."""
-    ref = models.find(config, config.export.source, _SOURCES, "export.source")
-    block_format = models.configured_format(config)
+    ref = references.find(config, config.export.source, _SOURCES, "export.source")
+    block_format = references.configured_format(config)
     if not config.export.requantize:
         _raise_if_trained_otherwise(ref, block_format)
-    base, device = source.locate(config), models.device_of(config)
+    base, device = source.locate(config), loading.device_of(config)
 
     def work(directory: Path) -> Result:
         job = Job(Weights(ref), base, block_format, config.export.shard_bytes, device)

@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
-from pipeline import artifacts, proven, source
-from pipeline.artifacts import Artifact, Kind, Result
-from pipeline.checkpoints import link_or_copy, side_files
+from pipeline.checkpoints.side_files import link_or_copy, side_files
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
+from pipeline.models import source
+from pipeline.models.source import Source
 from pipeline.publishing import hub
-from pipeline.source import Source
-from pipeline.tracking import is_main_process, say, warn
+from pipeline.runs import artifacts, proofs
+from pipeline.runs.artifacts import Artifact, Kind, Result
+from pipeline.runs.console import say, warn
+from pipeline.runs.processes import is_main_process
 
 MODEL = "model"
 """The directory to upload, in the stage's: without the records, which tell of this machine."""
@@ -26,9 +28,9 @@ def run(config: PipelineConfig) -> Artifact:
         UserError: the export is unfinished, not proven or has changed since, or the base model has; the upload fails.
     """
     export = artifacts.require(config, Stage.export)
-    proof = proven.proof_of(config, export)
+    proof = proofs.proof_of(config, export)
     if proof is None:
-        raise UserError(f"{proven.missing_proof(config, export)}. Nothing else is published.")
+        raise UserError(f"{proofs.missing_proof(config, export)}. Nothing else is published.")
     hub.check(config.export)
     base = _base(config, export)
     parents = {"export": export.fingerprint, "verify": proof.fingerprint}

@@ -3,15 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline import artifacts, data, models, sharding
-from pipeline.artifacts import Artifact, Result
-from pipeline.checkpoints import load_tokenizer
 from pipeline.config import PipelineConfig, Stage
-from pipeline.data import Rows
+from pipeline.data.examples import prepare_examples
+from pipeline.data.rows import Rows, load_rows
+from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import UserError
-from pipeline.models import ModelRef
+from pipeline.models import loading, references, saving, sharding
+from pipeline.models.references import ModelRef
 from pipeline.numerics.formats import BlockFormat
-from pipeline.tracking import is_main_process, warn
+from pipeline.runs import artifacts
+from pipeline.runs.artifacts import Artifact, Result
+from pipeline.runs.console import warn
+from pipeline.runs.processes import is_main_process
 
 _SETTINGS = ("data", "format", "qat")
 
@@ -20,15 +23,15 @@ def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/qat: the trained model, its quantizers in place."""
     start = artifacts.require(config, Stage.quantize)
     sharding.raise_if_impossible(config.sharding)
-    _raise_if_quantized_otherwise(models.of_artifact(start), models.configured_format(config))
+    _raise_if_quantized_otherwise(references.of_artifact(start), references.configured_format(config))
     _warn_of_what_sft_was(config, start)
-    rows = data.load_rows(config)
+    rows = load_rows(config)
     return artifacts.build(
         config,
         Stage.qat,
         _SETTINGS,
         {"quantize": start.fingerprint},
-        lambda directory: _train(config, models.of_artifact(start), rows, directory),
+        lambda directory: _train(config, references.of_artifact(start), rows, directory),
         data=rows.fingerprint,
         on_every_process=True,
     )
@@ -64,38 +67,39 @@ def _warn_of_what_sft_was(config: PipelineConfig, start: Artifact) -> None:
 
 
 def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
-    from pipeline import attention, quantizer, rounding, samples, training
+    from pipeline import attention, samples, training
     from pipeline.drift import Drift
+    from pipeline.models import fake_quantizers, rounded_weights
 
     attention.check(config.qat, "qat")
-    block_format = models.configured_format(config)
+    block_format = references.configured_format(config)
     tokenizer = load_tokenizer(start.base)
-    splits = data.prepare(config, rows, tokenizer)
-    model = models.load_to_train(start, config.qat)
+    splits = prepare_examples(config, rows, tokenizer)
+    model = loading.load_to_train(start, config.qat)
     drift = Drift(model, block_format)  # before frozen experts are rounded in place
-    rounded = quantizer.keep_rounded(model, rounding.budget_bytes(config))
+    rounded = fake_quantizers.keep_rounded(model, rounded_weights.budget_bytes(config))
     looks = samples.callback(config, rows, tokenizer, directory, "qat")
     inputs = training.Inputs(model, tokenizer, splits, drift, rounded, _teacher(config), looks)
-    with quantizer.watch(model) as fired:
+    with fake_quantizers.watch(model) as fired:
         details = training.train(inputs, training.Setup(config.qat, "qat", directory, config.sharding))
     fired.raise_unless_all(model)
-    details["quantizers"] = quantizer.count(model, block_format)
-    kind, where = models.save(model, start, directory, config.qat, config)
+    details["quantizers"] = fake_quantizers.count(model, block_format)
+    kind, where = saving.save(model, start, directory, config.qat, config)
     if is_main_process():
-        quantizer.save_state(model, directory)
+        fake_quantizers.save_state(model, directory)
     return Result(kind, where["dtype"], block_format.name, block_format.scale_rule, {**details, **where})
 
 
 def _teacher(config: PipelineConfig) -> Any:
     """The SFT model, if it is to be learnt from."""
-    from pipeline import documents
     from pipeline.distillation import Teacher
+    from pipeline.models import packing_masks
 
     settings = config.qat.distillation
     if not settings.weight:
         return None
-    sft = models.stage_ref(config, Stage.sft)
-    model = models.load_effective(sft, sft.dtype)
+    sft = references.stage_ref(config, Stage.sft)
+    model = loading.load_effective(sft, sft.dtype)
     if config.qat.packing:
-        documents.keep_apart(model)
+        packing_masks.keep_apart(model)
     return Teacher(model, settings.weight, settings.temperature)

@@ -10,53 +10,57 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import artifacts, data, losses, models
-from pipeline.artifacts import Artifact, Kind, Result
-from pipeline.checkpoints import link_or_copy, load_tokenizer
+from pipeline.checkpoints.dtypes import dtype_name
+from pipeline.checkpoints.side_files import link_or_copy
 from pipeline.config import Method, PipelineConfig, QuantizeSource, Stage
-from pipeline.data import Rows
-from pipeline.dtypes import dtype_name
+from pipeline.data.examples import prepare_examples
+from pipeline.data.rows import Rows, load_rows
+from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import UserError
-from pipeline.models import ModelRef
+from pipeline.models import loading, losses, references, saving
+from pipeline.models.references import ModelRef
 from pipeline.numerics.formats import BlockFormat
-from pipeline.tracking import log_metrics, say
+from pipeline.runs import artifacts
+from pipeline.runs.artifacts import Artifact, Kind, Result
+from pipeline.runs.console import say
+from pipeline.runs.tracking import log_metrics
 
 _SETTINGS = ("data", "format", "quantize", "qat.method", "qat.lora", "qat.precision", "qat.seed")
 
 
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/quantize: the fine-tuned model with fake quantizers, proven to run."""
-    block_format = models.configured_format(config)
+    block_format = references.configured_format(config)
     from_sft = config.quantize.source is QuantizeSource.sft
-    start = artifacts.require(config, Stage.sft) if from_sft else models.require_upcast(config)
-    rows = data.load_rows(config)
+    start = artifacts.require(config, Stage.sft) if from_sft else references.require_upcast(config)
+    rows = load_rows(config)
     return artifacts.build(
         config,
         Stage.quantize,
         _SETTINGS,
         {start.stage: start.fingerprint},
-        lambda directory: _quantize(config, block_format, models.of_artifact(start), rows, directory),
+        lambda directory: _quantize(config, block_format, references.of_artifact(start), rows, directory),
         data=rows.fingerprint,
     )
 
 
 def _quantize(config: PipelineConfig, block_format: BlockFormat, ref: ModelRef, rows: Rows, directory: Path) -> Result:
-    from pipeline import adapters, quantizer
+    from pipeline.models import adapters, fake_quantizers
 
     kind, start, where = _take_form(config, ref, directory)
-    model = models.place(models.load_quantized(start, start.dtype))
+    model = loading.place(loading.load_quantized(start, start.dtype))
     if config.qat.method is Method.lora and not start.adapter:
         model = adapters.attach(model, config.qat, "qat")
-        kind, where = models.save(model, start, directory, config.qat, config)
+        kind, where = saving.save(model, start, directory, config.qat, config)
     batches = _calibration_batches(config, rows, ref)
-    quantizer.insert(model, block_format, lambda quantized: _run(quantized, batches))
+    fake_quantizers.insert(model, block_format, lambda quantized: _run(quantized, batches))
     if config.format.importance:
-        quantizer.calibrate_importance(model, lambda quantized: _run(quantized, batches))
-    quantizers = quantizer.count(model, block_format)
-    with quantizer.watch(model) as fired:
+        fake_quantizers.calibrate_importance(model, lambda quantized: _run(quantized, batches))
+    quantizers = fake_quantizers.count(model, block_format)
+    with fake_quantizers.watch(model) as fired:
         _run(model, batches[:1])
     fired.raise_unless_all(model)
-    quantizer.save_state(model, directory)
+    fake_quantizers.save_state(model, directory)
     say(
         "quantize",
         f"{quantizers} quantizers round the experts to {block_format.name} (scale_rule={block_format.scale_rule});"
@@ -72,7 +76,7 @@ def _take_form(config: PipelineConfig, ref: ModelRef, directory: Path) -> tuple[
     where: dict[str, Any] = {"dtype": dtype_name(ref.dtype)}
     if ref.adapter and config.qat.method is Method.full:
         say("quantize", "qat trains every weight: merging SFT's adapters")
-        models.write_plain(ref, directory, config.upcast.shard_bytes)
+        saving.write_plain(ref, directory, config.upcast.shard_bytes)
         return Kind.checkpoint, replace(ref, directory=directory, base=directory, adapter=False), where
     if config.qat.method is Method.full or ref.adapter:
         for path in sorted(p for p in ref.directory.iterdir() if p.name not in artifacts.BOOKKEEPING and p.is_file()):
@@ -83,8 +87,8 @@ def _take_form(config: PipelineConfig, ref: ModelRef, directory: Path) -> tuple[
 
 def _calibration_batches(config: PipelineConfig, rows: Rows, ref: ModelRef) -> Sequence[Any]:
     tokenizer = load_tokenizer(ref.base)
-    train = data.prepare(config, rows, tokenizer).train
-    is_calibrated = models.configured_format(config).quantizes_activations or config.format.importance
+    train = prepare_examples(config, rows, tokenizer).train
+    is_calibrated = references.configured_format(config).quantizes_activations or config.format.importance
     if is_calibrated and len(train) < config.quantize.calibration_samples:
         raise UserError(
             f"quantize.calibration_samples={config.quantize.calibration_samples}: format={config.format.name.name} is"

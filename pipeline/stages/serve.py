@@ -6,11 +6,12 @@ It ends by being stopped, and what it leaves is no result: no artifact, only the
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import artifacts, proven
-from pipeline.artifacts import Artifact
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
-from pipeline.tracking import process_count, say
+from pipeline.runs import artifacts, proofs
+from pipeline.runs.artifacts import Artifact
+from pipeline.runs.console import say
+from pipeline.runs.processes import process_count
 
 if TYPE_CHECKING:
     from pipeline.serving.launch import Launch
@@ -43,8 +44,8 @@ def _launch(config: PipelineConfig, export: Artifact) -> "Launch":
     from pipeline.serving.launch import plan
 
     found = []
-    if config.serve.verified_only and proven.proof_of(config, export) is None:
-        found = [f"{proven.missing_proof(config, export)}, or serve it as it is: serve.verified_only=false"]
+    if config.serve.verified_only and proofs.proof_of(config, export) is None:
+        found = [f"{proofs.missing_proof(config, export)}, or serve it as it is: serve.verified_only=false"]
     return plan(config, export, torch.cuda.device_count(), found)
 
 

@@ -2,45 +2,48 @@
 
 from pathlib import Path
 
-from pipeline import artifacts, data, models, sharding
-from pipeline.artifacts import Artifact, Result
-from pipeline.checkpoints import load_tokenizer
 from pipeline.config import Method, PipelineConfig, Stage
-from pipeline.data import Rows
-from pipeline.models import ModelRef
+from pipeline.data.examples import prepare_examples
+from pipeline.data.rows import Rows, load_rows
+from pipeline.data.tokenizers import load_tokenizer
+from pipeline.models import loading, references, saving, sharding
+from pipeline.models.references import ModelRef
+from pipeline.runs import artifacts
+from pipeline.runs.artifacts import Artifact, Result
 
 _SETTINGS = ("data", "sft")
 
 
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/sft: the fine-tuned checkpoint, or its adapters."""
-    upcast = models.require_upcast(config)
+    upcast = references.require_upcast(config)
     sharding.raise_if_impossible(config.sharding)
-    rows = data.load_rows(config)
+    rows = load_rows(config)
     return artifacts.build(
         config,
         Stage.sft,
         _SETTINGS,
         {"upcast": upcast.fingerprint},
-        lambda directory: _train(config, models.of_artifact(upcast), rows, directory),
+        lambda directory: _train(config, references.of_artifact(upcast), rows, directory),
         data=rows.fingerprint,
         on_every_process=True,
     )
 
 
 def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
-    from pipeline import adapters, attention, samples, training
+    from pipeline import attention, samples, training
     from pipeline.drift import Drift
+    from pipeline.models import adapters
 
     attention.check(config.sft, "sft")
     tokenizer = load_tokenizer(start.base)
-    splits = data.prepare(config, rows, tokenizer)
-    model = models.load_to_train(start, config.sft)
+    splits = prepare_examples(config, rows, tokenizer)
+    model = loading.load_to_train(start, config.sft)
     if config.sft.method is Method.lora:
         model = adapters.attach(model, config.sft, "sft")
-    drift = Drift(model, models.configured_format(config))
+    drift = Drift(model, references.configured_format(config))
     looks = samples.callback(config, rows, tokenizer, directory, "sft")
     inputs = training.Inputs(model, tokenizer, splits, drift, looks=looks)
     details = training.train(inputs, training.Setup(config.sft, "sft", directory, config.sharding))
-    kind, where = models.save(model, start, directory, config.sft, config)
+    kind, where = saving.save(model, start, directory, config.sft, config)
     return Result(kind, format=where["dtype"], details={**details, **where})

@@ -5,17 +5,25 @@ from typing import Any
 
 import torch
 
-from pipeline import artifacts, source
-from pipeline.artifacts import Artifact, Kind, Result
-from pipeline.checkpoints import Checkpoint, copy_side_files, link_or_copy, load_tokenizer, write_config
+from pipeline.checkpoints.config_json import write_config
+from pipeline.checkpoints.gpt_oss import expert_projections, plain_tensors
+from pipeline.checkpoints.reading import Checkpoint
+from pipeline.checkpoints.shards import write_sharded
+from pipeline.checkpoints.side_files import copy_side_files, link_or_copy
 from pipeline.config import PipelineConfig, Stage
+from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import UserError
-from pipeline.gpt_oss import expert_projections, plain_tensors
-from pipeline.models import ModelRef, Weights, device_of, plain_piece
+from pipeline.models import source
+from pipeline.models.loading import device_of
+from pipeline.models.references import ModelRef
+from pipeline.models.saving import plain_piece
+from pipeline.models.source import Source
+from pipeline.models.weights import Weights
 from pipeline.numerics.compiled import compilation_for
-from pipeline.shards import write_sharded
-from pipeline.source import Source
-from pipeline.tracking import log_metrics, say
+from pipeline.runs import artifacts
+from pipeline.runs.artifacts import Artifact, Kind, Result
+from pipeline.runs.console import say
+from pipeline.runs.tracking import log_metrics
 
 _SETTINGS = ("model.path", "model.revision", "model.tiny", "upcast")
 

@@ -7,17 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline import artifacts, data, losses, models, source
-from pipeline.artifacts import Artifact, Kind, Result, write_json
-from pipeline.checkpoints import ADAPTER_CONFIG, CONFIG, load_tokenizer, read_config
+from pipeline.checkpoints.config_json import CONFIG, read_config
+from pipeline.checkpoints.gpt_oss import MODEL_TYPE
+from pipeline.checkpoints.side_files import ADAPTER_CONFIG
 from pipeline.config import PipelineConfig, Stage
+from pipeline.data.examples import prepare_examples
+from pipeline.data.rows import load_rows
+from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import CheckFailed, UserError
 from pipeline.export import EXPORTERS, recognized
-from pipeline.gpt_oss import MODEL_TYPE
-from pipeline.models import ModelRef, Weights
+from pipeline.models import losses, references, source
+from pipeline.models.references import ModelRef
+from pipeline.models.source import Source
+from pipeline.models.weights import Weights
 from pipeline.numerics.formats import FORMATS, BlockFormat
-from pipeline.source import Source
-from pipeline.tracking import is_main_process, log_metrics, say
+from pipeline.runs import artifacts
+from pipeline.runs.artifacts import Artifact, Kind, Result, write_json
+from pipeline.runs.console import say
+from pipeline.runs.processes import is_main_process
+from pipeline.runs.tracking import log_metrics
 
 if TYPE_CHECKING:
     from pipeline.proof import Check, TrainedModel
@@ -170,7 +178,7 @@ def _values(subject: _Subject) -> Callable[[str], torch.Tensor]:
 
 def _examples(config: PipelineConfig, base: Path) -> Any:
     """Some of the validation set, tokenized."""
-    validation = data.prepare(config, data.load_rows(config), load_tokenizer(base)).validation
+    validation = prepare_examples(config, load_rows(config), load_tokenizer(base)).validation
     return validation.select(range(min(config.verify.samples, len(validation))))
 
 
@@ -251,7 +259,7 @@ def _trained(config: PipelineConfig, export: Artifact) -> tuple[ModelRef | None,
     """The model that the export was made from, or why it is not known."""
     directory = export.directory
     origins = (directory.parent / export.details["exported_from"], Path(export.details["exported_directory"]))
-    there = [models.find(config, str(origin), (), "exported_directory") for origin in origins if origin.is_dir()]
+    there = [references.find(config, str(origin), (), "exported_directory") for origin in origins if origin.is_dir()]
     for ref in there:
         if ref.fingerprint == export.parents["model"]:
             return ref, ""

@@ -13,8 +13,9 @@ from typing import Any
 from torch.distributed.tensor import DTensor
 
 from pipeline import __main__ as program
-from pipeline import callbacks, losses, models, sharding, training
-from pipeline.tracking import is_main_process, process_count
+from pipeline import callbacks, training
+from pipeline.models import loading, losses, saving, sharding
+from pipeline.runs.processes import is_main_process, process_count
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def loss_of(inputs: Any) -> float:
 
 def run(line: Line) -> dict[str, Any]:
     outcome: dict[str, Any] = {}
-    on_save, train, save = callbacks.Checkpoints.on_save, training.train, models.save
+    on_save, train, save = callbacks.Checkpoints.on_save, training.train, saving.save
 
     def interrupting(self: Any, args: Any, state: Any, control: Any, **event: Any) -> None:
         on_save(self, args, state, control, **event)
@@ -68,7 +69,7 @@ def run(line: Line) -> dict[str, Any]:
         result = save(model, ref, directory, settings, config)
         state = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
         if is_main_process():
-            whole = models.load_plain(ref.base, models.TRAIN_DTYPES[settings.precision])
+            whole = loading.load_plain(ref.base, loading.TRAIN_DTYPES[settings.precision])
             whole.load_state_dict(state)
             other = Path(config.run_dir) / "other"
             other.mkdir()
@@ -78,12 +79,12 @@ def run(line: Line) -> dict[str, Any]:
         return result
 
     callbacks.Checkpoints.on_save, training.train = interrupting, looking  # type: ignore[method-assign]
-    models.save = comparing if line.is_compared else save
+    saving.save = comparing if line.is_compared else save
     sys.argv = ["pipeline", *line.arguments]
     try:
         return {"status": program.status(line.arguments), **outcome}
     finally:
-        callbacks.Checkpoints.on_save, training.train, models.save = on_save, train, save  # type: ignore[method-assign]
+        callbacks.Checkpoints.on_save, training.train, saving.save = on_save, train, save  # type: ignore[method-assign]
 
 
 def main(file: Path) -> None:

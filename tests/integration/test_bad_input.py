@@ -9,8 +9,8 @@ import torch
 from conftest import run_program
 from safetensors.torch import load_file, save_file
 
-from pipeline import synthetic
 from pipeline.config import TinyConfig
+from pipeline.models import tiny_model
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
@@ -19,7 +19,7 @@ ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "co
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny") / "model"
-    synthetic.create_tiny(directory, TinyConfig())
+    tiny_model.create_tiny(directory, TinyConfig())
     return directory
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import SHORT, linked, run_program
 
-from pipeline.tracking import read_metrics
+from pipeline.runs.metrics import read_metrics
 
 
 @pytest.mark.parametrize("accumulated", [1, 3])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import run_program
 
-from pipeline import artifacts
+from pipeline.runs import artifacts
 
 ANSWER = {"role": "assistant", "thinking": "I add the two.", "content": "5"}
 

@@ -6,18 +6,19 @@ import pytest
 import torch
 from peft.tuners.lora import ParamWrapper
 
-from pipeline import adapters, artifacts, models
 from pipeline.config import LoraTarget, Precision, TrainConfig
 from pipeline.drift import Drift
+from pipeline.models import adapters, loading, references
 from pipeline.numerics.formats import MXFP4
-from pipeline.tracking import read_metrics
+from pipeline.runs import artifacts
+from pipeline.runs.metrics import read_metrics
 
 FP32 = TrainConfig(precision=Precision.fp32)
 
 
 @pytest.fixture
 def model(smoke_run: Path) -> object:
-    return models.load_to_train(models.of_artifact(artifacts.load(smoke_run / "upcast")), FP32)
+    return loading.load_to_train(references.of_artifact(artifacts.load(smoke_run / "upcast")), FP32)
 
 
 def test_nothing_has_moved_at_the_start(model: object) -> None:

@@ -9,8 +9,8 @@ import pytest
 from chat_server import Reply, Server, completion
 from conftest import SHORT, run_program
 
-from pipeline import artifacts
 from pipeline.evals import logits
+from pipeline.runs import artifacts
 
 JUDGED = (
     *("eval=quick", "evaluate.prompts.max_samples=2", "evaluate.generation.max_new_tokens=4", "evaluate.source=sft"),

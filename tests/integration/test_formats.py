@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import SHORT, linked, run_program
 
-from pipeline import artifacts, models, quantizer
+from pipeline.models import fake_quantizers, loading, references
 from pipeline.numerics.formats import FORMATS
+from pipeline.runs import artifacts
 
 QUICK = ("recipe=smoke", *SHORT, "qat.max_steps=3")
 QUANTIZERS = {"nvfp4": 4, "nvfp4_w4a4": 8}  # two layers of two stacks; with inputs twice as many
@@ -39,12 +40,12 @@ def trained(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 def test_a_restored_model_computes_what_the_calibrated_one_did(name: str, smoke_run: Path, tmp_path: Path) -> None:
     """Also the ranges of inputs, which calibration found and nothing else knows."""
     block_format = FORMATS[name].with_rule("mse")
-    ref = models.of_artifact(artifacts.load(smoke_run / "sft"))
-    calibrated, restored = (models.load_quantized(ref, torch.float32) for _ in range(2))
+    ref = references.of_artifact(artifacts.load(smoke_run / "sft"))
+    calibrated, restored = (loading.load_quantized(ref, torch.float32) for _ in range(2))
     ids = torch.arange(40).view(2, 20)
-    quantizer.insert(calibrated, block_format, lambda model: model(input_ids=ids))
-    quantizer.save_state(calibrated, tmp_path)
-    quantizer.restore(restored, tmp_path, block_format)
+    fake_quantizers.insert(calibrated, block_format, lambda model: model(input_ids=ids))
+    fake_quantizers.save_state(calibrated, tmp_path)
+    fake_quantizers.restore(restored, tmp_path, block_format)
     with torch.no_grad():
         expected, found = (model.eval()(input_ids=ids).logits for model in (calibrated, restored))
     assert torch.equal(found, expected)

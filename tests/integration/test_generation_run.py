@@ -14,7 +14,7 @@ import pytest
 from chat_server import GOOD, Reply, Server
 from conftest import ONE_LAYER, SHORT, linked, run_program
 
-from pipeline import artifacts
+from pipeline.runs import artifacts
 
 QUICK = ("eval=quick", "evaluate.prompts.max_samples=4", "evaluate.generation.max_new_tokens=12")
 CHAT = "evaluate.endpoint.api=chat"

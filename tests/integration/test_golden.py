@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import run_program
 
-from pipeline import artifacts
-from pipeline.tracking import read_metrics
+from pipeline.runs import artifacts
+from pipeline.runs.metrics import read_metrics
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "smoke.json").read_text())
 STAGES = ("sft", "qat")

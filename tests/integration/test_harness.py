@@ -10,14 +10,14 @@ import pytest
 import torch
 from chat_server import Reply, Server, completion
 
-from pipeline.checkpoints import load_tokenizer
 from pipeline.config import EndpointConfig, LmEvalConfig, TinyConfig
+from pipeline.data.harmony import Rendering
+from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.evals.harness import Suites
 from pipeline.generation.endpoint import Served
-from pipeline.harmony import Rendering
-from pipeline.models import load_plain
-from pipeline.synthetic import create_tiny
+from pipeline.models.loading import load_plain
+from pipeline.models.tiny_model import create_tiny
 
 HAS_HARNESS = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
 QUESTIONS = ["Is ice cold?", "Is fire cold?", "Is snow warm?", "Is steam hot?"]

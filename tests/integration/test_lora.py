@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import SHORT, linked, outcomes, run_program
 
-from pipeline import adapters, artifacts, models, quantizer
-from pipeline.checkpoints import Checkpoint
-from pipeline.gpt_oss import expert_projections
-from pipeline.models import Weights
+from pipeline.checkpoints.gpt_oss import expert_projections
+from pipeline.checkpoints.reading import Checkpoint
+from pipeline.models import adapters, fake_quantizers, loading, references
+from pipeline.models.weights import Weights
+from pipeline.runs import artifacts
 
 BATCH = {"input_ids": torch.arange(40).reshape(2, 20), "attention_mask": torch.ones(2, 20, dtype=torch.long)}
 
@@ -29,34 +30,34 @@ def test_only_adapters_are_stored(lora_run: Path) -> None:
 
 
 def test_qat_trains_the_adapters_of_sft_on(lora_run: Path) -> None:
-    sft, qat = (Weights(models.of_artifact(artifacts.load(lora_run / stage))) for stage in ("sft", "qat"))
+    sft, qat = (Weights(references.of_artifact(artifacts.load(lora_run / stage))) for stage in ("sft", "qat"))
     name = "model.layers.1.mlp.experts.down_proj"
     assert not torch.equal(sft.trained(name), qat.trained(name))
 
 
 def test_layers_without_adapters_keep_their_weights(lora_run: Path) -> None:
-    upcast, qat = Checkpoint(lora_run / "upcast"), Weights(models.of_artifact(artifacts.load(lora_run / "qat")))
+    upcast, qat = Checkpoint(lora_run / "upcast"), Weights(references.of_artifact(artifacts.load(lora_run / "qat")))
     for name in qat.names():
         adapted = name.startswith("model.layers.1.") and name.endswith(ADAPTED)
         assert torch.equal(qat.trained(name), upcast.read(name)) != adapted, name
 
 
 def test_merged_experts_are_what_the_quantizers_are_given(lora_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ref = models.of_artifact(artifacts.load(lora_run / "qat"))
-    model, weights = models.load_quantized(ref, ref.dtype), Weights(ref)
+    ref = references.of_artifact(artifacts.load(lora_run / "qat"))
+    model, weights = loading.load_quantized(ref, ref.dtype), Weights(ref)
     given: dict[str, torch.Tensor] = {}
     names = {
         module: adapters.parameter_name(name).removesuffix("_weight_quantizer")
         for name, module in adapters.base_of(model).named_modules()
         if type(module).__name__ == "TensorQuantizer"
     }
-    entrypoint = quantizer._entrypoint
+    entrypoint = fake_quantizers._entrypoint
 
     def noting(values: torch.Tensor, asked: torch.nn.Module) -> torch.Tensor:
         given[names[asked]] = values.detach()
         return entrypoint(values, asked)
 
-    monkeypatch.setattr(quantizer, "_entrypoint", noting)
+    monkeypatch.setattr(fake_quantizers, "_entrypoint", noting)
     model(**BATCH)
     assert given.keys() == {projection.name for projection in expert_projections(weights.shape)}
     for name, values in given.items():
@@ -70,7 +71,7 @@ def test_adapters_merge_to_base_plus_delta(lora_run: Path) -> None:
     directory = lora_run / "sft"
     config = json.loads((directory / "adapter_config.json").read_text())
     factors = load_file(directory / "adapter_model.safetensors")
-    weights = Weights(models.of_artifact(artifacts.load(directory)))
+    weights = Weights(references.of_artifact(artifacts.load(directory)))
     base = Checkpoint(lora_run / "upcast").read("model.layers.1.mlp.experts.gate_up_proj").double()
     experts, rank, scale = base.shape[0], config["r"], config["lora_alpha"] / config["r"]
     # The factors of gate_up_proj are those next to the B of its output size.

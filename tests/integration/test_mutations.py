@@ -16,11 +16,13 @@ from conftest import SHORT, run_program
 from mutations import MUTATIONS, SQUARE, Mutation
 from mutations_of_layouts import OF_LAYOUT
 
-from pipeline import artifacts, models, proof
-from pipeline.checkpoints import Checkpoint
+from pipeline import proof
+from pipeline.checkpoints.reading import Checkpoint
 from pipeline.export import EXPORTERS, recognized
-from pipeline.models import ModelRef
+from pipeline.models import references
+from pipeline.models.references import ModelRef
 from pipeline.numerics.formats import MXFP4
+from pipeline.runs import artifacts
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -62,7 +64,7 @@ class Run:
 
 
 def model_of(run_dir: Path, stage: str) -> ModelRef:
-    return models.of_artifact(artifacts.load(run_dir / stage))
+    return references.of_artifact(artifacts.load(run_dir / stage))
 
 
 @pytest.fixture(scope="module")

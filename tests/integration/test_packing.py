@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from conftest import SHORT, linked, run_program
 
-from pipeline import artifacts
-from pipeline.tracking import read_metrics
+from pipeline.runs import artifacts
+from pipeline.runs.metrics import read_metrics
 
 # One step over all training examples at once, so that both ways see the same documents.
 ALL_AT_ONCE = (*SHORT, "data.max_samples=20", "data.max_length=200")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import SHORT, linked, run_program
 
-from pipeline import artifacts
+from pipeline.runs import artifacts
 
 
 def started(run_dir: Path, source: Path, *stages: str) -> tuple[str, ...]:

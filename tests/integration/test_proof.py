@@ -10,8 +10,8 @@ from breaking import Break, change, drop, set_at, settings, tensors
 from conftest import SHORT, run_program
 from mutations import DOWN, GATE_UP, SINKS, swapped_nibbles
 
-from pipeline.checkpoints import Checkpoint
-from pipeline.gpt_oss import expert_projections
+from pipeline.checkpoints.gpt_oss import expert_projections
+from pipeline.checkpoints.reading import Checkpoint
 
 swap_nibbles = change(f"{GATE_UP}_blocks", swapped_nibbles)
 flip_one_bit = change(f"{DOWN}_blocks", set_at(7, 3, 1, 5, to=lambda byte: byte ^ 1))

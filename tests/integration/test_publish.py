@@ -13,7 +13,7 @@ from fake_hub import Hub
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from pipeline import artifacts
+from pipeline.runs import artifacts
 from pipeline.stages.all import STAGES
 
 HUB_NAMES = ("export.card.base_model=openai/gpt-oss-20b", "export.card.license=apache-2.0")
@@ -129,8 +129,8 @@ def test_a_gguf_gets_the_licence_of_the_base_model(run: Path, capfd: pytest.Capt
 
 def pass_verify(run: Path, fingerprint: str) -> None:
     """As verify leaves it that has passed."""
-    from pipeline.artifacts import Kind, Result
     from pipeline.config import ModelConfig, PipelineConfig, Stage
+    from pipeline.runs.artifacts import Kind, Result
 
     config = PipelineConfig(stage=Stage.verify, run_dir=str(run), model=ModelConfig("base"))
     details = {"checks": {"scales: no NaN": "ok"}, "not_checked": [f"weights: {run}/export has no record"]}

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import ONE_LAYER, SHORT, linked, run_program
 
-from pipeline import artifacts, callbacks
-from pipeline.tracking import read_metrics
+from pipeline import callbacks
+from pipeline.runs import artifacts
+from pipeline.runs.metrics import read_metrics
 
 # Experts large enough that writing them takes a while.
 LARGE = (

@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import ONE_LAYER, SHORT, linked, run_program
 
-from pipeline import artifacts, quantizer
+from pipeline.models import fake_quantizers
 from pipeline.numerics.codec import fake_quantize
-from pipeline.tracking import read_metrics
+from pipeline.runs import artifacts
+from pipeline.runs.metrics import read_metrics
 
 STEPS, ACCUMULATED = 3, 4
 BY_HAND = (
@@ -32,7 +33,7 @@ def roundings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(len(values))
         return fake_quantize(values, *others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(quantizer, "fake_quantize", counted)
+    monkeypatch.setattr(fake_quantizers, "fake_quantize", counted)
     return seen
 
 
@@ -86,7 +87,7 @@ def test_frozen_experts_are_rounded_once_and_the_adapters_learn_the_same(
 
 
 def test_what_is_kept_is_no_part_of_what_is_saved(smoke_run: Path) -> None:
-    state = torch.load(smoke_run / "qat" / quantizer.STATE_FILE, weights_only=False)
+    state = torch.load(smoke_run / "qat" / fake_quantizers.STATE_FILE, weights_only=False)
 
     def strings(value: object) -> set[str]:
         if isinstance(value, dict):

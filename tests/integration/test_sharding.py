@@ -15,9 +15,9 @@ from command_lines import Line
 from conftest import run_program
 from test_processes import TORCHRUN, launched, losses
 
-from pipeline import artifacts
-from pipeline.tables import DIRECTORY
-from pipeline.tracking import read_metrics
+from pipeline.data.tables import DIRECTORY
+from pipeline.runs import artifacts
+from pipeline.runs.metrics import read_metrics
 
 ACCELERATE = ("accelerate.commands.launch", "--config_file=scripts/accelerate/processes.yaml", "--num_processes={}")
 STAGES = ("sft", "qat")

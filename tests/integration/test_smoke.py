@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import SHORT, outcomes, run_program
 
-from pipeline import artifacts
-from pipeline.checkpoints import Checkpoint, read_config, side_files
+from pipeline.checkpoints.config_json import read_config
+from pipeline.checkpoints.reading import Checkpoint
+from pipeline.checkpoints.side_files import side_files
+from pipeline.runs import artifacts
 from pipeline.stages import all as every_stage
 
 STAGES = [stage.name for stage in every_stage.STAGES]

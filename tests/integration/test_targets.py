@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from pipeline import artifacts, models
-from pipeline.models import Weights
+from pipeline.models import references
+from pipeline.models.weights import Weights
+from pipeline.runs import artifacts
 
 gguf = importlib.import_module("gguf")
 quants = importlib.import_module("gguf.quants")
@@ -168,7 +169,7 @@ def test_nvfp4_of_a_model_trained_for_it_holds_what_training_rounded_to(smoke_ru
     assert run_program("stage=quantize", *settings) == 0
     assert run_program("stage=export", *settings, "export.target=nvfp4") == 0
     tensors = stored(run / "export")
-    weights = Weights(models.of_artifact(artifacts.load(run / "quantize")))
+    weights = Weights(references.of_artifact(artifacts.load(run / "quantize")))
     for name in STACKS:
         assert torch.equal(dequantized(tensors, name), weights.effective(name).float())
         assert tensors[f"{name}_input_scale"].shape == ()
@@ -251,7 +252,7 @@ def test_another_format_than_the_trained_one_is_refused_unless_it_is_asked_for(
     settings = (f"verify.checkpoint={tmp_path / 'export'}", f"verify.reference={reference}")
     assert run_program("stage=verify", "recipe=smoke", *SHORT, f"run_dir={tmp_path / 'proof'}", *settings) == 0
     details = artifacts.load(tmp_path / "export").details
-    trained = Weights(models.of_artifact(artifacts.load(smoke_run / "qat")))
+    trained = Weights(references.of_artifact(artifacts.load(smoke_run / "qat")))
     tensors = stored(tmp_path / "export")
     differing = sum(int((dequantized(tensors, name) != trained.effective(name).float()).sum()) for name in STACKS)
     assert details["other_than_trained"] == differing > 0

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import ONE_LAYER, SHORT, linked, run_program
 
-from pipeline.tracking import read_metrics
+from pipeline.runs.metrics import read_metrics
 
 SETTINGS = (*SHORT, "qat.max_steps=16", "qat.logging_steps=4", "qat.eval_steps=100", "qat.save_steps=100")
 

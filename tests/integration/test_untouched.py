@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from pipeline import artifacts, models, shards
-from pipeline.models import Weights
+from pipeline.checkpoints import shards
+from pipeline.models import references
+from pipeline.models.weights import Weights
+from pipeline.runs import artifacts
 
 QUICK = (*SHORT, "sft.max_steps=6", "qat.max_steps=3")
 ADAPTERS = tuple(
@@ -133,7 +135,7 @@ def test_the_artifact_lists_exactly_the_tensors_that_are_the_sources_own(
 
 
 def test_copied_experts_are_those_whose_weights_did_not_move(layer_one: Path) -> None:
-    qat, upcast = Weights(models.of_artifact(artifacts.load(layer_one / "qat"))), stored(layer_one / "upcast")
+    qat, upcast = Weights(references.of_artifact(artifacts.load(layer_one / "qat"))), stored(layer_one / "upcast")
     source, export = stored(source_of(layer_one)), stored(layer_one / "export")
     unmoved = [
         (name, expert)
@@ -174,7 +176,7 @@ def test_experts_that_no_token_reached_are_proven_too(tmp_path: Path) -> None:
     """Adding an adapter that is still zero turns -0 into 0: the export must hold what training holds."""
     few = ("model.tiny.num_local_experts=32", "model.tiny.num_experts_per_tok=1", "sft.max_steps=2", "sft.batch_size=1")
     run_stages(("upcast", "sft", "export", "verify"), tmp_path, *LORA, *few, "sft.warmup_ratio=0")
-    sft, upcast = Weights(models.of_artifact(artifacts.load(tmp_path / "sft"))), stored(tmp_path / "upcast")
+    sft, upcast = Weights(references.of_artifact(artifacts.load(tmp_path / "sft"))), stored(tmp_path / "upcast")
     trained = sft.trained("model.layers.1.mlp.experts.down_proj")
     moved = (trained != upcast["model.layers.1.mlp.experts.down_proj"]).flatten(1).any(dim=1)
     assert moved.any()
@@ -256,7 +258,7 @@ def trained_of(run: Path) -> Tensors:
     qat = artifacts.load(run / "qat")
     if qat.kind is artifacts.Kind.checkpoint:
         return stored(qat.directory)
-    weights = Weights(models.of_artifact(qat))
+    weights = Weights(references.of_artifact(qat))
     return {name: weights.trained(name) for name in weights.names() if ".experts." in name}
 
 

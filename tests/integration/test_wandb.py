@@ -12,7 +12,8 @@ from conftest import SHORT, run_program
 from matplotlib.figure import Figure
 
 from pipeline.config import PipelineConfig, TrackingBackend, TrackingConfig
-from pipeline.tracking import followed, log_media, log_metrics, log_report, log_table, read_metrics
+from pipeline.runs.metrics import read_metrics
+from pipeline.runs.tracking import followed, log_media, log_metrics, log_report, log_table
 
 SECRETS = {"WANDB_API_KEY": "0123456789abcdef" * 3, "HF_TOKEN": "hf_aTokenThatNobodyHas", "MY_PASSWORD": "swordfish42"}
 HEADER_BYTES, BLOCK_BYTES = 7, 32768

@@ -13,7 +13,7 @@ from conftest import run_program
 from test_processes import losses
 from test_sharding import RISING, Case, Runs, begin, launch_lines, run_by_one_process
 
-from pipeline import artifacts
+from pipeline.runs import artifacts
 
 pytestmark = pytest.mark.skipif(
     find_spec("deepspeed") is None or not (torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu"),

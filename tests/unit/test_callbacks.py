@@ -10,7 +10,7 @@ from tiny_models import gpt_oss
 
 from pipeline import callbacks
 from pipeline.config import Sharding
-from pipeline.harmony import IGNORED
+from pipeline.data.harmony import IGNORED
 from pipeline.resume import WHOLE
 
 EXPERTS, ACTIVE = 8, 2

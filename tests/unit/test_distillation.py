@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pipeline import distillation, head
+from pipeline import distillation
 from pipeline.distillation import Distilled
-from pipeline.head import States
+from pipeline.models import chunked_logits
+from pipeline.models.chunked_logits import States
 
 
 def logits(seed: int, tokens: int = 40, vocabulary: int = 11) -> torch.Tensor:
@@ -56,7 +57,7 @@ def test_who_predicts_what_the_teacher_does_has_nothing_to_learn_from_it() -> No
 def test_chunks_change_neither_loss_nor_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for chunk in (7, 1000):
-        monkeypatch.setattr(head, "CHUNK", chunk)
+        monkeypatch.setattr(chunked_logits, "CHUNK", chunk)
         own = logits(0).requires_grad_()
         loss = sums(own, logits(1), TARGETS, weight=0.5, temperature=2.0).loss
         loss.backward()

@@ -10,14 +10,14 @@ import pytest
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from pipeline import synthetic
 from pipeline.config import DataConfig, ModelConfig, PipelineConfig, Sharding, Stage, TinyConfig, TrainConfig
+from pipeline.data.harmony import Conversation, Rendering, parse_conversation
+from pipeline.data.languages import Languages
 from pipeline.doctor import content, display, findings, leaks, rows
 from pipeline.doctor.findings import Facts
 from pipeline.doctor.rows import Example, Row
 from pipeline.errors import UserError
-from pipeline.harmony import Conversation, Rendering, parse_conversation
-from pipeline.languages import Languages
+from pipeline.models import tiny_model
 
 QUESTION = {"role": "user", "content": "What is 2 + 3?"}
 ANSWER = {"role": "assistant", "thinking": "2 + 3 = 5", "content": "5"}
@@ -42,7 +42,7 @@ def asked(text: str, number: int = 1) -> Row:
 @pytest.fixture(scope="module")
 def how(tmp_path_factory: pytest.TempPathFactory) -> Rendering:
     directory = tmp_path_factory.mktemp("tokenizer") / "tiny"
-    synthetic.create_tiny(directory, TinyConfig())
+    tiny_model.create_tiny(directory, TinyConfig())
     return Rendering(AutoTokenizer.from_pretrained(directory), "medium", "2025-08-05", True)
 
 

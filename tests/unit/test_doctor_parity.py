@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline import synthetic
+from pipeline.checkpoints.gpt_oss import SPECIAL_TOKENS
 from pipeline.config import TinyConfig
+from pipeline.data import synthetic
+from pipeline.data.harmony import Rendering, parse_conversation
 from pipeline.doctor import parity
 from pipeline.doctor.rows import Row
-from pipeline.gpt_oss import SPECIAL_TOKENS
-from pipeline.harmony import Rendering, parse_conversation
+from pipeline.models import tiny_model
 
 RANKS = "o200k_base.tiktoken"
 QUESTION = {"role": "user", "content": "What is 2 + 3?"}
@@ -67,7 +68,7 @@ def rendering(tokenizer: Any, **more: Any) -> Rendering:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     directory = tmp_path_factory.mktemp("tokenizer") / "tiny"
-    synthetic.create_tiny(directory, TinyConfig())
+    tiny_model.create_tiny(directory, TinyConfig())
     return AutoTokenizer.from_pretrained(directory)
 
 

@@ -13,10 +13,11 @@ from pipeline.config.targets import TARGETS
 from pipeline.doctor import needs
 from pipeline.export import EXPORTERS, exporters, recognized
 from pipeline.export.target import Job
-from pipeline.models import ModelRef, Weights
+from pipeline.models.references import ModelRef
+from pipeline.models.source import Source
+from pipeline.models.tiny_model import create_tiny
+from pipeline.models.weights import Weights
 from pipeline.numerics.formats import MXFP4
-from pipeline.source import Source
-from pipeline.synthetic import create_tiny
 
 TOY = '''
 """MXFP4 under names of its own."""

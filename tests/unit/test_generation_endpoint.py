@@ -13,12 +13,12 @@ import pytest
 from chat_server import GOOD, Reply, Server, completion
 
 from pipeline.config import EndpointApi, EndpointConfig, GenerationConfig
+from pipeline.data.harmony import Conversation
 from pipeline.errors import UserError
 from pipeline.generation import client
 from pipeline.generation.endpoint import Served, ask, find
 from pipeline.generation.journal import GENERATIONS, Journal
 from pipeline.generation.prompts import Prompt, Question, questions
-from pipeline.harmony import Conversation
 from pipeline.transcripts import Transcript
 
 SETTINGS = GenerationConfig(max_new_tokens=7)

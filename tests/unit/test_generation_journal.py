@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.data.harmony import Conversation
 from pipeline.errors import UserError
 from pipeline.generation.journal import GENERATIONS, Journal
 from pipeline.generation.prompts import Prompt, Question
-from pipeline.harmony import Conversation
 from pipeline.transcripts import Transcript
 
 INPUTS = {"model": "a", "temperature": 0.0}

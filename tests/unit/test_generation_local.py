@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.checkpoints import load_tokenizer
 from pipeline.config import GenerationConfig, TinyConfig
+from pipeline.data.harmony import Conversation, Rendering
+from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.generation import local
 from pipeline.generation.journal import GENERATIONS, Journal
 from pipeline.generation.local import Local
 from pipeline.generation.prompts import Prompt, Question, questions
-from pipeline.harmony import Conversation, Rendering
-from pipeline.models import load_plain
-from pipeline.synthetic import create_tiny
+from pipeline.models.loading import load_plain
+from pipeline.models.tiny_model import create_tiny
 from pipeline.transcripts import Transcript
 
 GREEDY = GenerationConfig(max_new_tokens=8, batch_size=3)

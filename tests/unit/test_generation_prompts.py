@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import data
 from pipeline.config import BlendPartConfig, ColumnsConfig, DataConfig, PipelineConfig, PromptsConfig, Stage
+from pipeline.data.examples import split_rows
+from pipeline.data.rows import load_rows
 from pipeline.errors import UserError
 from pipeline.generation import prompts
 from pipeline.generation.prompts import Prompt
@@ -43,7 +44,7 @@ def with_prompts(config: PipelineConfig, **settings: Any) -> PipelineConfig:
 
 def loaded(config: PipelineConfig, **settings: Any) -> list[Prompt]:
     changed = with_prompts(config, **settings)
-    return prompts.load(changed, data.load_rows(changed))
+    return prompts.load(changed, load_rows(changed))
 
 
 def of_file(config: PipelineConfig, rows: list[Any], **settings: Any) -> list[Prompt]:
@@ -55,7 +56,7 @@ def texts(found: list[Prompt]) -> list[str]:
 
 
 def test_by_default_the_validation_rows_are_asked_without_their_answers(config: PipelineConfig) -> None:
-    _, validation = data.split(config, data.load_rows(config))
+    _, validation = split_rows(config, load_rows(config))
     found = loaded(config)
     assert len(found) == 3
     assert [each.conversation.messages for each in found] == [each.messages[:-1] for each in validation]
@@ -86,7 +87,7 @@ def test_fewer_prompts_are_the_first_of_more(config: PipelineConfig) -> None:
     assert sorted(everything) == sorted(str(i) for i in range(20)) and everything != [str(i) for i in range(20)]
     assert texts(of_file(config, rows, columns=PROMPT_COLUMN, max_samples=5)) == everything[:5]
     changed = with_prompts(config, path=str(Path(config.run_dir).parent / "asked.jsonl"), columns=PROMPT_COLUMN)
-    assert texts(prompts.load(changed, data.load_rows(changed), most=3)) == everything[:3]
+    assert texts(prompts.load(changed, load_rows(changed), most=3)) == everything[:3]
 
 
 def test_an_id_is_of_the_contents_wherever_they_stand(config: PipelineConfig) -> None:

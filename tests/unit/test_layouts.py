@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from pipeline.checkpoints.gpt_oss import Shape, TensorInfo, expert_projections, plain_tensors
 from pipeline.export import EXPORTERS
 from pipeline.export.gguf import repacked
 from pipeline.export.layout import View, packed_layout, stored_tensors
-from pipeline.gpt_oss import Shape, TensorInfo, expert_projections, plain_tensors
 from pipeline.numerics.convert import mxfp4_to_nvfp4
 from pipeline.proof.distance import compare
 

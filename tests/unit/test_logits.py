@@ -9,12 +9,12 @@ from tiny_models import gpt_oss
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from pipeline import head
+from pipeline.data.harmony import IGNORED
 from pipeline.evals import logits
 from pipeline.evals.subject import Subject
-from pipeline.harmony import IGNORED
-from pipeline.losses import batches
-from pipeline.models import ModelRef
+from pipeline.models import chunked_logits
+from pipeline.models.losses import batches
+from pipeline.models.references import ModelRef
 
 VOCABULARY = 61
 
@@ -85,7 +85,7 @@ def test_the_likeliest_tokens_alone_give_a_lower_bound_that_rises_with_their_num
 
 def test_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = scored(model(1), model(0), tmp_path / "whole")
-    monkeypatch.setattr(head, "CHUNK", 7)
+    monkeypatch.setattr(chunked_logits, "CHUNK", 7)
     assert scored(model(1), model(0), tmp_path / "parts") == pytest.approx(whole, rel=1e-5)
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline import adapters, rounding
+from pipeline.checkpoints.gpt_oss import Shape
 from pipeline.config import (
     ExportConfig,
     ExportTarget,
@@ -32,11 +32,12 @@ from pipeline.config import (
 from pipeline.doctor import needs
 from pipeline.export import EXPORTERS
 from pipeline.export.target import Job
-from pipeline.gpt_oss import Shape
-from pipeline.models import ModelRef, Weights
+from pipeline.models import adapters, rounded_weights
+from pipeline.models.references import ModelRef
+from pipeline.models.source import Source
+from pipeline.models.tiny_model import create_tiny
+from pipeline.models.weights import Weights
 from pipeline.numerics.formats import MXFP4
-from pipeline.source import Source
-from pipeline.synthetic import create_tiny
 
 TINY = TinyConfig(num_hidden_layers=3, num_key_value_heads=1)
 FULL = TrainConfig(precision=Precision.fp32)
@@ -242,7 +243,7 @@ def test_rounded_experts_are_kept_in_bf16_as_far_as_their_budget_goes(
     sharding: Sharding, budget_gib: float | None, expected: float
 ) -> None:
     qat = QatConfig(rounded_cache_gib=budget_gib)
-    budget = rounding.budget_bytes(replace(settings(FULL, FULL), qat=qat, sharding=sharding))
+    budget = rounded_weights.budget_bytes(replace(settings(FULL, FULL), qat=qat, sharding=sharding))
     assert needs.memory(RELEASED, qat, 8, 4, True, budget).rounded == pytest.approx(expected, rel=1e-3)
 
 

@@ -7,12 +7,12 @@ import pytest
 from exports import make_export, prove
 from huggingface_hub import ModelCard
 
-from pipeline import artifacts, provenance
-from pipeline.artifacts import Artifact, Kind, Result
 from pipeline.config import CardConfig, ExportConfig, ExportTarget, ModelConfig, PipelineConfig, Stage
 from pipeline.config.targets import TARGETS
+from pipeline.models.source import Source
 from pipeline.publishing import card, record
-from pipeline.source import Source
+from pipeline.runs import artifacts, provenance
+from pipeline.runs.artifacts import Artifact, Kind, Result
 
 
 @pytest.fixture(autouse=True)

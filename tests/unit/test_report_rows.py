@@ -7,8 +7,8 @@ import evaluated
 import pytest
 from exports import SIZES
 
+from pipeline.checkpoints.gpt_oss import Shape, packed_tensors, plain_tensors
 from pipeline.errors import UserError
-from pipeline.gpt_oss import Shape, packed_tensors, plain_tensors
 from pipeline.report import content, examples, rows, runs, table
 
 SHAPE = Shape.of(SIZES, "tests")

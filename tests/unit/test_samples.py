@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.artifacts import BOOKKEEPING, SAMPLES_FILE
+from pipeline.data.harmony import Conversation
 from pipeline.generation.prompts import Prompt, Question
-from pipeline.harmony import Conversation
+from pipeline.runs.artifacts import BOOKKEEPING, SAMPLES_FILE
 from pipeline.samples import Samples
 from pipeline.transcripts import Transcript
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from exports import EXPORTED, make_export, prove
 
-from pipeline import provenance
-from pipeline.artifacts import Artifact
+from pipeline.checkpoints.gpt_oss import Shape
 from pipeline.config import ExportTarget, ModelConfig, PipelineConfig, ServeConfig, ServingEngine, Stage
 from pipeline.config.engines import ENGINES, SERVERS
 from pipeline.errors import UserError
-from pipeline.gpt_oss import Shape
+from pipeline.runs import provenance
+from pipeline.runs.artifacts import Artifact
 from pipeline.serving import launch
 from pipeline.serving.process import ended_by_signals
 from pipeline.stages import serve as stage

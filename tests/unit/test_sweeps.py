@@ -8,9 +8,9 @@ from conftest import run_program
 from evaluated import record
 
 from pipeline import __main__ as program
-from pipeline import artifacts
-from pipeline.artifacts import chosen, needed, stage_dir
 from pipeline.config import PipelineConfig, QuantizeConfig, QuantizeSource, Stage, TrainConfig
+from pipeline.runs import artifacts
+from pipeline.runs.artifacts import chosen, needed, stage_dir
 
 SWEEP = ("recipe=smoke", "qat.learning_rate=1e-3", "format=mxfp4,nvfp4", "qat.learning_rate=choice(5e-5)")
 """Two jobs; `choice` of one value is a sweep, too."""

@@ -15,8 +15,8 @@ from pipeline.config import (
 )
 from pipeline.export import EXPORTERS
 from pipeline.generation.endpoint import APIS
+from pipeline.models.sharding import ENGINES
 from pipeline.numerics.formats import FORMATS, SCALE_RULES
-from pipeline.sharding import ENGINES
 
 CONF = Path(__file__).parents[2] / "conf"
 

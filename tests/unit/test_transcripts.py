@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline import harmony
 from pipeline.config import TinyConfig
-from pipeline.harmony import Rendering, parse_conversation
-from pipeline.synthetic import create_tiny
+from pipeline.data import harmony
+from pipeline.data.harmony import Rendering, parse_conversation
+from pipeline.models.tiny_model import create_tiny
 from pipeline.transcripts import parse
 
 QUESTION = {"role": "user", "content": "What is 2 + 3?"}

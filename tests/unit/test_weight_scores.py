@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.checkpoints.gpt_oss import Shape, expert_projections
 from pipeline.evals import weights
 from pipeline.evals.subject import Subject
-from pipeline.gpt_oss import Shape, expert_projections
-from pipeline.models import ModelRef
+from pipeline.models.references import ModelRef
 from pipeline.numerics.codec import fake_quantize
 from pipeline.numerics.formats import MXFP4
 

@@ -1,0 +1,39 @@
+"""config.json of a model directory, read and written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.checkpoints.dtypes import dtype_name
+from pipeline.errors import UserError
+from pipeline.runs.artifacts import write_json
+
+CONFIG = "config.json"
+
+
+def read_config(directory: Path, name: str = CONFIG) -> dict[str, Any]:
+    """The content of config.json in a model directory, or of another JSON file there.
+
+    Raises:
+        UserError: the directory or the file does not exist, or the file is not a JSON object.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory.")
+    path = directory / name
+    if not path.is_file():
+        raise UserError(f"{directory}: has no {name}: not a model directory.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds {type(config).__name__}, not an object.")
+    return config
+
+
+def write_config(directory: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write config.json of a plain checkpoint: `config` without quantization, and with the type `dtype`."""
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
+    write_json(directory / CONFIG, {**plain, "dtype": dtype_name(dtype)})

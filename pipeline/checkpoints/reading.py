@@ -1,0 +1,285 @@
+"""Reading checkpoints: they are checked when opened, and read by tensor or by rows. Also the files beside the weights.
+
+Data is read into memory, not mapped. So a file that shrinks meanwhile is an error instead of a crash, memory use is
+what the caller holds, and a thread can read ahead.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pipeline.checkpoints.config_json import CONFIG, read_config
+from pipeline.checkpoints.direct_io import StoredFile
+from pipeline.checkpoints.dtypes import PLAIN_TYPES, torch_dtype
+from pipeline.checkpoints.gpt_oss import (
+    Shape,
+    TensorInfo,
+    expert_projections,
+    is_packed_name,
+    packed_names,
+    packed_tensors,
+    plain_tensors,
+)
+from pipeline.checkpoints.shards import INDEX
+from pipeline.checkpoints.side_files import ADAPTER_WEIGHTS
+from pipeline.errors import UserError, user_errors
+from pipeline.numerics.codec import decode
+from pipeline.numerics.formats import E8M0_NAN
+
+SINGLE = "model.safetensors"
+
+_MOST_PROBLEMS = 8
+
+
+class TensorFiles:
+    """The safetensors files of a directory, of any layout. Names, headers and the index have been checked.
+
+    Attributes:
+        directory: where the files are.
+        tensors: name -> type and shape of every stored tensor.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Open and check the files.
+
+        Raises:
+            UserError: names the files, keys or tensors that are wrong; several problems are reported together.
+        """
+        self.directory = directory
+        self._files = _stored_files(directory)
+        self.tensors = {name: info for tensors in self._files.values() for name, info in tensors.items()}
+        self._file_of = {name: file for file, tensors in self._files.items() for name in tensors}
+        self._offsets = {file: _data_offsets(directory / file) for file in self._files}
+        self._open: dict[str, StoredFile] = {}
+
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """A tensor as it is stored, or rows of its first dimension.
+
+        Raises:
+            UserError: the file ends before the data does.
+        """
+        file, info = self._file_of[name], self.tensors[name]
+        length, *others = info.shape or (1,)  # a scalar is one row
+        first, last, _ = rows.indices(length)
+        shape = (max(0, last - first), *others) if info.shape else ()
+        row_bytes = info.bytes // max(1, length)
+        size = max(0, last - first) * row_bytes
+        data = self._file(file).read(self._offsets[file][name] + first * row_bytes, size)
+        if len(data) < size:
+            raise UserError(f"{self.directory / file}: ends within {name}: it was truncated while it was read.")
+        return torch.from_numpy(data).view(torch_dtype(info.dtype)).view(shape)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Total size of the weight files."""
+        return sum((self.directory / file).stat().st_size for file in self._files)
+
+    def weight_files(self) -> list[Path]:
+        """The weight files, and the index if there is one."""
+        files = [self.directory / file for file in self._files]
+        return [*files, self.directory / INDEX] if (self.directory / INDEX).is_file() else files
+
+    def close(self) -> None:
+        """Close the files. They are opened again when they are needed."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_open"):  # it is missing when __init__ failed
+            self.close()
+
+    def _file(self, file: str) -> StoredFile:
+        if file not in self._open:
+            self._open[file] = StoredFile(self.directory / file)
+        return self._open[file]
+
+
+class Checkpoint(TensorFiles):
+    """A gpt-oss checkpoint on disk, packed (MXFP4) or plain. Names, shapes and files have been checked.
+
+    Attributes:
+        config: content of config.json.
+        shape: the sizes in it.
+        is_packed: whether the experts are stored as MXFP4 blocks and scales.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Open and check the checkpoint.
+
+        Raises:
+            UserError: names the files, keys or tensors that are wrong; several problems are reported together.
+        """
+        self.config = read_config(directory)
+        self.shape = Shape.of(self.config, directory / CONFIG)
+        super().__init__(directory)
+        self.is_packed = any(is_packed_name(name) for name in self.tensors)
+        self._raise_if_not_gpt_oss()
+
+    def read_plain(self, name: str, dtype: torch.dtype = torch.bfloat16, rows: slice = slice(None)) -> Tensor:
+        """A tensor of the plain layout, or rows of its first dimension. MXFP4 is decoded, which is exact in BF16.
+
+        Raises:
+            UserError: a scale byte is 255 (NaN).
+        """
+        return self.decoded(name, self.read_stored(name, rows), dtype, rows)
+
+    def read_stored(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, ...]:
+        """The stored tensors behind a tensor of the plain layout: itself, or its blocks and scales."""
+        names = (name,) if name in self.tensors else packed_names(name)
+        return tuple(self.read(stored, rows) for stored in names)
+
+    def decoded(
+        self,
+        name: str,
+        stored: tuple[Tensor, ...],
+        dtype: torch.dtype = torch.bfloat16,
+        rows: slice = slice(None),
+        device: str = "cpu",
+    ) -> Tensor:
+        """Decode the result of `read_stored` to a tensor of the plain layout. Experts become (E, in, out).
+
+        Raises:
+            UserError: a scale byte is 255 (NaN).
+        """
+        if len(stored) == 1:
+            plain = stored[0].to(device)
+            return plain.float() if plain.dtype == torch.float16 else plain  # the codec does not take float16
+        blocks, scales = (tensor.to(device) for tensor in stored)
+        self.raise_if_nan(name, scales, rows)
+        experts, out_features, nb, half = blocks.shape
+        plain = torch.empty((experts, nb * half * 2, out_features), dtype=dtype, device=device)
+        decode(blocks, scales, dtype, out=plain.transpose(1, 2))
+        return plain
+
+    def raise_if_nan(self, name: str, scales: Tensor, rows: slice = slice(None)) -> None:
+        """Check the scales of an expert stack, or of rows of it.
+
+        Raises:
+            UserError: a scale byte is 255 (NaN).
+        """
+        nan = scales == E8M0_NAN
+        if bool(nan.any()):
+            expert, row, block = nan.nonzero()[0].tolist()
+            _, stored = packed_names(name)
+            raise UserError(
+                f"{self.directory / self._file_of[stored]}: {stored}: NaN (byte 255) at expert"
+                f" {expert + (rows.start or 0)}, row {row}, block {block}. The checkpoint is damaged."
+            )
+
+    def _raise_if_not_gpt_oss(self) -> None:
+        problems = []
+        for projection in expert_projections(self.shape):
+            has_blocks, has_scales = projection.blocks in self.tensors, projection.scales in self.tensors
+            if has_blocks != has_scales:
+                present, absent = (
+                    (projection.blocks, projection.scales) if has_blocks else (projection.scales, projection.blocks)
+                )
+                problems.append(f"{present} is there, but {absent} is missing")
+        if not problems:
+            problems = layout_problems(self.tensors, self.expected())
+        if problems:
+            raise user_errors([f"{self.directory}: {problem}." for problem in at_most(problems)])
+
+    def expected(self) -> dict[str, TensorInfo]:
+        """The tensors that the checkpoint must have. In a plain one, each tensor may have any of PLAIN_TYPES."""
+        if self.is_packed:
+            return packed_tensors(self.shape)
+        plain = plain_tensors(self.shape)
+        return {
+            name: TensorInfo(stored.dtype, info.shape)
+            if (stored := self.tensors.get(name)) is not None and stored.dtype in PLAIN_TYPES
+            else info
+            for name, info in plain.items()
+        }
+
+
+def layout_problems(stored: dict[str, TensorInfo], expected: dict[str, TensorInfo]) -> list[str]:
+    """Every difference between the stored tensors and the expected ones."""
+    found = [f"tensor {name} is missing" for name in expected if name not in stored]
+    found += [f"tensor {name} does not belong there" for name in stored if name not in expected]
+    for name, info in expected.items():
+        if name in stored and stored[name].shape != info.shape:
+            found.append(f"tensor {name} has shape {list(stored[name].shape)}, not {list(info.shape)}")
+        elif name in stored and stored[name].dtype != info.dtype:
+            found.append(f"tensor {name} has type {stored[name].dtype}, not {info.dtype}")
+    return found
+
+
+def at_most(problems: list[str], most: int = _MOST_PROBLEMS) -> list[str]:
+    """The first `most` problems, and how many more there are."""
+    rest = len(problems) - most
+    return [*problems[:most], f"and {rest} more"] if rest > 0 else problems
+
+
+def _stored_files(directory: Path) -> dict[str, dict[str, TensorInfo]]:
+    """File -> its tensors, for every weight file. If there is an index, it must agree with the files exactly."""
+    present = sorted(p.name for p in directory.glob("*.safetensors") if p.name != ADAPTER_WEIGHTS)
+    weight_map = _weight_map(directory)
+    listed = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
+    problems = [f"{directory}: weight file {name} is missing." for name in listed if name not in present]
+    problems += [f"{directory / name}: is not in {INDEX}; remove it." for name in present if name not in listed]
+    if weight_map is None and not present:
+        raise UserError(f"{directory}: has no weights: neither {INDEX} nor {SINGLE}.")
+    files: dict[str, dict[str, TensorInfo]] = {}
+    for name in (n for n in listed if n in present):
+        try:
+            files[name] = _read_header(directory / name)
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{directory / name}: damaged or truncated ({error}). Fetch it again.")
+    if weight_map is not None and not problems:
+        problems = _index_problems(directory, weight_map, files)
+    if problems:
+        raise user_errors(at_most(problems))
+    return files
+
+
+def _weight_map(directory: Path) -> dict[str, str] | None:
+    path = directory / INDEX
+    if not path.is_file():
+        return None
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        assert isinstance(weight_map, dict)
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UserError(f"{path}: not a readable index ({error!r}).") from error
+    outside = sorted({str(f) for f in weight_map.values() if not isinstance(f, str) or Path(f).name != f})
+    if outside:
+        raise UserError(f"{path}: names files outside its directory: {', '.join(outside[:3])}.")
+    return weight_map
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    """Name -> type and shape. safetensors checks lengths, offsets, overlaps, holes and the end of the file."""
+    with safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        infos = {name: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+    _data_offsets(path)
+    return infos
+
+
+def _data_offsets(path: Path) -> dict[str, int]:
+    """Name -> position of its data in the file. (safetensors reads only whole tensors, or maps slices of them.)
+
+    Raises:
+        UserError: the header names a tensor twice. Different readers would take different ones.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        pairs = json.loads(file.read(length), object_pairs_hook=list)
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise UserError(f"{path}: holds {', '.join(twice[:3])} twice. Fetch it again.")
+    return {name: 8 + length + dict(entry)["data_offsets"][0] for name, entry in pairs if name != "__metadata__"}
+
+
+def _index_problems(directory: Path, weight_map: dict[str, str], files: dict[str, dict[str, TensorInfo]]) -> list[str]:
+    stored = {(name, file) for file, tensors in files.items() for name in tensors}
+    listed = set(weight_map.items())
+    return [
+        f"{directory / INDEX}: says that {name} is in {file}, but it is not." for name, file in sorted(listed - stored)
+    ] + [f"{directory / file}: holds {name}, which is not in {INDEX}." for name, file in sorted(stored - listed)]

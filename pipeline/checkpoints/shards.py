@@ -1,0 +1,341 @@
+"""Writing checkpoints: safetensors files are written shard by shard while their tensors are still being made.
+
+- Reading, converting and writing overlap. One thread reads ahead, the caller's thread converts, one thread hashes, and
+  one writes to the disk.
+- A tensor is made in steps of some tens of megabytes, so memory use does not depend on the size of tensors.
+- A shard gets its final name only when it is complete and on the disk. An interrupted conversion resumes at the first
+  missing shard.
+- The files are written here because safetensors' own writer needs all tensors of a file in memory. The format is
+  simple: 8 bytes with the length of the header, a JSON header, the data.
+"""
+
+import errno
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from pipeline.checkpoints.allocator import keep_freed_memory
+from pipeline.checkpoints.direct_io import StreamedFile
+from pipeline.checkpoints.dtypes import bytes_per_value, stored_name
+from pipeline.checkpoints.gpt_oss import TensorInfo
+from pipeline.errors import UserError
+from pipeline.runs.artifacts import SHARDS_FILE, write_json
+from pipeline.runs.console import progress
+from pipeline.runs.disk import raise_if_disk_too_small
+
+INDEX = "model.safetensors.index.json"
+STEP_BYTES = 1 << 26
+"""Approximate output of one step. Large enough to be fast; several steps in memory do not matter."""
+
+_AHEAD = 2  # how many steps may wait between reading and converting, and between converting and writing
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the work on a piece.
+
+    Attributes:
+        read: reads the inputs, on the reading thread.
+        convert: turns the inputs into parts of tensors, (name, values). They come in the order of the piece's tensors
+            and of their rows.
+    """
+
+    read: Callable[[], Any]
+    convert: Callable[[Any], Iterable[tuple[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors that are made together and stored in the same shard.
+
+    Attributes:
+        tensors: name -> type and shape, in the order in which the steps make them.
+        steps: returns the steps; called when it is the piece's turn.
+        note: called after the last step; returns JSON values to record about the piece, or None.
+    """
+
+    tensors: dict[str, TensorInfo]
+    steps: Callable[[], Iterable[Step]]
+    note: Callable[[], dict[str, Any] | None] = lambda: None
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensors' data."""
+        return sum(info.bytes for info in self.tensors.values())
+
+
+def whole(tensors: dict[str, TensorInfo], make: Callable[[], dict[str, Tensor]]) -> Piece:
+    """A piece that is made in a single step. Tensors of wider types come first."""
+    ordered = dict(sorted(tensors.items(), key=lambda item: -bytes_per_value(item[1].dtype)))
+    return Piece(ordered, lambda: [Step(make, lambda made: [(name, made[name]) for name in ordered])])
+
+
+def in_order(pieces: Iterable[Piece]) -> list[Piece]:
+    """Sort pieces by layer, the first number in the name of their first tensor, so that shards hold whole layers."""
+
+    def key(piece: Piece) -> tuple:
+        name = next(iter(piece.tensors))
+        return tuple(int(part) if part.isdigit() else -1 for part in name.split(".")[:3]), name
+
+    return sorted(pieces, key=key)
+
+
+@dataclass
+class Written:
+    """The result of a conversion.
+
+    Attributes:
+        bytes: size of all tensors.
+        files: shard -> XXH3-128 of its bytes.
+        tensors: name -> XXH3-128 of its data.
+        notes: the notes of the pieces, in order, without those that are None.
+    """
+
+    bytes: int = 0
+    files: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, str] = field(default_factory=dict)
+    notes: list[dict[str, Any]] = field(default_factory=list)
+
+
+def write_sharded(directory: Path, pieces: list[Piece], shard_bytes: int, what: str) -> Written:
+    """Write pieces as shards of at most `shard_bytes`, and the index. A larger piece gets its own shard.
+
+    Shards from an interrupted run of the same conversion are kept.
+
+    Raises:
+        UserError: the disk has too little space for the missing shards, or fills up while they are written.
+    """
+    keep_freed_memory()
+    shards = _split(pieces, shard_bytes)
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    done = _finished(directory)
+    missing = [i for i, name in enumerate(names) if name not in done]
+    total, left = sum(piece.bytes for piece in pieces), sum(piece.bytes for i in missing for piece in shards[i])
+    raise_if_disk_too_small(directory, left)
+    with ExitStack() as stack, progress(total=total, what=what, unit="B") as bar:
+        bar.update(total - left)
+        output = stack.enter_context(_Output(bar.update))
+        for i, made in _made(shards, missing):
+            if i not in output.begun:
+                _calling(directory / names[i], lambda i=i: output.begin(i, directory / names[i], shards[i]))  # type: ignore[misc]
+            if made is not None:
+                output.append(*made)
+            else:
+                done[names[i]] = output.finish(i, shards[i])
+                _calling(directory / names[i], lambda: write_json(directory / SHARDS_FILE, done))
+                output.publish(i)
+    _calling(directory / INDEX, lambda: _write_index(directory, dict(zip(names, shards, strict=True)), total))
+    kept = [done[name] for name in names]
+    return Written(
+        total,
+        {name: record["digest"] for name, record in zip(names, kept, strict=True)},
+        {name: digest for record in kept for name, digest in record["tensors"].items()},
+        [note for record in kept for note in record["notes"]],
+    )
+
+
+def parts(pieces: list[Piece]) -> Iterator[tuple[str, Tensor]]:
+    """Run the steps of the pieces, reading ahead. Yields parts of tensors in the order in which they are made."""
+    for _, made in _made([pieces], [0]):
+        if made is not None:
+            yield made
+
+
+def _split(pieces: list[Piece], shard_bytes: int) -> list[list[Piece]]:
+    """Distribute pieces over shards. In each shard wider types come first, so that all offsets are aligned."""
+    shards: list[list[Piece]] = [[]]
+    size = 0
+    for piece in pieces:
+        if shards[-1] and size + piece.bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(piece)
+        size += piece.bytes
+    return [sorted(shard, key=lambda piece: -_width(piece)) for shard in shards]
+
+
+def _width(piece: Piece) -> int:
+    return min(bytes_per_value(info.dtype) for info in piece.tensors.values())
+
+
+def _finished(directory: Path) -> dict[str, Any]:
+    """Shard -> record, for the shards that an interrupted run finished and that still exist."""
+    try:
+        records = json.loads((directory / SHARDS_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    paths = {name: directory / name for name in records}
+    return {name: records[name] for name, path in paths.items() if _size(path) == records[name]["size"]}
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _made(shards: list[list[Piece]], missing: list[int]) -> Iterator[tuple[int, tuple[str, Tensor] | None]]:
+    """Run the steps of the missing shards, reading ahead. Yields (shard, part), and (shard, None) at a shard's end."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
+        waiting: deque[tuple[int, Step | None, Future | None]] = deque()
+        for i, step in _steps(shards, missing):
+            waiting.append((i, step, reader.submit(step.read) if step is not None else None))
+            if len(waiting) > _AHEAD:
+                yield from _convert(*waiting.popleft())
+        while waiting:
+            yield from _convert(*waiting.popleft())
+
+
+def _steps(shards: list[list[Piece]], missing: list[int]) -> Iterator[tuple[int, Step | None]]:
+    for i in missing:
+        for piece in shards[i]:
+            for step in piece.steps():
+                yield i, step
+        yield i, None
+
+
+def _convert(i: int, step: Step | None, read: Future | None) -> Iterator[tuple[int, tuple[str, Tensor] | None]]:
+    if step is None or read is None:
+        yield i, None
+        return
+    for part in step.convert(read.result()):
+        yield i, part
+
+
+class _Output:
+    """The writing side. One thread hashes and appends to the shards, another writes them to the disk."""
+
+    def __init__(self, advance: Callable[[int], object]) -> None:
+        self.begun: dict[int, _Shard] = {}
+        self._advance = advance
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
+        self._pending: deque[Future] = deque()
+        self._current: _Shard | None = None
+
+    def __enter__(self) -> "_Output":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writer.shutdown(wait=True, cancel_futures=True)
+        self._disk.shutdown(wait=True, cancel_futures=True)
+        for shard in self.begun.values():
+            shard.close()
+
+    def begin(self, i: int, path: Path, pieces: list[Piece]) -> None:
+        infos = {name: info for piece in pieces for name, info in piece.tensors.items()}
+        self._current = self.begun[i] = _Shard(path, infos, self._disk)
+
+    def append(self, name: str, values: Tensor) -> None:
+        assert self._current is not None
+        self._current.check(name, values)
+        data = values.detach().contiguous().cpu().view(-1).view(torch.uint8)
+        self._submit(self._current.write, name, data)
+
+    def finish(self, i: int, pieces: list[Piece]) -> dict[str, Any]:
+        """Wait until the shard is on the disk. Returns its record."""
+        while self._pending:
+            self._wait()
+        shard = self.begun[i]
+        notes = [note for piece in pieces if (note := piece.note()) is not None]
+        return {**_calling(shard.path, shard.finish), "notes": notes}
+
+    def publish(self, i: int) -> None:
+        """Give the shard its final name."""
+        self.begun[i].temporary.replace(self.begun[i].path)
+
+    def _submit(self, write: Callable[[str, Tensor], int], name: str, data: Tensor) -> None:
+        while len(self._pending) >= _AHEAD:
+            self._wait()
+        self._pending.append(self._writer.submit(write, name, data))
+
+    def _wait(self) -> None:
+        assert self._current is not None
+        self._advance(_calling(self._current.path, self._pending.popleft().result))
+
+
+class _Shard:
+    """A file that is being written from front to back."""
+
+    def __init__(self, path: Path, infos: dict[str, TensorInfo], disk: ThreadPoolExecutor) -> None:
+        self.path, self.temporary = path, path.with_name(path.name + ".tmp")
+        self._infos = infos
+        self._left = {name: info.bytes for name, info in infos.items()}
+        self._digests = {name: xxhash.xxh3_128() for name in infos}
+        self._digest = xxhash.xxh3_128()
+        self._file = StreamedFile(self.temporary, disk)
+        self._write(_header(infos))
+
+    def check(self, name: str, values: Tensor) -> None:
+        """Check the next part of a tensor.
+
+        Raises:
+            AssertionError: it has another type or width than planned, or another part is due.
+        """
+        due = next((name for name, left in self._left.items() if left), None)
+        info, stored = self._infos[name], stored_name(values.dtype)
+        row = info.shape[1:]
+        if stored != info.dtype or tuple(values.shape[1:]) != row or name != due or values.nbytes > self._left[name]:
+            raise AssertionError(
+                f"{name}: made {stored} {list(values.shape)}, planned {info.dtype} {list(info.shape)}, due {due}"
+            )
+        self._left[name] -= values.nbytes
+
+    def write(self, name: str, data: Tensor) -> int:
+        view = data.numpy().data
+        self._digests[name].update(view)
+        self._write(view)
+        return len(view)
+
+    def finish(self) -> dict[str, Any]:
+        unmade = [name for name, left in self._left.items() if left]
+        if unmade:
+            raise AssertionError(f"{self.path.name}: never made: {unmade[:3]}")
+        self._file.finish()
+        self.close()
+        digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
+        return {"size": self._file.size, "digest": self._digest.hexdigest(), "tensors": digests}
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, data: Any) -> None:
+        self._digest.update(data)
+        self._file.append(data)
+
+
+def _calling(path: Path, function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise UserError(
+                f"{path.parent}: the disk is full. Free some space and run the same command again. It resumes at"
+                f" {path.name}."
+            ) from error
+        raise
+
+
+def _header(infos: dict[str, TensorInfo]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, info in infos.items():
+        end = offset + info.bytes
+        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_index(directory: Path, shards: dict[str, list[Piece]], total: int) -> None:
+    weight_map = {name: file for file, shard in shards.items() for piece in shard for name in piece.tensors}
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})

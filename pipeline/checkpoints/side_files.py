@@ -1,0 +1,41 @@
+"""The files of a model directory beside weights and configuration: tokenizer, chat template, licence."""
+
+import os
+import shutil
+from pathlib import Path
+
+from pipeline.checkpoints.config_json import CONFIG
+from pipeline.checkpoints.shards import INDEX
+from pipeline.runs.artifacts import BOOKKEEPING
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def copy_side_files(source: Path, target: Path) -> list[str]:
+    """Copy the tokenizer, chat template, generation config, licence and the like. Returns the names of the files."""
+    names = side_files(source)
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    return names
+
+
+def side_files(directory: Path) -> list[str]:
+    """Names of the files that belong to a model, except weights, config.json and this program's own records."""
+    return [p.name for p in sorted(directory.iterdir()) if p.is_file() and _is_side_file(p.name)]
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Put the same file in another place: as a hard link if the file system allows it, otherwise as a copy."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), target)  # resolve: files in the hub's cache are symbolic links
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _is_side_file(name: str) -> bool:
+    return not (
+        name in {CONFIG, INDEX, ADAPTER_CONFIG, ".gitattributes", *BOOKKEEPING}
+        or name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".tmp", ".lock"))
+    )

@@ -1,0 +1,142 @@
+"""A row of any data set -> a row in chat form: which column holds what is configuration (`data.columns`).
+
+A new data set is a file in conf/data/, not code here.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.config import ColumnsConfig, DataConfig
+from pipeline.data.harmony import ConversationError
+from pipeline.errors import did_you_mean
+
+_NEEDED = ("messages", "prompt", "completion")
+_OPTIONS = ("tools", "reasoning_effort", "reasoning_language")
+_MESSAGE_KEYS = ("role", "content", "thinking")
+_MOST_NAMES = 40
+
+
+class Columns:
+    """Maps the rows of one data set, and remembers which of the columns that it looks for were ever there."""
+
+    def __init__(
+        self, key: str, data: DataConfig, expected: dict[str, str] | None = None, expected_key: str = "{}"
+    ) -> None:
+        """
+        Args:
+            key: of the data set's settings, for messages: `data` or `data.blend[0]`.
+            data: columns, roles and filter.
+            expected: what scorers need to know of a row, and the column that has it.
+            expected_key: of the settings that say so, for messages; {} stands for the name.
+        """
+        self._key = key
+        self._data = data
+        self._expected = expected or {}
+        self._expected_key = expected_key
+        self._wanted = dict(self._looked_for())
+        self._met: set[str] = set()
+        self._kept_one = False
+        self._others: dict[str, None] = {}  # names in rows that lack a wanted column, in order
+
+    def chat_row(self, row: Any) -> dict[str, Any] | None:
+        """The row as `harmony.parse_conversation` takes it, or None if data.filter leaves it out.
+
+        Raises:
+            ConversationError: a column that every row needs is not there, or no text.
+        """
+        if not isinstance(row, dict):
+            raise ConversationError(f"is a {type(row).__name__}, not an object with {next(iter(self._wanted))!r}")
+        found = {column: self._find(row, column) for column in self._data.filter}
+        if any(found[column] not in values for column, values in self._data.filter.items()):
+            return None
+        self._kept_one = True
+        columns = {name: column for name, column in vars(self._data.columns).items() if name not in _MESSAGE_KEYS}
+        # All are looked up before the first is missed, so that `missing` names only those that are.
+        values = {name: self._find(row, column) for name, column in columns.items() if column is not None}
+        for name in _NEEDED:
+            if name in values and values[name] is None:
+                raise ConversationError(f"has no {columns[name]!r} (it has: {', '.join(_leaves(row)) or 'nothing'})")
+        messages = self._messages(values["messages"]) if "messages" in values else self._single_turn(values)
+        if values.get("system") is not None and isinstance(messages, list):
+            messages = [{"role": "system", "content": values["system"]}, *messages]
+        return {"messages": messages, **{name: values.get(name) for name in _OPTIONS}}
+
+    def expected(self, row: dict[str, Any]) -> dict[str, str]:
+        """What a row that was kept says of a right answer, as text.
+
+        Raises:
+            ConversationError: a column is not there, or neither text nor a number.
+        """
+        found = {name: self._find(row, column) for name, column in self._expected.items()}
+        for name, value in found.items():
+            if not isinstance(value, (str, int, float)):
+                kind = "is not there" if value is None else f"is a {type(value).__name__}, neither text nor a number"
+                raise ConversationError(
+                    f"{self._expected[name]!r}, which {self._expected_key.format(name)} names, {kind}"
+                )
+        return {name: str(value) for name, value in found.items()}
+
+    def missing(self) -> list[str]:
+        """What is to be said, after the last row, of each column that no row had."""
+        there = ", ".join(self._others) or "none"
+        return [
+            f"{setting}={column!r}: no row of {self._data.path} has that column."
+            f"{did_you_mean(column, self._others)} There are: {there}."
+            for column, setting in self._wanted.items()
+            # Nothing was looked for in rows that were no rows, and only the filter's columns in those that it left out.
+            if column not in self._met and (self._kept_one or (column in self._data.filter and self._others))
+        ]
+
+    def _looked_for(self) -> Iterator[tuple[str, str]]:
+        """(column, full key) of what must be in some row: what every row needs, and options that were set by name."""
+        usual = ColumnsConfig()
+        for name, column in vars(self._data.columns).items():
+            must_be_there = name in _NEEDED or column != getattr(usual, name)
+            if name not in _MESSAGE_KEYS and column is not None and must_be_there:
+                yield column, f"{self._key}.columns.{name}"
+        yield from ((column, f"{self._key}.filter") for column in self._data.filter)
+        yield from ((column, self._expected_key.format(name)) for name, column in self._expected.items())
+
+    def _find(self, row: dict[str, Any], path: str) -> Any:
+        """The value at a dotted path, or in a column whose name has the dots in it; None if there is none."""
+        value: Any = row
+        for part in [path] if path in row else path.split("."):
+            if not isinstance(value, dict) or part not in value:
+                if path in self._wanted and len(self._others) < _MOST_NAMES:
+                    self._others |= dict.fromkeys(_leaves(row))
+                return None
+            value = value[part]
+        self._met.add(path)
+        return value
+
+    def _single_turn(self, values: dict[str, Any]) -> list[dict[str, Any]]:
+        for name in ("prompt", "completion"):
+            column = getattr(self._data.columns, name)
+            if column is not None and not isinstance(values[name], str):
+                raise ConversationError(f"{column!r} is {type(values[name]).__name__}, not text")
+        question = {"role": "user", "content": values["prompt"]}
+        if "completion" not in values:
+            return [question]
+        answer = {"role": "assistant", "content": values["completion"], "thinking": values.get("reasoning")}
+        return [question, answer]
+
+    def _messages(self, messages: Any) -> Any:
+        return [self._message(message) for message in messages] if isinstance(messages, (list, tuple)) else messages
+
+    def _message(self, message: Any) -> Any:
+        if not isinstance(message, dict):
+            return message
+        role = message.get(self._data.columns.role)
+        chat = {"role": self._data.roles.get(role, role) if isinstance(role, str) else role}
+        for key, name in (("content", self._data.columns.content), ("thinking", self._data.columns.thinking)):
+            chat[key] = message.get(name)
+        chat["tool_calls"] = message.get("tool_calls")
+        return chat
+
+
+def _leaves(row: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted paths of all columns, those of nested objects in place of the object."""
+    found: list[str] = []
+    for name, value in row.items():
+        found += _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [f"{prefix}{name}"]
+    return found

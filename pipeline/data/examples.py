@@ -1,0 +1,198 @@
+"""Conversations -> training and validation examples: chosen, split, rendered, tokenized."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import xxhash
+from datasets import Dataset, Features, List, Value
+
+from pipeline.config import DataConfig, PipelineConfig, Supervise
+from pipeline.data import harmony, sampling, tables
+from pipeline.data.harmony import IGNORED, ConversationError, Rendering, Turn
+from pipeline.data.rows import CODE, BadRows, Conversations, Rows, column_of
+from pipeline.data.sampling import Numbers
+from pipeline.data.sources import digest_of_files
+from pipeline.errors import UserError, user_errors
+from pipeline.runs.console import progress, say, warn
+
+_EXAMPLES = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int32")),
+        "row": Value("int64"),  # number of its conversation
+        "length": Value("int32"),  # tokens before the cut
+        "supervised": Value("int32"),  # supervised tokens after it
+    }
+)
+_TURNS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Tokenized training and validation examples: columns `input_ids` and `labels`.
+
+    Attributes:
+        train: examples to learn from.
+        validation: examples held out; no conversation is in both.
+        counts: what went in, and what was cut.
+        max_length: tokens that no example is longer than.
+        validation_rows: of each validation example the number of its conversation in Rows.
+    """
+
+    train: Dataset
+    validation: Dataset
+    counts: dict[str, int]
+    max_length: int
+    validation_rows: Numbers
+
+
+def prepare_examples(config: PipelineConfig, rows: Rows, tokenizer: Any) -> Splits:
+    """Choose, split, render and tokenize.
+
+    Raises:
+        UserError: nothing is left to train on or to validate on, or the template refuses a row.
+    """
+    data, how = config.data, rendering_of(config, tokenizer)
+    counts, chosen = _choose(data, rows)
+    numbers_of = dict(zip(("train", "validation"), _split(data, rows, chosen), strict=True))
+    counts |= {f"{name}_rows": len(numbers) for name, numbers in numbers_of.items()}
+    tokenized: dict[str, Dataset] = {}
+    problems: list[str] = []
+    for name, numbers in numbers_of.items():
+        try:
+            tokenized[name] = _tokenized(config, name, rows, numbers, how)
+        except BadRows as bad:
+            problems += bad.lines()
+    if problems:
+        raise user_errors(problems)
+    kept = {name: _supervised(data, name, table, counts) for name, table in tokenized.items()}
+    examples = {name: table.select_columns(["input_ids", "labels"]) for name, table in kept.items()}
+    return Splits(
+        **examples, counts=counts, max_length=data.max_length, validation_rows=column_of(kept["validation"], "row")
+    )
+
+
+def rendering_of(config: PipelineConfig, tokenizer: Any) -> Rendering:
+    """How the settings want conversations rendered."""
+    data = config.data
+    return Rendering(
+        tokenizer,
+        data.reasoning_effort.name,
+        data.conversation_date,
+        data.supervise is Supervise.every_turn,
+        data.reasoning_language,
+        data.model_identity,
+    )
+
+
+def split_rows(config: PipelineConfig, rows: Rows) -> tuple[Conversations, Conversations]:
+    """The conversations to train on and those to validate on; data.max_samples may leave some out of both.
+
+    Raises:
+        UserError: there are none to train on or to validate on.
+    """
+    _, chosen = _choose(config.data, rows)
+    train, validation = (rows.conversations.select(part) for part in _split(config.data, rows, chosen))
+    return train, validation
+
+
+def _choose(data: DataConfig, rows: Rows) -> tuple[dict[str, int], Numbers]:
+    """What is used of each part of a blend, and the numbers of the chosen rows in their seeded order."""
+    available = [count for _, count in rows.parts]
+    take = sampling.shares(available, [source.weight for source, _ in rows.parts], data.max_samples)
+    total = sum(take)
+    if data.max_samples is not None and data.max_samples > total:
+        limit = "there are only" if len(take) == 1 else "with these weights there are only"
+        say("data", f"data.max_samples={data.max_samples}, but {limit} {total} rows: using all")
+    used = {}
+    for (source, count), taken in zip(rows.parts, take, strict=True) if data.blend else ():
+        if not taken:
+            raise UserError(
+                f"{source.key}.weight={source.weight}: less than one row of {total}. Raise it, or leave it out."
+            )
+        say("data", f"{source.data.path}: {taken} of {count} rows, {taken / total:.1%} of the blend")
+        used[f"{source.key}.rows"] = taken
+    return used, sampling.choose(available, take, data.seed)
+
+
+def _split(data: DataConfig, rows: Rows, chosen: Numbers) -> tuple[Numbers, Numbers]:
+    held_out = round(len(chosen) * data.validation_fraction)
+    train, validation = sampling.split(rows.identities[chosen], held_out)
+    if not len(train) or not len(validation):
+        empty = "train on" if len(validation) else "validate on"
+        raise UserError(
+            f"data.validation_fraction={data.validation_fraction} of {len(chosen)} rows leaves none to {empty}."
+            " Change it, or use more rows."
+        )
+    return chosen[train], chosen[validation]
+
+
+def _tokenized(config: PipelineConfig, name: str, rows: Rows, numbers: Numbers, rendering: Rendering) -> Dataset:
+    """The table of all examples of these rows, those without a supervised token included."""
+    chosen = xxhash.xxh3_128_hexdigest(numbers.tobytes())
+    settings = replace(rendering, tokenizer=_fingerprint(rendering.tokenizer))
+    key = ("examples", rows.fingerprint, chosen, settings, config.data.max_length, digest_of_files(CODE))
+    return tables.table(
+        config, key, _EXAMPLES, lambda: _examples(name, rows.conversations, numbers, rendering, config.data.max_length)
+    )
+
+
+def _examples(
+    name: str, conversations: Conversations, numbers: Numbers, rendering: Rendering, max_length: int
+) -> Iterator[dict[str, Any]]:
+    bad = BadRows()
+    turns: list[tuple[int, Turn]] = []
+    for number in progress(numbers, what=f"tokenizing {name}", unit="row"):
+        conversation = conversations[int(number)]
+        try:
+            turns += [(int(number), turn) for turn in harmony.turns(conversation, rendering)]
+        except ConversationError as error:
+            bad.add(f"{conversation.where}: {error}.")
+        if len(turns) >= _TURNS_AT_ONCE:
+            yield from _cut(turns, rendering, max_length)
+            turns = []
+    yield from _cut(turns, rendering, max_length)
+    bad.raise_if_any()
+
+
+def _cut(turns: list[tuple[int, Turn]], rendering: Rendering, max_length: int) -> Iterator[dict[str, Any]]:
+    examples = harmony.tokenize([turn for _, turn in turns], rendering)
+    for (number, _), example in zip(turns, examples, strict=True):
+        cut = {key: ids[:max_length] for key, ids in example.items()}
+        supervised = len(cut["labels"]) - cut["labels"].count(IGNORED)
+        yield {**cut, "row": number, "length": len(example["input_ids"]), "supervised": supervised}
+
+
+def _supervised(data: DataConfig, name: str, table: Dataset, counts: dict[str, int]) -> Dataset:
+    """The examples that something can be learned from; counts them, and says what was cut and left out."""
+    length, supervised = column_of(table, "length"), column_of(table, "supervised")
+    kept = np.flatnonzero(supervised)
+    cut, lost = int((length > data.max_length).sum()), len(table) - len(kept)
+    if not len(kept):
+        raise UserError(
+            f"data.max_length={data.max_length} cuts away every supervised token of the {name} examples: raise it."
+        )
+    if cut:
+        warn(
+            "data",
+            f"{cut} of {len(table)} {name} examples are longer than data.max_length={data.max_length} and were"
+            f" cut; {lost} of them had no supervised token left and were left out",
+        )
+    counts |= {
+        f"{name}_examples": len(kept),
+        f"{name}_tokens": int(np.minimum(length[kept], data.max_length).sum()),
+        f"{name}_supervised_tokens": int(supervised.sum()),
+        f"{name}_examples_cut": cut,
+        f"{name}_examples_left_out": lost,
+    }
+    return table.select(kept) if lost else table
+
+
+def _fingerprint(tokenizer: Any) -> str:
+    """Of all that decides what a tokenizer makes of a conversation."""
+    libraries = [version(library) for library in ("transformers", "tokenizers")]
+    text = f"{libraries}{tokenizer.chat_template}{tokenizer.backend_tokenizer.to_str()}"
+    return xxhash.xxh3_128_hexdigest(text.encode())

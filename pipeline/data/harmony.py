@@ -1,0 +1,370 @@
+"""Harmony conversations: what is valid, and what of it the model sees and learns.
+
+An assistant turn is trained exactly as it occurs at inference: the prompt is the chat template's own rendering of what
+came before, up to `<|start|>assistant`, and the completion is what the model has to produce from there, its reasoning
+and the token that stops it included. Only the completion is supervised. The template drops the reasoning of earlier
+turns, so a conversation with several assistant turns becomes several examples, each with the prompt of its own turn.
+"""
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from pipeline.checkpoints.gpt_oss import SPECIAL_TOKENS, STOP_TOKENS
+
+IGNORED = -100
+"""Label of a token that is not supervised (the default of torch's cross entropy)."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_INSTRUCTIONS = ("system", "developer")
+_LANGUAGE_LINE = "reasoning language:"  # as in OpenAI's cookbook and in HuggingFaceH4/Multilingual-Thinking
+_PLACEHOLDER = [{"role": "user", "content": ""}]
+
+
+class ConversationError(ValueError):
+    """A conversation that cannot be trained on; says which message and why."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A valid conversation in the form that the chat template takes.
+
+    Attributes:
+        messages: role and content, thinking and tool_calls only where there are any.
+        tools: function schemas offered to the model, or None.
+        reasoning_effort: of this conversation, or None for the data set's.
+        reasoning_language: likewise; what the instructions themselves say comes before either.
+        merged_instructions: whether a system and a developer message were joined into one.
+        where: the file and row, or the like, that it comes from.
+        expected: what the row says of a right answer, for scorers.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
+    reasoning_language: str | None = None
+    merged_instructions: bool = False
+    where: str = field(default="", compare=False)
+    expected: dict[str, str] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How conversations are rendered: the tokenizer with its chat template, and what else the prompt says.
+
+    Attributes:
+        tokenizer: with gpt-oss' chat template.
+        reasoning_effort: low, medium or high, for conversations that have none of their own.
+        conversation_date: the system message's `Current date:`.
+        every_turn: whether every assistant turn is an example, or only the last one.
+        reasoning_language: for conversations that name none, or None.
+        model_identity: first line of the system message, or None for the template's own.
+    """
+
+    tokenizer: Any
+    reasoning_effort: str
+    conversation_date: str
+    every_turn: bool
+    reasoning_language: str | None = None
+    model_identity: str | None = None
+
+
+class Turn(NamedTuple):
+    """An assistant's turn: the prompt that it has at inference, and what the model has to produce, as text."""
+
+    prompt: str
+    completion: str
+
+
+def parse_conversation(row: Any, where: str = "", needs_answer: bool = True) -> Conversation:
+    """Check one row of a chat data set.
+
+    Args:
+        where: the row's place, kept for messages.
+        needs_answer: whether there must be something to learn; a row that is only asked may end with the user.
+        row: {"messages": [{"role", "content", "thinking"?, "tool_calls"?}, …], "tools"?, "reasoning_effort"?,
+            "reasoning_language"?}. Keys that are None count as absent: Arrow fills them in.
+
+    Raises:
+        ConversationError: what is wrong, and in which message.
+    """
+    if not isinstance(row, dict):
+        raise ConversationError(f"is a {type(row).__name__}, not an object with 'messages'")
+    messages = row.get("messages")
+    if messages is None:
+        raise ConversationError(f"has no 'messages' (it has: {', '.join(sorted(map(str, row))) or 'nothing'})")
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ConversationError("'messages' is not a list with at least one message")
+    cleaned = [_message(i, message) for i, message in enumerate(messages)]
+    merged = _merge_instructions(cleaned)
+    _check_order(merged, needs_answer)
+    joined = len(merged) < len(cleaned)
+    return Conversation(merged, _tools(row.get("tools")), _effort(row), _language(row, merged), joined, where)
+
+
+def examples(conversation: Conversation, rendering: Rendering) -> list[dict[str, list[int]]]:
+    """One training example per supervised assistant turn: `input_ids` and `labels`, of equal length.
+
+    Raises:
+        ConversationError: the chat template refuses the conversation or is not a Harmony template.
+    """
+    return tokenize(turns(conversation, rendering), rendering)
+
+
+def turns(conversation: Conversation, rendering: Rendering) -> list[Turn]:
+    """The supervised assistant turns as text.
+
+    Raises:
+        ConversationError: the chat template refuses the conversation or is not a Harmony template.
+    """
+    found = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    return [_turn(conversation, i, rendering) for i in (found if rendering.every_turn else found[-1:])]
+
+
+def tokenize(made: list[Turn], rendering: Rendering) -> list[dict[str, list[int]]]:
+    """Turns as `input_ids` and `labels`; many at once are faster, since the tokenizer has its own threads."""
+    if not made:
+        return []
+    texts = [text for turn in made for text in (turn.prompt, turn.completion)]
+    ids = rendering.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [
+        {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
+        for prompt, completion in zip(ids[::2], ids[1::2], strict=True)
+    ]
+
+
+def asked(conversation: Conversation, effort: str, language: str | None) -> Conversation:
+    """What a model is asked: all but the assistant's last turn, if the conversation ends with one.
+
+    Args:
+        conversation: of an evaluation row.
+        effort: reasoning effort, where the row has none.
+        language: of the reasoning, where the row names none.
+    """
+    messages = conversation.messages[:-1] if conversation.messages[-1]["role"] == "assistant" else conversation.messages
+    messages = in_language(messages, conversation.reasoning_language or language)
+    return replace(
+        conversation,
+        messages=messages,
+        reasoning_effort=conversation.reasoning_effort or effort,
+        reasoning_language=_stated_language(messages),
+    )
+
+
+def prompt(conversation: Conversation, rendering: Rendering) -> str:
+    """A conversation as text, up to where the assistant's next turn begins.
+
+    Raises:
+        ConversationError: the chat template refuses it.
+    """
+    return _render(conversation.messages, conversation, rendering, True)
+
+
+def _turn(conversation: Conversation, index: int, rendering: Rendering) -> Turn:
+    messages = conversation.messages
+    prompt = _render(messages[:index], conversation, rendering, True)
+    # The completion is rendered on its own: the template would drop the reasoning of a tool call from a longer history.
+    alone = _render([*_PLACEHOLDER, messages[index]], conversation, rendering, False)
+    opening = _render(_PLACEHOLDER, conversation, rendering, True)
+    if not alone.startswith(opening) or not alone.endswith(STOP_TOKENS):
+        raise ConversationError(
+            "the tokenizer's chat template is not Harmony's: an assistant turn does not continue the generation prompt"
+            f" up to {' or '.join(STOP_TOKENS)}"
+        )
+    return Turn(prompt, alone[len(opening) :])
+
+
+def _render(
+    messages: list[dict[str, Any]], conversation: Conversation, rendering: Rendering, for_generation: bool
+) -> str:
+    from jinja2 import TemplateError
+
+    language = conversation.reasoning_language or rendering.reasoning_language
+    # The template tests whether the variable is defined: None would be written out.
+    identity = {} if rendering.model_identity is None else {"model_identity": rendering.model_identity}
+    try:
+        return rendering.tokenizer.apply_chat_template(
+            in_language(messages, language),
+            tools=conversation.tools,
+            tokenize=False,
+            add_generation_prompt=for_generation,
+            reasoning_effort=conversation.reasoning_effort or rendering.reasoning_effort,
+            # The template asks this function for today's date; a variable of the same name shadows it.
+            strftime_now=lambda _: rendering.conversation_date,
+            **identity,
+        )
+    except (TemplateError, TypeError, AttributeError) as error:
+        raise ConversationError(f"the chat template refuses it: {error}") from error
+
+
+def in_language(messages: list[dict[str, Any]], language: str | None) -> list[dict[str, Any]]:
+    """The messages with "reasoning language: …" as the first line of the instructions, unless they have one."""
+    if language is None or _stated_language(messages) is not None:
+        return messages
+    line = f"{_LANGUAGE_LINE} {language}"
+    if messages and messages[0]["role"] in _INSTRUCTIONS:
+        opening, *rest = messages
+        text = f"{line}\n\n{opening['content']}" if opening["content"] else line
+        return [{**opening, "content": text}, *rest]
+    return [{"role": "system", "content": line}, *messages]
+
+
+def _stated_language(messages: list[dict[str, Any]]) -> str | None:
+    """What the first line of the instructions says."""
+    if not messages or messages[0]["role"] not in _INSTRUCTIONS:
+        return None
+    key, colon, language = messages[0]["content"].partition("\n")[0].partition(":")
+    return language.strip() if f"{key.strip().lower()}{colon}" == _LANGUAGE_LINE else None
+
+
+def _message(index: int, message: Any) -> dict[str, Any]:
+    where = f"messages[{index}]"
+    if not isinstance(message, dict):
+        raise ConversationError(f"{where} is a {type(message).__name__}, not an object with role and content")
+    role = message.get("role")
+    if role not in ROLES:
+        raise ConversationError(f"{where} has the unknown role {role!r}; roles are {', '.join(ROLES)}")
+    tool_calls = message.get("tool_calls") or None
+    cleaned: dict[str, Any] = {"role": role, "content": _text(where, "content", message, tool_calls is not None)}
+    if message.get("thinking"):
+        if role != "assistant":
+            raise ConversationError(f"{where} has 'thinking', but its role is {role!r}, not 'assistant'")
+        cleaned["thinking"] = _text(where, "thinking", message, False)
+    if tool_calls is not None:
+        cleaned["tool_calls"] = [_tool_call(where, role, tool_calls)]
+        if cleaned["content"] and cleaned.get("thinking"):
+            raise ConversationError(f"{where} calls a tool: put its reasoning in 'thinking' or 'content', not both")
+    return cleaned
+
+
+def _text(where: str, key: str, message: dict[str, Any], may_be_absent: bool) -> str:
+    text = message.get(key)
+    if text is None and may_be_absent:
+        return ""
+    if not isinstance(text, str):
+        raise ConversationError(f"{where}.{key} is {type(text).__name__}, not text")
+    _check_text(f"{where}.{key}", text)
+    return text
+
+
+def _check_text(where: str, text: str) -> None:
+    special = next((token for token in SPECIAL_TOKENS.values() if token in text), None)
+    if special is not None:
+        raise ConversationError(f"{where} contains the special token {special}, which would end the message")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConversationError(f"{where} is not valid Unicode: it contains half of a surrogate pair") from error
+
+
+def _check_json(where: str, value: Any) -> None:
+    """All text in a JSON value, keys included."""
+    if isinstance(value, str):
+        _check_text(where, value)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            _check_json(where, key)
+            _check_json(where, inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            _check_json(where, inner)
+    elif value is not None and not isinstance(value, (bool, int, float)):
+        raise ConversationError(f"{where} has a {type(value).__name__}, which JSON does not know")
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every object of a column the keys of all others, as None: such keys are absent."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _tool_call(where: str, role: str, tool_calls: Any) -> dict[str, Any]:
+    if role != "assistant":
+        raise ConversationError(f"{where} has 'tool_calls', but its role is {role!r}, not 'assistant'")
+    if not isinstance(tool_calls, (list, tuple)) or len(tool_calls) != 1:
+        raise ConversationError(f"{where}.tool_calls must be a list of exactly one call: Harmony makes one at a time")
+    call = tool_calls[0]
+    function = call.get("function") or call if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ConversationError(f"{where}.tool_calls[0] has no function name")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):  # OpenAI's API sends them as JSON text; the template expects the object
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise ConversationError(f"{where}.tool_calls[0].arguments is not valid JSON ({error})") from error
+    else:
+        arguments = _without_nulls(arguments)
+    _check_json(f"{where}.tool_calls[0]", [function["name"], arguments])
+    return {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
+
+
+def _merge_instructions(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The template keeps only the first system or developer message: those that open the conversation become one."""
+    leading = 0
+    while leading < len(messages) and messages[leading]["role"] in _INSTRUCTIONS:
+        leading += 1
+    for i, message in enumerate(messages[leading:], leading):
+        if message["role"] in _INSTRUCTIONS:
+            raise ConversationError(
+                f"messages[{i}] is a {message['role']} message in mid-conversation, which the template would drop"
+            )
+    if leading < 2:
+        return messages
+    text = "\n\n".join(message["content"] for message in messages[:leading])
+    return [{"role": "developer", "content": text}, *messages[leading:]]
+
+
+def _check_order(messages: list[dict[str, Any]], needs_answer: bool) -> None:
+    if needs_answer and not any(message["role"] == "assistant" for message in messages):
+        raise ConversationError("has no assistant message: there is nothing to learn")
+    if messages[-1]["role"] in _INSTRUCTIONS:
+        raise ConversationError("has nothing but instructions: there is nothing that is asked")
+    if messages[0]["role"] == "assistant":
+        raise ConversationError("opens with an assistant message: there is nothing that it answers")
+    for i, message in enumerate(messages):
+        if message["role"] == "tool" and not any("tool_calls" in earlier for earlier in messages[:i]):
+            raise ConversationError("has a tool message without an earlier assistant message with 'tool_calls'")
+
+
+def _tools(tools: Any) -> list[dict[str, Any]] | None:
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise ConversationError(f"'tools' is not valid JSON ({error})") from error
+    if not tools:
+        return None
+    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, dict) for tool in tools):
+        raise ConversationError("'tools' is not a list of function schemas")
+    schemas = [_without_nulls(tool.get("function") or tool) for tool in tools]
+    for i, schema in enumerate(schemas):
+        for key in ("name", "description"):
+            if not isinstance(schema, dict) or not isinstance(schema.get(key), str):
+                called = schema.get("name") if isinstance(schema, dict) else schema
+                raise ConversationError(f"tools[{i}] ({called!r}) has no {key}, which the chat template shows")
+    _check_json("'tools'", schemas)
+    return [{"type": "function", "function": schema} for schema in schemas]
+
+
+def _effort(row: dict[str, Any]) -> str | None:
+    effort = row.get("reasoning_effort")
+    if effort not in (None, "low", "medium", "high"):
+        raise ConversationError(f"'reasoning_effort' is {effort!r}, not low, medium or high")
+    return effort
+
+
+def _language(row: dict[str, Any], messages: list[dict[str, Any]]) -> str | None:
+    language = row.get("reasoning_language")
+    if language is None:
+        return None
+    if not isinstance(language, str) or not language.strip() or "\n" in language:
+        raise ConversationError(f"'reasoning_language' is {language!r}, not the name of a language")
+    _check_text("'reasoning_language'", language)
+    stated = _stated_language(messages)
+    if stated is not None and stated.lower() != language.strip().lower():
+        raise ConversationError(
+            f"'reasoning_language' is {language!r}, but its instructions begin with '{_LANGUAGE_LINE} {stated}'"
+        )
+    return language.strip()

@@ -1,0 +1,271 @@
+"""Where rows come from: files, folders, saved data sets, the hub, and what the program makes itself.
+
+A row is passed on as it stands, with its place; what it means is for others to say.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from datasets.exceptions import DatasetsError
+
+from pipeline.config import SYNTHETIC, BlendPartConfig, DataConfig
+from pipeline.data import synthetic
+from pipeline.errors import UserError
+from pipeline.models import tiny_model
+
+FILES = (".jsonl", ".parquet")
+
+_READ_BYTES = 1 << 24
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+PlacedRows = Iterator[tuple[str, Any]]
+"""(where it stands, row) of every row; rows are counted from 1, as editors count lines."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set: `data` itself, or a part of `data.blend`.
+
+    Attributes:
+        key: of its settings, for messages: `data` or `data.blend[0]`.
+        data: its settings, with those of `data` where a part has none of its own.
+        weight: its share of a blend, relative to the others'.
+        reasoning_effort: a part's own, for rows that say nothing; None: as `data`.
+        reasoning_language: likewise.
+        expected: what scorers need to know of a row, and the column that has it.
+        expected_key: of the settings that say so, for messages; {} stands for the name.
+        needs_answers: whether a row must have an answer to learn, as it need not where it is only asked.
+    """
+
+    key: str
+    data: DataConfig
+    weight: float = 1.0
+    reasoning_effort: str | None = None
+    reasoning_language: str | None = None
+    expected: dict[str, str] = field(default_factory=dict)
+    expected_key: str = "evaluate.prompts.expected.{}"
+    needs_answers: bool = True
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for a row that could not be read, so that it is reported with the other bad rows."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A data set that is there.
+
+    Attributes:
+        identity: changes whenever the rows do: of the bytes of the files, or of the commit on the hub.
+        rows: reads them from the first on, each time it is called.
+    """
+
+    identity: str
+    rows: Callable[[], PlacedRows]
+
+
+def data_sources(data: DataConfig) -> list[Source]:
+    """The data sets that the configuration names.
+
+    Raises:
+        UserError: there is none.
+    """
+    if data.blend:
+        return [_part(f"data.blend[{i}]", data, part) for i, part in enumerate(data.blend)]
+    if data.path is None:
+        raise UserError("data.path: is not set. Give data.path=<file, folder or hub id>, or choose a recipe.")
+    return [Source("data", data)]
+
+
+def open_rows(source: Source) -> Opened:
+    """Find a data set.
+
+    Raises:
+        UserError: it is not there, or not of a kind that is read. Calling `rows` may raise it too.
+    """
+    name = str(source.data.path)
+    path = Path(name).expanduser()
+    if name.startswith(SYNTHETIC):
+        return _synthetic(source, name)
+    if path.is_file():
+        return _file(source, path)
+    if path.is_dir():
+        return _folder(source, path)
+    if not _looks_like_hub_id(name):
+        raise UserError(f"{source.key}.path={name}: no such file or folder.")
+    return _streamed(source, name) if source.data.streaming else _downloaded(source, name)
+
+
+def _part(key: str, data: DataConfig, part: BlendPartConfig) -> Source:
+    names = ("revision", "split", "streaming", "columns", "roles", "filter")
+    own = {name: value for name in names if (value := getattr(part, name)) is not None}
+    effort = part.reasoning_effort.name if part.reasoning_effort is not None else None
+    return Source(key, replace(data, path=part.path, blend=[], **own), part.weight, effort, part.reasoning_language)
+
+
+def _synthetic(source: Source, name: str) -> Opened:
+    if name != f"{SYNTHETIC}arithmetic":
+        raise UserError(f"{source.key}.path={name!r}: no such synthetic data set. Use {SYNTHETIC}arithmetic.")
+    return Opened(digest_of_files([Path(tiny_model.__file__)]), lambda: _numbered(name, synthetic.arithmetic_rows()))
+
+
+def _file(source: Source, path: Path) -> Opened:
+    if path.suffix not in FILES:
+        raise UserError(
+            f"{source.key}.path={path}: must be {' or '.join(FILES)}, a folder of them, or a saved data set."
+        )
+    return Opened(digest_of_files([path]), lambda: _file_rows(path))
+
+
+def _folder(source: Source, path: Path) -> Opened:
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        kept = sorted(p for p in path.rglob("*") if p.is_file())
+        return Opened(digest_of_files(kept), lambda: _numbered(str(path), _saved(source, path)))
+    files = sorted(p for p in path.iterdir() if p.suffix in FILES and p.is_file())
+    if not files:
+        raise UserError(f"{source.key}.path={path}: holds neither {' nor '.join(FILES)} files nor a saved data set.")
+    return Opened(digest_of_files(files), lambda: (placed for file in files for placed in _file_rows(file)))
+
+
+def _downloaded(source: Source, hub_id: str) -> Opened:
+    """A hub data set in the cache of `datasets`, fetched if need be: a memory-mapped copy of its files."""
+    from datasets.fingerprint import Hasher
+
+    fetched = _from_hub(source, hub_id)
+    files = [Path(entry["filename"]) for entry in fetched.cache_files]
+    # HF_DATASETS_IN_MEMORY_MAX_SIZE makes datasets read small sets into memory: then there are no files to look at.
+    identity = digest_of_files(files) if files else Hasher.hash(list(fetched))
+    return Opened(identity, lambda: _numbered(_place(source, hub_id), fetched))
+
+
+def _streamed(source: Source, hub_id: str) -> Opened:
+    commit = _commit(source, hub_id)
+    pinned = replace(source, data=replace(source.data, revision=commit))
+    return Opened(commit, lambda: _numbered(_place(source, hub_id), _received(pinned, hub_id)))
+
+
+def _received(source: Source, hub_id: str) -> Iterator[Any]:
+    try:
+        yield from _from_hub(source, hub_id)
+    except (DatasetsError, OSError) as error:
+        raise UserError(
+            f"{source.key}.path={hub_id}: the hub stopped sending rows ({_first_line(error)}). Run the same command"
+            f" again, or set {source.key}.streaming=false to fetch the files first."
+        ) from error
+
+
+def _place(source: Source, hub_id: str) -> str:
+    return f"{hub_id} ({source.data.split})"
+
+
+def _commit(source: Source, hub_id: str) -> str:
+    from huggingface_hub import dataset_info
+    from huggingface_hub.errors import HfHubHTTPError
+
+    revision = source.data.revision
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return revision
+    try:
+        return str(dataset_info(hub_id, revision=revision).sha)
+    except (HfHubHTTPError, ValueError, OSError) as error:
+        raise _not_on_hub(source, error) from error
+
+
+def _from_hub(source: Source, hub_id: str) -> Any:
+    from datasets import load_dataset
+
+    data = source.data
+    try:
+        return load_dataset(hub_id, split=data.split, revision=data.revision, streaming=data.streaming)
+    except (DatasetsError, ValueError, OSError) as error:
+        raise _not_on_hub(source, error) from error
+
+
+def _not_on_hub(source: Source, error: Exception) -> UserError:
+    return UserError(
+        f"{source.key}.path={source.data.path!r}, {source.key}.split={source.data.split!r}: no such file or folder, and"
+        f" the hub could not be asked or does not have it ({_first_line(error)})."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _looks_like_hub_id(path: str) -> bool:
+    return path.count("/") <= 1 and not path.startswith((".", "/", "~")) and Path(path).suffix not in FILES
+
+
+def _numbered(where: str, rows: Iterable[Any]) -> PlacedRows:
+    return ((f"{where}: row {i}", row) for i, row in enumerate(rows, 1))
+
+
+def _file_rows(path: Path) -> PlacedRows:
+    return _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path)
+
+
+def _jsonl_rows(path: Path) -> PlacedRows:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                row = Unreadable(f"not valid JSON ({error})")
+            yield f"{path}: row {number}", row
+
+
+def _parquet_rows(path: Path) -> PlacedRows:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        rows = (row for batch in table.iter_batches(1024) for row in batch.to_pylist())
+        yield from _numbered(str(path), rows)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: not a readable parquet file ({error}).") from error
+
+
+def _saved(source: Source, path: Path) -> Any:
+    from datasets import DatasetDict, load_from_disk
+
+    split = source.data.split
+    try:
+        loaded = load_from_disk(str(path))
+    except IndexError as error:  # how datasets 5.2 meets a data set without rows
+        raise UserError(f"{source.key}.path={path}: the data set is empty.") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a readable saved data set ({error}).") from error
+    if not isinstance(loaded, DatasetDict):
+        return loaded
+    if split not in loaded:
+        raise UserError(f"{source.key}.split={split}: {path} has the splits {', '.join(loaded)}.")
+    return loaded[split]
+
+
+def digest_of_files(files: list[Path]) -> str:
+    """XXH3-128 of the files' names, sizes and bytes: a small part of the time that reading their rows takes.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    hashed = xxhash.xxh3_128()
+    for path in files:
+        try:
+            hashed.update(f"{path.absolute()}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as file:
+                while chunk := file.read(_READ_BYTES):
+                    hashed.update(chunk)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
+    return hashed.hexdigest()

@@ -1,0 +1,235 @@
+"""LoRA adapters on attention and on expert stacks, and how they are merged into the weights.
+
+This is the only module that imports peft.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.checkpoints.gpt_oss import ATTENTION_PROJECTIONS, EXPERT_WEIGHTS, attention_projection, expert_parameter
+from pipeline.checkpoints.side_files import ADAPTER_WEIGHTS
+from pipeline.config import LoraTarget, TrainConfig, adapted_layers
+from pipeline.errors import CheckFailed, UserError
+from pipeline.models import sharding
+
+_ADAPTER = "default"
+_QUANTIZER = "_weight_quantizer"
+
+
+def attach(model: Any, train: TrainConfig, section: str) -> PeftModel:
+    """Attach new adapters to the configured parts of the configured layers, and freeze everything else.
+
+    Args:
+        model: a gpt-oss model without adapters or quantizers.
+        train: `lora` sets where adapters go and their rank; `seed` sets their initial values.
+        section: name of `train` in the configuration, for messages.
+
+    Raises:
+        UserError: the configuration names a layer that the model does not have.
+        CheckFailed: the model has quantizers already. Quantizers under adapters on experts would never run.
+    """
+    if any(name.endswith(_QUANTIZER) for name, _ in model.named_modules()):
+        raise CheckFailed("adapters: the model is quantized already. Attach adapters before quantizers are inserted.")
+    lora = train.lora
+    count = model.config.num_hidden_layers
+    layers = adapted_layers(lora, count)
+    if not layers or not set(layers) <= set(range(count)):
+        setting = f"layers={lora.layers}" if lora.every_nth is None else f"every_nth={lora.every_nth}"
+        raise UserError(f"{section}.lora.{setting}: the model has the layers 0 to {count - 1}.")
+    attention = LoraTarget.attention in lora.targets
+    experts = LoraTarget.experts in lora.targets
+    config = PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,  # PEFT does not support dropout for `target_parameters`
+        bias="none",
+        target_modules=[attention_projection(i, name) for i in layers for name in ATTENTION_PROJECTIONS]
+        if attention
+        else [],
+        target_parameters=[expert_parameter(i, name) for i in layers for name in EXPERT_WEIGHTS] if experts else None,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(train.seed)
+    return get_peft_model(model, config)
+
+
+def load(model: Any, directory: Path, trainable: bool) -> PeftModel:
+    """Attach the adapters that are saved in `directory`."""
+    return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether the model has adapters."""
+    return isinstance(model, PeftModel)
+
+
+def base_of(model: Any) -> Any:
+    """The model without PEFT's wrapper around it. Adapters stay attached to its layers."""
+    return model.get_base_model() if is_adapted(model) else model
+
+
+def merge_attention(model: Any) -> None:
+    """Merge the adapters of attention layers in place, with PEFT's own merge. Adapters of experts stay adapters."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.merge()
+
+
+def parameter_name(module_name: str) -> str:
+    """The name that a module or parameter of an adapted model has in the plain model."""
+    return module_name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def is_factor(parameter_name: str) -> bool:
+    """Whether a parameter of an adapted model is part of an adapter."""
+    return ".lora_" in parameter_name
+
+
+@torch.no_grad()
+def expert_weights(model: Any, experts: slice) -> Iterator[tuple[str, Tensor]]:
+    """Some experts (E, in, out) of each trained stack, with adapters merged. This is a collective call.
+
+    If a stack is sharded, only the main process yields experts; they come from its own shard, which is the first. A
+    stack is skipped if its parameter is empty, as ZeRO-3 leaves it between forward passes.
+    """
+    adapted = {
+        f"{parameter_name(name)}.{module.parameter_name}": module
+        for name, module in model.named_modules()
+        if isinstance(module, ParamWrapper)
+    }
+    for full_name, parameter in model.named_parameters():
+        name = parameter_name(full_name)
+        if not name.endswith(EXPERT_WEIGHTS) or not (parameter.requires_grad or name in adapted):
+            continue
+        stack = sharding.first_part(parameter)
+        delta = _delta(adapted[name], experts) if name in adapted else None  # a collective if factors are sharded
+        if stack.numel():
+            yield name, stack[experts] if delta is None else stack[experts] + delta
+
+
+def _delta(wrapper: ParamWrapper, experts: slice) -> Tensor:
+    """The delta that an adapter adds to some experts (E, in, out). The delta of the whole stack is never computed."""
+    first, end, _ = experts.indices(wrapper.num_experts)
+    start = min(first, max(0, wrapper.num_experts - 2))
+    count = min(max(2, end - start), wrapper.num_experts)
+    with _whole_factors(wrapper), _only_experts(wrapper, start, count):
+        return wrapper.get_delta_weight(_ADAPTER)[first - start : end - start]
+
+
+@contextmanager
+def _whole_factors(wrapper: ParamWrapper) -> Iterator[None]:
+    """Gather the factors of an adapter for the duration of the block."""
+    with ExitStack() as gathered:
+        for factor in (*wrapper.lora_A.values(), *wrapper.lora_B.values()):
+            whole = gathered.enter_context(sharding.gathered(_weight(factor)))
+            gathered.callback(setattr, factor, "weight", _weight(factor))
+            factor.weight = torch.nn.Parameter(whole.data, requires_grad=False)
+        yield
+
+
+def is_wrapped(module_name: str) -> bool:
+    """Whether a module of an adapted model carries an adapter on one of its parameters."""
+    return ".base_layer" in module_name
+
+
+class Merger:
+    """Merges the adapters of a directory tensor by tensor, without the base model in memory.
+
+    PEFT's own `merge` runs on one layer of a model without weights at a time: base + delta in the type of the weights.
+    A quantizer on an adapted expert stack sees the same values: ModelOpt 0.47 adds PEFT's delta to the base before it
+    quantizes. (Without quantizers PEFT uses one baddbmm, which rounds differently in the last bit.)
+    """
+
+    def __init__(self, directory: Path, model_config: Any, dtype: torch.dtype) -> None:
+        """Read the adapters.
+
+        Args:
+            directory: where the adapters are.
+            model_config: transformers configuration of the base model.
+            dtype: type of the base weights in training.
+        """
+        from transformers import AutoModelForCausalLM
+
+        self._dtype = dtype
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+        config = PeftLoraConfig.from_pretrained(str(directory))
+        adapted = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
+        weights = load_file(directory / ADAPTER_WEIGHTS)
+        self._layers: dict[str, LoraLayer] = {}
+        for name, module in adapted.named_modules():
+            if isinstance(module, ParamWrapper):
+                self._layers[f"{parameter_name(name)}.{module.parameter_name}"] = module
+            elif isinstance(module, Linear):
+                self._layers[f"{parameter_name(name)}.weight"] = module
+            else:
+                continue
+            for factor in (module.lora_A, module.lora_B):
+                side = "lora_A" if factor is module.lora_A else "lora_B"
+                factor[_ADAPTER].weight = torch.nn.Parameter(weights.pop(f"{name}.{side}.weight"))
+        if weights:
+            raise UserError(
+                f"{directory / ADAPTER_WEIGHTS}: tensors belong to no adapter: {', '.join(sorted(weights)[:3])}."
+            )
+
+    def __contains__(self, name: str) -> bool:
+        """Whether this parameter of the plain model has an adapter."""
+        return name in self._layers
+
+    @torch.no_grad()
+    def merged(self, name: str, base: Tensor, first: int = 0) -> Tensor:
+        """base + delta, in the type that training used.
+
+        Args:
+            name: name of the parameter in the plain model.
+            base: its base weights. For an expert stack, two or more consecutive experts (E, in, out) are enough.
+            first: index of the first expert in `base`.
+        """
+        layer = self._layers[name]
+        owner, attribute = layer.get_base_layer(), name.rpartition(".")[2]
+        hollow = getattr(owner, attribute)
+        setattr(owner, attribute, torch.nn.Parameter(base.to(self._dtype, copy=True), requires_grad=False))
+        with _only_experts(layer, first, len(base)) if isinstance(layer, ParamWrapper) else nullcontext():
+            layer.merge(adapter_names=[_ADAPTER])
+        merged = getattr(owner, attribute).data
+        setattr(owner, attribute, hollow)
+        layer.merged_adapters.clear()
+        return merged
+
+
+def _weight(factor: Any) -> Tensor:
+    return factor.weight
+
+
+@contextmanager
+def _only_experts(layer: ParamWrapper, first: int, count: int) -> Iterator[None]:
+    """Reduce the adapter of an expert stack to `count` experts from `first` on, for the duration of the block.
+
+    PEFT 0.21 keeps the factors of all experts in two matrices: A (experts * rank, in), B (out, rank * experts). It has
+    no public way to merge only some experts, and the delta of a whole stack takes gigabytes. `count` must not be 1,
+    because PEFT handles a single expert differently.
+    """
+    everyone, factor_a, factor_b = layer.num_experts, layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
+    a, b = _weight(factor_a), _weight(factor_b)
+    if count == everyone:
+        yield
+        return
+    assert count > 1
+    chosen = slice(first, first + count)
+    layer.num_experts = count
+    factor_a.weight = torch.nn.Parameter(a.data.view(everyone, -1, a.shape[1])[chosen].flatten(0, 1))
+    factor_b.weight = torch.nn.Parameter(b.data.view(b.shape[0], -1, everyone)[..., chosen].flatten(1))
+    try:
+        yield
+    finally:
+        layer.num_experts = everyone
+        factor_a.weight, factor_b.weight = a, b

@@ -1,0 +1,384 @@
+"""Fake quantization of the expert weights, through ModelOpt with our codec as its backend.
+
+ModelOpt manages the quantizers: which there are, and how they are saved and restored. The codec computes the numbers,
+through ModelOpt's public hook for backends. So training sees the bits that export writes, on any device.
+
+This is the only module that imports modelopt.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.opt as mto
+import modelopt.torch.quantization as mtq
+import torch
+from modelopt.torch.quantization.nn import TensorQuantizer, register_quant_backend
+from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registered_quant_backend
+from modelopt.torch.quantization.plugins import huggingface, peft
+from modelopt.torch.quantization.plugins.huggingface import _transposed_quantize
+from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
+from torch import Tensor
+
+from pipeline.checkpoints.gpt_oss import EXPERT_PATTERN, EXPERT_WEIGHTS, expert_parameter
+from pipeline.errors import CheckFailed
+from pipeline.models.adapters import base_of, is_wrapped, parameter_name
+from pipeline.models.calibration import CALIBRATION_FILE, load_calibration
+from pipeline.models.rounded_weights import RoundedWeights, compute_dtype
+from pipeline.numerics.codec import fake_quantize, straight_through
+from pipeline.numerics.formats import FORMATS, BlockFormat, ScaleType
+from pipeline.numerics.scales import INPUT_RULE, tensor_scale_for_amax
+
+STATE_FILE = "modelopt_state.pth"
+"""The name that ModelOpt's own `enable_huggingface_checkpointing` looks for."""
+
+_BACKEND = "pipeline_codec"
+_WEIGHTS = "_weight_quantizer"
+_INPUTS = "_input_quantizer"
+
+
+@dataclass
+class _Own:
+    """Our data on a weight quantizer, stored in ModelOpt's per-backend slot, which it does not serialize.
+
+    Attributes:
+        importance: (in) float32, weights of the errors when scales are chosen, or None.
+        keeper: cache of rounded weights. None: weights are rounded in every forward pass.
+        is_rounded: whether the parameter itself holds rounded values.
+        observers: called with rounded weights, (E, out, in).
+    """
+
+    importance: Tensor | None = None
+    keeper: RoundedWeights | None = None
+    is_rounded: bool = False
+    observers: list[Callable[[Tensor], None]] = field(default_factory=list)
+
+
+def _own(quantizer: TensorQuantizer) -> _Own:
+    if getattr(quantizer, "_quantizer_cache", None) is None:
+        quantizer._quantizer_cache = _Own()
+    return quantizer._quantizer_cache
+
+
+def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:
+    """The backend that ModelOpt calls. Weights are (E, out, in), inputs are (tokens, in); blocks run along `in`.
+
+    The tensor scale of inputs is calibrated. Values beyond the calibrated range saturate, as they do when served.
+    """
+    arguments = quantizer.backend_extra_args
+    block_format = FORMATS[arguments["format"]].with_rule(arguments["scale_rule"])
+    amax = quantizer.amax if arguments["is_input"] else None
+    scale = None if amax is None else tensor_scale_for_amax(amax.float(), INPUT_RULE)
+    importance = _own(quantizer).importance
+    return fake_quantize(inputs, block_format, scale, None if importance is None else importance.to(inputs.device))
+
+
+def _rounded(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
+    """Round a stack of weights (E, in, out), adapters merged, to the type that the forward pass computes in.
+
+    This replaces a function of ModelOpt's plugins, which transposes, rounds and transposes back in every forward pass.
+    Here the codec works on a transposed view, and weights are rounded again only when they have changed.
+    """
+    if not (quantizer.is_enabled and quantizer._if_quant):  # ModelOpt is calibrating
+        return _transposed_quantize(weight, quantizer)
+    own, dtype = _own(quantizer), compute_dtype(weight)
+
+    def make() -> Tensor:
+        with torch.no_grad():
+            return _entrypoint(weight.transpose(1, 2), quantizer).transpose(1, 2).to(dtype)
+
+    if own.is_rounded:
+        result = weight
+    else:
+        # base + delta is not a parameter; the base alone is one, and is used while adapters are disabled.
+        key = (quantizer, dtype, isinstance(weight, torch.nn.Parameter))
+        rounded = make() if own.keeper is None else own.keeper.of(key, weight, make)
+        result = straight_through(weight, rounded)
+    for observe in own.observers:
+        observe(result.detach().transpose(1, 2))
+    return result
+
+
+_switching = huggingface._QuantGptOssExperts.quantize_weight
+
+
+@contextmanager
+def _quantize_weight(experts: Any) -> Iterator[None]:
+    """ModelOpt's switch around a forward pass, which is always switched off at the end.
+
+    nvidia-modelopt 0.47 leaves it on if a forward pass ends early, as in recomputation for gradient checkpointing.
+    """
+    try:
+        with _switching(experts):
+            yield
+    finally:
+        experts._enable_weight_quantization = False
+
+
+def keep_rounded(model: Any, budget_bytes: float) -> RoundedWeights:
+    """Round weights once per optimizer step instead of once per forward pass. Frozen weights are rounded now, in place.
+
+    Args:
+        model: a model with quantizers, and with adapters if it is to have any.
+        budget_bytes: how many bytes of rounded weights may be cached.
+
+    Returns:
+        The cache. Call its `forget` when weights have changed.
+    """
+    base = base_of(model)
+    modules = dict(base.named_modules())
+    keeper = RoundedWeights(budget_bytes)
+    for name, quantizer in _enabled(base):
+        if not name.endswith(_WEIGHTS):
+            continue
+        owner, _, projection = name.removesuffix(_WEIGHTS).rpartition(".")
+        parameter = dict(modules[owner].named_parameters(recurse=False))[projection]
+        if parameter.requires_grad or is_wrapped(name):
+            _own(quantizer).keeper = keeper
+        else:
+            parameter.data.copy_(_rounded(parameter.data, quantizer))
+            _own(quantizer).is_rounded = True
+    return keeper
+
+
+# ModelOpt warns once for each module type. The warning is about tensor parallelism, which is not used here.
+warnings.filterwarnings("ignore", message="Distributed training is initialized but no parallel_state")
+
+
+def register_backend() -> None:
+    """Register the codec as a backend of ModelOpt. Call this before quantizers are inserted or restored."""
+    if not is_registered_quant_backend(_BACKEND):
+        register_quant_backend(_BACKEND, _entrypoint)
+        for plugin in (huggingface, peft):  # nvidia-modelopt 0.47 has no public hook for these functions
+            plugin._transposed_quantize = _rounded
+        huggingface._QuantGptOssExperts.quantize_weight = _quantize_weight
+        # Linear layers are never quantized here, so ModelOpt must not replace them. Its LoRA layer would add base and
+        # delta in every forward pass to quantize the sum, and then compute the gradient of the frozen weight too.
+        for kind in (torch.nn.Linear, peft.LoraLinear):
+            mtq.unregister(kind)
+
+
+def insert(model: Any, block_format: BlockFormat, calibrate: Callable[[Any], None]) -> None:
+    """Put a fake quantizer on each expert weight, in place. Adapters must be attached before.
+
+    Args:
+        model: a gpt-oss model, with or without adapters.
+        block_format: a row of FORMATS.
+        calibrate: runs calibration data through the model; used by formats with calibrated scales.
+    """
+    register_backend()
+    mtq.quantize(base_of(model), _quant_cfg(block_format), forward_loop=calibrate)
+
+
+def calibrate_importance(model: Any, calibrate: Callable[[Any], None]) -> None:
+    """Choose the scales of expert weights by the error in the layer's output instead of the error in the weights.
+
+    The importance of an input channel is the sum of squares of the values that calibration sends through it. All
+    experts share it, because the hook does not know which expert a value goes to.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable:
+        def add(module: TensorQuantizer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            squares = inputs[0].detach().float().flatten(0, -2).square().sum(dim=0)
+            sums[name] = sums[name] + squares if name in sums else squares
+
+        return add
+
+    modules = dict(base_of(model).named_modules())
+    weights = {name: module for name, module in _enabled(base_of(model)) if name.endswith(_WEIGHTS)}
+    inputs = {name: modules[name.removesuffix(_WEIGHTS) + _INPUTS] for name in weights}
+    hooks = [module.register_forward_hook(hook(name)) for name, module in inputs.items()]
+    try:
+        calibrate(model)
+    finally:
+        for each in hooks:
+            each.remove()
+    for name, module in weights.items():
+        _own(module).importance = sums[name].cpu()
+
+
+def save_state(model: Any, directory: Path) -> None:
+    """Save the quantizers and the results of calibration. (ModelOpt's state has only the shapes of those results.)"""
+    torch.save(mto.modelopt_state(base_of(model)), directory / STATE_FILE)
+    importance = {
+        parameter_name(name).removesuffix(_WEIGHTS): _own(module).importance
+        for name, module in _enabled(base_of(model))
+        if _own(module).importance is not None
+    }
+    amax = {
+        parameter_name(name): module.amax.cpu()
+        for name, module in _enabled(base_of(model))
+        if name.endswith(_INPUTS) and module.amax is not None
+    }
+    if importance or amax:
+        torch.save({"importance": importance, "amax": amax}, directory / CALIBRATION_FILE)
+
+
+def restore(model: Any, directory: Path, block_format: BlockFormat) -> None:
+    """Restore the quantizers that are saved in `directory`, in place, and check them with `count`."""
+    register_backend()
+    mto.restore_from_modelopt_state(base_of(model), modelopt_state_path=str(directory / STATE_FILE))
+    calibration = load_calibration(directory)
+    for full_name, module in _enabled(base_of(model)):
+        name = parameter_name(full_name)
+        if name in calibration.amax:
+            module.amax = calibration.amax[name]
+        if name.removesuffix(_WEIGHTS) in calibration.importance:
+            _own(module).importance = calibration.importance[name.removesuffix(_WEIGHTS)]
+    count(model, block_format)
+
+
+def count(model: Any, block_format: BlockFormat) -> int:
+    """Check which quantizers are enabled, and count them.
+
+    Enabled must be those of the expert weights (two per layer), under W4A4 those of their inputs, and no others.
+
+    Raises:
+        CheckFailed: quantizers are missing, unexpected or not calibrated, or have another format or rule.
+    """
+    base = base_of(model)
+    kinds = _arguments(block_format)
+    expected = {
+        expert_parameter(layer, name) + kind: arguments
+        for layer in range(base.config.num_hidden_layers)
+        for name in EXPERT_WEIGHTS
+        for kind, arguments in kinds.items()
+    }
+    found = {parameter_name(name): quantizer for name, quantizer in _enabled(base)}
+    wrong = sorted(expected.keys() ^ found.keys()) + [
+        f"{name} ({quantizer.backend_extra_args})"
+        for name, quantizer in found.items()
+        if (name in expected and (quantizer.backend != _BACKEND or quantizer.backend_extra_args != expected[name]))
+        or (name.endswith(_INPUTS) and not (quantizer.amax is not None and bool(quantizer.amax > 0)))
+    ]
+    if wrong:
+        raise CheckFailed(
+            f"fake quantization: {len(found)} quantizers are enabled, expected {len(expected)} on the experts in"
+            f" {block_format.name}, scale_rule={block_format.scale_rule}; wrong: {', '.join(wrong[:6])}"
+        )
+    return len(found)
+
+
+def nvfp4_values(blocks: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
+    """NVFP4 weights as ModelOpt decodes them. ModelOpt takes one tensor scale at a time, so experts are decoded singly.
+
+    Args:
+        blocks: (E, out, nb, 8) uint8, the even element in the low half of a byte.
+        scales: (E, out, nb) float8_e4m3fn.
+        tensor_scale: (E) float32.
+
+    Returns:
+        (E, out, in) float32.
+    """
+    experts = []
+    for codes, scale, unit in zip(blocks.flatten(-2), scales, tensor_scale, strict=True):
+        tensor = NVFP4QTensor(torch.Size((codes.shape[0], 2 * codes.shape[1])), torch.float32, codes)
+        size = {-1: 2 * blocks.shape[-1]}
+        experts.append(tensor.dequantize(scale=scale, double_scale=unit, block_sizes=size))
+    return torch.stack(experts)
+
+
+@dataclass
+class Fired:
+    """Quantizers that ran in a forward pass.
+
+    Attributes:
+        calls: name of the quantizer in the plain model -> number of calls.
+    """
+
+    calls: dict[str, int]
+
+    def add(self, name: str) -> None:
+        """Count one more call."""
+        self.calls[name] = self.calls.get(name, 0) + 1
+
+    def raise_unless_all(self, model: Any) -> None:
+        """Check that exactly the enabled quantizers have run.
+
+        Raises:
+            CheckFailed: names those that did not run and those that should not have.
+        """
+        expected = {parameter_name(name) for name, _ in _enabled(base_of(model))}
+        silent, stray = sorted(expected - self.calls.keys()), sorted(self.calls.keys() - expected)
+        if silent or stray:
+            raise CheckFailed(
+                f"fake quantization: did not run: {silent or 'none'}; ran although disabled: {stray or 'none'}"
+            )
+
+
+@contextmanager
+def watch(model: Any, see: Callable[[str, Tensor], None] | None = None) -> Iterator[Fired]:
+    """Record which quantizers run inside the block.
+
+    Args:
+        model: a model with quantizers.
+        see: called with a parameter's name in the plain model and its fake-quantized values (E, out, in), as the
+            forward pass uses them.
+    """
+    fired = Fired({})
+    hooks = []
+    observed = []
+    for full_name, module in base_of(model).named_modules():
+        if isinstance(module, TensorQuantizer):
+            name = parameter_name(full_name)
+            hooks.append(module.register_forward_hook(_hook(name, fired)))
+            if name.endswith(_WEIGHTS):
+                observed.append((_own(module).observers, _observer(name, fired, see)))
+                observed[-1][0].append(observed[-1][1])
+    try:
+        yield fired
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for observers, observer in observed:
+            observers.remove(observer)
+
+
+def _hook(name: str, fired: Fired) -> Callable:
+    def hook(module: TensorQuantizer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if module.is_enabled:
+            fired.add(name)
+
+    return hook
+
+
+def _observer(name: str, fired: Fired, see: Callable[[str, Tensor], None] | None) -> Callable[[Tensor], None]:
+    def observe(rounded: Tensor) -> None:
+        fired.add(name)
+        if see is not None:
+            see(name.removesuffix(_WEIGHTS), rounded)
+
+    return observe
+
+
+def _enabled(model: Any) -> Iterator[tuple[str, TensorQuantizer]]:
+    for name, module in model.named_modules():
+        if isinstance(module, TensorQuantizer) and module.is_enabled:
+            yield name, module
+
+
+def _arguments(block_format: BlockFormat) -> dict[str, dict[str, Any]]:
+    """Kind of quantizer that the format needs -> arguments for our backend."""
+    common = {"format": block_format.name}
+    weights = {**common, "scale_rule": block_format.scale_rule, "is_input": False}
+    inputs = {**common, "scale_rule": INPUT_RULE, "is_input": True}
+    return {_WEIGHTS: weights, **({_INPUTS: inputs} if block_format.quantizes_activations else {})}
+
+
+def _quant_cfg(block_format: BlockFormat) -> dict[str, Any]:
+    """ModelOpt's configuration, like its own MXFP4_MLP_WEIGHT_ONLY_CFG, but only for expert stacks and our backend.
+
+    ModelOpt's own pattern (*mlp*weight_quantizer) would also enable quantizers of adapters on experts, which never run.
+    `max` calibrates the largest magnitude of the inputs; our backend does not need the one of weights.
+    """
+    scale_bits = {ScaleType.e8m0: (8, 0), ScaleType.e4m3: (4, 3)}[block_format.scale_type]
+    block_sizes = {-1: block_format.block_size, "type": "dynamic", "scale_bits": scale_bits}
+    rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for kind, arguments in _arguments(block_format).items():
+        settings = {"num_bits": (2, 1), "block_sizes": block_sizes, "backend": _BACKEND}
+        rules.append({"quantizer_name": EXPERT_PATTERN + kind, "cfg": {**settings, "backend_extra_args": arguments}})
+    return {"quant_cfg": rules, "algorithm": "max" if block_format.quantizes_activations else None}

@@ -1,0 +1,133 @@
+"""The models of a run: where a stage's weights are, how they are loaded and saved, and what the forward pass uses.
+
+A stage leaves a full checkpoint, or adapters on the checkpoint of an earlier stage, with or without fake quantizers.
+`ModelRef` describes which. peft and modelopt take ten seconds to import, so this module imports them only for models
+with adapters or quantizers.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from pipeline.checkpoints.reading import Checkpoint
+from pipeline.config import PipelineConfig, Stage
+from pipeline.errors import UserError
+from pipeline.models.source import sampled_fingerprint
+from pipeline.numerics.formats import FORMATS, BlockFormat
+from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact, Kind, is_complete, load, require, stage_dir
+from pipeline.runs.console import say
+
+MODEL_STAGES = (Stage.upcast, Stage.sft, Stage.quantize, Stage.qat, Stage.export)
+"""Stages whose output is a model, in the order in which they run."""
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model on disk.
+
+    Attributes:
+        name: name of the stage, or the directory as the user gave it.
+        directory: where the stage wrote the model.
+        base: directory of the full checkpoint; the same as `directory` unless that has adapters.
+        adapter: whether `directory` has adapters.
+        block_format: format and scale rule that the forward pass rounds the experts to, or None.
+        fingerprint: fingerprint of the artifact, or of a directory that is not an artifact.
+        dtype: type of the weights in training. Adapters are merged in it.
+    """
+
+    name: str
+    directory: Path
+    base: Path
+    adapter: bool = False
+    block_format: BlockFormat | None = None
+    fingerprint: str = ""
+    dtype: torch.dtype = torch.bfloat16
+
+
+def of_artifact(artifact: Artifact) -> ModelRef:
+    """The model that a stage wrote.
+
+    Raises:
+        UserError: it is an export that transformers cannot load.
+    """
+    if artifact.kind is Kind.foreign:
+        raise UserError(
+            f"{artifact.directory} was exported in a layout that only inference engines load. Name another model of the"
+            " run, or export with export.target=mxfp4."
+        )
+    adapter = artifact.kind is Kind.adapter
+    return ModelRef(
+        artifact.stage,
+        artifact.directory,
+        artifact.directory.parent / artifact.details["base"] if adapter else artifact.directory,
+        adapter,
+        format_of(artifact),
+        artifact.fingerprint,
+        getattr(torch, artifact.details.get("dtype", "bfloat16")),
+    )
+
+
+def format_of(artifact: Artifact) -> BlockFormat | None:
+    """The format and scale rule that the artifact's forward pass rounds to, or None."""
+    if artifact.fake_quantized is None:
+        return None
+    assert artifact.scale_rule is not None
+    return FORMATS[artifact.fake_quantized].with_rule(artifact.scale_rule)
+
+
+def configured_format(config: PipelineConfig) -> BlockFormat:
+    """The format and scale rule in the configuration."""
+    return FORMATS[config.format.name.name].with_rule(config.format.scale_rule.name)
+
+
+def find(config: PipelineConfig, source: str | None, among: tuple[Stage, ...], key: str) -> ModelRef:
+    """The model that `key`=`source` names: a stage of this run, or a directory. None means the newest complete stage.
+
+    Raises:
+        UserError: the model is missing or unfinished, or the directory is not a model.
+    """
+    if source is None:
+        newest = next((stage for stage in reversed(among) if is_loadable(config, stage)), among[0])
+        ref = of_artifact(require(config, newest))
+        say(config.stage.name, f"{key}: {newest.name}, the newest complete stage")
+        return ref
+    if source in Stage.__members__:  # for a directory with the name of a stage, give ./<name>
+        stage = Stage[source]
+        if stage not in among:
+            raise UserError(f"{key}={source}: must be one of {', '.join(s.name for s in among)}, or a directory.")
+        return of_artifact(require(config, stage))
+    directory = Path(source).expanduser().absolute()
+    if not directory.is_dir():
+        raise UserError(f"{key}={source}: neither a stage ({', '.join(s.name for s in among)}) nor a directory.")
+    if (directory / ARTIFACT_FILE).is_file():
+        ref = of_artifact(load(directory))
+        return ref if directory == stage_dir(config, ref.name) else replace(ref, name=source)
+    Checkpoint(directory).close()
+    return ModelRef(source, directory, directory, fingerprint=sampled_fingerprint(directory))
+
+
+def is_loadable(config: PipelineConfig, stage: Stage) -> bool:
+    """Whether a stage of this run is complete and its model can be loaded by transformers."""
+    directory = stage_dir(config, stage.name)
+    return is_complete(config, stage) and load(directory, check_files=False).kind is not Kind.foreign
+
+
+def stage_ref(config: PipelineConfig, stage: Stage) -> ModelRef:
+    """The model of a complete stage of this run."""
+    return of_artifact(require(config, stage))
+
+
+def require_upcast(config: PipelineConfig) -> Artifact:
+    """The complete upcast of this run.
+
+    Raises:
+        UserError: it is missing or unfinished, or was made from another model.
+    """
+    upcast = require(config, Stage.upcast)
+    if upcast.settings["model.path"] != config.model.path:
+        raise UserError(
+            f"model.path={config.model.path}, but {upcast.directory} was made from {upcast.settings['model.path']}."
+            " Set another run_dir, or give the model.path that this run began with."
+        )
+    return upcast

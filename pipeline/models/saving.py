@@ -1,0 +1,109 @@
+"""Models back to disk: the trained one, gathered from all processes, or a plain merge."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoints.config_json import read_config, write_config
+from pipeline.checkpoints.dtypes import dtype_name, stored_name
+from pipeline.checkpoints.gpt_oss import Shape, TensorInfo, plain_tensors
+from pipeline.checkpoints.reading import Checkpoint
+from pipeline.checkpoints.shards import Piece, Step, Written, write_sharded
+from pipeline.checkpoints.side_files import copy_side_files
+from pipeline.config import PipelineConfig, TrainConfig
+from pipeline.models import sharding
+from pipeline.models.loading import TRAIN_DTYPES
+from pipeline.models.references import ModelRef
+from pipeline.models.weights import Weights
+from pipeline.runs.artifacts import SHARDS_FILE, Kind
+from pipeline.runs.processes import is_main_process
+
+
+def save(
+    model: Any, ref: ModelRef, directory: Path, train: TrainConfig, config: PipelineConfig
+) -> tuple[Kind, dict[str, Any]]:
+    """Write a trained model, with the side files of `ref`, the model that training started from.
+
+    This is a collective call. config.json is the one of `ref` except for the type. transformers would rename settings
+    in it, such as those of rope, and older engines would misread them.
+
+    Returns:
+        The kind of the model, and the details that `of_artifact` needs to find it again.
+    """
+    from pipeline.models.adapters import is_adapted
+
+    dtype = sharding.saved_dtype(train, TRAIN_DTYPES[train.precision], config.sharding)
+    details: dict[str, Any] = {"dtype": dtype_name(dtype)}
+    if is_main_process():
+        copy_side_files(ref.base, directory)
+    if is_adapted(model):
+        _save_adapters(model, directory)
+        return Kind.adapter, {**details, "base": os.path.relpath(ref.base, directory.parent)}
+    _save_whole(model, directory, dtype, config.upcast.shard_bytes)
+    if is_main_process():
+        write_config(directory, read_config(ref.base), dtype)
+        Checkpoint(directory).close()
+    return Kind.checkpoint, details
+
+
+def _save_adapters(model: Any, directory: Path) -> None:
+    """Gather all adapters on every process, which is cheap because they are small. The main process writes them."""
+    from pipeline.models.adapters import is_factor
+
+    state = {}
+    for name, parameter in model.named_parameters():
+        if is_factor(name):
+            with sharding.gathered(parameter) as whole:
+                state[name] = whole.detach().cpu().clone()
+    if is_main_process():
+        model.save_pretrained(directory, state_dict=state)
+
+
+def _save_whole(model: Any, directory: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+    """Stream the parameters to disk, gathering one at a time. All processes gather them in the same order."""
+    parameters = dict(model.named_parameters())
+    layout = plain_tensors(Shape.of(model.config.to_dict(), directory), stored_name(dtype))
+    if not is_main_process():
+        for name in layout:
+            with sharding.gathered(parameters[name]):
+                pass
+        return
+    # Do not resume: shards from an interrupted save may have other weights, and the other processes gather everything.
+    (directory / SHARDS_FILE).unlink(missing_ok=True)
+    pieces = [_gathered_piece(name, info, parameters[name], dtype) for name, info in layout.items()]
+    write_sharded(directory, pieces, shard_bytes, "saving")
+
+
+def _gathered_piece(name: str, info: TensorInfo, parameter: Tensor, dtype: torch.dtype) -> Piece:
+    def make(_: None) -> Iterator[tuple[str, Tensor]]:
+        with sharding.gathered(parameter) as whole:
+            yield name, whole.detach().to(dtype)
+
+    return Piece({name: info}, lambda: [Step(lambda: None, make)])
+
+
+def write_plain(ref: ModelRef, directory: Path, shard_bytes: int) -> Written:
+    """Stream a model to disk as a plain full checkpoint, with adapters merged, in the type that training used."""
+    weights = Weights(ref)
+    layout = plain_tensors(weights.shape, stored_name(ref.dtype))
+    pieces = [plain_piece(weights, name, info, ref.dtype) for name, info in layout.items()]
+    written = write_sharded(directory, pieces, shard_bytes, "merging")
+    copy_side_files(ref.base, directory)
+    write_config(directory, weights.checkpoint.config, ref.dtype)
+    return written
+
+
+def plain_piece(weights: Weights, name: str, info: TensorInfo, dtype: torch.dtype, device: str = "cpu") -> Piece:
+    """A piece that makes a weight part by part: decoded, and with adapters merged."""
+
+    def step(rows: slice) -> Step:
+        return Step(
+            lambda: weights.stored(name, rows),
+            lambda stored: [(name, weights.trained(name, rows, stored, device).to(dtype))],
+        )
+
+    return Piece({name: info}, lambda: [step(rows) for rows in weights.parts(name)])

@@ -1,0 +1,249 @@
+"""Sharded training: how each engine is switched on, and how a sharded tensor is gathered.
+
+FSDP2 and ZeRO-3 shard parameters, gradients and optimizer states; ZeRO-2 shards gradients and optimizer states only.
+All are set up by accelerate, through public arguments of transformers' trainer. Settings that must agree with the
+trainer's own are "auto".
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoints.gpt_oss import DECODER_LAYER_CLASS, MODELING_MODULE
+from pipeline.config import Precision, Sharding, TrainConfig
+from pipeline.errors import UserError
+from pipeline.models import zero_checkpoints
+from pipeline.runs.processes import is_main_process, process_count, wait_for_everyone
+
+# DeepSpeed 0.19 calls collectives by deprecated names, and torch warns at every step.
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+
+_LEAVES = {"classes": [f"{MODELING_MODULE}.{DECODER_LAYER_CLASS}"]}  # ZeRO-3 gathers each of these modules as a whole
+_LAUNCHER_SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+
+
+def _each_whole(accelerator: Any, model: Any) -> Any:
+    return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def _split(accelerator: Any, model: Any) -> Any:
+    # `prepare_model` does not shard a model that is only evaluated, so this calls the function behind it.
+    from accelerate.utils import fsdp2_prepare_model
+
+    return fsdp2_prepare_model(accelerator, model)
+
+
+def _split_by_zero3(accelerator: Any, model: Any) -> Any:
+    # accelerate shards only models that it trains. Without an optimizer, DeepSpeed shards only the parameters.
+    import deepspeed
+
+    trained = accelerator.state.deepspeed_plugin.deepspeed_config
+    config = {
+        "zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 0, "leaf_module": _LEAVES},
+        "bf16": trained["bf16"],
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed requires the key but does not use it here
+    }
+    return deepspeed.initialize(model=model, config=config)[0]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One way to shard a model.
+
+    Attributes:
+        arguments: returns arguments for transformers' TrainingArguments; new ones each time, since the trainer changes
+            them.
+        splits: what is sharded: weights, gradients, optimizer.
+        gathers: whether parameters are gathered only while they are used. Each time is a new allocation.
+        hooks_gradients: whether a layer is gathered for its backward pass only if the gradient of its input is needed.
+        spread: (accelerator, model) -> the model, which is not trained, sharded like the trained one.
+        distributed_type: the DistributedType that accelerate is set to on CPUs.
+        package: package that must be installed, or None.
+        reading: context in which checkpoints are read that may come from another number of processes.
+    """
+
+    arguments: Callable[[], dict[str, Any]]
+    splits: tuple[str, ...]
+    gathers: bool
+    hooks_gradients: bool = False
+    spread: Callable[[Any, Any], Any] = _each_whole
+    distributed_type: str = "MULTI_GPU"
+    package: str | None = None
+    reading: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def _fsdp2() -> dict[str, Any]:
+    config = {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": [DECODER_LAYER_CLASS],
+        "reshard_after_forward": True,
+        "state_dict_type": "SHARDED_STATE_DICT",
+    }
+    return {"fsdp": True, "fsdp_config": config}
+
+
+def _zero(stage: int, **more: Any) -> dict[str, Any]:
+    config = {
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": torch.cuda.is_available(),
+            "contiguous_gradients": True,
+            "reduce_bucket_size": "auto",
+            **more,
+        },
+        "bf16": {"enabled": "auto"},
+        "gradient_clipping": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "zero_allow_untested_optimizer": True,
+    }
+    return {"deepspeed": config}
+
+
+def _zero3() -> dict[str, Any]:
+    # No prefetching: trl 1.16 gathers and releases the head outside of the head's own forward pass. DeepSpeed may be
+    # prefetching it at that moment, because a validation has used it, and then stops with "a param in flight".
+    # Whole layers as leaves: DeepSpeed expects the same order of parameters in each pass. Parameters of adapters are
+    # used in varying order, and PEFT removes a stack of experts from its module while its adapter runs.
+    return _zero(3, stage3_param_persistence_threshold="auto", stage3_prefetch_bucket_size=0, leaf_module=_LEAVES)
+
+
+_ALL = ("weights", "gradients", "optimizer")
+_DEEPSPEED: Any = {
+    "distributed_type": "DEEPSPEED",
+    "package": "deepspeed",
+    "reading": zero_checkpoints.read_where_needed,
+}
+ENGINES = {
+    Sharding.none: Engine(dict, splits=(), gathers=False, distributed_type="MULTI_CPU"),
+    Sharding.fsdp2: Engine(_fsdp2, splits=_ALL, gathers=True, spread=_split),
+    Sharding.zero2: Engine(lambda: _zero(2), splits=_ALL[1:], gathers=False, **_DEEPSPEED),
+    Sharding.zero3: Engine(
+        _zero3, splits=_ALL, gathers=True, hooks_gradients=True, spread=_split_by_zero3, **_DEEPSPEED
+    ),
+}
+
+
+@contextmanager
+def switched_on(sharding: Sharding) -> Iterator[dict[str, Any]]:
+    """Arguments for transformers' TrainingArguments. Valid inside the block, for training one model."""
+    made = ENGINES[sharding].arguments()
+    if process_count() > 1 and not torch.cuda.is_available():
+        made.update(_on_cpu(sharding))
+    try:
+        with ENGINES[sharding].reading():
+            yield made
+    finally:
+        _forget_switches()
+
+
+def _forget_switches() -> None:
+    """Clear what accelerate and transformers remember about the sharding, so that the next stage does not find it."""
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    for name in _LAUNCHER_SWITCHES:
+        os.environ.pop(name, None)
+    unset_hf_deepspeed_config()  # otherwise transformers would shard the next model while loading it
+
+
+def raise_if_impossible(sharding: Sharding) -> None:
+    """Check early that training can be sharded this way.
+
+    `accelerate launch` can pass its own sharding settings through environment variables, and the trainer obeys them.
+
+    Raises:
+        UserError: there is only one process, a package is missing, or the launcher sets up sharding too.
+    """
+    switches = [name for name in _LAUNCHER_SWITCHES if os.environ.get(name) == "true"]
+    if switches:
+        raise UserError(
+            f"sharding={sharding.name}: the launcher sets {', '.join(switches)} as well. Remove sharding from"
+            " accelerate's configuration (scripts/accelerate has an example) and keep sharding=."
+        )
+    package = ENGINES[sharding].package
+    if package is not None and find_spec(package) is None:
+        raise UserError(f"sharding={sharding.name}: needs {package}. Install it: pip install 'gpt-oss-qat[{package}]'.")
+    if sharding is not Sharding.none and process_count() < 2:
+        raise UserError(
+            f"sharding={sharding.name}: needs several processes, but there is only one. Start several with"
+            " scripts/launch, torchrun or accelerate launch, or use sharding=none."
+        )
+
+
+def _on_cpu(sharding: Sharding) -> dict[str, Any]:
+    """Arguments that make accelerate shard on CPUs, over gloo. By itself it shards only if it finds several GPUs."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    wait_for_everyone()  # creates the process group
+    AcceleratorState._reset_state()  # an earlier stage in this process may have left one
+    state = PartialState()
+    state.distributed_type = DistributedType[ENGINES[sharding].distributed_type]
+    state.device = torch.device("cpu")  # torch cannot load a checkpoint to cpu:0, accelerate's default
+    return {"accelerator_config": {"use_configured_state": True}}
+
+
+def saved_dtype(train: TrainConfig, dtype: torch.dtype, sharding: Sharding) -> torch.dtype:
+    """Type of the weights that the forward pass uses and that are saved.
+
+    Engines cast parameters to BF16 before they gather them. So under mixed_bf16 the quantizers round BF16 values, and
+    these are the trained model. Only the optimizer and the checkpoints to resume from keep FP32 values.
+
+    Args:
+        train: settings of the stage.
+        dtype: type of the weights in the memory of one process.
+        sharding: how the weights are sharded.
+    """
+    casts = sharding is not Sharding.none and train.precision is Precision.mixed_bf16
+    return torch.bfloat16 if casts else dtype
+
+
+@contextmanager
+def gathered(parameter: Tensor) -> Iterator[Tensor]:
+    """The whole parameter, on every process. This is a collective: all processes must call it in the same order.
+
+    Gradients flow through the result to the parameter, unless `is_kept_from_gradients`.
+    """
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(parameter, DTensor):
+        yield parameter.full_tensor()
+    elif hasattr(parameter, "ds_id"):  # DeepSpeed marks sharded parameters with this attribute
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(parameter):
+            yield parameter.data
+    else:
+        yield parameter
+
+
+def is_kept_from_gradients(parameter: Tensor) -> bool:
+    """Whether only the forward pass of its own module gives a parameter its gradient, as under ZeRO-3."""
+    return parameter.requires_grad and hasattr(parameter, "ds_id")
+
+
+def first_part(parameter: Tensor) -> Tensor:
+    """The part of a parameter on the main process: the first rows if it is sharded. Other processes get no rows."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.to_local() if is_main_process() else parameter.to_local()[:0]
+
+
+def let_go(model: Any) -> None:
+    """Reshard what FSDP2 keeps gathered after a forward pass without a backward pass: the final norm and the head."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,0 +1,121 @@
+"""Where the base checkpoint comes from: a directory, the hub, or the program itself."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from pipeline.checkpoints.reading import Checkpoint
+from pipeline.config import SYNTHETIC, PipelineConfig
+from pipeline.errors import UserError
+from pipeline.models import tiny_model
+from pipeline.runs.artifacts import not_writable, stage_dir
+from pipeline.runs.console import say
+from pipeline.runs.processes import is_main_process, wait_for_everyone
+
+_HUB_SIDE_FILES = ["*.json", "*.jinja", "LICENSE*", "USAGE_POLICY*", "README.md"]
+_HUB_FILES = [*_HUB_SIDE_FILES, "*.safetensors"]
+_HUB_OTHER_LAYOUTS = ["original/*", "metal/*"]
+_SAMPLES = 64
+_SAMPLE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Source:
+    """The base checkpoint on this machine's disk.
+
+    Attributes:
+        directory: where it lies.
+        fingerprint: of its configuration and weights (sampled: reading 65 GB to see that nothing changed is too much).
+    """
+
+    directory: Path
+    fingerprint: str
+
+    def open(self) -> Checkpoint:
+        """Open and check it."""
+        return Checkpoint(self.directory)
+
+
+def locate(config: PipelineConfig, key: str = "model.path") -> Source:
+    """Find, fetch or make the checkpoint that `model.path` names (the user gave it as `key`), and check it.
+
+    Raises:
+        UserError: no such directory or hub id, not a gpt-oss checkpoint, a damaged one.
+    """
+    directory = base_directory(config.model.path, config)
+    if not directory.is_dir():
+        raise UserError(f"{key}={config.model.path}: no such directory.")
+    Checkpoint(directory).close()
+    return Source(directory, sampled_fingerprint(directory))
+
+
+def without_weights(config: PipelineConfig) -> Path:
+    """The directory of what goes with the weights: sizes, tokenizer, chat template; a hub id's weights stay there.
+
+    Raises:
+        UserError: no such directory or hub id.
+    """
+    directory = base_directory(config.model.path, config, _HUB_SIDE_FILES)
+    if not directory.is_dir():
+        raise UserError(f"model.path={config.model.path}: no such directory.")
+    return directory
+
+
+def base_directory(path: str, config: PipelineConfig, hub_files: list[str] = _HUB_FILES) -> Path:
+    """The directory behind a path, a hub id (of which `hub_files` are fetched) or a synthetic model."""
+    if path.startswith(SYNTHETIC):
+        return _synthetic(path, config)
+    directory = Path(path).expanduser().absolute()
+    if directory.exists() or not _looks_like_hub_id(path):
+        return directory
+    return _fetch(path, config.model.revision, hub_files)
+
+
+def _synthetic(path: str, config: PipelineConfig) -> Path:
+    if path != f"{SYNTHETIC}tiny":
+        raise UserError(f"model.path={path!r}: no such synthetic model. Use {SYNTHETIC}tiny, a directory or a hub id.")
+    tiny = config.model.tiny
+    directory = stage_dir(config, "source") / tiny_model.name_of(tiny)
+    if is_main_process() and not directory.is_dir():
+        try:
+            tiny_model.create_tiny(directory, tiny)
+        except OSError as error:
+            raise not_writable(config, directory, error) from error
+        say("source", f"made a tiny random gpt-oss: {directory}")
+    wait_for_everyone()
+    return directory
+
+
+def _looks_like_hub_id(path: str) -> bool:
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith("/")
+
+
+def _fetch(hub_id: str, revision: str | None, files: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=files, ignore_patterns=_HUB_OTHER_LAYOUTS)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        at = f" at revision {revision!r}" if revision else ""
+        raise UserError(
+            f"model.path={hub_id!r}{at}: no such directory, and the hub could not be asked or does not have it"
+            f" ({reason}). Check the name, your network and `hf auth login`, or give a directory."
+        ) from error
+
+
+def sampled_fingerprint(directory: Path) -> str:
+    """XXH3-128 of the configuration, and of name, size and 64 evenly spaced samples of each weight file."""
+    digest = xxhash.xxh3_128((directory / "config.json").read_bytes())
+    for path in sorted(directory.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            for i in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,89 @@
+"""The weights of a model by their plain names, one at a time, with adapters merged."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.checkpoints.gpt_oss import Shape, expert_projections, plain_tensors
+from pipeline.checkpoints.reading import Checkpoint
+from pipeline.checkpoints.shards import STEP_BYTES
+from pipeline.models.calibration import load_calibration
+from pipeline.models.references import ModelRef
+from pipeline.numerics.codec import fake_quantize
+
+
+class Weights:
+    """Reads the weights of a model one at a time, under their names in the plain layout, with adapters merged."""
+
+    def __init__(self, ref: ModelRef) -> None:
+        """Open the checkpoint and the adapters behind `ref`."""
+        self.ref = ref
+        self.checkpoint = Checkpoint(ref.base)
+        self.shape: Shape = self.checkpoint.shape
+        self._experts = {projection.name for projection in expert_projections(self.shape)}
+        self._merger = _merger(ref) if ref.adapter else None
+        self._importance = load_calibration(ref.directory).importance
+
+    def names(self) -> list[str]:
+        """Every tensor of the plain layout."""
+        return list(plain_tensors(self.shape))
+
+    def parts(self, name: str) -> list[slice]:
+        """Split a tensor into slices of its first dimension, each of which is small in memory.
+
+        A slice of an adapted expert stack has at least two experts. Other adapted weights are not split.
+        """
+        shape = plain_tensors(self.shape)[name].shape
+        adapted = self._merger is not None and name in self._merger
+        if adapted and name not in self._experts:
+            return [slice(0, shape[0])]
+        row_bytes = self.ref.dtype.itemsize * math.prod(shape[1:])
+        count = max(2 if adapted else 1, STEP_BYTES // row_bytes)
+        starts = list(range(0, shape[0], count))
+        if adapted and len(starts) > 1 and shape[0] - starts[-1] == 1:
+            starts.pop()
+        return [slice(start, end) for start, end in pairwise([*starts, shape[0]])]
+
+    def stored(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, ...]:
+        """The stored tensors behind a weight, as an argument for `trained`."""
+        return self.checkpoint.read_stored(name, rows)
+
+    def trained(
+        self, name: str, rows: slice = slice(None), stored: tuple[Tensor, ...] | None = None, device: str = "cpu"
+    ) -> Tensor:
+        """The weight that training updates, or a slice of it from `parts`: not quantized, MXFP4 decoded.
+
+        Adapters are merged on the CPU whatever `device` is, because `verify` checks them there.
+        """
+        stored = self.stored(name, rows) if stored is None else stored
+        if self._merger is None or name not in self._merger:
+            return self.checkpoint.decoded(name, stored, rows=rows, device=device)
+        base = self.checkpoint.decoded(name, stored, rows=rows)
+        return self._merger.merged(name, base, rows.start or 0).to(device)
+
+    def effective(self, name: str) -> Tensor:
+        """The weight that the forward pass uses: fake-quantized if the model fake-quantizes it."""
+        weight = self.trained(name)
+        if self.ref.block_format is None or name not in self._experts:
+            return weight
+        importance = self.importance(name)
+        return fake_quantize(weight.transpose(1, 2), self.ref.block_format, importance=importance).transpose(1, 2)
+
+    def importance(self, name: str) -> Tensor | None:
+        """Importance (in) of the input channels of an expert weight when its scales are chosen, or None."""
+        return self._importance.get(name)
+
+    def is_changed(self, name: str) -> bool:
+        """Whether `effective` can differ from the weight in the base checkpoint."""
+        quantized = self.ref.block_format is not None and name in self._experts
+        return quantized or (self._merger is not None and name in self._merger)
+
+
+def _merger(ref: ModelRef) -> Any:
+    from transformers import AutoConfig
+
+    from pipeline.models.adapters import Merger
+
+    return Merger(ref.directory, AutoConfig.from_pretrained(ref.base), ref.dtype)

@@ -1,0 +1,49 @@
+"""By what and where a result was made: what an artifact records beside its inputs."""
+
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.runs.processes import process_count
+
+_LIBRARIES = ("torch", "transformers", "trl", "peft", "nvidia-modelopt", "accelerate", "datasets", "safetensors")
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, KiB on Linux
+
+
+def record() -> dict[str, Any]:
+    """Commit of the program, versions of the libraries that decide results, machine, and most memory so far."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "git_commit": _git_commit(),
+        "libraries": {name: version(name) for name in _LIBRARIES},
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
+        "processes": process_count(),
+        "peak_memory_bytes": peak_resident_bytes(),
+        "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
+    }
+
+
+def peak_resident_bytes() -> int:
+    """Most main memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+
+
+def _git_commit() -> str | None:
+    """Commit of the program, with '+changes' where it was edited since; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists() or shutil.which("git") is None:
+        return None
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    changes = subprocess.run(
+        ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return (commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")) or None

@@ -1,0 +1,286 @@
+"""Every file in conf/data/ on hand-made rows of its data set's shape, and what goes wrong when the shape is another."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from omegaconf import OmegaConf
+
+from pipeline.config import ColumnsConfig, DataConfig, ModelConfig, PipelineConfig, Stage
+from pipeline.data.rows import load_rows
+from pipeline.errors import UserError
+
+CONF = Path(__file__).parents[3] / "conf" / "data"
+
+SIMPLE = [
+    {"role": "user", "content": "Hi?"},
+    {"role": "assistant", "thinking": "A greeting.", "content": "Hello."},
+]
+CALLED = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+ADD = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
+
+SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "arithmetic": (
+        {"messages": SIMPLE},
+        {"messages": SIMPLE},
+    ),
+    "chat": (
+        {
+            "messages": [
+                {"role": "user", "content": "2 more?", "name": "ann"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "refusal": None,
+                    "tool_calls": [
+                        {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+                    ],
+                },
+                {"role": "tool", "tool_call_id": "c1", "content": "5"},
+                {"role": "assistant", "content": "5.", "weight": 1},
+            ],
+            "tools": [ADD],
+            "parallel_tool_calls": False,
+        },
+        {
+            "messages": [
+                {"role": "user", "content": "2 more?"},
+                {"role": "assistant", "content": "", "tool_calls": [CALLED]},
+                {"role": "tool", "content": "5"},
+                {"role": "assistant", "content": "5."},
+            ],
+            "tools": [ADD],
+        },
+    ),
+    "false_reject": (
+        {
+            "prompt": "Hi?",
+            "category": 3,
+            "category_text": "Greetings",
+            "instruct_response": "Good day.",
+            "cot_response": {"reasoning_content": "A greeting.", "solution": "Hello."},
+        },
+        {"messages": SIMPLE},
+    ),
+    "multilingual_thinking": (
+        {
+            "reasoning_language": "French",
+            "developer": "Be kind.",
+            "user": "Hi?",
+            "analysis": "Un salut.",
+            "final": "Hello.",
+            "messages": [
+                {"content": "reasoning language: French\n\nBe kind.", "role": "system", "thinking": None},
+                {"content": "Hi?", "role": "user", "thinking": None},
+                {"content": "Hello.", "role": "assistant", "thinking": "Un salut."},
+            ],
+        },
+        {
+            "messages": [
+                {"role": "system", "content": "reasoning language: French\n\nBe kind."},
+                {"role": "user", "content": "Hi?"},
+                {"role": "assistant", "thinking": "Un salut.", "content": "Hello."},
+            ],
+            "reasoning_language": "French",
+        },
+    ),
+    "prompt_completion": (
+        {"prompt": "Hi?", "completion": "Hello."},
+        {"messages": [SIMPLE[0], {"role": "assistant", "content": "Hello."}]},
+    ),
+    "sharegpt": (
+        {
+            "id": "x",
+            "conversations": [
+                {"from": "system", "value": "Be kind."},
+                {"from": "human", "value": "Hi?"},
+                {"from": "gpt", "value": "Hello."},
+            ],
+        },
+        {
+            "messages": [
+                {"role": "system", "content": "Be kind."},
+                {"role": "user", "content": "Hi?"},
+                {"role": "assistant", "content": "Hello."},
+            ]
+        },
+    ),
+}
+"""File in conf/data/ -> a row of its shape, and the conversation that it is."""
+
+
+@pytest.fixture(autouse=True)
+def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def data_config(name: str, path: Path, **settings: Any) -> DataConfig:
+    """conf/data/<name>.yaml on a file of ours."""
+    merged = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(CONF / f"{name}.yaml"))
+    found: Any = OmegaConf.to_object(OmegaConf.merge(merged, {"path": str(path), **settings}))
+    return found
+
+
+def load(settings: DataConfig) -> list[dict[str, Any]]:
+    """The conversations, without what is not there."""
+    config = PipelineConfig(stage=Stage.sft, run_dir="run", model=ModelConfig(path="unused"), data=settings)
+    names = ("messages", "tools", "reasoning_effort", "reasoning_language")
+    found = load_rows(config).conversations
+    return [{name: value for name in names if (value := getattr(one, name)) is not None} for one in found]
+
+
+def load_error(settings: DataConfig) -> str:
+    with pytest.raises(UserError) as caught:
+        load(settings)
+    return str(caught.value)
+
+
+def jsonl(rows: list[Any], name: str = "rows.jsonl") -> Path:
+    path = Path(name)
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_every_file_in_conf_data_is_tested() -> None:
+    assert set(SHAPES) == {path.stem for path in CONF.glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_row_of_its_shape_is_read(name: str) -> None:
+    row, conversation = SHAPES[name]
+    assert load(data_config(name, jsonl([row]))) == [conversation]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_row_of_its_shape_is_read_from_parquet_among_others(name: str) -> None:
+    """Arrow fills in the keys that a row has not, as None."""
+    row, conversation = SHAPES[name]
+    datasets.Dataset.from_list([row, row]).to_parquet("rows.parquet")
+    assert load(data_config(name, Path("rows.parquet"))) == [conversation] * 2
+
+
+@pytest.mark.parametrize("name", sorted(set(SHAPES) - {"arithmetic", "chat", "multilingual_thinking"}))
+def test_a_row_of_another_shape_is_one_message_that_names_the_columns_that_there_are(name: str) -> None:
+    message = load_error(data_config(name, jsonl([{"text": "x", "meta": {"id": 1, "tag": "a"}}] * 1000)))
+    assert "no row of rows.jsonl has that column. There are: text, meta.id, meta.tag." in message
+    assert message.count("There are:") == len([line for line in message.splitlines() if "data.columns." in line])
+    assert "row 1" not in message
+
+
+# --- columns ---------------------------------------------------------------------------------------------------------
+
+
+def with_columns(path: Path, **columns: Any) -> DataConfig:
+    return DataConfig(path=str(path), columns=ColumnsConfig(**columns))
+
+
+def single_turn(**more: Any) -> dict[str, Any]:
+    return {"messages": None, "prompt": "question", "completion": "answer", **more}
+
+
+ROW = {"question": "Hi?", "answer": "Hello.", "why": "A greeting.", "rules": "Be kind.", "language": "French"}
+
+
+def test_every_column_can_be_named() -> None:
+    columns = single_turn(reasoning="why", system="rules", reasoning_language="language", reasoning_effort="effort")
+    assert load(with_columns(jsonl([{**ROW, "effort": "low"}]), **columns)) == [
+        {
+            "messages": [{"role": "system", "content": "Be kind."}, *SIMPLE],
+            "reasoning_effort": "low",
+            "reasoning_language": "French",
+        }
+    ]
+
+
+def test_a_column_whose_name_has_a_dot_is_found_before_a_nested_one() -> None:
+    row = {"a.b": "Hi?", "a": {"b": "no"}, "answer": "Hello."}
+    (found,) = load(with_columns(jsonl([row]), messages=None, prompt="a.b", completion="answer"))
+    assert found["messages"][0]["content"] == "Hi?"
+
+
+def test_an_option_that_some_rows_lack_is_no_mistake() -> None:
+    rows = [ROW, {"question": "Hi?", "answer": "Hello."}]
+    with_reasoning, without = load(with_columns(jsonl(rows), **single_turn(reasoning="why")))
+    assert with_reasoning["messages"] == SIMPLE
+    assert without["messages"] == [SIMPLE[0], {"role": "assistant", "content": "Hello."}]
+
+
+def test_an_option_that_no_row_has_is_a_mistake() -> None:
+    message = load_error(with_columns(jsonl([ROW] * 3), **single_turn(reasoning="whyy", system="rulez")))
+    there = "There are: question, answer, why, rules, language."
+    assert message == (
+        "2 problems:\n"
+        f"  - data.columns.reasoning='whyy': no row of rows.jsonl has that column. Did you mean 'why'? {there}\n"
+        f"  - data.columns.system='rulez': no row of rows.jsonl has that column. Did you mean 'rules'? {there}"
+    )
+
+
+@pytest.mark.parametrize("setting", ["prompt", "completion"])
+def test_of_the_columns_only_the_missing_ones_are_named(setting: str) -> None:
+    message = load_error(with_columns(jsonl([ROW] * 3), **single_turn(**{setting: "text"})))
+    assert message.startswith(f"data.columns.{setting}='text': no row of rows.jsonl has that column. There are:")
+
+
+def test_a_row_without_a_column_that_others_have_is_named() -> None:
+    message = load_error(with_columns(jsonl([ROW, {"question": "Hi?"}]), **single_turn()))
+    assert message == "rows.jsonl: row 2: has no 'answer' (it has: question)."
+
+
+@pytest.mark.parametrize("name", ["chat", "false_reject"])
+def test_a_file_that_holds_no_rows_at_all_is_not_said_to_lack_columns(name: str) -> None:
+    Path("rows.jsonl").write_text("role,content\n[1]\n")
+    lines = load_error(data_config(name, Path("rows.jsonl"), filter={"kind": ["a"]})).splitlines()
+    assert lines[0] == "2 problems:"
+    assert lines[1].startswith("  - rows.jsonl: row 1: not valid JSON")
+    assert lines[2].startswith("  - rows.jsonl: row 2: is a list, not an object with")
+
+
+def test_a_column_that_is_no_text_is_named() -> None:
+    message = load_error(with_columns(jsonl([ROW, {**ROW, "answer": ["Hello."]}]), **single_turn()))
+    assert message == "rows.jsonl: row 2: 'answer' is list, not text."
+
+
+def test_a_role_without_a_name_here_is_named() -> None:
+    rows = [{"conversations": [{"from": "human", "value": "Hi?"}, {"from": "bard", "value": "Hello."}]}]
+    message = load_error(data_config("sharegpt", jsonl(rows)))
+    assert message.startswith("rows.jsonl: row 1: messages[1] has the unknown role 'bard'")
+
+
+# --- filter ----------------------------------------------------------------------------------------------------------
+
+
+def of_categories(*texts: str) -> Path:
+    row = SHAPES["false_reject"][0]
+    return jsonl([{**row, "category_text": text, "category": i} for i, text in enumerate(texts)])
+
+
+def test_a_filter_keeps_the_rows_with_one_of_its_values_and_says_how_many(capsys: pytest.CaptureFixture[str]) -> None:
+    path = of_categories("a", "b", "c", "a")
+    assert len(load(data_config("false_reject", path, filter={"category_text": ["a", "c"]}))) == 3
+    assert "[data] data.filter keeps 3 of 4 rows of rows.jsonl" in capsys.readouterr().out
+
+
+def test_filters_of_several_columns_hold_together() -> None:
+    settings = data_config(
+        "false_reject", of_categories("a", "b", "a"), filter={"category_text": ["a"], "category": [2]}
+    )
+    assert len(load(settings)) == 1
+
+
+def test_what_a_filter_leaves_out_is_not_checked() -> None:
+    path = jsonl([{**ROW, "kind": "good"}, {"kind": "bad"}])
+    settings = with_columns(path, **single_turn())
+    settings.filter = {"kind": ["good"]}
+    assert len(load(settings)) == 1
+
+
+def test_a_filter_that_keeps_nothing_is_a_mistake() -> None:
+    message = load_error(data_config("false_reject", of_categories("a", "b"), filter={"category_text": ["z"]}))
+    assert message == "data.filter={'category_text': ['z']}: leaves none of the 2 rows."
+
+
+def test_a_filter_on_a_column_that_is_not_there_is_a_mistake() -> None:
+    message = load_error(data_config("false_reject", of_categories("a"), filter={"kind": ["a"]}))
+    assert message.startswith("data.filter='kind': no row of rows.jsonl has that column. There are: prompt, category,")

@@ -1,0 +1,225 @@
+"""Token by token against openai-harmony, OpenAI's own renderer, with the released vocabulary.
+
+The chat template differs from it in three things, which `expected` allows for: a blank line after the developer's text,
+a tool's result as JSON text (in quotes), and a comma after the default of a tool's parameter (a test of its own).
+"""
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from pipeline.config import TinyConfig
+from pipeline.data.harmony import IGNORED, Rendering, examples, parse_conversation
+from pipeline.models import tiny_model
+
+VOCABULARY = Path(__file__).parents[4] / "shared" / "data" / "tokenizer"
+if not VOCABULARY.is_dir():
+    pytest.skip(f"{VOCABULARY} is not there", allow_module_level=True)
+os.environ["TIKTOKEN_ENCODINGS_BASE"] = str(VOCABULARY)
+harmony = pytest.importorskip("openai_harmony")
+
+IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
+EFFORTS = {"low": "LOW", "medium": "MEDIUM", "high": "HIGH"}
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Looks outside.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "Where."},
+                "unit": {"type": "string", "enum": ["celsius", "kelvin"]},
+                "days": {"type": "array", "items": {"type": "integer"}},
+            },
+            "required": ["city"],
+        },
+    },
+}
+NOW = {"type": "function", "function": {"name": "now", "description": "Tells the time.", "parameters": None}}
+SYSTEM = {"role": "system", "content": "Sois bref — à l'année près.\n\nToujours."}
+QUESTION = {"role": "user", "content": "What's 12 + 7?  (in\n\twords: 数字) 🙂"}
+ANSWER = {"role": "assistant", "thinking": "12 + 7 = 19, je crois.", "content": "Dix-neuf.\n\n```py\n12+7\n```"}
+CALL = {
+    "role": "assistant",
+    "thinking": "I have to look.",
+    "content": None,
+    "tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "Zürich", "days": [1, 2]}'}}],
+}
+SECOND_CALL = {"role": "assistant", "tool_calls": [{"name": "now", "arguments": {}}]}
+TOOL = {"role": "tool", "content": "dry, 20 °C"}
+THANKS = {"role": "user", "content": "Thanks. And now?"}
+
+CONVERSATIONS: dict[str, dict[str, Any]] = {
+    "one turn": {"messages": [QUESTION, ANSWER]},
+    "no reasoning": {"messages": [QUESTION, {"role": "assistant", "content": "19"}]},
+    "instructions": {"messages": [SYSTEM, QUESTION, ANSWER]},
+    "three turns": {"messages": [SYSTEM, QUESTION, ANSWER, THANKS, ANSWER, QUESTION, ANSWER]},
+    "low effort": {"messages": [QUESTION, ANSWER], "reasoning_effort": "low"},
+    "high effort": {"messages": [QUESTION, ANSWER], "reasoning_effort": "high"},
+    "reasoning language": {"messages": [SYSTEM, QUESTION, ANSWER], "reasoning_language": "French"},
+    "reasoning language alone": {"messages": [QUESTION, ANSWER], "reasoning_language": "German"},
+    "tools": {"messages": [SYSTEM, QUESTION, CALL, TOOL, ANSWER], "tools": [WEATHER, NOW]},
+    "tools without instructions": {"messages": [QUESTION, CALL, TOOL, ANSWER], "tools": [WEATHER]},
+    "two calls": {"messages": [QUESTION, CALL, TOOL, SECOND_CALL, TOOL, ANSWER], "tools": [WEATHER, NOW]},
+    "tools, then more turns": {
+        "messages": [SYSTEM, QUESTION, CALL, TOOL, ANSWER, THANKS, CALL, TOOL, ANSWER],
+        "tools": [WEATHER, NOW],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def encoding() -> Any:
+    return harmony.load_harmony_encoding(harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(encoding: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tiny model's tokenizer, with the chat template of the released models, but their vocabulary."""
+    directory = tmp_path_factory.mktemp("tokenizer") / "tiny"
+    tiny_model.create_tiny(directory, TinyConfig())
+    template = AutoTokenizer.from_pretrained(directory)
+
+    class Released:
+        apply_chat_template = staticmethod(template.apply_chat_template)
+
+        def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
+            assert not add_special_tokens
+            return {"input_ids": [encoding.encode(text, allowed_special="all") for text in texts]}
+
+    return Released()
+
+
+def expected(encoding: Any, row: dict[str, Any], identity: str = IDENTITY) -> list[dict[str, list[int]]]:
+    """What openai-harmony makes of every assistant turn of a row; only the completion is learned."""
+    made = []
+    messages = [_as_harmony_has_it(message) for message in row["messages"]]
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt = _render(encoding, _opening(row, identity) + _history(messages[:i]))
+            prompt += encoding.encode("<|start|>assistant", allowed_special="all")
+            completion = _completion(encoding, message)
+            made.append({"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion})
+    return made
+
+
+def _as_harmony_has_it(message: dict[str, Any]) -> dict[str, Any]:
+    """Calls in one form."""
+    message = copy.deepcopy(message)
+    for call in message.get("tool_calls", []):
+        call |= call.pop("function", {})
+        arguments = call["arguments"]
+        # The template writes the arguments' JSON and ASCII-escapes nothing; harmony sends the text as it is given.
+        call["arguments"] = json.dumps(
+            json.loads(arguments) if isinstance(arguments, str) else arguments, ensure_ascii=False
+        )
+    return message
+
+
+def _opening(row: dict[str, Any], identity: str) -> list[Any]:
+    effort = getattr(harmony.ReasoningEffort, EFFORTS[row.get("reasoning_effort", "medium")])
+    system = (
+        harmony.SystemContent.new()
+        .with_model_identity(identity)
+        .with_reasoning_effort(effort)
+        .with_conversation_start_date("2025-08-05")
+    )
+    opening = [harmony.Message.from_role_and_content(harmony.Role.SYSTEM, system)]
+    language = [f"reasoning language: {row['reasoning_language']}"] if "reasoning_language" in row else []
+    instructions = [message["content"] for message in row["messages"] if message["role"] == "system"]
+    text = "\n\n".join(language + instructions)
+    developer = harmony.DeveloperContent.new()
+    if text:
+        developer = developer.with_instructions(text + "\n\n" * ("tools" not in row))
+    if "tools" in row:
+        described = [
+            harmony.ToolDescription.new(tool["name"], tool["description"], parameters=tool["parameters"])
+            for tool in (tool["function"] for tool in row["tools"])
+        ]
+        developer = developer.with_function_tools(described)
+    if text or "tools" in row:
+        opening.append(harmony.Message.from_role_and_content(harmony.Role.DEVELOPER, developer))
+    return opening
+
+
+def _history(messages: list[dict[str, Any]]) -> list[Any]:
+    """Without the reasoning of what was answered since: a final answer closes all that is before it."""
+    finals = [i for i, m in enumerate(messages) if m["role"] == "assistant" and "tool_calls" not in m]
+    answered = finals[-1] if finals else -1
+    history: list[Any] = []
+    called = ""
+    for i, message in enumerate(messages):
+        if message["role"] == "user":
+            history.append(harmony.Message.from_role_and_content(harmony.Role.USER, message["content"]))
+        elif message["role"] == "tool":
+            author = harmony.Author.new(harmony.Role.TOOL, f"functions.{called}")
+            # The template writes a tool's result as JSON text.
+            result = harmony.Message.from_author_and_content(author, json.dumps(message["content"], ensure_ascii=False))
+            history.append(result.with_channel("commentary").with_recipient("assistant"))
+        elif message["role"] == "assistant":
+            history += _assistant(message, with_reasoning=i > answered)
+            called = message["tool_calls"][0]["name"] if "tool_calls" in message else called
+    return history
+
+
+def _assistant(message: dict[str, Any], with_reasoning: bool) -> list[Any]:
+    made = []
+    if message.get("thinking") and with_reasoning:
+        made.append(_said(message["thinking"]).with_channel("analysis"))
+    if "tool_calls" not in message:
+        return [*made, _said(message["content"]).with_channel("final")]
+    call = message["tool_calls"][0]
+    said = _said(call["arguments"]).with_channel("commentary").with_recipient(f"functions.{call['name']}")
+    return [*made, said.with_content_type("json")]
+
+
+def _said(text: str) -> Any:
+    return harmony.Message.from_role_and_content(harmony.Role.ASSISTANT, text)
+
+
+def _completion(encoding: Any, message: dict[str, Any]) -> list[int]:
+    start = encoding.encode("<|start|>assistant", allowed_special="all")
+    ids = [token for said in _assistant(message, with_reasoning=True) for token in encoding.render(said)]
+    assert ids[: len(start)] == start
+    if "tool_calls" not in message:  # a final turn ends with <|return|> where a history has <|end|>
+        ids[-1:] = encoding.encode("<|return|>", allowed_special="all")
+    return ids[len(start) :]
+
+
+def _render(encoding: Any, messages: list[Any]) -> list[int]:
+    # By default the reasoning is dropped from renderings for training, that of open tool calls too.
+    keep = harmony.RenderConversationConfig(auto_drop_analysis=False)
+    return encoding.render_conversation(harmony.Conversation.from_messages(messages), config=keep)
+
+
+@pytest.mark.parametrize("row", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
+def test_every_turn_has_the_tokens_of_openai_harmony(row: dict[str, Any], encoding: Any, tokenizer: Any) -> None:
+    made = examples(parse_conversation(row), Rendering(tokenizer, "medium", "2025-08-05", True))
+    wanted = expected(encoding, row)
+    for ours, theirs in zip(made, wanted, strict=True):
+        assert encoding.decode(ours["input_ids"]) == encoding.decode(theirs["input_ids"])
+        assert ours == theirs
+
+
+def test_after_a_parameters_default_the_template_has_a_comma_that_openai_harmony_has_not(
+    encoding: Any, tokenizer: Any
+) -> None:
+    row = copy.deepcopy(CONVERSATIONS["tools without instructions"])
+    row["tools"][0]["function"]["parameters"]["properties"]["hours"] = {"type": "integer", "default": 24}
+    made = examples(parse_conversation(row), Rendering(tokenizer, "medium", "2025-08-05", True))
+    for ours, theirs in zip(made, expected(encoding, row), strict=True):
+        text = encoding.decode(ours["input_ids"])
+        assert text.count("// default: 24,\n") == 1
+        assert text.replace("// default: 24,\n", "// default: 24\n") == encoding.decode(theirs["input_ids"])
+
+
+def test_another_identity_has_the_tokens_of_openai_harmony(encoding: Any, tokenizer: Any) -> None:
+    rendering = Rendering(tokenizer, "medium", "2025-08-05", True, model_identity="You are Ada.")
+    row = CONVERSATIONS["three turns"]
+    assert examples(parse_conversation(row), rendering) == expected(encoding, row, "You are Ada.")

@@ -1,0 +1,98 @@
+"""Tables on disk: made once, found again, never there by half."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Features, Value
+
+from pipeline.config import ModelConfig, PipelineConfig, Stage
+from pipeline.data import tables
+from pipeline.errors import UserError
+
+NUMBERS = Features({"number": Value("int64")})
+
+
+class Source:
+    """Rows that are counted each time they are made; fails after `fail_at` of them."""
+
+    def __init__(self, fail_at: int | None = None, error: BaseException | None = None) -> None:
+        self.made = 0
+        self._fail_at = fail_at
+        self._error = error or RuntimeError("broken")
+        self._lock = threading.Lock()  # cannot be pickled: the rows' maker is only ever called
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        with self._lock:
+            self.made += 1
+        for i in range(10):
+            if i == self._fail_at:
+                raise self._error
+            yield {"number": i}
+
+
+def config(run_dir: Path) -> PipelineConfig:
+    return PipelineConfig(stage=Stage.sft, run_dir=str(run_dir), model=ModelConfig(path="unused"))
+
+
+def numbers(run_dir: Path, source: Source, *key: Any) -> list[int]:
+    return list(tables.table(config(run_dir), key, NUMBERS, source)["number"])
+
+
+def test_a_table_is_made_once(tmp_path: Path) -> None:
+    source = Source()
+    assert numbers(tmp_path, source, "a") == numbers(tmp_path, source, "a") == list(range(10))
+    assert source.made == 1
+
+
+@pytest.mark.parametrize("other", [("b",), ("a", 1), ()])
+def test_another_key_is_another_table(other: tuple, tmp_path: Path) -> None:
+    source = Source()
+    numbers(tmp_path, source, "a")
+    numbers(tmp_path, source, *other)
+    assert source.made == 2
+
+
+@pytest.mark.parametrize("fail_at", [0, 5])
+@pytest.mark.parametrize("error", [UserError("row 6 is wrong."), KeyboardInterrupt()], ids=["mistake", "interruption"])
+def test_what_the_rows_raise_is_raised_and_leaves_no_table(fail_at: int, error: BaseException, tmp_path: Path) -> None:
+    with pytest.raises(type(error)) as caught:
+        numbers(tmp_path, Source(fail_at, error), "a")
+    assert caught.value is error
+    source = Source()
+    assert numbers(tmp_path, source, "a") == list(range(10))
+    assert source.made == 1
+
+
+def test_the_rest_of_a_killed_run_does_no_harm(tmp_path: Path) -> None:
+    numbers(tmp_path, Source(), "a")
+    (whole,) = (path.parent for path in tmp_path.rglob("dataset_info.json"))
+    whole.rename(f"{whole}.incomplete")
+    source = Source()
+    assert numbers(tmp_path, source, "a") == list(range(10))
+    assert source.made == 1
+
+
+def test_of_several_at_once_one_writes_and_the_others_wait(tmp_path: Path) -> None:
+    source = Source()
+    found: list[list[int]] = []
+    threads = [threading.Thread(target=lambda: found.append(numbers(tmp_path, source, "a"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [list(range(10))] * 4
+    assert source.made == 1
+
+
+def test_a_run_dir_that_cannot_be_written_is_a_mistake_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(UserError, match=r"run_dir=.*: cannot write .*run/data"):
+        numbers(tmp_path / "run", Source(), "a")
+
+
+def test_a_full_disk_is_a_mistake_of_the_user(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No space left on device"):
+        numbers(tmp_path, Source(5, OSError(28, "No space left on device")), "a")

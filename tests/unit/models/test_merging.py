@@ -1,0 +1,281 @@
+"""Adapters merged a few experts at a time: bit for bit the merge of the whole stack, and PEFT's own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from pipeline.checkpoints.gpt_oss import EXPERT_WEIGHTS, expert_projections, plain_tensors
+from pipeline.checkpoints.reading import Checkpoint
+from pipeline.config import LoraConfig, LoraTarget, TinyConfig, TrainConfig
+from pipeline.models import adapters, loading, references
+from pipeline.models.adapters import Merger
+from pipeline.models.references import ModelRef
+from pipeline.models.tiny_model import create_tiny
+from pipeline.models.weights import Weights
+
+ADAPTED_LAYER = 1
+STACKS = [f"model.layers.{ADAPTED_LAYER}.mlp.experts.{name}" for name in EXPERT_WEIGHTS]
+ATTENTION = [f"model.layers.{ADAPTED_LAYER}.self_attn.{name}_proj.weight" for name in "qkvo"]
+OTHERS = [
+    "model.layers.0.mlp.experts.down_proj",
+    "model.embed_tokens.weight",
+    f"model.layers.{ADAPTED_LAYER}.self_attn.q_proj.bias",
+    f"model.layers.{ADAPTED_LAYER}.mlp.experts.down_proj_bias",
+]
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+RANKS = (1, 2, 8, 33)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A tiny model with random adapters on one layer, on disk.
+
+    Attributes:
+        ref: of it.
+        merged: name -> weight of the adapted layer, as PEFT's `merge_and_unload` of the loaded model leaves it.
+    """
+
+    ref: ModelRef
+    merged: dict[str, Tensor]
+
+    def merger(self) -> Merger:
+        return Merger(self.ref.directory, AutoConfig.from_pretrained(self.ref.base), self.ref.dtype)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    kind = BITS[one.dtype]
+    return one.dtype == other.dtype and torch.equal(one.contiguous().view(kind), other.contiguous().view(kind))
+
+
+def adapt(base: Path, directory: Path, dtype: torch.dtype, rank: int) -> Adapted:
+    lora = LoraConfig(rank=rank, alpha=12, targets=[LoraTarget.attention, LoraTarget.experts], layers=[ADAPTED_LAYER])
+    model = adapters.attach(loading.load_plain(base, dtype), TrainConfig(lora=lora), "sft")
+    torch.manual_seed(rank)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(str(directory))
+    ref = ModelRef("sft", directory, base, adapter=True, dtype=dtype)
+    plain = dict(model.merge_and_unload().named_parameters())
+    return Adapted(ref, {name: plain[name].detach().clone() for name in (*STACKS, *ATTENTION)})
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a tiny model of these sizes, once."""
+    root = tmp_path_factory.mktemp("merging")
+
+    def make(**sizes: int) -> Path:
+        directory: Path = root / "-".join(["tiny", *map(str, sizes.values())])
+        if not directory.exists():
+            create_tiny(directory, TinyConfig(**sizes))
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Adapted]:
+    """Makes an adapted model, once."""
+    made: dict[Any, Adapted] = {}
+
+    def make(dtype: torch.dtype, rank: int, **sizes: int) -> Adapted:
+        key = (dtype, rank, *sizes.items())
+        if key not in made:
+            made[key] = adapt(tiny(**sizes), tmp_path_factory.mktemp("adapter"), dtype, rank)
+        return made[key]
+
+    return make
+
+
+def parts_of(count: int) -> list[list[slice]]:
+    """Ways to cut a stack: in twos, unevenly, and almost whole."""
+    twos = [*range(0, count - 1, 2), count] if count % 2 == 0 else [*range(0, count - 2, 2), count]
+    bounds = [twos, [0, 3, count], [0, 2, 5, count], [0, count - 2, count], [0, count]]
+    cuts = [[slice(*pair) for pair in pairwise(each)] for each in bounds]
+    return [parts for parts in cuts if all(part.stop - part.start > 1 for part in parts)]
+
+
+def merged_in(parts: list[slice], merger: Merger, name: str, base: Tensor) -> Tensor:
+    return torch.cat([merger.merged(name, base[rows], rows.start) for rows in parts])
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merging_a_few_experts_at_a_time_gives_the_bits_of_the_whole_stack(
+    dtype: torch.dtype, rank: int, adapted: Callable[..., Adapted]
+) -> None:
+    model = adapted(dtype, rank)
+    merger, checkpoint = model.merger(), Checkpoint(model.ref.base)
+    for name in STACKS:
+        base = checkpoint.read_plain(name)
+        whole = merger.merged(name, base)
+        assert not torch.equal(whole, base.to(dtype))
+        for parts in parts_of(len(base)):
+            assert same_bits(merged_in(parts, merger, name, base), whole), (name, parts)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_local_experts": 7},
+        {"num_local_experts": 16, "hidden_size": 256, "intermediate_size": 320},
+        {"num_local_experts": 5, "hidden_size": 544, "intermediate_size": 32},
+        {"num_local_experts": 6, "hidden_size": 96, "intermediate_size": 96},
+    ],
+    ids=lambda sizes: "-".join(map(str, sizes.values())),
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_so_it_does_at_other_sizes(dtype: torch.dtype, sizes: dict[str, int], adapted: Callable[..., Adapted]) -> None:
+    """Matrix products take other ways at other sizes."""
+    model = adapted(dtype, 8, **sizes)
+    merger, checkpoint = model.merger(), Checkpoint(model.ref.base)
+    for name in STACKS:
+        base = checkpoint.read_plain(name)
+        whole = merger.merged(name, base)
+        for parts in parts_of(len(base)):
+            assert same_bits(merged_in(parts, merger, name, base), whole), (name, parts)
+        assert same_bits(whole, model.merged[name])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_number_of_threads_does_not_matter(threads: int, adapted: Callable[..., Adapted]) -> None:
+    model = adapted(torch.float32, 8)
+    merger, name = model.merger(), STACKS[0]
+    base = Checkpoint(model.ref.base).read_plain(name)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        merged = merged_in([slice(0, 2), slice(2, 8)], merger, name, base)
+    finally:
+        torch.set_num_threads(before)
+    assert same_bits(merged, model.merged[name])
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_merge_is_that_of_peft_on_the_loaded_model(
+    dtype: torch.dtype, rank: int, adapted: Callable[..., Adapted]
+) -> None:
+    model = adapted(dtype, rank)
+    weights = Weights(model.ref)
+    for name in (*STACKS, *ATTENTION):
+        assert same_bits(weights.trained(name), model.merged[name]), name
+
+
+def test_merging_parts_leaves_the_adapters_as_they_were(adapted: Callable[..., Adapted]) -> None:
+    model = adapted(torch.float32, 8)
+    merger, name = model.merger(), STACKS[1]
+    base = Checkpoint(model.ref.base).read_plain(name)
+    before = base.clone()
+    merger.merged(name, base[6:], 6)
+    merger.merged(name, base[1:4], 1)
+    assert same_bits(merger.merged(name, base), model.merged[name])
+    assert same_bits(base, before)
+
+
+def test_an_error_in_a_part_leaves_the_adapters_as_they_were(adapted: Callable[..., Adapted]) -> None:
+    model = adapted(torch.float32, 8)
+    merger, name = model.merger(), STACKS[1]
+    base = Checkpoint(model.ref.base).read_plain(name)
+    with pytest.raises(AssertionError):
+        merger.merged(name, base[:1])
+    assert same_bits(merger.merged(name, base[2:5], 2), model.merged[name][2:5])
+    assert same_bits(merger.merged(name, base), model.merged[name])
+
+
+def test_only_adapted_weights_are_in_the_merger(adapted: Callable[..., Adapted]) -> None:
+    model = adapted(torch.float32, 8)
+    merger = model.merger()
+    layout = plain_tensors(Checkpoint(model.ref.base).shape)
+    assert {name for name in layout if name in merger} == {*STACKS, *ATTENTION}
+
+
+# Which rows belong to a part.
+
+
+STEP_SIZES = (1, 5_000, 50_000, 100_000, 10**9)
+
+
+def assert_covered_once(parts: list[slice], rows: int) -> None:
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(rows))
+    assert all(part.start < part.stop and part.step is None for part in parts)
+
+
+@pytest.mark.parametrize("step_bytes", STEP_SIZES)
+@pytest.mark.parametrize("is_adapted", [True, False])
+def test_parts_cover_every_row_of_every_weight_once(
+    is_adapted: bool, step_bytes: int, adapted: Callable[..., Adapted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(references, "STEP_BYTES", step_bytes)
+    ref = adapted(torch.float32, 8).ref
+    weights = Weights(ref if is_adapted else ModelRef("source", ref.base, ref.base))
+    for name, info in plain_tensors(weights.shape).items():
+        parts = weights.parts(name)
+        assert_covered_once(parts, info.shape[0])
+
+
+@pytest.mark.parametrize("step_bytes", STEP_SIZES)
+@pytest.mark.parametrize("experts", range(2, 12))
+def test_an_adapted_stack_is_never_cut_to_a_single_expert(
+    experts: int, step_bytes: int, adapted: Callable[..., Adapted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(references, "STEP_BYTES", step_bytes)
+    weights = Weights(adapted(torch.float32, 8).ref)
+    weights.shape = replace(weights.shape, num_local_experts=experts)
+    for name in STACKS:
+        parts = weights.parts(name)
+        assert_covered_once(parts, experts)
+        assert all(part.stop - part.start > 1 for part in parts)
+        if step_bytes == 1:
+            assert all(part.stop - part.start <= 3 for part in parts)
+
+
+def test_parts_of_other_weights_are_as_small_as_asked_for(
+    adapted: Callable[..., Adapted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(references, "STEP_BYTES", 3 * 96 * 64 * 4)
+    weights = Weights(adapted(torch.float32, 8).ref)
+    down, gate_up = (f"model.layers.0.mlp.experts.{name}" for name in ("down_proj", "gate_up_proj"))
+    assert weights.parts(down) == [slice(0, 3), slice(3, 6), slice(6, 8)]
+    assert weights.parts(gate_up) == [slice(i, i + 1) for i in range(8)]
+
+
+@pytest.mark.parametrize("step_bytes", STEP_SIZES)
+def test_adapted_attention_is_merged_whole(
+    step_bytes: int, adapted: Callable[..., Adapted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(references, "STEP_BYTES", step_bytes)
+    weights = Weights(adapted(torch.float32, 8).ref)
+    for name in ATTENTION:
+        assert weights.parts(name) == [slice(0, plain_tensors(weights.shape)[name].shape[0])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("step_bytes", STEP_SIZES)
+def test_weights_read_in_parts_are_the_weights(
+    step_bytes: int, dtype: torch.dtype, adapted: Callable[..., Adapted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(dtype, 8)
+    weights = Weights(model.ref)
+    expected = {name: weights.trained(name) for name in (*STACKS, *ATTENTION, *OTHERS)}
+    monkeypatch.setattr(references, "STEP_BYTES", step_bytes)
+    for name, whole in expected.items():
+        parts = [weights.trained(name, rows, weights.stored(name, rows)) for rows in weights.parts(name)]
+        assert same_bits(torch.cat(parts), whole), name
+
+
+def test_a_stack_of_two_experts_is_merged_whole(adapted: Callable[..., Adapted]) -> None:
+    model = adapted(torch.float32, 4, num_local_experts=2, num_experts_per_tok=1)
+    weights = Weights(model.ref)
+    for projection in expert_projections(weights.shape):
+        assert weights.parts(projection.name) == [slice(0, 2)]
+    for name in STACKS:
+        assert same_bits(weights.trained(name), model.merged[name])

@@ -1,0 +1,83 @@
+"""When rounded weights are kept, and when they are made again."""
+
+import torch
+from torch import Tensor
+
+from pipeline.models.rounded_weights import RoundedWeights, compute_dtype
+from pipeline.numerics.codec import straight_through
+
+
+class Rounder:
+    """Rounds to whole numbers and counts how often."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.calls = weight, 0
+
+    def __call__(self) -> Tensor:
+        self.calls += 1
+        return self.weight.detach().round()
+
+
+def parameter(*values: float) -> Tensor:
+    return torch.nn.Parameter(torch.tensor(values))
+
+
+def test_weights_are_rounded_once_until_they_are_forgotten() -> None:
+    weight, kept = parameter(0.4, 1.6), RoundedWeights()
+    rounder = Rounder(weight)
+    first, second = (kept.of("w", weight, rounder) for _ in range(2))
+    assert first is second and rounder.calls == 1
+    kept.forget()
+    kept.of("w", weight, rounder)
+    assert rounder.calls == 2
+
+
+def test_a_parameter_that_an_optimizer_moved_is_rounded_again_without_being_told() -> None:
+    weight, kept = parameter(0.4, 1.6), RoundedWeights()
+    rounder = Rounder(weight)
+    kept.of("w", weight, rounder)
+    weight.grad = torch.ones(2)
+    torch.optim.SGD([weight], lr=1.0).step()
+    assert kept.of("w", weight, rounder).tolist() == [-1.0, 1.0]
+
+
+def test_what_does_not_fit_into_the_budget_is_rounded_every_time() -> None:
+    small, large = parameter(0.4), parameter(*[0.4] * 100)
+    kept = RoundedWeights(budget_bytes=100)
+    rounders = {"small": Rounder(small), "large": Rounder(large)}
+    for _ in range(3):
+        kept.of("large", large, rounders["large"])
+        kept.of("small", small, rounders["small"])
+    assert (rounders["small"].calls, rounders["large"].calls) == (1, 3)
+    assert kept.bytes == 4
+
+
+def test_no_budget_keeps_nothing() -> None:
+    weight, kept = parameter(0.4), RoundedWeights(budget_bytes=0)
+    rounder = Rounder(weight)
+    kept.of("w", weight, rounder)
+    kept.of("w", weight, rounder)
+    assert rounder.calls == 2 and kept.bytes == 0
+
+
+def test_the_gradient_comes_in_the_type_of_the_weight() -> None:
+    weight = parameter(0.4, 1.6)
+    rounded = straight_through(weight, weight.detach().round().bfloat16())
+    assert rounded.dtype is torch.bfloat16 and rounded.tolist() == [0.0, 2.0]
+    (rounded * torch.tensor([2.0, 3.0], dtype=torch.bfloat16)).sum().backward()
+    assert weight.grad is not None and weight.grad.dtype is torch.float32
+    assert weight.grad.tolist() == [2.0, 3.0]
+
+
+def test_handing_out_kept_weights_leaves_them_without_a_graph() -> None:
+    weight, kept = parameter(0.4), RoundedWeights()
+    values = kept.of("w", weight, Rounder(weight))
+    assert straight_through(weight, values).requires_grad
+    assert not values.requires_grad
+
+
+def test_products_are_computed_in_the_type_of_autocast_where_it_is_on() -> None:
+    weight = parameter(0.4)
+    assert compute_dtype(weight) is torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compute_dtype(weight) is torch.bfloat16
