@@ -67,11 +67,12 @@ def _warn_of_what_sft_was(config: PipelineConfig, start: Artifact) -> None:
 
 
 def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
-    from pipeline import attention, samples, training
-    from pipeline.drift import Drift
+    from pipeline import samples
     from pipeline.models import fake_quantizers, rounded_weights
+    from pipeline.training import attention_check, trainer
+    from pipeline.training.weight_changes import Drift
 
-    attention.check(config.qat, "qat")
+    attention_check.check(config.qat, "qat")
     block_format = references.configured_format(config)
     tokenizer = load_tokenizer(start.base)
     splits = prepare_examples(config, rows, tokenizer)
@@ -79,9 +80,9 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
     drift = Drift(model, block_format)  # before frozen experts are rounded in place
     rounded = fake_quantizers.keep_rounded(model, rounded_weights.budget_bytes(config))
     looks = samples.callback(config, rows, tokenizer, directory, "qat")
-    inputs = training.Inputs(model, tokenizer, splits, drift, rounded, _teacher(config), looks)
+    inputs = trainer.Inputs(model, tokenizer, splits, drift, rounded, _teacher(config), looks)
     with fake_quantizers.watch(model) as fired:
-        details = training.train(inputs, training.Setup(config.qat, "qat", directory, config.sharding))
+        details = trainer.train(inputs, trainer.Setup(config.qat, "qat", directory, config.sharding))
     fired.raise_unless_all(model)
     details["quantizers"] = fake_quantizers.count(model, block_format)
     kind, where = saving.save(model, start, directory, config.qat, config)
@@ -92,8 +93,8 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
 
 def _teacher(config: PipelineConfig) -> Any:
     """The SFT model, if it is to be learnt from."""
-    from pipeline.distillation import Teacher
     from pipeline.models import packing_masks
+    from pipeline.training.distillation import Teacher
 
     settings = config.qat.distillation
     if not settings.weight:

@@ -31,11 +31,12 @@ def run(config: PipelineConfig) -> Artifact:
 
 
 def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
-    from pipeline import attention, samples, training
-    from pipeline.drift import Drift
+    from pipeline import samples
     from pipeline.models import adapters
+    from pipeline.training import attention_check, trainer
+    from pipeline.training.weight_changes import Drift
 
-    attention.check(config.sft, "sft")
+    attention_check.check(config.sft, "sft")
     tokenizer = load_tokenizer(start.base)
     splits = prepare_examples(config, rows, tokenizer)
     model = loading.load_to_train(start, config.sft)
@@ -43,7 +44,7 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
         model = adapters.attach(model, config.sft, "sft")
     drift = Drift(model, references.configured_format(config))
     looks = samples.callback(config, rows, tokenizer, directory, "sft")
-    inputs = training.Inputs(model, tokenizer, splits, drift, looks=looks)
-    details = training.train(inputs, training.Setup(config.sft, "sft", directory, config.sharding))
+    inputs = trainer.Inputs(model, tokenizer, splits, drift, looks=looks)
+    details = trainer.train(inputs, trainer.Setup(config.sft, "sft", directory, config.sharding))
     kind, where = saving.save(model, start, directory, config.sft, config)
     return Result(kind, format=where["dtype"], details={**details, **where})

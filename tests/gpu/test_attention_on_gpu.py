@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipeline import attention
 from pipeline.config import Precision, TrainConfig
+from pipeline.training import attention_check
 
 pytestmark = [
     pytest.mark.gpu,
@@ -14,4 +14,4 @@ pytestmark = [
 
 @pytest.mark.parametrize("precision", Precision)
 def test_flex_attention_passes_on_a_gpu(precision: Precision) -> None:
-    attention.check(TrainConfig(attn_implementation="flex_attention", precision=precision), "sft")
+    attention_check.check(TrainConfig(attn_implementation="flex_attention", precision=precision), "sft")

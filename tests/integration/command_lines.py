@@ -13,9 +13,9 @@ from typing import Any
 from torch.distributed.tensor import DTensor
 
 from pipeline import __main__ as program
-from pipeline import callbacks, training
 from pipeline.models import loading, losses, saving, sharding
 from pipeline.runs.processes import is_main_process, process_count
+from pipeline.training import callbacks, trainer
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def loss_of(inputs: Any) -> float:
 
 def run(line: Line) -> dict[str, Any]:
     outcome: dict[str, Any] = {}
-    on_save, train, save = callbacks.Checkpoints.on_save, training.train, saving.save
+    on_save, train, save = callbacks.Checkpoints.on_save, trainer.train, saving.save
 
     def interrupting(self: Any, args: Any, state: Any, control: Any, **event: Any) -> None:
         on_save(self, args, state, control, **event)
@@ -78,13 +78,13 @@ def run(line: Line) -> dict[str, Any]:
             outcome["same"] = [(other / name).read_bytes() == (directory / name).read_bytes() for name in names]
         return result
 
-    callbacks.Checkpoints.on_save, training.train = interrupting, looking  # type: ignore[method-assign]
+    callbacks.Checkpoints.on_save, trainer.train = interrupting, looking  # type: ignore[method-assign]
     saving.save = comparing if line.is_compared else save
     sys.argv = ["pipeline", *line.arguments]
     try:
         return {"status": program.status(line.arguments), **outcome}
     finally:
-        callbacks.Checkpoints.on_save, training.train, saving.save = on_save, train, save  # type: ignore[method-assign]
+        callbacks.Checkpoints.on_save, trainer.train, saving.save = on_save, train, save  # type: ignore[method-assign]
 
 
 def main(file: Path) -> None:

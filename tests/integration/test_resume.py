@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import ONE_LAYER, SHORT, linked, run_program
 
-from pipeline import callbacks
 from pipeline.runs import artifacts
 from pipeline.runs.metrics import read_metrics
+from pipeline.training import callbacks
 
 # Experts large enough that writing them takes a while.
 LARGE = (

@@ -13,10 +13,10 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline import distillation
 from pipeline.data.harmony import IGNORED
-from pipeline.distillation import Teacher
 from pipeline.models import chunked_logits, losses
+from pipeline.training import distillation
+from pipeline.training.distillation import Teacher
 
 VOCABULARY, ROWS, TOKENS = 997, 3, 50
 

@@ -11,9 +11,14 @@ import pytest
 from omegaconf import OmegaConf
 
 from pipeline import __main__ as program
-from pipeline.config import DataConfig, LoraTarget, ModelConfig, PipelineConfig, Stage, command_line
+from pipeline.config import DataConfig, LoraTarget, ModelConfig, PipelineConfig, Stage
+from pipeline.config import command_line
 from pipeline.errors import UserError
-from pipeline.runs import artifacts, console, metrics, provenance, tracking
+from pipeline.runs import artifacts
+from pipeline.runs import console
+from pipeline.runs import metrics
+from pipeline.runs import provenance
+from pipeline.runs import tracking
 from pipeline.runs.artifacts import Artifact, Kind, Result, build, fingerprint_of, load, require, stage_dir
 
 PAYLOAD = {"model.safetensors": b"weights", "sub/config.json": b"{}"}

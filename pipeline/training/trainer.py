@@ -15,14 +15,10 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
-from pipeline import resume
-from pipeline.callbacks import TokenCount, callbacks
 from pipeline.config import Precision, Sharding, TrainConfig
 from pipeline.data import tables
 from pipeline.data.examples import Splits
 from pipeline.data.harmony import IGNORED
-from pipeline.distillation import Teacher, distilled
-from pipeline.drift import Drift
 from pipeline.errors import UserError
 from pipeline.models import losses, sharding
 from pipeline.models.losses import Loss
@@ -32,6 +28,10 @@ from pipeline.runs.artifacts import CHECKPOINTS_DIR
 from pipeline.runs.console import say, warn
 from pipeline.runs.metrics import forget_metrics_after, read_metrics
 from pipeline.runs.processes import wait_for_everyone
+from pipeline.training import resume
+from pipeline.training.callbacks import TokenCount, callbacks
+from pipeline.training.distillation import Teacher, distilled
+from pipeline.training.weight_changes import Drift
 
 _WHOLE_EXAMPLES = "bfd"  # best fit, decreasing: TRL's way to pack that cuts no example that fits
 _LOWEST_SAFE_BF16_RATE = 1e-4

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import resume
 from pipeline.config import Sharding
 from pipeline.errors import UserError
+from pipeline.training import resume
 
 
 def checkpoint(directory: Path, step: int, shared: Sharding) -> Path:

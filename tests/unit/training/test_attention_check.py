@@ -12,9 +12,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
-from pipeline import attention
 from pipeline.config import Precision, TrainConfig
 from pipeline.errors import UserError
+from pipeline.training import attention_check
 
 CPU = torch.device("cpu")
 NAME = "attention_under_test"
@@ -66,7 +66,7 @@ def register(function: Attention) -> None:
 
 def refusal(name: str, precision: Precision = Precision.fp32) -> str:
     with pytest.raises(UserError) as caught:
-        attention.check(TrainConfig(attn_implementation=name, precision=precision), "qat")
+        attention_check.check(TrainConfig(attn_implementation=name, precision=precision), "qat")
     message = str(caught.value)
     assert message.startswith(f"qat.attn_implementation={name}: ") and "\n" not in message
     assert message.endswith("Use qat.attn_implementation=eager.")
@@ -75,7 +75,7 @@ def refusal(name: str, precision: Precision = Precision.fp32) -> str:
 
 @pytest.mark.parametrize("precision", Precision)
 def test_eager_is_as_far_from_the_truth_as_eager(precision: Precision) -> None:
-    distances, rounding = attention.errors("eager", precision, CPU)
+    distances, rounding = attention_check.errors("eager", precision, CPU)
     assert max(distances.values()) == rounding
     assert 0 < rounding < (1e-5 if precision is Precision.fp32 else 0.1)
 
@@ -83,7 +83,7 @@ def test_eager_is_as_far_from_the_truth_as_eager(precision: Precision) -> None:
 @pytest.mark.parametrize("precision", Precision)
 def test_a_right_kernel_passes_in_every_precision(precision: Precision, capsys: pytest.CaptureFixture[str]) -> None:
     register(online)
-    attention.check(TrainConfig(attn_implementation=NAME, precision=precision), "sft")
+    attention_check.check(TrainConfig(attn_implementation=NAME, precision=precision), "sft")
     assert f"[sft] attn_implementation={NAME} agrees with eager" in capsys.readouterr().out
 
 
@@ -135,7 +135,7 @@ def test_a_kernel_that_goes_by_its_masks_may_train_packed_documents(
     name: str, precision: Precision, capsys: pytest.CaptureFixture[str]
 ) -> None:
     register(online)
-    attention.check(TrainConfig(attn_implementation=name, precision=precision, packing=True), "sft")
+    attention_check.check(TrainConfig(attn_implementation=name, precision=precision, packing=True), "sft")
     said = capsys.readouterr().out
     assert f"attn_implementation={name} keeps packed documents apart, and agrees with eager" in said
 
@@ -143,25 +143,25 @@ def test_a_kernel_that_goes_by_its_masks_may_train_packed_documents(
 def test_a_kernel_that_lets_packed_documents_see_each_other_is_refused_only_with_packing() -> None:
     register(with_masks_of_its_own)
     settings = TrainConfig(attn_implementation=NAME, precision=Precision.fp32)
-    attention.check(settings, "sft")
+    attention_check.check(settings, "sft")
     settings.packing = True
     with pytest.raises(UserError) as caught:
-        attention.check(settings, "sft")
+        attention_check.check(settings, "sft")
     assert "is wrong for packed documents, which must not see each other: " in str(caught.value)
 
 
 def test_eager_without_masks_made_of_positions_would_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention.documents, "keep_apart", lambda model: None)
+    monkeypatch.setattr(attention_check.documents, "keep_apart", lambda model: None)
     with pytest.raises(UserError, match="packed documents"):
-        attention.check(TrainConfig(packing=True, precision=Precision.fp32), "sft")
+        attention_check.check(TrainConfig(packing=True, precision=Precision.fp32), "sft")
 
 
 def test_eager_is_not_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "errors", lambda *_: pytest.fail("eager was compared"))
-    attention.check(TrainConfig(attn_implementation="eager"), "sft")
+    monkeypatch.setattr(attention_check, "errors", lambda *_: pytest.fail("eager was compared"))
+    attention_check.check(TrainConfig(attn_implementation="eager"), "sft")
 
 
 def test_the_check_leaves_the_random_numbers_of_training_alone() -> None:
     before = torch.random.get_rng_state()
-    attention.errors("eager", Precision.fp32, CPU)
+    attention_check.errors("eager", Precision.fp32, CPU)
     assert torch.equal(torch.random.get_rng_state(), before)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pipeline import distillation
-from pipeline.distillation import Distilled
 from pipeline.models import chunked_logits
 from pipeline.models.chunked_logits import States
+from pipeline.training import distillation
+from pipeline.training.distillation import Distilled
 
 
 def logits(seed: int, tokens: int = 40, vocabulary: int = 11) -> torch.Tensor:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny_models import gpt_oss
 
-from pipeline import callbacks
 from pipeline.config import Sharding
 from pipeline.data.harmony import IGNORED
-from pipeline.resume import WHOLE
+from pipeline.training import callbacks
+from pipeline.training.resume import WHOLE
 
 EXPERTS, ACTIVE = 8, 2
 

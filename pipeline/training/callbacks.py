@@ -17,12 +17,12 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from pipeline.config import Sharding, TrainConfig
 from pipeline.data.harmony import IGNORED
-from pipeline.resume import mark_whole
 from pipeline.runs.console import progress, say, warn
 from pipeline.runs.metrics import read_metrics
 from pipeline.runs.processes import is_main_process, wait_for_everyone
 from pipeline.runs.provenance import peak_resident_bytes
 from pipeline.runs.tracking import log_metrics
+from pipeline.training.resume import mark_whole
 
 _LOSS = "eval_loss"
 _RECOUNTED = "num_tokens"  # TRL's count, which restarts at zero when a run is resumed
