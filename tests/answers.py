@@ -1,6 +1,6 @@
 """Transcripts made by hand, for the tests of scorers."""
 
-from pipeline.transcripts import Transcript
+from pipeline.evaluate.transcripts import Transcript
 
 
 def transcript(

@@ -7,7 +7,7 @@ from typing import Any
 
 from exports import SIZES
 
-from pipeline.transcripts import Transcript
+from pipeline.evaluate.transcripts import Transcript
 
 RIGHT, WRONG = "7", "8"
 PARENTS = {"upcast": {}, "sft": {"upcast": "upcast"}, "quantize": {"sft": "sft"}, "qat": {"quantize": "quantize"}}

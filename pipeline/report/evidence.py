@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import statistics
-from pipeline.evals.verdicts import paired
+from pipeline.evaluate import statistics
+from pipeline.evaluate.statistics import BETTER, WORSE, Comparison
+from pipeline.evaluate.verdicts import paired
 from pipeline.report.rows import PTQ, QAT, SFT, Row
-from pipeline.statistics import BETTER, WORSE, Comparison
 
 LOSS = "validation_loss"
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.evaluate.transcripts import Transcript
 from pipeline.report.rows import Row
-from pipeline.transcripts import Transcript
 
 _PASSED = {True: "passed", False: "failed", None: "undecided"}
 

@@ -9,9 +9,9 @@ from typing import Any
 from pipeline.config import GenerationConfig, PipelineConfig
 from pipeline.data import harmony
 from pipeline.data.harmony import Conversation
-from pipeline.generation import chat
-from pipeline.generation.prompts import Prompt, Question
-from pipeline.transcripts import Parsed, Transcript, parse
+from pipeline.evaluate.generation import chat
+from pipeline.evaluate.generation.prompts import Prompt, Question
+from pipeline.evaluate.transcripts import Parsed, Transcript, parse
 
 _HEALTH_SECONDS = 5.0
 _SHOWN_CHARACTERS = 300

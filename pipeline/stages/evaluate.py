@@ -7,10 +7,11 @@ from typing import Any
 
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
-from pipeline.evals import judge, measure
-from pipeline.evals.measure import Measure, Task, file_name
-from pipeline.generation import endpoint, prompts
-from pipeline.generation.endpoint import Served
+from pipeline.evaluate import measure
+from pipeline.evaluate.generation import endpoint, prompts
+from pipeline.evaluate.generation.endpoint import Served
+from pipeline.evaluate.measure import Measure, Task, file_name
+from pipeline.evaluate.scorers import judge
 from pipeline.models import references
 from pipeline.models.references import MODEL_STAGES, ModelRef
 from pipeline.runs import artifacts

@@ -67,7 +67,7 @@ def _warn_of_what_sft_was(config: PipelineConfig, start: Artifact) -> None:
 
 
 def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
-    from pipeline import samples
+    from pipeline.evaluate import samples
     from pipeline.models import fake_quantizers, rounded_weights
     from pipeline.training import attention_check, trainer
     from pipeline.training.weight_changes import Drift

@@ -14,9 +14,9 @@ from pipeline.runs.console import say
 from pipeline.runs.processes import process_count
 
 if TYPE_CHECKING:
+    from pipeline.evaluate.transcripts import Parsed
     from pipeline.serving.launch import Launch
     from pipeline.serving.process import EngineProcess
-    from pipeline.transcripts import Parsed
 
 
 def run(config: PipelineConfig) -> Artifact:

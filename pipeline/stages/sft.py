@@ -31,7 +31,7 @@ def run(config: PipelineConfig) -> Artifact:
 
 
 def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
-    from pipeline import samples
+    from pipeline.evaluate import samples
     from pipeline.models import adapters
     from pipeline.training import attention_check, trainer
     from pipeline.training.weight_changes import Drift

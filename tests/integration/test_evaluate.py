@@ -9,7 +9,7 @@ import pytest
 from chat_server import Reply, Server, completion
 from conftest import SHORT, run_program
 
-from pipeline.evals import logits
+from pipeline.evaluate.scorers import logits
 from pipeline.runs import artifacts
 
 JUDGED = (
@@ -153,7 +153,7 @@ def test_a_column_that_is_not_there_is_refused_with_those_that_are(
 def test_what_differs_in_every_row_is_no_group(
     run_dir: Path, grouped: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.evals.groups._MOST_GROUPS", 8)
+    monkeypatch.setattr("pipeline.evaluate.groups._MOST_GROUPS", 8)
     error = refused(capsys, run_dir, grouped, *ALONE, "evaluate.group_column=number")
     assert "evaluate.group_column=number: 20 different values in 20 validation rows" in error
 

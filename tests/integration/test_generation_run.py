@@ -95,7 +95,7 @@ def test_what_was_measured_before_an_interruption_stays_among_the_results(
         arguments = ("evaluate.source=upcast", f"evaluate.endpoint.url={gone.url}", CHAT)
         assert evaluated(unmeasured, *QUICK, *arguments) == 0
     with monkeypatch.context() as interrupted:
-        interrupted.setattr("pipeline.generation.local.Local.answer", stop)
+        interrupted.setattr("pipeline.evaluate.generation.local.Local.answer", stop)
         assert evaluated(unmeasured, *QUICK, "evaluate.source=sft") == 130
     assert evaluated(unmeasured, *QUICK, "evaluate.source=sft") == 0
     assert set(results(unmeasured)) == {"upcast", "endpoint", "sft"}

@@ -14,8 +14,8 @@ from pipeline.config import EndpointConfig, LmEvalConfig, TinyConfig
 from pipeline.data.harmony import Rendering
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import UserError
-from pipeline.evals.harness import Suites
-from pipeline.generation.endpoint import Served
+from pipeline.evaluate.generation.endpoint import Served
+from pipeline.evaluate.scorers.harness import Suites
 from pipeline.models.loading import load_plain
 from pipeline.models.tiny_model import create_tiny
 

@@ -6,9 +6,9 @@ import evaluated
 import pytest
 from evaluated import RIGHT, WRONG, answer
 
+from pipeline.evaluate.statistics import BETTER, WORSE, mcnemar
 from pipeline.report import content, runs
 from pipeline.report.content import Content
-from pipeline.statistics import BETTER, WORSE, mcnemar
 
 SFT, LOW = [True] * 95 + [False] * 5, [True] * 70 + [False] * 30
 

@@ -13,8 +13,8 @@ from pipeline.config import (
     Stage,
     rules,
 )
+from pipeline.evaluate.generation.endpoint import APIS
 from pipeline.export import EXPORTERS
-from pipeline.generation.endpoint import APIS
 from pipeline.models.sharding import ENGINES
 from pipeline.numerics.formats import FORMATS, SCALE_RULES
 

@@ -1,0 +1,66 @@
+"""What a prompt's row may say of a right answer, checked before models are asked and again before they are scored."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+from pipeline.config.languages import NAMES, code_of
+from pipeline.errors import did_you_mean, user_errors
+from pipeline.evaluate.transcripts import Transcript
+
+SAFE, UNSAFE = "safe", "unsafe"
+CHOICE = re.compile(r"[A-E]")
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+"""A plain number, with commas between thousands at most."""
+
+_MOST_PROBLEMS = 8
+
+
+def check(expected: Iterable[tuple[str, Mapping[str, str]]]) -> None:
+    """Check (prompt_id, what is expected) of all prompts; keys that no scorer knows are left alone.
+
+    Raises:
+        UserError: values that scorers cannot use, each with the first prompt that has it and how many there are.
+    """
+    prompts: dict[tuple[str, str], list[str]] = {}
+    for prompt_id, values in expected:
+        for key in KEYS.keys() & values.keys():
+            if KEYS[key](values[key]) is not None:
+                prompts.setdefault((key, values[key]), []).append(prompt_id)
+    found = [
+        f"expected {key} {value!r} of prompt {ids[0]}{f' and {len(ids) - 1} more' if ids[1:] else ''}:"
+        f" {KEYS[key](value)}"
+        for (key, value), ids in sorted(prompts.items())
+    ]
+    if found:
+        rest = len(found) - _MOST_PROBLEMS
+        raise user_errors([*found[:_MOST_PROBLEMS], *([f"and {rest} more values"] if rest > 0 else [])])
+
+
+def check_all(transcripts: Iterable[Transcript]) -> None:
+    """`check` what is expected of transcripts."""
+    check((each.prompt_id, each.expected) for each in transcripts)
+
+
+def _language_problem(value: str) -> str | None:
+    if code_of(value) is not None:
+        return None
+    known = ", ".join(f"{name} ({code})" for name, code in NAMES.items())
+    return f"not a language that can be told.{did_you_mean(value.strip().capitalize(), NAMES)} There are {known}."
+
+
+def _answer_problem(value: str) -> str | None:
+    is_readable = CHOICE.fullmatch(value.strip()) or NUMBER.fullmatch(value.strip())
+    return None if is_readable else "neither a plain number (70000, 2,125, -0.5) nor a choice from A to E."
+
+
+def _safety_problem(value: str) -> str | None:
+    return None if value in (SAFE, UNSAFE) else f"must be {SAFE} or {UNSAFE}."
+
+
+KEYS: dict[str, Callable[[str], str | None]] = {
+    "language": _language_problem,
+    "answer_language": _language_problem,
+    "answer": _answer_problem,
+    "safety": _safety_problem,
+}
+"""Key -> what is wrong with a value, or None. `category` may be anything."""

@@ -1,0 +1,143 @@
+"""Answers of a model that is loaded here, by transformers' `generate`: in batches, padded on the left, with a KV cache.
+
+An answer depends on its prompt and its seed, not on its batch: every row of a batch draws from a generator of its own.
+What is left is the order of sums, which a batch of another width may change in the last bit, and with it a near tie;
+so batches are formed from all questions alike, also when most of them have been answered already.
+
+Shapes: B answers at once, T tokens, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig as Decoding
+from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from pipeline.checkpoints.gpt_oss import STOP_TOKENS
+from pipeline.config import GenerationConfig
+from pipeline.data.harmony import Rendering
+from pipeline.errors import UserError
+from pipeline.evaluate.generation import prompts
+from pipeline.evaluate.generation.journal import Journal
+from pipeline.evaluate.generation.prompts import Question
+from pipeline.evaluate.transcripts import Transcript
+from pipeline.runs.console import progress
+
+_LENGTH = "length"
+
+
+@dataclass(frozen=True)
+class Local:
+    """A model that answers here.
+
+    Attributes:
+        model: a causal language model in evaluation mode, on its device.
+        rendering: its tokenizer, and what else the prompt says.
+        settings: how it answers.
+        limit: the setting that says how many answers are written at once.
+    """
+
+    model: Any
+    rendering: Rendering
+    settings: GenerationConfig
+    limit: str = "evaluate.generation.batch_size"
+
+    def ask(self, questions: list[Question], journal: Journal[Transcript], name: str) -> None:
+        """Answer what the journal does not have yet.
+
+        Raises:
+            UserError: the chat template refuses prompts, or the GPU's memory is too small for a batch.
+        """
+        batches = self._batches(questions)
+        todo = [batch for batch in batches if any(question.key not in journal for question, _ in batch)]
+        for batch in progress(todo, what=f"answers of {name}", unit="batch"):
+            journal.add(self.answer(*zip(*batch, strict=True)))
+
+    def answer(self, questions: tuple[Question, ...], prompts: tuple[list[int], ...]) -> list[Transcript]:
+        """One batch.
+
+        Args:
+            questions: what is asked.
+            prompts: their token ids.
+        """
+        seeds = [question.seed(self.settings.seed) for question in questions] if self.settings.temperature else None
+        try:
+            completions = self._complete(prompts, seeds)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{self.limit}={self.settings.batch_size}: the GPU's memory is too small for"
+                f" {len(prompts)} answers at once to prompts of up to {max(map(len, prompts))} tokens. Lower it."
+            ) from error
+        return [
+            question.transcript(
+                self.rendering.tokenizer.decode(ids, clean_up_tokenization_spaces=False), _LENGTH, len(ids), seed
+            )
+            for question, ids, seed in zip(questions, completions, seeds or repeat(None, len(questions)), strict=True)
+        ]
+
+    def token_ids(self, questions: list[Question]) -> list[list[int]]:
+        """The prompts as tokens, up to where the assistant's turn begins.
+
+        Raises:
+            UserError: the chat template refuses some of them.
+        """
+        return prompts.token_ids(questions, self.rendering)
+
+    def _batches(self, questions: list[Question]) -> list[list[tuple[Question, list[int]]]]:
+        """All questions with their tokens, the longest first: what does not fit into memory fails at once."""
+        pairs = zip(questions, self.token_ids(questions), strict=True)
+        ordered = sorted(pairs, key=lambda pair: (-len(pair[1]), pair[0].key))
+        size = self.settings.batch_size
+        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+    def _complete(self, prompts: tuple[list[int], ...], seeds: list[int] | None) -> list[list[int]]:
+        """Token ids of the completions, each with the token that ended it."""
+        tokenizer, device = self.rendering.tokenizer, self.model.device
+        batch = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt").to(device)
+        stop = tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
+        decoding = Decoding(
+            do_sample=False,  # also where tokens are drawn: the noise does it, and the largest logit is the draw
+            use_cache=True,
+            max_new_tokens=self.settings.max_new_tokens,
+            eos_token_id=stop,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        made: Tensor = self.model.generate(  # (B, T), prompts included
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            generation_config=decoding,
+            logits_processor=LogitsProcessorList([] if seeds is None else self._draws(seeds)),
+        )
+        return [_up_to_stop(row, stop) for row in made[:, batch["input_ids"].shape[1] :].tolist()]
+
+    def _draws(self, seeds: list[int]) -> list[LogitsProcessor]:
+        draws: list[LogitsProcessor] = [TemperatureLogitsWarper(self.settings.temperature)]
+        if self.settings.top_p < 1:
+            draws.append(TopPLogitsWarper(self.settings.top_p))
+        return [*draws, _Noise(seeds, self.model.device)]
+
+
+class _Noise(LogitsProcessor):
+    """Gumbel noise: the index of the largest of logits + noise is a draw from their softmax (the Gumbel-max trick)."""
+
+    def __init__(self, seeds: list[int], device: torch.device) -> None:
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (B, V) with noise of each row's own generator; V draws a token, whatever the other rows do."""
+        exponential = torch.stack(
+            [
+                torch.empty_like(row).exponential_(generator=own)
+                for row, own in zip(scores, self._generators, strict=True)
+            ]
+        )
+        return scores - exponential.clamp_min(torch.finfo(scores.dtype).tiny).log()
+
+
+def _up_to_stop(ids: list[int], stop: list[int]) -> list[int]:
+    """Without what pads a row that ended earlier than others."""
+    end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
+    return ids[: end + 1]

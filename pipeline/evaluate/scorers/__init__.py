@@ -1,0 +1,44 @@
+"""What is measured of a model: one file per kind of scoring, one row in EVALS."""
+
+from collections.abc import Callable, Sequence
+
+from pipeline.evaluate.scorers import (
+    exact_match,
+    format_health,
+    harness,
+    judge,
+    language,
+    logits,
+    refusal,
+    size,
+    validation_loss,
+    weights,
+)
+from pipeline.evaluate.subject import Subject
+from pipeline.evaluate.transcripts import Transcript
+from pipeline.evaluate.verdicts import Verdict
+
+EVALS: dict[str, Callable[[Subject], dict[str, float]]] = {
+    "validation_loss": validation_loss.score,
+    "size": size.score,
+    "weights": weights.score,
+    "logits": logits.score,
+    "reasoning_language": language.reasoning,
+    "answer_language": language.answer,
+    "refusal": refusal.score,
+    "judge": judge.score,
+    "exact_match": exact_match.score,
+    "format_health": format_health.score,
+    "suites": harness.score,
+}
+"""Name -> score(subject), which returns figure -> value; nothing where the subject has not got what it takes."""
+
+VERDICTS: dict[str, Callable[[Sequence[Transcript]], list[Verdict]]] = {
+    "reasoning_language": language.reasoning_verdicts,
+    "answer_language": language.answer_verdicts,
+    "safe_answered": refusal.safe_verdicts,
+    "unsafe_refused": refusal.unsafe_verdicts,
+    "exact_match": exact_match.verdicts,
+    "format_health": format_health.verdicts,
+}
+"""Figure that is a pass rate -> the verdicts that it comes from, one for each answer that it looks at."""

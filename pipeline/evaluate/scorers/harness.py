@@ -1,0 +1,165 @@
+"""Task suites of lm-evaluation-harness (`evaluate.lm_eval`). The only importer of lm_eval, which is an extra.
+
+A model of the run is handed over as it is in memory, so that what is measured is what its forward pass computes, fake
+quantizers included. Chat prompts are rendered as in training, date and effort pinned, and what counts as the answer is
+the text after the last channel's `<|message|>`. A served model is asked by the harness itself.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from datasets.exceptions import DatasetsError
+
+from pipeline.config import EndpointApi, EndpointConfig, LmEvalConfig
+from pipeline.data.harmony import Rendering
+from pipeline.errors import UserError, did_you_mean, user_errors
+from pipeline.evaluate.generation.client import key_of
+from pipeline.evaluate.generation.endpoint import KEY as ENDPOINT
+from pipeline.evaluate.generation.endpoint import Served
+from pipeline.evaluate.subject import Subject
+
+KEY = "evaluate.lm_eval"
+_BEFORE_TEXT = "<|message|>"
+
+
+class Suites:
+    """The tasks that the settings name, found and checked."""
+
+    def __init__(self, settings: LmEvalConfig) -> None:
+        """
+        Raises:
+            UserError: lm-eval is not installed, or there is no such folder or task.
+        """
+        try:
+            import lm_eval.tasks
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"{KEY}.tasks={settings.tasks}: needs lm-eval ({error}). Install it: pip install"
+                " 'gpt-oss-qat[lm-eval]'."
+            ) from error
+        path = settings.include_path
+        if path is not None and not Path(path).expanduser().is_dir():
+            raise UserError(f"{KEY}.include_path={path}: no such folder.")
+        self._settings = settings
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        self._manager = lm_eval.tasks.TaskManager(include_path=path and str(Path(path).expanduser()))
+        unknown = [name for name in settings.tasks if name not in self._manager.all_tasks]
+        if unknown:
+            raise user_errors(
+                [
+                    f"{KEY}.tasks: no such task: {name}.{did_you_mean(name, self._manager.all_tasks)}"
+                    " `lm_eval ls tasks` lists them; a folder of yours is named by .include_path."
+                    for name in unknown
+                ]
+            )
+
+    def of_model(self, model: Any, rendering: Rendering) -> dict[str, float]:
+        """Figures of a loaded model.
+
+        Args:
+            model: a causal language model in evaluation mode, on its device.
+            rendering: its tokenizer, and what else a chat prompt says.
+
+        Raises:
+            UserError: a task's data cannot be read, or it does not go with the settings.
+        """
+        from lm_eval.models.huggingface import HFLM
+
+        identity = {} if rendering.model_identity is None else {"model_identity": rendering.model_identity}
+        pinned = {
+            "reasoning_effort": rendering.reasoning_effort,
+            "strftime_now": lambda _: rendering.conversation_date,  # as in harmony
+            **identity,
+        }
+        tokenizer = rendering.tokenizer
+        harness_model = HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=self._settings.batch_size,
+            chat_template_args=pinned,
+            think_end_token=tokenizer.convert_tokens_to_ids(_BEFORE_TEXT),
+        )
+        return self._figures(harness_model, None)
+
+    def of_served(self, served: Served, endpoint: EndpointConfig, tokenizer: Path) -> dict[str, float]:
+        """Figures of a model on a server.
+
+        Args:
+            served: the model.
+            endpoint: settings of its server.
+            tokenizer: directory of its tokenizer; prompts are sent as tokens unless the API is chat.
+
+        Raises:
+            UserError: as `of_model`, or the server does not answer.
+        """
+        is_chat = served.api == EndpointApi.chat.name
+        key = key_of(endpoint, ENDPOINT)
+        arguments: dict[str, Any] = {
+            "model": served.model,
+            "base_url": f"{served.url}/{'chat/' if is_chat else ''}completions",
+            "tokenizer_backend": None if is_chat else "huggingface",
+            "num_concurrent": endpoint.concurrency,
+            "max_retries": endpoint.retries + 1,
+            "timeout": endpoint.timeout_seconds,
+            "header": {"Authorization": f"Bearer {key}"} if key else {"Accept": "application/json"},
+            **({} if is_chat else {"tokenizer": str(tokenizer)}),
+        }
+        with _faults_of(served):
+            return self._figures(f"local-{'chat-' if is_chat else ''}completions", arguments)
+
+    def _figures(self, model: Any, arguments: dict[str, Any] | None) -> dict[str, float]:
+        from lm_eval.evaluator import simple_evaluate
+
+        settings = self._settings
+        with _faults_of_tasks(settings.tasks):
+            found: Any = simple_evaluate(
+                model=model,
+                model_args=arguments,
+                tasks=list(settings.tasks),
+                task_manager=self._manager,
+                num_fewshot=settings.num_fewshot,
+                limit=settings.limit,
+                apply_chat_template=settings.apply_chat_template,
+                log_samples=False,
+            )
+        return dict(_flat(found["results"])) | dict(_flat(found.get("groups", {})))
+
+
+def score(subject: Subject) -> dict[str, float]:
+    """`lm_eval/<task>/<metric>` and `…_stderr`, found before; empty where no tasks were run."""
+    return dict(subject.suites)
+
+
+def _flat(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
+    """`lm_eval/<task>/<metric>` and `…_stderr`; a metric is followed by ,<filter> where a task has several."""
+    for task, metrics in results.items():
+        for name, value in metrics.items():
+            metric, _, answer_filter = name.partition(",")
+            if isinstance(value, (int, float)) and answer_filter:  # the others: alias, "N/A", counts
+                suffix = "" if answer_filter == "none" else f",{answer_filter}"
+                yield f"lm_eval/{task}/{metric}{suffix}", float(value)
+
+
+@contextmanager
+def _faults_of_tasks(tasks: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except (DatasetsError, FileNotFoundError, ConnectionError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{KEY}.tasks={tasks}: lm-eval cannot run them ({reason}).") from error
+
+
+@contextmanager
+def _faults_of(served: Served) -> Iterator[None]:
+    from aiohttp import ClientError
+
+    try:
+        yield
+    except (ClientError, OSError, TimeoutError) as error:
+        raise UserError(
+            f"{ENDPOINT}.url={served.url}: did not answer lm-eval ({str(error).strip() or type(error).__name__})."
+            " Is the server up, and does it know the API that evaluate.endpoint.api names?"
+        ) from error

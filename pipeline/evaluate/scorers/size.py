@@ -1,0 +1,12 @@
+"""Size on disk."""
+
+from pipeline.checkpoints.side_files import ADAPTER_WEIGHTS
+from pipeline.evaluate.subject import Subject
+
+
+def score(subject: Subject) -> dict[str, float]:
+    """Bytes of the weight files that have to be there to load the model; adapters count with their base."""
+    if subject.ref is None or subject.weights is None:
+        return {}
+    adapter = (subject.ref.directory / ADAPTER_WEIGHTS).stat().st_size if subject.ref.adapter else 0
+    return {"weight_bytes": subject.weights.checkpoint.weight_bytes + adapter}

@@ -1,0 +1,49 @@
+"""How far the expert weights are from the fine-tuned ones, and how many of their 4-bit values are others."""
+
+import math
+
+from torch import Tensor
+
+from pipeline.checkpoints.gpt_oss import expert_projections
+from pipeline.evaluate.subject import Subject
+from pipeline.numerics.codec import differences, fake_quantize
+from pipeline.numerics.formats import MXFP4, BlockFormat
+from pipeline.runs.console import progress
+
+
+def score(subject: Subject) -> dict[str, float]:
+    """Of the weights W that the forward pass uses, over all experts, R those of the reference.
+
+    `relative_weight_error` is ||W - R|| / ||R||; `snr_db` the same in dB, absent where there is no error;
+    `flipped_codes` the share of weights whose 4-bit value differs from R's, both rounded as the subject rounds (as
+    MXFP4 where it does not): what training after rounding has changed, 0 for a PTQ of the reference.
+    """
+    if subject.ref is None or subject.weights is None or subject.reference is None:
+        return {}
+    error = norm = flipped = count = 0.0
+    projections = expert_projections(subject.weights.shape)
+    for projection in progress(projections, what=f"weights of {subject.ref.name}", unit="tensor"):
+        effective, references = (each.effective(projection.name) for each in (subject.weights, subject.reference))
+        importance = subject.weights.importance(projection.name)
+        for pair in zip(effective.split(1), references.split(1), strict=True):  # copies of one expert at a time
+            squared_error, squares, flips = _difference(*pair, subject.ref.block_format, importance)
+            error, norm, flipped = error + squared_error, norm + squares, flipped + flips
+        count += effective.numel()
+    ratio = error / norm if norm else 0.0
+    decibels = {"snr_db": -10 * math.log10(ratio)} if ratio else {}
+    return {"relative_weight_error": math.sqrt(ratio), **decibels, "flipped_codes": flipped / count}
+
+
+def _difference(
+    weights: Tensor, reference: Tensor, block_format: BlockFormat | None, importance: Tensor | None
+) -> tuple[float, float, float]:
+    """Squared error, squares of the reference, and flipped codes, of (1, in, out) each."""
+    codes = _rounded(weights, MXFP4, None) if block_format is None else weights
+    codes_of_reference = _rounded(reference, block_format or MXFP4, importance)
+    squared_error, squares, *_ = differences((reference, weights, reference, weights)).tolist()
+    *_, flipped = differences((codes, codes, codes_of_reference, codes_of_reference)).tolist()
+    return squared_error, squares, flipped
+
+
+def _rounded(weights: Tensor, block_format: BlockFormat, importance: Tensor | None) -> Tensor:
+    return fake_quantize(weights.transpose(1, 2), block_format, importance=importance).transpose(1, 2)

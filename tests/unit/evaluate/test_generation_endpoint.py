@@ -1,0 +1,448 @@
+"""A real server on this machine that answers as OpenAI's API does, late, wrongly, or not at all."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_server import GOOD, Reply, Server, completion
+
+from pipeline.config import EndpointApi, EndpointConfig, GenerationConfig
+from pipeline.data.harmony import Conversation
+from pipeline.errors import UserError
+from pipeline.evaluate.generation import client
+from pipeline.evaluate.generation.endpoint import Served, ask, find
+from pipeline.evaluate.generation.journal import GENERATIONS, Journal
+from pipeline.evaluate.generation.prompts import Prompt, Question, questions
+from pipeline.evaluate.transcripts import Transcript
+
+SETTINGS = GenerationConfig(max_new_tokens=7)
+KEY = "sk-secret-7"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repetitions follow at once."""
+    monkeypatch.setattr(client, "_FIRST_WAIT_SECONDS", 0.001)
+
+
+def asked(*texts: str) -> list[Question]:
+    made = [Conversation([{"role": "user", "content": text}], None, "low", where=f"row {text}") for text in texts]
+    return questions([Prompt(f"id-{text}", made[i], {"answer": text}) for i, text in enumerate(texts)], 1)
+
+
+Answer = Callable[..., list[Transcript]]
+
+
+@pytest.fixture
+def answers(server: Server, tmp_path: Path) -> Answer:
+    """Asks the server, and returns what the journal then has."""
+
+    def of(wanted: list[Question], generation: GenerationConfig = SETTINGS, **settings: Any) -> list[Transcript]:
+        configured = EndpointConfig(**{"url": server.url, "timeout_seconds": 5.0, **settings})
+        journal: Journal[Transcript] = Journal(tmp_path, {})
+        served = Served("endpoint", server.url, "tiny", "chat")
+        ask(served, configured, generation, [(question, []) for question in wanted], journal)
+        return [journal[question.key] for question in wanted]
+
+    return of
+
+
+def error_of(answers: Answer, wanted: list[Question], **settings: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        answers(wanted, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- what is sent and what is read -----------------------------------------------------------------------------------
+
+
+def test_the_model_of_the_server_is_taken_when_none_is_named(server: Server) -> None:
+    assert find(EndpointConfig(url=server.url)) == Served("endpoint", server.url, "tiny")
+    assert server.asked[0][0] == "/v1/models"
+
+
+def test_a_named_model_needs_no_asking(server: Server) -> None:
+    assert find(EndpointConfig(url=server.url + "/", name="vllm", model="m")) == Served("vllm", server.url, "m")
+    assert server.asked == []
+
+
+def test_an_address_without_a_path_is_that_of_the_api_below_it(server: Server) -> None:
+    assert find(EndpointConfig(url=server.url.removesuffix("/v1"))).url == server.url
+
+
+@pytest.mark.parametrize(("names", "told"), [(["a", "b"], "has several models (a, b)"), ([], "names no model")])
+def test_not_one_model_is_an_error_that_says_which_there_are(server: Server, names: list[str], told: str) -> None:
+    server.models = Reply({"data": [{"id": name} for name in names]})
+    with pytest.raises(UserError) as caught:
+        find(EndpointConfig(url=server.url))
+    assert told in str(caught.value) and "evaluate.endpoint.model=<name>" in str(caught.value)
+
+
+def test_a_request_says_what_the_settings_say(server: Server, answers: Answer) -> None:
+    answers(asked("a"))
+    assert server.asked[0][0] == "/v1/chat/completions"
+    assert server.bodies() == [
+        {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "a"}],
+            "reasoning_effort": "low",
+            "max_tokens": 7,
+            "temperature": 0.0,
+            "top_p": 1.0,
+        }
+    ]
+
+
+def test_samples_are_drawn_with_their_own_seeds_which_are_kept(server: Server, answers: Answer) -> None:
+    drawn = replace(SETTINGS, temperature=0.7, samples=2)
+    both = questions([asked("a")[0].prompt], 2)
+    found = answers(both, drawn)
+    assert {each.seed for each in found} == {body["seed"] for body in server.bodies()}
+    assert [each.seed for each in found] == [question.seed(drawn.seed) for question in both]
+    assert len({each.seed for each in found}) == 2
+
+
+def test_tools_and_their_calls_are_sent_as_the_api_has_them(server: Server, answers: Answer) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    messages = [
+        {"role": "user", "content": "2 + 3?"},
+        {"role": "assistant", "content": "", "thinking": "t", "tool_calls": [call]},
+        {"role": "tool", "content": "5"},
+    ]
+    tools = [{"type": "function", "function": {"name": "add", "description": "Adds."}}]
+    answers([Question(Prompt("id", Conversation(messages, tools, "low"), {}), 0)])
+    sent = server.bodies()[0]
+    assert sent["tools"] == tools
+    (made,) = sent["messages"][1]["tool_calls"]
+    assert made["function"] == {"name": "add", "arguments": '{"a": 2}'}
+    assert sent["messages"][2] == {"role": "tool", "content": "5", "tool_call_id": made["id"]}
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_reasoning_is_read_under_both_of_its_names(server: Server, answers: Answer, name: str) -> None:
+    server.replies = [Reply(completion(**{name: "so"}))]
+    (found,) = answers(asked("a"))
+    assert found == Transcript(
+        "id-a", 0, [{"role": "user", "content": "a"}], {"answer": "a"}, "so", "5", None, "stop", 3, None
+    )
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_an_answer_that_never_came_is_none(server: Server, answers: Answer, content: Any) -> None:
+    server.replies = [Reply(completion(content, "length", reasoning="so far", reasoning_content=None))]
+    (found,) = answers(asked("a"))
+    assert (found.answer, found.reasoning, found.finish) == (None, "so far", "length")
+
+
+def test_tool_calls_are_read(server: Server, answers: Answer) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{a:"}}
+    server.replies = [Reply(completion(None, "tool_calls", tool_calls=[call]))]
+    assert answers(asked("a"))[0].tool_calls == [{"name": "add", "arguments": "{a:"}]
+
+
+def test_half_of_a_surrogate_pair_does_not_stop_the_file(server: Server, answers: Answer) -> None:
+    server.replies = [Reply(completion("\ud83d ok"))]
+    assert answers(asked("a"))[0].answer == "? ok"
+
+
+def test_requests_go_out_together_but_not_too_many(server: Server, answers: Answer) -> None:
+    server.replies = [replace(GOOD, after_seconds=0.1)]
+    assert len(answers(asked(*"abcdefghi"), concurrency=3)) == 9
+    assert server.most_busy == 3
+
+
+# --- faults that pass ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 429])
+def test_a_server_that_fails_is_asked_again(server: Server, answers: Answer, status: int) -> None:
+    server.replies = [Reply("oops", status), Reply("oops", status), GOOD]
+    assert answers(asked("a"))[0].answer == "5"
+    assert len(server.asked) == 3
+
+
+def test_a_slow_answer_is_asked_for_again(server: Server, answers: Answer) -> None:
+    server.replies = [replace(GOOD, after_seconds=2.0), GOOD]
+    assert answers(asked("a"), timeout_seconds=0.3)[0].answer == "5"
+    assert len(server.asked) == 2
+
+
+def test_repetitions_wait_longer_each_time(server: Server, answers: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_FIRST_WAIT_SECONDS", 0.1)
+    server.replies = [Reply("oops", 500)] * 3 + [GOOD]
+    answers(asked("a"))
+    waits = [later - earlier for earlier, later in zip(server.at, server.at[1:], strict=False)]
+    assert len(waits) == 3
+    assert all(wait >= at_least for wait, at_least in zip(waits, (0.1, 0.2, 0.4), strict=True))
+
+
+def test_retry_after_is_heeded_in_seconds(server: Server, answers: Answer) -> None:
+    server.replies = [Reply("busy", 429, {"Retry-After": "1"}), GOOD]
+    answers(asked("a"))
+    assert server.at[1] - server.at[0] >= 1.0
+
+
+def test_retry_after_is_heeded_as_a_date(server: Server, answers: Answer) -> None:
+    until = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=2), usegmt=True)  # whole seconds
+    server.replies = [Reply("busy", 503, {"Retry-After": until}), GOOD]
+    answers(asked("a"))
+    assert server.at[1] - server.at[0] >= 0.5
+
+
+def test_retry_after_that_says_nothing_is_passed_over(server: Server, answers: Answer) -> None:
+    server.replies = [Reply("busy", 429, {"Retry-After": "soon"}), GOOD]
+    assert answers(asked("a"))[0].answer == "5"
+
+
+# --- faults that stay ------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_is_down_is_one_error(tmp_path: Path) -> None:
+    settings = EndpointConfig(url="http://127.0.0.1:9/v1", retries=1)
+    with pytest.raises(UserError) as caught:
+        find(settings)
+    message = str(caught.value)
+    assert message.startswith("evaluate.endpoint.url=http://127.0.0.1:9/v1: the server's list of models did not come")
+    assert "in 2 attempts" in message and "Is the server up" in message and "\n" not in message
+
+
+def test_a_server_that_stays_too_slow_is_one_error(server: Server, answers: Answer) -> None:
+    server.replies = [replace(GOOD, after_seconds=1.0)]
+    message = error_of(answers, asked("a"), timeout_seconds=0.1, retries=1)
+    assert "no answer within evaluate.endpoint.timeout_seconds=0.1" in message and "in 2 attempts" in message
+
+
+def test_a_server_that_keeps_failing_is_one_error_with_what_it_said(server: Server, answers: Answer) -> None:
+    server.replies = [Reply("out of\n memory", 500)]
+    message = error_of(answers, asked("a"), retries=2)
+    assert "did not come in 3 attempts (status 500: out of memory)" in message
+    assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "remedy"),
+    [(401, "api_key_env"), (403, "api_key_env"), (404, "evaluate.endpoint.model"), (400, "evaluate.endpoint.model")],
+)
+def test_a_refusal_is_not_repeated_and_says_which_row(
+    server: Server, answers: Answer, status: int, remedy: str
+) -> None:
+    server.replies = [Reply({"error": {"message": "no"}}, status)]
+    message = error_of(answers, asked("a"))
+    assert f"the answer to row a was refused with status {status}" in message and remedy in message
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<html>hello</html>",
+        "",
+        {"choices": []},
+        {"object": "error"},
+        [1],
+        None,
+        {"choices": [{"message": {"content": "5"}, "finish_reason": "stop"}]},
+        {"choices": [{"message": None, "finish_reason": "stop"}], "usage": {"completion_tokens": 1}},
+        completion(content=["5"]),
+        completion(tool_calls=[{}]),
+    ],
+    ids=["html", "empty", "no-choices", "other", "list", "null", "no-usage", "no-message", "no-text", "no-function"],
+)
+def test_rubbish_is_one_error_with_what_came(server: Server, answers: Answer, body: Any) -> None:
+    server.replies = [Reply(body)]
+    message = error_of(answers, asked("a"))
+    assert message.startswith(
+        f"evaluate.endpoint.url={server.url}: the answer to row a is not what OpenAI's API promises"
+    )
+    assert "kept" in message and len(server.asked) == 1
+    shown = body if isinstance(body, str) else json.dumps(body)
+    assert (shown or "nothing") in message
+
+
+def test_a_long_page_is_shown_by_its_beginning(server: Server, answers: Answer) -> None:
+    server.replies = [Reply("x" * 5000)]
+    assert len(error_of(answers, asked("a"))) < 1000
+
+
+def test_what_was_answered_before_a_fault_is_kept_and_not_asked_again(
+    server: Server, answers: Answer, tmp_path: Path
+) -> None:
+    server.replies = [GOOD, GOOD, Reply("<html>")]
+    error_of(answers, asked(*"abcd"), concurrency=1)
+    assert len((tmp_path / GENERATIONS.file).read_text().splitlines()) == 2
+    server.replies, server.asked = [GOOD], []
+    assert len(answers(asked(*"abcd"))) == 4
+    assert sorted(body["messages"][0]["content"] for body in server.bodies()) == ["c", "d"]
+
+
+def test_where_everything_is_answered_no_server_is_needed(server: Server, answers: Answer) -> None:
+    before = answers(asked("a"))
+    server.asked = []
+    assert answers(asked("a")) == before
+    assert server.asked == []
+
+
+def test_a_fault_ends_the_others_at_once(server: Server, answers: Answer) -> None:
+    server.replies = [Reply("no", 401), replace(GOOD, after_seconds=4.0)]
+    started = time.monotonic()
+    error_of(answers, asked(*"abcdefgh"), concurrency=4)
+    assert time.monotonic() - started < 3
+
+
+# --- the key ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_key_of_the_environment_is_sent_and_kept_nowhere(
+    server: Server, answers: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", KEY)
+    answers(asked("a"), api_key_env="MY_KEY")
+    assert server.asked[0][2]["Authorization"] == f"Bearer {KEY}"
+    assert all(KEY not in path.read_text() for path in tmp_path.iterdir())
+
+
+def test_without_a_variable_no_key_is_sent(server: Server, answers: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    answers(asked("a"))
+    assert "Authorization" not in server.asked[0][2]
+
+
+def test_a_server_that_quotes_the_key_does_not_bring_it_into_the_message(
+    server: Server, answers: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", KEY)
+    server.replies = [Reply(f"Incorrect API key: {KEY}", 401)]
+    message = error_of(answers, asked("a"), api_key_env="MY_KEY")
+    assert "Incorrect API key: ***" in message and KEY not in message
+
+
+def test_a_line_break_after_the_key_is_not_part_of_it(
+    server: Server, answers: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", f"{KEY}\n")
+    answers(asked("a"), api_key_env="MY_KEY")
+    assert server.asked[0][2]["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("value", ["sk-sécret", "sk-secret\nsecond"])
+def test_a_key_that_cannot_be_sent_is_refused_without_showing_it(
+    server: Server, answers: Answer, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("MY_KEY", value)
+    message = error_of(answers, asked("a"), api_key_env="MY_KEY")
+    assert "evaluate.endpoint.api_key_env=MY_KEY" in message and "sk-" not in message
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_variable_that_is_not_set_is_an_error_before_anything_is_sent(
+    server: Server, answers: Answer, monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
+    monkeypatch.delenv("MY_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("MY_KEY", value)
+    assert "evaluate.endpoint.api_key_env=MY_KEY" in error_of(answers, asked("a"), api_key_env="MY_KEY")
+    assert server.asked == []
+
+
+# --- tokens in place of messages -------------------------------------------------------------------------------------
+
+WHOLE = "<|channel|>analysis<|message|>so<|end|><|start|>assistant<|channel|>final<|message|>5"
+CALL = "<|channel|>commentary to=functions.add<|message|>{}"
+
+
+def text_completion(text: Any = f"{WHOLE}<|return|>", finish: str = "stop") -> dict[str, Any]:
+    return {"choices": [{"text": text, "finish_reason": finish}], "usage": {"completion_tokens": 9}}
+
+
+@pytest.fixture
+def completed(server: Server, tmp_path: Path) -> Answer:
+    """Asks the server for completions, and returns what the journal then has."""
+    server.replies = [Reply(text_completion())]
+
+    def of(wanted: list[Question], generation: GenerationConfig = SETTINGS, **settings: Any) -> list[Transcript]:
+        configured = EndpointConfig(**{"url": server.url, "timeout_seconds": 5.0, **settings})
+        journal: Journal[Transcript] = Journal(tmp_path, {})
+        served = find(replace(configured, model="tiny"))
+        ask(served, configured, generation, [(question, [5, 6, 7]) for question in wanted], journal)
+        return [journal[question.key] for question in wanted]
+
+    return of
+
+
+def test_by_default_our_tokens_are_sent_and_special_tokens_asked_for(server: Server, completed: Answer) -> None:
+    completed(asked("a"))
+    ((path, body, _),) = server.asked
+    assert path == "/v1/completions"
+    assert {name: body[name] for name in ("model", "prompt", "max_tokens", "temperature", "top_p")} == {
+        "model": "tiny",
+        "prompt": [5, 6, 7],
+        "max_tokens": 7,
+        "temperature": 0.0,
+        "top_p": 1.0,
+    }
+    assert body["skip_special_tokens"] is False and body["include_stop_str_in_output"] is True
+    assert body["stop"] == ["<|return|>", "<|call|>"] and "seed" not in body
+
+
+def test_a_completion_is_read_as_that_of_a_model_of_the_run(completed: Answer) -> None:
+    (found,) = completed(asked("a"))
+    assert found == asked("a")[0].transcript(f"{WHOLE}<|return|>", "length", 9, None)
+    assert (found.reasoning, found.answer, found.finish) == ("so", "5", "return")
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "ended"),
+    [
+        (WHOLE, "stop", "return"),  # a server that keeps the stop token to itself
+        (CALL, "stop", "call"),
+        (f"{CALL}<|call|>", "stop", "call"),
+        (WHOLE, "length", "length"),
+    ],
+)
+def test_what_ended_a_completion_is_told_with_and_without_its_stop_token(
+    server: Server, completed: Answer, text: str, finish: str, ended: str
+) -> None:
+    server.replies = [Reply(text_completion(text, finish))]
+    (found,) = completed(asked("a"))
+    assert found.finish == ended
+    assert found.completion == (text if ended == "length" else f"{text.removesuffix('<|call|>')}<|{ended}|>")
+
+
+def test_drawn_completions_have_seeds_of_their_own(server: Server, completed: Answer) -> None:
+    both = questions([asked("a")[0].prompt], 2)
+    found = completed(both, replace(SETTINGS, temperature=0.7, samples=2))
+    assert {each.seed for each in found} == {body["seed"] for body in server.bodies()}
+
+
+@pytest.mark.parametrize("finish", ["stop", "length"])
+def test_a_server_that_leaves_special_tokens_out_is_an_error_that_names_the_other_api(
+    server: Server, completed: Answer, finish: str
+) -> None:
+    server.replies = [Reply(text_completion("analysissoassistantfinal5", finish))]
+    message = error_of(completed, asked(*"abc"))
+    assert "no answer has a special token" in message and "evaluate.endpoint.api=chat" in message
+
+
+@pytest.mark.parametrize("body", [text_completion(None), text_completion(["5"]), completion(), {"choices": []}])
+def test_what_is_no_completion_is_one_error(server: Server, completed: Answer, body: Any) -> None:
+    server.replies = [Reply(body)]
+    assert "the answer to row a is not what OpenAI's API promises" in error_of(completed, asked("a"))
+
+
+def test_a_server_that_takes_no_tokens_is_an_error_that_names_the_other_api(server: Server, completed: Answer) -> None:
+    server.replies = [Reply({"error": {"message": "prompt must be a string"}}, 400)]
+    message = error_of(completed, asked("a"))
+    assert "prompt must be a string" in message and "evaluate.endpoint.api=chat" in message
+
+
+def test_the_two_apis_are_different_subjects(server: Server) -> None:
+    settings = EndpointConfig(url=server.url, model="m")
+    assert find(settings).fingerprint != find(replace(settings, api=EndpointApi.chat)).fingerprint
