@@ -14,9 +14,9 @@ from pipeline.checkpoints.gpt_oss import other_tensors
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import Piece, Written
 from pipeline.export.exporter import Exporter
+from pipeline.export.job import Job
 from pipeline.export.layout import unpacked_layout
 from pipeline.export.mxfp4 import legacy_config
-from pipeline.export.target import Job
 from pipeline.export.weights import ExpertStack, Packed, checked_base, others_piece, stacks, write_checkpoint
 from pipeline.runs.artifacts import Kind
 

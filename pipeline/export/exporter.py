@@ -11,8 +11,8 @@ from pipeline.checkpoints.config_json import read_config
 from pipeline.checkpoints.gpt_oss import Shape, TensorInfo
 from pipeline.checkpoints.reading import Checkpoint, TensorFiles
 from pipeline.checkpoints.shards import Written
+from pipeline.export.job import Job
 from pipeline.export.layout import Files, Layout
-from pipeline.export.target import Job
 from pipeline.runs.artifacts import Kind
 
 

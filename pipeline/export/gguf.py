@@ -39,8 +39,8 @@ from pipeline.export.gguf_layout import (
     said,
     tensor_names,
 )
+from pipeline.export.job import Job
 from pipeline.export.mxfp4 import legacy_config
-from pipeline.export.target import Job
 from pipeline.export.weights import ExpertStack, OtherTensor, Packed, checked_base, stacks
 from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.formats import MXFP4

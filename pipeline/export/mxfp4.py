@@ -8,8 +8,8 @@ from pipeline.checkpoints.gpt_oss import BLOCKS_SUFFIX, QUANTIZATION_CONFIG, oth
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import Written
 from pipeline.export.exporter import Exporter
+from pipeline.export.job import Job
 from pipeline.export.layout import packed_layout
-from pipeline.export.target import Job
 from pipeline.export.weights import checked_base, others_piece, packed_piece, stacks, write_checkpoint
 from pipeline.runs.artifacts import Kind
 

@@ -30,9 +30,9 @@ from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import Piece, Written, whole
 from pipeline.errors import UserError
 from pipeline.export.exporter import Exporter
+from pipeline.export.job import Job
 from pipeline.export.layout import Codes, Held, Layout, others, with_signed_zeros
 from pipeline.export.mxfp4 import legacy_config
-from pipeline.export.target import Job
 from pipeline.export.weights import ExpertStack, Packed, checked_base, others_piece, stacks, write_checkpoint
 from pipeline.models.calibration import load_calibration
 from pipeline.numerics.convert import mxfp4_to_nvfp4

@@ -25,9 +25,9 @@ from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import Written
 from pipeline.errors import UserError
 from pipeline.export.exporter import Exporter
+from pipeline.export.job import Job
 from pipeline.export.layout import Held, Layout, packed
 from pipeline.export.mxfp4 import legacy_config
-from pipeline.export.target import Job
 from pipeline.export.weights import checked_base, others_piece, packed_piece, stacks, write_checkpoint
 from pipeline.runs.artifacts import Kind
 

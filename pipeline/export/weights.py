@@ -20,8 +20,8 @@ from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import Piece, Step, Written, in_order, write_sharded
 from pipeline.checkpoints.side_files import copy_side_files
 from pipeline.errors import UserError
+from pipeline.export.job import Job
 from pipeline.export.survival import Survival
-from pipeline.export.target import Job
 from pipeline.numerics.codec import CodecError, differences, encode, fake_quantize, same_bits, tensor_scale
 from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.formats import MXFP4

@@ -7,7 +7,7 @@ from pipeline.checkpoints.shards import Written
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
 from pipeline.export import EXPORTERS, survival
-from pipeline.export.target import Job
+from pipeline.export.job import Job
 from pipeline.models import loading, references, source
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights

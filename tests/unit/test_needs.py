@@ -31,7 +31,7 @@ from pipeline.config import (
 )
 from pipeline.doctor import needs
 from pipeline.export import EXPORTERS
-from pipeline.export.target import Job
+from pipeline.export.job import Job
 from pipeline.models import adapters, rounded_weights
 from pipeline.models.references import ModelRef
 from pipeline.models.source import Source

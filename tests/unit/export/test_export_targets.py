@@ -12,7 +12,7 @@ from pipeline.config import TinyConfig
 from pipeline.config.targets import TARGETS
 from pipeline.doctor import needs
 from pipeline.export import EXPORTERS, exporters, recognized
-from pipeline.export.target import Job
+from pipeline.export.job import Job
 from pipeline.models.references import ModelRef
 from pipeline.models.source import Source
 from pipeline.models.tiny_model import create_tiny
