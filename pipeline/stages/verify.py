@@ -28,7 +28,7 @@ from pipeline.runs.processes import is_main_process
 from pipeline.runs.tracking import log_metrics
 
 if TYPE_CHECKING:
-    from pipeline.proof import Check, TrainedModel
+    from pipeline.verify import Check, TrainedModel
 
 _SETTINGS = ("verify",)
 _REPORT = "report.json"
@@ -85,7 +85,7 @@ def _subject(config: PipelineConfig) -> _Subject:
 
 
 def _raise_unless_loadable(config: PipelineConfig, target: str) -> None:
-    from pipeline.proof import engines
+    from pipeline.verify import engines
 
     engines.raise_unless_loadable([each.name for each in config.verify.engines], target, vars(config.verify.python))
 
@@ -116,14 +116,14 @@ def _verify(config: PipelineConfig, subject: _Subject, into: Path) -> Result:
 
 def _checks(config: PipelineConfig, subject: _Subject) -> list["Check"]:
     """All that can be checked: weights where they can be read, logits where the configuration is right."""
-    from pipeline import proof
+    from pipeline import verify
 
     directory, base, export = subject.directory, subject.reference.directory, subject.export
     copied = None if export is None else export.details["copied"]
-    checks = proof.against_base(directory, subject.target, base, copied)
+    checks = verify.against_base(directory, subject.target, base, copied)
     are_comparable, are_configured = (check.status == "ok" for check in checks[:2])
     if export is not None:
-        checks.append(proof.check_unchanged(export, subject.fingerprint, subject.sizes))
+        checks.append(verify.check_unchanged(export, subject.fingerprint, subject.sizes))
     if not are_comparable:
         return checks
     return [*checks, *_weight_checks(config, subject, are_configured), *_engine_checks(config, subject)]
@@ -131,27 +131,27 @@ def _checks(config: PipelineConfig, subject: _Subject) -> list["Check"]:
 
 def _weight_checks(config: PipelineConfig, subject: _Subject, are_configured: bool) -> list["Check"]:
     """Against the model that the export was made from."""
-    from pipeline import proof
+    from pipeline import verify
 
     export = subject.export
     if export is None or subject.ref is None:
         skipped = f"{subject.unknown}. Against the base model gross errors show, single wrong values do not"
-        return [proof.Check("weights and logits against the trained model", skipped=skipped)]
+        return [verify.Check("weights and logits against the trained model", skipped=skipped)]
     trained = _trained_model(config, export, subject.ref)
-    view = proof.viewed(subject.directory, subject.target, subject.reference.directory)
+    view = verify.viewed(subject.directory, subject.target, subject.reference.directory)
     checks = [trained.check_experts(view), trained.check_others(view)]
     if _format_of(export).quantizes_activations:
         checks.append(trained.check_inputs(view, EXPORTERS[subject.target].calibrated))
     if not are_configured:
-        return [*checks, proof.Check("logits", skipped="the files are not the base model's")]
+        return [*checks, verify.Check("logits", skipped="the files are not the base model's")]
     if export.kind is Kind.foreign:
-        return [*checks, proof.Check("logits", skipped=f"transformers does not load {subject.target}")]
+        return [*checks, verify.Check("logits", skipped=f"transformers does not load {subject.target}")]
     return [*checks, trained.check_logits(subject.directory, config.verify.logits_tolerance)]
 
 
 def _engine_checks(config: PipelineConfig, subject: _Subject) -> list["Check"]:
     """In each engine that is asked for."""
-    from pipeline.proof import Check, engines
+    from pipeline.verify import Check, engines
 
     asked = [each.name for each in config.verify.engines]
     checks = []
@@ -168,7 +168,7 @@ def _engine_checks(config: PipelineConfig, subject: _Subject) -> list["Check"]:
 
 def _values(subject: _Subject) -> Callable[[str], torch.Tensor]:
     """What engines should compute with: what training used, or what the export holds as others decode it."""
-    from pipeline.proof import engines, viewed
+    from pipeline.verify import engines, viewed
 
     if subject.export is None or subject.ref is None:
         return viewed(subject.directory, subject.target, subject.reference.directory).plain_values
@@ -183,11 +183,11 @@ def _examples(config: PipelineConfig, base: Path) -> Any:
 
 
 def _trained_model(config: PipelineConfig, export: Artifact, ref: ModelRef) -> "TrainedModel":
-    from pipeline import proof
+    from pipeline import verify
 
     batches = losses.batches(_examples(config, ref.base), 1, load_tokenizer(ref.base).pad_token_id)
     batches = [{key: values[:, :_MOST_POSITIONS] for key, values in batch.items()} for batch in batches]
-    return proof.TrainedModel(ref, batches, _format_of(export))
+    return verify.TrainedModel(ref, batches, _format_of(export))
 
 
 def _format_of(export: Artifact) -> BlockFormat:

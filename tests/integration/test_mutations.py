@@ -16,7 +16,7 @@ from conftest import SHORT, run_program
 from mutations import MUTATIONS, SQUARE, Mutation
 from mutations_of_layouts import OF_LAYOUT
 
-from pipeline import proof
+from pipeline import verify
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.export import EXPORTERS, recognized
 from pipeline.models import references
@@ -39,7 +39,7 @@ class Run:
         self.export, self.target, self.base = run_dir / "export", target, base
         ids = torch.arange(20)[None]
         batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-        self.trained = proof.TrainedModel(ref, [batch], MXFP4)
+        self.trained = verify.TrainedModel(ref, [batch], MXFP4)
 
     def broken(self, mutation: Mutation, directory: Path) -> Path:
         """A copy with the mutation, of links to the files that it leaves alone."""
@@ -50,16 +50,19 @@ class Run:
     def problems_with_model(self, export: Path) -> list[str]:
         """What is found with the trained model, but for the logits; the distance from the base is not used."""
         target, base = EXPORTERS[self.target], Checkpoint(self.base)
-        found = [*proof.check_tensors(export, target, base).problems, *proof.check_files(export, target, base).problems]
+        found = [
+            *verify.check_tensors(export, target, base).problems,
+            *verify.check_files(export, target, base).problems,
+        ]
         if found:
             return found
-        view = proof.viewed(export, self.target, self.base)
+        view = verify.viewed(export, self.target, self.base)
         checks = (self.trained.check_experts(view), self.trained.check_others(view))
         return [problem for check in checks for problem in check.problems]
 
     def problems_with_base(self, export: Path) -> list[str]:
         """What is found without the trained model, of an export of which only the directory is known."""
-        checks = proof.against_base(export, recognized(export), self.base)
+        checks = verify.against_base(export, recognized(export), self.base)
         return [problem for check in checks for problem in check.problems]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import export, proof
+from pipeline import export, verify
 from pipeline.config import TinyConfig
 from pipeline.config.targets import TARGETS
 from pipeline.doctor import needs
@@ -87,7 +87,7 @@ def test_a_row_and_a_file_are_a_target_that_exports_and_is_proven(
     job = Job(Weights(ModelRef("tiny", tiny, tiny)), Source(tiny, ""), MXFP4, 1 << 30, "cpu")
     written = EXPORTERS["toy"].write(job, directory)
     copied = [name for note in written.notes if note["is_copied"] for name in note["tensors"]]
-    checks = proof.against_base(directory, "toy", tiny, copied)
+    checks = verify.against_base(directory, "toy", tiny, copied)
     assert [(check.title, check.problems) for check in checks if check.status != "ok"] == []
     assert recognized(directory) == "toy"
     assert needs.export_bytes(job.weights.shape, "toy") == written.bytes

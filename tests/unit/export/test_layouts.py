@@ -10,7 +10,7 @@ from pipeline.export import EXPORTERS
 from pipeline.export.gguf import repacked
 from pipeline.export.layout import View, packed_layout, stored_tensors
 from pipeline.numerics.convert import mxfp4_to_nvfp4
-from pipeline.proof.distance import compare
+from pipeline.verify.distance import compare
 
 SHAPE = Shape(
     num_hidden_layers=1,

@@ -53,9 +53,9 @@ from pipeline.data.harmony import IGNORED
 from pipeline.errors import user_errors
 from pipeline.models import loading
 from pipeline.models.weights import Weights
-from pipeline.proof import worker
-from pipeline.proof.check import Check
 from pipeline.runs.console import say
+from pipeline.verify import worker
+from pipeline.verify.check import Check
 
 Expected = Callable[[bool], Tensor]
 """Whether YaRN's range is rounded -> log-probabilities (prompts, vocabulary)."""

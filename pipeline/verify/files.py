@@ -17,8 +17,8 @@ from pipeline.checkpoints.side_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, sid
 from pipeline.errors import UserError
 from pipeline.export.exporter import Exporter
 from pipeline.export.layout import stored_tensors
-from pipeline.proof.check import Check
 from pipeline.runs.artifacts import BOOKKEEPING, Artifact
+from pipeline.verify.check import Check
 
 _WITHOUT_MEANING = ("transformers_version", "_name_or_path", "producer")
 _DOCUMENTS = (".md",)  # a model card is its author's

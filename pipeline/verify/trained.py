@@ -16,8 +16,8 @@ from pipeline.models import adapters, fake_quantizers, loading, losses
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
 from pipeline.numerics.formats import BlockFormat
-from pipeline.proof.check import Check
 from pipeline.runs.console import progress
+from pipeline.verify.check import Check
 
 
 class TrainedModel:

@@ -36,8 +36,8 @@ from pipeline.numerics.codec import same_bits
 from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.formats import MXFP4
 from pipeline.numerics.kernels import column_products
-from pipeline.proof.check import Check
 from pipeline.runs.console import progress
+from pipeline.verify.check import Check
 
 _LEAST_SIMILARITY = 0.4
 _SAME = 0.7  # similarity that identifies a tensor; if half of its rows were in the right place, it would be 0.5

@@ -13,9 +13,9 @@ from pipeline.config import LoadingEngine, PythonConfig
 from pipeline.config.engines import ENGINES, LIBRARIES
 from pipeline.errors import UserError
 from pipeline.export import EXPORTERS
-from pipeline.proof import worker
-from pipeline.proof.check import Check
-from pipeline.proof.engines import Trial, check_engine, judged, prompts, raise_unless_loadable
+from pipeline.verify import worker
+from pipeline.verify.check import Check
+from pipeline.verify.engines import Trial, check_engine, judged, prompts, raise_unless_loadable
 
 EVEN = torch.full((2, 4), math.log(0.25))
 

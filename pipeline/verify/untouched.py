@@ -1,7 +1,7 @@
 """Tensors that training did not touch: what an export says are the base model's own."""
 
 from pipeline.export.layout import View
-from pipeline.proof.check import Check
+from pipeline.verify.check import Check
 
 
 def check_untouched(export: View, same: set[str], copied: list[str]) -> Check:

@@ -11,11 +11,11 @@ from pathlib import Path
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.export import EXPORTERS
 from pipeline.export.layout import View, of_base
-from pipeline.proof.check import Check
-from pipeline.proof.distance import compare
-from pipeline.proof.files import check_files, check_tensors, check_unchanged
-from pipeline.proof.trained import TrainedModel
-from pipeline.proof.untouched import check_untouched
+from pipeline.verify.check import Check
+from pipeline.verify.distance import compare
+from pipeline.verify.files import check_files, check_tensors, check_unchanged
+from pipeline.verify.trained import TrainedModel
+from pipeline.verify.untouched import check_untouched
 
 __all__ = ["Check", "TrainedModel", "against_base", "check_files", "check_tensors", "check_unchanged", "viewed"]
 
