@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
+from pipeline.compare import content, page, plots, runs, table
+from pipeline.compare.content import Content
+from pipeline.compare.evidence import TEST_COLUMNS
+from pipeline.compare.rows import ORDER
+from pipeline.compare.runs import Run
 from pipeline.config import PipelineConfig, Stage
-from pipeline.report import content, page, plots, runs, table
-from pipeline.report.content import Content
-from pipeline.report.evidence import TEST_COLUMNS
-from pipeline.report.rows import ORDER
-from pipeline.report.runs import Run
 from pipeline.runs import artifacts
 from pipeline.runs.artifacts import Artifact, Kind, Result, write_json
 from pipeline.runs.console import say

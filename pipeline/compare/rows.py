@@ -8,12 +8,12 @@ from typing import Any
 
 from pipeline.checkpoints.config_json import read_config
 from pipeline.checkpoints.gpt_oss import Shape, expert_projections, plain_tensors
+from pipeline.compare.runs import Run, answers_prompts
 from pipeline.errors import UserError
 from pipeline.evaluate.scorers import VERDICTS
 from pipeline.evaluate.transcripts import Transcript
 from pipeline.evaluate.verdicts import Verdict
 from pipeline.numerics.formats import FORMATS, MXFP4
-from pipeline.report.runs import Run, answers_prompts
 from pipeline.runs.artifacts import Kind
 
 ANSWERS_FILE = "generations.jsonl"

@@ -10,9 +10,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.report import charts, plots
-from pipeline.report.content import Content
-from pipeline.report.evidence import TEST_COLUMNS
+from pipeline.compare import charts, plots
+from pipeline.compare.content import Content
+from pipeline.compare.evidence import TEST_COLUMNS
 
 _TEMPLATE = "page.html"
 # Control characters and lone surrogates, which no HTML file can hold.

@@ -6,8 +6,8 @@ from pathlib import Path
 import evaluated
 import pytest
 
+from pipeline.compare import runs
 from pipeline.errors import UserError
-from pipeline.report import runs
 
 LOSS = {"sft": {"validation_loss": 2.0}}
 

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.report import charts, evidence, examples, findings, rows, table
-from pipeline.report.charts import Chart
-from pipeline.report.evidence import Test
-from pipeline.report.examples import Example
-from pipeline.report.findings import Finding
-from pipeline.report.rows import Row
-from pipeline.report.runs import Run
-from pipeline.report.table import Table
+from pipeline.compare import charts, evidence, examples, findings, rows, table
+from pipeline.compare.charts import Chart
+from pipeline.compare.evidence import Test
+from pipeline.compare.examples import Example
+from pipeline.compare.findings import Finding
+from pipeline.compare.rows import Row
+from pipeline.compare.runs import Run
+from pipeline.compare.table import Table
 
 
 @dataclass(frozen=True)

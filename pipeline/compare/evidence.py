@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.compare.rows import PTQ, QAT, SFT, Row
 from pipeline.evaluate import statistics
 from pipeline.evaluate.statistics import BETTER, WORSE, Comparison
 from pipeline.evaluate.verdicts import paired
-from pipeline.report.rows import PTQ, QAT, SFT, Row
 
 LOSS = "validation_loss"
 

@@ -9,9 +9,9 @@ import evaluated
 import pytest
 from evaluated import RIGHT, WRONG, answer
 
-from pipeline.report import charts, content, page, plots, runs
-from pipeline.report.charts import Chart, Point, Series
-from pipeline.report.content import Content
+from pipeline.compare import charts, content, page, plots, runs
+from pipeline.compare.charts import Chart, Point, Series
+from pipeline.compare.content import Content
 
 ATTACK = "</div><script>alert(1)</script><img src=x onerror=alert(1)>\u202e\x00\ud800{{ 7 * 7 }}"
 HEBREW = "שלום עולם"

@@ -5,10 +5,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from pipeline.report.findings import size
-from pipeline.report.rows import EXPORT, QAT, SFT, UPCAST, Row, undominated
-from pipeline.report.runs import Run
-from pipeline.report.table import is_rate
+from pipeline.compare.findings import size
+from pipeline.compare.rows import EXPORT, QAT, SFT, UPCAST, Row, undominated
+from pipeline.compare.runs import Run
+from pipeline.compare.table import is_rate
 from pipeline.runs.metrics import read_metrics
 
 _LOSS = "validation_loss"

@@ -16,8 +16,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from pipeline.report.charts import Chart, Point
-from pipeline.report.findings import size
+from pipeline.compare.charts import Chart, Point
+from pipeline.compare.findings import size
 
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table as TerminalTable
 
-from pipeline.report.findings import size
-from pipeline.report.rows import Row
+from pipeline.compare.findings import size
+from pipeline.compare.rows import Row
 
 _WIDTH = 200  # without a terminal
 _TITLE_WIDTH = 12  # of a line

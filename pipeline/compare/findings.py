@@ -7,9 +7,9 @@ prompts could have shown. Of losses only the mean is kept, so they come without 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pipeline.compare.evidence import LOSS, Chain, Test, chains, format_pairs, pairs_of
+from pipeline.compare.rows import PTQ, QAT, SFT, Row
 from pipeline.evaluate.statistics import BETTER, WORSE
-from pipeline.report.evidence import LOSS, Chain, Test, chains, format_pairs, pairs_of
-from pipeline.report.rows import PTQ, QAT, SFT, Row
 
 NOTHING = "no difference that the data carry"
 

@@ -6,9 +6,9 @@ import evaluated
 import pytest
 from evaluated import RIGHT, WRONG, answer
 
+from pipeline.compare import content, runs
+from pipeline.compare.content import Content
 from pipeline.evaluate.statistics import BETTER, WORSE, mcnemar
-from pipeline.report import content, runs
-from pipeline.report.content import Content
 
 SFT, LOW = [True] * 95 + [False] * 5, [True] * 70 + [False] * 30
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.compare.rows import Row
 from pipeline.evaluate.transcripts import Transcript
-from pipeline.report.rows import Row
 
 _PASSED = {True: "passed", False: "failed", None: "undecided"}
 

@@ -8,8 +8,8 @@ import pytest
 from exports import SIZES
 
 from pipeline.checkpoints.gpt_oss import Shape, packed_tensors, plain_tensors
+from pipeline.compare import content, examples, rows, runs, table
 from pipeline.errors import UserError
-from pipeline.report import content, examples, rows, runs, table
 
 SHAPE = Shape.of(SIZES, "tests")
 
