@@ -4,7 +4,7 @@ import importlib
 from dataclasses import replace
 
 from pipeline.config import PipelineConfig, QuantizeSource, Stage
-from pipeline.publishing import hub
+from pipeline.publish import hub
 from pipeline.runs.artifacts import Artifact
 from pipeline.runs.console import say
 

@@ -7,7 +7,7 @@ from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
 from pipeline.models import source
 from pipeline.models.source import Source
-from pipeline.publishing import hub
+from pipeline.publish import hub
 from pipeline.runs import artifacts, proofs
 from pipeline.runs.artifacts import Artifact, Kind, Result
 from pipeline.runs.console import say, warn
@@ -60,7 +60,7 @@ def _base(config: PipelineConfig, export: Artifact) -> Source:
 
 
 def _publish(config: PipelineConfig, export: Artifact, proof: Artifact, base: Source, into: Path) -> Result:
-    from pipeline.publishing import card
+    from pipeline.publish import card
 
     directory = into / MODEL
     _link(export, directory)
@@ -89,7 +89,7 @@ def _link(export: Artifact, directory: Path) -> None:
 
 
 def _tell_of_gaps(config: PipelineConfig, base: Source) -> None:
-    from pipeline.publishing import card
+    from pipeline.publish import card
 
     if card.base_name(config) is None:
         warn("publish", "the card names no base model: model.path is no hub id. Set export.card.base_model=<hub id>.")

@@ -10,7 +10,7 @@ from pipeline import __version__
 from pipeline.config import PipelineConfig, Stage
 from pipeline.config.targets import TARGETS
 from pipeline.models.source import Source
-from pipeline.publishing import record
+from pipeline.publish import record
 from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact
 
 FILE = "README.md"

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from pipeline.config import CardConfig, ExportConfig, ExportTarget, ModelConfig, PipelineConfig, Stage
 from pipeline.config.targets import TARGETS
 from pipeline.models.source import Source
-from pipeline.publishing import card, record
+from pipeline.publish import card, record
 from pipeline.runs import artifacts, provenance
 from pipeline.runs.artifacts import Artifact, Kind, Result
 

@@ -10,7 +10,7 @@ from fake_hub import Hub
 
 from pipeline.config import ExportConfig
 from pipeline.errors import UserError
-from pipeline.publishing import hub as uploads
+from pipeline.publish import hub as uploads
 
 TOKEN = "hf_only_for_tests"
 FILES = {"README.md": b"# Mine\n", "config.json": b"{}", "model.safetensors": bytes(range(256)) * 64}
