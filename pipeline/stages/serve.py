@@ -15,8 +15,8 @@ from pipeline.runs.processes import process_count
 
 if TYPE_CHECKING:
     from pipeline.evaluate.transcripts import Parsed
-    from pipeline.serving.launch import Launch
-    from pipeline.serving.process import EngineProcess
+    from pipeline.serve.launch import Launch
+    from pipeline.serve.process import EngineProcess
 
 
 def run(config: PipelineConfig) -> Artifact:
@@ -41,7 +41,7 @@ def run(config: PipelineConfig) -> Artifact:
 def _launch(config: PipelineConfig, export: Artifact) -> "Launch":
     import torch
 
-    from pipeline.serving.launch import plan
+    from pipeline.serve.launch import plan
 
     found = []
     if config.serve.verified_only and proofs.proof_of(config, export) is None:
@@ -50,8 +50,8 @@ def _launch(config: PipelineConfig, export: Artifact) -> "Launch":
 
 
 def _serve(config: PipelineConfig, launch: "Launch") -> None:
-    from pipeline.serving import client
-    from pipeline.serving.process import EngineProcess, ended_by_signals
+    from pipeline.serve import client
+    from pipeline.serve.process import EngineProcess, ended_by_signals
 
     name, log = config.serve.engine.name, _log(config, launch)
     with ended_by_signals(), EngineProcess(name, launch.command, log) as engine:

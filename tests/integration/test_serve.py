@@ -20,7 +20,7 @@ from conftest import run_program
 from exports import make_export, prove
 
 from pipeline.config import ModelConfig, PipelineConfig, Stage
-from pipeline.serving import process
+from pipeline.serve import process
 
 FAULTS = {
     "crash": "vllm ended before it was up, with exit status 1. The end of its log,",

@@ -20,8 +20,8 @@ from pipeline.config.engines import ENGINES, SERVERS
 from pipeline.errors import UserError
 from pipeline.runs import provenance
 from pipeline.runs.artifacts import Artifact
-from pipeline.serving import launch
-from pipeline.serving.process import ended_by_signals
+from pipeline.serve import launch
+from pipeline.serve.process import ended_by_signals
 from pipeline.stages import serve as stage
 from pipeline.stages.all import STAGES
 
