@@ -1,1 +1,4 @@
-"""What a run's figures look like to a person."""
+"""The report: the figures of a run, or of several, in words, tables and plots.
+
+It must not measure anything: it reads what `evaluate` and the other stages left.
+"""

@@ -16,7 +16,6 @@ from datasets.exceptions import DatasetsError
 from pipeline.config import SYNTHETIC, BlendPartConfig, DataConfig
 from pipeline.data import synthetic
 from pipeline.errors import UserError
-from pipeline.models import tiny_model
 
 FILES = (".jsonl", ".parquet")
 
@@ -114,7 +113,7 @@ def _part(key: str, data: DataConfig, part: BlendPartConfig) -> Source:
 def _synthetic(source: Source, name: str) -> Opened:
     if name != f"{SYNTHETIC}arithmetic":
         raise UserError(f"{source.key}.path={name!r}: no such synthetic data set. Use {SYNTHETIC}arithmetic.")
-    return Opened(digest_of_files([Path(tiny_model.__file__)]), lambda: _numbered(name, synthetic.arithmetic_rows()))
+    return Opened(digest_of_files([Path(synthetic.__file__)]), lambda: _numbered(name, synthetic.arithmetic_rows()))
 
 
 def _file(source: Source, path: Path) -> Opened:

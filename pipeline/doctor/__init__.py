@@ -1,4 +1,4 @@
-"""What doctor looks at: one file for each kind of figure, one for what the figures mean, one for how they are shown.
+"""What is in the data, what the run needs, and what of it will hurt: one file for each kind of figure.
 
-Figures are plain JSON values, named as they stand in artifact.json, so that other programs can read them.
+It must not load weights: the tokenizer and the sizes in config.json are enough.
 """

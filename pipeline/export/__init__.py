@@ -1,4 +1,7 @@
-"""Checkpoints for serving: one file per row of TARGETS, which writes the layout and says how to read it back."""
+"""Checkpoints for serving: one file per row of TARGETS, which writes the layout and says how to read it back.
+
+It must not know how a model was trained: all models are exported alike, weight by weight.
+"""
 
 import importlib
 from pathlib import Path

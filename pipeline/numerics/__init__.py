@@ -1,1 +1,4 @@
-"""Block-scaled number formats: what they are, and how values go in and out. Knows nothing of models."""
+"""Block-scaled number formats: what they are, how values become codes and scales, and how they come back.
+
+It must not know models: it needs torch and nothing else of this program.
+"""

@@ -1,1 +1,4 @@
-"""Starts an engine on an export, asks it a question, and always ends it. What engines take is in config/engines.py."""
+"""An engine on a proven export: its command, its process, and one question to it.
+
+It must not know how an engine works: all that it needs stands in the engine's row in ENGINES.
+"""

@@ -1,5 +1,5 @@
-"""One file per stage, each with run(config) -> Artifact. Stages read artifacts; they do not import one another.
+"""One file for each stage, each with run(config) -> Artifact.
 
-What takes seconds to import (trl, peft, modelopt) is imported where the work begins, so that mistakes and "up to date"
-answer at once.
+A stage must not know another stage: it reads artifacts. Libraries that take seconds to import (trl, peft, modelopt) are
+imported where the work begins, so that mistakes and "up to date" answer at once.
 """

@@ -1,9 +1,9 @@
-"""The proof that an export is right, as checks of its files, of its distance from the base model, of its weights.
+"""The proof that an export is right: checks of its files, of its distance from the base model, and of its weights.
 
-Engines load many wrong checkpoints without a word, so nothing here trusts the code that wrote the export: weights are
-decoded by others (MXFP4 by transformers, NVFP4 by ModelOpt, GGUF by llama.cpp's package), the trained values are those
-that the fake-quantized model's forward pass really used, and adapters are merged by PEFT. All layouts go through the
-same checks: each says which of its tensors hold which one of the plain layout.
+It must not trust the code that wrote the export: engines load many wrong checkpoints without a warning. Others
+decode the weights (transformers MXFP4, ModelOpt NVFP4, llama.cpp's package GGUF). The trained values are those that the
+fake-quantized model's forward pass really used. PEFT merges the adapters. All layouts go through the same checks: each
+says which of its tensors hold which tensor of the plain layout.
 """
 
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""Prompts in, transcripts out: by a model that is loaded here, or by any server with OpenAI's chat API."""
+"""Prompts in, transcripts out: from a model that is loaded here, or from a server with OpenAI's API."""

@@ -1,7 +1,7 @@
 """Whether a model reasons, and answers, in the language that it was asked to.
 
-Told offline by pipeline.data.languages among the languages in its table. A text of two languages, neither with two thirds,
-is in none; one that is missing, too short, or that the classifier is not sure of, is undecided.
+`data.languages` tells the language offline, among those in its table. A text of two languages, neither with two thirds
+of it, is in none. A text is undecided if it is missing, too short, or if the classifier is not sure of it.
 """
 
 from collections.abc import Callable, Sequence

@@ -75,5 +75,5 @@ def test_every_precision_trains_in_a_type_that_a_plain_checkpoint_may_have() -> 
 
 
 def test_sizes_are_known_without_torch() -> None:
-    code = "import sys, pipeline.checkpoints.gpt_oss; assert pipeline.checkpoints.gpt_oss.TensorInfo('BF16', (3,)).bytes == 6"
+    code = "import sys; from pipeline.checkpoints.gpt_oss import TensorInfo; assert TensorInfo('BF16', (3,)).bytes == 6"
     subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True)

@@ -19,7 +19,7 @@ from pipeline.checkpoints.gpt_oss import expert_projections, plain_tensors
 from pipeline.checkpoints.reading import INDEX, SINGLE, Checkpoint
 from pipeline.config import TinyConfig
 from pipeline.errors import UserError
-from pipeline.models import references
+from pipeline.models import weights as weights_module
 from pipeline.models.references import ModelRef
 from pipeline.models.tiny_model import create_tiny
 from pipeline.models.weights import Weights
@@ -131,7 +131,7 @@ def test_a_nan_scale_is_named_by_its_place_in_the_whole_stack(rows: slice, copy:
 
 
 def test_a_nan_scale_in_a_later_part_of_a_conversion_is_named_too(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(references, "STEP_BYTES", 1)
+    monkeypatch.setattr(weights_module, "STEP_BYTES", 1)
     replace(copy, SCALES, lambda scales: scales[7, 63].__setitem__(2, 255))
     weights = Weights(ModelRef("source", copy, copy))
     parts = weights.parts(NAME)

@@ -14,7 +14,8 @@ from transformers import AutoConfig
 from pipeline.checkpoints.gpt_oss import EXPERT_WEIGHTS, expert_projections, plain_tensors
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.config import LoraConfig, LoraTarget, TinyConfig, TrainConfig
-from pipeline.models import adapters, loading, references
+from pipeline.models import adapters, loading
+from pipeline.models import weights as weights_module
 from pipeline.models.adapters import Merger
 from pipeline.models.references import ModelRef
 from pipeline.models.tiny_model import create_tiny
@@ -214,7 +215,7 @@ def assert_covered_once(parts: list[slice], rows: int) -> None:
 def test_parts_cover_every_row_of_every_weight_once(
     is_adapted: bool, step_bytes: int, adapted: Callable[..., Adapted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(references, "STEP_BYTES", step_bytes)
+    monkeypatch.setattr(weights_module, "STEP_BYTES", step_bytes)
     ref = adapted(torch.float32, 8).ref
     weights = Weights(ref if is_adapted else ModelRef("source", ref.base, ref.base))
     for name, info in plain_tensors(weights.shape).items():
@@ -227,7 +228,7 @@ def test_parts_cover_every_row_of_every_weight_once(
 def test_an_adapted_stack_is_never_cut_to_a_single_expert(
     experts: int, step_bytes: int, adapted: Callable[..., Adapted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(references, "STEP_BYTES", step_bytes)
+    monkeypatch.setattr(weights_module, "STEP_BYTES", step_bytes)
     weights = Weights(adapted(torch.float32, 8).ref)
     weights.shape = replace(weights.shape, num_local_experts=experts)
     for name in STACKS:
@@ -241,7 +242,7 @@ def test_an_adapted_stack_is_never_cut_to_a_single_expert(
 def test_parts_of_other_weights_are_as_small_as_asked_for(
     adapted: Callable[..., Adapted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(references, "STEP_BYTES", 3 * 96 * 64 * 4)
+    monkeypatch.setattr(weights_module, "STEP_BYTES", 3 * 96 * 64 * 4)
     weights = Weights(adapted(torch.float32, 8).ref)
     down, gate_up = (f"model.layers.0.mlp.experts.{name}" for name in ("down_proj", "gate_up_proj"))
     assert weights.parts(down) == [slice(0, 3), slice(3, 6), slice(6, 8)]
@@ -252,7 +253,7 @@ def test_parts_of_other_weights_are_as_small_as_asked_for(
 def test_adapted_attention_is_merged_whole(
     step_bytes: int, adapted: Callable[..., Adapted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(references, "STEP_BYTES", step_bytes)
+    monkeypatch.setattr(weights_module, "STEP_BYTES", step_bytes)
     weights = Weights(adapted(torch.float32, 8).ref)
     for name in ATTENTION:
         assert weights.parts(name) == [slice(0, plain_tensors(weights.shape)[name].shape[0])]
@@ -266,7 +267,7 @@ def test_weights_read_in_parts_are_the_weights(
     model = adapted(dtype, 8)
     weights = Weights(model.ref)
     expected = {name: weights.trained(name) for name in (*STACKS, *ATTENTION, *OTHERS)}
-    monkeypatch.setattr(references, "STEP_BYTES", step_bytes)
+    monkeypatch.setattr(weights_module, "STEP_BYTES", step_bytes)
     for name, whole in expected.items():
         parts = [weights.trained(name, rows, weights.stored(name, rows)) for rows in weights.parts(name)]
         assert same_bits(torch.cat(parts), whole), name
