@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluation_rules",),
     ("config", "languages", "disk"),
     ("numerics",),
-    ("errors", "allocator", "choice", "documents", "transcripts", "statistics", "direct_io"),
+    ("errors", "allocator", "choice", "documents", "transcripts", "statistics", "direct_io", "types"),
 )
 """Files and folders of the package, from top to bottom: each imports only from the rows below its own.
 
