@@ -1,1 +1,4 @@
-"""Prompts in, transcripts out: by a model that is loaded here, or by any server with OpenAI's chat API."""
+"""Prompts in, transcripts out: from a model loaded here, or from any server with OpenAI's API.
+
+This package must not know how answers are scored.
+"""
