@@ -151,7 +151,7 @@ class Measure:
             rendered = endpoint.APIS[served.api].is_rendered_here
             token_ids = prompts.token_ids(questions, self._rendering) if rendered else [[]] * len(questions)
             asked = list(zip(questions, token_ids, strict=True))
-            endpoint.ask(served, evaluate.endpoint, evaluate.generation, asked, journal)
+            endpoint.ask(served, asked, journal, endpoint=evaluate.endpoint, settings=evaluate.generation)
             transcripts = [journal[question.key] for question in questions]
         return Subject(
             None,
@@ -200,7 +200,7 @@ class Measure:
         inputs = {"model": subject.fingerprint, **decide, "judge": asked.fingerprint}
         inputs |= artifacts.chosen(self._config, _DECIDE_VERDICT)
         journal: Journal[Judgement] = Journal(self._answers_of(subject), inputs, judge.JUDGEMENTS)
-        return judge.judge(asked, settings, transcripts, journal, subject.name)
+        return judge.judge(asked, settings, transcripts, journal, name=subject.name)
 
     def _suites(self, measure: Callable[[harness.Suites], dict[str, float]]) -> dict[str, float]:
         return measure(self._task.suites) if self._task.suites else {}

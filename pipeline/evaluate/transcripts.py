@@ -1,4 +1,4 @@
-"""What a model said to a prompt: a line of generations.jsonl, which generation writes and scorers read."""
+"""Answers of models. Generation writes them, one line of generations.jsonl each, and scorers read them."""
 
 import re
 from dataclasses import dataclass, field
@@ -16,17 +16,17 @@ class Transcript:
     """One answer of one model to one prompt.
 
     Attributes:
-        prompt_id: of the evaluation row: the same for every model, so that models can be paired.
-        sample: counted from 0, where several answers to a prompt are drawn.
+        prompt_id: identifies the prompt. All models share the id, so their answers can be paired.
+        sample: number of the answer, from 0, if several are drawn for a prompt.
         messages: the conversation up to the answer.
-        expected: what the row says of a right answer, read by scorers: language, category, answer, safety.
-        reasoning: text of the analysis channel, or None where the model wrote none.
-        answer: text of the final channel, or None where it never came.
-        completion: all that was generated with its special tokens, or None from an endpoint that hides them.
-        finish: why it ended: "return", "call", "length", or an endpoint's own word.
-        tokens: generated.
-        seed: of the sampling, or None for greedy decoding.
-        tool_calls: {"name", "arguments"} of each call, the arguments as the model wrote them.
+        expected: properties of a right answer, for scorers: language, category, answer, safety.
+        reasoning: text of the analysis channel, or None if the model wrote none.
+        answer: text of the final channel, or None if the model wrote none.
+        completion: the generated text with special tokens, or None from an endpoint that hides them.
+        finish: why generation ended: "return", "call", "length", or an endpoint's own word.
+        tokens: number of generated tokens.
+        seed: seed of the sampling, or None for greedy decoding.
+        tool_calls: {"name", "arguments"} of each call, with the arguments as the model wrote them.
     """
 
     prompt_id: str
@@ -43,7 +43,7 @@ class Transcript:
 
 
 class Parsed(NamedTuple):
-    """What a completion holds, by channel; None and empty where there is nothing of the kind."""
+    """A completion by channel. A channel without messages is None, or an empty list of tool calls."""
 
     reasoning: str | None
     answer: str | None
@@ -51,10 +51,10 @@ class Parsed(NamedTuple):
 
 
 def parse(completion: str) -> Parsed:
-    """Take a Harmony completion apart: what follows `<|start|>assistant`, special tokens included.
+    """Split a Harmony completion by channel. It begins after `<|start|>assistant` and has its special tokens.
 
-    A message with a recipient is a tool call, in whatever channel. What is cut off counts as far as it came; what is
-    not a message of Harmony is passed over, so that nothing a model writes is an error.
+    A message with a recipient is a tool call, in any channel. A truncated message counts as far as it goes. Text that
+    is no Harmony message is skipped, so no completion is an error.
     """
     texts: dict[str, list[str]] = {}
     tool_calls = []
@@ -69,7 +69,7 @@ def parse(completion: str) -> Parsed:
 
 
 def calls_tool(completion: str) -> bool:
-    """Whether its last message has a recipient, so that `<|call|>` is what ends it."""
+    """Whether the last message is a tool call, which ends with `<|call|>`."""
     messages = list(_MESSAGE.finditer(completion))
     return bool(messages) and _recipient(messages[-1]) is not None
 

@@ -1,4 +1,4 @@
-"""An engine as a process of ours: started in a group of its own, watched, and ended with all its children."""
+"""An engine as a child process: started in its own process group, watched, and ended with all its children."""
 
 import os
 import signal
@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -16,17 +15,17 @@ from pipeline.runs.console import say
 
 _POLL_SECONDS = 0.25
 _TELL_SECONDS = 30.0
-_GRACE_SECONDS = 15.0  # for requests in flight, and for letting go of the GPU
+_GRACE_SECONDS = 15.0  # time to finish requests in flight and to free the GPU
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 _TAIL_LINES = 20
 _TAIL_BYTES = 1 << 14
 
 
 class EngineProcess:
-    """A running engine, whose output goes to a log; `with` ends it, whatever happens."""
+    """A running engine. Its output goes to a log. Leaving the `with` block ends it, also after an error."""
 
     def __init__(self, name: str, command: list[str], log: Path) -> None:
-        """Start it.
+        """Start the engine.
 
         Raises:
             UserError: the program cannot be started.
@@ -35,7 +34,7 @@ class EngineProcess:
         self._log = log
         self._family: set[psutil.Process] = set()
         with log.open("wb") as output:
-            # A session of its own: Ctrl-C is for this program, which then ends the engine; and its children are known.
+            # In its own session, the engine does not receive Ctrl-C. This program does, and then ends the engine.
             try:
                 self._process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -50,10 +49,10 @@ class EngineProcess:
         self.stop()
 
     def wait_until(self, is_up: Callable[[], bool], seconds: float) -> None:
-        """Let it start.
+        """Wait until the engine is up.
 
         Raises:
-            CheckFailed: it ended, or took longer; with the end of its log.
+            CheckFailed: the engine ended, or took longer. The message shows the end of its log.
         """
         started = told = time.monotonic()
         while not is_up():
@@ -66,34 +65,34 @@ class EngineProcess:
                 told = now
                 say("serve", f"{self._name} is starting, {now - started:.0f} s so far: {self._last_line()}")
             time.sleep(_POLL_SECONDS)
-        self._raise_if_ended("when it was up")  # what answered was then another server
+        self._raise_if_ended("when it was up")  # if it has ended, another server answered
         self._note_family()
 
     def wait(self) -> None:
-        """Let it serve.
+        """Wait until the engine ends.
 
         Raises:
-            CheckFailed: it ended by itself.
+            CheckFailed: the engine ended by itself.
         """
         self._process.wait()
         self._raise_if_ended("while it served")
 
     def failed(self, how: str) -> CheckFailed:
-        """The error for what it did wrong, with the end of its log."""
+        """The error for a fault of the engine, with the end of its log."""
         tail = "".join(f"\n    {line}" for line in self._tail())
         return CheckFailed(f"{self._name} {how}. The end of its log, {self._log}:{tail or ' nothing'}")
 
     def stop(self) -> None:
-        """End it and all its children: politely, then, or at a second Ctrl-C, without asking."""
+        """End the engine and all its children with SIGTERM, and with SIGKILL after a while or at a second Ctrl-C."""
         try:
             self._note_family()
             self._signal(signal.SIGTERM)
             self._process.wait(_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
-            say("serve", f"{self._name} did not end within {_GRACE_SECONDS:g} s of being asked to, and is killed")
+            say("serve", f"{self._name} did not end within {_GRACE_SECONDS:g} s of SIGTERM and is killed")
         finally:
             self._signal(signal.SIGKILL)
-            for child in self._family:  # those that left the group
+            for child in self._family:  # some may have left the process group
                 with suppress(psutil.NoSuchProcess):
                     child.kill()
             self._process.wait()
@@ -106,12 +105,12 @@ class EngineProcess:
             raise self.failed(f"ended {when}, with {how}")
 
     def _note_family(self) -> None:
-        """Remember its children while they can be found: those of one that has crashed are nobody's."""
+        """Remember the engine's children. After a crash of the engine they can no longer be found."""
         with suppress(psutil.NoSuchProcess):
             self._family |= set(psutil.Process(self._process.pid).children(recursive=True))
 
     def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):  # its group, named after it, may outlive it
+        with suppress(ProcessLookupError):  # the group has the number of the engine, and may outlive it
             os.killpg(self._process.pid, number)
 
     def _tail(self) -> list[str]:
@@ -125,12 +124,12 @@ class EngineProcess:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the program as Ctrl-C does, so that the engine is ended too.
+    """Make SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that the engine is ended too.
 
-    A signal that is ignored, as SIGHUP under nohup, stays so.
+    A signal that is ignored, such as SIGHUP under nohup, stays ignored.
     """
 
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     heeded = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]

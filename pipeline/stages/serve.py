@@ -1,6 +1,6 @@
-"""serve: start an engine on the proven export, ask it one question, keep it running until Ctrl-C.
+"""serve: start an engine on the proven export, ask it one question, and keep it running until Ctrl-C.
 
-It ends by being stopped, and what it leaves is no result: no artifact, only the command and the engine's log.
+The stage runs until it is stopped. It writes the engine's command and log, but no artifact.
 """
 
 from pathlib import Path
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Serve <run_dir>/export, which is returned.
+    """Serve <run_dir>/export and return its artifact.
 
     Raises:
-        UserError: it is unfinished or not proven; what `plan` raises.
+        UserError: the export is unfinished or has not passed stage=verify, or `plan` refuses it.
         CheckFailed: the engine crashed, did not come up, or did not answer.
-        KeyboardInterrupt: before the engine was up and had answered; afterwards that is how it ends.
+        KeyboardInterrupt: Ctrl-C before the engine had answered. Afterwards, Ctrl-C is the regular end.
     """
     if process_count() > 1:
-        raise UserError("stage=serve: starts its engine from one process. Run it without a launcher.")
+        raise UserError("stage=serve: the engine must be started from a single process. Run it without a launcher.")
     export = artifacts.require(config, Stage.export)
     launch = _launch(config, export)
     if config.serve.dry_run:
@@ -50,17 +50,18 @@ def _launch(config: PipelineConfig, export: Artifact) -> "Launch":
 
 
 def _serve(config: PipelineConfig, launch: "Launch") -> None:
+    from pipeline.evaluate.generation.client import NoAnswerError
     from pipeline.serve import client
     from pipeline.serve.process import EngineProcess, ended_by_signals
 
-    name, log = config.serve.engine.name, _log(config, launch)
+    name, log = config.serve.engine.name, _write_command(config, launch)
     with ended_by_signals(), EngineProcess(name, launch.command, log) as engine:
         say("serve", f"{name} is starting; its log: {log}")
         engine.wait_until(lambda: client.is_up(launch.health), config.serve.startup_seconds)
         try:
             model = client.model_name(launch.api, config.serve.answer_seconds)
             answer = client.ask(launch.api, model, config)
-        except client.NoAnswerError as error:
+        except NoAnswerError as error:
             raise engine.failed(f"was up, but did not answer: {error}") from error
         _show(config.serve.question, client.channels(answer), answer.finish)
         if not config.serve.once:
@@ -68,8 +69,11 @@ def _serve(config: PipelineConfig, launch: "Launch") -> None:
     say("serve", f"{name} has ended")
 
 
-def _log(config: PipelineConfig, launch: "Launch") -> Path:
-    """Where the engine's output goes, beside its command, which is kept; by port, as several may run at a time."""
+def _write_command(config: PipelineConfig, launch: "Launch") -> Path:
+    """Write the engine's command, and return the path of its log.
+
+    Both names contain the port, because several engines may run at a time.
+    """
     directory, port = artifacts.stage_dir(config, Stage.serve.name), config.serve.port
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -85,14 +89,14 @@ def _show(question: str, answer: "Parsed", finish: str) -> None:
         say("serve", f"analysis: {answer.reasoning}")
     for call in answer.tool_calls:
         say("serve", f"calls {call['name']}: {call['arguments']}")
-    say("serve", f"final: {answer.answer}" if answer.answer is not None else "final: the answer never came")
+    say("serve", f"final: {answer.answer}" if answer.answer is not None else "final: none, the model wrote no answer")
     if finish == "length":
-        say("serve", "cut off: it was longer than serve.max_new_tokens")
+        say("serve", "The answer was cut off. To allow longer ones, raise serve.max_new_tokens.")
 
 
 def _until_interrupted(engine: "EngineProcess", message: str) -> None:
     try:
-        say("serve", message)  # who has read it may interrupt
+        say("serve", message)  # inside `try`: Ctrl-C may follow at once
         engine.wait()
     except KeyboardInterrupt:
         say("serve", "ending the engine")

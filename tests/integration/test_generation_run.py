@@ -109,7 +109,7 @@ def test_other_settings_ask_again_and_the_same_do_nothing(unmeasured: Path, caps
     assert "up to date" in capsys.readouterr().out
     assert evaluated(run_dir, *QUICK, "evaluate.source=sft", "evaluate.generation.max_new_tokens=5") == 0
     out = capsys.readouterr().out
-    assert "begun anew, since evaluate.generation.max_new_tokens was 12, is 5" in out
+    assert "again, because evaluate.generation.max_new_tokens changed from 12 to 5" in out
     assert all(line["tokens"] <= 5 for line in answers(run_dir, "sft"))
 
 

@@ -1,6 +1,7 @@
 """stage=serve with a real process in the engine's place: what it shows, what its faults end in, and that it is gone."""
 
 import functools
+import json
 import os
 import signal
 import socket
@@ -79,7 +80,8 @@ def test_it_shows_the_answer_by_channel_and_ends_the_engine(
     assert processes(tmp_path) == []
     port = arguments[-1].partition("=")[2]
     log = (run_dir / "serve" / f"engine-{port}.log").read_text()
-    assert "Was ist 12 + 7?" in log and '"reasoning_effort": "medium"' in log
+    (asked,) = (json.loads(line.removeprefix("asked ")) for line in log.splitlines() if line.startswith("asked "))
+    assert asked["messages"][-1]["content"] == "Was ist 12 + 7?" and asked["reasoning_effort"] == "medium"
 
 
 def test_it_leaves_the_command_and_no_result(arguments: list[str], run_dir: Path) -> None:

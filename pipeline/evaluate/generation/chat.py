@@ -1,24 +1,61 @@
-"""OpenAI's chat API: a question as the body of a request, and what the reply says."""
+"""OpenAI's chat API: turns a question into the body of a request, and a reply into a transcript."""
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import TypedDict
 
 from pipeline.config import GenerationConfig
+from pipeline.data.harmony import Conversation
 from pipeline.evaluate.generation.prompts import Question
 from pipeline.evaluate.transcripts import Transcript
+from pipeline.runs.json_files import Json
 
 _REASONING = ("reasoning_content", "reasoning")
-"""Where servers put the reasoning; vLLM has changed from the first to the second."""
+"""Names under which servers send the reasoning. vLLM has changed from the first to the second."""
 
 
-def request(model: str, question: Question, _: list[int], settings: GenerationConfig) -> dict[str, Any]:
-    """The body of POST /chat/completions; the server renders the messages, and no tokens of ours are sent."""
+class _Function(TypedDict):
+    name: str
+    arguments: str
+
+
+class _Call(TypedDict):
+    function: _Function
+
+
+class _Message(TypedDict, total=False):
+    content: str | None
+    reasoning: str | None
+    reasoning_content: str | None
+    tool_calls: list[_Call] | None
+
+
+class _Choice(TypedDict):
+    message: _Message
+    finish_reason: str
+
+
+class Usage(TypedDict):
+    """The counts of tokens in a reply."""
+
+    completion_tokens: int
+
+
+class Reply(TypedDict):
+    """The reply to POST /chat/completions, as far as it is read here. Nothing has checked it."""
+
+    choices: list[_Choice]
+    usage: Usage
+
+
+def request(model: str, question: Question, _: list[int], settings: GenerationConfig) -> dict[str, Json]:
+    """The body of POST /chat/completions. The server renders the messages itself, so token ids are not sent."""
     conversation = question.prompt.conversation
-    body = {
+    body: dict[str, Json] = {
         "model": model,
-        "messages": _messages(conversation.messages),
+        "messages": _messages(conversation),
         "reasoning_effort": conversation.reasoning_effort,
-        "max_tokens": settings.max_new_tokens,  # the newer max_completion_tokens is not known to every server
+        "max_tokens": settings.max_new_tokens,  # some servers do not know the newer max_completion_tokens
         "temperature": settings.temperature,
         "top_p": settings.top_p,
     }
@@ -29,11 +66,11 @@ def request(model: str, question: Question, _: list[int], settings: GenerationCo
     return body
 
 
-def transcript(reply: Any, question: Question, seed: int | None) -> Transcript:
-    """What the reply to `request` says.
+def transcript(reply: Reply, question: Question, seed: int | None) -> Transcript:
+    """The answer in a reply to `request`.
 
     Raises:
-        KeyError, IndexError, TypeError: it is something else.
+        KeyError, IndexError, TypeError: the reply has another form.
     """
     choice = reply["choices"][0]
     message = choice["message"]
@@ -53,34 +90,34 @@ def transcript(reply: Any, question: Question, seed: int | None) -> Transcript:
     )
 
 
-def content(reply: Any) -> str | None:
-    """The text of the reply's message.
+def content(reply: Reply) -> str | None:
+    """The text of the reply's message, or None if it has none.
 
     Raises:
-        KeyError, IndexError, TypeError: it is something else.
+        KeyError, IndexError, TypeError: the reply has another form.
     """
     return _text(reply["choices"][0]["message"], "content")
 
 
-def _text(message: dict[str, Any], name: str) -> str | None:
-    """A text that never came is null with some servers, empty with others, and absent with the rest."""
+def _text(message: Mapping[str, object], name: str) -> str | None:
+    """A text of the message, or None: servers send a missing text as null, as an empty string or not at all."""
     text = message.get(name)
     if text is not None and not isinstance(text, str):
         raise TypeError(f"{name} is a {type(text).__name__}, not text")
-    # JSON can hold half of a surrogate pair, which no file can.
+    # JSON can hold half of a surrogate pair. A file in UTF-8 cannot.
     return text.encode(errors="replace").decode() if text else None
 
 
-def _call(function: dict[str, Any]) -> dict[str, str]:
+def _call(function: _Function) -> dict[str, str]:
     return {"name": str(function["name"]), "arguments": str(function["arguments"])}
 
 
-def _messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages in the form of the API, in which a tool's message names the call that it answers."""
+def _messages(conversation: Conversation) -> list[dict[str, Json]]:
+    """The messages in the API's form, where a tool's message names the call that it answers."""
     last_call = ""
     made = []
-    for i, message in enumerate(messages):
-        sent = {"role": message["role"], "content": message["content"]}
+    for i, message in enumerate(conversation.messages):
+        sent: dict[str, Json] = {"role": message["role"], "content": message["content"]}
         if "thinking" in message:
             sent["reasoning_content"] = message["thinking"]
         if "tool_calls" in message:
@@ -92,6 +129,6 @@ def _messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return made
 
 
-def _sent_call(call_id: str, function: dict[str, Any]) -> dict[str, Any]:
+def _sent_call(call_id: str, function: Mapping[str, Json]) -> dict[str, Json]:
     arguments = json.dumps(function["arguments"], ensure_ascii=False)
     return {"id": call_id, "type": "function", "function": {"name": function["name"], "arguments": arguments}}

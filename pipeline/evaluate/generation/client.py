@@ -1,11 +1,15 @@
-"""Requests to a server with OpenAI's API: several at a time, repeated where it may help."""
+"""Requests to servers with OpenAI's API.
+
+`Client` sends many requests at a time and repeats those with temporary failures. `send_local` sends a single request to
+an engine on this machine. Both read replies with the same code and report problems as a NoAnswerError.
+"""
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from typing import TypedDict, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -13,6 +17,7 @@ import httpx
 from pipeline.config import ServerConfig
 from pipeline.errors import UserError
 from pipeline.runs.console import progress
+from pipeline.runs.json_files import Json
 
 _FIRST_WAIT_SECONDS = 0.5
 _CONNECT_SECONDS = 10.0
@@ -20,25 +25,75 @@ _SHOWN_CHARACTERS = 300
 _KEY_REFUSED = (401, 403)
 _TOO_MANY = 429
 _SERVER_FAILED = 500
+_CHECK_ADDRESS = "Does the address end where the API begins, as in http://localhost:8000/v1?"
+_NOT_OPENAI = (ValueError, KeyError, IndexError, TypeError, AttributeError)
+"""Errors that a reader raises for a reply in another form."""
 
 T = TypeVar("T")
+Reply = TypeVar("Reply")
+"""The form of a reply that a reader expects. Nothing checks it before the reader does."""
+
+
+class _Model(TypedDict):
+    id: str
+
+
+class ModelList(TypedDict):
+    """The reply to GET /models."""
+
+    data: list[_Model]
+
+
+class NoAnswerError(Exception):
+    """A request got no usable answer.
+
+    Attributes:
+        problem: what went wrong; the text of the error adds the address.
+    """
+
+    def __init__(self, url: str, problem: str) -> None:
+        super().__init__(f"{url}: {problem}")
+        self.problem = problem
+
+
+class StatusError(NoAnswerError):
+    """The server answered with an HTTP error.
+
+    Attributes:
+        status: the HTTP status.
+        wait_seconds: how long the server asks to wait before the next attempt, or None.
+    """
+
+    def __init__(self, response: httpx.Response, secret: str | None) -> None:
+        self.status = response.status_code
+        self.wait_seconds = _retry_after(response)
+        super().__init__(str(response.url), f"status {self.status}: {_beginning(response.text, secret)}")
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether the same request may succeed later."""
+        return self.status == _TOO_MANY or self.status >= _SERVER_FAILED
+
+
+class UnexpectedReplyError(NoAnswerError):
+    """The server answered in another form than OpenAI's API promises."""
 
 
 def address(url: str) -> str:
-    """Of the API, without a slash at its end; a server's bare address stands for /v1 below it."""
+    """The address of the API, without a slash at its end. A server's bare address gets /v1 appended."""
     url = url.rstrip("/")
     return url if urlsplit(url).path else f"{url}/v1"
 
 
 def model_of(settings: ServerConfig, key: str) -> str:
-    """The model that the settings name; where they name none, the one that the server says it has.
+    """The model that the settings name. If they name none, the server must have exactly one.
 
     Args:
-        settings: of the server; it has a url.
-        key: of the settings, for messages.
+        settings: the server's settings, with a url.
+        key: where these settings stand in the configuration, for messages: `evaluate.endpoint`.
 
     Raises:
-        UserError: no server answers there, or it has none or several models.
+        UserError: no server answers at the address, or it has no model or several.
     """
     if settings.model is not None:
         return settings.model
@@ -46,31 +101,40 @@ def model_of(settings: ServerConfig, key: str) -> str:
     names = asyncio.run(_models(settings, key))
     if len(names) != 1:
         have = f"has several models ({', '.join(names)})" if names else "names no model"
-        raise UserError(f"{key}.url={url}: the server {have}. Say which: {key}.model=<name>.")
+        raise UserError(f"{key}.url={url}: the server {have}. Choose one: {key}.model=<name>.")
     return names[0]
 
 
-def for_each(
-    settings: ServerConfig, key: str, todo: Sequence[T], work: Callable[["Client", T], Awaitable[None]], what: str
-) -> None:
-    """Do `work` for everything that is to be done, `settings.concurrency` at a time.
-
-    Args:
-        settings: of the server.
-        key: of the settings, for messages.
-        todo: what there is to do.
-        work: sends requests, and keeps what comes.
-        what: is done, for the progress line.
+def model_names(reply: ModelList) -> list[str]:
+    """The models that a server lists.
 
     Raises:
-        UserError: the first that `work` raised; whatever else was under way is given up.
+        KeyError, TypeError: the reply has another form.
+    """
+    return [str(model["id"]) for model in reply["data"]]
+
+
+def for_each(
+    settings: ServerConfig, key: str, todo: Sequence[T], work: Callable[["Client", T], Awaitable[None]], *, what: str
+) -> None:
+    """Call `work` for every item, `settings.concurrency` at a time.
+
+    Args:
+        settings: the server's settings.
+        key: where these settings stand in the configuration, for messages.
+        todo: the items.
+        work: sends an item's requests and stores the answers.
+        what: the name of the answers, for the progress line.
+
+    Raises:
+        UserError: the first one that `work` raised. It cancels all other items.
     """
     if todo:
-        asyncio.run(_for_each(settings, key, todo, work, what))
+        asyncio.run(_for_each(settings, key, todo, work, what=what))
 
 
 async def _for_each(
-    settings: ServerConfig, key: str, todo: Sequence[T], work: Callable[["Client", T], Awaitable[None]], what: str
+    settings: ServerConfig, key: str, todo: Sequence[T], work: Callable[["Client", T], Awaitable[None]], *, what: str
 ) -> None:
     room = asyncio.Semaphore(settings.concurrency)
 
@@ -84,7 +148,9 @@ async def _for_each(
             for done in progress(asyncio.as_completed(tasks), total=len(tasks), what=what, unit="answer"):
                 await done
         except UserError as error:
-            raise UserError(f"{error} The answers so far are kept: the same command goes on from there.") from error
+            raise UserError(
+                f"{error} All answers received so far are kept. Run the same command again to get the others."
+            ) from error
         finally:
             for task in tasks:
                 task.cancel()
@@ -92,11 +158,8 @@ async def _for_each(
 
 
 async def _models(settings: ServerConfig, key: str) -> list[str]:
-    def names(reply: Any) -> list[str]:
-        return [str(model["id"]) for model in reply["data"]]
-
     async with Client(settings, key) as client:
-        return await client.send("GET", "/models", None, names, "the server's list of models")
+        return await client.send("GET", "/models", None, model_names, what="the server's list of models")
 
 
 class Client:
@@ -105,11 +168,11 @@ class Client:
     def __init__(self, settings: ServerConfig, key: str) -> None:
         """
         Args:
-            settings: of the server.
-            key: of the settings, for messages: `evaluate.endpoint`.
+            settings: the server's settings.
+            key: where these settings stand in the configuration, for messages: `evaluate.endpoint`.
 
         Raises:
-            UserError: the variable that should hold the key is not set.
+            UserError: the environment variable that should hold the API key is not set.
         """
         self._settings = settings
         self._url = address(str(settings.url))
@@ -128,99 +191,175 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
-    async def send(self, method: str, path: str, body: Any, read: Callable[[Any], T], what: str, hint: str = "") -> T:
-        """One request, and what `read` makes of the JSON that answers it.
+    async def send(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Json] | None,
+        read: Callable[[Reply], T],
+        *,
+        what: str,
+        hint: str = "",
+    ) -> T:
+        """Send one request and return what `read` makes of the reply.
 
         Args:
-            method: of HTTP.
-            path: below the address.
+            method: the HTTP method.
+            path: the path below the API's address.
             body: sent as JSON.
-            read: raises KeyError, IndexError or TypeError where the reply is something else.
-            what: is asked for, for messages.
-            hint: what else may help where it is refused.
+            read: takes the parsed JSON; raises KeyError, IndexError or TypeError if it has another form.
+            what: what the request asks for, for messages.
+            hint: one more remedy, for the message about a refused request.
 
         Raises:
-            UserError: no answer in spite of repetitions, a refusal, or not what `read` expects.
+            UserError: all attempts failed, the server refused, or `read` could not read the reply.
         """
         attempts = self._settings.retries + 1
         for attempt in range(attempts):
             try:
-                response = await self._http.request(method, self._url + path, json=body)
-            except httpx.RequestError as error:
-                problem, wait = self._told(error), None
-            else:
-                if response.is_success:
-                    return self._read(response, read, what)
-                problem, wait = f"status {response.status_code}: {self._shown(response)}", _retry_after(response)
-                if response.status_code != _TOO_MANY and response.status_code < _SERVER_FAILED:
-                    raise self.error(f"{what} was refused with {problem}", self._remedy(response.status_code) + hint)
+                return await self._attempt(method, path, body, read)
+            except UnexpectedReplyError as error:
+                raise self.error(f"{what} is {error.problem}", _CHECK_ADDRESS) from error
+            except NoAnswerError as error:
+                failure = error
+            if isinstance(failure, StatusError) and not failure.is_temporary:
+                raise self.error(f"{what} was refused with {failure.problem}", self._remedy(failure.status) + hint)
             if attempt + 1 < attempts:
-                backoff = _FIRST_WAIT_SECONDS * 2**attempt
-                await asyncio.sleep(min(backoff if wait is None else wait, self._settings.timeout_seconds))
+                await asyncio.sleep(self._pause(attempt, failure))
         raise self.error(
-            f"{what} did not come in {attempts} attempts ({problem})",
-            f"Is the server up, and not overloaded? {self._name}.timeout_seconds, .retries and .concurrency say how"
-            " patient to be and how much to ask at a time.",
+            f"{what} did not come in {attempts} attempts ({failure.problem})",
+            f"Is the server up, and not overloaded? {self._name}.timeout_seconds and .retries set how long to wait,"
+            " .concurrency how many requests to send at a time.",
         )
 
     def error(self, problem: str, remedy: str) -> UserError:
-        """The error for something that is wrong with the server."""
+        """The error for a problem with the server."""
         return UserError(f"{self._name}.url={self._url}: {problem}. {remedy}")
 
-    def _read(self, response: httpx.Response, read: Callable[[Any], T], what: str) -> T:
+    async def _attempt(self, method: str, path: str, body: Mapping[str, Json] | None, read: Callable[[Reply], T]) -> T:
+        url = self._url + path
         try:
-            return read(response.json())
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise self.error(
-                f"{what} is not what OpenAI's API promises ({error!r}): {self._shown(response)}",
-                "Does the address end where the API begins, as in http://localhost:8000/v1?",
-            ) from error
+            response = await self._http.request(method, url, json=body)
+        except httpx.RequestError as error:
+            limit = f"{self._name}.timeout_seconds={self._settings.timeout_seconds}"
+            raise _no_answer(url, error, limit, self._key) from error
+        return _read(response, read, self._key)
+
+    def _pause(self, attempt: int, failure: NoAnswerError) -> float:
+        """Seconds until the next attempt: as many as the server asks for, otherwise twice as many each time."""
+        asked = failure.wait_seconds if isinstance(failure, StatusError) else None
+        return min(_FIRST_WAIT_SECONDS * 2**attempt if asked is None else asked, self._settings.timeout_seconds)
 
     def _remedy(self, status: int) -> str:
         if status in _KEY_REFUSED:
-            return f"Give a key that it accepts: {self._name}.api_key_env=<the variable that holds it>."
+            return f"Give a key that the server accepts: {self._name}.api_key_env=<the variable that holds it>."
         return (
             f"Does the address end where the API begins (http://localhost:8000/v1), and is {self._name}.model served?"
         )
 
-    def _told(self, error: httpx.RequestError) -> str:
-        if isinstance(error, httpx.TimeoutException):
-            return f"no answer within {self._name}.timeout_seconds={self._settings.timeout_seconds}"
-        return self._without_key(str(error)) or type(error).__name__
 
-    def _shown(self, response: httpx.Response) -> str:
-        """The beginning of what came, on one line."""
-        text = " ".join(self._without_key(response.text).split())
-        return f"{text[:_SHOWN_CHARACTERS]}{' …' if len(text) > _SHOWN_CHARACTERS else ''}" or "nothing"
+def send_local(
+    method: str,
+    url: str,
+    body: Mapping[str, Json] | None,
+    read: Callable[[Reply], T],
+    *,
+    seconds: float,
+    limit: str,
+) -> T:
+    """Send one request to a server on this machine, once and without a key, and return what `read` makes of the reply.
 
-    def _without_key(self, text: str) -> str:
-        """Servers may quote the key that they refuse."""
-        return text.replace(self._key, "***") if self._key else text
+    Args:
+        method: the HTTP method.
+        url: the full address.
+        body: sent as JSON.
+        read: as for `Client.send`.
+        seconds: how long to wait.
+        limit: the setting that `seconds` comes from, for messages.
+
+    Raises:
+        NoAnswerError: no answer in time, an HTTP error, or a reply that `read` cannot read.
+    """
+    try:
+        response = _request_local(method, url, body, seconds)
+    except httpx.RequestError as error:
+        raise _no_answer(url, error, f"{limit}={seconds:g}", None) from error
+    return _read(response, read, None)
+
+
+def local_status(url: str, seconds: float) -> int | None:
+    """The HTTP status with which a server on this machine answers, or None if it does not answer in time."""
+    try:
+        return _request_local("GET", url, None, seconds).status_code
+    except httpx.RequestError:
+        return None
+
+
+def _request_local(method: str, url: str, body: Mapping[str, Json] | None, seconds: float) -> httpx.Response:
+    # trust_env=False: a proxy of the environment cannot reach this machine's ports. verify=False: the address is http,
+    # so no certificates need to be loaded for each request.
+    return httpx.request(method, url, json=body, timeout=seconds, trust_env=False, verify=False, follow_redirects=True)
+
+
+def _read(response: httpx.Response, read: Callable[[Reply], T], secret: str | None) -> T:
+    """What `read` makes of a successful response.
+
+    Raises:
+        StatusError: the response is an HTTP error.
+        UnexpectedReplyError: it is not JSON, or `read` cannot read it.
+    """
+    if not response.is_success:
+        raise StatusError(response, secret)
+    try:
+        return read(response.json())
+    except _NOT_OPENAI as error:
+        raise UnexpectedReplyError(
+            str(response.url),
+            f"not what OpenAI's API promises ({error!r}): {_beginning(response.text, secret)}",
+        ) from error
+
+
+def _no_answer(url: str, error: httpx.RequestError, limit: str, secret: str | None) -> NoAnswerError:
+    """The error for a request that got no response."""
+    if isinstance(error, httpx.TimeoutException):
+        return NoAnswerError(url, f"no answer within {limit}")
+    return NoAnswerError(url, _without(secret, str(error)) or type(error).__name__)
+
+
+def _beginning(text: str, secret: str | None) -> str:
+    """The beginning of a text, on one line."""
+    line = " ".join(_without(secret, text).split())
+    return f"{line[:_SHOWN_CHARACTERS]}{' …' if len(line) > _SHOWN_CHARACTERS else ''}" or "nothing"
+
+
+def _without(secret: str | None, text: str) -> str:
+    """The text without the API key: some servers quote the key that they refuse."""
+    return text.replace(secret, "***") if secret else text
 
 
 def key_of(settings: ServerConfig, key: str) -> str | None:
-    """The server's key, from the environment; None if none is to be sent.
+    """The server's API key, from the environment, or None if the settings name no variable.
 
     Args:
-        settings: of the server.
-        key: of the settings, for messages.
+        settings: the server's settings.
+        key: where these settings stand in the configuration, for messages.
 
     Raises:
-        UserError: the variable that should hold it is not set, or holds what is no key.
+        UserError: the variable is not set, or its value cannot be a key.
     """
     if settings.api_key_env is None:
         return None
     setting = f"{key}.api_key_env={settings.api_key_env}"
-    found = os.environ.get(settings.api_key_env, "").strip()  # a file read into the variable ends with a line break
+    found = os.environ.get(settings.api_key_env, "").strip()  # a key read from a file ends with a line break
     if not found:
-        raise UserError(f"{setting}: the environment has no such variable, or an empty one.")
+        raise UserError(f"{setting}: this environment variable is not set, or empty.")
     if not found.isascii() or not found.isprintable():
-        raise UserError(f"{setting}: holds characters that a key cannot have.")
+        raise UserError(f"{setting}: this environment variable holds characters that a key cannot have.")
     return found
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds that the server asks to wait: a number or a date (RFC 9110, 10.2.3); None where it does not say."""
+    """Seconds that the server asks to wait, given as a number or a date (RFC 9110, 10.2.3), or None."""
     text = response.headers.get("Retry-After", "")
     if text.isdigit():
         return float(text)

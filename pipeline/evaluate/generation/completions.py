@@ -1,25 +1,39 @@
-"""OpenAI's completions API: a prompt's tokens as the body of a request, and what the completion says."""
+"""OpenAI's completions API: turns a prompt's tokens into the body of a request, and a reply into a transcript."""
 
-from typing import Any
+from typing import TypedDict
 
 from pipeline.checkpoints.gpt_oss import STOP_TOKENS
 from pipeline.config import GenerationConfig
+from pipeline.evaluate.generation.chat import Usage
 from pipeline.evaluate.generation.prompts import Question
 from pipeline.evaluate.transcripts import Transcript, calls_tool
+from pipeline.runs.json_files import Json
 
 _RETURN, _CALL = "<|return|>", "<|call|>"
 
 
-def request(model: str, question: Question, token_ids: list[int], settings: GenerationConfig) -> dict[str, Any]:
+class _Choice(TypedDict):
+    text: str
+    finish_reason: str
+
+
+class Reply(TypedDict):
+    """The reply to POST /completions, as far as it is read here. Nothing has checked it."""
+
+    choices: list[_Choice]
+    usage: Usage
+
+
+def request(model: str, question: Question, token_ids: list[int], settings: GenerationConfig) -> dict[str, Json]:
     """The body of POST /completions."""
-    body: dict[str, Any] = {
+    body: dict[str, Json] = {
         "model": model,
         "prompt": token_ids,
         "max_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "stop": list(STOP_TOKENS),
-        # Not of OpenAI's API, but known to vLLM and SGLang; the last to vLLM alone.
+        # Extensions of OpenAI's API: vLLM and SGLang know the first two, vLLM alone the third.
         "skip_special_tokens": False,
         "spaces_between_special_tokens": False,
         "include_stop_str_in_output": True,
@@ -29,18 +43,18 @@ def request(model: str, question: Question, token_ids: list[int], settings: Gene
     return body
 
 
-def transcript(reply: Any, question: Question, seed: int | None) -> Transcript:
-    """What the reply to `request` says.
+def transcript(reply: Reply, question: Question, seed: int | None) -> Transcript:
+    """The answer in a reply to `request`.
 
     Raises:
-        KeyError, IndexError, TypeError: it is something else.
+        KeyError, IndexError, TypeError: the reply has another form.
     """
     choice = reply["choices"][0]
     text, finish = choice["text"], str(choice["finish_reason"])
     if not isinstance(text, str):
         raise TypeError(f"text is a {type(text).__name__}, not text")
-    text = text.encode(errors="replace").decode()  # JSON can hold half of a surrogate pair, which no file can
+    text = text.encode(errors="replace").decode()  # JSON can hold half of a surrogate pair; a file in UTF-8 cannot
     if finish == "stop" and not text.endswith(STOP_TOKENS):
-        text += _CALL if calls_tool(text) else _RETURN  # it was one of the two, and the server kept it to itself
+        text += _CALL if calls_tool(text) else _RETURN  # the server removed the stop token
     tokens = int(reply["usage"]["completion_tokens"])
     return question.transcript(text, finish, tokens, seed)

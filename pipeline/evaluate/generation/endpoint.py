@@ -1,8 +1,8 @@
 """Answers of a model on a server with OpenAI's API: vLLM, SGLang, TensorRT-LLM and others.
 
-Two ways to ask (APIS). `completions` sends the prompt as tokens, rendered here exactly as training had it, and reads
-the completion with its special tokens; vLLM and SGLang can be told to leave those in. `chat` sends messages: the server
-renders them itself, so that the date and the identity in its system message are its own.
+There are two ways to ask (APIS). `completions` renders the prompt here, exactly as in training, sends its tokens, and
+reads the completion with its special tokens. vLLM and SGLang have a setting that keeps those. `chat` sends messages.
+The server renders them, with its own date and identity in the system message.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +18,10 @@ from pipeline.evaluate.generation.client import Client
 from pipeline.evaluate.generation.journal import Journal
 from pipeline.evaluate.generation.prompts import Question
 from pipeline.evaluate.transcripts import Transcript
+from pipeline.runs.json_files import Json
 
 KEY = "evaluate.endpoint"
-_TAKES_NO_TOKENS = f" Or does it take no tokens? Then use {KEY}.api=chat."
+_TAKES_NO_TOKENS = f" If the server takes no tokens, use {KEY}.api=chat."
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ class Served:
     """A model on a server, as a subject of evaluation.
 
     Attributes:
-        name: among the results.
-        url: of the API, without a slash at its end.
-        model: the server's name for it.
-        api: the name of its row in APIS.
+        name: its name in the results.
+        url: address of the API, without a slash at its end.
+        model: the server's name for the model.
+        api: a name in APIS.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Served:
 
     @property
     def fingerprint(self) -> str:
-        """Of the address and the name: what the server really runs cannot be known."""
+        """Identifies the address and the name. Which weights the server runs cannot be known."""
         return xxhash.xxh3_128_hexdigest(f"{self.url}\0{self.model}\0{self.api}".encode())
 
 
@@ -49,15 +50,15 @@ class Api(NamedTuple):
     """A way to ask.
 
     Attributes:
-        path: below the address.
-        request: (model, question, its prompt's tokens, settings) -> body.
-        transcript: (reply, question, seed) -> what it says; KeyError, IndexError or TypeError if it is something else.
-        is_rendered_here: whether it takes tokens.
-        hint: what may help a server that refuses.
+        path: path below the API's address.
+        request: (model, question, the prompt's tokens, settings) -> body.
+        transcript: (reply, question, seed) -> answer. It raises KeyError, IndexError or TypeError for another reply.
+        is_rendered_here: whether prompts are rendered here and sent as tokens.
+        hint: one more remedy, for the message about a refused request.
     """
 
     path: str
-    request: Callable[[str, Question, list[int], GenerationConfig], dict[str, Any]]
+    request: Callable[[str, Question, list[int], GenerationConfig], dict[str, Json]]
     transcript: Callable[[Any, Question, int | None], Transcript]
     is_rendered_here: bool
     hint: str = ""
@@ -72,10 +73,10 @@ APIS = {
 
 
 def find(settings: EndpointConfig) -> Served:
-    """The model that `evaluate.endpoint` names; where it names none, the one that the server says it has.
+    """The model that `evaluate.endpoint` names. If it names none, the server must have exactly one.
 
     Raises:
-        UserError: no server answers there, or it has none or several models.
+        UserError: no server answers at the address, or it has no model or several.
     """
     assert settings.url is not None
     return Served(settings.name, client.address(settings.url), client.model_of(settings, KEY), settings.api.name)
@@ -83,46 +84,52 @@ def find(settings: EndpointConfig) -> Served:
 
 def ask(
     served: Served,
-    endpoint: EndpointConfig,
-    settings: GenerationConfig,
     asked: Sequence[tuple[Question, list[int]]],
     journal: Journal[Transcript],
+    *,
+    endpoint: EndpointConfig,
+    settings: GenerationConfig,
 ) -> None:
-    """Answer what the journal does not have yet, several questions at a time; each answer is kept as it comes.
+    """Ask the questions that the journal has no answer to, several at a time. Answers are stored as they arrive.
 
     Args:
         served: the model.
-        endpoint: settings of its server.
-        settings: how it answers.
-        asked: questions with their prompts' tokens, which are empty where the API takes none.
-        journal: of the answers.
+        asked: questions with their prompts' tokens. The tokens are empty if the API takes none.
+        journal: receives the answers.
+        endpoint: the server's settings.
+        settings: the settings of decoding.
 
     Raises:
-        UserError: the server is not there, is too slow, refuses, or answers rubbish. What came before is kept.
+        UserError: the server does not answer, is too slow, refuses, or sends another reply than the API promises.
+            Answers that arrived before are kept.
     """
     api = APIS[served.api]
 
     async def answer(connection: Client, pair: tuple[Question, list[int]]) -> None:
         question, token_ids = pair
         body = api.request(served.model, question, token_ids, settings)
+        seed = question.seed(settings.seed) if settings.temperature else None  # as in the body
+        what = f"the answer to {question.prompt.conversation.where}"
 
-        def read(reply: Any) -> Transcript:
-            return api.transcript(reply, question, body.get("seed"))
+        def read(reply: Json) -> Transcript:
+            return api.transcript(reply, question, seed)
 
-        where = question.prompt.conversation.where
-        journal.add([await connection.send("POST", api.path, body, read, f"the answer to {where}", api.hint)])
+        journal.add([await connection.send("POST", api.path, body, read, what=what, hint=api.hint)])
 
     todo = [pair for pair in asked if pair[0].key not in journal]
-    client.for_each(endpoint, KEY, todo, answer, f"answers of {served.name}")
+    client.for_each(endpoint, KEY, todo, answer, what=f"answers of {served.name}")
     if api.is_rendered_here:
         _raise_if_stripped(served, [journal[question.key] for question, _ in asked])
 
 
 def _raise_if_stripped(served: Served, answers: Sequence[Transcript]) -> None:
-    """Servers that do not know `skip_special_tokens` pass over it, and nothing could be read of what they send."""
+    """Refuse answers without special tokens: they cannot be parsed.
+
+    Servers that do not know `skip_special_tokens` ignore it.
+    """
     texts = [str(answer.completion).removesuffix("<|return|>").removesuffix("<|call|>") for answer in answers]
-    if texts and all("<|" not in text for text in texts):  # the last may have been added here
+    if texts and all("<|" not in text for text in texts):  # the last token may have been added here
         raise UserError(
-            f"{KEY}.url={served.url}: no answer has a special token, so that reasoning and answer cannot be told apart:"
-            f" this server leaves them out, whatever it is asked. Use {KEY}.api=chat."
+            f"{KEY}.url={served.url}: no answer has a special token, so reasoning and answer cannot be told apart."
+            f" This server removes special tokens although the request keeps them. Use {KEY}.api=chat."
         )

@@ -1,19 +1,22 @@
-"""Files of one line an answer, appended as it comes, so that an interrupted evaluation goes on."""
+"""Files of answers, one per line. Answers are appended as they arrive, so an interrupted evaluation resumes."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from pipeline.errors import UserError
 from pipeline.evaluate.transcripts import Transcript
 from pipeline.runs.artifacts import write_json
 from pipeline.runs.console import say
+from pipeline.runs.json_files import Json
 
 
 class Answer(Protocol):
-    """A dataclass, one line of a journal; what tells it from the others are the prompt and the sample."""
+    """A dataclass, stored as one line of a journal. The prompt and the sample identify it."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def prompt_id(self) -> str: ...
@@ -25,7 +28,7 @@ T = TypeVar("T", bound=Answer)
 
 
 class Kind(NamedTuple):
-    """A sort of journal: its file, the file of what decides the answers, and the class of an answer."""
+    """A kind of journal: its file, the file with the inputs of the answers, and the class of an answer."""
 
     file: str
     inputs_file: str
@@ -36,18 +39,18 @@ GENERATIONS = Kind("generations.jsonl", "asked.json", Transcript)
 
 
 class Journal(Generic[T]):
-    """The answers that one model has given to one set of settings."""
+    """The answers of one model with one set of settings."""
 
-    def __init__(self, directory: Path, inputs: dict[str, Any], kind: Kind = GENERATIONS) -> None:
-        """Open it, or begin it anew if what was answered before was asked otherwise.
+    def __init__(self, directory: Path, inputs: Mapping[str, Json], kind: Kind = GENERATIONS) -> None:
+        """Open the journal. If its answers were made from other inputs, delete them and start over.
 
         Args:
-            directory: of the model's answers; made if need be.
-            inputs: all that decides an answer besides the prompt: the model and the settings, flat.
-            kind: of the answers.
+            directory: the directory of the model's answers; created if missing.
+            inputs: everything that an answer depends on besides the prompt: the model and the settings, flat.
+            kind: the kind of answers.
 
         Raises:
-            UserError: a line is not an answer.
+            UserError: a line of the file is not an answer.
         """
         self._path = directory / kind.file
         self._class = kind.answer
@@ -62,31 +65,34 @@ class Journal(Generic[T]):
         return self._answers[key]
 
     def add(self, answers: Iterable[T]) -> None:
-        """Keep answers; one that is there already stays as it is."""
+        """Store answers, except those to questions that already have one."""
         self._append([answer for answer in answers if _key(answer) not in self._answers])
 
     def replace(self, answer: T) -> None:
-        """Keep an answer in place of one that is there; of its lines in the file, the last counts."""
+        """Store an answer in place of an earlier one. Of several lines for a question, the last one counts."""
         self._append([answer])
 
-    def _append(self, answers: list[Any]) -> None:
+    def _append(self, answers: list[T]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
         self._answers |= {_key(answer): answer for answer in answers}
 
-    def _begin(self, path: Path, inputs: dict[str, Any]) -> None:
+    def _begin(self, path: Path, inputs: Mapping[str, Json]) -> None:
         before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if before == inputs:
             return
         if self._path.is_file():
             changed = [name for name in sorted({*before, *inputs}) if before.get(name) != inputs.get(name)]
-            told = "; ".join(f"{name} was {before.get(name)!r}, is {inputs.get(name)!r}" for name in changed)
-            say("evaluate", f"{self._path}: begun anew, since {told}")
+            told = "; ".join(f"{name} changed from {before.get(name)!r} to {inputs.get(name)!r}" for name in changed)
+            say("evaluate", f"{self._path}: all answers are generated again, because {told}")
             self._path.unlink()
         write_json(path, inputs)
 
     def _read(self) -> list[T]:
-        """All whole lines, as bytes: in text, U+2028 and others would end one too. One that was cut off is removed."""
+        """Read all complete lines, and remove an incomplete last line from the file.
+
+        Lines are split as bytes: in text, U+2028 and other characters would end a line, too.
+        """
         if not self._path.is_file():
             return []
         text = self._path.read_bytes()

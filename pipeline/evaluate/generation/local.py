@@ -1,8 +1,8 @@
 """Answers of a model that is loaded here, by transformers' `generate`: in batches, padded on the left, with a KV cache.
 
-An answer depends on its prompt and its seed, not on its batch: every row of a batch draws from a generator of its own.
-What is left is the order of sums, which a batch of another width may change in the last bit, and with it a near tie;
-so batches are formed from all questions alike, also when most of them have been answered already.
+An answer depends on its prompt and its seed, not on its batch: every row of a batch has its own random generator.
+One dependence remains. The width of a batch may change the order of sums, and so the last bit of a logit and the winner
+of a near tie. Batches are therefore always formed from all questions, even if most of them already have an answer.
 
 Shapes: B answers at once, T tokens, V vocabulary.
 """
@@ -35,9 +35,9 @@ class Local:
 
     Attributes:
         model: a causal language model in evaluation mode, on its device.
-        rendering: its tokenizer, and what else the prompt says.
-        settings: how it answers.
-        limit: the setting that says how many answers are written at once.
+        rendering: the tokenizer and the settings of the prompt.
+        settings: the settings of decoding.
+        limit: the key of the batch size, for messages.
     """
 
     model: Any
@@ -46,7 +46,7 @@ class Local:
     limit: str = "evaluate.generation.batch_size"
 
     def ask(self, questions: list[Question], journal: Journal[Transcript], name: str) -> None:
-        """Answer what the journal does not have yet.
+        """Ask the questions that the journal has no answer to.
 
         Raises:
             UserError: the chat template refuses prompts, or the GPU's memory is too small for a batch.
@@ -57,11 +57,14 @@ class Local:
             journal.add(self.answer(*zip(*batch, strict=True)))
 
     def answer(self, questions: tuple[Question, ...], prompts: tuple[list[int], ...]) -> list[Transcript]:
-        """One batch.
+        """Answer one batch.
 
         Args:
-            questions: what is asked.
-            prompts: their token ids.
+            questions: the questions.
+            prompts: the token ids of their prompts.
+
+        Raises:
+            UserError: the GPU's memory is too small for the batch.
         """
         seeds = [question.seed(self.settings.seed) for question in questions] if self.settings.temperature else None
         try:
@@ -69,7 +72,7 @@ class Local:
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{self.limit}={self.settings.batch_size}: the GPU's memory is too small for"
-                f" {len(prompts)} answers at once to prompts of up to {max(map(len, prompts))} tokens. Lower it."
+                f" {len(prompts)} answers at a time to prompts of up to {max(map(len, prompts))} tokens. Lower it."
             ) from error
         return [
             question.transcript(
@@ -79,7 +82,7 @@ class Local:
         ]
 
     def token_ids(self, questions: list[Question]) -> list[list[int]]:
-        """The prompts as tokens, up to where the assistant's turn begins.
+        """The token ids of the prompts, up to the beginning of the assistant's turn.
 
         Raises:
             UserError: the chat template refuses some of them.
@@ -87,19 +90,19 @@ class Local:
         return prompts.token_ids(questions, self.rendering)
 
     def _batches(self, questions: list[Question]) -> list[list[tuple[Question, list[int]]]]:
-        """All questions with their tokens, the longest first: what does not fit into memory fails at once."""
+        """All questions with their tokens, the longest first, so that a lack of memory shows in the first batch."""
         pairs = zip(questions, self.token_ids(questions), strict=True)
         ordered = sorted(pairs, key=lambda pair: (-len(pair[1]), pair[0].key))
         size = self.settings.batch_size
         return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
     def _complete(self, prompts: tuple[list[int], ...], seeds: list[int] | None) -> list[list[int]]:
-        """Token ids of the completions, each with the token that ended it."""
+        """Token ids of the completions, each with its stop token."""
         tokenizer, device = self.rendering.tokenizer, self.model.device
         batch = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt").to(device)
         stop = tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
         decoding = Decoding(
-            do_sample=False,  # also where tokens are drawn: the noise does it, and the largest logit is the draw
+            do_sample=False,  # also when sampling: _Noise makes the largest logit the draw
             use_cache=True,
             max_new_tokens=self.settings.max_new_tokens,
             eos_token_id=stop,
@@ -127,7 +130,7 @@ class _Noise(LogitsProcessor):
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (B, V) with noise of each row's own generator; V draws a token, whatever the other rows do."""
+        """Scores (B, V) with noise, drawn for each row from its own generator: V numbers a token."""
         exponential = torch.stack(
             [
                 torch.empty_like(row).exponential_(generator=own)
@@ -138,6 +141,6 @@ class _Noise(LogitsProcessor):
 
 
 def _up_to_stop(ids: list[int], stop: list[int]) -> list[int]:
-    """Without what pads a row that ended earlier than others."""
+    """The ids up to the stop token, without the padding after it."""
     end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
     return ids[: end + 1]

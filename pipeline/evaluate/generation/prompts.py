@@ -1,4 +1,4 @@
-"""What models are asked: rows of a data set, each up to the answer that it ends with."""
+"""Prompts for models: rows of a data set, each without its final answer."""
 
 import json
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from pipeline.errors import user_errors
 from pipeline.evaluate.transcripts import Transcript, parse
 from pipeline.runs.console import say
 
-_SEEDS = 2**31  # what every server takes
+_SEEDS = 2**31  # every server accepts seeds below this
 _MOST_PROBLEMS = 8
 
 
@@ -27,9 +27,9 @@ class Prompt:
     """One prompt.
 
     Attributes:
-        prompt_id: of its contents and of what is expected: the same in every run.
-        conversation: up to the answer, with the effort and the language that it asks for.
-        expected: what scorers need to know; `language` wherever the prompt asks for one.
+        prompt_id: a hash of the conversation and of `expected`, equal in every run.
+        conversation: the conversation up to the answer, with the reasoning effort and language that it asks for.
+        expected: properties of a right answer, for scorers. Has `language` if the prompt asks for one.
     """
 
     prompt_id: str
@@ -38,28 +38,28 @@ class Prompt:
 
 
 class Question(NamedTuple):
-    """A prompt asked once: of several samples each is a question of its own."""
+    """A request for one answer. A prompt with several samples becomes several questions."""
 
     prompt: Prompt
     sample: int
 
     @property
     def key(self) -> tuple[str, int]:
-        """What tells it from all others of an evaluation."""
+        """Identifies the question within an evaluation."""
         return self.prompt.prompt_id, self.sample
 
     def seed(self, seed: int) -> int:
-        """Seed of this answer's draws: no answer depends on which others are asked for."""
+        """The seed for sampling this answer. It does not depend on the other questions."""
         return xxhash.xxh3_64_intdigest(f"{seed}/{self.prompt.prompt_id}/{self.sample}".encode()) % _SEEDS
 
     def transcript(self, completion: str, finish: str, tokens: int, seed: int | None) -> Transcript:
-        """An answer as it was generated.
+        """The answer in a completion.
 
         Args:
-            completion: what follows `<|start|>assistant`, special tokens included.
-            finish: why it ended, where it does not end with a stop token.
-            tokens: generated.
-            seed: of the draws, or None.
+            completion: the generated text after `<|start|>assistant`, with special tokens.
+            finish: why generation ended, if the completion does not end with a stop token.
+            tokens: number of generated tokens.
+            seed: seed of the sampling, or None for greedy decoding.
         """
         found = parse(completion)
         ended_by = next((token for token in STOP_TOKENS if completion.endswith(token)), None)
@@ -79,15 +79,15 @@ class Question(NamedTuple):
 
 
 def load(config: PipelineConfig, rows: Rows, most: int | None = None) -> list[Prompt]:
-    """The prompts that `evaluate.prompts` names, every one once.
+    """The prompts of `evaluate.prompts`, without duplicates.
 
     Args:
         config: the resolved configuration.
-        rows: of `data`, whose validation rows are asked unless there is another data set.
-        most: ask only the first so many.
+        rows: the rows of `data`. Their validation split gives the prompts, unless evaluate.prompts.path is set.
+        most: the largest number of prompts, or None.
 
     Raises:
-        UserError: the data set is not there, empty, or has bad rows, or rows without what scorers need.
+        UserError: the data set is missing or empty, or has bad rows, or rows that lack what scorers need.
     """
     settings = config.evaluate.prompts
     conversations = _of_data(config, rows) if settings.path is None else _of_their_own(config)
@@ -95,17 +95,17 @@ def load(config: PipelineConfig, rows: Rows, most: int | None = None) -> list[Pr
     found = [_prompt(config, conversation) for conversation in conversations[: min(limits)]]
     distinct = {prompt.prompt_id: prompt for prompt in found}
     if len(distinct) < len(found):
-        say("evaluate", f"{len(found) - len(distinct)} of {len(found)} prompts are copies of others: asked once")
+        say("evaluate", f"{len(found) - len(distinct)} of {len(found)} prompts are duplicates, each is asked only once")
     return list(distinct.values())
 
 
 def questions(prompts: list[Prompt], samples: int) -> list[Question]:
-    """Each prompt as often as it is to be answered."""
+    """The questions for `samples` answers to each prompt."""
     return [Question(prompt, sample) for prompt in prompts for sample in range(samples)]
 
 
 def token_ids(asked: list[Question], rendering: Rendering) -> list[list[int]]:
-    """The prompts as tokens, up to where the assistant's turn begins.
+    """The token ids of the prompts, up to the beginning of the assistant's turn.
 
     Raises:
         UserError: the chat template refuses some of them.
@@ -123,14 +123,14 @@ def token_ids(asked: list[Question], rendering: Rendering) -> list[list[int]]:
 
 
 def fingerprint(asked: list[Question]) -> str:
-    """Of all that is asked and expected."""
+    """A hash of all questions and of the properties of their right answers."""
     keys = sorted(f"{prompt_id}/{sample}" for prompt_id, sample in (question.key for question in asked))
     return xxhash.xxh3_128_hexdigest(" ".join(keys).encode())
 
 
 def _of_data(config: PipelineConfig, rows: Rows) -> Conversations:
     expected = config.evaluate.prompts.expected
-    if expected:  # the same rows, read with more of their columns
+    if expected:  # read the same rows again, with the columns for scorers
         sources = [replace(source, expected=expected) for source in data_sources(config.data)]
         rows = read_rows(config, sources)
     _, validation = split_rows(config, rows)
@@ -156,6 +156,6 @@ def _prompt(config: PipelineConfig, row: Conversation) -> Prompt:
 
 
 def _known(conversation: Conversation) -> Iterator[tuple[str, str]]:
-    """What a prompt says itself of a right answer."""
+    """The properties of a right answer that the prompt itself states."""
     if conversation.reasoning_language is not None:
         yield "language", conversation.reasoning_language

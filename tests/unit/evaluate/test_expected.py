@@ -60,7 +60,7 @@ def test_a_flood_of_mistakes_is_cut_and_counted() -> None:
         (exact_match.verdicts, "answer"),
         (refusal.verdicts, "safety"),
         (lambda made: refusal.score(Subject(None, None, None, None, [], made)), "safety"),
-        (lambda made: judge.judge(Judge("", ""), JudgeConfig(), made, {}, "qat"), "safety"),
+        (lambda made: judge.judge(Judge("", ""), JudgeConfig(), made, {}, name="qat"), "safety"),
     ],
 )
 def test_no_scorer_passes_over_a_value_that_it_cannot_use(score, key: str) -> None:

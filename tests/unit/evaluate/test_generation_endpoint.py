@@ -47,7 +47,8 @@ def answers(server: Server, tmp_path: Path) -> Answer:
         configured = EndpointConfig(**{"url": server.url, "timeout_seconds": 5.0, **settings})
         journal: Journal[Transcript] = Journal(tmp_path, {})
         served = Served("endpoint", server.url, "tiny", "chat")
-        ask(served, configured, generation, [(question, []) for question in wanted], journal)
+        pairs: list[tuple[Question, list[int]]] = [(question, []) for question in wanted]
+        ask(served, pairs, journal, endpoint=configured, settings=generation)
         return [journal[question.key] for question in wanted]
 
     return of
@@ -371,7 +372,8 @@ def completed(server: Server, tmp_path: Path) -> Answer:
         configured = EndpointConfig(**{"url": server.url, "timeout_seconds": 5.0, **settings})
         journal: Journal[Transcript] = Journal(tmp_path, {})
         served = find(replace(configured, model="tiny"))
-        ask(served, configured, generation, [(question, [5, 6, 7]) for question in wanted], journal)
+        pairs = [(question, [5, 6, 7]) for question in wanted]
+        ask(served, pairs, journal, endpoint=configured, settings=generation)
         return [journal[question.key] for question in wanted]
 
     return of

@@ -57,7 +57,7 @@ def test_a_line_that_a_crash_has_cut_off_is_asked_again(tmp_path: Path) -> None:
 def test_other_settings_begin_it_anew_and_it_says_which(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Journal(tmp_path, INPUTS).add([answer("x")])
     assert ("x", 0) not in Journal(tmp_path, {**INPUTS, "temperature": 0.5})
-    assert "begun anew, since temperature was 0.0, is 0.5" in capsys.readouterr().out
+    assert "all answers are generated again, because temperature changed from 0.0 to 0.5" in capsys.readouterr().out
     assert ("x", 0) not in Journal(tmp_path, INPUTS)
 
 

@@ -113,7 +113,7 @@ def test_an_id_changes_with_all_that_a_model_is_shown(config: PipelineConfig, ch
 
 def test_a_copy_is_asked_once_and_it_says_so(config: PipelineConfig, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(of_file(config, [{"question": "a"}] * 3 + [{"question": "b"}], columns=PROMPT_COLUMN)) == 2
-    assert "2 of 4 prompts are copies of others: asked once" in capsys.readouterr().out
+    assert "2 of 4 prompts are duplicates, each is asked only once" in capsys.readouterr().out
 
 
 def test_scorers_are_told_what_the_columns_say(config: PipelineConfig) -> None:

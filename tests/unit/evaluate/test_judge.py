@@ -35,7 +35,7 @@ def judged(server: Server, tmp_path: Path) -> Judged:
     def of(transcripts: list[Transcript], **settings: Any) -> dict[tuple[str, int], Judgement]:
         configured = JudgeConfig(**{"url": server.url, "timeout_seconds": 5.0, "concurrency": 1, **settings})
         journal: Journal[Judgement] = Journal(tmp_path, {}, JUDGEMENTS)
-        return judge.judge(Judge(server.url, "tiny"), configured, transcripts, journal, "qat")
+        return judge.judge(Judge(server.url, "tiny"), configured, transcripts, journal, name="qat")
 
     return of
 
