@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.runs.processes import is_main_process, process_count
 from torch.distributed.tensor import DTensor
 
 from pipeline import __main__ as program
 from pipeline.models import loading, losses, saving, sharding
-from pipeline.runs.processes import is_main_process, process_count
 from pipeline.training import callbacks, trainer
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 from conftest import linked, run_program
+from pipeline.runs.metrics import read_metrics
 
 from pipeline.runs import artifacts
 from pipeline.runs.artifacts import Artifact
-from pipeline.runs.metrics import read_metrics
 from pipeline.training import callbacks
 
 EVERY = 3

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 from conftest import SHORT, linked, run_program
-
 from pipeline.runs.metrics import read_metrics
 
 

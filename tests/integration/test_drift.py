@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft.tuners.lora import ParamWrapper
+from pipeline.runs.metrics import read_metrics
 
 from pipeline.config import LoraTarget, Precision, TrainConfig
 from pipeline.models import adapters, loading, references
 from pipeline.numerics.formats import MXFP4
 from pipeline.runs import artifacts
-from pipeline.runs.metrics import read_metrics
 from pipeline.training.weight_changes import Drift
 
 FP32 = TrainConfig(precision=Precision.fp32)

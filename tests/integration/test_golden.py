@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_program
+from pipeline.runs.metrics import read_metrics
 
 from pipeline.runs import artifacts
-from pipeline.runs.metrics import read_metrics
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "smoke.json").read_text())
 STAGES = ("sft", "qat")

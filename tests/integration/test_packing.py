@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 from conftest import SHORT, linked, run_program
+from pipeline.runs.metrics import read_metrics
 
 from pipeline.runs import artifacts
-from pipeline.runs.metrics import read_metrics
 
 # One step over all training examples at once, so that both ways see the same documents.
 ALL_AT_ONCE = (*SHORT, "data.max_samples=20", "data.max_length=200")

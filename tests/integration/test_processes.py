@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from conftest import SHORT, run_program
+from pipeline.runs.metrics import read_metrics
 
 from pipeline.runs import artifacts
-from pipeline.runs.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node={}")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ONE_LAYER, SHORT, linked, run_program
+from pipeline.runs.metrics import read_metrics
 
 from pipeline.runs import artifacts
-from pipeline.runs.metrics import read_metrics
 from pipeline.training import callbacks
 
 # Experts large enough that writing them takes a while.

@@ -13,11 +13,11 @@ import command_lines
 import pytest
 from command_lines import Line
 from conftest import run_program
+from pipeline.runs.metrics import read_metrics
 from test_processes import TORCHRUN, launched, losses
 
 from pipeline.data.tables import DIRECTORY
 from pipeline.runs import artifacts
-from pipeline.runs.metrics import read_metrics
 
 ACCELERATE = ("accelerate.commands.launch", "--config_file=scripts/accelerate/processes.yaml", "--num_processes={}")
 STAGES = ("sft", "qat")

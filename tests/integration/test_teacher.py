@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ONE_LAYER, SHORT, linked, run_program
-
 from pipeline.runs.metrics import read_metrics
 
 SETTINGS = (*SHORT, "qat.max_steps=16", "qat.logging_steps=4", "qat.eval_steps=100", "qat.save_steps=100")

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from conftest import SHORT, run_program
 from matplotlib.figure import Figure
+from pipeline.runs.metrics import read_metrics
 
 from pipeline.config import PipelineConfig, TrackingBackend, TrackingConfig
-from pipeline.runs.metrics import read_metrics
 from pipeline.runs.tracking import followed, log_media, log_metrics, log_report, log_table
 
 SECRETS = {"WANDB_API_KEY": "0123456789abcdef" * 3, "HF_TOKEN": "hf_aTokenThatNobodyHas", "MY_PASSWORD": "swordfish42"}
