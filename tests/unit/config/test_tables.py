@@ -18,7 +18,7 @@ from pipeline.export import EXPORTERS
 from pipeline.models.sharding import ENGINES
 from pipeline.numerics.formats import FORMATS, SCALE_RULES
 
-CONF = Path(__file__).parents[2] / "conf"
+CONF = Path(__file__).parents[3] / "conf"
 
 
 def test_every_format_can_be_chosen() -> None:
