@@ -3,16 +3,25 @@
 import difflib
 from collections.abc import Iterable
 
+MOST_PROBLEMS = 8
+"""A list that may be long shows this many problems, and counts the rest."""
+
 
 class UserError(Exception):
-    """A mistake that the user can mend: says what is wrong, with its value and place, and what to do."""
+    """A mistake that the user can correct. The message names the place, the wrong value and what to do.
+
+    Attributes:
+        problems: the lines that `message` reports together; a long list ends with "and N more".
+        count: the number of problems, those that are not shown included.
+    """
 
     exit_status = 2
 
-    def __init__(self, message: str, problems: list[str] | None = None) -> None:
-        """`problems`: those that `message` reports together; None: it is one."""
+    def __init__(self, message: str, problems: list[str] | None = None, count: int | None = None) -> None:
+        """Without `problems` the message is the only one."""
         super().__init__(message)
         self.problems = problems or [message]
+        self.count = count or len(self.problems)
 
 
 class CheckFailed(Exception):
@@ -21,11 +30,57 @@ class CheckFailed(Exception):
     exit_status = 1
 
 
-def user_errors(problems: list[str]) -> UserError:
-    """One error that reports several problems together."""
-    if len(problems) == 1:
-        return UserError(problems[0])
-    return UserError(f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems), problems)
+class Problems:
+    """Collects problems of a stream that may be too long to keep them all: the first few, and a count."""
+
+    def __init__(self, most: int = MOST_PROBLEMS) -> None:
+        self._most = most
+        self._first: list[str] = []
+        self._count = 0
+
+    def add(self, problem: str) -> None:
+        """Count a problem, and keep it if it is one of the first."""
+        self._count += 1
+        if len(self._first) < self._most:
+            self._first.append(problem)
+
+    def lines(self) -> list[str]:
+        """The first problems, and how many more there are."""
+        return _with_rest(self._first, self._count)
+
+    def raise_if_any(self) -> None:
+        """Raise one UserError that reports all problems together."""
+        if self._count:
+            raise _together(self.lines(), self._count)
+
+
+def at_most(problems: list[str], most: int = MOST_PROBLEMS) -> list[str]:
+    """The first problems, and how many more there are."""
+    return _with_rest(problems[:most], len(problems))
+
+
+def user_errors(problems: list[str], most: int | None = None) -> UserError:
+    """One error that reports several problems together: all of them, or the first `most`."""
+    return _together(problems if most is None else at_most(problems, most), len(problems))
+
+
+def joined(errors: list[UserError]) -> UserError:
+    """One error that reports several errors together. Errors with the same message are reported once."""
+    distinct = list({str(error): error for error in errors}.values())
+    if len(distinct) == 1:
+        return distinct[0]
+    return _together([line for error in distinct for line in error.problems], sum(error.count for error in distinct))
+
+
+def _with_rest(first: list[str], count: int) -> list[str]:
+    rest = count - len(first)
+    return [*first, f"and {rest} more"] if rest else first
+
+
+def _together(lines: list[str], count: int) -> UserError:
+    if count == 1:
+        return UserError(lines[0])
+    return UserError(f"{count} problems:\n" + "\n".join(f"  - {line}" for line in lines), lines, count)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -44,7 +44,7 @@ def make_export(
         }
         return Result(Kind.packed, "mxfp4", scale_rule="ceil", details=details)
 
-    return artifacts.build(config, Stage.export, (), parents, work, is_report=True)
+    return artifacts.build(config, Stage.export, settings=(), parents=parents, work=work, is_report=True)
 
 
 def prove(config: PipelineConfig, export: Artifact) -> Artifact:
@@ -52,5 +52,10 @@ def prove(config: PipelineConfig, export: Artifact) -> Artifact:
     parents = {"checkpoint": export.fingerprint, "reference": "s"}
     details = {"checks": {"scales: no NaN": "ok"}, "not_checked": []}
     return artifacts.build(
-        config, Stage.verify, (), parents, lambda _: Result(Kind.report, details=details), is_report=True
+        config,
+        Stage.verify,
+        settings=(),
+        parents=parents,
+        work=lambda _: Result(Kind.report, details=details),
+        is_report=True,
     )

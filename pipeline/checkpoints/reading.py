@@ -25,13 +25,11 @@ from pipeline.checkpoints.gpt_oss import (
 )
 from pipeline.checkpoints.shards import INDEX
 from pipeline.checkpoints.side_files import ADAPTER_WEIGHTS
-from pipeline.errors import UserError, user_errors
+from pipeline.errors import MOST_PROBLEMS, UserError, user_errors
 from pipeline.numerics.codec import decode
 from pipeline.numerics.formats import E8M0_NAN
 
 SINGLE = "model.safetensors"
-
-_MOST_PROBLEMS = 8
 
 
 class TensorFiles:
@@ -182,7 +180,7 @@ class Checkpoint(TensorFiles):
         if not problems:
             problems = layout_problems(self.tensors, self.expected())
         if problems:
-            raise user_errors([f"{self.directory}: {problem}." for problem in at_most(problems)])
+            raise user_errors([f"{self.directory}: {problem}." for problem in problems], most=MOST_PROBLEMS)
 
     def expected(self) -> dict[str, TensorInfo]:
         """The tensors that the checkpoint must have. In a plain one, each tensor may have any of PLAIN_TYPES."""
@@ -209,12 +207,6 @@ def layout_problems(stored: dict[str, TensorInfo], expected: dict[str, TensorInf
     return found
 
 
-def at_most(problems: list[str], most: int = _MOST_PROBLEMS) -> list[str]:
-    """The first `most` problems, and how many more there are."""
-    rest = len(problems) - most
-    return [*problems[:most], f"and {rest} more"] if rest > 0 else problems
-
-
 def _stored_files(directory: Path) -> dict[str, dict[str, TensorInfo]]:
     """File -> its tensors, for every weight file. If there is an index, it must agree with the files exactly."""
     present = sorted(p.name for p in directory.glob("*.safetensors") if p.name != ADAPTER_WEIGHTS)
@@ -233,7 +225,7 @@ def _stored_files(directory: Path) -> dict[str, dict[str, TensorInfo]]:
     if weight_map is not None and not problems:
         problems = _index_problems(directory, weight_map, files)
     if problems:
-        raise user_errors(at_most(problems))
+        raise user_errors(problems, most=MOST_PROBLEMS)
     return files
 
 

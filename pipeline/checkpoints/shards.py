@@ -33,6 +33,8 @@ from pipeline.runs.console import progress
 from pipeline.runs.disk import raise_if_disk_too_small
 
 INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+"""Size limit of one weight file, for stages that have no setting for it."""
 STEP_BYTES = 1 << 26
 """Approximate output of one step. Large enough to be fast; several steps in memory do not matter."""
 

@@ -14,11 +14,11 @@ from pipeline.evaluate.scorers import VERDICTS
 from pipeline.evaluate.transcripts import Transcript
 from pipeline.evaluate.verdicts import Verdict
 from pipeline.numerics.formats import FORMATS, MXFP4
-from pipeline.runs.artifacts import Kind
+from pipeline.runs.artifacts import EVALUATED_STAGES, Kind
 
 ANSWERS_FILE = "generations.jsonl"
-UPCAST, SFT, PTQ, QAT, EXPORT = "upcast", "sft", "quantize", "qat", "export"
-ORDER = (UPCAST, SFT, PTQ, QAT, EXPORT)
+ORDER = tuple(stage.name for stage in EVALUATED_STAGES)
+UPCAST, SFT, PTQ, QAT, EXPORT = ORDER
 _ROLES = {UPCAST: "original", SFT: "SFT", PTQ: "SFT + PTQ", QAT: "SFT + QAT"}
 _BF16_BITS = 16
 _LOSS = "validation_loss"

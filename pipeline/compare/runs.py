@@ -13,7 +13,8 @@ import xxhash
 from pipeline.config import Stage
 from pipeline.errors import user_errors
 from pipeline.runs import artifacts
-from pipeline.runs.artifacts import ARTIFACT_FILE, CONFIG_FILE, UNFINISHED_FILE, Artifact
+from pipeline.runs.artifacts import ARTIFACT_FILE, CONFIG_FILE, EVALUATED_STAGES, UNFINISHED_FILE, Artifact
+from pipeline.runs.commands import stage_command
 
 _EVALUATE = Stage.evaluate.name
 _SHARED = "base_run"
@@ -130,7 +131,7 @@ def _rebuilt(run: Run) -> list[str]:
 
 
 def _command(directory: Path) -> str:
-    return f"python -m pipeline stage={_EVALUATE} run_dir={directory}, with the run's recipe"
+    return f"{stage_command(Stage.evaluate, run_dir=str(directory))}, with the run's recipe"
 
 
 def _labels(directories: list[Path]) -> dict[Path, str]:
@@ -146,7 +147,6 @@ def _labels(directories: list[Path]) -> dict[Path, str]:
 # --- what must be the same ------------------------------------------------------------------------------------------
 
 _TOKENIZER = "tokenizer.json"
-_WITH_MODELS = (Stage.upcast, Stage.sft, Stage.quantize, Stage.qat, Stage.export)
 _DECIDE = (
     *(f"data.{name}" for name in ("max_samples", "validation_fraction", "seed", "max_length", "supervise")),
     *(f"data.{name}" for name in ("reasoning_effort", "reasoning_language", "model_identity", "conversation_date")),
@@ -183,7 +183,7 @@ def _base_contents(run: Run) -> _Told:
 
 
 def _tokenizer(run: Run) -> _Told:
-    for stage in _WITH_MODELS:
+    for stage in EVALUATED_STAGES:
         directory = run.stage_dir(stage.name)
         if directory is not None and (directory / _TOKENIZER).is_file():
             digest = xxhash.xxh3_128_hexdigest((directory / _TOKENIZER).read_bytes())

@@ -12,10 +12,10 @@ from datasets import Dataset, Features, List, Value
 from pipeline.config import DataConfig, PipelineConfig, Supervise
 from pipeline.data import harmony, sampling, tables
 from pipeline.data.harmony import IGNORED, ConversationError, Rendering, Turn
-from pipeline.data.rows import CODE, BadRows, Conversations, Rows, column_of
+from pipeline.data.rows import CODE, Conversations, Rows, column_of
 from pipeline.data.sampling import Numbers
 from pipeline.data.sources import digest_of_files
-from pipeline.errors import UserError, user_errors
+from pipeline.errors import Problems, UserError, joined
 from pipeline.runs.console import progress, say, warn
 
 _EXAMPLES = Features(
@@ -60,14 +60,14 @@ def prepare_examples(config: PipelineConfig, rows: Rows, tokenizer: Any) -> Spli
     numbers_of = dict(zip(("train", "validation"), _split(data, rows, chosen), strict=True))
     counts |= {f"{name}_rows": len(numbers) for name, numbers in numbers_of.items()}
     tokenized: dict[str, Dataset] = {}
-    problems: list[str] = []
+    errors: list[UserError] = []
     for name, numbers in numbers_of.items():
         try:
             tokenized[name] = _tokenized(config, name, rows, numbers, how)
-        except BadRows as bad:
-            problems += bad.lines()
-    if problems:
-        raise user_errors(problems)
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise joined(errors)
     kept = {name: _supervised(data, name, table, counts) for name, table in tokenized.items()}
     examples = {name: table.select_columns(["input_ids", "labels"]) for name, table in kept.items()}
     return Splits(
@@ -143,7 +143,7 @@ def _tokenized(config: PipelineConfig, name: str, rows: Rows, numbers: Numbers, 
 def _examples(
     name: str, conversations: Conversations, numbers: Numbers, rendering: Rendering, max_length: int
 ) -> Iterator[dict[str, Any]]:
-    bad = BadRows()
+    bad = Problems()
     turns: list[tuple[int, Turn]] = []
     for number in progress(numbers, what=f"tokenizing {name}", unit="row"):
         conversation = conversations[int(number)]

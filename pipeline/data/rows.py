@@ -22,7 +22,7 @@ from pipeline.data.columns import Columns
 from pipeline.data.harmony import Conversation, ConversationError, parse_conversation
 from pipeline.data.sampling import Numbers
 from pipeline.data.sources import Opened, Source, Unreadable, data_sources, digest_of_files, open_rows
-from pipeline.errors import UserError, user_errors
+from pipeline.errors import Problems, UserError, joined, user_errors
 from pipeline.runs.console import progress, say
 
 _ROWS = Features(
@@ -37,7 +37,6 @@ _ROWS = Features(
 )
 _FILTERED_OUT = {"kept": False, "conversation": "", "where": "", "identity": 0, "expected": "", "merged": False}
 CODE = [Path(__file__), *(Path(str(module.__file__)) for module in (columns, sources_module, harmony))]
-_MOST_PROBLEMS = 8
 
 
 class Conversations(Sequence[Conversation]):
@@ -82,27 +81,6 @@ class Rows:
     fingerprint: str
 
 
-class BadRows(Exception):
-    """What is wrong with rows: the first few in words, the rest in number, so that no set is too large to be wrong."""
-
-    def __init__(self) -> None:
-        self._first: list[str] = []
-        self._count = 0
-
-    def add(self, problem: str) -> None:
-        self._count += 1
-        if len(self._first) < _MOST_PROBLEMS:
-            self._first.append(problem)
-
-    def raise_if_any(self) -> None:
-        if self._count:
-            raise self
-
-    def lines(self) -> list[str]:
-        rest = self._count - len(self._first)
-        return [*self._first, f"and {rest} more"] if rest else self._first
-
-
 def load_rows(config: PipelineConfig) -> Rows:
     """Read and check the data set that `data.path` names, or those of `data.blend`.
 
@@ -119,16 +97,14 @@ def read_rows(config: PipelineConfig, sources: list[Source]) -> Rows:
         UserError: as `load_rows`.
     """
     found: list[Dataset] = []
-    problems: list[str] = []
+    errors: list[UserError] = []
     for source in sources:
         try:
             found.append(_checked(config, source))
-        except BadRows as bad:
-            problems += bad.lines()
         except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise user_errors(problems)
+            errors.append(error)
+    if errors:
+        raise joined(errors)
     _say_what_was_joined(found)
     kept = [_kept(source, table) for source, table in zip(sources, found, strict=True)]
     identities = np.concatenate([column_of(table, "identity") for table in kept])
@@ -151,7 +127,7 @@ def _checked(config: PipelineConfig, source: Source) -> Dataset:
 def _check(source: Source, opened: Opened) -> Iterator[dict[str, Any]]:
     """Rows of the table; raises after the last row, so that all bad ones are reported together."""
     mapping = Columns(source.key, source.data, source.expected, source.expected_key)
-    bad, count = BadRows(), 0
+    bad, count = Problems(), 0
     for where, row in progress(opened.rows(), what=f"checking {source.data.path}", unit="row"):
         count += 1
         try:

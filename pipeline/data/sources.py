@@ -14,10 +14,9 @@ import xxhash
 from datasets.exceptions import DatasetsError
 
 from pipeline.config import SYNTHETIC, BlendPartConfig, DataConfig
+from pipeline.config.hub_ids import DATA_SUFFIXES, is_hub_id
 from pipeline.data import synthetic
 from pipeline.errors import UserError
-
-FILES = (".jsonl", ".parquet")
 
 _READ_BYTES = 1 << 24
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -98,7 +97,7 @@ def open_rows(source: Source) -> Opened:
         return _file(source, path)
     if path.is_dir():
         return _folder(source, path)
-    if not _looks_like_hub_id(name):
+    if not is_hub_id(name, needs_owner=False):
         raise UserError(f"{source.key}.path={name}: no such file or folder.")
     return _streamed(source, name) if source.data.streaming else _downloaded(source, name)
 
@@ -117,9 +116,9 @@ def _synthetic(source: Source, name: str) -> Opened:
 
 
 def _file(source: Source, path: Path) -> Opened:
-    if path.suffix not in FILES:
+    if path.suffix not in DATA_SUFFIXES:
         raise UserError(
-            f"{source.key}.path={path}: must be {' or '.join(FILES)}, a folder of them, or a saved data set."
+            f"{source.key}.path={path}: must be {' or '.join(DATA_SUFFIXES)}, a folder of them, or a saved data set."
         )
     return Opened(digest_of_files([path]), lambda: _file_rows(path))
 
@@ -128,9 +127,11 @@ def _folder(source: Source, path: Path) -> Opened:
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         kept = sorted(p for p in path.rglob("*") if p.is_file())
         return Opened(digest_of_files(kept), lambda: _numbered(str(path), _saved(source, path)))
-    files = sorted(p for p in path.iterdir() if p.suffix in FILES and p.is_file())
+    files = sorted(p for p in path.iterdir() if p.suffix in DATA_SUFFIXES and p.is_file())
     if not files:
-        raise UserError(f"{source.key}.path={path}: holds neither {' nor '.join(FILES)} files nor a saved data set.")
+        raise UserError(
+            f"{source.key}.path={path}: holds neither {' nor '.join(DATA_SUFFIXES)} files nor a saved data set."
+        )
     return Opened(digest_of_files(files), lambda: (placed for file in files for placed in _file_rows(file)))
 
 
@@ -197,10 +198,6 @@ def _not_on_hub(source: Source, error: Exception) -> UserError:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _looks_like_hub_id(path: str) -> bool:
-    return path.count("/") <= 1 and not path.startswith((".", "/", "~")) and Path(path).suffix not in FILES
 
 
 def _numbered(where: str, rows: Iterable[Any]) -> PlacedRows:

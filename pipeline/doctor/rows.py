@@ -4,10 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.checkpoints.reading import at_most
 from pipeline.config import PipelineConfig
 from pipeline.data.harmony import IGNORED, Conversation, ConversationError, Rendering, examples
-from pipeline.errors import user_errors
+from pipeline.errors import Problems
 from pipeline.runs.console import progress
 
 _FIRST_LENGTH = 64
@@ -38,16 +37,15 @@ def examine(config: PipelineConfig, conversations: Iterable[Conversation], how: 
     Raises:
         UserError: the chat template refuses some: each with its place.
     """
-    rows, problems = [], []
+    rows, problems = [], Problems()
     for conversation in progress(conversations, what="examining", unit="row"):
         try:
             counted = [_count(example, config.data.max_length) for example in examples(conversation, how)]
         except ConversationError as error:
-            problems.append(f"{conversation.where}: {error}.")
+            problems.add(f"{conversation.where}: {error}.")
         else:
             rows.append(Row(conversation, counted))
-    if problems:
-        raise user_errors(at_most(problems))
+    problems.raise_if_any()
     return rows
 
 

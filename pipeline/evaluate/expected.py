@@ -4,15 +4,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 
 from pipeline.config.languages import NAMES, code_of
-from pipeline.errors import did_you_mean, user_errors
+from pipeline.errors import MOST_PROBLEMS, did_you_mean, user_errors
 from pipeline.evaluate.transcripts import Transcript
 
 SAFE, UNSAFE = "safe", "unsafe"
 CHOICE = re.compile(r"[A-E]")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 """A plain number, with commas between thousands at most."""
-
-_MOST_PROBLEMS = 8
 
 
 def check(expected: Iterable[tuple[str, Mapping[str, str]]]) -> None:
@@ -32,8 +30,7 @@ def check(expected: Iterable[tuple[str, Mapping[str, str]]]) -> None:
         for (key, value), ids in sorted(prompts.items())
     ]
     if found:
-        rest = len(found) - _MOST_PROBLEMS
-        raise user_errors([*found[:_MOST_PROBLEMS], *([f"and {rest} more values"] if rest > 0 else [])])
+        raise user_errors(found, most=MOST_PROBLEMS)
 
 
 def check_all(transcripts: Iterable[Transcript]) -> None:

@@ -134,7 +134,9 @@ def _codes(packed: Tensor, scales: Tensor, tensor_scale: Tensor) -> Codes:
 
 def _by_modelopt(packed: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
     """(E, out, in) float32."""
-    from pipeline.models import fake_quantizers
+    from pipeline.models import (
+        fake_quantizers,  # imports ModelOpt and TRL: ten seconds that writing an export does not need
+    )
 
     codes = _codes(packed, scales, tensor_scale)
     return with_signed_zeros(fake_quantizers.nvfp4_values(codes.blocks, codes.scales, tensor_scale), codes)

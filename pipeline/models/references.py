@@ -18,9 +18,6 @@ from pipeline.numerics.formats import FORMATS, BlockFormat
 from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact, Kind, is_complete, load, require, stage_dir
 from pipeline.runs.console import say
 
-MODEL_STAGES = (Stage.upcast, Stage.sft, Stage.quantize, Stage.qat, Stage.export)
-"""Stages whose output is a model, in the order in which they run."""
-
 
 @dataclass(frozen=True)
 class ModelRef:

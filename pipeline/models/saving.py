@@ -12,7 +12,7 @@ from pipeline.checkpoints.config_json import read_config, write_config
 from pipeline.checkpoints.dtypes import dtype_name, stored_name
 from pipeline.checkpoints.gpt_oss import Shape, TensorInfo, plain_tensors
 from pipeline.checkpoints.reading import Checkpoint
-from pipeline.checkpoints.shards import Piece, Step, Written, write_sharded
+from pipeline.checkpoints.shards import SHARD_BYTES, Piece, Step, Written, write_sharded
 from pipeline.checkpoints.side_files import copy_side_files
 from pipeline.config import PipelineConfig, TrainConfig
 from pipeline.models import sharding
@@ -43,7 +43,7 @@ def save(
     if is_adapted(model):
         _save_adapters(model, directory)
         return Kind.adapter, {**details, "base": os.path.relpath(ref.base, directory.parent)}
-    _save_whole(model, directory, dtype, config.upcast.shard_bytes)
+    _save_whole(model, directory, dtype)
     if is_main_process():
         write_config(directory, read_config(ref.base), dtype)
         Checkpoint(directory).close()
@@ -63,7 +63,7 @@ def _save_adapters(model: Any, directory: Path) -> None:
         model.save_pretrained(directory, state_dict=state)
 
 
-def _save_whole(model: Any, directory: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+def _save_whole(model: Any, directory: Path, dtype: torch.dtype) -> None:
     """Stream the parameters to disk, gathering one at a time. All processes gather them in the same order."""
     parameters = dict(model.named_parameters())
     layout = plain_tensors(Shape.of(model.config.to_dict(), directory), stored_name(dtype))
@@ -75,7 +75,7 @@ def _save_whole(model: Any, directory: Path, dtype: torch.dtype, shard_bytes: in
     # Do not resume: shards from an interrupted save may have other weights, and the other processes gather everything.
     (directory / SHARDS_FILE).unlink(missing_ok=True)
     pieces = [_gathered_piece(name, info, parameters[name], dtype) for name, info in layout.items()]
-    write_sharded(directory, pieces, shard_bytes, "saving")
+    write_sharded(directory, pieces, SHARD_BYTES, "saving")
 
 
 def _gathered_piece(name: str, info: TensorInfo, parameter: Tensor, dtype: torch.dtype) -> Piece:
@@ -86,12 +86,12 @@ def _gathered_piece(name: str, info: TensorInfo, parameter: Tensor, dtype: torch
     return Piece({name: info}, lambda: [Step(lambda: None, make)])
 
 
-def write_plain(ref: ModelRef, directory: Path, shard_bytes: int) -> Written:
+def write_plain(ref: ModelRef, directory: Path) -> Written:
     """Stream a model to disk as a plain full checkpoint, with adapters merged, in the type that training used."""
     weights = Weights(ref)
     layout = plain_tensors(weights.shape, stored_name(ref.dtype))
     pieces = [plain_piece(weights, name, info, ref.dtype) for name, info in layout.items()]
-    written = write_sharded(directory, pieces, shard_bytes, "merging")
+    written = write_sharded(directory, pieces, SHARD_BYTES, "merging")
     copy_side_files(ref.base, directory)
     write_config(directory, weights.checkpoint.config, ref.dtype)
     return written

@@ -7,6 +7,7 @@ import xxhash
 
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.config import SYNTHETIC, PipelineConfig
+from pipeline.config.hub_ids import is_hub_id
 from pipeline.errors import UserError
 from pipeline.models import tiny_model
 from pipeline.runs.artifacts import not_writable, stage_dir
@@ -67,7 +68,7 @@ def base_directory(path: str, config: PipelineConfig, hub_files: list[str] = _HU
     if path.startswith(SYNTHETIC):
         return _synthetic(path, config)
     directory = Path(path).expanduser().absolute()
-    if directory.exists() or not _looks_like_hub_id(path):
+    if directory.exists() or not is_hub_id(path):
         return directory
     return _fetch(path, config.model.revision, hub_files)
 
@@ -85,10 +86,6 @@ def _synthetic(path: str, config: PipelineConfig) -> Path:
         say("source", f"made a tiny random gpt-oss: {directory}")
     wait_for_everyone()
     return directory
-
-
-def _looks_like_hub_id(path: str) -> bool:
-    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith("/")
 
 
 def _fetch(hub_id: str, revision: str | None, files: list[str]) -> Path:

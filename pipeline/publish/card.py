@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from pipeline import __version__
 from pipeline.config import PipelineConfig, Stage
+from pipeline.config.hub_ids import is_hub_id
 from pipeline.config.targets import TARGETS
 from pipeline.models.source import Source
 from pipeline.publish import record
@@ -56,7 +57,7 @@ def text(config: PipelineConfig, export: Artifact, proof: Artifact, base: Source
 
 def base_name(config: PipelineConfig) -> str | None:
     """The base model's id on the Hub, or None where it is not known."""
-    return config.export.card.base_model or (config.model.path if record.is_hub_id(config.model.path) else None)
+    return config.export.card.base_model or (config.model.path if is_hub_id(config.model.path) else None)
 
 
 def license_of(config: PipelineConfig, base: Source) -> dict[str, Any]:

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import httpx
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import RepositoryNotFoundError
 
-from pipeline.config import ExportConfig
+from pipeline.config import ExportConfig, hub_ids
 from pipeline.errors import UserError, user_errors
 from pipeline.runs.processes import is_main_process
 
@@ -36,13 +35,11 @@ def check(settings: ExportConfig) -> None:
 
 
 def _name_problems(name: str) -> list[str]:
-    if "/" not in name:  # the Hub would put it below the token's owner, which neither the card nor `check` knows
+    # The Hub would put a bare name below the token's owner, which neither the card nor `check` knows.
+    if "/" not in name:
         return [f"{_setting(name)}: must have its owner, too, as <your name>/{name}."]
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        return [f"{_setting(name)}: {str(error).splitlines()[0]}"]
-    return []
+    problem = hub_ids.problem(name)
+    return [] if problem is None else [f"{_setting(name)}: {problem}"]
 
 
 def push(settings: ExportConfig, directory: Path) -> str:

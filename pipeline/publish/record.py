@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import PipelineConfig, Stage
+from pipeline.config.hub_ids import is_hub_id
 from pipeline.runs import artifacts
 from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact
 
@@ -73,7 +74,7 @@ def data(stage: Artifact) -> dict[str, str]:
 def hub_data_sets(stage: Artifact) -> list[str]:
     """Those of the data sets that the Hub has."""
     paths = [part["path"] for part in stage.settings["data.blend"]] or [stage.settings["data.path"]]
-    return [path for path in paths if is_hub_id(path)]
+    return [path for path in paths if is_hub_id(path, needs_owner=False)]
 
 
 def languages(config: PipelineConfig, stage: Artifact) -> list[str]:
@@ -113,12 +114,6 @@ def without_directories(text: str) -> str:
     return _DIRECTORIES.sub("", text)
 
 
-def is_hub_id(path: str | None) -> bool:
-    """Whether a path is an id on the Hub, and not one of this machine."""
-    is_id = path is not None and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) is not None
-    return is_id and not Path(str(path)).exists()
-
-
 def _recorded(directory: Path, fingerprint: str) -> Artifact | None:
     if not (directory / ARTIFACT_FILE).is_file():
         return None
@@ -128,7 +123,7 @@ def _recorded(directory: Path, fingerprint: str) -> Artifact | None:
 
 def _source(part: dict[str, Any]) -> str:
     path, revision = part["path"], part.get("revision")
-    name = path if is_hub_id(path) or "://" in path else Path(path).name
+    name = path if is_hub_id(path, needs_owner=False) or "://" in path else Path(path).name
     weight = f", weight {part['weight']}" if "weight" in part else ""
     return f"{name}{f' at {revision}' if revision else ''}{weight}"
 

@@ -1,8 +1,8 @@
-"""What a stage leaves behind: one directory, complete exactly when its artifact.json is there.
+"""The directory that a stage leaves behind. It is complete if and only if it has an artifact.json.
 
-`build` is the life of a stage's directory: up to date, changed, unfinished, or new; the stage's work; then
-artifact.json, last and atomically. Fingerprints are of contents, so a stage rebuilt with the same result leaves what
-depends on it up to date.
+`build` runs a stage: it finds out whether the directory is new, unfinished, up to date or changed, lets the stage
+work, and writes artifact.json last and atomically. Fingerprints depend on contents alone. A stage that is rebuilt with
+the same result therefore leaves later stages up to date.
 """
 
 import dataclasses
@@ -22,11 +22,12 @@ import xxhash
 from omegaconf import OmegaConf
 
 from pipeline.runs import provenance
+from pipeline.runs.commands import stage_command
 from pipeline.config import PipelineConfig, QuantizeSource, Stage
 from pipeline.errors import UserError
 from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.tracking import followed
-from pipeline.runs.processes import is_main_process, process_count, wait_for_everyone
+from pipeline.runs.processes import is_main_process, wait_for_everyone
 from pipeline.runs.console import progress, say
 
 ARTIFACT_FILE = "artifact.json"
@@ -37,13 +38,15 @@ SAMPLES_FILE = "samples.jsonl"
 CHECKPOINTS_DIR = "checkpoints"
 
 BOOKKEEPING = {ARTIFACT_FILE, CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, UNFINISHED_FILE, SHARDS_FILE}
-_SHARED = (Stage.upcast, Stage.sft, Stage.quantize, Stage.qat)
-"""Stages whose models runs can share, in order; what reports on a run is its own."""
+MODEL_STAGES = (Stage.upcast, Stage.sft, Stage.quantize, Stage.qat)
+"""Stages that leave a model to train or to export, in order. Runs can share these stages through `base_run`."""
+EVALUATED_STAGES = (*MODEL_STAGES, Stage.export)
+"""Stages that leave a model to evaluate, in order."""
 _READ_BYTES = 1 << 24
 
 
 class Kind(Enum):
-    """What a directory holds; `foreign` is a model in a layout that transformers does not load."""
+    """What a stage's directory holds. `foreign` is a model in a layout that transformers does not load."""
 
     checkpoint = "checkpoint"
     adapter = "adapter"
@@ -54,15 +57,15 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Result:
-    """What a stage's work says about what it made.
+    """A stage's own description of the payload that it has written.
 
     Attributes:
         kind: of the payload.
         format: number format of the experts' weights in the payload, or None for a report.
-        fake_quantized: the FORMATS row that the model's forward pass rounds the experts' weights to, or None.
+        fake_quantized: name in FORMATS of the format that the forward pass rounds the experts' weights to, or None.
         scale_rule: how `fake_quantized`, or a packed `format`, chooses its scales, or None.
         details: figures worth keeping: counts, losses, sizes.
-        digests: file -> XXH3-128 of its bytes, for those that `work` hashed while it wrote them.
+        digests: file -> XXH3-128 of its bytes, for files that `work` hashed while it wrote them.
     """
 
     kind: Kind
@@ -75,7 +78,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A complete stage: where it lies and what artifact.json says."""
+    """A complete stage: its directory, and the fields of its artifact.json."""
 
     directory: Path
     stage: str
@@ -95,56 +98,62 @@ class Artifact:
 def build(
     config: PipelineConfig,
     stage: Stage,
+    *,
     settings: tuple[str, ...],
     parents: dict[str, str],
     work: Callable[[Path], Result],
     data: str | None = None,
+    resumable_as: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     on_every_process: bool = False,
     is_report: bool = False,
 ) -> Artifact:
-    """Run `work` unless its result is there already, and publish what it leaves in the stage's directory.
+    """Run `work` unless the stage is up to date, and publish the payload that it leaves in the stage's directory.
 
     Args:
         config: the resolved configuration.
         stage: whose directory it is.
         settings: dotted keys (or sections) of the configuration that the result depends on.
-        parents: name -> fingerprint of everything the result is made from.
-        work: fills the directory that it is given; finds there what an interrupted run of the same settings left.
-        data: fingerprint of the data set, where one is used.
-        on_every_process: whether `work` is a joint effort of all processes (training), or the main process' alone.
-        is_report: a report costs little and must tell of what is there now: when its inputs changed it is made anew,
-            saying so, where a model would be protected by an error. `work` finds the earlier report's files.
+        parents: name -> fingerprint of each input.
+        work: fills the given directory, in which it finds the files of an interrupted run with the same inputs.
+        data: fingerprint of the data set, or None if the stage uses none.
+        resumable_as: maps the chosen settings to those that an unfinished stage must be resumed with; None: all.
+        on_every_process: call `work` on every process (training), not on the main process alone.
+        is_report: rebuild the stage when its inputs have changed, and say so. Without it, changed inputs are an error,
+            which protects models. A report's `work` finds the files of the earlier report.
 
     Raises:
-        UserError: the directory is complete or unfinished with other settings or parents, or not writable.
+        UserError: the directory is complete or unfinished with other inputs, or not writable.
     """
     directory = stage_dir(config, stage.name)
-    inputs = {"settings": chosen(config, settings), "parents": dict(parents), "data": data}
+    values = chosen(config, settings)
+    inputs = {"settings": values, "parents": dict(parents), "data": data}
+    begun = {**inputs, "settings": values if resumable_as is None else resumable_as(values)}
     if (directory / ARTIFACT_FILE).is_file() and not config.overwrite:
         done = load(directory)
         if _is_up_to_date(done, inputs, is_report):
             return done
     _raise_if_foreign(directory)
     if not is_report and not config.overwrite:
-        _raise_if_unfinished_differs(directory, inputs)
-    # Followed before anything is emptied: a service that cannot be reached must not cost an earlier result.
+        _raise_if_unfinished_differs(directory, begun)
+    # Tracking starts before anything is deleted: an unreachable tracking service must not cost an earlier result.
     with _alone_in(config, directory), followed(config, stage.name, directory.parent):
         wait_for_everyone()
         if is_main_process():
-            _prepare(config, directory, inputs, keep_files=is_report and not config.overwrite)
+            _prepare(config, directory, begun, keep_files=is_report and not config.overwrite)
         wait_for_everyone()
         started = time.monotonic()
         result = work(directory) if on_every_process or is_main_process() else None
         wait_for_everyone()
         if is_main_process():
             assert result is not None
-            _publish(config, stage, directory, inputs, result, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            _publish(config, stage, directory=directory, inputs=inputs, result=result, seconds=seconds)
         wait_for_everyone()
     return load(directory)
 
 
 def load(directory: Path, check_files: bool = True) -> Artifact:
-    """Read a complete stage's artifact.json and check that its files are all there, in their sizes.
+    """Read a complete stage's artifact.json, and check that all of its files are there with their recorded sizes.
 
     Raises:
         UserError: no artifact.json, an unreadable one, or a missing or changed file.
@@ -172,13 +181,12 @@ def require(config: PipelineConfig, stage: Stage, check_files: bool = True) -> A
     """The complete artifact of another stage of this run.
 
     Raises:
-        UserError: it is missing or unfinished; says which stage to run.
+        UserError: it is missing, unfinished or stale. The message says which stage to run.
     """
     directory = stage_dir(config, stage.name)
     if not (directory / ARTIFACT_FILE).is_file():
         state = "unfinished" if directory.is_dir() else "missing"
-        recipe = "" if config.recipe == PipelineConfig.recipe else f" recipe={config.recipe}"
-        first = f"python -m pipeline stage={stage.name}{recipe} run_dir={config.base_run or config.run_dir}"
+        first = stage_command(stage, run_dir=config.base_run or config.run_dir, recipe=config.recipe)
         if config.base_run is not None:
             first += ", or this command with that stage"
         raise UserError(f"stage={config.stage.name} needs {directory}, which is {state}. Run first: {first}")
@@ -190,9 +198,9 @@ def require(config: PipelineConfig, stage: Stage, check_files: bool = True) -> A
 
 
 def staleness(config: PipelineConfig, artifact: Artifact) -> str | None:
-    """Why a model of this run does not belong to the stages it was made from any more, or None.
+    """Why a model of this run is stale: a stage that it was made from has been rebuilt. None if it is not stale.
 
-    A parent whose directory was removed to save space is not looked at; reports bring themselves up to date.
+    A parent whose directory was removed to save space is not checked. Reports bring themselves up to date.
     """
     if artifact.kind is Kind.report:
         return None
@@ -211,7 +219,7 @@ def staleness(config: PipelineConfig, artifact: Artifact) -> str | None:
 
 
 def report_parents(config: PipelineConfig, stage: Stage) -> dict[str, str]:
-    """What a report was last made from, or was being made from when it was interrupted; empty without one.
+    """The parents of the complete or unfinished report of a stage; empty without one.
 
     Raises:
         UserError: as `load`.
@@ -223,14 +231,14 @@ def report_parents(config: PipelineConfig, stage: Stage) -> dict[str, str]:
 
 
 def is_complete(config: PipelineConfig, stage: Stage) -> bool:
-    """Whether a stage of this run has been published."""
+    """Whether a stage of this run is complete."""
     return (stage_dir(config, stage.name) / ARTIFACT_FILE).is_file()
 
 
 def stage_dir(config: PipelineConfig, name: str) -> Path:
-    """Where a stage of this run has its files, or `base_run` has them, if they serve as they are.
+    """The directory of a stage: that of `base_run` if this run can use it unchanged, else this run's own.
 
-    What belongs to no stage (tables of data, a synthetic source) is kept in `base_run` alone.
+    Directories that belong to no stage (tables of data, a synthetic source) are kept in `base_run` alone.
     """
     own = _run_dir(config.run_dir) / name
     if config.base_run is None or (own / ARTIFACT_FILE).is_file() or (own / UNFINISHED_FILE).is_file():
@@ -240,13 +248,14 @@ def stage_dir(config: PipelineConfig, name: str) -> Path:
 
 
 def needed(config: PipelineConfig) -> list[Stage]:
-    """Stages that come before the one asked for, where `base_run` has them, be it with other settings.
+    """Stages to run before `config.stage`: the earlier stages that `base_run` has, if only with other settings.
 
-    With those this run makes its own. What `base_run` has not is asked for, so that not every job of a sweep trains it.
+    Where the settings differ, this run makes the stage itself. A stage that `base_run` lacks is not in the list, and
+    `require` asks the user for it: otherwise every job of a sweep would train it.
     """
-    if config.base_run is None or config.stage not in _SHARED:
+    if config.base_run is None or config.stage not in MODEL_STAGES:
         return []
-    earlier = _SHARED[: _SHARED.index(config.stage)]
+    earlier = MODEL_STAGES[: MODEL_STAGES.index(config.stage)]
     skips_sft = config.quantize.source is QuantizeSource.upcast
     there = [stage for stage in earlier if (_run_dir(config.base_run) / stage.name / ARTIFACT_FILE).is_file()]
     return [stage for stage in there if not (skips_sft and stage is Stage.sft)]
@@ -257,13 +266,13 @@ def _run_dir(path: str) -> Path:
 
 
 def _serves(config: PipelineConfig, directory: Path) -> bool:
-    """Whether a stage of `base_run` is what this run would make: of the same settings, from stages that are, too.
+    """Whether a stage of `base_run` has the settings of this run, and so have the stages that it was made from.
 
-    A stage that is to be rebuilt is this run's own: other runs use the one of `base_run`.
+    A stage that overwrite=true rebuilds is this run's own, because other runs use that of `base_run`.
     """
     name = directory.name
     is_rebuilt = config.overwrite and config.stage.name == name
-    if Stage[name] not in _SHARED or is_rebuilt or not (directory / ARTIFACT_FILE).is_file():
+    if Stage[name] not in MODEL_STAGES or is_rebuilt or not (directory / ARTIFACT_FILE).is_file():
         return False
     artifact = load(directory, check_files=False)
     parents = [parent for parent in artifact.parents if parent in Stage.__members__]
@@ -272,7 +281,7 @@ def _serves(config: PipelineConfig, directory: Path) -> bool:
 
 
 def fingerprint_of(directory: Path, known: dict[str, str] | None = None) -> tuple[str, dict[str, int]]:
-    """XXH3-128 of the payload's names, sizes and digests, and the payload's files with their sizes in bytes.
+    """XXH3-128 of the payload's names, sizes and digests, and the size in bytes of each file of the payload.
 
     Args:
         directory: of a stage, or any other.
@@ -303,7 +312,7 @@ def _is_payload(name: str) -> bool:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file so that it is there whole or not at all."""
+    """Write a JSON file atomically."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=2, ensure_ascii=False)
@@ -314,7 +323,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _is_up_to_date(done: Artifact, inputs: dict[str, Any], is_report: bool) -> bool:
-    """Whether there is nothing to do; a model that was made with other inputs is an error, a report is made anew."""
+    """Whether there is nothing to do.
+
+    Raises:
+        UserError: a model was made with other inputs. A report is then rebuilt instead.
+    """
     before = _inputs_of(done)
     if not is_report:
         _raise_if_changed(done.directory, before, inputs, "is complete, but was made with other inputs")
@@ -328,7 +341,7 @@ def _is_up_to_date(done: Artifact, inputs: dict[str, Any], is_report: bool) -> b
 
 @contextmanager
 def _alone_in(config: PipelineConfig, directory: Path) -> Iterator[None]:
-    """Let no second run write to a stage's directory: two would mix their files into one that looks complete."""
+    """Lock a stage's directory: two runs that write to it would mix their files, and the result would look complete."""
     if not is_main_process():
         yield
         return
@@ -347,14 +360,14 @@ def _alone_in(config: PipelineConfig, directory: Path) -> Iterator[None]:
         yield
 
 
-def _prepare(config: PipelineConfig, directory: Path, inputs: dict[str, Any], keep_files: bool) -> None:
-    """Leave an empty directory, or the unfinished one of the same inputs, or (keep_files) a report's.
+def _prepare(config: PipelineConfig, directory: Path, begun: dict[str, Any], keep_files: bool) -> None:
+    """Make the directory ready for work: with the files of an interrupted run, or of an earlier report, or empty.
 
-    unfinished.json is there before anything else goes, so that an interruption leaves no directory that is nobody's.
+    unfinished.json is written before anything is deleted. An interruption can therefore not leave a directory that
+    this program does not recognize.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        begun = _begun_with(inputs)
         is_resumed = _unfinished(directory) == begun and not (directory / ARTIFACT_FILE).exists()
         write_json(directory / UNFINISHED_FILE, begun)
         (directory / ARTIFACT_FILE).unlink(missing_ok=True)
@@ -363,7 +376,7 @@ def _prepare(config: PipelineConfig, directory: Path, inputs: dict[str, Any], ke
         elif keep_files:
             (directory / METRICS_FILE).unlink(missing_ok=True)
         else:
-            _empty(directory)  # complete or begun with other inputs: overwrite=true has let it come here
+            _empty(directory)  # any earlier result has other inputs, and the user has set overwrite=true
         OmegaConf.save(OmegaConf.structured(config), directory / CONFIG_FILE)
     except OSError as error:
         raise not_writable(config, directory, error) from error
@@ -378,14 +391,14 @@ def _empty(directory: Path) -> None:
 
 
 def not_writable(config: PipelineConfig, directory: Path, error: OSError) -> UserError:
-    """The error for a directory of the run that cannot be made or written."""
+    """The error for a directory of the run that cannot be created or written."""
     return UserError(
         f"run_dir={config.run_dir}: cannot write {directory} ({error.strerror}). Set run_dir to a writable place."
     )
 
 
 def _publish(
-    config: PipelineConfig, stage: Stage, directory: Path, inputs: dict[str, Any], result: Result, seconds: float
+    config: PipelineConfig, stage: Stage, *, directory: Path, inputs: dict[str, Any], result: Result, seconds: float
 ) -> None:
     fingerprint, files = fingerprint_of(directory, result.digests)
     record = {
@@ -408,7 +421,7 @@ def _publish(
 
 
 def _clear_work(directory: Path) -> None:
-    """Remove what a complete stage needs no more. Only now: before, an interruption would have cost it."""
+    """Remove the files that only an unfinished stage needs. Call it when artifact.json is written, not before."""
     if is_main_process():
         shutil.rmtree(directory / CHECKPOINTS_DIR, ignore_errors=True)
         (directory / UNFINISHED_FILE).unlink(missing_ok=True)
@@ -417,7 +430,7 @@ def _clear_work(directory: Path) -> None:
 
 def chosen(config: PipelineConfig, keys: tuple[str, ...]) -> dict[str, Any]:
     """The settings under `keys`, flat: dotted key -> plain value."""
-    sections = {key.partition(".")[0] for key in keys}  # these alone: OmegaConf takes its time for the whole
+    sections = {key.partition(".")[0] for key in keys}  # OmegaConf is slow to convert the whole configuration
     node = OmegaConf.create({name: value for name, value in vars(config).items() if name in sections})
     flat: dict[str, Any] = {}
     for key in keys:
@@ -448,35 +461,21 @@ def _unfinished(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def _begun_with(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Inputs as far as a stage must be finished with those that it was begun with.
-
-    In training the examples of an optimizer step matter, not how processes and forward passes share them.
-    """
-    settings = dict(inputs["settings"])
-    for key in inputs["settings"]:
-        section, _, name = key.rpartition(".")
-        if name == "gradient_accumulation_steps":
-            product = settings.pop(key) * settings.pop(f"{section}.batch_size") * process_count()
-            settings[f"{section}.batch_size x {key} x processes"] = product
-    return {**inputs, "settings": settings}
-
-
 def _raise_if_foreign(directory: Path) -> None:
     ours = (directory / ARTIFACT_FILE).is_file() or (directory / UNFINISHED_FILE).is_file()
     if not ours and directory.is_dir() and any(directory.iterdir()):
         raise UserError(
-            f"{directory}: holds files that this program did not leave. Move them away, or set another run_dir."
+            f"{directory}: holds files that this program did not write. Move them away, or set another run_dir."
         )
 
 
-def _raise_if_unfinished_differs(directory: Path, inputs: dict[str, Any]) -> None:
-    """Unfinished work is protected as finished work is; a directory in which nothing was made yet is not work."""
+def _raise_if_unfinished_differs(directory: Path, begun: dict[str, Any]) -> None:
+    """Protect unfinished work like a complete stage. A directory without payload is not protected."""
     before = _unfinished(directory)
     made = [path for path in directory.rglob("*") if path.is_file() and path.name not in BOOKKEEPING]
     if before is not None and made:
         what = "is unfinished, and was begun with other inputs"
-        _raise_if_changed(directory, before, _begun_with(inputs), what, "Go on with the same inputs, or use")
+        _raise_if_changed(directory, before, begun, what, "Go on with the same inputs, or use")
 
 
 def _raise_if_changed(

@@ -23,12 +23,13 @@ def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/compare of the runs that compare.runs names, else of this one, and show it."""
     found = _runs(config)
     report = content.of(found, config.compare.examples)
+    names = [run.directory.as_posix() if config.compare.runs else "evaluate" for run in found]
     artifact = artifacts.build(
         config,
         Stage.compare,
-        ("compare",),
-        {run.directory.as_posix() if config.compare.runs else "evaluate": run.evaluated.fingerprint for run in found},
-        lambda directory: _write(report, directory),
+        settings=("compare",),
+        parents={name: run.evaluated.fingerprint for name, run in zip(names, found, strict=True)},
+        work=lambda directory: _write(report, directory),
         is_report=True,
     )
     if is_main_process():

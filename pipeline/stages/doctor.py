@@ -37,9 +37,9 @@ def run(config: PipelineConfig) -> Artifact:
     artifact = artifacts.build(
         config,
         Stage.doctor,
-        _SETTINGS,
-        {"tokenizer": _fingerprint(model)},
-        lambda directory: _report(config, model, _data_figures(config, rows, how, tell), directory),
+        settings=_SETTINGS,
+        parents={"tokenizer": _fingerprint(model)},
+        work=lambda directory: _report(config, model, _data_figures(config, rows, how, tell), directory),
         data=rows.fingerprint,
         is_report=True,
     )

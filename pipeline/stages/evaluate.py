@@ -13,9 +13,10 @@ from pipeline.evaluate.generation.endpoint import Served
 from pipeline.evaluate.measure import Measure, Task, file_name
 from pipeline.evaluate.scorers import judge
 from pipeline.models import references
-from pipeline.models.references import MODEL_STAGES, ModelRef
+from pipeline.models.references import ModelRef
 from pipeline.runs import artifacts
-from pipeline.runs.artifacts import Artifact, Kind, Result, is_complete, write_json
+from pipeline.runs.artifacts import EVALUATED_STAGES, Artifact, Kind, Result, is_complete, write_json
+from pipeline.runs.commands import stage_command
 from pipeline.runs.console import say
 from pipeline.runs.tracking import log_metrics
 
@@ -42,9 +43,9 @@ def run(config: PipelineConfig) -> Artifact:
     return artifacts.build(
         config,
         Stage.evaluate,
-        _SETTINGS,
-        {**{subject.name: subject.fingerprint for subject in subjects}, **_asked(task)},
-        lambda directory: _evaluate(task, subjects, reference, directory),
+        settings=_SETTINGS,
+        parents={**{subject.name: subject.fingerprint for subject in subjects}, **_asked(task)},
+        work=lambda directory: _evaluate(task, subjects, reference, directory),
         data=task.rows.fingerprint,
         is_report=True,
     )
@@ -64,12 +65,12 @@ def _asked_for(config: PipelineConfig) -> Sequence[ModelRef | Served]:
 def _refs(config: PipelineConfig) -> list[ModelRef]:
     source = config.evaluate.source
     if source != _ALL:
-        return [references.find(config, source, MODEL_STAGES, "evaluate.source")]
-    complete = [stage for stage in MODEL_STAGES if references.is_loadable(config, stage)]
+        return [references.find(config, source, EVALUATED_STAGES, "evaluate.source")]
+    complete = [stage for stage in EVALUATED_STAGES if references.is_loadable(config, stage)]
     if not complete:
         raise UserError(
             f"evaluate.source={_ALL}: {config.run_dir} has no model yet."
-            f" Run first: python -m pipeline stage=upcast recipe={config.recipe} run_dir={config.run_dir}"
+            f" Run first: {stage_command(Stage.upcast, run_dir=config.run_dir, recipe=config.recipe)}"
         )
     return [references.stage_ref(config, stage) for stage in complete]
 
@@ -79,7 +80,7 @@ def _measured_before(config: PipelineConfig) -> list[ModelRef]:
     names = artifacts.report_parents(config, Stage.evaluate)
     there = [
         artifacts.load(artifacts.stage_dir(config, stage.name))
-        for stage in MODEL_STAGES
+        for stage in EVALUATED_STAGES
         if stage.name in names and references.is_loadable(config, stage)
     ]
     return [references.of_artifact(artifact) for artifact in there if artifacts.staleness(config, artifact) is None]

@@ -13,18 +13,17 @@ from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
 from pipeline.numerics.formats import BlockFormat
 from pipeline.runs import artifacts
-from pipeline.runs.artifacts import Artifact, Result
+from pipeline.runs.artifacts import MODEL_STAGES, Artifact, Result
 from pipeline.runs.console import say, warn
 from pipeline.runs.tracking import log_metrics
 
 _SETTINGS = ("export.source", "export.target", "export.requantize", "export.shard_bytes", "format")
-_SOURCES = (Stage.upcast, Stage.sft, Stage.quantize, Stage.qat)
 _HARDLY_ANY = 0.05
 
 
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/export: names, shapes, types and configuration as the source checkpoint has them."""
-    ref = references.find(config, config.export.source, _SOURCES, "export.source")
+    ref = references.find(config, config.export.source, MODEL_STAGES, "export.source")
     block_format = references.configured_format(config)
     if not config.export.requantize:
         _raise_if_trained_otherwise(ref, block_format)
@@ -40,7 +39,7 @@ def run(config: PipelineConfig) -> Artifact:
         return Result(target.kind, block_format.name, scale_rule=rule, details=details, digests=digests)
 
     parents = {"model": ref.fingerprint, "source": base.fingerprint}
-    artifact = artifacts.build(config, Stage.export, _SETTINGS, parents, work)
+    artifact = artifacts.build(config, Stage.export, settings=_SETTINGS, parents=parents, work=work)
     if (repository := config.export.push_to_hub) is not None:
         say("export", f"export.push_to_hub={repository}: stage=publish uploads it, once stage=verify has passed")
     return artifact

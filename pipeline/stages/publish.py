@@ -39,9 +39,9 @@ def run(config: PipelineConfig) -> Artifact:
     artifact = artifacts.build(
         config,
         Stage.publish,
-        _SETTINGS,
-        parents,
-        lambda into: _publish(config, export, proof, base, into),
+        settings=_SETTINGS,
+        parents=parents,
+        work=lambda into: _publish(config, export, proof, base, into),
         is_report=True,
     )
     if is_main_process():

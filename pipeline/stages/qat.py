@@ -15,6 +15,7 @@ from pipeline.runs import artifacts
 from pipeline.runs.artifacts import Artifact, Result
 from pipeline.runs.console import warn
 from pipeline.runs.processes import is_main_process
+from pipeline.training import resume
 
 _SETTINGS = ("data", "format", "qat")
 
@@ -29,10 +30,11 @@ def run(config: PipelineConfig) -> Artifact:
     return artifacts.build(
         config,
         Stage.qat,
-        _SETTINGS,
-        {"quantize": start.fingerprint},
-        lambda directory: _train(config, references.of_artifact(start), rows, directory),
+        settings=_SETTINGS,
+        parents={"quantize": start.fingerprint},
+        work=lambda directory: _train(config, references.of_artifact(start), rows, directory),
         data=rows.fingerprint,
+        resumable_as=resume.by_global_batch,
         on_every_process=True,
     )
 

@@ -37,9 +37,9 @@ def run(config: PipelineConfig) -> Artifact:
     return artifacts.build(
         config,
         Stage.quantize,
-        _SETTINGS,
-        {start.stage: start.fingerprint},
-        lambda directory: _quantize(config, block_format, references.of_artifact(start), rows, directory),
+        settings=_SETTINGS,
+        parents={start.stage: start.fingerprint},
+        work=lambda directory: _quantize(config, block_format, references.of_artifact(start), rows, directory),
         data=rows.fingerprint,
     )
 
@@ -76,7 +76,7 @@ def _take_form(config: PipelineConfig, ref: ModelRef, directory: Path) -> tuple[
     where: dict[str, Any] = {"dtype": dtype_name(ref.dtype)}
     if ref.adapter and config.qat.method is Method.full:
         say("quantize", "qat trains every weight: merging SFT's adapters")
-        saving.write_plain(ref, directory, config.upcast.shard_bytes)
+        saving.write_plain(ref, directory)
         return Kind.checkpoint, replace(ref, directory=directory, base=directory, adapter=False), where
     if config.qat.method is Method.full or ref.adapter:
         for path in sorted(p for p in ref.directory.iterdir() if p.name not in artifacts.BOOKKEEPING and p.is_file()):

@@ -10,6 +10,7 @@ from pipeline.models import loading, references, saving, sharding
 from pipeline.models.references import ModelRef
 from pipeline.runs import artifacts
 from pipeline.runs.artifacts import Artifact, Result
+from pipeline.training import resume
 
 _SETTINGS = ("data", "sft")
 
@@ -22,10 +23,11 @@ def run(config: PipelineConfig) -> Artifact:
     return artifacts.build(
         config,
         Stage.sft,
-        _SETTINGS,
-        {"upcast": upcast.fingerprint},
-        lambda directory: _train(config, references.of_artifact(upcast), rows, directory),
+        settings=_SETTINGS,
+        parents={"upcast": upcast.fingerprint},
+        work=lambda directory: _train(config, references.of_artifact(upcast), rows, directory),
         data=rows.fingerprint,
+        resumable_as=resume.by_global_batch,
         on_every_process=True,
     )
 

@@ -35,9 +35,9 @@ def run(config: PipelineConfig) -> Artifact:
     return artifacts.build(
         config,
         Stage.upcast,
-        _SETTINGS,
-        {"source": base.fingerprint},
-        lambda directory: _upcast(base, directory, config),
+        settings=_SETTINGS,
+        parents={"source": base.fingerprint},
+        work=lambda directory: _upcast(base, directory, config),
     )
 
 

@@ -23,6 +23,7 @@ from pipeline.models.weights import Weights
 from pipeline.numerics.formats import FORMATS, BlockFormat
 from pipeline.runs import artifacts
 from pipeline.runs.artifacts import Artifact, Kind, Result, write_json
+from pipeline.runs.commands import stage_command
 from pipeline.runs.console import say
 from pipeline.runs.processes import is_main_process
 from pipeline.runs.tracking import log_metrics
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 _SETTINGS = ("verify",)
 _REPORT = "report.json"
-_EXPORT_IT = "python -m pipeline stage=export export.source"
 _MOST_POSITIONS = 512  # of each sample: the logits of 8 samples of the released vocabulary are 3.3 GB
 
 
@@ -43,7 +43,12 @@ def run(config: PipelineConfig) -> Artifact:
     if subject.ref is not None:
         parents["model"] = subject.ref.fingerprint
     return artifacts.build(
-        config, Stage.verify, _SETTINGS, parents, lambda into: _verify(config, subject, into), is_report=True
+        config,
+        Stage.verify,
+        settings=_SETTINGS,
+        parents=parents,
+        work=lambda into: _verify(config, subject, into),
+        is_report=True,
     )
 
 
@@ -212,12 +217,16 @@ def _checkpoint(config: PipelineConfig) -> Path:
     if (directory / artifacts.UNFINISHED_FILE).is_file():
         raise UserError(f"{given}: unfinished. Run the command that was writing it again, to its end, then verify.")
     if (directory / ADAPTER_CONFIG).is_file() and not (directory / CONFIG).is_file():
-        raise UserError(f"{given}: holds adapters, not a whole model. Verify its export: {_EXPORT_IT}={directory}")
+        raise UserError(f"{given}: holds adapters, not a whole model. Verify its export: {_export_command(directory)}")
     if not any(each for kind in ("*.safetensors", "*.gguf") for each in directory.glob(kind)):
         raise UserError(f"{given}: holds no weights (*.safetensors, *.gguf): not an exported checkpoint.")
     if (found := _model_type(directory)) not in (None, MODEL_TYPE):
         raise UserError(f"{given}: model_type is {found!r}, not {MODEL_TYPE!r}: not a gpt-oss checkpoint.")
     return directory
+
+
+def _export_command(model: Path) -> str:
+    return stage_command(Stage.export, f"export.source={model}")
 
 
 def _model_type(directory: Path) -> Any:
@@ -245,7 +254,7 @@ def _export(directory: Path, reference: Source) -> Artifact:
     if export.stage != Stage.export.name:
         raise UserError(
             f"verify.checkpoint={directory}: a result of stage={export.stage}, not of stage=export."
-            f" Verify its export: {_EXPORT_IT}={directory}"
+            f" Verify its export: {_export_command(directory)}"
         )
     if export.parents["source"] != reference.fingerprint:
         raise UserError(
@@ -264,10 +273,10 @@ def _trained(config: PipelineConfig, export: Artifact) -> tuple[ModelRef | None,
         if ref.fingerprint == export.parents["model"]:
             return ref, ""
     if there:
+        again = stage_command(Stage.export, "overwrite=true", run_dir=config.run_dir, recipe=config.recipe)
         raise UserError(
             f"{directory} was made from an earlier {there[0].name} ({there[0].directory} has changed since)."
-            f" Export again: python -m pipeline stage=export recipe={config.recipe} run_dir={config.run_dir}"
-            " overwrite=true"
+            f" Export again: {again}"
         )
     return None, f"the model that it was made from, {origins[-1]}, is not there any more"
 

@@ -1,7 +1,7 @@
 """Checkpoints that interrupted training goes on from: which are whole, and whether they can be read.
 
 A checkpoint stands after a number of global batches, and the order of the examples depends on the seed and the epoch
-alone: with the same global batch (`artifacts` sees to that) any number of processes goes on with the same examples.
+alone: with the same global batch (see `by_global_batch`) any number of processes goes on with the same examples.
 Nothing else that training does is random (gpt-oss has no dropout, and adapters have none), so that the states of
 random generators, which transformers saves for each process, need not be there for a process that is new.
 """
@@ -9,15 +9,30 @@ random generators, which transformers saves for each process, need not be there 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import Sharding
 from pipeline.errors import UserError
 from pipeline.runs.artifacts import write_json
 from pipeline.runs.console import say
-from pipeline.runs.processes import is_main_process, wait_for_everyone
+from pipeline.runs.processes import is_main_process, process_count, wait_for_everyone
 
 WHOLE = "whole"
 """This file in a checkpoint says that all of it was written, and how it was sharded."""
+
+
+def by_global_batch(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that training must be resumed with: the global batch takes the place of its factors.
+
+    The examples of an optimizer step matter for the result. How processes and forward passes share them does not.
+    """
+    found = dict(settings)
+    for key in settings:
+        section, _, name = key.rpartition(".")
+        if name == "gradient_accumulation_steps":
+            product = found.pop(key) * found.pop(f"{section}.batch_size") * process_count()
+            found[f"{section}.batch_size x {key} x processes"] = product
+    return found
 
 
 def step_of(checkpoint: Path) -> int:

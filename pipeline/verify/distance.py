@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints.gpt_oss import EMBEDDING, EXPERT_BIASES, ExpertProjection, expert_projections, other_tensors
-from pipeline.checkpoints.reading import at_most
+from pipeline.errors import at_most
 from pipeline.export.layout import Codes, View, decoded
 from pipeline.numerics.codec import same_bits
 from pipeline.numerics.compiled import compilation_for

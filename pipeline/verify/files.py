@@ -11,10 +11,10 @@ from typing import Any
 from safetensors import safe_open
 
 from pipeline.checkpoints.config_json import CONFIG
-from pipeline.checkpoints.reading import Checkpoint, TensorFiles, at_most, layout_problems
+from pipeline.checkpoints.reading import Checkpoint, TensorFiles, layout_problems
 from pipeline.checkpoints.shards import INDEX
 from pipeline.checkpoints.side_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, side_files
-from pipeline.errors import UserError
+from pipeline.errors import UserError, at_most
 from pipeline.export.exporter import Exporter
 from pipeline.export.layout import stored_tensors
 from pipeline.runs.artifacts import BOOKKEEPING, Artifact

@@ -135,7 +135,8 @@ def pass_verify(run: Path, fingerprint: str) -> None:
     config = PipelineConfig(stage=Stage.verify, run_dir=str(run), model=ModelConfig("base"))
     details = {"checks": {"scales: no NaN": "ok"}, "not_checked": [f"weights: {run}/export has no record"]}
     parents = {"checkpoint": fingerprint}
-    artifacts.build(config, Stage.verify, (), parents, lambda _: Result(Kind.report, details=details), is_report=True)
+    result = Result(Kind.report, details=details)
+    artifacts.build(config, Stage.verify, settings=(), parents=parents, work=lambda _: result, is_report=True)
 
 
 def test_an_export_that_verify_has_not_passed_is_not_published(run: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -14,12 +14,11 @@ from pipeline.data.examples import split_rows
 from pipeline.data.harmony import Conversation, ConversationError, Rendering
 from pipeline.data.rows import Conversations, Rows, read_rows
 from pipeline.data.sources import Source, data_sources
-from pipeline.errors import user_errors
+from pipeline.errors import Problems
 from pipeline.evaluate.transcripts import Transcript, parse
 from pipeline.runs.console import say
 
 _SEEDS = 2**31  # every server accepts seeds below this
-_MOST_PROBLEMS = 8
 
 
 @dataclass(frozen=True)
@@ -110,15 +109,13 @@ def token_ids(asked: list[Question], rendering: Rendering) -> list[list[int]]:
     Raises:
         UserError: the chat template refuses some of them.
     """
-    texts, problems = [], []
+    texts, problems = [], Problems()
     for question in asked:
         try:
             texts.append(harmony.prompt(question.prompt.conversation, rendering))
         except ConversationError as error:
-            problems.append(f"{question.prompt.conversation.where}: {error}.")
-    if problems:
-        rest = len(problems) - _MOST_PROBLEMS
-        raise user_errors(problems[:_MOST_PROBLEMS] + ([f"and {rest} more"] if rest > 0 else []))
+            problems.add(f"{question.prompt.conversation.where}: {error}.")
+    problems.raise_if_any()
     return rendering.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 

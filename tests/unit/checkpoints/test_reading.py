@@ -613,4 +613,5 @@ def test_of_many_problems_the_first_eight_are_named_and_the_rest_counted(copy: P
     edit(copy, {f"extra.{number}": torch.ones(1) for number in range(20)})
     message = error_of(copy)
     assert message.count("does not belong there") == 8
-    assert "and 12 more" in message
+    assert message.startswith("20 problems:\n")
+    assert message.endswith("  - and 12 more")

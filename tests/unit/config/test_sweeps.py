@@ -142,7 +142,11 @@ def test_a_base_run_without_sft_is_asked_for_it(tmp_path: Path) -> None:
 def test_a_shared_stage_is_up_to_date_and_is_not_made_again(base: Path, tmp_path: Path, capsys) -> None:
     asked = config(tmp_path, Stage.sft)
     artifact = artifacts.build(
-        asked, Stage.sft, SETTINGS["sft"], PARENTS["sft"], lambda _: pytest.fail("it was made again")
+        asked,
+        Stage.sft,
+        settings=SETTINGS["sft"],
+        parents=PARENTS["sft"],
+        work=lambda _: pytest.fail("it was made again"),
     )
     assert artifact.directory == base / "sft"
     assert json.loads((base / "sft" / "artifact.json").read_text())["fingerprint"] == "sft"

@@ -332,7 +332,15 @@ def test_several_bad_rows_are_reported_together(tmp_path: Path) -> None:
 def test_of_many_bad_rows_a_few_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
     message = load_error(jsonl(tmp_path / "rows.jsonl", [{"messages": []}] * 1000))
     assert len(message.splitlines()) < 12
+    assert message.startswith("1000 problems:\n")
     assert "row 1:" in message and "and 992 more" in message
+
+
+def test_the_number_of_bad_rows_in_a_blend_is_that_of_all_its_parts(tmp_path: Path) -> None:
+    names = [str(jsonl(tmp_path / f"{name}.jsonl", [{"messages": []}] * 20)) for name in "ab"]
+    message = load_error(None, blend=blend(*(BlendPartConfig(name, 1) for name in names)))
+    assert message.startswith("40 problems:\n")
+    assert message.count("and 12 more") == 2
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])

@@ -157,6 +157,7 @@ def test_a_prompt_that_the_template_refuses_is_an_error_with_its_row(greedy: Loc
     with pytest.raises(UserError) as caught:
         greedy.token_ids([Question(PROMPTS[0], 0), *asked_for])
     assert "rows.jsonl: row 0: the chat template refuses it" in str(caught.value)
+    assert str(caught.value).startswith("10 problems:\n")
     assert "and 2 more" in str(caught.value)
 
 

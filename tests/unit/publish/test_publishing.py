@@ -28,7 +28,8 @@ def config(tmp_path: Path) -> PipelineConfig:
 
 def stage(config: PipelineConfig, name: Stage, details: dict[str, Any], **inputs: Any) -> Artifact:
     result = Result(Kind.report, details=details)
-    return artifacts.build(config, name, (), inputs.pop("parents", {}), lambda _: result, is_report=True, **inputs)
+    inputs = {"parents": {}, **inputs}
+    return artifacts.build(config, name, settings=(), work=lambda _: result, is_report=True, **inputs)
 
 
 def test_every_export_target_has_a_row() -> None:
@@ -49,24 +50,6 @@ def test_of_paths_only_the_last_part_is_shown(text: str, shown: str) -> None:
     assert record.without_directories(text) == shown
 
 
-@pytest.mark.parametrize(
-    ("path", "is_id"),
-    [
-        *(("openai/gpt-oss-20b", True), ("HuggingFaceH4/Multilingual-Thinking", True)),
-        *(("chats.jsonl", False), ("/data/chats", False), ("./data/chats", False), ("synthetic://tiny", False)),
-        *((None, False), ("a/b/c", False)),
-    ],
-)
-def test_ids_of_the_hub_are_told_from_paths(path: str | None, is_id: bool) -> None:
-    assert record.is_hub_id(path) == is_id
-
-
-def test_a_directory_is_no_hub_id_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my" / "chats").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert not record.is_hub_id("my/chats")
-
-
 def test_the_stages_of_the_model_are_followed_back_by_their_fingerprints(config: PipelineConfig) -> None:
     sft = stage(config, Stage.sft, {"of": "sft"})
     qat = stage(config, Stage.qat, {"of": "qat"}, parents={"sft": sft.fingerprint})
@@ -79,11 +62,11 @@ def test_the_stages_of_the_model_are_followed_back_by_their_fingerprints(config:
 def test_the_settings_of_adapters_are_told_only_of_adapters(config: PipelineConfig) -> None:
     details = {"validation_loss_before": 2.0, "validation_loss": 1.0, "steps": 3, "train_rows": 9}
     result = Result(Kind.report, details=details)
-    made = artifacts.build(config, Stage.sft, ("sft",), {}, lambda _: result, is_report=True)
+    made = artifacts.build(config, Stage.sft, settings=("sft",), parents={}, work=lambda _: result, is_report=True)
     assert not [name for name in record.training(made)["settings"] if name.startswith("lora.")]
     config.overwrite = True
     config.sft.method = type(config.sft.method).lora
-    made = artifacts.build(config, Stage.sft, ("sft",), {}, lambda _: result, is_report=True)
+    made = artifacts.build(config, Stage.sft, settings=("sft",), parents={}, work=lambda _: result, is_report=True)
     assert record.training(made)["settings"]["lora.targets"] == "attention, experts"
 
 
@@ -125,7 +108,8 @@ def compared(config: PipelineConfig, measured: str) -> None:
         (directory / "compare.md").write_text("| export | 1.2 |\n")
         return Result(Kind.report)
 
-    artifacts.build(config, Stage.compare, (), {"evaluate": evaluated.fingerprint}, work, is_report=True)
+    parents = {"evaluate": evaluated.fingerprint}
+    artifacts.build(config, Stage.compare, settings=(), parents=parents, work=work, is_report=True)
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from pipeline import __main__ as program
-from pipeline.config import DataConfig, LoraTarget, ModelConfig, PipelineConfig, Stage
-from pipeline.config import command_line
+from pipeline.config import DataConfig, LoraTarget, ModelConfig, PipelineConfig, Stage, command_line
 from pipeline.errors import UserError
-from pipeline.runs import artifacts
-from pipeline.runs import console
-from pipeline.runs import metrics
-from pipeline.runs import provenance
-from pipeline.runs import tracking
+from pipeline.runs import artifacts, console, metrics, provenance, tracking
 from pipeline.runs.artifacts import Artifact, Kind, Result, build, fingerprint_of, load, require, stage_dir
+from pipeline.training import resume
 
 PAYLOAD = {"model.safetensors": b"weights", "sub/config.json": b"{}"}
 FIXED = "a-fixed-fingerprint"
@@ -72,7 +68,7 @@ def files_in(directory: Path) -> set[str]:
 def make(config: PipelineConfig, work: Callable[[Path], Result] | None = None, **changes: Any) -> Artifact:
     """sft, made from upcast with the data set."""
     inputs = {"settings": ("data", "sft"), "parents": {"upcast": FIXED}, "data": "rows-1", **changes}
-    return build(config, Stage.sft, inputs.pop("settings"), inputs.pop("parents"), work or Work(), **inputs)
+    return build(config, Stage.sft, work=work or Work(), resumable_as=resume.by_global_batch, **inputs)
 
 
 def begin(config: PipelineConfig, **changes: Any) -> Path:
@@ -283,7 +279,7 @@ def test_unfinished_training_goes_on_if_processes_and_batches_make_the_same_glob
 ) -> None:
     config.sft.batch_size, config.sft.gradient_accumulation_steps = 2, 6
     directory = begin(config)
-    monkeypatch.setattr(artifacts, "process_count", lambda: 3)
+    monkeypatch.setattr(resume, "process_count", lambda: 3)
     message = error_of(config)
     assert message == (
         f"{directory} is unfinished, and was begun with other inputs: sft.batch_size x sft.gradient_accumulation_steps"
@@ -299,7 +295,7 @@ def test_a_complete_stage_is_up_to_date_on_any_number_of_processes(
     config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = make(config)
-    monkeypatch.setattr(artifacts, "process_count", lambda: 2)
+    monkeypatch.setattr(resume, "process_count", lambda: 2)
     assert make(config, work := Work()).fingerprint == made.fingerprint
     assert work.calls == 0
 
@@ -329,7 +325,7 @@ def test_files_of_someone_else_are_an_error_and_stay(overwrite: bool, config: Pi
     config.overwrite = overwrite
     message = error_of(config, work := Work())
     assert message == (
-        f"{directory}: holds files that this program did not leave. Move them away, or set another run_dir."
+        f"{directory}: holds files that this program did not write. Move them away, or set another run_dir."
     )
     assert work.calls == 0
     assert files_in(directory) == {"thesis.tex"}
@@ -383,7 +379,7 @@ def test_a_run_directory_below_a_regular_file_is_a_mistake_of_the_user(config: P
 
 
 def make_report(config: PipelineConfig, work: Work, parents: dict[str, str]) -> Artifact:
-    return build(config, Stage.compare, ("evaluate",), parents, work, is_report=True)
+    return build(config, Stage.compare, settings=("evaluate",), parents=parents, work=work, is_report=True)
 
 
 def test_a_report_is_made_anew_when_its_inputs_changed_and_says_so(
@@ -429,7 +425,7 @@ def test_a_report_does_not_take_the_files_of_someone_else_for_its_own(config: Pi
     directory = stage_dir(config, "compare")
     directory.mkdir(parents=True)
     (directory / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="holds files that this program did not leave"):
+    with pytest.raises(UserError, match="holds files that this program did not write"):
         make_report(config, Work({"table.json": b"1"}, kind=Kind.report), {})
 
 

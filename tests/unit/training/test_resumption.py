@@ -39,3 +39,13 @@ def test_a_checkpoint_that_was_sharded_otherwise_is_an_error(tmp_path: Path, sha
         " Go on as it was begun, or start anew with overwrite=true."
     )
     assert written.is_dir()
+
+
+def test_training_is_resumed_with_the_same_global_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume, "process_count", lambda: 3)
+    settings = {"sft.batch_size": 2, "sft.gradient_accumulation_steps": 6, "sft.seed": 1}
+    assert resume.by_global_batch(settings) == {
+        "sft.seed": 1,
+        "sft.batch_size x sft.gradient_accumulation_steps x processes": 36,
+    }
+    assert settings["sft.batch_size"] == 2
