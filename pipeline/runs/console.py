@@ -1,0 +1,44 @@
+"""What a person at the terminal sees: lines, warnings and progress bars. Only the main process prints."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from pipeline.runs.processes import is_main_process
+
+
+def say(stage: str, message: str) -> None:
+    """A line for the person at the terminal."""
+    if is_main_process():
+        _write_line(f"[{stage}] {message}", sys.stdout)
+
+
+def warn(stage: str, message: str) -> None:
+    """A line that the person must not miss."""
+    if is_main_process():
+        _write_line(f"[{stage}] warning: {message}", sys.stderr)
+
+
+def _write_line(line: str, file: TextIO) -> None:
+    if not shows_progress():
+        print(line, file=file, flush=True)
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm.external_write_mode(file=file):  # above the progress bar, not into it
+        print(line, file=file, flush=True)
+
+
+def progress(
+    items: Iterable | None = None, total: int | None = None, what: str = "", unit: str = "it", done: int = 0
+) -> Any:
+    """A progress bar on the terminal; silent on other processes and when the output is not a terminal."""
+    from tqdm.auto import tqdm
+
+    scaled = unit == "B"
+    return tqdm(items, total=total, desc=what, unit=unit, unit_scale=scaled, initial=done, disable=not shows_progress())
+
+
+def shows_progress() -> bool:
+    """Whether progress bars make sense: on the main process, on a terminal."""
+    return is_main_process() and sys.stderr.isatty()
