@@ -21,14 +21,14 @@ from typing import Any
 import xxhash
 from omegaconf import OmegaConf
 
-from pipeline.runs import provenance
-from pipeline.runs.commands import stage_command
 from pipeline.config import PipelineConfig, QuantizeSource, Stage
 from pipeline.errors import UserError
-from pipeline.runs.metrics import METRICS_FILE
-from pipeline.runs.tracking import followed
-from pipeline.runs.processes import is_main_process, wait_for_everyone
+from pipeline.runs import provenance
+from pipeline.runs.commands import stage_command
 from pipeline.runs.console import progress, say
+from pipeline.runs.metrics import METRICS_FILE
+from pipeline.runs.processes import is_main_process, wait_for_everyone
+from pipeline.runs.tracking import followed
 
 ARTIFACT_FILE = "artifact.json"
 CONFIG_FILE = "config.yaml"

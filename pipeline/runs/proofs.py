@@ -1,9 +1,9 @@
 """Whether `verify` has passed on the present files of this run's export."""
 
+from pipeline.config import PipelineConfig, Stage
 from pipeline.runs import artifacts
 from pipeline.runs.artifacts import Artifact
 from pipeline.runs.commands import stage_command
-from pipeline.config import PipelineConfig, Stage
 
 
 def proof_of(config: PipelineConfig, export: Artifact) -> Artifact | None:

@@ -5,23 +5,21 @@ Only the main process speaks, writes and sends. The only importer of wandb.
 
 import json
 import os
-import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from pipeline.config import PipelineConfig, TrackingBackend
 from pipeline.errors import UserError
-
+from pipeline.runs.console import say, warn
 from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.processes import is_main_process
-from pipeline.runs.console import say, warn
+
 RUN_FILE = "tracking.json"
 """In the run's directory: how the service knows this pipeline run."""
 

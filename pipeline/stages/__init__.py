@@ -1,5 +1,5 @@
 """One file per stage, each with run(config) -> Artifact. Stages read artifacts; they do not import one another.
 
-What takes seconds to import (trl, peft, modelopt) is imported where the work begins, so that mistakes and "up to date"
-answer at once.
+Libraries that take seconds to import (trl, peft, modelopt) are imported where the work begins. Error messages and
+"up to date" then appear at once.
 """

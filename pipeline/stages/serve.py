@@ -1,6 +1,6 @@
-"""serve: start an engine on the proven export, ask it one question, keep it running until Ctrl-C.
+"""serve: starts an engine on the proven export, asks it one question, and keeps it running until Ctrl-C.
 
-It ends by being stopped, and what it leaves is no result: no artifact, only the command and the engine's log.
+It leaves no artifact, only the engine's command and log.
 """
 
 from pathlib import Path
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Serve <run_dir>/export, which is returned.
+    """Serve <run_dir>/export, and return its artifact.
 
     Raises:
-        UserError: it is unfinished or not proven; what `plan` raises.
-        CheckFailed: the engine crashed, did not come up, or did not answer.
-        KeyboardInterrupt: before the engine was up and had answered; afterwards that is how it ends.
+        UserError: the export is unfinished or not proven, or `plan` raises one.
+        CheckFailed: the engine crashed, did not start, or did not answer.
+        KeyboardInterrupt: Ctrl-C before the engine has answered. Afterwards Ctrl-C ends the stage normally.
     """
     if process_count() > 1:
         raise UserError("stage=serve: starts its engine from one process. Run it without a launcher.")
@@ -69,7 +69,7 @@ def _serve(config: PipelineConfig, launch: "Launch") -> None:
 
 
 def _log(config: PipelineConfig, launch: "Launch") -> Path:
-    """Where the engine's output goes, beside its command, which is kept; by port, as several may run at a time."""
+    """Path of the engine's log; writes its command beside it. The port is in both names: several engines may run."""
     directory, port = artifacts.stage_dir(config, Stage.serve.name), config.serve.port
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def _show(question: str, answer: "Parsed", finish: str) -> None:
 
 def _until_interrupted(engine: "EngineProcess", message: str) -> None:
     try:
-        say("serve", message)  # who has read it may interrupt
+        say("serve", message)  # from here on, Ctrl-C ends the stage normally
         engine.wait()
     except KeyboardInterrupt:
         say("serve", "ending the engine")

@@ -26,7 +26,6 @@ SETTINGS = (
     "data.max_samples=80",
     "sft.learning_rate=3e-3",
     "qat.learning_rate=5e-4",
-    "upcast.shard_bytes=300000",
     "verify.samples=2",
     *(f"{stage}.{key}=2" for stage in STAGES for key in ("eval_steps", "save_steps", "logging_steps")),
     *(f"{stage}.max_steps=6" for stage in STAGES),

@@ -1,4 +1,4 @@
-"""What models are asked: rows of a data set, each up to the answer that it ends with."""
+"""Prompts for evaluation: the conversations of a data set, each without its last answer."""
 
 import json
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from pipeline.errors import Problems
 from pipeline.evaluate.transcripts import Transcript, parse
 from pipeline.runs.console import say
 
-_SEEDS = 2**31  # what every server takes
+_SEEDS = 2**31  # every server accepts seeds below this
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Prompt:
     """One prompt.
 
     Attributes:
-        prompt_id: of its contents and of what is expected: the same in every run.
-        conversation: up to the answer, with the effort and the language that it asks for.
-        expected: what scorers need to know; `language` wherever the prompt asks for one.
+        prompt_id: hash of its contents and expected values, the same in every run.
+        conversation: up to the answer, with its reasoning effort and reasoning language.
+        expected: values for scorers; with `language` if the prompt asks for one.
     """
 
     prompt_id: str
@@ -37,28 +37,28 @@ class Prompt:
 
 
 class Question(NamedTuple):
-    """A prompt asked once: of several samples each is a question of its own."""
+    """A prompt to be answered once. Each of several samples is a question of its own."""
 
     prompt: Prompt
     sample: int
 
     @property
     def key(self) -> tuple[str, int]:
-        """What tells it from all others of an evaluation."""
+        """Identifies the question within an evaluation."""
         return self.prompt.prompt_id, self.sample
 
     def seed(self, seed: int) -> int:
-        """Seed of this answer's draws: no answer depends on which others are asked for."""
+        """Seed for sampling this answer. It does not depend on the other questions."""
         return xxhash.xxh3_64_intdigest(f"{seed}/{self.prompt.prompt_id}/{self.sample}".encode()) % _SEEDS
 
     def transcript(self, completion: str, finish: str, tokens: int, seed: int | None) -> Transcript:
-        """An answer as it was generated.
+        """The transcript of a generated answer.
 
         Args:
-            completion: what follows `<|start|>assistant`, special tokens included.
-            finish: why it ended, where it does not end with a stop token.
-            tokens: generated.
-            seed: of the draws, or None.
+            completion: the text after `<|start|>assistant`, special tokens included.
+            finish: why generation ended; a stop token at the end takes precedence.
+            tokens: number of generated tokens.
+            seed: that the answer was sampled with, or None.
         """
         found = parse(completion)
         ended_by = next((token for token in STOP_TOKENS if completion.endswith(token)), None)
@@ -78,15 +78,15 @@ class Question(NamedTuple):
 
 
 def load(config: PipelineConfig, rows: Rows, most: int | None = None) -> list[Prompt]:
-    """The prompts that `evaluate.prompts` names, every one once.
+    """The distinct prompts that `evaluate.prompts` names.
 
     Args:
         config: the resolved configuration.
-        rows: of `data`, whose validation rows are asked unless there is another data set.
-        most: ask only the first so many.
+        rows: of `data`; its validation rows are the prompts unless `evaluate.prompts.path` names a data set.
+        most: the most prompts to return, or None.
 
     Raises:
-        UserError: the data set is not there, empty, or has bad rows, or rows without what scorers need.
+        UserError: the data set does not exist, is empty, or has bad rows or rows without values that scorers need.
     """
     settings = config.evaluate.prompts
     conversations = _of_data(config, rows) if settings.path is None else _of_their_own(config)
@@ -99,12 +99,12 @@ def load(config: PipelineConfig, rows: Rows, most: int | None = None) -> list[Pr
 
 
 def questions(prompts: list[Prompt], samples: int) -> list[Question]:
-    """Each prompt as often as it is to be answered."""
+    """One question for each prompt and sample."""
     return [Question(prompt, sample) for prompt in prompts for sample in range(samples)]
 
 
 def token_ids(asked: list[Question], rendering: Rendering) -> list[list[int]]:
-    """The prompts as tokens, up to where the assistant's turn begins.
+    """The tokens of the prompts, up to the start of the assistant's turn.
 
     Raises:
         UserError: the chat template refuses some of them.
@@ -120,7 +120,7 @@ def token_ids(asked: list[Question], rendering: Rendering) -> list[list[int]]:
 
 
 def fingerprint(asked: list[Question]) -> str:
-    """Of all that is asked and expected."""
+    """Of all prompts, samples and expected values."""
     keys = sorted(f"{prompt_id}/{sample}" for prompt_id, sample in (question.key for question in asked))
     return xxhash.xxh3_128_hexdigest(" ".join(keys).encode())
 
@@ -153,6 +153,6 @@ def _prompt(config: PipelineConfig, row: Conversation) -> Prompt:
 
 
 def _known(conversation: Conversation) -> Iterator[tuple[str, str]]:
-    """What a prompt says itself of a right answer."""
+    """Expected values that the prompt itself states."""
     if conversation.reasoning_language is not None:
         yield "language", conversation.reasoning_language
