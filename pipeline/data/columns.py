@@ -1,6 +1,6 @@
-"""A row of any data set -> a row in chat form: which column holds what is configuration (`data.columns`).
+"""Maps a row of any data set to a row in chat form. The settings `data.columns` name the columns.
 
-A new data set is a file in conf/data/, not code here.
+A new data set needs a file in conf/data/, and no code here.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ _MOST_NAMES = 40
 
 
 class Columns:
-    """Maps the rows of one data set, and remembers which of the columns that it looks for were ever there."""
+    """Maps the rows of one data set, and remembers which of the wanted columns it has found so far."""
 
     def __init__(
         self, key: str, data: DataConfig, expected: dict[str, str] | None = None, expected_key: str = "{}"
@@ -25,9 +25,9 @@ class Columns:
         """
         Args:
             key: of the data set's settings, for messages: `data` or `data.blend[0]`.
-            data: columns, roles and filter.
-            expected: what scorers need to know of a row, and the column that has it.
-            expected_key: of the settings that say so, for messages; {} stands for the name.
+            data: settings with columns, roles and filter.
+            expected: name of a value that scorers need -> column that holds it.
+            expected_key: key of the settings that name these columns, for messages; {} stands for the value's name.
         """
         self._key = key
         self._data = data
@@ -39,10 +39,10 @@ class Columns:
         self._others: dict[str, None] = {}  # names in rows that lack a wanted column, in order
 
     def chat_row(self, row: Any) -> dict[str, Any] | None:
-        """The row as `harmony.parse_conversation` takes it, or None if data.filter leaves it out.
+        """The row in the form that `harmony.parse_conversation` takes, or None if data.filter drops it.
 
         Raises:
-            ConversationError: a column that every row needs is not there, or no text.
+            ConversationError: a column that every row needs is missing, or is not text.
         """
         if not isinstance(row, dict):
             raise ConversationError(f"is a {type(row).__name__}, not an object with {next(iter(self._wanted))!r}")
@@ -51,7 +51,7 @@ class Columns:
             return None
         self._kept_one = True
         columns = {name: column for name, column in vars(self._data.columns).items() if name not in _MESSAGE_KEYS}
-        # All are looked up before the first is missed, so that `missing` names only those that are.
+        # Look up all columns before raising for one, so that `missing` names only columns that no row has.
         values = {name: self._find(row, column) for name, column in columns.items() if column is not None}
         for name in _NEEDED:
             if name in values and values[name] is None:
@@ -62,10 +62,10 @@ class Columns:
         return {"messages": messages, **{name: values.get(name) for name in _OPTIONS}}
 
     def expected(self, row: dict[str, Any]) -> dict[str, str]:
-        """What a row that was kept says of a right answer, as text.
+        """The values that scorers need of a kept row, as text.
 
         Raises:
-            ConversationError: a column is not there, or neither text nor a number.
+            ConversationError: a column is missing, or is neither text nor a number.
         """
         found = {name: self._find(row, column) for name, column in self._expected.items()}
         for name, value in found.items():
@@ -77,18 +77,18 @@ class Columns:
         return {name: str(value) for name, value in found.items()}
 
     def missing(self) -> list[str]:
-        """What is to be said, after the last row, of each column that no row had."""
+        """A problem for each wanted column that no row had. Call it after the last row."""
         there = ", ".join(self._others) or "none"
         return [
             f"{setting}={column!r}: no row of {self._data.path} has that column."
             f"{did_you_mean(column, self._others)} There are: {there}."
             for column, setting in self._wanted.items()
-            # Nothing was looked for in rows that were no rows, and only the filter's columns in those that it left out.
+            # Unreadable rows are not searched. In rows that the filter drops, only its own columns are searched.
             if column not in self._met and (self._kept_one or (column in self._data.filter and self._others))
         ]
 
     def _looked_for(self) -> Iterator[tuple[str, str]]:
-        """(column, full key) of what must be in some row: what every row needs, and options that were set by name."""
+        """(column, full key) of each column that some row must have: required ones, and options that the user set."""
         usual = ColumnsConfig()
         for name, column in vars(self._data.columns).items():
             must_be_there = name in _NEEDED or column != getattr(usual, name)
@@ -98,7 +98,7 @@ class Columns:
         yield from ((column, self._expected_key.format(name)) for name, column in self._expected.items())
 
     def _find(self, row: dict[str, Any], path: str) -> Any:
-        """The value at a dotted path, or in a column whose name has the dots in it; None if there is none."""
+        """The value of the column with this name, or else at this dotted path; None without one."""
         value: Any = row
         for part in [path] if path in row else path.split("."):
             if not isinstance(value, dict) or part not in value:
@@ -135,7 +135,7 @@ class Columns:
 
 
 def _leaves(row: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted paths of all columns, those of nested objects in place of the object."""
+    """Dotted paths of all columns. A nested object is replaced by its own columns."""
     found: list[str] = []
     for name, value in row.items():
         found += _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [f"{prefix}{name}"]

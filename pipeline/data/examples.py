@@ -11,8 +11,8 @@ from datasets import Dataset, Features, List, Value
 
 from pipeline.config import DataConfig, PipelineConfig, Supervise
 from pipeline.data import harmony, sampling, tables
-from pipeline.data.harmony import IGNORED, ConversationError, Rendering, Turn
-from pipeline.data.rows import CODE, Conversations, Rows, column_of
+from pipeline.data.harmony import ConversationError, Rendering, Turn
+from pipeline.data.rows import CODE, Conversations, Rows, _truncated, column_of
 from pipeline.data.sampling import Numbers
 from pipeline.data.sources import digest_of_files
 from pipeline.errors import Problems, UserError, joined
@@ -23,8 +23,8 @@ _EXAMPLES = Features(
         "input_ids": List(Value("int32")),
         "labels": List(Value("int32")),
         "row": Value("int64"),  # number of its conversation
-        "length": Value("int32"),  # tokens before the cut
-        "supervised": Value("int32"),  # supervised tokens after it
+        "length": Value("int32"),  # tokens before truncation
+        "supervised": Value("int32"),  # supervised tokens after truncation
     }
 )
 _TURNS_AT_ONCE = 256
@@ -35,11 +35,11 @@ class Splits:
     """Tokenized training and validation examples: columns `input_ids` and `labels`.
 
     Attributes:
-        train: examples to learn from.
-        validation: examples held out; no conversation is in both.
-        counts: what went in, and what was cut.
-        max_length: tokens that no example is longer than.
-        validation_rows: of each validation example the number of its conversation in Rows.
+        train: examples to train on.
+        validation: held-out examples. No conversation has examples in both.
+        counts: numbers of rows, examples and tokens, and of truncated and dropped examples.
+        max_length: the most tokens that an example has.
+        validation_rows: number in Rows of the conversation of each validation example.
     """
 
     train: Dataset
@@ -50,10 +50,10 @@ class Splits:
 
 
 def prepare_examples(config: PipelineConfig, rows: Rows, tokenizer: Any) -> Splits:
-    """Choose, split, render and tokenize.
+    """Choose rows, split them, render them and tokenize them.
 
     Raises:
-        UserError: nothing is left to train on or to validate on, or the template refuses a row.
+        UserError: no example is left to train on or to validate on, or the chat template refuses a row.
     """
     data, how = config.data, rendering_of(config, tokenizer)
     counts, chosen = _choose(data, rows)
@@ -76,7 +76,7 @@ def prepare_examples(config: PipelineConfig, rows: Rows, tokenizer: Any) -> Spli
 
 
 def rendering_of(config: PipelineConfig, tokenizer: Any) -> Rendering:
-    """How the settings want conversations rendered."""
+    """The settings of `data` that decide how conversations are rendered."""
     data = config.data
     return Rendering(
         tokenizer,
@@ -89,10 +89,10 @@ def rendering_of(config: PipelineConfig, tokenizer: Any) -> Rendering:
 
 
 def split_rows(config: PipelineConfig, rows: Rows) -> tuple[Conversations, Conversations]:
-    """The conversations to train on and those to validate on; data.max_samples may leave some out of both.
+    """The conversations to train on, and the conversations to validate on. data.max_samples limits their sum.
 
     Raises:
-        UserError: there are none to train on or to validate on.
+        UserError: no conversation is left to train on or to validate on.
     """
     _, chosen = _choose(config.data, rows)
     train, validation = (rows.conversations.select(part) for part in _split(config.data, rows, chosen))
@@ -100,7 +100,7 @@ def split_rows(config: PipelineConfig, rows: Rows) -> tuple[Conversations, Conve
 
 
 def _choose(data: DataConfig, rows: Rows) -> tuple[dict[str, int], Numbers]:
-    """What is used of each part of a blend, and the numbers of the chosen rows in their seeded order."""
+    """The number of rows used of each part of a blend, and the numbers of the chosen rows in their seeded order."""
     available = [count for _, count in rows.parts]
     take = sampling.shares(available, [source.weight for source, _ in rows.parts], data.max_samples)
     total = sum(take)
@@ -111,7 +111,7 @@ def _choose(data: DataConfig, rows: Rows) -> tuple[dict[str, int], Numbers]:
     for (source, count), taken in zip(rows.parts, take, strict=True) if data.blend else ():
         if not taken:
             raise UserError(
-                f"{source.key}.weight={source.weight}: less than one row of {total}. Raise it, or leave it out."
+                f"{source.key}.weight={source.weight}: less than one row of {total}. Raise it, or remove this part."
             )
         say("data", f"{source.data.path}: {taken} of {count} rows, {taken / total:.1%} of the blend")
         used[f"{source.key}.rows"] = taken
@@ -131,7 +131,7 @@ def _split(data: DataConfig, rows: Rows, chosen: Numbers) -> tuple[Numbers, Numb
 
 
 def _tokenized(config: PipelineConfig, name: str, rows: Rows, numbers: Numbers, rendering: Rendering) -> Dataset:
-    """The table of all examples of these rows, those without a supervised token included."""
+    """The table of all examples of these rows, including examples without a supervised token."""
     chosen = xxhash.xxh3_128_hexdigest(numbers.tobytes())
     settings = replace(rendering, tokenizer=_fingerprint(rendering.tokenizer))
     key = ("examples", rows.fingerprint, chosen, settings, config.data.max_length, digest_of_files(CODE))
@@ -152,34 +152,26 @@ def _examples(
         except ConversationError as error:
             bad.add(f"{conversation.where}: {error}.")
         if len(turns) >= _TURNS_AT_ONCE:
-            yield from _cut(turns, rendering, max_length)
+            yield from _truncated(turns, rendering, max_length)
             turns = []
-    yield from _cut(turns, rendering, max_length)
+    yield from _truncated(turns, rendering, max_length)
     bad.raise_if_any()
 
 
-def _cut(turns: list[tuple[int, Turn]], rendering: Rendering, max_length: int) -> Iterator[dict[str, Any]]:
-    examples = harmony.tokenize([turn for _, turn in turns], rendering)
-    for (number, _), example in zip(turns, examples, strict=True):
-        cut = {key: ids[:max_length] for key, ids in example.items()}
-        supervised = len(cut["labels"]) - cut["labels"].count(IGNORED)
-        yield {**cut, "row": number, "length": len(example["input_ids"]), "supervised": supervised}
-
-
 def _supervised(data: DataConfig, name: str, table: Dataset, counts: dict[str, int]) -> Dataset:
-    """The examples that something can be learned from; counts them, and says what was cut and left out."""
+    """The examples that have a supervised token. Counts them, and reports truncated and dropped examples."""
     length, supervised = column_of(table, "length"), column_of(table, "supervised")
     kept = np.flatnonzero(supervised)
     cut, lost = int((length > data.max_length).sum()), len(table) - len(kept)
     if not len(kept):
         raise UserError(
-            f"data.max_length={data.max_length} cuts away every supervised token of the {name} examples: raise it."
+            f"data.max_length={data.max_length} cuts off every supervised token of the {name} examples. Raise it."
         )
     if cut:
         warn(
             "data",
             f"{cut} of {len(table)} {name} examples are longer than data.max_length={data.max_length} and were"
-            f" cut; {lost} of them had no supervised token left and were left out",
+            f" truncated; {lost} of them had no supervised token left and were dropped",
         )
     counts |= {
         f"{name}_examples": len(kept),
@@ -192,7 +184,7 @@ def _supervised(data: DataConfig, name: str, table: Dataset, counts: dict[str, i
 
 
 def _fingerprint(tokenizer: Any) -> str:
-    """Of all that decides what a tokenizer makes of a conversation."""
+    """Of everything that affects the tokens of a conversation: libraries, chat template, tokenizer."""
     libraries = [version(library) for library in ("transformers", "tokenizers")]
     text = f"{libraries}{tokenizer.chat_template}{tokenizer.backend_tokenizer.to_str()}"
     return xxhash.xxh3_128_hexdigest(text.encode())

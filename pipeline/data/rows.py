@@ -1,7 +1,7 @@
-"""Data sets -> conversations -> tokens and labels; the split into training and validation.
+"""Turns data sets into conversations, and conversations into tokens and labels for training and validation.
 
-Every row is checked before the first is used; what is cut or left out is counted and said. Neither rows nor tokens are
-held in memory: both are tables on disk, kept in <run_dir>/data for the next stage that asks for the same.
+All rows are checked before the first is used. Truncated and dropped examples are counted and reported. Rows and tokens
+are kept in tables on disk (<run_dir>/data), not in memory. Later stages with the same settings use the same tables.
 """
 
 import json
@@ -19,7 +19,7 @@ from pipeline.config import PipelineConfig
 from pipeline.data import columns, harmony, tables
 from pipeline.data import sources as sources_module
 from pipeline.data.columns import Columns
-from pipeline.data.harmony import Conversation, ConversationError, parse_conversation
+from pipeline.data.harmony import IGNORED, Conversation, ConversationError, Rendering, Turn, parse_conversation
 from pipeline.data.sampling import Numbers
 from pipeline.data.sources import Opened, Source, Unreadable, data_sources, digest_of_files, open_rows
 from pipeline.errors import Problems, UserError, joined, user_errors
@@ -27,7 +27,7 @@ from pipeline.runs.console import progress, say
 
 _ROWS = Features(
     {
-        "kept": Value("bool"),  # False: left out by data.filter
+        "kept": Value("bool"),  # False: dropped by data.filter
         "conversation": Value("string"),  # JSON
         "where": Value("string"),
         "identity": Value("int64"),  # equal for rows with the same contents
@@ -40,7 +40,7 @@ CODE = [Path(__file__), *(Path(str(module.__file__)) for module in (columns, sou
 
 
 class Conversations(Sequence[Conversation]):
-    """The conversations of a table, each read when it is asked for."""
+    """The conversations of a table. Each is read from disk when it is accessed."""
 
     def __init__(self, table: Dataset) -> None:
         self._table = table
@@ -60,7 +60,7 @@ class Conversations(Sequence[Conversation]):
         )
 
     def select(self, numbers: Numbers) -> "Conversations":
-        """Those of the given numbers, in that order."""
+        """The conversations with the given numbers, in the given order."""
         return Conversations(self._table.select(numbers))
 
 
@@ -69,10 +69,10 @@ class Rows:
     """The conversations of a data set, or of the parts of a blend, one part after the other.
 
     Attributes:
-        conversations: the valid rows, in order.
-        identities: of the conversations, equal for copies.
-        parts: where the conversations come from, and how many of them each part has.
-        fingerprint: of their contents.
+        conversations: of the rows that data.filter keeps, in order.
+        identities: hash of each conversation; copies have equal ones.
+        parts: each part of the blend, and the number of its conversations.
+        fingerprint: of the contents of all conversations.
     """
 
     conversations: Conversations
@@ -85,7 +85,8 @@ def load_rows(config: PipelineConfig) -> Rows:
     """Read and check the data set that `data.path` names, or those of `data.blend`.
 
     Raises:
-        UserError: one is not there, empty, or has bad rows: each with its file and row; those of all parts together.
+        UserError: a data set does not exist, is empty, or has bad rows. All parts are reported together, and each bad
+            row is named with its file and row.
     """
     return read_rows(config, data_sources(config.data))
 
@@ -105,7 +106,7 @@ def read_rows(config: PipelineConfig, sources: list[Source]) -> Rows:
             errors.append(error)
     if errors:
         raise joined(errors)
-    _say_what_was_joined(found)
+    _report_merged(found)
     kept = [_kept(source, table) for source, table in zip(sources, found, strict=True)]
     identities = np.concatenate([column_of(table, "identity") for table in kept])
     parts = [(source, len(table)) for source, table in zip(sources, kept, strict=True)]
@@ -114,7 +115,7 @@ def read_rows(config: PipelineConfig, sources: list[Source]) -> Rows:
 
 
 def _checked(config: PipelineConfig, source: Source) -> Dataset:
-    """The table of a data set's rows, every one of them valid."""
+    """The table of a data set's rows. All of them are valid."""
     opened = open_rows(source)
     data = source.data
     settings = (data.path, data.revision, data.split, data.columns, data.roles, data.filter)
@@ -125,7 +126,7 @@ def _checked(config: PipelineConfig, source: Source) -> Dataset:
 
 
 def _check(source: Source, opened: Opened) -> Iterator[dict[str, Any]]:
-    """Rows of the table; raises after the last row, so that all bad ones are reported together."""
+    """Yield the rows of the table. Raises after the last row, so that all bad rows are reported together."""
     mapping = Columns(source.key, source.data, source.expected, source.expected_key)
     bad, count = Problems(), 0
     for where, row in progress(opened.rows(), what=f"checking {source.data.path}", unit="row"):
@@ -137,7 +138,7 @@ def _check(source: Source, opened: Opened) -> Iterator[dict[str, Any]]:
     if not count:
         raise UserError(f"{source.key}.path={source.data.path}: the data set is empty.")
     if missing := mapping.missing():
-        raise user_errors(missing)  # these alone: no row can be right without them
+        raise user_errors(missing)  # without these columns every row is bad, so the rows are not listed
     bad.raise_if_any()
 
 
@@ -155,7 +156,7 @@ def _checked_row(source: Source, mapping: Columns, where: str, row: Any) -> dict
         "reasoning_language": found.reasoning_language or source.reasoning_language,
     }
     text = json.dumps(conversation, ensure_ascii=False)
-    identity = xxhash.xxh3_64_intdigest(text.encode()) - (1 << 63)  # into the range of int64
+    identity = xxhash.xxh3_64_intdigest(text.encode()) - (1 << 63)  # shifted into the range of int64
     return {
         "kept": True,
         "conversation": text,
@@ -166,21 +167,29 @@ def _checked_row(source: Source, mapping: Columns, where: str, row: Any) -> dict
     }
 
 
-def _say_what_was_joined(found: list[Dataset]) -> None:
-    joined = sum(int(column_of(table, "merged").sum()) for table in found)
-    if joined:
-        say("data", f"{joined} rows have a system and a developer message: joined, since the template takes one")
+def _report_merged(found: list[Dataset]) -> None:
+    merged = sum(int(column_of(table, "merged").sum()) for table in found)
+    if merged:
+        say("data", f"{merged} rows have a system and a developer message: joined, because the template takes one")
 
 
 def _kept(source: Source, table: Dataset) -> Dataset:
-    """The rows that data.filter leaves, and how many that is."""
+    """The rows that data.filter keeps. Their number is reported."""
     if not source.data.filter:
         return table
     kept = np.flatnonzero(column_of(table, "kept"))
     if not len(kept):
-        raise UserError(f"{source.key}.filter={source.data.filter}: leaves none of the {len(table)} rows.")
+        raise UserError(f"{source.key}.filter={source.data.filter}: keeps none of the {len(table)} rows.")
     say("data", f"{source.key}.filter keeps {len(kept)} of {len(table)} rows of {source.data.path}")
     return table.select(kept)
+
+
+def _truncated(turns: list[tuple[int, Turn]], rendering: Rendering, max_length: int) -> Iterator[dict[str, Any]]:
+    examples = harmony.tokenize([turn for _, turn in turns], rendering)
+    for (number, _), example in zip(turns, examples, strict=True):
+        cut = {key: ids[:max_length] for key, ids in example.items()}
+        supervised = len(cut["labels"]) - cut["labels"].count(IGNORED)
+        yield {**cut, "row": number, "length": len(example["input_ids"]), "supervised": supervised}
 
 
 def column_of(table: Dataset, name: str) -> NDArray[Any]:

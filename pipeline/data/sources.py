@@ -1,6 +1,6 @@
-"""Where rows come from: files, folders, saved data sets, the hub, and what the program makes itself.
+"""Reads the rows of data sets: files, folders, saved data sets, hub data sets and synthetic ones.
 
-A row is passed on as it stands, with its place; what it means is for others to say.
+Each row is passed on unchanged, together with its place. Other modules interpret it.
 """
 
 import json
@@ -22,7 +22,7 @@ _READ_BYTES = 1 << 24
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 PlacedRows = Iterator[tuple[str, Any]]
-"""(where it stands, row) of every row; rows are counted from 1, as editors count lines."""
+"""(place, row) of every row. Rows are counted from 1, as editors count lines."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Source:
 
     Attributes:
         key: of its settings, for messages: `data` or `data.blend[0]`.
-        data: its settings, with those of `data` where a part has none of its own.
-        weight: its share of a blend, relative to the others'.
-        reasoning_effort: a part's own, for rows that say nothing; None: as `data`.
+        data: its settings; a part of a blend inherits those that it does not set.
+        weight: its share of a blend, relative to the other weights.
+        reasoning_effort: of the part's rows that name none; None: as in `data`.
         reasoning_language: likewise.
-        expected: what scorers need to know of a row, and the column that has it.
-        expected_key: of the settings that say so, for messages; {} stands for the name.
-        needs_answers: whether a row must have an answer to learn, as it need not where it is only asked.
+        expected: name of a value that scorers need -> column that holds it.
+        expected_key: key of the settings that name these columns, for messages; {} stands for the value's name.
+        needs_answers: whether each row must have an answer. Training needs one, a prompt does not.
     """
 
     key: str
@@ -52,18 +52,18 @@ class Source:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands for a row that could not be read, so that it is reported with the other bad rows."""
+    """Takes the place of a row that cannot be read, so that it is reported together with the other bad rows."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A data set that is there.
+    """A data set that was found.
 
     Attributes:
-        identity: changes whenever the rows do: of the bytes of the files, or of the commit on the hub.
-        rows: reads them from the first on, each time it is called.
+        identity: digest of the files' bytes, or the commit on the hub. It changes whenever the rows change.
+        rows: returns a new iterator over all rows at each call.
     """
 
     identity: str
@@ -87,7 +87,7 @@ def open_rows(source: Source) -> Opened:
     """Find a data set.
 
     Raises:
-        UserError: it is not there, or not of a kind that is read. Calling `rows` may raise it too.
+        UserError: the data set does not exist or its format is not supported. Calling `rows` may raise it too.
     """
     name = str(source.data.path)
     path = Path(name).expanduser()
@@ -136,12 +136,12 @@ def _folder(source: Source, path: Path) -> Opened:
 
 
 def _downloaded(source: Source, hub_id: str) -> Opened:
-    """A hub data set in the cache of `datasets`, fetched if need be: a memory-mapped copy of its files."""
+    """A hub data set, downloaded into the cache of `datasets` and memory-mapped."""
     from datasets.fingerprint import Hasher
 
     fetched = _from_hub(source, hub_id)
     files = [Path(entry["filename"]) for entry in fetched.cache_files]
-    # HF_DATASETS_IN_MEMORY_MAX_SIZE makes datasets read small sets into memory: then there are no files to look at.
+    # HF_DATASETS_IN_MEMORY_MAX_SIZE makes datasets read small sets into memory. They then have no cache files.
     identity = digest_of_files(files) if files else Hasher.hash(list(fetched))
     return Opened(identity, lambda: _numbered(_place(source, hub_id), fetched))
 
@@ -192,7 +192,7 @@ def _from_hub(source: Source, hub_id: str) -> Any:
 def _not_on_hub(source: Source, error: Exception) -> UserError:
     return UserError(
         f"{source.key}.path={source.data.path!r}, {source.key}.split={source.data.split!r}: no such file or folder, and"
-        f" the hub could not be asked or does not have it ({_first_line(error)})."
+        f" the hub cannot be reached or does not have it ({_first_line(error)})."
     )
 
 
@@ -238,7 +238,7 @@ def _saved(source: Source, path: Path) -> Any:
     split = source.data.split
     try:
         loaded = load_from_disk(str(path))
-    except IndexError as error:  # how datasets 5.2 meets a data set without rows
+    except IndexError as error:  # datasets 5.2 raises it for a data set without rows
         raise UserError(f"{source.key}.path={path}: the data set is empty.") from error
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: not a readable saved data set ({error}).") from error
@@ -250,7 +250,7 @@ def _saved(source: Source, path: Path) -> Any:
 
 
 def digest_of_files(files: list[Path]) -> str:
-    """XXH3-128 of the files' names, sizes and bytes: a small part of the time that reading their rows takes.
+    """XXH3-128 of the files' names, sizes and bytes. Hashing is much faster than reading the rows.
 
     Raises:
         UserError: a file cannot be read.

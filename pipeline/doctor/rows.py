@@ -1,4 +1,4 @@
-"""Every row as training will see it: its examples, their tokens, and what the sequence limit takes."""
+"""Each row as training will see it: its examples, their tokens, and the tokens that data.max_length cuts off."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _PERCENTILES = {"median": 0.5, "p95": 0.95}
 
 @dataclass(frozen=True)
 class Example:
-    """Numbers of tokens, all and supervised, of a rendered example and of what data.max_length leaves of it."""
+    """Numbers of tokens of a rendered example: all and supervised, before and after truncation."""
 
     tokens: int
     supervised: int
@@ -35,7 +35,7 @@ def examine(config: PipelineConfig, conversations: Iterable[Conversation], how: 
     """Render and count the examples of conversations.
 
     Raises:
-        UserError: the chat template refuses some: each with its place.
+        UserError: the chat template refuses some rows. Each is named with its place.
     """
     rows, problems = [], Problems()
     for conversation in progress(conversations, what="examining", unit="row"):
@@ -50,7 +50,7 @@ def examine(config: PipelineConfig, conversations: Iterable[Conversation], how: 
 
 
 def figures(rows: list[Row], limit: int) -> dict[str, Any]:
-    """Examples, tokens and lengths; what more than `limit` tokens per example costs."""
+    """Counts of examples and tokens, their lengths, and the losses from truncating examples to `limit` tokens."""
     every = [example for row in rows for example in row.examples]
     cut = [example for example in every if example.tokens > limit]
     tokens, supervised = sum(e.tokens for e in every), sum(e.supervised for e in every)
@@ -81,7 +81,7 @@ def figures(rows: list[Row], limit: int) -> dict[str, Any]:
 
 
 def first(rows: Iterable[Row], most: int = 3) -> list[str]:
-    """Where the first few of some rows stand."""
+    """Places of the first few rows."""
     return [row.conversation.where for _, row in zip(range(most), rows, strict=False)]
 
 

@@ -1,4 +1,4 @@
-"""What a prompt's row may say of a right answer, checked before models are asked and again before they are scored."""
+"""Checks the expected values of prompts, before models generate answers and again before the answers are scored."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -14,10 +14,10 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def check(expected: Iterable[tuple[str, Mapping[str, str]]]) -> None:
-    """Check (prompt_id, what is expected) of all prompts; keys that no scorer knows are left alone.
+    """Check (prompt_id, expected values) of all prompts. Keys that no scorer knows are not checked.
 
     Raises:
-        UserError: values that scorers cannot use, each with the first prompt that has it and how many there are.
+        UserError: scorers cannot use some values. Each is named once, with its first prompt and the number of others.
     """
     prompts: dict[tuple[str, str], list[str]] = {}
     for prompt_id, values in expected:
@@ -34,7 +34,7 @@ def check(expected: Iterable[tuple[str, Mapping[str, str]]]) -> None:
 
 
 def check_all(transcripts: Iterable[Transcript]) -> None:
-    """`check` what is expected of transcripts."""
+    """`check` the expected values of transcripts."""
     check((each.prompt_id, each.expected) for each in transcripts)
 
 
@@ -60,4 +60,4 @@ KEYS: dict[str, Callable[[str], str | None]] = {
     "answer": _answer_problem,
     "safety": _safety_problem,
 }
-"""Key -> what is wrong with a value, or None. `category` may be anything."""
+"""Key -> a function that says what is wrong with a value, or returns None. `category` may be anything."""

@@ -26,23 +26,23 @@ class Source:
     """The base checkpoint on this machine's disk.
 
     Attributes:
-        directory: where it lies.
-        fingerprint: of its configuration and weights (sampled: reading 65 GB to see that nothing changed is too much).
+        directory: of the checkpoint.
+        fingerprint: of its configuration and of samples of its weights. Reading all 65 GB would take too long.
     """
 
     directory: Path
     fingerprint: str
 
     def open(self) -> Checkpoint:
-        """Open and check it."""
+        """Open the checkpoint and check it."""
         return Checkpoint(self.directory)
 
 
 def locate(config: PipelineConfig, key: str = "model.path") -> Source:
-    """Find, fetch or make the checkpoint that `model.path` names (the user gave it as `key`), and check it.
+    """Find, fetch or make the checkpoint that `model.path` names, and check it. Messages call the setting `key`.
 
     Raises:
-        UserError: no such directory or hub id, not a gpt-oss checkpoint, a damaged one.
+        UserError: there is no such directory or hub id, or it is not a whole gpt-oss checkpoint.
     """
     directory = base_directory(config.model.path, config)
     if not directory.is_dir():
@@ -52,10 +52,10 @@ def locate(config: PipelineConfig, key: str = "model.path") -> Source:
 
 
 def without_weights(config: PipelineConfig) -> Path:
-    """The directory of what goes with the weights: sizes, tokenizer, chat template; a hub id's weights stay there.
+    """A directory with the base model's config.json, tokenizer and chat template. No weights are downloaded.
 
     Raises:
-        UserError: no such directory or hub id.
+        UserError: there is no such directory or hub id.
     """
     directory = base_directory(config.model.path, config, _HUB_SIDE_FILES)
     if not directory.is_dir():
@@ -64,7 +64,7 @@ def without_weights(config: PipelineConfig) -> Path:
 
 
 def base_directory(path: str, config: PipelineConfig, hub_files: list[str] = _HUB_FILES) -> Path:
-    """The directory behind a path, a hub id (of which `hub_files` are fetched) or a synthetic model."""
+    """The directory of a path, of a hub id (`hub_files` are downloaded) or of a synthetic model."""
     if path.startswith(SYNTHETIC):
         return _synthetic(path, config)
     directory = Path(path).expanduser().absolute()
@@ -100,7 +100,7 @@ def _fetch(hub_id: str, revision: str | None, files: list[str]) -> Path:
         reason = str(error).strip().splitlines()[0]
         at = f" at revision {revision!r}" if revision else ""
         raise UserError(
-            f"model.path={hub_id!r}{at}: no such directory, and the hub could not be asked or does not have it"
+            f"model.path={hub_id!r}{at}: no such directory, and the hub cannot be reached or does not have it"
             f" ({reason}). Check the name, your network and `hf auth login`, or give a directory."
         ) from error
 

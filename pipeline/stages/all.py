@@ -1,4 +1,4 @@
-"""all: every stage in order; each skips itself when it is up to date and resumes what was interrupted."""
+"""all: runs every stage in order. A stage that is up to date is skipped, and an interrupted one is resumed."""
 
 import importlib
 from dataclasses import replace
@@ -9,16 +9,16 @@ from pipeline.runs.artifacts import Artifact
 from pipeline.runs.console import say
 
 STAGES = tuple(Stage)[: tuple(Stage).index(Stage.all)]
-"""The stages that `all` always runs. What leaves this machine, or does not end by itself, has to be asked for."""
+"""The stages that `all` always runs. Uploads and servers have to be asked for."""
 
 
 def run(config: PipelineConfig) -> Artifact:
     """Run the stages and return the last one's artifact."""
-    hub.check(config.export)  # now: the upload comes last, hours later
+    hub.check(config.export)  # check now, because the upload comes hours later
     artifact = None
     for stage in STAGES if config.export.push_to_hub is None else (*STAGES, Stage.publish):
         if stage is Stage.sft and config.quantize.source is QuantizeSource.upcast:
-            say(stage.name, "left out, since quantize.source=upcast")
+            say(stage.name, "skipped, because quantize.source=upcast")
         else:
             settings = replace(config, stage=stage)
             if stage is Stage.evaluate and config.evaluate.source is None:

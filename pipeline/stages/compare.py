@@ -1,4 +1,4 @@
-"""compare: what each step won or lost, in one run or several: in words, tables, plots, and answers side by side."""
+"""compare: reports what each step of one or several runs gained or lost, in words, tables, plots and answers."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ _PAGE = "compare.html"
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Make <run_dir>/compare of the runs that compare.runs names, else of this one, and show it."""
+    """Write <run_dir>/compare, and show it. It compares the runs in compare.runs, or the models of this run."""
     found = _runs(config)
     report = content.of(found, config.compare.examples)
     names = [run.directory.as_posix() if config.compare.runs else "evaluate" for run in found]
@@ -49,7 +49,7 @@ def _write(report: Content, directory: Path) -> Result:
     (directory / _PAGE).write_text(page.page(report), encoding="utf-8")
     images = {chart.name: directory / f"{chart.name}.png" for chart in report.charts}
     for earlier in set(directory.glob("*.png")) - set(images.values()):
-        earlier.unlink()  # of a report on other figures
+        earlier.unlink()  # from a report with other charts
     for chart in report.charts:
         plots.png(chart, images[chart.name])
     for row in report.rows:
@@ -72,4 +72,4 @@ def _show(report: Content, path: Path) -> None:
     missing = [name for name in ORDER if name not in {row.model for row in report.rows}]
     if missing:
         say("compare", f"not evaluated: {', '.join(missing)} (evaluate.source=all evaluates every stage there is)")
-    say("compare", f"with plots and answers: {path}")
+    say("compare", f"report with plots and answers: {path}")

@@ -1,4 +1,4 @@
-"""doctor: what is in the data, what the run will need, whether it fits here, and what of it will hurt training."""
+"""doctor: reports what the data contain, what the run needs, whether it fits here, and what may harm training."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ _SETTINGS = ("data", "model.path", "model.revision", "sft", "qat", "export.targe
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Make <run_dir>/doctor, and show it with one conversation. Of the model only its tokenizer and sizes are used."""
+    """Write <run_dir>/doctor, and show it with one conversation. The model's weights are not needed."""
     tell = Languages(config.doctor.languages, "doctor.languages")
     model = source.without_weights(config)
     how = rendering_of(config, load_tokenizer(model))
@@ -44,7 +44,7 @@ def run(config: PipelineConfig) -> Artifact:
         is_report=True,
     )
     if is_main_process():
-        # What is free changes from one minute to the next, so it is looked at even when the report is up to date.
+        # Free memory and disk space change all the time, so they are measured even if the report is up to date.
         facts = Facts(artifact.details["data"], artifact.details["needs"], machine.figures(config), config)
         display.conversation(config.doctor.row, rows.conversations[config.doctor.row - 1], how)
         display.report(facts, findings.findings(facts))
@@ -86,7 +86,7 @@ def _raise_if_no_such_row(config: PipelineConfig, rows: Rows) -> None:
 
 
 def _fingerprint(model: Path) -> str:
-    """Of what goes into the report: the sizes in config.json, the tokenizer, the chat template."""
+    """Of the model's files that the report depends on: config.json, tokenizer, chat template."""
     digest = xxhash.xxh3_128()
     for name in ("config.json", *(name for name in side_files(model) if name.endswith((".json", ".jinja")))):
         digest.update(f"{name}\0".encode() + (model / name).read_bytes())

@@ -1,4 +1,4 @@
-"""evaluate: figures and answers of a model of the run, of a directory, of a server, or of every stage, side by side."""
+"""evaluate: measures models of the run, of a directory or of a server, and keeps their figures and answers."""
 
 import json
 from collections.abc import Sequence
@@ -30,11 +30,11 @@ _ALL = "all"
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Add the figures of `evaluate.source` and `evaluate.endpoint` to <run_dir>/evaluate, next to those from before."""
+    """Add the figures of `evaluate.source` and `evaluate.endpoint` to <run_dir>/evaluate, and keep earlier figures."""
     asked_for = _asked_for(config)
     task = measure.prepare(config)
     before: list[ModelRef | Served] = [*_measured_before(config), *_served_before(task)]
-    # Servers first: what is wrong there shows before hours are spent here.
+    # Servers come first, so that their errors show before local models take hours.
     everything = sorted([*before, *asked_for], key=lambda subject: isinstance(subject, ModelRef))
     subjects = list({subject.name: subject for subject in everything}.values())
     refs = [subject for subject in subjects if isinstance(subject, ModelRef)]
@@ -52,7 +52,7 @@ def run(config: PipelineConfig) -> Artifact:
 
 
 def _asked(task: Task) -> dict[str, str]:
-    """What models are asked, and who judges the answers."""
+    """Fingerprints of the prompts that models answer, and of the judge of the answers."""
     found = {_PROMPTS: prompts.fingerprint(task.questions)} if task.questions else {}
     return found | ({judge.KEY: task.judge.fingerprint} if task.judge else {})
 
@@ -76,7 +76,7 @@ def _refs(config: PipelineConfig) -> list[ModelRef]:
 
 
 def _measured_before(config: PipelineConfig) -> list[ModelRef]:
-    """Stages of this run that an earlier report has; each is measured again only if it changed."""
+    """Stages of this run in the earlier report that are not stale. Only changed stages are measured again."""
     names = artifacts.report_parents(config, Stage.evaluate)
     there = [
         artifacts.load(artifacts.stage_dir(config, stage.name))
@@ -87,7 +87,7 @@ def _measured_before(config: PipelineConfig) -> list[ModelRef]:
 
 
 def _served_before(task: Task) -> list[Served]:
-    """Models on servers that an earlier report has. They may be gone, so they stay only while nothing has changed."""
+    """Served models in the earlier report. A server may be gone, so its figures stay only while no input changes."""
     config, kept = task.config, []
     directory = artifacts.stage_dir(config, Stage.evaluate.name)
     for name in artifacts.report_parents(config, Stage.evaluate):
@@ -101,13 +101,14 @@ def _served_before(task: Task) -> list[Served]:
         else:
             say(
                 "evaluate",
-                f"{name}: left out, since it was asked otherwise; evaluate.endpoint.url={served.url} asks anew",
+                f"{name}: skipped, because its answers used other settings. To ask again, set"
+                f" evaluate.endpoint.url={served.url}",
             )
     return kept
 
 
 def _inputs(task: Task, subject: ModelRef | Served, reference: ModelRef | None) -> dict[str, Any]:
-    """All that a model's figures depend on."""
+    """Everything that a model's figures depend on."""
     return {
         "settings": artifacts.chosen(task.config, _SETTINGS),
         "data": task.rows.fingerprint,
@@ -134,7 +135,7 @@ def _evaluate(task: Task, subjects: Sequence[ModelRef | Served], reference: Mode
 
 
 def _reference(config: PipelineConfig, refs: list[ModelRef]) -> ModelRef | None:
-    """The model that weights and predictions are held against, if there is any but on servers."""
+    """The model that weights and predictions are compared with, or None if all models are on servers."""
     for stage in (Stage.sft, Stage.upcast):
         if is_complete(config, stage):
             return references.stage_ref(config, stage)
@@ -142,7 +143,7 @@ def _reference(config: PipelineConfig, refs: list[ModelRef]) -> ModelRef | None:
 
 
 def _kept(path: Path, inputs: dict) -> dict[str, float] | None:
-    """Figures measured before of the same model, data and settings."""
+    """Earlier figures of the same model, data and settings, or None."""
     if not path.is_file():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))

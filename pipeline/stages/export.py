@@ -1,4 +1,4 @@
-"""export: any model of the run, or a directory, as a checkpoint for serving, with an account of what reached 4 bits."""
+"""export: writes a model as a checkpoint for serving, and reports how much of the training reached the 4 bits."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ _HARDLY_ANY = 0.05
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Make <run_dir>/export: names, shapes, types and configuration as the source checkpoint has them."""
+    """Write <run_dir>/export in the layout of `export.target`."""
     ref = references.find(config, config.export.source, MODEL_STAGES, "export.source")
     block_format = references.configured_format(config)
     if not config.export.requantize:
@@ -46,7 +46,7 @@ def run(config: PipelineConfig) -> Artifact:
 
 
 def _account(written: Written, directory: Path) -> dict[str, Any]:
-    """Log the figures of each layer and of the whole; what artifact.json keeps."""
+    """Log the figures of each layer and of the whole model. Returns the details for artifact.json."""
     notes = written.notes
     experts = [note for note in notes if "sums" in note]
     for layer in sorted({note["layer"] for note in experts}):
@@ -95,9 +95,9 @@ def _raise_if_trained_otherwise(ref: ModelRef, block_format: BlockFormat) -> Non
     if trained is not None and trained != block_format:
         raise UserError(
             f"export.source={ref.name} was trained for format={trained.name} with scale_rule={trained.scale_rule}, but"
-            f" format={block_format.name} with format.scale_rule={block_format.scale_rule} is asked for: other weights"
-            f" than the trained ones. Use format={trained.name} format.scale_rule={trained.scale_rule}, or"
-            " export.requantize=true to round them anew, which says what it loses."
+            f" format={block_format.name} with format.scale_rule={block_format.scale_rule} is set, which gives other"
+            f" weights than the trained ones. Use format={trained.name} format.scale_rule={trained.scale_rule}, or"
+            " export.requantize=true to round them again and to see the loss."
         )
 
 
@@ -107,7 +107,7 @@ def _tell_of_requantizing(ref: ModelRef, block_format: BlockFormat, details: dic
         warn(
             "export",
             f"export.requantize=true: {share:.2%} of the experts' weights are not those that {ref.name} was trained"
-            " with. Measure what that costs before it is served: stage=evaluate of the same export with"
+            " with. Measure the loss before you serve it: run stage=evaluate on the same export with"
             " export.target=bf16.",
         )
 

@@ -1,4 +1,4 @@
-"""publish: the proven export with a model card, ready for the Hub; and, where that is asked for, its upload."""
+"""publish: puts the proven export and its model card into one directory, and uploads it to the Hub if asked to."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from pipeline.runs.console import say, warn
 from pipeline.runs.processes import is_main_process
 
 MODEL = "model"
-"""The directory to upload, in the stage's: without the records, which tell of this machine."""
+"""Directory to upload, inside the stage's. The stage's records stay outside: they contain paths of this machine."""
 
 _SETTINGS = ("export.push_to_hub", "export.card", "recipe", "model.path", "model.revision")
 _ALSO_TOLD = (Stage.doctor, Stage.compare)
@@ -25,12 +25,13 @@ def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/publish, and upload its model/.
 
     Raises:
-        UserError: the export is unfinished, not proven or has changed since, or the base model has; the upload fails.
+        UserError: the export is unfinished or not proven, the export or the base model has changed since, or the
+            upload fails.
     """
     export = artifacts.require(config, Stage.export)
     proof = proofs.proof_of(config, export)
     if proof is None:
-        raise UserError(f"{proofs.missing_proof(config, export)}. Nothing else is published.")
+        raise UserError(f"{proofs.missing_proof(config, export)}. Only proven exports are published.")
     hub.check(config.export)
     base = _base(config, export)
     parents = {"export": export.fingerprint, "verify": proof.fingerprint}
@@ -67,14 +68,14 @@ def _publish(config: PipelineConfig, export: Artifact, proof: Artifact, base: So
     added = [name for name in side_files(base.directory) if name.startswith(_LEGAL) and not (directory / name).exists()]
     for name in added:
         link_or_copy(base.directory / name, directory / name)
-    (directory / card.FILE).unlink(missing_ok=True)  # a link: written to, it would change the export's
+    (directory / card.FILE).unlink(missing_ok=True)  # writing to a link would change the export's file
     (directory / card.FILE).write_text(card.text(config, export, proof, base, added), encoding="utf-8")
     _tell_of_gaps(config, base)
     return Result(Kind.report, export.format, details={"files": len(list(directory.iterdir()))})
 
 
 def _link(export: Artifact, directory: Path) -> None:
-    """The export's files in another directory, and the proof that they are those that were verified."""
+    """Link the export's files into another directory, and check that they are the verified ones."""
     directory.mkdir(exist_ok=True)
     for path in directory.iterdir():
         path.unlink()

@@ -1,4 +1,4 @@
-"""qat: the quantized model trained on at a low learning rate, the forward pass rounding the experts as export will."""
+"""qat: trains the quantized model at a low learning rate. The forward pass rounds the experts as export will."""
 
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ _SETTINGS = ("data", "format", "qat")
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Make <run_dir>/qat: the trained model, its quantizers in place."""
+    """Make <run_dir>/qat: the trained model with its quantizers."""
     start = artifacts.require(config, Stage.quantize)
     sharding.raise_if_impossible(config.sharding)
     _raise_if_quantized_otherwise(references.of_artifact(start), references.configured_format(config))
-    _warn_of_what_sft_was(config, start)
+    _warn_about_sft(config, start)
     rows = load_rows(config)
     return artifacts.build(
         config,
@@ -44,27 +44,27 @@ def _raise_if_quantized_otherwise(start: ModelRef, wanted: BlockFormat) -> None:
     if have is not None and have != wanted:
         raise UserError(
             f"{start.directory} was made for format={have.name} with format.scale_rule={have.scale_rule}, but"
-            f" format={wanted.name} with format.scale_rule={wanted.scale_rule} is asked for. Run stage=quantize again"
+            f" format={wanted.name} with format.scale_rule={wanted.scale_rule} is set. Run stage=quantize again"
             f" with overwrite=true, or use format={have.name} format.scale_rule={have.scale_rule}."
         )
 
 
-def _warn_of_what_sft_was(config: PipelineConfig, start: Artifact) -> None:
+def _warn_about_sft(config: PipelineConfig, start: Artifact) -> None:
     if Stage.sft.name not in start.parents:
         warn(
             "qat",
             f"{start.directory} was made with quantize.source=upcast, so nothing has been fine-tuned yet. Published"
-            " results have QAT after SFT, whose task it keeps through rounding, and never instead of it: at QAT's low"
-            " rate a task is hardly learnt.",
+            " results have QAT after SFT, never instead of it: QAT preserves a task through rounding, but at its low"
+            " learning rate the model hardly learns a new one.",
         )
         return
     sft = artifacts.require(config, Stage.sft).settings["sft.learning_rate"]
-    same_method = config.qat.method is config.sft.method  # adapters learn at ten times the rate of full weights
+    same_method = config.qat.method is config.sft.method  # adapters use about ten times the learning rate
     if same_method and config.qat.learning_rate > sft:
         warn(
             "qat",
-            f"qat.learning_rate={config.qat.learning_rate} is above the {sft} that sft was trained at: QAT settles the"
-            " weights on the grid, and a high rate undoes what was learnt. 1e-5 to 5e-6 is usual.",
+            f"qat.learning_rate={config.qat.learning_rate} is above the {sft} that sft was trained at. QAT settles the"
+            " weights on the grid, and a high rate undoes the fine-tuning. Usual rates are 5e-6 to 1e-5.",
         )
 
 
@@ -79,7 +79,7 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
     tokenizer = load_tokenizer(start.base)
     splits = prepare_examples(config, rows, tokenizer)
     model = loading.load_to_train(start, config.qat)
-    drift = Drift(model, block_format)  # before frozen experts are rounded in place
+    drift = Drift(model, block_format)  # made before frozen experts are rounded in place
     rounded = fake_quantizers.keep_rounded(model, rounded_weights.budget_bytes(config))
     looks = samples.callback(config, rows, tokenizer, directory, "qat")
     inputs = trainer.Inputs(model, tokenizer, splits, drift, rounded, _teacher(config), looks)
@@ -94,7 +94,7 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
 
 
 def _teacher(config: PipelineConfig) -> Any:
-    """The SFT model, if it is to be learnt from."""
+    """The SFT model as a teacher, or None without distillation."""
     from pipeline.models import packing_masks
     from pipeline.training.distillation import Teacher
 

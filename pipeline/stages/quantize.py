@@ -1,7 +1,7 @@
-"""quantize: fake quantizers on the experts of the fine-tuned model: the PTQ baseline, and where QAT starts.
+"""quantize: adds fake quantizers to the experts of the fine-tuned model. It is the PTQ baseline and the start of QAT.
 
-Quantizers go on last: a quantizer under an adapter that is attached later never runs. So the model first takes the form
-that QAT will train: adapters merged for full training, fresh adapters attached for LoRA on a full checkpoint.
+Quantizers are added last, because a quantizer under an adapter that is attached later never runs. The model therefore
+first takes the form that QAT trains: full training merges adapters, and LoRA attaches new ones to a full checkpoint.
 """
 
 import os
@@ -29,7 +29,7 @@ _SETTINGS = ("data", "format", "quantize", "qat.method", "qat.lora", "qat.precis
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Make <run_dir>/quantize: the fine-tuned model with fake quantizers, proven to run."""
+    """Make <run_dir>/quantize: the fine-tuned model with fake quantizers. Checks that each of them runs."""
     block_format = references.configured_format(config)
     from_sft = config.quantize.source is QuantizeSource.sft
     start = artifacts.require(config, Stage.sft) if from_sft else references.require_upcast(config)
@@ -72,7 +72,7 @@ def _quantize(config: PipelineConfig, block_format: BlockFormat, ref: ModelRef, 
 
 
 def _take_form(config: PipelineConfig, ref: ModelRef, directory: Path) -> tuple[Kind, ModelRef, dict[str, Any]]:
-    """The model in the form that QAT trains, and where its weights are."""
+    """Bring the model into the form that QAT trains. Returns its kind, the model, and where its weights are."""
     where: dict[str, Any] = {"dtype": dtype_name(ref.dtype)}
     if ref.adapter and config.qat.method is Method.full:
         say("quantize", "qat trains every weight: merging SFT's adapters")

@@ -1,4 +1,4 @@
-"""sft: supervised fine-tuning of the upcast checkpoint, in full or with adapters."""
+"""sft: fine-tunes the upcast checkpoint with supervision, in full or with adapters."""
 
 from pathlib import Path
 

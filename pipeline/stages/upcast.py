@@ -1,4 +1,4 @@
-"""upcast: the source's MXFP4 experts decoded to BF16, exact to the bit, shard by shard; a BF16 source is linked."""
+"""upcast: decodes the source's MXFP4 experts to BF16, bit-exactly and shard by shard. A BF16 source is linked."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ _SETTINGS = ("model.path", "model.revision", "model.tiny", "upcast")
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Make <run_dir>/upcast: a checkpoint that transformers can train."""
+    """Make <run_dir>/upcast: a BF16 checkpoint that transformers can train."""
     base = source.locate(config)
     load_tokenizer(base.directory)
     return artifacts.build(

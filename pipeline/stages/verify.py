@@ -1,4 +1,4 @@
-"""verify: prove that an export is right; the report says how far apart anything is, and a wrong export exits with 1."""
+"""verify: proves that an export is right. The report lists every difference, and a wrong export exits with 1."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,11 +33,15 @@ if TYPE_CHECKING:
 
 _SETTINGS = ("verify",)
 _REPORT = "report.json"
-_MOST_POSITIONS = 512  # of each sample: the logits of 8 samples of the released vocabulary are 3.3 GB
+_MOST_POSITIONS = 512  # per sample: the logits of 8 samples with the released vocabulary take 3.3 GB
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Make <run_dir>/verify. Raises CheckFailed, and leaves the report but no artifact, if something is off."""
+    """Make <run_dir>/verify.
+
+    Raises:
+        CheckFailed: a check found a problem. The report is written, but no artifact.
+    """
     subject = _subject(config)
     parents = {"checkpoint": subject.fingerprint, "reference": subject.reference.fingerprint}
     if subject.ref is not None:
@@ -54,16 +58,16 @@ def run(config: PipelineConfig) -> Artifact:
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is to be proven right, and what is at hand to prove it with.
+    """The checkpoint to check, and the models to check it against.
 
     Attributes:
         directory: of the checkpoint.
-        fingerprint, sizes: of its files as they are now.
-        target: its layout, a row of EXPORTERS.
+        fingerprint, sizes: of its present files.
+        target: its layout, a name in EXPORTERS.
         reference: the base model.
-        export: what the export stage recorded, or None.
+        export: the artifact of the export stage, or None.
         ref: the model that the export was made from, or None.
-        unknown: why there is no `ref`.
+        unknown: the reason why there is no `ref`.
     """
 
     directory: Path
@@ -120,7 +124,7 @@ def _verify(config: PipelineConfig, subject: _Subject, into: Path) -> Result:
 
 
 def _checks(config: PipelineConfig, subject: _Subject) -> list["Check"]:
-    """All that can be checked: weights where they can be read, logits where the configuration is right."""
+    """Run every possible check: of weights if they can be read, of logits if the configuration is right."""
     from pipeline import verify
 
     directory, base, export = subject.directory, subject.reference.directory, subject.export
@@ -140,7 +144,7 @@ def _weight_checks(config: PipelineConfig, subject: _Subject, are_configured: bo
 
     export = subject.export
     if export is None or subject.ref is None:
-        skipped = f"{subject.unknown}. Against the base model gross errors show, single wrong values do not"
+        skipped = f"{subject.unknown}. Comparing with the base model finds gross errors, but not single wrong values"
         return [verify.Check("weights and logits against the trained model", skipped=skipped)]
     trained = _trained_model(config, export, subject.ref)
     view = verify.viewed(subject.directory, subject.target, subject.reference.directory)
@@ -155,7 +159,7 @@ def _weight_checks(config: PipelineConfig, subject: _Subject, are_configured: bo
 
 
 def _engine_checks(config: PipelineConfig, subject: _Subject) -> list["Check"]:
-    """In each engine that is asked for."""
+    """Check the export in each engine of verify.engines."""
     from pipeline.verify import Check, engines
 
     asked = [each.name for each in config.verify.engines]
@@ -172,7 +176,7 @@ def _engine_checks(config: PipelineConfig, subject: _Subject) -> list["Check"]:
 
 
 def _values(subject: _Subject) -> Callable[[str], torch.Tensor]:
-    """What engines should compute with: what training used, or what the export holds as others decode it."""
+    """The weights that engines should compute with: those of training, or else the decoded weights of the export."""
     from pipeline.verify import engines, viewed
 
     if subject.export is None or subject.ref is None:
@@ -201,10 +205,10 @@ def _format_of(export: Artifact) -> BlockFormat:
 
 
 def _checkpoint(config: PipelineConfig) -> Path:
-    """The directory to be checked.
+    """The directory to check.
 
     Raises:
-        UserError: it is not there, unfinished, or nothing that could be an export of gpt-oss.
+        UserError: it is missing, unfinished, or cannot be an export of gpt-oss.
     """
     if config.verify.checkpoint is None:
         return artifacts.require(config, Stage.export, check_files=False).directory
@@ -215,7 +219,7 @@ def _checkpoint(config: PipelineConfig) -> Path:
     if (directory / artifacts.ARTIFACT_FILE).is_file():
         return directory
     if (directory / artifacts.UNFINISHED_FILE).is_file():
-        raise UserError(f"{given}: unfinished. Run the command that was writing it again, to its end, then verify.")
+        raise UserError(f"{given}: unfinished. Run the command that was writing it again, then verify.")
     if (directory / ADAPTER_CONFIG).is_file() and not (directory / CONFIG).is_file():
         raise UserError(f"{given}: holds adapters, not a whole model. Verify its export: {_export_command(directory)}")
     if not any(each for kind in ("*.safetensors", "*.gguf") for each in directory.glob(kind)):
@@ -230,7 +234,7 @@ def _export_command(model: Path) -> str:
 
 
 def _model_type(directory: Path) -> Any:
-    """What config.json says; None where it says nothing or, which the proof reports, cannot be read."""
+    """`model_type` of config.json; None if it is missing. The proof reports a file that cannot be read."""
     try:
         return read_config(directory).get("model_type")
     except UserError:
@@ -245,10 +249,10 @@ def _reference(config: PipelineConfig) -> Source:
 
 
 def _export(directory: Path, reference: Source) -> Artifact:
-    """What the export stage recorded of a directory.
+    """The artifact that the export stage wrote into a directory.
 
     Raises:
-        UserError: another stage left it, or it was made from another base model.
+        UserError: another stage wrote it, or the export was made from another base model.
     """
     export = artifacts.load(directory, check_files=False)
     if export.stage != Stage.export.name:
@@ -265,7 +269,7 @@ def _export(directory: Path, reference: Source) -> Artifact:
 
 
 def _trained(config: PipelineConfig, export: Artifact) -> tuple[ModelRef | None, str]:
-    """The model that the export was made from, or why it is not known."""
+    """The model that the export was made from, or None and the reason why it is unknown."""
     directory = export.directory
     origins = (directory.parent / export.details["exported_from"], Path(export.details["exported_directory"]))
     there = [references.find(config, str(origin), (), "exported_directory") for origin in origins if origin.is_dir()]
@@ -278,7 +282,7 @@ def _trained(config: PipelineConfig, export: Artifact) -> tuple[ModelRef | None,
             f"{directory} was made from an earlier {there[0].name} ({there[0].directory} has changed since)."
             f" Export again: {again}"
         )
-    return None, f"the model that it was made from, {origins[-1]}, is not there any more"
+    return None, f"the model that it was made from, {origins[-1]}, no longer exists"
 
 
 def _record(check: "Check") -> dict[str, Any]:

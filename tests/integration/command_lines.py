@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.runs.processes import is_main_process, process_count
 from torch.distributed.tensor import DTensor
 
 from pipeline import __main__ as program
 from pipeline.models import loading, losses, saving, sharding
+from pipeline.runs.processes import is_main_process, process_count
 from pipeline.training import callbacks, trainer
 
 
@@ -90,6 +90,7 @@ def run(line: Line) -> dict[str, Any]:
 def main(file: Path) -> None:
     # Here no launcher ends a process that has reported its error: none has to wait until the main one has spoken.
     program._SECONDS_FOR_THE_MAIN_PROCESS = 0
+    saving.SHARD_BYTES = 300_000  # a tiny model is then saved in several shards
     for line in json.loads(file.read_text(encoding="utf-8")):
         outcome = run(Line(**line))
         if is_main_process():

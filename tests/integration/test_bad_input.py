@@ -187,13 +187,13 @@ def test_validation_split_that_leaves_nothing(capsys: pytest.CaptureFixture[str]
 
 
 def test_sequence_limit_that_cuts_every_supervised_token(capsys: pytest.CaptureFixture[str], upcast_run: Path) -> None:
-    assert "data.max_length=10 cuts away every supervised token" in sft_error(capsys, upcast_run, "data.max_length=10")
+    assert "data.max_length=10 cuts off every supervised token" in sft_error(capsys, upcast_run, "data.max_length=10")
 
 
 def test_mended_mistake_needs_no_overwrite(capsys: pytest.CaptureFixture[str], upcast_run: Path) -> None:
     sft_error(capsys, upcast_run, "data.max_length=10")
     message = error_of(capsys, "stage=sft", "recipe=smoke", f"run_dir={upcast_run}", "data.max_length=11")
-    assert "data.max_length=11 cuts away" in message
+    assert "data.max_length=11 cuts off" in message
 
 
 def test_optimizer_whose_package_is_not_installed(

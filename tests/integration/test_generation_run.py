@@ -140,7 +140,7 @@ def test_a_server_that_has_gone_stays_among_the_results_until_something_changes(
     assert evaluated(run_dir, *QUICK, "evaluate.source=sft") == 0
     assert "endpoint" in results(run_dir)
     assert evaluated(run_dir, *QUICK, "evaluate.source=sft", "evaluate.generation.max_new_tokens=5") == 0
-    assert "endpoint: left out, since it was asked otherwise" in capsys.readouterr().out
+    assert "endpoint: skipped, because its answers used other settings" in capsys.readouterr().out
     assert "endpoint" not in results(run_dir)
 
 

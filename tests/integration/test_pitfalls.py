@@ -26,7 +26,7 @@ def test_qat_without_sft_is_possible_and_warned_of(tmp_path: Path, capsys: pytes
     settings = ("recipe=smoke", f"run_dir={tmp_path}", *SHORT, "quantize.source=upcast")
     assert run_program("stage=all", *settings) == 0
     said = capsys.readouterr()
-    assert "[sft] left out, since quantize.source=upcast" in said.out
+    assert "[sft] skipped, because quantize.source=upcast" in said.out
     assert "nothing has been fine-tuned yet. Published results have QAT after SFT" in said.err
     assert not (tmp_path / "sft").exists()
     assert artifacts.load(tmp_path / "quantize").parents.keys() == {"upcast"}

@@ -13,11 +13,11 @@ import command_lines
 import pytest
 from command_lines import Line
 from conftest import run_program
-from pipeline.runs.metrics import read_metrics
 from test_processes import TORCHRUN, launched, losses
 
 from pipeline.data.tables import DIRECTORY
 from pipeline.runs import artifacts
+from pipeline.runs.metrics import read_metrics
 
 ACCELERATE = ("accelerate.commands.launch", "--config_file=scripts/accelerate/processes.yaml", "--num_processes={}")
 STAGES = ("sft", "qat")
@@ -26,7 +26,6 @@ SETTINGS = (
     "data.max_samples=80",
     "sft.learning_rate=3e-3",
     "qat.learning_rate=5e-4",
-    "upcast.shard_bytes=300000",
     "verify.samples=2",
     *(f"{stage}.{key}=2" for stage in STAGES for key in ("eval_steps", "save_steps", "logging_steps")),
     *(f"{stage}.max_steps=6" for stage in STAGES),

@@ -418,7 +418,7 @@ def test_a_hub_id_that_cannot_be_had_is_a_mistake_of_the_user(
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     message = load_error("owner/name")
-    assert message.startswith("data.path='owner/name', data.split='train': no such file or folder, and the hub could")
+    assert message.startswith("data.path='owner/name', data.split='train': no such file or folder, and the hub cannot")
     assert str(error) in message
 
 
@@ -749,7 +749,7 @@ def test_what_is_longer_than_max_length_is_cut_counted_and_said(
         assert cut.counts[f"{name}_tokens"] == sum(len(example["input_ids"]) for example in kept)
         assert (
             f"[data] warning: {longer} of {len(expected)} {name} examples are longer than data.max_length=150 and were"
-            f" cut; {left_out} of them had no supervised token left and were left out\n"
+            f" truncated; {left_out} of them had no supervised token left and were dropped\n"
         ) in said
 
 
@@ -788,7 +788,7 @@ def test_supervised_tokens_are_counted(tokenizer: Any, tmp_path: Path) -> None:
 
 def test_a_max_length_that_cuts_everything_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     message = prepare_error(tokenizer, jsonl(tmp_path / "a.jsonl", ROWS), max_length=10)
-    assert message == "data.max_length=10 cuts away every supervised token of the train examples: raise it."
+    assert message == "data.max_length=10 cuts off every supervised token of the train examples. Raise it."
 
 
 # --- what only the template finds ------------------------------------------------------------------------------------

@@ -278,7 +278,7 @@ def test_what_a_filter_leaves_out_is_not_checked() -> None:
 
 def test_a_filter_that_keeps_nothing_is_a_mistake() -> None:
     message = load_error(data_config("false_reject", of_categories("a", "b"), filter={"category_text": ["z"]}))
-    assert message == "data.filter={'category_text': ['z']}: leaves none of the 2 rows."
+    assert message == "data.filter={'category_text': ['z']}: keeps none of the 2 rows."
 
 
 def test_a_filter_on_a_column_that_is_not_there_is_a_mistake() -> None:
