@@ -26,8 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline import config
 from pipeline.config import command_line, rules
 from pipeline.errors import CheckFailed, UserError, user_errors
-from pipeline.runs import artifacts
 from pipeline.runs.processes import is_main_process
+from pipeline.runs.run import Run
 
 _PACKAGE = Path(__file__).resolve().parent
 SWEEP_DIR = "sweep"
@@ -62,7 +62,7 @@ def run(composed: DictConfig) -> None:
         composed.recipe = chosen  # a recipe from --config-dir does not know its own name
     _keep_jobs_apart(composed)
     pipeline_config = rules.resolve(composed)
-    for stage in artifacts.needed(pipeline_config):
+    for stage in Run(pipeline_config).earlier_stages():
         _module(stage).run(replace(pipeline_config, stage=stage, overwrite=False))
     _module(pipeline_config.stage).run(pipeline_config)
 

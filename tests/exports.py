@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from pipeline.config import PipelineConfig, Stage
-from pipeline.runs import artifacts
 from pipeline.runs.artifacts import Artifact, Kind, Result
+from pipeline.runs.building import build
+from pipeline.runs.records import ExportRecord, VerifyRecord
+from pipeline.runs.run import Run
 
 SIZES = {
     "model_type": "gpt_oss",
@@ -34,28 +35,43 @@ def make_export(
     def work(directory: Path) -> Result:
         for name, text in files.items():
             (directory / name).write_text(text, encoding="utf-8")
-        details: dict[str, Any] = {"target": target, "exported_from": "qat", "exported_directory": "gone"}
-        details |= {
-            "moved_weights": moved,
-            "changed_codes": 0.0,
-            "survival": 0.0,
-            "saturated_blocks": 0.0,
-            "snr_db": None,
-        }
-        return Result(Kind.packed, "mxfp4", scale_rule="ceil", details=details)
+        return Result(Kind.packed, record_of(target, moved), format="mxfp4", scale_rule="ceil")
 
-    return artifacts.build(config, Stage.export, settings=(), parents=parents, work=work, is_report=True)
+    return build(Run(config), Stage.export, settings=(), parents=parents, work=work, is_report=True)
+
+
+def record_of(target: str, moved: float = 0.0) -> ExportRecord:
+    """The record of an export that changed nothing but `moved`, a share of the weights."""
+    return ExportRecord(
+        target=target,
+        exported_from="qat",
+        exported_directory="gone",
+        tensor_bytes=0,
+        expert_weights=0,
+        copied_tensors=0,
+        encoded_tensors=0,
+        copied_experts=0,
+        copied=[],
+        other_than_trained=0,
+        relative_squared_error=0.0,
+        snr_db=None,
+        moved_weights=moved,
+        changed_codes=0.0,
+        changed_scales=0.0,
+        survival=0.0,
+        saturated_blocks=0.0,
+    )
 
 
 def prove(config: PipelineConfig, export: Artifact) -> Artifact:
     """What verify leaves when it has passed."""
     parents = {"checkpoint": export.fingerprint, "reference": "s"}
-    details = {"checks": {"scales: no NaN": "ok"}, "not_checked": []}
-    return artifacts.build(
-        config,
+    record = VerifyRecord(checks={"scales: no NaN": "ok"}, not_checked=[])
+    return build(
+        Run(config),
         Stage.verify,
         settings=(),
         parents=parents,
-        work=lambda _: Result(Kind.report, details=details),
+        work=lambda _: Result(Kind.report, record),
         is_report=True,
     )

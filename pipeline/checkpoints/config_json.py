@@ -8,7 +8,7 @@ import torch
 
 from pipeline.checkpoints.dtypes import dtype_name
 from pipeline.errors import UserError
-from pipeline.runs.artifacts import write_json
+from pipeline.runs.json_files import write_json
 
 CONFIG = "config.json"
 

@@ -28,9 +28,10 @@ from pipeline.checkpoints.direct_io import StreamedFile
 from pipeline.checkpoints.dtypes import bytes_per_value, stored_name
 from pipeline.checkpoints.gpt_oss import TensorInfo
 from pipeline.errors import UserError
-from pipeline.runs.artifacts import SHARDS_FILE, write_json
+from pipeline.runs.artifacts import SHARDS_FILE
 from pipeline.runs.console import progress
 from pipeline.runs.disk import raise_if_disk_too_small
+from pipeline.runs.json_files import write_json
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000

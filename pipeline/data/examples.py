@@ -3,20 +3,23 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 from datasets import Dataset, Features, List, Value
 
-from pipeline.config import DataConfig, PipelineConfig, Supervise
+from pipeline.config import DataConfig, Supervise
 from pipeline.data import harmony, sampling, tables
 from pipeline.data.harmony import ConversationError, Rendering, Turn
 from pipeline.data.rows import CODE, Conversations, Rows, _truncated, column_of
 from pipeline.data.sampling import Numbers
 from pipeline.data.sources import digest_of_files
+from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import Problems, UserError, joined
 from pipeline.runs.console import progress, say, warn
+from pipeline.runs.run import Run
 
 _EXAMPLES = Features(
     {
@@ -49,13 +52,13 @@ class Splits:
     validation_rows: Numbers
 
 
-def prepare_examples(config: PipelineConfig, rows: Rows, tokenizer: Any) -> Splits:
+def prepare_examples(run: Run, data: DataConfig, rows: Rows, tokenizer: Tokenizer) -> Splits:
     """Choose rows, split them, render them and tokenize them.
 
     Raises:
         UserError: no example is left to train on or to validate on, or the chat template refuses a row.
     """
-    data, how = config.data, rendering_of(config, tokenizer)
+    rendering = rendering_of(data, tokenizer)
     counts, chosen = _choose(data, rows)
     numbers_of = dict(zip(("train", "validation"), _split(data, rows, chosen), strict=True))
     counts |= {f"{name}_rows": len(numbers) for name, numbers in numbers_of.items()}
@@ -63,7 +66,7 @@ def prepare_examples(config: PipelineConfig, rows: Rows, tokenizer: Any) -> Spli
     errors: list[UserError] = []
     for name, numbers in numbers_of.items():
         try:
-            tokenized[name] = _tokenized(config, name, rows, numbers, how)
+            tokenized[name] = _tokenized(run, name, rows, numbers, rendering, data.max_length)
         except UserError as error:
             errors.append(error)
     if errors:
@@ -75,9 +78,8 @@ def prepare_examples(config: PipelineConfig, rows: Rows, tokenizer: Any) -> Spli
     )
 
 
-def rendering_of(config: PipelineConfig, tokenizer: Any) -> Rendering:
+def rendering_of(data: DataConfig, tokenizer: Tokenizer) -> Rendering:
     """The settings of `data` that decide how conversations are rendered."""
-    data = config.data
     return Rendering(
         tokenizer,
         data.reasoning_effort.name,
@@ -88,14 +90,14 @@ def rendering_of(config: PipelineConfig, tokenizer: Any) -> Rendering:
     )
 
 
-def split_rows(config: PipelineConfig, rows: Rows) -> tuple[Conversations, Conversations]:
+def split_rows(data: DataConfig, rows: Rows) -> tuple[Conversations, Conversations]:
     """The conversations to train on, and the conversations to validate on. data.max_samples limits their sum.
 
     Raises:
         UserError: no conversation is left to train on or to validate on.
     """
-    _, chosen = _choose(config.data, rows)
-    train, validation = (rows.conversations.select(part) for part in _split(config.data, rows, chosen))
+    _, chosen = _choose(data, rows)
+    train, validation = (rows.conversations.select(part) for part in _split(data, rows, chosen))
     return train, validation
 
 
@@ -130,13 +132,13 @@ def _split(data: DataConfig, rows: Rows, chosen: Numbers) -> tuple[Numbers, Numb
     return chosen[train], chosen[validation]
 
 
-def _tokenized(config: PipelineConfig, name: str, rows: Rows, numbers: Numbers, rendering: Rendering) -> Dataset:
+def _tokenized(run: Run, name: str, rows: Rows, numbers: Numbers, rendering: Rendering, max_length: int) -> Dataset:
     """The table of all examples of these rows, including examples without a supervised token."""
     chosen = xxhash.xxh3_128_hexdigest(numbers.tobytes())
     settings = replace(rendering, tokenizer=_fingerprint(rendering.tokenizer))
-    key = ("examples", rows.fingerprint, chosen, settings, config.data.max_length, digest_of_files(CODE))
+    key = ("examples", rows.fingerprint, chosen, settings, max_length, digest_of_files([*CODE, Path(__file__)]))
     return tables.table(
-        config, key, _EXAMPLES, lambda: _examples(name, rows.conversations, numbers, rendering, config.data.max_length)
+        run, key, _EXAMPLES, lambda: _examples(name, rows.conversations, numbers, rendering, max_length)
     )
 
 

@@ -15,7 +15,7 @@ import xxhash
 from datasets import Dataset, Features, Value, concatenate_datasets
 from numpy.typing import NDArray
 
-from pipeline.config import PipelineConfig
+from pipeline.config import DataConfig
 from pipeline.data import columns, harmony, tables
 from pipeline.data import sources as sources_module
 from pipeline.data.columns import Columns
@@ -24,6 +24,7 @@ from pipeline.data.sampling import Numbers
 from pipeline.data.sources import Opened, Source, Unreadable, data_sources, digest_of_files, open_rows
 from pipeline.errors import Problems, UserError, joined, user_errors
 from pipeline.runs.console import progress, say
+from pipeline.runs.run import Run
 
 _ROWS = Features(
     {
@@ -81,17 +82,17 @@ class Rows:
     fingerprint: str
 
 
-def load_rows(config: PipelineConfig) -> Rows:
+def load_rows(run: Run, data: DataConfig) -> Rows:
     """Read and check the data set that `data.path` names, or those of `data.blend`.
 
     Raises:
         UserError: a data set does not exist, is empty, or has bad rows. All parts are reported together, and each bad
             row is named with its file and row.
     """
-    return read_rows(config, data_sources(config.data))
+    return read_rows(run, data_sources(data))
 
 
-def read_rows(config: PipelineConfig, sources: list[Source]) -> Rows:
+def read_rows(run: Run, sources: list[Source]) -> Rows:
     """Read and check data sets.
 
     Raises:
@@ -101,7 +102,7 @@ def read_rows(config: PipelineConfig, sources: list[Source]) -> Rows:
     errors: list[UserError] = []
     for source in sources:
         try:
-            found.append(_checked(config, source))
+            found.append(_checked_table(run, source))
         except UserError as error:
             errors.append(error)
     if errors:
@@ -114,7 +115,7 @@ def read_rows(config: PipelineConfig, sources: list[Source]) -> Rows:
     return Rows(Conversations(concatenate_datasets(kept)), identities, parts, fingerprint)
 
 
-def _checked(config: PipelineConfig, source: Source) -> Dataset:
+def _checked_table(run: Run, source: Source) -> Dataset:
     """The table of a data set's rows. All of them are valid."""
     opened = open_rows(source)
     data = source.data
@@ -122,7 +123,7 @@ def _checked(config: PipelineConfig, source: Source) -> Dataset:
     defaults = (source.reasoning_effort, source.reasoning_language)
     use = (source.expected, source.needs_answers)
     key = ("rows", opened.identity, settings, defaults, use, digest_of_files(CODE))
-    return tables.table(config, key, _ROWS, lambda: _check(source, opened))
+    return tables.table(run, key, _ROWS, lambda: _check(source, opened))
 
 
 def _check(source: Source, opened: Opened) -> Iterator[dict[str, Any]]:

@@ -113,9 +113,9 @@ def _needs_lines(facts: Facts) -> Iterable[tuple[str, str]]:
 
 
 def _shared(facts: Facts, stage: str) -> str:
-    if not ENGINES[facts.config.sharding].splits:
+    if not ENGINES[facts.plan.sharding].splits:
         return ""
-    how = f"sharding={facts.config.sharding.name} on {facts.machine['processes']} processes"
+    how = f"sharding={facts.plan.sharding.name} on {facts.machine['processes']} processes"
     return f"; with {how} {gigabytes(device_needed(facts, stage))}"
 
 

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import Method, PipelineConfig, Sharding, Stage, TrainConfig
+from pipeline.config import Method, Sharding, Stage
+from pipeline.doctor.needs import Plan
 from pipeline.models.sharding import ENGINES
-from pipeline.runs.artifacts import is_complete
+from pipeline.runs.run import Run
 
 _FEW_ROWS = 20
 _MOST_HELD_OUT = 0.5
@@ -17,12 +18,13 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Facts:
-    """What a check may look at: the figures of the data, the needs of the run, what is free, and the settings."""
+    """What a check may look at: figures of the data, needs of the run, free resources, the settings, and the run."""
 
     data: Figures
     needs: Figures
     machine: Figures
-    config: PipelineConfig
+    plan: Plan
+    run: Run
 
 
 def findings(facts: Facts) -> list[str]:
@@ -37,7 +39,7 @@ def gigabytes(size: float) -> str:
 
 def disk_needed(facts: Facts) -> int:
     """Bytes that the stages not yet made will take at most, the checkpoints of one training stage among them."""
-    todo = [name for name in facts.needs["disk_bytes"] if not is_complete(facts.config, Stage[name])]
+    todo = [name for name in facts.needs["disk_bytes"] if not facts.run.is_complete(Stage[name])]
     resumable = [size for name, size in facts.needs["checkpoint_bytes"].items() if name in todo]
     return sum(facts.needs["disk_bytes"][name] for name in todo) + max(resumable, default=0)
 
@@ -45,7 +47,7 @@ def disk_needed(facts: Facts) -> int:
 def device_needed(facts: Facts, stage: str) -> int:
     """Bytes on each device while a stage trains; what `sharding` splits, processes share."""
     needed = facts.needs["device_bytes"][stage]
-    split = sum(needed[part] for part in ENGINES[facts.config.sharding].splits)
+    split = sum(needed[part] for part in ENGINES[facts.plan.sharding].splits)
     return needed["total"] - split + split // facts.machine["processes"]
 
 
@@ -84,7 +86,7 @@ def _disk_too_small(facts: Facts) -> list[str]:
     if needed <= free:
         return []
     return [
-        f"run_dir={facts.config.run_dir}: the stages to come take up to {gigabytes(needed)} of disk, of which"
+        f"run_dir={facts.run.config.run_dir}: the stages to come take up to {gigabytes(needed)} of disk, of which"
         f" {gigabytes(free)} are free: set run_dir to a larger disk, or lower sft.save_total_limit and"
         " qat.save_total_limit."
     ]
@@ -130,7 +132,7 @@ def _nothing_to_learn(facts: Facts) -> list[str]:
     if not found["examples"]:
         return []
     return [
-        f"examples left out, since data.max_length={facts.config.data.max_length} cuts away all their supervised"
+        f"examples left out, since data.max_length={facts.plan.data.max_length} cuts away all their supervised"
         f" tokens: {found['examples']}; {_and_more(found['first'], found['examples'])}. {_longer(facts)}"
     ]
 
@@ -168,21 +170,21 @@ def _copies(facts: Facts) -> list[str]:
 
 
 def _few_to_validate(facts: Facts) -> list[str]:
-    rows, config = facts.data["rows"], facts.config.data
+    rows, data = facts.data["rows"], facts.plan.data
     if rows["validation"] >= _FEW_ROWS:
         return []
     chosen = rows["train"] + rows["validation"]
     fraction = math.ceil(100 * _FEW_ROWS / chosen) / 100
     remedy = f"Set data.validation_fraction={fraction}" if fraction <= _MOST_HELD_OUT else "Use more rows"
     return [
-        f"rows held out by data.validation_fraction={config.validation_fraction}: {rows['validation']}, so that"
+        f"rows held out by data.validation_fraction={data.validation_fraction}: {rows['validation']}, so that"
         f" validation loss is mostly noise. {remedy}."
     ]
 
 
 def _less_memory(facts: Facts, stage: str) -> str:
     """The settings that take most of it away, as far as they are not set already."""
-    train: TrainConfig = getattr(facts.config, stage)
+    train = facts.plan.trainings[stage]
     needed = facts.needs["device_bytes"][stage]
     found = [] if train.method is Method.lora else [f"train@{stage}=lora"]
     found += [] if train.gradient_checkpointing else [f"{stage}.gradient_checkpointing=true"]
@@ -190,7 +192,7 @@ def _less_memory(facts: Facts, stage: str) -> str:
     found += [f"{stage}.rounded_cache_gib=0"] if needed["rounded"] else []
     if needed["activations"] > needed["total"] / 4:
         found.append(f"data.max_length={max(_ROUND, facts.needs['tokens'] // 2)}")
-    if facts.machine["gpus"] and facts.config.sharding is Sharding.none:
+    if facts.machine["gpus"] and facts.plan.sharding is Sharding.none:
         found.append("sharding=fsdp2 on several GPUs")
     return f"use {', '.join(found)}" if found else "it needs a larger machine"
 

@@ -13,7 +13,17 @@ from math import prod
 from typing import Any
 
 from pipeline.checkpoints.gpt_oss import Shape, TensorInfo, expert_projections, other_tensors, plain_tensors
-from pipeline.config import LoraTarget, Method, PipelineConfig, Precision, Stage, TrainConfig, adapted_layers
+from pipeline.config import (
+    DataConfig,
+    LoraTarget,
+    Method,
+    Precision,
+    QatConfig,
+    Sharding,
+    Stage,
+    TrainConfig,
+    adapted_layers,
+)
 from pipeline.config.targets import TARGETS
 from pipeline.models import rounded_weights
 
@@ -29,6 +39,28 @@ _STATE_BYTES = {
 """Bytes of each of Adam's two states of a weight; of optimizers not listed they are of the weight's own type."""
 _ADAPTER_WIDTH = 4  # PEFT keeps adapters in FP32
 _SCORE_COPIES = 4  # scores, with the sink, less their maximum, and their softmax
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings that a run's needs depend on.
+
+    Attributes:
+        model_path: of the source.
+        target: export target, a row of TARGETS.
+    """
+
+    model_path: str
+    data: DataConfig
+    sft: TrainConfig
+    qat: QatConfig
+    sharding: Sharding
+    target: str
+
+    @property
+    def trainings(self) -> dict[str, TrainConfig]:
+        """Name of each training stage -> its settings."""
+        return {Stage.sft.name: self.sft, Stage.qat.name: self.qat}
 
 
 @dataclass(frozen=True)
@@ -117,24 +149,24 @@ def _changing_experts(shape: Shape, train: TrainConfig) -> int:
     return sum(projection.values for projection in expert_projections(shape) if projection.layer in layers)
 
 
-def disk(config: PipelineConfig, shape: Shape, is_packed: bool) -> dict[str, int]:
+def disk(plan: Plan, shape: Shape, is_packed: bool) -> dict[str, int]:
     """Bytes that each stage leaves in its directory; hard links take none.
 
     Args:
-        config: which stages train what, and the export's target.
+        plan: which stages train what, and the export's target.
         shape: of the model.
         is_packed: whether the source is MXFP4; a BF16 one is linked.
     """
     plain = {dtype: _bytes(plain_tensors(shape, dtype)) for dtype in _WIDTH}
-    saved = {stage: _saved(shape, train) for stage, train in ((Stage.sft, config.sft), (Stage.qat, config.qat))}
-    merges = config.sft.method is Method.lora and config.qat.method is Method.full
-    begins = config.sft.method is Method.full and config.qat.method is Method.lora
+    saved = {stage: _saved(shape, train) for stage, train in ((Stage.sft, plan.sft), (Stage.qat, plan.qat))}
+    merges = plan.sft.method is Method.lora and plan.qat.method is Method.full
+    begins = plan.sft.method is Method.full and plan.qat.method is Method.lora
     return {
         "upcast": plain["BF16"] if is_packed else 0,
         "sft": saved[Stage.sft],
-        "quantize": plain[_WEIGHT_TYPE[config.sft.precision]] if merges else saved[Stage.qat] if begins else 0,
+        "quantize": plain[_WEIGHT_TYPE[plan.sft.precision]] if merges else saved[Stage.qat] if begins else 0,
         "qat": saved[Stage.qat],
-        "export": export_bytes(shape, config.export.target.name),
+        "export": export_bytes(shape, plan.target),
     }
 
 
@@ -157,26 +189,26 @@ def checkpoints(shape: Shape, train: TrainConfig) -> int:
     return (train.save_total_limit + 1) * (_saved(shape, train) + _states(train, trained, width))
 
 
-def figures(config: PipelineConfig, model: dict[str, Any], longest: int) -> dict[str, Any]:
+def figures(plan: Plan, model: dict[str, Any], longest: int) -> dict[str, Any]:
     """What this run needs.
 
     Args:
-        config: the resolved configuration.
+        plan: of the run.
         model: config.json of the source.
         longest: tokens of the longest example, already cut.
     """
-    shape = Shape.of(model, config.model.path)
-    trains = {"sft": config.sft, "qat": config.qat}
+    shape = Shape.of(model, plan.model_path)
+    trains = plan.trainings
     per_token = int(model["num_experts_per_tok"])
-    needed = {}
+    budget, needed = rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding), {}
     for name, train in trains.items():
-        batched, tokens = _as_batched(train, longest, config.data.max_length)
-        needed[name] = memory(shape, batched, tokens, per_token, name == "qat", rounded_weights.budget_bytes(config))
+        batched, tokens = _as_batched(train, longest, plan.data.max_length)
+        needed[name] = memory(shape, batched, tokens, per_token, name == "qat", budget)
     return {
         "parameters": parameters(shape),
         "trained_parameters": {name: trained_parameters(shape, train) for name, train in trains.items()},
         "device_bytes": {name: {**asdict(part), "total": part.total} for name, part in needed.items()},
-        "disk_bytes": disk(config, shape, "quantization_config" in model),
+        "disk_bytes": disk(plan, shape, "quantization_config" in model),
         "checkpoint_bytes": {name: checkpoints(shape, train) for name, train in trains.items()},
         "tokens": longest,
     }

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import PipelineConfig
 from pipeline.data.harmony import IGNORED, Conversation, ConversationError, Rendering, examples
 from pipeline.errors import Problems
 from pipeline.runs.console import progress
@@ -31,7 +30,7 @@ class Row:
     examples: list[Example]
 
 
-def examine(config: PipelineConfig, conversations: Iterable[Conversation], how: Rendering) -> list[Row]:
+def examine(conversations: Iterable[Conversation], how: Rendering, max_length: int) -> list[Row]:
     """Render and count the examples of conversations.
 
     Raises:
@@ -40,7 +39,7 @@ def examine(config: PipelineConfig, conversations: Iterable[Conversation], how: 
     rows, problems = [], Problems()
     for conversation in progress(conversations, what="examining", unit="row"):
         try:
-            counted = [_count(example, config.data.max_length) for example in examples(conversation, how)]
+            counted = [_count(example, max_length) for example in examples(conversation, how)]
         except ConversationError as error:
             problems.add(f"{conversation.where}: {error}.")
         else:

@@ -2,34 +2,36 @@
 
 from dataclasses import replace
 
-from pipeline.config import PipelineConfig
+from pipeline.config import DataConfig
 from pipeline.config.languages import code_of
 from pipeline.data.harmony import Conversation
 from pipeline.data.rows import Rows, read_rows
 from pipeline.data.sampling import Numbers
 from pipeline.data.sources import data_sources
 from pipeline.errors import UserError
+from pipeline.runs.run import Run
 
 _KEY = "evaluate.group_column"
 _MOST_GROUPS = 100
 _GROUP = "group"
 
 
-def of_examples(config: PipelineConfig, rows: Rows, numbers: Numbers) -> list[str]:
-    """The group of each example; "" for those whose row names no language, where no column is set.
+def group_examples(run: Run, data: DataConfig, column: str | None, *, rows: Rows, numbers: Numbers) -> list[str]:
+    """Return the group of each example; without a column, the language of its reasoning, or "" if it names none.
 
     Args:
-        config: the resolved configuration.
+        run: that keeps the tables of rows.
+        data: its settings.
+        column: `evaluate.group_column`.
         rows: of `data`.
         numbers: of the examples' conversations in `rows`.
 
     Raises:
-        UserError: rows have no such column, or there are so many values that they are no groups.
+        UserError: rows lack the column, or it has too many values for groups.
     """
-    column = config.evaluate.group_column
     if column is not None:  # the same rows, read with one more of their columns
-        sources = [replace(one, expected={_GROUP: column}, expected_key=_KEY) for one in data_sources(config.data)]
-        rows = read_rows(config, sources)
+        sources = [replace(one, expected={_GROUP: column}, expected_key=_KEY) for one in data_sources(data)]
+        rows = read_rows(run, sources)
     group_of = {number: _group(rows.conversations[number]) for number in sorted({*map(int, numbers)})}
     found = {*group_of.values()} - {""}
     if len(found) > _MOST_GROUPS:

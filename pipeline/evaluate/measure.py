@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeline.config import EndpointApi, PipelineConfig
+from pipeline.config import DataConfig, EndpointApi, EvaluateConfig, ModelConfig
 from pipeline.data.examples import prepare_examples, rendering_of
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
@@ -28,8 +28,9 @@ from pipeline.evaluate.transcripts import Transcript
 from pipeline.models import loading, losses, source
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
-from pipeline.runs import artifacts
 from pipeline.runs.console import say
+from pipeline.runs.run import Run
+from pipeline.runs.settings import Settings
 
 PREDICTIONS = "predictions"
 """Directory of the run with what a reference predicted; safe to delete."""
@@ -53,14 +54,20 @@ class Task:
     """What is to be measured.
 
     Attributes:
-        config: the resolved configuration.
+        run: that is measured.
+        data: its settings.
+        model: its settings.
+        evaluate: its settings.
         rows: of `data`.
         questions: that models answer; none: they write nothing.
         judge: of the answers, or None.
         suites: of lm-evaluation-harness, or None.
     """
 
-    config: PipelineConfig
+    run: Run
+    data: DataConfig
+    model: ModelConfig
+    evaluate: EvaluateConfig
     rows: Rows
     questions: list[Question]
     judge: Judge | None
@@ -72,22 +79,22 @@ class _Validation(NamedTuple):
     groups: Sequence[str]
 
 
-def prepare(config: PipelineConfig) -> Task:
+def prepare(run: Run, data: DataConfig, model: ModelConfig, evaluate: EvaluateConfig) -> Task:
     """Read what models are measured on, and find the judge: what is wrong there shows before hours are spent.
 
     Raises:
         UserError: bad rows or prompts, prompts without what scorers need, no such judge or suite of tasks.
     """
-    rows = load_rows(config)
-    questions = _questions(config, rows)
-    if config.evaluate.judge.url is not None and not any("safety" in each.prompt.expected for each in questions):
+    rows = load_rows(run, data)
+    questions = _questions(run, data, evaluate, rows)
+    if evaluate.judge.url is not None and not any("safety" in each.prompt.expected for each in questions):
         raise UserError(
-            f"{judge.KEY}.url={config.evaluate.judge.url}: of no prompt it is known whether it is safe, so there is"
+            f"{judge.KEY}.url={evaluate.judge.url}: of no prompt it is known whether it is safe, so there is"
             " nothing to judge. Say it of all (+evaluate.prompts.expected_of_all.safety=safe), or name the column that"
             " has it (+evaluate.prompts.expected.safety=<column>)."
         )
-    suites = harness.Suites(config.evaluate.lm_eval) if config.evaluate.lm_eval.tasks else None
-    return Task(config, rows, questions, judge.find(config.evaluate.judge), suites)
+    suites = harness.Suites(evaluate.lm_eval) if evaluate.lm_eval.tasks else None
+    return Task(run, data, model, evaluate, rows, questions, judge.find(evaluate.judge), suites)
 
 
 def check_tokens(refs: Sequence[ModelRef], reference: ModelRef | None) -> None:
@@ -128,7 +135,6 @@ class Measure:
             reference: the model that weights and predictions are held against; there is one if any model is local.
         """
         self._task = task
-        self._config = task.config
         self._directory = directory
         self._reference = reference
         self._validation_of: dict[bytes, _Validation] = {}  # by the bytes of the tokenizer's files
@@ -143,8 +149,8 @@ class Measure:
         return figures
 
     def _served(self, served: Served) -> Subject:
-        evaluate, questions = self._config.evaluate, self._task.questions
-        decide = artifacts.chosen(self._config, _DECIDE_SERVED[served.api])
+        evaluate, questions = self._task.evaluate, self._task.questions
+        decide = self._task.run.settings(_DECIDE_SERVED[served.api])
         transcripts: list[Transcript] = []
         if questions:
             journal: Journal[Transcript] = Journal(self._answers_of(served), {"model": served.fingerprint, **decide})
@@ -170,13 +176,13 @@ class Measure:
         validation = self._validation(ref, tokenizer)
         predictions = self._predictions(ref, validation.batches)
         model = loading.load_effective(ref, self._dtype)
-        rendering = rendering_of(self._config, tokenizer)
-        decide = {"evaluate.prompts": prompts.fingerprint(self._task.questions)}
-        decide |= artifacts.chosen(self._config, _DECIDE_LOCAL)
+        rendering = rendering_of(self._task.data, tokenizer)
+        decide: Settings = {"evaluate.prompts": prompts.fingerprint(self._task.questions)}
+        decide |= self._task.run.settings(_DECIDE_LOCAL)
         transcripts: list[Transcript] = []
         if self._task.questions:
             journal: Journal[Transcript] = Journal(self._answers_of(ref), {"model": ref.fingerprint, **decide})
-            Local(model, rendering, self._config.evaluate.generation).ask(self._task.questions, journal, ref.name)
+            Local(model, rendering, self._task.evaluate.generation).ask(self._task.questions, journal, ref.name)
             transcripts = [journal[question.key] for question in self._task.questions]
         return Subject(
             ref,
@@ -192,13 +198,13 @@ class Measure:
         )
 
     def _judged(
-        self, subject: ModelRef | Served, decide: dict[str, Any], transcripts: list[Transcript]
+        self, subject: ModelRef | Served, decide: Settings, transcripts: list[Transcript]
     ) -> dict[tuple[str, int], Judgement] | None:
-        asked, settings = self._task.judge, self._config.evaluate.judge
+        asked, settings = self._task.judge, self._task.evaluate.judge
         if asked is None:
             return None
         inputs = {"model": subject.fingerprint, **decide, "judge": asked.fingerprint}
-        inputs |= artifacts.chosen(self._config, _DECIDE_VERDICT)
+        inputs |= self._task.run.settings(_DECIDE_VERDICT)
         journal: Journal[Judgement] = Journal(self._answers_of(subject), inputs, judge.JUDGEMENTS)
         return judge.judge(asked, settings, transcripts, journal, name=subject.name)
 
@@ -211,7 +217,7 @@ class Measure:
         if ref.fingerprint == self._reference.fingerprint:
             return None
         made = logits.fingerprint(self._reference, self._dtype, batches)
-        directory = artifacts.stage_dir(self._config, PREDICTIONS) / made
+        directory = self._task.run.stage_dir(PREDICTIONS) / made
         if not directory.is_dir():
             logits.record(loading.load_effective(self._reference, self._dtype), batches, directory)
             gc.collect()  # modules refer to themselves, and would stay until there is no room for the next
@@ -220,12 +226,14 @@ class Measure:
     def _validation(self, ref: ModelRef, tokenizer: Any) -> _Validation:
         files = b"".join(path.read_bytes() for name in _TOKENIZER_FILES if (path := ref.base / name).is_file())
         if files not in self._validation_of:
-            settings = self._config.evaluate
-            splits = prepare_examples(self._config, self._task.rows, tokenizer)
+            task, settings = self._task, self._task.evaluate
+            splits = prepare_examples(task.run, task.data, task.rows, tokenizer)
             examples, rows = splits.validation, splits.validation_rows
             count = min(settings.max_samples or len(examples), len(examples))
             batches = losses.batches(examples.select(range(count)), settings.batch_size, tokenizer.pad_token_id)
-            of_examples = groups.of_examples(self._config, self._task.rows, rows[:count])
+            of_examples = groups.group_examples(
+                task.run, task.data, settings.group_column, rows=task.rows, numbers=rows[:count]
+            )
             self._validation_of[files] = _Validation(batches, of_examples)
         return self._validation_of[files]
 
@@ -234,24 +242,24 @@ class Measure:
 
     @property
     def _dtype(self) -> torch.dtype:
-        return getattr(torch, self._config.model.dtype.name)
+        return getattr(torch, self._task.model.dtype.name)
 
     @cached_property
     def _tokenizer_directory(self) -> Path:
         """Of model.path: a server's own cannot be seen."""
-        return source.without_weights(self._config)
+        return source.locate_without_weights(self._task.run, self._task.model)
 
     @cached_property
     def _rendering(self) -> Any:
-        return rendering_of(self._config, load_tokenizer(self._tokenizer_directory))
+        return rendering_of(self._task.data, load_tokenizer(self._tokenizer_directory))
 
 
-def _questions(config: PipelineConfig, rows: Rows) -> list[Question]:
-    if not config.evaluate.generate:
+def _questions(run: Run, data: DataConfig, evaluate: EvaluateConfig, rows: Rows) -> list[Question]:
+    if not evaluate.generate:
         return []
-    loaded = prompts.load(config, rows)
+    loaded = prompts.load(run, data, evaluate.prompts, rows)
     check((prompt.prompt_id, prompt.expected) for prompt in loaded)
-    return prompts.questions(loaded, config.evaluate.generation.samples)
+    return prompts.questions(loaded, evaluate.generation.samples)
 
 
 def _tokenizer_file(ref: ModelRef) -> bytes:

@@ -12,9 +12,10 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from pipeline.config import PipelineConfig
+from pipeline.config import DataConfig, EvaluateConfig
 from pipeline.data.examples import rendering_of
 from pipeline.data.rows import Rows
+from pipeline.data.tokenizers import Tokenizer
 from pipeline.evaluate.generation import prompts
 from pipeline.evaluate.generation.local import Local
 from pipeline.evaluate.generation.prompts import Question
@@ -22,47 +23,51 @@ from pipeline.evaluate.transcripts import Transcript
 from pipeline.runs.artifacts import SAMPLES_FILE
 from pipeline.runs.console import say
 from pipeline.runs.processes import is_main_process
+from pipeline.runs.run import Run
 from pipeline.runs.tracking import log_table
 
 _COLUMNS = ["step", "prompt", "reasoning", "answer", "completion", "finish", "tokens"]
 
 
-def callback(config: PipelineConfig, rows: Rows, tokenizer: Any, directory: Path, stage: str) -> list[TrainerCallback]:
-    """What `evaluate.during_training` asks for: nothing, or one callback.
+def callback(
+    run: Run, data: DataConfig, evaluate: EvaluateConfig, *, rows: Rows, tokenizer: Tokenizer, directory: Path
+) -> list[TrainerCallback]:
+    """Make the callback that `evaluate.during_training` sets: none, or one.
 
     Args:
-        config: the resolved configuration.
+        run: that the stage belongs to.
+        data: its settings.
+        evaluate: its settings.
         rows: of `data`.
         tokenizer: of the model.
-        directory: of the stage.
-        stage: its name, for messages.
+        directory: of the training stage.
 
     Raises:
         UserError: as `prompts.load`.
     """
-    settings = config.evaluate.during_training
+    settings = evaluate.during_training
     if not settings.prompts:
         return []
-    asked = prompts.questions(prompts.load(config, rows, settings.prompts), samples=1)
+    asked = prompts.questions(prompts.load(run, data, evaluate.prompts, rows, settings.prompts), samples=1)
     greedy = replace(
-        config.evaluate.generation,
+        evaluate.generation,
         temperature=0.0,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.prompts,
     )
-    local = Local(None, rendering_of(config, tokenizer), greedy, limit="evaluate.during_training.prompts")
-    return [Samples(local, asked, directory, stage)]
+    local = Local(None, rendering_of(data, tokenizer), greedy, limit="evaluate.during_training.prompts")
+    return [Samples(local, asked, directory)]
 
 
 class Samples(TrainerCallback):
     """Lets the model answer after each validation."""
 
-    def __init__(self, local: Local, asked: list[Question], directory: Path, stage: str) -> None:
+    def __init__(self, local: Local, asked: list[Question], directory: Path) -> None:
         self._local = local
         self._asked = tuple(asked)
         self._prompts = tuple(local.token_ids(asked))
         self._directory = directory
-        self._stage = stage
+        self._stage = directory.name
         self._is_sharded = False
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:

@@ -38,7 +38,8 @@ from pipeline.models.calibration import load_calibration
 from pipeline.numerics.convert import mxfp4_to_nvfp4
 from pipeline.numerics.formats import NVFP4
 from pipeline.numerics.scales import INPUT_RULE, tensor_scale_for_amax
-from pipeline.runs.artifacts import Kind, write_json
+from pipeline.runs.artifacts import Kind
+from pipeline.runs.json_files import write_json
 
 RECORD = "hf_quant_config.json"
 _INPUT_SCALE = "_input_scale"

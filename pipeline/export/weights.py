@@ -25,7 +25,7 @@ from pipeline.export.survival import Survival
 from pipeline.numerics.codec import CodecError, differences, encode, fake_quantize, same_bits, tensor_scale
 from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.formats import MXFP4
-from pipeline.runs.artifacts import write_json
+from pipeline.runs.json_files import write_json
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ This is the only module that imports peft.
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -20,6 +20,9 @@ from pipeline.checkpoints.side_files import ADAPTER_WEIGHTS
 from pipeline.config import LoraTarget, TrainConfig, adapted_layers
 from pipeline.errors import CheckFailed, UserError
 from pipeline.models import sharding
+
+Adapted: TypeAlias = PeftModel
+"""A model with adapters."""
 
 _ADAPTER = "default"
 _QUANTIZER = "_weight_quantizer"

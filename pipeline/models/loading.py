@@ -8,7 +8,7 @@ import torch
 
 from pipeline.checkpoints.config_json import read_config
 from pipeline.checkpoints.dtypes import TRAIN_TYPES, torch_dtype
-from pipeline.config import Device, PipelineConfig, TrainConfig
+from pipeline.config import Device, TrainConfig
 from pipeline.errors import CheckFailed, UserError
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
@@ -20,16 +20,16 @@ TRAIN_DTYPES = {precision: torch_dtype(name) for precision, name in TRAIN_TYPES.
 _ROOM = 1.3  # memory for a forward pass, as a multiple of the size of the weights
 
 
-def device_of(config: PipelineConfig) -> str:
+def device_of(asked: Device) -> str:
     """The device for conversions: `cpu` or `cuda`.
 
     Raises:
         UserError: the configuration asks for a GPU, but there is none.
     """
     has_gpu = torch.cuda.is_available()
-    if config.device is Device.cuda and not has_gpu:
+    if asked is Device.cuda and not has_gpu:
         raise UserError("device=cuda: no GPU is visible here. Use device=auto or device=cpu.")
-    return "cuda" if has_gpu and config.device is not Device.cpu else "cpu"
+    return "cuda" if has_gpu and asked is not Device.cpu else "cpu"
 
 
 def _quieten() -> None:

@@ -1,8 +1,7 @@
-"""The models of a run: where a stage's weights are, how they are loaded and saved, and what the forward pass uses.
+"""The models of a run on disk: where a stage's weights are, and what they need to become a model.
 
 A stage leaves a full checkpoint, or adapters on the checkpoint of an earlier stage, with or without fake quantizers.
-`ModelRef` describes which. peft and modelopt take ten seconds to import, so this module imports them only for models
-with adapters or quantizers.
+`ModelRef` describes which.
 """
 
 from dataclasses import dataclass, replace
@@ -11,12 +10,14 @@ from pathlib import Path
 import torch
 
 from pipeline.checkpoints.reading import Checkpoint
-from pipeline.config import PipelineConfig, Stage
+from pipeline.config import FormatConfig, Stage
 from pipeline.errors import UserError
 from pipeline.models.source import sampled_fingerprint
 from pipeline.numerics.formats import FORMATS, BlockFormat
-from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact, Kind, is_complete, load, require, stage_dir
+from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact, Kind, load
 from pipeline.runs.console import say
+from pipeline.runs.records import ModelRecord
+from pipeline.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,16 @@ def of_artifact(artifact: Artifact) -> ModelRef:
             f"{artifact.directory} was exported in a layout that only inference engines load. Name another model of the"
             " run, or export with export.target=mxfp4."
         )
-    adapter = artifact.kind is Kind.adapter
+    is_export = artifact.stage == Stage.export.name
+    record = ModelRecord(dtype="bfloat16") if is_export else artifact.read(ModelRecord)
     return ModelRef(
         artifact.stage,
         artifact.directory,
-        artifact.directory.parent / artifact.details["base"] if adapter else artifact.directory,
-        adapter,
+        artifact.directory if record.base is None else artifact.directory.parent / record.base,
+        artifact.kind is Kind.adapter,
         format_of(artifact),
         artifact.fingerprint,
-        getattr(torch, artifact.details.get("dtype", "bfloat16")),
+        getattr(torch, record.dtype),
     )
 
 
@@ -73,58 +75,57 @@ def format_of(artifact: Artifact) -> BlockFormat | None:
     return FORMATS[artifact.fake_quantized].with_rule(artifact.scale_rule)
 
 
-def configured_format(config: PipelineConfig) -> BlockFormat:
+def configured_format(settings: FormatConfig) -> BlockFormat:
     """The format and scale rule in the configuration."""
-    return FORMATS[config.format.name.name].with_rule(config.format.scale_rule.name)
+    return FORMATS[settings.name.name].with_rule(settings.scale_rule.name)
 
 
-def find(config: PipelineConfig, source: str | None, among: tuple[Stage, ...], key: str) -> ModelRef:
-    """The model that `key`=`source` names: a stage of this run, or a directory. None means the newest complete stage.
+def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> ModelRef:
+    """Find the model that `key`=`source` names: a stage of this run or a directory. None: the newest complete stage.
 
     Raises:
         UserError: the model is missing or unfinished, or the directory is not a model.
     """
     if source is None:
-        newest = next((stage for stage in reversed(among) if is_loadable(config, stage)), among[0])
-        ref = of_artifact(require(config, newest))
-        say(config.stage.name, f"{key}: {newest.name}, the newest complete stage")
+        newest = next((stage for stage in reversed(among) if is_loadable(run, stage)), among[0])
+        ref = stage_ref(run, newest)
+        say(run.stage.name, f"{key}: {newest.name}, the newest complete stage")
         return ref
     if source in Stage.__members__:  # for a directory with the name of a stage, give ./<name>
         stage = Stage[source]
         if stage not in among:
             raise UserError(f"{key}={source}: must be one of {', '.join(s.name for s in among)}, or a directory.")
-        return of_artifact(require(config, stage))
+        return stage_ref(run, stage)
     directory = Path(source).expanduser().absolute()
     if not directory.is_dir():
         raise UserError(f"{key}={source}: neither a stage ({', '.join(s.name for s in among)}) nor a directory.")
     if (directory / ARTIFACT_FILE).is_file():
         ref = of_artifact(load(directory))
-        return ref if directory == stage_dir(config, ref.name) else replace(ref, name=source)
+        return ref if directory == run.stage_dir(ref.name) else replace(ref, name=source)
     Checkpoint(directory).close()
     return ModelRef(source, directory, directory, fingerprint=sampled_fingerprint(directory))
 
 
-def is_loadable(config: PipelineConfig, stage: Stage) -> bool:
-    """Whether a stage of this run is complete and its model can be loaded by transformers."""
-    directory = stage_dir(config, stage.name)
-    return is_complete(config, stage) and load(directory, check_files=False).kind is not Kind.foreign
+def is_loadable(run: Run, stage: Stage) -> bool:
+    """Whether a stage of this run is complete and transformers can load its model."""
+    return run.is_complete(stage) and load(run.stage_dir(stage), check_files=False).kind is not Kind.foreign
 
 
-def stage_ref(config: PipelineConfig, stage: Stage) -> ModelRef:
-    """The model of a complete stage of this run."""
-    return of_artifact(require(config, stage))
+def stage_ref(run: Run, stage: Stage) -> ModelRef:
+    """Return the model of a complete stage of this run."""
+    return of_artifact(run.require(stage))
 
 
-def require_upcast(config: PipelineConfig) -> Artifact:
-    """The complete upcast of this run.
+def require_upcast(run: Run, model_path: str) -> Artifact:
+    """Return the complete upcast of this run.
 
     Raises:
         UserError: it is missing or unfinished, or was made from another model.
     """
-    upcast = require(config, Stage.upcast)
-    if upcast.settings["model.path"] != config.model.path:
+    upcast = run.require(Stage.upcast)
+    if upcast.settings["model.path"] != model_path:
         raise UserError(
-            f"model.path={config.model.path}, but {upcast.directory} was made from {upcast.settings['model.path']}."
+            f"model.path={model_path}, but {upcast.directory} was made from {upcast.settings['model.path']}."
             " Set another run_dir, or give the model.path that this run began with."
         )
     return upcast

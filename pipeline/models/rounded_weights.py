@@ -11,19 +11,19 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-from pipeline.config import PipelineConfig
+from pipeline.config import Sharding
 from pipeline.models.sharding import ENGINES
 
 
-def budget_bytes(config: PipelineConfig) -> float:
-    """How much a run may keep, on each device: `qat.rounded_cache_gib`.
+def budget_bytes(budget_gib: float | None, shared: Sharding) -> float:
+    """How many bytes of rounded weights a run may keep on each device.
 
-    Gathered parameters are other memory each time, and there is no room for all of them: by default nothing is kept.
+    Without a budget (`qat.rounded_cache_gib=null`) all are kept. Where parameters are gathered none is kept, because
+    each gathering allocates the parameter anew.
     """
-    budget = config.qat.rounded_cache_gib
-    if budget is None:
-        return 0.0 if ENGINES[config.sharding].gathers else math.inf
-    return budget * 2**30
+    if budget_gib is None:
+        return 0.0 if ENGINES[shared].gathers else math.inf
+    return budget_gib * 2**30
 
 
 class RoundedWeights:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,43 +14,49 @@ from pipeline.checkpoints.gpt_oss import Shape, TensorInfo, plain_tensors
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import SHARD_BYTES, Piece, Step, Written, write_sharded
 from pipeline.checkpoints.side_files import copy_side_files
-from pipeline.config import PipelineConfig, TrainConfig
+from pipeline.config import Sharding, TrainConfig
 from pipeline.models import sharding
 from pipeline.models.loading import TRAIN_DTYPES
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
 from pipeline.runs.artifacts import SHARDS_FILE, Kind
 from pipeline.runs.processes import is_main_process
+from pipeline.runs.records import ModelRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from pipeline.models.adapters import Adapted
 
 
 def save(
-    model: Any, ref: ModelRef, directory: Path, train: TrainConfig, config: PipelineConfig
-) -> tuple[Kind, dict[str, Any]]:
+    model: "PreTrainedModel | Adapted", ref: ModelRef, directory: Path, *, train: TrainConfig, shared: Sharding
+) -> tuple[Kind, ModelRecord]:
     """Write a trained model, with the side files of `ref`, the model that training started from.
 
     This is a collective call. config.json is the one of `ref` except for the type. transformers would rename settings
     in it, such as those of rope, and older engines would misread them.
 
     Returns:
-        The kind of the model, and the details that `of_artifact` needs to find it again.
+        The kind of the model, and the record that `of_artifact` needs to find it again.
     """
     from pipeline.models.adapters import is_adapted
 
-    dtype = sharding.saved_dtype(train, TRAIN_DTYPES[train.precision], config.sharding)
-    details: dict[str, Any] = {"dtype": dtype_name(dtype)}
+    dtype = sharding.saved_dtype(train, TRAIN_DTYPES[train.precision], shared)
     if is_main_process():
         copy_side_files(ref.base, directory)
     if is_adapted(model):
         _save_adapters(model, directory)
-        return Kind.adapter, {**details, "base": os.path.relpath(ref.base, directory.parent)}
+        base = os.path.relpath(ref.base, directory.parent)
+        return Kind.adapter, ModelRecord(dtype=dtype_name(dtype), base=base)
     _save_whole(model, directory, dtype)
     if is_main_process():
         write_config(directory, read_config(ref.base), dtype)
         Checkpoint(directory).close()
-    return Kind.checkpoint, details
+    return Kind.checkpoint, ModelRecord(dtype=dtype_name(dtype))
 
 
-def _save_adapters(model: Any, directory: Path) -> None:
+def _save_adapters(model: "PreTrainedModel | Adapted", directory: Path) -> None:
     """Gather all adapters on every process, which is cheap because they are small. The main process writes them."""
     from pipeline.models.adapters import is_factor
 
@@ -60,10 +66,10 @@ def _save_adapters(model: Any, directory: Path) -> None:
             with sharding.gathered(parameter) as whole:
                 state[name] = whole.detach().cpu().clone()
     if is_main_process():
-        model.save_pretrained(directory, state_dict=state)
+        model.save_pretrained(str(directory), state_dict=state)
 
 
-def _save_whole(model: Any, directory: Path, dtype: torch.dtype) -> None:
+def _save_whole(model: "PreTrainedModel | Adapted", directory: Path, dtype: torch.dtype) -> None:
     """Stream the parameters to disk, gathering one at a time. All processes gather them in the same order."""
     parameters = dict(model.named_parameters())
     layout = plain_tensors(Shape.of(model.config.to_dict(), directory), stored_name(dtype))

@@ -6,13 +6,13 @@ from pathlib import Path
 import xxhash
 
 from pipeline.checkpoints.reading import Checkpoint
-from pipeline.config import SYNTHETIC, PipelineConfig
+from pipeline.config import SYNTHETIC, ModelConfig
 from pipeline.config.hub_ids import is_hub_id
 from pipeline.errors import UserError
 from pipeline.models import tiny_model
-from pipeline.runs.artifacts import not_writable, stage_dir
 from pipeline.runs.console import say
 from pipeline.runs.processes import is_main_process, wait_for_everyone
+from pipeline.runs.run import Run
 
 _HUB_SIDE_FILES = ["*.json", "*.jinja", "LICENSE*", "USAGE_POLICY*", "README.md"]
 _HUB_FILES = [*_HUB_SIDE_FILES, "*.safetensors"]
@@ -38,51 +38,52 @@ class Source:
         return Checkpoint(self.directory)
 
 
-def locate(config: PipelineConfig, key: str = "model.path") -> Source:
+def locate(run: Run, model: ModelConfig, key: str = "model.path") -> Source:
     """Find, fetch or make the checkpoint that `model.path` names, and check it. Messages call the setting `key`.
 
     Raises:
         UserError: there is no such directory or hub id, or it is not a whole gpt-oss checkpoint.
     """
-    directory = base_directory(config.model.path, config)
+    directory = base_directory(run, model)
     if not directory.is_dir():
-        raise UserError(f"{key}={config.model.path}: no such directory.")
+        raise UserError(f"{key}={model.path}: no such directory.")
     Checkpoint(directory).close()
     return Source(directory, sampled_fingerprint(directory))
 
 
-def without_weights(config: PipelineConfig) -> Path:
-    """A directory with the base model's config.json, tokenizer and chat template. No weights are downloaded.
+def locate_without_weights(run: Run, model: ModelConfig) -> Path:
+    """Find or fetch a directory with the base model's config.json, tokenizer and chat template, without its weights.
 
     Raises:
         UserError: there is no such directory or hub id.
     """
-    directory = base_directory(config.model.path, config, _HUB_SIDE_FILES)
+    directory = base_directory(run, model, _HUB_SIDE_FILES)
     if not directory.is_dir():
-        raise UserError(f"model.path={config.model.path}: no such directory.")
+        raise UserError(f"model.path={model.path}: no such directory.")
     return directory
 
 
-def base_directory(path: str, config: PipelineConfig, hub_files: list[str] = _HUB_FILES) -> Path:
-    """The directory of a path, of a hub id (`hub_files` are downloaded) or of a synthetic model."""
-    if path.startswith(SYNTHETIC):
-        return _synthetic(path, config)
-    directory = Path(path).expanduser().absolute()
-    if directory.exists() or not is_hub_id(path):
+def base_directory(run: Run, model: ModelConfig, hub_files: list[str] = _HUB_FILES) -> Path:
+    """Find the directory of a path, of a hub id (`hub_files` are downloaded) or of a synthetic model."""
+    if model.path.startswith(SYNTHETIC):
+        return _make_tiny(run, model)
+    directory = Path(model.path).expanduser().absolute()
+    if directory.exists() or not is_hub_id(model.path):
         return directory
-    return _fetch(path, config.model.revision, hub_files)
+    return _fetch(model.path, model.revision, hub_files)
 
 
-def _synthetic(path: str, config: PipelineConfig) -> Path:
-    if path != f"{SYNTHETIC}tiny":
-        raise UserError(f"model.path={path!r}: no such synthetic model. Use {SYNTHETIC}tiny, a directory or a hub id.")
-    tiny = config.model.tiny
-    directory = stage_dir(config, "source") / tiny_model.name_of(tiny)
+def _make_tiny(run: Run, model: ModelConfig) -> Path:
+    if model.path != f"{SYNTHETIC}tiny":
+        raise UserError(
+            f"model.path={model.path!r}: no such synthetic model. Use {SYNTHETIC}tiny, a directory or a hub id."
+        )
+    directory = run.stage_dir("source") / tiny_model.name_of(model.tiny)
     if is_main_process() and not directory.is_dir():
         try:
-            tiny_model.create_tiny(directory, tiny)
+            tiny_model.create_tiny(directory, model.tiny)
         except OSError as error:
-            raise not_writable(config, directory, error) from error
+            raise run.not_writable(directory, error) from error
         say("source", f"made a tiny random gpt-oss: {directory}")
     wait_for_everyone()
     return directory

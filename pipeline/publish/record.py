@@ -2,14 +2,18 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import PipelineConfig, Stage
+from pipeline.config import Stage
 from pipeline.config.hub_ids import is_hub_id
+from pipeline.models.source import Source
 from pipeline.runs import artifacts
 from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact
+from pipeline.runs.records import DoctorRecord, ExportRecord, TrainingRecord
+from pipeline.runs.run import Run
 
 _COMPARISON = "compare.md"
 _DIRECTORIES = re.compile(r"(?<![\w:/.~-])[~.]{0,2}/(?:[^\s/|]+/)+")
@@ -23,12 +27,22 @@ _SHOWN_OF_LORA = ("lora.rank", "lora.alpha", "lora.targets", "lora.layers", "lor
 _SHOWN_OF_DISTILLATION = ("distillation.weight", "distillation.temperature")
 
 
+@dataclass(frozen=True)
+class Proven:
+    """An export, the report of `verify` on it, and the base model."""
+
+    export: Artifact
+    proof: Artifact
+    base: Source
+
+
 def lineage(export: Artifact) -> list[Artifact]:
-    """The stages that the exported model went through, oldest first, as far as their records are there."""
-    origin, found = export.details, []
+    """List the stages that the exported model went through, oldest first, as far as their records exist."""
+    origin = export.read(ExportRecord)
+    found: list[Artifact] = []
     candidates = {
-        export.directory.parent / origin["exported_from"]: export.parents["model"],
-        Path(origin["exported_directory"]): export.parents["model"],
+        export.directory.parent / origin.exported_from: export.parents["model"],
+        Path(origin.exported_directory): export.parents["model"],
     }
     while made := next((made for place in candidates.items() if (made := _recorded(*place))), None):
         found.append(made)
@@ -37,34 +51,33 @@ def lineage(export: Artifact) -> list[Artifact]:
 
 
 def trainings(stages: list[Artifact]) -> list[Artifact]:
-    """Those in which weights were trained."""
+    """Choose the stages in which weights were trained."""
     return [each for each in stages if each.stage in [stage.name for stage in _TITLES]]
 
 
 def training(stage: Artifact) -> dict[str, Any]:
-    """A training stage: `title`, `result` in a sentence, `settings` that matter."""
-    details, name = stage.details, stage.stage
+    """Describe a training stage: its `title`, its `result` in a sentence, and the `settings` that matter."""
+    trained, name = stage.read(TrainingRecord), stage.stage
     settings = {key.removeprefix(f"{name}."): value for key, value in stage.settings.items()}
     names = [*_SHOWN]
     names += _SHOWN_OF_LORA if settings["method"] == "lora" else ()
     names += _SHOWN_OF_DISTILLATION if settings.get("distillation.weight") else ()
-    before, after = details["validation_loss_before"], details["validation_loss"]
     return {
         "title": _TITLES[Stage[name]],
-        "result": f"{details['steps']} steps on {details['train_rows']} conversations; validation loss {before:.4f} →"
-        f" {after:.4f} (over supervised tokens)",
+        "result": f"{trained.steps} steps on {trained.counts['train_rows']} conversations; validation loss"
+        f" {trained.validation_loss_before:.4f} → {trained.validation_loss:.4f} (over supervised tokens)",
         "settings": {key: _shown(settings[key]) for key in names if settings.get(key) is not None},
     }
 
 
 def data(stage: Artifact) -> dict[str, str]:
-    """The data of a training stage, by what of it is said."""
-    settings = stage.settings
+    """Describe the data of a training stage: title -> text."""
+    settings, counts = stage.settings, stage.read(TrainingRecord).counts
     parts = settings["data.blend"] or [{"path": settings["data.path"], "revision": settings["data.revision"]}]
     told = {"conversations": _shown([_source(part) for part in parts])}
     told |= {key: _shown(value) for key, value in settings.items() if key.startswith("data.filter.")}
     told["used"] = (
-        f"{stage.details['train_rows']} to train, {stage.details['validation_rows']} held out (data.seed="
+        f"{counts['train_rows']} to train, {counts['validation_rows']} held out (data.seed="
         f"{settings['data.seed']}); up to {settings['data.max_length']} tokens each"
     )
     told["fingerprint"] = f"`{stage.data}`"
@@ -72,45 +85,45 @@ def data(stage: Artifact) -> dict[str, str]:
 
 
 def hub_data_sets(stage: Artifact) -> list[str]:
-    """Those of the data sets that the Hub has."""
+    """List the data sets of a training stage that the Hub has."""
     paths = [part["path"] for part in stage.settings["data.blend"]] or [stage.settings["data.path"]]
     return [path for path in paths if is_hub_id(path, needs_owner=False)]
 
 
-def languages(config: PipelineConfig, stage: Artifact) -> list[str]:
-    """ISO 639-1 codes of the languages that a training stage's answers are in, where `doctor` has looked."""
-    if not artifacts.is_complete(config, Stage.doctor):
+def languages(run: Run, stage: Artifact) -> list[str]:
+    """List the ISO 639-1 codes of the languages of a training stage's answers; empty where `doctor` has not run."""
+    if not run.is_complete(Stage.doctor):
         return []
-    report = artifacts.load(artifacts.stage_dir(config, Stage.doctor.name), check_files=False)
+    report = artifacts.load(run.stage_dir(Stage.doctor), check_files=False)
     if report.data != stage.data:
         return []
-    found = report.details["data"]["languages"]["answers"]
-    known = {code: rows for code, rows in found.items() if len(code) == 2}  # the others say that it cannot be told
+    found = report.read(DoctorRecord).data["languages"]["answers"]
+    known = {
+        code: rows for code, rows in found.items() if len(code) == 2
+    }  # the other keys count answers of unknown language
     return sorted(code for code, rows in known.items() if rows >= _LEAST_SHARE * sum(known.values()))
 
 
-def survival(export: Artifact) -> dict[str, str]:
-    """How much of the fine-tuning reached the exported weights, by what is measured."""
-    measured = {name: export.details[name] for name in _SURVIVAL if export.details[name] is not None}
-    return {title: show(measured[name]) for name, (title, show) in _SURVIVAL.items() if name in measured}
+def survival(exported: ExportRecord) -> dict[str, str]:
+    """Say how much of the fine-tuning reached the exported weights: title -> figure."""
+    figures: dict[str, float | None] = {name: getattr(exported, name) for name in _SURVIVAL}
+    return {title: show(value) for name, (title, show) in _SURVIVAL.items() if (value := figures[name]) is not None}
 
 
-def comparison(config: PipelineConfig, export: Artifact) -> str | None:
-    """The table of `compare`, if it is of this export or of the model that it was made from."""
-    if not all(artifacts.is_complete(config, stage) for stage in (Stage.evaluate, Stage.compare)):
+def comparison(run: Run, export: Artifact) -> str | None:
+    """Return the table of `compare`, if it covers this export or the model that it was made from."""
+    if not all(run.is_complete(stage) for stage in (Stage.evaluate, Stage.compare)):
         return None
-    evaluated, compared = (
-        artifacts.load(artifacts.stage_dir(config, stage.name)) for stage in (Stage.evaluate, Stage.compare)
-    )
+    evaluated, compared = (artifacts.load(run.stage_dir(stage)) for stage in (Stage.evaluate, Stage.compare))
     measured = set(evaluated.parents.values())
-    is_of_it = export.fingerprint in measured or export.parents["model"] in measured
-    if not is_of_it or compared.parents["evaluate"] != evaluated.fingerprint:
+    covers_it = export.fingerprint in measured or export.parents["model"] in measured
+    if not covers_it or compared.parents["evaluate"] != evaluated.fingerprint:
         return None
     return without_directories((compared.directory / _COMPARISON).read_text(encoding="utf-8")).strip()
 
 
 def without_directories(text: str) -> str:
-    """A text with only the last part of each path in it."""
+    """Shorten every path in a text to its last part."""
     return _DIRECTORIES.sub("", text)
 
 
@@ -121,14 +134,14 @@ def _recorded(directory: Path, fingerprint: str) -> Artifact | None:
     return artifact if artifact.fingerprint == fingerprint else None
 
 
-def _source(part: dict[str, Any]) -> str:
+def _source(part: Mapping[str, Any]) -> str:
     path, revision = part["path"], part.get("revision")
     name = path if is_hub_id(path, needs_owner=False) or "://" in path else Path(path).name
     weight = f", weight {part['weight']}" if "weight" in part else ""
     return f"{name}{f' at {revision}' if revision else ''}{weight}"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(_shown, value))
     text = json.dumps(value) if isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: lines, warnings and progress bars. Only the main process prints."""
+"""Lines, warnings and progress bars on the terminal. Only the main process prints."""
 
 import sys
 from collections.abc import Iterable
@@ -8,13 +8,13 @@ from pipeline.runs.processes import is_main_process
 
 
 def say(stage: str, message: str) -> None:
-    """A line for the person at the terminal."""
+    """Print a line."""
     if is_main_process():
         _write_line(f"[{stage}] {message}", sys.stdout)
 
 
 def warn(stage: str, message: str) -> None:
-    """A line that the person must not miss."""
+    """Print a warning, on stderr."""
     if is_main_process():
         _write_line(f"[{stage}] warning: {message}", sys.stderr)
 
@@ -25,14 +25,14 @@ def _write_line(line: str, file: TextIO) -> None:
         return
     from tqdm.auto import tqdm
 
-    with tqdm.external_write_mode(file=file):  # above the progress bar, not into it
+    with tqdm.external_write_mode(file=file):  # prints above the progress bar
         print(line, file=file, flush=True)
 
 
 def progress(
     items: Iterable | None = None, total: int | None = None, what: str = "", unit: str = "it", done: int = 0
 ) -> Any:
-    """A progress bar on the terminal; silent on other processes and when the output is not a terminal."""
+    """Show a progress bar. It is silent on other processes and where the output is not a terminal."""
     from tqdm.auto import tqdm
 
     scaled = unit == "B"

@@ -12,16 +12,16 @@ def is_main_process() -> bool:
 
 
 def process_count() -> int:
-    """How many processes `accelerate launch` or `torchrun` started; 1 without them."""
+    """Number of processes that `accelerate launch` or `torchrun` started; 1 without them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def wait_for_everyone() -> None:
-    """Let all processes come to this point before any goes on."""
+    """Wait until all processes have come to this point."""
     if process_count() > 1:
         import torch
         from accelerate import PartialState
 
-        # The first PartialState makes the process group. Without cpu=True it makes none on a machine without a GPU; the
-        # default timeout (10 minutes on GPUs) is shorter than the main process may be busy converting a model.
+        # The first PartialState makes the process group. Without cpu=True it makes none on a machine without a GPU. The
+        # default timeout (10 minutes on GPUs) is shorter than the conversion of a model on the main process may take.
         PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE).wait_for_everyone()

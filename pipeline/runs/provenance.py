@@ -1,4 +1,4 @@
-"""By what and where a result was made: what an artifact records beside its inputs."""
+"""The program, the libraries and the machine that made a result, as artifact.json records them."""
 
 import platform
 import resource
@@ -16,7 +16,7 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there
 
 
 def record() -> dict[str, Any]:
-    """Commit of the program, versions of the libraries that decide results, machine, and most memory so far."""
+    """The program's commit, versions of the libraries that results depend on, the machine, and peak memory so far."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -33,14 +33,14 @@ def record() -> dict[str, Any]:
 
 
 def peak_resident_bytes() -> int:
-    """Most main memory that this process has held so far."""
+    """Peak memory of this process so far, in main memory."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
 
 
 def _git_commit() -> str | None:
-    """Commit of the program, with '+changes' where it was edited since; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-    if not (here.parent / ".git").exists() or shutil.which("git") is None:
+    """The program's commit, with '+changes' if it was edited since; None outside a checkout."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists() or shutil.which("git") is None:
         return None
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     changes = subprocess.run(

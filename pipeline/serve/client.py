@@ -1,6 +1,6 @@
 """Requests to the engine that stage=serve has just started on this machine."""
 
-from pipeline.config import GenerationConfig, PipelineConfig
+from pipeline.config import DataConfig, GenerationConfig, ServeConfig
 from pipeline.data import harmony
 from pipeline.data.harmony import Conversation
 from pipeline.evaluate.generation import chat
@@ -31,21 +31,21 @@ def model_name(api: str, seconds: float) -> str:
     return send_local("GET", f"{api}/models", None, first, seconds=seconds, limit=_LIMIT)
 
 
-def ask(api: str, model: str, config: PipelineConfig) -> Transcript:
-    """The engine's answer to `serve.question`, decoded greedily.
+def ask(api: str, model: str, serve: ServeConfig, data: DataConfig) -> Transcript:
+    """Ask the engine `serve.question`, with greedy decoding.
 
     Raises:
         NoAnswerError: no answer within `serve.answer_seconds`, an HTTP error, or a reply in another form.
     """
-    conversation = Conversation([{"role": "user", "content": config.serve.question}])
-    asked = harmony.asked(conversation, config.data.reasoning_effort.name, config.data.reasoning_language)
+    conversation = Conversation([{"role": "user", "content": serve.question}])
+    asked = harmony.asked(conversation, data.reasoning_effort.name, data.reasoning_language)
     question = Question(Prompt("serve.question", asked, {}), 0)
-    body = chat.request(model, question, [], GenerationConfig(max_new_tokens=config.serve.max_new_tokens))
+    body = chat.request(model, question, [], GenerationConfig(max_new_tokens=serve.max_new_tokens))
 
     def read(reply: chat.Reply) -> Transcript:
         return chat.transcript(reply, question, None)
 
-    return send_local("POST", f"{api}/chat/completions", body, read, seconds=config.serve.answer_seconds, limit=_LIMIT)
+    return send_local("POST", f"{api}/chat/completions", body, read, seconds=serve.answer_seconds, limit=_LIMIT)
 
 
 def channels(answer: Transcript) -> Parsed:

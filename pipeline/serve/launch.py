@@ -10,10 +10,11 @@ from typing import Any
 
 from pipeline.checkpoints.config_json import CONFIG, read_config
 from pipeline.checkpoints.gpt_oss import Shape
-from pipeline.config import PipelineConfig, ServeConfig
+from pipeline.config import ServeConfig
 from pipeline.config.engines import ENGINES, SERVERS, Server
 from pipeline.errors import user_errors
 from pipeline.runs.artifacts import Artifact
+from pipeline.runs.records import ExportRecord
 
 _SETTABLE = ("tensor_parallel_size", "context_length", "gpu_memory_fraction")
 _EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -44,11 +45,13 @@ class Launch:
         return f"{self.address}/v1"
 
 
-def plan(config: PipelineConfig, export: Artifact, gpus: int, found: list[str]) -> Launch:
+def plan(serve: ServeConfig, export: Artifact, *, name: str, gpus: int, found: list[str]) -> Launch:
     """The command, if nothing stands against it.
 
     Args:
+        serve: its settings.
         export: to be served.
+        name: that the engine gives the model.
         gpus: that are visible here.
         found: problems that are known already, reported with those found here.
 
@@ -56,8 +59,8 @@ def plan(config: PipelineConfig, export: Artifact, gpus: int, found: list[str]) 
         UserError: the engine cannot read the export or has no such setting; a tensor-parallel size that does not fit;
             unless it is only to be printed: the engine is not installed, or the port is taken.
     """
-    serve, server = config.serve, SERVERS[config.serve.engine.name]
-    values = {name: getattr(serve, name) for name in ("host", "port", *_SETTABLE)} | {"name": config.recipe}
+    server = SERVERS[serve.engine.name]
+    values = {key: getattr(serve, key) for key in ("host", "port", *_SETTABLE)} | {"name": name}
     found = [*found, *_target_problems(serve, export), *_setting_problems(serve, server)]
     if not found and "tensor_parallel_size" in server.flags:
         shape = Shape.of(read_config(export.directory), export.directory / CONFIG)
@@ -88,7 +91,7 @@ def _undivided(shape: Shape, size: int) -> list[str]:
 
 
 def _target_problems(serve: ServeConfig, export: Artifact) -> list[str]:
-    target, targets = export.details["target"], ENGINES[serve.engine.name].targets
+    target, targets = export.read(ExportRecord).target, ENGINES[serve.engine.name].targets
     if target in targets:
         return []
     able = [name for name in SERVERS if target in ENGINES[name].targets]

@@ -6,12 +6,15 @@ from pipeline.compare import content, page, plots, runs, table
 from pipeline.compare.content import Content
 from pipeline.compare.evidence import TEST_COLUMNS
 from pipeline.compare.rows import ORDER
-from pipeline.compare.runs import Run
+from pipeline.compare.runs import Run as EvaluatedRun
 from pipeline.config import PipelineConfig, Stage
-from pipeline.runs import artifacts
-from pipeline.runs.artifacts import Artifact, Kind, Result, write_json
+from pipeline.runs.artifacts import Artifact, Kind, Result
+from pipeline.runs.building import build
 from pipeline.runs.console import say
+from pipeline.runs.json_files import write_json
 from pipeline.runs.processes import is_main_process
+from pipeline.runs.records import CompareRecord
+from pipeline.runs.run import Run
 from pipeline.runs.tracking import log_media, log_metrics, log_report, log_table
 
 _JSON = "compare.json"
@@ -21,11 +24,12 @@ _PAGE = "compare.html"
 
 def run(config: PipelineConfig) -> Artifact:
     """Write <run_dir>/compare, and show it. It compares the runs in compare.runs, or the models of this run."""
-    found = _runs(config)
+    here = Run(config)
+    found = _runs(config, here)
     report = content.of(found, config.compare.examples)
     names = [run.directory.as_posix() if config.compare.runs else "evaluate" for run in found]
-    artifact = artifacts.build(
-        config,
+    artifact = build(
+        here,
         Stage.compare,
         settings=("compare",),
         parents={name: run.evaluated.fingerprint for name, run in zip(names, found, strict=True)},
@@ -37,10 +41,10 @@ def run(config: PipelineConfig) -> Artifact:
     return artifact
 
 
-def _runs(config: PipelineConfig) -> list[Run]:
+def _runs(config: PipelineConfig, here: Run) -> list[EvaluatedRun]:
     if config.compare.runs:
         return runs.find(config.compare.runs)
-    return runs.of_this_run(artifacts.require(config, Stage.evaluate))
+    return runs.of_this_run(here.require(Stage.evaluate))
 
 
 def _write(report: Content, directory: Path) -> Result:
@@ -59,7 +63,7 @@ def _write(report: Content, directory: Path) -> Result:
     log_table(directory, "tests", list(TEST_COLUMNS), [test.cells() for test in report.tests])
     log_media(images, {Stage.compare.name: directory / _PAGE})
     log_report(Stage.compare.name, [directory / name for name in (_JSON, _MARKDOWN, _PAGE)] + list(images.values()))
-    return Result(Kind.report, details={"rows": len(report.rows)})
+    return Result(Kind.report, CompareRecord(rows=len(report.rows)))
 
 
 def _show(report: Content, path: Path) -> None:

@@ -15,13 +15,16 @@ from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.doctor import content, display, findings, leaks, machine, needs, parity
 from pipeline.doctor.findings import Facts
+from pipeline.doctor.needs import Plan
 from pipeline.doctor.rows import examine
 from pipeline.doctor.rows import figures as token_figures
 from pipeline.errors import UserError
 from pipeline.models import source
-from pipeline.runs import artifacts
 from pipeline.runs.artifacts import Artifact, Kind, Result
+from pipeline.runs.building import build
 from pipeline.runs.processes import is_main_process
+from pipeline.runs.records import DoctorRecord
+from pipeline.runs.run import Run
 from pipeline.runs.tracking import log_metrics
 
 _SETTINGS = ("data", "model.path", "model.revision", "sft", "qat", "export.target", "doctor.languages")
@@ -29,40 +32,47 @@ _SETTINGS = ("data", "model.path", "model.revision", "sft", "qat", "export.targe
 
 def run(config: PipelineConfig) -> Artifact:
     """Write <run_dir>/doctor, and show it with one conversation. The model's weights are not needed."""
-    tell = Languages(config.doctor.languages, "doctor.languages")
-    model = source.without_weights(config)
-    how = rendering_of(config, load_tokenizer(model))
-    rows = load_rows(config)
+    here, tell = Run(config), Languages(config.doctor.languages, "doctor.languages")
+    model = source.locate_without_weights(here, config.model)
+    how = rendering_of(config.data, load_tokenizer(model))
+    rows = load_rows(here, config.data)
     _raise_if_no_such_row(config, rows)
-    artifact = artifacts.build(
-        config,
+    artifact = build(
+        here,
         Stage.doctor,
         settings=_SETTINGS,
         parents={"tokenizer": _fingerprint(model)},
-        work=lambda directory: _report(config, model, _data_figures(config, rows, how, tell), directory),
+        work=lambda directory: _report(here, _plan(config), model, _data_figures(config, rows, how, tell), directory),
         data=rows.fingerprint,
         is_report=True,
     )
     if is_main_process():
         # Free memory and disk space change all the time, so they are measured even if the report is up to date.
-        facts = Facts(artifact.details["data"], artifact.details["needs"], machine.figures(config), config)
+        report = artifact.read(DoctorRecord)
+        facts = Facts(report.data, report.needs, machine.figures(here.directory), _plan(config), here)
         display.conversation(config.doctor.row, rows.conversations[config.doctor.row - 1], how)
         display.report(facts, findings.findings(facts))
     return artifact
 
 
-def _report(config: PipelineConfig, model: Path, figures: dict[str, Any], directory: Path) -> Result:
-    longest = min(figures["lengths"]["longest"], config.data.max_length)
-    facts = Facts(figures, needs.figures(config, read_config(model), longest), machine.figures(config), config)
+def _plan(config: PipelineConfig) -> Plan:
+    target = config.export.target.name
+    return Plan(config.model.path, config.data, config.sft, config.qat, config.sharding, target)
+
+
+def _report(here: Run, plan: Plan, model: Path, figures: dict[str, Any], directory: Path) -> Result:
+    longest = min(figures["lengths"]["longest"], plan.data.max_length)
+    needed = needs.figures(plan, read_config(model), longest)
+    facts = Facts(figures, needed, machine.figures(here.directory), plan, here)
     for section, values in {**facts.data, "needs": facts.needs, "machine": facts.machine}.items():
         log_metrics(directory, {"section": section, **values})
     found = findings.findings(facts)
-    details = {"data": facts.data, "needs": facts.needs, "machine": facts.machine, "findings": found}
-    return Result(Kind.report, details=details)
+    record = DoctorRecord(data=facts.data, needs=facts.needs, machine=facts.machine, findings=found)
+    return Result(Kind.report, record)
 
 
 def _data_figures(config: PipelineConfig, rows: Rows, how: Rendering, tell: Languages) -> dict[str, Any]:
-    train, validation = (examine(config, part, how) for part in split_rows(config, rows))
+    train, validation = (examine(part, how, config.data.max_length) for part in split_rows(config.data, rows))
     every = [*train, *validation]
     return {
         "rows": {"all": len(rows.conversations), "train": len(train), "validation": len(validation)},

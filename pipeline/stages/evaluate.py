@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import PipelineConfig, Stage
+from pipeline.config import EvaluateConfig, PipelineConfig, Stage
 from pipeline.errors import UserError
 from pipeline.evaluate import measure
 from pipeline.evaluate.generation import endpoint, prompts
@@ -14,10 +14,12 @@ from pipeline.evaluate.measure import Measure, Task, file_name
 from pipeline.evaluate.scorers import judge
 from pipeline.models import references
 from pipeline.models.references import ModelRef
-from pipeline.runs import artifacts
-from pipeline.runs.artifacts import EVALUATED_STAGES, Artifact, Kind, Result, is_complete, write_json
-from pipeline.runs.commands import stage_command
+from pipeline.runs.artifacts import EVALUATED_STAGES, Artifact, Kind, Result, load
+from pipeline.runs.building import build
 from pipeline.runs.console import say
+from pipeline.runs.json_files import write_json
+from pipeline.runs.records import EvaluateRecord
+from pipeline.runs.run import Run
 from pipeline.runs.tracking import log_metrics
 
 _JUDGE = tuple(f"{judge.KEY}.{name}" for name in ("max_new_tokens", "attempts", "max_without_verdict"))
@@ -31,17 +33,18 @@ _ALL = "all"
 
 def run(config: PipelineConfig) -> Artifact:
     """Add the figures of `evaluate.source` and `evaluate.endpoint` to <run_dir>/evaluate, and keep earlier figures."""
-    asked_for = _asked_for(config)
-    task = measure.prepare(config)
-    before: list[ModelRef | Served] = [*_measured_before(config), *_served_before(task)]
+    here = Run(config)
+    asked_for = _asked_for(here, config.evaluate)
+    task = measure.prepare(here, config.data, config.model, config.evaluate)
+    before: list[ModelRef | Served] = [*_measured_before(here), *_served_before(task)]
     # Servers come first, so that their errors show before local models take hours.
     everything = sorted([*before, *asked_for], key=lambda subject: isinstance(subject, ModelRef))
     subjects = list({subject.name: subject for subject in everything}.values())
     refs = [subject for subject in subjects if isinstance(subject, ModelRef)]
-    reference = _reference(config, refs)
+    reference = _reference(here, refs)
     measure.check_tokens(refs, reference)
-    return artifacts.build(
-        config,
+    return build(
+        here,
         Stage.evaluate,
         settings=_SETTINGS,
         parents={**{subject.name: subject.fingerprint for subject in subjects}, **_asked(task)},
@@ -57,46 +60,44 @@ def _asked(task: Task) -> dict[str, str]:
     return found | ({judge.KEY: task.judge.fingerprint} if task.judge else {})
 
 
-def _asked_for(config: PipelineConfig) -> Sequence[ModelRef | Served]:
-    served = [] if config.evaluate.endpoint.url is None else [endpoint.find(config.evaluate.endpoint)]
-    return served if served and config.evaluate.source is None else [*_refs(config), *served]
+def _asked_for(here: Run, evaluate: EvaluateConfig) -> Sequence[ModelRef | Served]:
+    served = [] if evaluate.endpoint.url is None else [endpoint.find(evaluate.endpoint)]
+    return served if served and evaluate.source is None else [*_refs(here, evaluate.source), *served]
 
 
-def _refs(config: PipelineConfig) -> list[ModelRef]:
-    source = config.evaluate.source
+def _refs(here: Run, source: str | None) -> list[ModelRef]:
     if source != _ALL:
-        return [references.find(config, source, EVALUATED_STAGES, "evaluate.source")]
-    complete = [stage for stage in EVALUATED_STAGES if references.is_loadable(config, stage)]
+        return [references.find(here, source, EVALUATED_STAGES, "evaluate.source")]
+    complete = [stage for stage in EVALUATED_STAGES if references.is_loadable(here, stage)]
     if not complete:
         raise UserError(
-            f"evaluate.source={_ALL}: {config.run_dir} has no model yet."
-            f" Run first: {stage_command(Stage.upcast, run_dir=config.run_dir, recipe=config.recipe)}"
+            f"evaluate.source={_ALL}: {here.config.run_dir} has no model yet. Run first: {here.command(Stage.upcast)}"
         )
-    return [references.stage_ref(config, stage) for stage in complete]
+    return [references.stage_ref(here, stage) for stage in complete]
 
 
-def _measured_before(config: PipelineConfig) -> list[ModelRef]:
+def _measured_before(here: Run) -> list[ModelRef]:
     """Stages of this run in the earlier report that are not stale. Only changed stages are measured again."""
-    names = artifacts.report_parents(config, Stage.evaluate)
+    names = here.report_parents(Stage.evaluate)
     there = [
-        artifacts.load(artifacts.stage_dir(config, stage.name))
+        load(here.stage_dir(stage))
         for stage in EVALUATED_STAGES
-        if stage.name in names and references.is_loadable(config, stage)
+        if stage.name in names and references.is_loadable(here, stage)
     ]
-    return [references.of_artifact(artifact) for artifact in there if artifacts.staleness(config, artifact) is None]
+    return [references.of_artifact(artifact) for artifact in there if here.staleness(artifact) is None]
 
 
 def _served_before(task: Task) -> list[Served]:
     """Served models in the earlier report. A server may be gone, so its figures stay only while no input changes."""
-    config, kept = task.config, []
-    directory = artifacts.stage_dir(config, Stage.evaluate.name)
-    for name in artifacts.report_parents(config, Stage.evaluate):
+    here, asked, kept = task.run, task.evaluate.endpoint, []
+    directory = here.stage_dir(Stage.evaluate)
+    for name in here.report_parents(Stage.evaluate):
         path = directory / f"{file_name(name)}.json"
         record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if "served" not in record or (name == config.evaluate.endpoint.name and config.evaluate.endpoint.url):
+        if "served" not in record or (name == asked.name and asked.url):
             continue
         served = Served(**record["served"])
-        if record["inputs"] == _inputs(task, served, None) and not config.overwrite:
+        if record["inputs"] == _inputs(task, served, None) and not here.overwrite:
             kept.append(served)
         else:
             say(
@@ -110,7 +111,7 @@ def _served_before(task: Task) -> list[Served]:
 def _inputs(task: Task, subject: ModelRef | Served, reference: ModelRef | None) -> dict[str, Any]:
     """Everything that a model's figures depend on."""
     return {
-        "settings": artifacts.chosen(task.config, _SETTINGS),
+        "settings": task.run.settings(_SETTINGS),
         "data": task.rows.fingerprint,
         "asked": _asked(task),
         "model": subject.fingerprint,
@@ -130,15 +131,15 @@ def _evaluate(task: Task, subjects: Sequence[ModelRef | Served], reference: Mode
             write_json(path, {"inputs": inputs, "figures": figures, **served})
         log_metrics(directory, {"model": subject.name, **figures})
         results[subject.name] = figures
-    details = {"reference": reference.name if reference else None, "results": results}
-    return Result(Kind.report, details=details)
+    record = EvaluateRecord(reference=reference.name if reference else None, results=results)
+    return Result(Kind.report, record)
 
 
-def _reference(config: PipelineConfig, refs: list[ModelRef]) -> ModelRef | None:
+def _reference(here: Run, refs: list[ModelRef]) -> ModelRef | None:
     """The model that weights and predictions are compared with, or None if all models are on servers."""
     for stage in (Stage.sft, Stage.upcast):
-        if is_complete(config, stage):
-            return references.stage_ref(config, stage)
+        if here.is_complete(stage):
+            return references.stage_ref(here, stage)
     return refs[0] if refs else None
 
 

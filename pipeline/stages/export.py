@@ -1,7 +1,6 @@
 """export: writes a model as a checkpoint for serving, and reports how much of the training reached the 4 bits."""
 
 from pathlib import Path
-from typing import Any
 
 from pipeline.checkpoints.shards import Written
 from pipeline.config import PipelineConfig, Stage
@@ -12,9 +11,11 @@ from pipeline.models import loading, references, source
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
 from pipeline.numerics.formats import BlockFormat
-from pipeline.runs import artifacts
 from pipeline.runs.artifacts import MODEL_STAGES, Artifact, Result
+from pipeline.runs.building import build
 from pipeline.runs.console import say, warn
+from pipeline.runs.records import ExportRecord
+from pipeline.runs.run import Run
 from pipeline.runs.tracking import log_metrics
 
 _SETTINGS = ("export.source", "export.target", "export.requantize", "export.shard_bytes", "format")
@@ -23,29 +24,30 @@ _HARDLY_ANY = 0.05
 
 def run(config: PipelineConfig) -> Artifact:
     """Write <run_dir>/export in the layout of `export.target`."""
-    ref = references.find(config, config.export.source, MODEL_STAGES, "export.source")
-    block_format = references.configured_format(config)
+    here = Run(config)
+    ref = references.find(here, config.export.source, MODEL_STAGES, "export.source")
+    block_format = references.configured_format(config.format)
     if not config.export.requantize:
         _raise_if_trained_otherwise(ref, block_format)
-    base, device = source.locate(config), loading.device_of(config)
+    base, device = source.locate(here, config.model), loading.device_of(config.device)
 
     def work(directory: Path) -> Result:
         job = Job(Weights(ref), base, block_format, config.export.shard_bytes, device)
-        target = EXPORTERS[config.export.target.name]
-        written = target.write(job, directory)
-        details = {**_account(written, directory), **_origin(ref), "target": config.export.target.name}
-        _tell_of_requantizing(ref, block_format, details)
+        target = config.export.target.name
+        written = EXPORTERS[target].write(job, directory)
+        record = _account(written, ref, target, directory)
+        _tell_of_requantizing(ref, block_format, record)
         rule, digests = block_format.scale_rule, written.files
-        return Result(target.kind, block_format.name, scale_rule=rule, details=details, digests=digests)
+        return Result(EXPORTERS[target].kind, record, block_format.name, scale_rule=rule, digests=digests)
 
     parents = {"model": ref.fingerprint, "source": base.fingerprint}
-    artifact = artifacts.build(config, Stage.export, settings=_SETTINGS, parents=parents, work=work)
+    artifact = build(here, Stage.export, settings=_SETTINGS, parents=parents, work=work)
     if (repository := config.export.push_to_hub) is not None:
         say("export", f"export.push_to_hub={repository}: stage=publish uploads it, once stage=verify has passed")
     return artifact
 
 
-def _account(written: Written, directory: Path) -> dict[str, Any]:
+def _account(written: Written, ref: ModelRef, target: str, directory: Path) -> ExportRecord:
     """Log the figures of each layer and of the whole model. Returns the details for artifact.json."""
     notes = written.notes
     experts = [note for note in notes if "sums" in note]
@@ -54,7 +56,7 @@ def _account(written: Written, directory: Path) -> dict[str, Any]:
         log_metrics(directory, {"layer": layer, **of_layer.figures()})
     whole = survival.total(note["sums"] for note in experts).figures()
     copied = [name for note in notes if note["is_copied"] for name in note["tensors"]]
-    details = {
+    figures = {
         "tensor_bytes": written.bytes,
         "expert_weights": int(sum(note["sums"]["values"] for note in experts)),
         "copied_tensors": len(copied),
@@ -63,27 +65,34 @@ def _account(written: Written, directory: Path) -> dict[str, Any]:
         "other_than_trained": sum(note["other_than_trained"] for note in experts),
         **whole,
     }
-    log_metrics(directory, details)
-    _tell(details)
-    return {**details, "copied": copied}
+    log_metrics(directory, figures)
+    record = ExportRecord(
+        **figures,
+        copied=copied,
+        target=target,
+        exported_from=ref.name,
+        exported_directory=str(ref.directory),
+    )
+    _tell(record)
+    return record
 
 
-def _tell(details: dict[str, Any]) -> None:
-    noise = "" if details["snr_db"] is None else f"signal-to-noise {details['snr_db']:.2f} dB, "
+def _tell(record: ExportRecord) -> None:
+    noise = "" if record.snr_db is None else f"signal-to-noise {record.snr_db:.2f} dB, "
     say(
         "export",
-        f"{details['encoded_tensors']} tensors encoded, {details['copied_tensors']} are the source's own bytes;"
-        f" {noise}saturated blocks {details['saturated_blocks']:.3%}",
+        f"{record.encoded_tensors} tensors encoded, {record.copied_tensors} are the source's own bytes;"
+        f" {noise}saturated blocks {record.saturated_blocks:.3%}",
     )
     say(
         "export",
-        f"training moved {details['moved_weights']:.2%} of the expert weights; {details['changed_codes']:.2%} of the"
-        f" 4-bit values differ from the base model's ({details['survival']:.2%} of those moved)",
+        f"training moved {record.moved_weights:.2%} of the expert weights; {record.changed_codes:.2%} of the"
+        f" 4-bit values differ from the base model's ({record.survival:.2%} of those moved)",
     )
-    if details["moved_weights"] and details["survival"] < _HARDLY_ANY:
+    if record.moved_weights and record.survival < _HARDLY_ANY:
         warn(
             "export",
-            f"hardly any of the fine-tuning of the experts reached the 4-bit weights: {details['survival']:.2%} of the"
+            f"hardly any of the fine-tuning of the experts reached the 4-bit weights: {record.survival:.2%} of the"
             " weights that training moved differ from the base model after rounding; the others snapped back. Compare"
             " with stage=evaluate; train on with stage=quantize and stage=qat, at a higher qat.learning_rate or with"
             " more qat.max_steps, and export that.",
@@ -101,16 +110,12 @@ def _raise_if_trained_otherwise(ref: ModelRef, block_format: BlockFormat) -> Non
         )
 
 
-def _tell_of_requantizing(ref: ModelRef, block_format: BlockFormat, details: dict[str, Any]) -> None:
+def _tell_of_requantizing(ref: ModelRef, block_format: BlockFormat, record: ExportRecord) -> None:
     if ref.block_format not in (None, block_format):
-        share = details["other_than_trained"] / details["expert_weights"]
+        share = record.other_than_trained / record.expert_weights
         warn(
             "export",
             f"export.requantize=true: {share:.2%} of the experts' weights are not those that {ref.name} was trained"
             " with. Measure the loss before you serve it: run stage=evaluate on the same export with"
             " export.target=bf16.",
         )
-
-
-def _origin(ref: ModelRef) -> dict[str, str]:
-    return {"exported_from": ref.name, "exported_directory": str(ref.directory)}

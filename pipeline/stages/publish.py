@@ -3,15 +3,19 @@
 from pathlib import Path
 
 from pipeline.checkpoints.side_files import link_or_copy, side_files
-from pipeline.config import PipelineConfig, Stage
+from pipeline.config import ModelConfig, PipelineConfig, Stage
 from pipeline.errors import UserError
 from pipeline.models import source
 from pipeline.models.source import Source
 from pipeline.publish import hub
-from pipeline.runs import artifacts, proofs
-from pipeline.runs.artifacts import Artifact, Kind, Result
+from pipeline.publish.record import Proven
+from pipeline.runs import proofs
+from pipeline.runs.artifacts import Artifact, Kind, Result, fingerprint_of
+from pipeline.runs.building import build
 from pipeline.runs.console import say, warn
 from pipeline.runs.processes import is_main_process
+from pipeline.runs.records import PublishRecord
+from pipeline.runs.run import Run
 
 MODEL = "model"
 """Directory to upload, inside the stage's. The stage's records stay outside: they contain paths of this machine."""
@@ -28,21 +32,22 @@ def run(config: PipelineConfig) -> Artifact:
         UserError: the export is unfinished or not proven, the export or the base model has changed since, or the
             upload fails.
     """
-    export = artifacts.require(config, Stage.export)
-    proof = proofs.proof_of(config, export)
+    here = Run(config)
+    export = here.require(Stage.export)
+    proof = proofs.find_proof(here, export)
     if proof is None:
-        raise UserError(f"{proofs.missing_proof(config, export)}. Only proven exports are published.")
+        raise UserError(f"{proofs.missing_proof(here, export)}. Only proven exports are published.")
     hub.check(config.export)
-    base = _base(config, export)
+    base = _base(here, config.model, export)
     parents = {"export": export.fingerprint, "verify": proof.fingerprint}
-    told = [stage for stage in _ALSO_TOLD if artifacts.is_complete(config, stage)]
-    parents |= {stage.name: artifacts.require(config, stage).fingerprint for stage in told}
-    artifact = artifacts.build(
-        config,
+    told = [stage for stage in _ALSO_TOLD if here.is_complete(stage)]
+    parents |= {stage.name: here.require(stage).fingerprint for stage in told}
+    artifact = build(
+        here,
         Stage.publish,
         settings=_SETTINGS,
         parents=parents,
-        work=lambda into: _publish(config, export, proof, base, into),
+        work=lambda into: _publish(config, here, Proven(export, proof, base), into),
         is_report=True,
     )
     if is_main_process():
@@ -50,28 +55,29 @@ def run(config: PipelineConfig) -> Artifact:
     return artifact
 
 
-def _base(config: PipelineConfig, export: Artifact) -> Source:
-    base = source.locate(config)
+def _base(here: Run, model: ModelConfig, export: Artifact) -> Source:
+    base = source.locate(here, model)
     if base.fingerprint != export.parents["source"]:
         raise UserError(
-            f"model.path={config.model.path}: is not the base model that {export.directory} was made from"
+            f"model.path={model.path}: is not the base model that {export.directory} was made from"
             f" ({export.base_model['path']}), or has changed since. Export again, or set model.path."
         )
     return base
 
 
-def _publish(config: PipelineConfig, export: Artifact, proof: Artifact, base: Source, into: Path) -> Result:
+def _publish(config: PipelineConfig, here: Run, proven: Proven, into: Path) -> Result:
     from pipeline.publish import card
 
-    directory = into / MODEL
-    _link(export, directory)
+    directory, base = into / MODEL, proven.base
+    _link(proven.export, directory)
     added = [name for name in side_files(base.directory) if name.startswith(_LEGAL) and not (directory / name).exists()]
     for name in added:
         link_or_copy(base.directory / name, directory / name)
     (directory / card.FILE).unlink(missing_ok=True)  # writing to a link would change the export's file
-    (directory / card.FILE).write_text(card.text(config, export, proof, base, added), encoding="utf-8")
+    text = card.write_text(here, config.model, config.export, proven=proven, added=added)
+    (directory / card.FILE).write_text(text, encoding="utf-8")
     _tell_of_gaps(config, base)
-    return Result(Kind.report, export.format, details={"files": len(list(directory.iterdir()))})
+    return Result(Kind.report, PublishRecord(files=len(list(directory.iterdir()))), proven.export.format)
 
 
 def _link(export: Artifact, directory: Path) -> None:
@@ -81,7 +87,7 @@ def _link(export: Artifact, directory: Path) -> None:
         path.unlink()
     for name in export.files:
         link_or_copy(export.directory / name, directory / name)
-    fingerprint, _ = artifacts.fingerprint_of(directory)
+    fingerprint, _ = fingerprint_of(directory)
     if fingerprint != export.fingerprint:
         raise UserError(
             f"{export.directory}: its files have changed since they were exported and verified. Export again:"
@@ -92,9 +98,9 @@ def _link(export: Artifact, directory: Path) -> None:
 def _tell_of_gaps(config: PipelineConfig, base: Source) -> None:
     from pipeline.publish import card
 
-    if card.base_name(config) is None:
+    if card.base_name(config.model, config.export.card) is None:
         warn("publish", "the card names no base model: model.path is no hub id. Set export.card.base_model=<hub id>.")
-    if not card.license_of(config, base):
+    if not card.license_of(config.export.card, base):
         warn(
             "publish", "the card names no licence: the base model's does not. Set export.card.license=<as on the Hub>."
         )
@@ -105,6 +111,6 @@ def _offer(config: PipelineConfig, artifact: Artifact) -> None:
     if config.export.push_to_hub is None:
         say("publish", f"to upload it: hf upload <name/model> {directory} . --private")
         return
-    if artifacts.fingerprint_of(artifact.directory)[0] != artifact.fingerprint:
+    if fingerprint_of(artifact.directory)[0] != artifact.fingerprint:
         raise UserError(f"{directory}: a file has changed since it was made. Make it again: overwrite=true.")
     say("publish", f"uploaded: {hub.push(config.export, directory)}")

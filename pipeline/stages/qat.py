@@ -1,9 +1,9 @@
 """qat: trains the quantized model at a low learning rate. The forward pass rounds the experts as export will."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from pipeline.config import PipelineConfig, Stage
+from pipeline.config import PipelineConfig, QatConfig, Stage
 from pipeline.data.examples import prepare_examples
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
@@ -11,28 +11,34 @@ from pipeline.errors import UserError
 from pipeline.models import loading, references, saving, sharding
 from pipeline.models.references import ModelRef
 from pipeline.numerics.formats import BlockFormat
-from pipeline.runs import artifacts
 from pipeline.runs.artifacts import Artifact, Result
+from pipeline.runs.building import build
 from pipeline.runs.console import warn
 from pipeline.runs.processes import is_main_process
+from pipeline.runs.records import TrainingRecord
+from pipeline.runs.run import Run
 from pipeline.training import resume
+
+if TYPE_CHECKING:
+    from pipeline.training.distillation import Teacher
 
 _SETTINGS = ("data", "format", "qat")
 
 
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/qat: the trained model with its quantizers."""
-    start = artifacts.require(config, Stage.quantize)
+    here = Run(config)
+    start = here.require(Stage.quantize)
     sharding.raise_if_impossible(config.sharding)
-    _raise_if_quantized_otherwise(references.of_artifact(start), references.configured_format(config))
-    _warn_about_sft(config, start)
-    rows = load_rows(config)
-    return artifacts.build(
-        config,
+    _raise_if_quantized_otherwise(references.of_artifact(start), references.configured_format(config.format))
+    _warn_about_sft(config, here, start)
+    rows = load_rows(here, config.data)
+    return build(
+        here,
         Stage.qat,
         settings=_SETTINGS,
         parents={"quantize": start.fingerprint},
-        work=lambda directory: _train(config, references.of_artifact(start), rows, directory),
+        work=lambda directory: _train(config, here, references.of_artifact(start), rows, directory),
         data=rows.fingerprint,
         resumable_as=resume.by_global_batch,
         on_every_process=True,
@@ -49,7 +55,7 @@ def _raise_if_quantized_otherwise(start: ModelRef, wanted: BlockFormat) -> None:
         )
 
 
-def _warn_about_sft(config: PipelineConfig, start: Artifact) -> None:
+def _warn_about_sft(config: PipelineConfig, here: Run, start: Artifact) -> None:
     if Stage.sft.name not in start.parents:
         warn(
             "qat",
@@ -58,7 +64,8 @@ def _warn_about_sft(config: PipelineConfig, start: Artifact) -> None:
             " learning rate the model hardly learns a new one.",
         )
         return
-    sft = artifacts.require(config, Stage.sft).settings["sft.learning_rate"]
+    sft = here.require(Stage.sft).settings["sft.learning_rate"]
+    assert isinstance(sft, float)
     same_method = config.qat.method is config.sft.method  # adapters use about ten times the learning rate
     if same_method and config.qat.learning_rate > sft:
         warn(
@@ -68,41 +75,43 @@ def _warn_about_sft(config: PipelineConfig, start: Artifact) -> None:
         )
 
 
-def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
+def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, directory: Path) -> Result:
     from pipeline.evaluate import samples
     from pipeline.models import fake_quantizers, rounded_weights
     from pipeline.training import attention_check, trainer
     from pipeline.training.weight_changes import Drift
 
     attention_check.check(config.qat, "qat")
-    block_format = references.configured_format(config)
+    block_format = references.configured_format(config.format)
     tokenizer = load_tokenizer(start.base)
-    splits = prepare_examples(config, rows, tokenizer)
+    splits = prepare_examples(here, config.data, rows, tokenizer)
     model = loading.load_to_train(start, config.qat)
     drift = Drift(model, block_format)  # made before frozen experts are rounded in place
-    rounded = fake_quantizers.keep_rounded(model, rounded_weights.budget_bytes(config))
-    looks = samples.callback(config, rows, tokenizer, directory, "qat")
-    inputs = trainer.Inputs(model, tokenizer, splits, drift, rounded, _teacher(config), looks)
+    budget = rounded_weights.budget_bytes(config.qat.rounded_cache_gib, config.sharding)
+    rounded = fake_quantizers.keep_rounded(model, budget)
+    looks = samples.callback(here, config.data, config.evaluate, rows=rows, tokenizer=tokenizer, directory=directory)
+    inputs = trainer.Inputs(model, tokenizer, splits, drift, rounded, _load_teacher(here, config.qat), looks)
     with fake_quantizers.watch(model) as fired:
-        details = trainer.train(inputs, trainer.Setup(config.qat, "qat", directory, config.sharding))
+        figures = trainer.train(inputs, trainer.Setup(config.qat, "qat", directory, config.sharding))
     fired.raise_unless_all(model)
-    details["quantizers"] = fake_quantizers.count(model, block_format)
-    kind, where = saving.save(model, start, directory, config.qat, config)
+    figures["quantizers"] = fake_quantizers.count(model, block_format)
+    kind, saved = saving.save(model, start, directory, train=config.qat, shared=config.sharding)
     if is_main_process():
         fake_quantizers.save_state(model, directory)
-    return Result(kind, where["dtype"], block_format.name, block_format.scale_rule, {**details, **where})
+    record = TrainingRecord.from_details({**figures, **saved.details()})
+    return Result(kind, record, saved.dtype, block_format.name, block_format.scale_rule)
 
 
-def _teacher(config: PipelineConfig) -> Any:
-    """The SFT model as a teacher, or None without distillation."""
+def _load_teacher(here: Run, qat: QatConfig) -> "Teacher | None":
+    """Load the SFT model as a teacher; None without distillation."""
     from pipeline.models import packing_masks
     from pipeline.training.distillation import Teacher
 
-    settings = config.qat.distillation
+    settings = qat.distillation
     if not settings.weight:
         return None
-    sft = references.stage_ref(config, Stage.sft)
+    sft = references.stage_ref(here, Stage.sft)
     model = loading.load_effective(sft, sft.dtype)
-    if config.qat.packing:
+    if qat.packing:
         packing_masks.keep_apart(model)
     return Teacher(model, settings.weight, settings.temperature)

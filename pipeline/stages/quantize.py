@@ -19,10 +19,11 @@ from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.models import loading, losses, references, saving
 from pipeline.models.references import ModelRef
-from pipeline.numerics.formats import BlockFormat
-from pipeline.runs import artifacts
-from pipeline.runs.artifacts import Artifact, Kind, Result
+from pipeline.runs.artifacts import BOOKKEEPING, Artifact, Kind, Result
+from pipeline.runs.building import build
 from pipeline.runs.console import say
+from pipeline.runs.records import ModelRecord, QuantizeRecord
+from pipeline.runs.run import Run
 from pipeline.runs.tracking import log_metrics
 
 _SETTINGS = ("data", "format", "quantize", "qat.method", "qat.lora", "qat.precision", "qat.seed")
@@ -30,29 +31,31 @@ _SETTINGS = ("data", "format", "quantize", "qat.method", "qat.lora", "qat.precis
 
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/quantize: the fine-tuned model with fake quantizers. Checks that each of them runs."""
-    block_format = references.configured_format(config)
+    here = Run(config)
+    references.configured_format(config.format)  # a wrong setting ends the run before the data is read
     from_sft = config.quantize.source is QuantizeSource.sft
-    start = artifacts.require(config, Stage.sft) if from_sft else references.require_upcast(config)
-    rows = load_rows(config)
-    return artifacts.build(
-        config,
+    start = here.require(Stage.sft) if from_sft else references.require_upcast(here, config.model.path)
+    rows = load_rows(here, config.data)
+    return build(
+        here,
         Stage.quantize,
         settings=_SETTINGS,
         parents={start.stage: start.fingerprint},
-        work=lambda directory: _quantize(config, block_format, references.of_artifact(start), rows, directory),
+        work=lambda directory: _quantize(config, here, references.of_artifact(start), rows, directory),
         data=rows.fingerprint,
     )
 
 
-def _quantize(config: PipelineConfig, block_format: BlockFormat, ref: ModelRef, rows: Rows, directory: Path) -> Result:
+def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, directory: Path) -> Result:
     from pipeline.models import adapters, fake_quantizers
 
-    kind, start, where = _take_form(config, ref, directory)
+    block_format = references.configured_format(config.format)
+    kind, start, saved = _take_form(config.qat.method, ref, directory)
     model = loading.place(loading.load_quantized(start, start.dtype))
     if config.qat.method is Method.lora and not start.adapter:
         model = adapters.attach(model, config.qat, "qat")
-        kind, where = saving.save(model, start, directory, config.qat, config)
-    batches = _calibration_batches(config, rows, ref)
+        kind, saved = saving.save(model, start, directory, train=config.qat, shared=config.sharding)
+    batches = _calibration_batches(config, here, rows, ref)
     fake_quantizers.insert(model, block_format, lambda quantized: _run(quantized, batches))
     if config.format.importance:
         fake_quantizers.calibrate_importance(model, lambda quantized: _run(quantized, batches))
@@ -67,28 +70,29 @@ def _quantize(config: PipelineConfig, block_format: BlockFormat, ref: ModelRef, 
         " each ran, nothing else did",
     )
     log_metrics(directory, {"quantizers": quantizers})
-    details = {"quantizers": quantizers, **where}
-    return Result(kind, where["dtype"], block_format.name, block_format.scale_rule, details)
+    record = QuantizeRecord(dtype=saved.dtype, base=saved.base, quantizers=quantizers)
+    return Result(kind, record, saved.dtype, block_format.name, block_format.scale_rule)
 
 
-def _take_form(config: PipelineConfig, ref: ModelRef, directory: Path) -> tuple[Kind, ModelRef, dict[str, Any]]:
-    """Bring the model into the form that QAT trains. Returns its kind, the model, and where its weights are."""
-    where: dict[str, Any] = {"dtype": dtype_name(ref.dtype)}
-    if ref.adapter and config.qat.method is Method.full:
+def _take_form(method: Method, ref: ModelRef, directory: Path) -> tuple[Kind, ModelRef, ModelRecord]:
+    """Bring the model into the form that QAT trains. Returns its kind, the model, and its record."""
+    whole = ModelRecord(dtype=dtype_name(ref.dtype))
+    if ref.adapter and method is Method.full:
         say("quantize", "qat trains every weight: merging SFT's adapters")
         saving.write_plain(ref, directory)
-        return Kind.checkpoint, replace(ref, directory=directory, base=directory, adapter=False), where
-    if config.qat.method is Method.full or ref.adapter:
-        for path in sorted(p for p in ref.directory.iterdir() if p.name not in artifacts.BOOKKEEPING and p.is_file()):
+        return Kind.checkpoint, replace(ref, directory=directory, base=directory, adapter=False), whole
+    if method is Method.full or ref.adapter:
+        for path in sorted(p for p in ref.directory.iterdir() if p.name not in BOOKKEEPING and p.is_file()):
             link_or_copy(path, directory / path.name)
-    kind = Kind.adapter if ref.adapter else Kind.checkpoint
-    return kind, ref, {**where, "base": os.path.relpath(ref.base, directory.parent)} if ref.adapter else where
+    if not ref.adapter:
+        return Kind.checkpoint, ref, whole
+    return Kind.adapter, ref, replace(whole, base=os.path.relpath(ref.base, directory.parent))
 
 
-def _calibration_batches(config: PipelineConfig, rows: Rows, ref: ModelRef) -> Sequence[Any]:
+def _calibration_batches(config: PipelineConfig, here: Run, rows: Rows, ref: ModelRef) -> Sequence[Any]:
     tokenizer = load_tokenizer(ref.base)
-    train = prepare_examples(config, rows, tokenizer).train
-    is_calibrated = references.configured_format(config).quantizes_activations or config.format.importance
+    train = prepare_examples(here, config.data, rows, tokenizer).train
+    is_calibrated = references.configured_format(config.format).quantizes_activations or config.format.importance
     if is_calibrated and len(train) < config.quantize.calibration_samples:
         raise UserError(
             f"quantize.calibration_samples={config.quantize.calibration_samples}: format={config.format.name.name} is"

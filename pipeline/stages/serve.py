@@ -6,12 +6,13 @@ The stage runs until it is stopped. It writes the engine's command and log, but 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import PipelineConfig, Stage
+from pipeline.config import PipelineConfig, ServeConfig, Stage
 from pipeline.errors import UserError
-from pipeline.runs import artifacts, proofs
+from pipeline.runs import proofs
 from pipeline.runs.artifacts import Artifact
 from pipeline.runs.console import say
 from pipeline.runs.processes import process_count
+from pipeline.runs.run import Run
 
 if TYPE_CHECKING:
     from pipeline.evaluate.transcripts import Parsed
@@ -29,38 +30,39 @@ def run(config: PipelineConfig) -> Artifact:
     """
     if process_count() > 1:
         raise UserError("stage=serve: the engine must be started from a single process. Run it without a launcher.")
-    export = artifacts.require(config, Stage.export)
-    launch = _launch(config, export)
+    here = Run(config)
+    export = here.require(Stage.export)
+    launch = _launch(here, config.serve, export)
     if config.serve.dry_run:
         print(launch.shell_line)
     else:
-        _serve(config, launch)
+        _serve(config, here, launch)
     return export
 
 
-def _launch(config: PipelineConfig, export: Artifact) -> "Launch":
+def _launch(here: Run, settings: ServeConfig, export: Artifact) -> "Launch":
     import torch
 
     from pipeline.serve.launch import plan
 
     found = []
-    if config.serve.verified_only and proofs.proof_of(config, export) is None:
-        found = [f"{proofs.missing_proof(config, export)}, or serve it as it is: serve.verified_only=false"]
-    return plan(config, export, torch.cuda.device_count(), found)
+    if settings.verified_only and proofs.find_proof(here, export) is None:
+        found = [f"{proofs.missing_proof(here, export)}, or serve it as it is: serve.verified_only=false"]
+    return plan(settings, export, name=here.recipe, gpus=torch.cuda.device_count(), found=found)
 
 
-def _serve(config: PipelineConfig, launch: "Launch") -> None:
+def _serve(config: PipelineConfig, here: Run, launch: "Launch") -> None:
     from pipeline.evaluate.generation.client import NoAnswerError
     from pipeline.serve import client
     from pipeline.serve.process import EngineProcess, ended_by_signals
 
-    name, log = config.serve.engine.name, _write_command(config, launch)
+    name, log = config.serve.engine.name, _write_command(here, config.serve.port, launch)
     with ended_by_signals(), EngineProcess(name, launch.command, log) as engine:
         say("serve", f"{name} is starting; its log: {log}")
         engine.wait_until(lambda: client.is_up(launch.health), config.serve.startup_seconds)
         try:
             model = client.model_name(launch.api, config.serve.answer_seconds)
-            answer = client.ask(launch.api, model, config)
+            answer = client.ask(launch.api, model, config.serve, config.data)
         except NoAnswerError as error:
             raise engine.failed(f"was up, but did not answer: {error}") from error
         _show(config.serve.question, client.channels(answer), answer.finish)
@@ -69,17 +71,17 @@ def _serve(config: PipelineConfig, launch: "Launch") -> None:
     say("serve", f"{name} has ended")
 
 
-def _write_command(config: PipelineConfig, launch: "Launch") -> Path:
+def _write_command(here: Run, port: int, launch: "Launch") -> Path:
     """Write the engine's command, and return the path of its log.
 
     Both names contain the port, because several engines may run at a time.
     """
-    directory, port = artifacts.stage_dir(config, Stage.serve.name), config.serve.port
+    directory = here.stage_dir(Stage.serve)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / f"command-{port}.sh").write_text(f"#!/bin/sh\nexec {launch.shell_line}\n", encoding="utf-8")
     except OSError as error:
-        raise artifacts.not_writable(config, directory, error) from error
+        raise here.not_writable(directory, error) from error
     return directory / f"engine-{port}.log"
 
 

@@ -8,8 +8,10 @@ from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.models import loading, references, saving, sharding
 from pipeline.models.references import ModelRef
-from pipeline.runs import artifacts
 from pipeline.runs.artifacts import Artifact, Result
+from pipeline.runs.building import build
+from pipeline.runs.records import TrainingRecord
+from pipeline.runs.run import Run
 from pipeline.training import resume
 
 _SETTINGS = ("data", "sft")
@@ -17,22 +19,23 @@ _SETTINGS = ("data", "sft")
 
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/sft: the fine-tuned checkpoint, or its adapters."""
-    upcast = references.require_upcast(config)
+    here = Run(config)
+    upcast = references.require_upcast(here, config.model.path)
     sharding.raise_if_impossible(config.sharding)
-    rows = load_rows(config)
-    return artifacts.build(
-        config,
+    rows = load_rows(here, config.data)
+    return build(
+        here,
         Stage.sft,
         settings=_SETTINGS,
         parents={"upcast": upcast.fingerprint},
-        work=lambda directory: _train(config, references.of_artifact(upcast), rows, directory),
+        work=lambda directory: _train(config, here, references.of_artifact(upcast), rows, directory),
         data=rows.fingerprint,
         resumable_as=resume.by_global_batch,
         on_every_process=True,
     )
 
 
-def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path) -> Result:
+def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, directory: Path) -> Result:
     from pipeline.evaluate import samples
     from pipeline.models import adapters
     from pipeline.training import attention_check, trainer
@@ -40,13 +43,13 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
 
     attention_check.check(config.sft, "sft")
     tokenizer = load_tokenizer(start.base)
-    splits = prepare_examples(config, rows, tokenizer)
+    splits = prepare_examples(here, config.data, rows, tokenizer)
     model = loading.load_to_train(start, config.sft)
     if config.sft.method is Method.lora:
         model = adapters.attach(model, config.sft, "sft")
-    drift = Drift(model, references.configured_format(config))
-    looks = samples.callback(config, rows, tokenizer, directory, "sft")
+    drift = Drift(model, references.configured_format(config.format))
+    looks = samples.callback(here, config.data, config.evaluate, rows=rows, tokenizer=tokenizer, directory=directory)
     inputs = trainer.Inputs(model, tokenizer, splits, drift, looks=looks)
-    details = trainer.train(inputs, trainer.Setup(config.sft, "sft", directory, config.sharding))
-    kind, where = saving.save(model, start, directory, config.sft, config)
-    return Result(kind, format=where["dtype"], details={**details, **where})
+    figures = trainer.train(inputs, trainer.Setup(config.sft, "sft", directory, config.sharding))
+    kind, saved = saving.save(model, start, directory, train=config.sft, shared=config.sharding)
+    return Result(kind, TrainingRecord.from_details({**figures, **saved.details()}), saved.dtype)

@@ -1,7 +1,6 @@
 """upcast: decodes the source's MXFP4 experts to BF16, bit-exactly and shard by shard. A BF16 source is linked."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,9 +19,11 @@ from pipeline.models.saving import plain_piece
 from pipeline.models.source import Source
 from pipeline.models.weights import Weights
 from pipeline.numerics.compiled import compilation_for
-from pipeline.runs import artifacts
 from pipeline.runs.artifacts import Artifact, Kind, Result
+from pipeline.runs.building import build
 from pipeline.runs.console import say
+from pipeline.runs.records import UpcastRecord
+from pipeline.runs.run import Run
 from pipeline.runs.tracking import log_metrics
 
 _SETTINGS = ("model.path", "model.revision", "model.tiny", "upcast")
@@ -30,10 +31,11 @@ _SETTINGS = ("model.path", "model.revision", "model.tiny", "upcast")
 
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/upcast: a BF16 checkpoint that transformers can train."""
-    base = source.locate(config)
+    here = Run(config)
+    base = source.locate(here, config.model)
     load_tokenizer(base.directory)
-    return artifacts.build(
-        config,
+    return build(
+        here,
         Stage.upcast,
         settings=_SETTINGS,
         parents={"source": base.fingerprint},
@@ -43,25 +45,31 @@ def run(config: PipelineConfig) -> Artifact:
 
 def _upcast(base: Source, directory: Path, config: PipelineConfig) -> Result:
     checkpoint = base.open()
-    details, digests = (
+    figures, digests = (
         _decode(base, directory, config) if checkpoint.is_packed else (_pass_through(checkpoint, directory), {})
     )
     copy_side_files(base.directory, directory)
     write_config(directory, checkpoint.config, torch.bfloat16)
-    log_metrics(directory, details)
-    details |= {"dtype": "bfloat16", "source": str(base.directory)}
-    return Result(Kind.checkpoint, format="bf16", details=details, digests=digests)
+    log_metrics(directory, figures)
+    record = UpcastRecord(
+        dtype="bfloat16",
+        source=str(base.directory),
+        decoded_tensors=figures["decoded_tensors"],
+        copied_tensors=figures["copied_tensors"],
+        tensor_bytes=figures["tensor_bytes"],
+    )
+    return Result(Kind.checkpoint, record, format="bf16", digests=digests)
 
 
-def _decode(base: Source, directory: Path, config: PipelineConfig) -> tuple[dict[str, Any], dict[str, str]]:
+def _decode(base: Source, directory: Path, config: PipelineConfig) -> tuple[dict[str, int], dict[str, str]]:
     weights = Weights(ModelRef("source", base.directory, base.directory))
-    layout, device = plain_tensors(weights.shape), device_of(config)
+    layout, device = plain_tensors(weights.shape), device_of(config.device)
     pieces = [plain_piece(weights, name, info, torch.bfloat16, device) for name, info in layout.items()]
     with compilation_for(sum(projection.values for projection in expert_projections(weights.shape))):
         written = write_sharded(directory, pieces, config.upcast.shard_bytes, "upcast")
     decoded = sum(name not in weights.checkpoint.tensors for name in layout)
-    details = {"decoded_tensors": decoded, "copied_tensors": len(pieces) - decoded, "tensor_bytes": written.bytes}
-    return details, written.files
+    figures = {"decoded_tensors": decoded, "copied_tensors": len(pieces) - decoded, "tensor_bytes": written.bytes}
+    return figures, written.files
 
 
 def _pass_through(checkpoint: Checkpoint, directory: Path) -> dict[str, int]:

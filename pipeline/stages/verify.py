@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
 
 from pipeline.checkpoints.config_json import CONFIG, read_config
 from pipeline.checkpoints.gpt_oss import MODEL_TYPE
@@ -21,11 +22,14 @@ from pipeline.models.references import ModelRef
 from pipeline.models.source import Source
 from pipeline.models.weights import Weights
 from pipeline.numerics.formats import FORMATS, BlockFormat
-from pipeline.runs import artifacts
-from pipeline.runs.artifacts import Artifact, Kind, Result, write_json
+from pipeline.runs.artifacts import ARTIFACT_FILE, UNFINISHED_FILE, Artifact, Kind, Result, fingerprint_of, load
+from pipeline.runs.building import build
 from pipeline.runs.commands import stage_command
 from pipeline.runs.console import say
+from pipeline.runs.json_files import write_json
 from pipeline.runs.processes import is_main_process
+from pipeline.runs.records import ExportRecord, VerifyRecord
+from pipeline.runs.run import Run
 from pipeline.runs.tracking import log_metrics
 
 if TYPE_CHECKING:
@@ -42,16 +46,17 @@ def run(config: PipelineConfig) -> Artifact:
     Raises:
         CheckFailed: a check found a problem. The report is written, but no artifact.
     """
-    subject = _subject(config)
+    here = Run(config)
+    subject = _subject(config, here)
     parents = {"checkpoint": subject.fingerprint, "reference": subject.reference.fingerprint}
     if subject.ref is not None:
         parents["model"] = subject.ref.fingerprint
-    return artifacts.build(
-        config,
+    return build(
+        here,
         Stage.verify,
         settings=_SETTINGS,
         parents=parents,
-        work=lambda into: _verify(config, subject, into),
+        work=lambda into: _verify(config, here, subject, into),
         is_report=True,
     )
 
@@ -80,17 +85,17 @@ class _Subject:
     unknown: str
 
 
-def _subject(config: PipelineConfig) -> _Subject:
-    directory = _checkpoint(config)
-    reference = _reference(config)
+def _subject(config: PipelineConfig, here: Run) -> _Subject:
+    directory = _checkpoint(config, here)
+    reference = _reference(config, here)
     export, ref = None, None
-    unknown = f"{directory} has no {artifacts.ARTIFACT_FILE} that names the model it was made from"
-    if (directory / artifacts.ARTIFACT_FILE).is_file():
+    unknown = f"{directory} has no {ARTIFACT_FILE} that names the model it was made from"
+    if (directory / ARTIFACT_FILE).is_file():
         export = _export(directory, reference)
-        ref, unknown = _trained(config, export)
-    target = recognized(directory) if export is None else export.details["target"]
+        ref, unknown = _trained(here, export)
+    target = recognized(directory) if export is None else export.read(ExportRecord).target
     _raise_unless_loadable(config, target)
-    return _Subject(directory, *artifacts.fingerprint_of(directory), target, reference, export, ref, unknown)
+    return _Subject(directory, *fingerprint_of(directory), target, reference, export, ref, unknown)
 
 
 def _raise_unless_loadable(config: PipelineConfig, target: str) -> None:
@@ -99,8 +104,8 @@ def _raise_unless_loadable(config: PipelineConfig, target: str) -> None:
     engines.raise_unless_loadable([each.name for each in config.verify.engines], target, vars(config.verify.python))
 
 
-def _verify(config: PipelineConfig, subject: _Subject, into: Path) -> Result:
-    checks = _checks(config, subject)
+def _verify(config: PipelineConfig, here: Run, subject: _Subject, into: Path) -> Result:
+    checks = _checks(config, here, subject)
     gaps = [check.gap for check in checks if check.gap]
     report = {
         "checkpoint": str(subject.directory),
@@ -120,25 +125,27 @@ def _verify(config: PipelineConfig, subject: _Subject, into: Path) -> Result:
         raise CheckFailed(f"{subject.directory} is not right: {count}, see {into / _REPORT}. First: {wrong[0]}")
     say("verify", "nothing wrong was found. Not checked:")
     _list(gaps)
-    return Result(Kind.report, details={"checks": {check.title: check.status for check in checks}, "not_checked": gaps})
+    statuses = {check.title: check.status for check in checks}
+    return Result(Kind.report, VerifyRecord(checks=statuses, not_checked=gaps))
 
 
-def _checks(config: PipelineConfig, subject: _Subject) -> list["Check"]:
+def _checks(config: PipelineConfig, here: Run, subject: _Subject) -> list["Check"]:
     """Run every possible check: of weights if they can be read, of logits if the configuration is right."""
     from pipeline import verify
 
     directory, base, export = subject.directory, subject.reference.directory, subject.export
-    copied = None if export is None else export.details["copied"]
+    copied = None if export is None else export.read(ExportRecord).copied
     checks = verify.against_base(directory, subject.target, base, copied)
     are_comparable, are_configured = (check.status == "ok" for check in checks[:2])
     if export is not None:
         checks.append(verify.check_unchanged(export, subject.fingerprint, subject.sizes))
     if not are_comparable:
         return checks
-    return [*checks, *_weight_checks(config, subject, are_configured), *_engine_checks(config, subject)]
+    weights = _weight_checks(config, here, subject, are_configured)
+    return [*checks, *weights, *_engine_checks(config, here, subject)]
 
 
-def _weight_checks(config: PipelineConfig, subject: _Subject, are_configured: bool) -> list["Check"]:
+def _weight_checks(config: PipelineConfig, here: Run, subject: _Subject, are_configured: bool) -> list["Check"]:
     """Against the model that the export was made from."""
     from pipeline import verify
 
@@ -146,7 +153,7 @@ def _weight_checks(config: PipelineConfig, subject: _Subject, are_configured: bo
     if export is None or subject.ref is None:
         skipped = f"{subject.unknown}. Comparing with the base model finds gross errors, but not single wrong values"
         return [verify.Check("weights and logits against the trained model", skipped=skipped)]
-    trained = _trained_model(config, export, subject.ref)
+    trained = _trained_model(config, here, export, subject.ref)
     view = verify.viewed(subject.directory, subject.target, subject.reference.directory)
     checks = [trained.check_experts(view), trained.check_others(view)]
     if _format_of(export).quantizes_activations:
@@ -158,7 +165,7 @@ def _weight_checks(config: PipelineConfig, subject: _Subject, are_configured: bo
     return [*checks, trained.check_logits(subject.directory, config.verify.logits_tolerance)]
 
 
-def _engine_checks(config: PipelineConfig, subject: _Subject) -> list["Check"]:
+def _engine_checks(config: PipelineConfig, here: Run, subject: _Subject) -> list["Check"]:
     """Check the export in each engine of verify.engines."""
     from pipeline.verify import Check, engines
 
@@ -166,7 +173,7 @@ def _engine_checks(config: PipelineConfig, subject: _Subject) -> list["Check"]:
     checks = []
     if asked:
         dtype = getattr(torch, config.model.dtype.name)
-        prompts = engines.prompts(_examples(config, subject.reference.directory))
+        prompts = engines.prompts(_examples(config, here, subject.reference.directory))
         trial = engines.Trial(subject.directory, subject.target, prompts, dtype, config.verify.engine_seconds)
         expected = engines.expectation(subject.reference.directory, _values(subject), trial)
         pythons = vars(config.verify.python)
@@ -185,16 +192,17 @@ def _values(subject: _Subject) -> Callable[[str], torch.Tensor]:
     return engines.trained_values(Weights(ref))
 
 
-def _examples(config: PipelineConfig, base: Path) -> Any:
+def _examples(config: PipelineConfig, here: Run, base: Path) -> Dataset:
     """Some of the validation set, tokenized."""
-    validation = prepare_examples(config, load_rows(config), load_tokenizer(base)).validation
+    rows = load_rows(here, config.data)
+    validation = prepare_examples(here, config.data, rows, load_tokenizer(base)).validation
     return validation.select(range(min(config.verify.samples, len(validation))))
 
 
-def _trained_model(config: PipelineConfig, export: Artifact, ref: ModelRef) -> "TrainedModel":
+def _trained_model(config: PipelineConfig, here: Run, export: Artifact, ref: ModelRef) -> "TrainedModel":
     from pipeline import verify
 
-    batches = losses.batches(_examples(config, ref.base), 1, load_tokenizer(ref.base).pad_token_id)
+    batches = losses.batches(_examples(config, here, ref.base), 1, load_tokenizer(ref.base).pad_token_id)
     batches = [{key: values[:, :_MOST_POSITIONS] for key, values in batch.items()} for batch in batches]
     return verify.TrainedModel(ref, batches, _format_of(export))
 
@@ -204,21 +212,21 @@ def _format_of(export: Artifact) -> BlockFormat:
     return FORMATS[export.format].with_rule(export.scale_rule)
 
 
-def _checkpoint(config: PipelineConfig) -> Path:
+def _checkpoint(config: PipelineConfig, here: Run) -> Path:
     """The directory to check.
 
     Raises:
         UserError: it is missing, unfinished, or cannot be an export of gpt-oss.
     """
     if config.verify.checkpoint is None:
-        return artifacts.require(config, Stage.export, check_files=False).directory
+        return here.require(Stage.export, check_files=False).directory
     given = f"verify.checkpoint={config.verify.checkpoint}"
     directory = Path(config.verify.checkpoint).expanduser().absolute()
     if not directory.is_dir():
         raise UserError(f"{given}: no such directory.")
-    if (directory / artifacts.ARTIFACT_FILE).is_file():
+    if (directory / ARTIFACT_FILE).is_file():
         return directory
-    if (directory / artifacts.UNFINISHED_FILE).is_file():
+    if (directory / UNFINISHED_FILE).is_file():
         raise UserError(f"{given}: unfinished. Run the command that was writing it again, then verify.")
     if (directory / ADAPTER_CONFIG).is_file() and not (directory / CONFIG).is_file():
         raise UserError(f"{given}: holds adapters, not a whole model. Verify its export: {_export_command(directory)}")
@@ -241,11 +249,11 @@ def _model_type(directory: Path) -> Any:
         return None
 
 
-def _reference(config: PipelineConfig) -> Source:
+def _reference(config: PipelineConfig, here: Run) -> Source:
     if config.verify.reference is None:
-        return source.locate(config)
+        return source.locate(here, config.model)
     model = replace(config.model, path=config.verify.reference, revision=None)
-    return source.locate(replace(config, model=model), "verify.reference")
+    return source.locate(here, model, "verify.reference")
 
 
 def _export(directory: Path, reference: Source) -> Artifact:
@@ -254,7 +262,7 @@ def _export(directory: Path, reference: Source) -> Artifact:
     Raises:
         UserError: another stage wrote it, or the export was made from another base model.
     """
-    export = artifacts.load(directory, check_files=False)
+    export = load(directory, check_files=False)
     if export.stage != Stage.export.name:
         raise UserError(
             f"verify.checkpoint={directory}: a result of stage={export.stage}, not of stage=export."
@@ -268,16 +276,16 @@ def _export(directory: Path, reference: Source) -> Artifact:
     return export
 
 
-def _trained(config: PipelineConfig, export: Artifact) -> tuple[ModelRef | None, str]:
+def _trained(here: Run, export: Artifact) -> tuple[ModelRef | None, str]:
     """The model that the export was made from, or None and the reason why it is unknown."""
-    directory = export.directory
-    origins = (directory.parent / export.details["exported_from"], Path(export.details["exported_directory"]))
-    there = [references.find(config, str(origin), (), "exported_directory") for origin in origins if origin.is_dir()]
+    directory, record = export.directory, export.read(ExportRecord)
+    origins = (directory.parent / record.exported_from, Path(record.exported_directory))
+    there = [references.find(here, str(origin), (), "exported_directory") for origin in origins if origin.is_dir()]
     for ref in there:
         if ref.fingerprint == export.parents["model"]:
             return ref, ""
     if there:
-        again = stage_command(Stage.export, "overwrite=true", run_dir=config.run_dir, recipe=config.recipe)
+        again = here.command(Stage.export, "overwrite=true")
         raise UserError(
             f"{directory} was made from an earlier {there[0].name} ({there[0].directory} has changed since)."
             f" Export again: {again}"

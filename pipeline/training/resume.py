@@ -9,19 +9,19 @@ random generators, which transformers saves for each process, need not be there 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from pipeline.config import Sharding
 from pipeline.errors import UserError
-from pipeline.runs.artifacts import write_json
 from pipeline.runs.console import say
+from pipeline.runs.json_files import write_json
 from pipeline.runs.processes import is_main_process, process_count, wait_for_everyone
+from pipeline.runs.settings import Settings
 
 WHOLE = "whole"
 """This file in a checkpoint says that all of it was written, and how it was sharded."""
 
 
-def by_global_batch(settings: dict[str, Any]) -> dict[str, Any]:
+def by_global_batch(settings: Settings) -> Settings:
     """Settings that training must be resumed with: the global batch takes the place of its factors.
 
     The examples of an optimizer step matter for the result. How processes and forward passes share them does not.
@@ -30,7 +30,9 @@ def by_global_batch(settings: dict[str, Any]) -> dict[str, Any]:
     for key in settings:
         section, _, name = key.rpartition(".")
         if name == "gradient_accumulation_steps":
-            product = found.pop(key) * found.pop(f"{section}.batch_size") * process_count()
+            steps, rows = found.pop(key), found.pop(f"{section}.batch_size")
+            assert isinstance(steps, int) and isinstance(rows, int)
+            product = steps * rows * process_count()
             found[f"{section}.batch_size x {key} x processes"] = product
     return found
 

@@ -131,12 +131,15 @@ def pass_verify(run: Path, fingerprint: str) -> None:
     """As verify leaves it that has passed."""
     from pipeline.config import ModelConfig, PipelineConfig, Stage
     from pipeline.runs.artifacts import Kind, Result
+    from pipeline.runs.building import build
+    from pipeline.runs.records import VerifyRecord
+    from pipeline.runs.run import Run
 
     config = PipelineConfig(stage=Stage.verify, run_dir=str(run), model=ModelConfig("base"))
-    details = {"checks": {"scales: no NaN": "ok"}, "not_checked": [f"weights: {run}/export has no record"]}
+    record = VerifyRecord(checks={"scales: no NaN": "ok"}, not_checked=[f"weights: {run}/export has no record"])
     parents = {"checkpoint": fingerprint}
-    result = Result(Kind.report, details=details)
-    artifacts.build(config, Stage.verify, settings=(), parents=parents, work=lambda _: result, is_report=True)
+    result = Result(Kind.report, record)
+    build(Run(config), Stage.verify, settings=(), parents=parents, work=lambda _: result, is_report=True)
 
 
 def test_an_export_that_verify_has_not_passed_is_not_published(run: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from conftest import SHORT, run_program
 from matplotlib.figure import Figure
-from pipeline.runs.metrics import read_metrics
 
 from pipeline.config import PipelineConfig, TrackingBackend, TrackingConfig
-from pipeline.runs.tracking import followed, log_media, log_metrics, log_report, log_table
+from pipeline.runs.metrics import read_metrics
+from pipeline.runs.run import Run
+from pipeline.runs.tracking import log_media, log_metrics, log_report, log_table, track
 
 SECRETS = {"WANDB_API_KEY": "0123456789abcdef" * 3, "HF_TOKEN": "hf_aTokenThatNobodyHas", "MY_PASSWORD": "swordfish42"}
 HEADER_BYTES, BLOCK_BYTES = 7, 32768
@@ -135,7 +136,7 @@ def test_tables_plots_pages_and_reports_are_in_the_file_and_on_disk(tmp_path: Pa
     page, plot = tmp_path / "compare.html", tmp_path / "loss.png"
     page.write_text("<!doctype html><p>shown</p>")
     Figure().savefig(plot)
-    with followed(config, "compare", tmp_path):
+    with track(Run(config), "compare", tmp_path):
         log_metrics(tmp_path, {"model": "sft", "loss_change": None})
         log_table(tmp_path, "examples", ["prompt", "answer"], [["a", "b"], ["c", {"d": 1}]])
         log_media({"loss": plot}, {"compare": page})

@@ -8,9 +8,8 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from pipeline.errors import UserError
 from pipeline.evaluate.transcripts import Transcript
-from pipeline.runs.artifacts import write_json
 from pipeline.runs.console import say
-from pipeline.runs.json_files import Json
+from pipeline.runs.json_files import Json, write_json
 
 
 class Answer(Protocol):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import xxhash
 
 from pipeline.checkpoints.gpt_oss import STOP_TOKENS
-from pipeline.config import PipelineConfig
+from pipeline.config import DataConfig, PromptsConfig
 from pipeline.data import harmony, sampling
 from pipeline.data.examples import split_rows
 from pipeline.data.harmony import Conversation, ConversationError, Rendering
@@ -17,6 +17,7 @@ from pipeline.data.sources import Source, data_sources
 from pipeline.errors import Problems
 from pipeline.evaluate.transcripts import Transcript, parse
 from pipeline.runs.console import say
+from pipeline.runs.run import Run
 
 _SEEDS = 2**31  # every server accepts seeds below this
 
@@ -77,21 +78,23 @@ class Question(NamedTuple):
         )
 
 
-def load(config: PipelineConfig, rows: Rows, most: int | None = None) -> list[Prompt]:
-    """The prompts of `evaluate.prompts`, without duplicates.
+def load(run: Run, data: DataConfig, settings: PromptsConfig, rows: Rows, most: int | None = None) -> list[Prompt]:
+    """Load the prompts of `evaluate.prompts`, without duplicates.
 
     Args:
-        config: the resolved configuration.
+        run: that keeps the tables of rows.
+        data: its settings.
+        settings: `evaluate.prompts`.
         rows: the rows of `data`. Their validation split gives the prompts, unless evaluate.prompts.path is set.
         most: the largest number of prompts, or None.
 
     Raises:
         UserError: the data set is missing or empty, or has bad rows, or rows that lack what scorers need.
     """
-    settings = config.evaluate.prompts
-    conversations = _of_data(config, rows) if settings.path is None else _of_their_own(config)
+    own = settings.path is not None
+    conversations = _read_own(run, data, settings) if own else _read_validation(run, data, settings, rows)
     limits = [len(conversations), *(limit for limit in (settings.max_samples, most) if limit is not None)]
-    found = [_prompt(config, conversation) for conversation in conversations[: min(limits)]]
+    found = [_prompt(data, settings, conversation) for conversation in conversations[: min(limits)]]
     distinct = {prompt.prompt_id: prompt for prompt in found}
     if len(distinct) < len(found):
         say("evaluate", f"{len(found) - len(distinct)} of {len(found)} prompts are duplicates, each is asked only once")
@@ -125,28 +128,26 @@ def fingerprint(asked: list[Question]) -> str:
     return xxhash.xxh3_128_hexdigest(" ".join(keys).encode())
 
 
-def _of_data(config: PipelineConfig, rows: Rows) -> Conversations:
-    expected = config.evaluate.prompts.expected
-    if expected:  # read the same rows again, with the columns for scorers
-        sources = [replace(source, expected=expected) for source in data_sources(config.data)]
-        rows = read_rows(config, sources)
-    _, validation = split_rows(config, rows)
+def _read_validation(run: Run, data: DataConfig, settings: PromptsConfig, rows: Rows) -> Conversations:
+    if expected := settings.expected:  # read the same rows again, with the columns for scorers
+        sources = [replace(source, expected=expected) for source in data_sources(data)]
+        rows = read_rows(run, sources)
+    _, validation = split_rows(data, rows)
     return validation
 
 
-def _of_their_own(config: PipelineConfig) -> Conversations:
-    settings = config.evaluate.prompts
+def _read_own(run: Run, data: DataConfig, settings: PromptsConfig) -> Conversations:
     names = ("path", "revision", "split", "columns", "roles", "filter")
-    own = replace(config.data, blend=[], streaming=False, **{name: getattr(settings, name) for name in names})
+    own = replace(data, blend=[], streaming=False, **{name: getattr(settings, name) for name in names})
     source = Source("evaluate.prompts", own, expected=settings.expected, needs_answers=False)
-    conversations = read_rows(config, [source]).conversations
+    conversations = read_rows(run, [source]).conversations
     count = len(conversations)
-    return conversations.select(sampling.choose([count], [count], config.data.seed))
+    return conversations.select(sampling.choose([count], [count], data.seed))
 
 
-def _prompt(config: PipelineConfig, row: Conversation) -> Prompt:
-    conversation = harmony.asked(row, config.data.reasoning_effort.name, config.data.reasoning_language)
-    expected = dict(_known(conversation)) | config.evaluate.prompts.expected_of_all | row.expected
+def _prompt(data: DataConfig, settings: PromptsConfig, row: Conversation) -> Prompt:
+    conversation = harmony.asked(row, data.reasoning_effort.name, data.reasoning_language)
+    expected = dict(_known(conversation)) | settings.expected_of_all | row.expected
     content = [conversation.messages, conversation.tools, conversation.reasoning_effort, expected]
     text = json.dumps(content, ensure_ascii=False, sort_keys=True)
     return Prompt(xxhash.xxh3_64_hexdigest(text.encode()), conversation, expected)

@@ -9,8 +9,9 @@ from evaluated import record
 
 from pipeline import __main__ as program
 from pipeline.config import PipelineConfig, QuantizeConfig, QuantizeSource, Stage, TrainConfig
-from pipeline.runs import artifacts
-from pipeline.runs.artifacts import chosen, needed, stage_dir
+from pipeline.errors import UserError
+from pipeline.runs.building import build
+from pipeline.runs.run import Run
 
 SWEEP = ("recipe=smoke", "qat.learning_rate=1e-3", "format=mxfp4,nvfp4", "qat.learning_rate=choice(5e-5)")
 """Two jobs; `choice` of one value is a sweep, too."""
@@ -81,17 +82,17 @@ SETTINGS = {
 PARENTS = {"upcast": {"source": "s"}, "sft": {"upcast": "upcast"}, "quantize": {"sft": "sft"}, "qat": {"quantize": ""}}
 
 
-def config(tmp_path: Path, stage: Stage = Stage.qat, **facts: object) -> PipelineConfig:
+def job(tmp_path: Path, stage: Stage = Stage.qat, **facts: object) -> Run:
     made = PipelineConfig(stage=stage, run_dir=f"{tmp_path}/job", base_run=f"{tmp_path}/base", **facts)  # type: ignore[arg-type]
     made.model.path = "gpt"
-    return made
+    return Run(made)
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """A run with models up to qat, made with the usual settings."""
     for name, keys in SETTINGS.items():
-        settings = chosen(config(tmp_path), keys)
+        settings = job(tmp_path).settings(keys)
         record(tmp_path / "base" / name, settings=settings, parents=PARENTS[name])
     return tmp_path / "base"
 
@@ -99,49 +100,49 @@ def base(tmp_path: Path) -> Path:
 def test_models_of_the_same_settings_are_shared_and_reports_are_not(base: Path, tmp_path: Path) -> None:
     record(base / "evaluate", kind="report")
     for name in SETTINGS:
-        assert stage_dir(config(tmp_path), name) == base / name
-    assert stage_dir(config(tmp_path), "evaluate") == tmp_path / "job" / "evaluate"
+        assert job(tmp_path).stage_dir(name) == base / name
+    assert job(tmp_path).stage_dir("evaluate") == tmp_path / "job" / "evaluate"
 
 
 def test_what_was_made_otherwise_or_from_what_was_is_the_jobs_own(base: Path, tmp_path: Path) -> None:
-    other = config(tmp_path, sft=TrainConfig(learning_rate=1.0))
-    own = [name for name in SETTINGS if stage_dir(other, name) == tmp_path / "job" / name]
+    other = job(tmp_path, sft=TrainConfig(learning_rate=1.0))
+    own = [name for name in SETTINGS if other.stage_dir(name) == tmp_path / "job" / name]
     assert own == ["sft", "quantize", "qat"]  # quantize and qat have the same settings, but were made from another sft
 
 
 def test_a_job_that_has_its_own_uses_that(base: Path, tmp_path: Path) -> None:
     record(tmp_path / "job" / "sft")
-    assert stage_dir(config(tmp_path), "sft") == tmp_path / "job" / "sft"
-    assert stage_dir(config(tmp_path), "quantize") == tmp_path / "job" / "quantize"
+    assert job(tmp_path).stage_dir("sft") == tmp_path / "job" / "sft"
+    assert job(tmp_path).stage_dir("quantize") == tmp_path / "job" / "quantize"
 
 
 def test_a_stage_that_is_rebuilt_leaves_the_shared_one_alone(base: Path, tmp_path: Path) -> None:
-    rebuilt = config(tmp_path, overwrite=True)
-    assert stage_dir(rebuilt, "qat") == tmp_path / "job" / "qat"
-    assert stage_dir(rebuilt, "sft") == base / "sft"
+    rebuilt = job(tmp_path, overwrite=True)
+    assert rebuilt.stage_dir("qat") == tmp_path / "job" / "qat"
+    assert rebuilt.stage_dir("sft") == base / "sft"
 
 
 def test_data_and_made_up_models_are_kept_once(base: Path, tmp_path: Path) -> None:
-    assert stage_dir(config(tmp_path), "data") == base / "data"
+    assert job(tmp_path).stage_dir("data") == base / "data"
 
 
 def test_what_comes_before_is_made_where_the_base_run_has_it(base: Path, tmp_path: Path) -> None:
-    assert needed(config(tmp_path)) == [Stage.upcast, Stage.sft, Stage.quantize]
-    assert needed(config(tmp_path, Stage.sft)) == [Stage.upcast]
-    assert needed(config(tmp_path, Stage.evaluate)) == []
-    without_sft = config(tmp_path, quantize=QuantizeConfig(source=QuantizeSource.upcast))
-    assert needed(without_sft) == [Stage.upcast, Stage.quantize]
+    assert job(tmp_path).earlier_stages() == [Stage.upcast, Stage.sft, Stage.quantize]
+    assert job(tmp_path, Stage.sft).earlier_stages() == [Stage.upcast]
+    assert job(tmp_path, Stage.evaluate).earlier_stages() == []
+    without_sft = job(tmp_path, quantize=QuantizeConfig(source=QuantizeSource.upcast))
+    assert without_sft.earlier_stages() == [Stage.upcast, Stage.quantize]
 
 
 def test_a_base_run_without_sft_is_asked_for_it(tmp_path: Path) -> None:
-    with pytest.raises(artifacts.UserError, match=f"stage=sft run_dir={tmp_path}/base, or this command with"):
-        artifacts.require(config(tmp_path), Stage.sft)
-    assert needed(config(tmp_path)) == []
+    with pytest.raises(UserError, match=f"stage=sft run_dir={tmp_path}/base, or this command with"):
+        job(tmp_path).require(Stage.sft)
+    assert job(tmp_path).earlier_stages() == []
 
 
 def test_a_shared_stage_is_up_to_date_and_is_not_made_again(base: Path, tmp_path: Path, capsys) -> None:
-    asked = config(tmp_path, Stage.sft)
-    artifact = artifacts.build(
+    asked = job(tmp_path, Stage.sft)
+    artifact = build(
         asked,
         Stage.sft,
         settings=SETTINGS["sft"],

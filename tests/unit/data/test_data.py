@@ -32,9 +32,10 @@ from pipeline.data import rows as rows_module
 from pipeline.data import synthetic
 from pipeline.data.examples import Splits, prepare_examples
 from pipeline.data.harmony import IGNORED, Conversation, parse_conversation
-from pipeline.data.rows import harmony, load_rows
+from pipeline.data.rows import Rows, harmony, load_rows
 from pipeline.errors import UserError
 from pipeline.models import tiny_model
+from pipeline.runs.run import Run
 
 ROWS = synthetic.arithmetic_rows()[:20]
 GOOD = json.dumps(ROWS[1])
@@ -66,6 +67,10 @@ def config_of(path: Any, **settings: Any) -> PipelineConfig:
     return PipelineConfig(stage=Stage.sft, run_dir="run", model=ModelConfig(path="unused"), data=data)
 
 
+def load(config: PipelineConfig) -> Rows:
+    return load_rows(Run(config), config.data)
+
+
 def jsonl(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     return path
@@ -77,18 +82,18 @@ def parquet(path: Path, rows: list[Any]) -> Path:
 
 
 def conversations(path: Any, **settings: Any) -> list[Conversation]:
-    return list(load_rows(config_of(path, **settings)).conversations)
+    return list(load(config_of(path, **settings)).conversations)
 
 
 def load_error(path: Any, **settings: Any) -> str:
     with pytest.raises(UserError) as caught:
-        load_rows(config_of(path, **settings))
+        load(config_of(path, **settings))
     return str(caught.value)
 
 
 def prepare(tokenizer: Any, path: Any, **settings: Any) -> Splits:
     config = config_of(path, **settings)
-    return prepare_examples(config, load_rows(config), tokenizer)
+    return prepare_examples(Run(config), config.data, load(config), tokenizer)
 
 
 def prepare_error(tokenizer: Any, path: Any, **settings: Any) -> str:
@@ -276,7 +281,7 @@ def test_columns_and_message_keys_that_are_not_used_do_no_harm(tmp_path: Path) -
 def test_joined_instructions_are_counted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     both = [{"role": "system", "content": "One."}, {"role": "developer", "content": "Two."}]
     rows = [ROWS[0], *({"messages": [*both, *row["messages"]]} for row in ROWS[1:3])]
-    load_rows(config_of(jsonl(tmp_path / "a.jsonl", rows)))
+    load(config_of(jsonl(tmp_path / "a.jsonl", rows)))
     assert "[data] 2 rows have a system and a developer message: joined" in capsys.readouterr().out
 
 
@@ -376,7 +381,7 @@ def test_a_path_that_is_not_there_is_named(name: str) -> None:
 
 def test_a_data_set_that_is_not_given_is_asked_for() -> None:
     with pytest.raises(UserError, match=r"data\.path: is not set\. Give data\.path=<file, folder or hub id>"):
-        load_rows(PipelineConfig(stage=Stage.sft, model=ModelConfig(path="unused")))
+        load(PipelineConfig(stage=Stage.sft, model=ModelConfig(path="unused")))
 
 
 def test_a_file_of_another_kind_is_refused_with_the_kinds_that_are_read(tmp_path: Path) -> None:
@@ -428,13 +433,13 @@ def test_a_hub_id_that_cannot_be_had_is_a_mistake_of_the_user(
 def test_the_fingerprint_is_of_the_contents_and_not_of_the_name(tmp_path: Path) -> None:
     first = jsonl(tmp_path / "first.jsonl", ROWS)
     second = Path(shutil.copy(first, tmp_path / "second.jsonl"))
-    assert load_rows(config_of(first)).fingerprint == load_rows(config_of(second)).fingerprint
+    assert load(config_of(first)).fingerprint == load(config_of(second)).fingerprint
 
 
 def test_the_fingerprint_does_not_depend_on_the_order_of_keys(tmp_path: Path) -> None:
     turned = [{"id": 1, **row} for row in ROWS]
-    first = load_rows(config_of(jsonl(tmp_path / "first.jsonl", turned)))
-    second = load_rows(config_of(jsonl(tmp_path / "second.jsonl", [{**row, "id": 1} for row in ROWS])))
+    first = load(config_of(jsonl(tmp_path / "first.jsonl", turned)))
+    second = load(config_of(jsonl(tmp_path / "second.jsonl", [{**row, "id": 1} for row in ROWS])))
     assert first.fingerprint == second.fingerprint
 
 
@@ -449,8 +454,8 @@ def test_the_fingerprint_does_not_depend_on_the_order_of_keys(tmp_path: Path) ->
     ids=["a row less", "another order", "another answer", "another reasoning effort"],
 )
 def test_the_fingerprint_changes_with_the_contents(changed: list[Any], tmp_path: Path) -> None:
-    before = load_rows(config_of(jsonl(tmp_path / "a.jsonl", ROWS))).fingerprint
-    assert load_rows(config_of(jsonl(tmp_path / "a.jsonl", changed))).fingerprint != before
+    before = load(config_of(jsonl(tmp_path / "a.jsonl", ROWS))).fingerprint
+    assert load(config_of(jsonl(tmp_path / "a.jsonl", changed))).fingerprint != before
 
 
 # --- training and validation -----------------------------------------------------------------------------------------
@@ -601,7 +606,7 @@ def test_a_part_of_a_blend_has_its_own_settings_and_otherwise_those_of_data(two_
     )
     config = config_of(None, blend=parts, columns=PAIR)
     config.data.blend[0].columns = ColumnsConfig()
-    found = load_rows(config).conversations
+    found = load(config).conversations
     assert {(one.reasoning_effort, one.reasoning_language) for one in found[:100]} == {("low", "French")}
     assert {(one.reasoning_effort, one.reasoning_language) for one in found[100:]} == {(None, None)}
 

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from pipeline.config import ColumnsConfig, DataConfig, ModelConfig, PipelineConfig, Stage
 from pipeline.data.rows import load_rows
 from pipeline.errors import UserError
+from pipeline.runs.run import Run
 
 CONF = Path(__file__).parents[3] / "conf" / "data"
 
@@ -127,7 +128,7 @@ def load(settings: DataConfig) -> list[dict[str, Any]]:
     """The conversations, without what is not there."""
     config = PipelineConfig(stage=Stage.sft, run_dir="run", model=ModelConfig(path="unused"), data=settings)
     names = ("messages", "tools", "reasoning_effort", "reasoning_language")
-    found = load_rows(config).conversations
+    found = load_rows(Run(config), settings).conversations
     return [{name: value for name in names if (value := getattr(one, name)) is not None} for one in found]
 
 

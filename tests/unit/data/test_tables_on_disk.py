@@ -11,6 +11,7 @@ from datasets import Features, Value
 from pipeline.config import ModelConfig, PipelineConfig, Stage
 from pipeline.data import tables
 from pipeline.errors import UserError
+from pipeline.runs.run import Run
 
 NUMBERS = Features({"number": Value("int64")})
 
@@ -33,12 +34,12 @@ class Source:
             yield {"number": i}
 
 
-def config(run_dir: Path) -> PipelineConfig:
-    return PipelineConfig(stage=Stage.sft, run_dir=str(run_dir), model=ModelConfig(path="unused"))
+def run_in(run_dir: Path) -> Run:
+    return Run(PipelineConfig(stage=Stage.sft, run_dir=str(run_dir), model=ModelConfig(path="unused")))
 
 
 def numbers(run_dir: Path, source: Source, *key: Any) -> list[int]:
-    return list(tables.table(config(run_dir), key, NUMBERS, source)["number"])
+    return list(tables.table(run_in(run_dir), key, NUMBERS, source)["number"])
 
 
 def test_a_table_is_made_once(tmp_path: Path) -> None:

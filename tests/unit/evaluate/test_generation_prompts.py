@@ -13,6 +13,7 @@ from pipeline.data.rows import load_rows
 from pipeline.errors import UserError
 from pipeline.evaluate.generation import prompts
 from pipeline.evaluate.generation.prompts import Prompt
+from pipeline.runs.run import Run
 
 PROMPT_COLUMN = ColumnsConfig(messages=None, prompt="question")
 
@@ -42,9 +43,13 @@ def with_prompts(config: PipelineConfig, **settings: Any) -> PipelineConfig:
     return replace(config, evaluate=replace(config.evaluate, prompts=PromptsConfig(**settings)))
 
 
+def load(config: PipelineConfig, most: int | None = None) -> list[Prompt]:
+    run = Run(config)
+    return prompts.load(run, config.data, config.evaluate.prompts, load_rows(run, config.data), most)
+
+
 def loaded(config: PipelineConfig, **settings: Any) -> list[Prompt]:
-    changed = with_prompts(config, **settings)
-    return prompts.load(changed, load_rows(changed))
+    return load(with_prompts(config, **settings))
 
 
 def of_file(config: PipelineConfig, rows: list[Any], **settings: Any) -> list[Prompt]:
@@ -56,7 +61,7 @@ def texts(found: list[Prompt]) -> list[str]:
 
 
 def test_by_default_the_validation_rows_are_asked_without_their_answers(config: PipelineConfig) -> None:
-    _, validation = split_rows(config, load_rows(config))
+    _, validation = split_rows(config.data, load_rows(Run(config), config.data))
     found = loaded(config)
     assert len(found) == 3
     assert [each.conversation.messages for each in found] == [each.messages[:-1] for each in validation]
@@ -87,7 +92,7 @@ def test_fewer_prompts_are_the_first_of_more(config: PipelineConfig) -> None:
     assert sorted(everything) == sorted(str(i) for i in range(20)) and everything != [str(i) for i in range(20)]
     assert texts(of_file(config, rows, columns=PROMPT_COLUMN, max_samples=5)) == everything[:5]
     changed = with_prompts(config, path=str(Path(config.run_dir).parent / "asked.jsonl"), columns=PROMPT_COLUMN)
-    assert texts(prompts.load(changed, load_rows(changed), most=3)) == everything[:3]
+    assert texts(load(changed, most=3)) == everything[:3]
 
 
 def test_an_id_is_of_the_contents_wherever_they_stand(config: PipelineConfig) -> None:

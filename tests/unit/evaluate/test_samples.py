@@ -24,7 +24,7 @@ class Model(nn.Linear):
 
 
 def samples(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Samples:
-    made = Samples(SimpleNamespace(token_ids=lambda asked: [[1]] * len(asked)), [QUESTION], directory, "sft")  # type: ignore[arg-type]
+    made = Samples(SimpleNamespace(token_ids=lambda asked: [[1]] * len(asked)), [QUESTION], directory)  # type: ignore[arg-type]
     monkeypatch.setattr(made, "_answers", lambda model, in_bf16: [ANSWER])
     return made
 

@@ -22,11 +22,11 @@ from pipeline.numerics.formats import MXFP4
 TOY = '''
 """MXFP4 under names of its own."""
 
-from pipeline.artifacts import Kind
+from pipeline.runs.artifacts import Kind
 from pipeline.export.exporter import Exporter
 from pipeline.export.layout import others, packed
 from pipeline.export.weights import checked_base, others_piece, packed_piece, stacks, write_checkpoint
-from pipeline.gpt_oss import expert_projections, other_tensors
+from pipeline.checkpoints.gpt_oss import expert_projections, other_tensors
 
 
 def write(job, directory):

@@ -7,12 +7,10 @@ import pytest
 import torch
 
 from pipeline.checkpoints.reading import Checkpoint
-from pipeline.config import PipelineConfig, TinyConfig, TrainConfig, UpcastConfig
+from pipeline.config import Sharding, TinyConfig, TrainConfig
 from pipeline.models import loading, saving
 from pipeline.models.references import ModelRef
 from pipeline.models.tiny_model import create_tiny
-
-CONFIG = PipelineConfig(upcast=UpcastConfig(shard_bytes=300_000))
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +21,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelRef:
 
 
 def save(ref: ModelRef, directory: Path) -> None:
-    saving.save(loading.load_plain(ref.base, torch.float32), ref, directory, TrainConfig(), CONFIG)
+    saving.save(loading.load_plain(ref.base, torch.float32), ref, directory, train=TrainConfig(), shared=Sharding.none)
 
 
 def merge(ref: ModelRef, directory: Path) -> None:

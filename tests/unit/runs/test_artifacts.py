@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from omegaconf import OmegaConf
 from pipeline import __main__ as program
 from pipeline.config import DataConfig, LoraTarget, ModelConfig, PipelineConfig, Stage, command_line
 from pipeline.errors import UserError
-from pipeline.runs import artifacts, console, metrics, provenance, tracking
-from pipeline.runs.artifacts import Artifact, Kind, Result, build, fingerprint_of, load, require, stage_dir
+from pipeline.runs import artifacts, building, console, metrics, provenance, tracking
+from pipeline.runs.artifacts import Artifact, Kind, Result, fingerprint_of, load
+from pipeline.runs.building import build
+from pipeline.runs.json_files import write_json
+from pipeline.runs.records import StageRecord
+from pipeline.runs.run import Run
 from pipeline.training import resume
 
 PAYLOAD = {"model.safetensors": b"weights", "sub/config.json": b"{}"}
@@ -38,13 +43,20 @@ def config(tmp_path: Path) -> PipelineConfig:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Steps(StageRecord):
+    """A record of one figure."""
+
+    steps: int
+
+
 class Work:
     """Writes a payload, and remembers what it found in the directory each time that it was called."""
 
     def __init__(self, payload: dict[str, bytes] = PAYLOAD, error: BaseException | None = None, **result: Any) -> None:
         self.payload = payload
         self.error = error
-        self.result = Result(**{"kind": Kind.checkpoint, "format": "bfloat16", "details": {"steps": 3}, **result})
+        self.result = Result(**{"kind": Kind.checkpoint, "format": "bfloat16", "record": Steps(steps=3), **result})
         self.found: list[set[str]] = []
 
     def __call__(self, directory: Path) -> Result:
@@ -68,14 +80,14 @@ def files_in(directory: Path) -> set[str]:
 def make(config: PipelineConfig, work: Callable[[Path], Result] | None = None, **changes: Any) -> Artifact:
     """sft, made from upcast with the data set."""
     inputs = {"settings": ("data", "sft"), "parents": {"upcast": FIXED}, "data": "rows-1", **changes}
-    return build(config, Stage.sft, work=work or Work(), resumable_as=resume.by_global_batch, **inputs)
+    return build(Run(config), Stage.sft, work=work or Work(), resumable_as=resume.by_global_batch, **inputs)
 
 
 def begin(config: PipelineConfig, **changes: Any) -> Path:
     """Leave an unfinished sft behind."""
     with pytest.raises(RuntimeError, match="power cut"):
         make(config, Work({"shard-1": b"half"}, RuntimeError("power cut")), **changes)
-    return stage_dir(config, "sft")
+    return Run(config).stage_dir("sft")
 
 
 def error_of(config: PipelineConfig, work: Callable[[Path], Result] | None = None, **changes: Any) -> str:
@@ -93,13 +105,12 @@ def record_of(artifact: Artifact) -> dict[str, Any]:
 
 def test_artifact_json_is_written_last(config: PipelineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[tuple[str, set[str]]] = []
-    write_json = artifacts.write_json
 
     def watched(path: Path, content: Any) -> None:
         written.append((path.name, files_in(path.parent)))
         write_json(path, content)
 
-    monkeypatch.setattr(artifacts, "write_json", watched)
+    monkeypatch.setattr(building, "write_json", watched)
     artifact = make(config)
     name, there_before = written[-1]
     assert name == "artifact.json"
@@ -109,13 +120,13 @@ def test_artifact_json_is_written_last(config: PipelineConfig, monkeypatch: pyte
 
 def test_work_that_fails_leaves_no_artifact(config: PipelineConfig) -> None:
     directory = begin(config)
-    assert not artifacts.is_complete(config, Stage.sft)
+    assert not Run(config).is_complete(Stage.sft)
     assert files_in(directory) == {"shard-1", "config.yaml", "unfinished.json"}
 
 
 def test_an_artifact_says_all_that_the_contract_asks_for(config: PipelineConfig) -> None:
     record = record_of(make(config))
-    fingerprint, sizes = fingerprint_of(stage_dir(config, "sft"))
+    fingerprint, sizes = fingerprint_of(Run(config).stage_dir("sft"))
     expected = {
         "stage": "sft",
         "kind": "checkpoint",
@@ -140,7 +151,7 @@ def test_an_artifact_says_all_that_the_contract_asks_for(config: PipelineConfig)
 
 def test_an_artifact_read_again_is_the_one_that_was_made(config: PipelineConfig) -> None:
     made = make(config, Work(kind=Kind.adapter, fake_quantized="mxfp4"))
-    assert made == load(made.directory) == require(config, Stage.sft)
+    assert made == load(made.directory) == Run(config).require(Stage.sft)
     assert (made.kind, made.fake_quantized) == (Kind.adapter, "mxfp4")
 
 
@@ -158,7 +169,7 @@ def test_checkpoints_to_resume_from_are_removed_when_the_stage_is_complete(confi
 
 def test_settings_are_recorded_flat_and_by_name(config: PipelineConfig) -> None:
     config.sft.lora.targets = [LoraTarget.experts]
-    assert artifacts.chosen(config, ("data.supervise", "model.revision", "sft.lora")) == {
+    assert Run(config).settings(("data.supervise", "model.revision", "sft.lora")) == {
         "data.supervise": "every_turn",
         "model.revision": "abc",
         "sft.lora.rank": 8,
@@ -199,12 +210,12 @@ def test_a_changed_setting_is_an_error_that_names_key_and_both_values(config: Pi
     config.data.max_samples = 7
     message = error_of(config, work := Work())
     assert message == (
-        f"{stage_dir(config, 'sft')} is complete, but was made with other inputs: data.max_samples: was None, is 7;"
+        f"{Run(config).stage_dir('sft')} is complete, but was made with other inputs: data.max_samples: was None, is 7;"
         " sft.learning_rate: was 2e-05, is 0.5; sft.lora.targets: was ['attention', 'experts'], is ['experts']."
         " Use overwrite=true to rebuild it, or another run_dir to keep it."
     )
     assert work.calls == 0
-    assert artifacts.is_complete(config, Stage.sft)
+    assert Run(config).is_complete(Stage.sft)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +330,7 @@ def test_an_interrupted_rebuild_goes_on_where_it_was(config: PipelineConfig) -> 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_files_of_someone_else_are_an_error_and_stay(overwrite: bool, config: PipelineConfig) -> None:
-    directory = stage_dir(config, "sft")
+    directory = Run(config).stage_dir("sft")
     directory.mkdir(parents=True)
     (directory / "thesis.tex").write_text("years of work")
     config.overwrite = overwrite
@@ -332,11 +343,11 @@ def test_files_of_someone_else_are_an_error_and_stay(overwrite: bool, config: Pi
 
 
 def test_an_empty_directory_is_taken(config: PipelineConfig) -> None:
-    stage_dir(config, "sft").mkdir(parents=True)
+    Run(config).stage_dir("sft").mkdir(parents=True)
     assert set(make(config).files) == set(PAYLOAD)
 
 
-@pytest.mark.parametrize("step", [(artifacts, "fingerprint_of"), (provenance, "record")], ids=lambda step: step[1])
+@pytest.mark.parametrize("step", [(building, "fingerprint_of"), (provenance, "record")], ids=lambda step: step[1])
 def test_an_interruption_while_publishing_can_be_resumed(
     step: tuple[Any, str], config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,7 +375,7 @@ def test_a_run_directory_that_cannot_be_written_is_a_mistake_of_the_user(
     blocker.parent.mkdir(exist_ok=True)
     blocker.write_text("a regular file")
     message = error_of(config, work := Work())
-    assert message.startswith(f"run_dir={config.run_dir}: cannot write {stage_dir(config, 'sft')} (")
+    assert message.startswith(f"run_dir={config.run_dir}: cannot write {Run(config).stage_dir('sft')} (")
     assert message.endswith("Set run_dir to a writable place.")
     assert work.calls == 0
 
@@ -379,7 +390,7 @@ def test_a_run_directory_below_a_regular_file_is_a_mistake_of_the_user(config: P
 
 
 def make_report(config: PipelineConfig, work: Work, parents: dict[str, str]) -> Artifact:
-    return build(config, Stage.compare, settings=("evaluate",), parents=parents, work=work, is_report=True)
+    return build(Run(config), Stage.compare, settings=("evaluate",), parents=parents, work=work, is_report=True)
 
 
 def test_a_report_is_made_anew_when_its_inputs_changed_and_says_so(
@@ -387,7 +398,7 @@ def test_a_report_is_made_anew_when_its_inputs_changed_and_says_so(
 ) -> None:
     first = Work({"table.json": b"1"}, kind=Kind.report)
     make_report(config, first, {"evaluate": "one"})
-    directory = stage_dir(config, "compare")
+    directory = Run(config).stage_dir("compare")
     tracking.log_metrics(directory, {"loss": 1.0})
     capsys.readouterr()
     second = Work({"plot.svg": b"2"}, kind=Kind.report)
@@ -416,13 +427,13 @@ def test_overwrite_makes_a_report_from_an_empty_directory(config: PipelineConfig
 def test_an_interrupted_report_is_made_again(config: PipelineConfig) -> None:
     with pytest.raises(RuntimeError):
         make_report(config, Work({"half.json": b"1"}, RuntimeError("power cut")), {"evaluate": "one"})
-    assert not artifacts.is_complete(config, Stage.compare)
+    assert not Run(config).is_complete(Stage.compare)
     make_report(config, Work({"table.json": b"1"}, kind=Kind.report), {"evaluate": "two"})
-    assert artifacts.is_complete(config, Stage.compare)
+    assert Run(config).is_complete(Stage.compare)
 
 
 def test_a_report_does_not_take_the_files_of_someone_else_for_its_own(config: PipelineConfig) -> None:
-    directory = stage_dir(config, "compare")
+    directory = Run(config).stage_dir("compare")
     directory.mkdir(parents=True)
     (directory / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="holds files that this program did not write"):
@@ -446,7 +457,7 @@ def test_a_file_of_another_size_is_noticed(config: PipelineConfig) -> None:
     directory = make(config).directory
     with (directory / "model.safetensors").open("ab") as file:
         file.write(b"!")
-    for look in (lambda: load(directory), lambda: make(config), lambda: require(config, Stage.sft)):
+    for look in (lambda: load(directory), lambda: make(config), lambda: Run(config).require(Stage.sft)):
         with pytest.raises(
             UserError, match=r"model\.safetensors: changed in size since it was written\. Run stage=sft"
         ):
@@ -471,9 +482,9 @@ def test_an_artifact_json_that_is_not_one_is_a_mistake_of_the_user(content: str,
 
 def test_a_missing_stage_is_named_with_the_command_that_makes_it(config: PipelineConfig) -> None:
     with pytest.raises(UserError) as caught:
-        require(config, Stage.upcast)
+        Run(config).require(Stage.upcast)
     assert str(caught.value) == (
-        f"stage=sft needs {stage_dir(config, 'upcast')}, which is missing."
+        f"stage=sft needs {Run(config).stage_dir('upcast')}, which is missing."
         f" Run first: python -m pipeline stage=upcast recipe=smoke run_dir={config.run_dir}"
     )
 
@@ -482,23 +493,23 @@ def test_an_unfinished_stage_is_named_with_the_command_that_finishes_it(config: 
     begin(config)
     config.stage = Stage.quantize
     with pytest.raises(UserError, match=r"needs .*/sft, which is unfinished\. Run first: python -m pipeline stage=sft"):
-        require(config, Stage.sft)
+        Run(config).require(Stage.sft)
 
 
 def test_the_command_that_is_given_is_a_valid_one_without_a_recipe_too(config: PipelineConfig) -> None:
     config.recipe = PipelineConfig().recipe
     with pytest.raises(UserError) as caught:
-        require(config, Stage.upcast)
+        Run(config).require(Stage.upcast)
     arguments = str(caught.value).partition("python -m pipeline ")[2].split()
     assert command_line.problems(arguments, program.CONF_DIR, program.RECIPES_DIR) == []
 
 
 def test_a_stage_is_complete_when_its_artifact_json_is_there(config: PipelineConfig) -> None:
-    assert not artifacts.is_complete(config, Stage.sft)
+    assert not Run(config).is_complete(Stage.sft)
     begin(config)
-    assert not artifacts.is_complete(config, Stage.sft)
+    assert not Run(config).is_complete(Stage.sft)
     make(config)
-    assert artifacts.is_complete(config, Stage.sft)
+    assert Run(config).is_complete(Stage.sft)
 
 
 def test_a_run_directory_may_be_relative_or_begin_with_a_tilde(
@@ -508,7 +519,7 @@ def test_a_run_directory_may_be_relative_or_begin_with_a_tilde(
     monkeypatch.setenv("HOME", str(tmp_path))
     for run_dir in ("runs/a", "~/runs/a"):
         config.run_dir = run_dir
-        assert stage_dir(config, "sft") == tmp_path / "runs" / "a" / "sft"
+        assert Run(config).stage_dir("sft") == tmp_path / "runs" / "a" / "sft"
 
 
 # --- fingerprint -----------------------------------------------------------------------------------------------------
@@ -563,9 +574,9 @@ def test_a_large_file_is_read_to_its_end(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_json_file_is_there_whole_or_as_before(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    artifacts.write_json(path, {"name": "Grüße"})
+    write_json(path, {"name": "Grüße"})
     with pytest.raises(TypeError):
-        artifacts.write_json(path, {"name": "x", "bad": object()})
+        write_json(path, {"name": "x", "bad": object()})
     assert json.loads(path.read_text(encoding="utf-8")) == {"name": "Grüße"}
 
 
@@ -625,4 +636,4 @@ def test_a_line_goes_to_stdout_and_a_warning_to_stderr(capsys: pytest.CaptureFix
 
 def test_a_setting_that_is_a_list_is_recorded_as_one(config: PipelineConfig) -> None:
     config.doctor.languages = ["en", "de"]
-    assert artifacts.chosen(config, ("doctor.languages",)) == {"doctor.languages": ["en", "de"]}
+    assert Run(config).settings(("doctor.languages",)) == {"doctor.languages": ["en", "de"]}

@@ -14,7 +14,8 @@ from pipeline.errors import UserError
 from pipeline.runs import console
 from pipeline.runs.console import say
 from pipeline.runs.metrics import forget_metrics_after, read_metrics
-from pipeline.runs.tracking import followed, log_metrics, log_report, log_table
+from pipeline.runs.run import Run
+from pipeline.runs.tracking import log_metrics, log_report, log_table, track
 
 
 class WandbError(Exception):
@@ -128,7 +129,7 @@ def test_a_row_of_another_length_than_the_columns_is_refused(tmp_path: Path) -> 
 
 def test_nothing_of_wandb_is_touched_without_tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with followed(PipelineConfig(), "sft", tmp_path):
+    with track(Run(PipelineConfig()), "sft", tmp_path):
         log_metrics(tmp_path, {"step": 1})
         log_report("compare", [])
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -139,7 +140,7 @@ def test_other_processes_do_not_talk_to_wandb(
 ) -> None:
     fake = installed(monkeypatch)
     monkeypatch.setenv("RANK", "1")
-    with followed(config, "sft", tmp_path):
+    with track(Run(config), "sft", tmp_path):
         pass
     assert fake.runs == []
 
@@ -149,7 +150,7 @@ def test_stages_share_a_group_and_a_repeated_stage_keeps_its_run(
 ) -> None:
     fake = installed(monkeypatch)
     for stage in ("sft", "qat", "sft"):
-        with followed(config, stage, tmp_path):
+        with track(Run(config), stage, tmp_path):
             pass
         config.tracking.name = "renamed later"
     sft, qat, again = (run.arguments for run in fake.runs)
@@ -164,7 +165,7 @@ def test_metrics_go_to_both_and_a_stage_that_fails_is_shown_as_failed(
     config: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = installed(monkeypatch)
-    with pytest.raises(KeyboardInterrupt), followed(config, "sft", tmp_path):
+    with pytest.raises(KeyboardInterrupt), track(Run(config), "sft", tmp_path):
         log_metrics(tmp_path, {"step": 1, "loss": 0.5})
         raise KeyboardInterrupt
     (run,) = fake.runs
@@ -180,7 +181,7 @@ def test_places_for_wandbs_files_are_the_runs_unless_the_user_chose_others(
     installed(monkeypatch)
     monkeypatch.delenv("WANDB_DATA_DIR", raising=False)
     monkeypatch.setenv("WANDB_CACHE_DIR", "/chosen")
-    with followed(config, "sft", tmp_path):
+    with track(Run(config), "sft", tmp_path):
         assert os.environ["WANDB_DATA_DIR"] == str(tmp_path / "wandb")
         assert os.environ["WANDB_CACHE_DIR"] == "/chosen"
     assert "WANDB_DATA_DIR" not in os.environ
@@ -199,7 +200,7 @@ def test_a_service_that_cannot_be_started_is_one_message(
     config: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behaviour: dict[str, Any], reason: str
 ) -> None:
     installed(monkeypatch, **behaviour)
-    with pytest.raises(UserError) as caught, followed(config, "sft", tmp_path):
+    with pytest.raises(UserError) as caught, track(Run(config), "sft", tmp_path):
         pytest.fail("the stage must not begin")
     assert str(caught.value).startswith("tracking=wandb: W&B could not be started " + reason)
     assert "tracking=none" in str(caught.value)
@@ -209,7 +210,7 @@ def test_a_missing_package_is_a_message_that_says_how_to_install_it(
     config: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"pip install 'gpt-oss-qat\[wandb\]'"), followed(config, "sft", tmp_path):
+    with pytest.raises(UserError, match=r"pip install 'gpt-oss-qat\[wandb\]'"), track(Run(config), "sft", tmp_path):
         pass
 
 
@@ -217,7 +218,7 @@ def test_a_connection_that_breaks_later_is_one_warning_and_costs_no_metrics(
     config: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = installed(monkeypatch)
-    with followed(config, "sft", tmp_path):
+    with track(Run(config), "sft", tmp_path):
         log_metrics(tmp_path, {"step": 1})
         fake.broken = True
         for step in (2, 3):
@@ -232,5 +233,5 @@ def test_an_unreadable_identity_is_one_message_with_its_file(
 ) -> None:
     installed(monkeypatch)
     (tmp_path / "tracking.json").write_text(content)
-    with pytest.raises(UserError, match=r"tracking\.json: not readable"), followed(config, "sft", tmp_path):
+    with pytest.raises(UserError, match=r"tracking\.json: not readable"), track(Run(config), "sft", tmp_path):
         pass

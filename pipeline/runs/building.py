@@ -1,0 +1,251 @@
+"""The life of a stage's directory: new, unfinished, up to date or changed; then work; then artifact.json.
+
+artifact.json is written last and atomically, so that an interrupted stage never looks complete.
+"""
+
+import fcntl
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from pipeline.config import Stage
+from pipeline.errors import UserError
+from pipeline.runs import provenance
+from pipeline.runs.artifacts import (
+    ARTIFACT_FILE,
+    BOOKKEEPING,
+    CHECKPOINTS_DIR,
+    CONFIG_FILE,
+    SHARDS_FILE,
+    UNFINISHED_FILE,
+    Artifact,
+    Result,
+    fingerprint_of,
+    load,
+)
+from pipeline.runs.console import say
+from pipeline.runs.json_files import write_json
+from pipeline.runs.metrics import METRICS_FILE
+from pipeline.runs.processes import is_main_process, wait_for_everyone
+from pipeline.runs.run import Run, read_unfinished
+from pipeline.runs.settings import Settings
+from pipeline.runs.tracking import track
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that a stage's result depends on.
+
+    Attributes:
+        settings: dotted key -> plain value.
+        parents: name -> fingerprint of each input.
+        data: fingerprint of the data set, or None if the stage uses none.
+    """
+
+    settings: Settings
+    parents: dict[str, str]
+    data: str | None
+
+    def plain(self) -> dict[str, Any]:
+        """The inputs as artifact.json and unfinished.json hold them."""
+        return dict(vars(self))
+
+
+def build(
+    run: Run,
+    stage: Stage,
+    *,
+    settings: tuple[str, ...],
+    parents: Mapping[str, str],
+    work: Callable[[Path], Result],
+    data: str | None = None,
+    resumable_as: Callable[[Settings], Settings] = lambda settings: settings,
+    on_every_process: bool = False,
+    is_report: bool = False,
+) -> Artifact:
+    """Run `work` unless the stage is up to date, and publish the payload that it leaves in the stage's directory.
+
+    Args:
+        run: that the stage belongs to.
+        stage: whose directory it is.
+        settings: dotted keys (or sections) of the configuration that the result depends on.
+        parents: name -> fingerprint of each input.
+        work: fills the given directory, in which it finds the files of an interrupted run with the same inputs.
+        data: fingerprint of the data set, or None if the stage uses none.
+        resumable_as: maps the settings to those that an unfinished stage must be resumed with.
+        on_every_process: call `work` on every process (training), not on the main process alone.
+        is_report: rebuild the stage when its inputs have changed, and say so. Without it, changed inputs are an error,
+            which protects models. A report's `work` finds the files of the earlier report.
+
+    Raises:
+        UserError: the directory is complete or unfinished with other inputs, or not writable.
+    """
+    directory = run.stage_dir(stage)
+    inputs = Inputs(run.settings(settings), dict(parents), data)
+    begun = Inputs(resumable_as(inputs.settings), inputs.parents, data)
+    if (directory / ARTIFACT_FILE).is_file() and not run.overwrite:
+        done = load(directory)
+        if _is_up_to_date(done, inputs, is_report):
+            return done
+    _raise_if_foreign(directory)
+    if not is_report and not run.overwrite:
+        _raise_if_unfinished_differs(directory, begun)
+    # Tracking starts before anything is deleted: an unreachable tracking service must not cost an earlier result.
+    with _lock(run, directory), track(run, stage.name, directory.parent):
+        _on_main_process(lambda: _prepare(run, directory, begun, keep_files=is_report and not run.overwrite))
+        started = time.monotonic()
+        result = work(directory) if on_every_process or is_main_process() else None
+        wait_for_everyone()
+        seconds = time.monotonic() - started
+        _on_main_process(lambda: _publish(run, directory, inputs, result, seconds))
+    return load(directory)
+
+
+def _on_main_process(act: Callable[[], None]) -> None:
+    """Let the main process act while the others wait."""
+    wait_for_everyone()
+    if is_main_process():
+        act()
+    wait_for_everyone()
+
+
+def _is_up_to_date(done: Artifact, inputs: Inputs, is_report: bool) -> bool:
+    """Whether there is nothing to do.
+
+    Raises:
+        UserError: a model was made with other inputs. A report is then rebuilt instead.
+    """
+    before = {"settings": done.settings, "parents": done.parents, "data": done.data}
+    differences = _differences(before, inputs.plain())
+    if differences and not is_report:
+        raise _changed(done.directory, "is complete, but was made with other inputs", differences)
+    if differences:
+        say(done.stage, f"made anew, since {'; '.join(differences)}")
+        return False
+    say(done.stage, f"up to date: {done.directory}")
+    _clear_work(done.directory)
+    return True
+
+
+@contextmanager
+def _lock(run: Run, directory: Path) -> Iterator[None]:
+    """Lock a stage's directory: two runs that write to it would mix their files, and the result would look complete."""
+    if not is_main_process():
+        yield
+        return
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        lock = (directory.parent / f".{directory.name}.lock").open("w")
+    except OSError as error:
+        raise run.not_writable(directory, error) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{directory}: another run is working there. Wait for it, or set another run_dir."
+            ) from error
+        yield
+
+
+def _prepare(run: Run, directory: Path, begun: Inputs, keep_files: bool) -> None:
+    """Make the directory ready for work: with the files of an interrupted run, or of an earlier report, or empty.
+
+    unfinished.json is written before anything is deleted. An interruption can therefore not leave a directory that
+    this program does not recognize.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        is_resumed = read_unfinished(directory) == begun.plain() and not (directory / ARTIFACT_FILE).exists()
+        write_json(directory / UNFINISHED_FILE, begun.plain())
+        (directory / ARTIFACT_FILE).unlink(missing_ok=True)
+        if is_resumed:
+            say(directory.name, f"resuming what was interrupted in {directory}")
+        elif keep_files:
+            (directory / METRICS_FILE).unlink(missing_ok=True)
+        else:
+            _empty(directory)  # any earlier result has other inputs, and the user has set overwrite=true
+        OmegaConf.save(OmegaConf.structured(run.config), directory / CONFIG_FILE)
+    except OSError as error:
+        raise run.not_writable(directory, error) from error
+
+
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != UNFINISHED_FILE:
+            path.unlink()
+
+
+def _publish(run: Run, directory: Path, inputs: Inputs, result: Result | None, seconds: float) -> None:
+    assert result is not None
+    fingerprint, files = fingerprint_of(directory, result.digests)
+    model = run.config.model
+    record = {
+        "stage": directory.name,
+        "kind": result.kind.name,
+        "format": result.format,
+        "fake_quantized": result.fake_quantized,
+        "scale_rule": result.scale_rule,
+        "fingerprint": fingerprint,
+        **inputs.plain(),
+        "base_model": {"path": model.path, "revision": model.revision},
+        "details": result.record.details(),
+        "files": files,
+        "seconds": round(seconds, 3),
+        **provenance.record(),
+    }
+    write_json(directory / ARTIFACT_FILE, record)
+    _clear_work(directory)
+    say(directory.name, f"done in {seconds:.1f} s: {directory}")
+
+
+def _clear_work(directory: Path) -> None:
+    """Remove the files that only an unfinished stage needs. Call it when artifact.json is written, not before."""
+    if is_main_process():
+        shutil.rmtree(directory / CHECKPOINTS_DIR, ignore_errors=True)
+        (directory / UNFINISHED_FILE).unlink(missing_ok=True)
+        (directory / SHARDS_FILE).unlink(missing_ok=True)
+
+
+def _raise_if_foreign(directory: Path) -> None:
+    ours = (directory / ARTIFACT_FILE).is_file() or (directory / UNFINISHED_FILE).is_file()
+    if not ours and directory.is_dir() and any(directory.iterdir()):
+        raise UserError(
+            f"{directory}: holds files that this program did not write. Move them away, or set another run_dir."
+        )
+
+
+def _raise_if_unfinished_differs(directory: Path, begun: Inputs) -> None:
+    """Protect unfinished work like a complete stage. A directory without payload is not protected."""
+    before = read_unfinished(directory)
+    made = [path for path in directory.rglob("*") if path.is_file() and path.name not in BOOKKEEPING]
+    if before is not None and made and (differences := _differences(before, begun.plain())):
+        what = "is unfinished, and was begun with other inputs"
+        raise _changed(directory, what, differences, "Go on with the same inputs, or use")
+
+
+def _changed(directory: Path, what: str, differences: list[str], remedy: str = "Use") -> UserError:
+    return UserError(
+        f"{directory} {what}: {'; '.join(differences)}."
+        f" {remedy} overwrite=true to rebuild it, or another run_dir to keep it."
+    )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    found = [
+        f"{key}: was {old!r}, is {new!r}"
+        for part in ("settings", "parents")
+        for key in sorted({*before[part], *now[part]})
+        if (old := before[part].get(key)) != (new := now[part].get(key))
+    ]
+    if before["data"] != now["data"]:
+        found.append(f"the data set's contents: fingerprint was {before['data']}, is {now['data']}")
+    return found

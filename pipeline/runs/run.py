@@ -1,0 +1,155 @@
+"""A run: where its stages lie, and which of them are complete.
+
+Stages hand a `Run` to code that reads or writes stages, in place of the whole configuration.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import PipelineConfig, QuantizeSource, Stage
+from pipeline.errors import UserError
+from pipeline.runs.artifacts import ARTIFACT_FILE, MODEL_STAGES, UNFINISHED_FILE, Artifact, Kind, load
+from pipeline.runs.commands import stage_command
+from pipeline.runs.settings import Settings, choose_settings
+
+
+class Run:
+    """The directory of a run, and the settings that its stages are made with.
+
+    Attributes:
+        config: the resolved configuration, for config.yaml and trackers. Other code takes the sections that it needs.
+        stage: the stage that the user asked for.
+        recipe: its name.
+        directory: of the run.
+        overwrite: whether to rebuild a complete stage.
+    """
+
+    def __init__(self, config: PipelineConfig) -> None:
+        self.config = config
+        self.stage = config.stage
+        self.recipe = config.recipe
+        self.directory = _absolute(config.run_dir)
+        self.overwrite = config.overwrite
+        self._shared = None if config.base_run is None else _absolute(config.base_run)
+
+    def stage_dir(self, stage: Stage | str) -> Path:
+        """The directory of a stage: that of `base_run` if this run can use it unchanged, else this run's own.
+
+        Directories that belong to no stage (tables of data, a synthetic source) are kept in `base_run` alone.
+        """
+        name = stage.name if isinstance(stage, Stage) else stage
+        own = self.directory / name
+        if self._shared is None or (own / ARTIFACT_FILE).is_file() or (own / UNFINISHED_FILE).is_file():
+            return own
+        shared = self._shared / name
+        return shared if name not in Stage.__members__ or self._can_use(shared) else own
+
+    def is_complete(self, stage: Stage) -> bool:
+        """Whether a stage of this run is complete."""
+        return (self.stage_dir(stage) / ARTIFACT_FILE).is_file()
+
+    def require(self, stage: Stage, check_files: bool = True) -> Artifact:
+        """Return the complete artifact of another stage of this run.
+
+        Raises:
+            UserError: it is missing, unfinished or stale. The message says which stage to run.
+        """
+        directory = self.stage_dir(stage)
+        if not (directory / ARTIFACT_FILE).is_file():
+            state = "unfinished" if directory.is_dir() else "missing"
+            first = self.command(stage, run_dir=self.config.base_run)
+            if self._shared is not None:
+                first += ", or this command with that stage"
+            raise UserError(f"stage={self.stage.name} needs {directory}, which is {state}. Run first: {first}")
+        artifact = load(directory, check_files)
+        stale = self.staleness(artifact)
+        if stale is not None:
+            raise UserError(stale)
+        return artifact
+
+    def staleness(self, artifact: Artifact) -> str | None:
+        """Why a model of this run is stale: a stage that it was made from has been rebuilt. None if it is not stale.
+
+        A parent whose directory was removed to save space is not checked. Reports bring themselves up to date.
+        """
+        if artifact.kind is Kind.report:
+            return None
+        for name, fingerprint in artifact.parents.items():
+            directory = self.stage_dir(name)
+            if name in Stage.__members__ and (directory / ARTIFACT_FILE).is_file():
+                parent = load(directory, check_files=False)
+                if parent.fingerprint != fingerprint:
+                    return (
+                        f"{artifact.directory} was made from an earlier {name}, which was rebuilt since."
+                        f" Run stage={artifact.stage} again with overwrite=true."
+                    )
+                if (inherited := self.staleness(parent)) is not None:
+                    return inherited
+        return None
+
+    def report_parents(self, stage: Stage) -> dict[str, str]:
+        """The parents of the complete or unfinished report of a stage; empty without one.
+
+        Raises:
+            UserError: as `load`.
+        """
+        directory = self.stage_dir(stage)
+        if self.is_complete(stage):
+            return load(directory).parents
+        return (read_unfinished(directory) or {"parents": {}})["parents"]
+
+    def earlier_stages(self) -> list[Stage]:
+        """List the stages to run before the stage asked for: those that `base_run` has, even with other settings.
+
+        Where the settings differ, this run makes the stage itself. A stage that `base_run` lacks is not in the list.
+        `require` asks the user for it, because otherwise every job of a sweep would train it.
+        """
+        if self._shared is None or self.stage not in MODEL_STAGES:
+            return []
+        earlier = MODEL_STAGES[: MODEL_STAGES.index(self.stage)]
+        skips_sft = self.config.quantize.source is QuantizeSource.upcast
+        there = [stage for stage in earlier if (self._shared / stage.name / ARTIFACT_FILE).is_file()]
+        return [stage for stage in there if not (skips_sft and stage is Stage.sft)]
+
+    def settings(self, keys: Iterable[str]) -> Settings:
+        """The settings under some keys, flat: dotted key -> plain value."""
+        return choose_settings(self.config, keys)
+
+    def command(self, stage: Stage, *overrides: str, run_dir: str | None = None) -> str:
+        """The command that runs a stage of this run, or of another run_dir with the same recipe."""
+        return stage_command(stage, *overrides, run_dir=run_dir or self.config.run_dir, recipe=self.recipe)
+
+    def not_writable(self, directory: Path, error: OSError) -> UserError:
+        """The error for a directory of the run that cannot be created or written."""
+        return UserError(
+            f"run_dir={self.config.run_dir}: cannot write {directory} ({error.strerror})."
+            " Set run_dir to a writable place."
+        )
+
+    def _can_use(self, directory: Path) -> bool:
+        """Whether a stage of `base_run` has the settings of this run, and so have the stages that it was made from.
+
+        A stage that overwrite=true rebuilds is this run's own, because other runs use that of `base_run`.
+        """
+        name = directory.name
+        is_rebuilt = self.overwrite and self.stage.name == name
+        if Stage[name] not in MODEL_STAGES or is_rebuilt or not (directory / ARTIFACT_FILE).is_file():
+            return False
+        artifact = load(directory, check_files=False)
+        parents = [parent for parent in artifact.parents if parent in Stage.__members__]
+        has_same_parents = all(self.stage_dir(parent) == directory.with_name(parent) for parent in parents)
+        return has_same_parents and artifact.settings == self.settings(artifact.settings)
+
+
+def read_unfinished(directory: Path) -> dict[str, Any] | None:
+    """Read unfinished.json of a stage's directory; None if there is none that can be read."""
+    try:
+        return json.loads((directory / UNFINISHED_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).expanduser().absolute()
