@@ -200,7 +200,9 @@ class ExpertStack:
         unit = tensor_scale(turned, block_format)
         blocks_in_row = turned.shape[2] // block_format.block_size
         saturated = torch.empty((*turned.shape[:2], blocks_in_row), dtype=torch.bool, device=values.device)
-        blocks, scales = encode(turned, block_format, unit, importance, near.transpose(1, 2), saturated)
+        blocks, scales = encode(
+            turned, block_format, unit, importance, rounded=near.transpose(1, 2), saturated=saturated
+        )
         return Packed(blocks, scales, unit, near, saturated)
 
     def _account(self, trained: Tensor, new: Packed, base: Tensor, old: Packed) -> None:

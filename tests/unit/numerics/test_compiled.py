@@ -199,10 +199,10 @@ def test_a_compiled_kernel_gives_the_bits_of_the_eager_one() -> None:
     values = torch.randint(-48, 49, (2, 3, 32, 37), generator=generator).to(torch.bfloat16) / 4
     inverse = torch.exp2(torch.randint(-2, 3, (2, 3, 37), generator=generator).float())
     significand = 1 + torch.randint(0, 8, (2, 3, 37), generator=generator) / 8
-    eager = kernels.rounded(values, inverse, significand, significand / inverse)
+    eager = kernels.round_blocks(values, inverse, significand, significand / inverse)
     with compilation(Compilation.always), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # that of a failing compiler
-        found = kernels.rounded(values, inverse, significand, significand / inverse)
+        found = kernels.round_blocks(values, inverse, significand, significand / inverse)
     assert torch.equal(found.view(torch.int16), eager.view(torch.int16))
 
 

@@ -405,7 +405,7 @@ def test_storage_order_changes_no_bit_and_is_kept(block_format: BlockFormat, dty
     assert_same_bits(fake_quantize(turned, block_format), fake_quantize(values, block_format))
     assert fake_quantize(turned, block_format).stride() == turned.stride()
     into = torch.empty_like(turned)
-    assert decode(*found, dtype, unit, into) is into
+    assert decode(*found, dtype, unit, out=into) is into
     assert_same_bits(into, decode(*expected, dtype, unit))
 
 
