@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import Method, PipelineConfig, Sharding, Stage, TrainConfig
-from pipeline.models.sharding import ENGINES
+from pipeline.models.sharding import STRATEGIES
 from pipeline.runs.artifacts import is_complete
 
 _FEW_ROWS = 20
@@ -45,7 +45,7 @@ def disk_needed(facts: Facts) -> int:
 def device_needed(facts: Facts, stage: str) -> int:
     """Bytes on each device while a stage trains; what `sharding` splits, processes share."""
     needed = facts.needs["device_bytes"][stage]
-    split = sum(needed[part] for part in ENGINES[facts.config.sharding].splits)
+    split = sum(needed[part] for part in STRATEGIES[facts.config.sharding].sharded)
     return needed["total"] - split + split // facts.machine["processes"]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import PipelineConfig
-from pipeline.models.sharding import ENGINES
+from pipeline.models.sharding import STRATEGIES
 
 
 def budget_bytes(config: PipelineConfig) -> float:
@@ -22,7 +22,7 @@ def budget_bytes(config: PipelineConfig) -> float:
     """
     budget = config.qat.rounded_cache_gib
     if budget is None:
-        return 0.0 if ENGINES[config.sharding].gathers else math.inf
+        return 0.0 if STRATEGIES[config.sharding].gathers else math.inf
     return budget * 2**30
 
 

@@ -102,5 +102,5 @@ def _teacher(config: PipelineConfig) -> Any:
     sft = references.stage_ref(config, Stage.sft)
     model = loading.load_effective(sft, sft.dtype)
     if config.qat.packing:
-        packing_masks.keep_apart(model)
+        packing_masks.mask_documents(model)
     return Teacher(model, settings.weight, settings.temperature)

@@ -137,9 +137,9 @@ def test_a_nan_scale_in_a_later_part_of_a_conversion_is_named_too(copy: Path, mo
     parts = weights.parts(NAME)
     assert len(parts) == 8
     for rows in parts[:-1]:
-        weights.trained(NAME, rows)
+        weights.read_trained(NAME, rows)
     with pytest.raises(UserError, match=r"expert 7, row 63, block 2\."):
-        weights.trained(NAME, parts[-1])
+        weights.read_trained(NAME, parts[-1])
 
 
 def test_blocks_and_scales_may_lie_in_different_shards(copy: Path) -> None:

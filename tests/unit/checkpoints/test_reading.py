@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.checkpoints.config_json import CONFIG
 from pipeline.checkpoints.gpt_oss import TensorInfo, expert_projections, packed_tensors, plain_tensors
 from pipeline.checkpoints.reading import INDEX, SINGLE, Checkpoint
-from pipeline.checkpoints.shards import Piece, whole, write_sharded
+from pipeline.checkpoints.shards import Piece, piece_in_one_step, write_sharded
 from pipeline.config import TinyConfig
 from pipeline.errors import UserError
 from pipeline.models.tiny_model import create_tiny
@@ -47,7 +47,7 @@ class Maker:
     def add(self, **tensors: Tensor) -> None:
         infos = {name: TensorInfo(SAFETENSORS_TYPES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
         self.tensors |= tensors
-        self.pieces.append(whole(infos, lambda: self._make(tensors)))
+        self.pieces.append(piece_in_one_step(infos, lambda: self._make(tensors)))
 
     def _make(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         name = next(iter(tensors))
@@ -213,7 +213,7 @@ def test_an_exception_leaves_only_whole_shards_and_the_next_call_goes_on(
 
 @pytest.mark.parametrize("made", [torch.zeros(3, 5), torch.zeros(5, 3).bfloat16(), torch.zeros(15)])
 def test_a_tensor_that_is_not_as_planned_leaves_no_shard(made: Tensor, tmp_path: Path) -> None:
-    piece = whole({"odd_one": TensorInfo("F32", (5, 3))}, lambda: {"odd_one": made})
+    piece = piece_in_one_step({"odd_one": TensorInfo("F32", (5, 3))}, lambda: {"odd_one": made})
     with pytest.raises(AssertionError, match="odd_one: made"):
         write_sharded(tmp_path, [piece], 10**6, "test")
     assert list(tmp_path.glob("*.safetensors")) == []

@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.checkpoints import direct_io, shards
 from pipeline.checkpoints.gpt_oss import TensorInfo
 from pipeline.checkpoints.reading import INDEX
-from pipeline.checkpoints.shards import Piece, Step, Written, whole, write_sharded
+from pipeline.checkpoints.shards import Piece, Step, Written, piece_in_one_step, write_sharded
 from pipeline.errors import UserError
 from pipeline.runs.artifacts import SHARDS_FILE
 
@@ -112,7 +112,7 @@ def pieces_of(stacks: dict[str, Tensor], said: Any = "first") -> list[Piece]:
 def test_parts_give_the_same_file_as_whole_tensors(rows: int, tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
-    write(tmp_path / "whole", [whole(infos_of(tensors), lambda: tensors)])
+    write(tmp_path / "whole", [piece_in_one_step(infos_of(tensors), lambda: tensors)])
     write(tmp_path / "parts", [in_parts(tensors, rows)])
     assert files_in(tmp_path / "parts") == files_in(tmp_path / "whole")
     with safe_open(tmp_path / "parts" / ONE_SHARD, framework="pt") as file:

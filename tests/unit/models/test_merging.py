@@ -105,7 +105,7 @@ def parts_of(count: int) -> list[list[slice]]:
 
 
 def merged_in(parts: list[slice], merger: Merger, name: str, base: Tensor) -> Tensor:
-    return torch.cat([merger.merged(name, base[rows], rows.start) for rows in parts])
+    return torch.cat([merger.merge(name, base[rows], rows.start) for rows in parts])
 
 
 @pytest.mark.parametrize("rank", RANKS)
@@ -117,7 +117,7 @@ def test_merging_a_few_experts_at_a_time_gives_the_bits_of_the_whole_stack(
     merger, checkpoint = model.merger(), Checkpoint(model.ref.base)
     for name in STACKS:
         base = checkpoint.read_plain(name)
-        whole = merger.merged(name, base)
+        whole = merger.merge(name, base)
         assert not torch.equal(whole, base.to(dtype))
         for parts in parts_of(len(base)):
             assert same_bits(merged_in(parts, merger, name, base), whole), (name, parts)
@@ -140,7 +140,7 @@ def test_so_it_does_at_other_sizes(dtype: torch.dtype, sizes: dict[str, int], ad
     merger, checkpoint = model.merger(), Checkpoint(model.ref.base)
     for name in STACKS:
         base = checkpoint.read_plain(name)
-        whole = merger.merged(name, base)
+        whole = merger.merge(name, base)
         for parts in parts_of(len(base)):
             assert same_bits(merged_in(parts, merger, name, base), whole), (name, parts)
         assert same_bits(whole, model.merged[name])
@@ -168,7 +168,7 @@ def test_the_merge_is_that_of_peft_on_the_loaded_model(
     model = adapted(dtype, rank)
     weights = Weights(model.ref)
     for name in (*STACKS, *ATTENTION):
-        assert same_bits(weights.trained(name), model.merged[name]), name
+        assert same_bits(weights.read_trained(name), model.merged[name]), name
 
 
 def test_merging_parts_leaves_the_adapters_as_they_were(adapted: Callable[..., Adapted]) -> None:
@@ -176,9 +176,9 @@ def test_merging_parts_leaves_the_adapters_as_they_were(adapted: Callable[..., A
     merger, name = model.merger(), STACKS[1]
     base = Checkpoint(model.ref.base).read_plain(name)
     before = base.clone()
-    merger.merged(name, base[6:], 6)
-    merger.merged(name, base[1:4], 1)
-    assert same_bits(merger.merged(name, base), model.merged[name])
+    merger.merge(name, base[6:], 6)
+    merger.merge(name, base[1:4], 1)
+    assert same_bits(merger.merge(name, base), model.merged[name])
     assert same_bits(base, before)
 
 
@@ -187,9 +187,9 @@ def test_an_error_in_a_part_leaves_the_adapters_as_they_were(adapted: Callable[.
     merger, name = model.merger(), STACKS[1]
     base = Checkpoint(model.ref.base).read_plain(name)
     with pytest.raises(AssertionError):
-        merger.merged(name, base[:1])
-    assert same_bits(merger.merged(name, base[2:5], 2), model.merged[name][2:5])
-    assert same_bits(merger.merged(name, base), model.merged[name])
+        merger.merge(name, base[:1])
+    assert same_bits(merger.merge(name, base[2:5], 2), model.merged[name][2:5])
+    assert same_bits(merger.merge(name, base), model.merged[name])
 
 
 def test_only_adapted_weights_are_in_the_merger(adapted: Callable[..., Adapted]) -> None:
@@ -266,10 +266,10 @@ def test_weights_read_in_parts_are_the_weights(
 ) -> None:
     model = adapted(dtype, 8)
     weights = Weights(model.ref)
-    expected = {name: weights.trained(name) for name in (*STACKS, *ATTENTION, *OTHERS)}
+    expected = {name: weights.read_trained(name) for name in (*STACKS, *ATTENTION, *OTHERS)}
     monkeypatch.setattr(weights_module, "STEP_BYTES", step_bytes)
     for name, whole in expected.items():
-        parts = [weights.trained(name, rows, weights.stored(name, rows)) for rows in weights.parts(name)]
+        parts = [weights.read_trained(name, rows, weights.read_stored(name, rows)) for rows in weights.parts(name)]
         assert same_bits(torch.cat(parts), whole), name
 
 
@@ -279,4 +279,4 @@ def test_a_stack_of_two_experts_is_merged_whole(adapted: Callable[..., Adapted])
     for projection in expert_projections(weights.shape):
         assert weights.parts(projection.name) == [slice(0, 2)]
     for name in STACKS:
-        assert same_bits(weights.trained(name), model.merged[name])
+        assert same_bits(weights.read_trained(name), model.merged[name])

@@ -82,7 +82,7 @@ def test_each_checkpoint_is_read_as_what_it_is(engine: Engine, tmp_path: Path, m
     """One that two processes wrote, one of the three that go on, and the first again."""
     run_by(3, monkeypatch)
     theirs, own = checkpoint(tmp_path, 2, 2), checkpoint(tmp_path, 4, 3)
-    with zero_checkpoints.read_where_needed():
+    with zero_checkpoints.convert_when_needed():
         for path in (theirs, own, theirs):
             assert engine.load_checkpoint(str(path), load_optimizer_states=True) == "read"
     more = {"load_optimizer_states": True}
@@ -104,14 +104,14 @@ def test_what_an_interrupted_conversion_left_is_made_anew(
     run_by(3, monkeypatch)
     path = checkpoint(tmp_path, 2, 2)
     (path / "global_step2_universal" / "zero").mkdir(parents=True)
-    with zero_checkpoints.read_where_needed():
+    with zero_checkpoints.convert_when_needed():
         engine.load_checkpoint(str(path))
     assert list((path / "global_step2_universal").iterdir()) == []
 
 
 def test_outside_of_it_deepspeed_is_as_it_was(engine: Engine) -> None:
     before = Engine.load_checkpoint
-    with pytest.raises(ValueError, match="training stops"), zero_checkpoints.read_where_needed():
+    with pytest.raises(ValueError, match="training stops"), zero_checkpoints.convert_when_needed():
         assert Engine.load_checkpoint is not before
         raise ValueError("training stops")
     assert Engine.load_checkpoint is before
@@ -123,11 +123,11 @@ def test_a_conversion_that_fails_says_why_and_what_to_do(
     run_by(3, monkeypatch)
     path = checkpoint(tmp_path, 2, 2)
     converts_to("raise KeyError('exp_avg')", monkeypatch, tmp_path)
-    with zero_checkpoints.read_where_needed(), pytest.raises(UserError) as caught:
+    with zero_checkpoints.convert_when_needed(), pytest.raises(UserError) as caught:
         engine.load_checkpoint(str(path))
     assert str(caught.value) == (
-        f"{path}: 2 processes wrote it, and DeepSpeed cannot convert it for 3 (KeyError: 'exp_avg')."
-        " Go on with as many as before, or start anew with overwrite=true."
+        f"{path}: was written by 2 processes, and DeepSpeed cannot convert it for 3 (KeyError: 'exp_avg')."
+        " Resume with as many processes as before, or restart with overwrite=true."
     )
     assert engine.read == []
 
@@ -139,9 +139,9 @@ def test_too_small_a_disk_is_seen_before_anything_is_written(
     path = checkpoint(tmp_path, 2, 2)
     usage = namedtuple("usage", "free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(11))
-    with zero_checkpoints.read_where_needed(), pytest.raises(UserError, match=r"needs 0\.0 GB"):
+    with zero_checkpoints.convert_when_needed(), pytest.raises(UserError, match=r"needs 0\.0 GB"):
         engine.load_checkpoint(str(path))
     assert not (path / "global_step2_universal").exists()
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(12))
-    with zero_checkpoints.read_where_needed():
+    with zero_checkpoints.convert_when_needed():
         engine.load_checkpoint(str(path))
