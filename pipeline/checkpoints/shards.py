@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import xxhash
@@ -110,6 +110,15 @@ class Written:
     notes: list[dict[str, Any]] = field(default_factory=list)
 
 
+class _Record(TypedDict):
+    """Record of a finished shard in SHARDS_FILE: size, digest, digests of its tensors, and notes of its pieces."""
+
+    size: int
+    digest: str
+    tensors: dict[str, str]
+    notes: list[dict[str, Any]]
+
+
 def write_sharded(directory: Path, pieces: list[Piece], shard_bytes: int, what: str) -> Written:
     """Write pieces as shards of at most `shard_bytes`, and the index. A larger piece gets its own shard.
 
@@ -174,7 +183,7 @@ def _width(piece: Piece) -> int:
     return min(bytes_per_value(info.dtype) for info in piece.tensors.values())
 
 
-def _finished_shards(directory: Path) -> dict[str, Any]:
+def _finished_shards(directory: Path) -> dict[str, _Record]:
     """Read the records of the shards that an interrupted run finished and that still exist: name -> record."""
     try:
         records = json.loads((directory / SHARDS_FILE).read_text(encoding="utf-8"))
@@ -246,14 +255,14 @@ class _Output:
         data = values.detach().contiguous().cpu().view(-1).view(torch.uint8)
         self._submit(self._current.write, name, data)
 
-    def finish(self, i: int, pieces: list[Piece]) -> dict[str, Any]:
+    def finish(self, i: int, pieces: list[Piece]) -> _Record:
         """Wait until the shard is on the disk, and return its record."""
         while self._pending:
             self._wait()
         shard = self.begun[i]
         notes = [note for piece in pieces if (note := piece.note()) is not None]
         with _explain_full_disk(shard.path):
-            return {**shard.finish(), "notes": notes}
+            return shard.finish(notes)
 
     def publish(self, i: int) -> None:
         """Give the shard its final name."""
@@ -304,14 +313,14 @@ class _Shard:
         self._write(view)
         return len(view)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, notes: list[dict[str, Any]]) -> _Record:
         unmade = [name for name, left in self._left.items() if left]
         if unmade:
             raise AssertionError(f"{self.path.name}: never made: {unmade[:3]}")
         self._file.finish()
         self.close()
         digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
-        return {"size": self._file.size, "digest": self._digest.hexdigest(), "tensors": digests}
+        return {"size": self._file.size, "digest": self._digest.hexdigest(), "tensors": digests, "notes": notes}
 
     def close(self) -> None:
         self._file.close()

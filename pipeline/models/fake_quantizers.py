@@ -52,7 +52,7 @@ class _State:
     """Our data on a weight quantizer, stored in ModelOpt's per-backend slot, which it does not serialize.
 
     Attributes:
-        importance: (in) float32, weights of the errors when scales are chosen, or None.
+        importance: (in) float32, weights of the errors for choosing scales, or None.
         cache: cache of rounded weights. If it is None, weights are rounded in every forward pass.
         is_rounded: whether the parameter itself holds rounded values.
         observers: called with rounded weights, (E, out, in).
@@ -130,7 +130,7 @@ def keep_rounded(model: nn.Module, budget_bytes: float) -> RoundedWeights:
 
     Args:
         model: a model with quantizers, and with its final adapters.
-        budget_bytes: how many bytes of rounded weights may be cached.
+        budget_bytes: most bytes of rounded weights in the cache.
 
     Returns:
         The cache. Call its `forget` when weights have changed.

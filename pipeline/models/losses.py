@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class Examples(Protocol):
     """Examples by index. Each has the columns input_ids and labels."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, number: int) -> Mapping[str, Any]: ...
+    def __getitem__(self, number: int) -> Mapping[str, Sequence[int]]: ...
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,11 @@ class _Batches(Sequence[dict[str, Tensor]]):
     def __len__(self) -> int:
         return -(-len(self.examples) // self.batch_size)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Tensor]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         start = range(len(self))[index] * self.batch_size

@@ -22,7 +22,9 @@ def mask_documents(model: PreTrainedModel) -> None:
     model.base_model.register_forward_pre_hook(_add_masks, with_kwargs=True)
 
 
-def _add_masks(body: Any, positional: tuple[object, ...], inputs: dict[str, Any]) -> tuple[object, dict[str, Any]]:
+def _add_masks(
+    body: PreTrainedModel, positional: tuple[object, ...], inputs: dict[str, Any]
+) -> tuple[object, dict[str, object]]:
     if inputs.get("position_ids") is None or inputs.get("attention_mask") is not None:
         return positional, inputs
     positions = inputs["position_ids"]

@@ -72,7 +72,7 @@ class ShardingStrategy:
         reading: context in which checkpoints of another number of processes can be read.
     """
 
-    arguments: Callable[[], dict[str, Any]]
+    arguments: Callable[[], dict[str, object]]
     sharded: tuple[str, ...]
     gathers: bool
     hooks_gradients: bool = False
@@ -82,7 +82,7 @@ class ShardingStrategy:
     reading: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
-def _fsdp2() -> dict[str, Any]:
+def _fsdp2() -> dict[str, object]:
     config = {
         "version": 2,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -93,7 +93,7 @@ def _fsdp2() -> dict[str, Any]:
     return {"fsdp": True, "fsdp_config": config}
 
 
-def _zero(stage: int, **more: object) -> dict[str, Any]:
+def _zero(stage: int, **more: object) -> dict[str, object]:
     config = {
         "zero_optimization": {
             "stage": stage,
@@ -112,7 +112,7 @@ def _zero(stage: int, **more: object) -> dict[str, Any]:
     return {"deepspeed": config}
 
 
-def _zero3() -> dict[str, Any]:
+def _zero3() -> dict[str, object]:
     # No prefetching: trl 1.16 gathers and releases the head outside of the head's own forward pass. DeepSpeed may be
     # prefetching it at that moment, because a validation has used it, and then stops with "a param in flight".
     # Whole layers as leaves: DeepSpeed expects the same order of parameters in each pass. Parameters of adapters are
@@ -137,7 +137,7 @@ STRATEGIES = {
 
 
 @contextmanager
-def switch_on(sharding: Sharding) -> Iterator[dict[str, Any]]:
+def switch_on(sharding: Sharding) -> Iterator[dict[str, object]]:
     """Yield arguments for transformers' TrainingArguments. They are valid inside the block, for training one model."""
     arguments = STRATEGIES[sharding].arguments()
     if process_count() > 1 and not torch.cuda.is_available():

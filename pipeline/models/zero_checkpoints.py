@@ -8,7 +8,7 @@ ds_to_universal converts them to one file per tensor, which any number of proces
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -77,7 +77,7 @@ def _keep_group_settings(optimizer: "Optimizer") -> Iterator[None]:
         state["step"] = deepcopy(state["step"])
 
 
-def _differing_settings(groups: list[dict[str, Any]]) -> list[dict[str, object]]:
+def _differing_settings(groups: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
     """Return, for each parameter group, its settings that are not the same in all groups."""
     names = [name for name in groups[0] if name != "params" and any(each[name] != groups[0][name] for each in groups)]
     return [{name: group[name] for name in names} for group in groups]
