@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.checkpoints import direct_io, shards
 from pipeline.checkpoints.gpt_oss import TensorInfo
 from pipeline.checkpoints.reading import INDEX
-from pipeline.checkpoints.shards import Piece, Step, Written, piece_in_one_step, write_sharded
+from pipeline.checkpoints.shards import Part, Piece, Step, Written, piece_in_one_step, write_sharded
 from pipeline.errors import UserError
 from pipeline.runs.artifacts import SHARDS_FILE
 
@@ -27,8 +27,6 @@ TYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16", tor
 ONE_SHARD = "model-00001-of-00001.safetensors"
 THREADS = ("read", "write", "disk")
 LONG_ENOUGH = 20  # seconds that a thread waits for another one before the test fails
-
-Part = tuple[str, Tensor]
 
 
 def random_bytes(*shape: int) -> Tensor:

@@ -104,7 +104,7 @@ def maxima_around_e4m3(dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_floor_of_e8m0_is_the_power_of_two_below_a_quarter_of_the_maximum(dtype: torch.dtype) -> None:
-    """Tests every finite BF16 value, or random FP32 values. frexp's mantissa lies in [0.5, 1), hence the 3."""
+    """Tests every finite BF16 value, or random FP32 values. The 3 is needed because frexp's mantissa is in [0.5, 1)."""
     if dtype == torch.bfloat16:
         maxima = torch.arange(1, 0x7F80, dtype=torch.int16).view(torch.bfloat16)
     else:
