@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep the memory of freed tensors."""
+"""A setting of the C library's allocator: keep the memory of freed tensors."""
 
 import ctypes
 
@@ -7,10 +7,10 @@ _KEPT_BYTES = 1 << 30
 
 
 def keep_freed_memory() -> None:
-    """Let freed tensors be reused instead of being given back to the kernel, which zeroes every page again.
+    """Reuse the memory of freed tensors, instead of returning it to the kernel, which zeroes every page again.
 
-    For streams of equally large tensors: the page faults are a quarter of a conversion's time on a CPU. Does nothing
-    where the C library is not glibc.
+    This helps streams of equally large tensors: page faults take a quarter of a conversion's time on a CPU. It does
+    nothing if the C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

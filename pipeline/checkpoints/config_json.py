@@ -1,6 +1,7 @@
-"""config.json of a model directory, read and written."""
+"""Reads and writes config.json of a model directory."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ CONFIG = "config.json"
 
 
 def read_config(directory: Path, name: str = CONFIG) -> dict[str, Any]:
-    """The content of config.json in a model directory, or of another JSON file there.
+    """Read config.json of a model directory, or another JSON file there.
 
     Raises:
         UserError: the directory or the file does not exist, or the file is not a JSON object.
@@ -23,7 +24,7 @@ def read_config(directory: Path, name: str = CONFIG) -> dict[str, Any]:
         raise UserError(f"{directory}: no such directory.")
     path = directory / name
     if not path.is_file():
-        raise UserError(f"{directory}: has no {name}: not a model directory.")
+        raise UserError(f"{directory}: has no {name}, so it is not a model directory.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -33,7 +34,7 @@ def read_config(directory: Path, name: str = CONFIG) -> dict[str, Any]:
     return config
 
 
-def write_config(directory: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
+def write_config(directory: Path, config: Mapping[str, object], dtype: torch.dtype) -> None:
     """Write config.json of a plain checkpoint: `config` without quantization, and with the type `dtype`."""
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
     write_json(directory / CONFIG, {**plain, "dtype": dtype_name(dtype)})

@@ -1,9 +1,9 @@
-"""Large files, written front to back and read in parts, past the page cache where the file system allows it.
+"""Writes large files front to back and reads them in parts, with direct I/O if the file system allows it.
 
-Through the page cache the kernel copies each byte into pages, or out of pages, that it has to find first: that takes
-more of the processor's time than decoding the byte, and drives out what others need. With direct I/O (O_DIRECT of
-open(2)) bytes go between the disk and the process's own memory. Addresses, offsets and sizes must then be aligned: that
-is what the buffers are for. What lies in the page cache already is read from there, which no disk is faster than.
+Without direct I/O, the kernel copies each byte through the page cache. This takes more processor time than decoding the
+byte, and evicts the pages of other programs. Direct I/O (O_DIRECT of open(2)) transfers bytes between the disk and the
+process's own memory. Addresses, offsets and sizes must then be aligned, so there are aligned buffers. Data that is
+already in the page cache is read from there, because no disk is faster.
 """
 
 import ctypes
@@ -14,28 +14,27 @@ from collections import deque
 from concurrent.futures import Executor, Future
 from mmap import PAGESIZE, PROT_READ, mmap
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux has it
+_DIRECT = getattr(os, "O_DIRECT", 0)  # only Linux has it
 _NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
-_BUFFER_BYTES = 1 << 24  # written at once; a multiple of every alignment that a file system asks for
+_BUFFER_BYTES = 1 << 24  # written at once; a multiple of every alignment that a file system requires
 _BUFFERS = 3  # one being filled, one being written, one waiting
-_SYNC_BYTES = 1 << 28  # without direct I/O: bytes after which the disk has to take what the page cache holds
+_SYNC_BYTES = 1 << 28  # without direct I/O: bytes after which the page cache is flushed to the disk
 _WORD_BYTES = 8
-_LEAST_DIRECT_BYTES = 1 << 20  # to read; for less, reading ahead is worth more than the processor's time
+_LEAST_DIRECT_BYTES = 1 << 20  # for smaller reads, the kernel's read-ahead saves more than direct I/O does
 
 
 class StreamedFile:
-    """A file that is appended to by one thread and written by another.
+    """A file that one thread appends to and another thread writes to the disk.
 
     Attributes:
         size: bytes appended.
     """
 
     def __init__(self, path: Path, disk: Executor) -> None:
-        """Create `path`, or empty it; `disk` runs one task at a time."""
+        """Create `path`, or truncate it. `disk` must run one task at a time."""
         self.size = 0
         self._descriptor, self._is_direct = _open(path)
         self._disk = disk
@@ -44,11 +43,11 @@ class StreamedFile:
         self._writing: deque[tuple[Future[None], np.ndarray]] = deque()
         self._unsynced = 0
 
-    def append(self, data: Any) -> None:
-        """Take a copy of some bytes.
+    def append(self, data: bytes | memoryview) -> None:
+        """Append a copy of `data`.
 
         Raises:
-            OSError: from writing these or earlier ones.
+            OSError: these or earlier bytes could not be written.
         """
         left = np.frombuffer(data, np.uint8)
         while len(left):
@@ -63,19 +62,19 @@ class StreamedFile:
                 self._writing.append((self._disk.submit(self._write, self._filling), self._filling))
 
     def finish(self) -> None:
-        """Wait until all is on the disk.
+        """Wait until all bytes are on the disk.
 
         Raises:
-            OSError: from writing.
+            OSError: some bytes could not be written.
         """
         while self._writing:
             self._wait()
-        self._leave_direct()  # for an end that is not aligned
+        self._leave_direct()  # the size of the last part is not aligned
         self._write(self._filling[: self.size % _BUFFER_BYTES])
         os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Let go of the file, finished or not; a second call does nothing."""
+        """Close the file, finished or not. A second call does nothing."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -105,7 +104,7 @@ class StreamedFile:
         except OSError as error:
             if not self._is_direct or error.errno not in _NOT_DIRECT:
                 raise
-            self._leave_direct()  # some file systems refuse only here, as all do after a write that was cut short
+            self._leave_direct()  # some file systems refuse only here; all do after a partial write
             return os.write(self._descriptor, data)
 
     def _leave_direct(self) -> None:
@@ -116,25 +115,25 @@ class StreamedFile:
 
 
 class StoredFile:
-    """A file that is read in parts, by any thread."""
+    """A file that any thread can read in parts."""
 
     def __init__(self, path: Path) -> None:
         """Open `path`."""
         self._descriptor = os.open(path, os.O_RDONLY)
-        self._direct = _opened_direct(path)
+        self._direct = _open_direct(path)
         self._is_direct = self._direct is not None
 
     def read(self, offset: int, size: int) -> np.ndarray:
-        """(size) uint8, writable, aligned to 8 bytes; fewer where the file ends.
+        """Read (size) uint8, writable and aligned to 8 bytes. There are fewer if the file ends before.
 
         Raises:
-            OSError: from reading.
+            OSError: the file could not be read.
         """
         is_direct = self._is_worth_direct(offset, size)
         lead = offset % PAGESIZE if is_direct else 0
         buffer, start, end = _empty_pages(lead + size), offset - lead, lead + size
         got = max(lead, self._read_direct(buffer, start)) if is_direct else 0
-        while got < end:  # the page cache has, or fetches, what a direct read does not give
+        while got < end:  # the rest is read through the page cache
             count = os.preadv(self._descriptor, [buffer[got:end].data], start + got)
             if count == 0:
                 break
@@ -142,21 +141,23 @@ class StoredFile:
         return buffer[lead : min(got, end)]
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         for descriptor in (self._descriptor, self._direct):
             if descriptor is not None:
                 os.close(descriptor)
 
     def _is_worth_direct(self, offset: int, size: int) -> bool:
-        can_be = self._is_direct and offset % _WORD_BYTES == 0  # which a direct read keeps of the alignment in the file
-        return can_be and size >= _LEAST_DIRECT_BYTES and not _is_cached(self._descriptor, offset, size)
+        is_possible = (
+            self._is_direct and offset % _WORD_BYTES == 0
+        )  # memory gets the alignment of the offset in the file
+        return is_possible and size >= _LEAST_DIRECT_BYTES and not _is_cached(self._descriptor, offset, size)
 
     def _read_direct(self, buffer: np.ndarray, start: int) -> int:
-        """Bytes read, perhaps fewer than the file has: a reason not to go on is for the page cache to meet again."""
+        """Read directly, and return the number of bytes. After an error there are fewer; `read` then reads the rest."""
         assert self._direct is not None
         got = 0
         try:
-            while got < len(buffer) and got % PAGESIZE == 0:  # Linux reads 2 GiB at most at once
+            while got < len(buffer) and got % PAGESIZE == 0:  # Linux reads at most 2 GiB at once
                 count = os.preadv(self._direct, [buffer[got:].data], start + got)
                 if count == 0:
                     break
@@ -167,7 +168,7 @@ class StoredFile:
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """Descriptor to write, and whether writes are direct."""
+    """Open a file for writing. Returns its descriptor and whether writes are direct."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
         return os.open(path, flags | _DIRECT, 0o666), bool(_DIRECT)
@@ -177,8 +178,8 @@ def _open(path: Path) -> tuple[int, bool]:
         return os.open(path, flags, 0o666), False
 
 
-def _opened_direct(path: Path) -> int | None:
-    """Descriptor to read, or None where a file that can be opened cannot be opened for this."""
+def _open_direct(path: Path) -> int | None:
+    """Open a file for direct reads. Returns its descriptor, or None if the file cannot be opened in this way."""
     try:
         return os.open(path, os.O_RDONLY | _DIRECT) if _DIRECT else None
     except OSError:
@@ -186,22 +187,24 @@ def _opened_direct(path: Path) -> int | None:
 
 
 def _empty_pages(size: int) -> np.ndarray:
-    """Whole pages for `size` bytes."""
+    """Allocate whole pages, aligned, for `size` bytes."""
     pages = -(-size // PAGESIZE)
     memory = np.empty((pages + 1) * PAGESIZE, np.uint8)
     return memory[-memory.ctypes.data % PAGESIZE :][: pages * PAGESIZE]
 
 
 def _is_cached(descriptor: int, offset: int, size: int) -> bool:
-    """Whether the page cache holds most of a part of a file, by mincore(2).
+    """Whether the page cache holds most of a part of a file, according to mincore(2).
 
-    True where the system does not say, also of the files of others that this process may not write to.
+    True if the system does not tell. It does not tell about files of other users that this process may not write to.
     """
     mincore = getattr(ctypes.CDLL(None), "mincore", None)
     lead = offset % PAGESIZE
     try:
-        pages = mmap(descriptor, lead + size, prot=PROT_READ, offset=offset - lead)  # only to ask: nothing is read
-    except (OSError, ValueError):  # ValueError: the file ends before
+        pages = mmap(
+            descriptor, lead + size, prot=PROT_READ, offset=offset - lead
+        )  # only for the query; nothing is read
+    except (OSError, ValueError):  # ValueError: the file is shorter
         return True
     held = np.empty(-(-(lead + size) // PAGESIZE), np.uint8)
     addresses = [ctypes.c_void_p(each.ctypes.data) for each in (np.frombuffer(pages, np.uint8), held)]

@@ -45,7 +45,7 @@ _STORED_NAMES = {stored.name: name for name, stored in STORED_TYPES.items()}
 
 
 def bytes_per_value(stored_name: str) -> int:
-    """Size of one value of a safetensors type.
+    """Return the size of one value of a safetensors type.
 
     Raises:
         KeyError: the type is unknown.
@@ -54,7 +54,7 @@ def bytes_per_value(stored_name: str) -> int:
 
 
 def torch_dtype(stored_name: str) -> "torch.dtype":
-    """The torch type of a safetensors type: `torch.bfloat16` for BF16.
+    """Return the torch type of a safetensors type: `torch.bfloat16` for BF16.
 
     Raises:
         KeyError: the type is unknown.
@@ -65,7 +65,7 @@ def torch_dtype(stored_name: str) -> "torch.dtype":
 
 
 def stored_name(dtype: "torch.dtype") -> str:
-    """The name of a torch type in safetensors: BF16 for `torch.bfloat16`.
+    """Return the name of a torch type in safetensors: BF16 for `torch.bfloat16`.
 
     Raises:
         KeyError: the type is unknown.
@@ -74,5 +74,5 @@ def stored_name(dtype: "torch.dtype") -> str:
 
 
 def dtype_name(dtype: "torch.dtype") -> str:
-    """The name of a torch type in config.json: `bfloat16` for `torch.bfloat16`."""
+    """Return the name of a torch type in config.json: `bfloat16` for `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""The architecture of gpt-oss: which tensors a checkpoint has, their names, their shapes, and which are experts.
+"""The architecture of gpt-oss: names, types and shapes of the tensors in a checkpoint.
 
 Legend: E experts, H hidden size, I intermediate size, nb = blocks per row = input dimension / 32.
 
@@ -9,8 +9,8 @@ Hugging Face checkpoints come in two layouts, which differ only in the expert we
 Blocks run along `in` in both layouts. The columns of gate_up alternate: gate, up, gate, up.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.checkpoints.dtypes import bytes_per_value
 from pipeline.errors import UserError
@@ -34,7 +34,7 @@ Q_PROJ, K_PROJ, V_PROJ, O_PROJ = ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v
 SINKS = "sinks"
 """Parameter of the attention module: one learned logit per query head."""
 ATTENTION_TYPES = ("sliding_attention", "full_attention")
-"""The two kinds of layers, as `layer_types` in config.json names them; they alternate."""
+"""The two kinds of layers, as `layer_types` in config.json names them. They alternate."""
 
 MLP = "mlp"
 ROUTER = f"{MLP}.router"
@@ -46,10 +46,10 @@ BIAS_SUFFIX = "_bias"
 EXPERT_BIASES = (GATE_UP + BIAS_SUFFIX, DOWN + BIAS_SUFFIX)
 """The biases of these stacks, each (E, out)."""
 EXPERT_PATTERN = f"*{EXPERTS}*_proj"
-"""Wildcard that matches every stack of expert weights, also one that PEFT has wrapped."""
+"""Wildcard that matches every stack of expert weights, with or without PEFT's wrapper."""
 
 BLOCKS_SUFFIX, SCALES_SUFFIX = PACKED_SUFFIXES = ("_blocks", "_scales")
-"""What the packed layout appends to the name of a stack of expert weights."""
+"""Suffixes that the packed layout appends to the name of a stack of expert weights."""
 
 QUANTIZATION_CONFIG = {
     "modules_to_not_convert": [
@@ -83,7 +83,7 @@ SPECIAL_TOKENS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Type and shape of a stored tensor; the type by its name in safetensors."""
+    """Type and shape of a stored tensor. The type is a safetensors name."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -111,15 +111,15 @@ class Shape:
     vocab_size: int
 
     @classmethod
-    def of(cls, config: dict[str, Any], where: object) -> "Shape":
-        """Read the sizes from the content of config.json; `where` is its path, for messages.
+    def of(cls, config: Mapping[str, object], where: object) -> "Shape":
+        """Read the sizes from the content of config.json. `where` is its path, for messages.
 
         Raises:
-            UserError: the architecture is another one, or a size is missing or not a positive whole number.
+            UserError: this is another architecture, or a size is missing or not a positive whole number.
         """
         if config.get("model_type") != MODEL_TYPE:
             raise UserError(
-                f"{where}: model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}: not a gpt-oss checkpoint."
+                f"{where}: model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}. Use a gpt-oss checkpoint."
             )
         sizes = {name: config.get(name) for name in cls.__dataclass_fields__}
         bad = [f"{name}={value!r}" for name, value in sizes.items() if type(value) is not int or value < 1]
@@ -140,7 +140,7 @@ class ExpertProjection:
 
     @property
     def kind(self) -> str:
-        """Which of EXPERT_WEIGHTS it is."""
+        """Its name in EXPERT_WEIGHTS."""
         return self.name.rpartition(".")[2]
 
     @property
@@ -172,17 +172,17 @@ class ExpertProjection:
 
 
 def in_layer(layer: int, name: str) -> str:
-    """Full name of a module or parameter of a decoder layer."""
+    """Return the full name of a module or parameter of a decoder layer."""
     return f"model.layers.{layer}.{name}"
 
 
 def attention_projection(layer: int, name: str) -> str:
-    """Module of one of ATTENTION_PROJECTIONS; it has a `weight` and a `bias`."""
+    """Return the name of the module of one of ATTENTION_PROJECTIONS. It has a `weight` and a `bias`."""
     return in_layer(layer, f"{ATTENTION}.{name}")
 
 
 def expert_parameter(layer: int, name: str) -> str:
-    """Parameter of one of EXPERT_WEIGHTS or EXPERT_BIASES in the plain layout."""
+    """Return the name of the parameter of one of EXPERT_WEIGHTS or EXPERT_BIASES in the plain layout."""
     return in_layer(layer, f"{EXPERTS}.{name}")
 
 
@@ -192,7 +192,7 @@ def is_in_mlp(name: str) -> bool:
 
 
 def packed_names(name: str) -> tuple[str, str]:
-    """Names of the blocks and of the scales that hold a stack of expert weights in the packed layout."""
+    """Return the names of the blocks and scales that hold a stack of expert weights in the packed layout."""
     return name + BLOCKS_SUFFIX, name + SCALES_SUFFIX
 
 
@@ -202,7 +202,7 @@ def is_packed_name(name: str) -> bool:
 
 
 def expert_projections(shape: Shape) -> list[ExpertProjection]:
-    """Every stack of expert weights, in layer order: gate_up_proj, then down_proj."""
+    """List every stack of expert weights in layer order: gate_up_proj, then down_proj."""
     hidden, inner, experts = shape.hidden_size, shape.intermediate_size, shape.num_local_experts
     found = []
     for layer in range(shape.num_hidden_layers):
@@ -212,7 +212,7 @@ def expert_projections(shape: Shape) -> list[ExpertProjection]:
 
 
 def other_tensors(shape: Shape, dtype: str = "BF16") -> dict[str, TensorInfo]:
-    """Every tensor that is not an expert weight; both layouts have the same ones."""
+    """List every tensor that is not an expert weight. Both layouts have the same ones."""
     tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (shape.vocab_size, shape.hidden_size)}
     for layer in range(shape.num_hidden_layers):
         tensors |= {in_layer(layer, name): size for name, size in _other_tensors_of_layer(shape).items()}
@@ -221,7 +221,7 @@ def other_tensors(shape: Shape, dtype: str = "BF16") -> dict[str, TensorInfo]:
 
 
 def packed_tensors(shape: Shape) -> dict[str, TensorInfo]:
-    """Every tensor of a packed (MXFP4) checkpoint, as released."""
+    """List every tensor of a packed (MXFP4) checkpoint, as released."""
     tensors = other_tensors(shape)
     for projection in expert_projections(shape):
         tensors |= projection.packed_tensors()
@@ -229,7 +229,7 @@ def packed_tensors(shape: Shape) -> dict[str, TensorInfo]:
 
 
 def plain_tensors(shape: Shape, dtype: str = "BF16") -> dict[str, TensorInfo]:
-    """Every tensor of a plain checkpoint, which transformers can train."""
+    """List every tensor of a plain checkpoint, which transformers can train."""
     tensors = other_tensors(shape, dtype)
     for projection in expert_projections(shape):
         tensors[projection.name] = projection.plain_tensor(dtype)

@@ -1,7 +1,7 @@
-"""Reading checkpoints: they are checked when opened, and read by tensor or by rows. Also the files beside the weights.
+"""Reads checkpoints. They are checked when opened, and read tensor by tensor or by rows.
 
-Data is read into memory, not mapped. So a file that shrinks meanwhile is an error instead of a crash, memory use is
-what the caller holds, and a thread can read ahead.
+Data is read into memory, not mapped. So a file that shrinks meanwhile is an error instead of a crash, only tensors that
+the caller holds use memory, and a thread can read ahead.
 """
 
 import json
@@ -33,7 +33,7 @@ SINGLE = "model.safetensors"
 
 
 class TensorFiles:
-    """The safetensors files of a directory, of any layout. Names, headers and the index have been checked.
+    """The safetensors files of a directory, in any layout. Names, headers and the index have been checked.
 
     Attributes:
         directory: where the files are.
@@ -44,7 +44,7 @@ class TensorFiles:
         """Open and check the files.
 
         Raises:
-            UserError: names the files, keys or tensors that are wrong; several problems are reported together.
+            UserError: files or tensors are wrong. Several problems are reported together.
         """
         self.directory = directory
         self._files = _stored_files(directory)
@@ -54,7 +54,7 @@ class TensorFiles:
         self._open: dict[str, StoredFile] = {}
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """A tensor as it is stored, or rows of its first dimension.
+        """Read a tensor as it is stored, or rows of its first dimension.
 
         Raises:
             UserError: the file ends before the data does.
@@ -67,7 +67,7 @@ class TensorFiles:
         size = max(0, last - first) * row_bytes
         data = self._file(file).read(self._offsets[file][name] + first * row_bytes, size)
         if len(data) < size:
-            raise UserError(f"{self.directory / file}: ends within {name}: it was truncated while it was read.")
+            raise UserError(f"{self.directory / file}: ends within {name}. It was truncated while it was read.")
         return torch.from_numpy(data).view(torch_dtype(info.dtype)).view(shape)
 
     @property
@@ -76,18 +76,18 @@ class TensorFiles:
         return sum((self.directory / file).stat().st_size for file in self._files)
 
     def weight_files(self) -> list[Path]:
-        """The weight files, and the index if there is one."""
+        """List the weight files, and the index if there is one."""
         files = [self.directory / file for file in self._files]
         return [*files, self.directory / INDEX] if (self.directory / INDEX).is_file() else files
 
     def close(self) -> None:
-        """Close the files. They are opened again when they are needed."""
+        """Close the files. They are reopened when they are needed."""
         for file in self._open.values():
             file.close()
         self._open.clear()
 
     def __del__(self) -> None:
-        if hasattr(self, "_open"):  # it is missing when __init__ failed
+        if hasattr(self, "_open"):  # False if __init__ failed
             self.close()
 
     def _file(self, file: str) -> StoredFile:
@@ -101,7 +101,7 @@ class Checkpoint(TensorFiles):
 
     Attributes:
         config: content of config.json.
-        shape: the sizes in it.
+        shape: the sizes in config.json.
         is_packed: whether the experts are stored as MXFP4 blocks and scales.
     """
 
@@ -109,7 +109,7 @@ class Checkpoint(TensorFiles):
         """Open and check the checkpoint.
 
         Raises:
-            UserError: names the files, keys or tensors that are wrong; several problems are reported together.
+            UserError: files, keys or tensors are wrong. Several problems are reported together.
         """
         self.config = read_config(directory)
         self.shape = Shape.of(self.config, directory / CONFIG)
@@ -118,23 +118,24 @@ class Checkpoint(TensorFiles):
         self._raise_if_not_gpt_oss()
 
     def read_plain(self, name: str, dtype: torch.dtype = torch.bfloat16, rows: slice = slice(None)) -> Tensor:
-        """A tensor of the plain layout, or rows of its first dimension. MXFP4 is decoded, which is exact in BF16.
+        """Read a tensor of the plain layout, or rows of its first dimension. MXFP4 is decoded, which is exact in BF16.
 
         Raises:
             UserError: a scale byte is 255 (NaN).
         """
-        return self.decoded(name, self.read_stored(name, rows), dtype, rows)
+        return self.decode_stored(name, self.read_stored(name, rows), dtype, rows=rows)
 
     def read_stored(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, ...]:
-        """The stored tensors behind a tensor of the plain layout: itself, or its blocks and scales."""
+        """Read the stored tensors of a tensor of the plain layout: itself, or its blocks and scales."""
         names = (name,) if name in self.tensors else packed_names(name)
         return tuple(self.read(stored, rows) for stored in names)
 
-    def decoded(
+    def decode_stored(
         self,
         name: str,
         stored: tuple[Tensor, ...],
         dtype: torch.dtype = torch.bfloat16,
+        *,
         rows: slice = slice(None),
         device: str = "cpu",
     ) -> Tensor:
@@ -154,7 +155,7 @@ class Checkpoint(TensorFiles):
         return plain
 
     def raise_if_nan(self, name: str, scales: Tensor, rows: slice = slice(None)) -> None:
-        """Check the scales of an expert stack, or of rows of it.
+        """Check the scales of an expert stack, or of some experts in it.
 
         Raises:
             UserError: a scale byte is 255 (NaN).
@@ -183,7 +184,7 @@ class Checkpoint(TensorFiles):
             raise user_errors([f"{self.directory}: {problem}." for problem in problems], most=MOST_PROBLEMS)
 
     def expected(self) -> dict[str, TensorInfo]:
-        """The tensors that the checkpoint must have. In a plain one, each tensor may have any of PLAIN_TYPES."""
+        """Return the tensors that the checkpoint must have. In a plain one, each tensor may have any of PLAIN_TYPES."""
         if self.is_packed:
             return packed_tensors(self.shape)
         plain = plain_tensors(self.shape)
@@ -196,7 +197,7 @@ class Checkpoint(TensorFiles):
 
 
 def layout_problems(stored: dict[str, TensorInfo], expected: dict[str, TensorInfo]) -> list[str]:
-    """Every difference between the stored tensors and the expected ones."""
+    """Describe every difference between the stored tensors and the expected ones."""
     found = [f"tensor {name} is missing" for name in expected if name not in stored]
     found += [f"tensor {name} does not belong there" for name in stored if name not in expected]
     for name, info in expected.items():
@@ -208,7 +209,7 @@ def layout_problems(stored: dict[str, TensorInfo], expected: dict[str, TensorInf
 
 
 def _stored_files(directory: Path) -> dict[str, dict[str, TensorInfo]]:
-    """File -> its tensors, for every weight file. If there is an index, it must agree with the files exactly."""
+    """Check the weight files, and map each to its tensors. An index must agree with the files exactly."""
     present = sorted(p.name for p in directory.glob("*.safetensors") if p.name != ADAPTER_WEIGHTS)
     weight_map = _weight_map(directory)
     listed = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
@@ -245,7 +246,7 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
-    """Name -> type and shape. safetensors checks lengths, offsets, overlaps, holes and the end of the file."""
+    """Map name to type and shape. safetensors checks lengths, offsets, overlaps, holes and the end of the file."""
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         infos = {name: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
@@ -254,10 +255,10 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _data_offsets(path: Path) -> dict[str, int]:
-    """Name -> position of its data in the file. (safetensors reads only whole tensors, or maps slices of them.)
+    """Map name to the position of its data in the file. (safetensors reads only whole tensors, or maps slices of them.)
 
     Raises:
-        UserError: the header names a tensor twice. Different readers would take different ones.
+        UserError: the header has two tensors of one name. Different readers would read different ones.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

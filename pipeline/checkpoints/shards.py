@@ -1,12 +1,12 @@
-"""Writing checkpoints: safetensors files are written shard by shard while their tensors are still being made.
+"""Writes checkpoints as safetensors shards while their tensors are still being made.
 
 - Reading, converting and writing overlap. One thread reads ahead, the caller's thread converts, one thread hashes, and
   one writes to the disk.
 - A tensor is made in steps of some tens of megabytes, so memory use does not depend on the size of tensors.
 - A shard gets its final name only when it is complete and on the disk. An interrupted conversion resumes at the first
   missing shard.
-- The files are written here because safetensors' own writer needs all tensors of a file in memory. The format is
-  simple: 8 bytes with the length of the header, a JSON header, the data.
+- safetensors' own writer needs all tensors of a file in memory, so it is not used. The format is simple: 8 bytes with
+  the length of the header, the header in JSON, and the data.
 """
 
 import errno
@@ -14,10 +14,10 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import xxhash
@@ -37,10 +37,14 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 """Size limit of one weight file, for stages that have no setting for it."""
 STEP_BYTES = 1 << 26
-"""Approximate output of one step. Large enough to be fast; several steps in memory do not matter."""
+"""Approximate output of one step: large enough to be fast, and small enough to hold several in memory."""
 
-_AHEAD = 2  # how many steps may wait between reading and converting, and between converting and writing
+_AHEAD = 2  # steps that may wait between reading and converting, and between converting and writing
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+Part = tuple[str, Tensor]
+"""Name of a tensor, and some of its rows."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,11 @@ class Step:
 
     Attributes:
         read: reads the inputs, on the reading thread.
-        convert: turns the inputs into parts of tensors, (name, values). They come in the order of the piece's tensors
-            and of their rows.
+        convert: turns the inputs into parts, in the order of the piece's tensors and of their rows.
     """
 
     read: Callable[[], Any]
-    convert: Callable[[Any], Iterable[tuple[str, Tensor]]]
+    convert: Callable[[Any], Iterable[Part]]
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ class Piece:
 
     Attributes:
         tensors: name -> type and shape, in the order in which the steps make them.
-        steps: returns the steps; called when it is the piece's turn.
-        note: called after the last step; returns JSON values to record about the piece, or None.
+        steps: returns the steps. It is called when it is the piece's turn.
+        note: returns JSON values to record about the piece, or None. It is called after the last step.
     """
 
     tensors: dict[str, TensorInfo]
@@ -77,16 +80,16 @@ class Piece:
         return sum(info.bytes for info in self.tensors.values())
 
 
-def whole(tensors: dict[str, TensorInfo], make: Callable[[], dict[str, Tensor]]) -> Piece:
-    """A piece that is made in a single step. Tensors of wider types come first."""
+def piece_in_one_step(tensors: dict[str, TensorInfo], make: Callable[[], dict[str, Tensor]]) -> Piece:
+    """Return a piece that is made in one step. Tensors of wider types come first."""
     ordered = dict(sorted(tensors.items(), key=lambda item: -bytes_per_value(item[1].dtype)))
     return Piece(ordered, lambda: [Step(make, lambda made: [(name, made[name]) for name in ordered])])
 
 
-def in_order(pieces: Iterable[Piece]) -> list[Piece]:
+def sort_by_layer(pieces: Iterable[Piece]) -> list[Piece]:
     """Sort pieces by layer, the first number in the name of their first tensor, so that shards hold whole layers."""
 
-    def key(piece: Piece) -> tuple:
+    def key(piece: Piece) -> tuple[tuple[int, ...], str]:
         name = next(iter(piece.tensors))
         return tuple(int(part) if part.isdigit() else -1 for part in name.split(".")[:3]), name
 
@@ -110,6 +113,15 @@ class Written:
     notes: list[dict[str, Any]] = field(default_factory=list)
 
 
+class _Record(TypedDict):
+    """Record of a finished shard in SHARDS_FILE: size, digest, digests of its tensors, and notes of its pieces."""
+
+    size: int
+    digest: str
+    tensors: dict[str, str]
+    notes: list[dict[str, Any]]
+
+
 def write_sharded(directory: Path, pieces: list[Piece], shard_bytes: int, what: str) -> Written:
     """Write pieces as shards of at most `shard_bytes`, and the index. A larger piece gets its own shard.
 
@@ -121,23 +133,26 @@ def write_sharded(directory: Path, pieces: list[Piece], shard_bytes: int, what: 
     keep_freed_memory()
     shards = _split(pieces, shard_bytes)
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    done = _finished(directory)
+    done = _finished_shards(directory)
     missing = [i for i, name in enumerate(names) if name not in done]
     total, left = sum(piece.bytes for piece in pieces), sum(piece.bytes for i in missing for piece in shards[i])
     raise_if_disk_too_small(directory, left)
     with ExitStack() as stack, progress(total=total, what=what, unit="B") as bar:
         bar.update(total - left)
         output = stack.enter_context(_Output(bar.update))
-        for i, made in _made(shards, missing):
+        for i, made in _run_steps(shards, missing):
             if i not in output.begun:
-                _calling(directory / names[i], lambda i=i: output.begin(i, directory / names[i], shards[i]))  # type: ignore[misc]
+                with _explain_full_disk(directory / names[i]):
+                    output.begin(i, directory / names[i], shards[i])
             if made is not None:
                 output.append(*made)
             else:
                 done[names[i]] = output.finish(i, shards[i])
-                _calling(directory / names[i], lambda: write_json(directory / SHARDS_FILE, done))
+                with _explain_full_disk(directory / names[i]):
+                    write_json(directory / SHARDS_FILE, done)
                 output.publish(i)
-    _calling(directory / INDEX, lambda: _write_index(directory, dict(zip(names, shards, strict=True)), total))
+    with _explain_full_disk(directory / INDEX):
+        _write_index(directory, dict(zip(names, shards, strict=True)), total)
     kept = [done[name] for name in names]
     return Written(
         total,
@@ -147,9 +162,9 @@ def write_sharded(directory: Path, pieces: list[Piece], shard_bytes: int, what: 
     )
 
 
-def parts(pieces: list[Piece]) -> Iterator[tuple[str, Tensor]]:
+def make_parts(pieces: list[Piece]) -> Iterator[Part]:
     """Run the steps of the pieces, reading ahead. Yields parts of tensors in the order in which they are made."""
-    for _, made in _made([pieces], [0]):
+    for _, made in _run_steps([pieces], [0]):
         if made is not None:
             yield made
 
@@ -171,8 +186,8 @@ def _width(piece: Piece) -> int:
     return min(bytes_per_value(info.dtype) for info in piece.tensors.values())
 
 
-def _finished(directory: Path) -> dict[str, Any]:
-    """Shard -> record, for the shards that an interrupted run finished and that still exist."""
+def _finished_shards(directory: Path) -> dict[str, _Record]:
+    """Read the records of the shards that an interrupted run finished and that still exist: name -> record."""
     try:
         records = json.loads((directory / SHARDS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -185,7 +200,7 @@ def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def _made(shards: list[list[Piece]], missing: list[int]) -> Iterator[tuple[int, tuple[str, Tensor] | None]]:
+def _run_steps(shards: list[list[Piece]], missing: list[int]) -> Iterator[tuple[int, Part | None]]:
     """Run the steps of the missing shards, reading ahead. Yields (shard, part), and (shard, None) at a shard's end."""
     with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
         waiting: deque[tuple[int, Step | None, Future | None]] = deque()
@@ -205,7 +220,7 @@ def _steps(shards: list[list[Piece]], missing: list[int]) -> Iterator[tuple[int,
         yield i, None
 
 
-def _convert(i: int, step: Step | None, read: Future | None) -> Iterator[tuple[int, tuple[str, Tensor] | None]]:
+def _convert(i: int, step: Step | None, read: Future | None) -> Iterator[tuple[int, Part | None]]:
     if step is None or read is None:
         yield i, None
         return
@@ -214,7 +229,7 @@ def _convert(i: int, step: Step | None, read: Future | None) -> Iterator[tuple[i
 
 
 class _Output:
-    """The writing side. One thread hashes and appends to the shards, another writes them to the disk."""
+    """The writer's two threads. One hashes and appends to the shards, the other writes them to the disk."""
 
     def __init__(self, advance: Callable[[int], object]) -> None:
         self.begun: dict[int, _Shard] = {}
@@ -243,13 +258,14 @@ class _Output:
         data = values.detach().contiguous().cpu().view(-1).view(torch.uint8)
         self._submit(self._current.write, name, data)
 
-    def finish(self, i: int, pieces: list[Piece]) -> dict[str, Any]:
-        """Wait until the shard is on the disk. Returns its record."""
+    def finish(self, i: int, pieces: list[Piece]) -> _Record:
+        """Wait until the shard is on the disk, and return its record."""
         while self._pending:
             self._wait()
         shard = self.begun[i]
         notes = [note for piece in pieces if (note := piece.note()) is not None]
-        return {**_calling(shard.path, shard.finish), "notes": notes}
+        with _explain_full_disk(shard.path):
+            return shard.finish(notes)
 
     def publish(self, i: int) -> None:
         """Give the shard its final name."""
@@ -262,11 +278,13 @@ class _Output:
 
     def _wait(self) -> None:
         assert self._current is not None
-        self._advance(_calling(self._current.path, self._pending.popleft().result))
+        with _explain_full_disk(self._current.path):
+            written = self._pending.popleft().result()
+        self._advance(written)
 
 
 class _Shard:
-    """A file that is being written from front to back."""
+    """A shard that is written front to back."""
 
     def __init__(self, path: Path, infos: dict[str, TensorInfo], disk: ThreadPoolExecutor) -> None:
         self.path, self.temporary = path, path.with_name(path.name + ".tmp")
@@ -281,7 +299,7 @@ class _Shard:
         """Check the next part of a tensor.
 
         Raises:
-            AssertionError: it has another type or width than planned, or another part is due.
+            AssertionError: its type or row size is not as planned, or another part is due.
         """
         due = next((name for name, left in self._left.items() if left), None)
         info, stored = self._infos[name], stored_name(values.dtype)
@@ -298,26 +316,28 @@ class _Shard:
         self._write(view)
         return len(view)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, notes: list[dict[str, Any]]) -> _Record:
         unmade = [name for name, left in self._left.items() if left]
         if unmade:
             raise AssertionError(f"{self.path.name}: never made: {unmade[:3]}")
         self._file.finish()
         self.close()
         digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
-        return {"size": self._file.size, "digest": self._digest.hexdigest(), "tensors": digests}
+        return {"size": self._file.size, "digest": self._digest.hexdigest(), "tensors": digests, "notes": notes}
 
     def close(self) -> None:
         self._file.close()
 
-    def _write(self, data: Any) -> None:
+    def _write(self, data: bytes | memoryview) -> None:
         self._digest.update(data)
         self._file.append(data)
 
 
-def _calling(path: Path, function: Callable[[], Any]) -> Any:
+@contextmanager
+def _explain_full_disk(path: Path) -> Iterator[None]:
+    """Raise UserError if the disk is full when the block writes to `path`."""
     try:
-        return function()
+        yield
     except OSError as error:
         if error.errno in _DISK_FULL:
             raise UserError(

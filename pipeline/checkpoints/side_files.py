@@ -1,4 +1,4 @@
-"""The files of a model directory beside weights and configuration: tokenizer, chat template, licence."""
+"""The files of a model directory except weights and configuration: tokenizer, chat template, licence."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer, chat template, generation config, licence and the like. Returns the names of the files."""
+    """Copy the tokenizer, chat template, generation config, licence and similar files. Returns their names."""
     names = side_files(source)
     for name in names:
         shutil.copyfile(source / name, target / name)
@@ -21,15 +21,15 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
 
 
 def side_files(directory: Path) -> list[str]:
-    """Names of the files that belong to a model, except weights, config.json and this program's own records."""
+    """List the files that belong to a model, except weights, config.json and this program's own records."""
     return [p.name for p in sorted(directory.iterdir()) if p.is_file() and _is_side_file(p.name)]
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Put the same file in another place: as a hard link if the file system allows it, otherwise as a copy."""
+    """Link a file to another place if the file system allows hard links, otherwise copy it."""
     target.unlink(missing_ok=True)
     try:
-        os.link(source.resolve(), target)  # resolve: files in the hub's cache are symbolic links
+        os.link(source.resolve(), target)  # files in the hub's cache are symbolic links
     except OSError:
         shutil.copyfile(source, target)
 

@@ -47,7 +47,7 @@ class Device(Enum):
 
 
 class Sharding(Enum):
-    """How the processes of a training stage share one model: the rows of sharding.ENGINES."""
+    """How the processes of a training stage share one model: the rows of sharding.STRATEGIES."""
 
     none = "none"
     fsdp2 = "fsdp2"

@@ -10,7 +10,7 @@ from rich.text import Text
 from pipeline.data.harmony import IGNORED, Conversation, ConversationError, Rendering, examples
 from pipeline.doctor.findings import Facts, device_needed, disk_needed, gigabytes, host_needed
 from pipeline.errors import UserError
-from pipeline.models.sharding import ENGINES
+from pipeline.models.sharding import STRATEGIES
 from pipeline.runs.console import say, warn
 
 _PLAIN_WIDTH = 120
@@ -113,7 +113,7 @@ def _needs_lines(facts: Facts) -> Iterable[tuple[str, str]]:
 
 
 def _shared(facts: Facts, stage: str) -> str:
-    if not ENGINES[facts.plan.sharding].splits:
+    if not STRATEGIES[facts.plan.sharding].sharded:
         return ""
     how = f"sharding={facts.plan.sharding.name} on {facts.machine['processes']} processes"
     return f"; with {how} {gigabytes(device_needed(facts, stage))}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.config import Method, Sharding, Stage
 from pipeline.doctor.needs import Plan
-from pipeline.models.sharding import ENGINES
+from pipeline.models.sharding import STRATEGIES
 from pipeline.runs.run import Run
 
 _FEW_ROWS = 20
@@ -47,7 +47,7 @@ def disk_needed(facts: Facts) -> int:
 def device_needed(facts: Facts, stage: str) -> int:
     """Bytes on each device while a stage trains; what `sharding` splits, processes share."""
     needed = facts.needs["device_bytes"][stage]
-    split = sum(needed[part] for part in ENGINES[facts.plan.sharding].splits)
+    split = sum(needed[part] for part in STRATEGIES[facts.plan.sharding].sharded)
     return needed["total"] - split + split // facts.machine["processes"]
 
 

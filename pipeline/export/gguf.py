@@ -23,7 +23,7 @@ from torch import Tensor
 from pipeline.checkpoints.config_json import CONFIG
 from pipeline.checkpoints.dtypes import torch_dtype
 from pipeline.checkpoints.gpt_oss import other_tensors
-from pipeline.checkpoints.shards import Piece, Written, parts
+from pipeline.checkpoints.shards import Piece, Written, make_parts
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.export.exporter import Exporter
@@ -195,7 +195,7 @@ def _add_tokenizer(gguf: Any, writer: Any, source: Path, rows: int) -> None:
 def _write_data(path: Path, pieces: list[Piece], offsets: dict[str, int], total: int) -> None:
     """Write each part after the earlier parts of its tensor."""
     with path.open("r+b") as file, progress(total=total, what="export", unit="B") as bar:
-        for name, values in parts(pieces):
+        for name, values in make_parts(pieces):
             data = values.contiguous().cpu().view(-1).view(torch.uint8).numpy()
             file.seek(offsets[name])
             file.write(data.data)

@@ -27,7 +27,7 @@ from pipeline.checkpoints.gpt_oss import (
     other_tensors,
 )
 from pipeline.checkpoints.reading import Checkpoint
-from pipeline.checkpoints.shards import Piece, Written, whole
+from pipeline.checkpoints.shards import Piece, Written, piece_in_one_step
 from pipeline.errors import UserError
 from pipeline.export.exporter import Exporter
 from pipeline.export.job import Job
@@ -161,7 +161,7 @@ def _as_nvfp4(made: Packed, name: str) -> Packed:
 
 
 def _input_scale(name: str, scale: Tensor) -> Piece:
-    return whole({name: TensorInfo("F32", ())}, lambda: {name: scale})
+    return piece_in_one_step({name: TensorInfo("F32", ())}, lambda: {name: scale})
 
 
 def _record(quantizes_inputs: bool) -> dict[str, Any]:

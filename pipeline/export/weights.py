@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.checkpoints.config_json import CONFIG
 from pipeline.checkpoints.gpt_oss import ExpertProjection, TensorInfo, expert_projections, other_tensors
 from pipeline.checkpoints.reading import Checkpoint
-from pipeline.checkpoints.shards import Piece, Step, Written, in_order, write_sharded
+from pipeline.checkpoints.shards import Piece, Step, Written, sort_by_layer, write_sharded
 from pipeline.checkpoints.side_files import copy_side_files
 from pipeline.errors import UserError
 from pipeline.export.job import Job
@@ -92,12 +92,12 @@ class OtherTensor:
 
     def _step(self, rows: slice, put: Callable[[Tensor], Iterable[tuple[str, Tensor]]]) -> Step:
         return Step(
-            lambda: (self.job.weights.stored(self.name, rows), self.base.read(self.name, rows)),
+            lambda: (self.job.weights.read_stored(self.name, rows), self.base.read(self.name, rows)),
             lambda read: put(self._converted(rows, *read)),
         )
 
     def _converted(self, rows: slice, stored: tuple[Tensor, ...], source: Tensor) -> Tensor:
-        tensor = self.job.weights.trained(self.name, rows, stored).to(torch.bfloat16)
+        tensor = self.job.weights.read_trained(self.name, rows, stored).to(torch.bfloat16)
         if not bool(tensor.isfinite().all()):
             first, *others = (~tensor.isfinite()).nonzero()[0].tolist()
             raise UserError(
@@ -157,15 +157,15 @@ class ExpertStack:
     def _step(self, rows: slice, put: Callable[[Packed], Iterable[tuple[str, Tensor]]]) -> Step:
         weights, name = self.job.weights, self.projection.name
         return Step(
-            lambda: (weights.stored(name, rows), self.base.read_stored(name, rows)),
+            lambda: (weights.read_stored(name, rows), self.base.read_stored(name, rows)),
             lambda read: put(self._packed(rows, *read)),
         )
 
     def _packed(self, rows: slice, stored: tuple[Tensor, ...], source: tuple[Tensor, ...]) -> Packed:
         job, name = self.job, self.projection.name
-        trained = job.weights.trained(name, rows, stored, job.device)  # (E, in, out)
+        trained = job.weights.read_trained(name, rows, stored, job.device)  # (E, in, out)
         source = tuple(each.to(job.device) for each in source)
-        base = self.base.decoded(name, source, rows=rows, device=job.device)
+        base = self.base.decode_stored(name, source, rows=rows, device=job.device)
         old = self._of_source(source, base)
         is_own = old.values is base
         is_untouched = [same_bits(*pair) for pair in zip(trained, base, strict=True)]
@@ -200,7 +200,9 @@ class ExpertStack:
         unit = tensor_scale(turned, block_format)
         blocks_in_row = turned.shape[2] // block_format.block_size
         saturated = torch.empty((*turned.shape[:2], blocks_in_row), dtype=torch.bool, device=values.device)
-        blocks, scales = encode(turned, block_format, unit, importance, near.transpose(1, 2), saturated)
+        blocks, scales = encode(
+            turned, block_format, unit, importance, rounded=near.transpose(1, 2), saturated=saturated
+        )
         return Packed(blocks, scales, unit, near, saturated)
 
     def _account(self, trained: Tensor, new: Packed, base: Tensor, old: Packed) -> None:
@@ -229,7 +231,7 @@ def write_checkpoint(
     """Write the pieces layer by layer, the side files of the source, and config.json."""
     values = sum(projection.values for projection in expert_projections(base.shape))
     with compilation_for(values):
-        written = write_sharded(directory, in_order(pieces), job.shard_bytes, "export")
+        written = write_sharded(directory, sort_by_layer(pieces), job.shard_bytes, "export")
     copy_side_files(job.source.directory, directory)
     write_json(directory / CONFIG, config)
     return written

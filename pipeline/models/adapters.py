@@ -6,20 +6,23 @@ This is the only module that imports peft.
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.checkpoints.gpt_oss import ATTENTION_PROJECTIONS, EXPERT_WEIGHTS, attention_projection, expert_parameter
 from pipeline.checkpoints.side_files import ADAPTER_WEIGHTS
-from pipeline.config import LoraTarget, TrainConfig, adapted_layers
+from pipeline.config import LoraConfig, LoraTarget, TrainConfig, adapted_layers
 from pipeline.errors import CheckFailed, UserError
 from pipeline.models import sharding
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Adapted: TypeAlias = PeftModel
 """A model with adapters."""
@@ -28,7 +31,7 @@ _ADAPTER = "default"
 _QUANTIZER = "_weight_quantizer"
 
 
-def attach(model: Any, train: TrainConfig, section: str) -> PeftModel:
+def attach(model: "PreTrainedModel", train: TrainConfig, section: str) -> PeftModel:
     """Attach new adapters to the configured parts of the configured layers, and freeze everything else.
 
     Args:
@@ -42,15 +45,19 @@ def attach(model: Any, train: TrainConfig, section: str) -> PeftModel:
     """
     if any(name.endswith(_QUANTIZER) for name, _ in model.named_modules()):
         raise CheckFailed("adapters: the model is quantized already. Attach adapters before quantizers are inserted.")
-    lora = train.lora
-    count = model.config.num_hidden_layers
+    config = _peft_config(train.lora, model.config.num_hidden_layers, section)
+    torch.manual_seed(train.seed)
+    return get_peft_model(model, config)
+
+
+def _peft_config(lora: LoraConfig, count: int, section: str) -> PeftLoraConfig:
     layers = adapted_layers(lora, count)
     if not layers or not set(layers) <= set(range(count)):
         setting = f"layers={lora.layers}" if lora.every_nth is None else f"every_nth={lora.every_nth}"
         raise UserError(f"{section}.lora.{setting}: the model has the layers 0 to {count - 1}.")
     attention = LoraTarget.attention in lora.targets
     experts = LoraTarget.experts in lora.targets
-    config = PeftLoraConfig(
+    return PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=0.0,  # PEFT does not support dropout for `target_parameters`
@@ -61,26 +68,24 @@ def attach(model: Any, train: TrainConfig, section: str) -> PeftModel:
         target_parameters=[expert_parameter(i, name) for i in layers for name in EXPERT_WEIGHTS] if experts else None,
         task_type="CAUSAL_LM",
     )
-    torch.manual_seed(train.seed)
-    return get_peft_model(model, config)
 
 
-def load(model: Any, directory: Path, trainable: bool) -> PeftModel:
+def load(model: "PreTrainedModel", directory: Path, trainable: bool) -> PeftModel:
     """Attach the adapters that are saved in `directory`."""
     return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
 
 
-def is_adapted(model: Any) -> bool:
+def is_adapted(model: nn.Module) -> bool:
     """Whether the model has adapters."""
     return isinstance(model, PeftModel)
 
 
-def base_of(model: Any) -> Any:
-    """The model without PEFT's wrapper around it. Adapters stay attached to its layers."""
-    return model.get_base_model() if is_adapted(model) else model
+def base_of(model: nn.Module) -> "PreTrainedModel":
+    """Return the model without PEFT's wrapper. Adapters stay attached to its layers."""
+    return cast("PreTrainedModel", model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
-def merge_attention(model: Any) -> None:
+def merge_attention(model: nn.Module) -> None:
     """Merge the adapters of attention layers in place, with PEFT's own merge. Adapters of experts stay adapters."""
     for module in model.modules():
         if isinstance(module, Linear):
@@ -88,7 +93,7 @@ def merge_attention(model: Any) -> None:
 
 
 def parameter_name(module_name: str) -> str:
-    """The name that a module or parameter of an adapted model has in the plain model."""
+    """Return the name that a module or parameter of an adapted model has in the plain model."""
     return module_name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
@@ -98,11 +103,11 @@ def is_factor(parameter_name: str) -> bool:
 
 
 @torch.no_grad()
-def expert_weights(model: Any, experts: slice) -> Iterator[tuple[str, Tensor]]:
-    """Some experts (E, in, out) of each trained stack, with adapters merged. This is a collective call.
+def expert_weights(model: nn.Module, experts: slice) -> Iterator[tuple[str, Tensor]]:
+    """Yield some experts (E, in, out) of each trained stack, with adapters merged. This is a collective call.
 
-    If a stack is sharded, only the main process yields experts; they come from its own shard, which is the first. A
-    stack is skipped if its parameter is empty, as ZeRO-3 leaves it between forward passes.
+    If a stack is sharded, only the main process yields experts. They come from its own shard, which is the first. A
+    stack is skipped if its parameter is empty. ZeRO-3 leaves it empty between forward passes.
     """
     adapted = {
         f"{parameter_name(name)}.{module.parameter_name}": module
@@ -120,7 +125,7 @@ def expert_weights(model: Any, experts: slice) -> Iterator[tuple[str, Tensor]]:
 
 
 def _delta(wrapper: ParamWrapper, experts: slice) -> Tensor:
-    """The delta that an adapter adds to some experts (E, in, out). The delta of the whole stack is never computed."""
+    """Compute the delta of an adapter for some experts (E, in, out). The delta of the whole stack is never computed."""
     first, end, _ = experts.indices(wrapper.num_experts)
     start = min(first, max(0, wrapper.num_experts - 2))
     count = min(max(2, end - start), wrapper.num_experts)
@@ -131,10 +136,10 @@ def _delta(wrapper: ParamWrapper, experts: slice) -> Tensor:
 @contextmanager
 def _whole_factors(wrapper: ParamWrapper) -> Iterator[None]:
     """Gather the factors of an adapter for the duration of the block."""
-    with ExitStack() as gathered:
+    with ExitStack() as stack:
         for factor in (*wrapper.lora_A.values(), *wrapper.lora_B.values()):
-            whole = gathered.enter_context(sharding.gathered(_weight(factor)))
-            gathered.callback(setattr, factor, "weight", _weight(factor))
+            whole = stack.enter_context(sharding.gather(_weight(factor)))
+            stack.callback(setattr, factor, "weight", _weight(factor))
             factor.weight = torch.nn.Parameter(whole.data, requires_grad=False)
         yield
 
@@ -145,19 +150,19 @@ def is_wrapped(module_name: str) -> bool:
 
 
 class Merger:
-    """Merges the adapters of a directory tensor by tensor, without the base model in memory.
+    """Adapters of a directory, which it merges tensor by tensor without the base model in memory.
 
-    PEFT's own `merge` runs on one layer of a model without weights at a time: base + delta in the type of the weights.
-    A quantizer on an adapted expert stack sees the same values: ModelOpt 0.47 adds PEFT's delta to the base before it
-    quantizes. (Without quantizers PEFT uses one baddbmm, which rounds differently in the last bit.)
+    PEFT's own `merge` runs on one layer at a time, in a model without weights. It computes base + delta in the type of
+    the weights. A quantizer on an adapted expert stack sees the same values, because ModelOpt 0.47 adds PEFT's delta to
+    the base before it quantizes. (Without quantizers PEFT uses one baddbmm, which rounds differently in the last bit.)
     """
 
-    def __init__(self, directory: Path, model_config: Any, dtype: torch.dtype) -> None:
+    def __init__(self, directory: Path, model_config: "PretrainedConfig", dtype: torch.dtype) -> None:
         """Read the adapters.
 
         Args:
-            directory: where the adapters are.
-            model_config: transformers configuration of the base model.
+            directory: directory of the adapters.
+            model_config: configuration of the base model.
             dtype: type of the base weights in training.
         """
         from transformers import AutoModelForCausalLM
@@ -189,8 +194,8 @@ class Merger:
         return name in self._layers
 
     @torch.no_grad()
-    def merged(self, name: str, base: Tensor, first: int = 0) -> Tensor:
-        """base + delta, in the type that training used.
+    def merge(self, name: str, base: Tensor, first: int = 0) -> Tensor:
+        """Return base + delta, in the type that training used.
 
         Args:
             name: name of the parameter in the plain model.
@@ -203,14 +208,14 @@ class Merger:
         setattr(owner, attribute, torch.nn.Parameter(base.to(self._dtype, copy=True), requires_grad=False))
         with _only_experts(layer, first, len(base)) if isinstance(layer, ParamWrapper) else nullcontext():
             layer.merge(adapter_names=[_ADAPTER])
-        merged = getattr(owner, attribute).data
+        result = getattr(owner, attribute).data
         setattr(owner, attribute, hollow)
         layer.merged_adapters.clear()
-        return merged
+        return result
 
 
-def _weight(factor: Any) -> Tensor:
-    return factor.weight
+def _weight(factor: nn.Module) -> Tensor:
+    return cast(Tensor, factor.weight)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What calibration found, as a stage keeps it beside its model."""
+"""The results of calibration, which a stage saves beside its model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,8 @@ class Calibration:
     """Results of calibration.
 
     Attributes:
-        importance: expert weight -> (in) float32, how much an error in each input channel counts. May be empty.
-        amax: input quantizer -> largest magnitude that it saw. Empty if inputs are not quantized.
+        importance: expert weight -> (in) float32, weight of the error in each input channel. May be empty.
+        amax: input quantizer -> largest magnitude of its inputs. Empty if inputs are not quantized.
     """
 
     importance: dict[str, Tensor]
@@ -23,6 +23,6 @@ class Calibration:
 
 
 def load_calibration(directory: Path) -> Calibration:
-    """The calibration that a stage saved; an empty one if it saved none."""
+    """Load the calibration that a stage saved, or an empty one if it saved none."""
     path = directory / CALIBRATION_FILE
     return Calibration(**torch.load(path, weights_only=True)) if path.is_file() else Calibration({}, {})

@@ -1,4 +1,4 @@
-"""Selects the kernel that multiplies with the experts' weights in training. All kernels come from transformers.
+"""Selects the kernel that multiplies by the experts' weights in training. All kernels come from transformers.
 
 - `eager` is a Python loop over the experts. For each expert, its backward pass writes a gradient of the whole stack.
 - `batched_mm` copies the weights of an expert for each of its tokens.
@@ -14,7 +14,7 @@ All compute the same values except for the order of summation. Two problems are 
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from pipeline.checkpoints.gpt_oss import EXPERT_WEIGHTS
@@ -26,7 +26,7 @@ from pipeline.numerics.formats import BlockFormat
 _GROUPED = "grouped_mm_in_compute_dtype"
 
 
-def use(model: Any, asked: ExpertsImplementation, block_format: BlockFormat | None) -> None:
+def use(model: nn.Module, asked: ExpertsImplementation, block_format: BlockFormat | None) -> None:
     """Set the kernel for the experts of a model. Call this after quantizers are inserted or restored.
 
     Args:
@@ -42,14 +42,14 @@ def use(model: Any, asked: ExpertsImplementation, block_format: BlockFormat | No
     base_of(model).set_experts_implementation(name)
 
 
-def _grouped_mm(experts: Any, *inputs: Tensor) -> Tensor:
+def _grouped_mm(experts: nn.Module, *inputs: Tensor) -> Tensor:
     return grouped_mm_experts_forward(_InComputeType(experts), *inputs)  # type: ignore[arg-type]
 
 
 class _InComputeType:
     """A view of an experts module whose weights have the type that autocast computes in."""
 
-    def __init__(self, experts: Any) -> None:
+    def __init__(self, experts: nn.Module) -> None:
         self._experts = experts
 
     def __getattr__(self, name: str) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import modelopt.torch.opt as mto
 import modelopt.torch.quantization as mtq
@@ -21,7 +21,7 @@ from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registere
 from modelopt.torch.quantization.plugins import huggingface, peft
 from modelopt.torch.quantization.plugins.huggingface import _transposed_quantize
 from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.checkpoints.gpt_oss import EXPERT_PATTERN, EXPERT_WEIGHTS, expert_parameter
 from pipeline.errors import CheckFailed
@@ -32,6 +32,9 @@ from pipeline.numerics.codec import fake_quantize, straight_through
 from pipeline.numerics.formats import FORMATS, BlockFormat, ScaleType
 from pipeline.numerics.scales import INPUT_RULE, tensor_scale_for_amax
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 STATE_FILE = "modelopt_state.pth"
 """The name that ModelOpt's own `enable_huggingface_checkpointing` looks for."""
 
@@ -40,26 +43,30 @@ _WEIGHTS = "_weight_quantizer"
 _INPUTS = "_input_quantizer"
 
 
+Calibrate = Callable[["PreTrainedModel"], None]
+Hook = Callable[[TensorQuantizer, tuple[Tensor, ...], Tensor], None]
+
+
 @dataclass
-class _Own:
+class _State:
     """Our data on a weight quantizer, stored in ModelOpt's per-backend slot, which it does not serialize.
 
     Attributes:
-        importance: (in) float32, weights of the errors when scales are chosen, or None.
-        keeper: cache of rounded weights. None: weights are rounded in every forward pass.
+        importance: (in) float32, weights of the errors for choosing scales, or None.
+        cache: cache of rounded weights. If it is None, weights are rounded in every forward pass.
         is_rounded: whether the parameter itself holds rounded values.
         observers: called with rounded weights, (E, out, in).
     """
 
     importance: Tensor | None = None
-    keeper: RoundedWeights | None = None
+    cache: RoundedWeights | None = None
     is_rounded: bool = False
     observers: list[Callable[[Tensor], None]] = field(default_factory=list)
 
 
-def _own(quantizer: TensorQuantizer) -> _Own:
+def _state_of(quantizer: TensorQuantizer) -> _State:
     if getattr(quantizer, "_quantizer_cache", None) is None:
-        quantizer._quantizer_cache = _Own()
+        quantizer._quantizer_cache = _State()
     return quantizer._quantizer_cache
 
 
@@ -72,11 +79,11 @@ def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:
     block_format = FORMATS[arguments["format"]].with_rule(arguments["scale_rule"])
     amax = quantizer.amax if arguments["is_input"] else None
     scale = None if amax is None else tensor_scale_for_amax(amax.float(), INPUT_RULE)
-    importance = _own(quantizer).importance
+    importance = _state_of(quantizer).importance
     return fake_quantize(inputs, block_format, scale, None if importance is None else importance.to(inputs.device))
 
 
-def _rounded(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
+def _round_stack(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
     """Round a stack of weights (E, in, out), adapters merged, to the type that the forward pass computes in.
 
     This replaces a function of ModelOpt's plugins, which transposes, rounds and transposes back in every forward pass.
@@ -84,20 +91,20 @@ def _rounded(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
     """
     if not (quantizer.is_enabled and quantizer._if_quant):  # ModelOpt is calibrating
         return _transposed_quantize(weight, quantizer)
-    own, dtype = _own(quantizer), compute_dtype(weight)
+    state, dtype = _state_of(quantizer), compute_dtype(weight)
 
     def make() -> Tensor:
         with torch.no_grad():
             return _entrypoint(weight.transpose(1, 2), quantizer).transpose(1, 2).to(dtype)
 
-    if own.is_rounded:
+    if state.is_rounded:
         result = weight
     else:
-        # base + delta is not a parameter; the base alone is one, and is used while adapters are disabled.
+        # base + delta is not a parameter. The base alone is one, and is used while adapters are disabled.
         key = (quantizer, dtype, isinstance(weight, torch.nn.Parameter))
-        rounded = make() if own.keeper is None else own.keeper.of(key, weight, make)
+        rounded = make() if state.cache is None else state.cache.of(key, weight, make)
         result = straight_through(weight, rounded)
-    for observe in own.observers:
+    for observe in state.observers:
         observe(result.detach().transpose(1, 2))
     return result
 
@@ -106,8 +113,8 @@ _switching = huggingface._QuantGptOssExperts.quantize_weight
 
 
 @contextmanager
-def _quantize_weight(experts: Any) -> Iterator[None]:
-    """ModelOpt's switch around a forward pass, which is always switched off at the end.
+def _quantize_weight(experts: huggingface._QuantGptOssExperts) -> Iterator[None]:
+    """Switch on ModelOpt's quantization of weights around a forward pass, and always switch it off at the end.
 
     nvidia-modelopt 0.47 leaves it on if a forward pass ends early, as in recomputation for gradient checkpointing.
     """
@@ -118,30 +125,30 @@ def _quantize_weight(experts: Any) -> Iterator[None]:
         experts._enable_weight_quantization = False
 
 
-def keep_rounded(model: Any, budget_bytes: float) -> RoundedWeights:
+def keep_rounded(model: nn.Module, budget_bytes: float) -> RoundedWeights:
     """Round weights once per optimizer step instead of once per forward pass. Frozen weights are rounded now, in place.
 
     Args:
-        model: a model with quantizers, and with adapters if it is to have any.
-        budget_bytes: how many bytes of rounded weights may be cached.
+        model: a model with quantizers, and with its final adapters.
+        budget_bytes: most bytes of rounded weights in the cache.
 
     Returns:
         The cache. Call its `forget` when weights have changed.
     """
     base = base_of(model)
     modules = dict(base.named_modules())
-    keeper = RoundedWeights(budget_bytes)
+    cache = RoundedWeights(budget_bytes)
     for name, quantizer in _enabled(base):
         if not name.endswith(_WEIGHTS):
             continue
         owner, _, projection = name.removesuffix(_WEIGHTS).rpartition(".")
         parameter = dict(modules[owner].named_parameters(recurse=False))[projection]
         if parameter.requires_grad or is_wrapped(name):
-            _own(quantizer).keeper = keeper
+            _state_of(quantizer).cache = cache
         else:
-            parameter.data.copy_(_rounded(parameter.data, quantizer))
-            _own(quantizer).is_rounded = True
-    return keeper
+            parameter.data.copy_(_round_stack(parameter.data, quantizer))
+            _state_of(quantizer).is_rounded = True
+    return cache
 
 
 # ModelOpt warns once for each module type. The warning is about tensor parallelism, which is not used here.
@@ -153,7 +160,7 @@ def register_backend() -> None:
     if not is_registered_quant_backend(_BACKEND):
         register_quant_backend(_BACKEND, _entrypoint)
         for plugin in (huggingface, peft):  # nvidia-modelopt 0.47 has no public hook for these functions
-            plugin._transposed_quantize = _rounded
+            plugin._transposed_quantize = _round_stack
         huggingface._QuantGptOssExperts.quantize_weight = _quantize_weight
         # Linear layers are never quantized here, so ModelOpt must not replace them. Its LoRA layer would add base and
         # delta in every forward pass to quantize the sum, and then compute the gradient of the frozen weight too.
@@ -161,19 +168,19 @@ def register_backend() -> None:
             mtq.unregister(kind)
 
 
-def insert(model: Any, block_format: BlockFormat, calibrate: Callable[[Any], None]) -> None:
-    """Put a fake quantizer on each expert weight, in place. Adapters must be attached before.
+def insert(model: nn.Module, block_format: BlockFormat, calibrate: Calibrate) -> None:
+    """Insert a fake quantizer for each expert weight, in place. Attach adapters before.
 
     Args:
         model: a gpt-oss model, with or without adapters.
         block_format: a row of FORMATS.
-        calibrate: runs calibration data through the model; used by formats with calibrated scales.
+        calibrate: runs calibration data through the model. Only formats with calibrated scales use it.
     """
     register_backend()
     mtq.quantize(base_of(model), _quant_cfg(block_format), forward_loop=calibrate)
 
 
-def calibrate_importance(model: Any, calibrate: Callable[[Any], None]) -> None:
+def calibrate_importance(model: "PreTrainedModel", calibrate: Calibrate) -> None:
     """Choose the scales of expert weights by the error in the layer's output instead of the error in the weights.
 
     The importance of an input channel is the sum of squares of the values that calibration sends through it. All
@@ -181,7 +188,7 @@ def calibrate_importance(model: Any, calibrate: Callable[[Any], None]) -> None:
     """
     sums: dict[str, Tensor] = {}
 
-    def hook(name: str) -> Callable:
+    def hook(name: str) -> Hook:
         def add(module: TensorQuantizer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             squares = inputs[0].detach().float().flatten(0, -2).square().sum(dim=0)
             sums[name] = sums[name] + squares if name in sums else squares
@@ -198,16 +205,16 @@ def calibrate_importance(model: Any, calibrate: Callable[[Any], None]) -> None:
         for each in hooks:
             each.remove()
     for name, module in weights.items():
-        _own(module).importance = sums[name].cpu()
+        _state_of(module).importance = sums[name].cpu()
 
 
-def save_state(model: Any, directory: Path) -> None:
+def save_state(model: nn.Module, directory: Path) -> None:
     """Save the quantizers and the results of calibration. (ModelOpt's state has only the shapes of those results.)"""
     torch.save(mto.modelopt_state(base_of(model)), directory / STATE_FILE)
     importance = {
-        parameter_name(name).removesuffix(_WEIGHTS): _own(module).importance
+        parameter_name(name).removesuffix(_WEIGHTS): _state_of(module).importance
         for name, module in _enabled(base_of(model))
-        if _own(module).importance is not None
+        if _state_of(module).importance is not None
     }
     amax = {
         parameter_name(name): module.amax.cpu()
@@ -218,7 +225,7 @@ def save_state(model: Any, directory: Path) -> None:
         torch.save({"importance": importance, "amax": amax}, directory / CALIBRATION_FILE)
 
 
-def restore(model: Any, directory: Path, block_format: BlockFormat) -> None:
+def restore(model: nn.Module, directory: Path, block_format: BlockFormat) -> None:
     """Restore the quantizers that are saved in `directory`, in place, and check them with `count`."""
     register_backend()
     mto.restore_from_modelopt_state(base_of(model), modelopt_state_path=str(directory / STATE_FILE))
@@ -228,14 +235,15 @@ def restore(model: Any, directory: Path, block_format: BlockFormat) -> None:
         if name in calibration.amax:
             module.amax = calibration.amax[name]
         if name.removesuffix(_WEIGHTS) in calibration.importance:
-            _own(module).importance = calibration.importance[name.removesuffix(_WEIGHTS)]
+            _state_of(module).importance = calibration.importance[name.removesuffix(_WEIGHTS)]
     count(model, block_format)
 
 
-def count(model: Any, block_format: BlockFormat) -> int:
+def count(model: nn.Module, block_format: BlockFormat) -> int:
     """Check which quantizers are enabled, and count them.
 
-    Enabled must be those of the expert weights (two per layer), under W4A4 those of their inputs, and no others.
+    The quantizers of expert weights (two per layer) must be enabled, and no others. W4A4 also needs the quantizers of
+    their inputs.
 
     Raises:
         CheckFailed: quantizers are missing, unexpected or not calibrated, or have another format or rule.
@@ -264,10 +272,10 @@ def count(model: Any, block_format: BlockFormat) -> int:
 
 
 def nvfp4_values(blocks: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
-    """NVFP4 weights as ModelOpt decodes them. ModelOpt takes one tensor scale at a time, so experts are decoded singly.
+    """Decode NVFP4 weights with ModelOpt. It takes one tensor scale at a time, so experts are decoded one by one.
 
     Args:
-        blocks: (E, out, nb, 8) uint8, the even element in the low half of a byte.
+        blocks: (E, out, nb, 8) uint8. The even element is the low half of a byte.
         scales: (E, out, nb) float8_e4m3fn.
         tensor_scale: (E) float32.
 
@@ -283,8 +291,8 @@ def nvfp4_values(blocks: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor
 
 
 @dataclass
-class Fired:
-    """Quantizers that ran in a forward pass.
+class QuantizerCalls:
+    """Calls of quantizers in forward passes.
 
     Attributes:
         calls: name of the quantizer in the plain model -> number of calls.
@@ -293,14 +301,14 @@ class Fired:
     calls: dict[str, int]
 
     def add(self, name: str) -> None:
-        """Count one more call."""
+        """Count a call."""
         self.calls[name] = self.calls.get(name, 0) + 1
 
-    def raise_unless_all(self, model: Any) -> None:
+    def raise_unless_all(self, model: nn.Module) -> None:
         """Check that exactly the enabled quantizers have run.
 
         Raises:
-            CheckFailed: names those that did not run and those that should not have.
+            CheckFailed: a quantizer did not run, or ran although it is disabled.
         """
         expected = {parameter_name(name) for name, _ in _enabled(base_of(model))}
         silent, stray = sorted(expected - self.calls.keys()), sorted(self.calls.keys() - expected)
@@ -311,15 +319,15 @@ class Fired:
 
 
 @contextmanager
-def watch(model: Any, see: Callable[[str, Tensor], None] | None = None) -> Iterator[Fired]:
+def watch(model: nn.Module, see: Callable[[str, Tensor], None] | None = None) -> Iterator[QuantizerCalls]:
     """Record which quantizers run inside the block.
 
     Args:
         model: a model with quantizers.
-        see: called with a parameter's name in the plain model and its fake-quantized values (E, out, in), as the
-            forward pass uses them.
+        see: called with the name of a parameter in the plain model, and with its fake-quantized values (E, out, in) as
+            the forward pass uses them.
     """
-    fired = Fired({})
+    fired = QuantizerCalls({})
     hooks = []
     observed = []
     for full_name, module in base_of(model).named_modules():
@@ -327,7 +335,7 @@ def watch(model: Any, see: Callable[[str, Tensor], None] | None = None) -> Itera
             name = parameter_name(full_name)
             hooks.append(module.register_forward_hook(_hook(name, fired)))
             if name.endswith(_WEIGHTS):
-                observed.append((_own(module).observers, _observer(name, fired, see)))
+                observed.append((_state_of(module).observers, _observer(name, fired, see)))
                 observed[-1][0].append(observed[-1][1])
     try:
         yield fired
@@ -338,7 +346,7 @@ def watch(model: Any, see: Callable[[str, Tensor], None] | None = None) -> Itera
             observers.remove(observer)
 
 
-def _hook(name: str, fired: Fired) -> Callable:
+def _hook(name: str, fired: QuantizerCalls) -> Hook:
     def hook(module: TensorQuantizer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if module.is_enabled:
             fired.add(name)
@@ -346,7 +354,7 @@ def _hook(name: str, fired: Fired) -> Callable:
     return hook
 
 
-def _observer(name: str, fired: Fired, see: Callable[[str, Tensor], None] | None) -> Callable[[Tensor], None]:
+def _observer(name: str, fired: QuantizerCalls, see: Callable[[str, Tensor], None] | None) -> Callable[[Tensor], None]:
     def observe(rounded: Tensor) -> None:
         fired.add(name)
         if see is not None:
@@ -355,25 +363,26 @@ def _observer(name: str, fired: Fired, see: Callable[[str, Tensor], None] | None
     return observe
 
 
-def _enabled(model: Any) -> Iterator[tuple[str, TensorQuantizer]]:
+def _enabled(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
+    """Yield the enabled quantizers of a model with their names."""
     for name, module in model.named_modules():
         if isinstance(module, TensorQuantizer) and module.is_enabled:
             yield name, module
 
 
-def _arguments(block_format: BlockFormat) -> dict[str, dict[str, Any]]:
-    """Kind of quantizer that the format needs -> arguments for our backend."""
+def _arguments(block_format: BlockFormat) -> dict[str, dict[str, object]]:
+    """Map each kind of quantizer that the format needs to the arguments for our backend."""
     common = {"format": block_format.name}
     weights = {**common, "scale_rule": block_format.scale_rule, "is_input": False}
     inputs = {**common, "scale_rule": INPUT_RULE, "is_input": True}
     return {_WEIGHTS: weights, **({_INPUTS: inputs} if block_format.quantizes_activations else {})}
 
 
-def _quant_cfg(block_format: BlockFormat) -> dict[str, Any]:
-    """ModelOpt's configuration, like its own MXFP4_MLP_WEIGHT_ONLY_CFG, but only for expert stacks and our backend.
+def _quant_cfg(block_format: BlockFormat) -> dict[str, object]:
+    """Make ModelOpt's configuration, like its MXFP4_MLP_WEIGHT_ONLY_CFG but only for expert stacks and our backend.
 
     ModelOpt's own pattern (*mlp*weight_quantizer) would also enable quantizers of adapters on experts, which never run.
-    `max` calibrates the largest magnitude of the inputs; our backend does not need the one of weights.
+    `max` calibrates the largest magnitude of the inputs. Our backend does not need the largest magnitude of weights.
     """
     scale_bits = {ScaleType.e8m0: (8, 0), ScaleType.e4m3: (4, 3)}[block_format.scale_type]
     block_sizes = {-1: block_format.block_size, "type": "dynamic", "scale_bits": scale_bits}

@@ -93,7 +93,7 @@ def load_to_train(ref: ModelRef, train: TrainConfig) -> Any:
     expert_kernels.use(model, train.experts_implementation, ref.block_format)
     model.config.use_cache = False
     if train.packing:
-        packing_masks.keep_apart(base_of(model))
+        packing_masks.mask_documents(base_of(model))
     return model
 
 
@@ -109,7 +109,7 @@ def load_effective(ref: ModelRef, dtype: torch.dtype, **arguments: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if weights.is_changed(name):
-                parameter.copy_(weights.effective(name))
+                parameter.copy_(weights.read_effective(name))
     return place(model).eval()
 
 

@@ -1,9 +1,9 @@
-"""Validation loss, defined once: training's early look and `evaluate` both call this."""
+"""Validation loss, defined once for validation during training and for `evaluate`."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -13,13 +13,26 @@ from torch.nn.utils.rnn import pad_sequence
 from pipeline.data.harmony import IGNORED
 from pipeline.models import chunked_logits
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Examples(Protocol):
+    """Examples by index. Each has the columns input_ids and labels."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int) -> Mapping[str, Sequence[int]]: ...
+
 
 @dataclass(frozen=True)
 class Loss:
-    """Summed negative log-likelihoods in nats, and how many tokens they are of.
+    """Sums of negative log-likelihoods in nats, and their numbers of tokens.
 
-    `supervised` is over the tokens that training supervises, weighted by token: the loss that training minimizes.
-    `all_tokens` is over every predicted token, prompt included: what TRL reports without masks.
+    Attributes:
+        supervised_sum: sum over the supervised tokens. Training minimizes its mean.
+        supervised_tokens: number of supervised tokens.
+        all_sum: sum over every predicted token, including the prompt. TRL without masks reports its mean.
+        all_tokens: number of predicted tokens.
     """
 
     supervised_sum: float = 0.0
@@ -39,28 +52,33 @@ class Loss:
 
     @property
     def perplexity(self) -> float:
-        """exp of the supervised loss; infinite where that overflows."""
+        """exp of the supervised loss, or infinity if it overflows."""
         return math.exp(self.supervised) if self.supervised < 700 else math.inf
 
 
-def batches(examples: Any, batch_size: int, pad_token_id: int) -> Sequence[dict[str, Tensor]]:
-    """Examples (columns input_ids, labels) in order, padded on the right: input_ids, attention_mask, labels (B, T).
+def batches(examples: Examples, batch_size: int, pad_token_id: int) -> Sequence[dict[str, Tensor]]:
+    """Split examples (columns input_ids, labels) into batches, in order and padded on the right.
 
-    Each batch is made when it is asked for: a large validation set takes no memory.
+    A batch has input_ids, attention_mask and labels (B, T). It is made when it is read, so a large validation set takes
+    no memory.
     """
     return _Batches(examples, batch_size, pad_token_id)
 
 
 @dataclass(frozen=True)
 class _Batches(Sequence[dict[str, Tensor]]):
-    examples: Any
+    examples: Examples
     batch_size: int
     pad_token_id: int
 
     def __len__(self) -> int:
         return -(-len(self.examples) // self.batch_size)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Tensor]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         start = range(len(self))[index] * self.batch_size
@@ -73,41 +91,41 @@ class _Batches(Sequence[dict[str, Tensor]]):
         }
 
 
-def measure(model: Any, made: Iterable[dict[str, Tensor]]) -> Loss:
-    """Loss of a causal language model on batches made by `batches`."""
-    return from_sums(sums(model, made))
+def measure(model: "PreTrainedModel", data: Iterable[dict[str, Tensor]]) -> Loss:
+    """Compute the loss of a causal language model on `batches`."""
+    return from_sums(sums(model, data))
 
 
-def sums(model: Any, made: Iterable[dict[str, Tensor]]) -> Tensor:
-    """What a Loss is made of, as one float64 tensor (4,), so that processes can add theirs up."""
-    return sums_by_example(model, made).sum(0)
+def sums(model: "PreTrainedModel", data: Iterable[dict[str, Tensor]]) -> Tensor:
+    """Compute the fields of a Loss as one float64 tensor (4,), so that processes can add them up."""
+    return sums_by_example(model, data).sum(0)
 
 
 @torch.no_grad()
-def sums_by_example(model: Any, made: Iterable[dict[str, Tensor]]) -> Tensor:
-    """The same of each example, in order: float64 (examples, 4)."""
+def sums_by_example(model: "PreTrainedModel", data: Iterable[dict[str, Tensor]]) -> Tensor:
+    """Compute the fields of a Loss for each example, in order: float64 (examples, 4)."""
     was_training = model.training
     model.eval()
-    found = [_batch_sums(model, {key: value.to(model.device) for key, value in batch.items()}) for batch in made]
+    found = [_batch_sums(model, {key: value.to(model.device) for key, value in batch.items()}) for batch in data]
     model.train(was_training)
     return torch.cat([torch.zeros(0, 4, dtype=torch.float64), *found])
 
 
 def from_sums(sums: Tensor) -> Loss:
-    """(supervised sum, supervised tokens, sum, tokens) -> Loss."""
+    """Make a Loss of its fields: (supervised sum, supervised tokens, sum, tokens)."""
     return Loss(float(sums[0]), int(sums[1]), float(sums[2]), int(sums[3]))
 
 
-def _batch_sums(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """(B, 4) float64 of a batch."""
+def _batch_sums(model: "PreTrainedModel", batch: dict[str, Tensor]) -> Tensor:
+    """Compute the sums of each example of a batch: (B, 4) float64."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    real = functional.pad(batch["attention_mask"][:, 1:].bool(), (0, 1))  # at each position, of the token after it
+    real = functional.pad(batch["attention_mask"][:, 1:].bool(), (0, 1))  # whether the next token is no padding
     targets, labels = (batch[name].roll(-1, dims=1)[real] for name in ("input_ids", "labels"))
-    states = chunked_logits.states(model, inputs, real)
-    nll = torch.cat(list(chunked_logits.in_chunks(_negative_log_likelihoods, (states,), targets))).double().cpu()
+    states = chunked_logits.compute_states(model, inputs, real)
+    nll = torch.cat(list(chunked_logits.map_chunks(_negative_log_likelihoods, (states,), targets))).double().cpu()
     supervised, example = (labels != IGNORED).cpu(), real.nonzero()[:, 0].cpu()
-    of_token = torch.stack([nll.where(supervised, 0.0), supervised.double(), nll, torch.ones_like(nll)], dim=1)
-    return torch.zeros(len(real), 4, dtype=torch.float64).index_add_(0, example, of_token)
+    by_token = torch.stack([nll.where(supervised, 0.0), supervised.double(), nll, torch.ones_like(nll)], dim=1)
+    return torch.zeros(len(real), 4, dtype=torch.float64).index_add_(0, example, by_token)
 
 
 def _negative_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Sharding
-from pipeline.models.sharding import ENGINES
+from pipeline.models.sharding import STRATEGIES
 
 
 def budget_bytes(budget_gib: float | None, shared: Sharding) -> float:
@@ -22,7 +22,7 @@ def budget_bytes(budget_gib: float | None, shared: Sharding) -> float:
     each gathering allocates the parameter anew.
     """
     if budget_gib is None:
-        return 0.0 if ENGINES[shared].gathers else math.inf
+        return 0.0 if STRATEGIES[shared].gathers else math.inf
     return budget_gib * 2**30
 
 

@@ -63,7 +63,7 @@ def _save_adapters(model: "PreTrainedModel | Adapted", directory: Path) -> None:
     state = {}
     for name, parameter in model.named_parameters():
         if is_factor(name):
-            with sharding.gathered(parameter) as whole:
+            with sharding.gather(parameter) as whole:
                 state[name] = whole.detach().cpu().clone()
     if is_main_process():
         model.save_pretrained(str(directory), state_dict=state)
@@ -75,7 +75,7 @@ def _save_whole(model: "PreTrainedModel | Adapted", directory: Path, dtype: torc
     layout = plain_tensors(Shape.of(model.config.to_dict(), directory), stored_name(dtype))
     if not is_main_process():
         for name in layout:
-            with sharding.gathered(parameters[name]):
+            with sharding.gather(parameters[name]):
                 pass
         return
     # Do not resume: shards from an interrupted save may have other weights, and the other processes gather everything.
@@ -86,7 +86,7 @@ def _save_whole(model: "PreTrainedModel | Adapted", directory: Path, dtype: torc
 
 def _gathered_piece(name: str, info: TensorInfo, parameter: Tensor, dtype: torch.dtype) -> Piece:
     def make(_: None) -> Iterator[tuple[str, Tensor]]:
-        with sharding.gathered(parameter) as whole:
+        with sharding.gather(parameter) as whole:
             yield name, whole.detach().to(dtype)
 
     return Piece({name: info}, lambda: [Step(lambda: None, make)])
@@ -108,8 +108,8 @@ def plain_piece(weights: Weights, name: str, info: TensorInfo, dtype: torch.dtyp
 
     def step(rows: slice) -> Step:
         return Step(
-            lambda: weights.stored(name, rows),
-            lambda stored: [(name, weights.trained(name, rows, stored, device).to(dtype))],
+            lambda: weights.read_stored(name, rows),
+            lambda stored: [(name, weights.read_trained(name, rows, stored, device).to(dtype))],
         )
 
     return Piece({name: info}, lambda: [step(rows) for rows in weights.parts(name)])

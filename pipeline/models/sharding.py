@@ -1,8 +1,8 @@
-"""Sharded training: how each engine is switched on, and how a sharded tensor is gathered.
+"""Sharded training: switches on FSDP2 or DeepSpeed's ZeRO, and gathers sharded tensors.
 
 FSDP2 and ZeRO-3 shard parameters, gradients and optimizer states; ZeRO-2 shards gradients and optimizer states only.
-All are set up by accelerate, through public arguments of transformers' trainer. Settings that must agree with the
-trainer's own are "auto".
+accelerate sets them up, through public arguments of transformers' trainer. Settings that must agree with the trainer's
+own are "auto".
 """
 
 import os
@@ -11,16 +11,19 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.checkpoints.gpt_oss import DECODER_LAYER_CLASS, MODELING_MODULE
 from pipeline.config import Precision, Sharding, TrainConfig
 from pipeline.errors import UserError
 from pipeline.models import zero_checkpoints
 from pipeline.runs.processes import is_main_process, process_count, wait_for_everyone
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 # DeepSpeed 0.19 calls collectives by deprecated names, and torch warns at every step.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
@@ -29,18 +32,18 @@ _LEAVES = {"classes": [f"{MODELING_MODULE}.{DECODER_LAYER_CLASS}"]}  # ZeRO-3 ga
 _LAUNCHER_SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
-def _each_whole(accelerator: Any, model: Any) -> Any:
+def _replicate(accelerator: "Accelerator", model: nn.Module) -> nn.Module:
     return accelerator.prepare_model(model, evaluation_mode=True)
 
 
-def _split(accelerator: Any, model: Any) -> Any:
+def _shard_by_fsdp2(accelerator: "Accelerator", model: nn.Module) -> nn.Module:
     # `prepare_model` does not shard a model that is only evaluated, so this calls the function behind it.
     from accelerate.utils import fsdp2_prepare_model
 
     return fsdp2_prepare_model(accelerator, model)
 
 
-def _split_by_zero3(accelerator: Any, model: Any) -> Any:
+def _shard_by_zero3(accelerator: "Accelerator", model: nn.Module) -> nn.Module:
     # accelerate shards only models that it trains. Without an optimizer, DeepSpeed shards only the parameters.
     import deepspeed
 
@@ -54,32 +57,32 @@ def _split_by_zero3(accelerator: Any, model: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Engine:
+class ShardingStrategy:
     """One way to shard a model.
 
     Attributes:
-        arguments: returns arguments for transformers' TrainingArguments; new ones each time, since the trainer changes
-            them.
-        splits: what is sharded: weights, gradients, optimizer.
+        arguments: returns arguments for transformers' TrainingArguments. They are new each time, because the trainer
+            changes them.
+        sharded: the sharded parts, out of weights, gradients and optimizer.
         gathers: whether parameters are gathered only while they are used. Each time is a new allocation.
         hooks_gradients: whether a layer is gathered for its backward pass only if the gradient of its input is needed.
-        spread: (accelerator, model) -> the model, which is not trained, sharded like the trained one.
+        shard_frozen: shards a model that is not trained in the same way as the trained one.
         distributed_type: the DistributedType that accelerate is set to on CPUs.
         package: package that must be installed, or None.
-        reading: context in which checkpoints are read that may come from another number of processes.
+        reading: context in which checkpoints of another number of processes can be read.
     """
 
-    arguments: Callable[[], dict[str, Any]]
-    splits: tuple[str, ...]
+    arguments: Callable[[], dict[str, object]]
+    sharded: tuple[str, ...]
     gathers: bool
     hooks_gradients: bool = False
-    spread: Callable[[Any, Any], Any] = _each_whole
+    shard_frozen: Callable[["Accelerator", nn.Module], nn.Module] = _replicate
     distributed_type: str = "MULTI_GPU"
     package: str | None = None
     reading: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
-def _fsdp2() -> dict[str, Any]:
+def _fsdp2() -> dict[str, object]:
     config = {
         "version": 2,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -90,7 +93,7 @@ def _fsdp2() -> dict[str, Any]:
     return {"fsdp": True, "fsdp_config": config}
 
 
-def _zero(stage: int, **more: Any) -> dict[str, Any]:
+def _zero(stage: int, **more: object) -> dict[str, object]:
     config = {
         "zero_optimization": {
             "stage": stage,
@@ -109,7 +112,7 @@ def _zero(stage: int, **more: Any) -> dict[str, Any]:
     return {"deepspeed": config}
 
 
-def _zero3() -> dict[str, Any]:
+def _zero3() -> dict[str, object]:
     # No prefetching: trl 1.16 gathers and releases the head outside of the head's own forward pass. DeepSpeed may be
     # prefetching it at that moment, because a validation has used it, and then stops with "a param in flight".
     # Whole layers as leaves: DeepSpeed expects the same order of parameters in each pass. Parameters of adapters are
@@ -121,27 +124,27 @@ _ALL = ("weights", "gradients", "optimizer")
 _DEEPSPEED: Any = {
     "distributed_type": "DEEPSPEED",
     "package": "deepspeed",
-    "reading": zero_checkpoints.read_where_needed,
+    "reading": zero_checkpoints.convert_when_needed,
 }
-ENGINES = {
-    Sharding.none: Engine(dict, splits=(), gathers=False, distributed_type="MULTI_CPU"),
-    Sharding.fsdp2: Engine(_fsdp2, splits=_ALL, gathers=True, spread=_split),
-    Sharding.zero2: Engine(lambda: _zero(2), splits=_ALL[1:], gathers=False, **_DEEPSPEED),
-    Sharding.zero3: Engine(
-        _zero3, splits=_ALL, gathers=True, hooks_gradients=True, spread=_split_by_zero3, **_DEEPSPEED
+STRATEGIES = {
+    Sharding.none: ShardingStrategy(dict, sharded=(), gathers=False, distributed_type="MULTI_CPU"),
+    Sharding.fsdp2: ShardingStrategy(_fsdp2, sharded=_ALL, gathers=True, shard_frozen=_shard_by_fsdp2),
+    Sharding.zero2: ShardingStrategy(lambda: _zero(2), sharded=_ALL[1:], gathers=False, **_DEEPSPEED),
+    Sharding.zero3: ShardingStrategy(
+        _zero3, sharded=_ALL, gathers=True, hooks_gradients=True, shard_frozen=_shard_by_zero3, **_DEEPSPEED
     ),
 }
 
 
 @contextmanager
-def switched_on(sharding: Sharding) -> Iterator[dict[str, Any]]:
-    """Arguments for transformers' TrainingArguments. Valid inside the block, for training one model."""
-    made = ENGINES[sharding].arguments()
+def switch_on(sharding: Sharding) -> Iterator[dict[str, object]]:
+    """Yield arguments for transformers' TrainingArguments. They are valid inside the block, for training one model."""
+    arguments = STRATEGIES[sharding].arguments()
     if process_count() > 1 and not torch.cuda.is_available():
-        made.update(_on_cpu(sharding))
+        arguments.update(_shard_on_cpu(sharding))
     try:
-        with ENGINES[sharding].reading():
-            yield made
+        with STRATEGIES[sharding].reading():
+            yield arguments
     finally:
         _forget_switches()
 
@@ -169,7 +172,7 @@ def raise_if_impossible(sharding: Sharding) -> None:
             f"sharding={sharding.name}: the launcher sets {', '.join(switches)} as well. Remove sharding from"
             " accelerate's configuration (scripts/accelerate has an example) and keep sharding=."
         )
-    package = ENGINES[sharding].package
+    package = STRATEGIES[sharding].package
     if package is not None and find_spec(package) is None:
         raise UserError(f"sharding={sharding.name}: needs {package}. Install it: pip install 'gpt-oss-qat[{package}]'.")
     if sharding is not Sharding.none and process_count() < 2:
@@ -179,24 +182,24 @@ def raise_if_impossible(sharding: Sharding) -> None:
         )
 
 
-def _on_cpu(sharding: Sharding) -> dict[str, Any]:
-    """Arguments that make accelerate shard on CPUs, over gloo. By itself it shards only if it finds several GPUs."""
+def _shard_on_cpu(sharding: Sharding) -> dict[str, object]:
+    """Make accelerate shard on CPUs, over gloo. By default it shards only on several GPUs. Returns more arguments."""
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
     wait_for_everyone()  # creates the process group
     AcceleratorState._reset_state()  # an earlier stage in this process may have left one
     state = PartialState()
-    state.distributed_type = DistributedType[ENGINES[sharding].distributed_type]
+    state.distributed_type = DistributedType[STRATEGIES[sharding].distributed_type]
     state.device = torch.device("cpu")  # torch cannot load a checkpoint to cpu:0, accelerate's default
     return {"accelerator_config": {"use_configured_state": True}}
 
 
 def saved_dtype(train: TrainConfig, dtype: torch.dtype, sharding: Sharding) -> torch.dtype:
-    """Type of the weights that the forward pass uses and that are saved.
+    """Return the type of the weights that the forward pass uses and that are saved.
 
-    Engines cast parameters to BF16 before they gather them. So under mixed_bf16 the quantizers round BF16 values, and
-    these are the trained model. Only the optimizer and the checkpoints to resume from keep FP32 values.
+    Sharding casts parameters to BF16 before they are gathered. So under mixed_bf16 the quantizers round BF16 values,
+    and these are the trained model. Only the optimizer and the checkpoints to resume from keep FP32 values.
 
     Args:
         train: settings of the stage.
@@ -208,8 +211,8 @@ def saved_dtype(train: TrainConfig, dtype: torch.dtype, sharding: Sharding) -> t
 
 
 @contextmanager
-def gathered(parameter: Tensor) -> Iterator[Tensor]:
-    """The whole parameter, on every process. This is a collective: all processes must call it in the same order.
+def gather(parameter: Tensor) -> Iterator[Tensor]:
+    """Yield the whole parameter on every process. This is a collective: all processes must call it in the same order.
 
     Gradients flow through the result to the parameter, unless `is_kept_from_gradients`.
     """
@@ -227,12 +230,12 @@ def gathered(parameter: Tensor) -> Iterator[Tensor]:
 
 
 def is_kept_from_gradients(parameter: Tensor) -> bool:
-    """Whether only the forward pass of its own module gives a parameter its gradient, as under ZeRO-3."""
+    """Whether a parameter gets gradients only from the forward pass of its own module, as under ZeRO-3."""
     return parameter.requires_grad and hasattr(parameter, "ds_id")
 
 
 def first_part(parameter: Tensor) -> Tensor:
-    """The part of a parameter on the main process: the first rows if it is sharded. Other processes get no rows."""
+    """Return a parameter, or its first rows if it is sharded: the main process's part. Other processes get no rows."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(parameter, DTensor):
@@ -240,8 +243,8 @@ def first_part(parameter: Tensor) -> Tensor:
     return parameter.to_local() if is_main_process() else parameter.to_local()[:0]
 
 
-def let_go(model: Any) -> None:
-    """Reshard what FSDP2 keeps gathered after a forward pass without a backward pass: the final norm and the head."""
+def reshard(model: nn.Module) -> None:
+    """Reshard the final norm and the head. FSDP2 keeps them gathered after a forward pass without a backward pass."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():

@@ -1,15 +1,15 @@
-"""A small gpt-oss and a small data set that the program makes itself, to be tried and tested without the internet.
+"""Makes a tiny gpt-oss model, so that the program can be tried and tested without the internet.
 
-The model is random, but in the released layout to the last key: sinks, sliding layers, YaRN, biases, untied
-embeddings, MXFP4 experts in several shards, a Harmony tokenizer. Its weights lie on the MXFP4 grid, as the released
-ones do, since they are only ever stored as blocks and scales.
+Its weights are random, but its layout is the released one: sinks, sliding layers, YaRN, biases, untied embeddings,
+MXFP4 experts in several shards, and a Harmony tokenizer. Expert weights lie on the MXFP4 grid, like the released ones,
+because they are stored only as blocks and scales.
 """
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from pipeline.checkpoints.gpt_oss import (
     expert_projections,
     other_tensors,
 )
-from pipeline.checkpoints.shards import Piece, whole, write_sharded
+from pipeline.checkpoints.shards import Piece, piece_in_one_step, write_sharded
 from pipeline.config import TinyConfig
 from pipeline.data.synthetic import chat_template, tokenizer_corpus
 from pipeline.errors import UserError
@@ -35,16 +35,24 @@ from pipeline.numerics.codec import encode
 from pipeline.numerics.formats import MXFP4
 from pipeline.runs.artifacts import SHARDS_FILE
 
-_RESERVED_ROWS = 16  # rows of the embedding without a token, as in the released models
+_RESERVED_ROWS = 16  # rows of the embedding without a token; the released models have such rows too
 _CONTEXT = 4096
 _ROPE_FACTOR = 32.0
+_ROPE_SCALING = {
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "factor": _ROPE_FACTOR,
+    "original_max_position_embeddings": _CONTEXT,
+    "rope_type": "yarn",
+    "truncate": False,
+}
 
 
 def create_tiny(directory: Path, tiny: TinyConfig) -> None:
-    """Write the checkpoint that `tiny` describes; the directory appears whole or not at all.
+    """Write the checkpoint that `tiny` describes. The directory appears only when it is complete.
 
     Raises:
-        UserError: the vocabulary is too small for the tokenizer's bytes and special tokens.
+        UserError: the vocabulary is too small for all bytes and special tokens.
     """
     smallest = 256 + len(SPECIAL_TOKENS) + _RESERVED_ROWS
     if tiny.vocab_size < smallest:
@@ -61,7 +69,7 @@ def create_tiny(directory: Path, tiny: TinyConfig) -> None:
     unfinished.replace(directory)
 
 
-def _pieces(tiny: TinyConfig, config: dict[str, Any]) -> list[Piece]:
+def _pieces(tiny: TinyConfig, config: Mapping[str, object]) -> list[Piece]:
     shape = Shape.of(config, CONFIG)
     generator = torch.Generator().manual_seed(tiny.seed)
     pieces = [_random_piece(name, info, generator) for name, info in other_tensors(shape).items()]
@@ -71,7 +79,7 @@ def _pieces(tiny: TinyConfig, config: dict[str, Any]) -> list[Piece]:
         ) * (projection.in_features**-0.5)
         blocks, scales = encode(plain.bfloat16(), MXFP4)
         made = {projection.blocks: blocks, projection.scales: scales}
-        pieces.append(whole(projection.packed_tensors(), lambda made=made: made))  # type: ignore[misc]
+        pieces.append(piece_in_one_step(projection.packed_tensors(), lambda made=made: made))  # type: ignore[misc]
     return sorted(pieces, key=lambda piece: next(iter(piece.tensors)))
 
 
@@ -86,11 +94,11 @@ def _random_piece(name: str, info: TensorInfo, generator: torch.Generator) -> Pi
     else:
         tensor = tensor * info.shape[-1] ** -0.5
     made: dict[str, Tensor] = {name: tensor.bfloat16()}
-    return whole({name: info}, lambda: made)
+    return piece_in_one_step({name: info}, lambda: made)
 
 
 def _write_tokenizer(directory: Path, tiny: TinyConfig) -> dict[str, int]:
-    """Byte-level BPE on the synthetic data, plus the Harmony special tokens. Returns special token -> id."""
+    """Train byte-level BPE on the synthetic data, and add the Harmony special tokens. Returns special token -> id."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -119,8 +127,8 @@ def _write_tokenizer(directory: Path, tiny: TinyConfig) -> dict[str, int]:
     return {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS.values()}
 
 
-def _config(tiny: TinyConfig, ids: dict[str, int]) -> dict[str, Any]:
-    """config.json with the keys of the released models'."""
+def _config(tiny: TinyConfig, ids: dict[str, int]) -> dict[str, object]:
+    """Make config.json with the same keys as the released models."""
     return {
         "architectures": [ARCHITECTURE],
         "attention_bias": True,
@@ -145,14 +153,7 @@ def _config(tiny: TinyConfig, ids: dict[str, int]) -> dict[str, Any]:
         "pad_token_id": ids["<|endoftext|>"],
         "quantization_config": QUANTIZATION_CONFIG,
         "rms_norm_eps": 1e-05,
-        "rope_scaling": {
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "factor": _ROPE_FACTOR,
-            "original_max_position_embeddings": _CONTEXT,
-            "rope_type": "yarn",
-            "truncate": False,
-        },
+        "rope_scaling": _ROPE_SCALING,
         "rope_theta": 150000,
         "router_aux_loss_coef": 0.9,
         "sliding_window": tiny.sliding_window,
@@ -163,7 +164,7 @@ def _config(tiny: TinyConfig, ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _generation_config(ids: dict[str, int]) -> dict[str, Any]:
+def _generation_config(ids: dict[str, int]) -> dict[str, object]:
     return {
         "bos_token_id": ids["<|startoftext|>"],
         "do_sample": True,
@@ -173,11 +174,11 @@ def _generation_config(ids: dict[str, int]) -> dict[str, Any]:
 
 
 def name_of(tiny: TinyConfig) -> str:
-    """A directory name that differs whenever the model does."""
+    """Return a directory name that differs if the model differs."""
     import xxhash
 
     return f"tiny-{xxhash.xxh3_64_hexdigest(json.dumps(asdict(tiny), sort_keys=True).encode())[:8]}"
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _write(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

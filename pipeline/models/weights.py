@@ -1,8 +1,8 @@
-"""The weights of a model by their plain names, one at a time, with adapters merged."""
+"""Reads the weights of a model by their plain names, one at a time, with adapters merged."""
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -13,9 +13,12 @@ from pipeline.models.calibration import load_calibration
 from pipeline.models.references import ModelRef
 from pipeline.numerics.codec import fake_quantize
 
+if TYPE_CHECKING:
+    from pipeline.models.adapters import Merger
+
 
 class Weights:
-    """Reads the weights of a model one at a time, under their names in the plain layout, with adapters merged."""
+    """The weights of a model, read one at a time by their names in the plain layout, with adapters merged."""
 
     def __init__(self, ref: ModelRef) -> None:
         """Open the checkpoint and the adapters behind `ref`."""
@@ -23,11 +26,11 @@ class Weights:
         self.checkpoint = Checkpoint(ref.base)
         self.shape: Shape = self.checkpoint.shape
         self._experts = {projection.name for projection in expert_projections(self.shape)}
-        self._merger = _merger(ref) if ref.adapter else None
+        self._merger = _load_merger(ref) if ref.adapter else None
         self._importance = load_calibration(ref.directory).importance
 
     def names(self) -> list[str]:
-        """Every tensor of the plain layout."""
+        """List every tensor of the plain layout."""
         return list(plain_tensors(self.shape))
 
     def parts(self, name: str) -> list[slice]:
@@ -46,42 +49,42 @@ class Weights:
             starts.pop()
         return [slice(start, end) for start, end in pairwise([*starts, shape[0]])]
 
-    def stored(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, ...]:
-        """The stored tensors behind a weight, as an argument for `trained`."""
+    def read_stored(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, ...]:
+        """Read the stored tensors of a weight, as an argument for `read_trained`."""
         return self.checkpoint.read_stored(name, rows)
 
-    def trained(
+    def read_trained(
         self, name: str, rows: slice = slice(None), stored: tuple[Tensor, ...] | None = None, device: str = "cpu"
     ) -> Tensor:
-        """The weight that training updates, or a slice of it from `parts`: not quantized, MXFP4 decoded.
+        """Read the weight that training updates, or a slice of it from `parts`. It is not quantized; MXFP4 is decoded.
 
-        Adapters are merged on the CPU whatever `device` is, because `verify` checks them there.
+        Adapters are merged on the CPU, whatever `device` is, because `verify` checks them there.
         """
-        stored = self.stored(name, rows) if stored is None else stored
+        stored = self.read_stored(name, rows) if stored is None else stored
         if self._merger is None or name not in self._merger:
-            return self.checkpoint.decoded(name, stored, rows=rows, device=device)
-        base = self.checkpoint.decoded(name, stored, rows=rows)
-        return self._merger.merged(name, base, rows.start or 0).to(device)
+            return self.checkpoint.decode_stored(name, stored, rows=rows, device=device)
+        base = self.checkpoint.decode_stored(name, stored, rows=rows)
+        return self._merger.merge(name, base, rows.start or 0).to(device)
 
-    def effective(self, name: str) -> Tensor:
-        """The weight that the forward pass uses: fake-quantized if the model fake-quantizes it."""
-        weight = self.trained(name)
+    def read_effective(self, name: str) -> Tensor:
+        """Read the weight that the forward pass uses. It is fake-quantized if the model fake-quantizes it."""
+        weight = self.read_trained(name)
         if self.ref.block_format is None or name not in self._experts:
             return weight
         importance = self.importance(name)
         return fake_quantize(weight.transpose(1, 2), self.ref.block_format, importance=importance).transpose(1, 2)
 
     def importance(self, name: str) -> Tensor | None:
-        """Importance (in) of the input channels of an expert weight when its scales are chosen, or None."""
+        """Return the importance (in) of the input channels for the scales of an expert weight, or None."""
         return self._importance.get(name)
 
     def is_changed(self, name: str) -> bool:
-        """Whether `effective` can differ from the weight in the base checkpoint."""
+        """Whether `read_effective` can differ from the weight in the base checkpoint."""
         quantized = self.ref.block_format is not None and name in self._experts
         return quantized or (self._merger is not None and name in self._merger)
 
 
-def _merger(ref: ModelRef) -> Any:
+def _load_merger(ref: ModelRef) -> "Merger":
     from transformers import AutoConfig
 
     from pipeline.models.adapters import Merger

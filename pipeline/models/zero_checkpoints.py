@@ -1,54 +1,58 @@
-"""ZeRO's checkpoints for any number of processes, by DeepSpeed's universal checkpoints.
+"""Resumes ZeRO's checkpoints with another number of processes, by DeepSpeed's universal checkpoints.
 
-DeepSpeed cuts its files by process, and reads them with as many processes as wrote them. Its own tool, ds_to_universal,
-makes whole tensors of them, one file each, which any number reads (https://www.deepspeed.ai/tutorials/universal-checkpointing).
+DeepSpeed writes files for each process, and can read them only with the same number of processes. Its tool
+ds_to_universal converts them to one file per tensor, which any number of processes can read
+(https://www.deepspeed.ai/tutorials/universal-checkpointing).
 """
 
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.runs.console import say
 from pipeline.runs.disk import raise_if_disk_too_small
 from pipeline.runs.processes import is_main_process, process_count, wait_for_everyone
 
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
 _NATIVE, _UNIVERSAL = "latest", "latest_universal"
-"""Files in a checkpoint: which folder of it holds which kind."""
+"""Files in a checkpoint that hold the name of the folder with native files, and of the one with universal files."""
 
 _CONVERTER = "deepspeed.checkpoint.ds_to_universal"
 _OPTIONS = (
-    "--inject_missing_state",  # which only checkpoints of pipelines have
-    "--num_extract_workers=1",  # each holds one process's part of the optimizer
+    "--inject_missing_state",  # adds what only checkpoints of pipeline parallelism have
+    "--num_extract_workers=1",  # each worker holds the optimizer shard of one process in memory
     "--num_merge_workers=1",
 )
-_COPIES = 2  # the tool cuts tensors out of the processes' files before it puts them together
+_COPIES = 2  # the tool writes the fragments of tensors to disk before it joins them
 
 
 @contextmanager
-def read_where_needed() -> Iterator[None]:
-    """Inside, DeepSpeed reads checkpoints of another number of processes, too, by converting them first.
+def convert_when_needed() -> Iterator[None]:
+    """Convert checkpoints of another number of processes before DeepSpeed reads them, inside the block.
 
-    The engine's configuration says once for all checkpoints of which kind they are, but one run may go on from a
-    converted one and go back to the best weights in one of its own, or the other way round. There is no public hook
-    before an engine reads (DeepSpeed 0.19), so its method is wrapped.
+    DeepSpeed's configuration has one setting for the kind of all checkpoints. But a run may resume from a converted
+    checkpoint and later load its best weights from a native one, or the reverse. DeepSpeed 0.19 has no public hook
+    before an engine reads, so its method is wrapped.
     """
     from deepspeed import DeepSpeedEngine
 
     read = DeepSpeedEngine.load_checkpoint
 
-    def read_either(engine: Any, load_dir: str, *others: Any, **more: Any) -> Any:
-        is_universal = _written_by(Path(load_dir)) != process_count()
+    def read_either(engine: Any, load_dir: str, *others: object, **more: object) -> object:
+        is_universal = _count_writers(Path(load_dir)) != process_count()
         engine._config.load_universal_checkpoint = is_universal
         if not is_universal:
             return read(engine, load_dir, *others, **more)
-        _have_converted(Path(load_dir))
-        with _put_right(engine.optimizer):
+        _convert_once(Path(load_dir))
+        with _keep_group_settings(engine.optimizer):
             return read(engine, load_dir, *others, **more)
 
     DeepSpeedEngine.load_checkpoint = read_either
@@ -59,58 +63,58 @@ def read_where_needed() -> Iterator[None]:
 
 
 @contextmanager
-def _put_right(optimizer: Any) -> Iterator[None]:
-    """Mend what DeepSpeed 0.19.8 gets wrong when it reads converted files for ZeRO-3.
+def _keep_group_settings(optimizer: "Optimizer") -> Iterator[None]:
+    """Correct two errors of DeepSpeed 0.19.8 after it reads converted files for ZeRO-3.
 
-    All groups of parameters get the settings of the first one, so that weights that are not to decay would. They also
-    share one tensor that counts Adam's steps, so that each step counts as many times as there are groups.
+    - All parameter groups get the settings of the first one. So weights without weight decay would get it.
+    - All groups share one tensor that counts Adam's steps. So each step would count once per group.
     """
-    own = _settings_of_their_own(optimizer.param_groups)
+    differing = _differing_settings(optimizer.param_groups)
     yield
-    for group, settings in zip(optimizer.param_groups, own, strict=True):
+    for group, settings in zip(optimizer.param_groups, differing, strict=True):
         group.update(settings)
     for state in optimizer.state.values():
         state["step"] = deepcopy(state["step"])
 
 
-def _settings_of_their_own(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of an optimizer's groups of parameters: the settings that are not the same in all of them."""
+def _differing_settings(groups: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
+    """Return, for each parameter group, its settings that are not the same in all groups."""
     names = [name for name in groups[0] if name != "params" and any(each[name] != groups[0][name] for each in groups)]
     return [{name: group[name] for name in names} for group in groups]
 
 
-def _written_by(checkpoint: Path) -> int:
-    """How many processes wrote it: each has a file with its part of the optimizer."""
-    return len(list(_native(checkpoint).glob("*_optim_states.pt")))
+def _count_writers(checkpoint: Path) -> int:
+    """Count the processes that wrote a checkpoint. Each has a file with its optimizer shard."""
+    return len(list(_native_folder(checkpoint).glob("*_optim_states.pt")))
 
 
-def _native(checkpoint: Path) -> Path:
+def _native_folder(checkpoint: Path) -> Path:
     return checkpoint / (checkpoint / _NATIVE).read_text(encoding="utf-8").strip()
 
 
-def _have_converted(checkpoint: Path) -> None:
+def _convert_once(checkpoint: Path) -> None:
     if is_main_process() and not (checkpoint / _UNIVERSAL).is_file():
         _convert(checkpoint)
     wait_for_everyone()
 
 
 def _convert(checkpoint: Path) -> None:
-    """Put the universal files beside the others.
+    """Write universal files beside the native ones.
 
     Raises:
-        UserError: the disk has too little room, or DeepSpeed cannot convert it.
+        UserError: the disk has too little space, or DeepSpeed cannot convert the checkpoint.
     """
-    native = _native(checkpoint)
+    native = _native_folder(checkpoint)
     universal = native.with_name(f"{native.name}_universal")
-    shutil.rmtree(universal, ignore_errors=True)  # of an interrupted conversion
+    shutil.rmtree(universal, ignore_errors=True)  # left by an interrupted conversion
     raise_if_disk_too_small(checkpoint, _COPIES * sum(path.stat().st_size for path in native.iterdir()))
-    say("resume", f"{checkpoint.name}: {_written_by(checkpoint)} processes wrote it; converting it for any number")
+    say("resume", f"{checkpoint.name}: was written by {_count_writers(checkpoint)} processes; converting it")
     folders = [f"--input_folder={native}", f"--output_folder={universal}"]
     command = [sys.executable, "-m", _CONVERTER, *folders, *_OPTIONS]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise UserError(
-            f"{checkpoint}: {_written_by(checkpoint)} processes wrote it, and DeepSpeed cannot convert it for"
-            f" {process_count()} ({reason}). Go on with as many as before, or start anew with overwrite=true."
+            f"{checkpoint}: was written by {_count_writers(checkpoint)} processes, and DeepSpeed cannot convert it for"
+            f" {process_count()} ({reason}). Resume with as many processes as before, or restart with overwrite=true."
         )

@@ -1,4 +1,4 @@
-"""Block-scaled number formats: what they are, how values become codes and scales, and how they come back.
+"""Block-scaled number formats: their definitions, and the conversion of values to codes and scales and back.
 
-It must not know models: it needs torch and nothing else of this program.
+It must not know models: it imports torch and no other package of this program.
 """

@@ -2,22 +2,23 @@
 
 A block of values along the input dimension shares a scale. Each value is divided by it and rounded to the nearest of
 the 16 values of e2m1, ties to even (OCP MX v1.0, 5.3.3 and 6.3). The rule for the scale can be chosen (see
-`formats.SCALE_RULES`). All steps are exact: scales come from the bits of the largest magnitude (`scales`), division is
-by powers of two, and ties are decided by comparison (`kernels`). So every device gives the same bits, compiled or not.
+`formats.SCALE_RULES`). All steps are exact. `scales` computes scales from the bits of the largest magnitude. `kernels`
+divides by powers of two and decides ties by comparison. So every device gives the same bits, compiled or not.
 
-One definition for training and export matters. ModelOpt's training kernel rounds ties to even, but its exporter rounds
+Training and export must share one definition. ModelOpt's training kernel rounds ties to even, but its exporter rounds
 them toward zero, so 0.4 % of its exported BF16 weights differ from the trained ones.
 
 Edge cases:
-- Zeros keep their sign, also values that round to zero.
+- Zeros keep their sign. So do values that round to zero.
 - Subnormal values are rounded like others, with the smallest scale, 2^-127. (NVFP4: they become zero, because the
   tensor scale is at least 2^-110.)
-- Values beyond 6 * scale saturate. This happens under `floor`, `nearest` and `mse`, under a given tensor scale, and
-  from 3.5 * 2^126 on (NVFP4: 2^127), because the next value, 2^128, would be Inf.
-- A block with NaN or Inf is an error and never becomes zeros.
+- Values beyond 6 * scale saturate. This happens under `floor`, `nearest` and `mse`, and under a given tensor scale. It
+  also happens from 3.5 * 2^126 on (NVFP4: 2^127), because the next value, 2^128, would be Inf.
+- A block with NaN or Inf is an error. It never becomes zeros.
 
 Values have the logical shape (..., out, in), with blocks along `in`. Memory may have any order: pass an (E, in, out)
-parameter as `parameter.transpose(-1, -2)`, and it is not copied. Work is done in slabs, so temporaries stay small.
+parameter as `parameter.transpose(-1, -2)`, and it is not copied. The work is split into slabs, so temporaries stay
+small.
 
 Legend: in = input dimension, out = output dimension, nb = blocks per row = in / block_size, L = all leading dimensions.
 """
@@ -33,7 +34,7 @@ from pipeline.numerics.formats import BlockFormat, ScaleType
 from pipeline.numerics.scales import Divisor
 
 Slab = tuple[slice, slice, slice]
-"""Experts, block rows, lanes."""
+"""Ranges of experts, blocks in a row, and lanes."""
 
 _SLAB_VALUES = {"cpu": 1 << 22, "cuda": 1 << 27}
 _SLAB_LANES = 1 << 12
@@ -55,17 +56,18 @@ def encode(
     block_format: BlockFormat,
     tensor_scale: Tensor | None = None,
     importance: Tensor | None = None,
+    *,
     rounded: Tensor | None = None,
     saturated: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Quantize and pack.
+    """Quantize values to codes and scales, and pack the codes.
 
     Args:
         values: (..., in) or (..., out, in) float32 or bfloat16 with any strides. Blocks run along the last dimension.
-        block_format: a row of FORMATS, or one with another rule.
+        block_format: a row of FORMATS, possibly with another scale rule.
         tensor_scale: (...) float32 from the function `tensor_scale`, for formats that have one; None for others.
-        importance: (in) or (..., in) float32, not negative: weights of the squared error under the rule `mse`.
-        rounded: output for the decoded result, or None. Shape and type of `values`, any strides.
+        importance: (in) or (..., in) float32, at least 0. Weights the squared error under the rule `mse`.
+        rounded: output for the decoded result, or None. Has the shape and type of `values`, and any strides.
         saturated: output for the blocks whose largest magnitude exceeds 6 * scale, or None. (..., nb) bool, contiguous.
 
     Returns:
@@ -79,12 +81,12 @@ def encode(
     work = _Rounding(values, block_format, _unit(tensor_scale, block_format), importance)
     count, nb, size, lanes = work.view.shape
     blocks = torch.empty((count, lanes, nb, size // 2), dtype=torch.uint8, device=values.device)
-    near = None if rounded is None else _as_blocks(_viewed_as_matrices(rounded), size)
+    near = None if rounded is None else _as_blocks(_view_as_matrices(rounded), size)
     beyond = None if saturated is None else saturated.view(count, lanes, nb).transpose(1, 2)
     for slab, part, amax, divisor in work:
-        _put_transposed(blocks, slab, kernels.packed(part, divisor.inverse, divisor.significand))
+        _put_transposed(blocks, slab, kernels.pack(part, divisor.inverse, divisor.significand))
         if near is not None:
-            _put(near, slab, kernels.rounded(part, divisor.inverse, divisor.significand, divisor.scale))
+            _put(near, slab, kernels.round_blocks(part, divisor.inverse, divisor.significand, divisor.scale))
         if beyond is not None:
             beyond[slab] = amax > scales.LARGEST_E2M1 * divisor.scale
     stored = work.scales.transpose(1, 2).contiguous().view(_SCALE_DTYPES[block_format.scale_type])
@@ -96,23 +98,24 @@ def decode(
     scales_: Tensor,
     dtype: torch.dtype = torch.bfloat16,
     tensor_scale: Tensor | None = None,
+    *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Unpack and dequantize: value = e2m1(code) * scale. This is exact in BF16 and FP32 within their range.
+    """Unpack codes and dequantize them: value = e2m1(code) * scale. Exact in BF16 and FP32 within their range.
 
     Args:
         blocks: (..., nb, block_size / 2) uint8.
         scales_: (..., nb) uint8 (e8m0) or float8_e4m3fn.
         dtype: type of the result.
-        tensor_scale: (...) float32 for float8_e4m3fn scales: the leading dimensions, without out and in.
-        out: output, (..., in) with any strides; None for a new, contiguous tensor.
+        tensor_scale: (...) float32 for float8_e4m3fn scales. Its shape is the leading dimensions, without out and in.
+        out: output, (..., in) with any strides. None allocates a contiguous tensor.
 
     Returns:
-        (..., in) values. A NaN scale gives NaN, and values beyond the dtype's range give Inf.
+        (..., in) values. A NaN scale gives NaN. A value beyond the range of the dtype becomes Inf.
     """
     nb, half = blocks.shape[-2:]
     target = torch.empty((*blocks.shape[:-2], nb * half * 2), dtype=dtype, device=blocks.device) if out is None else out
-    view = _as_blocks(_viewed_as_matrices(target), 2 * half)
+    view = _as_blocks(_view_as_matrices(target), 2 * half)
     count, _, _, lanes = view.shape
     lanes_first = blocks.reshape(count, lanes, nb, half), scales_.reshape(count, lanes, nb)
     unit = _flat(tensor_scale)
@@ -120,16 +123,16 @@ def decode(
         experts, rows, columns = slab
         codes, stored = (part[experts, columns, rows] for part in lanes_first)
         unit_scale = scales.values_of(stored.transpose(1, 2).contiguous(), _of(unit, slab))
-        _put(view, slab, kernels.unpacked(_transposed(codes), unit_scale, view[0, 0, 0, :0]))
+        _put(view, slab, kernels.unpack(_transpose(codes), unit_scale, view[0, 0, 0, :0]))
     return target
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors, float32 or bfloat16, have the same bits. If their types differ, both are widened first."""
+    """Whether two float32 or bfloat16 tensors have the same bits. If their types differ, both are widened first."""
     if one.dtype != other.dtype:
         one, other = one.float(), other.float()
     flat = [each.contiguous().view(-1) for each in (one, other)]
-    # torch 2.13 compares words of eight bytes four times faster. They need aligned starts and ends.
+    # torch 2.13 compares 8-byte words four times faster. They need aligned starts and ends.
     ends = [end * one.element_size() for each in flat for end in (each.storage_offset(), len(each))]
     word = _BITS[one.dtype] if any(end % _WORD.itemsize for end in ends) else _WORD
     return one.shape == other.shape and torch.equal(*(each.view(word) for each in flat))
@@ -138,24 +141,24 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 def fake_quantize(
     values: Tensor, block_format: BlockFormat, tensor_scale: Tensor | None = None, importance: Tensor | None = None
 ) -> Tensor:
-    """The values of `decode(encode(values))`, in the dtype and memory order of `values`.
+    """Round values as `decode(encode(values))` does, in the dtype and memory order of `values`.
 
-    The gradient passes straight through. Arguments and errors are those of `encode`, but a tensor scale that is not
-    given is computed from the values.
+    The gradient passes straight through. Arguments and errors are the same as in `encode`, except that a missing tensor
+    scale is computed from the values.
     """
-    return straight_through(values, _rounded(values, block_format, tensor_scale, importance))
+    return straight_through(values, _round(values, block_format, tensor_scale, importance))
 
 
 def straight_through(values: Tensor, rounded: Tensor) -> Tensor:
-    """`rounded`, whose gradient goes to `values` unchanged, in the dtype of `values`.
+    """Return `rounded`, and pass its gradient to `values` unchanged, in the dtype of `values`.
 
-    Bengio et al. 2013 (arXiv:1308.3432): rounding has zero gradient almost everywhere, so it is replaced by one.
+    The gradient of rounding is zero almost everywhere, so it is replaced by one (Bengio et al. 2013, arXiv:1308.3432).
     """
     return _StraightThrough.apply(values, rounded)
 
 
 def tensor_scale(values: Tensor, block_format: BlockFormat) -> Tensor | None:
-    """The tensor scale of each (out, in) matrix: powers of two, float32, (...). None if the format has none."""
+    """Compute the tensor scale of each (out, in) matrix: a power of two, (...) float32. None if the format has none."""
     if block_format.scale_type is ScaleType.e8m0:
         return None
     if values.numel() == 0:
@@ -165,14 +168,14 @@ def tensor_scale(values: Tensor, block_format: BlockFormat) -> Tensor | None:
 
 
 def differences(stacks: Sequence[Tensor]) -> Tensor:
-    """Sums over weights: (4) float64.
+    """Sum the differences that rounding and training made to weights.
 
     Args:
-        stacks: values, rounded values, base, rounded base: (E, rows, columns) each.
+        stacks: values, rounded values, base, rounded base; (E, rows, columns) each.
 
     Returns:
-        The squared error of rounding the values; the squares of the values; how many values differ from the base; how
-        many rounded values differ from the rounded base.
+        (4) float64: the squared error of rounding the values, the squares of the values, the number of values that
+        differ from the base, and the number of rounded values that differ from the rounded base.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=stacks[0].device)
     for matrices in zip(*stacks, strict=True):
@@ -181,17 +184,17 @@ def differences(stacks: Sequence[Tensor]) -> Tensor:
 
 
 def sum_of_squares(values: Tensor) -> float:
-    """The sum of squares of (E, rows, columns), the same as in `differences`."""
+    """Sum the squares of (E, rows, columns) values, in the same way as `differences`."""
     return sum(float(kernels.row_squares(matrix).double().sum()) for matrix in values)
 
 
 def unequal_blocks(one: Tensor, other: Tensor, block_format: BlockFormat) -> Tensor:
-    """Which blocks of two (E, in, out) tensors have different values: (E, out, nb) bool. Signs of zeros are ignored."""
+    """Mark the blocks in which two (E, in, out) tensors differ: (E, out, nb) bool. Signs of zeros are ignored."""
     blocks = [values.unflatten(1, (-1, block_format.block_size)) for values in (one, other)]
     experts, nb, _, lanes = blocks[0].shape
     found = torch.empty((experts, nb, lanes), dtype=torch.bool, device=one.device)
     for into, *pair in zip(found, *blocks, strict=True):
-        into.copy_(kernels.unequal(*pair) > 0)
+        into.copy_(kernels.count_unequal(*pair) > 0)
     return found.transpose(1, 2)
 
 
@@ -207,18 +210,18 @@ class _StraightThrough(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _rounded(values: Tensor, block_format: BlockFormat, given: Tensor | None, importance: Tensor | None) -> Tensor:
+def _round(values: Tensor, block_format: BlockFormat, given: Tensor | None, importance: Tensor | None) -> Tensor:
     unit = _unit(tensor_scale(values, block_format) if given is None else given, block_format)
     work = _Rounding(values, block_format, unit, importance)
     result = torch.empty_like(_as_matrices(values))
     into = _as_blocks(result, block_format.block_size)
     for slab, part, _, divisor in work:
-        _put(into, slab, kernels.rounded(part, divisor.inverse, divisor.significand, divisor.scale))
+        _put(into, slab, kernels.round_blocks(part, divisor.inverse, divisor.significand, divisor.scale))
     return result.view(values.shape)
 
 
 class _Rounding:
-    """Iterates over values slab by slab: (slab, its values, largest magnitudes of blocks, divisor).
+    """An iteration over values slab by slab. Each item is (slab, values, largest magnitude of each block, divisor).
 
     `scales` is complete at the end of the iteration. The iteration then raises CodecError if a block has NaN or Inf.
     """
@@ -239,7 +242,8 @@ class _Rounding:
             amax = kernels.block_amax(part).float()
             chosen, *others = scales.candidates(amax, scale_type, self._format.scale_rule, unit)
             for other in others:
-                chosen = _better(part, chosen, other, scale_type, unit, self._weights_of(slab))
+                weights = self._weights_of(slab)
+                chosen = _better(part, chosen, other, scale_type=scale_type, unit=unit, weights=weights)
             self.scales[slab] = chosen
             yield slab, part, amax, scales.divisor(chosen, scale_type, unit)
         _raise_if_not_finite(self.scales, self._shape, scale_type)
@@ -251,17 +255,17 @@ class _Rounding:
 
 
 def _better(
-    view: Tensor, first: Tensor, second: Tensor, scale_type: ScaleType, unit: Tensor | None, weights: Tensor | None
+    view: Tensor, first: Tensor, second: Tensor, *, scale_type: ScaleType, unit: Tensor | None, weights: Tensor | None
 ) -> Tensor:
-    """The scale with the smaller squared error; the first one if both are equal."""
+    """Return the scales with the smaller squared error. A tie goes to the first."""
     one, two = (scales.divisor(each, scale_type, unit) for each in (first, second))
     error_one, error_two = (kernels.squared_error(view, each.inverse, each.significand, weights) for each in (one, two))
-    ratio = two.inverse / one.inverse  # of powers of two: exact
+    ratio = two.inverse / one.inverse  # exact, because both are powers of two
     return torch.where(error_two < error_one * (ratio * ratio), second, first)
 
 
 def _weights(importance: Tensor, view: Tensor) -> Tensor:
-    """(…, in) -> (L or 1, nb, block, 1) float64: whole numbers below 2^16, or ones if a block's are all zero."""
+    """(..., in) -> (L or 1, nb, block, 1) float64, whole numbers below 2^16. A block of zeros becomes ones."""
     if not bool((importance >= 0).all()):
         raise CodecError("importance must be a number, not negative, for every input channel")
     nb, size = view.shape[1:3]
@@ -272,7 +276,7 @@ def _weights(importance: Tensor, view: Tensor) -> Tensor:
 
 
 def _amax(view: Tensor) -> Tensor:
-    """(L, nb, block, lanes) -> (L, nb, lanes) float32."""
+    """(L, nb, block, lanes) -> (L, nb, lanes) float32, the largest magnitude of each block."""
     amax = torch.empty((*view.shape[:2], view.shape[3]), dtype=torch.float32, device=view.device)
     for slab in _slabs(view):
         amax[slab] = kernels.block_amax(_part(view, slab))
@@ -303,8 +307,8 @@ def _as_matrices(values: Tensor) -> Tensor:
     return values.reshape(_matrices(values.shape))
 
 
-def _viewed_as_matrices(values: Tensor) -> Tensor:
-    """Like `_as_matrices`, but always a view, for writing."""
+def _view_as_matrices(values: Tensor) -> Tensor:
+    """Like `_as_matrices`, but always a view, so that it can be written to."""
     return values.view(_matrices(values.shape))
 
 
@@ -320,9 +324,9 @@ def _as_blocks(matrices: Tensor, block_size: int) -> Tensor:
 def _slabs(view: Tensor) -> Iterator[Slab]:
     """Split (L, nb, block, lanes) into slabs that fit the caches. All have one shape, so kernels are compiled once.
 
-    Both expert stacks of a gpt-oss layer, with 5760 and 2880 lanes, give slabs of the same shape.
+    The two expert stacks of a gpt-oss layer have 5760 and 2880 lanes. Their slabs have the same shape.
     """
-    if view.numel() == 0:  # for example inputs of an expert that gets no token
+    if view.numel() == 0:  # for example, the inputs of an expert that gets no token
         return
     count, nb, size, lanes = view.shape
     budget = _SLAB_VALUES.get(view.device.type, _SLAB_VALUES["cuda"])
@@ -336,7 +340,7 @@ def _slabs(view: Tensor) -> Iterator[Slab]:
 
 
 def _part(blocks: Tensor, slab: Slab) -> Tensor:
-    """A slab of (L, nb, block, lanes). It is copied if needed, because other strides would be compiled separately."""
+    """Take a slab of (L, nb, block, lanes). Some strides are copied; otherwise kernels would be compiled again."""
     experts, rows, lanes = slab
     part = blocks[experts, rows, :, lanes]
     return part.contiguous() if part.stride(-1) == 1 else part
@@ -352,17 +356,17 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 
 def _put_transposed(blocks: Tensor, slab: Slab, codes: Tensor) -> None:
-    """codes (l, rows, half, lanes) -> blocks[experts, lanes, rows] of (L, lanes, nb, half)."""
+    """Store codes (l, rows, half, lanes) at blocks[experts, lanes, rows] of (L, lanes, nb, half)."""
     experts, rows, lanes = slab
     for i, expert in enumerate(codes):
-        turned = kernels.transposed(expert.reshape(-1, expert.shape[-1]))
+        turned = kernels.transpose(expert.reshape(-1, expert.shape[-1]))
         blocks[experts.start + i, lanes, rows] = turned.view(-1, *expert.shape[:-1])
 
 
-def _transposed(codes: Tensor) -> Tensor:
+def _transpose(codes: Tensor) -> Tensor:
     """(l, lanes, rows, half) -> (l, rows, half, lanes), contiguous."""
     count, lanes, rows, half = codes.shape
-    turned = [kernels.transposed(expert.reshape(lanes, -1)).view(rows, half, lanes) for expert in codes]
+    turned = [kernels.transpose(expert.reshape(lanes, -1)).view(rows, half, lanes) for expert in codes]
     return torch.stack(turned) if count > 1 else turned[0].unsqueeze(0)
 
 

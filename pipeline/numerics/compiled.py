@@ -1,8 +1,9 @@
-"""When the arithmetic is compiled: the same functions run eagerly or through torch.compile, with the same bits.
+"""Decides when kernels are compiled. The same function runs eagerly or through torch.compile, with the same bits.
 
-torch.compile fuses a function into one loop over memory (C++ on a CPU, Triton on a GPU), some ten times faster. It
-costs seconds a function, and half a minute the first time on a machine, so each is eager until so many values have
-passed through it that compiling would have paid; all stay eager, with a warning, where no compiler works.
+torch.compile fuses a function into one loop over memory (C++ on a CPU, Triton on a GPU), which is about ten times
+faster. Compiling takes seconds per function, and half a minute the first time on a machine. So a function runs eagerly
+until it has processed so many values that compiling would have paid off. If no compiler works, all functions stay eager
+and a warning is given.
 """
 
 import functools
@@ -19,18 +20,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-_PAYS_AFTER = 1 << 27  # values: some 4 s of eager work on two CPU cores, about what compiling a function takes
-_PAYS_AT_ONCE = 1 << 29  # values of a whole job: eagerly that is longer than compiling all that it needs, once cached
-_MOST_VARIANTS = 64  # of shapes, types and rules; torch's own limit, 8, would silently go back to eager
-_WORTH_COUNTING = 1 << 16  # values: below, the time is that of calls, which compiling does not shorten
+_PAYS_AFTER = 1 << 27  # values; eagerly about 4 s on two CPU cores, which is about the time to compile a function
+_PAYS_AT_ONCE = 1 << 29  # values of a whole job; eagerly they take longer than compiling all its kernels, once cached
+_MOST_VARIANTS = 64  # of shapes, types and rules; beyond torch's own limit of 8, a function is silently run eagerly
+_WORTH_COUNTING = 1 << 16  # values; smaller tensors spend their time on the call, which compiling does not shorten
 _OPTIONS = {"cpp.vec_isa_ok": True}
-"""Take the processor's word for its instruction sets: torch 2.13 tries each in a new Python, 2 s of every run."""
+"""Trust the instruction sets that the processor reports. torch 2.13 tries each in a new Python, 2 s in every run."""
 
 Result = TypeVar("Result")
 
 
 class Compilation(Enum):
-    """When kernels are compiled."""
+    """Rule for compiling kernels."""
 
     when_it_pays = "when_it_pays"
     never = "never"
@@ -43,7 +44,7 @@ _gave_up = False
 
 @contextmanager
 def compilation(mode: Compilation) -> Iterator[None]:
-    """Decide inside the block when kernels are compiled; for tests and measurements."""
+    """Set inside the block when kernels are compiled. This is for tests and measurements."""
     global _mode
     before, _mode = _mode, mode
     try:
@@ -53,35 +54,36 @@ def compilation(mode: Compilation) -> Iterator[None]:
 
 
 def compilation_for(values: int) -> AbstractContextManager[None]:
-    """For a job of so many values inside the block: compile from the start if it is large enough."""
+    """Compile from the start inside the block if its job, of so many values, is large enough."""
     is_large = _mode is Compilation.when_it_pays and values >= _PAYS_AT_ONCE
     return compilation(Compilation.always) if is_large else nullcontext()
 
 
 def kernel(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Decorate a pure function of tensors: eager or compiled, as the mode and the amount of work say.
+    """Decorate a pure function of tensors, so that it runs eagerly or compiled.
 
-    Only operations that are exact, or correctly rounded by IEEE 754, may be in it, and no sum whose order matters.
+    The function may only use operations that are exact or correctly rounded by IEEE 754. It must not have a sum whose
+    order matters.
     """
     values_seen = 0
 
-    @functools.cache  # torch.compile imports three seconds' worth of modules
+    @functools.cache  # made when needed, because torch.compile takes three seconds to import its modules
     def compiled(is_dynamic: bool) -> Callable[..., Result]:
         compile_for: Any = torch.compile  # recompile_limit is documented, but in torch 2.13 not in every typed overload
         return compile_for(function, dynamic=is_dynamic, recompile_limit=_MOST_VARIANTS, options=_OPTIONS)
 
     @functools.wraps(function)
-    @torch.no_grad()  # compiled code is valid for one grad mode; gradients are the business of the codec
+    @torch.no_grad()  # compiled code is valid for one grad mode; the codec defines the gradients
     def run(values: Tensor, *others: object) -> Result:
         nonlocal values_seen
         values_seen += values.numel() if values.numel() >= _WORTH_COUNTING else 0
         if not _is_compiled(values.device.type, values_seen):
             return function(values, *others)
-        # Shapes of weights are few, and a loop of known length is three times faster; those of activations are many.
+        # Weights have few shapes, and a loop of known length is three times faster. Activations have many shapes.
         try:
             return compiled(is_dynamic=values.stride(-1) != 1)(values, *others)
         except (OSError, RuntimeError) as error:
-            if not _is_the_compilers(error):
+            if not _is_compiler_error(error):
                 raise
             _give_up(error)
             return function(values, *others)
@@ -91,14 +93,14 @@ def kernel(function: Callable[..., Result]) -> Callable[..., Result]:
 
 @functools.cache
 def can_compile(device_type: str) -> bool:
-    """Whether there is a compiler for this type of device, `cpu` or `cuda`; warns, once, if there is none."""
+    """Return whether there is a compiler for a type of device, `cpu` or `cuda`. Warns once if there is none."""
     if device_type == "cuda":
         found = importlib.util.find_spec("triton") is not None
     else:
         found = any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
     if not found:
         wanted = "Triton" if device_type == "cuda" else "C++ compiler (g++ or clang++)"
-        warnings.warn(f"no {wanted}: conversions run uncompiled, some ten times slower", stacklevel=4)
+        warnings.warn(f"no {wanted}: conversions run uncompiled, about ten times slower", stacklevel=4)
     return found
 
 
@@ -108,8 +110,8 @@ def _is_compiled(device_type: str, values_seen: int) -> bool:
     return can_compile(device_type)
 
 
-def _is_the_compilers(error: Exception) -> bool:
-    """Whether a compiler does not work, or its cache cannot be written, which fails the import of torch._dynamo."""
+def _is_compiler_error(error: Exception) -> bool:
+    """Whether the compiler failed, or its cache cannot be written, so that torch._dynamo cannot be imported."""
     dynamo = sys.modules.get("torch._dynamo")
     return isinstance(error, OSError) or (dynamo is not None and isinstance(error, dynamo.exc.TorchDynamoException))
 
@@ -118,4 +120,6 @@ def _give_up(error: Exception) -> None:
     global _mode, _gave_up
     _mode, _gave_up = Compilation.never, True
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    warnings.warn(f"torch.compile failed, conversions go on uncompiled, some ten times slower: {first}", stacklevel=3)
+    warnings.warn(
+        f"torch.compile failed, conversions continue uncompiled, about ten times slower: {first}", stacklevel=3
+    )

@@ -1,8 +1,8 @@
-"""MXFP4 -> NVFP4 without going through values: the codes stay, each block of 32 becomes two of 16 with its scale.
+"""MXFP4 -> NVFP4 without decoding: codes are kept, and each block of 32 becomes two blocks of 16 with its scale.
 
-An e8m0 scale is a power of two. e4m3 has the powers from 2^-9 to 2^8, so all blocks of a matrix whose exponents lie
-within 17 of the largest convert exactly under the tensor scale 2^(largest - 8). A block below that range is rounded to
-the smallest scale; where that changes a value, it is counted.
+An e8m0 scale is a power of two. e4m3 has the powers of two from 2^-9 to 2^8. So under the tensor scale
+2^(largest - 8), all blocks of a matrix whose exponents lie within 17 of the largest convert exactly. A block below that
+range is rounded with the smallest scale, and is counted if this changes a value.
 
 Legend: E experts (any leading dimensions), out rows, nb blocks of 32 per row.
 """
@@ -16,8 +16,7 @@ from pipeline.numerics.codec import decode, encode
 from pipeline.numerics.formats import MXFP4, NVFP4
 
 _LARGEST_POWER = 8  # 2^8 is the largest power of two of e4m3
-_RANGE = 17  # and 2^-9 the smallest
-_BYTE_OF_LARGEST = 0x78  # of 2^8 in e4m3
+_RANGE = 17  # 2^-9 is the smallest
 _SPLIT = MXFP4.block_size // NVFP4.block_size
 
 
@@ -28,7 +27,7 @@ class Converted(NamedTuple):
         blocks: (E, out, 2 nb, 8) uint8, two codes a byte.
         scales: (E, out, 2 nb) float8_e4m3fn.
         tensor_scale: (E) float32.
-        changed_blocks: how many blocks of 16 hold other values than before.
+        changed_blocks: number of blocks of 16 whose values changed.
     """
 
     blocks: Tensor
@@ -38,11 +37,11 @@ class Converted(NamedTuple):
 
 
 def mxfp4_to_nvfp4(blocks: Tensor, scales: Tensor) -> Converted:
-    """Convert packed weights; exact but for `changed_blocks`.
+    """Convert packed weights. The result is exact except for `changed_blocks`.
 
     Args:
         blocks: (E, out, nb, 16) uint8.
-        scales: (E, out, nb) uint8, e8m0, none of them NaN.
+        scales: (E, out, nb) uint8, e8m0, without NaN.
     """
     split = blocks.unflatten(-1, (_SPLIT, -1)).flatten(-3, -2)
     exponents = scales.repeat_interleave(_SPLIT, dim=-1).int()
@@ -57,17 +56,17 @@ def mxfp4_to_nvfp4(blocks: Tensor, scales: Tensor) -> Converted:
 
 
 def _round(converted: Converted, split: Tensor, exponents: Tensor, chosen: Tensor) -> Converted:
-    """Re-encode the chosen blocks, each a matrix of one row, under the smallest scale that holds them."""
+    """Encode the chosen blocks again, with the smallest scale that holds them. Each is a matrix with one row."""
     exact = decode(split[chosen][:, None, None], exponents[chosen].to(torch.uint8)[:, None, None], torch.float32)
     unit = converted.tensor_scale[..., None, None].expand_as(exponents)[chosen]
     blocks, scales = encode(exact, NVFP4, unit)
     converted.blocks[chosen] = blocks.flatten(0, 2)
-    # As bytes: torch 2.13 cannot put a single float8 value under a mask.
+    # Assigned as bytes, because torch 2.13 cannot assign a single float8 value through a mask.
     converted.scales.view(torch.uint8)[chosen] = scales.view(torch.uint8).flatten()
     changed = (decode(blocks, scales, torch.float32, unit) != exact).any(dim=-1)
     return converted._replace(changed_blocks=int(changed.sum()))
 
 
 def _exponent_of(power_of_two: Tensor) -> Tensor:
-    """Biased by 127."""
+    """Return the exponent, biased by 127."""
     return power_of_two.view(torch.int32) >> 23

@@ -1,9 +1,10 @@
-"""The block-scaled formats as data: a new format is a new row of FORMATS.
+"""The block-scaled formats as data. A new format is a new row of FORMATS.
 
-A block of consecutive values along the input dimension of a weight shares one scale; each value is stored as a 4-bit
-code, e2m1. Sources: OCP Microscaling Formats (MX) v1.0, sections 5.3.3 (e2m1), 5.4.1 (e8m0) and 6.3 (conversion);
-NVIDIA's NVFP4 for blocks of 16 with an e4m3 scale under one FP32 scale per tensor; OCP 8-bit Floating Point (OFP8)
-v1.0 for e4m3.
+A block of consecutive values along the input dimension of a weight shares one scale. Each value is stored as a 4-bit
+code, e2m1. Sources:
+- OCP Microscaling Formats (MX) v1.0, sections 5.3.3 (e2m1), 5.4.1 (e8m0) and 6.3 (conversion).
+- NVIDIA's NVFP4: blocks of 16 with an e4m3 scale, and one FP32 scale per tensor.
+- OCP 8-bit Floating Point (OFP8) v1.0 for e4m3.
 """
 
 import math
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""Value of each 3-bit magnitude code of e2m1; bit 3 of the 4-bit code is the sign."""
+"""Value of each 3-bit magnitude code of e2m1. Bit 3 of the 4-bit code is the sign."""
 
 E2M1_VALUES = E2M1_MAGNITUDES + tuple(-magnitude for magnitude in E2M1_MAGNITUDES)
 """Value of each 4-bit code of e2m1."""
@@ -20,10 +21,10 @@ E8M0_BIAS = 127
 E8M0_NAN = 255
 
 E8M0_VALUES = (*(math.ldexp(1.0, byte - E8M0_BIAS) for byte in range(255)), math.nan)
-"""Value of each scale byte: 2^(byte - 127); byte 255 is NaN."""
+"""Value of each scale byte: 2^(byte - 127). Byte 255 is NaN."""
 
 E8M0_LARGEST = 252
-"""The largest scale that `encode` writes: 6 * 2^(252 - 127) is the largest multiple that FP32 and BF16 hold."""
+"""Byte of the largest scale that `encode` writes. FP32 and BF16 can hold 6 * 2^(252 - 127), but not twice as much."""
 
 E4M3_LARGEST = 126
 """Byte of the largest finite e4m3 value, 448."""
@@ -32,12 +33,12 @@ E4M3_NAN = 127
 
 
 class ScaleType(Enum):
-    """How a block's scale is stored."""
+    """Storage type of a block's scale."""
 
     e8m0 = "e8m0"
     """A power of two, one byte."""
     e4m3 = "e4m3"
-    """A small float, one byte, under one FP32 scale for the whole tensor."""
+    """A float of one byte, multiplied by one FP32 scale for the whole tensor."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ class BlockFormat:
     """A 4-bit format with one scale per block.
 
     Attributes:
-        name: the word used in configurations and artifacts.
+        name: its name in configurations and artifacts.
         block_size: values per scale, along the input dimension.
-        scale_type: what the scale is.
-        scale_rule: how the scale of a block is chosen, one of SCALE_RULES[scale_type].
-        bits_per_value: storage, scales included, the tensor's own scale not.
-        quantizes_activations: whether the inputs of a quantized weight are rounded too (W4A4).
+        scale_type: storage type of the scale.
+        scale_rule: rule that chooses the scale of a block, one of SCALE_RULES[scale_type].
+        bits_per_value: storage with block scales, without the tensor scale.
+        quantizes_activations: whether the inputs of a quantized weight are quantized too (W4A4).
     """
 
     name: str
@@ -61,10 +62,10 @@ class BlockFormat:
     quantizes_activations: bool = False
 
     def with_rule(self, scale_rule: str) -> "BlockFormat":
-        """The same format with its scales chosen in another way.
+        """Return the same format with another scale rule.
 
         Raises:
-            ValueError: a rule that its type of scale does not have.
+            ValueError: the scale type does not have this rule.
         """
         if scale_rule not in SCALE_RULES[self.scale_type]:
             raise ValueError(
@@ -77,13 +78,13 @@ SCALE_RULES = {
     ScaleType.e8m0: ("ceil", "floor", "mse"),
     ScaleType.e4m3: ("nearest", "ceil", "floor", "mse"),
 }
-"""The rules of each type of scale, with amax the largest magnitude of a block and 6 the largest of e2m1.
+"""The rules for each type of scale. amax is the largest magnitude of a block, 6 is the largest value of e2m1.
 
-ceil     the smallest scale that holds amax: nothing saturates. For e8m0 it is ModelOpt's training kernel.
-floor    e8m0: 2^(floor(log2(amax)) - 2), the OCP text; e4m3: the largest scale not above amax / 6. Both may saturate.
-nearest  e4m3 only: the scale nearest to amax / 6, as ModelOpt does.
-mse      the better of two by the block's squared error. e8m0: ceil, and the power of two below it; e4m3: the scales
-         nearest to amax / 6 and to amax / 4 ("four over six", Cook et al. 2025, arXiv:2512.02010).
+ceil     The smallest scale with amax <= 6 * scale, so nothing saturates. ModelOpt's training kernel does this for e8m0.
+floor    e8m0: 2^(floor(log2(amax)) - 2), as in the OCP text. e4m3: the largest scale <= amax / 6. Values may saturate.
+nearest  e4m3 only: the scale nearest to amax / 6, as in ModelOpt.
+mse      Of two scales, the one with the smaller squared error of the block. e8m0: ceil and the power of two below it.
+         e4m3: the scales nearest to amax / 6 and amax / 4 ("four over six", Cook et al. 2025, arXiv:2512.02010).
 """
 
 MXFP4 = BlockFormat("mxfp4", 32, ScaleType.e8m0, "ceil", 4.25)

@@ -1,4 +1,4 @@
-"""Choosing the scale of a block from its largest magnitude, for each type of scale and each rule.
+"""Chooses the scale of a block from its largest magnitude, for each type of scale and each rule.
 
 Candidates are computed from the bits of the largest magnitude, by exact comparisons instead of logarithms and
 divisions. So every device chooses the same scale. A rule has one candidate, or two from which the codec takes the one
@@ -32,7 +32,7 @@ _MANTISSA_OF_SIX = 0x400000  # 6 = 1.5 * 2^2: a larger mantissa than 1.5 needs t
 _MANTISSA_OF_2688 = 0x280000  # 6 * 448 = 1.3125 * 2^11
 _MANTISSA_OF_1792 = 0x600000  # 4 * 448 = 1.75 * 2^10
 _BITS_OF_SMALLEST_E8M0 = 0x400000  # 2^-127, a subnormal float
-_SMALLEST_TENSOR_SCALE = 2.0**-110  # below, products with e4m3 and e2m1 would leave the normal range of FP32
+_SMALLEST_TENSOR_SCALE = 2.0**-110  # with a smaller one, products with e4m3 and e2m1 would be subnormal in FP32
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Divisor:
 
 
 def candidates(amax: Tensor, scale_type: ScaleType, rule: str, tensor_scale: Tensor | None) -> list[Tensor]:
-    """The candidates of a rule, as scale bytes (L, nb, lanes) uint8. The first one wins a tie.
+    """Compute the candidates of a rule, as scale bytes (L, nb, lanes) uint8. The first one wins a tie.
 
     A block with NaN or Inf gets the byte NAN[scale_type].
     """
@@ -61,7 +61,7 @@ def candidates(amax: Tensor, scale_type: ScaleType, rule: str, tensor_scale: Ten
 
 
 def divisor(scales: Tensor, scale_type: ScaleType, tensor_scale: Tensor | None) -> Divisor:
-    """The divisor for scale bytes (L, nb, lanes), with the tensor scale (L,) if the type has one."""
+    """Compute the divisor for scale bytes (L, nb, lanes), with the tensor scale (L,) if the type has one."""
     if scale_type is ScaleType.e8m0:
         inverse, scale = _e8m0_parts(scales)
         return Divisor(inverse, None, scale)
@@ -70,12 +70,12 @@ def divisor(scales: Tensor, scale_type: ScaleType, tensor_scale: Tensor | None) 
 
 
 def values_of(scales: Tensor, tensor_scale: Tensor | None) -> Tensor:
-    """Stored scales (L, …) -> the value of a unit of e2m1, float32.
+    """Decode stored scales (L, ...) to the value of a unit of e2m1, float32.
 
     Scales of type uint8 are e8m0. Scales of type float8_e4m3fn need a tensor scale.
 
     Raises:
-        TypeError: a tensor scale is given but the type has none, or it is missing.
+        TypeError: the type has no tensor scale but one is given, or it needs one but none is given.
     """
     is_e8m0 = scales.dtype == torch.uint8
     if is_e8m0 != (tensor_scale is None):
@@ -90,10 +90,10 @@ INPUT_RULE = "nearest"
 
 
 def tensor_scale_for_amax(amax: Tensor, rule: str) -> Tensor:
-    """The tensor scale for a largest magnitude, elementwise: a power of two, at least 2^-110.
+    """Compute the tensor scale for each largest magnitude: a power of two, at least 2^-110.
 
-    It is the smallest one for which e4m3 can hold every candidate of the rule: amax <= 6 * 448 * scale. Under `mse`,
-    where amax / 4 is a candidate, it is amax <= 4 * 448 * scale.
+    It is the smallest one for which e4m3 can hold every candidate of the rule, so amax <= 6 * 448 * scale. Under `mse`,
+    amax / 4 is a candidate, so amax <= 4 * 448 * scale.
     """
     bits = amax.contiguous().view(torch.int32)
     power, mantissa = (10, _MANTISSA_OF_1792) if rule == "mse" else (11, _MANTISSA_OF_2688)
@@ -196,7 +196,7 @@ def _nearest_e4m3(amax: Tensor, largest: float) -> Tensor:
 
 
 def _e4m3_bytes(amax: Tensor, byte: Tensor) -> Tensor:
-    """Bytes as stored, at least 1, the smallest subnormal, because a scale of zero cannot divide."""
+    """Bytes as stored, at least 1 (the smallest subnormal), because a scale of zero cannot divide."""
     return torch.where(amax < math.inf, byte.clamp(1, E4M3_LARGEST), E4M3_NAN).to(torch.uint8)
 
 

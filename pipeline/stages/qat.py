@@ -113,5 +113,5 @@ def _load_teacher(here: Run, qat: QatConfig) -> "Teacher | None":
     sft = references.stage_ref(here, Stage.sft)
     model = loading.load_effective(sft, sft.dtype)
     if qat.packing:
-        packing_masks.keep_apart(model)
+        packing_masks.mask_documents(model)
     return Teacher(model, settings.weight, settings.temperature)

@@ -154,7 +154,7 @@ def _model(name: str, dtype: torch.dtype) -> Any:
                 drawn = torch.randn(parameter.shape, generator=generator)
                 fan_in = 1 if parameter.ndim == 1 else parameter.shape[1]
                 parameter.copy_(1 + 0.1 * drawn if key.endswith("norm.weight") else drawn * fan_in**-0.5)
-    packing_masks.keep_apart(model)
+    packing_masks.mask_documents(model)
     return model.to(dtype).train()
 
 

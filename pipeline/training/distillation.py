@@ -50,9 +50,9 @@ def distilled(student: Any, teacher: Teacher, batch: dict[str, Tensor]) -> Disti
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "use_cache")}
     supervised = functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))  # at each position, of the token after it
     targets = batch["labels"].roll(-1, dims=1)[supervised]
-    own = chunked_logits.states(student, inputs, supervised)
+    own = chunked_logits.compute_states(student, inputs, supervised)
     with torch.no_grad():
-        taught = chunked_logits.states(teacher.model, inputs, supervised)
+        taught = chunked_logits.compute_states(teacher.model, inputs, supervised)
     return sums(own, taught, targets, teacher.weight, teacher.temperature)
 
 
@@ -60,7 +60,7 @@ def sums(own: States, taught: States, targets: Tensor, weight: float, temperatur
     """From what student and teacher make their logits of, and the tokens that follow (N)."""
     loss, divergence = torch.zeros((), device=targets.device), torch.zeros((), device=targets.device)
     of_part = partial(_sums, weight=weight, temperature=temperature)
-    for part_loss, part_divergence in chunked_logits.in_chunks(of_part, (own, taught), targets):
+    for part_loss, part_divergence in chunked_logits.map_chunks(of_part, (own, taught), targets):
         loss, divergence = loss + part_loss, divergence + part_divergence
     return Distilled(loss, divergence.detach())
 

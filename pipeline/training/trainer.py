@@ -92,10 +92,10 @@ def train(inputs: Inputs, setup: Setup) -> dict[str, Any]:
         UserError: a setting that transformers refuses, a launcher or a checkpoint that does not go with the settings.
     """
     _warn_of_lost_updates(inputs.model, setup)
-    if sharding.ENGINES[setup.shared].hooks_gradients:
+    if sharding.STRATEGIES[setup.shared].hooks_gradients:
         inputs.model.enable_input_require_grads()  # frozen embeddings: else adapters of the first layer alone have them
     checkpoint = resume.last_whole(setup.directory / CHECKPOINTS_DIR, setup.stage, setup.shared)
-    with sharding.switched_on(setup.shared) as switches:
+    with sharding.switch_on(setup.shared) as switches:
         trainer = _trainer(inputs, setup, eval_on_start=checkpoint is None, **switches)
         step = resume.step_of(checkpoint) if checkpoint else -1
         forget_metrics_after(setup.directory, step)
@@ -108,7 +108,7 @@ def train(inputs: Inputs, setup: Setup) -> dict[str, Any]:
             raise setup.diverged(str(error)) from error
         if trainer.evaluated_step != trainer.state.global_step:
             trainer.evaluate()
-    sharding.let_go(inputs.model)
+    sharding.reshard(inputs.model)
     wait_for_everyone()  # the main process has written all its metrics
     kept = trainer.state.best_global_step if setup.settings.keep_best else trainer.state.global_step
     return {
@@ -170,7 +170,7 @@ class _Trainer(SFTTrainer):
         """Overridden to end at the first step whose loss is not finite, on every process, and before weights change."""
         loss = super().training_step(*args, **kwargs)
         if self._teacher is not None:
-            sharding.let_go(self._teacher.model)  # only now: its head was needed once more in the backward pass
+            sharding.reshard(self._teacher.model)  # only now: its head was needed once more in the backward pass
         self._loss_of_step = self._loss_of_step + loss.detach()
         if self.accelerator.sync_gradients:
             total = self.accelerator.reduce(self._loss_of_step, "sum")
@@ -181,7 +181,7 @@ class _Trainer(SFTTrainer):
 
     def learn_from(self, teacher: Teacher, shared: Sharding) -> None:
         """Distil from now on; the teacher is spread over the processes as the model is."""
-        model = sharding.ENGINES[shared].spread(self.accelerator, teacher.model.requires_grad_(False))
+        model = sharding.STRATEGIES[shared].shard_frozen(self.accelerator, teacher.model.requires_grad_(False))
         model.eval()  # which DeepSpeed's does not return
         self._teacher = replace(teacher, model=model)
 
@@ -216,15 +216,17 @@ class _Trainer(SFTTrainer):
     def _validation_loss(self) -> Loss:
         """Every process takes every n-th batch; all take part in as many, for the sake of sharded models."""
         tokenizer: Any = self.processing_class
-        batches = losses.batches(self.eval_dataset, self.args.per_device_eval_batch_size, tokenizer.pad_token_id)
+        model: Any = self.model
+        examples: Any = self.eval_dataset
+        batches = losses.batches(examples, self.args.per_device_eval_batch_size, tokenizer.pad_token_id)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         mine = range(rank, len(batches), world)
         sums = torch.zeros(4, dtype=torch.float64)
         with self.accelerator.autocast():
             for number in mine:
-                sums += losses.sums(self.model, [batches[number]])
+                sums += losses.sums(model, [batches[number]])
             if len(mine) < math.ceil(len(batches) / world):
-                losses.sums(self.model, [batches[0]])
+                losses.sums(model, [batches[0]])
         return losses.from_sums(self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu())
 
 

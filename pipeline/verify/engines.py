@@ -268,4 +268,4 @@ def expectation(base: Path, weights: Callable[[str], Tensor], trial: Trial) -> E
 
 def trained_values(weights: Weights) -> Callable[[str], Tensor]:
     """What training used, as an export holds it: all but the experts in BF16."""
-    return lambda name: weights.effective(name).to(torch.bfloat16)
+    return lambda name: weights.read_effective(name).to(torch.bfloat16)

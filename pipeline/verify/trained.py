@@ -120,7 +120,7 @@ class TrainedModel:
         """Call `see` with the rounded weights (E, out, in) of each stack."""
         weights = Weights(self.rounded)
         for projection in expert_projections(weights.shape):
-            see(projection.name, weights.effective(projection.name).transpose(1, 2))
+            see(projection.name, weights.read_effective(projection.name).transpose(1, 2))
 
     def check_inputs(self, export: View, calibrated: Callable[[Path], dict[str, Tensor]]) -> Check:
         """Compare the scales of quantized inputs with the calibrated ones."""

@@ -56,7 +56,7 @@ def everything(values: Tensor, block_format: BlockFormat, importance: Tensor) ->
     """All that the codec computes from values."""
     unit = tensor_scale(values, block_format)
     blocks, scales = encode(values, block_format, unit)
-    decoded = [decode(blocks, scales, values.dtype, unit, into) for into in (None, torch.empty_like(values))]
+    decoded = [decode(blocks, scales, values.dtype, unit, out=into) for into in (None, torch.empty_like(values))]
     rounded = [fake_quantize(values, block_format, None, weights) for weights in (None, importance)]
     units = [] if unit is None else [unit]
     return [*units, blocks, scales, *encode(values, block_format, unit, importance), *decoded, *rounded]

@@ -45,7 +45,7 @@ def loss_of(inputs: Any) -> float:
     """The validation loss of the model as it is now."""
     batches = losses.batches(inputs.splits.validation, 12, inputs.tokenizer.pad_token_id)
     loss = losses.measure(inputs.model, batches).supervised
-    sharding.let_go(inputs.model)
+    sharding.reshard(inputs.model)
     return loss
 
 

@@ -55,7 +55,7 @@ def everything(values: Tensor, block_format: BlockFormat, importance: Tensor) ->
     """All that the codec computes from values."""
     unit = tensor_scale(values, block_format)
     blocks, scales = encode(values, block_format, unit)
-    decoded = [decode(blocks, scales, values.dtype, unit, into) for into in (None, torch.empty_like(values))]
+    decoded = [decode(blocks, scales, values.dtype, unit, out=into) for into in (None, torch.empty_like(values))]
     rounded = [fake_quantize(values, block_format, unit, weights) for weights in (None, importance)]
     return [blocks, scales, *encode(values, block_format, unit, importance), *decoded, *rounded]
 
@@ -113,4 +113,4 @@ def test_a_broken_compiler_costs_a_warning_and_no_result(tmp_path: Path, broken:
     done = subprocess.run(
         [sys.executable, "-c", CONVERTS_TWICE], env=environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout.count("torch.compile failed, conversions go on uncompiled") == 1
+    assert done.stdout.count("torch.compile failed, conversions continue uncompiled") == 1

@@ -32,14 +32,14 @@ def test_only_adapters_are_stored(lora_run: Path) -> None:
 def test_qat_trains_the_adapters_of_sft_on(lora_run: Path) -> None:
     sft, qat = (Weights(references.of_artifact(artifacts.load(lora_run / stage))) for stage in ("sft", "qat"))
     name = "model.layers.1.mlp.experts.down_proj"
-    assert not torch.equal(sft.trained(name), qat.trained(name))
+    assert not torch.equal(sft.read_trained(name), qat.read_trained(name))
 
 
 def test_layers_without_adapters_keep_their_weights(lora_run: Path) -> None:
     upcast, qat = Checkpoint(lora_run / "upcast"), Weights(references.of_artifact(artifacts.load(lora_run / "qat")))
     for name in qat.names():
         adapted = name.startswith("model.layers.1.") and name.endswith(ADAPTED)
-        assert torch.equal(qat.trained(name), upcast.read(name)) != adapted, name
+        assert torch.equal(qat.read_trained(name), upcast.read(name)) != adapted, name
 
 
 def test_merged_experts_are_what_the_quantizers_are_given(lora_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_merged_experts_are_what_the_quantizers_are_given(lora_run: Path, monkey
     model(**BATCH)
     assert given.keys() == {projection.name for projection in expert_projections(weights.shape)}
     for name, values in given.items():
-        assert torch.equal(values.transpose(1, 2), weights.trained(name)), name
+        assert torch.equal(values.transpose(1, 2), weights.read_trained(name)), name
 
 
 def test_adapters_merge_to_base_plus_delta(lora_run: Path) -> None:
@@ -79,7 +79,7 @@ def test_adapters_merge_to_base_plus_delta(lora_run: Path) -> None:
     a = factors[b_name.replace("lora_B", "lora_A")].double().reshape(experts, rank, -1)
     b = factors[b_name].double().reshape(-1, rank, experts)
     expected = base + scale * torch.einsum("ore,eri->eio", b, a)
-    merged = weights.trained("model.layers.1.mlp.experts.gate_up_proj").double()
+    merged = weights.read_trained("model.layers.1.mlp.experts.gate_up_proj").double()
     assert (merged - base).abs().max() > 1e-3
     torch.testing.assert_close(merged, expected, rtol=1e-6, atol=1e-6)
 

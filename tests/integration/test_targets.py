@@ -171,7 +171,7 @@ def test_nvfp4_of_a_model_trained_for_it_holds_what_training_rounded_to(smoke_ru
     tensors = stored(run / "export")
     weights = Weights(references.of_artifact(artifacts.load(run / "quantize")))
     for name in STACKS:
-        assert torch.equal(dequantized(tensors, name), weights.effective(name).float())
+        assert torch.equal(dequantized(tensors, name), weights.read_effective(name).float())
         assert tensors[f"{name}_input_scale"].shape == ()
         assert float(tensors[f"{name}_input_scale"]) > 0
     record = json.loads((run / "export" / "hf_quant_config.json").read_text())
@@ -254,7 +254,7 @@ def test_another_format_than_the_trained_one_is_refused_unless_it_is_asked_for(
     details = artifacts.load(tmp_path / "export").details
     trained = Weights(references.of_artifact(artifacts.load(smoke_run / "qat")))
     tensors = stored(tmp_path / "export")
-    differing = sum(int((dequantized(tensors, name) != trained.effective(name).float()).sum()) for name in STACKS)
+    differing = sum(int((dequantized(tensors, name) != trained.read_effective(name).float()).sum()) for name in STACKS)
     assert details["other_than_trained"] == differing > 0
 
 

@@ -140,7 +140,7 @@ def test_copied_experts_are_those_whose_weights_did_not_move(layer_one: Path) ->
     unmoved = [
         (name, expert)
         for name in experts_in(source)
-        for expert, weight in enumerate(qat.trained(name))
+        for expert, weight in enumerate(qat.read_trained(name))
         if same_bits(weight, upcast[name][expert])
     ]
     assert details_of(layer_one / "export")["copied_experts"] == len(unmoved) >= 2 * 8
@@ -177,7 +177,7 @@ def test_experts_that_no_token_reached_are_proven_too(tmp_path: Path) -> None:
     few = ("model.tiny.num_local_experts=32", "model.tiny.num_experts_per_tok=1", "sft.max_steps=2", "sft.batch_size=1")
     run_stages(("upcast", "sft", "export", "verify"), tmp_path, *LORA, *few, "sft.warmup_ratio=0")
     sft, upcast = Weights(references.of_artifact(artifacts.load(tmp_path / "sft"))), stored(tmp_path / "upcast")
-    trained = sft.trained("model.layers.1.mlp.experts.down_proj")
+    trained = sft.read_trained("model.layers.1.mlp.experts.down_proj")
     moved = (trained != upcast["model.layers.1.mlp.experts.down_proj"]).flatten(1).any(dim=1)
     assert moved.any()
     assert not moved.all()
@@ -259,7 +259,7 @@ def trained_of(run: Path) -> Tensors:
     if qat.kind is artifacts.Kind.checkpoint:
         return stored(qat.directory)
     weights = Weights(references.of_artifact(qat))
-    return {name: weights.trained(name) for name in weights.names() if ".experts." in name}
+    return {name: weights.read_trained(name) for name in weights.names() if ".experts." in name}
 
 
 @pytest.mark.parametrize("run", ["layer_one", "mse"])

@@ -49,7 +49,7 @@ def record(model: Any, batches: Sequence[dict[str, Tensor]], directory: Path) ->
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     for i, batch in enumerate(progress(batches, what="predictions of the reference", unit="batch")):
-        kept = list(chunked_logits.in_chunks(_likeliest, (_states(model, batch),)))
+        kept = list(chunked_logits.map_chunks(_likeliest, (_states(model, batch),)))
         log_probs, tokens = (torch.cat(parts).cpu() for parts in zip(*kept, strict=True))
         save_file({"log_probs": log_probs, "tokens": tokens.int()}, _file(unfinished, i))
     unfinished.replace(directory)
@@ -69,7 +69,7 @@ def score(subject: Subject) -> dict[str, float]:
     for i, batch in enumerate(progress(subject.batches, what=f"predictions of {subject.ref.name}", unit="batch")):
         kept = load_file(_file(subject.reference_predictions, i), device=str(subject.model.device))
         states = _states(subject.model, batch)
-        found = torch.cat(list(chunked_logits.in_chunks(_compared, (states,), kept["log_probs"], kept["tokens"])))
+        found = torch.cat(list(chunked_logits.map_chunks(_compared, (states,), kept["log_probs"], kept["tokens"])))
         per_token.append(torch.cat([found.cpu(), _places(batch, example)], dim=1))
         example += len(batch["labels"])
     return _figures(torch.cat(per_token))
@@ -79,7 +79,7 @@ def _states(model: Any, batch: dict[str, Tensor]) -> States:
     """Up to the head, where a supervised token comes next, row by row of the batch."""
     inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
     supervised = functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
-    return chunked_logits.states(model, inputs, supervised.to(model.device))
+    return chunked_logits.compute_states(model, inputs, supervised.to(model.device))
 
 
 def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ def score(subject: Subject) -> dict[str, float]:
     error = norm = flipped = count = 0.0
     projections = expert_projections(subject.weights.shape)
     for projection in progress(projections, what=f"weights of {subject.ref.name}", unit="tensor"):
-        effective, references = (each.effective(projection.name) for each in (subject.weights, subject.reference))
+        effective, references = (each.read_effective(projection.name) for each in (subject.weights, subject.reference))
         importance = subject.weights.importance(projection.name)
         for pair in zip(effective.split(1), references.split(1), strict=True):  # copies of one expert at a time
             squared_error, squares, flips = _difference(*pair, subject.ref.block_format, importance)

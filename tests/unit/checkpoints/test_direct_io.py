@@ -1,4 +1,4 @@
-"""Files written front to back and read in parts: every byte, direct or not, and every error of the disk."""
+"""Direct I/O: files hold and return every byte, direct or not, and every error of the disk is raised."""
 
 import errno
 import fcntl
@@ -29,7 +29,7 @@ def _buffers_of_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refuse(function: str, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """A file system without direct I/O, which says so when a file is opened, or when it is written to."""
+    """Simulate a file system without direct I/O: os.`function` fails with the error `number`."""
     real = getattr(os, function)
     direct = direct_io._DIRECT
 
@@ -42,8 +42,8 @@ def refuse(function: str, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(direct_io.os, function, run)
 
 
-def cut_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system that takes at most 100 bytes at a time, as it may."""
+def truncate_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulate a system that writes at most 100 bytes at a time, as POSIX allows."""
     real = os.write
     monkeypatch.setattr(direct_io.os, "write", lambda descriptor, data: real(descriptor, data[:100]))
 
@@ -54,7 +54,7 @@ FILE_SYSTEMS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "not direct at open": lambda patch: refuse("open", patch, errno.EINVAL),
     "not direct at write": lambda patch: refuse("write", patch, errno.EINVAL),
     "not supported at open": lambda patch: refuse("open", patch, errno.EOPNOTSUPP),
-    "writes cut short": cut_writes,
+    "partial writes": truncate_writes,
 }
 
 
@@ -67,7 +67,7 @@ def supports_direct(path: Path, flags: int) -> bool:
 
 
 def forget(path: Path) -> None:
-    """Put a file out of the page cache."""
+    """Evict a file from the page cache."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -75,30 +75,30 @@ def forget(path: Path) -> None:
 
 
 def skip_unless_on_disk(path: Path) -> None:
-    """Skips where a file has no direct I/O, or lies in memory (tmpfs), which cannot be forgotten; else forgets it."""
-    for _ in range(20):  # the kernel may hold a page for a moment
+    """Evict a file from the page cache. Skip the test without direct I/O, or if the file is in memory (tmpfs)."""
+    for _ in range(20):  # the kernel may keep a page for a moment
         forget(path)
-        if supports_direct(path, os.O_RDONLY) and has_to_be_waited_for(path):
+        if supports_direct(path, os.O_RDONLY) and is_evicted(path):
             forget(path)
             return
         time.sleep(0.05)
     pytest.skip("no direct I/O on this file system, or no disk")
 
 
-def has_to_be_waited_for(path: Path) -> bool:
-    """Whether the page cache does not hold the beginning of a file; asking may have it fetched."""
+def is_evicted(path: Path) -> bool:
+    """Whether the page cache does not hold the beginning of a file. The check may fetch it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.preadv(descriptor, [bytearray(1)], 0, os.RWF_NOWAIT)
-    except OSError as error:  # tmpfs has no such reads
+    except OSError as error:  # tmpfs does not support RWF_NOWAIT
         return error.errno == errno.EAGAIN
     finally:
         os.close(descriptor)
     return False
 
 
-def watched_reads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each read that follows is direct."""
+def watch_reads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Record for each later read whether it is direct."""
     was_direct, real = [], os.preadv
 
     def run(descriptor: int, buffers: Any, offset: int) -> int:
@@ -109,8 +109,8 @@ def watched_reads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return was_direct
 
 
-def cut_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system that gives at most 100 bytes at a time, as it may."""
+def truncate_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulate a system that reads at most 100 bytes at a time, as POSIX allows."""
     real = os.preadv
 
     def run(descriptor: int, buffers: list[memoryview], offset: int) -> int:
@@ -127,16 +127,16 @@ READ_FROM: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "no O_DIRECT in the system": lambda patch: patch.setattr(direct_io, "_DIRECT", 0),
     "not direct at open": lambda patch: refuse("open", patch, errno.EINVAL),
     "not direct at read": lambda patch: refuse("preadv", patch, errno.EINVAL),
-    "reads cut short": cut_reads,
+    "partial reads": truncate_reads,
 }
 
 
-def written(path: Path, disk: ThreadPoolExecutor, data: bytes, step: int) -> int:
+def write(path: Path, disk: ThreadPoolExecutor, data: bytes, step: int) -> int:
     file = StreamedFile(path, disk)
     for start in range(0, len(data), step):
         part = bytearray(data[start : start + step])
         file.append(part)
-        part[:] = bytes(len(part))  # a file has its own copy
+        part[:] = bytes(len(part))  # the file must have its own copy
     file.finish()
     file.close()
     return file.size
@@ -150,19 +150,17 @@ def test_the_file_holds_what_was_appended(
 ) -> None:
     FILE_SYSTEMS[file_system](monkeypatch)
     data = os.urandom(size)
-    assert written(tmp_path / "file", disk, data, step) == size
+    assert write(tmp_path / "file", disk, data, step) == size
     assert (tmp_path / "file").read_bytes() == data
 
 
-def test_an_older_file_leaves_nothing(tmp_path: Path, disk: ThreadPoolExecutor) -> None:
+def test_an_older_file_is_truncated(tmp_path: Path, disk: ThreadPoolExecutor) -> None:
     (tmp_path / "file").write_bytes(bytes(3 * PAGE))
-    written(tmp_path / "file", disk, b"new", 3)
+    write(tmp_path / "file", disk, b"new", 3)
     assert (tmp_path / "file").read_bytes() == b"new"
 
 
-def test_writes_are_direct_where_they_can_be(
-    tmp_path: Path, disk: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_aligned_writes_are_direct(tmp_path: Path, disk: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     if not supports_direct(tmp_path / "file", os.O_WRONLY | os.O_CREAT):
         pytest.skip("no direct I/O on this file system")
     was_direct, real = [], os.write
@@ -172,23 +170,23 @@ def test_writes_are_direct_where_they_can_be(
         return real(descriptor, data)
 
     monkeypatch.setattr(direct_io.os, "write", run)
-    written(tmp_path / "file", disk, os.urandom(3 * PAGE + 1), PAGE)
+    write(tmp_path / "file", disk, os.urandom(3 * PAGE + 1), PAGE)
     assert was_direct == [True] * 3 + [False]
 
 
-def test_the_disk_is_made_to_keep_up_where_writes_are_not_direct(
+def test_writes_that_are_not_direct_are_synced_regularly(
     tmp_path: Path, disk: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[int] = []
     monkeypatch.setattr(direct_io, "_DIRECT", 0)
     monkeypatch.setattr(direct_io, "_SYNC_BYTES", 2 * PAGE)
     monkeypatch.setattr(direct_io.os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
-    written(tmp_path / "file", disk, bytes(5 * PAGE), PAGE)
+    write(tmp_path / "file", disk, bytes(5 * PAGE), PAGE)
     assert synced == [2 * PAGE, 4 * PAGE, 5 * PAGE]
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
-def test_an_error_of_the_disk_reaches_who_appends(
+def test_append_raises_errors_of_the_disk(
     number: int, tmp_path: Path, disk: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> int:
@@ -202,7 +200,7 @@ def test_an_error_of_the_disk_reaches_who_appends(
     file.close()
 
 
-def test_a_file_can_be_closed_twice_and_unfinished(tmp_path: Path, disk: ThreadPoolExecutor) -> None:
+def test_an_unfinished_file_can_be_closed_twice(tmp_path: Path, disk: ThreadPoolExecutor) -> None:
     file = StreamedFile(tmp_path / "file", disk)
     file.append(b"some")
     file.close()
@@ -212,7 +210,7 @@ def test_a_file_can_be_closed_twice_and_unfinished(tmp_path: Path, disk: ThreadP
 @pytest.mark.parametrize("where", READ_FROM)
 @pytest.mark.parametrize("offset", [0, 8, 13, PAGE - 8, PAGE, 2 * PAGE + 1000])
 @pytest.mark.parametrize("size", [0, 1, 1000, PAGE, 3 * PAGE + 5, 6 * PAGE])
-def test_a_part_of_a_file_is_read_as_it_is(
+def test_a_read_returns_the_bytes_of_the_file(
     size: int, offset: int, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = os.urandom(7 * PAGE + 123)
@@ -223,9 +221,9 @@ def test_a_part_of_a_file_is_read_as_it_is(
     file = StoredFile(tmp_path / "file")
     for _ in range(2):
         part = file.read(offset, size)
-        assert part.tobytes() == data[offset : offset + size]  # fewer where the file ends
+        assert part.tobytes() == data[offset : offset + size]  # fewer at the end of the file
         assert part.ctypes.data % 8 == 0
-        part[:] = 0  # the reader's own memory
+        part[:] = 0  # must not change the file
     file.close()
 
 
@@ -234,14 +232,14 @@ def test_a_part_of_a_file_is_read_as_it_is(
     [(16, 3 * PAGE, True), (16, PAGE - 8, False), (13, 3 * PAGE, False)],
     ids=["large", "small", "not aligned to a word"],
 )
-def test_what_is_not_in_the_page_cache_is_read_past_it(
+def test_large_aligned_reads_are_direct_unless_the_page_cache_has_the_data(
     offset: int, size: int, is_direct: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_bytes(os.urandom(8 * PAGE))
     skip_unless_on_disk(tmp_path / "file")
     monkeypatch.setattr(direct_io, "_LEAST_DIRECT_BYTES", PAGE)
     file = StoredFile(tmp_path / "file")
-    was_direct = watched_reads(monkeypatch)
+    was_direct = watch_reads(monkeypatch)
     for _ in range(2):  # a direct read leaves nothing in the page cache
         file.read(offset, size)
         assert was_direct == [is_direct]
@@ -253,7 +251,7 @@ def test_what_is_not_in_the_page_cache_is_read_past_it(
 
 
 @pytest.mark.parametrize("is_cached", [True, False])
-def test_a_file_that_shrinks_gives_what_is_left(
+def test_a_read_of_a_shrunken_file_returns_the_remaining_bytes(
     is_cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_bytes(bytes(range(256)) * 64)
@@ -267,9 +265,7 @@ def test_a_file_that_shrinks_gives_what_is_left(
 
 
 @pytest.mark.parametrize("is_cached", [True, False])
-def test_an_error_of_the_disk_reaches_who_reads(
-    is_cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_read_raises_errors_of_the_disk(is_cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -283,27 +279,27 @@ def test_an_error_of_the_disk_reaches_who_reads(
     file.close()
 
 
-def test_a_file_system_that_refuses_direct_reads_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_direct_reads_are_not_tried_again_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(bytes(4 * PAGE))
     skip_unless_on_disk(tmp_path / "file")
     monkeypatch.setattr(direct_io, "_LEAST_DIRECT_BYTES", 1)
     monkeypatch.setattr(direct_io, "_is_cached", lambda *_: False)
     refuse("preadv", monkeypatch, errno.ENOSYS)
-    was_direct = watched_reads(monkeypatch)
+    was_direct = watch_reads(monkeypatch)
     file = StoredFile(tmp_path / "file")
     assert [len(file.read(0, 4 * PAGE)) for _ in range(2)] == [4 * PAGE] * 2
     assert was_direct == [True, False, False]
     file.close()
 
 
-def test_closing_leaves_nothing_open(tmp_path: Path) -> None:
+def test_closing_a_file_closes_its_descriptors(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"some")
     before = os.listdir("/dev/fd")
     StoredFile(tmp_path / "file").close()
     assert os.listdir("/dev/fd") == before
 
 
-def test_the_page_cache_is_asked_for_pages(tmp_path: Path) -> None:
+def test_is_cached_tells_whether_the_page_cache_holds_a_part_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(64 * PAGE))
     skip_unless_on_disk(path)
@@ -311,5 +307,5 @@ def test_the_page_cache_is_asked_for_pages(tmp_path: Path) -> None:
     assert not direct_io._is_cached(descriptor, 100, 60 * PAGE)
     path.read_bytes()
     assert direct_io._is_cached(descriptor, 100, 60 * PAGE)
-    assert direct_io._is_cached(descriptor, 60 * PAGE, 10 * PAGE)  # beyond the end there is nothing to ask for
+    assert direct_io._is_cached(descriptor, 60 * PAGE, 10 * PAGE)  # the part extends beyond the end
     os.close(descriptor)

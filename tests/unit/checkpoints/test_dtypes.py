@@ -41,21 +41,21 @@ def test_every_type_has_its_torch_type_and_back() -> None:
         assert bytes_per_value(name) == dtype.itemsize
 
 
-def test_bytes_of_a_tensor_are_those_that_torch_needs() -> None:
+def test_sizes_of_tensors_are_the_same_as_in_torch() -> None:
     for name, dtype in TORCH_TYPES.items():
         assert TensorInfo(name, (3, 5, 7)).bytes == torch.empty(3, 5, 7, dtype=dtype).nbytes
         assert TensorInfo(name, ()).bytes == torch.empty((), dtype=dtype).nbytes
 
 
 @pytest.mark.parametrize("name", TORCH_TYPES)
-def test_names_are_those_that_safetensors_writes(name: str, tmp_path: Path) -> None:
+def test_names_are_the_same_as_in_safetensors_files(name: str, tmp_path: Path) -> None:
     path = tmp_path / "one.safetensors"
     save_file({"one": torch.zeros(3, dtype=torch.uint8).to(TORCH_TYPES[name])}, path)
     with safe_open(path, framework="pt") as file:
         assert file.get_slice("one").get_dtype() == name
 
 
-def test_a_type_that_is_not_in_the_table_is_an_error() -> None:
+def test_an_unknown_type_is_an_error() -> None:
     with pytest.raises(KeyError):
         stored_name(torch.complex64)
     with pytest.raises(KeyError):
@@ -64,7 +64,7 @@ def test_a_type_that_is_not_in_the_table_is_an_error() -> None:
         bytes_per_value("I4")
 
 
-def test_names_in_configurations_are_those_of_torch() -> None:
+def test_names_in_configurations_are_torch_names() -> None:
     assert dtype_name(torch.bfloat16) == "bfloat16"
     assert dtype_name(torch.float32) == "float32"
 

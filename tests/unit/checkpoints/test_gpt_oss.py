@@ -52,7 +52,7 @@ def shape(config: dict[str, Any]) -> Shape:
 
 @pytest.fixture(scope="module")
 def parameters(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of what transformers' own model has."""
+    """Name -> shape of the parameters of transformers' model."""
     from transformers import GptOssConfig, GptOssForCausalLM
 
     with torch.device("meta"):
@@ -80,8 +80,8 @@ def shapes_of(tensors: dict[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
     return {name: info.shape for name, info in tensors.items()}
 
 
-def test_no_two_sizes_of_the_tiny_model_can_be_mistaken_for_each_other(shape: Shape) -> None:
-    """What the tests below rest on: with equal sizes, a transposed tensor would have the right shape."""
+def test_all_sizes_of_the_tiny_model_differ(shape: Shape) -> None:
+    """The tests below need this: with equal sizes, a transposed tensor would have the right shape."""
     widths = (
         shape.hidden_size,
         shape.intermediate_size,
@@ -95,11 +95,11 @@ def test_no_two_sizes_of_the_tiny_model_can_be_mistaken_for_each_other(shape: Sh
     assert len(set(widths)) == len(widths)
 
 
-def test_the_plain_layout_is_that_of_transformers(shape: Shape, parameters: dict[str, tuple[int, ...]]) -> None:
+def test_the_plain_layout_is_the_same_as_in_transformers(shape: Shape, parameters: dict[str, tuple[int, ...]]) -> None:
     assert shapes_of(plain_tensors(shape)) == parameters
 
 
-def test_the_packed_layout_is_that_of_transformers_but_for_the_expert_weights(
+def test_the_packed_layout_is_the_same_as_in_transformers_except_for_expert_weights(
     shape: Shape, parameters: dict[str, tuple[int, ...]]
 ) -> None:
     experts = {projection.name for projection in expert_projections(shape)}
@@ -112,7 +112,7 @@ def test_the_packed_layout_is_that_of_transformers_but_for_the_expert_weights(
     assert not experts & layout.keys()
 
 
-def test_transformers_unpacks_the_packed_shapes_to_its_own(
+def test_transformers_decodes_packed_shapes_to_plain_shapes(
     shape: Shape, parameters: dict[str, tuple[int, ...]]
 ) -> None:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -181,7 +181,7 @@ def test_only_expert_weights_are_stored_as_bytes(shape: Shape) -> None:
     assert {info.dtype for name, info in packed_tensors(shape).items() if name not in packed} == {"BF16"}
 
 
-def test_a_plain_layout_is_of_the_type_asked_for(shape: Shape) -> None:
+def test_a_plain_layout_has_the_requested_type(shape: Shape) -> None:
     assert {info.dtype for info in plain_tensors(shape).values()} == {"BF16"}
     assert {info.dtype for info in plain_tensors(shape, "F32").values()} == {"F32"}
 
@@ -191,7 +191,7 @@ def test_the_layouts_share_every_tensor_that_is_not_an_expert_weight(shape: Shap
     assert shared == other_tensors(shape).keys()
 
 
-def test_names_are_those_of_parameters_in_transformers(parameters: dict[str, tuple[int, ...]]) -> None:
+def test_names_are_the_parameter_names_of_transformers(parameters: dict[str, tuple[int, ...]]) -> None:
     assert {EMBEDDING, FINAL_NORM, HEAD} <= parameters.keys()
     for layer in range(TINY.num_hidden_layers):
         modules = {attention_projection(layer, name) for name in ATTENTION_PROJECTIONS}
@@ -201,18 +201,18 @@ def test_names_are_those_of_parameters_in_transformers(parameters: dict[str, tup
         assert {name for name in parameters if f"layers.{layer}.mlp.experts" in name} == weights | biases
 
 
-def test_the_pattern_of_experts_matches_the_stacks_of_weights_alone(parameters: dict[str, tuple[int, ...]]) -> None:
+def test_the_pattern_of_experts_matches_only_stacks_of_weights(parameters: dict[str, tuple[int, ...]]) -> None:
     matched = {name for name in parameters if fnmatch(name, EXPERT_PATTERN)}
     assert matched == {name for name, size in parameters.items() if len(size) == 3}
 
 
-def test_blocks_and_scales_are_known_by_their_names(shape: Shape) -> None:
+def test_blocks_and_scales_are_recognized_by_their_names(shape: Shape) -> None:
     packed = {name for projection in expert_projections(shape) for name in projection.packed_tensors()}
     assert {name for name in packed_tensors(shape) if is_packed_name(name)} == packed
     assert not any(is_packed_name(name) for name in plain_tensors(shape))
 
 
-def test_the_mlp_is_the_router_and_the_experts(shape: Shape) -> None:
+def test_the_mlp_consists_of_the_router_and_the_experts(shape: Shape) -> None:
     inside = {name for name in plain_tensors(shape) if is_in_mlp(name)}
     assert inside == {name for name in plain_tensors(shape) if "router" in name or "experts" in name}
 
@@ -221,14 +221,14 @@ def test_transformers_has_the_class_of_decoder_layers() -> None:
     assert hasattr(import_module(MODELING_MODULE), DECODER_LAYER_CLASS)
 
 
-def test_the_kinds_of_layers_are_those_of_transformers(config: dict[str, Any]) -> None:
+def test_the_kinds_of_layers_are_the_same_as_in_transformers(config: dict[str, Any]) -> None:
     from transformers import GptOssConfig
 
     assert GptOssConfig(num_hidden_layers=4).layer_types == [*ATTENTION_TYPES, *ATTENTION_TYPES]
     assert config["layer_types"] == [ATTENTION_TYPES[0], ATTENTION_TYPES[1], ATTENTION_TYPES[0]]
 
 
-def test_another_architecture_is_an_error_that_names_it(config: dict[str, Any]) -> None:
+def test_the_error_names_another_architecture(config: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"here/config\.json: model_type is 'llama', not 'gpt_oss'"):
         Shape.of({**config, "model_type": "llama"}, "here/config.json")
     with pytest.raises(UserError, match="model_type is None"):
@@ -236,9 +236,7 @@ def test_another_architecture_is_an_error_that_names_it(config: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("size", [0, -1, "64", 64.0, None, [64]])
-def test_a_size_that_is_no_positive_whole_number_is_an_error_with_its_value(
-    size: object, config: dict[str, Any]
-) -> None:
+def test_the_error_names_a_size_that_is_not_a_positive_whole_number(size: object, config: dict[str, Any]) -> None:
     with pytest.raises(UserError) as caught:
         Shape.of({**config, "hidden_size": size}, "here/config.json")
     assert "here/config.json" in str(caught.value)

@@ -1,4 +1,4 @@
-"""Reading rows of stored tensors, and files that lie: headers made to mislead, and files that shrink meanwhile."""
+"""Reads of rows, malicious headers, and files that shrink while they are open."""
 
 import json
 import os
@@ -28,7 +28,7 @@ EXPERTS = "model.layers.1.mlp.experts."
 NAME = f"{EXPERTS}down_proj"
 BLOCKS, SCALES = f"{NAME}_blocks", f"{NAME}_scales"
 SINKS = "model.layers.1.self_attn.sinks"
-MOST_MEMORY = 1 << 28  # bytes that reading a lying header may take at most
+MOST_MEMORY = 1 << 28  # bytes that reading a malicious header may allocate at most
 
 Header = dict[str, Any]
 
@@ -100,14 +100,14 @@ def test_rows_of_a_plain_checkpoint_are_slices_of_the_whole(dtype: torch.dtype, 
     assert_rows_are_slices(save_plain(tiny, tmp_path / "plain", dtype))
 
 
-def test_rows_that_were_read_are_the_readers_own(tiny: Path) -> None:
+def test_changing_rows_that_were_read_does_not_change_the_file(tiny: Path) -> None:
     checkpoint = Checkpoint(tiny)
     checkpoint.read(SINKS).zero_()
     assert checkpoint.read(SINKS).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_experts_decode_to_the_same_bits_a_few_at_a_time(dtype: torch.dtype, tiny: Path) -> None:
+def test_experts_decoded_in_parts_have_the_same_bits(dtype: torch.dtype, tiny: Path) -> None:
     checkpoint = Checkpoint(tiny)
     for projection in expert_projections(checkpoint.shape):
         whole = checkpoint.read_plain(projection.name, dtype)
@@ -119,7 +119,7 @@ def test_experts_decode_to_the_same_bits_a_few_at_a_time(dtype: torch.dtype, tin
 
 
 @pytest.mark.parametrize("rows", [slice(4, 8), slice(5, 6), slice(3, None), slice(None)], ids=str)
-def test_a_nan_scale_is_named_by_its_place_in_the_whole_stack(rows: slice, copy: Path) -> None:
+def test_the_error_names_the_position_of_a_nan_scale_in_the_whole_stack(rows: slice, copy: Path) -> None:
     replace(copy, SCALES, lambda scales: scales[5, 17].__setitem__(1, 255))
     checkpoint = Checkpoint(copy)
     with pytest.raises(UserError) as caught:
@@ -130,16 +130,18 @@ def test_a_nan_scale_is_named_by_its_place_in_the_whole_stack(rows: slice, copy:
     assert checkpoint.read_plain(NAME, rows=slice(6, 8)).isfinite().all()
 
 
-def test_a_nan_scale_in_a_later_part_of_a_conversion_is_named_too(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_a_nan_scale_in_a_later_part_of_a_conversion(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(weights_module, "STEP_BYTES", 1)
     replace(copy, SCALES, lambda scales: scales[7, 63].__setitem__(2, 255))
     weights = Weights(ModelRef("source", copy, copy))
     parts = weights.parts(NAME)
     assert len(parts) == 8
     for rows in parts[:-1]:
-        weights.trained(NAME, rows)
+        weights.read_trained(NAME, rows)
     with pytest.raises(UserError, match=r"expert 7, row 63, block 2\."):
-        weights.trained(NAME, parts[-1])
+        weights.read_trained(NAME, parts[-1])
 
 
 def test_blocks_and_scales_may_lie_in_different_shards(copy: Path) -> None:
@@ -171,7 +173,7 @@ def header_of(path: Path) -> Header:
 
 
 def data_range(path: Path, name: str) -> tuple[int, int]:
-    """Where in the file the data of a tensor begins and ends."""
+    """Return the begin and the end of a tensor's data in the file."""
     first, last = header_of(path)[name]["data_offsets"]
     return 8 + header_length(path) + first, 8 + header_length(path) + last
 
@@ -227,7 +229,7 @@ def with_text(text: bytes) -> Callable[[Header, bytes], bytes]:
 
 
 def with_entry(**changes: Any) -> Callable[[Header, bytes], bytes]:
-    """The entry of SINKS changed; None drops a key."""
+    """Change the entry of SINKS. None drops a key."""
 
     def make(header: Header, data: bytes) -> bytes:
         entry = {key: value for key, value in {**header[SINKS], **changes}.items() if value is not None}
@@ -237,12 +239,12 @@ def with_entry(**changes: Any) -> Callable[[Header, bytes], bytes]:
 
 
 def with_offsets(move: Callable[[int, int, int], list[Any]]) -> Callable[[Header, bytes], bytes]:
-    """The offsets of SINKS changed: move(begin, end, size of all data)."""
+    """Change the offsets of SINKS by move(begin, end, size of all data)."""
     return lambda header, data: with_entry(data_offsets=move(*header[SINKS]["data_offsets"], len(data)))(header, data)
 
 
 def twice(header: Header, data: bytes) -> bytes:
-    """SINKS once more, with the data of the first; readers take one or the other."""
+    """Add a second SINKS with the data of the first. Readers would read one or the other."""
     again = json.dumps({SINKS: header[SINKS]}).encode()
     return as_header(json.dumps(header).encode()[:-1] + b", " + again[1:]) + data
 
@@ -253,7 +255,7 @@ def twice_in_another_spelling(header: Header, data: bytes) -> bytes:
 
 
 def twice_elsewhere(header: Header, data: bytes) -> bytes:
-    """SINKS once more, with data of its own, so that neither offsets overlap nor bytes are left over."""
+    """Add a second SINKS with its own data, so that offsets do not overlap and no bytes are left over."""
     size = header[SINKS]["data_offsets"][1] - header[SINKS]["data_offsets"][0]
     again = json.dumps({SINKS: {**header[SINKS], "data_offsets": [len(data), len(data) + size]}}).encode()
     return as_header(json.dumps(header).encode()[:-1] + b", " + again[1:]) + data + bytes(size)
@@ -266,7 +268,7 @@ def on_the_data_of_another(header: Header, data: bytes) -> bytes:
 
 
 def entry_twice(header: Header, data: bytes) -> bytes:
-    """The offsets of SINKS twice in its entry, the second time beyond the file."""
+    """Put two pairs of offsets into the entry of SINKS, the second one beyond the end of the file."""
     entry = json.dumps(header[SINKS]).encode()
     text = json.dumps(header).encode().replace(entry, entry[:-1] + b', "data_offsets": [0, 99999999999]}')
     return as_header(text) + data
@@ -327,7 +329,7 @@ LYING: dict[str, Callable[[Header, bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("lie", LYING.values(), ids=LYING)
-def test_a_header_that_lies_is_an_error_that_names_the_file(lie: Callable[[Header, bytes], bytes], copy: Path) -> None:
+def test_the_error_names_a_file_with_a_malicious_header(lie: Callable[[Header, bytes], bytes], copy: Path) -> None:
     path = shard_of(copy, SINKS)
     path.write_bytes(lie(header_of(path), path.read_bytes()[8 + header_length(path) :]))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -338,15 +340,15 @@ def test_a_header_that_lies_is_an_error_that_names_the_file(lie: Callable[[Heade
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MOST_MEMORY
 
 
-def test_a_tensor_that_is_named_twice_is_named_in_the_error(copy: Path) -> None:
+def test_the_error_names_a_tensor_that_is_in_the_header_twice(copy: Path) -> None:
     path = shard_of(copy, SINKS)
     path.write_bytes(twice(header_of(path), path.read_bytes()[8 + header_length(path) :]))
     with pytest.raises(UserError, match=f"{path}: .*{SINKS}"):
         Checkpoint(copy)
 
 
-def test_the_same_header_written_in_another_way_is_read_the_same(copy: Path) -> None:
-    """What the lies above are told with must itself be accepted."""
+def test_the_same_header_in_another_spelling_is_accepted(copy: Path) -> None:
+    """The functions that make malicious headers must not cause errors by themselves."""
     path = shard_of(copy, SINKS)
     before = Checkpoint(copy).read(SINKS)
     header, data = header_of(path), path.read_bytes()[8 + header_length(path) :]
@@ -363,7 +365,7 @@ def test_a_shard_that_is_a_directory_is_an_error(copy: Path) -> None:
 
 
 def test_a_shard_that_is_a_link_to_nowhere_is_an_error(copy: Path) -> None:
-    """As in the hub's cache when its blobs were removed."""
+    """This happens in the hub's cache when blobs are removed."""
     path = shard_of(copy, SINKS)
     path.unlink()
     path.symlink_to(copy / "blobs" / "gone")
@@ -376,7 +378,7 @@ def test_a_shard_that_is_a_link_to_nowhere_is_an_error(copy: Path) -> None:
     [{SINKS: 7}, {SINKS: None}, {SINKS: ["a.safetensors"]}, {SINKS: ""}, {SINKS: "."}, {SINKS: ".."}],
     ids=str,
 )
-def test_an_index_that_names_no_file_is_an_error(weight_map: dict[str, Any], copy: Path) -> None:
+def test_an_index_with_invalid_file_names_is_an_error(weight_map: dict[str, Any], copy: Path) -> None:
     index = json.loads((copy / INDEX).read_text())
     (copy / INDEX).write_text(json.dumps({**index, "weight_map": {**index["weight_map"], **weight_map}}))
     with pytest.raises(UserError, match=f"{copy}"):

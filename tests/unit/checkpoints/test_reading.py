@@ -1,4 +1,4 @@
-"""Writing checkpoints shard by shard, and every way in which a checkpoint on disk can be wrong."""
+"""Checkpoints are written shard by shard, and every error in a checkpoint on disk is reported."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.checkpoints.config_json import CONFIG
 from pipeline.checkpoints.gpt_oss import TensorInfo, expert_projections, packed_tensors, plain_tensors
 from pipeline.checkpoints.reading import INDEX, SINGLE, Checkpoint
-from pipeline.checkpoints.shards import Piece, whole, write_sharded
+from pipeline.checkpoints.shards import Piece, piece_in_one_step, write_sharded
 from pipeline.config import TinyConfig
 from pipeline.errors import UserError
 from pipeline.models.tiny_model import create_tiny
@@ -36,7 +36,7 @@ def as_bytes(tensor: Tensor) -> bytes:
 
 
 class Maker:
-    """Pieces of random tensors, and a record of which were made."""
+    """Pieces of random tensors, and a record of the tensors that were made."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -47,7 +47,7 @@ class Maker:
     def add(self, **tensors: Tensor) -> None:
         infos = {name: TensorInfo(SAFETENSORS_TYPES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
         self.tensors |= tensors
-        self.pieces.append(whole(infos, lambda: self._make(tensors)))
+        self.pieces.append(piece_in_one_step(infos, lambda: self._make(tensors)))
 
     def _make(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         name = next(iter(tensors))
@@ -84,7 +84,7 @@ def shards_in(directory: Path) -> dict[str, list[str]]:
 
 
 def files_in(directory: Path) -> dict[str, bytes]:
-    """Everything but the bookkeeping of an unfinished conversion."""
+    """Read all files except the bookkeeping of an unfinished conversion."""
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.name != SHARDS_FILE}
 
 
@@ -132,14 +132,14 @@ def test_every_tensor_starts_at_a_multiple_of_its_value_size(tmp_path: Path) -> 
     assert [name for name in starts if starts[name] % maker.tensors[name].itemsize] == []
 
 
-def test_shards_keep_the_order_the_limit_and_the_pieces_whole(tmp_path: Path, maker: Maker) -> None:
+def test_shards_keep_the_order_and_the_limit_and_do_not_split_pieces(tmp_path: Path, maker: Maker) -> None:
     write_sharded(tmp_path, maker.pieces, 80, "test")
     assert shards_in(tmp_path) == dict(zip(FOUR_NAMES, FOUR_SHARDS, strict=True))
     assert maker.made == MADE
 
 
 @pytest.mark.parametrize(("limit", "shards"), [(1, 5), (79, 5), (80, 4), (120, 2), (229, 2), (230, 1)])
-def test_only_a_shard_of_a_single_piece_is_above_the_limit(
+def test_only_a_shard_with_a_single_piece_exceeds_the_limit(
     limit: int, shards: int, tmp_path: Path, maker: Maker
 ) -> None:
     write_sharded(tmp_path, maker.pieces, limit, "test")
@@ -160,17 +160,17 @@ def test_the_index_lists_every_tensor_once_and_the_total_size(tmp_path: Path, ma
     assert returned.bytes == 230
 
 
-def test_nothing_but_shards_and_the_index_is_left(tmp_path: Path, maker: Maker) -> None:
+def test_only_shards_and_the_index_remain(tmp_path: Path, maker: Maker) -> None:
     write_sharded(tmp_path, maker.pieces, 80, "test")
     assert sorted(files_in(tmp_path)) == sorted([*FOUR_NAMES, INDEX])
 
 
 @pytest.mark.parametrize("missing", [[], [0], [1], [2], [0, 3], [0, 1, 2, 3]])
-def test_a_second_call_makes_only_what_missing_shards_hold(missing: list[int], tmp_path: Path, maker: Maker) -> None:
+def test_a_second_call_makes_only_tensors_of_missing_shards(missing: list[int], tmp_path: Path, maker: Maker) -> None:
     write_sharded(tmp_path, maker.pieces, 80, "test")
     whole = files_in(tmp_path)
     for shard in missing:
-        (tmp_path / FOUR_NAMES[shard]).rename(tmp_path / f"{FOUR_NAMES[shard]}.tmp")  # as if interrupted there
+        (tmp_path / FOUR_NAMES[shard]).rename(tmp_path / f"{FOUR_NAMES[shard]}.tmp")  # as after an interruption
     (tmp_path / INDEX).unlink()
     maker.made.clear()
     assert write_sharded(tmp_path, maker.pieces, 80, "test").bytes == 230
@@ -179,7 +179,7 @@ def test_a_second_call_makes_only_what_missing_shards_hold(missing: list[int], t
     assert files_in(tmp_path) == whole
 
 
-def test_a_longer_unfinished_shard_leaves_no_bytes_behind(tmp_path: Path, maker: Maker) -> None:
+def test_a_longer_unfinished_shard_is_truncated(tmp_path: Path, maker: Maker) -> None:
     write_sharded(tmp_path, maker.pieces, 80, "test")
     whole = files_in(tmp_path)
     (tmp_path / FOUR_NAMES[1]).unlink()
@@ -189,7 +189,7 @@ def test_a_longer_unfinished_shard_leaves_no_bytes_behind(tmp_path: Path, maker:
 
 
 @pytest.mark.parametrize("failing", ["first", "second", "fourth_blocks"])
-def test_an_exception_leaves_only_whole_shards_and_the_next_call_goes_on(
+def test_an_exception_leaves_only_whole_shards_and_the_next_call_resumes(
     failing: str, tmp_path: Path, maker: Maker
 ) -> None:
     maker.failing = {failing}
@@ -212,8 +212,8 @@ def test_an_exception_leaves_only_whole_shards_and_the_next_call_goes_on(
 
 
 @pytest.mark.parametrize("made", [torch.zeros(3, 5), torch.zeros(5, 3).bfloat16(), torch.zeros(15)])
-def test_a_tensor_that_is_not_as_planned_leaves_no_shard(made: Tensor, tmp_path: Path) -> None:
-    piece = whole({"odd_one": TensorInfo("F32", (5, 3))}, lambda: {"odd_one": made})
+def test_a_tensor_with_another_type_or_shape_leaves_no_shard(made: Tensor, tmp_path: Path) -> None:
+    piece = piece_in_one_step({"odd_one": TensorInfo("F32", (5, 3))}, lambda: {"odd_one": made})
     with pytest.raises(AssertionError, match="odd_one: made"):
         write_sharded(tmp_path, [piece], 10**6, "test")
     assert list(tmp_path.glob("*.safetensors")) == []
@@ -224,7 +224,7 @@ def disk_with_free(size: int) -> Callable[[Path], Any]:
     return lambda _: usage(10**12, 10**12 - size, size)
 
 
-def test_a_disk_without_room_is_an_error_before_anything_is_made(
+def test_too_little_disk_space_is_an_error_before_anything_is_made(
     tmp_path: Path, maker: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", disk_with_free(229))
@@ -234,9 +234,7 @@ def test_a_disk_without_room_is_an_error_before_anything_is_made(
     assert files_in(tmp_path) == {}
 
 
-def test_room_is_needed_only_for_what_is_still_to_be_written(
-    tmp_path: Path, maker: Maker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_missing_shards_need_disk_space(tmp_path: Path, maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     write_sharded(tmp_path, maker.pieces, 80, "test")
     (tmp_path / FOUR_NAMES[1]).unlink()
     monkeypatch.setattr("shutil.disk_usage", disk_with_free(40))
@@ -289,7 +287,7 @@ def weight_map_of(directory: Path) -> dict[str, str]:
 
 
 def edit_index(directory: Path, **changes: str | None) -> None:
-    """Point tensors at other files, or drop them (None), in the index alone."""
+    """Map tensors to other files, or drop them (None), only in the index."""
     weight_map = {name: file for name, file in (weight_map_of(directory) | changes).items() if file is not None}
     content = json.loads((directory / INDEX).read_text()) | {"weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(content))
@@ -336,7 +334,7 @@ def test_a_plain_checkpoint_may_be_in_another_floating_type(plain: Path) -> None
     assert checkpoint.tensors == plain_tensors(checkpoint.shape, "F32")
 
 
-def test_stored_tensors_are_read_as_they_are(tiny: Path) -> None:
+def test_stored_tensors_are_read_unchanged(tiny: Path) -> None:
     checkpoint = Checkpoint(tiny)
     for file in sorted(tiny.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
@@ -367,7 +365,7 @@ def test_experts_are_decoded_as_transformers_decodes_them(dtype: torch.dtype, ti
         assert as_bytes(found) == as_bytes(expected)
 
 
-def test_tensors_that_are_not_experts_are_read_plain_as_stored(tiny: Path) -> None:
+def test_tensors_that_are_not_experts_are_read_as_stored(tiny: Path) -> None:
     checkpoint = Checkpoint(tiny)
     for name in (SINKS, "lm_head.weight", f"{EXPERTS}down_proj_bias"):
         assert as_bytes(checkpoint.read_plain(name)) == as_bytes(stored(tiny, name))
@@ -378,7 +376,7 @@ def test_experts_of_a_plain_checkpoint_are_read_as_stored(plain: Path) -> None:
     assert as_bytes(Checkpoint(plain).read_plain(name)) == as_bytes(load_file(plain / SINGLE)[name])
 
 
-def test_a_scale_of_nan_is_an_error_that_names_its_place(copy: Path) -> None:
+def test_the_error_names_the_position_of_a_nan_scale(copy: Path) -> None:
     scales = stored(copy, SCALES)
     scales[3, 17, 1] = scales[3, 18, 0] = scales[5, 0, 0] = 255
     edit(copy, {SCALES: scales})
@@ -413,7 +411,7 @@ def test_a_directory_without_config_is_an_error(copy: Path) -> None:
         (b"[]", "holds list, not an object"),
     ],
 )
-def test_a_config_that_is_no_json_object_is_an_error(content: bytes, reason: str, copy: Path) -> None:
+def test_a_config_that_is_not_a_json_object_is_an_error(content: bytes, reason: str, copy: Path) -> None:
     (copy / CONFIG).write_bytes(content)
     assert only_problem(copy).startswith(f"{copy / CONFIG}: {reason}")
 
@@ -443,7 +441,7 @@ def test_a_truncated_shard_is_an_error(kept: int, copy: Path) -> None:
     assert only_problem(copy).startswith(f"{path}: damaged or truncated")
 
 
-def test_a_shard_with_bytes_to_spare_is_an_error(copy: Path) -> None:
+def test_a_shard_with_extra_bytes_is_an_error(copy: Path) -> None:
     path = copy / weight_map_of(copy)[SINKS]
     path.write_bytes(path.read_bytes() + b"\0")
     assert only_problem(copy).startswith(f"{path}: damaged or truncated")
@@ -473,7 +471,7 @@ def test_a_tensor_in_the_index_that_is_not_stored_is_an_error(copy: Path) -> Non
     assert only_problem(copy) == f"{copy / INDEX}: says that {SINKS} is in {file}, but it is not."
 
 
-def test_a_tensor_that_lies_in_another_shard_than_the_index_says_is_an_error(copy: Path) -> None:
+def test_a_tensor_in_another_shard_than_in_the_index_is_an_error(copy: Path) -> None:
     file = weight_map_of(copy)[SINKS]
     other = next(f for f in sorted(set(weight_map_of(copy).values())) if f != file)
     edit_index(copy, **{SINKS: other})
@@ -482,7 +480,7 @@ def test_a_tensor_that_lies_in_another_shard_than_the_index_says_is_an_error(cop
     assert f"{copy / file}: holds {SINKS}, which is not in {INDEX}." in message
 
 
-def test_a_tensor_that_two_shards_hold_is_an_error(copy: Path) -> None:
+def test_a_tensor_in_two_shards_is_an_error(copy: Path) -> None:
     file = weight_map_of(copy)[SINKS]
     other = next(f for f in sorted(set(weight_map_of(copy).values())) if f != file)
     save_file({**load_file(copy / other), SINKS: stored(copy, SINKS)}, copy / other)
@@ -503,7 +501,7 @@ def test_an_unreadable_index_is_an_error(content: str, copy: Path) -> None:
 
 
 @pytest.mark.parametrize(("present", "absent"), [(BLOCKS, SCALES), (SCALES, BLOCKS)])
-def test_blocks_and_scales_without_each_other_are_an_error(present: str, absent: str, copy: Path) -> None:
+def test_blocks_without_scales_and_scales_without_blocks_are_an_error(present: str, absent: str, copy: Path) -> None:
     edit(copy, {absent: None})
     assert only_problem(copy) == f"{copy}: {present} is there, but {absent} is missing."
 
@@ -531,7 +529,7 @@ def test_blocks_without_scales_are_an_error_beside_plain_experts_too(plain: Path
         (SINKS, lambda t: t[:2], [2], [4]),
     ],
 )
-def test_a_wrong_shape_is_an_error_with_both_shapes(
+def test_the_error_names_a_wrong_shape_and_the_right_one(
     name: str, reshape: Callable[[Tensor], Tensor], found: list[int], expected: list[int], copy: Path
 ) -> None:
     edit(copy, {name: reshape(stored(copy, name)).contiguous()})
@@ -550,7 +548,7 @@ def test_a_wrong_shape_is_an_error_with_both_shapes(
         (SINKS, torch.int64, "I64", "BF16"),
     ],
 )
-def test_a_wrong_type_is_an_error_with_both_types(
+def test_the_error_names_a_wrong_type_and_the_right_one(
     name: str, dtype: torch.dtype, found: str, expected: str, copy: Path
 ) -> None:
     tensor = stored(copy, name)
@@ -609,7 +607,7 @@ def test_problems_with_tensors_are_reported_together(copy: Path) -> None:
     assert "tensor extra.weight does not belong there." in message
 
 
-def test_of_many_problems_the_first_eight_are_named_and_the_rest_counted(copy: Path) -> None:
+def test_the_error_names_the_first_eight_problems_and_counts_the_others(copy: Path) -> None:
     edit(copy, {f"extra.{number}": torch.ones(1) for number in range(20)})
     message = error_of(copy)
     assert message.count("does not belong there") == 8

@@ -1,4 +1,4 @@
-"""Shards made part by part: order, digests, notes, interruptions, errors on every thread, a full disk, and memory."""
+"""Shards made in parts: order, digests, notes, interruptions, errors in every thread, a full disk, and memory."""
 
 import errno
 import json
@@ -19,16 +19,14 @@ from torch import Tensor
 from pipeline.checkpoints import direct_io, shards
 from pipeline.checkpoints.gpt_oss import TensorInfo
 from pipeline.checkpoints.reading import INDEX
-from pipeline.checkpoints.shards import Piece, Step, Written, whole, write_sharded
+from pipeline.checkpoints.shards import Part, Piece, Step, Written, piece_in_one_step, write_sharded
 from pipeline.errors import UserError
 from pipeline.runs.artifacts import SHARDS_FILE
 
 TYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16", torch.uint8: "U8"}
 ONE_SHARD = "model-00001-of-00001.safetensors"
 THREADS = ("read", "write", "disk")
-LONG_ENOUGH = 20  # seconds that a thread waits for another before the test has failed
-
-Part = tuple[str, Tensor]
+LONG_ENOUGH = 20  # seconds that a thread waits for another one before the test fails
 
 
 def random_bytes(*shape: int) -> Tensor:
@@ -48,7 +46,7 @@ def step_of(part: Part) -> Step:
 
 
 def in_parts(tensors: dict[str, Tensor], rows: int, note: Callable[[], Any] = lambda: None) -> Piece:
-    """A piece that makes so many rows of a tensor in a step."""
+    """Return a piece that makes `rows` rows of a tensor per step."""
     parts = [(name, part) for name, tensor in tensors.items() for part in tensor.split(rows)]
     return Piece(infos_of(tensors), lambda: map(step_of, parts), note)
 
@@ -66,7 +64,7 @@ def write(directory: Path, pieces: Iterable[Piece], shard_bytes: int = 10**6) ->
 
 
 def files_in(directory: Path) -> dict[str, bytes]:
-    """Everything but the bookkeeping of an unfinished conversion."""
+    """Read all files except the bookkeeping of an unfinished conversion."""
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.name != SHARDS_FILE}
 
 
@@ -96,7 +94,7 @@ STACK_BYTES = 6 * 10
 
 @pytest.fixture
 def stacks() -> dict[str, Tensor]:
-    """With a limit of STACK_BYTES each is a shard of its own."""
+    """Tensors that have one shard each with a limit of STACK_BYTES."""
     torch.manual_seed(1)
     return {name: random_bytes(6, 10) for name in STACKS}
 
@@ -112,7 +110,7 @@ def pieces_of(stacks: dict[str, Tensor], said: Any = "first") -> list[Piece]:
 def test_parts_give_the_same_file_as_whole_tensors(rows: int, tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
-    write(tmp_path / "whole", [whole(infos_of(tensors), lambda: tensors)])
+    write(tmp_path / "whole", [piece_in_one_step(infos_of(tensors), lambda: tensors)])
     write(tmp_path / "parts", [in_parts(tensors, rows)])
     assert files_in(tmp_path / "parts") == files_in(tmp_path / "whole")
     with safe_open(tmp_path / "parts" / ONE_SHARD, framework="pt") as file:
@@ -122,7 +120,7 @@ def test_parts_give_the_same_file_as_whole_tensors(rows: int, tmp_path: Path, te
 
 
 def test_a_step_may_make_parts_of_several_tensors(tmp_path: Path) -> None:
-    """As the export does: blocks expert by expert, the scales of all of them with the last."""
+    """The export does this: it makes the blocks of each expert, and the scales of all experts at the end."""
     torch.manual_seed(0)
     blocks, scales = random_bytes(5, 4, 16), random_bytes(5, 4)
 
@@ -149,7 +147,7 @@ def test_parts_may_have_any_strides(tmp_path: Path) -> None:
         assert torch.equal(file.get_tensor("turned"), turned)
 
 
-def test_the_work_on_a_piece_begins_when_it_is_its_turn(tmp_path: Path, stacks: dict[str, Tensor]) -> None:
+def test_steps_of_a_piece_are_requested_when_it_is_its_turn(tmp_path: Path, stacks: dict[str, Tensor]) -> None:
     events: list[str] = []
 
     def steps(name: str) -> Iterable[Step]:
@@ -184,7 +182,7 @@ WRONG_PARTS: dict[str, list[Part]] = {
 
 
 @pytest.mark.parametrize("parts", WRONG_PARTS.values(), ids=WRONG_PARTS)
-def test_parts_that_are_not_as_planned_stop_the_conversion_and_leave_no_shard(
+def test_parts_with_another_type_or_shape_or_order_stop_the_conversion_and_leave_no_shard(
     parts: list[Part], tmp_path: Path
 ) -> None:
     with pytest.raises(AssertionError, match=r"wide|next"):
@@ -195,7 +193,7 @@ def test_parts_that_are_not_as_planned_stop_the_conversion_and_leave_no_shard(
     assert threads() == []
 
 
-def test_a_piece_that_makes_too_little_is_not_filled_up_by_the_next_one(tmp_path: Path) -> None:
+def test_a_piece_that_makes_too_few_rows_is_an_error(tmp_path: Path) -> None:
     short = piece_of({"short": TensorInfo("F32", (4, 3))}, ("short", torch.zeros(3, 3)))
     with pytest.raises(AssertionError, match="short"):
         write(tmp_path, [short, in_parts({"good": torch.ones(4, 3)}, 1)])
@@ -206,7 +204,7 @@ def test_a_piece_that_makes_too_little_is_not_filled_up_by_the_next_one(tmp_path
 
 
 def expected_digests(directory: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Of files, and of the data of tensors, from what lies on the disk."""
+    """Compute the digests of the files and of the tensors' data from the disk."""
     files = {name: xxhash.xxh3_128_hexdigest((directory / name).read_bytes()) for name in shards_in(directory)}
     data: dict[str, str] = {}
     for name in files:
@@ -216,7 +214,7 @@ def expected_digests(directory: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 
 @pytest.mark.parametrize("buffer_bytes", [16, 100, 1 << 24])
-def test_the_digests_are_those_of_the_files_and_of_the_data_of_each_tensor(
+def test_digests_match_the_files_and_the_data_of_each_tensor(
     buffer_bytes: int, tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(direct_io, "_BUFFER_BYTES", buffer_bytes)
@@ -226,7 +224,7 @@ def test_the_digests_are_those_of_the_files_and_of_the_data_of_each_tensor(
 
 
 def interrupt(directory: Path, stacks: dict[str, Tensor], failing: str) -> None:
-    """A conversion that ends in the middle of the shard of one stack."""
+    """Run a conversion that fails in the middle of one stack's shard."""
     pieces = pieces_of(stacks)
     broken = [Step(lambda: raise_(RuntimeError("power cut")), lambda _: [])]
     at = STACKS.index(failing)
@@ -237,7 +235,7 @@ def interrupt(directory: Path, stacks: dict[str, Tensor], failing: str) -> None:
 
 
 @pytest.mark.parametrize("failing", STACKS)
-def test_the_digests_of_a_resumed_conversion_are_those_of_an_uninterrupted_one(
+def test_a_resumed_conversion_has_the_digests_of_an_uninterrupted_one(
     failing: str, tmp_path: Path, stacks: dict[str, Tensor]
 ) -> None:
     (tmp_path / "whole").mkdir()
@@ -249,14 +247,14 @@ def test_the_digests_of_a_resumed_conversion_are_those_of_an_uninterrupted_one(
     assert files_in(tmp_path / "resumed") == files_in(tmp_path / "whole")
 
 
-def test_notes_come_in_the_order_of_the_pieces_and_only_where_there_is_one(tmp_path: Path) -> None:
+def test_notes_come_in_the_order_of_the_pieces_without_those_that_are_none(tmp_path: Path) -> None:
     torch.manual_seed(0)
     notes: list[dict[str, Any] | None] = [{"number": 0}, None, {"number": 2, "nested": {"share": 0.1}}, {}]
     pieces = [in_parts({f"t{i}": random_bytes(4, 3)}, 1, lambda note=note: note) for i, note in enumerate(notes)]
     assert write(tmp_path, pieces, 24).notes == [{"number": 0}, {"number": 2, "nested": {"share": 0.1}}, {}]
 
 
-def test_a_note_is_asked_for_after_the_last_step_of_its_piece(tmp_path: Path) -> None:
+def test_a_note_is_requested_after_the_last_step_of_its_piece(tmp_path: Path) -> None:
     seen: list[int] = []
     step = Step(lambda: None, lambda _: seen.append(1) or [("t", torch.zeros(1, 2))])
     piece = Piece({"t": TensorInfo("F32", (3, 2))}, lambda: [step] * 3, lambda: {"steps": len(seen)})
@@ -264,7 +262,7 @@ def test_a_note_is_asked_for_after_the_last_step_of_its_piece(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("failing", STACKS)
-def test_notes_of_finished_shards_survive_an_interruption_and_the_others_are_made(
+def test_notes_of_finished_shards_survive_an_interruption_and_others_are_made(
     failing: str, tmp_path: Path, stacks: dict[str, Tensor]
 ) -> None:
     interrupt(tmp_path, stacks, failing)
@@ -284,8 +282,8 @@ def test_notes_keep_their_numbers_to_the_last_bit(tmp_path: Path, stacks: dict[s
 # Which shards are kept.
 
 
-def made_again(directory: Path, stacks: dict[str, Tensor]) -> list[str]:
-    """The stacks that a second conversion makes, whose result must be that of a first one."""
+def convert_again(directory: Path, stacks: dict[str, Tensor]) -> list[str]:
+    """Run a second conversion, check its result, and return the stacks that it made."""
     made: list[str] = []
 
     def piece(name: str) -> Piece:
@@ -307,41 +305,41 @@ def finished(tmp_path: Path, stacks: dict[str, Tensor]) -> Path:
 
 def test_finished_shards_are_not_made_again(finished: Path, stacks: dict[str, Tensor]) -> None:
     before = {name: (finished / name).stat().st_ino for name in NAMES}
-    assert made_again(finished, stacks) == []
+    assert convert_again(finished, stacks) == []
     assert {name: (finished / name).stat().st_ino for name in NAMES} == before
 
 
 @pytest.mark.parametrize(
     "change", [lambda c: c[:-1], lambda c: c + b"\0", lambda c: b""], ids=["short", "long", "empty"]
 )
-def test_a_shard_of_another_size_is_made_anew(
+def test_a_shard_of_another_size_is_made_again(
     change: Callable[[bytes], bytes], finished: Path, stacks: dict[str, Tensor]
 ) -> None:
     path = finished / NAMES[1]
     path.write_bytes(change(path.read_bytes()))
-    assert made_again(finished, stacks) == ["two"]
+    assert convert_again(finished, stacks) == ["two"]
 
 
-def test_a_missing_shard_is_made_anew(finished: Path, stacks: dict[str, Tensor]) -> None:
+def test_a_missing_shard_is_made_again(finished: Path, stacks: dict[str, Tensor]) -> None:
     (finished / NAMES[2]).unlink()
-    assert made_again(finished, stacks) == ["three"]
+    assert convert_again(finished, stacks) == ["three"]
 
 
-def test_a_shard_without_a_record_is_made_anew(finished: Path, stacks: dict[str, Tensor]) -> None:
-    """Whoever left it: nothing says that it is whole."""
+def test_a_shard_without_a_record_is_made_again(finished: Path, stacks: dict[str, Tensor]) -> None:
+    """It may be incomplete."""
     records = records_in(finished)
     del records[NAMES[0]]
     (finished / SHARDS_FILE).write_text(json.dumps(records))
     (finished / NAMES[0]).write_bytes(b"\xff" * (finished / NAMES[0]).stat().st_size)
-    assert made_again(finished, stacks) == ["one"]
+    assert convert_again(finished, stacks) == ["one"]
 
 
-def test_without_any_record_every_shard_is_made_anew(finished: Path, stacks: dict[str, Tensor]) -> None:
+def test_without_records_every_shard_is_made_again(finished: Path, stacks: dict[str, Tensor]) -> None:
     (finished / SHARDS_FILE).unlink()
-    assert made_again(finished, stacks) == list(STACKS)
+    assert convert_again(finished, stacks) == list(STACKS)
 
 
-def test_a_shard_that_was_recorded_but_not_yet_named_is_made_anew(
+def test_a_shard_that_was_recorded_but_not_renamed_is_made_again(
     tmp_path: Path, stacks: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish = shards._Output.publish
@@ -353,12 +351,10 @@ def test_a_shard_that_was_recorded_but_not_yet_named_is_made_anew(
     assert list(records_in(tmp_path)) == NAMES[:3]
     assert shards_in(tmp_path) == NAMES[:2]
     monkeypatch.undo()
-    assert made_again(tmp_path, stacks) == ["three", "four"]
+    assert convert_again(tmp_path, stacks) == ["three", "four"]
 
 
-def test_records_of_shards_of_another_limit_are_not_mistaken_for_these(
-    finished: Path, stacks: dict[str, Tensor]
-) -> None:
+def test_records_from_another_limit_are_not_used(finished: Path, stacks: dict[str, Tensor]) -> None:
     written = write(finished, pieces_of(stacks), 2 * STACK_BYTES)
     assert len(written.files) == 2
     assert all(
@@ -409,7 +405,7 @@ def test_an_error_while_making_leaves_whole_shards_and_no_thread(
     for name, stack_name in zip(left, STACKS, strict=False):
         with safe_open(tmp_path / name, framework="pt") as file:
             assert torch.equal(file.get_tensor(stack_name), stacks[stack_name])
-    assert made_again(tmp_path, stacks) == list(STACKS[len(left) :])
+    assert convert_again(tmp_path, stacks) == list(STACKS[len(left) :])
 
 
 def test_an_error_in_a_note_leaves_its_shard_unfinished(tmp_path: Path, stacks: dict[str, Tensor]) -> None:
@@ -433,11 +429,11 @@ def test_an_error_while_writing_leaves_whole_shards_and_no_thread(
     assert shards_in(tmp_path) == list(records_in(tmp_path))
     left = len(shards_in(tmp_path))
     monkeypatch.undo()
-    assert made_again(tmp_path, stacks) == list(STACKS[left:])
+    assert convert_again(tmp_path, stacks) == list(STACKS[left:])
 
 
 def fail_after(monkeypatch: pytest.MonkeyPatch, method: str, calls: int, error: Exception) -> None:
-    """Let a method of a shard work so many times, then fail for good."""
+    """Let a method of a shard work `calls` times, then always fail."""
     original, count = getattr(shards._Shard, method), [0]
 
     def run(self: Any, *arguments: Any) -> Any:
@@ -447,7 +443,7 @@ def fail_after(monkeypatch: pytest.MonkeyPatch, method: str, calls: int, error: 
     monkeypatch.setattr(shards._Shard, method, run)
 
 
-def test_an_error_of_the_disk_is_not_lost(
+def test_an_error_of_the_disk_is_raised(
     tmp_path: Path, stacks: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(direct_io.os, "write", lambda *_: raise_(OSError(errno.EIO, "Input/output error")))
@@ -461,7 +457,7 @@ def test_an_error_of_the_disk_is_not_lost(
 
 
 def disk_with(monkeypatch: pytest.MonkeyPatch, capacity: int, number: int = errno.ENOSPC) -> None:
-    """A disk of so many bytes, written to a few at a time: what fits is written, then the system says no."""
+    """Simulate a disk with `capacity` bytes and partial writes. Writes beyond the capacity fail."""
     monkeypatch.setattr(direct_io, "_BUFFER_BYTES", 16)
     monkeypatch.setattr(direct_io, "_DIRECT", 0)
     written, write_some = [0], os.write
@@ -480,7 +476,7 @@ def header_bytes(path: Path) -> int:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("where", ["first header", "data", "last byte", "second header", "second data"])
-def test_a_disk_that_fills_up_is_one_error_that_says_what_to_do(
+def test_the_error_of_a_full_disk_says_what_to_do(
     where: str, number: int, tmp_path: Path, stacks: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "whole").mkdir()
@@ -505,14 +501,14 @@ def test_a_disk_that_fills_up_is_one_error_that_says_what_to_do(
     assert shards_in(directory) == NAMES[:done]
     assert threads() == []
     monkeypatch.undo()
-    assert made_again(directory, stacks) == list(STACKS[done:])
+    assert convert_again(directory, stacks) == list(STACKS[done:])
 
 
 @pytest.mark.parametrize("sync_bytes", [1, 1 << 28])
-def test_a_disk_that_turns_out_full_when_it_takes_the_data_is_the_same_error(
+def test_a_full_disk_at_fsync_gives_the_same_error(
     sync_bytes: int, tmp_path: Path, stacks: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """File systems that allocate late (and NFS) say so only then, in the middle or at the end."""
+    """NFS and file systems with delayed allocation fail only at fsync, in the middle or at the end."""
     monkeypatch.setattr(direct_io, "_SYNC_BYTES", sync_bytes)
     monkeypatch.setattr(direct_io, "_BUFFER_BYTES", 16)
     monkeypatch.setattr(direct_io, "_DIRECT", 0)
@@ -524,7 +520,7 @@ def test_a_disk_that_turns_out_full_when_it_takes_the_data_is_the_same_error(
 
 
 @pytest.mark.parametrize("file", [SHARDS_FILE, INDEX])
-def test_a_disk_that_is_full_when_a_small_file_is_written_is_the_same_error(
+def test_a_full_disk_at_a_small_file_gives_the_same_error(
     file: str, tmp_path: Path, stacks: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_json = shards.write_json
@@ -543,7 +539,7 @@ def test_a_disk_that_is_full_when_a_small_file_is_written_is_the_same_error(
 
 
 def waiting_for(event: threading.Event, result: Any) -> Any:
-    assert event.wait(LONG_ENOUGH), "waited in vain: the steps run one after the other"
+    assert event.wait(LONG_ENOUGH), "timeout: the steps do not overlap"
     return result
 
 
@@ -583,7 +579,7 @@ def test_the_next_step_is_converted_while_one_is_written(
 
 
 class Alive:
-    """How many of the tensors that were given out are still held by someone, at most."""
+    """Counter of the tensors that are alive at the same time, and their maximum."""
 
     def __init__(self) -> None:
         self.most = self.now = 0
@@ -602,7 +598,7 @@ class Alive:
 
 
 @pytest.mark.parametrize("slow", ["read", "convert", "write"])
-def test_whichever_side_is_slow_only_a_handful_of_steps_are_in_memory(
+def test_few_steps_are_in_memory_whichever_side_is_slow(
     slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count, pause = 40, threading.Event()
@@ -612,7 +608,7 @@ def test_whichever_side_is_slow_only_a_handful_of_steps_are_in_memory(
 
     def wait(side: str) -> None:
         if side == slow:
-            pause.wait(0.005)  # never set: a sleep
+            pause.wait(0.005)  # never set, so this sleeps
 
     def do_read(i: int) -> Tensor:
         wait("read")

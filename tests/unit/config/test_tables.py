@@ -15,7 +15,7 @@ from pipeline.config import (
 )
 from pipeline.evaluate.generation.endpoint import APIS
 from pipeline.export import EXPORTERS
-from pipeline.models.sharding import ENGINES
+from pipeline.models.sharding import STRATEGIES
 from pipeline.numerics.formats import FORMATS, SCALE_RULES
 
 CONF = Path(__file__).parents[3] / "conf"
@@ -53,4 +53,4 @@ def test_every_rule_of_a_format_can_be_chosen_for_it_and_no_other() -> None:
 
 def test_every_api_of_an_endpoint_and_every_sharding_has_its_row() -> None:
     assert set(APIS) == set(EndpointApi.__members__)
-    assert set(ENGINES) == set(Sharding)
+    assert set(STRATEGIES) == set(Sharding)

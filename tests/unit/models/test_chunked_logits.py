@@ -1,4 +1,4 @@
-"""Logits in chunks: the same loss and gradients as from all of them at once, and no tensor of that size."""
+"""Logits in chunks give the same loss and gradients as all logits at once, without a tensor of their size."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ def model(seed: int) -> Any:
 
 
 def batch() -> dict[str, Tensor]:
-    """Rows with prompts of 5, 10 and 15 tokens, the last row padded with 8."""
+    """Make rows with prompts of 5, 10 and 15 tokens. The last row has 8 tokens of padding."""
     ids = torch.randint(VOCABULARY, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     labels, mask = ids.clone(), torch.ones_like(ids)
     for row in range(ROWS):
@@ -36,7 +36,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def whole_loss(student: Any, teacher: Any, weight: float, temperature: float) -> Tensor:
-    """The distillation loss from the logits of all positions, by torch's own pieces."""
+    """Compute the distillation loss from the logits of all positions, with torch's own functions."""
     made = batch()
     labels = made.pop("labels")[:, 1:]
     own, taught = (each(**made).logits[:, :-1][labels != IGNORED] for each in (student, teacher))
@@ -53,7 +53,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("how", ["plain", "adapted", "split by ZeRO-3"])
-def test_the_loss_and_its_gradients_are_those_of_all_logits_at_once(how: str) -> None:
+def test_loss_and_gradients_are_the_same_as_with_all_logits_at_once(how: str) -> None:
     found = []
     for of in (lambda each: distillation.distilled(each, Teacher(model(1), 0.5, 2.0), batch()).loss, None):
         student = model(0)
@@ -61,7 +61,7 @@ def test_the_loss_and_its_gradients_are_those_of_all_logits_at_once(how: str) ->
             torch.manual_seed(2)
             student = get_peft_model(student, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
         if how == "split by ZeRO-3":
-            student.get_output_embeddings().weight.ds_id = 0  # which keeps others from using it
+            student.get_output_embeddings().weight.ds_id = 0  # marks it as sharded, so only its own module may use it
         loss = of(student) if of else whole_loss(student, model(1), 0.5, 2.0)
         loss.backward()
         found.append((loss.detach(), {name: p.grad for name, p in student.named_parameters() if p.grad is not None}))
@@ -100,7 +100,7 @@ def test_validation_loss_is_the_mean_of_torchs_cross_entropy() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the most values of any floating-point tensor that is made."""
+    """Records the number of values of the largest floating-point tensor that is made."""
 
     values = 0
 

@@ -1,4 +1,4 @@
-"""Kernels for the experts: each computes and differentiates what eager does, in every precision, quantized or not."""
+"""Every kernel for the experts gives the loss and gradients of eager, in every precision, quantized or not."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -16,7 +16,7 @@ from pipeline.models.loading import TRAIN_DTYPES
 from pipeline.numerics.formats import FORMATS, MXFP4, BlockFormat
 
 IDS = torch.randint(1, 64, (2, 24), generator=torch.Generator().manual_seed(1))
-# Every token goes to every expert: a choice that rounding flips would hide what the kernels do.
+# Every token goes to every expert. Otherwise rounding could change the routing and hide errors of kernels.
 EXPERTS = 4
 EAGER, BATCHED, GROUPED = (ExpertsImplementation[name] for name in ("eager", "batched_mm", "grouped_mm"))
 
@@ -52,7 +52,7 @@ def results(
     block_format: BlockFormat | None = None,
     lora: LoraConfig | None = None,
 ) -> dict[str, Tensor]:
-    """The loss and every gradient; all quantizers have run."""
+    """Compute the loss and every gradient, and check that all quantizers have run."""
     model = gpt_oss(dtype)
     if lora is not None:
         model = adapters.attach(model, TrainConfig(lora=lora), "sft")
@@ -75,7 +75,7 @@ def distances(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, f
 
 
 def of_all_gradients(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """The distance of the gradient as one vector; that of a small tensor, such as the sinks, is large by chance."""
+    """Compute the distance of all gradients as one vector. In a small tensor, such as the sinks, it varies too much."""
     names = [name for name in truth if name != "loss"]
     whole, true = (torch.cat([each[name].double().flatten() for name in names]) for each in (found, truth))
     return float((whole - true).norm() / true.norm())
@@ -83,7 +83,7 @@ def of_all_gradients(found: dict[str, Tensor], truth: dict[str, Tensor]) -> floa
 
 @pytest.mark.parametrize("implementation", [BATCHED, GROUPED])
 @pytest.mark.parametrize("block_format", [None, MXFP4])
-def test_in_fp32_loss_and_gradients_are_those_of_eager(
+def test_in_fp32_loss_and_gradients_equal_eager(
     implementation: ExpertsImplementation, block_format: BlockFormat | None
 ) -> None:
     found, eager = (results(each, torch.float32, block_format=block_format) for each in (implementation, EAGER))
@@ -92,7 +92,7 @@ def test_in_fp32_loss_and_gradients_are_those_of_eager(
 
 @pytest.mark.parametrize("implementation", [BATCHED, GROUPED])
 @pytest.mark.parametrize("precision", [Precision.mixed_bf16, Precision.bf16])
-def test_in_bf16_they_are_as_near_to_the_truth_as_those_of_eager(
+def test_in_bf16_loss_and_gradients_are_as_accurate_as_with_eager(
     implementation: ExpertsImplementation, precision: Precision
 ) -> None:
     truth = results(EAGER, torch.float64)
@@ -121,22 +121,22 @@ def test_under_mixed_precision_the_grouped_products_are_in_bf16(
 
 
 @pytest.mark.parametrize("implementation", [BATCHED, GROUPED])
-def test_quantized_experts_with_adapters_learn_what_they_do_with_eager(implementation: ExpertsImplementation) -> None:
+def test_quantized_experts_with_adapters_get_the_gradients_of_eager(implementation: ExpertsImplementation) -> None:
     lora = LoraConfig(targets=[LoraTarget.experts])
     found, eager = (results(each, torch.float32, block_format=MXFP4, lora=lora) for each in (implementation, EAGER))
     assert any("lora_B" in name for name in eager)
-    real = {name: value.double() for name, value in eager.items() if value.any()}  # A learns nothing while B is zero
+    real = {name: value.double() for name, value in eager.items() if value.any()}  # A has no gradient while B is zero
     assert max(distances({name: found[name] for name in real}, real).values()) < 1e-5
 
 
-def test_adapters_under_which_quantizers_would_not_run_are_refused() -> None:
+def test_attaching_adapters_to_a_quantized_model_is_an_error() -> None:
     model = gpt_oss(torch.float32)
     fake_quantizers.insert(model, MXFP4, lambda quantized: quantized(input_ids=IDS))
     with pytest.raises(CheckFailed, match="Attach adapters before quantizers"):
         adapters.attach(model, TrainConfig(), "qat")
 
 
-def test_quantized_inputs_are_quantized_with_what_auto_chooses_and_with_batched_mm_but_not_with_grouped_mm() -> None:
+def test_quantizers_of_inputs_run_with_auto_and_batched_mm_but_not_with_grouped_mm() -> None:
     block_format = FORMATS["nvfp4_w4a4"]
     auto, batched = (
         results(each, torch.float32, block_format=block_format) for each in (ExpertsImplementation.auto, BATCHED)
@@ -146,7 +146,7 @@ def test_quantized_inputs_are_quantized_with_what_auto_chooses_and_with_batched_
         results(GROUPED, torch.float32, block_format=block_format)
 
 
-def test_auto_is_grouped_mm_where_inputs_are_not_quantized() -> None:
+def test_auto_is_grouped_mm_if_inputs_are_not_quantized() -> None:
     for block_format in (None, MXFP4):
         auto, grouped = (
             results(each, torch.float32, block_format=block_format) for each in (ExpertsImplementation.auto, GROUPED)

@@ -1,4 +1,4 @@
-"""Batches for validation: padded on the right, in order, and made only when they are asked for."""
+"""Batches for validation are padded on the right, in order, and made only when they are read."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ LENGTHS = (3, 5, 2, 4, 1)
 
 
 class Examples:
-    """Five examples, and which of them were read."""
+    """Five examples, and a record of those that were read."""
 
     def __init__(self) -> None:
         self.read: list[int] = []
@@ -26,7 +26,7 @@ class Examples:
         return {"input_ids": ids, "labels": [IGNORED, *ids[1:]]}
 
 
-def test_batches_are_padded_on_the_right_and_the_last_is_what_is_left() -> None:
+def test_batches_are_padded_on_the_right_and_the_last_one_may_be_smaller() -> None:
     found = losses.batches(Examples(), 2, pad_token_id=0)
     assert len(found) == 3
     first, *_, last = found
@@ -37,7 +37,7 @@ def test_batches_are_padded_on_the_right_and_the_last_is_what_is_left() -> None:
     assert torch.equal(found[-1]["input_ids"], last["input_ids"])
 
 
-def test_a_batch_is_read_when_it_is_asked_for_and_not_kept() -> None:
+def test_a_batch_is_made_each_time_it_is_read() -> None:
     examples = Examples()
     found = losses.batches(examples, 2, pad_token_id=0)
     assert examples.read == []

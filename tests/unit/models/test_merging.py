@@ -1,4 +1,4 @@
-"""Adapters merged a few experts at a time: bit for bit the merge of the whole stack, and PEFT's own."""
+"""Merging adapters a few experts at a time gives the bits of merging the whole stack, and of PEFT's own merge."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -70,7 +70,7 @@ def adapt(base: Path, directory: Path, dtype: torch.dtype, rank: int) -> Adapted
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes a tiny model of these sizes, once."""
+    """Return a function that makes a tiny model with the given sizes, once."""
     root = tmp_path_factory.mktemp("merging")
 
     def make(**sizes: int) -> Path:
@@ -84,7 +84,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="module")
 def adapted(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Adapted]:
-    """Makes an adapted model, once."""
+    """Return a function that makes an adapted model, once."""
     made: dict[Any, Adapted] = {}
 
     def make(dtype: torch.dtype, rank: int, **sizes: int) -> Adapted:
@@ -97,15 +97,15 @@ def adapted(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 def parts_of(count: int) -> list[list[slice]]:
-    """Ways to cut a stack: in twos, unevenly, and almost whole."""
+    """Return ways to split a stack: in twos, unevenly, and almost whole."""
     twos = [*range(0, count - 1, 2), count] if count % 2 == 0 else [*range(0, count - 2, 2), count]
     bounds = [twos, [0, 3, count], [0, 2, 5, count], [0, count - 2, count], [0, count]]
     cuts = [[slice(*pair) for pair in pairwise(each)] for each in bounds]
     return [parts for parts in cuts if all(part.stop - part.start > 1 for part in parts)]
 
 
-def merged_in(parts: list[slice], merger: Merger, name: str, base: Tensor) -> Tensor:
-    return torch.cat([merger.merged(name, base[rows], rows.start) for rows in parts])
+def merge_in(parts: list[slice], merger: Merger, name: str, base: Tensor) -> Tensor:
+    return torch.cat([merger.merge(name, base[rows], rows.start) for rows in parts])
 
 
 @pytest.mark.parametrize("rank", RANKS)
@@ -117,10 +117,10 @@ def test_merging_a_few_experts_at_a_time_gives_the_bits_of_the_whole_stack(
     merger, checkpoint = model.merger(), Checkpoint(model.ref.base)
     for name in STACKS:
         base = checkpoint.read_plain(name)
-        whole = merger.merged(name, base)
+        whole = merger.merge(name, base)
         assert not torch.equal(whole, base.to(dtype))
         for parts in parts_of(len(base)):
-            assert same_bits(merged_in(parts, merger, name, base), whole), (name, parts)
+            assert same_bits(merge_in(parts, merger, name, base), whole), (name, parts)
 
 
 @pytest.mark.parametrize(
@@ -134,15 +134,17 @@ def test_merging_a_few_experts_at_a_time_gives_the_bits_of_the_whole_stack(
     ids=lambda sizes: "-".join(map(str, sizes.values())),
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_so_it_does_at_other_sizes(dtype: torch.dtype, sizes: dict[str, int], adapted: Callable[..., Adapted]) -> None:
-    """Matrix products take other ways at other sizes."""
+def test_merging_a_few_experts_at_a_time_gives_the_same_bits_at_other_sizes(
+    dtype: torch.dtype, sizes: dict[str, int], adapted: Callable[..., Adapted]
+) -> None:
+    """Matrix products use other kernels at other sizes."""
     model = adapted(dtype, 8, **sizes)
     merger, checkpoint = model.merger(), Checkpoint(model.ref.base)
     for name in STACKS:
         base = checkpoint.read_plain(name)
-        whole = merger.merged(name, base)
+        whole = merger.merge(name, base)
         for parts in parts_of(len(base)):
-            assert same_bits(merged_in(parts, merger, name, base), whole), (name, parts)
+            assert same_bits(merge_in(parts, merger, name, base), whole), (name, parts)
         assert same_bits(whole, model.merged[name])
 
 
@@ -154,7 +156,7 @@ def test_the_number_of_threads_does_not_matter(threads: int, adapted: Callable[.
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        merged = merged_in([slice(0, 2), slice(2, 8)], merger, name, base)
+        merged = merge_in([slice(0, 2), slice(2, 8)], merger, name, base)
     finally:
         torch.set_num_threads(before)
     assert same_bits(merged, model.merged[name])
@@ -162,34 +164,34 @@ def test_the_number_of_threads_does_not_matter(threads: int, adapted: Callable[.
 
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_merge_is_that_of_peft_on_the_loaded_model(
+def test_the_merge_equals_pefts_merge_on_the_loaded_model(
     dtype: torch.dtype, rank: int, adapted: Callable[..., Adapted]
 ) -> None:
     model = adapted(dtype, rank)
     weights = Weights(model.ref)
     for name in (*STACKS, *ATTENTION):
-        assert same_bits(weights.trained(name), model.merged[name]), name
+        assert same_bits(weights.read_trained(name), model.merged[name]), name
 
 
-def test_merging_parts_leaves_the_adapters_as_they_were(adapted: Callable[..., Adapted]) -> None:
+def test_merging_parts_does_not_change_the_adapters(adapted: Callable[..., Adapted]) -> None:
     model = adapted(torch.float32, 8)
     merger, name = model.merger(), STACKS[1]
     base = Checkpoint(model.ref.base).read_plain(name)
     before = base.clone()
-    merger.merged(name, base[6:], 6)
-    merger.merged(name, base[1:4], 1)
-    assert same_bits(merger.merged(name, base), model.merged[name])
+    merger.merge(name, base[6:], 6)
+    merger.merge(name, base[1:4], 1)
+    assert same_bits(merger.merge(name, base), model.merged[name])
     assert same_bits(base, before)
 
 
-def test_an_error_in_a_part_leaves_the_adapters_as_they_were(adapted: Callable[..., Adapted]) -> None:
+def test_an_error_in_a_part_does_not_change_the_adapters(adapted: Callable[..., Adapted]) -> None:
     model = adapted(torch.float32, 8)
     merger, name = model.merger(), STACKS[1]
     base = Checkpoint(model.ref.base).read_plain(name)
     with pytest.raises(AssertionError):
-        merger.merged(name, base[:1])
-    assert same_bits(merger.merged(name, base[2:5], 2), model.merged[name][2:5])
-    assert same_bits(merger.merged(name, base), model.merged[name])
+        merger.merge(name, base[:1])
+    assert same_bits(merger.merge(name, base[2:5], 2), model.merged[name][2:5])
+    assert same_bits(merger.merge(name, base), model.merged[name])
 
 
 def test_only_adapted_weights_are_in_the_merger(adapted: Callable[..., Adapted]) -> None:
@@ -225,7 +227,7 @@ def test_parts_cover_every_row_of_every_weight_once(
 
 @pytest.mark.parametrize("step_bytes", STEP_SIZES)
 @pytest.mark.parametrize("experts", range(2, 12))
-def test_an_adapted_stack_is_never_cut_to_a_single_expert(
+def test_a_part_of_an_adapted_stack_is_never_a_single_expert(
     experts: int, step_bytes: int, adapted: Callable[..., Adapted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weights_module, "STEP_BYTES", step_bytes)
@@ -239,7 +241,7 @@ def test_an_adapted_stack_is_never_cut_to_a_single_expert(
             assert all(part.stop - part.start <= 3 for part in parts)
 
 
-def test_parts_of_other_weights_are_as_small_as_asked_for(
+def test_parts_of_other_weights_have_the_requested_size(
     adapted: Callable[..., Adapted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weights_module, "STEP_BYTES", 3 * 96 * 64 * 4)
@@ -261,15 +263,15 @@ def test_adapted_attention_is_merged_whole(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("step_bytes", STEP_SIZES)
-def test_weights_read_in_parts_are_the_weights(
+def test_weights_read_in_parts_equal_whole_weights(
     step_bytes: int, dtype: torch.dtype, adapted: Callable[..., Adapted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapted(dtype, 8)
     weights = Weights(model.ref)
-    expected = {name: weights.trained(name) for name in (*STACKS, *ATTENTION, *OTHERS)}
+    expected = {name: weights.read_trained(name) for name in (*STACKS, *ATTENTION, *OTHERS)}
     monkeypatch.setattr(weights_module, "STEP_BYTES", step_bytes)
     for name, whole in expected.items():
-        parts = [weights.trained(name, rows, weights.stored(name, rows)) for rows in weights.parts(name)]
+        parts = [weights.read_trained(name, rows, weights.read_stored(name, rows)) for rows in weights.parts(name)]
         assert same_bits(torch.cat(parts), whole), name
 
 
@@ -279,4 +281,4 @@ def test_a_stack_of_two_experts_is_merged_whole(adapted: Callable[..., Adapted])
     for projection in expert_projections(weights.shape):
         assert weights.parts(projection.name) == [slice(0, 2)]
     for name in STACKS:
-        assert same_bits(weights.trained(name), model.merged[name])
+        assert same_bits(weights.read_trained(name), model.merged[name])

@@ -1,4 +1,4 @@
-"""When rounded weights are kept, and when they are made again."""
+"""Rounded weights are cached until the weights change."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from pipeline.numerics.codec import straight_through
 
 
 class Rounder:
-    """Rounds to whole numbers and counts how often."""
+    """Rounds to whole numbers and counts its calls."""
 
     def __init__(self, weight: Tensor) -> None:
         self.weight, self.calls = weight, 0
@@ -32,7 +32,7 @@ def test_weights_are_rounded_once_until_they_are_forgotten() -> None:
     assert rounder.calls == 2
 
 
-def test_a_parameter_that_an_optimizer_moved_is_rounded_again_without_being_told() -> None:
+def test_a_parameter_that_an_optimizer_changed_is_rounded_again() -> None:
     weight, kept = parameter(0.4, 1.6), RoundedWeights()
     rounder = Rounder(weight)
     kept.of("w", weight, rounder)
@@ -41,7 +41,7 @@ def test_a_parameter_that_an_optimizer_moved_is_rounded_again_without_being_told
     assert kept.of("w", weight, rounder).tolist() == [-1.0, 1.0]
 
 
-def test_what_does_not_fit_into_the_budget_is_rounded_every_time() -> None:
+def test_weights_beyond_the_budget_are_rounded_every_time() -> None:
     small, large = parameter(0.4), parameter(*[0.4] * 100)
     kept = RoundedWeights(budget_bytes=100)
     rounders = {"small": Rounder(small), "large": Rounder(large)}
@@ -52,7 +52,7 @@ def test_what_does_not_fit_into_the_budget_is_rounded_every_time() -> None:
     assert kept.bytes == 4
 
 
-def test_no_budget_keeps_nothing() -> None:
+def test_a_budget_of_zero_caches_nothing() -> None:
     weight, kept = parameter(0.4), RoundedWeights(budget_bytes=0)
     rounder = Rounder(weight)
     kept.of("w", weight, rounder)
@@ -69,14 +69,14 @@ def test_the_gradient_comes_in_the_type_of_the_weight() -> None:
     assert weight.grad.tolist() == [2.0, 3.0]
 
 
-def test_handing_out_kept_weights_leaves_them_without_a_graph() -> None:
+def test_cached_weights_never_get_a_graph() -> None:
     weight, kept = parameter(0.4), RoundedWeights()
     values = kept.of("w", weight, Rounder(weight))
     assert straight_through(weight, values).requires_grad
     assert not values.requires_grad
 
 
-def test_products_are_computed_in_the_type_of_autocast_where_it_is_on() -> None:
+def test_the_compute_type_is_autocasts_if_it_is_on() -> None:
     weight = parameter(0.4)
     assert compute_dtype(weight) is torch.float32
     with torch.autocast("cpu", torch.bfloat16):

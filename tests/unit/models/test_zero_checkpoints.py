@@ -1,4 +1,4 @@
-"""ZeRO's checkpoints: converted once, and only for another number of processes than wrote them. Without DeepSpeed."""
+"""ZeRO's checkpoints are converted once, and only for another number of processes. DeepSpeed is simulated."""
 
 import sys
 from collections import namedtuple
@@ -18,18 +18,18 @@ from pathlib import Path
 given = dict(word.removeprefix("--").split("=") for word in sys.argv[1:] if "=" in word)
 assert len(list(Path(given["input_folder"]).glob("*_optim_states.pt"))) == 2
 output = Path(given["output_folder"])
-output.mkdir()  # fails where an interrupted conversion was left
+output.mkdir()  # fails if an interrupted conversion left it
 (output.parent / "latest_universal").write_text(output.name)
 """
 
 
-class Engine:
-    """What DeepSpeed's has of it: notes what it was asked to read, and how."""
+class FakeDeepSpeedEngine:
+    """Stands in for DeepSpeed's engine, and records its reads."""
 
     def __init__(self) -> None:
         self._config = SimpleNamespace(load_universal_checkpoint=False)
         self.read: list[tuple[str, bool, dict[str, Any]]] = []
-        # Two groups, as full training has them: weights that decay, and those that do not.
+        # Two groups, as in full training: weights with and without weight decay.
         self.optimizer = SimpleNamespace(param_groups=[{"params": [1], "lr": 0.5, "decay": 0.1}, {"params": [2, 3]}])
         self.optimizer.param_groups[1] |= {"lr": 0.5, "decay": 0.0}
         self.optimizer.state = {"first": {}, "second": {}}
@@ -38,7 +38,7 @@ class Engine:
         self.read.append((Path(load_dir).name, self._config.load_universal_checkpoint, more))
         first, *others = self.optimizer.param_groups
         first["lr"] = 0.25
-        if self._config.load_universal_checkpoint:  # what DeepSpeed 0.19.8 does to them
+        if self._config.load_universal_checkpoint:  # the errors of DeepSpeed 0.19.8
             for group in others:
                 group |= {**first, "params": []}
             step = torch.tensor(3)
@@ -48,18 +48,18 @@ class Engine:
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Engine:
-    """With a converter that DeepSpeed's own stands for."""
+def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeDeepSpeedEngine:
+    """Simulate DeepSpeed's engine and its converter."""
     module = ModuleType("deepspeed")
-    module.DeepSpeedEngine = Engine  # type: ignore[attr-defined]
+    module.DeepSpeedEngine = FakeDeepSpeedEngine  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "deepspeed", module)
     converts_to(CONVERTER, monkeypatch, tmp_path)
-    return Engine()
+    return FakeDeepSpeedEngine()
 
 
 def converts_to(code: str, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
-    (directory / "standing_in.py").write_text(code)
-    monkeypatch.setattr(zero_checkpoints, "_CONVERTER", "standing_in")
+    (directory / "fake_converter.py").write_text(code)
+    monkeypatch.setattr(zero_checkpoints, "_CONVERTER", "fake_converter")
     monkeypatch.setenv("PYTHONPATH", str(directory))
 
 
@@ -78,11 +78,13 @@ def run_by(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zero_checkpoints, "wait_for_everyone", lambda: None)
 
 
-def test_each_checkpoint_is_read_as_what_it_is(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that two processes wrote, one of the three that go on, and the first again."""
+def test_only_checkpoints_of_other_numbers_of_processes_are_converted(
+    engine: FakeDeepSpeedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three processes read a checkpoint that two wrote, one that three wrote, and the first one again."""
     run_by(3, monkeypatch)
     theirs, own = checkpoint(tmp_path, 2, 2), checkpoint(tmp_path, 4, 3)
-    with zero_checkpoints.read_where_needed():
+    with zero_checkpoints.convert_when_needed():
         for path in (theirs, own, theirs):
             assert engine.load_checkpoint(str(path), load_optimizer_states=True) == "read"
     more = {"load_optimizer_states": True}
@@ -98,50 +100,50 @@ def test_each_checkpoint_is_read_as_what_it_is(engine: Engine, tmp_path: Path, m
     assert (theirs / "global_step2_universal").is_dir()
 
 
-def test_what_an_interrupted_conversion_left_is_made_anew(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_conversion_is_repeated(
+    engine: FakeDeepSpeedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_by(3, monkeypatch)
     path = checkpoint(tmp_path, 2, 2)
     (path / "global_step2_universal" / "zero").mkdir(parents=True)
-    with zero_checkpoints.read_where_needed():
+    with zero_checkpoints.convert_when_needed():
         engine.load_checkpoint(str(path))
     assert list((path / "global_step2_universal").iterdir()) == []
 
 
-def test_outside_of_it_deepspeed_is_as_it_was(engine: Engine) -> None:
-    before = Engine.load_checkpoint
-    with pytest.raises(ValueError, match="training stops"), zero_checkpoints.read_where_needed():
-        assert Engine.load_checkpoint is not before
+def test_the_patch_of_deepspeed_is_removed_after_the_block(engine: FakeDeepSpeedEngine) -> None:
+    before = FakeDeepSpeedEngine.load_checkpoint
+    with pytest.raises(ValueError, match="training stops"), zero_checkpoints.convert_when_needed():
+        assert FakeDeepSpeedEngine.load_checkpoint is not before
         raise ValueError("training stops")
-    assert Engine.load_checkpoint is before
+    assert FakeDeepSpeedEngine.load_checkpoint is before
 
 
-def test_a_conversion_that_fails_says_why_and_what_to_do(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_error_of_a_failed_conversion_says_why_and_what_to_do(
+    engine: FakeDeepSpeedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_by(3, monkeypatch)
     path = checkpoint(tmp_path, 2, 2)
     converts_to("raise KeyError('exp_avg')", monkeypatch, tmp_path)
-    with zero_checkpoints.read_where_needed(), pytest.raises(UserError) as caught:
+    with zero_checkpoints.convert_when_needed(), pytest.raises(UserError) as caught:
         engine.load_checkpoint(str(path))
     assert str(caught.value) == (
-        f"{path}: 2 processes wrote it, and DeepSpeed cannot convert it for 3 (KeyError: 'exp_avg')."
-        " Go on with as many as before, or start anew with overwrite=true."
+        f"{path}: was written by 2 processes, and DeepSpeed cannot convert it for 3 (KeyError: 'exp_avg')."
+        " Resume with as many processes as before, or restart with overwrite=true."
     )
     assert engine.read == []
 
 
-def test_too_small_a_disk_is_seen_before_anything_is_written(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_too_little_disk_space_is_an_error_before_anything_is_written(
+    engine: FakeDeepSpeedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_by(3, monkeypatch)
     path = checkpoint(tmp_path, 2, 2)
     usage = namedtuple("usage", "free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(11))
-    with zero_checkpoints.read_where_needed(), pytest.raises(UserError, match=r"needs 0\.0 GB"):
+    with zero_checkpoints.convert_when_needed(), pytest.raises(UserError, match=r"needs 0\.0 GB"):
         engine.load_checkpoint(str(path))
     assert not (path / "global_step2_universal").exists()
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(12))
-    with zero_checkpoints.read_where_needed():
+    with zero_checkpoints.convert_when_needed():
         engine.load_checkpoint(str(path))

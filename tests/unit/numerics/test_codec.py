@@ -1,6 +1,6 @@
 """The codec against independent oracles: ml_dtypes, exact fractions, ModelOpt's and transformers' decoders.
 
-Comparisons are of bits, so that the sign of a zero counts. Legend: nb = number of blocks.
+Tests compare bits, so the sign of a zero matters. Legend: nb = number of blocks.
 """
 
 import math
@@ -18,8 +18,8 @@ from pipeline.numerics.formats import E2M1_VALUES, E8M0_VALUES, FORMATS, MXFP4, 
 
 MAGNITUDES = (0, Fraction(1, 2), 1, Fraction(3, 2), 2, 3, 4, 6)
 MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-EVEN_CODES = (0, 2, 2, 4, 4, 6, 6)  # of each midpoint's two neighbours, the one whose last bit is zero
-LARGEST_SCALE = 252  # its largest multiple, 6 * 2^(252 - 127), is the last that BF16 and FP32 hold: 253 would give Inf
+EVEN_CODES = (0, 2, 2, 4, 4, 6, 6)  # the code beside each midpoint whose last bit is zero
+LARGEST_SCALE = 252  # BF16 and FP32 hold its largest multiple, 6 * 2^(252 - 127); byte 253 would give Inf
 
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 TRAINED_TYPES = (torch.bfloat16, torch.float32)
@@ -41,7 +41,7 @@ def assert_same_bytes(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -
 
 
 def exact_scale(amax: float) -> int:
-    """Byte of the smallest power of two s, from 2^-127 to 2^125, with amax <= 6 s: found by trying, exactly."""
+    """Find the byte of the smallest power of two s, from 2^-127 to 2^125, with amax <= 6 s, by exact trials."""
     exponent = max(-127, math.frexp(amax)[1] - 5) if amax else -127
     while Fraction(amax) > 6 * Fraction(2) ** exponent and exponent + 127 < LARGEST_SCALE:
         exponent += 1
@@ -49,7 +49,7 @@ def exact_scale(amax: float) -> int:
 
 
 def exact_code(value: float, scale: int) -> int:
-    """The e2m1 code nearest to value / 2^(scale - 127), the even one of two equally near, in exact arithmetic."""
+    """Find the e2m1 code nearest to value / 2^(scale - 127), ties to even, in exact arithmetic."""
     magnitude = abs(Fraction(value)) / Fraction(2) ** (scale - 127)
     code = min(range(8), key=lambda c: (abs(MAGNITUDES[c] - magnitude), c % 2))
     return code | (8 if math.copysign(1.0, value) < 0 else 0)
@@ -60,8 +60,8 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
-def one_to_a_block(values: Tensor) -> Tensor:
-    """(n,) -> (n, 32): each value alone among zeros, at every place and with either sign in turn."""
+def put_in_blocks(values: Tensor) -> Tensor:
+    """(n,) -> (n, 32): each value alone among zeros, at changing positions and with changing signs."""
     blocks = torch.zeros(len(values), 32, dtype=values.dtype)
     rows = torch.arange(len(values))
     blocks[rows, rows % 32] = torch.where(rows % 3 == 0, -values, values)
@@ -69,7 +69,7 @@ def one_to_a_block(values: Tensor) -> Tensor:
 
 
 def wide_range(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Random values whose blocks differ in size by up to 2^20, with zeros of both signs among them."""
+    """Make random values with zeros of both signs. The magnitudes of blocks differ by up to 2^20."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator).unflatten(-1, (-1, 32))
     values = values * torch.exp2(torch.randint(-14, 7, (*values.shape[:-1], 1), generator=generator).float())
@@ -78,7 +78,7 @@ def wide_range(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Ten
 
 
 def random_packed(scales: range) -> tuple[Tensor, Tensor]:
-    """Blocks (len(scales), 8, 16) and scales (len(scales), 8); block i of a row has no code above magnitude i."""
+    """Make blocks (len(scales), 8, 16) and scales (len(scales), 8). Block i of a row has no code above magnitude i."""
     generator = torch.Generator().manual_seed(1)
     shape = (len(scales), 8, 32)
     magnitudes = torch.randint(0, 8, shape, generator=generator) % torch.arange(1, 9).unsqueeze(-1)
@@ -88,7 +88,7 @@ def random_packed(scales: range) -> tuple[Tensor, Tensor]:
     return packed, torch.tensor(scales, dtype=torch.uint8).unsqueeze(-1).expand(-1, 8).contiguous()
 
 
-def test_e2m1_and_e8m0_values_are_those_of_ml_dtypes() -> None:
+def test_e2m1_and_e8m0_values_equal_ml_dtypes() -> None:
     e2m1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
     e8m0 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
     assert_same_bits(torch.tensor(E2M1_VALUES), torch.from_numpy(e2m1))
@@ -98,7 +98,7 @@ def test_e2m1_and_e8m0_values_are_those_of_ml_dtypes() -> None:
 
 
 @pytest.mark.parametrize("block_format", FORMATS.values(), ids=FORMATS)
-def test_every_format_takes_the_storage_that_it_declares(block_format: BlockFormat) -> None:
+def test_every_format_has_the_declared_bits_per_value(block_format: BlockFormat) -> None:
     values = torch.ones(3, 4 * block_format.block_size)
     blocks, scales = encode(values, block_format, tensor_scale(values, block_format))
     assert 8 * (blocks.nbytes + scales.nbytes) == block_format.bits_per_value * values.numel()
@@ -123,34 +123,34 @@ def test_every_code_decodes_with_every_scale_as_ml_dtypes_does(dtype: torch.dtyp
     assert found.shape == (256, 32)
     assert found[255].isnan().all()
     assert not found[:255].isnan().any()
-    assert found[254].isinf().sum() == 2 * 2 * 4  # of the magnitudes times 2^127, 2, 3, 4 and 6 are out of range
+    assert found[254].isinf().sum() == 2 * 2 * 4  # 2, 3, 4 and 6 times 2^127 are out of range
     assert_same_bits(found[:255], torch.from_numpy(expected[:255]).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
-def test_codes_are_those_of_the_cast_in_ml_dtypes(dtype: torch.dtype) -> None:
+def test_codes_equal_the_cast_in_ml_dtypes(dtype: torch.dtype) -> None:
     values = wide_range((400, 320), torch.float32)
-    values[:200] = values[:200].bfloat16()  # few significant bits: many ties
+    values[:200] = values[:200].bfloat16()  # few significant bits make many ties
     values = values.to(dtype)
     blocks, scales = encode(values, MXFP4)
     powers = scales.numpy().view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
     scaled = values.double().unflatten(-1, (-1, 32)).numpy() / powers[..., None]
-    assert np.isin(np.abs(scaled), MIDPOINTS).sum() > 200, "too few ties to judge by"
+    assert np.isin(np.abs(scaled), MIDPOINTS).sum() > 200, "too few ties for the test"
     expected = scaled.astype(np.float32).astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
     assert np.array_equal(blocks.numpy() & 15, expected[..., 0::2])
     assert np.array_equal(blocks.numpy() >> 4, expected[..., 1::2])
 
 
 def test_the_scale_of_every_bf16_maximum_is_the_smallest_power_that_holds_it() -> None:
-    values = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16)  # every finite one, from zero upwards
-    scales = encode(one_to_a_block(values), MXFP4)[1]
+    values = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16)  # every finite value from zero upwards
+    scales = encode(put_in_blocks(values), MXFP4)[1]
     assert scales.flatten().tolist() == [exact_scale(value) for value in values.tolist()]
 
 
 def test_the_scale_of_random_fp32_maxima_is_the_smallest_power_that_holds_them() -> None:
     generator = torch.Generator().manual_seed(2)
     values = torch.randint(0, 0x7F800000, (8000,), generator=generator, dtype=torch.int32).view(torch.float32)
-    scales = encode(one_to_a_block(values), MXFP4)[1]
+    scales = encode(put_in_blocks(values), MXFP4)[1]
     assert scales.flatten().tolist() == [exact_scale(value) for value in values.tolist()]
 
 
@@ -160,13 +160,13 @@ def test_a_maximum_of_six_scales_fits_and_the_next_float_does_not(dtype: torch.d
     above = (bits(sixes) + 1).view(dtype)
     below = (bits(sixes) - 1).view(dtype)
     expected = list(range(LARGEST_SCALE + 1))
-    assert encode(one_to_a_block(sixes), MXFP4)[1].flatten().tolist() == expected
-    assert encode(one_to_a_block(below), MXFP4)[1].flatten().tolist() == expected
+    assert encode(put_in_blocks(sixes), MXFP4)[1].flatten().tolist() == expected
+    assert encode(put_in_blocks(below), MXFP4)[1].flatten().tolist() == expected
     larger = [min(byte + 1, LARGEST_SCALE) for byte in expected]
-    assert encode(one_to_a_block(above), MXFP4)[1].flatten().tolist() == larger
+    assert encode(put_in_blocks(above), MXFP4)[1].flatten().tolist() == larger
 
 
-def test_the_scale_depends_on_nothing_but_the_largest_magnitude() -> None:
+def test_the_scale_depends_only_on_the_largest_magnitude() -> None:
     values = wide_range((50, 320), torch.float32)
     amax = values.unflatten(-1, (-1, 32)).abs().amax(dim=-1)
     assert encode(values, MXFP4)[1].flatten().tolist() == [exact_scale(value) for value in amax.flatten().tolist()]
@@ -186,7 +186,7 @@ def test_ties_go_to_even(dtype: torch.dtype, sign: int) -> None:
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_floats_beside_a_midpoint_go_to_its_two_sides(sign: int) -> None:
+def test_the_floats_beside_a_midpoint_go_to_different_codes(sign: int) -> None:
     powers = torch.tensor(E8M0_VALUES[: LARGEST_SCALE + 1]).unsqueeze(-1)
     midpoints = torch.tensor(MIDPOINTS) * powers
     values = torch.zeros(LARGEST_SCALE + 1, 32)
@@ -209,9 +209,9 @@ def test_the_largest_finite_values_saturate_instead_of_becoming_inf(dtype: torch
 
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
-def test_values_nearer_to_2_to_128_become_the_largest_finite_value_like_those_below(dtype: torch.dtype) -> None:
+def test_values_that_would_round_to_2_to_128_become_the_largest_finite_value(dtype: torch.dtype) -> None:
     limit = bits(torch.tensor([3.5 * 2.0**126], dtype=dtype))
-    values = one_to_a_block(torch.cat([limit - 1, limit, limit + 1]).view(dtype))
+    values = put_in_blocks(torch.cat([limit - 1, limit, limit + 1]).view(dtype))
     assert fake_quantize(values, MXFP4).abs().amax(dim=1).tolist() == [3 * 2.0**126] * 3
 
 
@@ -228,7 +228,7 @@ def test_subnormal_blocks_round_to_nearest_with_the_smallest_scale(dtype: torch.
     assert len(set(codes)) == 10, "0, 0.5, 1, 1.5 and 2 of both signs should all occur"
 
 
-def test_the_smallest_subnormal_becomes_a_zero_of_its_sign() -> None:
+def test_the_smallest_subnormal_becomes_a_zero_with_its_sign() -> None:
     smallest = 2.0**-149
     blocks, scales = encode(torch.tensor([smallest, -smallest] * 16), MXFP4)
     assert (set(blocks.flatten().tolist()), scales.tolist()) == ({0x80}, [0])
@@ -264,7 +264,9 @@ def test_nan_and_inf_raise_an_error_that_names_the_first_bad_block(
 
 @pytest.mark.parametrize("quantizes", [encode, fake_quantize])
 @pytest.mark.parametrize("length", [1, 16, 31, 33, 2864])
-def test_an_input_dimension_that_blocks_do_not_divide_raises(length: int, quantizes: object) -> None:
+def test_an_input_dimension_that_is_not_a_multiple_of_the_block_size_is_an_error(
+    length: int, quantizes: object
+) -> None:
     with pytest.raises(CodecError, match=rf"{length} is not a multiple of the block size 32") as caught:
         quantizes(torch.ones(32, length), MXFP4)  # type: ignore[operator]
     assert caught.value.block is None
@@ -280,7 +282,7 @@ def test_an_input_dimension_that_blocks_do_not_divide_raises(length: int, quanti
         ([2.3, 9, 0.5, 100.5, 900.3, 1e4, 2e3, 3.6e5], [0, 0, 0, 0, 0, 0, 0, 393216]),
     ],
 )
-def test_golden_rows_of_modelopts_training_kernel(
+def test_golden_rows_of_modelopts_training_kernel_are_reproduced(
     values: list[float], expected: list[float], dtype: torch.dtype
 ) -> None:
     padding = [0.0] * 24
@@ -300,7 +302,7 @@ def test_fake_quantization_of_its_own_result_changes_nothing(dtype: torch.dtype)
     assert_same_bits(fake_quantize(once, MXFP4), once)
 
 
-def test_fake_quantization_leaves_its_input_alone() -> None:
+def test_fake_quantization_does_not_change_its_input() -> None:
     values = wide_range((30, 320), torch.float32)
     before = values.clone()
     fake_quantize(values, MXFP4)
@@ -310,7 +312,7 @@ def test_fake_quantization_leaves_its_input_alone() -> None:
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_the_gradient_passes_straight_through(dtype: torch.dtype) -> None:
-    """Also where rounding is flat: zeros of both signs, values far below the scale, and a block's maximum."""
+    """Also for zeros of both signs, values far below the scale, and a block's maximum."""
     values = wide_range((6, 320), dtype)
     values[0] = 0.0
     values[1] = -0.0
@@ -322,7 +324,7 @@ def test_the_gradient_passes_straight_through(dtype: torch.dtype) -> None:
     assert_same_bits(values.grad, gradient)
 
 
-def test_the_gradient_passes_through_what_comes_before() -> None:
+def test_the_gradient_passes_to_earlier_operations() -> None:
     weight = wide_range((4, 32), torch.float32).requires_grad_()
     (fake_quantize(2 * weight, MXFP4) * 3).sum().backward()
     assert_same_bits(weight.grad, torch.full((4, 32), 6.0))
@@ -330,7 +332,7 @@ def test_the_gradient_passes_through_what_comes_before() -> None:
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_every_value_survives_mxfp4_to_plain_to_mxfp4(dtype: torch.dtype) -> None:
-    """Blocks of every scale whose values BF16 holds, and of every largest code; the bytes may differ."""
+    """Tests blocks with every scale whose values BF16 holds, and with every largest code. The bytes may differ."""
     blocks, scales = random_packed(range(LARGEST_SCALE + 1))
     values = decode(blocks, scales, dtype)
     assert_same_bits(decode(*encode(values, MXFP4), dtype), values)
@@ -342,8 +344,8 @@ def test_bf16_holds_every_value_of_a_block_exactly() -> None:
 
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
-def test_decoding_is_transformers_decoding(dtype: torch.dtype) -> None:
-    """For every scale but 255, which transformers reads as 2^128."""
+def test_decoding_equals_transformers_decoding(dtype: torch.dtype) -> None:
+    """For every scale except 255, which transformers reads as 2^128."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     blocks, scales = random_packed(range(255))
@@ -352,8 +354,8 @@ def test_decoding_is_transformers_decoding(dtype: torch.dtype) -> None:
     assert_same_bits(decode(blocks, scales, dtype), transposed.transpose(1, 2))
 
 
-def test_decoding_is_modelopts_decoding() -> None:
-    """For every scale but 255, which ModelOpt reads as 2^128."""
+def test_decoding_equals_modelopts_decoding() -> None:
+    """For every scale except 255, which ModelOpt reads as 2^128."""
     from modelopt.torch.quantization.qtensor.mxfp4_tensor import MXFP4QTensor
 
     blocks, scales = random_packed(range(255))
@@ -403,6 +405,6 @@ def test_leading_dimensions_are_kept() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
-def test_types_that_would_be_rounded_twice_or_overflow_are_refused(dtype: torch.dtype) -> None:
+def test_types_that_would_be_rounded_twice_or_overflow_are_errors(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match="float32 or bfloat16"):
         encode(torch.ones(32, dtype=dtype), MXFP4)

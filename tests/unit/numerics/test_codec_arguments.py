@@ -1,4 +1,4 @@
-"""What the codec says to tensors that are empty, and to arguments that do not fit together."""
+"""The codec with empty tensors, and with arguments that do not match."""
 
 import pytest
 import torch
@@ -25,26 +25,26 @@ def test_empty_tensors_give_empty_tensors(block_format: BlockFormat, shape: tupl
     assert unequal_blocks(stack, stack, block_format).shape == (len(stack), *scales.shape[-2:])
 
 
-def test_an_input_that_no_token_reaches_passes_a_gradient() -> None:
+def test_an_empty_input_passes_an_empty_gradient() -> None:
     inputs = torch.empty(0, 64, requires_grad=True)
     fake_quantize(inputs, MXFP4).sum().backward()
     assert inputs.grad is not None and inputs.grad.shape == (0, 64)
 
 
-def test_scales_of_e8m0_decode_without_a_tensor_scale_alone() -> None:
+def test_e8m0_scales_decode_only_without_a_tensor_scale() -> None:
     blocks, scales = encode(torch.ones(2, 32), MXFP4)
     with pytest.raises(TypeError, match="uint8 scales have no tensor scale"):
         decode(blocks, scales, tensor_scale=torch.ones(()))
 
 
-def test_scales_of_e4m3_decode_with_a_tensor_scale_alone() -> None:
+def test_e4m3_scales_decode_only_with_a_tensor_scale() -> None:
     values = torch.ones(2, 32)
     blocks, scales = encode(values, NVFP4, tensor_scale(values, NVFP4))
     with pytest.raises(TypeError, match="need a tensor scale"):
         decode(blocks, scales)
 
 
-def test_decoding_writes_where_it_is_told_to_whatever_the_strides() -> None:
+def test_decoding_writes_to_an_output_with_any_strides() -> None:
     values = torch.randn(3, 5, 64)
     blocks, scales = encode(values, MXFP4)
     into = torch.zeros(3, 64, 5, dtype=torch.bfloat16)
@@ -54,12 +54,12 @@ def test_decoding_writes_where_it_is_told_to_whatever_the_strides() -> None:
 
 
 @pytest.mark.parametrize("given", [torch.full((64,), -1.0), torch.full((64,), torch.nan)], ids=["negative", "nan"])
-def test_importance_that_is_no_weight_is_refused(given: torch.Tensor) -> None:
+def test_negative_importance_and_nan_are_errors(given: torch.Tensor) -> None:
     with pytest.raises(CodecError, match="importance must be a number, not negative"):
         encode(torch.randn(2, 64), MXFP4.with_rule("mse"), importance=given)
 
 
-def test_values_beyond_a_given_tensor_scale_become_the_largest_of_their_sign() -> None:
+def test_values_beyond_a_given_tensor_scale_saturate_with_their_sign() -> None:
     values = torch.tensor([[1.0, -1.0, 3.0e4, -3.0e38] * 8])
     unit = torch.tensor(2.0**-10)
     largest = 6 * 448 * unit
@@ -71,7 +71,7 @@ def test_values_beyond_a_given_tensor_scale_become_the_largest_of_their_sign() -
     assert bool(saturated.all())
 
 
-def test_blocks_differ_by_value_and_not_by_the_sign_of_a_zero() -> None:
+def test_unequal_blocks_ignore_the_sign_of_a_zero() -> None:
     one = torch.zeros(1, 96, 2)
     other = one.clone()
     other[0, 5, 0], other[0, 40, 1] = -0.0, 1.0

@@ -1,4 +1,4 @@
-"""When kernels are compiled, and what happens where they cannot be. All formats, compiled: test_compiled_codec.py."""
+"""Kernels are compiled when it pays off and a compiler works. test_compiled_codec.py tests all formats compiled."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,14 +12,14 @@ from pipeline.numerics.compiled import Compilation, can_compile, compilation
 
 Kernel = Callable[..., Tensor]
 Calls = list[str]
-LARGE = 1 << 16  # values: from here on a tensor counts as work
+LARGE = 1 << 16  # values; smaller tensors are not counted
 
 has_compiler = pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler on this machine")
 
 
 @pytest.fixture(autouse=True)
 def unchanged_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test begins as a process does."""
+    """Every test begins with the state of a new process."""
     monkeypatch.setattr(compiled, "_mode", Compilation.when_it_pays)
     monkeypatch.setattr(compiled, "_gave_up", False)
     can_compile.cache_clear()
@@ -29,13 +29,13 @@ def unchanged_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def calls() -> Calls:
-    """How the kernel `doubled` was run, in order: eager, static or dynamic."""
+    """Record of the runs of the kernel `doubled`, in order: eager, static or dynamic."""
     return []
 
 
 @pytest.fixture
 def doubled(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> Kernel:
-    """A kernel whose compiled forms only say that they were called; there is a compiler."""
+    """A kernel whose compiled forms only record their calls. There is a compiler."""
 
     def compile_(function: Kernel, dynamic: bool, **_: object) -> Kernel:
         def run(values: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     return compiled.kernel(lambda values: 2 * values)
 
 
-def test_a_kernel_is_eager_until_so_much_work_has_passed_through_it_that_compiling_pays(
+def test_a_kernel_is_eager_until_compiling_pays_off(
     doubled: Kernel, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiled, "_PAYS_AFTER", 2 * LARGE)
@@ -77,19 +77,15 @@ def test_a_kernel_is_eager_until_so_much_work_has_passed_through_it_that_compili
     assert calls == ["eager", "static", "static"]
 
 
-def test_the_work_of_one_kernel_does_not_compile_another(
-    doubled: Kernel, calls: Calls, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_kernel_counts_its_own_work(doubled: Kernel, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_PAYS_AFTER", 2 * LARGE)
     compiled.kernel(lambda values: values + 1)(torch.ones(LARGE))
     doubled(torch.ones(LARGE))
     assert calls == ["eager"]
 
 
-def test_small_tensors_do_not_count_however_many(
-    doubled: Kernel, calls: Calls, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Their time is that of calls, which compiling does not shorten."""
+def test_small_tensors_are_not_counted(doubled: Kernel, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They spend their time on calls, which compiling does not shorten."""
     monkeypatch.setattr(compiled, "_PAYS_AFTER", LARGE)
     small = torch.ones(LARGE - 1)
     for _ in range(3):
@@ -98,12 +94,12 @@ def test_small_tensors_do_not_count_however_many(
 
 
 def test_a_test_or_a_small_model_never_waits_for_a_compiler() -> None:
-    """A whole tiny model has some 10^5 expert weights; the smoke recipe rounds them a hundred times."""
+    """A tiny model has about 10^5 expert weights. The smoke recipe rounds them a hundred times."""
     assert compiled._PAYS_AFTER > 1e8
 
 
 def test_weights_are_compiled_for_their_shape_and_activations_for_any(doubled: Kernel, calls: Calls) -> None:
-    """Lanes are contiguous in a parameter (E, in, out); in activations the blocks are."""
+    """Lanes are contiguous in a parameter (E, in, out). Blocks are contiguous in activations."""
     with compilation(Compilation.always):
         doubled(torch.ones(4, 3))
         doubled(torch.ones(3, 4).t())
@@ -133,7 +129,7 @@ def test_an_error_inside_the_block_restores_the_mode() -> None:
     assert compiled._mode is Compilation.when_it_pays
 
 
-def test_a_failing_compiler_is_warned_of_once_and_the_work_goes_on(broken: Kernel) -> None:
+def test_a_failing_compiler_gives_one_warning_and_the_work_continues(broken: Kernel) -> None:
     with compilation(Compilation.always):
         with pytest.warns(UserWarning, match="torch.compile failed, .*: the compiler is out of order$"):
             assert torch.equal(broken(torch.ones(3)), torch.full((3,), 2.0))
@@ -143,7 +139,7 @@ def test_a_failing_compiler_is_warned_of_once_and_the_work_goes_on(broken: Kerne
 
 
 def test_kernels_record_no_gradients(doubled: Kernel) -> None:
-    """Code is compiled for one grad mode; the codec's gradient is straight-through."""
+    """Code is compiled for one grad mode. The codec's gradient is straight-through."""
     weight = torch.ones(3, requires_grad=True)
     for mode in (Compilation.never, Compilation.always):
         with compilation(mode):
@@ -153,7 +149,7 @@ def test_kernels_record_no_gradients(doubled: Kernel) -> None:
             assert torch.is_grad_enabled()
 
 
-def test_errors_of_the_work_itself_are_not_taken_for_the_compilers(broken: Kernel) -> None:
+def test_errors_of_the_kernel_itself_are_raised(broken: Kernel) -> None:
     with compilation(Compilation.never), pytest.raises(TypeError):
         broken()
 
@@ -194,15 +190,15 @@ def test_a_gpu_needs_triton(is_installed: bool, monkeypatch: pytest.MonkeyPatch)
 
 @has_compiler
 def test_a_compiled_kernel_gives_the_bits_of_the_eager_one() -> None:
-    """One kernel, for speed; 37 lanes do not fill a vector register, and half the exponents make ties."""
+    """Tests one kernel, for speed. 37 lanes do not fill a vector register, and half the exponents make ties."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(-48, 49, (2, 3, 32, 37), generator=generator).to(torch.bfloat16) / 4
     inverse = torch.exp2(torch.randint(-2, 3, (2, 3, 37), generator=generator).float())
     significand = 1 + torch.randint(0, 8, (2, 3, 37), generator=generator) / 8
-    eager = kernels.rounded(values, inverse, significand, significand / inverse)
+    eager = kernels.round_blocks(values, inverse, significand, significand / inverse)
     with compilation(Compilation.always), warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # that of a failing compiler
-        found = kernels.rounded(values, inverse, significand, significand / inverse)
+        warnings.simplefilter("error", UserWarning)  # a failing compiler gives one
+        found = kernels.round_blocks(values, inverse, significand, significand / inverse)
     assert torch.equal(found.view(torch.int16), eager.view(torch.int16))
 
 
@@ -215,7 +211,7 @@ def test_a_large_job_is_compiled_from_its_first_value(doubled: Kernel, calls: Ca
     assert calls == ["eager", "static", "eager"]
 
 
-def test_who_gave_up_in_a_large_job_does_not_try_again_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_failed_in_a_large_job_is_not_tried_again_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with compiled.compilation_for(compiled._PAYS_AT_ONCE), pytest.warns(UserWarning, match="torch.compile failed"):
         compiled._give_up(RuntimeError("no compiler today"))
     assert compiled._mode is Compilation.never

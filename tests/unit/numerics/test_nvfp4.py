@@ -17,11 +17,11 @@ from pipeline.numerics.convert import mxfp4_to_nvfp4
 from pipeline.numerics.formats import E2M1_MAGNITUDES, MXFP4, NVFP4, NVFP4_W4A4, SCALE_RULES, ScaleType
 
 MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-EVEN_CODES = (0, 2, 2, 4, 4, 6, 6)  # of each midpoint's two neighbours, the one whose last bit is zero
+EVEN_CODES = (0, 2, 2, 4, 4, 6, 6)  # the code beside each midpoint whose last bit is zero
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 TRAINED_TYPES = (torch.bfloat16, torch.float32)
 E4M3 = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-"""Every finite e4m3 value that is not negative, by byte."""
+"""Every finite, non-negative e4m3 value, by byte."""
 
 
 def bits(values: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def packed(codes: Tensor) -> Tensor:
 
 
 def random_weights(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Normal values, each block of 16 of a size of its own, with zeros of both signs among them."""
+    """Make normal values with zeros of both signs. Each block of 16 has its own magnitude."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator).unflatten(-1, (-1, 16))
     values = values * torch.exp2(torch.randint(-12, 1, (*values.shape[:-1], 1), generator=generator).float())
@@ -53,7 +53,7 @@ def random_weights(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) ->
 
 
 def random_packed(scale_bytes: range, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """MXFP4 blocks (2, len(scale_bytes), 4, 16) with any codes, and their scales, one of each byte per row."""
+    """Make MXFP4 blocks (2, len(scale_bytes), 4, 16) with random codes, and their scales. A row has one scale byte."""
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randint(0, 256, (2, len(scale_bytes), 4, 16), generator=generator, dtype=torch.uint8)
     return blocks, torch.tensor(scale_bytes, dtype=torch.uint8)[:, None].expand(2, -1, 4).contiguous()
@@ -71,18 +71,18 @@ def test_every_code_decodes_with_every_scale_as_ml_dtypes_does(dtype: torch.dtyp
     scales = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).view(-1, 1)
     found = decode(blocks, scales, dtype, torch.tensor(unit))
     assert_same_bits(found, expected.to(dtype))
-    assert_same_bits(found.float(), expected)  # also as BF16: each value is exact
+    assert_same_bits(found.float(), expected)  # BF16 is exact too
 
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
-def test_codes_are_those_of_the_cast_in_ml_dtypes(dtype: torch.dtype) -> None:
-    values = random_weights((200, 320), torch.float32).bfloat16().to(dtype)  # of few significant bits: many ties
+def test_codes_equal_the_cast_in_ml_dtypes(dtype: torch.dtype) -> None:
+    values = random_weights((200, 320), torch.float32).bfloat16().to(dtype)  # few significant bits make many ties
     unit = tensor_scale(values, NVFP4)
     blocks, scales = encode(values, NVFP4, unit)
     assert scales.dtype == torch.float8_e4m3fn
     divisors = scales.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn).astype(np.float64) * float(unit)
     scaled = values.double().unflatten(-1, (-1, 16)).numpy() / divisors[..., None]
-    assert np.isin(np.abs(scaled), MIDPOINTS).sum() > 200, "too few ties to judge by"
+    assert np.isin(np.abs(scaled), MIDPOINTS).sum() > 200, "too few ties for the test"
     expected = scaled.astype(np.float32).astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
     assert np.array_equal(codes_of(blocks).numpy(), expected)
 
@@ -90,8 +90,10 @@ def test_codes_are_those_of_the_cast_in_ml_dtypes(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("exponent", [-90, 0, 90])
-def test_ties_go_to_even_and_their_neighbours_to_either_side(dtype: torch.dtype, sign: int, exponent: int) -> None:
-    """Every midpoint at every scale byte; midpoint * scale is exact in BF16, which has 8 significant bits, not 7."""
+def test_ties_go_to_even_and_the_floats_beside_them_to_different_codes(
+    dtype: torch.dtype, sign: int, exponent: int
+) -> None:
+    """Tests every midpoint at every scale byte. midpoint * scale is exact in BF16, which has 8 significant bits."""
     unit = Fraction(2) ** exponent
     thresholds = [[Fraction(m) * Fraction(float(s)) * unit for m in MIDPOINTS] for s in E4M3[1:]]
     ties = torch.tensor([[float(t) for t in row] for row in thresholds], dtype=dtype)
@@ -106,14 +108,14 @@ def test_ties_go_to_even_and_their_neighbours_to_either_side(dtype: torch.dtype,
     codes = torch.zeros(32, dtype=torch.uint8)
     codes[:15] = torch.tensor([7, *EVEN_CODES, *range(7)])
     codes[16:24] = torch.tensor([7, *range(1, 8)])
-    codes[:] += 8 if sign < 0 else 0  # also the zeros: -1 * 0.0 is -0.0
+    codes[:] += 8 if sign < 0 else 0  # zeros too, because -1 * 0.0 is -0.0
     assert torch.equal(codes_of(blocks).flatten(-2), codes.expand(126, -1))
 
 
 @pytest.mark.parametrize("rule", SCALE_RULES[ScaleType.e4m3])
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_every_value_goes_to_the_nearest_multiple_of_its_scale(dtype: torch.dtype, rule: str) -> None:
-    """In exact fractions, saturated values too; of two equally near the even code."""
+    """Tests in exact fractions, with ties to even and saturated values."""
     block_format = NVFP4.with_rule(rule)
     values = random_weights((4, 160), dtype)
     unit = tensor_scale(values, block_format)
@@ -127,8 +129,8 @@ def test_every_value_goes_to_the_nearest_multiple_of_its_scale(dtype: torch.dtyp
         assert bool(code & 8) == (math.copysign(1.0, value) < 0)
 
 
-def test_bf16_weights_are_quantized_as_modelopt_does_under_the_same_tensor_scale() -> None:
-    """But for the signs of zeros, which ModelOpt drops, and blocks of zeros, whose scale it makes 1."""
+def test_bf16_weights_are_quantized_as_in_modelopt_under_the_same_tensor_scale() -> None:
+    """ModelOpt differs in the signs of zeros, which it drops, and in blocks of zeros, whose scale it sets to 1."""
     from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 
     values = random_weights((300, 640), torch.bfloat16)
@@ -142,8 +144,8 @@ def test_bf16_weights_are_quantized_as_modelopt_does_under_the_same_tensor_scale
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("units", [(2.0**-12, 2.0**3), (0.0371, 1.7e-5)], ids=["powers_of_two", "others"])
-def test_decoding_is_modelopts_decoding(dtype: torch.dtype, units: tuple[float, float]) -> None:
-    """Under other tools' tensor scales too, amax / (6 * 448); ModelOpt decodes -0 as 0."""
+def test_decoding_equals_modelopts_decoding(dtype: torch.dtype, units: tuple[float, float]) -> None:
+    """Tests other tools' tensor scales, amax / (6 * 448), too. ModelOpt decodes -0 as 0."""
     from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 
     blocks = packed(torch.arange(16).expand(2, 126, 1, 16))
@@ -157,7 +159,7 @@ def test_decoding_is_modelopts_decoding(dtype: torch.dtype, units: tuple[float, 
     assert bool(torch.signbit(found[..., 8:]).all())
 
 
-def test_experts_have_tensor_scales_of_their_own() -> None:
+def test_each_expert_has_its_own_tensor_scale() -> None:
     values = random_weights((2, 3, 8, 64), torch.float32) * torch.exp2(torch.arange(6.0)).view(2, 3, 1, 1) * 3
     unit = tensor_scale(values, NVFP4)
     assert unit is not None
@@ -195,8 +197,8 @@ def test_zeros_and_values_that_round_to_zero_keep_their_sign(dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
-def test_subnormal_weights_become_zeros_of_their_sign(dtype: torch.dtype) -> None:
-    """The tensor scale stays at 2^-110, where products remain normal floats: a quarter of 2^-119 is the limit."""
+def test_subnormal_weights_become_zeros_with_their_sign(dtype: torch.dtype) -> None:
+    """The tensor scale is at least 2^-110, so that products are normal floats. A quarter of 2^-119 is the limit."""
     values = torch.tensor([2.0**-130, -(2.0**-127)] * 8, dtype=dtype)
     assert_same_bits(fake_quantize(values, NVFP4), torch.tensor([0.0, -0.0] * 8, dtype=dtype))
     small = torch.tensor([2.0**-119, -(2.0**-120), -(2.0**-121), 2.0**-122] * 4, dtype=dtype)
@@ -227,7 +229,7 @@ def test_encoding_nvfp4_needs_a_tensor_scale(block_format: object) -> None:
 
 
 @pytest.mark.parametrize("quantizes", [encode, fake_quantize])
-def test_mxfp4_refuses_a_tensor_scale(quantizes: object) -> None:
+def test_mxfp4_with_a_tensor_scale_is_an_error(quantizes: object) -> None:
     with pytest.raises(TypeError, match="mxfp4 takes no tensor scale"):
         quantizes(torch.ones(32), MXFP4, torch.ones(()))  # type: ignore[operator]
 
@@ -245,18 +247,18 @@ def test_nan_and_inf_raise_an_error_that_names_the_first_bad_block(bad: float, d
         assert caught.value.block == (1, 0, 1)
 
 
-def test_an_input_dimension_that_blocks_do_not_divide_raises() -> None:
+def test_an_input_dimension_that_is_not_a_multiple_of_the_block_size_is_an_error() -> None:
     with pytest.raises(CodecError, match="24 is not a multiple of the block size 16"):
         fake_quantize(torch.ones(24), NVFP4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
-def test_types_that_would_be_rounded_twice_or_overflow_are_refused(dtype: torch.dtype) -> None:
+def test_types_that_would_be_rounded_twice_or_overflow_are_errors(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match="float32 or bfloat16"):
         fake_quantize(torch.ones(16, dtype=dtype), NVFP4)
 
 
-def test_activations_are_told_from_weights_by_the_format_alone() -> None:
+def test_only_the_format_decides_whether_activations_are_quantized() -> None:
     """W4A4 stores the same weights."""
     assert (NVFP4.quantizes_activations, NVFP4_W4A4.quantizes_activations) == (False, True)
     values = random_weights((20, 160), torch.bfloat16)
@@ -268,20 +270,20 @@ def test_activations_are_told_from_weights_by_the_format_alone() -> None:
 
 @pytest.mark.parametrize("lowest", [18, 100, 127, 235])
 def test_exponents_within_17_of_the_largest_convert_without_loss(lowest: int) -> None:
-    """All 18 powers of two of e4m3 in one matrix, any codes, zeros of both signs."""
+    """Tests all 18 powers of two of e4m3 in one matrix, with random codes and zeros of both signs."""
     blocks, scales = random_packed(range(lowest, lowest + 18))
     converted = mxfp4_to_nvfp4(blocks, scales)
     assert converted.changed_blocks == 0
     assert (converted.blocks.shape, converted.scales.shape) == ((2, 18, 8, 8), (2, 18, 8))
     assert converted.scales.dtype == torch.float8_e4m3fn
-    assert torch.equal(converted.blocks.flatten(-2), blocks.flatten(-2)), "the codes stay as they are"
+    assert torch.equal(converted.blocks.flatten(-2), blocks.flatten(-2)), "codes must not change"
     assert converted.tensor_scale.tolist() == [2.0 ** (lowest + 17 - 127 - 8)] * 2
     for dtype in TRAINED_TYPES:
         found = decode(converted.blocks, converted.scales, dtype, converted.tensor_scale)
         assert_same_bits(found, decode(blocks, scales, dtype))
 
 
-def test_converted_weights_are_those_that_modelopt_decodes() -> None:
+def test_modelopt_decodes_converted_weights_to_the_same_values() -> None:
     from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 
     blocks, scales = random_packed(range(110, 128))
@@ -293,10 +295,10 @@ def test_converted_weights_are_those_that_modelopt_decodes() -> None:
 
 
 @pytest.mark.parametrize("scale_bytes", [range(90, 120), range(30), range(14), range(220, 255)], ids=str)
-def test_blocks_out_of_range_are_rounded_and_exactly_the_changed_ones_counted(scale_bytes: range) -> None:
-    """Some survive: a half of them has only codes that the next power of two holds. Near 2^-127 too."""
+def test_blocks_out_of_range_are_rounded_and_the_changed_ones_are_counted(scale_bytes: range) -> None:
+    """Half of them do not change, because the next power of two holds their codes. Tests scales near 2^-127 too."""
     blocks, scales = random_packed(scale_bytes)
-    blocks[:, ::2, 1:3] &= 0b01000100  # only 0 and 2, with a sign: exact at half and at a quarter
+    blocks[:, ::2, 1:3] &= 0b01000100  # only 0 and 2 with a sign, which are exact at a half and a quarter
     converted = mxfp4_to_nvfp4(blocks, scales)
     found = decode(converted.blocks, converted.scales, torch.float32, converted.tensor_scale)
     before = decode(blocks, scales, torch.float32)
@@ -317,8 +319,8 @@ def test_blocks_out_of_range_are_rounded_and_exactly_the_changed_ones_counted(sc
     assert torch.equal(found.double().abs()[out_of_range], rounded[out_of_range])
 
 
-def test_a_matrix_far_below_another_has_its_own_range() -> None:
-    """The range is that of each expert, not of the stack."""
+def test_each_expert_has_its_own_range() -> None:
+    """One expert of the stack is far smaller than the other."""
     blocks, _ = random_packed(range(18))
     scales = torch.stack([torch.arange(20, 38), torch.arange(200, 218)]).to(torch.uint8)
     scales = scales.unsqueeze(-1).expand(2, 18, 4).contiguous()
@@ -327,8 +329,8 @@ def test_a_matrix_far_below_another_has_its_own_range() -> None:
     assert converted.tensor_scale.tolist() == [2.0**-98, 2.0**82]
 
 
-def test_blocks_of_zeros_neither_widen_the_range_nor_lose_their_signs() -> None:
-    """Whatever their scale says, and also where everything is zero."""
+def test_blocks_of_zeros_do_not_widen_the_range_and_keep_their_signs() -> None:
+    """With any scale, and also if everything is zero."""
     blocks, scales = random_packed(range(100, 118))
     blocks[0, 3:5] &= 0x88
     scales[0, 3], scales[0, 4] = 0, 250
@@ -340,13 +342,13 @@ def test_blocks_of_zeros_neither_widen_the_range_nor_lose_their_signs() -> None:
     assert_same_bits(found, decode(blocks, scales, torch.float32))
 
 
-def test_half_a_block_of_zeros_does_not_widen_the_range_either() -> None:
-    """The two blocks of 16 are judged apart."""
+def test_half_a_block_of_zeros_does_not_widen_the_range() -> None:
+    """The two blocks of 16 are converted independently."""
     blocks = torch.full((1, 2, 16), 0x12, dtype=torch.uint8)
     blocks[0, 1, :8] = 0
     scales = torch.tensor([[127, 110]], dtype=torch.uint8)
     assert mxfp4_to_nvfp4(blocks, scales).changed_blocks == 0
-    scales[0, 1] = 109  # one more: only the half that is not zero cannot follow
+    scales[0, 1] = 109  # one more: only the half that is not zero is out of range
     assert mxfp4_to_nvfp4(blocks, scales).changed_blocks == 1
 
 
@@ -363,7 +365,7 @@ def test_any_leading_dimensions_convert(lead: tuple[int, ...]) -> None:
     assert converted.changed_blocks == int(is_changed.sum()) > 0
 
 
-def test_conversion_leaves_its_input_alone() -> None:
+def test_conversion_does_not_change_its_input() -> None:
     blocks, scales = random_packed(range(90, 120))
     before = blocks.clone(), scales.clone()
     mxfp4_to_nvfp4(blocks, scales)

@@ -1,4 +1,4 @@
-"""How scales are chosen, against exact fractions, brute force over all candidates, and ml_dtypes.
+"""The rules for scales, against exact fractions, brute force over all candidates, and ml_dtypes.
 
 Legend: u = tensor scale, unit of a scale = the value of code 2 (one) under it.
 """
@@ -30,13 +30,13 @@ from pipeline.numerics.formats import (
 )
 
 RULES = {f"{name}-{rule}": row.with_rule(rule) for name, row in FORMATS.items() for rule in SCALE_RULES[row.scale_type]}
-"""Every format with every rule that it can have."""
+"""Every format with each of its rules."""
 
 E8M0_RULES = {name: row for name, row in RULES.items() if row.scale_type is ScaleType.e8m0}
 MSE_RULES = {name: row for name, row in RULES.items() if row.scale_rule == "mse"}
 LARGEST_E8M0 = 252
 E4M3 = [Fraction(float(v)) for v in np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)]
-"""Every finite e4m3 value that is not negative, by byte."""
+"""Every finite, non-negative e4m3 value, by byte."""
 
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 TRAINED_TYPES = (torch.bfloat16, torch.float32)
@@ -52,7 +52,7 @@ def assert_same_bits(found: Tensor, expected: Tensor) -> None:
 
 
 def random_values(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0, binades: int = 10) -> Tensor:
-    """Normal values, blocks of 16 of different size, with zeros of both signs among them."""
+    """Make normal values with zeros of both signs. Blocks of 16 have different magnitudes."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator).unflatten(-1, (-1, 16))
     sizes = torch.randint(-binades, 1, (*values.shape[:-1], 1), generator=generator)
@@ -62,7 +62,7 @@ def random_values(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0, bin
 
 
 def on_the_mxfp4_grid(dtype: torch.dtype, bytes_: range) -> Tensor:
-    """(len(bytes_), 8 * 32): blocks of every scale and, eighth by eighth, of every largest code."""
+    """Make blocks with every scale and every largest code: (len(bytes_), 8 * 32)."""
     generator = torch.Generator().manual_seed(1)
     shape = (len(bytes_), 8, 32)
     codes = torch.randint(0, 8, shape, generator=generator) % torch.arange(1, 9).unsqueeze(-1)
@@ -73,7 +73,7 @@ def on_the_mxfp4_grid(dtype: torch.dtype, bytes_: range) -> Tensor:
 
 
 def alone_in_blocks(maxima: Tensor, block_format: BlockFormat) -> Tensor:
-    """(n) -> (n, block_size): each value alone among zeros, with either sign in turn."""
+    """(n) -> (n, block_size): each value alone among zeros, with changing signs."""
     blocks = torch.zeros(len(maxima), block_format.block_size, dtype=maxima.dtype)
     blocks[:, 7] = torch.where(torch.arange(len(maxima)) % 2 == 0, maxima, -maxima)
     return blocks
@@ -84,14 +84,14 @@ def bytes_of(scales: Tensor) -> list[int]:
 
 
 def nearest_e4m3(exact: Fraction) -> int:
-    """The byte of the nearest value, of two equally near the even one; at least 1, at most 126."""
+    """Find the byte of the nearest value, ties to even, from 1 to 126."""
     above = bisect_left(E4M3, exact)
     neighbours = range(max(1, min(above, 126) - 1), min(above, 126) + 1)
     return min(neighbours, key=lambda byte: (abs(E4M3[byte] - exact), byte % 2))
 
 
 def maxima_around_e4m3(dtype: torch.dtype) -> Tensor:
-    """Six times every e4m3 value and every midpoint of two, their neighbours, and BF16 values from 2^-13 to 2^13."""
+    """Make six times every e4m3 value and midpoint, the floats beside them, and BF16 values from 2^-13 to 2^13."""
     midpoints = [(a + b) / 2 for a, b in pairwise(E4M3)]
     sixfold = torch.tensor([float(6 * value) for value in (*E4M3[1:], *midpoints)], dtype=dtype)
     ordinary = torch.arange((127 - 13) << 7, (127 + 13) << 7, dtype=torch.int16).view(torch.bfloat16)
@@ -103,8 +103,8 @@ def maxima_around_e4m3(dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
-def test_floor_of_e8m0_is_the_power_of_two_below_the_maximum_over_four(dtype: torch.dtype) -> None:
-    """Every finite BF16 value, or random FP32 ones; frexp's mantissa lies in [0.5, 1), hence the 3."""
+def test_floor_of_e8m0_is_the_power_of_two_below_a_quarter_of_the_maximum(dtype: torch.dtype) -> None:
+    """Tests every finite BF16 value, or random FP32 values. The 3 is needed because frexp's mantissa is in [0.5, 1)."""
     if dtype == torch.bfloat16:
         maxima = torch.arange(1, 0x7F80, dtype=torch.int16).view(torch.bfloat16)
     else:
@@ -115,7 +115,7 @@ def test_floor_of_e8m0_is_the_power_of_two_below_the_maximum_over_four(dtype: to
 
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
-def test_floor_of_e8m0_saturates_maxima_above_six_scales_and_no_others(dtype: torch.dtype) -> None:
+def test_floor_of_e8m0_saturates_only_maxima_above_six_scales(dtype: torch.dtype) -> None:
     values = random_values((60, 320), dtype)
     block_format = MXFP4.with_rule("floor")
     saturated = torch.empty((60, 10), dtype=torch.bool)
@@ -140,7 +140,7 @@ def test_nothing_saturates_under_ceil(block_format: BlockFormat) -> None:
 # ---- e4m3
 
 
-def test_scale_bytes_of_e4m3_mean_what_torch_and_ml_dtypes_say() -> None:
+def test_scale_bytes_of_e4m3_have_the_values_of_torch_and_ml_dtypes() -> None:
     every = torch.arange(1, 127, dtype=torch.uint8)
     ones = torch.full((126, 1, 8), 0x22, dtype=torch.uint8)  # code 2 is one
     stored = every.view(torch.float8_e4m3fn).view(-1, 1)
@@ -150,7 +150,7 @@ def test_scale_bytes_of_e4m3_mean_what_torch_and_ml_dtypes_say() -> None:
 
 
 @pytest.mark.parametrize("exponent", [-110, -3, 0, 60])
-def test_dividing_by_an_e4m3_scale_is_dividing_by_a_power_of_two_and_a_significand(exponent: int) -> None:
+def test_the_divisor_of_an_e4m3_scale_is_a_power_of_two_times_a_significand(exponent: int) -> None:
     every = torch.arange(1, 127, dtype=torch.uint8).view(1, 1, -1)
     parts = scale_arithmetic.divisor(every, ScaleType.e4m3, torch.tensor([2.0**exponent]))
     assert parts.significand is not None
@@ -166,7 +166,7 @@ def test_dividing_by_an_e4m3_scale_is_dividing_by_a_power_of_two_and_a_significa
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("exponent", [0, -40, 30])
 def test_nearest_is_the_e4m3_value_nearest_to_a_sixth_of_the_maximum(dtype: torch.dtype, exponent: int) -> None:
-    """Every forty-first by brute force over all values."""
+    """Tests every 41st by brute force over all values."""
     maxima = maxima_around_e4m3(dtype)
     unit = torch.tensor(2.0**exponent)
     found = bytes_of(encode(alone_in_blocks(maxima * unit.to(dtype), NVFP4), NVFP4, unit)[1])
@@ -178,7 +178,9 @@ def test_nearest_is_the_e4m3_value_nearest_to_a_sixth_of_the_maximum(dtype: torc
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("rule", ["ceil", "floor"])
-def test_ceil_and_floor_of_e4m3_are_the_values_on_either_side_of_a_sixth(dtype: torch.dtype, rule: str) -> None:
+def test_ceil_and_floor_of_e4m3_are_the_values_above_and_below_a_sixth_of_the_maximum(
+    dtype: torch.dtype, rule: str
+) -> None:
     maxima = maxima_around_e4m3(dtype)
     block_format = NVFP4.with_rule(rule)
     values = alone_in_blocks(maxima, block_format)
@@ -197,8 +199,8 @@ def test_ceil_and_floor_of_e4m3_are_the_values_on_either_side_of_a_sixth(dtype: 
 
 @pytest.mark.parametrize("rule", SCALE_RULES[ScaleType.e4m3])
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
-def test_the_scale_byte_of_e4m3_is_never_zero_nor_nan(dtype: torch.dtype, rule: str) -> None:
-    """A scale of zero would divide by nothing; blocks of zeros and far below the range have byte 1."""
+def test_the_scale_byte_of_e4m3_is_never_zero_or_nan(dtype: torch.dtype, rule: str) -> None:
+    """A scale of zero cannot divide. Blocks of zeros, and blocks far below the range, have byte 1."""
     maxima = torch.cat([torch.zeros(2), torch.exp2(torch.arange(-133, 128).float())]).to(dtype)
     for unit in (2.0**-110, 2.0**-40, 1.0, 2.0**100):
         block_format = NVFP4.with_rule(rule)
@@ -210,7 +212,7 @@ def test_the_scale_byte_of_e4m3_is_never_zero_nor_nan(dtype: torch.dtype, rule: 
 @pytest.mark.parametrize("rule", SCALE_RULES[ScaleType.e4m3])
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_the_tensor_scale_is_the_smallest_power_of_two_that_fits(dtype: torch.dtype, rule: str) -> None:
-    """6 * 448 = 2688 of it hold the maximum, 4 * 448 under mse; every BF16 maximum, and the boundaries' neighbours."""
+    """2688 = 6 * 448 times the scale holds the maximum, under mse 4 * 448. Tests every BF16 maximum and boundary."""
     held = 4 * 448 if rule == "mse" else 6 * 448
     boundaries = torch.tensor([held * 2.0**exponent for exponent in range(-120, 117)], dtype=dtype)
     around = torch.cat([bits(boundaries) - 1, bits(boundaries), bits(boundaries) + 1]).view(dtype)
@@ -237,8 +239,8 @@ def test_every_matrix_has_its_own_tensor_scale_and_mxfp4_has_none() -> None:
 
 
 @pytest.mark.parametrize("rule", SCALE_RULES[ScaleType.e4m3])
-def test_no_block_needs_more_than_the_largest_e4m3_under_its_own_tensor_scale(rule: str) -> None:
-    """So that the largest block is rounded like others: by its nearest scale, not cut off."""
+def test_no_block_needs_more_than_the_largest_e4m3_scale(rule: str) -> None:
+    """So the largest block is rounded with its nearest scale, like others, and does not saturate."""
     generator = torch.Generator().manual_seed(3)
     values = torch.rand(4000, 1, 16, generator=generator) * torch.exp2(torch.linspace(-30, 30, 4000))[:, None, None]
     block_format = NVFP4.with_rule(rule)
@@ -253,7 +255,7 @@ def test_no_block_needs_more_than_the_largest_e4m3_under_its_own_tensor_scale(ru
 
 
 def candidates_by_hand(amax: float, block_format: BlockFormat, unit: float) -> tuple[float, float]:
-    """The two scales between which mse decides, by their definition in formats.SCALE_RULES."""
+    """Compute the two candidates of mse by their definition in formats.SCALE_RULES."""
     if block_format.scale_type is ScaleType.e8m0:
         exponent = -127
         while Fraction(amax) > 6 * Fraction(2) ** exponent:
@@ -265,7 +267,7 @@ def candidates_by_hand(amax: float, block_format: BlockFormat, unit: float) -> t
 
 
 def weighted_error(values: np.ndarray, scale: float, weights: np.ndarray) -> tuple[float, float]:
-    """The squared error under a scale, and how far the codec's may be off: each error is rounded to 1/64 of a unit.
+    """Compute the squared error under a scale, and the tolerance. The codec rounds each error to 1/64 of a unit.
 
     A unit is the power of two at or below the scale. An error e that is off by at most h = unit / 128 has a square that
     is off by at most 2 e h + h^2; weights are off by at most 2^-15 of the block's largest, unless all are equal.
@@ -280,7 +282,7 @@ def weighted_error(values: np.ndarray, scale: float, weights: np.ndarray) -> tup
 
 
 class Choice(NamedTuple):
-    """Errors of the two candidates, of the one that the codec chose, and what they may be off by together."""
+    """Errors of the two candidates, the error of the chosen one, and their common tolerance."""
 
     first: float
     second: float
@@ -289,7 +291,7 @@ class Choice(NamedTuple):
 
 
 def choices(values: Tensor, block_format: BlockFormat, importance: Tensor | None) -> list[Choice]:
-    """What the codec chose for each block."""
+    """Collect the codec's choice for each block."""
     unit = tensor_scale(values, block_format)
     stored = encode(values, block_format, unit, importance)[1]
     chosen = scale_arithmetic.values_of(stored, None if unit is None else unit.view(1)).flatten().tolist()
@@ -306,24 +308,24 @@ def choices(values: Tensor, block_format: BlockFormat, importance: Tensor | None
 @pytest.mark.parametrize("is_weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("block_format", [MXFP4, NVFP4], ids=["mxfp4", "nvfp4"])
-def test_mse_picks_of_its_two_candidates_the_one_with_less_error(
+def test_mse_chooses_the_candidate_with_the_smaller_error(
     block_format: BlockFormat, dtype: torch.dtype, is_weighted: bool
 ) -> None:
-    """Up to the documented resolution: an error counts in steps of 1/64 of a unit."""
+    """Up to the documented resolution: errors are rounded to 1/64 of a unit."""
     values = random_values((25, 320), dtype)
     importance = torch.rand(320, generator=torch.Generator().manual_seed(4)) ** 4 if is_weighted else None
     found = choices(values, block_format.with_rule("mse"), importance)
     assert all(choice.chosen <= min(choice.first, choice.second) + choice.tolerance for choice in found)
     clear = [choice for choice in found if abs(choice.first - choice.second) > choice.tolerance]
-    assert len(clear) > 0.7 * len(found), "too few blocks to judge by"
+    assert len(clear) > 0.7 * len(found), "too few blocks for the test"
     assert {choice.chosen == choice.first for choice in clear} == {True, False}
     losses = [choice.chosen / min(choice.first, choice.second) - 1 for choice in found]
-    assert sum(losses) / len(losses) < 1e-3, "what the resolution costs"
+    assert sum(losses) / len(losses) < 1e-3, "the resolution costs too much"
 
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
-def test_mse_never_loses_to_either_of_its_candidates_by_more_than_the_resolution(dtype: torch.dtype) -> None:
-    """For e8m0 the rule ceil is one candidate; each value's error is off by at most 1/128 of a unit of it."""
+def test_mse_is_never_worse_than_a_candidate_by_more_than_the_resolution(dtype: torch.dtype) -> None:
+    """For e8m0, the rule ceil is one candidate. The error of a value is off by at most 1/128 of its unit."""
     values = random_values((50, 320), dtype)
     blocks = values.double().unflatten(-1, (-1, 32))
 
@@ -337,15 +339,15 @@ def test_mse_never_loses_to_either_of_its_candidates_by_more_than_the_resolution
     assert float(mse.sum()) < 0.97 * float(ceil.sum())
 
 
-def test_of_two_equally_good_candidates_the_first_is_taken() -> None:
-    seven = torch.tensor([7.0] + [0.0] * 31)  # 8 under ceil, 6 under the scale below: both off by one
+def test_the_first_of_two_equally_good_candidates_is_chosen() -> None:
+    seven = torch.tensor([7.0] + [0.0] * 31)  # becomes 8 under ceil, 6 under the scale below; both are off by one
     assert bytes_of(encode(seven, MXFP4.with_rule("mse"))[1]) == [128]
-    twelve = torch.tensor([12.0] + [0.0] * 15)  # 6 * 2 and 4 * 3: both exact
+    twelve = torch.tensor([12.0] + [0.0] * 15)  # 6 * 2 and 4 * 3 are both exact
     assert bytes_of(encode(twelve, NVFP4.with_rule("mse"), torch.ones(()))[1]) == [E4M3.index(Fraction(2))]
 
 
 def test_importance_moves_the_choice_to_the_values_that_matter() -> None:
-    """Under ceil 8 is exact and halves become zeros; under the scale below it is the other way round."""
+    """Under ceil, 8 is exact and halves become zeros. Under the scale below, halves are exact and 8 is not."""
     values = torch.tensor([8.0] + [0.5] * 31)
     on_the_eight, on_the_halves = torch.full((32,), 1e-3), torch.full((32,), 1e-3)
     on_the_eight[0], on_the_halves[1:] = 1.0, 1.0
@@ -366,7 +368,7 @@ def test_importance_belongs_to_the_input_and_may_differ_between_experts() -> Non
 @pytest.mark.parametrize("level", [1.0, 0.3, 1e-30, 3e38, 0.0])
 @pytest.mark.parametrize("block_format", MSE_RULES.values(), ids=MSE_RULES)
 def test_equal_importance_gives_the_unweighted_choice(block_format: BlockFormat, level: float) -> None:
-    """A block without any importance too."""
+    """Importance zero for a whole block counts as equal importance."""
     values = random_values((2, 20, 320), torch.bfloat16)
     unit = tensor_scale(values, block_format)
     found = encode(values, block_format, unit, torch.full((320,), level))
@@ -374,7 +376,7 @@ def test_equal_importance_gives_the_unweighted_choice(block_format: BlockFormat,
     assert all(bytes_of(one) == bytes_of(other) for one, other in zip(found, expected, strict=True))
 
 
-def test_only_mse_looks_at_importance() -> None:
+def test_only_mse_uses_importance() -> None:
     values, importance = random_values((20, 320), torch.bfloat16), torch.arange(320.0)
     for block_format in (row for row in RULES.values() if row.scale_rule != "mse"):
         assert_same_bits(fake_quantize(values, block_format, None, importance), fake_quantize(values, block_format))
@@ -395,7 +397,7 @@ def test_fake_quantization_is_encode_then_decode(block_format: BlockFormat, dtyp
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("block_format", RULES.values(), ids=RULES)
-def test_storage_order_changes_no_bit_and_is_kept(block_format: BlockFormat, dtype: torch.dtype) -> None:
+def test_storage_order_is_kept_and_changes_no_bit(block_format: BlockFormat, dtype: torch.dtype) -> None:
     values = random_values((3, 20, 320), dtype)
     turned = values.transpose(1, 2).contiguous().transpose(1, 2)
     unit = tensor_scale(values, block_format)
@@ -405,13 +407,13 @@ def test_storage_order_changes_no_bit_and_is_kept(block_format: BlockFormat, dty
     assert_same_bits(fake_quantize(turned, block_format), fake_quantize(values, block_format))
     assert fake_quantize(turned, block_format).stride() == turned.stride()
     into = torch.empty_like(turned)
-    assert decode(*found, dtype, unit, into) is into
+    assert decode(*found, dtype, unit, out=into) is into
     assert_same_bits(into, decode(*expected, dtype, unit))
 
 
 @pytest.mark.parametrize("block_format", RULES.values(), ids=RULES)
 def test_slabs_change_no_bit(block_format: BlockFormat, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several experts to a slab, one, a few rows of blocks of one, and some lanes of these."""
+    """Tests slabs of several experts, of one expert, of some rows of blocks, and of some lanes."""
     values = random_values((3, 4, 96), torch.bfloat16)
     importance = torch.rand(3, 96, generator=torch.Generator().manual_seed(5))
     unit = tensor_scale(values, block_format)
@@ -428,32 +430,30 @@ def test_slabs_change_no_bit(block_format: BlockFormat, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("block_format", RULES.values(), ids=RULES)
-def test_every_rule_leaves_its_own_result_alone(block_format: BlockFormat, dtype: torch.dtype) -> None:
-    """Where scales have full precision: for e4m3 not among its subnormals, 2^-14 of the largest block and below."""
+def test_rounding_a_rounded_result_changes_nothing(block_format: BlockFormat, dtype: torch.dtype) -> None:
+    """If scales have full precision. e4m3's subnormals, from 2^-14 of the largest block down, do not have it."""
     once = fake_quantize(random_values((3, 40, 320), dtype), block_format)
     assert_same_bits(fake_quantize(once, block_format), once)
 
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("block_format", E8M0_RULES.values(), ids=E8M0_RULES)
-def test_every_rule_of_e8m0_leaves_values_on_the_mxfp4_grid_alone(
-    block_format: BlockFormat, dtype: torch.dtype
-) -> None:
+def test_rules_of_e8m0_do_not_change_values_on_the_mxfp4_grid(block_format: BlockFormat, dtype: torch.dtype) -> None:
     values = on_the_mxfp4_grid(dtype, range(LARGEST_E8M0 + 1))
     assert_same_bits(fake_quantize(values, block_format), values)
 
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("lowest", [20, 119, 230])
-def test_mse_of_e4m3_leaves_values_on_the_mxfp4_grid_alone(lowest: int, dtype: torch.dtype) -> None:
-    """Of the 18 powers of two of e4m3 three are for blocks whose largest code is below 4, and are written smaller."""
+def test_mse_of_e4m3_does_not_change_values_on_the_mxfp4_grid(lowest: int, dtype: torch.dtype) -> None:
+    """Blocks whose largest code is below 4 get smaller scales, and use three of the 18 powers of two of e4m3."""
     values = on_the_mxfp4_grid(dtype, range(lowest, lowest + 15))
     assert_same_bits(fake_quantize(values, NVFP4.with_rule("mse")), values)
 
 
 @pytest.mark.parametrize("rule", ["nearest", "ceil", "floor"])
-def test_the_other_rules_of_e4m3_move_values_on_the_mxfp4_grid(rule: str) -> None:
-    """A block whose largest value is 4 has no scale of 4/6 = 2/3 exactly."""
+def test_the_other_rules_of_e4m3_change_values_on_the_mxfp4_grid(rule: str) -> None:
+    """A block whose largest value is 4 cannot have the scale 4/6 = 2/3 exactly."""
     values = torch.tensor([4.0, 3.0, 2.0, 1.5, 1.0, 0.5, 0.0, -0.5] * 4)
     assert fake_quantize(values, MXFP4).tolist() == fake_quantize(values, NVFP4.with_rule("mse")).tolist()
     assert not torch.equal(fake_quantize(values, NVFP4.with_rule(rule)), values)
@@ -468,7 +468,7 @@ def test_the_gradient_passes_straight_through_every_rule(block_format: BlockForm
     assert_same_bits(values.grad, gradient)
 
 
-def test_a_format_takes_another_rule_and_stays_what_it_was() -> None:
+def test_with_rule_returns_the_format_with_another_rule_and_does_not_change_it() -> None:
     assert NVFP4.with_rule("mse").scale_rule == "mse"
     assert NVFP4.with_rule("mse").with_rule(NVFP4.scale_rule) == NVFP4
     assert all(row.scale_rule in SCALE_RULES[row.scale_type] for row in FORMATS.values())

@@ -151,7 +151,7 @@ def test_a_kernel_that_lets_packed_documents_see_each_other_is_refused_only_with
 
 
 def test_eager_without_masks_made_of_positions_would_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_check.packing_masks, "keep_apart", lambda model: None)
+    monkeypatch.setattr(attention_check.packing_masks, "mask_documents", lambda model: None)
     with pytest.raises(UserError, match="packed documents"):
         attention_check.check(TrainConfig(packing=True, precision=Precision.fp32), "sft")
 
