@@ -70,17 +70,17 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
     from pipeline.evaluate import samples
     from pipeline.models import fake_quantizers, rounded_weights
     from pipeline.training import attention_check, trainer
-    from pipeline.training.weight_changes import Drift
+    from pipeline.training.weight_changes import WeightChanges
 
     attention_check.check(config.qat, "qat")
     block_format = references.configured_format(config)
     tokenizer = load_tokenizer(start.base)
     splits = prepare_examples(config, rows, tokenizer)
     model = loading.load_to_train(start, config.qat)
-    drift = Drift(model, block_format)  # before frozen experts are rounded in place
+    changes = WeightChanges(model, block_format)  # before frozen experts are rounded in place
     rounded = fake_quantizers.keep_rounded(model, rounded_weights.budget_bytes(config))
     looks = samples.callback(config, rows, tokenizer, directory, "qat")
-    inputs = trainer.Inputs(model, tokenizer, splits, drift, rounded, _teacher(config), looks)
+    inputs = trainer.Inputs(model, tokenizer, splits, changes, rounded, _teacher(config), looks)
     with fake_quantizers.watch(model) as fired:
         details = trainer.train(inputs, trainer.Setup(config.qat, "qat", directory, config.sharding))
     fired.raise_unless_all(model)

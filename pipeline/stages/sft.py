@@ -34,7 +34,7 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
     from pipeline.evaluate import samples
     from pipeline.models import adapters
     from pipeline.training import attention_check, trainer
-    from pipeline.training.weight_changes import Drift
+    from pipeline.training.weight_changes import WeightChanges
 
     attention_check.check(config.sft, "sft")
     tokenizer = load_tokenizer(start.base)
@@ -42,9 +42,9 @@ def _train(config: PipelineConfig, start: ModelRef, rows: Rows, directory: Path)
     model = loading.load_to_train(start, config.sft)
     if config.sft.method is Method.lora:
         model = adapters.attach(model, config.sft, "sft")
-    drift = Drift(model, references.configured_format(config))
+    changes = WeightChanges(model, references.configured_format(config))
     looks = samples.callback(config, rows, tokenizer, directory, "sft")
-    inputs = trainer.Inputs(model, tokenizer, splits, drift, looks=looks)
+    inputs = trainer.Inputs(model, tokenizer, splits, changes, callbacks=looks)
     details = trainer.train(inputs, trainer.Setup(config.sft, "sft", directory, config.sharding))
     kind, where = saving.save(model, start, directory, config.sft, config)
     return Result(kind, format=where["dtype"], details={**details, **where})
