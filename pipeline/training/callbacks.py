@@ -294,7 +294,8 @@ class Checkpoints(TrainerCallback):
         if state.best_metric >= before:
             warn(
                 self._stage,
-                f"no step had a lower validation loss than {before:.4f} before training; keeping the best step",
+                f"no step had a lower validation loss than the model before training ({before:.4f});"
+                " keeping the best step",
             )
 
 
