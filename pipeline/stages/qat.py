@@ -79,18 +79,18 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     from pipeline.evaluate import samples
     from pipeline.models import fake_quantizers, rounded_weights
     from pipeline.training import attention_check, trainer
-    from pipeline.training.weight_changes import Drift
+    from pipeline.training.weight_changes import WeightChanges
 
     attention_check.check(config.qat, "qat")
     block_format = references.configured_format(config.format)
     tokenizer = load_tokenizer(start.base)
     splits = prepare_examples(here, config.data, rows, tokenizer)
     model = loading.load_to_train(start, config.qat)
-    drift = Drift(model, block_format)  # made before frozen experts are rounded in place
+    changes = WeightChanges(model, block_format)  # before frozen experts are rounded in place
     budget = rounded_weights.budget_bytes(config.qat.rounded_cache_gib, config.sharding)
     rounded = fake_quantizers.keep_rounded(model, budget)
     looks = samples.callback(here, config.data, config.evaluate, rows=rows, tokenizer=tokenizer, directory=directory)
-    inputs = trainer.Inputs(model, tokenizer, splits, drift, rounded, _load_teacher(here, config.qat), looks)
+    inputs = trainer.Inputs(model, tokenizer, splits, changes, rounded, _load_teacher(here, config.qat), looks)
     with fake_quantizers.watch(model) as fired:
         figures = trainer.train(inputs, trainer.Setup(config.qat, "qat", directory, config.sharding))
     fired.raise_unless_all(model)

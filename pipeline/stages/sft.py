@@ -39,7 +39,7 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     from pipeline.evaluate import samples
     from pipeline.models import adapters
     from pipeline.training import attention_check, trainer
-    from pipeline.training.weight_changes import Drift
+    from pipeline.training.weight_changes import WeightChanges
 
     attention_check.check(config.sft, "sft")
     tokenizer = load_tokenizer(start.base)
@@ -47,9 +47,9 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     model = loading.load_to_train(start, config.sft)
     if config.sft.method is Method.lora:
         model = adapters.attach(model, config.sft, "sft")
-    drift = Drift(model, references.configured_format(config.format))
+    changes = WeightChanges(model, references.configured_format(config.format))
     looks = samples.callback(here, config.data, config.evaluate, rows=rows, tokenizer=tokenizer, directory=directory)
-    inputs = trainer.Inputs(model, tokenizer, splits, drift, looks=looks)
+    inputs = trainer.Inputs(model, tokenizer, splits, changes, callbacks=looks)
     figures = trainer.train(inputs, trainer.Setup(config.sft, "sft", directory, config.sharding))
     kind, saved = saving.save(model, start, directory, train=config.sft, shared=config.sharding)
     return Result(kind, TrainingRecord.from_details({**figures, **saved.details()}), saved.dtype)

@@ -1,8 +1,8 @@
-"""Checks an attention implementation before training: it is compared with eager on a small random gpt-oss.
+"""Compares an attention implementation with eager before training, on a small random gpt-oss.
 
 Each query of gpt-oss attends to one more logit, its head's learned sink, which takes probability but has no value.
 Kernels without support for sinks run without an error and train a different model. Some use the sink in the forward
-pass but do not compute its gradient. So no implementation is trusted by its name.
+pass but do not compute its gradient. So every implementation other than eager is checked.
 
 The same batch goes through the same weights three times:
 1. with eager in float64, as the reference;
@@ -11,8 +11,8 @@ The same batch goes through the same weights three times:
 
 The batch is longer than the sliding window and padded on the right, as in training. Every token goes to every expert,
 because a router choice that flips by rounding would hide errors of attention. If training packs documents, the third
-pass has the documents packed into one row, and the reference keeps them separate. A kernel that lets packed documents
-see each other then has a large error.
+pass has the documents packed into one row, while the reference has them in separate rows. A kernel that lets packed
+documents attend to each other then has a large error.
 """
 
 import math
@@ -21,7 +21,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.checkpoints.gpt_oss import ATTENTION, ATTENTION_TYPES, K_PROJ, Q_PROJ, SINKS, V_PROJ, in_layer
@@ -34,7 +34,7 @@ from pipeline.runs.console import say
 
 _EAGER = "eager"
 _VOCABULARY, _EXPERTS, _LENGTHS = 128, 2, (288, 256)
-# Heads of 64, eight queries per key and the window are as in the released models, because kernels support few sizes.
+# Head size, queries per key and window are those of the released models, because kernels support few sizes.
 _SIZES: dict[str, Any] = {
     "vocab_size": _VOCABULARY,
     "num_hidden_layers": len(ATTENTION_TYPES),
@@ -55,7 +55,7 @@ _WHAT_FOR = {
     False: "gpt-oss, whose attention has sinks",
     True: "packed documents, which must not see each other",
 }
-_TIMES_ROUNDING = 4.0  # another order of summation doubles the error from rounding; the rest is margin
+_TIMES_ROUNDING = 4.0  # another order of summation can double the error from rounding; the other factor 2 is margin
 _ALWAYS_ALLOWED = 1e-5
 
 
@@ -75,12 +75,12 @@ def check(train: TrainConfig, section: str) -> None:
         _check(train, section, is_packed=True)
 
 
-def _check(train: TrainConfig, section: str, is_packed: bool) -> None:
+def _check(train: TrainConfig, section: str, *, is_packed: bool) -> None:
     name = train.attn_implementation
     setting = f"{section}.attn_implementation={name}"
     packed = f" with {section}.packing=true" if is_packed else ""
     try:
-        found, rounding = errors(name, train.precision, _device(), is_packed)
+        found, rounding = measure_errors(name, train.precision, _device(), is_packed=is_packed)
     except (ValueError, KeyError, ImportError, OSError, RuntimeError) as error:
         reason = str(error).strip("'\" \n").partition("\n")[0].partition(". ")[0]
         raise UserError(
@@ -88,7 +88,7 @@ def _check(train: TrainConfig, section: str, is_packed: bool) -> None:
             f" Use {section}.attn_implementation={_EAGER}."
         ) from error
     allowed = _TIMES_ROUNDING * rounding + _ALWAYS_ALLOWED
-    wrong = {tensor: distance for tensor, distance in found.items() if not distance <= allowed}  # NaN is wrong too
+    wrong = {tensor: error for tensor, error in found.items() if not error <= allowed}  # NaN is wrong too
     if wrong:
         tensor = max(wrong, key=lambda name: math.inf if math.isnan(wrong[name]) else wrong[name])
         raise UserError(
@@ -100,29 +100,30 @@ def _check(train: TrainConfig, section: str, is_packed: bool) -> None:
     say(section, f"attn_implementation={name}{alone} agrees with eager: outputs and gradients of sinks, q, k and v")
 
 
-def errors(
-    name: str, precision: Precision, device: torch.device, is_packed: bool = False
+def measure_errors(
+    name: str, precision: Precision, device: torch.device, *, is_packed: bool = False
 ) -> tuple[dict[str, float], float]:
-    """Errors of an implementation and of eager in the same precision, both against eager in float64.
+    """Measure the errors of an implementation, and of eager in the same precision, against eager in float64.
 
     Returns:
         Tensor -> relative error ‖x - truth‖ / ‖truth‖ of the implementation, where a missing gradient counts as zeros.
         And the largest relative error of eager in `precision`. It is the largest over all tensors because the error of
         a small tensor, such as the eight sinks, can be small by chance.
     """
-    truth = _tensors(_EAGER, torch.float64, False, device)
+    truth = _run(_EAGER, torch.float64, device)
     dtype, is_mixed = TRAIN_DTYPES[precision], precision is Precision.mixed_bf16
-    eager = _tensors(_EAGER, dtype, is_mixed, device)
-    asked_for = _tensors(name, dtype, is_mixed, device, is_packed)
-    rounding = max(_distance(eager[key], truth[key]) for key in truth)
-    return {key: _distance(asked_for[key], truth[key]) for key in truth}, rounding
+    eager = _run(_EAGER, dtype, device, is_mixed=is_mixed)
+    configured = _run(name, dtype, device, is_mixed=is_mixed, is_packed=is_packed)
+    rounding = max(_relative_error(eager[key], truth[key]) for key in truth)
+    return {key: _relative_error(configured[key], truth[key]) for key in truth}, rounding
 
 
-def _tensors(
-    name: str, dtype: torch.dtype, is_mixed: bool, device: torch.device, is_packed: bool = False
+def _run(
+    name: str, dtype: torch.dtype, device: torch.device, *, is_mixed: bool = False, is_packed: bool = False
 ) -> dict[str, Tensor]:
-    """Logits without padding, and the gradients of each layer's sinks, q, k and v."""
-    model, batch = _model(name, dtype).to(device), _packed(_batch()) if is_packed else _batch()
+    """Compute logits without padding, and the gradients of each layer's sinks, q, k and v."""
+    model = _make_model(name, dtype).to(device)
+    batch = _pack(_make_batch()) if is_packed else _make_batch()
     batch = {key: value.to(device) for key, value in batch.items()}
     labels, is_real = batch.pop("labels"), batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     autocast = torch.autocast(device.type, torch.bfloat16) if is_mixed else nullcontext()
@@ -139,8 +140,8 @@ def _tensors(
     return found
 
 
-def _model(name: str, dtype: torch.dtype) -> Any:
-    """A gpt-oss with the same random weights every time, large enough that attention and sinks matter."""
+def _make_model(name: str, dtype: torch.dtype) -> nn.Module:
+    """Make a gpt-oss with the same random weights every time, large enough that attention and sinks matter."""
     from transformers import AutoModelForCausalLM, GptOssConfig
 
     config = GptOssConfig(**_SIZES)
@@ -151,23 +152,23 @@ def _model(name: str, dtype: torch.dtype) -> Any:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for key, parameter in model.named_parameters():
-                drawn = torch.randn(parameter.shape, generator=generator)
+                noise = torch.randn(parameter.shape, generator=generator)
                 fan_in = 1 if parameter.ndim == 1 else parameter.shape[1]
-                parameter.copy_(1 + 0.1 * drawn if key.endswith("norm.weight") else drawn * fan_in**-0.5)
+                parameter.copy_(1 + 0.1 * noise if key.endswith("norm.weight") else noise * fan_in**-0.5)
     packing_masks.mask_documents(model)
     return model.to(dtype).train()
 
 
-def _batch() -> dict[str, Tensor]:
-    """input_ids, attention_mask, labels (B, T); the second row is padded on the right."""
+def _make_batch() -> dict[str, Tensor]:
+    """Make input_ids, attention_mask and labels (B, T). The second row is padded on the right."""
     longest = max(_LENGTHS)
     ids = torch.randint(1, _VOCABULARY, (len(_LENGTHS), longest), generator=torch.Generator().manual_seed(1))
     mask = (torch.arange(longest) < torch.tensor(_LENGTHS)[:, None]).long()
     return {"input_ids": ids * mask, "attention_mask": mask, "labels": ids.where(mask.bool(), torch.tensor(IGNORED))}
 
 
-def _packed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The documents of a padded batch in one row, with positions instead of the mask. Labels stay within a document."""
+def _pack(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Pack a padded batch into one row, with positions instead of a mask. No document has to predict the next one."""
     is_real = batch["attention_mask"].bool()
     positions = (batch["attention_mask"].cumsum(1) - 1)[is_real]
     return {
@@ -177,12 +178,12 @@ def _packed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _distance(value: Tensor, truth: Tensor) -> float:
+def _relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value.double() - truth).norm() / truth.norm())
 
 
 def _device() -> torch.device:
-    """The device that this process will train on."""
+    """Return the device that this process will train on."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

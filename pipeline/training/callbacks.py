@@ -4,14 +4,21 @@ Shapes: B examples, T tokens, L layers, E experts.
 """
 
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import reduce
-from torch import Tensor
-from transformers import EarlyStoppingCallback, TrainerCallback
+from torch import Tensor, nn
+from transformers import (
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -22,27 +29,27 @@ from pipeline.runs.metrics import read_metrics
 from pipeline.runs.processes import is_main_process, wait_for_everyone
 from pipeline.runs.provenance import peak_resident_bytes
 from pipeline.runs.tracking import log_metrics
-from pipeline.training.resume import mark_whole
+from pipeline.training.resume import mark_complete
 
 _LOSS = "eval_loss"
 _RECOUNTED = "num_tokens"  # TRL's count, which restarts at zero when a run is resumed
 
 
-def callbacks(
-    settings: TrainConfig, directory: Path, stage: str, shared: Sharding, tokens: "TokenCount"
+def make_callbacks(
+    settings: TrainConfig, *, directory: Path, stage: str, sharding: Sharding, tokens: "TokenCount"
 ) -> list[TrainerCallback]:
-    """The callbacks of one training stage.
+    """Make the callbacks of one training stage.
 
     Args:
         settings: `sft` or `qat` of the configuration.
         directory: directory of the stage.
         stage: name of the stage, for messages.
-        shared: how the model is sharded.
+        sharding: how the model is sharded.
         tokens: counts the tokens of every training batch.
     """
     made: list[TrainerCallback] = [
         Metrics(directory, stage, tokens),
-        Checkpoints(settings.save_total_limit, directory, stage, shared),
+        Checkpoints(settings.save_total_limit, directory, stage, sharding),
     ]
     if settings.early_stopping_patience is not None:
         made.append(EarlyStopping(settings.early_stopping_patience))
@@ -59,34 +66,51 @@ class Metrics(TrainerCallback):
         self._seconds = 0.0  # spent in steps since the last line, without evaluations and checkpoints
         self._started = 0.0
 
-    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: object,
+    ) -> None:
+        assert model is not None
         self._routers = _RouterLoad(model)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         self._progress.begin(state)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._started = time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._seconds += time.perf_counter() - self._started
         self._progress.step()
 
-    def on_log(self, args: Any, state: Any, control: Any, **event: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: object,
+    ) -> None:
         # Runs on every process, because counts are summed over all of them.
-        logs: dict[str, Any] = event["logs"]
+        assert logs is not None
         if "loss" in logs:
             line = {name: value for name, value in logs.items() if name != _RECOUNTED} | self._throughput()
         elif _LOSS in logs:
             # TRL adds averages over training steps to evaluation logs. They are dropped.
             line = {name: value for name, value in logs.items() if name.startswith("eval_") or name == "epoch"}
-            line |= self._routers.figures()
+            line |= self._routers.take()
         else:
-            return  # averages over the whole training, which are wrong after a resume
+            return  # averages over the whole training are wrong after a resume
         log_metrics(self._directory, {"step": state.global_step, **line})
         self._progress.show(state, line)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._progress.end()
 
     def _throughput(self) -> dict[str, float]:
@@ -111,7 +135,7 @@ class TokenCount:
 
     def add(self, batch: dict[str, Tensor]) -> None:
         """Count a batch: labels (B, T) and attention_mask (B, T). Without a mask there is no padding."""
-        # The first token of an example is never predicted.
+        # No model predicts the first token of an example.
         supervised = (batch["labels"][:, 1:] != IGNORED).sum()
         is_real = batch.get("attention_mask")
         tokens = torch.full_like(supervised, batch["labels"].numel()) if is_real is None else is_real.sum()
@@ -119,7 +143,7 @@ class TokenCount:
         self._counted = counts if self._counted is None else self._counted + counts
 
     def take(self) -> tuple[int, int]:
-        """Tokens and supervised tokens of all processes since the last call."""
+        """Return the tokens and supervised tokens of all processes since the last call."""
         assert self._counted is not None
         tokens, supervised = reduce(self._counted, "sum").tolist()
         self._counted = None
@@ -133,7 +157,7 @@ class _RouterLoad:
     Repeated examples count twice.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._is_real: Tensor | None = None  # (B T), for the current batch
         self._counted: Tensor | None = None  # (L, E): tokens sent to each expert
         routers = [module for module in model.modules() if isinstance(module, GptOssTopKRouter)]
@@ -144,15 +168,17 @@ class _RouterLoad:
         for layer, router in enumerate(routers):
             router.register_forward_hook(partial(self._count, layer))
 
-    def _remember_padding(self, model: Any, _: Any, inputs: dict[str, Any]) -> None:
+    def _remember_padding(self, model: nn.Module, _: object, inputs: Mapping[str, object]) -> None:
         # A forward pass with a cache generates samples and is not an evaluation.
         if not model.training and not inputs.get("use_cache"):
-            self._is_real = inputs["attention_mask"].flatten()
+            mask = inputs["attention_mask"]
+            assert isinstance(mask, Tensor)
+            self._is_real = mask.flatten()
 
-    def _forget_padding(self, *_: Any) -> None:
+    def _forget_padding(self, *_: object) -> None:
         self._is_real = None
 
-    def _count(self, layer: int, router: Any, _: Any, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    def _count(self, layer: int, router: nn.Module, _: object, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
         if router.training or self._is_real is None:
             return
         experts = outputs[2]  # (B T, experts per token)
@@ -161,8 +187,8 @@ class _RouterLoad:
         each = self._is_real.to(torch.int64)[:, None].expand_as(experts)
         self._counted[layer].scatter_add_(0, experts.flatten(), each.flatten())
 
-    def figures(self) -> dict[str, float]:
-        """Router load of each layer since the last call, over all processes.
+    def take(self) -> dict[str, float]:
+        """Return the router load of each layer since the last call, over all processes.
 
         `router_variation` is the coefficient of variation of the experts' shares of tokens; 0 is even.
         `router_largest` is the largest share: experts per token / experts if even, 1 if one expert gets every token.
@@ -181,12 +207,11 @@ class _Progress:
 
     def __init__(self, stage: str) -> None:
         self._stage = stage
-        self._shown: dict[str, str] = {}
         self._first_step = 0
         self._started = 0.0
         self._bar: Any = None
 
-    def begin(self, state: Any) -> None:
+    def begin(self, state: TrainerState) -> None:
         self._first_step = state.global_step
         self._started = time.monotonic()
         self._bar = progress(total=state.max_steps, what=f"[{self._stage}]", unit="step", done=state.global_step)
@@ -194,21 +219,21 @@ class _Progress:
     def step(self) -> None:
         self._bar.update()
 
-    def show(self, state: Any, line: dict[str, Any]) -> None:
+    def show(self, state: TrainerState, line: Mapping[str, float]) -> None:
         if _LOSS in line:
             say(self._stage, f"step {state.global_step}: validation loss {line[_LOSS]:.4f}")
             return
         shown = f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s"
         if self._bar.disable:
-            say(self._stage, f"step {state.global_step} of {state.max_steps}: {shown}, {self._left(state)} left")
+            say(self._stage, f"step {state.global_step} of {state.max_steps}: {shown}, {self._time_left(state)} left")
         else:
             self._bar.set_postfix_str(shown)
 
     def end(self) -> None:
         self._bar.close()
 
-    def _left(self, state: Any) -> str:
-        """Estimated time until the last step as h:mm:ss, at the average speed so far."""
+    def _time_left(self, state: TrainerState) -> str:
+        """Estimate the time until the last step as h:mm:ss, at the average speed so far."""
         per_step = (time.monotonic() - self._started) / (state.global_step - self._first_step)
         seconds = round(per_step * (state.max_steps - state.global_step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
@@ -220,35 +245,45 @@ class Checkpoints(TrainerCallback):
     With `load_best_model_at_end` the trainer loads `state.best_model_checkpoint` after the last step.
     """
 
-    def __init__(self, limit: int, directory: Path, stage: str, shared: Sharding) -> None:
+    def __init__(self, limit: int, directory: Path, stage: str, sharding: Sharding) -> None:
         self._limit = limit
         self._directory = directory
         self._stage = stage
-        self._shared = shared
+        self._sharding = sharding
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         if state.best_global_step:  # a resumed run may have been moved since its checkpoint stored the path
-            state.best_model_checkpoint = str(_checkpoint(args, state.best_global_step))
+            state.best_model_checkpoint = str(_checkpoint_path(args, state.best_global_step))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True
             # transformers 5.14 would save now, and would take one step too many after a resume from there.
             control.should_save = False
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **event: Any) -> None:
-        is_best = state.best_metric is None or event["metrics"][_LOSS] < state.best_metric
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **_: object,
+    ) -> None:
+        assert metrics is not None
+        is_best = state.best_metric is None or metrics[_LOSS] < state.best_metric
         if state.global_step >= state.max_steps and is_best:
             state.best_model_checkpoint = None  # the last step has no checkpoint, and the model already has its weights
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         wait_for_everyone()
         if state.is_world_process_zero:
-            mark_whole(_checkpoint(args, state.global_step), self._shared)
-            # Remove old checkpoints only now. If this one had been interrupted, a resume would need them.
-            rotate_checkpoints(args.output_dir, self._limit, state.best_model_checkpoint)
+            mark_complete(_checkpoint_path(args, state.global_step), self._sharding)
+            # Remove old checkpoints only now: if writing this one is interrupted, a resume needs them.
+            rotate_checkpoints(str(args.output_dir), self._limit, state.best_model_checkpoint)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if not args.load_best_model_at_end or state.best_metric is None or not is_main_process():
             return
         if state.global_step < state.max_steps:
@@ -259,16 +294,22 @@ class Checkpoints(TrainerCallback):
         if state.best_metric >= before:
             warn(
                 self._stage,
-                f"no step had a lower validation loss than {before:.4f} before training; keeping the best step",
+                f"no step had a lower validation loss than the model before training ({before:.4f});"
+                " keeping the best step",
             )
 
 
 class EarlyStopping(EarlyStoppingCallback):
     """transformers' own callback, which saves its count of evaluations without improvement in checkpoints."""
 
-    # transformers' own signature differs from TrainerCallback's too.
+    # transformers requires `metrics` here too, although TrainerCallback does not.
     def on_evaluate(  # type: ignore[override]
-        self, args: Any, state: Any, control: Any, metrics: Any, **others: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **others: object,
     ) -> None:
         super().on_evaluate(args, state, control, metrics, **others)
         if control.should_training_stop:
@@ -277,5 +318,5 @@ class EarlyStopping(EarlyStoppingCallback):
             control.should_save = False
 
 
-def _checkpoint(args: Any, step: int) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{step}"
+def _checkpoint_path(args: TrainingArguments, step: int) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{step}"

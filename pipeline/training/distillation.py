@@ -1,20 +1,19 @@
-"""Distillation: the quantized model learns from what the fine-tuned one predicts, not from the data alone.
+"""Distillation: the quantized model learns from the fine-tuned model's predictions, in addition to the data.
 
-The loss of a supervised token is (1 - weight) * cross entropy + weight * T^2 * KL(teacher_T || student_T), where both
-distributions are softened by the temperature T; T^2 keeps the size of the gradient (Hinton et al. 2015,
+The loss of a supervised token is (1 - weight) * cross entropy + weight * T^2 * KL(teacher_T || student_T). The
+temperature T softens both distributions. The factor T^2 keeps the size of the gradient (Hinton et al. 2015,
 arXiv:1503.02531, section 2).
 
-Neither model's logits are there for more than a few tokens at a time (see `head`).
+Logits exist only for one chunk of tokens at a time (see `models.chunked_logits`).
 
-Legend: B batch, T positions, V vocabulary, N supervised tokens of the batch, n of them in a chunk.
+Shapes: B batch, T positions, V vocabulary, N supervised tokens of the batch, n supervised tokens of a chunk.
 """
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.data.harmony import IGNORED
@@ -24,55 +23,79 @@ from pipeline.models.chunked_logits import States
 
 @dataclass(frozen=True)
 class Teacher:
-    """Who is learnt from, and how much.
+    """The model to learn from, and the settings of distillation.
 
     Attributes:
         model: a causal language model in evaluation mode; it is not trained.
-        weight: share of the loss, above 0, up to 1.
-        temperature: of both distributions.
+        weight: share of the divergence in the loss, above 0, up to 1.
+        temperature: temperature of both distributions.
     """
 
-    model: Any
+    model: nn.Module
     weight: float
     temperature: float
 
 
 @dataclass(frozen=True)
-class Distilled:
-    """Sums over the supervised tokens of a batch: the loss, with its gradient, and the divergence in nats at T = 1."""
+class DistillationLoss:
+    """Sums over the supervised tokens of a batch.
+
+    Attributes:
+        loss: the loss, with its gradient.
+        divergence: KL(teacher || student) in nats, at T = 1 whatever the temperature of the loss.
+    """
 
     loss: Tensor
     divergence: Tensor
 
 
-def distilled(student: Any, teacher: Teacher, batch: dict[str, Tensor]) -> Distilled:
-    """Run both models on a batch: labels (B x T), and what a model takes beside them."""
+def distill(student: nn.Module, teacher: Teacher, batch: dict[str, Tensor]) -> DistillationLoss:
+    """Compute the distillation loss of a batch.
+
+    Args:
+        student: the model that is trained.
+        teacher: the model to learn from.
+        batch: labels (B, T) and the inputs of both models.
+    """
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "use_cache")}
-    supervised = functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))  # at each position, of the token after it
+    # Each position stands for the prediction of the token after it.
+    supervised = functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
     targets = batch["labels"].roll(-1, dims=1)[supervised]
-    own = chunked_logits.compute_states(student, inputs, supervised)
+    student_states = chunked_logits.compute_states(student, inputs, supervised)
     with torch.no_grad():
-        taught = chunked_logits.compute_states(teacher.model, inputs, supervised)
-    return sums(own, taught, targets, teacher.weight, teacher.temperature)
+        teacher_states = chunked_logits.compute_states(teacher.model, inputs, supervised)
+    return sum_losses(student_states, teacher_states, targets, weight=teacher.weight, temperature=teacher.temperature)
 
 
-def sums(own: States, taught: States, targets: Tensor, weight: float, temperature: float) -> Distilled:
-    """From what student and teacher make their logits of, and the tokens that follow (N)."""
+def sum_losses(
+    student: States, teacher: States, targets: Tensor, *, weight: float, temperature: float
+) -> DistillationLoss:
+    """Sum the distillation loss over the supervised tokens.
+
+    Args:
+        student: states of the model that is trained.
+        teacher: states of the teacher at the same positions.
+        targets: (N), the token after each position.
+        weight: share of the divergence in the loss.
+        temperature: temperature of both distributions.
+    """
     loss, divergence = torch.zeros((), device=targets.device), torch.zeros((), device=targets.device)
-    of_part = partial(_sums, weight=weight, temperature=temperature)
-    for part_loss, part_divergence in chunked_logits.map_chunks(of_part, (own, taught), targets):
-        loss, divergence = loss + part_loss, divergence + part_divergence
-    return Distilled(loss, divergence.detach())
+    sum_chunk = partial(_sum_chunk, weight=weight, temperature=temperature)
+    for chunk_loss, chunk_divergence in chunked_logits.map_chunks(sum_chunk, (student, teacher), targets):
+        loss, divergence = loss + chunk_loss, divergence + chunk_divergence
+    return DistillationLoss(loss, divergence.detach())
 
 
-def _sums(own: Tensor, taught: Tensor, targets: Tensor, weight: float, temperature: float) -> tuple[Tensor, Tensor]:
-    """From logits (n, V) of both and targets (n)."""
-    cross_entropy = functional.cross_entropy(own, targets, reduction="sum")
-    softened = _divergence(own / temperature, taught / temperature) * temperature**2
+def _sum_chunk(
+    student: Tensor, teacher: Tensor, targets: Tensor, *, weight: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Sum loss and divergence over a chunk: logits (n, V) of both models and targets (n)."""
+    cross_entropy = functional.cross_entropy(student, targets, reduction="sum")
+    softened = _sum_divergence(student / temperature, teacher / temperature) * temperature**2
     with torch.no_grad():
-        divergence = _divergence(own, taught)
+        divergence = _sum_divergence(student, teacher)
     return (1 - weight) * cross_entropy + weight * softened, divergence
 
 
-def _divergence(own: Tensor, taught: Tensor) -> Tensor:
-    return functional.kl_div(own.log_softmax(-1), taught.log_softmax(-1), reduction="sum", log_target=True)
+def _sum_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    return functional.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True)

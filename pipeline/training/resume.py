@@ -1,9 +1,9 @@
-"""Checkpoints that interrupted training goes on from: which are whole, and whether they can be read.
+"""Checkpoints of interrupted training: which are complete, and whether this run can resume from them.
 
-A checkpoint stands after a number of global batches, and the order of the examples depends on the seed and the epoch
-alone: with the same global batch (see `by_global_batch`) any number of processes goes on with the same examples.
-Nothing else that training does is random (gpt-oss has no dropout, and adapters have none), so that the states of
-random generators, which transformers saves for each process, need not be there for a process that is new.
+Any number of processes can resume from a checkpoint and sees the same examples. The order of the examples depends only
+on the seed and the epoch, and `by_global_batch` keeps the global batch unchanged. Nothing else in training is random:
+neither gpt-oss nor its adapters have dropout. So a new process does not need the random generator states that
+transformers saves for each process.
 """
 
 import json
@@ -17,14 +17,14 @@ from pipeline.runs.json_files import write_json
 from pipeline.runs.processes import is_main_process, process_count, wait_for_everyone
 from pipeline.runs.settings import Settings
 
-WHOLE = "whole"
-"""This file in a checkpoint says that all of it was written, and how it was sharded."""
+MARKER = "whole"
+"""Name of a file in every complete checkpoint. It holds the sharding of the checkpoint."""
 
 
 def by_global_batch(settings: Settings) -> Settings:
-    """Settings that training must be resumed with: the global batch takes the place of its factors.
+    """Replace the factors of the global batch by their product, for settings that training must be resumed with.
 
-    The examples of an optimizer step matter for the result. How processes and forward passes share them does not.
+    The result depends on the examples of an optimizer step, not on how processes and forward passes share them.
     """
     found = dict(settings)
     for key in settings:
@@ -37,39 +37,49 @@ def by_global_batch(settings: Settings) -> Settings:
     return found
 
 
-def step_of(checkpoint: Path) -> int:
-    """After which step it was written."""
+def read_step(checkpoint: Path) -> int:
+    """Read from a checkpoint's name the step after which it was written."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def mark_whole(checkpoint: Path, shared: Sharding) -> None:
-    """Say that all of it is on disk."""
-    write_json(checkpoint / WHOLE, {"sharding": shared.name})
+def mark_complete(checkpoint: Path, sharding: Sharding) -> None:
+    """Record that a checkpoint is complete, and how it is sharded."""
+    write_json(checkpoint / MARKER, {"sharding": sharding.name})
 
 
-def last_whole(directory: Path, stage: str, shared: Sharding) -> Path | None:
-    """The newest checkpoint that was written to its end; later, broken ones are removed.
+def find_last_complete(directory: Path, stage: str, sharding: Sharding) -> Path | None:
+    """Find the newest complete checkpoint, after removing incomplete ones.
+
+    Args:
+        directory: the checkpoints of a stage.
+        stage: name of the stage, for messages.
+        sharding: how this run shards the model.
 
     Raises:
-        UserError: it was sharded otherwise.
+        UserError: the checkpoint was written with another sharding.
     """
-    found = sorted(directory.glob("checkpoint-*"), key=step_of)
-    whole = [path for path in found if (path / WHOLE).is_file()]
+    found = sorted(directory.glob("checkpoint-*"), key=read_step)
+    complete = [path for path in found if (path / MARKER).is_file()]
     wait_for_everyone()
-    for path in found:
-        if path not in whole and is_main_process():
-            say(stage, f"removing {path.name}, which was interrupted while it was written")
-            shutil.rmtree(path)
+    if is_main_process():
+        _remove([path for path in found if path not in complete], stage)
     wait_for_everyone()
-    if whole:
-        _raise_if_made_otherwise(whole[-1], shared)
-    return whole[-1] if whole else None
+    if not complete:
+        return None
+    _raise_if_sharded_otherwise(complete[-1], sharding)
+    return complete[-1]
 
 
-def _raise_if_made_otherwise(checkpoint: Path, shared: Sharding) -> None:
-    before = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))["sharding"]
-    if before != shared.name:
+def _remove(incomplete: list[Path], stage: str) -> None:
+    for path in incomplete:
+        say(stage, f"removing {path.name}: it is incomplete, because the run was interrupted")
+        shutil.rmtree(path)
+
+
+def _raise_if_sharded_otherwise(checkpoint: Path, sharding: Sharding) -> None:
+    before = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["sharding"]
+    if before != sharding.name:
         raise UserError(
-            f"{checkpoint}: was written with sharding={before}; its files cannot be read with sharding={shared.name}."
-            " Go on as it was begun, or start anew with overwrite=true."
+            f"{checkpoint}: was written with sharding={before} and cannot be read with sharding={sharding.name}."
+            f" Use sharding={before}, or overwrite=true to start again."
         )

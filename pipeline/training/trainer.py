@@ -1,10 +1,10 @@
-"""One `train` for SFT and QAT: TRL's trainer on our tokens, our validation loss, checkpoints that are whole.
+"""`train`, for SFT and QAT: TRL's trainer with our tokens, our validation loss and checkpoints marked as complete.
 
-The only importer of trl. The model comes in ready, with adapters and quantizers; QAT differs from SFT in nothing here.
+Only this module imports trl. Adapters and quantizers are already in the model; QAT runs the same code as SFT.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +12,22 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from pipeline.config import Precision, Sharding, TrainConfig
 from pipeline.data import tables
 from pipeline.data.examples import Splits
 from pipeline.data.harmony import IGNORED
+from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import UserError
 from pipeline.models import losses, sharding
 from pipeline.models.losses import Loss
@@ -29,35 +38,48 @@ from pipeline.runs.console import say, warn
 from pipeline.runs.metrics import forget_metrics_after, read_metrics
 from pipeline.runs.processes import wait_for_everyone
 from pipeline.training import resume
-from pipeline.training.callbacks import TokenCount, callbacks
-from pipeline.training.distillation import Teacher, distilled
-from pipeline.training.weight_changes import Drift
+from pipeline.training.callbacks import TokenCount, make_callbacks
+from pipeline.training.distillation import Teacher, distill
+from pipeline.training.weight_changes import WeightChanges
 
-_WHOLE_EXAMPLES = "bfd"  # best fit, decreasing: TRL's way to pack that cuts no example that fits
+_WHOLE_EXAMPLES = "bfd"  # best fit, decreasing: TRL's packing strategy that truncates no example that fits
 _LOWEST_SAFE_BF16_RATE = 1e-4
+_FIXED: dict[str, Any] = {
+    "logging_nan_inf_filter": False,  # the filter would replace a loss that is not finite by the mean of earlier ones
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+    "restore_callback_states_from_checkpoint": True,
+    "ddp_find_unused_parameters": False,  # every step uses all parameters: the experts of a layer are one parameter
+    "max_length": None,  # examples were truncated, and counted, when the data was prepared
+    "shuffle_dataset": False,
+    "packing_strategy": _WHOLE_EXAMPLES,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+"""Arguments of the trainer that no setting changes."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a training stage trains, and on what.
+    """A model to train and its data.
 
     Attributes:
-        model: in training precision, with whatever adapters and quantizers it is to have; trained in place.
-        tokenizer: of the model.
+        model: the model in training precision, with its adapters and quantizers; it is trained in place.
+        tokenizer: the model's tokenizer.
         splits: tokenized examples.
-        drift: measures, at each validation, how far the experts have moved.
-        rounded: what is kept of the model's rounded weights, to be forgotten when they change.
-        teacher: whose predictions are learnt beside the data, or None.
-        looks: callbacks that look at the model at each validation.
+        weight_changes: measures at each validation how far the experts have moved.
+        rounded: cache of the model's rounded weights, emptied when the weights change.
+        teacher: the model to distil from, or None.
+        callbacks: further callbacks, which may look at the model at each validation.
     """
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: Tokenizer
     splits: Splits
-    drift: Drift
+    weight_changes: WeightChanges
     rounded: RoundedWeights | None = None
     teacher: Teacher | None = None
-    looks: Sequence[TrainerCallback] = ()
+    callbacks: Sequence[TrainerCallback] = ()
 
 
 @dataclass(frozen=True)
@@ -66,67 +88,72 @@ class Setup:
 
     Attributes:
         settings: `sft` or `qat` of the configuration.
-        stage: its name, for messages.
-        directory: of the stage; checkpoints and metrics.jsonl go there.
-        shared: how the processes share the model.
+        stage: name of the stage, for messages.
+        directory: directory of the stage, for checkpoints and metrics.jsonl.
+        sharding: how the model is sharded.
     """
 
     settings: TrainConfig
     stage: str
     directory: Path
-    shared: Sharding
+    sharding: Sharding
 
-    def diverged(self, reason: str) -> UserError:
-        """The error for a loss or weights that are no numbers any more."""
+    def divergence_error(self, reason: str) -> UserError:
+        """Make the error for a loss or for weights that are not finite."""
         rate = f"{self.stage}.learning_rate={self.settings.learning_rate}"
         return UserError(f"{rate}: training diverged ({reason}). Lower it.")
 
 
 def train(inputs: Inputs, setup: Setup) -> dict[str, Any]:
-    """Train in place, going on from the last whole checkpoint of the stage if there is one.
+    """Train the model in place. Resume from the last complete checkpoint of the stage, if there is one.
 
     Returns:
-        Steps, the step whose weights are left, training loss, validation loss before and after, tokens seen.
+        Number of steps, the step whose weights are kept, training loss, validation loss before and after, and the
+        counts of examples and tokens.
 
     Raises:
-        UserError: a setting that transformers refuses, a launcher or a checkpoint that does not go with the settings.
+        UserError: transformers refuses a setting, or the launcher or a checkpoint contradicts the settings.
     """
     _warn_of_lost_updates(inputs.model, setup)
-    if sharding.STRATEGIES[setup.shared].hooks_gradients:
-        inputs.model.enable_input_require_grads()  # frozen embeddings: else adapters of the first layer alone have them
-    checkpoint = resume.last_whole(setup.directory / CHECKPOINTS_DIR, setup.stage, setup.shared)
-    with sharding.switch_on(setup.shared) as switches:
-        trainer = _trainer(inputs, setup, eval_on_start=checkpoint is None, **switches)
-        step = resume.step_of(checkpoint) if checkpoint else -1
-        forget_metrics_after(setup.directory, step)
-        if checkpoint is not None:
-            say(setup.stage, f"going on from step {step}")
-        try:
-            with _deterministic_on_cpu():
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except (CodecError, FloatingPointError) as error:
-            raise setup.diverged(str(error)) from error
-        if trainer.evaluated_step != trainer.state.global_step:
-            trainer.evaluate()
+    if sharding.STRATEGIES[setup.sharding].hooks_gradients:
+        # With frozen embeddings the first layer's input needs no gradient, and its backward pass would not gather it.
+        inputs.model.enable_input_require_grads()
+    checkpoint = resume.find_last_complete(setup.directory / CHECKPOINTS_DIR, setup.stage, setup.sharding)
+    with sharding.switch_on(setup.sharding) as switches:
+        trainer = _make_trainer(inputs, setup, {"eval_on_start": checkpoint is None, **switches})
+        _run(trainer, setup, checkpoint)
     sharding.reshard(inputs.model)
-    wait_for_everyone()  # the main process has written all its metrics
+    wait_for_everyone()  # until the main process has written all its metrics
     kept = trainer.state.best_global_step if setup.settings.keep_best else trainer.state.global_step
     return {
         "steps": trainer.state.global_step,
         "kept_step": kept,
-        **_outcome(setup, kept),
+        **_summarize_losses(setup, kept),
         **inputs.splits.counts,
     }
 
 
+def _run(trainer: "_Trainer", setup: Setup, checkpoint: Path | None) -> None:
+    forget_metrics_after(setup.directory, -1 if checkpoint is None else resume.read_step(checkpoint))
+    if checkpoint is not None:
+        say(setup.stage, f"resuming from step {resume.read_step(checkpoint)}")
+    try:
+        with _deterministic_on_cpu():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (CodecError, FloatingPointError) as error:
+        raise setup.divergence_error(str(error)) from error
+    if trainer.evaluated_step != trainer.state.global_step:
+        trainer.evaluate()
+
+
 @contextmanager
 def _deterministic_on_cpu() -> Iterator[None]:
-    """On a CPU, let an interrupted run end with the bits of a whole one.
+    """On a CPU, make a resumed run end with the same bits as an uninterrupted one.
 
-    Torch would also fill all uninitialized memory, which doubles the time of a step and which no bit depends on.
+    Torch would also fill all uninitialized memory. That doubles the time of a step and changes no result, so it is off.
     """
     before = torch.are_deterministic_algorithms_enabled()
-    settings: Any = torch.utils.deterministic  # a module whose switches are properties
+    settings: Any = torch.utils.deterministic  # a module whose settings are properties
     filled = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(before or not torch.cuda.is_available())
     settings.fill_uninitialized_memory = False
@@ -137,14 +164,14 @@ def _deterministic_on_cpu() -> Iterator[None]:
         settings.fill_uninitialized_memory = filled
 
 
-def _outcome(setup: Setup, kept: int | None) -> dict[str, float]:
-    """Figures of metrics.jsonl, which survives interruptions (the trainer's own averages do not)."""
+def _summarize_losses(setup: Setup, kept: int | None) -> dict[str, float]:
+    """Summarize the losses in metrics.jsonl, which survives interruptions, unlike the trainer's own averages."""
     lines = read_metrics(setup.directory)
     validation = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     training = [line["loss"] for line in lines if "loss" in line]
     if not all(math.isfinite(loss) for loss in (*validation.values(), *training)):
-        raise setup.diverged("the loss is not finite")
-    assert kept is not None  # one finite loss is the lowest
+        raise setup.divergence_error("the loss is not finite")
+    assert kept is not None  # finite losses have a lowest one
     return {
         "train_loss_first": training[0],
         "train_loss_last": training[-1],
@@ -154,23 +181,26 @@ def _outcome(setup: Setup, kept: int | None) -> dict[str, float]:
 
 
 class _Trainer(SFTTrainer):
-    """TRL's trainer with our validation loss, and with a teacher if there is one.
+    """TRL's trainer with our validation loss, and with distillation if there is a teacher.
 
-    Overridden because transformers 5.14 averages validation loss over batches, so that it depends on the batch size and
-    differs from what `evaluate` reports; there is no public hook for a token-weighted mean.
+    `evaluate` is overridden because transformers 5.14 averages the validation loss over batches. Its loss depends on
+    the batch size and differs from the loss that `stage=evaluate` reports. There is no public hook for a mean over
+    tokens.
     """
 
-    drift: Drift
+    weight_changes: WeightChanges
     tokens: TokenCount
     evaluated_step: int | None = None
     _teacher: Teacher | None = None
     _loss_of_step = torch.zeros(())
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Overridden to end at the first step whose loss is not finite, on every process, and before weights change."""
-        loss = super().training_step(*args, **kwargs)
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Overridden to stop all processes at the first loss that is not finite, before it changes the weights."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
         if self._teacher is not None:
-            sharding.reshard(self._teacher.model)  # only now: its head was needed once more in the backward pass
+            sharding.reshard(self._teacher.model)  # not earlier: the backward pass uses the teacher's head once more
         self._loss_of_step = self._loss_of_step + loss.detach()
         if self.accelerator.sync_gradients:
             total = self.accelerator.reduce(self._loss_of_step, "sum")
@@ -179,34 +209,41 @@ class _Trainer(SFTTrainer):
                 raise FloatingPointError(f"the loss of step {self.state.global_step + 1} is not finite")
         return loss
 
-    def learn_from(self, teacher: Teacher, shared: Sharding) -> None:
-        """Distil from now on; the teacher is spread over the processes as the model is."""
-        model = sharding.STRATEGIES[shared].shard_frozen(self.accelerator, teacher.model.requires_grad_(False))
-        model.eval()  # which DeepSpeed's does not return
+    def learn_from(self, teacher: Teacher, strategy: sharding.ShardingStrategy) -> None:
+        """Distil from now on. The teacher is sharded like the model."""
+        model = strategy.shard_frozen(self.accelerator, teacher.model.requires_grad_(False))
+        model.eval()  # DeepSpeed's eval() does not return the model
         self._teacher = replace(teacher, model=model)
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Overridden to count tokens, and for the teacher: TRL's `compute_loss_func` does not see the inputs for it."""
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, object]:
+        """Overridden to count tokens and to distil: TRL's `compute_loss_func` does not receive the inputs."""
         self.tokens.add(inputs)
         if self._teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self.accelerator.autocast():
-            found = distilled(model, self._teacher, inputs)
-        mine = (inputs["labels"][:, 1:] != IGNORED).sum()
-        self._metrics["train"]["teacher_divergence"].append((found.divergence / mine.clamp(min=1)).item())
+            found = distill(model, self._teacher, inputs)
+        supervised = (inputs["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
+        self._metrics["train"]["teacher_divergence"].append((found.divergence / supervised).item())
         if num_items_in_batch is None:
-            return found.loss / mine.clamp(min=1)
+            return found.loss / supervised
         return found.loss / num_items_in_batch * self.accelerator.num_processes
 
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: object = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Overridden to report a validation loss that does not depend on the batch size."""
         loss = self._validation_loss()
         metrics = {
             f"{metric_key_prefix}_loss": loss.supervised,
             f"{metric_key_prefix}_loss_all_tokens": loss.over_all,
             f"{metric_key_prefix}_perplexity": loss.perplexity,
-            **{f"{metric_key_prefix}_{name}": share for name, share in self.drift.figures().items()},
+            **{f"{metric_key_prefix}_{name}": share for name, share in self.weight_changes.measure().items()},
         }
         self.log(metrics)
         self.evaluated_step = self.state.global_step
@@ -214,7 +251,7 @@ class _Trainer(SFTTrainer):
         return metrics
 
     def _validation_loss(self) -> Loss:
-        """Every process takes every n-th batch; all take part in as many, for the sake of sharded models."""
+        """Each process takes every n-th batch. All run the same number of batches: sharded models use collectives."""
         tokenizer: Any = self.processing_class
         model: Any = self.model
         examples: Any = self.eval_dataset
@@ -230,53 +267,71 @@ class _Trainer(SFTTrainer):
         return losses.from_sums(self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu())
 
 
-class _Forget(TrainerCallback):
-    """Weights change when a checkpoint is loaded and when the optimizer has made a step."""
+class _ForgetRounded(TrainerCallback):
+    """Empties the cache of rounded weights when a checkpoint is loaded and after each step of the optimizer."""
 
     def __init__(self, rounded: RoundedWeights) -> None:
         self._rounded = rounded
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         self._rounded.forget()
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         self._rounded.forget()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._rounded.forget()
 
 
-def _trainer(inputs: Inputs, setup: Setup, **more: Any) -> _Trainer:
-    inputs.model.config.bos_token_id = inputs.tokenizer.bos_token_id  # the trainer would do it, with a warning
-    try:
-        tokens, is_packed = TokenCount(), setup.settings.packing
+def _make_trainer(inputs: Inputs, setup: Setup, more: Mapping[str, Any]) -> _Trainer:
+    """Make the trainer. `more` holds further arguments for transformers' TrainingArguments."""
+    tokens = TokenCount()
+    tokenizer: Any = inputs.tokenizer  # our protocol is narrower than TRL's type
+    inputs.model.config.bos_token_id = tokenizer.bos_token_id  # otherwise the trainer sets it, with a warning
+    with _setting_errors(setup):
         trainer = _Trainer(
             model=inputs.model,
-            args=_arguments(setup, **more),
-            train_dataset=_packed(inputs.splits, setup.stage) if is_packed else inputs.splits.train,
+            args=_make_arguments(setup, more),
+            train_dataset=_pack(inputs.splits, setup.stage) if setup.settings.packing else inputs.splits.train,
             eval_dataset=inputs.splits.validation,
-            processing_class=inputs.tokenizer,
-            callbacks=callbacks(setup.settings, setup.directory, setup.stage, setup.shared, tokens),
+            processing_class=tokenizer,
+            callbacks=make_callbacks(
+                setup.settings,
+                directory=setup.directory,
+                stage=setup.stage,
+                sharding=setup.sharding,
+                tokens=tokens,
+            ),
         )
-        trainer.get_optimizer_cls_and_kwargs(trainer.args, inputs.model)  # imports the package that has the optimizer
+        trainer.get_optimizer_cls_and_kwargs(trainer.args, inputs.model)  # imports the package of the optimizer
+    trainer.remove_callback(PrinterCallback)
+    trainer.tokens, trainer.weight_changes = tokens, inputs.weight_changes
+    for callback in inputs.callbacks:
+        trainer.add_callback(callback)
+    if inputs.rounded is not None:
+        trainer.add_callback(_ForgetRounded(inputs.rounded))
+    if inputs.teacher is not None:
+        trainer.learn_from(inputs.teacher, sharding.STRATEGIES[setup.sharding])
+    return trainer
+
+
+@contextmanager
+def _setting_errors(setup: Setup) -> Iterator[None]:
+    """Turn errors of transformers and TRL about a setting into errors for the user."""
+    try:
+        yield
     except ImportError as error:
         raise UserError(f"{setup.stage}.optimizer={setup.settings.optimizer}: {error}") from error
     except ValueError as error:
         raise UserError(f"training settings: {error}") from error
-    trainer.remove_callback(PrinterCallback)
-    trainer.tokens = tokens
-    trainer.drift = inputs.drift
-    for look in inputs.looks:
-        trainer.add_callback(look)
-    if inputs.rounded is not None:
-        trainer.add_callback(_Forget(inputs.rounded))
-    if inputs.teacher is not None:
-        trainer.learn_from(inputs.teacher, setup.shared)
-    return trainer
 
 
-def _packed(splits: Splits, stage: str) -> Dataset:
-    """Rows filled up to `max_length` with whole examples, whose lengths are in a column of their own, seq_lengths."""
+def _pack(splits: Splits, stage: str) -> Dataset:
+    """Pack whole examples into rows of up to `max_length` tokens. Column seq_lengths holds the examples' lengths."""
     with tables.no_progress_bars():
         rows: Any = pack_dataset(
             splits.train.select_columns(["input_ids", "labels"]), splits.max_length, _WHOLE_EXAMPLES
@@ -286,7 +341,7 @@ def _packed(splits: Splits, stage: str) -> Dataset:
 
 
 def _raise_if_launched_otherwise(arguments: SFTConfig, setup: Setup) -> None:
-    """`accelerate launch` passes its own configuration by the environment, and the trainer takes it up silently."""
+    """`accelerate launch` sets a precision through environment variables, and the trainer silently obeys them."""
     precision = setup.settings.precision
     wanted = "bf16" if precision is Precision.mixed_bf16 else "no"
     if arguments.mixed_precision != wanted:
@@ -296,7 +351,7 @@ def _raise_if_launched_otherwise(arguments: SFTConfig, setup: Setup) -> None:
         )
 
 
-def _arguments(setup: Setup, **more: Any) -> SFTConfig:
+def _make_arguments(setup: Setup, more: Mapping[str, Any]) -> SFTConfig:
     settings, on_gpu = setup.settings, torch.cuda.is_available()
     arguments = SFTConfig(
         output_dir=str(setup.directory / CHECKPOINTS_DIR),
@@ -317,32 +372,23 @@ def _arguments(setup: Setup, **more: Any) -> SFTConfig:
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         router_aux_loss_coef=settings.router_aux_loss_coef,
         logging_steps=settings.logging_steps,
-        logging_nan_inf_filter=False,  # would log the mean of earlier losses in place of one that is not finite
-        eval_strategy="steps",
         eval_steps=settings.eval_steps,
-        save_strategy="steps",
         save_steps=settings.save_steps,
         load_best_model_at_end=settings.keep_best,
-        restore_callback_states_from_checkpoint=True,
         seed=settings.seed,
         data_seed=settings.seed,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
-        ddp_find_unused_parameters=False,  # every step uses all of them: a layer's experts are one parameter
-        max_length=None,  # cut and counted when the data was prepared
-        shuffle_dataset=False,
-        dataset_kwargs={"skip_prepare_dataset": True},  # tokenized, and packed, already
+        dataset_kwargs={"skip_prepare_dataset": True},  # the data is already tokenized and packed
         packing=settings.packing,
-        packing_strategy=_WHOLE_EXAMPLES,
-        report_to="none",
-        disable_tqdm=True,
+        **_FIXED,
         **more,
     )
     _raise_if_launched_otherwise(arguments, setup)
     return arguments
 
 
-def _warn_of_lost_updates(model: Any, setup: Setup) -> None:
+def _warn_of_lost_updates(model: nn.Module, setup: Setup) -> None:
     rate, stage = setup.settings.learning_rate, setup.stage
     trained_in_bf16 = any(p.requires_grad and p.dtype is torch.bfloat16 for p in model.parameters())
     is_lost = trained_in_bf16 and not setup.settings.stochastic_rounding

@@ -1,6 +1,7 @@
-"""Command lines of the program, one after the other, in processes that a launcher has started: imports cost the most.
+"""Runs several command lines of the program in the same processes, because imports take longer than the runs.
 
-Takes a JSON file of them (see `Line`) and leaves <file>.outcomes, with one line of JSON for each.
+A launcher starts it with a JSON file that holds a list of `Line`s. It writes <file>.outcomes, with one JSON object per
+line.
 """
 
 import gc
@@ -8,24 +9,29 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
+from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline import __main__ as program
+from pipeline.config import PipelineConfig, TrainConfig
 from pipeline.models import loading, losses, saving, sharding
+from pipeline.models.references import ModelRef
+from pipeline.runs.artifacts import Kind
 from pipeline.runs.processes import is_main_process, process_count
 from pipeline.training import callbacks, trainer
 
 
 @dataclass(frozen=True)
 class Line:
-    """What is to be run.
+    """A command line.
 
     Attributes:
-        arguments: of the program.
-        interrupted_at: the step after whose checkpoint the run is interrupted, or None.
-        is_compared: whether what is saved is held against what one process would save of the same weights.
+        arguments: arguments of the program.
+        interrupted_at: step after whose checkpoint the run is interrupted, or None.
+        is_compared: whether the saved files are compared with those that one process saves of the same weights.
     """
 
     arguments: list[str]
@@ -33,39 +39,67 @@ class Line:
     is_compared: bool = False
 
 
-def share_held(model: Any) -> float:
-    """Which part of a model is this process's own, by its number of values."""
+class Outcome(TypedDict, total=False):
+    """Results of a run.
+
+    Attributes:
+        status: exit status of the program.
+        share: share of the model that this process holds.
+        teacher_share: the same for the teacher, or None if there is none.
+        loss_left: validation loss of the model after training.
+        same: for each saved file, whether it equals the file of one process.
+        processes: number of processes.
+    """
+
+    status: int
+    share: float
+    teacher_share: float | None
+    loss_left: float
+    same: list[bool]
+    processes: int
+
+
+def measure_share(model: nn.Module) -> float:
+    """Return the share of a model's values that this process holds."""
     parameters = list(model.parameters())
-    # ds_tensor: DeepSpeed's part of a parameter, which is whole in some moments and empty in others.
+    # DeepSpeed gathers and releases a parameter itself; ds_tensor is always this process's shard.
     own = (p.to_local() if isinstance(p, DTensor) else getattr(p, "ds_tensor", p.data) for p in parameters)
     return sum(part.numel() for part in own) / sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
-def loss_of(inputs: Any) -> float:
-    """The validation loss of the model as it is now."""
+def measure_loss(inputs: trainer.Inputs) -> float:
+    """Return the validation loss of the model."""
     batches = losses.batches(inputs.splits.validation, 12, inputs.tokenizer.pad_token_id)
     loss = losses.measure(inputs.model, batches).supervised
     sharding.reshard(inputs.model)
     return loss
 
 
-def run(line: Line) -> dict[str, Any]:
-    outcome: dict[str, Any] = {}
+def run(line: Line) -> Outcome:
+    outcome: Outcome = {}
     on_save, train, save = callbacks.Checkpoints.on_save, trainer.train, saving.save
 
-    def interrupting(self: Any, args: Any, state: Any, control: Any, **event: Any) -> None:
+    def save_checkpoint_and_interrupt(
+        self: callbacks.Checkpoints,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **event: object,
+    ) -> None:
         on_save(self, args, state, control, **event)
         if state.global_step == line.interrupted_at:
             raise KeyboardInterrupt
 
-    def looking(inputs: Any, setup: Any) -> dict[str, Any]:
+    def train_and_measure(inputs: trainer.Inputs, setup: trainer.Setup) -> dict[str, object]:
         details = train(inputs, setup)
-        outcome["share"] = share_held(inputs.model)
-        outcome["loss_left"] = loss_of(inputs)
-        outcome["teacher_share"] = None if inputs.teacher is None else share_held(inputs.teacher.model)
+        outcome["share"] = measure_share(inputs.model)
+        outcome["loss_left"] = measure_loss(inputs)
+        outcome["teacher_share"] = None if inputs.teacher is None else measure_share(inputs.teacher.model)
         return details
 
-    def comparing(model: Any, ref: Any, directory: Path, settings: Any, config: Any) -> Any:
+    def save_and_compare(
+        model: PreTrainedModel, ref: ModelRef, directory: Path, settings: TrainConfig, config: PipelineConfig
+    ) -> tuple[Kind, dict[str, object]]:
         result = save(model, ref, directory, settings, config)
         state = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
         if is_main_process():
@@ -78,8 +112,8 @@ def run(line: Line) -> dict[str, Any]:
             outcome["same"] = [(other / name).read_bytes() == (directory / name).read_bytes() for name in names]
         return result
 
-    callbacks.Checkpoints.on_save, trainer.train = interrupting, looking  # type: ignore[method-assign]
-    saving.save = comparing if line.is_compared else save
+    callbacks.Checkpoints.on_save, trainer.train = save_checkpoint_and_interrupt, train_and_measure  # type: ignore[method-assign]
+    saving.save = save_and_compare if line.is_compared else save
     sys.argv = ["pipeline", *line.arguments]
     try:
         return {"status": program.status(line.arguments), **outcome}
@@ -88,7 +122,7 @@ def run(line: Line) -> dict[str, Any]:
 
 
 def main(file: Path) -> None:
-    # Here no launcher ends a process that has reported its error: none has to wait until the main one has spoken.
+    # This process outlives an error of the program, so no process has to wait for the main one's message.
     program._SECONDS_FOR_THE_MAIN_PROCESS = 0
     saving.SHARD_BYTES = 300_000  # a tiny model is then saved in several shards
     for line in json.loads(file.read_text(encoding="utf-8")):
@@ -96,7 +130,7 @@ def main(file: Path) -> None:
         if is_main_process():
             with Path(f"{file}.outcomes").open("a", encoding="utf-8") as outcomes:
                 outcomes.write(json.dumps({**outcome, "processes": process_count()}) + "\n")
-        gc.freeze()  # what libraries have made by now stays: collections need not look at it again
+        gc.freeze()  # so that later garbage collections skip the libraries' objects
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
-"""A stage leaves the weights of its lowest validation loss, and stops when it gets no lower, interrupted or not."""
+"""A stage keeps the weights of its lowest validation loss, and stops early, whether it was interrupted or not."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 from conftest import linked, run_program
-from pipeline.runs.metrics import read_metrics
 
 from pipeline.runs import artifacts
 from pipeline.runs.artifacts import Artifact
+from pipeline.runs.metrics import read_metrics
 from pipeline.training import callbacks
 
 EVERY = 3
 PATIENCE = 3
 
-# Few examples and a high rate: the model soon learns them by heart. At a constant rate, without warm-up, a shorter run
-# takes the steps with which a longer one begins.
+# Few examples and a high rate, so that the model soon overfits. At a constant rate without warm-up, a short run takes
+# the first steps of a longer one.
 OVERFITTING = {
     "learning_rate": 0.02,
     "lr_scheduler": "constant",
@@ -31,35 +31,35 @@ def settings(stage: str, **changes: object) -> list[str]:
     return [f"{stage}.{name}={value}" for name, value in {**OVERFITTING, **changes}.items()]
 
 
-def prepared(tmp_path: Path, smoke_run: Path, recipe: str, stage: str) -> tuple[Path, list[str]]:
-    """A run that is complete up to the stage, and the arguments to go on with."""
+def prepare(tmp_path: Path, smoke_run: Path, recipe: str, stage: str) -> tuple[Path, list[str]]:
+    """Make a run that is complete up to the stage; return it with the arguments of the stage."""
     before = ("upcast", "sft", "quantize") if stage == "qat" else ("upcast",)
     run_dir = linked(tmp_path / "run", smoke_run, *before)
     return run_dir, [f"stage={stage}", f"recipe={recipe}", "data.max_samples=24"]
 
 
-def copy_of(run_dir: Path, name: str) -> Path:
+def copy(run_dir: Path, name: str) -> Path:
     return Path(shutil.copytree(run_dir, run_dir.with_name(name), symlinks=True))
 
 
 def validation_losses(directory: Path) -> dict[int, float]:
-    """Step -> validation loss, of the steps that were trained."""
+    """Step -> validation loss, without the loss before training."""
     return {
         line["step"]: line["eval_loss"] for line in read_metrics(directory) if line.get("eval_loss") and line["step"]
     }
 
 
 def weights(artifact: Artifact) -> dict[str, bytes]:
-    """The tensors' files; adapters come with files that name their directory."""
+    """Name -> bytes of the safetensors files. Other files of adapters contain the name of their directory."""
     return {path.name: path.read_bytes() for path in artifact.directory.glob("*.safetensors")}
 
 
 @pytest.mark.parametrize(("recipe", "stage"), [("smoke", "sft"), ("smoke_lora", "sft"), ("smoke", "qat")])
-def test_the_best_weights_are_left_by_a_whole_and_by_a_resumed_run(
+def test_uninterrupted_and_resumed_runs_keep_the_best_weights(
     smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, stage: str
 ) -> None:
-    run_dir, arguments = prepared(tmp_path, smoke_run, recipe, stage)
-    shorter, resumed = copy_of(run_dir, "shorter"), copy_of(run_dir, "resumed")
+    run_dir, arguments = prepare(tmp_path, smoke_run, recipe, stage)
+    shorter, resumed = copy(run_dir, "shorter"), copy(run_dir, "resumed")
     stopping = settings(stage, early_stopping_patience=PATIENCE)
 
     assert run_program(*arguments, f"run_dir={run_dir}", *stopping) == 0
@@ -68,7 +68,7 @@ def test_the_best_weights_are_left_by_a_whole_and_by_a_resumed_run(
     assert losses[best] == min(losses.values()) == whole.details["validation_loss"]
     assert whole.details["steps"] == best + PATIENCE * EVERY < OVERFITTING["max_steps"]
 
-    # A run that ends at that step has its weights, without any being chosen.
+    # A run that ends at the best step has the same weights, without keep_best.
     until_best = settings(stage, max_steps=best, keep_best=False)
     assert run_program(*arguments, f"run_dir={shorter}", *until_best) == 0
     assert weights(artifacts.load(shorter / stage)) == weights(whole)
@@ -88,16 +88,16 @@ def test_the_best_weights_are_left_by_a_whole_and_by_a_resumed_run(
     assert (end.details, weights(end)) == (whole.details, weights(whole))
 
 
-def test_the_last_weights_are_left_when_they_are_the_best_or_asked_for(smoke_run: Path, tmp_path: Path) -> None:
-    run_dir, arguments = prepared(tmp_path, smoke_run, "smoke", "sft")
+def test_the_last_weights_are_kept_if_they_are_the_best_or_keep_best_is_false(smoke_run: Path, tmp_path: Path) -> None:
+    run_dir, arguments = prepare(tmp_path, smoke_run, "smoke", "sft")
     kept = {}
     for keep_best in (True, False):
-        copy = copy_of(run_dir, f"keep_best_{keep_best}")
+        other = copy(run_dir, f"keep_best_{keep_best}")
         # The last evaluation is not at a multiple of eval_steps.
         changes = settings("sft", max_steps=7, keep_best=keep_best)
-        assert run_program(*arguments, f"run_dir={copy}", *changes) == 0
-        kept[keep_best] = artifacts.load(copy / "sft")
-        assert validation_losses(copy / "sft").keys() == {3, 6, 7}
+        assert run_program(*arguments, f"run_dir={other}", *changes) == 0
+        kept[keep_best] = artifacts.load(other / "sft")
+        assert validation_losses(other / "sft").keys() == {3, 6, 7}
     assert kept[True].details["kept_step"] == kept[False].details["kept_step"] == 7
     assert weights(kept[True]) == weights(kept[False])
 
@@ -105,7 +105,7 @@ def test_the_last_weights_are_left_when_they_are_the_best_or_asked_for(smoke_run
 def test_a_loss_that_never_falls_is_a_warning(
     smoke_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir, arguments = prepared(tmp_path, smoke_run, "smoke", "qat")
+    run_dir, arguments = prepare(tmp_path, smoke_run, "smoke", "qat")
     never_lower = settings("qat", learning_rate=3, max_steps=6)
     assert run_program(*arguments, f"run_dir={run_dir}", *never_lower) == 0
     assert "[qat] warning: no step had a lower validation loss than the" in capsys.readouterr().err

@@ -1,7 +1,8 @@
-"""The losses of the smoke recipe: the same in every run of one machine, and, where the environment is the same, those
-of tests/golden/smoke.json, so that no change of the code changes the arithmetic unseen.
+"""The losses of the smoke recipe are reproducible, so that a change of the arithmetic does not go unnoticed.
 
-A change that is meant to: put the figures that the failed test shows into the file, and say why in the commit.
+Two runs on one machine have the same losses. In the environment recorded in tests/golden/smoke.json, the losses are
+those of the file. If you change the arithmetic on purpose, copy the losses that the failed test shows into the file and
+give the reason in the commit.
 """
 
 import json
@@ -11,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_program
-from pipeline.runs.metrics import read_metrics
 
 from pipeline.runs import artifacts
+from pipeline.runs.metrics import read_metrics
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "smoke.json").read_text())
 STAGES = ("sft", "qat")
@@ -21,7 +22,7 @@ SETTINGS = ("recipe=smoke", *(f"{stage}.{key}" for stage in STAGES for key in ("
 
 
 def environment() -> dict[str, str]:
-    """What the last bits of a loss depend on."""
+    """Return everything that the last bits of a loss depend on."""
     libraries = ("torch", "transformers", "trl", "nvidia-modelopt")
     return {
         **{name: version(name) for name in libraries},
@@ -52,7 +53,7 @@ def test_the_same_seed_gives_the_same_losses_and_weights_to_the_bit(
         assert artifacts.load(tmp_path / stage).fingerprint == artifacts.load(run_dir / stage).fingerprint
 
 
-def test_the_losses_are_those_on_record(first: tuple[Path, dict[str, list[float]]]) -> None:
+def test_the_losses_equal_the_recorded_ones(first: tuple[Path, dict[str, list[float]]]) -> None:
     if environment() != GOLDEN["environment"]:
         pytest.skip(f"recorded with {GOLDEN['environment']}, this is {environment()}")
     losses = first[1]

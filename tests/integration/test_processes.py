@@ -1,4 +1,4 @@
-"""Two real processes (gloo, on the CPU) against one, at the same global batch."""
+"""Two processes (gloo, on the CPU) against one process, with the same global batch."""
 
 import os
 import subprocess
@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 from conftest import SHORT, run_program
-from pipeline.runs.metrics import read_metrics
 
 from pipeline.runs import artifacts
+from pipeline.runs.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node={}")
 
 
-def launched(*command: str, processes: int = 2, launcher: tuple[str, ...] = TORCHRUN) -> subprocess.CompletedProcess:
-    """What became of a command of the interpreter's, started by a launcher: a module with flags, {} for how many."""
+def launch(*command: str, processes: int = 2, launcher: tuple[str, ...] = TORCHRUN) -> subprocess.CompletedProcess:
+    """Run a command of the interpreter under a launcher: a module with its flags, {} for the number of processes."""
     started = [sys.executable, "-m", *(part.format(processes) for part in launcher), *command]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
     return subprocess.run(started, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
@@ -32,15 +32,15 @@ def token_counts(run_dir: Path, stage: str) -> list[tuple[int, int]]:
     return [(line["tokens"], line["supervised_tokens"]) for line in lines if "tokens" in line]
 
 
-def test_two_processes_train_as_one_and_prove_the_export(tmp_path: Path) -> None:
+def test_two_processes_train_like_one_and_verify_the_export(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    # Within one epoch: at its end accelerate fills the last, short batch of several processes with repeated examples.
+    # Within one epoch, because accelerate fills the last batch of an epoch with repeated examples.
     within = ("sft.max_steps=8", "sft.eval_steps=4", "sft.save_steps=4")
     single = ("sft.gradient_accumulation_steps=2", "qat.gradient_accumulation_steps=2")
     arguments = ("recipe=smoke", *SHORT, *within, "sft.batch_size=4", "qat.batch_size=4")
     for stage in ("upcast", "sft", "quantize", "qat", "export", "verify"):
         assert run_program(f"stage={stage}", *arguments, *single, f"run_dir={one}") == 0
-    outcome = launched("-m", "pipeline", "stage=all", *arguments, f"run_dir={two}")
+    outcome = launch("-m", "pipeline", "stage=all", *arguments, f"run_dir={two}")
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     assert outcome.stdout.count("[sft] done") == 1
     for stage in ("sft", "qat"):
@@ -49,7 +49,7 @@ def test_two_processes_train_as_one_and_prove_the_export(tmp_path: Path) -> None
     assert artifacts.load(two / "verify").details["checks"] == artifacts.load(one / "verify").details["checks"]
 
 
-def test_a_process_that_fails_alone_says_so(tmp_path: Path) -> None:
+def test_a_process_that_fails_alone_reports_its_error(tmp_path: Path) -> None:
     script = tmp_path / "lonely.py"
     script.write_text(
         "import os, sys, time\n"
@@ -65,18 +65,18 @@ def test_a_process_that_fails_alone_says_so(tmp_path: Path) -> None:
         "sys.argv = ['pipeline', 'stage=sft', 'recipe=smoke']\n"
         "sys.exit(program.status(sys.argv[1:]))\n"
     )
-    outcome = launched(str(script))
+    outcome = launch(str(script))
     assert "error on process 1: this node has no such file" in outcome.stderr
     assert "exitcode  : 2" in outcome.stderr
 
 
-def test_all_processes_wait_for_the_main_ones_work(tmp_path: Path) -> None:
-    """The first barrier of a process must be one: on a CPU accelerate makes no group unless it is told to."""
+def test_all_processes_wait_for_the_main_process(tmp_path: Path) -> None:
+    """The first barrier must work too: on CPUs accelerate makes no process group by default."""
     script = tmp_path / "barrier.py"
     script.write_text(
         "import time\n"
         "from pathlib import Path\n"
-        "from pipeline.tracking import is_main_process, wait_for_everyone\n"
+        "from pipeline.runs.processes import is_main_process, wait_for_everyone\n"
         f"done = Path({str(tmp_path / 'done')!r})\n"
         "if is_main_process():\n"
         "    time.sleep(3)\n"
@@ -84,5 +84,5 @@ def test_all_processes_wait_for_the_main_ones_work(tmp_path: Path) -> None:
         "wait_for_everyone()\n"
         "assert done.exists()\n"
     )
-    outcome = launched(str(script))
+    outcome = launch(str(script))
     assert outcome.returncode == 0, outcome.stderr[-2000:]

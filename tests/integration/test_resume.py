@@ -1,4 +1,4 @@
-"""A run that is killed and started again ends with the bytes of one that was not."""
+"""A run that is killed and started again ends with the same bytes as an uninterrupted one."""
 
 import shutil
 import signal
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 from conftest import ONE_LAYER, SHORT, linked, run_program
-from pipeline.runs.metrics import read_metrics
 
 from pipeline.runs import artifacts
+from pipeline.runs.metrics import read_metrics
 from pipeline.training import callbacks
 
-# Experts large enough that writing them takes a while.
+# Experts so large that writing them takes long enough to be interrupted.
 LARGE = (
     "model.tiny.num_hidden_layers=4",
     "model.tiny.num_local_experts=16",
@@ -25,7 +25,7 @@ LARGE = (
 
 
 def run_and_kill(when: Callable[[], bool], *arguments: str) -> None:
-    """Start the program, and kill it without warning as soon as `when` holds."""
+    """Start the program, and kill it with SIGKILL as soon as `when` is true."""
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline", *arguments],
         stdout=subprocess.DEVNULL,
@@ -54,7 +54,7 @@ def test_sft_killed_between_checkpoints_resumes_to_the_same_weights(smoke_run: P
     assert "needs" in capsys.readouterr().err
 
     assert run_program("stage=sft", killed, *arguments) == 0
-    assert "going on from step" in capsys.readouterr().out
+    assert "resuming from step" in capsys.readouterr().out
     one, other = artifacts.load(tmp_path / "whole" / "sft"), artifacts.load(sft)
     assert one.fingerprint == other.fingerprint
     assert one.details == other.details
@@ -65,8 +65,8 @@ def test_sft_killed_between_checkpoints_resumes_to_the_same_weights(smoke_run: P
     assert losses[0] == losses[1]
 
 
-def interrupting_at(step: int) -> Callable[..., None]:
-    """In place of a callback's `on_save`: interrupts the run after the checkpoint of that step."""
+def make_interruption(step: int) -> Callable[..., None]:
+    """Make a replacement for `Checkpoints.on_save` that interrupts the run after the checkpoint of a step."""
     on_save = callbacks.Checkpoints.on_save
 
     def interrupt(self, args, state, control, **event) -> None:
@@ -89,7 +89,7 @@ def test_training_interrupted_after_a_checkpoint_resumes_to_the_same_weights(
     assert run_program(*arguments) == 0
     whole = artifacts.load(run / stage)
     with monkeypatch.context() as patched:
-        patched.setattr(callbacks.Checkpoints, "on_save", interrupting_at(4))
+        patched.setattr(callbacks.Checkpoints, "on_save", make_interruption(4))
         assert run_program(*arguments) == 130
     assert not (run / stage / artifacts.ARTIFACT_FILE).exists()
     assert run_program(*arguments[:-1]) == 0
@@ -97,45 +97,45 @@ def test_training_interrupted_after_a_checkpoint_resumes_to_the_same_weights(
     assert (resumed.fingerprint, resumed.details) == (whole.fingerprint, whole.details)
 
 
-def test_sft_resumed_at_any_step_ends_as_if_it_had_not_stopped(
+def test_sft_resumed_at_any_step_ends_like_an_uninterrupted_run(
     smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = 4
     every_step = [f"sft.{key}=1" for key in ("save_steps", "eval_steps", "logging_steps")]
     settings = ("stage=sft", "recipe=smoke", *SHORT, f"sft.max_steps={steps}", *every_step)
 
-    def trained(name: str) -> tuple[artifacts.Artifact, list[float]]:
+    def train(name: str) -> tuple[artifacts.Artifact, list[float]]:
         assert run_program(*settings, f"run_dir={tmp_path / name}") == 0
         directory = tmp_path / name / "sft"
         return artifacts.load(directory), [line["loss"] for line in read_metrics(directory) if "loss" in line]
 
     for name in ("whole", *map(str, range(1, steps))):
         linked(tmp_path / name, smoke_run, "upcast")
-    whole, losses = trained("whole")
+    whole, losses = train("whole")
     assert len(losses) == steps
     for step in range(1, steps):
         with monkeypatch.context() as patched:
-            patched.setattr(callbacks.Checkpoints, "on_save", interrupting_at(step))
+            patched.setattr(callbacks.Checkpoints, "on_save", make_interruption(step))
             assert run_program(*settings, f"run_dir={tmp_path / str(step)}") == 130
-        resumed, resumed_losses = trained(str(step))
+        resumed, resumed_losses = train(str(step))
         assert (resumed.fingerprint, resumed.details, resumed_losses) == (whole.fingerprint, whole.details, losses)
 
 
-def test_broken_checkpoint_is_not_resumed_from(
+def test_an_incomplete_checkpoint_is_removed_and_not_resumed_from(
     smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     arguments = ("stage=sft", f"run_dir={linked(tmp_path, smoke_run, 'upcast')}", "recipe=smoke", *SHORT)
     sft = tmp_path / "sft"
     with monkeypatch.context() as patched:
-        patched.setattr(callbacks.Checkpoints, "on_save", interrupting_at(6))
+        patched.setattr(callbacks.Checkpoints, "on_save", make_interruption(6))
         assert run_program(*arguments) == 130
-    torn = sft / "checkpoints" / "checkpoint-9"
-    torn.mkdir()
-    (torn / "model.safetensors").write_bytes(b"half of it")
+    incomplete = sft / "checkpoints" / "checkpoint-9"
+    incomplete.mkdir()
+    (incomplete / "model.safetensors").write_bytes(b"half of it")
     assert run_program(*arguments) == 0
     output = capsys.readouterr().out
     assert "removing checkpoint-9" in output
-    assert "going on from step 6" in output
+    assert "resuming from step 6" in output
 
 
 def test_export_killed_between_shards_resumes_to_the_same_bytes(tmp_path: Path) -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ONE_LAYER, SHORT, linked, run_program
-from pipeline.runs.metrics import read_metrics
 
 from pipeline.models import fake_quantizers
 from pipeline.numerics.codec import fake_quantize
 from pipeline.runs import artifacts
+from pipeline.runs.metrics import read_metrics
 
 STEPS, ACCUMULATED = 3, 4
 BY_HAND = (

@@ -1,19 +1,18 @@
-"""Processes that share one model: they train as one process does, resume in other numbers, and leave the same.
+"""Sharded training against one process: the same losses and weights, also after a resume with more or fewer processes.
 
-Few launches do many runs, since a process imports for longer than it trains.
+Few launches do many runs, because imports take longer than training.
 """
 
 import json
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import command_lines
 import pytest
-from command_lines import Line
+from command_lines import Line, Outcome
 from conftest import run_program
-from test_processes import TORCHRUN, launched, losses
+from test_processes import TORCHRUN, launch, losses
 
 from pipeline.data.tables import DIRECTORY
 from pipeline.runs import artifacts
@@ -21,7 +20,7 @@ from pipeline.runs.metrics import read_metrics
 
 ACCELERATE = ("accelerate.commands.launch", "--config_file=scripts/accelerate/processes.yaml", "--num_processes={}")
 STAGES = ("sft", "qat")
-# Global batches of 12 examples, within one epoch: at its end accelerate fills the last batch with repeated examples.
+# Global batches of 12 examples. All within one epoch, because accelerate fills its last batch with repeated examples.
 SETTINGS = (
     "data.max_samples=80",
     "sft.learning_rate=3e-3",
@@ -31,13 +30,13 @@ SETTINGS = (
     *(f"{stage}.max_steps=6" for stage in STAGES),
 )
 BEFORE = {"sft": ("upcast",), "qat": ("upcast", "sft", "quantize")}
-# A rate so high that the loss rises: the best of the weights that have a checkpoint are the first.
+# A rate so high that the loss rises: the first checkpoint is the best one.
 RISING = ("qat.learning_rate=0.1", "qat.lr_scheduler=constant", "qat.warmup_ratio=0")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A stage that one process trains, and several with interruptions."""
+    """A stage to train, by one process and by several with interruptions."""
 
     recipe: str
     stage: str
@@ -51,22 +50,31 @@ class Case:
 
     @property
     def alone(self) -> "Case":
-        """The same by one process."""
+        """The same case for one process."""
         return replace(self, sharding="none")
 
     def arguments(self, run_dir: Path, batch_size: int, steps: int) -> list[str]:
-        """Of the program; a process accumulates over `steps` forward passes."""
+        """Arguments of the program. Each process accumulates gradients over `steps` forward passes."""
         batch = [f"{stage}.batch_size={batch_size}" for stage in STAGES]
         batch += [f"{stage}.gradient_accumulation_steps={steps}" for stage in STAGES]
         return [f"stage={self.stage}", f"recipe={self.recipe}", f"run_dir={run_dir}", *SETTINGS, *self.more, *batch]
 
-    def line(self, run_dir: Path, batch_size: int, steps: int, **how: Any) -> Line:
-        """For several processes."""
-        return Line([*self.arguments(run_dir, batch_size, steps), f"sharding={self.sharding}"], **how)
+    def line(
+        self,
+        run_dir: Path,
+        batch_size: int,
+        steps: int,
+        *,
+        interrupted_at: int | None = None,
+        is_compared: bool = False,
+    ) -> Line:
+        """The command line for several processes."""
+        arguments = [*self.arguments(run_dir, batch_size, steps), f"sharding={self.sharding}"]
+        return Line(arguments, interrupted_at, is_compared)
 
 
 def plain(recipe: str) -> Case:
-    """What one process has to do before any other case of the recipe can begin."""
+    """The case that one process trains first. It provides the earlier stages of the recipe's other cases."""
     return Case(recipe, "sft", "none")
 
 
@@ -87,34 +95,32 @@ OTHERS = {
 
 @dataclass(frozen=True)
 class Runs:
-    """Run directories by the cases' names, and what was seen of the last run in each (see `command_lines`)."""
+    """Run directories, one per case, and the outcome of the last run in each, by the case's name."""
 
     directory: Path
-    outcomes: dict[str, dict[str, Any]]
+    outcomes: dict[str, Outcome]
 
     def of(self, case: Case) -> Path:
         return self.directory / case.name
 
 
 def begin(case: Case, done: Path, run_dir: Path) -> None:
-    """A run directory in which everything before the stage is complete, and the data are read."""
+    """Make a run directory in which the stages before the case's stage are complete and the data is read."""
     for part in (*BEFORE[case.stage], DIRECTORY):
         shutil.copytree(done / plain(case.recipe).name / part, run_dir / part)
 
 
-def launch_lines(
-    file: Path, processes: int, lines: list[Line], launcher: tuple[str, ...] = TORCHRUN
-) -> list[dict[str, Any]]:
-    """What became of the command lines, run one after the other by as many processes."""
+def launch_lines(file: Path, processes: int, lines: list[Line], launcher: tuple[str, ...] = TORCHRUN) -> list[Outcome]:
+    """Run the command lines one after the other with a number of processes; return the outcome of each."""
     file.write_text(json.dumps([asdict(line) for line in lines]), encoding="utf-8")
-    outcome = launched(command_lines.__file__, str(file), processes=processes, launcher=launcher)
-    print(outcome.stdout, outcome.stderr)  # for whoever looks into a failure
+    outcome = launch(command_lines.__file__, str(file), processes=processes, launcher=launcher)
+    print(outcome.stdout, outcome.stderr)  # pytest shows this if a test fails
     assert outcome.returncode == 0
     return [json.loads(line) for line in Path(f"{file}.outcomes").read_text(encoding="utf-8").splitlines()]
 
 
 def run_by_one_process(directory: Path, cases: tuple[Case, ...]) -> Runs:
-    """The cases, none of them interrupted, and the stages before them."""
+    """Run the cases uninterrupted, and the stages before them."""
     runs = Runs(directory, {})
     before = [plain(recipe) for recipe in sorted({case.recipe for case in cases})]
     for case in before:
@@ -135,9 +141,10 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="module")
 def shared(one: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Two processes train what stays, interrupted once, and begin what moves; three, which accelerate starts, end that.
+    """Interrupt and resume the cases with sharding, always with the same global batch.
 
-    `none` moves from one process to two and back. The same global batch is shared out in another way each time.
+    STAYING cases resume with two processes again. MOVED cases resume with three, started by accelerate. ALONE, which is
+    not sharded, moves from one process to two and back.
     """
     runs = Runs(tmp_path_factory.mktemp("shared"), {})
     for case in (ALONE, *SHARDED):
@@ -161,7 +168,7 @@ def shared(one: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.mark.parametrize("case", [ALONE, *SHARDED], ids=lambda case: case.name)
-def test_interrupted_training_goes_on_in_other_numbers_of_processes_to_the_losses_of_one(
+def test_training_resumed_with_another_number_of_processes_has_the_losses_of_one_process(
     case: Case, one: Runs, shared: Runs
 ) -> None:
     assert shared.outcomes[case.name]["status"] == 0
@@ -169,65 +176,65 @@ def test_interrupted_training_goes_on_in_other_numbers_of_processes_to_the_losse
 
 
 @pytest.mark.parametrize("case", SHARDED, ids=lambda case: case.name)
-def test_fsdp2_leaves_each_process_its_part(case: Case, shared: Runs) -> None:
+def test_fsdp2_gives_each_process_an_equal_share(case: Case, shared: Runs) -> None:
     outcome = shared.outcomes[case.name]
     assert outcome["processes"] == (3 if case in MOVED else 2)
-    # Rows are shared, and 8 experts among three are 3, 3 and 2.
+    # FSDP2 shards whole rows: three processes hold 3, 3 and 2 of 8 experts.
     assert outcome["share"] == pytest.approx(1 / outcome["processes"], abs=0.06)
 
 
-def test_the_teacher_is_shared_as_the_student_is(one: Runs, shared: Runs) -> None:
+def test_the_teacher_is_sharded_like_the_student(one: Runs, shared: Runs) -> None:
     assert one.outcomes[TAUGHT.alone.name]["teacher_share"] == 1
     assert shared.outcomes[TAUGHT.name]["teacher_share"] == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("case", [ALONE, *SHARDED], ids=lambda case: case.name)
-def test_the_weights_left_are_those_of_the_lowest_validation_loss(case: Case, one: Runs, shared: Runs) -> None:
+def test_the_weights_of_the_lowest_validation_loss_are_kept(case: Case, one: Runs, shared: Runs) -> None:
     details, alone = (artifacts.load(run_dir / case.stage).details for run_dir in (shared.of(case), one.of(case.alone)))
     assert details["kept_step"] == alone["kept_step"]
     assert shared.outcomes[case.name]["loss_left"] == pytest.approx(details["validation_loss"], rel=1e-6)
 
 
-def test_sharded_training_goes_back_to_the_best_weights(shared: Runs) -> None:
+def test_sharded_training_returns_to_the_best_weights(shared: Runs) -> None:
     details = artifacts.load(shared.directory / "rising" / "qat").details
     assert (details["kept_step"], details["steps"]) == (2, 6)
     assert shared.outcomes["rising"]["loss_left"] == pytest.approx(details["validation_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("case", SHARDED, ids=lambda case: case.name)
-def test_drift_and_router_load_are_told_of_sharded_models(case: Case, one: Runs, shared: Runs) -> None:
+def test_weight_changes_and_router_load_are_reported_for_sharded_models(case: Case, one: Runs, shared: Runs) -> None:
     lines, alone = (
         [line for line in read_metrics(run_dir / case.stage) if "eval_loss" in line]
         for run_dir in (shared.of(case), one.of(case.alone))
     )
     for line, expected in zip(lines, alone, strict=True):
-        # Weights that noise of the last bit moves from one side of a rounding boundary to the other.
+        # The tolerance is for weights that a difference in the last bit moves across a rounding boundary.
         for share in ("eval_moved_weights", "eval_changed_codes"):
             assert line[share] == pytest.approx(expected[share], abs=2e-3)
         assert {name for name in line if "router" in name} == {name for name in expected if "router" in name} != set()
     assert 0 < lines[-1]["eval_changed_codes"] < 1
 
 
-def test_what_sharded_processes_save_is_what_one_process_saves(shared: Runs) -> None:
+def test_sharded_processes_save_the_same_files_as_one_process(shared: Runs) -> None:
     same = shared.outcomes[SFT.name]["same"]
     assert len(same) > 1 and all(same)
 
 
 @pytest.mark.parametrize("precision", ["mixed_bf16", "bf16"])
-def test_weights_cast_to_bf16_for_the_forward_pass_are_saved_as_such(precision: str, shared: Runs) -> None:
+def test_weights_cast_to_bf16_for_the_forward_pass_are_saved_in_bf16(precision: str, shared: Runs) -> None:
     assert shared.outcomes[precision]["status"] == 0
     assert artifacts.load(shared.directory / precision / "sft").details["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("case", [TAUGHT, ADAPTED_QAT], ids=lambda case: case.name)
-def test_what_sharded_processes_trained_is_exported_and_proven(case: Case, shared: Runs) -> None:
+def test_models_of_sharded_training_are_exported_and_verified(case: Case, shared: Runs) -> None:
     assert artifacts.load(shared.of(case) / "qat").details["quantizers"] == 4
     for stage in ("export", "verify"):
         arguments = case.arguments(shared.of(case), 12, 1)
         assert run_program(*(f"stage={stage}" if a == "stage=qat" else a for a in arguments)) == 0
 
 
-def test_one_process_has_nothing_to_share(one: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sharding_with_one_process_is_an_error(one: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begin(SFT, one.directory, tmp_path)
     assert command_lines.run(SFT.line(tmp_path, 12, 1))["status"] == 2
     assert "error: sharding=fsdp2: needs several processes, but there is only one." in capsys.readouterr().err

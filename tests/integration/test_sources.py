@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHORT, outcomes, run_program
-from pipeline.runs.metrics import read_metrics
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoints.gpt_oss import QUANTIZATION_CONFIG
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.side_files import copy_side_files
 from pipeline.runs import artifacts
+from pipeline.runs.metrics import read_metrics
 
 REAL_TEXT = Path(__file__).parents[3] / "shared" / "data" / "mgsm" / "reasoning.jsonl"
 GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"

@@ -1,16 +1,17 @@
-"""QAT that learns from the SFT model comes closer to it than QAT that learns from the data alone."""
+"""QAT with distillation lowers the divergence from the SFT model."""
 
 from pathlib import Path
 
 import pytest
 from conftest import ONE_LAYER, SHORT, linked, run_program
+
 from pipeline.runs.metrics import read_metrics
 
 SETTINGS = (*SHORT, "qat.max_steps=16", "qat.logging_steps=4", "qat.eval_steps=100", "qat.save_steps=100")
 
 
-def distilled(run_dir: Path, source: Path, recipe: str, *settings: str) -> list[float]:
-    """The divergence from the teacher, in nats per token, at each logged step."""
+def distill(run_dir: Path, source: Path, recipe: str, *settings: str) -> list[float]:
+    """Run QAT; return the divergence from the teacher at each logged step, in nats per token."""
     linked(run_dir, source, "upcast", "sft", "quantize")
     assert run_program("stage=qat", f"recipe={recipe}", f"run_dir={run_dir}", *SETTINGS, *settings) == 0
     return [line["teacher_divergence"] for line in read_metrics(run_dir / "qat") if "teacher_divergence" in line]
@@ -22,15 +23,15 @@ def test_distillation_lowers_the_divergence_from_the_teacher(
 ) -> None:
     run = request.getfixturevalue("smoke_run" if recipe == "smoke" else "lora_run")
     layers = ONE_LAYER if recipe == "smoke_lora" else ()
-    found = distilled(tmp_path / "run", run, recipe, "qat.distillation.weight=1", *layers)
+    found = distill(tmp_path / "run", run, recipe, "qat.distillation.weight=1", *layers)
     assert len(found) == 4 and found[-1] < 0.9 * found[0]
 
 
-def test_without_a_weight_no_teacher_is_asked(smoke_run: Path, tmp_path: Path) -> None:
-    assert distilled(tmp_path / "run", smoke_run, "smoke") == []
+def test_without_a_weight_there_is_no_teacher(smoke_run: Path, tmp_path: Path) -> None:
+    assert distill(tmp_path / "run", smoke_run, "smoke") == []
 
 
-def test_a_weight_beyond_one_and_a_router_loss_beside_it_are_refused(
+def test_a_weight_above_one_and_a_router_loss_with_distillation_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = ("qat.distillation.weight=1.5", "qat.router_aux_loss_coef=0.01")

@@ -1,6 +1,7 @@
-"""DeepSpeed's ZeRO: processes train as one does, resume in other numbers, and leave the weights they ended with.
+"""DeepSpeed's ZeRO against one process: the same losses and weights, also after a resume with more processes.
 
-Needs deepspeed, and without a GPU DS_ACCELERATOR=cpu (its first use then builds an extension, about two minutes).
+Needs deepspeed. Without a GPU it also needs DS_ACCELERATOR=cpu; its first use then builds an extension, for about two
+minutes.
 """
 
 import os
@@ -41,7 +42,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="module")
 def shared(one: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Two processes train all, interrupted once, and end what stays; three end what moves."""
+    """Interrupt all cases once with two processes. STAYED cases resume with two processes, MOVED cases with three."""
     runs = Runs(tmp_path_factory.mktemp("zero"), {})
     begun, ended = [], []
     for case in (*CASES, KEPT, KEPT_MOVED):
@@ -58,13 +59,13 @@ def shared(one: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_interrupted_training_goes_on_to_the_losses_of_one_process(case: Case, one: Runs, shared: Runs) -> None:
+def test_resumed_training_has_the_losses_of_one_process(case: Case, one: Runs, shared: Runs) -> None:
     assert shared.outcomes[case.name]["status"] == 0
     assert losses(shared.of(case), case.stage) == pytest.approx(losses(one.of(case.alone), case.stage), rel=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_zero3_alone_splits_parameters_and_those_of_a_teacher(case: Case, shared: Runs) -> None:
+def test_only_zero3_shards_parameters_of_model_and_teacher(case: Case, shared: Runs) -> None:
     outcome = shared.outcomes[case.name]
     assert outcome["processes"] == (3 if case in MOVED else 2)
     expected = 1 / outcome["processes"] if case.sharding == "zero3" else 1
@@ -73,7 +74,7 @@ def test_zero3_alone_splits_parameters_and_those_of_a_teacher(case: Case, shared
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_best_weights_are_left_and_saved(case: Case, one: Runs, shared: Runs) -> None:
+def test_the_best_weights_are_kept_and_saved(case: Case, one: Runs, shared: Runs) -> None:
     details = artifacts.load(shared.of(case) / case.stage).details
     assert details["kept_step"] == artifacts.load(one.of(case.alone) / case.stage).details["kept_step"]
     assert shared.outcomes[case.name]["loss_left"] == pytest.approx(details["validation_loss"], rel=1e-6)
@@ -84,7 +85,7 @@ def test_the_best_weights_are_left_and_saved(case: Case, one: Runs, shared: Runs
 
 
 @pytest.mark.parametrize("case", [KEPT, KEPT_MOVED], ids=lambda case: case.name)
-def test_training_goes_back_to_the_best_weights(case: Case, shared: Runs) -> None:
+def test_training_returns_to_the_best_weights(case: Case, shared: Runs) -> None:
     details = artifacts.load(shared.of(case) / "qat").details
     assert (details["kept_step"], details["steps"]) == (2, 6)
     assert shared.outcomes[case.name]["loss_left"] == pytest.approx(details["validation_loss"], rel=1e-6)

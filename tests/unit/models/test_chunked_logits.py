@@ -55,7 +55,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("how", ["plain", "adapted", "split by ZeRO-3"])
 def test_loss_and_gradients_are_the_same_as_with_all_logits_at_once(how: str) -> None:
     found = []
-    for of in (lambda each: distillation.distilled(each, Teacher(model(1), 0.5, 2.0), batch()).loss, None):
+    for of in (lambda each: distillation.distill(each, Teacher(model(1), 0.5, 2.0), batch()).loss, None):
         student = model(0)
         if how == "adapted":
             torch.manual_seed(2)
@@ -80,7 +80,7 @@ def test_a_batch_with_nothing_supervised_has_a_loss_of_zero_with_gradients(is_sp
     if is_split:
         student.get_output_embeddings().weight.ds_id = 0
     made["labels"][:] = IGNORED
-    loss = distillation.distilled(student, Teacher(model(1), 0.5, 1.0), made).loss
+    loss = distillation.distill(student, Teacher(model(1), 0.5, 1.0), made).loss
     loss.backward()
     assert loss.item() == 0
     assert all(not p.grad.any() for p in student.parameters() if p.grad is not None)
@@ -123,7 +123,7 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made_forward_or_backward() -> N
     student, teacher = model(0), Teacher(model(1), 0.5, 2.0)
     weights = max(p.numel() for p in student.parameters())
     with largest() as seen:
-        distillation.distilled(student, teacher, batch()).loss.backward()
+        distillation.distill(student, teacher, batch()).loss.backward()
         losses.measure(student, [batch()])
     assert seen.values == weights < ROWS * TOKENS * VOCABULARY / 4
     with largest() as seen:

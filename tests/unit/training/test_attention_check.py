@@ -1,12 +1,12 @@
-"""The check of attention implementations, on right ones and on deliberately wrong ones."""
+"""The check of attention implementations, with correct and deliberately wrong ones."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import TypeAlias
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -18,48 +18,56 @@ from pipeline.training import attention_check
 
 CPU = torch.device("cpu")
 NAME = "attention_under_test"
-Attention = Callable[..., tuple[Tensor, None]]
+Attention: TypeAlias = Callable[..., tuple[Tensor, None]]
 
 
-def repeated(module: Any, states: Tensor) -> Tensor:
+def repeat_heads(module: nn.Module, states: Tensor) -> Tensor:
     return states.repeat_interleave(module.num_key_value_groups, dim=1)
 
 
-def online(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: Any) -> Any:
-    """Right, and written unlike eager: the sink rescales the softmax of the scores, as fused kernels do."""
-    scores = query @ repeated(module, key).transpose(2, 3) * scaling + mask
+def online(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: object
+) -> tuple[Tensor, None]:
+    """Correct, but unlike eager: the sink rescales the softmax of the scores, as in fused kernels."""
+    scores = query @ repeat_heads(module, key).transpose(2, 3) * scaling + mask
     log_sum = scores.logsumexp(-1, keepdim=True)
     kept = torch.sigmoid(log_sum - module.sinks.view(1, -1, 1, 1))
-    return (scores.softmax(-1) @ repeated(module, value) * kept).transpose(1, 2), None
+    return (scores.softmax(-1) @ repeat_heads(module, value) * kept).transpose(1, 2), None
 
 
 def without_sinks(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: Any
-) -> Any:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: object
+) -> tuple[Tensor, None]:
     output = functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
     return output.transpose(1, 2), None
 
 
-def without_the_sinks_gradient(module: Any, *tensors: Any, **arguments: Any) -> Any:
-    """What is told of some fused kernels: right outputs, but the backward pass forgets the sinks."""
+def without_the_sinks_gradient(
+    module: nn.Module, *tensors: Tensor, **arguments: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """As reported for some fused kernels: correct outputs, but no gradient of the sinks."""
     blind = SimpleNamespace(
         sinks=module.sinks.detach(), num_key_value_groups=module.num_key_value_groups, training=module.training
     )
     return eager_attention_forward(blind, *tensors, **arguments)
 
 
-def without_the_window(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **arguments: Any) -> Any:
+def without_the_window(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **arguments: float | None
+) -> tuple[Tensor, Tensor | None]:
     length = query.shape[2]
     causal = torch.full((length, length), torch.finfo(query.dtype).min).triu(1)
     return eager_attention_forward(module, query, key, value, causal.expand(query.shape[0], 1, -1, -1), **arguments)
 
 
-def with_half_the_key_gradient(module: Any, query: Tensor, key: Tensor, *rest: Any, **arguments: Any) -> Any:
+def with_half_the_key_gradient(
+    module: nn.Module, query: Tensor, key: Tensor, *rest: Tensor, **arguments: float | None
+) -> tuple[Tensor, Tensor | None]:
     return eager_attention_forward(module, query, (key + key.detach()) / 2, *rest, **arguments)
 
 
 def register(function: Attention) -> None:
-    """Make a function known to transformers under NAME, with the masks that eager gets."""
+    """Register a function in transformers as NAME, with the masks of eager."""
     AttentionInterface.register(NAME, function)
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 
@@ -74,14 +82,14 @@ def refusal(name: str, precision: Precision = Precision.fp32) -> str:
 
 
 @pytest.mark.parametrize("precision", Precision)
-def test_eager_is_as_far_from_the_truth_as_eager(precision: Precision) -> None:
-    distances, rounding = attention_check.errors("eager", precision, CPU)
-    assert max(distances.values()) == rounding
+def test_the_errors_of_eager_are_the_errors_from_rounding(precision: Precision) -> None:
+    errors, rounding = attention_check.measure_errors("eager", precision, CPU)
+    assert max(errors.values()) == rounding
     assert 0 < rounding < (1e-5 if precision is Precision.fp32 else 0.1)
 
 
 @pytest.mark.parametrize("precision", Precision)
-def test_a_right_kernel_passes_in_every_precision(precision: Precision, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_correct_kernel_passes_in_every_precision(precision: Precision, capsys: pytest.CaptureFixture[str]) -> None:
     register(online)
     attention_check.check(TrainConfig(attn_implementation=NAME, precision=precision), "sft")
     assert f"[sft] attn_implementation={NAME} agrees with eager" in capsys.readouterr().out
@@ -113,14 +121,16 @@ def test_a_kernel_that_gives_nan_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "flash_attention_3", "nonsense", "no/such-kernel"])
-def test_what_transformers_cannot_run_is_one_message(name: str) -> None:
+def test_a_kernel_that_transformers_cannot_run_is_one_message(name: str) -> None:
     message = refusal(name)
     assert "transformers cannot train gpt-oss, whose attention has sinks, with it here (" in message
     assert len(message) < 500
 
 
-def with_masks_of_its_own(module: Any, query: Tensor, key: Tensor, value: Tensor, _: Any, **arguments: Any) -> Any:
-    """Right for padded batches, as far as real tokens go; of packed documents it knows nothing."""
+def with_masks_of_its_own(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: object, **arguments: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Correct for the real tokens of padded batches, but unaware of packed documents."""
     ages = torch.arange(query.shape[2])[:, None] - torch.arange(query.shape[2])
     hidden = (ages < 0) | (ages >= (module.sliding_window or query.shape[2]))
     mask = torch.zeros(query.shape[0], 1, *ages.shape, dtype=query.dtype).masked_fill(
@@ -131,7 +141,7 @@ def with_masks_of_its_own(module: Any, query: Tensor, key: Tensor, value: Tensor
 
 @pytest.mark.parametrize("precision", Precision)
 @pytest.mark.parametrize("name", ["eager", NAME])
-def test_a_kernel_that_goes_by_its_masks_may_train_packed_documents(
+def test_a_kernel_that_uses_its_masks_may_train_packed_documents(
     name: str, precision: Precision, capsys: pytest.CaptureFixture[str]
 ) -> None:
     register(online)
@@ -150,18 +160,18 @@ def test_a_kernel_that_lets_packed_documents_see_each_other_is_refused_only_with
     assert "is wrong for packed documents, which must not see each other: " in str(caught.value)
 
 
-def test_eager_without_masks_made_of_positions_would_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eager_is_refused_without_masks_made_from_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_check.packing_masks, "mask_documents", lambda model: None)
     with pytest.raises(UserError, match="packed documents"):
         attention_check.check(TrainConfig(packing=True, precision=Precision.fp32), "sft")
 
 
 def test_eager_is_not_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_check, "errors", lambda *_: pytest.fail("eager was compared"))
+    monkeypatch.setattr(attention_check, "measure_errors", lambda *_, **options: pytest.fail("eager was compared"))
     attention_check.check(TrainConfig(attn_implementation="eager"), "sft")
 
 
-def test_the_check_leaves_the_random_numbers_of_training_alone() -> None:
+def test_the_check_does_not_change_the_random_state_of_training() -> None:
     before = torch.random.get_rng_state()
-    attention_check.errors("eager", Precision.fp32, CPU)
+    attention_check.measure_errors("eager", Precision.fp32, CPU)
     assert torch.equal(torch.random.get_rng_state(), before)

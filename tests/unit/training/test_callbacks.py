@@ -1,29 +1,29 @@
-"""Router load against transformers' router logits; token counts, time left, and checkpoints that may go."""
+"""Router load against transformers' router logits; token counts, time left, and removal of old checkpoints."""
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from tiny_models import gpt_oss
+from transformers import GptOssForCausalLM
 
 from pipeline.config import Sharding
 from pipeline.data.harmony import IGNORED
 from pipeline.training import callbacks
-from pipeline.training.resume import WHOLE
+from pipeline.training.resume import MARKER
 
 EXPERTS, ACTIVE = 8, 2
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
+def model() -> GptOssForCausalLM:
     return gpt_oss(64, num_local_experts=EXPERTS, num_experts_per_tok=ACTIVE, pad_token_id=0)
 
 
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
-    """Two examples of 7 and 4 tokens, the latter padded, of which 3 and 1 are supervised."""
+    """Two examples: 7 tokens with 3 supervised, and 4 tokens, padded, with 1 supervised."""
     ids = torch.randint(1, 64, (2, 7), generator=torch.Generator().manual_seed(1))
     mask, labels = torch.ones_like(ids), torch.full_like(ids, IGNORED)
     mask[1, 4:] = 0
@@ -32,12 +32,14 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def test_router_load_is_that_of_transformers_router_logits_without_padding(model: Any, batch: dict) -> None:
+def test_router_load_equals_that_of_transformers_router_logits_without_padding(
+    model: GptOssForCausalLM, batch: dict
+) -> None:
     load = callbacks._RouterLoad(model)
     model.eval()
     with torch.no_grad():
         logits = model(**batch, output_router_logits=True).router_logits
-    figures = load.figures()
+    figures = load.take()
     real = batch["attention_mask"].flatten().bool()
     assert len(logits) == 2
     for layer, of_layer in enumerate(logits):
@@ -49,7 +51,7 @@ def test_router_load_is_that_of_transformers_router_logits_without_padding(model
         )
 
 
-def test_router_load_leaves_training_steps_alone(model: Any, batch: dict) -> None:
+def test_router_load_ignores_training_steps(model: GptOssForCausalLM, batch: dict) -> None:
     load = callbacks._RouterLoad(model)
     model.train()
     model(**batch)
@@ -71,8 +73,8 @@ def test_a_batch_without_a_mask_has_no_padding(batch: dict) -> None:
     assert tokens.take() == (2 * 7, 3 + 1)
 
 
-def saved(directory: Path, best: int | None, step: int) -> tuple[Any, Any]:
-    """Arguments and state of a trainer that has just written the checkpoint of `step`."""
+def save(directory: Path, best: int | None, step: int) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """Write the checkpoint of `step`; return the trainer's arguments and state at that moment."""
     (directory / f"checkpoint-{step}").mkdir()
     state = SimpleNamespace(
         global_step=step,
@@ -86,33 +88,35 @@ def names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
-def test_the_newest_and_the_best_checkpoint_stay_and_are_marked_whole(tmp_path: Path) -> None:
+def test_the_newest_and_the_best_checkpoint_are_kept_and_marked_complete(tmp_path: Path) -> None:
     keeper = callbacks.Checkpoints(2, tmp_path, "sft", Sharding.none)
     for step, best in ((2, 2), (4, 2), (6, 2), (10, 2)):
-        keeper.on_save(*saved(tmp_path, best, step), None)
+        keeper.on_save(*save(tmp_path, best, step), None)
     assert names(tmp_path) == {"checkpoint-2", "checkpoint-10"}
-    assert all((path / WHOLE).is_file() for path in tmp_path.iterdir())
+    assert all((path / MARKER).is_file() for path in tmp_path.iterdir())
 
 
-def test_nothing_goes_before_the_new_checkpoint_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_checkpoint_is_removed_before_the_new_one_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keeper = callbacks.Checkpoints(2, tmp_path, "sft", Sharding.none)
     for step in (2, 4):
-        keeper.on_save(*saved(tmp_path, 2, step), None)
+        keeper.on_save(*save(tmp_path, 2, step), None)
 
-    def interrupted() -> None:
+    def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(callbacks, "wait_for_everyone", interrupted)
+    monkeypatch.setattr(callbacks, "wait_for_everyone", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        keeper.on_save(*saved(tmp_path, 6, 6), None)
+        keeper.on_save(*save(tmp_path, 6, 6), None)
     assert names(tmp_path) == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
 
 
-def test_time_left_goes_on_from_the_steps_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_left_counts_only_the_steps_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter((100.0, 160.0))
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: next(clock))
-    line = callbacks._Progress("sft")
+    shown = callbacks._Progress("sft")
     state = SimpleNamespace(global_step=1000, max_steps=1130)  # resumed at 1000
-    line.begin(state)
+    shown.begin(state)
     state.global_step = 1010
-    assert line._left(state) == "0:12:00"  # 120 steps of 6 seconds
+    assert shown._time_left(state) == "0:12:00"  # 120 steps of 6 seconds

@@ -1,4 +1,4 @@
-"""Which checkpoints training goes on from: the newest whole one, if these processes can read it."""
+"""Training resumes from the newest complete checkpoint, if these processes can read it."""
 
 from pathlib import Path
 
@@ -9,34 +9,34 @@ from pipeline.errors import UserError
 from pipeline.training import resume
 
 
-def checkpoint(directory: Path, step: int, shared: Sharding) -> Path:
+def write_checkpoint(directory: Path, step: int, sharding: Sharding) -> Path:
     path = directory / f"checkpoint-{step}"
     path.mkdir()
-    resume.mark_whole(path, shared)
+    resume.mark_complete(path, sharding)
     return path
 
 
-def test_the_newest_whole_checkpoint_is_found_and_torn_ones_are_removed(tmp_path: Path) -> None:
+def test_the_newest_complete_checkpoint_is_found_and_incomplete_ones_are_removed(tmp_path: Path) -> None:
     for step in (5, 10):
-        newest = checkpoint(tmp_path, step, Sharding.none)
+        newest = write_checkpoint(tmp_path, step, Sharding.none)
     (tmp_path / "checkpoint-15").mkdir()
-    assert resume.last_whole(tmp_path, "sft", Sharding.none) == newest
+    assert resume.find_last_complete(tmp_path, "sft", Sharding.none) == newest
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-5", "checkpoint-10"}
-    assert resume.step_of(newest) == 10
+    assert resume.read_step(newest) == 10
 
 
-def test_without_checkpoints_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
-    assert resume.last_whole(tmp_path / "missing", "sft", Sharding.none) is None
+def test_without_checkpoints_there_is_nothing_to_resume_from(tmp_path: Path) -> None:
+    assert resume.find_last_complete(tmp_path / "missing", "sft", Sharding.none) is None
 
 
-@pytest.mark.parametrize("shared", [Sharding.none, Sharding.zero3], ids=str)
-def test_a_checkpoint_that_was_sharded_otherwise_is_an_error(tmp_path: Path, shared: Sharding) -> None:
-    written = checkpoint(tmp_path, 5, Sharding.zero2)
+@pytest.mark.parametrize("sharding", [Sharding.none, Sharding.zero3], ids=str)
+def test_a_checkpoint_with_another_sharding_is_an_error(tmp_path: Path, sharding: Sharding) -> None:
+    written = write_checkpoint(tmp_path, 5, Sharding.zero2)
     with pytest.raises(UserError) as caught:
-        resume.last_whole(tmp_path, "sft", shared)
+        resume.find_last_complete(tmp_path, "sft", sharding)
     assert str(caught.value) == (
-        f"{written}: was written with sharding=zero2; its files cannot be read with sharding={shared.name}."
-        " Go on as it was begun, or start anew with overwrite=true."
+        f"{written}: was written with sharding=zero2 and cannot be read with sharding={sharding.name}."
+        " Use sharding=zero2, or overwrite=true to start again."
     )
     assert written.is_dir()
 
