@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +9,23 @@ import pytest
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from pipeline.config import DataConfig, ModelConfig, PipelineConfig, Sharding, Stage, TinyConfig, TrainConfig
+from pipeline.config import DataConfig, PipelineConfig, QatConfig, Sharding, Stage, TinyConfig, TrainConfig
 from pipeline.data.harmony import Conversation, Rendering, parse_conversation
 from pipeline.data.languages import Languages
 from pipeline.doctor import content, display, findings, leaks, rows
 from pipeline.doctor.findings import Facts
+from pipeline.doctor.needs import Plan
 from pipeline.doctor.rows import Example, Row
 from pipeline.errors import UserError
 from pipeline.models import tiny_model
+from pipeline.runs.run import Run
 
+MAX_LENGTH = DataConfig().max_length
 QUESTION = {"role": "user", "content": "What is 2 + 3?"}
 ANSWER = {"role": "assistant", "thinking": "2 + 3 = 5", "content": "5"}
 CALL = {"function": {"name": "add", "arguments": {"a": 2, "b": 3}}}
 ADD = {"name": "add", "description": "Adds two numbers.", "parameters": {"type": "object", "properties": {}}}
-TOOL_USE = [
+TOOL_USE: list[dict[str, Any]] = [
     QUESTION,
     {"role": "assistant", "thinking": "I can add.", "tool_calls": [CALL]},
     {"role": "tool", "content": "5"},
@@ -46,18 +48,14 @@ def how(tmp_path_factory: pytest.TempPathFactory) -> Rendering:
     return Rendering(AutoTokenizer.from_pretrained(directory), "medium", "2025-08-05", True)
 
 
-def config(**data: Any) -> PipelineConfig:
-    return PipelineConfig(Stage.doctor, model=ModelConfig("model"), data=DataConfig("data.jsonl", **data))
-
-
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
 def test_kept_and_lost_tokens_add_up_to_all(how: Rendering) -> None:
     conversation = row(QUESTION, ANSWER).conversation
-    (whole,) = rows.examine(config(), [conversation], how)[0].examples
+    (whole,) = rows.examine([conversation], how, MAX_LENGTH)[0].examples
     limit = whole.tokens - 3
-    (cut,) = rows.examine(config(max_length=limit), [conversation], how)[0].examples
+    (cut,) = rows.examine([conversation], how, limit)[0].examples
     assert cut == Example(whole.tokens, whole.supervised, limit, whole.supervised - 3)
 
 
@@ -95,7 +93,7 @@ def test_rows_that_the_template_refuses_are_reported_together(how: Rendering) ->
     call = {"role": "assistant", "tool_calls": [CALL]}
     bad = [Conversation([QUESTION, call, ANSWER, orphan, ANSWER], where=f"data.jsonl: row {i}") for i in (1, 2)]
     with pytest.raises(UserError, match=r"2 problems:(.|\n)*row 1: (.|\n)*row 2: "):
-        rows.examine(config(), bad, how)
+        rows.examine(bad, how, MAX_LENGTH)
 
 
 # --- content ---------------------------------------------------------------------------------------------------------
@@ -223,6 +221,11 @@ ROOMY = {"disk_free_bytes": 10**6, "host_free_bytes": 10**6, "gpus": 1, "gpu_fre
 Found = Callable[..., list[str]]
 
 
+def plan(train: TrainConfig, sharding: Sharding) -> Plan:
+    """A run whose training stages have the same settings."""
+    return Plan("model", DataConfig("data.jsonl"), train, QatConfig(**vars(train)), sharding, "mxfp4")
+
+
 @pytest.fixture
 def found(tmp_path: Path) -> Found:
     """The findings with some figures changed: `data__section__name=value` or `machine__name=value`."""
@@ -232,9 +235,8 @@ def found(tmp_path: Path) -> Found:
         for key, value in changes.items():
             place, *path = key.split("__")
             (data[path[0]] if place == "data" else machine)[path[-1]] = value
-        trained = {stage: train or TrainConfig() for stage in ("sft", "qat")}
-        settings = replace(config(), run_dir=str(tmp_path), sharding=sharding, **trained)
-        return findings.findings(Facts(data, NEEDS, machine, settings))
+        run = Run(PipelineConfig(Stage.doctor, run_dir=str(tmp_path)))
+        return findings.findings(Facts(data, NEEDS, machine, plan(train or TrainConfig(), sharding), run))
 
     return of
 

@@ -15,24 +15,21 @@ from torch import Tensor
 
 from pipeline.checkpoints.gpt_oss import Shape
 from pipeline.config import (
-    ExportConfig,
-    ExportTarget,
+    DataConfig,
     LoraConfig,
     LoraTarget,
     Method,
-    ModelConfig,
-    PipelineConfig,
     Precision,
     QatConfig,
     Sharding,
-    Stage,
     TinyConfig,
     TrainConfig,
 )
 from pipeline.doctor import needs
+from pipeline.doctor.needs import Plan
 from pipeline.export import EXPORTERS
 from pipeline.export.job import Job
-from pipeline.models import adapters, rounded_weights
+from pipeline.models import adapters
 from pipeline.models.references import ModelRef
 from pipeline.models.source import Source
 from pipeline.models.tiny_model import create_tiny
@@ -43,6 +40,7 @@ TINY = TinyConfig(num_hidden_layers=3, num_key_value_heads=1)
 FULL = TrainConfig(precision=Precision.fp32)
 LORA = TrainConfig(method=Method.lora, precision=Precision.bf16)
 RELEASED = Shape(24, 2880, 2880, 32, 64, 8, 64, 201_088)
+RELEASED_CONFIG = {"model_type": "gpt_oss", "num_experts_per_tok": 4, **vars(RELEASED)}
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +66,8 @@ def build(model_config: dict[str, Any]) -> Any:
     )
 
 
-def settings(sft: TrainConfig, qat: TrainConfig) -> PipelineConfig:
-    return PipelineConfig(Stage.doctor, model=ModelConfig("model"), sft=sft, qat=qat)
+def plan(sft: TrainConfig, qat: TrainConfig, target: str = "mxfp4") -> Plan:
+    return Plan("model", DataConfig(), sft, QatConfig(**vars(qat)), Sharding.none, target)
 
 
 def test_parameters_are_those_of_the_model(model_config: dict[str, Any], shape: Shape) -> None:
@@ -98,7 +96,7 @@ def test_adapters_have_as_many_parameters_as_peft_gives_them(
 
 
 def test_packed_rows_are_laid_end_to_end(model_config: dict[str, Any], shape: Shape) -> None:
-    packed = settings(replace(FULL, batch_size=2, packing=True), QatConfig())
+    packed = plan(replace(FULL, batch_size=2, packing=True), QatConfig())
     packed.data.max_length = 64
     found = needs.figures(packed, model_config, 32)["device_bytes"]["sft"]["activations"]
     assert found == needs.memory(shape, FULL, 128, TINY.num_experts_per_tok, False).activations
@@ -166,15 +164,11 @@ def test_checkpointing_longer_batches_and_flex_attention_change_activations_the_
 
 
 def test_disk_is_what_the_shapes_say() -> None:
-    found = needs.disk(settings(FULL, FULL), RELEASED, True)
+    found = needs.disk(plan(FULL, FULL), RELEASED, True)
     every = needs.parameters(RELEASED)["all"]
     assert (found["upcast"], found["sft"], found["qat"]) == (2 * every, 4 * every, 4 * every)
     assert found["quantize"] == 0
     assert found["export"] == pytest.approx(13.76e9, rel=0.001)  # the size of openai/gpt-oss-20b
-
-
-def exported_to(target: str) -> PipelineConfig:
-    return replace(settings(FULL, FULL), export=ExportConfig(target=ExportTarget[target]))
 
 
 @pytest.mark.parametrize("target", EXPORTERS)
@@ -184,7 +178,7 @@ def test_an_export_takes_the_bytes_that_its_target_writes(target: str, tmp_path:
     directory.mkdir()
     job = Job(Weights(ModelRef("tiny", tiny, tiny)), Source(tiny, ""), MXFP4, 1 << 30, "cpu")
     EXPORTERS[target].write(job, directory)
-    found = needs.disk(exported_to(target), job.weights.shape, True)["export"]
+    found = needs.disk(plan(FULL, FULL, target), job.weights.shape, True)["export"]
     assert found == pytest.approx(tensor_bytes(directory), rel=0.01)
 
 
@@ -199,7 +193,7 @@ def tensor_bytes(export: Path) -> int:
 
 def test_experts_take_four_times_the_bytes_in_bf16() -> None:
     mxfp4, nvfp4, bf16 = (
-        needs.disk(exported_to(target), RELEASED, True)["export"] for target in ("mxfp4", "nvfp4", "bf16")
+        needs.disk(plan(FULL, FULL, target), RELEASED, True)["export"] for target in ("mxfp4", "nvfp4", "bf16")
     )
     experts = needs.parameters(RELEASED)["experts"]
     others = 2 * (needs.parameters(RELEASED)["all"] - experts)
@@ -214,11 +208,11 @@ def test_experts_take_four_times_the_bytes_in_bf16() -> None:
 def test_quantize_writes_only_what_it_cannot_link(sft: TrainConfig, qat: TrainConfig, expected: str) -> None:
     merged = 2 * needs.parameters(RELEASED)["all"]
     sizes = {"nothing": 0, "a merged model": merged, "adapters": 4 * needs.trained_parameters(RELEASED, qat)}
-    assert needs.disk(settings(sft, qat), RELEASED, True)["quantize"] == sizes[expected]
+    assert needs.disk(plan(sft, qat), RELEASED, True)["quantize"] == sizes[expected]
 
 
 def test_a_bf16_source_is_linked() -> None:
-    assert needs.disk(settings(LORA, LORA), RELEASED, False)["upcast"] == 0
+    assert needs.disk(plan(LORA, LORA), RELEASED, False)["upcast"] == 0
 
 
 def test_checkpoints_hold_weights_and_optimizer_once_more_than_are_kept() -> None:
@@ -242,9 +236,9 @@ def test_both_states_of_a_bf16_weight_take_what_the_optimizer_keeps_them_in(opti
 def test_rounded_experts_are_kept_in_bf16_as_far_as_their_budget_goes(
     sharding: Sharding, budget_gib: float | None, expected: float
 ) -> None:
-    qat = QatConfig(rounded_cache_gib=budget_gib)
-    budget = rounded_weights.budget_bytes(replace(settings(FULL, FULL), qat=qat, sharding=sharding))
-    assert needs.memory(RELEASED, qat, 8, 4, True, budget).rounded == pytest.approx(expected, rel=1e-3)
+    planned = replace(plan(FULL, QatConfig(rounded_cache_gib=budget_gib)), sharding=sharding)
+    found = needs.figures(planned, RELEASED_CONFIG, 8)["device_bytes"]["qat"]["rounded"]
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_only_adapted_experts_are_rounded_again() -> None:

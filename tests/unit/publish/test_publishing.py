@@ -11,8 +11,12 @@ from pipeline.config import CardConfig, ExportConfig, ExportTarget, ModelConfig,
 from pipeline.config.targets import TARGETS
 from pipeline.models.source import Source
 from pipeline.publish import card, record
-from pipeline.runs import artifacts, provenance
+from pipeline.publish.record import Proven
+from pipeline.runs import provenance
 from pipeline.runs.artifacts import Artifact, Kind, Result
+from pipeline.runs.building import build
+from pipeline.runs.records import CompareRecord, DoctorRecord, EvaluateRecord, StageRecord, TrainingRecord
+from pipeline.runs.run import Run
 
 
 @pytest.fixture(autouse=True)
@@ -26,10 +30,27 @@ def config(tmp_path: Path) -> PipelineConfig:
     return PipelineConfig(stage=Stage.publish, run_dir=str(tmp_path / "run"), model=ModelConfig("openai/gpt-oss-20b"))
 
 
-def stage(config: PipelineConfig, name: Stage, details: dict[str, Any], **inputs: Any) -> Artifact:
-    result = Result(Kind.report, details=details)
-    inputs = {"parents": {}, **inputs}
-    return artifacts.build(config, name, settings=(), work=lambda _: result, is_report=True, **inputs)
+TRAINED = TrainingRecord(
+    dtype="float32",
+    steps=3,
+    kept_step=3,
+    train_loss_first=2.0,
+    train_loss_last=1.0,
+    validation_loss_before=2.0,
+    validation_loss=1.0,
+    counts={"train_rows": 9, "validation_rows": 1},
+)
+
+
+def stage(config: PipelineConfig, name: Stage, left: StageRecord = TRAINED, **inputs: Any) -> Artifact:
+    result = Result(Kind.report, left)
+    inputs = {"parents": {}, "settings": (), **inputs}
+    return build(Run(config), name, work=lambda _: result, is_report=True, **inputs)
+
+
+def card_of(config: PipelineConfig, export: Artifact, base: Path, added: list[str]) -> str:
+    proven = Proven(export, prove(config, export), Source(base, "f"))
+    return card.write_text(Run(config), config.model, config.export, proven=proven, added=added)
 
 
 def test_every_export_target_has_a_row() -> None:
@@ -51,8 +72,8 @@ def test_of_paths_only_the_last_part_is_shown(text: str, shown: str) -> None:
 
 
 def test_the_stages_of_the_model_are_followed_back_by_their_fingerprints(config: PipelineConfig) -> None:
-    sft = stage(config, Stage.sft, {"of": "sft"})
-    qat = stage(config, Stage.qat, {"of": "qat"}, parents={"sft": sft.fingerprint})
+    sft = stage(config, Stage.sft)
+    qat = stage(config, Stage.qat, parents={"sft": sft.fingerprint})
     export = make_export(config, parents={"model": qat.fingerprint, "source": "s"})
     assert [each.stage for each in record.lineage(export)] == ["sft", "qat"]
     other = make_export(config, parents={"model": "another", "source": "s"})
@@ -60,21 +81,18 @@ def test_the_stages_of_the_model_are_followed_back_by_their_fingerprints(config:
 
 
 def test_the_settings_of_adapters_are_told_only_of_adapters(config: PipelineConfig) -> None:
-    details = {"validation_loss_before": 2.0, "validation_loss": 1.0, "steps": 3, "train_rows": 9}
-    result = Result(Kind.report, details=details)
-    made = artifacts.build(config, Stage.sft, settings=("sft",), parents={}, work=lambda _: result, is_report=True)
+    made = stage(config, Stage.sft, settings=("sft",))
     assert not [name for name in record.training(made)["settings"] if name.startswith("lora.")]
     config.overwrite = True
     config.sft.method = type(config.sft.method).lora
-    made = artifacts.build(config, Stage.sft, settings=("sft",), parents={}, work=lambda _: result, is_report=True)
+    made = stage(config, Stage.sft, settings=("sft",))
     assert record.training(made)["settings"]["lora.targets"] == "attention, experts"
 
 
 def test_data_sets_of_the_hub_are_named_and_files_of_this_machine_only_by_their_name(config: PipelineConfig) -> None:
-    details = {"train_rows": 9, "validation_rows": 1}
-    settings = {"data.path": "/home/me/chats.jsonl", "data.revision": None, "data.blend": [], "data.seed": 42}
-    settings |= {"data.max_length": 512}
-    local = stage(config, Stage.sft, details, data="f")
+    settings: dict[str, Any] = {"data.path": "/home/me/chats.jsonl", "data.revision": None, "data.blend": []}
+    settings |= {"data.seed": 42, "data.max_length": 512}
+    local = stage(config, Stage.sft, data="f")
     local = type(local)(**{**vars(local), "settings": settings})
     assert record.data(local)["conversations"] == "chats.jsonl"
     assert record.hub_data_sets(local) == []
@@ -86,30 +104,31 @@ def test_data_sets_of_the_hub_are_named_and_files_of_this_machine_only_by_their_
 
 def test_languages_are_those_of_enough_answers_to_the_same_data(config: PipelineConfig) -> None:
     answers = {"en": 60, "de": 30, "fr": 8, "it": 1, "undecided": 40}
-    trained = stage(config, Stage.sft, {}, data="the same")
-    assert record.languages(config, trained) == []
-    stage(config, Stage.doctor, {"data": {"languages": {"answers": answers}}}, data="the same")
-    assert record.languages(config, trained) == ["de", "en", "fr"]
-    assert record.languages(config, stage(config, Stage.qat, {}, data="other")) == []
+    trained = stage(config, Stage.sft, data="the same")
+    assert record.languages(Run(config), trained) == []
+    found = DoctorRecord(data={"languages": {"answers": answers}}, needs={}, machine={}, findings=[])
+    stage(config, Stage.doctor, found, data="the same")
+    assert record.languages(Run(config), trained) == ["de", "en", "fr"]
+    assert record.languages(Run(config), stage(config, Stage.qat, data="other")) == []
 
 
 def test_a_comparison_of_another_export_is_left_out(config: PipelineConfig) -> None:
     export = make_export(config)
     compared(config, export.fingerprint)
-    assert record.comparison(config, export) == "| export | 1.2 |"
+    assert record.comparison(Run(config), export) == "| export | 1.2 |"
     compared(config, "another")
-    assert record.comparison(config, export) is None
+    assert record.comparison(Run(config), export) is None
 
 
 def compared(config: PipelineConfig, measured: str) -> None:
-    evaluated = stage(config, Stage.evaluate, {}, parents={"export": measured})
+    evaluated = stage(config, Stage.evaluate, EvaluateRecord(reference=None, results={}), parents={"export": measured})
 
     def work(directory: Path) -> Result:
         (directory / "compare.md").write_text("| export | 1.2 |\n")
-        return Result(Kind.report)
+        return Result(Kind.report, CompareRecord(rows=1))
 
     parents = {"evaluate": evaluated.fingerprint}
-    artifacts.build(config, Stage.compare, settings=(), parents=parents, work=work, is_report=True)
+    build(Run(config), Stage.compare, settings=(), parents=parents, work=work, is_report=True)
 
 
 @pytest.mark.parametrize(
@@ -130,9 +149,9 @@ def test_the_licence_is_that_of_the_base_model_s_card(
     if own is not None:
         (tmp_path / "README.md").write_text(own)
     base = Source(tmp_path, "f")
-    assert card.license_of(config, base) == license
+    assert card.license_of(config.export.card, base) == license
     config.export = ExportConfig(card=CardConfig(license="mit"))
-    assert card.license_of(config, base) == {"license": "mit"}
+    assert card.license_of(config.export.card, base) == {"license": "mit"}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +165,7 @@ def test_without_a_record_of_training_the_weights_tell_whether_there_was_one(
     config: PipelineConfig, tmp_path: Path, moved: float, relation: str, told: str
 ) -> None:
     export = make_export(config, "gguf", {"model.gguf": "weights"}, moved=moved)
-    made = ModelCard(card.text(config, export, prove(config, export), Source(tmp_path, "f"), ["LICENSE"]))
+    made = ModelCard(card_of(config, export, tmp_path, ["LICENSE"]))
     assert made.data.to_dict() == {
         "base_model": "openai/gpt-oss-20b",
         "base_model_relation": relation,
@@ -161,14 +180,14 @@ def test_a_revision_of_the_hub_s_cache_is_told(config: PipelineConfig, tmp_path:
     export = make_export(config)
     base = tmp_path / "models--openai--gpt-oss-20b" / "snapshots" / "6cee5e81ee83"
     base.mkdir(parents=True)
-    assert "revision `6cee5e81ee83`" in card.text(config, export, prove(config, export), Source(base, "f"), [])
+    assert "revision `6cee5e81ee83`" in card_of(config, export, base, [])
 
 
 def test_where_an_export_goes_is_no_part_of_what_it_is(config: PipelineConfig) -> None:
     """The same export stays up to date, whether or not it is uploaded; any other setting makes another one."""
     from pipeline.stages import export
 
-    every = artifacts.chosen(config, ("export",))
-    assert every.keys() - artifacts.chosen(config, export._SETTINGS) == {
+    every = Run(config).settings(("export",))
+    assert every.keys() - Run(config).settings(export._SETTINGS) == {
         *("export.push_to_hub", "export.private", "export.card.base_model", "export.card.license"),
     }

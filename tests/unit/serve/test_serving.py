@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.runs import provenance
 from pipeline.runs.artifacts import Artifact
 from pipeline.serve import launch
+from pipeline.serve.launch import Launch
 from pipeline.serve.process import ended_by_signals
 from pipeline.stages import serve as stage
 from pipeline.stages.all import STAGES
@@ -58,15 +59,19 @@ def refusal(config: PipelineConfig, export: Artifact) -> Refusal:
         for name, value in settings.items():
             setattr(config.serve, name, value)
         with pytest.raises(UserError) as caught:
-            launch.plan(config, export, gpus, [])
+            plan(config, export, gpus)
         return str(caught.value)
 
     return message
 
 
+def plan(config: PipelineConfig, export: Artifact, gpus: int = 1) -> Launch:
+    return launch.plan(config.serve, export, name=config.recipe, gpus=gpus, found=[])
+
+
 def words(config: PipelineConfig, export: Artifact, gpus: int = 1, **settings: Any) -> list[str]:
     config.serve = dataclasses.replace(config.serve, **settings)
-    return launch.plan(config, export, gpus, []).command
+    return plan(config, export, gpus).command
 
 
 def test_the_stage_all_neither_publishes_nor_serves() -> None:
@@ -150,7 +155,7 @@ def test_an_engine_that_cannot_read_the_export_is_refused_and_another_named(
 ) -> None:
     export = make_export(config, target)
     with pytest.raises(UserError) as caught:
-        launch.plan(config, export, 1, [])
+        plan(config, export)
     able = {
         "gguf": "llama_cpp or llama_cpp_python reads",
         "openai": "no engine here reads",
@@ -202,7 +207,7 @@ def test_a_server_for_everyone_is_asked_from_here(
     config: PipelineConfig, export: Artifact, host: str, address: str
 ) -> None:
     config.serve.host = host
-    planned = launch.plan(config, export, 1, [])
+    planned = plan(config, export)
     assert planned.api == f"http://{address}:8000/v1"
     assert planned.health == f"http://{address}:8000/health"
 
