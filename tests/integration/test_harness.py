@@ -2,7 +2,6 @@
 
 import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from pipeline.harmony import Rendering
 from pipeline.models import load_plain
 from pipeline.synthetic import create_tiny
 
-HAS_HARNESS = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
 QUESTIONS = ["Is ice cold?", "Is fire cold?", "Is snow warm?", "Is steam hot?"]
 CHOICE = """\
 task: own_choice
@@ -82,7 +80,6 @@ def likelihood(model: Any, tokenizer: Any, question: str, answer: str) -> float:
     return sum(float(log_probs[i - 1, whole[i]]) for i in range(len(prompt), len(whole)))
 
 
-@HAS_HARNESS
 def test_a_model_in_memory_is_scored_as_its_likelihoods_say(tasks: Path, tiny: Path) -> None:
     model = load_plain(tiny, torch.float32, experts_implementation="eager").eval()
     found = Suites(settings(tasks, "own_choice")).of_model(model, rendering(tiny))
@@ -96,7 +93,6 @@ def test_a_model_in_memory_is_scored_as_its_likelihoods_say(tasks: Path, tiny: P
     assert found["lm_eval/own_choice/acc_stderr"] == pytest.approx((rate * (1 - rate) / 3) ** 0.5)
 
 
-@HAS_HARNESS
 def test_chat_is_rendered_with_our_date_and_effort(tasks: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = load_plain(tiny, torch.float32, experts_implementation="eager").eval(), []
     generate = model.generate
@@ -113,7 +109,6 @@ def test_chat_is_rendered_with_our_date_and_effort(tasks: Path, tiny: Path, monk
     assert seen[0].endswith("<|start|>user<|message|>Is ice cold?<|end|><|start|>assistant")
 
 
-@HAS_HARNESS
 def test_a_model_on_a_server_is_asked_by_the_harness(tasks: Path, tiny: Path, server: Server) -> None:
     reply = {**completion("5"), "choices": [{"index": 0, **completion("5")["choices"][0]}]}
     server.replies = [Reply(reply, headers={"Content-Type": "application/json"})]  # which aiohttp insists on
@@ -125,7 +120,6 @@ def test_a_model_on_a_server_is_asked_by_the_harness(tasks: Path, tiny: Path, se
     assert {body["messages"][-1]["content"] for body in server.bodies()} == set(QUESTIONS)
 
 
-@HAS_HARNESS
 def test_a_server_that_is_down_is_one_error(tasks: Path, tiny: Path) -> None:
     endpoint = EndpointConfig(url="http://127.0.0.1:9/v1", retries=0, timeout_seconds=1.0)
     served = Served("endpoint", "http://127.0.0.1:9/v1", "m", "completions")
@@ -133,7 +127,6 @@ def test_a_server_that_is_down_is_one_error(tasks: Path, tiny: Path) -> None:
         Suites(settings(tasks, "own_free")).of_served(served, endpoint, tiny)
 
 
-@HAS_HARNESS
 def test_unknown_tasks_are_reported_together_with_what_may_be_meant(tasks: Path) -> None:
     with pytest.raises(UserError) as caught:
         Suites(settings(tasks, "own_choise", "own_fre"))
@@ -141,7 +134,6 @@ def test_unknown_tasks_are_reported_together_with_what_may_be_meant(tasks: Path)
     assert len(caught.value.problems) == 2
 
 
-@HAS_HARNESS
 def test_data_that_are_not_there_are_one_error(tasks: Path, tiny: Path) -> None:
     (tasks.parent / "questions.jsonl").unlink()
     model = load_plain(tiny, torch.float32, experts_implementation="eager").eval()
@@ -149,7 +141,6 @@ def test_data_that_are_not_there_are_one_error(tasks: Path, tiny: Path) -> None:
         Suites(settings(tasks, "own_choice")).of_model(model, rendering(tiny))
 
 
-@HAS_HARNESS
 def test_a_folder_that_is_not_there_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^evaluate\.lm_eval\.include_path=.*nowhere: no such folder\.$"):
         Suites(settings(tmp_path / "nowhere", "own_choice"))

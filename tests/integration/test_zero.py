@@ -1,24 +1,16 @@
 """DeepSpeed's ZeRO: processes train as one does, resume in other numbers, and leave the weights they ended with.
 
-Needs deepspeed, and without a GPU DS_ACCELERATOR=cpu (its first use then builds an extension, about two minutes).
+Few launches do many runs, since a process imports for longer than it trains.
 """
 
-import os
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
-import torch
 from conftest import run_program
 from test_processes import losses
 from test_sharding import RISING, Case, Runs, begin, launch_lines, run_by_one_process
 
 from pipeline import artifacts
-
-pytestmark = pytest.mark.skipif(
-    find_spec("deepspeed") is None or not (torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu"),
-    reason="needs deepspeed, and without a GPU DS_ACCELERATOR=cpu",
-)
 
 TEACHER = ("qat.distillation.weight=0.5",)
 EXPERTS = tuple(f"{stage}.lora.targets=[experts]" for stage in ("sft", "qat"))
