@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,14 @@ metric_list: [{{metric: exact_match}}]
 
 
 @pytest.fixture
+def only_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the thousands of tasks that lm-eval brings, which it reads in five seconds."""
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+
+
+@pytest.fixture
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with two tasks over the same four questions."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -80,6 +89,7 @@ def likelihood(model: Any, tokenizer: Any, question: str, answer: str) -> float:
     return sum(float(log_probs[i - 1, whole[i]]) for i in range(len(prompt), len(whole)))
 
 
+@pytest.mark.usefixtures("only_own_tasks")
 def test_a_model_in_memory_is_scored_as_its_likelihoods_say(tasks: Path, tiny: Path) -> None:
     model = load_plain(tiny, torch.float32, experts_implementation="eager").eval()
     found = Suites(settings(tasks, "own_choice")).of_model(model, rendering(tiny))
@@ -93,6 +103,7 @@ def test_a_model_in_memory_is_scored_as_its_likelihoods_say(tasks: Path, tiny: P
     assert found["lm_eval/own_choice/acc_stderr"] == pytest.approx((rate * (1 - rate) / 3) ** 0.5)
 
 
+@pytest.mark.usefixtures("only_own_tasks")
 def test_chat_is_rendered_with_our_date_and_effort(tasks: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = load_plain(tiny, torch.float32, experts_implementation="eager").eval(), []
     generate = model.generate
@@ -109,6 +120,7 @@ def test_chat_is_rendered_with_our_date_and_effort(tasks: Path, tiny: Path, monk
     assert seen[0].endswith("<|start|>user<|message|>Is ice cold?<|end|><|start|>assistant")
 
 
+@pytest.mark.usefixtures("only_own_tasks")
 def test_a_model_on_a_server_is_asked_by_the_harness(tasks: Path, tiny: Path, server: Server) -> None:
     reply = {**completion("5"), "choices": [{"index": 0, **completion("5")["choices"][0]}]}
     server.replies = [Reply(reply, headers={"Content-Type": "application/json"})]  # which aiohttp insists on
@@ -120,6 +132,7 @@ def test_a_model_on_a_server_is_asked_by_the_harness(tasks: Path, tiny: Path, se
     assert {body["messages"][-1]["content"] for body in server.bodies()} == set(QUESTIONS)
 
 
+@pytest.mark.usefixtures("only_own_tasks")
 def test_a_server_that_is_down_is_one_error(tasks: Path, tiny: Path) -> None:
     endpoint = EndpointConfig(url="http://127.0.0.1:9/v1", retries=0, timeout_seconds=1.0)
     served = Served("endpoint", "http://127.0.0.1:9/v1", "m", "completions")
@@ -134,6 +147,7 @@ def test_unknown_tasks_are_reported_together_with_what_may_be_meant(tasks: Path)
     assert len(caught.value.problems) == 2
 
 
+@pytest.mark.usefixtures("only_own_tasks")
 def test_data_that_are_not_there_are_one_error(tasks: Path, tiny: Path) -> None:
     (tasks.parent / "questions.jsonl").unlink()
     model = load_plain(tiny, torch.float32, experts_implementation="eager").eval()
