@@ -15,6 +15,8 @@ from chat_server import Server
 
 # Before torch is imported, and for the processes that tests start: threads cost more than such small tensors give.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Compilers take the processor's word for its instruction sets; torch would try each one in a new Python.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 from pipeline import __main__ as program
 
