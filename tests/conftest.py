@@ -10,12 +10,20 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from allowed_skips import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401 - hooks
 from chat_server import Server
 
 # Before torch is imported, and for the processes that tests start: threads cost more than such small tensors give.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Compilers take the processor's word for its instruction sets; torch would try each one in a new Python.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 from pipeline import __main__ as program
+
+VOCABULARY = Path(__file__).parents[2] / "shared" / "data" / "tokenizer"
+"""openai-harmony's vocabulary. It is no part of the project, and lies beside the checkout where there is one."""
+if VOCABULARY.is_dir():
+    os.environ.setdefault("TIKTOKEN_ENCODINGS_BASE", str(VOCABULARY))
 
 SHORT = (
     "data.max_samples=80",

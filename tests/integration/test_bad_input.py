@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.config import TinyConfig
 from pipeline.models import tiny_model
 
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
 
 

@@ -15,7 +15,7 @@ from pipeline.runs import artifacts
 
 QUICK = ("recipe=smoke", *SHORT, "qat.max_steps=3")
 QUANTIZERS = {"nvfp4": 4, "nvfp4_w4a4": 8}  # two layers of two stacks; with inputs twice as many
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,15 @@ STAGES = ("sft", "qat")
 SETTINGS = ("recipe=smoke", *(f"{stage}.{key}" for stage in STAGES for key in ("max_steps=5", "logging_steps=1")))
 
 
-def environment() -> dict[str, str]:
-    """Return everything that the last bits of a loss depend on."""
-    libraries = ("torch", "transformers", "trl", "nvidia-modelopt")
+def libraries() -> dict[str, str]:
+    """Return the versions that the losses depend on. All are pinned, so the record must follow the pins."""
+    return {name: version(name).partition("+")[0] for name in ("torch", "transformers", "trl", "nvidia-modelopt")}
+
+
+def machine() -> dict[str, str]:
+    """Return everything else that the last bits of a loss depend on."""
     return {
-        **{name: version(name) for name in libraries},
+        "build": version("torch").partition("+")[2],
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
     }
@@ -54,8 +58,9 @@ def test_the_same_seed_gives_the_same_losses_and_weights_to_the_bit(
 
 
 def test_the_losses_equal_the_recorded_ones(first: tuple[Path, dict[str, list[float]]]) -> None:
-    if environment() != GOLDEN["environment"]:
-        pytest.skip(f"recorded with {GOLDEN['environment']}, this is {environment()}")
+    assert libraries() == GOLDEN["libraries"], "record the losses again, with the pinned versions"
+    if machine() != GOLDEN["machine"]:
+        pytest.skip(f"needs the machine of the record: {GOLDEN['machine']}, this is {machine()}")
     losses = first[1]
     recorded = {stage: GOLDEN[stage] for stage in STAGES}
     assert losses == {stage: pytest.approx(recorded[stage], abs=1e-5) for stage in STAGES}, json.dumps(losses)

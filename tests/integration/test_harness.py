@@ -2,7 +2,7 @@
 
 import json
 import sys
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from pipeline.evaluate.scorers.harness import Suites
 from pipeline.models.loading import load_plain
 from pipeline.models.tiny_model import create_tiny
 
-HAS_HARNESS = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
 QUESTIONS = ["Is ice cold?", "Is fire cold?", "Is snow warm?", "Is steam hot?"]
 CHOICE = """\
 task: own_choice
@@ -43,6 +42,14 @@ doc_to_target: answer
 generation_kwargs: {{until: ["<|return|>"], max_gen_toks: 4}}
 metric_list: [{{metric: exact_match}}]
 """
+
+
+@pytest.fixture
+def only_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the thousands of tasks that lm-eval brings, which it reads in five seconds."""
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
 
 
 @pytest.fixture
@@ -82,7 +89,7 @@ def likelihood(model: Any, tokenizer: Any, question: str, answer: str) -> float:
     return sum(float(log_probs[i - 1, whole[i]]) for i in range(len(prompt), len(whole)))
 
 
-@HAS_HARNESS
+@pytest.mark.usefixtures("only_own_tasks")
 def test_a_model_in_memory_is_scored_as_its_likelihoods_say(tasks: Path, tiny: Path) -> None:
     model = load_plain(tiny, torch.float32, experts_implementation="eager").eval()
     found = Suites(settings(tasks, "own_choice")).of_model(model, rendering(tiny))
@@ -96,7 +103,7 @@ def test_a_model_in_memory_is_scored_as_its_likelihoods_say(tasks: Path, tiny: P
     assert found["lm_eval/own_choice/acc_stderr"] == pytest.approx((rate * (1 - rate) / 3) ** 0.5)
 
 
-@HAS_HARNESS
+@pytest.mark.usefixtures("only_own_tasks")
 def test_chat_is_rendered_with_our_date_and_effort(tasks: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = load_plain(tiny, torch.float32, experts_implementation="eager").eval(), []
     generate = model.generate
@@ -113,7 +120,7 @@ def test_chat_is_rendered_with_our_date_and_effort(tasks: Path, tiny: Path, monk
     assert seen[0].endswith("<|start|>user<|message|>Is ice cold?<|end|><|start|>assistant")
 
 
-@HAS_HARNESS
+@pytest.mark.usefixtures("only_own_tasks")
 def test_a_model_on_a_server_is_asked_by_the_harness(tasks: Path, tiny: Path, server: Server) -> None:
     reply = {**completion("5"), "choices": [{"index": 0, **completion("5")["choices"][0]}]}
     server.replies = [Reply(reply, headers={"Content-Type": "application/json"})]  # which aiohttp insists on
@@ -125,7 +132,7 @@ def test_a_model_on_a_server_is_asked_by_the_harness(tasks: Path, tiny: Path, se
     assert {body["messages"][-1]["content"] for body in server.bodies()} == set(QUESTIONS)
 
 
-@HAS_HARNESS
+@pytest.mark.usefixtures("only_own_tasks")
 def test_a_server_that_is_down_is_one_error(tasks: Path, tiny: Path) -> None:
     endpoint = EndpointConfig(url="http://127.0.0.1:9/v1", retries=0, timeout_seconds=1.0)
     served = Served("endpoint", "http://127.0.0.1:9/v1", "m", "completions")
@@ -133,7 +140,6 @@ def test_a_server_that_is_down_is_one_error(tasks: Path, tiny: Path) -> None:
         Suites(settings(tasks, "own_free")).of_served(served, endpoint, tiny)
 
 
-@HAS_HARNESS
 def test_unknown_tasks_are_reported_together_with_what_may_be_meant(tasks: Path) -> None:
     with pytest.raises(UserError) as caught:
         Suites(settings(tasks, "own_choise", "own_fre"))
@@ -141,7 +147,7 @@ def test_unknown_tasks_are_reported_together_with_what_may_be_meant(tasks: Path)
     assert len(caught.value.problems) == 2
 
 
-@HAS_HARNESS
+@pytest.mark.usefixtures("only_own_tasks")
 def test_data_that_are_not_there_are_one_error(tasks: Path, tiny: Path) -> None:
     (tasks.parent / "questions.jsonl").unlink()
     model = load_plain(tiny, torch.float32, experts_implementation="eager").eval()
@@ -149,7 +155,6 @@ def test_data_that_are_not_there_are_one_error(tasks: Path, tiny: Path) -> None:
         Suites(settings(tasks, "own_choice")).of_model(model, rendering(tiny))
 
 
-@HAS_HARNESS
 def test_a_folder_that_is_not_there_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^evaluate\.lm_eval\.include_path=.*nowhere: no such folder\.$"):
         Suites(settings(tmp_path / "nowhere", "own_choice"))

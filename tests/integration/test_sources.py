@@ -103,7 +103,7 @@ def test_input_dimension_that_32_does_not_divide_is_named(tmp_path: Path, smoke_
     assert "not a multiple of 32" in message
 
 
-@pytest.mark.skipif(not REAL_TEXT.is_file(), reason="the shared test data is not there")
+@pytest.mark.skipif(not REAL_TEXT.is_file(), reason=f"needs shared test data: {REAL_TEXT}")
 def test_a_run_on_real_multilingual_text_learns(tmp_path: Path) -> None:
     arguments = ("recipe=smoke", f"run_dir={tmp_path}", f"data.path={REAL_TEXT}", "data.max_length=1024")
     assert run_program("stage=upcast", *arguments) == 0

@@ -23,7 +23,8 @@ HEADER_BYTES, BLOCK_BYTES = 7, 32768
 @pytest.fixture(scope="module", autouse=True)
 def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """An environment with secrets, a home of its own and an empty current directory."""
-    wandb = pytest.importorskip("wandb")
+    import wandb
+
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("WANDB_")]:
             patch.delenv(name)

@@ -1,25 +1,16 @@
 """DeepSpeed's ZeRO against one process: the same losses and weights, also after a resume with more processes.
 
-Needs deepspeed. Without a GPU it also needs DS_ACCELERATOR=cpu; its first use then builds an extension, for about two
-minutes.
+A process imports for longer than it trains, so few launches do many runs.
 """
 
-import os
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
-import torch
 from conftest import run_program
 from test_processes import losses
 from test_sharding import RISING, Case, Runs, begin, launch_lines, run_by_one_process
 
 from pipeline.runs import artifacts
-
-pytestmark = pytest.mark.skipif(
-    find_spec("deepspeed") is None or not (torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu"),
-    reason="needs deepspeed, and without a GPU DS_ACCELERATOR=cpu",
-)
 
 TEACHER = ("qat.distillation.weight=0.5",)
 EXPERTS = tuple(f"{stage}.lora.targets=[experts]" for stage in ("sft", "qat"))

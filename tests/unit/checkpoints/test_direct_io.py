@@ -82,7 +82,7 @@ def skip_unless_on_disk(path: Path) -> None:
             forget(path)
             return
         time.sleep(0.05)
-    pytest.skip("no direct I/O on this file system, or no disk")
+    pytest.skip("needs direct I/O, and a file system on a disk")
 
 
 def is_evicted(path: Path) -> bool:
@@ -162,7 +162,7 @@ def test_an_older_file_is_truncated(tmp_path: Path, disk: ThreadPoolExecutor) ->
 
 def test_aligned_writes_are_direct(tmp_path: Path, disk: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     if not supports_direct(tmp_path / "file", os.O_WRONLY | os.O_CREAT):
-        pytest.skip("no direct I/O on this file system")
+        pytest.skip("needs direct I/O")
     was_direct, real = [], os.write
 
     def run(descriptor: int, data: Any) -> int:

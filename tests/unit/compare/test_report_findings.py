@@ -103,7 +103,8 @@ def test_only_the_original_is_nothing_to_compare(tmp_path: Path) -> None:
 
 
 def test_p_values_are_corrected_for_all_tests_of_the_report(tmp_path: Path) -> None:
-    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    from statsmodels.stats import multitest
+
     found = report(evaluated.run(tmp_path / "run", {"sft": SFT, "quantize": LOW, "qat": SFT[5:] + [True] * 5}))
     compared = [(test.comparison, test.p_value) for test in found.tests]
     raw = [mcnemar(each.wins, each.losses) for each, _ in compared if each is not None]

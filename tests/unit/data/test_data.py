@@ -818,7 +818,7 @@ def test_a_tool_without_a_description_is_named(tokenizer: Any, tmp_path: Path) -
 # --- real text -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not REAL_TEXT.is_file(), reason=f"{REAL_TEXT} is not there")
+@pytest.mark.skipif(not REAL_TEXT.is_file(), reason=f"needs shared test data: {REAL_TEXT}")
 def test_real_text_in_many_languages_survives_unchanged(tokenizer: Any) -> None:
     rows = [json.loads(line) for line in REAL_TEXT.read_text(encoding="utf-8").splitlines()]
     splits = prepare(tokenizer, REAL_TEXT)

@@ -7,9 +7,9 @@ a tool's result as JSON text (in quotes), and a comma after the default of a too
 import copy
 import json
 import os
-from pathlib import Path
 from typing import Any
 
+import openai_harmony as harmony
 import pytest
 from transformers import AutoTokenizer
 
@@ -17,11 +17,8 @@ from pipeline.config import TinyConfig
 from pipeline.data.harmony import IGNORED, Rendering, examples, parse_conversation
 from pipeline.models import tiny_model
 
-VOCABULARY = Path(__file__).parents[4] / "shared" / "data" / "tokenizer"
-if not VOCABULARY.is_dir():
-    pytest.skip(f"{VOCABULARY} is not there", allow_module_level=True)
-os.environ["TIKTOKEN_ENCODINGS_BASE"] = str(VOCABULARY)
-harmony = pytest.importorskip("openai_harmony")
+if "TIKTOKEN_ENCODINGS_BASE" not in os.environ:
+    pytest.skip("needs shared test data: openai-harmony's vocabulary", allow_module_level=True)
 
 IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 EFFORTS = {"low": "LOW", "medium": "MEDIUM", "high": "HIGH"}

@@ -1,0 +1,65 @@
+"""Skips in CI: only those for an allowed reason leave the run green."""
+
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ("pytester",)
+
+SKIPPED = """
+import pytest
+
+def test_that_runs():
+    pass
+
+@pytest.mark.skipif(True, reason={reason!r})
+def test_that_is_skipped():
+    pass
+"""
+MODULE = """
+import pytest
+
+pytest.importorskip("no_such_package")
+"""
+HOOKS = (Path(__file__).parents[1] / "allowed_skips.py").read_text(encoding="utf-8")
+
+
+def outcome(pytester: pytest.Pytester, test_file: str, *options: str) -> pytest.RunResult:
+    pytester.makeconftest(HOOKS)
+    pytester.makepyfile(test_file)
+    return pytester.runpytest_inprocess("-p", "no:cacheprovider", *options)
+
+
+@pytest.mark.parametrize("options", [(), ("-n1",)], ids=["alone", "xdist"])
+def test_a_skip_for_another_reason_fails_the_run(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("CI", "true")
+    result = outcome(pytester, SKIPPED.format(reason="lm-eval is not installed"), *options)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.assert_outcomes(passed=1, skipped=1)
+    result.stdout.fnmatch_lines(["*skips that CI does not allow*", "*.py:*: lm-eval is not installed"])
+
+
+@pytest.mark.parametrize("options", [(), ("-n1",)], ids=["alone", "xdist"])
+def test_a_skipped_file_fails_the_run(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("CI", "true")
+    result = outcome(pytester, MODULE, *options)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["*skips that CI does not allow*", "*: could not import 'no_such_package'*"])
+
+
+def test_a_skip_for_an_allowed_reason_passes(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "true")
+    result = outcome(pytester, SKIPPED.format(reason="engine in an environment of its own: vLLM"))
+    assert result.ret == pytest.ExitCode.OK
+    result.stdout.no_fnmatch_line("*skips that CI does not allow*")
+
+
+def test_outside_of_ci_any_skip_passes(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    result = outcome(pytester, SKIPPED.format(reason="lm-eval is not installed"))
+    assert result.ret == pytest.ExitCode.OK
+    result.assert_outcomes(passed=1, skipped=1)
