@@ -53,7 +53,7 @@ class Inputs:
     data: str | None
 
     def plain(self) -> dict[str, Any]:
-        """The inputs as artifact.json and unfinished.json hold them."""
+        """Return the inputs as artifact.json and unfinished.json hold them."""
         return dict(vars(self))
 
 
@@ -72,12 +72,10 @@ def build(
     """Run `work` unless the stage is up to date, and publish the payload that it leaves in the stage's directory.
 
     Args:
-        run: that the stage belongs to.
-        stage: whose directory it is.
+        run, stage: which stage of which run.
         settings: dotted keys (or sections) of the configuration that the result depends on.
-        parents: name -> fingerprint of each input.
+        parents, data: see `Inputs`.
         work: fills the given directory, in which it finds the files of an interrupted run with the same inputs.
-        data: fingerprint of the data set, or None if the stage uses none.
         resumable_as: maps the settings to those that an unfinished stage must be resumed with.
         on_every_process: call `work` on every process (training), not on the main process alone.
         is_report: rebuild the stage when its inputs have changed, and say so. Without it, changed inputs are an error,
@@ -89,22 +87,26 @@ def build(
     directory = run.stage_dir(stage)
     inputs = Inputs(run.settings(settings), dict(parents), data)
     begun = Inputs(resumable_as(inputs.settings), inputs.parents, data)
-    if (directory / ARTIFACT_FILE).is_file() and not run.overwrite:
-        done = load(directory)
-        if _is_up_to_date(done, inputs, is_report):
-            return done
+    done = None if run.overwrite else _find_up_to_date(directory, inputs, is_report)
+    if done is not None:
+        return done
     _raise_if_foreign(directory)
     if not is_report and not run.overwrite:
         _raise_if_unfinished_differs(directory, begun)
     # Tracking starts before anything is deleted: an unreachable tracking service must not cost an earlier result.
     with _lock(run, directory), track(run, stage.name, directory.parent):
         _on_main_process(lambda: _prepare(run, directory, begun, keep_files=is_report and not run.overwrite))
-        started = time.monotonic()
-        result = work(directory) if on_every_process or is_main_process() else None
-        wait_for_everyone()
-        seconds = time.monotonic() - started
+        result, seconds = _work(lambda: work(directory), on_every_process)
         _on_main_process(lambda: _publish(run, directory, inputs, result, seconds))
     return load(directory)
+
+
+def _work(work: Callable[[], Result], on_every_process: bool) -> tuple[Result | None, float]:
+    """Do the work, and measure its seconds until the last process has ended. Other processes may have no result."""
+    started = time.monotonic()
+    result = work() if on_every_process or is_main_process() else None
+    wait_for_everyone()
+    return result, time.monotonic() - started
 
 
 def _on_main_process(act: Callable[[], None]) -> None:
@@ -115,22 +117,25 @@ def _on_main_process(act: Callable[[], None]) -> None:
     wait_for_everyone()
 
 
-def _is_up_to_date(done: Artifact, inputs: Inputs, is_report: bool) -> bool:
-    """Whether there is nothing to do.
+def _find_up_to_date(directory: Path, inputs: Inputs, is_report: bool) -> Artifact | None:
+    """Return the complete stage if it was made with these inputs. None: there is work to do.
 
     Raises:
         UserError: a model was made with other inputs. A report is then rebuilt instead.
     """
+    if not (directory / ARTIFACT_FILE).is_file():
+        return None
+    done = load(directory)
     before = {"settings": done.settings, "parents": done.parents, "data": done.data}
     differences = _differences(before, inputs.plain())
     if differences and not is_report:
         raise _changed(done.directory, "is complete, but was made with other inputs", differences)
     if differences:
         say(done.stage, f"made anew, since {'; '.join(differences)}")
-        return False
+        return None
     say(done.stage, f"up to date: {done.directory}")
     _clear_work(done.directory)
-    return True
+    return done
 
 
 @contextmanager
@@ -155,7 +160,7 @@ def _lock(run: Run, directory: Path) -> Iterator[None]:
 
 
 def _prepare(run: Run, directory: Path, begun: Inputs, keep_files: bool) -> None:
-    """Make the directory ready for work: with the files of an interrupted run, or of an earlier report, or empty.
+    """Prepare the directory for work. It keeps the files of an interrupted run or of an earlier report, else is empty.
 
     unfinished.json is written before anything is deleted. An interruption can therefore not leave a directory that
     this program does not recognize.

@@ -8,13 +8,13 @@ from pipeline.config import PipelineConfig, Stage
 def stage_command(
     stage: Stage, *overrides: str, run_dir: str | None = None, recipe: str = PipelineConfig.recipe
 ) -> str:
-    """The command that runs a stage, ready to be pasted into a shell.
+    """Return the command that runs a stage, quoted for a shell.
 
     Args:
-        stage: to run.
+        stage: the stage to run.
         overrides: further settings, each as key=value.
-        run_dir: of the run; None: left to the default.
-        recipe: of the run; not shown if it is the default, which stands for no recipe.
+        run_dir: directory of the run, or None for the default.
+        recipe: name of the recipe. The default stands for no recipe and is left out.
     """
     settings = [f"stage={stage.name}"]
     if recipe != PipelineConfig.recipe:

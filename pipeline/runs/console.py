@@ -2,9 +2,12 @@
 
 import sys
 from collections.abc import Iterable
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from pipeline.runs.processes import is_main_process
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def say(stage: str, message: str) -> None:
@@ -31,7 +34,7 @@ def _write_line(line: str, file: TextIO) -> None:
 
 def progress(
     items: Iterable | None = None, total: int | None = None, what: str = "", unit: str = "it", done: int = 0
-) -> Any:
+) -> "tqdm":
     """Show a progress bar. It is silent on other processes and where the output is not a terminal."""
     from tqdm.auto import tqdm
 

@@ -1,4 +1,4 @@
-"""Which process this is, of how many, and the barrier between them."""
+"""The rank of this process, the number of processes, and the barrier between them."""
 
 import os
 from datetime import timedelta
@@ -17,11 +17,11 @@ def process_count() -> int:
 
 
 def wait_for_everyone() -> None:
-    """Wait until all processes have come to this point."""
+    """Wait until all processes have reached this point."""
     if process_count() > 1:
         import torch
         from accelerate import PartialState
 
-        # The first PartialState makes the process group. Without cpu=True it makes none on a machine without a GPU. The
-        # default timeout (10 minutes on GPUs) is shorter than the conversion of a model on the main process may take.
+        # The first PartialState makes the process group. Without cpu=True it makes none on a machine without a GPU.
+        # The main process may convert a model for longer than the default timeout (10 minutes on GPUs).
         PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE).wait_for_everyone()

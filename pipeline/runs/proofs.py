@@ -14,5 +14,5 @@ def find_proof(run: Run, export: Artifact) -> Artifact | None:
 
 
 def missing_proof(run: Run, export: Artifact) -> str:
-    """The message for an export without such an artifact."""
+    """Return the message for an export without such an artifact."""
     return f"{export.directory}: stage=verify has not passed on it. Run first: {run.command(Stage.verify)}"

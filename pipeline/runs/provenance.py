@@ -16,7 +16,7 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there
 
 
 def record() -> dict[str, Any]:
-    """The program's commit, versions of the libraries that results depend on, the machine, and peak memory so far."""
+    """Describe what makes results: the program's commit, library versions, the machine, and peak memory so far."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -33,12 +33,12 @@ def record() -> dict[str, Any]:
 
 
 def peak_resident_bytes() -> int:
-    """Peak memory of this process so far, in main memory."""
+    """Return the peak of this process's host memory so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
 
 
 def _git_commit() -> str | None:
-    """The program's commit, with '+changes' if it was edited since; None outside a checkout."""
+    """Return the program's commit, with '+changes' if files were edited since; None outside a checkout."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists() or shutil.which("git") is None:
         return None

@@ -7,10 +7,10 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
@@ -21,6 +21,9 @@ from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.processes import is_main_process
 from pipeline.runs.run import Run
 
+if TYPE_CHECKING:
+    import wandb
+
 RUN_FILE = "tracking.json"
 """In the run's directory: the names of this pipeline run at the service."""
 
@@ -28,7 +31,7 @@ _WANDB_DIR = "wandb"
 _UPLOAD_SECONDS = 120.0  # limit for uploads when a stage ends; `wandb sync` uploads the rest
 
 
-def log_metrics(directory: Path, values: dict[str, Any]) -> None:
+def log_metrics(directory: Path, values: Mapping[str, object]) -> None:
     """Append one JSON object to the stage's metrics.jsonl, and send it to the tracking service."""
     if is_main_process():
         line = {"time": round(time.time(), 3), **values}
@@ -38,7 +41,7 @@ def log_metrics(directory: Path, values: dict[str, Any]) -> None:
             _tracker.send_metrics(line)
 
 
-def log_table(directory: Path, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+def log_table(directory: Path, name: str, columns: list[str], rows: Sequence[Sequence[object]]) -> None:
     """Write a table to <directory>/<name>.jsonl, one object per row, and send it to the service.
 
     Args:
@@ -110,13 +113,15 @@ class _Wandb:
         self._has_steps = False
         identity = _identity(run, run_dir)
         try:
-            self._run: Any = self._start(run, identity, run_dir)
+            started = self._start(run, identity, run_dir)
         # ValueError: a setting that wandb refuses; OSError: its own process, or its files.
         except (wandb.errors.Error, ValueError, OSError) as error:
             raise _not_started(str(error)) from error
-        say(stage, f"W&B: {self._place()}")
+        self._run: wandb.Run | None = started
+        self._files = Path(started.dir).parent
+        say(stage, f"W&B: {self._place(started)}")
 
-    def _start(self, run: Run, identity: dict[str, str], run_dir: Path) -> Any:
+    def _start(self, run: Run, identity: dict[str, str], run_dir: Path) -> "wandb.Run":
         quiet = self._library.Settings(silent=True)  # this program prints what matters; errors are raised
         is_online = self._library.setup(quiet).settings.mode in ("online", "run", "shared")
         # Checked before `init`, which would ask for a login at the terminal and wait.
@@ -145,29 +150,26 @@ class _Wandb:
             ),
         )
 
-    def _place(self) -> str:
-        if self._run.disabled:
+    def _place(self, run: "wandb.Run") -> str:
+        if run.disabled:
             return "disabled, by WANDB_MODE or `wandb disabled`"
-        return f"offline; to upload: wandb sync {self._files()}" if self._run.offline else self._run.url
+        return f"offline; to upload: wandb sync {self._files}" if run.offline else str(run.url)
 
-    def _files(self) -> Path:
-        return Path(self._run.dir).parent
-
-    def send_metrics(self, values: dict[str, Any]) -> None:
-        def send(run: Any) -> None:
+    def send_metrics(self, values: Mapping[str, object]) -> None:
+        def send(run: "wandb.Run") -> None:
             if "step" in values and not self._has_steps:
                 # wandb's own counter refuses steps that a resumed stage repeats.
                 run.define_metric("*", step_metric="step")
                 self._has_steps = True
-            run.log(values)
+            run.log(dict(values))
 
         self._try(send)
 
-    def send_table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+    def send_table(self, name: str, columns: list[str], rows: Sequence[Sequence[object]]) -> None:
         self._try(lambda run: run.log({name: self._library.Table(columns=columns, data=rows, allow_mixed_types=True)}))
 
     def send_media(self, images: dict[str, Path], pages: dict[str, Path]) -> None:
-        def send(run: Any) -> None:
+        def send(run: "wandb.Run") -> None:
             shown = {f"plots/{name}": self._library.Image(str(path)) for name, path in images.items()}
             shown |= {f"pages/{name}": self._library.Html(str(path), inject=False) for name, path in pages.items()}
             run.log(shown)
@@ -175,7 +177,7 @@ class _Wandb:
         self._try(send)
 
     def send_report(self, name: str, files: list[Path]) -> None:
-        def send(run: Any) -> None:
+        def send(run: "wandb.Run") -> None:
             report = self._library.Artifact(f"{run.group}-{name}", type="report")
             for file in files:
                 report.add_file(str(file))
@@ -187,7 +189,7 @@ class _Wandb:
         """Upload what is left; the run is shown as failed unless `exit_status` is 0."""
         self._try(lambda run: run.finish(exit_code=exit_status))
 
-    def _try(self, send: Callable[[Any], None]) -> None:
+    def _try(self, send: Callable[["wandb.Run"], None]) -> None:
         if self._run is None:
             return
         try:
@@ -196,7 +198,7 @@ class _Wandb:
             warn(
                 self._stage,
                 f"W&B does not answer ({_in_one_line(error)}): going on without it. {METRICS_FILE} has everything."
-                f" To upload what W&B has on disk: wandb sync {self._files()}",
+                f" To upload what W&B has on disk: wandb sync {self._files}",
             )
             self._run = None
 
@@ -212,7 +214,7 @@ def _not_started(reason: str) -> UserError:
 
 
 def _in_one_line(error: object) -> str:
-    """The first lines of a message. They say what failed and where; the others explain how to call wandb."""
+    """Join the first lines of a message. They say what failed and where; the others explain how to call wandb."""
     return " ".join(line.strip() for line in str(error).strip().splitlines()[:3]) or type(error).__name__
 
 
@@ -236,7 +238,7 @@ def _name_of(run: Run) -> str:
 
 @contextmanager
 def _keep_wandb_files_in(directory: Path) -> Iterator[None]:
-    """Keep wandb's staged artifacts and logs there, too, unless the user has set another place for them."""
+    """Put wandb's staged artifacts and logs into this directory too, unless the user has set another place for them."""
     chosen = {name: str(directory) for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR") if name not in os.environ}
     os.environ.update(chosen)
     try:
