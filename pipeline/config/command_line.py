@@ -1,22 +1,17 @@
 """The command line: its help, its mistakes (all found at once), and the names of a sweep's jobs."""
 
-import ast
-import inspect
 import sys
-from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import fields, is_dataclass
-from enum import Enum
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args, get_origin
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
 
-from pipeline.config.bounds import Bound, bounds_of
-from pipeline.config.keys import is_known, schema, types_of, unknown_key, value_problem
-from pipeline.config.pipeline import PipelineConfig, Stage
+from pipeline.config.descriptions import describe_settings
+from pipeline.config.keys import is_known, schema, unknown_key, value_problem
+from pipeline.config.pipeline import Stage
 from pipeline.errors import did_you_mean
 
 _GROUPS = {
@@ -41,7 +36,7 @@ def asks_for_help(arguments: list[str]) -> bool:
 
 
 def problems(arguments: list[str], conf: Path, recipes: Path) -> list[str]:
-    """Every override that names an unknown key, an unknown choice of a group, or a value of the wrong type."""
+    """Find every override that names an unknown key, an unknown choice of a group, or a value of the wrong type."""
     found: list[str] = []
     known = schema()
     for argument in arguments:
@@ -57,7 +52,7 @@ def problems(arguments: list[str], conf: Path, recipes: Path) -> list[str]:
 
 
 def naming_jobs(arguments: list[str]) -> list[str]:
-    """The arguments; in a sweep, also one that tells Hydra how to name the jobs.
+    """Return the arguments; in a sweep, also one that tells Hydra how to name the jobs.
 
     A job's name consists of the settings in which the jobs differ. Settings that do not change a model are left out,
     so that every stage of a sweep finds the same names.
@@ -76,7 +71,7 @@ def naming_jobs(arguments: list[str]) -> list[str]:
 
 
 def help_text(conf: Path, recipes: Path) -> str:
-    """The whole help: usage, stages, groups with their choices, every setting with its default and meaning."""
+    """Write the whole help: usage, stages, groups with their choices, every setting with its default and meaning."""
     lines = [
         "usage: python -m pipeline stage=<stage> recipe=<recipe> [key=value …]",
         "",
@@ -95,7 +90,7 @@ def help_text(conf: Path, recipes: Path) -> str:
         ),
         "",
         "settings (key=value; [default], which a recipe may change)",
-        *_settings_help(PipelineConfig, ""),
+        *_settings_help(),
         "",
         "flags",
         "  --cfg job        print the composed configuration and exit",
@@ -136,55 +131,8 @@ def _choices(group: str, conf: Path, recipes: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def _settings_help(section: Any, prefix: str) -> list[str]:
+def _settings_help() -> Iterator[str]:
     """Two lines per setting: its key, default and choices, then its meaning."""
-    meanings, types, bounds = _meanings(section), types_of(section), bounds_of(section)
-    lines: list[str] = []
-    for item in fields(section):
-        key, kind = f"{prefix}{item.name}", types[item.name]
-        if is_dataclass(kind):
-            lines += _settings_help(kind, f"{key}.")
-            continue
-        element = get_args(kind)[0] if get_origin(kind) is list else kind
-        lines.append(f"  {key} [{_default(item)}]{_shown(_choices_of(element, bounds[item.name]))}")
-        lines.append(f"      {meanings[item.name]}")
-        if is_dataclass(element):
-            lines += _settings_help(element, f"{key}[].")
-    return lines
-
-
-def _meanings(section: Any) -> dict[str, str]:
-    """Field -> its meaning: the string below it in the source, or the metadata of a field without source."""
-    found = {item.name: item.metadata["meaning"] for item in fields(section) if item.metadata}
-    if len(found) == len(fields(section)):
-        return found
-    inherited: list[Any] = [each for each in reversed(section.__mro__) if is_dataclass(each)]
-    for each in inherited:
-        body = ast.parse(inspect.getsource(each)).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for statement, below in zip(body.body, body.body[1:], strict=False):
-            if (
-                isinstance(statement, ast.AnnAssign)
-                and isinstance(statement.target, ast.Name)
-                and isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-            ):
-                found[statement.target.id] = str(below.value.value)
-    return found
-
-
-def _default(item: Any) -> str:
-    value = item.default_factory() if item.default_factory is not NO_DEFAULT else item.default
-    values = value if isinstance(value, list) else [value]
-    shown = ", ".join(str(v.name if isinstance(v, Enum) else v) for v in values)
-    return {"None": "null", "???": "required", "True": "true", "False": "false"}.get(shown, shown)
-
-
-def _choices_of(kind: Any, bounds: tuple[Bound, ...]) -> list[str]:
-    if inspect.isclass(kind) and issubclass(kind, Enum):
-        return [member.name for member in kind]
-    return [choice for bound in bounds for choice in bound.choices]
-
-
-def _shown(choices: list[str]) -> str:
-    return f" ({' | '.join(choices)})" if choices else ""
+    for each in describe_settings():
+        yield f"  {each.key} [{each.default}]" + (f" ({' | '.join(each.choices)})" if each.choices else "")
+        yield f"      {each.meaning}"

@@ -1,0 +1,82 @@
+"""What every setting means, for the help and for docs/configuration.md: read from the sections themselves."""
+
+import ast
+import inspect
+from collections.abc import Iterator
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import Field, dataclass, fields, is_dataclass
+from enum import Enum
+from typing import get_args, get_origin
+
+from pipeline.config.bounds import Bound, bounds_of
+from pipeline.config.keys import types_of
+from pipeline.config.pipeline import PipelineConfig
+
+
+@dataclass(frozen=True)
+class Description:
+    """One setting.
+
+    Attributes:
+        key: dotted; `[]` stands for each element of a list.
+        default: as written on the command line, or "required".
+        choices: all of its values, if they can be listed.
+        limits: conditions on its value, besides `choices`.
+        meaning: in one or two sentences.
+    """
+
+    key: str
+    default: str
+    choices: tuple[str, ...]
+    limits: tuple[str, ...]
+    meaning: str
+
+
+def describe_settings(section: type = PipelineConfig, prefix: str = "") -> Iterator[Description]:
+    """Describe every setting of a section and of the sections in it, in the order of the source."""
+    meanings, types, bounds = _meanings(section), types_of(section), bounds_of(section)
+    for item in fields(section):
+        key, kind = f"{prefix}{item.name}", types[item.name]
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield from describe_settings(kind, f"{key}.")
+            continue
+        element = get_args(kind)[0] if get_origin(kind) is list else kind
+        own = bounds[item.name]
+        limits = tuple(bound.meaning for bound in own if not bound.choices)
+        yield Description(key, _default(item), _choices(element, own), limits, meanings[item.name])
+        if isinstance(element, type) and is_dataclass(element):
+            yield from describe_settings(element, f"{key}[].")
+
+
+def _meanings(section: type) -> dict[str, str]:
+    """Map each field to its meaning: the string below it in the source, or the metadata of a field without source."""
+    found = {item.name: item.metadata["meaning"] for item in fields(section) if item.metadata}
+    if len(found) == len(fields(section)):
+        return found
+    for each in reversed(section.__mro__):
+        if not is_dataclass(each):
+            continue
+        body = ast.parse(inspect.getsource(each)).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for statement, below in zip(body.body, body.body[1:], strict=False):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
+                found[statement.target.id] = str(below.value.value)
+    return found
+
+
+def _default(item: Field) -> str:
+    value = item.default_factory() if item.default_factory is not NO_DEFAULT else item.default
+    values = value if isinstance(value, list) else [value]
+    shown = ", ".join(str(v.name if isinstance(v, Enum) else v) for v in values)
+    return {"None": "null", "???": "required", "True": "true", "False": "false"}.get(shown, shown)
+
+
+def _choices(kind: type, bounds: tuple[Bound, ...]) -> tuple[str, ...]:
+    if inspect.isclass(kind) and issubclass(kind, Enum):
+        return tuple(member.name for member in kind)
+    return tuple(choice for bound in bounds for choice in bound.choices)
