@@ -1,7 +1,7 @@
 """The command line: compose -> resolve -> stages.<stage>.run(config) -> exit status.
 
-Hydra composes; what it would answer with a traceback is turned into one message here. Nothing heavy is imported
-before a stage runs, so that --help and mistakes answer at once.
+Hydra composes the configuration. Errors that it would show as a traceback become one message here. No large library is
+imported before a stage runs, so --help and mistakes answer at once.
 """
 
 import importlib
@@ -31,12 +31,12 @@ from pipeline.runs.run import Run
 
 _PACKAGE = Path(__file__).resolve().parent
 SWEEP_DIR = "sweep"
-"""In run_dir: the directories of a sweep's jobs."""
+"""Subdirectory of run_dir for the directories of a sweep's jobs."""
 _SECONDS_FOR_THE_MAIN_PROCESS = 10.0
 
 
 def _beside_or_inside(name: str) -> Path:
-    """conf/ and recipes/ lie beside the package in a checkout, inside it in an installed wheel."""
+    """Find conf/ or recipes/: beside the package in a checkout, inside it in an installed wheel."""
     inside = _PACKAGE / name
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
@@ -47,7 +47,7 @@ RECIPES_DIR = _beside_or_inside("recipes")
 
 @cache
 def register() -> None:
-    """Make the schema and the recipes known to Hydra, whose store lasts as long as the process."""
+    """Register the schema and the recipes with Hydra, once per process."""
     store = ConfigStore.instance()
     store.store("schema", config.PipelineConfig)
     for path in sorted(RECIPES_DIR.glob("*.yaml")):
@@ -56,7 +56,7 @@ def register() -> None:
 
 
 def run(composed: DictConfig) -> None:
-    """One job: one stage of one recipe."""
+    """Run one job: one stage of one recipe."""
     chosen = HydraConfig.get().runtime.choices.get("recipe")
     if chosen is not None:
         composed.recipe = chosen  # a recipe from --config-dir does not know its own name
@@ -68,9 +68,9 @@ def run(composed: DictConfig) -> None:
 
 
 def _keep_jobs_apart(composed: DictConfig) -> None:
-    """In a sweep each job has a directory of its own, and shares what it can with the run that run_dir names.
+    """In a sweep, give each job its own directory, and let it share models with the run that run_dir names.
 
-    Unless run_dir is made of settings, so that the user has kept them apart.
+    If run_dir itself contains settings, the user has kept the jobs apart, and it stays as it is.
     """
     hydra_config = HydraConfig.get()
     job = hydra_config.job.override_dirname.replace("/", "_")
@@ -93,7 +93,7 @@ def main() -> NoReturn:
 
 
 def status(arguments: list[str]) -> int:
-    """Run what the arguments (those in sys.argv) ask for; the exit status."""
+    """Run the command in `arguments` (equal to those in sys.argv), and return the exit status."""
     try:
         register()
         if command_line.asks_for_help(arguments):
@@ -108,7 +108,7 @@ def status(arguments: list[str]) -> int:
     except (UserError, HydraException, OmegaConfBaseException) as error:
         return _report(error, 2)
     except KeyboardInterrupt:
-        return _report(UserError("interrupted; the same command, without overwrite=true, goes on from here"), 130)
+        return _report(UserError("interrupted; run the same command, without overwrite=true, to resume"), 130)
     except SystemExit as leaving:
         return int(leaving.code or 0) if not isinstance(leaving.code, str) else _report(UserError(leaving.code), 1)
     except Exception:  # noqa: BLE001 - the one place that turns any bug into its traceback and status 1
@@ -125,14 +125,14 @@ def _job(composed: DictConfig) -> None:
 
 
 def _report(error: Exception, status: int) -> int:
-    # Of Hydra's and OmegaConf's messages the first lines tell what and where, the others quote their internals.
+    # The first lines of messages from Hydra and OmegaConf say what is wrong and where. The others quote internals.
     own = isinstance(error, (UserError, CheckFailed))
     message = str(error) if own else " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
     if is_main_process():
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
-        # The launcher stops all processes when one has ended: the main one must have had the time to speak for all.
-        # One that is still here afterwards has failed alone.
+        # The launcher stops all processes when one has ended, so this one first waits for the main process's message.
+        # A process that is still here afterwards has failed alone.
         time.sleep(_SECONDS_FOR_THE_MAIN_PROCESS)
         print(f"error on process {os.environ['RANK']}: {message}", file=sys.stderr, flush=True)
     return status

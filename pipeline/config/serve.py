@@ -22,7 +22,7 @@ class ServeConfig:
     """Start an engine on the verified export, ask it one question, and keep it running."""
 
     engine: ServingEngine = ServingEngine["vllm"]
-    """Engine to start. vllm, sglang and tensorrt_llm need GPUs; llama_cpp (llama-server) and llama_cpp_python need gguf."""
+    """Engine. vllm, sglang and tensorrt_llm need GPUs; llama_cpp (llama-server) and llama_cpp_python a gguf export."""
     program: Annotated[Optional[str], NOT_EMPTY] = None
     """Executable of the engine, such as /opt/vllm/bin/vllm (llama_cpp_python: its Python); null: from the PATH."""
     host: Annotated[str, NOT_EMPTY] = "127.0.0.1"

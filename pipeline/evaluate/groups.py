@@ -1,4 +1,4 @@
-"""What each validation example belongs to: the value of a column of its row, or the language of its reasoning."""
+"""The group of each validation example: the value of a column of its row, or the language of its reasoning."""
 
 from dataclasses import replace
 
@@ -20,11 +20,11 @@ def group_examples(run: Run, data: DataConfig, column: str | None, *, rows: Rows
     """Return the group of each example; without a column, the language of its reasoning, or "" if it names none.
 
     Args:
-        run: that keeps the tables of rows.
-        data: its settings.
+        run: the run whose directory has the tables of rows.
+        data: settings of the data.
         column: `evaluate.group_column`.
-        rows: of `data`.
-        numbers: of the examples' conversations in `rows`.
+        rows: the rows of `data`.
+        numbers: for each example, the number of its conversation in `rows`.
 
     Raises:
         UserError: rows lack the column, or it has too many values for groups.

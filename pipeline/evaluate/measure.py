@@ -1,4 +1,4 @@
-"""All figures of one model after the other: it is asked, judged and scored; what models have in common is made once."""
+"""The figures of several models: each is asked, judged and scored in turn. Inputs that they share are made once."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -11,8 +11,9 @@ import torch
 
 from pipeline.config import DataConfig, EndpointApi, EvaluateConfig, ModelConfig
 from pipeline.data.examples import prepare_examples, rendering_of
+from pipeline.data.harmony import Rendering
 from pipeline.data.rows import Rows, load_rows
-from pipeline.data.tokenizers import load_tokenizer
+from pipeline.data.tokenizers import Tokenizer, load_tokenizer
 from pipeline.errors import UserError, user_errors
 from pipeline.evaluate import groups
 from pipeline.evaluate.expected import check
@@ -33,35 +34,33 @@ from pipeline.runs.run import Run
 from pipeline.runs.settings import Settings
 
 PREDICTIONS = "predictions"
-"""Directory of the run with what a reference predicted; safe to delete."""
+"""Directory of the run with the predictions of a reference. It is safe to delete."""
 
 _ASKED = tuple(f"evaluate.generation.{name}" for name in ("max_new_tokens", "temperature", "top_p", "seed"))
 _RENDERED = ("data.model_identity", "data.conversation_date")
 _DECIDE_SERVED = {
-    EndpointApi.completions.name: (*_ASKED, *_RENDERED, "model.path", "model.revision"),  # whose tokenizer it is
+    EndpointApi.completions.name: (*_ASKED, *_RENDERED, "model.path", "model.revision"),  # for the tokenizer
     EndpointApi.chat.name: _ASKED,
 }
-"""What an answer depends on besides the model and the prompt."""
+"""Settings that a served model's answer depends on, besides the model and the prompt."""
 _DECIDE_LOCAL = ("evaluate.generation", "model.dtype", *_RENDERED)
-"""Here also on what is in its batch, if only in the last bit of a sum."""
+"""The same for a local model. Its answer also depends on the rest of the batch, in the last bit of a sum."""
 _DECIDE_VERDICT = ("evaluate.judge.max_new_tokens", "evaluate.judge.attempts")
-_TOLD = {"validation_loss": "validation loss {:.4f}", "kl_divergence": "divergence from the reference {:.4g}"}
+_SHOWN = {"validation_loss": "validation loss {:.4f}", "kl_divergence": "divergence from the reference {:.4g}"}
 _TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be measured.
+    """The inputs of all measurements.
 
     Attributes:
-        run: that is measured.
-        data: its settings.
-        model: its settings.
-        evaluate: its settings.
-        rows: of `data`.
-        questions: that models answer; none: they write nothing.
-        judge: of the answers, or None.
-        suites: of lm-evaluation-harness, or None.
+        run: the run that is measured.
+        data, model, evaluate: sections of its configuration.
+        rows: the rows of `data`.
+        questions: the questions that models answer, if any.
+        judge: the judge of the answers, or None.
+        suites: the tasks of lm-evaluation-harness, or None.
     """
 
     run: Run
@@ -80,28 +79,28 @@ class _Validation(NamedTuple):
 
 
 def prepare(run: Run, data: DataConfig, model: ModelConfig, evaluate: EvaluateConfig) -> Task:
-    """Read what models are measured on, and find the judge: what is wrong there shows before hours are spent.
+    """Read the data and the prompts, and find the judge, so that mistakes show before hours are spent.
 
     Raises:
-        UserError: bad rows or prompts, prompts without what scorers need, no such judge or suite of tasks.
+        UserError: bad rows or prompts, prompts that lack properties for scorers, no such judge or suite of tasks.
     """
     rows = load_rows(run, data)
     questions = _questions(run, data, evaluate, rows)
     if evaluate.judge.url is not None and not any("safety" in each.prompt.expected for each in questions):
         raise UserError(
-            f"{judge.KEY}.url={evaluate.judge.url}: of no prompt it is known whether it is safe, so there is"
-            " nothing to judge. Say it of all (+evaluate.prompts.expected_of_all.safety=safe), or name the column that"
-            " has it (+evaluate.prompts.expected.safety=<column>)."
+            f"{judge.KEY}.url={evaluate.judge.url}: no prompt is marked as safe or unsafe, so there is nothing to"
+            " judge. Mark all prompts (+evaluate.prompts.expected_of_all.safety=safe), or name the column with the"
+            " marks (+evaluate.prompts.expected.safety=<column>)."
         )
     suites = harness.Suites(evaluate.lm_eval) if evaluate.lm_eval.tasks else None
     return Task(run, data, model, evaluate, rows, questions, judge.find(evaluate.judge), suites)
 
 
 def check_tokens(refs: Sequence[ModelRef], reference: ModelRef | None) -> None:
-    """Check that figures per token can be compared.
+    """Check that all models have the tokens of the reference, so that figures per token can be compared.
 
     Raises:
-        UserError: models that have other tokens than the reference, each with its directory.
+        UserError: some have other tokens. The message names their directories.
     """
     others = [ref for ref in refs if reference and _tokenizer_file(ref) != _tokenizer_file(reference)]
     if not reference or not others:
@@ -111,8 +110,8 @@ def check_tokens(refs: Sequence[ModelRef], reference: ModelRef | None) -> None:
     if wrong:
         raise user_errors(
             [
-                f"{ref.directory}: its tokenizer has other tokens than that of {reference.directory}, so that losses"
-                " and predictions cannot be compared. Evaluate it in a run of its own: another run_dir, with"
+                f"{ref.directory}: its tokenizer has other tokens than that of {reference.directory}, so losses and"
+                " predictions cannot be compared. Evaluate it in a run of its own: another run_dir, with"
                 f" evaluate.source={ref.directory}."
                 for ref in wrong
             ]
@@ -120,35 +119,35 @@ def check_tokens(refs: Sequence[ModelRef], reference: ModelRef | None) -> None:
 
 
 def file_name(name: str) -> str:
-    """A model's name, which may be a path, as that of a file."""
+    """Turn a model's name, which may be a path, into the name of a file."""
     return name.strip("/").replace("/", "_")
 
 
 class Measure:
-    """Asks and scores models, one after the other."""
+    """Measures models, one after the other."""
 
     def __init__(self, task: Task, directory: Path, reference: ModelRef | None) -> None:
         """
         Args:
-            task: what is to be measured.
-            directory: of the stage; a model's answers go below it, under its `file_name`.
-            reference: the model that weights and predictions are held against; there is one if any model is local.
+            task: the inputs of all measurements.
+            directory: directory of the stage. The answers of a model go to the subdirectory `file_name`.
+            reference: the model that weights and predictions are compared with. Local models need one.
         """
         self._task = task
         self._directory = directory
         self._reference = reference
-        self._validation_of: dict[bytes, _Validation] = {}  # by the bytes of the tokenizer's files
+        self._validation_of: dict[bytes, _Validation] = {}  # keys: bytes of the tokenizer's files
 
     def figures(self, subject: ModelRef | Served) -> dict[str, float]:
-        """All figures of one model."""
-        scored = self._served(subject) if isinstance(subject, Served) else self._local(subject)
+        """Measure all figures of one model."""
+        scored = self._ask_served(subject) if isinstance(subject, Served) else self._run_local(subject)
         figures = {name: value for score in EVALS.values() for name, value in score(scored).items()}
-        told = [form.format(figures[name]) for name, form in _TOLD.items() if name in figures]
+        shown = [form.format(figures[name]) for name, form in _SHOWN.items() if name in figures]
         answers = [f"{len(scored.transcripts)} answers"] if scored.transcripts else []
-        say("evaluate", f"{subject.name}: {', '.join([*told, *answers]) or 'measured'}")
+        say("evaluate", f"{subject.name}: {', '.join([*shown, *answers]) or 'measured'}")
         return figures
 
-    def _served(self, served: Served) -> Subject:
+    def _ask_served(self, served: Served) -> Subject:
         evaluate, questions = self._task.evaluate, self._task.questions
         decide = self._task.run.settings(_DECIDE_SERVED[served.api])
         transcripts: list[Transcript] = []
@@ -166,11 +165,11 @@ class Measure:
             None,
             [],
             transcripts,
-            judgements=self._judged(served, decide, transcripts),
+            judgements=self._judge(served, decide, transcripts),
             suites=self._suites(lambda suites: suites.of_served(served, evaluate.endpoint, self._tokenizer_directory)),
         )
 
-    def _local(self, ref: ModelRef) -> Subject:
+    def _run_local(self, ref: ModelRef) -> Subject:
         assert self._reference is not None
         tokenizer = load_tokenizer(ref.base)
         validation = self._validation(ref, tokenizer)
@@ -193,11 +192,11 @@ class Measure:
             transcripts,
             validation.groups,
             predictions,
-            self._judged(ref, decide, transcripts),
+            self._judge(ref, decide, transcripts),
             self._suites(lambda suites: suites.of_model(model, rendering)),
         )
 
-    def _judged(
+    def _judge(
         self, subject: ModelRef | Served, decide: Settings, transcripts: list[Transcript]
     ) -> dict[tuple[str, int], Judgement] | None:
         asked, settings = self._task.judge, self._task.evaluate.judge
@@ -212,7 +211,7 @@ class Measure:
         return measure(self._task.suites) if self._task.suites else {}
 
     def _predictions(self, ref: ModelRef, batches: Sequence[Any]) -> Path | None:
-        """Where the reference's on these batches are, made if need be, before another model is in memory."""
+        """Find or make the reference's predictions on these batches, before another model is loaded."""
         assert self._reference is not None
         if ref.fingerprint == self._reference.fingerprint:
             return None
@@ -220,10 +219,10 @@ class Measure:
         directory = self._task.run.stage_dir(PREDICTIONS) / made
         if not directory.is_dir():
             logits.record(loading.load_effective(self._reference, self._dtype), batches, directory)
-            gc.collect()  # modules refer to themselves, and would stay until there is no room for the next
+            gc.collect()  # modules refer to themselves, and would stay in memory beside the next model
         return directory
 
-    def _validation(self, ref: ModelRef, tokenizer: Any) -> _Validation:
+    def _validation(self, ref: ModelRef, tokenizer: Tokenizer) -> _Validation:
         files = b"".join(path.read_bytes() for name in _TOKENIZER_FILES if (path := ref.base / name).is_file())
         if files not in self._validation_of:
             task, settings = self._task, self._task.evaluate
@@ -246,11 +245,11 @@ class Measure:
 
     @cached_property
     def _tokenizer_directory(self) -> Path:
-        """Of model.path: a server's own cannot be seen."""
+        """The tokenizer of model.path stands for a server's own, which cannot be read."""
         return source.locate_without_weights(self._task.run, self._task.model)
 
     @cached_property
-    def _rendering(self) -> Any:
+    def _rendering(self) -> Rendering:
         return rendering_of(self._task.data, load_tokenizer(self._tokenizer_directory))
 
 

@@ -1,16 +1,15 @@
-"""An early look at a model in training: what it answers to a few prompts, at each validation.
+"""Answers of a model in training to a few prompts, at each validation.
 
-Shown as <stage>/samples.jsonl and as a table of the tracking service. Nothing that training computes depends on it.
+They go to <stage>/samples.jsonl and to a table of the tracking service. Training does not depend on them.
 """
 
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.config import DataConfig, EvaluateConfig
 from pipeline.data.examples import rendering_of
@@ -32,15 +31,14 @@ _COLUMNS = ["step", "prompt", "reasoning", "answer", "completion", "finish", "to
 def callback(
     run: Run, data: DataConfig, evaluate: EvaluateConfig, *, rows: Rows, tokenizer: Tokenizer, directory: Path
 ) -> list[TrainerCallback]:
-    """Make the callback that `evaluate.during_training` sets: none, or one.
+    """Make the callback that `evaluate.during_training` asks for. The list is empty or has one callback.
 
     Args:
-        run: that the stage belongs to.
-        data: its settings.
-        evaluate: its settings.
-        rows: of `data`.
-        tokenizer: of the model.
-        directory: of the training stage.
+        run: the run of the training stage.
+        data, evaluate: sections of its configuration.
+        rows: the rows of `data`.
+        tokenizer: tokenizer of the model.
+        directory: directory of the training stage.
 
     Raises:
         UserError: as `prompts.load`.
@@ -70,17 +68,26 @@ class Samples(TrainerCallback):
         self._stage = directory.name
         self._is_sharded = False
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **_: object,
+    ) -> None:
+        """Write the answers. A sharded model writes none, because one process alone cannot run it."""
+        assert model is not None
         if self._is_sharded or not is_main_process():
             return
         if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()):
             self._is_sharded = True
-            say(self._stage, "no samples: the model is spread over several processes, none of which can write alone")
+            say(self._stage, "no samples: the model is sharded, and no process can run it alone")
             return
         rows = [_row(state.global_step, answer) for answer in self._answers(model, args.bf16)]
         log_table(self._directory, Path(SAMPLES_FILE).stem, _COLUMNS, self._before(state.global_step) + rows)
 
-    def _answers(self, model: Any, in_bf16: bool) -> list[Transcript]:
+    def _answers(self, model: PreTrainedModel, in_bf16: bool) -> list[Transcript]:
         was_training = model.training
         model.eval()
         with torch.autocast(model.device.type, torch.bfloat16, enabled=in_bf16):
@@ -88,14 +95,14 @@ class Samples(TrainerCallback):
         model.train(was_training)
         return answers
 
-    def _before(self, step: int) -> list[list[Any]]:
-        """Samples of earlier steps; those of steps that a resumed run repeats are forgotten."""
+    def _before(self, step: int) -> list[list[object]]:
+        """Read the samples of earlier steps, without the steps that a resumed run repeats."""
         path = self._directory / SAMPLES_FILE
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
         rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
         return [[row[name] for name in _COLUMNS] for row in rows if row["step"] < step]
 
 
-def _row(step: int, answer: Transcript) -> list[Any]:
+def _row(step: int, answer: Transcript) -> list[object]:
     question = answer.messages[-1]["content"]
     return [step, question, answer.reasoning, answer.answer, answer.completion, answer.finish, answer.tokens]

@@ -6,7 +6,7 @@ This is the only module that imports peft.
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -24,15 +24,14 @@ from pipeline.models import sharding
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-Adapted: TypeAlias = PeftModel
-"""A model with adapters."""
-
 _ADAPTER = "default"
 _QUANTIZER = "_weight_quantizer"
 
 
-def attach(model: "PreTrainedModel", train: TrainConfig, section: str) -> PeftModel:
+def attach(model: "PreTrainedModel", train: TrainConfig, section: str) -> "PreTrainedModel":
     """Attach new adapters to the configured parts of the configured layers, and freeze everything else.
+
+    The result is a PeftModel, which has the attributes of the model inside it.
 
     Args:
         model: a gpt-oss model without adapters or quantizers.
@@ -47,7 +46,7 @@ def attach(model: "PreTrainedModel", train: TrainConfig, section: str) -> PeftMo
         raise CheckFailed("adapters: the model is quantized already. Attach adapters before quantizers are inserted.")
     config = _peft_config(train.lora, model.config.num_hidden_layers, section)
     torch.manual_seed(train.seed)
-    return get_peft_model(model, config)
+    return cast("PreTrainedModel", get_peft_model(model, config))
 
 
 def _peft_config(lora: LoraConfig, count: int, section: str) -> PeftLoraConfig:
@@ -70,9 +69,9 @@ def _peft_config(lora: LoraConfig, count: int, section: str) -> PeftLoraConfig:
     )
 
 
-def load(model: "PreTrainedModel", directory: Path, trainable: bool) -> PeftModel:
-    """Attach the adapters that are saved in `directory`."""
-    return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
+def load(model: "PreTrainedModel", directory: Path, trainable: bool) -> "PreTrainedModel":
+    """Attach the adapters that are saved in `directory`. The result is a PeftModel."""
+    return cast("PreTrainedModel", PeftModel.from_pretrained(model, str(directory), is_trainable=trainable))
 
 
 def is_adapted(model: nn.Module) -> bool:

@@ -2,9 +2,10 @@
 
 import gc
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import nn
 
 from pipeline.checkpoints.config_json import read_config
 from pipeline.checkpoints.dtypes import TRAIN_TYPES, torch_dtype
@@ -14,6 +15,11 @@ from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
 from pipeline.runs.console import shows_progress
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Model = TypeVar("Model", bound=nn.Module)
+
 TRAIN_DTYPES = {precision: torch_dtype(name) for precision, name in TRAIN_TYPES.items()}
 """Type of the weights while a stage trains in this precision."""
 
@@ -21,7 +27,7 @@ _ROOM = 1.3  # memory for a forward pass, as a multiple of the size of the weigh
 
 
 def device_of(asked: Device) -> str:
-    """The device for conversions: `cpu` or `cuda`.
+    """Return the device for conversions: `cpu` or `cuda`.
 
     Raises:
         UserError: the configuration asks for a GPU, but there is none.
@@ -41,7 +47,7 @@ def _quieten() -> None:
     logging.get_logger("transformers.quantizers.quantizer_mxfp4").setLevel(logging.ERROR)
 
 
-def load_plain(directory: Path, dtype: torch.dtype, **arguments: Any) -> Any:
+def load_plain(directory: Path, dtype: torch.dtype, **arguments: Any) -> "PreTrainedModel":
     """Load a checkpoint with transformers. MXFP4 is decoded.
 
     Raises:
@@ -65,7 +71,9 @@ def load_plain(directory: Path, dtype: torch.dtype, **arguments: Any) -> Any:
     return model
 
 
-def load_quantized(ref: ModelRef, dtype: torch.dtype, trainable: bool = False, **arguments: Any) -> Any:
+def load_quantized(
+    ref: ModelRef, dtype: torch.dtype, trainable: bool = False, **arguments: object
+) -> "PreTrainedModel":
     """Load a model with its adapters and its fake quantizers. The quantizers are checked."""
     model = load_plain(ref.base, dtype, **arguments)
     if ref.adapter:
@@ -79,7 +87,7 @@ def load_quantized(ref: ModelRef, dtype: torch.dtype, trainable: bool = False, *
     return model
 
 
-def load_to_train(ref: ModelRef, train: TrainConfig) -> Any:
+def load_to_train(ref: ModelRef, train: TrainConfig) -> "PreTrainedModel":
     """Load a model for training, with the adapters and quantizers of `ref`, in `train.precision`."""
     from pipeline.models import expert_kernels, packing_masks
     from pipeline.models.adapters import base_of
@@ -97,7 +105,7 @@ def load_to_train(ref: ModelRef, train: TrainConfig) -> Any:
     return model
 
 
-def load_effective(ref: ModelRef, dtype: torch.dtype, **arguments: Any) -> Any:
+def load_effective(ref: ModelRef, dtype: torch.dtype, **arguments: Any) -> "PreTrainedModel":
     """Load a plain model that computes the same as `ref`: adapters are merged and experts are rounded.
 
     If inputs are quantized too, the model keeps its adapters and quantizers instead.
@@ -113,7 +121,7 @@ def load_effective(ref: ModelRef, dtype: torch.dtype, **arguments: Any) -> Any:
     return place(model).eval()
 
 
-def place(model: Any) -> Any:
+def place(model: Model) -> Model:
     """Move the model to the GPU if there is one with enough free memory."""
     if torch.cuda.is_available():
         gc.collect()

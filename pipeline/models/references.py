@@ -44,7 +44,7 @@ class ModelRef:
 
 
 def of_artifact(artifact: Artifact) -> ModelRef:
-    """The model that a stage wrote.
+    """Describe the model that a stage wrote.
 
     Raises:
         UserError: it is an export that transformers cannot load.
@@ -68,7 +68,7 @@ def of_artifact(artifact: Artifact) -> ModelRef:
 
 
 def format_of(artifact: Artifact) -> BlockFormat | None:
-    """The format and scale rule that the artifact's forward pass rounds to, or None."""
+    """Return the format and scale rule that the artifact's forward pass rounds to, or None."""
     if artifact.fake_quantized is None:
         return None
     assert artifact.scale_rule is not None
@@ -76,7 +76,7 @@ def format_of(artifact: Artifact) -> BlockFormat | None:
 
 
 def configured_format(settings: FormatConfig) -> BlockFormat:
-    """The format and scale rule in the configuration."""
+    """Return the format and scale rule in the configuration."""
     return FORMATS[settings.name.name].with_rule(settings.scale_rule.name)
 
 

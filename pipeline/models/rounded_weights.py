@@ -1,8 +1,8 @@
-"""Rounded weights kept for as long as the weights do not change.
+"""A cache of rounded weights, valid until the weights change.
 
-Weights change once per optimizer step, but every forward pass rounds them: with accumulation and gradient checkpointing
-several times per step. What is kept is a copy in the type of the arithmetic, BF16 under mixed precision, which holds
-every value of the formats exactly.
+Weights change once per optimizer step. Every forward pass rounds them, and with accumulation and gradient checkpointing
+there are several per step. The cache holds copies in the type of the arithmetic (BF16 under mixed precision), which
+represents every value of the formats exactly.
 """
 
 import math
@@ -16,10 +16,10 @@ from pipeline.models.sharding import STRATEGIES
 
 
 def budget_bytes(budget_gib: float | None, shared: Sharding) -> float:
-    """How many bytes of rounded weights a run may keep on each device.
+    """Return how many bytes of rounded weights a run may cache on each device.
 
-    Without a budget (`qat.rounded_cache_gib=null`) all are kept. Where parameters are gathered none is kept, because
-    each gathering allocates the parameter anew.
+    Without a budget (`qat.rounded_cache_gib=null`) there is no limit. Where parameters are gathered the cache is off,
+    because each gathering allocates the parameter anew.
     """
     if budget_gib is None:
         return 0.0 if STRATEGIES[shared].gathers else math.inf
@@ -27,22 +27,22 @@ def budget_bytes(budget_gib: float | None, shared: Sharding) -> float:
 
 
 class RoundedWeights:
-    """A store of rounded weights, emptied by `forget` whenever weights may have changed."""
+    """The cache. Call `forget` whenever weights may have changed."""
 
     def __init__(self, budget_bytes: float = math.inf) -> None:
-        """Keep at most so many bytes; what does not fit is rounded in every forward pass."""
+        """Cache at most `budget_bytes`. Weights beyond it are rounded in every forward pass."""
         self._budget = budget_bytes
         self._kept: dict[Hashable, tuple[tuple[int, ...], Tensor]] = {}
 
     @property
     def bytes(self) -> int:
-        """Size of what is kept."""
+        """Bytes in the cache."""
         return sum(rounded.nbytes for _, rounded in self._kept.values())
 
     def of(self, key: Hashable, weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """The kept values of `key`, or what `make` gives, which is kept if there is room.
+        """Return the cached values of `key`, or call `make` and cache its result if there is room.
 
-        A parameter that was written to since is noticed; what is computed from parameters is not: hence `forget`.
+        A parameter that was written to since is noticed. A weight computed from parameters is not, hence `forget`.
         """
         version = _version(weight)
         kept = self._kept.get(key)
@@ -55,12 +55,12 @@ class RoundedWeights:
         return rounded
 
     def forget(self) -> None:
-        """Weights may have changed."""
+        """Empty the cache."""
         self._kept.clear()
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The type in which a matrix product with `weight` is computed here."""
+    """Return the type in which a matrix product with `weight` is computed here."""
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 

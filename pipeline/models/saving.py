@@ -1,4 +1,4 @@
-"""Models back to disk: the trained one, gathered from all processes, or a plain merge."""
+"""Models written to disk: a trained model, gathered from all processes, or a plain merge."""
 
 import os
 from collections.abc import Iterator
@@ -26,11 +26,9 @@ from pipeline.runs.records import ModelRecord
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from pipeline.models.adapters import Adapted
-
 
 def save(
-    model: "PreTrainedModel | Adapted", ref: ModelRef, directory: Path, *, train: TrainConfig, shared: Sharding
+    model: "PreTrainedModel", ref: ModelRef, directory: Path, *, train: TrainConfig, shared: Sharding
 ) -> tuple[Kind, ModelRecord]:
     """Write a trained model, with the side files of `ref`, the model that training started from.
 
@@ -56,7 +54,7 @@ def save(
     return Kind.checkpoint, ModelRecord(dtype=dtype_name(dtype))
 
 
-def _save_adapters(model: "PreTrainedModel | Adapted", directory: Path) -> None:
+def _save_adapters(model: "PreTrainedModel", directory: Path) -> None:
     """Gather all adapters on every process, which is cheap because they are small. The main process writes them."""
     from pipeline.models.adapters import is_factor
 
@@ -69,7 +67,7 @@ def _save_adapters(model: "PreTrainedModel | Adapted", directory: Path) -> None:
         model.save_pretrained(str(directory), state_dict=state)
 
 
-def _save_whole(model: "PreTrainedModel | Adapted", directory: Path, dtype: torch.dtype) -> None:
+def _save_whole(model: "PreTrainedModel", directory: Path, dtype: torch.dtype) -> None:
     """Stream the parameters to disk, gathering one at a time. All processes gather them in the same order."""
     parameters = dict(model.named_parameters())
     layout = plain_tensors(Shape.of(model.config.to_dict(), directory), stored_name(dtype))
@@ -80,11 +78,11 @@ def _save_whole(model: "PreTrainedModel | Adapted", directory: Path, dtype: torc
         return
     # Do not resume: shards from an interrupted save may have other weights, and the other processes gather everything.
     (directory / SHARDS_FILE).unlink(missing_ok=True)
-    pieces = [_gathered_piece(name, info, parameters[name], dtype) for name, info in layout.items()]
+    pieces = [_gathering_piece(name, info, parameters[name], dtype) for name, info in layout.items()]
     write_sharded(directory, pieces, SHARD_BYTES, "saving")
 
 
-def _gathered_piece(name: str, info: TensorInfo, parameter: Tensor, dtype: torch.dtype) -> Piece:
+def _gathering_piece(name: str, info: TensorInfo, parameter: Tensor, dtype: torch.dtype) -> Piece:
     def make(_: None) -> Iterator[tuple[str, Tensor]]:
         with sharding.gather(parameter) as whole:
             yield name, whole.detach().to(dtype)
@@ -104,7 +102,7 @@ def write_plain(ref: ModelRef, directory: Path) -> Written:
 
 
 def plain_piece(weights: Weights, name: str, info: TensorInfo, dtype: torch.dtype, device: str = "cpu") -> Piece:
-    """A piece that makes a weight part by part: decoded, and with adapters merged."""
+    """Make a piece that computes a weight part by part: decoded, with adapters merged."""
 
     def step(rows: slice) -> Step:
         return Step(

@@ -1,4 +1,4 @@
-"""Where the base checkpoint comes from: a directory, the hub, or the program itself."""
+"""The base checkpoint: found in a directory, fetched from the hub, or made by the program."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +26,8 @@ class Source:
     """The base checkpoint on this machine's disk.
 
     Attributes:
-        directory: of the checkpoint.
-        fingerprint: of its configuration and of samples of its weights. Reading all 65 GB would take too long.
+        directory: directory of the checkpoint.
+        fingerprint: hash of its configuration and of samples of its weights. Reading all 65 GB would take too long.
     """
 
     directory: Path
@@ -39,10 +39,10 @@ class Source:
 
 
 def locate(run: Run, model: ModelConfig, key: str = "model.path") -> Source:
-    """Find, fetch or make the checkpoint that `model.path` names, and check it. Messages call the setting `key`.
+    """Find, fetch or make the checkpoint that `model.path` names, and check it. `key` names the setting in messages.
 
     Raises:
-        UserError: there is no such directory or hub id, or it is not a whole gpt-oss checkpoint.
+        UserError: there is no such directory or hub id, or it is not a complete gpt-oss checkpoint.
     """
     directory = base_directory(run, model)
     if not directory.is_dir():
@@ -107,7 +107,7 @@ def _fetch(hub_id: str, revision: str | None, files: list[str]) -> Path:
 
 
 def sampled_fingerprint(directory: Path) -> str:
-    """XXH3-128 of the configuration, and of name, size and 64 evenly spaced samples of each weight file."""
+    """Return the XXH3-128 of the configuration, and of name, size and 64 even samples of each weight file."""
     digest = xxhash.xxh3_128((directory / "config.json").read_bytes())
     for path in sorted(directory.glob("*.safetensors")):
         size = path.stat().st_size

@@ -19,7 +19,7 @@ def is_up(health: str) -> bool:
 
 
 def model_name(api: str, seconds: float) -> str:
-    """The engine's name for its model.
+    """Ask for the engine's name for its model.
 
     Raises:
         NoAnswerError: the engine does not answer in time, or names no model.
@@ -49,7 +49,7 @@ def ask(api: str, model: str, serve: ServeConfig, data: DataConfig) -> Transcrip
 
 
 def channels(answer: Transcript) -> Parsed:
-    """The answer by channel. Text in which the engine left Harmony's special tokens is parsed here."""
+    """Return the answer by channel. Text in which the engine left Harmony's special tokens is parsed here."""
     if answer.answer is not None and "<|channel|>" in answer.answer:
         return parse(answer.answer)
     return Parsed(answer.reasoning, answer.answer, answer.tool_calls)

@@ -1,4 +1,4 @@
-"""An engine's command for one export and one machine, and every reason why it cannot be started."""
+"""The command that starts an engine on an export on this machine, and every reason why it cannot start."""
 
 import errno
 import shlex
@@ -6,7 +6,6 @@ import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.checkpoints.config_json import CONFIG, read_config
 from pipeline.checkpoints.gpt_oss import Shape
@@ -22,12 +21,12 @@ _EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 @dataclass(frozen=True)
 class Launch:
-    """What is started, and where it then answers.
+    """An engine to start, and the addresses at which it will answer.
 
     Attributes:
         command: the words of the command.
-        address: of the server, without a path.
-        health: what answers 200 once the engine is up.
+        address: address of the server, without a path.
+        health: address that answers 200 once the engine is up.
     """
 
     command: list[str]
@@ -41,23 +40,23 @@ class Launch:
 
     @property
     def api(self) -> str:
-        """OpenAI's API, as evaluate.endpoint.url takes it."""
+        """Address of OpenAI's API, as evaluate.endpoint.url takes it."""
         return f"{self.address}/v1"
 
 
 def plan(serve: ServeConfig, export: Artifact, *, name: str, gpus: int, found: list[str]) -> Launch:
-    """The command, if nothing stands against it.
+    """Make the command, and check that it can start.
 
     Args:
-        serve: its settings.
-        export: to be served.
-        name: that the engine gives the model.
-        gpus: that are visible here.
-        found: problems that are known already, reported with those found here.
+        serve: settings of the engine.
+        export: the export to serve.
+        name: the model's name at the engine.
+        gpus: number of visible GPUs.
+        found: problems that are known already. They are reported with those found here.
 
     Raises:
-        UserError: the engine cannot read the export or has no such setting; a tensor-parallel size that does not fit;
-            unless it is only to be printed: the engine is not installed, or the port is taken.
+        UserError: the engine cannot read the export, lacks a setting, or cannot divide the model by the
+            tensor-parallel size. With serve.dry_run=false also: the engine is not installed, or the port is taken.
     """
     server = SERVERS[serve.engine.name]
     values = {key: getattr(serve, key) for key in ("host", "port", *_SETTABLE)} | {"name": name}
@@ -77,7 +76,7 @@ def plan(serve: ServeConfig, export: Artifact, *, name: str, gpus: int, found: l
 
 
 def largest_parallel(shape: Shape, gpus: int) -> int:
-    """The most GPUs, of those there are, that can share each layer evenly; 1 without any."""
+    """Return the largest number of these GPUs that divides each layer evenly; 1 without GPUs."""
     return max((size for size in range(2, gpus + 1) if not _undivided(shape, size)), default=1)
 
 
@@ -125,7 +124,7 @@ def _parallel_problems(serve: ServeConfig, shape: Shape, gpus: int) -> list[str]
 
 
 def _program(serve: ServeConfig) -> str | None:
-    """The program that is named, from any working directory."""
+    """Return `serve.program`, made absolute if it is a path."""
     is_path = serve.program is not None and "/" in serve.program
     return str(Path(str(serve.program)).expanduser().absolute()) if is_path else serve.program
 
@@ -144,7 +143,7 @@ def _program_problems(serve: ServeConfig, server: Server) -> list[str]:
 def _port_problems(serve: ServeConfig) -> list[str]:
     family = socket.AF_INET6 if ":" in serve.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was let go a moment ago is free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just released counts as free
         try:
             probe.bind((serve.host, serve.port))
         except OSError as error:
@@ -152,7 +151,7 @@ def _port_problems(serve: ServeConfig) -> list[str]:
     return []
 
 
-def _not_bound(serve: ServeConfig, error: Any) -> str:
+def _not_bound(serve: ServeConfig, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
-        return f"serve.port={serve.port}: something listens there already. Stop it, or choose another port."
+        return f"serve.port={serve.port}: another program listens on this port. Stop it, or choose another port."
     return f"serve.host={serve.host}, serve.port={serve.port}: cannot listen there ({error.strerror})."

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.checkpoints.gpt_oss import expert_projections, other_tensors
 from pipeline.errors import CheckFailed
@@ -91,11 +91,11 @@ class TrainedModel:
             unseen=f"logits on prompts other than the {len(self.batches)} compared",
         )
         expected = [self._logits(self.model, batch) for batch in self.batches]
-        self.model = None  # frees its memory for the export
+        del self.model  # frees its memory for the export
         gc.collect()
         try:
             # eager, as in ModelOpt: another order of summation can flip a close decision of a router.
-            exported = loading.load_plain(directory, self.rounded.dtype, experts_implementation="eager")
+            exported: nn.Module = loading.load_plain(directory, self.rounded.dtype, experts_implementation="eager")
             exported = exported.to(self.device).eval()
         except (CheckFailed, ValueError, RuntimeError, OSError) as error:
             check.problems.append(f"transformers cannot load it: {str(error).splitlines()[0]}")

@@ -178,7 +178,7 @@ def test_a_judge_without_prompts_to_judge_is_refused(
     run_dir: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = refused(capsys, run_dir, *JUDGED[:-1], f"evaluate.judge.url={server.url}")
-    assert "of no prompt it is known whether it is safe" in error and server.asked == []
+    assert "no prompt is marked as safe or unsafe" in error and server.asked == []
 
 
 def test_a_judge_that_is_down_costs_no_answers(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

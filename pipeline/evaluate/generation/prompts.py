@@ -49,11 +49,11 @@ class Question(NamedTuple):
         return self.prompt.prompt_id, self.sample
 
     def seed(self, seed: int) -> int:
-        """The seed for sampling this answer. It does not depend on the other questions."""
+        """Compute the seed for sampling this answer. It does not depend on the other questions."""
         return xxhash.xxh3_64_intdigest(f"{seed}/{self.prompt.prompt_id}/{self.sample}".encode()) % _SEEDS
 
     def transcript(self, completion: str, finish: str, tokens: int, seed: int | None) -> Transcript:
-        """The answer in a completion.
+        """Read the answer in a completion.
 
         Args:
             completion: the generated text after `<|start|>assistant`, with special tokens.
@@ -82,8 +82,8 @@ def load(run: Run, data: DataConfig, settings: PromptsConfig, rows: Rows, most: 
     """Load the prompts of `evaluate.prompts`, without duplicates.
 
     Args:
-        run: that keeps the tables of rows.
-        data: its settings.
+        run: the run whose directory has the tables of rows.
+        data: settings of the data.
         settings: `evaluate.prompts`.
         rows: the rows of `data`. Their validation split gives the prompts, unless evaluate.prompts.path is set.
         most: the largest number of prompts, or None.
@@ -102,12 +102,12 @@ def load(run: Run, data: DataConfig, settings: PromptsConfig, rows: Rows, most: 
 
 
 def questions(prompts: list[Prompt], samples: int) -> list[Question]:
-    """The questions for `samples` answers to each prompt."""
+    """Make the questions for `samples` answers to each prompt."""
     return [Question(prompt, sample) for prompt in prompts for sample in range(samples)]
 
 
 def token_ids(asked: list[Question], rendering: Rendering) -> list[list[int]]:
-    """The token ids of the prompts, up to the beginning of the assistant's turn.
+    """Tokenize the prompts, up to the beginning of the assistant's turn.
 
     Raises:
         UserError: the chat template refuses some of them.
@@ -123,7 +123,7 @@ def token_ids(asked: list[Question], rendering: Rendering) -> list[list[int]]:
 
 
 def fingerprint(asked: list[Question]) -> str:
-    """A hash of all questions and of the properties of their right answers."""
+    """Hash all questions and the properties of their right answers."""
     keys = sorted(f"{prompt_id}/{sample}" for prompt_id, sample in (question.key for question in asked))
     return xxhash.xxh3_128_hexdigest(" ".join(keys).encode())
 
@@ -154,6 +154,6 @@ def _prompt(data: DataConfig, settings: PromptsConfig, row: Conversation) -> Pro
 
 
 def _known(conversation: Conversation) -> Iterator[tuple[str, str]]:
-    """The properties of a right answer that the prompt itself states."""
+    """Yield the properties of a right answer that the prompt itself states."""
     if conversation.reasoning_language is not None:
         yield "language", conversation.reasoning_language

@@ -44,9 +44,7 @@ def test_a_bug_keeps_its_traceback_and_leaves_with_1(
 def test_an_interruption_leaves_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     replace_stages(monkeypatch, raising(KeyboardInterrupt()))
     assert run_program(*ARGUMENTS) == 130
-    assert (
-        capsys.readouterr().err == "error: interrupted; the same command, without overwrite=true, goes on from here\n"
-    )
+    assert capsys.readouterr().err == "error: interrupted; run the same command, without overwrite=true, to resume\n"
 
 
 def test_another_process_waits_for_the_main_ones_report_and_speaks_when_it_is_still_there(

@@ -75,4 +75,4 @@ def test_a_model_that_is_spread_over_processes_writes_none_and_it_says_so_once(
     evaluate(made, 0, spread)
     evaluate(made, 5, spread)
     assert not (tmp_path / SAMPLES_FILE).exists()
-    assert capsys.readouterr().out.count("no samples: the model is spread over several processes") == 1
+    assert capsys.readouterr().out.count("no samples: the model is sharded, and no process can run it alone") == 1

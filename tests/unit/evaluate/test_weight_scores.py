@@ -34,7 +34,7 @@ class Held:
     tensors: dict[str, Tensor]
     shape: Shape = SHAPE
 
-    def effective(self, name: str) -> Tensor:
+    def read_effective(self, name: str) -> Tensor:
         return self.tensors[name]
 
     def importance(self, name: str) -> None:

@@ -198,7 +198,7 @@ def test_a_port_in_use_is_refused(refusal: Refusal, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert refusal(dry_run=False, program=str(program), port=port).startswith(
-            f"serve.port={port}: something listens"
+            f"serve.port={port}: another program listens"
         )
 
 
