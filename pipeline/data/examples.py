@@ -1,7 +1,7 @@
 """Conversations -> training and validation examples: chosen, split, rendered, tokenized."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -133,7 +133,7 @@ def _split(data: DataConfig, rows: Rows, chosen: Numbers) -> tuple[Numbers, Numb
 def _tokenized(config: PipelineConfig, name: str, rows: Rows, numbers: Numbers, rendering: Rendering) -> Dataset:
     """The table of all examples of these rows, those without a supervised token included."""
     chosen = xxhash.xxh3_128_hexdigest(numbers.tobytes())
-    settings = replace(rendering, tokenizer=_fingerprint(rendering.tokenizer))
+    settings = vars(rendering) | {"tokenizer": _fingerprint(rendering.tokenizer)}
     key = ("examples", rows.fingerprint, chosen, settings, config.data.max_length, digest_of_files(CODE))
     return tables.table(
         config, key, _EXAMPLES, lambda: _examples(name, rows.conversations, numbers, rendering, config.data.max_length)
@@ -148,7 +148,7 @@ def _examples(
     for number in progress(numbers, what=f"tokenizing {name}", unit="row"):
         conversation = conversations[int(number)]
         try:
-            turns += [(int(number), turn) for turn in harmony.turns(conversation, rendering)]
+            turns += [(int(number), turn) for turn in harmony.render_turns(conversation, rendering)]
         except ConversationError as error:
             bad.add(f"{conversation.where}: {error}.")
         if len(turns) >= _TURNS_AT_ONCE:

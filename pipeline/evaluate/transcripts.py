@@ -2,7 +2,9 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from pipeline.data.harmony import Message
 
 _PLAIN = r"(?:(?!<\|(?:start|channel|message|end|return|call)\|>).)*"
 _MESSAGE = re.compile(
@@ -31,7 +33,7 @@ class Transcript:
 
     prompt_id: str
     sample: int
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     expected: dict[str, str]
     reasoning: str | None
     answer: str | None

@@ -38,7 +38,7 @@ def ask(api: str, model: str, config: PipelineConfig) -> Transcript:
         NoAnswerError: no answer within `serve.answer_seconds`, an HTTP error, or a reply in another form.
     """
     conversation = Conversation([{"role": "user", "content": config.serve.question}])
-    asked = harmony.asked(conversation, config.data.reasoning_effort.name, config.data.reasoning_language)
+    asked = harmony.drop_answer(conversation, config.data.reasoning_effort.name, config.data.reasoning_language)
     question = Question(Prompt("serve.question", asked, {}), 0)
     body = chat.request(model, question, [], GenerationConfig(max_new_tokens=config.serve.max_new_tokens))
 

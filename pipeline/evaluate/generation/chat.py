@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TypedDict
 
 from pipeline.config import GenerationConfig
-from pipeline.data.harmony import Conversation
+from pipeline.data.harmony import Conversation, Function
 from pipeline.evaluate.generation.prompts import Question
 from pipeline.evaluate.transcripts import Transcript
 from pipeline.runs.json_files import Json
@@ -129,6 +129,6 @@ def _messages(conversation: Conversation) -> list[dict[str, Json]]:
     return made
 
 
-def _sent_call(call_id: str, function: Mapping[str, Json]) -> dict[str, Json]:
+def _sent_call(call_id: str, function: Function) -> dict[str, Json]:
     arguments = json.dumps(function["arguments"], ensure_ascii=False)
     return {"id": call_id, "type": "function", "function": {"name": function["name"], "arguments": arguments}}

@@ -113,7 +113,7 @@ def token_ids(asked: list[Question], rendering: Rendering) -> list[list[int]]:
     texts, problems = [], []
     for question in asked:
         try:
-            texts.append(harmony.prompt(question.prompt.conversation, rendering))
+            texts.append(harmony.render_prompt(question.prompt.conversation, rendering))
         except ConversationError as error:
             problems.append(f"{question.prompt.conversation.where}: {error}.")
     if problems:
@@ -148,7 +148,7 @@ def _of_their_own(config: PipelineConfig) -> Conversations:
 
 
 def _prompt(config: PipelineConfig, row: Conversation) -> Prompt:
-    conversation = harmony.asked(row, config.data.reasoning_effort.name, config.data.reasoning_language)
+    conversation = harmony.drop_answer(row, config.data.reasoning_effort.name, config.data.reasoning_language)
     expected = dict(_known(conversation)) | config.evaluate.prompts.expected_of_all | row.expected
     content = [conversation.messages, conversation.tools, conversation.reasoning_effort, expected]
     text = json.dumps(content, ensure_ascii=False, sort_keys=True)
