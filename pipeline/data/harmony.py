@@ -302,7 +302,7 @@ def _check_json(where: str, value: object) -> None:
         raise ConversationError(f"{where} has a {type(value).__name__}, which JSON does not know")
 
 
-def _drop_nulls(value: Any) -> Any:
+def _drop_nulls(value: object) -> object:
     """Drop keys whose value is None. Arrow adds them: each object of a column gets the keys of all others."""
     if isinstance(value, dict):
         return {key: _drop_nulls(inner) for key, inner in value.items() if inner is not None}
@@ -327,7 +327,7 @@ def _tool_call(where: str, role: str, tool_calls: object) -> ToolCall:
     else:
         arguments = _drop_nulls(arguments)
     _check_json(f"{where}.tool_calls[0]", [function["name"], arguments])
-    return {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
+    return {"type": "function", "function": {"name": function["name"], "arguments": cast(Json, arguments or {})}}
 
 
 def _merge_instructions(messages: list[Message]) -> list[Message]:
@@ -378,9 +378,9 @@ def _tools(tools: object) -> list[dict[str, Any]] | None:
     return [{"type": "function", "function": schema} for schema in schemas]
 
 
-def _effort(row: Mapping[str, Any]) -> str | None:
+def _effort(row: Mapping[str, object]) -> str | None:
     effort = row.get("reasoning_effort")
-    if effort not in (None, "low", "medium", "high"):
+    if effort is not None and (not isinstance(effort, str) or effort not in ("low", "medium", "high")):
         raise ConversationError(f"'reasoning_effort' is {effort!r}, not low, medium or high")
     return effort
 

@@ -161,7 +161,9 @@ class Measure:
             [],
             transcripts,
             judgements=self._judged(served, decide, transcripts),
-            suites=self._suites(lambda suites: suites.of_served(served, evaluate.endpoint, self._tokenizer_directory)),
+            suites=self._suites(
+                lambda suites: suites.score_served(served, evaluate.endpoint, self._tokenizer_directory)
+            ),
         )
 
     def _local(self, ref: ModelRef) -> Subject:
@@ -188,7 +190,7 @@ class Measure:
             validation.groups,
             predictions,
             self._judged(ref, decide, transcripts),
-            self._suites(lambda suites: suites.of_model(model, rendering)),
+            self._suites(lambda suites: suites.score_model(model, rendering)),
         )
 
     def _judged(

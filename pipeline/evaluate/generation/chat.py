@@ -90,7 +90,7 @@ def transcript(reply: Reply, question: Question, seed: int | None) -> Transcript
     )
 
 
-def content(reply: Reply) -> str | None:
+def read_content(reply: Reply) -> str | None:
     """The text of the reply's message, or None if it has none.
 
     Raises:
