@@ -1,4 +1,4 @@
-"""What a prompt's row may say of a right answer, checked before models are asked and again before they are scored."""
+"""The expected properties of right answers. They are checked before models are asked, and again before scoring."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -10,16 +10,16 @@ from pipeline.evaluate.transcripts import Transcript
 SAFE, UNSAFE = "safe", "unsafe"
 CHOICE = re.compile(r"[A-E]")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-"""A plain number, with commas between thousands at most."""
+"""A plain number; commas may separate thousands."""
 
 _MOST_PROBLEMS = 8
 
 
 def check(expected: Iterable[tuple[str, Mapping[str, str]]]) -> None:
-    """Check (prompt_id, what is expected) of all prompts; keys that no scorer knows are left alone.
+    """Check the expected properties of all prompts, given as (prompt_id, properties). Unknown keys are ignored.
 
     Raises:
-        UserError: values that scorers cannot use, each with the first prompt that has it and how many there are.
+        UserError: scorers cannot use some values. Each is named with its first prompt and the number of others.
     """
     prompts: dict[tuple[str, str], list[str]] = {}
     for prompt_id, values in expected:
@@ -37,7 +37,7 @@ def check(expected: Iterable[tuple[str, Mapping[str, str]]]) -> None:
 
 
 def check_all(transcripts: Iterable[Transcript]) -> None:
-    """`check` what is expected of transcripts."""
+    """Check the expected properties of transcripts; see `check`."""
     check((each.prompt_id, each.expected) for each in transcripts)
 
 
@@ -45,7 +45,7 @@ def _language_problem(value: str) -> str | None:
     if code_of(value) is not None:
         return None
     known = ", ".join(f"{name} ({code})" for name, code in NAMES.items())
-    return f"not a language that can be told.{did_you_mean(value.strip().capitalize(), NAMES)} There are {known}."
+    return f"not a supported language.{did_you_mean(value.strip().capitalize(), NAMES)} Supported are {known}."
 
 
 def _answer_problem(value: str) -> str | None:
@@ -63,4 +63,4 @@ KEYS: dict[str, Callable[[str], str | None]] = {
     "answer": _answer_problem,
     "safety": _safety_problem,
 }
-"""Key -> what is wrong with a value, or None. `category` may be anything."""
+"""Expected property -> check of its value, which returns the problem or None. `category` may have any value."""
