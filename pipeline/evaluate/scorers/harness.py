@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetsError
 from pipeline.config import EndpointApi, EndpointConfig, LmEvalConfig
 from pipeline.data.harmony import Rendering
 from pipeline.errors import UserError, did_you_mean, user_errors
-from pipeline.evaluate.generation.client import key_of
+from pipeline.evaluate.generation.client import read_key
 from pipeline.evaluate.generation.endpoint import KEY as ENDPOINT
 from pipeline.evaluate.generation.endpoint import Served
 from pipeline.evaluate.subject import Subject
@@ -101,7 +101,7 @@ class Suites:
             UserError: as for `score_model`, or the server does not answer.
         """
         is_chat = served.api == EndpointApi.chat.name
-        key = key_of(endpoint, ENDPOINT)
+        key = read_key(endpoint, ENDPOINT)
         arguments: dict[str, object] = {
             "model": served.model,
             "base_url": f"{served.url}/{'chat/' if is_chat else ''}completions",

@@ -76,7 +76,7 @@ def find(settings: JudgeConfig) -> Judge | None:
     """
     if settings.url is None:
         return None
-    return Judge(client.address(settings.url), client.model_of(settings, KEY))
+    return Judge(client.address(settings.url), client.find_model(settings, KEY))
 
 
 def judge(
