@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.compare.rows import PTQ, QAT, SFT, Row
 from pipeline.evaluate import statistics
 from pipeline.evaluate.statistics import BETTER, WORSE, Comparison
-from pipeline.evaluate.verdicts import paired
+from pipeline.evaluate.verdicts import pair
 
 LOSS = "validation_loss"
 
@@ -135,5 +135,5 @@ def _common(model: Row, reference: Row) -> list[str]:
 def _compared(figure: str, model: Row, reference: Row) -> Comparison | None:
     """Of several samples the first, or the pairs would not be independent."""
     first = ([each for each in row.verdicts[figure] if each.sample == 0] for row in (model, reference))
-    passed = paired(*first)
+    passed = pair(*first)
     return statistics.compare(*passed) if len(passed[0]) else None

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.compare.rows import Row
+from pipeline.data.harmony import Message
 from pipeline.evaluate.transcripts import Transcript
 
 _PASSED = {True: "passed", False: "failed", None: "undecided"}
@@ -30,7 +30,7 @@ class Example:
     """
 
     prompt_id: str
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     disagreements: list[str]
     answers: list[Answer]
 

@@ -1,7 +1,7 @@
 """Conversations -> training and validation examples: chosen, split, rendered, tokenized."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,7 @@ def _split(data: DataConfig, rows: Rows, chosen: Numbers) -> tuple[Numbers, Numb
 def _tokenized(run: Run, name: str, rows: Rows, numbers: Numbers, rendering: Rendering, max_length: int) -> Dataset:
     """The table of all examples of these rows, including examples without a supervised token."""
     chosen = xxhash.xxh3_128_hexdigest(numbers.tobytes())
-    settings = replace(rendering, tokenizer=_fingerprint(rendering.tokenizer))
+    settings = vars(rendering) | {"tokenizer": _fingerprint(rendering.tokenizer)}
     key = ("examples", rows.fingerprint, chosen, settings, max_length, digest_of_files([*CODE, Path(__file__)]))
     return tables.table(
         run, key, _EXAMPLES, lambda: _examples(name, rows.conversations, numbers, rendering, max_length)
@@ -150,7 +150,7 @@ def _examples(
     for number in progress(numbers, what=f"tokenizing {name}", unit="row"):
         conversation = conversations[int(number)]
         try:
-            turns += [(int(number), turn) for turn in harmony.turns(conversation, rendering)]
+            turns += [(int(number), turn) for turn in harmony.render_turns(conversation, rendering)]
         except ConversationError as error:
             bad.add(f"{conversation.where}: {error}.")
         if len(turns) >= _TURNS_AT_ONCE:

@@ -1,16 +1,19 @@
-"""Harmony conversations: what is valid, and what of it the model sees and learns.
+"""Harmony conversations: checks rows, and renders them as prompts and completions.
 
-An assistant turn is trained exactly as it occurs at inference: the prompt is the chat template's own rendering of what
-came before, up to `<|start|>assistant`, and the completion is what the model has to produce from there, its reasoning
-and the token that stops it included. Only the completion is supervised. The template drops the reasoning of earlier
-turns, so a conversation with several assistant turns becomes several examples, each with the prompt of its own turn.
+An assistant turn is trained exactly as it occurs at inference. The chat template renders the prompt: all earlier
+messages, up to `<|start|>assistant`. The completion follows: the reasoning, the answer and the stop token. Only the
+completion is supervised. The template drops the reasoning of earlier turns. So a conversation with several assistant
+turns becomes several examples, each with the prompt of its own turn.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, cast
 
 from pipeline.checkpoints.gpt_oss import SPECIAL_TOKENS, STOP_TOKENS
+from pipeline.data.tokenizers import Tokenizer
+from pipeline.runs.json_files import Json
 
 IGNORED = -100
 """Label of a token that is not supervised (the default of torch's cross entropy)."""
@@ -18,28 +21,57 @@ IGNORED = -100
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _INSTRUCTIONS = ("system", "developer")
 _LANGUAGE_LINE = "reasoning language:"  # as in OpenAI's cookbook and in HuggingFaceH4/Multilingual-Thinking
-_PLACEHOLDER = [{"role": "user", "content": ""}]
+
+
+class Function(TypedDict):
+    """A function that the model calls, with its arguments."""
+
+    name: str
+    arguments: Json
+
+
+class ToolCall(TypedDict):
+    """A call in the chat template's form. `type` is "function"."""
+
+    type: str
+    function: Function
+
+
+class _RoleAndContent(TypedDict):
+    role: str
+    content: str
+
+
+class Message(_RoleAndContent, total=False):
+    """A message in the chat template's form. A tool call has one item in `tool_calls`."""
+
+    thinking: str
+    tool_calls: list[ToolCall]
+
+
+_PLACEHOLDER: list[Message] = [{"role": "user", "content": ""}]
 
 
 class ConversationError(ValueError):
-    """A conversation that cannot be trained on; says which message and why."""
+    """An invalid conversation. The text names the message and the reason."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A valid conversation in the form that the chat template takes.
+    """A valid conversation in the chat template's form.
 
     Attributes:
-        messages: role and content, thinking and tool_calls only where there are any.
+        messages: the messages in order.
         tools: function schemas offered to the model, or None.
-        reasoning_effort: of this conversation, or None for the data set's.
-        reasoning_language: likewise; what the instructions themselves say comes before either.
+        reasoning_effort: the effort of this conversation, or None for the data set's.
+        reasoning_language: the language of this conversation, or None for the data set's. A language in the
+            instructions themselves takes precedence over both.
         merged_instructions: whether a system and a developer message were joined into one.
-        where: the file and row, or the like, that it comes from.
-        expected: what the row says of a right answer, for scorers.
+        where: the conversation's place, such as its file and row, for messages.
+        expected: properties of a right answer that the row states, for scorers.
     """
 
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
     reasoning_language: str | None = None
@@ -50,18 +82,18 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Rendering:
-    """How conversations are rendered: the tokenizer with its chat template, and what else the prompt says.
+    """The settings that render conversations.
 
     Attributes:
-        tokenizer: with gpt-oss' chat template.
-        reasoning_effort: low, medium or high, for conversations that have none of their own.
+        tokenizer: a tokenizer with gpt-oss' chat template.
+        reasoning_effort: low, medium or high, for conversations without an effort of their own.
         conversation_date: the system message's `Current date:`.
-        every_turn: whether every assistant turn is an example, or only the last one.
-        reasoning_language: for conversations that name none, or None.
+        every_turn: whether every assistant turn becomes an example, or only the last one.
+        reasoning_language: the language for conversations that name none, or None.
         model_identity: first line of the system message, or None for the template's own.
     """
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     reasoning_effort: str
     conversation_date: str
     every_turn: bool
@@ -70,23 +102,23 @@ class Rendering:
 
 
 class Turn(NamedTuple):
-    """An assistant's turn: the prompt that it has at inference, and what the model has to produce, as text."""
+    """An assistant turn as text: its prompt at inference, and the completion that the model learns."""
 
     prompt: str
     completion: str
 
 
-def parse_conversation(row: Any, where: str = "", needs_answer: bool = True) -> Conversation:
+def parse_conversation(row: object, where: str = "", needs_answer: bool = True) -> Conversation:
     """Check one row of a chat data set.
 
     Args:
-        where: the row's place, kept for messages.
-        needs_answer: whether there must be something to learn; a row that is only asked may end with the user.
         row: {"messages": [{"role", "content", "thinking"?, "tool_calls"?}, …], "tools"?, "reasoning_effort"?,
-            "reasoning_language"?}. Keys that are None count as absent: Arrow fills them in.
+            "reasoning_language"?}. A key whose value is None counts as absent: Arrow adds such keys.
+        where: the row's place, for messages.
+        needs_answer: whether an assistant message is required. Evaluation prompts need none.
 
     Raises:
-        ConversationError: what is wrong, and in which message.
+        ConversationError: the row is not a valid conversation.
     """
     if not isinstance(row, dict):
         raise ConversationError(f"is a {type(row).__name__}, not an object with 'messages'")
@@ -103,16 +135,16 @@ def parse_conversation(row: Any, where: str = "", needs_answer: bool = True) -> 
 
 
 def examples(conversation: Conversation, rendering: Rendering) -> list[dict[str, list[int]]]:
-    """One training example per supervised assistant turn: `input_ids` and `labels`, of equal length.
+    """Make one training example per supervised assistant turn: `input_ids` and `labels`, of equal length.
 
     Raises:
         ConversationError: the chat template refuses the conversation or is not a Harmony template.
     """
-    return tokenize(turns(conversation, rendering), rendering)
+    return tokenize(render_turns(conversation, rendering), rendering)
 
 
-def turns(conversation: Conversation, rendering: Rendering) -> list[Turn]:
-    """The supervised assistant turns as text.
+def render_turns(conversation: Conversation, rendering: Rendering) -> list[Turn]:
+    """Render the supervised assistant turns as text.
 
     Raises:
         ConversationError: the chat template refuses the conversation or is not a Harmony template.
@@ -121,11 +153,11 @@ def turns(conversation: Conversation, rendering: Rendering) -> list[Turn]:
     return [_turn(conversation, i, rendering) for i in (found if rendering.every_turn else found[-1:])]
 
 
-def tokenize(made: list[Turn], rendering: Rendering) -> list[dict[str, list[int]]]:
-    """Turns as `input_ids` and `labels`; many at once are faster, since the tokenizer has its own threads."""
-    if not made:
+def tokenize(turns: list[Turn], rendering: Rendering) -> list[dict[str, list[int]]]:
+    """Convert turns to `input_ids` and `labels`. Many turns at once are faster: the tokenizer has its own threads."""
+    if not turns:
         return []
-    texts = [text for turn in made for text in (turn.prompt, turn.completion)]
+    texts = [text for turn in turns for text in (turn.prompt, turn.completion)]
     ids = rendering.tokenizer(texts, add_special_tokens=False)["input_ids"]
     return [
         {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
@@ -133,16 +165,16 @@ def tokenize(made: list[Turn], rendering: Rendering) -> list[dict[str, list[int]
     ]
 
 
-def asked(conversation: Conversation, effort: str, language: str | None) -> Conversation:
-    """What a model is asked: all but the assistant's last turn, if the conversation ends with one.
+def drop_answer(conversation: Conversation, effort: str, language: str | None) -> Conversation:
+    """Drop the assistant message at the end, if there is one, and fill in the effort and the language.
 
     Args:
-        conversation: of an evaluation row.
-        effort: reasoning effort, where the row has none.
-        language: of the reasoning, where the row names none.
+        conversation: an evaluation row.
+        effort: reasoning effort for a row without one.
+        language: reasoning language for a row that names none, or None.
     """
     messages = conversation.messages[:-1] if conversation.messages[-1]["role"] == "assistant" else conversation.messages
-    messages = in_language(messages, conversation.reasoning_language or language)
+    messages = add_language(messages, conversation.reasoning_language or language)
     return replace(
         conversation,
         messages=messages,
@@ -151,21 +183,21 @@ def asked(conversation: Conversation, effort: str, language: str | None) -> Conv
     )
 
 
-def prompt(conversation: Conversation, rendering: Rendering) -> str:
-    """A conversation as text, up to where the assistant's next turn begins.
+def render_prompt(conversation: Conversation, rendering: Rendering) -> str:
+    """Render a conversation as text, up to the beginning of the assistant's next turn.
 
     Raises:
         ConversationError: the chat template refuses it.
     """
-    return _render(conversation.messages, conversation, rendering, True)
+    return _render(conversation.messages, conversation, rendering, for_generation=True)
 
 
 def _turn(conversation: Conversation, index: int, rendering: Rendering) -> Turn:
     messages = conversation.messages
-    prompt = _render(messages[:index], conversation, rendering, True)
+    prompt = _render(messages[:index], conversation, rendering, for_generation=True)
     # The completion is rendered on its own: the template would drop the reasoning of a tool call from a longer history.
-    alone = _render([*_PLACEHOLDER, messages[index]], conversation, rendering, False)
-    opening = _render(_PLACEHOLDER, conversation, rendering, True)
+    alone = _render([*_PLACEHOLDER, messages[index]], conversation, rendering, for_generation=False)
+    opening = _render(_PLACEHOLDER, conversation, rendering, for_generation=True)
     if not alone.startswith(opening) or not alone.endswith(STOP_TOKENS):
         raise ConversationError(
             "the tokenizer's chat template is not Harmony's: an assistant turn does not continue the generation prompt"
@@ -174,22 +206,20 @@ def _turn(conversation: Conversation, index: int, rendering: Rendering) -> Turn:
     return Turn(prompt, alone[len(opening) :])
 
 
-def _render(
-    messages: list[dict[str, Any]], conversation: Conversation, rendering: Rendering, for_generation: bool
-) -> str:
+def _render(messages: list[Message], conversation: Conversation, rendering: Rendering, *, for_generation: bool) -> str:
     from jinja2 import TemplateError
 
     language = conversation.reasoning_language or rendering.reasoning_language
-    # The template tests whether the variable is defined: None would be written out.
+    # The template tests whether the variable is defined. It would render None as text.
     identity = {} if rendering.model_identity is None else {"model_identity": rendering.model_identity}
     try:
         return rendering.tokenizer.apply_chat_template(
-            in_language(messages, language),
+            add_language(messages, language),
             tools=conversation.tools,
             tokenize=False,
             add_generation_prompt=for_generation,
             reasoning_effort=conversation.reasoning_effort or rendering.reasoning_effort,
-            # The template asks this function for today's date; a variable of the same name shadows it.
+            # The template calls a function of this name for today's date. The variable shadows it.
             strftime_now=lambda _: rendering.conversation_date,
             **identity,
         )
@@ -197,27 +227,27 @@ def _render(
         raise ConversationError(f"the chat template refuses it: {error}") from error
 
 
-def in_language(messages: list[dict[str, Any]], language: str | None) -> list[dict[str, Any]]:
-    """The messages with "reasoning language: …" as the first line of the instructions, unless they have one."""
+def add_language(messages: list[Message], language: str | None) -> list[Message]:
+    """Put "reasoning language: …" into the first line of the instructions, unless they already name a language."""
     if language is None or _stated_language(messages) is not None:
         return messages
     line = f"{_LANGUAGE_LINE} {language}"
     if messages and messages[0]["role"] in _INSTRUCTIONS:
         opening, *rest = messages
         text = f"{line}\n\n{opening['content']}" if opening["content"] else line
-        return [{**opening, "content": text}, *rest]
+        return [cast(Message, {**opening, "content": text}), *rest]
     return [{"role": "system", "content": line}, *messages]
 
 
-def _stated_language(messages: list[dict[str, Any]]) -> str | None:
-    """What the first line of the instructions says."""
+def _stated_language(messages: list[Message]) -> str | None:
+    """The language that the first line of the instructions names, or None."""
     if not messages or messages[0]["role"] not in _INSTRUCTIONS:
         return None
     key, colon, language = messages[0]["content"].partition("\n")[0].partition(":")
     return language.strip() if f"{key.strip().lower()}{colon}" == _LANGUAGE_LINE else None
 
 
-def _message(index: int, message: Any) -> dict[str, Any]:
+def _message(index: int, message: object) -> Message:
     where = f"messages[{index}]"
     if not isinstance(message, dict):
         raise ConversationError(f"{where} is a {type(message).__name__}, not an object with role and content")
@@ -225,7 +255,7 @@ def _message(index: int, message: Any) -> dict[str, Any]:
     if role not in ROLES:
         raise ConversationError(f"{where} has the unknown role {role!r}; roles are {', '.join(ROLES)}")
     tool_calls = message.get("tool_calls") or None
-    cleaned: dict[str, Any] = {"role": role, "content": _text(where, "content", message, tool_calls is not None)}
+    cleaned: Message = {"role": role, "content": _text(where, "content", message, tool_calls is not None)}
     if message.get("thinking"):
         if role != "assistant":
             raise ConversationError(f"{where} has 'thinking', but its role is {role!r}, not 'assistant'")
@@ -237,7 +267,7 @@ def _message(index: int, message: Any) -> dict[str, Any]:
     return cleaned
 
 
-def _text(where: str, key: str, message: dict[str, Any], may_be_absent: bool) -> str:
+def _text(where: str, key: str, message: Mapping[str, object], may_be_absent: bool) -> str:
     text = message.get(key)
     if text is None and may_be_absent:
         return ""
@@ -257,8 +287,8 @@ def _check_text(where: str, text: str) -> None:
         raise ConversationError(f"{where} is not valid Unicode: it contains half of a surrogate pair") from error
 
 
-def _check_json(where: str, value: Any) -> None:
-    """All text in a JSON value, keys included."""
+def _check_json(where: str, value: object) -> None:
+    """Check the type of a JSON value and all text in it, keys included."""
     if isinstance(value, str):
         _check_text(where, value)
     elif isinstance(value, dict):
@@ -272,14 +302,14 @@ def _check_json(where: str, value: Any) -> None:
         raise ConversationError(f"{where} has a {type(value).__name__}, which JSON does not know")
 
 
-def _without_nulls(value: Any) -> Any:
-    """Arrow gives every object of a column the keys of all others, as None: such keys are absent."""
+def _drop_nulls(value: object) -> object:
+    """Drop keys whose value is None. Arrow adds them: each object of a column gets the keys of all others."""
     if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+        return {key: _drop_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_drop_nulls(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def _tool_call(where: str, role: str, tool_calls: Any) -> dict[str, Any]:
+def _tool_call(where: str, role: str, tool_calls: object) -> ToolCall:
     if role != "assistant":
         raise ConversationError(f"{where} has 'tool_calls', but its role is {role!r}, not 'assistant'")
     if not isinstance(tool_calls, (list, tuple)) or len(tool_calls) != 1:
@@ -289,19 +319,19 @@ def _tool_call(where: str, role: str, tool_calls: Any) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ConversationError(f"{where}.tool_calls[0] has no function name")
     arguments = function.get("arguments")
-    if isinstance(arguments, str):  # OpenAI's API sends them as JSON text; the template expects the object
+    if isinstance(arguments, str):  # OpenAI's API sends JSON text; the template expects an object
         try:
             arguments = json.loads(arguments)
         except ValueError as error:
             raise ConversationError(f"{where}.tool_calls[0].arguments is not valid JSON ({error})") from error
     else:
-        arguments = _without_nulls(arguments)
+        arguments = _drop_nulls(arguments)
     _check_json(f"{where}.tool_calls[0]", [function["name"], arguments])
-    return {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
+    return {"type": "function", "function": {"name": function["name"], "arguments": cast(Json, arguments or {})}}
 
 
-def _merge_instructions(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The template keeps only the first system or developer message: those that open the conversation become one."""
+def _merge_instructions(messages: list[Message]) -> list[Message]:
+    """Join the system and developer messages at the beginning: the template keeps only the first of them."""
     leading = 0
     while leading < len(messages) and messages[leading]["role"] in _INSTRUCTIONS:
         leading += 1
@@ -316,19 +346,19 @@ def _merge_instructions(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"role": "developer", "content": text}, *messages[leading:]]
 
 
-def _check_order(messages: list[dict[str, Any]], needs_answer: bool) -> None:
+def _check_order(messages: list[Message], needs_answer: bool) -> None:
     if needs_answer and not any(message["role"] == "assistant" for message in messages):
         raise ConversationError("has no assistant message: there is nothing to learn")
     if messages[-1]["role"] in _INSTRUCTIONS:
-        raise ConversationError("has nothing but instructions: there is nothing that is asked")
+        raise ConversationError("has only instructions: it asks nothing")
     if messages[0]["role"] == "assistant":
-        raise ConversationError("opens with an assistant message: there is nothing that it answers")
+        raise ConversationError("opens with an assistant message, which answers nothing")
     for i, message in enumerate(messages):
         if message["role"] == "tool" and not any("tool_calls" in earlier for earlier in messages[:i]):
             raise ConversationError("has a tool message without an earlier assistant message with 'tool_calls'")
 
 
-def _tools(tools: Any) -> list[dict[str, Any]] | None:
+def _tools(tools: object) -> list[dict[str, Any]] | None:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
@@ -338,7 +368,7 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, dict) for tool in tools):
         raise ConversationError("'tools' is not a list of function schemas")
-    schemas = [_without_nulls(tool.get("function") or tool) for tool in tools]
+    schemas = [_drop_nulls(tool.get("function") or tool) for tool in tools]
     for i, schema in enumerate(schemas):
         for key in ("name", "description"):
             if not isinstance(schema, dict) or not isinstance(schema.get(key), str):
@@ -348,14 +378,14 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
     return [{"type": "function", "function": schema} for schema in schemas]
 
 
-def _effort(row: dict[str, Any]) -> str | None:
+def _effort(row: Mapping[str, object]) -> str | None:
     effort = row.get("reasoning_effort")
-    if effort not in (None, "low", "medium", "high"):
+    if effort is not None and (not isinstance(effort, str) or effort not in ("low", "medium", "high")):
         raise ConversationError(f"'reasoning_effort' is {effort!r}, not low, medium or high")
     return effort
 
 
-def _language(row: dict[str, Any], messages: list[dict[str, Any]]) -> str | None:
+def _language(row: Mapping[str, object], messages: list[Message]) -> str | None:
     language = row.get("reasoning_language")
     if language is None:
         return None

@@ -1,12 +1,13 @@
-"""Which natural language a text is in, among those that were declared. The only importer of py3langid.
+"""Identification of a text's natural language among declared candidates. The only importer of py3langid.
 
-A classifier is sure of itself on anything, also on code and numbers, so these are taken out first, and what is left
-must be long enough. The sentences of a text vote, each with its letters, so that one quoted line does not decide, and a
-text of two languages is called mixed. A sentence that the classifier is not sure of does not vote.
+The classifier is confident about any input, even code and numbers. So code and numbers are removed first, and the
+remaining text must be long enough. Each sentence votes with the size of its letters. So one quoted line does not
+decide, and a text in two languages counts as mixed. Sentences with a low confidence do not vote.
 
-The least confidence is measured (scripts/measure_scorers, 2026-11-22: MGSM in seven languages, told apart among 33).
-Without it 22 of 5,716 sentences are told wrong, with 0.8 one of 5,521, and 3 % more are undecided; whole questions, of
-50 words or so: 1,746 right, none wrong, 4 undecided. Close relatives are the hard part: most are Russian.
+The threshold of the confidence comes from a measurement (scripts/measure_scorers, 2026-11-22): sentences of MGSM in
+seven languages, classified among 33. Without a threshold, 22 of 5,716 decided sentences are wrong. With 0.8, one of
+5,521 is wrong, and 3 % more are undecided. Whole questions of about 50 words: 1,746 right, none wrong, 4 undecided.
+Closely related languages cause most errors; most of the errors are Russian sentences.
 """
 
 import re
@@ -18,9 +19,9 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 from pipeline.errors import UserError, did_you_mean
 
 UNDECIDED = "undecided"
-"""Too little natural language to tell, or none that the classifier is sure of."""
+"""The text has too little natural language, or the classifier's confidence is low."""
 MIXED = "mixed"
-"""No language has two thirds of the text."""
+"""No language has two thirds of the letters."""
 
 _NOT_LANGUAGE = re.compile(
     "|".join(
@@ -30,7 +31,7 @@ _NOT_LANGUAGE = re.compile(
             r"\$\$.*?\$\$|\\\[.*?\\\]|\\\(.*?\\\)|\$[^$\n]+\$",  # formulas
             r"https?://[!-~]+|www\.[!-~]+|[!-~]+@[!-~]+",
             r"<[^<>\s][^<>\n]*>",  # tags
-            r"[!-~]*[\\/_=<>{}\[\]|#*^+][!-~]*",  # paths, operators; ASCII, since some scripts have no spaces
+            r"[!-~]*[\\/_=<>{}\[\]|#*^+][!-~]*",  # paths, operators; only ASCII, because some scripts have no spaces
         )
     ),
     re.DOTALL,
@@ -42,17 +43,17 @@ _LEAST_SHARE = 2 / 3
 
 
 class Languages:
-    """Tells the declared languages apart."""
+    """A classifier of the declared languages."""
 
     def __init__(self, candidates: list[str], key: str) -> None:
-        """Declare them.
+        """Declare the languages.
 
         Args:
             candidates: ISO 639-1 codes.
-            key: the setting that they come from, for messages.
+            key: the setting that the codes come from, for messages.
 
         Raises:
-            UserError: a code that the classifier does not know; all of them together.
+            UserError: the classifier does not know some codes. The error names all of them.
         """
         self._candidates = candidates
         unknown = sorted(set(candidates) - set(self._identifier.labels))
@@ -69,10 +70,10 @@ class Languages:
         return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)  # confidences are probabilities
 
     def of(self, text: str) -> str:
-        """The code of the language that two thirds of the text are in, or MIXED, or UNDECIDED."""
+        """Return the code of the language with two thirds of the letters, or MIXED, or UNDECIDED."""
         votes: Counter[str] = Counter()
         prose = _NOT_LANGUAGE.sub(" ", text)
-        for sentence in _long_enough(_SENTENCE.findall(prose)):
+        for sentence in _join_short(_SENTENCE.findall(prose)):
             language, confidence = self._identifier.classify(sentence)
             if confidence >= _LEAST_CONFIDENCE:
                 votes[language] += _letter_bytes(sentence)
@@ -82,8 +83,8 @@ class Languages:
         return language if most >= _LEAST_SHARE * votes.total() else MIXED
 
 
-def _long_enough(sentences: list[str]) -> list[str]:
-    """The sentences, short ones joined to what follows until there is enough to judge by."""
+def _join_short(sentences: list[str]) -> list[str]:
+    """Join short sentences with the following ones, until each text is long enough for the classifier."""
     joined: list[str] = []
     pending = ""
     for sentence in sentences:

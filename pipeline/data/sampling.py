@@ -1,6 +1,6 @@
-"""Which rows are used, and which of them are held out: shares of a blend, the seeded order, the split.
+"""The choice of rows: shares of a blend, the seeded order, and the split into training and validation.
 
-Everything here works on row numbers, 8 bytes a row, so that it does not matter how large the rows are.
+All functions work on row numbers, 8 bytes a row. So the size of the rows does not matter.
 """
 
 import math
@@ -13,18 +13,21 @@ Numbers = NDArray[np.int64]
 
 
 def shares(available: Sequence[int], weights: Sequence[float], most: int | None) -> list[int]:
-    """How many rows to take of each part: in the ratio of the weights, as many as the scarcest part allows.
+    """Compute how many rows to take from each part of a blend, in the ratio of the weights.
+
+    The total is as large as the scarcest part allows.
 
     Args:
-        available: rows of each part.
-        weights: of each part, relative to each other.
-        most: rows to take together, or None for as many as there are.
+        available: number of rows in each part.
+        weights: relative weight of each part.
+        most: largest total, or None for no limit.
 
     Returns:
-        Counts by the method of largest remainders: each within one row of its exact share, none above what there is.
+        One count per part, by the method of largest remainders. Each count is within one row of its exact share and
+        never above the part's number of rows.
     """
     parts = [weight / sum(weights) for weight in weights]
-    # The smallest slack keeps 3 rows of 0.3 from being 9.999 in all.
+    # Without the slack of 1e-9, 3 rows at a share of 0.3 would allow a total of 9.999.
     total = math.floor(min(count / part for count, part in zip(available, parts, strict=True)) + 1e-9)
     total = total if most is None else min(total, most)
     taken = [min(math.floor(total * part + 1e-9), count) for part, count in zip(parts, available, strict=True)]
@@ -35,9 +38,14 @@ def shares(available: Sequence[int], weights: Sequence[float], most: int | None)
 
 
 def choose(available: Sequence[int], take: Sequence[int], seed: int) -> Numbers:
-    """Numbers of the chosen rows in a seeded order; the parts' rows are numbered on, one part after the other.
+    """Choose rows without replacement, and return their numbers in a seeded order.
 
-    Without replacement: the first `take[i]` of part i in one random order of all rows.
+    All rows get one random order. The first `take[i]` rows of part i in that order are chosen.
+
+    Args:
+        available: number of rows in each part. Row numbers continue from one part to the next.
+        take: number of rows to choose from each part.
+        seed: seed of the order.
     """
     import torch
 
@@ -51,15 +59,18 @@ def choose(available: Sequence[int], take: Sequence[int], seed: int) -> Numbers:
 
 
 def split(identities: Numbers, held_out: int) -> tuple[Numbers, Numbers]:
-    """Positions to train on and to validate on, in order; all copies of a row go the same way.
+    """Split rows into training and validation. All copies of a row go to the same side.
 
     Args:
-        identities: of the rows, equal for copies.
-        held_out: rows to validate on; a few more where the last one has copies.
+        identities: one number per row, equal for copies.
+        held_out: number of validation rows. The copies of the last one may add a few.
+
+    Returns:
+        The positions of the training rows and of the validation rows, each in order.
     """
     _, first, group, sizes = np.unique(identities, return_index=True, return_inverse=True, return_counts=True)
     by_first = np.argsort(first)
-    before = np.empty(len(sizes), dtype=np.int64)  # rows of the groups that come earlier, for each group
+    before = np.empty(len(sizes), dtype=np.int64)  # for each group of copies: rows in earlier groups
     before[by_first] = np.cumsum(sizes[by_first]) - sizes[by_first]
     validates = (before < held_out)[group]
     return np.flatnonzero(~validates), np.flatnonzero(validates)

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.data.harmony import Conversation
+from pipeline.data.harmony import Conversation, Message, ToolCall
 from pipeline.data.languages import Languages
 from pipeline.doctor.rows import Row, first
 
@@ -86,7 +86,7 @@ def languages(rows: list[Row], tell: Languages) -> dict[str, dict[str, int]]:
     return {kind: dict(found[kind].most_common()) for kind in ("prompts", "reasoning", "answers")}
 
 
-def prompt(conversation: Conversation) -> list[dict[str, Any]]:
+def prompt(conversation: Conversation) -> list[Message]:
     """The messages before the first answer."""
     roles = [message["role"] for message in conversation.messages]
     return conversation.messages[: roles.index("assistant")]
@@ -101,15 +101,15 @@ def _by_kind(conversation: Conversation) -> dict[str, list[str]]:
     }
 
 
-def _assistant(conversation: Conversation) -> Iterator[dict[str, Any]]:
+def _assistant(conversation: Conversation) -> Iterator[Message]:
     return (message for message in conversation.messages if message["role"] == "assistant")
 
 
-def _calls(message: dict[str, Any]) -> list[dict[str, Any]]:
+def _calls(message: Message) -> list[ToolCall]:
     return message.get("tool_calls", [])
 
 
-def _reasoning(turn: dict[str, Any]) -> str:
+def _reasoning(turn: Message) -> str:
     return turn.get("thinking", "") or (turn["content"] if _calls(turn) else "")
 
 

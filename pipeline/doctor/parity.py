@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoints.gpt_oss import SPECIAL_TOKENS
-from pipeline.data.harmony import Conversation, Rendering, examples, in_language
+from pipeline.data.harmony import Conversation, Message, Rendering, add_language, examples
 from pipeline.doctor.rows import Row
 from pipeline.runs.console import progress
 
@@ -110,7 +110,7 @@ class _Oracle:
             system = system.with_model_identity(self._how.model_identity)
         messages = [h.Message.from_role_and_content(h.Role.SYSTEM, system)]
         language = conversation.reasoning_language or self._how.reasoning_language
-        first = in_language(conversation.messages, language)[0]
+        first = add_language(conversation.messages, language)[0]
         text = first["content"] if first["role"] in ("system", "developer") else ""
         if text or conversation.tools:
             developer = h.DeveloperContent.new()
@@ -127,7 +127,7 @@ class _Oracle:
             function["name"], function["description"], parameters=function.get("parameters")
         )
 
-    def _messages(self, messages: list[dict[str, Any]]) -> list[Any]:
+    def _messages(self, messages: list[Message]) -> list[Any]:
         h = self._harmony
         made, called = [], ""
         for message in messages:
@@ -143,7 +143,7 @@ class _Oracle:
                 called = made[-1].recipient or called
         return made
 
-    def _turn(self, message: dict[str, Any]) -> list[Any]:
+    def _turn(self, message: Message) -> list[Any]:
         """The reasoning, and the answer or the call."""
 
         def say(channel: str, text: str) -> Any:

@@ -1,4 +1,4 @@
-"""Checks the expected values of prompts, before models generate answers and again before the answers are scored."""
+"""The expected properties of right answers. They are checked before models are asked, and again before scoring."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -10,14 +10,14 @@ from pipeline.evaluate.transcripts import Transcript
 SAFE, UNSAFE = "safe", "unsafe"
 CHOICE = re.compile(r"[A-E]")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-"""A plain number, with commas between thousands at most."""
+"""A plain number; commas may separate thousands."""
 
 
 def check(expected: Iterable[tuple[str, Mapping[str, str]]]) -> None:
-    """Check (prompt_id, expected values) of all prompts. Keys that no scorer knows are not checked.
+    """Check the expected properties of all prompts, given as (prompt_id, properties). Unknown keys are ignored.
 
     Raises:
-        UserError: scorers cannot use some values. Each is named once, with its first prompt and the number of others.
+        UserError: scorers cannot use some values. Each is named with its first prompt and the number of others.
     """
     prompts: dict[tuple[str, str], list[str]] = {}
     for prompt_id, values in expected:
@@ -34,7 +34,7 @@ def check(expected: Iterable[tuple[str, Mapping[str, str]]]) -> None:
 
 
 def check_all(transcripts: Iterable[Transcript]) -> None:
-    """`check` the expected values of transcripts."""
+    """Check the expected properties of transcripts; see `check`."""
     check((each.prompt_id, each.expected) for each in transcripts)
 
 
@@ -42,7 +42,7 @@ def _language_problem(value: str) -> str | None:
     if code_of(value) is not None:
         return None
     known = ", ".join(f"{name} ({code})" for name, code in NAMES.items())
-    return f"not a language that can be told.{did_you_mean(value.strip().capitalize(), NAMES)} There are {known}."
+    return f"not a supported language.{did_you_mean(value.strip().capitalize(), NAMES)} Supported are {known}."
 
 
 def _answer_problem(value: str) -> str | None:
@@ -60,4 +60,4 @@ KEYS: dict[str, Callable[[str], str | None]] = {
     "answer": _answer_problem,
     "safety": _safety_problem,
 }
-"""Key -> a function that says what is wrong with a value, or returns None. `category` may be anything."""
+"""Expected property -> check of its value, which returns the problem or None. `category` may have any value."""

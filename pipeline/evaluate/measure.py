@@ -166,7 +166,9 @@ class Measure:
             [],
             transcripts,
             judgements=self._judge(served, decide, transcripts),
-            suites=self._suites(lambda suites: suites.of_served(served, evaluate.endpoint, self._tokenizer_directory)),
+            suites=self._suites(
+                lambda suites: suites.score_served(served, evaluate.endpoint, self._tokenizer_directory)
+            ),
         )
 
     def _run_local(self, ref: ModelRef) -> Subject:
@@ -193,7 +195,7 @@ class Measure:
             validation.groups,
             predictions,
             self._judge(ref, decide, transcripts),
-            self._suites(lambda suites: suites.of_model(model, rendering)),
+            self._suites(lambda suites: suites.score_model(model, rendering)),
         )
 
     def _judge(

@@ -1,7 +1,8 @@
-"""What figures of a sample can show: intervals, paired tests, and words for them. The only importer of scipy.
+"""Confidence intervals, paired tests, and their results in words. The only importer of scipy.
 
-Models are compared on the same prompts, so tests are paired: what counts are the prompts on which two models differ.
-Not to see a difference is no proof that there is none, so a comparison also says which difference it could have seen.
+Models are compared on the same prompts, so the tests are paired: only prompts on which two models differ count. A test
+that finds no difference does not prove that there is none. So a comparison also states the smallest difference that it
+could have found.
 """
 
 import math
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Values = NDArray[Any]
-"""(N) numbers or booleans, one for each prompt; of two models, in the same order of prompts."""
+"""(N) numbers or booleans, one for each prompt. Arrays of two models have the same order of prompts."""
 
 BETTER = "better"
 WORSE = "worse"
@@ -23,7 +24,7 @@ _RESAMPLES = 9999
 
 @dataclass(frozen=True)
 class Interval:
-    """Bounds of what is estimated, at a level of confidence."""
+    """A confidence interval."""
 
     low: float
     high: float
@@ -31,14 +32,14 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model against a reference, on the same prompts.
+    """A comparison of a model with a reference on the same prompts.
 
     Attributes:
-        prompts: N.
-        wins: prompts on which only the model passed.
-        losses: prompts on which only the reference passed.
-        interval: of `difference`.
-        p_value: of McNemar's exact test that wins and losses are equally likely.
+        prompts: number of prompts.
+        wins: number of prompts that only the model passed.
+        losses: number of prompts that only the reference passed.
+        interval: confidence interval of `difference`.
+        p_value: p-value of McNemar's exact test that wins and losses are equally likely.
     """
 
     prompts: int
@@ -49,12 +50,12 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        """The model's pass rate less the reference's."""
+        """The model's pass rate minus the reference's."""
         return (self.wins - self.losses) / self.prompts
 
 
 def wilson(passed: int, total: int, confidence: float = 0.95) -> Interval:
-    """Interval of a rate (Wilson 1927, score interval): within 0 and 1, and not empty at 0 % and 100 %."""
+    """Compute the score interval of a rate (Wilson 1927). It lies within 0 and 1, and is not empty at 0 % and 100 %."""
     from scipy.stats import binomtest
 
     found = binomtest(passed, total).proportion_ci(confidence, method="wilson")
@@ -62,28 +63,28 @@ def wilson(passed: int, total: int, confidence: float = 0.95) -> Interval:
 
 
 def mean_interval(values: Values, confidence: float = 0.95) -> Interval:
-    """Interval of the mean of at least two values, by bootstrap (percentiles; Efron 1979), with a fixed seed.
+    """Compute the interval of the mean of at least two values, by percentile bootstrap (Efron 1979) with a fixed seed.
 
-    For a difference between two models hand in the differences: that is the paired bootstrap.
+    The differences between two models as values give the paired bootstrap.
     """
     return _bootstrap(np.mean, confidence, values)
 
 
 def ratio_interval(sums: Values, counts: Values, confidence: float = 0.95) -> Interval:
-    """Interval of sums.sum() / counts.sum(), such as a mean over tokens that come in clusters, at least two of them.
+    """Compute the interval of sums.sum() / counts.sum(), such as a mean over tokens in at least two clusters.
 
-    By bootstrap over the clusters (percentiles; Efron 1979), with a fixed seed.
+    The method is the percentile bootstrap over the clusters (Efron 1979) with a fixed seed.
 
     Args:
-        sums: (N), of each cluster.
-        counts: (N), of what was summed.
-        confidence: level.
+        sums: (N) sum of each cluster.
+        counts: (N) number of values in each sum.
+        confidence: level of the interval.
     """
     return _bootstrap(lambda total, count, axis: total.sum(axis) / count.sum(axis), confidence, sums, counts)
 
 
-def _bootstrap(statistic: Callable[..., Any], confidence: float, *values: Values) -> Interval:
-    """Of a statistic of values that are drawn together, each (N)."""
+def _bootstrap(statistic: Callable[..., Values], confidence: float, *values: Values) -> Interval:
+    """Compute the percentile interval of a statistic of arrays, each (N), that are resampled together."""
     from scipy.stats import bootstrap
 
     found = bootstrap(
@@ -100,16 +101,19 @@ def _bootstrap(statistic: Callable[..., Any], confidence: float, *values: Values
 
 
 def mcnemar(wins: int, losses: int) -> float:
-    """Two-sided p-value of McNemar's exact test: the chance of so uneven a split of the prompts that differ."""
+    """Compute the two-sided p-value of McNemar's exact test.
+
+    It is the probability of a split at least as uneven, if wins and losses are equally likely.
+    """
     from scipy.stats import binomtest
 
     return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def difference_interval(wins: int, losses: int, prompts: int, confidence: float = 0.95) -> Interval:
-    """Interval of a difference of paired rates: the adjusted Wald interval of Bonett and Price (2012).
+    """Compute the interval of a difference of paired rates: the adjusted Wald interval of Bonett and Price (2012).
 
-    It adds one prompt to the wins and one to the losses, so it is not empty where the models never differ.
+    It adds one win and one loss. So it is not empty if the models never differ.
     """
     from scipy.stats import norm
 
@@ -120,16 +124,23 @@ def difference_interval(wins: int, losses: int, prompts: int, confidence: float 
 
 
 def compare(model: Values, reference: Values, alpha: float = 0.05) -> Comparison:
-    """Compare booleans of two models, each (N): whether they passed the same prompts.
+    """Compare two models on the same prompts.
+
+    Args:
+        model: (N) booleans: whether the model passed each prompt.
+        reference: (N) booleans of the reference.
+        alpha: level of significance; the interval has the confidence 1 - alpha.
 
     Raises:
         ValueError: the arrays differ in length, are empty, or are not boolean.
     """
     model, reference = np.asarray(model), np.asarray(reference)
     if model.shape != reference.shape or model.ndim != 1 or not len(model):
-        raise ValueError(f"two rows of equal length are needed, not {model.shape} and {reference.shape}")
+        raise ValueError(
+            f"two one-dimensional arrays of equal length are needed, not {model.shape} and {reference.shape}"
+        )
     if model.dtype != bool or reference.dtype != bool:
-        raise ValueError(f"booleans are needed, not {model.dtype} and {reference.dtype}: leave undecided prompts out")
+        raise ValueError(f"booleans are needed, not {model.dtype} and {reference.dtype}: omit undecided prompts")
     wins, losses = int((model & ~reference).sum()), int((reference & ~model).sum())
     return Comparison(
         len(model),
@@ -141,10 +152,10 @@ def compare(model: Values, reference: Values, alpha: float = 0.05) -> Comparison
 
 
 def smallest_difference(differing: int, prompts: int, alpha: float = 0.05) -> float:
-    """The smallest difference of rates that McNemar's test would have seen (p <= alpha).
+    """Compute the smallest difference of rates that is significant in McNemar's test (p <= alpha).
 
-    With `differing` prompts on which the models differ, or, where those are too few for the test to see any difference,
-    with as few as it takes; infinite where not even all prompts are enough.
+    The models are taken to differ on `differing` prompts. If so few can never be significant, the smallest sufficient
+    number is taken. The result is infinite if even all prompts are too few.
     """
     for count in range(differing, prompts + 1):
         for losses in range(count // 2, -1, -1):
@@ -154,7 +165,7 @@ def smallest_difference(differing: int, prompts: int, alpha: float = 0.05) -> fl
 
 
 def holm(p_values: Values) -> Values:
-    """p-values (M) corrected for M tests (Holm 1979): the chance that any of them errs stays below the level."""
+    """Correct p-values (M) for M tests (Holm 1979). It bounds the probability of any false positive by the level."""
     p_values = np.asarray(p_values, dtype=float)
     order = np.argsort(p_values, kind="stable")
     steps = p_values[order] * np.arange(len(p_values), 0, -1)
@@ -164,21 +175,26 @@ def holm(p_values: Values) -> Values:
 
 
 def verdicts(comparisons: list[Comparison], alpha: float = 0.05) -> list[str]:
-    """In words, each of several comparisons: BETTER, WORSE, or what could not be shown; corrected for their number."""
+    """Describe comparisons in words, corrected for their number.
+
+    Returns:
+        For each comparison BETTER, WORSE, or "no significant difference …: <the difference that would be significant>".
+    """
     p_values = holm(np.array([comparison.p_value for comparison in comparisons]))
-    strictest = alpha / max(1, len(comparisons))  # Holm's level for the smallest p-value: seen by it is always shown
+    # Holm's level for the smallest p-value. A difference that is significant at this level is always reported.
+    strictest = alpha / max(1, len(comparisons))
     return [
-        (BETTER if comparison.difference > 0 else WORSE) if p <= alpha else _nothing_shown(comparison, strictest)
+        (BETTER if comparison.difference > 0 else WORSE) if p <= alpha else _not_significant(comparison, strictest)
         for comparison, p in zip(comparisons, p_values, strict=True)
     ]
 
 
 def verdict(model: Values, reference: Values, alpha: float = 0.05) -> str:
-    """In words, one comparison; arguments and errors are those of `compare`."""
+    """Describe one comparison in words. Arguments and errors are the same as for `compare`."""
     return verdicts([compare(model, reference, alpha)], alpha)[0]
 
 
-def _nothing_shown(comparison: Comparison, alpha: float) -> str:
+def _not_significant(comparison: Comparison, alpha: float) -> str:
     smallest = smallest_difference(comparison.wins + comparison.losses, comparison.prompts, alpha)
     needed = "they are too few for any" if math.isinf(smallest) else f"it would have to be {100 * smallest:.1f} points"
-    return f"no difference that {comparison.prompts} prompts can show: {needed}"
+    return f"no significant difference on {comparison.prompts} prompts: {needed}"

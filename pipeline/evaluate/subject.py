@@ -1,41 +1,45 @@
-"""What a scorer is given."""
+"""The input of a scorer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from pipeline.evaluate.judgements import Judgement
 from pipeline.evaluate.transcripts import Transcript
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to be scored. Of one on a server there is only what it wrote, and what was said of that.
+    """A model to be scored. A model on a server has only transcripts, judgements and suites.
 
     Attributes:
-        ref: where it is on disk.
-        model: loaded, with the weights that its forward pass uses.
-        weights: the same weights, one at a time, by name.
-        reference: weights that its own are held against: the fine-tuned model's, or the upcast's where there is none.
+        ref: the model on disk, or None for a model on a server.
+        model: the loaded model, with the weights that its forward pass uses, or None.
+        weights: the same weights, read one at a time by name.
+        reference: the weights of the reference: the fine-tuned model, or the upcast one if there is none.
         batches: validation examples.
-        transcripts: what the model answered to the prompts, where any were generated.
-        groups: what each validation example belongs to, in the order of the batches; "" for none.
-        reference_predictions: where `logits.record` kept those of the reference on these batches, if it did.
-        judgements: what a judge said of the transcripts, by prompt and sample; None without one.
-        suites: what lm-evaluation-harness found, by task and metric.
+        transcripts: the model's answers to the prompts; empty if none were generated.
+        groups: the group of each validation example, in the order of the batches; "" for none.
+        reference_predictions: directory with the reference's predictions on these batches (see `logits.record`).
+        judgements: the judge's verdicts by prompt and sample, or None without a judge.
+        suites: the figures of lm-evaluation-harness by task and metric.
     """
 
     ref: ModelRef | None
-    model: Any
+    model: "PreTrainedModel | None"
     weights: Weights | None
     reference: Weights | None
     batches: Sequence[dict[str, Tensor]]
     transcripts: Sequence[Transcript] = ()
     groups: Sequence[str] = ()
     reference_predictions: Path | None = None
-    judgements: Mapping[tuple[str, int], Any] | None = None
+    judgements: Mapping[tuple[str, int], Judgement] | None = None
     suites: Mapping[str, float] = field(default_factory=dict)

@@ -2,7 +2,9 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from pipeline.data.harmony import Message
 
 _PLAIN = r"(?:(?!<\|(?:start|channel|message|end|return|call)\|>).)*"
 _MESSAGE = re.compile(
@@ -31,7 +33,7 @@ class Transcript:
 
     prompt_id: str
     sample: int
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     expected: dict[str, str]
     reasoning: str | None
     answer: str | None
@@ -43,7 +45,7 @@ class Transcript:
 
 
 class Parsed(NamedTuple):
-    """A completion by channel. A channel without messages is None, or an empty list of tool calls."""
+    """A completion by channel. A channel without messages is None; without tool calls the list is empty."""
 
     reasoning: str | None
     answer: str | None
@@ -51,10 +53,13 @@ class Parsed(NamedTuple):
 
 
 def parse(completion: str) -> Parsed:
-    """Split a Harmony completion by channel. It begins after `<|start|>assistant` and has its special tokens.
+    """Split a Harmony completion by channel.
 
-    A message with a recipient is a tool call, in any channel. A truncated message counts as far as it goes. Text that
-    is no Harmony message is skipped, so no completion is an error.
+    A message with a recipient is a tool call, in any channel. The text of a truncated message is kept. Text outside
+    Harmony messages is skipped, so any completion can be parsed.
+
+    Args:
+        completion: the generated text after `<|start|>assistant`, with special tokens.
     """
     texts: dict[str, list[str]] = {}
     tool_calls = []

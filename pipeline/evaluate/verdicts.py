@@ -1,6 +1,6 @@
-"""Whether a model passed a prompt: what scorers of transcripts say first, so that models can be paired by prompt.
+"""Verdicts: whether a model passed a prompt. Rates are computed from them, and models are paired by prompt.
 
-Rates come from verdicts. What cannot be told is None: it is left out of the rate, and its share is shown beside it.
+An undecided verdict is None. The rate omits it, and its share is reported beside the rate.
 """
 
 from collections import defaultdict
@@ -14,13 +14,13 @@ from pipeline.evaluate.statistics import Interval, Values, mean_interval, wilson
 
 @dataclass(frozen=True)
 class Verdict:
-    """On one transcript.
+    """A scorer's verdict on one transcript.
 
     Attributes:
-        prompt_id: of the transcript.
-        sample: of the transcript.
-        group: what figures are also given for, such as a language; empty: none.
-        passed: None where it cannot be told.
+        prompt_id: the transcript's prompt.
+        sample: the transcript's sample.
+        group: a group with figures of its own, such as a language, or "" for none.
+        passed: whether the transcript passed, or None if undecided.
     """
 
     prompt_id: str
@@ -30,11 +30,12 @@ class Verdict:
 
 
 def figures(name: str, verdicts: list[Verdict]) -> dict[str, float]:
-    """The pass rate and what it rests on, over all and for each group; empty without verdicts.
+    """Compute the pass rate with its interval and counts, in total and for each group.
 
     Returns:
-        `<name>`, `<name>_low`, `<name>_high` (95 %), absent where nothing was decided; `<name>_decided`, a count of
-        transcripts; `<name>_undecided`, a share. Those of a group end in /<group>.
+        `<name>`, `<name>_low` and `<name>_high` (95 % interval), absent if nothing is decided; `<name>_decided`, the
+        number of decided transcripts; `<name>_undecided`, a share. Figures of a group end in /<group>. Empty without
+        verdicts.
     """
     if not verdicts:
         return {}
@@ -61,7 +62,7 @@ def _rate(name: str, suffix: str, verdicts: list[Verdict]) -> dict[str, float]:
 
 
 def by_prompt(verdicts: Iterable[Verdict]) -> dict[str, float]:
-    """Prompt -> share of its decided transcripts that passed; prompts with none are left out."""
+    """Compute the share of passed transcripts for each prompt. Prompts without a decided transcript are omitted."""
     passed: dict[str, list[bool]] = defaultdict(list)
     for verdict in verdicts:
         if verdict.passed is not None:
@@ -70,19 +71,23 @@ def by_prompt(verdicts: Iterable[Verdict]) -> dict[str, float]:
 
 
 def interval(shares: Values) -> Interval:
-    """Of the mean of prompts' shares: Wilson's where each prompt has one answer; else by bootstrap over the prompts.
+    """Compute the interval of the mean of the prompts' shares.
 
-    Several answers to a prompt resemble each other, so to count them as so many prompts would make it too narrow.
+    It is Wilson's if all shares are 0 or 1, as with one answer per prompt, and otherwise a bootstrap over the prompts.
+    Several answers to a prompt are correlated, so the interval would be too narrow if each counted as a prompt.
     """
     if np.isin(shares, (0, 1)).all():
         return wilson(int(shares.sum()), len(shares))
     return mean_interval(shares) if len(shares) > 1 else Interval(0.0, 1.0)
 
 
-def paired(model: Iterable[Verdict], reference: Iterable[Verdict]) -> tuple[Values, Values]:
-    """What both decided, in the same order: booleans (N) for `statistics.compare`, first those of `model`.
+def pair(model: Iterable[Verdict], reference: Iterable[Verdict]) -> tuple[Values, Values]:
+    """Pair the verdicts of two models on the same prompt and sample, for `statistics.compare`.
 
-    Pairs are of a prompt and a sample; of several samples hand in one alone, or the pairs are not independent.
+    Pass only one sample per prompt: pairs of several samples are not independent.
+
+    Returns:
+        (N) booleans of `model` and (N) of `reference`, in the same order. Pairs with an undecided verdict are omitted.
     """
     first, second = _decided(model), _decided(reference)
     common = sorted(first.keys() & second.keys())

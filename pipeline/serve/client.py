@@ -38,7 +38,7 @@ def ask(api: str, model: str, serve: ServeConfig, data: DataConfig) -> Transcrip
         NoAnswerError: no answer within `serve.answer_seconds`, an HTTP error, or a reply in another form.
     """
     conversation = Conversation([{"role": "user", "content": serve.question}])
-    asked = harmony.asked(conversation, data.reasoning_effort.name, data.reasoning_language)
+    asked = harmony.drop_answer(conversation, data.reasoning_effort.name, data.reasoning_language)
     question = Question(Prompt("serve.question", asked, {}), 0)
     body = chat.request(model, question, [], GenerationConfig(max_new_tokens=serve.max_new_tokens))
 

@@ -92,7 +92,7 @@ def likelihood(model: Any, tokenizer: Any, question: str, answer: str) -> float:
 @pytest.mark.usefixtures("only_own_tasks")
 def test_a_model_in_memory_is_scored_as_its_likelihoods_say(tasks: Path, tiny: Path) -> None:
     model = load_plain(tiny, torch.float32, experts_implementation="eager").eval()
-    found = Suites(settings(tasks, "own_choice")).of_model(model, rendering(tiny))
+    found = Suites(settings(tasks, "own_choice")).score_model(model, rendering(tiny))
     tokenizer = load_tokenizer(tiny)
     right = [
         (likelihood(model, tokenizer, text, " no") > likelihood(model, tokenizer, text, " yes")) == (i % 2)
@@ -114,7 +114,7 @@ def test_chat_is_rendered_with_our_date_and_effort(tasks: Path, tiny: Path, monk
 
     monkeypatch.setattr(model, "generate", watching)
     chat = settings(tasks, "own_free", limit=1, apply_chat_template=True)
-    found = Suites(chat).of_model(model, rendering(tiny))
+    found = Suites(chat).score_model(model, rendering(tiny))
     assert "lm_eval/own_free/exact_match" in found
     assert "Current date: 2025-08-05" in seen[0] and "Reasoning: low" in seen[0]
     assert seen[0].endswith("<|start|>user<|message|>Is ice cold?<|end|><|start|>assistant")
@@ -126,7 +126,7 @@ def test_a_model_on_a_server_is_asked_by_the_harness(tasks: Path, tiny: Path, se
     server.replies = [Reply(reply, headers={"Content-Type": "application/json"})]  # which aiohttp insists on
     chat = settings(tasks, "own_free", apply_chat_template=True)
     endpoint = EndpointConfig(url=server.url, timeout_seconds=5.0)
-    found = Suites(chat).of_served(Served("endpoint", server.url, "m", "chat"), endpoint, tiny)
+    found = Suites(chat).score_served(Served("endpoint", server.url, "m", "chat"), endpoint, tiny)
     assert found["lm_eval/own_free/exact_match"] == 1.0
     assert {path for path, _, _ in server.asked} == {"/v1/chat/completions"}
     assert {body["messages"][-1]["content"] for body in server.bodies()} == set(QUESTIONS)
@@ -137,7 +137,7 @@ def test_a_server_that_is_down_is_one_error(tasks: Path, tiny: Path) -> None:
     endpoint = EndpointConfig(url="http://127.0.0.1:9/v1", retries=0, timeout_seconds=1.0)
     served = Served("endpoint", "http://127.0.0.1:9/v1", "m", "completions")
     with pytest.raises(UserError, match=r"^evaluate\.endpoint\.url=http://127\.0\.0\.1:9/v1: did not answer lm-eval"):
-        Suites(settings(tasks, "own_free")).of_served(served, endpoint, tiny)
+        Suites(settings(tasks, "own_free")).score_served(served, endpoint, tiny)
 
 
 def test_unknown_tasks_are_reported_together_with_what_may_be_meant(tasks: Path) -> None:
@@ -152,7 +152,7 @@ def test_data_that_are_not_there_are_one_error(tasks: Path, tiny: Path) -> None:
     (tasks.parent / "questions.jsonl").unlink()
     model = load_plain(tiny, torch.float32, experts_implementation="eager").eval()
     with pytest.raises(UserError, match=r"^evaluate\.lm_eval\.tasks=\['own_choice'\]: lm-eval cannot run them"):
-        Suites(settings(tasks, "own_choice")).of_model(model, rendering(tiny))
+        Suites(settings(tasks, "own_choice")).score_model(model, rendering(tiny))
 
 
 def test_a_folder_that_is_not_there_is_one_error(tmp_path: Path) -> None:

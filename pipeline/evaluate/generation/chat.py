@@ -1,11 +1,11 @@
-"""OpenAI's chat API: turns a question into the body of a request, and a reply into a transcript."""
+"""OpenAI's chat API: converts a question to the body of a request, and a reply to a transcript."""
 
 import json
 from collections.abc import Mapping
 from typing import TypedDict
 
 from pipeline.config import GenerationConfig
-from pipeline.data.harmony import Conversation
+from pipeline.data.harmony import Conversation, Function
 from pipeline.evaluate.generation.prompts import Question
 from pipeline.evaluate.transcripts import Transcript
 from pipeline.runs.json_files import Json
@@ -36,20 +36,20 @@ class _Choice(TypedDict):
 
 
 class Usage(TypedDict):
-    """The counts of tokens in a reply."""
+    """Token counts of a reply."""
 
     completion_tokens: int
 
 
 class Reply(TypedDict):
-    """The reply to POST /chat/completions, as far as it is read here. Nothing has checked it."""
+    """The fields that are read from the reply to POST /chat/completions. The reply is unchecked."""
 
     choices: list[_Choice]
     usage: Usage
 
 
 def request(model: str, question: Question, _: list[int], settings: GenerationConfig) -> dict[str, Json]:
-    """The body of POST /chat/completions. The server renders the messages itself, so token ids are not sent."""
+    """Build the body of POST /chat/completions. The server renders the messages itself, so token ids are not sent."""
     conversation = question.prompt.conversation
     body: dict[str, Json] = {
         "model": model,
@@ -67,10 +67,10 @@ def request(model: str, question: Question, _: list[int], settings: GenerationCo
 
 
 def transcript(reply: Reply, question: Question, seed: int | None) -> Transcript:
-    """The answer in a reply to `request`.
+    """Read the answer in a reply to `request`.
 
     Raises:
-        KeyError, IndexError, TypeError: the reply has another form.
+        KeyError, IndexError, TypeError: the reply is unexpected.
     """
     choice = reply["choices"][0]
     message = choice["message"]
@@ -90,17 +90,17 @@ def transcript(reply: Reply, question: Question, seed: int | None) -> Transcript
     )
 
 
-def content(reply: Reply) -> str | None:
-    """The text of the reply's message, or None if it has none.
+def read_content(reply: Reply) -> str | None:
+    """Read the text of the reply's message. Return None if it has none.
 
     Raises:
-        KeyError, IndexError, TypeError: the reply has another form.
+        KeyError, IndexError, TypeError: the reply is unexpected.
     """
     return _text(reply["choices"][0]["message"], "content")
 
 
 def _text(message: Mapping[str, object], name: str) -> str | None:
-    """A text of the message, or None: servers send a missing text as null, as an empty string or not at all."""
+    """A text of the message, or None. Servers send a missing text as null, as an empty string or not at all."""
     text = message.get(name)
     if text is not None and not isinstance(text, str):
         raise TypeError(f"{name} is a {type(text).__name__}, not text")
@@ -113,9 +113,9 @@ def _call(function: _Function) -> dict[str, str]:
 
 
 def _messages(conversation: Conversation) -> list[dict[str, Json]]:
-    """The messages in the API's form, where a tool's message names the call that it answers."""
+    """The messages in the API's form. A tool's message names the call that it answers."""
     last_call = ""
-    made = []
+    messages = []
     for i, message in enumerate(conversation.messages):
         sent: dict[str, Json] = {"role": message["role"], "content": message["content"]}
         if "thinking" in message:
@@ -125,10 +125,10 @@ def _messages(conversation: Conversation) -> list[dict[str, Json]]:
             last_call = f"call_{i}"
         if message["role"] == "tool":
             sent["tool_call_id"] = last_call
-        made.append(sent)
-    return made
+        messages.append(sent)
+    return messages
 
 
-def _sent_call(call_id: str, function: Mapping[str, Json]) -> dict[str, Json]:
+def _sent_call(call_id: str, function: Function) -> dict[str, Json]:
     arguments = json.dumps(function["arguments"], ensure_ascii=False)
     return {"id": call_id, "type": "function", "function": {"name": function["name"], "arguments": arguments}}

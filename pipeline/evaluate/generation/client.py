@@ -27,7 +27,7 @@ _TOO_MANY = 429
 _SERVER_FAILED = 500
 _CHECK_ADDRESS = "Does the address end where the API begins, as in http://localhost:8000/v1?"
 _NOT_OPENAI = (ValueError, KeyError, IndexError, TypeError, AttributeError)
-"""Errors that a reader raises for a reply in another form."""
+"""Errors that a reader raises for an unexpected reply."""
 
 T = TypeVar("T")
 Reply = TypeVar("Reply")
@@ -76,17 +76,17 @@ class StatusError(NoAnswerError):
 
 
 class UnexpectedReplyError(NoAnswerError):
-    """The server answered in another form than OpenAI's API promises."""
+    """The server's reply does not have the form of OpenAI's API."""
 
 
 def address(url: str) -> str:
-    """The address of the API, without a slash at its end. A server's bare address gets /v1 appended."""
+    """Normalize the address of the API: no slash at its end, and /v1 appended to a server's bare address."""
     url = url.rstrip("/")
     return url if urlsplit(url).path else f"{url}/v1"
 
 
-def model_of(settings: ServerConfig, key: str) -> str:
-    """The model that the settings name. If they name none, the server must have exactly one.
+def find_model(settings: ServerConfig, key: str) -> str:
+    """Find the model that the settings name. If they name none, the server must have exactly one.
 
     Args:
         settings: the server's settings, with a url.
@@ -106,10 +106,10 @@ def model_of(settings: ServerConfig, key: str) -> str:
 
 
 def model_names(reply: ModelList) -> list[str]:
-    """The models that a server lists.
+    """Read the names of the models that a server lists.
 
     Raises:
-        KeyError, TypeError: the reply has another form.
+        KeyError, TypeError: the reply is unexpected.
     """
     return [str(model["id"]) for model in reply["data"]]
 
@@ -127,7 +127,7 @@ def for_each(
         what: the name of the answers, for the progress line.
 
     Raises:
-        UserError: the first one that `work` raised. It cancels all other items.
+        UserError: `work` raised one. The first one cancels all other items.
     """
     if todo:
         asyncio.run(_for_each(settings, key, todo, work, what=what))
@@ -166,18 +166,19 @@ class Client:
     """A connection to one server."""
 
     def __init__(self, settings: ServerConfig, key: str) -> None:
-        """
+        """Prepare the connection.
+
         Args:
             settings: the server's settings.
             key: where these settings stand in the configuration, for messages: `evaluate.endpoint`.
 
         Raises:
-            UserError: the environment variable that should hold the API key is not set.
+            UserError: the environment variable for the API key is not set.
         """
         self._settings = settings
         self._url = address(str(settings.url))
         self._name = key
-        self._key = key_of(settings, key)
+        self._key = read_key(settings, key)
         connect_seconds = min(_CONNECT_SECONDS, settings.timeout_seconds)
         self._http = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
@@ -201,14 +202,14 @@ class Client:
         what: str,
         hint: str = "",
     ) -> T:
-        """Send one request and return what `read` makes of the reply.
+        """Send one request, and return the result of `read` for the reply.
 
         Args:
             method: the HTTP method.
             path: the path below the API's address.
             body: sent as JSON.
-            read: takes the parsed JSON; raises KeyError, IndexError or TypeError if it has another form.
-            what: what the request asks for, for messages.
+            read: takes the parsed JSON; raises KeyError, IndexError or TypeError if the form is unexpected.
+            what: name of the requested answer, for messages.
             hint: one more remedy, for the message about a refused request.
 
         Raises:
@@ -233,7 +234,7 @@ class Client:
         )
 
     def error(self, problem: str, remedy: str) -> UserError:
-        """The error for a problem with the server."""
+        """Make the error for a problem with the server."""
         return UserError(f"{self._name}.url={self._url}: {problem}. {remedy}")
 
     async def _attempt(self, method: str, path: str, body: Mapping[str, Json] | None, read: Callable[[Reply], T]) -> T:
@@ -246,7 +247,7 @@ class Client:
         return _read(response, read, self._key)
 
     def _pause(self, attempt: int, failure: NoAnswerError) -> float:
-        """Seconds until the next attempt: as many as the server asks for, otherwise twice as many each time."""
+        """Seconds until the next attempt: the server's request, or else twice as many each time."""
         asked = failure.wait_seconds if isinstance(failure, StatusError) else None
         return min(_FIRST_WAIT_SECONDS * 2**attempt if asked is None else asked, self._settings.timeout_seconds)
 
@@ -267,7 +268,7 @@ def send_local(
     seconds: float,
     limit: str,
 ) -> T:
-    """Send one request to a server on this machine, once and without a key, and return what `read` makes of the reply.
+    """Send one request to a server on this machine, once and without a key. Return the result of `read` for the reply.
 
     Args:
         method: the HTTP method.
@@ -288,7 +289,7 @@ def send_local(
 
 
 def local_status(url: str, seconds: float) -> int | None:
-    """The HTTP status with which a server on this machine answers, or None if it does not answer in time."""
+    """Ask a server on this machine for its HTTP status. Return None if it does not answer in time."""
     try:
         return _request_local("GET", url, None, seconds).status_code
     except httpx.RequestError:
@@ -296,13 +297,13 @@ def local_status(url: str, seconds: float) -> int | None:
 
 
 def _request_local(method: str, url: str, body: Mapping[str, Json] | None, seconds: float) -> httpx.Response:
-    # trust_env=False: a proxy of the environment cannot reach this machine's ports. verify=False: the address is http,
-    # so no certificates need to be loaded for each request.
+    # trust_env=False: a proxy from the environment cannot reach this machine's ports.
+    # verify=False: the address is http, so loading certificates for each request would waste time.
     return httpx.request(method, url, json=body, timeout=seconds, trust_env=False, verify=False, follow_redirects=True)
 
 
 def _read(response: httpx.Response, read: Callable[[Reply], T], secret: str | None) -> T:
-    """What `read` makes of a successful response.
+    """Read a successful response with `read`.
 
     Raises:
         StatusError: the response is an HTTP error.
@@ -333,12 +334,12 @@ def _beginning(text: str, secret: str | None) -> str:
 
 
 def _without(secret: str | None, text: str) -> str:
-    """The text without the API key: some servers quote the key that they refuse."""
+    """The text without the API key. Some servers quote the key that they refuse."""
     return text.replace(secret, "***") if secret else text
 
 
-def key_of(settings: ServerConfig, key: str) -> str | None:
-    """The server's API key, from the environment, or None if the settings name no variable.
+def read_key(settings: ServerConfig, key: str) -> str | None:
+    """Read the server's API key from the environment. Return None if the settings name no variable.
 
     Args:
         settings: the server's settings.

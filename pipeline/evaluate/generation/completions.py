@@ -1,4 +1,4 @@
-"""OpenAI's completions API: turns a prompt's tokens into the body of a request, and a reply into a transcript."""
+"""OpenAI's completions API: converts a prompt's tokens to the body of a request, and a reply to a transcript."""
 
 from typing import TypedDict
 
@@ -18,14 +18,14 @@ class _Choice(TypedDict):
 
 
 class Reply(TypedDict):
-    """The reply to POST /completions, as far as it is read here. Nothing has checked it."""
+    """The fields that are read from the reply to POST /completions. The reply is unchecked."""
 
     choices: list[_Choice]
     usage: Usage
 
 
 def request(model: str, question: Question, token_ids: list[int], settings: GenerationConfig) -> dict[str, Json]:
-    """The body of POST /completions."""
+    """Build the body of POST /completions."""
     body: dict[str, Json] = {
         "model": model,
         "prompt": token_ids,
@@ -33,7 +33,7 @@ def request(model: str, question: Question, token_ids: list[int], settings: Gene
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "stop": list(STOP_TOKENS),
-        # Extensions of OpenAI's API: vLLM and SGLang know the first two, vLLM alone the third.
+        # Extensions of OpenAI's API. vLLM and SGLang support the first two, only vLLM the third.
         "skip_special_tokens": False,
         "spaces_between_special_tokens": False,
         "include_stop_str_in_output": True,
@@ -44,10 +44,10 @@ def request(model: str, question: Question, token_ids: list[int], settings: Gene
 
 
 def transcript(reply: Reply, question: Question, seed: int | None) -> Transcript:
-    """The answer in a reply to `request`.
+    """Read the answer in a reply to `request`.
 
     Raises:
-        KeyError, IndexError, TypeError: the reply has another form.
+        KeyError, IndexError, TypeError: the reply is unexpected.
     """
     choice = reply["choices"][0]
     text, finish = choice["text"], str(choice["finish_reason"])

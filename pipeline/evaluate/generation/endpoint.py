@@ -1,7 +1,7 @@
 """Answers of a model on a server with OpenAI's API: vLLM, SGLang, TensorRT-LLM and others.
 
-There are two ways to ask (APIS). `completions` renders the prompt here, exactly as in training, sends its tokens, and
-reads the completion with its special tokens. vLLM and SGLang have a setting that keeps those. `chat` sends messages.
+There are two APIs. `completions` renders the prompt here, exactly as in training, sends its tokens, and reads the
+completion with its special tokens. vLLM and SGLang have a setting that keeps special tokens. `chat` sends messages.
 The server renders them, with its own date and identity in the system message.
 """
 
@@ -21,7 +21,7 @@ from pipeline.evaluate.transcripts import Transcript
 from pipeline.runs.json_files import Json
 
 KEY = "evaluate.endpoint"
-_TAKES_NO_TOKENS = f" If the server takes no tokens, use {KEY}.api=chat."
+_NO_TOKENS = f" If the server does not accept tokens, use {KEY}.api=chat."
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Served:
 
 
 class Api(NamedTuple):
-    """A way to ask.
+    """An API of a server.
 
     Attributes:
         path: path below the API's address.
         request: (model, question, the prompt's tokens, settings) -> body.
-        transcript: (reply, question, seed) -> answer. It raises KeyError, IndexError or TypeError for another reply.
+        transcript: (reply, question, seed) -> answer. Raises KeyError, IndexError or TypeError for an unexpected reply.
         is_rendered_here: whether prompts are rendered here and sent as tokens.
         hint: one more remedy, for the message about a refused request.
     """
@@ -66,20 +66,20 @@ class Api(NamedTuple):
 
 APIS = {
     EndpointApi.completions.name: Api(
-        "/completions", completions.request, completions.transcript, is_rendered_here=True, hint=_TAKES_NO_TOKENS
+        "/completions", completions.request, completions.transcript, is_rendered_here=True, hint=_NO_TOKENS
     ),
     EndpointApi.chat.name: Api("/chat/completions", chat.request, chat.transcript, is_rendered_here=False),
 }
 
 
 def find(settings: EndpointConfig) -> Served:
-    """The model that `evaluate.endpoint` names. If it names none, the server must have exactly one.
+    """Find the model that `evaluate.endpoint` names. If it names none, the server must have exactly one.
 
     Raises:
         UserError: no server answers at the address, or it has no model or several.
     """
     assert settings.url is not None
-    return Served(settings.name, client.address(settings.url), client.model_of(settings, KEY), settings.api.name)
+    return Served(settings.name, client.address(settings.url), client.find_model(settings, KEY), settings.api.name)
 
 
 def ask(
@@ -94,14 +94,14 @@ def ask(
 
     Args:
         served: the model.
-        asked: questions with their prompts' tokens. The tokens are empty if the API takes none.
+        asked: questions with their prompts' tokens; empty tokens for the chat API.
         journal: receives the answers.
         endpoint: the server's settings.
         settings: the settings of decoding.
 
     Raises:
-        UserError: the server does not answer, is too slow, refuses, or sends another reply than the API promises.
-            Answers that arrived before are kept.
+        UserError: the server does not answer, is too slow, refuses, or sends an unexpected reply. Answers that arrived
+            before are kept.
     """
     api = APIS[served.api]
 
@@ -125,11 +125,11 @@ def ask(
 def _raise_if_stripped(served: Served, answers: Sequence[Transcript]) -> None:
     """Refuse answers without special tokens: they cannot be parsed.
 
-    Servers that do not know `skip_special_tokens` ignore it.
+    Servers that do not support `skip_special_tokens` ignore it.
     """
     texts = [str(answer.completion).removesuffix("<|return|>").removesuffix("<|call|>") for answer in answers]
     if texts and all("<|" not in text for text in texts):  # the last token may have been added here
         raise UserError(
-            f"{KEY}.url={served.url}: no answer has a special token, so reasoning and answer cannot be told apart."
+            f"{KEY}.url={served.url}: no answer has a special token, so reasoning and answer cannot be separated."
             f" This server removes special tokens although the request keeps them. Use {KEY}.api=chat."
         )

@@ -68,7 +68,7 @@ class Journal(Generic[T]):
         self._append([answer for answer in answers if _key(answer) not in self._answers])
 
     def replace(self, answer: T) -> None:
-        """Store an answer in place of an earlier one. Of several lines for a question, the last one counts."""
+        """Store an answer in place of an earlier one. If a question has several lines, the last one counts."""
         self._append([answer])
 
     def _append(self, answers: list[T]) -> None:
@@ -82,15 +82,15 @@ class Journal(Generic[T]):
             return
         if self._path.is_file():
             changed = [name for name in sorted({*before, *inputs}) if before.get(name) != inputs.get(name)]
-            told = "; ".join(f"{name} changed from {before.get(name)!r} to {inputs.get(name)!r}" for name in changed)
-            say("evaluate", f"{self._path}: all answers are generated again, because {told}")
+            changes = "; ".join(f"{name} changed from {before.get(name)!r} to {inputs.get(name)!r}" for name in changed)
+            say("evaluate", f"{self._path}: all answers are generated again, because {changes}")
             self._path.unlink()
         write_json(path, inputs)
 
     def _read(self) -> list[T]:
         """Read all complete lines, and remove an incomplete last line from the file.
 
-        Lines are split as bytes: in text, U+2028 and other characters would end a line, too.
+        Lines are split as bytes. Splitting text would also split at U+2028 and other characters.
         """
         if not self._path.is_file():
             return []

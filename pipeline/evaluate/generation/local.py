@@ -1,15 +1,16 @@
-"""Answers of a model that is loaded here, by transformers' `generate`: in batches, padded on the left, with a KV cache.
+"""Answers of a model in memory. transformers generates them in batches, padded on the left, with a KV cache.
 
 An answer depends on its prompt and its seed, not on its batch: every row of a batch has its own random generator.
-One dependence remains. The width of a batch may change the order of sums, and so the last bit of a logit and the winner
-of a near tie. Batches are therefore always formed from all questions, even if most of them already have an answer.
+One dependence remains. The width of a batch may change the order of sums. That may change the last bit of a logit, and
+so the winner of a near tie. Batches are therefore always formed from all questions, even if most have an answer.
 
-Shapes: B answers at once, T tokens, V vocabulary.
+Legend: B answers in a batch, T tokens, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -26,21 +27,24 @@ from pipeline.evaluate.generation.prompts import Question
 from pipeline.evaluate.transcripts import Transcript
 from pipeline.runs.console import progress
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _LENGTH = "length"
 
 
 @dataclass(frozen=True)
 class Local:
-    """A model that answers here.
+    """A model in memory that answers questions.
 
     Attributes:
-        model: a causal language model in evaluation mode, on its device.
-        rendering: the tokenizer and the settings of the prompt.
+        model: a causal language model in evaluation mode, on its device. None is enough to tokenize prompts.
+        rendering: the tokenizer and the settings of prompts.
         settings: the settings of decoding.
         limit: the key of the batch size, for messages.
     """
 
-    model: Any
+    model: "PreTrainedModel | None"
     rendering: Rendering
     settings: GenerationConfig
     limit: str = "evaluate.generation.batch_size"
@@ -49,7 +53,7 @@ class Local:
         """Ask the questions that the journal has no answer to.
 
         Raises:
-            UserError: the chat template refuses prompts, or the GPU's memory is too small for a batch.
+            UserError: the chat template refuses prompts, or a batch does not fit into the GPU's memory.
         """
         batches = self._batches(questions)
         todo = [batch for batch in batches if any(question.key not in journal for question, _ in batch)]
@@ -64,15 +68,15 @@ class Local:
             prompts: the token ids of their prompts.
 
         Raises:
-            UserError: the GPU's memory is too small for the batch.
+            UserError: the batch does not fit into the GPU's memory.
         """
         seeds = [question.seed(self.settings.seed) for question in questions] if self.settings.temperature else None
         try:
             completions = self._complete(prompts, seeds)
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"{self.limit}={self.settings.batch_size}: the GPU's memory is too small for"
-                f" {len(prompts)} answers at a time to prompts of up to {max(map(len, prompts))} tokens. Lower it."
+                f"{self.limit}={self.settings.batch_size}: the GPU's memory is too small for a batch of"
+                f" {len(prompts)} answers to prompts of up to {max(map(len, prompts))} tokens. Lower it."
             ) from error
         return [
             question.transcript(
@@ -82,7 +86,7 @@ class Local:
         ]
 
     def token_ids(self, questions: list[Question]) -> list[list[int]]:
-        """The token ids of the prompts, up to the beginning of the assistant's turn.
+        """Tokenize the prompts, up to the beginning of the assistant's turn.
 
         Raises:
             UserError: the chat template refuses some of them.
@@ -90,47 +94,49 @@ class Local:
         return prompts.token_ids(questions, self.rendering)
 
     def _batches(self, questions: list[Question]) -> list[list[tuple[Question, list[int]]]]:
-        """All questions with their tokens, the longest first, so that a lack of memory shows in the first batch."""
+        """All questions with their tokens, the longest prompts first. So the first batch shows a lack of memory."""
         pairs = zip(questions, self.token_ids(questions), strict=True)
         ordered = sorted(pairs, key=lambda pair: (-len(pair[1]), pair[0].key))
         size = self.settings.batch_size
         return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
     def _complete(self, prompts: tuple[list[int], ...], seeds: list[int] | None) -> list[list[int]]:
-        """Token ids of the completions, each with its stop token."""
+        """Generate the token ids of the completions, each with its stop token."""
+        assert self.model is not None
         tokenizer, device = self.rendering.tokenizer, self.model.device
         batch = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt").to(device)
         stop = tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
         decoding = Decoding(
-            do_sample=False,  # also when sampling: _Noise makes the largest logit the draw
+            do_sample=False,  # also for sampling: with _Noise, the largest logit is a sample
             use_cache=True,
             max_new_tokens=self.settings.max_new_tokens,
             eos_token_id=stop,
             pad_token_id=tokenizer.pad_token_id,
         )
-        made: Tensor = self.model.generate(  # (B, T), prompts included
+        generate = cast(Callable[..., Tensor], self.model.generate)  # not declared in PreTrainedModel
+        ids = generate(  # (B, T), with the prompts
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             generation_config=decoding,
-            logits_processor=LogitsProcessorList([] if seeds is None else self._draws(seeds)),
+            logits_processor=LogitsProcessorList([] if seeds is None else self._samplers(seeds, device)),
         )
-        return [_up_to_stop(row, stop) for row in made[:, batch["input_ids"].shape[1] :].tolist()]
+        return [_cut_after_stop(row, stop) for row in ids[:, batch["input_ids"].shape[1] :].tolist()]
 
-    def _draws(self, seeds: list[int]) -> list[LogitsProcessor]:
-        draws: list[LogitsProcessor] = [TemperatureLogitsWarper(self.settings.temperature)]
+    def _samplers(self, seeds: list[int], device: torch.device) -> list[LogitsProcessor]:
+        samplers: list[LogitsProcessor] = [TemperatureLogitsWarper(self.settings.temperature)]
         if self.settings.top_p < 1:
-            draws.append(TopPLogitsWarper(self.settings.top_p))
-        return [*draws, _Noise(seeds, self.model.device)]
+            samplers.append(TopPLogitsWarper(self.settings.top_p))
+        return [*samplers, _Noise(seeds, device)]
 
 
 class _Noise(LogitsProcessor):
-    """Gumbel noise: the index of the largest of logits + noise is a draw from their softmax (the Gumbel-max trick)."""
+    """Gumbel noise. The index of the largest of logits + noise is a sample from the softmax (the Gumbel-max trick)."""
 
     def __init__(self, seeds: list[int], device: torch.device) -> None:
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (B, V) with noise, drawn for each row from its own generator: V numbers a token."""
+        """Add noise to the scores (B, V). Each row's generator draws V numbers per token."""
         exponential = torch.stack(
             [
                 torch.empty_like(row).exponential_(generator=own)
@@ -140,7 +146,7 @@ class _Noise(LogitsProcessor):
         return scores - exponential.clamp_min(torch.finfo(scores.dtype).tiny).log()
 
 
-def _up_to_stop(ids: list[int], stop: list[int]) -> list[int]:
-    """The ids up to the stop token, without the padding after it."""
+def _cut_after_stop(ids: list[int], stop: list[int]) -> list[int]:
+    """Remove the padding after the stop token."""
     end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
     return ids[: end + 1]

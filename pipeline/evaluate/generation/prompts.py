@@ -115,7 +115,7 @@ def token_ids(asked: list[Question], rendering: Rendering) -> list[list[int]]:
     texts, problems = [], Problems()
     for question in asked:
         try:
-            texts.append(harmony.prompt(question.prompt.conversation, rendering))
+            texts.append(harmony.render_prompt(question.prompt.conversation, rendering))
         except ConversationError as error:
             problems.add(f"{question.prompt.conversation.where}: {error}.")
     problems.raise_if_any()
@@ -146,7 +146,7 @@ def _read_own(run: Run, data: DataConfig, settings: PromptsConfig) -> Conversati
 
 
 def _prompt(data: DataConfig, settings: PromptsConfig, row: Conversation) -> Prompt:
-    conversation = harmony.asked(row, data.reasoning_effort.name, data.reasoning_language)
+    conversation = harmony.drop_answer(row, data.reasoning_effort.name, data.reasoning_language)
     expected = dict(_known(conversation)) | settings.expected_of_all | row.expected
     content = [conversation.messages, conversation.tools, conversation.reasoning_effort, expected]
     text = json.dumps(content, ensure_ascii=False, sort_keys=True)

@@ -1,4 +1,4 @@
-"""What is measured of a model: one file per kind of scoring, one row in EVALS."""
+"""Scorers of models: a file and a row in EVALS for each. They must not know stages or the whole configuration."""
 
 from collections.abc import Callable, Sequence
 
@@ -23,15 +23,15 @@ EVALS: dict[str, Callable[[Subject], dict[str, float]]] = {
     "size": size.score,
     "weights": weights.score,
     "logits": logits.score,
-    "reasoning_language": language.reasoning,
-    "answer_language": language.answer,
+    "reasoning_language": language.score_reasoning,
+    "answer_language": language.score_answer,
     "refusal": refusal.score,
     "judge": judge.score,
     "exact_match": exact_match.score,
     "format_health": format_health.score,
     "suites": harness.score,
 }
-"""Name -> score(subject), which returns figure -> value; nothing where the subject has not got what it takes."""
+"""Name of a scorer -> function that returns figure -> value, or nothing if the subject lacks the scorer's input."""
 
 VERDICTS: dict[str, Callable[[Sequence[Transcript]], list[Verdict]]] = {
     "reasoning_language": language.reasoning_verdicts,
@@ -41,4 +41,4 @@ VERDICTS: dict[str, Callable[[Sequence[Transcript]], list[Verdict]]] = {
     "exact_match": exact_match.verdicts,
     "format_health": format_health.verdicts,
 }
-"""Figure that is a pass rate -> the verdicts that it comes from, one for each answer that it looks at."""
+"""Name of a pass rate -> function that returns its verdicts, one for each answer that counts."""

@@ -1,10 +1,10 @@
-"""Whether the answer is the expected number or choice, found in free text.
+"""Exact match: the expected number or choice, found in a free-text answer.
 
-What is compared is, in this order, what stands in the last \\boxed{}, what follows the last "the answer is" in one of
-nine languages, and the last number of all. Numbers may have thousands separators and decimal commas: "1.234,5" in
-German is "1,234.5" in English. Models also write the English way in other languages, so where a language has decimal
-commas both readings are tried: "70,000" in a German answer is right for 70 and for 70000. Fractions, numbers in words
-and counting by ten thousands (3万) are not read.
+A number is taken from the first of these that the answer has: the last \\boxed{}, the text after the last "the answer
+is" in one of nine languages, or the last number of all. Numbers may have thousands separators and decimal commas:
+"1.234,5" in German is "1,234.5" in English. Models also use the English notation in other languages. So both notations
+are tried in a language with decimal commas: "70,000" in a German answer is right for 70 and for 70000. Fractions,
+numbers in words and multiples of ten thousand (3万) are not read.
 """
 
 import re
@@ -32,24 +32,24 @@ _ANSWER_IS = re.compile(
     r"|\bresposta(?: é|:)|\bответ\b|答案(?:是|为|為|：|:)|答え(?:は|：|:)",
     re.IGNORECASE,
 )
-_LATIN = "A-Za-zÀ-ɏ0-9'’"  # what a letter must not touch to stand alone; Chinese and Japanese have no spaces
+_LATIN = "A-Za-zÀ-ɏ0-9'’"  # characters next to which a letter does not stand alone
 _ALONE = re.compile(rf"\(([A-E])\)|(?<![{_LATIN}])([A-E])(?![{_LATIN}])")
 _LEADING = re.compile(r"\W*([A-E])(?:\W*$|\s*[).:\]]|\*\*)", re.MULTILINE)
 _TRAILING = re.compile(rf"(?<![{_LATIN}])([A-E])\W*$")
 
 
 def score(subject: Subject) -> dict[str, float]:
-    """`exact_match`, over all and for each language."""
+    """Compute the rate `exact_match`, in total and for each language."""
     return figures("exact_match", verdicts(subject.transcripts))
 
 
 def verdicts(transcripts: Sequence[Transcript]) -> list[Verdict]:
-    """On the transcripts with expected["answer"], a number or a choice; the group is the answer's language.
+    """Decide the transcripts with expected["answer"], a number or a choice. The group is the answer's language.
 
-    An answer that never came, or in which nothing is found, is wrong.
+    A missing answer is wrong, and so is an answer without a number or choice.
 
     Raises:
-        UserError: what is expected cannot be used (see `expected.check`).
+        UserError: an expected value is invalid (see `expected.check`).
     """
     wanted = [each for each in transcripts if "answer" in each.expected]
     check_all(wanted)
@@ -57,12 +57,12 @@ def verdicts(transcripts: Sequence[Transcript]) -> list[Verdict]:
 
 
 def is_right(answer: str, expected: str, language: str = "en") -> bool:
-    """Whether the answer gives what was expected.
+    """Check whether an answer contains the expected number or choice.
 
     Args:
-        answer: of the model.
-        expected: a number as "70000", "2,125" or "-0.5", or a letter from A to E.
-        language: of the answer, an ISO 639-1 code.
+        answer: the model's answer.
+        expected: a number such as "70000", "2,125" or "-0.5", or a letter from A to E.
+        language: ISO 639-1 code of the answer's language.
     """
     wanted = expected.strip()
     if CHOICE.fullmatch(wanted):
@@ -73,9 +73,9 @@ def is_right(answer: str, expected: str, language: str = "en") -> bool:
 
 
 def readings(number: str, language: str) -> list[Decimal]:
-    """What a number may mean: in the language's own notation, and where that has decimal commas, in English, too.
+    """Return the possible values of a number: in the language's notation, then in English notation if they differ.
 
-    A number that is in neither (1.2.3) means nothing.
+    A number that fits no notation, such as 1.2.3, has no value.
     """
     compact = _SPACING.sub("", number).translate({ord("−"): "-", ord("–"): "-"})
     notations = [(",", ".")] if language in _DECIMAL_POINT else [(".", ","), (",", ".")]
@@ -86,7 +86,7 @@ def _read(compact: str, thousands: str, point: str) -> Iterator[Decimal]:
     whole, _, fraction = compact.partition(point)
     groups = whole.lstrip("-").split(thousands)
     sizes = [len(group) for group in groups]
-    # Groups of two are India's: 1,00,000. Nobody groups 0,125.
+    # Groups of two are Indian: 1,00,000. A number that begins with 0 has no groups: 0,125.
     is_grouped = sizes[0] <= 3 and sizes[-1] == 3 and {*sizes[1:]} <= {2, 3} and not whole.lstrip("-").startswith("0")
     if (len(groups) == 1 or is_grouped) and (not fraction or fraction.isdecimal()):
         yield Decimal(f"{whole.replace(thousands, '')}.{fraction or 0}")
@@ -104,7 +104,7 @@ def _number(answer: str) -> str | None:
 
 
 def _first_result(text: str) -> str | None:
-    """The first number, or where its line is an equation ("5 + 6 = 11"), the first after the last equals sign."""
+    """The first number. In an equation ("5 + 6 = 11"), the first number after the line's last equals sign."""
     first = _NUMBERS.search(text)
     if first is None:
         return None
@@ -126,7 +126,7 @@ def _choice(answer: str) -> str | None:
 
 
 def _alone(text: str) -> list[str]:
-    """Letters that stand on their own."""
+    """The letters from A to E that stand alone."""
     return [one or other for one, other in _ALONE.findall(text.replace(r"\text", " "))]
 
 

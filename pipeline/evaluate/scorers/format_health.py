@@ -1,11 +1,11 @@
-r"""Whether what a model writes is sound, whatever it says: channels, the end, loops.
+r"""The form of an answer, independent of its content: channels, the end, loops.
 
-Fine-tuning and rounding break these before they break knowledge. A completion, as generated after
-`<|start|>assistant`, is a row of Harmony messages: an optional recipient, `<|channel|>`, a channel's name, perhaps a
-recipient and a type, `<|message|>`, text, and what ends it.
+Fine-tuning and rounding damage the form before they damage knowledge. A completion follows `<|start|>assistant` and is
+a sequence of Harmony messages. Each message has an optional recipient, `<|channel|>`, the channel's name, optionally a
+recipient and a type, `<|message|>`, text, and an end token.
 
-No text of MGSM's questions (1,750, seven languages) or of XSTest's completions (450) is a loop by the limits below; the
-largest share of repeated letters in them is 0.39. Long tables whose rows are alike are taken for loops.
+By the limits below, no question of MGSM (1,750 in seven languages) and no completion of XSTest (450) is a loop. The
+largest share of repeated letters in them is 0.39. Long tables with similar rows are mistaken for loops.
 """
 
 import re
@@ -25,95 +25,98 @@ _WHOLE = re.compile(
 )
 _LEAK = re.compile(r"<\|\w+\|>|\A\W*(?:assistant)?(?:analysis|commentary|final)(?=[A-Z])|assistant(?:final|analysis)")
 
-_ENDS = ("return", "stop", "call", "tool_calls")  # ours, and an endpoint's
+_ENDS = ("return", "stop", "call", "tool_calls")  # names of this program and of endpoints
 _LENGTH = "length"
-_LOOP_LETTERS = 200  # of one phrase over and over, and
-_LOOP_ROUNDS = 4  # at least so often
-_NGRAM = 16  # letters
-_MOST_REPEATED = 0.5
+_LOOP_LETTERS = 200  # shortest loop, in letters
+_LOOP_ROUNDS = 4  # fewest repetitions in a loop
+_NGRAM = 16  # letters in a run
+_MOST_REPEATED = 0.5  # largest share of repeated runs in a text without a loop
 _SPACES = re.compile(r"\s+")
 
 
 def score(subject: Subject) -> dict[str, float]:
-    """Shares of transcripts: `format_health` passes all that can be told, `format_health/<check>` one of CHECKS."""
+    """Compute the share of transcripts that pass all checks, and the share for each check, `format_health/<check>`."""
     found = figures("format_health", verdicts(subject.transcripts))
     for name, check in CHECKS.items():
-        told = [told for told in map(check, subject.transcripts) if told is not None]
-        if told:
-            found[f"format_health/{name}"] = sum(told) / len(told)
+        decided = [passed for passed in map(check, subject.transcripts) if passed is not None]
+        if decided:
+            found[f"format_health/{name}"] = sum(decided) / len(decided)
     return found
 
 
 def verdicts(transcripts: Sequence[Transcript]) -> list[Verdict]:
-    """Whether each transcript passes all checks that can be made of it; never undecided."""
+    """Decide for each transcript whether no check fails. Undecided checks do not count, so every verdict is decided."""
     return [
         Verdict(each.prompt_id, each.sample, "", all(check(each) is not False for check in CHECKS.values()))
         for each in transcripts
     ]
 
 
-def ended(transcript: Transcript) -> bool:
-    """It stopped by itself."""
+def has_ended(transcript: Transcript) -> bool:
+    """Whether generation ended by itself."""
     return transcript.finish in _ENDS
 
 
-def not_cut(transcript: Transcript) -> bool:
-    """It was not cut by the limit of tokens."""
+def is_not_truncated(transcript: Transcript) -> bool:
+    """Whether generation ended before the limit of tokens."""
     return transcript.finish != _LENGTH
 
 
-def well_formed(transcript: Transcript) -> bool | None:
-    """Its channels are as Harmony has them. None where it was cut, or an endpoint hides the special tokens."""
+def is_well_formed(transcript: Transcript) -> bool | None:
+    """Whether the channels follow Harmony. None if truncated, or if an endpoint hides the special tokens."""
     if transcript.completion is None or transcript.finish == _LENGTH:
         return None
     return _WHOLE.fullmatch(transcript.completion) is not None
 
 
-def answered(transcript: Transcript) -> bool | None:
-    """It has an answer that is not empty. None for a tool call, which needs none."""
+def has_answer(transcript: Transcript) -> bool | None:
+    """Whether the answer has text. None for a tool call, which needs no answer."""
     if transcript.finish in ("call", "tool_calls"):
         return None
     return bool(transcript.answer and transcript.answer.strip())
 
 
-def not_leaking(transcript: Transcript) -> bool | None:
-    """No control token or channel name is in the answer, and it is not the reasoning again. None without an answer."""
+def does_not_leak(transcript: Transcript) -> bool | None:
+    """Whether the answer is free of control tokens and channel names, and differs from the reasoning.
+
+    None without an answer.
+    """
     if not transcript.answer:
         return None
-    same = transcript.reasoning is not None and _plain(transcript.reasoning) == _plain(transcript.answer)
+    same = transcript.reasoning is not None and _normalize(transcript.reasoning) == _normalize(transcript.answer)
     return not same and _LEAK.search(transcript.answer) is None
 
 
-def not_looping(transcript: Transcript) -> bool:
-    """Neither reasoning nor answer goes round in circles."""
-    return not any(loops(text) for text in (transcript.reasoning, transcript.answer) if text)
+def does_not_loop(transcript: Transcript) -> bool:
+    """Whether neither the reasoning nor the answer is a loop."""
+    return not any(is_loop(text) for text in (transcript.reasoning, transcript.answer) if text)
 
 
 CHECKS: dict[str, Callable[[Transcript], bool | None]] = {
-    "ended": ended,
-    "not_cut": not_cut,
-    "well_formed": well_formed,
-    "answered": answered,
-    "not_leaking": not_leaking,
-    "not_looping": not_looping,
+    "ended": has_ended,
+    "not_cut": is_not_truncated,
+    "well_formed": is_well_formed,
+    "answered": has_answer,
+    "not_leaking": does_not_leak,
+    "not_looping": does_not_loop,
 }
-"""Figure -> what has to be true; None where it cannot be told."""
+"""Name of a check -> function that returns whether the transcript passes, or None if undecided."""
 
 
-def loops(text: str) -> bool:
-    """Whether the text ends in a phrase that is repeated, or more than half of it are repeated runs of letters.
+def is_loop(text: str) -> bool:
+    """Whether the text ends in a repeated phrase, or more than half of its runs of letters are repetitions.
 
-    The first finds loops that go on to the end word by word, the second those that count up or change a word. Runs are
-    of letters, not words, so that languages without spaces are treated alike.
+    The first test finds loops that repeat word for word up to the end. The second finds loops that count up or change a
+    word. Runs consist of letters, not words, so languages without spaces are treated alike.
     """
-    plain = _plain(text)
-    return _periodic_end(plain) or _repeated_share(plain) > _MOST_REPEATED
+    plain = _normalize(text)
+    return _ends_periodically(plain) or _repeated_share(plain) > _MOST_REPEATED
 
 
-def _periodic_end(text: str) -> bool:
-    """Whether the end repeats with some period, long and often enough; lines of one sign alone do not count."""
+def _ends_periodically(text: str) -> bool:
+    """Whether the end of the text is a loop. A phrase without letters and digits, such as a line of dashes, is none."""
     end = text[-20 * _LOOP_LETTERS :][::-1]
-    # The border of a prefix of the reversed text gives its period (Knuth, Morris and Pratt 1977).
+    # The border of a prefix of the reversed text gives the prefix's period (Knuth, Morris and Pratt 1977).
     border = [0] * len(end)
     for i in range(1, len(end)):
         k = border[i - 1]
@@ -127,7 +130,7 @@ def _periodic_end(text: str) -> bool:
 
 
 def _repeated_share(text: str) -> float:
-    """Share of runs of letters that occurred before; 0 for short texts."""
+    """The share of runs of letters that occurred before; 0 for short texts."""
     letters = "".join(filter(str.isalpha, text))
     count = len(letters) - _NGRAM + 1
     if count < _LOOP_LETTERS:
@@ -135,5 +138,5 @@ def _repeated_share(text: str) -> float:
     return 1 - len({letters[i : i + _NGRAM] for i in range(count)}) / count
 
 
-def _plain(text: str) -> str:
+def _normalize(text: str) -> str:
     return _SPACES.sub(" ", text).strip()

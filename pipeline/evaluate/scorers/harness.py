@@ -1,37 +1,42 @@
-"""Task suites of lm-evaluation-harness (`evaluate.lm_eval`). The only importer of lm_eval, which is an extra.
+"""Task suites of lm-evaluation-harness (`evaluate.lm_eval`). The only importer of lm_eval, an optional dependency.
 
-A model of the run is handed over as it is in memory, so that what is measured is what its forward pass computes, fake
-quantizers included. Chat prompts are rendered as in training, date and effort pinned, and what counts as the answer is
-the text after the last channel's `<|message|>`. A served model is asked by the harness itself.
+A model of the run is passed to the harness in memory. So the figures are of its real forward pass, with its fake
+quantizers. Chat prompts are rendered as in training, with the pinned date and effort. The answer is the text after the
+last channel's `<|message|>`. The harness itself sends requests to a served model.
 """
 
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets.exceptions import DatasetsError
 
 from pipeline.config import EndpointApi, EndpointConfig, LmEvalConfig
 from pipeline.data.harmony import Rendering
 from pipeline.errors import UserError, did_you_mean, user_errors
-from pipeline.evaluate.generation.client import key_of
+from pipeline.evaluate.generation.client import read_key
 from pipeline.evaluate.generation.endpoint import KEY as ENDPOINT
 from pipeline.evaluate.generation.endpoint import Served
 from pipeline.evaluate.subject import Subject
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from transformers import PreTrainedModel
 
 KEY = "evaluate.lm_eval"
 _BEFORE_TEXT = "<|message|>"
 
 
 class Suites:
-    """The tasks that the settings name, found and checked."""
+    """The tasks that the settings name."""
 
     def __init__(self, settings: LmEvalConfig) -> None:
-        """
+        """Find the tasks.
+
         Raises:
-            UserError: lm-eval is not installed, or there is no such folder or task.
+            UserError: lm-eval is not installed, or a folder or task does not exist.
         """
         try:
             import lm_eval.tasks
@@ -51,20 +56,20 @@ class Suites:
             raise user_errors(
                 [
                     f"{KEY}.tasks: no such task: {name}.{did_you_mean(name, self._manager.all_tasks)}"
-                    " `lm_eval ls tasks` lists them; a folder of yours is named by .include_path."
+                    f" `lm_eval ls tasks` lists all tasks; {KEY}.include_path names a folder with your own."
                     for name in unknown
                 ]
             )
 
-    def of_model(self, model: Any, rendering: Rendering) -> dict[str, float]:
-        """Figures of a loaded model.
+    def score_model(self, model: "PreTrainedModel", rendering: Rendering) -> dict[str, float]:
+        """Run the tasks on a loaded model.
 
         Args:
             model: a causal language model in evaluation mode, on its device.
-            rendering: its tokenizer, and what else a chat prompt says.
+            rendering: its tokenizer and the settings of chat prompts.
 
         Raises:
-            UserError: a task's data cannot be read, or it does not go with the settings.
+            UserError: a task's data cannot be read, or a task does not support the settings.
         """
         from lm_eval.models.huggingface import HFLM
 
@@ -84,20 +89,20 @@ class Suites:
         )
         return self._figures(harness_model, None)
 
-    def of_served(self, served: Served, endpoint: EndpointConfig, tokenizer: Path) -> dict[str, float]:
-        """Figures of a model on a server.
+    def score_served(self, served: Served, endpoint: EndpointConfig, tokenizer: Path) -> dict[str, float]:
+        """Run the tasks on a model on a server.
 
         Args:
             served: the model.
-            endpoint: settings of its server.
-            tokenizer: directory of its tokenizer; prompts are sent as tokens unless the API is chat.
+            endpoint: the settings of its server.
+            tokenizer: directory of its tokenizer. Prompts are sent as tokens, except with the chat API.
 
         Raises:
-            UserError: as `of_model`, or the server does not answer.
+            UserError: as for `score_model`, or the server does not answer.
         """
         is_chat = served.api == EndpointApi.chat.name
-        key = key_of(endpoint, ENDPOINT)
-        arguments: dict[str, Any] = {
+        key = read_key(endpoint, ENDPOINT)
+        arguments: dict[str, object] = {
             "model": served.model,
             "base_url": f"{served.url}/{'chat/' if is_chat else ''}completions",
             "tokenizer_backend": None if is_chat else "huggingface",
@@ -107,14 +112,14 @@ class Suites:
             "header": {"Authorization": f"Bearer {key}"} if key else {"Accept": "application/json"},
             **({} if is_chat else {"tokenizer": str(tokenizer)}),
         }
-        with _faults_of(served):
+        with _server_errors(served):
             return self._figures(f"local-{'chat-' if is_chat else ''}completions", arguments)
 
-    def _figures(self, model: Any, arguments: dict[str, Any] | None) -> dict[str, float]:
+    def _figures(self, model: "LM | str", arguments: dict[str, object] | None) -> dict[str, float]:
         from lm_eval.evaluator import simple_evaluate
 
         settings = self._settings
-        with _faults_of_tasks(settings.tasks):
+        with _task_errors(settings.tasks):
             found: Any = simple_evaluate(
                 model=model,
                 model_args=arguments,
@@ -125,26 +130,27 @@ class Suites:
                 apply_chat_template=settings.apply_chat_template,
                 log_samples=False,
             )
-        return dict(_flat(found["results"])) | dict(_flat(found.get("groups", {})))
+        return dict(_flatten(found["results"])) | dict(_flatten(found.get("groups", {})))
 
 
 def score(subject: Subject) -> dict[str, float]:
-    """`lm_eval/<task>/<metric>` and `…_stderr`, found before; empty where no tasks were run."""
+    """Return the figures of the suites. They were measured before; without tasks there are none."""
     return dict(subject.suites)
 
 
-def _flat(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
-    """`lm_eval/<task>/<metric>` and `…_stderr`; a metric is followed by ,<filter> where a task has several."""
+def _flatten(results: Mapping[str, Mapping[str, object]]) -> Iterator[tuple[str, float]]:
+    """Name figures `lm_eval/<task>/<metric>` and `…_stderr`. A filter of answers follows the metric as ",<filter>"."""
     for task, metrics in results.items():
         for name, value in metrics.items():
             metric, _, answer_filter = name.partition(",")
-            if isinstance(value, (int, float)) and answer_filter:  # the others: alias, "N/A", counts
+            if isinstance(value, (int, float)) and answer_filter:  # not alias, "N/A" and counts
                 suffix = "" if answer_filter == "none" else f",{answer_filter}"
                 yield f"lm_eval/{task}/{metric}{suffix}", float(value)
 
 
 @contextmanager
-def _faults_of_tasks(tasks: list[str]) -> Iterator[None]:
+def _task_errors(tasks: list[str]) -> Iterator[None]:
+    """Turn lm-eval's errors about tasks and their data into a UserError."""
     try:
         yield
     except (DatasetsError, FileNotFoundError, ConnectionError, ValueError, KeyError) as error:
@@ -153,7 +159,8 @@ def _faults_of_tasks(tasks: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _faults_of(served: Served) -> Iterator[None]:
+def _server_errors(served: Served) -> Iterator[None]:
+    """Turn errors of the connection to a server into a UserError."""
     from aiohttp import ClientError
 
     try:

@@ -1,7 +1,8 @@
-"""Whether a model reasons, and answers, in the language that it was asked to.
+"""The language of a model's reasoning and of its answer, against the expected language.
 
-`data.languages` tells the language offline, among those in its table. A text of two languages, neither with two thirds
-of it, is in none. A text is undecided if it is missing, too short, or if the classifier is not sure of it.
+`data.languages` identifies the language offline, among `config.languages.NAMES`. A text in two languages fails if
+neither has two thirds of it. A text is undecided if it is missing or too short, or if the classifier's confidence is
+low.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,27 +16,27 @@ from pipeline.evaluate.transcripts import Transcript
 from pipeline.evaluate.verdicts import Verdict, figures
 
 
-def reasoning(subject: Subject) -> dict[str, float]:
-    """Shares of transcripts whose analysis is in expected["language"]: `reasoning_language`, and for each language."""
+def score_reasoning(subject: Subject) -> dict[str, float]:
+    """Compute the rate `reasoning_language`: the analysis is in expected["language"]. In total and by language."""
     return figures("reasoning_language", reasoning_verdicts(subject.transcripts))
 
 
-def answer(subject: Subject) -> dict[str, float]:
-    """Shares of transcripts whose answer is in the language of the question: `answer_language`, as `reasoning`."""
+def score_answer(subject: Subject) -> dict[str, float]:
+    """Compute the rate `answer_language`: the answer is in the expected language. In total and by language."""
     return figures("answer_language", answer_verdicts(subject.transcripts))
 
 
 def reasoning_verdicts(transcripts: Sequence[Transcript]) -> list[Verdict]:
-    """On the transcripts with expected["language"], a name or an ISO 639-1 code; the group is the code.
+    """Decide the transcripts with expected["language"], a name or an ISO 639-1 code. The group is the code.
 
     Raises:
-        UserError: what is expected cannot be used (see `expected.check`).
+        UserError: an expected value is invalid (see `expected.check`).
     """
     return _verdicts(transcripts, lambda each: each.expected.get("language"), lambda each: each.reasoning)
 
 
 def answer_verdicts(transcripts: Sequence[Transcript]) -> list[Verdict]:
-    """As `reasoning_verdicts`, of the answer; expected["answer_language"] wins where there is one."""
+    """Decide the answers like `reasoning_verdicts`. expected["answer_language"] takes precedence over "language"."""
     return _verdicts(
         transcripts,
         lambda each: each.expected.get("answer_language", each.expected.get("language")),
@@ -54,8 +55,8 @@ def _verdicts(
 
 
 def _verdict(transcript: Transcript, code: str, text: str) -> Verdict:
-    told = _languages().of(text)
-    return Verdict(transcript.prompt_id, transcript.sample, code, None if told == UNDECIDED else told == code)
+    found = _languages().of(text)
+    return Verdict(transcript.prompt_id, transcript.sample, code, None if found == UNDECIDED else found == code)
 
 
 @cache

@@ -1,18 +1,21 @@
-"""How far a model's predictions are from the reference's: divergence, and whether both would say the same token.
+"""The distance of a model's predictions from a reference's: KL divergence, and agreement on the likeliest token.
 
-Two passes, so that two models are never in memory together: `record` keeps of the reference, for each supervised token
-of the validation batches, its likeliest TOP tokens and their log-probabilities, 1 KiB a token in place of 800 KiB for a
-vocabulary of 201,088; `score` holds a model against them. Logits exist for a few tokens at a time (see `head`).
+There are two passes, so two models are never in memory together. `record` stores the reference's predictions: the TOP
+likeliest tokens and their log-probabilities, for each supervised token of the validation batches. That takes 1 KiB a
+token; all 201,088 tokens of the vocabulary would take 800 KiB. `score` compares a model with them. Logits exist only
+for a few tokens at a time (see `chunked_logits`).
 
-All other tokens of the vocabulary count as one, so the divergence is a lower bound, which merging outcomes can only
-lower (the data processing inequality; Cover and Thomas, Elements of Information Theory, 2.8). It is exact where the
-vocabulary has no more than TOP tokens.
+All other tokens of the vocabulary are merged into one outcome. So the divergence is a lower bound: merging outcomes
+cannot increase it (data processing inequality; Cover and Thomas, Elements of Information Theory, 2.8). It is exact for
+a vocabulary of at most TOP tokens.
+
+Legend: N supervised tokens, n up to `chunked_logits.CHUNK` of them, V vocabulary.
 """
 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import xxhash
@@ -28,13 +31,16 @@ from pipeline.models.chunked_logits import States
 from pipeline.models.references import ModelRef
 from pipeline.runs.console import progress
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 TOP = 128
 BUCKETS = ((0, 32), (32, 128), (128, 512), (512, None))
-"""Supervised tokens of an example, counted from 0: the later, the further the models may have drifted apart."""
+"""Ranges of positions among an example's supervised tokens, from 0. Models may diverge more at later positions."""
 
 
 def fingerprint(reference: ModelRef, dtype: torch.dtype, batches: Sequence[dict[str, Tensor]]) -> str:
-    """Of all that decides what `record` keeps: the reference, its arithmetic, and the batches, as they are padded."""
+    """Hash everything that determines the output of `record`: the reference, its dtype, and the padded batches."""
     digest = xxhash.xxh3_128(f"{reference.fingerprint}\0{dtype}\0{TOP}\0{chunked_logits.CHUNK}".encode())
     for batch in batches:
         for name in ("input_ids", "labels"):
@@ -43,8 +49,8 @@ def fingerprint(reference: ModelRef, dtype: torch.dtype, batches: Sequence[dict[
 
 
 @torch.no_grad()
-def record(model: Any, batches: Sequence[dict[str, Tensor]], directory: Path) -> None:
-    """Keep the reference's predictions on the batches, a file a batch; `directory` appears whole or not at all."""
+def record(model: "PreTrainedModel", batches: Sequence[dict[str, Tensor]], directory: Path) -> None:
+    """Store the reference's predictions, one file per batch. `directory` appears only when it is complete."""
     unfinished = directory.with_name(f"{directory.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -57,39 +63,41 @@ def record(model: Any, batches: Sequence[dict[str, Tensor]], directory: Path) ->
 
 @torch.no_grad()
 def score(subject: Subject) -> dict[str, float]:
-    """`kl_divergence`, of the model from the reference in nats, and `top1_agreement`: means over supervised tokens.
+    """Compute `kl_divergence` in nats and `top1_agreement`, as means over supervised tokens.
 
-    Each with its 95 % interval, `_low` and `_high`, where there are two examples, and with /<first>-<last> for each
-    bucket of positions that occurs. Agreement means that no token is likelier to the model than the reference's first.
-    Empty where no predictions of a reference were recorded.
+    A token agrees if the model finds no token likelier than the reference's likeliest.
+
+    Returns:
+        Both figures; each with `_low` and `_high` (95 % interval) if there are at least two examples, and with
+        /<first>-<last> for each bucket of positions that occurs. Empty without recorded predictions.
     """
-    if subject.ref is None or subject.reference_predictions is None:
+    if subject.ref is None or subject.model is None or subject.reference_predictions is None:
         return {}
     per_token, example = [], 0
     for i, batch in enumerate(progress(subject.batches, what=f"predictions of {subject.ref.name}", unit="batch")):
         kept = load_file(_file(subject.reference_predictions, i), device=str(subject.model.device))
         states = _states(subject.model, batch)
-        found = torch.cat(list(chunked_logits.map_chunks(_compared, (states,), kept["log_probs"], kept["tokens"])))
+        found = torch.cat(list(chunked_logits.map_chunks(_compare, (states,), kept["log_probs"], kept["tokens"])))
         per_token.append(torch.cat([found.cpu(), _places(batch, example)], dim=1))
         example += len(batch["labels"])
     return _figures(torch.cat(per_token))
 
 
-def _states(model: Any, batch: dict[str, Tensor]) -> States:
-    """Up to the head, where a supervised token comes next, row by row of the batch."""
+def _states(model: "PreTrainedModel", batch: dict[str, Tensor]) -> States:
+    """Run the model up to its head, at the positions before supervised tokens, row by row of the batch."""
     inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
     supervised = functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
     return chunked_logits.compute_states(model, inputs, supervised.to(model.device))
 
 
 def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, V) -> log-probabilities as `_merged` gives them, and their tokens (n, TOP), the likeliest first."""
+    """Logits (n, V) -> log-probabilities from `_merge`, and the tokens (n, TOP) in descending order."""
     tokens = logits.topk(min(TOP, logits.shape[1])).indices
-    return _merged(logits.log_softmax(-1), tokens), tokens
+    return _merge(logits.log_softmax(-1), tokens), tokens
 
 
-def _merged(log_probs: Tensor, tokens: Tensor) -> Tensor:
-    """(n, V), (n, TOP) -> (n, TOP + 1): of these tokens, and of all others together if there are any."""
+def _merge(log_probs: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities (n, V), tokens (n, TOP) -> (n, TOP + 1). The last column sums up all other tokens, if any."""
     chosen = log_probs.gather(1, tokens)
     if log_probs.shape[1] == tokens.shape[1]:
         return chosen
@@ -97,17 +105,17 @@ def _merged(log_probs: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat([chosen, others], dim=1)
 
 
-def _compared(logits: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
-    """(n, V) of the model, and what was kept of the reference -> (n, 2) float64: divergence, and 1 for agreement."""
+def _compare(logits: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
+    """The model's logits (n, V), the reference's stored predictions -> (n, 2) float64: divergence, 1 for agreement."""
     own = logits.log_softmax(-1)
-    model = _merged(own, tokens.long())
+    model = _merge(own, tokens.long())
     divergence = functional.kl_div(model.double(), reference.double(), reduction="none", log_target=True).sum(1)
     agrees = model[:, 0] >= own.amax(1)
     return torch.stack([divergence, agrees.double()], dim=1)
 
 
 def _places(batch: dict[str, Tensor], first_example: int) -> Tensor:
-    """(n, 2) float64: which supervised token of its example each is, and which example, in the order of `_states`."""
+    """(n, 2) float64: each supervised token's position in its example, and its example, in the order of `_states`."""
     supervised = batch["labels"][:, 1:] != IGNORED
     position = (supervised.cumsum(1) - 1)[supervised]
     example = supervised.nonzero()[:, 0] + first_example
@@ -115,7 +123,7 @@ def _places(batch: dict[str, Tensor], first_example: int) -> Tensor:
 
 
 def _figures(per_token: Tensor) -> dict[str, float]:
-    """(N, 4), divergence, agreement, position and example -> figures."""
+    """(N, 4) of divergence, agreement, position and example -> figures."""
     divergence, agrees, position, example = per_token.unbind(1)
     found: dict[str, float] = {}
     for name, values in (("kl_divergence", divergence), ("top1_agreement", agrees)):
@@ -128,7 +136,7 @@ def _figures(per_token: Tensor) -> dict[str, float]:
 
 
 def _interval(name: str, values: Tensor, example: Tensor) -> dict[str, float]:
-    """Over examples, since the tokens of one resemble each other."""
+    """The interval over examples, because tokens of one example are correlated."""
     numbers, example = example.unique(return_inverse=True)
     if len(numbers) < 2:
         return {}

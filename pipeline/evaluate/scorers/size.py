@@ -5,7 +5,7 @@ from pipeline.evaluate.subject import Subject
 
 
 def score(subject: Subject) -> dict[str, float]:
-    """Bytes of the weight files that have to be there to load the model; adapters count with their base."""
+    """Compute `weight_bytes`: the size of the weight files that the model needs. Adapters include their base."""
     if subject.ref is None or subject.weights is None:
         return {}
     adapter = (subject.ref.directory / ADAPTER_WEIGHTS).stat().st_size if subject.ref.adapter else 0

@@ -1,4 +1,4 @@
-"""Validation loss and perplexity, over all and for each group of examples."""
+"""Validation loss and perplexity, in total and for each group of examples."""
 
 import torch
 
@@ -8,14 +8,16 @@ from pipeline.runs.console import progress
 
 
 def score(subject: Subject) -> dict[str, float]:
-    """Mean negative log-likelihood in nats: over supervised tokens, and over all tokens; perplexity of the former.
+    """Compute the mean negative log-likelihood in nats over supervised tokens and over all tokens.
 
-    `validation_loss`, `perplexity` and `supervised_tokens` also of each group, as <figure>/<group>.
+    Returns:
+        `validation_loss`, `perplexity` and `supervised_tokens` of the supervised tokens, in total and as
+        <figure>/<group>; `validation_loss_all_tokens`. Empty for a model on a server.
     """
-    if subject.ref is None:
+    if subject.ref is None or subject.model is None:
         return {}
-    made = progress(subject.batches, what=f"loss of {subject.ref.name}", unit="batch")
-    of_example = losses.sums_by_example(subject.model, made)
+    batches = progress(subject.batches, what=f"loss of {subject.ref.name}", unit="batch")
+    of_example = losses.sums_by_example(subject.model, batches)
     loss = losses.from_sums(of_example.sum(0))
     found = {**_figures(loss, ""), "validation_loss_all_tokens": loss.over_all}
     for group in sorted({*subject.groups} - {""}):

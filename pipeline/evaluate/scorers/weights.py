@@ -1,4 +1,4 @@
-"""How far the expert weights are from the fine-tuned ones, and how many of their 4-bit values are others."""
+"""The distance of the expert weights from the reference's, and the share of 4-bit values that differ."""
 
 import math
 
@@ -12,11 +12,14 @@ from pipeline.runs.console import progress
 
 
 def score(subject: Subject) -> dict[str, float]:
-    """Of the weights W that the forward pass uses, over all experts, R those of the reference.
+    """Compare the expert weights W of the forward pass with the reference's expert weights R.
 
-    `relative_weight_error` is ||W - R|| / ||R||; `snr_db` the same in dB, absent where there is no error;
-    `flipped_codes` the share of weights whose 4-bit value differs from R's, both rounded as the subject rounds (as
-    MXFP4 where it does not): what training after rounding has changed, 0 for a PTQ of the reference.
+    Returns:
+        `relative_weight_error`: ||W - R|| / ||R||.
+        `snr_db`: the same ratio in dB, absent if there is no error.
+        `flipped_codes`: the share of weights whose 4-bit value differs from R's. Both are rounded in the subject's
+            format, or in MXFP4 if it has none. The share is what training after rounding changed: 0 for a PTQ of the
+            reference.
     """
     if subject.ref is None or subject.weights is None or subject.reference is None:
         return {}
@@ -25,7 +28,7 @@ def score(subject: Subject) -> dict[str, float]:
     for projection in progress(projections, what=f"weights of {subject.ref.name}", unit="tensor"):
         effective, references = (each.read_effective(projection.name) for each in (subject.weights, subject.reference))
         importance = subject.weights.importance(projection.name)
-        for pair in zip(effective.split(1), references.split(1), strict=True):  # copies of one expert at a time
+        for pair in zip(effective.split(1), references.split(1), strict=True):  # one expert at a time saves memory
             squared_error, squares, flips = _difference(*pair, subject.ref.block_format, importance)
             error, norm, flipped = error + squared_error, norm + squares, flipped + flips
         count += effective.numel()
@@ -37,13 +40,13 @@ def score(subject: Subject) -> dict[str, float]:
 def _difference(
     weights: Tensor, reference: Tensor, block_format: BlockFormat | None, importance: Tensor | None
 ) -> tuple[float, float, float]:
-    """Squared error, squares of the reference, and flipped codes, of (1, in, out) each."""
-    codes = _rounded(weights, MXFP4, None) if block_format is None else weights
-    codes_of_reference = _rounded(reference, block_format or MXFP4, importance)
+    """Sum up squared errors, squares of the reference, and flipped codes. Both weights are (1, in, out)."""
+    codes = _round(weights, MXFP4, None) if block_format is None else weights
+    codes_of_reference = _round(reference, block_format or MXFP4, importance)
     squared_error, squares, *_ = differences((reference, weights, reference, weights)).tolist()
     *_, flipped = differences((codes, codes, codes_of_reference, codes_of_reference)).tolist()
     return squared_error, squares, flipped
 
 
-def _rounded(weights: Tensor, block_format: BlockFormat, importance: Tensor | None) -> Tensor:
+def _round(weights: Tensor, block_format: BlockFormat, importance: Tensor | None) -> Tensor:
     return fake_quantize(weights.transpose(1, 2), block_format, importance=importance).transpose(1, 2)

@@ -41,9 +41,9 @@ def test_values_that_cannot_be_used_are_reported_together_each_once() -> None:
     message = str(caught.value)
     assert message.startswith("4 problems:")
     assert "expected answer 'four' of prompt q1: neither a plain number" in message
-    assert "expected language 'Germann' of prompt q2 and 1 more: not a language" in message
+    assert "expected language 'Germann' of prompt q2 and 1 more: not a supported language" in message
     assert "Did you mean 'German'" in message
-    assert "expected language 'Klingon' of prompt q4: not a language" in message
+    assert "expected language 'Klingon' of prompt q4: not a supported language" in message
     assert "expected safety 'harmful' of prompt q3: must be safe or unsafe." in message
 
 

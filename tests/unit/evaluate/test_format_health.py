@@ -4,7 +4,7 @@ import pytest
 from answers import transcript
 
 from pipeline.evaluate.scorers import format_health
-from pipeline.evaluate.scorers.format_health import CHECKS, loops
+from pipeline.evaluate.scorers.format_health import CHECKS, is_loop
 from pipeline.evaluate.subject import Subject
 from pipeline.evaluate.transcripts import Transcript
 
@@ -30,7 +30,7 @@ def complete(completion: str | None, **changed: str) -> Transcript:
     ],
 )
 def test_what_harmony_allows_is_well_formed(completion: str) -> None:
-    assert format_health.well_formed(complete(completion)) is True
+    assert format_health.is_well_formed(complete(completion)) is True
 
 
 @pytest.mark.parametrize(
@@ -48,14 +48,14 @@ def test_what_harmony_allows_is_well_formed(completion: str) -> None:
     ],
 )
 def test_what_harmony_does_not_allow_is_not(completion: str) -> None:
-    assert format_health.well_formed(complete(completion)) is False
+    assert format_health.is_well_formed(complete(completion)) is False
 
 
 def test_what_cannot_be_seen_is_not_judged() -> None:
-    assert format_health.well_formed(complete(None)) is None
-    assert format_health.well_formed(complete(ANALYSIS, finish="length")) is None
-    assert format_health.not_leaking(transcript(None)) is None
-    assert format_health.answered(transcript(None, finish="call")) is None
+    assert format_health.is_well_formed(complete(None)) is None
+    assert format_health.is_well_formed(complete(ANALYSIS, finish="length")) is None
+    assert format_health.does_not_leak(transcript(None)) is None
+    assert format_health.has_answer(transcript(None, finish="call")) is None
 
 
 @pytest.mark.parametrize(
@@ -70,12 +70,12 @@ def test_what_cannot_be_seen_is_not_judged() -> None:
     ],
 )
 def test_reasoning_and_control_tokens_in_the_answer_are_a_leak(answer: str) -> None:
-    assert format_health.not_leaking(transcript(answer, "They greet.")) is False
+    assert format_health.does_not_leak(transcript(answer, "They greet.")) is False
 
 
 @pytest.mark.parametrize("answer", ["Hello!", "Final answer: 7", "analysis: see below", "The analysis shows |x| < 3."])
 def test_an_answer_that_speaks_of_analysis_is_no_leak(answer: str) -> None:
-    assert format_health.not_leaking(transcript(answer, "They greet.")) is True
+    assert format_health.does_not_leak(transcript(answer, "They greet.")) is True
 
 
 LOOPS = {
@@ -101,16 +101,16 @@ NO_LOOPS = {
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_loop_is_found(name: str) -> None:
-    assert loops(LOOPS[name])
+    assert is_loop(LOOPS[name])
 
 
 @pytest.mark.parametrize("name", NO_LOOPS)
 def test_what_only_repeats_a_little_is_no_loop(name: str) -> None:
-    assert not loops(NO_LOOPS[name])
+    assert not is_loop(NO_LOOPS[name])
 
 
 def test_a_loop_in_the_reasoning_counts() -> None:
-    assert format_health.not_looping(transcript("Hello!", LOOPS["sentences"])) is False
+    assert format_health.does_not_loop(transcript("Hello!", LOOPS["sentences"])) is False
 
 
 def test_a_sound_transcript_passes_every_check() -> None:

@@ -196,7 +196,7 @@ def test_without_a_prompt_there_is_an_error(config: PipelineConfig) -> None:
 
 
 def test_instructions_alone_ask_nothing(config: PipelineConfig) -> None:
-    with pytest.raises(UserError, match="row 1: has nothing but instructions: there is nothing that is asked"):
+    with pytest.raises(UserError, match="row 1: has only instructions: it asks nothing"):
         of_file(config, [{"messages": [{"role": "system", "content": "Be brief."}]}])
 
 

@@ -111,7 +111,7 @@ def test_holm_never_goes_beyond_one_and_takes_no_tests() -> None:
 
 @pytest.mark.parametrize(
     ("wins", "losses", "said"),
-    [(6, 0, BETTER), (0, 6, WORSE), (5, 0, "no difference that 100 prompts can show: it would have to be 6.0 points")],
+    [(6, 0, BETTER), (0, 6, WORSE), (5, 0, "no significant difference on 100 prompts: it would have to be 6.0 points")],
 )
 def test_six_prompts_of_one_kind_are_the_fewest_that_show_a_difference(wins: int, losses: int, said: str) -> None:
     """2 / 2^6 = 0.031, 2 / 2^5 = 0.0625."""
@@ -120,7 +120,7 @@ def test_six_prompts_of_one_kind_are_the_fewest_that_show_a_difference(wins: int
 
 def test_fewer_than_six_prompts_show_nothing() -> None:
     said = statistics.verdict(*outcomes(0, 5, 0, 0))
-    assert said == "no difference that 5 prompts can show: they are too few for any"
+    assert said == "no significant difference on 5 prompts: they are too few for any"
 
 
 @pytest.mark.parametrize("differing", [0, 5, 6, 7, 20, 101])
@@ -135,7 +135,7 @@ def test_several_comparisons_need_more_than_one_does() -> None:
     comparison = compare(*outcomes(50, 6, 0, 50))
     assert statistics.verdicts([comparison]) == [BETTER]
     said = statistics.verdicts([comparison, comparison])
-    assert said == ["no difference that 106 prompts can show: it would have to be 6.6 points"] * 2
+    assert said == ["no significant difference on 106 prompts: it would have to be 6.6 points"] * 2
 
 
 def test_the_difference_is_that_of_the_pass_rates() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.evaluate.statistics import BETTER, wilson
 from pipeline.evaluate.statistics import verdict as compared
-from pipeline.evaluate.verdicts import Verdict, figures, paired
+from pipeline.evaluate.verdicts import Verdict, figures, pair
 
 
 def verdict(prompt_id: str, passed: bool | None, group: str = "", sample: int = 0) -> Verdict:
@@ -42,11 +42,11 @@ def test_answers_to_the_same_prompts_are_not_counted_as_so_many_prompts() -> Non
 def test_models_are_paired_by_prompt_where_both_are_decided() -> None:
     model = [verdict("b", True), verdict("a", False), verdict("c", None), verdict("d", True)]
     reference = [verdict("a", True), verdict("b", True), verdict("c", True), verdict("e", True)]
-    first, second = paired(model, reference)
+    first, second = pair(model, reference)
     assert (first.tolist(), second.tolist()) == ([False, True], [True, True])
 
 
 def test_two_models_are_compared_on_the_prompts_that_both_have() -> None:
     model = [verdict(str(i), True) for i in range(12)]
     reference = [verdict(str(i), i % 2 == 0) for i in range(20)]
-    assert compared(*paired(model, reference)) == BETTER
+    assert compared(*pair(model, reference)) == BETTER
