@@ -6,7 +6,7 @@ from pipeline.compare import content, page, plots, runs, table
 from pipeline.compare.content import Content
 from pipeline.compare.evidence import TEST_COLUMNS
 from pipeline.compare.rows import ORDER
-from pipeline.compare.runs import Run
+from pipeline.compare.runs import EvaluatedRun
 from pipeline.config import PipelineConfig, Stage
 from pipeline.runs import artifacts
 from pipeline.runs.artifacts import Artifact, Kind, Result, write_json
@@ -22,7 +22,7 @@ _PAGE = "compare.html"
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/compare of the runs that compare.runs names, else of this one, and show it."""
     found = _runs(config)
-    report = content.of(found, config.compare.examples)
+    report = content.collect(found, config.compare.examples)
     artifact = artifacts.build(
         config,
         Stage.compare,
@@ -36,25 +36,25 @@ def run(config: PipelineConfig) -> Artifact:
     return artifact
 
 
-def _runs(config: PipelineConfig) -> list[Run]:
+def _runs(config: PipelineConfig) -> list[EvaluatedRun]:
     if config.compare.runs:
         return runs.find(config.compare.runs)
-    return runs.of_this_run(artifacts.require(config, Stage.evaluate))
+    return runs.find_this(artifacts.require(config, Stage.evaluate))
 
 
 def _write(report: Content, directory: Path) -> Result:
-    write_json(directory / _JSON, report.plain())
-    (directory / _MARKDOWN).write_text(content.markdown(report), encoding="utf-8")
-    (directory / _PAGE).write_text(page.page(report), encoding="utf-8")
+    write_json(directory / _JSON, report.to_json())
+    (directory / _MARKDOWN).write_text(content.to_markdown(report), encoding="utf-8")
+    (directory / _PAGE).write_text(page.render(report), encoding="utf-8")
     images = {chart.name: directory / f"{chart.name}.png" for chart in report.charts}
     for earlier in set(directory.glob("*.png")) - set(images.values()):
         earlier.unlink()  # of a report on other figures
     for chart in report.charts:
-        plots.png(chart, images[chart.name])
+        plots.write_png(chart, images[chart.name])
     for row in report.rows:
-        log_metrics(directory, row.plain())
+        log_metrics(directory, row.to_json())
     for each in report.tables:
-        log_table(directory, each.title.lower().replace(" ", "_"), each.titles(), each.cells(report.rows))
+        log_table(directory, each.title.lower().replace(" ", "_"), each.fields(), each.cells(report.rows))
     log_table(directory, "tests", list(TEST_COLUMNS), [test.cells() for test in report.tests])
     log_media(images, {Stage.compare.name: directory / _PAGE})
     log_report(Stage.compare.name, [directory / name for name in (_JSON, _MARKDOWN, _PAGE)] + list(images.values()))
