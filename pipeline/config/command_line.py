@@ -1,13 +1,13 @@
-"""The command line: its help, its mistakes (all found at once), and the names of a sweep's jobs."""
+"""The command line: its help, its mistakes, which are reported together, and the names of a sweep's jobs."""
 
 import ast
 import inspect
 import sys
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import TYPE_CHECKING, get_args, get_origin
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -19,6 +19,9 @@ from pipeline.config.keys import is_known, schema, types_of, unknown_key, value_
 from pipeline.config.pipeline import PipelineConfig, Stage
 from pipeline.errors import did_you_mean
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 _GROUPS = {
     "recipe": "the experiment: its differences from the defaults",
     "model": "the checkpoint to start from",
@@ -26,11 +29,11 @@ _GROUPS = {
     "train@sft": "full or lora, for SFT",
     "train@qat": "full or lora, for QAT",
     "format": "the 4-bit format",
-    "eval": "prompts and tasks for models, besides the validation loss",
+    "eval": "prompts and task suites, in addition to the validation loss",
     "sharding": "how processes share a model in training",
-    "tracking": "a service for metrics, besides metrics.jsonl",
+    "tracking": "a service for metrics, in addition to metrics.jsonl",
 }
-_OF_NO_MODEL = ("stage", "recipe", "run_dir", "doctor", "verify", "eval", "compare", "tracking", "overwrite")
+_MODEL_INDEPENDENT = ("stage", "recipe", "run_dir", "doctor", "verify", "eval", "compare", "tracking", "overwrite")
 """Prefixes of settings that do not change a model. Jobs of a sweep that differ only in these share a directory."""
 _HELP_FLAGS = ("--help", "-h")
 
@@ -56,8 +59,8 @@ def problems(arguments: list[str], conf: Path, recipes: Path) -> list[str]:
     return found
 
 
-def naming_jobs(arguments: list[str]) -> list[str]:
-    """The arguments; in a sweep, also one that tells Hydra how to name the jobs.
+def name_jobs(arguments: list[str]) -> list[str]:
+    """Return the arguments. In a sweep, add an argument that tells Hydra how to name the jobs.
 
     A job's name consists of the settings in which the jobs differ. Settings that do not change a model are left out,
     so that every stage of a sweep finds the same names.
@@ -68,7 +71,7 @@ def naming_jobs(arguments: list[str]) -> list[str]:
     overrides = OverridesParser.create().parse_overrides(plain)
     swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
     common = {override.key_or_group for override in overrides} - swept
-    common |= {key for key in swept if key.startswith(_OF_NO_MODEL)}
+    common |= {key for key in swept if key.startswith(_MODEL_INDEPENDENT)}
     left_out = ", ".join(f"'{key}'" for key in sorted(common))
     end = arguments.index(plain[-1]) + 1  # Hydra requires that overrides are adjacent
     naming = f"hydra.job.config.override_dirname.exclude_keys=[{left_out}]"
@@ -76,7 +79,7 @@ def naming_jobs(arguments: list[str]) -> list[str]:
 
 
 def help_text(conf: Path, recipes: Path) -> str:
-    """The whole help: usage, stages, groups with their choices, every setting with its default and meaning."""
+    """The whole help: usage, stages, groups with their choices, and all settings with their defaults and meanings."""
     lines = [
         "usage: python -m pipeline stage=<stage> recipe=<recipe> [key=value …]",
         "",
@@ -136,30 +139,29 @@ def _choices(group: str, conf: Path, recipes: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def _settings_help(section: Any, prefix: str) -> list[str]:
+def _settings_help(section: type["DataclassInstance"], prefix: str) -> list[str]:
     """Two lines per setting: its key, default and choices, then its meaning."""
     meanings, types, bounds = _meanings(section), types_of(section), bounds_of(section)
     lines: list[str] = []
     for item in fields(section):
         key, kind = f"{prefix}{item.name}", types[item.name]
-        if is_dataclass(kind):
+        if inspect.isclass(kind) and is_dataclass(kind):
             lines += _settings_help(kind, f"{key}.")
             continue
         element = get_args(kind)[0] if get_origin(kind) is list else kind
-        lines.append(f"  {key} [{_default(item)}]{_shown(_choices_of(element, bounds[item.name]))}")
+        lines.append(f"  {key} [{_default(item)}]{_show_choices(_choices_of(element, bounds[item.name]))}")
         lines.append(f"      {meanings[item.name]}")
-        if is_dataclass(element):
+        if inspect.isclass(element) and is_dataclass(element):
             lines += _settings_help(element, f"{key}[].")
     return lines
 
 
-def _meanings(section: Any) -> dict[str, str]:
+def _meanings(section: type["DataclassInstance"]) -> dict[str, str]:
     """Field -> its meaning: the string below it in the source, or the metadata of a field without source."""
     found = {item.name: item.metadata["meaning"] for item in fields(section) if item.metadata}
     if len(found) == len(fields(section)):
         return found
-    inherited: list[Any] = [each for each in reversed(section.__mro__) if is_dataclass(each)]
-    for each in inherited:
+    for each in filter(is_dataclass, reversed(section.__mro__)):
         body = ast.parse(inspect.getsource(each)).body[0]
         assert isinstance(body, ast.ClassDef)
         for statement, below in zip(body.body, body.body[1:], strict=False):
@@ -173,18 +175,18 @@ def _meanings(section: Any) -> dict[str, str]:
     return found
 
 
-def _default(item: Any) -> str:
+def _default(item: Field[object]) -> str:
     value = item.default_factory() if item.default_factory is not NO_DEFAULT else item.default
     values = value if isinstance(value, list) else [value]
     shown = ", ".join(str(v.name if isinstance(v, Enum) else v) for v in values)
     return {"None": "null", "???": "required", "True": "true", "False": "false"}.get(shown, shown)
 
 
-def _choices_of(kind: Any, bounds: tuple[Bound, ...]) -> list[str]:
+def _choices_of(kind: object, bounds: tuple[Bound, ...]) -> list[str]:
     if inspect.isclass(kind) and issubclass(kind, Enum):
         return [member.name for member in kind]
     return [choice for bound in bounds for choice in bound.choices]
 
 
-def _shown(choices: list[str]) -> str:
+def _show_choices(choices: list[str]) -> str:
     return f" ({' | '.join(choices)})" if choices else ""

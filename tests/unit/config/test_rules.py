@@ -153,7 +153,7 @@ def test_a_data_set_and_a_blend_are_not_given_together() -> None:
     parts = [BlendPartConfig(path="a", weight=1.0)]
     assert broken(data__path=None, data__blend=parts) == []
     (problem,) = broken(data__path="b", data__blend=parts)
-    assert problem.startswith("data.path='b': not together with data.blend")
+    assert problem.startswith("data.path='b': cannot be combined with data.blend")
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
