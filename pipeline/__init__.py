@@ -1,13 +1,13 @@
-"""Fine-tune gpt-oss, quantization-aware, and export it in the MXFP4 layout it was released in."""
+"""Fine-tune gpt-oss with quantization-aware training, and export it in the MXFP4 layout of its release."""
 
 __version__ = "0.1.0"
 
 import os
 
-# libgomp's threads spin while they wait for each other, for milliseconds. With one more busy thread than cores
-# (conversions read, hash and write beside their arithmetic; other people work on the same machine) the arithmetic is
-# then up to five times slower. Not spinning at all costs a fifth of the time of short loops; this is some 50
-# microseconds. Read when torch is loaded, therefore here.
+# libgomp's threads spin for milliseconds while they wait for each other. With one more busy thread than cores, the
+# arithmetic is then up to five times slower: conversions read, hash and write beside it, and other people use the
+# machine. Threads that never spin slow short loops down by a fifth. This setting spins for about 50 microseconds.
+# The variables are read when torch is loaded, so they are set here.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ["OMP_WAIT_POLICY"] = "passive"  # of other OpenMP libraries
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # for other OpenMP libraries
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

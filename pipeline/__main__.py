@@ -102,7 +102,7 @@ def status(arguments: list[str]) -> int:
         found = command_line.problems(arguments, CONF_DIR, RECIPES_DIR)
         if found:
             raise user_errors(found)
-        sys.argv[1:] = command_line.naming_jobs(arguments)
+        sys.argv[1:] = command_line.name_jobs(arguments)
         hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")(_job)()
         return 0
     except (UserError, HydraException, OmegaConfBaseException) as error:

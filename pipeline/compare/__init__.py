@@ -1,4 +1,4 @@
-"""The report: the figures of a run, or of several, in words, tables and plots.
+"""The report on one or several runs: figures in words, tables and plots, and answers side by side.
 
-It must not measure anything: it reads what `evaluate` and the other stages left.
+This package must not measure anything. It reads the artifacts of `evaluate` and of the stages that make models.
 """

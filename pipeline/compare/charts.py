@@ -1,4 +1,4 @@
-"""What the report plots, as data: drawn by `plots`, and shown as tables of the same figures by `page`."""
+"""The plots of the report, as data. `plots` draws them, and `page` shows the same figures as tables."""
 
 import math
 import re
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from pipeline.compare.findings import size
 from pipeline.compare.rows import EXPORT, QAT, SFT, UPCAST, Row, undominated
-from pipeline.compare.runs import Run
+from pipeline.compare.runs import EvaluatedRun
 from pipeline.compare.table import is_rate
 from pipeline.runs.metrics import read_metrics
 
@@ -18,7 +18,7 @@ _GROUPED = {_LOSS: "nats", "kl_divergence": "nats"}
 
 @dataclass(frozen=True)
 class Point:
-    """A value, with the bounds of its interval where it has one."""
+    """A value, with the bounds of its interval if it has one."""
 
     at: float | str
     value: float
@@ -28,7 +28,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one kind; `is_secondary` ones are drawn thinner, in the colour of the series before."""
+    """Points under one name. A secondary series is drawn thinner, in the colour of the series before it."""
 
     name: str
     points: list[Point]
@@ -40,13 +40,13 @@ class Chart:
     """One plot.
 
     Attributes:
-        name: of its file and in the page: letters, digits, '-'.
-        title: what is seen.
-        description: how to read it, also for whom it is read aloud.
+        name: name of the file and of the figure in the page: letters, digits, '-'.
+        title: the figures in the plot.
+        description: how to read the plot. Screen readers read it aloud.
         kind: "lines" over numbers, "dots" beside names, or "tradeoff".
-        x, y: of the axes, with units.
-        series: what is drawn.
-        best: of a trade-off, the points that no other dominates: their names.
+        x, y: labels of the axes, with units.
+        series: the points.
+        best: names of the points that no other point dominates, in a trade-off.
         is_share: whether values are shares from 0 to 1, shown in percent.
     """
 
@@ -61,49 +61,77 @@ class Chart:
     is_share: bool = False
 
 
-def charts(runs: list[Run], rows: list[Row]) -> list[Chart]:
-    """All plots that there is something for, in the order of the page."""
-    found = [*_tradeoffs(rows), *_rates(rows), *_groups(rows), *_training(runs), *_layers(runs)]
+def make_charts(runs: list[EvaluatedRun], rows: list[Row]) -> list[Chart]:
+    """Make all plots that have points, in the order of the page."""
+    found = [
+        *_tradeoff_charts(rows),
+        *_rate_charts(rows),
+        *_group_charts(rows),
+        *_loss_charts(runs),
+        *_change_charts(runs),
+        *_layer_charts(runs),
+    ]
     return [chart for chart in found if any(series.points for series in chart.series)]
 
 
-# --- over sizes -------------------------------------------------------------------------------------------------------
+# --- quality against size ---------------------------------------------------------------------------------------------
 
 
-def _tradeoffs(rows: list[Row]) -> Iterator[Chart]:
-    for figure, what in (("served_bytes", "in memory when served"), ("weight_bytes", "on disk")):
-        yield _tradeoff(rows, figure, what, _LOSS, "validation loss (nats)", -1)
-    for rate in _rate_names(rows):
-        yield _tradeoff(rows, "served_bytes", "in memory when served", rate, f"{_title(rate)} (%)", 1)
+@dataclass(frozen=True)
+class _Axis:
+    """A figure on an axis of a trade-off: its name, its words in the title, and the label of the axis."""
+
+    figure: str
+    words: str
+    label: str
 
 
-def _tradeoff(rows: list[Row], figure: str, what: str, quality: str, label: str, sign: int) -> Chart:
-    measured = [
-        row for row in rows if all(math.isfinite(row.figures.get(name, math.nan)) for name in (figure, quality))
+_SERVED = _Axis("served_bytes", "in memory when served", "weights in memory when served")
+_ON_DISK = _Axis("weight_bytes", "on disk", "weights on disk")
+
+
+def _tradeoff_charts(rows: list[Row]) -> Iterator[Chart]:
+    loss = _Axis(_LOSS, _title(_LOSS), "validation loss (nats)")
+    for size_axis in (_SERVED, _ON_DISK):
+        yield _tradeoff_chart(rows, size_axis, loss, is_higher_better=False)
+    for name in _rate_names(rows):
+        rate = _Axis(name, _title(name), f"{_title(name)} (%)")
+        yield _tradeoff_chart(rows, _SERVED, rate, is_higher_better=True)
+
+
+def _tradeoff_chart(rows: list[Row], size_axis: _Axis, quality: _Axis, *, is_higher_better: bool) -> Chart:
+    figures = (size_axis.figure, quality.figure)
+    measured = [row for row in rows if all(math.isfinite(row.figures.get(name, math.nan)) for name in figures)]
+    best = [row.title for row in undominated(measured, *figures, is_higher_better=is_higher_better)]
+    drawn = [row for row in measured if not _is_outlier(row, measured, quality.figure)]
+    notes = [
+        f"{'Higher' if is_higher_better else 'Lower'} and further left is better.",
+        *_dominance_notes(measured, best),
+        *(f"Outside the plot: {row.title}, {row.figures[quality.figure]:.4f}." for row in measured if row not in drawn),
     ]
-    best = [row.title for row in undominated(measured, figure, quality, sign)]
-    beaten = [row.title for row in measured if row.title not in best]
-    drawn = [row for row in measured if not _is_far_off(row, measured, quality)]
-    told = [
-        f"{'Lower' if sign < 0 else 'Higher'} and further left is better; a filled point is dominated by no other.",
-        *([f"Dominated, as another is as small and as good, or better: {', '.join(beaten)}."] if beaten else []),
-        *(f"Far outside: {row.title}, {row.figures[quality]:.4f}." for row in measured if row not in drawn),
-    ]
+    points = [(row.title, Point(row.figures[size_axis.figure], row.figures[quality.figure])) for row in drawn]
     return Chart(
-        _slug(f"tradeoff-{figure}-{quality}"),
-        f"{_title(quality)} against size {what}",
-        " ".join(told),
-        "tradeoff",
-        f"weights {what}",
-        label,
-        [Series(row.title, [Point(row.figures[figure], row.figures[quality])]) for row in drawn] if drawn[1:] else [],
-        best,
-        is_share=sign > 0,
+        name=_slug(f"tradeoff-{size_axis.figure}-{quality.figure}"),
+        title=f"{quality.words} against size {size_axis.words}",
+        description=" ".join(notes),
+        kind="tradeoff",
+        x=size_axis.label,
+        y=quality.label,
+        series=[Series(title, [point]) for title, point in points] if len(points) > 1 else [],
+        best=best,
+        is_share=is_higher_better,
     )
 
 
-def _is_far_off(row: Row, rows: list[Row], quality: str) -> bool:
-    """Whether the original's loss would leave the others one point: it does, before anything is learnt."""
+def _dominance_notes(rows: list[Row], best: list[str]) -> Iterator[str]:
+    yield "Filled points are dominated by no other model."
+    dominated = ", ".join(row.title for row in rows if row.title not in best)
+    if dominated:
+        yield f"Dominated (another model is at least as small and as good, and better in one of the two): {dominated}."
+
+
+def _is_outlier(row: Row, rows: list[Row], quality: str) -> bool:
+    """Whether the loss of the original, before any training, would compress all other models into one point."""
     others = [each.figures[quality] for each in rows if each.model != UPCAST]
     if row.model != UPCAST or quality != _LOSS or len(others) < 2:
         return False
@@ -116,7 +144,7 @@ def _rate_names(rows: list[Row]) -> list[str]:
 
 
 def _slug(text: str) -> str:
-    """A name for files and pages."""
+    """A name for files and for ids in a page."""
     return re.sub("[^a-z0-9]+", "-", text.lower())
 
 
@@ -124,160 +152,212 @@ def _title(figure: str) -> str:
     return figure.replace("_", " ").capitalize()
 
 
-# --- of models --------------------------------------------------------------------------------------------------------
+# --- figures of models ------------------------------------------------------------------------------------------------
 
 
-def _rates(rows: list[Row]) -> Iterator[Chart]:
+def _rate_charts(rows: list[Row]) -> Iterator[Chart]:
     for name in _rate_names(rows):
-        points = [_point(row, name, row.title) for row in rows if name in row.figures]
-        description = "Share of decided answers that passed, with its 95 % interval."
+        points = [_make_point(row, name, row.title) for row in rows if name in row.figures]
         yield Chart(
-            _slug(f"rate-{name}"),
-            _title(name),
-            description,
-            "dots",
-            "passed (%)",
-            "",
-            [Series(_title(name), points)],
+            name=_slug(f"rate-{name}"),
+            title=_title(name),
+            description="Share of decided answers that passed, with its 95 % interval.",
+            kind="dots",
+            x="passed (%)",
+            y="",
+            series=[Series(_title(name), points)],
             is_share=True,
         )
 
 
-def _groups(rows: list[Row]) -> Iterator[Chart]:
-    """Figures of groups, such as languages: for each figure the groups, in each of them the models."""
+def _group_charts(rows: list[Row]) -> Iterator[Chart]:
+    """Plot each figure that has values for groups, such as languages. Each group has a point for every model."""
     rates = _rate_names(rows)
     figures = dict.fromkeys(name.partition("/")[0] for row in rows for name in row.figures if "/" in name)
     for figure in [name for name in figures if name in rates or name in _GROUPED]:
         series = [
-            Series(row.title, [_point(row, figure, name.partition("/")[2]) for name in _groups_of(row, figure)])
+            Series(
+                row.title, [_make_point(row, figure, name.partition("/")[2]) for name in _group_figures(row, figure)]
+            )
             for row in rows
         ]
         has_intervals = any(point.low is not None for each in series for point in each.points)
         yield Chart(
-            _slug(f"groups-{figure}"),
-            f"{_title(figure)} by group",
-            "For each group one point of each model" + (", with its 95 % interval." if has_intervals else "."),
-            "dots",
-            _GROUPED.get(figure, "passed (%)"),
-            "",
-            series,
+            name=_slug(f"groups-{figure}"),
+            title=f"{_title(figure)} by group",
+            description="One point for each group and model" + (", with its 95 % interval." if has_intervals else "."),
+            kind="dots",
+            x=_GROUPED.get(figure, "passed (%)"),
+            y="",
+            series=series,
             is_share=figure in rates,
         )
 
 
-def _groups_of(row: Row, figure: str) -> list[str]:
-    """Names of the figures of groups; checks within a pass rate have no counts of their own, and are none."""
+def _group_figures(row: Row, figure: str) -> list[str]:
+    """Names of a figure's values for groups. Checks within a pass rate have similar names, but no counts: no groups."""
     names = [name for name in row.figures if name.startswith(f"{figure}/")]
     return [name for name in names if figure in _GROUPED or f"{figure}_decided/{name.partition('/')[2]}" in row.figures]
 
 
-def _point(row: Row, figure: str, at: str) -> Point:
+def _make_point(row: Row, figure: str, at: str) -> Point:
     group = f"/{at}" if f"{figure}/{at}" in row.figures else ""
     bounds = (row.figures.get(f"{figure}{part}{group}") for part in ("_low", "_high"))
     return Point(at, row.figures[f"{figure}{group}"], *bounds)
 
 
-# --- of training ------------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
-def _training(runs: list[Run]) -> Iterator[Chart]:
+def _loss_charts(runs: list[EvaluatedRun]) -> Iterator[Chart]:
     for stage in (SFT, QAT):
         series = [
-            Series(f"{prefix}{name}", _over_steps(run, stage, key), is_secondary=key == "loss")
-            for run, prefix in _distinct(runs, stage)
+            Series(f"{prefix}{name}", _points_by_step(run, stage, key), is_secondary=key == "loss")
+            for run, prefix in _distinct_runs(runs, stage)
             for key, name in (("eval_loss", "validation"), ("loss", "training"))
         ]
-        description = "Validation: over supervised tokens, at each evaluation; training: as logged, on other examples."
-        title = f"Losses of {stage.upper()}"
-        yield Chart(f"loss-{stage}", title, description, "lines", "optimizer step", "loss (nats)", series)
+        yield Chart(
+            name=f"loss-{stage}",
+            title=f"Losses of {stage.upper()}",
+            description="Validation loss over supervised tokens, at each evaluation. Training loss as logged, on the"
+            " training examples.",
+            kind="lines",
+            x="optimizer step",
+            y="loss (nats)",
+            series=series,
+        )
+
+
+def _change_charts(runs: list[EvaluatedRun]) -> Iterator[Chart]:
     for key, title in (("eval_changed_codes", "Flipped 4-bit codes"), ("eval_moved_weights", "Moved weights")):
         series = [
-            Series(f"{prefix}{stage}", _over_steps(run, stage, key))
+            Series(f"{prefix}{stage}", _points_by_step(run, stage, key))
             for stage in (SFT, QAT)
-            for run, prefix in _distinct(runs, stage)
+            for run, prefix in _distinct_runs(runs, stage)
         ]
-        description = "Share of the experts' weights that differ from the start of the stage (first expert of a stack)."
-        name = _slug(f"training-{key.removeprefix('eval_')}")
-        yield Chart(name, title, description, "lines", "optimizer step", "share (%)", series, is_share=True)
+        yield Chart(
+            name=_slug(f"training-{key.removeprefix('eval_')}"),
+            title=title,
+            description="Share of the experts' weights that differ from the start of the stage. Only the first expert"
+            " of each layer is measured.",
+            kind="lines",
+            x="optimizer step",
+            y="share (%)",
+            series=series,
+            is_share=True,
+        )
 
 
-def _distinct(runs: list[Run], stage: str) -> list[tuple[Run, str]]:
-    """Runs whose stage is their own, and what its series begin with: one that runs share is drawn once."""
+def _distinct_runs(runs: list[EvaluatedRun], stage: str) -> list[tuple[EvaluatedRun, str]]:
+    """The runs with different directories of a stage, and the prefixes of their series' names.
+
+    A stage that several runs share is drawn once.
+    """
     found = {run.stage_dir(stage): run for run in reversed(runs) if run.stage_dir(stage) is not None}
     return [(run, f"{run.label}: " if len(found) > 1 else "") for run in runs if found.get(run.stage_dir(stage)) is run]
 
 
-def _over_steps(run: Run, stage: str, key: str) -> list[Point]:
+def _points_by_step(run: EvaluatedRun, stage: str, key: str) -> list[Point]:
     directory = run.stage_dir(stage)
     lines = [] if directory is None else read_metrics(directory)
     by_step = {line["step"]: line[key] for line in lines if "step" in line and key in line}
     return [Point(step, by_step[step]) for step in sorted(by_step)]
 
 
-# --- of exports -------------------------------------------------------------------------------------------------------
+# --- exports ----------------------------------------------------------------------------------------------------------
 
-_OF_LAYERS = (
-    ("snr_db", "Rounding error by layer", "signal-to-noise (dB)", False, "Of the experts' weights; higher is better."),
-    ("changed_codes", "Flipped codes by layer", "share (%)", True, "4-bit values that differ from the base model's."),
-    (
+
+@dataclass(frozen=True)
+class _LayerFigure:
+    """A figure that `export` logs for each layer."""
+
+    key: str
+    title: str
+    unit: str
+    is_share: bool
+    description: str
+
+
+_LAYER_FIGURES = (
+    _LayerFigure(
+        "snr_db",
+        "Rounding error by layer",
+        "signal-to-noise ratio (dB)",
+        is_share=False,
+        description="Signal-to-noise ratio of the experts' rounded weights. Higher is better.",
+    ),
+    _LayerFigure(
+        "changed_codes",
+        "Flipped codes by layer",
+        "share (%)",
+        is_share=True,
+        description="Share of 4-bit codes that differ from the base model's.",
+    ),
+    _LayerFigure(
         "survival",
         "Survival by layer",
         "share (%)",
-        True,
-        "Of the weights that training moved, those whose code changed.",
+        is_share=True,
+        description="Share of the weights moved by training whose 4-bit code changed.",
     ),
 )
 
 
-def _layers(runs: list[Run]) -> Iterator[Chart]:
-    for key, title, unit, is_share, description in _OF_LAYERS:
-        series = [Series(f"{prefix}{EXPORT}", _by_layer(run, key)) for run, prefix in _distinct(runs, EXPORT)]
-        name = _slug(f"layers-{key}")
-        yield Chart(name, title, description, "lines", "layer", unit, series, is_share=is_share)
+def _layer_charts(runs: list[EvaluatedRun]) -> Iterator[Chart]:
+    for figure in _LAYER_FIGURES:
+        series = [
+            Series(f"{prefix}{EXPORT}", _points_by_layer(run, figure.key))
+            for run, prefix in _distinct_runs(runs, EXPORT)
+        ]
+        yield Chart(
+            name=_slug(f"layers-{figure.key}"),
+            title=figure.title,
+            description=figure.description,
+            kind="lines",
+            x="layer",
+            y=figure.unit,
+            series=series,
+            is_share=figure.is_share,
+        )
 
 
-def _by_layer(run: Run, key: str) -> list[Point]:
+def _points_by_layer(run: EvaluatedRun, key: str) -> list[Point]:
     directory = run.stage_dir(EXPORT)
     lines = [] if directory is None else read_metrics(directory)
     return [Point(line["layer"], line[key]) for line in lines if "layer" in line and line.get(key) is not None]
 
 
-# --- as tables --------------------------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def figures(chart: Chart) -> tuple[list[str], list[list[str]]]:
-    """The chart's figures, for whom a plot says nothing: titles of the columns, and lines of them."""
+def tabulate(chart: Chart) -> tuple[list[str], list[list[str]]]:
+    """Write the figures of a plot as a table: the titles of the columns, and the lines."""
     has_interval = any(point.low is not None for series in chart.series for point in series.points)
-    head = [
-        "",
-        chart.x if chart.kind != "dots" else "",
-        chart.y or chart.x,
-        *(["95 % interval"] if has_interval else []),
-    ]
+    head = ["", chart.x if chart.kind != "dots" else "", chart.y or chart.x]
     lines = [
         [
             series.name,
-            _at(chart, point),
-            _value(chart, point.value),
-            *([_interval(chart, point)] if has_interval else []),
+            _format_at(chart, point),
+            _format_value(chart, point.value),
+            *([_format_interval(chart, point)] if has_interval else []),
         ]
         for series in chart.series
         for point in series.points
     ]
-    return head, lines
+    return [*head, "95 % interval"] if has_interval else head, lines
 
 
-def _at(chart: Chart, point: Point) -> str:
+def _format_at(chart: Chart, point: Point) -> str:
     if isinstance(point.at, str):
         return point.at
     return size(point.at) if chart.kind == "tradeoff" else f"{point.at:g}"
 
 
-def _value(chart: Chart, value: float) -> str:
+def _format_value(chart: Chart, value: float) -> str:
     return f"{100 * value:.2f}" if chart.is_share else f"{value:.4f}"
 
 
-def _interval(chart: Chart, point: Point) -> str:
+def _format_interval(chart: Chart, point: Point) -> str:
     if point.low is None or point.high is None:
         return "–"
-    return f"{_value(chart, point.low)} to {_value(chart, point.high)}"
+    return f"{_format_value(chart, point.low)} to {_format_value(chart, point.high)}"

@@ -1,7 +1,6 @@
-"""What a report holds, whatever it is shown as: rows, tables, tests, findings, plots and examples of some runs."""
+"""The content of a report, in no particular layout: rows, tables, tests, findings, plots and examples."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.compare import charts, evidence, examples, findings, rows, table
 from pipeline.compare.charts import Chart
@@ -9,8 +8,9 @@ from pipeline.compare.evidence import Test
 from pipeline.compare.examples import Example
 from pipeline.compare.findings import Finding
 from pipeline.compare.rows import Row
-from pipeline.compare.runs import Run
+from pipeline.compare.runs import EvaluatedRun
 from pipeline.compare.table import Table
+from pipeline.runs.json_files import Json
 
 
 @dataclass(frozen=True)
@@ -18,15 +18,15 @@ class Content:
     """A whole report.
 
     Attributes:
-        title: of the report.
-        facts: what all models have in common: name -> value.
-        reference: the model that weight errors are relative to.
+        title: heading of the report.
+        facts: properties that all models share: name -> value.
+        reference: name of the model that weight errors are relative to, or None.
         rows: the models.
-        tables: of their figures.
-        tests: paired, on what they answered.
-        findings: in words.
-        charts: to be plotted.
-        examples: answers side by side.
+        tables: tables of the models' figures.
+        tests: paired tests on the models' answers.
+        findings: the results in words.
+        charts: the plots, as data.
+        examples: prompts with the answers of the models side by side.
     """
 
     title: str
@@ -39,44 +39,44 @@ class Content:
     charts: list[Chart]
     examples: list[Example]
 
-    def plain(self) -> dict[str, Any]:
-        """The report as compare.json has it."""
+    def to_json(self) -> dict[str, Json]:
+        """Return the content of compare.json."""
         return {
             "reference": self.reference,
-            "rows": [row.plain() for row in self.rows],
+            "rows": [row.to_json() for row in self.rows],
             "findings": [vars(finding) for finding in self.findings],
-            "tests": [test.plain() for test in self.tests],
+            "tests": [test.to_json() for test in self.tests],
         }
 
 
-def of(runs: list[Run], most_examples: int) -> Content:
-    """The report on some runs that can be compared."""
-    found = rows.of(runs)
+def collect(runs: list[EvaluatedRun], most_examples: int) -> Content:
+    """Collect the report on comparable runs, with at most `most_examples` examples."""
+    found = rows.collect(runs)
     reference = runs[0].evaluated.details["reference"]
-    tested = evidence.tests(found)
+    tests = evidence.run_tests(found)
     return Content(
-        f"Comparison of {runs[0].label if len(runs) == 1 else f'{len(runs)} runs'}",
-        _facts(runs),
-        reference,
-        found,
-        [*table.tables(found, reference), table.costs(found)],
-        tested,
-        findings.findings(found, tested),
-        charts.charts(runs, found),
-        examples.choose(found, most_examples),
+        title=f"Comparison of {runs[0].label if len(runs) == 1 else f'{len(runs)} runs'}",
+        facts=_facts(runs),
+        reference=reference,
+        rows=found,
+        tables=[*table.make_tables(found, reference), table.make_cost_table(found)],
+        tests=tests,
+        findings=findings.describe(found, tests),
+        charts=charts.make_charts(runs, found),
+        examples=examples.choose(found, most_examples),
     )
 
 
-def markdown(content: Content) -> str:
-    """Findings and tables in Markdown."""
+def to_markdown(content: Content) -> str:
+    """Write the findings and the tables in Markdown."""
     parts = [f"# {content.title}\n"]
     for finding in content.findings:
         parts.append(f"## {finding.title}\n\n" + "".join(f"- {sentence}\n" for sentence in finding.sentences))
-    parts += [f"## {each.title}\n\n{table.markdown(each, content.rows)}" for each in content.tables]
+    parts += [f"## {each.title}\n\n{table.to_markdown(each, content.rows)}" for each in content.tables]
     return "\n".join(parts)
 
 
-def _facts(runs: list[Run]) -> dict[str, str]:
+def _facts(runs: list[EvaluatedRun]) -> dict[str, str]:
     evaluated = runs[0].evaluated
     base = evaluated.base_model
     return {

@@ -1,4 +1,4 @@
-"""Prompts whose answers show where models differ, each with what every model said to it."""
+"""Prompts on which models differ, with the answers of all models."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,12 +7,18 @@ from pipeline.compare.rows import Row
 from pipeline.data.harmony import Message
 from pipeline.evaluate.transcripts import Transcript
 
-_PASSED = {True: "passed", False: "failed", None: "undecided"}
+_OUTCOMES = {True: "passed", False: "failed", None: "undecided"}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model said: its channels, and what the scorers make of it (figure -> passed, failed, undecided)."""
+    """The answer of one model.
+
+    Attributes:
+        model: title of the model's row.
+        transcript: the answer, by channel.
+        verdicts: figure -> passed, failed or undecided.
+    """
 
     model: str
     transcript: Transcript
@@ -21,12 +27,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, and the answers of all models that were asked it.
+    """A prompt, and the answers of all models that answered it.
 
     Attributes:
+        prompt_id: id of the prompt.
         messages: the conversation up to the answer.
         disagreements: figures on which some model passed and another failed.
-        answers: in the order of the rows.
+        answers: one for each model, in the order of the rows.
     """
 
     prompt_id: str
@@ -36,33 +43,33 @@ class Example:
 
 
 def choose(rows: list[Row], most: int) -> list[Example]:
-    """Up to `most` prompts that at least two models answered: those with most disagreements first, then in order.
+    """Choose up to `most` prompts that at least two models answered, those with most disagreements first.
 
-    Of several samples the first is shown.
+    The example shows the first sample of each answer.
     """
-    answers = [answer for row in rows for answer in _answers(row)]
+    answers = [answer for row in rows for answer in _first_answers(row)]
     prompts: dict[str, list[Answer]] = {}
     for answer in answers:
         prompts.setdefault(answer.transcript.prompt_id, []).append(answer)
-    found = [_example(prompt_id, given) for prompt_id, given in prompts.items() if len(given) > 1]
-    return sorted(found, key=lambda example: (-len(example.disagreements), not _differs(example)))[:most]
+    found = [_make_example(prompt_id, given) for prompt_id, given in prompts.items() if len(given) > 1]
+    return sorted(found, key=lambda example: (-len(example.disagreements), not _has_different_answers(example)))[:most]
 
 
-def _answers(row: Row) -> Iterator[Answer]:
-    told: dict[str, dict[str, str]] = {}
+def _first_answers(row: Row) -> Iterator[Answer]:
+    outcomes: dict[str, dict[str, str]] = {}
     for figure, verdicts in row.verdicts.items():
         for each in verdicts:
             if each.sample == 0:
-                told.setdefault(each.prompt_id, {})[figure] = _PASSED[each.passed]
-    yield from (Answer(row.title, each, told.get(each.prompt_id, {})) for each in row.answers if each.sample == 0)
+                outcomes.setdefault(each.prompt_id, {})[figure] = _OUTCOMES[each.passed]
+    yield from (Answer(row.title, each, outcomes.get(each.prompt_id, {})) for each in row.answers if each.sample == 0)
 
 
-def _example(prompt_id: str, answers: list[Answer]) -> Example:
+def _make_example(prompt_id: str, answers: list[Answer]) -> Example:
     figures = dict.fromkeys(figure for answer in answers for figure in answer.verdicts)
-    opposite = {_PASSED[True], _PASSED[False]}
+    opposite = {_OUTCOMES[True], _OUTCOMES[False]}
     disagreements = [name for name in figures if opposite <= {answer.verdicts.get(name) for answer in answers}]
     return Example(prompt_id, answers[0].transcript.messages, disagreements, answers)
 
 
-def _differs(example: Example) -> bool:
+def _has_different_answers(example: Example) -> bool:
     return len({(answer.transcript.reasoning, answer.transcript.answer) for answer in example.answers}) > 1

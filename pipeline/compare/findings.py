@@ -1,68 +1,75 @@
-"""The comparison in words: what rounding lost, how much of it QAT won back, and what that cost.
+"""The results in words: the loss from PTQ, the share of it that QAT recovered, and the cost of QAT.
 
-A difference that the test does not show is never called one, and never called none: it is said which difference so many
-prompts could have shown. Of losses only the mean is kept, so they come without an interval.
+Without significance, a sentence claims neither a difference nor equality: it states the smallest detectable difference.
+Losses have no interval, because only their mean is stored.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline.compare.evidence import LOSS, Chain, Test, chains, format_pairs, pairs_of
+from pipeline.compare.evidence import LOSS, Chain, Test, find_chains, format_pairs, pairs_of
 from pipeline.compare.rows import PTQ, QAT, SFT, Row
 from pipeline.evaluate.statistics import BETTER, WORSE
 
-NOTHING = "no difference that the data carry"
+NOTHING = "no statistically significant difference"
 
 _SERVED = "served_bytes"
+_EFFECTS_OF_PTQ = {WORSE: "PTQ is worse than SFT", BETTER: "PTQ is better than SFT"}
+_GAPS_TO_SFT = {WORSE: "QAT did not fully recover to SFT", BETTER: "QAT is better than SFT"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Some sentences under a title."""
+    """A title, and sentences."""
 
     title: str
     sentences: list[str]
 
 
-def findings(rows: list[Row], tested: list[Test]) -> list[Finding]:
-    """What the report says first, a finding for each chain and each pair of formats."""
-    found = [Finding(chain.title, list(_of_chain(chain, tested))) for chain in chains(rows)]
+def describe(rows: list[Row], tests: list[Test]) -> list[Finding]:
+    """Describe each chain of models, and each pair of formats."""
+    found = [Finding(chain.title, list(_describe_chain(chain, tests))) for chain in find_chains(rows)]
     if not found:
-        found = [Finding("Nothing to compare", ["Neither a PTQ nor a QAT was evaluated (evaluate.source=all does)."])]
+        advice = "No PTQ or QAT model was evaluated. evaluate.source=all evaluates every stage."
+        found = [Finding("Nothing to compare", [advice])]
     return found + [
-        Finding(f"{model.block_format} against {reference.block_format}", list(_of_formats(model, reference, tested)))
+        Finding(
+            f"{model.block_format} against {reference.block_format}", list(_describe_formats(model, reference, tests))
+        )
         for model, reference in format_pairs(rows)
     ]
 
 
-def _of_chain(chain: Chain, tested: list[Test]) -> Iterator[str]:
+def _describe_chain(chain: Chain, tests: list[Test]) -> Iterator[str]:
     missing = [name for name, row in ((SFT, chain.sft), (PTQ, chain.ptq), (QAT, chain.qat)) if row is None]
     if missing:
-        yield f"Not evaluated: {', '.join(missing)}; what was lost or recovered is told as far as it goes without."
-    yield from _of_loss(chain)
+        yield f"Not evaluated: {', '.join(missing)}. Comparisons with missing models are left out."
+    yield from _describe_losses(chain)
     in_chain = {(id(model), id(reference)) for model, reference in pairs_of(chain)}
-    of_chain = [test for test in tested if (id(test.model), id(test.reference)) in in_chain]
-    for figure in dict.fromkeys(test.figure for test in of_chain):
-        yield from _of_rate(chain, [test for test in of_chain if test.figure == figure])
-    if not of_chain:
-        yield "No answers were compared, so nothing here has been tested: losses are means alone (eval=quick asks)."
-    yield from _of_cost(chain)
+    own_tests = [test for test in tests if (id(test.model), id(test.reference)) in in_chain]
+    for figure in dict.fromkeys(test.figure for test in own_tests):
+        yield from _describe_rate([test for test in own_tests if test.figure == figure])
+    if not own_tests:
+        yield "No answers were compared, so no difference was tested. To compare answers, evaluate with eval=quick."
+    yield from _describe_cost(chain)
 
 
-def _of_loss(chain: Chain) -> Iterator[str]:
+def _describe_losses(chain: Chain) -> Iterator[str]:
     sft, ptq, qat = (None if row is None else row.figures.get(LOSS) for row in (chain.sft, chain.ptq, chain.qat))
     if sft and ptq:
         yield f"Validation loss: PTQ changed it by {_change(ptq, sft)} ({sft:.4f} to {ptq:.4f}, {_tokens(chain)})."
     if qat and ptq:
-        share = f": {100 * (ptq - qat) / (ptq - sft):.0f} % of what PTQ had cost" if sft and qat < ptq > sft else ""
+        share = (
+            f"; recovers {100 * (ptq - qat) / (ptq - sft):.0f} % of PTQ's increase" if sft and qat < ptq > sft else ""
+        )
         yield f"Validation loss: QAT changed it by {_change(qat, ptq)} from PTQ ({ptq:.4f} to {qat:.4f}{share})."
     if qat and sft:
-        more = (
-            " QAT went on training on the same data, which alone may explain that it is lower."
+        remark = (
+            "QAT continued training on the same data, which alone may explain the lower loss."
             if qat < sft
-            else " That is what is left."
+            else "This is the loss that remains."
         )
-        yield f"Validation loss: SFT + QAT is {_change(qat, sft)} from SFT.{more}"
+        yield f"Validation loss: SFT + QAT differs by {_change(qat, sft)} from SFT. {remark}"
 
 
 def _change(value: float, reference: float) -> str:
@@ -72,42 +79,43 @@ def _change(value: float, reference: float) -> str:
 def _tokens(chain: Chain) -> str:
     row = chain.ptq or chain.qat
     assert row is not None
-    return f"{row.figures.get('supervised_tokens', 0):.0f} supervised tokens, no interval: only the mean is kept"
+    count = row.figures.get("supervised_tokens", 0)
+    return f"{count:.0f} supervised tokens, no interval because only the mean is stored"
 
 
-def _of_rate(chain: Chain, tested: list[Test]) -> Iterator[str]:
-    by_pair = {(test.model.model, test.reference.model): test for test in tested}
-    lost, won, left = (by_pair.get(pair) for pair in ((PTQ, SFT), (QAT, PTQ), (QAT, SFT)))
+def _describe_rate(tests: list[Test]) -> Iterator[str]:
+    """Describe the tests of one pass rate in one chain."""
+    by_pair = {(test.model.model, test.reference.model): test for test in tests}
+    lost, recovered, remaining = (by_pair.get(pair) for pair in ((PTQ, SFT), (QAT, PTQ), (QAT, SFT)))
     if lost:
-        yield f"{_name(lost)}: {_WHAT_PTQ_DID.get(lost.verdict, 'that PTQ changed it is not shown')}. {described(lost)}"
-    if won:
-        yield f"{_name(won)}: {_what_qat_did(lost, won)}. {described(won)}"
-    if left:
-        yield f"{_name(left)}: {_WHAT_IS_LEFT.get(left.verdict, _NOTHING_LEFT)}. {described(left)}"
+        yield _summarize(lost, _EFFECTS_OF_PTQ.get(lost.verdict, "the test shows no effect of PTQ"))
+    if recovered:
+        yield _summarize(recovered, _effect_of_qat(lost, recovered))
+    if remaining:
+        yield _summarize(remaining, _GAPS_TO_SFT.get(remaining.verdict, "the test shows no gap between QAT and SFT"))
+
+
+def _summarize(test: Test, summary: str) -> str:
+    return f"{_name(test)}: {'not tested' if test.comparison is None else summary}. {describe_test(test)}"
 
 
 def _name(test: Test) -> str:
     return test.figure.replace("_", " ").capitalize()
 
 
-_WHAT_PTQ_DID = {WORSE: "PTQ lost", BETTER: "PTQ gained"}
-_NOTHING_LEFT = "that QAT ended elsewhere than SFT is not shown"
-_WHAT_IS_LEFT = {WORSE: "QAT did not win back all of SFT", BETTER: "QAT ended above SFT"}
-
-
-def _what_qat_did(lost: Test | None, won: Test) -> str:
-    if won.verdict == WORSE:
+def _effect_of_qat(lost: Test | None, recovered: Test) -> str:
+    if recovered.verdict == WORSE:
         return "QAT is worse than PTQ"
-    if won.verdict != BETTER:
-        return "that QAT changed it is not shown"
-    if lost is None or lost.verdict != WORSE or lost.comparison is None or won.comparison is None:
-        return "QAT gained over PTQ"
-    share = won.comparison.difference / -lost.comparison.difference
-    return f"QAT recovered {100 * share:.0f} % of what PTQ had lost"
+    if recovered.verdict != BETTER:
+        return "the test shows no effect of QAT"
+    if lost is None or lost.verdict != WORSE or lost.comparison is None or recovered.comparison is None:
+        return "QAT is better than PTQ"
+    share = recovered.comparison.difference / -lost.comparison.difference
+    return f"QAT recovered {100 * share:.0f} % of the loss from PTQ"
 
 
-def described(test: Test) -> str:
-    """The evidence: the difference with its interval, the number of prompts, the corrected p-value."""
+def describe_test(test: Test) -> str:
+    """Describe the evidence: the difference with its interval, the number of prompts and the corrected p-value."""
     names = f"{test.model.title} against {test.reference.title}"
     found = test.comparison
     if found is None:
@@ -115,15 +123,15 @@ def described(test: Test) -> str:
     return (
         f"{names}: {100 * found.difference:+.1f} points (95 % interval {100 * found.interval.low:+.1f} to"
         f" {100 * found.interval.high:+.1f}, {found.prompts} prompts, p = {test.p_value:.2g})"
-        + ("." if test.is_shown else f": {NOTHING}; {test.verdict.partition(': ')[2]}.")
+        + ("." if test.is_significant else f": {NOTHING}; {test.verdict.partition(': ')[2]}.")
     )
 
 
-def _of_cost(chain: Chain) -> Iterator[str]:
+def _describe_cost(chain: Chain) -> Iterator[str]:
     sft, qat, end = chain.sft, chain.qat, chain.qat or chain.ptq
     if qat and qat.seconds is not None and qat.peak_bytes is not None:
-        share = f", {qat.seconds / sft.seconds:.2f} times what SFT took" if sft and sft.seconds else ""
-        yield f"Cost of QAT: {qat.seconds:.0f} s{share}; at most {size(qat.peak_bytes)} of memory."
+        share = f", {qat.seconds / sft.seconds:.2f} times the duration of SFT" if sft and sft.seconds else ""
+        yield f"Cost of QAT: {qat.seconds:.0f} s{share}; peak memory {size(qat.peak_bytes)}."
     if end and sft and {_SERVED} <= end.figures.keys() & sft.figures.keys():
         served, whole = end.figures[_SERVED], sft.figures[_SERVED]
         yield (
@@ -132,20 +140,20 @@ def _of_cost(chain: Chain) -> Iterator[str]:
         )
 
 
-def _of_formats(model: Row, reference: Row, tested: list[Test]) -> Iterator[str]:
+def _describe_formats(model: Row, reference: Row, tests: list[Test]) -> Iterator[str]:
     names = f"{model.title} ({model.block_format}) and {reference.title} ({reference.block_format})"
     change = _change(model.figures[LOSS], reference.figures[LOSS])
     yield (
-        f"The QAT of each format with the lowest validation loss, {names}: {change} validation loss, no interval."
-        " They were chosen by that loss, on the same data, which flatters both."
+        f"Best QAT model of each format, {names}: {change} validation loss, no interval."
+        " Both were chosen by this loss on the same data, so their losses are optimistic."
     )
     if _SERVED in model.figures and _SERVED in reference.figures:
         yield f"Size when served: {size(model.figures[_SERVED])} against {size(reference.figures[_SERVED])}."
-    of_pair = [test for test in tested if (id(test.model), id(test.reference)) == (id(model), id(reference))]
-    for test in of_pair:
-        yield f"{_name(test)}: {described(test)}"
+    for test in tests:
+        if (id(test.model), id(test.reference)) == (id(model), id(reference)):
+            yield f"{_name(test)}: {describe_test(test)}"
 
 
 def size(count: float) -> str:
-    """Bytes, in words."""
+    """Write a number of bytes in GB or MB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.3f} MB"

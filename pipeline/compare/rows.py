@@ -1,20 +1,21 @@
-"""The models of some runs, one row each: what they are, what was measured of them, what they cost."""
+"""The rows of the report: one for each model, with its origin, its figures and its cost."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from pipeline.checkpoints.config_json import read_config
 from pipeline.checkpoints.gpt_oss import Shape, expert_projections, plain_tensors
-from pipeline.compare.runs import Run, answers_prompts
+from pipeline.compare.runs import EvaluatedRun, StageFacts, has_answers
 from pipeline.errors import UserError
 from pipeline.evaluate.scorers import VERDICTS
 from pipeline.evaluate.transcripts import Transcript
 from pipeline.evaluate.verdicts import Verdict
 from pipeline.numerics.formats import FORMATS, MXFP4
 from pipeline.runs.artifacts import EVALUATED_STAGES, Kind
+from pipeline.runs.json_files import Json
 
 ANSWERS_FILE = "generations.jsonl"
 ORDER = tuple(stage.name for stage in EVALUATED_STAGES)
@@ -23,26 +24,30 @@ _ROLES = {UPCAST: "original", SFT: "SFT", PTQ: "SFT + PTQ", QAT: "SFT + QAT"}
 _BF16_BITS = 16
 _LOSS = "validation_loss"
 
+Figures: TypeAlias = "Mapping[str, float | Mapping[str, float | Mapping[str, float]]]"
+"""Figures of a model as `evaluate` stores them: name -> value, or -> group -> value, or -> group -> part -> value."""
+
 
 @dataclass(frozen=True)
 class Row:
     """One model.
 
     Attributes:
-        run: that measured it.
-        model: its name among the results: a stage, a directory, or a model on a server.
-        title: what the report calls it.
-        role: what was done to the original to get it; the model's name where that is not known.
+        run: the run that evaluated the model.
+        model: name of the model in the results: a stage, a directory, or a model on a server.
+        title: name of the model in the report.
+        role: the steps from the original to the model ("SFT + PTQ"), or the model's name if they are unknown.
         block_format: 4-bit format of the experts' weights in the forward pass, or None.
-        figures: by name; those of a group end in /<group>.
-        fingerprint: of the model.
-        lineage: stage -> fingerprint of what it was made from, itself included.
-        seconds, peak_bytes: that its stage took; peak of the main process, on its GPU if it has one.
-        answers: to the prompts, where it was asked any.
-        verdicts: figure -> on those answers.
+        figures: name -> value. Names of a group's figures end in /<group>.
+        fingerprint: fingerprint of the model.
+        lineage: stage -> fingerprint, for the model's own stage and the stages that it was made from.
+        seconds: duration of the model's stage, or None if it is unknown.
+        peak_bytes: peak memory of the stage's main process, on its GPU if it has one, or None if it is unknown.
+        answers: the answers to the prompts; empty if the model answered none.
+        verdicts: figure -> verdicts on the answers.
     """
 
-    run: Run
+    run: EvaluatedRun
     model: str
     title: str
     role: str
@@ -55,107 +60,106 @@ class Row:
     answers: list[Transcript] = field(default_factory=list)
     verdicts: dict[str, list[Verdict]] = field(default_factory=dict)
 
-    def plain(self) -> dict[str, Any]:
-        """The row as compare.json has it."""
+    def to_json(self) -> dict[str, Json]:
+        """Return the row as compare.json holds it."""
         facts = {"run": self.run.label, "model": self.model, "role": self.role, "format": self.block_format}
         return {**facts, **self.figures, "stage_seconds": self.seconds, "stage_peak_bytes": self.peak_bytes}
 
 
-def of(runs: list[Run]) -> list[Row]:
-    """The rows of all runs, a model that several have measured once: where most was measured of it."""
-    rows = [row for run in runs for row in _of(run, is_alone=len(runs) == 1)]
+def collect(runs: list[EvaluatedRun]) -> list[Row]:
+    """Collect the rows of all runs. A model that several runs evaluated is one row, of the run with most figures."""
+    rows = [row for run in runs for row in _collect_run(run, is_alone=len(runs) == 1)]
     best: dict[tuple[str, str], Row] = {}
     for row in rows:
         key = (row.fingerprint, row.model)
         if key not in best or len(row.figures) > len(best[key].figures):
             best[key] = row
     found = [row for row in rows if best[row.fingerprint, row.model] is row]
-    _loss_changes(found)
+    _add_loss_changes(found)
     return found
 
 
-def _of(run: Run, is_alone: bool) -> list[Row]:
-    results = run.evaluated.details["results"]
+def _collect_run(run: EvaluatedRun, *, is_alone: bool) -> list[Row]:
+    results: Mapping[str, Figures] = run.evaluated.details["results"]
     names = [*(name for name in ORDER if name in results), *(name for name in results if name not in ORDER)]
-    shape = _shape(run)
-    return [_row(run, name, results, shape, is_alone) for name in names]
+    shape = _read_shape(run)
+    return [_make_row(run, name, results[name], shape=shape, is_alone=is_alone) for name in names]
 
 
-def _row(run: Run, model: str, results: dict[str, Any], shape: Shape | None, is_alone: bool) -> Row:
-    record = run.record(model) if model in ORDER else None
-    lineage = _lineage(run, model)
-    answers = _answers(run, model)
-    figures = flat(results[model]) | _sizes(record, shape)
+def _make_row(run: EvaluatedRun, model: str, results: Figures, *, shape: Shape | None, is_alone: bool) -> Row:
+    stage = run.read_stage(model) if model in ORDER else None
+    lineage = _trace_lineage(run, model)
+    answers = _read_answers(run, model)
     return Row(
-        run,
-        model,
-        model if is_alone else f"{run.label}/{model}",
-        _role(model, record, lineage),
-        _block_format(record),
-        figures,
-        run.evaluated.parents[model],
-        lineage,
-        None if record is None else record["seconds"],
-        None if record is None else record["peak_device_memory_bytes"] or record["peak_memory_bytes"],
-        answers,
-        {name: verdicts for name, judge in VERDICTS.items() if (verdicts := judge(answers))},
+        run=run,
+        model=model,
+        title=model if is_alone else f"{run.label}/{model}",
+        role=_role(model, stage, lineage),
+        block_format=_block_format(stage),
+        figures=flatten(results) | _sizes(stage, shape),
+        fingerprint=run.evaluated.parents[model],
+        lineage=lineage,
+        seconds=None if stage is None else stage.seconds,
+        peak_bytes=None if stage is None else stage.peak_bytes,
+        answers=answers,
+        verdicts={name: verdicts for name, judge in VERDICTS.items() if (verdicts := judge(answers))},
     )
 
 
-def flat(figures: dict[str, Any]) -> dict[str, float]:
-    """Figures of groups, {figure: {group: value}} or {figure: {group: {part: value}}}, as figure_part/group."""
+def flatten(figures: Figures) -> dict[str, float]:
+    """Flatten the figures of groups: {figure: {group: {part: value}}} -> {figure_part/group: value}."""
     found: dict[str, float] = {}
     for name, value in figures.items():
-        for group, inner in value.items() if isinstance(value, dict) else [("", value)]:
-            parts = inner if isinstance(inner, dict) else {"": inner}
+        for group, inner in value.items() if isinstance(value, Mapping) else [("", value)]:
+            parts = inner if isinstance(inner, Mapping) else {"": inner}
             found |= {f"{name}{part and '_' + part}{group and '/' + group}": each for part, each in parts.items()}
     return found
 
 
-def _loss_changes(rows: list[Row]) -> None:
-    """Add `loss_change`, of the validation loss against that of the SFT that a model was made from."""
+def _add_loss_changes(rows: list[Row]) -> None:
+    """Add `loss_change`: the relative change of the validation loss from the SFT model that a model was made from."""
     for row in rows:
         sft = next((each for each in rows if each.model == SFT and each.fingerprint == row.lineage.get(SFT)), None)
         if row.model != SFT and sft is not None and {_LOSS} <= row.figures.keys() & sft.figures.keys():
             row.figures["loss_change"] = row.figures[_LOSS] / sft.figures[_LOSS] - 1
 
 
-def _role(model: str, record: dict[str, Any] | None, lineage: dict[str, str]) -> str:
-    if record is None:
+def _role(model: str, stage: StageFacts | None, lineage: dict[str, str]) -> str:
+    if stage is None:
         return model
     if model == EXPORT:
-        origin = record["details"]["exported_from"]
-        return f"{_role(origin, record, lineage) if origin in _ROLES else origin}, exported"
+        origin = stage.artifact.details["exported_from"]
+        return f"{_role(origin, stage, lineage) if origin in _ROLES else origin}, exported"
     return _ROLES[model] if SFT in lineage else _ROLES[model].removeprefix("SFT + ")
 
 
-def _lineage(run: Run, model: str) -> dict[str, str]:
-    record = run.record(model) if model in ORDER else None
-    if record is None:
+def _trace_lineage(run: EvaluatedRun, model: str) -> dict[str, str]:
+    stage = run.read_stage(model) if model in ORDER else None
+    if stage is None:
         return {}
-    parents = dict(record["parents"])
+    parents = stage.artifact.parents
     if model == EXPORT:
-        parents = {record["details"]["exported_from"]: parents["model"]}
-    found = {model: record["fingerprint"]}
-    for stage, fingerprint in parents.items():
-        if stage in ORDER:
-            earlier = _lineage(run, stage)
-            found |= earlier if earlier.get(stage) == fingerprint else {stage: fingerprint}
+        parents = {stage.artifact.details["exported_from"]: parents["model"]}
+    found = {model: stage.artifact.fingerprint}
+    for name, fingerprint in parents.items():
+        if name in ORDER:
+            earlier = _trace_lineage(run, name)
+            found |= earlier if earlier.get(name) == fingerprint else {name: fingerprint}
     return found
 
 
-def _block_format(record: dict[str, Any] | None) -> str | None:
-    if record is None:
+def _block_format(stage: StageFacts | None) -> str | None:
+    if stage is None:
         return None
-    is_packed = record["kind"] in (Kind.packed.name, Kind.foreign.name)
-    return record["format"] if is_packed else record["fake_quantized"]
+    is_packed = stage.artifact.kind in (Kind.packed, Kind.foreign)
+    return stage.artifact.format if is_packed else stage.artifact.fake_quantized
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def _shape(run: Run) -> Shape | None:
-    """Sizes of the model, from any of its checkpoints that is still there."""
+def _read_shape(run: EvaluatedRun) -> Shape | None:
+    """Read the shape of the model from the first checkpoint of the run that exists."""
     for stage in ORDER:
         directory = run.stage_dir(stage)
         if directory is not None and (directory / "config.json").is_file():
@@ -163,31 +167,35 @@ def _shape(run: Run) -> Shape | None:
     return None
 
 
-def _sizes(record: dict[str, Any] | None, shape: Shape | None) -> dict[str, float]:
-    """`served_bytes`: of the weights in memory when the model is served in the format that it rounds to.
+def _sizes(stage: StageFacts | None, shape: Shape | None) -> dict[str, float]:
+    """`served_bytes`: size of the weights in memory, when the model is served in the format that it rounds to.
 
-    The original is served as it was released; what rounds nothing, in BF16.
+    The original counts in its released format. Models that round nothing count in BF16.
     """
-    if record is None or shape is None:
+    if stage is None or shape is None:
         return {}
-    was_packed = record["stage"] == UPCAST and record["details"].get("decoded_tensors", 0) > 0
-    name = MXFP4.name if was_packed else _block_format(record)
+    was_packed = stage.artifact.stage == UPCAST and stage.artifact.details.get("decoded_tensors", 0) > 0
+    name = MXFP4.name if was_packed else _block_format(stage)
     bits = FORMATS[name].bits_per_value if name in FORMATS else _BF16_BITS
     experts = sum(projection.values for projection in expert_projections(shape))
     others = sum(info.bytes for info in plain_tensors(shape).values()) - experts * _BF16_BITS // 8
     return {"served_bytes": others + experts * bits / 8}
 
 
-def undominated(rows: Iterable[Row], size: str, quality: str, sign: int) -> list[Row]:
-    """Rows that no other beats: none is as small and as good, and in one of the two better (Pareto).
+def undominated(rows: Iterable[Row], size: str, quality: str, *, is_higher_better: bool) -> list[Row]:
+    """Find the rows that no other row dominates (the Pareto front).
+
+    A row dominates another if it is at least as small and at least as good, and better in one of the two.
 
     Args:
-        rows: those without both figures are left out.
-        size: figure of which less is better.
-        quality: figure of which more is better (sign 1) or less (sign -1).
+        rows: the models. Rows without both figures are ignored.
+        size: name of a figure. Less is better.
+        quality: name of a figure.
+        is_higher_better: whether more of `quality` is better.
     """
+    sign = -1 if is_higher_better else 1
     points = [
-        (row, row.figures[size], -sign * row.figures[quality]) for row in rows if {size, quality} <= {*row.figures}
+        (row, row.figures[size], sign * row.figures[quality]) for row in rows if {size, quality} <= {*row.figures}
     ]
     return [row for row, x, y in points if not any(a <= x and b <= y and (a, b) != (x, y) for _, a, b in points)]
 
@@ -195,14 +203,14 @@ def undominated(rows: Iterable[Row], size: str, quality: str, sign: int) -> list
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-def _answers(run: Run, model: str) -> list[Transcript]:
+def _read_answers(run: EvaluatedRun, model: str) -> list[Transcript]:
     path = run.evaluated.directory / model.strip("/").replace("/", "_") / ANSWERS_FILE
-    if not answers_prompts(run) or not path.is_file():
+    if not has_answers(run) or not path.is_file():
         return []
-    return [_transcript(path, line) for line in path.read_bytes().splitlines()]
+    return [_read_transcript(path, line) for line in path.read_bytes().splitlines()]
 
 
-def _transcript(path: Path, line: bytes) -> Transcript:
+def _read_transcript(path: Path, line: bytes) -> Transcript:
     try:
         return Transcript(**json.loads(line))
     except (ValueError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Evaluated runs: where they are, what they left, and whether their figures can stand in one table."""
+"""Evaluated runs: how they are found, their stages, and the check that their figures are comparable."""
 
 import glob
 import json
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import xxhash
 
@@ -17,17 +17,32 @@ from pipeline.runs.artifacts import ARTIFACT_FILE, CONFIG_FILE, EVALUATED_STAGES
 from pipeline.runs.commands import stage_command
 
 _EVALUATE = Stage.evaluate.name
-_SHARED = "base_run"
+_SHARED = "base_run"  # key of the run whose stages this run shares
 
 
 @dataclass(frozen=True)
-class Run:
+class StageFacts:
+    """A complete stage.
+
+    Attributes:
+        artifact: its artifact.
+        seconds: its duration.
+        peak_bytes: peak memory of its main process, on the GPU if it has one.
+    """
+
+    artifact: Artifact
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class EvaluatedRun:
     """A run that `evaluate` has measured.
 
     Attributes:
-        label: short, and unlike those of the other runs.
-        directory: of the run.
-        evaluated: its evaluate artifact.
+        label: short name, different from the other runs' names.
+        directory: directory of the run.
+        evaluated: artifact of its `evaluate` stage.
     """
 
     label: str
@@ -35,9 +50,9 @@ class Run:
     evaluated: Artifact
 
     def stage_dir(self, stage: str) -> Path | None:
-        """Where a finished stage lies; None without one.
+        """The directory of a complete stage, or None.
 
-        That is here, or in the run that this one shares stages with, if it is the one that was evaluated.
+        The stage may be in the run that this run shares stages with, if it is the model that was evaluated.
         """
         if (self.directory / stage / ARTIFACT_FILE).is_file():
             return self.directory / stage
@@ -47,10 +62,18 @@ class Run:
         fingerprint = artifacts.load(shared, check_files=False).fingerprint
         return shared if self.evaluated.parents.get(stage, fingerprint) == fingerprint else None
 
-    def record(self, stage: str) -> dict[str, Any] | None:
-        """What artifact.json says of a finished stage, cost included; None without one."""
+    def read_stage(self, stage: str) -> StageFacts | None:
+        """Read artifact.json of a complete stage, or return None.
+
+        Raises:
+            UserError: artifact.json is not readable.
+        """
         directory = self.stage_dir(stage)
-        return None if directory is None else json.loads((directory / ARTIFACT_FILE).read_text(encoding="utf-8"))
+        if directory is None:
+            return None
+        cost = json.loads((directory / ARTIFACT_FILE).read_text(encoding="utf-8"))
+        peak_bytes = cost["peak_device_memory_bytes"] or cost["peak_memory_bytes"]
+        return StageFacts(artifacts.load(directory, check_files=False), cost["seconds"], peak_bytes)
 
     @cached_property
     def _shared(self) -> str | None:
@@ -60,42 +83,44 @@ class Run:
         return OmegaConf.select(config, _SHARED)
 
 
-def of_this_run(evaluated: Artifact) -> list[Run]:
-    """The run alone that an evaluate artifact is of.
+def find_this(evaluated: Artifact) -> list[EvaluatedRun]:
+    """Return the one run that an evaluate artifact belongs to.
 
     Raises:
-        UserError: a model was rebuilt after it was evaluated.
+        UserError: a model was rebuilt after its evaluation.
     """
-    run = Run(evaluated.directory.parent.name, evaluated.directory.parent, evaluated)
-    if problems := _rebuilt(run):
+    run = EvaluatedRun(evaluated.directory.parent.name, evaluated.directory.parent, evaluated)
+    if problems := _stale_problems(run):
         raise user_errors(problems)
     return [run]
 
 
-def find(patterns: list[str]) -> list[Run]:
-    """The runs that compare.runs names: run directories or their evaluate directories, or patterns of such.
+def find(patterns: list[str]) -> list[EvaluatedRun]:
+    """Find the runs in compare.runs: run directories, their evaluate directories, or patterns of either.
 
     Raises:
-        UserError: what is no run, not evaluated, named twice, or cannot be compared; everything together.
+        UserError: directories that are no runs, not evaluated, named twice or not comparable. One error reports all.
     """
     problems: list[str] = []
     named: dict[Path, str] = {}
     for pattern in patterns:
         directories = _directories(pattern)
         if not directories:
-            problems.append(f"compare.runs: {pattern!r}: no such directory, and nothing that it is a pattern of.")
+            problems.append(
+                f"compare.runs: {pattern!r}: no directory matches. Give run directories, or patterns of them."
+            )
         for directory in directories:
             if directory in named:
                 by = f"by {named[directory]!r} and by {pattern!r}" if named[directory] != pattern else f"as {pattern!r}"
                 problems.append(f"compare.runs: {directory} is named twice, {by}. Leave one out.")
-            elif (problem := _problem(directory)) is not None:
+            elif (problem := _directory_problem(directory)) is not None:
                 problems.append(f"compare.runs: {problem}")
             named.setdefault(directory, pattern)
     if problems:
         raise user_errors(problems)
     labels = _labels(list(named))
-    found = [Run(labels[directory], directory, artifacts.load(directory / _EVALUATE)) for directory in named]
-    problems = [problem for run in found for problem in _rebuilt(run)] + _mixtures(found)
+    found = [EvaluatedRun(labels[directory], directory, artifacts.load(directory / _EVALUATE)) for directory in named]
+    problems = [problem for run in found for problem in _stale_problems(run)] + _mixture_problems(found)
     if problems:
         raise user_errors(problems)
     return found
@@ -107,8 +132,8 @@ def _directories(pattern: str) -> list[Path]:
     return [match.parent if match.name == _EVALUATE else match for match in map(Path.resolve, matches)]
 
 
-def _problem(directory: Path) -> str | None:
-    """Why a directory is not an evaluated run, and what to do."""
+def _directory_problem(directory: Path) -> str | None:
+    """Why a directory is not an evaluated run, with advice, or None."""
     evaluate = directory / _EVALUATE
     if (evaluate / ARTIFACT_FILE).is_file():
         return None
@@ -116,11 +141,11 @@ def _problem(directory: Path) -> str | None:
         return f"{evaluate}: the evaluation is unfinished. Run it again: {_command(directory)}"
     if directory.is_dir() and any((directory / stage.name / ARTIFACT_FILE).is_file() for stage in Stage):
         return f"{directory}: the run was not evaluated. Run first: {_command(directory)}"
-    return f"{directory}: not the directory of a run, which holds its stages."
+    return f"{directory}: not the directory of a run, because no stage in it is complete. Give a run_dir."
 
 
-def _rebuilt(run: Run) -> list[str]:
-    """Models whose figures are of an earlier build."""
+def _stale_problems(run: EvaluatedRun) -> list[str]:
+    """The models that were rebuilt after their evaluation, so that their figures are stale."""
     return [
         f"{directory}: was rebuilt after it was evaluated. Run {_command(run.directory)}"
         for stage in Stage
@@ -135,7 +160,7 @@ def _command(directory: Path) -> str:
 
 
 def _labels(directories: list[Path]) -> dict[Path, str]:
-    """Names of the directories, and where two have the same, their ways from what they have in common."""
+    """Label directories by their names, or, if two names are equal, by their paths below the common parent."""
     names = [directory.name for directory in directories]
     if len(set(names)) == len(names):
         return dict(zip(directories, names, strict=True))
@@ -144,45 +169,50 @@ def _labels(directories: list[Path]) -> dict[Path, str]:
     return {directory: "/".join(directory.parts[shared:]) or directory.name for directory in directories}
 
 
-# --- what must be the same ------------------------------------------------------------------------------------------
+# --- what comparable runs have in common ------------------------------------------------------------------------------
 
 _TOKENIZER = "tokenizer.json"
-_DECIDE = (
+_SETTINGS = (
     *(f"data.{name}" for name in ("max_samples", "validation_fraction", "seed", "max_length", "supervise")),
     *(f"data.{name}" for name in ("reasoning_effort", "reasoning_language", "model_identity", "conversation_date")),
     *("model.dtype", "evaluate.max_samples"),
 )
-"""Settings that figures depend on, besides contents, which fingerprints tell."""
-_DECIDE_ANSWERS = tuple(f"evaluate.generation.{name}" for name in ("max_new_tokens", "temperature", "top_p", "samples"))
+"""Settings that figures depend on. Contents of data and models are compared by their fingerprints instead."""
+_ANSWER_SETTINGS = tuple(
+    f"evaluate.generation.{name}" for name in ("max_new_tokens", "temperature", "top_p", "samples")
+)
+"""Settings that figures of answers depend on."""
 
-_Told = tuple[str, str] | None
-"""What is compared, and how it is shown; None where it is not known."""
+_Property: TypeAlias = "tuple[str, str] | None"
+"""A property of a run: the value to compare, and the text to show. None: unknown."""
 
 
-def _data(run: Run) -> _Told:
+def _data(run: EvaluatedRun) -> _Property:
     data = run.evaluated.data
     return None if data is None else (data, f"{run.evaluated.settings.get('data.path')}, fingerprint {data}")
 
 
-def _prompts(run: Run) -> _Told:
-    prompts = run.evaluated.parents.get("evaluate.prompts") if answers_prompts(run) else None
+def _prompts(run: EvaluatedRun) -> _Property:
+    prompts = run.evaluated.parents.get("evaluate.prompts") if has_answers(run) else None
     return None if prompts is None else (prompts, f"fingerprint {prompts}")
 
 
-def _base(run: Run) -> _Told:
+def _base(run: EvaluatedRun) -> _Property:
     name = run.evaluated.base_model
     shown = name["path"] + (f" at revision {name['revision']}" if name["revision"] else "")
     return shown, shown
 
 
-def _base_contents(run: Run) -> _Told:
-    """Of the base checkpoint, whatever it is called; only the upcast knows."""
-    upcast = run.record(Stage.upcast.name)
-    told = _base(run)
-    return None if upcast is None or told is None else (source := upcast["parents"]["source"], f"{told[1]} ({source})")
+def _base_contents(run: EvaluatedRun) -> _Property:
+    """The contents of the base checkpoint, which may have several paths. Only the upcast stage records them."""
+    upcast, base = run.read_stage(Stage.upcast.name), _base(run)
+    if upcast is None or base is None:
+        return None
+    source = upcast.artifact.parents["source"]
+    return source, f"{base[1]} ({source})"
 
 
-def _tokenizer(run: Run) -> _Told:
+def _tokenizer(run: EvaluatedRun) -> _Property:
     for stage in EVALUATED_STAGES:
         directory = run.stage_dir(stage.name)
         if directory is not None and (directory / _TOKENIZER).is_file():
@@ -191,42 +221,42 @@ def _tokenizer(run: Run) -> _Told:
     return None
 
 
-def answers_prompts(run: Run) -> bool:
-    """Whether its models were asked."""
+def has_answers(run: EvaluatedRun) -> bool:
+    """Whether the models of a run answered prompts."""
     return bool(run.evaluated.settings.get("evaluate.generate"))
 
 
-def _setting(key: str) -> Callable[[Run], _Told]:
-    def told(run: Run) -> _Told:
+def _setting(key: str) -> Callable[[EvaluatedRun], _Property]:
+    def read(run: EvaluatedRun) -> _Property:
         settings = run.evaluated.settings
-        is_used = key in settings and (key not in _DECIDE_ANSWERS or answers_prompts(run))
+        is_used = key in settings and (key not in _ANSWER_SETTINGS or has_answers(run))
         return (repr(settings[key]), f"{key}={settings[key]}") if is_used else None
 
-    return told
+    return read
 
 
-_SAME: dict[str, Callable[[Run], _Told]] = {
+_SAME: dict[str, Callable[[EvaluatedRun], _Property]] = {
     "the evaluation data": _data,
     "the prompts": _prompts,
     "the base model": _base_contents,
     "the tokenizer": _tokenizer,
-    **{key: _setting(key) for key in (*_DECIDE, *_DECIDE_ANSWERS)},
+    **{key: _setting(key) for key in (*_SETTINGS, *_ANSWER_SETTINGS)},
 }
-"""What two runs must have in common."""
+"""The properties that two runs must have in common, and how they are read."""
 
 
-def _mixtures(runs: list[Run]) -> list[str]:
-    """What keeps runs from standing in one table: each run against the first."""
+def _mixture_problems(runs: list[EvaluatedRun]) -> list[str]:
+    """Why runs are not comparable: each run against the first."""
     first, *others = runs
-    return [problem for other in others for problem in _against(first, other)]
+    return [problem for other in others for problem in _compare(first, other)]
 
 
-def _against(first: Run, other: Run) -> list[str]:
+def _compare(first: EvaluatedRun, other: EvaluatedRun) -> list[str]:
     contents_are_known = None not in (_base_contents(first), _base_contents(other))
     same = _SAME if contents_are_known else {**_SAME, "the base model": _base}
     return [
-        f"compare.runs: {first.directory} and {other.directory} cannot be compared: they differ in {what}, {mine[1]}"
-        f" and {theirs[1]}. Evaluate both alike, or compare them apart."
-        for what, of in same.items()
-        if (mine := of(first)) is not None and (theirs := of(other)) is not None and mine[0] != theirs[0]
+        f"compare.runs: {first.directory} and {other.directory} cannot be compared: they differ in {name}, {mine[1]}"
+        f" and {theirs[1]}. Evaluate both under the same conditions, or compare them separately."
+        for name, read in same.items()
+        if (mine := read(first)) is not None and (theirs := read(other)) is not None and mine[0] != theirs[0]
     ]

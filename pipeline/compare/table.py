@@ -1,6 +1,6 @@
-"""The figures of models as tables: columns are data, drawn for the terminal, as Markdown and as HTML.
+"""The tables of the report, for the terminal, Markdown and HTML. Columns are data.
 
-Figures that nobody has described here get a column of their own, under the name that they were measured by.
+A figure without an entry in _FORMS gets a column under its own name, so new scorers need no edit here.
 """
 
 import textwrap
@@ -21,31 +21,48 @@ _PARTS = ("_low", "_high", "_decided", "_undecided")
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its title and how a row is shown in it."""
+    """A column.
+
+    Attributes:
+        title: heading of the column.
+        show: writes the cell of a row.
+        field: name of the column in the JSON lines of the table, if it differs from the title.
+    """
 
     title: str
     show: Callable[[Row], str]
+    field: str = ""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Some columns of all rows, and what must be known to read them."""
+    """A table with a line for each row of the report.
+
+    Attributes:
+        title: heading of the table.
+        columns: its columns.
+        caption: how to read it.
+    """
 
     title: str
     columns: list[Column]
     caption: str = ""
 
     def titles(self) -> list[str]:
-        """Of the columns."""
+        """The titles of the columns."""
         return [column.title for column in self.columns]
 
+    def fields(self) -> list[str]:
+        """The names of the columns in the JSON lines of the table."""
+        return [column.field or column.title for column in self.columns]
+
     def cells(self, rows: Iterable[Row]) -> list[list[str]]:
-        """What stands in it, row by row."""
+        """The cells, line by line."""
         return [[column.show(row) for column in self.columns] for row in rows]
 
 
-def _figure(name: str, form: Callable[[float], str]) -> Callable[[Row], str]:
-    """A figure as `form` writes it, with its interval if it has one; not every model has every figure."""
+def _show_figure(name: str, form: Callable[[float], str]) -> Callable[[Row], str]:
+    """Show a figure by `form`, with its interval if it has one. A model may lack the figure."""
 
     def show(row: Row) -> str:
         value, low, high = (row.figures.get(f"{name}{part}") for part in ("", "_low", "_high"))
@@ -69,73 +86,76 @@ _FORMS: dict[str, tuple[str, Callable[[float], str]]] = {
     "relative_weight_error": ("relative weight error", _percent),
     "snr_db": ("SNR (dB)", "{:.2f}".format),
     "flipped_codes": ("flipped codes", _percent),
-    "kl_divergence": ("KL (nats)", "{:.5f}".format),
-    "top1_agreement": ("same first token", _percent),
+    "kl_divergence": ("KL divergence (nats)", "{:.5f}".format),
+    "top1_agreement": ("top-1 agreement", _percent),
 }
-"""Figure -> its title and form."""
+"""Figure -> the title of its column, and how its values are written."""
+
+_FIELDS = {"kl_divergence": "KL (nats)", "top1_agreement": "same first token"}
+"""Figure -> the name of its column in the JSON lines, if it differs from the title."""
 
 _FIRST = ("validation_loss", "loss_change", "perplexity", "weight_bytes", "served_bytes", "relative_weight_error")
 _NOT_SHOWN = ("supervised_tokens", "validation_loss_all_tokens")
 
 
-def tables(rows: list[Row], reference: str | None) -> list[Table]:
-    """The tables of a report: what was lost and what it costs, pass rates, and whatever else was measured."""
+def make_tables(rows: list[Row], reference: str | None) -> list[Table]:
+    """Make the tables of the report: loss and size, pass rates, and all other figures."""
     whole = list(dict.fromkeys(name for row in rows for name in row.figures if "/" not in name))
     rates = [name for name in whole if is_rate(name, rows)]
     others = [name for name in whole if name not in (*_FIRST, *_NOT_SHOWN, *rates) and not _is_part(name, whole)]
     first = [name for name in _FIRST if name in whole or name == "validation_loss"]
     found = [Table("Loss and size", [_MODEL, _ROLE, *map(_column, first)], _caption(rows, reference))]
     if rates:
-        found.append(Table("Pass rates", [_MODEL, *(_rate(name) for name in rates)], _RATES_CAPTION))
+        found.append(Table("Pass rates", [_MODEL, *(_rate_column(name) for name in rates)], _RATES_CAPTION))
     if others:
         found.append(Table("Other figures", [_MODEL, *map(_column, others)]))
     return found
 
 
-def costs(rows: list[Row]) -> Table:
-    """What the stages took; those that another program made, or another run, are not known."""
+def make_cost_table(rows: list[Row]) -> Table:
+    """Make the table of time and memory. The cost of models from elsewhere is unknown."""
     columns = [
         Column("time", lambda row: _NONE if row.seconds is None else f"{row.seconds:.1f} s"),
         Column("most memory", lambda row: _NONE if row.peak_bytes is None else size(row.peak_bytes)),
     ]
-    caption = "Of the stage that made the model; memory of the main process, on its GPU if it has one."
+    caption = "Cost of the stage that made the model. Memory is that of the main process, on its GPU if it has one."
     return Table("Cost", [_MODEL, _ROLE, *columns], caption)
 
 
 def is_rate(name: str, rows: list[Row]) -> bool:
-    """Whether a figure is a pass rate, that is, has the number of answers that it rests on."""
+    """Whether a figure is a pass rate. Pass rates have a number of decided answers."""
     return any(f"{name}_decided" in row.figures for row in rows)
 
 
 def _is_part(name: str, whole: list[str]) -> bool:
-    """Whether a figure belongs to another one, as its bound or count."""
-    return any(name.endswith(part) and _is_named(name.removesuffix(part), whole) for part in _PARTS)
+    """Whether a figure is a bound or count of another figure."""
+    return any(name.endswith(part) and _is_figure(name.removesuffix(part), whole) for part in _PARTS)
 
 
-def _is_named(name: str, whole: list[str]) -> bool:
+def _is_figure(name: str, whole: list[str]) -> bool:
     return name in whole or f"{name}_decided" in whole
 
 
 _MODEL = Column("model", lambda row: row.title)
 _ROLE = Column("what it is", lambda row: row.role if row.role != row.model else _NONE)
 _RATES_CAPTION = (
-    "Share of answers that passed, with Wilson's 95 % interval, of those that could be decided; what could not be is"
-    " in no rate."
+    "Share of decided answers that passed, with Wilson's 95 % interval. Answers that could not be decided are not"
+    " counted."
 )
 
 
 def _column(name: str) -> Column:
     title, form = _FORMS.get(name, (name.replace("_", " "), "{:.4g}".format))
-    return Column(title, _figure(name, form))
+    return Column(title, _show_figure(name, form), _FIELDS.get(name, ""))
 
 
-def _rate(name: str) -> Column:
-    return Column(name.replace("_", " "), lambda row: rate(row, name))
+def _rate_column(name: str) -> Column:
+    return Column(name.replace("_", " "), lambda row: show_rate(row, name))
 
 
-def rate(row: Row, name: str, group: str = "") -> str:
-    """A pass rate with its interval and what it rests on."""
-    value, low, high, decided = (row.figures.get(f"{name}{part}{group}") for part in ("", "_low", "_high", "_decided"))
+def show_rate(row: Row, name: str) -> str:
+    """Show a pass rate with its interval and the number of decided answers."""
+    value, low, high, decided = (row.figures.get(f"{name}{part}") for part in ("", "_low", "_high", "_decided"))
     if value is None or low is None or high is None:
         return _NONE if decided is None else "undecided"
     return f"{100 * value:.0f} % [{100 * low:.0f}, {100 * high:.0f}] of {decided or 0:.0f}"
@@ -144,26 +164,26 @@ def rate(row: Row, name: str, group: str = "") -> str:
 def _caption(rows: list[Row], reference: str | None) -> str:
     tokens = next((row.figures["supervised_tokens"] for row in rows if "supervised_tokens" in row.figures), None)
     if tokens is None or reference is None:
-        return "Of models on servers neither loss nor weights are known."
+        return "Loss and weights of models on servers are unknown."
     return (
-        f"Loss over {tokens:.0f} supervised validation tokens. Relative weight error: of the experts' weights as the"
-        f" forward pass uses them, against {reference}. Size served: weights in memory, in the 4-bit format that the"
-        " model rounds to, or BF16."
+        f"Loss over {tokens:.0f} supervised validation tokens. Relative weight error: relative distance of the experts'"
+        f" weights in the forward pass from {reference}. Size served: weights in memory, in the 4-bit format that"
+        " the model rounds to, or in BF16."
     )
 
 
-# --- drawn -----------------------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------
 
 
-def markdown(table: Table, rows: list[Row]) -> str:
-    """The table in Markdown, with its caption below."""
+def to_markdown(table: Table, rows: list[Row]) -> str:
+    """Write the table in Markdown, with its caption below."""
     lines = [table.titles(), ["---"] * len(table.columns), *table.cells(rows)]
     drawn = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     return f"{drawn}\n\n{table.caption}\n" if table.caption else f"{drawn}\n"
 
 
 def show(table: Table, rows: list[Row]) -> None:
-    """Print the table on the terminal; without one, as wide as it takes."""
+    """Print the table, as wide as the terminal. Without a terminal the limit is _WIDTH."""
     drawn = TerminalTable(caption=table.caption or None, caption_justify="left")
     for i, column in enumerate(table.columns):
         title = textwrap.fill(column.title, _TITLE_WIDTH)

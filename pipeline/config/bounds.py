@@ -1,4 +1,4 @@
-"""Bounds of a setting. They stand in its type: `Annotated[float, POSITIVE]`. `bounds_of` collects them."""
+"""Bounds of settings. A bound is a part of the setting's type, as in `Annotated[float, POSITIVE]`."""
 
 import math
 from collections.abc import Callable
@@ -8,12 +8,12 @@ from typing import Any, get_type_hints
 
 @dataclass(frozen=True)
 class Bound:
-    """A condition on one value. null always passes.
+    """A condition on one value. The value null always meets it.
 
     Attributes:
-        meaning: ends the message "<key>=<value>: must be …".
-        holds: whether a value meets it.
-        choices: all values that meet it, if the help should list them.
+        meaning: the end of the message "<key>=<value>: must be …".
+        holds: returns whether a value meets the condition.
+        choices: all values that meet the condition, if the help should list them.
     """
 
     meaning: str
@@ -22,7 +22,7 @@ class Bound:
 
 
 def one_of(*choices: str) -> Bound:
-    """The bound of a setting that takes only these words."""
+    """Make the bound of a setting that takes only these words."""
     return Bound(f"one of {', '.join(choices)}", choices.__contains__, choices)
 
 

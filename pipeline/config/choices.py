@@ -1,11 +1,10 @@
 """Enums whose members are the rows of a table."""
 
 from collections.abc import Iterable
-from typing import Any
 
 
-def add_members(body: dict[str, Any], names: Iterable[str]) -> None:
-    """Add a member for each name to an enum, in its class body: `add_members(vars(), FORMATS)`.
+def add_members(body: dict[str, object], names: Iterable[str]) -> None:
+    """Add a member for each name to an enum. Call it in the class body: `add_members(vars(), FORMATS)`.
 
     mypy does not see these members. Write `FormatName["mxfp4"]`, not `FormatName.mxfp4`.
     """

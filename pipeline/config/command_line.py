@@ -1,4 +1,4 @@
-"""The command line: its help, its mistakes (all found at once), and the names of a sweep's jobs."""
+"""The command line: its help, its mistakes, which are reported together, and the names of a sweep's jobs."""
 
 import sys
 from collections.abc import Iterator
@@ -21,11 +21,11 @@ _GROUPS = {
     "train@sft": "full or lora, for SFT",
     "train@qat": "full or lora, for QAT",
     "format": "the 4-bit format",
-    "eval": "prompts and tasks for models, besides the validation loss",
+    "eval": "prompts and task suites, in addition to the validation loss",
     "sharding": "how processes share a model in training",
-    "tracking": "a service for metrics, besides metrics.jsonl",
+    "tracking": "a service for metrics, in addition to metrics.jsonl",
 }
-_OF_NO_MODEL = ("stage", "recipe", "run_dir", "doctor", "verify", "eval", "compare", "tracking", "overwrite")
+_MODEL_INDEPENDENT = ("stage", "recipe", "run_dir", "doctor", "verify", "eval", "compare", "tracking", "overwrite")
 """Prefixes of settings that do not change a model. Jobs of a sweep that differ only in these share a directory."""
 _HELP_FLAGS = ("--help", "-h")
 
@@ -51,8 +51,8 @@ def problems(arguments: list[str], conf: Path, recipes: Path) -> list[str]:
     return found
 
 
-def naming_jobs(arguments: list[str]) -> list[str]:
-    """Return the arguments; in a sweep, also one that tells Hydra how to name the jobs.
+def name_jobs(arguments: list[str]) -> list[str]:
+    """Return the arguments. In a sweep, add an argument that tells Hydra how to name the jobs.
 
     A job's name consists of the settings in which the jobs differ. Settings that do not change a model are left out,
     so that every stage of a sweep finds the same names.
@@ -63,7 +63,7 @@ def naming_jobs(arguments: list[str]) -> list[str]:
     overrides = OverridesParser.create().parse_overrides(plain)
     swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
     common = {override.key_or_group for override in overrides} - swept
-    common |= {key for key in swept if key.startswith(_OF_NO_MODEL)}
+    common |= {key for key in swept if key.startswith(_MODEL_INDEPENDENT)}
     left_out = ", ".join(f"'{key}'" for key in sorted(common))
     end = arguments.index(plain[-1]) + 1  # Hydra requires that overrides are adjacent
     naming = f"hydra.job.config.override_dirname.exclude_keys=[{left_out}]"

@@ -39,7 +39,7 @@ class ColumnsConfig:
     system: Optional[str] = None
     """Column with instructions, which are placed before the first message."""
     tools: Optional[str] = "tools"
-    """Column with the function schemas that the model can call: a list, or a list as JSON text."""
+    """Column with the functions that the model can call: a list of their schemas, or the list as JSON text."""
     reasoning_effort: Optional[str] = "reasoning_effort"
     """Column that overrides data.reasoning_effort for its row."""
     reasoning_language: Optional[str] = "reasoning_language"
@@ -83,18 +83,18 @@ class DataConfig:
     """The conversations to train and validate on."""
 
     path: Optional[str] = None
-    """The rows: a .jsonl or .parquet file, a folder of them, a saved data set, a hub id, or synthetic://arithmetic."""
+    """Conversations: a .jsonl or .parquet file, a folder of them, a saved data set, a hub id, or synthetic://arithmetic."""
     revision: Optional[str] = None
     """Revision of a hub id: a branch, tag or commit."""
     split: str = "train"
-    """Split of a hub id or of a saved data set dictionary."""
+    """Split of a data set on the hub, or of a saved dictionary of data sets (DatasetDict)."""
     streaming: bool = False
-    """Read a hub id without storing its files. The checked rows are stored in <run_dir>/data in any case."""
+    """Read a data set on the hub without storing its files. Its checked rows are still stored in <run_dir>/data."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     roles: dict[str, str] = field(default_factory=dict)
     """The data set's names of roles, and their standard names: {human: user, gpt: assistant}."""
     filter: dict[str, list[Any]] = field(default_factory=dict)
-    """Keep only rows whose column has one of the values, for each column named: {category: [a, b]}."""
+    """Keep only rows that have one of the values in each of the columns: {category: [a, b]}."""
     blend: list[BlendPartConfig] = field(default_factory=list)
     """Several data sets instead of data.path, each with its weight: [{path: a.jsonl, weight: 3}, …]."""
     max_samples: Annotated[Optional[int], POSITIVE] = None
@@ -104,14 +104,14 @@ class DataConfig:
     seed: Annotated[int, SEED] = 42
     """Seed of the draw of rows and of the split."""
     max_length: Annotated[int, POSITIVE] = 4096
-    """Longest training example in tokens. Longer ones are truncated at the end, and counted."""
+    """Longest training example in tokens. Longer examples are truncated at the end, and counted."""
     supervise: Supervise = Supervise.every_turn
-    """Train every assistant turn, each with the prompt that it has at inference, or only the last turn."""
+    """Assistant turns to train: every_turn (each with the prompt that it has at inference) or only the last_turn."""
     reasoning_effort: ReasoningEffort = ReasoningEffort.medium
     """The `Reasoning:` line of the system message. A row's own reasoning_effort takes precedence."""
     reasoning_language: Optional[str] = None
-    """Language for a line "reasoning language: …" before the instructions; null: none. A row's own takes precedence."""
+    """Language for the line "reasoning language: …" before the instructions; null: no line. A row's own value wins."""
     model_identity: Optional[str] = None
-    """First line of the system message; null: the one of the chat template ("You are ChatGPT, …")."""
+    """First line of the system message; null: the line of the chat template ("You are ChatGPT, …")."""
     conversation_date: str = "2025-08-05"
     """The `Current date:` line of the system message. It is fixed, so that runs can be repeated."""

@@ -76,7 +76,7 @@ def _default(item: Field) -> str:
     return {"None": "null", "???": "required", "True": "true", "False": "false"}.get(shown, shown)
 
 
-def _choices(kind: type, bounds: tuple[Bound, ...]) -> tuple[str, ...]:
+def _choices(kind: object, bounds: tuple[Bound, ...]) -> tuple[str, ...]:
     if inspect.isclass(kind) and issubclass(kind, Enum):
         return tuple(member.name for member in kind)
     return tuple(choice for bound in bounds for choice in bound.choices)

@@ -16,4 +16,4 @@ class DoctorConfig:
     row: Annotated[int, POSITIVE] = 1
     """Conversation to show token by token, counted from 1 over the whole data set."""
     languages: Annotated[list[str], _TWO_LANGUAGES] = field(default_factory=lambda: list(NAMES.values()))
-    """Languages to tell apart in prompts, reasoning and answers: ISO 639-1 codes. Fewer languages are more certain."""
+    """Languages to detect in prompts, reasoning and answers, as ISO 639-1 codes. Fewer languages give surer results."""

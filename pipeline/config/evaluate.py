@@ -107,7 +107,7 @@ class LmEvalConfig:
     num_fewshot: Annotated[Optional[int], NOT_NEGATIVE] = None
     """Examples before each question; null: the task's default."""
     limit: Annotated[Optional[int], POSITIVE] = None
-    """Use only the first questions of each task, this many, for a trial; null: all."""
+    """Use only this many questions of each task, the first ones, for a trial; null: all."""
     batch_size: Annotated[int, POSITIVE] = 8
     """Questions at a time. An endpoint uses evaluate.endpoint.concurrency instead."""
     apply_chat_template: bool = False
@@ -135,7 +135,7 @@ class EvaluateConfig:
     batch_size: Annotated[int, POSITIVE] = 4
     """Examples per forward pass."""
     group_column: Optional[str] = None
-    """Column of `data` whose values group the loss in the results; null: the reasoning language, if there is one."""
+    """Column of `data` by whose values the loss is also reported; null: the reasoning language, if rows have one."""
     generate: bool = False
     """Let models also answer prompts. Answers are stored in evaluate/<model>/generations.jsonl."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)

@@ -55,7 +55,8 @@ def _endpoint_problems(endpoint: EndpointConfig) -> list[str]:
     found = _server_problems("evaluate.endpoint", endpoint)
     if endpoint.name in Stage.__members__ or not _NAME.fullmatch(endpoint.name):
         found.append(
-            f"evaluate.endpoint.name={endpoint.name!r}: must be letters, digits, '.', '_' and '-', and no stage's name."
+            f"evaluate.endpoint.name={endpoint.name!r}: must be letters, digits, '.', '_' and '-', and not a stage's"
+            " name."
         )
     return found
 
@@ -72,7 +73,10 @@ def _server_problems(key: str, server: ServerConfig) -> list[str]:
 
 
 def _lm_eval_problems(evaluate: EvaluateConfig) -> list[str]:
-    """The harness sends only messages to the chat API. For completions it would render them with today's date."""
+    """Refuse a template that does not fit the API.
+
+    The harness sends only messages to the chat API. For completions it would render messages with today's date.
+    """
     is_chat = evaluate.endpoint.api is EndpointApi.chat
     if evaluate.lm_eval.tasks and evaluate.endpoint.url is not None and evaluate.lm_eval.apply_chat_template != is_chat:
         return [
@@ -86,6 +90,6 @@ def _is_address(text: str) -> bool:
     try:
         url = urlsplit(text)
         has_host = bool(url.hostname) and url.port != 0
-    except ValueError:  # the port is no number, or a bracket is open
+    except ValueError:  # the port is not a number, or a bracket is not closed
         return False
     return url.scheme in ("http", "https") and has_host and not url.query and not url.fragment

@@ -38,7 +38,7 @@ class ExportConfig:
     shard_bytes: Annotated[int, POSITIVE] = 5_000_000_000
     """Size limit of one weight file, in bytes."""
     push_to_hub: Optional[str] = None
-    """Repository (name/model) for the upload of the verified export by stage=publish, which stage=all then includes."""
+    """Hub repository (name/model) for the verified export. stage=publish uploads it, also as a part of stage=all."""
     private: bool = True
     """Create the repository as private, and refuse to upload to a public one; false: a public repository."""
     card: CardConfig = field(default_factory=CardConfig)

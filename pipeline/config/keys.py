@@ -1,10 +1,11 @@
-"""The keys of all settings, and the schema that checks their types."""
+"""The keys of all settings, and the schema that checks the types of their values."""
 
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Any, get_origin, get_type_hints
+from typing import TYPE_CHECKING, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -12,9 +13,12 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.config.pipeline import PipelineConfig
 from pipeline.errors import did_you_mean
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-def types_of(section: Any) -> dict[str, Any]:
-    """Field of a section -> its type without bounds."""
+
+def types_of(section: type["DataclassInstance"]) -> dict[str, object]:
+    """Field of a section -> its type, without bounds. Some types are generic aliases, such as list[str]."""
     hints = get_type_hints(section)
     return {item.name: hints[item.name] for item in fields(section)}
 
@@ -43,8 +47,8 @@ def schema() -> DictConfig:
     return copy.deepcopy(_schema())
 
 
-def value_problem(known: DictConfig, key: str, value: Any) -> str | None:
-    """Why `value` does not fit the setting `key`; None if it fits. The value is then set in `known`."""
+def value_problem(known: DictConfig, key: str, value: object) -> str | None:
+    """Why `value` does not fit the setting `key`, or None. A value that fits is set in `known`."""
     try:
         OmegaConf.update(known, key, value, merge=True)
     except (OmegaConfBaseException, ValueError) as error:
@@ -54,17 +58,17 @@ def value_problem(known: DictConfig, key: str, value: Any) -> str | None:
 
 @cache
 def _schema() -> DictConfig:
-    """Cached, because it takes longer than everything else that is done with a command line."""
+    """Build the schema once, because that takes longer than all other work on a command line."""
     return OmegaConf.structured(PipelineConfig)
 
 
 @cache
-def _types() -> dict[str, Any]:
+def _types() -> dict[str, object]:
     return dict(_settings(PipelineConfig))
 
 
-def _settings(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _settings(section: type["DataclassInstance"], prefix: str = "") -> Iterator[tuple[str, object]]:
     for name, kind in types_of(section).items():
         yield prefix + name, kind
-        if is_dataclass(kind):
+        if inspect.isclass(kind) and is_dataclass(kind):
             yield from _settings(kind, f"{prefix}{name}.")

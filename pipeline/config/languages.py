@@ -1,4 +1,4 @@
-"""The languages that the program tells apart, by name and code."""
+"""The languages that the program can detect, by name and code."""
 
 NAMES = {
     "Arabic": "ar",
@@ -35,10 +35,10 @@ NAMES = {
     "Ukrainian": "uk",
     "Vietnamese": "vi",
 }
-"""English name, as "reasoning language: …" has it -> ISO 639-1 code."""
+"""English name, as in the line "reasoning language: …" -> ISO 639-1 code."""
 
 
 def code_of(language: str) -> str | None:
-    """The code of a language in NAMES, given by that code or its English name, in any case; None for any other."""
+    """Return the code of a language that is given by its code or its English name. Unknown languages are None."""
     code = NAMES.get(language.strip().capitalize(), language.strip().lower())
     return code if code in NAMES.values() else None

@@ -64,5 +64,5 @@ class ModelConfig:
     revision: Optional[str] = None
     """Revision of a hub id: a branch, tag or commit."""
     dtype: Dtype = Dtype.bfloat16
-    """Arithmetic of evaluate and verify. Training has its own setting, precision."""
+    """Floating-point type in evaluate and verify. Training uses sft.precision and qat.precision."""
     tiny: TinyConfig = field(default_factory=TinyConfig)

@@ -28,13 +28,15 @@ class Stage(Enum):
     upcast = "MXFP4 checkpoint -> BF16, bit-exact"
     sft = "supervised fine-tuning"
     quantize = "insert fake quantization: the PTQ baseline"
-    qat = "quantization-aware training from there, at a low learning rate"
+    qat = "quantization-aware training of the quantized model, at a low learning rate"
     export = "write the checkpoint for serving, by default MXFP4 in the original's layout"
     verify = "prove that the export is correct"
     evaluate = "measure a stage's model: loss, perplexity, size and weight error"
     compare = "report the gains and losses of each step, of one run or several"
-    all = "all of these in order; skips stages that are up to date, resumes interrupted ones"
-    publish = "add a model card to the verified export; with export.push_to_hub, upload it, also as a part of all"
+    all = "all stages above in order; skips stages that are up to date, resumes interrupted ones"
+    publish = (
+        "add a model card to the verified export; with export.push_to_hub, upload it (stage=all then includes publish)"
+    )
     serve = "start vLLM, SGLang, TensorRT-LLM or llama.cpp on the verified export, and ask it a question"
 
 
@@ -68,11 +70,11 @@ class PipelineConfig:
     base_run: Optional[str] = None
     """Another run whose models, up to qat, are reused where they have the same settings. Sweeps (-m) set it."""
     device: Device = Device.auto
-    """Device of upcast and export; auto: the GPU if there is one. The results are the same bits on every device."""
+    """Device of upcast and export; auto: the GPU if there is one. Results are bit-identical on every device."""
     overwrite: bool = False
-    """Rebuild a complete stage, and discard unfinished work that has other settings."""
+    """Rebuild a complete stage, and discard unfinished work of the stage if its settings have changed."""
     sharding: Sharding = Sharding.none
-    """Sharded state in training: none; fsdp2 or zero3: all of it; zero2: gradients and optimizer."""
+    """State split over training processes. fsdp2, zero3: parameters, gradients, optimizer; zero2: the last two."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     doctor: DoctorConfig = field(default_factory=DoctorConfig)

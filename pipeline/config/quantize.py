@@ -19,7 +19,7 @@ class QuantizeConfig:
     """Insert fake quantization: the PTQ baseline, and the model that QAT starts from."""
 
     source: QuantizeSource = QuantizeSource.sft
-    """Model to quantize: the fine-tuned one (sft) or the original (upcast). With upcast, QAT replaces SFT and warns."""
+    """Model to quantize: the fine-tuned one (sft) or the original (upcast). With upcast, QAT starts without SFT."""
     calibration_samples: Annotated[int, POSITIVE] = 64
     """Training examples for calibration (where the format needs it) and for the check of the quantizers."""
     batch_size: Annotated[int, POSITIVE] = 1

@@ -1,11 +1,10 @@
-"""The rules between settings, and how a composed configuration becomes a checked one.
+"""The rules between settings, and the check of a composed configuration.
 
 `resolve` turns Hydra's composition into `PipelineConfig`. `problems` lists the broken bounds and rules.
 """
 
 from collections.abc import Iterator
 from dataclasses import is_dataclass
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -30,10 +29,11 @@ from pipeline.numerics.formats import FORMATS, SCALE_RULES
 
 
 def resolve(composed: DictConfig) -> PipelineConfig:
-    """The composed configuration as plain dataclasses.
+    """Check the composed configuration, and convert it to plain dataclasses.
 
     Raises:
-        UserError: an unknown key, a value of the wrong type, a missing value, or broken rules, all of them together.
+        UserError: unknown keys, missing values, a value of the wrong type, or broken rules. One error reports all of a
+            kind.
     """
     # `+sft.lr=1` adds a key to Hydra's composition. OmegaConf.to_object would drop it silently.
     unknown = [key for key in _leaf_keys(composed) if not is_known(key)]
@@ -43,7 +43,7 @@ def resolve(composed: DictConfig) -> PipelineConfig:
         merged = OmegaConf.merge(schema(), composed)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
-            raise user_errors([_not_set(key) for key in missing])
+            raise user_errors([_missing_problem(key) for key in missing])
         OmegaConf.resolve(merged)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -64,7 +64,7 @@ def problems(config: PipelineConfig) -> list[str]:
     return found + _qat_problems(config) + _experts_problems(config)
 
 
-def _bound_problems(section: Any, prefix: str = "") -> Iterator[str]:
+def _bound_problems(section: object, prefix: str = "") -> Iterator[str]:
     """The broken bounds of a section, of the sections in it, and of lists of sections."""
     bounds = bounds_of(type(section))
     for name, value in vars(section).items():
@@ -87,7 +87,9 @@ def _data_problems(data: DataConfig) -> list[str]:
         if text is not None and ("<|" in text or "\n" in text or not text.strip()):
             found.append(f"{key}={text!r}: must be one line of text, without special tokens.")
     if data.blend and data.path is not None:
-        found.append(f"data.path={data.path!r}: not together with data.blend; make it one of the parts, or null.")
+        found.append(
+            f"data.path={data.path!r}: cannot be combined with data.blend. Make it one of the parts, or set it to null."
+        )
     for i, part in enumerate(data.blend):
         if part.columns is not None:
             found += _columns_problems(f"data.blend[{i}]", part.columns)
@@ -186,12 +188,12 @@ def _qat_problems(config: PipelineConfig) -> list[str]:
     if qat.distillation.weight and qat.router_aux_loss_coef:
         found.append(
             f"qat.router_aux_loss_coef={qat.router_aux_loss_coef}: not with qat.distillation.weight="
-            f"{qat.distillation.weight}, whose loss has no such part. Set it to 0."
+            f"{qat.distillation.weight}, because the distillation loss has no router term. Set it to 0."
         )
     if follows_sft and sft.method is Method.lora and qat.method is Method.lora and sft.lora != qat.lora:
         found.append(
-            f"qat.lora={_shown(qat.lora)} differs from sft.lora={_shown(sft.lora)}: QAT continues with SFT's adapters."
-            " Give both the same values."
+            f"qat.lora={_show_lora(qat.lora)} differs from sft.lora={_show_lora(sft.lora)}: QAT continues with SFT's"
+            " adapters. Give both the same values."
         )
     return found
 
@@ -207,12 +209,12 @@ def _experts_problems(config: PipelineConfig) -> list[str]:
     ]
 
 
-def _not_set(key: str) -> str:
+def _missing_problem(key: str) -> str:
     choices = f" Choose one of: {', '.join(Stage.__members__)}." if key == "stage" else ""
     return f"{key}: is not set. Give {key}=<value>.{choices}"
 
 
-def _shown(lora: LoraConfig) -> str:
+def _show_lora(lora: LoraConfig) -> str:
     targets = [target.name for target in lora.targets]
     return (
         f"{{rank: {lora.rank}, alpha: {lora.alpha}, targets: {targets}, layers: {lora.layers},"

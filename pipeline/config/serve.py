@@ -30,9 +30,9 @@ class ServeConfig:
     port: Annotated[int, _PORT] = 8000
     """Port to listen on."""
     tensor_parallel_size: Annotated[Optional[int], POSITIVE] = None
-    """GPUs that share each layer; must divide heads and experts. null: as many of the visible GPUs as fit."""
+    """Number of GPUs that share each layer; must divide heads and experts. null: as many visible GPUs as fit."""
     context_length: Annotated[Optional[int], POSITIVE] = None
-    """Longest conversation in tokens. It sets the size of the KV cache. null: the engine's, usually the model's."""
+    """Longest conversation in tokens. It sets the size of the KV cache. null: the engine's default."""
     gpu_memory_fraction: Annotated[Optional[float], BETWEEN_0_AND_1] = None
     """Share of GPU memory to use (tensorrt_llm: of the memory that weights leave free); null: the engine's default."""
     extra_arguments: list[str] = field(default_factory=list)

@@ -11,7 +11,9 @@ ROUNDING_OPTIMIZERS = ("adamw_torch_8bit", "adamw_torch_4bit")
 
 _SCHEDULE = one_of("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 _STEPS = Bound("a number of steps, or -1", lambda value: value == -1 or value > 0)
-_AT_LEAST_TWO = Bound("2 or more: the one before is needed while one is written", lambda value: value >= 2)
+_AT_LEAST_TWO = Bound(
+    "2 or more, because the previous checkpoint is needed until the next is complete", lambda value: value >= 2
+)
 
 
 class Precision(Enum):
@@ -55,19 +57,19 @@ class LoraConfig:
     """Low-rank adapters. Used only with method=lora."""
 
     rank: Annotated[int, POSITIVE] = 8
-    """Rank r of each adapter. Every expert has its own: E experts take E·r·(in + out) weights per projection."""
+    """Rank r of each adapter. Each of E experts has its own, so a projection takes E·r·(in + out) weights."""
     alpha: Annotated[int, POSITIVE] = 16
     """Scale of the update: alpha / rank."""
     targets: list[LoraTarget] = field(default_factory=lambda: [LoraTarget.attention, LoraTarget.experts])
     """Parts that get adapters: attention (q, k, v, o), experts (gate_up and down), or both."""
     layers: Optional[list[int]] = None
-    """Layers that get adapters, counted from 0; null: those of every_nth, or all."""
+    """Layers that get adapters, counted from 0; null: the layers of every_nth, or all layers."""
     every_nth: Annotated[Optional[int], POSITIVE] = None
-    """Alternative to layers: adapt the last layer of every n. 8 of 24 layers: 7, 15 and 23."""
+    """Alternative to layers: adapt every n-th layer, such as 7, 15 and 23 for n = 8 in a model of 24 layers."""
 
 
 def adapted_layers(lora: LoraConfig, count: int) -> list[int]:
-    """The layers that get adapters, in a model of `count` layers; `lora.layers` is not checked against the count."""
+    """The layers that get adapters in a model of `count` layers. Nothing checks that the model has `lora.layers`."""
     if lora.every_nth is not None:
         return list(range(lora.every_nth - 1, count, lora.every_nth))
     return list(range(count)) if lora.layers is None else lora.layers
@@ -85,7 +87,7 @@ class TrainConfig:
     lr_scheduler: Annotated[str, _SCHEDULE] = "cosine"
     """Schedule after warm-up, by its transformers name."""
     warmup_ratio: Annotated[float, BELOW_1] = 0.03
-    """Share of the steps in which the learning rate rises."""
+    """Share of the steps, at the start, in which the learning rate rises."""
     epochs: Annotated[float, POSITIVE] = 1.0
     """Passes over the training data. max_steps takes precedence."""
     max_steps: Annotated[int, _STEPS] = -1
@@ -103,13 +105,13 @@ class TrainConfig:
     max_grad_norm: Annotated[float, POSITIVE] = 1.0
     """Largest norm of the gradients. Larger gradients are clipped."""
     precision: Precision = Precision.mixed_bf16
-    """fp32; mixed_bf16: FP32 weights, BF16 arithmetic; bf16: BF16 weights, which low learning rates hardly change."""
+    """fp32; mixed_bf16 (FP32 weights, BF16 arithmetic); bf16 (BF16 weights, which low learning rates hardly change)."""
     stochastic_rounding: bool = False
-    """Round each update of BF16 weights up or down at random, for low rates; needs optimizer=adamw_torch_8bit."""
+    """Round updates of BF16 weights at random, so that small updates take effect; needs optimizer=adamw_torch_8bit."""
     attn_implementation: str = "eager"
-    """Attention kernel, by its transformers name. It is first compared with eager: many kernels ignore the sinks."""
+    """Attention kernel, by its transformers name. It is compared with eager first, as many kernels ignore sinks."""
     experts_implementation: ExpertsImplementation = ExpertsImplementation.auto
-    """Kernel of the experts; auto: grouped_mm, or eager for formats that quantize inputs, which grouped_mm cannot."""
+    """Kernel of the experts; auto: grouped_mm, or eager for formats that also quantize inputs."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass. Saves memory and takes about a third more time."""
     router_aux_loss_coef: Annotated[float, NOT_NEGATIVE] = 0.0
@@ -121,9 +123,9 @@ class TrainConfig:
     save_steps: Annotated[int, POSITIVE] = 50
     """Optimizer steps between two checkpoints to resume from."""
     save_total_limit: Annotated[int, _AT_LEAST_TWO] = 2
-    """Checkpoints kept while training, the newest and the best among them. Removed when the stage is complete."""
+    """Checkpoints to keep in training, including the newest and the best. A complete stage has removed them."""
     keep_best: bool = True
-    """Keep the weights of the lowest validation loss instead of the last step's; needs save_steps = eval_steps."""
+    """Keep the weights with the lowest validation loss instead of the last weights; needs save_steps = eval_steps."""
     early_stopping_patience: Annotated[Optional[int], POSITIVE] = None
     """Stop after this many validation losses in a row without a new lowest one; null: never."""
     seed: Annotated[int, SEED] = 42
@@ -135,7 +137,7 @@ class DistillationConfig:
     """Distillation from the SFT model, in addition to the data (QAD)."""
 
     weight: Annotated[float, FROM_0_TO_1] = 0.0
-    """Weight of the divergence from the SFT model in the loss, up to 1; 0: no teacher is loaded."""
+    """Weight of the KL divergence from the SFT model in the loss, from 0 to 1; 0: no distillation."""
     temperature: Annotated[float, POSITIVE] = 1.0
     """Temperature of both distributions. Above 1, unlikely tokens count for more."""
 
@@ -145,5 +147,5 @@ class QatConfig(TrainConfig):
     """Training with fake quantization."""
 
     rounded_cache_gib: Annotated[Optional[float], NOT_NEGATIVE] = None
-    """Cache for the experts' rounded weights, in GiB; null: no limit, but no cache if sharding gathers parameters."""
+    """Cache for the experts' rounded weights, in GiB; null: no limit, or no cache if sharding gathers parameters."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)

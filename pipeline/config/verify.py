@@ -23,7 +23,9 @@ PythonConfig: Any = make_dataclass(
             Optional[str],
             field(
                 default=None,
-                metadata={"meaning": f"Python with {library.distribution}; null: the Python that runs this program."},
+                metadata={
+                    "meaning": f"Python executable that has {library.distribution}; null: the Python of this program."
+                },
             ),
         )
         for name, library in LIBRARIES.items()
@@ -46,7 +48,7 @@ class VerifyConfig:
     samples: Annotated[int, POSITIVE] = 8
     """Validation examples whose logits are compared."""
     logits_tolerance: Annotated[float, NOT_NEGATIVE] = 1.0e-4
-    """Largest allowed difference of a logit; sums may differ in order. Weights are compared bit for bit."""
+    """Largest allowed difference of a logit, because the order of sums may differ. Weights are compared bit for bit."""
     engines: list[LoadingEngine] = field(default_factory=list)
     """Engines to load the export in. Engines that are not installed are reported as not checked."""
     python: PythonConfig = field(default_factory=PythonConfig)

@@ -1,4 +1,4 @@
-"""Upload to the Hugging Face Hub. Tokens are huggingface_hub's affair: they are in no configuration and no log."""
+"""Upload to the Hugging Face Hub. huggingface_hub handles the token, which is in no configuration and no log."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,15 +12,15 @@ from pipeline.config import ExportConfig, hub_ids
 from pipeline.errors import UserError, user_errors
 from pipeline.runs.processes import is_main_process
 
-_LOGIN = "Log in with `hf auth login`, or put a token with the right to write into the environment variable HF_TOKEN."
+_LOGIN = "Log in with `hf auth login`, or put a token with write access into the environment variable HF_TOKEN."
 
 
 def check(settings: ExportConfig) -> None:
-    """Find what would stop an upload before there is anything to upload; whether a token may write, only that tells.
+    """Check early that an upload can work. Only the upload itself shows whether the token has write access.
 
     Raises:
-        UserError: the name is none; there is no token, or a wrong one; the Hub cannot be reached; the repository is
-            public, and it should not be.
+        UserError: the name is not valid; there is no token, or a wrong one; the Hub cannot be reached; the repository
+            is public, although export.private=true.
     """
     if settings.push_to_hub is None or not is_main_process():
         return
@@ -43,31 +43,31 @@ def _name_problems(name: str) -> list[str]:
 
 
 def push(settings: ExportConfig, directory: Path) -> str:
-    """Make a repository hold the files of a directory, by one commit; its address.
+    """Replace the files of a repository by those of a directory, in one commit, and return the commit's address.
 
-    What else the repository had is deleted: a shard of an earlier export would be taken for a part of this one.
+    All other files are deleted. Otherwise a shard of an earlier export would count as a part of this one.
 
     Raises:
-        UserError: the Hub refuses or cannot be reached; the repository is public, and it should not be.
+        UserError: the Hub refuses or cannot be reached; the repository is public, although export.private=true.
     """
     name, api = str(settings.push_to_hub), HfApi()
     with _hub_errors(name):
         repository = api.create_repo(name, private=settings.private, exist_ok=True)
         _raise_if_public(settings, api, repository.repo_id)
-        made = api.upload_folder(
+        commit = api.upload_folder(
             repo_id=repository.repo_id,
             folder_path=directory,
             commit_message="Add the exported model and its card",
             delete_patterns="*",
         )
-        return made.commit_url
+        return commit.commit_url
 
 
 def _raise_if_public(settings: ExportConfig, api: HfApi, name: str) -> None:
     try:
         is_private = api.model_info(name).private
     except RepositoryNotFoundError:
-        return  # `push` makes it
+        return  # `push` creates it
     if settings.private and not is_private:
         raise UserError(f"{_setting(name)}: is public. Make it private, choose another, or set export.private=false.")
 
@@ -76,7 +76,7 @@ def _raise_if_public(settings: ExportConfig, api: HfApi, name: str) -> None:
 def _hub_errors(name: str) -> Iterator[None]:
     try:
         yield
-    # The Hub's own errors are of the first two kinds; ValueError: it refuses the card's metadata, or a large file.
+    # huggingface_hub raises the first two, and ValueError for refused metadata of the card or a file that is too large.
     except (httpx.HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{_setting(name)}: the Hub was not reached, or refused ({reason}). {_LOGIN}") from error

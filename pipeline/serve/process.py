@@ -14,9 +14,9 @@ from pipeline.errors import CheckFailed, UserError
 from pipeline.runs.console import say
 
 _POLL_SECONDS = 0.25
-_TELL_SECONDS = 30.0
+_REPORT_SECONDS = 30.0
 _GRACE_SECONDS = 15.0  # time to finish requests in flight and to free the GPU
-_ENDING = (signal.SIGTERM, signal.SIGHUP)
+_ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 _TAIL_LINES = 20
 _TAIL_BYTES = 1 << 14
 
@@ -32,7 +32,7 @@ class EngineProcess:
         """
         self._name = name
         self._log = log
-        self._family: set[psutil.Process] = set()
+        self._children: set[psutil.Process] = set()
         with log.open("wb") as output:
             # In its own session, the engine does not receive Ctrl-C. This program does, and then ends the engine.
             try:
@@ -54,19 +54,19 @@ class EngineProcess:
         Raises:
             CheckFailed: the engine ended, or took longer. The message shows the end of its log.
         """
-        started = told = time.monotonic()
+        started = reported = time.monotonic()
         while not is_up():
             self._raise_if_ended("before it was up")
-            self._note_family()
+            self._note_children()
             now = time.monotonic()
             if now - started > seconds:
-                raise self.failed(f"was not up after serve.startup_seconds={seconds:g}")
-            if now - told > _TELL_SECONDS:
-                told = now
+                raise self.failure(f"was not up after serve.startup_seconds={seconds:g}")
+            if now - reported > _REPORT_SECONDS:
+                reported = now
                 say("serve", f"{self._name} is starting, {now - started:.0f} s so far: {self._last_line()}")
             time.sleep(_POLL_SECONDS)
-        self._raise_if_ended("when it was up")  # if it has ended, another server answered
-        self._note_family()
+        self._raise_if_ended("when it was up")  # the answer may have come from another server
+        self._note_children()
 
     def wait(self) -> None:
         """Wait until the engine ends.
@@ -77,40 +77,40 @@ class EngineProcess:
         self._process.wait()
         self._raise_if_ended("while it served")
 
-    def failed(self, how: str) -> CheckFailed:
-        """The error for a fault of the engine, with the end of its log."""
+    def failure(self, how: str) -> CheckFailed:
+        """Make the error for a fault of the engine. The message shows the end of the log."""
         tail = "".join(f"\n    {line}" for line in self._tail())
         return CheckFailed(f"{self._name} {how}. The end of its log, {self._log}:{tail or ' nothing'}")
 
     def stop(self) -> None:
         """End the engine and all its children with SIGTERM, and with SIGKILL after a while or at a second Ctrl-C."""
         try:
-            self._note_family()
+            self._note_children()
             self._signal(signal.SIGTERM)
             self._process.wait(_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             say("serve", f"{self._name} did not end within {_GRACE_SECONDS:g} s of SIGTERM and is killed")
         finally:
             self._signal(signal.SIGKILL)
-            for child in self._family:  # some may have left the process group
+            for child in self._children:  # children may have left the process group
                 with suppress(psutil.NoSuchProcess):
                     child.kill()
             self._process.wait()
-            psutil.wait_procs(self._family, timeout=_GRACE_SECONDS)
+            psutil.wait_procs(self._children, timeout=_GRACE_SECONDS)
 
     def _raise_if_ended(self, when: str) -> None:
         status = self._process.poll()
         if status is not None:
             how = f"exit status {status}" if status >= 0 else f"signal {-status}"
-            raise self.failed(f"ended {when}, with {how}")
+            raise self.failure(f"ended {when}, with {how}")
 
-    def _note_family(self) -> None:
+    def _note_children(self) -> None:
         """Remember the engine's children. After a crash of the engine they can no longer be found."""
         with suppress(psutil.NoSuchProcess):
-            self._family |= set(psutil.Process(self._process.pid).children(recursive=True))
+            self._children |= set(psutil.Process(self._process.pid).children(recursive=True))
 
     def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):  # the group has the number of the engine, and may outlive it
+        with suppress(ProcessLookupError):  # the group has the engine's process id, and may outlive the engine
             os.killpg(self._process.pid, number)
 
     def _tail(self) -> list[str]:
@@ -123,8 +123,8 @@ class EngineProcess:
 
 
 @contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that the engine is ended too.
+def interrupt_on_signals() -> Iterator[None]:
+    """Make SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that they end the engine as well.
 
     A signal that is ignored, such as SIGHUP under nohup, stays ignored.
     """
@@ -132,8 +132,8 @@ def ended_by_signals() -> Iterator[None]:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    heeded = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, interrupt) for number in heeded}
+    caught = [number for number in _ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in caught}
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ from pipeline.compare import content, page, plots, runs, table
 from pipeline.compare.content import Content
 from pipeline.compare.evidence import TEST_COLUMNS
 from pipeline.compare.rows import ORDER
-from pipeline.compare.runs import Run as EvaluatedRun
+from pipeline.compare.runs import EvaluatedRun
 from pipeline.config import PipelineConfig, Stage
 from pipeline.runs.artifacts import Artifact, Kind, Result
 from pipeline.runs.building import build
@@ -26,7 +26,7 @@ def run(config: PipelineConfig) -> Artifact:
     """Write <run_dir>/compare, and show it. It compares the runs in compare.runs, or the models of this run."""
     here = Run(config)
     found = _runs(config, here)
-    report = content.of(found, config.compare.examples)
+    report = content.collect(found, config.compare.examples)
     names = [run.directory.as_posix() if config.compare.runs else "evaluate" for run in found]
     artifact = build(
         here,
@@ -44,22 +44,22 @@ def run(config: PipelineConfig) -> Artifact:
 def _runs(config: PipelineConfig, here: Run) -> list[EvaluatedRun]:
     if config.compare.runs:
         return runs.find(config.compare.runs)
-    return runs.of_this_run(here.require(Stage.evaluate))
+    return runs.find_this(here.require(Stage.evaluate))
 
 
 def _write(report: Content, directory: Path) -> Result:
-    write_json(directory / _JSON, report.plain())
-    (directory / _MARKDOWN).write_text(content.markdown(report), encoding="utf-8")
-    (directory / _PAGE).write_text(page.page(report), encoding="utf-8")
+    write_json(directory / _JSON, report.to_json())
+    (directory / _MARKDOWN).write_text(content.to_markdown(report), encoding="utf-8")
+    (directory / _PAGE).write_text(page.render(report), encoding="utf-8")
     images = {chart.name: directory / f"{chart.name}.png" for chart in report.charts}
     for earlier in set(directory.glob("*.png")) - set(images.values()):
         earlier.unlink()  # from a report with other charts
     for chart in report.charts:
-        plots.png(chart, images[chart.name])
+        plots.write_png(chart, images[chart.name])
     for row in report.rows:
-        log_metrics(directory, row.plain())
+        log_metrics(directory, row.to_json())
     for each in report.tables:
-        log_table(directory, each.title.lower().replace(" ", "_"), each.titles(), each.cells(report.rows))
+        log_table(directory, each.title.lower().replace(" ", "_"), each.fields(), each.cells(report.rows))
     log_table(directory, "tests", list(TEST_COLUMNS), [test.cells() for test in report.tests])
     log_media(images, {Stage.compare.name: directory / _PAGE})
     log_report(Stage.compare.name, [directory / name for name in (_JSON, _MARKDOWN, _PAGE)] + list(images.values()))

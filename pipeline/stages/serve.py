@@ -54,17 +54,17 @@ def _launch(here: Run, settings: ServeConfig, export: Artifact) -> "Launch":
 def _serve(config: PipelineConfig, here: Run, launch: "Launch") -> None:
     from pipeline.evaluate.generation.client import NoAnswerError
     from pipeline.serve import client
-    from pipeline.serve.process import EngineProcess, ended_by_signals
+    from pipeline.serve.process import EngineProcess, interrupt_on_signals
 
     name, log = config.serve.engine.name, _write_command(here, config.serve.port, launch)
-    with ended_by_signals(), EngineProcess(name, launch.command, log) as engine:
+    with interrupt_on_signals(), EngineProcess(name, launch.command, log) as engine:
         say("serve", f"{name} is starting; its log: {log}")
         engine.wait_until(lambda: client.is_up(launch.health), config.serve.startup_seconds)
         try:
             model = client.model_name(launch.api, config.serve.answer_seconds)
             answer = client.ask(launch.api, model, config.serve, config.data)
         except NoAnswerError as error:
-            raise engine.failed(f"was up, but did not answer: {error}") from error
+            raise engine.failure(f"was up, but did not answer: {error}") from error
         _show(config.serve.question, client.channels(answer), answer.finish)
         if not config.serve.once:
             _until_interrupted(engine, f"{launch.api} serves {model!r}. Ctrl-C ends it")

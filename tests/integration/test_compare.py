@@ -1,4 +1,4 @@
-"""compare on real runs: what it leaves, a second run, a sweep over formats, and what is refused on the command line."""
+"""compare on real runs: its files, a second call, a sweep over formats, and mistakes on the command line."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def run_dir(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def test_a_run_leaves_a_page_tables_and_plots(smoke_run: Path) -> None:
+def test_compare_writes_a_page_tables_and_plots(smoke_run: Path) -> None:
     directory = smoke_run / "compare"
     assert {"compare.html", "compare.md", "compare.json", "tests.jsonl"} <= {path.name for path in directory.iterdir()}
     plots = {path.stem for path in directory.glob("*.png")}
@@ -31,7 +31,9 @@ def test_a_run_leaves_a_page_tables_and_plots(smoke_run: Path) -> None:
     assert "## sft → quantize → qat" in (directory / "compare.md").read_text(encoding="utf-8")
 
 
-def test_the_table_is_shown_again_without_being_made_again(smoke_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_call_shows_the_table_and_rebuilds_nothing(
+    smoke_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = (smoke_run / "compare" / "compare.html").stat().st_mtime_ns
     assert run_program("stage=compare", *RECIPE, f"run_dir={smoke_run}") == 0
     out = capsys.readouterr().out
@@ -39,7 +41,7 @@ def test_the_table_is_shown_again_without_being_made_again(smoke_run: Path, caps
     assert (smoke_run / "compare" / "compare.html").stat().st_mtime_ns == before
 
 
-def test_a_sweeps_jobs_share_what_their_settings_leave_as_it_was(run_dir: Path) -> None:
+def test_jobs_of_a_sweep_share_stages_with_unchanged_settings(run_dir: Path) -> None:
     jobs = {job.name: {path.name for path in job.iterdir() if path.is_dir()} for job in (run_dir / "sweep").iterdir()}
     assert jobs == {
         "format=mxfp4": {"evaluate"},  # the settings of the run itself
@@ -51,7 +53,7 @@ def test_one_report_over_a_run_and_its_sweep(run_dir: Path, capsys: pytest.Captu
     everything = f"compare.runs=[{run_dir},{run_dir}/sweep/*]"
     assert run_program("stage=compare", *RECIPE, f"run_dir={run_dir}", everything) == 0
     report = json.loads((run_dir / "compare" / "compare.json").read_text())
-    # What the first job shares with the run is shown once.
+    # Models that the first job shares with the run are shown once.
     assert [(row["run"], row["model"], row["format"]) for row in report["rows"]] == [
         *(("run", name, None) for name in ("upcast", "sft")),
         *(("run", name, "mxfp4") for name in ("quantize", "qat", "export")),
@@ -85,5 +87,7 @@ def test_a_pattern_without_runs_is_one_message(tmp_path: Path, capsys: pytest.Ca
     pattern = f"{tmp_path}/none/*"
     assert run_program("stage=compare", *RECIPE, f"run_dir={tmp_path}", f"compare.runs=[{pattern}]") == 2
     error = capsys.readouterr().err
-    assert error == f"error: compare.runs: '{pattern}': no such directory, and nothing that it is a pattern of.\n"
+    assert (
+        error == f"error: compare.runs: '{pattern}': no directory matches. Give run directories, or patterns of them.\n"
+    )
     assert list(tmp_path.iterdir()) == []

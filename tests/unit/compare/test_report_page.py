@@ -1,4 +1,4 @@
-"""The page and its plots: nothing fetched, nothing run, all text escaped, the same bytes each time."""
+"""The page and its plots: no scripts, nothing loaded, all text escaped, and the same bytes each time."""
 
 import re
 import xml.etree.ElementTree as ElementTree
@@ -34,17 +34,17 @@ def report(directory: Path) -> Content:
         '{"step": 0, "eval_loss": 2.5, "eval_changed_codes": 0.0}\n{"step": 5, "loss": 2.2}\n'
         '{"step": 10, "eval_loss": 2.1, "eval_changed_codes": 0.1}\n'
     )
-    return content.of(runs.find([str(directory)]), 5)
+    return content.collect(runs.find([str(directory)]), 5)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Content, str]:
     found = report(tmp_path_factory.mktemp("report") / "<run>")
-    return found, page.page(found)
+    return found, page.render(found)
 
 
 class Tags(HTMLParser):
-    """Tags with their attributes; every one that is opened has to be closed in order."""
+    """Tags with their attributes. Every opened tag must be closed, in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Tags(HTMLParser):
         assert self._open.pop() == tag
 
 
-def test_the_page_runs_nothing_and_fetches_nothing(made: tuple[Content, str]) -> None:
+def test_the_page_has_no_scripts_and_loads_nothing(made: tuple[Content, str]) -> None:
     tags = Tags(made[1]).seen
     assert not {"script", "link", "img", "iframe", "object", "base"} & {tag for tag, _ in tags}
     attributes = [(name, value or "") for _, each in tags for name, value in each.items()]
@@ -76,20 +76,20 @@ def test_the_page_runs_nothing_and_fetches_nothing(made: tuple[Content, str]) ->
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
 
 
-def test_what_models_wrote_is_text_and_nothing_else(made: tuple[Content, str]) -> None:
+def test_answers_of_models_are_escaped(made: tuple[Content, str]) -> None:
     text = made[1]
     assert (
         "&lt;script&gt;alert(1)&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;\u202e\ufffd\ufffd{{ 7 * 7 }}" in text
     )
     assert "call of &lt;b&gt;" in text
-    text.encode("utf-8")  # lone surrogates would not be
+    text.encode("utf-8")  # lone surrogates would raise
 
 
-def test_texts_written_from_right_to_left_have_their_direction(made: tuple[Content, str]) -> None:
+def test_text_from_right_to_left_has_its_direction(made: tuple[Content, str]) -> None:
     assert f'<div class="text" dir="auto">{HEBREW}</div>' in made[1]
 
 
-def test_ids_are_unique_and_every_reference_has_one(made: tuple[Content, str]) -> None:
+def test_ids_are_unique_and_references_point_to_them(made: tuple[Content, str]) -> None:
     tags = Tags(made[1]).seen
     ids = [each["id"] for _, each in tags if "id" in each]
     assert len(ids) == len(set(ids))
@@ -98,7 +98,7 @@ def test_ids_are_unique_and_every_reference_has_one(made: tuple[Content, str]) -
     assert set(references) <= set(ids)
 
 
-def test_every_plot_says_what_it_shows_and_has_its_figures_as_a_table(made: tuple[Content, str]) -> None:
+def test_every_plot_has_a_description_and_a_table_of_its_figures(made: tuple[Content, str]) -> None:
     found, text = made
     assert {chart.kind for chart in found.charts} == {"lines", "dots", "tradeoff"}
     for chart in found.charts:
@@ -109,50 +109,51 @@ def test_every_plot_says_what_it_shows_and_has_its_figures_as_a_table(made: tupl
 
 def test_plots_take_all_colours_from_the_page(made: tuple[Content, str]) -> None:
     for chart in made[0].charts:
-        drawn = plots.svg(chart)
+        drawn = plots.draw_svg(chart)
         assert not re.findall(r"#[0-9a-f]{6}\b", drawn)
         used = set(re.findall(r"var\(--([\w-]+)\)", drawn))
-        assert all(made[1].count(f"--{name}: #") == 2 for name in used)  # light and dark
+        assert all(made[1].count(f"--{name}: #") == 2 for name in used)  # in the light and the dark style
 
 
 def test_the_same_report_gives_the_same_bytes(made: tuple[Content, str], tmp_path: Path) -> None:
-    assert page.page(made[0]) == made[1]
+    assert page.render(made[0]) == made[1]
     chart = made[0].charts[0]
     for name in ("a", "b"):
-        plots.png(chart, tmp_path / f"{name}.png")
+        plots.write_png(chart, tmp_path / f"{name}.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["$x_1$ and $", r"\1 <b>&", "a" * 90, "ü,/" * 30])
-def test_names_are_drawn_as_they_are(name: str) -> None:
+def test_names_are_drawn_unchanged(name: str) -> None:
     chart = Chart("x", name, name, "dots", "x", "", [Series(name, [Point(name, 0.5, 0.1, 0.9)])], is_share=True)
     root = ElementTree.fromstring(
-        plots.svg(chart).replace("<svg ", '<svg xmlns:xlink="http://www.w3.org/1999/xlink" ', 1)
+        plots.draw_svg(chart).replace("<svg ", '<svg xmlns:xlink="http://www.w3.org/1999/xlink" ', 1)
     )
     assert next(iter(root)).text == name
     assert name.replace("\n", "") in "".join(root.itertext()).replace("\n", "")
 
 
-def test_lines_of_figures_follow_the_unit_of_their_axis() -> None:
+def test_tables_of_plots_use_the_units_of_the_axes() -> None:
     series = [Series("a", [Point(1_500_000, 0.25, 0.2, 0.3)])]
     chart = Chart("x", "", "", "tradeoff", "weights", "rate (%)", series, is_share=True)
-    assert charts.figures(chart) == (
+    assert charts.tabulate(chart) == (
         ["", "weights", "rate (%)", "95 % interval"],
         [["a", "1.500 MB", "25.00", "20.00 to 30.00"]],
     )
 
 
-def test_the_original_does_not_flatten_the_others(tmp_path: Path) -> None:
+def test_the_loss_of_the_original_does_not_compress_the_plot(tmp_path: Path) -> None:
     losses = {"upcast": 7.0, "sft": 2.0, "qat": 2.1}
     figures = {model: {"validation_loss": loss, "weight_bytes": 9.0} for model, loss in losses.items()}
-    found = content.of(runs.find([str(evaluated.run(tmp_path / "run", figures=figures))]), 0).charts[0]
+    found = content.collect(runs.find([str(evaluated.run(tmp_path / "run", figures=figures))]), 0).charts[0]
     assert [series.name for series in found.series] == ["sft", "qat"]
-    assert "Far outside: upcast, 7.0000." in found.description
+    assert "better in one of the two): upcast." in found.description
+    assert "Outside the plot: upcast, 7.0000." in found.description
 
 
-def test_a_model_that_diverged_is_left_out_of_the_plots_and_not_of_the_table(tmp_path: Path) -> None:
+def test_a_diverged_model_is_in_the_table_but_not_in_the_plots(tmp_path: Path) -> None:
     losses = {"sft": 2.0, "quantize": 2.1, "qat": float("nan")}
     figures = {model: {"validation_loss": loss, "weight_bytes": 9.0} for model, loss in losses.items()}
-    found = content.of(runs.find([str(evaluated.run(tmp_path / "run", figures=figures))]), 0)
+    found = content.collect(runs.find([str(evaluated.run(tmp_path / "run", figures=figures))]), 0)
     assert [series.name for series in found.charts[0].series] == ["sft", "quantize"]
     assert "nan" in found.tables[0].cells(found.rows)[2]

@@ -1,4 +1,4 @@
-"""Rows and tables: what a model is, its sizes, which models are dominated, and figures that nobody foresaw."""
+"""Rows and tables: roles and sizes of models, dominated models, and figures without an entry in the table."""
 
 import random
 from pathlib import Path
@@ -15,7 +15,7 @@ SHAPE = Shape.of(SIZES, "tests")
 
 
 def found(*directories: Path) -> list[rows.Row]:
-    return rows.of(runs.find([str(directory) for directory in directories]))
+    return rows.collect(runs.find([str(directory) for directory in directories]))
 
 
 def four(directory: Path, **facts: str) -> Path:
@@ -23,32 +23,32 @@ def four(directory: Path, **facts: str) -> Path:
     return evaluated.run(directory, figures=loss, **facts)  # type: ignore[arg-type]
 
 
-def test_rows_say_what_was_done_to_the_original(tmp_path: Path) -> None:
+def test_roles_list_the_steps_from_the_original(tmp_path: Path) -> None:
     run = four(tmp_path / "run")
     assert [row.role for row in found(run)] == ["original", "SFT", "SFT + PTQ", "SFT + QAT"]
     evaluated.record(run / "quantize", parents={"upcast": "upcast"}, fake_quantized="mxfp4")
     assert [row.role for row in found(run)] == ["original", "SFT", "PTQ", "QAT"]
 
 
-def test_sizes_served_are_those_of_the_layouts(tmp_path: Path) -> None:
+def test_served_sizes_are_the_sizes_of_the_layouts(tmp_path: Path) -> None:
     run = four(tmp_path / "run")
     evaluated.record(run / "upcast", details={"decoded_tensors": 4}, parents={"source": "base"})
     plain, packed = (sum(info.bytes for info in layout(SHAPE).values()) for layout in (plain_tensors, packed_tensors))
     assert [row.figures["served_bytes"] for row in found(run)] == [packed, plain, packed, packed]
 
 
-def test_a_model_that_several_runs_measured_is_one_row_where_most_is_known(tmp_path: Path) -> None:
+def test_a_model_of_several_runs_is_one_row_with_the_most_figures(tmp_path: Path) -> None:
     first = evaluated.run(tmp_path / "a", figures={"sft": {"validation_loss": 2.0}})
     second = evaluated.run(tmp_path / "b", figures={"sft": {"validation_loss": 2.0, "perplexity": 7.4}})
     assert [row.title for row in found(first, second)] == ["b/sft"]
 
 
-def test_undominated_rows_are_those_that_no_other_beats(tmp_path: Path) -> None:
+def test_undominated_rows_are_the_pareto_front(tmp_path: Path) -> None:
     draw = random.Random(0)
     names = [f"m{i}" for i in range(30)]
     figures = {name: {"weight_bytes": draw.randint(1, 9), "validation_loss": draw.randint(1, 9)} for name in names}
     every = found(evaluated.run(tmp_path / "run", figures=figures))
-    best = rows.undominated(every, "weight_bytes", "validation_loss", -1)
+    best = rows.undominated(every, "weight_bytes", "validation_loss", is_higher_better=False)
 
     def beats(one: rows.Row, other: rows.Row) -> bool:
         differences = [one.figures[name] - other.figures[name] for name in ("weight_bytes", "validation_loss")]
@@ -58,7 +58,7 @@ def test_undominated_rows_are_those_that_no_other_beats(tmp_path: Path) -> None:
     assert 0 < len(best) < len(every)
 
 
-def test_a_job_whose_models_are_gone_does_not_take_those_of_the_shared_run(tmp_path: Path) -> None:
+def test_a_job_without_its_model_does_not_use_the_model_of_the_shared_run(tmp_path: Path) -> None:
     four(tmp_path / "base")
     job = evaluated.run(tmp_path / "job", figures={"qat": {"validation_loss": 1.9}}, fingerprints={"qat": "own"})
     (job / "evaluate" / "config.yaml").write_text(f"base_run: {tmp_path}/base\n")
@@ -69,15 +69,16 @@ def test_a_job_whose_models_are_gone_does_not_take_those_of_the_shared_run(tmp_p
 
 def test_figures_of_groups_are_flat() -> None:
     nested = {"loss": {"de": 1.0}, "by_group": {"fr": {"loss": 2.0, "tokens": 3}}, "perplexity": 4.0}
-    assert rows.flat(nested) == {"loss/de": 1.0, "by_group_loss/fr": 2.0, "by_group_tokens/fr": 3, "perplexity": 4.0}
+    assert rows.flatten(nested) == {"loss/de": 1.0, "by_group_loss/fr": 2.0, "by_group_tokens/fr": 3, "perplexity": 4.0}
 
 
-def test_figures_that_nobody_foresaw_get_columns_and_intervals_are_shown(tmp_path: Path) -> None:
+def test_unknown_figures_get_columns_and_intervals_are_shown(tmp_path: Path) -> None:
     interval = {"kl_divergence": 0.5, "kl_divergence_low": 0.25, "kl_divergence_high": 0.75}
     figures = {"sft": {"validation_loss": 2.0, "surprise_index": 0.12345, **interval}, "qat": {"validation_loss": 2.0}}
     every = found(evaluated.run(tmp_path / "run", figures=figures))
-    shown = {each.title: each for each in table.tables(every, "sft")}["Other figures"]
-    assert [column.title for column in shown.columns] == ["model", "surprise index", "KL (nats)"]
+    shown = {each.title: each for each in table.make_tables(every, "sft")}["Other figures"]
+    assert [column.title for column in shown.columns] == ["model", "surprise index", "KL divergence (nats)"]
+    assert shown.fields() == ["model", "surprise index", "KL (nats)"]
     assert shown.cells(every) == [["sft", "0.1235", "0.50000 [0.25000, 0.75000]"], ["qat", "–", "–"]]
 
 
@@ -85,13 +86,13 @@ def test_a_rate_is_shown_with_its_interval_and_count(tmp_path: Path) -> None:
     rate = {"exact_match": 0.5, "exact_match_low": 0.1, "exact_match_high": 0.9, "exact_match_decided": 4.0}
     none = {"exact_match_decided": 0.0, "exact_match_undecided": 1.0}
     every = found(evaluated.run(tmp_path / "run", figures={"sft": rate, "qat": none}))
-    shown = {each.title: each for each in table.tables(every, "sft")}["Pass rates"]
+    shown = {each.title: each for each in table.make_tables(every, "sft")}["Pass rates"]
     assert shown.cells(every) == [["sft", "50 % [10, 90] of 4"], ["qat", "undecided"]]
 
 
-def test_markdown_keeps_a_bar_in_a_name_out_of_the_columns(tmp_path: Path) -> None:
+def test_a_bar_in_a_name_is_escaped_in_markdown(tmp_path: Path) -> None:
     every = found(evaluated.run(tmp_path / "run", figures={"a|b": {"perplexity": 1.0}}))
-    shown = table.markdown(table.tables(every, None)[0], every)
+    shown = table.to_markdown(table.make_tables(every, None)[0], every)
     assert "| a\\|b |" in shown
 
 
@@ -103,16 +104,16 @@ def test_examples_on_which_models_disagree_come_first(tmp_path: Path) -> None:
     assert [each.verdicts["exact_match"] for each in chosen[0].answers] == ["passed", "failed"]
 
 
-def test_a_line_that_is_no_answer_is_named(tmp_path: Path) -> None:
+def test_a_line_that_is_not_an_answer_is_an_error_with_its_file(tmp_path: Path) -> None:
     run = evaluated.run(tmp_path / "run", {"sft": [True]})
     (run / "evaluate" / "sft" / "generations.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match=r"sft/generations\.jsonl: a line is not an answer"):
         found(run)
 
 
-def test_the_report_as_data_has_every_figure(tmp_path: Path) -> None:
+def test_the_report_as_json_has_every_figure(tmp_path: Path) -> None:
     run = evaluated.run(tmp_path / "run", {"sft": [True], "quantize": [False]}, {"sft": {"validation_loss": 2.0}})
-    plain = content.of(runs.find([str(run)]), 1).plain()
+    plain = content.collect(runs.find([str(run)]), 1).to_json()
     assert [row["model"] for row in plain["rows"]] == ["sft", "quantize"]
     assert plain["rows"][0]["validation_loss"] == 2.0
     (test,) = (test for test in plain["tests"] if test["figure"] == "exact_match")

@@ -1,4 +1,4 @@
-"""Which runs a report takes, and which it refuses: one message, that names the runs, what differs, and what to do."""
+"""Runs of a report: how they are found, and the one message that refuses runs that are not comparable."""
 
 import json
 from pathlib import Path
@@ -25,12 +25,12 @@ def test_patterns_and_evaluate_directories_name_runs(tmp_path: Path) -> None:
     assert [run.label for run in found] == ["a", "b", "c"]
 
 
-def test_a_directory_whose_name_looks_like_a_pattern_is_itself(tmp_path: Path) -> None:
+def test_a_directory_whose_name_looks_like_a_pattern_is_found_by_its_name(tmp_path: Path) -> None:
     evaluated.run(tmp_path / "layers=[1]", figures=LOSS)
     assert [run.label for run in runs.find([str(tmp_path / "layers=[1]")])] == ["layers=[1]"]
 
 
-def test_runs_of_one_name_are_told_apart_by_their_ways(tmp_path: Path) -> None:
+def test_runs_with_equal_names_are_labelled_by_their_paths(tmp_path: Path) -> None:
     directories = [evaluated.run(tmp_path / name / "run", figures=LOSS) for name in ("a", "b")]
     assert [run.label for run in runs.find([str(each) for each in directories])] == ["a/run", "b/run"]
 
@@ -48,8 +48,8 @@ def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
         f" run_dir={tmp_path}/unmeasured, with the run's recipe",
         f"{tmp_path}/half/evaluate: the evaluation is unfinished. Run it again: python -m pipeline stage=evaluate"
         f" run_dir={tmp_path}/half, with the run's recipe",
-        f"{tmp_path}/notes: not the directory of a run, which holds its stages.",
-        f"'{tmp_path}/nothing/*': no such directory, and nothing that it is a pattern of.",
+        f"{tmp_path}/notes: not the directory of a run, because no stage in it is complete. Give a run_dir.",
+        f"'{tmp_path}/nothing/*': no directory matches. Give run directories, or patterns of them.",
         f"{run} is named twice, by '{run}' and by '{run}/evaluate'. Leave one out.",
     ]
 
@@ -81,7 +81,7 @@ def test_figures_on_different_data_are_not_mixed(tmp_path: Path, facts: dict, pa
     second = evaluated.run(tmp_path / "b", figures=LOSS, **other)
     message = str(refused(first, second))
     assert message.startswith(f"compare.runs: {first} and {second} cannot be compared: they differ in {part}")
-    assert "Evaluate both alike" in message
+    assert "Evaluate both under the same conditions" in message
 
 
 def test_answers_to_different_prompts_are_not_mixed(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_revisions_of_the_base_model_are_not_mixed(tmp_path: Path) -> None:
     assert f"they differ in the base model, {' and '.join(names)}." in str(refused(first, second))
 
 
-def test_the_same_base_model_may_lie_in_several_places_and_only_there(tmp_path: Path) -> None:
+def test_the_same_base_model_may_have_several_paths(tmp_path: Path) -> None:
     both = {**LOSS, "upcast": {"validation_loss": 7.0}}
     first, second = (
         evaluated.run(tmp_path / name, figures=both, base_model={"path": f"/{name}", "revision": None})
@@ -118,7 +118,7 @@ def test_tokenizers_are_not_mixed(tmp_path: Path) -> None:
     assert "they differ in the tokenizer, fingerprint " in str(refused(first, second))
 
 
-def test_what_one_run_does_not_tell_is_no_difference(tmp_path: Path) -> None:
+def test_a_setting_that_only_one_run_has_is_no_difference(tmp_path: Path) -> None:
     first = evaluated.run(tmp_path / "a", {"sft": [True]}, settings={"evaluate.generation.max_new_tokens": 5})
     second = evaluated.run(tmp_path / "b", figures=LOSS, settings={"evaluate.generation.max_new_tokens": 9})
     assert len(runs.find([str(first), str(second)])) == 2

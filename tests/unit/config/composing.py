@@ -41,13 +41,13 @@ def resolved(*overrides: str) -> PipelineConfig:
 
 
 def found_on(*arguments: str) -> str:
-    """The one mistake that is found on a command line before anything is composed."""
+    """Find the one mistake of a command line, before composition."""
     (problem,) = command_line.problems(list(arguments), program.CONF_DIR, program.RECIPES_DIR)
     return problem
 
 
 def broken(**settings: Any) -> list[str]:
-    """The rules that a configuration breaks with these settings; two underscores stand for a dot."""
+    """List the rules that a configuration breaks with these settings. Two underscores stand for a dot."""
     changed = PipelineConfig(stage=Stage.sft, model=ModelConfig(path="model"), data=DataConfig(path="data"))
     for key, value in settings.items():
         *sections, name = key.split("__")

@@ -1,4 +1,4 @@
-"""What composes: recipes, groups, overrides and sweeps."""
+"""Composition of recipes, groups, overrides and sweeps."""
 
 from pathlib import Path
 
@@ -37,10 +37,10 @@ def test_every_choice_of_every_group_resolves() -> None:
         by_group.setdefault(choice.partition("=")[0], []).append(choice)
     for i in range(max(map(len, by_group.values()))):
         one_of_each = [found[i % len(found)] for found in by_group.values()]
-        resolved("stage=upcast", *one_of_each, SYNTHETIC_DATA)  # no stage that a choice would be refused for
+        resolved("stage=upcast", *one_of_each, SYNTHETIC_DATA)  # no rule concerns upcast
 
 
-def test_lora_is_chosen_for_each_stage_on_its_own() -> None:
+def test_the_method_is_chosen_separately_for_each_stage() -> None:
     found = resolved("stage=sft", "train@qat=lora", SYNTHETIC_DATA)
     assert (found.sft.method, found.qat.method) == (Method.full, Method.lora)
 
@@ -84,13 +84,13 @@ def test_cfg_job_prints_the_configuration_and_runs_nothing(
     assert seen == []
 
 
-def test_nothing_is_written_where_the_program_is_called(seen: list[PipelineConfig], tmp_path: Path) -> None:
+def test_nothing_is_written_to_the_working_directory(seen: list[PipelineConfig], tmp_path: Path) -> None:
     assert run_program("stage=sft", "recipe=smoke") == 0
     assert len(seen) == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sweep_writes_nothing_where_it_is_called(seen: list[PipelineConfig], tmp_path: Path) -> None:
+def test_a_sweep_writes_nothing_to_the_working_directory(seen: list[PipelineConfig], tmp_path: Path) -> None:
     assert run_program("-m", "stage=sft", "recipe=smoke") == 0
     assert len(seen) == 1
     assert list(tmp_path.iterdir()) == []
@@ -101,7 +101,7 @@ def test_one_run_leaves_no_state_of_hydra_to_the_next(mistake: Mistake) -> None:
     assert not GlobalHydra.instance().is_initialized()
 
 
-def test_a_recipe_in_a_folder_of_the_users_has_its_own_name_and_run_directory(
+def test_a_recipe_from_config_dir_has_its_own_name_and_run_directory(
     seen: list[PipelineConfig], tmp_path: Path
 ) -> None:
     write_recipe(tmp_path, "sft:\n  learning_rate: 0.5\n")

@@ -1,4 +1,4 @@
-"""Bounds and rules of the settings of prompts, answers and servers, with their messages."""
+"""Bounds and rules of `evaluate`, with their messages: prompts, answers, servers, judge and task suites."""
 
 from functools import reduce
 from typing import Any
@@ -13,7 +13,7 @@ URL = "http://localhost:8000/v1"
 
 
 def broken(**settings: Any) -> list[str]:
-    """The rules that `evaluate` breaks with these settings; two underscores stand for a dot."""
+    """List the rules that `evaluate` breaks with these settings. Two underscores stand for a dot."""
     changed = PipelineConfig(stage=Stage.evaluate, model=ModelConfig(path="model"), data=DataConfig(path="data"))
     for key, value in settings.items():
         *sections, name = key.split("__")
@@ -50,7 +50,7 @@ def test_a_value_out_of_range_is_refused_with_its_key(key: str, value: Any, mean
     assert broken(**{key.replace(".", "__"): value}) == [f"evaluate.{key}={value!r}: must be {meaning}."]
 
 
-def test_several_samples_of_the_likeliest_tokens_are_refused() -> None:
+def test_several_samples_with_greedy_decoding_are_refused() -> None:
     (problem,) = broken(generation__samples=3)
     assert problem.startswith("evaluate.generation.samples=3: with evaluate.generation.temperature=0")
     assert broken(generation__samples=3, generation__temperature=0.6) == []
@@ -59,14 +59,14 @@ def test_several_samples_of_the_likeliest_tokens_are_refused() -> None:
 @pytest.mark.parametrize(
     "url", ["localhost:8000", "ftp://host/v1", "http://", "http://host:port/v1", "http://[::1", f"{URL}?a=b", ""]
 )
-def test_what_is_no_address_is_refused(url: str) -> None:
+def test_a_text_that_is_no_address_is_refused(url: str) -> None:
     assert broken(generate=True, endpoint__url=url) == [
         f"evaluate.endpoint.url={url!r}: must be like http://localhost:8000/v1."
     ]
 
 
 @pytest.mark.parametrize("url", [URL, "https://host", "http://[::1]:8000/v1", "http://10.0.0.1:1/a/b"])
-def test_an_address_is_taken(url: str) -> None:
+def test_an_address_is_accepted(url: str) -> None:
     assert broken(generate=True, endpoint__url=url) == []
 
 
@@ -75,7 +75,7 @@ def test_a_password_in_an_address_is_refused_without_showing_it() -> None:
     assert "secret" not in problem and "evaluate.endpoint.api_key_env" in problem
 
 
-def test_a_server_without_questions_is_refused() -> None:
+def test_a_server_without_prompts_or_tasks_is_refused() -> None:
     (problem,) = broken(endpoint__url=URL)
     assert (
         problem.startswith(f"evaluate.endpoint.url={URL}: unused with evaluate.generate=false")
@@ -84,7 +84,7 @@ def test_a_server_without_questions_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["sft", "all", "a/b", "", "..", "a b"])
-def test_a_name_that_is_no_file_name_or_that_of_a_stage_is_refused(name: str) -> None:
+def test_a_name_of_a_stage_or_with_other_characters_is_refused(name: str) -> None:
     (problem,) = broken(endpoint__name=name)
     assert problem.startswith(f"evaluate.endpoint.name={name!r}: must be letters")
 
@@ -93,24 +93,24 @@ def test_a_name_that_is_no_file_name_or_that_of_a_stage_is_refused(name: str) ->
     ("name", "value"),
     [("split", "test"), ("filter", {"a": ["b"]}), ("roles", {"a": "user"}), ("columns", ColumnsConfig(role="from"))],
 )
-def test_what_is_said_of_another_data_set_that_is_not_there_is_refused(name: str, value: Any) -> None:
+def test_settings_of_another_data_set_without_its_path_are_refused(name: str, value: Any) -> None:
     (problem,) = broken(**{f"prompts__{name}": value})
     assert problem.startswith(f"evaluate.prompts.{name}=") and "only to evaluate.prompts.path" in problem
     assert broken(**{f"prompts__{name}": value}, prompts__path="rows.jsonl") == []
 
 
-def test_prompts_stand_in_one_column() -> None:
+def test_prompts_come_from_exactly_one_column() -> None:
     assert broken(prompts__path="a", prompts__columns=ColumnsConfig(messages=None, prompt="question")) == []
     for columns in (ColumnsConfig(messages=None), ColumnsConfig(prompt="question")):
         (problem,) = broken(prompts__path="a", prompts__columns=columns)
         assert problem.startswith("evaluate.prompts.columns: messages=")
 
 
-def test_a_mapping_of_the_prompts_takes_names_of_the_users_own() -> None:
+def test_mappings_of_the_prompts_accept_any_names() -> None:
     assert config.is_known("evaluate.prompts.expected.category") and config.is_known("evaluate.prompts.filter.kind")
 
 
-def test_eval_chooses_what_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_group_eval_sets_generation_and_prompts(capsys: pytest.CaptureFixture[str]) -> None:
     shown = {}
     for choice in ("none", "quick", "full"):
         arguments = ("--cfg", "job", "stage=evaluate", "recipe=smoke", f"eval={choice}", "--package", "evaluate")
@@ -131,12 +131,12 @@ def test_a_judge_needs_answers_and_an_address() -> None:
     ]
 
 
-def test_task_suites_are_enough_to_ask_a_server_for() -> None:
+def test_a_server_with_task_suites_needs_no_prompts() -> None:
     assert broken(endpoint__url=URL, lm_eval__tasks=["x"]) == []
 
 
 @pytest.mark.parametrize(("api", "chat"), [("completions", True), ("chat", False)])
-def test_task_suites_go_to_the_api_that_they_are_rendered_for(api: str, chat: bool) -> None:
+def test_the_template_of_task_suites_must_fit_the_api(api: str, chat: bool) -> None:
     settings = {"endpoint__url": URL, "endpoint__api": EndpointApi[api], "lm_eval__tasks": ["x"]}
     (problem,) = broken(**settings, lm_eval__apply_chat_template=chat)
     assert f"apply_chat_template={str(chat).lower()}: not with evaluate.endpoint.api={api}" in problem

@@ -47,7 +47,7 @@ def test_an_interruption_leaves_with_130(monkeypatch: pytest.MonkeyPatch, capsys
     assert capsys.readouterr().err == "error: interrupted; run the same command, without overwrite=true, to resume\n"
 
 
-def test_another_process_waits_for_the_main_ones_report_and_speaks_when_it_is_still_there(
+def test_another_process_waits_for_the_report_of_the_main_process_and_then_reports_itself(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     waited: list[float] = []

@@ -27,9 +27,9 @@ def help_text() -> str:
 
 
 def documented_settings() -> dict[str, dict[str, str | None]]:
-    """Section -> setting -> its meaning, read from the sources as text; fields that are sections are left out.
+    """Section -> setting -> its meaning, read from the sources as text, without fields that are sections.
 
-    The meanings of verify.python are in no source: its settings are made of the table of engines.
+    The meanings of verify.python come from the table of engines, because its class has no source.
     """
     pythons = {item.name: item.metadata["meaning"] for item in dataclasses.fields(config.PythonConfig)}
     found: dict[str, dict[str, str | None]] = {"PythonConfig": pythons}
@@ -46,14 +46,14 @@ def documented_settings() -> dict[str, dict[str, str | None]]:
     return found
 
 
-def test_no_setting_is_without_a_meaning() -> None:
+def test_every_setting_has_a_meaning() -> None:
     settings = documented_settings()
     assert set(settings) >= {"PipelineConfig", "TrainConfig", "DataConfig"}
     assert [f"{name}.{key}" for name, fields in settings.items() for key, text in fields.items() if not text] == []
 
 
 def sections_of(node: type, prefix: str = "") -> dict[str, list[str]]:
-    """Key of a section -> the names of its dataclass and of those that it extends."""
+    """Key of a section -> the names of its dataclass and of the base classes."""
     found = {prefix: [each.__name__ for each in node.__mro__ if dataclasses.is_dataclass(each)]}
     for name, kind in get_type_hints(node).items():
         key = f"{prefix}.{name}".lstrip(".")
@@ -113,13 +113,13 @@ def test_the_help_shows_defaults_as_they_are_written_on_the_command_line() -> No
 
 
 @pytest.mark.parametrize("arguments", [["-h"], ["sft.lr=1", "--help", "recipe=nonsense"]])
-def test_the_help_is_shown_whatever_else_is_asked_for(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_is_shown_despite_other_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_program(*arguments) == 0
     assert capsys.readouterr().out == f"{help_text()}\n"
 
 
 def seconds_of_children() -> float:
-    """Processor time of all processes that this one has waited for; unlike the clock's, not of what else is running."""
+    """Processor time of all child processes that have ended. Other load on the machine does not change it."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

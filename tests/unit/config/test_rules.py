@@ -58,14 +58,14 @@ def test_lora_without_targets_is_refused_but_not_when_training_in_full() -> None
     assert broken(sft__method=Method.lora, sft__precision=Precision.bf16, sft__lora__targets=[]) == [expected]
 
 
-def test_every_eighth_layer_is_the_last_of_each_eight() -> None:
+def test_every_nth_adapts_the_last_layer_of_each_n() -> None:
     assert adapted_layers(LoraConfig(every_nth=8), 24) == [7, 15, 23]
     assert adapted_layers(LoraConfig(every_nth=8), 36) == [7, 15, 23, 31]
     assert adapted_layers(LoraConfig(every_nth=1), 3) == adapted_layers(LoraConfig(), 3) == [0, 1, 2]
     assert adapted_layers(LoraConfig(layers=[2, 0]), 3) == [2, 0]
 
 
-def test_stochastic_rounding_needs_bf16_weights_and_an_optimizer_that_can() -> None:
+def test_stochastic_rounding_needs_bf16_weights_and_a_supporting_optimizer() -> None:
     right = {"sft__precision": Precision.bf16, "sft__optimizer": "adamw_torch_8bit", "sft__stochastic_rounding": True}
     assert broken(**right) == []
     assert broken(sft__stochastic_rounding=True) == [
@@ -83,7 +83,7 @@ def test_layers_and_every_nth_together_are_refused() -> None:
     ]
 
 
-def test_a_kernel_that_passes_by_a_formats_quantizers_is_refused_for_qat() -> None:
+def test_a_kernel_that_skips_quantizers_of_the_format_is_refused_for_qat() -> None:
     w4a4 = {"format__name": FormatName["nvfp4_w4a4"], "format__scale_rule": ScaleRule["mse"]}
     assert broken(**w4a4, qat__experts_implementation=ExpertsImplementation.batched_mm) == []
     assert broken(qat__experts_implementation=ExpertsImplementation.grouped_mm) == []
@@ -128,14 +128,14 @@ def test_early_stopping_without_the_best_weights_is_refused() -> None:
 
 BAD_COLUMNS = {
     "two forms": {"prompt": "a", "completion": "b"},
-    "two forms, one by half": {"prompt": "a"},
+    "two forms, one incomplete": {"prompt": "a"},
     "no form": {"messages": None},
-    "half a form": {"messages": None, "prompt": "a"},
+    "one form, incomplete": {"messages": None, "prompt": "a"},
 }
 
 
 @pytest.mark.parametrize("columns", BAD_COLUMNS.values(), ids=BAD_COLUMNS.keys())
-def test_columns_are_of_one_form(columns: dict[str, Any]) -> None:
+def test_columns_are_either_messages_or_prompt_and_completion(columns: dict[str, Any]) -> None:
     of_data = ColumnsConfig(**columns)
     part = BlendPartConfig(path="a", weight=1.0, columns=of_data)
     (problem,) = broken(data__columns=of_data)
@@ -144,16 +144,16 @@ def test_columns_are_of_one_form(columns: dict[str, Any]) -> None:
     assert problem_of_part == problem.replace("data.", "data.blend[0].", 1)
 
 
-def test_reasoning_belongs_to_a_completion() -> None:
+def test_a_reasoning_column_needs_a_completion_column() -> None:
     expected = "data.columns.reasoning='why': belongs to completion, which is null."
     assert broken(data__columns=ColumnsConfig(reasoning="why")) == [expected]
 
 
-def test_a_data_set_and_a_blend_are_not_given_together() -> None:
+def test_a_path_and_a_blend_together_are_refused() -> None:
     parts = [BlendPartConfig(path="a", weight=1.0)]
     assert broken(data__path=None, data__blend=parts) == []
     (problem,) = broken(data__path="b", data__blend=parts)
-    assert problem.startswith("data.path='b': not together with data.blend")
+    assert problem.startswith("data.path='b': cannot be combined with data.blend")
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
@@ -164,12 +164,12 @@ def test_a_weight_is_greater_than_0(weight: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "You are\nAda.", "<|end|>"])
 @pytest.mark.parametrize("key", ["model_identity", "reasoning_language"])
-def test_what_goes_into_the_prompt_is_one_line_of_text(key: str, text: str) -> None:
+def test_texts_for_the_prompt_are_one_line(key: str, text: str) -> None:
     expected = f"data.{key}={text!r}: must be one line of text, without special tokens."
     assert broken(**{f"data__{key}": text}) == [expected]
 
 
-def test_a_mapping_takes_names_of_the_users_own() -> None:
+def test_mappings_accept_any_names() -> None:
     assert is_known("data.roles.human") and is_known("data.filter.category")
     assert not is_known("data.role.human")
 

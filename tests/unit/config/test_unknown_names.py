@@ -27,18 +27,18 @@ def test_a_misspelt_key_is_refused_with_the_right_one(argument: str, meant: str)
     assert message.startswith(f"{argument}: unknown key '{argument.partition('=')[0]}'. Did you mean {meant}")
 
 
-def test_an_unknown_key_is_refused_with_the_way_to_all_keys() -> None:
+def test_an_unknown_key_is_refused_with_a_hint_at_the_help() -> None:
     message = one_line(found_on("xyzzy=1"))
     assert message == "xyzzy=1: unknown key 'xyzzy'. `--help` lists all keys."
 
 
 @pytest.mark.parametrize("argument", ["+sft.lr=1", "++sft.lr=1", "+foo=1", "+sft.lora.bias=none"])
-def test_a_plus_adds_no_key(argument: str) -> None:
+def test_a_plus_before_a_key_does_not_add_it(argument: str) -> None:
     message = one_line(found_on(argument))
     assert message.startswith(f"{argument}: unknown key '{argument.lstrip('+').partition('=')[0]}'.")
 
 
-def test_resolve_refuses_keys_that_were_added_past_the_schema() -> None:
+def test_resolve_refuses_keys_that_are_not_in_the_schema() -> None:
     node = composed("recipe=smoke", "stage=sft")
     OmegaConf.set_struct(node, False)
     OmegaConf.update(node, "sft.lr", 1, force_add=True)

@@ -1,4 +1,4 @@
-"""What engines are told, what is refused before one is started, and who may be served."""
+"""Commands of engines, the checks before an engine starts, and the exports that may be served."""
 
 import dataclasses
 import os
@@ -22,7 +22,7 @@ from pipeline.runs import provenance
 from pipeline.runs.artifacts import Artifact
 from pipeline.serve import launch
 from pipeline.serve.launch import Launch
-from pipeline.serve.process import ended_by_signals
+from pipeline.serve.process import interrupt_on_signals
 from pipeline.stages import serve as stage
 from pipeline.stages.all import STAGES
 
@@ -31,7 +31,7 @@ GPT_OSS_20B = Shape(24, 2880, 2880, 32, 64, 8, 64, 201_088)
 
 @pytest.fixture(autouse=True)
 def without_git(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records say which commit made them; asking git takes longer than all else here."""
+    """Artifacts record the git commit. Without git the tests are faster."""
     monkeypatch.setattr(provenance, "_git_commit", lambda: None)
 
 
@@ -53,7 +53,7 @@ Refusal = Callable[..., str]
 
 @pytest.fixture
 def refusal(config: PipelineConfig, export: Artifact) -> Refusal:
-    """The message that settings of `serve` end in."""
+    """Returns the message that refuses settings of `serve`."""
 
     def message(gpus: int = 1, **settings: Any) -> str:
         for name, value in settings.items():
@@ -88,7 +88,7 @@ def test_engines_read_targets_that_exist(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SERVERS)
-def test_every_engine_can_be_told_its_model_and_where_to_listen(name: str) -> None:
+def test_every_engine_has_flags_for_model_host_and_port(name: str) -> None:
     assert {"model", "host", "port"} <= set(SERVERS[name].flags)
 
 
@@ -102,20 +102,22 @@ def test_vllm_gets_the_directory_and_every_setting(config: PipelineConfig, expor
     ]
 
 
-def test_what_is_not_set_is_left_to_the_engine(config: PipelineConfig, export: Artifact) -> None:
+def test_settings_without_a_value_are_left_to_the_engine(config: PipelineConfig, export: Artifact) -> None:
     command = words(config, export, engine=ServingEngine["tensorrt_llm"])
     assert command == ["trtllm-serve", str(export.directory), "--host", "127.0.0.1", "--port", "8000", "--tp_size", "1"]
 
 
 @pytest.mark.parametrize("engine", [ServingEngine["llama_cpp"], ServingEngine["llama_cpp_python"]])
-def test_llama_cpp_gets_the_file(config: PipelineConfig, engine: ServingEngine) -> None:
+def test_llama_cpp_gets_the_path_of_the_gguf_file(config: PipelineConfig, engine: ServingEngine) -> None:
     export = make_export(config, "gguf", {"model.gguf": "weights"})
     command = words(config, export, engine=engine, program="/opt/bin/it")
     assert command[0] == "/opt/bin/it"
     assert command[command.index("--model") + 1] == str(export.directory / "model.gguf")
 
 
-def test_the_line_for_a_shell_is_the_command(config: PipelineConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_prints_one_shell_line_with_the_quoted_command(
+    config: PipelineConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     config.run_dir = str(Path(config.run_dir).parent / "a run; with 'quotes'")
     prove(config, make_export(config))
     capsys.readouterr()
@@ -125,24 +127,24 @@ def test_the_line_for_a_shell_is_the_command(config: PipelineConfig, capsys: pyt
     assert str(export.directory) in shlex.split(line)
 
 
-def test_a_dry_run_starts_nothing_and_leaves_nothing(config: PipelineConfig, export: Artifact) -> None:
+def test_a_dry_run_starts_nothing_and_writes_nothing(config: PipelineConfig, export: Artifact) -> None:
     prove(config, export)
     stage.run(config)
     assert not (Path(config.run_dir) / "serve").exists()
 
 
 @pytest.mark.parametrize(("gpus", "size"), [(0, 1), (1, 1), (2, 2), (3, 2), (6, 4), (8, 8), (16, 8)])
-def test_as_many_gpus_as_divide_heads_and_experts_share_the_model(gpus: int, size: int) -> None:
+def test_the_parallel_size_is_the_largest_that_divides_heads_and_experts(gpus: int, size: int) -> None:
     assert launch.largest_parallel(GPT_OSS_20B, gpus) == size
 
 
-def test_a_size_that_does_not_divide_is_refused_with_the_sizes(refusal: Refusal) -> None:
+def test_a_parallel_size_that_does_not_divide_is_refused_with_the_sizes(refusal: Refusal) -> None:
     message = refusal(gpus=3, tensor_parallel_size=3)
     assert message.startswith("serve.tensor_parallel_size=3: does not divide the model's 4 attention heads,")
     assert "Here 2 fits best" in message
 
 
-def test_more_gpus_than_there_are_are_refused_but_may_be_printed_for_another_machine(
+def test_more_gpus_than_visible_are_refused_except_in_a_dry_run(
     refusal: Refusal, config: PipelineConfig, export: Artifact
 ) -> None:
     assert "--tensor-parallel-size" in words(config, export, gpus=0, tensor_parallel_size=2)
@@ -150,7 +152,7 @@ def test_more_gpus_than_there_are_are_refused_but_may_be_printed_for_another_mac
 
 
 @pytest.mark.parametrize("target", ["gguf", "openai", "nvfp4"])
-def test_an_engine_that_cannot_read_the_export_is_refused_and_another_named(
+def test_an_engine_that_cannot_read_the_export_is_refused_with_an_engine_that_can(
     config: PipelineConfig, target: str
 ) -> None:
     export = make_export(config, target)
@@ -173,7 +175,7 @@ def test_several_mistakes_are_reported_together(refusal: Refusal) -> None:
     assert "serve.gpu_memory_fraction=0.5: serve.engine=llama_cpp has no such setting" in message
 
 
-def test_a_program_that_is_not_there_is_refused_with_how_to_get_it(
+def test_a_missing_program_is_refused_with_the_command_that_installs_it(
     refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")
@@ -182,7 +184,7 @@ def test_a_program_that_is_not_there_is_refused_with_how_to_get_it(
     assert refusal(program="/nowhere/vllm").startswith("serve.program=/nowhere/vllm: no program")
 
 
-def test_a_program_is_named_from_any_working_directory(
+def test_a_path_of_a_program_becomes_absolute(
     config: PipelineConfig, export: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/home/me")
@@ -203,7 +205,7 @@ def test_a_port_in_use_is_refused(refusal: Refusal, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("host", "address"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("localhost", "localhost")])
-def test_a_server_for_everyone_is_asked_from_here(
+def test_a_server_on_all_addresses_is_asked_over_the_local_one(
     config: PipelineConfig, export: Artifact, host: str, address: str
 ) -> None:
     config.serve.host = host
@@ -212,7 +214,7 @@ def test_a_server_for_everyone_is_asked_from_here(
     assert planned.health == f"http://{address}:8000/health"
 
 
-# --- who may be served -----------------------------------------------------------------------------------------------
+# --- exports that may be served --------------------------------------------------------------------------------------
 
 
 def test_an_export_that_verify_has_not_passed_is_refused(config: PipelineConfig, export: Artifact) -> None:
@@ -237,27 +239,25 @@ def test_an_unfinished_export_is_refused(config: PipelineConfig, export: Artifac
         stage.run(config)
 
 
-def test_a_launcher_s_processes_do_not_start_an_engine_each(
-    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_serve_is_refused_under_a_distributed_launcher(config: PipelineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="without a launcher"):
         stage.run(config)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_signals_that_end_programs_interrupt_this_one_while_an_engine_runs(number: signal.Signals) -> None:
+def test_signals_raise_keyboard_interrupt_while_an_engine_runs(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt), ended_by_signals():
+    with pytest.raises(KeyboardInterrupt), interrupt_on_signals():
         os.kill(os.getpid(), number)
         time.sleep(1)
     assert signal.getsignal(number) is before
 
 
-def test_a_signal_that_is_ignored_stays_so() -> None:
+def test_an_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with ended_by_signals():
+        with interrupt_on_signals():
             os.kill(os.getpid(), signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:

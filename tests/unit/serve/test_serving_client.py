@@ -1,4 +1,4 @@
-"""Requests to an engine on this machine: a real local server answers, late or not at all."""
+"""Requests to an engine on this machine. A real local server answers them, answers late, or does not answer."""
 
 import socket
 from dataclasses import replace
@@ -61,7 +61,7 @@ def test_an_engine_that_is_too_slow_is_an_error_that_names_the_setting(server: S
         client.ask(server.url, "tiny", settings, DataConfig())
 
 
-def test_an_engine_that_is_gone_is_an_error_with_its_address(unused_port: int) -> None:
+def test_an_engine_that_has_ended_is_an_error_with_its_address(unused_port: int) -> None:
     with pytest.raises(NoAnswerError, match=rf"^http://127\.0\.0\.1:{unused_port}/v1/models: .*refused"):
         client.model_name(f"http://127.0.0.1:{unused_port}/v1", 5.0)
 
