@@ -65,6 +65,8 @@ def scale_unit(name: str, factor: float) -> Break:
 
 
 def permute(name: str, how: Callable[[Tensor], Tensor]) -> Break:
+    """Reorder codes and scales of a stack."""
+
     def as_bytes(tensor: Tensor) -> Tensor:  # torch has few operations on float8
         return how(tensor.view(torch.uint8)).contiguous().view(tensor.dtype)
 
