@@ -1,4 +1,4 @@
-"""Exports without a model: complete directories with the record that later stages read."""
+"""Exports without a model: complete directories with artifact.json."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def make_export(
     parents: dict[str, str] = {"model": "m", "source": "s"},  # noqa: B006 - never changed
     moved: float = 0.0,
 ) -> Artifact:
-    """<run_dir>/export with such files."""
+    """Make <run_dir>/export with these files."""
 
     def work(directory: Path) -> Result:
         for name, text in files.items():
@@ -64,7 +64,7 @@ def record_of(target: str, moved: float = 0.0) -> ExportRecord:
 
 
 def prove(config: PipelineConfig, export: Artifact) -> Artifact:
-    """What verify leaves when it has passed."""
+    """Make the artifact of a passed `verify`."""
     parents = {"checkpoint": export.fingerprint, "reference": "s"}
     record = VerifyRecord(checks={"scales: no NaN": "ok"}, not_checked=[])
     return build(

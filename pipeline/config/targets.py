@@ -1,7 +1,7 @@
-"""Export targets: what is known of each layout without reading a tensor. A new target is one row and one file.
+"""Export targets: the facts about each layout. A new target is one row of TARGETS and one file.
 
-The file is `pipeline/export/<name>.py`. It writes the layout and says how to read it back. The choices of the setting,
-the rules between settings, size estimates and the model card derive from the rows.
+The file is `pipeline/export/<name>.py`. It writes the layout and defines how to read it. The choices of
+`export.target`, the rules between settings, size estimates and the model card derive from the rows.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ class Target:
     """A layout that `export` writes.
 
     Attributes:
-        holds: names of the formats that it can hold.
-        expert_bits: bits that a weight of an expert takes on disk, scales included.
-        title: what the layout is, in a sentence of the model card.
-        usage: commands that serve it; {model} is its repository or directory.
-        tags: for the Hub.
-        library: what loads it, by its name on the Hub; None if the Hub has no name for it.
+        holds: names of the formats that the layout can store.
+        expert_bits: bits per expert weight on disk, including scales.
+        title: description of the layout, part of a sentence of the model card.
+        usage: commands that serve an export. {model} is its repository or directory.
+        tags: tags on the Hub.
+        library: the Hub's name of the library that loads the layout, or None.
         fp32: parts of tensor names. Tensors with such a name in the plain layout are FP32. Other tensors are BF16.
     """
 
@@ -32,7 +32,7 @@ class Target:
     fp32: tuple[str, ...] = ()
 
     def is_fp32(self, name: str) -> bool:
-        """Whether the layout holds a tensor in FP32. Experts' weights take `expert_bits` instead."""
+        """Whether the layout stores a tensor in FP32. Expert weights have `expert_bits` instead."""
         return any(part in name for part in self.fp32)
 
 
@@ -65,7 +65,7 @@ TARGETS = {
         title="GGUF with experts in MXFP4, for llama.cpp, Ollama and LM Studio",
         usage="llama-server --jinja --model {model}/model.gguf",
         tags=("gguf", "mxfp4"),
-        fp32=("bias", "norm", "sinks", "router"),  # vectors and the router, as llama.cpp's converter has them
+        fp32=("bias", "norm", "sinks", "router"),  # vectors and the router, as in llama.cpp's converter
     ),
     "bf16": Target(
         holds=("mxfp4", "nvfp4"),
@@ -76,4 +76,4 @@ TARGETS = {
         library="transformers",
     ),
 }
-"""Layouts by name, the value of `export.target`."""
+"""Value of `export.target` -> its layout."""

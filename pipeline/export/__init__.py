@@ -1,6 +1,6 @@
-"""Checkpoints for serving: one file per row of TARGETS, which writes the layout and says how to read it back.
+"""Checkpoints for serving. Each row of TARGETS has a file here, which writes the layout and defines how to read it.
 
-It must not know how a model was trained: all models are exported alike, weight by weight.
+This package must not know how a model was trained. It exports all models alike, weight by weight.
 """
 
 import importlib
@@ -12,22 +12,22 @@ from pipeline.errors import UserError
 from pipeline.export.exporter import Exporter
 
 
-def exporters() -> dict[str, Exporter]:
-    """The EXPORTER of every target, from `pipeline/export/<name>.py`.
+def import_exporters() -> dict[str, Exporter]:
+    """Import the EXPORTER of every target from `pipeline/export/<name>.py`.
 
     Raises:
-        ImportError: a target has no such file, or the file has no EXPORTER.
+        ImportError: the file of a target is missing, or it has no EXPORTER.
     """
-    return {name: _exporter(name) for name in TARGETS}
+    return {name: _import_exporter(name) for name in TARGETS}
 
 
-def _exporter(name: str) -> Exporter:
+def _import_exporter(name: str) -> Exporter:
     module = f"{__name__}.{name}"
     where = f"TARGETS has a row {name!r}, but pipeline/export/{name}.py"
     try:
         found = vars(importlib.import_module(module)).get("EXPORTER")
     except ModuleNotFoundError as error:
-        if error.name != module:  # the file is there, and imports something that is not
+        if error.name != module:  # the file exists, but one of its own imports failed
             raise
         raise ImportError(f"{where} does not exist. Add the file, or remove the row.") from error
     if not isinstance(found, Exporter):
@@ -35,12 +35,12 @@ def _exporter(name: str) -> Exporter:
     return found
 
 
-EXPORTERS = exporters()
-"""Exporters by the name of their target."""
+EXPORTERS = import_exporters()
+"""Target -> its exporter."""
 
 
-def recognized(directory: Path) -> str:
-    """The layout of a directory without a record, judged by its tensors' names; mxfp4 if they cannot be read."""
+def recognize(directory: Path) -> str:
+    """Identify the layout of a directory by its tensor names. A directory that cannot be read counts as mxfp4."""
     if any(directory.glob("*.gguf")) and not any(directory.glob("*.safetensors")):
         return "gguf"
     try:

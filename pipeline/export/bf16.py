@@ -1,11 +1,11 @@
-"""Plain BF16: the values of the 4-bit format, unpacked, for whatever loads an ordinary checkpoint of transformers.
+"""Plain BF16 with the values of the 4-bit format, for software that loads ordinary transformers checkpoints.
 
-Every value of MXFP4 and of NVFP4 (under its tensor scale, a power of two) is exact in BF16. Four times the size.
+BF16 represents every value of MXFP4 exactly. The same holds for NVFP4, because its tensor scale is a power of two. The
+export is four times as large.
 """
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from pipeline.export.exporter import Exporter
 from pipeline.export.job import Job
 from pipeline.export.layout import unpacked_layout
 from pipeline.export.mxfp4 import legacy_config
-from pipeline.export.weights import ExpertStack, Packed, checked_base, others_piece, stacks, write_checkpoint
+from pipeline.export.weights import ExpertStack, Packed, open_base, others_piece, stacks, write_checkpoint
 from pipeline.runs.artifacts import Kind
 
 
@@ -25,30 +25,30 @@ def write(job: Job, directory: Path) -> Written:
     """Stream the model into `directory`, expert by expert.
 
     Raises:
-        UserError: as exporting to `mxfp4`.
+        UserError: for the same reasons as in `mxfp4.write`.
     """
-    base = checked_base(job)
+    base = open_base(job)
     pieces = [others_piece(job, base, name, [name]) for name in other_tensors(base.shape)]
-    pieces += [_plain(stack) for stack in stacks(job, base)]
-    return write_checkpoint(job, base, directory, pieces, described(base))
+    pieces += [_stack_piece(stack) for stack in stacks(job, base)]
+    return write_checkpoint(job, base, directory, pieces, describe(base))
 
 
-def described(base: Checkpoint, _: Collection[str] = ()) -> dict[str, Any]:
-    """What config.json must say."""
+def describe(base: Checkpoint, _: Collection[str] = ()) -> dict[str, object]:
+    """Return the content of config.json."""
     config = {key: value for key, value in legacy_config(base.config).items() if key != "quantization_config"}
     return {**config, "dtype": "bfloat16"}
 
 
-def _plain(stack: ExpertStack) -> Piece:
+def _stack_piece(stack: ExpertStack) -> Piece:
     name = stack.projection.name
 
     def put(made: Packed) -> Iterator[tuple[str, Tensor]]:
         yield name, made.values.to(torch.bfloat16)
 
-    def note() -> dict:
-        return {**stack.note([name]), "is_copied": False}  # of an MXFP4 source no byte is the same
+    def note() -> dict[str, object]:
+        return {**stack.note([name]), "is_copied": False}  # unpacked values never have the bytes of an MXFP4 source
 
     return Piece({name: stack.projection.plain_tensor()}, lambda: stack.steps(put), note)
 
 
-EXPORTER = Exporter(write=write, kind=Kind.checkpoint, layout=unpacked_layout, described=described)
+EXPORTER = Exporter(write=write, kind=Kind.checkpoint, layout=unpacked_layout, describe=describe)

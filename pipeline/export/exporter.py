@@ -1,9 +1,8 @@
-"""What a target's file provides: `EXPORTER`, which writes the layout and says how to read it back."""
+"""The interface of a target's file: `EXPORTER`, which writes the layout and defines how to read it back."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -18,32 +17,32 @@ from pipeline.runs.artifacts import Kind
 
 @dataclass(frozen=True)
 class Exporter:
-    """How a layout is written and read back.
+    """A layout: how to write it and how to read it back.
 
     Attributes:
-        write: (job, directory) -> what was written. Each note has `tensors` (names) and `is_copied` (whether they are
-            the source's own bytes). Notes on experts also have `layer`, `copied_experts`, `other_than_trained` and the
+        write: writes a job's model into a directory. Each note has `tensors` (names) and `is_copied` (whether they have
+            the source's bytes). Notes on experts also have `layer`, `copied_experts`, `other_than_trained` and the
             `sums` of Survival.
-        kind: of the directory.
-        layout: which stored tensors hold which tensor of the plain layout.
-        described: (base model, names of stored tensors) -> what `said` must be.
-        mark: part of a tensor's name that no other layout has; None for a layout without such a name.
+        kind: kind of the directory's artifact.
+        layout: sizes of a model -> the stored tensors for each tensor of the plain layout.
+        describe: (base model, names of stored tensors) -> the description that the export must have.
+        mark: part of a tensor name that occurs in no other layout, or None.
         open: opens the files of a directory.
-        said: what a directory says of its model.
-        optional: tensors that a directory may also have, all or none.
-        calibrated: (directory of a model with quantized inputs) -> the values that the optional tensors must have.
-        records: files that the layout has in addition to the base model's.
+        read_description: reads the description of the model from a directory: config.json, or metadata.
+        optional: tensors that a directory may have in addition. It has all of them or none.
+        load_optional: directory of a model with quantized inputs -> the values that the optional tensors must have.
+        records: names of files that the layout adds to the base model's files.
         is_one_file: whether a single file holds everything, including tokenizer and configuration.
     """
 
     write: Callable[[Job, Path], Written]
     kind: Kind
     layout: Callable[[Shape], Layout]
-    described: Callable[[Checkpoint, Collection[str]], dict[str, Any]]
+    describe: Callable[[Checkpoint, Collection[str]], Mapping[str, object]]
     mark: str | None = None
     open: Callable[[Path], Files] = TensorFiles
-    said: Callable[[Path], dict[str, Any]] = read_config
+    read_description: Callable[[Path], Mapping[str, object]] = read_config
     optional: Callable[[Shape], dict[str, TensorInfo]] = lambda shape: {}
-    calibrated: Callable[[Path], dict[str, Tensor]] = lambda model: {}
+    load_optional: Callable[[Path], dict[str, Tensor]] = lambda model: {}
     records: tuple[str, ...] = ()
     is_one_file: bool = False

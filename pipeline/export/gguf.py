@@ -1,8 +1,8 @@
-"""Writing GGUF, the file format of llama.cpp, Ollama and LM Studio. MXFP4 experts are repacked without loss.
+"""The writer of GGUF, the file format of llama.cpp, Ollama and LM Studio. MXFP4 experts are repacked without loss.
 
 A block has 17 bytes: the scale, then 16 bytes of codes. Byte j has element j in its low half and element j + 16 in its
 high half. Gate and up are separate tensors. Vectors and the router are FP32 as in llama.cpp's converter, which is
-exact; other tensors are BF16. Names, keys and the container come from the package `gguf` by llama.cpp's authors.
+exact. Other tensors are BF16. Names, keys and the container come from the package `gguf` by llama.cpp's authors.
 
 Legend: E experts, nb blocks per row.
 """
@@ -14,7 +14,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,22 +32,25 @@ from pipeline.export.gguf_layout import (
     ARCHITECTURE,
     HALF,
     GgufFile,
-    described,
+    describe,
     expert_tensors_of,
+    import_gguf,
     layout,
-    library,
     other_tensors_of,
-    said,
+    read_description,
     tensor_names,
 )
 from pipeline.export.job import Job
-from pipeline.export.mxfp4 import legacy_config
-from pipeline.export.weights import ExpertStack, OtherTensor, Packed, checked_base, stacks
+from pipeline.export.mxfp4 import legacy_config, rope_scaling
+from pipeline.export.weights import ExpertStack, OtherTensor, Packed, open_base, stacks
 from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.formats import MXFP4
 from pipeline.runs.artifacts import Kind
 from pipeline.runs.console import progress, warn
 from pipeline.runs.disk import raise_if_disk_too_small
+
+if TYPE_CHECKING:
+    from pipeline.export.gguf_layout import GGUFWriter, TensorNameMap
 
 FILE = "model.gguf"
 
@@ -55,12 +59,12 @@ _O200K = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""The pattern by which o200k splits text into words, from OpenAI's tiktoken. llama.cpp calls it `gpt-4o`."""
+"""The pattern that splits text into words for o200k, from OpenAI's tiktoken. llama.cpp calls it `gpt-4o`."""
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor of the file: its dimensions (outermost first), the name of its type in ggml, and its size in bytes."""
+    """A tensor of the file: its dimensions (outermost first), its type in ggml, and its size in bytes."""
 
     shape: tuple[int, ...]
     type: str
@@ -71,16 +75,16 @@ def write(job: Job, directory: Path) -> Written:
     """Stream the model into one file in `directory`, expert by expert. An interrupted export starts again.
 
     Raises:
-        UserError: as for `mxfp4`; or the package gguf is not installed; or a key is missing in config.json.
+        UserError: for the same reasons as in `mxfp4.write`, or the package gguf or a key of config.json is missing.
     """
-    gguf = library()
-    base = checked_base(job)
+    gguf = import_gguf()
+    base = open_base(job)
     target = _Target(tensor_names(base.shape))
     pieces = [target.other(OtherTensor(job, base, name)) for name in other_tensors(base.shape)]
     pieces += [target.experts(stack) for stack in stacks(job, base)]
     path = directory / FILE
     temporary = path.with_name(f"{FILE}.tmp")
-    start = _write_head(gguf, temporary, job.source.directory, base.config, target.stored)
+    start = _write_head(gguf, temporary, source=job.source.directory, config=base.config, stored=target.stored)
     raise_if_disk_too_small(directory, target.bytes)
     with compilation_for(sum(stack.projection.values for stack in stacks(job, base))):
         _write_data(temporary, pieces, target.offsets(start, gguf.GGUF_DEFAULT_ALIGNMENT), target.bytes)
@@ -89,9 +93,9 @@ def write(job: Job, directory: Path) -> Written:
 
 
 class _Target:
-    """Collects the tensors of the file while their pieces are created."""
+    """The tensors of the file, collected while their pieces are created."""
 
-    def __init__(self, names: Any) -> None:
+    def __init__(self, names: "TensorNameMap") -> None:
         self._names = names
         self.stored: dict[str, _Stored] = {}
 
@@ -100,11 +104,11 @@ class _Target:
         return sum(each.bytes for each in self.stored.values())
 
     def offsets(self, start: int, alignment: int) -> dict[str, int]:
-        """Position of each tensor in the file. The header ends at `start`."""
-        found, offset = {}, _padded(start, alignment)
+        """Return the position of each tensor in the file. The header ends at `start`."""
+        found, offset = {}, _align(start, alignment)
         for name, each in self.stored.items():
             found[name] = offset
-            offset = _padded(offset + each.bytes, alignment)
+            offset = _align(offset + each.bytes, alignment)
         return found
 
     def other(self, tensor: OtherTensor) -> Piece:
@@ -129,18 +133,20 @@ class _Target:
 
         def put(made: Packed) -> Iterator[tuple[str, Tensor]]:
             for i, name in enumerate(names):
-                yield name, repacked(made.blocks[:, i :: len(names)], made.scales[:, i :: len(names)])
+                yield name, repack(made.blocks[:, i :: len(names)], made.scales[:, i :: len(names)])
 
         return Piece({}, lambda: stack.steps(put), lambda: stack.note(names))
 
 
-def repacked(blocks: Tensor, scales: Tensor) -> Tensor:
-    """(E, rows, nb, 16) and (E, rows, nb) uint8 -> (E, rows, nb * 17): scale, then bytes of codes j and j + 16."""
+def repack(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Repack blocks (E, rows, nb, 16) and scales (E, rows, nb) uint8 into the file's blocks (E, rows, nb * 17)."""
     codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)  # (E, rows, nb, 32)
     return torch.cat((scales.unsqueeze(-1), codes[..., :HALF] | codes[..., HALF:] << 4), dim=-1).flatten(-2)
 
 
-def _write_head(gguf: Any, path: Path, source: Path, config: dict[str, Any], stored: dict[str, _Stored]) -> int:
+def _write_head(
+    gguf: ModuleType, path: Path, *, source: Path, config: dict[str, Any], stored: dict[str, _Stored]
+) -> int:
     """Write everything before the data. Returns its size in bytes."""
     writer = gguf.GGUFWriter(None, ARCHITECTURE)
     _describe(gguf, writer, {**config, **legacy_config(config)}, source)
@@ -155,9 +161,8 @@ def _write_head(gguf: Any, path: Path, source: Path, config: dict[str, Any], sto
     return path.stat().st_size
 
 
-def _describe(gguf: Any, writer: Any, config: dict[str, Any], source: Path) -> None:
-    rope = config.get("rope_scaling") or {}
-    given = {**config, **{f"rope_scaling.{key}": value for key, value in rope.items()}}
+def _describe(gguf: ModuleType, writer: "GGUFWriter", config: dict[str, Any], source: Path) -> None:
+    given = {**config, **{f"rope_scaling.{key}": value for key, value in rope_scaling(config).items()}}
     missing = [key for key in _KEYS if given.get(key) is None]
     if missing:
         raise UserError(f"{source / CONFIG}: has no {', '.join(missing)}. export.target=gguf needs it.")
@@ -171,14 +176,14 @@ def _describe(gguf: Any, writer: Any, config: dict[str, Any], source: Path) -> N
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _add_tokenizer(gguf: Any, writer: Any, source: Path, rows: int) -> None:
+def _add_tokenizer(gguf: ModuleType, writer: "GGUFWriter", source: Path, rows: int) -> None:
     """Add vocabulary, merges, special tokens and chat template. Embedding rows without a token get placeholders."""
     tokenizer = load_tokenizer(source)
     pattern = re.findall(r'"Regex":\s*("(?:[^"\\]|\\.)*")', (source / "tokenizer.json").read_text(encoding="utf-8"))
     if _O200K not in [json.loads(each) for each in pattern]:
         warn(
             "export",
-            "the tokenizer splits text into words by its own pattern, but readers of gguf files use the one of o200k.",
+            "the tokenizer splits text into words by its own pattern, but readers of GGUF files use that of o200k.",
         )
     words = {i: token for token, i in tokenizer.get_vocab().items()}
     special = tokenizer.added_tokens_decoder
@@ -193,7 +198,7 @@ def _add_tokenizer(gguf: Any, writer: Any, source: Path, rows: int) -> None:
 
 
 def _write_data(path: Path, pieces: list[Piece], offsets: dict[str, int], total: int) -> None:
-    """Write each part after the earlier parts of its tensor."""
+    """Write the parts of each tensor one after the other."""
     with path.open("r+b") as file, progress(total=total, what="export", unit="B") as bar:
         for name, values in make_parts(pieces):
             data = values.contiguous().cpu().view(-1).view(torch.uint8).numpy()
@@ -205,7 +210,7 @@ def _write_data(path: Path, pieces: list[Piece], offsets: dict[str, int], total:
         os.fsync(file.fileno())
 
 
-def _padded(size: int, alignment: int) -> int:
+def _align(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
 
 
@@ -233,9 +238,9 @@ EXPORTER = Exporter(
     write=write,
     kind=Kind.foreign,
     layout=layout,
-    described=described,
+    describe=describe,
     mark="blk.",
     open=GgufFile,
-    said=said,
+    read_description=read_description,
     is_one_file=True,
 )

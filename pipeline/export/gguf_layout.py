@@ -1,4 +1,4 @@
-"""Reading GGUF: names and types of tensors, the description of the model, and decoded values.
+"""The reader of GGUF: names and types of tensors, the description of the model, and decoded values.
 
 Names and the decoder come from the package `gguf` by llama.cpp's authors.
 
@@ -9,7 +9,8 @@ import json
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,11 +30,15 @@ from pipeline.checkpoints.gpt_oss import (
 )
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.config.targets import TARGETS
-from pipeline.data.tokenizers import load_tokenizer
+from pipeline.data.tokenizers import Tokenizer, load_tokenizer
 from pipeline.errors import UserError
-from pipeline.export.layout import Codes, Held, Layout, with_signed_zeros
-from pipeline.export.mxfp4 import legacy_config
+from pipeline.export.layout import Codes, Held, Layout, restore_signed_zeros
+from pipeline.export.mxfp4 import legacy_config, rope_scaling
 from pipeline.numerics.formats import MXFP4
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter as GGUFWriter  # also for gguf.py
+    from gguf import TensorNameMap as TensorNameMap
 
 ARCHITECTURE = "gpt-oss"
 HALF = MXFP4.block_size // 2
@@ -53,7 +58,7 @@ class GgufFile:
         Raises:
             UserError: there is not exactly one such file, it is damaged, or the package gguf is not installed.
         """
-        gguf, found = library(), sorted(directory.glob("*.gguf"))
+        gguf, found = import_gguf(), sorted(directory.glob("*.gguf"))
         if len(found) != 1:
             raise UserError(
                 f"{directory}: has {len(found)} files *.gguf, but must have one (split files are not supported)."
@@ -74,7 +79,7 @@ class GgufFile:
 
 
 def layout(shape: Shape) -> Layout:
-    """How the file holds each tensor. The package `gguf` decodes."""
+    """Map each plain tensor to its stored tensors. The package `gguf` decodes them."""
     names = tensor_names(shape)
     held = {}
     for name, info in other_tensors(shape).items():
@@ -86,10 +91,10 @@ def layout(shape: Shape) -> Layout:
     return held
 
 
-def described(base: Checkpoint, _: Collection[str]) -> dict[str, Any]:
-    """The metadata that the file must have on the model, its tokenizer and its chat template."""
+def describe(base: Checkpoint, _: Collection[str]) -> dict[str, object]:
+    """Return the metadata that the file must have: of the model, its tokenizer and its chat template."""
     config, tokenizer = {**base.config, **legacy_config(base.config)}, load_tokenizer(base.directory)
-    given = {**config, **{f"rope_scaling.{key}": value for key, value in (config.get("rope_scaling") or {}).items()}}
+    given = {**config, **{f"rope_scaling.{key}": value for key, value in rope_scaling(config).items()}}
     words = {i: token for token, i in tokenizer.get_vocab().items()}
     return {
         "general.architecture": ARCHITECTURE,
@@ -106,20 +111,20 @@ def described(base: Checkpoint, _: Collection[str]) -> dict[str, Any]:
     }
 
 
-def said(directory: Path) -> dict[str, Any]:
-    """The metadata that the file has, under the keys of `described`."""
+def read_description(directory: Path) -> dict[str, object]:
+    """Read the metadata of the file that `describe` returns."""
     fields = GgufFile(directory).fields
     of_model = ("rope.scaling.type", *_FIELDS)
     known = ("general.architecture", *(f"{ARCHITECTURE}.{key}" for key in of_model), *_OF_TOKENIZER)
     # The file stores numbers in FP32; config.json has fewer digits.
-    return {key: _short(fields[key]) for key in known if key in fields}
+    return {key: _round_number(fields[key]) for key in known if key in fields}
 
 
-def _short(value: Any) -> Any:
+def _round_number(value: object) -> object:
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
-def _merges(tokenizer: Any) -> list[str]:
+def _merges(tokenizer: Tokenizer) -> list[str]:
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     return [each if isinstance(each, str) else " ".join(each) for each in merges]
 
@@ -134,20 +139,20 @@ def _values(type_: str, *stored: Tensor, dim: int) -> Tensor:
 
 
 def _weights(*stored: Tensor) -> Tensor:
-    """(E, out, in) float32."""
-    return with_signed_zeros(_values("MXFP4", *stored, dim=1), _codes(*stored))
+    """Decode to (E, out, in) float32."""
+    return restore_signed_zeros(_values("MXFP4", *stored, dim=1), _codes(*stored))
 
 
 def _codes(*stored: Tensor) -> Codes:
-    """Blocks of 17 bytes -> blocks and scales in the order of the released layout."""
+    """Turn blocks of 17 bytes into blocks and scales in the order of the released layout."""
     blocks = torch.stack(stored, 2).flatten(1, 2).unflatten(-1, (-1, 1 + HALF))  # (E, out, nb, 17)
     halves = blocks[..., 1:]
     codes = torch.cat((halves & 15, halves >> 4), dim=-1)
     return Codes(codes[..., 0::2] | codes[..., 1::2] << 4, blocks[..., 0].contiguous())
 
 
-def other_tensors_of(names: Any, source: str, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
-    """The stored tensors of a tensor that is not an expert weight. The bias of gate_up is split into gate and up."""
+def other_tensors_of(names: "TensorNameMap", source: str, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
+    """Return the stored tensors of a tensor without expert weights. The bias of gate_up is split into gate and up."""
     module, _, kind = source.rpartition(".")
     if kind in EXPERT_BIASES:
         targets = [f"{module}.{part}.bias" for part in _PARTS[kind.removesuffix(BIAS_SUFFIX)]]
@@ -158,29 +163,31 @@ def other_tensors_of(names: Any, source: str, shape: tuple[int, ...]) -> dict[st
     return {_name(names, target): info for target in targets}
 
 
-def expert_tensors_of(names: Any, projection: ExpertProjection) -> dict[str, TensorInfo]:
-    """The stored tensors of a stack of expert weights. gate_up is split into gate and up."""
+def expert_tensors_of(names: "TensorNameMap", projection: ExpertProjection) -> dict[str, TensorInfo]:
+    """Return the stored tensors of a stack of expert weights. gate_up is split into gate and up."""
     module, _, kind = projection.name.rpartition(".")
     parts_ = _PARTS[kind]
     info = TensorInfo("MXFP4", (projection.experts, projection.out_features // len(parts_), projection.in_features))
     return {_name(names, f"{module}.{part}.weight"): info for part in parts_}
 
 
-def _name(names: Any, name: str) -> str:
-    return names.get_name(name, try_suffixes=(".weight", ".bias"))
+def _name(names: "TensorNameMap", name: str) -> str:
+    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    assert found is not None, name
+    return found
 
 
-def tensor_names(shape: Shape) -> Any:
-    """gguf's map from names in other layouts to names in the file."""
-    gguf = library()
+def tensor_names(shape: Shape) -> "TensorNameMap":
+    """Return gguf's map from names in other layouts to names in the file."""
+    gguf = import_gguf()
     return gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT_OSS, shape.num_hidden_layers)
 
 
-def library() -> Any:
+def import_gguf() -> ModuleType:
     """Import the package gguf.
 
     Raises:
-        UserError: it is not installed.
+        UserError: the package is not installed.
     """
     try:
         import gguf
@@ -188,7 +195,7 @@ def library() -> Any:
         return gguf
     except ImportError as error:
         raise UserError(
-            "gguf files need the package gguf. Install it: pip install 'gpt-oss-qat[gguf]', or pip install gguf."
+            "GGUF files need the package gguf. Install it: pip install 'gpt-oss-qat[gguf]', or pip install gguf."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What an exporter is given."""
+"""The input of an exporter."""
 
 from dataclasses import dataclass
 
@@ -9,14 +9,14 @@ from pipeline.numerics.formats import BlockFormat
 
 @dataclass(frozen=True)
 class Job:
-    """An export to be made.
+    """A model to export, and how to export it.
 
     Attributes:
-        weights: of the model.
-        source: the base checkpoint, whose layout, configuration and untouched bytes the export takes.
-        block_format: of the experts, with the rule by which scales are chosen.
-        shard_bytes: size limit of one weight file.
-        device: where to compute, `cpu` or `cuda`.
+        weights: the weights of the model.
+        source: the base checkpoint. The export takes its configuration, its layout, and its bytes of unchanged weights.
+        block_format: format of the experts, with its scale rule.
+        shard_bytes: size limit of one weight file, in bytes.
+        device: device of the computation, `cpu` or `cuda`.
     """
 
     weights: Weights

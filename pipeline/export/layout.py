@@ -1,6 +1,6 @@
-"""Reading an export back: how each layout holds the tensors of the plain layout, so that one proof serves all.
+"""The reader of exports. Each layout maps plain tensors to stored tensors, so that one proof serves all layouts.
 
-Each target describes, next to its writer, which stored tensors hold a plain tensor, and two ways to read them:
+Each target defines this map next to its writer. A tensor can be read in two ways:
 - decoded by code from another project, for the proof that every bit is right;
 - as codes and scales, for packed experts. This is faster, and enough to compare two checkpoints.
 
@@ -46,13 +46,13 @@ class Codes(NamedTuple):
 
 @dataclass(frozen=True)
 class Held:
-    """How a layout holds one tensor of the plain layout.
+    """The stored tensors for one tensor of the plain layout, and how to decode them.
 
     Attributes:
-        tensors: stored name -> type and shape. The first dimension of each matches the plain tensor.
+        tensors: stored name -> type and shape. The first dimension matches the plain tensor's.
         decode: stored tensors of some rows -> values in a floating type. Experts become (E, out, in).
         codes: stored tensors of some experts -> codes and scales. None if they are not packed.
-        first: the row of the stored tensors at which the plain tensor begins.
+        first: first row of the plain tensor in the stored tensors.
     """
 
     tensors: dict[str, TensorInfo]
@@ -62,16 +62,16 @@ class Held:
 
 
 Layout = dict[str, Held]
-"""Name in the plain layout -> how it is held."""
+"""Name in the plain layout -> its stored tensors."""
 
 
 class Files(Protocol):
-    """A place that tensors can be read from."""
+    """Stored tensors that can be read by name."""
 
     tensors: dict[str, TensorInfo]
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Rows of the first dimension of a tensor, as stored."""
+        """Read rows of the first dimension of a tensor, as stored."""
 
 
 @dataclass(frozen=True)
@@ -94,30 +94,30 @@ class View:
         object.__setattr__(self, "plain", plain_tensors(self.shape))
 
     def parts(self, name: str) -> Iterator[slice]:
-        """Split a tensor into slices of its first dimension, each of which is small in memory."""
+        """Split the first dimension of a tensor into slices that are small in memory."""
         count, *others = self.plain[name].shape
         rows = max(1, _STEP_VALUES // max(1, torch.Size(others).numel()))
         yield from (slice(start, min(start + rows, count)) for start in range(0, count, rows))
 
     def values(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """A tensor, or rows of it, decoded by code from another project. Experts are (E, out, in)."""
+        """Read rows of a tensor, decoded by code from another project. Experts are (E, out, in)."""
         return self.layout[name].decode(*self._stored(name, rows))
 
     def codes(self, name: str, rows: slice = slice(None)) -> Codes | None:
-        """Codes and scales of packed experts; None for other tensors."""
+        """Read codes and scales of packed experts. Returns None for other tensors."""
         held = self.layout[name]
         return None if held.codes is None else held.codes(*self._stored(name, rows))
 
     def weights(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """The same values as `values`, but decoded by the fast codec. Experts are (E, in, out)."""
+        """Read the same values as `values`, decoded by the fast codec. Experts are (E, in, out)."""
         codes = self.codes(name, rows)
         if codes is not None:
-            return decoded(codes)
+            return decode_codes(codes)
         values = self.values(name, rows)
         return values.transpose(1, 2) if len(self.plain[name].shape) == 3 else values
 
     def plain_values(self, name: str) -> Tensor:
-        """A whole tensor as `values` decodes it, in the order of the plain layout: experts are (E, in, out)."""
+        """Read a whole tensor as `values` does, in the order of the plain layout. Experts are (E, in, out)."""
         values = self.values(name)
         return values.transpose(1, 2) if len(self.plain[name].shape) == 3 else values
 
@@ -127,39 +127,39 @@ class View:
         return tuple(self.files.read(stored, slice(held.first + start, held.first + stop)) for stored in held.tensors)
 
 
-def decoded(codes: Codes) -> Tensor:
-    """Decode with the codec: (E, in, out) bfloat16."""
+def decode_codes(codes: Codes) -> Tensor:
+    """Decode with the codec to (E, in, out) bfloat16."""
     experts, out, nb, half = codes.blocks.shape
     plain = torch.empty((experts, 2 * nb * half, out), dtype=torch.bfloat16)
     decode(codes.blocks, codes.scales, torch.bfloat16, codes.tensor_scale, out=plain.transpose(1, 2))
     return plain
 
 
-def with_signed_zeros(values: Tensor, codes: Codes) -> Tensor:
+def restore_signed_zeros(values: Tensor, codes: Codes) -> Tensor:
     """Restore the signs of zeros in (E, out, in) values from a decoder that drops them."""
-    return torch.where(values == 0, decoded(codes).transpose(1, 2).to(values.dtype), values)
+    return torch.where(values == 0, decode_codes(codes).transpose(1, 2).to(values.dtype), values)
 
 
 def stored_tensors(layout: Layout) -> dict[str, TensorInfo]:
-    """Every tensor that a layout stores."""
+    """Return every stored tensor of a layout."""
     return {name: info for held in layout.values() for name, info in held.tensors.items()}
 
 
-def others(shape: Shape) -> Layout:
-    """The tensors that are not expert weights, stored under their own names."""
+def others_layout(shape: Shape) -> Layout:
+    """Return the layout of tensors without expert weights, stored under their own names."""
     return {name: Held({name: info}) for name, info in other_tensors(shape).items()}
 
 
-def packed(projection: ExpertProjection, blocks: str, scales: str) -> Held:
-    """A stack of experts, stored as MXFP4 blocks and scales with these names."""
+def packed_stack(projection: ExpertProjection, blocks: str, scales: str) -> Held:
+    """Return the layout of a stack of experts, stored as MXFP4 blocks and scales with these names."""
     infos = projection.packed_tensors().values()
-    return Held(dict(zip((blocks, scales), infos, strict=True)), decode=_by_transformers, codes=Codes)
+    return Held(dict(zip((blocks, scales), infos, strict=True)), decode=_decode_by_transformers, codes=Codes)
 
 
-def _by_transformers(blocks: Tensor, scales: Tensor) -> Tensor:
+def _decode_by_transformers(blocks: Tensor, scales: Tensor) -> Tensor:
     """Decode every value to (E, out, in) float32.
 
-    Steps of 1024 rows are faster: a layer of gpt-oss-20b takes 26 CPU-seconds, and 30 in a single step.
+    A layer of gpt-oss-20b takes 26 CPU-seconds in steps of 1024 rows, and 30 in a single step.
     """
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -169,25 +169,25 @@ def _by_transformers(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def packed_layout(shape: Shape) -> Layout:
-    """The layout of the released checkpoints."""
-    stacks = {each.name: packed(each, each.blocks, each.scales) for each in expert_projections(shape)}
-    return others(shape) | stacks
+    """Return the layout of the released checkpoints."""
+    stacks = {each.name: packed_stack(each, each.blocks, each.scales) for each in expert_projections(shape)}
+    return others_layout(shape) | stacks
 
 
 def unpacked_layout(shape: Shape) -> Layout:
-    """The plain layout: experts are (E, in, out) in a floating type."""
+    """Return the plain layout: experts are (E, in, out) in a floating type."""
     stacks = {
         each.name: Held({each.name: each.plain_tensor()}, decode=lambda plain: plain.transpose(1, 2))
         for each in expert_projections(shape)
     }
-    return others(shape) | stacks
+    return others_layout(shape) | stacks
 
 
-def of_base(directory: Path) -> View:
-    """The weights of a base model, packed or plain.
+def view_base(directory: Path) -> View:
+    """Open the weights of a base model, packed or plain.
 
     Raises:
-        UserError: it is not a gpt-oss checkpoint.
+        UserError: the directory is not a gpt-oss checkpoint.
     """
     base = Checkpoint(directory)
     return View(base, packed_layout(base.shape) if base.is_packed else unpacked_layout(base.shape), base.shape)

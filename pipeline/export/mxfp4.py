@@ -1,8 +1,7 @@
-"""The Hugging Face layout of openai/gpt-oss: MXFP4 experts, everything else BF16, config.json as the source has it."""
+"""The Hugging Face layout of openai/gpt-oss: MXFP4 experts, all other tensors in BF16, and the source's config.json."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from pipeline.checkpoints.gpt_oss import BLOCKS_SUFFIX, QUANTIZATION_CONFIG, other_tensors
 from pipeline.checkpoints.reading import Checkpoint
@@ -10,7 +9,7 @@ from pipeline.checkpoints.shards import Written
 from pipeline.export.exporter import Exporter
 from pipeline.export.job import Job
 from pipeline.export.layout import packed_layout
-from pipeline.export.weights import checked_base, others_piece, packed_piece, stacks, write_checkpoint
+from pipeline.export.weights import open_base, others_piece, packed_piece, stacks, write_checkpoint
 from pipeline.runs.artifacts import Kind
 
 _DIALECT = ("rope_parameters", "dtype", "torch_dtype")
@@ -20,38 +19,45 @@ def write(job: Job, directory: Path) -> Written:
     """Stream the model into `directory`, expert by expert.
 
     Raises:
-        UserError: NaN or Inf in a weight, or an input dimension that 32 does not divide: names tensor, expert, block;
-            a source of other sizes.
+        UserError: a weight is NaN or Inf, the block size does not divide an input dimension, or the source has other
+            sizes than the model. Messages name the tensor, expert and block.
     """
-    base = checked_base(job)
+    base = open_base(job)
     pieces = [others_piece(job, base, name, [name]) for name in other_tensors(base.shape)]
     pieces += [packed_piece(each, each.projection.blocks, each.projection.scales) for each in stacks(job, base)]
     return write_checkpoint(job, base, directory, pieces, released_config(base.config))
 
 
-def described(base: Checkpoint, _: Collection[str]) -> dict[str, Any]:
-    """What config.json must say."""
+def describe(base: Checkpoint, _: Collection[str]) -> dict[str, object]:
+    """Return the content of config.json."""
     return released_config(base.config)
 
 
-def released_config(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json of the export: the source's; a BF16 source's gets the quantization and the rope keys of the original.
+def released_config(config: dict[str, object]) -> dict[str, object]:
+    """Return config.json of the export for the source's config.json.
 
-    transformers 5 writes `rope_parameters`; the engines read `rope_scaling` and `rope_theta`.
+    An MXFP4 source's stays as it is. A BF16 source's gets the quantization config and the rope keys of the released
+    models: transformers 5 writes `rope_parameters`, but engines read `rope_scaling` and `rope_theta`.
     """
     if "quantization_config" in config:
         return config
     return {**legacy_config(config), "quantization_config": QUANTIZATION_CONFIG}
 
 
-def legacy_config(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` with the rope keys that engines read, and without its type."""
+def legacy_config(config: Mapping[str, object]) -> dict[str, object]:
+    """Return a configuration with the rope keys that engines read, and without its data type."""
     legacy = {key: value for key, value in config.items() if key not in _DIALECT}
     rope = config.get("rope_parameters")
-    if rope:
+    if rope and isinstance(rope, Mapping):
         legacy["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
         legacy["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 150000))
     return legacy
 
 
-EXPORTER = Exporter(write=write, kind=Kind.packed, layout=packed_layout, described=described, mark=BLOCKS_SUFFIX)
+def rope_scaling(config: Mapping[str, object]) -> Mapping[str, object]:
+    """Return the `rope_scaling` of a configuration; empty if it has none."""
+    scaling = config.get("rope_scaling")
+    return scaling if isinstance(scaling, Mapping) else {}
+
+
+EXPORTER = Exporter(write=write, kind=Kind.packed, layout=packed_layout, describe=describe, mark=BLOCKS_SUFFIX)

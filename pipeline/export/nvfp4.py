@@ -1,11 +1,12 @@
 """NVFP4 for engines on Blackwell, in the layout of ModelOpt: fused experts, packed along the input dimension.
 
-A model that was trained for MXFP4 becomes NVFP4 with the same values: the codes stay, each scale of 32 becomes two of
-16. Engines multiply in 4 bits on both sides and so need a scale for the inputs, which only calibration gives: a model
-of `nvfp4_w4a4` brings it, others say in their metadata that inputs stay BF16. The tensor scale is one per expert.
-Sources: the tensors that SGLang's loader binds for an NVFP4 gpt-oss; ModelOpt 0.47 (`hf_quant_config.json`).
+A model that was trained for MXFP4 keeps its values. The codes stay, and each scale of 32 values becomes two scales of
+16. Engines that multiply 4-bit weights with 4-bit inputs need a scale for the inputs, which only calibration can give.
+A model of `nvfp4_w4a4` has this scale. For other models, the metadata say that inputs stay in BF16. Each expert has
+one tensor scale. Sources: the tensors that SGLang's loader binds for an NVFP4 gpt-oss, and `hf_quant_config.json` of
+ModelOpt 0.47.
 
-Legend: E experts, in, out dimensions of the matrix.
+Legend: E experts, in, out dimensions of the matrix, nb = in / 16.
 """
 
 from collections.abc import Collection, Iterator
@@ -31,9 +32,9 @@ from pipeline.checkpoints.shards import Piece, Written, piece_in_one_step
 from pipeline.errors import UserError
 from pipeline.export.exporter import Exporter
 from pipeline.export.job import Job
-from pipeline.export.layout import Codes, Held, Layout, others, with_signed_zeros
+from pipeline.export.layout import Codes, Held, Layout, others_layout, restore_signed_zeros
 from pipeline.export.mxfp4 import legacy_config
-from pipeline.export.weights import ExpertStack, Packed, checked_base, others_piece, stacks, write_checkpoint
+from pipeline.export.weights import ExpertStack, Packed, open_base, others_piece, stacks, write_checkpoint
 from pipeline.models.calibration import load_calibration
 from pipeline.numerics.convert import mxfp4_to_nvfp4
 from pipeline.numerics.formats import NVFP4
@@ -49,14 +50,14 @@ def write(job: Job, directory: Path) -> Written:
     """Stream the model into `directory`, expert by expert.
 
     Raises:
-        UserError: as exporting to `mxfp4`; MXFP4 blocks whose exponents NVFP4 cannot hold.
+        UserError: for the same reasons as in `mxfp4.write`, or NVFP4 cannot represent the scales of MXFP4 blocks.
     """
-    base = checked_base(job)
-    scales = calibrated(job.weights.ref.directory) if job.block_format.quantizes_activations else {}
+    base = open_base(job)
+    scales = load_input_scales(job.weights.ref.directory) if job.block_format.quantizes_activations else {}
     pieces = [others_piece(job, base, name, [name]) for name in other_tensors(base.shape)]
-    pieces += [_stack(stack) for stack in stacks(job, base)]
-    pieces += [_input_scale(name, scale) for name, scale in scales.items()]
-    config = described(base, [name for piece in pieces for name in piece.tensors])
+    pieces += [_stack_piece(stack) for stack in stacks(job, base)]
+    pieces += [_input_scale_piece(name, scale) for name, scale in scales.items()]
+    config = describe(base, [name for piece in pieces for name in piece.tensors])
     record = config.pop(RECORD)
     written = write_checkpoint(job, base, directory, pieces, config)
     write_json(directory / RECORD, record)
@@ -64,46 +65,48 @@ def write(job: Job, directory: Path) -> Written:
 
 
 def layout(shape: Shape) -> Layout:
-    """What holds which tensor; ModelOpt decodes."""
-    stacks = {each.name: Held(_tensors(each), decode=_by_modelopt, codes=_codes) for each in expert_projections(shape)}
-    return others(shape) | stacks
+    """Map each plain tensor to its stored tensors. ModelOpt decodes them."""
+    stacks = {
+        each.name: Held(_tensors(each), decode=_decode_by_modelopt, codes=_codes) for each in expert_projections(shape)
+    }
+    return others_layout(shape) | stacks
 
 
-def input_scales(shape: Shape) -> dict[str, TensorInfo]:
-    """What a model with quantized inputs stores besides."""
+def input_scale_tensors(shape: Shape) -> dict[str, TensorInfo]:
+    """Return the additional tensors of a model with quantized inputs."""
     return {f"{each.name}{_INPUT_SCALE}": TensorInfo("F32", ()) for each in expert_projections(shape)}
 
 
-def calibrated(model: Path) -> dict[str, Tensor]:
-    """Of a model with quantized inputs the tensor scale of each expert stack's inputs, as training rounds them."""
+def load_input_scales(model: Path) -> dict[str, Tensor]:
+    """Load the calibrated input scale of each expert stack from a model with quantized inputs."""
     amax = load_calibration(model).amax
     names = {name: f"{name.removesuffix('_input_quantizer')}{_INPUT_SCALE}" for name in amax}
     return {names[name]: tensor_scale_for_amax(amax[name].float().reshape(()), INPUT_RULE) for name in amax}
 
 
-def described(base: Checkpoint, tensors: Collection[str]) -> dict[str, Any]:
-    """What config.json must say beside these tensors and, under its name, what RECORD must."""
+def describe(base: Checkpoint, tensors: Collection[str]) -> dict[str, object]:
+    """Return the content of config.json for an export with these tensors, and the content of RECORD under its name."""
     record = _record(any(name.endswith(_INPUT_SCALE) for name in tensors))
     config = {key: value for key, value in legacy_config(base.config).items() if key != "quantization_config"}
     return {**config, "quantization_config": _in_config(record), RECORD: record}
 
 
-def said(directory: Path) -> dict[str, Any]:
-    """What config.json and RECORD say.
+def read_description(directory: Path) -> dict[str, object]:
+    """Read config.json, and RECORD under its name.
 
     Raises:
-        UserError: one of them cannot be read.
+        UserError: a file cannot be read.
     """
     return {**read_config(directory), RECORD: read_config(directory, RECORD)}
 
 
-def _stack(stack: ExpertStack) -> Piece:
-    """Packed codes (E, in / 2, out), scales (E, in / 16, out) and tensor scales (E)."""
+def _stack_piece(stack: ExpertStack) -> Piece:
+    """A stack as packed codes (E, in / 2, out), scales (E, in / 16, out) and tensor scales (E)."""
     tensors, name = _tensors(stack.projection), stack.projection.name
     held: list[Packed] = []
 
     def put(made: Packed) -> Iterator[tuple[str, Tensor]]:
-        packed = _as_nvfp4(made, name)
+        packed = _convert(made, name)
         yield name, packed.blocks.flatten(-2).transpose(1, 2).contiguous()
         held.append(packed)
         if made.is_last:
@@ -118,7 +121,7 @@ def _stack(stack: ExpertStack) -> Piece:
 
 
 def _tensors(projection: ExpertProjection) -> dict[str, TensorInfo]:
-    """Codes, scales and tensor scales of a stack."""
+    """Return the stored tensors of a stack: codes, scales and tensor scales."""
     name, experts, columns = projection.name, projection.experts, projection.out_features
     return {
         name: TensorInfo("U8", (experts, projection.in_features // 2, columns)),
@@ -128,44 +131,44 @@ def _tensors(projection: ExpertProjection) -> dict[str, TensorInfo]:
 
 
 def _codes(packed: Tensor, scales: Tensor, tensor_scale: Tensor) -> Codes:
-    """What is stored -> (E, out, nb, 8), (E, out, nb) and (E)."""
+    """Turn stored tensors into blocks (E, out, nb, 8), scales (E, out, nb) and tensor scales (E)."""
     blocks = packed.transpose(1, 2).unflatten(-1, (-1, NVFP4.block_size // 2))
     return Codes(blocks.contiguous(), scales.transpose(1, 2).contiguous(), tensor_scale)
 
 
-def _by_modelopt(packed: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
-    """(E, out, in) float32."""
-    from pipeline.models import (
-        fake_quantizers,  # imports ModelOpt and TRL: ten seconds that writing an export does not need
-    )
+def _decode_by_modelopt(packed: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
+    """Decode to (E, out, in) float32."""
+    # Importing ModelOpt and TRL takes ten seconds, which writing an export does not need.
+    from pipeline.models import fake_quantizers
 
     codes = _codes(packed, scales, tensor_scale)
-    return with_signed_zeros(fake_quantizers.nvfp4_values(codes.blocks, codes.scales, tensor_scale), codes)
+    return restore_signed_zeros(fake_quantizers.nvfp4_values(codes.blocks, codes.scales, tensor_scale), codes)
 
 
-def _as_nvfp4(made: Packed, name: str) -> Packed:
-    """Some experts in NVFP4, with the values that they have.
+def _convert(made: Packed, name: str) -> Packed:
+    """Convert experts to NVFP4 without changing their values.
 
     Raises:
-        UserError: blocks of MXFP4 whose exponents are too far apart for it.
+        UserError: the scales of MXFP4 blocks are too far apart for NVFP4.
     """
     if made.tensor_scale is not None:
         return made
     converted = mxfp4_to_nvfp4(made.blocks, made.scales)
     if converted.changed_blocks:
         raise UserError(
-            f"{name}: {converted.changed_blocks} blocks of MXFP4 would have other values in NVFP4, whose scales within"
-            " an expert span 17 powers of two. Use format=nvfp4 export.requantize=true to round the weights anew."
+            f"{name}: {converted.changed_blocks} MXFP4 blocks would have other values in NVFP4. Within an expert,"
+            " NVFP4's scales span only 17 powers of two. To round the weights anew, set format=nvfp4"
+            " export.requantize=true."
         )
     return replace(made, blocks=converted.blocks, scales=converted.scales, tensor_scale=converted.tensor_scale)
 
 
-def _input_scale(name: str, scale: Tensor) -> Piece:
+def _input_scale_piece(name: str, scale: Tensor) -> Piece:
     return piece_in_one_step({name: TensorInfo("F32", ())}, lambda: {name: scale})
 
 
 def _record(quantizes_inputs: bool) -> dict[str, Any]:
-    """hf_quant_config.json."""
+    """Return the content of hf_quant_config.json."""
     return {
         "producer": {"name": "modelopt", "version": version("nvidia-modelopt")},
         "quantization": {
@@ -177,8 +180,8 @@ def _record(quantizes_inputs: bool) -> dict[str, Any]:
     }
 
 
-def _in_config(record: dict[str, Any]) -> dict[str, Any]:
-    """The same in config.json, in ModelOpt's words for it."""
+def _in_config(record: dict[str, Any]) -> dict[str, object]:
+    """Return the record as ModelOpt writes it into config.json."""
     quantization = record["quantization"]
     bits = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": quantization["group_size"]}
     sides = ("input_activations", "weights") if quantization["quant_algo"] == "NVFP4" else ("weights",)
@@ -195,10 +198,10 @@ EXPORTER = Exporter(
     write=write,
     kind=Kind.foreign,
     layout=layout,
-    described=described,
+    describe=describe,
     mark="_weight_scale",
-    said=said,
-    optional=input_scales,
-    calibrated=calibrated,
+    read_description=read_description,
+    optional=input_scale_tensors,
+    load_optional=load_input_scales,
     records=(RECORD,),
 )

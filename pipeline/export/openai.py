@@ -1,11 +1,11 @@
-"""OpenAI's original layout, which its reference code loads: the same bytes under other names, q, k and v in one tensor.
+"""OpenAI's original layout, which its reference code loads.
 
-Source: the loader of gpt-oss 0.0.9 (`gpt_oss/torch/weights.py`, `gpt_oss/torch/model.py`).
+It has the bytes of the Hugging Face layout under other names, and one tensor for queries, keys and values. Source: the
+loader of gpt-oss 0.0.9 (`gpt_oss/torch/weights.py`, `gpt_oss/torch/model.py`).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from pipeline.checkpoints.config_json import CONFIG
 from pipeline.checkpoints.gpt_oss import (
@@ -26,9 +26,9 @@ from pipeline.checkpoints.shards import Written
 from pipeline.errors import UserError
 from pipeline.export.exporter import Exporter
 from pipeline.export.job import Job
-from pipeline.export.layout import Held, Layout, packed
-from pipeline.export.mxfp4 import legacy_config
-from pipeline.export.weights import checked_base, others_piece, packed_piece, stacks, write_checkpoint
+from pipeline.export.layout import Held, Layout, packed_stack
+from pipeline.export.mxfp4 import legacy_config, rope_scaling
+from pipeline.export.weights import open_base, others_piece, packed_piece, stacks, write_checkpoint
 from pipeline.runs.artifacts import Kind
 
 _STACKS = {GATE_UP: "mlp1_weight", DOWN: "mlp2_weight"}
@@ -72,9 +72,9 @@ def write(job: Job, directory: Path) -> Written:
     """Stream the model into `directory`, expert by expert.
 
     Raises:
-        UserError: as exporting to `mxfp4`, or a configuration that this layout cannot say.
+        UserError: for the same reasons as in `mxfp4.write`, or a key is missing in config.json.
     """
-    base = checked_base(job)
+    base = open_base(job)
     config = original_config(base.config, job.source.directory)
     pieces = [others_piece(job, base, target, sources) for target, sources in other_names(base.shape).items()]
     pieces += [packed_piece(each, *stack_names(each.projection)) for each in stacks(job, base)]
@@ -82,7 +82,7 @@ def write(job: Job, directory: Path) -> Written:
 
 
 def other_names(shape: Shape) -> dict[str, tuple[str, ...]]:
-    """Every tensor that is no expert weight -> the tensors of the Hugging Face layout that are its rows."""
+    """Map each tensor without expert weights to the tensors of the Hugging Face layout that it concatenates."""
     names: dict[str, tuple[str, ...]] = {target: (source,) for target, source in _OF_MODEL.items()}
     for layer in range(shape.num_hidden_layers):
         for target, sources in _OF_LAYER.items():
@@ -91,13 +91,13 @@ def other_names(shape: Shape) -> dict[str, tuple[str, ...]]:
 
 
 def stack_names(projection: ExpertProjection) -> tuple[str, str]:
-    """Blocks and scales of a stack of experts."""
+    """Return the names of the blocks and scales of a stack of experts."""
     name = f"block.{projection.layer}.mlp.{_STACKS[projection.kind]}"
     return f"{name}.blocks", f"{name}.scales"
 
 
 def layout(shape: Shape) -> Layout:
-    """What holds which tensor: of `attn.qkv` some rows each."""
+    """Map each plain tensor to its stored tensor. Queries, keys and values are rows of `attn.qkv`."""
     infos, held = other_tensors(shape), {}
     for target, sources in other_names(shape).items():
         rows, first = sum(infos[source].shape[0] for source in sources), 0
@@ -105,28 +105,28 @@ def layout(shape: Shape) -> Layout:
             info = TensorInfo(infos[source].dtype, (rows, *infos[source].shape[1:]))
             held[source] = Held({target: info}, first=first)
             first += infos[source].shape[0]
-    return held | {each.name: packed(each, *stack_names(each)) for each in expert_projections(shape)}
+    return held | {each.name: packed_stack(each, *stack_names(each)) for each in expert_projections(shape)}
 
 
-def described(base: Checkpoint, _: Collection[str]) -> dict[str, Any]:
-    """What config.json must say."""
+def describe(base: Checkpoint, _: Collection[str]) -> dict[str, object]:
+    """Return the content of config.json."""
     return original_config(base.config, base.directory)
 
 
-def original_config(config: dict[str, Any], where: Path) -> dict[str, Any]:
-    """config.json as the reference code reads it.
+def original_config(config: Mapping[str, object], where: Path) -> dict[str, object]:
+    """Return config.json for the reference code. `where` is the directory of the base model.
 
     Raises:
-        UserError: a key that it needs is missing.
+        UserError: a required key is missing.
     """
-    rope = {**config, **legacy_config(config)}
-    scaling = rope.get("rope_scaling") or {}
-    values = {key: rope.get(source) for key, source in _KEYS.items()}
+    legacy = {**config, **legacy_config(config)}
+    scaling = rope_scaling(legacy)
+    values = {key: legacy.get(source) for key, source in _KEYS.items()}
     values |= {key: scaling.get(source) for key, source in _ROPE_KEYS.items()}
     missing = [{**_KEYS, **_ROPE_KEYS}[key] for key, value in values.items() if value is None]
     if missing:
-        raise UserError(f"{where / CONFIG}: has no {', '.join(missing)}, which export.target=openai must say.")
+        raise UserError(f"{where / CONFIG}: has no {', '.join(missing)}. export.target=openai needs it.")
     return values
 
 
-EXPORTER = Exporter(write=write, kind=Kind.foreign, layout=layout, described=described, mark="block.")
+EXPORTER = Exporter(write=write, kind=Kind.foreign, layout=layout, describe=describe, mark="block.")

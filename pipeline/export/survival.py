@@ -1,8 +1,7 @@
-"""How much of the fine-tuning reached the 4-bit weights, and what rounding cost: sums, and the figures they give.
+"""The share of fine-tuning that survives in the 4-bit weights, and the error of rounding.
 
-Low-rate fine-tuning moves most weights by less than half a step of the format; rounding then returns the base model's
-value, and what was learnt there is lost. The share that survives explains what quantization costs before anything is
-evaluated.
+Fine-tuning at a low rate moves most weights by less than half a step of the format. Rounding then returns the base
+model's value, and the change is lost. The surviving share explains the cost of quantization before any evaluation.
 """
 
 import math
@@ -24,9 +23,9 @@ class Survival:
     """Sums over expert weights.
 
     Attributes:
-        sums: by name; counts but for `squared_error` and `squares`. `moved`: weights that training changed; `changed`:
-            weights whose 4-bit value differs from the base model's; `changed_scales`: blocks with another scale and
-            other values (the same values can be written with another scale).
+        sums: name -> sum. All are counts, except `squared_error` and `squares`. `moved` counts the weights that
+            training changed. `changed` counts the weights whose 4-bit value differs from the base model's.
+            `changed_scales` counts blocks with another scale and other values. The same values can have several scales.
     """
 
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMS, 0.0))
@@ -35,6 +34,7 @@ class Survival:
         self,
         trained: Tensor,
         rounded: Tensor,
+        *,
         base: Tensor,
         rounded_base: Tensor,
         scales: tuple[Tensor, Tensor],
@@ -45,12 +45,14 @@ class Survival:
         """Add some experts.
 
         Args:
-            trained, rounded: (E, in, out) weights, and what the export holds of them.
-            base, rounded_base: the base model's, and its 4-bit values.
-            scales: (E, out, nb) as stored, of the export and of the base model.
-            saturated: (E, out, nb), which blocks of the export are.
-            block_format: of the export.
-            units: tensor scales (E) of the two, for formats that have one.
+            trained: (E, in, out) weights before rounding.
+            rounded: (E, in, out) weights of the export.
+            base: (E, in, out) weights of the base model.
+            rounded_base: (E, in, out) 4-bit values of the base model.
+            scales: (E, out, nb) stored scales of the export and of the base model.
+            saturated: (E, out, nb) whether a block of the export saturates.
+            block_format: format of the export.
+            units: (E) tensor scales of the export and of the base model, or None for formats without them.
         """
         counted = differences((trained, rounded, base, rounded_base))
         for name, total in zip(_SUMS, counted.tolist(), strict=False):
@@ -64,17 +66,20 @@ class Survival:
         self.sums["blocks"] += scales[0].numel()
 
     def add_untouched(self, values: Tensor, blocks: int) -> None:
-        """Add some experts (E, in, out) in so many blocks that are the base model's own: as `add`, in less time.
+        """Add some experts that are identical to the base model's. The result is that of `add`, in less time.
 
-        They are what the base model's blocks decode to, so that nothing has moved, and nothing is rounded or saturates.
+        Args:
+            values: (E, in, out) decoded blocks of the base model. No weight moved, and rounding changes none.
+            blocks: number of their blocks.
         """
         for name, added in (("squares", sum_of_squares(values)), ("values", values.numel()), ("blocks", blocks)):
             self.sums[name] += added
 
     def figures(self) -> dict[str, float | None]:
-        """Shares and errors: `survival` is the share of moved weights whose 4-bit value changed; 0 where none moved.
+        """Return shares and errors.
 
-        `snr_db` is None where rounding changed nothing.
+        `survival` is the share of moved weights whose 4-bit value changed, or 0 if no weight moved. `snr_db` is None if
+        rounding changed no weight.
         """
         sums = self.sums
         error = _share(sums["squared_error"], sums["squares"])
@@ -90,7 +95,7 @@ class Survival:
 
 
 def total(parts: Iterable[dict[str, float]]) -> Survival:
-    """The sums of several."""
+    """Add up the sums of several."""
     added = Survival()
     for sums in parts:
         for name in _SUMS:

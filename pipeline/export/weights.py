@@ -1,15 +1,14 @@
-"""Converting weights for every target, part by part: experts to 4 bits by the codec, everything else to BF16.
+"""Conversion of weights for every target, part by part. The codec encodes experts; other tensors become BF16.
 
-Weights that training did not change keep the bytes of the source. The same values could be written with other scales,
-but only the original bytes are known to work in every engine.
+Weights that training did not change keep the bytes of the source. Other scales could represent the same values, but
+only the original bytes are known to work in every engine.
 
 Legend: E experts of one part, in, out dimensions of the matrix, nb = in / block size.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +48,7 @@ class Packed:
     is_last: bool = False
 
 
-def checked_base(job: Job) -> Checkpoint:
+def open_base(job: Job) -> Checkpoint:
     """Open the base checkpoint and check that the model can be exported with its configuration.
 
     Raises:
@@ -59,7 +58,7 @@ def checked_base(job: Job) -> Checkpoint:
     if job.weights.shape != base.shape:
         raise UserError(
             f"{job.weights.ref.directory} has {job.weights.shape}, but model.path={job.source.directory} has"
-            f" {base.shape}. The export takes its configuration from model.path, so set it to the model that training"
+            f" {base.shape}. The export takes its configuration from model.path. Set it to the model that training"
             " started from."
         )
     for projection in expert_projections(base.shape):
@@ -72,7 +71,7 @@ class OtherTensor:
     """A tensor that is not an expert weight, in BF16.
 
     Attributes:
-        is_copied: whether everything made so far is identical to the source.
+        is_copied: whether all parts so far are identical to the source.
     """
 
     job: Job
@@ -86,17 +85,17 @@ class OtherTensor:
         return other_tensors(self.base.shape)[self.name]
 
     def steps(self, put: Callable[[Tensor], Iterable[tuple[str, Tensor]]]) -> Iterator[Step]:
-        """Steps that make the tensor. `put` assigns rows to tensors of the target."""
+        """Yield steps that make the tensor. `put` assigns rows to tensors of the target."""
         for rows in self.job.weights.parts(self.name):
             yield self._step(rows, put)
 
     def _step(self, rows: slice, put: Callable[[Tensor], Iterable[tuple[str, Tensor]]]) -> Step:
         return Step(
             lambda: (self.job.weights.read_stored(self.name, rows), self.base.read(self.name, rows)),
-            lambda read: put(self._converted(rows, *read)),
+            lambda read: put(self._convert(rows, *read)),
         )
 
-    def _converted(self, rows: slice, stored: tuple[Tensor, ...], source: Tensor) -> Tensor:
+    def _convert(self, rows: slice, stored: tuple[Tensor, ...], source: Tensor) -> Tensor:
         tensor = self.job.weights.read_trained(self.name, rows, stored).to(torch.bfloat16)
         if not bool(tensor.isfinite().all()):
             first, *others = (~tensor.isfinite()).nonzero()[0].tolist()
@@ -109,7 +108,7 @@ class OtherTensor:
 
 
 def others_piece(job: Job, base: Checkpoint, target: str, sources: Iterable[str]) -> Piece:
-    """A tensor of the target. It has the rows of one or several source tensors, concatenated."""
+    """Return a tensor of the target that concatenates the rows of one or several source tensors."""
     parts = [OtherTensor(job, base, name) for name in sources]
     rows = sum(part.info.shape[0] for part in parts)
     info = TensorInfo(parts[0].info.dtype, (rows, *parts[0].info.shape[1:]))
@@ -125,10 +124,10 @@ class ExpertStack:
     """A stack of expert weights in the job's format. If the source has that format, unchanged experts keep its bytes.
 
     Attributes:
-        survival: sums over the experts made so far.
-        copied_experts: how many of these experts are copied from the source.
-        other_than_trained: how many weights differ from the rounded weights in training. Not counted if training
-            rounded to the same format or did not round.
+        survival: sums over the experts so far.
+        copied_experts: number of these experts that are copied from the source.
+        other_than_trained: number of weights that differ from the rounded weights in training. They are not counted if
+            training rounded to the same format or did not round.
     """
 
     job: Job
@@ -139,12 +138,12 @@ class ExpertStack:
     other_than_trained: int = 0
 
     def steps(self, put: Callable[[Packed], Iterable[tuple[str, Tensor]]]) -> Iterator[Step]:
-        """Steps that make the stack, a few experts at a time. `put` assigns them to tensors of the target."""
+        """Yield steps that make the stack, a few experts at a time. `put` assigns them to tensors of the target."""
         for rows in self.job.weights.parts(self.projection.name):
             yield self._step(rows, put)
 
-    def note(self, tensors: list[str]) -> dict[str, Any]:
-        """The record of the finished stack; `tensors` are the names of the written tensors."""
+    def note(self, tensors: list[str]) -> dict[str, object]:
+        """Return the record of the finished stack. `tensors` are the names of the written tensors."""
         return {
             "tensors": tensors,
             "is_copied": self.copied_experts == self.projection.experts,
@@ -158,34 +157,34 @@ class ExpertStack:
         weights, name = self.job.weights, self.projection.name
         return Step(
             lambda: (weights.read_stored(name, rows), self.base.read_stored(name, rows)),
-            lambda read: put(self._packed(rows, *read)),
+            lambda read: put(self._pack(rows, *read)),
         )
 
-    def _packed(self, rows: slice, stored: tuple[Tensor, ...], source: tuple[Tensor, ...]) -> Packed:
+    def _pack(self, rows: slice, stored: tuple[Tensor, ...], source: tuple[Tensor, ...]) -> Packed:
         job, name = self.job, self.projection.name
         trained = job.weights.read_trained(name, rows, stored, job.device)  # (E, in, out)
         source = tuple(each.to(job.device) for each in source)
         base = self.base.decode_stored(name, source, rows=rows, device=job.device)
-        old = self._of_source(source, base)
+        old = self._pack_source(source, base)
         is_own = old.values is base
         is_untouched = [same_bits(*pair) for pair in zip(trained, base, strict=True)]
         self.copied_experts += sum(is_untouched) if is_own else 0
-        new = old if all(is_untouched) else self._encoded(trained, rows)
+        new = old if all(is_untouched) else self._encode(trained, rows)
         if is_own and new is not old:
-            _keep(new, old, torch.tensor(is_untouched).nonzero().flatten().to(job.device))
-        self._account(trained, new, base, old)
+            _restore(new, old, torch.tensor(is_untouched).nonzero().flatten().to(job.device))
+        self._count(trained, new, base, old)
         return replace(new, is_last=rows.stop == self.projection.experts)
 
-    def _of_source(self, source: tuple[Tensor, ...], base: Tensor) -> Packed:
-        """The base model's experts in the job's format: as stored, or rounded as training rounds them."""
+    def _pack_source(self, source: tuple[Tensor, ...], base: Tensor) -> Packed:
+        """Return the base model's experts in the job's format: as stored, or rounded as in training."""
         if len(source) == 1 or self.job.block_format.scale_type is not MXFP4.scale_type:
-            return self._coded(base)
+            return self._round(base)
         blocks, scales = source
         return Packed(blocks, scales, None, base, torch.zeros_like(scales, dtype=torch.bool))
 
-    def _encoded(self, trained: Tensor, rows: slice) -> Packed:
+    def _encode(self, trained: Tensor, rows: slice) -> Packed:
         try:
-            return self._coded(trained)
+            return self._round(trained)
         except CodecError as error:
             expert, row, block = error.block or (0, None, None)
             raise UserError(
@@ -193,7 +192,7 @@ class ExpertStack:
                 f" block {block}: {error}. Training went wrong."
             ) from error
 
-    def _coded(self, values: Tensor) -> Packed:
+    def _round(self, values: Tensor) -> Packed:
         importance = self.job.weights.importance(self.projection.name)
         importance = None if importance is None else importance.to(values.device)
         block_format, near, turned = self.job.block_format, torch.empty_like(values), values.transpose(1, 2)
@@ -205,13 +204,22 @@ class ExpertStack:
         )
         return Packed(blocks, scales, unit, near, saturated)
 
-    def _account(self, trained: Tensor, new: Packed, base: Tensor, old: Packed) -> None:
+    def _count(self, trained: Tensor, new: Packed, base: Tensor, old: Packed) -> None:
         job = self.job
         if new.values is base:
             self.survival.add_untouched(trained, new.scales.numel())
         else:
             scales, units = (new.scales, old.scales), (new.tensor_scale, old.tensor_scale)
-            self.survival.add(trained, new.values, base, old.values, scales, new.saturated, job.block_format, units)
+            self.survival.add(
+                trained,
+                new.values,
+                base=base,
+                rounded_base=old.values,
+                scales=scales,
+                saturated=new.saturated,
+                block_format=job.block_format,
+                units=units,
+            )
         trained_for = job.weights.ref.block_format
         if trained_for not in (None, job.block_format):
             importance = job.weights.importance(self.projection.name)
@@ -221,14 +229,14 @@ class ExpertStack:
 
 
 def stacks(job: Job, base: Checkpoint) -> list[ExpertStack]:
-    """Every stack of expert weights of the model."""
+    """Return every stack of expert weights of the model."""
     return [ExpertStack(job, base, projection) for projection in expert_projections(base.shape)]
 
 
 def write_checkpoint(
-    job: Job, base: Checkpoint, directory: Path, pieces: list[Piece], config: dict[str, Any]
+    job: Job, base: Checkpoint, directory: Path, pieces: list[Piece], config: Mapping[str, object]
 ) -> Written:
-    """Write the pieces layer by layer, the side files of the source, and config.json."""
+    """Write the pieces layer by layer, then the side files of the source, then config.json."""
     values = sum(projection.values for projection in expert_projections(base.shape))
     with compilation_for(values):
         written = write_sharded(directory, sort_by_layer(pieces), job.shard_bytes, "export")
@@ -238,7 +246,7 @@ def write_checkpoint(
 
 
 def packed_piece(stack: ExpertStack, blocks: str, scales: str) -> Piece:
-    """A stack as two tensors with the given names: its blocks, then its scales."""
+    """Return a stack as two tensors with the given names: its blocks, then its scales."""
     held: list[Tensor] = []
 
     def put(made: Packed) -> Iterator[tuple[str, Tensor]]:
@@ -252,8 +260,8 @@ def packed_piece(stack: ExpertStack, blocks: str, scales: str) -> Piece:
     return Piece(tensors, lambda: stack.steps(put), lambda: stack.note([blocks, scales]))
 
 
-def _keep(new: Packed, old: Packed, experts: Tensor) -> None:
-    """Replace some MXFP4 experts by those of the source, which have the same values but perhaps other scales."""
+def _restore(new: Packed, old: Packed, experts: Tensor) -> None:
+    """Replace some MXFP4 experts by the source's. Their values are the same, but scales may differ."""
     for mine, source in ((new.blocks, old.blocks), (new.scales, old.scales), (new.saturated, old.saturated)):
         mine[experts] = source[experts]
 

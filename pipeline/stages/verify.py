@@ -16,7 +16,7 @@ from pipeline.data.examples import prepare_examples
 from pipeline.data.rows import load_rows
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import CheckFailed, UserError
-from pipeline.export import EXPORTERS, recognized
+from pipeline.export import EXPORTERS, recognize
 from pipeline.models import losses, references, source
 from pipeline.models.references import ModelRef
 from pipeline.models.source import Source
@@ -93,7 +93,7 @@ def _subject(config: PipelineConfig, here: Run) -> _Subject:
     if (directory / ARTIFACT_FILE).is_file():
         export = _export(directory, reference)
         ref, unknown = _trained(here, export)
-    target = recognized(directory) if export is None else export.read(ExportRecord).target
+    target = recognize(directory) if export is None else export.read(ExportRecord).target
     _raise_unless_loadable(config, target)
     return _Subject(directory, *fingerprint_of(directory), target, reference, export, ref, unknown)
 
@@ -135,7 +135,7 @@ def _checks(config: PipelineConfig, here: Run, subject: _Subject) -> list["Check
 
     directory, base, export = subject.directory, subject.reference.directory, subject.export
     copied = None if export is None else export.read(ExportRecord).copied
-    checks = verify.against_base(directory, subject.target, base, copied)
+    checks = verify.check_against_base(directory, subject.target, base, copied)
     are_comparable, are_configured = (check.status == "ok" for check in checks[:2])
     if export is not None:
         checks.append(verify.check_unchanged(export, subject.fingerprint, subject.sizes))
@@ -154,10 +154,10 @@ def _weight_checks(config: PipelineConfig, here: Run, subject: _Subject, are_con
         skipped = f"{subject.unknown}. Comparing with the base model finds gross errors, but not single wrong values"
         return [verify.Check("weights and logits against the trained model", skipped=skipped)]
     trained = _trained_model(config, here, export, subject.ref)
-    view = verify.viewed(subject.directory, subject.target, subject.reference.directory)
+    view = verify.view_export(subject.directory, subject.target, subject.reference.directory)
     checks = [trained.check_experts(view), trained.check_others(view)]
     if _format_of(export).quantizes_activations:
-        checks.append(trained.check_inputs(view, EXPORTERS[subject.target].calibrated))
+        checks.append(trained.check_inputs(view, EXPORTERS[subject.target].load_optional))
     if not are_configured:
         return [*checks, verify.Check("logits", skipped="the files are not the base model's")]
     if export.kind is Kind.foreign:
@@ -183,13 +183,13 @@ def _engine_checks(config: PipelineConfig, here: Run, subject: _Subject) -> list
 
 
 def _values(subject: _Subject) -> Callable[[str], torch.Tensor]:
-    """The weights that engines should compute with: those of training, or else the decoded weights of the export."""
-    from pipeline.verify import engines, viewed
+    """Return the weights that engines should compute with: those of training, or else the decoded export."""
+    from pipeline.verify import engines, view_export
 
     if subject.export is None or subject.ref is None:
-        return viewed(subject.directory, subject.target, subject.reference.directory).plain_values
+        return view_export(subject.directory, subject.target, subject.reference.directory).plain_values
     ref = replace(subject.ref, block_format=_format_of(subject.export))
-    return engines.trained_values(Weights(ref))
+    return engines.values_of_training(Weights(ref))
 
 
 def _examples(config: PipelineConfig, here: Run, base: Path) -> Dataset:

@@ -1,46 +1,54 @@
-"""The proof that an export is right: checks of its files, of its distance from the base model, and of its weights.
+"""The proof that an export is right: checks of its files, its distance from the base model, and its weights.
 
-It must not trust the code that wrote the export: engines load many wrong checkpoints without a warning. Others
-decode the weights (transformers MXFP4, ModelOpt NVFP4, llama.cpp's package GGUF). The trained values are those that the
-fake-quantized model's forward pass really used. PEFT merges the adapters. All layouts go through the same checks: each
-says which of its tensors hold which tensor of the plain layout.
+It must not trust the code that wrote the export, because engines load many wrong checkpoints without a warning. Other
+projects decode the weights: transformers for MXFP4, ModelOpt for NVFP4, llama.cpp's package for GGUF. The trained
+values are those of the fake-quantized model's forward pass. PEFT merges the adapters. All layouts go through the same
+checks, because each maps the tensors of the plain layout to its own.
 """
 
 from pathlib import Path
 
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.export import EXPORTERS
-from pipeline.export.layout import View, of_base
+from pipeline.export.layout import View, view_base
 from pipeline.verify.check import Check
 from pipeline.verify.distance import compare
 from pipeline.verify.files import check_files, check_tensors, check_unchanged
 from pipeline.verify.trained import TrainedModel
 from pipeline.verify.untouched import check_untouched
 
-__all__ = ["Check", "TrainedModel", "against_base", "check_files", "check_tensors", "check_unchanged", "viewed"]
+__all__ = [
+    "Check",
+    "TrainedModel",
+    "check_against_base",
+    "check_files",
+    "check_tensors",
+    "check_unchanged",
+    "view_export",
+]
 
 
-def against_base(directory: Path, target: str, base: Path, copied: list[str] | None = None) -> list[Check]:
-    """All that the base model tells of an export; of tensors that are not those of the layout no weights are read.
+def check_against_base(directory: Path, target: str, base: Path, copied: list[str] | None = None) -> list[Check]:
+    """Check an export against its base model. Weights are read only if the names and shapes of the tensors are right.
 
     Args:
-        directory: of the export.
-        target: its layout, a row of EXPORTERS.
-        base: the base model.
-        copied: stored tensors that the export says are the base model's own; None: it says nothing of that.
+        directory: directory of the export.
+        target: layout of the export, a row of EXPORTERS.
+        base: directory of the base model.
+        copied: stored tensors that are the base model's according to the export; None if it has no such list.
     """
     layout, reference = EXPORTERS[target], Checkpoint(base)
     tensors, files = check_tensors(directory, layout, reference), check_files(directory, layout, reference)
     if tensors.status != "ok":
-        return [tensors, files, Check("weights", skipped="the tensors are not those of the layout")]
-    export = viewed(directory, target, base)
-    found = compare(export, of_base(base))
+        return [tensors, files, Check("weights", skipped="names, shapes or types of tensors are wrong")]
+    export = view_export(directory, target, base)
+    found = compare(export, view_base(base))
     checks = [tensors, files, found.distance]
     return checks if copied is None else [*checks, check_untouched(export, found.same, copied)]
 
 
-def viewed(directory: Path, target: str, base: Path) -> View:
-    """The weights of an export, whose tensors have been checked.
+def view_export(directory: Path, target: str, base: Path) -> View:
+    """Open the weights of an export whose tensors have been checked.
 
     Raises:
         UserError: a file cannot be read.

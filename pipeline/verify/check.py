@@ -1,4 +1,4 @@
-"""What one part of the proof found."""
+"""The result of one part of the proof."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,12 +9,12 @@ class Check:
     """One part of the proof.
 
     Attributes:
-        title: what was compared.
-        problems: what is wrong; empty when it passed.
-        measured: figures, passed or not.
-        tensors: figures of each tensor, by name; for the report alone.
-        skipped: why it could not be checked, or None.
-        unseen: what is not known even though it passed, or None.
+        title: the comparison, in words.
+        problems: descriptions of errors; empty if the check passed.
+        measured: figures, whether the check passed or not.
+        tensors: tensor name -> figures. Only the report has them.
+        skipped: reason why the check did not run, or None.
+        unseen: remaining uncertainty after the check passed, or None.
     """
 
     title: str
@@ -26,12 +26,12 @@ class Check:
 
     @property
     def status(self) -> str:
-        """ok, FAILED or not checked."""
+        """`ok`, `FAILED` or `not checked`."""
         if self.problems:
             return "FAILED"
         return "not checked" if self.skipped else "ok"
 
     @property
     def gap(self) -> str | None:
-        """What remains unknown, whether because nothing was checked or because such a check cannot see it."""
+        """The remaining uncertainty: the check was skipped, or it cannot see everything."""
         return f"{self.title}: {self.skipped}" if self.skipped else self.unseen

@@ -1,4 +1,6 @@
-"""The distance of an export from its base model. It tells fine-tuning from a wrong layout without the trained model.
+"""The distance of an export from its base model. It distinguishes fine-tuning from a wrong layout.
+
+The check needs no trained model.
 
 Fine-tuning changes weights by a small part of their size. Values in a wrong order (nibbles, rows, experts, axes) are
 uncorrelated with the base model's, and scales that are off by one double or halve them. Two figures show this. For a
@@ -31,7 +33,7 @@ from torch import Tensor
 
 from pipeline.checkpoints.gpt_oss import EMBEDDING, EXPERT_BIASES, ExpertProjection, expert_projections, other_tensors
 from pipeline.errors import at_most
-from pipeline.export.layout import Codes, View, decoded
+from pipeline.export.layout import Codes, View, decode_codes
 from pipeline.numerics.codec import same_bits
 from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.formats import MXFP4
@@ -55,17 +57,17 @@ class Rows:
     change: Tensor  # |e - b|^2
 
     @classmethod
-    def of(cls, have: Tensor, want: Tensor) -> "Rows":
-        """From two tensors (..., in, rows) of the same shape. This is the order of experts from `View.weights`."""
+    def multiply(cls, have: Tensor, want: Tensor) -> "Rows":
+        """Multiply the rows of two tensors (..., in, rows) of the same shape. `View.weights` has this order."""
         return cls(*column_products(have, want).double().flatten(1))
 
     @classmethod
-    def joined(cls, several: Iterable["Rows"]) -> "Rows":
+    def concatenate(cls, several: Iterable["Rows"]) -> "Rows":
         """Concatenate rows."""
         return cls(*(torch.cat(of_each) for of_each in zip(*(vars(rows).values() for rows in several), strict=True)))
 
     def total(self) -> "Rows":
-        """All rows as a single long row."""
+        """Return all rows as a single long row."""
         return Rows(*(products.sum().view(1) for products in vars(self).values()))
 
     @property
@@ -80,18 +82,18 @@ class Rows:
 
     @property
     def is_judged(self) -> Tensor:
-        """(rows) whether b is large enough to judge. Training can change tiny rows by more than their size."""
+        """(rows) whether b is large enough to judge. Training can change a tiny row by more than its size."""
         return self.b_b > _FAINT * self.b_b.mean()
 
     def unlike(self, have_scales: bool) -> Tensor:
-        """(rows) whether training cannot have turned b into e. The gain is checked only for weights with scales."""
+        """Return (rows) whether training cannot have turned b into e. Only weights with scales need a right gain."""
         fits = self.similarity >= _LEAST_SIMILARITY
         if have_scales:
             fits &= (self.gain <= _LARGEST_GAIN) & (self.gain >= 1 / _LARGEST_GAIN)
         return ~fits & self.is_judged
 
     def figures(self) -> dict[str, float | None]:
-        """Relative distance |e - b| / |b|, similarity and gain of all rows, and the smallest similarity of a row."""
+        """Return relative distance |e - b| / |b|, similarity and gain of all rows, and the smallest row similarity."""
         whole, judged = self.total(), self.similarity[self.is_judged]
         values = {
             "relative_distance": float((whole.change / whole.b_b).sqrt()),
@@ -115,7 +117,7 @@ class Comparison(NamedTuple):
 
 
 def compare(export: View, base: View) -> Comparison:
-    """Compare every tensor of an export with the base model's. Each is read and decoded once.
+    """Compare every tensor of an export with the base model's. Each tensor is read and decoded once.
 
     The two models must have the same sizes. Memory holds one expert, or some rows of another tensor, at a time.
     """
@@ -125,10 +127,12 @@ def compare(export: View, base: View) -> Comparison:
     wrong: dict[str, str] = {}
     with compilation_for(2 * sum(projection.values for projection in experts.values())):
         for name in progress([*experts, *other_tensors(export.shape)], what="distance", unit="tensor"):
-            rows, is_same = _compared(export, base, name)
+            rows, is_same = _compare_tensor(export, base, name)
             check.tensors[name] = rows.figures()
             same |= {name} if is_same else set()
-            if problem := _not_finite(name, rows) or _unlike(export, base, name, rows, experts.get(name)):
+            if problem := _describe_not_finite(name, rows) or _describe_unlike(
+                export, base, name, rows, experts.get(name)
+            ):
                 wrong[name] = problem
     check.problems = list(wrong.values())
     if wrong.keys() >= {*experts, EMBEDDING}:
@@ -144,35 +148,35 @@ def compare(export: View, base: View) -> Comparison:
     return Comparison(check, same)
 
 
-def _compared(export: View, base: View, name: str) -> tuple[Rows, bool]:
-    """Compare a tensor of both models. Also returns whether it is bit-identical.
+def _compare_tensor(export: View, base: View, name: str) -> tuple[Rows, bool]:
+    """Compare a tensor of both models. Also return whether it is bit-identical.
 
     Experts have a row for each output, and their biases a row for each expert. Other tensors are a single row.
     """
     have_many_rows = len(export.plain[name].shape) == 3 or name.endswith(EXPERT_BIASES)
     found, is_same = [], True
     for part in export.parts(name):
-        have, want = _Part.of(export, name, part), _Part.of(base, name, part)
+        have, want = _Part.read(export, name, part), _Part.read(base, name, part)
         is_same &= have.equals(want)
-        rows = Rows.of(_in_columns(name, have.weights), _in_columns(name, want.weights))
+        rows = Rows.multiply(_in_columns(name, have.weights), _in_columns(name, want.weights))
         found.append(rows if have_many_rows else rows.total())
-    rows = Rows.joined(found)
+    rows = Rows.concatenate(found)
     return (rows if have_many_rows else rows.total()), is_same
 
 
 class _Part(NamedTuple):
-    """Rows of a tensor, decoded by the codec (experts are (E, in, out)), and their codes if they are packed."""
+    """Rows of a tensor, decoded by the codec, and their codes if they are packed. Experts are (E, in, out)."""
 
     codes: Codes | None
     weights: Tensor
 
     @classmethod
-    def of(cls, view: View, name: str, rows: slice) -> "_Part":
+    def read(cls, view: View, name: str, rows: slice) -> "_Part":
         codes = view.codes(name, rows)
-        return cls(codes, view.weights(name, rows) if codes is None else decoded(codes))
+        return cls(codes, view.weights(name, rows) if codes is None else decode_codes(codes))
 
     def equals(self, other: "_Part") -> bool:
-        """Whether both have the same bits. Compares codes and scales if both have the same format, otherwise values."""
+        """Whether both have the same bits. Codes and scales are compared if the formats are equal, otherwise values."""
         if self.codes is None or other.codes is None or self.codes.scales.dtype != other.codes.scales.dtype:
             return same_bits(self.weights, other.weights)
         return all(
@@ -183,44 +187,46 @@ class _Part(NamedTuple):
 
 
 def _in_columns(name: str, weights: Tensor) -> Tensor:
-    """Weights with the values of a row along the second-to-last dimension."""
+    """Return weights with the values of a row along the second-to-last dimension."""
     if weights.dim() == 1:
         return weights.unsqueeze(-1)
     return weights.T.contiguous() if name.endswith(EXPERT_BIASES) else weights
 
 
-def _not_finite(name: str, rows: Rows) -> str | None:
+def _describe_not_finite(name: str, rows: Rows) -> str | None:
     bad = int((~rows.e_e.isfinite()).sum())
     place = "" if len(rows.e_e) == 1 else f" in {bad} of {len(rows.e_e)} rows"
     return f"{name}: NaN or Inf, or values or scales too large to compare{place}" if bad else None
 
 
-def _unlike(export: View, base: View, name: str, rows: Rows, projection: ExpertProjection | None) -> str | None:
-    """The problem with a tensor that does not resemble the base model's, and which tensor it resembles instead."""
+def _describe_unlike(
+    export: View, base: View, name: str, rows: Rows, projection: ExpertProjection | None
+) -> str | None:
+    """Describe a tensor that does not resemble the base model's, and name the tensor that it resembles instead."""
     unlike = rows.unlike(have_scales=projection is not None)
     if not bool(unlike.any()):
         return None
     first = int(unlike.nonzero()[0])
-    found = _found(name, rows, first, int(unlike.sum()))
+    found = _describe_rows(name, rows, first, int(unlike.sum()))
     if projection is None:
         return f"{found}{_other_origin(export, base, name)}"
     return f"{found}{_expert_origin(export, base, projection, first // projection.out_features)}"
 
 
-def _found(name: str, rows: Rows, first: int, count: int) -> str:
+def _describe_rows(name: str, rows: Rows, first: int, count: int) -> str:
     figures = f"similarity {float(rows.similarity[first]):.3g}, gain {float(rows.gain[first]):.3g}"
     if (total := len(rows.b_b)) == 1:
         return f"{name}: does not resemble the base model's ({figures})"
     return f"{name}: {count} of {total} rows do not resemble the base model's ({figures} of the first)"
 
 
-def _expert(view: View, projection: ExpertProjection, index: int) -> Tensor:
-    """(out, in)."""
+def _read_expert(view: View, projection: ExpertProjection, index: int) -> Tensor:
+    """Read an expert as (out, in)."""
     return view.weights(projection.name, slice(index, index + 1))[0].T
 
 
-def _halves_alternating(blocks: Tensor) -> Tensor:
-    """(..., block) -> (..., block), with elements j and j + block / 2 of each block next to each other."""
+def _alternate_halves(blocks: Tensor) -> Tensor:
+    """Reorder (..., block) so that elements j and j + block / 2 of each block are next to each other."""
     return blocks.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 
@@ -230,7 +236,7 @@ def _by_block(arrange: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 
 ARRANGEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "with swapped nibbles": lambda weight: weight.unflatten(-1, (-1, 2)).flip(-1).flatten(-2),
-    "with the elements j and j + 16 of a block in one byte": _by_block(_halves_alternating),
+    "with the elements j and j + 16 of a block in one byte": _by_block(_alternate_halves),
     "with gate and up exchanged": lambda weight: weight.unflatten(0, (-1, 2)).flip(1).flatten(0, 1),
     "with gate and up in halves": lambda weight: torch.cat((weight[::2], weight[1::2])),
     "along the other axis": lambda weight: weight.T,
@@ -239,27 +245,29 @@ ARRANGEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _expert_origin(export: View, base: View, projection: ExpertProjection, expert: int) -> str:
-    """What an expert of the export resembles: the base model's expert in another order, or another expert."""
-    have, own = _expert(export, projection, expert), _expert(base, projection, expert)
+    """Describe which expert of the base model, or which wrong order of one, an expert of the export resembles."""
+    have, own = _read_expert(export, projection, expert), _read_expert(base, projection, expert)
     for name, arrange in ARRANGEMENTS.items():
         if _resembles(have, arrange(own)):
             return f"; expert {expert} resembles the base model's {name}"
     for other in range(projection.experts):
-        if other != expert and _resembles(have, _expert(base, projection, other)):
+        if other != expert and _resembles(have, _read_expert(base, projection, other)):
             return f"; expert {expert} resembles the base model's expert {other}"
-    return f"; the first is of expert {expert}"
+    return f"; the first belongs to expert {expert}"
 
 
 def _other_origin(export: View, base: View, name: str) -> str:
-    """Which other tensor of the base model a tensor of the export resembles."""
+    """Describe which other tensor of the base model a tensor of the export resembles."""
     for other, info in other_tensors(base.shape).items():
         if other != name and info.shape == base.plain[name].shape:
             pairs = ((export.weights(name, rows), base.weights(other, rows)) for rows in export.parts(name))
-            rows = Rows.joined(Rows.of(*(_in_columns(name, each) for each in pair)).total() for pair in pairs).total()
+            rows = Rows.concatenate(
+                Rows.multiply(*(_in_columns(name, each) for each in pair)).total() for pair in pairs
+            ).total()
             if bool(rows.similarity >= _SAME):
                 return f"; it resembles the base model's {other}"
     return ""
 
 
 def _resembles(have: Tensor, want: Tensor) -> bool:
-    return have.shape == want.shape and bool(Rows.of(have, want).total().similarity >= _SAME)
+    return have.shape == want.shape and bool(Rows.multiply(have, want).total().similarity >= _SAME)

@@ -1,33 +1,33 @@
-"""An export in the engines of LIBRARIES: each loads it in a process of its own and predicts the next tokens.
+"""The check of an export in the engines of LIBRARIES. Each engine loads it in its own process and predicts tokens.
 
-The prediction is compared with the model as training computed it: the base model in transformers, with the trained
-values in place of its own. If only the export is known, the values are decoded from it by other code. The measure is
-the divergence of the engine's prediction from the expected one, the sum of p log(p / q) over the vocabulary, in nats.
-In FP32 the worst prompt decides, in BF16 the median prompt.
+The expected prediction comes from the base model in transformers, with the trained values in place of its own. If only
+the export is known, other code decodes the values from it. The measure is the divergence of the engine's prediction
+from the expected one: the sum of p log(p / q) over the vocabulary, in nats. In FP32 the worst prompt decides, in BF16
+the median prompt.
 
-How far a correct engine may be away in FP32 (`nats` in LIBRARIES):
+Largest divergence of a correct engine in FP32 (`nats` in LIBRARIES):
 
     transformers, openai, vllm    1e-6: the same arithmetic in another order; log-probabilities agree to 3e-6.
     mlx                           1e-5: fused kernels for MXFP4 and attention.
     llama_cpp                     2e-2: ggml rounds activations to 8 bits before it multiplies them with MXFP4. A tiny
                                   random model is 1e-3 to 7e-3 away, and a trained model is closer.
 
-In BF16 (`model.dtype`) each sum is rounded to 8 bits, and a router that is nearly tied may choose another expert. Then
-single prompts are far off although nothing is wrong. The table compares transformers with itself: for the tiny model
-after smoke's short training, and for random models of 8 layers, 768 wide, with 16 experts and the released vocabulary.
-The brackets hold the standard deviation of their logits.
+In BF16 (`model.dtype`) each sum is rounded to 8 bits, and a nearly tied router may choose another expert. Then single
+prompts diverge far although nothing is wrong. The table compares transformers with itself. The models are the tiny
+model after smoke's short training, and random models of 8 layers, 768 wide, with 16 experts and the released
+vocabulary. Brackets contain the standard deviation of their logits.
 
     nats, median / worst     positions   BF16 and FP32        BF16, experts in another order of sums
     tiny, trained            2112        5e-5 / 2.3e-2        2e-5 / 2.1e-2
     8 layers, random (1.0)   144         3e-3 / 3.4e-2        5e-4 / 3.6e-2
     8 layers, random (4.4)   144         5e-2 / 7.5e-1        1e-2 / 8.3e-1
 
-Two engines that are each as far from FP32 as the last row may be twice as far apart. In BF16 every engine may therefore
-be 1e-1 away at the median prompt. This is a judgement: it takes random models for the worst case, and no released model
-has been measured. FP32 is the sharp check.
+If two engines are each as far from FP32 as the last row, they may be twice as far apart. In BF16 the tolerance is
+therefore 1e-1 at the median prompt for every engine. This is a judgement: it treats random models as the worst case,
+and no released model has been measured. FP32 is the sharp check.
 
-llama.cpp and mlx-lm round the range in which YaRN corrects, whatever `rope_scaling.truncate` says. This alone changes
-logits, so they are compared with a model that rounds it too.
+llama.cpp and mlx-lm round the range of YaRN's correction and ignore `rope_scaling.truncate`. This alone changes logits,
+so these engines are compared with a model that rounds the range too.
 """
 
 import json
@@ -37,12 +37,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -57,25 +57,28 @@ from pipeline.runs.console import say
 from pipeline.verify import worker
 from pipeline.verify.check import Check
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Expected = Callable[[bool], Tensor]
-"""Whether YaRN's range is rounded -> log-probabilities (prompts, vocabulary)."""
+"""Whether the range of YaRN is rounded -> log-probabilities (prompts, vocabulary)."""
 
 _BF16_NATS = 1e-1
 _LONGEST = 512  # positions
-_LINES = 12  # of what a failed engine wrote last
+_LINES = 12  # last lines of a failed engine's output
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What an engine is asked.
+    """The input of an engine.
 
     Attributes:
-        directory: of the export.
-        target: its layout.
-        prompts: ids.
-        dtype: that it computes in.
-        seconds: after which it is stopped.
-        tokens: to generate after each prompt.
+        directory: directory of the export.
+        target: layout of the export.
+        prompts: token ids of each prompt.
+        dtype: data type of the computation.
+        seconds: time limit. The engine is killed after it.
+        tokens: number of tokens to generate after each prompt.
     """
 
     directory: Path
@@ -88,13 +91,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of it.
+    """The output of an engine. It is empty if the engine is not installed.
 
     Attributes:
-        version: of the engine, or None: it is not installed.
+        version: version of the engine, or None if it is not installed or failed.
         log_probabilities: (prompts, vocabulary), or None.
-        failure: the end of its output, or None.
-        generated: after each prompt.
+        failure: description of a failure with the end of the engine's output, or None.
+        generated: generated token ids of each prompt.
     """
 
     version: str | None = None
@@ -104,20 +107,24 @@ class Answer:
 
 
 def engines_for(target: str) -> list[str]:
-    """Engines of LIBRARIES that load a layout."""
+    """Return the engines of LIBRARIES that load a layout."""
     return [name for name in LIBRARIES if target in ENGINES[name].targets]
 
 
 def raise_unless_loadable(engines: list[str], target: str, pythons: dict[str, str | None]) -> None:
-    """Raises UserError: an engine that does not load the layout, or a Python that is not there."""
+    """Check that each engine loads the layout, and that its Python exists.
+
+    Raises:
+        UserError: one error for all engines and Pythons that fail the check.
+    """
     wrong = [
         f"verify.engines={name}: loads {' and '.join(ENGINES[name].targets)}, not {target}. Export with export.target="
-        f"{ENGINES[name].targets[0]}, or leave it out."
+        f"{ENGINES[name].targets[0]}, or remove the engine."
         for name in engines
         if name not in engines_for(target)
     ]
     wrong += [
-        f"verify.python.{name}={python}: no such program. Give the Python of the environment with {name}."
+        f"verify.python.{name}={python}: no such program. Set it to the Python of the environment with {name}."
         for name, python in pythons.items()
         if name in engines and python is not None and shutil.which(python) is None
     ]
@@ -126,8 +133,15 @@ def raise_unless_loadable(engines: list[str], target: str, pythons: dict[str, st
 
 
 def check_engine(name: str, python: str | None, trial: Trial, expected: Expected) -> Check:
-    """The export in one engine; one that is not installed is not checked, one that fails or hangs is wrong."""
-    check, engine = Check(f"{name}: loads it, and expects what the trained model expects"), LIBRARIES[name]
+    """Check the export in one engine.
+
+    An engine that is not installed is reported as not checked. An engine that fails or exceeds the time limit is a
+    problem.
+    """
+    check, engine = (
+        Check(f"{name}: loads the export, and its predictions agree with the trained model's"),
+        LIBRARIES[name],
+    )
     say("verify", f"{name}: loading the export")
     answer = ask(name, python or sys.executable, trial)
     if answer.version is None and answer.failure is None:
@@ -135,21 +149,24 @@ def check_engine(name: str, python: str | None, trial: Trial, expected: Expected
     elif answer.log_probabilities is None:
         check.problems.append(f"{name} failed: {answer.failure}")
     else:
-        check.measured = {"version": answer.version, **judged(answer.log_probabilities, expected(engine.rounds_yarn))}
+        check.measured = {
+            "version": answer.version,
+            **measure_divergence(answer.log_probabilities, expected(engine.rounds_yarn)),
+        }
         is_sharp = trial.dtype is torch.float32
         prompt, allowed = ("worst", engine.nats) if is_sharp else ("median", max(engine.nats, _BF16_NATS))
         nats = check.measured["nats" if is_sharp else "median_nats"]
         check.measured["tolerance"] = allowed
-        if not nats <= allowed:  # NaN is not, either
+        if not nats <= allowed:  # also true for NaN
             check.problems.append(
-                f"{name} expects other tokens than the trained model: {nats:.3g} nats at the {prompt} prompt, more than"
-                f" {allowed:.3g}"
+                f"{name} expects other tokens than the trained model: the divergence at the {prompt} prompt is"
+                f" {nats:.3g} nats, more than {allowed:.3g}"
             )
     return check
 
 
 def ask(name: str, python: str, trial: Trial) -> Answer:
-    """Run an engine in a process group of its own, which is killed when its time is over."""
+    """Run an engine in its own process group, which is killed after the time limit."""
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
         request, result = Path(scratch) / "request.json", Path(scratch) / "result.npy"
         dtype = str(trial.dtype).removeprefix("torch.")
@@ -176,7 +193,10 @@ def ask(name: str, python: str, trial: Trial) -> Answer:
 
 
 def _run(command: list[str], seconds: float, output: Path) -> int | None:
-    """Exit status, None after `seconds`. What is written goes to a file: a pipe would wait for whatever it starts."""
+    """Return the exit status, or None after `seconds`.
+
+    The output goes to a file. A pipe would stay open as long as any child process of the engine.
+    """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with output.open("wb") as file:
         streams: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
@@ -185,7 +205,7 @@ def _run(command: list[str], seconds: float, output: Path) -> int | None:
             return process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             return None
-        finally:  # an interrupted check, too, leaves no engine behind
+        finally:  # also ends the engine if the check is interrupted
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -197,15 +217,16 @@ def _end(output: Path) -> str:
     return "Its last lines:\n" + "\n".join(f"    {line}" for line in lines) if lines else "It wrote nothing."
 
 
-def judged(have: Tensor, want: Tensor) -> dict[str, float]:
-    """How far an engine is from what is expected.
+def measure_divergence(have: Tensor, want: Tensor) -> dict[str, float]:
+    """Measure the divergence of an engine's prediction from the expected one.
 
     Args:
-        have, want: log-probabilities (prompts, vocabulary); an engine may leave out rows that have no token.
+        have: log-probabilities (prompts, vocabulary) of the engine. It may omit embedding rows without a token.
+        want: expected log-probabilities (prompts, vocabulary).
 
     Returns:
-        The divergence at the worst and at the median prompt (NaN if there is one in a log-probability), the largest
-        difference of a log-probability, and for how many prompts the likeliest token is the same.
+        The divergence at the worst and at the median prompt (NaN if any log-probability is NaN), the largest
+        difference of log-probabilities, and the share of prompts with the same likeliest token.
     """
     q, p = have.double()[:, : want.shape[1]], want.double()[:, : have.shape[1]]
     nats = (p.exp() * (p - q)).sum(-1)
@@ -219,8 +240,8 @@ def judged(have: Tensor, want: Tensor) -> dict[str, float]:
     }
 
 
-def prompts(examples: Any) -> list[list[int]]:
-    """Of each conversation what comes before its answer, and what comes before the middle of its answer."""
+def prompts(examples: Iterable[Mapping[str, Sequence[int]]]) -> list[list[int]]:
+    """Return two prompts of each conversation: one ends before its answer, one in the middle of the answer."""
     found = []
     for example in examples:
         ids, labels = list(example["input_ids"])[:_LONGEST], list(example["labels"])[:_LONGEST]
@@ -229,17 +250,17 @@ def prompts(examples: Any) -> list[list[int]]:
     return [ids for ids in found if ids]
 
 
-def reference(base: Path, weights: Callable[[str], Tensor], dtype: torch.dtype) -> Callable[[bool], Any]:
-    """The base model in transformers with other values in place of its own: rounds_yarn -> model.
+def reference(base: Path, weights: Callable[[str], Tensor], dtype: torch.dtype) -> Callable[[bool], "PreTrainedModel"]:
+    """Return a function (rounds_yarn -> model) that loads the base model in transformers with other weights.
 
     Args:
-        base: the base model.
-        weights: name -> value in the plain layout, experts (E, in, out).
-        dtype: to compute in.
+        base: directory of the base model.
+        weights: name in the plain layout -> weights. Experts are (E, in, out).
+        dtype: data type of the computation.
     """
 
     @cache
-    def model(rounds_yarn: bool) -> Any:
+    def model(rounds_yarn: bool) -> "PreTrainedModel":
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(base)
@@ -254,18 +275,18 @@ def reference(base: Path, weights: Callable[[str], Tensor], dtype: torch.dtype) 
 
 
 @torch.no_grad()
-def predicted(model: Any, prompts: list[list[int]]) -> Tensor:
-    """Log-probabilities of the next token (prompts, vocabulary)."""
+def predict(model: "PreTrainedModel", prompts: list[list[int]]) -> Tensor:
+    """Compute log-probabilities of the next token, (prompts, vocabulary)."""
     logits = [model(torch.tensor([ids])).logits[0, -1].double() for ids in prompts]
     return torch.stack(logits).log_softmax(-1)
 
 
 def expectation(base: Path, weights: Callable[[str], Tensor], trial: Trial) -> Expected:
-    """What the reference expects after the prompts of a trial; arguments as those of `reference`."""
+    """Return the reference's predictions after the prompts of a trial. The arguments are those of `reference`."""
     model = reference(base, weights, trial.dtype)
-    return cache(lambda rounds_yarn: predicted(model(rounds_yarn), trial.prompts))
+    return cache(lambda rounds_yarn: predict(model(rounds_yarn), trial.prompts))
 
 
-def trained_values(weights: Weights) -> Callable[[str], Tensor]:
-    """What training used, as an export holds it: all but the experts in BF16."""
+def values_of_training(weights: Weights) -> Callable[[str], Tensor]:
+    """Return the weights of training as exports store them. Tensors without expert weights are rounded to BF16."""
     return lambda name: weights.read_effective(name).to(torch.bfloat16)

@@ -1,12 +1,11 @@
-"""The files of an export against the base model's: names, shapes and types, shards, configuration, tokenizer.
+"""Checks of an export's files against the base model's: names, shapes, types, shards, configuration and tokenizer.
 
-Weights are not read here but for their headers.
+The checks read only the headers of weight files.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 
@@ -21,16 +20,16 @@ from pipeline.runs.artifacts import BOOKKEEPING, Artifact
 from pipeline.verify.check import Check
 
 _WITHOUT_MEANING = ("transformers_version", "_name_or_path", "producer")
-_DOCUMENTS = (".md",)  # a model card is its author's
+_DOCUMENTS = (".md",)  # a model card may be changed
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf")
 _ADAPTERS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 _ABSENT = object()
-_LONGEST = 80  # characters of a value in a message
+_LONGEST = 80  # characters of a value in a message; longer values are truncated
 
 
 def check_tensors(directory: Path, target: Exporter, base: Checkpoint) -> Check:
-    """Names, shapes and types of an export's tensors; only where they are right can weights be compared."""
-    check = Check("tensors: names, shapes and types as the layout has them for the base model's sizes")
+    """Check names, shapes and types of an export's tensors. Weights can be compared only if these are right."""
+    check = Check("tensors: names, shapes and types fit the layout and the base model's sizes")
     try:
         tensors = target.open(directory).tensors
     except UserError as error:
@@ -44,13 +43,13 @@ def check_tensors(directory: Path, target: Exporter, base: Checkpoint) -> Check:
 
 
 def check_files(directory: Path, target: Exporter, base: Checkpoint) -> Check:
-    """Every key of the configuration and every file beside the weights against the base model's; shards, strays."""
+    """Compare the configuration and the side files with the base model's. Check shards, and look for foreign files."""
     if target.is_one_file:
-        check = Check("files: the file's keys, tokenizer and chat template as the base model's")
+        check = Check("files: metadata, tokenizer and chat template equal the base model's")
         looks: tuple[_Look, ...] = (_config_problems, _foreign_problems)
     else:
         check = Check(
-            "files: config.json, tokenizer, chat template, generation config as the base model's, sound shards"
+            "files: config.json, tokenizer, chat template and generation config equal the base model's; sound shards"
         )
         looks = (_config_problems, _side_file_problems, _stray_problems, _shard_problems)
         check.measured = {"files": len(side_files(base.directory))}
@@ -62,20 +61,21 @@ _Look = Callable[[Path, Exporter, Checkpoint], Iterator[str]]
 
 
 def check_unchanged(export: Artifact, fingerprint: str, sizes: dict[str, int]) -> Check:
-    """The files of an export against what its artifact.json recorded when they were written.
+    """Compare the files of an export with the record in its artifact.json.
 
     Args:
-        export: of the directory.
-        fingerprint, sizes: of its files as they are now, as `artifacts.fingerprint_of` gives them.
+        export: the record.
+        fingerprint: current fingerprint of the files, from `artifacts.fingerprint_of`.
+        sizes: current sizes of the files, from the same function.
     """
-    check = Check("unchanged: the files are those that export wrote")
+    check = Check("unchanged: the files are as export wrote them")
     for name, size in export.files.items():
         if sizes.get(name) != size:
-            state = f"has {sizes[name]} bytes, {size} when" if name in sizes else "missing, it was there when"
+            state = f"has {sizes[name]} bytes, but had {size} when" if name in sizes else "missing, but existed when"
             check.problems.append(f"{export.directory / name}: {state} export wrote it")
     added = sorted(sizes.keys() - export.files.keys())
     if added and not check.problems:
-        check.skipped = f"export did not write {', '.join(added)}, so the fingerprint of its files says nothing"
+        check.skipped = f"export did not write {', '.join(added)}, so the fingerprint cannot be compared"
     elif fingerprint != export.fingerprint and not check.problems:
         check.problems.append(f"{export.directory}: the contents of a file changed since export wrote it")
     return check
@@ -83,29 +83,29 @@ def check_unchanged(export: Artifact, fingerprint: str, sizes: dict[str, int]) -
 
 def _config_problems(directory: Path, target: Exporter, base: Checkpoint) -> Iterator[str]:
     try:
-        have, names = target.said(directory), target.open(directory).tensors
+        have, names = target.read_description(directory), target.open(directory).tensors
     except UserError as error:
         yield from error.problems
         return
-    for difference in _differences(have, target.described(base, names)):
+    for difference in _config_differences(have, target.describe(base, names)):
         yield f"{directory if target.is_one_file else directory / CONFIG}: {difference}"
 
 
-def _differences(have: dict[str, Any], want: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """What is wrong in `have`, by dotted key."""
+def _config_differences(have: Mapping[str, object], want: Mapping[str, object], prefix: str = "") -> Iterator[str]:
+    """Describe the differences of `have` from `want`, by dotted key."""
     for key in sorted({*have, *want} - set(_WITHOUT_MEANING)):
         old, new = want.get(key, _ABSENT), have.get(key, _ABSENT)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(new, old, f"{prefix}{key}.")
+            yield from _config_differences(new, old, f"{prefix}{key}.")
         elif old is _ABSENT:
-            yield f"{prefix}{key} is {_short(new)}, but must not be there"
+            yield f"{prefix}{key} is {_shorten(new)}, but must be absent"
         elif new is _ABSENT:
-            yield f"{prefix}{key} is missing, must be {_short(old)}"
+            yield f"{prefix}{key} is missing, but must be {_shorten(old)}"
         elif old != new:
-            yield f"{prefix}{key} is {_short(new)}, must be {_short(old)}"
+            yield f"{prefix}{key} is {_shorten(new)}, but must be {_shorten(old)}"
 
 
-def _short(value: object) -> str:
+def _shorten(value: object) -> str:
     text = repr(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
@@ -115,9 +115,9 @@ def _side_file_problems(directory: Path, target: Exporter, base: Checkpoint) -> 
     for name in sorted(name for name in expected | present if not name.endswith(_DOCUMENTS)):
         path = directory / name
         if name not in present:
-            yield f"{path}: missing; the base model has it"
+            yield f"{path}: missing. Copy it from the base model"
         elif name not in expected:
-            yield f"{path}: the base model has no such file; remove it"
+            yield f"{path}: the base model has no such file. Remove it"
         elif path.read_bytes() != (base.directory / name).read_bytes():
             yield f"{path}: differs from the base model's"
 
@@ -125,28 +125,28 @@ def _side_file_problems(directory: Path, target: Exporter, base: Checkpoint) -> 
 def _stray_problems(directory: Path, _: Exporter, __: Checkpoint) -> Iterator[str]:
     for name in sorted(path.name for path in directory.iterdir()):
         if name in _ADAPTERS:
-            yield f"{directory / name}: a leftover adapter, which transformers would add to the weights; remove it"
+            yield f"{directory / name}: a leftover adapter, which transformers would add to the weights. Remove it"
         elif name.endswith(_OTHER_WEIGHTS):
-            yield f"{directory / name}: weights that do not belong to the layout; remove it"
+            yield f"{directory / name}: weights of another layout. Remove it"
 
 
 def _foreign_problems(directory: Path, *_: object) -> Iterator[str]:
     for name in sorted(path.name for path in directory.iterdir()):
         if not name.endswith((".gguf", *_DOCUMENTS)) and name not in BOOKKEEPING:
-            yield f"{directory / name}: does not belong to the layout, which is one file; remove it"
+            yield f"{directory / name}: does not belong to the layout, which is a single file. Remove it"
 
 
 def _shard_problems(directory: Path, target: Exporter, base: Checkpoint) -> Iterator[str]:
-    """Shards that a strict reader refuses, or a careless one pairs wrongly; of weights that can be opened."""
+    """Find shards that a strict reader refuses, or whose tensors a careless reader combines wrongly."""
     try:
         files = TensorFiles(directory)
-    except UserError:  # which check_tensors reports
+    except UserError:  # check_tensors reports it
         return
     for path in files.weight_files():
         if path.name != INDEX:
             with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("format") != "pt":
-                    yield f'{path}: its metadata must say {{"format": "pt"}}; some readers refuse it'
+                    yield f'{path}: its metadata must have {{"format": "pt"}}, or some readers refuse it'
     if (directory / INDEX).is_file():
         yield from _index_problems(files, target, base)
 
@@ -156,10 +156,10 @@ def _index_problems(files: TensorFiles, target: Exporter, base: Checkpoint) -> I
     index = json.loads(path.read_text(encoding="utf-8"))
     total = sum(info.bytes for info in files.tensors.values())
     if (said := index.get("metadata", {}).get("total_size", total)) != total:
-        yield f"{path}: total_size is {said}, the tensors have {total} bytes"
+        yield f"{path}: total_size is {said}, but the tensors have {total} bytes"
     for held in target.layout(base.shape).values():
         homes = {name: index["weight_map"].get(name) for name in held.tensors}
         if len(set(homes.values())) > 1:
-            # llama.cpp's converter takes scales for those of the blocks that it read last.
+            # llama.cpp's converter pairs scales with the blocks that it read last.
             where = " and ".join(f"{name} in {home}" for name, home in homes.items())
-            yield f"{where}: they must be in one file, or llama.cpp's converter writes a wrong model without a word"
+            yield f"{where}: they must be in one file, or llama.cpp's converter silently writes a wrong model"

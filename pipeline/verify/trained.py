@@ -1,10 +1,10 @@
-"""Compares an export with the model that it was made from: weights bit for bit, and logits."""
+"""The comparison of an export with the model that it was made from: weights bit for bit, and logits."""
 
 import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from pipeline.models.weights import Weights
 from pipeline.numerics.formats import BlockFormat
 from pipeline.runs.console import progress
 from pipeline.verify.check import Check
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class TrainedModel:
@@ -37,21 +40,20 @@ class TrainedModel:
             self.model = loading.load_effective(self.rounded, ref.dtype, experts_implementation="eager")
         else:
             self.model = loading.load_quantized(ref, ref.dtype).eval()
-            if (
-                not ref.adapter
-            ):  # adapters stay on the CPU, because export merges them there and GPUs may round products differently
+            # Adapters stay on the CPU: export merges them there, and GPUs may round products differently.
+            if not ref.adapter:
                 self.model = loading.place(self.model)
         self.device = self.model.device
 
     def check_experts(self, export: View) -> Check:
         """Compare decoded expert weights with the fake-quantized ones of the forward pass, bit for bit."""
-        check = Check("experts: decoded weights equal those that the forward pass used, bit for bit")
+        check = Check("experts: decoded weights equal those of the forward pass, bit for bit")
         seen: set[str] = set()
 
         def see(name: str, trained: Tensor) -> None:
             if name not in seen:
                 seen.add(name)
-                for part in export.parts(name):  # an expert at a time, to be small in memory
+                for part in export.parts(name):  # an expert at a time, to save memory
                     _compare_bits(check, name, export.values(name, part), trained[part], part.start)
 
         if self.runs_quantizers:
@@ -87,7 +89,7 @@ class TrainedModel:
     def check_logits(self, directory: Path, tolerance: float) -> Check:
         """Compare the export's logits in transformers with those of the fake-quantized model, on real text."""
         check = Check(
-            "logits: transformers loads it, and computes what the fake-quantized model computes",
+            "logits: transformers loads the export, and its logits agree with the fake-quantized model's",
             unseen=f"logits on prompts other than the {len(self.batches)} compared",
         )
         expected = [self._logits(self.model, batch) for batch in self.batches]
@@ -95,10 +97,10 @@ class TrainedModel:
         gc.collect()
         try:
             # eager, as in ModelOpt: another order of summation can flip a close decision of a router.
-            exported: nn.Module = loading.load_plain(directory, self.rounded.dtype, experts_implementation="eager")
-            exported = exported.to(self.device).eval()
+            exported = loading.load_plain(directory, self.rounded.dtype, experts_implementation="eager")
+            nn.Module.to(exported, self.device).eval()  # in place; transformers wraps its own `to` without types
         except (CheckFailed, ValueError, RuntimeError, OSError) as error:
-            check.problems.append(f"transformers cannot load it: {str(error).splitlines()[0]}")
+            check.problems.append(f"transformers cannot load the export: {str(error).splitlines()[0]}")
             return check
         largest, agreeing, positions = 0.0, 0, 0
         for batch, want in zip(progress(self.batches, what="logits", unit="batch"), expected, strict=True):
@@ -134,15 +136,15 @@ class TrainedModel:
 
     @staticmethod
     @torch.no_grad()
-    def _logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Logits without padding, (positions, vocabulary), in float32 on the CPU."""
+    def _logits(model: "PreTrainedModel", batch: dict[str, Tensor]) -> Tensor:
+        """Compute logits without padding, (positions, vocabulary), in float32 on the CPU."""
         inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
         logits = model(**inputs, use_cache=False).logits
         return logits[inputs["attention_mask"].bool()].float().cpu()
 
 
 def _compare_bits(check: Check, name: str, have: Tensor, want: Tensor, first: int = 0) -> None:
-    """Compare two tensors, whose first row is `first`, and add any difference to the check as a problem."""
+    """Compare two tensors and add any difference to the check as a problem. `first` is the index of their first row."""
     want, have = want.detach().float().cpu(), have.float()
     if have.shape != want.shape:
         check.problems.append(f"{name}: shape {list(have.shape)}, trained {list(want.shape)}")

@@ -1,11 +1,12 @@
-"""Loads a checkpoint in an engine and writes log-probabilities of the next token. Run by the engine's own Python.
+"""A program that loads a checkpoint in an engine and writes predictions. The engine's own Python runs it.
 
     <python> worker.py <engine> <checkpoint> <request.json> <result.npy>
 
 The request is {"module": "…", "distribution": "…", "prompts": [[ids]], "tokens": 0, "dtype": "float32"}. `distribution`
-is the engine's package. The exit status is 3 if there is no `module`: the engine is not installed. The result is
-(prompts, vocabulary) float32. Beside it lies result.json, {"version": "…", "generated": [[ids]]}, with the likeliest
-`tokens` tokens after each prompt. This file imports no other file of the program: engines' environments lack them.
+is the engine's package. The exit status is 3 if `module` is missing, which means that the engine is not installed. The
+result is log-probabilities of the next token, (prompts, vocabulary) float32. Beside it lies result.json, {"version":
+"…", "generated": [[ids]]}, with the likeliest `tokens` tokens after each prompt. This file imports no other file of the
+program, because the engines' environments lack them.
 """
 
 import importlib.metadata
@@ -15,12 +16,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy
 
 NOT_INSTALLED = 3
 
 Prompts = list[list[int]]
-Predict = Callable[[Prompts], Any]
+Predict = Callable[[Prompts], "numpy.ndarray"]
 """Prompts -> logits or log-probabilities of the next token (prompts, vocabulary)."""
 
 
@@ -35,7 +39,7 @@ def transformers(checkpoint: str, longest: int, dtype: str) -> Predict:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, **arguments).to(getattr(torch, dtype)).eval()
 
     @torch.no_grad()
-    def predict(prompts: Prompts) -> Any:
+    def predict(prompts: Prompts) -> "numpy.ndarray":
         return torch.stack([model(torch.tensor([ids])).logits[0, -1].float() for ids in prompts]).numpy()
 
     return predict
@@ -48,7 +52,7 @@ def openai(checkpoint: str, longest: int, dtype: str) -> Predict:
     model = Transformer.from_checkpoint(checkpoint, device="cpu").to(getattr(torch, dtype))
 
     @torch.no_grad()
-    def predict(prompts: Prompts) -> Any:
+    def predict(prompts: Prompts) -> "numpy.ndarray":
         return torch.stack([model(torch.tensor(ids))[-1].float() for ids in prompts]).numpy()
 
     return predict
@@ -59,16 +63,16 @@ def llama_cpp(checkpoint: str, longest: int, dtype: str) -> Predict:
     from llama_cpp import Llama
 
     (path,) = Path(checkpoint).glob("*.gguf")
-    # Its cache of keys and values is FP16 unless it is told otherwise; 0 is ggml's number for F32.
+    # The default type of the key-value cache is FP16. ggml's number for F32 is 0.
     kinds = {"type_k": 0, "type_v": 0} if dtype == "float32" else {}
     llama = Llama(str(path), n_ctx=longest + 8, n_batch=longest, logits_all=True, verbose=False, **kinds)
 
-    def one(ids: list[int]) -> Any:
+    def predict_one(ids: list[int]) -> "numpy.ndarray":
         llama.reset()
         llama.eval(ids)
         return numpy.array(llama.scores[len(ids) - 1], dtype=numpy.float32)
 
-    return lambda prompts: numpy.stack([one(ids) for ids in prompts])
+    return lambda prompts: numpy.stack([predict_one(ids) for ids in prompts])
 
 
 def mlx(checkpoint: str, longest: int, dtype: str) -> Predict:
@@ -79,16 +83,16 @@ def mlx(checkpoint: str, longest: int, dtype: str) -> Predict:
     model, _ = load_model(Path(checkpoint))
     model.set_dtype(getattr(mx, dtype))
 
-    def one(ids: list[int]) -> Any:
+    def predict_one(ids: list[int]) -> "numpy.ndarray":
         return numpy.array(model(mx.array([ids]))[0, -1].astype(mx.float32))
 
-    return lambda prompts: numpy.stack([one(ids) for ids in prompts])
+    return lambda prompts: numpy.stack([predict_one(ids) for ids in prompts])
 
 
 def vllm(checkpoint: str, longest: int, dtype: str) -> Predict:
     import numpy
 
-    # In this process, on however many cores there are, and without a word to anyone.
+    # One process, any number of cores, no usage statistics.
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
@@ -108,7 +112,7 @@ def vllm(checkpoint: str, longest: int, dtype: str) -> Predict:
     )
     asked = SamplingParams(max_tokens=1, temperature=0.0, logprobs=-1, detokenize=False)
 
-    def predict(prompts: Prompts) -> Any:
+    def predict(prompts: Prompts) -> "numpy.ndarray":
         answers = llm.generate([{"prompt_token_ids": ids} for ids in prompts], asked, use_tqdm=False)
         found = [answer.outputs[0].logprobs[0] for answer in answers]
         return numpy.array([[of_token[i].logprob for i in range(len(of_token))] for of_token in found], numpy.float32)
@@ -123,17 +127,17 @@ LOADERS: dict[str, Callable[[str, int, str], Predict]] = {
     "mlx": mlx,
     "vllm": vllm,
 }
-"""Engine -> its loader: (checkpoint, most positions, type) -> what it predicts."""
+"""Engine -> its loader: (checkpoint, most positions, data type) -> function that predicts."""
 
 
 def version(module: str, distribution: str) -> str:
-    """Name and version of the distribution that holds the module: a rebuild has a name of its own."""
+    """Return name and version of the distribution with the module. Rebuilds of an engine have other names."""
     names = importlib.metadata.packages_distributions().get(module) or [distribution]
     return f"{names[0]} {importlib.metadata.version(names[0])}"
 
 
 def main(engine: str, checkpoint: str, request: str, result: str) -> int:
-    """Raises whatever the engine raises."""
+    """Run an engine and return the exit status. Exceptions of the engine are not caught."""
     asked = json.loads(Path(request).read_text(encoding="utf-8"))
     if importlib.util.find_spec(asked["module"]) is None:
         return NOT_INSTALLED
@@ -147,14 +151,14 @@ def main(engine: str, checkpoint: str, request: str, result: str) -> int:
     numpy.save(result, (logits - largest - numpy.log(shares.sum(-1, keepdims=True))).astype(numpy.float32))
     told = {
         "version": version(asked["module"], asked["distribution"]),
-        "generated": generated(predict, prompts, tokens),
+        "generated": generate(predict, prompts, tokens),
     }
     Path(result).with_suffix(".json").write_text(json.dumps(told), encoding="utf-8")
     return 0
 
 
-def generated(predict: Predict, prompts: Prompts, tokens: int) -> Prompts:
-    """The likeliest tokens after each prompt, one after the other."""
+def generate(predict: Predict, prompts: Prompts, tokens: int) -> Prompts:
+    """Generate the likeliest tokens after each prompt, one after the other."""
     texts = [list(ids) for ids in prompts]
     for _ in range(tokens):
         for ids, each in zip(texts, predict(texts), strict=True):
@@ -163,6 +167,6 @@ def generated(predict: Predict, prompts: Prompts, tokens: int) -> Prompts:
 
 
 if __name__ == "__main__":
-    # The folder of this file comes first, and its names would hide an engine's.
+    # Python puts the folder of this file first. Its modules would hide modules of engines.
     sys.path.remove(str(Path(__file__).resolve().parent))
     sys.exit(main(*sys.argv[1:]))

@@ -1,6 +1,6 @@
-"""What breaks a copy of an export, tensor by tensor or file by file.
+"""Functions that break a copy of an export, tensor by tensor or file by file.
 
-The copy's files are links to the good export's: one is replaced, never written into.
+The files of the copy are links to the good export. They are replaced, never written into.
 """
 
 import json
@@ -15,7 +15,7 @@ INDEX = "model.safetensors.index.json"
 METADATA = {"format": "pt"}
 Tensors = dict[str, Tensor]
 Break = Callable[[Path, Path], object]
-"""break_(export, base)."""
+"""A function (export, base) that breaks an export."""
 
 
 def replace(path: Path, content: str | bytes) -> None:
@@ -39,7 +39,7 @@ def write_index(export: Path, shards: dict[str, Tensors]) -> None:
 
 
 def tensors(edit: Callable[[Tensors], object]) -> Break:
-    """Change tensors where they are stored; new ones go into the first shard."""
+    """Change tensors in their shards. New tensors go into the first shard."""
 
     def break_(export: Path, _: Path) -> None:
         shards = shards_of(export)
@@ -57,17 +57,17 @@ def tensors(edit: Callable[[Tensors], object]) -> Break:
 
 
 def change(name: str, how: Callable[[Tensor], Tensor]) -> Break:
-    """Replace a tensor by `how` of it."""
+    """Apply `how` to a tensor."""
     return tensors(lambda all_: all_.update({name: how(all_[name])}))
 
 
 def packed_as(how: Callable[[Tensor], Tensor], *names: str) -> Break:
-    """Replace several tensors by `how` of them."""
+    """Apply `how` to several tensors."""
     return tensors(lambda all_: all_.update({name: how(all_[name]) for name in names}))
 
 
 def packed(name: str, how: Callable[[Tensor], Tensor]) -> Break:
-    """Replace both blocks and scales by `how` of them: what reorders experts or rows."""
+    """Apply `how` to blocks and scales, to reorder experts or rows."""
     return packed_as(how, f"{name}_blocks", f"{name}_scales")
 
 

@@ -1,6 +1,6 @@
-"""Ways to break a good export, each with what a message must name: one table.
+"""Ways to break a good export, each with a text that a message must contain.
 
-Engines load most of these without a word.
+Engines load most of these broken exports without a warning.
 """
 
 import shutil
@@ -53,10 +53,10 @@ class Mutation:
     """One way to break an export.
 
     Attributes:
-        name: what is wrong.
-        break_: does it.
-        named: what a message must contain.
-        shows_against_base: whether it can be seen without the trained model.
+        name: description of the defect.
+        break_: function that breaks the export.
+        named: text that a message must contain.
+        shows_against_base: whether the base model is enough to detect it.
     """
 
     name: str
@@ -65,45 +65,45 @@ class Mutation:
     shows_against_base: bool = True
 
 
-# What is done to values.
+# Changes of values.
 
 
-def in_halves(rows: Tensor) -> Tensor:
+def split_halves(rows: Tensor) -> Tensor:
     return torch.cat((rows[:, ::2], rows[:, 1::2]), dim=1)
 
 
-def exchanged_pairs(rows: Tensor) -> Tensor:
+def exchange_pairs(rows: Tensor) -> Tensor:
     return rows.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)
 
 
-def swapped_nibbles(blocks: Tensor) -> Tensor:
+def swap_nibbles(blocks: Tensor) -> Tensor:
     return (blocks << 4) | (blocks >> 4)
 
 
-def in_order_of_llama_cpp(blocks: Tensor) -> Tensor:
-    """Elements j and j + 16 of a block share a byte."""
+def order_as_llama_cpp(blocks: Tensor) -> Tensor:
+    """Put elements j and j + 16 of a block into one byte."""
     codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)
     return codes[..., :16] | (codes[..., 16:] << 4)
 
 
-def toward_zero(blocks: Tensor) -> Tensor:
-    """One code in 200 is one step smaller, as an exporter leaves it that breaks ties otherwise than training."""
+def round_toward_zero(blocks: Tensor) -> Tensor:
+    """Make one code in 200 one step smaller. An exporter that breaks ties in another way than training does this."""
     is_hit = (torch.arange(blocks.numel()).view(blocks.shape) % 100 == 0) & (blocks & 7 > 0)
     return blocks - is_hit.to(torch.uint8)
 
 
-def rope_interleaved(rows: Tensor, head_dim: int = 32) -> Tensor:
-    """Rotary halves of each head side by side, as other conventions have them."""
+def interleave_rope(rows: Tensor, head_dim: int = 32) -> Tensor:
+    """Interleave the rotary halves of each head, as in other conventions."""
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def on_the_other_axis(all_: Tensors) -> None:
-    """Packed from (in, out) in place of (out, in): the same shape where hidden = intermediate."""
+def pack_on_the_other_axis(all_: Tensors) -> None:
+    """Pack from (in, out) instead of (out, in). The shape is the same if hidden = intermediate."""
     weight = decode(all_[f"{DOWN}_blocks"], all_[f"{DOWN}_scales"], torch.float32)
     all_[f"{DOWN}_blocks"], all_[f"{DOWN}_scales"] = encode(weight.transpose(1, 2).contiguous(), MXFP4)
 
 
-def as_e8m0(scales: Tensor) -> Tensor:
+def view_as_e8m0(scales: Tensor) -> Tensor:
     return scales.view(torch.float8_e8m0fnu)
 
 
@@ -133,27 +133,27 @@ def exchange_layers(all_: Tensors) -> None:
         all_[name], all_[other] = all_[other], all_[name]
 
 
-# What is done to files.
+# Changes of files.
 
 
-def rope_parameters(content: dict[str, Any]) -> None:
-    """As transformers 5 writes it."""
+def move_rope_settings(content: dict[str, Any]) -> None:
+    """Write the rope settings as transformers 5 does."""
     content["rope_parameters"] = {**content.pop("rope_scaling"), "rope_theta": content.pop("rope_theta")}
 
 
-def no_exclusions(content: dict[str, Any]) -> None:
+def remove_exclusions(content: dict[str, Any]) -> None:
     del content["quantization_config"]["modules_to_not_convert"]
 
 
-def another_stop_token(content: dict[str, Any]) -> None:
+def change_stop_token(content: dict[str, Any]) -> None:
     content["eos_token"] = "<|end|>"
 
 
-def one_stop_token(content: dict[str, Any]) -> None:
+def keep_one_stop(content: dict[str, Any]) -> None:
     content["eos_token_id"] = content["eos_token_id"][0]
 
 
-def another_total(content: dict[str, Any]) -> None:
+def change_total(content: dict[str, Any]) -> None:
     content["metadata"]["total_size"] += 1
 
 
@@ -197,7 +197,7 @@ def lose_metadata(export: Path, _: Path) -> None:
 
 
 def take_tensors_of_the_base(export: Path, base: Path) -> None:
-    """A stale shard: the right names, but values from before training."""
+    """Write a stale shard. Its names are right, but its values are from before training."""
     path = next(p for p in sorted(export.glob("model-*.safetensors")) if f"{DOWN}_blocks" in load_file(p))
     stored: Tensors = {}
     for shard in base.glob("*.safetensors"):
@@ -207,7 +207,7 @@ def take_tensors_of_the_base(export: Path, base: Path) -> None:
 
 
 def save_with_transformers(export: Path, _: Path) -> None:
-    """`save_pretrained` of a model that was loaded from the MXFP4 directory."""
+    """Load the model from the MXFP4 directory and call `save_pretrained`."""
     from transformers import AutoModelForCausalLM, Mxfp4Config
 
     quantization = Mxfp4Config(dequantize=True)
@@ -218,8 +218,8 @@ def save_with_transformers(export: Path, _: Path) -> None:
 
 
 VALUES = [
-    Mutation("swapped nibbles", change(f"{GATE_UP}_blocks", swapped_nibbles), GATE_UP),
-    Mutation("nibbles in llama.cpp's order", change(f"{GATE_UP}_blocks", in_order_of_llama_cpp), GATE_UP),
+    Mutation("swapped nibbles", change(f"{GATE_UP}_blocks", swap_nibbles), GATE_UP),
+    Mutation("nibbles in llama.cpp's order", change(f"{GATE_UP}_blocks", order_as_llama_cpp), GATE_UP),
     Mutation("signs lost", change(f"{DOWN}_blocks", lambda blocks: blocks & 0x77), DOWN),
     Mutation("one expert zero", change(f"{DOWN}_blocks", set_at(5, to=torch.zeros_like)), DOWN),
     Mutation("scales one higher", change(f"{GATE_UP}_scales", lambda scales: scales + 1), GATE_UP),
@@ -227,10 +227,10 @@ VALUES = [
     Mutation("scales of one row one higher", change(f"{DOWN}_scales", set_at(2, 9, to=lambda row: row + 1)), DOWN),
     Mutation("scales without the bias", change(f"{GATE_UP}_scales", lambda scales: scales - 127), GATE_UP),
     Mutation("one scale NaN", change(f"{DOWN}_scales", set_at(0, 0, 0, to=lambda _: 255)), DOWN),
-    Mutation("gate and up in halves", packed(GATE_UP, in_halves), GATE_UP),
-    Mutation("gate and up exchanged", packed(GATE_UP, exchanged_pairs), GATE_UP),
-    Mutation("biases of gate and up in halves", change(f"{GATE_UP}_bias", in_halves), f"{GATE_UP}_bias"),
-    Mutation("biases of gate and up exchanged", change(f"{GATE_UP}_bias", exchanged_pairs), f"{GATE_UP}_bias"),
+    Mutation("gate and up in halves", packed(GATE_UP, split_halves), GATE_UP),
+    Mutation("gate and up exchanged", packed(GATE_UP, exchange_pairs), GATE_UP),
+    Mutation("biases of gate and up in halves", change(f"{GATE_UP}_bias", split_halves), f"{GATE_UP}_bias"),
+    Mutation("biases of gate and up exchanged", change(f"{GATE_UP}_bias", exchange_pairs), f"{GATE_UP}_bias"),
     Mutation("experts permuted", packed(DOWN, lambda stack: stack.roll(1, dims=0)), DOWN),
     Mutation("two experts exchanged", packed(DOWN, lambda stack: stack[[0, 1, 3, 2, 4, 5, 6, 7]]), DOWN),
     Mutation("biases of experts permuted", change(f"{DOWN}_bias", lambda stack: stack.roll(1, dims=0)), f"{DOWN}_bias"),
@@ -238,13 +238,13 @@ VALUES = [
     Mutation("rows rolled by one", packed(DOWN, lambda stack: stack.roll(1, dims=1)), DOWN),
     Mutation("layers exchanged", tensors(exchange_layers), GATE_UP),
     Mutation("keys and values exchanged", tensors(exchange_keys_and_values), "k_proj"),
-    Mutation("queries in another rotary order", change(f"{L0}.self_attn.q_proj.weight", rope_interleaved), "q_proj"),
+    Mutation("queries in another rotary order", change(f"{L0}.self_attn.q_proj.weight", interleave_rope), "q_proj"),
     Mutation("sinks zero", change(SINKS, torch.zeros_like), SINKS),
     Mutation("norm weights less one", change("model.norm.weight", lambda weight: weight - 1), "model.norm.weight"),
     Mutation("head tied to the embedding", tensors(lambda all_: all_.update({HEAD: all_[EMBED].clone()})), HEAD),
     Mutation("embedding off by one row", change(EMBED, lambda rows: rows.roll(1, dims=0)), EMBED),
     Mutation("one bit flipped", change(f"{DOWN}_blocks", set_at(7, 3, 1, 5, to=lambda byte: byte ^ 1)), DOWN, False),
-    Mutation("ties rounded otherwise", change(f"{GATE_UP}_blocks", toward_zero), GATE_UP, False),
+    Mutation("ties rounded otherwise", change(f"{GATE_UP}_blocks", round_toward_zero), GATE_UP, False),
     Mutation("one bias changed", change(f"{GATE_UP}_bias", set_at(2, 2, to=lambda bias: bias + 0.1)), GATE_UP, False),
     Mutation("a shard from before training", take_tensors_of_the_base, L1, False),
 ]  # fmt: skip
@@ -271,7 +271,7 @@ TENSORS = [
     Mutation("FP32 biases", change(f"{GATE_UP}_bias", Tensor.float), f"{GATE_UP}_bias"),
     Mutation("FP32 head", change(HEAD, Tensor.float), HEAD),
     Mutation("FP16 norm", change("model.norm.weight", Tensor.half), "model.norm.weight"),
-    Mutation("F8_E8M0 scales", change(f"{DOWN}_scales", as_e8m0), f"{DOWN}_scales"),
+    Mutation("F8_E8M0 scales", change(f"{DOWN}_scales", view_as_e8m0), f"{DOWN}_scales"),
     Mutation("signed blocks", change(f"{DOWN}_blocks", lambda blocks: blocks.view(torch.int8)), f"{DOWN}_blocks"),
     Mutation("blocks flattened", change(f"{DOWN}_blocks", lambda blocks: blocks.flatten(2)), f"{DOWN}_blocks"),
     Mutation("scales transposed", change(f"{DOWN}_scales", lambda scales: scales.transpose(1, 2)), f"{DOWN}_scales"),
@@ -282,11 +282,11 @@ TENSORS = [
 ]  # fmt: skip
 CONFIGURATION = [
     Mutation("no quantization config", without("quantization_config"), "quantization_config"),
-    Mutation("quantization config without exclusions", config(no_exclusions), EXCLUSIONS),
+    Mutation("quantization config without exclusions", config(remove_exclusions), EXCLUSIONS),
     Mutation("other exclusions", part("quantization_config", modules_to_not_convert=["lm_head"]), EXCLUSIONS),
     Mutation("another quantization method", part("quantization_config", quant_method="fp8"), "quant_method"),
     Mutation("no rope scaling", without("rope_scaling"), "rope_scaling"),
-    Mutation("rope settings moved", config(rope_parameters), "rope_theta"),
+    Mutation("rope settings moved", config(move_rope_settings), "rope_theta"),
     Mutation("rope scaling truncated", part("rope_scaling", truncate=True), "rope_scaling.truncate"),
     Mutation("another rope theta", settings(rope_theta=10000), "rope_theta"),
     Mutation("layer types flipped", config(lambda content: content["layer_types"].reverse()), "layer_types"),
@@ -313,7 +313,7 @@ FILES = [
     Mutation("no index", remove_file(INDEX), "model.safetensors"),
     Mutation("a tensor elsewhere than the index says", json_file(INDEX, move_in_the_index), SINKS),
     Mutation("a tensor not in the index", json_file(INDEX, lambda content: content["weight_map"].pop(SINKS)), SINKS),
-    Mutation("another total size in the index", json_file(INDEX, another_total), "total_size"),
+    Mutation("another total size in the index", json_file(INDEX, change_total), "total_size"),
     Mutation("shard without metadata", lose_metadata, "metadata"),
     Mutation("an adapter left", add_file("adapter_config.json"), "adapter_config.json"),
     Mutation("PyTorch weights left", add_file("pytorch_model.bin"), "pytorch_model.bin"),
@@ -321,14 +321,14 @@ FILES = [
     Mutation("another tool's quantization config", add_file("hf_quant_config.json"), "hf_quant_config.json"),
     Mutation("tokenizer changed", add_text("tokenizer.json"), "tokenizer.json"),
     Mutation("no tokenizer", remove_file("tokenizer.json"), "tokenizer.json"),
-    Mutation("special tokens changed", json_file("tokenizer_config.json", another_stop_token), "tokenizer_config.json"),
+    Mutation("special tokens changed", json_file("tokenizer_config.json", change_stop_token), "tokenizer_config.json"),
     Mutation("tokens added", add_file("added_tokens.json"), "added_tokens.json"),
-    Mutation("one stop token, not three", json_file("generation_config.json", one_stop_token), "generation_config"),
+    Mutation("one stop token, not three", json_file("generation_config.json", keep_one_stop), "generation_config"),
     Mutation("no generation config", remove_file("generation_config.json"), "generation_config.json"),
     Mutation("chat template changed", add_text("chat_template.jinja"), "chat_template.jinja"),
     Mutation("no chat template", remove_file("chat_template.jinja"), "chat_template.jinja"),
 ]  # fmt: skip
-SQUARE = [Mutation("blocks along the wrong axis", tensors(on_the_other_axis), DOWN)]
-"""Only where hidden = intermediate, as in the released models: elsewhere the shapes tell."""
+SQUARE = [Mutation("blocks along the wrong axis", tensors(pack_on_the_other_axis), DOWN)]
+"""Defects that only exist if hidden = intermediate, as in the released models. Otherwise the shapes differ."""
 
 MUTATIONS = [*VALUES, *TENSORS, *CONFIGURATION, *FILES]

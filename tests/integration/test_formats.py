@@ -1,4 +1,4 @@
-"""NVFP4, weights alone and with inputs: trained and measured; what cannot be written is said before any work."""
+"""NVFP4 for weights, and for weights and inputs: training, evaluation, and combinations that are refused at once."""
 
 import json
 import shutil
@@ -14,18 +14,18 @@ from pipeline.numerics.formats import FORMATS
 from pipeline.runs import artifacts
 
 QUICK = ("recipe=smoke", *SHORT, "qat.max_steps=3")
-QUANTIZERS = {"nvfp4": 4, "nvfp4_w4a4": 8}  # two layers of two stacks; with inputs twice as many
+QUANTIZERS = {"nvfp4": 4, "nvfp4_w4a4": 8}  # two layers with two stacks each; quantizers of inputs double the number
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 
 
 @pytest.fixture(scope="module")
 def trained(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The run directory of a format, from quantize to compare, made once. Not to be written to."""
+    """A function that runs quantize to compare for a format once. Tests must not write to its run directory."""
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
         if name not in made:
-            # upcast and sft are what no format has a part in.
+            # upcast and sft do not depend on the format.
             run = linked(tmp_path_factory.mktemp(name) / "run", smoke_run, "source", "upcast", "sft")
             for stage in ("quantize", "qat", "evaluate", "compare"):
                 arguments = (f"stage={stage}", f"run_dir={run}", *QUICK, f"format={name}")
@@ -38,7 +38,7 @@ def trained(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_a_restored_model_computes_what_the_calibrated_one_did(name: str, smoke_run: Path, tmp_path: Path) -> None:
-    """Also the ranges of inputs, which calibration found and nothing else knows."""
+    """This includes the ranges of inputs, which only calibration determines."""
     block_format = FORMATS[name].with_rule("mse")
     ref = references.of_artifact(artifacts.load(smoke_run / "sft"))
     calibrated, restored = (loading.load_quantized(ref, torch.float32) for _ in range(2))
@@ -52,7 +52,7 @@ def test_a_restored_model_computes_what_the_calibrated_one_did(name: str, smoke_
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_the_artifacts_say_what_was_trained_for(name: str, trained: Callable[[str], Path]) -> None:
+def test_the_artifacts_record_the_format_of_training(name: str, trained: Callable[[str], Path]) -> None:
     for stage in ("quantize", "qat"):
         artifact = artifacts.load(trained(name) / stage)
         assert (artifact.fake_quantized, artifact.scale_rule) == (name, "mse")
@@ -62,7 +62,7 @@ def test_the_artifacts_say_what_was_trained_for(name: str, trained: Callable[[st
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_evaluate_measures_the_model_that_was_trained(name: str, trained: Callable[[str], Path]) -> None:
-    """Its own forward pass, quantizers and all, gives the validation loss that training ended with."""
+    """The forward pass with quantizers gives the validation loss at the end of training."""
     results = artifacts.load(trained(name) / "evaluate").details["results"]
     qat = artifacts.load(trained(name) / "qat").details
     assert results["qat"]["validation_loss"] == pytest.approx(qat["validation_loss"], rel=1e-5)
@@ -76,7 +76,7 @@ def test_qat_improves_on_the_quantized_model(name: str, trained: Callable[[str],
     assert results["qat"]["validation_loss"] < results["quantize"]["validation_loss"]
 
 
-def test_quantized_inputs_change_what_the_same_weights_compute(trained: Callable[[str], Path]) -> None:
+def test_quantized_inputs_change_the_loss_of_the_same_weights(trained: Callable[[str], Path]) -> None:
     weights, inputs = (artifacts.load(trained(name) / "evaluate").details["results"]["quantize"] for name in QUANTIZERS)
     assert weights["relative_weight_error"] == inputs["relative_weight_error"]
     assert weights["validation_loss"] != inputs["validation_loss"]
@@ -88,11 +88,11 @@ def test_the_comparison_has_a_row_for_every_model(name: str, trained: Callable[[
     assert [row["model"] for row in rows] == ["upcast", "sft", "quantize", "qat"]
 
 
-# What is refused.
+# Combinations that are refused.
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one message of a run that must end with status 2."""
+    """Return the only message of a run that must end with status 2."""
     capsys.readouterr()
     assert run_program(*arguments) == 2
     message = capsys.readouterr().err
@@ -103,7 +103,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 @pytest.mark.parametrize("stage", ["export", "all"])
-def test_a_format_that_the_target_cannot_hold_is_refused_before_anything_is_done(
+def test_a_format_that_the_target_cannot_store_is_refused_before_any_work(
     stage: str, name: str, tmp_path: Path, capsys
 ) -> None:
     message = error_of(capsys, f"stage={stage}", f"run_dir={tmp_path / 'run'}", *QUICK, f"format={name}")
@@ -142,7 +142,7 @@ def test_qat_for_another_format_than_the_quantizers_is_refused_before_it_trains(
 
 
 @NO_GPU
-def test_a_gpu_that_is_not_there_is_refused_and_the_stage_goes_on_without_it(tmp_path: Path, capsys) -> None:
+def test_a_missing_gpu_is_refused_and_the_stage_runs_on_the_cpu(tmp_path: Path, capsys) -> None:
     arguments = (f"run_dir={tmp_path}", *QUICK)
     assert "device=cuda: no GPU" in error_of(capsys, "stage=upcast", *arguments, "device=cuda")
     assert not (tmp_path / "upcast" / artifacts.ARTIFACT_FILE).exists()
@@ -150,7 +150,7 @@ def test_a_gpu_that_is_not_there_is_refused_and_the_stage_goes_on_without_it(tmp
 
 
 @NO_GPU
-def test_so_it_is_for_the_export(smoke_run: Path, tmp_path: Path, capsys) -> None:
+def test_a_missing_gpu_is_refused_for_the_export(smoke_run: Path, tmp_path: Path, capsys) -> None:
     run_dir = linked(tmp_path, smoke_run, "source", "upcast", "sft")
     message = error_of(capsys, "stage=export", f"run_dir={run_dir}", *QUICK, "device=cuda")
     assert "device=cuda: no GPU" in message

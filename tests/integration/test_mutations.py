@@ -1,6 +1,6 @@
-"""Every known way to break an export is caught and named, with the trained model at hand and with only the base model.
+"""Every known defect of an export is detected and named, with the trained model and with only the base model.
 
-The second cannot catch all; what it misses is marked in the table, and that too is tested.
+The base model alone cannot detect all of them. The table marks the others, and tests check that they pass.
 """
 
 import os
@@ -18,7 +18,7 @@ from mutations_of_layouts import OF_LAYOUT
 
 from pipeline import verify
 from pipeline.checkpoints.reading import Checkpoint
-from pipeline.export import EXPORTERS, recognized
+from pipeline.export import EXPORTERS, recognize
 from pipeline.models import references
 from pipeline.models.references import ModelRef
 from pipeline.numerics.formats import MXFP4
@@ -33,7 +33,7 @@ def source_of(run_dir: Path) -> Path:
 
 
 class Run:
-    """A run with an export, its base model, and the model that it was made from."""
+    """A run with an export, its base model and its trained model."""
 
     def __init__(self, run_dir: Path, target: str, ref: ModelRef, base: Path) -> None:
         self.export, self.target, self.base = run_dir / "export", target, base
@@ -41,14 +41,14 @@ class Run:
         batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
         self.trained = verify.TrainedModel(ref, [batch], MXFP4)
 
-    def broken(self, mutation: Mutation, directory: Path) -> Path:
-        """A copy with the mutation, of links to the files that it leaves alone."""
+    def break_copy(self, mutation: Mutation, directory: Path) -> Path:
+        """Make a copy with the mutation. Unchanged files are links."""
         shutil.copytree(self.export, directory, copy_function=os.link)
         mutation.break_(directory, self.base)
         return directory
 
     def problems_with_model(self, export: Path) -> list[str]:
-        """What is found with the trained model, but for the logits; the distance from the base is not used."""
+        """Return the problems that the trained model shows, without logits and without the distance from the base."""
         target, base = EXPORTERS[self.target], Checkpoint(self.base)
         found = [
             *verify.check_tensors(export, target, base).problems,
@@ -56,13 +56,13 @@ class Run:
         ]
         if found:
             return found
-        view = verify.viewed(export, self.target, self.base)
+        view = verify.view_export(export, self.target, self.base)
         checks = (self.trained.check_experts(view), self.trained.check_others(view))
         return [problem for check in checks for problem in check.problems]
 
     def problems_with_base(self, export: Path) -> list[str]:
-        """What is found without the trained model, of an export of which only the directory is known."""
-        checks = verify.against_base(export, recognized(export), self.base)
+        """Return the problems that the base model shows if only the directory of the export is known."""
+        checks = verify.check_against_base(export, recognize(export), self.base)
         return [problem for check in checks for problem in check.problems]
 
 
@@ -80,7 +80,7 @@ def run(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def square(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """hidden = intermediate, and no training: only the layout matters here."""
+    """A run with hidden = intermediate and without training. Only the layout matters here."""
     run_dir = tmp_path_factory.mktemp("square") / "run"
     settings = (f"run_dir={run_dir}", "model.tiny.intermediate_size=64", "export.source=upcast")
     for stage in ("upcast", "export"):
@@ -90,7 +90,7 @@ def square(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def exported_as(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
-    """The same model in the layout of a target, made once."""
+    """A function that exports the same model to a target once."""
 
     @cache
     def make(target: str) -> Run:
@@ -112,7 +112,7 @@ def ids(mutations: list[Mutation]) -> list[str]:
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=ids(MUTATIONS))
 def test_mutation_is_caught_and_named(run: Run, tmp_path: Path, mutation: Mutation) -> None:
-    export = run.broken(mutation, tmp_path / "export")
+    export = run.break_copy(mutation, tmp_path / "export")
     assert_named(run.problems_with_model(export), mutation.named)
     if mutation.shows_against_base:
         assert_named(run.problems_with_base(export), mutation.named)
@@ -122,7 +122,7 @@ def test_mutation_is_caught_and_named(run: Run, tmp_path: Path, mutation: Mutati
 
 @pytest.mark.parametrize("mutation", SQUARE, ids=ids(SQUARE))
 def test_mutation_that_shapes_hide_is_caught_and_named(square: Run, tmp_path: Path, mutation: Mutation) -> None:
-    export = square.broken(mutation, tmp_path / "export")
+    export = square.break_copy(mutation, tmp_path / "export")
     assert_named(square.problems_with_model(export), mutation.named)
     assert_named(square.problems_with_base(export), mutation.named)
 
@@ -135,7 +135,7 @@ def test_mutation_of_another_layout_is_caught_and_named(
     exported_as: Callable[[str], Run], tmp_path: Path, target: str, mutation: Mutation
 ) -> None:
     other_layout = exported_as(target)
-    export = other_layout.broken(mutation, tmp_path / "export")
+    export = other_layout.break_copy(mutation, tmp_path / "export")
     assert_named(other_layout.problems_with_model(export), mutation.named)
     if mutation.shows_against_base:
         assert_named(other_layout.problems_with_base(export), mutation.named)
@@ -148,14 +148,14 @@ def test_good_export_in_another_layout_has_no_problems_and_is_recognized(
     exported_as: Callable[[str], Run], target: str
 ) -> None:
     other_layout = exported_as(target)
-    assert recognized(other_layout.export) == other_layout.target
+    assert recognize(other_layout.export) == other_layout.target
     assert other_layout.problems_with_model(other_layout.export) == []
     assert other_layout.problems_with_base(other_layout.export) == []
 
 
 @pytest.mark.parametrize("which", ["run", "square"])
-def test_good_export_has_no_problems_and_is_what_it_was(which: str, request: pytest.FixtureRequest) -> None:
-    """After all mutations: none wrote through a link."""
+def test_good_export_has_no_problems_and_is_unchanged(which: str, request: pytest.FixtureRequest) -> None:
+    """This test runs after all mutations: none of them wrote through a link."""
     good: Run = request.getfixturevalue(which)
     assert good.problems_with_model(good.export) == good.problems_with_base(good.export) == []
     assert artifacts.fingerprint_of(good.export)[0] == artifacts.load(good.export).fingerprint
@@ -166,7 +166,7 @@ def test_export_has_several_shards_to_break(run: Run) -> None:
 
 
 def test_readme_says_how_many_are_caught(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each single one is caught, or not, as the table says: by the tests above."""
+    """The tests above check each mutation. This one checks the counts in README.md."""
     every = [*MUTATIONS, *SQUARE, *(mutation for of_layout in OF_LAYOUT.values() for mutation in of_layout)]
     caught, with_base = len(every), sum(mutation.shows_against_base for mutation in every)
     said = re.sub(r"\s+", " ", README.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""`verify` at the command line: what it says of a wrong export, of one it cannot know all about, and of none at all."""
+"""`verify` at the command line: wrong exports, exports without a trained model, and directories without an export."""
 
 import json
 import shutil
@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from breaking import Break, change, drop, set_at, settings, tensors
 from conftest import SHORT, run_program
-from mutations import DOWN, GATE_UP, SINKS, swapped_nibbles
+from mutations import DOWN, GATE_UP, SINKS, swap_nibbles
 
 from pipeline.checkpoints.gpt_oss import expert_projections
 from pipeline.checkpoints.reading import Checkpoint
 
-swap_nibbles = change(f"{GATE_UP}_blocks", swapped_nibbles)
+break_nibbles = change(f"{GATE_UP}_blocks", swap_nibbles)
 flip_one_bit = change(f"{DOWN}_blocks", set_at(7, 3, 1, 5, to=lambda byte: byte ^ 1))
 drop_sinks = drop(SINKS)
 WRONG = ["swapped nibbles", "one bit flipped", "no sinks", "another rope theta"]
@@ -35,7 +35,7 @@ def report_of(work: Path) -> dict:
 
 @pytest.fixture
 def export(smoke_run: Path, tmp_path: Path) -> Path:
-    """A copy of the export, to be broken; its artifact.json still says what it was made from."""
+    """A copy of the export that tests may break. Its artifact.json still names the trained model."""
     return Path(shutil.copytree(smoke_run / "export", tmp_path / "export"))
 
 
@@ -56,7 +56,7 @@ def test_every_target_is_proven_in_the_run_that_exported_it(
     assert experts["measured"]["differing_values"] == 0 and experts["measured"]["values"] > 0
 
 
-def test_an_engine_is_asked_and_what_it_said_is_in_the_report(smoke_run: Path, tmp_path: Path, export: Path) -> None:
+def test_the_report_has_the_result_of_an_engine(smoke_run: Path, tmp_path: Path, export: Path) -> None:
     assert verify(smoke_run, tmp_path / "run", export, "verify.engines=[transformers]") == 0
     checks = report_of(tmp_path / "run")["checks"]
     (engine,) = (check for check in checks if check["title"].startswith("transformers"))
@@ -65,10 +65,10 @@ def test_an_engine_is_asked_and_what_it_said_is_in_the_report(smoke_run: Path, t
     assert engine["measured"]["version"].startswith("transformers 5.")
 
 
-def test_an_engine_sees_a_wrong_export_of_which_only_the_directory_is_known(
+def test_an_engine_detects_a_wrong_configuration_without_the_trained_model(
     smoke_run: Path, tmp_path: Path, export: Path, capsys
 ) -> None:
-    """It expects what the export holds; only the configuration that it goes by is another."""
+    """The expected values come from the export itself. Only its configuration is wrong."""
     forget_the_model(export)
     settings(rope_theta=10)(export, export)
     assert verify(smoke_run, tmp_path / "run", export, "verify.engines=[transformers]") == 1
@@ -86,7 +86,7 @@ def forget_the_model(export: Path) -> None:
     (export / "artifact.json").unlink()
 
 
-@pytest.mark.parametrize("break_", [swap_nibbles, flip_one_bit, drop_sinks, settings(rope_theta=1)], ids=WRONG)
+@pytest.mark.parametrize("break_", [break_nibbles, flip_one_bit, drop_sinks, settings(rope_theta=1)], ids=WRONG)
 def test_wrong_export_exits_with_1_and_leaves_a_report_but_no_artifact(
     smoke_run: Path, tmp_path: Path, export: Path, break_: Break
 ) -> None:
@@ -96,7 +96,7 @@ def test_wrong_export_exits_with_1_and_leaves_a_report_but_no_artifact(
     assert not (tmp_path / "run" / "verify" / "artifact.json").exists()
 
 
-def test_without_the_trained_model_the_base_model_is_held_against_it_and_the_rest_is_said_to_be_unknown(
+def test_without_the_trained_model_the_export_is_compared_with_the_base_model_and_gaps_are_reported(
     smoke_run: Path, tmp_path: Path, export: Path, capsys
 ) -> None:
     forget_the_model(export)
@@ -115,32 +115,30 @@ def test_without_the_trained_model_the_base_model_is_held_against_it_and_the_res
     assert 0 < distance["tensors"][DOWN]["relative_distance"] < 0.2
 
 
-def test_without_the_trained_model_a_wrong_order_exits_with_1_and_says_which(
+def test_without_the_trained_model_a_wrong_order_exits_with_1_and_is_named(
     smoke_run: Path, tmp_path: Path, export: Path, capsys
 ) -> None:
     forget_the_model(export)
-    swap_nibbles(export, source_of(smoke_run))
+    break_nibbles(export, source_of(smoke_run))
     assert verify(smoke_run, tmp_path / "run", export) == 1
     assert f"{GATE_UP}: 1536 of 1536 rows do not resemble" in (err := capsys.readouterr().err)
     assert "expert 0 resembles the base model's with swapped nibbles" in err
 
 
-def test_without_the_trained_model_a_flipped_bit_is_seen_by_the_fingerprint(
-    tmp_path: Path, smoke_run: Path, capsys
-) -> None:
+def test_without_the_trained_model_the_fingerprint_shows_a_flipped_bit(tmp_path: Path, smoke_run: Path, capsys) -> None:
     run = Path(shutil.copytree(smoke_run, tmp_path / "run", ignore=shutil.ignore_patterns("qat")))
     record = json.loads((run / "export" / "artifact.json").read_text())
     record["details"]["exported_directory"] = str(tmp_path / "gone")
     (run / "export" / "artifact.json").write_text(json.dumps(record))
     (shard,) = (run / "export").glob("*.safetensors")
     content = bytearray(shard.read_bytes())
-    content[8 + int.from_bytes(content[:8], "little")] ^= 1  # the first byte after the header: of a BF16 value
+    content[8 + int.from_bytes(content[:8], "little")] ^= 1  # the first byte after the header is part of a BF16 value
     shard.write_bytes(content)
     assert verify(smoke_run, tmp_path / "work", run / "export") == 1
     assert "the contents of a file changed since export wrote it" in capsys.readouterr().err
 
 
-def test_verify_looks_again_when_the_export_has_changed(tmp_path: Path, smoke_run: Path) -> None:
+def test_verify_runs_again_when_the_export_has_changed(tmp_path: Path, smoke_run: Path) -> None:
     run = Path(shutil.copytree(smoke_run, tmp_path / "run"))
     flip_one_bit(run / "export", source_of(smoke_run))
     assert run_program("stage=verify", "recipe=smoke", *SHORT, f"run_dir={run}") == 1
@@ -153,23 +151,23 @@ def test_a_moved_run_is_still_proven(tmp_path: Path, smoke_run: Path) -> None:
     assert report_of(run)["trained_model"] == str(run / "qat")
 
 
-def unfinished(export: Path) -> None:
+def leave_unfinished(export: Path) -> None:
     (export / "artifact.json").rename(export / "unfinished.json")
 
 
-def only_adapters(export: Path) -> None:
+def leave_only_adapters(export: Path) -> None:
     shutil.rmtree(export)
     export.mkdir()
     (export / "adapter_config.json").write_text("{}")
 
 
-def no_weights(export: Path) -> None:
+def remove_weights(export: Path) -> None:
     forget_the_model(export)
     for path in export.glob("*.safetensors"):
         path.unlink()
 
 
-def another_architecture(export: Path) -> None:
+def change_architecture(export: Path) -> None:
     forget_the_model(export)
     settings(model_type="llama")(export, export)
 
@@ -178,10 +176,10 @@ def another_architecture(export: Path) -> None:
     ("make", "said"),
     [
         (shutil.rmtree, "no such directory"),
-        (unfinished, "unfinished"),
-        (only_adapters, "holds adapters, not a whole model"),
-        (no_weights, "holds no weights"),
-        (another_architecture, "model_type is 'llama'"),
+        (leave_unfinished, "unfinished"),
+        (leave_only_adapters, "holds adapters, not a whole model"),
+        (remove_weights, "holds no weights"),
+        (change_architecture, "model_type is 'llama'"),
     ],
 )
 def test_directory_that_is_no_export_is_the_users_mistake(
@@ -201,8 +199,8 @@ def test_result_of_another_stage_is_the_users_mistake(stage: str, smoke_run: Pat
     assert f"a result of stage={stage}, not of stage=export" in capsys.readouterr().err
 
 
-def another_base(smoke_run: Path, directory: Path) -> Path:
-    """The same sizes and tokenizer, but weights that have nothing to do with the others."""
+def make_another_base(smoke_run: Path, directory: Path) -> Path:
+    """Copy the base model with its sizes and tokenizer, but with unrelated weights."""
     shutil.copytree(source_of(smoke_run), directory)
     shift = tensors(lambda all_: all_.update({name: tensor.flip(0) for name, tensor in all_.items()}))
     shift(directory, directory)
@@ -210,16 +208,16 @@ def another_base(smoke_run: Path, directory: Path) -> Path:
 
 
 def test_export_of_another_base_model_is_the_users_mistake(smoke_run: Path, tmp_path: Path, capsys) -> None:
-    reference = f"verify.reference={another_base(smoke_run, tmp_path / 'base')}"
+    reference = f"verify.reference={make_another_base(smoke_run, tmp_path / 'base')}"
     assert verify(smoke_run, tmp_path / "run", smoke_run / "export", reference) == 2
     assert "was made from the base model synthetic://tiny" in capsys.readouterr().err
 
 
-def test_without_artifact_another_base_model_is_told_from_the_weights_in_one_message(
+def test_without_artifact_weights_of_another_base_model_give_one_message(
     smoke_run: Path, tmp_path: Path, export: Path, capsys
 ) -> None:
     forget_the_model(export)
-    reference = f"verify.reference={another_base(smoke_run, tmp_path / 'base')}"
+    reference = f"verify.reference={make_another_base(smoke_run, tmp_path / 'base')}"
     assert verify(smoke_run, tmp_path / "run", export, reference) == 1
     assert "is not right: 1 problem, " in (err := capsys.readouterr().err)
     assert "the export was made from another base model" in err

@@ -1,4 +1,4 @@
-"""Every export target holds the values that training rounded to, decoded by code that is not ours."""
+"""Every export target has the rounded values of training. Code from other projects decodes them."""
 
 import importlib
 import json
@@ -30,30 +30,30 @@ ORIGINAL_KEYS = {
     *("swiglu_limit", "head_dim", "num_attention_heads", "num_key_value_heads", "sliding_window"),
     *("initial_context_length", "rope_theta", "rope_scaling_factor", "rope_ntk_alpha", "rope_ntk_beta"),
 }
-"""The fields of ModelConfig in gpt-oss 0.0.9, which takes config.json as its arguments."""
+"""Fields of ModelConfig in gpt-oss 0.0.9. The keys of config.json are its arguments."""
 
 Tensors = dict[str, Tensor]
 
 
-def exported(run: Path, into: Path, target: str, *settings: str, source: str = "qat") -> Path:
+def export_as(run: Path, into: Path, target: str, *settings: str, source: str = "qat") -> Path:
     arguments = ("recipe=smoke", f"run_dir={into / target}", f"export.source={run / source}", f"export.target={target}")
     assert run_program("stage=export", *arguments, *settings) == 0
     return into / target / "export"
 
 
-def stored(directory: Path) -> Tensors:
+def read_tensors(directory: Path) -> Tensors:
     return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 @pytest.fixture(scope="module")
 def released(smoke_run: Path) -> Tensors:
     """The MXFP4 export of the run."""
-    return stored(smoke_run / "export")
+    return read_tensors(smoke_run / "export")
 
 
 @pytest.fixture(scope="module")
 def values(released: Tensors) -> Tensors:
-    """Expert weights (E, in, out) as transformers decodes them."""
+    """Expert weights (E, in, out), decoded by transformers."""
     return {
         name: convert_moe_packed_tensors(released[f"{name}_blocks"], released[f"{name}_scales"], dtype=torch.float32)
         for name in STACKS
@@ -63,7 +63,7 @@ def values(released: Tensors) -> Tensors:
 def test_bf16_is_the_rounded_values_as_transformers_loads_them(
     smoke_run: Path, values: Tensors, released: Tensors, tmp_path: Path
 ) -> None:
-    directory = exported(smoke_run, tmp_path, "bf16")
+    directory = export_as(smoke_run, tmp_path, "bf16")
     model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     assert not any(info.values())
     held = dict(model.named_parameters())
@@ -78,8 +78,8 @@ def test_bf16_is_the_rounded_values_as_transformers_loads_them(
 def test_openai_is_the_same_bytes_under_the_names_of_the_reference_code(
     smoke_run: Path, released: Tensors, tmp_path: Path
 ) -> None:
-    directory = exported(smoke_run, tmp_path, "openai")
-    original = stored(directory)
+    directory = export_as(smoke_run, tmp_path, "openai")
+    original = read_tensors(directory)
     assert len(original) == 3 + 2 * 15
     for layer, prefix in enumerate(("model.layers.0.", "model.layers.1.")):
         for kind in ("weight", "bias"):
@@ -111,7 +111,7 @@ def test_openai_is_the_same_bytes_under_the_names_of_the_reference_code(
 def test_gguf_holds_the_values_as_its_own_library_reads_them(
     smoke_run: Path, values: Tensors, released: Tensors, tmp_path: Path
 ) -> None:
-    reader = gguf.GGUFReader(exported(smoke_run, tmp_path, "gguf") / "model.gguf")
+    reader = gguf.GGUFReader(export_as(smoke_run, tmp_path, "gguf") / "model.gguf")
     tensors = {
         each.name: torch.tensor(quants.dequantize(each.data, each.tensor_type), dtype=torch.float32)
         for each in reader.tensors
@@ -136,7 +136,7 @@ def test_gguf_holds_the_values_as_its_own_library_reads_them(
 
 
 def test_gguf_describes_the_model_and_its_tokenizer(smoke_run: Path, tmp_path: Path) -> None:
-    directory = exported(smoke_run, tmp_path, "gguf")
+    directory = export_as(smoke_run, tmp_path, "gguf")
     fields = {name: field.contents() for name, field in gguf.GGUFReader(directory / "model.gguf").fields.items()}
     config = json.loads((smoke_run / "export" / "config.json").read_text())
     vocabulary = json.loads((smoke_run / "export" / "tokenizer.json").read_text())["model"]["vocab"]
@@ -156,22 +156,22 @@ def test_gguf_describes_the_model_and_its_tokenizer(smoke_run: Path, tmp_path: P
 def test_nvfp4_of_a_model_trained_for_mxfp4_holds_the_same_values(
     smoke_run: Path, values: Tensors, tmp_path: Path
 ) -> None:
-    tensors = stored(exported(smoke_run, tmp_path, "nvfp4"))
+    tensors = read_tensors(export_as(smoke_run, tmp_path, "nvfp4"))
     for name in STACKS:
-        assert torch.equal(dequantized(tensors, name), values[name])
+        assert torch.equal(dequantize_experts(tensors, name), values[name])
 
 
-def test_nvfp4_of_a_model_trained_for_it_holds_what_training_rounded_to(smoke_run: Path, tmp_path: Path) -> None:
+def test_nvfp4_of_a_model_trained_for_it_holds_the_rounded_values_of_training(smoke_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for name in ("source", "upcast", "sft"):
         shutil.copytree(smoke_run / name, run / name)
     settings = ("recipe=smoke", f"run_dir={run}", "format=nvfp4_w4a4", *SHORT)
     assert run_program("stage=quantize", *settings) == 0
     assert run_program("stage=export", *settings, "export.target=nvfp4") == 0
-    tensors = stored(run / "export")
+    tensors = read_tensors(run / "export")
     weights = Weights(references.of_artifact(artifacts.load(run / "quantize")))
     for name in STACKS:
-        assert torch.equal(dequantized(tensors, name), weights.read_effective(name).float())
+        assert torch.equal(dequantize_experts(tensors, name), weights.read_effective(name).float())
         assert tensors[f"{name}_input_scale"].shape == ()
         assert float(tensors[f"{name}_input_scale"]) > 0
     record = json.loads((run / "export" / "hf_quant_config.json").read_text())
@@ -187,8 +187,8 @@ def problems_of(report: dict) -> list[str]:
     return [problem for check in report["checks"] for problem in check["problems"]]
 
 
-def dequantized(tensors: Tensors, name: str) -> Tensor:
-    """(E, in, out) by ModelOpt, which decodes one tensor scale at a time."""
+def dequantize_experts(tensors: Tensors, name: str) -> Tensor:
+    """Decode to (E, in, out) by ModelOpt, which takes one tensor scale at a time."""
     packed = tensors[name].transpose(1, 2)
     scales = tensors[f"{name}_weight_scale"].transpose(1, 2)
     experts = []
@@ -200,8 +200,8 @@ def dequantized(tensors: Tensors, name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("target", ["mxfp4", "openai", "gguf"])
-def test_what_training_left_alone_is_said_to_be_the_source_s(smoke_run: Path, tmp_path: Path, target: str) -> None:
-    directory = exported(smoke_run, tmp_path, target, source="upcast")
+def test_weights_without_training_are_counted_as_copied(smoke_run: Path, tmp_path: Path, target: str) -> None:
+    directory = export_as(smoke_run, tmp_path, target, source="upcast")
     details = artifacts.load(directory).details
     assert details["copied_experts"] == 2 * 2 * 8
     assert details["survival"] == 0 and details["relative_squared_error"] == 0
@@ -211,7 +211,7 @@ def test_what_training_left_alone_is_said_to_be_the_source_s(smoke_run: Path, tm
 def test_experts_of_nvfp4_that_did_not_move_do_not_depend_on_those_that_did(
     rule: str, smoke_run: Path, tmp_path: Path
 ) -> None:
-    """Blocks, scales and tensor scales of an expert belong together; `nearest` rounds values of MXFP4 to others."""
+    """Blocks, scales and tensor scales of an expert belong together. `nearest` changes values of MXFP4."""
     plain = Path(shutil.copytree(smoke_run / "upcast", tmp_path / "plain"))
     (plain / artifacts.ARTIFACT_FILE).unlink()
     for path in plain.glob("*.safetensors"):
@@ -220,15 +220,15 @@ def test_experts_of_nvfp4_that_did_not_move_do_not_depend_on_those_that_did(
             tensors[name][1::3] *= 1.1
         save_file(tensors, path, {"format": "pt"})
     settings = ("format=nvfp4", f"format.scale_rule={rule}")
-    directory = exported(smoke_run, tmp_path, "nvfp4", *settings, source=str(plain))
-    unmoved = exported(smoke_run, tmp_path / "unmoved", "nvfp4", *settings, source="upcast")
+    directory = export_as(smoke_run, tmp_path, "nvfp4", *settings, source=str(plain))
+    unmoved = export_as(smoke_run, tmp_path / "unmoved", "nvfp4", *settings, source="upcast")
     details = artifacts.load(unmoved).details
     assert (details["copied_experts"], details["survival"], details["changed_scales"]) == (0, 0, 0)
     assert (details["relative_squared_error"] == 0) == (rule == "mse")
-    trained, base, found, other = (stored(each) for each in (plain, smoke_run / "upcast", directory, unmoved))
+    trained, base, found, other = (read_tensors(each) for each in (plain, smoke_run / "upcast", directory, unmoved))
     is_moved = torch.tensor([expert % 3 == 1 for expert in range(8)])
     for name in STACKS:
-        values, alone = dequantized(found, name), dequantized(other, name)
+        values, alone = dequantize_experts(found, name), dequantize_experts(other, name)
         assert torch.equal(values[~is_moved], alone[~is_moved])
         assert torch.equal(alone, base[name].float()) == (rule == "mse")
         error = (values - trained[name].float())[is_moved].square().sum() / trained[name][is_moved].square().sum()
@@ -239,7 +239,7 @@ def test_experts_of_nvfp4_that_did_not_move_do_not_depend_on_those_that_did(
         assert run_program("stage=verify", "recipe=smoke", *SHORT, run, *proof) == 0
 
 
-def test_another_format_than_the_trained_one_is_refused_unless_it_is_asked_for(
+def test_another_format_than_the_trained_one_needs_export_requantize(
     smoke_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("stage=export", "recipe=smoke", f"run_dir={tmp_path}", f"export.source={smoke_run / 'qat'}")
@@ -253,21 +253,23 @@ def test_another_format_than_the_trained_one_is_refused_unless_it_is_asked_for(
     assert run_program("stage=verify", "recipe=smoke", *SHORT, f"run_dir={tmp_path / 'proof'}", *settings) == 0
     details = artifacts.load(tmp_path / "export").details
     trained = Weights(references.of_artifact(artifacts.load(smoke_run / "qat")))
-    tensors = stored(tmp_path / "export")
-    differing = sum(int((dequantized(tensors, name) != trained.read_effective(name).float()).sum()) for name in STACKS)
+    tensors = read_tensors(tmp_path / "export")
+    differing = sum(
+        int((dequantize_experts(tensors, name) != trained.read_effective(name).float()).sum()) for name in STACKS
+    )
     assert details["other_than_trained"] == differing > 0
 
 
-def test_what_only_engines_load_is_not_evaluated(
+def test_an_export_that_only_engines_load_is_not_evaluated(
     smoke_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    directory = exported(smoke_run, tmp_path, "openai")
+    directory = export_as(smoke_run, tmp_path, "openai")
     arguments = ("stage=evaluate", "recipe=smoke", f"run_dir={directory.parent}", *SHORT)
     assert run_program(*arguments, "evaluate.source=export") == 2
     assert "only inference engines load" in capfd.readouterr().err
 
 
-def test_gguf_without_its_package_says_what_to_install(
+def test_gguf_without_its_package_names_the_package_to_install(
     smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)

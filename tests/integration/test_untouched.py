@@ -1,4 +1,4 @@
-"""What training left alone keeps the source's bytes; the export's account of the rest is right, to the last count."""
+"""Untouched weights keep the source's bytes, and the export's figures about changed weights are exact."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def run_stages(stages: Iterable[str], run_dir: Path, *arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def layer_one(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with adapters on the experts of layer 1 alone. Not to be written to."""
+    """A run with adapters only on the experts of layer 1. Tests must not write to it."""
     run_dir = linked(tmp_path_factory.mktemp("layer_one") / "run", smoke_run, "source", "upcast")
     run_stages(("sft", "quantize", "qat", "export", "verify"), run_dir, *LORA)
     return run_dir
@@ -47,14 +47,14 @@ def layer_one(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def mse(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that trained every weight, for scales chosen by squared error. Not to be written to."""
+    """A run that trained every weight for the scale rule mse. Tests must not write to it."""
     run_dir = linked(tmp_path_factory.mktemp("mse") / "run", smoke_run, "source", "upcast", "sft")
     run_stages(("quantize", "qat", "export", "verify"), run_dir, *MSE)
     return run_dir
 
 
-def copied_run(run: Path, into: Path, *stages: str) -> Path:
-    """Some stages of a run, and its source, in a run of its own."""
+def copy_run(run: Path, into: Path, *stages: str) -> Path:
+    """Copy some stages of a run and its source into another run."""
     for name in ("source", *stages):
         shutil.copytree(run / name, into / name)
     return into
@@ -65,7 +65,7 @@ def source_of(run_dir: Path) -> Path:
     return directory
 
 
-def stored(directory: Path) -> Tensors:
+def read_tensors(directory: Path) -> Tensors:
     return {
         name: tensor for path in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(path).items()
     }
@@ -90,13 +90,13 @@ def experts_in(tensors: Iterable[str]) -> list[str]:
     return sorted(name.removesuffix("_blocks") for name in tensors if name.endswith("_blocks"))
 
 
-# Bytes.
+# Bytes of tensors.
 
 
 def test_the_export_of_the_upcast_is_the_source_byte_for_byte(layer_one: Path, tmp_path: Path) -> None:
-    run = copied_run(layer_one, tmp_path / "run", "upcast")
+    run = copy_run(layer_one, tmp_path / "run", "upcast")
     run_stages(("export", "verify"), run, *LORA, "export.source=upcast")
-    source, export = stored(source_of(run)), stored(run / "export")
+    source, export = read_tensors(source_of(run)), read_tensors(run / "export")
     assert export.keys() == source.keys()
     assert [name for name in source if not same_bits(export[name], source[name])] == []
     details = details_of(run / "export")
@@ -108,8 +108,8 @@ def test_the_export_of_the_upcast_is_the_source_byte_for_byte(layer_one: Path, t
     assert status_of(run / "verify", UNTOUCHED) == "ok"
 
 
-def test_what_has_no_adapter_keeps_the_bytes_of_the_source_and_what_has_one_does_not(layer_one: Path) -> None:
-    source, export = stored(source_of(layer_one)), stored(layer_one / "export")
+def test_only_experts_with_an_adapter_lose_the_bytes_of_the_source(layer_one: Path) -> None:
+    source, export = read_tensors(source_of(layer_one)), read_tensors(layer_one / "export")
     different = [name for name in source if not same_bits(export[name], source[name])]
     assert sorted(name for name in different if name.endswith("_blocks")) == [
         f"model.layers.1.mlp.experts.{name}_blocks" for name in ("down_proj", "gate_up_proj")
@@ -123,7 +123,7 @@ def test_the_artifact_lists_exactly_the_tensors_that_are_the_sources_own(
     run: str, request: pytest.FixtureRequest
 ) -> None:
     run_dir = request.getfixturevalue(run)
-    source, export = stored(source_of(run_dir)), stored(run_dir / "export")
+    source, export = read_tensors(source_of(run_dir)), read_tensors(run_dir / "export")
     equal = {name for name in source if same_bits(export[name], source[name])}
     for name in experts_in(source):  # blocks and scales are copied together
         pair = {f"{name}_blocks", f"{name}_scales"}
@@ -135,8 +135,8 @@ def test_the_artifact_lists_exactly_the_tensors_that_are_the_sources_own(
 
 
 def test_copied_experts_are_those_whose_weights_did_not_move(layer_one: Path) -> None:
-    qat, upcast = Weights(references.of_artifact(artifacts.load(layer_one / "qat"))), stored(layer_one / "upcast")
-    source, export = stored(source_of(layer_one)), stored(layer_one / "export")
+    qat, upcast = Weights(references.of_artifact(artifacts.load(layer_one / "qat"))), read_tensors(layer_one / "upcast")
+    source, export = read_tensors(source_of(layer_one)), read_tensors(layer_one / "export")
     unmoved = [
         (name, expert)
         for name in experts_in(source)
@@ -157,7 +157,7 @@ def test_the_proof_covers_the_untouched_tensors(layer_one: Path, mse: Path) -> N
 
 @pytest.mark.parametrize("part", ["blocks", "scales"])
 def test_one_flipped_byte_in_an_untouched_tensor_is_found_and_named(part: str, layer_one: Path, tmp_path: Path) -> None:
-    run = copied_run(layer_one, tmp_path / "run", "upcast", "sft", "quantize", "qat", "export")
+    run = copy_run(layer_one, tmp_path / "run", "upcast", "sft", "quantize", "qat", "export")
     name = f"model.layers.0.mlp.experts.down_proj_{part}"
     (path,) = (path for path in (run / "export").glob("*.safetensors") if name in load_file(path))
     tensors = load_file(path)
@@ -173,10 +173,10 @@ def test_one_flipped_byte_in_an_untouched_tensor_is_found_and_named(part: str, l
 
 
 def test_experts_that_no_token_reached_are_proven_too(tmp_path: Path) -> None:
-    """Adding an adapter that is still zero turns -0 into 0: the export must hold what training holds."""
+    """An adapter that is still zero turns -0 into 0 when it is added. The export must have the same zeros."""
     few = ("model.tiny.num_local_experts=32", "model.tiny.num_experts_per_tok=1", "sft.max_steps=2", "sft.batch_size=1")
     run_stages(("upcast", "sft", "export", "verify"), tmp_path, *LORA, *few, "sft.warmup_ratio=0")
-    sft, upcast = Weights(references.of_artifact(artifacts.load(tmp_path / "sft"))), stored(tmp_path / "upcast")
+    sft, upcast = Weights(references.of_artifact(artifacts.load(tmp_path / "sft"))), read_tensors(tmp_path / "upcast")
     trained = sft.read_trained("model.layers.1.mlp.experts.down_proj")
     moved = (trained != upcast["model.layers.1.mlp.experts.down_proj"]).flatten(1).any(dim=1)
     assert moved.any()
@@ -187,8 +187,8 @@ def test_experts_that_no_token_reached_are_proven_too(tmp_path: Path) -> None:
 def test_a_directory_in_another_type_is_exported_or_refused(
     dtype: torch.dtype, layer_one: Path, tmp_path: Path, capsys
 ) -> None:
-    """The values of MXFP4 are exact in every floating type that a plain checkpoint may have."""
-    run = copied_run(layer_one, tmp_path / "run", "upcast")
+    """Every floating type of a plain checkpoint represents the values of MXFP4 exactly."""
+    run = copy_run(layer_one, tmp_path / "run", "upcast")
     plain = Path(shutil.copytree(run / "upcast", tmp_path / "plain"))
     (plain / artifacts.ARTIFACT_FILE).unlink()
     for path in plain.glob("*.safetensors"):
@@ -197,43 +197,45 @@ def test_a_directory_in_another_type_is_exported_or_refused(
     error = capsys.readouterr().err
     assert "Traceback" not in error
     if status == 0:
-        source, export = stored(source_of(run)), stored(run / "export")
+        source, export = read_tensors(source_of(run)), read_tensors(run / "export")
         assert [
-            name for name in experts_in(source) if not torch.equal(decoded(export, name), decoded(source, name))
+            name
+            for name in experts_in(source)
+            if not torch.equal(decode_experts(export, name), decode_experts(source, name))
         ] == []
     else:
         assert status == 2
         assert str(plain) in error
 
 
-# The account.
+# Figures.
 
 
-def decoded(tensors: Tensors, name: str) -> Tensor:
-    """(E, in, out) float64, as transformers reads it."""
+def decode_experts(tensors: Tensors, name: str) -> Tensor:
+    """Decode with transformers to (E, in, out) float64."""
     plain = convert_moe_packed_tensors(tensors[f"{name}_blocks"], tensors[f"{name}_scales"], dtype=torch.float32)
     return plain.double()
 
 
-def in_blocks(values: Tensor) -> Tensor:
-    """(E, in, out) -> (E, out, nb, 32)."""
+def split_blocks(values: Tensor) -> Tensor:
+    """Split (E, in, out) into blocks (E, out, nb, 32)."""
     return values.transpose(1, 2).unflatten(2, (-1, 32))
 
 
 def figures_of(names: list[str], trained: Tensors, source: Tensors, export: Tensors) -> dict[str, Any]:
-    """What export reports, from the definitions, in float64 and whole numbers."""
+    """Compute the figures of the export from their definitions, in float64 and integers."""
     error = squares = 0.0
     moved = changed = values = changed_scales = saturated = blocks = 0
     for name in names:
-        weight, near, base = trained[name].double(), decoded(export, name), decoded(source, name)
+        weight, near, base = trained[name].double(), decode_experts(export, name), decode_experts(source, name)
         error += float((weight - near).square().sum())
         squares += float(weight.square().sum())
         moved += int((weight != base).sum())
         changed += int((near != base).sum())
         values += weight.numel()
         scales, old_scales = export[f"{name}_scales"], source[f"{name}_scales"]
-        changed_scales += int(((scales != old_scales) & (in_blocks(near) != in_blocks(base)).any(dim=-1)).sum())
-        saturated += int((in_blocks(weight).abs().amax(dim=-1) > 6 * 2.0 ** (scales.double() - 127)).sum())
+        changed_scales += int(((scales != old_scales) & (split_blocks(near) != split_blocks(base)).any(dim=-1)).sum())
+        saturated += int((split_blocks(weight).abs().amax(dim=-1) > 6 * 2.0 ** (scales.double() - 127)).sum())
         blocks += scales.numel()
     return {
         "relative_squared_error": error / squares,
@@ -254,10 +256,10 @@ def assert_figures(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def trained_of(run: Path) -> Tensors:
-    """The experts' weights that training left: merged, or as they lie in the file."""
+    """Return the expert weights after training: with merged adapters, or as stored."""
     qat = artifacts.load(run / "qat")
     if qat.kind is artifacts.Kind.checkpoint:
-        return stored(qat.directory)
+        return read_tensors(qat.directory)
     weights = Weights(references.of_artifact(qat))
     return {name: weights.read_trained(name) for name in weights.names() if ".experts." in name}
 
@@ -265,7 +267,7 @@ def trained_of(run: Path) -> Tensors:
 @pytest.mark.parametrize("run", ["layer_one", "mse"])
 def test_the_figures_are_those_of_the_files(run: str, request: pytest.FixtureRequest) -> None:
     run_dir = request.getfixturevalue(run)
-    trained, source, export = trained_of(run_dir), stored(source_of(run_dir)), stored(run_dir / "export")
+    trained, source, export = trained_of(run_dir), read_tensors(source_of(run_dir)), read_tensors(run_dir / "export")
     expected = figures_of(experts_in(source), trained, source, export)
     assert 0 < expected["survival"] < 1
     assert 0 < expected["relative_squared_error"] < 0.05
@@ -278,7 +280,7 @@ def test_the_figures_of_each_layer_are_those_of_its_files_and_make_up_the_whole(
     run: str, request: pytest.FixtureRequest
 ) -> None:
     run_dir = request.getfixturevalue(run)
-    trained, source, export = trained_of(run_dir), stored(source_of(run_dir)), stored(run_dir / "export")
+    trained, source, export = trained_of(run_dir), read_tensors(source_of(run_dir)), read_tensors(run_dir / "export")
     lines = [json.loads(line) for line in (run_dir / "export" / "metrics.jsonl").read_text().splitlines()]
     layers = [line for line in lines if "layer" in line]
     assert [line["layer"] for line in layers] == [0, 1]
@@ -286,15 +288,15 @@ def test_the_figures_of_each_layer_are_those_of_its_files_and_make_up_the_whole(
         names = [name for name in experts_in(source) if name.startswith(f"model.layers.{line['layer']}.")]
         assert_figures(line, figures_of(names, trained, source, export))
     (whole,) = (line for line in lines if "layer" not in line)
-    for name in ("moved_weights", "changed_codes", "changed_scales", "saturated_blocks"):  # layers are of one size
+    for name in ("moved_weights", "changed_codes", "changed_scales", "saturated_blocks"):  # layers have the same size
         assert whole[name] == pytest.approx(sum(line[name] for line in layers) / 2, rel=1e-12)
     assert whole["survival"] == pytest.approx(whole["changed_codes"] / whole["moved_weights"], rel=1e-12)
     details = details_of(run_dir / "export")
     assert all(details[name] == whole[name] for name in (*COUNTS, *SUMS, "copied_tensors", "encoded_tensors"))
 
 
-def test_what_is_written_of_the_export_is_json(layer_one: Path) -> None:
-    """Python writes infinity as `Infinity`, which no other reader of JSON takes."""
+def test_the_records_of_the_export_are_strict_json(layer_one: Path) -> None:
+    """Python writes infinity as `Infinity`, which other JSON readers reject."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -305,10 +307,10 @@ def test_what_is_written_of_the_export_is_json(layer_one: Path) -> None:
 
 
 @pytest.mark.parametrize(("rate", "is_lost"), [(1e-7, True), (2e-2, False)])
-def test_fine_tuning_that_rounding_takes_back_is_warned_of_and_no_other(
+def test_a_warning_appears_only_if_rounding_undoes_the_fine_tuning(
     rate: float, is_lost: bool, mse: Path, tmp_path: Path, capsys
 ) -> None:
-    run = copied_run(mse, tmp_path / "run", "upcast")
+    run = copy_run(mse, tmp_path / "run", "upcast")
     run_stages(("sft", "export"), run, "recipe=smoke", *QUICK, f"sft.learning_rate={rate}", "export.source=sft")
     details = details_of(run / "export")
     assert details["moved_weights"] > 0.5
@@ -318,17 +320,17 @@ def test_fine_tuning_that_rounding_takes_back_is_warned_of_and_no_other(
     assert (f"{details['survival']:.2%} of the weights that training moved differ" in error) == is_lost
 
 
-def test_a_model_that_was_not_trained_is_not_warned_of(mse: Path, tmp_path: Path, capsys) -> None:
-    run_stages(("export",), copied_run(mse, tmp_path / "run", "upcast"), *MSE, "export.source=upcast")
+def test_an_untrained_model_gives_no_warning(mse: Path, tmp_path: Path, capsys) -> None:
+    run_stages(("export",), copy_run(mse, tmp_path / "run", "upcast"), *MSE, "export.source=upcast")
     assert "hardly any" not in capsys.readouterr().err
 
 
-def test_an_interrupted_export_ends_with_the_same_account(
+def test_a_resumed_export_ends_with_the_same_files_and_figures(
     layer_one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = (*LORA, "export.shard_bytes=60000")
     whole, resumed = (
-        copied_run(layer_one, tmp_path / name, "upcast", "sft", "quantize", "qat") for name in ("whole", "resumed")
+        copy_run(layer_one, tmp_path / name, "upcast", "sft", "quantize", "qat") for name in ("whole", "resumed")
     )
     run_stages(("export",), whole, *arguments)
     publish = shards._Output.publish
@@ -351,10 +353,10 @@ def test_an_interrupted_export_ends_with_the_same_account(
     assert other.fingerprint == artifacts.fingerprint_of(resumed / "export")[0]
 
 
-# The rule.
+# Scale rules.
 
 
-def test_the_rule_is_stamped_on_what_was_trained_and_on_what_was_exported(layer_one: Path, mse: Path) -> None:
+def test_artifacts_of_training_and_export_record_the_scale_rule(layer_one: Path, mse: Path) -> None:
     for run, rule in ((layer_one, "ceil"), (mse, "mse")):
         for stage in ("quantize", "qat"):
             record = artifacts.load(run / stage)
@@ -366,7 +368,7 @@ def test_the_rule_is_stamped_on_what_was_trained_and_on_what_was_exported(layer_
 
 @pytest.mark.parametrize("source", ["quantize", "qat"])
 def test_another_rule_than_the_trained_one_is_refused(source: str, mse: Path, tmp_path: Path, capsys) -> None:
-    run = copied_run(mse, tmp_path / "run", "upcast", "sft", "quantize", "qat")
+    run = copy_run(mse, tmp_path / "run", "upcast", "sft", "quantize", "qat")
     arguments = ("recipe=smoke", *QUICK, f"run_dir={run}", f"export.source={source}")
     assert run_program("stage=export", *arguments, "format.scale_rule=ceil") == 2
     message = capsys.readouterr().err

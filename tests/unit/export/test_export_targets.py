@@ -1,5 +1,9 @@
-"""A new export target takes one row of TARGETS and one file. A row without its file is an error."""
+"""A new export target needs one row of TARGETS and one file. A row without a file is an error."""
 
+import json
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -8,32 +12,34 @@ from pathlib import Path
 import pytest
 
 from pipeline import export, verify
+from pipeline.checkpoints.reading import TensorFiles
 from pipeline.config import TinyConfig
 from pipeline.config.targets import TARGETS
 from pipeline.doctor import needs
-from pipeline.export import EXPORTERS, exporters, recognized
+from pipeline.export import EXPORTERS, import_exporters, recognize
 from pipeline.export.job import Job
 from pipeline.models.references import ModelRef
 from pipeline.models.source import Source
 from pipeline.models.tiny_model import create_tiny
 from pipeline.models.weights import Weights
 from pipeline.numerics.formats import MXFP4
+from pipeline.runs import artifacts
 
 TOY = '''
-"""MXFP4 under names of its own."""
+"""MXFP4 under other names."""
 
-from pipeline.runs.artifacts import Kind
-from pipeline.export.exporter import Exporter
-from pipeline.export.layout import others, packed
-from pipeline.export.weights import checked_base, others_piece, packed_piece, stacks, write_checkpoint
 from pipeline.checkpoints.gpt_oss import expert_projections, other_tensors
+from pipeline.export.exporter import Exporter
+from pipeline.export.layout import others_layout, packed_stack
+from pipeline.export.weights import open_base, others_piece, packed_piece, stacks, write_checkpoint
+from pipeline.runs.artifacts import Kind
 
 
 def write(job, directory):
-    base = checked_base(job)
+    base = open_base(job)
     pieces = [others_piece(job, base, name, [name]) for name in other_tensors(base.shape)]
     pieces += [packed_piece(stack, *names(stack.projection)) for stack in stacks(job, base)]
-    return write_checkpoint(job, base, directory, pieces, described(base))
+    return write_checkpoint(job, base, directory, pieces, describe(base))
 
 
 def names(projection):
@@ -41,22 +47,29 @@ def names(projection):
 
 
 def layout(shape):
-    return others(shape) | {each.name: packed(each, *names(each)) for each in expert_projections(shape)}
+    return others_layout(shape) | {each.name: packed_stack(each, *names(each)) for each in expert_projections(shape)}
 
 
-def described(base, stored=()):
+def describe(base, stored=()):
     return {**base.config, "is_toy": True}
 
 
-EXPORTER = Exporter(write=write, kind=Kind.foreign, layout=layout, described=described, mark=".toy_codes")
+EXPORTER = Exporter(write=write, kind=Kind.foreign, layout=layout, describe=describe, mark=".toy_codes")
 '''
 
+ROW = """
+TARGETS["toy"] = Target(
+    holds=("mxfp4",), expert_bits=MXFP4.bits_per_value, title="a toy", usage="toy {model}", tags=("toy",)
+)
+"""
+
+ROOT = Path(__file__).parents[3]
 AddTarget = Callable[[str | None], None]
 
 
 @pytest.fixture
 def add_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AddTarget]:
-    """Gives TARGETS a row `toy`, and pipeline/export a file toy.py with this text; None: no such file."""
+    """A function that adds the row `toy` to TARGETS, and a file toy.py with a text; None adds no file."""
     files = tmp_path / "files"
     files.mkdir()
     monkeypatch.setattr(export, "__path__", [*export.__path__, str(files)])
@@ -80,33 +93,65 @@ def test_a_row_and_a_file_are_a_target_that_exports_and_is_proven(
     add_target: AddTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_target(TOY)
-    monkeypatch.setitem(EXPORTERS, "toy", exporters()["toy"])
+    monkeypatch.setitem(EXPORTERS, "toy", import_exporters()["toy"])
     tiny, directory = tmp_path / "tiny", tmp_path / "export"
     create_tiny(tiny, TinyConfig())
     directory.mkdir()
     job = Job(Weights(ModelRef("tiny", tiny, tiny)), Source(tiny, ""), MXFP4, 1 << 30, "cpu")
     written = EXPORTERS["toy"].write(job, directory)
     copied = [name for note in written.notes if note["is_copied"] for name in note["tensors"]]
-    checks = verify.against_base(directory, "toy", tiny, copied)
+    checks = verify.check_against_base(directory, "toy", tiny, copied)
     assert [(check.title, check.problems) for check in checks if check.status != "ok"] == []
-    assert recognized(directory) == "toy"
+    assert recognize(directory) == "toy"
     assert needs.export_bytes(job.weights.shape, "toy") == written.bytes
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the program with one more row in TARGETS and one more file in pipeline/export."""
+    copy = tmp_path / "checkout"
+    for name in ("pipeline", "conf", "recipes"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with (copy / "pipeline/config/targets.py").open("a", encoding="utf-8") as table:
+        table.write(ROW)
+    (copy / "pipeline/export/toy.py").write_text(TOY, encoding="utf-8")
+    return copy
+
+
+def run_checkout(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    command = [sys.executable, "-m", "pipeline", *arguments]
+    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_row_and_a_file_are_a_target_of_the_command_line(checkout: Path, tmp_path: Path) -> None:
+    tiny, run_dir = tmp_path / "tiny", tmp_path / "run"
+    create_tiny(tiny, TinyConfig())
+    settings = ("recipe=smoke", f"run_dir={run_dir}", f"model.path={tiny}")
+    export = run_checkout(checkout, "stage=export", *settings, f"export.source={tiny}", "export.target=toy")
+    assert export.returncode == 0, export.stderr
+    assert artifacts.load(run_dir / "export").details["target"] == "toy"
+    names = TensorFiles(run_dir / "export").tensors
+    assert sum(name.endswith(".toy_codes") for name in names) == 2 * TinyConfig().num_hidden_layers
+    verify = run_checkout(checkout, "stage=verify", *settings)
+    assert verify.returncode == 0, verify.stdout + verify.stderr
+    assert json.loads((run_dir / "verify" / "report.json").read_text(encoding="utf-8"))["target"] == "toy"
 
 
 def test_a_row_without_a_file_is_an_error_that_names_both(add_target: AddTarget) -> None:
     add_target(None)
     with pytest.raises(ImportError, match=r"TARGETS has a row 'toy', but pipeline/export/toy\.py does not exist"):
-        exporters()
+        import_exporters()
 
 
 @pytest.mark.parametrize("text", ["", "EXPORTER = 'no exporter'"])
 def test_a_file_without_an_exporter_is_an_error_that_says_how_to_end_it(add_target: AddTarget, text: str) -> None:
     add_target(text)
     with pytest.raises(ImportError, match=r"pipeline/export/toy\.py has no EXPORTER\. End the file with EXPORTER = "):
-        exporters()
+        import_exporters()
 
 
-def test_a_file_that_imports_what_is_missing_is_not_said_to_be_missing_itself(add_target: AddTarget) -> None:
+def test_a_missing_import_of_a_file_is_not_reported_as_a_missing_file(add_target: AddTarget) -> None:
     add_target("import not_installed_here")
     with pytest.raises(ModuleNotFoundError, match="not_installed_here"):
-        exporters()
+        import_exporters()

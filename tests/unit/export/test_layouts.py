@@ -1,4 +1,4 @@
-"""Layouts read back: what each says of where a tensor lies and how it is decoded, against code that is not ours."""
+"""Reading each layout: the stored tensors and their decoders, compared with code from other projects."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from pipeline.checkpoints.gpt_oss import Shape, TensorInfo, expert_projections, plain_tensors
 from pipeline.export import EXPORTERS
-from pipeline.export.gguf import repacked
+from pipeline.export.gguf import repack
 from pipeline.export.layout import View, packed_layout, stored_tensors
 from pipeline.numerics.convert import mxfp4_to_nvfp4
 from pipeline.verify.distance import compare
@@ -27,7 +27,7 @@ Tensors = dict[str, Tensor]
 
 
 class InMemory:
-    """Tensors as a checkpoint would give them."""
+    """A checkpoint in memory."""
 
     def __init__(self, stored: Tensors, tensors: dict[str, TensorInfo]) -> None:
         self.stored, self.tensors = stored, tensors
@@ -37,7 +37,7 @@ class InMemory:
 
 
 class InMemoryGguf(InMemory):
-    """As a GGUF file gives them: bytes of a row in the last dimension."""
+    """A GGUF file in memory: the last dimension has the bytes of a row."""
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         part = self.stored[name][rows].contiguous()
@@ -46,7 +46,7 @@ class InMemoryGguf(InMemory):
 
 @pytest.fixture
 def released() -> Tensors:
-    """Every 4-bit code, zeros of both signs among them; scales that NVFP4 holds, too."""
+    """Tensors with every 4-bit code, including zeros of both signs, and scales that NVFP4 can represent."""
     generator = torch.Generator().manual_seed(0)
 
     def of(info: TensorInfo) -> Tensor:
@@ -81,7 +81,7 @@ def in_gguf(released: Tensors) -> Tensors:
                 wide = torch.float32 if info.dtype == "F32" else torch.bfloat16
                 made[stored] = released[name][..., part].to(wide)
             else:
-                made[stored] = repacked(released[f"{name}_blocks"][:, part], released[f"{name}_scales"][:, part])
+                made[stored] = repack(released[f"{name}_blocks"][:, part], released[f"{name}_scales"][:, part])
     return made
 
 
@@ -97,14 +97,14 @@ def in_nvfp4(released: Tensors) -> Tensors:
 
 def in_bf16(released: Tensors) -> Tensors:
     made = {name: tensor for name, tensor in released.items() if not name.endswith(("_blocks", "_scales"))}
-    return made | {name: expected(released, name).transpose(1, 2).bfloat16() for name in (GATE_UP, DOWN)}
+    return made | {name: decode_released(released, name).transpose(1, 2).bfloat16() for name in (GATE_UP, DOWN)}
 
 
 MAKE = {"mxfp4": in_mxfp4, "openai": in_openai, "gguf": in_gguf, "nvfp4": in_nvfp4, "bf16": in_bf16}
 
 
-def expected(released: Tensors, name: str) -> Tensor:
-    """(E, out, in) by transformers."""
+def decode_released(released: Tensors, name: str) -> Tensor:
+    """Decode with transformers to (E, out, in)."""
     blocks, scales = released[f"{name}_blocks"], released[f"{name}_scales"]
     return convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).transpose(1, 2)
 
@@ -129,18 +129,18 @@ def test_a_layout_holds_every_tensor_of_the_plain_layout(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", MAKE)
-def test_values_are_those_of_the_released_layout_to_the_sign_of_zeros(target: str, released: Tensors) -> None:
+def test_values_equal_those_of_the_released_layout_including_signs_of_zeros(target: str, released: Tensors) -> None:
     export = view(target, released)
     for name in plain_tensors(SHAPE):
-        want = released[name] if name in released else expected(released, name)
+        want = released[name] if name in released else decode_released(released, name)
         assert torch.equal(bits(export.values(name)), bits(want)), name
 
 
-def test_decoding_in_steps_gives_what_one_step_gives(released: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_in_steps_equals_decoding_at_once(released: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.export.layout._DECODED_ROWS", 24)  # of 64
     export = view("mxfp4", released)
     for name in (GATE_UP, DOWN):
-        assert torch.equal(bits(export.values(name)), bits(expected(released, name)))
+        assert torch.equal(bits(export.values(name)), bits(decode_released(released, name)))
 
 
 @pytest.mark.parametrize("target", MAKE)
@@ -158,7 +158,7 @@ def test_rows_are_rows_of_the_whole(target: str, released: Tensors) -> None:
 
 
 @pytest.mark.parametrize("target", MAKE)
-def test_a_repacked_base_model_is_the_base_model_s_own_at_no_distance(target: str, released: Tensors) -> None:
+def test_a_repacked_base_model_has_no_distance_from_the_base_model(target: str, released: Tensors) -> None:
     found = compare(view(target, released), view("mxfp4", released))
     assert found.distance.problems == []
     assert found.distance.measured["largest_relative_distance"] == 0
@@ -174,9 +174,9 @@ def test_a_scale_that_is_nan_is_not_finite_even_over_zeros(target: str, released
     assert f"{DOWN}: NaN or Inf" in problem and "in 1 of 192 rows" in problem
 
 
-def test_the_same_values_under_other_scales_are_not_the_base_model_s_own_bytes(released: Tensors) -> None:
+def test_equal_values_with_other_scales_are_not_the_base_model_s_bytes(released: Tensors) -> None:
     base = view("mxfp4", {name: tensor.clone() for name, tensor in released.items()})
-    released[f"{DOWN}_blocks"][0, 0, 0] = 0x22  # 1 and 1 in place of 0.5 and 0.5, under half the scale
+    released[f"{DOWN}_blocks"][0, 0, 0] = 0x22  # 1 and 1 with half the scale, instead of 0.5 and 0.5
     base.files.stored[f"{DOWN}_blocks"][0, 0, 0] = 0x11  # type: ignore[attr-defined]
     released[f"{DOWN}_scales"][0, 0, 0] -= 1
     found = compare(view("mxfp4", released), base)

@@ -1,4 +1,4 @@
-"""Weights that are still the base model's: compared to the bit, and accounted for as any others are."""
+"""Weights that equal the base model's: bitwise comparison, and their part in the figures."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 @pytest.fixture(params=[(3, 48, 64), (3, 5, 7)], ids=["even", "odd"])
 def values(request: pytest.FixtureRequest) -> Tensor:
-    """In BF16, of even and odd counts, which are compared in words of other widths."""
+    """BF16 tensors with even and odd sizes, which are compared in words of different widths."""
     made = torch.randn(request.param, generator=torch.Generator().manual_seed(0)).bfloat16()
     made[..., 1::3] = -0.0
     return made
@@ -38,14 +38,14 @@ def test_a_single_bit_makes_a_difference(at: int, dtype: torch.dtype, values: Te
     assert not same_bits(values, changed)
 
 
-def test_so_do_the_sign_of_a_zero_and_the_shape() -> None:
+def test_the_sign_of_a_zero_and_the_shape_make_a_difference() -> None:
     assert not same_bits(torch.zeros(2, 4), -torch.zeros(2, 4))
     assert not same_bits(torch.zeros(2, 4), torch.zeros(4, 2))
     assert same_bits(torch.full((4,), torch.nan), torch.full((4,), torch.nan))
 
 
 @pytest.mark.parametrize("offset", range(4))
-def test_parts_that_begin_within_a_word_are_compared_too(offset: int) -> None:
+def test_parts_that_begin_within_a_word_are_compared(offset: int) -> None:
     values = torch.arange(64).bfloat16()
     part = values[offset : offset + 56]
     assert same_bits(part, part.clone())
@@ -54,14 +54,22 @@ def test_parts_that_begin_within_a_word_are_compared_too(offset: int) -> None:
     assert not same_bits(part, changed)
 
 
-def test_untouched_weights_count_as_any_others_do() -> None:
-    """By way of the account of weights that may have changed."""
+def test_untouched_weights_give_the_same_sums_as_the_general_case() -> None:
+    """`add` and `add_untouched` agree."""
     packed = encode(torch.randn((3, 48, 64), generator=torch.Generator().manual_seed(0)), MXFP4)
     stack, scales = decode(*packed).transpose(1, 2), packed[1]
     known, counted = Survival(), Survival()
     for _ in range(2):
         known.add_untouched(stack, scales.numel())
         none = torch.zeros(scales.shape, dtype=torch.bool)
-        counted.add(stack, stack.clone(), stack.clone(), stack.clone(), (scales, scales), none, MXFP4)
+        counted.add(
+            stack,
+            stack.clone(),
+            base=stack.clone(),
+            rounded_base=stack.clone(),
+            scales=(scales, scales),
+            saturated=none,
+            block_format=MXFP4,
+        )
     assert known.sums == pytest.approx(counted.sums, rel=1e-6)
     assert known.figures() == counted.figures()
