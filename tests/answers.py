@@ -1,4 +1,4 @@
-"""Transcripts made by hand, for the tests of scorers."""
+"""Handmade transcripts for the tests of scorers."""
 
 from pipeline.evaluate.transcripts import Transcript
 
@@ -12,6 +12,6 @@ def transcript(
     completion: str | None = None,
     **expected: str,
 ) -> Transcript:
-    """An answer to the prompt "Hello", with what is expected of it."""
+    """Make an answer to the prompt "Hello" with expected properties."""
     messages = [{"role": "user", "content": "Hello"}]
     return Transcript(prompt_id, sample, messages, expected, reasoning, answer, completion, finish, 10, None)

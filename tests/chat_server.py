@@ -1,4 +1,4 @@
-"""A server on this machine that answers as OpenAI's chat API does, or as it is told to."""
+"""A local server with OpenAI's chat API. Tests may set its replies."""
 
 import json
 import sys
@@ -11,9 +11,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Reply:
-    """What the server sends."""
+    """A reply of the server."""
 
-    body: Any = None  # text as it stands, or an object as JSON
+    body: Any = None  # text, or an object to send as JSON
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     after_seconds: float = 0.0
@@ -31,7 +31,7 @@ MODELS = Reply({"object": "list", "data": [{"id": "tiny", "object": "model"}]})
 
 
 class Server(ThreadingHTTPServer):
-    """Answers questions with the replies in turn, then again and again the last one; remembers what it was asked."""
+    """Sends its replies in turn, and repeats the last one. Stores all requests."""
 
     daemon_threads = True
 
@@ -45,7 +45,7 @@ class Server(ThreadingHTTPServer):
         self.lock = threading.Lock()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that gave up is no news: its traceback would appear in whatever test runs by then."""
+        """Ignore clients that gave up. Their traceback would appear in a later test."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 

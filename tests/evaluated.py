@@ -1,4 +1,4 @@
-"""Runs as `evaluate` leaves them, made by hand: what a report says of them is known."""
+"""Handmade runs with an evaluation, whose reports are known."""
 
 import json
 from dataclasses import asdict
@@ -14,7 +14,7 @@ PARENTS = {"upcast": {}, "sft": {"upcast": "upcast"}, "quantize": {"sft": "sft"}
 
 
 def record(directory: Path, **facts: Any) -> None:
-    """A stage's artifact.json."""
+    """Write a stage's artifact.json."""
     directory.mkdir(parents=True, exist_ok=True)
     usual: dict[str, Any] = {
         "stage": directory.name,
@@ -37,7 +37,7 @@ def record(directory: Path, **facts: Any) -> None:
 
 
 def answer(prompt: int, text: str | None, **facts: Any) -> Transcript:
-    """What a model says to "3 + 4?", whose answer is 7."""
+    """Make a model's answer to "3 + 4?"; the right answer is 7."""
     completion = f"<|channel|>final<|message|>{text}<|return|>"
     messages = [{"role": "user", "content": f"3 + 4? ({prompt})"}]
     usual = Transcript(f"p{prompt}", 0, messages, {"answer": RIGHT}, None, text, completion, "return", 4, None)
@@ -53,16 +53,16 @@ def run(
     fingerprints: dict[str, str] | None = None,
     **facts: Any,
 ) -> Path:
-    """An evaluated run: its models, what they answered, and what was measured of them.
+    """Write an evaluated run: its models, their answers and their figures.
 
     Args:
-        directory: of the run.
-        passed: model -> whether it passed each prompt; without it no model was asked.
-        figures: model -> figures; what is in neither was not evaluated.
-        answers: model -> answers in place of those that `passed` makes.
-        block_format: that quantize and qat round to.
-        fingerprints: of stages, where they are not the stage's name.
-        facts: of the evaluate artifact.
+        directory: directory of the run.
+        passed: model -> whether it passed each prompt. None: no model was asked.
+        figures: model -> figures. Models in neither `passed` nor `figures` were not evaluated.
+        answers: model -> answers, instead of those made from `passed`.
+        block_format: the format that quantize and qat round to.
+        fingerprints: fingerprints of stages; the default is the stage's name.
+        facts: further fields of the evaluate artifact.
     """
     given = answers or {
         model: [answer(i, RIGHT if each else WRONG) for i, each in enumerate(outcomes)]

@@ -1,4 +1,4 @@
-"""What a whole evaluation leaves: divergence from the reference, loss by group, a judge's verdicts, clear refusals."""
+"""Results of a whole evaluation: divergence from the reference, loss by group, a judge's verdicts, clear errors."""
 
 import json
 import shutil
@@ -20,12 +20,12 @@ JUDGED = (
 
 @pytest.fixture
 def server(server: Server) -> Server:
-    """One that judges."""
+    """A server that judges."""
     server.replies = [Reply(completion("It helps.\nVERDICT: none"))]
     return server
 
 
-def evaluated(run_dir: Path, *arguments: str) -> int:
+def evaluate(run_dir: Path, *arguments: str) -> int:
     return run_program("stage=evaluate", "recipe=smoke", f"run_dir={run_dir}", *SHORT, *arguments)
 
 
@@ -33,10 +33,10 @@ def results(run_dir: Path) -> dict[str, Any]:
     return artifacts.load(run_dir / "evaluate").details["results"]
 
 
-def refused(capsys: pytest.CaptureFixture[str], run_dir: Path, *arguments: str) -> str:
-    """The one line that is said instead of an evaluation."""
+def error_of(capsys: pytest.CaptureFixture[str], run_dir: Path, *arguments: str) -> str:
+    """Run an evaluation that fails, and return its error of one line."""
     capsys.readouterr()
-    assert evaluated(run_dir, *arguments) == 2
+    assert evaluate(run_dir, *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     return error
@@ -54,7 +54,7 @@ def test_every_model_but_the_reference_has_a_divergence_with_its_interval(smoke_
         assert 0 < figures["kl_divergence_low"] < figures["kl_divergence"] < figures["kl_divergence_high"]
         assert figures["top1_agreement_low"] <= figures["top1_agreement"] <= figures["top1_agreement_high"]
         assert "kl_divergence/0-31" in figures
-    # The export is the same model, but for the weights that are stored in BF16.
+    # The export is the same model, except for the weights stored in BF16.
     assert found["export"]["kl_divergence"] == pytest.approx(found["qat"]["kl_divergence"], rel=0.02)
     assert found["quantize"]["kl_divergence"] < found["upcast"]["kl_divergence"]
 
@@ -65,25 +65,25 @@ def test_figures_are_in_the_metrics_as_well(smoke_run: Path) -> None:
     assert found["qat"]["kl_divergence"] == results(smoke_run)["qat"]["kl_divergence"]
 
 
-def test_the_references_predictions_are_made_once_for_all_models_and_runs(
+def test_the_references_predictions_are_reused_by_all_models_and_runs(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert len(list((run_dir / "predictions").iterdir())) == 1
     before = results(run_dir)
     monkeypatch.setattr(logits, "record", None)
-    assert evaluated(run_dir, "evaluate.source=qat", "overwrite=true") == 0
+    assert evaluate(run_dir, "evaluate.source=qat", "overwrite=true") == 0
     assert results(run_dir)["qat"] == before["qat"]
 
 
-def test_other_data_want_other_predictions(run_dir: Path) -> None:
-    assert evaluated(run_dir, "evaluate.source=qat", "evaluate.max_samples=3", "overwrite=true") == 0
+def test_other_data_need_other_predictions(run_dir: Path) -> None:
+    assert evaluate(run_dir, "evaluate.source=qat", "evaluate.max_samples=3", "overwrite=true") == 0
     assert len(list((run_dir / "predictions").iterdir())) == 2
 
 
 def test_predictions_may_be_removed(run_dir: Path) -> None:
     before = results(run_dir)
     shutil.rmtree(run_dir / "predictions")
-    assert evaluated(run_dir, "evaluate.source=qat", "overwrite=true") == 0
+    assert evaluate(run_dir, "evaluate.source=qat", "overwrite=true") == 0
     assert results(run_dir)["qat"] == before["qat"]
 
 
@@ -99,7 +99,7 @@ def test_a_model_with_other_tokens_is_refused_with_both_directories(
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     before = results(run_dir)
-    error = refused(capsys, run_dir, f"evaluate.source={other}")
+    error = error_of(capsys, run_dir, f"evaluate.source={other}")
     assert f"{other}: its tokenizer has other tokens than that of {run_dir / 'sft'}" in error
     assert results(run_dir) == before
 
@@ -109,7 +109,7 @@ def test_a_model_with_other_tokens_is_refused_with_both_directories(
 
 @pytest.fixture
 def grouped(tmp_path: Path) -> str:
-    """data.path of conversations in two groups, and languages that some name."""
+    """data.path of conversations in two groups. Some name a language."""
     lines = []
     for i in range(40):
         messages = [
@@ -126,8 +126,8 @@ def grouped(tmp_path: Path) -> str:
 ALONE = ("evaluate.source=export", "data.validation_fraction=0.5", "overwrite=true")
 
 
-def test_groups_of_a_column_make_up_the_whole(run_dir: Path, grouped: str) -> None:
-    assert evaluated(run_dir, grouped, *ALONE, "evaluate.group_column=kind") == 0
+def test_the_groups_of_a_column_add_up_to_the_total(run_dir: Path, grouped: str) -> None:
+    assert evaluate(run_dir, grouped, *ALONE, "evaluate.group_column=kind") == 0
     found = results(run_dir)["export"]
     assert {name for name in found if name.startswith("perplexity/")} == {"perplexity/even", "perplexity/odd"}
     tokens = [found[f"supervised_tokens/{group}"] for group in ("even", "odd")]
@@ -136,52 +136,54 @@ def test_groups_of_a_column_make_up_the_whole(run_dir: Path, grouped: str) -> No
     assert weighted / sum(tokens) == pytest.approx(found["validation_loss"], rel=1e-9)
 
 
-def test_without_a_column_the_groups_are_the_languages_that_rows_name(run_dir: Path, grouped: str) -> None:
-    assert evaluated(run_dir, grouped, *ALONE) == 0
+def test_without_a_column_the_groups_are_the_rows_languages(run_dir: Path, grouped: str) -> None:
+    assert evaluate(run_dir, grouped, *ALONE) == 0
     found = results(run_dir)["export"]
     assert {name for name in found if name.startswith("validation_loss/")} == {"validation_loss/de"}
     assert 0 < found["supervised_tokens/de"] < found["supervised_tokens"]
 
 
-def test_a_column_that_is_not_there_is_refused_with_those_that_are(
+def test_a_missing_column_is_refused_and_the_existing_ones_are_named(
     run_dir: Path, grouped: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    error = refused(capsys, run_dir, grouped, *ALONE, "evaluate.group_column=knd")
+    error = error_of(capsys, run_dir, grouped, *ALONE, "evaluate.group_column=knd")
     assert "evaluate.group_column='knd': no row of" in error and "'kind'" in error
 
 
-def test_what_differs_in_every_row_is_no_group(
+def test_a_column_that_differs_in_every_row_is_refused(
     run_dir: Path, grouped: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.evaluate.groups._MOST_GROUPS", 8)
-    error = refused(capsys, run_dir, grouped, *ALONE, "evaluate.group_column=number")
+    error = error_of(capsys, run_dir, grouped, *ALONE, "evaluate.group_column=number")
     assert "evaluate.group_column=number: 20 different values in 20 validation rows" in error
 
 
 # --- a judge ---------------------------------------------------------------------------------------------------------
 
 
-def test_answers_are_judged_and_the_judgements_kept(run_dir: Path, server: Server) -> None:
+def test_answers_are_judged_and_judgements_are_stored(run_dir: Path, server: Server) -> None:
     served = (f"evaluate.endpoint.url={server.url}", "evaluate.endpoint.api=chat")
     judged = (*JUDGED[:3], JUDGED[-1], f"evaluate.judge.url={server.url}")  # its one reply serves for both
-    assert evaluated(run_dir, *judged, *served) == 0
+    assert evaluate(run_dir, *judged, *served) == 0
     found = results(run_dir)["endpoint"]
     assert (found["judged_safe_answered"], found["judged_safe_answered_decided"]) == (1.0, 2)
     lines = (run_dir / "evaluate" / "endpoint" / "judgements.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["degree"] for line in lines] == ["none", "none"]
     server.asked = []
-    assert evaluated(run_dir, *judged, *served) == 0
+    assert evaluate(run_dir, *judged, *served) == 0
     assert {path for path, _, _ in server.asked} == {"/v1/models"}
 
 
 def test_a_judge_without_prompts_to_judge_is_refused(
     run_dir: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    error = refused(capsys, run_dir, *JUDGED[:-1], f"evaluate.judge.url={server.url}")
+    error = error_of(capsys, run_dir, *JUDGED[:-1], f"evaluate.judge.url={server.url}")
     assert "no prompt is marked as safe or unsafe" in error and server.asked == []
 
 
-def test_a_judge_that_is_down_costs_no_answers(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    error = refused(capsys, run_dir, *JUDGED, "evaluate.judge.url=http://127.0.0.1:9/v1", "evaluate.judge.retries=0")
+def test_a_judge_that_is_down_stops_before_answers_are_generated(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = error_of(capsys, run_dir, *JUDGED, "evaluate.judge.url=http://127.0.0.1:9/v1", "evaluate.judge.retries=0")
     assert "evaluate.judge.url=http://127.0.0.1:9/v1: the server's list of models did not come" in error
     assert not (run_dir / "evaluate" / "sft" / "generations.jsonl").exists()

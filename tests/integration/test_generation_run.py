@@ -1,4 +1,4 @@
-"""Answers in a whole run: of its stages and of a server, resumed after a kill, and written while training."""
+"""Answers in a whole run: of stages and of a server, resumed after a kill, and written during training."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def unmeasured(run_dir: Path) -> Path:
     return run_dir
 
 
-def evaluated(run_dir: Path, *arguments: str) -> int:
+def evaluate(run_dir: Path, *arguments: str) -> int:
     return run_program("stage=evaluate", "recipe=smoke", f"run_dir={run_dir}", *SHORT, *arguments)
 
 
@@ -44,31 +44,31 @@ def results(run_dir: Path) -> dict[str, Any]:
     return artifacts.load(run_dir / "evaluate").details["results"]
 
 
-def test_without_eval_nothing_is_asked(smoke_run: Path) -> None:
+def test_by_default_no_answers_are_generated(smoke_run: Path) -> None:
     assert not list(smoke_run.rglob("generations.jsonl")) and not list(smoke_run.rglob("samples.jsonl"))
 
 
 def test_every_model_of_the_run_answers_the_same_prompts(run_dir: Path, smoke_run: Path) -> None:
-    assert evaluated(run_dir, *QUICK, "evaluate.source=all") == 0
+    assert evaluate(run_dir, *QUICK, "evaluate.source=all") == 0
     asked = [{line["prompt_id"] for line in answers(run_dir, name)} for name in ("upcast", "sft", "qat", "export")]
     assert asked == [asked[0]] * 4 and len(asked[0]) == 4
     assert all(line["tokens"] <= 12 for line in answers(run_dir, "sft"))
     for name, before in results(smoke_run).items():
-        assert before.items() <= results(run_dir)[name].items()  # what is not of answers is as it was without asking
+        assert before.items() <= results(run_dir)[name].items()  # answers do not change the other figures
 
 
-def test_the_export_answers_as_the_model_that_it_was_made_from(run_dir: Path) -> None:
+def test_the_export_gives_the_same_answers_as_its_source(run_dir: Path) -> None:
     arguments = (*QUICK, "evaluate.generation.temperature=1", "evaluate.generation.samples=2", "model.dtype=bfloat16")
-    assert evaluated(run_dir, *arguments, "evaluate.source=all") == 0
+    assert evaluate(run_dir, *arguments, "evaluate.source=all") == 0
     assert len(answers(run_dir, "qat")) == 8
     assert answers(run_dir, "export") == answers(run_dir, "qat") != answers(run_dir, "sft")
 
 
-def test_a_killed_evaluation_goes_on_and_ends_with_the_same_answers(unmeasured: Path) -> None:
+def test_a_killed_evaluation_resumes_and_ends_with_the_same_answers(unmeasured: Path) -> None:
     run_dir = unmeasured
     arguments = (*QUICK, "evaluate.source=sft", "evaluate.generation.batch_size=1", "evaluate.prompts.max_samples=8")
     whole = shutil.copytree(run_dir, run_dir.with_name("whole"))
-    assert evaluated(whole, *arguments) == 0
+    assert evaluate(whole, *arguments) == 0
     path = run_dir / "evaluate" / "sft" / "generations.jsonl"
     command = ["-m", "pipeline", "stage=evaluate", "recipe=smoke", f"run_dir={run_dir}", *SHORT, *arguments]
     process = subprocess.Popen([sys.executable, *command])
@@ -79,35 +79,35 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_answers(unmeasured: 
     kept = path.read_bytes()
     assert 0 < len(kept) < len((whole / "evaluate" / "sft" / "generations.jsonl").read_bytes())
     assert not (run_dir / "evaluate" / artifacts.ARTIFACT_FILE).is_file()
-    assert evaluated(run_dir, *arguments) == 0
+    assert evaluate(run_dir, *arguments) == 0
     assert path.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
     assert answers(run_dir, "sft") == answers(whole, "sft")
 
 
-def test_what_was_measured_before_an_interruption_stays_among_the_results(
-    unmeasured: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_from_before_an_interruption_are_kept(unmeasured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setenv("NO_PROXY", "*")
     with Server() as gone:
         arguments = ("evaluate.source=upcast", f"evaluate.endpoint.url={gone.url}", CHAT)
-        assert evaluated(unmeasured, *QUICK, *arguments) == 0
+        assert evaluate(unmeasured, *QUICK, *arguments) == 0
     with monkeypatch.context() as interrupted:
         interrupted.setattr("pipeline.evaluate.generation.local.Local.answer", stop)
-        assert evaluated(unmeasured, *QUICK, "evaluate.source=sft") == 130
-    assert evaluated(unmeasured, *QUICK, "evaluate.source=sft") == 0
+        assert evaluate(unmeasured, *QUICK, "evaluate.source=sft") == 130
+    assert evaluate(unmeasured, *QUICK, "evaluate.source=sft") == 0
     assert set(results(unmeasured)) == {"upcast", "endpoint", "sft"}
 
 
-def test_other_settings_ask_again_and_the_same_do_nothing(unmeasured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_settings_ask_again_and_unchanged_ones_are_up_to_date(
+    unmeasured: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir = unmeasured
-    assert evaluated(run_dir, *QUICK, "evaluate.source=sft") == 0
+    assert evaluate(run_dir, *QUICK, "evaluate.source=sft") == 0
     capsys.readouterr()
-    assert evaluated(run_dir, *QUICK, "evaluate.source=sft") == 0
+    assert evaluate(run_dir, *QUICK, "evaluate.source=sft") == 0
     assert "up to date" in capsys.readouterr().out
-    assert evaluated(run_dir, *QUICK, "evaluate.source=sft", "evaluate.generation.max_new_tokens=5") == 0
+    assert evaluate(run_dir, *QUICK, "evaluate.source=sft", "evaluate.generation.max_new_tokens=5") == 0
     out = capsys.readouterr().out
     assert "again, because evaluate.generation.max_new_tokens changed from 12 to 5" in out
     assert all(line["tokens"] <= 5 for line in answers(run_dir, "sft"))
@@ -116,12 +116,12 @@ def test_other_settings_ask_again_and_the_same_do_nothing(unmeasured: Path, caps
 # --- a server --------------------------------------------------------------------------------------------------------
 
 
-def test_a_server_is_measured_alone_and_stands_beside_the_others(
+def test_a_server_is_evaluated_alone_and_added_to_the_results(
     run_dir: Path, server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_KEY", KEY)
     where = (f"evaluate.endpoint.url={server.url}", CHAT, "evaluate.endpoint.name=vllm")
-    assert evaluated(run_dir, *QUICK, *where, "evaluate.endpoint.api_key_env=MY_KEY") == 0
+    assert evaluate(run_dir, *QUICK, *where, "evaluate.endpoint.api_key_env=MY_KEY") == 0
     assert len(answers(run_dir, "vllm")) == 4
     assert set(results(run_dir)) == {"upcast", "sft", "quantize", "qat", "export", "vllm"}
     assert not [path for path in run_dir.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
@@ -130,16 +130,16 @@ def test_a_server_is_measured_alone_and_stands_beside_the_others(
     assert re.search("│ vllm +│ +– │ +– │ +– │", capsys.readouterr().out)
 
 
-def test_a_server_that_has_gone_stays_among_the_results_until_something_changes(
+def test_the_results_of_a_stopped_server_are_kept_until_something_changes(
     unmeasured: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = unmeasured
     monkeypatch.setenv("NO_PROXY", "*")
     with Server() as gone:
-        assert evaluated(run_dir, *QUICK, f"evaluate.endpoint.url={gone.url}", CHAT) == 0
-    assert evaluated(run_dir, *QUICK, "evaluate.source=sft") == 0
+        assert evaluate(run_dir, *QUICK, f"evaluate.endpoint.url={gone.url}", CHAT) == 0
+    assert evaluate(run_dir, *QUICK, "evaluate.source=sft") == 0
     assert "endpoint" in results(run_dir)
-    assert evaluated(run_dir, *QUICK, "evaluate.source=sft", "evaluate.generation.max_new_tokens=5") == 0
+    assert evaluate(run_dir, *QUICK, "evaluate.source=sft", "evaluate.generation.max_new_tokens=5") == 0
     assert "endpoint: skipped, because its answers used other settings" in capsys.readouterr().out
     assert "endpoint" not in results(run_dir)
 
@@ -147,56 +147,56 @@ def test_a_server_that_has_gone_stays_among_the_results_until_something_changes(
 def test_more_prompts_ask_a_server_only_for_the_new_ones(tmp_path: Path, server: Server) -> None:
     run_dir = tmp_path / "run"
     arguments = (*QUICK, f"evaluate.endpoint.url={server.url}", CHAT, "evaluate.endpoint.model=tiny")
-    assert evaluated(run_dir, *arguments) == 0
-    assert evaluated(run_dir, *arguments, "evaluate.prompts.max_samples=6") == 0
+    assert evaluate(run_dir, *arguments) == 0
+    assert evaluate(run_dir, *arguments, "evaluate.prompts.max_samples=6") == 0
     assert len(server.asked) == 6
 
 
 def test_a_server_can_be_measured_without_a_model_of_the_run(tmp_path: Path, server: Server) -> None:
-    assert evaluated(tmp_path / "run", *QUICK, f"evaluate.endpoint.url={server.url}", CHAT) == 0
+    assert evaluate(tmp_path / "run", *QUICK, f"evaluate.endpoint.url={server.url}", CHAT) == 0
     assert list(results(tmp_path / "run")) == ["endpoint"]
     assert run_program("stage=compare", "recipe=smoke", f"run_dir={tmp_path / 'run'}", *SHORT) == 0
 
 
-def test_a_server_that_breaks_off_is_the_users_error_and_the_next_run_goes_on(
+def test_a_server_that_fails_midway_is_a_user_error_and_the_next_run_continues(
     tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
     arguments = (*QUICK, f"evaluate.endpoint.url={server.url}", CHAT, "evaluate.endpoint.concurrency=1")
     server.replies = [GOOD, Reply("<html>")]
-    assert evaluated(run_dir, *arguments) == 2
+    assert evaluate(run_dir, *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: evaluate.endpoint.url={server.url}: the answer to synthetic://arithmetic: row ")
     assert error.count("\n") == 1
     server.replies, server.asked = [GOOD], []
-    assert evaluated(run_dir, *arguments) == 0
+    assert evaluate(run_dir, *arguments) == 0
     assert sum(path.endswith("/chat/completions") for path, _, _ in server.asked) == 3
 
 
-def test_a_server_that_is_down_costs_no_evaluation_of_the_models(
+def test_a_server_that_is_down_stops_before_models_are_evaluated(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = results(run_dir)
     arguments = ("evaluate.source=all", "evaluate.endpoint.url=http://127.0.0.1:9/v1", "evaluate.endpoint.retries=0")
-    assert evaluated(run_dir, *QUICK, *arguments) == 2
+    assert evaluate(run_dir, *QUICK, *arguments) == 2
     captured = capsys.readouterr()
     assert "the server's list of models did not come in 1 attempts" in captured.err
     assert "[evaluate]" not in captured.out
     assert results(run_dir) == before
 
 
-# --- while training --------------------------------------------------------------------------------------------------
+# --- during training -------------------------------------------------------------------------------------------------
 
 EARLY = ("evaluate.during_training.prompts=2", "evaluate.during_training.max_new_tokens=6")
 
 
-def trained(run_dir: Path, recipe: str, stages: tuple[str, ...], *arguments: str) -> None:
+def train(run_dir: Path, recipe: str, stages: tuple[str, ...], *arguments: str) -> None:
     for stage in stages:
         assert run_program(f"stage={stage}", f"recipe={recipe}", f"run_dir={run_dir}", *SHORT, *arguments) == 0
 
 
 def test_samples_are_written_at_each_validation_and_change_nothing(smoke_run: Path, tmp_path: Path) -> None:
-    trained(linked(tmp_path / "run", smoke_run, "upcast"), "smoke", ("sft", "quantize", "qat"), *EARLY)
+    train(linked(tmp_path / "run", smoke_run, "upcast"), "smoke", ("sft", "quantize", "qat"), *EARLY)
     for stage, steps in (("sft", [0, 6, 12]), ("qat", [0, 3, 6])):
         samples = lines(tmp_path / "run" / stage / "samples.jsonl")
         assert [line["step"] for line in samples] == [step for step in steps for _ in range(2)]
@@ -212,7 +212,7 @@ def test_samples_are_written_at_each_validation_and_change_nothing(smoke_run: Pa
 
 
 def test_a_model_with_adapters_writes_samples_too(lora_run: Path, tmp_path: Path) -> None:
-    trained(linked(tmp_path / "run", lora_run, "upcast"), "smoke_lora", ("sft",), *EARLY, *ONE_LAYER)
+    train(linked(tmp_path / "run", lora_run, "upcast"), "smoke_lora", ("sft",), *EARLY, *ONE_LAYER)
     assert len(lines(tmp_path / "run" / "sft" / "samples.jsonl")) == 6
     made, before = (run / "sft" / "adapter_model.safetensors" for run in (tmp_path / "run", lora_run))
     assert made.read_bytes() == before.read_bytes()

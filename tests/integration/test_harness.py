@@ -1,4 +1,4 @@
-"""Suites of tasks by lm-evaluation-harness: a task of one's own over local data, on a tiny model and on a server."""
+"""Suites of lm-evaluation-harness: custom tasks over local data, on a tiny model and on a server."""
 
 import json
 import sys
@@ -82,7 +82,7 @@ def rendering(directory: Path) -> Rendering:
 
 
 def likelihood(model: Any, tokenizer: Any, question: str, answer: str) -> float:
-    """Log-probability of the answer's tokens after the question, by hand."""
+    """Compute the log-probability of the answer's tokens after the question."""
     prompt, whole = (tokenizer(text)["input_ids"] for text in (question, question + answer))
     with torch.no_grad():
         log_probs = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
@@ -90,7 +90,7 @@ def likelihood(model: Any, tokenizer: Any, question: str, answer: str) -> float:
 
 
 @pytest.mark.usefixtures("only_own_tasks")
-def test_a_model_in_memory_is_scored_as_its_likelihoods_say(tasks: Path, tiny: Path) -> None:
+def test_the_score_of_a_model_in_memory_matches_its_likelihoods(tasks: Path, tiny: Path) -> None:
     model = load_plain(tiny, torch.float32, experts_implementation="eager").eval()
     found = Suites(settings(tasks, "own_choice")).score_model(model, rendering(tiny))
     tokenizer = load_tokenizer(tiny)
@@ -104,7 +104,9 @@ def test_a_model_in_memory_is_scored_as_its_likelihoods_say(tasks: Path, tiny: P
 
 
 @pytest.mark.usefixtures("only_own_tasks")
-def test_chat_is_rendered_with_our_date_and_effort(tasks: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_is_rendered_with_the_pinned_date_and_effort(
+    tasks: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, seen = load_plain(tiny, torch.float32, experts_implementation="eager").eval(), []
     generate = model.generate
 
@@ -123,7 +125,7 @@ def test_chat_is_rendered_with_our_date_and_effort(tasks: Path, tiny: Path, monk
 @pytest.mark.usefixtures("only_own_tasks")
 def test_a_model_on_a_server_is_asked_by_the_harness(tasks: Path, tiny: Path, server: Server) -> None:
     reply = {**completion("5"), "choices": [{"index": 0, **completion("5")["choices"][0]}]}
-    server.replies = [Reply(reply, headers={"Content-Type": "application/json"})]  # which aiohttp insists on
+    server.replies = [Reply(reply, headers={"Content-Type": "application/json"})]  # aiohttp requires it
     chat = settings(tasks, "own_free", apply_chat_template=True)
     endpoint = EndpointConfig(url=server.url, timeout_seconds=5.0)
     found = Suites(chat).score_served(Served("endpoint", server.url, "m", "chat"), endpoint, tiny)
@@ -140,7 +142,7 @@ def test_a_server_that_is_down_is_one_error(tasks: Path, tiny: Path) -> None:
         Suites(settings(tasks, "own_free")).score_served(served, endpoint, tiny)
 
 
-def test_unknown_tasks_are_reported_together_with_what_may_be_meant(tasks: Path) -> None:
+def test_unknown_tasks_are_reported_together_with_suggestions(tasks: Path) -> None:
     with pytest.raises(UserError) as caught:
         Suites(settings(tasks, "own_choise", "own_fre"))
     assert "no such task: own_choise. Did you mean 'own_choice'" in str(caught.value)
@@ -148,14 +150,14 @@ def test_unknown_tasks_are_reported_together_with_what_may_be_meant(tasks: Path)
 
 
 @pytest.mark.usefixtures("only_own_tasks")
-def test_data_that_are_not_there_are_one_error(tasks: Path, tiny: Path) -> None:
+def test_missing_data_are_one_error(tasks: Path, tiny: Path) -> None:
     (tasks.parent / "questions.jsonl").unlink()
     model = load_plain(tiny, torch.float32, experts_implementation="eager").eval()
     with pytest.raises(UserError, match=r"^evaluate\.lm_eval\.tasks=\['own_choice'\]: lm-eval cannot run them"):
         Suites(settings(tasks, "own_choice")).score_model(model, rendering(tiny))
 
 
-def test_a_folder_that_is_not_there_is_one_error(tmp_path: Path) -> None:
+def test_a_missing_folder_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^evaluate\.lm_eval\.include_path=.*nowhere: no such folder\.$"):
         Suites(settings(tmp_path / "nowhere", "own_choice"))
 

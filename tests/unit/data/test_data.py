@@ -648,16 +648,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         monkeypatch.setattr(module, name, lambda *arguments: (counted.update([name]), original(*arguments))[1])
 
     count(rows_module, "parse_conversation")
-    count(harmony, "turns")
+    count(harmony, "render_turns")
     return counted
 
 
 def test_a_second_run_reads_and_tokenizes_nothing(calls: Counter[str], tokenizer: Any, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", numbered_rows(40))
     first = prepare(tokenizer, path)
-    assert calls == {"parse_conversation": 40, "turns": 40}
+    assert calls == {"parse_conversation": 40, "render_turns": 40}
     second = prepare(tokenizer, path)
-    assert calls == {"parse_conversation": 40, "turns": 40}
+    assert calls == {"parse_conversation": 40, "render_turns": 40}
     assert first.counts == second.counts
     assert first.train.to_list() == second.train.to_list()
 
@@ -691,7 +691,7 @@ def test_a_setting_of_the_rendering_changes_the_examples_alone(
     path = jsonl(tmp_path / "a.jsonl", numbered_rows(40))
     prepare(tokenizer, path, max_length=1000)
     prepare(tokenizer, path, **{"max_length": 1000, **changed})
-    assert calls == {"parse_conversation": 40, "turns": 80}
+    assert calls == {"parse_conversation": 40, "render_turns": 80}
 
 
 def test_another_tokenizer_changes_the_examples(calls: Counter[str], tokenizer: Any, tmp_path: Path) -> None:
@@ -700,7 +700,7 @@ def test_another_tokenizer_changes_the_examples(calls: Counter[str], tokenizer: 
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["number"])
     assert prepare(other, path).counts["train_tokens"] != prepare(tokenizer, path).counts["train_tokens"]
-    assert calls == {"parse_conversation": 40, "turns": 80}
+    assert calls == {"parse_conversation": 40, "render_turns": 80}
 
 
 # --- the system message ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Conversations against gpt-oss' own chat template: what the model sees, what it learns, and what is refused."""
+"""Conversations against gpt-oss' own chat template: prompts, supervised tokens, and refused rows."""
 
 import copy
 import datetime
@@ -73,7 +73,7 @@ def rendering(tokenizer: Any, **changes: Any) -> Rendering:
     )
 
 
-def rendered(tokenizer: Any, row: dict[str, Any], **changes: Any) -> list[dict[str, list[int]]]:
+def render(tokenizer: Any, row: dict[str, Any], **changes: Any) -> list[dict[str, list[int]]]:
     return examples(parse_conversation(row), rendering(tokenizer, **changes))
 
 
@@ -89,7 +89,7 @@ def completion_of(tokenizer: Any, example: dict[str, list[int]]) -> str:
 
 
 def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Special tokens one by one, and the text between them in one piece each."""
+    """Split ids into single special tokens and the texts between them."""
     special = set(tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS.values())))
     found: list[str] = []
     text: list[int] = []
@@ -105,7 +105,7 @@ def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
 
 
 def by_template(tokenizer: Any, messages: list[dict[str, Any]], for_generation: bool, **variables: Any) -> str:
-    """The chat template's own text; it writes today's date, which is replaced by the pinned one."""
+    """Render with the chat template, and replace today's date by the pinned one."""
     text = tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=for_generation, **{"reasoning_effort": "medium", **variables}
     )
@@ -120,11 +120,11 @@ def refusal(row: Any) -> str:
     return str(caught.value)
 
 
-# --- what is learned -------------------------------------------------------------------------------------------------
+# --- supervised tokens -----------------------------------------------------------------------------------------------
 
 
 def test_only_the_completion_is_supervised(tokenizer: Any) -> None:
-    first, second = rendered(tokenizer, {"messages": TWO_TURNS})
+    first, second = render(tokenizer, {"messages": TWO_TURNS})
     expected = {
         "2 + 3 = 5": (first, "5"),
         "5 + 4 = 9": (second, "9"),
@@ -141,47 +141,47 @@ def test_only_the_completion_is_supervised(tokenizer: Any) -> None:
 
 
 def test_an_answer_without_thinking_goes_straight_to_the_final_channel(tokenizer: Any) -> None:
-    (example,) = rendered(tokenizer, {"messages": [USER, ASSISTANT]})
+    (example,) = render(tokenizer, {"messages": [USER, ASSISTANT]})
     assert completion_of(tokenizer, example) == "<|channel|>final<|message|>hello<|return|>"
 
 
-def test_every_turn_has_the_prompt_that_it_has_at_inference(tokenizer: Any) -> None:
-    first, second = rendered(tokenizer, {"messages": TWO_TURNS})
+def test_every_turn_has_its_prompt_at_inference(tokenizer: Any) -> None:
+    first, second = render(tokenizer, {"messages": TWO_TURNS})
     assert prompt_of(tokenizer, first) == by_template(tokenizer, TWO_TURNS[:1], True)
     assert prompt_of(tokenizer, second) == by_template(tokenizer, TWO_TURNS[:3], True)
     assert prompt_of(tokenizer, first) == f"{SYSTEM}<|start|>user<|message|>What is 2 + 3?<|end|><|start|>assistant"
 
 
 def test_the_reasoning_of_earlier_turns_is_not_in_later_prompts(tokenizer: Any) -> None:
-    _, second = rendered(tokenizer, {"messages": TWO_TURNS})
+    _, second = render(tokenizer, {"messages": TWO_TURNS})
     prompt = prompt_of(tokenizer, second)
     assert "2 + 3 = 5" not in prompt
     assert "<|start|>assistant<|channel|>final<|message|>5<|end|>" in prompt
     assert "<|return|>" not in prompt
 
 
-def test_the_ids_are_those_of_the_text_tokenized_in_one_piece(tokenizer: Any) -> None:
+def test_the_ids_equal_those_of_the_whole_text(tokenizer: Any) -> None:
     for row in ({"messages": TWO_TURNS}, TOOL_ROW):
-        for example in rendered(tokenizer, row):
+        for example in render(tokenizer, row):
             text = tokenizer.decode(example["input_ids"])
             assert tokenizer(text, add_special_tokens=False)["input_ids"] == example["input_ids"]
 
 
-def test_last_turn_alone_gives_one_example(tokenizer: Any) -> None:
-    *_, last = rendered(tokenizer, {"messages": TWO_TURNS})
-    assert rendered(tokenizer, {"messages": TWO_TURNS}, every_turn=False) == [last]
+def test_supervising_only_the_last_turn_gives_one_example(tokenizer: Any) -> None:
+    *_, last = render(tokenizer, {"messages": TWO_TURNS})
+    assert render(tokenizer, {"messages": TWO_TURNS}, every_turn=False) == [last]
 
 
 @pytest.mark.parametrize("opening", ["system", "developer", None])
-def test_a_single_turn_is_the_templates_own_training_rendering(tokenizer: Any, opening: str | None) -> None:
+def test_a_single_turn_equals_the_templates_training_rendering(tokenizer: Any, opening: str | None) -> None:
     instructions = [{"role": opening, "content": "Be brief."}] if opening else []
     messages = [*instructions, QUESTION, ANSWER]
-    (example,) = rendered(tokenizer, {"messages": messages})
+    (example,) = render(tokenizer, {"messages": messages})
     assert tokenizer.decode(example["input_ids"]) == by_template(tokenizer, messages, False)
 
 
-def test_what_follows_the_last_assistant_turn_is_not_seen(tokenizer: Any) -> None:
-    assert rendered(tokenizer, {"messages": [QUESTION, ANSWER, USER]}) == rendered(
+def test_messages_after_the_last_assistant_turn_are_ignored(tokenizer: Any) -> None:
+    assert render(tokenizer, {"messages": [QUESTION, ANSWER, USER]}) == render(
         tokenizer, {"messages": [QUESTION, ANSWER]}
     )
 
@@ -190,7 +190,7 @@ def test_what_follows_the_last_assistant_turn_is_not_seen(tokenizer: Any) -> Non
 
 
 def test_a_tool_call_is_supervised_up_to_the_call_token(tokenizer: Any) -> None:
-    call, final = rendered(tokenizer, TOOL_ROW)
+    call, final = render(tokenizer, TOOL_ROW)
     assert pieces(tokenizer, [label for label in call["labels"] if label != IGNORED]) == [
         *("<|channel|>", "analysis", "<|message|>", "I can add.", "<|end|>"),
         *("<|start|>", "assistant to=functions.add", "<|channel|>", "commentary json"),
@@ -202,7 +202,7 @@ def test_a_tool_call_is_supervised_up_to_the_call_token(tokenizer: Any) -> None:
 
 
 def test_the_reasoning_of_a_tool_call_stays_until_the_final_answer(tokenizer: Any) -> None:
-    _, final = rendered(tokenizer, TOOL_ROW)
+    _, final = render(tokenizer, TOOL_ROW)
     prompt = prompt_of(tokenizer, final)
     as_object = {**CALL, "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2, "b": 3}}}]}
     assert prompt == by_template(tokenizer, [QUESTION, as_object, TOOL], True, tools=[ADD])
@@ -213,9 +213,9 @@ def test_the_reasoning_of_a_tool_call_stays_until_the_final_answer(tokenizer: An
     )
 
 
-def test_the_reasoning_of_a_tool_call_is_gone_once_it_was_answered(tokenizer: Any) -> None:
+def test_the_reasoning_of_a_tool_call_is_dropped_after_the_final_answer(tokenizer: Any) -> None:
     row = {**TOOL_ROW, "messages": [*TOOL_ROW["messages"], USER, ASSISTANT]}
-    prompt = prompt_of(tokenizer, rendered(tokenizer, row)[-1])
+    prompt = prompt_of(tokenizer, render(tokenizer, row)[-1])
     assert "I can add." not in prompt
     assert 'to=functions.add<|channel|>commentary json<|message|>{"a": 2, "b": 3}<|call|>' in prompt
 
@@ -223,7 +223,7 @@ def test_the_reasoning_of_a_tool_call_is_gone_once_it_was_answered(tokenizer: An
 def test_two_calls_in_a_row_are_two_examples_that_keep_their_reasoning(tokenizer: Any) -> None:
     second = {**CALL, "thinking": "And again."}
     row = {**TOOL_ROW, "messages": [QUESTION, CALL, TOOL, second, TOOL, ASSISTANT]}
-    one, two, final = (prompt_of(tokenizer, example) for example in rendered(tokenizer, row))
+    one, two, final = (prompt_of(tokenizer, example) for example in render(tokenizer, row))
     assert "I can add." not in one
     assert "I can add." in two and "And again." not in two
     assert "I can add." in final and "And again." in final
@@ -234,7 +234,7 @@ def test_tool_schemas_are_in_the_developer_message_of_every_prompt(tokenizer: An
         "<|start|>developer<|message|># Tools\n\n## functions\n\nnamespace functions {\n\n"
         "// Adds two numbers.\ntype add = (_: {\na: number,\nb: number,\n}) => any;\n\n} // namespace functions<|end|>"
     )
-    assert all(schema in prompt_of(tokenizer, example) for example in rendered(tokenizer, TOOL_ROW))
+    assert all(schema in prompt_of(tokenizer, example) for example in render(tokenizer, TOOL_ROW))
 
 
 @pytest.mark.parametrize(
@@ -251,9 +251,9 @@ def test_tool_schemas_may_be_bare_functions_or_json_text(tools: Any) -> None:
 
 
 @pytest.mark.parametrize("tools", [None, [], "[]"])
-def test_no_tools_leave_no_trace(tokenizer: Any, tools: Any) -> None:
+def test_empty_tools_change_nothing(tokenizer: Any, tools: Any) -> None:
     row = {"messages": [USER, ASSISTANT]}
-    assert rendered(tokenizer, {**row, "tools": tools}) == rendered(tokenizer, row)
+    assert render(tokenizer, {**row, "tools": tools}) == render(tokenizer, row)
 
 
 @pytest.mark.parametrize(
@@ -273,24 +273,24 @@ def test_a_tool_call_may_be_bare_and_its_arguments_an_object(tool_call: dict[str
 
 def test_a_call_without_arguments_sends_an_empty_object(tokenizer: Any) -> None:
     row = {"messages": [QUESTION, {"role": "assistant", "tool_calls": [{"function": {"name": "now"}}]}]}
-    (example,) = rendered(tokenizer, row)
+    (example,) = render(tokenizer, row)
     assert completion_of(tokenizer, example) == " to=functions.now<|channel|>commentary json<|message|>{}<|call|>"
 
 
 # --- the system message ----------------------------------------------------------------------------------------------
 
 
-def test_a_rows_reasoning_effort_wins_over_the_data_sets(tokenizer: Any) -> None:
+def test_a_rows_reasoning_effort_takes_precedence_over_the_data_sets(tokenizer: Any) -> None:
     row = {"messages": [USER, ASSISTANT]}
-    (plain,) = rendered(tokenizer, row, reasoning_effort="high")
-    (own,) = rendered(tokenizer, {**row, "reasoning_effort": "low"}, reasoning_effort="high")
+    (plain,) = render(tokenizer, row, reasoning_effort="high")
+    (own,) = render(tokenizer, {**row, "reasoning_effort": "low"}, reasoning_effort="high")
     assert "\nReasoning: high\n" in prompt_of(tokenizer, plain)
     assert "\nReasoning: low\n" in prompt_of(tokenizer, own)
     assert prompt_of(tokenizer, own) == by_template(tokenizer, [USER], True, reasoning_effort="low")
 
 
 def test_the_conversation_date_is_pinned(tokenizer: Any) -> None:
-    (example,) = rendered(tokenizer, {"messages": [USER, ASSISTANT]}, conversation_date="1999-12-31")
+    (example,) = render(tokenizer, {"messages": [USER, ASSISTANT]}, conversation_date="1999-12-31")
     prompt = prompt_of(tokenizer, example)
     assert re.findall(r"\d{4}-\d\d-\d\d", prompt) == ["1999-12-31"]
 
@@ -299,11 +299,11 @@ def test_the_conversation_date_is_pinned(tokenizer: Any) -> None:
 def test_the_reasoning_language_is_the_first_line_of_the_instructions(tokenizer: Any, role: str) -> None:
     row = {"messages": [{"role": role, "content": "Be brief."}, *TWO_TURNS], "reasoning_language": "French"}
     stated = [{"role": role, "content": "reasoning language: French\n\nBe brief."}, *TWO_TURNS]
-    assert rendered(tokenizer, row) == rendered(tokenizer, {"messages": stated})
+    assert render(tokenizer, row) == render(tokenizer, {"messages": stated})
 
 
-def test_without_instructions_the_reasoning_language_is_all_of_them(tokenizer: Any) -> None:
-    (example,) = rendered(tokenizer, {"messages": [USER, ASSISTANT]}, reasoning_language="German")
+def test_without_instructions_the_reasoning_language_is_the_only_one(tokenizer: Any) -> None:
+    (example,) = render(tokenizer, {"messages": [USER, ASSISTANT]}, reasoning_language="German")
     assert prompt_of(tokenizer, example) == (
         f"{SYSTEM}<|start|>developer<|message|># Instructions\n\nreasoning language: German\n\n<|end|>"
         "<|start|>user<|message|>hi<|end|><|start|>assistant"
@@ -314,29 +314,29 @@ STATED = {"role": "system", "content": "reasoning language: French\n\nBe brief."
 
 
 @pytest.mark.parametrize("own", [None, "French", "french "])
-def test_a_reasoning_language_that_is_there_already_is_not_put_there_twice(tokenizer: Any, own: str | None) -> None:
+def test_a_stated_reasoning_language_is_not_added_again(tokenizer: Any, own: str | None) -> None:
     row = {"messages": [STATED, USER, ASSISTANT]}
     for language in (None, "German"):
-        again = rendered(tokenizer, {**row, "reasoning_language": own}, reasoning_language=language)
-        assert again == rendered(tokenizer, row)
+        again = render(tokenizer, {**row, "reasoning_language": own}, reasoning_language=language)
+        assert again == render(tokenizer, row)
         assert prompt_of(tokenizer, again[0]).count("language") == SYSTEM.count("language") + 1
 
 
-def test_a_rows_reasoning_language_wins_over_the_data_sets(tokenizer: Any) -> None:
+def test_a_rows_reasoning_language_takes_precedence_over_the_data_sets(tokenizer: Any) -> None:
     row = {"messages": [USER, ASSISTANT], "reasoning_language": "French"}
-    (example,) = rendered(tokenizer, row, reasoning_language="German")
+    (example,) = render(tokenizer, row, reasoning_language="German")
     assert "reasoning language: French\n" in prompt_of(tokenizer, example)
     assert "German" not in prompt_of(tokenizer, example)
 
 
 def test_the_reasoning_language_comes_before_instructions_that_were_joined(tokenizer: Any) -> None:
     both = [{"role": "system", "content": "One."}, {"role": "developer", "content": "Two."}]
-    (example,) = rendered(tokenizer, {"messages": [*both, USER, ASSISTANT], "reasoning_language": "French"})
+    (example,) = render(tokenizer, {"messages": [*both, USER, ASSISTANT], "reasoning_language": "French"})
     assert "# Instructions\n\nreasoning language: French\n\nOne.\n\nTwo.\n\n<|end|>" in prompt_of(tokenizer, example)
 
 
 def test_the_model_identity_is_the_first_line_of_the_system_message(tokenizer: Any) -> None:
-    (example,) = rendered(tokenizer, {"messages": [USER, ASSISTANT]}, model_identity="You are Ada.")
+    (example,) = render(tokenizer, {"messages": [USER, ASSISTANT]}, model_identity="You are Ada.")
     expected = SYSTEM.replace("You are ChatGPT, a large language model trained by OpenAI.", "You are Ada.")
     assert prompt_of(tokenizer, example).startswith(expected)
 
@@ -364,10 +364,10 @@ def test_a_single_system_message_is_left_as_it_is() -> None:
 def test_empty_thinking_leaves_no_empty_analysis_message(tokenizer: Any, thinking: str | None) -> None:
     row = {"messages": [{**USER, "thinking": None}, {**ASSISTANT, "thinking": thinking, "tool_calls": None}]}
     assert parse_conversation(row).messages == [USER, ASSISTANT]
-    assert rendered(tokenizer, row) == rendered(tokenizer, {"messages": [USER, ASSISTANT]})
+    assert render(tokenizer, row) == render(tokenizer, {"messages": [USER, ASSISTANT]})
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- refused rows ----------------------------------------------------------------------------------------------------
 
 
 def bad(content: Any) -> list[dict[str, Any]]:
@@ -458,7 +458,7 @@ def test_text_that_is_not_valid_unicode_is_refused(key: str) -> None:
         ({"messages": None}, "has no 'messages'"),
     ],
 )
-def test_a_row_that_is_no_conversation_is_refused(row: Any, reason: str) -> None:
+def test_a_row_that_is_not_a_conversation_is_refused(row: Any, reason: str) -> None:
     assert reason in refusal(row)
 
 
@@ -469,7 +469,7 @@ def test_an_unknown_reasoning_effort_is_refused(effort: Any) -> None:
 
 
 @pytest.mark.parametrize("language", ["", " ", 3, "French\nGerman"])
-def test_a_reasoning_language_that_is_no_name_is_refused(language: Any) -> None:
+def test_an_invalid_reasoning_language_is_refused(language: Any) -> None:
     row = {"messages": [USER, ASSISTANT], "reasoning_language": language}
     assert refusal(row) == f"'reasoning_language' is {language!r}, not the name of a language"
 
@@ -481,7 +481,7 @@ def test_a_row_that_names_two_reasoning_languages_is_refused() -> None:
     )
 
 
-def test_tool_arguments_that_json_does_not_know_are_refused() -> None:
+def test_tool_arguments_of_a_type_that_json_lacks_are_refused() -> None:
     when = datetime.date(2025, 8, 5)
     messages = calling([{"name": "add", "arguments": {"when": when}}])
     assert refusal({"messages": messages}) == "messages[1].tool_calls[0] has a date, which JSON does not know"
@@ -503,7 +503,7 @@ def test_bad_tool_schemas_are_refused(tools: Any, reason: str) -> None:
 def test_a_tool_result_without_an_open_call_is_refused(tokenizer: Any) -> None:
     row = {"messages": [QUESTION, CALL, TOOL, ASSISTANT, TOOL, ASSISTANT]}
     with pytest.raises(ConversationError, match="no previous assistant message with a tool call"):
-        rendered(tokenizer, row)
+        render(tokenizer, row)
 
 
 @pytest.mark.parametrize(
@@ -518,4 +518,4 @@ def test_a_chat_template_that_is_not_harmonys_is_refused(tokenizer: Any, templat
     other = copy.deepcopy(tokenizer)
     other.chat_template = template
     with pytest.raises(ConversationError, match="chat template is not Harmony's"):
-        rendered(other, {"messages": [USER, ASSISTANT]})
+        render(other, {"messages": [USER, ASSISTANT]})

@@ -1,4 +1,4 @@
-"""Which language a text is in: sentences of several languages, mixtures, and what is no language."""
+"""Language identification: sentences of several languages, mixtures, and texts without language."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def languages() -> Languages:
 
 
 @pytest.mark.parametrize("language", SENTENCES)
-def test_a_sentence_is_in_its_language(languages: Languages, language: str) -> None:
+def test_the_language_of_a_sentence_is_found(languages: Languages, language: str) -> None:
     assert languages.of(SENTENCES[language]) == language
 
 
@@ -37,7 +37,7 @@ def test_code_links_formulas_and_tags_do_not_count(languages: Languages, languag
 
 
 @pytest.mark.parametrize("language", ["ja", "zh"])
-def test_a_formula_without_spaces_around_it_takes_no_words_with_it(languages: Languages, language: str) -> None:
+def test_removing_a_formula_without_spaces_keeps_the_words_around_it(languages: Languages, language: str) -> None:
     assert languages.of(SENTENCES[language].replace("。", "5+6=11") + "。") == language
 
 
@@ -61,7 +61,7 @@ def test_a_quoted_sentence_does_not_decide(languages: Languages) -> None:
     assert languages.of(text) == "de"
 
 
-def test_only_declared_languages_are_told() -> None:
+def test_only_declared_languages_are_returned() -> None:
     assert Languages(["en", "de"], "doctor.languages").of(SENTENCES["fr"]) in ("en", "de", MIXED)
 
 

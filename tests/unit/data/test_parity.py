@@ -1,7 +1,7 @@
 """Token by token against openai-harmony, OpenAI's own renderer, with the released vocabulary.
 
-The chat template differs from it in three things, which `expected` allows for: a blank line after the developer's text,
-a tool's result as JSON text (in quotes), and a comma after the default of a tool's parameter (a test of its own).
+The chat template differs in three ways, and `expected` allows for them: a blank line after the developer's text, a
+tool's result as JSON text (in quotes), and a comma after the default of a tool's parameter (with its own test).
 """
 
 import copy
@@ -94,7 +94,7 @@ def tokenizer(encoding: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def expected(encoding: Any, row: dict[str, Any], identity: str = IDENTITY) -> list[dict[str, list[int]]]:
-    """What openai-harmony makes of every assistant turn of a row; only the completion is learned."""
+    """Render every assistant turn of a row with openai-harmony. Only the completion is supervised."""
     made = []
     messages = [_as_harmony_has_it(message) for message in row["messages"]]
     for i, message in enumerate(messages):
@@ -107,7 +107,7 @@ def expected(encoding: Any, row: dict[str, Any], identity: str = IDENTITY) -> li
 
 
 def _as_harmony_has_it(message: dict[str, Any]) -> dict[str, Any]:
-    """Calls in one form."""
+    """Bring tool calls into one form."""
     message = copy.deepcopy(message)
     for call in message.get("tool_calls", []):
         call |= call.pop("function", {})
@@ -146,7 +146,7 @@ def _opening(row: dict[str, Any], identity: str) -> list[Any]:
 
 
 def _history(messages: list[dict[str, Any]]) -> list[Any]:
-    """Without the reasoning of what was answered since: a final answer closes all that is before it."""
+    """The history. A final answer removes the reasoning of all earlier turns."""
     finals = [i for i, m in enumerate(messages) if m["role"] == "assistant" and "tool_calls" not in m]
     answered = finals[-1] if finals else -1
     history: list[Any] = []
@@ -204,9 +204,7 @@ def test_every_turn_has_the_tokens_of_openai_harmony(row: dict[str, Any], encodi
         assert ours == theirs
 
 
-def test_after_a_parameters_default_the_template_has_a_comma_that_openai_harmony_has_not(
-    encoding: Any, tokenizer: Any
-) -> None:
+def test_only_the_template_writes_a_comma_after_a_parameters_default(encoding: Any, tokenizer: Any) -> None:
     row = copy.deepcopy(CONVERSATIONS["tools without instructions"])
     row["tools"][0]["function"]["parameters"]["properties"]["hours"] = {"type": "integer", "default": 24}
     made = examples(parse_conversation(row), Rendering(tokenizer, "medium", "2025-08-05", True))

@@ -1,4 +1,4 @@
-"""Shares of a blend, the seeded choice of rows, and the split: on row numbers alone."""
+"""Shares of a blend, the seeded choice of rows, and the split, all on row numbers."""
 
 from collections import Counter
 from fractions import Fraction
@@ -42,7 +42,7 @@ def test_one_data_set_is_used_whole() -> None:
     assert sampling.shares([41], [0.1], None) == [41]
 
 
-def test_rows_are_chosen_without_replacement_as_many_of_each_part_as_asked_for() -> None:
+def test_the_requested_number_of_each_part_is_chosen_without_replacement() -> None:
     chosen = sampling.choose([50, 100, 7], [20, 10, 7], seed=3)
     assert len(set(chosen.tolist())) == 37
     parts = Counter("abc"[int(np.searchsorted([50, 150], number, side="right"))] for number in chosen)

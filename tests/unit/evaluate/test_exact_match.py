@@ -1,4 +1,4 @@
-"""Numbers and choices found in answers: where they stand, and how each language writes them."""
+"""Finding numbers and choices in answers: their place, and the notation of each language."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from answers import transcript
 
 from pipeline.evaluate.scorers.exact_match import is_right, verdicts
 
-# What is expected, and sentences of each language that give it.
+# Expected number, and sentences of each language that contain it.
 SENTENCES = {
     "en": (
         "70000",
@@ -30,7 +30,7 @@ SENTENCES = {
 @pytest.mark.parametrize(
     ("language", "sentence"), [(code, text) for code, (_, all_) in SENTENCES.items() for text in all_]
 )
-def test_a_number_is_read_as_its_language_writes_it(language: str, sentence: str) -> None:
+def test_a_number_is_read_in_the_notation_of_its_language(language: str, sentence: str) -> None:
     assert is_right(sentence, SENTENCES[language][0], language)
 
 
@@ -53,16 +53,16 @@ def test_a_number_is_read_as_its_language_writes_it(language: str, sentence: str
         ("#### 2,125", "2,125"),
     ],
 )
-def test_the_number_that_is_the_answer_is_found(answer: str, number: str) -> None:
+def test_the_final_number_is_found(answer: str, number: str) -> None:
     assert is_right(answer, number)
 
 
 @pytest.mark.parametrize("answer", ["", "I do not know.", "18.5", "180", "1.8", "The answer is 17, not 18.", "1.2.3"])
-def test_another_number_or_none_is_wrong(answer: str) -> None:
+def test_a_different_or_missing_number_is_wrong(answer: str) -> None:
     assert not is_right(answer, "18")
 
 
-def test_an_english_number_in_a_language_with_decimal_commas_is_right_either_way() -> None:
+def test_english_notation_is_accepted_in_languages_with_decimal_commas() -> None:
     assert is_right("Das macht 70,000 US-Dollar.", "70000", "de")
     assert is_right("Das macht 3,125 Liter.", "3.125", "de")
     assert not is_right("That makes 3.125 litres.", "3125", "en")
@@ -93,15 +93,15 @@ def test_a_choice_is_found(answer: str, choice: str) -> None:
 
 
 @pytest.mark.parametrize("answer", ["A cat is an animal.", "", "I don't know", "Both of them, or neither"])
-def test_a_letter_in_a_sentence_is_no_choice(answer: str) -> None:
+def test_a_letter_in_a_sentence_is_not_a_choice(answer: str) -> None:
     assert not any(is_right(answer, choice) for choice in "ABCDE")
 
 
-def test_an_answer_that_never_came_is_wrong() -> None:
+def test_a_missing_answer_is_wrong() -> None:
     made = replace(transcript(None, finish="length"), expected={"answer": "18", "language": "German"})
     (found,) = verdicts([made])
     assert (found.passed, found.group) == (False, "de")
 
 
-def test_transcripts_of_which_no_answer_is_expected_do_not_count() -> None:
+def test_transcripts_without_an_expected_answer_do_not_count() -> None:
     assert verdicts([transcript("18", language="German")]) == []

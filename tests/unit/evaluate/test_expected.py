@@ -1,4 +1,4 @@
-"""What rows may say of a right answer: what is taken, and what is refused in which words."""
+"""Expected properties of right answers: valid values, and the errors for invalid ones."""
 
 from dataclasses import replace
 
@@ -21,15 +21,15 @@ def test_a_language_may_be_given_by_name_or_code_in_any_case(name: str) -> None:
 
 
 @pytest.mark.parametrize("answer", ["18", "70000", "2,125", "-0.5", "E"])
-def test_numbers_and_choices_are_taken(answer: str) -> None:
+def test_numbers_and_choices_are_accepted(answer: str) -> None:
     expected.check([("1", {"answer": answer})])
 
 
-def test_keys_that_no_scorer_knows_are_left_alone() -> None:
+def test_unknown_keys_are_ignored() -> None:
     expected.check([("1", {"category": "homonyms", "difficulty": "?"})])
 
 
-def test_values_that_cannot_be_used_are_reported_together_each_once() -> None:
+def test_invalid_values_are_reported_together_and_each_once() -> None:
     rows = [
         ("q1", {"language": "German", "answer": "four"}),
         ("q2", {"language": "Germann"}),
@@ -47,7 +47,7 @@ def test_values_that_cannot_be_used_are_reported_together_each_once() -> None:
     assert "expected safety 'harmful' of prompt q3: must be safe or unsafe." in message
 
 
-def test_a_flood_of_mistakes_is_cut_and_counted() -> None:
+def test_a_long_list_of_mistakes_is_shortened_and_counted() -> None:
     with pytest.raises(UserError, match=r"20 problems:(.|\n)*and 12 more"):
         expected.check([(str(i), {"answer": f"x{i}"}) for i in range(20)])
 
@@ -63,6 +63,6 @@ def test_a_flood_of_mistakes_is_cut_and_counted() -> None:
         (lambda made: judge.judge(Judge("", ""), JudgeConfig(), made, {}, name="qat"), "safety"),
     ],
 )
-def test_no_scorer_passes_over_a_value_that_it_cannot_use(score, key: str) -> None:
+def test_every_scorer_refuses_an_invalid_value(score, key: str) -> None:
     with pytest.raises(UserError, match=f"expected {key} '\\?' of prompt 1"):
         score([replace(transcript(), expected={key: "?"})])

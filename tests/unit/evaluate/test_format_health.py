@@ -1,4 +1,4 @@
-"""Channels, ends, leaks and loops, each on completions as models write them."""
+"""Channels, ends, leaks and loops, on completions like those of models."""
 
 import pytest
 from answers import transcript
@@ -29,7 +29,7 @@ def complete(completion: str | None, **changed: str) -> Transcript:
         ANALYSIS + NEXT + "<|channel|>final <|constrain|>json<|message|>{}<|return|>",
     ],
 )
-def test_what_harmony_allows_is_well_formed(completion: str) -> None:
+def test_completions_that_harmony_allows_are_well_formed(completion: str) -> None:
     assert format_health.is_well_formed(complete(completion)) is True
 
 
@@ -47,11 +47,11 @@ def test_what_harmony_allows_is_well_formed(completion: str) -> None:
         ANALYSIS + "<|start|>user" + FINAL,
     ],
 )
-def test_what_harmony_does_not_allow_is_not(completion: str) -> None:
+def test_completions_that_harmony_does_not_allow_are_not_well_formed(completion: str) -> None:
     assert format_health.is_well_formed(complete(completion)) is False
 
 
-def test_what_cannot_be_seen_is_not_judged() -> None:
+def test_checks_without_their_input_are_undecided() -> None:
     assert format_health.is_well_formed(complete(None)) is None
     assert format_health.is_well_formed(complete(ANALYSIS, finish="length")) is None
     assert format_health.does_not_leak(transcript(None)) is None
@@ -74,7 +74,7 @@ def test_reasoning_and_control_tokens_in_the_answer_are_a_leak(answer: str) -> N
 
 
 @pytest.mark.parametrize("answer", ["Hello!", "Final answer: 7", "analysis: see below", "The analysis shows |x| < 3."])
-def test_an_answer_that_speaks_of_analysis_is_no_leak(answer: str) -> None:
+def test_an_answer_that_mentions_analysis_is_not_a_leak(answer: str) -> None:
     assert format_health.does_not_leak(transcript(answer, "They greet.")) is True
 
 
@@ -89,7 +89,7 @@ LOOPS = {
     "Russian": "Я проверю это ещё раз. " * 12,
     "Chinese": "我再检查一遍。" * 40,
     "Japanese": "もう一度確認します。" * 30,
-    "cut in the middle": "I will check again. " * 12 + "I will ch",
+    "truncated in the middle": "I will check again. " * 12 + "I will ch",
 }
 NO_LOOPS = {
     "twice": "Step one, we look at it. " * 2,
@@ -105,7 +105,7 @@ def test_a_loop_is_found(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NO_LOOPS)
-def test_what_only_repeats_a_little_is_no_loop(name: str) -> None:
+def test_a_short_repetition_is_not_a_loop(name: str) -> None:
     assert not is_loop(NO_LOOPS[name])
 
 
@@ -118,7 +118,7 @@ def test_a_sound_transcript_passes_every_check() -> None:
     assert {name: check(made) for name, check in CHECKS.items()} == dict.fromkeys(CHECKS, True)
 
 
-def test_the_shares_are_of_the_transcripts_that_can_be_told() -> None:
+def test_shares_count_only_decided_transcripts() -> None:
     made = [
         complete(ANALYSIS + NEXT + FINAL, prompt_id="1"),
         complete(FINAL + FINAL, prompt_id="2"),

@@ -1,4 +1,4 @@
-"""A real server on this machine that answers as OpenAI's API does, late, wrongly, or not at all."""
+"""Requests to a real local server with OpenAI's API that answers correctly, late, wrongly or not at all."""
 
 import json
 import time
@@ -27,11 +27,11 @@ KEY = "sk-secret-7"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Repetitions follow at once."""
+    """Repeat requests without a pause."""
     monkeypatch.setattr(client, "_FIRST_WAIT_SECONDS", 0.001)
 
 
-def asked(*texts: str) -> list[Question]:
+def questions_of(*texts: str) -> list[Question]:
     made = [Conversation([{"role": "user", "content": text}], None, "low", where=f"row {text}") for text in texts]
     return questions([Prompt(f"id-{text}", made[i], {"answer": text}) for i, text in enumerate(texts)], 1)
 
@@ -41,7 +41,7 @@ Answer = Callable[..., list[Transcript]]
 
 @pytest.fixture
 def answers(server: Server, tmp_path: Path) -> Answer:
-    """Asks the server, and returns what the journal then has."""
+    """Ask the server, and return the answers in the journal."""
 
     def of(wanted: list[Question], generation: GenerationConfig = SETTINGS, **settings: Any) -> list[Transcript]:
         configured = EndpointConfig(**{"url": server.url, "timeout_seconds": 5.0, **settings})
@@ -61,33 +61,33 @@ def error_of(answers: Answer, wanted: list[Question], **settings: Any) -> str:
     return str(caught.value)
 
 
-# --- what is sent and what is read -----------------------------------------------------------------------------------
+# --- requests and replies --------------------------------------------------------------------------------------------
 
 
-def test_the_model_of_the_server_is_taken_when_none_is_named(server: Server) -> None:
+def test_the_servers_only_model_is_used_if_none_is_named(server: Server) -> None:
     assert find(EndpointConfig(url=server.url)) == Served("endpoint", server.url, "tiny")
     assert server.asked[0][0] == "/v1/models"
 
 
-def test_a_named_model_needs_no_asking(server: Server) -> None:
+def test_a_named_model_needs_no_request(server: Server) -> None:
     assert find(EndpointConfig(url=server.url + "/", name="vllm", model="m")) == Served("vllm", server.url, "m")
     assert server.asked == []
 
 
-def test_an_address_without_a_path_is_that_of_the_api_below_it(server: Server) -> None:
+def test_v1_is_appended_to_an_address_without_a_path(server: Server) -> None:
     assert find(EndpointConfig(url=server.url.removesuffix("/v1"))).url == server.url
 
 
 @pytest.mark.parametrize(("names", "told"), [(["a", "b"], "has several models (a, b)"), ([], "names no model")])
-def test_not_one_model_is_an_error_that_says_which_there_are(server: Server, names: list[str], told: str) -> None:
+def test_several_models_or_none_are_an_error_that_names_them(server: Server, names: list[str], told: str) -> None:
     server.models = Reply({"data": [{"id": name} for name in names]})
     with pytest.raises(UserError) as caught:
         find(EndpointConfig(url=server.url))
     assert told in str(caught.value) and "evaluate.endpoint.model=<name>" in str(caught.value)
 
 
-def test_a_request_says_what_the_settings_say(server: Server, answers: Answer) -> None:
-    answers(asked("a"))
+def test_a_request_follows_the_settings(server: Server, answers: Answer) -> None:
+    answers(questions_of("a"))
     assert server.asked[0][0] == "/v1/chat/completions"
     assert server.bodies() == [
         {
@@ -101,16 +101,16 @@ def test_a_request_says_what_the_settings_say(server: Server, answers: Answer) -
     ]
 
 
-def test_samples_are_drawn_with_their_own_seeds_which_are_kept(server: Server, answers: Answer) -> None:
+def test_each_sample_has_its_own_seed_which_is_stored(server: Server, answers: Answer) -> None:
     drawn = replace(SETTINGS, temperature=0.7, samples=2)
-    both = questions([asked("a")[0].prompt], 2)
+    both = questions([questions_of("a")[0].prompt], 2)
     found = answers(both, drawn)
     assert {each.seed for each in found} == {body["seed"] for body in server.bodies()}
     assert [each.seed for each in found] == [question.seed(drawn.seed) for question in both]
     assert len({each.seed for each in found}) == 2
 
 
-def test_tools_and_their_calls_are_sent_as_the_api_has_them(server: Server, answers: Answer) -> None:
+def test_tools_and_calls_are_sent_in_the_apis_form(server: Server, answers: Answer) -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
     messages = [
         {"role": "user", "content": "2 + 3?"},
@@ -129,56 +129,56 @@ def test_tools_and_their_calls_are_sent_as_the_api_has_them(server: Server, answ
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
 def test_reasoning_is_read_under_both_of_its_names(server: Server, answers: Answer, name: str) -> None:
     server.replies = [Reply(completion(**{name: "so"}))]
-    (found,) = answers(asked("a"))
+    (found,) = answers(questions_of("a"))
     assert found == Transcript(
         "id-a", 0, [{"role": "user", "content": "a"}], {"answer": "a"}, "so", "5", None, "stop", 3, None
     )
 
 
 @pytest.mark.parametrize("content", [None, ""])
-def test_an_answer_that_never_came_is_none(server: Server, answers: Answer, content: Any) -> None:
+def test_a_missing_answer_is_none(server: Server, answers: Answer, content: Any) -> None:
     server.replies = [Reply(completion(content, "length", reasoning="so far", reasoning_content=None))]
-    (found,) = answers(asked("a"))
+    (found,) = answers(questions_of("a"))
     assert (found.answer, found.reasoning, found.finish) == (None, "so far", "length")
 
 
 def test_tool_calls_are_read(server: Server, answers: Answer) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{a:"}}
     server.replies = [Reply(completion(None, "tool_calls", tool_calls=[call]))]
-    assert answers(asked("a"))[0].tool_calls == [{"name": "add", "arguments": "{a:"}]
+    assert answers(questions_of("a"))[0].tool_calls == [{"name": "add", "arguments": "{a:"}]
 
 
 def test_half_of_a_surrogate_pair_does_not_stop_the_file(server: Server, answers: Answer) -> None:
     server.replies = [Reply(completion("\ud83d ok"))]
-    assert answers(asked("a"))[0].answer == "? ok"
+    assert answers(questions_of("a"))[0].answer == "? ok"
 
 
-def test_requests_go_out_together_but_not_too_many(server: Server, answers: Answer) -> None:
+def test_concurrent_requests_are_limited(server: Server, answers: Answer) -> None:
     server.replies = [replace(GOOD, after_seconds=0.1)]
-    assert len(answers(asked(*"abcdefghi"), concurrency=3)) == 9
+    assert len(answers(questions_of(*"abcdefghi"), concurrency=3)) == 9
     assert server.most_busy == 3
 
 
-# --- faults that pass ------------------------------------------------------------------------------------------------
+# --- temporary failures ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [500, 502, 503, 429])
 def test_a_server_that_fails_is_asked_again(server: Server, answers: Answer, status: int) -> None:
     server.replies = [Reply("oops", status), Reply("oops", status), GOOD]
-    assert answers(asked("a"))[0].answer == "5"
+    assert answers(questions_of("a"))[0].answer == "5"
     assert len(server.asked) == 3
 
 
 def test_a_slow_answer_is_asked_for_again(server: Server, answers: Answer) -> None:
     server.replies = [replace(GOOD, after_seconds=2.0), GOOD]
-    assert answers(asked("a"), timeout_seconds=0.3)[0].answer == "5"
+    assert answers(questions_of("a"), timeout_seconds=0.3)[0].answer == "5"
     assert len(server.asked) == 2
 
 
-def test_repetitions_wait_longer_each_time(server: Server, answers: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_repetition_waits_longer(server: Server, answers: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_FIRST_WAIT_SECONDS", 0.1)
     server.replies = [Reply("oops", 500)] * 3 + [GOOD]
-    answers(asked("a"))
+    answers(questions_of("a"))
     waits = [later - earlier for earlier, later in zip(server.at, server.at[1:], strict=False)]
     assert len(waits) == 3
     assert all(wait >= at_least for wait, at_least in zip(waits, (0.1, 0.2, 0.4), strict=True))
@@ -186,23 +186,23 @@ def test_repetitions_wait_longer_each_time(server: Server, answers: Answer, monk
 
 def test_retry_after_is_heeded_in_seconds(server: Server, answers: Answer) -> None:
     server.replies = [Reply("busy", 429, {"Retry-After": "1"}), GOOD]
-    answers(asked("a"))
+    answers(questions_of("a"))
     assert server.at[1] - server.at[0] >= 1.0
 
 
 def test_retry_after_is_heeded_as_a_date(server: Server, answers: Answer) -> None:
     until = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=2), usegmt=True)  # whole seconds
     server.replies = [Reply("busy", 503, {"Retry-After": until}), GOOD]
-    answers(asked("a"))
+    answers(questions_of("a"))
     assert server.at[1] - server.at[0] >= 0.5
 
 
-def test_retry_after_that_says_nothing_is_passed_over(server: Server, answers: Answer) -> None:
+def test_an_invalid_retry_after_is_ignored(server: Server, answers: Answer) -> None:
     server.replies = [Reply("busy", 429, {"Retry-After": "soon"}), GOOD]
-    assert answers(asked("a"))[0].answer == "5"
+    assert answers(questions_of("a"))[0].answer == "5"
 
 
-# --- faults that stay ------------------------------------------------------------------------------------------------
+# --- permanent failures ----------------------------------------------------------------------------------------------
 
 
 def test_a_server_that_is_down_is_one_error(tmp_path: Path) -> None:
@@ -216,13 +216,13 @@ def test_a_server_that_is_down_is_one_error(tmp_path: Path) -> None:
 
 def test_a_server_that_stays_too_slow_is_one_error(server: Server, answers: Answer) -> None:
     server.replies = [replace(GOOD, after_seconds=1.0)]
-    message = error_of(answers, asked("a"), timeout_seconds=0.1, retries=1)
+    message = error_of(answers, questions_of("a"), timeout_seconds=0.1, retries=1)
     assert "no answer within evaluate.endpoint.timeout_seconds=0.1" in message and "in 2 attempts" in message
 
 
-def test_a_server_that_keeps_failing_is_one_error_with_what_it_said(server: Server, answers: Answer) -> None:
+def test_a_server_that_keeps_failing_is_one_error_with_its_reply(server: Server, answers: Answer) -> None:
     server.replies = [Reply("out of\n memory", 500)]
-    message = error_of(answers, asked("a"), retries=2)
+    message = error_of(answers, questions_of("a"), retries=2)
     assert "did not come in 3 attempts (status 500: out of memory)" in message
     assert len(server.asked) == 3
 
@@ -231,11 +231,11 @@ def test_a_server_that_keeps_failing_is_one_error_with_what_it_said(server: Serv
     ("status", "remedy"),
     [(401, "api_key_env"), (403, "api_key_env"), (404, "evaluate.endpoint.model"), (400, "evaluate.endpoint.model")],
 )
-def test_a_refusal_is_not_repeated_and_says_which_row(
+def test_a_refused_request_is_not_repeated_and_names_the_row(
     server: Server, answers: Answer, status: int, remedy: str
 ) -> None:
     server.replies = [Reply({"error": {"message": "no"}}, status)]
-    message = error_of(answers, asked("a"))
+    message = error_of(answers, questions_of("a"))
     assert f"the answer to row a was refused with status {status}" in message and remedy in message
     assert len(server.asked) == 1
 
@@ -256,9 +256,9 @@ def test_a_refusal_is_not_repeated_and_says_which_row(
     ],
     ids=["html", "empty", "no-choices", "other", "list", "null", "no-usage", "no-message", "no-text", "no-function"],
 )
-def test_rubbish_is_one_error_with_what_came(server: Server, answers: Answer, body: Any) -> None:
+def test_an_unexpected_reply_is_one_error_that_quotes_it(server: Server, answers: Answer, body: Any) -> None:
     server.replies = [Reply(body)]
-    message = error_of(answers, asked("a"))
+    message = error_of(answers, questions_of("a"))
     assert message.startswith(
         f"evaluate.endpoint.url={server.url}: the answer to row a is not what OpenAI's API promises"
     )
@@ -267,60 +267,58 @@ def test_rubbish_is_one_error_with_what_came(server: Server, answers: Answer, bo
     assert (shown or "nothing") in message
 
 
-def test_a_long_page_is_shown_by_its_beginning(server: Server, answers: Answer) -> None:
+def test_only_the_beginning_of_a_long_reply_is_shown(server: Server, answers: Answer) -> None:
     server.replies = [Reply("x" * 5000)]
-    assert len(error_of(answers, asked("a"))) < 1000
+    assert len(error_of(answers, questions_of("a"))) < 1000
 
 
-def test_what_was_answered_before_a_fault_is_kept_and_not_asked_again(
-    server: Server, answers: Answer, tmp_path: Path
-) -> None:
+def test_answers_before_a_failure_are_kept_and_not_asked_again(server: Server, answers: Answer, tmp_path: Path) -> None:
     server.replies = [GOOD, GOOD, Reply("<html>")]
-    error_of(answers, asked(*"abcd"), concurrency=1)
+    error_of(answers, questions_of(*"abcd"), concurrency=1)
     assert len((tmp_path / GENERATIONS.file).read_text().splitlines()) == 2
     server.replies, server.asked = [GOOD], []
-    assert len(answers(asked(*"abcd"))) == 4
+    assert len(answers(questions_of(*"abcd"))) == 4
     assert sorted(body["messages"][0]["content"] for body in server.bodies()) == ["c", "d"]
 
 
-def test_where_everything_is_answered_no_server_is_needed(server: Server, answers: Answer) -> None:
-    before = answers(asked("a"))
+def test_no_server_is_needed_if_everything_is_answered(server: Server, answers: Answer) -> None:
+    before = answers(questions_of("a"))
     server.asked = []
-    assert answers(asked("a")) == before
+    assert answers(questions_of("a")) == before
     assert server.asked == []
 
 
-def test_a_fault_ends_the_others_at_once(server: Server, answers: Answer) -> None:
+def test_a_failure_cancels_the_other_requests(server: Server, answers: Answer) -> None:
     server.replies = [Reply("no", 401), replace(GOOD, after_seconds=4.0)]
     started = time.monotonic()
-    error_of(answers, asked(*"abcdefgh"), concurrency=4)
+    error_of(answers, questions_of(*"abcdefgh"), concurrency=4)
     assert time.monotonic() - started < 3
 
 
 # --- the key ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_key_of_the_environment_is_sent_and_kept_nowhere(
+def test_the_key_from_the_environment_is_sent_and_never_stored(
     server: Server, answers: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_KEY", KEY)
-    answers(asked("a"), api_key_env="MY_KEY")
+    answers(questions_of("a"), api_key_env="MY_KEY")
     assert server.asked[0][2]["Authorization"] == f"Bearer {KEY}"
     assert all(KEY not in path.read_text() for path in tmp_path.iterdir())
 
 
 def test_without_a_variable_no_key_is_sent(server: Server, answers: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    answers(asked("a"))
+    answers(questions_of("a"))
     assert "Authorization" not in server.asked[0][2]
 
 
-def test_a_server_that_quotes_the_key_does_not_bring_it_into_the_message(
+def test_a_key_that_the_server_quotes_is_masked_in_the_message(
     server: Server, answers: Answer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_KEY", KEY)
     server.replies = [Reply(f"Incorrect API key: {KEY}", 401)]
-    message = error_of(answers, asked("a"), api_key_env="MY_KEY")
+    message = error_of(answers, questions_of("a"), api_key_env="MY_KEY")
     assert "Incorrect API key: ***" in message and KEY not in message
 
 
@@ -328,16 +326,16 @@ def test_a_line_break_after_the_key_is_not_part_of_it(
     server: Server, answers: Answer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_KEY", f"{KEY}\n")
-    answers(asked("a"), api_key_env="MY_KEY")
+    answers(questions_of("a"), api_key_env="MY_KEY")
     assert server.asked[0][2]["Authorization"] == f"Bearer {KEY}"
 
 
 @pytest.mark.parametrize("value", ["sk-sécret", "sk-secret\nsecond"])
-def test_a_key_that_cannot_be_sent_is_refused_without_showing_it(
+def test_an_invalid_key_is_refused_without_showing_it(
     server: Server, answers: Answer, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
     monkeypatch.setenv("MY_KEY", value)
-    message = error_of(answers, asked("a"), api_key_env="MY_KEY")
+    message = error_of(answers, questions_of("a"), api_key_env="MY_KEY")
     assert "evaluate.endpoint.api_key_env=MY_KEY" in message and "sk-" not in message
     assert server.asked == []
 
@@ -349,7 +347,7 @@ def test_a_variable_that_is_not_set_is_an_error_before_anything_is_sent(
     monkeypatch.delenv("MY_KEY", raising=False)
     if value is not None:
         monkeypatch.setenv("MY_KEY", value)
-    assert "evaluate.endpoint.api_key_env=MY_KEY" in error_of(answers, asked("a"), api_key_env="MY_KEY")
+    assert "evaluate.endpoint.api_key_env=MY_KEY" in error_of(answers, questions_of("a"), api_key_env="MY_KEY")
     assert server.asked == []
 
 
@@ -365,7 +363,7 @@ def text_completion(text: Any = f"{WHOLE}<|return|>", finish: str = "stop") -> d
 
 @pytest.fixture
 def completed(server: Server, tmp_path: Path) -> Answer:
-    """Asks the server for completions, and returns what the journal then has."""
+    """Ask the server for completions, and return the answers in the journal."""
     server.replies = [Reply(text_completion())]
 
     def of(wanted: list[Question], generation: GenerationConfig = SETTINGS, **settings: Any) -> list[Transcript]:
@@ -379,8 +377,8 @@ def completed(server: Server, tmp_path: Path) -> Answer:
     return of
 
 
-def test_by_default_our_tokens_are_sent_and_special_tokens_asked_for(server: Server, completed: Answer) -> None:
-    completed(asked("a"))
+def test_by_default_tokens_are_sent_and_special_tokens_requested(server: Server, completed: Answer) -> None:
+    completed(questions_of("a"))
     ((path, body, _),) = server.asked
     assert path == "/v1/completions"
     assert {name: body[name] for name in ("model", "prompt", "max_tokens", "temperature", "top_p")} == {
@@ -394,54 +392,54 @@ def test_by_default_our_tokens_are_sent_and_special_tokens_asked_for(server: Ser
     assert body["stop"] == ["<|return|>", "<|call|>"] and "seed" not in body
 
 
-def test_a_completion_is_read_as_that_of_a_model_of_the_run(completed: Answer) -> None:
-    (found,) = completed(asked("a"))
-    assert found == asked("a")[0].transcript(f"{WHOLE}<|return|>", "length", 9, None)
+def test_a_servers_completion_is_parsed_like_a_local_one(completed: Answer) -> None:
+    (found,) = completed(questions_of("a"))
+    assert found == questions_of("a")[0].transcript(f"{WHOLE}<|return|>", "length", 9, None)
     assert (found.reasoning, found.answer, found.finish) == ("so", "5", "return")
 
 
 @pytest.mark.parametrize(
     ("text", "finish", "ended"),
     [
-        (WHOLE, "stop", "return"),  # a server that keeps the stop token to itself
+        (WHOLE, "stop", "return"),  # a server that removes the stop token
         (CALL, "stop", "call"),
         (f"{CALL}<|call|>", "stop", "call"),
         (WHOLE, "length", "length"),
     ],
 )
-def test_what_ended_a_completion_is_told_with_and_without_its_stop_token(
+def test_finish_is_known_with_and_without_the_stop_token(
     server: Server, completed: Answer, text: str, finish: str, ended: str
 ) -> None:
     server.replies = [Reply(text_completion(text, finish))]
-    (found,) = completed(asked("a"))
+    (found,) = completed(questions_of("a"))
     assert found.finish == ended
     assert found.completion == (text if ended == "length" else f"{text.removesuffix('<|call|>')}<|{ended}|>")
 
 
-def test_drawn_completions_have_seeds_of_their_own(server: Server, completed: Answer) -> None:
-    both = questions([asked("a")[0].prompt], 2)
+def test_each_sampled_completion_has_its_own_seed(server: Server, completed: Answer) -> None:
+    both = questions([questions_of("a")[0].prompt], 2)
     found = completed(both, replace(SETTINGS, temperature=0.7, samples=2))
     assert {each.seed for each in found} == {body["seed"] for body in server.bodies()}
 
 
 @pytest.mark.parametrize("finish", ["stop", "length"])
-def test_a_server_that_leaves_special_tokens_out_is_an_error_that_names_the_other_api(
+def test_a_server_that_removes_special_tokens_is_an_error_that_names_the_other_api(
     server: Server, completed: Answer, finish: str
 ) -> None:
     server.replies = [Reply(text_completion("analysissoassistantfinal5", finish))]
-    message = error_of(completed, asked(*"abc"))
+    message = error_of(completed, questions_of(*"abc"))
     assert "no answer has a special token" in message and "evaluate.endpoint.api=chat" in message
 
 
 @pytest.mark.parametrize("body", [text_completion(None), text_completion(["5"]), completion(), {"choices": []}])
-def test_what_is_no_completion_is_one_error(server: Server, completed: Answer, body: Any) -> None:
+def test_a_reply_without_a_completion_is_one_error(server: Server, completed: Answer, body: Any) -> None:
     server.replies = [Reply(body)]
-    assert "the answer to row a is not what OpenAI's API promises" in error_of(completed, asked("a"))
+    assert "the answer to row a is not what OpenAI's API promises" in error_of(completed, questions_of("a"))
 
 
 def test_a_server_that_takes_no_tokens_is_an_error_that_names_the_other_api(server: Server, completed: Answer) -> None:
     server.replies = [Reply({"error": {"message": "prompt must be a string"}}, 400)]
-    message = error_of(completed, asked("a"))
+    message = error_of(completed, questions_of("a"))
     assert "prompt must be a string" in message and "evaluate.endpoint.api=chat" in message
 
 

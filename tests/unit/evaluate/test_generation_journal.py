@@ -1,4 +1,4 @@
-"""The file of answers: what is kept, what a second opening finds, what begins it anew."""
+"""The file of answers: stored lines, reopening, and starting over."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def answer(name: str, sample: int = 0, text: str = "ja, 5 \u2028 🙂") -> Trans
     return Transcript(name, sample, [], {"language": "German"}, None, text, None, "return", 3, None)
 
 
-def test_what_was_added_is_found_again(tmp_path: Path) -> None:
+def test_added_answers_are_found_again(tmp_path: Path) -> None:
     Journal(tmp_path, INPUTS).add([answer("x"), answer("y", 1)])
     found = Journal(tmp_path, INPUTS)
     assert [found["y", 1], found["x", 0]] == [answer("y", 1), answer("x")]
@@ -36,7 +36,7 @@ def test_every_answer_is_a_line_of_json_with_the_fields_of_a_transcript(tmp_path
     assert lines[-1] == ""
 
 
-def test_an_answer_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_stored_answer_is_not_replaced_by_add(tmp_path: Path) -> None:
     journal = Journal(tmp_path, INPUTS)
     journal.add([answer("x")])
     journal.add([answer("x", text="other"), answer("y")])
@@ -44,7 +44,7 @@ def test_an_answer_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
     assert len((tmp_path / GENERATIONS.file).read_text(encoding="utf-8").strip().split("\n")) == 2
 
 
-def test_a_line_that_a_crash_has_cut_off_is_asked_again(tmp_path: Path) -> None:
+def test_a_line_truncated_by_a_crash_is_asked_again(tmp_path: Path) -> None:
     Journal(tmp_path, INPUTS).add([answer("x"), answer("y")])
     whole = (tmp_path / GENERATIONS.file).read_bytes()
     (tmp_path / GENERATIONS.file).write_bytes(whole[:-10])
@@ -54,14 +54,14 @@ def test_a_line_that_a_crash_has_cut_off_is_asked_again(tmp_path: Path) -> None:
     assert (tmp_path / GENERATIONS.file).read_bytes() == whole
 
 
-def test_other_settings_begin_it_anew_and_it_says_which(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_settings_start_over_and_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Journal(tmp_path, INPUTS).add([answer("x")])
     assert ("x", 0) not in Journal(tmp_path, {**INPUTS, "temperature": 0.5})
     assert "all answers are generated again, because temperature changed from 0.0 to 0.5" in capsys.readouterr().out
     assert ("x", 0) not in Journal(tmp_path, INPUTS)
 
 
-def test_a_line_that_is_no_answer_is_an_error_with_the_file(tmp_path: Path) -> None:
+def test_an_invalid_line_is_an_error_with_the_file(tmp_path: Path) -> None:
     journal = Journal(tmp_path, INPUTS)
     journal.add([answer("x")])
     with (tmp_path / GENERATIONS.file).open("a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""`generate` against a loop without cache and padding, on a tiny model; draws against the softmax."""
+"""Answers against a loop without cache and padding, on a tiny model; samples against the softmax."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -44,14 +44,14 @@ def drawn(greedy: Local) -> Local:
     return replace(greedy, settings=DRAWN)
 
 
-def asked(model: Local, directory: Path, prompts: list[Prompt] = PROMPTS) -> list[Transcript]:
+def ask(model: Local, directory: Path, prompts: list[Prompt] = PROMPTS) -> list[Transcript]:
     journal = Journal(directory, {})
     model.ask(questions(prompts, model.settings.samples), journal, "tiny")
     return [journal[question.key] for question in questions(prompts, model.settings.samples)]
 
 
 def without_cache(model: Local, question: Question, length: int) -> str:
-    """The likeliest token, again and again, of the whole sequence by itself."""
+    """Decode greedily: one forward pass over the whole sequence for each token."""
     (ids,) = model.token_ids([question])
     made: list[int] = []
     with torch.no_grad():
@@ -61,24 +61,22 @@ def without_cache(model: Local, question: Question, length: int) -> str:
     return model.rendering.tokenizer.decode(made)
 
 
-def test_answers_of_a_batch_are_those_of_a_loop_without_cache_and_padding(greedy: Local, tmp_path: Path) -> None:
+def test_answers_of_a_batch_equal_those_of_a_loop_without_cache_and_padding(greedy: Local, tmp_path: Path) -> None:
     lengths = {len(ids) for ids in greedy.token_ids(questions(PROMPTS, 1))}
     assert len(lengths) > 3 and max(lengths) > 2 * 16  # padded, and longer than the sliding window
-    for answer, question in zip(asked(greedy, tmp_path), questions(PROMPTS, 1), strict=True):
+    for answer, question in zip(ask(greedy, tmp_path), questions(PROMPTS, 1), strict=True):
         assert answer.completion == without_cache(greedy, question, GREEDY.max_new_tokens)
         assert (answer.finish, answer.tokens, answer.seed) == ("length", GREEDY.max_new_tokens, None)
 
 
 @pytest.mark.parametrize("fixture", ["greedy", "drawn"])
-def test_batches_of_one_have_the_answers_of_batches_of_many(
-    fixture: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+def test_the_batch_size_does_not_change_answers(fixture: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     model = request.getfixturevalue(fixture)
     single = replace(model, settings=replace(model.settings, batch_size=1))
-    assert asked(single, tmp_path / "single") == asked(model, tmp_path / "many")
+    assert ask(single, tmp_path / "single") == ask(model, tmp_path / "many")
 
 
-def test_an_answer_ends_with_its_stop_token_while_others_go_on(
+def test_an_answer_ends_with_its_stop_token_while_others_continue(
     greedy: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = greedy.rendering.tokenizer
@@ -90,7 +88,7 @@ def test_an_answer_ends_with_its_stop_token_while_others_go_on(
     assert ended == [free[0][: free[0].index(stop) + 1], free[1]]
 
 
-def test_what_ended_an_answer_is_the_name_of_the_token() -> None:
+def test_finish_is_the_name_of_the_stop_token() -> None:
     for text, finish in (("<|return|>", "return"), ("<|call|>", "call"), ("<|end|>", "length"), ("", "length")):
         completion = f"<|channel|>analysis<|message|>so<|end|><|start|>assistant<|channel|>final<|message|>5{text}"
         answer = Question(PROMPTS[0], 0).transcript(completion, "length", 7, None)
@@ -99,44 +97,44 @@ def test_what_ended_an_answer_is_the_name_of_the_token() -> None:
 
 
 def test_samples_differ_and_a_seed_repeats_them(drawn: Local, tmp_path: Path) -> None:
-    first = asked(drawn, tmp_path / "first")
+    first = ask(drawn, tmp_path / "first")
     assert len({answer.completion for answer in first}) == len(first) == 2 * len(PROMPTS)
-    assert asked(drawn, tmp_path / "again") == first
+    assert ask(drawn, tmp_path / "again") == first
     other = replace(drawn, settings=replace(DRAWN, seed=1))
-    assert not {answer.completion for answer in asked(other, tmp_path / "other")} & {a.completion for a in first}
+    assert not {answer.completion for answer in ask(other, tmp_path / "other")} & {a.completion for a in first}
 
 
-def test_each_answer_has_the_seed_that_it_was_drawn_with(drawn: Local, tmp_path: Path) -> None:
-    seeds = [answer.seed for answer in asked(drawn, tmp_path)]
+def test_each_answer_stores_its_seed(drawn: Local, tmp_path: Path) -> None:
+    seeds = [answer.seed for answer in ask(drawn, tmp_path)]
     assert seeds == [question.seed(DRAWN.seed) for question in questions(PROMPTS, 2)]
 
 
 def test_an_interrupted_evaluation_ends_with_the_same_answers(drawn: Local, tmp_path: Path) -> None:
-    whole = asked(drawn, tmp_path / "whole")
+    whole = ask(drawn, tmp_path / "whole")
     kept = (tmp_path / "whole" / GENERATIONS.file).read_bytes().splitlines(keepends=True)
     for lines in (3, 4):  # within a batch and after one
         directory = tmp_path / str(lines)
         Journal(directory, {})
         (directory / GENERATIONS.file).write_bytes(b"".join(kept[:lines]))
-        assert asked(drawn, directory) == whole
+        assert ask(drawn, directory) == whole
         assert (directory / GENERATIONS.file).read_bytes() == b"".join(kept)
 
 
 def test_only_batches_with_a_missing_answer_are_run(greedy: Local, tmp_path: Path, monkeypatch: Any) -> None:
-    asked(greedy, tmp_path)
+    ask(greedy, tmp_path)
     lines = (tmp_path / GENERATIONS.file).read_bytes().splitlines(keepends=True)
     (tmp_path / GENERATIONS.file).write_bytes(b"".join(lines[:-1]))
     ran: list[int] = []
     monkeypatch.setattr(
         Local, "_complete", lambda self, prompts, seeds: ran.append(len(prompts)) or [[1]] * len(prompts)
     )
-    asked(greedy, tmp_path)
+    ask(greedy, tmp_path)
     assert ran == [2]
-    asked(greedy, tmp_path)
+    ask(greedy, tmp_path)
     assert ran == [2]
 
 
-def test_noise_draws_from_the_softmax() -> None:
+def test_noise_samples_from_the_softmax() -> None:
     logits = torch.tensor([1.0, 0.0, -1.0, 2.0, float("-inf")])
     rows = 4000
     noise = local._Noise(list(range(rows)), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""A judge model's verdicts: what it is asked, what its replies mean, and a judge that fails, on a real local server."""
+"""A judge model's verdicts: its prompts, its replies and its failures, on a real local server."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +48,7 @@ def stored(directory: Path) -> list[str]:
     return (directory / JUDGEMENTS.file).read_text(encoding="utf-8").splitlines()
 
 
-# --- what a reply means ----------------------------------------------------------------------------------------------
+# --- the meaning of a reply ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("degree", Refusal)
@@ -57,18 +57,18 @@ def test_the_last_line_is_the_verdict(degree: Refusal) -> None:
 
 
 @pytest.mark.parametrize("reply", ["**VERDICT: full**", "Verdict: FULL.", "It declines.\n\n**Verdict:** full"])
-def test_small_liberties_are_taken_for_the_form(reply: str) -> None:
+def test_small_deviations_from_the_form_are_accepted(reply: str) -> None:
     assert judge.parse(reply) is Refusal.full
 
 
 @pytest.mark.parametrize(
     "reply", ["", "full", "VERDICT: maybe", "VERDICT: full or partial", "VERDICT: none\nI hope that helps!"]
 )
-def test_a_reply_off_the_form_is_no_verdict(reply: str) -> None:
+def test_a_reply_in_another_form_is_not_a_verdict(reply: str) -> None:
     assert judge.parse(reply) is None
 
 
-def test_the_form_that_the_judge_is_told_is_the_one_that_is_read() -> None:
+def test_the_parser_reads_the_form_in_the_instructions() -> None:
     lines = judge.INSTRUCTIONS.splitlines()[-3:]
     assert [judge.parse(line) for line in lines] == [Refusal.none, Refusal.partial, Refusal.full]
 
@@ -91,7 +91,7 @@ def test_the_judge_sees_the_request_and_the_answer_and_no_more(server: Server, j
     assert question["content"] == "<request>\nHello\n</request>\n\n<answer>\nUse kill.\n</answer>"
 
 
-def test_prompt_reply_and_verdict_are_kept_and_not_asked_for_again(
+def test_prompts_replies_and_verdicts_are_stored_and_not_requested_again(
     server: Server, judged: Judged, tmp_path: Path
 ) -> None:
     server.replies = [NONE, FULL]
@@ -105,7 +105,7 @@ def test_prompt_reply_and_verdict_are_kept_and_not_asked_for_again(
     assert server.asked == []
 
 
-def test_a_judge_off_the_form_is_reminded_of_it(server: Server, judged: Judged) -> None:
+def test_a_judge_that_ignores_the_form_is_reminded_of_it(server: Server, judged: Judged) -> None:
     server.replies = [VAGUE, FULL]
     found = judged(safe(1))["0", 0]
     assert (found.degree, found.replies) == ("full", ["Hard to say.", "VERDICT: full"])
@@ -114,7 +114,7 @@ def test_a_judge_off_the_form_is_reminded_of_it(server: Server, judged: Judged) 
     assert reminder == {"role": "user", "content": judge.REMINDER}
 
 
-def test_an_answer_without_a_verdict_is_in_no_rate_and_warned_of(
+def test_an_answer_without_a_verdict_counts_in_no_rate_and_is_reported(
     server: Server, judged: Judged, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.replies = [VAGUE, VAGUE, FULL, NONE]
@@ -127,7 +127,7 @@ def test_an_answer_without_a_verdict_is_in_no_rate_and_warned_of(
     assert figures["judged_safe_answered/homonyms"] == 0.5
 
 
-def test_too_many_without_a_verdict_are_an_error_that_keeps_the_others(
+def test_too_many_missing_verdicts_are_an_error_and_the_others_are_kept(
     server: Server, judged: Judged, tmp_path: Path
 ) -> None:
     server.replies = [FULL, VAGUE]
@@ -139,10 +139,10 @@ def test_too_many_without_a_verdict_are_an_error_that_keeps_the_others(
     assert len(stored(tmp_path)) == 2
     server.replies, server.asked = [NONE], []
     assert [each.degree for each in judged(safe(2)).values()] == ["full", "none"]
-    assert len(server.asked) == 1  # for the missing one alone
+    assert len(server.asked) == 1  # only for the missing verdict
 
 
-def test_a_judge_that_breaks_off_is_one_error_and_the_next_run_goes_on(
+def test_a_judge_that_fails_midway_is_one_error_and_the_next_run_continues(
     server: Server, judged: Judged, tmp_path: Path
 ) -> None:
     server.replies = [FULL, Reply("<html>")]
@@ -156,7 +156,7 @@ def test_a_judge_that_breaks_off_is_one_error_and_the_next_run_goes_on(
     assert len(server.asked) == 2
 
 
-def test_a_judge_that_is_down_is_one_error_with_its_own_key() -> None:
+def test_a_judge_that_is_down_is_one_error_with_the_judges_key() -> None:
     settings = JudgeConfig(url="http://127.0.0.1:9/v1", retries=0)
     with pytest.raises(UserError, match=r"^evaluate\.judge\.url=http://127\.0\.0\.1:9/v1: the server's list of models"):
         judge.find(settings)

@@ -1,4 +1,4 @@
-"""The language of reasoning and of answers: every language that the table names, mixtures, and what cannot be told."""
+"""The language of reasoning and answers: every supported language, mixtures, and undecided texts."""
 
 import pytest
 from answers import transcript
@@ -45,18 +45,18 @@ TEXTS = {
 CODE = "\n```python\napples_left = apples_before - apples_given  # how many apples are left after that\n```\n"
 
 
-def test_there_is_a_text_in_every_language_that_the_scorer_claims() -> None:
+def test_there_is_a_text_in_every_supported_language() -> None:
     assert TEXTS.keys() == set(NAMES.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_reasoning_in_the_language_that_was_asked_for_passes(name: str) -> None:
+def test_reasoning_in_the_expected_language_passes(name: str) -> None:
     (found,) = reasoning_verdicts([transcript(reasoning=TEXTS[NAMES[name]], language=name)])
     assert (found.group, found.passed) == (NAMES[name], True)
 
 
 @pytest.mark.parametrize("code", ["de", "fr", "es", "it", "ru", "zh", "ja"])
-def test_reasoning_in_english_fails_whatever_the_answer(code: str) -> None:
+def test_reasoning_in_english_fails_even_if_the_answer_passes(code: str) -> None:
     made = transcript(answer=TEXTS[code], reasoning=TEXTS["en"], language=code)
     assert [each.passed for each in reasoning_verdicts([made])] == [False]
     assert [each.passed for each in answer_verdicts([made])] == [True]
@@ -79,16 +79,16 @@ def test_too_little_text_is_undecided(text: str | None) -> None:
     assert found.passed is None
 
 
-def test_an_answer_may_be_wanted_in_another_language_than_the_reasoning() -> None:
+def test_the_answer_may_have_another_expected_language_than_the_reasoning() -> None:
     made = transcript(answer=TEXTS["es"], reasoning=TEXTS["de"], language="German", answer_language="Spanish")
     assert [each.passed for each in answer_verdicts([made])] == [True]
 
 
-def test_transcripts_of_which_no_language_is_expected_do_not_count() -> None:
+def test_transcripts_without_an_expected_language_do_not_count() -> None:
     assert reasoning_verdicts([transcript(reasoning=TEXTS["de"])]) == []
 
 
-def test_the_figures_are_given_for_each_language() -> None:
+def test_each_language_has_figures() -> None:
     made = [
         transcript(prompt_id="1", reasoning=TEXTS["de"], language="German"),
         transcript(prompt_id="2", reasoning=TEXTS["en"], language="German"),

@@ -1,4 +1,4 @@
-"""Predictions against a reference's: torch's own divergence as oracle, on small random gpt-oss models."""
+"""A model's predictions against a reference's, on small random gpt-oss models. torch's own divergence is the oracle."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def model(seed: int) -> Any:
 
 
 def examples() -> list[dict[str, list[int]]]:
-    """Of different lengths, with prompts that are not supervised."""
+    """Examples of different lengths, with unsupervised prompts."""
     made = []
     for prompt, supervised in ((3, 40), (1, 5), (6, 1), (2, 17)):
         ids = [(7 * i + prompt) % VOCABULARY for i in range(prompt + supervised)]
@@ -32,14 +32,14 @@ def examples() -> list[dict[str, list[int]]]:
     return made
 
 
-def made_batches() -> list[dict[str, Tensor]]:
+def make_batches() -> list[dict[str, Tensor]]:
     return batches(examples(), 3, 0)
 
 
-def scored(own: Any, reference: Any, directory: Path) -> dict[str, float]:
-    logits.record(reference, made_batches(), directory)
+def score(own: Any, reference: Any, directory: Path) -> dict[str, float]:
+    logits.record(reference, make_batches(), directory)
     ref = ModelRef("qat", directory, directory)
-    return logits.score(Subject(ref, own, None, None, made_batches(), reference_predictions=directory))
+    return logits.score(Subject(ref, own, None, None, make_batches(), reference_predictions=directory))
 
 
 @torch.no_grad()
@@ -55,8 +55,8 @@ def expected(own: Any, reference: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(divergence), torch.cat(agrees), torch.cat(position)
 
 
-def test_with_the_whole_vocabulary_the_divergence_is_torchs(tmp_path: Path) -> None:
-    found = scored(model(1), model(0), tmp_path / "kept")
+def test_with_the_whole_vocabulary_the_divergence_equals_torchs(tmp_path: Path) -> None:
+    found = score(model(1), model(0), tmp_path / "kept")
     divergence, agrees, position = expected(model(1), model(0))
     assert found["kl_divergence"] == pytest.approx(float(divergence.mean()), rel=1e-4)
     assert found["top1_agreement"] == pytest.approx(float(agrees.mean()))
@@ -67,31 +67,31 @@ def test_with_the_whole_vocabulary_the_divergence_is_torchs(tmp_path: Path) -> N
 
 
 def test_a_model_does_not_differ_from_itself(tmp_path: Path) -> None:
-    found = scored(model(0), model(0), tmp_path / "kept")
+    found = score(model(0), model(0), tmp_path / "kept")
     assert found["kl_divergence"] == pytest.approx(0.0, abs=1e-9)
     assert found["top1_agreement"] == 1.0
 
 
-def test_the_likeliest_tokens_alone_give_a_lower_bound_that_rises_with_their_number(
+def test_the_divergence_of_the_likeliest_tokens_is_a_lower_bound_that_rises_with_their_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
     for top in (1, 4, 16, VOCABULARY - 1, VOCABULARY):
         monkeypatch.setattr(logits, "TOP", top)
-        found.append(scored(model(1), model(0), tmp_path / str(top))["kl_divergence"])
+        found.append(score(model(1), model(0), tmp_path / str(top))["kl_divergence"])
     assert found[0] > 0 and found[:4] == sorted(found[:4])
-    assert found[-2] == pytest.approx(found[-1], rel=1e-6)  # one token for all others: nothing is merged
+    assert found[-2] == pytest.approx(found[-1], rel=1e-6)  # one other token: nothing is merged
 
 
 def test_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = scored(model(1), model(0), tmp_path / "whole")
+    whole = score(model(1), model(0), tmp_path / "whole")
     monkeypatch.setattr(chunked_logits, "CHUNK", 7)
-    assert scored(model(1), model(0), tmp_path / "parts") == pytest.approx(whole, rel=1e-5)
+    assert score(model(1), model(0), tmp_path / "parts") == pytest.approx(whole, rel=1e-5)
 
 
-def test_what_is_kept_does_not_grow_with_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_predictions_do_not_grow_with_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logits, "TOP", 4)
-    logits.record(model(0), made_batches(), tmp_path / "kept")
+    logits.record(model(0), make_batches(), tmp_path / "kept")
     tokens = 40 + 5 + 1 + 17
     stored = sum(path.stat().st_size for path in (tmp_path / "kept").iterdir())
     assert stored < tokens * (5 * 4 + 4 * 4) + 2 * 256  # 256: a file's header

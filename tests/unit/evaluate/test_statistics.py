@@ -1,4 +1,4 @@
-"""Intervals and paired tests against scipy's, statsmodels', exact sums and simulation."""
+"""Intervals and paired tests against scipy, statsmodels, exact sums and simulation."""
 
 import math
 from itertools import product
@@ -22,7 +22,7 @@ from pipeline.evaluate.statistics import (
 
 
 def outcomes(both: int, wins: int, losses: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
-    """Booleans of a model and of a reference with so many prompts of each kind."""
+    """Booleans of a model and of a reference, with the given number of prompts of each kind."""
     kinds = ((True, True, both), (True, False, wins), (False, True, losses), (False, False, neither))
     model, reference = zip(*(pair for one, other, count in kinds for pair in [(one, other)] * count), strict=True)
     return np.array(model), np.array(reference)
@@ -34,7 +34,7 @@ def test_98_of_100_has_the_published_wilson_interval() -> None:
 
 
 @pytest.mark.parametrize(("passed", "total"), [(0, 10), (10, 10), (3, 7), (500, 1000)])
-def test_wilson_is_where_the_score_test_is_just_not_significant(passed: int, total: int) -> None:
+def test_wilsons_bounds_are_where_the_score_test_becomes_significant(passed: int, total: int) -> None:
     found, z = wilson(passed, total), stats.norm.ppf(0.975)
     for bound in (found.low, found.high):
         if 1e-12 < bound < 1 - 1e-12:
@@ -43,7 +43,7 @@ def test_wilson_is_where_the_score_test_is_just_not_significant(passed: int, tot
 
 
 @pytest.mark.parametrize(("passed", "total"), [(0, 10), (10, 10), (3, 7), (500, 1000)])
-def test_wilson_is_statsmodels(passed: int, total: int) -> None:
+def test_wilson_equals_statsmodels(passed: int, total: int) -> None:
     from statsmodels.stats.proportion import proportion_confint
 
     expected = proportion_confint(passed, total, method="wilson")
@@ -63,20 +63,20 @@ def test_the_bootstrap_is_the_same_each_time() -> None:
 
 
 @pytest.mark.parametrize(("wins", "losses"), [*product(range(5), range(5)), (30, 12), (200, 260)])
-def test_mcnemar_adds_up_the_chances_of_splits_as_uneven(wins: int, losses: int) -> None:
+def test_mcnemar_sums_the_probabilities_of_splits_at_least_as_uneven(wins: int, losses: int) -> None:
     count, least = wins + losses, min(wins, losses)
     tail = sum(math.comb(count, i) for i in range(least + 1)) / 2**count
     assert mcnemar(wins, losses) == pytest.approx(min(1.0, 2 * tail))
 
 
-def test_mcnemar_is_statsmodels() -> None:
+def test_mcnemar_equals_statsmodels() -> None:
     from statsmodels.stats import contingency_tables as tables
 
     for wins, losses in ((0, 6), (3, 11), (40, 22)):
         assert mcnemar(wins, losses) == pytest.approx(tables.mcnemar([[7, wins], [losses, 5]], exact=True).pvalue)
 
 
-def test_the_interval_of_a_difference_holds_it_as_often_as_it_says() -> None:
+def test_the_interval_of_a_difference_has_its_nominal_coverage() -> None:
     generator = np.random.default_rng(3)
     chances, truth = (0.6, 0.2, 0.1, 0.1), 0.1
     held = 0
@@ -86,25 +86,25 @@ def test_the_interval_of_a_difference_holds_it_as_often_as_it_says() -> None:
     assert 0.94 <= held / 2000 <= 0.97
 
 
-def test_models_that_never_differ_leave_a_difference_open() -> None:
+def test_the_interval_is_not_empty_if_models_never_differ() -> None:
     found = compare(*outcomes(20, 0, 0, 0))
     assert found.p_value == 1.0
     assert found.interval.low < 0 < found.interval.high
 
 
-def test_holm_is_the_published_example() -> None:
+def test_holm_gives_the_published_example() -> None:
     # Four tests at 0.05: 0.01 * 4, 0.02 * 3, 0.03 * 2, 0.04 * 1, and none below one before it.
     assert holm(np.array([0.02, 0.01, 0.04, 0.03])) == pytest.approx([0.06, 0.04, 0.06, 0.06])
 
 
-def test_holm_is_statsmodels() -> None:
+def test_holm_equals_statsmodels() -> None:
     from statsmodels.stats import multitest
 
     p_values = np.random.default_rng(4).uniform(0, 0.2, 9)
     assert holm(p_values) == pytest.approx(multitest.multipletests(p_values, method="holm")[1])
 
 
-def test_holm_never_goes_beyond_one_and_takes_no_tests() -> None:
+def test_holm_stays_below_one_and_accepts_no_tests() -> None:
     assert holm(np.array([0.9, 0.8])).tolist() == [1.0, 1.0]
     assert holm(np.array([])).tolist() == []
 
@@ -113,12 +113,12 @@ def test_holm_never_goes_beyond_one_and_takes_no_tests() -> None:
     ("wins", "losses", "said"),
     [(6, 0, BETTER), (0, 6, WORSE), (5, 0, "no significant difference on 100 prompts: it would have to be 6.0 points")],
 )
-def test_six_prompts_of_one_kind_are_the_fewest_that_show_a_difference(wins: int, losses: int, said: str) -> None:
+def test_a_significant_difference_needs_at_least_six_prompts_of_one_kind(wins: int, losses: int, said: str) -> None:
     """2 / 2^6 = 0.031, 2 / 2^5 = 0.0625."""
     assert statistics.verdict(*outcomes(94 - losses, wins, losses, 6 - wins)) == said
 
 
-def test_fewer_than_six_prompts_show_nothing() -> None:
+def test_fewer_than_six_prompts_are_never_significant() -> None:
     said = statistics.verdict(*outcomes(0, 5, 0, 0))
     assert said == "no significant difference on 5 prompts: they are too few for any"
 
@@ -131,7 +131,7 @@ def test_the_smallest_difference_is_just_significant(differing: int) -> None:
     assert mcnemar(count - losses, losses) <= 0.05 < mcnemar(count - losses - 1, losses + 1)
 
 
-def test_several_comparisons_need_more_than_one_does() -> None:
+def test_several_comparisons_need_a_larger_difference_than_one() -> None:
     comparison = compare(*outcomes(50, 6, 0, 50))
     assert statistics.verdicts([comparison]) == [BETTER]
     said = statistics.verdicts([comparison, comparison])

@@ -1,9 +1,9 @@
-"""Rates from verdicts: what counts, what is left out, and how models are paired."""
+"""Rates from verdicts, omitted verdicts, and pairs of models."""
 
 import pytest
 
 from pipeline.evaluate.statistics import BETTER, wilson
-from pipeline.evaluate.statistics import verdict as compared
+from pipeline.evaluate.statistics import verdict as compare_models
 from pipeline.evaluate.verdicts import Verdict, figures, pair
 
 
@@ -11,7 +11,7 @@ def verdict(prompt_id: str, passed: bool | None, group: str = "", sample: int = 
     return Verdict(prompt_id, sample, group, passed)
 
 
-def test_the_undecided_are_left_out_of_the_rate_and_counted() -> None:
+def test_undecided_verdicts_are_omitted_from_the_rate_and_counted() -> None:
     found = figures("x", [verdict("a", True), verdict("b", False), verdict("c", None), verdict("d", True)])
     assert found["x"] == pytest.approx(2 / 3)
     assert (found["x_decided"], found["x_undecided"]) == (3, 0.25)
@@ -23,7 +23,7 @@ def test_each_group_has_its_own_figures() -> None:
     assert (found["x/de"], found["x/fr"], found["x_undecided/fr"]) == (1.0, 0.0, 0.5)
 
 
-def test_where_nothing_is_decided_there_is_no_rate() -> None:
+def test_without_a_decided_verdict_there_is_no_rate() -> None:
     assert figures("x", [verdict("a", None)]) == {"x_decided": 0.0, "x_undecided": 1.0}
     assert figures("x", []) == {}
 
@@ -33,7 +33,7 @@ def test_a_prompt_with_many_answers_counts_once() -> None:
     assert figures("x", answers)["x"] == 0.5
 
 
-def test_answers_to_the_same_prompts_are_not_counted_as_so_many_prompts() -> None:
+def test_several_answers_to_a_prompt_do_not_narrow_the_interval() -> None:
     answers = [verdict(str(prompt), prompt % 4 > 0, sample=i) for prompt in range(20) for i in range(10)]
     found = figures("x", answers)
     assert (found["x_low"], found["x_high"]) == (wilson(15, 20).low, wilson(15, 20).high)
@@ -49,4 +49,4 @@ def test_models_are_paired_by_prompt_where_both_are_decided() -> None:
 def test_two_models_are_compared_on_the_prompts_that_both_have() -> None:
     model = [verdict(str(i), True) for i in range(12)]
     reference = [verdict(str(i), i % 2 == 0) for i in range(20)]
-    assert compared(*pair(model, reference)) == BETTER
+    assert compare_models(*pair(model, reference)) == BETTER

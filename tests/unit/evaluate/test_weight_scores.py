@@ -1,4 +1,4 @@
-"""Errors of expert weights, and flipped codes: by hand on a small model's weights."""
+"""Errors of expert weights and flipped codes, against sums by hand on a small model's weights."""
 
 import math
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ SHAPE = Shape(
 
 @dataclass
 class Held:
-    """Expert weights in memory, as the scorer sees those of a model."""
+    """Expert weights in memory, with the methods that the scorer calls."""
 
     tensors: dict[str, Tensor]
     shape: Shape = SHAPE
@@ -41,7 +41,7 @@ class Held:
         return None
 
 
-def rounded(weight: Tensor) -> Tensor:
+def round_weight(weight: Tensor) -> Tensor:
     return fake_quantize(weight.transpose(1, 2), MXFP4).transpose(1, 2)
 
 
@@ -56,19 +56,19 @@ def reference() -> Held:
     )
 
 
-def scored(own: dict[str, Tensor], reference: Held, is_rounded: bool) -> dict[str, float]:
+def score(own: dict[str, Tensor], reference: Held, is_rounded: bool) -> dict[str, float]:
     ref = ModelRef("m", Path(), Path())
     subject = Subject(replace(ref, block_format=MXFP4 if is_rounded else None), None, Held(own), reference, [])
     return weights.score(subject)
 
 
 def test_the_reference_itself_has_no_error_and_no_flips(reference: Held) -> None:
-    assert scored(reference.tensors, reference, False) == {"relative_weight_error": 0.0, "flipped_codes": 0.0}
+    assert score(reference.tensors, reference, False) == {"relative_weight_error": 0.0, "flipped_codes": 0.0}
 
 
 def test_a_rounded_reference_has_the_error_of_rounding_and_no_flips(reference: Held) -> None:
-    own = {name: rounded(weight) for name, weight in reference.tensors.items()}
-    found = scored(own, reference, True)
+    own = {name: round_weight(weight) for name, weight in reference.tensors.items()}
+    found = score(own, reference, True)
     wanted, given = (
         torch.cat([each.flatten() for each in held.values()]).double() for held in (reference.tensors, own)
     )
@@ -80,18 +80,18 @@ def test_a_rounded_reference_has_the_error_of_rounding_and_no_flips(reference: H
 
 @pytest.mark.parametrize("is_rounded", [True, False])
 def test_each_weight_with_another_code_is_one_flip(reference: Held, is_rounded: bool) -> None:
-    own = {name: rounded(weight) for name, weight in reference.tensors.items()}
+    own = {name: round_weight(weight) for name, weight in reference.tensors.items()}
     name = next(iter(own))
     block = own[name][2, :32, 5]
     largest = block.abs().argmax()
     others = [i for i in range(32) if i != int(largest)][:4]
     block[others] = torch.where(block[others] == 0, block[largest], torch.zeros(4))
     count = sum(weight.numel() for weight in own.values())
-    assert scored(own, reference, is_rounded)["flipped_codes"] == 4 / count
+    assert score(own, reference, is_rounded)["flipped_codes"] == 4 / count
 
 
 def test_weights_that_moved_within_their_rounding_flip_no_code(reference: Held) -> None:
-    own = {name: weight + 0.01 * (rounded(weight) - weight) for name, weight in reference.tensors.items()}
-    found = scored(own, reference, False)
+    own = {name: weight + 0.01 * (round_weight(weight) - weight) for name, weight in reference.tensors.items()}
+    found = score(own, reference, False)
     assert found["relative_weight_error"] > 0
     assert found["flipped_codes"] == 0.0
