@@ -30,7 +30,7 @@ def write(job: Job, directory: Path) -> Written:
     base = open_base(job)
     pieces = [others_piece(job, base, name, [name]) for name in other_tensors(base.shape)]
     pieces += [_stack_piece(stack) for stack in stacks(job, base)]
-    return write_checkpoint(job, base, directory, pieces, describe(base))
+    return write_checkpoint(job, base, directory, pieces=pieces, config=describe(base))
 
 
 def describe(base: Checkpoint, _: Collection[str] = ()) -> dict[str, object]:

@@ -25,7 +25,7 @@ def write(job: Job, directory: Path) -> Written:
     base = open_base(job)
     pieces = [others_piece(job, base, name, [name]) for name in other_tensors(base.shape)]
     pieces += [packed_piece(each, each.projection.blocks, each.projection.scales) for each in stacks(job, base)]
-    return write_checkpoint(job, base, directory, pieces, released_config(base.config))
+    return write_checkpoint(job, base, directory, pieces=pieces, config=released_config(base.config))
 
 
 def describe(base: Checkpoint, _: Collection[str]) -> dict[str, object]:

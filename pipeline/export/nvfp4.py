@@ -59,7 +59,7 @@ def write(job: Job, directory: Path) -> Written:
     pieces += [_input_scale_piece(name, scale) for name, scale in scales.items()]
     config = describe(base, [name for piece in pieces for name in piece.tensors])
     record = config.pop(RECORD)
-    written = write_checkpoint(job, base, directory, pieces, config)
+    written = write_checkpoint(job, base, directory, pieces=pieces, config=config)
     write_json(directory / RECORD, record)
     return written
 

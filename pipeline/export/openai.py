@@ -78,7 +78,7 @@ def write(job: Job, directory: Path) -> Written:
     config = original_config(base.config, job.source.directory)
     pieces = [others_piece(job, base, target, sources) for target, sources in other_names(base.shape).items()]
     pieces += [packed_piece(each, *stack_names(each.projection)) for each in stacks(job, base)]
-    return write_checkpoint(job, base, directory, pieces, config)
+    return write_checkpoint(job, base, directory, pieces=pieces, config=config)
 
 
 def other_names(shape: Shape) -> dict[str, tuple[str, ...]]:

@@ -234,7 +234,7 @@ def stacks(job: Job, base: Checkpoint) -> list[ExpertStack]:
 
 
 def write_checkpoint(
-    job: Job, base: Checkpoint, directory: Path, pieces: list[Piece], config: Mapping[str, object]
+    job: Job, base: Checkpoint, directory: Path, *, pieces: list[Piece], config: Mapping[str, object]
 ) -> Written:
     """Write the pieces layer by layer, then the side files of the source, then config.json."""
     values = sum(projection.values for projection in expert_projections(base.shape))

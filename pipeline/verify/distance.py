@@ -131,7 +131,7 @@ def compare(export: View, base: View) -> Comparison:
             check.tensors[name] = rows.figures()
             same |= {name} if is_same else set()
             if problem := _describe_not_finite(name, rows) or _describe_unlike(
-                export, base, name, rows, experts.get(name)
+                export, base, name, rows=rows, projection=experts.get(name)
             ):
                 wrong[name] = problem
     check.problems = list(wrong.values())
@@ -200,7 +200,7 @@ def _describe_not_finite(name: str, rows: Rows) -> str | None:
 
 
 def _describe_unlike(
-    export: View, base: View, name: str, rows: Rows, projection: ExpertProjection | None
+    export: View, base: View, name: str, *, rows: Rows, projection: ExpertProjection | None
 ) -> str | None:
     """Describe a tensor that does not resemble the base model's, and name the tensor that it resembles instead."""
     unlike = rows.unlike(have_scales=projection is not None)

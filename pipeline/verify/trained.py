@@ -54,7 +54,7 @@ class TrainedModel:
             if name not in seen:
                 seen.add(name)
                 for part in export.parts(name):  # an expert at a time, to save memory
-                    _compare_bits(check, name, export.values(name, part), trained[part], part.start)
+                    _compare_bits(check, name, export.values(name, part), trained[part], first=part.start)
 
         if self.runs_quantizers:
             with fake_quantizers.watch(self.model, see) as fired:
@@ -143,7 +143,7 @@ class TrainedModel:
         return logits[inputs["attention_mask"].bool()].float().cpu()
 
 
-def _compare_bits(check: Check, name: str, have: Tensor, want: Tensor, first: int = 0) -> None:
+def _compare_bits(check: Check, name: str, have: Tensor, want: Tensor, *, first: int = 0) -> None:
     """Compare two tensors and add any difference to the check as a problem. `first` is the index of their first row."""
     want, have = want.detach().float().cpu(), have.float()
     if have.shape != want.shape:

@@ -39,7 +39,7 @@ def write(job, directory):
     base = open_base(job)
     pieces = [others_piece(job, base, name, [name]) for name in other_tensors(base.shape)]
     pieces += [packed_piece(stack, *names(stack.projection)) for stack in stacks(job, base)]
-    return write_checkpoint(job, base, directory, pieces, describe(base))
+    return write_checkpoint(job, base, directory, pieces=pieces, config=describe(base))
 
 
 def names(projection):
