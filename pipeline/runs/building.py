@@ -72,14 +72,14 @@ def build(
     """Run `work` unless the stage is up to date, and publish the payload that it leaves in the stage's directory.
 
     Args:
-        run, stage: which stage of which run.
+        run, stage: the stage and its run.
         settings: dotted keys (or sections) of the configuration that the result depends on.
-        parents, data: see `Inputs`.
+        parents, data: as in `Inputs`.
         work: fills the given directory, in which it finds the files of an interrupted run with the same inputs.
         resumable_as: maps the settings to those that an unfinished stage must be resumed with.
         on_every_process: call `work` on every process (training), not on the main process alone.
-        is_report: rebuild the stage when its inputs have changed, and say so. Without it, changed inputs are an error,
-            which protects models. A report's `work` finds the files of the earlier report.
+        is_report: if inputs have changed, rebuild and say so. A report's `work` finds the files of the earlier report.
+            For other stages changed inputs are an error, which protects models.
 
     Raises:
         UserError: the directory is complete or unfinished with other inputs, or not writable.
@@ -87,14 +87,12 @@ def build(
     directory = run.stage_dir(stage)
     inputs = Inputs(run.settings(settings), dict(parents), data)
     begun = Inputs(resumable_as(inputs.settings), inputs.parents, data)
-    done = None if run.overwrite else _find_up_to_date(directory, inputs, is_report)
-    if done is not None:
+    if not run.overwrite and (done := _find_up_to_date(directory, inputs, is_report)) is not None:
         return done
     _raise_if_foreign(directory)
     if not is_report and not run.overwrite:
         _raise_if_unfinished_differs(directory, begun)
-    # Tracking starts before anything is deleted: an unreachable tracking service must not cost an earlier result.
-    with _lock(run, directory), track(run, stage.name, directory.parent):
+    with _lock(run, directory), track(run, stage.name, directory.parent):  # before anything is deleted: it may fail
         _on_main_process(lambda: _prepare(run, directory, begun, keep_files=is_report and not run.overwrite))
         result, seconds = _work(lambda: work(directory), on_every_process)
         _on_main_process(lambda: _publish(run, directory, inputs, result, seconds))

@@ -333,9 +333,8 @@ def _setting_errors(setup: Setup) -> Iterator[None]:
 def _pack(splits: Splits, stage: str) -> Dataset:
     """Pack whole examples into rows of up to `max_length` tokens. Column seq_lengths holds the examples' lengths."""
     with tables.no_progress_bars():
-        rows: Any = pack_dataset(
-            splits.train.select_columns(["input_ids", "labels"]), splits.max_length, _WHOLE_EXAMPLES
-        )
+        examples = splits.train.select_columns(["input_ids", "labels"])
+        rows: Any = pack_dataset(examples, splits.max_length, _WHOLE_EXAMPLES)
     say(stage, f"packed {len(splits.train)} examples into {len(rows)} rows of up to {splits.max_length} tokens")
     return rows
 
