@@ -17,7 +17,7 @@ from pipeline import __main__ as program
 
 EXTENDING = ROOT / "docs" / "extending.md"
 BLOCKS = [block for page in PAGES for block in read_blocks(page)]
-SHELL = [block for block in BLOCKS if block.language == "bash"]
+SHELL = [block for block in BLOCKS if block.language == "bash" and block.page != EXTENDING]
 MARKS = {".needs-gpu", ".needs-internet", ".needs-engine", ".needs-time", ".runs-tests"}
 """What keeps a block from running here: its commands are then only composed."""
 
