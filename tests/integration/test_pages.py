@@ -83,6 +83,14 @@ def test_the_readme_runs_from_top_to_bottom(checkout: Path) -> None:
     assert "[verify] ok " in printed and "[compare]" in printed
 
 
+def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    for page in (ROOT / "docs").glob("*.md"):
+        assert (tmp_path / "site" / page.with_suffix(".html").name).is_file()
+
+
 # --- extending -------------------------------------------------------------------------------------------------------
 
 
