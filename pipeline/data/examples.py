@@ -188,7 +188,7 @@ def _drop_unsupervised(data: DataConfig, name: str, table: Dataset, counts: dict
     truncated, dropped = int((length > data.max_length).sum()), len(table) - len(kept)
     if not len(kept):
         raise UserError(
-            f"data.max_length={data.max_length} cuts off every supervised token of the {name} examples. Raise it."
+            f"data.max_length={data.max_length} truncates every supervised token of the {name} examples. Raise it."
         )
     if truncated:
         warn(
