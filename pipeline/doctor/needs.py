@@ -2,7 +2,8 @@
 
 Weights, gradients, optimizer states and files follow from the shapes and are exact. Activations are estimated from the
 tensors that transformers' eager implementation keeps for the backward pass. Fragmentation and the CUDA context are not
-included. All figures are without sharding. `findings` divides the sharded parts by the number of processes.
+included. Sharding decides only the budget of rounded experts here. `findings` divides the sharded parts by the number
+of processes.
 
 Legend: B batch size, T tokens of the longest example, H hidden size, I intermediate size, N query heads, K experts per
 token, E experts, a bytes per activation.
@@ -275,12 +276,12 @@ def _as_batched(train: TrainConfig, longest: int, max_length: int) -> tuple[Trai
 def _activations(shape: Shape, train: TrainConfig, *, tokens: int, experts_per_token: int, is_quantized: bool) -> int:
     """Estimate the most bytes that are kept for the backward pass.
 
-    - Of each layer with gradient checkpointing: its input, B·T·H·a. One layer at a time is kept as a whole.
-    - Of each layer without it: a few vectors of width H, the queries, keys and values, K experts of widths 2I and I,
-      eager attention's scores B·N·T·T, and a copy of the expert stacks. LoRA (base plus delta) and fake quantization
-      (rounded weights) multiply with this copy. While a copy is made, there are two more.
-    - The logits with their FP32 copy and gradient.
-    - In mixed precision, the BF16 copies of the weights that autocast keeps.
+    A layer keeps a few vectors of width H, queries, keys and values, K experts of widths 2I and I, eager attention's
+    scores B·N·T·T, and a copy of the expert stacks. LoRA (base plus delta) and fake quantization (rounded weights)
+    multiply with this copy. While a copy is made, there are two more. With gradient checkpointing, only one layer at a
+    time is kept as a whole. The others keep their input, B·T·H·a.
+
+    Logits are kept with their FP32 copy and gradient. In mixed precision, autocast keeps BF16 copies of the weights.
     """
     places = train.batch_size * tokens
     width = _compute_width(train)
