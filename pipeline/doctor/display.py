@@ -53,7 +53,7 @@ def report(facts: Facts, findings: list[str]) -> None:
     for title, value in (*_data_lines(facts.data), *_needs_lines(facts)):
         _print(console, title, Text(value))
     if not findings:
-        say("doctor", "nothing found that would hurt training")
+        say("doctor", "no problems found")
     for number, finding in enumerate(findings, 1):
         warn("doctor", f"{number}. {finding}")
 

@@ -268,4 +268,4 @@ _CHECKS: tuple[Callable[[Facts], list[str]], ...] = (
     _copies,
     _few_to_validate,
 )
-"""First problems that stop the run, then those that falsify figures, teach wrong behaviour, or waste data."""
+"""In order: problems that stop the run, falsify figures, teach the model wrong behaviour, or waste data."""
