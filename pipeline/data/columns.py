@@ -1,10 +1,9 @@
 """Maps a row of any data set to a row in chat form. The settings `data.columns` name the columns.
 
-A new data set needs a file in conf/data/, and no code here.
+To add a data set, add a file to conf/data/. This module does not change.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 from pipeline.config import ColumnsConfig, DataConfig
 from pipeline.data.harmony import ConversationError
@@ -20,38 +19,47 @@ class Columns:
     """Maps the rows of one data set, and remembers which of the wanted columns it has found so far."""
 
     def __init__(
-        self, key: str, data: DataConfig, expected: dict[str, str] | None = None, expected_key: str = "{}"
+        self, key: str, data: DataConfig, expected: Mapping[str, str] | None = None, expected_key: str = "{}"
     ) -> None:
-        """
+        """Read the names of the columns from the settings.
+
         Args:
             key: of the data set's settings, for messages: `data` or `data.blend[0]`.
             data: settings with columns, roles and filter.
             expected: name of a value that scorers need -> column that holds it.
-            expected_key: key of the settings that name these columns, for messages; {} stands for the value's name.
+            expected_key: key of the settings that name these columns, for messages. {} stands for the value's name.
         """
         self._key = key
         self._data = data
         self._expected = expected or {}
         self._expected_key = expected_key
         self._wanted = dict(self._looked_for())
-        self._met: set[str] = set()
+        self._found: set[str] = set()
         self._kept_one = False
-        self._others: dict[str, None] = {}  # names in rows that lack a wanted column, in order
+        self._others: dict[str, None] = {}  # columns of the rows that lack a wanted column, in order
 
-    def chat_row(self, row: Any) -> dict[str, Any] | None:
-        """The row in the form that `harmony.parse_conversation` takes, or None if data.filter drops it.
+    def require_object(self, row: object) -> Mapping[str, object]:
+        """Return the row if it is a JSON object.
+
+        Raises:
+            ConversationError: it is another value.
+        """
+        if not isinstance(row, dict):
+            raise ConversationError(f"is a {type(row).__name__}, not an object with {next(iter(self._wanted))!r}")
+        return row
+
+    def to_chat_row(self, row: Mapping[str, object]) -> dict[str, object] | None:
+        """Return the row in the form that `harmony.parse_conversation` takes, or None if data.filter drops it.
 
         Raises:
             ConversationError: a column that every row needs is missing, or is not text.
         """
-        if not isinstance(row, dict):
-            raise ConversationError(f"is a {type(row).__name__}, not an object with {next(iter(self._wanted))!r}")
         found = {column: self._find(row, column) for column in self._data.filter}
         if any(found[column] not in values for column, values in self._data.filter.items()):
             return None
         self._kept_one = True
         columns = {name: column for name, column in vars(self._data.columns).items() if name not in _MESSAGE_KEYS}
-        # Look up all columns before raising for one, so that `missing` names only columns that no row has.
+        # Look up all columns before raising an error, so that `list_missing` names only columns that no row has.
         values = {name: self._find(row, column) for name, column in columns.items() if column is not None}
         for name in _NEEDED:
             if name in values and values[name] is None:
@@ -61,8 +69,8 @@ class Columns:
             messages = [{"role": "system", "content": values["system"]}, *messages]
         return {"messages": messages, **{name: values.get(name) for name in _OPTIONS}}
 
-    def expected(self, row: dict[str, Any]) -> dict[str, str]:
-        """The values that scorers need of a kept row, as text.
+    def read_expected(self, row: Mapping[str, object]) -> dict[str, str]:
+        """Return the values of a kept row that scorers need, as text.
 
         Raises:
             ConversationError: a column is missing, or is neither text nor a number.
@@ -76,19 +84,19 @@ class Columns:
                 )
         return {name: str(value) for name, value in found.items()}
 
-    def missing(self) -> list[str]:
-        """A problem for each wanted column that no row had. Call it after the last row."""
+    def list_missing(self) -> list[str]:
+        """Return a problem for each wanted column that no row had. Call it after the last row."""
         there = ", ".join(self._others) or "none"
         return [
             f"{setting}={column!r}: no row of {self._data.path} has that column."
             f"{did_you_mean(column, self._others)} There are: {there}."
             for column, setting in self._wanted.items()
-            # Unreadable rows are not searched. In rows that the filter drops, only its own columns are searched.
-            if column not in self._met and (self._kept_one or (column in self._data.filter and self._others))
+            # Unreadable rows are not searched. In rows that the filter drops, only the filter's columns are searched.
+            if column not in self._found and (self._kept_one or (column in self._data.filter and self._others))
         ]
 
     def _looked_for(self) -> Iterator[tuple[str, str]]:
-        """(column, full key) of each column that some row must have: required ones, and options that the user set."""
+        """Yield (column, full key) of each column that some row must have: required ones and options that were set."""
         usual = ColumnsConfig()
         for name, column in vars(self._data.columns).items():
             must_be_there = name in _NEEDED or column != getattr(usual, name)
@@ -97,19 +105,19 @@ class Columns:
         yield from ((column, f"{self._key}.filter") for column in self._data.filter)
         yield from ((column, self._expected_key.format(name)) for name, column in self._expected.items())
 
-    def _find(self, row: dict[str, Any], path: str) -> Any:
-        """The value of the column with this name, or else at this dotted path; None without one."""
-        value: Any = row
+    def _find(self, row: Mapping[str, object], path: str) -> object:
+        """Return the value of the column with this name, or else at this dotted path. None if there is neither."""
+        value: object = row
         for part in [path] if path in row else path.split("."):
             if not isinstance(value, dict) or part not in value:
                 if path in self._wanted and len(self._others) < _MOST_NAMES:
                     self._others |= dict.fromkeys(_leaves(row))
                 return None
             value = value[part]
-        self._met.add(path)
+        self._found.add(path)
         return value
 
-    def _single_turn(self, values: dict[str, Any]) -> list[dict[str, Any]]:
+    def _single_turn(self, values: Mapping[str, object]) -> list[dict[str, object]]:
         for name in ("prompt", "completion"):
             column = getattr(self._data.columns, name)
             if column is not None and not isinstance(values[name], str):
@@ -120,10 +128,10 @@ class Columns:
         answer = {"role": "assistant", "content": values["completion"], "thinking": values.get("reasoning")}
         return [question, answer]
 
-    def _messages(self, messages: Any) -> Any:
+    def _messages(self, messages: object) -> object:
         return [self._message(message) for message in messages] if isinstance(messages, (list, tuple)) else messages
 
-    def _message(self, message: Any) -> Any:
+    def _message(self, message: object) -> object:
         if not isinstance(message, dict):
             return message
         role = message.get(self._data.columns.role)
@@ -134,8 +142,8 @@ class Columns:
         return chat
 
 
-def _leaves(row: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted paths of all columns. A nested object is replaced by its own columns."""
+def _leaves(row: Mapping[str, object], prefix: str = "") -> list[str]:
+    """Return the dotted paths of all columns. A nested object is replaced by its own columns."""
     found: list[str] = []
     for name, value in row.items():
         found += _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [f"{prefix}{name}"]

@@ -1,10 +1,13 @@
-"""Conversations -> training and validation examples: chosen, split, rendered, tokenized."""
+"""Turns conversations into training and validation examples: chooses, splits, renders and tokenizes them.
 
-from collections.abc import Iterator
+Truncated and dropped examples are counted and reported. Examples are kept in tables on disk (<run_dir>/data). Later
+stages with the same settings use the same tables.
+"""
+
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -12,8 +15,8 @@ from datasets import Dataset, Features, List, Value
 
 from pipeline.config import DataConfig, Supervise
 from pipeline.data import harmony, sampling, tables
-from pipeline.data.harmony import ConversationError, Rendering, Turn
-from pipeline.data.rows import CODE, Conversations, Rows, _truncated, column_of
+from pipeline.data.harmony import IGNORED, ConversationError, Rendering, Turn
+from pipeline.data.rows import CODE, Conversations, Rows, column_of
 from pipeline.data.sampling import Numbers
 from pipeline.data.sources import digest_of_files
 from pipeline.data.tokenizers import Tokenizer
@@ -41,8 +44,8 @@ class Splits:
         train: examples to train on.
         validation: held-out examples. No conversation has examples in both.
         counts: numbers of rows, examples and tokens, and of truncated and dropped examples.
-        max_length: the most tokens that an example has.
-        validation_rows: number in Rows of the conversation of each validation example.
+        max_length: data.max_length. No example has more tokens.
+        validation_rows: for each validation example, the number of its conversation in Rows.
     """
 
     train: Dataset
@@ -66,12 +69,12 @@ def prepare_examples(run: Run, data: DataConfig, rows: Rows, tokenizer: Tokenize
     errors: list[UserError] = []
     for name, numbers in numbers_of.items():
         try:
-            tokenized[name] = _tokenized(run, name, rows, numbers, rendering, data.max_length)
+            tokenized[name] = _tokenize(run, name, rows, numbers, rendering=rendering, max_length=data.max_length)
         except UserError as error:
             errors.append(error)
     if errors:
         raise joined(errors)
-    kept = {name: _supervised(data, name, table, counts) for name, table in tokenized.items()}
+    kept = {name: _drop_unsupervised(data, name, table, counts) for name, table in tokenized.items()}
     examples = {name: table.select_columns(["input_ids", "labels"]) for name, table in kept.items()}
     return Splits(
         **examples, counts=counts, max_length=data.max_length, validation_rows=column_of(kept["validation"], "row")
@@ -79,7 +82,7 @@ def prepare_examples(run: Run, data: DataConfig, rows: Rows, tokenizer: Tokenize
 
 
 def rendering_of(data: DataConfig, tokenizer: Tokenizer) -> Rendering:
-    """The settings of `data` that decide how conversations are rendered."""
+    """Return the settings of `data` that decide how conversations are rendered."""
     return Rendering(
         tokenizer,
         data.reasoning_effort.name,
@@ -91,7 +94,9 @@ def rendering_of(data: DataConfig, tokenizer: Tokenizer) -> Rendering:
 
 
 def split_rows(data: DataConfig, rows: Rows) -> tuple[Conversations, Conversations]:
-    """The conversations to train on, and the conversations to validate on. data.max_samples limits their sum.
+    """Return the conversations to train on, and the conversations to validate on.
+
+    data.max_samples limits the sum of their numbers.
 
     Raises:
         UserError: no conversation is left to train on or to validate on.
@@ -102,7 +107,7 @@ def split_rows(data: DataConfig, rows: Rows) -> tuple[Conversations, Conversatio
 
 
 def _choose(data: DataConfig, rows: Rows) -> tuple[dict[str, int], Numbers]:
-    """The number of rows used of each part of a blend, and the numbers of the chosen rows in their seeded order."""
+    """Count the rows to use of each part of a blend, and choose their numbers, in a seeded order."""
     available = [count for _, count in rows.parts]
     take = sampling.shares(available, [source.weight for source, _ in rows.parts], data.max_samples)
     total = sum(take)
@@ -132,19 +137,23 @@ def _split(data: DataConfig, rows: Rows, chosen: Numbers) -> tuple[Numbers, Numb
     return chosen[train], chosen[validation]
 
 
-def _tokenized(run: Run, name: str, rows: Rows, numbers: Numbers, rendering: Rendering, max_length: int) -> Dataset:
-    """The table of all examples of these rows, including examples without a supervised token."""
+def _tokenize(run: Run, name: str, rows: Rows, numbers: Numbers, *, rendering: Rendering, max_length: int) -> Dataset:
+    """Return the table of all examples of these rows, including examples without a supervised token."""
     chosen = xxhash.xxh3_128_hexdigest(numbers.tobytes())
     settings = vars(rendering) | {"tokenizer": _fingerprint(rendering.tokenizer)}
     key = ("examples", rows.fingerprint, chosen, settings, max_length, digest_of_files([*CODE, Path(__file__)]))
     return tables.table(
-        run, key, _EXAMPLES, lambda: _examples(name, rows.conversations, numbers, rendering, max_length)
+        run,
+        key,
+        _EXAMPLES,
+        lambda: _render_examples(name, rows.conversations, numbers, rendering=rendering, max_length=max_length),
     )
 
 
-def _examples(
-    name: str, conversations: Conversations, numbers: Numbers, rendering: Rendering, max_length: int
-) -> Iterator[dict[str, Any]]:
+def _render_examples(
+    name: str, conversations: Conversations, numbers: Numbers, *, rendering: Rendering, max_length: int
+) -> Iterator[Mapping[str, object]]:
+    """Yield the examples of these rows. Bad rows are reported together, in an error after the last row."""
     bad = Problems()
     turns: list[tuple[int, Turn]] = []
     for number in progress(numbers, what=f"tokenizing {name}", unit="row"):
@@ -154,39 +163,51 @@ def _examples(
         except ConversationError as error:
             bad.add(f"{conversation.where}: {error}.")
         if len(turns) >= _TURNS_AT_ONCE:
-            yield from _truncated(turns, rendering, max_length)
+            yield from _truncate(turns, rendering, max_length)
             turns = []
-    yield from _truncated(turns, rendering, max_length)
+    yield from _truncate(turns, rendering, max_length)
     bad.raise_if_any()
 
 
-def _supervised(data: DataConfig, name: str, table: Dataset, counts: dict[str, int]) -> Dataset:
-    """The examples that have a supervised token. Counts them, and reports truncated and dropped examples."""
+def _truncate(turns: list[tuple[int, Turn]], rendering: Rendering, max_length: int) -> Iterator[Mapping[str, object]]:
+    """Tokenize turns, each with the number of its row, and truncate them to `max_length` tokens."""
+    examples = harmony.tokenize([turn for _, turn in turns], rendering)
+    for (number, _), example in zip(turns, examples, strict=True):
+        truncated = {key: ids[:max_length] for key, ids in example.items()}
+        supervised = len(truncated["labels"]) - truncated["labels"].count(IGNORED)
+        yield {**truncated, "row": number, "length": len(example["input_ids"]), "supervised": supervised}
+
+
+def _drop_unsupervised(data: DataConfig, name: str, table: Dataset, counts: dict[str, int]) -> Dataset:
+    """Return the examples that have a supervised token.
+
+    Adds their numbers to `counts`, and reports truncated and dropped examples.
+    """
     length, supervised = column_of(table, "length"), column_of(table, "supervised")
     kept = np.flatnonzero(supervised)
-    cut, lost = int((length > data.max_length).sum()), len(table) - len(kept)
+    truncated, dropped = int((length > data.max_length).sum()), len(table) - len(kept)
     if not len(kept):
         raise UserError(
-            f"data.max_length={data.max_length} cuts off every supervised token of the {name} examples. Raise it."
+            f"data.max_length={data.max_length} truncates every supervised token of the {name} examples. Raise it."
         )
-    if cut:
+    if truncated:
         warn(
             "data",
-            f"{cut} of {len(table)} {name} examples are longer than data.max_length={data.max_length} and were"
-            f" truncated; {lost} of them had no supervised token left and were dropped",
+            f"{truncated} of {len(table)} {name} examples are longer than data.max_length={data.max_length} and were"
+            f" truncated; {dropped} of them had no supervised token left and were dropped",
         )
     counts |= {
         f"{name}_examples": len(kept),
         f"{name}_tokens": int(np.minimum(length[kept], data.max_length).sum()),
         f"{name}_supervised_tokens": int(supervised.sum()),
-        f"{name}_examples_cut": cut,
-        f"{name}_examples_left_out": lost,
+        f"{name}_examples_cut": truncated,
+        f"{name}_examples_left_out": dropped,
     }
-    return table.select(kept) if lost else table
+    return table.select(kept) if dropped else table
 
 
-def _fingerprint(tokenizer: Any) -> str:
-    """Of everything that affects the tokens of a conversation: libraries, chat template, tokenizer."""
+def _fingerprint(tokenizer: Tokenizer) -> str:
+    """Hash everything that affects the tokens of a conversation: libraries, chat template, tokenizer."""
     libraries = [version(library) for library in ("transformers", "tokenizers")]
     text = f"{libraries}{tokenizer.chat_template}{tokenizer.backend_tokenizer.to_str()}"
     return xxhash.xxh3_128_hexdigest(text.encode())

@@ -1,25 +1,24 @@
-"""Turns data sets into conversations, and conversations into tokens and labels for training and validation.
+"""Turns the rows of data sets into conversations.
 
-All rows are checked before the first is used. Truncated and dropped examples are counted and reported. Rows and tokens
-are kept in tables on disk (<run_dir>/data), not in memory. Later stages with the same settings use the same tables.
+All rows are checked before the first is used. Conversations are kept in a table on disk (<run_dir>/data), not in
+memory. Later stages with the same settings use the same table.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import overload
 
 import numpy as np
 import xxhash
 from datasets import Dataset, Features, Value, concatenate_datasets
-from numpy.typing import NDArray
 
 from pipeline.config import DataConfig
 from pipeline.data import columns, harmony, tables
 from pipeline.data import sources as sources_module
 from pipeline.data.columns import Columns
-from pipeline.data.harmony import IGNORED, Conversation, ConversationError, Rendering, Turn, parse_conversation
+from pipeline.data.harmony import Conversation, ConversationError, parse_conversation
 from pipeline.data.sampling import Numbers
 from pipeline.data.sources import Opened, Source, Unreadable, data_sources, digest_of_files, open_rows
 from pipeline.errors import Problems, UserError, joined, user_errors
@@ -37,11 +36,13 @@ _ROWS = Features(
     }
 )
 _FILTERED_OUT = {"kept": False, "conversation": "", "where": "", "identity": 0, "expected": "", "merged": False}
+
 CODE = [Path(__file__), *(Path(str(module.__file__)) for module in (columns, sources_module, harmony))]
+"""Files of the code that turns rows into conversations. Tables are made again when it changes."""
 
 
 class Conversations(Sequence[Conversation]):
-    """The conversations of a table. Each is read from disk when it is accessed."""
+    """Conversations in a table. Each is read from disk when it is accessed."""
 
     def __init__(self, table: Dataset) -> None:
         self._table = table
@@ -49,7 +50,11 @@ class Conversations(Sequence[Conversation]):
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Conversations": ...
+    def __getitem__(self, index: int | slice) -> "Conversation | Conversations":
         if isinstance(index, slice):
             return Conversations(self._table.select(range(len(self))[index]))
         row = self._table[index]
@@ -61,7 +66,7 @@ class Conversations(Sequence[Conversation]):
         )
 
     def select(self, numbers: Numbers) -> "Conversations":
-        """The conversations with the given numbers, in the given order."""
+        """Return the conversations with the given numbers, in the given order."""
         return Conversations(self._table.select(numbers))
 
 
@@ -70,10 +75,10 @@ class Rows:
     """The conversations of a data set, or of the parts of a blend, one part after the other.
 
     Attributes:
-        conversations: of the rows that data.filter keeps, in order.
-        identities: hash of each conversation; copies have equal ones.
+        conversations: the rows that data.filter keeps, in order.
+        identities: hash of each conversation. Equal conversations have equal hashes.
         parts: each part of the blend, and the number of its conversations.
-        fingerprint: of the contents of all conversations.
+        fingerprint: hash of the contents of all conversations.
     """
 
     conversations: Conversations
@@ -83,7 +88,7 @@ class Rows:
 
 
 def load_rows(run: Run, data: DataConfig) -> Rows:
-    """Read and check the data set that `data.path` names, or those of `data.blend`.
+    """Read and check the data set that `data.path` names, or the data sets of `data.blend`.
 
     Raises:
         UserError: a data set does not exist, is empty, or has bad rows. All parts are reported together, and each bad
@@ -96,57 +101,58 @@ def read_rows(run: Run, sources: list[Source]) -> Rows:
     """Read and check data sets.
 
     Raises:
-        UserError: as `load_rows`.
+        UserError: see `load_rows`.
     """
     found: list[Dataset] = []
     errors: list[UserError] = []
     for source in sources:
         try:
-            found.append(_checked_table(run, source))
+            found.append(_make_table(run, source))
         except UserError as error:
             errors.append(error)
     if errors:
         raise joined(errors)
     _report_merged(found)
-    kept = [_kept(source, table) for source, table in zip(sources, found, strict=True)]
+    kept = [_apply_filter(source, table) for source, table in zip(sources, found, strict=True)]
     identities = np.concatenate([column_of(table, "identity") for table in kept])
     parts = [(source, len(table)) for source, table in zip(sources, kept, strict=True)]
     fingerprint = xxhash.xxh3_128_hexdigest(identities.tobytes())
     return Rows(Conversations(concatenate_datasets(kept)), identities, parts, fingerprint)
 
 
-def _checked_table(run: Run, source: Source) -> Dataset:
-    """The table of a data set's rows. All of them are valid."""
+def _make_table(run: Run, source: Source) -> Dataset:
+    """Return the table of a data set's rows. All of them are valid."""
     opened = open_rows(source)
     data = source.data
     settings = (data.path, data.revision, data.split, data.columns, data.roles, data.filter)
     defaults = (source.reasoning_effort, source.reasoning_language)
     use = (source.expected, source.needs_answers)
     key = ("rows", opened.identity, settings, defaults, use, digest_of_files(CODE))
-    return tables.table(run, key, _ROWS, lambda: _check(source, opened))
+    return tables.table(run, key, _ROWS, lambda: _check_rows(source, opened))
 
 
-def _check(source: Source, opened: Opened) -> Iterator[dict[str, Any]]:
-    """Yield the rows of the table. Raises after the last row, so that all bad rows are reported together."""
+def _check_rows(source: Source, opened: Opened) -> Iterator[Mapping[str, object]]:
+    """Yield the rows of the table. Bad rows are reported together, in an error after the last row."""
     mapping = Columns(source.key, source.data, source.expected, source.expected_key)
     bad, count = Problems(), 0
     for where, row in progress(opened.rows(), what=f"checking {source.data.path}", unit="row"):
         count += 1
         try:
-            yield _checked_row(source, mapping, where, row)
+            yield _check_row(source, mapping, where, row)
         except ConversationError as error:
             bad.add(f"{where}: {error}.")
     if not count:
         raise UserError(f"{source.key}.path={source.data.path}: the data set is empty.")
-    if missing := mapping.missing():
+    if missing := mapping.list_missing():
         raise user_errors(missing)  # without these columns every row is bad, so the rows are not listed
     bad.raise_if_any()
 
 
-def _checked_row(source: Source, mapping: Columns, where: str, row: Any) -> dict[str, Any]:
+def _check_row(source: Source, mapping: Columns, where: str, row: object) -> Mapping[str, object]:
     if isinstance(row, Unreadable):
         raise ConversationError(row.reason)
-    chat_row = mapping.chat_row(row)
+    fields = mapping.require_object(row)
+    chat_row = mapping.to_chat_row(fields)
     if chat_row is None:
         return _FILTERED_OUT
     found = parse_conversation(chat_row, where, source.needs_answers)
@@ -163,7 +169,7 @@ def _checked_row(source: Source, mapping: Columns, where: str, row: Any) -> dict
         "conversation": text,
         "where": where,
         "identity": identity,
-        "expected": json.dumps(mapping.expected(row), ensure_ascii=False),
+        "expected": json.dumps(mapping.read_expected(fields), ensure_ascii=False),
         "merged": found.merged_instructions,
     }
 
@@ -174,8 +180,8 @@ def _report_merged(found: list[Dataset]) -> None:
         say("data", f"{merged} rows have a system and a developer message: joined, because the template takes one")
 
 
-def _kept(source: Source, table: Dataset) -> Dataset:
-    """The rows that data.filter keeps. Their number is reported."""
+def _apply_filter(source: Source, table: Dataset) -> Dataset:
+    """Return the rows that data.filter keeps, and report their number."""
     if not source.data.filter:
         return table
     kept = np.flatnonzero(column_of(table, "kept"))
@@ -185,13 +191,6 @@ def _kept(source: Source, table: Dataset) -> Dataset:
     return table.select(kept)
 
 
-def _truncated(turns: list[tuple[int, Turn]], rendering: Rendering, max_length: int) -> Iterator[dict[str, Any]]:
-    examples = harmony.tokenize([turn for _, turn in turns], rendering)
-    for (number, _), example in zip(turns, examples, strict=True):
-        cut = {key: ids[:max_length] for key, ids in example.items()}
-        supervised = len(cut["labels"]) - cut["labels"].count(IGNORED)
-        yield {**cut, "row": number, "length": len(example["input_ids"]), "supervised": supervised}
-
-
-def column_of(table: Dataset, name: str) -> NDArray[Any]:
-    return table.select_columns([name]).with_format("numpy")[:][name]
+def column_of(table: Dataset, name: str) -> Numbers:
+    """Return a column of numbers or truth values as int64."""
+    return table.select_columns([name]).with_format("numpy")[:][name].astype(np.int64, copy=False)

@@ -1,6 +1,6 @@
 """Reads the rows of data sets: files, folders, saved data sets, hub data sets and synthetic ones.
 
-Each row is passed on unchanged, together with its place. Other modules interpret it.
+Rows are passed on unchanged, each with its place. Other modules interpret them.
 """
 
 import json
@@ -8,9 +8,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+import datasets
 import xxhash
+from datasets import Dataset, DatasetDict, IterableDataset
 from datasets.exceptions import DatasetsError
 
 from pipeline.config import SYNTHETIC, BlendPartConfig, DataConfig
@@ -21,7 +22,7 @@ from pipeline.errors import UserError
 _READ_BYTES = 1 << 24
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
-PlacedRows = Iterator[tuple[str, Any]]
+PlacedRows = Iterator[tuple[str, object]]
 """(place, row) of every row. Rows are counted from 1, as editors count lines."""
 
 
@@ -31,12 +32,12 @@ class Source:
 
     Attributes:
         key: of its settings, for messages: `data` or `data.blend[0]`.
-        data: its settings; a part of a blend inherits those that it does not set.
+        data: its settings. A part of a blend inherits the settings that it does not set.
         weight: its share of a blend, relative to the other weights.
-        reasoning_effort: of the part's rows that name none; None: as in `data`.
-        reasoning_language: likewise.
+        reasoning_effort: default for the part's rows. None: the default of `data`.
+        reasoning_language: default for the part's rows. None: the default of `data`.
         expected: name of a value that scorers need -> column that holds it.
-        expected_key: key of the settings that name these columns, for messages; {} stands for the value's name.
+        expected_key: key of the settings that name these columns, for messages. {} stands for the value's name.
         needs_answers: whether each row must have an answer. Training needs one, a prompt does not.
     """
 
@@ -52,7 +53,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Takes the place of a row that cannot be read, so that it is reported together with the other bad rows."""
+    """Stands for a row that cannot be read, so that it is reported together with the other bad rows."""
 
     reason: str
 
@@ -71,13 +72,13 @@ class Opened:
 
 
 def data_sources(data: DataConfig) -> list[Source]:
-    """The data sets that the configuration names.
+    """List the data sets that the configuration names.
 
     Raises:
-        UserError: there is none.
+        UserError: it names none.
     """
     if data.blend:
-        return [_part(f"data.blend[{i}]", data, part) for i, part in enumerate(data.blend)]
+        return [_source_of_part(f"data.blend[{i}]", data, part) for i, part in enumerate(data.blend)]
     if data.path is None:
         raise UserError("data.path: is not set. Give data.path=<file, folder or hub id>, or choose a recipe.")
     return [Source("data", data)]
@@ -87,74 +88,74 @@ def open_rows(source: Source) -> Opened:
     """Find a data set.
 
     Raises:
-        UserError: the data set does not exist or its format is not supported. Calling `rows` may raise it too.
+        UserError: the data set does not exist, or its format is not supported. Calling `rows` may raise it too.
     """
     name = str(source.data.path)
     path = Path(name).expanduser()
     if name.startswith(SYNTHETIC):
-        return _synthetic(source, name)
+        return _open_synthetic(source, name)
     if path.is_file():
-        return _file(source, path)
+        return _open_file(source, path)
     if path.is_dir():
-        return _folder(source, path)
+        return _open_folder(source, path)
     if not is_hub_id(name, needs_owner=False):
         raise UserError(f"{source.key}.path={name}: no such file or folder.")
-    return _streamed(source, name) if source.data.streaming else _downloaded(source, name)
+    return _open_stream(source, name) if source.data.streaming else _open_download(source, name)
 
 
-def _part(key: str, data: DataConfig, part: BlendPartConfig) -> Source:
+def _source_of_part(key: str, data: DataConfig, part: BlendPartConfig) -> Source:
     names = ("revision", "split", "streaming", "columns", "roles", "filter")
     own = {name: value for name in names if (value := getattr(part, name)) is not None}
     effort = part.reasoning_effort.name if part.reasoning_effort is not None else None
     return Source(key, replace(data, path=part.path, blend=[], **own), part.weight, effort, part.reasoning_language)
 
 
-def _synthetic(source: Source, name: str) -> Opened:
+def _open_synthetic(source: Source, name: str) -> Opened:
     if name != f"{SYNTHETIC}arithmetic":
         raise UserError(f"{source.key}.path={name!r}: no such synthetic data set. Use {SYNTHETIC}arithmetic.")
-    return Opened(digest_of_files([Path(synthetic.__file__)]), lambda: _numbered(name, synthetic.arithmetic_rows()))
+    return Opened(digest_of_files([Path(synthetic.__file__)]), lambda: _number_rows(name, synthetic.arithmetic_rows()))
 
 
-def _file(source: Source, path: Path) -> Opened:
+def _open_file(source: Source, path: Path) -> Opened:
     if path.suffix not in DATA_SUFFIXES:
         raise UserError(
             f"{source.key}.path={path}: must be {' or '.join(DATA_SUFFIXES)}, a folder of them, or a saved data set."
         )
-    return Opened(digest_of_files([path]), lambda: _file_rows(path))
+    return Opened(digest_of_files([path]), lambda: _read_file(path))
 
 
-def _folder(source: Source, path: Path) -> Opened:
+def _open_folder(source: Source, path: Path) -> Opened:
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         kept = sorted(p for p in path.rglob("*") if p.is_file())
-        return Opened(digest_of_files(kept), lambda: _numbered(str(path), _saved(source, path)))
+        return Opened(digest_of_files(kept), lambda: _number_rows(str(path), _load_saved(source, path)))
     files = sorted(p for p in path.iterdir() if p.suffix in DATA_SUFFIXES and p.is_file())
     if not files:
         raise UserError(
             f"{source.key}.path={path}: holds neither {' nor '.join(DATA_SUFFIXES)} files nor a saved data set."
         )
-    return Opened(digest_of_files(files), lambda: (placed for file in files for placed in _file_rows(file)))
+    return Opened(digest_of_files(files), lambda: (placed for file in files for placed in _read_file(file)))
 
 
-def _downloaded(source: Source, hub_id: str) -> Opened:
-    """A hub data set, downloaded into the cache of `datasets` and memory-mapped."""
+def _open_download(source: Source, hub_id: str) -> Opened:
+    """Download a hub data set into the cache of `datasets`, which maps it into memory."""
     from datasets.fingerprint import Hasher
 
-    fetched = _from_hub(source, hub_id)
+    fetched = _load_from_hub(source, hub_id)
     files = [Path(entry["filename"]) for entry in fetched.cache_files]
-    # HF_DATASETS_IN_MEMORY_MAX_SIZE makes datasets read small sets into memory. They then have no cache files.
+    # If HF_DATASETS_IN_MEMORY_MAX_SIZE is set, small data sets are read into memory and have no cache files.
     identity = digest_of_files(files) if files else Hasher.hash(list(fetched))
-    return Opened(identity, lambda: _numbered(_place(source, hub_id), fetched))
+    return Opened(identity, lambda: _number_rows(_place(source, hub_id), fetched))
 
 
-def _streamed(source: Source, hub_id: str) -> Opened:
-    commit = _commit(source, hub_id)
+def _open_stream(source: Source, hub_id: str) -> Opened:
+    commit = _resolve_commit(source, hub_id)
     pinned = replace(source, data=replace(source.data, revision=commit))
-    return Opened(commit, lambda: _numbered(_place(source, hub_id), _received(pinned, hub_id)))
+    return Opened(commit, lambda: _number_rows(_place(source, hub_id), _stream_rows(pinned, hub_id)))
 
 
-def _received(source: Source, hub_id: str) -> Iterator[Any]:
+def _stream_rows(source: Source, hub_id: str) -> Iterator[object]:
     try:
-        yield from _from_hub(source, hub_id)
+        yield from _load_from_hub(source, hub_id)
     except (DatasetsError, OSError) as error:
         raise UserError(
             f"{source.key}.path={hub_id}: the hub stopped sending rows ({_first_line(error)}). Run the same command"
@@ -166,7 +167,7 @@ def _place(source: Source, hub_id: str) -> str:
     return f"{hub_id} ({source.data.split})"
 
 
-def _commit(source: Source, hub_id: str) -> str:
+def _resolve_commit(source: Source, hub_id: str) -> str:
     from huggingface_hub import dataset_info
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -179,12 +180,10 @@ def _commit(source: Source, hub_id: str) -> str:
         raise _not_on_hub(source, error) from error
 
 
-def _from_hub(source: Source, hub_id: str) -> Any:
-    from datasets import load_dataset
-
+def _load_from_hub(source: Source, hub_id: str) -> Dataset | IterableDataset:
     data = source.data
     try:
-        return load_dataset(hub_id, split=data.split, revision=data.revision, streaming=data.streaming)
+        return datasets.load_dataset(hub_id, split=data.split, revision=data.revision, streaming=data.streaming)
     except (DatasetsError, ValueError, OSError) as error:
         raise _not_on_hub(source, error) from error
 
@@ -200,15 +199,15 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _numbered(where: str, rows: Iterable[Any]) -> PlacedRows:
+def _number_rows(where: str, rows: Iterable[object]) -> PlacedRows:
     return ((f"{where}: row {i}", row) for i, row in enumerate(rows, 1))
 
 
-def _file_rows(path: Path) -> PlacedRows:
-    return _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path)
+def _read_file(path: Path) -> PlacedRows:
+    return _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
 
 
-def _jsonl_rows(path: Path) -> PlacedRows:
+def _read_jsonl(path: Path) -> PlacedRows:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -220,24 +219,22 @@ def _jsonl_rows(path: Path) -> PlacedRows:
             yield f"{path}: row {number}", row
 
 
-def _parquet_rows(path: Path) -> PlacedRows:
+def _read_parquet(path: Path) -> PlacedRows:
     import pyarrow
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(path)
         rows = (row for batch in table.iter_batches(1024) for row in batch.to_pylist())
-        yield from _numbered(str(path), rows)
+        yield from _number_rows(str(path), rows)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: not a readable parquet file ({error}).") from error
 
 
-def _saved(source: Source, path: Path) -> Any:
-    from datasets import DatasetDict, load_from_disk
-
+def _load_saved(source: Source, path: Path) -> Dataset:
     split = source.data.split
     try:
-        loaded = load_from_disk(str(path))
+        loaded = datasets.load_from_disk(str(path))
     except IndexError as error:  # datasets 5.2 raises it for a data set without rows
         raise UserError(f"{source.key}.path={path}: the data set is empty.") from error
     except (OSError, ValueError, KeyError) as error:
@@ -250,7 +247,7 @@ def _saved(source: Source, path: Path) -> Any:
 
 
 def digest_of_files(files: list[Path]) -> str:
-    """XXH3-128 of the files' names, sizes and bytes. Hashing is much faster than reading the rows.
+    """Return the XXH3-128 of the files' names, sizes and bytes. Hashing is much faster than reading the rows.
 
     Raises:
         UserError: a file cannot be read.

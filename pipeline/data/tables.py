@@ -1,13 +1,12 @@
-"""Tables on disk: written row by row, read through a memory map, made once for each key.
+"""Tables on disk. A table is written row by row, read through a memory map, and made once for each key.
 
-Of several processes or runs that need a table, the first one writes it. The others wait for its lock and find the table
-complete. A barrier would not work, because some stages prepare data on every process and others on the main one alone.
+If several processes or runs need a table, the first one writes it. The others wait for its lock and find the table
+complete. A barrier would not work: some stages prepare data on every process, others only on the main process.
 """
 
 import errno
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import datasets
 import xxhash
@@ -21,14 +20,17 @@ DIRECTORY = "data"
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def table(run: Run, key: Iterable[object], features: Features, rows: Callable[[], Iterable[dict[str, Any]]]) -> Dataset:
-    """Return the table of this key in <run_dir>/data, and write it first if it is not there.
+def table(
+    run: Run, key: Iterable[object], features: Features, rows: Callable[[], Iterable[Mapping[str, object]]]
+) -> Dataset:
+    """Return the table of this key in <run_dir>/data. Write it first if it does not exist.
 
     Args:
-        run: that the table is kept in.
+        run: whose directory holds the table.
         key: everything that the rows depend on. Its repr identifies the table.
         features: the columns.
-        rows: makes the rows; not called if the table is there. An exception in it passes through and leaves no table.
+        rows: makes the rows. It is not called if the table exists. If it raises, the error passes through and no
+            table is left.
 
     Raises:
         UserError: the directory cannot be written.

@@ -1,15 +1,19 @@
 """The tokenizer of a model directory."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol, cast, overload
 
 from pipeline.checkpoints.config_json import read_config
 from pipeline.errors import UserError
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as FastTokenizer
+    from transformers import BatchEncoding
+
 
 class Tokenizer(Protocol):
-    """What this program uses of a transformers tokenizer, so that signatures can name it without importing it."""
+    """The part of a transformers tokenizer that this program uses. Naming it does not import transformers."""
 
     chat_template: str | None
     pad_token_id: int
@@ -19,15 +23,17 @@ class Tokenizer(Protocol):
     @property
     def added_tokens_decoder(self) -> Mapping[int, object]: ...
     @property
-    def backend_tokenizer(self) -> Any: ...
+    def backend_tokenizer(self) -> "FastTokenizer": ...
     def __len__(self) -> int: ...
-    def __call__(self, text: Any, **options: Any) -> Mapping[str, Any]: ...
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
-    def convert_ids_to_tokens(self, ids: Any) -> Any: ...
-    def convert_tokens_to_ids(self, tokens: Any) -> Any: ...
-    def decode(self, token_ids: Any, **options: Any) -> Any: ...
+    def __call__(self, text: list[str], **options: object) -> Mapping[str, list[list[int]]]: ...
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, object]], **options: object) -> str: ...
+    @overload
+    def convert_tokens_to_ids(self, tokens: str) -> int: ...
+    @overload
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]: ...
+    def decode(self, token_ids: Sequence[int], **options: object) -> str: ...
     def get_vocab(self) -> Mapping[str, int]: ...
-    def pad(self, encoded_inputs: Any, **options: Any) -> Any: ...
+    def pad(self, encoded_inputs: Mapping[str, object], **options: object) -> "BatchEncoding": ...
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -39,7 +45,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(directory)  # one of several classes
+        tokenizer = cast(Tokenizer, AutoTokenizer.from_pretrained(directory))  # transformers types it more loosely
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}: no usable tokenizer ({str(error).strip().splitlines()[0]}).") from error
     if not tokenizer.chat_template:

@@ -1,4 +1,4 @@
-"""What is in the data, what the run needs, and what of it will hurt: one file for each kind of figure.
+"""Describes the data, computes the needs of the run, and finds problems of both. Each kind of figure has its own file.
 
-It must not load weights: the tokenizer and the sizes in config.json are enough.
+This package must not load weights. The tokenizer and the sizes in config.json are enough.
 """

@@ -1,39 +1,74 @@
-"""What stands in the rows: reasoning, tools, control tokens written as text, copies, languages."""
+"""The content of the rows: reasoning, tools, control tokens written as text, copies, languages."""
 
 import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from typing import Any
+from typing import TypedDict
 
 from pipeline.data.harmony import Conversation, Message, ToolCall
 from pipeline.data.languages import Languages
 from pipeline.doctor.rows import Row, first
 
 _CONTROL = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?(?:think|thinking|reasoning|analysis)>|\[/?INST\]|<</?SYS>>")
-"""Control tokens of Harmony and of other chat formats, and the tags that others put around reasoning."""
+"""Control tokens of Harmony and of other chat formats, and tags that other models put around reasoning."""
 
 
-def reasoning(rows: list[Row]) -> dict[str, Any]:
-    """Assistant turns with and without reasoning; that of a tool call may stand in its content."""
-    without = [(row, turn) for row in rows for turn in _assistant(row.conversation) if not _reasoning(turn)]
-    lacking = first(row for row in rows if not all(map(_reasoning, _assistant(row.conversation))))
+class ReasoningFigures(TypedDict):
+    """Assistant turns, and the turns and rows without any reasoning."""
+
+    turns: int
+    turns_without: int
+    rows_without: int
+    first: list[str]
+
+
+class ToolFigures(TypedDict):
+    """Rows that offer and call tools, numbers of calls and results, and calls by the tool's name."""
+
+    rows_that_offer: int
+    rows_that_call: int
+    calls: int
+    results: int
+    by_name: dict[str, int]
+
+
+class ControlTextFigures(TypedDict):
+    """Rows with text that looks like a control token."""
+
+    rows: int
+    rows_by_token: dict[str, int]
+    first: list[str]
+
+
+class CopyFigures(TypedDict):
+    """Rows that repeat an earlier row, and other rows that repeat only its prompt."""
+
+    rows: int
+    first: list[str]
+    same_prompt_other_answer: int
+
+
+def reasoning(rows: list[Row]) -> ReasoningFigures:
+    """Count assistant turns with and without reasoning. A tool call may have its reasoning in the content."""
+    turns = [turn for row in rows for turn in _assistant_turns(row.conversation)]
+    lacking = first(row for row in rows if not all(map(_reasoning, _assistant_turns(row.conversation))))
     return {
-        "turns": sum(1 for row in rows for _ in _assistant(row.conversation)),
-        "turns_without": len(without),
-        "rows_without": sum(not any(map(_reasoning, _assistant(row.conversation))) for row in rows),
+        "turns": len(turns),
+        "turns_without": sum(not _reasoning(turn) for turn in turns),
+        "rows_without": sum(not any(map(_reasoning, _assistant_turns(row.conversation))) for row in rows),
         "first": lacking,
     }
 
 
 def efforts(rows: list[Row], default: str) -> dict[str, int]:
-    """Rows by reasoning effort; those that name none have `default`."""
+    """Count the rows of each reasoning effort. A row that names none has `default`."""
     found = Counter(row.conversation.reasoning_effort or default for row in rows)
     return {name: found[name] for name in ("low", "medium", "high")}
 
 
-def tools(rows: list[Row]) -> dict[str, Any]:
-    """How many rows offer tools and use them, and which are called."""
+def tools(rows: list[Row]) -> ToolFigures:
+    """Count the rows that offer and call tools, and the calls of each tool."""
     called: Counter[str] = Counter()
     for row in rows:
         called.update(call["function"]["name"] for turn in row.conversation.messages for call in _calls(turn))
@@ -46,38 +81,41 @@ def tools(rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def control_text(rows: list[Row]) -> dict[str, Any]:
-    """Text that looks like a control token, and is learnt as text. (Harmony's own are refused when rows are read.)"""
+def control_text(rows: list[Row]) -> ControlTextFigures:
+    """Find text that looks like a control token. The model would learn it as text.
+
+    Rows with special tokens of Harmony never get here: they are refused when they are read.
+    """
     found: Counter[str] = Counter()
-    ill = []
+    matching = []
     for row in rows:
         matches = sorted(set(_CONTROL.findall("\n".join(_texts(row.conversation)))))
         found.update(matches)
         if matches:
-            ill.append(row)
-    return {"rows": len(ill), "rows_by_token": dict(found.most_common()), "first": first(ill)}
+            matching.append(row)
+    return {"rows": len(matching), "rows_by_token": dict(found.most_common()), "first": first(matching)}
 
 
-def copies(rows: list[Row]) -> dict[str, Any]:
-    """Rows that repeat an earlier one word for word, and rows that repeat only its prompt."""
+def copies(rows: list[Row]) -> CopyFigures:
+    """Find rows that repeat an earlier row word for word, and count rows that repeat only its prompt."""
     seen: set[str] = set()
     prompts: set[str] = set()
-    again, other_answer = [], 0
+    repeated, other_answer = [], 0
     for row in rows:
         conversation = row.conversation
         key = json.dumps([conversation.messages, conversation.tools, conversation.reasoning_effort], sort_keys=True)
         asked = json.dumps(prompt(conversation), sort_keys=True)
         if key in seen:
-            again.append(row)
+            repeated.append(row)
         elif asked in prompts:
             other_answer += 1
         seen.add(key)
         prompts.add(asked)
-    return {"rows": len(again), "first": first(again), "same_prompt_other_answer": other_answer}
+    return {"rows": len(repeated), "first": first(repeated), "same_prompt_other_answer": other_answer}
 
 
 def languages(rows: list[Row], tell: Languages) -> dict[str, dict[str, int]]:
-    """Rows by the language of what is asked, of the reasoning and of the answers."""
+    """Count the rows by the language of the prompts, of the reasoning and of the answers."""
     found: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
         for kind, texts in _by_kind(row.conversation).items():
@@ -87,13 +125,13 @@ def languages(rows: list[Row], tell: Languages) -> dict[str, dict[str, int]]:
 
 
 def prompt(conversation: Conversation) -> list[Message]:
-    """The messages before the first answer."""
+    """Return the messages before the first answer."""
     roles = [message["role"] for message in conversation.messages]
     return conversation.messages[: roles.index("assistant")]
 
 
 def _by_kind(conversation: Conversation) -> dict[str, list[str]]:
-    turns = list(_assistant(conversation))
+    turns = list(_assistant_turns(conversation))
     return {
         "prompts": [message["content"] for message in conversation.messages if message["role"] == "user"],
         "reasoning": [_reasoning(turn) for turn in turns if _reasoning(turn)],
@@ -101,7 +139,7 @@ def _by_kind(conversation: Conversation) -> dict[str, list[str]]:
     }
 
 
-def _assistant(conversation: Conversation) -> Iterator[Message]:
+def _assistant_turns(conversation: Conversation) -> Iterator[Message]:
     return (message for message in conversation.messages if message["role"] == "assistant")
 
 

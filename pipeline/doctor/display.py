@@ -1,14 +1,14 @@
-"""What doctor shows to a person: a conversation token by token, the figures, and what they mean."""
+"""Prints doctor's report: a conversation token by token, the figures, and the findings."""
 
 from collections.abc import Iterable
 from itertools import groupby
-from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from pipeline.data.harmony import IGNORED, Conversation, ConversationError, Rendering, examples
-from pipeline.doctor.findings import Facts, device_needed, disk_needed, gigabytes, host_needed
+from pipeline.doctor.findings import DataFigures, Facts, device_needed, disk_needed, gigabytes, host_needed
+from pipeline.doctor.parity import ParityFigures
 from pipeline.errors import UserError
 from pipeline.models.sharding import STRATEGIES
 from pipeline.runs.console import say, warn
@@ -21,12 +21,17 @@ _TITLE = 22
 
 
 def conversation(row: int, chosen: Conversation, how: Rendering) -> None:
-    """Print every example of a conversation, token by token: what the model is given, and what it has to produce.
+    """Print every example of a conversation token by token: the prompt, and the supervised tokens.
 
-    On a terminal neighbouring tokens alternate in shade; elsewhere a bar stands between them.
+    On a terminal, neighbouring tokens have different shades. Elsewhere, a bar separates them.
+
+    Args:
+        row: doctor.row, for messages.
+        chosen: the conversation of this row. Training need not use it.
+        how: the tokenizer and the settings of the chat template.
 
     Raises:
-        UserError: the chat template refuses it (it need not be among the rows that training uses).
+        UserError: the chat template refuses the conversation.
     """
     console = _console()
     try:
@@ -48,13 +53,13 @@ def report(facts: Facts, findings: list[str]) -> None:
     for title, value in (*_data_lines(facts.data), *_needs_lines(facts)):
         _print(console, title, Text(value))
     if not findings:
-        say("doctor", "nothing found that would hurt training")
+        say("doctor", "no problems found")
     for number, finding in enumerate(findings, 1):
         warn("doctor", f"{number}. {finding}")
 
 
 def _print(console: Console, title: str, text: Text) -> None:
-    """A title and, in lines beside it, the text; nothing is padded, so that a log can be searched and compared."""
+    """Print a title with the text beside it. Lines are not padded, so that logs can be searched and compared."""
     for line in text.wrap(console, max(_TITLE, console.width - _TITLE), overflow="fold"):
         line.rstrip()
         console.print(Text(title.ljust(_TITLE)) + line)
@@ -68,9 +73,26 @@ def _tokens(label: str, tokens: list[str], is_terminal: bool) -> Text:
     return text
 
 
-def _data_lines(data: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    rows, cut, empty, leaks = data["rows"], data["cut"], data["nothing_to_learn"], data["leaks"]
-    tokens, lengths, reasoning, tools = (data[name] for name in ("tokens", "lengths", "reasoning", "tools"))
+def _data_lines(data: DataFigures) -> Iterable[tuple[str, str]]:
+    yield from _token_lines(data)
+    reasoning, tools, copies, leaks = data["reasoning"], data["tools"], data["copies"], data["leaks"]
+    yield "without reasoning", f"{reasoning['turns_without']} of {reasoning['turns']} turns"
+    yield "reasoning effort", _counts(data["reasoning_effort"])
+    yield (
+        "tools",
+        f"offered in {tools['rows_that_offer']} rows, called {tools['calls']} times in {tools['rows_that_call']}",
+    )
+    yield "control tokens", f"as text in {data['control_text']['rows']} rows"
+    yield "copies", f"{copies['rows']} rows; {copies['same_prompt_other_answer']} more with an earlier row's prompt"
+    yield "leaks", f"{leaks['exact']} validation prompts trained on, {leaks['normalized']} after normalization"
+    for kind, found in data["languages"].items():
+        yield f"language: {kind}", _counts(found)
+    yield "token parity", _parity(data["parity"])
+
+
+def _token_lines(data: DataFigures) -> Iterable[tuple[str, str]]:
+    rows, tokens, lengths = data["rows"], data["tokens"], data["lengths"]
+    cut, empty = data["cut"], data["nothing_to_learn"]
     yield "rows", f"{rows['all']:,}, of which {rows['train']:,} are trained on and {rows['validation']:,} held out"
     yield "examples", f"{tokens['examples']:,}, one for each assistant turn that is trained"
     yield (
@@ -80,21 +102,8 @@ def _data_lines(data: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "length", f"median {lengths['median']}, 95 % up to {lengths['p95']}, longest {lengths['longest']} tokens"
     yield from _histogram(lengths["histogram"])
     lost = f"{cut['tokens_lost']:,} tokens lost, {cut['supervised_tokens_lost']:,} of them supervised"
-    yield f"cut at {cut['max_length']}", f"{cut['examples']} examples of {cut['rows']} rows: {lost}"
+    yield f"truncated at {cut['max_length']}", f"{cut['examples']} examples of {cut['rows']} rows: {lost}"
     yield "nothing to learn", f"{empty['examples']} examples, {empty['rows']} whole rows"
-    yield "without reasoning", f"{reasoning['turns_without']} of {reasoning['turns']} turns"
-    yield "reasoning effort", _counts(data["reasoning_effort"])
-    yield (
-        "tools",
-        f"offered in {tools['rows_that_offer']} rows, called {tools['calls']} times in {tools['rows_that_call']}",
-    )
-    yield "control tokens", f"as text in {data['control_text']['rows']} rows"
-    copies = data["copies"]
-    yield "copies", f"{copies['rows']} rows; {copies['same_prompt_other_answer']} more with an earlier row's prompt"
-    yield "leaks", f"{leaks['exact']} validation prompts trained on, {leaks['normalized']} after normalization"
-    for kind, found in data["languages"].items():
-        yield f"language: {kind}", _counts(found)
-    yield "token parity", _parity(data["parity"])
 
 
 def _needs_lines(facts: Facts) -> Iterable[tuple[str, str]]:
@@ -104,15 +113,18 @@ def _needs_lines(facts: Facts) -> Iterable[tuple[str, str]]:
         shown = ", ".join(f"{name} {gigabytes(part[name])}" for name in ("weights", "gradients", "optimizer"))
         shown += f", rounded experts {gigabytes(part['rounded'])}" if part["rounded"] else ""
         estimate = f"activations about {gigabytes(part['activations'])} at {needs['tokens']} tokens"
-        yield f"{stage}, each device", f"about {gigabytes(part['total'])}: {shown}, {estimate}{_shared(facts, stage)}"
+        yield (
+            f"{stage}, each device",
+            f"about {gigabytes(part['total'])}: {shown}, {estimate}{_with_sharding(facts, stage)}",
+        )
     yield "disk by stage", ", ".join(f"{name} {gigabytes(size)}" for name, size in needs["disk_bytes"].items())
-    yield "disk", f"{_fits(disk_needed(facts), machine['disk_free_bytes'])} (with checkpoints while training)"
+    yield "disk", f"{_fits(disk_needed(facts), machine['disk_free_bytes'])} (with the checkpoints of training)"
     yield "host memory", _fits(host_needed(facts), machine["host_free_bytes"])
     largest = max(device_needed(facts, stage) for stage in needs["device_bytes"])
     yield "GPU memory", _fits(largest, machine["gpu_free_bytes"]) if machine["gpus"] else "there is no GPU here"
 
 
-def _shared(facts: Facts, stage: str) -> str:
+def _with_sharding(facts: Facts, stage: str) -> str:
     if not STRATEGIES[facts.plan.sharding].sharded:
         return ""
     how = f"sharding={facts.plan.sharding.name} on {facts.machine['processes']} processes"
@@ -121,7 +133,7 @@ def _shared(facts: Facts, stage: str) -> str:
 
 def _fits(needed: int, free: int) -> str:
     verdict = "fits" if needed <= free else "DOES NOT FIT"
-    return f"up to {gigabytes(needed)} to come, {gigabytes(free)} free: {verdict}"
+    return f"up to {gigabytes(needed)} needed, {gigabytes(free)} free: {verdict}"
 
 
 def _histogram(counts: dict[str, int]) -> Iterable[tuple[str, str]]:
@@ -131,7 +143,7 @@ def _histogram(counts: dict[str, int]) -> Iterable[tuple[str, str]]:
         yield f"  up to {edge}", f"{bar} {count}"
 
 
-def _parity(parity: dict[str, Any]) -> str:
+def _parity(parity: ParityFigures) -> str:
     if not parity["is_checked"]:
         return f"not checked: {parity['reason']}"
     return f"{parity['examples'] - parity['differ']} of {parity['examples']} examples equal openai-harmony's"

@@ -1,58 +1,104 @@
-"""What in the figures will hurt, and what to do about it: a table of checks, the most serious first."""
+"""Problems in the figures and what to do about them: a table of checks, the most serious first."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict, cast
 
 from pipeline.config import Method, Sharding, Stage
-from pipeline.doctor.needs import Plan
+from pipeline.doctor.content import ControlTextFigures, CopyFigures, ReasoningFigures, ToolFigures
+from pipeline.doctor.leaks import LeakFigures
+from pipeline.doctor.needs import NeedFigures, Plan
+from pipeline.doctor.parity import ParityFigures
+from pipeline.doctor.rows import Lengths, NothingToLearn, TokenCounts, Truncated
 from pipeline.models.sharding import STRATEGIES
+from pipeline.runs.records import DoctorRecord
 from pipeline.runs.run import Run
 
 _FEW_ROWS = 20
 _MOST_HELD_OUT = 0.5
 _ROUND = 64
-Figures = dict[str, Any]
+
+
+class RowCounts(TypedDict):
+    """Numbers of rows: all, and those used for training and for validation."""
+
+    all: int
+    train: int
+    validation: int
+
+
+class DataFigures(TypedDict):
+    """The figures of the data as artifact.json holds them. Each topic's module in this package defines its part."""
+
+    rows: RowCounts
+    tokens: TokenCounts
+    lengths: Lengths
+    cut: Truncated
+    nothing_to_learn: NothingToLearn
+    reasoning: ReasoningFigures
+    reasoning_effort: dict[str, int]
+    tools: ToolFigures
+    control_text: ControlTextFigures
+    copies: CopyFigures
+    leaks: LeakFigures
+    languages: dict[str, dict[str, int]]
+    parity: ParityFigures
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a check may look at: figures of the data, needs of the run, free resources, the settings, and the run."""
+    """Everything that a check may use.
 
-    data: Figures
-    needs: Figures
-    machine: Figures
+    Attributes:
+        data: figures of the data.
+        needs: bytes that the run needs.
+        machine: free resources of this machine.
+        plan: settings of the run.
+        run: the run, whose complete stages need no more disk space.
+    """
+
+    data: DataFigures
+    needs: NeedFigures
+    machine: Mapping[str, int]
     plan: Plan
     run: Run
 
+    @classmethod
+    def of(cls, report: DoctorRecord, machine: Mapping[str, int], plan: Plan, run: Run) -> "Facts":
+        """Combine the figures of a report with the present state of the machine."""
+        return cls(cast(DataFigures, report.data), cast(NeedFigures, report.needs), machine, plan, run)
+
 
 def findings(facts: Facts) -> list[str]:
-    """One message for each thing that is wrong, the most serious first."""
+    """Return one message for each problem, the most serious first."""
     return [message for check in _CHECKS for message in check(facts)]
 
 
 def gigabytes(size: float) -> str:
-    """`13.8 GB`, with decimal units as disks have; small sizes in MB."""
+    """Format a number of bytes in decimal units, as disks use them: `13.8 GB`, or MB below one GB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def disk_needed(facts: Facts) -> int:
-    """Bytes that the stages not yet made will take at most, the checkpoints of one training stage among them."""
+    """Compute the most bytes that the remaining stages take, with the checkpoints of one training stage."""
     todo = [name for name in facts.needs["disk_bytes"] if not facts.run.is_complete(Stage[name])]
     resumable = [size for name, size in facts.needs["checkpoint_bytes"].items() if name in todo]
     return sum(facts.needs["disk_bytes"][name] for name in todo) + max(resumable, default=0)
 
 
 def device_needed(facts: Facts, stage: str) -> int:
-    """Bytes on each device while a stage trains; what `sharding` splits, processes share."""
+    """Compute the bytes on each device while a stage trains. Sharded parts are divided by the number of processes."""
     needed = facts.needs["device_bytes"][stage]
-    split = sum(needed[part] for part in STRATEGIES[facts.plan.sharding].sharded)
-    return needed["total"] - split + split // facts.machine["processes"]
+    sharded = sum(needed[part] for part in STRATEGIES[facts.plan.sharding].sharded)
+    return needed["total"] - sharded + sharded // facts.machine["processes"]
 
 
 def host_needed(facts: Facts) -> int:
-    """Bytes in host memory: the weights, whole in every process at first, or all of training where there is no GPU."""
+    """Compute the bytes in host memory.
+
+    Every process first loads the whole weights. Without a GPU, training itself takes place in host memory.
+    """
     each = [needed["weights"] for needed in facts.needs["device_bytes"].values()]
     if not facts.machine["gpus"]:
         each += [device_needed(facts, stage) for stage in facts.needs["device_bytes"]]
@@ -64,7 +110,7 @@ def _device_too_small(facts: Facts) -> list[str]:
         return []
     free = facts.machine["gpu_free_bytes"]
     return [
-        f"{stage} needs about {gigabytes(needed)} on each GPU, of which {gigabytes(free)} are free:"
+        f"{stage} needs about {gigabytes(needed)} on each GPU, but only {gigabytes(free)} are free."
         f" {_less_memory(facts, stage)}."
         for stage in facts.needs["device_bytes"]
         if (needed := device_needed(facts, stage)) > free
@@ -75,10 +121,10 @@ def _host_too_small(facts: Facts) -> list[str]:
     needed, free = host_needed(facts), facts.machine["host_free_bytes"]
     if needed <= free:
         return []
-    what = "loading the weights" if facts.machine["gpus"] else "training, without a GPU,"
+    what = "loading the weights" if facts.machine["gpus"] else "training without a GPU"
     largest = max(facts.needs["device_bytes"].items(), key=lambda item: item[1]["total"])[0]
-    remedy = "use fewer processes or a machine with more" if facts.machine["gpus"] else _less_memory(facts, largest)
-    return [f"{what} needs about {gigabytes(needed)} of host memory, of which {gigabytes(free)} are free: {remedy}."]
+    remedy = "Use fewer processes or more host memory" if facts.machine["gpus"] else _less_memory(facts, largest)
+    return [f"{what} needs about {gigabytes(needed)} of host memory, but only {gigabytes(free)} are free. {remedy}."]
 
 
 def _disk_too_small(facts: Facts) -> list[str]:
@@ -86,21 +132,22 @@ def _disk_too_small(facts: Facts) -> list[str]:
     if needed <= free:
         return []
     return [
-        f"run_dir={facts.run.config.run_dir}: the stages to come take up to {gigabytes(needed)} of disk, of which"
-        f" {gigabytes(free)} are free: set run_dir to a larger disk, or lower sft.save_total_limit and"
+        f"run_dir={facts.run.config.run_dir}: the remaining stages take up to {gigabytes(needed)} of disk space, but"
+        f" only {gigabytes(free)} are free. Set run_dir to a larger disk, or lower sft.save_total_limit and"
         " qat.save_total_limit."
     ]
 
 
 def _other_tokens(facts: Facts) -> list[str]:
     parity = facts.data["parity"]
-    if not parity.get("differ"):
+    first = parity.get("first")
+    if first is None:
         return []
-    first = parity["first"]
     return [
-        f"examples with other tokens than openai-harmony gives: {parity['differ']} of {parity['examples']}, first"
-        f" {first['where']} at token {first['position']}: {first['ours']!r} for {first['theirs']!r}. Engines would ask"
-        " the model what it was not trained on: use the released tokenizer and chat template in model.path."
+        f"examples whose tokens differ from openai-harmony's: {parity['differ']} of {parity['examples']}, first"
+        f" {first['where']} at token {first['position']}, {first['ours']!r} instead of {first['theirs']!r}. Inference"
+        " engines would send prompts that the model was not trained on. Use the released tokenizer and chat template"
+        " in model.path."
     ]
 
 
@@ -109,9 +156,10 @@ def _leaks(facts: Facts) -> list[str]:
     if not leaks["normalized"]:
         return []
     return [
-        f"validation rows whose prompt is trained on too, so that validation loss measures memory:"
-        f" {leaks['normalized']} of {facts.data['rows']['validation']} ({leaks['exact']} word for word):"
-        f" {_and_more(leaks['first'], leaks['normalized'])}. Keep one row of each prompt in data.path."
+        f"validation rows whose prompt is also trained on: {leaks['normalized']} of"
+        f" {facts.data['rows']['validation']}, {leaks['exact']} of them word for word"
+        f" ({_and_more(leaks['first'], leaks['normalized'])}). Their validation loss measures memorization. Keep one"
+        " row of each prompt in data.path."
     ]
 
 
@@ -121,9 +169,9 @@ def _control_text(facts: Facts) -> list[str]:
         return []
     tokens = ", ".join(f"{token} ({count})" for token, count in list(found["rows_by_token"].items())[:5])
     return [
-        f"rows with control tokens of a chat format in their text, which the model will learn to write:"
-        f" {found['rows']}, {tokens}; {_and_more(found['first'], found['rows'])}. Take them out of data.path;"
-        " reasoning belongs into 'thinking'."
+        f"rows with control tokens of a chat format in their text: {found['rows']}, {tokens}"
+        f" ({_and_more(found['first'], found['rows'])}). The model would learn to write them. Remove them from"
+        " data.path, and put reasoning into 'thinking'."
     ]
 
 
@@ -132,19 +180,19 @@ def _nothing_to_learn(facts: Facts) -> list[str]:
     if not found["examples"]:
         return []
     return [
-        f"examples left out, since data.max_length={facts.plan.data.max_length} cuts away all their supervised"
-        f" tokens: {found['examples']}; {_and_more(found['first'], found['examples'])}. {_longer(facts)}"
+        f"examples dropped because data.max_length={facts.plan.data.max_length} truncates all their supervised tokens:"
+        f" {found['examples']} ({_and_more(found['first'], found['examples'])}). {_longer(facts)}"
     ]
 
 
-def _cut(facts: Facts) -> list[str]:
+def _truncation(facts: Facts) -> list[str]:
     cut = facts.data["cut"]
     if not cut["supervised_tokens_lost"]:
         return []
     return [
-        f"examples cut at data.max_length={cut['max_length']}: {cut['examples']}, which lose"
-        f" {cut['supervised_share_lost']:.1%} of all supervised tokens, and the token that stops them;"
-        f" {_and_more(cut['first'], cut['rows'])}. {_longer(facts)}"
+        f"examples truncated at data.max_length={cut['max_length']}: {cut['examples']}"
+        f" ({_and_more(cut['first'], cut['rows'])}). They lose {cut['supervised_share_lost']:.1%} of all supervised"
+        f" tokens, and the token that ends the answer. {_longer(facts)}"
     ]
 
 
@@ -153,9 +201,10 @@ def _no_reasoning(facts: Facts) -> list[str]:
     if not found["turns_without"]:
         return []
     return [
-        f"assistant turns without reasoning, which teach the model to answer without: {found['turns_without']} of"
-        f" {found['turns']}; {_and_more(found['first'], found['turns_without'])}. Give it as 'thinking'; where there is"
-        " none, say so with the row's reasoning_effort or data.reasoning_effort=low."
+        f"assistant turns without reasoning: {found['turns_without']} of {found['turns']}"
+        f" ({_and_more(found['first'], found['turns_without'])}). They teach the model to answer without reasoning."
+        " Give the reasoning as 'thinking'. If there is none, set the row's reasoning_effort or"
+        " data.reasoning_effort to low."
     ]
 
 
@@ -164,8 +213,8 @@ def _copies(facts: Facts) -> list[str]:
     if not found["rows"]:
         return []
     return [
-        f"rows that copy another, each counting as one more: {found['rows']};"
-        f" {_and_more(found['first'], found['rows'])}. Remove them from data.path, unless that is meant."
+        f"rows that copy another row: {found['rows']} ({_and_more(found['first'], found['rows'])}). Each copy adds"
+        " weight to its row. Remove them from data.path, unless you want that."
     ]
 
 
@@ -177,13 +226,13 @@ def _few_to_validate(facts: Facts) -> list[str]:
     fraction = math.ceil(100 * _FEW_ROWS / chosen) / 100
     remedy = f"Set data.validation_fraction={fraction}" if fraction <= _MOST_HELD_OUT else "Use more rows"
     return [
-        f"rows held out by data.validation_fraction={data.validation_fraction}: {rows['validation']}, so that"
+        f"rows held out by data.validation_fraction={data.validation_fraction}: {rows['validation']}. With so few, the"
         f" validation loss is mostly noise. {remedy}."
     ]
 
 
 def _less_memory(facts: Facts, stage: str) -> str:
-    """The settings that take most of it away, as far as they are not set already."""
+    """Name the settings that save the most memory and are not set yet."""
     train = facts.plan.trainings[stage]
     needed = facts.needs["device_bytes"][stage]
     found = [] if train.method is Method.lora else [f"train@{stage}=lora"]
@@ -194,12 +243,12 @@ def _less_memory(facts: Facts, stage: str) -> str:
         found.append(f"data.max_length={max(_ROUND, facts.needs['tokens'] // 2)}")
     if facts.machine["gpus"] and facts.plan.sharding is Sharding.none:
         found.append("sharding=fsdp2 on several GPUs")
-    return f"use {', '.join(found)}" if found else "it needs a larger machine"
+    return f"Use {', '.join(found)}" if found else "Use a larger machine"
 
 
 def _longer(facts: Facts) -> str:
     longest = facts.data["lengths"]["longest"]
-    return f"data.max_length={-(-longest // _ROUND) * _ROUND} keeps everything, at the cost of memory."
+    return f"data.max_length={-(-longest // _ROUND) * _ROUND} keeps everything, but takes more memory."
 
 
 def _and_more(first: list[str], total: int) -> str:
@@ -214,9 +263,9 @@ _CHECKS: tuple[Callable[[Facts], list[str]], ...] = (
     _leaks,
     _control_text,
     _nothing_to_learn,
-    _cut,
+    _truncation,
     _no_reasoning,
     _copies,
     _few_to_validate,
 )
-"""Most serious first: what cannot run, what makes figures lie, what teaches the wrong thing, what wastes."""
+"""In order: problems that stop the run, falsify figures, teach the model wrong behaviour, or waste data."""

@@ -1,24 +1,33 @@
-"""Prompts that are in training and in validation: their validation loss measures memory."""
+"""Prompts that are both in training and in validation. Their validation loss measures memorization."""
 
 import re
 import unicodedata
 from collections.abc import Callable
-from typing import Any
+from typing import TypedDict
 
 from pipeline.data.harmony import Conversation
 from pipeline.doctor.content import prompt
 from pipeline.doctor.rows import Row
 
 _QUOTES = re.compile("[\"'`´“”„‘’‚«»「」]")
-_PUNCTUATION = re.compile(r"[.,;:!?…。，、；：！？]+(?=\s|$)")  # not that within numbers
+_PUNCTUATION = re.compile(r"[.,;:!?…。，、；：！？]+(?=\s|$)")  # not within numbers
 _SHOWN = 3
 
 
-def figures(train: list[Row], validation: list[Row]) -> dict[str, Any]:
-    """Validation rows whose prompt is also trained on: word for word, and after normalization as well.
+class LeakFigures(TypedDict):
+    """Validation rows whose prompt is also trained on: word for word, and after normalization.
 
-    A prompt is all that stands before the first answer.
+    `share` and `first` are of prompts after normalization. Entries of `first` read "validation row = training row".
     """
+
+    exact: int
+    normalized: int
+    share: float
+    first: list[str]
+
+
+def figures(train: list[Row], validation: list[Row]) -> LeakFigures:
+    """Find validation rows whose prompt is also trained on. A prompt is everything before the first answer."""
     exact, normalized = (_shared(train, validation, key) for key in (_words, _normalized))
     pairs = [f"{held_out.conversation.where} = {trained.conversation.where}" for held_out, trained in normalized]
     return {
@@ -30,7 +39,7 @@ def figures(train: list[Row], validation: list[Row]) -> dict[str, Any]:
 
 
 def _shared(train: list[Row], validation: list[Row], key: Callable[[Conversation], str]) -> list[tuple[Row, Row]]:
-    """(validation row, the first training row that has its prompt)."""
+    """Return pairs of a validation row and the first training row with the same prompt."""
     trained = {key(row.conversation): row for row in reversed(train)}
     return [(row, trained[same]) for row in validation if (same := key(row.conversation)) in trained]
 
@@ -40,6 +49,6 @@ def _words(conversation: Conversation) -> str:
 
 
 def _normalized(conversation: Conversation) -> str:
-    """One form of each character, without case, quotes, closing punctuation and differences of space."""
+    """Normalize a prompt: one form of each character, no case, quotes or closing punctuation, single spaces."""
     text = unicodedata.normalize("NFKC", _words(conversation)).casefold()
     return " ".join(_PUNCTUATION.sub(" ", _QUOTES.sub("", text).replace("\0", "\n")).split())

@@ -1,4 +1,4 @@
-"""Free space on this machine now: disk, host memory, GPU memory."""
+"""Free disk space, host memory and GPU memory of this machine."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from pipeline.runs.processes import process_count
 
 
 def figures(run_dir: Path) -> dict[str, int]:
-    """Measure free bytes (disk of `run_dir`, host memory, the fullest GPU); count GPUs and processes."""
+    """Measure free bytes (disk of `run_dir`, host memory, the fullest GPU), and count GPUs and processes."""
     gpus = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]
     return {
         "disk_free_bytes": shutil.disk_usage(_existing(run_dir)).free,

@@ -1,18 +1,29 @@
-"""What the stages of a run need: bytes on each device and on disk, from the model's sizes and the settings.
+"""The needs of a run: bytes on each device and on disk, from the model's sizes and the settings.
 
-Weights, gradients, optimizer states and files follow from the shapes and are exact. Activations are an estimate, from
-what a decoder layer keeps for its backward pass in transformers' eager implementation; fragmentation and the CUDA
-context come on top. What processes share (`sharding`) is taken off where the needs are held against a machine.
+Weights, gradients, optimizer states and files follow from the shapes and are exact. Activations are estimated from the
+tensors that transformers' eager implementation keeps for the backward pass. Fragmentation and the CUDA context are not
+included. Sharding decides only the budget of rounded experts here. `findings` divides the sharded parts by the number
+of processes.
 
-Legend: B batch size, T tokens of the longest example, L layers, H hidden size, I intermediate size, N query heads,
-K experts per token, V vocabulary, E experts; w bytes per weight, a bytes per activation.
+Legend: B batch size, T tokens of the longest example, H hidden size, I intermediate size, N query heads, K experts per
+token, E experts, a bytes per activation.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, TypedDict
 
-from pipeline.checkpoints.gpt_oss import Shape, TensorInfo, expert_projections, other_tensors, plain_tensors
+from pipeline.checkpoints.dtypes import TRAIN_TYPES, bytes_per_value
+from pipeline.checkpoints.gpt_oss import (
+    ATTENTION_PROJECTIONS,
+    Shape,
+    TensorInfo,
+    attention_projection,
+    expert_projections,
+    other_tensors,
+    plain_tensors,
+)
 from pipeline.config import (
     DataConfig,
     LoraTarget,
@@ -27,8 +38,7 @@ from pipeline.config import (
 from pipeline.config.targets import TARGETS
 from pipeline.models import rounded_weights
 
-_WEIGHT_TYPE = {Precision.fp32: "F32", Precision.mixed_bf16: "F32", Precision.bf16: "BF16"}
-_WIDTH = {"F32": 4, "BF16": 2}
+_FP32_BYTES, _BF16_BYTES = bytes_per_value("F32"), bytes_per_value("BF16")
 _STATE_BYTES = {
     "adamw_bnb_8bit": 1.0,
     "adamw_8bit": 1.0,
@@ -36,9 +46,30 @@ _STATE_BYTES = {
     "adamw_torch_4bit": 0.5,
     "sgd": 0.0,
 }
-"""Bytes of each of Adam's two states of a weight; of optimizers not listed they are of the weight's own type."""
-_ADAPTER_WIDTH = 4  # PEFT keeps adapters in FP32
-_SCORE_COPIES = 4  # scores, with the sink, less their maximum, and their softmax
+"""Bytes per weight of each of Adam's two states. Other optimizers keep them in the weight's own type."""
+_ADAPTER_BYTES = _FP32_BYTES  # PEFT keeps adapters in FP32
+_SCORE_COPIES = 4  # scores, scores with the sink, scores minus their maximum, softmax
+
+
+class ParameterCounts(TypedDict):
+    """Numbers of parameters: all, and the experts' weights."""
+
+    all: int
+    experts: int
+
+
+class NeedFigures(TypedDict):
+    """The needs of a run as artifact.json holds them.
+
+    `device_bytes`: training stage -> a field of Memory, or `total` -> bytes. `tokens`: of the longest example.
+    """
+
+    parameters: ParameterCounts
+    trained_parameters: dict[str, int]
+    device_bytes: dict[str, dict[str, int]]
+    disk_bytes: dict[str, int]
+    checkpoint_bytes: dict[str, int]
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -46,7 +77,10 @@ class Plan:
     """The settings that a run's needs depend on.
 
     Attributes:
-        model_path: of the source.
+        model_path: model.path, for messages.
+        data: `data` of the configuration.
+        sft, qat: settings of the training stages.
+        sharding: how several processes share a model.
         target: export target, a row of TARGETS.
     """
 
@@ -59,13 +93,13 @@ class Plan:
 
     @property
     def trainings(self) -> dict[str, TrainConfig]:
-        """Name of each training stage -> its settings."""
+        """The settings of each training stage, by the stage's name."""
         return {Stage.sft.name: self.sft, Stage.qat.name: self.qat}
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one device has to hold while it trains; `rounded`: experts' weights, kept for a whole step of QAT."""
+    """Bytes that one device holds while it trains. `rounded` are the rounded experts that QAT keeps during a step."""
 
     weights: int
     gradients: int
@@ -75,12 +109,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.rounded
 
 
-def parameters(shape: Shape) -> dict[str, int]:
-    """Numbers of parameters: all, and the experts' weights."""
+def parameters(shape: Shape) -> ParameterCounts:
+    """Count the parameters of a model."""
     return {
         "all": _count(plain_tensors(shape)),
         "experts": sum(projection.values for projection in expert_projections(shape)),
@@ -88,61 +122,65 @@ def parameters(shape: Shape) -> dict[str, int]:
 
 
 def trained_parameters(shape: Shape, train: TrainConfig) -> int:
-    """Number of parameters that get gradients.
+    """Count the parameters that get gradients.
 
-    An adapter of rank r on a weight (in, out) has r·(in + out) parameters, one on an expert stack E times as many.
+    An adapter of rank r on a weight (in, out) has r·(in + out) parameters. A stack of E experts has E times as many.
     """
     if train.method is Method.full:
         return _count(plain_tensors(shape))
     layers = adapted_layers(train.lora, shape.num_hidden_layers)
-    attention = [
-        sum(info.shape)
-        for name, info in other_tensors(shape).items()
-        if name.startswith("model.layers.0.self_attn.") and name.endswith("_proj.weight")
-    ]
+    others = other_tensors(shape)
+    attention = [sum(others[f"{attention_projection(0, name)}.weight"].shape) for name in ATTENTION_PROJECTIONS]
     experts = [p.experts * (p.in_features + p.out_features) for p in expert_projections(shape) if p.layer == 0]
     per_target = {LoraTarget.attention: sum(attention), LoraTarget.experts: sum(experts)}
     return len(layers) * train.lora.rank * sum(per_target[target] for target in set(train.lora.targets))
 
 
 def memory(
-    shape: Shape, train: TrainConfig, tokens: int, experts_per_token: int, is_quantized: bool, rounded_budget: float = 0
+    shape: Shape,
+    train: TrainConfig,
+    *,
+    tokens: int,
+    experts_per_token: int,
+    is_quantized: bool,
+    rounded_budget: float = 0,
 ) -> Memory:
-    """Bytes on each device.
+    """Compute the bytes that one device holds while it trains.
 
     Args:
         shape: of the model.
         train: `sft` or `qat` of the configuration.
         tokens: of the longest example.
-        experts_per_token: that the router chooses.
+        experts_per_token: number of experts that the router chooses.
         is_quantized: whether fake quantizers run (QAT).
-        rounded_budget: how many bytes of rounded weights they may keep.
+        rounded_budget: the most bytes of rounded weights that fake quantizers keep.
     """
     every, trained = _count(plain_tensors(shape)), trained_parameters(shape, train)
-    width = _WIDTH[_WEIGHT_TYPE[train.precision]]
+    width = bytes_per_value(TRAIN_TYPES[train.precision])
     is_full = train.method is Method.full
-    trained_width = width if is_full else _ADAPTER_WIDTH
+    trained_width = width if is_full else _ADAPTER_BYTES
+    changing = _changing_experts(shape, train) if is_quantized else 0
     return Memory(
-        weights=every * width + (0 if is_full else trained * _ADAPTER_WIDTH),
+        weights=every * width + (0 if is_full else trained * _ADAPTER_BYTES),
         gradients=trained * trained_width,
-        optimizer=_states(train, trained, trained_width),
-        activations=_activations(shape, train, tokens, experts_per_token, is_quantized),
-        rounded=int(min(rounded_budget, _changing_experts(shape, train) * _compute_width(train)))
-        if is_quantized
-        else 0,
+        optimizer=_state_bytes(train, trained, trained_width),
+        activations=_activations(
+            shape, train, tokens=tokens, experts_per_token=experts_per_token, is_quantized=is_quantized
+        ),
+        rounded=int(min(rounded_budget, changing * _compute_width(train))),
     )
 
 
-def _states(train: TrainConfig, trained: int, width: int) -> int:
+def _state_bytes(train: TrainConfig, trained: int, width: int) -> int:
     return int(2 * trained * _STATE_BYTES.get(train.optimizer, width))
 
 
 def _compute_width(train: TrainConfig) -> int:
-    return 4 if train.precision is Precision.fp32 else 2
+    return _FP32_BYTES if train.precision is Precision.fp32 else _BF16_BYTES
 
 
 def _changing_experts(shape: Shape, train: TrainConfig) -> int:
-    """How many weights of experts are other ones after each step; those that stay are rounded once, in place."""
+    """Count the expert weights that change in each step. The other experts are rounded once, in place."""
     layers = list(range(shape.num_hidden_layers))
     if train.method is Method.lora:
         layers = adapted_layers(train.lora, len(layers)) if LoraTarget.experts in train.lora.targets else []
@@ -150,60 +188,71 @@ def _changing_experts(shape: Shape, train: TrainConfig) -> int:
 
 
 def disk(plan: Plan, shape: Shape, is_packed: bool) -> dict[str, int]:
-    """Bytes that each stage leaves in its directory; hard links take none.
+    """Compute the bytes that each stage leaves in its directory. Hard links take none.
 
     Args:
-        plan: which stages train what, and the export's target.
+        plan: settings of the run.
         shape: of the model.
-        is_packed: whether the source is MXFP4; a BF16 one is linked.
+        is_packed: whether the source is MXFP4. A BF16 source is linked.
     """
-    plain = {dtype: _bytes(plain_tensors(shape, dtype)) for dtype in _WIDTH}
-    saved = {stage: _saved(shape, train) for stage, train in ((Stage.sft, plan.sft), (Stage.qat, plan.qat))}
-    merges = plan.sft.method is Method.lora and plan.qat.method is Method.full
-    begins = plan.sft.method is Method.full and plan.qat.method is Method.lora
+    sft, qat = _saved_bytes(shape, plan.sft), _saved_bytes(shape, plan.qat)
+    merges_adapters = plan.sft.method is Method.lora and plan.qat.method is Method.full
+    adds_adapters = plan.sft.method is Method.full and plan.qat.method is Method.lora
+    merged = _bytes(plain_tensors(shape, TRAIN_TYPES[plan.sft.precision]))
     return {
-        "upcast": plain["BF16"] if is_packed else 0,
-        "sft": saved[Stage.sft],
-        "quantize": plain[_WEIGHT_TYPE[plan.sft.precision]] if merges else saved[Stage.qat] if begins else 0,
-        "qat": saved[Stage.qat],
+        "upcast": _bytes(plain_tensors(shape, "BF16")) if is_packed else 0,
+        "sft": sft,
+        "quantize": merged if merges_adapters else qat if adds_adapters else 0,
+        "qat": qat,
         "export": export_bytes(shape, plan.target),
     }
 
 
 def export_bytes(shape: Shape, target: str) -> int:
-    """Bytes of the tensors of an export.
+    """Compute the bytes of an export's tensors.
 
     Scales of whole tensors and of inputs (NVFP4) are not counted. They take a few bytes per expert.
     """
     layout = TARGETS[target]
     experts = parameters(shape)["experts"] * layout.expert_bits / 8
-    others = sum(prod(info.shape) * (4 if layout.is_fp32(name) else 2) for name, info in other_tensors(shape).items())
+    others = sum(
+        prod(info.shape) * (_FP32_BYTES if layout.is_fp32(name) else _BF16_BYTES)
+        for name, info in other_tensors(shape).items()
+    )
     return round(experts) + others
 
 
 def checkpoints(shape: Shape, train: TrainConfig) -> int:
-    """Bytes of the checkpoints to resume from, while a stage trains: weights and optimizer states, several times."""
+    """Compute the bytes of the checkpoints that a training stage keeps to resume from: weights and optimizer states."""
     trained = trained_parameters(shape, train)
-    width = _WIDTH[_WEIGHT_TYPE[train.precision]] if train.method is Method.full else _ADAPTER_WIDTH
-    # transformers removes the oldest only when the next one is written
-    return (train.save_total_limit + 1) * (_saved(shape, train) + _states(train, trained, width))
+    width = bytes_per_value(TRAIN_TYPES[train.precision]) if train.method is Method.full else _ADAPTER_BYTES
+    # One more than the limit: transformers removes the oldest checkpoint after it has written the next one.
+    return (train.save_total_limit + 1) * (_saved_bytes(shape, train) + _state_bytes(train, trained, width))
 
 
-def figures(plan: Plan, model: dict[str, Any], longest: int) -> dict[str, Any]:
-    """What this run needs.
+def figures(plan: Plan, model: Mapping[str, Any], longest: int) -> NeedFigures:
+    """Compute the needs of a run.
 
     Args:
-        plan: of the run.
-        model: config.json of the source.
-        longest: tokens of the longest example, already cut.
+        plan: settings of the run.
+        model: content of the source's config.json.
+        longest: tokens of the longest example, after truncation.
     """
     shape = Shape.of(model, plan.model_path)
     trains = plan.trainings
     per_token = int(model["num_experts_per_tok"])
-    budget, needed = rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding), {}
+    budget = rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding)
+    needed: dict[str, Memory] = {}
     for name, train in trains.items():
         batched, tokens = _as_batched(train, longest, plan.data.max_length)
-        needed[name] = memory(shape, batched, tokens, per_token, name == "qat", budget)
+        needed[name] = memory(
+            shape,
+            batched,
+            tokens=tokens,
+            experts_per_token=per_token,
+            is_quantized=name == Stage.qat.name,
+            rounded_budget=budget,
+        )
     return {
         "parameters": parameters(shape),
         "trained_parameters": {name: trained_parameters(shape, train) for name, train in trains.items()},
@@ -215,20 +264,24 @@ def figures(plan: Plan, model: dict[str, Any], longest: int) -> dict[str, Any]:
 
 
 def _as_batched(train: TrainConfig, longest: int, max_length: int) -> tuple[TrainConfig, int]:
-    """Settings and tokens of a row: padded to the longest example, or all packed rows laid end to end, as TRL does."""
+    """Return the settings and the tokens per row of the batches that training really uses.
+
+    Rows are padded to the longest example. With packing, TRL lays all rows of a batch end to end in one row.
+    """
     if not train.packing:
         return train, longest
     return replace(train, batch_size=1), train.batch_size * max_length
 
 
-def _activations(shape: Shape, train: TrainConfig, tokens: int, experts_per_token: int, is_quantized: bool) -> int:
-    """What is kept for the backward pass, at its largest.
+def _activations(shape: Shape, train: TrainConfig, *, tokens: int, experts_per_token: int, is_quantized: bool) -> int:
+    """Estimate the most bytes that are kept for the backward pass.
 
-    With gradient checkpointing the input of every layer, B·T·H·a, and all of one layer; without it all of every layer.
-    Of a layer: a few vectors of width H, the queries, keys and values, K experts of widths 2I and I, eager attention's
-    scores B·N·T·T, and the copy of the expert stacks that LoRA (base and delta) or fake quantization (rounded)
-    multiplies with; while one is made, two more. Then the logits with their FP32 copy and gradient, and, in mixed
-    precision, the BF16 copies of the weights that autocast keeps.
+    A layer keeps a few vectors of width H, queries, keys and values, K experts of widths 2I and I, eager attention's
+    scores B·N·T·T, and a copy of the expert stacks. LoRA (base plus delta) and fake quantization (rounded weights)
+    multiply with this copy. While a copy is made, there are two more. With gradient checkpointing, only one layer at a
+    time is kept as a whole. The others keep their input, B·T·H·a.
+
+    Logits are kept with their FP32 copy and gradient. In mixed precision, autocast keeps BF16 copies of the weights.
     """
     places = train.batch_size * tokens
     width = _compute_width(train)
@@ -242,16 +295,16 @@ def _activations(shape: Shape, train: TrainConfig, tokens: int, experts_per_toke
     layer = width * places * (values + scores) + copy
     kept = shape.num_hidden_layers * places * hidden * width
     body = kept + layer if train.gradient_checkpointing else shape.num_hidden_layers * layer
-    logits = places * shape.vocab_size * (width + 4 + 4)
-    autocast = _count(plain_tensors(shape)) * 2 if train.precision is Precision.mixed_bf16 else 0
+    logits = places * shape.vocab_size * (width + 2 * _FP32_BYTES)
+    autocast = _count(plain_tensors(shape)) * _BF16_BYTES if train.precision is Precision.mixed_bf16 else 0
     return body + 2 * copy + logits + autocast
 
 
-def _saved(shape: Shape, train: TrainConfig) -> int:
-    """Bytes of what a training stage saves."""
+def _saved_bytes(shape: Shape, train: TrainConfig) -> int:
+    """Compute the bytes of the weights or adapters that a training stage saves."""
     if train.method is Method.lora:
-        return trained_parameters(shape, train) * _ADAPTER_WIDTH
-    return _bytes(plain_tensors(shape, _WEIGHT_TYPE[train.precision]))
+        return trained_parameters(shape, train) * _ADAPTER_BYTES
+    return _bytes(plain_tensors(shape, TRAIN_TYPES[train.precision]))
 
 
 def _count(tensors: dict[str, TensorInfo]) -> int:

@@ -1,11 +1,13 @@
-"""Whether our tokens are those of openai-harmony, which inference engines render with.
+"""Token parity: compares our tokens with those of openai-harmony, which inference engines use.
 
-An example's prompt is held against what harmony renders for completion, which drops earlier reasoning by itself, and
-its completion against what it renders for training. Three habits of the chat template are handed to harmony, since they
-are what the released model's template does and no mistakes of tokenization: a blank line after the developer's text,
-the results of tools as JSON strings, and calls marked `json` rather than `<|constrain|>json`.
+An example's prompt is compared with harmony's rendering for completion, which drops earlier reasoning by itself. The
+completion is compared with harmony's rendering for training.
 
-The check runs where the package is installed and has its vocabulary on disk; it never fetches it.
+The chat template of the released models differs from harmony in three places. These are no errors of tokenization, so
+harmony is given the template's form: a blank line after the developer's text, tool results as JSON strings, and calls
+marked `json` instead of `<|constrain|>json`.
+
+The check needs the package and its vocabulary on disk. It never downloads the vocabulary.
 """
 
 import hashlib
@@ -13,63 +15,92 @@ import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from pipeline.checkpoints.gpt_oss import SPECIAL_TOKENS
 from pipeline.data.harmony import Conversation, Message, Rendering, add_language, examples
+from pipeline.data.tokenizers import Tokenizer
 from pipeline.doctor.rows import Row
 from pipeline.runs.console import progress
+
+if TYPE_CHECKING:
+    import openai_harmony
 
 _VOCABULARY = "o200k_base.tiktoken"
 _URL = f"https://openaipublic.blob.core.windows.net/encodings/{_VOCABULARY}"
 _CONTEXT_TOKENS = 4
 
 
-def figures(rows: list[Row], how: Rendering) -> dict[str, Any]:
-    """How many examples differ, and the first that does; or why that was not checked."""
-    reason = _unavailable() or _other_vocabulary(how.tokenizer)
+class Difference(TypedDict):
+    """The first token that differs, as a position in an example, and both texts around it."""
+
+    where: str
+    position: int
+    ours: str
+    theirs: str
+
+
+class _Outcome(TypedDict):
+    is_checked: bool
+
+
+class ParityFigures(_Outcome, total=False):
+    """Examples that were compared, those that differ, and the first one; or the reason why nothing was compared."""
+
+    reason: str
+    examples: int
+    differ: int
+    first: Difference | None
+
+
+def figures(rows: list[Row], how: Rendering) -> ParityFigures:
+    """Compare the tokens of all examples with openai-harmony's, if it is available."""
+    reason = _reason_unavailable() or _reason_incomparable(how.tokenizer)
     if reason is not None:
         return {"is_checked": False, "reason": reason}
     oracle = _Oracle(how)
-    compared, differing, shown = 0, 0, None
+    compared, differing = 0, 0
+    first: Difference | None = None
     for row in progress(rows, what="token parity", unit="row"):
         ours = [example["input_ids"] for example in examples(row.conversation, how)]
         for mine, theirs in zip(ours, oracle.examples(row.conversation), strict=True):
             compared += 1
             differing += mine != theirs
-            if mine != theirs and shown is None:
-                shown = {"where": row.conversation.where, **_difference(mine, theirs, how.tokenizer)}
-    return {"is_checked": True, "examples": compared, "differ": differing, "first": shown}
+            if mine != theirs and first is None:
+                first = _difference(row.conversation.where, mine, theirs, how.tokenizer)
+    return {"is_checked": True, "examples": compared, "differ": differing, "first": first}
 
 
-def _unavailable() -> str | None:
+def _reason_unavailable() -> str | None:
+    """Return why openai-harmony cannot be used, or None if it can."""
     if importlib.util.find_spec("openai_harmony") is None:
         return "the package openai-harmony is not installed"
     base = os.environ.get("TIKTOKEN_ENCODINGS_BASE")
     cache = Path(os.environ.get("TIKTOKEN_RS_CACHE_DIR") or Path(tempfile.gettempdir()) / "tiktoken-rs-cache")
     path = Path(base) / _VOCABULARY if base else cache / hashlib.sha1(_URL.encode()).hexdigest()
     if not path.is_file():
-        return f"openai-harmony has no vocabulary: {path} is missing; set TIKTOKEN_ENCODINGS_BASE to the folder of it"
+        return f"openai-harmony has no vocabulary: {path} is missing. Set TIKTOKEN_ENCODINGS_BASE to its folder"
     return None
 
 
-def _other_vocabulary(tokenizer: Any) -> str | None:
-    """A tokenizer of its own, like the synthetic model's, has nothing to agree with."""
+def _reason_incomparable(tokenizer: Tokenizer) -> str | None:
+    """Return why a tokenizer cannot agree with openai-harmony: it has another vocabulary, as the tiny model's has."""
     others = [token for i, token in SPECIAL_TOKENS.items() if tokenizer.convert_tokens_to_ids(token) != i]
     if others:
         found = tokenizer.convert_tokens_to_ids(others[0])
-        return f"the tokenizer is not that of the released models ({others[0]} is {found})"
+        return f"the tokenizer is not the released models' tokenizer ({others[0]} is {found})"
     return None
 
 
-def _difference(ours: list[int], theirs: list[int], tokenizer: Any) -> dict[str, Any]:
-    """The first token that differs, and what stands around it."""
+def _difference(where: str, ours: list[int], theirs: list[int], tokenizer: Tokenizer) -> Difference:
+    """Find the first token that differs, and decode the tokens around it."""
     same = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if len(set(pair)) > 1), None)
     position = min(len(ours), len(theirs)) if same is None else same
     around = slice(max(0, position - _CONTEXT_TOKENS), position + _CONTEXT_TOKENS)
     return {
+        "where": where,
         "position": position,
         "ours": tokenizer.decode(ours[around]),
         "theirs": tokenizer.decode(theirs[around]),
@@ -77,7 +108,7 @@ def _difference(ours: list[int], theirs: list[int], tokenizer: Any) -> dict[str,
 
 
 class _Oracle:
-    """openai-harmony, given our conversations."""
+    """Renders our conversations with openai-harmony."""
 
     def __init__(self, how: Rendering) -> None:
         import openai_harmony
@@ -88,7 +119,7 @@ class _Oracle:
         self._how = how
 
     def examples(self, conversation: Conversation) -> Iterator[list[int]]:
-        """The ids of each example, in the order of harmony.examples."""
+        """Yield the token ids of each example, in the order of harmony.examples."""
         h = self._harmony
         turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
         keep_all = h.RenderConversationConfig(auto_drop_analysis=False)
@@ -101,7 +132,7 @@ class _Oracle:
             completion = self._encoding.render_conversation_for_training(answer, keep_all)
             yield prompt + completion[self._opening :]
 
-    def _instructions(self, conversation: Conversation) -> list[Any]:
+    def _instructions(self, conversation: Conversation) -> "list[openai_harmony.Message]":
         h = self._harmony
         effort = (conversation.reasoning_effort or self._how.reasoning_effort).capitalize()
         system = h.SystemContent.new().with_reasoning_effort(h.ReasoningEffort(effort))
@@ -121,13 +152,13 @@ class _Oracle:
             messages.append(h.Message.from_role_and_content(h.Role.DEVELOPER, developer))
         return messages
 
-    def _tool(self, tool: dict[str, Any]) -> Any:
+    def _tool(self, tool: Mapping[str, Any]) -> "openai_harmony.ToolDescription":
         function = tool["function"]
         return self._harmony.ToolDescription.new(
             function["name"], function["description"], parameters=function.get("parameters")
         )
 
-    def _messages(self, messages: list[Message]) -> list[Any]:
+    def _messages(self, messages: Sequence[Message]) -> "list[openai_harmony.Message]":
         h = self._harmony
         made, called = [], ""
         for message in messages:
@@ -143,10 +174,10 @@ class _Oracle:
                 called = made[-1].recipient or called
         return made
 
-    def _turn(self, message: Message) -> list[Any]:
-        """The reasoning, and the answer or the call."""
+    def _turn(self, message: Message) -> "list[openai_harmony.Message]":
+        """Return the reasoning, and the answer or the call."""
 
-        def say(channel: str, text: str) -> Any:
+        def say(channel: str, text: str) -> "openai_harmony.Message":
             return self._harmony.Message.from_role_and_content(self._harmony.Role.ASSISTANT, text).with_channel(channel)
 
         calls = message.get("tool_calls")

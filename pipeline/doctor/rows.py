@@ -1,15 +1,65 @@
-"""Each row as training will see it: its examples, their tokens, and the tokens that data.max_length cuts off."""
+"""Each row as training will see it: its examples, their tokens, and the tokens that data.max_length truncates."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from pipeline.data.harmony import IGNORED, Conversation, ConversationError, Rendering, examples
 from pipeline.errors import Problems
 from pipeline.runs.console import progress
 
 _FIRST_LENGTH = 64
-_PERCENTILES = {"median": 0.5, "p95": 0.95}
+
+
+class TokenCounts(TypedDict):
+    """Numbers of examples and tokens before truncation, and the supervised share of the tokens."""
+
+    examples: int
+    all: int
+    supervised: int
+    supervised_share: float
+
+
+class Lengths(TypedDict):
+    """Percentiles of the examples' tokens, and a histogram: upper edge -> number of examples up to it."""
+
+    shortest: int
+    median: int
+    p95: int
+    longest: int
+    histogram: dict[str, int]
+
+
+class Truncated(TypedDict):
+    """Rows and examples that are longer than `max_length`, and the tokens that they lose.
+
+    `first` holds the places of the first few rows, here and in all figures of doctor.
+    """
+
+    max_length: int
+    rows: int
+    examples: int
+    tokens_lost: int
+    supervised_tokens_lost: int
+    supervised_share_lost: float
+    first: list[str]
+
+
+class NothingToLearn(TypedDict):
+    """Examples, and whole rows, that have no supervised token after truncation."""
+
+    examples: int
+    rows: int
+    first: list[str]
+
+
+class TokenFigures(TypedDict):
+    """Figures of the examples' tokens."""
+
+    tokens: TokenCounts
+    lengths: Lengths
+    cut: Truncated
+    nothing_to_learn: NothingToLearn
 
 
 @dataclass(frozen=True)
@@ -48,12 +98,10 @@ def examine(conversations: Iterable[Conversation], how: Rendering, max_length: i
     return rows
 
 
-def figures(rows: list[Row], limit: int) -> dict[str, Any]:
-    """Counts of examples and tokens, their lengths, and the losses from truncating examples to `limit` tokens."""
+def figures(rows: list[Row], limit: int) -> TokenFigures:
+    """Count examples and tokens, their lengths, and the losses from truncating examples to `limit` tokens."""
     every = [example for row in rows for example in row.examples]
-    cut = [example for example in every if example.tokens > limit]
     tokens, supervised = sum(e.tokens for e in every), sum(e.supervised for e in every)
-    lost = sum(e.supervised - e.kept_supervised for e in cut)
     return {
         "tokens": {
             "examples": len(every),
@@ -62,15 +110,7 @@ def figures(rows: list[Row], limit: int) -> dict[str, Any]:
             "supervised_share": supervised / tokens,
         },
         "lengths": _lengths([example.tokens for example in every]),
-        "cut": {
-            "max_length": limit,
-            "rows": sum(any(e.tokens > limit for e in row.examples) for row in rows),
-            "examples": len(cut),
-            "tokens_lost": sum(e.tokens - e.kept for e in cut),
-            "supervised_tokens_lost": lost,
-            "supervised_share_lost": lost / supervised,
-            "first": first(row for row in rows if any(e.tokens > limit for e in row.examples)),
-        },
+        "cut": _truncation(rows, limit, supervised),
         "nothing_to_learn": {
             "examples": sum(e.kept_supervised == 0 for e in every),
             "rows": sum(all(e.kept_supervised == 0 for e in row.examples) for row in rows),
@@ -80,28 +120,56 @@ def figures(rows: list[Row], limit: int) -> dict[str, Any]:
 
 
 def first(rows: Iterable[Row], most: int = 3) -> list[str]:
-    """Places of the first few rows."""
+    """Return the places of the first few rows."""
     return [row.conversation.where for _, row in zip(range(most), rows, strict=False)]
 
 
 def _count(example: dict[str, list[int]], limit: int) -> Example:
     labels, kept = example["labels"], example["labels"][:limit]
-    return Example(len(labels), _supervised(labels), len(kept), _supervised(kept))
+    return Example(len(labels), _count_supervised(labels), len(kept), _count_supervised(kept))
 
 
-def _supervised(labels: list[int]) -> int:
+def _count_supervised(labels: list[int]) -> int:
     return len(labels) - labels.count(IGNORED)
 
 
-def _lengths(lengths: list[int]) -> dict[str, Any]:
-    """Percentiles, and the histogram: how many are up to 64 tokens long, up to 128, …"""
+def _lengths(lengths: list[int]) -> Lengths:
     ordered = sorted(lengths)
+    return {
+        "shortest": ordered[0],
+        "median": _percentile(ordered, 0.5),
+        "p95": _percentile(ordered, 0.95),
+        "longest": ordered[-1],
+        "histogram": _histogram(ordered),
+    }
+
+
+def _percentile(ordered: list[int], share: float) -> int:
+    return ordered[round(share * (len(ordered) - 1))]
+
+
+def _histogram(lengths: list[int]) -> dict[str, int]:
+    """Count the examples of up to 64 tokens, of up to 128, and so on. Empty bins at the start are left out."""
     histogram: dict[str, int] = {}
     below, edge = 0, _FIRST_LENGTH
-    while below < len(ordered):
-        count = sum(length <= edge for length in ordered) - below
+    while below < len(lengths):
+        count = sum(length <= edge for length in lengths) - below
         if count or histogram:
             histogram[str(edge)] = count
         below, edge = below + count, 2 * edge
-    at = {name: ordered[round(share * (len(ordered) - 1))] for name, share in _PERCENTILES.items()}
-    return {"shortest": ordered[0], **at, "longest": ordered[-1], "histogram": histogram}
+    return histogram
+
+
+def _truncation(rows: list[Row], limit: int, supervised: int) -> Truncated:
+    longer = [example for row in rows for example in row.examples if example.tokens > limit]
+    longer_rows = [row for row in rows if any(example.tokens > limit for example in row.examples)]
+    lost = sum(example.supervised - example.kept_supervised for example in longer)
+    return {
+        "max_length": limit,
+        "rows": len(longer_rows),
+        "examples": len(longer),
+        "tokens_lost": sum(example.tokens - example.kept for example in longer),
+        "supervised_tokens_lost": lost,
+        "supervised_share_lost": lost / supervised,
+        "first": first(longer_rows),
+    }

@@ -14,7 +14,7 @@ from pipeline.data.languages import Languages
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.doctor import content, display, findings, leaks, machine, needs, parity
-from pipeline.doctor.findings import Facts
+from pipeline.doctor.findings import DataFigures, Facts
 from pipeline.doctor.needs import Plan
 from pipeline.doctor.rows import examine
 from pipeline.doctor.rows import figures as token_figures
@@ -27,7 +27,7 @@ from pipeline.runs.records import DoctorRecord
 from pipeline.runs.run import Run
 from pipeline.runs.tracking import log_metrics
 
-_SETTINGS = ("data", "model.path", "model.revision", "sft", "qat", "export.target", "doctor.languages")
+_SETTINGS = ("data", "model.path", "model.revision", "sft", "qat", "sharding", "export.target", "doctor.languages")
 
 
 def run(config: PipelineConfig) -> Artifact:
@@ -48,8 +48,7 @@ def run(config: PipelineConfig) -> Artifact:
     )
     if is_main_process():
         # Free memory and disk space change all the time, so they are measured even if the report is up to date.
-        report = artifact.read(DoctorRecord)
-        facts = Facts(report.data, report.needs, machine.figures(here.directory), _plan(config), here)
+        facts = Facts.of(artifact.read(DoctorRecord), machine.figures(here.directory), _plan(config), here)
         display.conversation(config.doctor.row, rows.conversations[config.doctor.row - 1], how)
         display.report(facts, findings.findings(facts))
     return artifact
@@ -60,18 +59,19 @@ def _plan(config: PipelineConfig) -> Plan:
     return Plan(config.model.path, config.data, config.sft, config.qat, config.sharding, target)
 
 
-def _report(here: Run, plan: Plan, model: Path, figures: dict[str, Any], directory: Path) -> Result:
+def _report(here: Run, plan: Plan, model: Path, figures: DataFigures, directory: Path) -> Result:
     longest = min(figures["lengths"]["longest"], plan.data.max_length)
     needed = needs.figures(plan, read_config(model), longest)
     facts = Facts(figures, needed, machine.figures(here.directory), plan, here)
-    for section, values in {**facts.data, "needs": facts.needs, "machine": facts.machine}.items():
+    sections: dict[str, Any] = {**facts.data, "needs": facts.needs, "machine": facts.machine}
+    for section, values in sections.items():
         log_metrics(directory, {"section": section, **values})
     found = findings.findings(facts)
-    record = DoctorRecord(data=facts.data, needs=facts.needs, machine=facts.machine, findings=found)
+    record = DoctorRecord(data=dict(facts.data), needs=dict(facts.needs), machine=dict(facts.machine), findings=found)
     return Result(Kind.report, record)
 
 
-def _data_figures(config: PipelineConfig, rows: Rows, how: Rendering, tell: Languages) -> dict[str, Any]:
+def _data_figures(config: PipelineConfig, rows: Rows, how: Rendering, tell: Languages) -> DataFigures:
     train, validation = (examine(part, how, config.data.max_length) for part in split_rows(config.data, rows))
     every = [*train, *validation]
     return {

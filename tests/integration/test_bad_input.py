@@ -1,4 +1,4 @@
-"""Every mistake of a user: one clear message on stderr that names the place, no traceback, exit status 2."""
+"""Mistakes of the user: each is one message on stderr that names the place, without traceback, exit status 2."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(tiny: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny model, to be broken."""
+    """A copy of the tiny model that a test may damage."""
     return Path(shutil.copytree(tiny, tmp_path / "model"))
 
 
@@ -37,7 +37,7 @@ def upcast_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The message of a run that must end with status 2."""
+    """Run the program, which must end with status 2, and return its message."""
     capsys.readouterr()
     assert run_program(*arguments) == 2
     captured = capsys.readouterr().err
@@ -65,7 +65,7 @@ def shards(model: Path) -> list[Path]:
 
 
 def edit_tensors(model: Path, name: str, edit) -> None:
-    """Rewrite the shard that holds `name`; edit(tensors) changes them."""
+    """Rewrite the shard that holds `name`, with edit(tensors) applied."""
     shard = next(path for path in shards(model) if name in load_file(path))
     tensors = load_file(shard)
     edit(tensors)
@@ -186,14 +186,16 @@ def test_validation_split_that_leaves_nothing(capsys: pytest.CaptureFixture[str]
     assert "data.validation_fraction=0.1 of 3 rows leaves none to validate on" in message
 
 
-def test_sequence_limit_that_cuts_every_supervised_token(capsys: pytest.CaptureFixture[str], upcast_run: Path) -> None:
-    assert "data.max_length=10 cuts off every supervised token" in sft_error(capsys, upcast_run, "data.max_length=10")
+def test_sequence_limit_that_truncates_every_supervised_token(
+    capsys: pytest.CaptureFixture[str], upcast_run: Path
+) -> None:
+    assert "data.max_length=10 truncates every supervised token" in sft_error(capsys, upcast_run, "data.max_length=10")
 
 
-def test_mended_mistake_needs_no_overwrite(capsys: pytest.CaptureFixture[str], upcast_run: Path) -> None:
+def test_corrected_mistake_needs_no_overwrite(capsys: pytest.CaptureFixture[str], upcast_run: Path) -> None:
     sft_error(capsys, upcast_run, "data.max_length=10")
     message = error_of(capsys, "stage=sft", "recipe=smoke", f"run_dir={upcast_run}", "data.max_length=11")
-    assert "data.max_length=11 cuts off" in message
+    assert "data.max_length=11 truncates" in message
 
 
 def test_optimizer_whose_package_is_not_installed(
@@ -278,7 +280,7 @@ def test_missing_stage_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
         ("compare", "evaluate"),
     ],
 )
-def test_missing_input_says_which_stage_to_run(
+def test_missing_input_names_the_stage_to_run(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, stage: str, needed: str
 ) -> None:
     message = error_of(capsys, f"stage={stage}", "recipe=smoke", f"run_dir={tmp_path}")
@@ -292,7 +294,7 @@ def test_run_dir_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_
     assert f"run_dir={run_dir}: cannot write" in error_of(capsys, "stage=upcast", "recipe=smoke", f"run_dir={run_dir}")
 
 
-def test_verify_of_a_directory_that_is_not_there(capsys: pytest.CaptureFixture[str], upcast_run: Path) -> None:
+def test_verify_of_a_missing_directory(capsys: pytest.CaptureFixture[str], upcast_run: Path) -> None:
     message = error_of(
         capsys, "stage=verify", "recipe=smoke", f"run_dir={upcast_run}", "verify.checkpoint=/nowhere/export"
     )

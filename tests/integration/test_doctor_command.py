@@ -1,4 +1,4 @@
-"""stage=doctor from the command line: what it leaves, what it says, and what it refuses."""
+"""stage=doctor from the command line: its report, its warnings, and its error messages."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def doctor(run_dir: Path, *arguments: str) -> int:
     return run_program("stage=doctor", "recipe=smoke", f"run_dir={run_dir}", *arguments)
 
 
-def test_it_works_before_anything_else_was_run(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_can_be_the_first_stage(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor(run_dir) == 0
     out = capsys.readouterr().out
     assert "of which 360 are trained on and 40 held out" in out
@@ -38,7 +38,7 @@ def test_it_works_before_anything_else_was_run(run_dir: Path, capsys: pytest.Cap
     assert sorted(path.name for path in run_dir.iterdir() if path.is_dir()) == ["data", "doctor", "source"]
 
 
-def test_its_figures_are_those_of_training(run_dir: Path, smoke_run: Path) -> None:
+def test_its_figures_equal_those_of_training(run_dir: Path, smoke_run: Path) -> None:
     assert doctor(run_dir, "data.max_samples=80") == 0
     data = artifacts.load(run_dir / "doctor").details["data"]
     trained = artifacts.load(smoke_run / "sft").details
@@ -49,17 +49,15 @@ def test_its_figures_are_those_of_training(run_dir: Path, smoke_run: Path) -> No
 
 
 @pytest.mark.parametrize("stage", ["upcast", "sft", "quantize", "qat", "export"])
-def test_stages_leave_the_bytes_that_it_foretold(smoke_run: Path, stage: str) -> None:
+def test_stages_leave_the_bytes_that_it_predicts(smoke_run: Path, stage: str) -> None:
     record = artifacts.load(smoke_run / stage)
     weights = sum(size for name, size in record.files.items() if name.endswith(".safetensors"))
-    foretold = artifacts.load(smoke_run / "doctor").details["needs"]["disk_bytes"]
-    # quantize links the weights of sft: no bytes of its own
-    assert weights == pytest.approx(foretold["sft" if stage == "quantize" else stage], rel=0.05)
+    predicted = artifacts.load(smoke_run / "doctor").details["needs"]["disk_bytes"]
+    # quantize links the weights of sft, so it takes no disk space of its own
+    assert weights == pytest.approx(predicted["sft" if stage == "quantize" else stage], rel=0.05)
 
 
-def test_a_second_run_is_up_to_date_and_shows_the_row_asked_for(
-    run_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_run_is_up_to_date_and_shows_the_chosen_row(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor(run_dir, "data.max_samples=80") == 0
     capsys.readouterr()
     assert doctor(run_dir, "data.max_samples=80", "doctor.row=3") == 0
@@ -78,7 +76,23 @@ def test_another_export_target_brings_the_report_up_to_date(run_dir: Path) -> No
     assert experts["bf16"] / experts["mxfp4"] == 16 / 4.25
 
 
-def test_what_is_wrong_is_said_on_stderr_and_kept(
+def test_settings_of_the_rounded_experts_bring_the_report_up_to_date(run_dir: Path) -> None:
+    rounded = []
+    for arguments in (
+        (),
+        ("qat.rounded_cache_gib=0",),
+        ("sharding=fsdp2",),
+        ("sharding=fsdp2", "qat.rounded_cache_gib=1"),
+    ):
+        assert doctor(run_dir, "data.max_samples=80", *arguments) == 0
+        needs = artifacts.load(run_dir / "doctor").details["needs"]
+        rounded.append(needs["device_bytes"]["qat"]["rounded"])
+    unlimited, none, gathered, budgeted = rounded
+    assert unlimited == budgeted > 0
+    assert none == gathered == 0
+
+
+def test_findings_are_warnings_and_are_kept_in_the_report(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [ask(f"What is {i} + {i}?") for i in range(60)] + [ask(f"what is {i}  +  {i}?") for i in range(60)]
@@ -88,7 +102,7 @@ def test_what_is_wrong_is_said_on_stderr_and_kept(
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[doctor] warning: ")]
     found = artifacts.load(run_dir / "doctor").details["findings"]
     assert [line.partition(". ")[2] for line in warnings] == found
-    for part in ("validation rows whose prompt is trained on too", "<think> (1)", "without reasoning", "copy another"):
+    for part in ("validation rows whose prompt is also trained on", "<think> (1)", "without reasoning", "copy another"):
         assert any(part in message for message in found), part
 
 
@@ -104,7 +118,7 @@ def test_what_is_wrong_is_said_on_stderr_and_kept(
         (("doctor.rows=3",), ("'doctor.rows'", "Did you mean 'doctor.row'")),
     ],
 )
-def test_mistakes_are_one_message(
+def test_a_mistake_is_one_message(
     run_dir: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], parts: tuple[str, ...]
 ) -> None:
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""What a run can start from and be fed with: BF16 sources, directories as export source, real text, bad weights."""
+"""Inputs of a run: BF16 sources, directories as export source, real text, bad weights."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def source_of(run_dir: Path) -> Path:
 
 
 def change_weights(source: Path, target: Path, edit) -> Path:
-    """A copy of a plain checkpoint with edit(tensors) applied, in one file."""
+    """Copy a plain checkpoint into one file, with edit(tensors) applied."""
     target.mkdir()
     tensors: dict[str, torch.Tensor] = {}
     for path in source.iterdir():
@@ -38,7 +38,7 @@ def change_weights(source: Path, target: Path, edit) -> Path:
     return target
 
 
-def test_bf16_source_is_passed_through_byte_for_byte(smoke_run: Path, tmp_path: Path) -> None:
+def test_a_bf16_source_is_kept_byte_for_byte(smoke_run: Path, tmp_path: Path) -> None:
     source = change_weights(smoke_run / "upcast", tmp_path / "bf16", lambda tensors: None)
     run_dir = tmp_path / "run"
     assert run_program("stage=upcast", "recipe=smoke", f"model.path={source}", f"run_dir={run_dir}") == 0
@@ -48,7 +48,7 @@ def test_bf16_source_is_passed_through_byte_for_byte(smoke_run: Path, tmp_path: 
 
 
 def test_export_of_an_untouched_model_has_every_value_of_the_source(smoke_run: Path, tmp_path: Path) -> None:
-    """MXFP4 -> BF16 -> MXFP4, and a BF16 source gets the quantization and the configuration of the original."""
+    """The path is MXFP4 -> BF16 -> MXFP4. The export has the quantization config of the original."""
     source = change_weights(smoke_run / "upcast", tmp_path / "bf16", lambda tensors: None)
     arguments = ("recipe=smoke", f"model.path={source}", f"run_dir={tmp_path / 'run'}")
     for stage in ("upcast", "export"):
@@ -63,7 +63,9 @@ def test_export_of_an_untouched_model_has_every_value_of_the_source(smoke_run: P
     assert outcomes(tmp_path / "run") == {"ok"}
 
 
-def test_rope_settings_of_transformers_5_are_written_as_the_engines_read_them(smoke_run: Path, tmp_path: Path) -> None:
+def test_rope_settings_of_transformers_5_are_written_in_the_form_that_engines_read(
+    smoke_run: Path, tmp_path: Path
+) -> None:
     source = change_weights(smoke_run / "upcast", tmp_path / "bf16", lambda tensors: None)
     config = json.loads((source / "config.json").read_text())
     rope = {**config.pop("rope_scaling"), "rope_theta": config.pop("rope_theta")}
@@ -75,7 +77,7 @@ def test_rope_settings_of_transformers_5_are_written_as_the_engines_read_them(sm
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_weight_that_is_not_finite_is_named(smoke_run: Path, tmp_path: Path, capsys, bad: float) -> None:
+def test_a_weight_that_is_not_finite_is_named(smoke_run: Path, tmp_path: Path, capsys, bad: float) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors[GATE_UP][5, 40, 17] = bad  # (E, in, out): input 40 lies in block 1 of row 17
 
@@ -88,7 +90,7 @@ def test_weight_that_is_not_finite_is_named(smoke_run: Path, tmp_path: Path, cap
     assert not (run_dir / "export" / "artifact.json").exists()
 
 
-def test_input_dimension_that_32_does_not_divide_is_named(tmp_path: Path, smoke_run: Path, capsys) -> None:
+def test_an_input_dimension_that_is_no_multiple_of_32_is_named(tmp_path: Path, smoke_run: Path, capsys) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(smoke_run / "upcast")
@@ -114,7 +116,7 @@ def test_a_run_on_real_multilingual_text_learns(tmp_path: Path) -> None:
     assert len(read_metrics(tmp_path / "sft")) > 6
 
 
-def test_export_of_a_model_that_is_not_the_sources_is_refused(tmp_path: Path, smoke_run: Path, capsys) -> None:
+def test_a_model_of_another_shape_than_the_source_is_not_exported(tmp_path: Path, smoke_run: Path, capsys) -> None:
     arguments = ("recipe=smoke", f"run_dir={tmp_path / 'run'}", "model.tiny.num_hidden_layers=3")
     assert run_program("stage=export", *arguments, f"export.source={smoke_run / 'upcast'}") == 2
     message = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Every file in conf/data/ on hand-made rows of its data set's shape, and what goes wrong when the shape is another."""
+"""Every file in conf/data/ on hand-made rows of its data set, and the errors on rows of another form."""
 
 import json
 from pathlib import Path
@@ -109,7 +109,7 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
 }
-"""File in conf/data/ -> a row of its shape, and the conversation that it is."""
+"""File in conf/data/ -> a row of its data set, and the conversation in it."""
 
 
 @pytest.fixture(autouse=True)
@@ -118,14 +118,14 @@ def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def data_config(name: str, path: Path, **settings: Any) -> DataConfig:
-    """conf/data/<name>.yaml on a file of ours."""
+    """Read conf/data/<name>.yaml, with another path."""
     merged = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(CONF / f"{name}.yaml"))
     found: Any = OmegaConf.to_object(OmegaConf.merge(merged, {"path": str(path), **settings}))
     return found
 
 
 def load(settings: DataConfig) -> list[dict[str, Any]]:
-    """The conversations, without what is not there."""
+    """Load the conversations, without fields that are None."""
     config = PipelineConfig(stage=Stage.sft, run_dir="run", model=ModelConfig(path="unused"), data=settings)
     names = ("messages", "tools", "reasoning_effort", "reasoning_language")
     found = load_rows(Run(config), settings).conversations
@@ -155,15 +155,15 @@ def test_a_row_of_its_shape_is_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_row_of_its_shape_is_read_from_parquet_among_others(name: str) -> None:
-    """Arrow fills in the keys that a row has not, as None."""
+def test_a_row_of_its_shape_is_read_from_parquet(name: str) -> None:
+    """Arrow adds the keys that a row does not have, with the value None."""
     row, conversation = SHAPES[name]
     datasets.Dataset.from_list([row, row]).to_parquet("rows.parquet")
     assert load(data_config(name, Path("rows.parquet"))) == [conversation] * 2
 
 
 @pytest.mark.parametrize("name", sorted(set(SHAPES) - {"arithmetic", "chat", "multilingual_thinking"}))
-def test_a_row_of_another_shape_is_one_message_that_names_the_columns_that_there_are(name: str) -> None:
+def test_rows_of_another_shape_are_one_message_that_names_the_existing_columns(name: str) -> None:
     message = load_error(data_config(name, jsonl([{"text": "x", "meta": {"id": 1, "tag": "a"}}] * 1000)))
     assert "no row of rows.jsonl has that column. There are: text, meta.id, meta.tag." in message
     assert message.count("There are:") == len([line for line in message.splitlines() if "data.columns." in line])
@@ -195,20 +195,20 @@ def test_every_column_can_be_named() -> None:
     ]
 
 
-def test_a_column_whose_name_has_a_dot_is_found_before_a_nested_one() -> None:
+def test_a_column_with_a_dot_in_its_name_is_preferred_to_a_nested_one() -> None:
     row = {"a.b": "Hi?", "a": {"b": "no"}, "answer": "Hello."}
     (found,) = load(with_columns(jsonl([row]), messages=None, prompt="a.b", completion="answer"))
     assert found["messages"][0]["content"] == "Hi?"
 
 
-def test_an_option_that_some_rows_lack_is_no_mistake() -> None:
+def test_some_rows_may_lack_an_option() -> None:
     rows = [ROW, {"question": "Hi?", "answer": "Hello."}]
     with_reasoning, without = load(with_columns(jsonl(rows), **single_turn(reasoning="why")))
     assert with_reasoning["messages"] == SIMPLE
     assert without["messages"] == [SIMPLE[0], {"role": "assistant", "content": "Hello."}]
 
 
-def test_an_option_that_no_row_has_is_a_mistake() -> None:
+def test_an_option_that_no_row_has_is_an_error() -> None:
     message = load_error(with_columns(jsonl([ROW] * 3), **single_turn(reasoning="whyy", system="rulez")))
     there = "There are: question, answer, why, rules, language."
     assert message == (
@@ -219,7 +219,7 @@ def test_an_option_that_no_row_has_is_a_mistake() -> None:
 
 
 @pytest.mark.parametrize("setting", ["prompt", "completion"])
-def test_of_the_columns_only_the_missing_ones_are_named(setting: str) -> None:
+def test_only_missing_columns_are_named(setting: str) -> None:
     message = load_error(with_columns(jsonl([ROW] * 3), **single_turn(**{setting: "text"})))
     assert message.startswith(f"data.columns.{setting}='text': no row of rows.jsonl has that column. There are:")
 
@@ -230,7 +230,7 @@ def test_a_row_without_a_column_that_others_have_is_named() -> None:
 
 
 @pytest.mark.parametrize("name", ["chat", "false_reject"])
-def test_a_file_that_holds_no_rows_at_all_is_not_said_to_lack_columns(name: str) -> None:
+def test_a_file_without_valid_rows_is_not_reported_to_lack_columns(name: str) -> None:
     Path("rows.jsonl").write_text("role,content\n[1]\n")
     lines = load_error(data_config(name, Path("rows.jsonl"), filter={"kind": ["a"]})).splitlines()
     assert lines[0] == "2 problems:"
@@ -238,12 +238,12 @@ def test_a_file_that_holds_no_rows_at_all_is_not_said_to_lack_columns(name: str)
     assert lines[2].startswith("  - rows.jsonl: row 2: is a list, not an object with")
 
 
-def test_a_column_that_is_no_text_is_named() -> None:
+def test_a_column_that_is_not_text_is_named() -> None:
     message = load_error(with_columns(jsonl([ROW, {**ROW, "answer": ["Hello."]}]), **single_turn()))
     assert message == "rows.jsonl: row 2: 'answer' is list, not text."
 
 
-def test_a_role_without_a_name_here_is_named() -> None:
+def test_an_unknown_role_is_named() -> None:
     rows = [{"conversations": [{"from": "human", "value": "Hi?"}, {"from": "bard", "value": "Hello."}]}]
     message = load_error(data_config("sharegpt", jsonl(rows)))
     assert message.startswith("rows.jsonl: row 1: messages[1] has the unknown role 'bard'")
@@ -257,31 +257,33 @@ def of_categories(*texts: str) -> Path:
     return jsonl([{**row, "category_text": text, "category": i} for i, text in enumerate(texts)])
 
 
-def test_a_filter_keeps_the_rows_with_one_of_its_values_and_says_how_many(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_filter_keeps_the_rows_with_one_of_its_values_and_reports_their_number(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     path = of_categories("a", "b", "c", "a")
     assert len(load(data_config("false_reject", path, filter={"category_text": ["a", "c"]}))) == 3
     assert "[data] data.filter keeps 3 of 4 rows of rows.jsonl" in capsys.readouterr().out
 
 
-def test_filters_of_several_columns_hold_together() -> None:
+def test_a_row_must_pass_the_filters_of_all_columns() -> None:
     settings = data_config(
         "false_reject", of_categories("a", "b", "a"), filter={"category_text": ["a"], "category": [2]}
     )
     assert len(load(settings)) == 1
 
 
-def test_what_a_filter_leaves_out_is_not_checked() -> None:
+def test_rows_that_a_filter_drops_are_not_checked() -> None:
     path = jsonl([{**ROW, "kind": "good"}, {"kind": "bad"}])
     settings = with_columns(path, **single_turn())
     settings.filter = {"kind": ["good"]}
     assert len(load(settings)) == 1
 
 
-def test_a_filter_that_keeps_nothing_is_a_mistake() -> None:
+def test_a_filter_that_keeps_nothing_is_an_error() -> None:
     message = load_error(data_config("false_reject", of_categories("a", "b"), filter={"category_text": ["z"]}))
     assert message == "data.filter={'category_text': ['z']}: keeps none of the 2 rows."
 
 
-def test_a_filter_on_a_column_that_is_not_there_is_a_mistake() -> None:
+def test_a_filter_on_a_missing_column_is_an_error() -> None:
     message = load_error(data_config("false_reject", of_categories("a"), filter={"kind": ["a"]}))
     assert message.startswith("data.filter='kind': no row of rows.jsonl has that column. There are: prompt, category,")

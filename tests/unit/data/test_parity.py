@@ -1,7 +1,8 @@
-"""Token by token against openai-harmony, OpenAI's own renderer, with the released vocabulary.
+"""Our tokens against openai-harmony's, OpenAI's own renderer, with the released vocabulary.
 
-The chat template differs in three ways, and `expected` allows for them: a blank line after the developer's text, a
-tool's result as JSON text (in quotes), and a comma after the default of a tool's parameter (with its own test).
+The chat template differs from openai-harmony in three places. `expected` allows for two: a blank line after the
+developer's text, and a tool's result as JSON text (in quotes). The third has its own test: a comma after the default of
+a tool's parameter.
 """
 
 import copy
@@ -78,7 +79,7 @@ def encoding() -> Any:
 
 @pytest.fixture(scope="module")
 def tokenizer(encoding: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The tiny model's tokenizer, with the chat template of the released models, but their vocabulary."""
+    """A tokenizer with the chat template and the vocabulary of the released models."""
     directory = tmp_path_factory.mktemp("tokenizer") / "tiny"
     tiny_model.create_tiny(directory, TinyConfig())
     template = AutoTokenizer.from_pretrained(directory)
@@ -96,7 +97,7 @@ def tokenizer(encoding: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def expected(encoding: Any, row: dict[str, Any], identity: str = IDENTITY) -> list[dict[str, list[int]]]:
     """Render every assistant turn of a row with openai-harmony. Only the completion is supervised."""
     made = []
-    messages = [_as_harmony_has_it(message) for message in row["messages"]]
+    messages = [_normalize_calls(message) for message in row["messages"]]
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             prompt = _render(encoding, _opening(row, identity) + _history(messages[:i]))
@@ -106,13 +107,13 @@ def expected(encoding: Any, row: dict[str, Any], identity: str = IDENTITY) -> li
     return made
 
 
-def _as_harmony_has_it(message: dict[str, Any]) -> dict[str, Any]:
-    """Bring tool calls into one form."""
+def _normalize_calls(message: dict[str, Any]) -> dict[str, Any]:
+    """Return the message with its tool calls in one form, and their arguments as JSON text."""
     message = copy.deepcopy(message)
     for call in message.get("tool_calls", []):
         call |= call.pop("function", {})
         arguments = call["arguments"]
-        # The template writes the arguments' JSON and ASCII-escapes nothing; harmony sends the text as it is given.
+        # The template writes the arguments as JSON without ASCII escapes. Harmony passes the text on unchanged.
         call["arguments"] = json.dumps(
             json.loads(arguments) if isinstance(arguments, str) else arguments, ensure_ascii=False
         )
@@ -146,7 +147,7 @@ def _opening(row: dict[str, Any], identity: str) -> list[Any]:
 
 
 def _history(messages: list[dict[str, Any]]) -> list[Any]:
-    """The history. A final answer removes the reasoning of all earlier turns."""
+    """Render earlier messages. Reasoning before the latest final answer is dropped."""
     finals = [i for i, m in enumerate(messages) if m["role"] == "assistant" and "tool_calls" not in m]
     answered = finals[-1] if finals else -1
     history: list[Any] = []
@@ -184,13 +185,13 @@ def _completion(encoding: Any, message: dict[str, Any]) -> list[int]:
     start = encoding.encode("<|start|>assistant", allowed_special="all")
     ids = [token for said in _assistant(message, with_reasoning=True) for token in encoding.render(said)]
     assert ids[: len(start)] == start
-    if "tool_calls" not in message:  # a final turn ends with <|return|> where a history has <|end|>
+    if "tool_calls" not in message:  # a supervised final turn ends with <|return|>, an earlier one with <|end|>
         ids[-1:] = encoding.encode("<|return|>", allowed_special="all")
     return ids[len(start) :]
 
 
 def _render(encoding: Any, messages: list[Any]) -> list[int]:
-    # By default the reasoning is dropped from renderings for training, that of open tool calls too.
+    # By default harmony drops the reasoning, even the reasoning of unanswered tool calls.
     keep = harmony.RenderConversationConfig(auto_drop_analysis=False)
     return encoding.render_conversation(harmony.Conversation.from_messages(messages), config=keep)
 
@@ -204,7 +205,9 @@ def test_every_turn_has_the_tokens_of_openai_harmony(row: dict[str, Any], encodi
         assert ours == theirs
 
 
-def test_only_the_template_writes_a_comma_after_a_parameters_default(encoding: Any, tokenizer: Any) -> None:
+def test_the_template_writes_a_comma_after_a_parameters_default_unlike_openai_harmony(
+    encoding: Any, tokenizer: Any
+) -> None:
     row = copy.deepcopy(CONVERSATIONS["tools without instructions"])
     row["tools"][0]["function"]["parameters"]["properties"]["hours"] = {"type": "integer", "default": 24}
     made = examples(parse_conversation(row), Rendering(tokenizer, "medium", "2025-08-05", True))

@@ -1,4 +1,4 @@
-"""Tables on disk: made once, found again, never there by half."""
+"""Tables on disk: each is made once, found again, and never left half-written."""
 
 import threading
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ NUMBERS = Features({"number": Value("int64")})
 
 
 class Source:
-    """Rows that are counted each time they are made; fails after `fail_at` of them."""
+    """Makes rows and counts how often it does. Raises `error` after `fail_at` rows."""
 
     def __init__(self, fail_at: int | None = None, error: BaseException | None = None) -> None:
         self.made = 0
         self._fail_at = fail_at
         self._error = error or RuntimeError("broken")
-        self._lock = threading.Lock()  # cannot be pickled: the rows' maker is only ever called
+        self._lock = threading.Lock()  # a lock cannot be pickled, so this also tests that the source is called directly
 
     def __call__(self) -> Iterator[dict[str, Any]]:
         with self._lock:
@@ -58,7 +58,9 @@ def test_another_key_is_another_table(other: tuple, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fail_at", [0, 5])
 @pytest.mark.parametrize("error", [UserError("row 6 is wrong."), KeyboardInterrupt()], ids=["mistake", "interruption"])
-def test_what_the_rows_raise_is_raised_and_leaves_no_table(fail_at: int, error: BaseException, tmp_path: Path) -> None:
+def test_an_error_in_the_rows_passes_through_and_leaves_no_table(
+    fail_at: int, error: BaseException, tmp_path: Path
+) -> None:
     with pytest.raises(type(error)) as caught:
         numbers(tmp_path, Source(fail_at, error), "a")
     assert caught.value is error
@@ -67,7 +69,7 @@ def test_what_the_rows_raise_is_raised_and_leaves_no_table(fail_at: int, error: 
     assert source.made == 1
 
 
-def test_the_rest_of_a_killed_run_does_no_harm(tmp_path: Path) -> None:
+def test_the_unfinished_table_of_a_killed_run_is_made_again(tmp_path: Path) -> None:
     numbers(tmp_path, Source(), "a")
     (whole,) = (path.parent for path in tmp_path.rglob("dataset_info.json"))
     whole.rename(f"{whole}.incomplete")
@@ -76,7 +78,7 @@ def test_the_rest_of_a_killed_run_does_no_harm(tmp_path: Path) -> None:
     assert source.made == 1
 
 
-def test_of_several_at_once_one_writes_and_the_others_wait(tmp_path: Path) -> None:
+def test_one_of_several_threads_writes_the_table_and_the_others_wait(tmp_path: Path) -> None:
     source = Source()
     found: list[list[int]] = []
     threads = [threading.Thread(target=lambda: found.append(numbers(tmp_path, source, "a"))) for _ in range(4)]
@@ -88,12 +90,12 @@ def test_of_several_at_once_one_writes_and_the_others_wait(tmp_path: Path) -> No
     assert source.made == 1
 
 
-def test_a_run_dir_that_cannot_be_written_is_a_mistake_of_the_user(tmp_path: Path) -> None:
+def test_a_run_dir_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(UserError, match=r"run_dir=.*: cannot write .*run/data"):
         numbers(tmp_path / "run", Source(), "a")
 
 
-def test_a_full_disk_is_a_mistake_of_the_user(tmp_path: Path) -> None:
+def test_a_full_disk_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No space left on device"):
         numbers(tmp_path, Source(5, OSError(28, "No space left on device")), "a")

@@ -1,4 +1,4 @@
-"""What doctor finds in conversations, on rows made to be ill in one way each."""
+"""doctor's figures, findings and display, on rows that each have one problem."""
 
 import io
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from pipeline.config import DataConfig, PipelineConfig, QatConfig, Sharding, Stage, TinyConfig, TrainConfig
+from pipeline.config import DataConfig, ModelConfig, PipelineConfig, QatConfig, Sharding, Stage, TinyConfig, TrainConfig
 from pipeline.data.harmony import Conversation, Rendering, parse_conversation
 from pipeline.data.languages import Languages
 from pipeline.doctor import content, display, findings, leaks, rows
@@ -18,6 +18,7 @@ from pipeline.doctor.needs import Plan
 from pipeline.doctor.rows import Example, Row
 from pipeline.errors import UserError
 from pipeline.models import tiny_model
+from pipeline.runs.records import DoctorRecord
 from pipeline.runs.run import Run
 
 MAX_LENGTH = DataConfig().max_length
@@ -53,13 +54,13 @@ def how(tmp_path_factory: pytest.TempPathFactory) -> Rendering:
 
 def test_kept_and_lost_tokens_add_up_to_all(how: Rendering) -> None:
     conversation = row(QUESTION, ANSWER).conversation
-    (whole,) = rows.examine([conversation], how, MAX_LENGTH)[0].examples
+    (whole,) = rows.examine([conversation], how, 4096)[0].examples
     limit = whole.tokens - 3
     (cut,) = rows.examine([conversation], how, limit)[0].examples
     assert cut == Example(whole.tokens, whole.supervised, limit, whole.supervised - 3)
 
 
-def test_figures_count_what_the_limit_takes() -> None:
+def test_figures_count_truncated_tokens() -> None:
     one, two = (
         row(QUESTION, ANSWER, where="a: row 1").conversation,
         row(QUESTION, ANSWER, where="a: row 2").conversation,
@@ -93,13 +94,13 @@ def test_rows_that_the_template_refuses_are_reported_together(how: Rendering) ->
     call = {"role": "assistant", "tool_calls": [CALL]}
     bad = [Conversation([QUESTION, call, ANSWER, orphan, ANSWER], where=f"data.jsonl: row {i}") for i in (1, 2)]
     with pytest.raises(UserError, match=r"2 problems:(.|\n)*row 1: (.|\n)*row 2: "):
-        rows.examine(bad, how, MAX_LENGTH)
+        rows.examine(bad, how, 4096)
 
 
 # --- content ---------------------------------------------------------------------------------------------------------
 
 
-def test_turns_without_reasoning_are_counted_and_placed() -> None:
+def test_turns_without_reasoning_are_counted_and_the_first_rows_named() -> None:
     silent = {"role": "assistant", "content": "5"}
     found = content.reasoning([row(QUESTION, ANSWER, QUESTION, silent, where="a"), row(QUESTION, ANSWER, where="b")])
     assert found == {"turns": 3, "turns_without": 1, "rows_without": 0, "first": ["a"]}
@@ -115,7 +116,7 @@ def test_tools_are_counted_as_offered_called_and_answered() -> None:
     assert found == {"rows_that_offer": 2, "rows_that_call": 1, "calls": 1, "results": 1, "by_name": {"add": 1}}
 
 
-def test_a_rows_own_effort_counts_before_the_settings() -> None:
+def test_the_effort_of_a_row_overrides_the_default() -> None:
     found = content.efforts([row(QUESTION, ANSWER, reasoning_effort="high"), row(QUESTION, ANSWER)], "low")
     assert found == {"low": 1, "medium": 0, "high": 1}
 
@@ -138,7 +139,7 @@ def test_ordinary_text_has_no_control_tokens(text: str) -> None:
     assert content.control_text([row(QUESTION, {**ANSWER, "content": text})])["rows"] == 0
 
 
-def test_copies_are_told_from_other_answers_to_the_same_prompt() -> None:
+def test_copies_and_other_answers_to_the_same_prompt_are_counted_apart() -> None:
     other = {**ANSWER, "content": "five"}
     found = content.copies([row(QUESTION, ANSWER), row(QUESTION, ANSWER, where="copy"), row(QUESTION, other)])
     assert found == {"rows": 1, "first": ["copy"], "same_prompt_other_answer": 1}
@@ -167,17 +168,17 @@ def test_languages_are_counted_by_kind_of_text() -> None:
         ("What is 23?", 0, 0),
     ],
 )
-def test_a_leak_is_the_same_question_in_other_clothes(held_out: str, exact: int, normalized: int) -> None:
+def test_leaks_are_found_word_for_word_and_after_normalization(held_out: str, exact: int, normalized: int) -> None:
     found = leaks.figures([asked("What is 2 + 3?", 1)], [asked(held_out, 2), asked("Something else", 3)])
     assert (found["exact"], found["normalized"], found["share"]) == (exact, normalized, normalized / 2)
     assert found["first"] == ["data.jsonl: row 2 = data.jsonl: row 1"] * normalized
 
 
-def test_vowel_signs_tell_words_apart() -> None:
+def test_words_that_differ_in_vowel_signs_are_different_prompts() -> None:
     assert leaks.figures([asked("किताब क्या है?")], [asked("कुतुब क्या है?")])["normalized"] == 0
 
 
-def test_another_instruction_makes_another_prompt() -> None:
+def test_prompts_with_different_instructions_are_different() -> None:
     trained = row({"role": "system", "content": "Answer in French."}, QUESTION, ANSWER)
     held_out = row({"role": "system", "content": "Answer in German."}, QUESTION, ANSWER)
     assert leaks.figures([trained], [held_out])["normalized"] == 0
@@ -228,24 +229,30 @@ def plan(train: TrainConfig, sharding: Sharding) -> Plan:
 
 @pytest.fixture
 def found(tmp_path: Path) -> Found:
-    """The findings with some figures changed: `data__section__name=value` or `machine__name=value`."""
+    """Return a function that lists the findings after some figures are changed.
+
+    Changes are `data__section__name=value` or `machine__name=value`.
+    """
 
     def of(train: TrainConfig | None = None, sharding: Sharding = Sharding.none, **changes: Any) -> list[str]:
         data, machine = {name: dict(values) for name, values in HEALTHY.items()}, dict(ROOMY)
         for key, value in changes.items():
             place, *path = key.split("__")
             (data[path[0]] if place == "data" else machine)[path[-1]] = value
-        run = Run(PipelineConfig(Stage.doctor, run_dir=str(tmp_path)))
-        return findings.findings(Facts(data, NEEDS, machine, plan(train or TrainConfig(), sharding), run))
+        sft = train or TrainConfig()
+        plan = Plan("model", DataConfig("data.jsonl"), sft, QatConfig(**vars(sft)), sharding, "mxfp4")
+        run = Run(PipelineConfig(Stage.doctor, run_dir=str(tmp_path), model=ModelConfig("model")))
+        report = DoctorRecord(data=data, needs=NEEDS, machine=machine, findings=[])
+        return findings.findings(Facts.of(report, machine, plan, run))
 
     return of
 
 
-def test_nothing_is_found_where_nothing_is_wrong(found: Found) -> None:
+def test_healthy_figures_have_no_findings(found: Found) -> None:
     assert found() == []
 
 
-def test_the_most_serious_comes_first(found: Found) -> None:
+def test_the_most_serious_finding_comes_first(found: Found) -> None:
     messages = found(
         data__copies__rows=3,
         data__reasoning__turns_without=4,
@@ -256,7 +263,7 @@ def test_the_most_serious_comes_first(found: Found) -> None:
     assert [message.startswith(start) for message, start in zip(messages, beginnings, strict=True)] == [True] * 5
 
 
-def test_what_processes_share_need_not_fit_on_one_gpu(found: Found) -> None:
+def test_sharded_parts_need_not_fit_on_one_gpu(found: Found) -> None:
     assert found(machine__gpu_free_bytes=99, machine__processes=7, sharding=Sharding.fsdp2) == []
     # 30 of activations, the weights, and a seventh of gradients and optimizer
     assert found(machine__gpu_free_bytes=74, machine__processes=7, sharding=Sharding.zero2) == []
@@ -270,16 +277,16 @@ def test_every_process_loads_the_whole_weights_into_host_memory(found: Found) ->
     assert len(found(machine__host_free_bytes=159, machine__processes=4, sharding=Sharding.fsdp2)) == 1
 
 
-def test_a_gpu_too_small_is_told_with_what_would_make_it_fit(found: Found) -> None:
+def test_too_small_a_gpu_is_reported_with_settings_that_save_memory(found: Found) -> None:
     sft, qat = found(machine__gpu_free_bytes=99, train=TrainConfig(batch_size=4, gradient_checkpointing=False))
     assert sft.startswith("sft needs about 0.0 MB on each GPU") and qat.startswith("qat needs")
-    remedies = "use train@sft=lora, sft.gradient_checkpointing=true, sft.batch_size=1, data.max_length=75"
+    remedies = "Use train@sft=lora, sft.gradient_checkpointing=true, sft.batch_size=1, data.max_length=75"
     assert f"{remedies}, sharding=fsdp2 on several GPUs." in sft
 
 
-def test_without_a_gpu_all_of_training_has_to_fit_into_host_memory(found: Found) -> None:
+def test_without_a_gpu_training_must_fit_into_host_memory(found: Found) -> None:
     (message,) = found(machine__gpus=0, machine__host_free_bytes=99)
-    assert message.startswith("training, without a GPU, needs about")
+    assert message.startswith("training without a GPU needs about")
     assert found(machine__gpus=1, machine__host_free_bytes=99) == []
 
 
@@ -289,13 +296,13 @@ def test_every_process_loads_the_weights(found: Found) -> None:
     assert message.startswith("loading the weights needs")
 
 
-def test_stages_to_come_and_the_checkpoints_of_one_have_to_fit_on_disk(found: Found) -> None:
+def test_remaining_stages_and_the_checkpoints_of_one_must_fit_on_disk(found: Found) -> None:
     assert found(machine__disk_free_bytes=105 + 180) == []
     (message,) = found(machine__disk_free_bytes=105 + 179)
     assert "run_dir=" in message and "sft.save_total_limit" in message
 
 
-def test_complete_stages_need_no_more_disk(found: Found, tmp_path: Path) -> None:
+def test_complete_stages_need_no_more_disk_space(found: Found, tmp_path: Path) -> None:
     for stage in ("upcast", "sft"):
         (tmp_path / stage).mkdir()
         (tmp_path / stage / "artifact.json").touch()
@@ -303,7 +310,7 @@ def test_complete_stages_need_no_more_disk(found: Found, tmp_path: Path) -> None
     assert len(found(machine__disk_free_bytes=45 + 119)) == 1
 
 
-def test_a_limit_that_keeps_everything_is_proposed(found: Found) -> None:
+def test_a_limit_that_truncates_nothing_is_proposed(found: Found) -> None:
     (message,) = found(data__cut__supervised_tokens_lost=9, data__cut__examples=2, data__cut__first=["a: row 7"])
     assert (
         "data.max_length=4096" in message
@@ -312,7 +319,7 @@ def test_a_limit_that_keeps_everything_is_proposed(found: Found) -> None:
     )
 
 
-def test_few_validation_rows_are_told_with_the_fraction_that_holds_out_enough(found: Found) -> None:
+def test_few_validation_rows_are_reported_with_a_sufficient_fraction(found: Found) -> None:
     (message,) = found(data__rows__validation=8, data__rows__train=72)
     assert message.startswith("rows held out by data.validation_fraction=0.1: 8") and message.endswith(
         "Set data.validation_fraction=0.25."
@@ -321,11 +328,11 @@ def test_few_validation_rows_are_told_with_the_fraction_that_holds_out_enough(fo
     assert message.endswith("Use more rows.")
 
 
-def test_other_tokens_than_harmonys_are_quoted(found: Found) -> None:
+def test_tokens_that_differ_from_harmonys_are_quoted(found: Found) -> None:
     first = {"where": "a: row 3", "position": 17, "ours": "json", "theirs": "<|constrain|>json"}
     parity = {"is_checked": True, "examples": 400, "differ": 2, "first": first}
     (message,) = found(**{f"data__parity__{key}": value for key, value in parity.items()})
-    assert "2 of 400" in message and "a: row 3 at token 17: 'json' for '<|constrain|>json'" in message
+    assert "2 of 400" in message and "a: row 3 at token 17, 'json' instead of '<|constrain|>json'" in message
 
 
 # --- display ---------------------------------------------------------------------------------------------------------
@@ -344,21 +351,21 @@ def test_without_a_terminal_a_conversation_is_plain_text(how: Rendering, capsys:
     assert titles == ["prompt", "supervised"]
 
 
-def test_what_is_shown_is_what_is_supervised(how: Rendering, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_supervised_tokens_are_shown(how: Rendering, capsys: pytest.CaptureFixture[str]) -> None:
     _, *lines = shown(how, capsys)
     start = next(i for i, line in enumerate(lines) if line.startswith("supervised"))
     text = "".join("".join(lines[start:]).removeprefix("supervised").replace("│", "").split())
     assert text == "<|channel|>analysis<|message|>2+3=5<|end|><|start|>assistant<|channel|>final<|message|>5<|return|>"
 
 
-def test_a_conversation_that_the_template_refuses_is_named_by_its_setting_and_row(how: Rendering) -> None:
+def test_a_conversation_that_the_template_refuses_is_named_by_setting_and_row(how: Rendering) -> None:
     call, orphan = {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "5"}
     bad = Conversation([QUESTION, call, ANSWER, orphan, ANSWER], where="data.jsonl: row 9")
     with pytest.raises(UserError, match=r"doctor\.row=9: data\.jsonl: row 9: the chat template refuses it"):
         display.conversation(9, bad, how)
 
 
-def test_on_a_terminal_it_is_in_colour(how: Rendering, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_terminal_a_conversation_is_in_colour(how: Rendering, monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     terminal = Console(file=out, force_terminal=True, color_system="standard", width=100, legacy_windows=False)
     monkeypatch.setattr(display, "_console", lambda: terminal)

@@ -1,6 +1,6 @@
-"""Token parity with openai-harmony: when it can be checked, and that it sees differences.
+"""Token parity with openai-harmony: when it is checked, and which differences it finds.
 
-The comparisons themselves need the vocabulary (TIKTOKEN_ENCODINGS_BASE), and are skipped without it.
+Tests that compare tokens need the package and its vocabulary (TIKTOKEN_ENCODINGS_BASE). They are skipped otherwise.
 """
 
 import os
@@ -109,14 +109,14 @@ def test_without_the_vocabulary_parity_is_not_checked_and_nothing_is_fetched(
     assert f"{tmp_path}/" in found["reason"] and "TIKTOKEN_ENCODINGS_BASE" in found["reason"]
 
 
-def test_a_tokenizer_of_its_own_has_nothing_to_agree_with(
+def test_a_tokenizer_with_another_vocabulary_is_not_checked(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / RANKS).touch()
     monkeypatch.setenv("TIKTOKEN_ENCODINGS_BASE", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     found = parity.figures([row("one turn")], rendering(tiny))
-    assert not found["is_checked"] and "not that of the released models" in found["reason"]
+    assert not found["is_checked"] and "not the released models' tokenizer" in found["reason"]
 
 
 @pytest.mark.parametrize("every_turn", [True, False])
@@ -127,7 +127,7 @@ def test_rendered_rows_have_harmonys_tokens(released: Any, name: str, every_turn
     assert found == {"is_checked": True, "examples": turns if every_turn else 1, "differ": 0, "first": None}
 
 
-def test_a_changed_template_is_seen_and_quoted(released: Any) -> None:
+def test_a_changed_template_is_found_and_quoted(released: Any) -> None:
     original = released.chat_template
     released.chat_template = original.replace("Knowledge cutoff: 2024-06", "Knowledge cutoff: 2023-06")
     try:

@@ -1,4 +1,4 @@
-"""What a run needs, against what transformers, PEFT and torch really allocate for a tiny model."""
+"""The computed needs of a run against the memory that transformers, PEFT and torch allocate for a tiny model."""
 
 import importlib
 import json
@@ -66,11 +66,24 @@ def build(model_config: dict[str, Any]) -> Any:
     )
 
 
-def plan(sft: TrainConfig, qat: TrainConfig, target: str = "mxfp4") -> Plan:
+def plan_of(sft: TrainConfig, qat: TrainConfig, target: str = "mxfp4") -> Plan:
     return Plan("model", DataConfig(), sft, QatConfig(**vars(qat)), Sharding.none, target)
 
 
-def test_parameters_are_those_of_the_model(model_config: dict[str, Any], shape: Shape) -> None:
+def memory(
+    shape: Shape, train: TrainConfig, tokens: int, experts_per_token: int, is_quantized: bool, budget: float = 0
+) -> needs.Memory:
+    return needs.memory(
+        shape,
+        train,
+        tokens=tokens,
+        experts_per_token=experts_per_token,
+        is_quantized=is_quantized,
+        rounded_budget=budget,
+    )
+
+
+def test_parameters_are_counted_as_in_the_model(model_config: dict[str, Any], shape: Shape) -> None:
     model = build(model_config)
     assert needs.parameters(shape)["all"] == sum(p.numel() for p in model.parameters())
     stacks = [p.numel() for name, p in model.named_parameters() if name.endswith(("gate_up_proj", "down_proj"))]
@@ -87,7 +100,7 @@ LORAS = {
 
 
 @pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
-def test_adapters_have_as_many_parameters_as_peft_gives_them(
+def test_adapters_have_as_many_parameters_as_in_peft(
     model_config: dict[str, Any], shape: Shape, lora: LoraConfig
 ) -> None:
     train = replace(LORA, lora=lora)
@@ -96,18 +109,20 @@ def test_adapters_have_as_many_parameters_as_peft_gives_them(
 
 
 def test_packed_rows_are_laid_end_to_end(model_config: dict[str, Any], shape: Shape) -> None:
-    packed = plan(replace(FULL, batch_size=2, packing=True), QatConfig())
+    packed = plan_of(replace(FULL, batch_size=2, packing=True), TrainConfig())
     packed.data.max_length = 64
     found = needs.figures(packed, model_config, 32)["device_bytes"]["sft"]["activations"]
-    assert found == needs.memory(shape, FULL, 128, TINY.num_experts_per_tok, False).activations
+    assert found == memory(shape, FULL, 128, TINY.num_experts_per_tok, False).activations
 
 
-def test_gradients_and_optimizer_are_what_torch_allocates(model_config: dict[str, Any], shape: Shape) -> None:
+def test_gradients_and_optimizer_take_the_bytes_that_torch_allocates(
+    model_config: dict[str, Any], shape: Shape
+) -> None:
     model = build(model_config)
     optimizer = torch.optim.AdamW(model.parameters())
     model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
     optimizer.step()
-    found = needs.memory(shape, FULL, 8, TINY.num_experts_per_tok, False)
+    found = memory(shape, FULL, 8, TINY.num_experts_per_tok, False)
     assert found.weights == sum(p.nbytes for p in model.parameters())
     assert found.gradients == sum(p.grad.nbytes for p in model.parameters())
     states = [value.nbytes for state in optimizer.state.values() for key, value in state.items() if key != "step"]
@@ -115,14 +130,14 @@ def test_gradients_and_optimizer_are_what_torch_allocates(model_config: dict[str
 
 
 def test_full_fine_tuning_of_20b_takes_sixteen_bytes_a_parameter() -> None:
-    found = needs.memory(RELEASED, replace(FULL, precision=Precision.mixed_bf16), 4096, 4, False)
+    found = memory(RELEASED, replace(FULL, precision=Precision.mixed_bf16), 4096, 4, False)
     assert found.weights + found.gradients + found.optimizer == 16 * needs.parameters(RELEASED)["all"]
     assert found.weights + found.gradients + found.optimizer == pytest.approx(334e9, rel=0.01)
 
 
 @contextmanager
 def kept_bytes() -> Iterator[dict[int, int]]:
-    """Storage -> bytes of everything that autograd keeps for the backward pass."""
+    """Yield a dictionary that is filled with storage -> bytes of all tensors kept for the backward pass."""
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -135,7 +150,7 @@ def kept_bytes() -> Iterator[dict[int, int]]:
 
 @pytest.mark.parametrize("method", Method)
 @pytest.mark.parametrize(("batch_size", "tokens"), [(1, 64), (2, 256), (4, 128)])
-def test_activations_are_close_to_what_autograd_keeps(
+def test_activations_are_close_to_the_tensors_that_autograd_keeps(
     model_config: dict[str, Any], shape: Shape, batch_size: int, tokens: int, method: Method
 ) -> None:
     train = replace(FULL, method=method, batch_size=batch_size, gradient_checkpointing=False)
@@ -148,14 +163,14 @@ def test_activations_are_close_to_what_autograd_keeps(
         loss = model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids), use_cache=False).loss
     held = sum(size for storage, size in kept.items() if storage not in parameters)
     assert loss.requires_grad
-    estimate = needs.memory(shape, train, tokens, TINY.num_experts_per_tok, False).activations
+    estimate = memory(shape, train, tokens, TINY.num_experts_per_tok, False).activations
     assert 0.8 < estimate / held < 1.8
 
 
-def test_checkpointing_longer_batches_and_flex_attention_change_activations_the_right_way() -> None:
+def test_checkpointing_and_flex_attention_lower_activations_and_longer_batches_raise_them() -> None:
     def activations(**changes: Any) -> int:
         train = replace(LORA, **{"batch_size": 2, **changes})
-        return needs.memory(RELEASED, train, 2048, 4, False).activations
+        return memory(RELEASED, train, 2048, 4, False).activations
 
     usual = activations()
     assert activations(gradient_checkpointing=False) > 5 * usual
@@ -163,12 +178,16 @@ def test_checkpointing_longer_batches_and_flex_attention_change_activations_the_
     assert activations(attn_implementation="flex_attention") < usual
 
 
-def test_disk_is_what_the_shapes_say() -> None:
-    found = needs.disk(plan(FULL, FULL), RELEASED, True)
+def test_disk_space_follows_from_the_shapes() -> None:
+    found = needs.disk(plan_of(FULL, FULL), RELEASED, True)
     every = needs.parameters(RELEASED)["all"]
     assert (found["upcast"], found["sft"], found["qat"]) == (2 * every, 4 * every, 4 * every)
     assert found["quantize"] == 0
     assert found["export"] == pytest.approx(13.76e9, rel=0.001)  # the size of openai/gpt-oss-20b
+
+
+def exported_to(target: str) -> Plan:
+    return plan_of(FULL, FULL, target)
 
 
 @pytest.mark.parametrize("target", EXPORTERS)
@@ -178,12 +197,12 @@ def test_an_export_takes_the_bytes_that_its_target_writes(target: str, tmp_path:
     directory.mkdir()
     job = Job(Weights(ModelRef("tiny", tiny, tiny)), Source(tiny, ""), MXFP4, 1 << 30, "cpu")
     EXPORTERS[target].write(job, directory)
-    found = needs.disk(plan(FULL, FULL, target), job.weights.shape, True)["export"]
+    found = needs.disk(plan_of(FULL, FULL, target), job.weights.shape, True)["export"]
     assert found == pytest.approx(tensor_bytes(directory), rel=0.01)
 
 
 def tensor_bytes(export: Path) -> int:
-    """Size of the tensors in the files, read by the formats' own libraries. Headers and the tokenizer are left out."""
+    """Return the size of the tensors in the files, read by the formats' own libraries, without headers."""
     if files := list(export.glob("*.gguf")):
         return sum(
             int(each.n_bytes) for path in files for each in importlib.import_module("gguf").GGUFReader(path).tensors
@@ -193,7 +212,7 @@ def tensor_bytes(export: Path) -> int:
 
 def test_experts_take_four_times_the_bytes_in_bf16() -> None:
     mxfp4, nvfp4, bf16 = (
-        needs.disk(plan(FULL, FULL, target), RELEASED, True)["export"] for target in ("mxfp4", "nvfp4", "bf16")
+        needs.disk(plan_of(FULL, FULL, target), RELEASED, True)["export"] for target in ("mxfp4", "nvfp4", "bf16")
     )
     experts = needs.parameters(RELEASED)["experts"]
     others = 2 * (needs.parameters(RELEASED)["all"] - experts)
@@ -205,17 +224,17 @@ def test_experts_take_four_times_the_bytes_in_bf16() -> None:
     ("sft", "qat", "expected"),
     [(FULL, FULL, "nothing"), (LORA, LORA, "nothing"), (LORA, FULL, "a merged model"), (FULL, LORA, "adapters")],
 )
-def test_quantize_writes_only_what_it_cannot_link(sft: TrainConfig, qat: TrainConfig, expected: str) -> None:
+def test_quantize_writes_only_weights_that_it_cannot_link(sft: TrainConfig, qat: TrainConfig, expected: str) -> None:
     merged = 2 * needs.parameters(RELEASED)["all"]
     sizes = {"nothing": 0, "a merged model": merged, "adapters": 4 * needs.trained_parameters(RELEASED, qat)}
-    assert needs.disk(plan(sft, qat), RELEASED, True)["quantize"] == sizes[expected]
+    assert needs.disk(plan_of(sft, qat), RELEASED, True)["quantize"] == sizes[expected]
 
 
 def test_a_bf16_source_is_linked() -> None:
-    assert needs.disk(plan(LORA, LORA), RELEASED, False)["upcast"] == 0
+    assert needs.disk(plan_of(LORA, LORA), RELEASED, False)["upcast"] == 0
 
 
-def test_checkpoints_hold_weights_and_optimizer_once_more_than_are_kept() -> None:
+def test_checkpoints_take_one_more_than_the_limit() -> None:
     trained = needs.trained_parameters(RELEASED, LORA)
     assert needs.checkpoints(RELEASED, LORA) == (LORA.save_total_limit + 1) * trained * (4 + 8)
 
@@ -224,8 +243,8 @@ def test_checkpoints_hold_weights_and_optimizer_once_more_than_are_kept() -> Non
     ("optimizer", "each"),
     [("adamw_torch_fused", 2), ("adamw_torch_8bit", 1), ("adamw_bnb_8bit", 1), ("adamw_torch_4bit", 0.5), ("sgd", 0)],
 )
-def test_both_states_of_a_bf16_weight_take_what_the_optimizer_keeps_them_in(optimizer: str, each: float) -> None:
-    found = needs.memory(RELEASED, replace(FULL, precision=Precision.bf16, optimizer=optimizer), 8, 4, False)
+def test_optimizer_states_of_a_bf16_weight_have_the_optimizers_type(optimizer: str, each: float) -> None:
+    found = memory(RELEASED, replace(FULL, precision=Precision.bf16, optimizer=optimizer), 8, 4, False)
     assert found.optimizer == int(2 * each * needs.parameters(RELEASED)["all"])
 
 
@@ -233,17 +252,17 @@ def test_both_states_of_a_bf16_weight_take_what_the_optimizer_keeps_them_in(opti
     ("sharding", "budget_gib", "expected"),
     [(Sharding.none, None, 38.2e9), (Sharding.fsdp2, None, 0), (Sharding.none, 0, 0), (Sharding.fsdp2, 1, 2**30)],
 )
-def test_rounded_experts_are_kept_in_bf16_as_far_as_their_budget_goes(
+def test_rounded_experts_are_kept_in_bf16_up_to_their_budget(
     sharding: Sharding, budget_gib: float | None, expected: float
 ) -> None:
-    planned = replace(plan(FULL, QatConfig(rounded_cache_gib=budget_gib)), sharding=sharding)
+    planned = replace(plan_of(FULL, QatConfig(rounded_cache_gib=budget_gib)), sharding=sharding)
     found = needs.figures(planned, RELEASED_CONFIG, 8)["device_bytes"]["qat"]["rounded"]
     assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_only_adapted_experts_are_rounded_again() -> None:
+def test_only_adapted_experts_are_rounded_in_every_step() -> None:
     def rounded(**lora: Any) -> int:
-        return needs.memory(RELEASED, replace(LORA, lora=LoraConfig(**lora)), 8, 4, True, float("inf")).rounded
+        return memory(RELEASED, replace(LORA, lora=LoraConfig(**lora)), 8, 4, True, float("inf")).rounded
 
     assert rounded(targets=[LoraTarget.attention]) == 0
     assert 12 * rounded(layers=[3, 7]) == rounded()
