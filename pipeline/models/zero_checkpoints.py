@@ -116,5 +116,6 @@ def _convert(checkpoint: Path) -> None:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise UserError(
             f"{checkpoint}: was written by {_count_writers(checkpoint)} processes, and DeepSpeed cannot convert it for"
-            f" {process_count()} ({reason}). Resume with as many processes as before, or restart with overwrite=true."
+            f" {process_count()} ({reason}). Resume with as many processes as before, or delete"
+            f" {checkpoint.parent} to start again."
         )

@@ -81,5 +81,5 @@ def _raise_if_sharded_otherwise(checkpoint: Path, sharding: Sharding) -> None:
     if before != sharding.name:
         raise UserError(
             f"{checkpoint}: was written with sharding={before} and cannot be read with sharding={sharding.name}."
-            f" Use sharding={before}, or overwrite=true to start again."
+            f" Use sharding={before}, or delete {checkpoint.parent} to start again."
         )

@@ -24,7 +24,7 @@ from pipeline.models.references import ModelRef
 from pipeline.numerics.formats import MXFP4
 from pipeline.runs import artifacts
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 
 
 def source_of(run_dir: Path) -> Path:
@@ -165,12 +165,18 @@ def test_export_has_several_shards_to_break(run: Run) -> None:
     assert len(Checkpoint(run.export).weight_files()) > 3
 
 
-def test_readme_says_how_many_are_caught(capsys: pytest.CaptureFixture[str]) -> None:
-    """The tests above check each mutation. This one checks the counts in README.md."""
+def test_the_pages_say_how_many_are_caught(capsys: pytest.CaptureFixture[str]) -> None:
+    """The tests above check each mutation. This one checks the counts in the documentation."""
     every = [*MUTATIONS, *SQUARE, *(mutation for of_layout in OF_LAYOUT.values() for mutation in of_layout)]
     caught, with_base = len(every), sum(mutation.shows_against_base for mutation in every)
-    said = re.sub(r"\s+", " ", README.read_text(encoding="utf-8"))
+    page, readme = (
+        re.sub(r"\s+", " ", (ROOT / name).read_text(encoding="utf-8")) for name in ("docs/verify.md", "README.md")
+    )
     with capsys.disabled():
         print(f"\ncaught: {caught} of {len(every)} with the trained model, {with_base} with only the base model")
-    assert f"break a good export in {len(every)} ways" in said
-    assert f"{with_base} of the {len(every)}" in said
+    assert f"break a good export in {len(every)} ways" in page
+    assert (
+        f"with the trained model all {caught} are caught; with only the base model {with_base} of the {caught}" in page
+    )
+    assert f"{len(every)} deliberate errors" in readme
+    assert f"all {caught} are found, with the base model alone {with_base}." in readme

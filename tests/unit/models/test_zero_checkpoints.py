@@ -129,7 +129,7 @@ def test_the_error_of_a_failed_conversion_says_why_and_what_to_do(
         engine.load_checkpoint(str(path))
     assert str(caught.value) == (
         f"{path}: was written by 2 processes, and DeepSpeed cannot convert it for 3 (KeyError: 'exp_avg')."
-        " Resume with as many processes as before, or restart with overwrite=true."
+        f" Resume with as many processes as before, or delete {path.parent} to start again."
     )
     assert engine.read == []
 

@@ -36,7 +36,7 @@ def test_a_checkpoint_with_another_sharding_is_an_error(tmp_path: Path, sharding
         resume.find_last_complete(tmp_path, "sft", sharding)
     assert str(caught.value) == (
         f"{written}: was written with sharding=zero2 and cannot be read with sharding={sharding.name}."
-        " Use sharding=zero2, or overwrite=true to start again."
+        f" Use sharding=zero2, or delete {tmp_path} to start again."
     )
     assert written.is_dir()
 
