@@ -16,11 +16,12 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline import __main__ as program
-from pipeline.config import PipelineConfig, TrainConfig
+from pipeline.config import Sharding, TrainConfig
 from pipeline.models import loading, losses, saving, sharding
 from pipeline.models.references import ModelRef
 from pipeline.runs.artifacts import Kind
 from pipeline.runs.processes import is_main_process, process_count
+from pipeline.runs.records import ModelRecord
 from pipeline.training import callbacks, trainer
 
 
@@ -108,16 +109,16 @@ def run(line: Line) -> Outcome:
         return details
 
     def save_and_compare(
-        model: PreTrainedModel, ref: ModelRef, directory: Path, settings: TrainConfig, config: PipelineConfig
-    ) -> tuple[Kind, dict[str, object]]:
-        result = save(model, ref, directory, settings, config)
+        model: PreTrainedModel, ref: ModelRef, directory: Path, *, train: TrainConfig, shared: Sharding
+    ) -> tuple[Kind, ModelRecord]:
+        result = save(model, ref, directory, train=train, shared=shared)
         state = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
         if is_main_process():
-            whole = loading.load_plain(ref.base, loading.TRAIN_DTYPES[settings.precision])
+            whole = loading.load_plain(ref.base, loading.TRAIN_DTYPES[train.precision])
             whole.load_state_dict(state)
-            other = Path(config.run_dir) / "other"
+            other = directory.with_name("other")
             other.mkdir()
-            assert save(whole, ref, other, settings, config) == result
+            assert save(whole, ref, other, train=train, shared=shared) == result
             names = [path.name for path in other.glob("*.safetensors")]
             outcome["same"] = [(other / name).read_bytes() == (directory / name).read_bytes() for name in names]
         return result

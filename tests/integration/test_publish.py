@@ -83,7 +83,7 @@ def test_the_card_tells_what_the_records_tell(run: Path) -> None:
     checks = artifacts.load(run / "verify").details["checks"]
     assert section(text, "Verification").count("| ok |") == list(checks.values()).count("ok") >= 8
     assert (run / "compare" / "compare.md").read_text().strip() in text
-    assert f"{export.details['survival']:.2%}" in section(text, "What reached the exported weights")
+    assert f"{export.details['survival']:.2%}" in section(text, "Effect of training on the exported weights")
     made = section(text, "How it was made")
     assert f"fingerprint `{export.parents['source']}`" in made and f"| fingerprint | `{sft.data}` |" in made
     for stage, rate in ((sft, "0.003"), (qat, "0.0005")):
