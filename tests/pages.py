@@ -48,8 +48,8 @@ def read_blocks(page: Path) -> list[Block]:
         Block(
             page,
             text.count("\n", 0, match.start()) + 2,
-            match["language"],
-            tuple((match["marks"] or "").replace(".bash", "").split()),
+            match["language"] or ("bash" if ".bash" in (match["marks"] or "") else ""),
+            tuple(mark for mark in (match["marks"] or "").split() if mark != ".bash"),
             match["text"],
         )
         for match in _BLOCK.finditer(text)
