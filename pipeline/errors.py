@@ -31,7 +31,7 @@ class CheckFailed(Exception):
 
 
 class Problems:
-    """Collects problems of a stream that may be too long to keep them all: the first few, and a count."""
+    """Keeps the first few problems of a stream and counts all of them, because there may be too many to store."""
 
     def __init__(self, most: int = MOST_PROBLEMS) -> None:
         self._most = most

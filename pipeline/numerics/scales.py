@@ -10,7 +10,7 @@ nor the same on every device. For the same reason the tensor scale is a power of
 amax <= 6 * 448 * scale. (Common practice is amax / (6 * 448).) All values of the format are then exact in BF16. This
 costs at most one of the 17 binades of e4m3.
 
-Legend: amax (L, nb, lanes) float32, the largest magnitude of each block; bytes: scales as int32.
+Legend: amax = largest magnitude of each block, (L, nb, lanes) float32; bytes = scale bytes, held in int32.
 """
 
 import math

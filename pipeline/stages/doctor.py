@@ -31,7 +31,7 @@ _SETTINGS = ("data", "model.path", "model.revision", "sft", "qat", "sharding", "
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Write <run_dir>/doctor, and show it with one conversation. The model's weights are not needed."""
+    """Write the report to <run_dir>/doctor, and print it after one conversation. The model's weights are not needed."""
     here, tell = Run(config), Languages(config.doctor.languages, "doctor.languages")
     model = source.locate_without_weights(here, config.model)
     how = rendering_of(config.data, load_tokenizer(model))

@@ -93,9 +93,9 @@ def _tell(record: ExportRecord) -> None:
         warn(
             "export",
             f"hardly any of the fine-tuning of the experts reached the 4-bit weights: {record.survival:.2%} of the"
-            " weights that training moved differ from the base model after rounding; the others snapped back. Compare"
-            " with stage=evaluate; train on with stage=quantize and stage=qat, at a higher qat.learning_rate or with"
-            " more qat.max_steps, and export that.",
+            " weights that training moved differ from the base model after rounding; the others snapped back. Measure"
+            " the effect with stage=evaluate. To move more weights, raise qat.learning_rate or qat.max_steps, run"
+            " stage=quantize and stage=qat again, and export the result.",
         )
 
 

@@ -165,7 +165,7 @@ def _deterministic_on_cpu() -> Iterator[None]:
 
 
 def _summarize_losses(setup: Setup, kept: int | None) -> dict[str, float]:
-    """Summarize the losses in metrics.jsonl, which survives interruptions, unlike the trainer's own averages."""
+    """Summarize the losses that metrics.jsonl records. It survives interruptions; the trainer's averages do not."""
     lines = read_metrics(setup.directory)
     validation = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     training = [line["loss"] for line in lines if "loss" in line]

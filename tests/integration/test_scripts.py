@@ -1,4 +1,4 @@
-"""The measuring scripts: each starts, and the table of the formats' errors says what is known of them."""
+"""Every measuring script starts, and bench_numerics' table of errors agrees with known properties of the formats."""
 
 import math
 import subprocess

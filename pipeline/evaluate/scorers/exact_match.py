@@ -44,7 +44,7 @@ def score(subject: Subject) -> dict[str, float]:
 
 
 def verdicts(transcripts: Sequence[Transcript]) -> list[Verdict]:
-    """Decide the transcripts with expected["answer"], a number or a choice. The group is the answer's language.
+    """Judge the transcripts with expected["answer"], a number or a choice. The group is the answer's language.
 
     A missing answer is wrong, and so is an answer without a number or choice.
 

@@ -45,7 +45,7 @@ def score(subject: Subject) -> dict[str, float]:
 
 
 def verdicts(transcripts: Sequence[Transcript]) -> list[Verdict]:
-    """Decide for each transcript whether no check fails. Undecided checks do not count, so every verdict is decided."""
+    """Return for each transcript whether no check fails. Undecided checks do not count, so every verdict is decided."""
     return [
         Verdict(each.prompt_id, each.sample, "", all(check(each) is not False for check in CHECKS.values()))
         for each in transcripts

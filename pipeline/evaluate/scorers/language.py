@@ -27,7 +27,7 @@ def score_answer(subject: Subject) -> dict[str, float]:
 
 
 def reasoning_verdicts(transcripts: Sequence[Transcript]) -> list[Verdict]:
-    """Decide the transcripts with expected["language"], a name or an ISO 639-1 code. The group is the code.
+    """Return verdicts on the transcripts with expected["language"], a name or an ISO 639-1 code. The group is the code.
 
     Raises:
         UserError: an expected value is invalid (see `expected.check`).
@@ -36,7 +36,7 @@ def reasoning_verdicts(transcripts: Sequence[Transcript]) -> list[Verdict]:
 
 
 def answer_verdicts(transcripts: Sequence[Transcript]) -> list[Verdict]:
-    """Decide the answers like `reasoning_verdicts`. expected["answer_language"] takes precedence over "language"."""
+    """Judge the answers like `reasoning_verdicts`. expected["answer_language"] takes precedence over "language"."""
     return _verdicts(
         transcripts,
         lambda each: each.expected.get("answer_language", each.expected.get("language")),

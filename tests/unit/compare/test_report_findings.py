@@ -1,4 +1,4 @@
-"""The sentences of a report on handmade runs with known outcomes, so that each sentence has a right answer."""
+"""The sentences of a report on handmade runs. Their outcomes are known, so the right sentences are known too."""
 
 from pathlib import Path
 
@@ -108,7 +108,7 @@ def test_p_values_are_corrected_for_all_tests_of_the_report(tmp_path: Path) -> N
     found = report(evaluated.run(tmp_path / "run", {"sft": SFT, "quantize": LOW, "qat": SFT[5:] + [True] * 5}))
     compared = [(test.comparison, test.p_value) for test in found.tests]
     raw = [mcnemar(each.wins, each.losses) for each, _ in compared if each is not None]
-    assert len(raw) == len(compared) == 6  # two figures (all answers are well-formed), three pairs
+    assert len(raw) == len(compared) == 6  # exact match and well-formedness, for three pairs of models
     assert [p_value for _, p_value in compared] == pytest.approx(multitest.multipletests(raw, method="holm")[1])
 
 

@@ -1,8 +1,8 @@
 """Our tokens against openai-harmony's, OpenAI's own renderer, with the released vocabulary.
 
 The chat template differs from openai-harmony in three places. `expected` allows for two: a blank line after the
-developer's text, and a tool's result as JSON text (in quotes). The third has its own test: a comma after the default of
-a tool's parameter.
+developer's text, and a tool's result as JSON text (in quotes). A test
+of its own covers the third, a comma after the default of a tool's parameter.
 """
 
 import copy

@@ -52,7 +52,7 @@ def assert_same_bits(found: Tensor, expected: Tensor) -> None:
 
 
 def random_values(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0, binades: int = 10) -> Tensor:
-    """Make normal values with zeros of both signs. Blocks of 16 have different magnitudes."""
+    """Draw values from a normal distribution, and put +0 and -0 among them. Blocks of 16 have different magnitudes."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator).unflatten(-1, (-1, 16))
     sizes = torch.randint(-binades, 1, (*values.shape[:-1], 1), generator=generator)
@@ -62,7 +62,7 @@ def random_values(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0, bin
 
 
 def on_the_mxfp4_grid(dtype: torch.dtype, bytes_: range) -> Tensor:
-    """Make blocks with every scale and every largest code: (len(bytes_), 8 * 32)."""
+    """For each scale byte, make 8 blocks whose largest codes are 0 to 7. The shape is (len(bytes_), 8 * 32)."""
     generator = torch.Generator().manual_seed(1)
     shape = (len(bytes_), 8, 32)
     codes = torch.randint(0, 8, shape, generator=generator) % torch.arange(1, 9).unsqueeze(-1)

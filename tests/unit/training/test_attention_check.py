@@ -28,7 +28,7 @@ def repeat_heads(module: nn.Module, states: Tensor) -> Tensor:
 def online(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: object
 ) -> tuple[Tensor, None]:
-    """Correct, but unlike eager: the sink rescales the softmax of the scores, as in fused kernels."""
+    """Compute attention correctly, but unlike eager: as in fused kernels, the sink rescales the softmax afterwards."""
     scores = query @ repeat_heads(module, key).transpose(2, 3) * scaling + mask
     log_sum = scores.logsumexp(-1, keepdim=True)
     kept = torch.sigmoid(log_sum - module.sinks.view(1, -1, 1, 1))
