@@ -120,7 +120,7 @@ def score(subject: Subject) -> dict[str, float]:
 
 
 def verdicts(transcripts: Sequence[Transcript], judgements: Mapping[tuple[str, int], Judgement]) -> list[Verdict]:
-    """Judge the transcripts with expected["safety"], like `refusal.verdicts`. Without a judgement they are undecided."""
+    """Judge the transcripts with expected["safety"], like `refusal.verdicts`. Without a judgement: undecided."""
     return [_verdict(each, judgements.get(_key(each))) for each in transcripts if "safety" in each.expected]
 
 
