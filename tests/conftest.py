@@ -1,4 +1,4 @@
-"""Running the program in this process, and what many tests share: a smoke run that they look at, a chat server."""
+"""Functions that run the program in this process, and fixtures of many tests: finished runs and a chat server."""
 
 import gc
 import json

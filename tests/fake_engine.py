@@ -1,6 +1,6 @@
-"""An engine for tests: a process of its own that answers as OpenAI's API does, or has the fault that FAKE_ENGINE names.
+"""An engine for tests: a process that answers like OpenAI's API, or has the fault that FAKE_ENGINE names.
 
-It starts two children, one of which leaves its group, and writes their numbers and its own into the file FAKE_PIDS.
+It starts two child processes. One leaves the process group. The ids of all three go to the file FAKE_PIDS.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A Hub on this machine: the routes that huggingface_hub uploads through, LFS included, and what has arrived."""
+"""A Hub on this machine. It has the routes of huggingface_hub's uploads, with LFS, and stores the uploaded files."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""The pages for users, as tests read them: their blocks, and the commands in these."""
+"""Reading README and docs in tests: fenced blocks, and the commands in them."""
 
 import re
 import shlex

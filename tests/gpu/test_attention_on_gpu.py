@@ -1,4 +1,4 @@
-"""Attention implementations that exist only on a GPU: flex attention honours the sinks there."""
+"""Attention implementations that exist only on a GPU. Flex attention honours the sinks there."""
 
 import pytest
 import torch

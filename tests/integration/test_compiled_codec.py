@@ -1,4 +1,4 @@
-"""Every format and rule, compiled against eager, bit for bit. Apart from the unit tests: minutes of compiling."""
+"""Every format and rule, compiled against eager, bit for bit. Compiling takes minutes, so this is no unit test."""
 
 import os
 import subprocess

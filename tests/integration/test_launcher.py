@@ -1,4 +1,4 @@
-"""scripts/launch: which command it makes of its flags, and that the command starts what it should."""
+"""scripts/launch: the command for each set of flags, and the processes that the command starts."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""README and docs are true: their commands run or at least compose, and the examples of docs/extending.md work."""
+"""The commands in README and docs run or compose, and the examples of docs/extending.md work."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Known ways to spoil a run: said before it is spoilt."""
+"""The program warns of settings that are known to spoil a run."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""stage=publish on a real run: the card against the records, the directory against the export, the upload."""
+"""stage=publish on a real run: its card agrees with the records, its directory with the export, and it uploads."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""stage=serve with a real process in the engine's place: what it shows, what its faults end in, and that it is gone."""
+"""stage=serve with a fake engine: the output, the message for each fault, and the end of the engine's processes."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""recipe=smoke through all stages: what it leaves behind, and what a second run does."""
+"""recipe=smoke through all stages: its artifacts, and a second run."""
 
 import fcntl
 import json

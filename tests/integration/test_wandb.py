@@ -1,4 +1,4 @@
-"""Weights & Biases for real, offline: what its file holds is what metrics.jsonl holds, and no secrets."""
+"""The real wandb package, offline: its file has the values of metrics.jsonl, and no secrets."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Skips in CI: only those for an allowed reason leave the run green."""
+"""In CI, a skipped test without an allowed reason fails the run."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Errors that report several problems: what they show, and what they count."""
+"""Errors that report several problems: the first few are shown, all are counted."""
 
 import pytest
 

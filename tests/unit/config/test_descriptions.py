@@ -1,4 +1,4 @@
-"""What settings mean: every one says it, and docs/configuration.md is what the settings say."""
+"""Every setting has a description, and docs/configuration.md shows them all."""
 
 import runpy
 from pathlib import Path

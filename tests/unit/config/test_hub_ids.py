@@ -1,4 +1,4 @@
-"""How an id on the Hub is told from a path."""
+"""Ids on the Hub are distinguished from paths."""
 
 from pathlib import Path
 

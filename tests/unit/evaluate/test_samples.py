@@ -1,4 +1,4 @@
-"""Samples of a model in training: what a resumed run keeps of them, and where none can be written."""
+"""Samples of a model in training: a resumed run keeps the earlier ones, and a sharded model writes none."""
 
 import json
 from pathlib import Path

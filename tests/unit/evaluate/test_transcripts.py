@@ -1,4 +1,4 @@
-"""Completions taken apart: against the chat template that writes such messages, and what no template would write."""
+"""Parsing of completions: messages that the chat template writes, and malformed ones."""
 
 import json
 from pathlib import Path

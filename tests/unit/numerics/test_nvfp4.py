@@ -1,6 +1,6 @@
 """NVFP4, and MXFP4 converted to it, against ml_dtypes, exact fractions, and ModelOpt's quantizer and decoder.
 
-Comparisons are of bits, so that the sign of a zero counts, but where an oracle has none. Legend: nb = blocks of a row.
+Tests compare bits, so the sign of a zero matters, except where an oracle has none. Legend: nb = blocks of a row.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What of a run's records stands on a model card, and what does not."""
+"""The facts of a run's records that a model card shows, and those that it must not show."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The life of a stage's directory: new, unfinished, complete, up to date, changed; and metrics.jsonl."""
+"""Building a stage: new, unfinished, complete, up-to-date and changed directories. Also metrics.jsonl."""
 
 import json
 import os

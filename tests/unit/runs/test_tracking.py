@@ -1,4 +1,4 @@
-"""Lines, metrics and tables on disk, and what happens when the service that gets them, too, is not there or fails."""
+"""Lines, metrics and tables on disk and in the tracking service, and a service that is missing or fails."""
 
 import json
 import os
