@@ -1,4 +1,4 @@
-"""One `train` for SFT and QAT, and what watches it.
+"""Training for SFT and QAT, with callbacks for metrics and checkpoints.
 
 It must not know whether the model has adapters or quantizers: it trains what it is given.
 """

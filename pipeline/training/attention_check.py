@@ -106,9 +106,9 @@ def measure_errors(
     """Measure the errors of an implementation, and of eager in the same precision, against eager in float64.
 
     Returns:
-        Tensor -> relative error ‖x - truth‖ / ‖truth‖ of the implementation, where a missing gradient counts as zeros.
-        And the largest relative error of eager in `precision`. It is the largest over all tensors because the error of
-        a small tensor, such as the eight sinks, can be small by chance.
+        The implementation's relative error ‖x - truth‖ / ‖truth‖ for each tensor (a missing gradient counts as zeros),
+        and eager's largest relative error in `precision`. The largest is used because the error of a small tensor,
+        such as the eight sinks, can be small by chance.
     """
     truth = _run(_EAGER, torch.float64, device)
     dtype, is_mixed = TRAIN_DTYPES[precision], precision is Precision.mixed_bf16

@@ -1,6 +1,6 @@
 """Checkpoints of interrupted training: which are complete, and whether this run can resume from them.
 
-Any number of processes can resume from a checkpoint and sees the same examples. The order of the examples depends only
+A run can resume with any number of processes, which see the same examples. The order of the examples depends only
 on the seed and the epoch, and `by_global_batch` keeps the global batch unchanged. Nothing else in training is random:
 neither gpt-oss nor its adapters have dropout. So a new process does not need the random generator states that
 transformers saves for each process.

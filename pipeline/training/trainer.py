@@ -251,7 +251,7 @@ class _Trainer(SFTTrainer):
         return metrics
 
     def _validation_loss(self) -> Loss:
-        """Each process takes every n-th batch. All run the same number of batches: sharded models use collectives."""
+        """Average over all processes. Each runs every n-th batch, and all run equally many, for the collectives."""
         tokenizer: Any = self.processing_class
         model: Any = self.model
         examples: Any = self.eval_dataset

@@ -4,7 +4,7 @@ Fine-tuning and rounding damage the form before they damage knowledge. A complet
 a sequence of Harmony messages. Each message has an optional recipient, `<|channel|>`, the channel's name, optionally a
 recipient and a type, `<|message|>`, text, and an end token.
 
-By the limits below, no question of MGSM (1,750 in seven languages) and no completion of XSTest (450) is a loop. The
+With these limits, no MGSM question (1,750 in seven languages) and no XSTest completion (450) counts as a loop. The
 largest share of repeated letters in them is 0.39. Long tables with similar rows are mistaken for loops.
 """
 

@@ -66,7 +66,7 @@ class Suites:
 
         Args:
             model: a causal language model in evaluation mode, on its device.
-            rendering: its tokenizer and the settings of chat prompts.
+            rendering: the model's tokenizer and the settings of chat prompts.
 
         Raises:
             UserError: a task's data cannot be read, or a task does not support the settings.
@@ -134,7 +134,7 @@ class Suites:
 
 
 def score(subject: Subject) -> dict[str, float]:
-    """Return the figures of the suites. They were measured before; without tasks there are none."""
+    """Return the figures of the suites, which were measured earlier. Empty without tasks."""
     return dict(subject.suites)
 
 

@@ -1,7 +1,7 @@
 """The language of a model's reasoning and of its answer, against the expected language.
 
 `data.languages` identifies the language offline, among `config.languages.NAMES`. A text in two languages fails if
-neither has two thirds of it. A text is undecided if it is missing or too short, or if the classifier's confidence is
+neither makes up two thirds of it. A text is undecided if it is missing or too short, or if the classifier's confidence is
 low.
 """
 

@@ -115,7 +115,7 @@ def _compare(logits: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _places(batch: dict[str, Tensor], first_example: int) -> Tensor:
-    """(n, 2) float64: each supervised token's position in its example, and its example, in the order of `_states`."""
+    """Return each supervised token's position in its example, and the example: (n, 2) float64, as `_states` orders."""
     supervised = batch["labels"][:, 1:] != IGNORED
     position = (supervised.cumsum(1) - 1)[supervised]
     example = supervised.nonzero()[:, 0] + first_example

@@ -18,8 +18,8 @@ def score(subject: Subject) -> dict[str, float]:
         `relative_weight_error`: ||W - R|| / ||R||.
         `snr_db`: the same ratio in dB, absent if there is no error.
         `flipped_codes`: the share of weights whose 4-bit value differs from R's. Both are rounded in the subject's
-            format, or in MXFP4 if it has none. The share is what training after rounding changed: 0 for a PTQ of the
-            reference.
+            format, or in MXFP4 if it has none. The share measures the changes by training after rounding. It is 0
+            for a PTQ of the reference.
     """
     if subject.ref is None or subject.weights is None or subject.reference is None:
         return {}
