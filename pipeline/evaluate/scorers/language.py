@@ -1,8 +1,8 @@
 """The language of a model's reasoning and of its answer, against the expected language.
 
 `data.languages` identifies the language offline, among `config.languages.NAMES`. A text in two languages fails if
-neither makes up two thirds of it. A text is undecided if it is missing or too short, or if the classifier's confidence is
-low.
+neither makes up two thirds of it. A text is undecided if it is missing or too short, or if the classifier's confidence
+is low.
 """
 
 from collections.abc import Callable, Sequence
