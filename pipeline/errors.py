@@ -18,7 +18,7 @@ class UserError(Exception):
     exit_status = 2
 
     def __init__(self, message: str, problems: list[str] | None = None, count: int | None = None) -> None:
-        """Without `problems` the message is the only one."""
+        """Without `problems`, the message itself is the only problem."""
         super().__init__(message)
         self.problems = problems or [message]
         self.count = count or len(self.problems)

@@ -21,7 +21,7 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 from pipeline import __main__ as program
 
 VOCABULARY = Path(__file__).parents[2] / "shared" / "data" / "tokenizer"
-"""openai-harmony's vocabulary. It is no part of the project, and lies beside the checkout where there is one."""
+"""openai-harmony's vocabulary. It is not part of the project. Where it exists, it lies beside the checkout."""
 if VOCABULARY.is_dir():
     os.environ.setdefault("TIKTOKEN_ENCODINGS_BASE", str(VOCABULARY))
 

@@ -31,7 +31,7 @@ class Source:
     """One data set: `data` itself, or a part of `data.blend`.
 
     Attributes:
-        key: of its settings, for messages: `data` or `data.blend[0]`.
+        key: key of its settings, for messages, such as `data` or `data.blend[0]`.
         data: its settings. A part of a blend inherits the settings that it does not set.
         weight: its share of a blend, relative to the other weights.
         reasoning_effort: default for the part's rows. None: the default of `data`.

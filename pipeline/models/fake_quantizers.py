@@ -130,7 +130,7 @@ def keep_rounded(model: nn.Module, budget_bytes: float) -> RoundedWeights:
 
     Args:
         model: a model with quantizers, and with its final adapters.
-        budget_bytes: most bytes of rounded weights in the cache.
+        budget_bytes: the largest size of the cache of rounded weights.
 
     Returns:
         The cache. Call its `forget` when weights have changed.

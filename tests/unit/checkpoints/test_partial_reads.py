@@ -244,7 +244,7 @@ def with_offsets(move: Callable[[int, int, int], list[Any]]) -> Callable[[Header
 
 
 def twice(header: Header, data: bytes) -> bytes:
-    """Add a second SINKS with the data of the first. Readers would read one or the other."""
+    """Add a second SINKS with the data of the first. Which of the two a reader returns would depend on the reader."""
     again = json.dumps({SINKS: header[SINKS]}).encode()
     return as_header(json.dumps(header).encode()[:-1] + b", " + again[1:]) + data
 
