@@ -53,7 +53,7 @@ class Step:
 
     Attributes:
         read: reads the inputs, on the reading thread.
-        convert: turns the inputs into parts, in the order of the piece's tensors and of their rows.
+        convert: turns the inputs into parts, tensor by tensor in the piece's order, and row by row within a tensor.
     """
 
     read: Callable[[], Any]

@@ -129,8 +129,8 @@ def assert_same_as_modelopt(values: Tensor) -> None:
 def test_random_weights_are_rounded_as_modelopts_kernel_does(dtype: torch.dtype) -> None:
     """Of sizes whose scales are normal floats: that kernel is built with fast math, which takes subnormals for zero.
 
-    Its quotient amax / 6 is approximate for the same reason: blocks whose maximum is almost, not exactly, six times a
-    power of two may have the other scale there, and are left out. BF16 has none.
+    Fast math also makes the kernel's quotient amax / 6 approximate. If a block's maximum is almost, but not exactly,
+    six times a power of two, the kernel may choose the neighbouring scale. Such blocks are left out. BF16 has none.
     """
     generator = torch.Generator().manual_seed(4)
     sizes = torch.randint(-90, 91, (2000, 90, 1), generator=generator).float().exp2()

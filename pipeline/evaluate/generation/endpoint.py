@@ -131,5 +131,5 @@ def _raise_if_stripped(served: Served, answers: Sequence[Transcript]) -> None:
     if texts and all("<|" not in text for text in texts):  # the last token may have been added here
         raise UserError(
             f"{KEY}.url={served.url}: no answer has a special token, so reasoning and answer cannot be separated."
-            f" This server removes special tokens although the request keeps them. Use {KEY}.api=chat."
+            f" The request asked to keep special tokens, but this server removes them. Use {KEY}.api=chat."
         )
