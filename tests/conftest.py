@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from allowed_skips import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401 - hooks
@@ -105,6 +106,30 @@ def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_dir(smoke_run: Path, tmp_path: Path) -> Path:
     """A copy of the smoke run, to be written to."""
     return Path(shutil.copytree(smoke_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Change into a new directory: a relative run_dir, and the tables below it, belong to one test."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    working = tmp_path / "working"
+    working.mkdir()
+    monkeypatch.chdir(working)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tokenizer of a tiny model."""
+    from transformers import AutoTokenizer
+
+    from pipeline.config import TinyConfig
+    from pipeline.models import tiny_model
+
+    directory = tmp_path_factory.mktemp("tokenizer") / "tiny"
+    tiny_model.create_tiny(directory, TinyConfig())
+    return AutoTokenizer.from_pretrained(directory)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from data_files import (
     ROWS,
@@ -18,31 +17,11 @@ from data_files import (
     prepare,
     prepare_error,
 )
-from transformers import AutoTokenizer
 
-from pipeline.config import BlendPartConfig, ColumnsConfig, ReasoningEffort, TinyConfig
+from pipeline.config import BlendPartConfig, ColumnsConfig, ReasoningEffort
 from pipeline.data.examples import Splits
-from pipeline.models import tiny_model
 
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    directory = tmp_path_factory.mktemp("tokenizer") / "tiny"
-    tiny_model.create_tiny(directory, TinyConfig())
-    return AutoTokenizer.from_pretrained(directory)
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    datasets.disable_progress_bars()
-
-
-@pytest.fixture(autouse=True)
-def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Change into a new directory: run_dir is relative here, and tables are written below it."""
-    working = tmp_path / "working"
-    working.mkdir()
-    monkeypatch.chdir(working)
+pytestmark = pytest.mark.usefixtures("working_directory")
 
 
 def parts_of(tokenizer: Any, splits: Splits) -> Counter[str]:

@@ -7,38 +7,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from data_files import ROWS, jsonl, numbered_rows, numbers_in, prepare, prepare_error
-from transformers import AutoTokenizer
 
-from pipeline.config import ReasoningEffort, Supervise, TinyConfig
+from pipeline.config import ReasoningEffort, Supervise
 from pipeline.data import rows as rows_module
 from pipeline.data.harmony import IGNORED
 from pipeline.data.rows import harmony
-from pipeline.models import tiny_model
 
 REAL_TEXT = Path(__file__).parents[4] / "shared" / "data" / "mgsm" / "reasoning.jsonl"
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    directory = tmp_path_factory.mktemp("tokenizer") / "tiny"
-    tiny_model.create_tiny(directory, TinyConfig())
-    return AutoTokenizer.from_pretrained(directory)
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    datasets.disable_progress_bars()
-
-
-@pytest.fixture(autouse=True)
-def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Change into a new directory: run_dir is relative here, and tables are written below it."""
-    working = tmp_path / "working"
-    working.mkdir()
-    monkeypatch.chdir(working)
+pytestmark = pytest.mark.usefixtures("working_directory")
 
 
 # --- training and validation -----------------------------------------------------------------------------------------

@@ -6,12 +6,9 @@ import re
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from pipeline.checkpoints.gpt_oss import SPECIAL_TOKENS
-from pipeline.config import TinyConfig
 from pipeline.data.harmony import IGNORED, ConversationError, Rendering, examples, parse_conversation
-from pipeline.models import tiny_model
 
 DATE = "2025-08-05"
 SYSTEM = (
@@ -52,13 +49,6 @@ TOOL_ROW = {
     "tools": [ADD],
     "messages": [QUESTION, CALL, TOOL, {"role": "assistant", "thinking": "So 5.", "content": "It is 5."}],
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    directory = tmp_path_factory.mktemp("tokenizer") / "tiny"
-    tiny_model.create_tiny(directory, TinyConfig())
-    return AutoTokenizer.from_pretrained(directory)
 
 
 def rendering(tokenizer: Any, **changes: Any) -> Rendering:

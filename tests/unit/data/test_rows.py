@@ -21,17 +21,7 @@ from pipeline.errors import UserError
 GOOD = json.dumps(ROWS[1])
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    datasets.disable_progress_bars()
-
-
-@pytest.fixture(autouse=True)
-def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Change into a new directory: run_dir is relative here, and tables are written below it."""
-    working = tmp_path / "working"
-    working.mkdir()
-    monkeypatch.chdir(working)
+pytestmark = pytest.mark.usefixtures("working_directory")
 
 
 # --- forms of a data set ---------------------------------------------------------------------------------------------
