@@ -1,7 +1,7 @@
-"""The command line: compose -> resolve -> stages.<stage>.run(config) -> exit status.
+"""The command line. It composes and resolves the configuration, runs the stage, and returns the exit status.
 
-Hydra composes the configuration. Errors that it would show as a traceback become one message here. No large library is
-imported before a stage runs, so --help and mistakes answer at once.
+For a mistake of the user, it prints one message in place of Hydra's traceback. No large library is imported before a
+stage runs, so --help and mistakes answer at once.
 """
 
 import importlib
@@ -31,12 +31,12 @@ from pipeline.runs.run import Run
 
 _PACKAGE = Path(__file__).resolve().parent
 SWEEP_DIR = "sweep"
-"""Subdirectory of run_dir for the directories of a sweep's jobs."""
+"""Subdirectory of run_dir in which each job of a sweep has its directory."""
 _SECONDS_FOR_THE_MAIN_PROCESS = 10.0
 
 
 def _beside_or_inside(name: str) -> Path:
-    """Find conf/ or recipes/: beside the package in a checkout, inside it in an installed wheel."""
+    """Find conf/ or recipes/. It is beside the package in a checkout, and inside it in an installed wheel."""
     inside = _PACKAGE / name
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
@@ -59,7 +59,7 @@ def run(composed: DictConfig) -> None:
     """Run one job: one stage of one recipe."""
     chosen = HydraConfig.get().runtime.choices.get("recipe")
     if chosen is not None:
-        composed.recipe = chosen  # a recipe from --config-dir does not know its own name
+        composed.recipe = chosen  # a recipe from --config-dir does not set its own name
     _keep_jobs_apart(composed)
     pipeline_config = rules.resolve(composed)
     for stage in Run(pipeline_config).earlier_stages():
@@ -70,7 +70,7 @@ def run(composed: DictConfig) -> None:
 def _keep_jobs_apart(composed: DictConfig) -> None:
     """In a sweep, give each job its own directory, and let it share models with the run that run_dir names.
 
-    If run_dir itself contains settings, the user has kept the jobs apart, and it stays as it is.
+    If the user has written settings into run_dir, the jobs already differ, and run_dir stays as it is.
     """
     hydra_config = HydraConfig.get()
     job = hydra_config.job.override_dirname.replace("/", "_")
@@ -87,13 +87,13 @@ def _module(stage: config.Stage) -> ModuleType:
 
 def main() -> NoReturn:
     """Entry point of `python -m pipeline` and of the console script."""
-    # Hydra prints a traceback and exits with 1 unless it is told to raise; setdefault would let the shell undo it.
+    # Without this variable, Hydra prints a traceback and exits with 1. A value from the shell is overwritten.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.exit(status(sys.argv[1:]))
 
 
 def status(arguments: list[str]) -> int:
-    """Run the command in `arguments` (equal to those in sys.argv), and return the exit status."""
+    """Run the command with these arguments, which sys.argv must hold too, and return the exit status."""
     try:
         register()
         if command_line.asks_for_help(arguments):
@@ -117,7 +117,7 @@ def status(arguments: list[str]) -> int:
 
 
 def _job(composed: DictConfig) -> None:
-    # Hydra prints a line of its own before it raises a job's exception; leaving by SystemExit says it once.
+    # Hydra would print a second message for any other exception than SystemExit.
     try:
         run(composed)
     except (UserError, CheckFailed) as error:
@@ -125,14 +125,14 @@ def _job(composed: DictConfig) -> None:
 
 
 def _report(error: Exception, status: int) -> int:
-    # The first lines of messages from Hydra and OmegaConf say what is wrong and where. The others quote internals.
+    # The first lines of messages from Hydra and OmegaConf say what is wrong and where. The other lines quote internals.
     own = isinstance(error, (UserError, CheckFailed))
     message = str(error) if own else " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
     if is_main_process():
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
-        # The launcher stops all processes when one has ended, so this one first waits for the main process's message.
-        # A process that is still here afterwards has failed alone.
+        # The launcher stops all processes when one has ended. This process therefore lets the main process print its
+        # message first. If this process still runs afterwards, it has failed alone.
         time.sleep(_SECONDS_FOR_THE_MAIN_PROCESS)
         print(f"error on process {os.environ['RANK']}: {message}", file=sys.stderr, flush=True)
     return status

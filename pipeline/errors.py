@@ -1,37 +1,40 @@
-"""Mistakes of the user: one clear message each, no traceback, exit status 2."""
+"""Errors that end a command with one clear message, without a traceback.
+
+A mistake of the user exits with 2, and a failed check with 1.
+"""
 
 import difflib
 from collections.abc import Iterable
 
 MOST_PROBLEMS = 8
-"""A list that may be long shows this many problems, and counts the rest."""
+"""Number of problems that a long list shows. The rest are counted."""
 
 
 class UserError(Exception):
     """A mistake that the user can correct. The message names the place, the wrong value and what to do.
 
     Attributes:
-        problems: the lines that `message` reports together; a long list ends with "and N more".
-        count: the number of problems, those that are not shown included.
+        problems: one line for each problem in the message. A long list ends with "and N more".
+        count: number of all problems, also of those that are not shown.
     """
 
     exit_status = 2
 
     def __init__(self, message: str, problems: list[str] | None = None, count: int | None = None) -> None:
-        """Without `problems`, the message itself is the only problem."""
+        """Create the error. If `problems` is None, the message is the only problem."""
         super().__init__(message)
         self.problems = problems or [message]
         self.count = count or len(self.problems)
 
 
 class CheckFailed(Exception):
-    """A check of the program found a wrong result (not a mistake of the user): exit status 1, no traceback."""
+    """A check found a wrong result, which is not a mistake of the user. The exit status is 1."""
 
     exit_status = 1
 
 
 class Problems:
-    """Keeps the first few problems of a stream and counts all of them, because there may be too many to store."""
+    """Keeps the first few problems of a stream and counts all of them. There may be too many to store."""
 
     def __init__(self, most: int = MOST_PROBLEMS) -> None:
         self._most = most
@@ -45,7 +48,7 @@ class Problems:
             self._first.append(problem)
 
     def lines(self) -> list[str]:
-        """The first problems, and how many more there are."""
+        """List the first problems, and count the rest in a last line."""
         return _with_rest(self._first, self._count)
 
     def raise_if_any(self) -> None:
@@ -55,17 +58,17 @@ class Problems:
 
 
 def at_most(problems: list[str], most: int = MOST_PROBLEMS) -> list[str]:
-    """The first problems, and how many more there are."""
+    """List the first problems, and count the rest in a last line."""
     return _with_rest(problems[:most], len(problems))
 
 
 def user_errors(problems: list[str], most: int | None = None) -> UserError:
-    """One error that reports several problems together: all of them, or the first `most`."""
+    """Make one error of several problems. It shows all of them, or the first `most`."""
     return _together(problems if most is None else at_most(problems, most), len(problems))
 
 
 def joined(errors: list[UserError]) -> UserError:
-    """One error that reports several errors together. Errors with the same message are reported once."""
+    """Make one error of several errors. Errors with the same message are reported once."""
     distinct = list({str(error): error for error in errors}.values())
     if len(distinct) == 1:
         return distinct[0]
@@ -84,7 +87,7 @@ def _together(lines: list[str], count: int) -> UserError:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """' Did you mean …?' for a misspelt word, or the empty string."""
+    """Return " Did you mean …?" if known words are similar, else the empty string."""
     known = list(known)
     by_leaf = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]
     close = difflib.get_close_matches(word, known, n=2, cutoff=0.6) or by_leaf[:2]

@@ -1,4 +1,4 @@
-"""From a proven export to the Hugging Face Hub: the model card and the upload.
+"""Write the model card of an export, and upload both to the Hugging Face Hub.
 
-It must not change a byte of the export, nor publish what `verify` has not passed.
+This package must not change any byte of the export, nor upload an export that `verify` has not passed.
 """

@@ -1,4 +1,4 @@
-"""The model card: README.md of a published export, with the metadata that the Hub reads."""
+"""Write the model card, the README.md of a published export. Its header holds the metadata that the Hub reads."""
 
 import json
 from pathlib import Path
@@ -26,11 +26,11 @@ def write_text(run: Run, model: ModelConfig, settings: ExportConfig, *, proven: 
     """Write the whole card.
 
     Args:
-        run: that was exported.
-        model: the base model, as configured.
-        settings: of the export.
-        proven: the export, its proof and the base model.
-        added: names of the files that are beside the export's in the directory.
+        run: the run that made the export.
+        model: settings of the base model.
+        settings: settings of the export.
+        proven: the export, the result of `verify` and the base model.
+        added: names of the files in the directory that are not part of the export.
     """
     export, base = proven.export, proven.base
     exported, verified = export.read(ExportRecord), proven.proof.read(VerifyRecord)
@@ -60,12 +60,12 @@ def write_text(run: Run, model: ModelConfig, settings: ExportConfig, *, proven: 
 
 
 def base_name(model: ModelConfig, card: CardConfig) -> str | None:
-    """Return the base model's id on the Hub, or None where it is not known."""
+    """Return the base model's id on the Hub, or None if it is unknown."""
     return card.base_model or (model.path if is_hub_id(model.path) else None)
 
 
 def license_of(card: CardConfig, base: Source) -> dict[str, Any]:
-    """Return `license` and its companions, as configured or as in the base model's own card; empty without either."""
+    """Return the card's license fields: the configured license, or else the fields in the base model's card, if any."""
     if card.license is not None:
         return {"license": card.license}
     path = base.directory / FILE
@@ -76,7 +76,7 @@ def license_of(card: CardConfig, base: Source) -> dict[str, Any]:
 def _metadata(run: Run, name: str | None, card: CardConfig, proven: Proven, trained: list[Artifact]) -> ModelCardData:
     exported = proven.export.read(ExportRecord)
     target = TARGETS[exported.target]
-    is_tuned = bool(trained or exported.moved_weights)  # trained in this run or, where there is no record, elsewhere
+    is_tuned = bool(trained or exported.moved_weights)  # weights that moved were trained, even if no record says where
     is_qat = any(each.stage == Stage.qat.name for each in trained)
     tags = ["gpt_oss", *target.tags, *(["quantization-aware-training"] if is_qat else []), "conversational"]
     return ModelCardData(
@@ -92,7 +92,7 @@ def _metadata(run: Run, name: str | None, card: CardConfig, proven: Proven, trai
 
 
 def _made_with(export: Artifact) -> dict[str, str]:
-    """The program and the libraries that made the export, with their versions."""
+    """Return the versions of the program and of the libraries that made the export."""
     made = json.loads((export.directory / ARTIFACT_FILE).read_text(encoding="utf-8"))
     return {
         "program": f"gpt-oss-qat {__version__}" + (f", commit {made['git_commit']}" if made["git_commit"] else ""),
@@ -101,6 +101,9 @@ def _made_with(export: Artifact) -> dict[str, str]:
 
 
 def _revision(model: ModelConfig, base: Source) -> str | None:
-    """The base model's commit, which names its directory in the Hub's cache, or the configured revision."""
+    """Return the base model's commit if it is in the Hub's cache, else the configured revision.
+
+    The cache names the directory of a model after its commit.
+    """
     is_cached = base.directory.parent.name == "snapshots"
     return base.directory.name if is_cached else model.revision

@@ -1,4 +1,7 @@
-"""Upload to the Hugging Face Hub. huggingface_hub handles the token, which is in no configuration and no log."""
+"""Upload to the Hugging Face Hub.
+
+huggingface_hub finds the token. This program never reads, stores or logs it.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +22,8 @@ def check(settings: ExportConfig) -> None:
     """Check early that an upload can work. Only the upload itself shows whether the token has write access.
 
     Raises:
-        UserError: the name is not valid; there is no token, or a wrong one; the Hub cannot be reached; the repository
-            is public, although export.private=true.
+        UserError: the name is not valid, the token is missing or wrong, the Hub cannot be reached, or the repository is
+            public although export.private=true.
     """
     if settings.push_to_hub is None or not is_main_process():
         return
@@ -35,20 +38,21 @@ def check(settings: ExportConfig) -> None:
 
 
 def _name_problems(name: str) -> list[str]:
-    # The Hub would put a bare name below the token's owner, which neither the card nor `check` knows.
+    # The Hub adds the token's owner to a bare name. The card and `check` do not know the owner.
     if "/" not in name:
-        return [f"{_setting(name)}: must have its owner, too, as <your name>/{name}."]
+        return [f"{_setting(name)}: has no owner. Write <your name>/{name}."]
     problem = hub_ids.problem(name)
     return [] if problem is None else [f"{_setting(name)}: {problem}"]
 
 
 def push(settings: ExportConfig, directory: Path) -> str:
-    """Replace the files of a repository by those of a directory, in one commit, and return the commit's address.
+    """Upload a directory to a repository in one commit, and return the commit's address.
 
-    All other files are deleted. Otherwise a shard of an earlier export would count as a part of this one.
+    All other files in the repository are deleted. Otherwise a shard of an earlier export would seem part of this one.
 
     Raises:
-        UserError: the Hub refuses or cannot be reached; the repository is public, although export.private=true.
+        UserError: the Hub cannot be reached or refuses the upload, or the repository is public although
+            export.private=true.
     """
     name, api = str(settings.push_to_hub), HfApi()
     with _hub_errors(name):
@@ -67,7 +71,7 @@ def _raise_if_public(settings: ExportConfig, api: HfApi, name: str) -> None:
     try:
         is_private = api.model_info(name).private
     except RepositoryNotFoundError:
-        return  # `push` creates it
+        return  # `push` creates the repository
     if settings.private and not is_private:
         raise UserError(f"{_setting(name)}: is public. Make it private, choose another, or set export.private=false.")
 
@@ -76,10 +80,10 @@ def _raise_if_public(settings: ExportConfig, api: HfApi, name: str) -> None:
 def _hub_errors(name: str) -> Iterator[None]:
     try:
         yield
-    # huggingface_hub raises the first two, and ValueError for refused metadata of the card or a file that is too large.
+    # huggingface_hub raises ValueError for a file that is too large, and for metadata of the card that the Hub refuses.
     except (httpx.HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{_setting(name)}: the Hub was not reached, or refused ({reason}). {_LOGIN}") from error
+        raise UserError(f"{_setting(name)}: the Hub cannot be reached or refuses ({reason}). {_LOGIN}") from error
 
 
 def _setting(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What the records of a run tell of its export, in words for a model card; nothing of paths or hosts."""
+"""Describe an export for its model card, from the records of its run. Paths and hosts are left out."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from pipeline.runs.run import Run
 
 _COMPARISON = "compare.md"
 _DIRECTORIES = re.compile(r"(?<![\w:/.~-])[~.]{0,2}/(?:[^\s/|]+/)+")
-_LEAST_SHARE = 0.05  # of the answers, from which on a language is one of the model's
+_LEAST_SHARE = 0.05  # a language with a smaller share of the answers is not listed
 _TITLES = {Stage.sft: "supervised fine-tuning", Stage.qat: "quantization-aware training"}
 _SHOWN = (
     *("method", "learning_rate", "lr_scheduler", "warmup_ratio", "optimizer", "weight_decay", "precision"),
@@ -29,7 +29,7 @@ _SHOWN_OF_DISTILLATION = ("distillation.weight", "distillation.temperature")
 
 @dataclass(frozen=True)
 class Proven:
-    """An export, the report of `verify` on it, and the base model."""
+    """An export, the artifact of the `verify` that passed on it, and the base model."""
 
     export: Artifact
     proof: Artifact
@@ -37,7 +37,7 @@ class Proven:
 
 
 def lineage(export: Artifact) -> list[Artifact]:
-    """List the stages that the exported model went through, oldest first, as far as their records exist."""
+    """List the stages that made the exported model, oldest first. The list starts after the last missing record."""
     origin = export.read(ExportRecord)
     found: list[Artifact] = []
     candidates = {
@@ -51,12 +51,12 @@ def lineage(export: Artifact) -> list[Artifact]:
 
 
 def trainings(stages: list[Artifact]) -> list[Artifact]:
-    """Choose the stages in which weights were trained."""
+    """Select the stages that trained weights."""
     return [each for each in stages if each.stage in [stage.name for stage in _TITLES]]
 
 
 def training(stage: Artifact) -> dict[str, Any]:
-    """Describe a training stage: its `title`, its `result` in a sentence, and the `settings` that matter."""
+    """Describe a training stage: `title`, `result` as a sentence, and the most important `settings`."""
     trained, name = stage.read(TrainingRecord), stage.stage
     settings = {key.removeprefix(f"{name}."): value for key, value in stage.settings.items()}
     names = [*_SHOWN]
@@ -71,7 +71,7 @@ def training(stage: Artifact) -> dict[str, Any]:
 
 
 def data(stage: Artifact) -> dict[str, str]:
-    """Describe the data of a training stage: title -> text."""
+    """Describe the data of a training stage, as title -> text."""
     settings, counts = stage.settings, stage.read(TrainingRecord).counts
     parts = settings["data.blend"] or [{"path": settings["data.path"], "revision": settings["data.revision"]}]
     told = {"conversations": _shown([_source(part) for part in parts])}
@@ -85,13 +85,13 @@ def data(stage: Artifact) -> dict[str, str]:
 
 
 def hub_data_sets(stage: Artifact) -> list[str]:
-    """List the data sets of a training stage that the Hub has."""
+    """List the data sets of a training stage that are on the Hub."""
     paths = [part["path"] for part in stage.settings["data.blend"]] or [stage.settings["data.path"]]
     return [path for path in paths if is_hub_id(path, needs_owner=False)]
 
 
 def languages(run: Run, stage: Artifact) -> list[str]:
-    """List the ISO 639-1 codes of the languages of a training stage's answers; empty where `doctor` has not run."""
+    """List the languages of a training stage's answers as ISO 639-1 codes, or nothing if `doctor` has not run."""
     if not run.is_complete(Stage.doctor):
         return []
     report = artifacts.load(run.stage_dir(Stage.doctor), check_files=False)
@@ -105,7 +105,7 @@ def languages(run: Run, stage: Artifact) -> list[str]:
 
 
 def survival(exported: ExportRecord) -> dict[str, str]:
-    """Say how much of the fine-tuning reached the exported weights: title -> figure."""
+    """Describe how much of the fine-tuning the exported weights keep, as title -> figure."""
     figures: dict[str, float | None] = {name: getattr(exported, name) for name in _SURVIVAL}
     return {title: show(value) for name, (title, show) in _SURVIVAL.items() if (value := figures[name]) is not None}
 
@@ -159,4 +159,4 @@ _SURVIVAL: dict[str, tuple[str, Callable[[float], str]]] = {
     "saturated_blocks": ("blocks that clip their largest value", _percent),
     "snr_db": ("signal-to-noise ratio of rounding", "{:.2f} dB".format),
 }
-"""Figure of the export's record -> what it is called, and how it is shown."""
+"""Field of `ExportRecord` -> its title, and the function that formats it."""

@@ -1,7 +1,7 @@
-"""artifact.json: what a complete stage says of itself, and fingerprints of directories.
+"""Write and read artifact.json, the record of a complete stage, and compute fingerprints of directories.
 
-A stage's directory is complete if and only if it has an artifact.json. Fingerprints depend on contents alone. A stage
-that is rebuilt with the same result therefore leaves later stages up to date.
+A stage's directory is complete if and only if it has an artifact.json. Fingerprints depend on
+contents alone. If a stage is rebuilt with the same result, later stages therefore stay up to date.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ CHECKPOINTS_DIR = "checkpoints"
 
 BOOKKEEPING = {ARTIFACT_FILE, CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, UNFINISHED_FILE, SHARDS_FILE}
 MODEL_STAGES = (Stage.upcast, Stage.sft, Stage.quantize, Stage.qat)
-"""Stages that leave a model to train or to export, in order. Runs can share these stages through `base_run`."""
+"""Stages whose result is a model to train or export, in order. Runs can share these stages through `base_run`."""
 EVALUATED_STAGES = (*MODEL_STAGES, Stage.export)
-"""Stages that leave a model to evaluate, in order."""
+"""Stages whose result is a model to evaluate, in order."""
 _READ_BYTES = 1 << 24
 
 
 class Kind(Enum):
-    """What a stage's directory holds. `foreign` is a model in a layout that transformers does not load."""
+    """The kind of result in a stage's directory. `foreign` is a model in a layout that transformers does not load."""
 
     checkpoint = "checkpoint"
     adapter = "adapter"
@@ -48,12 +48,12 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Result:
-    """A stage's own description of the payload that it has written.
+    """Description of a payload by the stage that has written it.
 
     Attributes:
         kind: of the payload.
-        record: what later stages and reports read of it.
-        format: number format of the experts' weights in the payload, or None for a report.
+        record: figures of the stage, for later stages and reports.
+        format: name in FORMATS of the format in which the payload stores the experts' weights, or None for a report.
         fake_quantized: name in FORMATS of the format that the forward pass rounds the experts' weights to, or None.
         scale_rule: how `fake_quantized`, or a packed `format`, chooses its scales, or None.
         digests: file -> XXH3-128 of its bytes, for files that `work` hashed while it wrote them.
@@ -89,7 +89,7 @@ class Artifact:
         """Return the stage's record.
 
         Raises:
-            UserError: artifact.json lacks a field of such a record.
+            UserError: artifact.json lacks a field of the record.
         """
         try:
             return kind.from_details(self.details)
@@ -104,7 +104,7 @@ def load(directory: Path, check_files: bool = True) -> Artifact:
     """Read a complete stage's artifact.json, and check that all of its files are there with their recorded sizes.
 
     Raises:
-        UserError: no artifact.json, an unreadable one, or a missing or changed file.
+        UserError: artifact.json is missing or unreadable, or a file is missing or has another size.
     """
     path = directory / ARTIFACT_FILE
     try:

@@ -1,4 +1,4 @@
-"""The life of a stage's directory: new, unfinished, up to date or changed; then work; then artifact.json.
+"""Build a stage: decide whether there is work, do it, and publish the result.
 
 artifact.json is written last and atomically, so that an interrupted stage never looks complete.
 """
@@ -40,7 +40,7 @@ from pipeline.runs.tracking import track
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything that a stage's result depends on.
+    """All inputs of a stage: its result depends on nothing else.
 
     Attributes:
         settings: dotted key -> plain value.
@@ -72,17 +72,17 @@ def build(
     """Run `work` unless the stage is up to date, and publish the payload that it leaves in the stage's directory.
 
     Args:
-        run, stage: the stage and its run.
+        run, stage: the run, and the stage to build.
         settings: dotted keys (or sections) of the configuration that the result depends on.
         parents, data: as in `Inputs`.
         work: fills the given directory, in which it finds the files of an interrupted run with the same inputs.
-        resumable_as: maps the settings to those that an unfinished stage must be resumed with.
-        on_every_process: call `work` on every process (training), not on the main process alone.
-        is_report: if inputs have changed, rebuild and say so. A report's `work` finds the files of the earlier report.
-            For other stages changed inputs are an error, which protects models.
+        resumable_as: reduces the settings to the ones that must be equal when an unfinished stage is resumed.
+        on_every_process: whether all processes call `work`, as in training, or the main process alone.
+        is_report: whether to rebuild the stage if its inputs have changed. `work` then finds the files of the earlier
+            report in the directory. For other stages changed inputs are an error, which protects models.
 
     Raises:
-        UserError: the directory is complete or unfinished with other inputs, or not writable.
+        UserError: the directory cannot be written, or holds a complete or unfinished stage with other inputs.
     """
     directory = run.stage_dir(stage)
     inputs = Inputs(run.settings(settings), dict(parents), data)
@@ -92,7 +92,8 @@ def build(
     _raise_if_foreign(directory)
     if not is_report and not run.overwrite:
         _raise_if_unfinished_differs(directory, begun)
-    with _lock(run, directory), track(run, stage.name, directory.parent):  # before anything is deleted: it may fail
+    # Tracking may fail to start, so it starts before anything is deleted.
+    with _lock(run, directory), track(run, stage.name, directory.parent):
         _on_main_process(lambda: _prepare(run, directory, begun, keep_files=is_report and not run.overwrite))
         result, seconds = _work(lambda: work(directory), on_every_process)
         _on_main_process(lambda: _publish(run, directory, inputs, result, seconds))
@@ -100,7 +101,7 @@ def build(
 
 
 def _work(work: Callable[[], Result], on_every_process: bool) -> tuple[Result | None, float]:
-    """Do the work, and measure its seconds until the last process has ended. Other processes may have no result."""
+    """Do the work, and measure the time until all processes have ended. Only the main process must have a result."""
     started = time.monotonic()
     result = work() if on_every_process or is_main_process() else None
     wait_for_everyone()
@@ -116,10 +117,10 @@ def _on_main_process(act: Callable[[], None]) -> None:
 
 
 def _find_up_to_date(directory: Path, inputs: Inputs, is_report: bool) -> Artifact | None:
-    """Return the complete stage if it was made with these inputs. None: there is work to do.
+    """Return the complete stage if it was made with these inputs, or None if there is work to do.
 
     Raises:
-        UserError: a model was made with other inputs. A report is then rebuilt instead.
+        UserError: a model was made with other inputs. A report is rebuilt instead.
     """
     if not (directory / ARTIFACT_FILE).is_file():
         return None
@@ -138,7 +139,7 @@ def _find_up_to_date(directory: Path, inputs: Inputs, is_report: bool) -> Artifa
 
 @contextmanager
 def _lock(run: Run, directory: Path) -> Iterator[None]:
-    """Lock a stage's directory: two runs that write to it would mix their files, and the result would look complete."""
+    """Lock a stage's directory. Without a lock, two runs could mix their files, and the result would look complete."""
     if not is_main_process():
         yield
         return
@@ -158,10 +159,10 @@ def _lock(run: Run, directory: Path) -> Iterator[None]:
 
 
 def _prepare(run: Run, directory: Path, begun: Inputs, keep_files: bool) -> None:
-    """Prepare the directory for work. It keeps the files of an interrupted run or of an earlier report, else is empty.
+    """Prepare the directory for work. Delete all files, except those of an interrupted run or an earlier report.
 
-    unfinished.json is written before anything is deleted. An interruption can therefore not leave a directory that
-    this program does not recognize.
+    unfinished.json is written before anything is deleted. After an interruption, the program therefore recognizes the
+    directory.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -173,7 +174,7 @@ def _prepare(run: Run, directory: Path, begun: Inputs, keep_files: bool) -> None
         elif keep_files:
             (directory / METRICS_FILE).unlink(missing_ok=True)
         else:
-            _empty(directory)  # any earlier result has other inputs, and the user has set overwrite=true
+            _empty(directory)  # The earlier result has other inputs, and the user has set overwrite=true.
         OmegaConf.save(OmegaConf.structured(run.config), directory / CONFIG_FILE)
     except OSError as error:
         raise run.not_writable(directory, error) from error
@@ -211,7 +212,7 @@ def _publish(run: Run, directory: Path, inputs: Inputs, result: Result | None, s
 
 
 def _clear_work(directory: Path) -> None:
-    """Remove the files that only an unfinished stage needs. Call it when artifact.json is written, not before."""
+    """Remove the files that only an unfinished stage needs. Call this only after artifact.json is written."""
     if is_main_process():
         shutil.rmtree(directory / CHECKPOINTS_DIR, ignore_errors=True)
         (directory / UNFINISHED_FILE).unlink(missing_ok=True)
@@ -227,7 +228,7 @@ def _raise_if_foreign(directory: Path) -> None:
 
 
 def _raise_if_unfinished_differs(directory: Path, begun: Inputs) -> None:
-    """Protect unfinished work like a complete stage. A directory without payload is not protected."""
+    """Whether a directory holds unfinished work, which is protected like a complete stage."""
     before = read_unfinished(directory)
     made = [path for path in directory.rglob("*") if path.is_file() and path.name not in BOOKKEEPING]
     if before is not None and made and (differences := _differences(before, begun.plain())):

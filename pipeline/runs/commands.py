@@ -1,4 +1,4 @@
-"""Commands that messages tell the user to run."""
+"""Commands of this program, as messages show them."""
 
 import shlex
 
@@ -14,7 +14,7 @@ def stage_command(
         stage: the stage to run.
         overrides: further settings, each as key=value.
         run_dir: directory of the run, or None for the default.
-        recipe: name of the recipe. The default stands for no recipe and is left out.
+        recipe: name of the recipe. The default recipe is left out of the command.
     """
     settings = [f"stage={stage.name}"]
     if recipe != PipelineConfig.recipe:

@@ -28,14 +28,14 @@ def _write_line(line: str, file: TextIO) -> None:
         return
     from tqdm.auto import tqdm
 
-    with tqdm.external_write_mode(file=file):  # prints above the progress bar
+    with tqdm.external_write_mode(file=file):  # tqdm.write prints above a progress bar
         print(line, file=file, flush=True)
 
 
 def progress(
     items: Iterable | None = None, total: int | None = None, what: str = "", unit: str = "it", done: int = 0
 ) -> "tqdm":
-    """Show a progress bar. It is silent on other processes and where the output is not a terminal."""
+    """Show a progress bar. Other processes show no bar. Without a terminal, nothing is shown."""
     from tqdm.auto import tqdm
 
     scaled = unit == "B"
@@ -43,5 +43,5 @@ def progress(
 
 
 def shows_progress() -> bool:
-    """Whether progress bars make sense: on the main process, on a terminal."""
+    """Whether to show progress bars: only on the main process, and only on a terminal."""
     return is_main_process() and sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""Room on a disk, asked for before the first byte is written."""
+"""Check the free space on a disk before the first byte is written."""
 
 import shutil
 from pathlib import Path
@@ -7,7 +7,7 @@ from pipeline.errors import UserError
 
 
 def raise_if_disk_too_small(directory: Path, needed: int) -> None:
-    """Raises UserError: `directory` has room for fewer bytes."""
+    """Raise UserError if the disk of `directory` has fewer bytes free."""
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise UserError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeAlias, Union
 
 Json: TypeAlias = Union[Mapping[str, "Json"], Sequence["Json"], str, float, bool, None]
-"""A value that JSON can hold."""
+"""A value that JSON can represent."""
 
 
 def write_json(path: Path, content: object) -> None:

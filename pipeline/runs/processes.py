@@ -7,7 +7,7 @@ _PATIENCE = timedelta(days=1)
 
 
 def is_main_process() -> bool:
-    """Whether this process is the only one, or the first that `accelerate launch` or `torchrun` started."""
+    """Whether this process is the only one, or has rank 0 under `accelerate launch` or `torchrun`."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -22,6 +22,6 @@ def wait_for_everyone() -> None:
         import torch
         from accelerate import PartialState
 
-        # The first PartialState makes the process group. Without cpu=True it makes none on a machine without a GPU.
-        # The main process may convert a model for longer than the default timeout (10 minutes on GPUs).
+        # The first PartialState creates the process group. On a machine without a GPU, it does so only with cpu=True.
+        # Other processes may wait for a conversion longer than the default timeout, which is 10 minutes on GPUs.
         PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE).wait_for_everyone()

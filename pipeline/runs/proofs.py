@@ -1,4 +1,4 @@
-"""Whether `verify` has passed on the present files of this run's export."""
+"""Find the artifact of a `verify` that passed on the export's present files."""
 
 from pipeline.config import Stage
 from pipeline.runs.artifacts import Artifact, load
@@ -14,5 +14,5 @@ def find_proof(run: Run, export: Artifact) -> Artifact | None:
 
 
 def missing_proof(run: Run, export: Artifact) -> str:
-    """Return the message for an export without such an artifact."""
+    """Return the message for an export that `verify` has not passed."""
     return f"{export.directory}: stage=verify has not passed on it. Run first: {run.command(Stage.verify)}"

@@ -1,4 +1,4 @@
-"""The program, the libraries and the machine that made a result, as artifact.json records them."""
+"""Describe the program, the libraries and the machine that made a result, for artifact.json."""
 
 import platform
 import resource
@@ -12,11 +12,11 @@ from typing import Any
 from pipeline.runs.processes import process_count
 
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "nvidia-modelopt", "accelerate", "datasets", "safetensors")
-_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, KiB on Linux
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # Unit of getrusage(2): bytes on macOS, KiB on Linux.
 
 
 def record() -> dict[str, Any]:
-    """Describe what makes results: the program's commit, library versions, the machine, and peak memory so far."""
+    """Return the program's commit, the versions of libraries, the machine, and this process's peak memory so far."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -38,7 +38,7 @@ def peak_resident_bytes() -> int:
 
 
 def _git_commit() -> str | None:
-    """Return the program's commit, with '+changes' if files were edited since; None outside a checkout."""
+    """Return the program's commit, or None outside a checkout. Edited files add '+changes'."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists() or shutil.which("git") is None:
         return None

@@ -1,4 +1,4 @@
-"""What stages tell one another: for each stage the record that its artifact.json holds under `details`.
+"""One record for each stage. artifact.json holds it under `details`.
 
 A stage returns its record, `runs.building` writes it, and later stages and reports read it back with `Artifact.read`.
 """
@@ -7,18 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-_OPTIONAL: Mapping[str, bool] = {"optional": True}  # left out of artifact.json where it is None
-_OTHERS: Mapping[str, bool] = {"others": True}  # a dictionary, whose items stand beside the fields in artifact.json
+_OPTIONAL: Mapping[str, bool] = {"optional": True}  # artifact.json omits a field of this kind if it is None
+_OTHERS: Mapping[str, bool] = {"others": True}  # artifact.json holds the items of this dictionary like fields
 
 Record = TypeVar("Record", bound="StageRecord")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageRecord:
-    """A stage's record; values that JSON can hold."""
+    """A stage's record. JSON can represent all its values."""
 
     def details(self) -> dict[str, Any]:
-        """The record as artifact.json holds it."""
+        """Return the record in the form of artifact.json."""
         found: dict[str, Any] = {}
         for each in fields(self):
             value = getattr(self, each.name)
@@ -45,7 +45,7 @@ class StageRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorRecord(StageRecord):
-    """What doctor found: figures by topic, as its files in `pipeline/doctor` name them, and messages."""
+    """Figures of doctor by topic, and its messages. Each topic is a file in `pipeline/doctor`."""
 
     data: dict[str, Any]
     needs: dict[str, Any]
@@ -55,11 +55,11 @@ class DoctorRecord(StageRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord(StageRecord):
-    """What every stage says that leaves a model.
+    """The part of a record that all stages with a model share.
 
     Attributes:
-        dtype: type of the weights in training, in which adapters are merged.
-        base: directory of the full checkpoint, relative to the run's; None: the stage's own directory.
+        dtype: type of the weights in training. Adapters are merged in this type.
+        base: directory of the full checkpoint, relative to the run's directory, or None for the stage's own directory.
     """
 
     dtype: str
@@ -68,7 +68,7 @@ class ModelRecord(StageRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class UpcastRecord(ModelRecord):
-    """Counts of tensors that were decoded and copied, bytes of all, and the directory that they came from."""
+    """Numbers of decoded and of copied tensors, their total bytes, and the source's directory."""
 
     decoded_tensors: int
     copied_tensors: int
@@ -81,12 +81,12 @@ class TrainingRecord(ModelRecord):
     """A training stage.
 
     Attributes:
-        steps: optimizer steps that were made.
-        kept_step: the step whose weights were kept.
+        steps: number of optimizer steps.
+        kept_step: the step whose weights are the result.
         train_loss_first, train_loss_last: as logged.
-        validation_loss_before, validation_loss: over supervised tokens, before training and of the kept weights.
-        quantizers: number of fake quantizers that ran, or None without any.
-        counts: rows, examples and tokens that the data gave, and how many were truncated or left out.
+        validation_loss_before, validation_loss: mean over supervised tokens, before training and with the kept weights.
+        quantizers: number of fake quantizers that ran, or None if the model has none.
+        counts: numbers of rows, examples and tokens, and of truncated and dropped examples.
     """
 
     steps: int
@@ -111,17 +111,19 @@ class ExportRecord(StageRecord):
     """An export, and how much of the fine-tuning reached its 4-bit weights.
 
     Attributes:
-        target: its layout, a row of TARGETS.
+        target: layout of the export, a name in TARGETS.
         exported_from, exported_directory: name and directory of the model that was exported.
         tensor_bytes: of all tensors.
         expert_weights: number of weights in the experts.
-        copied_tensors, encoded_tensors, copied_experts: counts of what kept the source's bytes, and of what did not.
+        copied_tensors, copied_experts: numbers of tensors and of experts that kept the source's bytes.
+        encoded_tensors: number of all other tensors.
         copied: names of the tensors that kept the source's bytes.
-        other_than_trained: weights that training rounded to another value, for a model of another format.
-        relative_squared_error, snr_db: of rounding the experts; `snr_db` is None where rounding changed nothing.
-        moved_weights, changed_codes, changed_scales: shares that differ from the base model's.
+        other_than_trained: share of weights that training rounded to another value, for a model of another format.
+        relative_squared_error, snr_db: error of rounding the experts. `snr_db` is None if rounding changed nothing.
+        moved_weights, changed_codes, changed_scales: shares of weights, codes and scales that differ from the base
+            model's.
         survival: share of the moved weights whose 4-bit value changed.
-        saturated_blocks: share of blocks whose scale does not hold the largest weight.
+        saturated_blocks: share of the blocks whose scale is too small for their largest weight.
     """
 
     target: str
@@ -145,7 +147,7 @@ class ExportRecord(StageRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyRecord(StageRecord):
-    """Title -> status of every check that passed or was skipped, and what remains unchecked."""
+    """Status of each check by title, and a list of gaps in what was checked."""
 
     checks: dict[str, str]
     not_checked: list[str]
@@ -153,7 +155,7 @@ class VerifyRecord(StageRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRecord(StageRecord):
-    """Model -> figure -> value, and the model that weights and predictions were compared with."""
+    """Figures by model and name, and the model that weights and predictions were compared with."""
 
     reference: str | None
     results: dict[str, dict[str, Any]]

@@ -1,4 +1,4 @@
-"""A run: where its stages lie, and which of them are complete.
+"""A run: the directories of its stages, and their state.
 
 Stages hand a `Run` to code that reads or writes stages, in place of the whole configuration.
 """
@@ -16,7 +16,7 @@ from pipeline.runs.settings import Settings, choose_settings
 
 
 class Run:
-    """The directory of a run, and the settings that its stages are made with.
+    """A run: its directory, and the settings of its stages.
 
     Attributes:
         config: the resolved configuration, for config.yaml and trackers. Other code takes the sections that it needs.
@@ -35,7 +35,7 @@ class Run:
         self._shared = None if config.base_run is None else _absolute(config.base_run)
 
     def stage_dir(self, stage: Stage | str) -> Path:
-        """The directory of a stage: that of `base_run` if this run can use it unchanged, else this run's own.
+        """Return the directory of a stage, in `base_run` if this run can use its stage unchanged, else in this run.
 
         Directories that belong to no stage (tables of data, a synthetic source) are kept in `base_run` alone.
         """
@@ -54,7 +54,7 @@ class Run:
         """Return the complete artifact of another stage of this run.
 
         Raises:
-            UserError: it is missing, unfinished or stale. The message says which stage to run.
+            UserError: the stage is missing, unfinished or stale. The message names the stage to run.
         """
         directory = self.stage_dir(stage)
         if not (directory / ARTIFACT_FILE).is_file():
@@ -70,7 +70,7 @@ class Run:
         return artifact
 
     def staleness(self, artifact: Artifact) -> str | None:
-        """Why a model of this run is stale: a stage that it was made from has been rebuilt. None if it is not stale.
+        """Return a message if a model of this run is stale, because a stage before it was rebuilt; else None.
 
         A parent whose directory was removed to save space is not checked. Reports bring themselves up to date.
         """
@@ -90,7 +90,7 @@ class Run:
         return None
 
     def report_parents(self, stage: Stage) -> dict[str, str]:
-        """The parents of the complete or unfinished report of a stage; empty without one.
+        """Return the parents of a stage's report, which may be unfinished. Without a report, the result is empty.
 
         Raises:
             UserError: as `load`.
@@ -101,10 +101,11 @@ class Run:
         return (read_unfinished(directory) or {"parents": {}})["parents"]
 
     def earlier_stages(self) -> list[Stage]:
-        """List the stages to run before the stage asked for: those that `base_run` has, even with other settings.
+        """List the stages to run before the stage that the user asked for.
 
-        Where the settings differ, this run makes the stage itself. A stage that `base_run` lacks is not in the list.
-        `require` asks the user for it, because otherwise every job of a sweep would train it.
+        The list has the stages of `base_run`, even with other settings. This run makes a stage itself if its settings
+        differ. A stage that `base_run` lacks is not in the list, or every job of a sweep would train it. `require`
+        asks the user to run it.
         """
         if self._shared is None or self.stage not in MODEL_STAGES:
             return []
@@ -114,15 +115,15 @@ class Run:
         return [stage for stage in there if not (skips_sft and stage is Stage.sft)]
 
     def settings(self, keys: Iterable[str]) -> Settings:
-        """The settings under some keys, flat: dotted key -> plain value."""
+        """Return the settings under some keys, as dotted key -> plain value."""
         return choose_settings(self.config, keys)
 
     def command(self, stage: Stage, *overrides: str, run_dir: str | None = None) -> str:
-        """The command that runs a stage of this run, or of another run_dir with the same recipe."""
+        """Return the command that runs a stage of this run, or of another run_dir with the same recipe."""
         return stage_command(stage, *overrides, run_dir=run_dir or self.config.run_dir, recipe=self.recipe)
 
     def not_writable(self, directory: Path, error: OSError) -> UserError:
-        """The error for a directory of the run that cannot be created or written."""
+        """Make the error for a directory of the run that cannot be created or written."""
         return UserError(
             f"run_dir={self.config.run_dir}: cannot write {directory} ({error.strerror})."
             " Set run_dir to a writable place."
@@ -144,7 +145,7 @@ class Run:
 
 
 def read_unfinished(directory: Path) -> dict[str, Any] | None:
-    """Read unfinished.json of a stage's directory; None if there is none that can be read."""
+    """Read unfinished.json of a stage's directory. Return None if it is missing or unreadable."""
     try:
         return json.loads((directory / UNFINISHED_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from pipeline.config import PipelineConfig
 
 Settings = dict[str, Any]
-"""Dotted key -> plain value, whose type the section of `PipelineConfig` declares."""
+"""Dotted key -> plain value. The section of `PipelineConfig` declares the type of the value."""
 
 
 def choose_settings(config: PipelineConfig, keys: Iterable[str]) -> Settings:

@@ -1,4 +1,4 @@
-"""What a stage logs: lines of metrics.jsonl and tables on disk, and the same for Weights & Biases.
+"""Log metrics and tables of a stage to its directory, and also to Weights & Biases if the user wants that.
 
 Only the main process writes and sends. This is the only module that imports wandb.
 """
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     import wandb
 
 RUN_FILE = "tracking.json"
-"""In the run's directory: the names of this pipeline run at the service."""
+"""File in the run's directory with the names of this pipeline run at the service."""
 
 _WANDB_DIR = "wandb"
-_UPLOAD_SECONDS = 120.0  # limit for uploads when a stage ends; `wandb sync` uploads the rest
+_UPLOAD_SECONDS = 120.0  # limit for uploads at the end of a stage; `wandb sync` uploads the rest
 
 
 def log_metrics(directory: Path, values: Mapping[str, object]) -> None:
@@ -48,7 +48,7 @@ def log_table(directory: Path, name: str, columns: list[str], rows: Sequence[Seq
         directory: of the stage.
         name: of the table.
         columns: names of the columns.
-        rows: of values that JSON can hold.
+        rows: one tuple per row, of values that JSON can represent.
     """
     if is_main_process():
         lines = [json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n" for row in rows]
@@ -74,9 +74,9 @@ def track(run: Run, stage: str, run_dir: Path) -> Iterator[None]:
     """Inside the block, send what the stage logs to the service that `tracking.backend` names.
 
     Args:
-        run: its whole configuration is sent. It holds no secrets.
-        stage: its name. Each stage is a run of its own in the group of the pipeline run.
-        run_dir: of the pipeline run. The service's files go to <run_dir>/wandb.
+        run: the run whose configuration is sent. It holds no secrets.
+        stage: its name. Each stage is a separate run at the service, in the group of the pipeline run.
+        run_dir: directory of the pipeline run. The service's files go to <run_dir>/wandb.
 
     Raises:
         UserError: the service's package is missing, there is no login, or the service cannot be reached. Later failures
@@ -114,7 +114,7 @@ class _Wandb:
         identity = _identity(run, run_dir)
         try:
             started = self._start(run, identity, run_dir)
-        # ValueError: a setting that wandb refuses; OSError: its own process, or its files.
+        # wandb raises ValueError for a setting, and OSError for faults of its process or its files.
         except (wandb.errors.Error, ValueError, OSError) as error:
             raise _not_started(str(error)) from error
         self._run: wandb.Run | None = started
@@ -122,9 +122,9 @@ class _Wandb:
         say(stage, f"W&B: {self._place(started)}")
 
     def _start(self, run: Run, identity: dict[str, str], run_dir: Path) -> "wandb.Run":
-        quiet = self._library.Settings(silent=True)  # this program prints what matters; errors are raised
+        quiet = self._library.Settings(silent=True)  # wandb prints nothing; its errors are raised
         is_online = self._library.setup(quiet).settings.mode in ("online", "run", "shared")
-        # Checked before `init`, which would ask for a login at the terminal and wait.
+        # Check the login here, because `init` would ask for it at the terminal and wait.
         if is_online and not self._library.login(prompt=False, verify=False):
             raise self._library.errors.UsageError("no login")
         settings: Any = OmegaConf.to_container(OmegaConf.structured(run.config), enum_to_str=True)
@@ -186,7 +186,7 @@ class _Wandb:
         self._try(send)
 
     def finish(self, exit_status: int) -> None:
-        """Upload what is left; the run is shown as failed unless `exit_status` is 0."""
+        """Upload the rest. The service shows the run as failed unless `exit_status` is 0."""
         self._try(lambda run: run.finish(exit_code=exit_status))
 
     def _try(self, send: Callable[["wandb.Run"], None]) -> None:
@@ -214,7 +214,7 @@ def _not_started(reason: str) -> UserError:
 
 
 def _in_one_line(error: object) -> str:
-    """Join the first lines of a message. They say what failed and where; the others explain how to call wandb."""
+    """Join the first lines of a message. They name the fault and its place; the rest explains the use of wandb."""
     return " ".join(line.strip() for line in str(error).strip().splitlines()[:3]) or type(error).__name__
 
 

@@ -1,4 +1,4 @@
-"""An engine on a proven export: its command, its process, and one question to it.
+"""Start an engine on a proven export, ask it one question, and end it.
 
-It must not know how an engine works: all that it needs stands in the engine's row in ENGINES.
+This package must not know single engines. All facts about an engine stand in its row in ENGINES.
 """

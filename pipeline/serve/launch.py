@@ -1,4 +1,4 @@
-"""The command that starts an engine on an export on this machine, and every reason why it cannot start."""
+"""Make the command that starts an engine on an export, and check that the engine can start on this machine."""
 
 import errno
 import shlex
@@ -24,7 +24,7 @@ class Launch:
     """An engine to start, and the addresses at which it will answer.
 
     Attributes:
-        command: the words of the command.
+        command: the command, one word per item.
         address: address of the server, without a path.
         health: address that answers 200 once the engine is up.
     """
@@ -35,12 +35,12 @@ class Launch:
 
     @property
     def shell_line(self) -> str:
-        """The command as one line for a shell."""
+        """The command as one line of shell."""
         return shlex.join(self.command)
 
     @property
     def api(self) -> str:
-        """Address of OpenAI's API, as evaluate.endpoint.url takes it."""
+        """Address of OpenAI's API. This is the value for evaluate.endpoint.url."""
         return f"{self.address}/v1"
 
 
@@ -50,13 +50,13 @@ def plan(serve: ServeConfig, export: Artifact, *, name: str, gpus: int, found: l
     Args:
         serve: settings of the engine.
         export: the export to serve.
-        name: the model's name at the engine.
+        name: name under which the engine offers the model.
         gpus: number of visible GPUs.
-        found: problems that are known already. They are reported with those found here.
+        found: problems that the caller has found. They are reported together with new ones.
 
     Raises:
         UserError: the engine cannot read the export, lacks a setting, or cannot divide the model by the
-            tensor-parallel size. With serve.dry_run=false also: the engine is not installed, or the port is taken.
+            tensor-parallel size. With serve.dry_run=false, also if the engine is not installed or the port is taken.
     """
     server = SERVERS[serve.engine.name]
     values = {key: getattr(serve, key) for key in ("host", "port", *_SETTABLE)} | {"name": name}
@@ -76,7 +76,7 @@ def plan(serve: ServeConfig, export: Artifact, *, name: str, gpus: int, found: l
 
 
 def largest_parallel(shape: Shape, gpus: int) -> int:
-    """Return the largest number of these GPUs that divides each layer evenly; 1 without GPUs."""
+    """Return the largest tensor-parallel size, up to `gpus`, that divides each layer evenly. It is 1 without GPUs."""
     return max((size for size in range(2, gpus + 1) if not _undivided(shape, size)), default=1)
 
 

@@ -1,4 +1,4 @@
-"""An engine as a child process: started in its own process group, watched, and ended with all its children."""
+"""Run an engine as a child process. It has its own process group, and ends together with all its children."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ class EngineProcess:
         self._log = log
         self._children: set[psutil.Process] = set()
         with log.open("wb") as output:
-            # In its own session, the engine does not receive Ctrl-C. This program does, and then ends the engine.
+            # The engine has its own session, so Ctrl-C reaches only this program, which then ends the engine.
             try:
                 self._process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -52,7 +52,7 @@ class EngineProcess:
         """Wait until the engine is up.
 
         Raises:
-            CheckFailed: the engine ended, or took longer. The message shows the end of its log.
+            CheckFailed: the engine ended, or took more than `seconds`. The message shows the end of its log.
         """
         started = reported = time.monotonic()
         while not is_up():
@@ -65,7 +65,7 @@ class EngineProcess:
                 reported = now
                 say("serve", f"{self._name} is starting, {now - started:.0f} s so far: {self._last_line()}")
             time.sleep(_POLL_SECONDS)
-        self._raise_if_ended("when it was up")  # the answer may have come from another server
+        self._raise_if_ended("when it was up")  # perhaps another server answered
         self._note_children()
 
     def wait(self) -> None:
@@ -105,12 +105,12 @@ class EngineProcess:
             raise self.failure(f"ended {when}, with {how}")
 
     def _note_children(self) -> None:
-        """Remember the engine's children. After a crash of the engine they can no longer be found."""
+        """Remember the engine's children, which cannot be found after the engine has crashed."""
         with suppress(psutil.NoSuchProcess):
             self._children |= set(psutil.Process(self._process.pid).children(recursive=True))
 
     def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):  # the group has the engine's process id, and may outlive the engine
+        with suppress(ProcessLookupError):  # the group has the id of the engine, and may outlive it
             os.killpg(self._process.pid, number)
 
     def _tail(self) -> list[str]:
@@ -124,7 +124,7 @@ class EngineProcess:
 
 @contextmanager
 def interrupt_on_signals() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that they end the engine as well.
+    """Raise KeyboardInterrupt at SIGTERM and SIGHUP, as at Ctrl-C, so that these signals end the engine too.
 
     A signal that is ignored, such as SIGHUP under nohup, stays ignored.
     """

@@ -9,12 +9,12 @@ from pipeline.runs.artifacts import Artifact
 from pipeline.runs.console import say
 
 STAGES = tuple(Stage)[: tuple(Stage).index(Stage.all)]
-"""The stages that `all` always runs. Uploads and servers have to be asked for."""
+"""The stages that `all` always runs. It starts no server, and uploads only if the user asks for it."""
 
 
 def run(config: PipelineConfig) -> Artifact:
     """Run the stages and return the last one's artifact."""
-    hub.check(config.export)  # check now, because the upload comes hours later
+    hub.check(config.export)  # check now, because the upload starts hours later
     artifact = None
     for stage in STAGES if config.export.push_to_hub is None else (*STAGES, Stage.publish):
         if stage is Stage.sft and config.quantize.source is QuantizeSource.upcast:

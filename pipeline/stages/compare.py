@@ -23,7 +23,7 @@ _PAGE = "compare.html"
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Write <run_dir>/compare, and show it. It compares the runs in compare.runs, or the models of this run."""
+    """Compare the runs in compare.runs, or else the models of this run. Write <run_dir>/compare, and show it."""
     here = Run(config)
     found = _runs(config, here)
     report = content.collect(found, config.compare.examples)
@@ -53,7 +53,7 @@ def _write(report: Content, directory: Path) -> Result:
     (directory / _PAGE).write_text(page.render(report), encoding="utf-8")
     images = {chart.name: directory / f"{chart.name}.png" for chart in report.charts}
     for earlier in set(directory.glob("*.png")) - set(images.values()):
-        earlier.unlink()  # from a report with other charts
+        earlier.unlink()  # an earlier report may have had other charts
     for chart in report.charts:
         plots.write_png(chart, images[chart.name])
     for row in report.rows:

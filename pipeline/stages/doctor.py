@@ -31,7 +31,7 @@ _SETTINGS = ("data", "model.path", "model.revision", "sft", "qat", "sharding", "
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Write the report to <run_dir>/doctor, and print it after one conversation. The model's weights are not needed."""
+    """Write the report to <run_dir>/doctor, and print one conversation and the report. No model weights are needed."""
     here, tell = Run(config), Languages(config.doctor.languages, "doctor.languages")
     model = source.locate_without_weights(here, config.model)
     how = rendering_of(config.data, load_tokenizer(model))
@@ -96,7 +96,7 @@ def _raise_if_no_such_row(config: PipelineConfig, rows: Rows) -> None:
 
 
 def _fingerprint(model: Path) -> str:
-    """Of the model's files that the report depends on: config.json, tokenizer, chat template."""
+    """Return a fingerprint of the model's files that the report depends on: config.json, tokenizer, chat template."""
     digest = xxhash.xxh3_128()
     for name in ("config.json", *(name for name in side_files(model) if name.endswith((".json", ".jinja")))):
         digest.update(f"{name}\0".encode() + (model / name).read_bytes())

@@ -32,12 +32,12 @@ _ALL = "all"
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Add the figures of `evaluate.source` and `evaluate.endpoint` to <run_dir>/evaluate, and keep earlier figures."""
+    """Measure `evaluate.source` and `evaluate.endpoint`. Add their figures to those in <run_dir>/evaluate."""
     here = Run(config)
     asked_for = _asked_for(here, config.evaluate)
     task = measure.prepare(here, config.data, config.model, config.evaluate)
     before: list[ModelRef | Served] = [*_measured_before(here), *_served_before(task)]
-    # Servers come first, so that their errors show before local models take hours.
+    # Servers come first: local models may take hours, and errors of a server should show before.
     everything = sorted([*before, *asked_for], key=lambda subject: isinstance(subject, ModelRef))
     subjects = list({subject.name: subject for subject in everything}.values())
     refs = [subject for subject in subjects if isinstance(subject, ModelRef)]
@@ -55,7 +55,7 @@ def run(config: PipelineConfig) -> Artifact:
 
 
 def _asked(task: Task) -> dict[str, str]:
-    """Fingerprints of the prompts that models answer, and of the judge of the answers."""
+    """Return fingerprints of the prompts that models answer, and of the judge."""
     found = {_PROMPTS: prompts.fingerprint(task.questions)} if task.questions else {}
     return found | ({judge.KEY: task.judge.fingerprint} if task.judge else {})
 
@@ -77,7 +77,7 @@ def _refs(here: Run, source: str | None) -> list[ModelRef]:
 
 
 def _measured_before(here: Run) -> list[ModelRef]:
-    """Stages of this run in the earlier report that are not stale. Only changed stages are measured again."""
+    """List the stages in the earlier report that are not stale. Only changed stages are measured again."""
     names = here.report_parents(Stage.evaluate)
     there = [
         load(here.stage_dir(stage))
@@ -88,7 +88,7 @@ def _measured_before(here: Run) -> list[ModelRef]:
 
 
 def _served_before(task: Task) -> list[Served]:
-    """Served models in the earlier report. A server may be gone, so its figures stay only while no input changes."""
+    """List the served models in the earlier report whose inputs have not changed. Their servers may be gone."""
     here, asked, kept = task.run, task.evaluate.endpoint, []
     directory = here.stage_dir(Stage.evaluate)
     for name in here.report_parents(Stage.evaluate):
@@ -109,7 +109,7 @@ def _served_before(task: Task) -> list[Served]:
 
 
 def _inputs(task: Task, subject: ModelRef | Served, reference: ModelRef | None) -> dict[str, Any]:
-    """Everything that a model's figures depend on."""
+    """Return all inputs of a model's figures."""
     return {
         "settings": task.run.settings(_SETTINGS),
         "data": task.rows.fingerprint,
@@ -136,7 +136,7 @@ def _evaluate(task: Task, subjects: Sequence[ModelRef | Served], reference: Mode
 
 
 def _reference(here: Run, refs: list[ModelRef]) -> ModelRef | None:
-    """The model that weights and predictions are compared with, or None if all models are on servers."""
+    """Return the model that weights and predictions are compared with, or None if all models are on servers."""
     for stage in (Stage.sft, Stage.upcast):
         if here.is_complete(stage):
             return references.stage_ref(here, stage)
@@ -144,7 +144,7 @@ def _reference(here: Run, refs: list[ModelRef]) -> ModelRef | None:
 
 
 def _kept(path: Path, inputs: dict) -> dict[str, float] | None:
-    """Earlier figures of the same model, data and settings, or None."""
+    """Return the earlier figures of the same model, data and settings, or None."""
     if not path.is_file():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))

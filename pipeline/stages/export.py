@@ -48,7 +48,7 @@ def run(config: PipelineConfig) -> Artifact:
 
 
 def _account(written: Written, ref: ModelRef, target: str, directory: Path) -> ExportRecord:
-    """Log the figures of each layer and of the whole model. Returns the details for artifact.json."""
+    """Log the figures of each layer and of the whole model, and return the record for artifact.json."""
     notes = written.notes
     experts = [note for note in notes if "sums" in note]
     for layer in sorted({note["layer"] for note in experts}):

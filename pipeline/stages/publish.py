@@ -18,7 +18,7 @@ from pipeline.runs.records import PublishRecord
 from pipeline.runs.run import Run
 
 MODEL = "model"
-"""Directory to upload, inside the stage's. The stage's records stay outside: they contain paths of this machine."""
+"""Subdirectory of the stage that is uploaded. The stage's records stay outside, because they contain local paths."""
 
 _SETTINGS = ("export.push_to_hub", "export.card", "recipe", "model.path", "model.revision")
 _ALSO_TOLD = (Stage.doctor, Stage.compare)
@@ -73,7 +73,7 @@ def _publish(config: PipelineConfig, here: Run, proven: Proven, into: Path) -> R
     added = [name for name in side_files(base.directory) if name.startswith(_LEGAL) and not (directory / name).exists()]
     for name in added:
         link_or_copy(base.directory / name, directory / name)
-    (directory / card.FILE).unlink(missing_ok=True)  # writing to a link would change the export's file
+    (directory / card.FILE).unlink(missing_ok=True)  # otherwise the card would overwrite the linked file of the export
     text = card.write_text(here, config.model, config.export, proven=proven, added=added)
     (directory / card.FILE).write_text(text, encoding="utf-8")
     _tell_of_gaps(config, base)

@@ -1,4 +1,4 @@
-"""qat: trains the quantized model at a low learning rate. The forward pass rounds the experts as export will."""
+"""qat: trains the quantized model at a low learning rate. The forward pass rounds the experts as the export does."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,7 +66,7 @@ def _warn_about_sft(config: PipelineConfig, here: Run, start: Artifact) -> None:
         return
     sft = here.require(Stage.sft).settings["sft.learning_rate"]
     assert isinstance(sft, float)
-    same_method = config.qat.method is config.sft.method  # adapters use about ten times the learning rate
+    same_method = config.qat.method is config.sft.method  # LoRA uses about ten times the learning rate of full training
     if same_method and config.qat.learning_rate > sft:
         warn(
             "qat",
@@ -86,7 +86,7 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     tokenizer = load_tokenizer(start.base)
     splits = prepare_examples(here, config.data, rows, tokenizer)
     model = loading.load_to_train(start, config.qat)
-    changes = WeightChanges(model, block_format)  # before frozen experts are rounded in place
+    changes = WeightChanges(model, block_format)  # read the weights before frozen experts are rounded in place
     budget = rounded_weights.budget_bytes(config.qat.rounded_cache_gib, config.sharding)
     rounded = fake_quantizers.keep_rounded(model, budget)
     looks = samples.callback(here, config.data, config.evaluate, rows=rows, tokenizer=tokenizer, directory=directory)
@@ -103,7 +103,7 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
 
 
 def _load_teacher(here: Run, qat: QatConfig) -> "Teacher | None":
-    """Load the SFT model as a teacher; None without distillation."""
+    """Load the SFT model as the teacher. Return None without distillation."""
     from pipeline.models import packing_masks
     from pipeline.training.distillation import Teacher
 

@@ -30,7 +30,7 @@ _SETTINGS = ("data", "format", "quantize", "qat.method", "qat.lora", "qat.precis
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Make <run_dir>/quantize: the fine-tuned model with fake quantizers. Checks that each of them runs."""
+    """Make <run_dir>/quantize: the fine-tuned model with fake quantizers. Check that every quantizer runs."""
     here = Run(config)
     references.configured_format(config.format)  # a wrong setting ends the run before the data is read
     from_sft = config.quantize.source is QuantizeSource.sft
@@ -75,7 +75,7 @@ def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, dire
 
 
 def _take_form(method: Method, ref: ModelRef, directory: Path) -> tuple[Kind, ModelRef, ModelRecord]:
-    """Bring the model into the form that QAT trains. Returns its kind, the model, and its record."""
+    """Bring the model into the form that QAT trains. Return its kind, the model, and the record for artifact.json."""
     whole = ModelRecord(dtype=dtype_name(ref.dtype))
     if ref.adapter and method is Method.full:
         say("quantize", "qat trains every weight: merging SFT's adapters")

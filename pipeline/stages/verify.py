@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _SETTINGS = ("verify",)
 _REPORT = "report.json"
-_MOST_POSITIONS = 512  # per sample: the logits of 8 samples with the released vocabulary take 3.3 GB
+_MOST_POSITIONS = 512  # per sample; 8 samples then have 3.3 GB of logits with the released vocabulary
 
 
 def run(config: PipelineConfig) -> Artifact:
@@ -67,8 +67,8 @@ class _Subject:
 
     Attributes:
         directory: of the checkpoint.
-        fingerprint, sizes: of its present files.
-        target: its layout, a name in EXPORTERS.
+        fingerprint, sizes: fingerprint and sizes of its present files.
+        target: layout of the checkpoint, a name in EXPORTERS.
         reference: the base model.
         export: the artifact of the export stage, or None.
         ref: the model that the export was made from, or None.
@@ -130,7 +130,7 @@ def _verify(config: PipelineConfig, here: Run, subject: _Subject, into: Path) ->
 
 
 def _checks(config: PipelineConfig, here: Run, subject: _Subject) -> list["Check"]:
-    """Run every possible check: of weights if they can be read, of logits if the configuration is right."""
+    """Run every possible check. Weights are checked if they can be read, logits if the configuration is right."""
     from pipeline import verify
 
     directory, base, export = subject.directory, subject.reference.directory, subject.export
@@ -146,7 +146,7 @@ def _checks(config: PipelineConfig, here: Run, subject: _Subject) -> list["Check
 
 
 def _weight_checks(config: PipelineConfig, here: Run, subject: _Subject, are_configured: bool) -> list["Check"]:
-    """Against the model that the export was made from."""
+    """Check the weights and the logits against the model that the export was made from."""
     from pipeline import verify
 
     export = subject.export
@@ -183,7 +183,7 @@ def _engine_checks(config: PipelineConfig, here: Run, subject: _Subject) -> list
 
 
 def _values(subject: _Subject) -> Callable[[str], torch.Tensor]:
-    """Return the weights that engines should compute with: those of training, or else the decoded export."""
+    """Return the weights that engines should compute with: the trained weights, or else the decoded export."""
     from pipeline.verify import engines, view_export
 
     if subject.export is None or subject.ref is None:
@@ -193,7 +193,7 @@ def _values(subject: _Subject) -> Callable[[str], torch.Tensor]:
 
 
 def _examples(config: PipelineConfig, here: Run, base: Path) -> Dataset:
-    """Some of the validation set, tokenized."""
+    """Return the first examples of the validation set, tokenized."""
     rows = load_rows(here, config.data)
     validation = prepare_examples(here, config.data, rows, load_tokenizer(base)).validation
     return validation.select(range(min(config.verify.samples, len(validation))))
@@ -213,10 +213,10 @@ def _format_of(export: Artifact) -> BlockFormat:
 
 
 def _checkpoint(config: PipelineConfig, here: Run) -> Path:
-    """The directory to check.
+    """Return the directory to check.
 
     Raises:
-        UserError: it is missing, unfinished, or cannot be an export of gpt-oss.
+        UserError: the directory is missing, unfinished, or cannot be an export of gpt-oss.
     """
     if config.verify.checkpoint is None:
         return here.require(Stage.export, check_files=False).directory
@@ -242,7 +242,7 @@ def _export_command(model: Path) -> str:
 
 
 def _model_type(directory: Path) -> Any:
-    """`model_type` of config.json; None if it is missing. The proof reports a file that cannot be read."""
+    """Return `model_type` of config.json, or None if it is missing. A check reports a file that cannot be read."""
     try:
         return read_config(directory).get("model_type")
     except UserError:
@@ -257,10 +257,10 @@ def _reference(config: PipelineConfig, here: Run) -> Source:
 
 
 def _export(directory: Path, reference: Source) -> Artifact:
-    """The artifact that the export stage wrote into a directory.
+    """Return the artifact that the export stage wrote into a directory.
 
     Raises:
-        UserError: another stage wrote it, or the export was made from another base model.
+        UserError: another stage wrote the artifact, or the export was made from another base model.
     """
     export = load(directory, check_files=False)
     if export.stage != Stage.export.name:
@@ -277,7 +277,7 @@ def _export(directory: Path, reference: Source) -> Artifact:
 
 
 def _trained(here: Run, export: Artifact) -> tuple[ModelRef | None, str]:
-    """The model that the export was made from, or None and the reason why it is unknown."""
+    """Return the model that the export was made from, or None and the reason why it is unknown."""
     directory, record = export.directory, export.read(ExportRecord)
     origins = (directory.parent / record.exported_from, Path(record.exported_directory))
     there = [references.find(here, str(origin), (), "exported_directory") for origin in origins if origin.is_dir()]

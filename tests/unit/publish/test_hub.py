@@ -73,7 +73,7 @@ def test_refused_metadata_is_one_message(hub: Hub, directory: Path) -> None:
 
 def test_an_unreachable_hub_is_one_message(hub: Hub, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="the Hub was not reached, or refused"):
+    with pytest.raises(UserError, match="the Hub cannot be reached or refuses"):
         uploads.push(ExportConfig(push_to_hub="me/mine"), directory)
 
 
