@@ -1,13 +1,18 @@
-"""Reading README and docs in tests: fenced blocks, and the commands in them."""
+"""Helpers for tests of README and docs: read the fenced blocks of a page, and run them in a copy of the checkout."""
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+EXTENDING = ROOT / "docs" / "extending.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 _BLOCK = re.compile(
@@ -79,3 +84,32 @@ def program_arguments(block: Block) -> Iterator[list[str]]:
 
 def _is_flag_of_launcher(argument: str) -> bool:
     return "=" not in argument and argument not in ("-m", "--help")
+
+
+def copy_checkout(into: Path) -> Path:
+    """Copy the checkout into a new directory, with an environment that is ready, and return the directory."""
+    into.mkdir()
+    for name in ("conf", "docs", "pipeline", "recipes", "scripts"):
+        shutil.copytree(ROOT / name, into / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", into)
+    (into / ".venv").mkdir()
+    for name in ("bin", "lib", "pyvenv.cfg"):
+        (into / ".venv" / name).symlink_to(Path(sys.prefix) / name)
+    shutil.copy(into / "pyproject.toml", into / ".venv" / ".installed")
+    return into
+
+
+def run_block(block: Block, directory: Path) -> str:
+    """Run a block in a checkout, and return what it prints."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block.text],
+        cwd=directory,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, f"{block}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    return done.stdout
