@@ -177,7 +177,7 @@ class ExpertStack:
 
     def _pack_source(self, source: tuple[Tensor, ...], base: Tensor) -> Packed:
         """Return the base model's experts in the job's format: as stored, or rounded as in training."""
-        if len(source) == 1 or self.job.block_format.scale_type is not MXFP4.scale_type:
+        if len(source) == 1 or not self.job.block_format.stores_like(MXFP4):
             return self._round(base)
         blocks, scales = source
         return Packed(blocks, scales, None, base, torch.zeros_like(scales, dtype=torch.bool))

@@ -61,6 +61,10 @@ class BlockFormat:
     bits_per_value: float
     quantizes_activations: bool = False
 
+    def stores_like(self, other: "BlockFormat") -> bool:
+        """Whether both formats store the same blocks and scales. Their scale rules may differ."""
+        return (self.block_size, self.scale_type) == (other.block_size, other.scale_type)
+
     def with_rule(self, scale_rule: str) -> "BlockFormat":
         """Return the same format with another scale rule.
 
