@@ -86,7 +86,7 @@ class Rendering:
 
     Attributes:
         tokenizer: a tokenizer with gpt-oss' chat template.
-        reasoning_effort: low, medium or high, for conversations without an effort of their own.
+        reasoning_effort: low, medium or high. It applies to conversations that name no effort.
         conversation_date: the date after `Current date:` in the system message.
         every_turn: whether every assistant turn becomes an example. Otherwise only the last turn does.
         reasoning_language: the language for conversations that name no language, or None.
@@ -184,10 +184,10 @@ def drop_answer(conversation: Conversation, effort: str, language: str | None) -
 
 
 def render_prompt(conversation: Conversation, rendering: Rendering) -> str:
-    """Render a conversation as text, up to the beginning of the assistant's next turn.
+    """Render a conversation as text. The text ends where the next assistant turn begins.
 
     Raises:
-        ConversationError: the chat template refuses it.
+        ConversationError: the chat template refuses the conversation.
     """
     return _render(conversation.messages, conversation, rendering, for_generation=True)
 
@@ -373,7 +373,7 @@ def _tools(tools: object) -> list[dict[str, Any]] | None:
         for key in ("name", "description"):
             if not isinstance(schema, dict) or not isinstance(schema.get(key), str):
                 called = schema.get("name") if isinstance(schema, dict) else schema
-                raise ConversationError(f"tools[{i}] ({called!r}) has no {key}, which the chat template shows")
+                raise ConversationError(f"tools[{i}] ({called!r}) has no {key}, which the chat template needs")
     _check_json("'tools'", schemas)
     return [{"type": "function", "function": schema} for schema in schemas]
 

@@ -24,7 +24,7 @@ def shares(available: Sequence[int], weights: Sequence[float], most: int | None)
 
     Returns:
         One count per part, rounded by the method of largest remainders. Each count differs from the exact share by less
-        than one row. It is never larger than the part.
+        than one row, and no count is larger than its part.
     """
     parts = [weight / sum(weights) for weight in weights]
     # 1e-9 offsets floating-point errors. Without it, 3 rows at a share of 0.3 could allow a total of only 9.
@@ -59,7 +59,7 @@ def choose(available: Sequence[int], take: Sequence[int], seed: int) -> Numbers:
 
 
 def split(identities: Numbers, held_out: int) -> tuple[Numbers, Numbers]:
-    """Split rows into training and validation. All copies of a row go to the same side.
+    """Split rows into training and validation. All copies of a row go to the same set.
 
     Args:
         identities: one number per row. Copies of a row have the same number.
@@ -70,7 +70,7 @@ def split(identities: Numbers, held_out: int) -> tuple[Numbers, Numbers]:
     """
     _, first, group, sizes = np.unique(identities, return_index=True, return_inverse=True, return_counts=True)
     by_first = np.argsort(first)
-    before = np.empty(len(sizes), dtype=np.int64)  # number of rows in earlier groups of copies
+    before = np.empty(len(sizes), dtype=np.int64)  # for each group of copies: number of rows in earlier groups
     before[by_first] = np.cumsum(sizes[by_first]) - sizes[by_first]
     validates = (before < held_out)[group]
     return np.flatnonzero(~validates), np.flatnonzero(validates)

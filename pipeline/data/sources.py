@@ -63,7 +63,7 @@ class Opened:
     """A data set that `open_rows` found.
 
     Attributes:
-        identity: digest of the files' bytes, or the commit on the hub. It changes whenever the rows change.
+        identity: digest of the files' bytes, or the commit on the hub. The identity changes whenever the rows change.
         rows: function that returns a new iterator over all rows.
     """
 

@@ -9,9 +9,9 @@ _ROWS = 4000
 
 
 def arithmetic_rows() -> list[dict[str, Any]]:
-    """Return conversations about sums, with one line of reasoning per answer. Every call returns the same rows.
+    """Return rows with conversations about sums. Every call returns the same rows.
 
-    Every fifth conversation has a second turn.
+    Each answer has one line of reasoning. Every fifth conversation has a second turn.
     """
     generator = torch.Generator().manual_seed(0)
     numbers = torch.randint(1, 50, (_ROWS, 3), generator=generator).tolist()

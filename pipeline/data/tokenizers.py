@@ -40,7 +40,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """Load the tokenizer of a model directory.
 
     Raises:
-        UserError: there is no tokenizer, it has no chat template, or it has more tokens than the model.
+        UserError: the directory has no tokenizer, the tokenizer has no chat template, or it has more tokens than the
+            model.
     """
     from transformers import AutoTokenizer
 

@@ -76,7 +76,7 @@ def write(job: Job, directory: Path) -> Written:
     """Stream the model into one file in `directory`, expert by expert. An interrupted export starts from the beginning.
 
     Raises:
-        UserError: for the same reasons as in `mxfp4.write`, or the package gguf or a key of config.json is missing.
+        UserError: see `mxfp4.write`. Also raised if the package gguf is not installed, or if config.json lacks a key.
     """
     gguf = import_gguf()
     base = open_base(job)
@@ -199,7 +199,7 @@ def _add_tokenizer(gguf: ModuleType, writer: "GGUFWriter", source: Path, rows: i
 
 
 def _write_data(path: Path, pieces: list[Piece], offsets: dict[str, int], total: int) -> None:
-    """Write all tensors. The parts of a tensor are written one after the other, from its offset on."""
+    """Write all tensors. The parts of a tensor are written one after the other, starting at the tensor's offset."""
     with path.open("r+b") as file, progress(total=total, what="export", unit="B") as bar:
         for name, values in make_parts(pieces):
             data = values.contiguous().cpu().view(-1).view(torch.uint8).numpy()

@@ -118,7 +118,7 @@ def read_description(directory: Path) -> dict[str, object]:
     fields = GgufFile(directory).fields
     of_model = ("rope.scaling.type", *_FIELDS)
     known = ("general.architecture", *(f"{ARCHITECTURE}.{key}" for key in of_model), *_OF_TOKENIZER)
-    # The file stores numbers in FP32, which adds digits. Round them, to compare them with config.json.
+    # The file stores numbers in FP32, which adds digits. Rounding makes them comparable with config.json.
     return {key: _round_number(fields[key]) for key in known if key in fields}
 
 

@@ -9,7 +9,7 @@ from pipeline.numerics.formats import BlockFormat
 
 @dataclass(frozen=True)
 class Job:
-    """A model to export, and how to export it.
+    """A model to export, and the settings of the export.
 
     Attributes:
         weights: the weights of the model.

@@ -66,7 +66,7 @@ Layout = dict[str, Held]
 
 
 class Files(Protocol):
-    """Stored tensors that can be read by name."""
+    """The files of a checkpoint. Their stored tensors can be read by name."""
 
     tensors: dict[str, TensorInfo]
 
@@ -109,7 +109,7 @@ class View:
         return None if held.codes is None else held.codes(*self._stored(name, rows))
 
     def weights(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Read the same values as `values`, decoded by the fast codec. Experts are (E, in, out)."""
+        """Read rows of a tensor like `values`, but decode them with the fast codec. Experts are (E, in, out)."""
         codes = self.codes(name, rows)
         if codes is not None:
             return decode_codes(codes)
@@ -117,7 +117,7 @@ class View:
         return values.transpose(1, 2) if len(self.plain[name].shape) == 3 else values
 
     def plain_values(self, name: str) -> Tensor:
-        """Read a whole tensor as `values` does, in the order of the plain layout. Experts are (E, in, out)."""
+        """Read a whole tensor like `values`, but in the plain layout's dimension order. Experts are (E, in, out)."""
         values = self.values(name)
         return values.transpose(1, 2) if len(self.plain[name].shape) == 3 else values
 

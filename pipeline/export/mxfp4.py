@@ -1,6 +1,6 @@
 """Writes the Hugging Face layout of openai/gpt-oss: MXFP4 experts, and all other tensors in BF16.
 
-The export has the source's config.json.
+The content of config.json comes from the source (see `released_config`).
 """
 
 from collections.abc import Collection, Mapping

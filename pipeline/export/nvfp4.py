@@ -53,7 +53,7 @@ def write(job: Job, directory: Path) -> Written:
     """Stream the model into `directory`, expert by expert.
 
     Raises:
-        UserError: for the same reasons as in `mxfp4.write`, or NVFP4 cannot represent the scales of MXFP4 blocks.
+        UserError: see `mxfp4.write`. Also raised if NVFP4 cannot represent the scales of MXFP4 blocks.
     """
     base = open_base(job)
     scales = load_input_scales(job.weights.ref.directory) if job.block_format.quantizes_activations else {}
@@ -88,7 +88,10 @@ def load_input_scales(model: Path) -> dict[str, Tensor]:
 
 
 def describe(base: Checkpoint, tensors: Collection[str]) -> dict[str, object]:
-    """Return the content of config.json for an export with these tensors. The key RECORD holds that file's content."""
+    """Return the content of config.json for an export with these tensors.
+
+    The key RECORD of the result holds the content of the file RECORD.
+    """
     record = _record(any(name.endswith(_INPUT_SCALE) for name in tensors))
     config = {key: value for key, value in legacy_config(base.config).items() if key != "quantization_config"}
     return {**config, "quantization_config": _in_config(record), RECORD: record}
@@ -159,7 +162,7 @@ def _convert(made: Packed, name: str) -> Packed:
     converted = mxfp4_to_nvfp4(made.blocks, made.scales)
     if converted.changed_blocks:
         raise UserError(
-            f"{name}: {converted.changed_blocks} MXFP4 blocks would have other values in NVFP4. Within an expert,"
+            f"{name}: {converted.changed_blocks} MXFP4 blocks would change their values in NVFP4. Within an expert,"
             " NVFP4's scales span only 17 powers of two. To round the weights anew, set format=nvfp4"
             " export.requantize=true."
         )

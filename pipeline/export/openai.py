@@ -72,7 +72,7 @@ def write(job: Job, directory: Path) -> Written:
     """Stream the model into `directory`, expert by expert.
 
     Raises:
-        UserError: for the same reasons as in `mxfp4.write`, or a key is missing in config.json.
+        UserError: see `mxfp4.write`. Also raised if config.json lacks a key.
     """
     base = open_base(job)
     config = original_config(base.config, job.source.directory)

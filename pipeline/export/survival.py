@@ -51,10 +51,10 @@ class Survival:
             rounded: (E, in, out) weights of the export.
             base: (E, in, out) weights of the base model.
             rounded_base: (E, in, out) 4-bit values of the base model.
-            scales: (E, out, nb) stored scales of the export and of the base model.
+            scales: stored scales of the export and of the base model, each (E, out, nb).
             saturated: (E, out, nb) bool, true for blocks of the export with saturated values.
             block_format: format of the export.
-            units: (E) tensor scales of the export and of the base model. Both are None if the format has none.
+            units: tensor scales of the export and of the base model, each (E). Both are None if the format has none.
         """
         counted = differences((trained, rounded, base, rounded_base))
         for name, total in zip(_SUMS, counted.tolist(), strict=False):
@@ -68,7 +68,7 @@ class Survival:
         self.sums["blocks"] += scales[0].numel()
 
     def add_untouched(self, values: Tensor, blocks: int) -> None:
-        """Add some experts that training did not change. The result is the same as with `add`, but needs less time.
+        """Add some experts that training did not change. The result is the same as with `add`, but takes less time.
 
         Args:
             values: (E, in, out) decoded weights of the base model. Rounding does not change these weights.

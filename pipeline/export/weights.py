@@ -49,7 +49,7 @@ class Packed:
 
 
 def open_base(job: Job) -> Checkpoint:
-    """Open the base checkpoint and check that the model can be exported with its configuration.
+    """Open the base checkpoint and check that the model fits the checkpoint's configuration.
 
     Raises:
         UserError: the sizes of the model and the base checkpoint differ, or the block size does not divide an input
