@@ -1,4 +1,4 @@
-"""From rows to conversations, to Harmony, to tokens and labels.
+"""Turns the rows of data sets into conversations, and the conversations into tokens and labels.
 
-It must not know models: all it needs of one is its tokenizer.
+This package must not depend on the model's code. It needs only the model's tokenizer.
 """

@@ -1,6 +1,6 @@
-"""Maps a row of any data set to a row in chat form. The settings `data.columns` name the columns.
+"""Converts the rows of any data set to chat form. The settings `data.columns` name the columns to read.
 
-To add a data set, add a file to conf/data/. This module does not change.
+To add a data set, add a file to conf/data/. No change to this module is needed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ _MOST_NAMES = 40
 
 
 class Columns:
-    """Maps the rows of one data set, and remembers which of the wanted columns it has found so far."""
+    """Converts the rows of one data set, and remembers which wanted columns were found so far."""
 
     def __init__(
         self, key: str, data: DataConfig, expected: Mapping[str, str] | None = None, expected_key: str = "{}"
@@ -24,10 +24,10 @@ class Columns:
         """Read the names of the columns from the settings.
 
         Args:
-            key: of the data set's settings, for messages: `data` or `data.blend[0]`.
-            data: settings with columns, roles and filter.
-            expected: name of a value that scorers need -> column that holds it.
-            expected_key: key of the settings that name these columns, for messages. {} stands for the value's name.
+            key: key of the data set's settings, for messages. Examples: `data`, `data.blend[0]`.
+            data: settings of the data set. Only `path`, `columns`, `roles` and `filter` are used.
+            expected: name of a value that scorers need -> column that holds the value.
+            expected_key: key of the setting that names such a column, for messages. {} stands for the value's name.
         """
         self._key = key
         self._data = data
@@ -36,13 +36,13 @@ class Columns:
         self._wanted = dict(self._looked_for())
         self._found: set[str] = set()
         self._kept_one = False
-        self._others: dict[str, None] = {}  # columns of the rows that lack a wanted column, in order
+        self._others: dict[str, None] = {}  # columns of rows that lack a wanted column, in order
 
     def require_object(self, row: object) -> Mapping[str, object]:
         """Return the row if it is a JSON object.
 
         Raises:
-            ConversationError: it is another value.
+            ConversationError: the row is another JSON value, such as a list.
         """
         if not isinstance(row, dict):
             raise ConversationError(f"is a {type(row).__name__}, not an object with {next(iter(self._wanted))!r}")
@@ -70,7 +70,7 @@ class Columns:
         return {"messages": messages, **{name: values.get(name) for name in _OPTIONS}}
 
     def read_expected(self, row: Mapping[str, object]) -> dict[str, str]:
-        """Return the values of a kept row that scorers need, as text.
+        """Read the values that scorers need from a kept row, and return them as text.
 
         Raises:
             ConversationError: a column is missing, or is neither text nor a number.
@@ -85,18 +85,19 @@ class Columns:
         return {name: str(value) for name, value in found.items()}
 
     def list_missing(self) -> list[str]:
-        """Return a problem for each wanted column that no row had. Call it after the last row."""
+        """Return one message for each wanted column that no row had. Call this after the last row."""
         there = ", ".join(self._others) or "none"
         return [
             f"{setting}={column!r}: no row of {self._data.path} has that column."
             f"{did_you_mean(column, self._others)} There are: {there}."
             for column, setting in self._wanted.items()
-            # Unreadable rows are not searched. In rows that the filter drops, only the filter's columns are searched.
+            # Report a column only if rows were searched for it. Unreadable rows are not searched.
+            # In rows that the filter drops, only the filter's columns are searched.
             if column not in self._found and (self._kept_one or (column in self._data.filter and self._others))
         ]
 
     def _looked_for(self) -> Iterator[tuple[str, str]]:
-        """Yield (column, full key) of each column that some row must have: required ones and options that were set."""
+        """Yield (column, key of its setting) for each required column and each configured optional column."""
         usual = ColumnsConfig()
         for name, column in vars(self._data.columns).items():
             must_be_there = name in _NEEDED or column != getattr(usual, name)
@@ -106,7 +107,7 @@ class Columns:
         yield from ((column, self._expected_key.format(name)) for name, column in self._expected.items())
 
     def _find(self, row: Mapping[str, object], path: str) -> object:
-        """Return the value of the column with this name, or else at this dotted path. None if there is neither."""
+        """Return the value of the column with this name, else the value at this dotted path, else None."""
         value: object = row
         for part in [path] if path in row else path.split("."):
             if not isinstance(value, dict) or part not in value:
@@ -143,7 +144,7 @@ class Columns:
 
 
 def _leaves(row: Mapping[str, object], prefix: str = "") -> list[str]:
-    """Return the dotted paths of all columns. A nested object is replaced by its own columns."""
+    """Return the dotted paths of all columns, such as `meta.id`. Nested objects are expanded into their columns."""
     found: list[str] = []
     for name, value in row.items():
         found += _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [f"{prefix}{name}"]

@@ -1,7 +1,7 @@
 """Turns conversations into training and validation examples: chooses, splits, renders and tokenizes them.
 
-Truncated and dropped examples are counted and reported. Examples are kept in tables on disk (<run_dir>/data). Later
-stages with the same settings use the same tables.
+Truncated and dropped examples are counted and reported. The examples are stored in tables on disk (<run_dir>/data),
+which later stages with the same settings reuse.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ _EXAMPLES = Features(
     {
         "input_ids": List(Value("int32")),
         "labels": List(Value("int32")),
-        "row": Value("int64"),  # number of its conversation
+        "row": Value("int64"),  # number of the conversation in Rows
         "length": Value("int32"),  # tokens before truncation
         "supervised": Value("int32"),  # supervised tokens after truncation
     }
@@ -38,14 +38,14 @@ _TURNS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Splits:
-    """Tokenized training and validation examples: columns `input_ids` and `labels`.
+    """Tokenized training and validation examples. Both tables have the columns `input_ids` and `labels`.
 
     Attributes:
         train: examples to train on.
-        validation: held-out examples. No conversation has examples in both.
-        counts: numbers of rows, examples and tokens, and of truncated and dropped examples.
+        validation: held-out examples. No conversation has examples in both tables.
+        counts: name -> count, for rows, examples, tokens, truncated examples and dropped examples.
         max_length: data.max_length. No example has more tokens.
-        validation_rows: for each validation example, the number of its conversation in Rows.
+        validation_rows: number of each validation example's conversation in Rows.
     """
 
     train: Dataset
@@ -56,7 +56,7 @@ class Splits:
 
 
 def prepare_examples(run: Run, data: DataConfig, rows: Rows, tokenizer: Tokenizer) -> Splits:
-    """Choose rows, split them, render them and tokenize them.
+    """Choose rows, split them into training and validation, and tokenize both sets.
 
     Raises:
         UserError: no example is left to train on or to validate on, or the chat template refuses a row.
@@ -82,7 +82,7 @@ def prepare_examples(run: Run, data: DataConfig, rows: Rows, tokenizer: Tokenize
 
 
 def rendering_of(data: DataConfig, tokenizer: Tokenizer) -> Rendering:
-    """Return the settings of `data` that decide how conversations are rendered."""
+    """Return the settings for rendering conversations, taken from `data`."""
     return Rendering(
         tokenizer,
         data.reasoning_effort.name,
@@ -94,9 +94,9 @@ def rendering_of(data: DataConfig, tokenizer: Tokenizer) -> Rendering:
 
 
 def split_rows(data: DataConfig, rows: Rows) -> tuple[Conversations, Conversations]:
-    """Return the conversations to train on, and the conversations to validate on.
+    """Return the training conversations and the validation conversations.
 
-    data.max_samples limits the sum of their numbers.
+    data.max_samples limits the total number of both.
 
     Raises:
         UserError: no conversation is left to train on or to validate on.
@@ -107,7 +107,7 @@ def split_rows(data: DataConfig, rows: Rows) -> tuple[Conversations, Conversatio
 
 
 def _choose(data: DataConfig, rows: Rows) -> tuple[dict[str, int], Numbers]:
-    """Count the rows to use of each part of a blend, and choose their numbers, in a seeded order."""
+    """Choose rows. Return the counts for the parts of a blend, and the row numbers in a seeded order."""
     available = [count for _, count in rows.parts]
     take = sampling.shares(available, [source.weight for source, _ in rows.parts], data.max_samples)
     total = sum(take)
@@ -138,7 +138,7 @@ def _split(data: DataConfig, rows: Rows, chosen: Numbers) -> tuple[Numbers, Numb
 
 
 def _tokenize(run: Run, name: str, rows: Rows, numbers: Numbers, *, rendering: Rendering, max_length: int) -> Dataset:
-    """Return the table of all examples of these rows, including examples without a supervised token."""
+    """Return a table with all examples of these rows. It includes examples without a supervised token."""
     chosen = xxhash.xxh3_128_hexdigest(numbers.tobytes())
     settings = vars(rendering) | {"tokenizer": _fingerprint(rendering.tokenizer)}
     key = ("examples", rows.fingerprint, chosen, settings, max_length, digest_of_files([*CODE, Path(__file__)]))
@@ -153,7 +153,7 @@ def _tokenize(run: Run, name: str, rows: Rows, numbers: Numbers, *, rendering: R
 def _render_examples(
     name: str, conversations: Conversations, numbers: Numbers, *, rendering: Rendering, max_length: int
 ) -> Iterator[Mapping[str, object]]:
-    """Yield the examples of these rows. Bad rows are reported together, in an error after the last row."""
+    """Yield the examples of these rows. After the last row, raise one error that lists all bad rows."""
     bad = Problems()
     turns: list[tuple[int, Turn]] = []
     for number in progress(numbers, what=f"tokenizing {name}", unit="row"):
@@ -170,7 +170,7 @@ def _render_examples(
 
 
 def _truncate(turns: list[tuple[int, Turn]], rendering: Rendering, max_length: int) -> Iterator[Mapping[str, object]]:
-    """Tokenize turns, each with the number of its row, and truncate them to `max_length` tokens."""
+    """Tokenize (row number, turn) pairs, and truncate each example to `max_length` tokens."""
     examples = harmony.tokenize([turn for _, turn in turns], rendering)
     for (number, _), example in zip(turns, examples, strict=True):
         truncated = {key: ids[:max_length] for key, ids in example.items()}
@@ -181,7 +181,7 @@ def _truncate(turns: list[tuple[int, Turn]], rendering: Rendering, max_length: i
 def _drop_unsupervised(data: DataConfig, name: str, table: Dataset, counts: dict[str, int]) -> Dataset:
     """Return the examples that have a supervised token.
 
-    Adds their numbers to `counts`, and reports truncated and dropped examples.
+    The function also adds the statistics of the table to `counts`, and reports truncated and dropped examples.
     """
     length, supervised = column_of(table, "length"), column_of(table, "supervised")
     kept = np.flatnonzero(supervised)
@@ -207,7 +207,7 @@ def _drop_unsupervised(data: DataConfig, name: str, table: Dataset, counts: dict
 
 
 def _fingerprint(tokenizer: Tokenizer) -> str:
-    """Hash everything that affects the tokens of a conversation: libraries, chat template, tokenizer."""
+    """Hash everything that affects the tokens of a conversation: library versions, chat template and tokenizer."""
     libraries = [version(library) for library in ("transformers", "tokenizers")]
     text = f"{libraries}{tokenizer.chat_template}{tokenizer.backend_tokenizer.to_str()}"
     return xxhash.xxh3_128_hexdigest(text.encode())

@@ -1,9 +1,9 @@
-"""Harmony conversations: checks rows, and renders them as prompts and completions.
+"""Checks conversations, and renders them in the Harmony format as prompts and completions.
 
-An assistant turn is trained exactly as it occurs at inference. The chat template renders the prompt: all earlier
-messages, up to `<|start|>assistant`. The completion follows: the reasoning, the answer and the stop token. Only the
-completion is supervised. The template drops the reasoning of earlier turns. So a conversation with several assistant
-turns becomes several examples, each with the prompt of its own turn.
+The model is trained on an assistant turn exactly as the turn occurs at inference. The prompt consists of all earlier
+messages and ends with `<|start|>assistant`. The completion consists of the reasoning, the answer and the stop token.
+Only the completion is supervised. In a prompt, the chat template drops the reasoning of earlier turns. Therefore a
+conversation with several assistant turns becomes several examples, one for each turn.
 """
 
 import json
@@ -16,7 +16,7 @@ from pipeline.data.tokenizers import Tokenizer
 from pipeline.runs.json_files import Json
 
 IGNORED = -100
-"""Label of a token that is not supervised (the default of torch's cross entropy)."""
+"""Label of a token that is not supervised. It is the default `ignore_index` of torch's cross entropy."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _INSTRUCTIONS = ("system", "developer")
@@ -24,14 +24,14 @@ _LANGUAGE_LINE = "reasoning language:"  # as in OpenAI's cookbook and in Hugging
 
 
 class Function(TypedDict):
-    """A function that the model calls, with its arguments."""
+    """The name and the arguments of a function that the model calls."""
 
     name: str
     arguments: Json
 
 
 class ToolCall(TypedDict):
-    """A call in the chat template's form. `type` is "function"."""
+    """A tool call in the chat template's form. `type` is always "function"."""
 
     type: str
     function: Function
@@ -43,7 +43,7 @@ class _RoleAndContent(TypedDict):
 
 
 class Message(_RoleAndContent, total=False):
-    """A message in the chat template's form. A tool call has one item in `tool_calls`."""
+    """A message in the chat template's form. If the message calls a tool, `tool_calls` has exactly one item."""
 
     thinking: str
     tool_calls: list[ToolCall]
@@ -53,7 +53,7 @@ _PLACEHOLDER: list[Message] = [{"role": "user", "content": ""}]
 
 
 class ConversationError(ValueError):
-    """An invalid conversation. The text names the message and the reason."""
+    """A conversation is invalid. The error text names the faulty message and the reason."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class Conversation:
     Attributes:
         messages: the messages in order.
         tools: function schemas offered to the model, or None.
-        reasoning_effort: the effort of this conversation, or None for the data set's.
-        reasoning_language: the language of this conversation, or None for the data set's. A language in the
-            instructions themselves takes precedence over both.
+        reasoning_effort: the effort of this conversation, or None to use the data set's effort.
+        reasoning_language: the language of this conversation, or None to use the data set's language. A language that
+            the instructions themselves name takes precedence over both.
         merged_instructions: whether a system and a developer message were joined into one.
-        where: the conversation's place, such as its file and row, for messages.
-        expected: properties of a right answer that the row states, for scorers.
+        where: the conversation's place for error messages, such as its file and row.
+        expected: name -> value from the row that scorers need, such as the right answer.
     """
 
     messages: list[Message]
@@ -82,15 +82,15 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Rendering:
-    """The settings that render conversations.
+    """Settings for rendering conversations.
 
     Attributes:
         tokenizer: a tokenizer with gpt-oss' chat template.
-        reasoning_effort: low, medium or high, for conversations without an effort of their own.
-        conversation_date: the system message's `Current date:`.
-        every_turn: whether every assistant turn becomes an example, or only the last one.
-        reasoning_language: the language for conversations that name none, or None.
-        model_identity: first line of the system message, or None for the template's own.
+        reasoning_effort: low, medium or high. It applies to conversations that name no effort.
+        conversation_date: the date after `Current date:` in the system message.
+        every_turn: whether every assistant turn becomes an example. Otherwise only the last turn does.
+        reasoning_language: the language for conversations that name no language, or None.
+        model_identity: first line of the system message, or None to keep the template's first line.
     """
 
     tokenizer: Tokenizer
@@ -102,7 +102,7 @@ class Rendering:
 
 
 class Turn(NamedTuple):
-    """An assistant turn as text: its prompt at inference, and the completion that the model learns."""
+    """An assistant turn as text: the prompt as at inference, and the completion that the model learns."""
 
     prompt: str
     completion: str
@@ -114,8 +114,8 @@ def parse_conversation(row: object, where: str = "", needs_answer: bool = True) 
     Args:
         row: {"messages": [{"role", "content", "thinking"?, "tool_calls"?}, …], "tools"?, "reasoning_effort"?,
             "reasoning_language"?}. A key whose value is None counts as absent: Arrow adds such keys.
-        where: the row's place, for messages.
-        needs_answer: whether an assistant message is required. Evaluation prompts need none.
+        where: the row's place, for error messages.
+        needs_answer: whether the row must have an assistant message. Evaluation prompts need no answer.
 
     Raises:
         ConversationError: the row is not a valid conversation.
@@ -135,7 +135,7 @@ def parse_conversation(row: object, where: str = "", needs_answer: bool = True) 
 
 
 def examples(conversation: Conversation, rendering: Rendering) -> list[dict[str, list[int]]]:
-    """Make one training example per supervised assistant turn: `input_ids` and `labels`, of equal length.
+    """Make one training example per supervised assistant turn. `input_ids` and `labels` have the same length.
 
     Raises:
         ConversationError: the chat template refuses the conversation or is not a Harmony template.
@@ -154,7 +154,7 @@ def render_turns(conversation: Conversation, rendering: Rendering) -> list[Turn]
 
 
 def tokenize(turns: list[Turn], rendering: Rendering) -> list[dict[str, list[int]]]:
-    """Convert turns to `input_ids` and `labels`. Many turns at once are faster: the tokenizer has its own threads."""
+    """Convert turns to `input_ids` and `labels`. Pass many turns at once: the tokenizer processes them in parallel."""
     if not turns:
         return []
     texts = [text for turn in turns for text in (turn.prompt, turn.completion)]
@@ -166,12 +166,12 @@ def tokenize(turns: list[Turn], rendering: Rendering) -> list[dict[str, list[int
 
 
 def drop_answer(conversation: Conversation, effort: str, language: str | None) -> Conversation:
-    """Drop the assistant message at the end, if there is one, and fill in the effort and the language.
+    """Drop a final assistant message, and fill in the effort and the language.
 
     Args:
         conversation: an evaluation row.
-        effort: reasoning effort for a row without one.
-        language: reasoning language for a row that names none, or None.
+        effort: reasoning effort for a row that names no effort.
+        language: reasoning language for a row that names no language, or None.
     """
     messages = conversation.messages[:-1] if conversation.messages[-1]["role"] == "assistant" else conversation.messages
     messages = add_language(messages, conversation.reasoning_language or language)
@@ -184,10 +184,10 @@ def drop_answer(conversation: Conversation, effort: str, language: str | None) -
 
 
 def render_prompt(conversation: Conversation, rendering: Rendering) -> str:
-    """Render a conversation as text, up to the beginning of the assistant's next turn.
+    """Render a conversation as text. The text ends where the next assistant turn begins.
 
     Raises:
-        ConversationError: the chat template refuses it.
+        ConversationError: the chat template refuses the conversation.
     """
     return _render(conversation.messages, conversation, rendering, for_generation=True)
 
@@ -195,13 +195,13 @@ def render_prompt(conversation: Conversation, rendering: Rendering) -> str:
 def _turn(conversation: Conversation, index: int, rendering: Rendering) -> Turn:
     messages = conversation.messages
     prompt = _render(messages[:index], conversation, rendering, for_generation=True)
-    # The completion is rendered on its own: the template would drop the reasoning of a tool call from a longer history.
+    # Render the completion without its history: after a long history, the template drops the reasoning of a tool call.
     alone = _render([*_PLACEHOLDER, messages[index]], conversation, rendering, for_generation=False)
     opening = _render(_PLACEHOLDER, conversation, rendering, for_generation=True)
     if not alone.startswith(opening) or not alone.endswith(STOP_TOKENS):
         raise ConversationError(
-            "the tokenizer's chat template is not Harmony's: an assistant turn does not continue the generation prompt"
-            f" up to {' or '.join(STOP_TOKENS)}"
+            "the tokenizer's chat template is not a Harmony template: an assistant turn must begin with the generation"
+            f" prompt and end with {' or '.join(STOP_TOKENS)}"
         )
     return Turn(prompt, alone[len(opening) :])
 
@@ -210,7 +210,7 @@ def _render(messages: list[Message], conversation: Conversation, rendering: Rend
     from jinja2 import TemplateError
 
     language = conversation.reasoning_language or rendering.reasoning_language
-    # The template tests whether the variable is defined. It would render None as text.
+    # Leave the variable undefined if there is no identity: the template would render None as text.
     identity = {} if rendering.model_identity is None else {"model_identity": rendering.model_identity}
     try:
         return rendering.tokenizer.apply_chat_template(
@@ -219,7 +219,7 @@ def _render(messages: list[Message], conversation: Conversation, rendering: Rend
             tokenize=False,
             add_generation_prompt=for_generation,
             reasoning_effort=conversation.reasoning_effort or rendering.reasoning_effort,
-            # The template calls a function of this name for today's date. The variable shadows it.
+            # The template calls `strftime_now` to get today's date. This variable replaces that function.
             strftime_now=lambda _: rendering.conversation_date,
             **identity,
         )
@@ -228,7 +228,7 @@ def _render(messages: list[Message], conversation: Conversation, rendering: Rend
 
 
 def add_language(messages: list[Message], language: str | None) -> list[Message]:
-    """Put "reasoning language: …" into the first line of the instructions, unless they already name a language."""
+    """Insert the line "reasoning language: …" before the instructions, unless their first line names a language."""
     if language is None or _stated_language(messages) is not None:
         return messages
     line = f"{_LANGUAGE_LINE} {language}"
@@ -240,7 +240,7 @@ def add_language(messages: list[Message], language: str | None) -> list[Message]
 
 
 def _stated_language(messages: list[Message]) -> str | None:
-    """The language that the first line of the instructions names, or None."""
+    """Return the language that the first line of the instructions names, or None."""
     if not messages or messages[0]["role"] not in _INSTRUCTIONS:
         return None
     key, colon, language = messages[0]["content"].partition("\n")[0].partition(":")
@@ -288,7 +288,7 @@ def _check_text(where: str, text: str) -> None:
 
 
 def _check_json(where: str, value: object) -> None:
-    """Check the type of a JSON value and all text in it, keys included."""
+    """Check that a value has only JSON types, and check all text in it, including keys."""
     if isinstance(value, str):
         _check_text(where, value)
     elif isinstance(value, dict):
@@ -299,11 +299,11 @@ def _check_json(where: str, value: object) -> None:
         for inner in value:
             _check_json(where, inner)
     elif value is not None and not isinstance(value, (bool, int, float)):
-        raise ConversationError(f"{where} has a {type(value).__name__}, which JSON does not know")
+        raise ConversationError(f"{where} has a {type(value).__name__}, which is not a JSON type")
 
 
 def _drop_nulls(value: object) -> object:
-    """Drop keys whose value is None. Arrow adds them: each object of a column gets the keys of all others."""
+    """Drop keys whose value is None. Arrow adds such keys: it gives all objects of a column the same keys."""
     if isinstance(value, dict):
         return {key: _drop_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_drop_nulls(inner) for inner in value] if isinstance(value, (list, tuple)) else value
@@ -313,13 +313,13 @@ def _tool_call(where: str, role: str, tool_calls: object) -> ToolCall:
     if role != "assistant":
         raise ConversationError(f"{where} has 'tool_calls', but its role is {role!r}, not 'assistant'")
     if not isinstance(tool_calls, (list, tuple)) or len(tool_calls) != 1:
-        raise ConversationError(f"{where}.tool_calls must be a list of exactly one call: Harmony makes one at a time")
+        raise ConversationError(f"{where}.tool_calls must be a list of exactly one call, as Harmony requires")
     call = tool_calls[0]
     function = call.get("function") or call if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ConversationError(f"{where}.tool_calls[0] has no function name")
     arguments = function.get("arguments")
-    if isinstance(arguments, str):  # OpenAI's API sends JSON text; the template expects an object
+    if isinstance(arguments, str):  # OpenAI's API gives arguments as JSON text, but the template expects an object
         try:
             arguments = json.loads(arguments)
         except ValueError as error:
@@ -331,7 +331,7 @@ def _tool_call(where: str, role: str, tool_calls: object) -> ToolCall:
 
 
 def _merge_instructions(messages: list[Message]) -> list[Message]:
-    """Join the system and developer messages at the beginning: the template keeps only the first of them."""
+    """Join the system and developer messages at the beginning, because the template keeps only the first one."""
     leading = 0
     while leading < len(messages) and messages[leading]["role"] in _INSTRUCTIONS:
         leading += 1
@@ -350,9 +350,9 @@ def _check_order(messages: list[Message], needs_answer: bool) -> None:
     if needs_answer and not any(message["role"] == "assistant" for message in messages):
         raise ConversationError("has no assistant message: there is nothing to learn")
     if messages[-1]["role"] in _INSTRUCTIONS:
-        raise ConversationError("has only instructions: it asks nothing")
+        raise ConversationError("has only instructions and no user message")
     if messages[0]["role"] == "assistant":
-        raise ConversationError("opens with an assistant message, which answers nothing")
+        raise ConversationError("begins with an assistant message, so there is no question before it")
     for i, message in enumerate(messages):
         if message["role"] == "tool" and not any("tool_calls" in earlier for earlier in messages[:i]):
             raise ConversationError("has a tool message without an earlier assistant message with 'tool_calls'")
@@ -373,7 +373,7 @@ def _tools(tools: object) -> list[dict[str, Any]] | None:
         for key in ("name", "description"):
             if not isinstance(schema, dict) or not isinstance(schema.get(key), str):
                 called = schema.get("name") if isinstance(schema, dict) else schema
-                raise ConversationError(f"tools[{i}] ({called!r}) has no {key}, which the chat template shows")
+                raise ConversationError(f"tools[{i}] ({called!r}) has no {key}, which the chat template needs")
     _check_json("'tools'", schemas)
     return [{"type": "function", "function": schema} for schema in schemas]
 

@@ -1,13 +1,15 @@
-"""Identification of a text's natural language among declared candidates. The only importer of py3langid.
+"""Identifies the natural language of a text among declared languages. Only this module imports py3langid.
 
 The classifier is confident about any input, even code and numbers. So code and numbers are removed first, and the
-remaining text must be long enough. Each sentence votes with the size of its letters. So one quoted line does not
-decide, and a text in two languages counts as mixed. Sentences with a low confidence do not vote.
+remaining text must be long enough. Each sentence is classified and votes for one language. The weight of a vote is the
+number of bytes of the sentence's letters, so a short quotation does not decide. A text in two languages counts as
+mixed. Sentences that are classified with low confidence do not vote.
 
-The threshold of the confidence comes from a measurement (scripts/measure_scorers, 2026-11-22): sentences of MGSM in
-seven languages, classified among 33. Without a threshold, 22 of 5,716 decided sentences are wrong. With 0.8, one of
-5,521 is wrong, and 3 % more are undecided. Whole questions of about 50 words: 1,746 right, none wrong, 4 undecided.
-Closely related languages cause most errors; most of the errors are Russian sentences.
+The confidence threshold comes from a measurement (scripts/measure_scorers, 2026-11-22). It classified sentences of MGSM
+in seven languages, with 33 languages to choose from. Without a threshold, 22 of 5,716 decided sentences are wrong. With
+a threshold of 0.8, one of 5,521 is wrong, and 3 % more are undecided. Of the whole questions (about 50 words each),
+1,746 are right, none is wrong, and 4 are undecided. Closely related languages cause most errors; most of the errors are
+Russian sentences.
 """
 
 import re
@@ -19,9 +21,9 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 from pipeline.errors import UserError, did_you_mean
 
 UNDECIDED = "undecided"
-"""The text has too little natural language, or the classifier's confidence is low."""
+"""Result for a text with too little natural language, or with no sentence that is classified confidently."""
 MIXED = "mixed"
-"""No language has two thirds of the letters."""
+"""Result for a text in which no language has two thirds of the votes."""
 
 _NOT_LANGUAGE = re.compile(
     "|".join(
@@ -31,36 +33,36 @@ _NOT_LANGUAGE = re.compile(
             r"\$\$.*?\$\$|\\\[.*?\\\]|\\\(.*?\\\)|\$[^$\n]+\$",  # formulas
             r"https?://[!-~]+|www\.[!-~]+|[!-~]+@[!-~]+",
             r"<[^<>\s][^<>\n]*>",  # tags
-            r"[!-~]*[\\/_=<>{}\[\]|#*^+][!-~]*",  # paths, operators; only ASCII, because some scripts have no spaces
+            r"[!-~]*[\\/_=<>{}\[\]|#*^+][!-~]*",  # paths and operators. Only ASCII: some scripts have no spaces
         )
     ),
     re.DOTALL,
 )
 _SENTENCE = re.compile(r"[^.!?。！？…\n]+")
-_LEAST_BYTES = 24  # of letters in UTF-8: 24 Latin, 12 Cyrillic, 8 Chinese ones
+_LEAST_BYTES = 24  # size of the letters in UTF-8: 24 Latin, 12 Cyrillic or 8 Chinese letters
 _LEAST_CONFIDENCE = 0.8
 _LEAST_SHARE = 2 / 3
 
 
 class Languages:
-    """A classifier of the declared languages."""
+    """Identifies the language of a text among the declared languages."""
 
     def __init__(self, candidates: list[str], key: str) -> None:
         """Declare the languages.
 
         Args:
             candidates: ISO 639-1 codes.
-            key: the setting that the codes come from, for messages.
+            key: key of the setting that lists the codes, for messages.
 
         Raises:
-            UserError: the classifier does not know some codes. The error names all of them.
+            UserError: the classifier does not know some codes. The error names all unknown codes.
         """
         self._candidates = candidates
         unknown = sorted(set(candidates) - set(self._identifier.labels))
         if unknown:
             close = did_you_mean(unknown[0], self._identifier.labels)
             raise UserError(
-                f"{key}: {', '.join(map(repr, unknown))}: not known to py3langid.{close} Codes are those of ISO 639-1,"
+                f"{key}: {', '.join(map(repr, unknown))}: not known to py3langid.{close} Use ISO 639-1 codes,"
                 " such as en, de, zh."
             )
         self._identifier.set_languages(candidates)
@@ -70,7 +72,7 @@ class Languages:
         return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)  # confidences are probabilities
 
     def of(self, text: str) -> str:
-        """Return the code of the language with two thirds of the letters, or MIXED, or UNDECIDED."""
+        """Return the code of the language with at least two thirds of the votes, or MIXED, or UNDECIDED."""
         votes: Counter[str] = Counter()
         prose = _NOT_LANGUAGE.sub(" ", text)
         for sentence in _join_short(_SENTENCE.findall(prose)):
@@ -84,7 +86,7 @@ class Languages:
 
 
 def _join_short(sentences: list[str]) -> list[str]:
-    """Join short sentences with the following ones, until each text is long enough for the classifier."""
+    """Join short sentences with the sentences that follow, until each text is long enough for the classifier."""
     joined: list[str] = []
     pending = ""
     for sentence in sentences:

@@ -1,7 +1,7 @@
 """Turns the rows of data sets into conversations.
 
-All rows are checked before the first is used. Conversations are kept in a table on disk (<run_dir>/data), not in
-memory. Later stages with the same settings use the same table.
+All rows are checked before any row is used. Conversations are stored in a table on disk (<run_dir>/data), not in
+memory. Later stages with the same settings reuse the table.
 """
 
 import json
@@ -27,10 +27,10 @@ from pipeline.runs.run import Run
 
 _ROWS = Features(
     {
-        "kept": Value("bool"),  # False: dropped by data.filter
+        "kept": Value("bool"),  # False if data.filter drops the row
         "conversation": Value("string"),  # JSON
         "where": Value("string"),
-        "identity": Value("int64"),  # equal for rows with the same contents
+        "identity": Value("int64"),  # hash; rows with the same contents have the same hash
         "expected": Value("string"),  # JSON
         "merged": Value("bool"),
     }
@@ -38,11 +38,11 @@ _ROWS = Features(
 _FILTERED_OUT = {"kept": False, "conversation": "", "where": "", "identity": 0, "expected": "", "merged": False}
 
 CODE = [Path(__file__), *(Path(str(module.__file__)) for module in (columns, sources_module, harmony))]
-"""Files of the code that turns rows into conversations. Tables are made again when it changes."""
+"""Files with the code that turns rows into conversations. If this code changes, all tables are made again."""
 
 
 class Conversations(Sequence[Conversation]):
-    """Conversations in a table. Each is read from disk when it is accessed."""
+    """A sequence of conversations, stored in a table. A conversation is read from disk when it is accessed."""
 
     def __init__(self, table: Dataset) -> None:
         self._table = table
@@ -72,12 +72,12 @@ class Conversations(Sequence[Conversation]):
 
 @dataclass(frozen=True)
 class Rows:
-    """The conversations of a data set, or of the parts of a blend, one part after the other.
+    """The conversations of a data set or of a blend. The parts of a blend follow each other.
 
     Attributes:
         conversations: the rows that data.filter keeps, in order.
         identities: hash of each conversation. Equal conversations have equal hashes.
-        parts: each part of the blend, and the number of its conversations.
+        parts: (data set, number of its conversations) for each part of the blend. A single data set is one part.
         fingerprint: hash of the contents of all conversations.
     """
 
@@ -91,8 +91,8 @@ def load_rows(run: Run, data: DataConfig) -> Rows:
     """Read and check the data set that `data.path` names, or the data sets of `data.blend`.
 
     Raises:
-        UserError: a data set does not exist, is empty, or has bad rows. All parts are reported together, and each bad
-            row is named with its file and row.
+        UserError: a data set does not exist, is empty, or has bad rows. The error covers all parts of a blend, and
+            names the file and number of each bad row.
     """
     return read_rows(run, data_sources(data))
 
@@ -121,7 +121,7 @@ def read_rows(run: Run, sources: list[Source]) -> Rows:
 
 
 def _make_table(run: Run, source: Source) -> Dataset:
-    """Return the table of a data set's rows. All of them are valid."""
+    """Check all rows of a data set, and return them as a table."""
     opened = open_rows(source)
     data = source.data
     settings = (data.path, data.revision, data.split, data.columns, data.roles, data.filter)
@@ -132,7 +132,7 @@ def _make_table(run: Run, source: Source) -> Dataset:
 
 
 def _check_rows(source: Source, opened: Opened) -> Iterator[Mapping[str, object]]:
-    """Yield the rows of the table. Bad rows are reported together, in an error after the last row."""
+    """Yield the rows of the table. After the last row, raise one error that lists all bad rows."""
     mapping = Columns(source.key, source.data, source.expected, source.expected_key)
     bad, count = Problems(), 0
     for where, row in progress(opened.rows(), what=f"checking {source.data.path}", unit="row"):
@@ -144,7 +144,7 @@ def _check_rows(source: Source, opened: Opened) -> Iterator[Mapping[str, object]
     if not count:
         raise UserError(f"{source.key}.path={source.data.path}: the data set is empty.")
     if missing := mapping.list_missing():
-        raise user_errors(missing)  # without these columns every row is bad, so the rows are not listed
+        raise user_errors(missing)  # a missing column makes every row bad, so bad rows are not listed
     bad.raise_if_any()
 
 
@@ -177,11 +177,11 @@ def _check_row(source: Source, mapping: Columns, where: str, row: object) -> Map
 def _report_merged(found: list[Dataset]) -> None:
     merged = sum(int(column_of(table, "merged").sum()) for table in found)
     if merged:
-        say("data", f"{merged} rows have a system and a developer message: joined, because the template takes one")
+        say("data", f"{merged} rows have a system and a developer message: joined, because the template takes only one")
 
 
 def _apply_filter(source: Source, table: Dataset) -> Dataset:
-    """Return the rows that data.filter keeps, and report their number."""
+    """Return the rows that data.filter keeps, and print their number."""
     if not source.data.filter:
         return table
     kept = np.flatnonzero(column_of(table, "kept"))
@@ -192,5 +192,5 @@ def _apply_filter(source: Source, table: Dataset) -> Dataset:
 
 
 def column_of(table: Dataset, name: str) -> Numbers:
-    """Return a column of numbers or truth values as int64."""
+    """Return a column of numbers or booleans as int64."""
     return table.select_columns([name]).with_format("numpy")[:][name].astype(np.int64, copy=False)

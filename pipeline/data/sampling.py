@@ -1,6 +1,6 @@
-"""The choice of rows: shares of a blend, the seeded order, and the split into training and validation.
+"""Chooses rows: applies the shares of a blend, shuffles with a seed, and splits into training and validation.
 
-All functions work on row numbers, 8 bytes a row. So the size of the rows does not matter.
+All functions work on row numbers of 8 bytes, so memory use does not depend on the size of the rows.
 """
 
 import math
@@ -15,7 +15,7 @@ Numbers = NDArray[np.int64]
 def shares(available: Sequence[int], weights: Sequence[float], most: int | None) -> list[int]:
     """Compute how many rows to take from each part of a blend, in the ratio of the weights.
 
-    The total is as large as the scarcest part allows.
+    The total is as large as possible: it grows until one part has no rows left.
 
     Args:
         available: number of rows in each part.
@@ -23,11 +23,11 @@ def shares(available: Sequence[int], weights: Sequence[float], most: int | None)
         most: largest total, or None for no limit.
 
     Returns:
-        One count per part, by the method of largest remainders. Each count is within one row of its exact share and
-        never above the part's number of rows.
+        One count per part, rounded by the method of largest remainders. Each count differs from the exact share by less
+        than one row, and no count is larger than its part.
     """
     parts = [weight / sum(weights) for weight in weights]
-    # Without the slack of 1e-9, 3 rows at a share of 0.3 would allow a total of 9.999.
+    # 1e-9 offsets floating-point errors. Without it, 3 rows at a share of 0.3 could allow a total of only 9.
     total = math.floor(min(count / part for count, part in zip(available, parts, strict=True)) + 1e-9)
     total = total if most is None else min(total, most)
     taken = [min(math.floor(total * part + 1e-9), count) for part, count in zip(parts, available, strict=True)]
@@ -40,12 +40,12 @@ def shares(available: Sequence[int], weights: Sequence[float], most: int | None)
 def choose(available: Sequence[int], take: Sequence[int], seed: int) -> Numbers:
     """Choose rows without replacement, and return their numbers in a seeded order.
 
-    All rows get one random order. The first `take[i]` rows of part i in that order are chosen.
+    All rows are shuffled together. The first `take[i]` rows of part i in the shuffled order are chosen.
 
     Args:
-        available: number of rows in each part. Row numbers continue from one part to the next.
+        available: number of rows in each part. Rows are numbered consecutively across the parts.
         take: number of rows to choose from each part.
-        seed: seed of the order.
+        seed: seed of the shuffle.
     """
     import torch
 
@@ -59,18 +59,18 @@ def choose(available: Sequence[int], take: Sequence[int], seed: int) -> Numbers:
 
 
 def split(identities: Numbers, held_out: int) -> tuple[Numbers, Numbers]:
-    """Split rows into training and validation. All copies of a row go to the same side.
+    """Split rows into training and validation. All copies of a row go to the same set.
 
     Args:
-        identities: one number per row, equal for copies.
-        held_out: number of validation rows. The copies of the last one may add a few.
+        identities: one number per row. Copies of a row have the same number.
+        held_out: number of validation rows. Copies of the last validation row may add a few.
 
     Returns:
         The positions of the training rows and of the validation rows, each in order.
     """
     _, first, group, sizes = np.unique(identities, return_index=True, return_inverse=True, return_counts=True)
     by_first = np.argsort(first)
-    before = np.empty(len(sizes), dtype=np.int64)  # for each group of copies: rows in earlier groups
+    before = np.empty(len(sizes), dtype=np.int64)  # for each group of copies: number of rows in earlier groups
     before[by_first] = np.cumsum(sizes[by_first]) - sizes[by_first]
     validates = (before < held_out)[group]
     return np.flatnonzero(~validates), np.flatnonzero(validates)

@@ -1,6 +1,6 @@
-"""Reads the rows of data sets: files, folders, saved data sets, hub data sets and synthetic ones.
+"""Reads the rows of data sets from files, folders, saved data sets, the hub, and the synthetic data set.
 
-Rows are passed on unchanged, each with its place. Other modules interpret them.
+Each row is returned unchanged, together with its place. Other modules interpret the rows.
 """
 
 import json
@@ -23,7 +23,7 @@ _READ_BYTES = 1 << 24
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 PlacedRows = Iterator[tuple[str, object]]
-"""(place, row) of every row. Rows are counted from 1, as editors count lines."""
+"""Pairs of (place, row). Rows are counted from 1, as editors count lines."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Source:
     """One data set: `data` itself, or a part of `data.blend`.
 
     Attributes:
-        key: key of its settings, for messages, such as `data` or `data.blend[0]`.
-        data: its settings. A part of a blend inherits the settings that it does not set.
-        weight: its share of a blend, relative to the other weights.
-        reasoning_effort: default for the part's rows. None: the default of `data`.
-        reasoning_language: default for the part's rows. None: the default of `data`.
-        expected: name of a value that scorers need -> column that holds it.
-        expected_key: key of the settings that name these columns, for messages. {} stands for the value's name.
-        needs_answers: whether each row must have an answer. Training needs one, a prompt does not.
+        key: key of the data set's settings, for messages. Examples: `data`, `data.blend[0]`.
+        data: settings of the data set. For a part of a blend, unset settings are inherited from `data`.
+        weight: share of the blend, relative to the weights of the other parts.
+        reasoning_effort: default for the part's rows, or None to use the default of `data`.
+        reasoning_language: default for the part's rows, or None to use the default of `data`.
+        expected: name of a value that scorers need -> column that holds the value.
+        expected_key: key of the setting that names such a column, for messages. {} stands for the value's name.
+        needs_answers: whether each row must have an answer. Training rows need answers; evaluation prompts do not.
     """
 
     key: str
@@ -53,18 +53,18 @@ class Source:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands for a row that cannot be read, so that it is reported together with the other bad rows."""
+    """Takes the place of a row that cannot be read. The row is then reported together with the other bad rows."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A data set that was found.
+    """A data set that `open_rows` found.
 
     Attributes:
-        identity: digest of the files' bytes, or the commit on the hub. It changes whenever the rows change.
-        rows: returns a new iterator over all rows at each call.
+        identity: digest of the files' bytes, or the commit on the hub. The identity changes whenever the rows change.
+        rows: function that returns a new iterator over all rows.
     """
 
     identity: str
@@ -75,7 +75,7 @@ def data_sources(data: DataConfig) -> list[Source]:
     """List the data sets that the configuration names.
 
     Raises:
-        UserError: it names none.
+        UserError: the configuration names no data set.
     """
     if data.blend:
         return [_source_of_part(f"data.blend[{i}]", data, part) for i, part in enumerate(data.blend)]
@@ -85,10 +85,11 @@ def data_sources(data: DataConfig) -> list[Source]:
 
 
 def open_rows(source: Source) -> Opened:
-    """Find a data set.
+    """Find a data set, and compute the identity of its contents.
 
     Raises:
-        UserError: the data set does not exist, or its format is not supported. Calling `rows` may raise it too.
+        UserError: the data set does not exist, or its format is not supported. Reading the rows later may also raise
+            UserError.
     """
     name = str(source.data.path)
     path = Path(name).expanduser()
@@ -137,7 +138,7 @@ def _open_folder(source: Source, path: Path) -> Opened:
 
 
 def _open_download(source: Source, hub_id: str) -> Opened:
-    """Download a hub data set into the cache of `datasets`, which maps it into memory."""
+    """Download a hub data set into the cache of `datasets`, and open it through a memory map."""
     from datasets.fingerprint import Hasher
 
     fetched = _load_from_hub(source, hub_id)
@@ -247,7 +248,7 @@ def _load_saved(source: Source, path: Path) -> Dataset:
 
 
 def digest_of_files(files: list[Path]) -> str:
-    """Return the XXH3-128 of the files' names, sizes and bytes. Hashing is much faster than reading the rows.
+    """Return the XXH3-128 hash of the files' names, sizes and bytes. Hashing is much faster than parsing the rows.
 
     Raises:
         UserError: a file cannot be read.

@@ -1,4 +1,4 @@
-"""Made-up conversations, to try the program without the internet."""
+"""Generates conversations, so that users can try the program without the internet."""
 
 from importlib.resources import files
 from typing import Any
@@ -9,14 +9,17 @@ _ROWS = 4000
 
 
 def arithmetic_rows() -> list[dict[str, Any]]:
-    """Sums with a line of reasoning; every fifth conversation has a second turn. The same rows every time."""
+    """Return rows with conversations about sums. Every call returns the same rows.
+
+    Each answer has one line of reasoning. Every fifth conversation has a second turn.
+    """
     generator = torch.Generator().manual_seed(0)
     numbers = torch.randint(1, 50, (_ROWS, 3), generator=generator).tolist()
     return [_conversation(i, *numbers[i]) for i in range(_ROWS)]
 
 
 def chat_template() -> str:
-    """gpt-oss' own chat template, as the TRL package carries it."""
+    """Return the chat template of gpt-oss, read from the TRL package."""
     return (files("trl") / "chat_templates" / "gptoss.jinja").read_text(encoding="utf-8")
 
 
@@ -34,7 +37,7 @@ def _conversation(index: int, a: int, b: int, c: int) -> dict[str, Any]:
 
 
 def tokenizer_corpus() -> list[str]:
-    """What the tokenizer learns its words from: the fixed words of the template, and the rows."""
+    """Return the texts for training a small tokenizer: the fixed text of the chat template, and some rows."""
     fixed = (
         "You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n"
         "Current date: 2025-08-05\n\nReasoning: medium\n\n# Valid channels: analysis, commentary, final."

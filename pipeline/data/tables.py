@@ -1,7 +1,8 @@
-"""Tables on disk. A table is written row by row, read through a memory map, and made once for each key.
+"""Stores tables on disk, one for each key. A table is written row by row and read through a memory map.
 
-If several processes or runs need a table, the first one writes it. The others wait for its lock and find the table
-complete. A barrier would not work: some stages prepare data on every process, others only on the main process.
+If several processes or runs need the same table, the first process locks and writes it. The others wait for the lock,
+and then read the complete table. A barrier would not work, because only some stages prepare data on every process. The
+other stages prepare data on the main process only.
 """
 
 import errno
@@ -23,14 +24,14 @@ _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 def table(
     run: Run, key: Iterable[object], features: Features, rows: Callable[[], Iterable[Mapping[str, object]]]
 ) -> Dataset:
-    """Return the table of this key in <run_dir>/data. Write it first if it does not exist.
+    """Return the table for this key from <run_dir>/data. If the table does not exist, write it first.
 
     Args:
-        run: whose directory holds the table.
-        key: everything that the rows depend on. Its repr identifies the table.
-        features: the columns.
-        rows: makes the rows. It is not called if the table exists. If it raises, the error passes through and no
-            table is left.
+        run: the run whose directory holds the table.
+        key: everything that the rows depend on. The repr of the key identifies the table.
+        features: names and types of the columns.
+        rows: function that makes the rows. It is not called if the table exists. If it raises an error, the caller
+            gets this error and no table is stored.
 
     Raises:
         UserError: the directory cannot be written.
@@ -38,11 +39,11 @@ def table(
     directory = run.stage_dir(DIRECTORY)
     fingerprint = xxhash.xxh3_128_hexdigest(repr((datasets.__version__, *key, features)).encode())
     try:
-        with no_progress_bars():  # `rows` shows its own
+        with no_progress_bars():  # `rows` shows its own progress bar
             return Dataset.from_generator(rows, features=features, cache_dir=str(directory), fingerprint=fingerprint)
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
-        if isinstance(cause, OSError) and cause.errno in _DISK_IS_FULL:  # other errors may come from reading the rows
+        if isinstance(cause, OSError) and cause.errno in _DISK_IS_FULL:  # other OSErrors may come from reading the rows
             raise run.not_writable(directory, cause) from error
         raise cause from None
     except OSError as error:

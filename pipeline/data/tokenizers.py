@@ -1,4 +1,4 @@
-"""The tokenizer of a model directory."""
+"""Loads the tokenizer of a model directory."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that this program uses. Naming it does not import transformers."""
+    """The methods of a transformers tokenizer that this program uses. This type does not import transformers."""
 
     chat_template: str | None
     pad_token_id: int
@@ -40,12 +40,13 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """Load the tokenizer of a model directory.
 
     Raises:
-        UserError: there is no tokenizer, it has no chat template, or it has more tokens than the model.
+        UserError: the directory has no tokenizer, the tokenizer has no chat template, or it has more tokens than the
+            model.
     """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = cast(Tokenizer, AutoTokenizer.from_pretrained(directory))  # transformers types it more loosely
+        tokenizer = cast(Tokenizer, AutoTokenizer.from_pretrained(directory))  # transformers declares a less exact type
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}: no usable tokenizer ({str(error).strip().splitlines()[0]}).") from error
     if not tokenizer.chat_template:

@@ -1,6 +1,6 @@
-"""Checkpoints for serving. Each row of TARGETS has a file here, which writes the layout and defines how to read it.
+"""Writes checkpoints for serving. Each target in TARGETS has one file here, which writes and reads the target's layout.
 
-This package must not know how a model was trained. It exports all models alike, weight by weight.
+This package must not depend on how a model was trained. It exports the weights of every model in the same way.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from pipeline.export.exporter import Exporter
 
 
 def import_exporters() -> dict[str, Exporter]:
-    """Import the EXPORTER of every target from `pipeline/export/<name>.py`.
+    """Import the EXPORTER of every target from `pipeline/export/<target>.py`.
 
     Raises:
         ImportError: the file of a target is missing, or it has no EXPORTER.
@@ -40,7 +40,7 @@ EXPORTERS = import_exporters()
 
 
 def recognize(directory: Path) -> str:
-    """Identify the layout of a directory by its tensor names. A directory that cannot be read counts as mxfp4."""
+    """Identify the layout of a directory by its tensor names. Return mxfp4 if the directory cannot be read."""
     if any(directory.glob("*.gguf")) and not any(directory.glob("*.safetensors")):
         return "gguf"
     try:

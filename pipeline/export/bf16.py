@@ -1,7 +1,7 @@
-"""Plain BF16 with the values of the 4-bit format, for software that loads ordinary transformers checkpoints.
+"""Writes the 4-bit values as plain BF16, for software that loads ordinary transformers checkpoints.
 
-BF16 represents every value of MXFP4 exactly. The same holds for NVFP4, because its tensor scale is a power of two. The
-export is four times as large.
+BF16 represents every value of MXFP4 exactly. It also represents every value of NVFP4 exactly, because the tensor scale
+of NVFP4 is a power of two here. The export is four times as large as a 4-bit export.
 """
 
 from collections.abc import Collection, Iterator
@@ -25,7 +25,7 @@ def write(job: Job, directory: Path) -> Written:
     """Stream the model into `directory`, expert by expert.
 
     Raises:
-        UserError: for the same reasons as in `mxfp4.write`.
+        UserError: see `mxfp4.write`.
     """
     base = open_base(job)
     pieces = [others_piece(job, base, name, [name]) for name in other_tensors(base.shape)]
@@ -46,7 +46,7 @@ def _stack_piece(stack: ExpertStack) -> Piece:
         yield name, made.values.to(torch.bfloat16)
 
     def note() -> dict[str, object]:
-        return {**stack.note([name]), "is_copied": False}  # unpacked values never have the bytes of an MXFP4 source
+        return {**stack.note([name]), "is_copied": False}  # unpacked values never equal the bytes of an MXFP4 source
 
     return Piece({name: stack.projection.plain_tensor()}, lambda: stack.steps(put), note)
 

@@ -1,4 +1,4 @@
-"""The interface of a target's file: `EXPORTER`, which writes the layout and defines how to read it back."""
+"""Defines the interface `Exporter`. Each target's file creates one instance, named `EXPORTER`."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -17,22 +17,26 @@ from pipeline.runs.artifacts import Kind
 
 @dataclass(frozen=True)
 class Exporter:
-    """A layout: how to write it and how to read it back.
+    """Writes a target's layout, and defines how to read the layout back.
 
     Attributes:
-        write: writes a job's model into a directory. Each note has `tensors` (names) and `is_copied` (whether they have
-            the source's bytes). Notes on experts also have `layer`, `copied_experts`, `other_than_trained` and the
-            `sums` of Survival.
-        kind: kind of the directory's artifact.
-        layout: sizes of a model -> the stored tensors for each tensor of the plain layout.
-        describe: (base model, names of stored tensors) -> the description that the export must have.
-        mark: part of a tensor name that occurs in no other layout, or None.
+        write: writes a job's model into a directory. Each note in the result has `tensors` (names of tensors) and
+            `is_copied` (whether the tensors have the source's bytes). Notes on experts also have `layer`,
+            `copied_experts`, `other_than_trained` and the `sums` of Survival.
+        kind: artifact kind of the export directory.
+        layout: takes the sizes of a model. Returns the stored tensors for each tensor of the plain layout.
+        describe: takes the base model and the names of the stored tensors. Returns the description that the export
+            must have.
+        mark: part of a tensor name that occurs only in this layout, or None.
         open: opens the files of a directory.
-        read_description: reads the description of the model from a directory: config.json, or metadata.
-        optional: tensors that a directory may have in addition. It has all of them or none.
-        load_optional: directory of a model with quantized inputs -> the values that the optional tensors must have.
-        records: names of files that the layout adds to the base model's files.
-        is_one_file: whether a single file holds everything, including tokenizer and configuration.
+        read_description: reads the description of the model from a directory. The description is config.json or the
+            metadata of a file.
+        optional: takes the sizes of a model. Returns the additional tensors that a directory may have. A directory has
+            all of these tensors or none.
+        load_optional: takes the directory of a model with quantized inputs. Returns the values that the optional
+            tensors must have.
+        records: names of the files that the export has in addition to the base model's files.
+        is_one_file: whether a single file holds everything, including the tokenizer and the configuration.
     """
 
     write: Callable[[Job, Path], Written]

@@ -1,10 +1,11 @@
-"""The writer of GGUF, the file format of llama.cpp, Ollama and LM Studio. MXFP4 experts are repacked without loss.
+"""Writes GGUF, the file format of llama.cpp, Ollama and LM Studio. MXFP4 experts are repacked without loss.
 
-A block has 17 bytes: the scale, then 16 bytes of codes. Byte j has element j in its low half and element j + 16 in its
-high half. Gate and up are separate tensors. Vectors and the router are FP32 as in llama.cpp's converter, which is
-exact. Other tensors are BF16. Names, keys and the container come from the package `gguf` by llama.cpp's authors.
+A block has 17 bytes: the scale, then 16 bytes of codes. Byte j holds element j in its low half and element j + 16 in
+its high half. Gate and up are separate tensors. Vectors and the router are converted to FP32, as in llama.cpp's
+converter. This conversion is exact. Other tensors are BF16. The package `gguf`, by llama.cpp's authors, defines the
+names and keys and writes the header.
 
-Legend: E experts, nb blocks per row.
+Legend: E = experts, nb = blocks per row.
 """
 
 import json
@@ -59,12 +60,12 @@ _O200K = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""The pattern that splits text into words for o200k, from OpenAI's tiktoken. llama.cpp calls it `gpt-4o`."""
+"""Regular expression that splits text into words for o200k. From OpenAI's tiktoken; llama.cpp calls it `gpt-4o`."""
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor of the file: its dimensions (outermost first), its type in ggml, and its size in bytes."""
+    """A tensor of the file: shape (outermost dimension first), ggml type, and size in bytes."""
 
     shape: tuple[int, ...]
     type: str
@@ -72,10 +73,10 @@ class _Stored:
 
 
 def write(job: Job, directory: Path) -> Written:
-    """Stream the model into one file in `directory`, expert by expert. An interrupted export starts again.
+    """Stream the model into one file in `directory`, expert by expert. An interrupted export starts from the beginning.
 
     Raises:
-        UserError: for the same reasons as in `mxfp4.write`, or the package gguf or a key of config.json is missing.
+        UserError: see `mxfp4.write`. Also raised if the package gguf is not installed, or if config.json lacks a key.
     """
     gguf = import_gguf()
     base = open_base(job)
@@ -93,7 +94,7 @@ def write(job: Job, directory: Path) -> Written:
 
 
 class _Target:
-    """The tensors of the file, collected while their pieces are created."""
+    """Creates the pieces of the file, and collects the tensors that the file will hold."""
 
     def __init__(self, names: "TensorNameMap") -> None:
         self._names = names
@@ -104,7 +105,7 @@ class _Target:
         return sum(each.bytes for each in self.stored.values())
 
     def offsets(self, start: int, alignment: int) -> dict[str, int]:
-        """Return the position of each tensor in the file. The header ends at `start`."""
+        """Return the byte offset of each tensor in the file. The header ends at offset `start`."""
         found, offset = {}, _align(start, alignment)
         for name, each in self.stored.items():
             found[name] = offset
@@ -139,7 +140,7 @@ class _Target:
 
 
 def repack(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Repack blocks (E, rows, nb, 16) and scales (E, rows, nb) uint8 into the file's blocks (E, rows, nb * 17)."""
+    """Repack uint8 blocks (E, rows, nb, 16) and scales (E, rows, nb) into the blocks of GGUF (E, rows, nb * 17)."""
     codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)  # (E, rows, nb, 32)
     return torch.cat((scales.unsqueeze(-1), codes[..., :HALF] | codes[..., HALF:] << 4), dim=-1).flatten(-2)
 
@@ -147,12 +148,12 @@ def repack(blocks: Tensor, scales: Tensor) -> Tensor:
 def _write_head(
     gguf: ModuleType, path: Path, *, source: Path, config: dict[str, Any], stored: dict[str, _Stored]
 ) -> int:
-    """Write everything before the data. Returns its size in bytes."""
+    """Write everything that precedes the data, and return its size in bytes."""
     writer = gguf.GGUFWriter(None, ARCHITECTURE)
     _describe(gguf, writer, {**config, **legacy_config(config)}, source)
     _add_tokenizer(gguf, writer, source, config["vocab_size"])
     for name, each in stored.items():
-        # float16 is a placeholder: with uint8, gguf would read the dimensions as bytes and convert them.
+        # float16 is a placeholder. With uint8, gguf would take the last dimension for bytes and convert it.
         writer.add_tensor_info(name, each.shape, np.float16, each.bytes, gguf.GGMLQuantizationType[each.type])
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
@@ -177,13 +178,13 @@ def _describe(gguf: ModuleType, writer: "GGUFWriter", config: dict[str, Any], so
 
 
 def _add_tokenizer(gguf: ModuleType, writer: "GGUFWriter", source: Path, rows: int) -> None:
-    """Add vocabulary, merges, special tokens and chat template. Embedding rows without a token get placeholders."""
+    """Add vocabulary, merges, special tokens and chat template. Embedding rows without a token get a placeholder."""
     tokenizer = load_tokenizer(source)
     pattern = re.findall(r'"Regex":\s*("(?:[^"\\]|\\.)*")', (source / "tokenizer.json").read_text(encoding="utf-8"))
     if _O200K not in [json.loads(each) for each in pattern]:
         warn(
             "export",
-            "the tokenizer splits text into words by its own pattern, but readers of GGUF files use that of o200k.",
+            "the tokenizer splits text into words by its own pattern, but readers of GGUF files use the o200k pattern.",
         )
     words = {i: token for token, i in tokenizer.get_vocab().items()}
     special = tokenizer.added_tokens_decoder
@@ -198,7 +199,7 @@ def _add_tokenizer(gguf: ModuleType, writer: "GGUFWriter", source: Path, rows: i
 
 
 def _write_data(path: Path, pieces: list[Piece], offsets: dict[str, int], total: int) -> None:
-    """Write the parts of each tensor one after the other."""
+    """Write all tensors. The parts of a tensor are written one after the other, starting at the tensor's offset."""
     with path.open("r+b") as file, progress(total=total, what="export", unit="B") as bar:
         for name, values in make_parts(pieces):
             data = values.contiguous().cpu().view(-1).view(torch.uint8).numpy()
@@ -232,7 +233,7 @@ _KEYS = {
     "rope_scaling.beta_fast": "add_rope_scaling_yarn_beta_fast",
     "rope_scaling.beta_slow": "add_rope_scaling_yarn_beta_slow",
 }
-"""Key of config.json -> method of gguf's writer that adds it."""
+"""Key of config.json -> method of gguf's writer that adds the key's value to the metadata."""
 
 EXPORTER = Exporter(
     write=write,

@@ -1,8 +1,8 @@
-"""The reader of GGUF: names and types of tensors, the description of the model, and decoded values.
+"""Reads GGUF: the names and types of tensors, the description of the model, and decoded values.
 
-Names and the decoder come from the package `gguf` by llama.cpp's authors.
+The package `gguf`, by llama.cpp's authors, defines the names and decodes the values.
 
-Legend: E experts, nb blocks per row.
+Legend: E = experts, nb = blocks per row.
 """
 
 import json
@@ -37,7 +37,7 @@ from pipeline.export.mxfp4 import legacy_config, rope_scaling
 from pipeline.numerics.formats import MXFP4
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter as GGUFWriter  # also for gguf.py
+    from gguf import GGUFWriter as GGUFWriter  # gguf.py imports this name too
     from gguf import TensorNameMap as TensorNameMap
 
 ARCHITECTURE = "gpt-oss"
@@ -45,10 +45,11 @@ HALF = MXFP4.block_size // 2
 
 
 class GgufFile:
-    """A GGUF file, read by the package `gguf`. Tensors are returned as bytes, (rows, ..., bytes of a row).
+    """A GGUF file, read by the package `gguf`. Tensors are returned as uint8, (rows, ..., bytes per row).
 
     Attributes:
-        tensors: name -> type and shape, outermost dimension first. Shapes of MXFP4 tensors count values.
+        tensors: name -> type and shape, outermost dimension first. The shape of an MXFP4 tensor counts values, not
+            bytes.
         fields: key -> value of the file's metadata.
     """
 
@@ -56,7 +57,8 @@ class GgufFile:
         """Open the file.
 
         Raises:
-            UserError: there is not exactly one such file, it is damaged, or the package gguf is not installed.
+            UserError: the directory does not have exactly one GGUF file, the file is damaged, or the package gguf is
+                not installed.
         """
         gguf, found = import_gguf(), sorted(directory.glob("*.gguf"))
         if len(found) != 1:
@@ -73,7 +75,7 @@ class GgufFile:
         self.fields = {name: field.contents() for name, field in reader.fields.items()}
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Rows of the first dimension of a tensor, as bytes."""
+        """Read rows of the first dimension of a tensor, as bytes."""
         data = np.array(self._data[name][rows])
         return torch.from_numpy(data.view(np.uint8).reshape(*data.shape[:-1], -1))
 
@@ -92,7 +94,7 @@ def layout(shape: Shape) -> Layout:
 
 
 def describe(base: Checkpoint, _: Collection[str]) -> dict[str, object]:
-    """Return the metadata that the file must have: of the model, its tokenizer and its chat template."""
+    """Return the metadata that the file must have. They describe the model, the tokenizer and the chat template."""
     config, tokenizer = {**base.config, **legacy_config(base.config)}, load_tokenizer(base.directory)
     given = {**config, **{f"rope_scaling.{key}": value for key, value in rope_scaling(config).items()}}
     words = {i: token for token, i in tokenizer.get_vocab().items()}
@@ -112,11 +114,11 @@ def describe(base: Checkpoint, _: Collection[str]) -> dict[str, object]:
 
 
 def read_description(directory: Path) -> dict[str, object]:
-    """Read the metadata of the file that `describe` returns."""
+    """Read the metadata from the file. Only the keys that `describe` returns are read."""
     fields = GgufFile(directory).fields
     of_model = ("rope.scaling.type", *_FIELDS)
     known = ("general.architecture", *(f"{ARCHITECTURE}.{key}" for key in of_model), *_OF_TOKENIZER)
-    # The file stores numbers in FP32; config.json has fewer digits.
+    # The file stores numbers in FP32, which adds digits. Rounding makes them comparable with config.json.
     return {key: _round_number(fields[key]) for key in known if key in fields}
 
 
@@ -130,7 +132,7 @@ def _merges(tokenizer: Tokenizer) -> list[str]:
 
 
 def _values(type_: str, *stored: Tensor, dim: int) -> Tensor:
-    """Decode to float32. Two tensors are interleaved along `dim`."""
+    """Decode stored tensors to float32. Two tensors (gate and up) are interleaved along `dim`."""
     import gguf.quants
 
     parts_ = [gguf.quants.dequantize(each.numpy(), gguf.GGMLQuantizationType[type_]) for each in stored]
@@ -139,12 +141,12 @@ def _values(type_: str, *stored: Tensor, dim: int) -> Tensor:
 
 
 def _weights(*stored: Tensor) -> Tensor:
-    """Decode to (E, out, in) float32."""
+    """Decode the stored tensors of experts to (E, out, in) float32."""
     return restore_signed_zeros(_values("MXFP4", *stored, dim=1), _codes(*stored))
 
 
 def _codes(*stored: Tensor) -> Codes:
-    """Turn blocks of 17 bytes into blocks and scales in the order of the released layout."""
+    """Convert blocks of 17 bytes to separate codes and scales, in the element order of the released layout."""
     blocks = torch.stack(stored, 2).flatten(1, 2).unflatten(-1, (-1, 1 + HALF))  # (E, out, nb, 17)
     halves = blocks[..., 1:]
     codes = torch.cat((halves & 15, halves >> 4), dim=-1)
@@ -152,7 +154,7 @@ def _codes(*stored: Tensor) -> Codes:
 
 
 def other_tensors_of(names: "TensorNameMap", source: str, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
-    """Return the stored tensors of a tensor without expert weights. The bias of gate_up is split into gate and up."""
+    """Return the stored tensors of a tensor other than expert weights. The gate_up bias is stored as two tensors."""
     module, _, kind = source.rpartition(".")
     if kind in EXPERT_BIASES:
         targets = [f"{module}.{part}.bias" for part in _PARTS[kind.removesuffix(BIAS_SUFFIX)]]
@@ -164,7 +166,7 @@ def other_tensors_of(names: "TensorNameMap", source: str, shape: tuple[int, ...]
 
 
 def expert_tensors_of(names: "TensorNameMap", projection: ExpertProjection) -> dict[str, TensorInfo]:
-    """Return the stored tensors of a stack of expert weights. gate_up is split into gate and up."""
+    """Return the stored tensors of a stack of expert weights. gate_up is stored as two tensors, gate and up."""
     module, _, kind = projection.name.rpartition(".")
     parts_ = _PARTS[kind]
     info = TensorInfo("MXFP4", (projection.experts, projection.out_features // len(parts_), projection.in_features))
@@ -178,7 +180,7 @@ def _name(names: "TensorNameMap", name: str) -> str:
 
 
 def tensor_names(shape: Shape) -> "TensorNameMap":
-    """Return gguf's map from names in other layouts to names in the file."""
+    """Return gguf's map from tensor names in other layouts to tensor names in a GGUF file."""
     gguf = import_gguf()
     return gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT_OSS, shape.num_hidden_layers)
 
@@ -220,7 +222,10 @@ _FIELDS = {
     "rope.scaling.yarn_beta_fast": "rope_scaling.beta_fast",
     "rope.scaling.yarn_beta_slow": "rope_scaling.beta_slow",
 }
-"""Key in the file, without the architecture -> key of config.json. Taken from llama.cpp, independent of the writer."""
+"""Key in the file, without the architecture prefix -> key of config.json.
+
+The keys come from llama.cpp and not from the writer, so that the check is independent of the writer.
+"""
 _OF_TOKENIZER = (
     *(f"tokenizer.ggml.{key}" for key in ("model", "pre", "tokens", "merges")),
     *(f"tokenizer.ggml.{key}_token_id" for key in ("bos", "eos", "padding")),

@@ -1,4 +1,4 @@
-"""The input of an exporter."""
+"""Defines the input of an exporter."""
 
 from dataclasses import dataclass
 
@@ -9,14 +9,15 @@ from pipeline.numerics.formats import BlockFormat
 
 @dataclass(frozen=True)
 class Job:
-    """A model to export, and how to export it.
+    """A model to export, and the settings of the export.
 
     Attributes:
         weights: the weights of the model.
-        source: the base checkpoint. The export takes its configuration, its layout, and its bytes of unchanged weights.
-        block_format: format of the experts, with its scale rule.
+        source: the base checkpoint. The export takes its configuration and layout from the base checkpoint, and
+            copies the bytes of unchanged weights.
+        block_format: number format of the expert weights, including the rule for scales.
         shard_bytes: size limit of one weight file, in bytes.
-        device: device of the computation, `cpu` or `cuda`.
+        device: device that computes, `cpu` or `cuda`.
     """
 
     weights: Weights

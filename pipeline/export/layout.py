@@ -1,10 +1,10 @@
-"""The reader of exports. Each layout maps plain tensors to stored tensors, so that one proof serves all layouts.
+"""Reads exports of every layout. A layout maps each plain tensor to stored tensors, so one check serves all layouts.
 
-Each target defines this map next to its writer. A tensor can be read in two ways:
-- decoded by code from another project, for the proof that every bit is right;
-- as codes and scales, for packed experts. This is faster, and enough to compare two checkpoints.
+Each target defines its layout next to its writer. Tensors can be read in two ways:
+- All tensors can be decoded by another project's code. This proves that every bit is right.
+- Packed experts can be read as codes and scales. This is faster, and sufficient to compare two checkpoints.
 
-Legend: E experts of one part, in, out dimensions of the matrix, nb = blocks per row = in / block size.
+Legend: E = experts of one part, in and out = dimensions of the matrix, nb = blocks per row = in / block size.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ from pipeline.checkpoints.gpt_oss import (
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.numerics.codec import decode
 
-_STEP_VALUES = 1 << 24  # an expert of the released models has 16.6 million
+_STEP_VALUES = 1 << 24  # an expert's largest matrix in the released models has 16.6 million
 _DECODED_ROWS = 1024
 
 
@@ -34,9 +34,9 @@ class Codes(NamedTuple):
     """4-bit weights in the codec's representation.
 
     Attributes:
-        blocks: (E, out, nb, block size / 2) uint8, the even element in the low half of a byte.
-        scales: (E, out, nb) uint8 (e8m0) or float8_e4m3fn.
-        tensor_scale: (E) float32 for float8_e4m3fn scales, otherwise None.
+        blocks: (E, out, nb, block size / 2) uint8. The low half of a byte holds the even element.
+        scales: (E, out, nb). The type is uint8 for e8m0 scales, otherwise float8_e4m3fn.
+        tensor_scale: (E) float32 if the scales are float8_e4m3fn, otherwise None.
     """
 
     blocks: Tensor
@@ -49,10 +49,10 @@ class Held:
     """The stored tensors for one tensor of the plain layout, and how to decode them.
 
     Attributes:
-        tensors: stored name -> type and shape. The first dimension matches the plain tensor's.
-        decode: stored tensors of some rows -> values in a floating type. Experts become (E, out, in).
-        codes: stored tensors of some experts -> codes and scales. None if they are not packed.
-        first: first row of the plain tensor in the stored tensors.
+        tensors: stored name -> type and shape. The first dimension has the same meaning as in the plain tensor.
+        decode: decodes some rows of the stored tensors to floating-point values. Experts become (E, out, in).
+        codes: converts the stored tensors of some experts to codes and scales. None if the tensor is not packed.
+        first: offset in the first dimension. Row i of the plain tensor is row `first + i` of the stored tensors.
     """
 
     tensors: dict[str, TensorInfo]
@@ -62,11 +62,11 @@ class Held:
 
 
 Layout = dict[str, Held]
-"""Name in the plain layout -> its stored tensors."""
+"""Name of a tensor in the plain layout -> the stored tensors that hold it."""
 
 
 class Files(Protocol):
-    """Stored tensors that can be read by name."""
+    """The files of a checkpoint. Their stored tensors can be read by name."""
 
     tensors: dict[str, TensorInfo]
 
@@ -76,7 +76,7 @@ class Files(Protocol):
 
 @dataclass(frozen=True)
 class View:
-    """The weights of a checkpoint of any layout, under their names in the plain layout.
+    """Reads the weights of a checkpoint of any layout, by their names in the plain layout.
 
     Attributes:
         files: the files with the weights.
@@ -94,13 +94,13 @@ class View:
         object.__setattr__(self, "plain", plain_tensors(self.shape))
 
     def parts(self, name: str) -> Iterator[slice]:
-        """Split the first dimension of a tensor into slices that are small in memory."""
+        """Split the first dimension of a tensor into slices that need little memory."""
         count, *others = self.plain[name].shape
         rows = max(1, _STEP_VALUES // max(1, torch.Size(others).numel()))
         yield from (slice(start, min(start + rows, count)) for start in range(0, count, rows))
 
     def values(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Read rows of a tensor, decoded by code from another project. Experts are (E, out, in)."""
+        """Read rows of a tensor, decoded by another project's code. Experts are (E, out, in)."""
         return self.layout[name].decode(*self._stored(name, rows))
 
     def codes(self, name: str, rows: slice = slice(None)) -> Codes | None:
@@ -109,7 +109,7 @@ class View:
         return None if held.codes is None else held.codes(*self._stored(name, rows))
 
     def weights(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Read the same values as `values`, decoded by the fast codec. Experts are (E, in, out)."""
+        """Read rows of a tensor like `values`, but decode them with the fast codec. Experts are (E, in, out)."""
         codes = self.codes(name, rows)
         if codes is not None:
             return decode_codes(codes)
@@ -117,7 +117,7 @@ class View:
         return values.transpose(1, 2) if len(self.plain[name].shape) == 3 else values
 
     def plain_values(self, name: str) -> Tensor:
-        """Read a whole tensor as `values` does, in the order of the plain layout. Experts are (E, in, out)."""
+        """Read a whole tensor like `values`, but in the plain layout's dimension order. Experts are (E, in, out)."""
         values = self.values(name)
         return values.transpose(1, 2) if len(self.plain[name].shape) == 3 else values
 
@@ -128,7 +128,7 @@ class View:
 
 
 def decode_codes(codes: Codes) -> Tensor:
-    """Decode with the codec to (E, in, out) bfloat16."""
+    """Decode experts to (E, in, out) bfloat16 with this project's codec."""
     experts, out, nb, half = codes.blocks.shape
     plain = torch.empty((experts, 2 * nb * half, out), dtype=torch.bfloat16)
     decode(codes.blocks, codes.scales, torch.bfloat16, codes.tensor_scale, out=plain.transpose(1, 2))
@@ -136,7 +136,7 @@ def decode_codes(codes: Codes) -> Tensor:
 
 
 def restore_signed_zeros(values: Tensor, codes: Codes) -> Tensor:
-    """Restore the signs of zeros in (E, out, in) values from a decoder that drops them."""
+    """Restore the signs of zeros. `values` (E, out, in) come from a decoder that drops these signs."""
     return torch.where(values == 0, decode_codes(codes).transpose(1, 2).to(values.dtype), values)
 
 
@@ -146,25 +146,25 @@ def stored_tensors(layout: Layout) -> dict[str, TensorInfo]:
 
 
 def others_layout(shape: Shape) -> Layout:
-    """Return the layout of tensors without expert weights, stored under their own names."""
+    """Return the layout of all tensors except expert weights. Each is stored under its plain name."""
     return {name: Held({name: info}) for name, info in other_tensors(shape).items()}
 
 
 def packed_stack(projection: ExpertProjection, blocks: str, scales: str) -> Held:
-    """Return the layout of a stack of experts, stored as MXFP4 blocks and scales with these names."""
+    """Return how a stack of experts is stored: as MXFP4 tensors with the names `blocks` and `scales`."""
     infos = projection.packed_tensors().values()
     return Held(dict(zip((blocks, scales), infos, strict=True)), decode=_decode_by_transformers, codes=Codes)
 
 
 def _decode_by_transformers(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Decode every value to (E, out, in) float32.
+    """Decode blocks and scales to (E, out, in) float32.
 
-    A layer of gpt-oss-20b takes 26 CPU-seconds in steps of 1024 rows, and 30 in a single step.
+    Decoding in steps of 1024 rows is faster: a layer of gpt-oss-20b takes 26 CPU-seconds, and 30 in a single step.
     """
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     pieces = zip(blocks.split(_DECODED_ROWS, dim=1), scales.split(_DECODED_ROWS, dim=1), strict=True)
-    columns = [convert_moe_packed_tensors(*piece, dtype=torch.float32) for piece in pieces]  # each (E, in, some of out)
+    columns = [convert_moe_packed_tensors(*piece, dtype=torch.float32) for piece in pieces]  # each (E, in, up to 1024)
     return torch.cat(columns, dim=2).transpose(1, 2)
 
 
@@ -184,7 +184,7 @@ def unpacked_layout(shape: Shape) -> Layout:
 
 
 def view_base(directory: Path) -> View:
-    """Open the weights of a base model, packed or plain.
+    """Open the weights of a base model. Its layout may be packed or plain.
 
     Raises:
         UserError: the directory is not a gpt-oss checkpoint.

@@ -1,4 +1,7 @@
-"""The Hugging Face layout of openai/gpt-oss: MXFP4 experts, all other tensors in BF16, and the source's config.json."""
+"""Writes the Hugging Face layout of openai/gpt-oss: MXFP4 experts, and all other tensors in BF16.
+
+The content of config.json comes from the source (see `released_config`).
+"""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -19,8 +22,8 @@ def write(job: Job, directory: Path) -> Written:
     """Stream the model into `directory`, expert by expert.
 
     Raises:
-        UserError: a weight is NaN or Inf, the block size does not divide an input dimension, or the source has other
-            sizes than the model. Messages name the tensor, expert and block.
+        UserError: a weight is NaN or Inf, the block size does not divide an input dimension, or the sizes of the model
+            and the source differ. The message names the tensor, expert and block.
     """
     base = open_base(job)
     pieces = [others_piece(job, base, name, [name]) for name in other_tensors(base.shape)]
@@ -34,10 +37,11 @@ def describe(base: Checkpoint, _: Collection[str]) -> dict[str, object]:
 
 
 def released_config(config: dict[str, object]) -> dict[str, object]:
-    """Return config.json of the export for the source's config.json.
+    """Return the export's config.json for the source's config.json.
 
-    An MXFP4 source's stays as it is. A BF16 source's gets the quantization config and the rope keys of the released
-    models: transformers 5 writes `rope_parameters`, but engines read `rope_scaling` and `rope_theta`.
+    The configuration of an MXFP4 source is not changed. The configuration of a BF16 source gets the quantization
+    config and the rope keys of the released models. The rope keys are needed because transformers 5 writes
+    `rope_parameters`, but engines read `rope_scaling` and `rope_theta`.
     """
     if "quantization_config" in config:
         return config
@@ -45,7 +49,7 @@ def released_config(config: dict[str, object]) -> dict[str, object]:
 
 
 def legacy_config(config: Mapping[str, object]) -> dict[str, object]:
-    """Return a configuration with the rope keys that engines read, and without its data type."""
+    """Return the configuration with the rope keys that engines read, and without the data type."""
     legacy = {key: value for key, value in config.items() if key not in _DIALECT}
     rope = config.get("rope_parameters")
     if rope and isinstance(rope, Mapping):
@@ -55,7 +59,7 @@ def legacy_config(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def rope_scaling(config: Mapping[str, object]) -> Mapping[str, object]:
-    """Return the `rope_scaling` of a configuration; empty if it has none."""
+    """Return the `rope_scaling` of a configuration, or an empty mapping."""
     scaling = config.get("rope_scaling")
     return scaling if isinstance(scaling, Mapping) else {}
 

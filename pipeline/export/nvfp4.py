@@ -1,12 +1,15 @@
-"""NVFP4 for engines on Blackwell, in the layout of ModelOpt: fused experts, packed along the input dimension.
+"""Writes NVFP4 for engines on Blackwell, in ModelOpt's layout: fused experts, packed along the input dimension.
 
-A model that was trained for MXFP4 keeps its values. The codes stay, and each scale of 32 values becomes two scales of
-16. Engines that multiply 4-bit weights with 4-bit inputs need a scale for the inputs, which only calibration can give.
-A model of `nvfp4_w4a4` has this scale. For other models, the metadata say that inputs stay in BF16. Each expert has
-one tensor scale. Sources: the tensors that SGLang's loader binds for an NVFP4 gpt-oss, and `hf_quant_config.json` of
-ModelOpt 0.47.
+Exporting a model that was trained for MXFP4 does not change its values. The codes stay the same, and each scale of 32
+values becomes two scales of 16 values. Each expert has one tensor scale.
 
-Legend: E experts, in, out dimensions of the matrix, nb = in / 16.
+Engines that multiply 4-bit weights with 4-bit inputs need a scale for the inputs. Only calibration can determine this
+scale, and only models of the format `nvfp4_w4a4` have it. For other models, the metadata say that inputs stay in BF16.
+
+The layout follows two sources: the tensors that SGLang's loader binds for an NVFP4 gpt-oss, and
+`hf_quant_config.json` of ModelOpt 0.47.
+
+Legend: E = experts, in and out = dimensions of the matrix, nb = in / 16.
 """
 
 from collections.abc import Collection, Iterator
@@ -50,7 +53,7 @@ def write(job: Job, directory: Path) -> Written:
     """Stream the model into `directory`, expert by expert.
 
     Raises:
-        UserError: for the same reasons as in `mxfp4.write`, or NVFP4 cannot represent the scales of MXFP4 blocks.
+        UserError: see `mxfp4.write`. Also raised if NVFP4 cannot represent the scales of MXFP4 blocks.
     """
     base = open_base(job)
     scales = load_input_scales(job.weights.ref.directory) if job.block_format.quantizes_activations else {}
@@ -73,7 +76,7 @@ def layout(shape: Shape) -> Layout:
 
 
 def input_scale_tensors(shape: Shape) -> dict[str, TensorInfo]:
-    """Return the additional tensors of a model with quantized inputs."""
+    """Return the tensors that the export of a model with quantized inputs has in addition."""
     return {f"{each.name}{_INPUT_SCALE}": TensorInfo("F32", ()) for each in expert_projections(shape)}
 
 
@@ -85,14 +88,17 @@ def load_input_scales(model: Path) -> dict[str, Tensor]:
 
 
 def describe(base: Checkpoint, tensors: Collection[str]) -> dict[str, object]:
-    """Return the content of config.json for an export with these tensors, and the content of RECORD under its name."""
+    """Return the content of config.json for an export with these tensors.
+
+    The key RECORD of the result holds the content of the file RECORD.
+    """
     record = _record(any(name.endswith(_INPUT_SCALE) for name in tensors))
     config = {key: value for key, value in legacy_config(base.config).items() if key != "quantization_config"}
     return {**config, "quantization_config": _in_config(record), RECORD: record}
 
 
 def read_description(directory: Path) -> dict[str, object]:
-    """Read config.json, and RECORD under its name.
+    """Read config.json. The key RECORD of the result holds the content of the file RECORD.
 
     Raises:
         UserError: a file cannot be read.
@@ -101,7 +107,7 @@ def read_description(directory: Path) -> dict[str, object]:
 
 
 def _stack_piece(stack: ExpertStack) -> Piece:
-    """A stack as packed codes (E, in / 2, out), scales (E, in / 16, out) and tensor scales (E)."""
+    """Store a stack as packed codes (E, in / 2, out), scales (E, in / 16, out) and tensor scales (E)."""
     tensors, name = _tensors(stack.projection), stack.projection.name
     held: list[Packed] = []
 
@@ -131,14 +137,14 @@ def _tensors(projection: ExpertProjection) -> dict[str, TensorInfo]:
 
 
 def _codes(packed: Tensor, scales: Tensor, tensor_scale: Tensor) -> Codes:
-    """Turn stored tensors into blocks (E, out, nb, 8), scales (E, out, nb) and tensor scales (E)."""
+    """Convert the stored tensors to blocks (E, out, nb, 8), scales (E, out, nb) and tensor scales (E)."""
     blocks = packed.transpose(1, 2).unflatten(-1, (-1, NVFP4.block_size // 2))
     return Codes(blocks.contiguous(), scales.transpose(1, 2).contiguous(), tensor_scale)
 
 
 def _decode_by_modelopt(packed: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
-    """Decode to (E, out, in) float32."""
-    # Importing ModelOpt and TRL takes ten seconds, which writing an export does not need.
+    """Decode the stored tensors to (E, out, in) float32."""
+    # Import here: importing ModelOpt and TRL takes ten seconds, and writing an export does not need them.
     from pipeline.models import fake_quantizers
 
     codes = _codes(packed, scales, tensor_scale)
@@ -149,14 +155,14 @@ def _convert(made: Packed, name: str) -> Packed:
     """Convert experts to NVFP4 without changing their values.
 
     Raises:
-        UserError: the scales of MXFP4 blocks are too far apart for NVFP4.
+        UserError: the scales of an expert's MXFP4 blocks differ by more than NVFP4 can represent.
     """
     if made.tensor_scale is not None:
         return made
     converted = mxfp4_to_nvfp4(made.blocks, made.scales)
     if converted.changed_blocks:
         raise UserError(
-            f"{name}: {converted.changed_blocks} MXFP4 blocks would have other values in NVFP4. Within an expert,"
+            f"{name}: {converted.changed_blocks} MXFP4 blocks would change their values in NVFP4. Within an expert,"
             " NVFP4's scales span only 17 powers of two. To round the weights anew, set format=nvfp4"
             " export.requantize=true."
         )
@@ -181,7 +187,7 @@ def _record(quantizes_inputs: bool) -> dict[str, Any]:
 
 
 def _in_config(record: dict[str, Any]) -> dict[str, object]:
-    """Return the record as ModelOpt writes it into config.json."""
+    """Return the quantization config that ModelOpt writes into config.json for this record."""
     quantization = record["quantization"]
     bits = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": quantization["group_size"]}
     sides = ("input_activations", "weights") if quantization["quant_algo"] == "NVFP4" else ("weights",)

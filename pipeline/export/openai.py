@@ -1,7 +1,7 @@
-"""OpenAI's original layout, which its reference code loads.
+"""Writes OpenAI's original layout, which OpenAI's reference code loads.
 
-It has the bytes of the Hugging Face layout under other names, and one tensor for queries, keys and values. Source: the
-loader of gpt-oss 0.0.9 (`gpt_oss/torch/weights.py`, `gpt_oss/torch/model.py`).
+The layout stores the same bytes as the Hugging Face layout, under other names. Queries, keys and values share one
+tensor. Source: the loader of gpt-oss 0.0.9 (`gpt_oss/torch/weights.py`, `gpt_oss/torch/model.py`).
 """
 
 from collections.abc import Collection, Mapping
@@ -72,7 +72,7 @@ def write(job: Job, directory: Path) -> Written:
     """Stream the model into `directory`, expert by expert.
 
     Raises:
-        UserError: for the same reasons as in `mxfp4.write`, or a key is missing in config.json.
+        UserError: see `mxfp4.write`. Also raised if config.json lacks a key.
     """
     base = open_base(job)
     config = original_config(base.config, job.source.directory)
@@ -82,7 +82,7 @@ def write(job: Job, directory: Path) -> Written:
 
 
 def other_names(shape: Shape) -> dict[str, tuple[str, ...]]:
-    """Map each tensor without expert weights to the tensors of the Hugging Face layout that it concatenates."""
+    """Map each stored tensor, except expert weights, to the Hugging Face tensors that it concatenates."""
     names: dict[str, tuple[str, ...]] = {target: (source,) for target, source in _OF_MODEL.items()}
     for layer in range(shape.num_hidden_layers):
         for target, sources in _OF_LAYER.items():
@@ -97,7 +97,7 @@ def stack_names(projection: ExpertProjection) -> tuple[str, str]:
 
 
 def layout(shape: Shape) -> Layout:
-    """Map each plain tensor to its stored tensor. Queries, keys and values are rows of `attn.qkv`."""
+    """Map each plain tensor to its stored tensors. Queries, keys and values are rows of `attn.qkv`."""
     infos, held = other_tensors(shape), {}
     for target, sources in other_names(shape).items():
         rows, first = sum(infos[source].shape[0] for source in sources), 0

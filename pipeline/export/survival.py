@@ -1,7 +1,8 @@
-"""The share of fine-tuning that survives in the 4-bit weights, and the error of rounding.
+"""Measures the rounding error, and the share of weight changes that survive rounding to 4 bits.
 
-Fine-tuning at a low rate moves most weights by less than half a step of the format. Rounding then returns the base
-model's value, and the change is lost. The surviving share explains the cost of quantization before any evaluation.
+Fine-tuning at a low learning rate moves most weights by less than half a step of the 4-bit format. Rounding then
+returns the base model's value, and the change is lost. The surviving share shows the cost of quantization before any
+evaluation.
 """
 
 import math
@@ -23,9 +24,10 @@ class Survival:
     """Sums over expert weights.
 
     Attributes:
-        sums: name -> sum. All are counts, except `squared_error` and `squares`. `moved` counts the weights that
-            training changed. `changed` counts the weights whose 4-bit value differs from the base model's.
-            `changed_scales` counts blocks with another scale and other values. The same values can have several scales.
+        sums: name -> sum. All sums are counts, except `squared_error` and `squares`. `moved` counts the weights that
+            training changed. `changed` counts the weights whose 4-bit value differs from the base model's value.
+            `changed_scales` counts the blocks whose scale and values both differ from the base model's block. A block
+            with another scale can have the same values.
     """
 
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMS, 0.0))
@@ -42,17 +44,17 @@ class Survival:
         block_format: BlockFormat,
         units: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> None:
-        """Add some experts.
+        """Add the sums of some experts.
 
         Args:
             trained: (E, in, out) weights before rounding.
             rounded: (E, in, out) weights of the export.
             base: (E, in, out) weights of the base model.
             rounded_base: (E, in, out) 4-bit values of the base model.
-            scales: (E, out, nb) stored scales of the export and of the base model.
-            saturated: (E, out, nb) whether a block of the export saturates.
+            scales: stored scales of the export and of the base model, each (E, out, nb).
+            saturated: (E, out, nb) bool, true for blocks of the export with saturated values.
             block_format: format of the export.
-            units: (E) tensor scales of the export and of the base model, or None for formats without them.
+            units: tensor scales of the export and of the base model, each (E). Both are None if the format has none.
         """
         counted = differences((trained, rounded, base, rounded_base))
         for name, total in zip(_SUMS, counted.tolist(), strict=False):
@@ -66,17 +68,17 @@ class Survival:
         self.sums["blocks"] += scales[0].numel()
 
     def add_untouched(self, values: Tensor, blocks: int) -> None:
-        """Add some experts that are identical to the base model's. The result is that of `add`, in less time.
+        """Add some experts that training did not change. The result is the same as with `add`, but takes less time.
 
         Args:
-            values: (E, in, out) decoded blocks of the base model. No weight moved, and rounding changes none.
-            blocks: number of their blocks.
+            values: (E, in, out) decoded weights of the base model. Rounding does not change these weights.
+            blocks: number of blocks in these experts.
         """
         for name, added in (("squares", sum_of_squares(values)), ("values", values.numel()), ("blocks", blocks)):
             self.sums[name] += added
 
     def figures(self) -> dict[str, float | None]:
-        """Return shares and errors.
+        """Convert the sums to shares and errors.
 
         `survival` is the share of moved weights whose 4-bit value changed, or 0 if no weight moved. `snr_db` is None if
         rounding changed no weight.
@@ -95,7 +97,7 @@ class Survival:
 
 
 def total(parts: Iterable[dict[str, float]]) -> Survival:
-    """Add up the sums of several."""
+    """Add up the sums of several stacks of experts."""
     added = Survival()
     for sums in parts:
         for name in _SUMS:

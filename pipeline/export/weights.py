@@ -1,9 +1,9 @@
-"""Conversion of weights for every target, part by part. The codec encodes experts; other tensors become BF16.
+"""Converts weights for every target, part by part. The codec encodes expert weights. Other tensors become BF16.
 
-Weights that training did not change keep the bytes of the source. Other scales could represent the same values, but
-only the original bytes are known to work in every engine.
+Weights that training did not change keep the bytes of the source. The codec could represent the same values with other
+scales, but only the original bytes are known to work in every engine.
 
-Legend: E experts of one part, in, out dimensions of the matrix, nb = in / block size.
+Legend: E = experts of one part, in and out = dimensions of the matrix, nb = in / block size.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,14 +29,14 @@ from pipeline.runs.json_files import write_json
 
 @dataclass(frozen=True)
 class Packed:
-    """Some experts of a stack, encoded.
+    """Encoded weights of some experts of a stack.
 
     Attributes:
         blocks: (E, out, nb, block size / 2) uint8.
-        scales: (E, out, nb).
-        tensor_scale: (E) float32, or None where the format has none.
-        values: (E, in, out), the decoded values.
-        saturated: (E, out, nb) bool, blocks whose largest weight is too large for their scale.
+        scales: (E, out, nb), in the scale type of the format.
+        tensor_scale: (E) float32, or None if the format has no tensor scales.
+        values: (E, in, out) decoded values.
+        saturated: (E, out, nb) bool, true for blocks whose largest weight is too large for their scale.
         is_last: whether these are the last experts of the stack.
     """
 
@@ -49,17 +49,18 @@ class Packed:
 
 
 def open_base(job: Job) -> Checkpoint:
-    """Open the base checkpoint and check that the model can be exported with its configuration.
+    """Open the base checkpoint and check that the model fits the checkpoint's configuration.
 
     Raises:
-        UserError: the model has other sizes, or the block size does not divide an input dimension.
+        UserError: the sizes of the model and the base checkpoint differ, or the block size does not divide an input
+            dimension.
     """
     base = job.source.open()
     if job.weights.shape != base.shape:
         raise UserError(
             f"{job.weights.ref.directory} has {job.weights.shape}, but model.path={job.source.directory} has"
-            f" {base.shape}. The export takes its configuration from model.path. Set it to the model that training"
-            " started from."
+            f" {base.shape}. The export takes its configuration from model.path. Set model.path to the model that"
+            " training started from."
         )
     for projection in expert_projections(base.shape):
         _raise_if_not_divisible(projection, job)
@@ -68,10 +69,10 @@ def open_base(job: Job) -> Checkpoint:
 
 @dataclass
 class OtherTensor:
-    """A tensor that is not an expert weight, in BF16.
+    """A tensor other than expert weights. It is exported in BF16.
 
     Attributes:
-        is_copied: whether all parts so far are identical to the source.
+        is_copied: whether all parts converted so far are identical to the source.
     """
 
     job: Job
@@ -81,11 +82,11 @@ class OtherTensor:
 
     @property
     def info(self) -> TensorInfo:
-        """Type and shape of the written tensor."""
+        """Return the type and shape of the written tensor."""
         return other_tensors(self.base.shape)[self.name]
 
     def steps(self, put: Callable[[Tensor], Iterable[tuple[str, Tensor]]]) -> Iterator[Step]:
-        """Yield steps that make the tensor. `put` assigns rows to tensors of the target."""
+        """Yield the steps that make the tensor. `put` turns converted rows into (name, rows) pairs of the target."""
         for rows in self.job.weights.parts(self.name):
             yield self._step(rows, put)
 
@@ -108,7 +109,7 @@ class OtherTensor:
 
 
 def others_piece(job: Job, base: Checkpoint, target: str, sources: Iterable[str]) -> Piece:
-    """Return a tensor of the target that concatenates the rows of one or several source tensors."""
+    """Return the piece for one tensor of the target. The tensor concatenates the rows of the source tensors."""
     parts = [OtherTensor(job, base, name) for name in sources]
     rows = sum(part.info.shape[0] for part in parts)
     info = TensorInfo(parts[0].info.dtype, (rows, *parts[0].info.shape[1:]))
@@ -121,13 +122,15 @@ def others_piece(job: Job, base: Checkpoint, target: str, sources: Iterable[str]
 
 @dataclass
 class ExpertStack:
-    """A stack of expert weights in the job's format. If the source has that format, unchanged experts keep its bytes.
+    """A stack of expert weights, exported in the job's format.
+
+    If the source has the same format, experts that training did not change keep the source's bytes.
 
     Attributes:
-        survival: sums over the experts so far.
+        survival: sums over the experts that are converted so far.
         copied_experts: number of these experts that are copied from the source.
-        other_than_trained: number of weights that differ from the rounded weights in training. They are not counted if
-            training rounded to the same format or did not round.
+        other_than_trained: number of exported weights that differ from the rounded weights that training used. It stays
+            0 if training rounded to the same format or did not round.
     """
 
     job: Job
@@ -138,12 +141,12 @@ class ExpertStack:
     other_than_trained: int = 0
 
     def steps(self, put: Callable[[Packed], Iterable[tuple[str, Tensor]]]) -> Iterator[Step]:
-        """Yield steps that make the stack, a few experts at a time. `put` assigns them to tensors of the target."""
+        """Yield the steps that make the stack, a few experts at a time. `put` turns experts into (name, rows) pairs."""
         for rows in self.job.weights.parts(self.projection.name):
             yield self._step(rows, put)
 
     def note(self, tensors: list[str]) -> dict[str, object]:
-        """Return the record of the finished stack. `tensors` are the names of the written tensors."""
+        """Return the note on the finished stack. `tensors` are the names of the written tensors."""
         return {
             "tensors": tensors,
             "is_copied": self.copied_experts == self.projection.experts,
@@ -176,7 +179,7 @@ class ExpertStack:
         return replace(new, is_last=rows.stop == self.projection.experts)
 
     def _pack_source(self, source: tuple[Tensor, ...], base: Tensor) -> Packed:
-        """Return the base model's experts in the job's format: as stored, or rounded as in training."""
+        """Return the base model's experts in the job's format. If they are stored in another format, round them."""
         if len(source) == 1 or not self.job.block_format.stores_like(MXFP4):
             return self._round(base)
         blocks, scales = source
@@ -229,14 +232,14 @@ class ExpertStack:
 
 
 def stacks(job: Job, base: Checkpoint) -> list[ExpertStack]:
-    """Return every stack of expert weights of the model."""
+    """Return one ExpertStack for each stack of expert weights in the model."""
     return [ExpertStack(job, base, projection) for projection in expert_projections(base.shape)]
 
 
 def write_checkpoint(
     job: Job, base: Checkpoint, directory: Path, *, pieces: list[Piece], config: Mapping[str, object]
 ) -> Written:
-    """Write the pieces layer by layer, then the side files of the source, then config.json."""
+    """Write the pieces layer by layer, then copy the side files of the source, then write config.json."""
     values = sum(projection.values for projection in expert_projections(base.shape))
     with compilation_for(values):
         written = write_sharded(directory, sort_by_layer(pieces), job.shard_bytes, "export")
@@ -246,7 +249,7 @@ def write_checkpoint(
 
 
 def packed_piece(stack: ExpertStack, blocks: str, scales: str) -> Piece:
-    """Return a stack as two tensors with the given names: its blocks, then its scales."""
+    """Return the piece that stores a stack as two tensors: `blocks` and `scales` are their names, in this order."""
     held: list[Tensor] = []
 
     def put(made: Packed) -> Iterator[tuple[str, Tensor]]:
@@ -261,7 +264,7 @@ def packed_piece(stack: ExpertStack, blocks: str, scales: str) -> Piece:
 
 
 def _restore(new: Packed, old: Packed, experts: Tensor) -> None:
-    """Replace some MXFP4 experts by the source's. Their values are the same, but scales may differ."""
+    """Overwrite the given experts with the source's bytes. Both encode the same values, perhaps with other scales."""
     for mine, source in ((new.blocks, old.blocks), (new.scales, old.scales), (new.saturated, old.saturated)):
         mine[experts] = source[experts]
 

@@ -377,7 +377,7 @@ REFUSED_MESSAGES = {
     "role is a list": ([USER, {"role": ["user"], "content": "x"}], "messages[1] has the unknown role"),
     "no role": ([{"content": "x"}, ASSISTANT], "messages[0] has the unknown role None"),
     "no assistant": ([USER], "has no assistant message"),
-    "assistant first": ([ASSISTANT, USER], "opens with an assistant message"),
+    "assistant first": ([ASSISTANT, USER], "begins with an assistant message"),
     "system in mid-conversation": (
         [USER, ASSISTANT, {"role": "system", "content": "x"}, ASSISTANT],
         "messages[2] is a system message in mid-conversation",
@@ -474,7 +474,7 @@ def test_a_row_that_names_two_reasoning_languages_is_refused() -> None:
 def test_tool_arguments_of_a_type_that_json_lacks_are_refused() -> None:
     when = datetime.date(2025, 8, 5)
     messages = calling([{"name": "add", "arguments": {"when": when}}])
-    assert refusal({"messages": messages}) == "messages[1].tool_calls[0] has a date, which JSON does not know"
+    assert refusal({"messages": messages}) == "messages[1].tool_calls[0] has a date, which is not a JSON type"
 
 
 @pytest.mark.parametrize(
@@ -507,5 +507,5 @@ def test_a_tool_result_without_an_open_call_is_refused(tokenizer: Any) -> None:
 def test_a_chat_template_that_is_not_harmonys_is_refused(tokenizer: Any, template: str) -> None:
     other = copy.deepcopy(tokenizer)
     other.chat_template = template
-    with pytest.raises(ConversationError, match="chat template is not Harmony's"):
+    with pytest.raises(ConversationError, match="chat template is not a Harmony template"):
         render(other, {"messages": [USER, ASSISTANT]})

@@ -196,7 +196,7 @@ def test_without_a_prompt_there_is_an_error(config: PipelineConfig) -> None:
 
 
 def test_a_row_with_only_instructions_is_an_error(config: PipelineConfig) -> None:
-    with pytest.raises(UserError, match="row 1: has only instructions: it asks nothing"):
+    with pytest.raises(UserError, match="row 1: has only instructions and no user message"):
         of_file(config, [{"messages": [{"role": "system", "content": "Be brief."}]}])
 
 
