@@ -1,7 +1,7 @@
-"""The command line: compose -> resolve -> stages.<stage>.run(config) -> exit status.
+"""Run a command line: compose the configuration, check it, run the stage, and return the exit status.
 
-Hydra composes the configuration. Errors that it would show as a traceback become one message here. No large library is
-imported before a stage runs, so --help and mistakes answer at once.
+Hydra composes the configuration. It would show a mistake of the user as a traceback. This module prints one message.
+Large libraries are imported only when a stage runs, so --help and error messages appear at once.
 """
 
 import importlib
@@ -31,7 +31,7 @@ from pipeline.runs.run import Run
 
 _PACKAGE = Path(__file__).resolve().parent
 SWEEP_DIR = "sweep"
-"""Subdirectory of run_dir for the directories of a sweep's jobs."""
+"""Subdirectory of run_dir. It holds one directory for each job of a sweep."""
 _SECONDS_FOR_THE_MAIN_PROCESS = 10.0
 
 
@@ -56,10 +56,10 @@ def register() -> None:
 
 
 def run(composed: DictConfig) -> None:
-    """Run one job: one stage of one recipe."""
+    """Run one job: one stage of one recipe, after the earlier stages that its `base_run` has."""
     chosen = HydraConfig.get().runtime.choices.get("recipe")
     if chosen is not None:
-        composed.recipe = chosen  # a recipe from --config-dir does not know its own name
+        composed.recipe = chosen  # register() has named only our own recipes, not a recipe from --config-dir
     _keep_jobs_apart(composed)
     pipeline_config = rules.resolve(composed)
     for stage in Run(pipeline_config).earlier_stages():
@@ -68,9 +68,9 @@ def run(composed: DictConfig) -> None:
 
 
 def _keep_jobs_apart(composed: DictConfig) -> None:
-    """In a sweep, give each job its own directory, and let it share models with the run that run_dir names.
+    """In a sweep, give each job its own directory. The job reuses models of the run in run_dir, its `base_run`.
 
-    If run_dir itself contains settings, the user has kept the jobs apart, and it stays as it is.
+    A run_dir that contains settings (`r/${sft.learning_rate}`) already differs between the jobs, so it is not changed.
     """
     hydra_config = HydraConfig.get()
     job = hydra_config.job.override_dirname.replace("/", "_")
@@ -86,14 +86,15 @@ def _module(stage: config.Stage) -> ModuleType:
 
 
 def main() -> NoReturn:
-    """Entry point of `python -m pipeline` and of the console script."""
-    # Hydra prints a traceback and exits with 1 unless it is told to raise; setdefault would let the shell undo it.
+    """Run the command in sys.argv and exit. `python -m pipeline` and the console script start here."""
+    # With this variable Hydra raises errors. Without it, Hydra prints a traceback and exits with 1.
+    # The assignment overrides the shell's value, which setdefault would keep.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.exit(status(sys.argv[1:]))
 
 
 def status(arguments: list[str]) -> int:
-    """Run the command in `arguments` (equal to those in sys.argv), and return the exit status."""
+    """Run the command in `arguments`, which must equal sys.argv[1:], and return the exit status."""
     try:
         register()
         if command_line.asks_for_help(arguments):
@@ -111,13 +112,13 @@ def status(arguments: list[str]) -> int:
         return _report(UserError("interrupted; run the same command, without overwrite=true, to resume"), 130)
     except SystemExit as leaving:
         return int(leaving.code or 0) if not isinstance(leaving.code, str) else _report(UserError(leaving.code), 1)
-    except Exception:  # noqa: BLE001 - the one place that turns any bug into its traceback and status 1
+    except Exception:  # noqa: BLE001 - any other exception is a bug: show its traceback and return 1
         traceback.print_exc()
         return 1
 
 
 def _job(composed: DictConfig) -> None:
-    # Hydra prints a line of its own before it raises a job's exception; leaving by SystemExit says it once.
+    # Hydra prints an extra line for an exception of a job, but not for SystemExit. So the message appears only once.
     try:
         run(composed)
     except (UserError, CheckFailed) as error:
@@ -125,14 +126,15 @@ def _job(composed: DictConfig) -> None:
 
 
 def _report(error: Exception, status: int) -> int:
-    # The first lines of messages from Hydra and OmegaConf say what is wrong and where. The others quote internals.
+    # In messages of Hydra and OmegaConf, the first three lines name the error and its place. The rest is internals.
     own = isinstance(error, (UserError, CheckFailed))
     message = str(error) if own else " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
     if is_main_process():
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
-        # The launcher stops all processes when one has ended, so this one first waits for the main process's message.
-        # A process that is still here afterwards has failed alone.
+        # The launcher stops all processes as soon as one ends.
+        # So this process first waits until the main process has had time to print the error.
+        # If this process is still running then, it alone has failed.
         time.sleep(_SECONDS_FOR_THE_MAIN_PROCESS)
         print(f"error on process {os.environ['RANK']}: {message}", file=sys.stderr, flush=True)
     return status
