@@ -1,7 +1,7 @@
-"""The command line. It composes and resolves the configuration, runs the stage, and returns the exit status.
+"""Run a command line: compose the configuration, check it, run the stage, and return the exit status.
 
-For a mistake of the user, it prints one message in place of Hydra's traceback. No large library is imported before a
-stage runs, so --help and mistakes answer at once.
+Hydra composes the configuration. It would show a mistake of the user as a traceback. This module prints one message.
+Large libraries are imported only when a stage runs, so --help and error messages appear at once.
 """
 
 import importlib
@@ -31,12 +31,12 @@ from pipeline.runs.run import Run
 
 _PACKAGE = Path(__file__).resolve().parent
 SWEEP_DIR = "sweep"
-"""Subdirectory of run_dir in which each job of a sweep has its directory."""
+"""Subdirectory of run_dir. It holds one directory for each job of a sweep."""
 _SECONDS_FOR_THE_MAIN_PROCESS = 10.0
 
 
 def _beside_or_inside(name: str) -> Path:
-    """Find conf/ or recipes/. It is beside the package in a checkout, and inside it in an installed wheel."""
+    """Find conf/ or recipes/: beside the package in a checkout, inside it in an installed wheel."""
     inside = _PACKAGE / name
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
@@ -56,10 +56,10 @@ def register() -> None:
 
 
 def run(composed: DictConfig) -> None:
-    """Run one job: one stage of one recipe."""
+    """Run one job: one stage of one recipe, after the earlier stages that its `base_run` has."""
     chosen = HydraConfig.get().runtime.choices.get("recipe")
     if chosen is not None:
-        composed.recipe = chosen  # a recipe from --config-dir does not set its own name
+        composed.recipe = chosen  # register() has named only our own recipes, not a recipe from --config-dir
     _keep_jobs_apart(composed)
     pipeline_config = rules.resolve(composed)
     for stage in Run(pipeline_config).earlier_stages():
@@ -68,9 +68,9 @@ def run(composed: DictConfig) -> None:
 
 
 def _keep_jobs_apart(composed: DictConfig) -> None:
-    """In a sweep, give each job its own directory, and let it share models with the run that run_dir names.
+    """In a sweep, give each job its own directory. The job reuses models of the run in run_dir, its `base_run`.
 
-    If the user has written settings into run_dir, the jobs already differ, and run_dir stays as it is.
+    A run_dir that contains settings (`r/${sft.learning_rate}`) already differs between the jobs, so it is not changed.
     """
     hydra_config = HydraConfig.get()
     job = hydra_config.job.override_dirname.replace("/", "_")
@@ -86,14 +86,15 @@ def _module(stage: config.Stage) -> ModuleType:
 
 
 def main() -> NoReturn:
-    """Entry point of `python -m pipeline` and of the console script."""
-    # Without this variable, Hydra prints a traceback and exits with 1. A value from the shell is overwritten.
+    """Run the command in sys.argv and exit. `python -m pipeline` and the console script start here."""
+    # With this variable Hydra raises errors. Without it, Hydra prints a traceback and exits with 1.
+    # The assignment overrides the shell's value, which setdefault would keep.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.exit(status(sys.argv[1:]))
 
 
 def status(arguments: list[str]) -> int:
-    """Run the command with these arguments, which sys.argv must hold too, and return the exit status."""
+    """Run the command in `arguments`, which must equal sys.argv[1:], and return the exit status."""
     try:
         register()
         if command_line.asks_for_help(arguments):
@@ -111,13 +112,13 @@ def status(arguments: list[str]) -> int:
         return _report(UserError("interrupted; run the same command, without overwrite=true, to resume"), 130)
     except SystemExit as leaving:
         return int(leaving.code or 0) if not isinstance(leaving.code, str) else _report(UserError(leaving.code), 1)
-    except Exception:  # noqa: BLE001 - the one place that turns any bug into its traceback and status 1
+    except Exception:  # noqa: BLE001 - any other exception is a bug: show its traceback and return 1
         traceback.print_exc()
         return 1
 
 
 def _job(composed: DictConfig) -> None:
-    # Hydra would print a second message for any other exception than SystemExit.
+    # Hydra prints an extra line for an exception of a job, but not for SystemExit. So the message appears only once.
     try:
         run(composed)
     except (UserError, CheckFailed) as error:
@@ -125,14 +126,15 @@ def _job(composed: DictConfig) -> None:
 
 
 def _report(error: Exception, status: int) -> int:
-    # The first lines of messages from Hydra and OmegaConf say what is wrong and where. The other lines quote internals.
+    # In messages of Hydra and OmegaConf, the first three lines name the error and its place. The rest is internals.
     own = isinstance(error, (UserError, CheckFailed))
     message = str(error) if own else " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
     if is_main_process():
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
-        # The launcher stops all processes when one has ended. This process therefore lets the main process print its
-        # message first. If this process still runs afterwards, it has failed alone.
+        # The launcher stops all processes as soon as one ends.
+        # So this process first waits until the main process has had time to print the error.
+        # If this process is still running then, it alone has failed.
         time.sleep(_SECONDS_FOR_THE_MAIN_PROCESS)
         print(f"error on process {os.environ['RANK']}: {message}", file=sys.stderr, flush=True)
     return status

@@ -1,6 +1,7 @@
-"""Settings: their types, defaults, bounds and meanings, the rules between them, and the command line.
+"""Define the settings and check them: types, defaults, bounds, descriptions, rules and the command line.
 
-This package reads the tables of formats, export targets and engines, and must not know models, data sets or stages.
+This package may import the tables of formats, export targets and engines. It must not import the code of models, data
+sets or stages.
 """
 
 from pipeline.config.compare import CompareConfig

@@ -1,4 +1,4 @@
-"""Bounds of settings. A bound is a part of the setting's type, as in `Annotated[float, POSITIVE]`."""
+"""Bounds of settings. A setting declares a bound in its type, as in `Annotated[float, POSITIVE]`."""
 
 import math
 from collections.abc import Callable
@@ -8,12 +8,12 @@ from typing import Any, get_type_hints
 
 @dataclass(frozen=True)
 class Bound:
-    """A condition on one value. The value null always meets it.
+    """A condition on one value. null always meets the condition.
 
     Attributes:
-        meaning: the end of the message "<key>=<value>: must be …".
-        holds: returns whether a value meets the condition.
-        choices: all values that meet the condition, if the help should list them.
+        meaning: the condition in words. It completes the message "<key>=<value>: must be …".
+        holds: function that returns whether a value meets the condition.
+        choices: all values that meet the condition, or () if the help should not list them.
     """
 
     meaning: str
@@ -22,12 +22,12 @@ class Bound:
 
 
 def one_of(*choices: str) -> Bound:
-    """Make the bound of a setting that takes only these words."""
+    """Make a bound for a setting that accepts only these words."""
     return Bound(f"one of {', '.join(choices)}", choices.__contains__, choices)
 
 
 def bounds_of(section: type) -> dict[str, tuple[Bound, ...]]:
-    """Field of a section -> its bounds."""
+    """Return the bounds of each field of a section, by the field's name."""
     hints = get_type_hints(section, include_extras=True)
     return {
         name: tuple(extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Bound))

@@ -1,4 +1,4 @@
-"""Enums whose members are the rows of a table."""
+"""Make enums with one member for each row of a table."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""The command line: its help, its mistakes, which are reported together, and the names of a sweep's jobs."""
+"""Read the command line: print the help, report all mistakes together, and name the jobs of a sweep."""
 
 import sys
 from collections.abc import Iterator
@@ -15,23 +15,23 @@ from pipeline.config.pipeline import Stage
 from pipeline.errors import did_you_mean
 
 _GROUPS = {
-    "recipe": "the experiment: its differences from the defaults",
+    "recipe": "the experiment, as changes to the defaults",
     "model": "the checkpoint to start from",
     "data": "the data set",
     "train@sft": "full or lora, for SFT",
     "train@qat": "full or lora, for QAT",
     "format": "the 4-bit format",
-    "eval": "prompts and task suites, in addition to the validation loss",
-    "sharding": "how processes share a model in training",
-    "tracking": "a service for metrics, in addition to metrics.jsonl",
+    "eval": "prompts and task suites to evaluate, in addition to the validation loss",
+    "sharding": "how training processes share a model",
+    "tracking": "a service that also gets the metrics of metrics.jsonl",
 }
 _MODEL_INDEPENDENT = ("stage", "recipe", "run_dir", "doctor", "verify", "eval", "compare", "tracking", "overwrite")
-"""Prefixes of settings that do not change a model. Jobs of a sweep that differ only in these share a directory."""
+"""Prefixes of settings that do not change a model. Jobs of a sweep that differ only in them share a directory."""
 _HELP_FLAGS = ("--help", "-h")
 
 
 def asks_for_help(arguments: list[str]) -> bool:
-    """Whether --help or -h is among the arguments."""
+    """Return whether --help or -h is among the arguments."""
     return any(argument in _HELP_FLAGS for argument in arguments)
 
 
@@ -41,7 +41,7 @@ def problems(arguments: list[str], conf: Path, recipes: Path) -> list[str]:
     known = schema()
     for argument in arguments:
         if argument.startswith("-") or "=" not in argument or argument.lstrip("+~").startswith("hydra"):
-            continue  # an argument of Hydra itself
+            continue  # This argument is for Hydra itself.
         try:
             (override,) = OverridesParser.create().parse_overrides([argument])
         except OverrideParseException as error:
@@ -52,10 +52,10 @@ def problems(arguments: list[str], conf: Path, recipes: Path) -> list[str]:
 
 
 def name_jobs(arguments: list[str]) -> list[str]:
-    """Return the arguments. In a sweep, add an argument that tells Hydra how to name the jobs.
+    """Return the arguments. In a sweep, add the argument that tells Hydra how to name the jobs.
 
-    A job's name consists of the settings in which the jobs differ. Settings that do not change a model are left out,
-    so that every stage of a sweep finds the same names.
+    A job's name lists the settings in which the jobs differ. It omits settings that do not change a model, so that a
+    job has the same name in every stage of the sweep.
     """
     plain = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     if not plain or not {"-m", "--multirun"} & {*arguments}:
@@ -71,14 +71,14 @@ def name_jobs(arguments: list[str]) -> list[str]:
 
 
 def help_text(conf: Path, recipes: Path) -> str:
-    """Write the whole help: usage, stages, groups with their choices, every setting with its default and meaning."""
+    """Return the whole help: usage, stages, groups with their choices, and every setting with default and meaning."""
     lines = [
         "usage: python -m pipeline stage=<stage> recipe=<recipe> [key=value …]",
         "",
         "  python -m pipeline stage=all recipe=smoke            every stage on a tiny model",
         "  python -m pipeline stage=sft recipe=multilingual     one stage of one recipe",
-        "  accelerate launch -m pipeline stage=sft …            the same on several GPUs",
-        "  python -m pipeline -m stage=qat recipe=smoke format=mxfp4,nvfp4   a sweep: a directory for each job",
+        "  accelerate launch -m pipeline stage=sft …            one stage on several GPUs",
+        "  python -m pipeline -m stage=qat recipe=smoke format=mxfp4,nvfp4   a sweep: one job for each value",
         "",
         "stages",
         *(f"  {stage.name:<10}{stage.value}" for stage in Stage),
@@ -89,7 +89,7 @@ def help_text(conf: Path, recipes: Path) -> str:
             for group, meaning in _GROUPS.items()
         ),
         "",
-        "settings (key=value; [default], which a recipe may change)",
+        "settings (key=value; the default is in brackets, and a recipe may change it)",
         *_settings_help(),
         "",
         "flags",
@@ -132,7 +132,7 @@ def _choices(group: str, conf: Path, recipes: Path) -> list[str]:
 
 
 def _settings_help() -> Iterator[str]:
-    """Two lines per setting: its key, default and choices, then its meaning."""
+    """Yield two lines per setting: first its key, default and choices, then its meaning."""
     for each in describe_settings():
         yield f"  {each.key} [{each.default}]" + (f" ({' | '.join(each.choices)})" if each.choices else "")
         yield f"      {each.meaning}"

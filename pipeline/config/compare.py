@@ -1,4 +1,4 @@
-"""`compare`: the report on measured models."""
+"""Settings of `compare`: the report on evaluated models."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -8,9 +8,9 @@ from pipeline.config.bounds import NOT_NEGATIVE
 
 @dataclass
 class CompareConfig:
-    """Report what `evaluate` measured."""
+    """Write a report on the results of `evaluate`."""
 
     runs: list[str] = field(default_factory=list)
     """Runs to compare: directories, or patterns of directories (runs/smoke/sweep/*); empty: this run."""
     examples: Annotated[int, NOT_NEGATIVE] = 20
-    """Prompts whose answers are shown side by side. Prompts on which the models differ come first."""
+    """Number of prompts whose answers are shown side by side. Prompts that only some models pass come first."""

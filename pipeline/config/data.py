@@ -1,4 +1,4 @@
-"""`data`: the conversations to train and validate on."""
+"""Settings of `data`: the conversations for training and validation."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -10,7 +10,7 @@ from pipeline.config.bounds import BETWEEN_0_AND_1, POSITIVE, SEED
 
 
 class Supervise(Enum):
-    """Assistant turns of a conversation that are trained."""
+    """Assistant turns of a conversation to train on."""
 
     every_turn = "every_turn"
     last_turn = "last_turn"
@@ -26,7 +26,7 @@ class ReasoningEffort(Enum):
 
 @dataclass
 class ColumnsConfig:
-    """Columns of a data set. A dotted path reaches into nested objects; null means that there is no such column."""
+    """Columns of a data set. A dotted path names a field of a nested object. null: the data set has no such column."""
 
     messages: Optional[str] = "messages"
     """Column with the list of messages. Use null if the data set has prompt and completion instead."""
@@ -37,29 +37,29 @@ class ColumnsConfig:
     reasoning: Optional[str] = None
     """Column with the reasoning that precedes the completion."""
     system: Optional[str] = None
-    """Column with instructions, which are placed before the first message."""
+    """Column with instructions to put before the first message."""
     tools: Optional[str] = "tools"
-    """Column with the functions that the model can call: a list of their schemas, or the list as JSON text."""
+    """Column with the functions that the model can call, as a list of schemas or as that list in JSON text."""
     reasoning_effort: Optional[str] = "reasoning_effort"
     """Column that overrides data.reasoning_effort for its row."""
     reasoning_language: Optional[str] = "reasoning_language"
     """Column that overrides data.reasoning_language for its row."""
     role: str = "role"
-    """Key of a message that holds the role of its author."""
+    """Name of the message field that holds the author's role."""
     content: str = "content"
-    """Key of a message that holds its text."""
+    """Name of the message field that holds the text."""
     thinking: str = "thinking"
-    """Key of an assistant message that holds its reasoning."""
+    """Name of the field that holds an assistant message's reasoning."""
 
 
 @dataclass
 class BlendPartConfig:
-    """One data set of a blend. Settings that are null follow `data`."""
+    """One data set of a blend. A setting that is null has the value of the same setting in `data`."""
 
     path: str = MISSING
     """As data.path."""
     weight: Annotated[float, POSITIVE] = MISSING
-    """Share of the rows, relative to the weights of the other parts."""
+    """Relative share of the rows. Two parts with weights 3 and 1 get 75 % and 25 % of the rows."""
     revision: Optional[str] = None
     """As data.revision."""
     split: Optional[str] = None
@@ -80,38 +80,38 @@ class BlendPartConfig:
 
 @dataclass
 class DataConfig:
-    """The conversations to train and validate on."""
+    """The conversations for training and validation."""
 
     path: Optional[str] = None
-    """Conversations: a .jsonl or .parquet file, a folder of them, a saved data set, a hub id, or synthetic://arithmetic."""
+    """A .jsonl or .parquet file, a folder of such files, a saved data set, a hub id, or synthetic://arithmetic."""
     revision: Optional[str] = None
     """Revision of a hub id: a branch, tag or commit."""
     split: str = "train"
-    """Split of a data set on the hub, or of a saved dictionary of data sets (DatasetDict)."""
+    """Split of a data set on the Hub, or of a saved DatasetDict."""
     streaming: bool = False
-    """Read a data set on the hub without storing its files. Its checked rows are still stored in <run_dir>/data."""
+    """Read a Hub data set without storing its files. The checked rows are still stored in <run_dir>/data."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     roles: dict[str, str] = field(default_factory=dict)
-    """The data set's names of roles, and their standard names: {human: user, gpt: assistant}."""
+    """Map from the data set's role names to the standard names: {human: user, gpt: assistant}."""
     filter: dict[str, list[Any]] = field(default_factory=dict)
-    """Keep only rows that have one of the values in each of the columns: {category: [a, b]}."""
+    """Keep only rows that match in every named column. {category: [a, b]} keeps rows whose category is a or b."""
     blend: list[BlendPartConfig] = field(default_factory=list)
-    """Several data sets instead of data.path, each with its weight: [{path: a.jsonl, weight: 3}, …]."""
+    """Several data sets with weights, instead of data.path: [{path: a.jsonl, weight: 3}, …]."""
     max_samples: Annotated[Optional[int], POSITIVE] = None
     """Use only this many rows, drawn with data.seed; null: all."""
     validation_fraction: Annotated[float, BETWEEN_0_AND_1] = 0.1
-    """Share of the rows that is held out for validation and never trained on."""
+    """Share of the rows to hold out for validation. These rows are never trained on."""
     seed: Annotated[int, SEED] = 42
-    """Seed of the draw of rows and of the split."""
+    """Random seed for data.max_samples and for the split into training and validation rows."""
     max_length: Annotated[int, POSITIVE] = 4096
-    """Longest training example in tokens. Longer examples are truncated at the end, and counted."""
+    """Largest length of a training example in tokens. Longer examples are truncated at the end, and counted."""
     supervise: Supervise = Supervise.every_turn
-    """Assistant turns to train: every_turn (each with the prompt that it has at inference) or only the last_turn."""
+    """Assistant turns to train on: every_turn (one example per turn, with its inference prompt) or last_turn."""
     reasoning_effort: ReasoningEffort = ReasoningEffort.medium
-    """The `Reasoning:` line of the system message. A row's own reasoning_effort takes precedence."""
+    """Value of the system message's `Reasoning:` line. A row can override it (data.columns.reasoning_effort)."""
     reasoning_language: Optional[str] = None
-    """Language for the line "reasoning language: …" before the instructions; null: no line. A row's own value wins."""
+    """Language in the line "reasoning language: …" before the instructions; null: no line. A row can override it."""
     model_identity: Optional[str] = None
-    """First line of the system message; null: the line of the chat template ("You are ChatGPT, …")."""
+    """First line of the system message; null: the chat template's own line ("You are ChatGPT, …")."""
     conversation_date: str = "2025-08-05"
-    """The `Current date:` line of the system message. It is fixed, so that runs can be repeated."""
+    """Date in the system message's `Current date:` line. It is fixed, so that runs can be reproduced."""

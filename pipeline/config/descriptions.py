@@ -1,4 +1,4 @@
-"""What every setting means, for the help and for docs/configuration.md: read from the sections themselves."""
+"""Describe every setting for the help and docs/configuration.md. The texts come from the classes of the sections."""
 
 import ast
 import inspect
@@ -15,14 +15,14 @@ from pipeline.config.pipeline import PipelineConfig
 
 @dataclass(frozen=True)
 class Description:
-    """One setting.
+    """Description of one setting.
 
     Attributes:
-        key: dotted; `[]` stands for each element of a list.
-        default: as written on the command line, or "required".
-        choices: all of its values, if they can be listed.
-        limits: conditions on its value, besides `choices`.
-        meaning: in one or two sentences.
+        key: dotted key of the setting. `[]` stands for each element of a list.
+        default: default value as written on the command line, or "required".
+        choices: all values of the setting, or () if they cannot be listed.
+        limits: other conditions on the value, in words.
+        meaning: one or two sentences about the setting.
     """
 
     key: str
@@ -49,7 +49,7 @@ def describe_settings(section: type = PipelineConfig, prefix: str = "") -> Itera
 
 
 def _meanings(section: type) -> dict[str, str]:
-    """Map each field to its meaning: the string below it in the source, or the metadata of a field without source."""
+    """Map each field to its meaning: the string below it in the source, or its metadata if the class has no source."""
     found = {item.name: item.metadata["meaning"] for item in fields(section) if item.metadata}
     if len(found) == len(fields(section)):
         return found

@@ -1,4 +1,4 @@
-"""`doctor`: the check of data and machine before training."""
+"""Settings of `doctor`: the check of data and machine before training."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -14,6 +14,6 @@ class DoctorConfig:
     """Check the data and the machine before training."""
 
     row: Annotated[int, POSITIVE] = 1
-    """Conversation to show token by token, counted from 1 over the whole data set."""
+    """Number of the conversation to show token by token. Numbers start at 1 and run through the whole data set."""
     languages: Annotated[list[str], _TWO_LANGUAGES] = field(default_factory=lambda: list(NAMES.values()))
-    """Languages to detect in prompts, reasoning and answers, as ISO 639-1 codes. Fewer languages give surer results."""
+    """Languages to detect in prompts, reasoning and answers, as ISO 639-1 codes. A short list gives surer results."""

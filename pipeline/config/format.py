@@ -1,4 +1,4 @@
-"""`format`: the 4-bit format of the experts' weights."""
+"""Settings of `format`: the 4-bit format of the experts' weights."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -15,7 +15,7 @@ class FormatName(Enum):
 
 
 class ScaleRule(Enum):
-    """Rules that choose the scale of a block: the rules of all formats."""
+    """Rules for the scale of a block, from all formats: the values in SCALE_RULES."""
 
     add_members(vars(), dict.fromkeys(chain(*SCALE_RULES.values())))
 
@@ -25,8 +25,8 @@ class FormatConfig:
     """The 4-bit format of the experts' weights."""
 
     name: FormatName = FormatName["mxfp4"]
-    """mxfp4, nvfp4, or nvfp4_w4a4: NVFP4 that also quantizes the inputs of the experts, with calibrated scales."""
+    """mxfp4, nvfp4 or nvfp4_w4a4 (NVFP4 that also quantizes the experts' inputs, with calibrated scales)."""
     scale_rule: ScaleRule = ScaleRule["ceil"]
-    """Scale of a block: ceil (holds the largest value), floor (may clip it), mse (better of two), nearest (NVFP4)."""
+    """Scale of a block: ceil (no clipping), floor (may clip), mse (the better of two scales) or nearest (NVFP4)."""
     importance: bool = False
-    """With scale_rule=mse: weight each input channel's error by the mean square of its calibration inputs."""
+    """For scale_rule=mse: weight the error of each input channel by the mean square of its calibration inputs."""

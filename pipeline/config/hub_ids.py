@@ -1,7 +1,7 @@
-"""How an id on the Hugging Face Hub is told from a path on this machine. This module knows no configuration.
+"""Tell ids on the Hugging Face Hub from paths on this machine. This module does not depend on the configuration.
 
-A hub id is `owner/name`, in characters and lengths that huggingface_hub allows. Some data sets have no owner: `squad`.
-A path that exists on this machine is never a hub id, and neither is the name of a data file (`chats.jsonl`).
+A hub id is `owner/name`, with characters and a length that huggingface_hub allows. Some data sets have no owner, such
+as `squad`. An existing path on this machine is not a hub id. The name of a data file (`chats.jsonl`) is not one either.
 """
 
 from pathlib import Path
@@ -11,11 +11,11 @@ DATA_SUFFIXES = (".jsonl", ".parquet")
 
 
 def is_hub_id(path: str | None, needs_owner: bool = True) -> bool:
-    """Whether a path is an id on the Hub, by the rule above.
+    """Return whether a path is an id on the Hub, by the rule above.
 
     Args:
-        path: of a model or a data set, as the user gave it.
-        needs_owner: whether the id must be `owner/name`. Only data sets may be a bare `name`.
+        path: path or id of a model or a data set, as the user gave it.
+        needs_owner: whether the id must be `owner/name`. Only ids of data sets may be a bare `name`.
     """
     if path is None or (needs_owner and "/" not in path) or Path(path).suffix in DATA_SUFFIXES:
         return False
@@ -23,7 +23,7 @@ def is_hub_id(path: str | None, needs_owner: bool = True) -> bool:
 
 
 def problem(name: str) -> str | None:
-    """Why huggingface_hub does not allow an id, or None."""
+    """Return the reason why huggingface_hub does not allow an id, or None if it does."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

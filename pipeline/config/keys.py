@@ -1,4 +1,4 @@
-"""The keys of all settings, and the schema that checks the types of their values."""
+"""List the keys of all settings, and check the types of their values with OmegaConf's schema."""
 
 import copy
 import inspect
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 
 def types_of(section: type["DataclassInstance"]) -> dict[str, object]:
-    """Field of a section -> its type, without bounds. Some types are generic aliases, such as list[str]."""
+    """Return the type of each field of a section, without bounds. Some types are generic aliases, such as list[str]."""
     hints = get_type_hints(section)
     return {item.name: hints[item.name] for item in fields(section)}
 
 
 def setting_keys() -> list[str]:
-    """Full dotted keys of all settings, sections included."""
+    """List the full dotted keys of all settings and sections."""
     return [key for key, _ in _settings(PipelineConfig)]
 
 
 def is_known(key: str) -> bool:
-    """Whether the schema has a setting or section of this full key."""
-    # In a setting that maps names to values, the user chooses the names.
+    """Return whether the schema has a setting or section with this full key."""
+    # A setting of type dict accepts any names below its own key, such as data.roles.human.
     types = _types()
     return key in types or any(
         get_origin(kind) is dict and key.startswith(f"{mapping}.") for mapping, kind in types.items()
@@ -38,17 +38,17 @@ def is_known(key: str) -> bool:
 
 
 def unknown_key(key: str, where: str) -> str:
-    """The message for a key that the schema does not have."""
+    """Return the error message for a key that the schema does not have. `where` names the place of the key."""
     return f"{where}: unknown key {key!r}.{did_you_mean(key, setting_keys())} `--help` lists all keys."
 
 
 def schema() -> DictConfig:
-    """A new configuration with the defaults, which refuses unknown keys and wrong types."""
+    """Return a new configuration with the defaults. It refuses unknown keys and values of the wrong type."""
     return copy.deepcopy(_schema())
 
 
 def value_problem(known: DictConfig, key: str, value: object) -> str | None:
-    """Why `value` does not fit the setting `key`, or None. A value that fits is set in `known`."""
+    """Set `key` to `value` in `known`. Return the error message if the value has the wrong type, else None."""
     try:
         OmegaConf.update(known, key, value, merge=True)
     except (OmegaConfBaseException, ValueError) as error:
@@ -58,7 +58,7 @@ def value_problem(known: DictConfig, key: str, value: object) -> str | None:
 
 @cache
 def _schema() -> DictConfig:
-    """Build the schema once, because that takes longer than all other work on a command line."""
+    """Build the schema once, because building it takes longer than all other work on the command line."""
     return OmegaConf.structured(PipelineConfig)
 
 

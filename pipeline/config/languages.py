@@ -35,10 +35,10 @@ NAMES = {
     "Ukrainian": "uk",
     "Vietnamese": "vi",
 }
-"""English name, as in the line "reasoning language: …" -> ISO 639-1 code."""
+"""Map from the English name, as in the line "reasoning language: …", to the ISO 639-1 code."""
 
 
 def code_of(language: str) -> str | None:
-    """Return the code of a language that is given by its code or its English name. Unknown languages are None."""
+    """Return the code of a language, given by its code or English name, or None if the language is unknown."""
     code = NAMES.get(language.strip().capitalize(), language.strip().lower())
     return code if code in NAMES.values() else None

@@ -1,4 +1,4 @@
-"""`model`: the checkpoint to start from."""
+"""Settings of `model`: the checkpoint to start from."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -10,7 +10,7 @@ from pipeline.config.bounds import SEED, Bound
 from pipeline.numerics.formats import MXFP4
 
 SYNTHETIC = "synthetic://"
-"""Prefix of a model or data set that the program generates itself, for trials without the internet."""
+"""Prefix of the path of a model or data set that the program itself generates, for trials without the internet."""
 
 _BLOCKS = Bound(
     f"a positive multiple of {MXFP4.block_size}, the block size of MXFP4",
@@ -19,7 +19,7 @@ _BLOCKS = Bound(
 
 
 class Dtype(Enum):
-    """Floating-point type of a model's weights and arithmetic."""
+    """Data type of a model's weights and arithmetic."""
 
     bfloat16 = "bfloat16"
     float32 = "float32"
@@ -30,29 +30,29 @@ class TinyConfig:
     """The small random gpt-oss that `model.path=synthetic://tiny` generates."""
 
     num_hidden_layers: int = 2
-    """Decoder layers. Sliding and full attention alternate."""
+    """Number of decoder layers. Layers with sliding and with full attention alternate."""
     hidden_size: Annotated[int, _BLOCKS] = 64
     """Width of the residual stream: a multiple of 32, the block size of MXFP4."""
     intermediate_size: Annotated[int, _BLOCKS] = 96
-    """Width of each expert: a multiple of 32. It differs from hidden_size, so transposed weights fail to load."""
+    """Width of each expert: a multiple of 32. The default is not hidden_size, so transposed weights fail to load."""
     num_local_experts: int = 8
-    """Experts per layer."""
+    """Number of experts per layer."""
     num_experts_per_tok: int = 4
-    """Experts that the router chooses for each token."""
+    """Number of experts that the router chooses for each token."""
     num_attention_heads: int = 4
-    """Query heads."""
+    """Number of query heads."""
     num_key_value_heads: int = 2
-    """Key and value heads."""
+    """Number of key and value heads."""
     head_dim: int = 32
     """Width of one attention head."""
     sliding_window: int = 64
     """Window of the sliding-attention layers, in tokens."""
     vocab_size: int = 768
-    """Rows of the embedding. As in the released models, there are more rows than tokens."""
+    """Number of rows of the embedding. As in the released models, it is larger than the number of tokens."""
     shard_bytes: int = 300_000
-    """Size limit of one weight file, in bytes. The default is small, so that the model has several files."""
+    """Largest size of one weight file, in bytes. The default is small, so that the model has several files."""
     seed: Annotated[int, SEED] = 0
-    """Seed of the weights."""
+    """Random seed of the weights."""
 
 
 @dataclass
@@ -64,5 +64,5 @@ class ModelConfig:
     revision: Optional[str] = None
     """Revision of a hub id: a branch, tag or commit."""
     dtype: Dtype = Dtype.bfloat16
-    """Floating-point type in evaluate and verify. Training uses sft.precision and qat.precision."""
+    """Data type of weights and arithmetic in evaluate and verify. Training uses sft.precision and qat.precision."""
     tiny: TinyConfig = field(default_factory=TinyConfig)

@@ -1,4 +1,4 @@
-"""All settings together."""
+"""Define PipelineConfig, which holds all settings, and the list of stages."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -22,18 +22,18 @@ from pipeline.config.verify import VerifyConfig
 
 
 class Stage(Enum):
-    """The stages, with their meanings. `all` runs those above it, in this order."""
+    """The stages. Each value describes its stage for the help. `all` runs the stages above it in this order."""
 
     doctor = "check the data, and whether the run fits on this machine"
-    upcast = "MXFP4 checkpoint -> BF16, bit-exact"
+    upcast = "convert the MXFP4 checkpoint to BF16, bit-exact"
     sft = "supervised fine-tuning"
-    quantize = "insert fake quantization: the PTQ baseline"
+    quantize = "insert fake quantization into the SFT model, which makes the PTQ baseline"
     qat = "quantization-aware training of the quantized model, at a low learning rate"
     export = "write the checkpoint for serving, by default MXFP4 in the original's layout"
     verify = "prove that the export is correct"
     evaluate = "measure a stage's model: loss, perplexity, size and weight error"
-    compare = "report the gains and losses of each step, of one run or several"
-    all = "all stages above in order; skips stages that are up to date, resumes interrupted ones"
+    compare = "report the gains and losses of each stage, for one run or several"
+    all = "run all stages above in order; skip stages that are up to date, and resume interrupted ones"
     publish = (
         "add a model card to the verified export; with export.push_to_hub, upload it (stage=all then includes publish)"
     )
@@ -41,7 +41,7 @@ class Stage(Enum):
 
 
 class Device(Enum):
-    """Where tensors are converted."""
+    """Device on which upcast and export convert tensors."""
 
     auto = "auto"
     cpu = "cpu"
@@ -49,7 +49,7 @@ class Device(Enum):
 
 
 class Sharding(Enum):
-    """How the processes of a training stage share one model: the rows of sharding.STRATEGIES."""
+    """Strategies by which training processes share one model: the rows of sharding.STRATEGIES."""
 
     none = "none"
     fsdp2 = "fsdp2"
@@ -59,22 +59,22 @@ class Sharding(Enum):
 
 @dataclass
 class PipelineConfig:
-    """The whole pipeline. Only `stage` says which part runs now."""
+    """Settings of the whole pipeline. `stage` names the part to run."""
 
     stage: Stage = MISSING
-    """The part of the pipeline to run."""
+    """Stage to run: one part of the pipeline, or all."""
     recipe: str = "default"
     """Name of the recipe. Choose it on the command line with recipe=<name>."""
     run_dir: str = "runs/${recipe}"
     """Directory of the run's artifacts."""
     base_run: Optional[str] = None
-    """Another run whose models, up to qat, are reused where they have the same settings. Sweeps (-m) set it."""
+    """Another run whose models, up to qat, are reused if their settings match. Sweeps (-m) set base_run."""
     device: Device = Device.auto
-    """Device of upcast and export; auto: the GPU if there is one. Results are bit-identical on every device."""
+    """Device of upcast and export; auto: the GPU if there is one. All devices give bit-identical results."""
     overwrite: bool = False
-    """Rebuild a complete stage, and discard unfinished work of the stage if its settings have changed."""
+    """Rebuild a stage that is complete. If settings have changed, also discard the stage's unfinished work."""
     sharding: Sharding = Sharding.none
-    """State split over training processes. fsdp2, zero3: parameters, gradients, optimizer; zero2: the last two."""
+    """Split the model over processes: parameters, gradients, optimizer (fsdp2, zero3), or the last two (zero2)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     doctor: DoctorConfig = field(default_factory=DoctorConfig)

@@ -1,4 +1,4 @@
-"""`quantize`: insert fake quantization."""
+"""Settings of `quantize`: the insertion of fake quantization."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -8,7 +8,7 @@ from pipeline.config.bounds import POSITIVE
 
 
 class QuantizeSource(Enum):
-    """Models that fake quantizers can be inserted into."""
+    """Stages whose models `quantize` can insert fake quantizers into."""
 
     sft = "sft"
     upcast = "upcast"
@@ -16,11 +16,11 @@ class QuantizeSource(Enum):
 
 @dataclass
 class QuantizeConfig:
-    """Insert fake quantization: the PTQ baseline, and the model that QAT starts from."""
+    """Insert fake quantization. The resulting model is the PTQ baseline, and QAT starts from it."""
 
     source: QuantizeSource = QuantizeSource.sft
-    """Model to quantize: the fine-tuned one (sft) or the original (upcast). With upcast, QAT starts without SFT."""
+    """Model to quantize: the fine-tuned model (sft) or the original (upcast). With upcast, QAT starts without SFT."""
     calibration_samples: Annotated[int, POSITIVE] = 64
-    """Training examples for calibration (where the format needs it) and for the check of the quantizers."""
+    """Number of training examples to calibrate with (if the format needs it) and to check the quantizers with."""
     batch_size: Annotated[int, POSITIVE] = 1
-    """Examples per forward pass."""
+    """Number of examples per forward pass."""

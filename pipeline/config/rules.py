@@ -1,6 +1,7 @@
-"""The rules between settings, and the check of a composed configuration.
+"""Check a composed configuration: keys, types, bounds, and the rules between settings.
 
-`resolve` turns Hydra's composition into `PipelineConfig`. `problems` lists the broken bounds and rules.
+`resolve` converts the configuration that Hydra composed to a `PipelineConfig`. `problems` lists the broken bounds and
+rules.
 """
 
 from collections.abc import Iterator
@@ -32,10 +33,10 @@ def resolve(composed: DictConfig) -> PipelineConfig:
     """Check the composed configuration, and convert it to plain dataclasses.
 
     Raises:
-        UserError: unknown keys, missing values, a value of the wrong type, or broken rules. One error reports all of a
-            kind.
+        UserError: there are unknown keys, missing values, a value of the wrong type, or broken rules. The error lists
+            all problems of one kind, but only the first wrong type.
     """
-    # `+sft.lr=1` adds a key to Hydra's composition. OmegaConf.to_object would drop it silently.
+    # `+sft.lr=1` adds an unknown key to the composed configuration. OmegaConf.to_object would drop the key silently.
     unknown = [key for key in _leaf_keys(composed) if not is_known(key)]
     if unknown:
         raise user_errors([unknown_key(key, "configuration") for key in unknown])
@@ -57,7 +58,7 @@ def resolve(composed: DictConfig) -> PipelineConfig:
 
 
 def problems(config: PipelineConfig) -> list[str]:
-    """Every bound and rule that the settings break, each with its full key and value."""
+    """Return a message for each bound and rule that the settings break, with full keys and values."""
     found = [*_bound_problems(config), *_data_problems(config.data), *evaluation_rules.problems(config.evaluate)]
     found += _train_problems("sft", config.sft) + _train_problems("qat", config.qat)
     found += _format_problems(config)
@@ -65,7 +66,7 @@ def problems(config: PipelineConfig) -> list[str]:
 
 
 def _bound_problems(section: object, prefix: str = "") -> Iterator[str]:
-    """The broken bounds of a section, of the sections in it, and of lists of sections."""
+    """Yield a message for each broken bound in a section, in the sections inside it, and in its lists of sections."""
     bounds = bounds_of(type(section))
     for name, value in vars(section).items():
         key = f"{prefix}{name}"
@@ -88,7 +89,8 @@ def _data_problems(data: DataConfig) -> list[str]:
             found.append(f"{key}={text!r}: must be one line of text, without special tokens.")
     if data.blend and data.path is not None:
         found.append(
-            f"data.path={data.path!r}: cannot be combined with data.blend. Make it one of the parts, or set it to null."
+            f"data.path={data.path!r}: cannot be combined with data.blend. Make the path a part of the"
+            " blend, or set it to null."
         )
     for i, part in enumerate(data.blend):
         if part.columns is not None:
@@ -101,11 +103,11 @@ def _columns_problems(key: str, columns: ColumnsConfig) -> list[str]:
     if (columns.messages is None) == (None in pair) or (columns.messages is not None and pair != (None, None)):
         return [
             f"{key}.columns: messages={columns.messages!r}, prompt={columns.prompt!r} and"
-            f" completion={columns.completion!r} cannot go together. Name either messages,"
-            " or prompt and completion with messages=null."
+            f" completion={columns.completion!r} cannot go together. Name either messages"
+            " alone, or prompt and completion with messages=null."
         ]
     if columns.reasoning is not None and columns.completion is None:
-        return [f"{key}.columns.reasoning={columns.reasoning!r}: belongs to completion, which is null."]
+        return [f"{key}.columns.reasoning={columns.reasoning!r}: needs {key}.columns.completion, which is null."]
     return []
 
 
@@ -122,8 +124,8 @@ def _train_problems(section: str, train: TrainConfig) -> list[str]:
         found.append(f"{section}.lora.targets=[]: LoRA needs at least one of attention, experts.")
     if train.lora.layers is not None and train.lora.every_nth is not None:
         found.append(
-            f"{section}.lora.layers={train.lora.layers}, {section}.lora.every_nth={train.lora.every_nth}: give one of"
-            " them, and null for the other."
+            f"{section}.lora.layers={train.lora.layers}, {section}.lora.every_nth={train.lora.every_nth}: set only one"
+            " of them. The other must be null."
         )
     return found + _keeping_problems(section, train)
 
@@ -132,8 +134,8 @@ def _rounding_problems(section: str, train: TrainConfig) -> list[str]:
     found = []
     if train.method is Method.lora or train.precision is not Precision.bf16:
         found.append(
-            f"{section}.stochastic_rounding=true: only BF16 weights are rounded, not those of {section}.method="
-            f"{train.method.name} with {section}.precision={train.precision.name}. Set it to false."
+            f"{section}.stochastic_rounding=true: applies only to training of BF16 weights. There are none with"
+            f" {section}.method={train.method.name} and {section}.precision={train.precision.name}. Set it to false."
         )
     if train.optimizer not in ROUNDING_OPTIMIZERS:
         found.append(
@@ -148,13 +150,13 @@ def _keeping_problems(section: str, train: TrainConfig) -> list[str]:
     if train.keep_best and train.save_steps != train.eval_steps:
         found.append(
             f"{section}.save_steps={train.save_steps}, {section}.eval_steps={train.eval_steps}: must be equal with"
-            f" {section}.keep_best=true, which needs a checkpoint of every step that is evaluated."
-            f" Give both the same value, or {section}.keep_best=false."
+            f" {section}.keep_best=true, which needs a checkpoint at each validation."
+            f" Give both the same value, or set {section}.keep_best=false."
         )
     if train.early_stopping_patience is not None and not train.keep_best:
         found.append(
             f"{section}.early_stopping_patience={train.early_stopping_patience}: needs {section}.keep_best=true."
-            " Otherwise the last weights would be kept, which did not improve."
+            " Otherwise the last weights would be kept, although they did not improve the validation loss."
         )
     return found
 
@@ -171,8 +173,8 @@ def _format_problems(config: PipelineConfig) -> list[str]:
     held = TARGETS[target].holds
     if config.stage in (Stage.export, Stage.all) and name not in held:
         found.append(
-            f"export.target={target}: holds {', '.join(held)}, not format={name}. Train for another format, or run the"
-            " stages up to qat and evaluate one by one."
+            f"export.target={target}: holds {', '.join(held)}, not format={name}. Train for another format, or run"
+            " single stages instead of stage=all: those up to qat, and evaluate."
         )
     return found
 
@@ -183,7 +185,7 @@ def _qat_problems(config: PipelineConfig) -> list[str]:
     if qat.distillation.weight and not follows_sft:
         found.append(
             f"qat.distillation.weight={qat.distillation.weight}: the teacher is the SFT model, and with"
-            f" quantize.source={config.quantize.source.name} there is none. Set it to 0, or quantize.source=sft."
+            f" quantize.source={config.quantize.source.name} there is none. Set it to 0, or set quantize.source=sft."
         )
     if qat.distillation.weight and qat.router_aux_loss_coef:
         found.append(

@@ -1,7 +1,7 @@
-"""Export targets: the facts about each layout. A new target is one row of TARGETS and one file.
+"""Facts about the layout of each export target. To add a target, add a row to TARGETS, and one file.
 
 The file is `pipeline/export/<name>.py`. It writes the layout and defines how to read it. The choices of
-`export.target`, the rules between settings, size estimates and the model card derive from the rows.
+`export.target`, the rules between settings, the size estimates and the model card use the rows of TARGETS.
 """
 
 from dataclasses import dataclass
@@ -16,11 +16,12 @@ class Target:
     Attributes:
         holds: names of the formats that the layout can store.
         expert_bits: bits per expert weight on disk, including scales.
-        title: description of the layout, part of a sentence of the model card.
-        usage: commands that serve an export. {model} is its repository or directory.
-        tags: tags on the Hub.
-        library: the Hub's name of the library that loads the layout, or None.
-        fp32: parts of tensor names. Tensors with such a name in the plain layout are FP32. Other tensors are BF16.
+        title: description of the layout, as a part of a sentence in the model card.
+        usage: commands that serve an export. {model} stands for the repository or directory of the export.
+        tags: tags of the model card on the Hub.
+        library: name of the library that loads the layout, as the Hub spells it, or None.
+        fp32: parts of tensor names. A tensor whose name in the plain layout contains one of them is FP32. All others
+            are BF16.
     """
 
     holds: tuple[str, ...]
@@ -32,7 +33,7 @@ class Target:
     fp32: tuple[str, ...] = ()
 
     def is_fp32(self, name: str) -> bool:
-        """Whether the layout stores a tensor in FP32. Expert weights have `expert_bits` instead."""
+        """Return whether the layout stores a tensor in FP32. Do not call this for expert weights (`expert_bits`)."""
         return any(part in name for part in self.fp32)
 
 
@@ -70,10 +71,10 @@ TARGETS = {
     "bf16": Target(
         holds=("mxfp4", "nvfp4"),
         expert_bits=16,
-        title="plain BF16, four times the size, with the values of the 4-bit format",
+        title="plain BF16 that holds the values of the 4-bit format, at four times the size",
         usage="vllm serve {model}",
         tags=("vllm",),
         library="transformers",
     ),
 }
-"""Value of `export.target` -> its layout."""
+"""Map from the value of `export.target` to the layout."""

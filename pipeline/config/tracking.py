@@ -1,4 +1,4 @@
-"""`tracking`: metrics beyond metrics.jsonl."""
+"""Settings of `tracking`: the service that also gets the metrics of metrics.jsonl."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -14,15 +14,15 @@ class TrackingBackend(Enum):
 
 @dataclass
 class TrackingConfig:
-    """Metrics beyond metrics.jsonl, which is always written."""
+    """Where metrics go in addition to metrics.jsonl, which is always written."""
 
     backend: TrackingBackend = TrackingBackend.none
     """Service that gets the same metrics: none or wandb (Weights & Biases; WANDB_MODE=offline stores them locally)."""
     project: str = "gpt-oss-qat"
-    """Project of the service."""
+    """Name of the project in the service."""
     entity: Optional[str] = None
-    """User or team of the service; null: the default of the login."""
+    """Name of the user or team in the service; null: the default of the account that is logged in."""
     tags: list[str] = field(default_factory=list)
-    """Tags of every stage's run."""
+    """Tags for the service's run of each stage."""
     name: Optional[str] = None
-    """Name of the pipeline run. Stages appear as <name>-<stage>, in one group. null: the recipe."""
+    """Name of the pipeline run in the service. Each stage is a run <name>-<stage> in one group. null: the recipe."""

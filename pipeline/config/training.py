@@ -1,4 +1,4 @@
-"""`sft` and `qat`: the two training stages."""
+"""Settings of `sft` and `qat`, the two training stages."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -17,7 +17,7 @@ _AT_LEAST_TWO = Bound(
 
 
 class Precision(Enum):
-    """Types of weights and arithmetic in training."""
+    """Data types of weights and arithmetic in training."""
 
     fp32 = "fp32"
     mixed_bf16 = "mixed_bf16"
@@ -25,7 +25,7 @@ class Precision(Enum):
 
 
 class ExpertsImplementation(Enum):
-    """Kernels that multiply with the experts' weights, by their transformers names."""
+    """Kernels that multiply inputs by the experts' weights. transformers has the same names."""
 
     auto = "auto"
     eager = "eager"
@@ -34,12 +34,12 @@ class ExpertsImplementation(Enum):
 
     @property
     def quantizes_activations(self) -> bool:
-        """Whether the kernel runs the quantizers of all inputs; grouped_mm skips those of down_proj's inputs."""
+        """Return whether the kernel runs all input quantizers. grouped_mm skips the quantizer before down_proj."""
         return self is not ExpertsImplementation.grouped_mm
 
 
 class Method(Enum):
-    """Weights that are trained: all of them, or low-rank adapters on a frozen base."""
+    """Weights to train: all weights of the model, or low-rank adapters on a frozen base."""
 
     full = "full"
     lora = "lora"
@@ -57,19 +57,19 @@ class LoraConfig:
     """Low-rank adapters. Used only with method=lora."""
 
     rank: Annotated[int, POSITIVE] = 8
-    """Rank r of each adapter. Each of E experts has its own, so a projection takes E·r·(in + out) weights."""
+    """Rank r of each adapter. Each of E experts has an adapter, so a projection takes E·r·(in + out) weights."""
     alpha: Annotated[int, POSITIVE] = 16
-    """Scale of the update: alpha / rank."""
+    """Numerator of the update's scale, which is alpha / rank."""
     targets: list[LoraTarget] = field(default_factory=lambda: [LoraTarget.attention, LoraTarget.experts])
-    """Parts that get adapters: attention (q, k, v, o), experts (gate_up and down), or both."""
+    """Parts of a layer that get adapters: attention (q, k, v, o), experts (gate_up and down), or both."""
     layers: Optional[list[int]] = None
-    """Layers that get adapters, counted from 0; null: the layers of every_nth, or all layers."""
+    """Layers that get adapters, counted from 0; null: the layers that every_nth selects, or else all layers."""
     every_nth: Annotated[Optional[int], POSITIVE] = None
-    """Alternative to layers: adapt every n-th layer, such as 7, 15 and 23 for n = 8 in a model of 24 layers."""
+    """Alternative to layers: adapt every n-th layer. every_nth=8 adapts layers 7, 15 and 23 of 24 layers."""
 
 
 def adapted_layers(lora: LoraConfig, count: int) -> list[int]:
-    """The layers that get adapters in a model of `count` layers. Nothing checks that the model has `lora.layers`."""
+    """Return the layers that get adapters in a model of `count` layers. `lora.layers` is returned unchecked."""
     if lora.every_nth is not None:
         return list(range(lora.every_nth - 1, count, lora.every_nth))
     return list(range(count)) if lora.layers is None else lora.layers
@@ -77,75 +77,75 @@ def adapted_layers(lora: LoraConfig, count: int) -> list[int]:
 
 @dataclass
 class TrainConfig:
-    """One training stage: `sft`. `qat` has a few settings more."""
+    """Settings of a training stage. `sft` has exactly these settings. `qat` adds a few."""
 
     method: Method = Method.full
-    """Train every weight (full) or adapters (lora)."""
+    """Train every weight (full) or only adapters (lora)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     learning_rate: Annotated[float, POSITIVE] = 2.0e-5
     """Peak learning rate."""
     lr_scheduler: Annotated[str, _SCHEDULE] = "cosine"
-    """Schedule after warm-up, by its transformers name."""
+    """Learning-rate schedule after warm-up, as named in transformers."""
     warmup_ratio: Annotated[float, BELOW_1] = 0.03
-    """Share of the steps, at the start, in which the learning rate rises."""
+    """Share of all steps that are warm-up: the learning rate rises to its peak."""
     epochs: Annotated[float, POSITIVE] = 1.0
-    """Passes over the training data. max_steps takes precedence."""
+    """Number of passes over the training data. If max_steps is set, it applies instead."""
     max_steps: Annotated[int, _STEPS] = -1
-    """Optimizer steps; -1: as many as the epochs take."""
+    """Number of optimizer steps; -1: as many as the epochs take."""
     batch_size: Annotated[int, POSITIVE] = 1
-    """Examples per device and forward pass."""
+    """Number of examples per device and forward pass. With packing=true, the number of rows."""
     packing: bool = False
-    """Pack whole examples, isolated from each other, into rows of up to data.max_length; batch_size counts rows."""
+    """Pack several whole examples into each row of up to data.max_length tokens, isolated from each other."""
     gradient_accumulation_steps: Annotated[int, POSITIVE] = 8
-    """Forward passes per optimizer step."""
+    """Number of forward passes per optimizer step."""
     optimizer: str = "adamw_torch_fused"
-    """Optimizer, by its transformers name."""
+    """Optimizer, as named in transformers."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay, as in AdamW."""
     max_grad_norm: Annotated[float, POSITIVE] = 1.0
-    """Largest norm of the gradients. Larger gradients are clipped."""
+    """Largest gradient norm. Larger gradients are scaled down to this norm."""
     precision: Precision = Precision.mixed_bf16
-    """fp32; mixed_bf16 (FP32 weights, BF16 arithmetic); bf16 (BF16 weights, which low learning rates hardly change)."""
+    """fp32, mixed_bf16 (FP32 weights, BF16 arithmetic) or bf16 (BF16 weights, hardly changed by low rates)."""
     stochastic_rounding: bool = False
-    """Round updates of BF16 weights at random, so that small updates take effect; needs optimizer=adamw_torch_8bit."""
+    """Round updated BF16 weights stochastically, so small updates take effect. Needs optimizer=adamw_torch_8bit."""
     attn_implementation: str = "eager"
-    """Attention kernel, by its transformers name. It is compared with eager first, as many kernels ignore sinks."""
+    """Attention kernel, as named in transformers. It is checked against eager, because many kernels ignore sinks."""
     experts_implementation: ExpertsImplementation = ExpertsImplementation.auto
-    """Kernel of the experts; auto: grouped_mm, or eager for formats that also quantize inputs."""
+    """Kernel of the experts; auto: eager for formats that also quantize inputs, grouped_mm for all others."""
     gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass. Saves memory and takes about a third more time."""
+    """Recompute activations in the backward pass. This saves memory. A step takes about a third more time."""
     router_aux_loss_coef: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Weight of the router's load-balancing loss. The 0.9 of the released config would dominate the actual loss."""
+    """Weight of the router's load-balancing loss. The released config has 0.9, which would dominate the token loss."""
     logging_steps: Annotated[int, POSITIVE] = 1
-    """Optimizer steps between two lines of metrics."""
+    """Number of optimizer steps between two lines of metrics."""
     eval_steps: Annotated[int, POSITIVE] = 50
-    """Optimizer steps between two validation losses. The last step always has one."""
+    """Number of optimizer steps between two validations. There is always a validation after the last step."""
     save_steps: Annotated[int, POSITIVE] = 50
-    """Optimizer steps between two checkpoints to resume from."""
+    """Number of optimizer steps between two checkpoints to resume from."""
     save_total_limit: Annotated[int, _AT_LEAST_TWO] = 2
-    """Checkpoints to keep in training, including the newest and the best. A complete stage has removed them."""
+    """Number of checkpoints to keep during training, newest and best included. All are removed at the end."""
     keep_best: bool = True
-    """Keep the weights with the lowest validation loss instead of the last weights; needs save_steps = eval_steps."""
+    """Keep the weights with the lowest validation loss, not the last weights. Needs save_steps = eval_steps."""
     early_stopping_patience: Annotated[Optional[int], POSITIVE] = None
-    """Stop after this many validation losses in a row without a new lowest one; null: never."""
+    """Stop when this many validations in a row bring no new lowest loss; null: never stop early."""
     seed: Annotated[int, SEED] = 42
-    """Seed of the data order and of the adapters."""
+    """Random seed of the data order and of the initial adapters."""
 
 
 @dataclass
 class DistillationConfig:
-    """Distillation from the SFT model, in addition to the data (QAD)."""
+    """Quantization-aware distillation (QAD): QAT also learns from the predictions of the SFT model."""
 
     weight: Annotated[float, FROM_0_TO_1] = 0.0
-    """Weight of the KL divergence from the SFT model in the loss, from 0 to 1; 0: no distillation."""
+    """Weight in the loss of the KL divergence from the SFT model's predictions; 0: no distillation."""
     temperature: Annotated[float, POSITIVE] = 1.0
-    """Temperature of both distributions. Above 1, unlikely tokens count for more."""
+    """Temperature of teacher's and student's distributions. Above 1, unlikely tokens count for more."""
 
 
 @dataclass
 class QatConfig(TrainConfig):
-    """Training with fake quantization."""
+    """Train with fake quantization of the experts."""
 
     rounded_cache_gib: Annotated[Optional[float], NOT_NEGATIVE] = None
-    """Cache for the experts' rounded weights, in GiB; null: no limit, or no cache if sharding gathers parameters."""
+    """Cache size for the experts' rounded weights, in GiB; null: no limit (no cache if sharding gathers parameters)."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)

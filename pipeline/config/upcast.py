@@ -11,4 +11,4 @@ class UpcastConfig:
     """Convert an MXFP4 checkpoint to BF16."""
 
     shard_bytes: Annotated[int, POSITIVE] = 5_000_000_000
-    """Size limit of one weight file, in bytes."""
+    """Largest size of one weight file, in bytes."""

@@ -1,4 +1,4 @@
-"""`verify`: the proof that an export is correct."""
+"""Settings of `verify`: the proof that an export is correct."""
 
 from dataclasses import dataclass, field, make_dataclass
 from enum import Enum
@@ -10,7 +10,7 @@ from pipeline.config.engines import LIBRARIES
 
 
 class LoadingEngine(Enum):
-    """Engines that `verify` can load an export in: the rows of LIBRARIES."""
+    """Engines in which `verify` can load an export: the rows of LIBRARIES."""
 
     add_members(vars(), LIBRARIES)
 
@@ -24,14 +24,14 @@ PythonConfig: Any = make_dataclass(
             field(
                 default=None,
                 metadata={
-                    "meaning": f"Python executable that has {library.distribution}; null: the Python of this program."
+                    "meaning": f"Path of a Python with {library.distribution} installed; null: this program's Python."
                 },
             ),
         )
         for name, library in LIBRARIES.items()
     ],
     namespace={
-        "__doc__": "Python of each engine's environment. A new engine needs no edit here.",
+        "__doc__": "Path of the Python in each engine's environment. The fields come from LIBRARIES.",
         "__module__": __name__,
     },
 )
@@ -39,18 +39,18 @@ PythonConfig: Any = make_dataclass(
 
 @dataclass
 class VerifyConfig:
-    """Prove that an export is correct."""
+    """Prove that an export stores the trained model correctly."""
 
     checkpoint: Optional[str] = None
-    """Directory of any export to check; null: this run's export."""
+    """Directory of the export to check; null: this run's export."""
     reference: Optional[str] = None
-    """Base checkpoint of the fine-tuned model, to compare with; null: model.path."""
+    """Base checkpoint to compare the export with; null: model.path."""
     samples: Annotated[int, POSITIVE] = 8
-    """Validation examples whose logits are compared."""
+    """Number of validation examples whose logits are compared."""
     logits_tolerance: Annotated[float, NOT_NEGATIVE] = 1.0e-4
-    """Largest allowed difference of a logit, because the order of sums may differ. Weights are compared bit for bit."""
+    """Largest allowed difference of a logit, which the order of sums can cause. Weights must be bit-identical."""
     engines: list[LoadingEngine] = field(default_factory=list)
-    """Engines to load the export in. Engines that are not installed are reported as not checked."""
+    """Engines to load the export in. An engine that is not installed is reported as not checked."""
     python: PythonConfig = field(default_factory=PythonConfig)
     engine_seconds: Annotated[float, POSITIVE] = 600.0
-    """Longest time for an engine to load the export and answer, in seconds."""
+    """Time limit for an engine to load the export and answer, in seconds."""

@@ -69,8 +69,8 @@ def test_stochastic_rounding_needs_bf16_weights_and_a_supporting_optimizer() -> 
     right = {"sft__precision": Precision.bf16, "sft__optimizer": "adamw_torch_8bit", "sft__stochastic_rounding": True}
     assert broken(**right) == []
     assert broken(sft__stochastic_rounding=True) == [
-        "sft.stochastic_rounding=true: only BF16 weights are rounded, not those of sft.method=full with"
-        " sft.precision=mixed_bf16. Set it to false.",
+        "sft.stochastic_rounding=true: applies only to training of BF16 weights. There are none with"
+        " sft.method=full and sft.precision=mixed_bf16. Set it to false.",
         "sft.stochastic_rounding=true: sft.optimizer=adamw_torch_fused does not support it. Use one of"
         " adamw_torch_8bit, adamw_torch_4bit, which need pip install 'gpt-oss-qat[torchao]'.",
     ]
@@ -79,7 +79,7 @@ def test_stochastic_rounding_needs_bf16_weights_and_a_supporting_optimizer() -> 
 
 def test_layers_and_every_nth_together_are_refused() -> None:
     assert broken(sft__lora__layers=[1], sft__lora__every_nth=2) == [
-        "sft.lora.layers=[1], sft.lora.every_nth=2: give one of them, and null for the other."
+        "sft.lora.layers=[1], sft.lora.every_nth=2: set only one of them. The other must be null."
     ]
 
 
@@ -145,7 +145,7 @@ def test_columns_are_either_messages_or_prompt_and_completion(columns: dict[str,
 
 
 def test_a_reasoning_column_needs_a_completion_column() -> None:
-    expected = "data.columns.reasoning='why': belongs to completion, which is null."
+    expected = "data.columns.reasoning='why': needs data.columns.completion, which is null."
     assert broken(data__columns=ColumnsConfig(reasoning="why")) == [expected]
 
 
