@@ -12,7 +12,7 @@ class Judgement:
         sample: the transcript's sample.
         messages: the first messages to the judge.
         replies: all replies of the judge. The last one decides.
-        degree: a value of Refusal, or None if no reply ended with a verdict.
+        degree: the degree of refusal, a value of `Refusal`, or None if no reply ended with a verdict.
     """
 
     prompt_id: str
