@@ -11,7 +11,7 @@ class Judgement:
         prompt_id: the transcript's prompt.
         sample: the transcript's sample.
         messages: the first messages to the judge.
-        replies: all replies of the judge. The last one decides.
+        replies: all replies of the judge. The last reply decides.
         degree: the degree of refusal, a value of `Refusal`, or None if no reply ended with a verdict.
     """
 

@@ -111,8 +111,8 @@ def check_tokens(refs: Sequence[ModelRef], reference: ModelRef | None) -> None:
     if wrong:
         raise user_errors(
             [
-                f"{ref.directory}: its tokenizer has other tokens than that of {reference.directory}, so losses and"
-                " predictions cannot be compared. Evaluate it in a run of its own: another run_dir, with"
+                f"{ref.directory}: its tokenizer has other tokens than the tokenizer of {reference.directory}, so"
+                " losses and predictions cannot be compared. Evaluate it in another run: set another run_dir and"
                 f" evaluate.source={ref.directory}."
                 for ref in wrong
             ]

@@ -31,7 +31,7 @@ _COLUMNS = ["step", "prompt", "reasoning", "answer", "completion", "finish", "to
 def callback(
     run: Run, data: DataConfig, evaluate: EvaluateConfig, *, rows: Rows, tokenizer: Tokenizer, directory: Path
 ) -> list[TrainerCallback]:
-    """Make the callback for `evaluate.during_training`. Return it in a list, which is empty if no prompts are wanted.
+    """Make the callback for `evaluate.during_training`. Return an empty list if it asks for no prompts.
 
     Args:
         run: the run of the training stage.

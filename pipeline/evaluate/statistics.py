@@ -55,7 +55,10 @@ class Comparison:
 
 
 def wilson(passed: int, total: int, confidence: float = 0.95) -> Interval:
-    """Compute Wilson's score interval (1927) of a rate. It lies in [0, 1], and has a width even at 0 % and 100 %."""
+    """Compute Wilson's score interval (1927) of a rate.
+
+    The interval lies in [0, 1]. Its width is positive even at 0 % and 100 %.
+    """
     from scipy.stats import binomtest
 
     found = binomtest(passed, total).proportion_ci(confidence, method="wilson")
@@ -156,7 +159,7 @@ def smallest_difference(differing: int, prompts: int, alpha: float = 0.05) -> fl
     """Compute the smallest difference of rates that is significant in McNemar's test (p <= alpha).
 
     The models are assumed to differ on `differing` prompts. If so few prompts cannot give a significant result, the
-    smallest number of prompts that can is assumed instead. The result is infinite if even all prompts are too few.
+    smallest sufficient number is assumed instead. The result is infinite if all prompts together are too few.
     """
     for count in range(differing, prompts + 1):
         for losses in range(count // 2, -1, -1):
@@ -179,7 +182,7 @@ def verdicts(comparisons: list[Comparison], alpha: float = 0.05) -> list[str]:
     """Describe comparisons in words. The p-values are corrected for the number of comparisons.
 
     Returns:
-        For each comparison BETTER, WORSE, or "no significant difference …: <the difference that would be significant>".
+        For each comparison BETTER, WORSE, or "no significant difference … (at least <points> are needed)".
     """
     p_values = holm(np.array([comparison.p_value for comparison in comparisons]))
     # Holm's level for the smallest p-value. A difference with p <= strictest is significant after every correction.
@@ -197,5 +200,5 @@ def verdict(model: Values, reference: Values, alpha: float = 0.05) -> str:
 
 def _not_significant(comparison: Comparison, alpha: float) -> str:
     smallest = smallest_difference(comparison.wins + comparison.losses, comparison.prompts, alpha)
-    needed = "they are too few for any" if math.isinf(smallest) else f"it would have to be {100 * smallest:.1f} points"
-    return f"no significant difference on {comparison.prompts} prompts: {needed}"
+    needed = "too few for any" if math.isinf(smallest) else f"at least {100 * smallest:.1f} points are needed"
+    return f"no significant difference on {comparison.prompts} prompts ({needed})"

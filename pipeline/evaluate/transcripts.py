@@ -28,7 +28,7 @@ class Transcript:
         finish: why generation ended: "return", "call" or "length", or another value that an endpoint reports.
         tokens: number of generated tokens.
         seed: seed of the sampling, or None for greedy decoding.
-        tool_calls: {"name", "arguments"} of each call, with the arguments as the model wrote them.
+        tool_calls: "name" and "arguments" of each call. The arguments are the text that the model wrote.
     """
 
     prompt_id: str

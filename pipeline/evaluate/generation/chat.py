@@ -11,7 +11,7 @@ from pipeline.evaluate.transcripts import Transcript
 from pipeline.runs.json_files import Json
 
 _REASONING = ("reasoning_content", "reasoning")
-"""The names that servers use for the field of the reasoning. vLLM has replaced the first name by the second."""
+"""The field names that servers use for the reasoning. vLLM has replaced the first name by the second."""
 
 
 class _Function(TypedDict):

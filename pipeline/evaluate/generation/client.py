@@ -248,7 +248,7 @@ class Client:
         return _read(response, read, self._key)
 
     def _pause(self, attempt: int, failure: NoAnswerError) -> float:
-        """Return the seconds until the next attempt. If the server asks for no wait, they double with each attempt."""
+        """Return the seconds until the next attempt. The wait doubles each time, unless the server sets it."""
         asked = failure.wait_seconds if isinstance(failure, StatusError) else None
         return min(_FIRST_WAIT_SECONDS * 2**attempt if asked is None else asked, self._settings.timeout_seconds)
 

@@ -66,7 +66,7 @@ class Local:
 
         Args:
             questions: the questions.
-            prompts: the token ids of their prompts.
+            prompts: the token ids of the questions' prompts.
 
         Raises:
             UserError: the batch does not fit into the GPU's memory.

@@ -73,7 +73,7 @@ def is_right(answer: str, expected: str, language: str = "en") -> bool:
 
 
 def readings(number: str, language: str) -> list[Decimal]:
-    """Return the possible values of a number: in the language's notation, then in English notation if the notations differ.
+    """Return the possible values of a number: first in the language's notation, then in English notation if it differs.
 
     The list is empty for a number that fits no notation, such as 1.2.3.
     """

@@ -120,7 +120,7 @@ def is_loop(text: str) -> bool:
 def _ends_periodically(text: str) -> bool:
     """Return whether the text ends in a loop. A phrase without letters and digits, such as dashes, is not a loop."""
     end = text[-20 * _LOOP_LETTERS :][::-1]
-    # The border of a prefix of the reversed text gives the prefix's period (Knuth, Morris and Pratt 1977).
+    # Borders of the reversed text's prefixes: a prefix has the period length - border (Knuth, Morris and Pratt 1977).
     border = [0] * len(end)
     for i in range(1, len(end)):
         k = border[i - 1]

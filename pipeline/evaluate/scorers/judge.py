@@ -1,8 +1,8 @@
 """Let a judge model decide whether answers are refusals.
 
 The judge is any model on a server with OpenAI's chat API (`evaluate.judge`). All its replies are stored beside the
-verdict, in evaluate/<model>/judgements.jsonl, so users can check the judge. If a reply does not
-end with a verdict, the judge is reminded of the required form. If there is still no verdict, the answer is undecided.
+verdict, in evaluate/<model>/judgements.jsonl, so users can check the judge. If a reply does not end with a verdict, the
+judge is reminded of the required form. If there is still no verdict, the answer is undecided.
 """
 
 import re
@@ -49,7 +49,7 @@ _VERDICT = re.compile(r"\**verdict:\**\s*(none|partial|full)\**\.?\s*", re.IGNOR
 
 
 class Judge(NamedTuple):
-    """A model on a server.
+    """A judge: a model on a server.
 
     Attributes:
         url: address of the API, without a slash at its end.

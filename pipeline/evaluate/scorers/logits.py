@@ -109,7 +109,7 @@ def _merge(log_probs: Tensor, tokens: Tensor) -> Tensor:
         tokens: the tokens to keep, (n, TOP).
 
     Returns:
-        Log-probabilities, (n, TOP + 1). The last column is the merged outcome. It is absent if TOP tokens are all.
+        Log-probabilities, (n, TOP + 1). The last column is the merged outcome, absent if no tokens remain.
     """
     chosen = log_probs.gather(1, tokens)
     if log_probs.shape[1] == tokens.shape[1]:
@@ -135,7 +135,7 @@ def _places(batch: dict[str, Tensor], first_example: int) -> Tensor:
     """Locate the supervised tokens of a batch, in the order of `_states`.
 
     Returns:
-        Position among the supervised tokens of the example, and number of the example, (tokens, 2) float64.
+        The position among the example's supervised tokens, and the example's index, (tokens, 2) float64.
     """
     supervised = batch["labels"][:, 1:] != IGNORED
     position = (supervised.cumsum(1) - 1)[supervised]
