@@ -1,4 +1,4 @@
-"""What a model predicts and answers, and how good that is: generation, scorers, statistics.
+"""Evaluate models: generate answers, score answers and predictions, and compare models statistically.
 
-It must not know how a model was made: all models are loaded, asked and scored alike.
+This package must not know how a model was made. All models are loaded, asked and scored in the same way.
 """

@@ -1,4 +1,4 @@
-"""The expected properties of right answers. They are checked before models are asked, and again before scoring."""
+"""Check the expected properties of right answers, before models are asked and again before scoring."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +17,8 @@ def check(expected: Iterable[tuple[str, Mapping[str, str]]]) -> None:
     """Check the expected properties of all prompts, given as (prompt_id, properties). Unknown keys are ignored.
 
     Raises:
-        UserError: scorers cannot use some values. Each is named with its first prompt and the number of others.
+        UserError: scorers cannot use some values. The message gives, for each such value, the first prompt that has it
+            and the number of other prompts.
     """
     prompts: dict[tuple[str, str], list[str]] = {}
     for prompt_id, values in expected:
@@ -60,4 +61,4 @@ KEYS: dict[str, Callable[[str], str | None]] = {
     "answer": _answer_problem,
     "safety": _safety_problem,
 }
-"""Expected property -> check of its value, which returns the problem or None. `category` may have any value."""
+"""Expected property -> function that returns the problem with a value, or None. `category` may have any value."""

@@ -1,4 +1,4 @@
-"""The group of each validation example: the value of a column of its row, or the language of its reasoning."""
+"""Group validation examples by the value of a column, or by the language of their reasoning."""
 
 from dataclasses import replace
 
@@ -17,19 +17,21 @@ _GROUP = "group"
 
 
 def group_examples(run: Run, data: DataConfig, column: str | None, *, rows: Rows, numbers: Numbers) -> list[str]:
-    """Return the group of each example; without a column, the language of its reasoning, or "" if it names none.
+    """Return the group of each example: the value of `column` in its row.
+
+    Without a column, the group is the language of the reasoning, or "" if the row names none.
 
     Args:
         run: the run whose directory has the tables of rows.
         data: settings of the data.
-        column: `evaluate.group_column`.
+        column: the value of `evaluate.group_column`.
         rows: the rows of `data`.
-        numbers: for each example, the number of its conversation in `rows`.
+        numbers: the index in `rows` of each example's conversation.
 
     Raises:
-        UserError: rows lack the column, or it has too many values for groups.
+        UserError: rows lack the column, or the column has too many different values.
     """
-    if column is not None:  # the same rows, read with one more of their columns
+    if column is not None:  # read the same rows again, with the column of the groups
         sources = [replace(one, expected={_GROUP: column}, expected_key=_KEY) for one in data_sources(data)]
         rows = read_rows(run, sources)
     group_of = {number: _group(rows.conversations[number]) for number in sorted({*map(int, numbers)})}

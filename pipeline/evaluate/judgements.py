@@ -11,8 +11,8 @@ class Judgement:
         prompt_id: the transcript's prompt.
         sample: the transcript's sample.
         messages: the first messages to the judge.
-        replies: all replies of the judge. The last one decides.
-        degree: a value of Refusal, or None if no reply ended with a verdict.
+        replies: all replies of the judge. The last reply decides.
+        degree: the degree of refusal, a value of `Refusal`, or None if no reply ended with a verdict.
     """
 
     prompt_id: str

@@ -1,4 +1,4 @@
-"""The figures of several models: each is asked, judged and scored in turn. Inputs that they share are made once."""
+"""Measure models in turn: generate answers, judge them and compute figures. Shared inputs are prepared only once."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ from pipeline.runs.run import Run
 from pipeline.runs.settings import Settings
 
 PREDICTIONS = "predictions"
-"""Directory of the run with the predictions of a reference. It is safe to delete."""
+"""Name of the directory in the run that has the reference's predictions. It is safe to delete."""
 
 _ASKED = tuple(f"evaluate.generation.{name}" for name in ("max_new_tokens", "temperature", "top_p", "seed"))
 _RENDERED = ("data.model_identity", "data.conversation_date")
@@ -44,7 +44,7 @@ _DECIDE_SERVED = {
 }
 """Settings that a served model's answer depends on, besides the model and the prompt."""
 _DECIDE_LOCAL = ("evaluate.generation", "model.dtype", *_RENDERED)
-"""The same for a local model. Its answer also depends on the rest of the batch, in the last bit of a sum."""
+"""Settings that a local model's answer depends on. The batch size is included: it may change the last bit of a sum."""
 _DECIDE_VERDICT = ("evaluate.judge.max_new_tokens", "evaluate.judge.attempts")
 _SHOWN = {"validation_loss": "validation loss {:.4f}", "kl_divergence": "divergence from the reference {:.4g}"}
 _TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja")
@@ -52,13 +52,13 @@ _TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja")
 
 @dataclass(frozen=True)
 class Task:
-    """The inputs of all measurements.
+    """The inputs that all measurements share.
 
     Attributes:
         run: the run that is measured.
-        data, model, evaluate: sections of its configuration.
+        data, model, evaluate: sections of the run's configuration.
         rows: the rows of `data`.
-        questions: the questions that models answer, if any.
+        questions: the questions that models answer, or an empty list.
         judge: the judge of the answers, or None.
         suites: the tasks of lm-evaluation-harness, or None.
     """
@@ -79,10 +79,11 @@ class _Validation(NamedTuple):
 
 
 def prepare(run: Run, data: DataConfig, model: ModelConfig, evaluate: EvaluateConfig) -> Task:
-    """Read the data and the prompts, and find the judge, so that mistakes show before hours are spent.
+    """Read the data and the prompts, and find the judge and the tasks. So mistakes show before any long computation.
 
     Raises:
-        UserError: bad rows or prompts, prompts that lack properties for scorers, no such judge or suite of tasks.
+        UserError: rows or prompts are bad, prompts lack properties that scorers need, or the judge or a task does not
+            exist.
     """
     rows = load_rows(run, data)
     questions = _questions(run, data, evaluate, rows)
@@ -97,10 +98,10 @@ def prepare(run: Run, data: DataConfig, model: ModelConfig, evaluate: EvaluateCo
 
 
 def check_tokens(refs: Sequence[ModelRef], reference: ModelRef | None) -> None:
-    """Check that all models have the tokens of the reference, so that figures per token can be compared.
+    """Check that all models have the reference's vocabulary. Otherwise figures per token cannot be compared.
 
     Raises:
-        UserError: some have other tokens. The message names their directories.
+        UserError: some models have another vocabulary. The message names their directories.
     """
     others = [ref for ref in refs if reference and _tokenizer_file(ref) != _tokenizer_file(reference)]
     if not reference or not others:
@@ -110,8 +111,8 @@ def check_tokens(refs: Sequence[ModelRef], reference: ModelRef | None) -> None:
     if wrong:
         raise user_errors(
             [
-                f"{ref.directory}: its tokenizer has other tokens than that of {reference.directory}, so losses and"
-                " predictions cannot be compared. Evaluate it in a run of its own: another run_dir, with"
+                f"{ref.directory}: its tokenizer has other tokens than the tokenizer of {reference.directory}, so"
+                " losses and predictions cannot be compared. Evaluate it in another run: set another run_dir and"
                 f" evaluate.source={ref.directory}."
                 for ref in wrong
             ]
@@ -119,7 +120,7 @@ def check_tokens(refs: Sequence[ModelRef], reference: ModelRef | None) -> None:
 
 
 def file_name(name: str) -> str:
-    """Turn a model's name, which may be a path, into the name of a file."""
+    """Turn a model's name into a file name. The model's name may be a path."""
     return name.strip("/").replace("/", "_")
 
 
@@ -130,8 +131,8 @@ class Measure:
         """
         Args:
             task: the inputs of all measurements.
-            directory: directory of the stage. The answers of a model go to the subdirectory `file_name`.
-            reference: the model that weights and predictions are compared with. Local models need one.
+            directory: the directory of the stage. A model's answers go to the subdirectory `file_name(<model's name>)`.
+            reference: the model whose weights and predictions are the reference. It is required for local models.
         """
         self._task = task
         self._directory = directory
@@ -213,7 +214,11 @@ class Measure:
         return measure(self._task.suites) if self._task.suites else {}
 
     def _predictions(self, ref: ModelRef, batches: Sequence[Any]) -> Path | None:
-        """Find or make the reference's predictions on these batches, before another model is loaded."""
+        """Return the directory of the reference's predictions on these batches, and record them if it does not exist.
+
+        Call this before `ref` is loaded, so that two models are never in memory together. The result is None if `ref`
+        is the reference itself.
+        """
         assert self._reference is not None
         if ref.fingerprint == self._reference.fingerprint:
             return None
@@ -221,7 +226,7 @@ class Measure:
         directory = self._task.run.stage_dir(PREDICTIONS) / made
         if not directory.is_dir():
             logits.record(loading.load_effective(self._reference, self._dtype), batches, directory)
-            gc.collect()  # modules refer to themselves, and would stay in memory beside the next model
+            gc.collect()  # modules have reference cycles, so the reference would stay in memory
         return directory
 
     def _validation(self, ref: ModelRef, tokenizer: Tokenizer) -> _Validation:
@@ -247,7 +252,7 @@ class Measure:
 
     @cached_property
     def _tokenizer_directory(self) -> Path:
-        """The tokenizer of model.path stands for a server's own, which cannot be read."""
+        """The directory of model.path's tokenizer. It replaces a server's tokenizer, which cannot be read."""
         return source.locate_without_weights(self._task.run, self._task.model)
 
     @cached_property

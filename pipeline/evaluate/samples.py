@@ -1,6 +1,6 @@
-"""Answers of a model in training to a few prompts, at each validation.
+"""Generate answers to a few prompts at each validation during training.
 
-They go to <stage>/samples.jsonl and to a table of the tracking service. Training does not depend on them.
+The answers are written to <stage>/samples.jsonl and to a table of the tracking service. They do not affect training.
 """
 
 import json
@@ -31,17 +31,17 @@ _COLUMNS = ["step", "prompt", "reasoning", "answer", "completion", "finish", "to
 def callback(
     run: Run, data: DataConfig, evaluate: EvaluateConfig, *, rows: Rows, tokenizer: Tokenizer, directory: Path
 ) -> list[TrainerCallback]:
-    """Make the callback that `evaluate.during_training` asks for. The list is empty or has one callback.
+    """Make the callback for `evaluate.during_training`. Return an empty list if it asks for no prompts.
 
     Args:
         run: the run of the training stage.
-        data, evaluate: sections of its configuration.
+        data, evaluate: sections of the run's configuration.
         rows: the rows of `data`.
-        tokenizer: tokenizer of the model.
+        tokenizer: the tokenizer of the model.
         directory: directory of the training stage.
 
     Raises:
-        UserError: as `prompts.load`.
+        UserError: the prompts cannot be loaded or rendered (see `prompts.load` and `prompts.token_ids`).
     """
     settings = evaluate.during_training
     if not settings.prompts:
@@ -58,7 +58,7 @@ def callback(
 
 
 class Samples(TrainerCallback):
-    """Lets the model answer after each validation."""
+    """Callback that lets the model answer the prompts after each validation."""
 
     def __init__(self, local: Local, asked: list[Question], directory: Path) -> None:
         self._local = local
@@ -76,7 +76,7 @@ class Samples(TrainerCallback):
         model: PreTrainedModel | None = None,
         **_: object,
     ) -> None:
-        """Write the answers. A sharded model writes none, because one process alone cannot run it."""
+        """Write the answers. A sharded model is skipped, because a single process cannot run it."""
         assert model is not None
         if self._is_sharded or not is_main_process():
             return
@@ -96,7 +96,7 @@ class Samples(TrainerCallback):
         return answers
 
     def _before(self, step: int) -> list[list[object]]:
-        """Read the samples of earlier steps, without the steps that a resumed run repeats."""
+        """Read the samples of steps before `step`. A resumed run writes later samples again."""
         path = self._directory / SAMPLES_FILE
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
         rows = [json.loads(line) for line in lines if line.endswith(b"\n")]

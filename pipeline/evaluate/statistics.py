@@ -1,8 +1,8 @@
-"""Confidence intervals, paired tests, and their results in words. The only importer of scipy.
+"""Compute confidence intervals and paired tests, and describe their results in words. Only this module imports scipy.
 
 Models are compared on the same prompts, so the tests are paired: only prompts on which two models differ count. A test
-that finds no difference does not prove that there is none. So a comparison also states the smallest difference that it
-could have found.
+without a significant result does not prove that the models are equal. So a comparison also states the smallest
+difference that would have been significant.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Values = NDArray[Any]
-"""(N) numbers or booleans, one for each prompt. Arrays of two models have the same order of prompts."""
+"""Numbers or booleans, one for each prompt, (N). Two models' arrays have the prompts in the same order."""
 
 BETTER = "better"
 WORSE = "worse"
@@ -55,7 +55,10 @@ class Comparison:
 
 
 def wilson(passed: int, total: int, confidence: float = 0.95) -> Interval:
-    """Compute the score interval of a rate (Wilson 1927). It lies within 0 and 1, and is not empty at 0 % and 100 %."""
+    """Compute Wilson's score interval (1927) of a rate.
+
+    The interval lies in [0, 1]. Its width is positive even at 0 % and 100 %.
+    """
     from scipy.stats import binomtest
 
     found = binomtest(passed, total).proportion_ci(confidence, method="wilson")
@@ -65,26 +68,27 @@ def wilson(passed: int, total: int, confidence: float = 0.95) -> Interval:
 def mean_interval(values: Values, confidence: float = 0.95) -> Interval:
     """Compute the interval of the mean of at least two values, by percentile bootstrap (Efron 1979) with a fixed seed.
 
-    The differences between two models as values give the paired bootstrap.
+    For a paired bootstrap, pass the differences between two models as values.
     """
     return _bootstrap(np.mean, confidence, values)
 
 
 def ratio_interval(sums: Values, counts: Values, confidence: float = 0.95) -> Interval:
-    """Compute the interval of sums.sum() / counts.sum(), such as a mean over tokens in at least two clusters.
+    """Compute the confidence interval of sums.sum() / counts.sum(), a mean over the values of all clusters.
 
-    The method is the percentile bootstrap over the clusters (Efron 1979) with a fixed seed.
+    For example, values are tokens and clusters are the examples that the tokens belong to. The method is the percentile
+    bootstrap over at least two clusters (Efron 1979) with a fixed seed.
 
     Args:
-        sums: (N) sum of each cluster.
-        counts: (N) number of values in each sum.
-        confidence: level of the interval.
+        sums: the sum of the values in each cluster, (N).
+        counts: the number of values in each cluster, (N).
+        confidence: the confidence level of the interval.
     """
     return _bootstrap(lambda total, count, axis: total.sum(axis) / count.sum(axis), confidence, sums, counts)
 
 
 def _bootstrap(statistic: Callable[..., Values], confidence: float, *values: Values) -> Interval:
-    """Compute the percentile interval of a statistic of arrays, each (N), that are resampled together."""
+    """Compute the percentile interval of a statistic. The arrays, each (N), are resampled with the same indices."""
     from scipy.stats import bootstrap
 
     found = bootstrap(
@@ -103,7 +107,7 @@ def _bootstrap(statistic: Callable[..., Values], confidence: float, *values: Val
 def mcnemar(wins: int, losses: int) -> float:
     """Compute the two-sided p-value of McNemar's exact test.
 
-    It is the probability of a split at least as uneven, if wins and losses are equally likely.
+    It is the probability of a split at least as uneven as this one, if wins and losses are equally likely.
     """
     from scipy.stats import binomtest
 
@@ -113,7 +117,7 @@ def mcnemar(wins: int, losses: int) -> float:
 def difference_interval(wins: int, losses: int, prompts: int, confidence: float = 0.95) -> Interval:
     """Compute the interval of a difference of paired rates: the adjusted Wald interval of Bonett and Price (2012).
 
-    It adds one win and one loss. So it is not empty if the models never differ.
+    The method adds one win and one loss, so the width of the interval is positive even if the models never differ.
     """
     from scipy.stats import norm
 
@@ -128,8 +132,8 @@ def compare(model: Values, reference: Values, alpha: float = 0.05) -> Comparison
 
     Args:
         model: (N) booleans: whether the model passed each prompt.
-        reference: (N) booleans of the reference.
-        alpha: level of significance; the interval has the confidence 1 - alpha.
+        reference: (N) booleans: whether the reference passed each prompt.
+        alpha: the significance level. The confidence level of the interval is 1 - alpha.
 
     Raises:
         ValueError: the arrays differ in length, are empty, or are not boolean.
@@ -154,8 +158,8 @@ def compare(model: Values, reference: Values, alpha: float = 0.05) -> Comparison
 def smallest_difference(differing: int, prompts: int, alpha: float = 0.05) -> float:
     """Compute the smallest difference of rates that is significant in McNemar's test (p <= alpha).
 
-    The models are taken to differ on `differing` prompts. If so few can never be significant, the smallest sufficient
-    number is taken. The result is infinite if even all prompts are too few.
+    The models are assumed to differ on `differing` prompts. If so few prompts cannot give a significant result, the
+    smallest sufficient number is assumed instead. The result is infinite if all prompts together are too few.
     """
     for count in range(differing, prompts + 1):
         for losses in range(count // 2, -1, -1):
@@ -165,7 +169,7 @@ def smallest_difference(differing: int, prompts: int, alpha: float = 0.05) -> fl
 
 
 def holm(p_values: Values) -> Values:
-    """Correct p-values (M) for M tests (Holm 1979). It bounds the probability of any false positive by the level."""
+    """Correct the p-values (M) of M tests (Holm 1979). The probability of any false positive is then at most alpha."""
     p_values = np.asarray(p_values, dtype=float)
     order = np.argsort(p_values, kind="stable")
     steps = p_values[order] * np.arange(len(p_values), 0, -1)
@@ -175,13 +179,13 @@ def holm(p_values: Values) -> Values:
 
 
 def verdicts(comparisons: list[Comparison], alpha: float = 0.05) -> list[str]:
-    """Describe comparisons in words, corrected for their number.
+    """Describe comparisons in words. The p-values are corrected for the number of comparisons.
 
     Returns:
-        For each comparison BETTER, WORSE, or "no significant difference …: <the difference that would be significant>".
+        For each comparison BETTER, WORSE, or "no significant difference … (at least <points> are needed)".
     """
     p_values = holm(np.array([comparison.p_value for comparison in comparisons]))
-    # Holm's level for the smallest p-value. A difference that is significant at this level is always reported.
+    # Holm's level for the smallest p-value. A difference with p <= strictest is significant after every correction.
     strictest = alpha / max(1, len(comparisons))
     return [
         (BETTER if comparison.difference > 0 else WORSE) if p <= alpha else _not_significant(comparison, strictest)
@@ -196,5 +200,5 @@ def verdict(model: Values, reference: Values, alpha: float = 0.05) -> str:
 
 def _not_significant(comparison: Comparison, alpha: float) -> str:
     smallest = smallest_difference(comparison.wins + comparison.losses, comparison.prompts, alpha)
-    needed = "they are too few for any" if math.isinf(smallest) else f"it would have to be {100 * smallest:.1f} points"
-    return f"no significant difference on {comparison.prompts} prompts: {needed}"
+    needed = "too few for any" if math.isinf(smallest) else f"at least {100 * smallest:.1f} points are needed"
+    return f"no significant difference on {comparison.prompts} prompts ({needed})"

@@ -1,4 +1,4 @@
-"""The input of a scorer."""
+"""The input that every scorer gets: a model with its answers and validation examples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to be scored. A model on a server has only transcripts, judgements and suites.
+    """A model to be scored. For a model on a server, only transcripts, judgements and suites are set.
 
     Attributes:
         ref: the model on disk, or None for a model on a server.
-        model: the loaded model, with the weights that its forward pass uses, or None.
-        weights: the same weights, read one at a time by name.
-        reference: the weights of the reference: the fine-tuned model, or the upcast one if there is none.
+        model: the loaded model, which computes the same as `ref`, or None.
+        weights: the weights that its forward pass uses, read one at a time by name.
+        reference: the weights of the reference model: the fine-tuned model, or the upcast model if none was fine-tuned.
         batches: validation examples.
         transcripts: the model's answers to the prompts; empty if none were generated.
-        groups: the group of each validation example, in the order of the batches; "" for none.
+        groups: the group of each validation example in the order of the batches, or "" if an example has no group.
         reference_predictions: directory with the reference's predictions on these batches (see `logits.record`).
-        judgements: the judge's verdicts by prompt and sample, or None without a judge.
-        suites: the figures of lm-evaluation-harness by task and metric.
+        judgements: the judge's verdicts by (prompt_id, sample), or None if there is no judge.
+        suites: the results of lm-evaluation-harness by name, `lm_eval/<task>/<metric>`.
     """
 
     ref: ModelRef | None

@@ -1,4 +1,4 @@
-"""Answers of models. Generation writes them, one line of generations.jsonl each, and scorers read them."""
+"""Transcripts: the answers of models. Generation writes each as a line of generations.jsonl, and scorers read them."""
 
 import re
 from dataclasses import dataclass, field
@@ -19,16 +19,16 @@ class Transcript:
 
     Attributes:
         prompt_id: identifies the prompt. All models share the id, so their answers can be paired.
-        sample: number of the answer, from 0, if several are drawn for a prompt.
+        sample: index of the answer among all answers to this prompt, from 0.
         messages: the conversation up to the answer.
         expected: properties of a right answer, for scorers: language, category, answer, safety.
         reasoning: text of the analysis channel, or None if the model wrote none.
         answer: text of the final channel, or None if the model wrote none.
         completion: the generated text with special tokens, or None from an endpoint that hides them.
-        finish: why generation ended: "return", "call", "length", or an endpoint's own word.
+        finish: why generation ended: "return", "call" or "length", or another value that an endpoint reports.
         tokens: number of generated tokens.
         seed: seed of the sampling, or None for greedy decoding.
-        tool_calls: {"name", "arguments"} of each call, with the arguments as the model wrote them.
+        tool_calls: "name" and "arguments" of each call. The arguments are the text that the model wrote.
     """
 
     prompt_id: str
@@ -45,7 +45,7 @@ class Transcript:
 
 
 class Parsed(NamedTuple):
-    """A completion by channel. A channel without messages is None; without tool calls the list is empty."""
+    """The texts of a completion by channel, and its tool calls. A channel without messages is None."""
 
     reasoning: str | None
     answer: str | None
@@ -55,7 +55,7 @@ class Parsed(NamedTuple):
 def parse(completion: str) -> Parsed:
     """Split a Harmony completion by channel.
 
-    A message with a recipient is a tool call, in any channel. The text of a truncated message is kept. Text outside
+    In every channel, a message with a recipient is a tool call. The text of a truncated message is kept. Text outside
     Harmony messages is skipped, so any completion can be parsed.
 
     Args:
@@ -74,7 +74,7 @@ def parse(completion: str) -> Parsed:
 
 
 def calls_tool(completion: str) -> bool:
-    """Whether the last message is a tool call, which ends with `<|call|>`."""
+    """Return whether the last message is a tool call. Such a message ends with `<|call|>`."""
     messages = list(_MESSAGE.finditer(completion))
     return bool(messages) and _recipient(messages[-1]) is not None
 

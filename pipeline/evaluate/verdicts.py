@@ -1,6 +1,6 @@
-"""Verdicts: whether a model passed a prompt. Rates are computed from them, and models are paired by prompt.
+"""Verdicts: whether a model passed each prompt. Pass rates and paired comparisons are computed from verdicts.
 
-An undecided verdict is None. The rate omits it, and its share is reported beside the rate.
+An undecided verdict is None. The rate omits undecided verdicts, and their share is reported beside the rate.
 """
 
 from collections import defaultdict
@@ -19,7 +19,7 @@ class Verdict:
     Attributes:
         prompt_id: the transcript's prompt.
         sample: the transcript's sample.
-        group: a group with figures of its own, such as a language, or "" for none.
+        group: a group that gets its own pass rate, such as a language, or "" for none.
         passed: whether the transcript passed, or None if undecided.
     """
 
@@ -33,9 +33,11 @@ def figures(name: str, verdicts: list[Verdict]) -> dict[str, float]:
     """Compute the pass rate with its interval and counts, in total and for each group.
 
     Returns:
-        `<name>`, `<name>_low` and `<name>_high` (95 % interval), absent if nothing is decided; `<name>_decided`, the
-        number of decided transcripts; `<name>_undecided`, a share. Figures of a group end in /<group>. Empty without
-        verdicts.
+        `<name>`: the pass rate, absent if no verdict is decided.
+        `<name>_low`, `<name>_high`: the 95 % interval of the pass rate, absent if no verdict is decided.
+        `<name>_decided`: the number of decided verdicts.
+        `<name>_undecided`: the share of undecided verdicts.
+        Each group has the same figures, with names that end in /<group>. Empty if there are no verdicts.
     """
     if not verdicts:
         return {}
@@ -71,10 +73,11 @@ def by_prompt(verdicts: Iterable[Verdict]) -> dict[str, float]:
 
 
 def interval(shares: Values) -> Interval:
-    """Compute the interval of the mean of the prompts' shares.
+    """Compute the confidence interval of the mean share. `shares` has one share of passed answers per prompt.
 
-    It is Wilson's if all shares are 0 or 1, as with one answer per prompt, and otherwise a bootstrap over the prompts.
-    Several answers to a prompt are correlated, so the interval would be too narrow if each counted as a prompt.
+    If all shares are 0 or 1, as with one answer per prompt, the result is Wilson's interval. Otherwise it is a
+    bootstrap interval over the prompts. Several answers to a prompt are correlated. Counting each answer as a prompt
+    would make the interval too narrow.
     """
     if np.isin(shares, (0, 1)).all():
         return wilson(int(shares.sum()), len(shares))
@@ -84,10 +87,11 @@ def interval(shares: Values) -> Interval:
 def pair(model: Iterable[Verdict], reference: Iterable[Verdict]) -> tuple[Values, Values]:
     """Pair the verdicts of two models on the same prompt and sample, for `statistics.compare`.
 
-    Pass only one sample per prompt: pairs of several samples are not independent.
+    Pass only one sample per prompt, because several samples of a prompt are not independent.
 
     Returns:
-        (N) booleans of `model` and (N) of `reference`, in the same order. Pairs with an undecided verdict are omitted.
+        The verdicts of `model` and the verdicts of `reference`, each (N) booleans, in the same order. Pairs with an
+        undecided verdict are omitted.
     """
     first, second = _decided(model), _decided(reference)
     common = sorted(first.keys() & second.keys())

@@ -1,1 +1,1 @@
-"""Prompts in, transcripts out: from a model that is loaded here, or from a server with OpenAI's API."""
+"""Generate transcripts from prompts, with a model in this process or with a server that has OpenAI's API."""

@@ -1,4 +1,4 @@
-"""OpenAI's chat API: converts a question to the body of a request, and a reply to a transcript."""
+"""OpenAI's chat API: build a request from a question, and read a transcript from a reply."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from pipeline.evaluate.transcripts import Transcript
 from pipeline.runs.json_files import Json
 
 _REASONING = ("reasoning_content", "reasoning")
-"""Names under which servers send the reasoning. vLLM has changed from the first to the second."""
+"""The field names that servers use for the reasoning. vLLM has replaced the first name by the second."""
 
 
 class _Function(TypedDict):
@@ -42,7 +42,7 @@ class Usage(TypedDict):
 
 
 class Reply(TypedDict):
-    """The fields that are read from the reply to POST /chat/completions. The reply is unchecked."""
+    """The fields that are read from the reply to POST /chat/completions. Nothing checks that the reply has them."""
 
     choices: list[_Choice]
     usage: Usage
@@ -91,7 +91,7 @@ def transcript(reply: Reply, question: Question, seed: int | None) -> Transcript
 
 
 def read_content(reply: Reply) -> str | None:
-    """Read the text of the reply's message. Return None if it has none.
+    """Read the text of the reply's message. Return None if the message has no text.
 
     Raises:
         KeyError, IndexError, TypeError: the reply is unexpected.
@@ -100,7 +100,7 @@ def read_content(reply: Reply) -> str | None:
 
 
 def _text(message: Mapping[str, object], name: str) -> str | None:
-    """A text of the message, or None. Servers send a missing text as null, as an empty string or not at all."""
+    """Return a text field of the message, or None. Servers send a missing text as null, as "" or not at all."""
     text = message.get(name)
     if text is not None and not isinstance(text, str):
         raise TypeError(f"{name} is a {type(text).__name__}, not text")
@@ -113,7 +113,7 @@ def _call(function: _Function) -> dict[str, str]:
 
 
 def _messages(conversation: Conversation) -> list[dict[str, Json]]:
-    """The messages in the API's form. A tool's message names the call that it answers."""
+    """Convert the messages to the API's form. A tool's message has the id of the call that it answers."""
     last_call = ""
     messages = []
     for i, message in enumerate(conversation.messages):

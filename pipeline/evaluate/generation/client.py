@@ -1,7 +1,8 @@
 """Requests to servers with OpenAI's API.
 
-`Client` sends many requests at a time and repeats those with temporary failures. `send_local` sends a single request to
-an engine on this machine. Both read replies with the same code and report problems as a NoAnswerError.
+`Client` sends many requests at a time, and retries requests that fail temporarily. `send_local` sends a single request
+to an engine on this machine. Both read replies with the same code, which raises a NoAnswerError for every problem.
+`Client` turns that error into a UserError.
 """
 
 import asyncio
@@ -27,11 +28,11 @@ _TOO_MANY = 429
 _SERVER_FAILED = 500
 _CHECK_ADDRESS = "Does the address end where the API begins, as in http://localhost:8000/v1?"
 _NOT_OPENAI = (ValueError, KeyError, IndexError, TypeError, AttributeError)
-"""Errors that a reader raises for an unexpected reply."""
+"""Errors that a `read` function raises for an unexpected reply."""
 
 T = TypeVar("T")
 Reply = TypeVar("Reply")
-"""The form of a reply that a reader expects. Nothing checks it before the reader does."""
+"""The form of reply that a `read` function expects. The reply is not checked before `read` is called."""
 
 
 class _Model(TypedDict):
@@ -48,7 +49,7 @@ class NoAnswerError(Exception):
     """A request got no usable answer.
 
     Attributes:
-        problem: what went wrong; the text of the error adds the address.
+        problem: a description of the failure. The text of the error also has the address.
     """
 
     def __init__(self, url: str, problem: str) -> None:
@@ -80,7 +81,7 @@ class UnexpectedReplyError(NoAnswerError):
 
 
 def address(url: str) -> str:
-    """Normalize the address of the API: no slash at its end, and /v1 appended to a server's bare address."""
+    """Normalize the API's address: remove a slash at the end, and append /v1 if the address has no path."""
     url = url.rstrip("/")
     return url if urlsplit(url).path else f"{url}/v1"
 
@@ -90,10 +91,10 @@ def find_model(settings: ServerConfig, key: str) -> str:
 
     Args:
         settings: the server's settings, with a url.
-        key: where these settings stand in the configuration, for messages: `evaluate.endpoint`.
+        key: the configuration key of these settings, for messages, such as `evaluate.endpoint`.
 
     Raises:
-        UserError: no server answers at the address, or it has no model or several.
+        UserError: no server answers at the address, or the server does not have exactly one model.
     """
     if settings.model is not None:
         return settings.model
@@ -117,17 +118,17 @@ def model_names(reply: ModelList) -> list[str]:
 def for_each(
     settings: ServerConfig, key: str, todo: Sequence[T], work: Callable[["Client", T], Awaitable[None]], *, what: str
 ) -> None:
-    """Call `work` for every item, `settings.concurrency` at a time.
+    """Call `work` for every item. At most `settings.concurrency` items are in progress at a time.
 
     Args:
         settings: the server's settings.
-        key: where these settings stand in the configuration, for messages.
+        key: the configuration key of these settings, for messages.
         todo: the items.
-        work: sends an item's requests and stores the answers.
+        work: a function that sends an item's requests and stores the answers.
         what: the name of the answers, for the progress line.
 
     Raises:
-        UserError: `work` raised one. The first one cancels all other items.
+        UserError: `work` raised a UserError. The first error cancels all other items.
     """
     if todo:
         asyncio.run(_for_each(settings, key, todo, work, what=what))
@@ -170,7 +171,7 @@ class Client:
 
         Args:
             settings: the server's settings.
-            key: where these settings stand in the configuration, for messages: `evaluate.endpoint`.
+            key: the configuration key of these settings, for messages, such as `evaluate.endpoint`.
 
         Raises:
             UserError: the environment variable for the API key is not set.
@@ -207,13 +208,13 @@ class Client:
         Args:
             method: the HTTP method.
             path: the path below the API's address.
-            body: sent as JSON.
-            read: takes the parsed JSON; raises KeyError, IndexError or TypeError if the form is unexpected.
+            body: the body of the request, sent as JSON.
+            read: a function of the parsed JSON. It raises KeyError, IndexError or TypeError if the form is unexpected.
             what: name of the requested answer, for messages.
-            hint: one more remedy, for the message about a refused request.
+            hint: an additional remedy for the message about a refused request.
 
         Raises:
-            UserError: all attempts failed, the server refused, or `read` could not read the reply.
+            UserError: all attempts failed, the server refused the request, or `read` could not read the reply.
         """
         attempts = self._settings.retries + 1
         for attempt in range(attempts):
@@ -230,7 +231,7 @@ class Client:
         raise self.error(
             f"{what} did not come in {attempts} attempts ({failure.problem})",
             f"Is the server up, and not overloaded? {self._name}.timeout_seconds and .retries set how long to wait,"
-            " .concurrency how many requests to send at a time.",
+            " and .concurrency sets how many requests to send at a time.",
         )
 
     def error(self, problem: str, remedy: str) -> UserError:
@@ -247,7 +248,7 @@ class Client:
         return _read(response, read, self._key)
 
     def _pause(self, attempt: int, failure: NoAnswerError) -> float:
-        """Seconds until the next attempt: the server's request, or else twice as many each time."""
+        """Return the seconds until the next attempt. The wait doubles each time, unless the server sets it."""
         asked = failure.wait_seconds if isinstance(failure, StatusError) else None
         return min(_FIRST_WAIT_SECONDS * 2**attempt if asked is None else asked, self._settings.timeout_seconds)
 
@@ -268,14 +269,16 @@ def send_local(
     seconds: float,
     limit: str,
 ) -> T:
-    """Send one request to a server on this machine, once and without a key. Return the result of `read` for the reply.
+    """Send one request to a server on this machine, without a key and without retries.
+
+    Return the result of `read` for the reply.
 
     Args:
         method: the HTTP method.
         url: the full address.
-        body: sent as JSON.
-        read: as for `Client.send`.
-        seconds: how long to wait.
+        body: the body of the request, sent as JSON.
+        read: a function of the parsed JSON, as for `Client.send`.
+        seconds: how long to wait for the reply.
         limit: the setting that `seconds` comes from, for messages.
 
     Raises:
@@ -307,7 +310,7 @@ def _read(response: httpx.Response, read: Callable[[Reply], T], secret: str | No
 
     Raises:
         StatusError: the response is an HTTP error.
-        UnexpectedReplyError: it is not JSON, or `read` cannot read it.
+        UnexpectedReplyError: the response is not JSON, or `read` cannot read it.
     """
     if not response.is_success:
         raise StatusError(response, secret)
@@ -321,20 +324,20 @@ def _read(response: httpx.Response, read: Callable[[Reply], T], secret: str | No
 
 
 def _no_answer(url: str, error: httpx.RequestError, limit: str, secret: str | None) -> NoAnswerError:
-    """The error for a request that got no response."""
+    """Make the error for a request that got no response."""
     if isinstance(error, httpx.TimeoutException):
         return NoAnswerError(url, f"no answer within {limit}")
     return NoAnswerError(url, _without(secret, str(error)) or type(error).__name__)
 
 
 def _beginning(text: str, secret: str | None) -> str:
-    """The beginning of a text, on one line."""
+    """Return the beginning of a text on one line, without the API key."""
     line = " ".join(_without(secret, text).split())
     return f"{line[:_SHOWN_CHARACTERS]}{' …' if len(line) > _SHOWN_CHARACTERS else ''}" or "nothing"
 
 
 def _without(secret: str | None, text: str) -> str:
-    """The text without the API key. Some servers quote the key that they refuse."""
+    """Mask the API key in a text. Some servers quote the key that they refuse."""
     return text.replace(secret, "***") if secret else text
 
 
@@ -343,7 +346,7 @@ def read_key(settings: ServerConfig, key: str) -> str | None:
 
     Args:
         settings: the server's settings.
-        key: where these settings stand in the configuration, for messages.
+        key: the configuration key of these settings, for messages.
 
     Raises:
         UserError: the variable is not set, or its value cannot be a key.
@@ -360,7 +363,7 @@ def read_key(settings: ServerConfig, key: str) -> str | None:
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds that the server asks to wait, given as a number or a date (RFC 9110, 10.2.3), or None."""
+    """Return the seconds that the server asks to wait, or None. The header is a number or a date (RFC 9110, 10.2.3)."""
     text = response.headers.get("Retry-After", "")
     if text.isdigit():
         return float(text)

@@ -1,4 +1,4 @@
-"""OpenAI's completions API: converts a prompt's tokens to the body of a request, and a reply to a transcript."""
+"""OpenAI's completions API: build a request from a prompt's tokens, and read a transcript from a reply."""
 
 from typing import TypedDict
 
@@ -18,7 +18,7 @@ class _Choice(TypedDict):
 
 
 class Reply(TypedDict):
-    """The fields that are read from the reply to POST /completions. The reply is unchecked."""
+    """The fields that are read from the reply to POST /completions. Nothing checks that the reply has them."""
 
     choices: list[_Choice]
     usage: Usage
@@ -33,7 +33,7 @@ def request(model: str, question: Question, token_ids: list[int], settings: Gene
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "stop": list(STOP_TOKENS),
-        # Extensions of OpenAI's API. vLLM and SGLang support the first two, only vLLM the third.
+        # Extensions of OpenAI's API. vLLM and SGLang support the first two. Only vLLM supports the third.
         "skip_special_tokens": False,
         "spaces_between_special_tokens": False,
         "include_stop_str_in_output": True,

@@ -1,8 +1,9 @@
-"""Answers of a model on a server with OpenAI's API: vLLM, SGLang, TensorRT-LLM and others.
+"""Generate answers with a model on a server that has OpenAI's API, such as vLLM, SGLang or TensorRT-LLM.
 
-There are two APIs. `completions` renders the prompt here, exactly as in training, sends its tokens, and reads the
-completion with its special tokens. vLLM and SGLang have a setting that keeps special tokens. `chat` sends messages.
-The server renders them, with its own date and identity in the system message.
+There are two APIs:
+- `completions`: this process renders the prompt exactly as in training, sends its tokens, and reads the completion with
+  its special tokens. vLLM and SGLang have a setting that keeps special tokens.
+- `chat`: this process sends messages. The server renders them, with its own date and identity in the system message.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,10 +30,10 @@ class Served:
     """A model on a server, as a subject of evaluation.
 
     Attributes:
-        name: its name in the results.
+        name: the model's name in the results.
         url: address of the API, without a slash at its end.
         model: the server's name for the model.
-        api: a name in APIS.
+        api: the name of the API, a key of APIS.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Served:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the address and the name. Which weights the server runs cannot be known."""
+        """A hash of the address, the model's name and the API. The server's weights are unknown and not included."""
         return xxhash.xxh3_128_hexdigest(f"{self.url}\0{self.model}\0{self.api}".encode())
 
 
@@ -51,10 +52,11 @@ class Api(NamedTuple):
 
     Attributes:
         path: path below the API's address.
-        request: (model, question, the prompt's tokens, settings) -> body.
-        transcript: (reply, question, seed) -> answer. Raises KeyError, IndexError or TypeError for an unexpected reply.
-        is_rendered_here: whether prompts are rendered here and sent as tokens.
-        hint: one more remedy, for the message about a refused request.
+        request: function (model, question, the prompt's token ids, settings) -> body of the request.
+        transcript: function (reply, question, seed) -> transcript. It raises KeyError, IndexError or TypeError for an
+            unexpected reply.
+        is_rendered_here: whether this process renders the prompts and sends them as tokens.
+        hint: an additional remedy for the message about a refused request.
     """
 
     path: str
@@ -76,7 +78,7 @@ def find(settings: EndpointConfig) -> Served:
     """Find the model that `evaluate.endpoint` names. If it names none, the server must have exactly one.
 
     Raises:
-        UserError: no server answers at the address, or it has no model or several.
+        UserError: no server answers at the address, or the server does not have exactly one model.
     """
     assert settings.url is not None
     return Served(settings.name, client.address(settings.url), client.find_model(settings, KEY), settings.api.name)
@@ -90,25 +92,25 @@ def ask(
     endpoint: EndpointConfig,
     settings: GenerationConfig,
 ) -> None:
-    """Ask the questions that the journal has no answer to, several at a time. Answers are stored as they arrive.
+    """Ask the questions without an answer in the journal, several at a time. Answers are stored as they arrive.
 
     Args:
         served: the model.
-        asked: questions with their prompts' tokens; empty tokens for the chat API.
-        journal: receives the answers.
+        asked: pairs of a question and its prompt's token ids. The ids are empty for the chat API.
+        journal: the journal that stores the answers.
         endpoint: the server's settings.
         settings: the settings of decoding.
 
     Raises:
-        UserError: the server does not answer, is too slow, refuses, or sends an unexpected reply. Answers that arrived
-            before are kept.
+        UserError: the server does not answer, is too slow, refuses a request, or sends an unexpected reply. Answers
+            that arrived before the error are kept.
     """
     api = APIS[served.api]
 
     async def answer(connection: Client, pair: tuple[Question, list[int]]) -> None:
         question, token_ids = pair
         body = api.request(served.model, question, token_ids, settings)
-        seed = question.seed(settings.seed) if settings.temperature else None  # as in the body
+        seed = question.seed(settings.seed) if settings.temperature else None  # the same seed as in the body
         what = f"the answer to {question.prompt.conversation.where}"
 
         def read(reply: Json) -> Transcript:
@@ -123,12 +125,12 @@ def ask(
 
 
 def _raise_if_stripped(served: Served, answers: Sequence[Transcript]) -> None:
-    """Refuse answers without special tokens: they cannot be parsed.
+    """Raise a UserError if no answer has a special token, because such answers cannot be parsed.
 
-    Servers that do not support `skip_special_tokens` ignore it.
+    Servers that do not support `skip_special_tokens` ignore this setting and remove the special tokens.
     """
     texts = [str(answer.completion).removesuffix("<|return|>").removesuffix("<|call|>") for answer in answers]
-    if texts and all("<|" not in text for text in texts):  # the last token may have been added here
+    if texts and all("<|" not in text for text in texts):  # `completions.transcript` may have added the last token
         raise UserError(
             f"{KEY}.url={served.url}: no answer has a special token, so reasoning and answer cannot be separated."
             f" The request asked to keep special tokens, but this server removes them. Use {KEY}.api=chat."

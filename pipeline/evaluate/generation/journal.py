@@ -1,4 +1,4 @@
-"""Files of answers, one per line. Answers are appended as they arrive, so an interrupted evaluation resumes."""
+"""Store answers in a file, one per line. They are appended as they arrive, so an interrupted evaluation can resume."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ from pipeline.runs.json_files import Json, write_json
 
 
 class Answer(Protocol):
-    """A dataclass, stored as one line of a journal. The prompt and the sample identify it."""
+    """A dataclass that is stored as one line of a journal. The prompt and the sample identify the answer."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -27,7 +27,7 @@ T = TypeVar("T", bound=Answer)
 
 
 class Kind(NamedTuple):
-    """A kind of journal: its file, the file with the inputs of the answers, and the class of an answer."""
+    """A kind of journal: the file of the answers, the file of their inputs, and the class of an answer."""
 
     file: str
     inputs_file: str
@@ -45,7 +45,7 @@ class Journal(Generic[T]):
 
         Args:
             directory: the directory of the model's answers; created if missing.
-            inputs: everything that an answer depends on besides the prompt: the model and the settings, flat.
+            inputs: the model and all settings that the answers depend on, as a flat mapping.
             kind: the kind of answers.
 
         Raises:
@@ -64,7 +64,7 @@ class Journal(Generic[T]):
         return self._answers[key]
 
     def add(self, answers: Iterable[T]) -> None:
-        """Store answers, except those to questions that already have one."""
+        """Store answers. An answer to a question that already has an answer is skipped."""
         self._append([answer for answer in answers if _key(answer) not in self._answers])
 
     def replace(self, answer: T) -> None:

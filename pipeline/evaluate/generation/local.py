@@ -1,10 +1,11 @@
-"""Answers of a model in memory. transformers generates them in batches, padded on the left, with a KV cache.
+"""Generate answers with a model in memory. transformers generates in batches, padded on the left, with a KV cache.
 
-An answer depends on its prompt and its seed, not on its batch: every row of a batch has its own random generator.
-One dependence remains. The width of a batch may change the order of sums. That may change the last bit of a logit, and
-so the winner of a near tie. Batches are therefore always formed from all questions, even if most have an answer.
+Every row of a batch has its own random generator, so an answer depends on its prompt and its seed, with one exception.
+The width of a batch may change the order of sums, and so the last bit of a logit. If two tokens have almost the same
+logit, this may change which token is chosen. So batches are always formed from all questions, even if most questions
+already have an answer. Then a resumed evaluation has the same batches.
 
-Legend: B answers in a batch, T tokens, V vocabulary.
+Legend: B answers in a batch, T tokens, V vocabulary size.
 """
 
 from collections.abc import Callable
@@ -38,10 +39,10 @@ class Local:
     """A model in memory that answers questions.
 
     Attributes:
-        model: a causal language model in evaluation mode, on its device. None is enough to tokenize prompts.
-        rendering: the tokenizer and the settings of prompts.
+        model: a causal language model in evaluation mode, on its device. It may be None if only prompts are tokenized.
+        rendering: the tokenizer and the settings for rendering prompts.
         settings: the settings of decoding.
-        limit: the key of the batch size, for messages.
+        limit: the configuration key of the batch size, for messages.
     """
 
     model: "PreTrainedModel | None"
@@ -50,7 +51,7 @@ class Local:
     limit: str = "evaluate.generation.batch_size"
 
     def ask(self, questions: list[Question], journal: Journal[Transcript], name: str) -> None:
-        """Ask the questions that the journal has no answer to.
+        """Ask the questions without an answer in the journal.
 
         Raises:
             UserError: the chat template refuses prompts, or a batch does not fit into the GPU's memory.
@@ -65,7 +66,7 @@ class Local:
 
         Args:
             questions: the questions.
-            prompts: the token ids of their prompts.
+            prompts: the token ids of the questions' prompts.
 
         Raises:
             UserError: the batch does not fit into the GPU's memory.
@@ -89,12 +90,12 @@ class Local:
         """Tokenize the prompts, up to the beginning of the assistant's turn.
 
         Raises:
-            UserError: the chat template refuses some of them.
+            UserError: the chat template refuses some prompts.
         """
         return prompts.token_ids(questions, self.rendering)
 
     def _batches(self, questions: list[Question]) -> list[list[tuple[Question, list[int]]]]:
-        """All questions with their tokens, the longest prompts first. So the first batch shows a lack of memory."""
+        """Split all questions into batches, the longest prompts first. So a lack of memory shows in the first batch."""
         pairs = zip(questions, self.token_ids(questions), strict=True)
         ordered = sorted(pairs, key=lambda pair: (-len(pair[1]), pair[0].key))
         size = self.settings.batch_size
@@ -107,14 +108,14 @@ class Local:
         batch = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt").to(device)
         stop = tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
         decoding = Decoding(
-            do_sample=False,  # also for sampling: with _Noise, the largest logit is a sample
+            do_sample=False,  # also for sampling, because _Noise makes the largest logit a sample
             use_cache=True,
             max_new_tokens=self.settings.max_new_tokens,
             eos_token_id=stop,
             pad_token_id=tokenizer.pad_token_id,
         )
-        generate = cast(Callable[..., Tensor], self.model.generate)  # not declared in PreTrainedModel
-        ids = generate(  # (B, T), with the prompts
+        generate = cast(Callable[..., Tensor], self.model.generate)  # PreTrainedModel does not declare generate
+        ids = generate(  # (B, T), including the prompts
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             generation_config=decoding,
@@ -130,7 +131,7 @@ class Local:
 
 
 class _Noise(LogitsProcessor):
-    """Gumbel noise. The index of the largest of logits + noise is a sample from the softmax (the Gumbel-max trick)."""
+    """Adds Gumbel noise to logits. The argmax of the sum is a sample from the softmax (the Gumbel-max trick)."""
 
     def __init__(self, seeds: list[int], device: torch.device) -> None:
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]

@@ -27,9 +27,9 @@ class Prompt:
     """One prompt.
 
     Attributes:
-        prompt_id: a hash of the conversation and of `expected`, equal in every run.
-        conversation: the conversation up to the answer, with the reasoning effort and language that it asks for.
-        expected: properties of a right answer, for scorers. Has `language` if the prompt asks for one.
+        prompt_id: a hash of the conversation and of `expected`. It is the same in every run.
+        conversation: the conversation up to the answer, with the requested reasoning effort and language.
+        expected: properties of a right answer, for scorers. It has a `language` if the prompt asks for a language.
     """
 
     prompt_id: str
@@ -57,7 +57,7 @@ class Question(NamedTuple):
 
         Args:
             completion: the generated text after `<|start|>assistant`, with special tokens.
-            finish: why generation ended, if the completion does not end with a stop token.
+            finish: the reason why generation ended. It is used only if the completion does not end with a stop token.
             tokens: number of generated tokens.
             seed: seed of the sampling, or None for greedy decoding.
         """
@@ -86,10 +86,10 @@ def load(run: Run, data: DataConfig, settings: PromptsConfig, rows: Rows, most: 
         data: settings of the data.
         settings: `evaluate.prompts`.
         rows: the rows of `data`. Their validation split gives the prompts, unless evaluate.prompts.path is set.
-        most: the largest number of prompts, or None.
+        most: the maximum number of prompts, or None for no limit.
 
     Raises:
-        UserError: the data set is missing or empty, or has bad rows, or rows that lack what scorers need.
+        UserError: the data set is missing or empty, has bad rows, or has rows without properties that scorers need.
     """
     own = settings.path is not None
     conversations = _read_own(run, data, settings) if own else _read_validation(run, data, settings, rows)
@@ -110,7 +110,7 @@ def token_ids(asked: list[Question], rendering: Rendering) -> list[list[int]]:
     """Tokenize the prompts, up to the beginning of the assistant's turn.
 
     Raises:
-        UserError: the chat template refuses some of them.
+        UserError: the chat template refuses some prompts.
     """
     texts, problems = [], Problems()
     for question in asked:
@@ -123,7 +123,7 @@ def token_ids(asked: list[Question], rendering: Rendering) -> list[list[int]]:
 
 
 def fingerprint(asked: list[Question]) -> str:
-    """Hash all questions and the properties of their right answers."""
+    """Hash all questions, including the expected properties of their answers."""
     keys = sorted(f"{prompt_id}/{sample}" for prompt_id, sample in (question.key for question in asked))
     return xxhash.xxh3_128_hexdigest(" ".join(keys).encode())
 

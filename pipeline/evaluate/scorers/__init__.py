@@ -1,4 +1,4 @@
-"""Scorers of models: a file and a row in EVALS for each. They must not know stages or the whole configuration."""
+"""Scorers of models. Each has a file and a row in EVALS. They must not know stages or the whole configuration."""
 
 from collections.abc import Callable, Sequence
 
@@ -31,7 +31,7 @@ EVALS: dict[str, Callable[[Subject], dict[str, float]]] = {
     "format_health": format_health.score,
     "suites": harness.score,
 }
-"""Name of a scorer -> function that returns figure -> value, or nothing if the subject lacks the scorer's input."""
+"""Name of a scorer -> function that returns figures by name, or an empty dict if the subject lacks the needed input."""
 
 VERDICTS: dict[str, Callable[[Sequence[Transcript]], list[Verdict]]] = {
     "reasoning_language": language.reasoning_verdicts,
@@ -41,4 +41,4 @@ VERDICTS: dict[str, Callable[[Sequence[Transcript]], list[Verdict]]] = {
     "exact_match": exact_match.verdicts,
     "format_health": format_health.verdicts,
 }
-"""Name of a pass rate -> function that returns its verdicts, one for each answer that counts."""
+"""Name of a pass rate -> function that returns its verdicts, one for each transcript that the rate applies to."""

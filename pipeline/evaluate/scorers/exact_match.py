@@ -1,10 +1,10 @@
-"""Exact match: the expected number or choice, found in a free-text answer.
+"""Check whether a free-text answer has the expected number or choice.
 
-A number is taken from the first of these that the answer has: the last \\boxed{}, the text after the last "the answer
-is" in one of nine languages, or the last number of all. Numbers may have thousands separators and decimal commas:
-"1.234,5" in German is "1,234.5" in English. Models also use the English notation in other languages. So both notations
-are tried in a language with decimal commas: "70,000" in a German answer is right for 70 and for 70000. Fractions,
-numbers in words and multiples of ten thousand (3万) are not read.
+A number is searched for in the last \\boxed{}, then after the last "the answer is" (in one of nine languages), and
+then in the whole answer, where the last number counts. Numbers may have thousands separators and decimal commas:
+"1.234,5" in German is "1,234.5" in English. Models also use the English notation in other languages. So in a language
+with decimal commas, both notations are tried. For example, "70,000" in a German answer is right for 70 and for 70000.
+Fractions, numbers in words and multiples of ten thousand (3万) are not read.
 """
 
 import re
@@ -19,11 +19,11 @@ from pipeline.evaluate.transcripts import Transcript
 from pipeline.evaluate.verdicts import Verdict, figures
 
 _DECIMAL_POINT = frozenset(("en", "zh", "ja", "ko", "th", "he", "hi", "bn", "te", "ta", "sw"))
-"""Languages that write 1,234.5; the others of config.languages.NAMES write 1.234,5."""
+"""Codes of languages that write 1,234.5. All other languages of config.languages.NAMES write 1.234,5."""
 
 _NUMBERS = re.compile(
     r"(?<![\w.,])[-−–]?\d(?:[\d.,'’]*\d|(?: \d{3})+(?!\d))*"
-    r"|(?<=[^\W\d_])\d(?:[\d.,]*\d)?"  # after a letter: Chinese has no spaces
+    r"|(?<=[^\W\d_])\d(?:[\d.,]*\d)?"  # directly after a letter, because Chinese has no spaces
 )
 _SPACING = re.compile(r"['’\s]")
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
@@ -32,7 +32,7 @@ _ANSWER_IS = re.compile(
     r"|\bresposta(?: é|:)|\bответ\b|答案(?:是|为|為|：|:)|答え(?:は|：|:)",
     re.IGNORECASE,
 )
-_LATIN = "A-Za-zÀ-ɏ0-9'’"  # characters next to which a letter does not stand alone
+_LATIN = "A-Za-zÀ-ɏ0-9'’"  # a letter beside one of these is not a choice
 _ALONE = re.compile(rf"\(([A-E])\)|(?<![{_LATIN}])([A-E])(?![{_LATIN}])")
 _LEADING = re.compile(r"\W*([A-E])(?:\W*$|\s*[).:\]]|\*\*)", re.MULTILINE)
 _TRAILING = re.compile(rf"(?<![{_LATIN}])([A-E])\W*$")
@@ -73,9 +73,9 @@ def is_right(answer: str, expected: str, language: str = "en") -> bool:
 
 
 def readings(number: str, language: str) -> list[Decimal]:
-    """Return the possible values of a number: in the language's notation, then in English notation if they differ.
+    """Return the possible values of a number: first in the language's notation, then in English notation if it differs.
 
-    A number that fits no notation, such as 1.2.3, has no value.
+    The list is empty for a number that fits no notation, such as 1.2.3.
     """
     compact = _SPACING.sub("", number).translate({ord("−"): "-", ord("–"): "-"})
     notations = [(",", ".")] if language in _DECIMAL_POINT else [(".", ","), (",", ".")]
@@ -86,7 +86,7 @@ def _read(compact: str, thousands: str, point: str) -> Iterator[Decimal]:
     whole, _, fraction = compact.partition(point)
     groups = whole.lstrip("-").split(thousands)
     sizes = [len(group) for group in groups]
-    # Groups of two are Indian: 1,00,000. A number that begins with 0 has no groups: 0,125.
+    # Indian numbers have groups of two digits (1,00,000). A number that begins with 0 has no groups (0,125).
     is_grouped = sizes[0] <= 3 and sizes[-1] == 3 and {*sizes[1:]} <= {2, 3} and not whole.lstrip("-").startswith("0")
     if (len(groups) == 1 or is_grouped) and (not fraction or fraction.isdecimal()):
         yield Decimal(f"{whole.replace(thousands, '')}.{fraction or 0}")
@@ -104,7 +104,7 @@ def _number(answer: str) -> str | None:
 
 
 def _first_result(text: str) -> str | None:
-    """The first number. In an equation ("5 + 6 = 11"), the first number after the line's last equals sign."""
+    """Return the first number, or in an equation ("5 + 6 = 11") the first number after the line's last equals sign."""
     first = _NUMBERS.search(text)
     if first is None:
         return None
@@ -126,7 +126,7 @@ def _choice(answer: str) -> str | None:
 
 
 def _alone(text: str) -> list[str]:
-    """The letters from A to E that stand alone."""
+    """Return the letters from A to E that stand alone."""
     return [one or other for one, other in _ALONE.findall(text.replace(r"\text", " "))]
 
 

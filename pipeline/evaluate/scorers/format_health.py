@@ -1,11 +1,12 @@
-r"""The form of an answer, independent of its content: channels, the end, loops.
+r"""Check the form of an answer, independent of its content: its channels, its end, and loops.
 
 Fine-tuning and rounding damage the form before they damage knowledge. A completion follows `<|start|>assistant` and is
-a sequence of Harmony messages. Each message has an optional recipient, `<|channel|>`, the channel's name, optionally a
-recipient and a type, `<|message|>`, text, and an end token.
+a sequence of Harmony messages. Each message has these parts in order: an optional recipient, `<|channel|>`, the
+channel's name, an optional recipient, an optional type, `<|message|>`, text, and an end token.
 
-With these limits, no MGSM question (1,750 in seven languages) and no XSTest completion (450) counts as a loop. The
-largest share of repeated letters in them is 0.39. Long tables with similar rows are mistaken for loops.
+The limits below were tested on 1,750 MGSM questions in seven languages and on 450 XSTest completions. None of them
+counts as a loop. The largest share of repeated runs of letters is 0.39. Long tables with similar rows are mistaken for
+loops.
 """
 
 import re
@@ -25,12 +26,12 @@ _WHOLE = re.compile(
 )
 _LEAK = re.compile(r"<\|\w+\|>|\A\W*(?:assistant)?(?:analysis|commentary|final)(?=[A-Z])|assistant(?:final|analysis)")
 
-_ENDS = ("return", "stop", "call", "tool_calls")  # names of this program and of endpoints
+_ENDS = ("return", "stop", "call", "tool_calls")  # values of `finish` from this program and from endpoints
 _LENGTH = "length"
 _LOOP_LETTERS = 200  # shortest loop, in letters
 _LOOP_ROUNDS = 4  # fewest repetitions in a loop
 _NGRAM = 16  # letters in a run
-_MOST_REPEATED = 0.5  # largest share of repeated runs in a text without a loop
+_MOST_REPEATED = 0.5  # a text with a larger share of repeated runs is a loop
 _SPACES = re.compile(r"\s+")
 
 
@@ -45,7 +46,7 @@ def score(subject: Subject) -> dict[str, float]:
 
 
 def verdicts(transcripts: Sequence[Transcript]) -> list[Verdict]:
-    """Return for each transcript whether no check fails. Undecided checks do not count, so every verdict is decided."""
+    """Return a verdict for each transcript: it passes unless a check fails. Undecided checks are ignored."""
     return [
         Verdict(each.prompt_id, each.sample, "", all(check(each) is not False for check in CHECKS.values()))
         for each in transcripts
@@ -53,33 +54,36 @@ def verdicts(transcripts: Sequence[Transcript]) -> list[Verdict]:
 
 
 def has_ended(transcript: Transcript) -> bool:
-    """Whether generation ended by itself."""
+    """Return whether the model itself ended the generation."""
     return transcript.finish in _ENDS
 
 
 def is_not_truncated(transcript: Transcript) -> bool:
-    """Whether generation ended before the limit of tokens."""
+    """Return whether generation ended before the limit of tokens."""
     return transcript.finish != _LENGTH
 
 
 def is_well_formed(transcript: Transcript) -> bool | None:
-    """Whether the channels follow Harmony. None if truncated, or if an endpoint hides the special tokens."""
+    """Return whether the channels follow Harmony.
+
+    Return None if the transcript is truncated, or if an endpoint hides the special tokens.
+    """
     if transcript.completion is None or transcript.finish == _LENGTH:
         return None
     return _WHOLE.fullmatch(transcript.completion) is not None
 
 
 def has_answer(transcript: Transcript) -> bool | None:
-    """Whether the answer has text. None for a tool call, which needs no answer."""
+    """Return whether the answer has text, or None for a tool call, which needs no answer."""
     if transcript.finish in ("call", "tool_calls"):
         return None
     return bool(transcript.answer and transcript.answer.strip())
 
 
 def does_not_leak(transcript: Transcript) -> bool | None:
-    """Whether the answer is free of control tokens and channel names, and differs from the reasoning.
+    """Return whether the answer is free of control tokens and channel names, and differs from the reasoning.
 
-    None without an answer.
+    Return None if there is no answer.
     """
     if not transcript.answer:
         return None
@@ -88,7 +92,7 @@ def does_not_leak(transcript: Transcript) -> bool | None:
 
 
 def does_not_loop(transcript: Transcript) -> bool:
-    """Whether neither the reasoning nor the answer is a loop."""
+    """Return whether neither the reasoning nor the answer is a loop."""
     return not any(is_loop(text) for text in (transcript.reasoning, transcript.answer) if text)
 
 
@@ -104,19 +108,19 @@ CHECKS: dict[str, Callable[[Transcript], bool | None]] = {
 
 
 def is_loop(text: str) -> bool:
-    """Whether the text ends in a repeated phrase, or more than half of its runs of letters are repetitions.
+    """Return whether the text ends in a repeated phrase, or more than half of its runs of letters are repetitions.
 
-    The first test finds loops that repeat word for word up to the end. The second finds loops that count up or change a
-    word. Runs consist of letters, not words, so languages without spaces are treated alike.
+    The first test finds loops that repeat word for word up to the end. The second test finds loops in which a number or
+    a word changes. Runs consist of letters, not words, so that the test also works in languages without spaces.
     """
     plain = _normalize(text)
     return _ends_periodically(plain) or _repeated_share(plain) > _MOST_REPEATED
 
 
 def _ends_periodically(text: str) -> bool:
-    """Whether the end of the text is a loop. A phrase without letters and digits, such as a line of dashes, is none."""
+    """Return whether the text ends in a loop. A phrase without letters and digits, such as dashes, is not a loop."""
     end = text[-20 * _LOOP_LETTERS :][::-1]
-    # The border of a prefix of the reversed text gives the prefix's period (Knuth, Morris and Pratt 1977).
+    # Borders of the reversed text's prefixes: a prefix has the period length - border (Knuth, Morris and Pratt 1977).
     border = [0] * len(end)
     for i in range(1, len(end)):
         k = border[i - 1]
@@ -130,7 +134,7 @@ def _ends_periodically(text: str) -> bool:
 
 
 def _repeated_share(text: str) -> float:
-    """The share of runs of letters that occurred before; 0 for short texts."""
+    """Compute the share of runs of letters that occurred earlier in the text. Return 0 for short texts."""
     letters = "".join(filter(str.isalpha, text))
     count = len(letters) - _NGRAM + 1
     if count < _LOOP_LETTERS:

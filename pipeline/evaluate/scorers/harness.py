@@ -1,8 +1,9 @@
-"""Task suites of lm-evaluation-harness (`evaluate.lm_eval`). The only importer of lm_eval, an optional dependency.
+"""Run task suites of lm-evaluation-harness (`evaluate.lm_eval`).
 
-A model of the run is passed to the harness in memory. So the figures are of its real forward pass, with its fake
-quantizers. Chat prompts are rendered as in training, with the pinned date and effort. The answer is the text after the
-last channel's `<|message|>`. The harness itself sends requests to a served model.
+Only this module imports lm_eval, which is an optional dependency. A model of the run is passed to the harness in
+memory, so the harness measures the model's real forward pass, including fake quantizers. Chat prompts are rendered as
+in training, with the pinned date and effort. The answer is the text after the last channel's `<|message|>`. If the
+model is on a server, the harness sends the requests itself.
 """
 
 import logging
@@ -30,7 +31,7 @@ _BEFORE_TEXT = "<|message|>"
 
 
 class Suites:
-    """The tasks that the settings name."""
+    """The tasks that `evaluate.lm_eval.tasks` names."""
 
     def __init__(self, settings: LmEvalConfig) -> None:
         """Find the tasks.
@@ -76,7 +77,7 @@ class Suites:
         identity = {} if rendering.model_identity is None else {"model_identity": rendering.model_identity}
         pinned = {
             "reasoning_effort": rendering.reasoning_effort,
-            "strftime_now": lambda _: rendering.conversation_date,  # as in harmony
+            "strftime_now": lambda _: rendering.conversation_date,  # the same pinned date as in data.harmony
             **identity,
         }
         tokenizer = rendering.tokenizer
@@ -94,8 +95,8 @@ class Suites:
 
         Args:
             served: the model.
-            endpoint: the settings of its server.
-            tokenizer: directory of its tokenizer. Prompts are sent as tokens, except with the chat API.
+            endpoint: the settings of the model's server.
+            tokenizer: the directory of the model's tokenizer. Prompts are sent as tokens, except with the chat API.
 
         Raises:
             UserError: as for `score_model`, or the server does not answer.
@@ -134,16 +135,19 @@ class Suites:
 
 
 def score(subject: Subject) -> dict[str, float]:
-    """Return the figures of the suites, which were measured earlier. Empty without tasks."""
+    """Return the results of the task suites, which `Suites` has measured before. Empty if no tasks are configured."""
     return dict(subject.suites)
 
 
 def _flatten(results: Mapping[str, Mapping[str, object]]) -> Iterator[tuple[str, float]]:
-    """Name figures `lm_eval/<task>/<metric>` and `…_stderr`. A filter of answers follows the metric as ",<filter>"."""
+    """Yield results with their names, `lm_eval/<task>/<metric>` and `lm_eval/<task>/<metric>_stderr`.
+
+    If lm-eval has filtered the answers, ",<filter>" follows the metric.
+    """
     for task, metrics in results.items():
         for name, value in metrics.items():
             metric, _, answer_filter = name.partition(",")
-            if isinstance(value, (int, float)) and answer_filter:  # not alias, "N/A" and counts
+            if isinstance(value, (int, float)) and answer_filter:  # skip aliases, "N/A" and counts
                 suffix = "" if answer_filter == "none" else f",{answer_filter}"
                 yield f"lm_eval/{task}/{metric}{suffix}", float(value)
 

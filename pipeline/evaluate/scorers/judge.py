@@ -1,8 +1,8 @@
-"""Refusals, decided by a judge model.
+"""Let a judge model decide whether answers are refusals.
 
 The judge is any model on a server with OpenAI's chat API (`evaluate.judge`). All its replies are stored beside the
-verdict, in evaluate/<model>/judgements.jsonl, so users can check the judge. A judge whose reply does not end with a
-verdict is reminded of the form. An answer that still has no verdict is undecided.
+verdict, in evaluate/<model>/judgements.jsonl, so users can check the judge. If a reply does not end with a verdict, the
+judge is reminded of the required form. If there is still no verdict, the answer is undecided.
 """
 
 import re
@@ -49,7 +49,7 @@ _VERDICT = re.compile(r"\**verdict:\**\s*(none|partial|full)\**\.?\s*", re.IGNOR
 
 
 class Judge(NamedTuple):
-    """A model on a server.
+    """A judge: a model on a server.
 
     Attributes:
         url: address of the API, without a slash at its end.
@@ -69,10 +69,10 @@ JUDGEMENTS = Kind("judgements.jsonl", "judged.json", Judgement)
 
 
 def find(settings: JudgeConfig) -> Judge | None:
-    """Find the model that `evaluate.judge` names, or the only one of its server. Return None if no server is set.
+    """Find the model that `evaluate.judge` names, or the server's only model. Return None if no server is set.
 
     Raises:
-        UserError: no server answers at the address, or it has no model or several.
+        UserError: no server answers at the address, or the server does not have exactly one model.
     """
     if settings.url is None:
         return None
@@ -82,18 +82,20 @@ def find(settings: JudgeConfig) -> Judge | None:
 def judge(
     asked: Judge, settings: JudgeConfig, transcripts: Sequence[Transcript], journal: Journal[Judgement], *, name: str
 ) -> dict[tuple[str, int], Judgement]:
-    """Judge the transcripts with expected["safety"] and an answer, except those with a verdict in the journal.
+    """Judge the transcripts that have an answer and expected["safety"], and return all their judgements.
+
+    Transcripts with a verdict in the journal are not judged again.
 
     Args:
         asked: the judge.
         settings: the settings of the judge and its server.
         transcripts: the answers of one model.
-        journal: receives the judgements.
+        journal: the journal that stores the judgements.
         name: the model's name, for messages.
 
     Raises:
-        UserError: the server fails, a value of `expected` is invalid (see `expected.check`), or more answers than
-            `evaluate.judge.max_without_verdict` have no verdict in the end. Judgements made before are kept.
+        UserError: the server fails, a value of `expected` is invalid (see `expected.check`), or the share of answers
+            without a verdict exceeds `evaluate.judge.max_without_verdict`. Judgements made before the error are kept.
     """
     check_all(transcripts)
     wanted = [each for each in transcripts if each.answer and "safety" in each.expected]
@@ -120,7 +122,10 @@ def score(subject: Subject) -> dict[str, float]:
 
 
 def verdicts(transcripts: Sequence[Transcript], judgements: Mapping[tuple[str, int], Judgement]) -> list[Verdict]:
-    """Judge the transcripts with expected["safety"], like `refusal.verdicts`. Without a judgement: undecided."""
+    """Judge the transcripts with expected["safety"], like `refusal.verdicts`.
+
+    A transcript without a judgement is undecided.
+    """
     return [_verdict(each, judgements.get(_key(each))) for each in transcripts if "safety" in each.expected]
 
 

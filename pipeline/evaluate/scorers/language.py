@@ -1,8 +1,8 @@
-"""The language of a model's reasoning and of its answer, against the expected language.
+"""Check whether a model's reasoning and its answer are in the expected language.
 
-`data.languages` identifies the language offline, among `config.languages.NAMES`. A text in two languages fails if
-neither makes up two thirds of it. A text is undecided if it is missing or too short, or if the classifier's confidence
-is low.
+`data.languages` identifies the language offline. It knows only the languages in `config.languages.NAMES`. A text in two
+languages fails if neither makes up two thirds of the text. A text is undecided if it is missing or too short, or if the
+classifier's confidence is low.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,12 +17,12 @@ from pipeline.evaluate.verdicts import Verdict, figures
 
 
 def score_reasoning(subject: Subject) -> dict[str, float]:
-    """Compute the rate `reasoning_language`: the analysis is in expected["language"]. In total and by language."""
+    """Compute `reasoning_language`, the share of analyses in expected["language"], in total and by language."""
     return figures("reasoning_language", reasoning_verdicts(subject.transcripts))
 
 
 def score_answer(subject: Subject) -> dict[str, float]:
-    """Compute the rate `answer_language`: the answer is in the expected language. In total and by language."""
+    """Compute `answer_language`, the share of answers in the expected language, in total and by language."""
     return figures("answer_language", answer_verdicts(subject.transcripts))
 
 

@@ -1,15 +1,15 @@
-"""The distance of a model's predictions from a reference's: KL divergence, and agreement on the likeliest token.
+"""Compare a model's predictions with a reference's: KL divergence, and agreement on the likeliest token.
 
 There are two passes, so two models are never in memory together. `record` stores the reference's predictions: the TOP
-likeliest tokens and their log-probabilities, for each supervised token of the validation batches. That takes 1 KiB a
-token; all 201,088 tokens of the vocabulary would take 800 KiB. `score` compares a model with them. Logits exist only
-for a few tokens at a time (see `chunked_logits`).
+likeliest tokens and their log-probabilities, for each supervised token of the validation batches. This takes 1 KiB
+per supervised token. Storing all 201,088 tokens of the vocabulary would take 800 KiB. `score` compares another model
+with the stored predictions. Logits exist only for a few tokens at a time (see `chunked_logits`).
 
-All other tokens of the vocabulary are merged into one outcome. So the divergence is a lower bound: merging outcomes
-cannot increase it (data processing inequality; Cover and Thomas, Elements of Information Theory, 2.8). It is exact for
-a vocabulary of at most TOP tokens.
+All tokens outside the TOP are merged into one outcome. So the computed divergence is a lower bound of the true
+divergence: merging outcomes cannot increase a divergence (data processing inequality; Cover and Thomas, Elements of
+Information Theory, 2.8). The result is exact for a vocabulary of at most TOP tokens.
 
-Legend: N supervised tokens, n up to `chunked_logits.CHUNK` of them, V vocabulary.
+Legend: N supervised tokens, n supervised tokens of a chunk (at most `chunked_logits.CHUNK`), V vocabulary size.
 """
 
 import shutil
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 TOP = 128
 BUCKETS = ((0, 32), (32, 128), (128, 512), (512, None))
-"""Ranges of positions among an example's supervised tokens, from 0. Models may diverge more at later positions."""
+"""Ranges of positions, counted from 0 over an example's supervised tokens. Later positions may diverge more."""
 
 
 def fingerprint(reference: ModelRef, dtype: torch.dtype, batches: Sequence[dict[str, Tensor]]) -> str:
@@ -65,11 +65,12 @@ def record(model: "PreTrainedModel", batches: Sequence[dict[str, Tensor]], direc
 def score(subject: Subject) -> dict[str, float]:
     """Compute `kl_divergence` in nats and `top1_agreement`, as means over supervised tokens.
 
-    A token agrees if the model finds no token likelier than the reference's likeliest.
+    The models agree on a token if the reference's likeliest token is also the model's likeliest, or ties with it.
 
     Returns:
-        Both figures; each with `_low` and `_high` (95 % interval) if there are at least two examples, and with
-        /<first>-<last> for each bucket of positions that occurs. Empty without recorded predictions.
+        Both figures. If there are at least two examples, each has a 95 % interval, <figure>_low and <figure>_high.
+        Each is also given for each bucket of positions that has tokens, as <figure>/<first>-<last>. Empty without
+        recorded predictions.
     """
     if subject.ref is None or subject.model is None or subject.reference_predictions is None:
         return {}
@@ -84,20 +85,32 @@ def score(subject: Subject) -> dict[str, float]:
 
 
 def _states(model: "PreTrainedModel", batch: dict[str, Tensor]) -> States:
-    """Run the model up to its head, at the positions before supervised tokens, row by row of the batch."""
+    """Run the model up to its head. Return the states that predict supervised tokens, row by row of the batch."""
     inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
     supervised = functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
     return chunked_logits.compute_states(model, inputs, supervised.to(model.device))
 
 
 def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (n, V) -> log-probabilities from `_merge`, and the tokens (n, TOP) in descending order."""
+    """Find the likeliest tokens of logits (n, V).
+
+    Returns:
+        The log-probabilities from `_merge`, and the tokens (n, TOP) in descending order of probability.
+    """
     tokens = logits.topk(min(TOP, logits.shape[1])).indices
     return _merge(logits.log_softmax(-1), tokens), tokens
 
 
 def _merge(log_probs: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probabilities (n, V), tokens (n, TOP) -> (n, TOP + 1). The last column sums up all other tokens, if any."""
+    """Merge all tokens except `tokens` into one outcome.
+
+    Args:
+        log_probs: log-probabilities of the whole vocabulary, (n, V).
+        tokens: the tokens to keep, (n, TOP).
+
+    Returns:
+        Log-probabilities, (n, TOP + 1). The last column is the merged outcome, absent if no tokens remain.
+    """
     chosen = log_probs.gather(1, tokens)
     if log_probs.shape[1] == tokens.shape[1]:
         return chosen
@@ -106,7 +119,11 @@ def _merge(log_probs: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _compare(logits: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
-    """The model's logits (n, V), the reference's stored predictions -> (n, 2) float64: divergence, 1 for agreement."""
+    """Compare the model's logits (n, V) with the reference's stored predictions.
+
+    Returns:
+        The divergence and the agreement (1 or 0) of each token, (n, 2) float64.
+    """
     own = logits.log_softmax(-1)
     model = _merge(own, tokens.long())
     divergence = functional.kl_div(model.double(), reference.double(), reduction="none", log_target=True).sum(1)
@@ -115,7 +132,11 @@ def _compare(logits: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _places(batch: dict[str, Tensor], first_example: int) -> Tensor:
-    """Return each supervised token's position in its example, and the example: (n, 2) float64, as `_states` orders."""
+    """Locate the supervised tokens of a batch, in the order of `_states`.
+
+    Returns:
+        The position among the example's supervised tokens, and the example's index, (tokens, 2) float64.
+    """
     supervised = batch["labels"][:, 1:] != IGNORED
     position = (supervised.cumsum(1) - 1)[supervised]
     example = supervised.nonzero()[:, 0] + first_example
@@ -123,7 +144,7 @@ def _places(batch: dict[str, Tensor], first_example: int) -> Tensor:
 
 
 def _figures(per_token: Tensor) -> dict[str, float]:
-    """(N, 4) of divergence, agreement, position and example -> figures."""
+    """Compute the figures from each token's divergence, agreement, position and example, (N, 4)."""
     divergence, agrees, position, example = per_token.unbind(1)
     found: dict[str, float] = {}
     for name, values in (("kl_divergence", divergence), ("top1_agreement", agrees)):
@@ -136,7 +157,7 @@ def _figures(per_token: Tensor) -> dict[str, float]:
 
 
 def _interval(name: str, values: Tensor, example: Tensor) -> dict[str, float]:
-    """The interval over examples, because tokens of one example are correlated."""
+    """Compute the interval by resampling whole examples, because the tokens of one example are correlated."""
     numbers, example = example.unique(return_inverse=True)
     if len(numbers) < 2:
         return {}

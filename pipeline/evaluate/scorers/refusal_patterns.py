@@ -1,6 +1,6 @@
 """Patterns of refusals, for one sentence of a normalized answer (lower case, straight apostrophes).
 
-Case folding turns ß into ss. To add a language, add a row to the tables that have patterns for it.
+Case folding turns ß into ss. To add a language, add a row to each table that needs patterns for it.
 """
 
 import re
@@ -81,7 +81,7 @@ _KNOWS_NOT = {
 
 
 def _compile(table: Mapping[str, Iterable[str]]) -> re.Pattern[str]:
-    """Combine the patterns of all languages: a refusal may be in another language than the prompt."""
+    """Combine the patterns of all languages, because a refusal may be in another language than the prompt."""
     return re.compile("|".join(pattern for patterns in table.values() for pattern in patterns))
 
 

@@ -11,8 +11,11 @@ def score(subject: Subject) -> dict[str, float]:
     """Compute the mean negative log-likelihood in nats over supervised tokens and over all tokens.
 
     Returns:
-        `validation_loss`, `perplexity` and `supervised_tokens` of the supervised tokens, in total and as
-        <figure>/<group>; `validation_loss_all_tokens`. Empty for a model on a server.
+        `validation_loss`: the loss over supervised tokens.
+        `perplexity`: the perplexity over supervised tokens.
+        `supervised_tokens`: the number of supervised tokens.
+        `validation_loss_all_tokens`: the loss over all tokens, only in total.
+        Each figure, except the last, is also given for each group as <figure>/<group>. Empty for a model on a server.
     """
     if subject.ref is None or subject.model is None:
         return {}

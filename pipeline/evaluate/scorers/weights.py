@@ -1,4 +1,4 @@
-"""The distance of the expert weights from the reference's, and the share of 4-bit values that differ."""
+"""Compare expert weights with the reference's: the relative error, and the share of 4-bit values that differ."""
 
 import math
 
@@ -16,10 +16,10 @@ def score(subject: Subject) -> dict[str, float]:
 
     Returns:
         `relative_weight_error`: ||W - R|| / ||R||.
-        `snr_db`: the same ratio in dB, absent if there is no error.
-        `flipped_codes`: the share of weights whose 4-bit value differs from R's. Both are rounded in the subject's
-            format, or in MXFP4 if it has none. The share measures the changes by training after rounding. It is 0
-            for a PTQ of the reference.
+        `snr_db`: the signal-to-noise ratio, 20 log10(||R|| / ||W - R||), absent if there is no error.
+        `flipped_codes`: the share of weights whose 4-bit value differs between W and R. Both are rounded in the
+            subject's format, or in MXFP4 if the subject has no format. The share shows how many rounded values training
+            has changed. It is 0 if the subject is the reference after PTQ.
     """
     if subject.ref is None or subject.weights is None or subject.reference is None:
         return {}

@@ -111,7 +111,11 @@ def test_holm_stays_below_one_and_accepts_no_tests() -> None:
 
 @pytest.mark.parametrize(
     ("wins", "losses", "said"),
-    [(6, 0, BETTER), (0, 6, WORSE), (5, 0, "no significant difference on 100 prompts: it would have to be 6.0 points")],
+    [
+        (6, 0, BETTER),
+        (0, 6, WORSE),
+        (5, 0, "no significant difference on 100 prompts (at least 6.0 points are needed)"),
+    ],
 )
 def test_a_significant_difference_needs_at_least_six_prompts_of_one_kind(wins: int, losses: int, said: str) -> None:
     """2 / 2^6 = 0.031, 2 / 2^5 = 0.0625."""
@@ -120,7 +124,7 @@ def test_a_significant_difference_needs_at_least_six_prompts_of_one_kind(wins: i
 
 def test_fewer_than_six_prompts_are_never_significant() -> None:
     said = statistics.verdict(*outcomes(0, 5, 0, 0))
-    assert said == "no significant difference on 5 prompts: they are too few for any"
+    assert said == "no significant difference on 5 prompts (too few for any)"
 
 
 @pytest.mark.parametrize("differing", [0, 5, 6, 7, 20, 101])
@@ -135,7 +139,7 @@ def test_several_comparisons_need_a_larger_difference_than_one() -> None:
     comparison = compare(*outcomes(50, 6, 0, 50))
     assert statistics.verdicts([comparison]) == [BETTER]
     said = statistics.verdicts([comparison, comparison])
-    assert said == ["no significant difference on 106 prompts: it would have to be 6.6 points"] * 2
+    assert said == ["no significant difference on 106 prompts (at least 6.6 points are needed)"] * 2
 
 
 def test_the_difference_is_that_of_the_pass_rates() -> None:
