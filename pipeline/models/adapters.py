@@ -31,7 +31,7 @@ _QUANTIZER = "_weight_quantizer"
 def attach(model: "PreTrainedModel", train: TrainConfig, section: str) -> "PreTrainedModel":
     """Attach new adapters to the configured parts of the configured layers, and freeze everything else.
 
-    The result is a PeftModel, which has the attributes of the model inside it.
+    The result is a PeftModel, which also has the attributes of the wrapped model.
 
     Args:
         model: a gpt-oss model without adapters or quantizers.
@@ -40,7 +40,7 @@ def attach(model: "PreTrainedModel", train: TrainConfig, section: str) -> "PreTr
 
     Raises:
         UserError: the configuration names a layer that the model does not have.
-        CheckFailed: the model already has quantizers. Quantizers of experts would never run below adapters.
+        CheckFailed: the model already has quantizers. After adapters are attached, the experts' quantizers never run.
     """
     if any(name.endswith(_QUANTIZER) for name, _ in model.named_modules()):
         raise CheckFailed("adapters: the model is quantized already. Attach adapters before quantizers are inserted.")

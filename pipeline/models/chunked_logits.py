@@ -66,11 +66,11 @@ def compute_states(model: nn.Module, inputs: Mapping[str, object], chosen: Tenso
 
 
 def map_chunks(function: Callable[..., T], models: Sequence[States], *others: Tensor) -> Iterator[T]:
-    """Apply a function to the logits of each chunk of positions, in order. Without positions, it gets one empty chunk.
+    """Apply a function to the logits of each chunk of positions, in order.
 
-    Gradients flow to the hidden states and heads of `models`. The head weights must stay in memory until the backward
-    pass is over. A sharded head is gathered once. This is a collective: all processes must start and finish the
-    iteration together.
+    Without positions, the function gets one empty chunk. Gradients flow to the hidden states and heads of `models`. The
+    head weights must stay in memory until the backward pass is over. A sharded head is gathered once. This is a
+    collective: all processes must start and finish the iteration together.
 
     Args:
         function: function of the float32 logits (n, V) of each model, followed by the chunk (n, ...) of each tensor in

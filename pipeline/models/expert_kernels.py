@@ -4,7 +4,7 @@
 - `batched_mm` copies the weights of an expert for each of its tokens.
 - `grouped_mm` is one product for all experts, over the tokens sorted by expert.
 
-All kernels compute the same sums, but in a different order. This module solves two problems:
+All kernels compute the same sums, but each adds in its own order. This module solves two problems:
 - ModelOpt sets a model to eager when it inserts or restores quantizers, so the kernel must be set afterwards.
   Quantizers of weights run with every kernel. Quantizers of the inputs of `down_proj` do not run with `grouped_mm`.
 - Autocast does not cover `grouped_mm`, and transformers 5.14 casts the inputs to the type of the weights. Under mixed

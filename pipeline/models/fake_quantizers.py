@@ -71,7 +71,7 @@ def _state_of(quantizer: TensorQuantizer) -> _State:
 
 
 def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:
-    """Fake-quantize weights (E, out, in) or inputs (tokens, in), in blocks along `in`. ModelOpt calls this as backend.
+    """Fake-quantize weights (E, out, in) or inputs (tokens, in), in blocks along `in`. ModelOpt calls this.
 
     The tensor scale of inputs is calibrated. Inputs beyond the calibrated range saturate, as in the served model.
     """
@@ -84,7 +84,7 @@ def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:
 
 
 def _round_stack(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
-    """Round a stack of weights (E, in, out), with adapters merged. Returns the type that the forward pass computes in.
+    """Round a stack of weights (E, in, out), with adapters merged, and cast it to the forward pass's compute type.
 
     This replaces a function of ModelOpt's plugins, which transposes, rounds and transposes back in every forward pass.
     Here the codec works on a transposed view, and weights are rounded again only when they have changed.
@@ -183,7 +183,7 @@ def insert(model: nn.Module, block_format: BlockFormat, calibrate: Calibrate) ->
 
 
 def calibrate_importance(model: "PreTrainedModel", calibrate: Calibrate) -> None:
-    """Measure importance, so that scales are chosen by the error in the layer's output instead of in the weights.
+    """Measure the importance of input channels, so that scales minimize the output's error, not the weights' error.
 
     The importance of an input channel is the sum of the squares of its values during calibration. All experts in a
     stack share the same importance, because the hook does not know which expert a value goes to.
@@ -211,7 +211,10 @@ def calibrate_importance(model: "PreTrainedModel", calibrate: Calibrate) -> None
 
 
 def save_state(model: nn.Module, directory: Path) -> None:
-    """Save the quantizers, and the results of calibration in another file. ModelOpt's state has only their shapes."""
+    """Save the quantizers and the results of calibration.
+
+    ModelOpt's state has only the shapes of the results, so the results are saved in another file.
+    """
     torch.save(mto.modelopt_state(base_of(model)), directory / STATE_FILE)
     importance = {
         parameter_name(name).removesuffix(_WEIGHTS): _state_of(module).importance

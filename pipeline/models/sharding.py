@@ -138,7 +138,7 @@ STRATEGIES = {
 
 @contextmanager
 def switch_on(sharding: Sharding) -> Iterator[dict[str, object]]:
-    """Yield arguments for transformers' TrainingArguments. Use them inside the block, to train one model."""
+    """Yield arguments for transformers' TrainingArguments. Use them only inside the block, for one model."""
     arguments = STRATEGIES[sharding].arguments()
     if process_count() > 1 and not torch.cuda.is_available():
         arguments.update(_shard_on_cpu(sharding))

@@ -39,7 +39,9 @@ class Source:
 
 
 def locate(run: Run, model: ModelConfig, key: str = "model.path") -> Source:
-    """Find, download or make the checkpoint that `model.path` names, and check it. `key` is its setting in messages.
+    """Find, download or make the checkpoint that `model.path` names, and check it.
+
+    Messages use `key` as the name of the setting.
 
     Raises:
         UserError: the directory or hub id does not exist, or is not a complete gpt-oss checkpoint.
@@ -52,7 +54,9 @@ def locate(run: Run, model: ModelConfig, key: str = "model.path") -> Source:
 
 
 def locate_without_weights(run: Run, model: ModelConfig) -> Path:
-    """Find or download the base model's config.json, tokenizer and chat template. The weights are not needed.
+    """Find or download the base model's config.json, tokenizer and chat template, and return their directory.
+
+    Weights are not downloaded.
 
     Raises:
         UserError: the directory or hub id does not exist.

@@ -68,7 +68,7 @@ class Weights:
         return self._merger.merge(name, base, rows.start or 0).to(device)
 
     def read_effective(self, name: str) -> Tensor:
-        """Read the weight as the forward pass uses it, which is fake-quantized if the model has a quantizer for it."""
+        """Read the weight that the forward pass uses. If the model fake-quantizes the weight, so does this function."""
         weight = self.read_trained(name)
         if self.ref.block_format is None or name not in self._experts:
             return weight

@@ -78,7 +78,7 @@ def _keep_group_settings(optimizer: "Optimizer") -> Iterator[None]:
 
 
 def _differing_settings(groups: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
-    """Return the settings of each parameter group that are not the same in all groups."""
+    """Find the settings that are not the same in all parameter groups. Return their values for each group."""
     names = [name for name in groups[0] if name != "params" and any(each[name] != groups[0][name] for each in groups)]
     return [{name: group[name] for name in names} for group in groups]
 

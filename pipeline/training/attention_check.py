@@ -168,7 +168,10 @@ def _make_batch() -> dict[str, Tensor]:
 
 
 def _pack(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pack a padded batch into one row, with positions instead of a mask. Each document's first label is ignored."""
+    """Pack a padded batch into one row, with positions instead of a mask.
+
+    Each document's first label is ignored, so that no document has to predict the next one.
+    """
     is_real = batch["attention_mask"].bool()
     positions = (batch["attention_mask"].cumsum(1) - 1)[is_real]
     return {

@@ -63,7 +63,7 @@ class Metrics(TrainerCallback):
         self._directory = directory
         self._tokens = tokens
         self._progress = _Progress(stage)
-        self._seconds = 0.0  # duration of the steps since the last line, without evaluations and checkpoints
+        self._seconds = 0.0  # duration of the steps since the last line of metrics, without evaluations and checkpoints
         self._started = 0.0
 
     def on_init_end(

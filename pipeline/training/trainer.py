@@ -256,7 +256,8 @@ class _Trainer(SFTTrainer):
     def _validation_loss(self) -> Loss:
         """Compute the loss on all validation examples.
 
-        Each of n processes runs every n-th batch. All run the same number, because forward passes can be collective.
+        Each of n processes runs every n-th batch. All run the same number of batches, because collectives in the
+        forward pass need every process.
         """
         tokenizer: Any = self.processing_class
         model: Any = self.model
