@@ -1,4 +1,4 @@
-"""A model between disk and forward pass: references, loading, saving, adapters, quantizers, sharding.
+"""Find, load, shard and save models, and attach adapters and quantizers to them.
 
-It must not know which stage asks, nor how a model is trained, scored or exported.
+This package must not know which stage calls it, nor how a model is trained, scored or exported.
 """

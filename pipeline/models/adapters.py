@@ -1,4 +1,4 @@
-"""LoRA adapters on attention and on expert stacks, and how they are merged into the weights.
+"""Attach LoRA adapters to attention layers and expert stacks, and merge adapters into the weights.
 
 This is the only module that imports peft.
 """
@@ -31,16 +31,16 @@ _QUANTIZER = "_weight_quantizer"
 def attach(model: "PreTrainedModel", train: TrainConfig, section: str) -> "PreTrainedModel":
     """Attach new adapters to the configured parts of the configured layers, and freeze everything else.
 
-    The result is a PeftModel, which has the attributes of the model inside it.
+    The result is a PeftModel, which also has the attributes of the wrapped model.
 
     Args:
         model: a gpt-oss model without adapters or quantizers.
-        train: `lora` sets where adapters go and their rank; `seed` sets their initial values.
+        train: settings of the stage. `lora` sets the rank and place of the adapters, `seed` their initial values.
         section: name of `train` in the configuration, for messages.
 
     Raises:
         UserError: the configuration names a layer that the model does not have.
-        CheckFailed: the model has quantizers already. Quantizers under adapters on experts would never run.
+        CheckFailed: the model already has quantizers. After adapters are attached, the experts' quantizers never run.
     """
     if any(name.endswith(_QUANTIZER) for name, _ in model.named_modules()):
         raise CheckFailed("adapters: the model is quantized already. Attach adapters before quantizers are inserted.")
@@ -75,7 +75,7 @@ def load(model: "PreTrainedModel", directory: Path, trainable: bool) -> "PreTrai
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether the model has adapters."""
+    """Return whether the model has adapters."""
     return isinstance(model, PeftModel)
 
 
@@ -85,7 +85,7 @@ def base_of(model: nn.Module) -> "PreTrainedModel":
 
 
 def merge_attention(model: nn.Module) -> None:
-    """Merge the adapters of attention layers in place, with PEFT's own merge. Adapters of experts stay adapters."""
+    """Merge the adapters of attention layers in place, with PEFT's own merge. Adapters of experts are not merged."""
     for module in model.modules():
         if isinstance(module, Linear):
             module.merge()
@@ -97,16 +97,17 @@ def parameter_name(module_name: str) -> str:
 
 
 def is_factor(parameter_name: str) -> bool:
-    """Whether a parameter of an adapted model is part of an adapter."""
+    """Return whether a parameter of an adapted model is part of an adapter."""
     return ".lora_" in parameter_name
 
 
 @torch.no_grad()
 def expert_weights(model: nn.Module, experts: slice) -> Iterator[tuple[str, Tensor]]:
-    """Yield some experts (E, in, out) of each trained stack, with adapters merged. This is a collective call.
+    """Yield each trained stack's name and some of its experts (E, in, out), with adapters merged.
 
-    If a stack is sharded, only the main process yields experts. They come from its own shard, which is the first. A
-    stack is skipped if its parameter is empty. ZeRO-3 leaves it empty between forward passes.
+    This is a collective call. If a stack is sharded, only the main process yields experts. They come from its own
+    shard, which holds the first experts. A stack with an empty parameter is skipped. ZeRO-3 empties the parameters of
+    stacks between forward passes.
     """
     adapted = {
         f"{parameter_name(name)}.{module.parameter_name}": module
@@ -118,7 +119,7 @@ def expert_weights(model: nn.Module, experts: slice) -> Iterator[tuple[str, Tens
         if not name.endswith(EXPERT_WEIGHTS) or not (parameter.requires_grad or name in adapted):
             continue
         stack = sharding.first_part(parameter)
-        delta = _delta(adapted[name], experts) if name in adapted else None  # a collective if factors are sharded
+        delta = _delta(adapted[name], experts) if name in adapted else None  # a collective call if factors are sharded
         if stack.numel():
             yield name, stack[experts] if delta is None else stack[experts] + delta
 
@@ -134,7 +135,7 @@ def _delta(wrapper: ParamWrapper, experts: slice) -> Tensor:
 
 @contextmanager
 def _whole_factors(wrapper: ParamWrapper) -> Iterator[None]:
-    """Gather the factors of an adapter for the duration of the block."""
+    """Gather the factors of an adapter inside the block."""
     with ExitStack() as stack:
         for factor in (*wrapper.lora_A.values(), *wrapper.lora_B.values()):
             whole = stack.enter_context(sharding.gather(_weight(factor)))
@@ -144,16 +145,17 @@ def _whole_factors(wrapper: ParamWrapper) -> Iterator[None]:
 
 
 def is_wrapped(module_name: str) -> bool:
-    """Whether a module of an adapted model carries an adapter on one of its parameters."""
+    """Return whether a module of an adapted model belongs to a layer that PEFT has wrapped with an adapter."""
     return ".base_layer" in module_name
 
 
 class Merger:
-    """Adapters of a directory, which it merges tensor by tensor without the base model in memory.
+    """Merges saved adapters tensor by tensor, so that the whole base model is never in memory.
 
-    PEFT's own `merge` runs on one layer at a time, in a model without weights. It computes base + delta in the type of
-    the weights. A quantizer on an adapted expert stack sees the same values, because ModelOpt 0.47 adds PEFT's delta to
-    the base before it quantizes. (Without quantizers PEFT uses one baddbmm, which rounds differently in the last bit.)
+    PEFT's own `merge` runs on one layer at a time, in a model without weights. PEFT computes base + delta in the type
+    of the weights. In training, a quantizer on an adapted expert stack sees the same values, because ModelOpt 0.47 adds
+    PEFT's delta to the base before it quantizes. (Without quantizers, PEFT trains with one baddbmm, which rounds
+    differently in the last bit.)
     """
 
     def __init__(self, directory: Path, model_config: "PretrainedConfig", dtype: torch.dtype) -> None:
@@ -189,7 +191,7 @@ class Merger:
             )
 
     def __contains__(self, name: str) -> bool:
-        """Whether this parameter of the plain model has an adapter."""
+        """Return whether this parameter of the plain model has an adapter."""
         return name in self._layers
 
     @torch.no_grad()
@@ -198,7 +200,8 @@ class Merger:
 
         Args:
             name: name of the parameter in the plain model.
-            base: its base weights. For an expert stack, two or more consecutive experts (E, in, out) are enough.
+            base: base weights of the parameter. For an expert stack, two or more consecutive experts (E, in, out) are
+                enough.
             first: index of the first expert in `base`.
         """
         layer = self._layers[name]
@@ -219,10 +222,10 @@ def _weight(factor: nn.Module) -> Tensor:
 
 @contextmanager
 def _only_experts(layer: ParamWrapper, first: int, count: int) -> Iterator[None]:
-    """Reduce the adapter of an expert stack to `count` experts from `first` on, for the duration of the block.
+    """Reduce an expert stack's adapter to `count` experts inside the block, beginning with expert `first`.
 
-    PEFT 0.21 keeps the factors of all experts in two matrices: A (experts * rank, in), B (out, rank * experts). It has
-    no public way to merge only some experts, and the delta of a whole stack takes gigabytes. `count` must not be 1,
+    PEFT 0.21 keeps the factors of all experts in two matrices, A (experts * rank, in) and B (out, rank * experts). PEFT
+    has no public way to merge only some experts, and the delta of a whole stack takes gigabytes. `count` must not be 1,
     because PEFT handles a single expert differently.
     """
     everyone, factor_a, factor_b = layer.num_experts, layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]

@@ -14,8 +14,8 @@ class Calibration:
     """Results of calibration.
 
     Attributes:
-        importance: expert weight -> (in) float32, weight of the error in each input channel. May be empty.
-        amax: input quantizer -> largest magnitude of its inputs. Empty if inputs are not quantized.
+        importance: for each expert weight, the weight of the error in each input channel, (in) float32. May be empty.
+        amax: for each input quantizer, the largest magnitude of its inputs. Empty if inputs are not quantized.
     """
 
     importance: dict[str, Tensor]

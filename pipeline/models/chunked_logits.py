@@ -1,11 +1,12 @@
-"""Logits in chunks: the product with the output embedding (the head), for a few chosen tokens at a time.
+"""Compute logits in chunks: multiply by the output embedding (the head) for only a few tokens at a time.
 
 The logits of all positions would be the largest tensor: 3.3 GB in BF16 for 8,192 tokens and a vocabulary of 201,088.
 Losses and divergences reduce them to a few numbers per token. So the forward pass stops before the head, and
-`map_chunks` computes, reduces and frees the logits of CHUNK tokens at a time. For gradients, it computes them again in
-the backward pass. A trained head under ZeRO-3 is the exception: it computes all logits in its own forward pass.
+`map_chunks` computes, reduces and frees the logits of CHUNK tokens at a time. For gradients, `map_chunks` computes the
+logits again in the backward pass. The exception is a trained head under ZeRO-3: the head's own forward pass computes
+all chosen logits at once.
 
-Legend: B batch, T positions, H hidden size, V vocabulary, N chosen positions, n <= CHUNK of them.
+Legend: B batch, T positions, H hidden size, V vocabulary, N chosen positions, n <= CHUNK positions in a chunk.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,11 +29,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class States:
-    """The factors of a model's logits at chosen positions.
+    """Two factors whose product is a model's logits at chosen positions.
 
     Attributes:
-        hidden: (N, H) hidden states of the chosen positions.
-        head: (V, H) weight of the output embedding, possibly sharded. If it is None, `hidden` are the logits (N, V).
+        hidden: hidden states of the chosen positions, (N, H).
+        head: weight of the output embedding, (V, H), possibly sharded. If it is None, `hidden` is the logits, (N, V).
     """
 
     hidden: Tensor
@@ -40,13 +41,13 @@ class States:
 
 
 def compute_states(model: nn.Module, inputs: Mapping[str, object], chosen: Tensor) -> States:
-    """Run a model up to its head.
+    """Run a model up to its head, and return the inputs of `map_chunks`.
 
     Args:
-        model: a causal language model, possibly wrapped (adapters, DDP, FSDP2, DeepSpeed). The wrapper is called, so
-            that it takes part in the forward pass.
+        model: a causal language model, possibly wrapped (adapters, DDP, FSDP2, DeepSpeed). The outermost
+            wrapper is called, so that every wrapper takes part in the forward pass.
         inputs: the model's inputs, without labels.
-        chosen: (B, T) booleans, the positions whose logits are needed.
+        chosen: mask of the positions whose logits are needed, (B, T) bool.
     """
     causal = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     embedding = causal.get_output_embeddings()
@@ -61,21 +62,21 @@ def compute_states(model: nn.Module, inputs: Mapping[str, object], chosen: Tenso
         model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         hook.remove()
-    return States(found[0][chosen], embedding.weight)  # read now, because FSDP2 replaces it during a forward pass
+    return States(found[0][chosen], embedding.weight)  # read only now: FSDP2 replaces the weight in a forward pass
 
 
 def map_chunks(function: Callable[..., T], models: Sequence[States], *others: Tensor) -> Iterator[T]:
-    """Apply a function to the logits of each chunk of positions, in order. No positions give one empty chunk.
+    """Apply a function to the logits of each chunk of positions, in order.
 
-    Gradients flow to the hidden states and heads of `models`. The weights of heads must stay in place until the
-    backward pass is over. A sharded head is gathered once. This is a collective: all processes must enter and finish
-    together.
+    Without positions, the function gets one empty chunk. Gradients flow to the hidden states and heads of `models`. The
+    head weights must stay in memory until the backward pass is over. A sharded head is gathered once. This is a
+    collective: all processes must start and finish the iteration together.
 
     Args:
-        function: takes the float32 logits (n, V) of each model, then the chunk (n, ...) of each of `others`. It is
-            called again in the backward pass.
-        models: the states of the models at the same positions, in the order of the function's arguments.
-        others: (N, ...) further values for each position.
+        function: function of the float32 logits (n, V) of each model, followed by the chunk (n, ...) of each tensor in
+            `others`. It is called again in the backward pass.
+        models: states of each model at the same positions, in the order of the function's arguments.
+        others: further tensors with one entry for each position, (N, ...).
     """
     with ExitStack() as stack:
         heads = [None if model.head is None else stack.enter_context(gather(model.head)) for model in models]

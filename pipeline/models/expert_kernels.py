@@ -4,12 +4,13 @@
 - `batched_mm` copies the weights of an expert for each of its tokens.
 - `grouped_mm` is one product for all experts, over the tokens sorted by expert.
 
-All compute the same values except for the order of summation. Two problems are solved here:
+All kernels compute the same sums, but each adds in its own order. This module solves two problems:
 - ModelOpt sets a model to eager when it inserts or restores quantizers, so the kernel must be set afterwards.
   Quantizers of weights run with every kernel. Quantizers of the inputs of `down_proj` do not run with `grouped_mm`.
 - Autocast does not cover `grouped_mm`, and transformers 5.14 casts the inputs to the type of the weights. Under mixed
-  precision this is FP32, which is many times slower than BF16 on GPUs. So the weights are cast to the compute type
-  first. Values between the two products are then BF16 too, as in a linear layer under autocast; `eager` has FP32 there.
+  precision the weights are FP32, and FP32 products are many times slower than BF16 on GPUs. So the weights are cast to
+  the compute type first. The values between the two products are then BF16 too, as after a linear layer under autocast.
+  With `eager`, these values are FP32.
 """
 
 from typing import Any
@@ -31,7 +32,7 @@ def use(model: nn.Module, asked: ExpertsImplementation, block_format: BlockForma
 
     Args:
         model: a gpt-oss model, with its final adapters and quantizers.
-        asked: the kernel; `auto` is the fastest one that runs all quantizers.
+        asked: the configured kernel. `auto` selects the fastest kernel that runs all quantizers.
         block_format: format of the quantizers, or None if there are none.
     """
     if asked is ExpertsImplementation.auto:
@@ -47,7 +48,7 @@ def _grouped_mm(experts: nn.Module, *inputs: Tensor) -> Tensor:
 
 
 class _InComputeType:
-    """A view of an experts module whose weights have the type that autocast computes in."""
+    """A view of an experts module. It casts the weights to the type that autocast computes in."""
 
     def __init__(self, experts: nn.Module) -> None:
         self._experts = experts

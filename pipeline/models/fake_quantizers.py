@@ -1,7 +1,7 @@
-"""Fake quantization of the expert weights, through ModelOpt with our codec as its backend.
+"""Fake-quantize the expert weights with ModelOpt, with our codec as its backend.
 
-ModelOpt manages the quantizers: which there are, and how they are saved and restored. The codec computes the numbers,
-through ModelOpt's public hook for backends. So training sees the bits that export writes, on any device.
+ModelOpt inserts, saves and restores the quantizers. The codec computes the rounded values. ModelOpt calls it through a
+public hook for backends. So training sees the bits that export writes, on any device.
 
 This is the only module that imports modelopt.
 """
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STATE_FILE = "modelopt_state.pth"
-"""The name that ModelOpt's own `enable_huggingface_checkpointing` looks for."""
+"""File name that ModelOpt's own `enable_huggingface_checkpointing` looks for."""
 
 _BACKEND = "pipeline_codec"
 _WEIGHTS = "_weight_quantizer"
@@ -49,13 +49,13 @@ Hook = Callable[[TensorQuantizer, tuple[Tensor, ...], Tensor], None]
 
 @dataclass
 class _State:
-    """Our data on a weight quantizer, stored in ModelOpt's per-backend slot, which it does not serialize.
+    """Our data on a weight quantizer, stored in ModelOpt's per-backend slot, which ModelOpt does not serialize.
 
     Attributes:
-        importance: (in) float32, weights of the errors for choosing scales, or None.
+        importance: weight of the error in each input channel for choosing scales, (in) float32, or None.
         cache: cache of rounded weights. If it is None, weights are rounded in every forward pass.
         is_rounded: whether the parameter itself holds rounded values.
-        observers: called with rounded weights, (E, out, in).
+        observers: functions that each forward pass calls with the rounded weights, (E, out, in).
     """
 
     importance: Tensor | None = None
@@ -71,9 +71,9 @@ def _state_of(quantizer: TensorQuantizer) -> _State:
 
 
 def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:
-    """The backend that ModelOpt calls. Weights are (E, out, in), inputs are (tokens, in); blocks run along `in`.
+    """Fake-quantize weights (E, out, in) or inputs (tokens, in), in blocks along `in`. ModelOpt calls this.
 
-    The tensor scale of inputs is calibrated. Values beyond the calibrated range saturate, as they do when served.
+    The tensor scale of inputs is calibrated. Inputs beyond the calibrated range saturate, as in the served model.
     """
     arguments = quantizer.backend_extra_args
     block_format = FORMATS[arguments["format"]].with_rule(arguments["scale_rule"])
@@ -84,7 +84,7 @@ def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:
 
 
 def _round_stack(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
-    """Round a stack of weights (E, in, out), adapters merged, to the type that the forward pass computes in.
+    """Round a stack of weights (E, in, out), with adapters merged, and cast it to the forward pass's compute type.
 
     This replaces a function of ModelOpt's plugins, which transposes, rounds and transposes back in every forward pass.
     Here the codec works on a transposed view, and weights are rounded again only when they have changed.
@@ -100,7 +100,8 @@ def _round_stack(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
     if state.is_rounded:
         result = weight
     else:
-        # base + delta is not a parameter. The base alone is one, and is used while adapters are disabled.
+        # An adapted weight, base + delta, is not a Parameter. While adapters are disabled, the weight is only the base,
+        # which is a Parameter. So the two get different keys.
         key = (quantizer, dtype, isinstance(weight, torch.nn.Parameter))
         rounded = make() if state.cache is None else state.cache.of(key, weight, make)
         result = straight_through(weight, rounded)
@@ -116,7 +117,7 @@ _switching = huggingface._QuantGptOssExperts.quantize_weight
 def _quantize_weight(experts: huggingface._QuantGptOssExperts) -> Iterator[None]:
     """Switch on ModelOpt's quantization of weights around a forward pass, and always switch it off at the end.
 
-    nvidia-modelopt 0.47 leaves it on if a forward pass ends early, as in recomputation for gradient checkpointing.
+    nvidia-modelopt 0.47 leaves it on if a forward pass ends early, as when gradient checkpointing recomputes a layer.
     """
     try:
         with _switching(experts):
@@ -130,10 +131,10 @@ def keep_rounded(model: nn.Module, budget_bytes: float) -> RoundedWeights:
 
     Args:
         model: a model with quantizers, and with its final adapters.
-        budget_bytes: the largest size of the cache of rounded weights.
+        budget_bytes: maximum size of the cache of rounded weights.
 
     Returns:
-        The cache. Call its `forget` when weights have changed.
+        The cache. Call `forget` on it whenever weights have changed.
     """
     base = base_of(model)
     modules = dict(base.named_modules())
@@ -162,29 +163,30 @@ def register_backend() -> None:
         for plugin in (huggingface, peft):  # nvidia-modelopt 0.47 has no public hook for these functions
             plugin._transposed_quantize = _round_stack
         huggingface._QuantGptOssExperts.quantize_weight = _quantize_weight
-        # Linear layers are never quantized here, so ModelOpt must not replace them. Its LoRA layer would add base and
-        # delta in every forward pass to quantize the sum, and then compute the gradient of the frozen weight too.
+        # Linear layers are never quantized here, so ModelOpt must not replace them. ModelOpt's LoRA layer would
+        # add base and delta in every forward pass, to quantize the sum. It would also compute the gradient of the
+        # frozen weight.
         for kind in (torch.nn.Linear, peft.LoraLinear):
             mtq.unregister(kind)
 
 
 def insert(model: nn.Module, block_format: BlockFormat, calibrate: Calibrate) -> None:
-    """Insert a fake quantizer for each expert weight, in place. Attach adapters before.
+    """Insert a fake quantizer for each expert weight, in place. Attach adapters first.
 
     Args:
         model: a gpt-oss model, with or without adapters.
-        block_format: a row of FORMATS.
-        calibrate: runs calibration data through the model. Only formats with calibrated scales use it.
+        block_format: format of the quantizers, from FORMATS.
+        calibrate: function that runs calibration data through the model. Only formats with calibrated scales use it.
     """
     register_backend()
     mtq.quantize(base_of(model), _quant_cfg(block_format), forward_loop=calibrate)
 
 
 def calibrate_importance(model: "PreTrainedModel", calibrate: Calibrate) -> None:
-    """Choose the scales of expert weights by the error in the layer's output instead of the error in the weights.
+    """Measure the importance of input channels, so that scales minimize the output's error, not the weights' error.
 
-    The importance of an input channel is the sum of squares of the values that calibration sends through it. All
-    experts share it, because the hook does not know which expert a value goes to.
+    The importance of an input channel is the sum of the squares of its values during calibration. All experts in a
+    stack share the same importance, because the hook does not know which expert a value goes to.
     """
     sums: dict[str, Tensor] = {}
 
@@ -209,7 +211,10 @@ def calibrate_importance(model: "PreTrainedModel", calibrate: Calibrate) -> None
 
 
 def save_state(model: nn.Module, directory: Path) -> None:
-    """Save the quantizers and the results of calibration. (ModelOpt's state has only the shapes of those results.)"""
+    """Save the quantizers and the results of calibration.
+
+    ModelOpt's state has only the shapes of the results, so the results are saved in another file.
+    """
     torch.save(mto.modelopt_state(base_of(model)), directory / STATE_FILE)
     importance = {
         parameter_name(name).removesuffix(_WEIGHTS): _state_of(module).importance
@@ -240,13 +245,13 @@ def restore(model: nn.Module, directory: Path, block_format: BlockFormat) -> Non
 
 
 def count(model: nn.Module, block_format: BlockFormat) -> int:
-    """Check which quantizers are enabled, and count them.
+    """Check which quantizers are enabled, and return their number.
 
-    The quantizers of expert weights (two per layer) must be enabled, and no others. W4A4 also needs the quantizers of
-    their inputs.
+    Exactly the quantizers of expert weights (two per layer) must be enabled. With W4A4, the quantizers of the experts'
+    inputs must be enabled too.
 
     Raises:
-        CheckFailed: quantizers are missing, unexpected or not calibrated, or have another format or rule.
+        CheckFailed: quantizers are missing, unexpected or not calibrated, or have the wrong format or scale rule.
     """
     base = base_of(model)
     kinds = _arguments(block_format)
@@ -272,15 +277,15 @@ def count(model: nn.Module, block_format: BlockFormat) -> int:
 
 
 def nvfp4_values(blocks: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
-    """Decode NVFP4 weights with ModelOpt. It takes one tensor scale at a time, so experts are decoded one by one.
+    """Decode NVFP4 weights with ModelOpt. ModelOpt takes one tensor scale, so experts are decoded one by one.
 
     Args:
-        blocks: (E, out, nb, 8) uint8. The even element is the low half of a byte.
-        scales: (E, out, nb) float8_e4m3fn.
-        tensor_scale: (E) float32.
+        blocks: packed FP4 codes, (E, out, nb, 8) uint8. Each byte holds two elements, the even one in its low half.
+        scales: block scales, (E, out, nb) float8_e4m3fn.
+        tensor_scale: tensor scale of each expert, (E) float32.
 
     Returns:
-        (E, out, in) float32.
+        Decoded weights, (E, out, in) float32.
     """
     experts = []
     for codes, scale, unit in zip(blocks.flatten(-2), scales, tensor_scale, strict=True):
@@ -292,16 +297,16 @@ def nvfp4_values(blocks: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor
 
 @dataclass
 class QuantizerCalls:
-    """Calls of quantizers in forward passes.
+    """Counts the calls of each quantizer in forward passes.
 
     Attributes:
-        calls: name of the quantizer in the plain model -> number of calls.
+        calls: number of calls, keyed by the quantizer's name in the plain model.
     """
 
     calls: dict[str, int]
 
     def add(self, name: str) -> None:
-        """Count a call."""
+        """Count one call."""
         self.calls[name] = self.calls.get(name, 0) + 1
 
     def raise_unless_all(self, model: nn.Module) -> None:
@@ -320,12 +325,12 @@ class QuantizerCalls:
 
 @contextmanager
 def watch(model: nn.Module, see: Callable[[str, Tensor], None] | None = None) -> Iterator[QuantizerCalls]:
-    """Record which quantizers run inside the block.
+    """Count how often each quantizer runs inside the block.
 
     Args:
         model: a model with quantizers.
-        see: called with the name of a parameter in the plain model, and with its fake-quantized values (E, out, in) as
-            the forward pass uses them.
+        see: function that is called for each quantized parameter, with its name in the plain model and with the
+            fake-quantized values (E, out, in) that the forward pass uses.
     """
     fired = QuantizerCalls({})
     hooks = []
@@ -371,7 +376,7 @@ def _enabled(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
 
 
 def _arguments(block_format: BlockFormat) -> dict[str, dict[str, object]]:
-    """Map each kind of quantizer that the format needs to the arguments for our backend."""
+    """Return the arguments for our backend, for each kind of quantizer that the format needs."""
     common = {"format": block_format.name}
     weights = {**common, "scale_rule": block_format.scale_rule, "is_input": False}
     inputs = {**common, "scale_rule": INPUT_RULE, "is_input": True}
@@ -381,8 +386,9 @@ def _arguments(block_format: BlockFormat) -> dict[str, dict[str, object]]:
 def _quant_cfg(block_format: BlockFormat) -> dict[str, object]:
     """Make ModelOpt's configuration, like its MXFP4_MLP_WEIGHT_ONLY_CFG but only for expert stacks and our backend.
 
-    ModelOpt's own pattern (*mlp*weight_quantizer) would also enable quantizers of adapters on experts, which never run.
-    `max` calibrates the largest magnitude of the inputs. Our backend does not need the largest magnitude of weights.
+    ModelOpt's own pattern (*mlp*weight_quantizer) would also enable quantizers that belong to the experts' adapters.
+    Such quantizers never run. The algorithm `max` measures the largest magnitude of the inputs. Weights need no
+    calibration, because our backend does not use their largest magnitude.
     """
     scale_bits = {ScaleType.e8m0: (8, 0), ScaleType.e4m3: (4, 3)}[block_format.scale_type]
     block_sizes = {-1: block_format.block_size, "type": "dynamic", "scale_bits": scale_bits}

@@ -1,4 +1,4 @@
-"""Models in memory: as transformers loads them, with quantizers and adapters, for training or for evaluation."""
+"""Load models into memory: plain, with adapters and quantizers, for training, or for evaluation."""
 
 import gc
 from pathlib import Path
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound=nn.Module)
 
 TRAIN_DTYPES = {precision: torch_dtype(name) for precision, name in TRAIN_TYPES.items()}
-"""Type of the weights while a stage trains in this precision."""
+"""Type of the weights during training, for each training precision."""
 
-_ROOM = 1.3  # memory for a forward pass, as a multiple of the size of the weights
+_ROOM = 1.3  # memory that a forward pass needs, weights included, as a multiple of the weights' size
 
 
 def device_of(asked: Device) -> str:
-    """Return the device for conversions: `cpu` or `cuda`.
+    """Return the device for conversions, `cpu` or `cuda`.
 
     Raises:
         UserError: the configuration asks for a GPU, but there is none.
@@ -48,10 +48,10 @@ def _quieten() -> None:
 
 
 def load_plain(directory: Path, dtype: torch.dtype, **arguments: Any) -> "PreTrainedModel":
-    """Load a checkpoint with transformers. MXFP4 is decoded.
+    """Load a checkpoint with transformers, and decode MXFP4 weights.
 
     Raises:
-        CheckFailed: a tensor is missing, unexpected or has another shape. (transformers only prints this.)
+        CheckFailed: a tensor is missing, unexpected or has the wrong shape. (transformers only prints this.)
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import Mxfp4Config
@@ -106,7 +106,7 @@ def load_to_train(ref: ModelRef, train: TrainConfig) -> "PreTrainedModel":
 
 
 def load_effective(ref: ModelRef, dtype: torch.dtype, **arguments: Any) -> "PreTrainedModel":
-    """Load a plain model that computes the same as `ref`: adapters are merged and experts are rounded.
+    """Load a plain model that computes the same as `ref`, with merged adapters and rounded experts.
 
     If inputs are quantized too, the model keeps its adapters and quantizers instead.
     """
@@ -122,10 +122,10 @@ def load_effective(ref: ModelRef, dtype: torch.dtype, **arguments: Any) -> "PreT
 
 
 def place(model: Model) -> Model:
-    """Move the model to the GPU if there is one with enough free memory."""
+    """Move the model to the GPU if a GPU with enough free memory exists."""
     if torch.cuda.is_available():
         gc.collect()
-        torch.cuda.empty_cache()  # otherwise memory of an earlier model counts as used
+        torch.cuda.empty_cache()  # otherwise the memory of an earlier model counts as used
         needed = sum(parameter.nbytes for parameter in model.parameters())
         if torch.cuda.mem_get_info()[0] > _ROOM * needed:
             return model.to("cuda")

@@ -1,4 +1,4 @@
-"""Validation loss, defined once for validation during training and for `evaluate`."""
+"""Compute the validation loss, in the same way during training and in `evaluate`."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Examples(Protocol):
-    """Examples by index. Each has the columns input_ids and labels."""
+    """A sequence of examples. Each example has the columns input_ids and labels."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, number: int) -> Mapping[str, Sequence[int]]: ...
@@ -26,12 +26,13 @@ class Examples(Protocol):
 
 @dataclass(frozen=True)
 class Loss:
-    """Sums of negative log-likelihoods in nats, and their numbers of tokens.
+    """Sums of negative log-likelihoods in nats, and the number of tokens in each sum.
 
     Attributes:
-        supervised_sum: sum over the supervised tokens. Training minimizes its mean.
+        supervised_sum: sum over the supervised tokens. Training minimizes the mean over these tokens.
         supervised_tokens: number of supervised tokens.
-        all_sum: sum over every predicted token, including the prompt. TRL without masks reports its mean.
+        all_sum: sum over every predicted token, including the prompt. TRL reports the mean over these tokens if labels
+            are not masked.
         all_tokens: number of predicted tokens.
     """
 
@@ -52,15 +53,15 @@ class Loss:
 
     @property
     def perplexity(self) -> float:
-        """exp of the supervised loss, or infinity if it overflows."""
+        """Exponential of the supervised loss, or infinity if the exponential overflows."""
         return math.exp(self.supervised) if self.supervised < 700 else math.inf
 
 
 def batches(examples: Examples, batch_size: int, pad_token_id: int) -> Sequence[dict[str, Tensor]]:
     """Split examples (columns input_ids, labels) into batches, in order and padded on the right.
 
-    A batch has input_ids, attention_mask and labels (B, T). It is made when it is read, so a large validation set takes
-    no memory.
+    Each batch has input_ids, attention_mask and labels, all (B, T). A batch is made when it is read, so a large
+    validation set takes no memory.
     """
     return _Batches(examples, batch_size, pad_token_id)
 
@@ -97,13 +98,13 @@ def measure(model: "PreTrainedModel", data: Iterable[dict[str, Tensor]]) -> Loss
 
 
 def sums(model: "PreTrainedModel", data: Iterable[dict[str, Tensor]]) -> Tensor:
-    """Compute the fields of a Loss as one float64 tensor (4,), so that processes can add them up."""
+    """Compute the fields of a Loss as one tensor, (4,) float64, so that the sums of several processes can be added."""
     return sums_by_example(model, data).sum(0)
 
 
 @torch.no_grad()
 def sums_by_example(model: "PreTrainedModel", data: Iterable[dict[str, Tensor]]) -> Tensor:
-    """Compute the fields of a Loss for each example, in order: float64 (examples, 4)."""
+    """Compute the fields of a Loss for each example, in order. Returns (examples, 4) float64."""
     was_training = model.training
     model.eval()
     found = [_batch_sums(model, {key: value.to(model.device) for key, value in batch.items()}) for batch in data]
@@ -112,14 +113,14 @@ def sums_by_example(model: "PreTrainedModel", data: Iterable[dict[str, Tensor]])
 
 
 def from_sums(sums: Tensor) -> Loss:
-    """Make a Loss of its fields: (supervised sum, supervised tokens, sum, tokens)."""
+    """Make a Loss from a tensor (4,) of its fields, in the order of the fields."""
     return Loss(float(sums[0]), int(sums[1]), float(sums[2]), int(sums[3]))
 
 
 def _batch_sums(model: "PreTrainedModel", batch: dict[str, Tensor]) -> Tensor:
-    """Compute the sums of each example of a batch: (B, 4) float64."""
+    """Compute the fields of a Loss for each example in a batch. Returns (B, 4) float64."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    real = functional.pad(batch["attention_mask"][:, 1:].bool(), (0, 1))  # whether the next token is no padding
+    real = functional.pad(batch["attention_mask"][:, 1:].bool(), (0, 1))  # True if the next token is not padding
     targets, labels = (batch[name].roll(-1, dims=1)[real] for name in ("input_ids", "labels"))
     states = chunked_logits.compute_states(model, inputs, real)
     nll = torch.cat(list(chunked_logits.map_chunks(_negative_log_likelihoods, (states,), targets))).double().cpu()

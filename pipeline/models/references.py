@@ -1,7 +1,7 @@
-"""The models of a run on disk: where a stage's weights are, and what they need to become a model.
+"""Find the models of a run on disk, and describe how to load them.
 
-A stage leaves a full checkpoint, or adapters on the checkpoint of an earlier stage, with or without fake quantizers.
-`ModelRef` describes which.
+A stage writes a full checkpoint, or adapters for the checkpoint of an earlier stage. Both can have fake quantizers.
+A `ModelRef` says which of these a directory holds.
 """
 
 from dataclasses import dataclass, replace
@@ -25,13 +25,13 @@ class ModelRef:
     """A model on disk.
 
     Attributes:
-        name: name of the stage, or the directory as the user gave it.
-        directory: where the stage wrote the model.
-        base: directory of the full checkpoint; the same as `directory` unless that has adapters.
+        name: name of the stage, or path of the directory as the user gave it.
+        directory: directory that the stage wrote.
+        base: directory of the full checkpoint. It is `directory` itself if there are no adapters.
         adapter: whether `directory` has adapters.
-        block_format: format and scale rule that the forward pass rounds the experts to, or None.
-        fingerprint: fingerprint of the artifact, or of a directory that is not an artifact.
-        dtype: type of the weights in training. Adapters are merged in it.
+        block_format: format and scale rule to which the forward pass rounds the experts, or None if it does not round.
+        fingerprint: fingerprint of the artifact, or a sampled one if the directory is not an artifact.
+        dtype: type of the weights in training. Adapters are merged in this type.
     """
 
     name: str
@@ -47,7 +47,7 @@ def of_artifact(artifact: Artifact) -> ModelRef:
     """Describe the model that a stage wrote.
 
     Raises:
-        UserError: it is an export that transformers cannot load.
+        UserError: the artifact is an export that transformers cannot load.
     """
     if artifact.kind is Kind.foreign:
         raise UserError(
@@ -68,7 +68,7 @@ def of_artifact(artifact: Artifact) -> ModelRef:
 
 
 def format_of(artifact: Artifact) -> BlockFormat | None:
-    """Return the format and scale rule that the artifact's forward pass rounds to, or None."""
+    """Return the format and scale rule to which the model's forward pass rounds experts, or None."""
     if artifact.fake_quantized is None:
         return None
     assert artifact.scale_rule is not None
@@ -81,7 +81,9 @@ def configured_format(settings: FormatConfig) -> BlockFormat:
 
 
 def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> ModelRef:
-    """Find the model that `key`=`source` names: a stage of this run or a directory. None: the newest complete stage.
+    """Find the model that `source` names, which is a stage of this run or a directory.
+
+    If `source` is None, the newest complete stage in `among` is used. `key` names the setting in messages.
 
     Raises:
         UserError: the model is missing or unfinished, or the directory is not a model.
@@ -91,7 +93,7 @@ def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> Mo
         ref = stage_ref(run, newest)
         say(run.stage.name, f"{key}: {newest.name}, the newest complete stage")
         return ref
-    if source in Stage.__members__:  # for a directory with the name of a stage, give ./<name>
+    if source in Stage.__members__:  # a directory with the name of a stage must be given as ./<name>
         stage = Stage[source]
         if stage not in among:
             raise UserError(f"{key}={source}: must be one of {', '.join(s.name for s in among)}, or a directory.")
@@ -107,7 +109,7 @@ def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> Mo
 
 
 def is_loadable(run: Run, stage: Stage) -> bool:
-    """Whether a stage of this run is complete and transformers can load its model."""
+    """Return whether a stage of this run is complete and transformers can load its model."""
     return run.is_complete(stage) and load(run.stage_dir(stage), check_files=False).kind is not Kind.foreign
 
 
@@ -117,10 +119,10 @@ def stage_ref(run: Run, stage: Stage) -> ModelRef:
 
 
 def require_upcast(run: Run, model_path: str) -> Artifact:
-    """Return the complete upcast of this run.
+    """Return the artifact of this run's upcast.
 
     Raises:
-        UserError: it is missing or unfinished, or was made from another model.
+        UserError: the upcast is missing or unfinished, or was made from another model.
     """
     upcast = run.require(Stage.upcast)
     if upcast.settings["model.path"] != model_path:

@@ -1,8 +1,8 @@
-"""A cache of rounded weights, valid until the weights change.
+"""Cache rounded weights until the weights change.
 
-Weights change once per optimizer step. Every forward pass rounds them, and with accumulation and gradient checkpointing
-there are several per step. The cache holds copies in the type of the arithmetic (BF16 under mixed precision), which
-represents every value of the formats exactly.
+Weights change once per optimizer step, but every forward pass needs rounded weights. With gradient accumulation and
+gradient checkpointing, a step has several forward passes. The cache holds copies in the compute type (BF16 under mixed
+precision), which represents every value of the formats exactly.
 """
 
 import math
@@ -18,8 +18,8 @@ from pipeline.models.sharding import STRATEGIES
 def budget_bytes(budget_gib: float | None, shared: Sharding) -> float:
     """Return how many bytes of rounded weights a run may cache on each device.
 
-    Without a budget (`qat.rounded_cache_gib=null`) there is no limit. Where parameters are gathered the cache is off,
-    because each gathering allocates the parameter anew.
+    Without a budget (`qat.rounded_cache_gib=null`) there is no limit. But if parameters are gathered, the cache is
+    off, because each gather is a new allocation.
     """
     if budget_gib is None:
         return 0.0 if STRATEGIES[shared].gathers else math.inf
@@ -27,22 +27,23 @@ def budget_bytes(budget_gib: float | None, shared: Sharding) -> float:
 
 
 class RoundedWeights:
-    """The cache. Call `forget` whenever weights may have changed."""
+    """A cache of rounded weights. Call `forget` whenever weights may have changed."""
 
     def __init__(self, budget_bytes: float = math.inf) -> None:
-        """Cache at most `budget_bytes`. Weights beyond it are rounded in every forward pass."""
+        """Create a cache of at most `budget_bytes`. Weights that do not fit are rounded in every forward pass."""
         self._budget = budget_bytes
         self._kept: dict[Hashable, tuple[tuple[int, ...], Tensor]] = {}
 
     @property
     def bytes(self) -> int:
-        """Bytes in the cache."""
+        """Size of the cached weights in bytes."""
         return sum(rounded.nbytes for _, rounded in self._kept.values())
 
     def of(self, key: Hashable, weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """Return the cached values of `key`, or call `make` and cache its result if there is room.
 
-        A parameter that was written to since is noticed. A weight computed from parameters is not, hence `forget`.
+        The cache notices when a parameter changes. It cannot notice this for a weight that is computed from parameters,
+        such as base + delta, so call `forget`.
         """
         version = _version(weight)
         kept = self._kept.get(key)
@@ -60,7 +61,7 @@ class RoundedWeights:
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """Return the type in which a matrix product with `weight` is computed here."""
+    """Return the type of matrix products with `weight`: the autocast type inside autocast, else the weight's own."""
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 

@@ -1,4 +1,4 @@
-"""Models written to disk: a trained model, gathered from all processes, or a plain merge."""
+"""Write models to disk: a trained model, gathered from all processes, or a saved model with its adapters merged."""
 
 import os
 from collections.abc import Iterator
@@ -32,11 +32,11 @@ def save(
 ) -> tuple[Kind, ModelRecord]:
     """Write a trained model, with the side files of `ref`, the model that training started from.
 
-    This is a collective call. config.json is the one of `ref` except for the type. transformers would rename settings
-    in it, such as those of rope, and older engines would misread them.
+    This is a collective call. config.json is copied from `ref`, and only the type is changed. transformers would rename
+    settings in the file, such as the settings of RoPE, and older engines would misread them.
 
     Returns:
-        The kind of the model, and the record that `of_artifact` needs to find it again.
+        The kind of the model, and the record that `of_artifact` needs to find the model again.
     """
     from pipeline.models.adapters import is_adapted
 
@@ -55,7 +55,7 @@ def save(
 
 
 def _save_adapters(model: "PreTrainedModel", directory: Path) -> None:
-    """Gather all adapters on every process, which is cheap because they are small. The main process writes them."""
+    """Gather all adapters on every process, which is cheap because adapters are small. The main process writes them."""
     from pipeline.models.adapters import is_factor
 
     state = {}
@@ -68,7 +68,7 @@ def _save_adapters(model: "PreTrainedModel", directory: Path) -> None:
 
 
 def _save_whole(model: "PreTrainedModel", directory: Path, dtype: torch.dtype) -> None:
-    """Stream the parameters to disk, gathering one at a time. All processes gather them in the same order."""
+    """Gather one parameter at a time and write it to disk. All processes gather parameters in the same order."""
     parameters = dict(model.named_parameters())
     layout = plain_tensors(Shape.of(model.config.to_dict(), directory), stored_name(dtype))
     if not is_main_process():
@@ -76,7 +76,7 @@ def _save_whole(model: "PreTrainedModel", directory: Path, dtype: torch.dtype) -
             with sharding.gather(parameters[name]):
                 pass
         return
-    # Do not resume: shards from an interrupted save may have other weights, and the other processes gather everything.
+    # Do not resume an interrupted save: its shards may have other weights, and the other processes gather everything.
     (directory / SHARDS_FILE).unlink(missing_ok=True)
     pieces = [_gathering_piece(name, info, parameters[name], dtype) for name, info in layout.items()]
     write_sharded(directory, pieces, SHARD_BYTES, "saving")
@@ -91,7 +91,7 @@ def _gathering_piece(name: str, info: TensorInfo, parameter: Tensor, dtype: torc
 
 
 def write_plain(ref: ModelRef, directory: Path) -> Written:
-    """Stream a model to disk as a plain full checkpoint, with adapters merged, in the type that training used."""
+    """Stream a model to disk as a full checkpoint with adapters merged, in the type that training used."""
     weights = Weights(ref)
     layout = plain_tensors(weights.shape, stored_name(ref.dtype))
     pieces = [plain_piece(weights, name, info, ref.dtype) for name, info in layout.items()]
@@ -102,7 +102,7 @@ def write_plain(ref: ModelRef, directory: Path) -> Written:
 
 
 def plain_piece(weights: Weights, name: str, info: TensorInfo, dtype: torch.dtype, device: str = "cpu") -> Piece:
-    """Make a piece that computes a weight part by part: decoded, with adapters merged."""
+    """Make a piece that computes one weight, part by part. The weight is decoded and adapters are merged into it."""
 
     def step(rows: slice) -> Step:
         return Step(

@@ -1,8 +1,8 @@
-"""Sharded training: switches on FSDP2 or DeepSpeed's ZeRO, and gathers sharded tensors.
+"""Switch on sharded training with FSDP2 or DeepSpeed's ZeRO, and gather sharded tensors.
 
-FSDP2 and ZeRO-3 shard parameters, gradients and optimizer states; ZeRO-2 shards gradients and optimizer states only.
-accelerate sets them up, through public arguments of transformers' trainer. Settings that must agree with the trainer's
-own are "auto".
+FSDP2 and ZeRO-3 shard parameters, gradients and optimizer states. ZeRO-2 shards only gradients and optimizer states.
+accelerate sets up the sharding, through public arguments of transformers' trainer. DeepSpeed settings that must equal
+settings of the trainer are "auto".
 """
 
 import os
@@ -37,14 +37,14 @@ def _replicate(accelerator: "Accelerator", model: nn.Module) -> nn.Module:
 
 
 def _shard_by_fsdp2(accelerator: "Accelerator", model: nn.Module) -> nn.Module:
-    # `prepare_model` does not shard a model that is only evaluated, so this calls the function behind it.
+    # `prepare_model` does not shard a model that is only evaluated. For training it calls this function.
     from accelerate.utils import fsdp2_prepare_model
 
     return fsdp2_prepare_model(accelerator, model)
 
 
 def _shard_by_zero3(accelerator: "Accelerator", model: nn.Module) -> nn.Module:
-    # accelerate shards only models that it trains. Without an optimizer, DeepSpeed shards only the parameters.
+    # accelerate shards only models that are trained. Without an optimizer, DeepSpeed shards only the parameters.
     import deepspeed
 
     trained = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -61,15 +61,15 @@ class ShardingStrategy:
     """One way to shard a model.
 
     Attributes:
-        arguments: returns arguments for transformers' TrainingArguments. They are new each time, because the trainer
-            changes them.
-        sharded: the sharded parts, out of weights, gradients and optimizer.
-        gathers: whether parameters are gathered only while they are used. Each time is a new allocation.
-        hooks_gradients: whether a layer is gathered for its backward pass only if the gradient of its input is needed.
-        shard_frozen: shards a model that is not trained in the same way as the trained one.
-        distributed_type: the DistributedType that accelerate is set to on CPUs.
+        arguments: function that returns arguments for transformers' TrainingArguments. Each call returns a new dict,
+            because the trainer changes it.
+        sharded: the parts that are sharded: any of weights, gradients and optimizer.
+        gathers: whether parameters are gathered only while they are used. Each gather is a new allocation.
+        hooks_gradients: whether the backward pass gathers a layer only if the gradient of the layer's input is needed.
+        shard_frozen: function that shards a frozen model in the same way as the trained model.
+        distributed_type: name of accelerate's DistributedType for training on CPUs.
         package: package that must be installed, or None.
-        reading: context in which checkpoints of another number of processes can be read.
+        reading: context manager inside which checkpoints from another number of processes can be read.
     """
 
     arguments: Callable[[], dict[str, object]]
@@ -113,10 +113,10 @@ def _zero(stage: int, **more: object) -> dict[str, object]:
 
 
 def _zero3() -> dict[str, object]:
-    # No prefetching: trl 1.16 gathers and releases the head outside of the head's own forward pass. DeepSpeed may be
-    # prefetching it at that moment, because a validation has used it, and then stops with "a param in flight".
-    # Whole layers as leaves: DeepSpeed expects the same order of parameters in each pass. Parameters of adapters are
-    # used in varying order, and PEFT removes a stack of experts from its module while its adapter runs.
+    # Prefetching is off, because trl 1.16 gathers and releases the head outside of the head's own forward pass. If a
+    # validation has used the head, DeepSpeed may be prefetching it at that moment, and stops with "a param in flight".
+    # Whole layers are leaves, because DeepSpeed expects the same order of parameters in each pass. But adapters use
+    # their parameters in varying order, and PEFT removes an expert stack from its module while the adapter runs.
     return _zero(3, stage3_param_persistence_threshold="auto", stage3_prefetch_bucket_size=0, leaf_module=_LEAVES)
 
 
@@ -138,7 +138,7 @@ STRATEGIES = {
 
 @contextmanager
 def switch_on(sharding: Sharding) -> Iterator[dict[str, object]]:
-    """Yield arguments for transformers' TrainingArguments. They are valid inside the block, for training one model."""
+    """Yield arguments for transformers' TrainingArguments. Use them only inside the block, for one model."""
     arguments = STRATEGIES[sharding].arguments()
     if process_count() > 1 and not torch.cuda.is_available():
         arguments.update(_shard_on_cpu(sharding))
@@ -150,7 +150,7 @@ def switch_on(sharding: Sharding) -> Iterator[dict[str, object]]:
 
 
 def _forget_switches() -> None:
-    """Clear what accelerate and transformers remember about the sharding, so that the next stage does not find it."""
+    """Clear the sharding that accelerate and transformers store globally, so that the next stage does not use it."""
     from transformers.integrations import unset_hf_deepspeed_config
 
     for name in _LAUNCHER_SWITCHES:
@@ -159,7 +159,7 @@ def _forget_switches() -> None:
 
 
 def raise_if_impossible(sharding: Sharding) -> None:
-    """Check early that training can be sharded this way.
+    """Check, before work begins, that training can be sharded this way.
 
     `accelerate launch` can pass its own sharding settings through environment variables, and the trainer obeys them.
 
@@ -183,12 +183,15 @@ def raise_if_impossible(sharding: Sharding) -> None:
 
 
 def _shard_on_cpu(sharding: Sharding) -> dict[str, object]:
-    """Make accelerate shard on CPUs, over gloo. By default it shards only on several GPUs. Returns more arguments."""
+    """Make accelerate shard on CPUs, over gloo, and return the arguments for this.
+
+    By default accelerate shards only on several GPUs.
+    """
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
     wait_for_everyone()  # creates the process group
-    AcceleratorState._reset_state()  # an earlier stage in this process may have left one
+    AcceleratorState._reset_state()  # an earlier stage in this process may have left a state
     state = PartialState()
     state.distributed_type = DistributedType[STRATEGIES[sharding].distributed_type]
     state.device = torch.device("cpu")  # torch cannot load a checkpoint to cpu:0, accelerate's default
@@ -196,14 +199,14 @@ def _shard_on_cpu(sharding: Sharding) -> dict[str, object]:
 
 
 def saved_dtype(train: TrainConfig, dtype: torch.dtype, sharding: Sharding) -> torch.dtype:
-    """Return the type of the weights that the forward pass uses and that are saved.
+    """Return the type in which the forward pass uses the weights, and in which they are saved.
 
     Sharding casts parameters to BF16 before they are gathered. So under mixed_bf16 the quantizers round BF16 values,
-    and these are the trained model. Only the optimizer and the checkpoints to resume from keep FP32 values.
+    and the BF16 values are the trained model. Only the optimizer and the checkpoints for resuming keep FP32 values.
 
     Args:
         train: settings of the stage.
-        dtype: type of the weights in the memory of one process.
+        dtype: type in which a process stores its weights.
         sharding: how the weights are sharded.
     """
     casts = sharding is not Sharding.none and train.precision is Precision.mixed_bf16
@@ -214,7 +217,7 @@ def saved_dtype(train: TrainConfig, dtype: torch.dtype, sharding: Sharding) -> t
 def gather(parameter: Tensor) -> Iterator[Tensor]:
     """Yield the whole parameter on every process. This is a collective: all processes must call it in the same order.
 
-    Gradients flow through the result to the parameter, unless `is_kept_from_gradients`.
+    Gradients flow from the result to the parameter, unless `is_kept_from_gradients(parameter)`.
     """
     from torch.distributed.tensor import DTensor
 
@@ -230,12 +233,12 @@ def gather(parameter: Tensor) -> Iterator[Tensor]:
 
 
 def is_kept_from_gradients(parameter: Tensor) -> bool:
-    """Whether a parameter gets gradients only from the forward pass of its own module, as under ZeRO-3."""
+    """Return whether a parameter gets gradients only through its own module's forward pass, as under ZeRO-3."""
     return parameter.requires_grad and hasattr(parameter, "ds_id")
 
 
 def first_part(parameter: Tensor) -> Tensor:
-    """Return a parameter, or its first rows if it is sharded: the main process's part. Other processes get no rows."""
+    """Return a parameter. If it is sharded, return its first rows on the main process, and no rows on the others."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(parameter, DTensor):
@@ -244,7 +247,7 @@ def first_part(parameter: Tensor) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Reshard the final norm and the head. FSDP2 keeps them gathered after a forward pass without a backward pass."""
+    """Reshard the final norm and the head, which FSDP2 keeps gathered after a forward pass without a backward pass."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():

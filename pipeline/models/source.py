@@ -1,4 +1,4 @@
-"""The base checkpoint: found in a directory, fetched from the hub, or made by the program."""
+"""Find the base checkpoint in a directory, download it from the hub, or make a synthetic one."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ class Source:
 
     Attributes:
         directory: directory of the checkpoint.
-        fingerprint: hash of its configuration and of samples of its weights. Reading all 65 GB would take too long.
+        fingerprint: hash of the configuration and of samples of the weights. Hashing all 65 GB would take too long.
     """
 
     directory: Path
@@ -39,10 +39,12 @@ class Source:
 
 
 def locate(run: Run, model: ModelConfig, key: str = "model.path") -> Source:
-    """Find, fetch or make the checkpoint that `model.path` names, and check it. `key` names the setting in messages.
+    """Find, download or make the checkpoint that `model.path` names, and check it.
+
+    Messages use `key` as the name of the setting.
 
     Raises:
-        UserError: there is no such directory or hub id, or it is not a complete gpt-oss checkpoint.
+        UserError: the directory or hub id does not exist, or is not a complete gpt-oss checkpoint.
     """
     directory = base_directory(run, model)
     if not directory.is_dir():
@@ -52,10 +54,12 @@ def locate(run: Run, model: ModelConfig, key: str = "model.path") -> Source:
 
 
 def locate_without_weights(run: Run, model: ModelConfig) -> Path:
-    """Find or fetch a directory with the base model's config.json, tokenizer and chat template, without its weights.
+    """Find or download the base model's config.json, tokenizer and chat template, and return their directory.
+
+    Weights are not downloaded.
 
     Raises:
-        UserError: there is no such directory or hub id.
+        UserError: the directory or hub id does not exist.
     """
     directory = base_directory(run, model, _HUB_SIDE_FILES)
     if not directory.is_dir():
@@ -64,7 +68,7 @@ def locate_without_weights(run: Run, model: ModelConfig) -> Path:
 
 
 def base_directory(run: Run, model: ModelConfig, hub_files: list[str] = _HUB_FILES) -> Path:
-    """Find the directory of a path, of a hub id (`hub_files` are downloaded) or of a synthetic model."""
+    """Return the model's directory. Download `hub_files` if the path is a hub id, or make the synthetic model."""
     if model.path.startswith(SYNTHETIC):
         return _make_tiny(run, model)
     directory = Path(model.path).expanduser().absolute()
@@ -107,7 +111,7 @@ def _fetch(hub_id: str, revision: str | None, files: list[str]) -> Path:
 
 
 def sampled_fingerprint(directory: Path) -> str:
-    """Return the XXH3-128 of the configuration, and of name, size and 64 even samples of each weight file."""
+    """Return the XXH3-128 hash of the configuration and of each weight file's name, size and 64 evenly spaced parts."""
     digest = xxhash.xxh3_128((directory / "config.json").read_bytes())
     for path in sorted(directory.glob("*.safetensors")):
         size = path.stat().st_size

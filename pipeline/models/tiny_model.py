@@ -1,8 +1,8 @@
-"""Makes a tiny gpt-oss model, so that the program can be tried and tested without the internet.
+"""Make a tiny gpt-oss model, so that the program can be tried and tested without the internet.
 
-Its weights are random, but its layout is the released one: sinks, sliding layers, YaRN, biases, untied embeddings,
-MXFP4 experts in several shards, and a Harmony tokenizer. Expert weights lie on the MXFP4 grid, like the released ones,
-because they are stored only as blocks and scales.
+The weights are random, but the layout is the same as in the released models: sinks, sliding layers, YaRN, biases,
+untied embeddings, MXFP4 experts in several shards, and a Harmony tokenizer. As in the released models, experts are
+stored only as blocks and scales, so their weights lie on the MXFP4 grid.
 """
 
 import json
@@ -35,7 +35,7 @@ from pipeline.numerics.codec import encode
 from pipeline.numerics.formats import MXFP4
 from pipeline.runs.artifacts import SHARDS_FILE
 
-_RESERVED_ROWS = 16  # rows of the embedding without a token; the released models have such rows too
+_RESERVED_ROWS = 16  # embedding rows that belong to no token; the released models have such rows too
 _CONTEXT = 4096
 _ROPE_FACTOR = 32.0
 _ROPE_SCALING = {
@@ -49,7 +49,7 @@ _ROPE_SCALING = {
 
 
 def create_tiny(directory: Path, tiny: TinyConfig) -> None:
-    """Write the checkpoint that `tiny` describes. The directory appears only when it is complete.
+    """Write the checkpoint that `tiny` describes. The directory appears only when the checkpoint is complete.
 
     Raises:
         UserError: the vocabulary is too small for all bytes and special tokens.
@@ -98,7 +98,7 @@ def _random_piece(name: str, info: TensorInfo, generator: torch.Generator) -> Pi
 
 
 def _write_tokenizer(directory: Path, tiny: TinyConfig) -> dict[str, int]:
-    """Train byte-level BPE on the synthetic data, and add the Harmony special tokens. Returns special token -> id."""
+    """Train byte-level BPE on the synthetic data, and add the Harmony special tokens. Returns the id of each."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -128,7 +128,7 @@ def _write_tokenizer(directory: Path, tiny: TinyConfig) -> dict[str, int]:
 
 
 def _config(tiny: TinyConfig, ids: dict[str, int]) -> dict[str, object]:
-    """Make config.json with the same keys as the released models."""
+    """Make a config.json with the same keys as in the released models."""
     return {
         "architectures": [ARCHITECTURE],
         "attention_bias": True,
@@ -174,7 +174,7 @@ def _generation_config(ids: dict[str, int]) -> dict[str, object]:
 
 
 def name_of(tiny: TinyConfig) -> str:
-    """Return a directory name that differs if the model differs."""
+    """Return the model's directory name. Different settings give different names."""
     import xxhash
 
     return f"tiny-{xxhash.xxh3_64_hexdigest(json.dumps(asdict(tiny), sort_keys=True).encode())[:8]}"

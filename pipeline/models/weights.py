@@ -1,4 +1,4 @@
-"""Reads the weights of a model by their plain names, one at a time, with adapters merged."""
+"""Read the weights of a saved model one at a time, by name, with adapters merged."""
 
 import math
 from itertools import pairwise
@@ -21,7 +21,7 @@ class Weights:
     """The weights of a model, read one at a time by their names in the plain layout, with adapters merged."""
 
     def __init__(self, ref: ModelRef) -> None:
-        """Open the checkpoint and the adapters behind `ref`."""
+        """Open the checkpoint and the adapters that `ref` names."""
         self.ref = ref
         self.checkpoint = Checkpoint(ref.base)
         self.shape: Shape = self.checkpoint.shape
@@ -34,7 +34,7 @@ class Weights:
         return list(plain_tensors(self.shape))
 
     def parts(self, name: str) -> list[slice]:
-        """Split a tensor into slices of its first dimension, each of which is small in memory.
+        """Split a tensor into slices along its first dimension, so that each slice takes little memory.
 
         A slice of an adapted expert stack has at least two experts. Other adapted weights are not split.
         """
@@ -50,15 +50,16 @@ class Weights:
         return [slice(start, end) for start, end in pairwise([*starts, shape[0]])]
 
     def read_stored(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, ...]:
-        """Read the stored tensors of a weight, as an argument for `read_trained`."""
+        """Read the stored tensors of a weight, for the argument `stored` of `read_trained`."""
         return self.checkpoint.read_stored(name, rows)
 
     def read_trained(
         self, name: str, rows: slice = slice(None), stored: tuple[Tensor, ...] | None = None, device: str = "cpu"
     ) -> Tensor:
-        """Read the weight that training updates, or a slice of it from `parts`. It is not quantized; MXFP4 is decoded.
+        """Read the weight that training updates, or a slice of it from `parts`.
 
-        Adapters are merged on the CPU, whatever `device` is, because `verify` checks them there.
+        Stored MXFP4 is decoded. The result is not fake-quantized. Adapters are merged on the CPU, whatever `device` is,
+        because `verify` repeats the merge on the CPU.
         """
         stored = self.read_stored(name, rows) if stored is None else stored
         if self._merger is None or name not in self._merger:
@@ -67,7 +68,7 @@ class Weights:
         return self._merger.merge(name, base, rows.start or 0).to(device)
 
     def read_effective(self, name: str) -> Tensor:
-        """Read the weight that the forward pass uses. It is fake-quantized if the model fake-quantizes it."""
+        """Read the weight that the forward pass uses. If the model fake-quantizes the weight, so does this function."""
         weight = self.read_trained(name)
         if self.ref.block_format is None or name not in self._experts:
             return weight
@@ -75,11 +76,11 @@ class Weights:
         return fake_quantize(weight.transpose(1, 2), self.ref.block_format, importance=importance).transpose(1, 2)
 
     def importance(self, name: str) -> Tensor | None:
-        """Return the importance (in) of the input channels for the scales of an expert weight, or None."""
+        """Return the importance (in) of each input channel for choosing an expert weight's scales, or None."""
         return self._importance.get(name)
 
     def is_changed(self, name: str) -> bool:
-        """Whether `read_effective` can differ from the weight in the base checkpoint."""
+        """Return whether `read_effective` can differ from the weight in the base checkpoint."""
         quantized = self.ref.block_format is not None and name in self._experts
         return quantized or (self._merger is not None and name in self._merger)
 

@@ -1,6 +1,6 @@
-"""Resumes ZeRO's checkpoints with another number of processes, by DeepSpeed's universal checkpoints.
+"""Resume from ZeRO checkpoints with another number of processes, through DeepSpeed's universal checkpoints.
 
-DeepSpeed writes files for each process, and can read them only with the same number of processes. Its tool
+DeepSpeed writes separate files for each process, and only the same number of processes can read them. DeepSpeed's tool
 ds_to_universal converts them to one file per tensor, which any number of processes can read
 (https://www.deepspeed.ai/tutorials/universal-checkpointing).
 """
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 _NATIVE, _UNIVERSAL = "latest", "latest_universal"
-"""Files in a checkpoint that hold the name of the folder with native files, and of the one with universal files."""
+"""Two files in a checkpoint. One names the folder with native files, the other the folder with universal files."""
 
 _CONVERTER = "deepspeed.checkpoint.ds_to_universal"
 _OPTIONS = (
-    "--inject_missing_state",  # adds what only checkpoints of pipeline parallelism have
+    "--inject_missing_state",  # adds state that only checkpoints of pipeline parallelism have
     "--num_extract_workers=1",  # each worker holds the optimizer shard of one process in memory
     "--num_merge_workers=1",
 )
-_COPIES = 2  # the tool writes the fragments of tensors to disk before it joins them
+_COPIES = 2  # the tool writes all tensors to disk twice: first in fragments, then joined
 
 
 @contextmanager
 def convert_when_needed() -> Iterator[None]:
-    """Convert checkpoints of another number of processes before DeepSpeed reads them, inside the block.
+    """Inside the block, convert checkpoints from another number of processes before DeepSpeed reads them.
 
-    DeepSpeed's configuration has one setting for the kind of all checkpoints. But a run may resume from a converted
-    checkpoint and later load its best weights from a native one, or the reverse. DeepSpeed 0.19 has no public hook
-    before an engine reads, so its method is wrapped.
+    DeepSpeed has one setting that tells whether checkpoints are universal, and the setting applies to all of them. But
+    a run may resume from a universal checkpoint and later load its best weights from a native one, or the reverse.
+    DeepSpeed 0.19 has no public hook that runs before a checkpoint is loaded, so `load_checkpoint` is wrapped.
     """
     from deepspeed import DeepSpeedEngine
 
@@ -66,8 +66,8 @@ def convert_when_needed() -> Iterator[None]:
 def _keep_group_settings(optimizer: "Optimizer") -> Iterator[None]:
     """Correct two errors of DeepSpeed 0.19.8 after it reads converted files for ZeRO-3.
 
-    - All parameter groups get the settings of the first one. So weights without weight decay would get it.
-    - All groups share one tensor that counts Adam's steps. So each step would count once per group.
+    - All parameter groups get the settings of the first group. So weight decay would apply to all weights.
+    - All groups share one tensor that counts Adam's steps. So each step would be counted once per group.
     """
     differing = _differing_settings(optimizer.param_groups)
     yield
@@ -78,13 +78,13 @@ def _keep_group_settings(optimizer: "Optimizer") -> Iterator[None]:
 
 
 def _differing_settings(groups: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
-    """Return, for each parameter group, its settings that are not the same in all groups."""
+    """Find the settings that are not the same in all parameter groups. Return their values for each group."""
     names = [name for name in groups[0] if name != "params" and any(each[name] != groups[0][name] for each in groups)]
     return [{name: group[name] for name in names} for group in groups]
 
 
 def _count_writers(checkpoint: Path) -> int:
-    """Count the processes that wrote a checkpoint. Each has a file with its optimizer shard."""
+    """Count the processes that wrote a checkpoint. Each process wrote one file with its optimizer shard."""
     return len(list(_native_folder(checkpoint).glob("*_optim_states.pt")))
 
 

@@ -1,4 +1,4 @@
-"""Training for SFT and QAT, with callbacks for metrics and checkpoints.
+"""Train models for SFT and QAT, with callbacks for metrics and checkpoints.
 
-It must not know whether the model has adapters or quantizers: it trains what it is given.
+This package must not know whether a model has adapters or quantizers. It trains all parameters that require gradients.
 """

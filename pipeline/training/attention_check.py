@@ -1,18 +1,18 @@
-"""Compares an attention implementation with eager before training, on a small random gpt-oss.
+"""Compare an attention implementation with eager before training, on a small random gpt-oss.
 
-Each query of gpt-oss attends to one more logit, its head's learned sink, which takes probability but has no value.
-Kernels without support for sinks run without an error and train a different model. Some use the sink in the forward
-pass but do not compute its gradient. So every implementation other than eager is checked.
+Each attention head of gpt-oss has a learned sink. The sink is one more logit in the softmax. It takes probability but
+has no value. Kernels without support for sinks run without an error and train a different model. Some kernels use the
+sink in the forward pass but do not compute its gradient. So every implementation other than eager is checked.
 
 The same batch goes through the same weights three times:
 1. with eager in float64, as the reference;
 2. with eager in the precision of the run, to measure the error from rounding;
-3. with the configured implementation, whose error may be a few times as large.
+3. with the configured implementation, whose error may be a few times the error of pass 2.
 
-The batch is longer than the sliding window and padded on the right, as in training. Every token goes to every expert,
-because a router choice that flips by rounding would hide errors of attention. If training packs documents, the third
-pass has the documents packed into one row, while the reference has them in separate rows. A kernel that lets packed
-documents attend to each other then has a large error.
+The batch is longer than the sliding window and padded on the right, as in training. Every token goes to every expert.
+Otherwise rounding could change a router's choice, which would hide errors of attention. If training packs documents,
+the third pass has the documents packed into one row, while the reference has them in separate rows. Then a kernel that
+lets packed documents attend to each other has a large error.
 """
 
 import math
@@ -34,7 +34,7 @@ from pipeline.runs.console import say
 
 _EAGER = "eager"
 _VOCABULARY, _EXPERTS, _LENGTHS = 128, 2, (288, 256)
-# Head size, queries per key and window are those of the released models, because kernels support few sizes.
+# Head size, queries per key and window are the same as in the released models, because kernels support few sizes.
 _SIZES: dict[str, Any] = {
     "vocab_size": _VOCABULARY,
     "num_hidden_layers": len(ATTENTION_TYPES),
@@ -55,7 +55,7 @@ _WHAT_FOR = {
     False: "gpt-oss, whose attention has sinks",
     True: "packed documents, which must not see each other",
 }
-_TIMES_ROUNDING = 4.0  # another order of summation can double the error from rounding; the other factor 2 is margin
+_TIMES_ROUNDING = 4.0  # another order of summation can double the rounding error; the rest is a margin of 2
 _ALWAYS_ALLOWED = 1e-5
 
 
@@ -63,7 +63,7 @@ def check(train: TrainConfig, section: str) -> None:
     """Check that an attention implementation has the same outputs and gradients as eager.
 
     Args:
-        train: `attn_implementation`, `precision` and `packing` are used.
+        train: settings of the stage. Only `attn_implementation`, `precision` and `packing` are used.
         section: name of `train` in the configuration, for messages.
 
     Raises:
@@ -93,8 +93,8 @@ def _check(train: TrainConfig, section: str, *, is_packed: bool) -> None:
         tensor = max(wrong, key=lambda name: math.inf if math.isnan(wrong[name]) else wrong[name])
         raise UserError(
             f"{setting}: is wrong for {_WHAT_FOR[is_packed]}: {tensor} differs from eager by"
-            f" {wrong[tensor]:.2g} (relative), where rounding explains {allowed:.2g}; {len(wrong)} of {len(found)}"
-            f" tensors are off. Use {section}.attn_implementation={_EAGER}."
+            f" {wrong[tensor]:.2g} (relative), but rounding explains at most {allowed:.2g}."
+            f" {len(wrong)} of {len(found)} tensors are off. Use {section}.attn_implementation={_EAGER}."
         )
     alone = " keeps packed documents apart, and" if is_packed else ""
     say(section, f"attn_implementation={name}{alone} agrees with eager: outputs and gradients of sinks, q, k and v")
@@ -106,8 +106,8 @@ def measure_errors(
     """Measure the errors of an implementation, and of eager in the same precision, against eager in float64.
 
     Returns:
-        The implementation's relative error ‖x - truth‖ / ‖truth‖ for each tensor (a missing gradient counts as zeros),
-        and eager's largest relative error in `precision`. The largest is used because the error of a small tensor,
+        The implementation's relative error ‖x - truth‖ / ‖truth‖ for each tensor, and eager's largest relative error in
+        `precision`. A missing gradient counts as zeros. The largest error is used because the error of a small tensor,
         such as the eight sinks, can be small by chance.
     """
     truth = _run(_EAGER, torch.float64, device)
@@ -121,7 +121,7 @@ def measure_errors(
 def _run(
     name: str, dtype: torch.dtype, device: torch.device, *, is_mixed: bool = False, is_packed: bool = False
 ) -> dict[str, Tensor]:
-    """Compute logits without padding, and the gradients of each layer's sinks, q, k and v."""
+    """Compute the logits at tokens that are not padding, and the gradients of each layer's sinks, q, k and v."""
     model = _make_model(name, dtype).to(device)
     batch = _pack(_make_batch()) if is_packed else _make_batch()
     batch = {key: value.to(device) for key, value in batch.items()}
@@ -141,7 +141,7 @@ def _run(
 
 
 def _make_model(name: str, dtype: torch.dtype) -> nn.Module:
-    """Make a gpt-oss with the same random weights every time, large enough that attention and sinks matter."""
+    """Make a gpt-oss with the same random weights each time. They are large enough that attention and sinks matter."""
     from transformers import AutoModelForCausalLM, GptOssConfig
 
     config = GptOssConfig(**_SIZES)
@@ -168,7 +168,10 @@ def _make_batch() -> dict[str, Tensor]:
 
 
 def _pack(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pack a padded batch into one row, with positions instead of a mask. No document has to predict the next one."""
+    """Pack a padded batch into one row, with positions instead of a mask.
+
+    Each document's first label is ignored, so that no document has to predict the next one.
+    """
     is_real = batch["attention_mask"].bool()
     positions = (batch["attention_mask"].cumsum(1) - 1)[is_real]
     return {

@@ -1,4 +1,4 @@
-"""Callbacks of training: metrics, progress, checkpoints, the best weights, early stopping.
+"""Make callbacks for metrics, progress, checkpoints, the best weights and early stopping.
 
 Shapes: B examples, T tokens, L layers, E experts.
 """
@@ -32,7 +32,7 @@ from pipeline.runs.tracking import log_metrics
 from pipeline.training.resume import mark_complete
 
 _LOSS = "eval_loss"
-_RECOUNTED = "num_tokens"  # TRL's count, which restarts at zero when a run is resumed
+_RECOUNTED = "num_tokens"  # TRL's token count, which restarts at zero when a run is resumed
 
 
 def make_callbacks(
@@ -41,11 +41,11 @@ def make_callbacks(
     """Make the callbacks of one training stage.
 
     Args:
-        settings: `sft` or `qat` of the configuration.
+        settings: section `sft` or `qat` of the configuration.
         directory: directory of the stage.
         stage: name of the stage, for messages.
         sharding: how the model is sharded.
-        tokens: counts the tokens of every training batch.
+        tokens: counter of the tokens in training batches.
     """
     made: list[TrainerCallback] = [
         Metrics(directory, stage, tokens),
@@ -57,13 +57,13 @@ def make_callbacks(
 
 
 class Metrics(TrainerCallback):
-    """Writes the trainer's logs, throughput, memory and router load to metrics.jsonl and the terminal."""
+    """Writes the trainer's logs, throughput, memory use and router load to metrics.jsonl, and shows progress."""
 
     def __init__(self, directory: Path, stage: str, tokens: "TokenCount") -> None:
         self._directory = directory
         self._tokens = tokens
         self._progress = _Progress(stage)
-        self._seconds = 0.0  # time in steps since the last line, without evaluations and checkpoints
+        self._seconds = 0.0  # duration of the steps since the last line of metrics, without evaluations and checkpoints
         self._started = 0.0
 
     def on_init_end(
@@ -97,7 +97,7 @@ class Metrics(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **_: object,
     ) -> None:
-        # Runs on every process, because counts are summed over all of them.
+        # This runs on every process, because counts are summed over all processes.
         assert logs is not None
         if "loss" in logs:
             line = {name: value for name, value in logs.items() if name != _RECOUNTED} | self._throughput()
@@ -106,7 +106,7 @@ class Metrics(TrainerCallback):
             line = {name: value for name, value in logs.items() if name.startswith("eval_") or name == "epoch"}
             line |= self._routers.take()
         else:
-            return  # averages over the whole training are wrong after a resume
+            return  # the log at the end has averages over the whole training, which are wrong after a resume
         log_metrics(self._directory, {"step": state.global_step, **line})
         self._progress.show(state, line)
 
@@ -134,8 +134,8 @@ class TokenCount:
         self._counted: Tensor | None = None  # (2): tokens, supervised tokens
 
     def add(self, batch: dict[str, Tensor]) -> None:
-        """Count a batch: labels (B, T) and attention_mask (B, T). Without a mask there is no padding."""
-        # No model predicts the first token of an example.
+        """Count the tokens of a batch, from its labels (B, T) and attention_mask (B, T). No mask means no padding."""
+        # The first token of an example is never predicted.
         supervised = (batch["labels"][:, 1:] != IGNORED).sum()
         is_real = batch.get("attention_mask")
         tokens = torch.full_like(supervised, batch["labels"].numel()) if is_real is None else is_real.sum()
@@ -143,7 +143,7 @@ class TokenCount:
         self._counted = counts if self._counted is None else self._counted + counts
 
     def take(self) -> tuple[int, int]:
-        """Return the tokens and supervised tokens of all processes since the last call."""
+        """Return the numbers of tokens and of supervised tokens since the last call, over all processes."""
         assert self._counted is not None
         tokens, supervised = reduce(self._counted, "sum").tolist()
         self._counted = None
@@ -151,14 +151,14 @@ class TokenCount:
 
 
 class _RouterLoad:
-    """Measures how evenly the routers distribute the tokens of an evaluation over the experts. Training is ignored.
+    """Measures how evenly the routers distribute the tokens of an evaluation over the experts.
 
     With several processes, some validation examples are repeated so that all processes run the same number of batches.
-    Repeated examples count twice.
+    Repeated examples count twice. Training batches are not counted.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._is_real: Tensor | None = None  # (B T), for the current batch
+        self._is_real: Tensor | None = None  # (B T): 1 at tokens of the current batch, 0 at padding
         self._counted: Tensor | None = None  # (L, E): tokens sent to each expert
         routers = [module for module in model.modules() if isinstance(module, GptOssTopKRouter)]
         self._shape = (len(routers), routers[0].num_experts)
@@ -190,8 +190,9 @@ class _RouterLoad:
     def take(self) -> dict[str, float]:
         """Return the router load of each layer since the last call, over all processes.
 
-        `router_variation` is the coefficient of variation of the experts' shares of tokens; 0 is even.
-        `router_largest` is the largest share: experts per token / experts if even, 1 if one expert gets every token.
+        `router_variation` is the coefficient of variation of the experts' shares of tokens. It is 0 if the shares are
+        equal. `router_largest` is the largest share. It is experts per token / experts if the shares are equal, and 1
+        if one expert gets every token.
         """
         assert self._counted is not None
         counts = reduce(self._counted, "sum").double().cpu()
@@ -203,7 +204,7 @@ class _RouterLoad:
 
 
 class _Progress:
-    """A progress bar on a terminal; otherwise one message for each line of metrics."""
+    """Shows a progress bar on a terminal, and elsewhere one message for each line of metrics."""
 
     def __init__(self, stage: str) -> None:
         self._stage = stage
@@ -254,13 +255,13 @@ class Checkpoints(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        if state.best_global_step:  # a resumed run may have been moved since its checkpoint stored the path
+        if state.best_global_step:  # the run may have been moved since the checkpoint stored this path
             state.best_model_checkpoint = str(_checkpoint_path(args, state.best_global_step))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True
-            # transformers 5.14 would save now, and would take one step too many after a resume from there.
+            # transformers 5.14 would save a checkpoint now. A resume from it would take one step too many.
             control.should_save = False
 
     def on_evaluate(
@@ -274,13 +275,13 @@ class Checkpoints(TrainerCallback):
         assert metrics is not None
         is_best = state.best_metric is None or metrics[_LOSS] < state.best_metric
         if state.global_step >= state.max_steps and is_best:
-            state.best_model_checkpoint = None  # the last step has no checkpoint, and the model already has its weights
+            state.best_model_checkpoint = None  # the last step has no checkpoint, but the model has its weights
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         wait_for_everyone()
         if state.is_world_process_zero:
             mark_complete(_checkpoint_path(args, state.global_step), self._sharding)
-            # Remove old checkpoints only now: if writing this one is interrupted, a resume needs them.
+            # Remove old checkpoints only when this one is complete. Until then, a resume would need an old one.
             rotate_checkpoints(str(args.output_dir), self._limit, state.best_model_checkpoint)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
@@ -300,7 +301,7 @@ class Checkpoints(TrainerCallback):
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """transformers' own callback, which saves its count of evaluations without improvement in checkpoints."""
+    """Stops early with transformers' own callback. Checkpoints store its count of evaluations without improvement."""
 
     # transformers requires `metrics` here too, although TrainerCallback does not.
     def on_evaluate(  # type: ignore[override]
@@ -314,7 +315,7 @@ class EarlyStopping(EarlyStoppingCallback):
         super().on_evaluate(args, state, control, metrics, **others)
         if control.should_training_stop:
             control.should_log = True
-            # A run resumed from a checkpoint of this step would continue. From an earlier one it stops here again.
+            # A run resumed from this step would continue training. From an earlier checkpoint, it stops here again.
             control.should_save = False
 
 

@@ -1,4 +1,4 @@
-"""Distillation: the quantized model learns from the fine-tuned model's predictions, in addition to the data.
+"""Distil: train the quantized model on the fine-tuned model's predictions, in addition to the data.
 
 The loss of a supervised token is (1 - weight) * cross entropy + weight * T^2 * KL(teacher_T || student_T). The
 temperature T softens both distributions. The factor T^2 keeps the size of the gradient (Hinton et al. 2015,
@@ -23,12 +23,12 @@ from pipeline.models.chunked_logits import States
 
 @dataclass(frozen=True)
 class Teacher:
-    """The model to learn from, and the settings of distillation.
+    """The model that the student learns from, and the settings of distillation.
 
     Attributes:
-        model: a causal language model in evaluation mode; it is not trained.
-        weight: share of the divergence in the loss, above 0, up to 1.
-        temperature: temperature of both distributions.
+        model: a causal language model in evaluation mode. It is not trained.
+        weight: share of the divergence in the loss, greater than 0 and at most 1.
+        temperature: softmax temperature of teacher and student in the loss.
     """
 
     model: nn.Module
@@ -38,11 +38,11 @@ class Teacher:
 
 @dataclass(frozen=True)
 class DistillationLoss:
-    """Sums over the supervised tokens of a batch.
+    """Sums of loss and divergence over the supervised tokens of a batch.
 
     Attributes:
-        loss: the loss, with its gradient.
-        divergence: KL(teacher || student) in nats, at T = 1 whatever the temperature of the loss.
+        loss: the distillation loss. Gradients flow through it.
+        divergence: KL(teacher || student) in nats, always at temperature 1.
     """
 
     loss: Tensor
@@ -58,7 +58,7 @@ def distill(student: nn.Module, teacher: Teacher, batch: dict[str, Tensor]) -> D
         batch: labels (B, T) and the inputs of both models.
     """
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "use_cache")}
-    # Each position stands for the prediction of the token after it.
+    # The logits at each position predict the next token.
     supervised = functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
     targets = batch["labels"].roll(-1, dims=1)[supervised]
     student_states = chunked_logits.compute_states(student, inputs, supervised)
@@ -73,11 +73,11 @@ def sum_losses(
     """Sum the distillation loss over the supervised tokens.
 
     Args:
-        student: states of the model that is trained.
+        student: states of the model that is trained, at the supervised positions.
         teacher: states of the teacher at the same positions.
-        targets: (N), the token after each position.
+        targets: id of the token after each position, (N).
         weight: share of the divergence in the loss.
-        temperature: temperature of both distributions.
+        temperature: softmax temperature of teacher and student in the loss.
     """
     loss, divergence = torch.zeros((), device=targets.device), torch.zeros((), device=targets.device)
     sum_chunk = partial(_sum_chunk, weight=weight, temperature=temperature)
@@ -89,7 +89,7 @@ def sum_losses(
 def _sum_chunk(
     student: Tensor, teacher: Tensor, targets: Tensor, *, weight: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Sum loss and divergence over a chunk: logits (n, V) of both models and targets (n)."""
+    """Sum loss and divergence over a chunk, from the logits (n, V) of both models and the targets (n)."""
     cross_entropy = functional.cross_entropy(student, targets, reduction="sum")
     softened = _sum_divergence(student / temperature, teacher / temperature) * temperature**2
     with torch.no_grad():

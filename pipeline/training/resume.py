@@ -1,9 +1,9 @@
-"""Checkpoints of interrupted training: which are complete, and whether this run can resume from them.
+"""Find the checkpoint from which interrupted training resumes, and check that this run can read it.
 
-A run can resume with any number of processes, which see the same examples. The order of the examples depends only
-on the seed and the epoch, and `by_global_batch` keeps the global batch unchanged. Nothing else in training is random:
-neither gpt-oss nor its adapters have dropout. So a new process does not need the random generator states that
-transformers saves for each process.
+A run can resume with any number of processes, and each optimizer step uses the same examples as before. The order of
+the examples depends only on the seed and the epoch, and `by_global_batch` keeps the global batch unchanged. Nothing
+else in training is random: neither gpt-oss nor its adapters have dropout. So a new process does not need the random
+generator states that transformers saves for each process.
 """
 
 import json
@@ -18,13 +18,14 @@ from pipeline.runs.processes import is_main_process, process_count, wait_for_eve
 from pipeline.runs.settings import Settings
 
 MARKER = "whole"
-"""Name of a file in every complete checkpoint. It holds the sharding of the checkpoint."""
+"""Name of a file that every complete checkpoint has. The file records how the checkpoint is sharded."""
 
 
 def by_global_batch(settings: Settings) -> Settings:
-    """Replace the factors of the global batch by their product, for settings that training must be resumed with.
+    """Replace the factors of the global batch by their product, in settings that must not change on a resume.
 
-    The result depends on the examples of an optimizer step, not on how processes and forward passes share them.
+    The trained model depends on which examples an optimizer step uses. It does not depend on how they are distributed
+    over processes and forward passes.
     """
     found = dict(settings)
     for key in settings:
@@ -38,7 +39,7 @@ def by_global_batch(settings: Settings) -> Settings:
 
 
 def read_step(checkpoint: Path) -> int:
-    """Read from a checkpoint's name the step after which it was written."""
+    """Return the number of the step after which a checkpoint was written. It is part of the checkpoint's name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -48,10 +49,10 @@ def mark_complete(checkpoint: Path, sharding: Sharding) -> None:
 
 
 def find_last_complete(directory: Path, stage: str, sharding: Sharding) -> Path | None:
-    """Find the newest complete checkpoint, after removing incomplete ones.
+    """Remove incomplete checkpoints, and return the newest complete one, or None.
 
     Args:
-        directory: the checkpoints of a stage.
+        directory: directory with the checkpoints of a stage.
         stage: name of the stage, for messages.
         sharding: how this run shards the model.
 

@@ -1,6 +1,7 @@
-"""`train`, for SFT and QAT: TRL's trainer with our tokens, our validation loss and checkpoints marked as complete.
+"""Train a model for SFT or QAT with TRL's trainer.
 
-Only this module imports trl. Adapters and quantizers are already in the model; QAT runs the same code as SFT.
+The trainer gets tokenized examples, computes our validation loss, and marks checkpoints as complete. Adapters and
+quantizers are already in the model, so QAT runs the same code as SFT. This is the only module that imports trl.
 """
 
 import math
@@ -42,15 +43,15 @@ from pipeline.training.callbacks import TokenCount, make_callbacks
 from pipeline.training.distillation import Teacher, distill
 from pipeline.training.weight_changes import WeightChanges
 
-_WHOLE_EXAMPLES = "bfd"  # best fit, decreasing: TRL's packing strategy that truncates no example that fits
+_WHOLE_EXAMPLES = "bfd"  # best-fit decreasing: TRL's packing strategy that splits no example that fits into a row
 _LOWEST_SAFE_BF16_RATE = 1e-4
 _FIXED: dict[str, Any] = {
-    "logging_nan_inf_filter": False,  # the filter would replace a loss that is not finite by the mean of earlier ones
+    "logging_nan_inf_filter": False,  # the filter would replace a non-finite loss by the mean of earlier losses
     "eval_strategy": "steps",
     "save_strategy": "steps",
     "restore_callback_states_from_checkpoint": True,
-    "ddp_find_unused_parameters": False,  # every step uses all parameters: the experts of a layer are one parameter
-    "max_length": None,  # examples were truncated, and counted, when the data was prepared
+    "ddp_find_unused_parameters": False,  # each step uses all parameters, as a layer's experts are one parameter
+    "max_length": None,  # examples were truncated and counted when the data was prepared
     "shuffle_dataset": False,
     "packing_strategy": _WHOLE_EXAMPLES,
     "report_to": "none",
@@ -67,10 +68,10 @@ class Inputs:
         model: the model in training precision, with its adapters and quantizers; it is trained in place.
         tokenizer: the model's tokenizer.
         splits: tokenized examples.
-        weight_changes: measures at each validation how far the experts have moved.
-        rounded: cache of the model's rounded weights, emptied when the weights change.
+        weight_changes: measures at each validation how much the experts have changed.
+        rounded: cache of the model's rounded weights, or None. Training empties it when the weights change.
         teacher: the model to distil from, or None.
-        callbacks: further callbacks, which may look at the model at each validation.
+        callbacks: further callbacks for the trainer, for example to inspect the model at each validation.
     """
 
     model: PreTrainedModel
@@ -84,10 +85,10 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Setup:
-    """How and where a stage trains.
+    """Settings and directory of a stage that trains.
 
     Attributes:
-        settings: `sft` or `qat` of the configuration.
+        settings: section `sft` or `qat` of the configuration.
         stage: name of the stage, for messages.
         directory: directory of the stage, for checkpoints and metrics.jsonl.
         sharding: how the model is sharded.
@@ -99,7 +100,7 @@ class Setup:
     sharding: Sharding
 
     def divergence_error(self, reason: str) -> UserError:
-        """Make the error for a loss or for weights that are not finite."""
+        """Make the error for training whose loss or weights are not finite."""
         rate = f"{self.stage}.learning_rate={self.settings.learning_rate}"
         return UserError(f"{rate}: training diverged ({reason}). Lower it.")
 
@@ -108,15 +109,16 @@ def train(inputs: Inputs, setup: Setup) -> dict[str, Any]:
     """Train the model in place. Resume from the last complete checkpoint of the stage, if there is one.
 
     Returns:
-        Number of steps, the step whose weights are kept, training loss, validation loss before and after, and the
-        counts of examples and tokens.
+        The number of steps, the step whose weights are kept, the training loss, the validation loss before and after
+        training, and the counts of examples and tokens.
 
     Raises:
         UserError: transformers refuses a setting, or the launcher or a checkpoint contradicts the settings.
     """
     _warn_of_lost_updates(inputs.model, setup)
     if sharding.STRATEGIES[setup.sharding].hooks_gradients:
-        # With frozen embeddings the first layer's input needs no gradient, and its backward pass would not gather it.
+        # If embeddings are frozen, the first layer's input needs no gradient, so the backward pass would not gather the
+        # layer.
         inputs.model.enable_input_require_grads()
     checkpoint = resume.find_last_complete(setup.directory / CHECKPOINTS_DIR, setup.stage, setup.sharding)
     with sharding.switch_on(setup.sharding) as switches:
@@ -150,7 +152,8 @@ def _run(trainer: "_Trainer", setup: Setup, checkpoint: Path | None) -> None:
 def _deterministic_on_cpu() -> Iterator[None]:
     """On a CPU, make a resumed run end with the same bits as an uninterrupted one.
 
-    Torch would also fill all uninitialized memory. That doubles the time of a step and changes no result, so it is off.
+    In deterministic mode, torch would also fill all uninitialized memory. This would double the time of a step and
+    change no result, so it is off.
     """
     before = torch.are_deterministic_algorithms_enabled()
     settings: Any = torch.utils.deterministic  # a module whose settings are properties
@@ -165,13 +168,13 @@ def _deterministic_on_cpu() -> Iterator[None]:
 
 
 def _summarize_losses(setup: Setup, kept: int | None) -> dict[str, float]:
-    """Summarize the losses that metrics.jsonl records. It survives interruptions; the trainer's averages do not."""
+    """Summarize the losses in metrics.jsonl. Unlike the trainer's averages, the file survives interruptions."""
     lines = read_metrics(setup.directory)
     validation = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     training = [line["loss"] for line in lines if "loss" in line]
     if not all(math.isfinite(loss) for loss in (*validation.values(), *training)):
         raise setup.divergence_error("the loss is not finite")
-    assert kept is not None  # finite losses have a lowest one
+    assert kept is not None  # all losses are finite, so one of them is the lowest
     return {
         "train_loss_first": training[0],
         "train_loss_last": training[-1],
@@ -183,9 +186,9 @@ def _summarize_losses(setup: Setup, kept: int | None) -> dict[str, float]:
 class _Trainer(SFTTrainer):
     """TRL's trainer with our validation loss, and with distillation if there is a teacher.
 
-    `evaluate` is overridden because transformers 5.14 averages the validation loss over batches. Its loss depends on
-    the batch size and differs from the loss that `stage=evaluate` reports. There is no public hook for a mean over
-    tokens.
+    `evaluate` is overridden because transformers 5.14 averages the validation loss over batches. Such an average
+    depends on the batch size and differs from the loss that `stage=evaluate` reports. There is no public hook for a
+    mean over tokens.
     """
 
     weight_changes: WeightChanges
@@ -197,10 +200,10 @@ class _Trainer(SFTTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Overridden to stop all processes at the first loss that is not finite, before it changes the weights."""
+        """Overridden to stop all processes at the first non-finite loss, before this loss changes the weights."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._teacher is not None:
-            sharding.reshard(self._teacher.model)  # not earlier: the backward pass uses the teacher's head once more
+            sharding.reshard(self._teacher.model)  # only now, as the backward pass uses the teacher's head again
         self._loss_of_step = self._loss_of_step + loss.detach()
         if self.accelerator.sync_gradients:
             total = self.accelerator.reduce(self._loss_of_step, "sum")
@@ -210,7 +213,7 @@ class _Trainer(SFTTrainer):
         return loss
 
     def learn_from(self, teacher: Teacher, strategy: sharding.ShardingStrategy) -> None:
-        """Distil from now on. The teacher is sharded like the model."""
+        """Shard the teacher like the model, and distil from it in all later steps."""
         model = strategy.shard_frozen(self.accelerator, teacher.model.requires_grad_(False))
         model.eval()  # DeepSpeed's eval() does not return the model
         self._teacher = replace(teacher, model=model)
@@ -251,7 +254,11 @@ class _Trainer(SFTTrainer):
         return metrics
 
     def _validation_loss(self) -> Loss:
-        """Average over all processes. Each runs every n-th batch, and all run equally many, for the collectives."""
+        """Compute the loss on all validation examples.
+
+        Each of n processes runs every n-th batch. All run the same number of batches, because collectives in the
+        forward pass need every process.
+        """
         tokenizer: Any = self.processing_class
         model: Any = self.model
         examples: Any = self.eval_dataset
@@ -290,7 +297,7 @@ class _ForgetRounded(TrainerCallback):
 def _make_trainer(inputs: Inputs, setup: Setup, more: Mapping[str, Any]) -> _Trainer:
     """Make the trainer. `more` holds further arguments for transformers' TrainingArguments."""
     tokens = TokenCount()
-    tokenizer: Any = inputs.tokenizer  # our protocol is narrower than TRL's type
+    tokenizer: Any = inputs.tokenizer  # TRL's parameter has another type than our protocol
     inputs.model.config.bos_token_id = tokenizer.bos_token_id  # otherwise the trainer sets it, with a warning
     with _setting_errors(setup):
         trainer = _Trainer(
@@ -307,7 +314,7 @@ def _make_trainer(inputs: Inputs, setup: Setup, more: Mapping[str, Any]) -> _Tra
                 tokens=tokens,
             ),
         )
-        trainer.get_optimizer_cls_and_kwargs(trainer.args, inputs.model)  # imports the package of the optimizer
+        trainer.get_optimizer_cls_and_kwargs(trainer.args, inputs.model)  # raises if the optimizer's package is missing
     trainer.remove_callback(PrinterCallback)
     trainer.tokens, trainer.weight_changes = tokens, inputs.weight_changes
     for callback in inputs.callbacks:
@@ -331,7 +338,7 @@ def _setting_errors(setup: Setup) -> Iterator[None]:
 
 
 def _pack(splits: Splits, stage: str) -> Dataset:
-    """Pack whole examples into rows of up to `max_length` tokens. Column seq_lengths holds the examples' lengths."""
+    """Pack whole examples into rows of up to `max_length` tokens. The column seq_lengths has their lengths."""
     with tables.no_progress_bars():
         examples = splits.train.select_columns(["input_ids", "labels"])
         rows: Any = pack_dataset(examples, splits.max_length, _WHOLE_EXAMPLES)
@@ -340,7 +347,10 @@ def _pack(splits: Splits, stage: str) -> Dataset:
 
 
 def _raise_if_launched_otherwise(arguments: SFTConfig, setup: Setup) -> None:
-    """`accelerate launch` sets a precision through environment variables, and the trainer silently obeys them."""
+    """Check that the launcher has set the same precision as the configuration.
+
+    `accelerate launch` sets a precision through environment variables, and the trainer silently obeys them.
+    """
     precision = setup.settings.precision
     wanted = "bf16" if precision is Precision.mixed_bf16 else "no"
     if arguments.mixed_precision != wanted:

@@ -1,7 +1,7 @@
-"""Measures how far training has changed the experts: the shares of weights and of 4-bit codes that differ.
+"""Measure the shares of expert weights and of their 4-bit codes that training has changed.
 
 At a low learning rate, many weights move by less than a step of the format, and BF16 weights often do not move at all.
-These shares show early whether training changes anything that survives rounding, so that the rate can still be raised.
+If few codes change, most updates do not survive rounding. The shares show this early, so you can raise the rate.
 One expert of each stack is measured, which costs almost no time.
 """
 
@@ -24,10 +24,10 @@ class _Start:
 
 
 class WeightChanges:
-    """Compares experts with their weights at the start of training."""
+    """Compares the weights of sampled experts with their values at the start of training."""
 
     def __init__(self, model: nn.Module, block_format: BlockFormat) -> None:
-        """Store the present weights of the sampled experts as the start.
+        """Store the current weights of the sampled experts, for later comparison.
 
         Args:
             model: the model that will be trained.
@@ -38,7 +38,7 @@ class WeightChanges:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Measure `moved_weights` and `changed_codes`, shares of the sampled weights; {} if no experts are trained."""
+        """Return `moved_weights` and `changed_codes`, shares of the sampled weights, or {} if none is trained."""
         moved = changed = total = 0
         for name, weights in self._sample():
             start = self._start[name]
