@@ -1,4 +1,4 @@
-"""Handmade runs with an evaluation, whose reports are known."""
+"""Handmade runs with an evaluation. The right report of each run is known."""
 
 import json
 from dataclasses import asdict
@@ -57,9 +57,9 @@ def run(
 
     Args:
         directory: directory of the run.
-        passed: model -> whether it passed each prompt. None: no model was asked.
+        passed: model -> whether the model passed each prompt. If None, no model got prompts.
         figures: model -> figures. Models in neither `passed` nor `figures` were not evaluated.
-        answers: model -> answers, instead of those made from `passed`.
+        answers: model -> answers, which replace the answers made from `passed`.
         block_format: the format that quantize and qat round to.
         fingerprints: fingerprints of stages; the default is the stage's name.
         facts: further fields of the evaluate artifact.

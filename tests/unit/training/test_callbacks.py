@@ -1,4 +1,4 @@
-"""Router load against transformers' router logits; token counts, time left, and removal of old checkpoints."""
+"""Router load (compared with transformers' router logits), token counts, time left, and removal of old checkpoints."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ def model() -> GptOssForCausalLM:
 
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
-    """Two examples: 7 tokens with 3 supervised, and 4 tokens, padded, with 1 supervised."""
+    """Two examples. One has 7 tokens, 3 of them supervised. The other is padded and has 4 tokens, 1 supervised."""
     ids = torch.randint(1, 64, (2, 7), generator=torch.Generator().manual_seed(1))
     mask, labels = torch.ones_like(ids), torch.full_like(ids, IGNORED)
     mask[1, 4:] = 0
