@@ -73,7 +73,7 @@ def use_gloo_alone() -> None:
 def measure_share(model: nn.Module) -> float:
     """Return the share of a model's values that this process holds."""
     parameters = list(model.parameters())
-    # DeepSpeed gathers and releases a parameter itself; ds_tensor is always this process's shard.
+    # DeepSpeed gathers and releases parameters itself. ds_tensor is always this process's shard.
     own = (p.to_local() if isinstance(p, DTensor) else getattr(p, "ds_tensor", p.data) for p in parameters)
     return sum(part.numel() for part in own) / sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 

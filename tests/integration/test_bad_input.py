@@ -1,4 +1,4 @@
-"""Every mistake of the user ends in one message on stderr that names the place, without traceback. Exit status 2."""
+"""Every mistake of the user ends in one message on stderr. It names the place and has no traceback. Exit status 2."""
 
 import json
 import shutil

@@ -22,7 +22,7 @@ from pipeline.numerics.formats import FORMATS, SCALE_RULES, BlockFormat
 
 pytestmark = pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler on this machine")
 
-SHAPE = (3, 37, 192)  # experts, out, in; neither 37 nor a slab of 3 * 37 * 64 values fills whole vector registers
+SHAPE = (3, 37, 192)  # experts, out, in. Neither 37 nor 3 * 37 * 64 values (a slab) fill whole vector registers
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float8_e4m3fn: torch.uint8}
 ORDERS = {
     "in_last": lambda values: values,

@@ -14,7 +14,7 @@ from pipeline.numerics.formats import FORMATS
 from pipeline.runs import artifacts
 
 QUICK = ("recipe=smoke", *SHORT, "qat.max_steps=3")
-QUANTIZERS = {"nvfp4": 4, "nvfp4_w4a4": 8}  # 2 layers x 2 stacks; each stack may also have a quantizer of its input
+QUANTIZERS = {"nvfp4": 4, "nvfp4_w4a4": 8}  # 2 layers x 2 stacks. W4A4 adds a quantizer for the inputs of each stack
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 
 

@@ -169,7 +169,7 @@ def test_export_has_several_shards_to_break(run: Run) -> None:
 
 
 def test_the_pages_say_how_many_are_caught(capsys: pytest.CaptureFixture[str]) -> None:
-    """The tests above check each mutation. This one checks the counts in the documentation."""
+    """The tests above check each mutation. This test checks the counts in the documentation."""
     every = [*MUTATIONS, *SQUARE, *(mutation for of_layout in OF_LAYOUT.values() for mutation in of_layout)]
     caught, with_base = len(every), sum(mutation.shows_against_base for mutation in every)
     page, readme = (

@@ -1,4 +1,4 @@
-"""QAT rounds the experts once per optimizer step. The losses and weights equal those of rounding in every pass."""
+"""QAT rounds the experts once per optimizer step. Losses and weights are the same as with rounding in every pass."""
 
 from pathlib import Path
 

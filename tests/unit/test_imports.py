@@ -1,4 +1,4 @@
-"""Packages import each other in one direction, and each big library has one importer.
+"""Imports between packages go in one direction, and each big library has one importer.
 
 The tests read the sources and import nothing.
 """

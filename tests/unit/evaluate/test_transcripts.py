@@ -1,4 +1,4 @@
-"""Parsing of completions: messages that the chat template writes, and malformed ones."""
+"""Parsing of completions that the chat template wrote, and of malformed completions."""
 
 import json
 from pathlib import Path

@@ -361,7 +361,7 @@ def test_half_a_block_of_zeros_does_not_widen_the_range() -> None:
     blocks[0, 1, :8] = 0
     scales = torch.tensor([[127, 110]], dtype=torch.uint8)
     assert mxfp4_to_nvfp4(blocks, scales).changed_blocks == 0
-    scales[0, 1] = 109  # one power too small, but only the half that is not zero is out of range
+    scales[0, 1] = 109  # now the half of block 1 that is not zero is out of range
     assert mxfp4_to_nvfp4(blocks, scales).changed_blocks == 1
 
 

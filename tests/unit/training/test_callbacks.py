@@ -74,7 +74,7 @@ def test_a_batch_without_a_mask_has_no_padding(batch: dict) -> None:
 
 
 def save(directory: Path, best: int | None, step: int) -> tuple[SimpleNamespace, SimpleNamespace]:
-    """Write the checkpoint of `step`; return the trainer's arguments and state at that moment."""
+    """Write the checkpoint of `step`, and return the trainer's arguments and state at that step."""
     (directory / f"checkpoint-{step}").mkdir()
     state = SimpleNamespace(
         global_step=step,
