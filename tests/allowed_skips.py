@@ -1,7 +1,7 @@
-"""Fails a run of CI in which a test was skipped for a reason that is not allowed.
+"""Fail a CI run if a test was skipped for a reason that is not allowed.
 
-A missing package would otherwise leave code untested, and the run would still pass. `conftest.py` imports both hooks.
-With pytest-xdist they see the skips of all workers, because workers report to the main process.
+Otherwise a missing package would leave code untested, and the run would still pass. `conftest.py` imports both hooks.
+With pytest-xdist the hooks see the skips of all workers, because workers report to the main process.
 """
 
 import os
@@ -17,11 +17,14 @@ ALLOWED_REASONS = (
     "needs the machine of the record: ",
     "engine in an environment of its own: ",
 )
-"""How the reason of an allowed skip begins."""
+"""The reason of an allowed skip begins with one of these texts."""
 
 
 def forbidden_skips(config: pytest.Config) -> list[str]:
-    """Where and why tests were skipped that must run: in CI, and in the process that reports."""
+    """List the skips that CI does not allow, each as "file:line: reason".
+
+    The list is empty outside CI and in pytest-xdist's workers, which have no terminal reporter.
+    """
     reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None or os.environ.get("CI") != "true":
         return []

@@ -12,6 +12,6 @@ def transcript(
     completion: str | None = None,
     **expected: str,
 ) -> Transcript:
-    """Make an answer to the prompt "Hello" with expected properties."""
+    """Make an answer to the prompt "Hello". `expected` holds the properties of a right answer."""
     messages = [{"role": "user", "content": "Hello"}]
     return Transcript(prompt_id, sample, messages, expected, reasoning, answer, completion, finish, 10, None)

@@ -31,7 +31,7 @@ MODELS = Reply({"object": "list", "data": [{"id": "tiny", "object": "model"}]})
 
 
 class Server(ThreadingHTTPServer):
-    """Sends its replies in turn, and repeats the last one. Stores all requests."""
+    """Sends its replies in turn, then repeats the last reply. Stores all requests."""
 
     daemon_threads = True
 
@@ -45,7 +45,7 @@ class Server(ThreadingHTTPServer):
         self.lock = threading.Lock()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore clients that gave up. Their traceback would appear in a later test."""
+        """Ignore errors of clients that gave up. The traceback would appear in the output of a later test."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 

@@ -1,4 +1,4 @@
-"""Functions that run the program in this process, and fixtures of many tests: finished runs and a chat server."""
+"""Functions that run the program in this process, and shared fixtures such as finished runs and a chat server."""
 
 import gc
 import json
@@ -14,15 +14,16 @@ import pytest
 from allowed_skips import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401 - hooks
 from chat_server import Server
 
-# Before torch is imported, and for the processes that tests start: threads cost more than such small tensors give.
+# Threads slow down work on such small tensors. torch reads the variable when it is imported, so set it before.
+# Processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Compilers take the processor's word for its instruction sets; torch would try each one in a new Python.
+# Trust the processor's list of instruction sets. Otherwise torch tests each set in a new Python process.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 from pipeline import __main__ as program
 
 VOCABULARY = Path(__file__).parents[2] / "shared" / "data" / "tokenizer"
-"""openai-harmony's vocabulary. It is not part of the project. Where it exists, it lies beside the checkout."""
+"""openai-harmony's vocabulary. It is not part of the project, but may lie beside the checkout."""
 if VOCABULARY.is_dir():
     os.environ.setdefault("TIKTOKEN_ENCODINGS_BASE", str(VOCABULARY))
 
@@ -40,14 +41,14 @@ SHORT = (
     "qat.logging_steps=2",
     "verify.samples=2",
 )
-"""Settings that make the smoke recipe a matter of seconds."""
+"""Settings that shorten the smoke recipe to seconds."""
 
 ONE_LAYER = ("sft.lora.layers=[1]", "qat.lora.layers=[1]")
-"""Settings of `lora_run` besides."""
+"""Settings that `lora_run` adds to SHORT."""
 
 
 def run_program(*arguments: str) -> int:
-    """The exit status of `python -m pipeline arguments…`, run in this process."""
+    """Run `python -m pipeline arguments…` in this process, and return its exit status."""
     before = sys.argv
     sys.argv = ["pipeline", *arguments]
     spare_imports()
@@ -64,16 +65,16 @@ def _freeze(_: int) -> None:
 
 
 def spare_imports() -> None:
-    """Leave what libraries have made so far out of garbage collections.
+    """Exclude all objects that libraries have made so far from garbage collections.
 
-    Stages collect when they are done with a model, and would look at a million objects that live as long as the
-    process: in a stage of such a size a third of its time.
+    A stage collects garbage after its last use of a model. Without this, each collection would visit a million objects
+    that live as long as the process. In such a small stage that takes a third of the time.
     """
     _freeze(len(sys.modules))
 
 
 def linked(run_dir: Path, source: Path, *stages: str) -> Path:
-    """A run directory in which these stages are those of another run: links, not to be written to."""
+    """Make a run directory whose `stages` are links to another run. Tests must not write to these stages."""
     run_dir.mkdir(parents=True, exist_ok=True)
     for stage in stages:
         (run_dir / stage).symlink_to(source / stage)
@@ -81,14 +82,14 @@ def linked(run_dir: Path, source: Path, *stages: str) -> Path:
 
 
 def outcomes(run_dir: Path) -> set[str]:
-    """How the checks of a run's proof ended; but that of engines, which is made only where it is asked for."""
+    """Return the results of a run's checks in `verify`, except the optional check by engines."""
     report = json.loads((run_dir / "verify" / "report.json").read_text(encoding="utf-8"))
     return {check["status"] for check in report["checks"] if check["title"] != "engines"}
 
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of recipe=smoke, every stage, short. Not to be written to."""
+    """A run directory in which all stages of recipe=smoke have run, with few steps. Tests must not write to it."""
     run_dir = tmp_path_factory.mktemp("smoke") / "run"
     assert run_program("stage=all", "recipe=smoke", f"run_dir={run_dir}", *SHORT) == 0
     return run_dir
@@ -96,7 +97,7 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of recipe=smoke_lora with adapters on layer 1 alone. Not to be written to."""
+    """A run directory of recipe=smoke_lora with adapters on layer 1 alone. Tests must not write to it."""
     run_dir = tmp_path_factory.mktemp("smoke_lora") / "run"
     assert run_program("stage=all", "recipe=smoke_lora", f"run_dir={run_dir}", *SHORT, *ONE_LAYER) == 0
     return run_dir
@@ -104,13 +105,13 @@ def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_dir(smoke_run: Path, tmp_path: Path) -> Path:
-    """A copy of the smoke run, to be written to."""
+    """A copy of the smoke run, which a test may change."""
     return Path(shutil.copytree(smoke_run, tmp_path / "run"))
 
 
 @pytest.fixture
 def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Change into a new directory: a relative run_dir, and the tables below it, belong to one test."""
+    """Change into a new directory, so that tests with a relative run_dir do not share its tables."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -134,7 +135,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A chat server, and no proxy of this machine between."""
+    """A chat server. Requests bypass the proxy of this machine."""
     monkeypatch.setenv("NO_PROXY", "*")
     with Server() as made:
         yield made

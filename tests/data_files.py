@@ -62,7 +62,7 @@ def prepare_error(tokenizer: Any, path: Any, **settings: Any) -> str:
 
 
 def numbered_rows(count: int, turns: int = 1) -> list[dict[str, Any]]:
-    """Make conversations that each have a number of their own in every message."""
+    """Make `count` conversations. Every message of conversation i contains the number i."""
     return [
         {
             "messages": [
@@ -74,7 +74,7 @@ def numbered_rows(count: int, turns: int = 1) -> list[dict[str, Any]]:
 
 
 def numbers_in(tokenizer: Any, part: datasets.Dataset) -> list[int]:
-    """Return the number of the conversation of each example."""
+    """Return for each example the number in its conversation."""
     texts = (tokenizer.decode(example["input_ids"]) for example in part)
     return [int(text.rpartition("number ")[2].partition(".")[0]) for text in texts]
 

@@ -1,4 +1,4 @@
-"""Handmade runs with an evaluation, whose reports are known."""
+"""Handmade runs with an evaluation. The right report of each run is known."""
 
 import json
 from dataclasses import asdict
@@ -37,7 +37,7 @@ def record(directory: Path, **facts: Any) -> None:
 
 
 def answer(prompt: int, text: str | None, **facts: Any) -> Transcript:
-    """Make a model's answer to "3 + 4?"; the right answer is 7."""
+    """Make a model's answer to "3 + 4?". The right answer is 7."""
     completion = f"<|channel|>final<|message|>{text}<|return|>"
     messages = [{"role": "user", "content": f"3 + 4? ({prompt})"}]
     usual = Transcript(f"p{prompt}", 0, messages, {"answer": RIGHT}, None, text, completion, "return", 4, None)
@@ -57,11 +57,11 @@ def run(
 
     Args:
         directory: directory of the run.
-        passed: model -> whether it passed each prompt. None: no model was asked.
+        passed: model -> whether the model passed each prompt. If None, no model got prompts.
         figures: model -> figures. Models in neither `passed` nor `figures` were not evaluated.
-        answers: model -> answers, instead of those made from `passed`.
+        answers: model -> answers, which replace the answers made from `passed`.
         block_format: the format that quantize and qat round to.
-        fingerprints: fingerprints of stages; the default is the stage's name.
+        fingerprints: stage -> fingerprint. The default is the stage's name.
         facts: further fields of the evaluate artifact.
     """
     given = answers or {

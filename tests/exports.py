@@ -30,7 +30,7 @@ def make_export(
     parents: dict[str, str] = {"model": "m", "source": "s"},  # noqa: B006 - never changed
     moved: float = 0.0,
 ) -> Artifact:
-    """Make <run_dir>/export with these files."""
+    """Make the artifact <run_dir>/export with these files."""
 
     def work(directory: Path) -> Result:
         for name, text in files.items():
@@ -41,7 +41,7 @@ def make_export(
 
 
 def record_of(target: str, moved: float = 0.0) -> ExportRecord:
-    """The record of an export that changed nothing but `moved`, a share of the weights."""
+    """Make the record of an export in which the share `moved` of the weights changed, and no code or scale."""
     return ExportRecord(
         target=target,
         exported_from="qat",

@@ -1,6 +1,7 @@
-"""An engine for tests: a process that answers like OpenAI's API, or has the fault that FAKE_ENGINE names.
+"""An engine for tests. It answers like OpenAI's API, or has the fault that FAKE_ENGINE names.
 
-It starts two child processes. One leaves the process group. The ids of all three go to the file FAKE_PIDS.
+It starts two child processes, one of which leaves the process group. It writes the ids of all three processes to the
+file that FAKE_PIDS names.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A Hub on this machine. It has the routes of huggingface_hub's uploads, with LFS, and stores the uploaded files."""
+"""A Hub on this machine. It serves the routes that huggingface_hub needs for uploads with LFS, and stores the files."""
 
 import base64
 import hashlib
@@ -10,18 +10,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 _LARGE = (".safetensors", ".gguf")
-_ANONYMOUS = "/api/agent-harnesses"  # huggingface_hub 1.33 asks for it by itself, without a token
+_ANONYMOUS = "/api/agent-harnesses"  # huggingface_hub 1.33 requests this route on its own, without a token
 
 
 class Hub(ThreadingHTTPServer):
     """One repository.
 
     Attributes:
-        is_there, is_private: whether it exists, and how it is seen.
+        is_there, is_private: whether the repository exists, and whether it is private.
         refuses: whether every token is refused.
-        complaint: about the card's metadata, or None.
-        files: path -> contents, as committed.
-        tokens: that requests about the repository came with.
+        complaint: error message about the card's metadata, or None if the metadata is accepted.
+        files: path -> contents of each committed file.
+        tokens: tokens in the requests about the repository.
     """
 
     daemon_threads = True
@@ -93,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif "/commit/" in self.path:
             self._commit([json.loads(line) for line in body.splitlines()])
         else:
-            self._send(200, {"warnings": [], "errors": []})  # validate-yaml, and the verification of LFS
+            self._send(200, {"warnings": [], "errors": []})  # the routes that validate the card and verify LFS uploads
 
     def _upload(self, each: dict[str, Any]) -> dict[str, Any]:
         return {"actions": {"upload": {"href": f"{self.server.url}/lfs/{each['oid']}"}}}

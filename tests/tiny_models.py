@@ -1,4 +1,4 @@
-"""gpt-oss models of random weights, as small as they can be, made in memory."""
+"""Very small gpt-oss models with random weights, made in memory."""
 
 from typing import Any
 
@@ -19,6 +19,6 @@ _SIZES: dict[str, Any] = {
 
 
 def gpt_oss(vocab_size: int, seed: int = 0, **changes: Any) -> Any:
-    """A model in float32; `changes` are of its configuration."""
+    """Make a model in float32. `changes` replace fields of its configuration."""
     torch.manual_seed(seed)
     return GptOssForCausalLM(GptOssConfig(vocab_size=vocab_size, **{**_SIZES, **changes}))

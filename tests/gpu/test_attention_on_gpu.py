@@ -1,4 +1,4 @@
-"""Attention implementations that exist only on a GPU. Flex attention honours the sinks there."""
+"""Attention implementations that work only on a GPU. On a GPU, flex attention applies the sinks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The codec gives the same bits on every device, compiled or not, and those of ModelOpt's own training kernel."""
+"""The codec gives the same bits on CPU and GPU, compiled or not, and the same bits as ModelOpt's training kernel."""
 
 import warnings
 
@@ -32,12 +32,15 @@ def bits(values: Tensor) -> Tensor:
 
 
 def to_gpu(values: Tensor) -> Tensor:
-    """With the strides that it has."""
+    """Copy values to the GPU with unchanged strides."""
     return torch.empty_strided(values.shape, values.stride(), dtype=values.dtype, device="cuda").copy_(values)
 
 
 def whole_range(dtype: torch.dtype) -> Tensor:
-    """(2, 1037, 192): from the subnormals to 2^126 in both matrices; every other row of few bits, with many ties."""
+    """Make values (2, 1037, 192) from the subnormals to 2^126 in both matrices.
+
+    Every other row has few significant bits, so that many values are ties.
+    """
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(2, 1037, 192, generator=generator).clamp(-1, 1)
     values[:, ::2] = (values[:, ::2] * 16).round() / 16
@@ -46,14 +49,14 @@ def whole_range(dtype: torch.dtype) -> Tensor:
 
 
 def of_one_size(dtype: torch.dtype) -> Tensor:
-    """(3, 517, 192): as weights are, within the range of e4m3."""
+    """Make values (3, 517, 192) as in weights: the scales of a matrix are within the range of e4m3."""
     generator = torch.Generator().manual_seed(1)
     sizes = torch.randint(-12, 1, (3, 517, 12), generator=generator).float().exp2().repeat_interleave(16, dim=-1)
     return (torch.randn(3, 517, 192, generator=generator) * sizes).to(dtype)
 
 
 def everything(values: Tensor, block_format: BlockFormat, importance: Tensor) -> list[Tensor]:
-    """All that the codec computes from values."""
+    """Compute all results of the codec for some values."""
     unit = tensor_scale(values, block_format)
     blocks, scales = encode(values, block_format, unit)
     decoded = [decode(blocks, scales, values.dtype, unit, out=into) for into in (None, torch.empty_like(values))]
@@ -69,7 +72,7 @@ def everything(values: Tensor, block_format: BlockFormat, importance: Tensor) ->
 def test_a_gpu_gives_the_bits_of_a_cpu(
     block_format: BlockFormat, dtype: torch.dtype, order: str, is_compiled: bool
 ) -> None:
-    """Compiled by Triton or not, against the CPU's eager bits; whatever would quietly stay eager is an error."""
+    """Compare with the eager result of the CPU. A kernel that silently falls back to eager is an error."""
     if is_compiled and not can_compile("cuda"):
         pytest.skip("no Triton on this machine")
     mode = Compilation.always if is_compiled else Compilation.never
@@ -93,7 +96,7 @@ def test_a_gpu_gives_the_bits_of_a_cpu(
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_a_gpu_decodes_every_code_and_scale_of_mxfp4_as_a_cpu_does(dtype: torch.dtype) -> None:
-    """Among them NaN, and those beyond the range of the type, which are Inf."""
+    """This includes NaN, and values beyond the range of the type, which become Inf."""
     codes = torch.arange(16, dtype=torch.uint8)
     blocks = (codes[0::2] | codes[1::2] << 4).repeat(2).expand(256, 1, 16).contiguous()
     scales = torch.arange(256, dtype=torch.uint8).unsqueeze(-1)
@@ -103,7 +106,7 @@ def test_a_gpu_decodes_every_code_and_scale_of_mxfp4_as_a_cpu_does(dtype: torch.
 
 
 def test_a_gpu_converts_mxfp4_to_the_nvfp4_of_a_cpu() -> None:
-    """With blocks out of range, which are rounded and counted."""
+    """Some blocks are out of range. They are rounded and counted."""
     generator = torch.Generator().manual_seed(3)
     blocks = torch.randint(0, 256, (2, 60, 4, 16), generator=generator, dtype=torch.uint8)
     scales = torch.randint(90, 120, (2, 60, 4), generator=generator, dtype=torch.uint8)
@@ -114,10 +117,13 @@ def test_a_gpu_converts_mxfp4_to_the_nvfp4_of_a_cpu() -> None:
 
 
 def assert_same_as_modelopt(values: Tensor) -> None:
-    """Bit for bit but for zeros that come in: ModelOpt's kernel leaves their sign undefined (tensor_quant_mx.cu)."""
+    """Compare all bits, except the sign of inputs that are zero. ModelOpt's kernel leaves it undefined.
+
+    The kernel is in tensor_quant_mx.cu.
+    """
     from modelopt.torch.quantization.tensor_quant import dynamic_block_quant
 
-    theirs = dynamic_block_quant(values, MXFP4.block_size, None, None, (2, 1), (8, 0))  # as TensorQuantizer calls it
+    theirs = dynamic_block_quant(values, MXFP4.block_size, None, None, (2, 1), (8, 0))  # TensorQuantizer's arguments
     ours = fake_quantize(values, MXFP4)
     assert (theirs.dtype, theirs.shape) == (ours.dtype, ours.shape)
     is_zero = values == 0
@@ -127,10 +133,11 @@ def assert_same_as_modelopt(values: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_random_weights_are_rounded_as_modelopts_kernel_does(dtype: torch.dtype) -> None:
-    """Of sizes whose scales are normal floats: that kernel is built with fast math, which takes subnormals for zero.
+    """Compare blocks whose scales are normal floats, because the kernel's fast math treats subnormals as zero.
 
     Fast math also makes the kernel's quotient amax / 6 approximate. If a block's maximum is almost, but not exactly,
-    six times a power of two, the kernel may choose the neighbouring scale. Such blocks are left out. BF16 has none.
+    six times a power of two, the kernel may choose the neighbouring scale. Such blocks are set to zero. In BF16 no
+    maximum is that close.
     """
     generator = torch.Generator().manual_seed(4)
     sizes = torch.randint(-90, 91, (2000, 90, 1), generator=generator).float().exp2()
@@ -146,7 +153,10 @@ def test_random_weights_are_rounded_as_modelopts_kernel_does(dtype: torch.dtype)
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("largest", [3.5, 4.0, 5.5, 6.0], ids="largest_is_{}".format)
 def test_ties_are_rounded_as_modelopts_kernel_does(largest: float, dtype: torch.dtype, sign: int) -> None:
-    """Every midpoint at every scale from 2^-100 to 2^100, and the floats beside them; a maximum of six scales too."""
+    """Test every midpoint at every scale from 2^-100 to 2^100, and the floats next to each midpoint.
+
+    `largest` is the maximum of each block in units of the power of two.
+    """
     powers = torch.arange(-100.0, 101.0).exp2().unsqueeze(-1)
     midpoints = (torch.tensor([m for m in MIDPOINTS if m < largest]) * powers).to(dtype)
     kind = BITS[dtype]

@@ -1,6 +1,6 @@
 """Functions that break a copy of an export, tensor by tensor or file by file.
 
-The files of the copy are links to the good export. They are replaced, never written into.
+The files of the copy are links to the good export. So a function replaces a file, and never writes into it.
 """
 
 import json
@@ -67,7 +67,7 @@ def packed_as(how: Callable[[Tensor], Tensor], *names: str) -> Break:
 
 
 def packed(name: str, how: Callable[[Tensor], Tensor]) -> Break:
-    """Apply `how` to blocks and scales, to reorder experts or rows."""
+    """Apply `how` to both blocks and scales of a stack, for example to reorder experts or rows."""
     return packed_as(how, f"{name}_blocks", f"{name}_scales")
 
 

@@ -1,7 +1,7 @@
-"""Runs several command lines of the program in the same processes, because imports take longer than the runs.
+"""Run several command lines of the program in the same processes, because imports take longer than the runs.
 
-A launcher starts it with a JSON file that holds a list of `Line`s. It writes <file>.outcomes, with one JSON object per
-line.
+A launcher starts this script with a JSON file that holds a list of `Line`s. The script writes <file>.outcomes, one JSON
+object for each command line.
 """
 
 import gc
@@ -31,8 +31,8 @@ class Line:
 
     Attributes:
         arguments: arguments of the program.
-        interrupted_at: step after whose checkpoint the run is interrupted, or None.
-        is_compared: whether the saved files are compared with those that one process saves of the same weights.
+        interrupted_at: step at which the run is interrupted, after the checkpoint is saved, or None.
+        is_compared: whether the saved files are compared with the files that one process saves from the same weights.
     """
 
     arguments: list[str]
@@ -46,9 +46,9 @@ class Outcome(TypedDict, total=False):
     Attributes:
         status: exit status of the program.
         share: share of the model that this process holds.
-        teacher_share: the same for the teacher, or None if there is none.
+        teacher_share: share of the teacher that this process holds, or None without a teacher.
         loss_left: validation loss of the model after training.
-        same: for each saved file, whether it equals the file of one process.
+        same: for each saved file, whether it equals the file that one process saves.
         processes: number of processes.
     """
 
@@ -61,9 +61,9 @@ class Outcome(TypedDict, total=False):
 
 
 def use_gloo_alone() -> None:
-    """Keep DeepSpeed from building its extension for collectives on CPUs: the build takes a minute, gloo does as well.
+    """Keep DeepSpeed from building its extension for collectives on CPUs. The build takes a minute, and gloo is enough.
 
-    DeepSpeed 0.19 has no setting for this. On GPUs it has no such extension.
+    DeepSpeed 0.19 has no setting for this. On GPUs there is no such extension.
     """
     import deepspeed.ops
 
@@ -73,7 +73,7 @@ def use_gloo_alone() -> None:
 def measure_share(model: nn.Module) -> float:
     """Return the share of a model's values that this process holds."""
     parameters = list(model.parameters())
-    # DeepSpeed gathers and releases a parameter itself; ds_tensor is always this process's shard.
+    # DeepSpeed gathers and releases parameters itself. ds_tensor is always this process's shard.
     own = (p.to_local() if isinstance(p, DTensor) else getattr(p, "ds_tensor", p.data) for p in parameters)
     return sum(part.numel() for part in own) / sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
@@ -133,7 +133,7 @@ def run(line: Line) -> Outcome:
 
 
 def main(file: Path) -> None:
-    # This process outlives an error of the program, so no process has to wait for the main one's message.
+    # This process goes on after an error of the program, so no process has to wait for the main process's message.
     program._SECONDS_FOR_THE_MAIN_PROCESS = 0
     saving.SHARD_BYTES = 300_000  # a tiny model is then saved in several shards
     lines = [Line(**line) for line in json.loads(file.read_text(encoding="utf-8"))]

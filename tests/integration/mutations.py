@@ -87,7 +87,7 @@ def order_as_llama_cpp(blocks: Tensor) -> Tensor:
 
 
 def round_toward_zero(blocks: Tensor) -> Tensor:
-    """Make one code in 200 one step smaller. An exporter that breaks ties in another way than training does this."""
+    """Make one code in 200 one step smaller, like an exporter that rounds ties differently from training."""
     is_hit = (torch.arange(blocks.numel()).view(blocks.shape) % 100 == 0) & (blocks & 7 > 0)
     return blocks - is_hit.to(torch.uint8)
 
@@ -98,7 +98,10 @@ def interleave_rope(rows: Tensor, head_dim: int = 32) -> Tensor:
 
 
 def pack_on_the_other_axis(all_: Tensors) -> None:
-    """Pack from (in, out) instead of (out, in). The shape is the same if hidden = intermediate."""
+    """Pack blocks along the other axis: from (in, out) instead of (out, in).
+
+    The shape is the same if hidden = intermediate.
+    """
     weight = decode(all_[f"{DOWN}_blocks"], all_[f"{DOWN}_scales"], torch.float32)
     all_[f"{DOWN}_blocks"], all_[f"{DOWN}_scales"] = encode(weight.transpose(1, 2).contiguous(), MXFP4)
 

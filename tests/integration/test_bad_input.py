@@ -1,4 +1,4 @@
-"""Every mistake of the user ends in one message on stderr that names the place, without traceback. Exit status 2."""
+"""Every mistake of the user ends in one message on stderr. It names the place and has no traceback. Exit status 2."""
 
 import json
 import shutil
@@ -65,7 +65,7 @@ def shards(model: Path) -> list[Path]:
 
 
 def edit_tensors(model: Path, name: str, edit) -> None:
-    """Rewrite the shard that holds `name`, with edit(tensors) applied."""
+    """Apply `edit` to the tensors of the shard that holds `name`, and rewrite the shard."""
     shard = next(path for path in shards(model) if name in load_file(path))
     tensors = load_file(shard)
     edit(tensors)

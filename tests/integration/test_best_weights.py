@@ -1,4 +1,4 @@
-"""A stage keeps the weights of its lowest validation loss, and stops early, whether it was interrupted or not."""
+"""A stage stops early and keeps the weights with the lowest validation loss, also after an interruption."""
 
 import shutil
 from pathlib import Path
@@ -14,8 +14,8 @@ from pipeline.training import callbacks
 EVERY = 3
 PATIENCE = 3
 
-# Few examples and a high rate, so that the model soon overfits. At a constant rate without warm-up, a short run takes
-# the first steps of a longer one.
+# With few examples and a high learning rate, the model soon overfits. The rate is constant and has no warm-up, so the
+# steps of a short run equal the first steps of a longer run.
 OVERFITTING = {
     "learning_rate": 0.02,
     "lr_scheduler": "constant",
@@ -32,7 +32,10 @@ def settings(stage: str, **changes: object) -> list[str]:
 
 
 def prepare(tmp_path: Path, smoke_run: Path, recipe: str, stage: str) -> tuple[Path, list[str]]:
-    """Make a run that is complete up to the stage; return it with the arguments of the stage."""
+    """Make a run in which all stages before `stage` are complete.
+
+    Returns its directory and the arguments that run the stage.
+    """
     before = ("upcast", "sft", "quantize") if stage == "qat" else ("upcast",)
     run_dir = linked(tmp_path / "run", smoke_run, *before)
     return run_dir, [f"stage={stage}", f"recipe={recipe}", "data.max_samples=24"]
@@ -43,14 +46,17 @@ def copy(run_dir: Path, name: str) -> Path:
 
 
 def validation_losses(directory: Path) -> dict[int, float]:
-    """Step -> validation loss, without the loss before training."""
+    """Return step -> validation loss, without the loss before training."""
     return {
         line["step"]: line["eval_loss"] for line in read_metrics(directory) if line.get("eval_loss") and line["step"]
     }
 
 
 def weights(artifact: Artifact) -> dict[str, bytes]:
-    """Name -> bytes of the safetensors files. Other files of adapters contain the name of their directory."""
+    """Return name -> bytes of the safetensors files.
+
+    The other files of adapters contain the name of their directory, so they differ between runs.
+    """
     return {path.name: path.read_bytes() for path in artifact.directory.glob("*.safetensors")}
 
 

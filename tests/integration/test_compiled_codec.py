@@ -1,4 +1,7 @@
-"""Every format and rule, compiled against eager, bit for bit. Compiling takes minutes, so this is no unit test."""
+"""Compiled kernels give the same bits as eager ones, for every format and scale rule.
+
+Compiling takes minutes, so this is no unit test.
+"""
 
 import os
 import subprocess
@@ -19,7 +22,7 @@ from pipeline.numerics.formats import FORMATS, SCALE_RULES, BlockFormat
 
 pytestmark = pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler on this machine")
 
-SHAPE = (3, 37, 192)  # experts, out, in; neither 37 nor a slab of 3 * 37 * 64 values fills whole vector registers
+SHAPE = (3, 37, 192)  # experts, out, in. Neither 37 nor 3 * 37 * 64 values (a slab) fill whole vector registers
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float8_e4m3fn: torch.uint8}
 ORDERS = {
     "in_last": lambda values: values,
@@ -29,7 +32,7 @@ ORDERS = {
 
 @pytest.fixture(autouse=True)
 def must_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Several slabs; and whatever would quietly run a kernel eagerly is an error."""
+    """Use several slabs, and make it an error if a kernel silently falls back to eager."""
     monkeypatch.setitem(codec._SLAB_VALUES, "cpu", 37 * 64)
     with torch._dynamo.config.patch(recompile_limit=100, fail_on_recompile_limit_hit=True), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -41,7 +44,10 @@ def bits(values: Tensor) -> Tensor:
 
 
 def sample(dtype: torch.dtype) -> Tensor:
-    """Half random, half multiples of a quarter, many of which are ties; blocks of many sizes; zeros of both signs."""
+    """Make values: half are random, half are multiples of 1/4, many of which are ties.
+
+    Blocks have different magnitudes. Zeros of both signs are included.
+    """
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(SHAPE, generator=generator)
     values[:, ::2] = (values[:, ::2] * 16).round() / 4
@@ -52,7 +58,7 @@ def sample(dtype: torch.dtype) -> Tensor:
 
 
 def everything(values: Tensor, block_format: BlockFormat, importance: Tensor) -> list[Tensor]:
-    """All that the codec computes from values."""
+    """Compute all results of the codec for some values."""
     unit = tensor_scale(values, block_format)
     blocks, scales = encode(values, block_format, unit)
     decoded = [decode(blocks, scales, values.dtype, unit, out=into) for into in (None, torch.empty_like(values))]
@@ -62,7 +68,7 @@ def everything(values: Tensor, block_format: BlockFormat, importance: Tensor) ->
 
 @pytest.mark.parametrize(("dtype", "order"), [(torch.bfloat16, "in_first"), (torch.float32, "in_last")], ids=str)
 def test_compiled_codecs_give_the_bits_of_eager_ones(dtype: torch.dtype, order: str) -> None:
-    """Every format and rule, weighted or not."""
+    """Test every format and scale rule, with and without importance."""
     values = ORDERS[order](sample(dtype))
     importance = torch.rand(SHAPE[0], SHAPE[2], generator=torch.Generator().manual_seed(1)) ** 4
     graphs_before = counters["stats"]["unique_graphs"]
@@ -97,7 +103,7 @@ print([str(warning.message) for warning in caught if "torch.compile failed" in s
 
 @pytest.mark.parametrize("broken", ["compiles_nothing", "is_no_compiler", "has_no_cache"])
 def test_a_broken_compiler_costs_a_warning_and_no_result(tmp_path: Path, broken: str) -> None:
-    """A process of its own: torch remembers which compiler it found."""
+    """This needs a new process, because torch remembers which compiler it found."""
     cache, compiler = tmp_path / "cache", tmp_path / "c++"
     version = 'case "$1" in --version) echo "g++ 13.0.0"; exit 0;; esac\n' if broken == "compiles_nothing" else ""
     compiler.write_text(f"#!/bin/sh\n{version}exit 1\n")
@@ -108,7 +114,7 @@ def test_a_broken_compiler_costs_a_warning_and_no_result(tmp_path: Path, broken:
         **os.environ,
         **({} if broken == "has_no_cache" else {"CXX": str(compiler)}),
         "PYTHONPATH": str(Path(codec.__file__).parents[2]),
-        "TORCHINDUCTOR_CACHE_DIR": str(cache),  # else an earlier run's machine code would serve
+        "TORCHINDUCTOR_CACHE_DIR": str(cache),  # otherwise cached machine code of an earlier run would be used
     }
     done = subprocess.run(
         [sys.executable, "-c", CONVERTS_TWICE], env=environment, capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""A run whose loss is not finite ends at that step with an error."""
+"""Training ends with an error at the first step whose loss is not finite."""
 
 from pathlib import Path
 

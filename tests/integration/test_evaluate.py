@@ -34,7 +34,7 @@ def results(run_dir: Path) -> dict[str, Any]:
 
 
 def error_of(capsys: pytest.CaptureFixture[str], run_dir: Path, *arguments: str) -> str:
-    """Run an evaluation that fails, and return its error of one line."""
+    """Run an evaluation that must fail, and return its error message, which has one line."""
     capsys.readouterr()
     assert evaluate(run_dir, *arguments) == 2
     error = capsys.readouterr().err
@@ -54,7 +54,7 @@ def test_every_model_but_the_reference_has_a_divergence_with_its_interval(smoke_
         assert 0 < figures["kl_divergence_low"] < figures["kl_divergence"] < figures["kl_divergence_high"]
         assert figures["top1_agreement_low"] <= figures["top1_agreement"] <= figures["top1_agreement_high"]
         assert "kl_divergence/0-31" in figures
-    # The export is the same model, except for the weights stored in BF16.
+    # The export is the same model as qat, except that some weights are stored in BF16.
     assert found["export"]["kl_divergence"] == pytest.approx(found["qat"]["kl_divergence"], rel=0.02)
     assert found["quantize"]["kl_divergence"] < found["upcast"]["kl_divergence"]
 
@@ -109,7 +109,7 @@ def test_a_model_with_other_tokens_is_refused_with_both_directories(
 
 @pytest.fixture
 def grouped(tmp_path: Path) -> str:
-    """data.path of conversations in two groups. Some name a language."""
+    """The setting data.path for conversations in two groups. Some conversations name a language."""
     lines = []
     for i in range(40):
         messages = [
@@ -163,7 +163,7 @@ def test_a_column_that_differs_in_every_row_is_refused(
 
 def test_answers_are_judged_and_judgements_are_stored(run_dir: Path, server: Server) -> None:
     served = (f"evaluate.endpoint.url={server.url}", "evaluate.endpoint.api=chat")
-    judged = (*JUDGED[:3], JUDGED[-1], f"evaluate.judge.url={server.url}")  # its one reply serves for both
+    judged = (*JUDGED[:3], JUDGED[-1], f"evaluate.judge.url={server.url}")  # one server is both the model and the judge
     assert evaluate(run_dir, *judged, *served) == 0
     found = results(run_dir)["endpoint"]
     assert (found["judged_safe_answered"], found["judged_safe_answered_decided"]) == (1.0, 2)

@@ -1,4 +1,4 @@
-"""NVFP4 for weights, and for weights and inputs: training, evaluation, and combinations that are refused at once."""
+"""NVFP4 for weights, and for weights and inputs: training, evaluation, and combinations that are refused early."""
 
 import json
 import shutil
@@ -14,13 +14,16 @@ from pipeline.numerics.formats import FORMATS
 from pipeline.runs import artifacts
 
 QUICK = ("recipe=smoke", *SHORT, "qat.max_steps=3")
-QUANTIZERS = {"nvfp4": 4, "nvfp4_w4a4": 8}  # two layers with two stacks each; quantizers of inputs double the number
+QUANTIZERS = {"nvfp4": 4, "nvfp4_w4a4": 8}  # 2 layers x 2 stacks. W4A4 adds a quantizer for the inputs of each stack
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 
 
 @pytest.fixture(scope="module")
 def trained(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function that runs quantize to compare for a format once. Tests must not write to its run directory."""
+    """A function that returns the run directory of a format. Tests must not write to it.
+
+    The first call for a format runs the stages from quantize to compare.
+    """
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
@@ -38,7 +41,7 @@ def trained(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_a_restored_model_computes_what_the_calibrated_one_did(name: str, smoke_run: Path, tmp_path: Path) -> None:
-    """This includes the ranges of inputs, which only calibration determines."""
+    """The restored state includes the ranges of inputs, which only calibration determines."""
     block_format = FORMATS[name].with_rule("mse")
     ref = references.of_artifact(artifacts.load(smoke_run / "sft"))
     calibrated, restored = (loading.load_quantized(ref, torch.float32) for _ in range(2))

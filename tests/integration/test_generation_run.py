@@ -1,4 +1,4 @@
-"""Answers in a whole run: of stages and of a server, resumed after a kill, and written during training."""
+"""Answers in a whole run: from stages and from a server, resumed after a kill, and written during training."""
 
 import json
 import re
@@ -23,7 +23,7 @@ KEY = "sk-secret-7"
 
 @pytest.fixture
 def unmeasured(run_dir: Path) -> Path:
-    """A copy of the smoke run before any evaluation."""
+    """A copy of the smoke run without its evaluation."""
     shutil.rmtree(run_dir / "evaluate")
     return run_dir
 

@@ -1,8 +1,8 @@
-"""The losses of the smoke recipe are reproducible, so that a change of the arithmetic does not go unnoticed.
+"""The losses of the smoke recipe are reproducible, so these tests detect a change of the arithmetic.
 
-Two runs on one machine have the same losses. In the environment recorded in tests/golden/smoke.json, the losses are
-those of the file. If you change the arithmetic on purpose, copy the losses that the failed test shows into the file and
-give the reason in the commit.
+Two runs on one machine have the same losses. In the environment recorded in tests/golden/smoke.json, the losses equal
+the recorded ones. If you change the arithmetic on purpose, copy the losses that the failed test shows into the file,
+and give the reason in the commit.
 """
 
 import json
@@ -22,7 +22,7 @@ SETTINGS = ("recipe=smoke", *(f"{stage}.{key}" for stage in STAGES for key in ("
 
 
 def libraries() -> dict[str, str]:
-    """Return the versions that the losses depend on. All are pinned, so the record must follow the pins."""
+    """Return the library versions that the losses depend on. The record must name the pinned versions."""
     return {name: version(name).partition("+")[0] for name in ("torch", "transformers", "trl", "nvidia-modelopt")}
 
 

@@ -65,7 +65,10 @@ def test_merged_experts_are_what_the_quantizers_are_given(lora_run: Path, monkey
 
 
 def test_adapters_merge_to_base_plus_delta(lora_run: Path) -> None:
-    """Against the factors as PEFT documents them: A (r E, in), B (out, r E), delta of expert e = scale * B_e A_e."""
+    """Compare with PEFT's documented formula: the delta of expert e is scale * B_e A_e.
+
+    A is (r E, in), and B is (out, r E).
+    """
     from safetensors.torch import load_file
 
     directory = lora_run / "sft"
@@ -74,7 +77,7 @@ def test_adapters_merge_to_base_plus_delta(lora_run: Path) -> None:
     weights = Weights(references.of_artifact(artifacts.load(directory)))
     base = Checkpoint(lora_run / "upcast").read("model.layers.1.mlp.experts.gate_up_proj").double()
     experts, rank, scale = base.shape[0], config["r"], config["lora_alpha"] / config["r"]
-    # The factors of gate_up_proj are those next to the B of its output size.
+    # Only the B of gate_up_proj has its output size. The A of gate_up_proj has the same name with lora_A.
     (b_name,) = (name for name, factor in factors.items() if factor.shape == (base.shape[2], rank * experts))
     a = factors[b_name.replace("lora_B", "lora_A")].double().reshape(experts, rank, -1)
     b = factors[b_name].double().reshape(-1, rank, experts)

@@ -48,7 +48,10 @@ class Run:
         return directory
 
     def problems_with_model(self, export: Path) -> list[str]:
-        """Return the problems that the trained model shows, without logits and without the distance from the base."""
+        """Return the problems found with the trained model.
+
+        The checks of logits and of the distance from the base model are left out.
+        """
         target, base = EXPORTERS[self.target], Checkpoint(self.base)
         found = [
             *verify.check_tensors(export, target, base).problems,
@@ -61,7 +64,7 @@ class Run:
         return [problem for check in checks for problem in check.problems]
 
     def problems_with_base(self, export: Path) -> list[str]:
-        """Return the problems that the base model shows if only the directory of the export is known."""
+        """Return the problems found with the base model, if only the directory of the export is known."""
         checks = verify.check_against_base(export, recognize(export), self.base)
         return [problem for check in checks for problem in check.problems]
 
@@ -90,7 +93,7 @@ def square(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def exported_as(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
-    """A function that exports the same model to a target once."""
+    """A function that exports the smoke run's qat model to a target. Each export is made once."""
 
     @cache
     def make(target: str) -> Run:
@@ -155,7 +158,7 @@ def test_good_export_in_another_layout_has_no_problems_and_is_recognized(
 
 @pytest.mark.parametrize("which", ["run", "square"])
 def test_good_export_has_no_problems_and_is_unchanged(which: str, request: pytest.FixtureRequest) -> None:
-    """This test runs after all mutations: none of them wrote through a link."""
+    """This test runs after all mutations. It shows that no mutation wrote through a link to the good export."""
     good: Run = request.getfixturevalue(which)
     assert good.problems_with_model(good.export) == good.problems_with_base(good.export) == []
     assert artifacts.fingerprint_of(good.export)[0] == artifacts.load(good.export).fingerprint
@@ -166,7 +169,7 @@ def test_export_has_several_shards_to_break(run: Run) -> None:
 
 
 def test_the_pages_say_how_many_are_caught(capsys: pytest.CaptureFixture[str]) -> None:
-    """The tests above check each mutation. This one checks the counts in the documentation."""
+    """The tests above check each mutation. This test checks the counts in the documentation."""
     every = [*MUTATIONS, *SQUARE, *(mutation for of_layout in OF_LAYOUT.values() for mutation in of_layout)]
     caught, with_base = len(every), sum(mutation.shows_against_base for mutation in every)
     page, readme = (

@@ -14,7 +14,7 @@ ALL_AT_ONCE = (*SHORT, "data.max_samples=20", "data.max_length=200")
 
 
 def train_one_step(run_dir: Path, source: Path, stage: str, *settings: str) -> dict[str, Any]:
-    """Train one step; return its metrics and those of the validation before it."""
+    """Train one step, and return its metrics together with the metrics of the validation before it."""
     linked(run_dir, source, *(("upcast", "sft", "quantize") if stage == "qat" else ("upcast",)))
     once = (f"{stage}.max_steps=1", f"{stage}.logging_steps=1", f"{stage}.batch_size=64")
     assert run_program(f"stage={stage}", "recipe=smoke", f"run_dir={run_dir}", *ALL_AT_ONCE, *once, *settings) == 0

@@ -1,4 +1,4 @@
-"""Two processes (gloo, on the CPU) against one process, with the same global batch."""
+"""Two processes train like one process with the same global batch. They use gloo on the CPU."""
 
 import os
 import subprocess
@@ -16,7 +16,13 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node={}")
 
 
 def launch(*command: str, processes: int = 2, launcher: tuple[str, ...] = TORCHRUN) -> subprocess.CompletedProcess:
-    """Run a command of the interpreter under a launcher: a module with its flags, {} for the number of processes."""
+    """Run a Python command under a launcher.
+
+    Args:
+        command: script or module, with its arguments.
+        processes: number of processes.
+        launcher: module and flags of the launcher. {} stands for the number of processes.
+    """
     started = [sys.executable, "-m", *(part.format(processes) for part in launcher), *command]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
     return subprocess.run(started, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
@@ -34,7 +40,7 @@ def token_counts(run_dir: Path, stage: str) -> list[tuple[int, int]]:
 
 def test_two_processes_train_like_one_and_verify_the_export(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    # Within one epoch, because accelerate fills the last batch of an epoch with repeated examples.
+    # The steps stay within one epoch, because accelerate fills the last batch of an epoch with repeated examples.
     within = ("sft.max_steps=8", "sft.eval_steps=4", "sft.save_steps=4")
     single = ("sft.gradient_accumulation_steps=2", "qat.gradient_accumulation_steps=2")
     arguments = ("recipe=smoke", *SHORT, *within, "sft.batch_size=4", "qat.batch_size=4")
@@ -71,7 +77,7 @@ def test_a_process_that_fails_alone_reports_its_error(tmp_path: Path) -> None:
 
 
 def test_all_processes_wait_for_the_main_process(tmp_path: Path) -> None:
-    """The first barrier must work too: on CPUs accelerate makes no process group by default."""
+    """The first barrier must work too, although accelerate makes no process group on CPUs by default."""
     script = tmp_path / "barrier.py"
     script.write_text(
         "import time\n"

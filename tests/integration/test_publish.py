@@ -1,4 +1,4 @@
-"""stage=publish on a real run: its card agrees with the records, its directory with the export, and it uploads."""
+"""stage=publish on a real run: the card agrees with the records, the files equal the export, and the upload works."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ HUB_NAMES = ("export.card.base_model=openai/gpt-oss-20b", "export.card.license=a
 
 @pytest.fixture
 def run(smoke_run: Path, tmp_path: Path) -> Path:
-    """A copy of the smoke run, to be written to."""
+    """A copy of the smoke run, which a test may change."""
     return Path(shutil.copytree(smoke_run, tmp_path / "run"))
 
 
@@ -52,7 +52,8 @@ def test_the_directory_is_the_export_byte_for_byte_and_a_card(run: Path) -> None
     assert {path.name for path in model.iterdir()} == {*export.files, "README.md"}
     for name in export.files:
         assert (model / name).read_bytes() == (run / "export" / name).read_bytes()
-    assert (model / "config.json").samefile(run / "export" / "config.json")  # no second copy of 13 or 65 GB
+    # The files are links, because a second copy of a released model would take 13 or 65 GB.
+    assert (model / "config.json").samefile(run / "export" / "config.json")
     _, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True)
     assert not any(info.values())
 
@@ -98,7 +99,7 @@ def test_the_card_tells_nothing_of_this_machine(run: Path) -> None:
 
 
 def test_writing_the_card_leaves_a_readme_of_the_export_alone(run: Path) -> None:
-    """As the base model's own, which is exported with its tokenizer and its licence."""
+    """The base model's README is such a file. It is exported with the tokenizer and the licence."""
     source = next(path for path in (run / "source").iterdir() if path.is_dir())
     own = "---\nlicense: apache-2.0\nlanguage: en\n---\n# The base model\n"
     (source / "README.md").write_text(own)
@@ -128,7 +129,7 @@ def test_a_gguf_gets_the_licence_of_the_base_model(run: Path, capfd: pytest.Capt
 
 
 def pass_verify(run: Path, fingerprint: str) -> None:
-    """As verify leaves it that has passed."""
+    """Write the artifact of a passed `verify`."""
     from pipeline.config import ModelConfig, PipelineConfig, Stage
     from pipeline.runs.artifacts import Kind, Result
     from pipeline.runs.building import build

@@ -15,7 +15,7 @@ from pipeline.runs import artifacts
 from pipeline.runs.metrics import read_metrics
 from pipeline.training import callbacks
 
-# Experts so large that writing them takes long enough to be interrupted.
+# The experts are large, so that writing them takes long enough to be interrupted.
 LARGE = (
     "model.tiny.num_hidden_layers=4",
     "model.tiny.num_local_experts=16",

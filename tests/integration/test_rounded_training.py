@@ -1,4 +1,4 @@
-"""QAT rounds the experts once per optimizer step, and learns exactly what it learns when it rounds all the time."""
+"""QAT rounds the experts once per optimizer step. Losses and weights are the same as with rounding in every pass."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ BY_HAND = (
 
 @pytest.fixture
 def roundings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of experts that each call of the codec rounds."""
+    """A list to which each call of the codec appends the number of experts that it rounds."""
     seen: list[int] = []
 
     def counted(values: torch.Tensor, *others: object) -> torch.Tensor:
@@ -38,7 +38,7 @@ def roundings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def trained(run_dir: Path, source: Path, *settings: str) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The losses of a QAT that starts from `source`'s quantize stage, and the weights that it leaves."""
+    """Run QAT from `source`'s quantize stage. Returns the losses and the trained weights."""
     from safetensors.torch import load_file
 
     linked(run_dir, source, "upcast", "sft", "quantize")
@@ -48,12 +48,14 @@ def trained(run_dir: Path, source: Path, *settings: str) -> tuple[list[float], d
     return losses, {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-ROUNDED_TIMES = STEPS + 1  # in every step, the first also for the validation before it, and for that after the last
+# Once per step, and once for the validation after the last step. The validation before training shares the rounding of
+# the first step.
+ROUNDED_TIMES = STEPS + 1
 
 
 @pytest.mark.parametrize(
     ("recipe", "once"),
-    # Two stacks in each of two layers; with adapters on one layer the other's are rounded once for ever.
+    # Two layers have two stacks each. With adapters on one layer, the stacks of the other are rounded only once.
     [("smoke", 4 * ROUNDED_TIMES), ("smoke_lora", 2 + 2 * ROUNDED_TIMES)],
 )
 def test_the_experts_are_rounded_once_per_step_with_the_losses_of_rounding_in_every_pass(

@@ -23,7 +23,7 @@ def test_a_script_finds_all_that_it_uses(script: str) -> None:
 
 
 def test_the_table_of_errors(smoke_run: Path) -> None:
-    """A random tiny model's weights lie on MXFP4's grid; those of a normal distribution do not."""
+    """A tiny model's weights lie on MXFP4's grid. Weights from a normal distribution do not."""
     arguments = ("--shape", "2", "64", "96", "--repeats", "1", "--compilation", "never")
     lines = output("bench_numerics", *arguments, "--model", str(smoke_run / "upcast")).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]

@@ -45,7 +45,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def arguments(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Of the program, to serve with the fake engine, which notes its processes."""
+    """Arguments that make the program serve with the fake engine, which records its process ids."""
     program = tmp_path / "vllm"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {fake_engine.__file__} "$@"\n')
     program.chmod(stat.S_IRWXU)
@@ -58,7 +58,7 @@ def arguments(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def processes(tmp_path: Path) -> list[psutil.Process]:
-    """Of the engine, those that are left: itself, its child, and the child that left its group."""
+    """Return the engine's processes that still run: itself, its child, and the child that left its process group."""
     left = []
     for pid in (tmp_path / "pids").read_text().split():
         if psutil.pid_exists(int(pid)) and (each := psutil.Process(int(pid))).status() != psutil.STATUS_ZOMBIE:
@@ -154,9 +154,9 @@ def test_an_engine_that_ignores_being_asked_to_end_is_killed(
 
 @contextmanager
 def started(arguments: list[str], **how: Any) -> Iterator[subprocess.Popen[str]]:
-    """The program in a process of its own, which no failed test leaves behind.
+    """Start the program in a process of its own, and end this process even if the test fails.
 
-    What runs in the background of a shell ignores SIGINT, and so would what it starts.
+    SIGINT gets its default handler. A background job of a shell ignores SIGINT, and its children would inherit that.
     """
     command, root = [sys.executable, "-m", "pipeline", *arguments], Path(fake_engine.__file__).parents[1]
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

@@ -1,6 +1,6 @@
-"""Sharded training against one process: the same losses and weights, also after a resume with more or fewer processes.
+"""Sharded training has the losses and weights of one process, also if it resumes with more or fewer processes.
 
-Few launches do many runs, because imports take longer than training.
+Each launch does many runs, because imports take longer than training.
 """
 
 import json
@@ -20,7 +20,7 @@ from pipeline.runs.metrics import read_metrics
 
 ACCELERATE = ("accelerate.commands.launch", "--config_file=scripts/accelerate/processes.yaml", "--num_processes={}")
 STAGES = ("sft", "qat")
-# Global batches of 12 examples. All within one epoch, because accelerate fills its last batch with repeated examples.
+# Global batches have 12 examples. All steps are in one epoch, because accelerate repeats examples in its last batch.
 SETTINGS = (
     "data.max_samples=80",
     "sft.learning_rate=3e-3",
@@ -30,13 +30,13 @@ SETTINGS = (
     *(f"{stage}.max_steps=6" for stage in STAGES),
 )
 BEFORE = {"sft": ("upcast",), "qat": ("upcast", "sft", "quantize")}
-# A rate so high that the loss rises: the first checkpoint is the best one.
+# The learning rate is so high that the loss rises, so the first checkpoint is the best one.
 RISING = ("qat.learning_rate=0.1", "qat.lr_scheduler=constant", "qat.warmup_ratio=0")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A stage to train, by one process and by several with interruptions."""
+    """A stage that one process trains, and that several processes train with interruptions."""
 
     recipe: str
     stage: str
@@ -95,7 +95,12 @@ OTHERS = {
 
 @dataclass(frozen=True)
 class Runs:
-    """Run directories, one per case, and the outcome of the last run in each, by the case's name."""
+    """One run directory for each case.
+
+    Attributes:
+        directory: parent of the run directories.
+        outcomes: name of the case -> outcome of the last run in its directory.
+    """
 
     directory: Path
     outcomes: dict[str, Outcome]
@@ -111,7 +116,7 @@ def begin(case: Case, done: Path, run_dir: Path) -> None:
 
 
 def launch_lines(file: Path, processes: int, lines: list[Line], launcher: tuple[str, ...] = TORCHRUN) -> list[Outcome]:
-    """Run the command lines one after the other with a number of processes; return the outcome of each."""
+    """Run the command lines one after the other, each with all processes. Returns the outcome of each line."""
     file.write_text(json.dumps([asdict(line) for line in lines]), encoding="utf-8")
     outcome = launch(command_lines.__file__, str(file), processes=processes, launcher=launcher)
     print(outcome.stdout, outcome.stderr)  # pytest shows this if a test fails
@@ -120,7 +125,7 @@ def launch_lines(file: Path, processes: int, lines: list[Line], launcher: tuple[
 
 
 def run_by_one_process(directory: Path, cases: tuple[Case, ...]) -> Runs:
-    """Run the cases uninterrupted, and the stages before them."""
+    """Run the stages before the cases, then the cases, without interruptions."""
     runs = Runs(directory, {})
     before = [plain(recipe) for recipe in sorted({case.recipe for case in cases})]
     for case in before:
@@ -208,7 +213,7 @@ def test_weight_changes_and_router_load_are_reported_for_sharded_models(case: Ca
         for run_dir in (shared.of(case), one.of(case.alone))
     )
     for line, expected in zip(lines, alone, strict=True):
-        # The tolerance is for weights that a difference in the last bit moves across a rounding boundary.
+        # A difference in the last bit may move a weight across a rounding boundary, so a tolerance is needed.
         for share in ("eval_moved_weights", "eval_changed_codes"):
             assert line[share] == pytest.approx(expected[share], abs=2e-3)
         assert {name for name in line if "router" in name} == {name for name in expected if "router" in name} != set()

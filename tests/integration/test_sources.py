@@ -25,7 +25,7 @@ def source_of(run_dir: Path) -> Path:
 
 
 def change_weights(source: Path, target: Path, edit) -> Path:
-    """Copy a plain checkpoint into one file, with edit(tensors) applied."""
+    """Copy a plain checkpoint into one file, and apply `edit` to its tensors."""
     target.mkdir()
     tensors: dict[str, torch.Tensor] = {}
     for path in source.iterdir():

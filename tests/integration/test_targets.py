@@ -1,4 +1,4 @@
-"""Every export target has the rounded values of training. Code from other projects decodes them."""
+"""Every export target holds the values that training rounded to. Code from other projects decodes them."""
 
 import importlib
 import json
@@ -30,7 +30,7 @@ ORIGINAL_KEYS = {
     *("swiglu_limit", "head_dim", "num_attention_heads", "num_key_value_heads", "sliding_window"),
     *("initial_context_length", "rope_theta", "rope_scaling_factor", "rope_ntk_alpha", "rope_ntk_beta"),
 }
-"""Fields of ModelConfig in gpt-oss 0.0.9. The keys of config.json are its arguments."""
+"""Fields of ModelConfig in gpt-oss 0.0.9, which takes the keys of config.json as arguments."""
 
 Tensors = dict[str, Tensor]
 
@@ -188,7 +188,7 @@ def problems_of(report: dict) -> list[str]:
 
 
 def dequantize_experts(tensors: Tensors, name: str) -> Tensor:
-    """Decode to (E, in, out) by ModelOpt, which takes one tensor scale at a time."""
+    """Decode experts with ModelOpt, and stack them to (E, in, out). ModelOpt takes one tensor scale at a time."""
     packed = tensors[name].transpose(1, 2)
     scales = tensors[f"{name}_weight_scale"].transpose(1, 2)
     experts = []

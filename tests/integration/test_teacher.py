@@ -11,7 +11,7 @@ SETTINGS = (*SHORT, "qat.max_steps=16", "qat.logging_steps=4", "qat.eval_steps=1
 
 
 def distill(run_dir: Path, source: Path, recipe: str, *settings: str) -> list[float]:
-    """Run QAT; return the divergence from the teacher at each logged step, in nats per token."""
+    """Run QAT, and return the divergence from the teacher at each logged step, in nats per token."""
     linked(run_dir, source, "upcast", "sft", "quantize")
     assert run_program("stage=qat", f"recipe={recipe}", f"run_dir={run_dir}", *SETTINGS, *settings) == 0
     return [line["teacher_divergence"] for line in read_metrics(run_dir / "qat") if "teacher_divergence" in line]

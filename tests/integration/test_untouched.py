@@ -47,7 +47,7 @@ def layer_one(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def mse(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that trained every weight for the scale rule mse. Tests must not write to it."""
+    """A run with the scale rule mse that trained every weight. Tests must not write to it."""
     run_dir = linked(tmp_path_factory.mktemp("mse") / "run", smoke_run, "source", "upcast", "sft")
     run_stages(("quantize", "qat", "export", "verify"), run_dir, *MSE)
     return run_dir
@@ -173,7 +173,7 @@ def test_one_flipped_byte_in_an_untouched_tensor_is_found_and_named(part: str, l
 
 
 def test_experts_that_no_token_reached_are_proven_too(tmp_path: Path) -> None:
-    """An adapter that is still zero turns -0 into 0 when it is added. The export must have the same zeros."""
+    """Adding an adapter that is still zero turns -0 into 0. The export must have the same zeros."""
     few = ("model.tiny.num_local_experts=32", "model.tiny.num_experts_per_tok=1", "sft.max_steps=2", "sft.batch_size=1")
     run_stages(("upcast", "sft", "export", "verify"), tmp_path, *LORA, *few, "sft.warmup_ratio=0")
     sft, upcast = Weights(references.of_artifact(artifacts.load(tmp_path / "sft"))), read_tensors(tmp_path / "upcast")

@@ -22,7 +22,7 @@ HEADER_BYTES, BLOCK_BYTES = 7, 32768
 
 @pytest.fixture(scope="module", autouse=True)
 def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """An environment with secrets, a home of its own and an empty current directory."""
+    """Set up an environment with secrets, an empty home and an empty current directory."""
     import wandb
 
     with pytest.MonkeyPatch.context() as patch:
@@ -31,14 +31,14 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name, value in {**SECRETS, "WANDB_MODE": "offline", "HOME": str(tmp_path_factory.mktemp("home"))}.items():
             patch.setenv(name, value)
         patch.chdir(tmp_path_factory.mktemp("current"))
-        wandb.teardown()  # an earlier test's environment
+        wandb.teardown()  # ends the service, which has the environment of an earlier test
         yield
         wandb.teardown()
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short run up to SFT; SFT was run twice."""
+    """A short run up to SFT. SFT was run twice."""
     run_dir = tmp_path_factory.mktemp("tracked") / "run"
     arguments = ("recipe=smoke", "tracking=wandb", "tracking.tags=[one]", f"run_dir={run_dir}", *SHORT)
     for stage in ("upcast", "sft"):
@@ -48,27 +48,30 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def records(path: Path) -> list[Any]:
-    """The protobuf messages of a .wandb file: LevelDB's log format after a header of 7 bytes."""
+    """Read the protobuf messages of a .wandb file. It has LevelDB's log format after a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, parts, found = path.read_bytes(), HEADER_BYTES, b"", []
     assert data.startswith(b":W&B")
     while at + HEADER_BYTES <= len(data):
         room = BLOCK_BYTES - at % BLOCK_BYTES
-        if room < HEADER_BYTES:  # too little for a fragment's own header: padding
+        if room < HEADER_BYTES:  # padding, because the header of a fragment does not fit
             at += room
             continue
         _, length, kind = struct.unpack("<IHB", data[at : at + HEADER_BYTES])
         parts += data[at + HEADER_BYTES : at + HEADER_BYTES + length]
         at += HEADER_BYTES + length
-        if kind in (1, 4):  # whole, or a last fragment
+        if kind in (1, 4):  # a whole message, or its last fragment
             found.append(Record.FromString(parts))
             parts = b""
     return found
 
 
 def wandb_files(run_dir: Path, stage: str) -> list[Path]:
-    """The files of a stage's runs, oldest first, whole: `finish` can return while wandb's own process still writes."""
+    """List the files of a stage's runs, oldest first.
+
+    `finish` can return while wandb's own process still writes. The teardown waits until the files are complete.
+    """
     import wandb
 
     wandb.teardown()
@@ -76,7 +79,7 @@ def wandb_files(run_dir: Path, stage: str) -> list[Path]:
 
 
 def history(found: list[Any]) -> list[dict[str, Any]]:
-    """The logged lines, without what wandb adds."""
+    """List the logged lines without the fields that wandb adds."""
     lines = []
     for record in found:
         if record.WhichOneof("record_type") == "history":

@@ -1,4 +1,4 @@
-"""The shares of weights and of 4-bit codes that training changed, against a count by hand."""
+"""The shares of weights and of 4-bit codes that training changed equal a count by hand."""
 
 from pathlib import Path
 
@@ -30,11 +30,11 @@ def test_moved_weights_and_changed_codes_are_counted_in_the_first_expert_of_each
     stacks = [p.data for name, p in model.named_parameters() if name.endswith(("gate_up_proj", "down_proj"))]
     total = sum(stack[0].numel() for stack in stacks)
     changes = WeightChanges(model, MXFP4)
-    block = stacks[0][0, :32, 0]  # one block, on the grid of the format
-    block[1] *= 1.01  # moves, and is rounded to the same code
+    block = stacks[0][0, :32, 0]  # one block, whose values lie on the grid of the format
+    block[1] *= 1.01  # the weight moves, but is rounded to the same code
     largest = int(block.abs().argmax())
-    block[largest] *= -1  # another code, the same scale
-    stacks[1][1] *= 3  # an expert that is not sampled
+    block[largest] *= -1  # the code changes, but not the scale of the block
+    stacks[1][1] *= 3  # a change of an expert that is not sampled
     moved = 2 if float(block[1]) != 0 and largest != 1 else 1
     assert changes.measure() == {"moved_weights": moved / total, "changed_codes": 1 / total}
 
@@ -44,7 +44,7 @@ def test_changes_by_adapters_count_as_moved(model: PreTrainedModel) -> None:
     settings.lora.targets, settings.lora.layers = [LoraTarget.experts], [1]
     adapted = adapters.attach(model, settings, "sft")
     changes = WeightChanges(adapted, MXFP4)
-    assert changes.measure() == {"moved_weights": 0.0, "changed_codes": 0.0}  # B is zero at the start
+    assert changes.measure() == {"moved_weights": 0.0, "changed_codes": 0.0}  # the factor B is zero at the start
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:

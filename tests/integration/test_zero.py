@@ -1,6 +1,6 @@
-"""DeepSpeed's ZeRO against one process: the same losses and weights, also after a resume with more processes.
+"""DeepSpeed's ZeRO has the losses and weights of one process, also if it resumes with more processes.
 
-A process imports for longer than it trains, so few launches do many runs.
+Imports take longer than training, so each launch does many runs.
 """
 
 from dataclasses import replace

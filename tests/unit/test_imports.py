@@ -1,4 +1,7 @@
-"""Imports run one way, and each big library has one importer. Read from the sources; nothing is imported."""
+"""Imports between packages go in one direction, and each big library has one importer.
+
+The tests read the sources and import nothing.
+"""
 
 import ast
 import sys
@@ -39,12 +42,12 @@ ONLY_IMPORTER = {
     "hydra": ("__main__", "config.command_line"),
     "importlib": ("__main__", "stages.all", "export"),
 }
-"""Library -> the only modules that import it. importlib: who chooses modules by name."""
+"""Library -> the only modules that import it. Modules that import importlib choose other modules by name."""
 
 
 @cache
 def modules() -> dict[str, Path]:
-    """Name without `pipeline.` -> file; a package is named after its folder: `numerics`, `numerics.codec`."""
+    """Map the name of each module, without `pipeline.`, to its file. A package has the name of its folder."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -54,7 +57,7 @@ def modules() -> dict[str, Path]:
 
 @cache
 def imported(name: str) -> frozenset[str]:
-    """Every module that a file imports, at its top or inside a function; `from pipeline import x` is pipeline.x."""
+    """List every module that a file imports, also inside functions. `from pipeline import x` counts as pipeline.x."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(modules()[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -71,7 +74,7 @@ def imported(name: str) -> frozenset[str]:
 
 @cache
 def own(name: str) -> frozenset[str]:
-    """The modules of this package that a file imports, without `pipeline.`."""
+    """List the modules of this package that a file imports. Names are without `pipeline.`."""
     return frozenset(module.removeprefix("pipeline.") for module in imported(name) if module.startswith("pipeline."))
 
 
@@ -122,7 +125,7 @@ def test_stages_never_import_stages() -> None:
 @pytest.mark.parametrize(("library", "importer"), ONLY_IMPORTER.items())
 def test_a_big_library_has_one_importer(library: str, importer: str | tuple[str, ...]) -> None:
     expected = {importer} if isinstance(importer, str) else set(importer)
-    # Exactly importlib: its submodules do other things than choosing modules by name.
+    # Only importlib itself counts, because its submodules do not choose modules by name.
     users = {name for name in modules() if library in (imported(name) if library == "importlib" else libraries(name))}
     assert users == expected
 

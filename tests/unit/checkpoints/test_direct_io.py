@@ -1,4 +1,4 @@
-"""Direct I/O: files hold and return every byte, direct or not, and every error of the disk is raised."""
+"""Files hold and return every byte, with and without direct I/O, and every error of the disk is raised."""
 
 import errno
 import fcntl
@@ -86,7 +86,7 @@ def skip_unless_on_disk(path: Path) -> None:
 
 
 def is_evicted(path: Path) -> bool:
-    """Whether the page cache does not hold the beginning of a file. The check may fetch it."""
+    """Return whether the beginning of a file is missing from the page cache. The check itself may load it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.preadv(descriptor, [bytearray(1)], 0, os.RWF_NOWAIT)
@@ -221,7 +221,7 @@ def test_a_read_returns_the_bytes_of_the_file(
     file = StoredFile(tmp_path / "file")
     for _ in range(2):
         part = file.read(offset, size)
-        assert part.tobytes() == data[offset : offset + size]  # fewer at the end of the file
+        assert part.tobytes() == data[offset : offset + size]  # a shorter part at the end of the file
         assert part.ctypes.data % 8 == 0
         part[:] = 0  # must not change the file
     file.close()

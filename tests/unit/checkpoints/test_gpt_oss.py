@@ -1,4 +1,4 @@
-"""The layout tables against the model that transformers builds, and against the released checkpoints."""
+"""The layout tables agree with the model that transformers builds, and with the released checkpoints."""
 
 import json
 from fnmatch import fnmatch
@@ -52,7 +52,7 @@ def shape(config: dict[str, Any]) -> Shape:
 
 @pytest.fixture(scope="module")
 def parameters(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the parameters of transformers' model."""
+    """Name -> shape of each parameter in transformers' model."""
     from transformers import GptOssConfig, GptOssForCausalLM
 
     with torch.device("meta"):

@@ -28,7 +28,7 @@ EXPERTS = "model.layers.1.mlp.experts."
 NAME = f"{EXPERTS}down_proj"
 BLOCKS, SCALES = f"{NAME}_blocks", f"{NAME}_scales"
 SINKS = "model.layers.1.self_attn.sinks"
-MOST_MEMORY = 1 << 28  # bytes that reading a malicious header may allocate at most
+MOST_MEMORY = 1 << 28  # bytes, the most that reading a malicious header may allocate
 
 Header = dict[str, Any]
 
@@ -46,7 +46,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(tiny: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny checkpoint, to be damaged."""
+    """A copy of the tiny checkpoint that a test may damage."""
     return Path(shutil.copytree(tiny, tmp_path / "copy"))
 
 
@@ -67,7 +67,7 @@ def replace(directory: Path, name: str, change: Callable[[Tensor], Any]) -> None
 
 
 def save_plain(tiny: Path, directory: Path, dtype: torch.dtype) -> Path:
-    """The tiny checkpoint in the plain layout and another type, as a single file."""
+    """Save the tiny checkpoint in the plain layout and another type, as a single file."""
     directory.mkdir()
     source = Checkpoint(tiny)
     save_file({name: source.read_plain(name).to(dtype) for name in plain_tensors(source.shape)}, directory / SINGLE)
@@ -244,7 +244,7 @@ def with_offsets(move: Callable[[int, int, int], list[Any]]) -> Callable[[Header
 
 
 def twice(header: Header, data: bytes) -> bytes:
-    """Add a second SINKS with the data of the first. Which of the two a reader returns would depend on the reader."""
+    """Add a second SINKS with the data of the first. Readers differ in which of the two they return."""
     again = json.dumps({SINKS: header[SINKS]}).encode()
     return as_header(json.dumps(header).encode()[:-1] + b", " + again[1:]) + data
 

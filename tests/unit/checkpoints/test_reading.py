@@ -36,7 +36,7 @@ def as_bytes(tensor: Tensor) -> bytes:
 
 
 class Maker:
-    """Pieces of random tensors, and a record of the tensors that were made."""
+    """Holds pieces, and records which tensors were made."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -63,7 +63,7 @@ def random_bytes(*shape: int) -> Tensor:
 
 @pytest.fixture
 def maker() -> Maker:
-    """Five pieces of 40, 40, 40, 100 and 10 bytes: with a limit of 80, four shards."""
+    """Five pieces of 40, 40, 40, 100 and 10 bytes. With a limit of 80 bytes they fill four shards."""
     torch.manual_seed(0)
     maker = Maker()
     maker.add(first=random_bytes(40))
@@ -254,7 +254,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(tiny: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny checkpoint, to be damaged."""
+    """A copy of the tiny checkpoint that a test may damage."""
     return Path(shutil.copytree(tiny, tmp_path / "copy"))
 
 
@@ -287,14 +287,14 @@ def weight_map_of(directory: Path) -> dict[str, str]:
 
 
 def edit_index(directory: Path, **changes: str | None) -> None:
-    """Map tensors to other files, or drop them (None), only in the index."""
+    """Change only the index: map tensors to other files, or drop them (None)."""
     weight_map = {name: file for name, file in (weight_map_of(directory) | changes).items() if file is not None}
     content = json.loads((directory / INDEX).read_text()) | {"weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(content))
 
 
 def edit(directory: Path, change: dict[str, Tensor | None], *, in_index: bool = True) -> None:
-    """Replace, add or drop (None) tensors, in their shards and, for added and dropped ones, in the index."""
+    """Replace, add or drop (None) tensors in their shards. The index follows if `in_index` is true."""
     weight_map = weight_map_of(directory)
     for name, tensor in change.items():
         file = weight_map.get(name, min(weight_map.values()))

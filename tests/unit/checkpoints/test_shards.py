@@ -94,7 +94,7 @@ STACK_BYTES = 6 * 10
 
 @pytest.fixture
 def stacks() -> dict[str, Tensor]:
-    """Tensors that have one shard each with a limit of STACK_BYTES."""
+    """Tensors that fill one shard each under the limit STACK_BYTES."""
     torch.manual_seed(1)
     return {name: random_bytes(6, 10) for name in STACKS}
 
@@ -508,7 +508,7 @@ def test_the_error_of_a_full_disk_says_what_to_do(
 def test_a_full_disk_at_fsync_gives_the_same_error(
     sync_bytes: int, tmp_path: Path, stacks: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NFS and file systems with delayed allocation fail only at fsync, in the middle or at the end."""
+    """NFS and file systems with delayed allocation fail only at fsync, in the middle or at the end of a file."""
     monkeypatch.setattr(direct_io, "_SYNC_BYTES", sync_bytes)
     monkeypatch.setattr(direct_io, "_BUFFER_BYTES", 16)
     monkeypatch.setattr(direct_io, "_DIRECT", 0)
@@ -552,7 +552,7 @@ def test_the_next_step_is_read_while_one_is_converted(tmp_path: Path, stacks: di
         step = Step(began[name].set, lambda _: waiting_for(awaited, [(name, stacks[name])]))
         return Piece(infos_of({name: stacks[name]}), lambda: [step])
 
-    for limit in (STACK_BYTES, 10**6):  # across shards, and within one
+    for limit in (STACK_BYTES, 10**6):  # one stack per shard, then all stacks in one shard
         directory = tmp_path / str(limit)
         directory.mkdir()
         for event in began.values():
@@ -579,7 +579,7 @@ def test_the_next_step_is_converted_while_one_is_written(
 
 
 class Alive:
-    """Counter of the tensors that are alive at the same time, and their maximum."""
+    """Counts the tensors that are alive, and keeps the largest count."""
 
     def __init__(self) -> None:
         self.most = self.now = 0

@@ -1,4 +1,4 @@
-"""The sentences of a report on handmade runs. Their outcomes are known, so the right sentences are known too."""
+"""The sentences of a report on handmade runs. The results of these runs imply the right sentences."""
 
 from pathlib import Path
 

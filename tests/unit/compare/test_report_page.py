@@ -1,4 +1,4 @@
-"""The page and its plots: no scripts, nothing loaded, all text escaped, and the same bytes each time."""
+"""The page and its plots contain no scripts, load nothing, escape all text, and have the same bytes each time."""
 
 import re
 import xml.etree.ElementTree as ElementTree

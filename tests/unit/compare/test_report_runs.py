@@ -1,4 +1,4 @@
-"""Runs of a report: how they are found, and the one message that refuses runs that are not comparable."""
+"""A report finds its runs, and refuses runs that are not comparable with a single message."""
 
 import json
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""Tests of pipeline.config. A package, so that its conftest and its file names are its own."""
+"""Tests of pipeline.config. This is a package, so its conftest and file names do not clash with others."""

@@ -1,4 +1,4 @@
-"""Configurations and command lines to test with."""
+"""Functions that compose and check configurations and command lines for tests."""
 
 import copy
 import sys
@@ -41,13 +41,13 @@ def resolved(*overrides: str) -> PipelineConfig:
 
 
 def found_on(*arguments: str) -> str:
-    """Find the one mistake of a command line, before composition."""
+    """Return the mistake of a command line that is found before composition. There must be exactly one."""
     (problem,) = command_line.problems(list(arguments), program.CONF_DIR, program.RECIPES_DIR)
     return problem
 
 
 def broken(**settings: Any) -> list[str]:
-    """List the rules that a configuration breaks with these settings. Two underscores stand for a dot."""
+    """List the rules that a configuration breaks with these settings. Two underscores in a name stand for a dot."""
     changed = PipelineConfig(stage=Stage.sft, model=ModelConfig(path="model"), data=DataConfig(path="data"))
     for key, value in settings.items():
         *sections, name = key.split("__")

@@ -11,7 +11,7 @@ from pipeline.config import PipelineConfig
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The environment that main() sets, without a distributed launcher, in an empty working directory."""
+    """Set the environment as main() does, without a distributed launcher, and change into an empty directory."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE"):
@@ -20,7 +20,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[PipelineConfig]:
-    """The configurations that stages were run with. The stages do nothing else."""
+    """The configurations that stages were run with. The stages only record them."""
     configs: list[PipelineConfig] = []
     replace_stages(monkeypatch, configs.append)
     return configs
@@ -28,7 +28,10 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[PipelineConfig]:
 
 @pytest.fixture
 def mistake(seen: list[PipelineConfig], capsys: pytest.CaptureFixture[str]) -> Mistake:
-    """Returns the message that refuses a command line: status 2, one error, no traceback, no stage has run."""
+    """A function that runs a wrong command line and returns its error message.
+
+    It checks that the status is 2, that there is one error and no traceback, and that no stage has run.
+    """
 
     def message_of(*arguments: str) -> str:
         capsys.readouterr()

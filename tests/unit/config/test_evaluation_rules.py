@@ -13,7 +13,7 @@ URL = "http://localhost:8000/v1"
 
 
 def broken(**settings: Any) -> list[str]:
-    """List the rules that `evaluate` breaks with these settings. Two underscores stand for a dot."""
+    """List the rules that `evaluate` breaks with these settings. Two underscores in a name stand for a dot."""
     changed = PipelineConfig(stage=Stage.evaluate, model=ModelConfig(path="model"), data=DataConfig(path="data"))
     for key, value in settings.items():
         *sections, name = key.split("__")

@@ -27,7 +27,7 @@ def help_text() -> str:
 
 
 def documented_settings() -> dict[str, dict[str, str | None]]:
-    """Section -> setting -> its meaning, read from the sources as text, without fields that are sections.
+    """Read section -> setting -> meaning from the source text. Fields that are sections are left out.
 
     The meanings of verify.python come from the table of engines, because its class has no source.
     """
@@ -53,7 +53,7 @@ def test_every_setting_has_a_meaning() -> None:
 
 
 def sections_of(node: type, prefix: str = "") -> dict[str, list[str]]:
-    """Key of a section -> the names of its dataclass and of the base classes."""
+    """Map the key of each section to the names of its dataclass and base classes."""
     found = {prefix: [each.__name__ for each in node.__mro__ if dataclasses.is_dataclass(each)]}
     for name, kind in get_type_hints(node).items():
         key = f"{prefix}.{name}".lstrip(".")
@@ -119,7 +119,7 @@ def test_the_help_is_shown_despite_other_arguments(arguments: list[str], capsys:
 
 
 def seconds_of_children() -> float:
-    """Processor time of all child processes that have ended. Other load on the machine does not change it."""
+    """Return the processor time of all child processes that have ended. It does not depend on other load."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

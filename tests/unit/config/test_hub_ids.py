@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config import hub_ids
 
-# path -> whether it is the id of a model, and of a data set
+# path -> (whether it is the id of a model, whether it is the id of a data set)
 RULE: dict[str | None, tuple[bool, bool]] = {
     # owner/name
     "openai/gpt-oss-20b": (True, True),

@@ -1,4 +1,4 @@
-"""Sweeps: a directory for each job, and what the jobs share with the run that run_dir names."""
+"""Sweeps: each job has its own directory, and shares unchanged models with the run that run_dir names."""
 
 import json
 from pathlib import Path
@@ -14,12 +14,12 @@ from pipeline.runs.building import build
 from pipeline.runs.run import Run
 
 SWEEP = ("recipe=smoke", "qat.learning_rate=1e-3", "format=mxfp4,nvfp4", "qat.learning_rate=choice(5e-5)")
-"""Two jobs; `choice` of one value is a sweep, too."""
+"""Two jobs. A `choice` with only one value also counts as a sweep."""
 
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[PipelineConfig]:
-    """What the stages are called with; none runs, and there is no earlier run in the default directory."""
+    """The configurations that stages are called with. No stage runs, and the default directory has no earlier run."""
     monkeypatch.chdir(tmp_path)
     found: list[PipelineConfig] = []
     stage = type("Recorder", (), {"run": staticmethod(found.append)})
@@ -90,7 +90,7 @@ def job(tmp_path: Path, stage: Stage = Stage.qat, **facts: object) -> Run:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A run with models up to qat, made with the usual settings."""
+    """A run with models up to qat, made with the default settings of `job`."""
     for name, keys in SETTINGS.items():
         settings = job(tmp_path).settings(keys)
         record(tmp_path / "base" / name, settings=settings, parents=PARENTS[name])

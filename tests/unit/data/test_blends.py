@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("working_directory")
 
 
 def parts_of(tokenizer: Any, splits: Splits) -> Counter[str]:
-    """Count the examples from file `a` and from file `b`, whose numbers begin at 1000."""
+    """Count the examples from file `a` and from file `b`. The numbers in `b` begin at 1000."""
     numbers = [*numbers_in(tokenizer, splits.train), *numbers_in(tokenizer, splits.validation)]
     assert len(numbers) == len(set(numbers))
     return Counter("b" if number >= 1000 else "a" for number in numbers)

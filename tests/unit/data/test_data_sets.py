@@ -1,4 +1,4 @@
-"""Every file in conf/data/ on hand-made rows of its data set, and the errors on rows of another form."""
+"""Every file in conf/data/ reads hand-made rows of its data set. Rows of another form are errors."""
 
 import json
 from pathlib import Path
@@ -118,7 +118,7 @@ def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def data_config(name: str, path: Path, **settings: Any) -> DataConfig:
-    """Read conf/data/<name>.yaml, with another path."""
+    """Read conf/data/<name>.yaml, but replace its path."""
     merged = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(CONF / f"{name}.yaml"))
     found: Any = OmegaConf.to_object(OmegaConf.merge(merged, {"path": str(path), **settings}))
     return found

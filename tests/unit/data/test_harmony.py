@@ -68,13 +68,13 @@ def render(tokenizer: Any, row: dict[str, Any], **changes: Any) -> list[dict[str
 
 
 def prompt_of(tokenizer: Any, example: dict[str, list[int]]) -> str:
-    """The tokens before the first supervised one, as text."""
+    """Decode the tokens before the first supervised token."""
     first = next(i for i, label in enumerate(example["labels"]) if label != IGNORED)
     return tokenizer.decode(example["input_ids"][:first])
 
 
 def completion_of(tokenizer: Any, example: dict[str, list[int]]) -> str:
-    """The supervised tokens, as text."""
+    """Decode the supervised tokens."""
     return tokenizer.decode([label for label in example["labels"] if label != IGNORED])
 
 
@@ -95,7 +95,7 @@ def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
 
 
 def by_template(tokenizer: Any, messages: list[dict[str, Any]], for_generation: bool, **variables: Any) -> str:
-    """Render with the chat template, and replace today's date by the pinned one."""
+    """Render with the chat template, and replace today's date by the pinned date."""
     text = tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=for_generation, **{"reasoning_effort": "medium", **variables}
     )

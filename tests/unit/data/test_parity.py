@@ -1,8 +1,8 @@
-"""Our tokens against openai-harmony's, OpenAI's own renderer, with the released vocabulary.
+"""Our tokens equal the tokens of OpenAI's own renderer, openai-harmony, with the released vocabulary.
 
-The chat template differs from openai-harmony in three places. `expected` allows for two: a blank line after the
-developer's text, and a tool's result as JSON text (in quotes). A test
-of its own covers the third, a comma after the default of a tool's parameter.
+The chat template differs from openai-harmony in three places. `expected` reproduces two of them: a blank line after the
+developer's text, and a tool's result as JSON text (in quotes). A separate test covers the third, a comma after the
+default of a tool's parameter.
 """
 
 import copy
@@ -108,7 +108,7 @@ def expected(encoding: Any, row: dict[str, Any], identity: str = IDENTITY) -> li
 
 
 def _normalize_calls(message: dict[str, Any]) -> dict[str, Any]:
-    """Return the message with its tool calls in one form, and their arguments as JSON text."""
+    """Return the message with flat tool calls, whose arguments are JSON text."""
     message = copy.deepcopy(message)
     for call in message.get("tool_calls", []):
         call |= call.pop("function", {})
@@ -185,7 +185,7 @@ def _completion(encoding: Any, message: dict[str, Any]) -> list[int]:
     start = encoding.encode("<|start|>assistant", allowed_special="all")
     ids = [token for said in _assistant(message, with_reasoning=True) for token in encoding.render(said)]
     assert ids[: len(start)] == start
-    if "tool_calls" not in message:  # a supervised final turn ends with <|return|>, an earlier one with <|end|>
+    if "tool_calls" not in message:  # ends a supervised final turn. Earlier turns end with <|end|>
         ids[-1:] = encoding.encode("<|return|>", allowed_special="all")
     return ids[len(start) :]
 

@@ -17,7 +17,7 @@ NUMBERS = Features({"number": Value("int64")})
 
 
 class Source:
-    """Makes rows and counts how often it does. Raises `error` after `fail_at` rows."""
+    """Makes rows, and counts how often it is called. Raises `error` after `fail_at` rows."""
 
     def __init__(self, fail_at: int | None = None, error: BaseException | None = None) -> None:
         self.made = 0

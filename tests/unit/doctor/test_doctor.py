@@ -223,7 +223,7 @@ Found = Callable[..., list[str]]
 
 
 def plan(train: TrainConfig, sharding: Sharding) -> Plan:
-    """A run whose training stages have the same settings."""
+    """Make a plan in which sft and qat have the same training settings."""
     return Plan("model", DataConfig("data.jsonl"), train, QatConfig(**vars(train)), sharding, "mxfp4")
 
 
@@ -265,7 +265,7 @@ def test_the_most_serious_finding_comes_first(found: Found) -> None:
 
 def test_sharded_parts_need_not_fit_on_one_gpu(found: Found) -> None:
     assert found(machine__gpu_free_bytes=99, machine__processes=7, sharding=Sharding.fsdp2) == []
-    # 30 of activations, the weights, and a seventh of gradients and optimizer
+    # A GPU holds activations (30), all weights (40), and a seventh of gradients (10) and optimizer state (20).
     assert found(machine__gpu_free_bytes=74, machine__processes=7, sharding=Sharding.zero2) == []
     assert len(found(machine__gpu_free_bytes=73, machine__processes=7, sharding=Sharding.zero2)) == 2
     sft, _ = found(machine__gpu_free_bytes=99)

@@ -202,7 +202,7 @@ def test_an_export_takes_the_bytes_that_its_target_writes(target: str, tmp_path:
 
 
 def tensor_bytes(export: Path) -> int:
-    """Return the size of the tensors in the files, read by the formats' own libraries, without headers."""
+    """Return the size of the tensors in the files, without headers. The formats' own libraries read the files."""
     if files := list(export.glob("*.gguf")):
         return sum(
             int(each.n_bytes) for path in files for each in importlib.import_module("gguf").GGUFReader(path).tensors

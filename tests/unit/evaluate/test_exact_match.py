@@ -1,4 +1,4 @@
-"""Finding numbers and choices in answers: their place, and the notation of each language."""
+"""Numbers and choices are found in answers, at every usual place and in the notation of each language."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from answers import transcript
 
 from pipeline.evaluate.scorers.exact_match import is_right, verdicts
 
-# Expected number, and sentences of each language that contain it.
+# language -> (expected number, sentences that contain the number)
 SENTENCES = {
     "en": (
         "70000",

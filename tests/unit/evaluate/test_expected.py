@@ -1,4 +1,4 @@
-"""Expected properties of right answers: valid values, and the errors for invalid ones."""
+"""Expected properties of right answers: valid values, and errors for invalid values."""
 
 from dataclasses import replace
 

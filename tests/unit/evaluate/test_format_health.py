@@ -1,4 +1,4 @@
-"""Channels, ends, leaks and loops, on completions like those of models."""
+"""Checks of channels, ends, leaks and loops, on typical completions of models."""
 
 import pytest
 from answers import transcript

@@ -41,7 +41,7 @@ Answer = Callable[..., list[Transcript]]
 
 @pytest.fixture
 def answers(server: Server, tmp_path: Path) -> Answer:
-    """Ask the server, and return the answers in the journal."""
+    """A function that asks the server, and returns the answers in the journal."""
 
     def of(wanted: list[Question], generation: GenerationConfig = SETTINGS, **settings: Any) -> list[Transcript]:
         configured = EndpointConfig(**{"url": server.url, "timeout_seconds": 5.0, **settings})
@@ -363,7 +363,7 @@ def text_completion(text: Any = f"{WHOLE}<|return|>", finish: str = "stop") -> d
 
 @pytest.fixture
 def completed(server: Server, tmp_path: Path) -> Answer:
-    """Ask the server for completions, and return the answers in the journal."""
+    """A function that asks the server for completions, and returns the answers in the journal."""
     server.replies = [Reply(text_completion())]
 
     def of(wanted: list[Question], generation: GenerationConfig = SETTINGS, **settings: Any) -> list[Transcript]:
@@ -401,7 +401,7 @@ def test_a_servers_completion_is_parsed_like_a_local_one(completed: Answer) -> N
 @pytest.mark.parametrize(
     ("text", "finish", "ended"),
     [
-        (WHOLE, "stop", "return"),  # a server that removes the stop token
+        (WHOLE, "stop", "return"),  # the server removed the stop token
         (CALL, "stop", "call"),
         (f"{CALL}<|call|>", "stop", "call"),
         (WHOLE, "length", "length"),

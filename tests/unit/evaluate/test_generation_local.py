@@ -1,4 +1,4 @@
-"""Answers against a loop without cache and padding, on a tiny model; samples against the softmax."""
+"""Greedy answers of a tiny model equal a loop without cache and padding. Samples follow the softmax."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +63,7 @@ def without_cache(model: Local, question: Question, length: int) -> str:
 
 def test_answers_of_a_batch_equal_those_of_a_loop_without_cache_and_padding(greedy: Local, tmp_path: Path) -> None:
     lengths = {len(ids) for ids in greedy.token_ids(questions(PROMPTS, 1))}
-    assert len(lengths) > 3 and max(lengths) > 2 * 16  # padded, and longer than the sliding window
+    assert len(lengths) > 3 and max(lengths) > 2 * 16  # so some are padded, and some exceed the sliding window
     for answer, question in zip(ask(greedy, tmp_path), questions(PROMPTS, 1), strict=True):
         assert answer.completion == without_cache(greedy, question, GREEDY.max_new_tokens)
         assert (answer.finish, answer.tokens, answer.seed) == ("length", GREEDY.max_new_tokens, None)
@@ -112,7 +112,7 @@ def test_each_answer_stores_its_seed(drawn: Local, tmp_path: Path) -> None:
 def test_an_interrupted_evaluation_ends_with_the_same_answers(drawn: Local, tmp_path: Path) -> None:
     whole = ask(drawn, tmp_path / "whole")
     kept = (tmp_path / "whole" / GENERATIONS.file).read_bytes().splitlines(keepends=True)
-    for lines in (3, 4):  # within a batch and after one
+    for lines in (3, 4):  # interrupted after the first batch, and within the second
         directory = tmp_path / str(lines)
         Journal(directory, {})
         (directory / GENERATIONS.file).write_bytes(b"".join(kept[:lines]))

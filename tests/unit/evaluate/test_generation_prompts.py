@@ -33,7 +33,7 @@ def write(path: Path, rows: list[Any]) -> str:
 
 @pytest.fixture
 def config(tmp_path: Path) -> PipelineConfig:
-    """Ten rows, three of which are for validation."""
+    """A configuration with ten rows, three of which are for validation."""
     rows = [row(i, topic=f"topic {i}", level=i) for i in range(10)]
     own = DataConfig(path=write(tmp_path / "rows.jsonl", rows), validation_fraction=0.3)
     return PipelineConfig(stage=Stage.evaluate, run_dir=str(tmp_path / "run"), data=own)

@@ -139,7 +139,7 @@ def test_too_many_missing_verdicts_are_an_error_and_the_others_are_kept(
     assert len(stored(tmp_path)) == 2
     server.replies, server.asked = [NONE], []
     assert [each.degree for each in judged(safe(2)).values()] == ["full", "none"]
-    assert len(server.asked) == 1  # only for the missing verdict
+    assert len(server.asked) == 1  # only the missing verdict is requested
 
 
 def test_a_judge_that_fails_midway_is_one_error_and_the_next_run_continues(

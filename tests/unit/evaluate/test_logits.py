@@ -1,4 +1,7 @@
-"""A model's predictions against a reference's, on small random gpt-oss models. torch's own divergence is the oracle."""
+"""Differences between the predictions of a model and of a reference, on small random gpt-oss models.
+
+The expected divergence is computed with torch.distributions.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +47,7 @@ def score(own: Any, reference: Any, directory: Path) -> dict[str, float]:
 
 @torch.no_grad()
 def expected(own: Any, reference: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Divergence, agreement and position of each supervised token, one example at a time and without padding."""
+    """Compute divergence, agreement and position of each supervised token, one example at a time without padding."""
     divergence, agrees, position = [], [], []
     for example in examples():
         ids, start = torch.tensor([example["input_ids"]]), example["labels"].count(IGNORED)
@@ -80,7 +83,7 @@ def test_the_divergence_of_the_likeliest_tokens_is_a_lower_bound_that_rises_with
         monkeypatch.setattr(logits, "TOP", top)
         found.append(score(model(1), model(0), tmp_path / str(top))["kl_divergence"])
     assert found[0] > 0 and found[:4] == sorted(found[:4])
-    assert found[-2] == pytest.approx(found[-1], rel=1e-6)  # one other token: nothing is merged
+    assert found[-2] == pytest.approx(found[-1], rel=1e-6)  # only one token is left over, so no tokens are merged
 
 
 def test_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

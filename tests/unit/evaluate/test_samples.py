@@ -1,4 +1,4 @@
-"""Samples of a model in training: a resumed run keeps the earlier ones, and a sharded model writes none."""
+"""Samples of a model in training. A resumed run keeps earlier samples, and a sharded model writes no samples."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Intervals and paired tests against scipy, statsmodels, exact sums and simulation."""
+"""Intervals and paired tests, compared with scipy, statsmodels, exact sums and simulation."""
 
 import math
 from itertools import product
@@ -22,7 +22,14 @@ from pipeline.evaluate.statistics import (
 
 
 def outcomes(both: int, wins: int, losses: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
-    """Booleans of a model and of a reference, with the given number of prompts of each kind."""
+    """Make the outcomes of a model and of a reference: whether each passed each prompt.
+
+    Args:
+        both: number of prompts that both passed.
+        wins: number of prompts that only the model passed.
+        losses: number of prompts that only the reference passed.
+        neither: number of prompts that both failed.
+    """
     kinds = ((True, True, both), (True, False, wins), (False, True, losses), (False, False, neither))
     model, reference = zip(*(pair for one, other, count in kinds for pair in [(one, other)] * count), strict=True)
     return np.array(model), np.array(reference)
@@ -93,7 +100,7 @@ def test_the_interval_is_not_empty_if_models_never_differ() -> None:
 
 
 def test_holm_gives_the_published_example() -> None:
-    # Four tests at 0.05: 0.01 * 4, 0.02 * 3, 0.03 * 2, 0.04 * 1, and none below one before it.
+    # The sorted p-values are multiplied: 0.01 * 4, 0.02 * 3, 0.03 * 2, 0.04 * 1. None may be below an earlier product.
     assert holm(np.array([0.02, 0.01, 0.04, 0.03])) == pytest.approx([0.06, 0.04, 0.06, 0.06])
 
 
@@ -118,7 +125,7 @@ def test_holm_stays_below_one_and_accepts_no_tests() -> None:
     ],
 )
 def test_a_significant_difference_needs_at_least_six_prompts_of_one_kind(wins: int, losses: int, said: str) -> None:
-    """2 / 2^6 = 0.031, 2 / 2^5 = 0.0625."""
+    """The p-value of 6 prompts is 2 / 2^6 = 0.031, and the p-value of 5 prompts is 2 / 2^5 = 0.0625."""
     assert statistics.verdict(*outcomes(94 - losses, wins, losses, 6 - wins)) == said
 
 

@@ -1,4 +1,4 @@
-"""Parsing of completions: messages that the chat template writes, and malformed ones."""
+"""Parsing of completions that the chat template wrote, and of malformed completions."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def rendering(tmp_path_factory: pytest.TempPathFactory) -> Rendering:
 
 
 def completion_of(rendering: Rendering, answer: dict[str, Any]) -> str:
-    """What the chat template makes of an assistant's turn."""
+    """Render an assistant's turn with the chat template."""
     row = {"messages": [QUESTION, {"role": "assistant", **answer}], "tools": [ADD]}
     (turn,) = harmony.render_turns(parse_conversation(row), rendering)
     return turn.completion

@@ -69,7 +69,7 @@ AddTarget = Callable[[str | None], None]
 
 @pytest.fixture
 def add_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AddTarget]:
-    """A function that adds the row `toy` to TARGETS, and a file toy.py with a text; None adds no file."""
+    """A function that adds the row `toy` to TARGETS, and writes its text to toy.py. None writes no file."""
     files = tmp_path / "files"
     files.mkdir()
     monkeypatch.setattr(export, "__path__", [*export.__path__, str(files)])

@@ -1,4 +1,4 @@
-"""Weights that equal the base model's: bitwise comparison, and their part in the figures."""
+"""Weights that equal the base model's: the bitwise comparison, and how these weights count in the figures."""
 
 import pytest
 import torch

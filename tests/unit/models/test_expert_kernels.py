@@ -75,7 +75,10 @@ def distances(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, f
 
 
 def of_all_gradients(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """Compute the distance of all gradients as one vector. In a small tensor, such as the sinks, it varies too much."""
+    """Compute the relative distance of all gradients as one vector.
+
+    The distance of one small tensor, such as the sinks, varies too much.
+    """
     names = [name for name in truth if name != "loss"]
     whole, true = (torch.cat([each[name].double().flatten() for name in names]) for each in (found, truth))
     return float((whole - true).norm() / true.norm())

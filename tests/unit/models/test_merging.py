@@ -1,4 +1,4 @@
-"""Merging adapters a few experts at a time gives the bits of merging the whole stack, and of PEFT's own merge."""
+"""Merging adapters a few experts at a time gives the same bits as merging the whole stack, and as PEFT's merge."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -39,8 +39,8 @@ class Adapted:
     """A tiny model with random adapters on one layer, on disk.
 
     Attributes:
-        ref: of it.
-        merged: name -> weight of the adapted layer, as PEFT's `merge_and_unload` of the loaded model leaves it.
+        ref: reference to the adapted model.
+        merged: name -> weight of the adapted layer after PEFT's `merge_and_unload` of the loaded model.
     """
 
     ref: ModelRef
@@ -70,7 +70,7 @@ def adapt(base: Path, directory: Path, dtype: torch.dtype, rank: int) -> Adapted
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return a function that makes a tiny model with the given sizes, once."""
+    """A function that returns a tiny model with the given sizes. It makes each model only once."""
     root = tmp_path_factory.mktemp("merging")
 
     def make(**sizes: int) -> Path:
@@ -84,7 +84,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="module")
 def adapted(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Adapted]:
-    """Return a function that makes an adapted model, once."""
+    """A function that returns an adapted model. It makes each model only once."""
     made: dict[Any, Adapted] = {}
 
     def make(dtype: torch.dtype, rank: int, **sizes: int) -> Adapted:
@@ -137,7 +137,7 @@ def test_merging_a_few_experts_at_a_time_gives_the_bits_of_the_whole_stack(
 def test_merging_a_few_experts_at_a_time_gives_the_same_bits_at_other_sizes(
     dtype: torch.dtype, sizes: dict[str, int], adapted: Callable[..., Adapted]
 ) -> None:
-    """Matrix products use other kernels at other sizes."""
+    """Other sizes matter, because matrix products then use other kernels."""
     model = adapted(dtype, 8, **sizes)
     merger, checkpoint = model.merger(), Checkpoint(model.ref.base)
     for name in STACKS:
@@ -201,7 +201,7 @@ def test_only_adapted_weights_are_in_the_merger(adapted: Callable[..., Adapted])
     assert {name for name in layout if name in merger} == {*STACKS, *ATTENTION}
 
 
-# Which rows belong to a part.
+# Rows of each part.
 
 
 STEP_SIZES = (1, 5_000, 50_000, 100_000, 10**9)

@@ -1,4 +1,4 @@
-"""Checkpoints that stages save: one size limit for weight files, whatever the limit of the upcast."""
+"""All stages save checkpoints with the same size limit for weight files, whatever limit the upcast used."""
 
 from pathlib import Path
 from typing import Any

@@ -38,7 +38,7 @@ class FakeDeepSpeedEngine:
         self.read.append((Path(load_dir).name, self._config.load_universal_checkpoint, more))
         first, *others = self.optimizer.param_groups
         first["lr"] = 0.25
-        if self._config.load_universal_checkpoint:  # the errors of DeepSpeed 0.19.8
+        if self._config.load_universal_checkpoint:  # imitate the errors of DeepSpeed 0.19.8
             for group in others:
                 group |= {**first, "params": []}
             step = torch.tensor(3)
@@ -81,7 +81,7 @@ def run_by(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_checkpoints_of_other_numbers_of_processes_are_converted(
     engine: FakeDeepSpeedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three processes read a checkpoint that two wrote, one that three wrote, and the first one again."""
+    """Three processes read a checkpoint of two processes, then a checkpoint of three, then the first one again."""
     run_by(3, monkeypatch)
     theirs, own = checkpoint(tmp_path, 2, 2), checkpoint(tmp_path, 4, 3)
     with zero_checkpoints.convert_when_needed():

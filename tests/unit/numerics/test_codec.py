@@ -1,4 +1,4 @@
-"""The codec against independent oracles: ml_dtypes, exact fractions, ModelOpt's and transformers' decoders.
+"""The codec agrees with independent oracles: ml_dtypes, exact fractions, and the decoders of ModelOpt and transformers.
 
 Tests compare bits, so the sign of a zero matters. Legend: nb = number of blocks.
 """
@@ -18,8 +18,8 @@ from pipeline.numerics.formats import E2M1_VALUES, E8M0_VALUES, FORMATS, MXFP4, 
 
 MAGNITUDES = (0, Fraction(1, 2), 1, Fraction(3, 2), 2, 3, 4, 6)
 MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-EVEN_CODES = (0, 2, 2, 4, 4, 6, 6)  # the code beside each midpoint whose last bit is zero
-LARGEST_SCALE = 252  # BF16 and FP32 hold its largest multiple, 6 * 2^(252 - 127); byte 253 would give Inf
+EVEN_CODES = (0, 2, 2, 4, 4, 6, 6)  # for each midpoint, the neighbouring code whose last bit is 0
+LARGEST_SCALE = 252  # the largest value is 6 * 2^(252 - 127), which BF16 and FP32 can represent. Byte 253 gives Inf
 
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 TRAINED_TYPES = (torch.bfloat16, torch.float32)
@@ -41,7 +41,7 @@ def assert_same_bytes(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -
 
 
 def exact_scale(amax: float) -> int:
-    """Find the byte of the smallest power of two s, from 2^-127 to 2^125, with amax <= 6 s, by exact trials."""
+    """Find the smallest power of two s from 2^-127 to 2^125 with amax <= 6 s, in exact arithmetic. Returns its byte."""
     exponent = max(-127, math.frexp(amax)[1] - 5) if amax else -127
     while Fraction(amax) > 6 * Fraction(2) ** exponent and exponent + 127 < LARGEST_SCALE:
         exponent += 1
@@ -56,12 +56,15 @@ def exact_code(value: float, scale: int) -> int:
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
-    """(..., n) bytes -> (..., 2n) codes."""
+    """Unpack (..., n) bytes to (..., 2n) codes."""
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
 def put_in_blocks(values: Tensor) -> Tensor:
-    """(n,) -> (n, 32): each value alone among zeros, at changing positions and with changing signs."""
+    """Make one block for each value: (n,) -> (n, 32). All other values of the block are zero.
+
+    The positions and signs of the values change from block to block.
+    """
     blocks = torch.zeros(len(values), 32, dtype=values.dtype)
     rows = torch.arange(len(values))
     blocks[rows, rows % 32] = torch.where(rows % 3 == 0, -values, values)
@@ -78,7 +81,10 @@ def wide_range(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Ten
 
 
 def random_packed(scales: range) -> tuple[Tensor, Tensor]:
-    """Make blocks (len(scales), 8, 16) and scales (len(scales), 8). Block i of a row has no code above magnitude i."""
+    """Make blocks (len(scales), 8, 16) and scales (len(scales), 8).
+
+    The largest magnitude in block i of a row is code i.
+    """
     generator = torch.Generator().manual_seed(1)
     shape = (len(scales), 8, 32)
     magnitudes = torch.randint(0, 8, shape, generator=generator) % torch.arange(1, 9).unsqueeze(-1)
@@ -175,7 +181,7 @@ def test_the_scale_depends_only_on_the_largest_magnitude() -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_ties_go_to_even(dtype: torch.dtype, sign: int) -> None:
-    """Every midpoint, at every scale that a block can have."""
+    """Test every midpoint at every scale that a block can have."""
     row = torch.zeros(32)
     row[:8] = torch.tensor([6.0, *MIDPOINTS]) * sign
     powers = torch.tensor(E8M0_VALUES[: LARGEST_SCALE + 1]).unsqueeze(-1)
@@ -312,7 +318,7 @@ def test_fake_quantization_does_not_change_its_input() -> None:
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_the_gradient_passes_straight_through(dtype: torch.dtype) -> None:
-    """Also for zeros of both signs, values far below the scale, and a block's maximum."""
+    """This includes zeros of both signs, values far below the scale, and the largest values of the type."""
     values = wide_range((6, 320), dtype)
     values[0] = 0.0
     values[1] = -0.0
@@ -332,7 +338,7 @@ def test_the_gradient_passes_to_earlier_operations() -> None:
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_every_value_survives_mxfp4_to_plain_to_mxfp4(dtype: torch.dtype) -> None:
-    """Tests blocks with every scale whose values BF16 holds, and with every largest code. The bytes may differ."""
+    """Test every scale whose values BF16 can represent, with every largest code. The bytes may differ."""
     blocks, scales = random_packed(range(LARGEST_SCALE + 1))
     values = decode(blocks, scales, dtype)
     assert_same_bits(decode(*encode(values, MXFP4), dtype), values)
@@ -345,7 +351,7 @@ def test_bf16_holds_every_value_of_a_block_exactly() -> None:
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_decoding_equals_transformers_decoding(dtype: torch.dtype) -> None:
-    """For every scale except 255, which transformers reads as 2^128."""
+    """Test every scale except 255, which transformers reads as 2^128."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     blocks, scales = random_packed(range(255))
@@ -355,7 +361,7 @@ def test_decoding_equals_transformers_decoding(dtype: torch.dtype) -> None:
 
 
 def test_decoding_equals_modelopts_decoding() -> None:
-    """For every scale except 255, which ModelOpt reads as 2^128."""
+    """Test every scale except 255, which ModelOpt reads as 2^128."""
     from modelopt.torch.quantization.qtensor.mxfp4_tensor import MXFP4QTensor
 
     blocks, scales = random_packed(range(255))

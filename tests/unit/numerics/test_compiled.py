@@ -1,4 +1,7 @@
-"""Kernels are compiled when it pays off and a compiler works. test_compiled_codec.py tests all formats compiled."""
+"""A kernel is compiled if this pays off and a compiler works.
+
+test_compiled_codec.py tests all formats with compiled kernels.
+"""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,7 +15,7 @@ from pipeline.numerics.compiled import Compilation, can_compile, compilation
 
 Kernel = Callable[..., Tensor]
 Calls = list[str]
-LARGE = 1 << 16  # values; smaller tensors are not counted
+LARGE = 1 << 16  # values. The work on smaller tensors is not counted
 
 has_compiler = pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler on this machine")
 
@@ -29,13 +32,13 @@ def unchanged_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def calls() -> Calls:
-    """Record of the runs of the kernel `doubled`, in order: eager, static or dynamic."""
+    """A record of each run of the kernel `doubled`, in order: eager, static or dynamic."""
     return []
 
 
 @pytest.fixture
 def doubled(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> Kernel:
-    """A kernel whose compiled forms only record their calls. There is a compiler."""
+    """A kernel whose compiled forms are fakes that record their calls. The program believes that a compiler works."""
 
     def compile_(function: Kernel, dynamic: bool, **_: object) -> Kernel:
         def run(values: Tensor) -> Tensor:
@@ -85,7 +88,7 @@ def test_each_kernel_counts_its_own_work(doubled: Kernel, calls: Calls, monkeypa
 
 
 def test_small_tensors_are_not_counted(doubled: Kernel, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They spend their time on calls, which compiling does not shorten."""
+    """Small tensors take most of their time for the calls, which compiling does not shorten."""
     monkeypatch.setattr(compiled, "_PAYS_AFTER", LARGE)
     small = torch.ones(LARGE - 1)
     for _ in range(3):
@@ -99,7 +102,7 @@ def test_a_test_or_a_small_model_never_waits_for_a_compiler() -> None:
 
 
 def test_weights_are_compiled_for_their_shape_and_activations_for_any(doubled: Kernel, calls: Calls) -> None:
-    """Lanes are contiguous in a parameter (E, in, out). Blocks are contiguous in activations."""
+    """The memory order tells them apart: lanes are contiguous in a parameter (E, in, out), blocks in activations."""
     with compilation(Compilation.always):
         doubled(torch.ones(4, 3))
         doubled(torch.ones(3, 4).t())
@@ -139,7 +142,7 @@ def test_a_failing_compiler_gives_one_warning_and_the_work_continues(broken: Ker
 
 
 def test_kernels_record_no_gradients(doubled: Kernel) -> None:
-    """Code is compiled for one grad mode. The codec's gradient is straight-through."""
+    """Kernels run without gradients, so one compiled form serves both grad modes. The codec adds its own gradient."""
     weight = torch.ones(3, requires_grad=True)
     for mode in (Compilation.never, Compilation.always):
         with compilation(mode):
@@ -190,14 +193,17 @@ def test_a_gpu_needs_triton(is_installed: bool, monkeypatch: pytest.MonkeyPatch)
 
 @has_compiler
 def test_a_compiled_kernel_gives_the_bits_of_the_eager_one() -> None:
-    """Tests one kernel, for speed. 37 lanes do not fill a vector register, and half the exponents make ties."""
+    """Test only one kernel, because compiling is slow.
+
+    37 lanes do not fill a vector register, and half of the exponents make ties.
+    """
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(-48, 49, (2, 3, 32, 37), generator=generator).to(torch.bfloat16) / 4
     inverse = torch.exp2(torch.randint(-2, 3, (2, 3, 37), generator=generator).float())
     significand = 1 + torch.randint(0, 8, (2, 3, 37), generator=generator) / 8
     eager = kernels.round_blocks(values, inverse, significand, significand / inverse)
     with compilation(Compilation.always), warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # a failing compiler gives one
+        warnings.simplefilter("error", UserWarning)  # a compiler that fails causes such a warning
         found = kernels.round_blocks(values, inverse, significand, significand / inverse)
     assert torch.equal(found.view(torch.int16), eager.view(torch.int16))
 

@@ -1,6 +1,7 @@
-"""NVFP4, and MXFP4 converted to it, against ml_dtypes, exact fractions, and ModelOpt's quantizer and decoder.
+"""NVFP4 and the conversion from MXFP4 agree with ml_dtypes, exact fractions, and ModelOpt's quantizer and decoder.
 
-Tests compare bits, so the sign of a zero matters, except where an oracle has none. Legend: nb = blocks of a row.
+Tests compare bits, so the sign of a zero matters, except where an oracle drops it. Legend: nb = number of blocks of a
+row.
 """
 
 import math
@@ -17,7 +18,7 @@ from pipeline.numerics.convert import mxfp4_to_nvfp4
 from pipeline.numerics.formats import E2M1_MAGNITUDES, MXFP4, NVFP4, NVFP4_W4A4, SCALE_RULES, ScaleType
 
 MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-EVEN_CODES = (0, 2, 2, 4, 4, 6, 6)  # the code beside each midpoint whose last bit is zero
+EVEN_CODES = (0, 2, 2, 4, 4, 6, 6)  # for each midpoint, the neighbouring code whose last bit is 0
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 TRAINED_TYPES = (torch.bfloat16, torch.float32)
 E4M3 = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
@@ -34,12 +35,12 @@ def assert_same_bits(found: Tensor, expected: Tensor) -> None:
 
 
 def codes_of(blocks: Tensor) -> Tensor:
-    """(..., n) bytes -> (..., 2n) codes."""
+    """Unpack (..., n) bytes to (..., 2n) codes."""
     return torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)
 
 
 def packed(codes: Tensor) -> Tensor:
-    """(..., 2n) codes -> (..., n) bytes."""
+    """Pack (..., 2n) codes into (..., n) bytes."""
     return (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)
 
 
@@ -53,7 +54,10 @@ def random_weights(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) ->
 
 
 def random_packed(scale_bytes: range, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Make MXFP4 blocks (2, len(scale_bytes), 4, 16) with random codes, and their scales. A row has one scale byte."""
+    """Make MXFP4 blocks (2, len(scale_bytes), 4, 16) with random codes, and their scales.
+
+    All blocks of a row have the same scale byte.
+    """
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randint(0, 256, (2, len(scale_bytes), 4, 16), generator=generator, dtype=torch.uint8)
     return blocks, torch.tensor(scale_bytes, dtype=torch.uint8)[:, None].expand(2, -1, 4).contiguous()
@@ -93,7 +97,7 @@ def test_codes_equal_the_cast_in_ml_dtypes(dtype: torch.dtype) -> None:
 def test_ties_go_to_even_and_the_floats_beside_them_to_different_codes(
     dtype: torch.dtype, sign: int, exponent: int
 ) -> None:
-    """Tests every midpoint at every scale byte. midpoint * scale is exact in BF16, which has 8 significant bits."""
+    """Test every midpoint at every scale byte. BF16 has 8 significant bits, so midpoint * scale is exact."""
     unit = Fraction(2) ** exponent
     thresholds = [[Fraction(m) * Fraction(float(s)) * unit for m in MIDPOINTS] for s in E4M3[1:]]
     ties = torch.tensor([[float(t) for t in row] for row in thresholds], dtype=dtype)
@@ -115,7 +119,7 @@ def test_ties_go_to_even_and_the_floats_beside_them_to_different_codes(
 @pytest.mark.parametrize("rule", SCALE_RULES[ScaleType.e4m3])
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_every_value_goes_to_the_nearest_multiple_of_its_scale(dtype: torch.dtype, rule: str) -> None:
-    """Tests in exact fractions, with ties to even and saturated values."""
+    """Compute the nearest code with exact fractions, also for ties (to even) and saturated values."""
     block_format = NVFP4.with_rule(rule)
     values = random_weights((4, 160), dtype)
     unit = tensor_scale(values, block_format)
@@ -130,7 +134,7 @@ def test_every_value_goes_to_the_nearest_multiple_of_its_scale(dtype: torch.dtyp
 
 
 def test_bf16_weights_are_quantized_as_in_modelopt_under_the_same_tensor_scale() -> None:
-    """ModelOpt differs in the signs of zeros, which it drops, and in blocks of zeros, whose scale it sets to 1."""
+    """ModelOpt differs only for zeros: it drops their signs, and gives blocks of zeros the scale 1."""
     from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 
     values = random_weights((300, 640), torch.bfloat16)
@@ -145,7 +149,10 @@ def test_bf16_weights_are_quantized_as_in_modelopt_under_the_same_tensor_scale()
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("units", [(2.0**-12, 2.0**3), (0.0371, 1.7e-5)], ids=["powers_of_two", "others"])
 def test_decoding_equals_modelopts_decoding(dtype: torch.dtype, units: tuple[float, float]) -> None:
-    """Tests other tools' tensor scales, amax / (6 * 448), too. ModelOpt decodes -0 as 0."""
+    """Test powers of two and other tensor scales, because other tools use amax / (6 * 448).
+
+    ModelOpt decodes -0 as 0.
+    """
     from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 
     blocks = packed(torch.arange(16).expand(2, 126, 1, 16))
@@ -198,7 +205,10 @@ def test_zeros_and_values_that_round_to_zero_keep_their_sign(dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_subnormal_weights_become_zeros_with_their_sign(dtype: torch.dtype) -> None:
-    """The tensor scale is at least 2^-110, so that products are normal floats. A quarter of 2^-119 is the limit."""
+    """The tensor scale is at least 2^-110, so that products are normal floats.
+
+    The smallest scale of a block is then 2^-119, and values up to a quarter of it become zero.
+    """
     values = torch.tensor([2.0**-130, -(2.0**-127)] * 8, dtype=dtype)
     assert_same_bits(fake_quantize(values, NVFP4), torch.tensor([0.0, -0.0] * 8, dtype=dtype))
     small = torch.tensor([2.0**-119, -(2.0**-120), -(2.0**-121), 2.0**-122] * 4, dtype=dtype)
@@ -259,7 +269,7 @@ def test_types_that_would_be_rounded_twice_or_overflow_are_errors(dtype: torch.d
 
 
 def test_only_the_format_decides_whether_activations_are_quantized() -> None:
-    """W4A4 stores the same weights."""
+    """NVFP4_W4A4 stores the same weights as NVFP4."""
     assert (NVFP4.quantizes_activations, NVFP4_W4A4.quantizes_activations) == (False, True)
     values = random_weights((20, 160), torch.bfloat16)
     assert_same_bits(fake_quantize(values, NVFP4_W4A4), fake_quantize(values, NVFP4))
@@ -270,7 +280,7 @@ def test_only_the_format_decides_whether_activations_are_quantized() -> None:
 
 @pytest.mark.parametrize("lowest", [18, 100, 127, 235])
 def test_exponents_within_17_of_the_largest_convert_without_loss(lowest: int) -> None:
-    """Tests all 18 powers of two of e4m3 in one matrix, with random codes and zeros of both signs."""
+    """Test all 18 powers of two of e4m3 in one matrix, with random codes and zeros of both signs."""
     blocks, scales = random_packed(range(lowest, lowest + 18))
     converted = mxfp4_to_nvfp4(blocks, scales)
     assert converted.changed_blocks == 0
@@ -296,9 +306,12 @@ def test_modelopt_decodes_converted_weights_to_the_same_values() -> None:
 
 @pytest.mark.parametrize("scale_bytes", [range(90, 120), range(30), range(14), range(220, 255)], ids=str)
 def test_blocks_out_of_range_are_rounded_and_the_changed_ones_are_counted(scale_bytes: range) -> None:
-    """Half of them do not change, because the next power of two holds their codes. Tests scales near 2^-127 too."""
+    """Some blocks out of range do not change, because a larger scale represents their values exactly.
+
+    Scales near 2^-127 are tested too.
+    """
     blocks, scales = random_packed(scale_bytes)
-    blocks[:, ::2, 1:3] &= 0b01000100  # only 0 and 2 with a sign, which are exact at a half and a quarter
+    blocks[:, ::2, 1:3] &= 0b01000100  # keeps only 0 and 2, which are exact under 2 and 4 times the scale
     converted = mxfp4_to_nvfp4(blocks, scales)
     found = decode(converted.blocks, converted.scales, torch.float32, converted.tensor_scale)
     before = decode(blocks, scales, torch.float32)
@@ -320,7 +333,7 @@ def test_blocks_out_of_range_are_rounded_and_the_changed_ones_are_counted(scale_
 
 
 def test_each_expert_has_its_own_range() -> None:
-    """One expert of the stack is far smaller than the other."""
+    """The weights of one expert are far smaller than the weights of the other."""
     blocks, _ = random_packed(range(18))
     scales = torch.stack([torch.arange(20, 38), torch.arange(200, 218)]).to(torch.uint8)
     scales = scales.unsqueeze(-1).expand(2, 18, 4).contiguous()
@@ -330,7 +343,7 @@ def test_each_expert_has_its_own_range() -> None:
 
 
 def test_blocks_of_zeros_do_not_widen_the_range_and_keep_their_signs() -> None:
-    """With any scale, and also if everything is zero."""
+    """This holds for blocks of zeros with any scale, and for a matrix of zeros."""
     blocks, scales = random_packed(range(100, 118))
     blocks[0, 3:5] &= 0x88
     scales[0, 3], scales[0, 4] = 0, 250
@@ -343,12 +356,12 @@ def test_blocks_of_zeros_do_not_widen_the_range_and_keep_their_signs() -> None:
 
 
 def test_half_a_block_of_zeros_does_not_widen_the_range() -> None:
-    """The two blocks of 16 are converted independently."""
+    """An MXFP4 block becomes two blocks of 16, which are converted independently."""
     blocks = torch.full((1, 2, 16), 0x12, dtype=torch.uint8)
     blocks[0, 1, :8] = 0
     scales = torch.tensor([[127, 110]], dtype=torch.uint8)
     assert mxfp4_to_nvfp4(blocks, scales).changed_blocks == 0
-    scales[0, 1] = 109  # one more: only the half that is not zero is out of range
+    scales[0, 1] = 109  # now the half of block 1 that is not zero is out of range
     assert mxfp4_to_nvfp4(blocks, scales).changed_blocks == 1
 
 

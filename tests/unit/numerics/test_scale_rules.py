@@ -1,6 +1,6 @@
-"""The rules for scales, against exact fractions, brute force over all candidates, and ml_dtypes.
+"""The rules for scales agree with exact fractions, brute force over all candidates, and ml_dtypes.
 
-Legend: u = tensor scale, unit of a scale = the value of code 2 (one) under it.
+Legend: u = tensor scale; unit of a scale = value of code 2 (one) under this scale.
 """
 
 import math
@@ -73,7 +73,7 @@ def on_the_mxfp4_grid(dtype: torch.dtype, bytes_: range) -> Tensor:
 
 
 def alone_in_blocks(maxima: Tensor, block_format: BlockFormat) -> Tensor:
-    """(n) -> (n, block_size): each value alone among zeros, with changing signs."""
+    """Make one block for each value: (n,) -> (n, block_size). All other values are zero, and signs alternate."""
     blocks = torch.zeros(len(maxima), block_format.block_size, dtype=maxima.dtype)
     blocks[:, 7] = torch.where(torch.arange(len(maxima)) % 2 == 0, maxima, -maxima)
     return blocks
@@ -84,14 +84,17 @@ def bytes_of(scales: Tensor) -> list[int]:
 
 
 def nearest_e4m3(exact: Fraction) -> int:
-    """Find the byte of the nearest value, ties to even, from 1 to 126."""
+    """Find the byte from 1 to 126 whose e4m3 value is nearest to `exact`, with ties to even."""
     above = bisect_left(E4M3, exact)
     neighbours = range(max(1, min(above, 126) - 1), min(above, 126) + 1)
     return min(neighbours, key=lambda byte: (abs(E4M3[byte] - exact), byte % 2))
 
 
 def maxima_around_e4m3(dtype: torch.dtype) -> Tensor:
-    """Make six times every e4m3 value and midpoint, the floats beside them, and BF16 values from 2^-13 to 2^13."""
+    """Make maxima of blocks: six times every e4m3 value and midpoint, with the floats next to each product.
+
+    All BF16 values from 2^-13 to 2^13 follow.
+    """
     midpoints = [(a + b) / 2 for a, b in pairwise(E4M3)]
     sixfold = torch.tensor([float(6 * value) for value in (*E4M3[1:], *midpoints)], dtype=dtype)
     ordinary = torch.arange((127 - 13) << 7, (127 + 13) << 7, dtype=torch.int16).view(torch.bfloat16)
@@ -104,7 +107,10 @@ def maxima_around_e4m3(dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_floor_of_e8m0_is_the_power_of_two_below_a_quarter_of_the_maximum(dtype: torch.dtype) -> None:
-    """Tests every finite BF16 value, or random FP32 values. The 3 is needed because frexp's mantissa is in [0.5, 1)."""
+    """Test every finite BF16 value, or random FP32 values.
+
+    The exponent of the scale is floor(log2(maximum)) - 2, and frexp returns floor(log2(maximum)) + 1.
+    """
     if dtype == torch.bfloat16:
         maxima = torch.arange(1, 0x7F80, dtype=torch.int16).view(torch.bfloat16)
     else:
@@ -121,7 +127,7 @@ def test_floor_of_e8m0_saturates_only_maxima_above_six_scales(dtype: torch.dtype
     saturated = torch.empty((60, 10), dtype=torch.bool)
     blocks, scales = encode(values, block_format, saturated=saturated)
     amax = values.double().unflatten(-1, (-1, 32)).abs().amax(dim=-1)
-    mantissa = torch.frexp(amax).mantissa  # in [0.5, 1): 6 of 8 is 0.75
+    mantissa = torch.frexp(amax).mantissa  # in [0.5, 1). A maximum of 6 scales has the mantissa 6 / 8 = 0.75
     assert torch.equal(saturated, mantissa > 0.75)
     assert 0.2 < saturated.float().mean() < 0.5, "both cases should occur"
     largest = decode(blocks, scales, torch.float32).unflatten(-1, (-1, 32)).abs().amax(dim=-1)
@@ -166,7 +172,7 @@ def test_the_divisor_of_an_e4m3_scale_is_a_power_of_two_times_a_significand(expo
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("exponent", [0, -40, 30])
 def test_nearest_is_the_e4m3_value_nearest_to_a_sixth_of_the_maximum(dtype: torch.dtype, exponent: int) -> None:
-    """Tests every 41st by brute force over all values."""
+    """Every 41st maximum is also tested by brute force over all e4m3 values."""
     maxima = maxima_around_e4m3(dtype)
     unit = torch.tensor(2.0**exponent)
     found = bytes_of(encode(alone_in_blocks(maxima * unit.to(dtype), NVFP4), NVFP4, unit)[1])
@@ -200,7 +206,7 @@ def test_ceil_and_floor_of_e4m3_are_the_values_above_and_below_a_sixth_of_the_ma
 @pytest.mark.parametrize("rule", SCALE_RULES[ScaleType.e4m3])
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_the_scale_byte_of_e4m3_is_never_zero_or_nan(dtype: torch.dtype, rule: str) -> None:
-    """A scale of zero cannot divide. Blocks of zeros, and blocks far below the range, have byte 1."""
+    """Values are divided by the scale, so it must not be zero. Blocks of zeros or far below the range have byte 1."""
     maxima = torch.cat([torch.zeros(2), torch.exp2(torch.arange(-133, 128).float())]).to(dtype)
     for unit in (2.0**-110, 2.0**-40, 1.0, 2.0**100):
         block_format = NVFP4.with_rule(rule)
@@ -212,7 +218,10 @@ def test_the_scale_byte_of_e4m3_is_never_zero_or_nan(dtype: torch.dtype, rule: s
 @pytest.mark.parametrize("rule", SCALE_RULES[ScaleType.e4m3])
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_the_tensor_scale_is_the_smallest_power_of_two_that_fits(dtype: torch.dtype, rule: str) -> None:
-    """2688 = 6 * 448 times the scale holds the maximum, under mse 4 * 448. Tests every BF16 maximum and boundary."""
+    """The maximum must not exceed 6 * 448 tensor scales, or 4 * 448 under mse.
+
+    Test every seventh BF16 maximum, and the floats around each boundary.
+    """
     held = 4 * 448 if rule == "mse" else 6 * 448
     boundaries = torch.tensor([held * 2.0**exponent for exponent in range(-120, 117)], dtype=dtype)
     around = torch.cat([bits(boundaries) - 1, bits(boundaries), bits(boundaries) + 1]).view(dtype)
@@ -240,7 +249,7 @@ def test_every_matrix_has_its_own_tensor_scale_and_mxfp4_has_none() -> None:
 
 @pytest.mark.parametrize("rule", SCALE_RULES[ScaleType.e4m3])
 def test_no_block_needs_more_than_the_largest_e4m3_scale(rule: str) -> None:
-    """So the largest block is rounded with its nearest scale, like others, and does not saturate."""
+    """So the scale of the largest block is not limited by the range of e4m3, and the block does not saturate."""
     generator = torch.Generator().manual_seed(3)
     values = torch.rand(4000, 1, 16, generator=generator) * torch.exp2(torch.linspace(-30, 30, 4000))[:, None, None]
     block_format = NVFP4.with_rule(rule)
@@ -267,10 +276,11 @@ def candidates_by_hand(amax: float, block_format: BlockFormat, unit: float) -> t
 
 
 def weighted_error(values: np.ndarray, scale: float, weights: np.ndarray) -> tuple[float, float]:
-    """Compute the squared error under a scale, and the tolerance. The codec rounds each error to 1/64 of a unit.
+    """Compute the squared error under a scale, and its tolerance.
 
-    A unit is the power of two at or below the scale. An error e that is off by at most h = unit / 128 has a square that
-    is off by at most 2 e h + h^2; weights are off by at most 2^-15 of the block's largest, unless all are equal.
+    The codec rounds each error to 1/64 of a unit. A unit is the power of two at or below the scale. So an error e is
+    off by at most h = unit / 128, and its square by at most 2 e h + h^2. Unless all weights of a block are equal, each
+    weight is off by at most 2^-15 of the largest one.
     """
     magnitudes = np.asarray(E2M1_MAGNITUDES) * scale
     errors = np.abs(np.abs(values)[:, None] - magnitudes).min(axis=1)
@@ -282,7 +292,7 @@ def weighted_error(values: np.ndarray, scale: float, weights: np.ndarray) -> tup
 
 
 class Choice(NamedTuple):
-    """Errors of the two candidates, the error of the chosen one, and their common tolerance."""
+    """Errors of the two candidates and of the chosen scale, and the tolerance for their differences."""
 
     first: float
     second: float
@@ -291,7 +301,7 @@ class Choice(NamedTuple):
 
 
 def choices(values: Tensor, block_format: BlockFormat, importance: Tensor | None) -> list[Choice]:
-    """Collect the codec's choice for each block."""
+    """Return the codec's choice for each block."""
     unit = tensor_scale(values, block_format)
     stored = encode(values, block_format, unit, importance)[1]
     chosen = scale_arithmetic.values_of(stored, None if unit is None else unit.view(1)).flatten().tolist()
@@ -311,7 +321,7 @@ def choices(values: Tensor, block_format: BlockFormat, importance: Tensor | None
 def test_mse_chooses_the_candidate_with_the_smaller_error(
     block_format: BlockFormat, dtype: torch.dtype, is_weighted: bool
 ) -> None:
-    """Up to the documented resolution: errors are rounded to 1/64 of a unit."""
+    """This holds up to the documented resolution, because errors are rounded to 1/64 of a unit."""
     values = random_values((25, 320), dtype)
     importance = torch.rand(320, generator=torch.Generator().manual_seed(4)) ** 4 if is_weighted else None
     found = choices(values, block_format.with_rule("mse"), importance)
@@ -325,7 +335,7 @@ def test_mse_chooses_the_candidate_with_the_smaller_error(
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_mse_is_never_worse_than_a_candidate_by_more_than_the_resolution(dtype: torch.dtype) -> None:
-    """For e8m0, the rule ceil is one candidate. The error of a value is off by at most 1/128 of its unit."""
+    """For e8m0, the scale of the rule ceil is a candidate. The error of a value is off by at most 1/128 of a unit."""
     values = random_values((50, 320), dtype)
     blocks = values.double().unflatten(-1, (-1, 32))
 
@@ -340,14 +350,14 @@ def test_mse_is_never_worse_than_a_candidate_by_more_than_the_resolution(dtype: 
 
 
 def test_the_first_of_two_equally_good_candidates_is_chosen() -> None:
-    seven = torch.tensor([7.0] + [0.0] * 31)  # becomes 8 under ceil, 6 under the scale below; both are off by one
+    seven = torch.tensor([7.0] + [0.0] * 31)  # 8 under ceil and 6 under the next smaller scale, so both are off by 1
     assert bytes_of(encode(seven, MXFP4.with_rule("mse"))[1]) == [128]
     twelve = torch.tensor([12.0] + [0.0] * 15)  # 6 * 2 and 4 * 3 are both exact
     assert bytes_of(encode(twelve, NVFP4.with_rule("mse"), torch.ones(()))[1]) == [E4M3.index(Fraction(2))]
 
 
 def test_importance_moves_the_choice_to_the_values_that_matter() -> None:
-    """Under ceil, 8 is exact and halves become zeros. Under the scale below, halves are exact and 8 is not."""
+    """Under ceil, 8 is exact and halves become zeros. Under the next smaller scale, halves are exact and 8 is not."""
     values = torch.tensor([8.0] + [0.5] * 31)
     on_the_eight, on_the_halves = torch.full((32,), 1e-3), torch.full((32,), 1e-3)
     on_the_eight[0], on_the_halves[1:] = 1.0, 1.0
@@ -413,7 +423,7 @@ def test_storage_order_is_kept_and_changes_no_bit(block_format: BlockFormat, dty
 
 @pytest.mark.parametrize("block_format", RULES.values(), ids=RULES)
 def test_slabs_change_no_bit(block_format: BlockFormat, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests slabs of several experts, of one expert, of some rows of blocks, and of some lanes."""
+    """Test slabs of several experts, of one expert, of some rows of blocks, and of some lanes."""
     values = random_values((3, 4, 96), torch.bfloat16)
     importance = torch.rand(3, 96, generator=torch.Generator().manual_seed(5))
     unit = tensor_scale(values, block_format)
@@ -431,7 +441,10 @@ def test_slabs_change_no_bit(block_format: BlockFormat, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("block_format", RULES.values(), ids=RULES)
 def test_rounding_a_rounded_result_changes_nothing(block_format: BlockFormat, dtype: torch.dtype) -> None:
-    """If scales have full precision. e4m3's subnormals, from 2^-14 of the largest block down, do not have it."""
+    """This holds for scales with full precision, which subnormals of e4m3 do not have.
+
+    A block gets a subnormal scale if its maximum is below about 2^-14 of the largest block. Such blocks are not tested.
+    """
     once = fake_quantize(random_values((3, 40, 320), dtype), block_format)
     assert_same_bits(fake_quantize(once, block_format), once)
 
@@ -446,14 +459,17 @@ def test_rules_of_e8m0_do_not_change_values_on_the_mxfp4_grid(block_format: Bloc
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("lowest", [20, 119, 230])
 def test_mse_of_e4m3_does_not_change_values_on_the_mxfp4_grid(lowest: int, dtype: torch.dtype) -> None:
-    """Blocks whose largest code is below 4 get smaller scales, and use three of the 18 powers of two of e4m3."""
+    """Blocks whose largest value is below 4 get scales that are up to 2^3 smaller.
+
+    So 15 scales of MXFP4 use all 18 powers of two of e4m3.
+    """
     values = on_the_mxfp4_grid(dtype, range(lowest, lowest + 15))
     assert_same_bits(fake_quantize(values, NVFP4.with_rule("mse")), values)
 
 
 @pytest.mark.parametrize("rule", ["nearest", "ceil", "floor"])
 def test_the_other_rules_of_e4m3_change_values_on_the_mxfp4_grid(rule: str) -> None:
-    """A block whose largest value is 4 cannot have the scale 4/6 = 2/3 exactly."""
+    """For a maximum of 4, these rules need the scale 4/6 = 2/3, which e4m3 cannot represent exactly."""
     values = torch.tensor([4.0, 3.0, 2.0, 1.5, 1.0, 0.5, 0.0, -0.5] * 4)
     assert fake_quantize(values, MXFP4).tolist() == fake_quantize(values, NVFP4.with_rule("mse")).tolist()
     assert not torch.equal(fake_quantize(values, NVFP4.with_rule(rule)), values)

@@ -1,4 +1,4 @@
-"""The facts of a run's records that a model card shows, and those that it must not show."""
+"""Facts in a run's records that a model card shows, and facts that it must not show."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from pipeline.runs.run import Run
 
 @pytest.fixture(autouse=True)
 def without_git(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records say which commit made them; asking git takes longer than all else here."""
+    """Records contain the git commit. Asking git would take longer than the rest of a test."""
     monkeypatch.setattr(provenance, "_git_commit", lambda: None)
 
 
@@ -184,7 +184,7 @@ def test_a_revision_of_the_hub_s_cache_is_told(config: PipelineConfig, tmp_path:
 
 
 def test_where_an_export_goes_is_no_part_of_what_it_is(config: PipelineConfig) -> None:
-    """The same export stays up to date, whether or not it is uploaded; any other setting makes another one."""
+    """Settings of the upload do not invalidate an export. All other settings do."""
     from pipeline.stages import export
 
     every = Run(config).settings(("export",))

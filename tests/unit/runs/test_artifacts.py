@@ -45,13 +45,13 @@ def config(tmp_path: Path) -> PipelineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Steps(StageRecord):
-    """A record of one figure."""
+    """A record with one figure."""
 
     steps: int
 
 
 class Work:
-    """Writes a payload, and remembers what it found in the directory each time that it was called."""
+    """Writes a payload. Records for each call the files that were already in the directory."""
 
     def __init__(self, payload: dict[str, bytes] = PAYLOAD, error: BaseException | None = None, **result: Any) -> None:
         self.payload = payload
@@ -78,7 +78,7 @@ def files_in(directory: Path) -> set[str]:
 
 
 def make(config: PipelineConfig, work: Callable[[Path], Result] | None = None, **changes: Any) -> Artifact:
-    """sft, made from upcast with the data set."""
+    """Build sft from upcast and the data set."""
     inputs = {"settings": ("data", "sft"), "parents": {"upcast": FIXED}, "data": "rows-1", **changes}
     return build(Run(config), Stage.sft, work=work or Work(), resumable_as=resume.by_global_batch, **inputs)
 

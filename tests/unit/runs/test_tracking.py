@@ -23,7 +23,7 @@ class WandbError(Exception):
 
 
 class FakeRun:
-    """The part of a W&B run that is used; `broken` makes every call fail as a dead connection does."""
+    """Methods of a W&B run that the program calls. If `broken` is set in the library, every call fails."""
 
     offline = True
     disabled = False
@@ -51,7 +51,7 @@ class FakeRun:
 
 
 class FakeWandb(SimpleNamespace):
-    """Stands in for the package, where the real one would have to fail."""
+    """Replaces the wandb package in tests in which the package must fail."""
 
     errors = SimpleNamespace(Error=WandbError, UsageError=WandbError)
     Settings = SimpleNamespace

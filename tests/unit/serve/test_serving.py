@@ -53,7 +53,7 @@ Refusal = Callable[..., str]
 
 @pytest.fixture
 def refusal(config: PipelineConfig, export: Artifact) -> Refusal:
-    """Returns the message that refuses settings of `serve`."""
+    """A function that returns the error message for wrong settings of `serve`."""
 
     def message(gpus: int = 1, **settings: Any) -> str:
         for name, value in settings.items():

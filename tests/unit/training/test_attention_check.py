@@ -1,4 +1,4 @@
-"""The check of attention implementations, with correct and deliberately wrong ones."""
+"""The check of attention implementations, on correct and on deliberately wrong implementations."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -28,7 +28,10 @@ def repeat_heads(module: nn.Module, states: Tensor) -> Tensor:
 def online(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: object
 ) -> tuple[Tensor, None]:
-    """Compute attention correctly, but unlike eager: as in fused kernels, the sink rescales the softmax afterwards."""
+    """Compute attention correctly, but in another way than eager.
+
+    As in fused kernels, the sink rescales the result of the softmax.
+    """
     scores = query @ repeat_heads(module, key).transpose(2, 3) * scaling + mask
     log_sum = scores.logsumexp(-1, keepdim=True)
     kept = torch.sigmoid(log_sum - module.sinks.view(1, -1, 1, 1))
@@ -45,7 +48,7 @@ def without_sinks(
 def without_the_sinks_gradient(
     module: nn.Module, *tensors: Tensor, **arguments: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """As reported for some fused kernels: correct outputs, but no gradient of the sinks."""
+    """Compute correct outputs, but no gradient of the sinks, as reported for some fused kernels."""
     blind = SimpleNamespace(
         sinks=module.sinks.detach(), num_key_value_groups=module.num_key_value_groups, training=module.training
     )
@@ -130,7 +133,7 @@ def test_a_kernel_that_transformers_cannot_run_is_one_message(name: str) -> None
 def with_masks_of_its_own(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: object, **arguments: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Correct for the real tokens of padded batches, but unaware of packed documents."""
+    """Compute attention that is correct for padded batches, but does not separate packed documents."""
     ages = torch.arange(query.shape[2])[:, None] - torch.arange(query.shape[2])
     hidden = (ages < 0) | (ages >= (module.sliding_window or query.shape[2]))
     mask = torch.zeros(query.shape[0], 1, *ages.shape, dtype=query.dtype).masked_fill(

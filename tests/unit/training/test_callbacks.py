@@ -1,4 +1,4 @@
-"""Router load against transformers' router logits; token counts, time left, and removal of old checkpoints."""
+"""Router load (compared with transformers' router logits), token counts, time left, and removal of old checkpoints."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ def model() -> GptOssForCausalLM:
 
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
-    """Two examples: 7 tokens with 3 supervised, and 4 tokens, padded, with 1 supervised."""
+    """Two examples. One has 7 tokens, 3 of them supervised. The other is padded and has 4 tokens, 1 supervised."""
     ids = torch.randint(1, 64, (2, 7), generator=torch.Generator().manual_seed(1))
     mask, labels = torch.ones_like(ids), torch.full_like(ids, IGNORED)
     mask[1, 4:] = 0
@@ -74,7 +74,7 @@ def test_a_batch_without_a_mask_has_no_padding(batch: dict) -> None:
 
 
 def save(directory: Path, best: int | None, step: int) -> tuple[SimpleNamespace, SimpleNamespace]:
-    """Write the checkpoint of `step`; return the trainer's arguments and state at that moment."""
+    """Write the checkpoint of `step`, and return the trainer's arguments and state at that step."""
     (directory / f"checkpoint-{step}").mkdir()
     state = SimpleNamespace(
         global_step=step,

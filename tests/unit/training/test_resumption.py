@@ -1,4 +1,4 @@
-"""Training resumes from the newest complete checkpoint, if these processes can read it."""
+"""Training resumes from the newest complete checkpoint, if the current processes can read it."""
 
 from pathlib import Path
 

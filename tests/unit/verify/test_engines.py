@@ -105,7 +105,7 @@ def test_an_engine_that_hangs_is_killed_with_its_child_processes(tmp_path: Path)
     assert time.monotonic() - started < 20
     child = int((tmp_path / "child").read_text())
     while is_running(child) and time.monotonic() - started < 20:
-        time.sleep(0.1)  # the child is not ours, so nobody waits for its end
+        time.sleep(0.1)  # this process is not the parent, so it cannot wait for the end
     assert not is_running(child)
 
 
