@@ -1,4 +1,4 @@
-"""The plots of the report, as data. `plots` draws them, and `page` shows the same figures as tables."""
+"""Make the plots of the report as data. `plots` draws the data, and `page` also shows them as tables."""
 
 import math
 import re
@@ -13,12 +13,12 @@ from pipeline.runs.metrics import read_metrics
 
 _LOSS = "validation_loss"
 _GROUPED = {_LOSS: "nats", "kl_divergence": "nats"}
-"""Figures besides pass rates that are plotted by group (language, category, position), and their units."""
+"""Figures that are plotted by group (language, category, position) -> their units. Pass rates are plotted too."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A value, with the bounds of its interval if it has one."""
+    """A value at a place on the other axis, with the bounds of its interval if it has one."""
 
     at: float | str
     value: float
@@ -40,13 +40,13 @@ class Chart:
     """One plot.
 
     Attributes:
-        name: name of the file and of the figure in the page: letters, digits, '-'.
-        title: the figures in the plot.
-        description: how to read the plot. Screen readers read it aloud.
-        kind: "lines" over numbers, "dots" beside names, or "tradeoff".
+        name: name of the plot's file and id of its figure in the page. It has only letters, digits and '-'.
+        title: heading of the plot.
+        description: instructions for reading the plot. Screen readers read them aloud.
+        kind: "lines" (values over numbers such as steps), "dots" (values beside names), or "tradeoff".
         x, y: labels of the axes, with units.
         series: the points.
-        best: names of the points that no other point dominates, in a trade-off.
+        best: in a trade-off, names of the points that no other point dominates.
         is_share: whether values are shares from 0 to 1, shown in percent.
     """
 
@@ -79,7 +79,13 @@ def make_charts(runs: list[EvaluatedRun], rows: list[Row]) -> list[Chart]:
 
 @dataclass(frozen=True)
 class _Axis:
-    """A figure on an axis of a trade-off: its name, its words in the title, and the label of the axis."""
+    """An axis of a trade-off plot.
+
+    Attributes:
+        figure: name of the figure in Row.figures.
+        words: the figure's name in the title of the plot.
+        label: label of the axis.
+    """
 
     figure: str
     words: str
@@ -124,14 +130,17 @@ def _tradeoff_chart(rows: list[Row], size_axis: _Axis, quality: _Axis, *, is_hig
 
 
 def _dominance_notes(rows: list[Row], best: list[str]) -> Iterator[str]:
-    yield "Filled points are dominated by no other model."
+    yield "No other model dominates the filled points."
     dominated = ", ".join(row.title for row in rows if row.title not in best)
     if dominated:
         yield f"Dominated (another model is at least as small and as good, and better in one of the two): {dominated}."
 
 
 def _is_outlier(row: Row, rows: list[Row], quality: str) -> bool:
-    """Whether the loss of the original, before any training, would compress all other models into one point."""
+    """Return whether to leave a model out of the plot.
+
+    The loss of the untrained original can be so high that all other models would fall into one point.
+    """
     others = [each.figures[quality] for each in rows if each.model != UPCAST]
     if row.model != UPCAST or quality != _LOSS or len(others) < 2:
         return False
@@ -144,7 +153,7 @@ def _rate_names(rows: list[Row]) -> list[str]:
 
 
 def _slug(text: str) -> str:
-    """A name for files and for ids in a page."""
+    """Turn a text into a name for files and for ids in a page."""
     return re.sub("[^a-z0-9]+", "-", text.lower())
 
 
@@ -195,7 +204,10 @@ def _group_charts(rows: list[Row]) -> Iterator[Chart]:
 
 
 def _group_figures(row: Row, figure: str) -> list[str]:
-    """Names of a figure's values for groups. Checks within a pass rate have similar names, but no counts: no groups."""
+    """Return the names of a figure's values for groups.
+
+    The checks within a pass rate have similar names but no counts of decided answers. They are not groups.
+    """
     names = [name for name in row.figures if name.startswith(f"{figure}/")]
     return [name for name in names if figure in _GROUPED or f"{figure}_decided/{name.partition('/')[2]}" in row.figures]
 
@@ -219,8 +231,8 @@ def _loss_charts(runs: list[EvaluatedRun]) -> Iterator[Chart]:
         yield Chart(
             name=f"loss-{stage}",
             title=f"Losses of {stage.upper()}",
-            description="Validation loss over supervised tokens, at each evaluation. Training loss as logged, on the"
-            " training examples.",
+            description="The validation loss is measured over supervised tokens at each evaluation. The training loss"
+            " is logged on the training examples.",
             kind="lines",
             x="optimizer step",
             y="loss (nats)",
@@ -249,9 +261,9 @@ def _change_charts(runs: list[EvaluatedRun]) -> Iterator[Chart]:
 
 
 def _distinct_runs(runs: list[EvaluatedRun], stage: str) -> list[tuple[EvaluatedRun, str]]:
-    """The runs with different directories of a stage, and the prefixes of their series' names.
+    """Return the runs whose stage is drawn, each with the prefix of its series' names.
 
-    A stage that several runs share is drawn once.
+    Several runs may share the directory of a stage. It is drawn once, for the first of these runs.
     """
     found = {run.stage_dir(stage): run for run in reversed(runs) if run.stage_dir(stage) is not None}
     return [(run, f"{run.label}: " if len(found) > 1 else "") for run in runs if found.get(run.stage_dir(stage)) is run]
@@ -298,7 +310,7 @@ _LAYER_FIGURES = (
         "Survival by layer",
         "share (%)",
         is_share=True,
-        description="Share of the weights moved by training whose 4-bit code changed.",
+        description="Among the weights that training moved, the share whose 4-bit code changed.",
     ),
 )
 
@@ -331,7 +343,7 @@ def _points_by_layer(run: EvaluatedRun, key: str) -> list[Point]:
 
 
 def tabulate(chart: Chart) -> tuple[list[str], list[list[str]]]:
-    """Write the figures of a plot as a table: the titles of the columns, and the lines."""
+    """Return the figures of a plot as a table: the titles of the columns, and the lines of cells."""
     has_interval = any(point.low is not None for series in chart.series for point in series.points)
     head = ["", chart.x if chart.kind != "dots" else "", chart.y or chart.x]
     lines = [

@@ -1,4 +1,4 @@
-"""The content of a report, in no particular layout: rows, tables, tests, findings, plots and examples."""
+"""Collect the content of a report, independent of its layout: rows, tables, tests, findings, plots and examples."""
 
 from dataclasses import dataclass
 
@@ -15,13 +15,13 @@ from pipeline.runs.json_files import Json
 
 @dataclass(frozen=True)
 class Content:
-    """A whole report.
+    """The content of one report.
 
     Attributes:
         title: heading of the report.
         facts: properties that all models share: name -> value.
-        reference: name of the model that weight errors are relative to, or None.
-        rows: the models.
+        reference: name of the model whose weights all weight errors are relative to, or None.
+        rows: one row for each model.
         tables: tables of the models' figures.
         tests: paired tests on the models' answers.
         findings: the results in words.
@@ -50,7 +50,7 @@ class Content:
 
 
 def collect(runs: list[EvaluatedRun], most_examples: int) -> Content:
-    """Collect the report on comparable runs, with at most `most_examples` examples."""
+    """Collect the content of the report on comparable runs, with at most `most_examples` examples."""
     found = rows.collect(runs)
     reference = runs[0].evaluated.details["reference"]
     tests = evidence.run_tests(found)

@@ -1,6 +1,7 @@
-"""Paired tests between models: which models are compared, and what the tests on their answers show.
+"""Choose pairs of models, and test whether their answers differ in quality.
 
-The test is McNemar's exact test, paired by prompt. Holm's method corrects the p-values for all tests of a report.
+The test is McNemar's exact test, paired by prompt. Holm's method corrects the p-values for the number of tests in the
+report.
 """
 
 from collections.abc import Iterator
@@ -25,12 +26,12 @@ TEST_COLUMNS = (
 """Fields of tests.jsonl."""
 
 TEST_TITLES = (*TEST_COLUMNS[:-1], "needed for significance")
-"""Headings of the same columns in the page."""
+"""Headings of these columns in the HTML page."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The successive models SFT, PTQ and QAT. None stands for a model that was not evaluated."""
+    """An SFT model and the PTQ and QAT models made from it. None stands for a model that was not evaluated."""
 
     sft: Row | None
     ptq: Row | None
@@ -44,13 +45,13 @@ class Chain:
 
 @dataclass(frozen=True)
 class Test:
-    """A model against a reference, on the same prompts.
+    """A paired test of a model against a reference, on the same prompts.
 
     Attributes:
         figure: name of the pass rate.
-        model: the model.
-        reference: the model that it is compared with.
-        comparison: the outcome; None if no prompt could be decided for both models.
+        model: the tested model.
+        reference: the model to compare with.
+        comparison: the counts and the interval; None if no prompt was decided for both models.
         p_value: p-value, corrected for all tests of the report.
         verdict: the outcome in words, from `statistics.verdicts`.
     """
@@ -63,7 +64,7 @@ class Test:
     verdict: str
 
     def to_json(self) -> dict[str, Json]:
-        """Return the test as compare.json holds it."""
+        """Return the entry of this test in compare.json."""
         found = {"figure": self.figure, "model": self.model.title, "reference": self.reference.title}
         figures = (
             {} if self.comparison is None else asdict(self.comparison) | {"difference": self.comparison.difference}
@@ -71,7 +72,7 @@ class Test:
         return {**found, **figures, "p_value_corrected": self.p_value, "verdict": self.verdict}
 
     def cells(self) -> list[str]:
-        """The test as a line of a table: a cell for each of TEST_COLUMNS."""
+        """Return the test as a line of a table, with one cell for each of TEST_COLUMNS."""
         names = [self.figure.replace("_", " "), self.model.title, self.reference.title]
         short, _, detectable = self.verdict.partition(": ")
         if (found := self.comparison) is None:
@@ -85,12 +86,15 @@ class Test:
 
     @property
     def is_significant(self) -> bool:
-        """Whether the test shows a difference."""
+        """Whether the difference is statistically significant."""
         return self.verdict in (BETTER, WORSE)
 
 
 def find_chains(rows: list[Row]) -> list[Chain]:
-    """Find every QAT model with its PTQ and SFT models, and every other PTQ model with its SFT model."""
+    """Find the chains of models.
+
+    Each QAT model forms a chain with its PTQ and SFT models. Each remaining PTQ model forms a chain with its SFT model.
+    """
     found = [Chain(_origin(row, SFT, rows), _origin(row, PTQ, rows), row) for row in rows if row.model == QAT]
     used = {id(chain.ptq) for chain in found}
     return found + [
@@ -99,32 +103,32 @@ def find_chains(rows: list[Row]) -> list[Chain]:
 
 
 def _origin(row: Row, stage: str, rows: list[Row]) -> Row | None:
-    """The model of an earlier stage that `row` was made from, whichever run evaluated it."""
+    """Find the model of an earlier stage that `row` was made from. Any of the runs may have evaluated that model."""
     wanted = row.lineage.get(stage)
     return next((each for each in rows if each.model == stage and each.fingerprint == wanted), None)
 
 
 def run_tests(rows: list[Row]) -> list[Test]:
-    """Run all paired tests of the report: in each chain, and between the best QAT models of the formats."""
+    """Run all paired tests: between the models of each chain, and between the best QAT models of different formats."""
     pairs = [pair for chain in find_chains(rows) for pair in pairs_of(chain)] + format_pairs(rows)
     distinct = {(id(model), id(reference)): (model, reference) for model, reference in pairs}.values()
     found = [(figure, *pair, _compare(figure, *pair)) for pair in distinct for figure in _common_figures(*pair)]
     compared = [comparison for *_, comparison in found if comparison is not None]
     p_values = statistics.holm(np.array([each.p_value for each in compared]))
     outcomes = iter(zip(p_values, statistics.verdicts(compared), strict=True))
-    undecided = (1.0, "no prompt could be decided for both")
+    undecided = (1.0, "no prompt was decided for both models")
     return [Test(*each, *(next(outcomes) if each[-1] is not None else undecided)) for each in found]
 
 
 def pairs_of(chain: Chain) -> Iterator[tuple[Row, Row]]:
-    """Yield the pairs of model and reference: PTQ and SFT, QAT and PTQ, QAT and SFT."""
+    """Yield pairs of (model, reference): PTQ against SFT, QAT against PTQ, and QAT against SFT."""
     for model, reference in ((chain.ptq, chain.sft), (chain.qat, chain.ptq), (chain.qat, chain.sft)):
         if model is not None and reference is not None:
             yield model, reference
 
 
 def format_pairs(rows: list[Row]) -> list[tuple[Row, Row]]:
-    """Pair the best QAT models of all formats with each other. The best has the lowest validation loss."""
+    """Find the QAT model with the lowest validation loss in each format, and pair these models with each other."""
     best: dict[str, Row] = {}
     for row in rows:
         if row.model == QAT and row.block_format is not None and LOSS in row.figures:
@@ -139,7 +143,7 @@ def _common_figures(model: Row, reference: Row) -> list[str]:
 
 
 def _compare(figure: str, model: Row, reference: Row) -> Comparison | None:
-    """Compare the first sample of each prompt. With several samples the pairs would not be independent."""
+    """Compare the first sample of each prompt. Several samples of one prompt would not be independent pairs."""
     first = ([each for each in row.verdicts[figure] if each.sample == 0] for row in (model, reference))
     passed = pair(*first)
     return statistics.compare(*passed) if len(passed[0]) else None

@@ -1,4 +1,4 @@
-"""Prompts on which models differ, with the answers of all models."""
+"""Choose prompts on which models differ, and collect the answers of all models to them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Answer:
     Attributes:
         model: title of the model's row.
         transcript: the answer, by channel.
-        verdicts: figure -> passed, failed or undecided.
+        verdicts: verdict for each figure: passed, failed or undecided.
     """
 
     model: str
@@ -33,7 +33,7 @@ class Example:
         prompt_id: id of the prompt.
         messages: the conversation up to the answer.
         disagreements: figures on which some model passed and another failed.
-        answers: one for each model, in the order of the rows.
+        answers: one answer for each of these models, in the order of the rows.
     """
 
     prompt_id: str
@@ -43,9 +43,9 @@ class Example:
 
 
 def choose(rows: list[Row], most: int) -> list[Example]:
-    """Choose up to `most` prompts that at least two models answered, those with most disagreements first.
+    """Choose up to `most` prompts that at least two models answered. Prompts with more disagreements come first.
 
-    The example shows the first sample of each answer.
+    An example shows only the first sample of each model's answers.
     """
     answers = [answer for row in rows for answer in _first_answers(row)]
     prompts: dict[str, list[Answer]] = {}

@@ -1,7 +1,7 @@
-"""The results in words: the loss from PTQ, the share of it that QAT recovered, and the cost of QAT.
+"""Describe the results in sentences: the quality that PTQ lost, the share that QAT recovered, and the cost of QAT.
 
-Without significance, a sentence claims neither a difference nor equality: it states the smallest detectable difference.
-Losses have no interval, because only their mean is stored.
+If a test is not significant, its sentence claims neither a difference nor equality. The sentence states the smallest
+difference that the test could have detected. Losses have no interval, because only their mean is stored.
 """
 
 from collections.abc import Iterator
@@ -20,14 +20,14 @@ _GAPS_TO_SFT = {WORSE: "QAT did not fully recover to SFT", BETTER: "QAT is bette
 
 @dataclass(frozen=True)
 class Finding:
-    """A title, and sentences."""
+    """A section of the results: a title and its sentences."""
 
     title: str
     sentences: list[str]
 
 
 def describe(rows: list[Row], tests: list[Test]) -> list[Finding]:
-    """Describe each chain of models, and each pair of formats."""
+    """Describe each chain of models, and compare each pair of formats."""
     found = [Finding(chain.title, list(_describe_chain(chain, tests))) for chain in find_chains(rows)]
     if not found:
         advice = "No PTQ or QAT model was evaluated. evaluate.source=all evaluates every stage."
@@ -67,7 +67,7 @@ def _describe_losses(chain: Chain) -> Iterator[str]:
         remark = (
             "QAT continued training on the same data, which alone may explain the lower loss."
             if qat < sft
-            else "This is the loss that remains."
+            else "This difference remains after QAT."
         )
         yield f"Validation loss: SFT + QAT differs by {_change(qat, sft)} from SFT. {remark}"
 
@@ -115,7 +115,7 @@ def _effect_of_qat(lost: Test | None, recovered: Test) -> str:
 
 
 def describe_test(test: Test) -> str:
-    """Describe the evidence: the difference with its interval, the number of prompts and the corrected p-value."""
+    """Describe a test: the difference with its interval, the number of prompts, and the corrected p-value."""
     names = f"{test.model.title} against {test.reference.title}"
     found = test.comparison
     if found is None:
@@ -144,8 +144,9 @@ def _describe_formats(model: Row, reference: Row, tests: list[Test]) -> Iterator
     names = f"{model.title} ({model.block_format}) and {reference.title} ({reference.block_format})"
     change = _change(model.figures[LOSS], reference.figures[LOSS])
     yield (
-        f"Best QAT model of each format, {names}: {change} validation loss, no interval."
-        " Both were chosen by this loss on the same data, so their losses are optimistic."
+        f"Best QAT models of the two formats: {names}. The first model's validation loss differs by {change} from the"
+        " second model's (no interval). Both models were chosen by this loss on the same data, so their losses are"
+        " optimistic."
     )
     if _SERVED in model.figures and _SERVED in reference.figures:
         yield f"Size when served: {size(model.figures[_SERVED])} against {size(reference.figures[_SERVED])}."

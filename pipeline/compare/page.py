@@ -1,6 +1,7 @@
-"""The report as one self-contained HTML page, with its style and plots. The page has no scripts and loads nothing.
+"""Render the report as one HTML page. The page contains its style and plots, has no scripts, and loads nothing.
 
-Answers of models are untrusted. The template escapes all text, and the page's policy allows only its own style.
+The models' answers are untrusted. The template escapes all text. The page's Content-Security-Policy allows only inline
+styles.
 """
 
 import re
@@ -14,7 +15,7 @@ from pipeline.compare.content import Content
 from pipeline.compare.evidence import TEST_TITLES
 
 _TEMPLATE = "page.html"
-# Control characters and lone surrogates, which no HTML file can hold.
+# Control characters, lone surrogates and noncharacters: HTML cannot contain them.
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -38,5 +39,5 @@ def render(report: Content) -> str:
 
 
 def _replace_unprintable(value: object) -> object:
-    """Replace characters that HTML cannot hold, in plain strings only: Markup, a subclass, passes unchanged."""
+    """Replace characters that HTML cannot contain. Only plain strings are changed, not Markup, a subclass of str."""
     return _NOT_TEXT.sub("\ufffd", value) if type(value) is str else value

@@ -1,7 +1,7 @@
-"""Drawing of the charts as PNG, and as SVG with the page's colours. Only this module imports matplotlib.
+"""Draw the charts as PNG files, and as SVG in the page's colours. Only this module imports matplotlib.
 
-The same figures always give the same bytes, so files contain no date and no program name. Series differ in marker and
-line as well as in colour. The colours are those of Okabe and Ito (2008), which colour-blind people can distinguish.
+The same chart always gives the same bytes, because the output contains no date and no program name. Series differ in
+marker and line as well as in colour. Colour-blind people can distinguish the colours, from Okabe and Ito (2008).
 """
 
 import re
@@ -25,14 +25,14 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _INK, _FAINT, _PAPER = "#1a1a1b", "#d0d0d1", "#fffffe"
 _ROLES = {_INK: "currentColor", _FAINT: "var(--faint)", _PAPER: "var(--paper)"}
 _ROLES |= {colour: f"var(--series-{i})" for i, colour in enumerate(_PALETTE, 1)}
-"""Colours in the PNG, and their names in the page's style sheet."""
+"""Colour in the PNG -> CSS value that replaces it in the SVG. The page's style sheet defines the variables."""
 
 _WIDTH_INCHES, _HEIGHT_INCHES = 6.4, 3.4
-_LINE_INCHES = 0.17  # height of one point beside a name
+_LINE_INCHES = 0.17  # height of one line of dots, and of one line of the legend
 _PNG_DPI = 150
 _LONGEST_NAME = 30
-_LEGEND_LETTERS = 90  # in one line
-_SAME_PLACE = 0.03  # share of an axis; closer points share a label
+_LEGEND_LETTERS = 90  # letters in one line of the legend
+_SAME_PLACE = 0.03  # share of the extent of the points; points closer than this share a label
 _Place: TypeAlias = tuple[float, float]
 """Position of a point on the two axes."""
 
@@ -53,7 +53,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def write_png(chart: Chart, path: Path) -> None:
-    """Draw a chart on white, and write it to a file."""
+    """Draw a chart on a white background, and write it to a PNG file."""
     with matplotlib.rc_context(_STYLE):
         _draw(chart).savefig(path, format="png", dpi=_PNG_DPI, facecolor="white", metadata={"Software": None})
 
@@ -67,7 +67,7 @@ def draw_svg(chart: Chart) -> str:
     element = text.getvalue()[text.getvalue().index("<svg") :]
     for colour, role in _ROLES.items():
         element = element.replace(colour, role)
-    # A page holds several charts, so ids begin with the chart's name.
+    # A page contains several charts. The chart's name as a prefix makes the ids unique.
     element = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{chart.name}-", element)
     label = f"<title>{escape(chart.title)}</title><desc>{escape(chart.description)}</desc>"
     return re.sub(
@@ -76,7 +76,7 @@ def draw_svg(chart: Chart) -> str:
 
 
 def _escape_backslashes(text: str) -> str:
-    """Make `re.sub` insert the text unchanged."""
+    """Escape the backslashes of a replacement text, so that `re.sub` inserts it unchanged."""
     return text.replace("\\", "\\\\")
 
 
@@ -105,7 +105,10 @@ def _label(axes: Axes, chart: Chart) -> None:
 
 
 def _count_lines(chart: Chart) -> int:
-    """Count the lines of a plot of dots: for each name its points and one line of space, or its wrapped text."""
+    """Count the lines that a plot of dots needs.
+
+    Each name needs one line per point and an empty line. If its wrapped text has more lines, it needs those.
+    """
     points = Counter(point.at for series in chart.series for point in series.points)
     return sum(max(count + 1, 1 + _wrap(str(name)).count("\n")) for name, count in points.items())
 
@@ -158,7 +161,7 @@ def _draw_dots(axes: Axes, chart: Chart) -> None:
 
 
 def _error_bars(points: list[Point]) -> list[list[float]] | None:
-    """Lengths of the intervals below and above the points: (2, n). None if no point has an interval."""
+    """Return the lengths of the error bars below and above the points, (2, n); None if no point has an interval."""
     bounds = [(point.low, point.high) for point in points]
     if all(low is None for low, _ in bounds):
         return None
@@ -188,7 +191,7 @@ def _draw_tradeoff(axes: Axes, chart: Chart) -> None:
 
 
 def _number_places(points: list[Point]) -> list[tuple[_Place, list[str]]]:
-    """Number the points. Points that would overlap share one place, with all their numbers."""
+    """Number the points, and return the places of the numbers. Overlapping points share one place for their numbers."""
     extents = [max(values) - min(values) for values in zip(*((float(p.at), p.value) for p in points), strict=True)]
     found: list[tuple[_Place, list[str]]] = []
     for number, point in enumerate(points, 1):
@@ -206,7 +209,7 @@ _KINDS = {"lines": _draw_lines, "dots": _draw_dots, "tradeoff": _draw_tradeoff}
 
 
 def _wrap(name: str) -> str:
-    """Wrap a long name after commas and slashes, or anywhere if it has none."""
+    """Wrap a long name after commas and slashes. A part that is too long for a line is broken anywhere."""
     lines = [""]
     for part in re.findall(rf"[^,/]{{1,{_LONGEST_NAME}}}[,/]?|[,/]", name):
         if lines[-1] and len(lines[-1] + part) > _LONGEST_NAME:

@@ -1,4 +1,4 @@
-"""The rows of the report: one for each model, with its origin, its figures and its cost."""
+"""Make the rows of the report. Each row describes one model: its origin, its figures and its cost."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -25,7 +25,10 @@ _BF16_BITS = 16
 _LOSS = "validation_loss"
 
 Figures: TypeAlias = "Mapping[str, float | Mapping[str, float | Mapping[str, float]]]"
-"""Figures of a model as `evaluate` stores them: name -> value, or -> group -> value, or -> group -> part -> value."""
+"""Figures of a model as `evaluate` stores them, by name.
+
+Each figure is a value, a mapping of group -> value, or a mapping of group -> part -> value.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,14 @@ class Row:
         title: name of the model in the report.
         role: the steps from the original to the model ("SFT + PTQ"), or the model's name if they are unknown.
         block_format: 4-bit format of the experts' weights in the forward pass, or None.
-        figures: name -> value. Names of a group's figures end in /<group>.
+        figures: values of the figures by name. The name of a group's value ends in /<group>.
         fingerprint: fingerprint of the model.
-        lineage: stage -> fingerprint, for the model's own stage and the stages that it was made from.
+        lineage: fingerprints of the model and of the models that it was made from: stage -> fingerprint.
         seconds: duration of the model's stage, or None if it is unknown.
-        peak_bytes: peak memory of the stage's main process, on its GPU if it has one, or None if it is unknown.
-        answers: the answers to the prompts; empty if the model answered none.
-        verdicts: figure -> verdicts on the answers.
+        peak_bytes: peak memory of the stage's main process, or None if it is unknown. This is GPU memory if the
+            process has a GPU, else host memory.
+        answers: the model's answers to the prompts; empty if there are none.
+        verdicts: verdicts on the answers for each figure.
     """
 
     run: EvaluatedRun
@@ -61,13 +65,16 @@ class Row:
     verdicts: dict[str, list[Verdict]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Json]:
-        """Return the row as compare.json holds it."""
+        """Return the entry of this row in compare.json."""
         facts = {"run": self.run.label, "model": self.model, "role": self.role, "format": self.block_format}
         return {**facts, **self.figures, "stage_seconds": self.seconds, "stage_peak_bytes": self.peak_bytes}
 
 
 def collect(runs: list[EvaluatedRun]) -> list[Row]:
-    """Collect the rows of all runs. A model that several runs evaluated is one row, of the run with most figures."""
+    """Collect the rows of all runs.
+
+    A model that several runs evaluated has only one row, from the run with the most figures.
+    """
     rows = [row for run in runs for row in _collect_run(run, is_alone=len(runs) == 1)]
     best: dict[tuple[str, str], Row] = {}
     for row in rows:
@@ -117,7 +124,10 @@ def flatten(figures: Figures) -> dict[str, float]:
 
 
 def _add_loss_changes(rows: list[Row]) -> None:
-    """Add `loss_change`: the relative change of the validation loss from the SFT model that a model was made from."""
+    """Add `loss_change`: loss / SFT loss - 1.
+
+    The SFT loss is the validation loss of the SFT model that the row's model was made from.
+    """
     for row in rows:
         sft = next((each for each in rows if each.model == SFT and each.fingerprint == row.lineage.get(SFT)), None)
         if row.model != SFT and sft is not None and {_LOSS} <= row.figures.keys() & sft.figures.keys():
@@ -168,9 +178,10 @@ def _read_shape(run: EvaluatedRun) -> Shape | None:
 
 
 def _sizes(stage: StageFacts | None, shape: Shape | None) -> dict[str, float]:
-    """`served_bytes`: size of the weights in memory, when the model is served in the format that it rounds to.
+    """Compute `served_bytes`: the size of the weights in memory when the model is served.
 
-    The original counts in its released format. Models that round nothing count in BF16.
+    The experts of a model are served in the 4-bit format that the model rounds to, or in BF16 if it rounds nothing.
+    The experts of the original are served in its released format.
     """
     if stage is None or shape is None:
         return {}
@@ -188,9 +199,9 @@ def undominated(rows: Iterable[Row], size: str, quality: str, *, is_higher_bette
     A row dominates another if it is at least as small and at least as good, and better in one of the two.
 
     Args:
-        rows: the models. Rows without both figures are ignored.
-        size: name of a figure. Less is better.
-        quality: name of a figure.
+        rows: rows of the models. Rows that lack one of the figures are ignored.
+        size: name of the figure for size. Less is better.
+        quality: name of the figure for quality.
         is_higher_better: whether more of `quality` is better.
     """
     sign = -1 if is_higher_better else 1

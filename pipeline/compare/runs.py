@@ -1,4 +1,4 @@
-"""Evaluated runs: how they are found, their stages, and the check that their figures are comparable."""
+"""Find evaluated runs, read their stages, and check that their figures are comparable."""
 
 import glob
 import json
@@ -17,17 +17,17 @@ from pipeline.runs.artifacts import ARTIFACT_FILE, CONFIG_FILE, EVALUATED_STAGES
 from pipeline.runs.commands import stage_command
 
 _EVALUATE = Stage.evaluate.name
-_SHARED = "base_run"  # key of the run whose stages this run shares
+_SHARED = "base_run"  # setting that names the run whose stages this run shares
 
 
 @dataclass(frozen=True)
 class StageFacts:
-    """A complete stage.
+    """The artifact and the cost of a complete stage.
 
     Attributes:
-        artifact: its artifact.
-        seconds: its duration.
-        peak_bytes: peak memory of its main process, on the GPU if it has one.
+        artifact: the stage's artifact.
+        seconds: duration of the stage.
+        peak_bytes: peak memory of the stage's main process: GPU memory if it has a GPU, else host memory.
     """
 
     artifact: Artifact
@@ -42,7 +42,7 @@ class EvaluatedRun:
     Attributes:
         label: short name, different from the other runs' names.
         directory: directory of the run.
-        evaluated: artifact of its `evaluate` stage.
+        evaluated: artifact of the run's `evaluate` stage.
     """
 
     label: str
@@ -50,9 +50,9 @@ class EvaluatedRun:
     evaluated: Artifact
 
     def stage_dir(self, stage: str) -> Path | None:
-        """The directory of a complete stage, or None.
+        """Return the directory of a complete stage, or None.
 
-        The stage may be in the run that this run shares stages with, if it is the model that was evaluated.
+        The stage may be in the run named by `base_run`. It is ignored if `evaluate` measured another model.
         """
         if (self.directory / stage / ARTIFACT_FILE).is_file():
             return self.directory / stage
@@ -63,7 +63,7 @@ class EvaluatedRun:
         return shared if self.evaluated.parents.get(stage, fingerprint) == fingerprint else None
 
     def read_stage(self, stage: str) -> StageFacts | None:
-        """Read artifact.json of a complete stage, or return None.
+        """Read artifact.json of a stage, or return None if the stage is not complete.
 
         Raises:
             UserError: artifact.json is not readable.
@@ -84,7 +84,7 @@ class EvaluatedRun:
 
 
 def find_this(evaluated: Artifact) -> list[EvaluatedRun]:
-    """Return the one run that an evaluate artifact belongs to.
+    """Return the run that an evaluate artifact belongs to, as a list.
 
     Raises:
         UserError: a model was rebuilt after its evaluation.
@@ -96,10 +96,14 @@ def find_this(evaluated: Artifact) -> list[EvaluatedRun]:
 
 
 def find(patterns: list[str]) -> list[EvaluatedRun]:
-    """Find the runs in compare.runs: run directories, their evaluate directories, or patterns of either.
+    """Find the runs that compare.runs names.
+
+    Args:
+        patterns: entries of compare.runs: run directories, their evaluate directories, or patterns of either.
 
     Raises:
-        UserError: directories that are no runs, not evaluated, named twice or not comparable. One error reports all.
+        UserError: some directories are not runs, not evaluated, named twice or not comparable. One error reports all
+            problems.
     """
     problems: list[str] = []
     named: dict[Path, str] = {}
@@ -133,7 +137,7 @@ def _directories(pattern: str) -> list[Path]:
 
 
 def _directory_problem(directory: Path) -> str | None:
-    """Why a directory is not an evaluated run, with advice, or None."""
+    """Return why a directory is not an evaluated run, with advice; None if it is one."""
     evaluate = directory / _EVALUATE
     if (evaluate / ARTIFACT_FILE).is_file():
         return None
@@ -145,7 +149,7 @@ def _directory_problem(directory: Path) -> str | None:
 
 
 def _stale_problems(run: EvaluatedRun) -> list[str]:
-    """The models that were rebuilt after their evaluation, so that their figures are stale."""
+    """Return a message for each model that was rebuilt after its evaluation. Its figures are stale."""
     return [
         f"{directory}: was rebuilt after it was evaluated. Run {_command(run.directory)}"
         for stage in Stage
@@ -160,7 +164,7 @@ def _command(directory: Path) -> str:
 
 
 def _labels(directories: list[Path]) -> dict[Path, str]:
-    """Label directories by their names, or, if two names are equal, by their paths below the common parent."""
+    """Label directories by their names. If two names are equal, label all by their paths below the common parent."""
     names = [directory.name for directory in directories]
     if len(set(names)) == len(names):
         return dict(zip(directories, names, strict=True))
@@ -169,7 +173,7 @@ def _labels(directories: list[Path]) -> dict[Path, str]:
     return {directory: "/".join(directory.parts[shared:]) or directory.name for directory in directories}
 
 
-# --- what comparable runs have in common ------------------------------------------------------------------------------
+# --- properties that comparable runs share ----------------------------------------------------------------------------
 
 _TOKENIZER = "tokenizer.json"
 _SETTINGS = (
@@ -177,14 +181,14 @@ _SETTINGS = (
     *(f"data.{name}" for name in ("reasoning_effort", "reasoning_language", "model_identity", "conversation_date")),
     *("model.dtype", "evaluate.max_samples"),
 )
-"""Settings that figures depend on. Contents of data and models are compared by their fingerprints instead."""
+"""Settings that affect the figures. Data and models are compared by fingerprint instead."""
 _ANSWER_SETTINGS = tuple(
     f"evaluate.generation.{name}" for name in ("max_new_tokens", "temperature", "top_p", "samples")
 )
-"""Settings that figures of answers depend on."""
+"""Settings that affect the figures of answers, such as pass rates."""
 
 _Property: TypeAlias = "tuple[str, str] | None"
-"""A property of a run: the value to compare, and the text to show. None: unknown."""
+"""A property of a run as (value to compare, text to show), or None if it is unknown."""
 
 
 def _data(run: EvaluatedRun) -> _Property:
@@ -204,7 +208,10 @@ def _base(run: EvaluatedRun) -> _Property:
 
 
 def _base_contents(run: EvaluatedRun) -> _Property:
-    """The contents of the base checkpoint, which may have several paths. Only the upcast stage records them."""
+    """Return the fingerprint of the base checkpoint, which may have several paths.
+
+    Only the upcast stage records this fingerprint.
+    """
     upcast, base = run.read_stage(Stage.upcast.name), _base(run)
     if upcast is None or base is None:
         return None
@@ -222,7 +229,7 @@ def _tokenizer(run: EvaluatedRun) -> _Property:
 
 
 def has_answers(run: EvaluatedRun) -> bool:
-    """Whether the models of a run answered prompts."""
+    """Return whether the models of a run answered prompts."""
     return bool(run.evaluated.settings.get("evaluate.generate"))
 
 
@@ -242,11 +249,11 @@ _SAME: dict[str, Callable[[EvaluatedRun], _Property]] = {
     "the tokenizer": _tokenizer,
     **{key: _setting(key) for key in (*_SETTINGS, *_ANSWER_SETTINGS)},
 }
-"""The properties that two runs must have in common, and how they are read."""
+"""Properties that two runs must share: name -> function that reads the property."""
 
 
 def _mixture_problems(runs: list[EvaluatedRun]) -> list[str]:
-    """Why runs are not comparable: each run against the first."""
+    """Compare each run with the first, and return the reasons why they are not comparable."""
     first, *others = runs
     return [problem for other in others for problem in _compare(first, other)]
 

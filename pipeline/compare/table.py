@@ -1,4 +1,4 @@
-"""The tables of the report, for the terminal, Markdown and HTML. Columns are data.
+"""Make the tables of the report, for the terminal, Markdown and HTML.
 
 A figure without an entry in _FORMS gets a column under its own name, so new scorers need no edit here.
 """
@@ -13,19 +13,19 @@ from rich.table import Table as TerminalTable
 from pipeline.compare.findings import size
 from pipeline.compare.rows import Row
 
-_WIDTH = 200  # without a terminal
-_TITLE_WIDTH = 12  # of a line
+_WIDTH = 200  # characters in a line, if the output is not a terminal
+_TITLE_WIDTH = 12  # characters in a line of a column's title
 _NONE = "–"
 _PARTS = ("_low", "_high", "_decided", "_undecided")
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column.
+    """A column of a table.
 
     Attributes:
         title: heading of the column.
-        show: writes the cell of a row.
+        show: function that returns the text of the cell in a row.
         field: name of the column in the JSON lines of the table, if it differs from the title.
     """
 
@@ -40,8 +40,8 @@ class Table:
 
     Attributes:
         title: heading of the table.
-        columns: its columns.
-        caption: how to read it.
+        columns: columns of the table.
+        caption: text below the table that explains it.
     """
 
     title: str
@@ -49,20 +49,23 @@ class Table:
     caption: str = ""
 
     def titles(self) -> list[str]:
-        """The titles of the columns."""
+        """Return the titles of the columns."""
         return [column.title for column in self.columns]
 
     def fields(self) -> list[str]:
-        """The names of the columns in the JSON lines of the table."""
+        """Return the names of the columns in the JSON lines of the table."""
         return [column.field or column.title for column in self.columns]
 
     def cells(self, rows: Iterable[Row]) -> list[list[str]]:
-        """The cells, line by line."""
+        """Return the cells, line by line."""
         return [[column.show(row) for column in self.columns] for row in rows]
 
 
 def _show_figure(name: str, form: Callable[[float], str]) -> Callable[[Row], str]:
-    """Show a figure by `form`, with its interval if it has one. A model may lack the figure."""
+    """Make the `show` of a column for one figure. It formats the value and the interval, if any, with `form`.
+
+    A model that lacks the figure gets a dash.
+    """
 
     def show(row: Row) -> str:
         value, low, high = (row.figures.get(f"{name}{part}") for part in ("", "_low", "_high"))
@@ -89,7 +92,7 @@ _FORMS: dict[str, tuple[str, Callable[[float], str]]] = {
     "kl_divergence": ("KL divergence (nats)", "{:.5f}".format),
     "top1_agreement": ("top-1 agreement", _percent),
 }
-"""Figure -> the title of its column, and how its values are written."""
+"""Figure -> the title of its column, and the function that formats its values."""
 
 _FIELDS = {"kl_divergence": "KL (nats)", "top1_agreement": "same first token"}
 """Figure -> the name of its column in the JSON lines, if it differs from the title."""
@@ -113,22 +116,22 @@ def make_tables(rows: list[Row], reference: str | None) -> list[Table]:
 
 
 def make_cost_table(rows: list[Row]) -> Table:
-    """Make the table of time and memory. The cost of models from elsewhere is unknown."""
+    """Make the table of time and memory. The cost of a model that no stage made is unknown."""
     columns = [
         Column("time", lambda row: _NONE if row.seconds is None else f"{row.seconds:.1f} s"),
         Column("most memory", lambda row: _NONE if row.peak_bytes is None else size(row.peak_bytes)),
     ]
-    caption = "Cost of the stage that made the model. Memory is that of the main process, on its GPU if it has one."
+    caption = "Cost of the stage that made the model. Memory is the main process's peak, on its GPU if it has one."
     return Table("Cost", [_MODEL, _ROLE, *columns], caption)
 
 
 def is_rate(name: str, rows: list[Row]) -> bool:
-    """Whether a figure is a pass rate. Pass rates have a number of decided answers."""
+    """Return whether a figure is a pass rate. Only pass rates have a count of decided answers."""
     return any(f"{name}_decided" in row.figures for row in rows)
 
 
 def _is_part(name: str, whole: list[str]) -> bool:
-    """Whether a figure is a bound or count of another figure."""
+    """Return whether a figure is a bound or a count that belongs to another figure."""
     return any(name.endswith(part) and _is_figure(name.removesuffix(part), whole) for part in _PARTS)
 
 
@@ -166,9 +169,9 @@ def _caption(rows: list[Row], reference: str | None) -> str:
     if tokens is None or reference is None:
         return "Loss and weights of models on servers are unknown."
     return (
-        f"Loss over {tokens:.0f} supervised validation tokens. Relative weight error: relative distance of the experts'"
-        f" weights in the forward pass from {reference}. Size served: weights in memory, in the 4-bit format that"
-        " the model rounds to, or in BF16."
+        f"Loss over {tokens:.0f} supervised validation tokens. Relative weight error: relative distance between the"
+        f" experts' weights in the forward pass and the weights of {reference}. Size served: size of the weights in"
+        " memory. Experts are in the 4-bit format that the model rounds to, or in BF16 if it rounds nothing."
     )
 
 

@@ -1,4 +1,4 @@
-"""The content of the rows: reasoning, tools, control tokens written as text, copies, languages."""
+"""Describe the content of the rows: reasoning, tools, control tokens written as text, copies and languages."""
 
 import json
 import re
@@ -11,11 +11,11 @@ from pipeline.data.languages import Languages
 from pipeline.doctor.rows import Row, first
 
 _CONTROL = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?(?:think|thinking|reasoning|analysis)>|\[/?INST\]|<</?SYS>>")
-"""Control tokens of Harmony and of other chat formats, and tags that other models put around reasoning."""
+"""Matches control tokens of Harmony and other chat formats, and tags that other models put around reasoning."""
 
 
 class ReasoningFigures(TypedDict):
-    """Assistant turns, and the turns and rows without any reasoning."""
+    """Numbers of assistant turns, of turns without reasoning, and of rows without any reasoning."""
 
     turns: int
     turns_without: int
@@ -24,7 +24,7 @@ class ReasoningFigures(TypedDict):
 
 
 class ToolFigures(TypedDict):
-    """Rows that offer and call tools, numbers of calls and results, and calls by the tool's name."""
+    """Numbers of rows that offer tools, of rows that call tools, of calls and of results, and calls by tool name."""
 
     rows_that_offer: int
     rows_that_call: int
@@ -34,7 +34,7 @@ class ToolFigures(TypedDict):
 
 
 class ControlTextFigures(TypedDict):
-    """Rows with text that looks like a control token."""
+    """Numbers of rows with text that looks like a control token, in total and by token."""
 
     rows: int
     rows_by_token: dict[str, int]
@@ -42,7 +42,7 @@ class ControlTextFigures(TypedDict):
 
 
 class CopyFigures(TypedDict):
-    """Rows that repeat an earlier row, and other rows that repeat only its prompt."""
+    """Numbers of rows that repeat an earlier row, and of rows that repeat only the prompt of an earlier row."""
 
     rows: int
     first: list[str]
@@ -50,7 +50,7 @@ class CopyFigures(TypedDict):
 
 
 def reasoning(rows: list[Row]) -> ReasoningFigures:
-    """Count assistant turns with and without reasoning. A tool call may have its reasoning in the content."""
+    """Count assistant turns with and without reasoning. A tool call's reasoning may be in its content instead."""
     turns = [turn for row in rows for turn in _assistant_turns(row.conversation)]
     lacking = first(row for row in rows if not all(map(_reasoning, _assistant_turns(row.conversation))))
     return {
@@ -62,7 +62,7 @@ def reasoning(rows: list[Row]) -> ReasoningFigures:
 
 
 def efforts(rows: list[Row], default: str) -> dict[str, int]:
-    """Count the rows of each reasoning effort. A row that names none has `default`."""
+    """Count the rows of each reasoning effort. A row that sets no effort counts as `default`."""
     found = Counter(row.conversation.reasoning_effort or default for row in rows)
     return {name: found[name] for name in ("low", "medium", "high")}
 
@@ -82,9 +82,9 @@ def tools(rows: list[Row]) -> ToolFigures:
 
 
 def control_text(rows: list[Row]) -> ControlTextFigures:
-    """Find text that looks like a control token. The model would learn it as text.
+    """Find text that looks like a control token. The model would learn to write it as text.
 
-    Rows with special tokens of Harmony never get here: they are refused when they are read.
+    Rows with special tokens of Harmony do not occur here. Reading the data refuses them.
     """
     found: Counter[str] = Counter()
     matching = []
@@ -97,7 +97,7 @@ def control_text(rows: list[Row]) -> ControlTextFigures:
 
 
 def copies(rows: list[Row]) -> CopyFigures:
-    """Find rows that repeat an earlier row word for word, and count rows that repeat only its prompt."""
+    """Find rows that repeat an earlier row word for word. Count other rows that repeat only an earlier row's prompt."""
     seen: set[str] = set()
     prompts: set[str] = set()
     repeated, other_answer = [], 0

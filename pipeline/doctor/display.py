@@ -1,4 +1,4 @@
-"""Prints doctor's report: a conversation token by token, the figures, and the findings."""
+"""Print a conversation token by token, and doctor's report: the figures and the findings."""
 
 from collections.abc import Iterable
 from itertools import groupby
@@ -21,13 +21,13 @@ _TITLE = 22
 
 
 def conversation(row: int, chosen: Conversation, how: Rendering) -> None:
-    """Print every example of a conversation token by token: the prompt, and the supervised tokens.
+    """Print every example of a conversation token by token. Prompt and supervised tokens are printed apart.
 
-    On a terminal, neighbouring tokens have different shades. Elsewhere, a bar separates them.
+    On a terminal, neighbouring tokens have different shades. Elsewhere, a bar separates the tokens.
 
     Args:
-        row: doctor.row, for messages.
-        chosen: the conversation of this row. Training need not use it.
+        row: value of doctor.row, used in messages.
+        chosen: the conversation of this row. The training split need not contain it.
         how: the tokenizer and the settings of the chat template.
 
     Raises:
@@ -48,7 +48,7 @@ def conversation(row: int, chosen: Conversation, how: Rendering) -> None:
 
 
 def report(facts: Facts, findings: list[str]) -> None:
-    """Print the figures, then the findings, the most serious first."""
+    """Print the figures, then the findings. The most serious finding comes first."""
     console = _console()
     for title, value in (*_data_lines(facts.data), *_needs_lines(facts)):
         _print(console, title, Text(value))
@@ -83,8 +83,8 @@ def _data_lines(data: DataFigures) -> Iterable[tuple[str, str]]:
         f"offered in {tools['rows_that_offer']} rows, called {tools['calls']} times in {tools['rows_that_call']}",
     )
     yield "control tokens", f"as text in {data['control_text']['rows']} rows"
-    yield "copies", f"{copies['rows']} rows; {copies['same_prompt_other_answer']} more with an earlier row's prompt"
-    yield "leaks", f"{leaks['exact']} validation prompts trained on, {leaks['normalized']} after normalization"
+    yield "copies", f"{copies['rows']} rows; {copies['same_prompt_other_answer']} more repeat only an earlier prompt"
+    yield "leaks", f"{leaks['exact']} validation prompts also in training, {leaks['normalized']} after normalization"
     for kind, found in data["languages"].items():
         yield f"language: {kind}", _counts(found)
     yield "token parity", _parity(data["parity"])
@@ -146,7 +146,7 @@ def _histogram(counts: dict[str, int]) -> Iterable[tuple[str, str]]:
 def _parity(parity: ParityFigures) -> str:
     if not parity["is_checked"]:
         return f"not checked: {parity['reason']}"
-    return f"{parity['examples'] - parity['differ']} of {parity['examples']} examples equal openai-harmony's"
+    return f"{parity['examples'] - parity['differ']} of {parity['examples']} examples have openai-harmony's tokens"
 
 
 def _counts(found: dict[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""Problems in the figures and what to do about them: a table of checks, the most serious first."""
+"""Find problems in the figures, and advise how to solve them. The most serious problems come first."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ _ROUND = 64
 
 
 class RowCounts(TypedDict):
-    """Numbers of rows: all, and those used for training and for validation."""
+    """Numbers of rows: in total, for training, and for validation."""
 
     all: int
     train: int
@@ -29,7 +29,7 @@ class RowCounts(TypedDict):
 
 
 class DataFigures(TypedDict):
-    """The figures of the data as artifact.json holds them. Each topic's module in this package defines its part."""
+    """Figures of the data in artifact.json. Each part is defined in the module of this package that computes it."""
 
     rows: RowCounts
     tokens: TokenCounts
@@ -55,7 +55,7 @@ class Facts:
         needs: bytes that the run needs.
         machine: free resources of this machine.
         plan: settings of the run.
-        run: the run, whose complete stages need no more disk space.
+        run: the run. Its complete stages need no more disk space.
     """
 
     data: DataFigures
@@ -76,12 +76,12 @@ def findings(facts: Facts) -> list[str]:
 
 
 def gigabytes(size: float) -> str:
-    """Format a number of bytes in decimal units, as disks use them: `13.8 GB`, or MB below one GB."""
+    """Format a number of bytes in decimal units, as for disks: `13.8 GB`, or MB below one GB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def disk_needed(facts: Facts) -> int:
-    """Compute the most bytes that the remaining stages take, with the checkpoints of one training stage."""
+    """Compute the most bytes on disk that the remaining stages take. Checkpoints of only one training stage count."""
     todo = [name for name in facts.needs["disk_bytes"] if not facts.run.is_complete(Stage[name])]
     resumable = [size for name, size in facts.needs["checkpoint_bytes"].items() if name in todo]
     return sum(facts.needs["disk_bytes"][name] for name in todo) + max(resumable, default=0)
@@ -95,9 +95,9 @@ def device_needed(facts: Facts, stage: str) -> int:
 
 
 def host_needed(facts: Facts) -> int:
-    """Compute the bytes in host memory.
+    """Compute the bytes that all processes need in host memory.
 
-    Every process first loads the whole weights. Without a GPU, training itself takes place in host memory.
+    Every process first loads all weights. Without a GPU, training also takes place in host memory.
     """
     each = [needed["weights"] for needed in facts.needs["device_bytes"].values()]
     if not facts.machine["gpus"]:
@@ -144,7 +144,7 @@ def _other_tokens(facts: Facts) -> list[str]:
     if first is None:
         return []
     return [
-        f"examples whose tokens differ from openai-harmony's: {parity['differ']} of {parity['examples']}, first"
+        f"examples whose tokens differ from openai-harmony's: {parity['differ']} of {parity['examples']}. The first is"
         f" {first['where']} at token {first['position']}, {first['ours']!r} instead of {first['theirs']!r}. Inference"
         " engines would send prompts that the model was not trained on. Use the released tokenizer and chat template"
         " in model.path."
@@ -232,7 +232,7 @@ def _few_to_validate(facts: Facts) -> list[str]:
 
 
 def _less_memory(facts: Facts, stage: str) -> str:
-    """Name the settings that save the most memory and are not set yet."""
+    """Advise settings that save memory. Settings that the run already uses are left out."""
     train = facts.plan.trainings[stage]
     needed = facts.needs["device_bytes"][stage]
     found = [] if train.method is Method.lora else [f"train@{stage}=lora"]
@@ -268,4 +268,7 @@ _CHECKS: tuple[Callable[[Facts], list[str]], ...] = (
     _copies,
     _few_to_validate,
 )
-"""In order: problems that stop the run, falsify figures, teach the model wrong behaviour, or waste data."""
+"""The checks, in the order of their findings.
+
+The order is: problems that stop the run, that falsify figures, that teach the model wrong behaviour, that waste data.
+"""

@@ -1,4 +1,4 @@
-"""Prompts that are both in training and in validation. Their validation loss measures memorization."""
+"""Find prompts that are in both the training and the validation rows. Their validation loss measures memorization."""
 
 import re
 import unicodedata
@@ -10,14 +10,15 @@ from pipeline.doctor.content import prompt
 from pipeline.doctor.rows import Row
 
 _QUOTES = re.compile("[\"'`´“”„‘’‚«»「」]")
-_PUNCTUATION = re.compile(r"[.,;:!?…。，、；：！？]+(?=\s|$)")  # not within numbers
+_PUNCTUATION = re.compile(r"[.,;:!?…。，、；：！？]+(?=\s|$)")  # keeps the punctuation within numbers
 _SHOWN = 3
 
 
 class LeakFigures(TypedDict):
-    """Validation rows whose prompt is also trained on: word for word, and after normalization.
+    """Validation rows whose prompt is also in the training rows.
 
-    `share` and `first` are of prompts after normalization. Entries of `first` read "validation row = training row".
+    `exact` counts prompts that are equal word for word. `normalized` counts prompts that are equal after normalization.
+    `share` and `first` refer to normalized prompts. Each entry of `first` has the form "validation row = training row".
     """
 
     exact: int
@@ -27,7 +28,10 @@ class LeakFigures(TypedDict):
 
 
 def figures(train: list[Row], validation: list[Row]) -> LeakFigures:
-    """Find validation rows whose prompt is also trained on. A prompt is everything before the first answer."""
+    """Find validation rows whose prompt is also in the training rows.
+
+    A prompt is all messages before the first answer.
+    """
     exact, normalized = (_shared(train, validation, key) for key in (_words, _normalized))
     pairs = [f"{held_out.conversation.where} = {trained.conversation.where}" for held_out, trained in normalized]
     return {
@@ -49,6 +53,6 @@ def _words(conversation: Conversation) -> str:
 
 
 def _normalized(conversation: Conversation) -> str:
-    """Normalize a prompt: one form of each character, no case, quotes or closing punctuation, single spaces."""
+    """Normalize a prompt: apply NFKC, fold case, remove quotes and closing punctuation, and collapse white space."""
     text = unicodedata.normalize("NFKC", _words(conversation)).casefold()
     return " ".join(_PUNCTUATION.sub(" ", _QUOTES.sub("", text).replace("\0", "\n")).split())

@@ -1,4 +1,4 @@
-"""Free disk space, host memory and GPU memory of this machine."""
+"""Measure the free disk space, host memory and GPU memory of this machine."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,10 @@ from pipeline.runs.processes import process_count
 
 
 def figures(run_dir: Path) -> dict[str, int]:
-    """Measure free bytes (disk of `run_dir`, host memory, the fullest GPU), and count GPUs and processes."""
+    """Measure the free bytes on the disk of `run_dir`, in host memory and on the fullest GPU.
+
+    The result also has the numbers of GPUs and processes.
+    """
     gpus = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]
     return {
         "disk_free_bytes": shutil.disk_usage(_existing(run_dir)).free,

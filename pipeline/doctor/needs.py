@@ -1,12 +1,12 @@
-"""The needs of a run: bytes on each device and on disk, from the model's sizes and the settings.
+"""Compute the bytes that a run needs on each device and on disk, from the model's sizes and the settings.
 
 Weights, gradients, optimizer states and files follow from the shapes and are exact. Activations are estimated from the
 tensors that transformers' eager implementation keeps for the backward pass. Fragmentation and the CUDA context are not
-included. Sharding decides only the budget of rounded experts here. `findings` divides the sharded parts by the number
-of processes.
+included. In this module, sharding affects only the memory budget for rounded experts. `findings` divides the sharded
+parts by the number of processes.
 
-Legend: B batch size, T tokens of the longest example, H hidden size, I intermediate size, N query heads, K experts per
-token, E experts, a bytes per activation.
+Legend: B = batch size, T = tokens of the longest example, H = hidden size, I = intermediate size, N = query heads,
+K = experts per token, E = experts, a = bytes per activation.
 """
 
 from collections.abc import Mapping
@@ -46,22 +46,23 @@ _STATE_BYTES = {
     "adamw_torch_4bit": 0.5,
     "sgd": 0.0,
 }
-"""Bytes per weight of each of Adam's two states. Other optimizers keep them in the weight's own type."""
+"""Optimizer -> bytes per weight of each of Adam's two states. Other optimizers keep the states in the weight's type."""
 _ADAPTER_BYTES = _FP32_BYTES  # PEFT keeps adapters in FP32
 _SCORE_COPIES = 4  # scores, scores with the sink, scores minus their maximum, softmax
 
 
 class ParameterCounts(TypedDict):
-    """Numbers of parameters: all, and the experts' weights."""
+    """Numbers of parameters: in the whole model, and in the experts' weights."""
 
     all: int
     experts: int
 
 
 class NeedFigures(TypedDict):
-    """The needs of a run as artifact.json holds them.
+    """The needs of a run, stored in artifact.json.
 
-    `device_bytes`: training stage -> a field of Memory, or `total` -> bytes. `tokens`: of the longest example.
+    `device_bytes` maps each training stage to bytes: one entry for each field of Memory, and `total`. `tokens` is the
+    number of tokens of the longest example.
     """
 
     parameters: ParameterCounts
@@ -77,11 +78,11 @@ class Plan:
     """The settings that a run's needs depend on.
 
     Attributes:
-        model_path: model.path, for messages.
-        data: `data` of the configuration.
+        model_path: value of model.path, used in messages.
+        data: section `data` of the configuration.
         sft, qat: settings of the training stages.
         sharding: how several processes share a model.
-        target: export target, a row of TARGETS.
+        target: name of the export target in TARGETS.
     """
 
     model_path: str
@@ -99,7 +100,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one device holds while it trains. `rounded` are the rounded experts that QAT keeps during a step."""
+    """Bytes that one device holds while it trains. `rounded` counts the rounded experts that QAT caches in a step."""
 
     weights: int
     gradients: int
@@ -124,7 +125,8 @@ def parameters(shape: Shape) -> ParameterCounts:
 def trained_parameters(shape: Shape, train: TrainConfig) -> int:
     """Count the parameters that get gradients.
 
-    An adapter of rank r on a weight (in, out) has r·(in + out) parameters. A stack of E experts has E times as many.
+    An adapter of rank r on a weight (in, out) has r·(in + out) parameters. On a stack of E experts, it has E times as
+    many parameters.
     """
     if train.method is Method.full:
         return _count(plain_tensors(shape))
@@ -148,12 +150,12 @@ def memory(
     """Compute the bytes that one device holds while it trains.
 
     Args:
-        shape: of the model.
-        train: `sft` or `qat` of the configuration.
-        tokens: of the longest example.
-        experts_per_token: number of experts that the router chooses.
+        shape: sizes of the model.
+        train: section `sft` or `qat` of the configuration.
+        tokens: number of tokens in a row of a batch.
+        experts_per_token: number of experts that the router chooses for each token.
         is_quantized: whether fake quantizers run (QAT).
-        rounded_budget: the most bytes of rounded weights that fake quantizers keep.
+        rounded_budget: limit on the bytes of rounded weights that fake quantizers cache.
     """
     every, trained = _count(plain_tensors(shape)), trained_parameters(shape, train)
     width = bytes_per_value(TRAIN_TYPES[train.precision])
@@ -188,12 +190,12 @@ def _changing_experts(shape: Shape, train: TrainConfig) -> int:
 
 
 def disk(plan: Plan, shape: Shape, is_packed: bool) -> dict[str, int]:
-    """Compute the bytes that each stage leaves in its directory. Hard links take none.
+    """Compute the bytes that each stage leaves in its directory. Hard links take no space.
 
     Args:
         plan: settings of the run.
-        shape: of the model.
-        is_packed: whether the source is MXFP4. A BF16 source is linked.
+        shape: sizes of the model.
+        is_packed: whether the source is MXFP4. The files of a BF16 source are hard-linked.
     """
     sft, qat = _saved_bytes(shape, plan.sft), _saved_bytes(shape, plan.qat)
     merges_adapters = plan.sft.method is Method.lora and plan.qat.method is Method.full
@@ -211,7 +213,7 @@ def disk(plan: Plan, shape: Shape, is_packed: bool) -> dict[str, int]:
 def export_bytes(shape: Shape, target: str) -> int:
     """Compute the bytes of an export's tensors.
 
-    Scales of whole tensors and of inputs (NVFP4) are not counted. They take a few bytes per expert.
+    NVFP4's tensor scales and input scales are not counted. They take a few bytes per expert.
     """
     layout = TARGETS[target]
     experts = parameters(shape)["experts"] * layout.expert_bits / 8
@@ -223,7 +225,7 @@ def export_bytes(shape: Shape, target: str) -> int:
 
 
 def checkpoints(shape: Shape, train: TrainConfig) -> int:
-    """Compute the bytes of the checkpoints that a training stage keeps to resume from: weights and optimizer states."""
+    """Compute the bytes of the checkpoints that a training stage keeps. Each has weights and optimizer states."""
     trained = trained_parameters(shape, train)
     width = bytes_per_value(TRAIN_TYPES[train.precision]) if train.method is Method.full else _ADAPTER_BYTES
     # One more than the limit: transformers removes the oldest checkpoint after it has written the next one.
@@ -236,7 +238,7 @@ def figures(plan: Plan, model: Mapping[str, Any], longest: int) -> NeedFigures:
     Args:
         plan: settings of the run.
         model: content of the source's config.json.
-        longest: tokens of the longest example, after truncation.
+        longest: number of tokens of the longest example, after truncation.
     """
     shape = Shape.of(model, plan.model_path)
     trains = plan.trainings
@@ -264,7 +266,7 @@ def figures(plan: Plan, model: Mapping[str, Any], longest: int) -> NeedFigures:
 
 
 def _as_batched(train: TrainConfig, longest: int, max_length: int) -> tuple[TrainConfig, int]:
-    """Return the settings and the tokens per row of the batches that training really uses.
+    """Return the settings that describe the actual batches, and the number of tokens in a row of a batch.
 
     Rows are padded to the longest example. With packing, TRL lays all rows of a batch end to end in one row.
     """
@@ -274,14 +276,15 @@ def _as_batched(train: TrainConfig, longest: int, max_length: int) -> tuple[Trai
 
 
 def _activations(shape: Shape, train: TrainConfig, *, tokens: int, experts_per_token: int, is_quantized: bool) -> int:
-    """Estimate the most bytes that are kept for the backward pass.
+    """Estimate the peak bytes that are kept for the backward pass.
 
-    A layer keeps a few vectors of width H, queries, keys and values, K experts of widths 2I and I, eager attention's
-    scores B·N·T·T, and a copy of the expert stacks. LoRA (base plus delta) and fake quantization (rounded weights)
-    multiply with this copy. While a copy is made, there are two more. With gradient checkpointing, only one layer at a
-    time is kept as a whole. The others keep their input, B·T·H·a.
+    For each token, a layer keeps a few vectors of width H, queries, keys and values, and activations of K experts
+    (widths 2I and I). Eager attention adds B·N·T·T scores. LoRA on experts and fake quantization add a copy of the
+    expert stacks: base plus delta, or the rounded weights. The layer multiplies with this copy. Two more copies exist
+    while it is made. With gradient checkpointing, only one layer at a time keeps all of this. The other layers keep
+    only their input, B·T·H·a bytes.
 
-    Logits are kept with their FP32 copy and gradient. In mixed precision, autocast keeps BF16 copies of the weights.
+    Logits are kept with an FP32 copy and its gradient. In mixed precision, autocast keeps BF16 copies of the weights.
     """
     places = train.batch_size * tokens
     width = _compute_width(train)

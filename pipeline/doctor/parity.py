@@ -1,13 +1,13 @@
-"""Token parity: compares our tokens with those of openai-harmony, which inference engines use.
+"""Check token parity: compare our tokens with openai-harmony's. Inference engines use openai-harmony.
 
-An example's prompt is compared with harmony's rendering for completion, which drops earlier reasoning by itself. The
-completion is compared with harmony's rendering for training.
+An example's prompt is compared with harmony's rendering for completion, which itself drops earlier reasoning. The
+example's completion is compared with harmony's rendering for training.
 
-The chat template of the released models differs from harmony in three places. These are no errors of tokenization, so
-harmony is given the template's form: a blank line after the developer's text, tool results as JSON strings, and calls
-marked `json` instead of `<|constrain|>json`.
+The chat template of the released models differs from harmony in three places. The template writes a blank line after
+the developer's text, tool results as JSON strings, and `json` instead of `<|constrain|>json` in calls. These are not
+tokenization errors, so this module passes the template's form to harmony.
 
-The check needs the package and its vocabulary on disk. It never downloads the vocabulary.
+The check needs the package openai-harmony, and its vocabulary on disk. It never downloads the vocabulary.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ _CONTEXT_TOKENS = 4
 
 
 class Difference(TypedDict):
-    """The first token that differs, as a position in an example, and both texts around it."""
+    """The first differing token: the example's place, the token's position in the example, and both texts around it."""
 
     where: str
     position: int
@@ -47,7 +47,7 @@ class _Outcome(TypedDict):
 
 
 class ParityFigures(_Outcome, total=False):
-    """Examples that were compared, those that differ, and the first one; or the reason why nothing was compared."""
+    """Numbers of compared and of differing examples, and the first difference; or why nothing was compared."""
 
     reason: str
     examples: int
@@ -86,7 +86,10 @@ def _reason_unavailable() -> str | None:
 
 
 def _reason_incomparable(tokenizer: Tokenizer) -> str | None:
-    """Return why a tokenizer cannot agree with openai-harmony: it has another vocabulary, as the tiny model's has."""
+    """Return why a tokenizer cannot agree with openai-harmony, or None if it can.
+
+    For example, the tokenizer of the tiny model has another vocabulary.
+    """
     others = [token for i, token in SPECIAL_TOKENS.items() if tokenizer.convert_tokens_to_ids(token) != i]
     if others:
         found = tokenizer.convert_tokens_to_ids(others[0])
@@ -119,7 +122,7 @@ class _Oracle:
         self._how = how
 
     def examples(self, conversation: Conversation) -> Iterator[list[int]]:
-        """Yield the token ids of each example, in the order of harmony.examples."""
+        """Yield the token ids of each example, in the same order as `examples` of pipeline.data.harmony."""
         h = self._harmony
         turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
         keep_all = h.RenderConversationConfig(auto_drop_analysis=False)
@@ -175,7 +178,7 @@ class _Oracle:
         return made
 
     def _turn(self, message: Message) -> "list[openai_harmony.Message]":
-        """Return the reasoning, and the answer or the call."""
+        """Convert an assistant turn: its reasoning if any, then its answer or its call."""
 
         def say(channel: str, text: str) -> "openai_harmony.Message":
             return self._harmony.Message.from_role_and_content(self._harmony.Role.ASSISTANT, text).with_channel(channel)

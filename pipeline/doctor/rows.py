@@ -1,4 +1,4 @@
-"""Each row as training will see it: its examples, their tokens, and the tokens that data.max_length truncates."""
+"""Render each row as training will see it. Count its examples, their tokens, and the tokens lost to truncation."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class TokenCounts(TypedDict):
 
 
 class Lengths(TypedDict):
-    """Percentiles of the examples' tokens, and a histogram: upper edge -> number of examples up to it."""
+    """Percentiles of the examples' lengths in tokens, and a histogram: upper edge of a bin -> examples in the bin."""
 
     shortest: int
     median: int
@@ -33,7 +33,7 @@ class Lengths(TypedDict):
 class Truncated(TypedDict):
     """Rows and examples that are longer than `max_length`, and the tokens that they lose.
 
-    `first` holds the places of the first few rows, here and in all figures of doctor.
+    `first` holds the places of the first few such rows. The same holds for `first` in all figures of doctor.
     """
 
     max_length: int
@@ -46,7 +46,7 @@ class Truncated(TypedDict):
 
 
 class NothingToLearn(TypedDict):
-    """Examples, and whole rows, that have no supervised token after truncation."""
+    """Numbers of examples, and of whole rows, that have no supervised token after truncation."""
 
     examples: int
     rows: int
@@ -84,7 +84,7 @@ def examine(conversations: Iterable[Conversation], how: Rendering, max_length: i
     """Render and count the examples of conversations.
 
     Raises:
-        UserError: the chat template refuses some rows. Each is named with its place.
+        UserError: the chat template refuses some rows. The error gives the place of each.
     """
     rows, problems = [], Problems()
     for conversation in progress(conversations, what="examining", unit="row"):
@@ -99,7 +99,7 @@ def examine(conversations: Iterable[Conversation], how: Rendering, max_length: i
 
 
 def figures(rows: list[Row], limit: int) -> TokenFigures:
-    """Count examples and tokens, their lengths, and the losses from truncating examples to `limit` tokens."""
+    """Count examples and tokens, describe the lengths, and count the tokens lost by truncation to `limit` tokens."""
     every = [example for row in rows for example in row.examples]
     tokens, supervised = sum(e.tokens for e in every), sum(e.supervised for e in every)
     return {
@@ -149,7 +149,7 @@ def _percentile(ordered: list[int], share: float) -> int:
 
 
 def _histogram(lengths: list[int]) -> dict[str, int]:
-    """Count the examples of up to 64 tokens, of up to 128, and so on. Empty bins at the start are left out."""
+    """Count the examples by length: up to 64 tokens, 65 to 128, and so on. Empty bins at the start are left out."""
     histogram: dict[str, int] = {}
     below, edge = 0, _FIRST_LENGTH
     while below < len(lengths):

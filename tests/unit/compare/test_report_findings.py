@@ -70,8 +70,8 @@ def test_a_missing_sft_is_reported_and_the_rest_is_compared(tmp_path: Path) -> N
 def test_models_without_common_prompts_are_not_tested(tmp_path: Path) -> None:
     answers = {"sft": [answer(0, RIGHT)], "quantize": [answer(1, WRONG)]}
     found = report(evaluated.run(tmp_path / "run", answers=answers))
-    assert verdicts(found) == {("quantize", "sft"): "no prompt could be decided for both"}
-    assert "not tested. quantize against sft: no prompt could be decided for both." in sentences(found)
+    assert verdicts(found) == {("quantize", "sft"): "no prompt was decided for both models"}
+    assert "not tested. quantize against sft: no prompt was decided for both models." in sentences(found)
 
 
 def test_models_without_answers_are_not_tested(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_losses_are_reported_with_their_number_of_tokens_and_without_a_test(tmp_
     text = sentences(report(evaluated.run(tmp_path / "run", figures=figures)))
     assert "PTQ changed it by +10.00 % (2.0000 to 2.2000, 940 supervised tokens, no interval" in text
     assert "QAT changed it by -6.82 % from PTQ (2.2000 to 2.0500; recovers 75 % of PTQ's increase)" in text
-    assert "SFT + QAT differs by +2.50 % from SFT. This is the loss that remains." in text
+    assert "SFT + QAT differs by +2.50 % from SFT. This difference remains after QAT." in text
     assert "no difference was tested" in text
 
 
@@ -136,7 +136,7 @@ def test_formats_are_compared_by_their_best_qat_on_the_same_prompts(tmp_path: Pa
     (finding,) = (each for each in report(*directories).findings if " against " in each.title)
     text = " ".join(finding.sentences)
     assert finding.title == "nvfp4 against mxfp4"
-    assert "nvfp4/qat (nvfp4) and mxfp4/qat (mxfp4): -5.00 % validation loss" in text
+    assert "nvfp4/qat (nvfp4) and mxfp4/qat (mxfp4). The first model's validation loss differs by -5.00 %" in text
     assert "chosen by this loss on the same data" in text
     assert "nvfp4/qat against mxfp4/qat: +0.0 points" in text
 
