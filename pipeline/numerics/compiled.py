@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-_PAYS_AFTER = 1 << 27  # values; eager processing takes about 4 s on two CPU cores, like compiling a function
-_PAYS_AT_ONCE = 1 << 29  # values of a job; processing more eagerly takes longer than compiling all kernels (cached)
-_MOST_VARIANTS = 64  # per function: shapes, types, rules. Beyond its limit (default 8), torch silently runs it eagerly
+_PAYS_AFTER = 1 << 27  # values; running eagerly takes about 4 s on two CPU cores, like compiling a function
+_PAYS_AT_ONCE = 1 << 29  # values of a job; running eagerly then takes longer than compiling all kernels (warm cache)
+_MOST_VARIANTS = 64  # of shapes, types and rules per function; beyond torch's default, 8, it silently runs eagerly
 _WORTH_COUNTING = 1 << 16  # values; for smaller tensors the call itself dominates, and compiling does not shorten it
 _OPTIONS = {"cpp.vec_isa_ok": True}
 """Trust the instruction sets that the processor reports. torch 2.13 would test each, 2 s in every run."""

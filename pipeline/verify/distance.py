@@ -87,7 +87,10 @@ class Rows:
         return self.b_b > _FAINT * self.b_b.mean()
 
     def unlike(self, have_scales: bool) -> Tensor:
-        """Mark rows e that training cannot have made from b, (rows) bool. Only weights with scales must have a right gain."""
+        """Return (rows) bool: whether training cannot have made e from b.
+
+        The gain is checked only for weights with scales.
+        """
         fits = self.similarity >= _LEAST_SIMILARITY
         if have_scales:
             fits &= (self.gain <= _LARGEST_GAIN) & (self.gain >= 1 / _LARGEST_GAIN)
@@ -181,7 +184,7 @@ class _Part(NamedTuple):
         return cls(codes, view.weights(name, rows) if codes is None else decode_codes(codes))
 
     def equals(self, other: "_Part") -> bool:
-        """Return whether both have the same bits. Codes and scales are compared if the formats are equal, else values."""
+        """Return whether both have the same bits. Codes and scales are compared if formats are equal, else values."""
         if self.codes is None or other.codes is None or self.codes.scales.dtype != other.codes.scales.dtype:
             return same_bits(self.weights, other.weights)
         return all(
