@@ -204,7 +204,7 @@ def _is_cached(descriptor: int, offset: int, size: int) -> bool:
     try:
         pages = mmap(
             descriptor, lead + size, prot=PROT_READ, offset=offset - lead
-        )  # maps the part for the query, without reading
+        )  # mapped only for the query; the data is not read
     except (OSError, ValueError):  # ValueError: the file is shorter
         return True
     held = np.empty(-(-(lead + size) // PAGESIZE), np.uint8)

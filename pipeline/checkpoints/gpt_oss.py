@@ -112,7 +112,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: Mapping[str, object], where: object) -> "Shape":
-        """Read the sizes from the content of config.json. `where` is its path, for messages.
+        """Read the sizes from the content of config.json. `where` is the path of config.json, for messages.
 
         Raises:
             UserError: the model has another architecture, or a size is missing or is not a positive whole number.

@@ -186,7 +186,7 @@ class Checkpoint(TensorFiles):
     def expected(self) -> dict[str, TensorInfo]:
         """Return the tensors that the checkpoint must have.
 
-        Each tensor of a plain checkpoint may have any of PLAIN_TYPES.
+        Each tensor of a plain checkpoint may have any type in PLAIN_TYPES.
         """
         if self.is_packed:
             return packed_tensors(self.shape)
@@ -261,7 +261,9 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _data_offsets(path: Path) -> dict[str, int]:
-    """Map each tensor's name to the position of its data in the file. (safetensors itself reads rows only by mapping.)
+    """Map each tensor's name to the position of its data in the file.
+
+    This is needed to read rows, which safetensors can do only by mapping the file.
 
     Raises:
         UserError: the header has two tensors with the same name. Different readers would take different ones.

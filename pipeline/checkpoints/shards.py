@@ -53,7 +53,7 @@ class Step:
 
     Attributes:
         read: function that reads the inputs. The reading thread calls it.
-        convert: function that turns the inputs into parts. It yields tensors in the piece's order, each front to back.
+        convert: function that turns the inputs into parts. Parts come tensor by tensor, and row by row.
     """
 
     read: Callable[[], Any]
@@ -81,7 +81,7 @@ class Piece:
 
 
 def piece_in_one_step(tensors: dict[str, TensorInfo], make: Callable[[], dict[str, Tensor]]) -> Piece:
-    """Return a piece that is made in one step. Tensors of wider types come first."""
+    """Return a piece that is made in one step. In the piece, tensors of wider types come first."""
     ordered = dict(sorted(tensors.items(), key=lambda item: -bytes_per_value(item[1].dtype)))
     return Piece(ordered, lambda: [Step(make, lambda made: [(name, made[name]) for name in ordered])])
 

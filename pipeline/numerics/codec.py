@@ -15,8 +15,8 @@ Edge cases:
 - Subnormal values are rounded like others, with the smallest scale, 2^-127. (NVFP4: they become zero, because the
   tensor scale is at least 2^-110.)
 - Values beyond 6 * scale saturate. This happens under `floor`, `nearest` and `mse`, and if the caller passes a tensor
-  scale. It also happens to magnitudes from 3.5 * 2^126 (NVFP4: from 2^127). They would round to 2^128, which is Inf.
-- A block with NaN or Inf raises an error. It is never replaced by zeros.
+  scale. Magnitudes from 3.5 * 2^126 (NVFP4: from 2^127) always saturate, because the next value, 2^128, would be Inf.
+- A block with NaN or Inf raises an error instead of becoming zeros.
 
 Values have the logical shape (..., out, in), with blocks along `in`. They may have any strides: an (E, in, out)
 parameter can be passed as `parameter.transpose(-1, -2)` without a copy. The work is split into slabs, so temporaries
@@ -68,8 +68,8 @@ def encode(
         values: (..., in) or (..., out, in) float32 or bfloat16 with any strides. Blocks run along the last dimension.
         block_format: format of the result: a row of FORMATS, possibly with another scale rule.
         tensor_scale: (...) float32 from the function `tensor_scale`. None for a format without a tensor scale.
-        importance: weights of the squared error under the rule `mse`, (in) or (..., in) float32, at least 0. None
-            weights all inputs equally.
+        importance: weights of the squared error under the rule `mse`, (in) or (..., in) float32, at least 0. With
+            None, all inputs have the same weight.
         rounded: output tensor for the decoded result, or None. It has the shape and type of `values`, and any strides.
         saturated: output tensor that marks the blocks whose largest magnitude exceeds 6 * scale, or None. It is
             (..., nb) bool, contiguous.
@@ -233,7 +233,7 @@ def _round(values: Tensor, block_format: BlockFormat, given: Tensor | None, impo
 class _Rounding:
     """Iterates over values slab by slab. Each item is (slab, values, largest magnitude of each block, divisor).
 
-    The iteration fills `scales`. At its end it raises CodecError if a block has NaN or Inf.
+    The iteration fills `scales`. After the last slab, it raises CodecError if a block has NaN or Inf.
     """
 
     def __init__(
@@ -277,7 +277,7 @@ def _better(
 def _weights(importance: Tensor, view: Tensor) -> Tensor:
     """Scale importance to whole numbers below 2^16: (..., in) -> (L or 1, nb, block, 1) float64.
 
-    A block of zeros becomes ones.
+    If all weights of a block are zero, they become 1.
     """
     if not bool((importance >= 0).all()):
         raise CodecError("importance must be a non-negative number for every input channel")

@@ -69,7 +69,7 @@ def kernel(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.cache  # runs only when needed, because torch.compile takes three seconds to import its modules
     def compiled(is_dynamic: bool) -> Callable[..., Result]:
-        compile_for: Any = torch.compile  # recompile_limit is documented, but in torch 2.13 not in every typed overload
+        compile_for: Any = torch.compile  # some overloads in the types of torch 2.13 lack recompile_limit
         return compile_for(function, dynamic=is_dynamic, recompile_limit=_MOST_VARIANTS, options=_OPTIONS)
 
     @functools.wraps(function)
@@ -112,7 +112,7 @@ def _is_compiled(device_type: str, values_seen: int) -> bool:
 
 
 def _is_compiler_error(error: Exception) -> bool:
-    """Return whether the compiler failed. An OSError means that its cache is not writable and the import failed."""
+    """Return whether the compiler failed. An OSError means that torch.compile could not write its cache."""
     dynamo = sys.modules.get("torch._dynamo")
     return isinstance(error, OSError) or (dynamo is not None and isinstance(error, dynamo.exc.TorchDynamoException))
 

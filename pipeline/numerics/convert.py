@@ -16,7 +16,7 @@ from pipeline.numerics.codec import decode, encode
 from pipeline.numerics.formats import MXFP4, NVFP4
 
 _LARGEST_POWER = 8  # 2^8 is the largest power of two of e4m3
-_RANGE = 17  # from 2^8 down to 2^-9, the smallest power of two of e4m3
+_RANGE = 17  # 2^-9, the smallest power of two of e4m3, is 2^17 times smaller than 2^8
 _SPLIT = MXFP4.block_size // NVFP4.block_size
 
 

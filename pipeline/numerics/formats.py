@@ -1,4 +1,4 @@
-"""The block-scaled formats as data. A new format is a new row of FORMATS.
+"""Defines the block-scaled formats as data. A new format is a new row of FORMATS.
 
 Consecutive values along the input dimension of a weight form a block, which has one scale. Each value is stored as a
 4-bit code, e2m1. Sources:

@@ -2,7 +2,7 @@
 
 Legend: L = leading dimension (experts), nb = blocks per row, block = values per block, lanes = output dimension.
 
-Tensors may have any strides. Whether `block` or `lanes` is contiguous, no transposed copy is made.
+Tensors may have any strides. No transposed copy is made, whichever of `block` and `lanes` is contiguous.
 """
 
 import torch
@@ -90,7 +90,9 @@ def _block_sum(values: Tensor) -> Tensor:
 
 @kernel
 def row_differences(values: Tensor, rounded_values: Tensor, base: Tensor, rounded_base: Tensor) -> Tensor:
-    """Measure the changes by quantization and training in each row: four (..., columns) -> (4, ...) float32.
+    """Measure the changes by quantization and training in each row.
+
+    Shapes: four (..., columns) -> (4, ...) float32.
 
     The first two results are the sum of squared errors of `rounded_values`, and the sum of squares of `values`. The
     last two are the number of values that differ from `base`, and the number of rounded values that differ from

@@ -213,7 +213,7 @@ def _e4m3_values(byte: Tensor) -> Tensor:
 
 @kernel
 def _e4m3_parts(scales: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Decode finite bytes above zero, with a tensor scale, to 1 / power of two, significand and scale."""
+    """Decode finite bytes above zero, with a tensor scale, to the fields of `Divisor`."""
     byte = scales.int()
     exponent = 136 - (byte >= 2).int() - (byte >= 4).int() - (byte >> 3)
     inverse, value = (exponent << _EXPONENT_SHIFT).view(torch.float32), _e4m3_values(byte)

@@ -1,4 +1,4 @@
-"""Checks that prove an export right: checks of its files, of its distance from the base model, and of its weights.
+"""Checks that prove an export correct: checks of its files, of its distance from the base model, and of its weights.
 
 The checks must not trust the code that wrote the export, because engines load many wrong checkpoints without a warning.
 So code of other projects decodes the weights: transformers for MXFP4, ModelOpt for NVFP4, llama.cpp's package for GGUF.

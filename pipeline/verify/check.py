@@ -11,7 +11,7 @@ class Check:
     Attributes:
         title: description of the check.
         problems: descriptions of errors; empty if the check passed.
-        measured: measured figures, also of a failed check.
+        measured: measured figures. A failed check has them too.
         tensors: tensor name -> figures of the tensor. Only the report shows them.
         skipped: reason why the check did not run, or None.
         unseen: possible errors that the check cannot find even if it passes, or None.
@@ -33,5 +33,5 @@ class Check:
 
     @property
     def gap(self) -> str | None:
-        """The reason why errors are still possible: the check was skipped, or `unseen`. None if there is no reason."""
+        """Errors that may remain: the reason for skipping the check, or `unseen`. None if neither applies."""
         return f"{self.title}: {self.skipped}" if self.skipped else self.unseen

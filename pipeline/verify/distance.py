@@ -43,8 +43,8 @@ from pipeline.runs.console import progress
 from pipeline.verify.check import Check
 
 _LEAST_SIMILARITY = 0.4
-_SAME = 0.7  # similarity that identifies a tensor; a tensor with only half of its rows in place has 0.5
-_LARGEST_GAIN = math.sqrt(2)  # halfway, in powers of two, between correct scales and scales off by one
+_SAME = 0.7  # least similarity that identifies a tensor; a tensor with only half of its rows in place has 0.5
+_LARGEST_GAIN = math.sqrt(2)  # between 1 and 2, the gain if all scales are off by one: halfway in powers of two
 _FAINT = 1 / 64  # share of the mean <b, b> of all rows; a row below it is too small to judge
 
 
@@ -253,7 +253,7 @@ ARRANGEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _expert_origin(export: View, base: View, projection: ExpertProjection, expert: int) -> str:
-    """Find a wrong order of the same expert, or another expert of the base model, that an expert resembles."""
+    """Describe the base weights that an expert resembles: its own in a wrong order, or those of another expert."""
     have, own = _read_expert(export, projection, expert), _read_expert(base, projection, expert)
     for name, arrange in ARRANGEMENTS.items():
         if _resembles(have, arrange(own)):
@@ -261,7 +261,7 @@ def _expert_origin(export: View, base: View, projection: ExpertProjection, exper
     for other in range(projection.experts):
         if other != expert and _resembles(have, _read_expert(base, projection, other)):
             return f"; expert {expert} resembles the base model's expert {other}"
-    return f"; the first belongs to expert {expert}"
+    return f"; the first such row belongs to expert {expert}"
 
 
 def _other_origin(export: View, base: View, name: str) -> str:

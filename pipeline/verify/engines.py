@@ -14,9 +14,10 @@ Largest divergence of a correct engine in FP32 (`nats` in LIBRARIES):
                                   random model diverges by 1e-3 to 7e-3, and a trained model by less.
 
 In BF16 (`model.dtype`) each sum is rounded to 8 bits, and a nearly tied router may choose another expert. Then single
-prompts diverge far although nothing is wrong. The table compares transformers with itself. The first model is the tiny
-model after the short training of `smoke`. The others are random models with 8 layers, hidden size 768, 16 experts and
-the released vocabulary. Their logits have the standard deviation in brackets.
+prompts diverge far although nothing is wrong. The table compares transformers in BF16 with itself: in FP32, and in BF16
+with another order of sums. The first model is the tiny model after the short training of `smoke`. The others are random
+models with 8 layers, hidden size 768, 16 experts and the released vocabulary. Brackets give the standard deviation of
+their logits.
 
     nats, median / worst     positions   BF16 and FP32        BF16, experts in another order of sums
     tiny, trained            2112        5e-5 / 2.3e-2        2e-5 / 2.1e-2
@@ -160,7 +161,7 @@ def check_engine(name: str, python: str | None, trial: Trial, expected: Expected
         check.measured["tolerance"] = allowed
         if not nats <= allowed:  # also true for NaN
             check.problems.append(
-                f"{name} expects other tokens than the trained model: the divergence at the {prompt} prompt is"
+                f"{name} predicts other tokens than the trained model: the divergence at the {prompt} prompt is"
                 f" {nats:.3g} nats, more than {allowed:.3g}"
             )
     return check

@@ -68,7 +68,7 @@ class TrainedModel:
         return check
 
     def check_others(self, export: View) -> Check:
-        """Compare every other tensor with the trained values rounded to BF16, bit for bit.
+        """Compare every tensor without expert weights with the trained values rounded to BF16, bit for bit.
 
         This changes the model: adapters of attention are merged into it, and its weights are rounded. `check_logits`
         needs these changes, so call it afterwards.
@@ -120,7 +120,7 @@ class TrainedModel:
         return check
 
     def _see_rounded(self, see: Callable[[str, Tensor], None]) -> None:
-        """Call `see` with the rounded weights (E, out, in) of each stack."""
+        """Call `see` with the rounded weights (E, out, in) of each stack of experts."""
         weights = Weights(self.rounded)
         for projection in expert_projections(weights.shape):
             see(projection.name, weights.read_effective(projection.name).transpose(1, 2))
@@ -138,7 +138,7 @@ class TrainedModel:
     @staticmethod
     @torch.no_grad()
     def _logits(model: "PreTrainedModel", batch: dict[str, Tensor]) -> Tensor:
-        """Compute logits (positions, vocabulary) in float32 on the CPU, without those of padding."""
+        """Compute logits (positions, vocabulary) in float32 on the CPU, without padding positions."""
         inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
         logits = model(**inputs, use_cache=False).logits
         return logits[inputs["attention_mask"].bool()].float().cpu()

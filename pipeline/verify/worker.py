@@ -6,7 +6,7 @@ The request is {"module": "…", "distribution": "…", "prompts": [[ids]], "tok
 is the engine's package. If `module` is missing, the engine is not installed and the exit status is 3.
 
 result.npy contains log-probabilities of the next token, (prompts, vocabulary) float32. result.json, in the same folder,
-is {"version": "…", "generated": [[ids]]}. `generated` has the `tokens` likeliest tokens after each prompt.
+is {"version": "…", "generated": [[ids]]}. `generated` has `tokens` tokens after each prompt, generated greedily.
 
 This file imports no other file of the pipeline, because the environments of engines lack them.
 """
@@ -133,7 +133,7 @@ LOADERS: dict[str, Callable[[str, int, str], Predict]] = {
 
 
 def version(module: str, distribution: str) -> str:
-    """Return the name and version of the distribution that has the module. Rebuilds of an engine have other names."""
+    """Return the name and version of the distribution that has the module. Some builds have another name."""
     names = importlib.metadata.packages_distributions().get(module) or [distribution]
     return f"{names[0]} {importlib.metadata.version(names[0])}"
 
@@ -160,7 +160,7 @@ def main(engine: str, checkpoint: str, request: str, result: str) -> int:
 
 
 def generate(predict: Predict, prompts: Prompts, tokens: int) -> Prompts:
-    """Generate tokens after each prompt, one at a time. Each is the likeliest next token."""
+    """Generate `tokens` tokens after each prompt greedily."""
     texts = [list(ids) for ids in prompts]
     for _ in range(tokens):
         for ids, each in zip(texts, predict(texts), strict=True):
