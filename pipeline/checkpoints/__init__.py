@@ -1,4 +1,4 @@
-"""safetensors on disk: names and shapes of gpt-oss' tensors, shards, streaming.
+"""Reads and writes gpt-oss checkpoints: names and shapes of their tensors, safetensors shards, streaming.
 
-It must not know what a checkpoint is for: no training, no forward pass, no export target.
+This package must not know the use of a checkpoint: no training, no forward pass, no export target.
 """

@@ -1,4 +1,4 @@
-"""A setting of the C library's allocator: keep the memory of freed tensors."""
+"""Sets the C library's allocator to keep the memory of freed tensors."""
 
 import ctypes
 
@@ -7,10 +7,10 @@ _KEPT_BYTES = 1 << 30
 
 
 def keep_freed_memory() -> None:
-    """Reuse the memory of freed tensors, instead of returning it to the kernel, which zeroes every page again.
+    """Keep the memory of freed tensors for new ones, so that the kernel does not have to zero pages again.
 
-    This helps streams of equally large tensors: page faults take a quarter of a conversion's time on a CPU. It does
-    nothing if the C library is not glibc.
+    This helps streams of equally large tensors. Without it, page faults take a quarter of a conversion's time on a CPU.
+    The function does nothing if the C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

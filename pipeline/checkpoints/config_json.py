@@ -35,6 +35,6 @@ def read_config(directory: Path, name: str = CONFIG) -> dict[str, Any]:
 
 
 def write_config(directory: Path, config: Mapping[str, object], dtype: torch.dtype) -> None:
-    """Write config.json of a plain checkpoint: `config` without quantization, and with the type `dtype`."""
+    """Write config.json of a plain checkpoint: `config` without its quantization, and with the data type `dtype`."""
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
     write_json(directory / CONFIG, {**plain, "dtype": dtype_name(dtype)})

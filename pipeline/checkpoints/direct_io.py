@@ -1,9 +1,9 @@
-"""Writes large files front to back and reads them in parts, with direct I/O if the file system allows it.
+"""Writes large files sequentially and reads parts of them, with direct I/O if the file system allows it.
 
 Without direct I/O, the kernel copies each byte through the page cache. This takes more processor time than decoding the
 byte, and evicts the pages of other programs. Direct I/O (O_DIRECT of open(2)) transfers bytes between the disk and the
-process's own memory. Addresses, offsets and sizes must then be aligned, so there are aligned buffers. Data that is
-already in the page cache is read from there, because no disk is faster.
+process's own memory. Addresses, offsets and sizes must then be aligned, so this module uses aligned buffers. Data that
+is already in the page cache is read from there, because this is faster than any disk.
 """
 
 import ctypes
@@ -19,18 +19,18 @@ import numpy as np
 
 _DIRECT = getattr(os, "O_DIRECT", 0)  # only Linux has it
 _NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
-_BUFFER_BYTES = 1 << 24  # written at once; a multiple of every alignment that a file system requires
+_BUFFER_BYTES = 1 << 24  # size of one write; a multiple of every alignment that a file system requires
 _BUFFERS = 3  # one being filled, one being written, one waiting
-_SYNC_BYTES = 1 << 28  # without direct I/O: bytes after which the page cache is flushed to the disk
+_SYNC_BYTES = 1 << 28  # without direct I/O, the page cache is flushed to the disk after so many bytes
 _WORD_BYTES = 8
 _LEAST_DIRECT_BYTES = 1 << 20  # for smaller reads, the kernel's read-ahead saves more than direct I/O does
 
 
 class StreamedFile:
-    """A file that one thread appends to and another thread writes to the disk.
+    """A file that is written by two threads: one appends to a buffer, the other writes full buffers to the disk.
 
     Attributes:
-        size: bytes appended.
+        size: number of bytes appended so far.
     """
 
     def __init__(self, path: Path, disk: Executor) -> None:
@@ -47,7 +47,7 @@ class StreamedFile:
         """Append a copy of `data`.
 
         Raises:
-            OSError: these or earlier bytes could not be written.
+            OSError: this data, or data appended earlier, could not be written.
         """
         left = np.frombuffer(data, np.uint8)
         while len(left):
@@ -69,12 +69,12 @@ class StreamedFile:
         """
         while self._writing:
             self._wait()
-        self._leave_direct()  # the size of the last part is not aligned
+        self._leave_direct()  # because the size of the last write is not aligned
         self._write(self._filling[: self.size % _BUFFER_BYTES])
         os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Close the file, finished or not. A second call does nothing."""
+        """Close the file, even if it is not finished. A second call does nothing."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -104,7 +104,7 @@ class StreamedFile:
         except OSError as error:
             if not self._is_direct or error.errno not in _NOT_DIRECT:
                 raise
-            self._leave_direct()  # some file systems refuse only here; all do after a partial write
+            self._leave_direct()  # some file systems refuse direct I/O only here; all refuse it after a partial write
             return os.write(self._descriptor, data)
 
     def _leave_direct(self) -> None:
@@ -124,7 +124,7 @@ class StoredFile:
         self._is_direct = self._direct is not None
 
     def read(self, offset: int, size: int) -> np.ndarray:
-        """Read (size) uint8, writable and aligned to 8 bytes. There are fewer if the file ends before.
+        """Read `size` bytes as a uint8 array, writable and aligned to 8 bytes. It is shorter if the file ends before.
 
         Raises:
             OSError: the file could not be read.
@@ -147,13 +147,14 @@ class StoredFile:
                 os.close(descriptor)
 
     def _is_worth_direct(self, offset: int, size: int) -> bool:
-        is_possible = (
-            self._is_direct and offset % _WORD_BYTES == 0
-        )  # memory gets the alignment of the offset in the file
+        is_possible = self._is_direct and offset % _WORD_BYTES == 0  # the result has the alignment of the offset
         return is_possible and size >= _LEAST_DIRECT_BYTES and not _is_cached(self._descriptor, offset, size)
 
     def _read_direct(self, buffer: np.ndarray, start: int) -> int:
-        """Read directly, and return the number of bytes. After an error there are fewer; `read` then reads the rest."""
+        """Read into `buffer` with direct I/O, and return the number of bytes read.
+
+        If an error stops the reading early, `read` reads the rest.
+        """
         assert self._direct is not None
         got = 0
         try:
@@ -187,23 +188,23 @@ def _open_direct(path: Path) -> int | None:
 
 
 def _empty_pages(size: int) -> np.ndarray:
-    """Allocate whole pages, aligned, for `size` bytes."""
+    """Allocate page-aligned memory of whole pages for `size` bytes."""
     pages = -(-size // PAGESIZE)
     memory = np.empty((pages + 1) * PAGESIZE, np.uint8)
     return memory[-memory.ctypes.data % PAGESIZE :][: pages * PAGESIZE]
 
 
 def _is_cached(descriptor: int, offset: int, size: int) -> bool:
-    """Whether the page cache holds most of a part of a file, according to mincore(2).
+    """Return whether the page cache holds most of this part of a file, according to mincore(2).
 
-    True if the system does not tell. It does not tell about files of other users that this process may not write to.
+    Return True if the system does not say. It says nothing about files of other users that this process cannot write.
     """
     mincore = getattr(ctypes.CDLL(None), "mincore", None)
     lead = offset % PAGESIZE
     try:
         pages = mmap(
             descriptor, lead + size, prot=PROT_READ, offset=offset - lead
-        )  # only for the query; nothing is read
+        )  # mapped only for the query; the data is not read
     except (OSError, ValueError):  # ValueError: the file is shorter
         return True
     held = np.empty(-(-(lead + size) // PAGESIZE), np.uint8)

@@ -1,6 +1,6 @@
-"""Types of stored tensors: their names in safetensors, in torch and in config.json, and their sizes.
+"""Data types of stored tensors: names in safetensors, in torch and in config.json, and sizes.
 
-This module does not import torch until a torch type is asked for, so that sizes can be computed without it.
+This module imports torch only when a torch type is requested, so sizes can be computed without torch.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,7 +39,7 @@ PLAIN_TYPES = ("BF16", "F32", "F16")
 """Types that the tensors of a plain checkpoint may have."""
 
 TRAIN_TYPES = {Precision.fp32: "F32", Precision.mixed_bf16: "F32", Precision.bf16: "BF16"}
-"""Type of the weights while a stage trains in this precision."""
+"""Precision of a training stage -> type of the weights while it trains."""
 
 _STORED_NAMES = {stored.name: name for name, stored in STORED_TYPES.items()}
 

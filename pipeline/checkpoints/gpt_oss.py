@@ -1,6 +1,6 @@
 """The architecture of gpt-oss: names, types and shapes of the tensors in a checkpoint.
 
-Legend: E experts, H hidden size, I intermediate size, nb = blocks per row = input dimension / 32.
+Legend: E = experts, H = hidden size, I = intermediate size, nb = blocks per row = input dimension / 32.
 
 Hugging Face checkpoints come in two layouts, which differ only in the expert weights:
 - Packed, as released: each projection is `…_blocks` (E, out, nb, 16) and `…_scales` (E, out, nb), both uint8.
@@ -28,23 +28,23 @@ FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 
 ATTENTION = "self_attn"
-"""Module of a layer's attention, under `model.layers.N.`."""
+"""Name of the attention module of a layer, relative to `model.layers.N.`."""
 Q_PROJ, K_PROJ, V_PROJ, O_PROJ = ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Linear layers of the attention module."""
 SINKS = "sinks"
 """Parameter of the attention module: one learned logit per query head."""
 ATTENTION_TYPES = ("sliding_attention", "full_attention")
-"""The two kinds of layers, as `layer_types` in config.json names them. They alternate."""
+"""The two types of layers, by their names in `layer_types` of config.json. They alternate."""
 
 MLP = "mlp"
 ROUTER = f"{MLP}.router"
 EXPERTS = f"{MLP}.experts"
-"""Module of a layer's experts, under `model.layers.N.`."""
+"""Name of the module with the experts of a layer, relative to `model.layers.N.`."""
 GATE_UP, DOWN = EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
-"""The two stacks of expert weights of a layer, parameters of the experts' module."""
+"""Names of the two stacks of expert weights in a layer. They are parameters of the EXPERTS module."""
 BIAS_SUFFIX = "_bias"
 EXPERT_BIASES = (GATE_UP + BIAS_SUFFIX, DOWN + BIAS_SUFFIX)
-"""The biases of these stacks, each (E, out)."""
+"""Names of the biases of the two stacks. Each bias is (E, out)."""
 EXPERT_PATTERN = f"*{EXPERTS}*_proj"
 """Wildcard that matches every stack of expert weights, with or without PEFT's wrapper."""
 
@@ -78,12 +78,12 @@ SPECIAL_TOKENS = {
     200018: "<|endofprompt|>",
     **{i: f"<|reserved_{i}|>" for i in (200000, 200001, 200004, *range(200009, 200012), *range(200013, 200018))},
 }
-"""The 21 special tokens of the released tokenizer (o200k_harmony) by id."""
+"""Id -> text of the 21 special tokens of the released tokenizer (o200k_harmony)."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Type and shape of a stored tensor. The type is a safetensors name."""
+    """Type and shape of a stored tensor. `dtype` is the name of the type in safetensors."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -99,7 +99,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes in config.json that determine the tensors."""
+    """The sizes in config.json that determine the shapes of all tensors."""
 
     num_hidden_layers: int
     hidden_size: int
@@ -112,10 +112,10 @@ class Shape:
 
     @classmethod
     def of(cls, config: Mapping[str, object], where: object) -> "Shape":
-        """Read the sizes from the content of config.json. `where` is its path, for messages.
+        """Read the sizes from the content of config.json. `where` is the path of config.json, for messages.
 
         Raises:
-            UserError: this is another architecture, or a size is missing or not a positive whole number.
+            UserError: the model has another architecture, or a size is missing or is not a positive whole number.
         """
         if config.get("model_type") != MODEL_TYPE:
             raise UserError(
@@ -140,7 +140,7 @@ class ExpertProjection:
 
     @property
     def kind(self) -> str:
-        """Its name in EXPERT_WEIGHTS."""
+        """Name of the projection: one of EXPERT_WEIGHTS."""
         return self.name.rpartition(".")[2]
 
     @property
@@ -159,7 +159,7 @@ class ExpertProjection:
         return self.experts * self.in_features * self.out_features
 
     def packed_tensors(self) -> dict[str, TensorInfo]:
-        """The two tensors of the packed layout."""
+        """Return the two tensors of the packed layout: name -> type and shape."""
         rows = (self.experts, self.out_features, self.in_features // MXFP4.block_size)
         return {
             self.blocks: TensorInfo("U8", (*rows, MXFP4.block_size // 2)),
@@ -167,7 +167,7 @@ class ExpertProjection:
         }
 
     def plain_tensor(self, dtype: str = "BF16") -> TensorInfo:
-        """The tensor of the plain layout."""
+        """Return the type and shape of the tensor in the plain layout."""
         return TensorInfo(dtype, (self.experts, self.in_features, self.out_features))
 
 
@@ -177,17 +177,17 @@ def in_layer(layer: int, name: str) -> str:
 
 
 def attention_projection(layer: int, name: str) -> str:
-    """Return the name of the module of one of ATTENTION_PROJECTIONS. It has a `weight` and a `bias`."""
+    """Return the full name of a module of ATTENTION_PROJECTIONS. The module has a `weight` and a `bias`."""
     return in_layer(layer, f"{ATTENTION}.{name}")
 
 
 def expert_parameter(layer: int, name: str) -> str:
-    """Return the name of the parameter of one of EXPERT_WEIGHTS or EXPERT_BIASES in the plain layout."""
+    """Return the full name, in the plain layout, of a parameter of EXPERT_WEIGHTS or EXPERT_BIASES."""
     return in_layer(layer, f"{EXPERTS}.{name}")
 
 
 def is_in_mlp(name: str) -> bool:
-    """Whether a parameter belongs to the experts or the router of a layer."""
+    """Return whether a parameter belongs to the experts or the router of a layer."""
     return f".{MLP}." in name
 
 
@@ -197,7 +197,7 @@ def packed_names(name: str) -> tuple[str, str]:
 
 
 def is_packed_name(name: str) -> bool:
-    """Whether a tensor of this name holds blocks or scales."""
+    """Return whether a tensor of this name holds blocks or scales of the packed layout."""
     return name.endswith(PACKED_SUFFIXES)
 
 
@@ -212,7 +212,7 @@ def expert_projections(shape: Shape) -> list[ExpertProjection]:
 
 
 def other_tensors(shape: Shape, dtype: str = "BF16") -> dict[str, TensorInfo]:
-    """List every tensor that is not an expert weight. Both layouts have the same ones."""
+    """List every tensor that is not an expert weight. These tensors are the same in both layouts."""
     tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (shape.vocab_size, shape.hidden_size)}
     for layer in range(shape.num_hidden_layers):
         tensors |= {in_layer(layer, name): size for name, size in _other_tensors_of_layer(shape).items()}

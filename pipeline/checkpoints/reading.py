@@ -1,7 +1,7 @@
-"""Reads checkpoints. They are checked when opened, and read tensor by tensor or by rows.
+"""Opens and checks checkpoints, and reads whole tensors or rows of them.
 
-Data is read into memory, not mapped. So a file that shrinks meanwhile is an error instead of a crash, only tensors that
-the caller holds use memory, and a thread can read ahead.
+Data is read into memory, not mapped. So a file that shrinks during reading raises an error instead of crashing the
+process. Only tensors that the caller keeps use memory, and a thread can read ahead.
 """
 
 import json
@@ -36,7 +36,7 @@ class TensorFiles:
     """The safetensors files of a directory, in any layout. Names, headers and the index have been checked.
 
     Attributes:
-        directory: where the files are.
+        directory: directory of the files.
         tensors: name -> type and shape of every stored tensor.
     """
 
@@ -57,7 +57,7 @@ class TensorFiles:
         """Read a tensor as it is stored, or rows of its first dimension.
 
         Raises:
-            UserError: the file ends before the data does.
+            UserError: the file ends before the end of the data.
         """
         file, info = self._file_of[name], self.tensors[name]
         length, *others = info.shape or (1,)  # a scalar is one row
@@ -81,7 +81,7 @@ class TensorFiles:
         return [*files, self.directory / INDEX] if (self.directory / INDEX).is_file() else files
 
     def close(self) -> None:
-        """Close the files. They are reopened when they are needed."""
+        """Close the files. The next read opens them again."""
         for file in self._open.values():
             file.close()
         self._open.clear()
@@ -101,7 +101,7 @@ class Checkpoint(TensorFiles):
 
     Attributes:
         config: content of config.json.
-        shape: the sizes in config.json.
+        shape: sizes of the model, from config.json.
         is_packed: whether the experts are stored as MXFP4 blocks and scales.
     """
 
@@ -126,7 +126,7 @@ class Checkpoint(TensorFiles):
         return self.decode_stored(name, self.read_stored(name, rows), dtype, rows=rows)
 
     def read_stored(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, ...]:
-        """Read the stored tensors of a tensor of the plain layout: itself, or its blocks and scales."""
+        """Read the stored form of a tensor of the plain layout: the tensor itself, or its blocks and scales."""
         names = (name,) if name in self.tensors else packed_names(name)
         return tuple(self.read(stored, rows) for stored in names)
 
@@ -155,7 +155,7 @@ class Checkpoint(TensorFiles):
         return plain
 
     def raise_if_nan(self, name: str, scales: Tensor, rows: slice = slice(None)) -> None:
-        """Check the scales of an expert stack, or of some experts in it.
+        """Check the scales of an expert stack, or of the experts `rows` in it.
 
         Raises:
             UserError: a scale byte is 255 (NaN).
@@ -184,7 +184,10 @@ class Checkpoint(TensorFiles):
             raise user_errors([f"{self.directory}: {problem}." for problem in problems], most=MOST_PROBLEMS)
 
     def expected(self) -> dict[str, TensorInfo]:
-        """Return the tensors that the checkpoint must have. In a plain one, each tensor may have any of PLAIN_TYPES."""
+        """Return the tensors that the checkpoint must have.
+
+        Each tensor of a plain checkpoint may have any type in PLAIN_TYPES.
+        """
         if self.is_packed:
             return packed_tensors(self.shape)
         plain = plain_tensors(self.shape)
@@ -209,7 +212,7 @@ def layout_problems(stored: dict[str, TensorInfo], expected: dict[str, TensorInf
 
 
 def _stored_files(directory: Path) -> dict[str, dict[str, TensorInfo]]:
-    """Check the weight files, and map each to its tensors. An index must agree with the files exactly."""
+    """Check the weight files, and map each file to its tensors. If there is an index, it must match the files."""
     present = sorted(p.name for p in directory.glob("*.safetensors") if p.name != ADAPTER_WEIGHTS)
     weight_map = _weight_map(directory)
     listed = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
@@ -246,7 +249,10 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
-    """Map name to type and shape. safetensors checks lengths, offsets, overlaps, holes and the end of the file."""
+    """Map each tensor's name to its type and shape.
+
+    safetensors checks lengths, offsets, overlaps, gaps and the end of the file.
+    """
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         infos = {name: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
@@ -255,10 +261,12 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _data_offsets(path: Path) -> dict[str, int]:
-    """Map name to the position of its data in the file. (safetensors reads only whole tensors, or maps slices of them.)
+    """Map each tensor's name to the position of its data in the file.
+
+    This is needed to read rows, which safetensors can do only by mapping the file.
 
     Raises:
-        UserError: the header has two tensors of one name. Different readers would read different ones.
+        UserError: the header has two tensors with the same name. Different readers would take different ones.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

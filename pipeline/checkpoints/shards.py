@@ -1,12 +1,12 @@
-"""Writes checkpoints as safetensors shards while their tensors are still being made.
+"""Writes checkpoints as safetensors shards, and converts their tensors at the same time.
 
 - Reading, converting and writing overlap. One thread reads ahead, the caller's thread converts, one thread hashes, and
-  one writes to the disk.
-- A tensor is made in steps of some tens of megabytes, so memory use does not depend on the size of tensors.
+  one thread writes to the disk.
+- A tensor is converted in steps of some tens of megabytes, so memory use does not depend on the size of tensors.
 - A shard gets its final name only when it is complete and on the disk. An interrupted conversion resumes at the first
   missing shard.
-- safetensors' own writer needs all tensors of a file in memory, so it is not used. The format is simple: 8 bytes with
-  the length of the header, the header in JSON, and the data.
+- The writer of safetensors is not used, because it needs all tensors of a file in memory. The format is simple: 8 bytes
+  with the length of the header, the header in JSON, and the data.
 """
 
 import errno
@@ -35,11 +35,11 @@ from pipeline.runs.json_files import write_json
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
-"""Size limit of one weight file, for stages that have no setting for it."""
+"""Size limit of one weight file in bytes, for stages without a setting for it."""
 STEP_BYTES = 1 << 26
-"""Approximate output of one step: large enough to be fast, and small enough to hold several in memory."""
+"""Approximate output of one step in bytes. It is large enough to be fast, but several steps fit in memory."""
 
-_AHEAD = 2  # steps that may wait between reading and converting, and between converting and writing
+_AHEAD = 2  # number of steps that may wait to be converted, and of parts that may wait to be written
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -49,11 +49,11 @@ Part = tuple[str, Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the work on a piece.
+    """One step of the conversion of a piece.
 
     Attributes:
-        read: reads the inputs, on the reading thread.
-        convert: turns the inputs into parts, tensor by tensor in the piece's order, and row by row within a tensor.
+        read: function that reads the inputs. The reading thread calls it.
+        convert: function that turns the inputs into parts. Parts come tensor by tensor, and row by row.
     """
 
     read: Callable[[], Any]
@@ -62,12 +62,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Piece:
-    """Tensors that are made together and stored in the same shard.
+    """A group of tensors that are converted together and stored in the same shard.
 
     Attributes:
         tensors: name -> type and shape, in the order in which the steps make them.
-        steps: returns the steps. It is called when it is the piece's turn.
-        note: returns JSON values to record about the piece, or None. It is called after the last step.
+        steps: function that returns the steps. It is called when the piece is about to be read.
+        note: function that returns JSON values to record about the piece, or None. Called after the last step.
     """
 
     tensors: dict[str, TensorInfo]
@@ -81,13 +81,16 @@ class Piece:
 
 
 def piece_in_one_step(tensors: dict[str, TensorInfo], make: Callable[[], dict[str, Tensor]]) -> Piece:
-    """Return a piece that is made in one step. Tensors of wider types come first."""
+    """Return a piece that is made in one step. In the piece, tensors of wider types come first."""
     ordered = dict(sorted(tensors.items(), key=lambda item: -bytes_per_value(item[1].dtype)))
     return Piece(ordered, lambda: [Step(make, lambda made: [(name, made[name]) for name in ordered])])
 
 
 def sort_by_layer(pieces: Iterable[Piece]) -> list[Piece]:
-    """Sort pieces by layer, the first number in the name of their first tensor, so that shards hold whole layers."""
+    """Sort pieces by layer, so that shards hold whole layers.
+
+    The layer of a piece is the first number in the name of its first tensor.
+    """
 
     def key(piece: Piece) -> tuple[tuple[int, ...], str]:
         name = next(iter(piece.tensors))
@@ -102,9 +105,9 @@ class Written:
 
     Attributes:
         bytes: size of all tensors.
-        files: shard -> XXH3-128 of its bytes.
-        tensors: name -> XXH3-128 of its data.
-        notes: the notes of the pieces, in order, without those that are None.
+        files: name of each shard -> XXH3-128 of its bytes.
+        tensors: name of each tensor -> XXH3-128 of its data.
+        notes: notes of the pieces, in the order of the shards. Pieces without a note are left out.
     """
 
     bytes: int = 0
@@ -114,7 +117,7 @@ class Written:
 
 
 class _Record(TypedDict):
-    """Record of a finished shard in SHARDS_FILE: size, digest, digests of its tensors, and notes of its pieces."""
+    """Record of a finished shard in SHARDS_FILE. `tensors` maps names to digests, `notes` has the notes of pieces."""
 
     size: int
     digest: str
@@ -125,7 +128,7 @@ class _Record(TypedDict):
 def write_sharded(directory: Path, pieces: list[Piece], shard_bytes: int, what: str) -> Written:
     """Write pieces as shards of at most `shard_bytes`, and the index. A larger piece gets its own shard.
 
-    Shards from an interrupted run of the same conversion are kept.
+    If an earlier run of the same conversion was interrupted, its finished shards are kept.
 
     Raises:
         UserError: the disk has too little space for the missing shards, or fills up while they are written.
@@ -163,14 +166,14 @@ def write_sharded(directory: Path, pieces: list[Piece], shard_bytes: int, what: 
 
 
 def make_parts(pieces: list[Piece]) -> Iterator[Part]:
-    """Run the steps of the pieces, reading ahead. Yields parts of tensors in the order in which they are made."""
+    """Run the steps of the pieces and read ahead. Yields the parts of tensors in the order of the steps."""
     for _, made in _run_steps([pieces], [0]):
         if made is not None:
             yield made
 
 
 def _split(pieces: list[Piece], shard_bytes: int) -> list[list[Piece]]:
-    """Distribute pieces over shards. In each shard wider types come first, so that all offsets are aligned."""
+    """Distribute pieces over shards. Wider types come first in each shard, so that all offsets are aligned."""
     shards: list[list[Piece]] = [[]]
     size = 0
     for piece in pieces:
@@ -187,7 +190,7 @@ def _width(piece: Piece) -> int:
 
 
 def _finished_shards(directory: Path) -> dict[str, _Record]:
-    """Read the records of the shards that an interrupted run finished and that still exist: name -> record."""
+    """Read the records of shards that an earlier run finished, if the files still exist: name -> record."""
     try:
         records = json.loads((directory / SHARDS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -201,7 +204,10 @@ def _size(path: Path) -> int | None:
 
 
 def _run_steps(shards: list[list[Piece]], missing: list[int]) -> Iterator[tuple[int, Part | None]]:
-    """Run the steps of the missing shards, reading ahead. Yields (shard, part), and (shard, None) at a shard's end."""
+    """Run the steps of the missing shards and read ahead.
+
+    Yields (index of the shard, part) for each part, and (index of the shard, None) at the end of each shard.
+    """
     with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
         waiting: deque[tuple[int, Step | None, Future | None]] = deque()
         for i, step in _steps(shards, missing):
@@ -229,7 +235,7 @@ def _convert(i: int, step: Step | None, read: Future | None) -> Iterator[tuple[i
 
 
 class _Output:
-    """The writer's two threads. One hashes and appends to the shards, the other writes them to the disk."""
+    """Writes shards with two threads. One hashes parts and appends them, the other writes to the disk."""
 
     def __init__(self, advance: Callable[[int], object]) -> None:
         self.begun: dict[int, _Shard] = {}
@@ -284,7 +290,7 @@ class _Output:
 
 
 class _Shard:
-    """A shard that is written front to back."""
+    """A shard that is written sequentially under a temporary name."""
 
     def __init__(self, path: Path, infos: dict[str, TensorInfo], disk: ThreadPoolExecutor) -> None:
         self.path, self.temporary = path, path.with_name(path.name + ".tmp")
@@ -299,7 +305,7 @@ class _Shard:
         """Check the next part of a tensor.
 
         Raises:
-            AssertionError: its type or row size is not as planned, or another part is due.
+            AssertionError: the part has a wrong type or row size, or another tensor is due.
         """
         due = next((name for name, left in self._left.items() if left), None)
         info, stored = self._infos[name], stored_name(values.dtype)
@@ -335,7 +341,7 @@ class _Shard:
 
 @contextmanager
 def _explain_full_disk(path: Path) -> Iterator[None]:
-    """Raise UserError if the disk is full when the block writes to `path`."""
+    """Raise UserError if the disk is full when the `with` block writes to `path`."""
     try:
         yield
     except OSError as error:

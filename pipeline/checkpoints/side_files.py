@@ -1,4 +1,4 @@
-"""The files of a model directory except weights and configuration: tokenizer, chat template, licence."""
+"""Lists and copies side files: the files of a model directory except weights and config.json, such as the tokenizer."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ def side_files(directory: Path) -> list[str]:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Link a file to another place if the file system allows hard links, otherwise copy it."""
+    """Create `target` as a hard link to `source`, or as a copy if the file system does not allow hard links."""
     target.unlink(missing_ok=True)
     try:
         os.link(source.resolve(), target)  # files in the hub's cache are symbolic links

@@ -1,24 +1,26 @@
-"""The codec: values -> codes and scales -> values. Training's fake quantization and the export both call it.
+"""The codec encodes values as codes and scales, and decodes them. Training (fake quantization) and export call it.
 
-A block of values along the input dimension shares a scale. Each value is divided by it and rounded to the nearest of
-the 16 values of e2m1, ties to even (OCP MX v1.0, 5.3.3 and 6.3). The rule for the scale can be chosen (see
-`formats.SCALE_RULES`). All steps are exact. `scales` computes scales from the bits of the largest magnitude. `kernels`
-divides by powers of two and decides ties by comparison. So every device gives the same bits, compiled or not.
+A block of values along the input dimension shares a scale. Each value is divided by the scale and rounded to the
+nearest of the 16 values of e2m1, ties to even (OCP MX v1.0, 5.3.3 and 6.3). The rule for the scale can be chosen (see
+`formats.SCALE_RULES`).
+
+All steps are exact, so every device gives the same bits, compiled or not. The module `scales` computes scales from the
+bits of the largest magnitude. The module `kernels` divides by powers of two and decides ties by comparison.
 
 Training and export must share one definition. ModelOpt's training kernel rounds ties to even, but its exporter rounds
 them toward zero, so 0.4 % of its exported BF16 weights differ from the trained ones.
 
 Edge cases:
-- Zeros keep their sign. So do values that round to zero.
+- Zeros, and values that round to zero, keep their sign.
 - Subnormal values are rounded like others, with the smallest scale, 2^-127. (NVFP4: they become zero, because the
   tensor scale is at least 2^-110.)
-- Values beyond 6 * scale saturate. This happens under `floor`, `nearest` and `mse`, and under a given tensor scale. It
-  also happens from 3.5 * 2^126 on (NVFP4: 2^127), because the next value, 2^128, would be Inf.
-- A block with NaN or Inf is an error. It never becomes zeros.
+- Values beyond 6 * scale saturate. This happens under `floor`, `nearest` and `mse`, and if the caller passes a tensor
+  scale. Magnitudes from 3.5 * 2^126 (NVFP4: from 2^127) always saturate, because the next value, 2^128, would be Inf.
+- A block with NaN or Inf raises an error instead of becoming zeros.
 
-Values have the logical shape (..., out, in), with blocks along `in`. Memory may have any order: pass an (E, in, out)
-parameter as `parameter.transpose(-1, -2)`, and it is not copied. The work is split into slabs, so temporaries stay
-small.
+Values have the logical shape (..., out, in), with blocks along `in`. They may have any strides: an (E, in, out)
+parameter can be passed as `parameter.transpose(-1, -2)` without a copy. The work is split into slabs, so temporaries
+stay small.
 
 Legend: in = input dimension, out = output dimension, nb = blocks per row = in / block_size, L = all leading dimensions.
 """
@@ -34,7 +36,7 @@ from pipeline.numerics.formats import BlockFormat, ScaleType
 from pipeline.numerics.scales import Divisor
 
 Slab = tuple[slice, slice, slice]
-"""Ranges of experts, blocks in a row, and lanes."""
+"""Index ranges: experts, blocks of a row, and lanes."""
 
 _SLAB_VALUES = {"cpu": 1 << 22, "cuda": 1 << 27}
 _SLAB_LANES = 1 << 12
@@ -44,7 +46,7 @@ _WORD = torch.int64
 
 
 class CodecError(ValueError):
-    """Values cannot be represented. `block` is the index of the first bad block, or None."""
+    """The values cannot be represented in the format. `block` is the index of the first bad block, or None."""
 
     def __init__(self, message: str, block: tuple[int, ...] | None = None) -> None:
         super().__init__(message)
@@ -64,11 +66,13 @@ def encode(
 
     Args:
         values: (..., in) or (..., out, in) float32 or bfloat16 with any strides. Blocks run along the last dimension.
-        block_format: a row of FORMATS, possibly with another scale rule.
-        tensor_scale: (...) float32 from the function `tensor_scale`, for formats that have one; None for others.
-        importance: (in) or (..., in) float32, at least 0. Weights the squared error under the rule `mse`.
-        rounded: output for the decoded result, or None. Has the shape and type of `values`, and any strides.
-        saturated: output for the blocks whose largest magnitude exceeds 6 * scale, or None. (..., nb) bool, contiguous.
+        block_format: format of the result: a row of FORMATS, possibly with another scale rule.
+        tensor_scale: (...) float32 from the function `tensor_scale`. None for a format without a tensor scale.
+        importance: weights of the squared error under the rule `mse`, (in) or (..., in) float32, at least 0. With
+            None, all inputs have the same weight.
+        rounded: output tensor for the decoded result, or None. It has the shape and type of `values`, and any strides.
+        saturated: output tensor that marks the blocks whose largest magnitude exceeds 6 * scale, or None. It is
+            (..., nb) bool, contiguous.
 
     Returns:
         blocks: (..., nb, block_size / 2) uint8, two codes a byte, the even element in the low nibble; contiguous.
@@ -101,14 +105,16 @@ def decode(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Unpack codes and dequantize them: value = e2m1(code) * scale. Exact in BF16 and FP32 within their range.
+    """Unpack codes and dequantize them: value = e2m1(code) * scale.
+
+    The result is exact in BF16 and FP32, within the range of the type.
 
     Args:
         blocks: (..., nb, block_size / 2) uint8.
         scales_: (..., nb) uint8 (e8m0) or float8_e4m3fn.
-        dtype: type of the result.
-        tensor_scale: (...) float32 for float8_e4m3fn scales. Its shape is the leading dimensions, without out and in.
-        out: output, (..., in) with any strides. None allocates a contiguous tensor.
+        dtype: data type of the result.
+        tensor_scale: one scale per matrix, (...) float32. Only for float8_e4m3fn scales; otherwise None.
+        out: output tensor, (..., in) with any strides. None allocates a contiguous tensor.
 
     Returns:
         (..., in) values. A NaN scale gives NaN. A value beyond the range of the dtype becomes Inf.
@@ -128,11 +134,11 @@ def decode(
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two float32 or bfloat16 tensors have the same bits. If their types differ, both are widened first."""
+    """Return whether two float32 or bfloat16 tensors have the same bits. Different types are widened first."""
     if one.dtype != other.dtype:
         one, other = one.float(), other.float()
     flat = [each.contiguous().view(-1) for each in (one, other)]
-    # torch 2.13 compares 8-byte words four times faster. They need aligned starts and ends.
+    # torch 2.13 compares 8-byte words four times faster. Both tensors must then start and end at whole words.
     ends = [end * one.element_size() for each in flat for end in (each.storage_offset(), len(each))]
     word = _BITS[one.dtype] if any(end % _WORD.itemsize for end in ends) else _WORD
     return one.shape == other.shape and torch.equal(*(each.view(word) for each in flat))
@@ -143,8 +149,8 @@ def fake_quantize(
 ) -> Tensor:
     """Round values as `decode(encode(values))` does, in the dtype and memory order of `values`.
 
-    The gradient passes straight through. Arguments and errors are the same as in `encode`, except that a missing tensor
-    scale is computed from the values.
+    The gradient passes straight through. Arguments and errors are the same as in `encode`. The only exception: a
+    missing tensor scale is computed from the values.
     """
     return straight_through(values, _round(values, block_format, tensor_scale, importance))
 
@@ -152,13 +158,16 @@ def fake_quantize(
 def straight_through(values: Tensor, rounded: Tensor) -> Tensor:
     """Return `rounded`, and pass its gradient to `values` unchanged, in the dtype of `values`.
 
-    The gradient of rounding is zero almost everywhere, so it is replaced by one (Bengio et al. 2013, arXiv:1308.3432).
+    The derivative of rounding is zero almost everywhere. It is replaced by 1 (Bengio et al. 2013, arXiv:1308.3432).
     """
     return _StraightThrough.apply(values, rounded)
 
 
 def tensor_scale(values: Tensor, block_format: BlockFormat) -> Tensor | None:
-    """Compute the tensor scale of each (out, in) matrix: a power of two, (...) float32. None if the format has none."""
+    """Compute the tensor scale of each (out, in) matrix, or None if the format has none.
+
+    The scales are powers of two, (...) float32.
+    """
     if block_format.scale_type is ScaleType.e8m0:
         return None
     if values.numel() == 0:
@@ -168,14 +177,15 @@ def tensor_scale(values: Tensor, block_format: BlockFormat) -> Tensor | None:
 
 
 def differences(stacks: Sequence[Tensor]) -> Tensor:
-    """Sum the differences that rounding and training made to weights.
+    """Sum the squared errors of rounding, and count the weights that training changed.
 
     Args:
-        stacks: values, rounded values, base, rounded base; (E, rows, columns) each.
+        stacks: values, rounded values, base values and rounded base values. Each is (E, rows, columns).
 
     Returns:
-        (4) float64: the squared error of rounding the values, the squares of the values, the number of values that
-        differ from the base, and the number of rounded values that differ from the rounded base.
+        (4) float64. The first two are the sum of squared rounding errors and the sum of squared values. The last two
+        are the number of values that differ from the base, and the number of rounded values that differ from the
+        rounded base.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=stacks[0].device)
     for matrices in zip(*stacks, strict=True):
@@ -221,9 +231,9 @@ def _round(values: Tensor, block_format: BlockFormat, given: Tensor | None, impo
 
 
 class _Rounding:
-    """An iteration over values slab by slab. Each item is (slab, values, largest magnitude of each block, divisor).
+    """Iterates over values slab by slab. Each item is (slab, values, largest magnitude of each block, divisor).
 
-    `scales` is complete at the end of the iteration. The iteration then raises CodecError if a block has NaN or Inf.
+    The iteration fills `scales`. After the last slab, it raises CodecError if a block has NaN or Inf.
     """
 
     def __init__(
@@ -257,7 +267,7 @@ class _Rounding:
 def _better(
     view: Tensor, first: Tensor, second: Tensor, *, scale_type: ScaleType, unit: Tensor | None, weights: Tensor | None
 ) -> Tensor:
-    """Return the scales with the smaller squared error. A tie goes to the first."""
+    """Choose the scale with the smaller squared error for each block. In a tie, choose the first."""
     one, two = (scales.divisor(each, scale_type, unit) for each in (first, second))
     error_one, error_two = (kernels.squared_error(view, each.inverse, each.significand, weights) for each in (one, two))
     ratio = two.inverse / one.inverse  # exact, because both are powers of two
@@ -265,9 +275,12 @@ def _better(
 
 
 def _weights(importance: Tensor, view: Tensor) -> Tensor:
-    """(..., in) -> (L or 1, nb, block, 1) float64, whole numbers below 2^16. A block of zeros becomes ones."""
+    """Scale importance to whole numbers below 2^16: (..., in) -> (L or 1, nb, block, 1) float64.
+
+    If all weights of a block are zero, they become 1.
+    """
     if not bool((importance >= 0).all()):
-        raise CodecError("importance must be a number, not negative, for every input channel")
+        raise CodecError("importance must be a non-negative number for every input channel")
     nb, size = view.shape[1:3]
     blocks = importance.float().reshape(-1, nb, size, 1).double()
     exponent = torch.frexp(blocks.amax(dim=2, keepdim=True)).exponent
@@ -276,7 +289,7 @@ def _weights(importance: Tensor, view: Tensor) -> Tensor:
 
 
 def _amax(view: Tensor) -> Tensor:
-    """(L, nb, block, lanes) -> (L, nb, lanes) float32, the largest magnitude of each block."""
+    """Return the largest magnitude of each block: (L, nb, block, lanes) -> (L, nb, lanes) float32."""
     amax = torch.empty((*view.shape[:2], view.shape[3]), dtype=torch.float32, device=view.device)
     for slab in _slabs(view):
         amax[slab] = kernels.block_amax(_part(view, slab))
@@ -292,7 +305,7 @@ def _raise_if_not_finite(scale_bytes: Tensor, shape: torch.Size, scale_type: Sca
 
 
 def _view(values: Tensor, block_format: BlockFormat) -> Tensor:
-    """(..., out, in) -> (L, nb, block, lanes) of the same memory."""
+    """Check the dtype and the block size, and view (..., out, in) as (L, nb, block, lanes)."""
     if values.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"values must be float32 or bfloat16, not {values.dtype}")
     if values.shape[-1] % block_format.block_size:
@@ -303,12 +316,12 @@ def _view(values: Tensor, block_format: BlockFormat) -> Tensor:
 
 
 def _as_matrices(values: Tensor) -> Tensor:
-    """(..., out, in) or (in) -> (L, out, in)."""
+    """Reshape (..., out, in) or (in) to (L, out, in)."""
     return values.reshape(_matrices(values.shape))
 
 
 def _view_as_matrices(values: Tensor) -> Tensor:
-    """Like `_as_matrices`, but always a view, so that it can be written to."""
+    """Do the same as `_as_matrices`, but never copy, so that writing to the result changes `values`."""
     return values.view(_matrices(values.shape))
 
 
@@ -317,14 +330,15 @@ def _matrices(shape: torch.Size) -> tuple[int, int, int]:
 
 
 def _as_blocks(matrices: Tensor, block_size: int) -> Tensor:
-    """(L, out, in) -> (L, nb, block, lanes) of the same memory."""
+    """View (L, out, in) as (L, nb, block, lanes)."""
     return matrices.unflatten(-1, (-1, block_size)).permute(0, 2, 3, 1)
 
 
 def _slabs(view: Tensor) -> Iterator[Slab]:
-    """Split (L, nb, block, lanes) into slabs that fit the caches. All have one shape, so kernels are compiled once.
+    """Split (L, nb, block, lanes) into slabs that fit the caches.
 
-    The two expert stacks of a gpt-oss layer have 5760 and 2880 lanes. Their slabs have the same shape.
+    All slabs have the same shape, so kernels are compiled once. The two expert stacks of a gpt-oss layer share this
+    shape, although they have 5760 and 2880 lanes.
     """
     if view.numel() == 0:  # for example, the inputs of an expert that gets no token
         return
@@ -340,7 +354,7 @@ def _slabs(view: Tensor) -> Iterator[Slab]:
 
 
 def _part(blocks: Tensor, slab: Slab) -> Tensor:
-    """Take a slab of (L, nb, block, lanes). Some strides are copied; otherwise kernels would be compiled again."""
+    """Take a slab of (L, nb, block, lanes). Contiguous lanes are copied; otherwise kernels would be compiled again."""
     experts, rows, lanes = slab
     part = blocks[experts, rows, :, lanes]
     return part.contiguous() if part.stride(-1) == 1 else part
@@ -356,7 +370,7 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 
 def _put_transposed(blocks: Tensor, slab: Slab, codes: Tensor) -> None:
-    """Store codes (l, rows, half, lanes) at blocks[experts, lanes, rows] of (L, lanes, nb, half)."""
+    """Transpose the codes of a slab, (l, rows, half, lanes), and store them in blocks (L, lanes, nb, half)."""
     experts, rows, lanes = slab
     for i, expert in enumerate(codes):
         turned = kernels.transpose(expert.reshape(-1, expert.shape[-1]))
@@ -364,7 +378,7 @@ def _put_transposed(blocks: Tensor, slab: Slab, codes: Tensor) -> None:
 
 
 def _transpose(codes: Tensor) -> Tensor:
-    """(l, lanes, rows, half) -> (l, rows, half, lanes), contiguous."""
+    """Transpose (l, lanes, rows, half) to (l, rows, half, lanes), contiguous."""
     count, lanes, rows, half = codes.shape
     turned = [kernels.transpose(expert.reshape(lanes, -1)).view(rows, half, lanes) for expert in codes]
     return torch.stack(turned) if count > 1 else turned[0].unsqueeze(0)

@@ -2,8 +2,8 @@
 
 torch.compile fuses a function into one loop over memory (C++ on a CPU, Triton on a GPU), which is about ten times
 faster. Compiling takes seconds per function, and half a minute the first time on a machine. So a function runs eagerly
-until it has processed so many values that compiling would have paid off. If no compiler works, all functions stay eager
-and a warning is given.
+until it has processed so many values that compiling pays off. If no compiler works, all functions stay eager and a
+warning is given.
 """
 
 import functools
@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-_PAYS_AFTER = 1 << 27  # values; eagerly about 4 s on two CPU cores, which is about the time to compile a function
-_PAYS_AT_ONCE = 1 << 29  # values of a whole job; eagerly they take longer than compiling all its kernels, once cached
-_MOST_VARIANTS = 64  # of shapes, types and rules; beyond torch's own limit of 8, a function is silently run eagerly
-_WORTH_COUNTING = 1 << 16  # values; smaller tensors spend their time on the call, which compiling does not shorten
+_PAYS_AFTER = 1 << 27  # values; running eagerly takes about 4 s on two CPU cores, like compiling a function
+_PAYS_AT_ONCE = 1 << 29  # values of a job; running eagerly then takes longer than compiling all kernels (warm cache)
+_MOST_VARIANTS = 64  # of shapes, types and rules per function; beyond torch's default, 8, it silently runs eagerly
+_WORTH_COUNTING = 1 << 16  # values; for smaller tensors the call itself dominates, and compiling does not shorten it
 _OPTIONS = {"cpp.vec_isa_ok": True}
-"""Trust the instruction sets that the processor reports. torch 2.13 tries each in a new Python, 2 s in every run."""
+"""Trust the instruction sets that the processor reports. torch 2.13 would test each, 2 s in every run."""
 
 Result = TypeVar("Result")
 
@@ -44,7 +44,7 @@ _gave_up = False
 
 @contextmanager
 def compilation(mode: Compilation) -> Iterator[None]:
-    """Set inside the block when kernels are compiled. This is for tests and measurements."""
+    """Use a rule for compiling kernels inside a `with` block. This is for tests and measurements."""
     global _mode
     before, _mode = _mode, mode
     try:
@@ -54,7 +54,7 @@ def compilation(mode: Compilation) -> Iterator[None]:
 
 
 def compilation_for(values: int) -> AbstractContextManager[None]:
-    """Compile from the start inside the block if its job, of so many values, is large enough."""
+    """Compile kernels from the start inside a `with` block, if the block processes enough values."""
     is_large = _mode is Compilation.when_it_pays and values >= _PAYS_AT_ONCE
     return compilation(Compilation.always) if is_large else nullcontext()
 
@@ -62,24 +62,25 @@ def compilation_for(values: int) -> AbstractContextManager[None]:
 def kernel(function: Callable[..., Result]) -> Callable[..., Result]:
     """Decorate a pure function of tensors, so that it runs eagerly or compiled.
 
-    The function may only use operations that are exact or correctly rounded by IEEE 754. It must not have a sum whose
-    order matters.
+    The function may only use operations that are exact or correctly rounded by IEEE 754. It must not have a sum
+    whose result depends on the order of summation.
     """
     values_seen = 0
 
-    @functools.cache  # made when needed, because torch.compile takes three seconds to import its modules
+    @functools.cache  # runs only when needed, because torch.compile takes three seconds to import its modules
     def compiled(is_dynamic: bool) -> Callable[..., Result]:
-        compile_for: Any = torch.compile  # recompile_limit is documented, but in torch 2.13 not in every typed overload
+        compile_for: Any = torch.compile  # some overloads in the types of torch 2.13 lack recompile_limit
         return compile_for(function, dynamic=is_dynamic, recompile_limit=_MOST_VARIANTS, options=_OPTIONS)
 
     @functools.wraps(function)
-    @torch.no_grad()  # compiled code is valid for one grad mode; the codec defines the gradients
+    @torch.no_grad()  # compiled code is valid for one grad mode only; gradients are defined in the codec
     def run(values: Tensor, *others: object) -> Result:
         nonlocal values_seen
         values_seen += values.numel() if values.numel() >= _WORTH_COUNTING else 0
         if not _is_compiled(values.device.type, values_seen):
             return function(values, *others)
-        # Weights have few shapes, and a loop of known length is three times faster. Activations have many shapes.
+        # Weights have few shapes. They are compiled per shape, because a loop of known length is three times faster.
+        # Activations have many shapes, so they are compiled with dynamic shapes.
         try:
             return compiled(is_dynamic=values.stride(-1) != 1)(values, *others)
         except (OSError, RuntimeError) as error:
@@ -111,7 +112,7 @@ def _is_compiled(device_type: str, values_seen: int) -> bool:
 
 
 def _is_compiler_error(error: Exception) -> bool:
-    """Whether the compiler failed, or its cache cannot be written, so that torch._dynamo cannot be imported."""
+    """Return whether the compiler failed. An OSError means that torch.compile could not write its cache."""
     dynamo = sys.modules.get("torch._dynamo")
     return isinstance(error, OSError) or (dynamo is not None and isinstance(error, dynamo.exc.TorchDynamoException))
 

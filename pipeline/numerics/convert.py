@@ -1,10 +1,10 @@
-"""MXFP4 -> NVFP4 without decoding: codes are kept, and each block of 32 becomes two blocks of 16 with its scale.
+"""Converts MXFP4 to NVFP4 without decoding. Each block of 32 becomes two blocks of 16 with the same codes and scale.
 
-An e8m0 scale is a power of two. e4m3 has the powers of two from 2^-9 to 2^8. So under the tensor scale
-2^(largest - 8), all blocks of a matrix whose exponents lie within 17 of the largest convert exactly. A block below that
-range is rounded with the smallest scale, and is counted if this changes a value.
+An e8m0 scale is a power of two. e4m3 has the powers of two from 2^-9 to 2^8. The tensor scale of a matrix is
+2^(largest exponent - 8), so a block converts exactly if its exponent is at most 17 below the largest. A block below
+that range is rounded with the smallest scale, and is counted if this changes a value.
 
-Legend: E experts (any leading dimensions), out rows, nb blocks of 32 per row.
+Legend: E = experts (any leading dimensions), out = rows, nb = blocks of 32 per row.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from pipeline.numerics.codec import decode, encode
 from pipeline.numerics.formats import MXFP4, NVFP4
 
 _LARGEST_POWER = 8  # 2^8 is the largest power of two of e4m3
-_RANGE = 17  # 2^-9 is the smallest
+_RANGE = 17  # 2^-9, the smallest power of two of e4m3, is 2^17 times smaller than 2^8
 _SPLIT = MXFP4.block_size // NVFP4.block_size
 
 
@@ -37,7 +37,7 @@ class Converted(NamedTuple):
 
 
 def mxfp4_to_nvfp4(blocks: Tensor, scales: Tensor) -> Converted:
-    """Convert packed weights. The result is exact except for `changed_blocks`.
+    """Convert packed MXFP4 weights. Values are exact in all but `changed_blocks` blocks.
 
     Args:
         blocks: (E, out, nb, 16) uint8.
@@ -56,7 +56,7 @@ def mxfp4_to_nvfp4(blocks: Tensor, scales: Tensor) -> Converted:
 
 
 def _round(converted: Converted, split: Tensor, exponents: Tensor, chosen: Tensor) -> Converted:
-    """Encode the chosen blocks again, with the smallest scale that holds them. Each is a matrix with one row."""
+    """Encode the chosen blocks again, each as a matrix with one row, with the smallest scale that holds it."""
     exact = decode(split[chosen][:, None, None], exponents[chosen].to(torch.uint8)[:, None, None], torch.float32)
     unit = converted.tensor_scale[..., None, None].expand_as(exponents)[chosen]
     blocks, scales = encode(exact, NVFP4, unit)
@@ -68,5 +68,5 @@ def _round(converted: Converted, split: Tensor, exponents: Tensor, chosen: Tenso
 
 
 def _exponent_of(power_of_two: Tensor) -> Tensor:
-    """Return the exponent, biased by 127."""
+    """Return the biased exponent (exponent + 127) of a float32 power of two."""
     return power_of_two.view(torch.int32) >> 23

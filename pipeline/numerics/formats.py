@@ -1,7 +1,7 @@
-"""The block-scaled formats as data. A new format is a new row of FORMATS.
+"""Defines the block-scaled formats as data. A new format is a new row of FORMATS.
 
-A block of consecutive values along the input dimension of a weight shares one scale. Each value is stored as a 4-bit
-code, e2m1. Sources:
+Consecutive values along the input dimension of a weight form a block, which has one scale. Each value is stored as a
+4-bit code, e2m1. Sources:
 - OCP Microscaling Formats (MX) v1.0, sections 5.3.3 (e2m1), 5.4.1 (e8m0) and 6.3 (conversion).
 - NVIDIA's NVFP4: blocks of 16 with an e4m3 scale, and one FP32 scale per tensor.
 - OCP 8-bit Floating Point (OFP8) v1.0 for e4m3.
@@ -38,7 +38,7 @@ class ScaleType(Enum):
     e8m0 = "e8m0"
     """A power of two, one byte."""
     e4m3 = "e4m3"
-    """A float of one byte, multiplied by one FP32 scale for the whole tensor."""
+    """An 8-bit float, which is multiplied by one FP32 scale for the whole tensor."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class BlockFormat:
     """A 4-bit format with one scale per block.
 
     Attributes:
-        name: its name in configurations and artifacts.
-        block_size: values per scale, along the input dimension.
+        name: name of the format in configurations and artifacts.
+        block_size: number of values that share a scale, along the input dimension.
         scale_type: storage type of the scale.
         scale_rule: rule that chooses the scale of a block, one of SCALE_RULES[scale_type].
-        bits_per_value: storage with block scales, without the tensor scale.
+        bits_per_value: storage per value, including block scales but not the tensor scale.
         quantizes_activations: whether the inputs of a quantized weight are quantized too (W4A4).
     """
 
@@ -82,13 +82,13 @@ SCALE_RULES = {
     ScaleType.e8m0: ("ceil", "floor", "mse"),
     ScaleType.e4m3: ("nearest", "ceil", "floor", "mse"),
 }
-"""The rules for each type of scale. amax is the largest magnitude of a block, 6 is the largest value of e2m1.
+"""The rules for each type of scale. amax is the largest magnitude of a block; 6 is the largest value of e2m1.
 
 ceil     The smallest scale with amax <= 6 * scale, so nothing saturates. ModelOpt's training kernel does this for e8m0.
 floor    e8m0: 2^(floor(log2(amax)) - 2), as in the OCP text. e4m3: the largest scale <= amax / 6. Values may saturate.
 nearest  e4m3 only: the scale nearest to amax / 6, as in ModelOpt.
-mse      Of two scales, the one with the smaller squared error of the block. e8m0: ceil and the power of two below it.
-         e4m3: the scales nearest to amax / 6 and amax / 4 ("four over six", Cook et al. 2025, arXiv:2512.02010).
+mse      The scale with the smaller squared error of the block, out of two. e8m0: ceil, and the power of two below it.
+         e4m3: the scales nearest to amax / 6 and to amax / 4 ("four over six", Cook et al. 2025, arXiv:2512.02010).
 """
 
 MXFP4 = BlockFormat("mxfp4", 32, ScaleType.e8m0, "ceil", 4.25)

@@ -1,7 +1,8 @@
-"""The arithmetic on whole blocks, written once in torch. `compiled` decides whether it is compiled.
+"""Arithmetic on whole blocks, written in torch. The module `compiled` decides whether a function runs compiled.
 
-Legend: L leading dimension (experts), nb blocks per row, block = values per block, lanes = output dimension. Tensors
-may have any strides. Either block or lanes may be contiguous; neither needs a transposed copy.
+Legend: L = leading dimension (experts), nb = blocks per row, block = values per block, lanes = output dimension.
+
+Tensors may have any strides. No transposed copy is made, whichever of `block` and `lanes` is contiguous.
 """
 
 import torch
@@ -12,13 +13,13 @@ from pipeline.numerics.compiled import kernel
 
 @kernel
 def block_amax(values: Tensor) -> Tensor:
-    """Return the largest magnitude of each block, or NaN if it has one: (L, nb, block, lanes) -> (L, nb, lanes)."""
+    """Return the largest magnitude of each block, NaN if it has NaN: (L, nb, block, lanes) -> (L, nb, lanes)."""
     return values.abs().amax(-2)
 
 
 @kernel
 def round_blocks(values: Tensor, inverse: Tensor, significand: Tensor | None, scale: Tensor) -> Tensor:
-    """Round (L, nb, block, lanes) to the nearest values of the format. The other arguments are the divisor's parts."""
+    """Round (L, nb, block, lanes) to the nearest values of the format. The other arguments are `Divisor` fields."""
     exact = values.float()
     codes = _nearest_code(exact.abs() * inverse.unsqueeze(-2), significand)
     return torch.copysign(_magnitudes(codes) * scale.unsqueeze(-2), exact).to(values.dtype)
@@ -26,7 +27,10 @@ def round_blocks(values: Tensor, inverse: Tensor, significand: Tensor | None, sc
 
 @kernel
 def pack(values: Tensor, inverse: Tensor, significand: Tensor | None) -> Tensor:
-    """(L, nb, block, lanes) -> (L, nb, block / 2, lanes) uint8 codes. The even element of a pair is the low nibble."""
+    """Encode values and pack two codes a byte: (L, nb, block, lanes) -> (L, nb, block / 2, lanes) uint8.
+
+    The even element of a pair is the low nibble.
+    """
     exact = values.float()
     codes = _nearest_code(exact.abs() * inverse.unsqueeze(-2), significand)
     codes = codes + (4.0 - torch.copysign(torch.full_like(exact, 4.0), exact))  # bit 3 is the sign
@@ -36,7 +40,10 @@ def pack(values: Tensor, inverse: Tensor, significand: Tensor | None) -> Tensor:
 
 @kernel
 def unpack(blocks: Tensor, scale: Tensor, like: Tensor) -> Tensor:
-    """(L, nb, block / 2, lanes) uint8, scale (L, nb, lanes) float32 -> (L, nb, block, lanes) of the type of `like`."""
+    """Unpack and decode codes: (L, nb, block / 2, lanes) uint8 -> (L, nb, block, lanes) of the type of `like`.
+
+    `scale` is (L, nb, lanes) float32.
+    """
     unit = scale.unsqueeze(-2)
     low, high = _values((blocks & 15).float(), unit), _values((blocks >> 4).float(), unit)
     return torch.stack((low.to(like.dtype), high.to(like.dtype)), dim=-2).flatten(-3, -2)
@@ -44,22 +51,24 @@ def unpack(blocks: Tensor, scale: Tensor, like: Tensor) -> Tensor:
 
 @kernel
 def transpose(matrix: Tensor) -> Tensor:
-    """(rows, columns) uint8 -> (columns, rows), contiguous."""
+    """Transpose a uint8 matrix, (rows, columns) -> (columns, rows), contiguous."""
     return matrix.t().contiguous()
 
 
 def squared_error(values: Tensor, inverse: Tensor, significand: Tensor | None, weights: Tensor | None) -> Tensor:
-    """Sum the squared rounding errors of each block, (L, nb, lanes), in units of (2^exponent / 64)^2.
+    """Sum the squared rounding errors of each block, (L, nb, lanes).
 
-    Each error is rounded to a whole number of 2^exponent / 64, at most 6 * 64. So float32 holds the sum of 32 squares
-    (below 2^24) exactly, in any order of summation. Errors and sums are two kernels, because inductor 2.13 would fuse
-    them into a loop that is three times slower than both.
+    The unit of an error is 2^exponent / 64. Each error is rounded to a whole number of units, at most 6 * 64. So
+    float32 holds the sum of 32 squares (below 2^24) exactly, in any order of summation.
+
+    One kernel computes the errors and another the sums. In a single kernel, inductor 2.13 would fuse them into a loop
+    that takes three times as long as both.
 
     Args:
         values: (L, nb, block, lanes), the values to round.
         inverse: (L, nb, lanes), 2^-exponent of the divisor.
-        significand: (L, nb, lanes), significand of the divisor, or None for one.
-        weights: (L, nb, block, 1) float64, whole numbers up to 2^16, or None for one.
+        significand: (L, nb, lanes), significand of the divisor, or None if it is 1.
+        weights: (L, nb, block, 1) float64, weights of the squares: whole numbers up to 2^16. None if all are 1.
     """
     return _block_sum(_squared_errors(values, inverse, significand, weights))
 
@@ -81,11 +90,13 @@ def _block_sum(values: Tensor) -> Tensor:
 
 @kernel
 def row_differences(values: Tensor, rounded_values: Tensor, base: Tensor, rounded_base: Tensor) -> Tensor:
-    """Sum over each row the changes by quantization and training: four (..., columns) -> (4, ...) float32.
+    """Measure the changes by quantization and training in each row.
 
-    The results are the squared error of `rounded_values`, the squares of `values`, the number of values that differ
-    from `base`, and the number of rounded values that differ from `rounded_base`. They are for reports: the order of
-    summation may differ, so bits may too.
+    Shapes: four (..., columns) -> (4, ...) float32.
+
+    The first two results are the sum of squared errors of `rounded_values`, and the sum of squares of `values`. The
+    last two are the number of values that differ from `base`, and the number of rounded values that differ from
+    `rounded_base`. All are for reports only, because bits may depend on the order of summation.
     """
     exact, near = values.float(), rounded_values.float()
     error = exact - near
@@ -102,9 +113,11 @@ def row_squares(values: Tensor) -> Tensor:
 
 @kernel
 def column_products(one: Tensor, other: Tensor) -> Tensor:
-    """Sum over each column: two (..., rows, columns) -> (4, ..., columns) float32: e b, e e, b b and (e - b)^2.
+    """Sum e b, e e, b b and (e - b)^2 over each column of two tensors e and b.
 
-    The results are for reports: the order of summation may differ, so bits may too.
+    Shapes: two (..., rows, columns) -> (4, ..., columns) float32.
+
+    The results are for reports only, because bits may depend on the order of summation.
     """
     e, b = one.float(), other.float()
     return torch.stack([each.sum(-2) for each in (e * b, e * e, b * b, (e - b) * (e - b))])
@@ -112,15 +125,18 @@ def column_products(one: Tensor, other: Tensor) -> Tensor:
 
 @kernel
 def count_unequal(one: Tensor, other: Tensor) -> Tensor:
-    """Count the values in which each block differs: two (nb, block, lanes) -> (nb, lanes) float32."""
+    """Count the differing values of each block: two (nb, block, lanes) -> (nb, lanes) float32."""
     return (one != other).float().sum(-2)
 
 
 def _nearest_code(scaled: Tensor, significand: Tensor | None) -> Tensor:
-    """Magnitudes / 2^exponent -> 3-bit codes as floats. Rounds to nearest, ties to the even code, and saturates at 6.
+    """Round magnitudes / 2^exponent to the nearest 3-bit codes, given as floats. Ties go to the even code.
 
-    The bits of the code are found from the top. The midpoints that decide the upper two bits lie below an even code, so
-    a tie goes up. The midpoints that decide the last bit lie above an even code, so a tie goes down.
+    Magnitudes above 6 saturate.
+
+    The bits of the code are decided from the highest to the lowest. The midpoints that decide the upper two bits lie
+    below an even code, so a tie goes up. The midpoints that decide the last bit lie above an even code, so a tie goes
+    down.
     """
     unit: Tensor | float = 1.0 if significand is None else significand.unsqueeze(-2)
     four = scaled >= 1.75 * unit
@@ -130,12 +146,12 @@ def _nearest_code(scaled: Tensor, significand: Tensor | None) -> Tensor:
 
 
 def _magnitudes(codes: Tensor) -> Tensor:
-    """Codes 0 to 7 -> 0, .5, 1, 1.5, 2, 3, 4, 6. The function is convex, so it is the maximum of three lines."""
+    """Map codes 0 to 7 to 0, .5, 1, 1.5, 2, 3, 4, 6. This function is convex, so it is the maximum of three lines."""
     return torch.maximum(torch.maximum(codes * 0.5, codes - 2.0), codes * 2.0 - 8.0)
 
 
 def _values(codes: Tensor, unit: Tensor) -> Tensor:
-    """Codes 0 to 15 as floats -> values."""
+    """Decode codes 0 to 15, given as floats, to values."""
     is_negative = codes >= 8.0
     magnitudes = _magnitudes(torch.where(is_negative, codes - 8.0, codes)) * unit
     return torch.where(is_negative, -magnitudes, magnitudes)

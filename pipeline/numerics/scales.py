@@ -1,14 +1,16 @@
-"""Chooses the scale of a block from its largest magnitude, for each type of scale and each rule.
+"""Computes the scale of a block from its largest magnitude, for each type of scale and each rule.
 
-Candidates are computed from the bits of the largest magnitude, by exact comparisons instead of logarithms and
-divisions. So every device chooses the same scale. A rule has one candidate, or two from which the codec takes the one
-with the smaller squared error.
+Scales are computed from the bits of the largest magnitude, by exact comparisons instead of logarithms and divisions.
+So every device computes the same scale. The rule `mse` has two candidates; the codec takes the candidate with the
+smaller squared error. Every other rule has one candidate.
 
-A scale is significand * 2^exponent. For e8m0 the significand is one. For e4m3 it has four bits and is kept separate:
-dividing by a power of two and comparing with midpoint * significand are exact, but dividing by 1.125 is neither exact
-nor the same on every device. For the same reason the tensor scale is a power of two, the smallest one with
-amax <= 6 * 448 * scale. (Common practice is amax / (6 * 448).) All values of the format are then exact in BF16. This
-costs at most one of the 17 binades of e4m3.
+A scale is significand * 2^exponent. For e8m0 the significand is 1. For e4m3 it has four bits and is kept separate from
+the power of two. Dividing by a power of two is exact, and so is comparing with midpoint * significand. Dividing by
+1.125 would be neither exact nor the same on every device.
+
+For the same reason the tensor scale is a power of two: the smallest power with amax <= 6 * 448 * scale. (Common
+practice is amax / (6 * 448).) All values of the format are then exact in BF16. This costs at most one of the 17
+binades of e4m3.
 
 Legend: amax = largest magnitude of each block, (L, nb, lanes) float32; bytes = scale bytes, held in int32.
 """
@@ -28,11 +30,11 @@ LARGEST_E2M1 = 6.0
 _EXPONENT_SHIFT = 23
 _NAN_BITS = 0x7FC00000
 _MANTISSA_MASK = 0x7FFFFF
-_MANTISSA_OF_SIX = 0x400000  # 6 = 1.5 * 2^2: a larger mantissa than 1.5 needs the next exponent
+_MANTISSA_OF_SIX = 0x400000  # 6 = 1.5 * 2^2, so a mantissa above 1.5 needs the next exponent
 _MANTISSA_OF_2688 = 0x280000  # 6 * 448 = 1.3125 * 2^11
 _MANTISSA_OF_1792 = 0x600000  # 4 * 448 = 1.75 * 2^10
 _BITS_OF_SMALLEST_E8M0 = 0x400000  # 2^-127, a subnormal float
-_SMALLEST_TENSOR_SCALE = 2.0**-110  # with a smaller one, products with e4m3 and e2m1 would be subnormal in FP32
+_SMALLEST_TENSOR_SCALE = 2.0**-110  # below it, products with e4m3 and e2m1 would be subnormal in FP32
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Divisor:
 
     Attributes:
         inverse: 2^-exponent. Multiplying by it is exact.
-        significand: in [1, 2), or None for one.
-        scale: significand * 2^exponent, the value of a unit of e2m1.
+        significand: in [1, 2), or None if it is 1.
+        scale: significand * 2^exponent. An e2m1 value times this is the decoded value.
     """
 
     inverse: Tensor
@@ -51,7 +53,7 @@ class Divisor:
 
 
 def candidates(amax: Tensor, scale_type: ScaleType, rule: str, tensor_scale: Tensor | None) -> list[Tensor]:
-    """Compute the candidates of a rule, as scale bytes (L, nb, lanes) uint8. The first one wins a tie.
+    """Compute the candidates of a rule. Each is a tensor of scale bytes, (L, nb, lanes) uint8. The first wins a tie.
 
     A block with NaN or Inf gets the byte NAN[scale_type].
     """
@@ -70,12 +72,12 @@ def divisor(scales: Tensor, scale_type: ScaleType, tensor_scale: Tensor | None) 
 
 
 def values_of(scales: Tensor, tensor_scale: Tensor | None) -> Tensor:
-    """Decode stored scales (L, ...) to the value of a unit of e2m1, float32.
+    """Decode stored scales (L, ...) to float32, multiplied by the tensor scale if there is one.
 
-    Scales of type uint8 are e8m0. Scales of type float8_e4m3fn need a tensor scale.
+    uint8 scales are e8m0. float8_e4m3fn scales need a tensor scale.
 
     Raises:
-        TypeError: the type has no tensor scale but one is given, or it needs one but none is given.
+        TypeError: a tensor scale is given for uint8 scales, or is missing for float8_e4m3fn scales.
     """
     is_e8m0 = scales.dtype == torch.uint8
     if is_e8m0 != (tensor_scale is None):
@@ -92,8 +94,8 @@ INPUT_RULE = "nearest"
 def tensor_scale_for_amax(amax: Tensor, rule: str) -> Tensor:
     """Compute the tensor scale for each largest magnitude: a power of two, at least 2^-110.
 
-    It is the smallest one for which e4m3 can hold every candidate of the rule, so amax <= 6 * 448 * scale. Under `mse`,
-    amax / 4 is a candidate, so amax <= 4 * 448 * scale.
+    It is the smallest power for which e4m3 can hold every candidate of the rule. Most rules need
+    amax <= 6 * 448 * scale. `mse` has the candidate amax / 4, so it needs amax <= 4 * 448 * scale.
     """
     bits = amax.contiguous().view(torch.int32)
     power, mantissa = (10, _MANTISSA_OF_1792) if rule == "mse" else (11, _MANTISSA_OF_2688)
@@ -103,13 +105,13 @@ def tensor_scale_for_amax(amax: Tensor, rule: str) -> Tensor:
 
 @kernel
 def _e8m0_ceil(amax: Tensor) -> Tensor:
-    """2^ceil(log2(amax / 6))."""
+    """Return the bytes of 2^ceil(log2(amax / 6))."""
     return _e8m0_bytes(amax, _exponent_of_ceil(amax.view(torch.int32)))
 
 
 @kernel
 def _e8m0_floor(amax: Tensor) -> Tensor:
-    """2^(floor(log2(amax)) - 2)."""
+    """Return the bytes of 2^(floor(log2(amax)) - 2)."""
     return _e8m0_bytes(amax, (amax.view(torch.int32) >> _EXPONENT_SHIFT) - 2)
 
 
@@ -128,26 +130,29 @@ def _e8m0_bytes(amax: Tensor, biased_exponent: Tensor) -> Tensor:
 
 @kernel
 def _e8m0_parts(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Bytes up to 252 -> 2^(127 - byte), 2^(byte - 127)."""
+    """Decode bytes up to 252 to inverses 2^(127 - byte) and scales 2^(byte - 127)."""
     index = scales.int()
     return ((254 - index) << _EXPONENT_SHIFT).view(torch.float32), _e8m0_bits(index).view(torch.float32)
 
 
 @kernel
 def _e8m0_values(scales: Tensor) -> Tensor:
-    """Any byte -> 2^(byte - 127), NaN for 255."""
+    """Decode any byte to 2^(byte - 127), or to NaN for 255."""
     index = scales.int()
     return torch.where(index == E8M0_NAN, _NAN_BITS, _e8m0_bits(index)).view(torch.float32)
 
 
 def _e8m0_bits(index: Tensor) -> Tensor:
-    """Bytes below 255 as int32 -> bits of the float 2^(byte - 127). Byte 0 gives a subnormal."""
+    """Return the bits of the float 2^(byte - 127) for bytes below 255, given as int32. Byte 0 gives a subnormal."""
     return torch.where(index == 0, _BITS_OF_SMALLEST_E8M0, index << _EXPONENT_SHIFT)
 
 
 @kernel
 def _in_units(amax: Tensor, inverse: Tensor) -> Tensor:
-    """amax / tensor scale, finite wherever amax is. amax is capped at 2^127, so that 6 * scale is finite in FP32."""
+    """Divide amax by the tensor scale. Finite amax gives finite results.
+
+    Finite amax is capped at 2^127, so that 6 * scale is finite in FP32.
+    """
     return torch.where(amax < math.inf, (amax.clamp(max=2.0**127) * inverse).clamp(max=2.0**100), amax)
 
 
@@ -172,7 +177,7 @@ def _e4m3_nearest_to_a_quarter(amax: Tensor) -> Tensor:
 
 
 def _ceil_to_e4m3(amax: Tensor, largest: float) -> Tensor:
-    """The smallest scale with amax <= largest * scale: an estimate by division, corrected by exact comparisons."""
+    """Find the smallest scale with amax <= largest * scale. Estimate it first, then correct it by exact comparisons."""
     guess = amax * (1.0 / largest)
     byte = torch.where(guess < 2.0**-6, (guess * 512.0).int(), (guess.view(torch.int32) >> 20) - (120 << 3))
     byte = byte.clamp(1, E4M3_LARGEST) - 1
@@ -182,13 +187,13 @@ def _ceil_to_e4m3(amax: Tensor, largest: float) -> Tensor:
 
 
 def _neighbours_in_e4m3(amax: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """The scales below and above amax / largest. Both are the same if it is a scale itself."""
+    """Find the scales below and above amax / largest. They are the same if amax / largest is itself a scale."""
     above = _ceil_to_e4m3(amax, largest)
     return above - (largest * _e4m3_values(above) > amax).int(), above
 
 
 def _nearest_e4m3(amax: Tensor, largest: float) -> Tensor:
-    """The scale nearest to amax / largest, ties to even."""
+    """Find the scale nearest to amax / largest, ties to even."""
     below, above = _neighbours_in_e4m3(amax, largest)
     middle = largest * (_e4m3_values(above) + _e4m3_values(below))
     takes_above = (2.0 * amax > middle) | ((2.0 * amax == middle) & ((above & 1) == 0))
@@ -196,19 +201,19 @@ def _nearest_e4m3(amax: Tensor, largest: float) -> Tensor:
 
 
 def _e4m3_bytes(amax: Tensor, byte: Tensor) -> Tensor:
-    """Bytes as stored, at least 1 (the smallest subnormal), because a scale of zero cannot divide."""
+    """Return the bytes to store, at least 1 (the smallest subnormal), because a scale of zero cannot divide."""
     return torch.where(amax < math.inf, byte.clamp(1, E4M3_LARGEST), E4M3_NAN).to(torch.uint8)
 
 
 def _e4m3_values(byte: Tensor) -> Tensor:
-    """Finite bytes as int32 -> values. Subnormals are multiples of 2^-9; the exponent bias is 7."""
+    """Decode finite bytes, given as int32. Subnormals are multiples of 2^-9; the exponent bias is 7."""
     normal = ((byte + (120 << 3)) << 20).view(torch.float32)
     return torch.where(byte < 8, byte.float() * 2.0**-9, normal)
 
 
 @kernel
 def _e4m3_parts(scales: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Finite bytes above zero, and a tensor scale -> 1 / power of two, significand, scale."""
+    """Decode finite bytes above zero, with a tensor scale, to the fields of `Divisor`."""
     byte = scales.int()
     exponent = 136 - (byte >= 2).int() - (byte >= 4).int() - (byte >> 3)
     inverse, value = (exponent << _EXPONENT_SHIFT).view(torch.float32), _e4m3_values(byte)

@@ -1,9 +1,9 @@
-"""The proof that an export is right: checks of its files, its distance from the base model, and its weights.
+"""Checks that prove an export correct: checks of its files, of its distance from the base model, and of its weights.
 
-It must not trust the code that wrote the export, because engines load many wrong checkpoints without a warning. Other
-projects decode the weights: transformers for MXFP4, ModelOpt for NVFP4, llama.cpp's package for GGUF. The trained
-values are those of the fake-quantized model's forward pass. PEFT merges the adapters. All layouts go through the same
-checks, because each maps the tensors of the plain layout to its own.
+The checks must not trust the code that wrote the export, because engines load many wrong checkpoints without a warning.
+So code of other projects decodes the weights: transformers for MXFP4, ModelOpt for NVFP4, llama.cpp's package for GGUF.
+The trained values are taken from the forward pass of the fake-quantized model, and PEFT merges the adapters. All
+layouts go through the same checks, because each layout maps the tensors of the plain layout to its stored tensors.
 """
 
 from pathlib import Path
@@ -35,7 +35,7 @@ def check_against_base(directory: Path, target: str, base: Path, copied: list[st
         directory: directory of the export.
         target: layout of the export, a row of EXPORTERS.
         base: directory of the base model.
-        copied: stored tensors that are the base model's according to the export; None if it has no such list.
+        copied: names of the stored tensors that the export lists as copied from the base model. None if it has no list.
     """
     layout, reference = EXPORTERS[target], Checkpoint(base)
     tensors, files = check_tensors(directory, layout, reference), check_files(directory, layout, reference)

@@ -1,4 +1,4 @@
-"""The result of one part of the proof."""
+"""The result of one check of an export."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 
 @dataclass
 class Check:
-    """One part of the proof.
+    """The result of one check of an export.
 
     Attributes:
-        title: the comparison, in words.
+        title: description of the check.
         problems: descriptions of errors; empty if the check passed.
-        measured: figures, whether the check passed or not.
-        tensors: tensor name -> figures. Only the report has them.
+        measured: measured figures. A failed check has them too.
+        tensors: tensor name -> figures of the tensor. Only the report shows them.
         skipped: reason why the check did not run, or None.
-        unseen: remaining uncertainty after the check passed, or None.
+        unseen: possible errors that the check cannot find even if it passes, or None.
     """
 
     title: str
@@ -33,5 +33,5 @@ class Check:
 
     @property
     def gap(self) -> str | None:
-        """The remaining uncertainty: the check was skipped, or it cannot see everything."""
+        """Errors that may remain: the reason for skipping the check, or `unseen`. None if neither applies."""
         return f"{self.title}: {self.skipped}" if self.skipped else self.unseen

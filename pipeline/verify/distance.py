@@ -1,26 +1,27 @@
-"""The distance of an export from its base model. It distinguishes fine-tuning from a wrong layout.
+"""Measures the distance of an export from its base model, which distinguishes fine-tuning from a wrong layout.
 
-The check needs no trained model.
+The check needs only the export and the base model, not the trained model.
 
 Fine-tuning changes weights by a small part of their size. Values in a wrong order (nibbles, rows, experts, axes) are
-uncorrelated with the base model's, and scales that are off by one double or halve them. Two figures show this. For a
-row e of the export and the same row b of the base model:
+uncorrelated with the base model's values. Scale bytes that are off by one double or halve the values. Two figures show
+such errors. For a row e of the export and the same row b of the base model:
 
     similarity = <e, b> / (|e| |b|)    1 if nothing changed, about 0 for unrelated rows
     gain       = <e, b> / <b, b>       the factor on b that fits e best: 2 or 1/2 if every scale is off by one
 
 The effect of training was measured on the tiny random model. Its rows have only 64 or 96 values, so the figures vary
-more than for a released model. Smallest similarity and range of gains, for rows of experts and of other tensors:
+more than for a released model. The table shows the smallest similarity and the range of gains, for the rows of experts
+and for the rows of other tensors:
 
     SFT rate  steps   QAT rate  steps   experts: similarity   gain           others: similarity   gain
     1e-3      80      1e-4      40               0.97         0.94 .. 1.06           0.97         0.94 .. 1.04
     3e-3      400     1e-3      200              0.79         0.82 .. 1.17           0.63         0.87 .. 1.33
     1e-2      200     1e-3      40               0.52         0.71 .. 1.33           0.57         0.83 .. 1.51
 
-(1e-2 is a thousand times the recommended rate for released models.) Rows in a wrong order have similarities of
-0 +- 0.13 in the tiny model, and of 0 +- 0.02 in a released model, whose rows are longer.
+(1e-2 is a thousand times the recommended rate for released models.) The similarity of rows in a wrong order is
+0 +- 0.13 in the tiny model, and 0 +- 0.02 in a released model, whose rows are longer.
 
-Legend: E experts, out and in the dimensions of a matrix; a row has the `in` weights of one output.
+Legend: E = experts; out, in = dimensions of a matrix. A row has the `in` weights of one output.
 """
 
 import math
@@ -42,9 +43,9 @@ from pipeline.runs.console import progress
 from pipeline.verify.check import Check
 
 _LEAST_SIMILARITY = 0.4
-_SAME = 0.7  # similarity that identifies a tensor; if half of its rows were in the right place, it would be 0.5
-_LARGEST_GAIN = math.sqrt(2)  # halfway, in powers of two, between correct scales and scales off by one
-_FAINT = 1 / 64  # of the mean over rows of <b, b>
+_SAME = 0.7  # least similarity that identifies a tensor; a tensor with only half of its rows in place has 0.5
+_LARGEST_GAIN = math.sqrt(2)  # between 1 and 2, the gain if all scales are off by one: halfway in powers of two
+_FAINT = 1 / 64  # share of the mean <b, b> of all rows; a row below it is too small to judge
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Rows:
 
     @classmethod
     def multiply(cls, have: Tensor, want: Tensor) -> "Rows":
-        """Multiply the rows of two tensors (..., in, rows) of the same shape. `View.weights` has this order."""
+        """Multiply the rows of two tensors (..., in, rows) of the same shape, as `View.weights` returns them."""
         return cls(*column_products(have, want).double().flatten(1))
 
     @classmethod
@@ -86,14 +87,20 @@ class Rows:
         return self.b_b > _FAINT * self.b_b.mean()
 
     def unlike(self, have_scales: bool) -> Tensor:
-        """Return (rows) whether training cannot have turned b into e. Only weights with scales need a right gain."""
+        """Return (rows) bool: whether training cannot have made e from b.
+
+        The gain is checked only for weights with scales.
+        """
         fits = self.similarity >= _LEAST_SIMILARITY
         if have_scales:
             fits &= (self.gain <= _LARGEST_GAIN) & (self.gain >= 1 / _LARGEST_GAIN)
         return ~fits & self.is_judged
 
     def figures(self) -> dict[str, float | None]:
-        """Return relative distance |e - b| / |b|, similarity and gain of all rows, and the smallest row similarity."""
+        """Return the relative distance |e - b| / |b|, similarity and gain of all rows together.
+
+        Also return the smallest similarity of a row. A figure that is not finite becomes None.
+        """
         whole, judged = self.total(), self.similarity[self.is_judged]
         values = {
             "relative_distance": float((whole.change / whole.b_b).sqrt()),
@@ -108,8 +115,8 @@ class Comparison(NamedTuple):
     """The result of comparing an export with its base model.
 
     Attributes:
-        distance: whether the export can come from the base model by training.
-        same: names of the tensors that are bit-identical to the base model's.
+        distance: check that training can have made the export from the base model.
+        same: names of the tensors that are bit-identical in both models.
     """
 
     distance: Check
@@ -142,16 +149,17 @@ def compare(export: View, base: View) -> Comparison:
         ]
     zero = [name for name, figures in check.tensors.items() if figures["gain"] is None and name not in wrong]
     if zero:
-        check.unseen = f"the distance of {', '.join(at_most(zero))}: zero in the base model"
+        check.unseen = f"the distance of {', '.join(at_most(zero))}, because all values are zero in the base model"
     distances = [figures["relative_distance"] or 0.0 for figures in check.tensors.values()]
     check.measured = {"tensors": len(distances), "largest_relative_distance": max(distances)}
     return Comparison(check, same)
 
 
 def _compare_tensor(export: View, base: View, name: str) -> tuple[Rows, bool]:
-    """Compare a tensor of both models. Also return whether it is bit-identical.
+    """Multiply the rows of a tensor in both models. Also return whether the tensor is bit-identical.
 
-    Experts have a row for each output, and their biases a row for each expert. Other tensors are a single row.
+    A stack of experts has a row for each output, and a stack of expert biases has a row for each expert. Every other
+    tensor is a single row.
     """
     have_many_rows = len(export.plain[name].shape) == 3 or name.endswith(EXPERT_BIASES)
     found, is_same = [], True
@@ -165,7 +173,7 @@ def _compare_tensor(export: View, base: View, name: str) -> tuple[Rows, bool]:
 
 
 class _Part(NamedTuple):
-    """Rows of a tensor, decoded by the codec, and their codes if they are packed. Experts are (E, in, out)."""
+    """Some rows of a tensor, decoded by the codec, and their codes if they are packed. Experts are (E, in, out)."""
 
     codes: Codes | None
     weights: Tensor
@@ -176,7 +184,7 @@ class _Part(NamedTuple):
         return cls(codes, view.weights(name, rows) if codes is None else decode_codes(codes))
 
     def equals(self, other: "_Part") -> bool:
-        """Whether both have the same bits. Codes and scales are compared if the formats are equal, otherwise values."""
+        """Return whether both have the same bits. Codes and scales are compared if formats are equal, else values."""
         if self.codes is None or other.codes is None or self.codes.scales.dtype != other.codes.scales.dtype:
             return same_bits(self.weights, other.weights)
         return all(
@@ -187,7 +195,7 @@ class _Part(NamedTuple):
 
 
 def _in_columns(name: str, weights: Tensor) -> Tensor:
-    """Return weights with the values of a row along the second-to-last dimension."""
+    """Arrange weights so that the values of a row lie along the second-to-last dimension."""
     if weights.dim() == 1:
         return weights.unsqueeze(-1)
     return weights.T.contiguous() if name.endswith(EXPERT_BIASES) else weights
@@ -241,11 +249,11 @@ ARRANGEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "with gate and up in halves": lambda weight: torch.cat((weight[::2], weight[1::2])),
     "along the other axis": lambda weight: weight.T,
 }
-"""Known wrong orders of an expert's weights (out, in). The message names the one that matches."""
+"""Known wrong orders of an expert's weights (out, in). The message names the order that matches."""
 
 
 def _expert_origin(export: View, base: View, projection: ExpertProjection, expert: int) -> str:
-    """Describe which expert of the base model, or which wrong order of one, an expert of the export resembles."""
+    """Describe the base weights that an expert resembles: its own in a wrong order, or those of another expert."""
     have, own = _read_expert(export, projection, expert), _read_expert(base, projection, expert)
     for name, arrange in ARRANGEMENTS.items():
         if _resembles(have, arrange(own)):
@@ -253,11 +261,11 @@ def _expert_origin(export: View, base: View, projection: ExpertProjection, exper
     for other in range(projection.experts):
         if other != expert and _resembles(have, _read_expert(base, projection, other)):
             return f"; expert {expert} resembles the base model's expert {other}"
-    return f"; the first belongs to expert {expert}"
+    return f"; the first such row belongs to expert {expert}"
 
 
 def _other_origin(export: View, base: View, name: str) -> str:
-    """Describe which other tensor of the base model a tensor of the export resembles."""
+    """Find another tensor of the base model that a tensor of the export resembles, and describe it."""
     for other, info in other_tensors(base.shape).items():
         if other != name and info.shape == base.plain[name].shape:
             pairs = ((export.weights(name, rows), base.weights(other, rows)) for rows in export.parts(name))

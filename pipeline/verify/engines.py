@@ -1,33 +1,35 @@
-"""The check of an export in the engines of LIBRARIES. Each engine loads it in its own process and predicts tokens.
+"""Checks an export in the engines of LIBRARIES. Each engine loads the export in its own process and predicts tokens.
 
-The expected prediction comes from the base model in transformers, with the trained values in place of its own. If only
-the export is known, other code decodes the values from it. The measure is the divergence of the engine's prediction
-from the expected one: the sum of p log(p / q) over the vocabulary, in nats. In FP32 the worst prompt decides, in BF16
-the median prompt.
+The expected prediction comes from transformers, which runs the base model with the trained values. If only the export
+is known, independent code decodes the trained values from the export.
+
+The measure is the divergence of the engine's prediction q from the expected prediction p: the sum of p log(p / q) over
+the vocabulary, in nats. In FP32 the worst prompt decides, in BF16 the median prompt.
 
 Largest divergence of a correct engine in FP32 (`nats` in LIBRARIES):
 
     transformers, openai, vllm    1e-6: the same arithmetic in another order; log-probabilities agree to 3e-6.
     mlx                           1e-5: fused kernels for MXFP4 and attention.
     llama_cpp                     2e-2: ggml rounds activations to 8 bits before it multiplies them with MXFP4. A tiny
-                                  random model is 1e-3 to 7e-3 away, and a trained model is closer.
+                                  random model diverges by 1e-3 to 7e-3, and a trained model by less.
 
 In BF16 (`model.dtype`) each sum is rounded to 8 bits, and a nearly tied router may choose another expert. Then single
-prompts diverge far although nothing is wrong. The table compares transformers with itself. The models are the tiny
-model after smoke's short training, and random models of 8 layers, 768 wide, with 16 experts and the released
-vocabulary. Brackets contain the standard deviation of their logits.
+prompts diverge far although nothing is wrong. The table compares transformers in BF16 with itself: in FP32, and in BF16
+with another order of sums. The first model is the tiny model after the short training of `smoke`. The others are random
+models with 8 layers, hidden size 768, 16 experts and the released vocabulary. Brackets give the standard deviation of
+their logits.
 
     nats, median / worst     positions   BF16 and FP32        BF16, experts in another order of sums
     tiny, trained            2112        5e-5 / 2.3e-2        2e-5 / 2.1e-2
     8 layers, random (1.0)   144         3e-3 / 3.4e-2        5e-4 / 3.6e-2
     8 layers, random (4.4)   144         5e-2 / 7.5e-1        1e-2 / 8.3e-1
 
-If two engines are each as far from FP32 as the last row, they may be twice as far apart. In BF16 the tolerance is
-therefore 1e-1 at the median prompt for every engine. This is a judgement: it treats random models as the worst case,
-and no released model has been measured. FP32 is the sharp check.
+In the last row, the median prompt diverges from FP32 by 5e-2. Two engines that both diverge so far may be twice as far
+apart. So in BF16 the tolerance at the median prompt is 1e-1 for every engine. This tolerance is a judgement: it treats
+random models as the worst case, and no released model has been measured. The check in FP32 is much stricter.
 
 llama.cpp and mlx-lm round the range of YaRN's correction and ignore `rope_scaling.truncate`. This alone changes logits,
-so these engines are compared with a model that rounds the range too.
+so these engines are compared with a reference that rounds the range too.
 """
 
 import json
@@ -61,11 +63,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Expected = Callable[[bool], Tensor]
-"""Whether the range of YaRN is rounded -> log-probabilities (prompts, vocabulary)."""
+"""Function: rounds_yarn -> log-probabilities (prompts, vocabulary). rounds_yarn: whether YaRN's range is rounded."""
 
 _BF16_NATS = 1e-1
-_LONGEST = 512  # positions
-_LINES = 12  # last lines of a failed engine's output
+_LONGEST = 512  # positions of a prompt, at most
+_LINES = 12  # number of lines shown from the end of a failed engine's output
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Answer:
     Attributes:
         version: version of the engine, or None if it is not installed or failed.
         log_probabilities: (prompts, vocabulary), or None.
-        failure: description of a failure with the end of the engine's output, or None.
+        failure: description of the failure, with the end of the engine's output; or None.
         generated: generated token ids of each prompt.
     """
 
@@ -115,7 +117,7 @@ def raise_unless_loadable(engines: list[str], target: str, pythons: dict[str, st
     """Check that each engine loads the layout, and that its Python exists.
 
     Raises:
-        UserError: one error for all engines and Pythons that fail the check.
+        UserError: an engine or a Python fails the check. All problems are reported together.
     """
     wrong = [
         f"verify.engines={name}: loads {' and '.join(ENGINES[name].targets)}, not {target}. Export with export.target="
@@ -135,8 +137,8 @@ def raise_unless_loadable(engines: list[str], target: str, pythons: dict[str, st
 def check_engine(name: str, python: str | None, trial: Trial, expected: Expected) -> Check:
     """Check the export in one engine.
 
-    An engine that is not installed is reported as not checked. An engine that fails or exceeds the time limit is a
-    problem.
+    An engine that is not installed is reported as not checked. An engine that fails or exceeds the time limit is
+    reported as a problem.
     """
     check, engine = (
         Check(f"{name}: loads the export, and its predictions agree with the trained model's"),
@@ -159,7 +161,7 @@ def check_engine(name: str, python: str | None, trial: Trial, expected: Expected
         check.measured["tolerance"] = allowed
         if not nats <= allowed:  # also true for NaN
             check.problems.append(
-                f"{name} expects other tokens than the trained model: the divergence at the {prompt} prompt is"
+                f"{name} predicts other tokens than the trained model: the divergence at the {prompt} prompt is"
                 f" {nats:.3g} nats, more than {allowed:.3g}"
             )
     return check
@@ -195,7 +197,7 @@ def ask(name: str, python: str, trial: Trial) -> Answer:
 def _run(command: list[str], seconds: float, output: Path) -> int | None:
     """Return the exit status, or None after `seconds`.
 
-    The output goes to a file. A pipe would stay open as long as any child process of the engine.
+    The output goes to a file. A pipe would stay open until the last child process of the engine ends.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with output.open("wb") as file:
@@ -221,12 +223,12 @@ def measure_divergence(have: Tensor, want: Tensor) -> dict[str, float]:
     """Measure the divergence of an engine's prediction from the expected one.
 
     Args:
-        have: log-probabilities (prompts, vocabulary) of the engine. It may omit embedding rows without a token.
+        have: log-probabilities (prompts, vocabulary) of the engine. Embedding rows without a token may be missing.
         want: expected log-probabilities (prompts, vocabulary).
 
     Returns:
-        The divergence at the worst and at the median prompt (NaN if any log-probability is NaN), the largest
-        difference of log-probabilities, and the share of prompts with the same likeliest token.
+        The divergence at the worst prompt and at the median prompt, the largest difference of log-probabilities, and
+        the share of prompts with the same likeliest token. Both divergences are NaN if any prompt's is not finite.
     """
     q, p = have.double()[:, : want.shape[1]], want.double()[:, : have.shape[1]]
     nats = (p.exp() * (p - q)).sum(-1)
@@ -241,7 +243,7 @@ def measure_divergence(have: Tensor, want: Tensor) -> dict[str, float]:
 
 
 def prompts(examples: Iterable[Mapping[str, Sequence[int]]]) -> list[list[int]]:
-    """Return two prompts of each conversation: one ends before its answer, one in the middle of the answer."""
+    """Return two prompts for each conversation. The first ends before the answer, the second in its middle."""
     found = []
     for example in examples:
         ids, labels = list(example["input_ids"])[:_LONGEST], list(example["labels"])[:_LONGEST]
@@ -255,7 +257,7 @@ def reference(base: Path, weights: Callable[[str], Tensor], dtype: torch.dtype) 
 
     Args:
         base: directory of the base model.
-        weights: name in the plain layout -> weights. Experts are (E, in, out).
+        weights: function that maps a name in the plain layout to the tensor's values. Experts are (E, in, out).
         dtype: data type of the computation.
     """
 
@@ -282,11 +284,14 @@ def predict(model: "PreTrainedModel", prompts: list[list[int]]) -> Tensor:
 
 
 def expectation(base: Path, weights: Callable[[str], Tensor], trial: Trial) -> Expected:
-    """Return the reference's predictions after the prompts of a trial. The arguments are those of `reference`."""
+    """Return a function (rounds_yarn -> predictions of the reference model) for the prompts of a trial.
+
+    `base` and `weights` are the same as in `reference`.
+    """
     model = reference(base, weights, trial.dtype)
     return cache(lambda rounds_yarn: predict(model(rounds_yarn), trial.prompts))
 
 
 def values_of_training(weights: Weights) -> Callable[[str], Tensor]:
-    """Return the weights of training as exports store them. Tensors without expert weights are rounded to BF16."""
+    """Return a function that reads a trained tensor as exports store it: experts quantized, other tensors in BF16."""
     return lambda name: weights.read_effective(name).to(torch.bfloat16)

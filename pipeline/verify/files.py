@@ -1,4 +1,4 @@
-"""Checks of an export's files against the base model's: names, shapes, types, shards, configuration and tokenizer.
+"""Checks the files of an export against the base model: names, shapes, types, shards, configuration and tokenizer.
 
 The checks read only the headers of weight files.
 """
@@ -28,7 +28,7 @@ _LONGEST = 80  # characters of a value in a message; longer values are truncated
 
 
 def check_tensors(directory: Path, target: Exporter, base: Checkpoint) -> Check:
-    """Check names, shapes and types of an export's tensors. Weights can be compared only if these are right."""
+    """Check the names, shapes and types of an export's tensors. Weights are compared only if this check passes."""
     check = Check("tensors: names, shapes and types fit the layout and the base model's sizes")
     try:
         tensors = target.open(directory).tensors
@@ -43,7 +43,7 @@ def check_tensors(directory: Path, target: Exporter, base: Checkpoint) -> Check:
 
 
 def check_files(directory: Path, target: Exporter, base: Checkpoint) -> Check:
-    """Compare the configuration and the side files with the base model's. Check shards, and look for foreign files."""
+    """Compare configuration and side files with the base model's. Check the shards, and find files of other layouts."""
     if target.is_one_file:
         check = Check("files: metadata, tokenizer and chat template equal the base model's")
         looks: tuple[_Look, ...] = (_config_problems, _foreign_problems)
@@ -64,7 +64,7 @@ def check_unchanged(export: Artifact, fingerprint: str, sizes: dict[str, int]) -
     """Compare the files of an export with the record in its artifact.json.
 
     Args:
-        export: the record.
+        export: the record in artifact.json.
         fingerprint: current fingerprint of the files, from `artifacts.fingerprint_of`.
         sizes: current sizes of the files, from the same function.
     """
@@ -92,7 +92,7 @@ def _config_problems(directory: Path, target: Exporter, base: Checkpoint) -> Ite
 
 
 def _config_differences(have: Mapping[str, object], want: Mapping[str, object], prefix: str = "") -> Iterator[str]:
-    """Describe the differences of `have` from `want`, by dotted key."""
+    """Describe each difference between `have` and `want`, with its dotted key."""
     for key in sorted({*have, *want} - set(_WITHOUT_MEANING)):
         old, new = want.get(key, _ABSENT), have.get(key, _ABSENT)
         if isinstance(old, dict) and isinstance(new, dict):
@@ -137,7 +137,7 @@ def _foreign_problems(directory: Path, *_: object) -> Iterator[str]:
 
 
 def _shard_problems(directory: Path, target: Exporter, base: Checkpoint) -> Iterator[str]:
-    """Find shards that a strict reader refuses, or whose tensors a careless reader combines wrongly."""
+    """Find shards that strict readers refuse, and tensors that careless readers combine wrongly."""
     try:
         files = TensorFiles(directory)
     except UserError:  # check_tensors reports it
@@ -160,6 +160,6 @@ def _index_problems(files: TensorFiles, target: Exporter, base: Checkpoint) -> I
     for held in target.layout(base.shape).values():
         homes = {name: index["weight_map"].get(name) for name in held.tensors}
         if len(set(homes.values())) > 1:
-            # llama.cpp's converter pairs scales with the blocks that it read last.
+            # llama.cpp's converter combines scales with the last blocks that it has read, even those of another tensor.
             where = " and ".join(f"{name} in {home}" for name, home in homes.items())
             yield f"{where}: they must be in one file, or llama.cpp's converter silently writes a wrong model"

@@ -1,4 +1,4 @@
-"""The comparison of an export with the model that it was made from: weights bit for bit, and logits."""
+"""Compares an export with the trained model: weights bit for bit, and logits within a tolerance."""
 
 import gc
 from collections.abc import Callable
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
 
 
 class TrainedModel:
-    """The model that an export was made from, running as it ran in training.
+    """The model that was exported. It runs with the same fake quantization as in training.
 
-    If the model has no quantizers, or those of another format, its weights are rounded to the export's format instead.
-    The export must have the rounded weights.
+    If the model was trained without quantizers, or for another format, the codec rounds its weights to the export's
+    format. The export must then have these rounded weights.
     """
 
     def __init__(self, ref: ModelRef, batches: list[dict[str, Tensor]], block_format: BlockFormat) -> None:
-        """Load the model with its adapters and quantizers, or with weights that the codec rounds to `block_format`."""
+        """Load the model with its adapters and quantizers, or with weights that the codec rounded to `block_format`."""
         self.batches = batches
-        # Only quantizers can round inputs, because they have the calibrated scales. The codec rounds only weights.
+        # Without quantizers there are no calibrated scales for inputs, so only the weights are rounded.
         self.rounded = replace(ref, block_format=replace(block_format, quantizes_activations=False))
         self.runs_quantizers = ref.block_format == block_format
         if not self.runs_quantizers:
             self.model = loading.load_effective(self.rounded, ref.dtype, experts_implementation="eager")
         else:
             self.model = loading.load_quantized(ref, ref.dtype).eval()
-            # Adapters stay on the CPU: export merges them there, and GPUs may round products differently.
+            # A model with adapters stays on the CPU, where export merges them. GPUs may round products differently.
             if not ref.adapter:
                 self.model = loading.place(self.model)
         self.device = self.model.device
@@ -53,7 +53,7 @@ class TrainedModel:
         def see(name: str, trained: Tensor) -> None:
             if name not in seen:
                 seen.add(name)
-                for part in export.parts(name):  # an expert at a time, to save memory
+                for part in export.parts(name):  # one expert at a time, to save memory
                     _compare_bits(check, name, export.values(name, part), trained[part], first=part.start)
 
         if self.runs_quantizers:
@@ -68,9 +68,10 @@ class TrainedModel:
         return check
 
     def check_others(self, export: View) -> Check:
-        """Compare every other tensor with the trained values rounded to BF16, bit for bit.
+        """Compare every tensor without expert weights with the trained values rounded to BF16, bit for bit.
 
-        This merges the adapters of attention into the model and rounds it, which `check_logits` relies on.
+        This changes the model: adapters of attention are merged into it, and its weights are rounded. `check_logits`
+        needs these changes, so call it afterwards.
         """
         check = Check("other tensors: equal the trained ones in BF16, bit for bit")
         adapters.merge_attention(self.model)
@@ -96,9 +97,9 @@ class TrainedModel:
         del self.model  # frees its memory for the export
         gc.collect()
         try:
-            # eager, as in ModelOpt: another order of summation can flip a close decision of a router.
+            # Eager as in ModelOpt: another order of summation could change the choice of a nearly tied router.
             exported = loading.load_plain(directory, self.rounded.dtype, experts_implementation="eager")
-            nn.Module.to(exported, self.device).eval()  # in place; transformers wraps its own `to` without types
+            nn.Module.to(exported, self.device).eval()  # moves in place; transformers' own `to` has no type annotations
         except (CheckFailed, ValueError, RuntimeError, OSError) as error:
             check.problems.append(f"transformers cannot load the export: {str(error).splitlines()[0]}")
             return check
@@ -119,7 +120,7 @@ class TrainedModel:
         return check
 
     def _see_rounded(self, see: Callable[[str, Tensor], None]) -> None:
-        """Call `see` with the rounded weights (E, out, in) of each stack."""
+        """Call `see` with the rounded weights (E, out, in) of each stack of experts."""
         weights = Weights(self.rounded)
         for projection in expert_projections(weights.shape):
             see(projection.name, weights.read_effective(projection.name).transpose(1, 2))
@@ -137,14 +138,14 @@ class TrainedModel:
     @staticmethod
     @torch.no_grad()
     def _logits(model: "PreTrainedModel", batch: dict[str, Tensor]) -> Tensor:
-        """Compute logits without padding, (positions, vocabulary), in float32 on the CPU."""
+        """Compute logits (positions, vocabulary) in float32 on the CPU, without padding positions."""
         inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
         logits = model(**inputs, use_cache=False).logits
         return logits[inputs["attention_mask"].bool()].float().cpu()
 
 
 def _compare_bits(check: Check, name: str, have: Tensor, want: Tensor, *, first: int = 0) -> None:
-    """Compare two tensors and add any difference to the check as a problem. `first` is the index of their first row."""
+    """Compare two tensors, and add a problem to the check if they differ. `first` is the index of their first row."""
     want, have = want.detach().float().cpu(), have.float()
     if have.shape != want.shape:
         check.problems.append(f"{name}: shape {list(have.shape)}, trained {list(want.shape)}")

@@ -1,14 +1,14 @@
-"""The check of untouched tensors: an export lists the tensors that it copied from the base model."""
+"""Checks the tensors that an export lists as copied from the base model."""
 
 from pipeline.export.layout import View
 from pipeline.verify.check import Check
 
 
 def check_untouched(export: View, same: set[str], copied: list[str]) -> Check:
-    """Check that the tensors which an export lists as copied are bit-identical to the base model's.
+    """Check that the tensors listed as copied are bit-identical to the base model's.
 
     Args:
-        export: weights of the export. Only its layout is used.
+        export: view of the export. Only the layout is used.
         same: tensors of the plain layout that are bit-identical to the base model's.
         copied: stored tensors that the export lists as copied.
     """

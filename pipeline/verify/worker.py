@@ -1,12 +1,14 @@
-"""A program that loads a checkpoint in an engine and writes predictions. The engine's own Python runs it.
+"""A program that loads a checkpoint in an engine and writes predictions. It runs in the Python of the engine.
 
     <python> worker.py <engine> <checkpoint> <request.json> <result.npy>
 
 The request is {"module": "…", "distribution": "…", "prompts": [[ids]], "tokens": 0, "dtype": "float32"}. `distribution`
-is the engine's package. The exit status is 3 if `module` is missing, which means that the engine is not installed. The
-result is log-probabilities of the next token, (prompts, vocabulary) float32. Beside it lies result.json, {"version":
-"…", "generated": [[ids]]}, with the likeliest `tokens` tokens after each prompt. This file imports no other file of the
-program, because the engines' environments lack them.
+is the engine's package. If `module` is missing, the engine is not installed and the exit status is 3.
+
+result.npy contains log-probabilities of the next token, (prompts, vocabulary) float32. result.json, in the same folder,
+is {"version": "…", "generated": [[ids]]}. `generated` has `tokens` tokens after each prompt, generated greedily.
+
+This file imports no other file of the pipeline, because the environments of engines lack them.
 """
 
 import importlib.metadata
@@ -92,7 +94,7 @@ def mlx(checkpoint: str, longest: int, dtype: str) -> Predict:
 def vllm(checkpoint: str, longest: int, dtype: str) -> Predict:
     import numpy
 
-    # One process, any number of cores, no usage statistics.
+    # Run in one process, do not bind threads to cores, and send no usage statistics.
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
@@ -127,17 +129,17 @@ LOADERS: dict[str, Callable[[str, int, str], Predict]] = {
     "mlx": mlx,
     "vllm": vllm,
 }
-"""Engine -> its loader: (checkpoint, most positions, data type) -> function that predicts."""
+"""Loader of each engine: (checkpoint, largest number of positions, data type) -> function that predicts."""
 
 
 def version(module: str, distribution: str) -> str:
-    """Return name and version of the distribution with the module. Rebuilds of an engine have other names."""
+    """Return the name and version of the distribution that has the module. Some builds have another name."""
     names = importlib.metadata.packages_distributions().get(module) or [distribution]
     return f"{names[0]} {importlib.metadata.version(names[0])}"
 
 
 def main(engine: str, checkpoint: str, request: str, result: str) -> int:
-    """Run an engine and return the exit status. Exceptions of the engine are not caught."""
+    """Run an engine, write its results, and return the exit status. Exceptions of the engine are not caught."""
     asked = json.loads(Path(request).read_text(encoding="utf-8"))
     if importlib.util.find_spec(asked["module"]) is None:
         return NOT_INSTALLED
@@ -158,7 +160,7 @@ def main(engine: str, checkpoint: str, request: str, result: str) -> int:
 
 
 def generate(predict: Predict, prompts: Prompts, tokens: int) -> Prompts:
-    """Generate the likeliest tokens after each prompt, one after the other."""
+    """Generate `tokens` tokens after each prompt greedily."""
     texts = [list(ids) for ids in prompts]
     for _ in range(tokens):
         for ids, each in zip(texts, predict(texts), strict=True):
@@ -167,6 +169,6 @@ def generate(predict: Predict, prompts: Prompts, tokens: int) -> Prompts:
 
 
 if __name__ == "__main__":
-    # Python puts the folder of this file first. Its modules would hide modules of engines.
+    # Python puts the folder of this file first in sys.path. The modules in it would hide modules of engines.
     sys.path.remove(str(Path(__file__).resolve().parent))
     sys.exit(main(*sys.argv[1:]))

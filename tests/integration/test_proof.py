@@ -72,7 +72,7 @@ def test_an_engine_detects_a_wrong_configuration_without_the_trained_model(
     forget_the_model(export)
     settings(rope_theta=10)(export, export)
     assert verify(smoke_run, tmp_path / "run", export, "verify.engines=[transformers]") == 1
-    assert "expects other tokens" in capsys.readouterr().out
+    assert "predicts other tokens" in capsys.readouterr().out
 
 
 def test_an_engine_for_another_layout_is_the_users_mistake(
