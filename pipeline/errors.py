@@ -42,7 +42,7 @@ class Problems:
         self._count = 0
 
     def add(self, problem: str) -> None:
-        """Count a problem, and keep it if it is one of the first."""
+        """Count a problem, and keep it unless the list is full."""
         self._count += 1
         if len(self._first) < self._most:
             self._first.append(problem)

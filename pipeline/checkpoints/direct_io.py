@@ -20,7 +20,7 @@ import numpy as np
 _DIRECT = getattr(os, "O_DIRECT", 0)  # only Linux has it
 _NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 _BUFFER_BYTES = 1 << 24  # size of one write; a multiple of every alignment that a file system requires
-_BUFFERS = 3  # one being filled, one being written, one waiting
+_BUFFERS = 3  # one is filled, one is written, one waits
 _SYNC_BYTES = 1 << 28  # without direct I/O, the page cache is flushed to the disk after so many bytes
 _WORD_BYTES = 8
 _LEAST_DIRECT_BYTES = 1 << 20  # for smaller reads, the kernel's read-ahead saves more than direct I/O does

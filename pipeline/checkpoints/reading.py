@@ -1,7 +1,7 @@
 """Opens and checks checkpoints, and reads whole tensors or rows of them.
 
 Data is read into memory, not mapped. So a file that shrinks during reading raises an error instead of crashing the
-process. Only tensors that the caller keeps use memory, and a thread can read ahead.
+process. A tensor uses memory only while the caller keeps it. Several threads can read at the same time.
 """
 
 import json

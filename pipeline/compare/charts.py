@@ -1,4 +1,4 @@
-"""Make the plots of the report as data. `plots` draws the data, and `page` also shows them as tables."""
+"""Make the plots of the report as data. `plots` draws the data, and `page` also shows the data as tables."""
 
 import math
 import re

@@ -52,7 +52,7 @@ class EvaluatedRun:
     def stage_dir(self, stage: str) -> Path | None:
         """Return the directory of a complete stage, or None.
 
-        The stage may be in the run named by `base_run`. It is ignored if `evaluate` measured another model.
+        The stage may be in the run that `base_run` names. A stage there is ignored if it was rebuilt after `evaluate`.
         """
         if (self.directory / stage / ARTIFACT_FILE).is_file():
             return self.directory / stage

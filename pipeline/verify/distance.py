@@ -43,9 +43,9 @@ from pipeline.runs.console import progress
 from pipeline.verify.check import Check
 
 _LEAST_SIMILARITY = 0.4
-_SAME = 0.7  # least similarity that identifies a tensor; a tensor with only half of its rows in place has 0.5
-_LARGEST_GAIN = math.sqrt(2)  # between 1 and 2, the gain if all scales are off by one: halfway in powers of two
-_FAINT = 1 / 64  # share of the mean <b, b> of all rows; a row below it is too small to judge
+_SAME = 0.7  # from this similarity on, two tensors count as the same; if half of the rows are wrong, it is 0.5
+_LARGEST_GAIN = math.sqrt(2)  # geometric mean of 1 (right scales) and 2 (every scale byte is too high by one)
+_FAINT = 1 / 64  # a row is not judged if its <b, b> is below this share of the mean over all rows
 
 
 @dataclass(frozen=True)

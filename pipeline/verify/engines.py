@@ -28,8 +28,8 @@ In the last row, the median prompt diverges from FP32 by 5e-2. Two engines that 
 apart. So in BF16 the tolerance at the median prompt is 1e-1 for every engine. This tolerance is a judgement: it treats
 random models as the worst case, and no released model has been measured. The check in FP32 is much stricter.
 
-llama.cpp and mlx-lm round the range of YaRN's correction and ignore `rope_scaling.truncate`. This alone changes logits,
-so these engines are compared with a reference that rounds the range too.
+llama.cpp and mlx-lm round the bounds of YaRN's correction range and ignore `rope_scaling.truncate`. The rounding alone
+changes logits, so these engines are compared with a reference that also rounds the bounds.
 """
 
 import json
@@ -63,7 +63,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Expected = Callable[[bool], Tensor]
-"""Function: rounds_yarn -> log-probabilities (prompts, vocabulary). rounds_yarn: whether YaRN's range is rounded."""
+"""Function from rounds_yarn to log-probabilities (prompts, vocabulary).
+
+rounds_yarn: whether the bounds of YaRN's correction range are rounded.
+"""
 
 _BF16_NATS = 1e-1
 _LONGEST = 512  # positions of a prompt, at most

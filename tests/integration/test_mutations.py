@@ -1,6 +1,7 @@
-"""Every known defect of an export is detected and named, with the trained model and with only the base model.
+"""Every known defect of an export is detected and named.
 
-The base model alone cannot detect all of them. The table marks the others, and tests check that they pass.
+The trained model reveals all defects, the base model alone only some. `mutations.py` marks the defects that need the
+trained model. The tests check that `verify` with only the base model reports no problem for them.
 """
 
 import os
@@ -64,7 +65,7 @@ class Run:
         return [problem for check in checks for problem in check.problems]
 
     def problems_with_base(self, export: Path) -> list[str]:
-        """Return the problems found with the base model, if only the directory of the export is known."""
+        """Return the problems that `verify` finds if it knows only the export's directory and the base model."""
         checks = verify.check_against_base(export, recognize(export), self.base)
         return [problem for check in checks for problem in check.problems]
 

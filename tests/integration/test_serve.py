@@ -156,7 +156,7 @@ def test_an_engine_that_ignores_being_asked_to_end_is_killed(
 def started(arguments: list[str], **how: Any) -> Iterator[subprocess.Popen[str]]:
     """Start the program in a process of its own, and end this process even if the test fails.
 
-    SIGINT gets its default handler. A background job of a shell ignores SIGINT, and its children would inherit that.
+    SIGINT gets its default handler. Otherwise the program would ignore SIGINT if pytest is a background job of a shell.
     """
     command, root = [sys.executable, "-m", "pipeline", *arguments], Path(fake_engine.__file__).parents[1]
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

@@ -125,7 +125,7 @@ def ask(
 
 
 def _raise_if_stripped(served: Served, answers: Sequence[Transcript]) -> None:
-    """Raise a UserError if no answer has a special token, because such answers cannot be parsed.
+    """Raise a UserError if all answers lack special tokens. Without them, an answer cannot be parsed.
 
     Servers that do not support `skip_special_tokens` ignore this setting and remove the special tokens.
     """

@@ -32,7 +32,7 @@ _ANSWER_IS = re.compile(
     r"|\bresposta(?: é|:)|\bответ\b|答案(?:是|为|為|：|:)|答え(?:は|：|:)",
     re.IGNORECASE,
 )
-_LATIN = "A-Za-zÀ-ɏ0-9'’"  # a letter beside one of these is not a choice
+_LATIN = "A-Za-zÀ-ɏ0-9'’"  # a letter next to one of these is part of a word
 _ALONE = re.compile(rf"\(([A-E])\)|(?<![{_LATIN}])([A-E])(?![{_LATIN}])")
 _LEADING = re.compile(r"\W*([A-E])(?:\W*$|\s*[).:\]]|\*\*)", re.MULTILINE)
 _TRAILING = re.compile(rf"(?<![{_LATIN}])([A-E])\W*$")
