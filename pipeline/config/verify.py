@@ -48,8 +48,7 @@ class VerifyConfig:
     samples: Annotated[int, POSITIVE] = 8
     """Number of validation examples whose logits are compared."""
     logits_tolerance: Annotated[float, NOT_NEGATIVE] = 1.0e-4
-    """Largest allowed difference between a logit of the export and of the trained model. Another order of sums changes
-    logits slightly, even if all weights are bit-identical."""
+    """Largest allowed difference between the logits of export and trained model (from another order of sums)."""
     engines: list[LoadingEngine] = field(default_factory=list)
     """Engines to load the export in. An engine that is not installed is reported as not checked."""
     python: PythonConfig = field(default_factory=PythonConfig)

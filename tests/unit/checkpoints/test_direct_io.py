@@ -75,7 +75,7 @@ def forget(path: Path) -> None:
 
 
 def skip_unless_on_disk(path: Path) -> None:
-    """Evict a file from the page cache. Skip the test if this is impossible: no direct I/O, or a file in memory (tmpfs)."""
+    """Evict a file from the page cache. Skip the test if direct I/O does not work or the file is in memory (tmpfs)."""
     for _ in range(20):  # the kernel may keep a page for a moment
         forget(path)
         if supports_direct(path, os.O_RDONLY) and is_evicted(path):
