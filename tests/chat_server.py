@@ -45,7 +45,7 @@ class Server(ThreadingHTTPServer):
         self.lock = threading.Lock()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore errors of clients that gave up. The traceback would appear in the output of a later test."""
+        """Ignore errors of clients that gave up. Otherwise the traceback would appear in the output of a later test."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 

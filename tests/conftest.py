@@ -14,7 +14,7 @@ import pytest
 from allowed_skips import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401 - hooks
 from chat_server import Server
 
-# Threads slow down work on such small tensors. torch reads the variable when it is imported, so set it before.
+# More threads would slow down work on such small tensors. torch reads OMP_NUM_THREADS at import, so set it before.
 # Processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Trust the processor's list of instruction sets. Otherwise torch tests each set in a new Python process.
@@ -23,7 +23,7 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 from pipeline import __main__ as program
 
 VOCABULARY = Path(__file__).parents[2] / "shared" / "data" / "tokenizer"
-"""openai-harmony's vocabulary. It is not part of the project, but may lie beside the checkout."""
+"""openai-harmony's vocabulary. It is not part of the project, and is used only if it lies beside the checkout."""
 if VOCABULARY.is_dir():
     os.environ.setdefault("TIKTOKEN_ENCODINGS_BASE", str(VOCABULARY))
 
@@ -65,16 +65,16 @@ def _freeze(_: int) -> None:
 
 
 def spare_imports() -> None:
-    """Exclude all objects that libraries have made so far from garbage collections.
+    """Exclude the objects that libraries have made so far, so that garbage collections skip them.
 
     A stage collects garbage after its last use of a model. Without this, each collection would visit a million objects
-    that live as long as the process. In such a small stage that takes a third of the time.
+    that live as long as the process. These visits would take a third of the time of such a small stage.
     """
     _freeze(len(sys.modules))
 
 
 def linked(run_dir: Path, source: Path, *stages: str) -> Path:
-    """Make a run directory whose `stages` are links to another run. Tests must not write to these stages."""
+    """Make a run directory, and link `stages` of the run `source` into it. Tests must not write to these stages."""
     run_dir.mkdir(parents=True, exist_ok=True)
     for stage in stages:
         (run_dir / stage).symlink_to(source / stage)
@@ -82,7 +82,7 @@ def linked(run_dir: Path, source: Path, *stages: str) -> Path:
 
 
 def outcomes(run_dir: Path) -> set[str]:
-    """Return the results of a run's checks in `verify`, except the optional check by engines."""
+    """Return the statuses of the checks in a run's `verify` report, without the optional check by engines."""
     report = json.loads((run_dir / "verify" / "report.json").read_text(encoding="utf-8"))
     return {check["status"] for check in report["checks"] if check["title"] != "engines"}
 
@@ -111,7 +111,7 @@ def run_dir(smoke_run: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Change into a new directory, so that tests with a relative run_dir do not share its tables."""
+    """Change into a new directory, because tests with the same relative run_dir would share tables."""
     import datasets
 
     datasets.disable_progress_bars()

@@ -1,4 +1,7 @@
-"""Small data sets on disk, and shortcuts that load and tokenize them. The working directory holds the run."""
+"""Small data sets on disk, and shortcuts that load and tokenize them.
+
+The run's directory is `run` in the working directory.
+"""
 
 import json
 from pathlib import Path
@@ -74,7 +77,7 @@ def numbered_rows(count: int, turns: int = 1) -> list[dict[str, Any]]:
 
 
 def numbers_in(tokenizer: Any, part: datasets.Dataset) -> list[int]:
-    """Return for each example the number in its conversation."""
+    """Return the number of each example's conversation, as in `numbered_rows`."""
     texts = (tokenizer.decode(example["input_ids"]) for example in part)
     return [int(text.rpartition("number ")[2].partition(".")[0]) for text in texts]
 

@@ -37,7 +37,7 @@ def to_gpu(values: Tensor) -> Tensor:
 
 
 def whole_range(dtype: torch.dtype) -> Tensor:
-    """Make values (2, 1037, 192) from the subnormals to 2^126 in both matrices.
+    """Make values (2, 1037, 192). In both matrices they range from subnormals to 2^126.
 
     Every other row has few significant bits, so that many values are ties.
     """
@@ -49,7 +49,7 @@ def whole_range(dtype: torch.dtype) -> Tensor:
 
 
 def of_one_size(dtype: torch.dtype) -> Tensor:
-    """Make values (3, 517, 192) as in weights: the scales of a matrix are within the range of e4m3."""
+    """Make values (3, 517, 192) like weights: all scales of a matrix fit into the range of e4m3."""
     generator = torch.Generator().manual_seed(1)
     sizes = torch.randint(-12, 1, (3, 517, 12), generator=generator).float().exp2().repeat_interleave(16, dim=-1)
     return (torch.randn(3, 517, 192, generator=generator) * sizes).to(dtype)
@@ -72,7 +72,7 @@ def everything(values: Tensor, block_format: BlockFormat, importance: Tensor) ->
 def test_a_gpu_gives_the_bits_of_a_cpu(
     block_format: BlockFormat, dtype: torch.dtype, order: str, is_compiled: bool
 ) -> None:
-    """Compare with the eager result of the CPU. A kernel that silently falls back to eager is an error."""
+    """Compare with the result of eager kernels on the CPU. Fail if a compiled kernel silently falls back to eager."""
     if is_compiled and not can_compile("cuda"):
         pytest.skip("no Triton on this machine")
     mode = Compilation.always if is_compiled else Compilation.never
@@ -96,7 +96,7 @@ def test_a_gpu_gives_the_bits_of_a_cpu(
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_a_gpu_decodes_every_code_and_scale_of_mxfp4_as_a_cpu_does(dtype: torch.dtype) -> None:
-    """This includes NaN, and values beyond the range of the type, which become Inf."""
+    """The results include NaN, and Inf for values beyond the range of the type."""
     codes = torch.arange(16, dtype=torch.uint8)
     blocks = (codes[0::2] | codes[1::2] << 4).repeat(2).expand(256, 1, 16).contiguous()
     scales = torch.arange(256, dtype=torch.uint8).unsqueeze(-1)
@@ -117,9 +117,9 @@ def test_a_gpu_converts_mxfp4_to_the_nvfp4_of_a_cpu() -> None:
 
 
 def assert_same_as_modelopt(values: Tensor) -> None:
-    """Compare all bits, except the sign of inputs that are zero. ModelOpt's kernel leaves it undefined.
+    """Compare all bits, except the sign of the result where the input is zero.
 
-    The kernel is in tensor_quant_mx.cu.
+    ModelOpt's kernel (tensor_quant_mx.cu) leaves this sign undefined.
     """
     from modelopt.torch.quantization.tensor_quant import dynamic_block_quant
 
@@ -155,7 +155,7 @@ def test_random_weights_are_rounded_as_modelopts_kernel_does(dtype: torch.dtype)
 def test_ties_are_rounded_as_modelopts_kernel_does(largest: float, dtype: torch.dtype, sign: int) -> None:
     """Test every midpoint at every scale from 2^-100 to 2^100, and the floats next to each midpoint.
 
-    `largest` is the maximum of each block in units of the power of two.
+    `largest` is the maximum of each block, as a multiple of the block's scale.
     """
     powers = torch.arange(-100.0, 101.0).exp2().unsqueeze(-1)
     midpoints = (torch.tensor([m for m in MIDPOINTS if m < largest]) * powers).to(dtype)

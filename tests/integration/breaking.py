@@ -1,6 +1,6 @@
 """Functions that break a copy of an export, tensor by tensor or file by file.
 
-The files of the copy are links to the good export. So a function replaces a file, and never writes into it.
+The files of the copy are links to the good export. So a function must replace a file instead of writing into it.
 """
 
 import json
@@ -62,7 +62,7 @@ def change(name: str, how: Callable[[Tensor], Tensor]) -> Break:
 
 
 def packed_as(how: Callable[[Tensor], Tensor], *names: str) -> Break:
-    """Apply `how` to several tensors."""
+    """Apply `how` to each of several tensors."""
     return tensors(lambda all_: all_.update({name: how(all_[name]) for name in names}))
 
 

@@ -73,7 +73,7 @@ def use_gloo_alone() -> None:
 def measure_share(model: nn.Module) -> float:
     """Return the share of a model's values that this process holds."""
     parameters = list(model.parameters())
-    # DeepSpeed gathers and releases parameters itself. ds_tensor is always this process's shard.
+    # DeepSpeed gathers p.data and releases it again, but ds_tensor is always this process's shard.
     own = (p.to_local() if isinstance(p, DTensor) else getattr(p, "ds_tensor", p.data) for p in parameters)
     return sum(part.numel() for part in own) / sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
@@ -133,7 +133,8 @@ def run(line: Line) -> Outcome:
 
 
 def main(file: Path) -> None:
-    # This process goes on after an error of the program, so no process has to wait for the main process's message.
+    # Without this, a process that fails would wait for the main process to print the error. The wait is not needed,
+    # because no process ends here after an error.
     program._SECONDS_FOR_THE_MAIN_PROCESS = 0
     saving.SHARD_BYTES = 300_000  # a tiny model is then saved in several shards
     lines = [Line(**line) for line in json.loads(file.read_text(encoding="utf-8"))]

@@ -87,13 +87,13 @@ def order_as_llama_cpp(blocks: Tensor) -> Tensor:
 
 
 def round_toward_zero(blocks: Tensor) -> Tensor:
-    """Make one code in 200 one step smaller, like an exporter that rounds ties differently from training."""
+    """Reduce one code in 200 by one step, as if the exporter rounded ties differently from training."""
     is_hit = (torch.arange(blocks.numel()).view(blocks.shape) % 100 == 0) & (blocks & 7 > 0)
     return blocks - is_hit.to(torch.uint8)
 
 
 def interleave_rope(rows: Tensor, head_dim: int = 32) -> Tensor:
-    """Interleave the rotary halves of each head, as in other conventions."""
+    """Interleave the two halves of each head, as other implementations of RoPE expect."""
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -332,6 +332,6 @@ FILES = [
     Mutation("no chat template", remove_file("chat_template.jinja"), "chat_template.jinja"),
 ]  # fmt: skip
 SQUARE = [Mutation("blocks along the wrong axis", tensors(pack_on_the_other_axis), DOWN)]
-"""Defects that only exist if hidden = intermediate, as in the released models. Otherwise the shapes differ."""
+"""Defects that keep the shapes only if hidden = intermediate, as in the released models."""
 
 MUTATIONS = [*VALUES, *TENSORS, *CONFIGURATION, *FILES]

@@ -1,4 +1,7 @@
-"""Every mistake of the user ends in one message on stderr. It names the place and has no traceback. Exit status 2."""
+"""Every mistake of the user ends in one message on stderr.
+
+The message names the place and has no traceback. The exit status is 2.
+"""
 
 import json
 import shutil

@@ -55,7 +55,7 @@ def validation_losses(directory: Path) -> dict[int, float]:
 def weights(artifact: Artifact) -> dict[str, bytes]:
     """Return name -> bytes of the safetensors files.
 
-    The other files of adapters contain the name of their directory, so they differ between runs.
+    Adapters also have files that contain the name of a directory, so these files differ between runs.
     """
     return {path.name: path.read_bytes() for path in artifact.directory.glob("*.safetensors")}
 
@@ -74,7 +74,7 @@ def test_uninterrupted_and_resumed_runs_keep_the_best_weights(
     assert losses[best] == min(losses.values()) == whole.details["validation_loss"]
     assert whole.details["steps"] == best + PATIENCE * EVERY < OVERFITTING["max_steps"]
 
-    # A run that ends at the best step has the same weights, without keep_best.
+    # A run without keep_best that ends at the best step has the same weights.
     until_best = settings(stage, max_steps=best, keep_best=False)
     assert run_program(*arguments, f"run_dir={shorter}", *until_best) == 0
     assert weights(artifacts.load(shorter / stage)) == weights(whole)
@@ -99,7 +99,7 @@ def test_the_last_weights_are_kept_if_they_are_the_best_or_keep_best_is_false(sm
     kept = {}
     for keep_best in (True, False):
         other = copy(run_dir, f"keep_best_{keep_best}")
-        # The last evaluation is not at a multiple of eval_steps.
+        # The last validation is at step 7, which is not a multiple of eval_steps.
         changes = settings("sft", max_steps=7, keep_best=keep_best)
         assert run_program(*arguments, f"run_dir={other}", *changes) == 0
         kept[keep_best] = artifacts.load(other / "sft")

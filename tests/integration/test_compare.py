@@ -44,7 +44,7 @@ def test_a_second_call_shows_the_table_and_rebuilds_nothing(
 def test_jobs_of_a_sweep_share_stages_with_unchanged_settings(run_dir: Path) -> None:
     jobs = {job.name: {path.name for path in job.iterdir() if path.is_dir()} for job in (run_dir / "sweep").iterdir()}
     assert jobs == {
-        "format=mxfp4": {"evaluate"},  # has the settings of the run, so it shares the other stages
+        "format=mxfp4": {"evaluate"},  # has the run's settings, so it shares the run's other stages
         "format=nvfp4": {"quantize", "qat", "evaluate"},
     }
 
@@ -53,7 +53,7 @@ def test_one_report_over_a_run_and_its_sweep(run_dir: Path, capsys: pytest.Captu
     everything = f"compare.runs=[{run_dir},{run_dir}/sweep/*]"
     assert run_program("stage=compare", *RECIPE, f"run_dir={run_dir}", everything) == 0
     report = json.loads((run_dir / "compare" / "compare.json").read_text())
-    # The first job shares its models with the run. The report shows each of them once.
+    # The first job shares its models with the run. The report shows each shared model once.
     assert [(row["run"], row["model"], row["format"]) for row in report["rows"]] == [
         *(("run", name, None) for name in ("upcast", "sft")),
         *(("run", name, "mxfp4") for name in ("quantize", "qat", "export")),

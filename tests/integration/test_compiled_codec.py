@@ -22,7 +22,7 @@ from pipeline.numerics.formats import FORMATS, SCALE_RULES, BlockFormat
 
 pytestmark = pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler on this machine")
 
-SHAPE = (3, 37, 192)  # experts, out, in. Neither 37 nor 3 * 37 * 64 values (a slab) fill whole vector registers
+SHAPE = (3, 37, 192)  # experts, out, in. 37 lanes do not fill whole vector registers
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float8_e4m3fn: torch.uint8}
 ORDERS = {
     "in_last": lambda values: values,
@@ -32,7 +32,7 @@ ORDERS = {
 
 @pytest.fixture(autouse=True)
 def must_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Use several slabs, and make it an error if a kernel silently falls back to eager."""
+    """Split the work into several slabs, and fail if a kernel silently falls back to eager."""
     monkeypatch.setitem(codec._SLAB_VALUES, "cpu", 37 * 64)
     with torch._dynamo.config.patch(recompile_limit=100, fail_on_recompile_limit_hit=True), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

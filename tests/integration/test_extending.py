@@ -23,7 +23,7 @@ def extended(checkout: Path, smoke_run: Path) -> Path:
 
 
 def apply(block: Block, checkout: Path) -> None:
-    """Write the file that a block holds, or edit the one that it names."""
+    """Write the file that a code block contains, or apply the block's diff to the file that it names."""
     first, _, rest = block.text.partition("\n")
     path = checkout / first.removeprefix("# ").strip()
     if block.language != "diff":

@@ -22,7 +22,7 @@ SETTINGS = ("recipe=smoke", *(f"{stage}.{key}" for stage in STAGES for key in ("
 
 
 def libraries() -> dict[str, str]:
-    """Return the library versions that the losses depend on. The record must name the pinned versions."""
+    """Return the library versions that the losses depend on. The recorded versions must be the pinned versions."""
     return {name: version(name).partition("+")[0] for name in ("torch", "transformers", "trl", "nvidia-modelopt")}
 
 

@@ -46,7 +46,7 @@ metric_list: [{{metric: exact_match}}]
 
 @pytest.fixture
 def only_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip lm-eval's own thousands of tasks, because reading them takes five seconds."""
+    """Do not load the thousands of tasks that come with lm-eval, because reading them takes five seconds."""
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
@@ -82,7 +82,7 @@ def rendering(directory: Path) -> Rendering:
 
 
 def likelihood(model: Any, tokenizer: Any, question: str, answer: str) -> float:
-    """Compute the log-probability of the answer's tokens after the question."""
+    """Compute the log-probability of the answer's tokens, given the question."""
     prompt, whole = (tokenizer(text)["input_ids"] for text in (question, question + answer))
     with torch.no_grad():
         log_probs = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)

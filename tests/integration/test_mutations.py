@@ -1,7 +1,7 @@
 """Every known defect of an export is detected and named.
 
 The trained model reveals all defects, the base model alone only some. `mutations.py` marks the defects that need the
-trained model. The tests check that `verify` with only the base model reports no problem for them.
+trained model. With only the base model, `verify` must report no problem for these defects.
 """
 
 import os
@@ -84,7 +84,7 @@ def run(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def square(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run with hidden = intermediate and without training. Only the layout matters here."""
+    """A run with hidden = intermediate. It has no training, because only the layout matters here."""
     run_dir = tmp_path_factory.mktemp("square") / "run"
     settings = (f"run_dir={run_dir}", "model.tiny.intermediate_size=64", "export.source=upcast")
     for stage in ("upcast", "export"):

@@ -68,7 +68,7 @@ def test_the_report_has_the_result_of_an_engine(smoke_run: Path, tmp_path: Path,
 def test_an_engine_detects_a_wrong_configuration_without_the_trained_model(
     smoke_run: Path, tmp_path: Path, export: Path, capsys
 ) -> None:
-    """The expected values come from the export itself. Only its configuration is wrong."""
+    """The expected predictions come from the export's own weights. Only the export's configuration is wrong."""
     forget_the_model(export)
     settings(rope_theta=10)(export, export)
     assert verify(smoke_run, tmp_path / "run", export, "verify.engines=[transformers]") == 1
@@ -200,7 +200,7 @@ def test_result_of_another_stage_is_the_users_mistake(stage: str, smoke_run: Pat
 
 
 def make_another_base(smoke_run: Path, directory: Path) -> Path:
-    """Copy the base model with its sizes and tokenizer, but with unrelated weights."""
+    """Make a base model with the same sizes and tokenizer, but with unrelated weights."""
     shutil.copytree(source_of(smoke_run), directory)
     shift = tensors(lambda all_: all_.update({name: tensor.flip(0) for name, tensor in all_.items()}))
     shift(directory, directory)

@@ -99,7 +99,7 @@ def test_the_card_tells_nothing_of_this_machine(run: Path) -> None:
 
 
 def test_writing_the_card_leaves_a_readme_of_the_export_alone(run: Path) -> None:
-    """The base model's README is such a file. It is exported with the tokenizer and the licence."""
+    """An export contains the base model's README, beside its tokenizer and licence."""
     source = next(path for path in (run / "source").iterdir() if path.is_dir())
     own = "---\nlicense: apache-2.0\nlanguage: en\n---\n# The base model\n"
     (source / "README.md").write_text(own)

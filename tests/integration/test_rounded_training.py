@@ -38,7 +38,7 @@ def roundings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def trained(run_dir: Path, source: Path, *settings: str) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Run QAT from `source`'s quantize stage. Returns the losses and the trained weights."""
+    """Run QAT on the quantized model of the run `source`. Return the losses and the trained weights."""
     from safetensors.torch import load_file
 
     linked(run_dir, source, "upcast", "sft", "quantize")
@@ -48,14 +48,15 @@ def trained(run_dir: Path, source: Path, *settings: str) -> tuple[list[float], d
     return losses, {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-# Once per step, and once for the validation after the last step. The validation before training shares the rounding of
-# the first step.
+# Each step rounds once, and so does the validation after the last step. The validation before training and the first
+# step share one rounding.
 ROUNDED_TIMES = STEPS + 1
 
 
 @pytest.mark.parametrize(
     ("recipe", "once"),
-    # Two layers have two stacks each. With adapters on one layer, the stacks of the other are rounded only once.
+    # Two layers have two stacks each. With adapters on one layer, the other layer's stacks never change, so they are
+    # rounded only once.
     [("smoke", 4 * ROUNDED_TIMES), ("smoke_lora", 2 + 2 * ROUNDED_TIMES)],
 )
 def test_the_experts_are_rounded_once_per_step_with_the_losses_of_rounding_in_every_pass(

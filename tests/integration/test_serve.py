@@ -36,7 +36,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a proven export."""
+    """A run whose export has passed `verify`."""
     directory = tmp_path_factory.mktemp("served") / "run"
     config = PipelineConfig(stage=Stage.export, run_dir=str(directory), model=ModelConfig("base"))
     prove(config, make_export(config))

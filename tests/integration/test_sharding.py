@@ -20,7 +20,8 @@ from pipeline.runs.metrics import read_metrics
 
 ACCELERATE = ("accelerate.commands.launch", "--config_file=scripts/accelerate/processes.yaml", "--num_processes={}")
 STAGES = ("sft", "qat")
-# Global batches have 12 examples. All steps are in one epoch, because accelerate repeats examples in its last batch.
+# Global batches have 12 examples. All steps are in one epoch, because accelerate repeats examples to fill an epoch's
+# last batch.
 SETTINGS = (
     "data.max_samples=80",
     "sft.learning_rate=3e-3",
@@ -36,7 +37,7 @@ RISING = ("qat.learning_rate=0.1", "qat.lr_scheduler=constant", "qat.warmup_rati
 
 @dataclass(frozen=True)
 class Case:
-    """A stage that one process trains, and that several processes train with interruptions."""
+    """A stage that is trained twice: by one process, and by several processes with interruptions."""
 
     recipe: str
     stage: str
@@ -74,7 +75,7 @@ class Case:
 
 
 def plain(recipe: str) -> Case:
-    """The case that one process trains first. It provides the earlier stages of the recipe's other cases."""
+    """The recipe's SFT case without sharding. The recipe's other cases copy its run's earlier stages."""
     return Case(recipe, "sft", "none")
 
 
@@ -125,7 +126,7 @@ def launch_lines(file: Path, processes: int, lines: list[Line], launcher: tuple[
 
 
 def run_by_one_process(directory: Path, cases: tuple[Case, ...]) -> Runs:
-    """Run the stages before the cases, then the cases, without interruptions."""
+    """Run the earlier stages that the cases need, then the cases, all without interruptions."""
     runs = Runs(directory, {})
     before = [plain(recipe) for recipe in sorted({case.recipe for case in cases})]
     for case in before:

@@ -48,7 +48,7 @@ def test_a_bf16_source_is_kept_byte_for_byte(smoke_run: Path, tmp_path: Path) ->
 
 
 def test_export_of_an_untouched_model_has_every_value_of_the_source(smoke_run: Path, tmp_path: Path) -> None:
-    """The path is MXFP4 -> BF16 -> MXFP4. The export has the quantization config of the original."""
+    """The weights go from MXFP4 to BF16 and back to MXFP4. The export has the quantization config of the original."""
     source = change_weights(smoke_run / "upcast", tmp_path / "bf16", lambda tensors: None)
     arguments = ("recipe=smoke", f"model.path={source}", f"run_dir={tmp_path / 'run'}")
     for stage in ("upcast", "export"):

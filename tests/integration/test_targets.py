@@ -30,7 +30,7 @@ ORIGINAL_KEYS = {
     *("swiglu_limit", "head_dim", "num_attention_heads", "num_key_value_heads", "sliding_window"),
     *("initial_context_length", "rope_theta", "rope_scaling_factor", "rope_ntk_alpha", "rope_ntk_beta"),
 }
-"""Fields of ModelConfig in gpt-oss 0.0.9, which takes the keys of config.json as arguments."""
+"""Fields of gpt-oss 0.0.9's ModelConfig. This class takes the keys of config.json as arguments."""
 
 Tensors = dict[str, Tensor]
 
@@ -211,7 +211,7 @@ def test_weights_without_training_are_counted_as_copied(smoke_run: Path, tmp_pat
 def test_experts_of_nvfp4_that_did_not_move_do_not_depend_on_those_that_did(
     rule: str, smoke_run: Path, tmp_path: Path
 ) -> None:
-    """Blocks, scales and tensor scales of an expert belong together. `nearest` changes values of MXFP4."""
+    """Each expert has its own tensor scale. The rule `mse` keeps the values of MXFP4, and `nearest` changes some."""
     plain = Path(shutil.copytree(smoke_run / "upcast", tmp_path / "plain"))
     (plain / artifacts.ARTIFACT_FILE).unlink()
     for path in plain.glob("*.safetensors"):

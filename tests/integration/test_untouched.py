@@ -47,14 +47,14 @@ def layer_one(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def mse(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with the scale rule mse that trained every weight. Tests must not write to it."""
+    """A run that trained every weight, with the scale rule mse. Tests must not write to it."""
     run_dir = linked(tmp_path_factory.mktemp("mse") / "run", smoke_run, "source", "upcast", "sft")
     run_stages(("quantize", "qat", "export", "verify"), run_dir, *MSE)
     return run_dir
 
 
 def copy_run(run: Path, into: Path, *stages: str) -> Path:
-    """Copy some stages of a run and its source into another run."""
+    """Copy some stages of the run `run`, and its source model, into the run `into`."""
     for name in ("source", *stages):
         shutil.copytree(run / name, into / name)
     return into
@@ -125,7 +125,7 @@ def test_the_artifact_lists_exactly_the_tensors_that_are_the_sources_own(
     run_dir = request.getfixturevalue(run)
     source, export = read_tensors(source_of(run_dir)), read_tensors(run_dir / "export")
     equal = {name for name in source if same_bits(export[name], source[name])}
-    for name in experts_in(source):  # blocks and scales are copied together
+    for name in experts_in(source):  # a stack's blocks and scales are copied only together
         pair = {f"{name}_blocks", f"{name}_scales"}
         equal -= pair if not pair <= equal else set()
     details = details_of(run_dir / "export")
@@ -288,7 +288,8 @@ def test_the_figures_of_each_layer_are_those_of_its_files_and_make_up_the_whole(
         names = [name for name in experts_in(source) if name.startswith(f"model.layers.{line['layer']}.")]
         assert_figures(line, figures_of(names, trained, source, export))
     (whole,) = (line for line in lines if "layer" not in line)
-    for name in ("moved_weights", "changed_codes", "changed_scales", "saturated_blocks"):  # layers have the same size
+    # layers have the same size, so the whole is their mean
+    for name in ("moved_weights", "changed_codes", "changed_scales", "saturated_blocks"):
         assert whole[name] == pytest.approx(sum(line[name] for line in layers) / 2, rel=1e-12)
     assert whole["survival"] == pytest.approx(whole["changed_codes"] / whole["moved_weights"], rel=1e-12)
     details = details_of(run_dir / "export")

@@ -34,7 +34,7 @@ def test_moved_weights_and_changed_codes_are_counted_in_the_first_expert_of_each
     block[1] *= 1.01  # the weight moves, but is rounded to the same code
     largest = int(block.abs().argmax())
     block[largest] *= -1  # the code changes, but not the scale of the block
-    stacks[1][1] *= 3  # a change of an expert that is not sampled
+    stacks[1][1] *= 3  # this expert is not sampled, so its change is not counted
     moved = 2 if float(block[1]) != 0 and largest != 1 else 1
     assert changes.measure() == {"moved_weights": moved / total, "changed_codes": 1 / total}
 

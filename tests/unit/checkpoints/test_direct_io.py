@@ -136,7 +136,7 @@ def write(path: Path, disk: ThreadPoolExecutor, data: bytes, step: int) -> int:
     for start in range(0, len(data), step):
         part = bytearray(data[start : start + step])
         file.append(part)
-        part[:] = bytes(len(part))  # the file must have its own copy
+        part[:] = bytes(len(part))  # the file must have made its own copy of the part
     file.finish()
     file.close()
     return file.size
@@ -221,9 +221,9 @@ def test_a_read_returns_the_bytes_of_the_file(
     file = StoredFile(tmp_path / "file")
     for _ in range(2):
         part = file.read(offset, size)
-        assert part.tobytes() == data[offset : offset + size]  # a shorter part at the end of the file
+        assert part.tobytes() == data[offset : offset + size]  # at the end of the file the part is shorter than `size`
         assert part.ctypes.data % 8 == 0
-        part[:] = 0  # must not change the file
+        part[:] = 0  # writing to the part must not change the file
     file.close()
 
 
@@ -307,5 +307,5 @@ def test_is_cached_tells_whether_the_page_cache_holds_a_part_of_a_file(tmp_path:
     assert not direct_io._is_cached(descriptor, 100, 60 * PAGE)
     path.read_bytes()
     assert direct_io._is_cached(descriptor, 100, 60 * PAGE)
-    assert direct_io._is_cached(descriptor, 60 * PAGE, 10 * PAGE)  # the part extends beyond the end
+    assert direct_io._is_cached(descriptor, 60 * PAGE, 10 * PAGE)  # this range extends beyond the end of the file
     os.close(descriptor)

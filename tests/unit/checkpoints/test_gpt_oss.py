@@ -170,7 +170,7 @@ def test_a_plain_checkpoint_has_17_tensors_a_layer_and_3_more(shape: Shape) -> N
 def test_released_models_have_the_count_and_total_size_of_their_index(
     model: str, tensors: int, total_size: int, released: dict[str, Shape]
 ) -> None:
-    """`metadata.total_size` in model.safetensors.index.json of openai/gpt-oss-20b and -120b."""
+    """Compare with `metadata.total_size` in model.safetensors.index.json of openai/gpt-oss-20b and -120b."""
     layout = packed_tensors(released[model])
     assert (len(layout), sum(info.bytes for info in layout.values())) == (tensors, total_size)
 

@@ -239,7 +239,7 @@ def with_entry(**changes: Any) -> Callable[[Header, bytes], bytes]:
 
 
 def with_offsets(move: Callable[[int, int, int], list[Any]]) -> Callable[[Header, bytes], bytes]:
-    """Change the offsets of SINKS by move(begin, end, size of all data)."""
+    """Replace the offsets of SINKS by the result of move(begin, end, size of all data)."""
     return lambda header, data: with_entry(data_offsets=move(*header[SINKS]["data_offsets"], len(data)))(header, data)
 
 
@@ -348,7 +348,7 @@ def test_the_error_names_a_tensor_that_is_in_the_header_twice(copy: Path) -> Non
 
 
 def test_the_same_header_in_another_spelling_is_accepted(copy: Path) -> None:
-    """The functions that make malicious headers must not cause errors by themselves."""
+    """Rewriting a header must not cause an error by itself, or the tests of malicious headers would prove nothing."""
     path = shard_of(copy, SINKS)
     before = Checkpoint(copy).read(SINKS)
     header, data = header_of(path), path.read_bytes()[8 + header_length(path) :]

@@ -294,7 +294,7 @@ def edit_index(directory: Path, **changes: str | None) -> None:
 
 
 def edit(directory: Path, change: dict[str, Tensor | None], *, in_index: bool = True) -> None:
-    """Replace, add or drop (None) tensors in their shards. The index follows if `in_index` is true."""
+    """Replace, add or drop (None) tensors in their shards. If `in_index` is true, change the index too."""
     weight_map = weight_map_of(directory)
     for name, tensor in change.items():
         file = weight_map.get(name, min(weight_map.values()))

@@ -1,4 +1,4 @@
-"""The sentences of a report on handmade runs. The results of these runs imply the right sentences."""
+"""The sentences of a report on handmade runs. The results of each run determine which sentences are right."""
 
 from pathlib import Path
 

@@ -112,7 +112,7 @@ def test_plots_take_all_colours_from_the_page(made: tuple[Content, str]) -> None
         drawn = plots.draw_svg(chart)
         assert not re.findall(r"#[0-9a-f]{6}\b", drawn)
         used = set(re.findall(r"var\(--([\w-]+)\)", drawn))
-        assert all(made[1].count(f"--{name}: #") == 2 for name in used)  # in the light and the dark style
+        assert all(made[1].count(f"--{name}: #") == 2 for name in used)  # in the light style and in the dark style
 
 
 def test_the_same_report_gives_the_same_bytes(made: tuple[Content, str], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A report finds its runs, and refuses runs that are not comparable with a single message."""
+"""A report finds its runs. If runs are not comparable, a single message lists all problems."""
 
 import json
 from pathlib import Path

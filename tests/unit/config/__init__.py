@@ -1,1 +1,1 @@
-"""Tests of pipeline.config. This is a package, so its conftest and file names do not clash with others."""
+"""Tests of pipeline.config. This is a package, so its conftest does not clash with another directory's."""

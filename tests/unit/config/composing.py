@@ -41,7 +41,7 @@ def resolved(*overrides: str) -> PipelineConfig:
 
 
 def found_on(*arguments: str) -> str:
-    """Return the mistake of a command line that is found before composition. There must be exactly one."""
+    """Return the mistake that is found in a command line before composition. There must be exactly one mistake."""
     (problem,) = command_line.problems(list(arguments), program.CONF_DIR, program.RECIPES_DIR)
     return problem
 

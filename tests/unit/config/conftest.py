@@ -20,7 +20,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[PipelineConfig]:
-    """The configurations that stages were run with. The stages only record them."""
+    """The configurations that stages were run with. Fakes replace the stages and only record the configurations."""
     configs: list[PipelineConfig] = []
     replace_stages(monkeypatch, configs.append)
     return configs

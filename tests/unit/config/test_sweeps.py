@@ -19,7 +19,10 @@ SWEEP = ("recipe=smoke", "qat.learning_rate=1e-3", "format=mxfp4,nvfp4", "qat.le
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[PipelineConfig]:
-    """The configurations that stages are called with. No stage runs, and the default directory has no earlier run."""
+    """The configurations that stages are called with. Fakes replace the stages.
+
+    The working directory has no earlier run.
+    """
     monkeypatch.chdir(tmp_path)
     found: list[PipelineConfig] = []
     stage = type("Recorder", (), {"run": staticmethod(found.append)})

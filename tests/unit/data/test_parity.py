@@ -185,7 +185,7 @@ def _completion(encoding: Any, message: dict[str, Any]) -> list[int]:
     start = encoding.encode("<|start|>assistant", allowed_special="all")
     ids = [token for said in _assistant(message, with_reasoning=True) for token in encoding.render(said)]
     assert ids[: len(start)] == start
-    if "tool_calls" not in message:  # ends a supervised final turn. Earlier turns end with <|end|>
+    if "tool_calls" not in message:  # <|return|> ends a supervised final answer
         ids[-1:] = encoding.encode("<|return|>", allowed_special="all")
     return ids[len(start) :]
 

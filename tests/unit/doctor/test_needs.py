@@ -137,7 +137,7 @@ def test_full_fine_tuning_of_20b_takes_sixteen_bytes_a_parameter() -> None:
 
 @contextmanager
 def kept_bytes() -> Iterator[dict[int, int]]:
-    """Yield a dictionary that is filled with storage -> bytes of all tensors kept for the backward pass."""
+    """Yield a dictionary: storage -> bytes, for all tensors that torch keeps for the backward pass."""
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ def test_holm_stays_below_one_and_accepts_no_tests() -> None:
     ],
 )
 def test_a_significant_difference_needs_at_least_six_prompts_of_one_kind(wins: int, losses: int, said: str) -> None:
-    """The p-value of 6 prompts is 2 / 2^6 = 0.031, and the p-value of 5 prompts is 2 / 2^5 = 0.0625."""
+    """If one model wins every prompt that differs, 6 prompts give p = 2 / 2^6 = 0.031, and 5 give 2 / 2^5 = 0.0625."""
     assert statistics.verdict(*outcomes(94 - losses, wins, losses, 6 - wins)) == said
 
 

@@ -1,4 +1,4 @@
-"""Errors of expert weights and flipped codes, against sums by hand on a small model's weights."""
+"""Relative errors of expert weights, and the share of flipped codes, against sums by hand on a small model."""
 
 import math
 from dataclasses import dataclass, replace

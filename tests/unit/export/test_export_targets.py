@@ -69,7 +69,10 @@ AddTarget = Callable[[str | None], None]
 
 @pytest.fixture
 def add_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AddTarget]:
-    """A function that adds the row `toy` to TARGETS, and writes its text to toy.py. None writes no file."""
+    """A function that adds the row `toy` to TARGETS, and writes a text to toy.py.
+
+    If the text is None, no file is written.
+    """
     files = tmp_path / "files"
     files.mkdir()
     monkeypatch.setattr(export, "__path__", [*export.__path__, str(files)])

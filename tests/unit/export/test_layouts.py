@@ -37,7 +37,7 @@ class InMemory:
 
 
 class InMemoryGguf(InMemory):
-    """A GGUF file in memory. `read` returns bytes, and the last dimension counts the bytes of a row."""
+    """A GGUF file in memory. `read` returns bytes: the size of the last dimension is the bytes of a row."""
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         part = self.stored[name][rows].contiguous()
@@ -176,7 +176,7 @@ def test_a_scale_that_is_nan_is_not_finite_even_over_zeros(target: str, released
 
 def test_equal_values_with_other_scales_are_not_the_base_model_s_bytes(released: Tensors) -> None:
     base = view("mxfp4", {name: tensor.clone() for name, tensor in released.items()})
-    released[f"{DOWN}_blocks"][0, 0, 0] = 0x22  # codes of 1 and 1 under half the scale, instead of 0.5 and 0.5
+    released[f"{DOWN}_blocks"][0, 0, 0] = 0x22  # two codes of 1.0 under half the scale, instead of two codes of 0.5
     base.files.stored[f"{DOWN}_blocks"][0, 0, 0] = 0x11  # type: ignore[attr-defined]
     released[f"{DOWN}_scales"][0, 0, 0] -= 1
     found = compare(view("mxfp4", released), base)

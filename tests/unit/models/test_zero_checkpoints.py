@@ -1,4 +1,4 @@
-"""ZeRO's checkpoints are converted once, and only for another number of processes. DeepSpeed is simulated."""
+"""A ZeRO checkpoint is converted only once, and only if the number of processes has changed. DeepSpeed is simulated."""
 
 import sys
 from collections import namedtuple

@@ -318,7 +318,7 @@ def test_fake_quantization_does_not_change_its_input() -> None:
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_the_gradient_passes_straight_through(dtype: torch.dtype) -> None:
-    """This includes zeros of both signs, values far below the scale, and the largest values of the type."""
+    """The values include zeros of both signs, values far below the scale, and the largest values of the type."""
     values = wide_range((6, 320), dtype)
     values[0] = 0.0
     values[1] = -0.0

@@ -88,7 +88,7 @@ def test_each_kernel_counts_its_own_work(doubled: Kernel, calls: Calls, monkeypa
 
 
 def test_small_tensors_are_not_counted(doubled: Kernel, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small tensors take most of their time for the calls, which compiling does not shorten."""
+    """With small tensors, most of the time goes into calls of operations, which compiling does not make faster."""
     monkeypatch.setattr(compiled, "_PAYS_AFTER", LARGE)
     small = torch.ones(LARGE - 1)
     for _ in range(3):
@@ -102,7 +102,7 @@ def test_a_test_or_a_small_model_never_waits_for_a_compiler() -> None:
 
 
 def test_weights_are_compiled_for_their_shape_and_activations_for_any(doubled: Kernel, calls: Calls) -> None:
-    """The memory order tells them apart: lanes are contiguous in a parameter (E, in, out), blocks in activations."""
+    """The memory order distinguishes them: lanes are contiguous in weights (E, in, out), and blocks in activations."""
     with compilation(Compilation.always):
         doubled(torch.ones(4, 3))
         doubled(torch.ones(3, 4).t())

@@ -149,7 +149,7 @@ def test_bf16_weights_are_quantized_as_in_modelopt_under_the_same_tensor_scale()
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("units", [(2.0**-12, 2.0**3), (0.0371, 1.7e-5)], ids=["powers_of_two", "others"])
 def test_decoding_equals_modelopts_decoding(dtype: torch.dtype, units: tuple[float, float]) -> None:
-    """Test powers of two and other tensor scales, because other tools use amax / (6 * 448).
+    """Test tensor scales that are powers of two, and others, because other tools use the scale amax / (6 * 448).
 
     ModelOpt decodes -0 as 0.
     """
@@ -205,7 +205,7 @@ def test_zeros_and_values_that_round_to_zero_keep_their_sign(dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_subnormal_weights_become_zeros_with_their_sign(dtype: torch.dtype) -> None:
-    """The tensor scale is at least 2^-110, so that products are normal floats.
+    """The tensor scale is at least 2^-110, so that its products with block scales are normal floats.
 
     The smallest scale of a block is then 2^-119, and values up to a quarter of it become zero.
     """
@@ -311,7 +311,7 @@ def test_blocks_out_of_range_are_rounded_and_the_changed_ones_are_counted(scale_
     Scales near 2^-127 are tested too.
     """
     blocks, scales = random_packed(scale_bytes)
-    blocks[:, ::2, 1:3] &= 0b01000100  # keeps only 0 and 2, which are exact under 2 and 4 times the scale
+    blocks[:, ::2, 1:3] &= 0b01000100  # keeps only the values 0 and 2, which are exact under 2 and 4 times the scale
     converted = mxfp4_to_nvfp4(blocks, scales)
     found = decode(converted.blocks, converted.scales, torch.float32, converted.tensor_scale)
     before = decode(blocks, scales, torch.float32)

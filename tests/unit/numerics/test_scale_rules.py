@@ -127,7 +127,7 @@ def test_floor_of_e8m0_saturates_only_maxima_above_six_scales(dtype: torch.dtype
     saturated = torch.empty((60, 10), dtype=torch.bool)
     blocks, scales = encode(values, block_format, saturated=saturated)
     amax = values.double().unflatten(-1, (-1, 32)).abs().amax(dim=-1)
-    mantissa = torch.frexp(amax).mantissa  # in [0.5, 1). A maximum of 6 scales has the mantissa 6 / 8 = 0.75
+    mantissa = torch.frexp(amax).mantissa  # in [0.5, 1). The mantissa of 6 times a power of two is 6 / 8 = 0.75
     assert torch.equal(saturated, mantissa > 0.75)
     assert 0.2 < saturated.float().mean() < 0.5, "both cases should occur"
     largest = decode(blocks, scales, torch.float32).unflatten(-1, (-1, 32)).abs().amax(dim=-1)
@@ -206,7 +206,10 @@ def test_ceil_and_floor_of_e4m3_are_the_values_above_and_below_a_sixth_of_the_ma
 @pytest.mark.parametrize("rule", SCALE_RULES[ScaleType.e4m3])
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_the_scale_byte_of_e4m3_is_never_zero_or_nan(dtype: torch.dtype, rule: str) -> None:
-    """Values are divided by the scale, so it must not be zero. Blocks of zeros or far below the range have byte 1."""
+    """Values are divided by the scale, so it must not be zero.
+
+    Blocks of zeros, and blocks far below the range, have byte 1.
+    """
     maxima = torch.cat([torch.zeros(2), torch.exp2(torch.arange(-133, 128).float())]).to(dtype)
     for unit in (2.0**-110, 2.0**-40, 1.0, 2.0**100):
         block_format = NVFP4.with_rule(rule)
@@ -218,7 +221,7 @@ def test_the_scale_byte_of_e4m3_is_never_zero_or_nan(dtype: torch.dtype, rule: s
 @pytest.mark.parametrize("rule", SCALE_RULES[ScaleType.e4m3])
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_the_tensor_scale_is_the_smallest_power_of_two_that_fits(dtype: torch.dtype, rule: str) -> None:
-    """The maximum must not exceed 6 * 448 tensor scales, or 4 * 448 under mse.
+    """The maximum may be up to 6 * 448 times the tensor scale, or 4 * 448 times under mse.
 
     Test every seventh BF16 maximum, and the floats around each boundary.
     """
@@ -249,7 +252,7 @@ def test_every_matrix_has_its_own_tensor_scale_and_mxfp4_has_none() -> None:
 
 @pytest.mark.parametrize("rule", SCALE_RULES[ScaleType.e4m3])
 def test_no_block_needs_more_than_the_largest_e4m3_scale(rule: str) -> None:
-    """So the scale of the largest block is not limited by the range of e4m3, and the block does not saturate."""
+    """Therefore no block saturates: the range of e4m3 does not limit the scale of the largest block."""
     generator = torch.Generator().manual_seed(3)
     values = torch.rand(4000, 1, 16, generator=generator) * torch.exp2(torch.linspace(-30, 30, 4000))[:, None, None]
     block_format = NVFP4.with_rule(rule)
@@ -279,8 +282,8 @@ def weighted_error(values: np.ndarray, scale: float, weights: np.ndarray) -> tup
     """Compute the squared error under a scale, and its tolerance.
 
     The codec rounds each error to 1/64 of a unit. A unit is the power of two at or below the scale. So an error e is
-    off by at most h = unit / 128, and its square by at most 2 e h + h^2. Unless all weights of a block are equal, each
-    weight is off by at most 2^-15 of the largest one.
+    off by at most h = unit / 128, and its square by at most 2 e h + h^2. The codec also rounds the
+    importance weights, unless all weights of a block are equal: each is off by at most 2^-15 of the largest one.
     """
     magnitudes = np.asarray(E2M1_MAGNITUDES) * scale
     errors = np.abs(np.abs(values)[:, None] - magnitudes).min(axis=1)
@@ -350,7 +353,7 @@ def test_mse_is_never_worse_than_a_candidate_by_more_than_the_resolution(dtype: 
 
 
 def test_the_first_of_two_equally_good_candidates_is_chosen() -> None:
-    seven = torch.tensor([7.0] + [0.0] * 31)  # 8 under ceil and 6 under the next smaller scale, so both are off by 1
+    seven = torch.tensor([7.0] + [0.0] * 31)  # 8 under ceil and 6 under the next smaller scale: both are off by 1
     assert bytes_of(encode(seven, MXFP4.with_rule("mse"))[1]) == [128]
     twelve = torch.tensor([12.0] + [0.0] * 15)  # 6 * 2 and 4 * 3 are both exact
     assert bytes_of(encode(twelve, NVFP4.with_rule("mse"), torch.ones(()))[1]) == [E4M3.index(Fraction(2))]
@@ -443,7 +446,7 @@ def test_slabs_change_no_bit(block_format: BlockFormat, monkeypatch: pytest.Monk
 def test_rounding_a_rounded_result_changes_nothing(block_format: BlockFormat, dtype: torch.dtype) -> None:
     """This holds for scales with full precision, which subnormals of e4m3 do not have.
 
-    A block gets a subnormal scale if its maximum is below about 2^-14 of the largest block. Such blocks are not tested.
+    A block gets a subnormal scale if its maximum is below about 2^-14 of the largest one. Such blocks are not tested.
     """
     once = fake_quantize(random_values((3, 40, 320), dtype), block_format)
     assert_same_bits(fake_quantize(once, block_format), once)

@@ -21,7 +21,7 @@ from pipeline.runs.run import Run
 
 @pytest.fixture(autouse=True)
 def without_git(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records contain the git commit. Asking git would take longer than the rest of a test."""
+    """Leave the git commit out of records, because asking git would take longer than the rest of a test."""
     monkeypatch.setattr(provenance, "_git_commit", lambda: None)
 
 

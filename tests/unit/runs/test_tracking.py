@@ -23,7 +23,7 @@ class WandbError(Exception):
 
 
 class FakeRun:
-    """Methods of a W&B run that the program calls. If `broken` is set in the library, every call fails."""
+    """A fake W&B run with the methods that the program calls. Every call fails while the fake package is `broken`."""
 
     offline = True
     disabled = False

@@ -31,7 +31,7 @@ GPT_OSS_20B = Shape(24, 2880, 2880, 32, 64, 8, 64, 201_088)
 
 @pytest.fixture(autouse=True)
 def without_git(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Artifacts record the git commit. Without git the tests are faster."""
+    """Leave the git commit out of artifacts, because asking git would slow down the tests."""
     monkeypatch.setattr(provenance, "_git_commit", lambda: None)
 
 
