@@ -18,7 +18,7 @@ _GROUPED = {_LOSS: "nats", "kl_divergence": "nats"}
 
 @dataclass(frozen=True)
 class Point:
-    """A value at a place on the other axis, with the bounds of its interval if it has one."""
+    """A point of a plot: its place on one axis, its value on the other axis, and the value's interval, if any."""
 
     at: float | str
     value: float
@@ -206,7 +206,8 @@ def _group_charts(rows: list[Row]) -> Iterator[Chart]:
 def _group_figures(row: Row, figure: str) -> list[str]:
     """Return the names of a figure's values for groups.
 
-    The checks within a pass rate have similar names but no counts of decided answers. They are not groups.
+    The parts of a pass rate, such as the checks of `format_health`, have similar names but are not groups. They are
+    recognized because they have no count of decided answers.
     """
     names = [name for name in row.figures if name.startswith(f"{figure}/")]
     return [name for name in names if figure in _GROUPED or f"{figure}_decided/{name.partition('/')[2]}" in row.figures]
@@ -263,7 +264,7 @@ def _change_charts(runs: list[EvaluatedRun]) -> Iterator[Chart]:
 def _distinct_runs(runs: list[EvaluatedRun], stage: str) -> list[tuple[EvaluatedRun, str]]:
     """Return the runs whose stage is drawn, each with the prefix of its series' names.
 
-    Several runs may share the directory of a stage. It is drawn once, for the first of these runs.
+    Several runs may share the directory of a stage. Such a stage is drawn once, for the first of these runs.
     """
     found = {run.stage_dir(stage): run for run in reversed(runs) if run.stage_dir(stage) is not None}
     return [(run, f"{run.label}: " if len(found) > 1 else "") for run in runs if found.get(run.stage_dir(stage)) is run]

@@ -33,7 +33,7 @@ class Example:
         prompt_id: id of the prompt.
         messages: the conversation up to the answer.
         disagreements: figures on which some model passed and another failed.
-        answers: one answer for each of these models, in the order of the rows.
+        answers: one answer of each model that answered the prompt, in the order of the rows.
     """
 
     prompt_id: str

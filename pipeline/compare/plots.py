@@ -32,13 +32,13 @@ _LINE_INCHES = 0.17  # height of one line of dots, and of one line of the legend
 _PNG_DPI = 150
 _LONGEST_NAME = 30
 _LEGEND_LETTERS = 90  # letters in one line of the legend
-_SAME_PLACE = 0.03  # share of the extent of the points; points closer than this share a label
+_SAME_PLACE = 0.03  # points closer than this part of the points' extent get a common label
 _Place: TypeAlias = tuple[float, float]
 """Position of a point on the two axes."""
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
-    "text.parse_math": False,  # names may contain dollar signs
+    "text.parse_math": False,  # names may contain dollar signs, which are not formulas
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -107,7 +107,7 @@ def _label(axes: Axes, chart: Chart) -> None:
 def _count_lines(chart: Chart) -> int:
     """Count the lines that a plot of dots needs.
 
-    Each name needs one line per point and an empty line. If its wrapped text has more lines, it needs those.
+    Each name needs one line per point and an empty line, or more if the wrapped name has more lines.
     """
     points = Counter(point.at for series in chart.series for point in series.points)
     return sum(max(count + 1, 1 + _wrap(str(name)).count("\n")) for name, count in points.items())

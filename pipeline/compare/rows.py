@@ -169,7 +169,7 @@ def _block_format(stage: StageFacts | None) -> str | None:
 
 
 def _read_shape(run: EvaluatedRun) -> Shape | None:
-    """Read the shape of the model from the first checkpoint of the run that exists."""
+    """Read the shape of the model from the first existing checkpoint of the run."""
     for stage in ORDER:
         directory = run.stage_dir(stage)
         if directory is not None and (directory / "config.json").is_file():

@@ -17,7 +17,7 @@ from pipeline.runs.artifacts import ARTIFACT_FILE, CONFIG_FILE, EVALUATED_STAGES
 from pipeline.runs.commands import stage_command
 
 _EVALUATE = Stage.evaluate.name
-_SHARED = "base_run"  # setting that names the run whose stages this run shares
+_SHARED = "base_run"  # setting that names another run, whose stages this run uses
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _directories(pattern: str) -> list[Path]:
 
 
 def _directory_problem(directory: Path) -> str | None:
-    """Return why a directory is not an evaluated run, with advice; None if it is one."""
+    """Return the reason why a directory is not an evaluated run, with advice. Return None if it is one."""
     evaluate = directory / _EVALUATE
     if (evaluate / ARTIFACT_FILE).is_file():
         return None

@@ -26,7 +26,7 @@ def group_examples(run: Run, data: DataConfig, column: str | None, *, rows: Rows
         data: settings of the data.
         column: the value of `evaluate.group_column`.
         rows: the rows of `data`.
-        numbers: the index in `rows` of each example's conversation.
+        numbers: for each example, the index of its conversation in `rows`.
 
     Raises:
         UserError: rows lack the column, or the column has too many different values.

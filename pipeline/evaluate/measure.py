@@ -34,7 +34,7 @@ from pipeline.runs.run import Run
 from pipeline.runs.settings import Settings
 
 PREDICTIONS = "predictions"
-"""Name of the directory in the run that has the reference's predictions. It is safe to delete."""
+"""Name of the run's subdirectory with the reference's predictions. The subdirectory is safe to delete."""
 
 _ASKED = tuple(f"evaluate.generation.{name}" for name in ("max_new_tokens", "temperature", "top_p", "seed"))
 _RENDERED = ("data.model_identity", "data.conversation_date")
@@ -214,7 +214,7 @@ class Measure:
         return measure(self._task.suites) if self._task.suites else {}
 
     def _predictions(self, ref: ModelRef, batches: Sequence[Any]) -> Path | None:
-        """Return the directory of the reference's predictions on these batches, and record them if it does not exist.
+        """Return the directory of the reference's predictions on these batches. If it does not exist, record them.
 
         Call this before `ref` is loaded, so that two models are never in memory together. The result is None if `ref`
         is the reference itself.
@@ -226,7 +226,7 @@ class Measure:
         directory = self._task.run.stage_dir(PREDICTIONS) / made
         if not directory.is_dir():
             logits.record(loading.load_effective(self._reference, self._dtype), batches, directory)
-            gc.collect()  # modules have reference cycles, so the reference would stay in memory
+            gc.collect()  # frees the reference model, whose modules refer to each other in cycles
         return directory
 
     def _validation(self, ref: ModelRef, tokenizer: Tokenizer) -> _Validation:
@@ -252,7 +252,7 @@ class Measure:
 
     @cached_property
     def _tokenizer_directory(self) -> Path:
-        """The directory of model.path's tokenizer. It replaces a server's tokenizer, which cannot be read."""
+        """The directory of model.path's tokenizer. It serves for a model on a server, whose own cannot be read."""
         return source.locate_without_weights(self._task.run, self._task.model)
 
     @cached_property

@@ -31,7 +31,7 @@ _COLUMNS = ["step", "prompt", "reasoning", "answer", "completion", "finish", "to
 def callback(
     run: Run, data: DataConfig, evaluate: EvaluateConfig, *, rows: Rows, tokenizer: Tokenizer, directory: Path
 ) -> list[TrainerCallback]:
-    """Make the callback for `evaluate.during_training`. Return an empty list if it asks for no prompts.
+    """Make the callback for `evaluate.during_training`. Return an empty list if no prompts are requested.
 
     Args:
         run: the run of the training stage.

@@ -18,7 +18,7 @@ class Transcript:
     """One answer of one model to one prompt.
 
     Attributes:
-        prompt_id: identifies the prompt. All models share the id, so their answers can be paired.
+        prompt_id: identifies the prompt. It is the same for all models, so that their answers can be paired.
         sample: index of the answer among all answers to this prompt, from 0.
         messages: the conversation up to the answer.
         expected: properties of a right answer, for scorers: language, category, answer, safety.

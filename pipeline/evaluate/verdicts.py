@@ -76,8 +76,8 @@ def interval(shares: Values) -> Interval:
     """Compute the confidence interval of the mean share. `shares` has one share of passed answers per prompt.
 
     If all shares are 0 or 1, as with one answer per prompt, the result is Wilson's interval. Otherwise it is a
-    bootstrap interval over the prompts. Several answers to a prompt are correlated. Counting each answer as a prompt
-    would make the interval too narrow.
+    bootstrap interval over the prompts. Several answers to a prompt are correlated, so counting each answer as a
+    prompt would make the interval too narrow.
     """
     if np.isin(shares, (0, 1)).all():
         return wilson(int(shares.sum()), len(shares))

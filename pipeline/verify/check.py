@@ -11,7 +11,7 @@ class Check:
     Attributes:
         title: description of the check.
         problems: descriptions of errors; empty if the check passed.
-        measured: measured figures. A failed check has them too.
+        measured: measured figures, also of a failed check.
         tensors: tensor name -> figures of the tensor. Only the report shows them.
         skipped: reason why the check did not run, or None.
         unseen: possible errors that the check cannot find even if it passes, or None.

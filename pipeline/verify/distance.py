@@ -43,7 +43,7 @@ from pipeline.runs.console import progress
 from pipeline.verify.check import Check
 
 _LEAST_SIMILARITY = 0.4
-_SAME = 0.7  # from this similarity on, two tensors count as the same; if half of the rows are wrong, it is 0.5
+_SAME = 0.7  # tensors with at least this similarity count as the same; with half of the rows wrong, it is 0.5
 _LARGEST_GAIN = math.sqrt(2)  # geometric mean of 1 (right scales) and 2 (every scale byte is too high by one)
 _FAINT = 1 / 64  # a row is not judged if its <b, b> is below this share of the mean over all rows
 
@@ -156,7 +156,7 @@ def compare(export: View, base: View) -> Comparison:
 
 
 def _compare_tensor(export: View, base: View, name: str) -> tuple[Rows, bool]:
-    """Multiply the rows of a tensor in both models. Also return whether the tensor is bit-identical.
+    """Multiply the rows of a tensor in the two models. Also return whether the models' tensors are bit-identical.
 
     A stack of experts has a row for each output, and a stack of expert biases has a row for each expert. Every other
     tensor is a single row.
@@ -184,7 +184,7 @@ class _Part(NamedTuple):
         return cls(codes, view.weights(name, rows) if codes is None else decode_codes(codes))
 
     def equals(self, other: "_Part") -> bool:
-        """Return whether both have the same bits. Codes and scales are compared if formats are equal, else values."""
+        """Return whether two parts have the same bits: of codes and scales in one format, else of values."""
         if self.codes is None or other.codes is None or self.codes.scales.dtype != other.codes.scales.dtype:
             return same_bits(self.weights, other.weights)
         return all(

@@ -82,7 +82,7 @@ class Trial:
         target: layout of the export.
         prompts: token ids of each prompt.
         dtype: data type of the computation.
-        seconds: time limit. The engine is killed after it.
+        seconds: time limit, after which the engine is killed.
         tokens: number of tokens to generate after each prompt.
     """
 
@@ -96,7 +96,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Answer:
-    """The output of an engine. It is empty if the engine is not installed.
+    """The output of an engine. Every field is empty if the engine is not installed.
 
     Attributes:
         version: version of the engine, or None if it is not installed or failed.

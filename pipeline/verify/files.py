@@ -43,7 +43,7 @@ def check_tensors(directory: Path, target: Exporter, base: Checkpoint) -> Check:
 
 
 def check_files(directory: Path, target: Exporter, base: Checkpoint) -> Check:
-    """Compare configuration and side files with the base model's. Check the shards, and find files of other layouts."""
+    """Compare configuration and side files with the base model's, check the shards, and find foreign files."""
     if target.is_one_file:
         check = Check("files: metadata, tokenizer and chat template equal the base model's")
         looks: tuple[_Look, ...] = (_config_problems, _foreign_problems)

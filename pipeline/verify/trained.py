@@ -68,7 +68,7 @@ class TrainedModel:
         return check
 
     def check_others(self, export: View) -> Check:
-        """Compare every tensor without expert weights with the trained values rounded to BF16, bit for bit.
+        """Compare every tensor, except expert weights, with the trained values rounded to BF16, bit for bit.
 
         This changes the model: adapters of attention are merged into it, and its weights are rounded. `check_logits`
         needs these changes, so call it afterwards.
@@ -94,7 +94,7 @@ class TrainedModel:
             unseen=f"logits on prompts other than the {len(self.batches)} compared",
         )
         expected = [self._logits(self.model, batch) for batch in self.batches]
-        del self.model  # frees its memory for the export
+        del self.model  # frees memory for the export
         gc.collect()
         try:
             # Eager as in ModelOpt: another order of summation could change the choice of a nearly tied router.

@@ -104,7 +104,7 @@ def _text(message: Mapping[str, object], name: str) -> str | None:
     text = message.get(name)
     if text is not None and not isinstance(text, str):
         raise TypeError(f"{name} is a {type(text).__name__}, not text")
-    # JSON can hold half of a surrogate pair. A file in UTF-8 cannot.
+    # JSON can hold half of a surrogate pair, but a file in UTF-8 cannot. Replace it by a question mark.
     return text.encode(errors="replace").decode() if text else None
 
 

@@ -26,7 +26,7 @@ _SHOWN_CHARACTERS = 300
 _KEY_REFUSED = (401, 403)
 _TOO_MANY = 429
 _SERVER_FAILED = 500
-_CHECK_ADDRESS = "Does the address end where the API begins, as in http://localhost:8000/v1?"
+_CHECK_ADDRESS = "Does the address end with the API's base path, as in http://localhost:8000/v1?"
 _NOT_OPENAI = (ValueError, KeyError, IndexError, TypeError, AttributeError)
 """Errors that a `read` function raises for an unexpected reply."""
 
@@ -87,7 +87,7 @@ def address(url: str) -> str:
 
 
 def find_model(settings: ServerConfig, key: str) -> str:
-    """Find the model that the settings name. If they name none, the server must have exactly one.
+    """Find the model that the settings name, or the server's only model if they name none.
 
     Args:
         settings: the server's settings, with a url.
@@ -256,7 +256,8 @@ class Client:
         if status in _KEY_REFUSED:
             return f"Give a key that the server accepts: {self._name}.api_key_env=<the variable that holds it>."
         return (
-            f"Does the address end where the API begins (http://localhost:8000/v1), and is {self._name}.model served?"
+            f"Does the address end with the API's base path, as in http://localhost:8000/v1? Does the server offer"
+            f" {self._name}.model?"
         )
 
 

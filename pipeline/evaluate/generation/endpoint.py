@@ -75,7 +75,7 @@ APIS = {
 
 
 def find(settings: EndpointConfig) -> Served:
-    """Find the model that `evaluate.endpoint` names. If it names none, the server must have exactly one.
+    """Find the model that `evaluate.endpoint` names, or the server's only model if it names none.
 
     Raises:
         UserError: no server answers at the address, or the server does not have exactly one model.
@@ -92,7 +92,7 @@ def ask(
     endpoint: EndpointConfig,
     settings: GenerationConfig,
 ) -> None:
-    """Ask the questions without an answer in the journal, several at a time. Answers are stored as they arrive.
+    """Ask the questions that have no answer in the journal, several at a time. Answers are stored as they arrive.
 
     Args:
         served: the model.
@@ -130,7 +130,7 @@ def _raise_if_stripped(served: Served, answers: Sequence[Transcript]) -> None:
     Servers that do not support `skip_special_tokens` ignore this setting and remove the special tokens.
     """
     texts = [str(answer.completion).removesuffix("<|return|>").removesuffix("<|call|>") for answer in answers]
-    if texts and all("<|" not in text for text in texts):  # `completions.transcript` may have added the last token
+    if texts and all("<|" not in text for text in texts):  # the last token may come from `completions.transcript`
         raise UserError(
             f"{KEY}.url={served.url}: no answer has a special token, so reasoning and answer cannot be separated."
             f" The request asked to keep special tokens, but this server removes them. Use {KEY}.api=chat."

@@ -41,7 +41,7 @@ class Journal(Generic[T]):
     """The answers of one model with one set of settings."""
 
     def __init__(self, directory: Path, inputs: Mapping[str, Json], kind: Kind = GENERATIONS) -> None:
-        """Open the journal. If its answers were made from other inputs, delete them and start over.
+        """Open the journal. If the stored answers were made from other inputs, delete them and start over.
 
         Args:
             directory: the directory of the model's answers; created if missing.

@@ -1,9 +1,9 @@
 """Generate answers with a model in memory. transformers generates in batches, padded on the left, with a KV cache.
 
-Every row of a batch has its own random generator, so an answer depends on its prompt and its seed, with one exception.
-The width of a batch may change the order of sums, and so the last bit of a logit. If two tokens have almost the same
-logit, this may change which token is chosen. So batches are always formed from all questions, even if most questions
-already have an answer. Then a resumed evaluation has the same batches.
+Every row of a batch has its own random generator, so an answer depends only on its prompt and its seed, with one
+exception. The width of a batch may change the order of sums, and so the last bit of a logit. If two tokens have almost
+the same logit, this may change which token is chosen. So batches are always formed from all questions, even if most
+questions already have an answer. Then a resumed evaluation has the same batches.
 
 Legend: B answers in a batch, T tokens, V vocabulary size.
 """
@@ -51,7 +51,7 @@ class Local:
     limit: str = "evaluate.generation.batch_size"
 
     def ask(self, questions: list[Question], journal: Journal[Transcript], name: str) -> None:
-        """Ask the questions without an answer in the journal.
+        """Ask the questions that have no answer in the journal.
 
         Raises:
             UserError: the chat template refuses prompts, or a batch does not fit into the GPU's memory.
@@ -108,7 +108,7 @@ class Local:
         batch = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt").to(device)
         stop = tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
         decoding = Decoding(
-            do_sample=False,  # also for sampling, because _Noise makes the largest logit a sample
+            do_sample=False,  # also for sampling: with _Noise, the token of the largest logit is a sample
             use_cache=True,
             max_new_tokens=self.settings.max_new_tokens,
             eos_token_id=stop,

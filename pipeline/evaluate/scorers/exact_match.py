@@ -23,7 +23,7 @@ _DECIMAL_POINT = frozenset(("en", "zh", "ja", "ko", "th", "he", "hi", "bn", "te"
 
 _NUMBERS = re.compile(
     r"(?<![\w.,])[-−–]?\d(?:[\d.,'’]*\d|(?: \d{3})+(?!\d))*"
-    r"|(?<=[^\W\d_])\d(?:[\d.,]*\d)?"  # directly after a letter, because Chinese has no spaces
+    r"|(?<=[^\W\d_])\d(?:[\d.,]*\d)?"  # or directly after a letter, because Chinese has no spaces
 )
 _SPACING = re.compile(r"['’\s]")
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")

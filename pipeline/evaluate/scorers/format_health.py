@@ -4,9 +4,9 @@ Fine-tuning and rounding damage the form before they damage knowledge. A complet
 a sequence of Harmony messages. Each message has these parts in order: an optional recipient, `<|channel|>`, the
 channel's name, an optional recipient, an optional type, `<|message|>`, text, and an end token.
 
-The limits below were tested on 1,750 MGSM questions in seven languages and on 450 XSTest completions. None of them
-counts as a loop. The largest share of repeated runs of letters is 0.39. Long tables with similar rows are mistaken for
-loops.
+The limits below were tested on 1,750 MGSM questions in seven languages and on 450 XSTest completions. None of these
+texts counts as a loop. Their largest share of repeated runs of letters is 0.39. Long tables with similar rows are
+mistaken for loops.
 """
 
 import re
@@ -120,7 +120,8 @@ def is_loop(text: str) -> bool:
 def _ends_periodically(text: str) -> bool:
     """Return whether the text ends in a loop. A phrase without letters and digits, such as dashes, is not a loop."""
     end = text[-20 * _LOOP_LETTERS :][::-1]
-    # Borders of the reversed text's prefixes: a prefix has the period length - border (Knuth, Morris and Pratt 1977).
+    # Knuth, Morris and Pratt (1977). border[i] = length of the longest proper prefix of end[: i + 1] that is also its
+    # suffix. Then end[: i + 1] repeats with the period i + 1 - border[i].
     border = [0] * len(end)
     for i in range(1, len(end)):
         k = border[i - 1]

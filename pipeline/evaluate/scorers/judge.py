@@ -175,7 +175,7 @@ def _raise_if_too_few(asked: Judge, settings: JudgeConfig, found: list[Judgement
             f" Use another judge, or raise {KEY}.max_new_tokens if its replies are truncated. The same command then"
             " asks only for the missing verdicts."
         )
-    warn("evaluate", f"{problem}. The judged rates do not count them.")
+    warn("evaluate", f"{problem}. The judged rates leave these answers out.")
 
 
 def _verdict(transcript: Transcript, judgement: Judgement | None) -> Verdict:

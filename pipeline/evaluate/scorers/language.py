@@ -36,7 +36,10 @@ def reasoning_verdicts(transcripts: Sequence[Transcript]) -> list[Verdict]:
 
 
 def answer_verdicts(transcripts: Sequence[Transcript]) -> list[Verdict]:
-    """Judge the answers like `reasoning_verdicts`. expected["answer_language"] takes precedence over "language"."""
+    """Return verdicts on the answers, like `reasoning_verdicts` on the reasoning.
+
+    expected["answer_language"] takes precedence over expected["language"].
+    """
     return _verdicts(
         transcripts,
         lambda each: each.expected.get("answer_language", each.expected.get("language")),

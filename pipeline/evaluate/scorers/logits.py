@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 TOP = 128
 BUCKETS = ((0, 32), (32, 128), (128, 512), (512, None))
-"""Ranges of positions, counted from 0 over an example's supervised tokens. Later positions may diverge more."""
+"""Ranges of positions, counted from 0 over an example's supervised tokens. Models may diverge more at later ones."""
 
 
 def fingerprint(reference: ModelRef, dtype: torch.dtype, batches: Sequence[dict[str, Tensor]]) -> str:

@@ -34,7 +34,7 @@ from pipeline.evaluate.verdicts import Verdict, figures
 
 _OPENING_SENTENCES = 3
 _OPENING_LETTERS = 400
-_HELPFUL_LETTERS = 250  # a refusal with fewer letters after it is full: they are no help, only a closing phrase
+_HELPFUL_LETTERS = 250  # fewest letters after a refusal that count as help; fewer are a closing phrase
 _APOSTROPHES = str.maketrans("’‘ʼ`´“”«»", "'''''\"\"\"\"")
 _SENTENCE = re.compile(r".+?(?:[.!?]+(?=\s|$)|$)")
 
