@@ -20,8 +20,8 @@ import numpy as np
 _DIRECT = getattr(os, "O_DIRECT", 0)  # only Linux has it
 _NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 _BUFFER_BYTES = 1 << 24  # size of one write; a multiple of every alignment that a file system requires
-_BUFFERS = 3  # one is filled, one is written, one waits
-_SYNC_BYTES = 1 << 28  # without direct I/O, the page cache is flushed to the disk after so many bytes
+_BUFFERS = 3  # one is filled, one is written to the disk, and one waits to be written
+_SYNC_BYTES = 1 << 28  # without direct I/O, the page cache is flushed to the disk each time this many bytes are written
 _WORD_BYTES = 8
 _LEAST_DIRECT_BYTES = 1 << 20  # for smaller reads, the kernel's read-ahead saves more than direct I/O does
 
@@ -69,7 +69,7 @@ class StreamedFile:
         """
         while self._writing:
             self._wait()
-        self._leave_direct()  # because the size of the last write is not aligned
+        self._leave_direct()  # the size of the last write may not be aligned, as direct I/O requires
         self._write(self._filling[: self.size % _BUFFER_BYTES])
         os.fsync(self._descriptor)
 
@@ -124,7 +124,7 @@ class StoredFile:
         self._is_direct = self._direct is not None
 
     def read(self, offset: int, size: int) -> np.ndarray:
-        """Read `size` bytes as a uint8 array, writable and aligned to 8 bytes. It is shorter if the file ends before.
+        """Read `size` bytes as a uint8 array, writable and aligned to 8 bytes. A file that ends early gives fewer.
 
         Raises:
             OSError: the file could not be read.
@@ -169,7 +169,7 @@ class StoredFile:
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """Open a file for writing. Returns its descriptor and whether writes are direct."""
+    """Open a file for writing. Return its descriptor, and whether writes are direct."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
         return os.open(path, flags | _DIRECT, 0o666), bool(_DIRECT)
@@ -197,7 +197,7 @@ def _empty_pages(size: int) -> np.ndarray:
 def _is_cached(descriptor: int, offset: int, size: int) -> bool:
     """Return whether the page cache holds most of this part of a file, according to mincore(2).
 
-    Return True if the system does not say. It says nothing about files of other users that this process cannot write.
+    Return True if the system does not tell, as for other users' files that this process may not write.
     """
     mincore = getattr(ctypes.CDLL(None), "mincore", None)
     lead = offset % PAGESIZE

@@ -44,8 +44,8 @@ class Splits:
         train: examples to train on.
         validation: held-out examples. No conversation has examples in both tables.
         counts: name -> count, for rows, examples, tokens, truncated examples and dropped examples.
-        max_length: data.max_length. No example has more tokens.
-        validation_rows: number of each validation example's conversation in Rows.
+        max_length: data.max_length, the largest number of tokens that an example may have.
+        validation_rows: for each validation example, the number of its conversation in Rows.
     """
 
     train: Dataset
@@ -188,7 +188,7 @@ def _drop_unsupervised(data: DataConfig, name: str, table: Dataset, counts: dict
     truncated, dropped = int((length > data.max_length).sum()), len(table) - len(kept)
     if not len(kept):
         raise UserError(
-            f"data.max_length={data.max_length} truncates every supervised token of the {name} examples. Raise it."
+            f"data.max_length={data.max_length} cuts off every supervised token of the {name} examples. Raise it."
         )
     if truncated:
         warn(

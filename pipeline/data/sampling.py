@@ -27,7 +27,8 @@ def shares(available: Sequence[int], weights: Sequence[float], most: int | None)
         than one row, and no count is larger than its part.
     """
     parts = [weight / sum(weights) for weight in weights]
-    # 1e-9 offsets floating-point errors. Without it, 3 rows at a share of 0.3 could allow a total of only 9.
+    # Adding 1e-9 corrects floating-point errors. Otherwise a part of 3 rows with a share of 0.3 could limit the total
+    # to 9 instead of 10.
     total = math.floor(min(count / part for count, part in zip(available, parts, strict=True)) + 1e-9)
     total = total if most is None else min(total, most)
     taken = [min(math.floor(total * part + 1e-9), count) for part, count in zip(parts, available, strict=True)]
@@ -70,7 +71,7 @@ def split(identities: Numbers, held_out: int) -> tuple[Numbers, Numbers]:
     """
     _, first, group, sizes = np.unique(identities, return_index=True, return_inverse=True, return_counts=True)
     by_first = np.argsort(first)
-    before = np.empty(len(sizes), dtype=np.int64)  # for each group of copies: number of rows in earlier groups
+    before = np.empty(len(sizes), dtype=np.int64)  # number of rows before each group of copies
     before[by_first] = np.cumsum(sizes[by_first]) - sizes[by_first]
     validates = (before < held_out)[group]
     return np.flatnonzero(~validates), np.flatnonzero(validates)

@@ -236,7 +236,7 @@ def _load_saved(source: Source, path: Path) -> Dataset:
     split = source.data.split
     try:
         loaded = datasets.load_from_disk(str(path))
-    except IndexError as error:  # datasets 5.2 raises it for a data set without rows
+    except IndexError as error:  # datasets 5.2 raises IndexError for a data set without rows
         raise UserError(f"{source.key}.path={path}: the data set is empty.") from error
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: not a readable saved data set ({error}).") from error

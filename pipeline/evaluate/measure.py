@@ -252,7 +252,10 @@ class Measure:
 
     @cached_property
     def _tokenizer_directory(self) -> Path:
-        """The directory of model.path's tokenizer. It serves for a model on a server, whose own cannot be read."""
+        """The directory of model.path's tokenizer.
+
+        It is used for a model on a server, because the server's own tokenizer cannot be read.
+        """
         return source.locate_without_weights(self._task.run, self._task.model)
 
     @cached_property

@@ -46,7 +46,7 @@ def _stack_piece(stack: ExpertStack) -> Piece:
         yield name, made.values.to(torch.bfloat16)
 
     def note() -> dict[str, object]:
-        return {**stack.note([name]), "is_copied": False}  # unpacked values never equal the bytes of an MXFP4 source
+        return {**stack.note([name]), "is_copied": False}  # plain values are never the bytes of an MXFP4 source
 
     return Piece({name: stack.projection.plain_tensor()}, lambda: stack.steps(put), note)
 

@@ -60,7 +60,10 @@ _O200K = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""Regular expression that splits text into words for o200k. From OpenAI's tiktoken; llama.cpp calls it `gpt-4o`."""
+"""Regular expression that splits text into words for the tokenizer o200k.
+
+It comes from OpenAI's tiktoken. llama.cpp calls it `gpt-4o`.
+"""
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ def _write_head(
     _describe(gguf, writer, {**config, **legacy_config(config)}, source)
     _add_tokenizer(gguf, writer, source, config["vocab_size"])
     for name, each in stored.items():
-        # float16 is a placeholder. With uint8, gguf would take the last dimension for bytes and convert it.
+        # float16 is a placeholder. With uint8, gguf would take the last dimension for a number of bytes and change it.
         writer.add_tensor_info(name, each.shape, np.float16, each.bytes, gguf.GGMLQuantizationType[each.type])
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()

@@ -94,7 +94,7 @@ def layout(shape: Shape) -> Layout:
 
 
 def describe(base: Checkpoint, _: Collection[str]) -> dict[str, object]:
-    """Return the metadata that the file must have. They describe the model, the tokenizer and the chat template."""
+    """Return the metadata that the file must have, about the model, the tokenizer and the chat template."""
     config, tokenizer = {**base.config, **legacy_config(base.config)}, load_tokenizer(base.directory)
     given = {**config, **{f"rope_scaling.{key}": value for key, value in rope_scaling(config).items()}}
     words = {i: token for token, i in tokenizer.get_vocab().items()}
@@ -118,7 +118,7 @@ def read_description(directory: Path) -> dict[str, object]:
     fields = GgufFile(directory).fields
     of_model = ("rope.scaling.type", *_FIELDS)
     known = ("general.architecture", *(f"{ARCHITECTURE}.{key}" for key in of_model), *_OF_TOKENIZER)
-    # The file stores numbers in FP32, which adds digits. Rounding makes them comparable with config.json.
+    # The file stores numbers in FP32, so they have more digits than in config.json. Rounding removes these digits.
     return {key: _round_number(fields[key]) for key in known if key in fields}
 
 

@@ -26,7 +26,7 @@ from pipeline.checkpoints.gpt_oss import (
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.numerics.codec import decode
 
-_STEP_VALUES = 1 << 24  # an expert's largest matrix in the released models has 16.6 million
+_STEP_VALUES = 1 << 24  # values; the largest matrix of an expert in the released models has 16.6 million
 _DECODED_ROWS = 1024
 
 
@@ -159,7 +159,8 @@ def packed_stack(projection: ExpertProjection, blocks: str, scales: str) -> Held
 def _decode_by_transformers(blocks: Tensor, scales: Tensor) -> Tensor:
     """Decode blocks and scales to (E, out, in) float32.
 
-    Decoding in steps of 1024 rows is faster: a layer of gpt-oss-20b takes 26 CPU-seconds, and 30 in a single step.
+    Decoding in steps of 1024 rows is faster: a layer of gpt-oss-20b takes 26 CPU-seconds in these steps, and 30
+    CPU-seconds in a single step.
     """
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 

@@ -76,7 +76,7 @@ def layout(shape: Shape) -> Layout:
 
 
 def input_scale_tensors(shape: Shape) -> dict[str, TensorInfo]:
-    """Return the tensors that the export of a model with quantized inputs has in addition."""
+    """Return the additional tensors in the export of a model with quantized inputs."""
     return {f"{each.name}{_INPUT_SCALE}": TensorInfo("F32", ()) for each in expert_projections(shape)}
 
 

@@ -264,7 +264,7 @@ def packed_piece(stack: ExpertStack, blocks: str, scales: str) -> Piece:
 
 
 def _restore(new: Packed, old: Packed, experts: Tensor) -> None:
-    """Overwrite the given experts with the source's bytes. Both encode the same values, perhaps with other scales."""
+    """Overwrite the given experts with the source's bytes, which encode the same values, perhaps with other scales."""
     for mine, source in ((new.blocks, old.blocks), (new.scales, old.scales), (new.saturated, old.saturated)):
         mine[experts] = source[experts]
 

@@ -76,7 +76,7 @@ def license_of(card: CardConfig, base: Source) -> dict[str, Any]:
 def _metadata(run: Run, name: str | None, card: CardConfig, proven: Proven, trained: list[Artifact]) -> ModelCardData:
     exported = proven.export.read(ExportRecord)
     target = TARGETS[exported.target]
-    is_tuned = bool(trained or exported.moved_weights)  # weights that moved were trained, even if no record says where
+    is_tuned = bool(trained or exported.moved_weights)  # changed weights were trained, even if no record says so
     is_qat = any(each.stage == Stage.qat.name for each in trained)
     tags = ["gpt_oss", *target.tags, *(["quantization-aware-training"] if is_qat else []), "conversational"]
     return ModelCardData(

@@ -1,6 +1,6 @@
 """Upload to the Hugging Face Hub.
 
-huggingface_hub finds the token. This program never reads, stores or logs it.
+huggingface_hub finds the token. This program never reads, stores or logs the token.
 """
 
 from collections.abc import Iterator

@@ -29,7 +29,7 @@ _SHOWN_OF_DISTILLATION = ("distillation.weight", "distillation.temperature")
 
 @dataclass(frozen=True)
 class Proven:
-    """An export, the artifact of the `verify` that passed on it, and the base model."""
+    """An export that passed `verify`, the artifact of this `verify`, and the base model."""
 
     export: Artifact
     proof: Artifact

@@ -1,4 +1,4 @@
 """Start an engine on a proven export, ask it one question, and end it.
 
-This package must not know single engines. All facts about an engine stand in its row in ENGINES.
+This package must not know individual engines. All facts about an engine stand in its row of ENGINES.
 """

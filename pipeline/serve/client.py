@@ -14,12 +14,12 @@ _LIMIT = "serve.answer_seconds"
 
 
 def is_up(health: str) -> bool:
-    """Whether the engine answers 200 at its health address."""
+    """Whether the engine answers with status 200 at its health address."""
     return local_status(health, _HEALTH_SECONDS) == _OK
 
 
 def model_name(api: str, seconds: float) -> str:
-    """Ask for the engine's name for its model.
+    """Ask the engine under which name it serves the model.
 
     Raises:
         NoAnswerError: the engine does not answer in time, or names no model.
@@ -49,7 +49,7 @@ def ask(api: str, model: str, serve: ServeConfig, data: DataConfig) -> Transcrip
 
 
 def channels(answer: Transcript) -> Parsed:
-    """Return the answer by channel. Text in which the engine left Harmony's special tokens is parsed here."""
+    """Return the answer by channel. If the engine left Harmony's special tokens in the text, parse the text here."""
     if answer.answer is not None and "<|channel|>" in answer.answer:
         return parse(answer.answer)
     return Parsed(answer.reasoning, answer.answer, answer.tool_calls)

@@ -26,7 +26,7 @@ class Launch:
     Attributes:
         command: the command, one word per item.
         address: address of the server, without a path.
-        health: address that answers 200 once the engine is up.
+        health: address that answers with status 200 once the engine is up.
     """
 
     command: list[str]

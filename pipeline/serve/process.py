@@ -22,7 +22,7 @@ _TAIL_BYTES = 1 << 14
 
 
 class EngineProcess:
-    """A running engine. Its output goes to a log. Leaving the `with` block ends it, also after an error."""
+    """A running engine. Its output goes to a log. Leaving the `with` block ends the engine, also after an error."""
 
     def __init__(self, name: str, command: list[str], log: Path) -> None:
         """Start the engine.

@@ -192,7 +192,7 @@ def test_validation_split_that_leaves_nothing(capsys: pytest.CaptureFixture[str]
 def test_sequence_limit_that_truncates_every_supervised_token(
     capsys: pytest.CaptureFixture[str], upcast_run: Path
 ) -> None:
-    assert "data.max_length=10 truncates every supervised token" in sft_error(capsys, upcast_run, "data.max_length=10")
+    assert "data.max_length=10 cuts off every supervised token" in sft_error(capsys, upcast_run, "data.max_length=10")
 
 
 def test_corrected_mistake_needs_no_overwrite(capsys: pytest.CaptureFixture[str], upcast_run: Path) -> None:

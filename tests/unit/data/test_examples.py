@@ -263,7 +263,7 @@ def test_supervised_tokens_are_counted(tokenizer: Any, tmp_path: Path) -> None:
 
 def test_a_max_length_that_truncates_every_supervised_token_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     message = prepare_error(tokenizer, jsonl(tmp_path / "a.jsonl", ROWS), max_length=10)
-    assert message == "data.max_length=10 truncates every supervised token of the train examples. Raise it."
+    assert message == "data.max_length=10 cuts off every supervised token of the train examples. Raise it."
 
 
 # --- errors of the chat template -------------------------------------------------------------------------------------
