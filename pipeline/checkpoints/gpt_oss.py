@@ -4,8 +4,8 @@ Legend: E = experts, H = hidden size, I = intermediate size, nb = blocks per row
 
 Hugging Face checkpoints come in two layouts, which differ only in the expert weights:
 - Packed, as released: each projection is `…_blocks` (E, out, nb, 16) and `…_scales` (E, out, nb), both uint8.
-- Plain, as transformers trains: `gate_up_proj` is (E, H, 2I) and `down_proj` is (E, I, H). Both are (E, in, out), the
-  transpose of the packed order.
+- Plain, as transformers trains: `gate_up_proj` is (E, H, 2I) and `down_proj` is (E, I, H). Both are
+  (E, in, out), the transpose of the packed order.
 Blocks run along `in` in both layouts. The columns of gate_up alternate: gate, up, gate, up.
 """
 

@@ -263,7 +263,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 def _data_offsets(path: Path) -> dict[str, int]:
     """Map each tensor's name to the position of its data in the file.
 
-    This is needed to read rows, which safetensors can do only by mapping the file.
+    Reading rows needs these positions, because safetensors can read rows only by mapping the file.
 
     Raises:
         UserError: the header has two tensors with the same name. Different readers would take different ones.

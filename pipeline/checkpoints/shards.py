@@ -37,7 +37,10 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 """Size limit of one weight file in bytes, for stages without a setting for it."""
 STEP_BYTES = 1 << 26
-"""Approximate output of one step in bytes. It is large enough to be fast, but several steps fit in memory."""
+"""Approximate output of one step in bytes.
+
+Such a step is large enough to be fast, and several of them fit in memory.
+"""
 
 _AHEAD = 2  # number of steps that may wait to be converted, and of parts that may wait to be written
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -126,7 +129,7 @@ class _Record(TypedDict):
 
 
 def write_sharded(directory: Path, pieces: list[Piece], shard_bytes: int, what: str) -> Written:
-    """Write pieces as shards of at most `shard_bytes`, and the index. A larger piece gets its own shard.
+    """Write pieces as shards of at most `shard_bytes`, and the index. A piece above this limit gets its own shard.
 
     If an earlier run of the same conversion was interrupted, its finished shards are kept.
 
@@ -235,7 +238,7 @@ def _convert(i: int, step: Step | None, read: Future | None) -> Iterator[tuple[i
 
 
 class _Output:
-    """Writes shards with two threads. One hashes parts and appends them, the other writes to the disk."""
+    """Writes shards with two threads. One thread hashes parts and appends them, the other writes to the disk."""
 
     def __init__(self, advance: Callable[[int], object]) -> None:
         self.begun: dict[int, _Shard] = {}

@@ -62,7 +62,7 @@ class Table:
 
 
 def _show_figure(name: str, form: Callable[[float], str]) -> Callable[[Row], str]:
-    """Make the `show` of a column for one figure. It formats the value and the interval, if any, with `form`.
+    """Make the `show` of a column for one figure. `form` formats the value, and the interval, if any.
 
     A model that lacks the figure gets a dash.
     """

@@ -138,7 +138,7 @@ def _split(data: DataConfig, rows: Rows, chosen: Numbers) -> tuple[Numbers, Numb
 
 
 def _tokenize(run: Run, name: str, rows: Rows, numbers: Numbers, *, rendering: Rendering, max_length: int) -> Dataset:
-    """Return a table with all examples of these rows. It includes examples without a supervised token."""
+    """Return a table with all examples of these rows. The table includes examples without a supervised token."""
     chosen = xxhash.xxh3_128_hexdigest(numbers.tobytes())
     settings = vars(rendering) | {"tokenizer": _fingerprint(rendering.tokenizer)}
     key = ("examples", rows.fingerprint, chosen, settings, max_length, digest_of_files([*CODE, Path(__file__)]))

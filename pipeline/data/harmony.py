@@ -219,7 +219,7 @@ def _render(messages: list[Message], conversation: Conversation, rendering: Rend
             tokenize=False,
             add_generation_prompt=for_generation,
             reasoning_effort=conversation.reasoning_effort or rendering.reasoning_effort,
-            # The template calls `strftime_now` to get today's date. This variable replaces that function.
+            # The template calls `strftime_now` to get today's date. This variable replaces `strftime_now`.
             strftime_now=lambda _: rendering.conversation_date,
             **identity,
         )

@@ -214,7 +214,7 @@ class Measure:
         return measure(self._task.suites) if self._task.suites else {}
 
     def _predictions(self, ref: ModelRef, batches: Sequence[Any]) -> Path | None:
-        """Return the directory of the reference's predictions on these batches. If it does not exist, record them.
+        """Return the directory of the reference's predictions on these batches. Record missing predictions first.
 
         Call this before `ref` is loaded, so that two models are never in memory together. The result is None if `ref`
         is the reference itself.

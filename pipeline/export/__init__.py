@@ -1,6 +1,6 @@
 """Writes checkpoints for serving. Each target in TARGETS has one file here, which writes and reads the target's layout.
 
-This package must not depend on how a model was trained. It exports the weights of every model in the same way.
+This package must not depend on how a model was trained. The weights of every model are exported in the same way.
 """
 
 import importlib

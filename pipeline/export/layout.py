@@ -1,7 +1,7 @@
 """Reads exports of every layout. A layout maps each plain tensor to stored tensors, so one check serves all layouts.
 
 Each target defines its layout next to its writer. Tensors can be read in two ways:
-- All tensors can be decoded by another project's code. This proves that every bit is right.
+- All tensors can be decoded by another project's code. A comparison of these values proves every bit.
 - Packed experts can be read as codes and scales. This is faster, and sufficient to compare two checkpoints.
 
 Legend: E = experts of one part, in and out = dimensions of the matrix, nb = blocks per row = in / block size.
@@ -146,7 +146,7 @@ def stored_tensors(layout: Layout) -> dict[str, TensorInfo]:
 
 
 def others_layout(shape: Shape) -> Layout:
-    """Return the layout of all tensors except expert weights. Each is stored under its plain name."""
+    """Return the layout of all tensors except expert weights. Each tensor is stored under its plain name."""
     return {name: Held({name: info}) for name, info in other_tensors(shape).items()}
 
 

@@ -127,10 +127,10 @@ class ExpertStack:
     If the source has the same format, experts that training did not change keep the source's bytes.
 
     Attributes:
-        survival: statistics of how much of the training survives rounding, summed over the experts converted so far.
+        survival: sums for the share of weight changes that survives rounding, over the experts converted so far.
         copied_experts: number of these experts that are copied from the source.
-        other_than_trained: number of exported weights that differ from the rounded weights that training used. It stays
-            0 if training rounded to the same format or did not round.
+        other_than_trained: number of exported weights that differ from the rounded weights that training used. The
+            number stays 0 if training rounded to the same format or did not round.
     """
 
     job: Job

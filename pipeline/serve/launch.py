@@ -52,7 +52,7 @@ def plan(serve: ServeConfig, export: Artifact, *, name: str, gpus: int, found: l
         export: the export to serve.
         name: name under which the engine offers the model.
         gpus: number of visible GPUs.
-        found: problems that the caller has found. They are reported together with new ones.
+        found: problems that the caller has found. These problems are reported together with new ones.
 
     Raises:
         UserError: the engine cannot read the export, lacks a setting, or cannot divide the model by the
@@ -76,7 +76,10 @@ def plan(serve: ServeConfig, export: Artifact, *, name: str, gpus: int, found: l
 
 
 def largest_parallel(shape: Shape, gpus: int) -> int:
-    """Return the largest tensor-parallel size, up to `gpus`, that divides each layer evenly. It is 1 without GPUs."""
+    """Return the largest tensor-parallel size, up to `gpus`, that divides each layer evenly.
+
+    The size is 1 without GPUs.
+    """
     return max((size for size in range(2, gpus + 1) if not _undivided(shape, size)), default=1)
 
 

@@ -35,7 +35,8 @@ def check_against_base(directory: Path, target: str, base: Path, copied: list[st
         directory: directory of the export.
         target: layout of the export, a row of EXPORTERS.
         base: directory of the base model.
-        copied: names of the stored tensors that the export lists as copied from the base model. None if it has no list.
+        copied: names of the stored tensors that the export lists as copied from the base model. None if the export has
+            no list.
     """
     layout, reference = EXPORTERS[target], Checkpoint(base)
     tensors, files = check_tensors(directory, layout, reference), check_files(directory, layout, reference)

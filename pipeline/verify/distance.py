@@ -253,7 +253,7 @@ ARRANGEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _expert_origin(export: View, base: View, projection: ExpertProjection, expert: int) -> str:
-    """Describe the base weights that an expert resembles: its own in a wrong order, or those of another expert."""
+    """Describe the base weights that an expert resembles: its own in a wrong order, or another expert's."""
     have, own = _read_expert(export, projection, expert), _read_expert(base, projection, expert)
     for name, arrange in ARRANGEMENTS.items():
         if _resembles(have, arrange(own)):

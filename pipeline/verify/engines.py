@@ -15,9 +15,9 @@ Largest divergence of a correct engine in FP32 (`nats` in LIBRARIES):
 
 In BF16 (`model.dtype`) each sum is rounded to 8 bits, and a nearly tied router may choose another expert. Then single
 prompts diverge far although nothing is wrong. The table compares transformers in BF16 with itself: in FP32, and in BF16
-with another order of sums. The first model is the tiny model after the short training of `smoke`. The others are random
-models with 8 layers, hidden size 768, 16 experts and the released vocabulary. Brackets give the standard deviation of
-their logits.
+with another order of sums. The first model is the tiny model after the short training of `smoke`. The other models
+are random, with 8 layers, hidden size 768, 16 experts and the released vocabulary. Brackets give the standard deviation
+of their logits.
 
     nats, median / worst     positions   BF16 and FP32        BF16, experts in another order of sums
     tiny, trained            2112        5e-5 / 2.3e-2        2e-5 / 2.1e-2
@@ -231,7 +231,8 @@ def measure_divergence(have: Tensor, want: Tensor) -> dict[str, float]:
 
     Returns:
         The divergence at the worst prompt and at the median prompt, the largest difference of log-probabilities, and
-        the share of prompts with the same likeliest token. Both divergences are NaN if any prompt's is not finite.
+        the share of prompts with the same likeliest token. Both divergences are NaN if the divergence of any prompt is
+        not finite.
     """
     q, p = have.double()[:, : want.shape[1]], want.double()[:, : have.shape[1]]
     nats = (p.exp() * (p - q)).sum(-1)
@@ -246,7 +247,10 @@ def measure_divergence(have: Tensor, want: Tensor) -> dict[str, float]:
 
 
 def prompts(examples: Iterable[Mapping[str, Sequence[int]]]) -> list[list[int]]:
-    """Return two prompts for each conversation. The first ends before the answer, the second in its middle."""
+    """Return two prompts for each conversation.
+
+    The first prompt ends before the answer, the second in the middle of the answer.
+    """
     found = []
     for example in examples:
         ids, labels = list(example["input_ids"])[:_LONGEST], list(example["labels"])[:_LONGEST]

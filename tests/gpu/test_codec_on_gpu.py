@@ -106,7 +106,7 @@ def test_a_gpu_decodes_every_code_and_scale_of_mxfp4_as_a_cpu_does(dtype: torch.
 
 
 def test_a_gpu_converts_mxfp4_to_the_nvfp4_of_a_cpu() -> None:
-    """Some blocks are out of range. They are rounded and counted."""
+    """Some blocks are out of range, so they are rounded and counted."""
     generator = torch.Generator().manual_seed(3)
     blocks = torch.randint(0, 256, (2, 60, 4, 16), generator=generator, dtype=torch.uint8)
     scales = torch.randint(90, 120, (2, 60, 4), generator=generator, dtype=torch.uint8)

@@ -200,7 +200,7 @@ def lose_metadata(export: Path, _: Path) -> None:
 
 
 def take_tensors_of_the_base(export: Path, base: Path) -> None:
-    """Write a stale shard. Its names are right, but its values are from before training."""
+    """Write a stale shard. Names in the shard are right, but values are from before training."""
     path = next(p for p in sorted(export.glob("model-*.safetensors")) if f"{DOWN}_blocks" in load_file(p))
     stored: Tensors = {}
     for shard in base.glob("*.safetensors"):

@@ -1,4 +1,4 @@
-"""Two processes train like one process with the same global batch. They use gloo on the CPU."""
+"""Two processes train like one process with the same global batch. The processes use gloo on the CPU."""
 
 import os
 import subprocess

@@ -48,7 +48,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def records(path: Path) -> list[Any]:
-    """Read the protobuf messages of a .wandb file. It has LevelDB's log format after a header of 7 bytes."""
+    """Read the protobuf messages of a .wandb file. The file has LevelDB's log format after a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, parts, found = path.read_bytes(), HEADER_BYTES, b"", []

@@ -1,8 +1,8 @@
 """Requests to servers with OpenAI's API.
 
 `Client` sends many requests at a time, and retries requests that fail temporarily. `send_local` sends a single request
-to an engine on this machine. Both read replies with the same code, which raises a NoAnswerError for every problem.
-`Client` turns that error into a UserError.
+to an engine on this machine. Both functions read replies with the same code, which raises a NoAnswerError for every
+problem. `Client` turns that error into a UserError.
 """
 
 import asyncio
@@ -150,7 +150,7 @@ async def _for_each(
                 await done
         except UserError as error:
             raise UserError(
-                f"{error} All answers received so far are kept. Run the same command again to get the others."
+                f"{error} All answers received so far are kept. Run the same command again to get the other answers."
             ) from error
         finally:
             for task in tasks:

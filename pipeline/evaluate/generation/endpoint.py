@@ -53,8 +53,8 @@ class Api(NamedTuple):
     Attributes:
         path: path below the API's address.
         request: function (model, question, the prompt's token ids, settings) -> body of the request.
-        transcript: function (reply, question, seed) -> transcript. It raises KeyError, IndexError or TypeError for an
-            unexpected reply.
+        transcript: function (reply, question, seed) -> transcript. The function raises KeyError, IndexError or
+            TypeError for an unexpected reply.
         is_rendered_here: whether this process renders the prompts and sends them as tokens.
         hint: an additional remedy for the message about a refused request.
     """
@@ -125,7 +125,7 @@ def ask(
 
 
 def _raise_if_stripped(served: Served, answers: Sequence[Transcript]) -> None:
-    """Raise a UserError if all answers lack special tokens. Without them, an answer cannot be parsed.
+    """Raise a UserError if all answers lack special tokens, because such answers have no separate channels.
 
     Servers that do not support `skip_special_tokens` ignore this setting and remove the special tokens.
     """

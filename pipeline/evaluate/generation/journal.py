@@ -1,4 +1,7 @@
-"""Store answers in a file, one per line. They are appended as they arrive, so an interrupted evaluation can resume."""
+"""Store answers in a file, one per line.
+
+Answers are appended as they arrive, so an interrupted evaluation can resume.
+"""
 
 import json
 from collections.abc import Iterable, Mapping

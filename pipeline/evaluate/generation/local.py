@@ -108,7 +108,7 @@ class Local:
         batch = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt").to(device)
         stop = tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
         decoding = Decoding(
-            do_sample=False,  # also for sampling: with _Noise, the token of the largest logit is a sample
+            do_sample=False,  # also for sampling: _Noise makes the greedy choice a sample
             use_cache=True,
             max_new_tokens=self.settings.max_new_tokens,
             eos_token_id=stop,

@@ -29,7 +29,7 @@ class Prompt:
     Attributes:
         prompt_id: a hash of the conversation and of `expected`. It is the same in every run.
         conversation: the conversation up to the answer, with the requested reasoning effort and language.
-        expected: properties of a right answer, for scorers. It has a `language` if the prompt asks for a language.
+        expected: properties of a right answer, for scorers. `expected` has a `language` if the prompt asks for one.
     """
 
     prompt_id: str
@@ -85,7 +85,8 @@ def load(run: Run, data: DataConfig, settings: PromptsConfig, rows: Rows, most: 
         run: the run whose directory has the tables of rows.
         data: settings of the data.
         settings: `evaluate.prompts`.
-        rows: the rows of `data`. Their validation split gives the prompts, unless evaluate.prompts.path is set.
+        rows: the rows of `data`. The validation split of these rows gives the prompts, unless evaluate.prompts.path is
+            set.
         most: the maximum number of prompts, or None for no limit.
 
     Raises:

@@ -1,4 +1,7 @@
-"""Scorers of models. Each has a file and a row in EVALS. They must not know stages or the whole configuration."""
+"""Scorers of models.
+
+Each scorer has a file and a row in EVALS. Scorers must not know stages or the whole configuration.
+"""
 
 from collections.abc import Callable, Sequence
 

@@ -69,8 +69,8 @@ def score(subject: Subject) -> dict[str, float]:
 
     Returns:
         Both figures. If there are at least two examples, each has a 95 % interval, <figure>_low and <figure>_high.
-        Each is also given for each bucket of positions that has tokens, as <figure>/<first>-<last>. Empty without
-        recorded predictions.
+        Each figure is also given for each bucket of positions that has tokens, as <figure>/<first>-<last>. Empty
+        without recorded predictions.
     """
     if subject.ref is None or subject.model is None or subject.reference_predictions is None:
         return {}

@@ -244,7 +244,7 @@ def with_offsets(move: Callable[[int, int, int], list[Any]]) -> Callable[[Header
 
 
 def twice(header: Header, data: bytes) -> bytes:
-    """Add a second SINKS with the data of the first. Readers differ in which of the two they return."""
+    """Add a second SINKS with the data of the first. Some readers would return the first, others the second."""
     again = json.dumps({SINKS: header[SINKS]}).encode()
     return as_header(json.dumps(header).encode()[:-1] + b", " + again[1:]) + data
 
@@ -365,7 +365,7 @@ def test_a_shard_that_is_a_directory_is_an_error(copy: Path) -> None:
 
 
 def test_a_shard_that_is_a_link_to_nowhere_is_an_error(copy: Path) -> None:
-    """This happens in the hub's cache when blobs are removed."""
+    """Such links remain in the hub's cache when blobs are removed."""
     path = shard_of(copy, SINKS)
     path.unlink()
     path.symlink_to(copy / "blobs" / "gone")

@@ -119,7 +119,7 @@ def test_the_help_is_shown_despite_other_arguments(arguments: list[str], capsys:
 
 
 def seconds_of_children() -> float:
-    """Return the processor time of all child processes that have ended. It does not depend on other load."""
+    """Return the processor time of all child processes that have ended. This time does not depend on other load."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

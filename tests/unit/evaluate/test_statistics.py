@@ -100,7 +100,7 @@ def test_the_interval_is_not_empty_if_models_never_differ() -> None:
 
 
 def test_holm_gives_the_published_example() -> None:
-    # The sorted p-values are multiplied: 0.01 * 4, 0.02 * 3, 0.03 * 2, 0.04 * 1. None may be below an earlier product.
+    # The sorted p-values are multiplied: 0.01 * 4, 0.02 * 3, 0.03 * 2, 0.04 * 1. No product is below an earlier one.
     assert holm(np.array([0.02, 0.01, 0.04, 0.03])) == pytest.approx([0.06, 0.04, 0.06, 0.06])
 
 

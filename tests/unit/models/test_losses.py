@@ -12,7 +12,7 @@ LENGTHS = (3, 5, 2, 4, 1)
 
 
 class Examples:
-    """Five examples. Records which of them are read."""
+    """Five examples. Records which examples are read."""
 
     def __init__(self) -> None:
         self.read: list[int] = []

@@ -70,7 +70,7 @@ def adapt(base: Path, directory: Path, dtype: torch.dtype, rank: int) -> Adapted
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A function that returns a tiny model with the given sizes. It makes each model only once."""
+    """A function that returns a tiny model with the given sizes. Each model is made only once."""
     root = tmp_path_factory.mktemp("merging")
 
     def make(**sizes: int) -> Path:
@@ -84,7 +84,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="module")
 def adapted(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Adapted]:
-    """A function that returns an adapted model. It makes each model only once."""
+    """A function that returns an adapted model. Each model is made only once."""
     made: dict[Any, Adapted] = {}
 
     def make(dtype: torch.dtype, rank: int, **sizes: int) -> Adapted:
@@ -137,7 +137,7 @@ def test_merging_a_few_experts_at_a_time_gives_the_bits_of_the_whole_stack(
 def test_merging_a_few_experts_at_a_time_gives_the_same_bits_at_other_sizes(
     dtype: torch.dtype, sizes: dict[str, int], adapted: Callable[..., Adapted]
 ) -> None:
-    """Other sizes matter, because matrix products then use other kernels."""
+    """Several sizes are tested, because the kernel of a matrix product depends on its size."""
     model = adapted(dtype, 8, **sizes)
     merger, checkpoint = model.merger(), Checkpoint(model.ref.base)
     for name in STACKS:

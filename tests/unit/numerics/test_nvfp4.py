@@ -343,7 +343,7 @@ def test_each_expert_has_its_own_range() -> None:
 
 
 def test_blocks_of_zeros_do_not_widen_the_range_and_keep_their_signs() -> None:
-    """This holds for blocks of zeros with any scale, and for a matrix of zeros."""
+    """Blocks of zeros may have any scale, and a whole matrix may be zero."""
     blocks, scales = random_packed(range(100, 118))
     blocks[0, 3:5] &= 0x88
     scales[0, 3], scales[0, 4] = 0, 250

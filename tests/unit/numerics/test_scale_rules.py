@@ -324,7 +324,7 @@ def choices(values: Tensor, block_format: BlockFormat, importance: Tensor | None
 def test_mse_chooses_the_candidate_with_the_smaller_error(
     block_format: BlockFormat, dtype: torch.dtype, is_weighted: bool
 ) -> None:
-    """This holds up to the documented resolution, because errors are rounded to 1/64 of a unit."""
+    """Errors are rounded to 1/64 of a unit, so they are compared with this tolerance."""
     values = random_values((25, 320), dtype)
     importance = torch.rand(320, generator=torch.Generator().manual_seed(4)) ** 4 if is_weighted else None
     found = choices(values, block_format.with_rule("mse"), importance)
@@ -444,7 +444,7 @@ def test_slabs_change_no_bit(block_format: BlockFormat, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("block_format", RULES.values(), ids=RULES)
 def test_rounding_a_rounded_result_changes_nothing(block_format: BlockFormat, dtype: torch.dtype) -> None:
-    """This holds for scales with full precision, which subnormals of e4m3 do not have.
+    """Only scales with full precision are tested. Subnormals of e4m3 have less precision.
 
     A block gets a subnormal scale if its maximum is below about 2^-14 of the largest one. Such blocks are not tested.
     """
@@ -464,7 +464,7 @@ def test_rules_of_e8m0_do_not_change_values_on_the_mxfp4_grid(block_format: Bloc
 def test_mse_of_e4m3_does_not_change_values_on_the_mxfp4_grid(lowest: int, dtype: torch.dtype) -> None:
     """Blocks whose largest value is below 4 get scales that are up to 2^3 smaller.
 
-    So 15 scales of MXFP4 use all 18 powers of two of e4m3.
+    So with 15 scales of MXFP4, all 18 powers of two of e4m3 occur.
     """
     values = on_the_mxfp4_grid(dtype, range(lowest, lowest + 15))
     assert_same_bits(fake_quantize(values, NVFP4.with_rule("mse")), values)

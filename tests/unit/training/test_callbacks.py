@@ -23,7 +23,10 @@ def model() -> GptOssForCausalLM:
 
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
-    """Two examples. One has 7 tokens, 3 of them supervised. The other is padded and has 4 tokens, 1 supervised."""
+    """Two examples.
+
+    The first has 7 tokens, 3 of them supervised. The second is padded and has 4 tokens, 1 of them supervised.
+    """
     ids = torch.randint(1, 64, (2, 7), generator=torch.Generator().manual_seed(1))
     mask, labels = torch.ones_like(ids), torch.full_like(ids, IGNORED)
     mask[1, 4:] = 0

@@ -22,7 +22,10 @@ TARGETS = torch.arange(40) % 11
 def sum_losses(
     student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, *, weight: float, temperature: float
 ) -> DistillationLoss:
-    """Call `distillation.sum_losses` with logits (N, V). They are passed as hidden states with an identity head."""
+    """Call `distillation.sum_losses` with logits (N, V).
+
+    The logits are passed as hidden states with an identity head.
+    """
     models = (States(logits, torch.eye(11, dtype=logits.dtype)) for logits in (student, teacher))
     return distillation.sum_losses(*models, targets, weight=weight, temperature=temperature)
 
