@@ -14,7 +14,7 @@ import pytest
 from allowed_skips import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401 - hooks
 from chat_server import Server
 
-# More threads would slow down work on such small tensors. torch reads OMP_NUM_THREADS at import, so set it before.
+# More threads would slow down work on such small tensors. torch reads OMP_NUM_THREADS at import, so set it first.
 # Processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Trust the processor's list of instruction sets. Otherwise torch tests each set in a new Python process.

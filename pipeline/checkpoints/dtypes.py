@@ -39,7 +39,7 @@ PLAIN_TYPES = ("BF16", "F32", "F16")
 """Types that the tensors of a plain checkpoint may have."""
 
 TRAIN_TYPES = {Precision.fp32: "F32", Precision.mixed_bf16: "F32", Precision.bf16: "BF16"}
-"""Precision of a training stage -> type of the weights while it trains."""
+"""Precision of a training stage -> type of the weights during training."""
 
 _STORED_NAMES = {stored.name: name for name, stored in STORED_TYPES.items()}
 

@@ -130,7 +130,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class ExpertProjection:
-    """One stack of expert weights. `name` is its parameter in the plain layout, of shape (E, in, out)."""
+    """One stack of expert weights. `name` names its parameter in the plain layout, (E, in, out)."""
 
     name: str
     layer: int

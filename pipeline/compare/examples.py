@@ -1,4 +1,4 @@
-"""Choose prompts on which models differ, and collect the answers of all models to them."""
+"""Choose prompts on which models differ, and collect the answers of all models to these prompts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

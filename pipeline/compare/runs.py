@@ -137,7 +137,7 @@ def _directories(pattern: str) -> list[Path]:
 
 
 def _directory_problem(directory: Path) -> str | None:
-    """Return the reason why a directory is not an evaluated run, with advice. Return None if it is one."""
+    """Return the reason why a directory is not an evaluated run, with advice; None for an evaluated run."""
     evaluate = directory / _EVALUATE
     if (evaluate / ARTIFACT_FILE).is_file():
         return None

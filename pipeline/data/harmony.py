@@ -65,7 +65,7 @@ class Conversation:
         tools: function schemas offered to the model, or None.
         reasoning_effort: the effort of this conversation, or None to use the data set's effort.
         reasoning_language: the language of this conversation, or None to use the data set's language. A language that
-            the instructions themselves name takes precedence over both.
+            the instructions themselves name takes precedence over both settings.
         merged_instructions: whether a system and a developer message were joined into one.
         where: the conversation's place for error messages, such as its file and row.
         expected: name -> value from the row that scorers need, such as the right answer.

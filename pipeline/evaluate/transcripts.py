@@ -1,4 +1,7 @@
-"""Transcripts: the answers of models. Generation writes each as a line of generations.jsonl, and scorers read them."""
+"""Transcripts: the answers of models.
+
+Generation writes each transcript as a line of generations.jsonl, and scorers read these lines.
+"""
 
 import re
 from dataclasses import dataclass, field

@@ -76,7 +76,7 @@ class Files(Protocol):
 
 @dataclass(frozen=True)
 class View:
-    """Reads the weights of a checkpoint of any layout, by their names in the plain layout.
+    """Reads the weights of a checkpoint in any layout, by the names that the weights have in the plain layout.
 
     Attributes:
         files: the files with the weights.

@@ -1,6 +1,6 @@
 """Writes NVFP4 for engines on Blackwell, in ModelOpt's layout: fused experts, packed along the input dimension.
 
-Exporting a model that was trained for MXFP4 does not change its values. The codes stay the same, and each scale of 32
+A model that was trained for MXFP4 keeps its values in this export. The codes stay the same, and each scale of 32
 values becomes two scales of 16 values. Each expert has one tensor scale.
 
 Engines that multiply 4-bit weights with 4-bit inputs need a scale for the inputs. Only calibration can determine this

@@ -54,8 +54,8 @@ class Survival:
             scales: stored scales of the export and of the base model, each (E, out, nb).
             saturated: (E, out, nb) bool, true for blocks of the export with saturated values.
             block_format: format of the export.
-            units: tensor scales of the export and of the base model, each (E). Both are None if the format has no
-                tensor scales.
+            units: tensor scales of the export and of the base model, each (E). None if the format has no tensor
+                scales.
         """
         counted = differences((trained, rounded, base, rounded_base))
         for name, total in zip(_SUMS, counted.tolist(), strict=False):

@@ -103,7 +103,7 @@ def _made_with(export: Artifact) -> dict[str, str]:
 def _revision(model: ModelConfig, base: Source) -> str | None:
     """Return the base model's commit if it is in the Hub's cache, else the configured revision.
 
-    The cache names the directory of a model after its commit.
+    In the cache, the directory of a model has the name of the commit.
     """
     is_cached = base.directory.parent.name == "snapshots"
     return base.directory.name if is_cached else model.revision

@@ -48,7 +48,8 @@ def _name_problems(name: str) -> list[str]:
 def push(settings: ExportConfig, directory: Path) -> str:
     """Upload a directory to a repository in one commit, and return the commit's address.
 
-    All other files in the repository are deleted. Otherwise a shard of an earlier export would seem part of this one.
+    All other files in the repository are deleted. Otherwise a shard of an earlier export would seem to be part of this
+    export.
 
     Raises:
         UserError: the Hub cannot be reached or refuses the upload, or the repository is public although

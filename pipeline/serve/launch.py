@@ -138,7 +138,7 @@ def _program_problems(serve: ServeConfig, server: Server) -> list[str]:
         return []
     where = f"serve.program={program}" if serve.program else f"serve.engine={serve.engine.name}"
     return [
-        f"{where}: no program {program!r} to start. Install it in an environment of its own ({server.install}),"
+        f"{where}: no program {program!r} to start. Install the engine in an environment of its own ({server.install}),"
         f" and say where: serve.program=<path of its {server.command[0]}>."
     ]
 

@@ -110,7 +110,8 @@ class EngineProcess:
             self._children |= set(psutil.Process(self._process.pid).children(recursive=True))
 
     def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):  # the group has the id of the engine, and may outlive it
+        # The group has the engine's process id as its id, and may outlive the engine.
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 
     def _tail(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Measures the distance of an export from its base model, which distinguishes fine-tuning from a wrong layout.
+"""Measures the distance of an export from its base model, to distinguish fine-tuning from a wrong layout.
 
 The check needs only the export and the base model, not the trained model.
 
@@ -43,7 +43,7 @@ from pipeline.runs.console import progress
 from pipeline.verify.check import Check
 
 _LEAST_SIMILARITY = 0.4
-_SAME = 0.7  # tensors with at least this similarity count as the same; with half of the rows wrong, it is 0.5
+_SAME = 0.7  # tensors count as the same from this similarity on; it is 0.5 if half of the rows are wrong
 _LARGEST_GAIN = math.sqrt(2)  # geometric mean of 1 (right scales) and 2 (every scale byte is too high by one)
 _FAINT = 1 / 64  # a row is not judged if its <b, b> is below this share of the mean over all rows
 

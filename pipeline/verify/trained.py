@@ -70,8 +70,8 @@ class TrainedModel:
     def check_others(self, export: View) -> Check:
         """Compare every tensor, except expert weights, with the trained values rounded to BF16, bit for bit.
 
-        This changes the model: adapters of attention are merged into it, and its weights are rounded. `check_logits`
-        needs these changes, so call it afterwards.
+        The check changes the model: adapters of attention are merged into it, and its weights are rounded. The method
+        `check_logits` needs these changes, so call it afterwards.
         """
         check = Check("other tensors: equal the trained ones in BF16, bit for bit")
         adapters.merge_attention(self.model)

@@ -8,7 +8,7 @@ is the engine's package. If `module` is missing, the engine is not installed and
 result.npy contains log-probabilities of the next token, (prompts, vocabulary) float32. result.json, in the same folder,
 is {"version": "…", "generated": [[ids]]}. `generated` has `tokens` tokens after each prompt, generated greedily.
 
-This file imports no other file of the pipeline, because the environments of engines lack them.
+This file imports no other file of the pipeline, because the environments of engines do not contain the pipeline.
 """
 
 import importlib.metadata
@@ -169,6 +169,6 @@ def generate(predict: Predict, prompts: Prompts, tokens: int) -> Prompts:
 
 
 if __name__ == "__main__":
-    # Python puts the folder of this file first in sys.path. The modules in it would hide modules of engines.
+    # Python puts the folder of this file first in sys.path. Modules in this folder would hide modules of engines.
     sys.path.remove(str(Path(__file__).resolve().parent))
     sys.exit(main(*sys.argv[1:]))

@@ -37,7 +37,7 @@ def to_gpu(values: Tensor) -> Tensor:
 
 
 def whole_range(dtype: torch.dtype) -> Tensor:
-    """Make values (2, 1037, 192). In both matrices they range from subnormals to 2^126.
+    """Make values (2, 1037, 192). In both matrices, the values range from subnormals to 2^126.
 
     Every other row has few significant bits, so that many values are ties.
     """

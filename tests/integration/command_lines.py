@@ -63,7 +63,7 @@ class Outcome(TypedDict, total=False):
 def use_gloo_alone() -> None:
     """Keep DeepSpeed from building its extension for collectives on CPUs. The build takes a minute, and gloo is enough.
 
-    DeepSpeed 0.19 has no setting for this. On GPUs there is no such extension.
+    DeepSpeed 0.19 has no setting that avoids the build. On GPUs there is no such extension.
     """
     import deepspeed.ops
 

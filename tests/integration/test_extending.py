@@ -46,7 +46,7 @@ def apply(block: Block, checkout: Path) -> None:
 
 
 def follow(section: str, checkout: Path) -> str:
-    """Do what a section of docs/extending.md says, and return what its commands print."""
+    """Follow a section of docs/extending.md, and return the output of its commands."""
     printed = ""
     for block in read_sections(EXTENDING)[section]:
         if block.language == "bash":

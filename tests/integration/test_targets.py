@@ -1,4 +1,4 @@
-"""Every export target holds the values that training rounded to. Code from other projects decodes them."""
+"""Every export target holds the values that training rounded to. Code from other projects decodes the exports."""
 
 import importlib
 import json

@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO has the losses and weights of one process, also if it resumes with more processes.
 
-Imports take longer than training, so each launch does many runs.
+Each launch does many runs, because imports take longer than training.
 """
 
 from dataclasses import replace

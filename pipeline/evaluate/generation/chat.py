@@ -42,7 +42,10 @@ class Usage(TypedDict):
 
 
 class Reply(TypedDict):
-    """The fields that are read from the reply to POST /chat/completions. Nothing checks that the reply has them."""
+    """The fields that are read from the reply to POST /chat/completions.
+
+    Nothing checks that the reply has these fields.
+    """
 
     choices: list[_Choice]
     usage: Usage

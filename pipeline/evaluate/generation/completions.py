@@ -18,7 +18,7 @@ class _Choice(TypedDict):
 
 
 class Reply(TypedDict):
-    """The fields that are read from the reply to POST /completions. Nothing checks that the reply has them."""
+    """The fields that are read from the reply to POST /completions. Nothing checks that the reply has these fields."""
 
     choices: list[_Choice]
     usage: Usage

@@ -68,9 +68,9 @@ def score(subject: Subject) -> dict[str, float]:
     The models agree on a token if the reference's likeliest token is also the model's likeliest, or ties with it.
 
     Returns:
-        Both figures. If there are at least two examples, each has a 95 % interval, <figure>_low and <figure>_high.
-        Each figure is also given for each bucket of positions that has tokens, as <figure>/<first>-<last>. Empty
-        without recorded predictions.
+        Both figures. If there are at least two examples, each figure has a 95 % interval, <figure>_low and
+        <figure>_high. Each figure is also given for each bucket of positions that has tokens, as
+        <figure>/<first>-<last>. Empty without recorded predictions.
     """
     if subject.ref is None or subject.model is None or subject.reference_predictions is None:
         return {}

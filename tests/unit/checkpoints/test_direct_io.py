@@ -86,7 +86,10 @@ def skip_unless_on_disk(path: Path) -> None:
 
 
 def is_evicted(path: Path) -> bool:
-    """Return whether the beginning of a file is missing from the page cache. The check itself may load it."""
+    """Return whether the beginning of a file is missing from the page cache.
+
+    The check itself may load the beginning.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.preadv(descriptor, [bytearray(1)], 0, os.RWF_NOWAIT)

@@ -608,7 +608,7 @@ def test_few_steps_are_in_memory_whichever_side_is_slow(
 
     def wait(side: str) -> None:
         if side == slow:
-            pause.wait(0.005)  # never set, so this sleeps
+            pause.wait(0.005)  # the event is never set, so this sleeps
 
     def do_read(i: int) -> Tensor:
         wait("read")

@@ -29,7 +29,7 @@ def help_text() -> str:
 def documented_settings() -> dict[str, dict[str, str | None]]:
     """Read section -> setting -> meaning from the source text. Fields that are sections are left out.
 
-    The meanings of verify.python come from the table of engines, because its class has no source.
+    The meanings of verify.python come from the table of engines, because the class of verify.python has no source text.
     """
     pythons = {item.name: item.metadata["meaning"] for item in dataclasses.fields(config.PythonConfig)}
     found: dict[str, dict[str, str | None]] = {"PythonConfig": pythons}

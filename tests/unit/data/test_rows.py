@@ -83,7 +83,7 @@ COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Replace the Hub by a fake that streams ROWS. The list holds its requests."""
+    """Replace the Hub by a fake that streams ROWS. The list holds the requests to the fake."""
     asked: list[Any] = []
 
     def load_dataset(path: str, **options: Any) -> Any:

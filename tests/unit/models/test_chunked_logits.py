@@ -1,4 +1,4 @@
-"""Logits in chunks give the same loss and gradients as all logits at once, without a tensor as large as these."""
+"""Logits in chunks give the same loss and gradients as all logits at once, without a tensor as large as all logits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

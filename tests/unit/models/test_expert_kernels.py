@@ -77,7 +77,7 @@ def distances(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, f
 def of_all_gradients(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     """Compute the relative distance of all gradients as one vector.
 
-    The distance of one small tensor, such as the sinks, varies too much.
+    The distance of a single small gradient, such as the sinks', varies too much.
     """
     names = [name for name in truth if name != "loss"]
     whole, true = (torch.cat([each[name].double().flatten() for name in names]) for each in (found, truth))

@@ -97,12 +97,12 @@ def test_small_tensors_are_not_counted(doubled: Kernel, calls: Calls, monkeypatc
 
 
 def test_a_test_or_a_small_model_never_waits_for_a_compiler() -> None:
-    """A tiny model has about 10^5 expert weights. The smoke recipe rounds them a hundred times."""
+    """A tiny model has about 10^5 expert weights. The smoke recipe rounds these weights a hundred times."""
     assert compiled._PAYS_AFTER > 1e8
 
 
 def test_weights_are_compiled_for_their_shape_and_activations_for_any(doubled: Kernel, calls: Calls) -> None:
-    """The memory order distinguishes them: lanes are contiguous in weights (E, in, out), and blocks in activations."""
+    """The memory order distinguishes the two: lanes are contiguous in weights, and blocks in activations."""
     with compilation(Compilation.always):
         doubled(torch.ones(4, 3))
         doubled(torch.ones(3, 4).t())

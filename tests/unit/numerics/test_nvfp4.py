@@ -207,7 +207,7 @@ def test_zeros_and_values_that_round_to_zero_keep_their_sign(dtype: torch.dtype)
 def test_subnormal_weights_become_zeros_with_their_sign(dtype: torch.dtype) -> None:
     """The tensor scale is at least 2^-110, so that its products with block scales are normal floats.
 
-    The smallest scale of a block is then 2^-119, and values up to a quarter of it become zero.
+    The smallest product is then 2^-119, and values up to a quarter of this product become zero.
     """
     values = torch.tensor([2.0**-130, -(2.0**-127)] * 8, dtype=dtype)
     assert_same_bits(fake_quantize(values, NVFP4), torch.tensor([0.0, -0.0] * 8, dtype=dtype))

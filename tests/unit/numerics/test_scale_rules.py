@@ -206,7 +206,7 @@ def test_ceil_and_floor_of_e4m3_are_the_values_above_and_below_a_sixth_of_the_ma
 @pytest.mark.parametrize("rule", SCALE_RULES[ScaleType.e4m3])
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_the_scale_byte_of_e4m3_is_never_zero_or_nan(dtype: torch.dtype, rule: str) -> None:
-    """Values are divided by the scale, so it must not be zero.
+    """Values are divided by the scale, so the scale must not be zero.
 
     Blocks of zeros, and blocks far below the range, have byte 1.
     """

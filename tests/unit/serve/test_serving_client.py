@@ -1,4 +1,4 @@
-"""Requests to an engine on this machine. A real local server answers them, answers late, or does not answer."""
+"""Requests to an engine on this machine. A real local server answers the requests, answers late, or does not answer."""
 
 import socket
 from dataclasses import replace
