@@ -54,6 +54,7 @@ class Test:
         comparison: the counts and the interval; None if no prompt was decided for both models.
         p_value: p-value, corrected for all tests of the report.
         verdict: the outcome in words, from `statistics.verdicts`.
+        needed: the difference that would be significant, in words; empty if this one is.
     """
 
     figure: str
@@ -62,6 +63,7 @@ class Test:
     comparison: Comparison | None
     p_value: float
     verdict: str
+    needed: str
 
     def to_json(self) -> dict[str, Json]:
         """Return the entry of this test in compare.json."""
@@ -74,15 +76,14 @@ class Test:
     def cells(self) -> list[str]:
         """Return the test as a line of a table, with one cell for each of TEST_COLUMNS."""
         names = [self.figure.replace("_", " "), self.model.title, self.reference.title]
-        short, _, detectable = self.verdict.partition(": ")
         if (found := self.comparison) is None:
-            return [*names, short, "–", "–", "–", "0", "–", "–", "–"]
+            return [*names, self.verdict, "–", "–", "–", "0", "–", "–", "–"]
         difference, low, high = (
             f"{100 * each:+.1f}" for each in (found.difference, found.interval.low, found.interval.high)
         )
-        verdict = short if self.is_significant else "not significant"
+        verdict = self.verdict if self.is_significant else "not significant"
         counts = [str(found.prompts), str(found.wins), str(found.losses)]
-        return [*names, verdict, difference, f"{low} to {high}", f"{self.p_value:.2g}", *counts, detectable]
+        return [*names, verdict, difference, f"{low} to {high}", f"{self.p_value:.2g}", *counts, self.needed]
 
     @property
     def is_significant(self) -> bool:
@@ -115,8 +116,13 @@ def run_tests(rows: list[Row]) -> list[Test]:
     found = [(figure, *pair, _compare(figure, *pair)) for pair in distinct for figure in _common_figures(*pair)]
     compared = [comparison for *_, comparison in found if comparison is not None]
     p_values = statistics.holm(np.array([each.p_value for each in compared]))
-    outcomes = iter(zip(p_values, statistics.verdicts(compared), strict=True))
-    undecided = (1.0, "no prompt was decided for both models")
+    verdicts = statistics.verdicts(compared)
+    needed = [
+        "" if verdict in (BETTER, WORSE) else statistics.needed_difference(each, len(compared))
+        for each, verdict in zip(compared, verdicts, strict=True)
+    ]
+    outcomes = iter(zip(p_values, verdicts, needed, strict=True))
+    undecided = (1.0, "no prompt was decided for both models", "")
     return [Test(*each, *(next(outcomes) if each[-1] is not None else undecided)) for each in found]
 
 

@@ -123,7 +123,7 @@ def describe_test(test: Test) -> str:
     return (
         f"{names}: {100 * found.difference:+.1f} points (95 % interval {100 * found.interval.low:+.1f} to"
         f" {100 * found.interval.high:+.1f}, {found.prompts} prompts, p = {test.p_value:.2g})"
-        + ("." if test.is_significant else f": {NOTHING}; {test.verdict.partition(': ')[2]}.")
+        + ("." if test.is_significant else f": {NOTHING}; {test.needed}.")
     )
 
 

@@ -182,23 +182,32 @@ def verdicts(comparisons: list[Comparison], alpha: float = 0.05) -> list[str]:
     """Describe comparisons in words. The p-values are corrected for the number of comparisons.
 
     Returns:
-        For each comparison BETTER, WORSE, or "no significant difference … (at least <points> are needed)".
+        For each comparison BETTER, WORSE, or "no significant difference on … prompts (<needed_difference>)".
     """
     p_values = holm(np.array([comparison.p_value for comparison in comparisons]))
-    # Holm's level for the smallest p-value. A difference with p <= strictest is significant after every correction.
-    strictest = alpha / max(1, len(comparisons))
     return [
-        (BETTER if comparison.difference > 0 else WORSE) if p <= alpha else _not_significant(comparison, strictest)
+        (BETTER if comparison.difference > 0 else WORSE)
+        if p <= alpha
+        else f"no significant difference on {comparison.prompts} prompts"
+        f" ({needed_difference(comparison, len(comparisons), alpha)})"
         for comparison, p in zip(comparisons, p_values, strict=True)
     ]
+
+
+def needed_difference(comparison: Comparison, tests: int, alpha: float = 0.05) -> str:
+    """Describe the smallest difference that is significant with the prompts of a comparison.
+
+    Args:
+        comparison: the comparison.
+        tests: number of comparisons that the p-values are corrected for.
+        alpha: level of significance.
+    """
+    # Holm's level for the smallest p-value. A difference with a p-value up to it is significant after every correction.
+    strictest = alpha / max(1, tests)
+    smallest = smallest_difference(comparison.wins + comparison.losses, comparison.prompts, strictest)
+    return "too few for any" if math.isinf(smallest) else f"at least {100 * smallest:.1f} points are needed"
 
 
 def verdict(model: Values, reference: Values, alpha: float = 0.05) -> str:
     """Describe one comparison in words. Arguments and errors are the same as for `compare`."""
     return verdicts([compare(model, reference, alpha)], alpha)[0]
-
-
-def _not_significant(comparison: Comparison, alpha: float) -> str:
-    smallest = smallest_difference(comparison.wins + comparison.losses, comparison.prompts, alpha)
-    needed = "too few for any" if math.isinf(smallest) else f"at least {100 * smallest:.1f} points are needed"
-    return f"no significant difference on {comparison.prompts} prompts ({needed})"
