@@ -3,6 +3,9 @@
 Positions mark the documents: each document's first token has position 0. transformers 5.14 can make masks from
 positions, but `GptOssModel.forward` does not pass the positions on. So kernels that use masks would let packed
 documents attend to each other. `forward` accepts ready masks, so this module makes them.
+
+`fused_sinks` needs only the bounds of the documents. TRL's collator computes them on the host. Without them, they are
+computed from the positions.
 """
 
 from typing import Any
@@ -10,6 +13,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
+
+from pipeline.checkpoints.gpt_oss import ATTENTION_TYPES
+from pipeline.models.attention import FUSED_SINKS
+from pipeline.models.sink_attention import Segments, packed_row
 
 
 def mask_documents(model: PreTrainedModel) -> None:
@@ -28,9 +35,18 @@ def _add_masks(
     if inputs.get("position_ids") is None or inputs.get("attention_mask") is not None:
         return positional, inputs
     positions = inputs["position_ids"]
+    if body.config._attn_implementation == FUSED_SINKS:
+        return positional, {**inputs, "attention_mask": dict.fromkeys(ATTENTION_TYPES, _segments(inputs))}
     # The embeddings are not computed yet. `create_masks_for_generate` reads only their shape, type and device.
     embedded = torch.empty((*positions.shape, 1), dtype=body.dtype, device=positions.device)
     masks = create_masks_for_generate(
         body.config, embedded, attention_mask=None, past_key_values=None, position_ids=positions
     )
     return positional, {**inputs, "attention_mask": masks}
+
+
+def _segments(inputs: dict[str, Any]) -> Segments:
+    bounds, positions = inputs.get("cu_seq_lens_q"), inputs["position_ids"]
+    if bounds is None:
+        return packed_row(positions)
+    return Segments(bounds.to(positions.device), int(inputs["max_length_q"]))
