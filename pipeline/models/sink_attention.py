@@ -160,7 +160,7 @@ def attend(
     rows, length = query.shape[0], query.shape[2]
     dtype = compute_dtype(query)
     tokens = [each.transpose(1, 2).flatten(0, 1).to(dtype) for each in (query, key, value)]
-    layer = _Layer(attention_mask.longest, sliding_window, scaling)
+    layer = _Layer(max(attention_mask.longest, 2), sliding_window, scaling)  # 1 means decoding to the CUDA kernel
     out: Tensor = _SinkAttention.apply(*tokens, module.sinks, attention_mask.bounds, layer)
     return out.unflatten(0, (rows, length)), None
 
