@@ -1,8 +1,8 @@
 """Runs one attention layer of gpt-oss-20b on fake CUDA tensors. Needs a process of its own.
 
 Usage: python -m tests.fake_attention "<implementation> <layer type> <padded|packed>" ... Prints, as JSON for each case,
-the number of elements of the largest tensor and of all scores, the flash kernels that ran, and the shapes of all
-gradients on CUDA.
+the number of elements of the largest tensor and of all scores, the flash kernels that ran with their `window_size_left`,
+and the shapes of all gradients on CUDA.
 """
 
 import json
@@ -26,17 +26,18 @@ DOCUMENTS = 7
 
 
 class Watch(TorchDispatchMode):
-    """Records the size of the largest tensor on CUDA, and the flash kernels that run."""
+    """Records the size of the largest tensor on CUDA, and the flash kernels that run, each with its window."""
 
     def __init__(self) -> None:
         super().__init__()
         self.largest = 0
-        self.kernels: list[str] = []
+        self.kernels: list[tuple[str, int | None]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         if "flash_attention" in str(func):
-            self.kernels.append(str(func).split(".")[1])
+            window = (kwargs or {}).get("window_size_left")
+            self.kernels.append((str(func).split(".")[1], window))
         on_gpu = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor) and leaf.device.type == "cuda"]
         self.largest = max(self.largest, *(leaf.untyped_storage().nbytes() // leaf.itemsize for leaf in on_gpu), 0)
         return found
