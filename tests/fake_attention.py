@@ -1,8 +1,8 @@
 """Runs one attention layer of gpt-oss-20b on fake CUDA tensors. Needs a process of its own.
 
-Usage: python -m tests.fake_attention "<implementation> <layer type> <padded|packed>" ... Prints, as JSON for each case,
-the number of elements of the largest tensor and of all scores, the flash kernels that ran with their `window_size_left`,
-and the shapes of all gradients on CUDA.
+Usage: python -m tests.fake_attention "<implementation> <layer type> <padded|packed>" ... Prints JSON. For each case:
+the number of elements of the largest tensor and of all scores, the flash kernels that ran with their windows, and the
+shapes of all gradients on CUDA.
 """
 
 import json

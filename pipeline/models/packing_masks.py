@@ -23,8 +23,8 @@ def mask_documents(model: PreTrainedModel) -> None:
     """Make every later forward pass compute masks for packed rows, from the positions in the rows.
 
     Args:
-        model: a causal gpt-oss model, or its body. Rows are packed if the inputs have `position_ids` (B, T) and no
-            `attention_mask`, as in TRL's padding-free batches. Other inputs are not changed.
+        model: a causal gpt-oss model, or its body. Rows are packed if the inputs have `position_ids` (B, T), but no
+            `attention_mask` and no cache, as in TRL's padding-free batches. Other inputs are not changed.
     """
     model.base_model.register_forward_pre_hook(_add_masks, with_kwargs=True)
 
@@ -32,7 +32,8 @@ def mask_documents(model: PreTrainedModel) -> None:
 def _add_masks(
     body: PreTrainedModel, positional: tuple[object, ...], inputs: dict[str, Any]
 ) -> tuple[object, dict[str, object]]:
-    if inputs.get("position_ids") is None or inputs.get("attention_mask") is not None:
+    is_packed = inputs.get("position_ids") is not None and inputs.get("attention_mask") is None
+    if not is_packed or inputs.get("past_key_values") is not None:
         return positional, inputs
     positions = inputs["position_ids"]
     if body.config._attn_implementation == FUSED_SINKS:

@@ -149,9 +149,12 @@ def attend(
 
     Raises:
         UserError: the model has dropout in its attention.
+        ValueError: there are segments, but the numbers of queries and keys differ.
     """
     if not isinstance(attention_mask, Segments):
         return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout)
+    if query.shape[2] != key.shape[2]:  # the kernels would read other memory
+        raise ValueError(f"{query.shape[2]} queries and {key.shape[2]} keys have no common segments")
     if dropout:
         raise UserError(
             f"attn_implementation={FUSED_SINKS}: has no dropout, but the model's config.json has"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pipeline.errors import UserError
@@ -93,17 +94,30 @@ def model(**changes: Any) -> Any:
     return made.eval()
 
 
+def record_masks(ready: Any) -> list[tuple[Any, int]]:
+    """Record each layer's mask and number of queries, from now on."""
+    found: list[tuple[Any, int]] = []
+    for layer in ready.model.layers:
+        layer.register_forward_pre_hook(
+            lambda _, tensors, named: found.append((named["attention_mask"], tensors[0].shape[1])), with_kwargs=True
+        )
+    return found
+
+
 def test_packed_rows_take_the_bounds_of_the_collator_and_do_not_read_the_positions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     examples = [{"input_ids": list(range(1, 31)), "seq_lengths": [11, 19]}]
     batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(examples)
-    labels, ready = batch.pop("labels"), model(attn_implementation=FUSED_SINKS)
-    assert labels is not None
+    del batch["labels"]
+    ready = model(attn_implementation=FUSED_SINKS)
     packing_masks.mask_documents(ready)
+    masks = record_masks(ready)
     positions_only = ready(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
     monkeypatch.setattr(packing_masks, "packed_row", lambda _: pytest.fail("the positions were read"))
     assert torch.equal(ready(**batch).logits, positions_only)
+    assert all(isinstance(mask, Segments) and mask.bounds.tolist() == [0, 11, 30] for mask, _ in masks)
+    assert len(masks) == 4
     alone = [ready(input_ids=batch["input_ids"][:, part]).logits for part in (slice(0, 11), slice(11, 30))]
     torch.testing.assert_close(torch.cat(alone, 1), positions_only)
 
@@ -123,19 +137,48 @@ def test_generation_from_prompts_padded_on_the_left_has_the_logits_of_eager(cach
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(eager.logits), rtol=1e-4, atol=1e-4)
 
 
-def test_only_the_prompt_of_a_dynamic_cache_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths = []
-    original = sink_attention.attend
+@pytest.mark.parametrize("name", ["eager", FUSED_SINKS])
+def test_a_model_that_trains_on_packed_rows_generates_without_a_mask_as_before(name: str) -> None:
+    generated = []
+    for is_hooked in (False, True):
+        made = model(attn_implementation=name)
+        if is_hooked:
+            packing_masks.mask_documents(made)
+        generated.append(
+            made.generate(
+                input_ids=torch.arange(1, 13)[None],
+                max_new_tokens=4,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        )
+    assert torch.equal(torch.stack(generated[0].logits), torch.stack(generated[1].logits))
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *rest: Any, **more: Any) -> Any:
-        lengths.append((isinstance(mask, Segments), query.shape[2]))
-        return original(module, query, key, value, mask, *rest, **more)
 
-    monkeypatch.setitem(sink_attention.AttentionInterface._global_mapping, FUSED_SINKS, attend)
-    model(attn_implementation=FUSED_SINKS).generate(
-        input_ids=torch.arange(1, 13)[None], max_new_tokens=3, do_sample=False, eos_token_id=None
+def test_only_the_prompt_of_a_dynamic_cache_takes_the_kernel() -> None:
+    made = model(attn_implementation=FUSED_SINKS)
+    masks = record_masks(made)
+    made.generate(input_ids=torch.arange(1, 13)[None], max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert [(isinstance(mask, Segments), queries) for mask, queries in masks] == [(True, 12)] * 2 + [(False, 1)] * 4
+
+
+def test_a_mask_with_another_condition_than_causality_and_window_is_eagers() -> None:
+    """transformers can make masks for packed rows itself, and takes further conditions from its callers."""
+    config, embedded = model(attn_implementation=FUSED_SINKS).config, torch.empty(1, 6, 0)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    masks = create_masks_for_generate(config, embedded, None, None, position_ids=positions)
+    assert all(isinstance(mask, Tensor) and mask[0, 0, 4, 1] < 0 == mask[0, 0, 4, 3] for mask in masks.values())
+    both_ways = create_causal_mask(
+        config, embedded, None, None, or_mask_function=lambda row, head, query, key: key == 5
     )
-    assert lengths == [(True, 12)] * 2 + [(False, 1)] * 4
+    assert isinstance(both_ways, Tensor) and both_ways[0, 0, 0, 5] == 0
+
+
+def test_segments_with_more_keys_than_queries_are_an_error() -> None:
+    query, key = torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 5, 8)
+    with pytest.raises(ValueError, match="3 queries and 5 keys"):
+        sink_attention.attend(nn.Module(), query, key, key, Segments(torch.tensor([0, 3]), 3), 1.0)
 
 
 def test_a_mask_of_the_callers_own_is_respected() -> None:
