@@ -27,6 +27,7 @@ from pipeline.config.quantize import QuantizeConfig, QuantizeSource
 from pipeline.config.serve import ServeConfig, ServingEngine
 from pipeline.config.tracking import TrackingBackend, TrackingConfig
 from pipeline.config.training import (
+    AUTO_ATTENTION,
     DistillationConfig,
     ExpertsImplementation,
     LoraConfig,
@@ -41,6 +42,7 @@ from pipeline.config.upcast import UpcastConfig
 from pipeline.config.verify import LoadingEngine, PythonConfig, VerifyConfig
 
 __all__ = [
+    "AUTO_ATTENTION",
     "SYNTHETIC",
     "BlendPartConfig",
     "CardConfig",

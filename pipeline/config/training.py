@@ -9,6 +9,9 @@ from pipeline.config.bounds import BELOW_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE,
 ROUNDING_OPTIMIZERS = ("adamw_torch_8bit", "adamw_torch_4bit")
 """Values of `optimizer` that support `stochastic_rounding`."""
 
+AUTO_ATTENTION = "auto"
+"""Value of `attn_implementation` that lets the program choose."""
+
 _SCHEDULE = one_of("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 _STEPS = Bound("a number of steps, or -1", lambda value: value == -1 or value > 0)
 _AT_LEAST_TWO = Bound(
@@ -108,8 +111,8 @@ class TrainConfig:
     """fp32, mixed_bf16 (FP32 weights, BF16 arithmetic) or bf16 (BF16 weights, hardly changed by low rates)."""
     stochastic_rounding: bool = False
     """Round updated BF16 weights stochastically, so small updates take effect. Needs optimizer=adamw_torch_8bit."""
-    attn_implementation: str = "eager"
-    """Attention kernel, as named in transformers. It is checked against eager, because many kernels ignore sinks."""
+    attn_implementation: str = AUTO_ATTENTION
+    """Attention kernel: fused_sinks or a name of transformers; auto: eager on CPUs, and on GPUs the first right one."""
     experts_implementation: ExpertsImplementation = ExpertsImplementation.auto
     """Kernel of the experts; auto: eager for formats that also quantize inputs, grouped_mm for all others."""
     gradient_checkpointing: bool = True

@@ -37,6 +37,7 @@ from pipeline.config import (
 )
 from pipeline.config.targets import TARGETS
 from pipeline.models import rounded_weights
+from pipeline.models.attention import EAGER, capability, for_training
 
 _FP32_BYTES, _BF16_BYTES = bytes_per_value("F32"), bytes_per_value("BF16")
 _STATE_BYTES = {
@@ -291,7 +292,7 @@ def _activations(shape: Shape, train: TrainConfig, *, tokens: int, experts_per_t
     heads, hidden, inner = shape.num_attention_heads, shape.hidden_size, shape.intermediate_size
     attention = 2 * shape.head_dim * (heads + shape.num_key_value_heads)
     values = 8 * hidden + attention + experts_per_token * (6 * inner + 2 * hidden)
-    scores = _SCORE_COPIES * heads * tokens if train.attn_implementation == "eager" else 0
+    scores = _SCORE_COPIES * heads * tokens if for_training(train, capability()) == EAGER else 0
     stack = sum(projection.values for projection in expert_projections(shape) if projection.layer == 0)
     is_adapted = train.method is Method.lora and LoraTarget.experts in train.lora.targets
     copy = stack * width * (is_adapted or is_quantized)

@@ -26,7 +26,7 @@ from pipeline.evaluate.scorers import EVALS, harness, judge, logits
 from pipeline.evaluate.scorers.judge import Judge, Judgement
 from pipeline.evaluate.subject import Subject
 from pipeline.evaluate.transcripts import Transcript
-from pipeline.models import loading, losses, source
+from pipeline.models import attention, loading, losses, source
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
 from pipeline.runs.console import say
@@ -177,7 +177,7 @@ class Measure:
         tokenizer = load_tokenizer(ref.base)
         validation = self._validation(ref, tokenizer)
         predictions = self._predictions(ref, validation.batches)
-        model = loading.load_effective(ref, self._dtype)
+        model = loading.load_effective(ref, self._dtype, attn_implementation=self._attention)
         rendering = rendering_of(self._task.data, tokenizer)
         decide: Settings = {"evaluate.prompts": prompts.fingerprint(self._task.questions)}
         decide |= self._task.run.settings(_DECIDE_LOCAL)
@@ -225,7 +225,9 @@ class Measure:
         made = logits.fingerprint(self._reference, self._dtype, batches)
         directory = self._task.run.stage_dir(PREDICTIONS) / made
         if not directory.is_dir():
-            logits.record(loading.load_effective(self._reference, self._dtype), batches, directory)
+            reference = loading.load_effective(self._reference, self._dtype, attn_implementation=self._attention)
+            logits.record(reference, batches, directory)
+            del reference
             gc.collect()  # frees the reference model, whose modules refer to each other in cycles
         return directory
 
@@ -249,6 +251,12 @@ class Measure:
     @property
     def _dtype(self) -> torch.dtype:
         return getattr(torch, self._task.model.dtype.name)
+
+    @cached_property
+    def _attention(self) -> str:
+        chosen = attention.for_inference(self._dtype)
+        say("evaluate", f"attention: {chosen}")
+        return chosen
 
     @cached_property
     def _tokenizer_directory(self) -> Path:

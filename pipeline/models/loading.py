@@ -56,6 +56,8 @@ def load_plain(directory: Path, dtype: torch.dtype, **arguments: Any) -> "PreTra
     from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import Mxfp4Config
 
+    from pipeline.models import sink_attention  # noqa: F401 (registers the attention in transformers)
+
     _quieten()
     if "quantization_config" in read_config(directory):
         arguments["quantization_config"] = Mxfp4Config(dequantize=True)
@@ -87,8 +89,14 @@ def load_quantized(
     return model
 
 
-def load_to_train(ref: ModelRef, train: TrainConfig) -> "PreTrainedModel":
-    """Load a model for training, with the adapters and quantizers of `ref`, in `train.precision`."""
+def load_to_train(ref: ModelRef, train: TrainConfig, attn_implementation: str) -> "PreTrainedModel":
+    """Load a model for training, with the adapters and quantizers of `ref`, in `train.precision`.
+
+    Args:
+        ref: the model.
+        train: settings of the stage.
+        attn_implementation: the attention that `attention_check.check` chose.
+    """
     from pipeline.models import expert_kernels, packing_masks
     from pipeline.models.adapters import base_of
 
@@ -96,7 +104,7 @@ def load_to_train(ref: ModelRef, train: TrainConfig) -> "PreTrainedModel":
         ref,
         TRAIN_DTYPES[train.precision],
         trainable=True,
-        attn_implementation=train.attn_implementation,
+        attn_implementation=attn_implementation,
     )
     expert_kernels.use(model, train.experts_implementation, ref.block_format)
     model.config.use_cache = False

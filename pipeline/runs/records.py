@@ -86,6 +86,7 @@ class TrainingRecord(ModelRecord):
         train_loss_first, train_loss_last: as logged.
         validation_loss_before, validation_loss: mean over supervised tokens, before training and with the kept weights.
         quantizers: number of fake quantizers that ran, or None if the model has none.
+        attn_implementation: the attention kernel that was used, or None in artifacts of older versions.
         counts: numbers of rows, examples and tokens, and of truncated and dropped examples.
     """
 
@@ -96,6 +97,7 @@ class TrainingRecord(ModelRecord):
     validation_loss_before: float
     validation_loss: float
     quantizers: int | None = field(default=None, metadata=_OPTIONAL)
+    attn_implementation: str | None = field(default=None, metadata=_OPTIONAL)
     counts: dict[str, int] = field(default_factory=dict, metadata=_OTHERS)
 
 

@@ -81,16 +81,18 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     from pipeline.training import attention_check, trainer
     from pipeline.training.weight_changes import WeightChanges
 
-    attention_check.check(config.qat, "qat")
+    attention = attention_check.check(config.qat, "qat")
     block_format = references.configured_format(config.format)
     tokenizer = load_tokenizer(start.base)
     splits = prepare_examples(here, config.data, rows, tokenizer)
-    model = loading.load_to_train(start, config.qat)
+    model = loading.load_to_train(start, config.qat, attention)
     changes = WeightChanges(model, block_format)  # read the weights before frozen experts are rounded in place
     budget = rounded_weights.budget_bytes(config.qat.rounded_cache_gib, config.sharding)
     rounded = fake_quantizers.keep_rounded(model, budget)
     looks = samples.callback(here, config.data, config.evaluate, rows=rows, tokenizer=tokenizer, directory=directory)
-    inputs = trainer.Inputs(model, tokenizer, splits, changes, rounded, _load_teacher(here, config.qat), looks)
+    inputs = trainer.Inputs(
+        model, tokenizer, splits, changes, rounded, _load_teacher(here, config.qat, attention), looks
+    )
     with fake_quantizers.watch(model) as fired:
         figures = trainer.train(inputs, trainer.Setup(config.qat, "qat", directory, config.sharding))
     fired.raise_unless_all(model)
@@ -98,20 +100,21 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     kind, saved = saving.save(model, start, directory, train=config.qat, shared=config.sharding)
     if is_main_process():
         fake_quantizers.save_state(model, directory)
-    record = TrainingRecord.from_details({**figures, **saved.details()})
+    record = TrainingRecord.from_details({**figures, **saved.details(), "attn_implementation": attention})
     return Result(kind, record, saved.dtype, block_format.name, block_format.scale_rule)
 
 
-def _load_teacher(here: Run, qat: QatConfig) -> "Teacher | None":
+def _load_teacher(here: Run, qat: QatConfig, attention: str) -> "Teacher | None":
     """Load the SFT model as the teacher. Return None without distillation."""
     from pipeline.models import packing_masks
+    from pipeline.models.attention import for_teacher
     from pipeline.training.distillation import Teacher
 
     settings = qat.distillation
     if not settings.weight:
         return None
     sft = references.stage_ref(here, Stage.sft)
-    model = loading.load_effective(sft, sft.dtype)
+    model = loading.load_effective(sft, sft.dtype, attn_implementation=for_teacher(attention, qat.precision, sft.dtype))
     if qat.packing:
         packing_masks.mask_documents(model)
     return Teacher(model, settings.weight, settings.temperature)

@@ -41,10 +41,10 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     from pipeline.training import attention_check, trainer
     from pipeline.training.weight_changes import WeightChanges
 
-    attention_check.check(config.sft, "sft")
+    attention = attention_check.check(config.sft, "sft")
     tokenizer = load_tokenizer(start.base)
     splits = prepare_examples(here, config.data, rows, tokenizer)
-    model = loading.load_to_train(start, config.sft)
+    model = loading.load_to_train(start, config.sft, attention)
     if config.sft.method is Method.lora:
         model = adapters.attach(model, config.sft, "sft")
     changes = WeightChanges(model, references.configured_format(config.format))
@@ -52,4 +52,5 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     inputs = trainer.Inputs(model, tokenizer, splits, changes, callbacks=looks)
     figures = trainer.train(inputs, trainer.Setup(config.sft, "sft", directory, config.sharding))
     kind, saved = saving.save(model, start, directory, train=config.sft, shared=config.sharding)
-    return Result(kind, TrainingRecord.from_details({**figures, **saved.details()}), saved.dtype)
+    details = {**figures, **saved.details(), "attn_implementation": attention}
+    return Result(kind, TrainingRecord.from_details(details), saved.dtype)

@@ -16,8 +16,8 @@ lets packed documents attend to each other has a large error.
 """
 
 import math
-import os
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.checkpoints.gpt_oss import ATTENTION, ATTENTION_TYPES, K_PROJ, Q_PROJ, SINKS, V_PROJ, in_layer
-from pipeline.config import Precision, TrainConfig
+from pipeline.config import AUTO_ATTENTION, Precision, TrainConfig
 from pipeline.data.harmony import IGNORED
 from pipeline.errors import UserError
-from pipeline.models import packing_masks
+from pipeline.models import attention, packing_masks
+from pipeline.models.attention import EAGER
 from pipeline.models.loading import TRAIN_DTYPES
-from pipeline.runs.console import say
+from pipeline.runs.console import say, warn
 
-_EAGER = "eager"
 _VOCABULARY, _EXPERTS, _LENGTHS = 128, 2, (288, 256)
 # Head size, queries per key and window are the same as in the released models, because kernels support few sizes.
 _SIZES: dict[str, Any] = {
@@ -59,17 +59,43 @@ _TIMES_ROUNDING = 4.0  # another order of summation can double the rounding erro
 _ALWAYS_ALLOWED = 1e-5
 
 
-def check(train: TrainConfig, section: str) -> None:
+def check(train: TrainConfig, section: str) -> str:
     """Check that an attention implementation has the same outputs and gradients as eager.
+
+    If the setting is `auto`, the best implementation that passes is chosen. A refused one is reported with a warning.
 
     Args:
         train: settings of the stage. Only `attn_implementation`, `precision` and `packing` are used.
         section: name of `train` in the configuration, for messages.
 
+    Returns:
+        The name of the implementation.
+
     Raises:
         UserError: transformers does not know the implementation or cannot run it here, or its results are wrong.
     """
-    if train.attn_implementation != _EAGER:
+    if train.attn_implementation != AUTO_ATTENTION:
+        _check_both(train, section)
+        return train.attn_implementation
+    *better, last = attention.candidates(attention.computed_in(train.precision), attention.capability())
+    chosen = next((name for name in better if _passes(name, train, section)), last)
+    if chosen == last:
+        _check_both(replace(train, attn_implementation=last), section)
+    say(section, f"attn_implementation={AUTO_ATTENTION} chooses {chosen}")
+    return chosen
+
+
+def _passes(name: str, train: TrainConfig, section: str) -> bool:
+    try:
+        _check_both(replace(train, attn_implementation=name), section)
+    except UserError as error:
+        warn(section, f"attn_implementation={AUTO_ATTENTION} does not choose {name}. {error}")
+        return False
+    return True
+
+
+def _check_both(train: TrainConfig, section: str) -> None:
+    if train.attn_implementation != EAGER:
         _check(train, section, is_packed=False)
     if train.packing:
         _check(train, section, is_packed=True)
@@ -80,12 +106,12 @@ def _check(train: TrainConfig, section: str, *, is_packed: bool) -> None:
     setting = f"{section}.attn_implementation={name}"
     packed = f" with {section}.packing=true" if is_packed else ""
     try:
-        found, rounding = measure_errors(name, train.precision, _device(), is_packed=is_packed)
+        found, rounding = measure_errors(name, train.precision, attention.device(), is_packed=is_packed)
     except (ValueError, KeyError, ImportError, OSError, RuntimeError) as error:
         reason = str(error).strip("'\" \n").partition("\n")[0].partition(". ")[0]
         raise UserError(
             f"{setting}: transformers cannot train gpt-oss, whose attention has sinks, with it here{packed} ({reason})."
-            f" Use {section}.attn_implementation={_EAGER}."
+            f" Use {section}.attn_implementation={EAGER}."
         ) from error
     allowed = _TIMES_ROUNDING * rounding + _ALWAYS_ALLOWED
     wrong = {tensor: error for tensor, error in found.items() if not error <= allowed}  # NaN is wrong too
@@ -94,7 +120,7 @@ def _check(train: TrainConfig, section: str, *, is_packed: bool) -> None:
         raise UserError(
             f"{setting}: is wrong for {_WHAT_FOR[is_packed]}: {tensor} differs from eager by"
             f" {wrong[tensor]:.2g} (relative), but rounding explains at most {allowed:.2g}."
-            f" {len(wrong)} of {len(found)} tensors are off. Use {section}.attn_implementation={_EAGER}."
+            f" {len(wrong)} of {len(found)} tensors are off. Use {section}.attn_implementation={EAGER}."
         )
     alone = " keeps packed documents apart, and" if is_packed else ""
     say(section, f"attn_implementation={name}{alone} agrees with eager: outputs and gradients of sinks, q, k and v")
@@ -110,9 +136,9 @@ def measure_errors(
         `precision`. A missing gradient counts as zeros. The largest error is used because the error of a small tensor,
         such as the eight sinks, can be small by chance.
     """
-    truth = _run(_EAGER, torch.float64, device)
+    truth = _run(EAGER, torch.float64, device)
     dtype, is_mixed = TRAIN_DTYPES[precision], precision is Precision.mixed_bf16
-    eager = _run(_EAGER, dtype, device, is_mixed=is_mixed)
+    eager = _run(EAGER, dtype, device, is_mixed=is_mixed)
     configured = _run(name, dtype, device, is_mixed=is_mixed, is_packed=is_packed)
     rounding = max(_relative_error(eager[key], truth[key]) for key in truth)
     return {key: _relative_error(configured[key], truth[key]) for key in truth}, rounding
@@ -147,7 +173,7 @@ def _make_model(name: str, dtype: torch.dtype) -> nn.Module:
     config = GptOssConfig(**_SIZES)
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=name, experts_implementation=_EAGER
+            config, dtype=torch.float32, attn_implementation=name, experts_implementation=EAGER
         )
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -183,10 +209,3 @@ def _pack(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value.double() - truth).norm() / truth.norm())
-
-
-def _device() -> torch.device:
-    """Return the device that this process will train on."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -14,6 +14,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from pipeline.config import Precision, TrainConfig
 from pipeline.errors import UserError
+from pipeline.models import attention, sink_attention
+from pipeline.models.attention import FUSED_SINKS
 from pipeline.training import attention_check
 
 CPU = torch.device("cpu")
@@ -167,6 +169,53 @@ def test_eager_is_refused_without_masks_made_from_positions(monkeypatch: pytest.
     monkeypatch.setattr(attention_check.packing_masks, "mask_documents", lambda model: None)
     with pytest.raises(UserError, match="packed documents"):
         attention_check.check(TrainConfig(packing=True, precision=Precision.fp32), "sft")
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("precision", Precision)
+def test_fused_sinks_passes_in_every_precision(
+    precision: Precision, is_packed: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = TrainConfig(attn_implementation=FUSED_SINKS, precision=precision, packing=is_packed)
+    assert attention_check.check(settings, "sft") == FUSED_SINKS
+    assert capsys.readouterr().out.count("agrees with eager") == 1 + is_packed
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `auto` choose as on a Hopper GPU. The check still runs on the CPU."""
+    monkeypatch.setattr(attention, "capability", lambda: (9, 0))
+
+
+def test_auto_is_eager_on_a_cpu_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert attention_check.check(TrainConfig(), "sft") == "eager"
+    assert "[sft] attn_implementation=auto chooses eager" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("hopper")
+def test_auto_checks_its_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert attention_check.check(TrainConfig(packing=True), "qat") == FUSED_SINKS
+    said = capsys.readouterr().out
+    assert said.count("agrees with eager") == 2
+    assert f"[qat] attn_implementation=auto chooses {FUSED_SINKS}" in said
+
+
+@pytest.mark.usefixtures("hopper")
+def test_auto_does_not_choose_a_kernel_that_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    """flex_attention is the next candidate, and does not run on CPUs."""
+
+    def blind(module: nn.Module, *tensors: Tensor, **arguments: float | None) -> tuple[Tensor, Tensor | None]:
+        return sink_attention.attend(SimpleNamespace(sinks=module.sinks.detach()), *tensors, **arguments)
+
+    AttentionInterface.register(FUSED_SINKS, blind)
+    try:
+        assert attention_check.check(TrainConfig(), "sft") == "eager"
+    finally:
+        AttentionInterface.register(FUSED_SINKS, sink_attention.attend)
+    warned = capsys.readouterr().err
+    assert f"attn_implementation=auto does not choose {FUSED_SINKS}" in warned
+    assert "the gradient of sinks in a" in warned
+    assert "attn_implementation=auto does not choose flex_attention" in warned
 
 
 def test_eager_is_not_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,334 @@
+"""Attention with sinks on torch's own flash kernels, forward and backward: `attn_implementation=fused_sinks`.
+
+A sink is one more logit in the softmax of a head. It takes probability but has no value. torch's flash kernels do not
+know sinks, but they return the log-sum-exp of each query's scores. The sink is therefore added after the kernel:
+
+    total = logaddexp(lse, sink)         O' = O · exp(lse - total)
+    dQ, dK, dV = flash backward of dO' with O' and total in the places of O and lse
+    dsink = -sum over queries of exp(sink - total) · rowsum(dO' · O')
+
+The kernel's backward pass recomputes the probabilities as exp(score - total), and reads rowsum(dO' · O'). With these
+inputs, both have the values of attention with sinks, so the gradients are right. No tensor has the size of all scores.
+
+The tokens of a batch are one long row, cut into segments. A segment is a packed document, or a part of a padded row:
+the padding before the tokens, the tokens, the padding after them. Queries see the keys of their own segment, up to
+themselves and within the window. So every query sees at least itself, and padding needs no other mask. The bounds are
+computed on the device, so there is no host sync.
+
+Queries of generation that follow a cache need another mask. They take transformers' eager attention with eager's mask.
+The scores of these few queries are small. A static cache takes this way for the prompt too.
+
+On a CPU, torch's flash kernel for CPUs computes each segment. CUDA has the kernel for BF16 and FP16, from compute
+capability 8.0. The attention is registered in transformers under NAME when this module is imported.
+
+Legend: B rows, T tokens in a row, S = B·T tokens of a batch, N query heads, d size of a head.
+"""
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+from pipeline.errors import UserError
+from pipeline.models.attention import FUSED_SINKS
+from pipeline.models.rounded_weights import compute_dtype
+
+aten = torch.ops.aten
+
+
+class Segments(NamedTuple):
+    """The segments of a batch, as the mask of a layer.
+
+    Attributes:
+        bounds: int32 (segments + 1), increasing, from 0 to S. A segment may be empty.
+        longest: an upper bound of the segments' lengths.
+    """
+
+    bounds: Tensor
+    longest: int
+
+
+def whole_rows(rows: int, length: int, device: torch.device | str) -> Segments:
+    """Make one segment of each row."""
+    return Segments(torch.arange(rows + 1, device=device, dtype=torch.int32) * length, length)
+
+
+def padded_rows(is_real: Tensor) -> Segments:
+    """Make three segments of each row: padding, tokens, padding. Each may be empty.
+
+    Args:
+        is_real: bool (B, T), False for padding. The tokens of a row are adjacent.
+    """
+    rows, length = is_real.shape
+    places = torch.arange(length, device=is_real.device)
+    first = places.where(is_real, length).amin(1)
+    last = (places + 1).where(is_real, 0).amax(1).maximum(first)
+    is_adjacent = (is_real.sum(1) == last - first).all()
+    torch._assert_async(is_adjacent, f"attn_implementation={FUSED_SINKS}: padding between the tokens of a row")
+    starts = torch.stack([torch.zeros_like(first), first, last], 1)
+    starts += torch.arange(rows, device=is_real.device)[:, None] * length
+    return Segments(functional.pad(starts.flatten(), (0, 1), value=rows * length).int(), length)
+
+
+def packed_row(positions: Tensor) -> Segments:
+    """Make one segment of each document, and copy the positions to the host for this.
+
+    Args:
+        positions: int (B, T). Each row and each document begins at position 0.
+    """
+    on_host = positions.flatten().cpu()
+    bounds = functional.pad((on_host == 0).nonzero().flatten(), (0, 1), value=len(on_host)).int()
+    return Segments(bounds.to(positions.device), int(bounds.diff().max()))
+
+
+def make_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **rest: Any,
+) -> Segments | Tensor | None:
+    """Make the mask of a layer, for transformers' AttentionMaskInterface.
+
+    Returns:
+        The segments of the rows, or eager's mask if the queries follow a cache or see other keys than earlier ones.
+    """
+    is_causal = allow_is_causal_skip and not use_vmap  # transformers adds no condition to causality and window
+    is_first = isinstance(q_offset, int) and q_offset == kv_offset == 0 and q_length == kv_length
+    if not (is_causal and is_first):
+        return eager_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,  # type: ignore[arg-type]  # a static cache has a tensor here
+            kv_offset,
+            attention_mask=attention_mask,
+            use_vmap=use_vmap,
+            device=device,
+            **rest,
+        )
+    if attention_mask is None:
+        return whole_rows(batch_size, q_length, device)
+    return padded_rows(attention_mask.bool())
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Segments | Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: object,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the attention of a gpt-oss layer, for transformers' AttentionInterface.
+
+    Args:
+        module: the attention layer. Its `sinks` (N) are read.
+        query, key, value: (B, heads, T, d). Several query heads may share a key head.
+        attention_mask: result of `make_mask`. A tensor is added to the scores, as in eager.
+        scaling: factor of the scores.
+        dropout: must be 0.
+        sliding_window: number of keys that a query sees, itself included. None: all earlier keys.
+
+    Returns:
+        The output (B, T, N, d), and no weights.
+
+    Raises:
+        UserError: the model has dropout in its attention.
+        ValueError: there are segments, but the numbers of queries and keys differ.
+    """
+    if not isinstance(attention_mask, Segments):
+        return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout)
+    if query.shape[2] != key.shape[2]:  # the kernels would read other memory
+        raise ValueError(f"{query.shape[2]} queries and {key.shape[2]} keys have no common segments")
+    if dropout:
+        raise UserError(
+            f"attn_implementation={FUSED_SINKS}: has no dropout, but the model's config.json has"
+            f" attention_dropout={dropout}. Use attn_implementation=eager, or set attention_dropout to 0."
+        )
+    rows, length = query.shape[0], query.shape[2]
+    dtype = compute_dtype(query)
+    tokens = [each.transpose(1, 2).flatten(0, 1).to(dtype) for each in (query, key, value)]
+    layer = _Layer(max(attention_mask.longest, 2), sliding_window, scaling)  # 1 means decoding to the CUDA kernel
+    out: Tensor = _SinkAttention.apply(*tokens, module.sinks, attention_mask.bounds, layer)
+    return out.unflatten(0, (rows, length)), None
+
+
+class _Layer(NamedTuple):
+    """What the kernels need besides tensors."""
+
+    longest: int
+    window: int | None
+    scale: float
+
+
+class _SinkAttention(torch.autograd.Function):
+    """Attention of queries, keys and values (S, heads, d) with sinks (N)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, bounds: Tensor, layer: _Layer
+    ) -> Tensor:
+        run = _forward_on_cpu if query.device.type == "cpu" else _forward_on_cuda
+        out, lse, *state = run(query, key, value, bounds, layer)
+        total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])  # (N, S)
+        out.mul_((lse - total).exp_().T[..., None])
+        ctx.save_for_backward(query, key, value, sinks, out, total, bounds, *state)
+        ctx.layer = layer
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sinks, out, total, bounds, *state = ctx.saved_tensors
+        run = _backward_on_cpu if query.device.type == "cpu" else _backward_on_cuda
+        gradients = run(grad.contiguous(), query, key, value, out, total, bounds, ctx.layer, *state)
+        return (*gradients, _sinks_gradient(grad, out, total, sinks) if ctx.needs_input_grad[3] else None, None, None)
+
+
+def _sinks_gradient(grad: Tensor, out: Tensor, total: Tensor, sinks: Tensor) -> Tensor:
+    weight = (sinks.to(total.dtype)[:, None] - total).exp_()  # (N, S), the probability of the sink
+    along = grad.to(total.dtype, copy=True).mul_(out).sum(-1)  # (S, N)
+    return -torch.linalg.vecdot(weight, along.T).to(sinks.dtype)
+
+
+def _forward_on_cuda(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, layer: _Layer
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the output (S, N, d), the log-sum-exp (N, S) in FP32, and the kernel's two random states."""
+    out, lse, seed, offset, _ = aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        bounds,
+        bounds,
+        layer.longest,
+        layer.longest,
+        0.0,
+        True,
+        False,
+        scale=layer.scale,
+        window_size_left=_keys_before(layer),
+    )
+    return out, lse, seed, offset
+
+
+def _backward_on_cuda(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    total: Tensor,
+    bounds: Tensor,
+    layer: _Layer,
+    *state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor, Tensor] = aten._flash_attention_backward(
+        grad,
+        query,
+        key,
+        value,
+        out,
+        total.contiguous(),
+        bounds,
+        bounds,
+        layer.longest,
+        layer.longest,
+        0.0,
+        True,
+        *state,
+        scale=layer.scale,
+        window_size_left=_keys_before(layer),
+    )
+    return gradients
+
+
+def _keys_before(layer: _Layer) -> int | None:
+    """Return how many keys before itself a query sees. None: all."""
+    return None if layer.window is None else layer.window - 1
+
+
+def _forward_on_cpu(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, layer: _Layer) -> tuple[Tensor, Tensor]:
+    """Do the same as `_forward_on_cuda`, segment by segment. FP64 has an FP64 log-sum-exp."""
+    out = torch.empty_like(query)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    lse = torch.empty(query.shape[1::-1], dtype=dtype, device=query.device)
+    keys, values = _for_each_query(key, query), _for_each_query(value, query)
+    for part in _parts(bounds):
+        own = [_heads_first(each[part]) for each in (query, keys, values)]
+        mask = _window_mask(own[0], layer.window)
+        own_out, own_lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            *own, 0.0, mask is None, attn_mask=mask, scale=layer.scale
+        )
+        out[part], lse[:, part] = own_out[0].transpose(0, 1), own_lse[0]
+    return out, lse
+
+
+def _backward_on_cpu(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    total: Tensor,
+    bounds: Tensor,
+    layer: _Layer,
+) -> tuple[Tensor, Tensor, Tensor]:
+    keys, values = _for_each_query(key, query), _for_each_query(value, query)
+    gradients = [torch.empty_like(each) for each in (query, keys, values)]
+    for part in _parts(bounds):
+        own = [_heads_first(each[part]) for each in (grad, query, keys, values, out)]
+        mask = _window_mask(own[1], layer.window)
+        lse = total[None, :, part].transpose(1, 2).contiguous().transpose(1, 2)  # the layout that forward returns
+        found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *own, lse, 0.0, mask is None, attn_mask=mask, scale=layer.scale
+        )
+        for into, gradient in zip(gradients, found, strict=True):
+            into[part] = gradient[0].transpose(0, 1)
+    of_query, of_keys, of_values = gradients
+    shape = (len(key), key.shape[1], -1, key.shape[2])  # (S, key heads, query heads of each, d)
+    return of_query, of_keys.view(shape).sum(2), of_values.view(shape).sum(2)
+
+
+def _parts(bounds: Tensor) -> list[slice]:
+    return [slice(start, end) for start, end in pairwise(bounds.tolist()) if start < end]
+
+
+def _for_each_query(states: Tensor, query: Tensor) -> Tensor:
+    """Repeat key heads (S, key heads, d) for the query heads that share them."""
+    return states.repeat_interleave(query.shape[1] // states.shape[1], 1)
+
+
+def _heads_first(states: Tensor) -> Tensor:
+    """Return (1, N, T, d) of (T, N, d)."""
+    return states.transpose(0, 1)[None]
+
+
+def _window_mask(query: Tensor, window: int | None) -> Tensor | None:
+    """Make the mask (T, T) that is added to the scores, or None if the window hides nothing."""
+    length = query.shape[2]
+    if window is None or window >= length:
+        return None
+    places = torch.arange(length, device=query.device)
+    age = places[:, None] - places
+    hidden = (age < 0) | (age >= window)
+    return torch.zeros(length, length, dtype=query.dtype, device=query.device).masked_fill_(hidden, -torch.inf)
+
+
+AttentionInterface.register(FUSED_SINKS, attend)
+AttentionMaskInterface.register(FUSED_SINKS, make_mask)
