@@ -194,7 +194,7 @@ def _dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> object:
         return func(*args, **kwargs)
     if has_gpu:
         _refuse_mixed_devices(func, args, tensors)
-        _note_wait(func, args, kwargs)
+    _note_wait(func, args, kwargs)
     _refuse_generator_of_the_cpu(kwargs)
     bare_args, bare_kwargs = tree_unflatten([_bare(each) for each in flat], layout)
     if asked is not None:
@@ -255,16 +255,17 @@ def _refuse_mixed_devices(func: Any, args: Sequence[Any], tensors: list[Tensor])
         values = args[2] if len(args) > 2 else None
         if values is None or isinstance(values, PretendedTensor) or values.dim() == 0:
             return
-    elif len(on_cpu) == len(numbers) == 1 and (torch.Tag.pointwise in func.tags or func in _FILLS):
-        if not any(number is each for number in numbers for each in _written(func, args)):
-            return
+    is_pointwise = torch.Tag.pointwise in func.tags or func in _FILLS
+    if is_pointwise and len(on_cpu) == len(numbers) == 1 and not _is_written(func, args, numbers[0]):
+        return
     found = [(tuple(each.shape), "cuda:0" if isinstance(each, PretendedTensor) else "cpu") for each in tensors]
     raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got {found}")
 
 
-def _written(func: Any, args: Sequence[Any]) -> list[Any]:
+def _is_written(func: Any, args: Sequence[Any], tensor: Tensor) -> bool:
     infos = (argument.alias_info for argument in func._schema.arguments)
-    return [arg for arg, info in zip(args, infos, strict=False) if info is not None and info.is_write]
+    pairs = zip(args, infos, strict=False)
+    return any(arg is tensor for arg, info in pairs if info is not None and info.is_write)
 
 
 def _refuse_generator_of_the_cpu(kwargs: dict[str, Any]) -> None:
@@ -288,7 +289,9 @@ def _note_wait(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
 
 
 def _note_wait_of_index(func: Any, args: Sequence[Any]) -> None:
-    """Count the syncs of an index: a mask of the GPU needs its number of elements, unless it is filled with a value."""
+    """Count the syncs of an index: a mask of the GPU must be counted, unless it is filled, and indices are copied."""
+    if any(isinstance(each, Tensor) and not isinstance(each, PretendedTensor) and each.dim() for each in args[1]):
+        _note("to cuda")
     masks = [each for each in args[1] if isinstance(each, PretendedTensor) and each.dtype in (torch.bool, torch.uint8)]
     is_fill = func is not _aten.index.Tensor and args[2].numel() == 1 and not (len(args) > 3 and args[3])
     if masks and not is_fill:

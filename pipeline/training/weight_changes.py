@@ -5,8 +5,6 @@ If few codes change, most updates do not survive rounding. The shares show this 
 One expert of each stack is measured, which costs almost no time.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -32,15 +30,16 @@ class WeightChanges:
             block_format: the format of the export.
         """
         self._model, self._format = model, block_format
-        self._start = {name: weights.to("cpu", copy=True) for name, weights in self._sample()}
+        self._start = {name: weights.to("cpu", copy=True) for name, weights in expert_weights(model, _SAMPLED)}
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """Return `moved_weights` and `changed_codes`, shares of the sampled weights, or {} if none is trained."""
         counts, total = [], 0
-        for name, weights in self._sample():
+        for name, weights in expert_weights(self._model, _SAMPLED):
             counts.append(self._count(self._start[name].to(weights.device), weights))
             total += weights.numel()
+            del weights  # before the next stack's sample is made
         if not total:
             return {}
         moved, changed = torch.stack(counts).sum(0).tolist()
@@ -50,9 +49,6 @@ class WeightChanges:
         """Count the weights and the rounded weights that differ: (2) int64, on the device of the weights."""
         moved = (weights != start).sum()
         return torch.stack([moved, (self._round(weights) != self._round(start)).sum()])
-
-    def _sample(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, weights.detach()) for name, weights in expert_weights(self._model, _SAMPLED))
 
     def _round(self, weights: Tensor) -> Tensor:
         return fake_quantize(weights.transpose(1, 2), self._format).transpose(1, 2)

@@ -1,6 +1,7 @@
-"""Run a command line of the program on a pretended GPU, and write what happened to a JSON file.
+"""Run command lines of the program on a pretended GPU in this process, and write what happened to a JSON file.
 
-Usage: pretended_run.py <file> <number of GPUs> <arguments of the program>...
+Usage: pretended_run.py <file>. The JSON file holds a list of command lines, each a list of arguments. The script writes
+<file>.outcome.
 """
 
 import json
@@ -20,25 +21,30 @@ class Training(TypedDict):
 
     Attributes:
         steps: number of optimizer steps.
-        passes: number of forward passes that train.
         devices: the devices and types of the model's parameters after training.
         syncs: host syncs in optimizer steps: source, kind, and number over all steps.
     """
 
     steps: int
-    passes: int
     devices: list[list[str]]
     syncs: list[tuple[str, str, int]]
 
 
 class Outcome(TypedDict):
-    """Exit status of the program, and what happened in each stage that trains."""
+    """What happened in the process.
 
-    status: int
+    Attributes:
+        statuses: the program's exit status for each command line.
+        training: what happened in each stage that trains.
+        sources: sources of all host syncs, also outside of optimizer steps.
+    """
+
+    statuses: list[int]
     training: dict[str, Training]
+    sources: list[str]
 
 
-def main(file: Path, count: int, arguments: list[str]) -> None:
+def run(lines: list[list[str]]) -> Outcome:
     training: dict[str, Training] = {}
     train = trainer.train
 
@@ -48,18 +54,25 @@ def main(file: Path, count: int, arguments: list[str]) -> None:
         syncs = pretended_gpu.SYNCS - before
         training[setup.stage] = {
             "steps": details["steps"],
-            "passes": details["steps"] * setup.settings.gradient_accumulation_steps,
-            "devices": sorted({(str(p.device), type(p.data).__name__) for p in inputs.model.parameters()}),
+            "devices": sorted({(str(p.device), type(p.data).__name__) for p in inputs.model.parameters()}),  # type: ignore[misc]
             "syncs": [(sync.source, sync.what, number) for sync, number in syncs.items() if sync.is_in_step],
         }
         return details
 
     trainer.train = train_and_record
-    sys.argv = ["pipeline", *arguments]
-    with pretended_gpu.gpu(count):
-        outcome = Outcome(status=program.status(arguments), training=training)
-    file.write_text(json.dumps(outcome), encoding="utf-8")
+    statuses = []
+    for line in lines:
+        sys.argv = ["pipeline", *line]
+        statuses.append(program.status(line))
+    sources = sorted({sync.source for sync in pretended_gpu.SYNCS})
+    return {"statuses": statuses, "training": training, "sources": sources}
+
+
+def main(file: Path) -> None:
+    with pretended_gpu.gpu():
+        outcome = run(json.loads(file.read_text(encoding="utf-8")))
+    Path(f"{file}.outcome").write_text(json.dumps(outcome), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]))
