@@ -71,7 +71,9 @@ def _peft_config(lora: LoraConfig, count: int, section: str) -> PeftLoraConfig:
 
 def load(model: "PreTrainedModel", directory: Path, trainable: bool) -> "PreTrainedModel":
     """Attach the adapters that are saved in `directory`. The result is a PeftModel."""
-    return cast("PreTrainedModel", PeftModel.from_pretrained(model, str(directory), is_trainable=trainable))
+    # By default, PEFT 0.21 reads the file to the first GPU, in every process. The model may be on the CPU.
+    model_with_adapters = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable, torch_device="cpu")
+    return cast("PreTrainedModel", model_with_adapters)
 
 
 def is_adapted(model: nn.Module) -> bool:

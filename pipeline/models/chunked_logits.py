@@ -26,6 +26,9 @@ CHUNK = 512  # tokens; their float32 logits take 0.4 GB for a vocabulary of 201,
 
 T = TypeVar("T")
 
+Positions = tuple[Tensor, Tensor]
+"""Rows and columns of the chosen positions of a batch, (N) int64 each, in the order of the batch."""
+
 
 @dataclass(frozen=True)
 class States:
@@ -40,21 +43,32 @@ class States:
     head: Tensor | None
 
 
-def compute_states(model: nn.Module, inputs: Mapping[str, object], chosen: Tensor) -> States:
+def find_positions(chosen: Tensor) -> Positions:
+    """Return the positions that a mask (B, T) bool chooses.
+
+    The host waits for the GPU here, to learn the number of positions. A mask as an index would wait each time that it
+    is used, and once more in the backward pass, so convert a mask once.
+    """
+    rows, columns = chosen.nonzero(as_tuple=True)
+    return rows, columns
+
+
+def compute_states(model: nn.Module, inputs: Mapping[str, object], positions: Positions) -> States:
     """Run a model up to its head, and return the inputs of `map_chunks`.
 
     Args:
         model: a causal language model, possibly wrapped (adapters, DDP, FSDP2, DeepSpeed). The outermost
             wrapper is called, so that every wrapper takes part in the forward pass.
         inputs: the model's inputs, without labels.
-        chosen: mask of the positions whose logits are needed, (B, T) bool.
+        positions: the positions whose logits are needed.
     """
     causal = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     embedding = causal.get_output_embeddings()
     if torch.is_grad_enabled() and is_kept_from_gradients(embedding.weight):
-        positions = chosen.any(dim=0).nonzero().flatten()
-        logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits
-        return States(logits[chosen[:, positions]], None)
+        rows, columns = positions
+        kept, places = columns.unique(return_inverse=True)
+        logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits
+        return States(logits[rows, places], None)
     found: list[Tensor] = []
     hook = causal.get_decoder().register_forward_hook(lambda *call: found.append(call[-1].last_hidden_state))
     try:
@@ -62,7 +76,7 @@ def compute_states(model: nn.Module, inputs: Mapping[str, object], chosen: Tenso
         model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         hook.remove()
-    return States(found[0][chosen], embedding.weight)  # read only now: FSDP2 replaces the weight in a forward pass
+    return States(found[0][positions], embedding.weight)  # read only now: FSDP2 replaces the weight in a forward pass
 
 
 def map_chunks(function: Callable[..., T], models: Sequence[States], *others: Tensor) -> Iterator[T]:

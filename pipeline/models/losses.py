@@ -121,10 +121,11 @@ def _batch_sums(model: "PreTrainedModel", batch: dict[str, Tensor]) -> Tensor:
     """Compute the fields of a Loss for each example in a batch. Returns (B, 4) float64."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     real = functional.pad(batch["attention_mask"][:, 1:].bool(), (0, 1))  # True if the next token is not padding
-    targets, labels = (batch[name].roll(-1, dims=1)[real] for name in ("input_ids", "labels"))
-    states = chunked_logits.compute_states(model, inputs, real)
+    positions = chunked_logits.find_positions(real)
+    targets, labels = (batch[name].roll(-1, dims=1)[positions] for name in ("input_ids", "labels"))
+    states = chunked_logits.compute_states(model, inputs, positions)
     nll = torch.cat(list(chunked_logits.map_chunks(_negative_log_likelihoods, (states,), targets))).double().cpu()
-    supervised, example = (labels != IGNORED).cpu(), real.nonzero()[:, 0].cpu()
+    supervised, example = (labels != IGNORED).cpu(), positions[0].cpu()
     by_token = torch.stack([nll.where(supervised, 0.0), supervised.double(), nll, torch.ones_like(nll)], dim=1)
     return torch.zeros(len(real), 4, dtype=torch.float64).index_add_(0, example, by_token)
 

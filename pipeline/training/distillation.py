@@ -59,7 +59,7 @@ def distill(student: nn.Module, teacher: Teacher, batch: dict[str, Tensor]) -> D
     """
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "use_cache")}
     # The logits at each position predict the next token.
-    supervised = functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
+    supervised = chunked_logits.find_positions(functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1)))
     targets = batch["labels"].roll(-1, dims=1)[supervised]
     student_states = chunked_logits.compute_states(student, inputs, supervised)
     with torch.no_grad():

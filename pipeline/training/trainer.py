@@ -45,6 +45,7 @@ from pipeline.training.weight_changes import WeightChanges
 
 _WHOLE_EXAMPLES = "bfd"  # best-fit decreasing: TRL's packing strategy that splits no example that fits into a row
 _LOWEST_SAFE_BF16_RATE = 1e-4
+_DIVERGENCE = "teacher_divergence"
 _FIXED: dict[str, Any] = {
     "logging_nan_inf_filter": False,  # the filter would replace a non-finite loss by the mean of earlier losses
     "eval_strategy": "steps",
@@ -232,10 +233,16 @@ class _Trainer(SFTTrainer):
         with self.accelerator.autocast():
             found = distill(model, self._teacher, inputs)
         supervised = (inputs["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
-        self._metrics["train"]["teacher_divergence"].append((found.divergence / supervised).item())
+        self._metrics["train"][_DIVERGENCE].append(found.divergence / supervised)
         if num_items_in_batch is None:
             return found.loss / supervised
         return found.loss / num_items_in_batch * self.accelerator.num_processes
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Overridden to read the divergences from the GPU for each line of metrics, and not in each pass."""
+        divergences = self._metrics["train"].get(_DIVERGENCE, [])
+        divergences[:] = [float(each) for each in divergences]
+        super().log(logs, start_time)
 
     def evaluate(
         self, eval_dataset: object = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -388,6 +395,7 @@ def _make_arguments(setup: Setup, more: Mapping[str, Any]) -> SFTConfig:
         data_seed=settings.seed,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
+        accelerator_config={"non_blocking": on_gpu},  # batches are copied while the GPU computes
         dataset_kwargs={"skip_prepare_dataset": True},  # the data is already tokenized and packed
         packing=settings.packing,
         **_FIXED,

@@ -1,5 +1,7 @@
 """The shares of weights and of 4-bit codes that training changed equal a count by hand."""
 
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from pipeline.models import adapters, loading, references
 from pipeline.numerics.formats import MXFP4
 from pipeline.runs import artifacts
 from pipeline.runs.metrics import read_metrics
+from pipeline.training import weight_changes
 from pipeline.training.weight_changes import WeightChanges
 
 FP32 = TrainConfig(precision=Precision.fp32)
@@ -78,6 +81,27 @@ def test_adapters_are_multiplied_out_only_for_the_sampled_experts(
     assert set(made) == {max(2, len(range(8)[experts]))}
     factors = [parameter.shape for name, parameter in adapted.named_parameters() if "lora_A" in name]
     assert {shape[0] for shape in factors} == {8 * settings.lora.rank}
+
+
+def test_the_sample_of_one_stack_is_freed_before_the_next_one_is_made(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[int] = []
+    samples: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+
+    def watch(watched: torch.nn.Module, experts: slice) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in watched.named_parameters():
+            if name.endswith(("gate_up_proj", "down_proj")):
+                alive.append(len(samples))
+                made = [parameter.detach()[experts].clone()]
+                samples.add(made[0])
+                yield name, made.pop()
+
+    monkeypatch.setattr(weight_changes, "expert_weights", watch)
+    changes = WeightChanges(model, MXFP4)
+    alive.clear()
+    assert changes.measure() == {"moved_weights": 0.0, "changed_codes": 0.0}
+    assert alive == [0, 0, 0, 0]
 
 
 def test_without_trained_experts_there_are_no_figures(model: PreTrainedModel) -> None:

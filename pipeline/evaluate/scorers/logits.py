@@ -88,7 +88,7 @@ def _states(model: "PreTrainedModel", batch: dict[str, Tensor]) -> States:
     """Run the model up to its head. Return the states that predict supervised tokens, row by row of the batch."""
     inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
     supervised = functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
-    return chunked_logits.compute_states(model, inputs, supervised.to(model.device))
+    return chunked_logits.compute_states(model, inputs, chunked_logits.find_positions(supervised.to(model.device)))
 
 
 def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
