@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from pipeline.doctor import fake_gpu
+from pipeline.models import sink_attention
 
 CUDA = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
@@ -217,13 +218,33 @@ def _wrap(value: Any) -> Any:
 
 
 def _compute(func: Any, args: Any, kwargs: Any) -> Any:
-    """Compute on the CPU. Two operations have a CUDA kernel only."""
+    """Compute on the CPU. Some operations have a CUDA kernel only."""
+    if func is _aten._flash_attention_forward.default:
+        return _flash_forward(*args, **kwargs)
+    if func is _aten._flash_attention_backward.default:
+        return _flash_backward(*args, **kwargs)
     if func is _aten.histc.default and not args[0].is_floating_point():
         return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
     if func is _aten.addmm.dtype_out:
         added, one, other = args[:3]
         return kwargs["out"].copy_(torch.addmm(added, one.float(), other.float()))
     return func(*args, **kwargs)
+
+
+def _flash_forward(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, _: Tensor, longest: int, *__: Any, **layer: Any
+) -> tuple[Tensor, ...]:
+    out, lse = sink_attention._forward_on_cpu(query, key, value, bounds, _layer(longest, **layer))
+    return out, lse, torch.zeros(2), torch.zeros(2), torch.empty(0)
+
+
+def _flash_backward(*args: Any, **layer: Any) -> tuple[Tensor, ...]:
+    *tensors, bounds, _, longest = args[:9]  # gradient, query, key, value, output, log-sum-exp
+    return sink_attention._backward_on_cpu(*tensors, bounds, _layer(longest, **layer))
+
+
+def _layer(longest: int, scale: float, window_size_left: int | None) -> Any:
+    return sink_attention._Layer(longest, None if window_size_left is None else window_size_left + 1, scale)
 
 
 def _with_written(func: Any, args: Sequence[Any], kwargs: dict[str, Any], found: Any) -> Any:

@@ -51,6 +51,9 @@ FULL = (
 ANSWERS = (
     "recipe=smoke",
     *SHORT,
+    # In FP32, `auto` would choose flex_attention, which cannot be traced with pretended tensors.
+    "sft.attn_implementation=eager",
+    "qat.attn_implementation=eager",
     "format=nvfp4_w4a4",
     "export.target=nvfp4",
     "eval=quick",
