@@ -14,6 +14,7 @@ from pipeline.errors import CheckFailed, UserError
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
 from pipeline.runs.console import shows_progress
+from pipeline.runs.preflight import NO_GPU
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +35,7 @@ def device_of(asked: Device) -> str:
     """
     has_gpu = torch.cuda.is_available()
     if asked is Device.cuda and not has_gpu:
-        raise UserError("device=cuda: no GPU is visible here. Use device=auto or device=cpu.")
+        raise UserError(NO_GPU)
     return "cuda" if has_gpu and asked is not Device.cpu else "cpu"
 
 

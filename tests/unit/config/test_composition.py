@@ -10,7 +10,17 @@ from omegaconf import OmegaConf
 
 from config.composing import RECIPES, SYNTHETIC_DATA, Mistake, choices, composed, resolved, write_recipe
 from pipeline import __main__ as program
-from pipeline.config import LoraConfig, LoraTarget, Method, PipelineConfig, Precision, Sharding, Stage, command_line, rules
+from pipeline.config import (
+    LoraConfig,
+    LoraTarget,
+    Method,
+    PipelineConfig,
+    Precision,
+    Sharding,
+    Stage,
+    command_line,
+    rules,
+)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
