@@ -1,6 +1,7 @@
 """Load models into memory: plain, with adapters and quantizers, for training, or for evaluation."""
 
 import gc
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -9,12 +10,16 @@ from torch import nn
 
 from pipeline.checkpoints.config_json import read_config
 from pipeline.checkpoints.dtypes import TRAIN_TYPES, torch_dtype
-from pipeline.config import Device, TrainConfig
+from pipeline.checkpoints.gpt_oss import Shape, plain_tensors
+from pipeline.config import Device, Sharding, TrainConfig
 from pipeline.errors import CheckFailed, UserError
 from pipeline.models.references import ModelRef
+from pipeline.models.sharding import STRATEGIES
 from pipeline.models.weights import Weights
+from pipeline.runs import host_memory
 from pipeline.runs.console import shows_progress
 from pipeline.runs.preflight import NO_GPU
+from pipeline.runs.processes import local_process_count, process_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,6 +125,32 @@ def load_effective(ref: ModelRef, dtype: torch.dtype, **arguments: Any) -> "PreT
             if weights.is_changed(name):
                 parameter.copy_(weights.read_effective(name))
     return place(model).eval()
+
+
+def copies_in_host_memory(shared: Sharding) -> float:
+    """Return how many copies of the weights the processes on this machine keep in host memory while they train."""
+    if torch.cuda.is_available():
+        return 0  # the weights are on the GPUs
+    shards = process_count() if "weights" in STRATEGIES[shared].sharded else 1
+    return local_process_count() / shards
+
+
+def raise_if_host_too_small(stage: str, directory: Path, dtype: torch.dtype, copies: float = 1) -> None:
+    """Check, before a model is loaded, that its weights fit into the host memory that is free.
+
+    Args:
+        stage: name of the stage, for the message.
+        directory: the checkpoint, or the base of adapters.
+        dtype: type of the weights after loading.
+        copies: number of copies that the processes on this machine load together.
+
+    Raises:
+        MachineError: the weights do not fit.
+    """
+    shape = Shape.of(read_config(directory), str(directory))
+    values = sum(math.prod(info.shape) for info in plain_tensors(shape).values())
+    needed = int(values * dtype.itemsize * copies)
+    host_memory.raise_if_too_small(stage, needed, f"loading {directory}")
 
 
 def place(model: Model) -> Model:

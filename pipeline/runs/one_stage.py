@@ -44,9 +44,24 @@ def one_stage(config: PipelineConfig) -> Iterator[None]:
 
 def release() -> None:
     """Free models that nothing uses any more. Modules and optimizers have reference cycles, so they stay until then."""
+    _forget_import_errors()
     gc.collect()
     if (cuda := _cuda()) is not None:
         cuda.empty_cache()
+
+
+def _forget_import_errors() -> None:
+    """Drop the tracebacks that pulp 3.3 keeps.
+
+    ModelOpt 0.47 imports pulp. For each solver that is not installed, pulp stores the error in the solver's class. The
+    traceback of this error holds all functions that were running, with their variables. ModelOpt is imported while
+    `quantize` runs, so without this the model of `quantize` would stay in memory until the program ends.
+    """
+    for module in [module for name, module in sys.modules.items() if name.startswith("pulp.apis.")]:
+        for solver in vars(module).values():
+            error = vars(solver).get("err") if isinstance(solver, type) else None
+            if isinstance(error, Exception):
+                error.__traceback__ = None
 
 
 def _reset_peaks() -> None:

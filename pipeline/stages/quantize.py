@@ -51,6 +51,7 @@ def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, dire
 
     block_format = references.configured_format(config.format)
     kind, start, saved = _take_form(config.qat.method, ref, directory)
+    loading.raise_if_host_too_small("quantize", start.base, start.dtype)
     model = loading.place(loading.load_quantized(start, start.dtype))
     if config.qat.method is Method.lora and not start.adapter:
         model = adapters.attach(model, config.qat, "qat")
