@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline import config
 from pipeline.config import command_line, rules
 from pipeline.errors import CheckFailed, MachineError, UserError, user_errors
-from pipeline.runs import preflight
+from pipeline.runs import allocator, preflight
 from pipeline.runs.one_stage import one_stage
 from pipeline.runs.processes import is_main_process
 from pipeline.runs.run import Run
@@ -98,6 +98,7 @@ def main() -> NoReturn:
     # With this variable Hydra raises errors. Without it, Hydra prints a traceback and exits with 1.
     # The assignment overrides the shell's value, which setdefault would keep.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    allocator.let_segments_grow()
     sys.exit(status(sys.argv[1:]))
 
 
