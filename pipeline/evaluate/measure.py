@@ -26,7 +26,7 @@ from pipeline.evaluate.scorers import EVALS, harness, judge, logits
 from pipeline.evaluate.scorers.judge import Judge, Judgement
 from pipeline.evaluate.subject import Subject
 from pipeline.evaluate.transcripts import Transcript
-from pipeline.models import loading, losses, source
+from pipeline.models import loading, losses, placement, source
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
 from pipeline.runs.console import say
@@ -233,8 +233,8 @@ class Measure:
         return directory
 
     def _load(self, ref: ModelRef) -> "PreTrainedModel":
-        loading.raise_if_host_too_small("evaluate", ref.base, self._dtype)
-        return loading.load_effective(ref, self._dtype)
+        placement.raise_if_host_too_small("evaluate", ref.base, self._dtype)
+        return loading.load_effective(ref, self._dtype, spread=True)
 
     def _validation(self, ref: ModelRef, tokenizer: Tokenizer) -> _Validation:
         files = b"".join(path.read_bytes() for name in _TOKENIZER_FILES if (path := ref.base / name).is_file())
