@@ -25,7 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline import config
 from pipeline.config import command_line, rules
-from pipeline.errors import CheckFailed, UserError, user_errors
+from pipeline.errors import CheckFailed, MachineError, UserError, user_errors
+from pipeline.runs import allocator, preflight
+from pipeline.runs.one_stage import one_stage
 from pipeline.runs.processes import is_main_process
 from pipeline.runs.run import Run
 
@@ -62,9 +64,15 @@ def run(composed: DictConfig) -> None:
         composed.recipe = chosen  # register() has named only our own recipes, not a recipe from --config-dir
     _keep_jobs_apart(composed)
     pipeline_config = rules.resolve(composed)
+    preflight.check(pipeline_config)
     for stage in Run(pipeline_config).earlier_stages():
-        _module(stage).run(replace(pipeline_config, stage=stage, overwrite=False))
-    _module(pipeline_config.stage).run(pipeline_config)
+        _run(replace(pipeline_config, stage=stage, overwrite=False))
+    _run(pipeline_config)
+
+
+def _run(stage_config: config.PipelineConfig) -> None:
+    with one_stage(stage_config):
+        _module(stage_config.stage).run(stage_config)
 
 
 def _keep_jobs_apart(composed: DictConfig) -> None:
@@ -90,6 +98,7 @@ def main() -> NoReturn:
     # With this variable Hydra raises errors. Without it, Hydra prints a traceback and exits with 1.
     # The assignment overrides the shell's value, which setdefault would keep.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    allocator.let_segments_grow()
     sys.exit(status(sys.argv[1:]))
 
 
@@ -121,13 +130,13 @@ def _job(composed: DictConfig) -> None:
     # Hydra prints an extra line for an exception of a job, but not for SystemExit. So the message appears only once.
     try:
         run(composed)
-    except (UserError, CheckFailed) as error:
+    except (UserError, CheckFailed, MachineError) as error:
         sys.exit(_report(error, error.exit_status))
 
 
 def _report(error: Exception, status: int) -> int:
     # In messages of Hydra and OmegaConf, the first three lines name the error and its place. The rest is internals.
-    own = isinstance(error, (UserError, CheckFailed))
+    own = isinstance(error, (UserError, CheckFailed, MachineError))
     message = str(error) if own else " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
     if is_main_process():
         print(f"error: {message}", file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
 """Errors that end a command with one clear message, without a traceback.
 
-A mistake of the user exits with 2, and a failed check with 1.
+A mistake of the user exits with 2. A failed check, or a machine that cannot do the work, exits with 1.
 """
 
 import difflib
@@ -29,6 +29,12 @@ class UserError(Exception):
 
 class CheckFailed(Exception):
     """A check found a wrong result, which is not a mistake of the user. The exit status is 1."""
+
+    exit_status = 1
+
+
+class MachineError(Exception):
+    """The machine cannot do the work, for example because its memory is too small. The exit status is 1."""
 
     exit_status = 1
 

@@ -150,5 +150,5 @@ class QatConfig(TrainConfig):
     """Train with fake quantization of the experts."""
 
     rounded_cache_gib: Annotated[Optional[float], NOT_NEGATIVE] = None
-    """Cache size for the experts' rounded weights, in GiB; null: no limit (no cache if sharding gathers parameters)."""
+    """Cache for the experts' rounded weights, in GiB. Without it, each forward pass rounds; null: 0, or 4 on a CPU."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)

@@ -95,14 +95,14 @@ def device_needed(facts: Facts, stage: str) -> int:
 
 
 def host_needed(facts: Facts) -> int:
-    """Compute the bytes that all processes need in host memory.
+    """Compute the bytes that all processes of this machine need in its memory.
 
     Every process first loads all weights. Without a GPU, training also takes place in host memory.
     """
     each = [needed["weights"] for needed in facts.needs["device_bytes"].values()]
     if not facts.machine["gpus"]:
         each += [device_needed(facts, stage) for stage in facts.needs["device_bytes"]]
-    return facts.machine["processes"] * max(each)
+    return facts.machine["local_processes"] * max(each)
 
 
 def _device_too_small(facts: Facts) -> list[str]:

@@ -3,24 +3,26 @@
 import shutil
 from pathlib import Path
 
-import psutil
-import torch
-
-from pipeline.runs.processes import process_count
+from pipeline.runs import gpus, host_memory
+from pipeline.runs.processes import local_process_count, process_count
 
 
 def figures(run_dir: Path) -> dict[str, int]:
     """Measure the free bytes on the disk of `run_dir`, in host memory and on the fullest GPU.
 
-    The result also has the numbers of GPUs and processes.
+    The result also has the size of the smallest GPU, the numbers of GPUs and processes, and the number of processes on
+    this machine, which share its host memory.
     """
-    gpus = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]
+    visible = gpus.visible()
+    free = gpus.free_bytes() if visible else []
     return {
         "disk_free_bytes": shutil.disk_usage(_existing(run_dir)).free,
-        "host_free_bytes": psutil.virtual_memory().available,
-        "gpus": len(gpus),
-        "gpu_free_bytes": min((free for free, _ in gpus), default=0),
+        "host_free_bytes": host_memory.available_bytes(),
+        "gpus": len(visible),
+        "gpu_free_bytes": min(free, default=0),
+        "gpu_total_bytes": min((gpu.total_bytes for gpu in visible), default=0),
         "processes": process_count(),
+        "local_processes": local_process_count(),
     }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -26,12 +26,15 @@ from pipeline.evaluate.scorers import EVALS, harness, judge, logits
 from pipeline.evaluate.scorers.judge import Judge, Judgement
 from pipeline.evaluate.subject import Subject
 from pipeline.evaluate.transcripts import Transcript
-from pipeline.models import attention, loading, losses, source
+from pipeline.models import attention, loading, losses, placement, source
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
 from pipeline.runs.console import say
 from pipeline.runs.run import Run
 from pipeline.runs.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PREDICTIONS = "predictions"
 """Name of the run's subdirectory with the reference's predictions. The subdirectory is safe to delete."""
@@ -177,7 +180,7 @@ class Measure:
         tokenizer = load_tokenizer(ref.base)
         validation = self._validation(ref, tokenizer)
         predictions = self._predictions(ref, validation.batches)
-        model = loading.load_effective(ref, self._dtype, attn_implementation=self._attention)
+        model = self._load(ref)
         rendering = rendering_of(self._task.data, tokenizer)
         decide: Settings = {"evaluate.prompts": prompts.fingerprint(self._task.questions)}
         decide |= self._task.run.settings(_DECIDE_LOCAL)
@@ -225,11 +228,13 @@ class Measure:
         made = logits.fingerprint(self._reference, self._dtype, batches)
         directory = self._task.run.stage_dir(PREDICTIONS) / made
         if not directory.is_dir():
-            reference = loading.load_effective(self._reference, self._dtype, attn_implementation=self._attention)
-            logits.record(reference, batches, directory)
-            del reference
+            logits.record(self._load(self._reference), batches, directory)
             gc.collect()  # frees the reference model, whose modules refer to each other in cycles
         return directory
+
+    def _load(self, ref: ModelRef) -> "PreTrainedModel":
+        placement.raise_if_host_too_small("evaluate", ref.base, self._dtype)
+        return loading.load_effective(ref, self._dtype, spread=True, attn_implementation=self._attention)
 
     def _validation(self, ref: ModelRef, tokenizer: Tokenizer) -> _Validation:
         files = b"".join(path.read_bytes() for name in _TOKENIZER_FILES if (path := ref.base / name).is_file())

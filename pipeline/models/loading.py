@@ -1,29 +1,25 @@
 """Load models into memory: plain, with adapters and quantizers, for training, or for evaluation."""
 
-import gc
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from pipeline.checkpoints.config_json import read_config
 from pipeline.checkpoints.dtypes import TRAIN_TYPES, torch_dtype
 from pipeline.config import Device, TrainConfig
 from pipeline.errors import CheckFailed, UserError
+from pipeline.models.placement import place
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
 from pipeline.runs.console import shows_progress
+from pipeline.runs.preflight import NO_GPU
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Model = TypeVar("Model", bound=nn.Module)
-
 TRAIN_DTYPES = {precision: torch_dtype(name) for precision, name in TRAIN_TYPES.items()}
 """Type of the weights during training, for each training precision."""
-
-_ROOM = 1.3  # memory that a forward pass needs, weights included, as a multiple of the weights' size
 
 
 def device_of(asked: Device) -> str:
@@ -34,7 +30,7 @@ def device_of(asked: Device) -> str:
     """
     has_gpu = torch.cuda.is_available()
     if asked is Device.cuda and not has_gpu:
-        raise UserError("device=cuda: no GPU is visible here. Use device=auto or device=cpu.")
+        raise UserError(NO_GPU)
     return "cuda" if has_gpu and asked is not Device.cpu else "cpu"
 
 
@@ -113,10 +109,16 @@ def load_to_train(ref: ModelRef, train: TrainConfig, attn_implementation: str) -
     return model
 
 
-def load_effective(ref: ModelRef, dtype: torch.dtype, **arguments: Any) -> "PreTrainedModel":
+def load_effective(ref: ModelRef, dtype: torch.dtype, spread: bool = False, **arguments: Any) -> "PreTrainedModel":
     """Load a plain model that computes the same as `ref`, with merged adapters and rounded experts.
 
-    If inputs are quantized too, the model keeps its adapters and quantizers instead.
+    If inputs are quantized too, the model keeps its adapters and quantizers instead. It is then on one device.
+
+    Args:
+        ref: the model.
+        dtype: type of the weights.
+        spread: whether a model that does not fit on one GPU may be spread over all of them.
+        arguments: further arguments of transformers' `from_pretrained`.
     """
     if ref.block_format is not None and ref.block_format.quantizes_activations:
         return place(load_quantized(ref, dtype, **arguments)).eval()
@@ -126,15 +128,4 @@ def load_effective(ref: ModelRef, dtype: torch.dtype, **arguments: Any) -> "PreT
         for name, parameter in model.named_parameters():
             if weights.is_changed(name):
                 parameter.copy_(weights.read_effective(name))
-    return place(model).eval()
-
-
-def place(model: Model) -> Model:
-    """Move the model to the GPU if a GPU with enough free memory exists."""
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()  # otherwise the memory of an earlier model counts as used
-        needed = sum(parameter.nbytes for parameter in model.parameters())
-        if torch.cuda.mem_get_info()[0] > _ROOM * needed:
-            return model.to("cuda")
-    return model
+    return place(model, spread).eval()

@@ -14,15 +14,19 @@ from torch import Tensor
 from pipeline.config import Sharding
 from pipeline.models.sharding import STRATEGIES
 
+_DEFAULT_ON_CPU = 4.0 * 2**30  # covers models that are small enough to train on a CPU
+
 
 def budget_bytes(budget_gib: float | None, shared: Sharding) -> float:
     """Return how many bytes of rounded weights a run may cache on each device.
 
-    Without a budget (`qat.rounded_cache_gib=null`) there is no limit. But if parameters are gathered, the cache is
-    off, because each gather is a new allocation.
+    The default (`qat.rounded_cache_gib=null`) must fit wherever the run fits without a cache. So there is no cache on
+    a GPU, where the rounded experts of gpt-oss-20b would take 38 GB beside the model. There is none either if
+    parameters are gathered, because each gather is a new allocation.
     """
     if budget_gib is None:
-        return 0.0 if STRATEGIES[shared].gathers else math.inf
+        has_none = STRATEGIES[shared].gathers or torch.cuda.is_available()
+        return 0.0 if has_none else _DEFAULT_ON_CPU
     return budget_gib * 2**30
 
 

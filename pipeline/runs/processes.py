@@ -16,6 +16,16 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_process_count() -> int:
+    """Number of processes on this machine. With one machine, it equals `process_count`."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or process_count())
+
+
+def has_launcher() -> bool:
+    """Whether a launcher gave this process a GPU of its own. Without one, a process uses all visible GPUs."""
+    return int(os.environ.get("LOCAL_RANK", "-1")) >= 0
+
+
 def wait_for_everyone() -> None:
     """Wait until all processes have reached this point."""
     if process_count() > 1:

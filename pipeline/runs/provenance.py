@@ -16,7 +16,11 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # Unit of getrusage(2): byt
 
 
 def record() -> dict[str, Any]:
-    """Return the program's commit, the versions of libraries, the machine, and this process's peak memory so far."""
+    """Return the program's commit, the versions of libraries, the machine, and this process's peak memory.
+
+    The peak of GPU memory is the stage's own. Linux keeps one peak of host memory for the life of a process, so the
+    host peak includes the earlier stages of `stage=all`.
+    """
     import torch
 
     cuda = torch.cuda.is_available()

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.errors import CheckFailed, UserError
+from pipeline.runs import allocator
 from pipeline.runs.console import say
 
 _POLL_SECONDS = 0.25
@@ -37,7 +38,12 @@ class EngineProcess:
             # The engine has its own session, so Ctrl-C reaches only this program, which then ends the engine.
             try:
                 self._process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                    command,
+                    env=allocator.without_our_setting(os.environ),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
                 )
             except OSError as error:
                 raise UserError(f"serve.engine={name}: {command[0]} cannot be started ({error.strerror}).") from error

@@ -4,9 +4,11 @@ import importlib
 from dataclasses import replace
 
 from pipeline.config import PipelineConfig, QuantizeSource, Stage
+from pipeline.models import sharding
 from pipeline.publish import hub
 from pipeline.runs.artifacts import Artifact
 from pipeline.runs.console import say
+from pipeline.runs.one_stage import one_stage
 
 STAGES = tuple(Stage)[: tuple(Stage).index(Stage.all)]
 """The stages that `all` always runs. It starts no server, and uploads only if the user asks for it."""
@@ -15,6 +17,7 @@ STAGES = tuple(Stage)[: tuple(Stage).index(Stage.all)]
 def run(config: PipelineConfig) -> Artifact:
     """Run the stages and return the last one's artifact."""
     hub.check(config.export)  # check now, because the upload starts hours later
+    sharding.raise_if_impossible(config.sharding)  # also now, because training starts minutes later
     artifact = None
     for stage in STAGES if config.export.push_to_hub is None else (*STAGES, Stage.publish):
         if stage is Stage.sft and config.quantize.source is QuantizeSource.upcast:
@@ -23,6 +26,7 @@ def run(config: PipelineConfig) -> Artifact:
             settings = replace(config, stage=stage)
             if stage is Stage.evaluate and config.evaluate.source is None:
                 settings = replace(settings, evaluate=replace(config.evaluate, source="all"))
-            artifact = importlib.import_module(f"pipeline.stages.{stage.name}").run(settings)
+            with one_stage(settings):
+                artifact = importlib.import_module(f"pipeline.stages.{stage.name}").run(settings)
     assert artifact is not None
     return artifact

@@ -8,7 +8,7 @@ from pipeline.data.examples import prepare_examples
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import UserError
-from pipeline.models import loading, references, saving, sharding
+from pipeline.models import loading, placement, references, saving, sharding
 from pipeline.models.references import ModelRef
 from pipeline.numerics.formats import BlockFormat
 from pipeline.runs.artifacts import Artifact, Result
@@ -85,6 +85,8 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     block_format = references.configured_format(config.format)
     tokenizer = load_tokenizer(start.base)
     splits = prepare_examples(here, config.data, rows, tokenizer)
+    copies = placement.copies_in_host_memory(config.sharding)
+    placement.raise_if_host_too_small("qat", start.base, loading.TRAIN_DTYPES[config.qat.precision], copies)
     model = loading.load_to_train(start, config.qat, attention)
     changes = WeightChanges(model, block_format)  # read the weights before frozen experts are rounded in place
     budget = rounded_weights.budget_bytes(config.qat.rounded_cache_gib, config.sharding)

@@ -17,7 +17,7 @@ from pipeline.data.examples import prepare_examples
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import UserError
-from pipeline.models import loading, losses, references, saving
+from pipeline.models import loading, losses, placement, references, saving
 from pipeline.models.references import ModelRef
 from pipeline.runs.artifacts import BOOKKEEPING, Artifact, Kind, Result
 from pipeline.runs.building import build
@@ -51,7 +51,8 @@ def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, dire
 
     block_format = references.configured_format(config.format)
     kind, start, saved = _take_form(config.qat.method, ref, directory)
-    model = loading.place(loading.load_quantized(start, start.dtype))
+    placement.raise_if_host_too_small("quantize", start.base, start.dtype)
+    model = placement.place(loading.load_quantized(start, start.dtype))
     if config.qat.method is Method.lora and not start.adapter:
         model = adapters.attach(model, config.qat, "qat")
         kind, saved = saving.save(model, start, directory, train=config.qat, shared=config.sharding)

@@ -6,7 +6,7 @@ from pipeline.config import Method, PipelineConfig, Stage
 from pipeline.data.examples import prepare_examples
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
-from pipeline.models import loading, references, saving, sharding
+from pipeline.models import loading, placement, references, saving, sharding
 from pipeline.models.references import ModelRef
 from pipeline.runs.artifacts import Artifact, Result
 from pipeline.runs.building import build
@@ -44,6 +44,8 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     attention = attention_check.check(config.sft, "sft")
     tokenizer = load_tokenizer(start.base)
     splits = prepare_examples(here, config.data, rows, tokenizer)
+    copies = placement.copies_in_host_memory(config.sharding)
+    placement.raise_if_host_too_small("sft", start.base, loading.TRAIN_DTYPES[config.sft.precision], copies)
     model = loading.load_to_train(start, config.sft, attention)
     if config.sft.method is Method.lora:
         model = adapters.attach(model, config.sft, "sft")

@@ -55,6 +55,7 @@ from pipeline.data.harmony import IGNORED
 from pipeline.errors import user_errors
 from pipeline.models import loading
 from pipeline.models.weights import Weights
+from pipeline.runs import allocator
 from pipeline.runs.console import say
 from pipeline.verify import worker
 from pipeline.verify.check import Check
@@ -202,7 +203,7 @@ def _run(command: list[str], seconds: float, output: Path) -> int | None:
 
     The output goes to a file. A pipe would stay open until the last child process of the engine ends.
     """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment = {**allocator.without_our_setting(os.environ), "HF_HUB_OFFLINE": "1"}
     with output.open("wb") as file:
         streams: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
         process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)

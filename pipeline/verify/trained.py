@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.checkpoints.gpt_oss import expert_projections, other_tensors
 from pipeline.errors import CheckFailed
 from pipeline.export.layout import View
-from pipeline.models import adapters, fake_quantizers, loading, losses
+from pipeline.models import adapters, fake_quantizers, loading, losses, placement
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
 from pipeline.numerics.formats import BlockFormat
@@ -42,7 +42,7 @@ class TrainedModel:
             self.model = loading.load_quantized(ref, ref.dtype).eval()
             # A model with adapters stays on the CPU, where export merges them. GPUs may round products differently.
             if not ref.adapter:
-                self.model = loading.place(self.model)
+                self.model = placement.place(self.model)
         self.device = self.model.device
 
     def check_experts(self, export: View) -> Check:

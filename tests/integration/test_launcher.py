@@ -37,6 +37,29 @@ def test_under_slurm_the_launcher_meets_at_the_first_node_and_restarts() -> None
 
 
 @pytest.mark.parametrize(
+    ("visible", "processes"), [(None, 3), ("0", 1), ("2,0", 2), ("GPU-1a,GPU-2b", 2), ("0,-1,1", 1)]
+)
+def test_the_launcher_starts_one_process_per_visible_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, processes: int
+) -> None:
+    listing = "".join(
+        f"GPU {i}: NVIDIA H100 (UUID: GPU-{i})\\n  MIG 1g.10gb Device 0: (UUID: MIG-{i})\\n" for i in range(3)
+    )
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '{listing}'\n")
+    program.chmod(0o755)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    chosen = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    outcome = launch("--dry-run", "stage=sft", PATH=f"{tmp_path}:{os.environ['PATH']}", **chosen)
+    assert f" --nproc-per-node={processes} " in outcome.stdout
+
+
+def test_the_launcher_needs_a_number_of_processes_if_no_gpu_is_visible() -> None:
+    outcome = launch("--dry-run", "stage=sft", CUDA_VISIBLE_DEVICES="")
+    assert outcome.returncode == 2 and "--processes N" in outcome.stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--processes", "0", "stage=sft"), "--processes 0: must be a whole number"),

@@ -1,5 +1,6 @@
 """Composition of recipes, groups, overrides and sweeps."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,17 @@ from omegaconf import OmegaConf
 
 from config.composing import RECIPES, SYNTHETIC_DATA, Mistake, choices, composed, resolved, write_recipe
 from pipeline import __main__ as program
-from pipeline.config import LoraConfig, LoraTarget, Method, PipelineConfig, Precision, Stage, command_line, rules
+from pipeline.config import (
+    LoraConfig,
+    LoraTarget,
+    Method,
+    PipelineConfig,
+    Precision,
+    Sharding,
+    Stage,
+    command_line,
+    rules,
+)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -29,6 +40,26 @@ def test_every_recipe_opens_with_its_own_command(recipe: str) -> None:
     arguments = first.partition("-m pipeline ")[2].split()
     assert f"recipe={recipe}" in arguments
     assert command_line.problems(arguments, program.CONF_DIR, program.RECIPES_DIR) == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_for_several_gpus_shards_the_model_and_its_command_starts_as_many_processes(recipe: str) -> None:
+    text = (program.RECIPES_DIR / f"{recipe}.yaml").read_text(encoding="utf-8")
+    command = text.splitlines()[0]
+    found = re.search(r"^# Hardware: (one|\d+) GPUs?\b", text, re.MULTILINE)
+    gpus = 1 if found is None or found[1] == "one" else int(found[1])
+    given = command.removeprefix("# ").partition(" -m pipeline ")[2].split()
+    is_sharded = resolved(*given, SYNTHETIC_DATA).sharding is not Sharding.none
+    assert (processes_of(command), is_sharded) == (gpus, gpus > 1)
+
+
+def processes_of(command: str) -> int:
+    """Return the number of processes that a command line starts."""
+    if not command.startswith("# torchrun "):
+        assert command.startswith("# python ")
+        return 1
+    flags = dict(re.findall(r"--(nnodes|nproc-per-node) (\d+)", command))
+    return int(flags.get("nnodes", 1)) * int(flags["nproc-per-node"])
 
 
 def test_every_choice_of_every_group_resolves() -> None:

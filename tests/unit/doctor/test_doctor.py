@@ -218,7 +218,14 @@ NEEDS: dict[str, Any] = {
     "checkpoint_bytes": {"sft": 180, "qat": 120},
     "tokens": 150,
 }
-ROOMY = {"disk_free_bytes": 10**6, "host_free_bytes": 10**6, "gpus": 1, "gpu_free_bytes": 10**6, "processes": 1}
+ROOMY = {
+    "disk_free_bytes": 10**6,
+    "host_free_bytes": 10**6,
+    "gpus": 1,
+    "gpu_free_bytes": 10**6,
+    "processes": 1,
+    "local_processes": 1,
+}
 Found = Callable[..., list[str]]
 
 
@@ -273,8 +280,8 @@ def test_sharded_parts_need_not_fit_on_one_gpu(found: Found) -> None:
 
 
 def test_every_process_loads_the_whole_weights_into_host_memory(found: Found) -> None:
-    assert found(machine__host_free_bytes=160, machine__processes=4, sharding=Sharding.fsdp2) == []
-    assert len(found(machine__host_free_bytes=159, machine__processes=4, sharding=Sharding.fsdp2)) == 1
+    assert found(machine__host_free_bytes=160, machine__local_processes=4, sharding=Sharding.fsdp2) == []
+    assert len(found(machine__host_free_bytes=159, machine__local_processes=4, sharding=Sharding.fsdp2)) == 1
 
 
 def test_too_small_a_gpu_is_reported_with_settings_that_save_memory(found: Found) -> None:
@@ -291,8 +298,8 @@ def test_without_a_gpu_training_must_fit_into_host_memory(found: Found) -> None:
 
 
 def test_every_process_loads_the_weights(found: Found) -> None:
-    assert found(machine__processes=2, machine__host_free_bytes=80) == []
-    (message,) = found(machine__processes=3, machine__host_free_bytes=80)
+    assert found(machine__local_processes=2, machine__host_free_bytes=80) == []
+    (message,) = found(machine__local_processes=3, machine__host_free_bytes=80)
     assert message.startswith("loading the weights needs")
 
 

@@ -250,7 +250,13 @@ def test_optimizer_states_of_a_bf16_weight_have_the_optimizers_type(optimizer: s
 
 @pytest.mark.parametrize(
     ("sharding", "budget_gib", "expected"),
-    [(Sharding.none, None, 38.2e9), (Sharding.fsdp2, None, 0), (Sharding.none, 0, 0), (Sharding.fsdp2, 1, 2**30)],
+    [
+        (Sharding.none, None, 4 * 2**30),
+        (Sharding.none, 1000, 38.2e9),
+        (Sharding.fsdp2, None, 0),
+        (Sharding.none, 0, 0),
+        (Sharding.fsdp2, 1, 2**30),
+    ],
 )
 def test_rounded_experts_are_kept_in_bf16_up_to_their_budget(
     sharding: Sharding, budget_gib: float | None, expected: float

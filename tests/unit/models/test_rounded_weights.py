@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from pipeline.models.rounded_weights import RoundedWeights, compute_dtype
+from pipeline.config import Sharding
+from pipeline.doctor.fake_gpu import pretend_cuda
+from pipeline.models.rounded_weights import RoundedWeights, budget_bytes, compute_dtype
 from pipeline.numerics.codec import straight_through
 
 
@@ -20,6 +22,19 @@ class Rounder:
 
 def parameter(*values: float) -> Tensor:
     return torch.nn.Parameter(torch.tensor(values))
+
+
+def test_without_a_setting_gpus_and_gathered_weights_have_no_cache_and_a_cpu_has_a_small_one() -> None:
+    assert 0 < budget_bytes(None, Sharding.none) < 8e9
+    assert budget_bytes(None, Sharding.fsdp2) == 0
+    with pretend_cuda():
+        assert budget_bytes(None, Sharding.none) == budget_bytes(None, Sharding.zero2) == 0
+
+
+def test_a_setting_decides_on_every_device() -> None:
+    assert budget_bytes(2.5, Sharding.none) == budget_bytes(2.5, Sharding.fsdp2) == 2.5 * 2**30
+    with pretend_cuda():
+        assert budget_bytes(2.5, Sharding.none) == 2.5 * 2**30
 
 
 def test_weights_are_rounded_once_until_they_are_forgotten() -> None:

@@ -1,0 +1,129 @@
+"""Place models on GPUs, and check that they fit where they are loaded."""
+
+import gc
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from torch import nn
+
+from pipeline.checkpoints.config_json import read_config
+from pipeline.checkpoints.gpt_oss import Shape, plain_tensors
+from pipeline.config import Sharding
+from pipeline.models.sharding import STRATEGIES
+from pipeline.runs import host_memory
+from pipeline.runs.console import say, warn
+from pipeline.runs.processes import local_process_count, process_count
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_ROOM = 1.3  # memory that a forward pass needs, weights included, as a multiple of the weights' size
+
+
+def place(model: Model, spread: bool = False) -> Model:
+    """Move the model to the GPU if it fits there. Otherwise it stays on the CPU, with a warning.
+
+    Args:
+        model: the model.
+        spread: whether a model that does not fit on one GPU may be spread over all visible GPUs. It must be a plain
+            gpt-oss without adapters and quantizers, and only the main process may do this.
+    """
+    if not torch.cuda.is_available():
+        return model
+    gc.collect()
+    torch.cuda.empty_cache()  # otherwise the memory of an earlier model counts as used
+    needed, free = _ROOM * _weight_bytes(model), torch.cuda.mem_get_info()[0]
+    if free > needed:
+        return model.to("cuda")
+    if spread and (placed := _spread(model)) is not None:
+        return placed
+    others = f", and {torch.cuda.device_count()} GPUs are too small together" if spread else ""
+    warn(
+        "loading",
+        f"the model stays on the CPU, which is much slower. On a GPU it needs {needed / 1e9:.1f} GB (its weights and"
+        f" room for a forward pass), but {free / 1e9:.1f} GB are free{others}. Use a GPU with more free memory.",
+    )
+    return model
+
+
+def _spread(model: Model) -> Model | None:
+    """Spread the layers over all visible GPUs. Return None if they do not fit."""
+    from accelerate import dispatch_model
+
+    causal = cast("PreTrainedModel", model)
+    free = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
+    placement = spread_layers(causal, [int(each / _ROOM) for each in free])
+    if placement is None:
+        return None
+    used = sorted(set(placement.values()))
+    say("loading", f"the model is spread over {len(used)} GPUs, because it does not fit on one")
+    # The cache of each layer stays on the layer's GPU.
+    skipped: Any = causal._skip_keys_device_placement
+    return dispatch_model(model, cast(Any, placement), skip_keys=skipped)
+
+
+def spread_layers(model: "PreTrainedModel", budgets: Sequence[int]) -> dict[str, int] | None:
+    """Choose a GPU for each module, in the order of the layers.
+
+    The first GPU also gets everything outside of the layers. So a forward pass begins and ends there, and code that
+    uses hidden states and the head need not know of other GPUs.
+
+    Args:
+        model: a gpt-oss.
+        budgets: bytes of weights that each GPU may hold.
+
+    Returns:
+        The number of a GPU for each name of a module, or None if the model does not fit.
+    """
+    decoder = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    outside = [name for name, _ in model.named_children() if name != prefix]
+    outside += [f"{prefix}.{name}" for name, _ in decoder.named_children() if name != "layers"]
+    placement = dict.fromkeys(outside, 0)
+    layers = decoder.get_submodule("layers")
+    left = [budgets[0] - sum(_weight_bytes(model.get_submodule(name)) for name in outside), *budgets[1:]]
+    gpu = 0
+    for name, layer in layers.named_children():
+        size = _weight_bytes(layer)
+        while gpu < len(left) and left[gpu] < size:
+            gpu += 1
+        if gpu == len(left):
+            return None
+        left[gpu] -= size
+        placement[f"{prefix}.layers.{name}"] = gpu
+    return placement if left[0] >= 0 else None
+
+
+def _weight_bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def copies_in_host_memory(shared: Sharding) -> float:
+    """Return how many copies of the weights the processes on this machine keep in host memory while they train."""
+    if torch.cuda.is_available():
+        return 0  # the weights are on the GPUs
+    shards = process_count() if "weights" in STRATEGIES[shared].sharded else 1
+    return local_process_count() / shards
+
+
+def raise_if_host_too_small(stage: str, directory: Path, dtype: torch.dtype, copies: float = 1) -> None:
+    """Check, before a model is loaded, that its weights fit into the host memory that is free.
+
+    Args:
+        stage: name of the stage, for the message.
+        directory: the checkpoint, or the base of adapters.
+        dtype: type of the weights after loading.
+        copies: number of copies that the processes on this machine load together.
+
+    Raises:
+        MachineError: the weights do not fit.
+    """
+    shape = Shape.of(read_config(directory), str(directory))
+    values = sum(math.prod(info.shape) for info in plain_tensors(shape).values())
+    needed = int(values * dtype.itemsize * copies)
+    host_memory.raise_if_too_small(stage, needed, f"loading {directory}")

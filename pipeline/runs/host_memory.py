@@ -1,0 +1,76 @@
+"""The memory that this process may still use on its machine."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.errors import MachineError
+
+
+class _Files(NamedTuple):
+    """Files of a control group, and the entry of memory.stat for cached file pages, which the kernel can drop."""
+
+    limit: str
+    usage: str
+    cached: str
+
+
+_VERSION_2 = _Files("memory.max", "memory.current", "inactive_file")
+_VERSION_1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def available_bytes() -> int:
+    """Return the bytes that are free on this machine, or less if the container or the job has a limit."""
+    import psutil
+
+    groups = groups_of(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    return min([psutil.virtual_memory().available, *limits(groups)])
+
+
+def groups_of(listing: Path, mounted: Path) -> list[Path]:
+    """List the directories of the control groups of a process, with the groups around them.
+
+    Args:
+        listing: /proc/<pid>/cgroup. Each line is `number:controllers:path`. Controllers are empty in version 2.
+        mounted: directory where Linux shows the control groups.
+    """
+    found: list[Path] = []
+    for line in listing.read_text().splitlines() if listing.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root = mounted / controllers
+            inner = root / path.strip("/")
+            found += [inner, *(parent for parent in inner.parents if parent.is_relative_to(root))]
+    return found
+
+
+def limits(groups: list[Path]) -> Iterator[int]:
+    """Yield the bytes that the memory limit of each control group leaves. Slurm and Kubernetes set such limits."""
+    for group in groups:
+        for files in (_VERSION_2, _VERSION_1):
+            limit, usage = group / files.limit, group / files.usage
+            if limit.is_file() and usage.is_file() and (text := limit.read_text().strip()) != "max":
+                cached = _statistic(group / "memory.stat", files.cached)
+                yield max(0, int(text) - int(usage.read_text()) + cached)
+
+
+def _statistic(path: Path, name: str) -> int:
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)
+
+
+def raise_if_too_small(stage: str, needed: int, what: str, available: int | None = None) -> None:
+    """Raise MachineError if this machine has less memory free than a stage needs.
+
+    Args:
+        stage: name of the stage, for the message.
+        needed: bytes that the processes on this machine need together.
+        what: what takes the memory, for the message.
+        available: bytes that are free. None: measure them.
+    """
+    free = available_bytes() if available is None else available
+    if free < needed:
+        raise MachineError(
+            f"stage={stage}: {what} needs {needed / 1e9:.1f} GB of host memory, but only {free / 1e9:.1f} GB are free."
+            " Free some, raise the memory limit of the container or job, or use a machine with more."
+        )

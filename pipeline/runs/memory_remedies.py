@@ -1,0 +1,84 @@
+"""The settings that would save memory in a stage, apart from those that the run has already."""
+
+from collections.abc import Callable, Iterator
+
+from pipeline.config import Device, Method, PipelineConfig, Sharding, Stage, TrainConfig
+
+_SHORT = 512  # data.max_length, in tokens, that is not worth halving
+
+
+def remedies(config: PipelineConfig, on_gpu: bool) -> list[str]:
+    """List settings that save memory in the configuration's stage, as `key=value`.
+
+    Args:
+        config: the configuration of the stage.
+        on_gpu: whether the memory of a GPU was too small, or else the memory of the host.
+    """
+    found = _BY_STAGE.get(config.stage)
+    return [] if found is None else list(found(config, on_gpu))
+
+
+def _sft(config: PipelineConfig, on_gpu: bool) -> Iterator[str]:
+    yield from _training("sft", config.sft, config, on_gpu)
+
+
+def _qat(config: PipelineConfig, on_gpu: bool) -> Iterator[str]:
+    if config.qat.rounded_cache_gib:
+        yield "qat.rounded_cache_gib=0"
+    if config.qat.distillation.weight:
+        yield "qat.distillation.weight=0"
+    yield from _training("qat", config.qat, config, on_gpu)
+
+
+def _training(name: str, train: TrainConfig, config: PipelineConfig, on_gpu: bool) -> Iterator[str]:
+    if train.batch_size > 1:
+        steps = train.gradient_accumulation_steps * train.batch_size
+        yield f"{name}.batch_size=1 {name}.gradient_accumulation_steps={steps}"
+    if not train.gradient_checkpointing:
+        yield f"{name}.gradient_checkpointing=true"
+    if config.data.max_length > _SHORT:
+        yield f"data.max_length={config.data.max_length // 2}"
+    if train.method is Method.full:
+        yield f"train@{name}=lora"
+    if on_gpu and config.sharding in (Sharding.none, Sharding.zero2):
+        yield "sharding=fsdp2 (on several GPUs, with scripts/launch)"
+
+
+def _quantize(config: PipelineConfig, on_gpu: bool) -> Iterator[str]:
+    if config.quantize.batch_size > 1:
+        yield "quantize.batch_size=1"
+    if config.data.max_length > _SHORT:
+        yield f"data.max_length={config.data.max_length // 2}"
+
+
+def _evaluate(config: PipelineConfig, on_gpu: bool) -> Iterator[str]:
+    if config.evaluate.batch_size > 1:
+        yield "evaluate.batch_size=1"
+    if config.evaluate.generate and config.evaluate.generation.batch_size > 1:
+        yield "evaluate.generation.batch_size=1"
+    if config.evaluate.lm_eval.tasks and config.evaluate.lm_eval.batch_size > 1:
+        yield "evaluate.lm_eval.batch_size=1"
+    if config.data.max_length > _SHORT:
+        yield f"data.max_length={config.data.max_length // 2}"
+
+
+def _verify(config: PipelineConfig, on_gpu: bool) -> Iterator[str]:
+    if on_gpu:
+        yield "CUDA_VISIBLE_DEVICES='' (the check then runs on the CPU)"
+
+
+def _conversion(config: PipelineConfig, on_gpu: bool) -> Iterator[str]:
+    if on_gpu and config.device is not Device.cpu:
+        yield "device=cpu"
+
+
+_BY_STAGE: dict[Stage, Callable[[PipelineConfig, bool], Iterator[str]]] = {
+    Stage.upcast: _conversion,
+    Stage.sft: _sft,
+    Stage.quantize: _quantize,
+    Stage.qat: _qat,
+    Stage.export: _conversion,
+    Stage.verify: _verify,
+    Stage.evaluate: _evaluate,
+}
+"""Stage -> function that yields its remedies. The other stages hold no tensors."""

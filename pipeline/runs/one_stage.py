@@ -1,0 +1,112 @@
+"""Run one stage: measure its memory alone, free the memory afterwards, and explain failures of the machine.
+
+Torch is imported here only after a stage has imported it.
+"""
+
+import gc
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pipeline.config import PipelineConfig
+from pipeline.errors import MachineError
+from pipeline.runs.memory_remedies import remedies
+
+_NO_KERNEL = "no kernel image is available"
+_GPU_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_HOST_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+_ASKED = re.compile(r"(?:Tried to allocate|you tried to allocate) ([\d.]+ ?\w+)")
+_FREE = re.compile(r"GPU (\d+) has a total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free")
+
+
+@contextmanager
+def one_stage(config: PipelineConfig) -> Iterator[None]:
+    """Run the block as the stage that the configuration names.
+
+    Peaks of GPU memory start anew, so artifact.json reports the stage's own peak. After the block, the models of the
+    stage are freed: `all` runs several stages in one process.
+
+    Raises:
+        MachineError: the memory was too small, or a GPU has no kernels.
+    """
+    _reset_peaks()
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        explanation = explain(error, config)
+        if explanation is None:
+            raise
+        raise MachineError(explanation) from error
+    release()
+
+
+def release() -> None:
+    """Free models that nothing uses any more. Modules and optimizers have reference cycles, so they stay until then."""
+    _forget_import_errors()
+    gc.collect()
+    if (cuda := _cuda()) is not None:
+        cuda.empty_cache()
+
+
+def _forget_import_errors() -> None:
+    """Drop the tracebacks that pulp 3.3 keeps.
+
+    ModelOpt 0.47 imports pulp. For each solver that is not installed, pulp stores the error in the solver's class. The
+    traceback of this error holds all functions that were running, with their variables. ModelOpt is imported while
+    `quantize` runs, so without this the model of `quantize` would stay in memory until the program ends.
+    """
+    for module in [module for name, module in sys.modules.items() if name.startswith("pulp.apis.")]:
+        for solver in vars(module).values():
+            error = vars(solver).get("err") if isinstance(solver, type) else None
+            if isinstance(error, Exception):
+                error.__traceback__ = None
+
+
+def _reset_peaks() -> None:
+    if (cuda := _cuda()) is not None:
+        cuda.reset_peak_memory_stats()
+
+
+def _cuda() -> Any:
+    """Return torch.cuda if this process uses a GPU, else None."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
+def explain(error: Exception, config: PipelineConfig) -> str | None:
+    """Return a message for a failure of the machine: what needed how much, and what to set. None: another failure."""
+    text, stage = str(error), config.stage.name
+    if _NO_KERNEL in text:
+        return (
+            f"stage={stage}: this build of torch has no kernels for the GPU ({_NO_KERNEL}). Install a build of torch"
+            " for it, or hide the GPU: CUDA_VISIBLE_DEVICES=''."
+        )
+    on_gpu = any(phrase in text for phrase in _GPU_MEMORY)
+    if not on_gpu and not isinstance(error, MemoryError) and not any(phrase in text for phrase in _HOST_MEMORY):
+        return None
+    where = "GPU memory" if on_gpu else "host memory"
+    found = remedies(config, on_gpu)
+    advice = f"Set {', '.join(found)}, or use" if found else "Use"
+    larger = "a GPU with more memory" if on_gpu else "a machine with more memory"
+    return f"stage={stage} ran out of {where}{_amounts(text, on_gpu)}. {advice} {larger}."
+
+
+def _amounts(text: str, on_gpu: bool) -> str:
+    """Say how much was asked for and how much was free, as far as it is known: `: it asked for 2.00 GiB, …`."""
+    asked, free = _ASKED.search(text), _FREE.search(text)
+    parts = [f"it asked for {_readable(asked[1])} more"] if asked else []
+    if on_gpu and free:
+        parts.append(f"{free[3]} of {free[2]} were free on GPU {free[1]}")
+    elif not on_gpu:
+        from pipeline.runs.host_memory import available_bytes
+
+        parts.append(f"{available_bytes() / 2**30:.2f} GiB are free")
+    return f": {', '.join(parts)}" if parts else ""
+
+
+def _readable(amount: str) -> str:
+    """Show an amount as torch names it for GPUs: `2147483648 bytes` becomes `2.00 GiB`."""
+    number, unit = re.fullmatch(r"([\d.]+) ?(\w+)", amount).groups()  # type: ignore[union-attr]
+    return f"{int(number) / 2**30:.2f} GiB" if unit == "bytes" else f"{number} {unit}"

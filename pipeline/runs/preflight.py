@@ -1,0 +1,200 @@
+"""Check, before a stage begins, that the machine and the launcher fit the command.
+
+The checks take facts, so that tests can name machines that do not exist. `Machine.read` is the only reader of facts.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from pipeline.config import Device, PipelineConfig, Precision, QuantizeSource, Stage, TrainConfig
+from pipeline.errors import MachineError, user_errors
+from pipeline.runs import gpus
+from pipeline.runs.console import warn
+from pipeline.runs.gpus import Gpu
+from pipeline.runs.processes import has_launcher, local_process_count
+
+NO_GPU = "device=cuda: no GPU is visible here. Use device=auto or device=cpu."
+_BF16_CAPABILITY = (8, 0)
+_SIZES_DIFFER = 1.05  # GPUs of one model report sizes that differ by less than this factor
+_TRAINED = {Stage.sft: ("sft",), Stage.qat: ("qat",), Stage.all: ("sft", "qat")}
+"""Stage -> the sections of the configuration that it trains with."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The facts that the checks use.
+
+    Attributes:
+        gpus: the GPUs that this process may use.
+        local_processes: number of processes on this machine.
+        has_launcher: whether a launcher started this process.
+        architectures: the GPU architectures that torch has kernels for (`sm_90`, `compute_90`); empty without CUDA.
+        torch: torch's version.
+        environment: the environment variables, for the settings of accelerate's launcher.
+    """
+
+    gpus: tuple[Gpu, ...] = ()
+    local_processes: int = 1
+    has_launcher: bool = False
+    architectures: tuple[str, ...] = ()
+    torch: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls) -> "Machine":
+        """Read the facts of this machine and this process."""
+        import torch
+
+        return cls(
+            gpus.visible(),
+            local_process_count(),
+            has_launcher(),
+            tuple(torch.cuda.get_arch_list()) if torch.backends.cuda.is_built() else (),
+            str(torch.__version__),
+            os.environ,
+        )
+
+
+def check(config: PipelineConfig) -> None:
+    """Check this machine and the launcher. Warn of GPUs whose sizes differ.
+
+    Stages that use neither GPUs nor processes are not checked, so that they need not wait for torch.
+
+    Raises:
+        UserError: the command asks for a GPU that is not there, for another number of processes than there are GPUs,
+            or for arithmetic that the GPUs lack; or the launcher contradicts the configuration.
+        MachineError: torch has no kernels for a GPU.
+    """
+    trains = config.stage in _TRAINED
+    if trains or has_launcher() or config.device is Device.cuda:
+        machine = Machine.read()
+        if found := problems(config, machine):
+            raise user_errors(found)
+        raise_if_no_kernels(machine)
+        if (trains or config.stage is Stage.doctor) and (difference := unequal_sizes(machine)):
+            warn(config.stage.name, difference)
+
+
+def problems(config: PipelineConfig, machine: Machine) -> list[str]:
+    """Return a message for each mistake, with what to do."""
+    trained = _trained(config)
+    found = [*_device_problems(config, machine), *_process_problems(machine, is_training=bool(trained))]
+    if trained:
+        found += [*_precision_problems(trained, machine), *_launcher_problems(trained, machine)]
+    return found
+
+
+def _trained(config: PipelineConfig) -> dict[str, TrainConfig]:
+    """Return the sections that the stage trains with, by name."""
+    found: dict[str, TrainConfig] = {name: getattr(config, name) for name in _TRAINED.get(config.stage, ())}
+    if config.stage is Stage.all and config.quantize.source is QuantizeSource.upcast:
+        del found["sft"]  # skipped
+    return found
+
+
+def _device_problems(config: PipelineConfig, machine: Machine) -> Iterator[str]:
+    if config.device is Device.cuda and not machine.gpus:
+        yield NO_GPU if machine.architectures else f"{NO_GPU} (torch {machine.torch} is built without CUDA.)"
+
+
+def _process_problems(machine: Machine, is_training: bool) -> Iterator[str]:
+    count, processes = len(machine.gpus), machine.local_processes
+    if count and processes > count:
+        yield (
+            f"{processes} processes were started on this machine, but {_gpus(count)} visible. Start one"
+            f" process per GPU: scripts/launch --processes {count} …, or torchrun --nproc-per-node {count} …."
+        )
+    if count > 1 and is_training and not machine.has_launcher:
+        yield (
+            f"{count} GPUs are visible, but there is one process, and a process trains on one GPU. Start one process"
+            " per GPU with scripts/launch (or torchrun), or choose one GPU: CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def _precision_problems(trained: Mapping[str, TrainConfig], machine: Machine) -> Iterator[str]:
+    old = [gpu for gpu in machine.gpus if gpu.capability < _BF16_CAPABILITY]
+    if not old:
+        return
+    for name, train in trained.items():
+        if train.precision is not Precision.fp32:
+            yield (
+                f"{name}.precision={train.precision.name}: {_described(old[0])} has no BF16 arithmetic, which needs"
+                f" compute capability 8.0. Use a newer GPU, or {name}.precision=fp32, which takes twice the memory"
+                " for BF16 weights."
+            )
+
+
+def _launcher_problems(trained: Mapping[str, TrainConfig], machine: Machine) -> Iterator[str]:
+    """Yield settings of `accelerate launch` that the trainer would obey, although the configuration says otherwise.
+
+    `sharding.raise_if_impossible` finds the launcher's sharding. The trainer itself sets BF16 for mixed_bf16.
+    """
+    launched = machine.environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    for name, train in trained.items():
+        if launched != "no" and train.precision is not Precision.mixed_bf16:
+            yield (
+                f"{name}.precision={train.precision.name} means mixed precision 'no', but the launcher sets"
+                f" {launched!r}. Use accelerate launch --mixed_precision no."
+            )
+    compiler = machine.environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if compiler.lower() != "no":
+        yield (
+            f"the launcher compiles the model (dynamo_backend {compiler}), which can drop roundings that the export"
+            " has. Use accelerate launch --dynamo_backend no."
+        )
+    if machine.gpus and machine.environment.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes"):
+        yield (
+            f"the launcher sets use_cpu, but {_gpus(len(machine.gpus))} visible. Start without --cpu, or hide the"
+            " GPUs: CUDA_VISIBLE_DEVICES=''."
+        )
+
+
+def raise_if_no_kernels(machine: Machine) -> None:
+    """Raise MachineError if torch has no kernels for a GPU. A kernel would fail with "no kernel image"."""
+    if not machine.architectures:
+        return
+    for gpu in machine.gpus:
+        if not any(_runs_on(architecture, gpu.capability) for architecture in machine.architectures):
+            raise MachineError(
+                f"torch {machine.torch} has no kernels for {_described(gpu)}. It has kernels for"
+                f" {', '.join(machine.architectures)}. Install a build of torch for this GPU, or hide the GPU with"
+                " CUDA_VISIBLE_DEVICES."
+            )
+
+
+def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Return whether a GPU runs kernels for an architecture, such as `sm_90`, `sm_90a` or `compute_90`.
+
+    Machine code (sm) runs on the same major version. PTX (compute) is compiled for every newer GPU. The suffix `a`
+    means this version only, and `f` means this major version.
+    """
+    found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
+    if found is None:
+        return True  # an unknown name does not prove that kernels are missing
+    kind, major, minor, suffix = found[1], int(found[2]), int(found[3]), found[4]
+    if suffix == "a":
+        return capability == (major, minor)
+    if kind == "sm" or suffix == "f":
+        return capability[0] == major and capability[1] >= minor
+    return capability >= (major, minor)
+
+
+def unequal_sizes(machine: Machine) -> str | None:
+    """Return a warning if the GPUs of several processes have different sizes, else None."""
+    sizes = sorted(gpu.total_bytes for gpu in machine.gpus)
+    if machine.local_processes < 2 or not sizes or sizes[-1] < _SIZES_DIFFER * sizes[0]:
+        return None
+    return (
+        f"the GPUs have {sizes[0] / 1e9:.0f} to {sizes[-1] / 1e9:.0f} GB of memory. Each holds the same share of the"
+        " model, so the smallest one limits the run. Choose equal ones with CUDA_VISIBLE_DEVICES."
+    )
+
+
+def _described(gpu: Gpu) -> str:
+    return f"{gpu.name} (compute capability {gpu.capability[0]}.{gpu.capability[1]})"
+
+
+def _gpus(count: int) -> str:
+    return "one GPU is" if count == 1 else f"{count} GPUs are"

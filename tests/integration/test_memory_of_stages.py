@@ -1,0 +1,44 @@
+"""`stage=all` frees the models of a stage before the next one begins."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import SHORT
+
+FEW_STEPS = (
+    *("sft.max_steps=2", "sft.eval_steps=2", "sft.save_steps=2"),
+    *("qat.max_steps=2", "qat.eval_steps=2", "qat.save_steps=2", "qat.distillation.weight=0.5", "data.max_samples=40"),
+)
+PROGRAM = """
+import gc, json, sys
+from pipeline import __main__ as program
+from pipeline.runs import one_stage
+from transformers import PreTrainedModel
+import torch
+
+def release_and_look():
+    release()
+    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+    models = [type(each).__name__ for each in gc.get_objects() if isinstance(each, PreTrainedModel)]
+    found.append([sum(each.untyped_storage().nbytes() for each in tensors), models])
+
+found, release = [], one_stage.release
+one_stage.release = release_and_look
+status = program.status(sys.argv[1:])
+print(json.dumps(found))
+sys.exit(status)
+"""
+
+
+def test_no_weights_stay_in_memory_between_stages(tmp_path: Path) -> None:
+    # In a process of its own, because objects stay in memory when libraries are first imported by a stage.
+    arguments = ["stage=all", "recipe=smoke_lora", f"run_dir={tmp_path / 'run'}", *SHORT, *FEW_STEPS]
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 0, done.stderr
+    left = json.loads(done.stdout.splitlines()[-1])
+    assert len(left) >= 9  # a measurement after each stage
+    assert max(size for size, _ in left) < 1000  # bytes: a few scalars of libraries
+    assert [names for _, names in left] == [[]] * len(left)

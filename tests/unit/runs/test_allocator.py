@@ -1,0 +1,65 @@
+"""Segments of GPU memory grow, unless the user has chosen otherwise, and only in this program."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import __main__ as program
+from pipeline.runs import allocator
+from pipeline.serve.process import EngineProcess
+
+NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+SHOW = f"import os; print({{name: os.environ[name] for name in {NAMES} if name in os.environ}})"
+OURS = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores the variable after the test
+        monkeypatch.delenv(name)
+
+
+def chosen() -> dict[str, str]:
+    return {name: os.environ[name] for name in NAMES if name in os.environ}
+
+
+def test_the_program_lets_segments_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["pipeline", "--help"])
+    with pytest.raises(SystemExit):
+        program.main()
+    assert chosen() == OURS
+
+
+def test_the_program_sets_it_before_torch_is_loaded() -> None:
+    code = "import sys, pipeline.__main__; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_setting_of_the_user_is_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "max_split_size_mb:128")
+    allocator.let_segments_grow()
+    assert chosen() == {name: "max_split_size_mb:128"}
+    assert allocator.without_our_setting(os.environ) == dict(os.environ)
+
+
+def test_an_engine_does_not_inherit_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator.let_segments_grow()
+    monkeypatch.setenv("ANOTHER", "1")
+    log = tmp_path / "log"
+    with EngineProcess("vllm", [sys.executable, "-c", SHOW + "; print(os.environ['ANOTHER'])"], log) as engine:
+        engine._process.wait(timeout=60)
+    assert log.read_text().split("\n")[:2] == ["{}", "1"]
+    assert chosen() == OURS
+
+
+def test_torch_accepts_it() -> None:
+    environment = {**os.environ, **OURS}
+    code = "import torch; print(torch.zeros(2).sum())"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
