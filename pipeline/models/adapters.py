@@ -6,7 +6,7 @@ This is the only module that imports peft.
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -20,6 +20,7 @@ from pipeline.checkpoints.side_files import ADAPTER_WEIGHTS
 from pipeline.config import LoraConfig, LoraTarget, TrainConfig, adapted_layers
 from pipeline.errors import CheckFailed, UserError
 from pipeline.models import sharding
+from pipeline.models.expert_products import Factors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -28,7 +29,27 @@ _ADAPTER = "default"
 _QUANTIZER = "_weight_quantizer"
 
 
-def attach(model: "PreTrainedModel", train: TrainConfig, section: str) -> "PreTrainedModel":
+class _FactoredWrapper(ParamWrapper):
+    """PEFT's adapter of an expert stack, with a forward pass that never computes base + delta.
+
+    The factors are passed on to the experts' forward function, which multiplies by them (`expert_products`).
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Call the experts with the factors of the active adapter, or without any if PEFT would not apply it."""
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        (adapter,) = self.active_adapters
+        factors = {**kwargs.pop("factors", {}), self.parameter_name: Factors(*self.get_delta_factors(adapter))}
+        return self.base_layer(x, *args, factors=factors, **kwargs)
+
+
+_FactoredWrapper.__name__ = ParamWrapper.__name__  # peft 0.21 tells by the class's name whether a module is a wrapper
+
+
+def attach(
+    model: "PreTrainedModel", train: TrainConfig, section: str, *, is_factored: bool = False
+) -> "PreTrainedModel":
     """Attach new adapters to the configured parts of the configured layers, and freeze everything else.
 
     The result is a PeftModel, which also has the attributes of the wrapped model.
@@ -37,6 +58,8 @@ def attach(model: "PreTrainedModel", train: TrainConfig, section: str) -> "PreTr
         model: a gpt-oss model without adapters or quantizers.
         train: settings of the stage. `lora` sets the rank and place of the adapters, `seed` their initial values.
         section: name of `train` in the configuration, for messages.
+        is_factored: multiply by the factors of the experts' adapters instead of by base + delta. Quantizers cannot be
+            inserted then, because they round base + delta. Call `expert_kernels.use` afterwards.
 
     Raises:
         UserError: the configuration names a layer that the model does not have.
@@ -45,8 +68,15 @@ def attach(model: "PreTrainedModel", train: TrainConfig, section: str) -> "PreTr
     if any(name.endswith(_QUANTIZER) for name, _ in model.named_modules()):
         raise CheckFailed("adapters: the model is quantized already. Attach adapters before quantizers are inserted.")
     config = _peft_config(train.lora, model.config.num_hidden_layers, section)
+    if is_factored:
+        # peft 0.21 calls this method experimental. It is PEFT's documented way to add a kind of adapter.
+        config._register_custom_module({type(_experts_of(model)): _FactoredWrapper})
     torch.manual_seed(train.seed)
     return cast("PreTrainedModel", get_peft_model(model, config))
+
+
+def _experts_of(model: "PreTrainedModel") -> nn.Module:
+    return model.get_submodule(expert_parameter(0, EXPERT_WEIGHTS[0]).rpartition(".")[0])
 
 
 def _peft_config(lora: LoraConfig, count: int, section: str) -> PeftLoraConfig:
@@ -72,6 +102,11 @@ def _peft_config(lora: LoraConfig, count: int, section: str) -> PeftLoraConfig:
 def load(model: "PreTrainedModel", directory: Path, trainable: bool) -> "PreTrainedModel":
     """Attach the adapters that are saved in `directory`. The result is a PeftModel."""
     return cast("PreTrainedModel", PeftModel.from_pretrained(model, str(directory), is_trainable=trainable))
+
+
+def is_factored(model: nn.Module) -> bool:
+    """Return whether the forward pass multiplies by the factors of the experts' adapters."""
+    return any(isinstance(module, _FactoredWrapper) for module in model.modules())
 
 
 def is_adapted(model: nn.Module) -> bool:

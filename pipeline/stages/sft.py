@@ -37,7 +37,7 @@ def run(config: PipelineConfig) -> Artifact:
 
 def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, directory: Path) -> Result:
     from pipeline.evaluate import samples
-    from pipeline.models import adapters
+    from pipeline.models import adapters, expert_kernels
     from pipeline.training import attention_check, trainer
     from pipeline.training.weight_changes import WeightChanges
 
@@ -46,7 +46,8 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     splits = prepare_examples(here, config.data, rows, tokenizer)
     model = loading.load_to_train(start, config.sft)
     if config.sft.method is Method.lora:
-        model = adapters.attach(model, config.sft, "sft")
+        model = adapters.attach(model, config.sft, "sft", is_factored=True)
+        expert_kernels.use(model, config.sft.experts_implementation, None, config.sft.precision)
     changes = WeightChanges(model, references.configured_format(config.format))
     looks = samples.callback(here, config.data, config.evaluate, rows=rows, tokenizer=tokenizer, directory=directory)
     inputs = trainer.Inputs(model, tokenizer, splits, changes, callbacks=looks)
