@@ -3,7 +3,7 @@
 This is the only module that imports peft.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pipeline.checkpoints.gpt_oss import ATTENTION_PROJECTIONS, EXPERT_WEIGHTS, attention_projection, expert_parameter
 from pipeline.checkpoints.side_files import ADAPTER_WEIGHTS
@@ -249,6 +250,84 @@ class Merger:
         setattr(owner, attribute, hollow)
         layer.merged_adapters.clear()
         return result
+
+
+class SavedAdapters:
+    """Saved adapters with which an adapted model can compute for a while, instead of with its own adapters.
+
+    They stay outside of the model, so the trainer neither sees, saves nor shards them.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        """Read the adapters in `directory`. None stands for no adapters: the model computes with its base alone."""
+        self._factors = None if directory is None else load_file(directory / ADAPTER_WEIGHTS)
+
+    @contextmanager
+    def replace_own(self, model: nn.Module) -> Iterator[None]:
+        """Replace the adapters of a model inside the block, for forward passes without gradients.
+
+        Each layer computes with base + delta, the same bits as in a plain model with the saved adapters merged. Hooks
+        replace the parameters only while their layer runs, because FSDP2 and ZeRO-3 gather them only then.
+        """
+        (peft_model,) = (module for module in model.modules() if isinstance(module, PeftModel))
+        with ExitStack() as hooks:
+            for name, layer in peft_model.named_modules():
+                if isinstance(layer, LoraLayer):
+                    for hook in self._hook(name, layer):
+                        hooks.callback(hook.remove)
+            yield
+
+    def _hook(self, name: str, layer: LoraLayer) -> tuple[RemovableHandle, RemovableHandle]:
+        replaced = ExitStack()
+
+        def enter(*_: object) -> None:
+            replaced.enter_context(_without_own_adapter(layer, self._read(name, layer)))
+
+        def leave(*_: object) -> None:
+            replaced.close()
+
+        module = cast(nn.Module, layer)
+        return module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)
+
+    def _read(self, name: str, layer: LoraLayer) -> list[Tensor] | None:
+        """Return the saved factors A and B of a layer. They move to the layer's device once."""
+        if self._factors is None:
+            return None
+        keys = [f"{name}.{side}.weight" for side in ("lora_A", "lora_B")]
+        device = _weight(layer.lora_A[_ADAPTER]).device
+        self._factors |= {key: self._factors[key].to(device) for key in keys}
+        return [self._factors[key] for key in keys]
+
+
+@contextmanager
+def _without_own_adapter(layer: LoraLayer, factors: Sequence[Tensor] | None) -> Iterator[None]:
+    """Replace the factors of a layer inside the block. None removes the adapter.
+
+    PEFT disables an adapter by a method that also freezes and unfreezes its parameters. The layer's own parameters are
+    out of its reach inside the block.
+    """
+    own = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
+    with ExitStack() as stack:
+        for module, factor in zip(own, factors or [_weight(each).detach() for each in own], strict=True):
+            stack.enter_context(_parameter_replaced(module, factor))
+        if isinstance(layer, Linear) and factors is not None:
+            base = layer.get_base_layer()
+            merged = (_weight(base) + layer.get_delta_weight(_ADAPTER)).to(_weight(base).dtype)
+            stack.enter_context(_parameter_replaced(base, merged))
+        if isinstance(layer, Linear) or factors is None:
+            layer.enable_adapters(False)
+            stack.callback(layer.enable_adapters, True)
+        yield
+
+
+@contextmanager
+def _parameter_replaced(module: nn.Module, weight: Tensor) -> Iterator[None]:
+    own = module.weight
+    module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    try:
+        yield
+    finally:
+        module.weight = own
 
 
 def _weight(factor: nn.Module) -> Tensor:
