@@ -4,20 +4,24 @@ Factored adapters give the loss and gradients of PEFT's own forward pass, which 
 """
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from pipeline.config import ExpertsImplementation, LoraConfig, LoraTarget, Precision, TrainConfig
 from pipeline.errors import CheckFailed
-from pipeline.models import adapters, expert_kernels, fake_quantizers
+from pipeline.models import adapters, expert_kernels, expert_products, fake_quantizers
+from pipeline.models.expert_products import Factors, Multiply
 from pipeline.models.loading import TRAIN_DTYPES
 from pipeline.numerics.formats import FORMATS, MXFP4, BlockFormat
 
@@ -317,3 +321,27 @@ def test_auto_is_a_loop_for_factored_adapters_where_torch_has_no_grouped_product
     assert has_kernel == ("waits for the GPU" not in warned)
     assert expert_kernels.choose(auto, FORMATS["nvfp4_w4a4"], precision, capability, is_factored=False) is EAGER
     assert expert_kernels.choose(BATCHED, None, precision, capability, is_factored=True) is BATCHED
+
+
+@pytest.mark.parametrize(
+    ("multiply", "reads"), [(expert_products.multiply_grouped, False), (expert_products.multiply_in_loop, True)]
+)
+def test_the_grouped_product_reads_no_value_on_the_host(multiply: Multiply, reads: bool) -> None:
+    """Fake tensors have no values, so reading one is an error."""
+    config = GptOssConfig(hidden_size=64, intermediate_size=96, num_local_experts=EXPERTS)
+    kind = {"dtype": torch.bfloat16}  # torch refuses to trace grouped_mm in FP32
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException) if reads else nullcontext():
+        experts = nn.Module()
+        experts.num_experts, experts._apply_gate = EXPERTS, partial(GptOssExperts._apply_gate, GptOssExperts(config))
+        for name, sizes in {"gate_up_proj": (64, 192), "down_proj": (96, 64)}.items():
+            setattr(experts, name, torch.randn(EXPERTS, *sizes, **kind))
+            setattr(experts, f"{name}_bias", torch.randn(EXPERTS, sizes[1], **kind))
+        shapes = {"gate_up_proj": ((64, 8), (8, 192)), "down_proj": ((96, 8), (8, 64))}
+        factors = {
+            name: Factors(*(torch.randn(EXPERTS, *shape, **kind, requires_grad=True) for shape in both), 2.0)
+            for name, both in shapes.items()
+        }
+        states, shares = torch.randn(8, 64, **kind, requires_grad=True), torch.rand(8, 2, **kind)
+        chosen = torch.randint(EXPERTS, (8, 2))
+        expert_products.forward(experts, states, chosen, shares, factors, multiply).sum().backward()
+        assert states.grad is not None
