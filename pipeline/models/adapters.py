@@ -190,8 +190,8 @@ class Merger:
 
     PEFT's own `merge` runs on one layer at a time, in a model without weights. PEFT computes base + delta in the type
     of the weights. In training, a quantizer on an adapted expert stack sees the same values, because ModelOpt 0.47 adds
-    PEFT's delta to the base before it quantizes. (Without quantizers, PEFT trains with one baddbmm, which rounds
-    differently in the last bit.)
+    PEFT's delta to the base before it quantizes. SFT multiplies by the factors of the experts' adapters instead, so it
+    does not round the sum.
     """
 
     def __init__(self, directory: Path, model_config: "PretrainedConfig", dtype: torch.dtype) -> None:
