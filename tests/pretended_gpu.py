@@ -243,7 +243,7 @@ def _flash_backward(*args: Any, **layer: Any) -> tuple[Tensor, ...]:
     return sink_attention._backward_on_cpu(*tensors, bounds, _layer(longest, **layer))
 
 
-def _layer(longest: int, scale: float, window_size_left: int | None) -> Any:
+def _layer(longest: int, scale: float, window_size_left: int | None = None) -> Any:
     return sink_attention._Layer(longest, None if window_size_left is None else window_size_left + 1, scale)
 
 

@@ -114,7 +114,7 @@ class TrainConfig:
     attn_implementation: str = AUTO_ATTENTION
     """Attention kernel: fused_sinks or a name of transformers; auto: eager on CPUs, and on GPUs the first right one."""
     experts_implementation: ExpertsImplementation = ExpertsImplementation.auto
-    """Kernel of the experts; auto: eager for formats that also quantize inputs, grouped_mm for all others."""
+    """Kernel of the experts; auto: grouped_mm, or eager if inputs are quantized, and for LoRA SFT on some GPUs."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass. This saves memory. A step takes about a third more time."""
     router_aux_loss_coef: Annotated[float, NOT_NEGATIVE] = 0.0

@@ -3,10 +3,10 @@
 This is the only module that imports peft.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -14,12 +14,14 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pipeline.checkpoints.gpt_oss import ATTENTION_PROJECTIONS, EXPERT_WEIGHTS, attention_projection, expert_parameter
 from pipeline.checkpoints.side_files import ADAPTER_WEIGHTS
 from pipeline.config import LoraConfig, LoraTarget, TrainConfig, adapted_layers
 from pipeline.errors import CheckFailed, UserError
 from pipeline.models import sharding
+from pipeline.models.expert_products import Factors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -28,7 +30,27 @@ _ADAPTER = "default"
 _QUANTIZER = "_weight_quantizer"
 
 
-def attach(model: "PreTrainedModel", train: TrainConfig, section: str) -> "PreTrainedModel":
+class _FactoredWrapper(ParamWrapper):
+    """PEFT's adapter of an expert stack, with a forward pass that never computes base + delta.
+
+    The factors are passed on to the experts' forward function, which multiplies by them (`expert_products`).
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Call the experts with the factors of the active adapter, or without any if PEFT would not apply it."""
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        (adapter,) = self.active_adapters
+        factors = {**kwargs.pop("factors", {}), self.parameter_name: Factors(*self.get_delta_factors(adapter))}
+        return self.base_layer(x, *args, factors=factors, **kwargs)
+
+
+_FactoredWrapper.__name__ = ParamWrapper.__name__  # peft 0.21 tells by the class's name whether a module is a wrapper
+
+
+def attach(
+    model: "PreTrainedModel", train: TrainConfig, section: str, *, is_factored: bool = False
+) -> "PreTrainedModel":
     """Attach new adapters to the configured parts of the configured layers, and freeze everything else.
 
     The result is a PeftModel, which also has the attributes of the wrapped model.
@@ -37,6 +59,8 @@ def attach(model: "PreTrainedModel", train: TrainConfig, section: str) -> "PreTr
         model: a gpt-oss model without adapters or quantizers.
         train: settings of the stage. `lora` sets the rank and place of the adapters, `seed` their initial values.
         section: name of `train` in the configuration, for messages.
+        is_factored: multiply by the factors of the experts' adapters instead of by base + delta. Quantizers cannot be
+            inserted then, because they round base + delta. Call `expert_kernels.use` afterwards.
 
     Raises:
         UserError: the configuration names a layer that the model does not have.
@@ -45,8 +69,15 @@ def attach(model: "PreTrainedModel", train: TrainConfig, section: str) -> "PreTr
     if any(name.endswith(_QUANTIZER) for name, _ in model.named_modules()):
         raise CheckFailed("adapters: the model is quantized already. Attach adapters before quantizers are inserted.")
     config = _peft_config(train.lora, model.config.num_hidden_layers, section)
+    if is_factored:
+        # peft 0.21 calls this method experimental. It is PEFT's documented way to add a kind of adapter.
+        config._register_custom_module({type(_experts_of(model)): _FactoredWrapper})
     torch.manual_seed(train.seed)
     return cast("PreTrainedModel", get_peft_model(model, config))
+
+
+def _experts_of(model: "PreTrainedModel") -> nn.Module:
+    return model.get_submodule(expert_parameter(0, EXPERT_WEIGHTS[0]).rpartition(".")[0])
 
 
 def _peft_config(lora: LoraConfig, count: int, section: str) -> PeftLoraConfig:
@@ -74,6 +105,11 @@ def load(model: "PreTrainedModel", directory: Path, trainable: bool) -> "PreTrai
     # By default, PEFT 0.21 reads the file to the first GPU, in every process. The model may be on the CPU.
     model_with_adapters = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable, torch_device="cpu")
     return cast("PreTrainedModel", model_with_adapters)
+
+
+def is_factored(model: nn.Module) -> bool:
+    """Return whether the forward pass multiplies by the factors of the experts' adapters."""
+    return any(isinstance(module, _FactoredWrapper) for module in model.modules())
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -156,8 +192,8 @@ class Merger:
 
     PEFT's own `merge` runs on one layer at a time, in a model without weights. PEFT computes base + delta in the type
     of the weights. In training, a quantizer on an adapted expert stack sees the same values, because ModelOpt 0.47 adds
-    PEFT's delta to the base before it quantizes. (Without quantizers, PEFT trains with one baddbmm, which rounds
-    differently in the last bit.)
+    PEFT's delta to the base before it quantizes. SFT multiplies by the factors of the experts' adapters instead, so it
+    does not round the sum.
     """
 
     def __init__(self, directory: Path, model_config: "PretrainedConfig", dtype: torch.dtype) -> None:
@@ -216,6 +252,84 @@ class Merger:
         setattr(owner, attribute, hollow)
         layer.merged_adapters.clear()
         return result
+
+
+class SavedAdapters:
+    """Saved adapters with which an adapted model can compute for a while, instead of with its own adapters.
+
+    They stay outside of the model, so the trainer neither sees, saves nor shards them.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        """Read the adapters in `directory`. None stands for no adapters: the model computes with its base alone."""
+        self._factors = None if directory is None else load_file(directory / ADAPTER_WEIGHTS)
+
+    @contextmanager
+    def replace_own(self, model: nn.Module) -> Iterator[None]:
+        """Replace the adapters of a model inside the block, for forward passes without gradients.
+
+        Each layer computes with base + delta, the same bits as in a plain model with the saved adapters merged. Hooks
+        replace the parameters only while their layer runs, because FSDP2 and ZeRO-3 gather them only then.
+        """
+        (peft_model,) = (module for module in model.modules() if isinstance(module, PeftModel))
+        with ExitStack() as hooks:
+            for name, layer in peft_model.named_modules():
+                if isinstance(layer, LoraLayer):
+                    for hook in self._hook(name, layer):
+                        hooks.callback(hook.remove)
+            yield
+
+    def _hook(self, name: str, layer: LoraLayer) -> tuple[RemovableHandle, RemovableHandle]:
+        replaced = ExitStack()
+
+        def enter(*_: object) -> None:
+            replaced.enter_context(_without_own_adapter(layer, self._read(name, layer)))
+
+        def leave(*_: object) -> None:
+            replaced.close()
+
+        module = cast(nn.Module, layer)
+        return module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)
+
+    def _read(self, name: str, layer: LoraLayer) -> list[Tensor] | None:
+        """Return the saved factors A and B of a layer. They move to the layer's device once."""
+        if self._factors is None:
+            return None
+        keys = [f"{name}.{side}.weight" for side in ("lora_A", "lora_B")]
+        device = _weight(layer.lora_A[_ADAPTER]).device
+        self._factors |= {key: self._factors[key].to(device) for key in keys}
+        return [self._factors[key] for key in keys]
+
+
+@contextmanager
+def _without_own_adapter(layer: LoraLayer, factors: Sequence[Tensor] | None) -> Iterator[None]:
+    """Replace the factors of a layer inside the block. None removes the adapter.
+
+    PEFT disables an adapter by a method that also freezes and unfreezes its parameters. The layer's own parameters are
+    out of its reach inside the block.
+    """
+    own = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
+    with ExitStack() as stack:
+        for module, factor in zip(own, factors or [_weight(each).detach() for each in own], strict=True):
+            stack.enter_context(_parameter_replaced(module, factor))
+        if isinstance(layer, Linear) and factors is not None:
+            base = layer.get_base_layer()
+            merged = (_weight(base) + layer.get_delta_weight(_ADAPTER)).to(_weight(base).dtype)
+            stack.enter_context(_parameter_replaced(base, merged))
+        if isinstance(layer, Linear) or factors is None:
+            layer.enable_adapters(False)
+            stack.callback(layer.enable_adapters, True)
+        yield
+
+
+@contextmanager
+def _parameter_replaced(module: nn.Module, weight: Tensor) -> Iterator[None]:
+    own = module.weight
+    module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    try:
+        yield
+    finally:
+        module.weight = own
 
 
 def _weight(factor: nn.Module) -> Tensor:

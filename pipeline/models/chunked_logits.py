@@ -93,7 +93,10 @@ def map_chunks(function: Callable[..., T], models: Sequence[States], *others: Te
         others: further tensors with one entry for each position, (N, ...).
     """
     with ExitStack() as stack:
-        heads = [None if model.head is None else stack.enter_context(gather(model.head)) for model in models]
+        # Models may share a head, and DeepSpeed cannot gather a parameter that is gathered already.
+        distinct = {id(model.head): model.head for model in models if model.head is not None}
+        whole = {key: stack.enter_context(gather(head)) for key, head in distinct.items()}
+        heads = [None if model.head is None else whole[id(model.head)] for model in models]
         for part in zip(
             *(tensor.split(CHUNK) for tensor in (*(model.hidden for model in models), *others)), strict=True
         ):

@@ -1,46 +1,127 @@
-"""Selects the kernel that multiplies by the experts' weights in training. All kernels come from transformers.
+"""Selects the kernel that multiplies by the experts' weights in training.
 
 - `eager` is a Python loop over the experts. For each expert, its backward pass writes a gradient of the whole stack.
 - `batched_mm` copies the weights of an expert for each of its tokens.
 - `grouped_mm` is one product for all experts, over the tokens sorted by expert.
 
-All kernels compute the same sums, but each adds in its own order. This module solves two problems:
+All kernels compute the same sums, but each adds in its own order. The kernels come from transformers, except if the
+model has factored adapters (`adapters.attach`). Then all three are in `expert_products`, and `eager` writes no gradient
+of a stack. This module solves three problems:
 - ModelOpt sets a model to eager when it inserts or restores quantizers, so the kernel must be set afterwards.
   Quantizers of weights run with every kernel. Quantizers of the inputs of `down_proj` do not run with `grouped_mm`.
 - Autocast does not cover `grouped_mm`, and transformers 5.14 casts the inputs to the type of the weights. Under mixed
   precision the weights are FP32, and FP32 products are many times slower than BF16 on GPUs. So the weights are cast to
   the compute type first. The values between the two products are then BF16 too, as after a linear layer under autocast.
   With `eager`, these values are FP32.
+- torch 2.13 has a kernel for `grouped_mm` only for BF16 on GPUs of compute capability 9 and 10. Elsewhere each grouped
+  product copies the number of rows to the host, so the host waits for the GPU, and then loops over the experts.
 """
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from pipeline.checkpoints.gpt_oss import EXPERT_WEIGHTS
-from pipeline.config import ExpertsImplementation
-from pipeline.models.adapters import base_of
+from pipeline.config import ExpertsImplementation, Precision
+from pipeline.models import expert_products
+from pipeline.models.adapters import base_of, is_factored
+from pipeline.models.expert_products import Factors, Multiply
 from pipeline.models.rounded_weights import compute_dtype
 from pipeline.numerics.formats import BlockFormat
+from pipeline.runs.console import warn
+
+Capability = tuple[int, int]
+"""Compute capability of a GPU: major and minor number."""
 
 _GROUPED = "grouped_mm_in_compute_dtype"
+_FACTORED: dict[ExpertsImplementation, Multiply] = {
+    ExpertsImplementation.eager: expert_products.multiply_in_loop,
+    ExpertsImplementation.batched_mm: expert_products.multiply_batched,
+    ExpertsImplementation.grouped_mm: expert_products.multiply_grouped,
+}
+_MAJORS_WITH_GROUPED_MM = (9, 10)
 
 
-def use(model: nn.Module, asked: ExpertsImplementation, block_format: BlockFormat | None) -> None:
-    """Set the kernel for the experts of a model. Call this after quantizers are inserted or restored.
+def use(model: nn.Module, asked: ExpertsImplementation, block_format: BlockFormat | None, precision: Precision) -> None:
+    """Set the kernel for the experts of a model. Call this after adapters are attached and quantizers are inserted.
 
     Args:
         model: a gpt-oss model, with its final adapters and quantizers.
-        asked: the configured kernel. `auto` selects the fastest kernel that runs all quantizers.
+        asked: the configured kernel.
         block_format: format of the quantizers, or None if there are none.
+        precision: precision of the training.
     """
+    factored = is_factored(model)
+    kernel = choose(asked, block_format, precision, _capability(), factored)
+    ALL_EXPERTS_FUNCTIONS.register(_GROUPED, _grouped_mm)
+    name = _GROUPED if kernel is ExpertsImplementation.grouped_mm else kernel.name
+    if factored:
+        name = f"{kernel.name}_with_factors"
+        ALL_EXPERTS_FUNCTIONS.register(name, partial(_with_factors, _FACTORED[kernel]))
+    base_of(model).set_experts_implementation(name)
+
+
+def choose(
+    asked: ExpertsImplementation,
+    block_format: BlockFormat | None,
+    precision: Precision,
+    capability: Capability | None,
+    is_factored: bool,
+) -> ExpertsImplementation:
+    """Return the kernel to use, and warn if `grouped_mm` is used where torch has no kernel for it.
+
+    `auto` is the fastest kernel that runs all quantizers. Without a kernel for `grouped_mm`, the loop of factored
+    adapters waits for the GPU once per layer. All other loops wait more often than torch's own loop.
+
+    Args:
+        asked: the configured kernel.
+        block_format: format of the quantizers, or None if there are none.
+        precision: precision of the training.
+        capability: compute capability of the GPU, or None on a CPU.
+        is_factored: whether the forward pass multiplies by the factors of adapters.
+    """
+    has_kernel = has_grouped_mm(capability, precision)
     if asked is ExpertsImplementation.auto:
         quantizes_inputs = block_format is not None and block_format.quantizes_activations
-        asked = ExpertsImplementation.eager if quantizes_inputs else ExpertsImplementation.grouped_mm
-    ALL_EXPERTS_FUNCTIONS.register(_GROUPED, _grouped_mm)
-    name = _GROUPED if asked is ExpertsImplementation.grouped_mm else asked.name
-    base_of(model).set_experts_implementation(name)
+        loops = quantizes_inputs or (is_factored and not has_kernel)
+        asked = ExpertsImplementation.eager if loops else ExpertsImplementation.grouped_mm
+    if asked is ExpertsImplementation.grouped_mm and not has_kernel:
+        warn("training", _describe_missing_kernel(capability, precision))
+    return asked
+
+
+def has_grouped_mm(capability: Capability | None, precision: Precision) -> bool:
+    """Return whether torch computes grouped products without waiting for the GPU. On a CPU there is no such wait."""
+    return capability is None or (precision is not Precision.fp32 and capability[0] in _MAJORS_WITH_GROUPED_MM)
+
+
+def _describe_missing_kernel(capability: Capability | None, precision: Precision) -> str:
+    assert capability is not None
+    return (
+        f"precision={precision.name} on compute capability {capability[0]}.{capability[1]}: torch has a kernel for"
+        " grouped_mm only for BF16 on capability 9.x and 10.x. Here each product of a layer's experts waits for the GPU"
+        " and loops over the experts. The results are right, but steps take longer. A GPU of capability 9.x or 10.x"
+        " with precision=bf16 or mixed_bf16 avoids this."
+    )
+
+
+def _capability() -> Capability | None:
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def _with_factors(
+    multiply: Multiply,
+    experts: nn.Module,
+    states: Tensor,
+    chosen: Tensor,
+    shares: Tensor,
+    factors: Mapping[str, Factors] | None = None,
+) -> Tensor:
+    return expert_products.forward(experts, states, chosen, shares, factors or {}, multiply)
 
 
 def _grouped_mm(experts: nn.Module, *inputs: Tensor) -> Tensor:

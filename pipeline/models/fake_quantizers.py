@@ -89,7 +89,9 @@ def _round_stack(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
     This replaces a function of ModelOpt's plugins, which transposes, rounds and transposes back in every forward pass.
     Here the codec works on a transposed view, and weights are rounded again only when they have changed.
     """
-    if not (quantizer.is_enabled and quantizer._if_quant):  # ModelOpt is calibrating
+    if not quantizer.is_enabled:
+        return weight
+    if not quantizer._if_quant:  # ModelOpt is calibrating
         return _transposed_quantize(weight, quantizer)
     state, dtype = _state_of(quantizer), compute_dtype(weight)
 
@@ -126,12 +128,26 @@ def _quantize_weight(experts: huggingface._QuantGptOssExperts) -> Iterator[None]
         experts._enable_weight_quantization = False
 
 
-def keep_rounded(model: nn.Module, budget_bytes: float) -> RoundedWeights:
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """Switch off all quantizers of a model inside the block. Weights that were rounded in place stay rounded."""
+    quantizers = [quantizer for _, quantizer in _enabled(model)]
+    for quantizer in quantizers:
+        quantizer.disable()
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.enable()
+
+
+def keep_rounded(model: nn.Module, budget_bytes: float, *, keeps_frozen: bool = False) -> RoundedWeights:
     """Round weights once per optimizer step instead of once per forward pass. Frozen weights are rounded now, in place.
 
     Args:
         model: a model with quantizers, and with its final adapters.
         budget_bytes: maximum size of the cache of rounded weights.
+        keeps_frozen: do not round frozen weights in place, because the unrounded values are needed as well.
 
     Returns:
         The cache. Call `forget` on it whenever weights have changed.
@@ -144,7 +160,7 @@ def keep_rounded(model: nn.Module, budget_bytes: float) -> RoundedWeights:
             continue
         owner, _, projection = name.removesuffix(_WEIGHTS).rpartition(".")
         parameter = dict(modules[owner].named_parameters(recurse=False))[projection]
-        if parameter.requires_grad or is_wrapped(name):
+        if parameter.requires_grad or is_wrapped(name) or keeps_frozen:
             _state_of(quantizer).cache = cache
         else:
             parameter.data.copy_(_round_stack(parameter.data, quantizer))

@@ -102,7 +102,7 @@ def load_to_train(ref: ModelRef, train: TrainConfig, attn_implementation: str) -
         trainable=True,
         attn_implementation=attn_implementation,
     )
-    expert_kernels.use(model, train.experts_implementation, ref.block_format)
+    expert_kernels.use(model, train.experts_implementation, ref.block_format, train.precision)
     model.config.use_cache = False
     if train.packing:
         packing_masks.mask_documents(base_of(model))

@@ -90,11 +90,11 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     model = loading.load_to_train(start, config.qat, attention)
     changes = WeightChanges(model, block_format)  # read the weights before frozen experts are rounded in place
     budget = rounded_weights.budget_bytes(config.qat.rounded_cache_gib, config.sharding)
-    rounded = fake_quantizers.keep_rounded(model, budget)
+    teacher = _load_teacher(here, config.qat, start, attention)
+    is_shared = teacher is not None and teacher.model is None
+    rounded = fake_quantizers.keep_rounded(model, budget, keeps_frozen=is_shared)
     looks = samples.callback(here, config.data, config.evaluate, rows=rows, tokenizer=tokenizer, directory=directory)
-    inputs = trainer.Inputs(
-        model, tokenizer, splits, changes, rounded, _load_teacher(here, config.qat, attention), looks
-    )
+    inputs = trainer.Inputs(model, tokenizer, splits, changes, rounded, teacher, looks)
     with fake_quantizers.watch(model) as fired:
         figures = trainer.train(inputs, trainer.Setup(config.qat, "qat", directory, config.sharding))
     fired.raise_unless_all(model)
@@ -106,16 +106,27 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     return Result(kind, record, saved.dtype, block_format.name, block_format.scale_rule)
 
 
-def _load_teacher(here: Run, qat: QatConfig, attention: str) -> "Teacher | None":
-    """Load the SFT model as the teacher. Return None without distillation."""
+def _load_teacher(here: Run, qat: QatConfig, start: ModelRef, attention: str) -> "Teacher | None":
+    """Make the SFT model the teacher, without a second model in memory if possible. Without distillation, return None.
+
+    Args:
+        here: the run.
+        qat: settings of QAT.
+        start: the model that QAT trains.
+        attention: attention implementation of QAT.
+    """
     from pipeline.models import packing_masks
     from pipeline.models.attention import for_teacher
+    from pipeline.training import distillation
     from pipeline.training.distillation import Teacher
 
     settings = qat.distillation
     if not settings.weight:
         return None
     sft = references.stage_ref(here, Stage.sft)
+    if not distillation.holds_second_model(qat, sft.dtype):
+        assert start.base.samefile(sft.base)
+        return distillation.share_base(sft, settings)
     model = loading.load_effective(sft, sft.dtype, attn_implementation=for_teacher(attention, qat.precision, sft.dtype))
     if qat.packing:
         packing_masks.mask_documents(model)

@@ -37,7 +37,7 @@ def run(config: PipelineConfig) -> Artifact:
 
 def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, directory: Path) -> Result:
     from pipeline.evaluate import samples
-    from pipeline.models import adapters
+    from pipeline.models import adapters, expert_kernels
     from pipeline.training import attention_check, trainer
     from pipeline.training.weight_changes import WeightChanges
 
@@ -48,7 +48,8 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     placement.raise_if_host_too_small("sft", start.base, loading.TRAIN_DTYPES[config.sft.precision], copies)
     model = loading.load_to_train(start, config.sft, attention)
     if config.sft.method is Method.lora:
-        model = adapters.attach(model, config.sft, "sft")
+        model = adapters.attach(model, config.sft, "sft", is_factored=True)
+        expert_kernels.use(model, config.sft.experts_implementation, None, config.sft.precision)
     changes = WeightChanges(model, references.configured_format(config.format))
     looks = samples.callback(here, config.data, config.evaluate, rows=rows, tokenizer=tokenizer, directory=directory)
     inputs = trainer.Inputs(model, tokenizer, splits, changes, callbacks=looks)

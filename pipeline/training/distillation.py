@@ -9,6 +9,8 @@ Logits exist only for one chunk of tokens at a time (see `models.chunked_logits`
 Shapes: B batch, T positions, V vocabulary, N supervised tokens of the batch, n supervised tokens of a chunk.
 """
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,9 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.config import DistillationConfig, Method, QatConfig
 from pipeline.data.harmony import IGNORED
-from pipeline.models import chunked_logits
+from pipeline.models import chunked_logits, fake_quantizers
+from pipeline.models.adapters import SavedAdapters
 from pipeline.models.chunked_logits import States
+from pipeline.models.loading import TRAIN_DTYPES
+from pipeline.models.references import ModelRef
 
 
 @dataclass(frozen=True)
@@ -26,14 +32,17 @@ class Teacher:
     """The model that the student learns from, and the settings of distillation.
 
     Attributes:
-        model: a causal language model in evaluation mode. It is not trained.
+        model: a causal language model in evaluation mode. It is not trained. If it is None, the student itself computes
+            the teacher's predictions, inside `as_teacher`.
         weight: share of the divergence in the loss, greater than 0 and at most 1.
         temperature: softmax temperature of teacher and student in the loss.
+        as_teacher: function of the student that returns a context manager. Inside, the student is the teacher.
     """
 
-    model: nn.Module
+    model: nn.Module | None
     weight: float
     temperature: float
+    as_teacher: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,35 @@ class DistillationLoss:
     divergence: Tensor
 
 
+def holds_second_model(qat: QatConfig, sft_dtype: torch.dtype) -> bool:
+    """Return whether the teacher is a model of its own in memory.
+
+    With LoRA, student and teacher have the same base. So the teacher is the student with SFT's adapters and without
+    quantizers, and only SFT's adapters take more memory.
+
+    Args:
+        qat: settings of QAT.
+        sft_dtype: type in which SFT saved its model.
+    """
+    shares_base = qat.method is Method.lora and TRAIN_DTYPES[qat.precision] == sft_dtype
+    return bool(qat.distillation.weight) and not shares_base
+
+
+def share_base(sft: ModelRef, settings: DistillationConfig) -> Teacher:
+    """Make a teacher out of the student's base and the adapters of SFT. If SFT trained all weights, the base is SFT's.
+
+    The student must have been loaded with the base of `sft`, and its frozen weights must not be rounded in place.
+    """
+    saved = SavedAdapters(sft.directory if sft.adapter else None)
+
+    @contextmanager
+    def as_teacher(student: nn.Module) -> Iterator[None]:
+        with saved.replace_own(student), fake_quantizers.switched_off(student):
+            yield
+
+    return Teacher(None, settings.weight, settings.temperature, as_teacher)
+
+
 def distill(student: nn.Module, teacher: Teacher, batch: dict[str, Tensor]) -> DistillationLoss:
     """Compute the distillation loss of a batch.
 
@@ -62,9 +100,24 @@ def distill(student: nn.Module, teacher: Teacher, batch: dict[str, Tensor]) -> D
     supervised = chunked_logits.find_positions(functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1)))
     targets = batch["labels"].roll(-1, dims=1)[supervised]
     student_states = chunked_logits.compute_states(student, inputs, supervised)
-    with torch.no_grad():
-        teacher_states = chunked_logits.compute_states(teacher.model, inputs, supervised)
+    teacher_states = compute_teacher_states(student, teacher, inputs, supervised)
     return sum_losses(student_states, teacher_states, targets, weight=teacher.weight, temperature=teacher.temperature)
+
+
+@torch.no_grad()
+def compute_teacher_states(
+    student: nn.Module, teacher: Teacher, inputs: Mapping[str, object], chosen: Tensor
+) -> States:
+    """Run the teacher up to its head. The arguments are like those of `chunked_logits.compute_states`."""
+    if teacher.model is not None:
+        return chunked_logits.compute_states(teacher.model, inputs, chosen)
+    is_training = student.training
+    student.eval()
+    try:
+        with teacher.as_teacher(student):
+            return chunked_logits.compute_states(student, inputs, chosen)
+    finally:
+        student.train(is_training)
 
 
 def sum_losses(

@@ -203,7 +203,7 @@ class _Trainer(SFTTrainer):
     ) -> Tensor:
         """Overridden to stop all processes at the first non-finite loss, before this loss changes the weights."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._teacher is not None:
+        if self._teacher is not None and self._teacher.model is not None:
             sharding.reshard(self._teacher.model)  # only now, as the backward pass uses the teacher's head again
         self._loss_of_step = self._loss_of_step + loss.detach()
         if self.accelerator.sync_gradients:
@@ -214,7 +214,10 @@ class _Trainer(SFTTrainer):
         return loss
 
     def learn_from(self, teacher: Teacher, strategy: sharding.ShardingStrategy) -> None:
-        """Shard the teacher like the model, and distil from it in all later steps."""
+        """Distil from the teacher in all later steps. If it has a model of its own, shard it like the student."""
+        self._teacher = teacher
+        if teacher.model is None:
+            return
         model = strategy.shard_frozen(self.accelerator, teacher.model.requires_grad_(False))
         model.eval()  # DeepSpeed's eval() does not return the model
         self._teacher = replace(teacher, model=model)

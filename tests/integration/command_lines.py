@@ -46,7 +46,7 @@ class Outcome(TypedDict, total=False):
     Attributes:
         status: exit status of the program.
         share: share of the model that this process holds.
-        teacher_share: share of the teacher that this process holds, or None without a teacher.
+        teacher_share: share of a second model, the teacher, that this process holds. None without a second model.
         loss_left: validation loss of the model after training.
         same: for each saved file, whether it equals the file that one process saves.
         processes: number of processes.
@@ -105,7 +105,8 @@ def run(line: Line) -> Outcome:
         details = train(inputs, setup)
         outcome["share"] = measure_share(inputs.model)
         outcome["loss_left"] = measure_loss(inputs)
-        outcome["teacher_share"] = None if inputs.teacher is None else measure_share(inputs.teacher.model)
+        second = None if inputs.teacher is None else inputs.teacher.model
+        outcome["teacher_share"] = None if second is None else measure_share(second)
         return details
 
     def save_and_compare(

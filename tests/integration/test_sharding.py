@@ -81,9 +81,10 @@ def plain(recipe: str) -> Case:
 
 ALONE = plain("smoke")
 SFT = Case("smoke", "sft", "fsdp2")
-TAUGHT = Case("smoke", "qat", "fsdp2", ("qat.distillation.weight=0.5",))
+TEACHER = ("qat.distillation.weight=0.5",)
+TAUGHT = Case("smoke", "qat", "fsdp2", TEACHER)
 ADAPTED = Case("smoke_lora", "sft", "fsdp2")
-ADAPTED_QAT = Case("smoke_lora", "qat", "fsdp2")
+ADAPTED_QAT = Case("smoke_lora", "qat", "fsdp2", TEACHER)
 SHARDED = (SFT, TAUGHT, ADAPTED, ADAPTED_QAT)
 MOVED = (SFT, ADAPTED_QAT)
 STAYING = (TAUGHT, ADAPTED)
@@ -192,6 +193,11 @@ def test_fsdp2_gives_each_process_an_equal_share(case: Case, shared: Runs) -> No
 def test_the_teacher_is_sharded_like_the_student(one: Runs, shared: Runs) -> None:
     assert one.outcomes[TAUGHT.alone.name]["teacher_share"] == 1
     assert shared.outcomes[TAUGHT.name]["teacher_share"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_with_lora_the_teacher_is_no_second_model(one: Runs, shared: Runs) -> None:
+    assert one.outcomes[ADAPTED_QAT.alone.name]["teacher_share"] is None
+    assert shared.outcomes[ADAPTED_QAT.name]["teacher_share"] is None
 
 
 @pytest.mark.parametrize("case", [ALONE, *SHARDED], ids=lambda case: case.name)

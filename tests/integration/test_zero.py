@@ -57,11 +57,13 @@ def test_resumed_training_has_the_losses_of_one_process(case: Case, one: Runs, s
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_only_zero3_shards_parameters_of_model_and_teacher(case: Case, shared: Runs) -> None:
+    """With LoRA the teacher is no second model."""
     outcome = shared.outcomes[case.name]
     assert outcome["processes"] == (3 if case in MOVED else 2)
     expected = 1 / outcome["processes"] if case.sharding == "zero3" else 1
     assert outcome["share"] == pytest.approx(expected, abs=0.06)
-    assert outcome["teacher_share"] == (pytest.approx(expected, abs=0.06) if case.more == TEACHER else None)
+    has_second_model = case.more == TEACHER and case.recipe == "smoke"
+    assert outcome["teacher_share"] == (pytest.approx(expected, abs=0.06) if has_second_model else None)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

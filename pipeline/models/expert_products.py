@@ -1,0 +1,132 @@
+"""Multiply tokens by their experts' weights and by the low-rank factors of their experts' adapters.
+
+The adapter of an expert adds the delta s A B to the weight W. A forward pass can multiply by the sum W + s A B, as PEFT
+does, or by the factors: x W + s (x A) B. The sum is as large as W, and so is the gradient of the sum. The factors need
+neither, and their products are less than 1 % of the arithmetic at rank 8 and width 2880.
+
+Shapes: T tokens, K experts per token, R = T K rows (one for each expert of each token, sorted by expert), E experts, r
+rank.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.checkpoints.gpt_oss import BIAS_SUFFIX, DOWN, GATE_UP
+from pipeline.models.rounded_weights import compute_dtype
+
+_STRIDE_BYTES = 16  # torch.nn.functional.grouped_mm takes only strides that are multiples of this
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The factors of the adapters of all experts of a stack.
+
+    Attributes:
+        a: (E, in, r).
+        b: (E, r, out).
+        scaling: factor s of the product.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The rows of each expert.
+
+    Attributes:
+        experts: the expert of each row, ascending, (R).
+        ends: the end of each expert's rows, (E) int32.
+    """
+
+    experts: Tensor
+    ends: Tensor
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Number of rows of each expert. On a GPU, the first call waits for the GPU."""
+        return self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
+
+
+Multiply = Callable[[Tensor, Tensor, Groups], Tensor]
+"""A function that multiplies rows (R, in) by the weights (E, in, out) of their experts."""
+
+
+def multiply_grouped(rows: Tensor, weights: Tensor, groups: Groups) -> Tensor:
+    """Multiply with torch's grouped product."""
+    return functional.grouped_mm(rows, weights, offs=groups.ends)
+
+
+def multiply_in_loop(rows: Tensor, weights: Tensor, groups: Groups) -> Tensor:
+    """Multiply with one product for each expert that has rows."""
+    pairs = zip(rows.split(groups.sizes), weights.unbind(), strict=True)
+    return torch.cat([chunk @ weight for chunk, weight in pairs if len(chunk)])
+
+
+def multiply_batched(rows: Tensor, weights: Tensor, groups: Groups) -> Tensor:
+    """Multiply with one batched product. It copies the weights of an expert for each of its rows."""
+    return torch.bmm(rows.unsqueeze(1), weights[groups.experts]).squeeze(1)
+
+
+def forward(
+    experts: nn.Module,
+    states: Tensor,
+    chosen: Tensor,
+    shares: Tensor,
+    factors: Mapping[str, Factors],
+    multiply: Multiply,
+) -> Tensor:
+    """Compute the output of a layer's experts, like transformers' `grouped_mm_experts_forward`.
+
+    Args:
+        experts: transformers' module of the experts.
+        states: hidden states, (T, hidden).
+        chosen: the experts of each token, (T, K).
+        shares: weight of each of these experts in the output, (T, K).
+        factors: factors of the adapters, by the name of the adapted weights.
+        multiply: function that computes the products.
+    """
+    module: Any = experts
+    sorted_experts, order = chosen.flatten().sort(stable=True)
+    numbers = torch.arange(module.num_experts, device=chosen.device)
+    groups = Groups(sorted_experts, torch.searchsorted(sorted_experts, numbers, right=True, out_int32=True))
+
+    def project(name: str, rows: Tensor) -> Tensor:
+        return _project(experts, name, rows, factors.get(name), groups, multiply)
+
+    rows = project(DOWN, module._apply_gate(project(GATE_UP, states[order // chosen.shape[1]])))
+    rows = rows * shares.flatten()[order].unsqueeze(-1)
+    position = torch.empty_like(order)
+    position[order] = torch.arange(len(order), device=order.device)
+    return rows[position].unflatten(0, chosen.shape).sum(dim=1).to(states.dtype)
+
+
+def _project(
+    experts: nn.Module, name: str, rows: Tensor, factors: Factors | None, groups: Groups, multiply: Multiply
+) -> Tensor:
+    """Multiply rows by a stack of weights with its adapters, in the type of the forward pass, and add the biases."""
+    stored = getattr(experts, name)
+    weights = stored.to(compute_dtype(stored))
+    rows = rows.to(weights.dtype)
+    result = multiply(rows, weights, groups)
+    if factors is not None:
+        a, b = _aligned(factors, weights.dtype)
+        result.add_(multiply(multiply(rows, a, groups) * factors.scaling, b, groups))
+    return result.add_(getattr(experts, name + BIAS_SUFFIX)[groups.experts])
+
+
+def _aligned(factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cast the factors. Zeros fill up the rank if a row of the rank's size is not aligned."""
+    more = -factors.b.shape[1] % (_STRIDE_BYTES // dtype.itemsize)
+    a, b = factors.a.to(dtype).transpose(1, 2), factors.b.to(dtype)
+    if more:
+        a, b = functional.pad(a, (0, 0, 0, more)), functional.pad(b, (0, 0, 0, more))
+    return a.contiguous().transpose(1, 2), b.contiguous()
