@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from pipeline.numerics import codec
+from pipeline.numerics import codec, slabs
 from pipeline.numerics.codec import decode, encode, fake_quantize, tensor_scale
 from pipeline.numerics.compiled import Compilation, can_compile, compilation
 from pipeline.numerics.formats import FORMATS, SCALE_RULES, BlockFormat
@@ -33,7 +33,7 @@ ORDERS = {
 @pytest.fixture(autouse=True)
 def must_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Use several slabs, and make it an error if a kernel silently falls back to eager."""
-    monkeypatch.setitem(codec._SLAB_VALUES, "cpu", 37 * 64)
+    monkeypatch.setitem(slabs.VALUES, "cpu", 37 * 64)
     with torch._dynamo.config.patch(recompile_limit=100, fail_on_recompile_limit_hit=True), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         yield
