@@ -27,7 +27,7 @@ from pipeline.checkpoints.gpt_oss import EXPERT_PATTERN, EXPERT_WEIGHTS, expert_
 from pipeline.errors import CheckFailed
 from pipeline.models.adapters import base_of, is_wrapped, parameter_name
 from pipeline.models.calibration import CALIBRATION_FILE, load_calibration
-from pipeline.models.rounded_weights import RoundedWeights, compute_dtype
+from pipeline.models.rounded_weights import NonFinite, RoundedWeights, compute_dtype
 from pipeline.numerics.codec import fake_quantize, straight_through
 from pipeline.numerics.formats import FORMATS, BlockFormat, ScaleType
 from pipeline.numerics.scales import INPUT_RULE, tensor_scale_for_amax
@@ -55,12 +55,14 @@ class _State:
         importance: weight of the error in each input channel for choosing scales, (in) float32, or None.
         cache: cache of rounded weights. If it is None, weights are rounded in every forward pass.
         is_rounded: whether the parameter itself holds rounded values.
+        non_finite: flags that the codec sets on a GPU instead of raising an error, or None.
         observers: functions that each forward pass calls with the rounded weights, (E, out, in).
     """
 
     importance: Tensor | None = None
     cache: RoundedWeights | None = None
     is_rounded: bool = False
+    non_finite: NonFinite | None = None
     observers: list[Callable[[Tensor], None]] = field(default_factory=list)
 
 
@@ -70,17 +72,20 @@ def _state_of(quantizer: TensorQuantizer) -> _State:
     return quantizer._quantizer_cache
 
 
-def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:
+def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer, dtype: torch.dtype | None = None) -> Tensor:
     """Fake-quantize weights (E, out, in) or inputs (tokens, in), in blocks along `in`. ModelOpt calls this.
 
-    The tensor scale of inputs is calibrated. Inputs beyond the calibrated range saturate, as in the served model.
+    The tensor scale of inputs is calibrated. Inputs beyond the calibrated range saturate, as in the served model. The
+    result has the type `dtype`, or the type of `inputs`.
     """
-    arguments = quantizer.backend_extra_args
+    arguments, state = quantizer.backend_extra_args, _state_of(quantizer)
     block_format = FORMATS[arguments["format"]].with_rule(arguments["scale_rule"])
     amax = quantizer.amax if arguments["is_input"] else None
     scale = None if amax is None else tensor_scale_for_amax(amax.float(), INPUT_RULE)
-    importance = _state_of(quantizer).importance
-    return fake_quantize(inputs, block_format, scale, None if importance is None else importance.to(inputs.device))
+    if state.importance is not None:
+        state.importance = state.importance.to(inputs.device)  # copied to a GPU only once
+    is_bad = None if state.non_finite is None else state.non_finite.flag(inputs.device)
+    return fake_quantize(inputs, block_format, scale, state.importance, dtype=dtype, is_bad=is_bad)
 
 
 def _round_stack(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
@@ -95,7 +100,7 @@ def _round_stack(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
 
     def make() -> Tensor:
         with torch.no_grad():
-            return _entrypoint(weight.transpose(1, 2), quantizer).transpose(1, 2).to(dtype)
+            return _entrypoint(weight.transpose(1, 2), quantizer, dtype).transpose(1, 2)
 
     if state.is_rounded:
         result = weight
@@ -134,18 +139,19 @@ def keep_rounded(model: nn.Module, budget_bytes: float) -> RoundedWeights:
         budget_bytes: maximum size of the cache of rounded weights.
 
     Returns:
-        The cache. Call `forget` on it whenever weights have changed.
+        The cache. Call `forget` on it whenever weights have changed, and check `non_finite` before each step.
     """
     base = base_of(model)
     modules = dict(base.named_modules())
     cache = RoundedWeights(budget_bytes)
     for name, quantizer in _enabled(base):
         if not name.endswith(_WEIGHTS):
+            _state_of(quantizer).non_finite = cache.non_finite
             continue
         owner, _, projection = name.removesuffix(_WEIGHTS).rpartition(".")
         parameter = dict(modules[owner].named_parameters(recurse=False))[projection]
         if parameter.requires_grad or is_wrapped(name):
-            _state_of(quantizer).cache = cache
+            _state_of(quantizer).cache, _state_of(quantizer).non_finite = cache, cache.non_finite
         else:
             parameter.data.copy_(_round_stack(parameter.data, quantizer))
             _state_of(quantizer).is_rounded = True
@@ -217,9 +223,9 @@ def save_state(model: nn.Module, directory: Path) -> None:
     """
     torch.save(mto.modelopt_state(base_of(model)), directory / STATE_FILE)
     importance = {
-        parameter_name(name).removesuffix(_WEIGHTS): _state_of(module).importance
+        parameter_name(name).removesuffix(_WEIGHTS): weight.cpu()
         for name, module in _enabled(base_of(model))
-        if _state_of(module).importance is not None
+        if (weight := _state_of(module).importance) is not None
     }
     amax = {
         parameter_name(name): module.amax.cpu()

@@ -34,6 +34,8 @@ from pipeline.numerics import kernels, rounding, scales, slabs
 from pipeline.numerics.formats import BlockFormat, ScaleType
 from pipeline.numerics.scales import Divisor
 
+_WITH_SLABS_ONLY = frozenset({"cpu"})
+"""Devices that are faster with several kernels for each slab than with one for a whole stack."""
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 _WORD = torch.int64
 
@@ -263,7 +265,7 @@ def _round_whole(
 
     In the last case, the work slab by slab finds the block. If there is `is_bad`, this function sets it instead.
     """
-    if values.device.type == "cpu" or values.numel() == 0:
+    if values.device.type in _WITH_SLABS_ONLY or values.numel() == 0:
         return None
     view = _view(values, block_format)
     weights = _weights(importance, view, is_bad)
@@ -323,11 +325,10 @@ def _weights(importance: Tensor | None, view: Tensor, is_bad: Tensor | None) -> 
     """Check importance, or set the flag `is_bad`, and return the weights of the squared errors."""
     if importance is None:
         return None
-    is_valid = (importance >= 0).all()
-    if is_bad is not None:
-        is_bad.logical_or_(~is_valid)
-    elif not bool(is_valid):
-        raise CodecError("importance must be a non-negative number for every input channel")
+    if is_bad is None:
+        _raise_if_not_importance(importance)
+    else:
+        is_bad.logical_or_(~(importance >= 0).all())
     return rounding.error_weights(importance, view)
 
 
@@ -337,6 +338,11 @@ def _amax(view: Tensor) -> Tensor:
     for slab in slabs.split(view):
         amax[slab] = kernels.block_amax(slabs.take(view, slab))
     return amax
+
+
+def _raise_if_not_importance(importance: Tensor) -> None:
+    if not bool((importance >= 0).all()):
+        raise CodecError("importance must be a non-negative number for every input channel")
 
 
 def _raise_if_not_finite(scale_bytes: Tensor, shape: torch.Size, scale_type: ScaleType) -> None:

@@ -14,9 +14,9 @@ from pipeline.numerics import kernels
 Slab = tuple[slice, slice, slice]
 """Index ranges: experts, blocks of a row, and lanes."""
 
-VALUES = {"cpu": 1 << 22, "cuda": 1 << 27}
+VALUES = {"cpu": 1 << 22, "cuda": 1 << 25}
 LANES = {"cpu": 1 << 12, "cuda": 1 << 31}
-"""Largest numbers of values and of lanes in a slab. On a GPU, only memory limits a slab."""
+"""Largest numbers of values and of lanes in a slab. On a GPU, slabs keep the temporaries of eager functions small."""
 
 
 def as_matrices(values: Tensor) -> Tensor:
