@@ -42,14 +42,13 @@ _BACKEND = "pipeline_codec"
 _WEIGHTS = "_weight_quantizer"
 _INPUTS = "_input_quantizer"
 
-
 Calibrate = Callable[["PreTrainedModel"], None]
 Hook = Callable[[TensorQuantizer, tuple[Tensor, ...], Tensor], None]
 
 
 @dataclass
 class _State:
-    """Our data on a weight quantizer, stored in ModelOpt's per-backend slot, which ModelOpt does not serialize.
+    """Our data on a quantizer, stored in ModelOpt's per-backend slot, which ModelOpt does not serialize.
 
     Attributes:
         importance: weight of the error in each input channel for choosing scales, (in) float32, or None.
@@ -75,8 +74,7 @@ def _state_of(quantizer: TensorQuantizer) -> _State:
 def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer, dtype: torch.dtype | None = None) -> Tensor:
     """Fake-quantize weights (E, out, in) or inputs (tokens, in), in blocks along `in`. ModelOpt calls this.
 
-    The tensor scale of inputs is calibrated. Inputs beyond the calibrated range saturate, as in the served model. The
-    result has the type `dtype`, or the type of `inputs`.
+    Inputs beyond the calibrated range saturate, as in the served model. `dtype` is the type of the result, or None.
     """
     arguments, state = quantizer.backend_extra_args, _state_of(quantizer)
     block_format = FORMATS[arguments["format"]].with_rule(arguments["scale_rule"])
@@ -145,16 +143,16 @@ def keep_rounded(model: nn.Module, budget_bytes: float) -> RoundedWeights:
     modules = dict(base.named_modules())
     cache = RoundedWeights(budget_bytes)
     for name, quantizer in _enabled(base):
-        if not name.endswith(_WEIGHTS):
-            _state_of(quantizer).non_finite = cache.non_finite
-            continue
-        owner, _, projection = name.removesuffix(_WEIGHTS).rpartition(".")
-        parameter = dict(modules[owner].named_parameters(recurse=False))[projection]
-        if parameter.requires_grad or is_wrapped(name):
-            _state_of(quantizer).cache, _state_of(quantizer).non_finite = cache, cache.non_finite
-        else:
-            parameter.data.copy_(_round_stack(parameter.data, quantizer))
-            _state_of(quantizer).is_rounded = True
+        state = _state_of(quantizer)
+        if name.endswith(_WEIGHTS):
+            owner, _, projection = name.removesuffix(_WEIGHTS).rpartition(".")
+            parameter = dict(modules[owner].named_parameters(recurse=False))[projection]
+            if parameter.requires_grad or is_wrapped(name):
+                state.cache = cache
+            else:
+                parameter.data.copy_(_round_stack(parameter.data, quantizer))
+                state.is_rounded = True
+        state.non_finite = cache.non_finite
     return cache
 
 
@@ -169,9 +167,8 @@ def register_backend() -> None:
         for plugin in (huggingface, peft):  # nvidia-modelopt 0.47 has no public hook for these functions
             plugin._transposed_quantize = _round_stack
         huggingface._QuantGptOssExperts.quantize_weight = _quantize_weight
-        # Linear layers are never quantized here, so ModelOpt must not replace them. ModelOpt's LoRA layer would
-        # add base and delta in every forward pass, to quantize the sum. It would also compute the gradient of the
-        # frozen weight.
+        # Linear layers are never quantized here, so ModelOpt must not replace them. ModelOpt's LoRA layer would add
+        # base and delta in every forward pass, to quantize the sum, and compute the gradient of the frozen weight.
         for kind in (torch.nn.Linear, peft.LoraLinear):
             mtq.unregister(kind)
 
@@ -296,8 +293,7 @@ def nvfp4_values(blocks: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor
     experts = []
     for codes, scale, unit in zip(blocks.flatten(-2), scales, tensor_scale, strict=True):
         tensor = NVFP4QTensor(torch.Size((codes.shape[0], 2 * codes.shape[1])), torch.float32, codes)
-        size = {-1: 2 * blocks.shape[-1]}
-        experts.append(tensor.dequantize(scale=scale, double_scale=unit, block_sizes=size))
+        experts.append(tensor.dequantize(scale=scale, double_scale=unit, block_sizes={-1: 2 * blocks.shape[-1]}))
     return torch.stack(experts)
 
 
@@ -383,9 +379,8 @@ def _enabled(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
 
 def _arguments(block_format: BlockFormat) -> dict[str, dict[str, object]]:
     """Return the arguments for our backend, for each kind of quantizer that the format needs."""
-    common = {"format": block_format.name}
-    weights = {**common, "scale_rule": block_format.scale_rule, "is_input": False}
-    inputs = {**common, "scale_rule": INPUT_RULE, "is_input": True}
+    weights = {"format": block_format.name, "scale_rule": block_format.scale_rule, "is_input": False}
+    inputs = {**weights, "scale_rule": INPUT_RULE, "is_input": True}
     return {_WEIGHTS: weights, **({_INPUTS: inputs} if block_format.quantizes_activations else {})}
 
 

@@ -85,6 +85,24 @@ def test_compiled_codecs_give_the_bits_of_eager_ones(dtype: torch.dtype, order: 
     assert not counters["graph_break"]
 
 
+def test_the_function_that_rounds_a_stack_on_a_gpu_gives_these_bits_when_a_cpu_compiles_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Test every format and scale rule, and weights in float32 that are rounded to bfloat16."""
+    monkeypatch.setattr(codec, "_WITH_SLABS_ONLY", frozenset())
+    values = ORDERS["in_first"](sample(torch.float32))
+    importance = torch.rand(SHAPE[0], SHAPE[2], generator=torch.Generator().manual_seed(1)) ** 4
+    for row in FORMATS.values():
+        for block_format in map(row.with_rule, SCALE_RULES[row.scale_type]):
+            with compilation(Compilation.never):
+                eager = fake_quantize(values, block_format, None, importance).bfloat16()
+            with compilation(Compilation.always):
+                found = fake_quantize(values, block_format, None, importance, dtype=torch.bfloat16)
+            assert (found.dtype, found.stride()) == (eager.dtype, eager.stride())
+            assert torch.equal(bits(found), bits(eager)), block_format
+    assert not counters["graph_break"]
+
+
 CONVERTS_TWICE = """
 import warnings, torch
 from pipeline.numerics.codec import fake_quantize
