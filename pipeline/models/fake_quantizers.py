@@ -27,7 +27,7 @@ from pipeline.checkpoints.gpt_oss import EXPERT_PATTERN, EXPERT_WEIGHTS, expert_
 from pipeline.errors import CheckFailed
 from pipeline.models.adapters import base_of, is_wrapped, parameter_name
 from pipeline.models.calibration import CALIBRATION_FILE, load_calibration
-from pipeline.models.rounded_weights import RoundedWeights, compute_dtype
+from pipeline.models.rounded_weights import NonFinite, RoundedWeights, compute_dtype
 from pipeline.numerics.codec import fake_quantize, straight_through
 from pipeline.numerics.formats import FORMATS, BlockFormat, ScaleType
 from pipeline.numerics.scales import INPUT_RULE, tensor_scale_for_amax
@@ -42,25 +42,26 @@ _BACKEND = "pipeline_codec"
 _WEIGHTS = "_weight_quantizer"
 _INPUTS = "_input_quantizer"
 
-
 Calibrate = Callable[["PreTrainedModel"], None]
 Hook = Callable[[TensorQuantizer, tuple[Tensor, ...], Tensor], None]
 
 
 @dataclass
 class _State:
-    """Our data on a weight quantizer, stored in ModelOpt's per-backend slot, which ModelOpt does not serialize.
+    """Our data on a quantizer, stored in ModelOpt's per-backend slot, which ModelOpt does not serialize.
 
     Attributes:
         importance: weight of the error in each input channel for choosing scales, (in) float32, or None.
         cache: cache of rounded weights. If it is None, weights are rounded in every forward pass.
         is_rounded: whether the parameter itself holds rounded values.
+        non_finite: flags that the codec sets on a GPU instead of raising an error, or None.
         observers: functions that each forward pass calls with the rounded weights, (E, out, in).
     """
 
     importance: Tensor | None = None
     cache: RoundedWeights | None = None
     is_rounded: bool = False
+    non_finite: NonFinite | None = None
     observers: list[Callable[[Tensor], None]] = field(default_factory=list)
 
 
@@ -70,17 +71,19 @@ def _state_of(quantizer: TensorQuantizer) -> _State:
     return quantizer._quantizer_cache
 
 
-def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:
+def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer, dtype: torch.dtype | None = None) -> Tensor:
     """Fake-quantize weights (E, out, in) or inputs (tokens, in), in blocks along `in`. ModelOpt calls this.
 
-    The tensor scale of inputs is calibrated. Inputs beyond the calibrated range saturate, as in the served model.
+    Inputs beyond the calibrated range saturate, as in the served model. `dtype` is the type of the result, or None.
     """
-    arguments = quantizer.backend_extra_args
+    arguments, state = quantizer.backend_extra_args, _state_of(quantizer)
     block_format = FORMATS[arguments["format"]].with_rule(arguments["scale_rule"])
     amax = quantizer.amax if arguments["is_input"] else None
     scale = None if amax is None else tensor_scale_for_amax(amax.float(), INPUT_RULE)
-    importance = _state_of(quantizer).importance
-    return fake_quantize(inputs, block_format, scale, None if importance is None else importance.to(inputs.device))
+    if state.importance is not None:
+        state.importance = state.importance.to(inputs.device)  # copied to a GPU only once
+    is_bad = None if state.non_finite is None else state.non_finite.flag(inputs.device)
+    return fake_quantize(inputs, block_format, scale, state.importance, dtype=dtype, is_bad=is_bad)
 
 
 def _round_stack(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
@@ -97,7 +100,7 @@ def _round_stack(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
 
     def make() -> Tensor:
         with torch.no_grad():
-            return _entrypoint(weight.transpose(1, 2), quantizer).transpose(1, 2).to(dtype)
+            return _entrypoint(weight.transpose(1, 2), quantizer, dtype).transpose(1, 2)
 
     if state.is_rounded:
         result = weight
@@ -150,21 +153,22 @@ def keep_rounded(model: nn.Module, budget_bytes: float, *, keeps_frozen: bool = 
         keeps_frozen: do not round frozen weights in place, because the unrounded values are needed as well.
 
     Returns:
-        The cache. Call `forget` on it whenever weights have changed.
+        The cache. Call `forget` on it whenever weights have changed, and check `non_finite` before each step.
     """
     base = base_of(model)
     modules = dict(base.named_modules())
     cache = RoundedWeights(budget_bytes)
     for name, quantizer in _enabled(base):
-        if not name.endswith(_WEIGHTS):
-            continue
-        owner, _, projection = name.removesuffix(_WEIGHTS).rpartition(".")
-        parameter = dict(modules[owner].named_parameters(recurse=False))[projection]
-        if parameter.requires_grad or is_wrapped(name) or keeps_frozen:
-            _state_of(quantizer).cache = cache
-        else:
-            parameter.data.copy_(_round_stack(parameter.data, quantizer))
-            _state_of(quantizer).is_rounded = True
+        state = _state_of(quantizer)
+        if name.endswith(_WEIGHTS):
+            owner, _, projection = name.removesuffix(_WEIGHTS).rpartition(".")
+            parameter = dict(modules[owner].named_parameters(recurse=False))[projection]
+            if parameter.requires_grad or is_wrapped(name) or keeps_frozen:
+                state.cache = cache
+            else:
+                parameter.data.copy_(_round_stack(parameter.data, quantizer))
+                state.is_rounded = True
+        state.non_finite = cache.non_finite
     return cache
 
 
@@ -179,9 +183,8 @@ def register_backend() -> None:
         for plugin in (huggingface, peft):  # nvidia-modelopt 0.47 has no public hook for these functions
             plugin._transposed_quantize = _round_stack
         huggingface._QuantGptOssExperts.quantize_weight = _quantize_weight
-        # Linear layers are never quantized here, so ModelOpt must not replace them. ModelOpt's LoRA layer would
-        # add base and delta in every forward pass, to quantize the sum. It would also compute the gradient of the
-        # frozen weight.
+        # Linear layers are never quantized here, so ModelOpt must not replace them. ModelOpt's LoRA layer would add
+        # base and delta in every forward pass, to quantize the sum, and compute the gradient of the frozen weight.
         for kind in (torch.nn.Linear, peft.LoraLinear):
             mtq.unregister(kind)
 
@@ -233,9 +236,9 @@ def save_state(model: nn.Module, directory: Path) -> None:
     """
     torch.save(mto.modelopt_state(base_of(model)), directory / STATE_FILE)
     importance = {
-        parameter_name(name).removesuffix(_WEIGHTS): _state_of(module).importance
+        parameter_name(name).removesuffix(_WEIGHTS): weight.cpu()
         for name, module in _enabled(base_of(model))
-        if _state_of(module).importance is not None
+        if (weight := _state_of(module).importance) is not None
     }
     amax = {
         parameter_name(name): module.amax.cpu()
@@ -306,8 +309,7 @@ def nvfp4_values(blocks: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor
     experts = []
     for codes, scale, unit in zip(blocks.flatten(-2), scales, tensor_scale, strict=True):
         tensor = NVFP4QTensor(torch.Size((codes.shape[0], 2 * codes.shape[1])), torch.float32, codes)
-        size = {-1: 2 * blocks.shape[-1]}
-        experts.append(tensor.dequantize(scale=scale, double_scale=unit, block_sizes=size))
+        experts.append(tensor.dequantize(scale=scale, double_scale=unit, block_sizes={-1: 2 * blocks.shape[-1]}))
     return torch.stack(experts)
 
 
@@ -393,9 +395,8 @@ def _enabled(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
 
 def _arguments(block_format: BlockFormat) -> dict[str, dict[str, object]]:
     """Return the arguments for our backend, for each kind of quantizer that the format needs."""
-    common = {"format": block_format.name}
-    weights = {**common, "scale_rule": block_format.scale_rule, "is_input": False}
-    inputs = {**common, "scale_rule": INPUT_RULE, "is_input": True}
+    weights = {"format": block_format.name, "scale_rule": block_format.scale_rule, "is_input": False}
+    inputs = {**weights, "scale_rule": INPUT_RULE, "is_input": True}
     return {_WEIGHTS: weights, **({_INPUTS: inputs} if block_format.quantizes_activations else {})}
 
 

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from pipeline.config import Sharding
 from pipeline.models.sharding import STRATEGIES
+from pipeline.numerics.codec import CodecError
+
+_CHECKED_AT_ONCE = frozenset({"cpu"})
+"""Devices on which reading a result costs nothing."""
 
 _DEFAULT_ON_CPU = 4.0 * 2**30  # covers models that are small enough to train on a CPU
 
@@ -30,11 +34,44 @@ def budget_bytes(budget_gib: float | None, shared: Sharding) -> float:
     return budget_gib * 2**30
 
 
+class NonFinite:
+    """Flags on GPUs that say whether a rounded value was NaN or Inf. The CPU reads them once per optimizer step.
+
+    Reading a flag after each rounding would make the CPU wait for the GPU. Values on a CPU need no flag: the codec
+    checks them at once, and its error names the block.
+    """
+
+    def __init__(self) -> None:
+        self._flags: dict[torch.device, Tensor] = {}
+
+    def flag(self, device: torch.device) -> Tensor | None:
+        """Return the flag on this device, for the argument `is_bad` of the codec. A CPU has none."""
+        if device.type in _CHECKED_AT_ONCE:
+            return None
+        if device not in self._flags:
+            self._flags[device] = torch.zeros((), dtype=torch.bool, device=device)
+        return self._flags[device]
+
+    def raise_if_any(self) -> None:
+        """Check the flags. This waits for the GPU, so call it once per optimizer step, before the step.
+
+        Raises:
+            CodecError: a value was NaN or Inf.
+        """
+        if any(bool(flag) for flag in self._flags.values()):
+            raise CodecError("NaN or Inf in the weights of experts or in their quantized inputs")
+
+
 class RoundedWeights:
-    """A cache of rounded weights. Call `forget` whenever weights may have changed."""
+    """A cache of rounded weights. Call `forget` whenever weights may have changed.
+
+    Attributes:
+        non_finite: the flags of the roundings that training does. Check them once per optimizer step.
+    """
 
     def __init__(self, budget_bytes: float = math.inf) -> None:
         """Create a cache of at most `budget_bytes`. Weights that do not fit are rounded in every forward pass."""
+        self.non_finite = NonFinite()
         self._budget = budget_bytes
         self._kept: dict[Hashable, tuple[tuple[int, ...], Tensor]] = {}
 

@@ -25,22 +25,17 @@ stay small.
 Legend: in = input dimension, out = output dimension, nb = blocks per row = in / block_size, L = all leading dimensions.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from pipeline.numerics import kernels, scales
+from pipeline.numerics import kernels, rounding, scales, slabs
 from pipeline.numerics.formats import BlockFormat, ScaleType
 from pipeline.numerics.scales import Divisor
 
-Slab = tuple[slice, slice, slice]
-"""Index ranges: experts, blocks of a row, and lanes."""
-
-_SLAB_VALUES = {"cpu": 1 << 22, "cuda": 1 << 27}
-_SLAB_LANES = 1 << 12
-_WEIGHT_BITS = 16
+_WITH_SLABS_ONLY = frozenset({"cpu"})
+"""Devices that are faster with several kernels for each slab than with one for a whole stack."""
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 _WORD = torch.int64
 
@@ -85,12 +80,12 @@ def encode(
     work = _Rounding(values, block_format, _unit(tensor_scale, block_format), importance)
     count, nb, size, lanes = work.view.shape
     blocks = torch.empty((count, lanes, nb, size // 2), dtype=torch.uint8, device=values.device)
-    near = None if rounded is None else _as_blocks(_view_as_matrices(rounded), size)
+    near = None if rounded is None else slabs.as_blocks(slabs.view_as_matrices(rounded), size)
     beyond = None if saturated is None else saturated.view(count, lanes, nb).transpose(1, 2)
     for slab, part, amax, divisor in work:
-        _put_transposed(blocks, slab, kernels.pack(part, divisor.inverse, divisor.significand))
+        slabs.put_transposed(blocks, slab, kernels.pack(part, divisor.inverse, divisor.significand))
         if near is not None:
-            _put(near, slab, kernels.round_blocks(part, divisor.inverse, divisor.significand, divisor.scale))
+            slabs.put(near, slab, kernels.round_blocks(part, divisor.inverse, divisor.significand, divisor.scale))
         if beyond is not None:
             beyond[slab] = amax > scales.LARGEST_E2M1 * divisor.scale
     stored = work.scales.transpose(1, 2).contiguous().view(_SCALE_DTYPES[block_format.scale_type])
@@ -121,15 +116,15 @@ def decode(
     """
     nb, half = blocks.shape[-2:]
     target = torch.empty((*blocks.shape[:-2], nb * half * 2), dtype=dtype, device=blocks.device) if out is None else out
-    view = _as_blocks(_view_as_matrices(target), 2 * half)
+    view = slabs.as_blocks(slabs.view_as_matrices(target), 2 * half)
     count, _, _, lanes = view.shape
     lanes_first = blocks.reshape(count, lanes, nb, half), scales_.reshape(count, lanes, nb)
     unit = _flat(tensor_scale)
-    for slab in _slabs(view):
+    for slab in slabs.split(view):
         experts, rows, columns = slab
         codes, stored = (part[experts, columns, rows] for part in lanes_first)
         unit_scale = scales.values_of(stored.transpose(1, 2).contiguous(), _of(unit, slab))
-        _put(view, slab, kernels.unpack(_transpose(codes), unit_scale, view[0, 0, 0, :0]))
+        slabs.put(view, slab, kernels.unpack(slabs.transpose(codes), unit_scale, view[0, 0, 0, :0]))
     return target
 
 
@@ -145,14 +140,30 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def fake_quantize(
-    values: Tensor, block_format: BlockFormat, tensor_scale: Tensor | None = None, importance: Tensor | None = None
+    values: Tensor,
+    block_format: BlockFormat,
+    tensor_scale: Tensor | None = None,
+    importance: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    is_bad: Tensor | None = None,
 ) -> Tensor:
-    """Round values as `decode(encode(values))` does, in the dtype and memory order of `values`.
+    """Round values as `decode(encode(values))` does, in the memory order of `values`.
 
-    The gradient passes straight through. Arguments and errors are the same as in `encode`. The only exception: a
-    missing tensor scale is computed from the values.
+    The gradient passes straight through. Arguments and errors are the same as in `encode`, with these exceptions: a
+    missing tensor scale is computed from the values, and the following arguments.
+
+    Args:
+        values: see `encode`.
+        block_format: see `encode`.
+        tensor_scale: see `encode`.
+        importance: see `encode`.
+        dtype: type of the result, float32 or bfloat16. Both hold every value of the formats. None takes the type of
+            `values`.
+        is_bad: () bool on the device of `values`, or None. If a value is NaN or Inf, or importance is not a
+            non-negative number, this flag is set and no error is raised. So the CPU does not wait for the GPU.
     """
-    return straight_through(values, _round(values, block_format, tensor_scale, importance))
+    return straight_through(values, _round(values, block_format, tensor_scale, importance, dtype, is_bad))
 
 
 def straight_through(values: Tensor, rounded: Tensor) -> Tensor:
@@ -220,80 +231,118 @@ class _StraightThrough(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _round(values: Tensor, block_format: BlockFormat, given: Tensor | None, importance: Tensor | None) -> Tensor:
+def _round(
+    values: Tensor,
+    block_format: BlockFormat,
+    given: Tensor | None,
+    importance: Tensor | None,
+    dtype: torch.dtype | None,
+    is_bad: Tensor | None,
+) -> Tensor:
+    if given is not None:
+        _unit(given, block_format)
+    found = _round_whole(values, block_format, given, importance, dtype or values.dtype, is_bad)
+    if found is not None:
+        return found
     unit = _unit(tensor_scale(values, block_format) if given is None else given, block_format)
-    work = _Rounding(values, block_format, unit, importance)
-    result = torch.empty_like(_as_matrices(values))
-    into = _as_blocks(result, block_format.block_size)
+    work = _Rounding(values, block_format, unit, importance, is_bad)
+    result = torch.empty_like(slabs.as_matrices(values), dtype=dtype)
+    into = slabs.as_blocks(result, block_format.block_size)
     for slab, part, _, divisor in work:
-        _put(into, slab, kernels.round_blocks(part, divisor.inverse, divisor.significand, divisor.scale))
+        slabs.put(into, slab, kernels.round_blocks(part, divisor.inverse, divisor.significand, divisor.scale))
     return result.view(values.shape)
+
+
+def _round_whole(
+    values: Tensor,
+    block_format: BlockFormat,
+    given: Tensor | None,
+    importance: Tensor | None,
+    dtype: torch.dtype,
+    is_bad: Tensor | None,
+) -> Tensor | None:
+    """Round with one compiled function. Return None on a CPU, if compiling does not pay off, or if a value is bad.
+
+    In the last case, the work slab by slab finds the block. If there is `is_bad`, this function sets it instead.
+    """
+    if values.device.type in _WITH_SLABS_ONLY or values.numel() == 0:
+        return None
+    view = _view(values, block_format)
+    weights = _weights(importance, view, is_bad)
+    arguments = (block_format.scale_type, block_format.scale_rule, _flat(given), weights, dtype)
+    found = rounding.round_stack.run_compiled(view, *arguments)
+    if found is None:
+        return None
+    rounded, is_bad_here = found
+    if is_bad is not None:
+        is_bad.logical_or_(is_bad_here)
+    elif bool(is_bad_here):
+        return None
+    return rounded.permute(0, 3, 1, 2).reshape(values.shape)
 
 
 class _Rounding:
     """Iterates over values slab by slab. Each item is (slab, values, largest magnitude of each block, divisor).
 
-    The iteration fills `scales`. After the last slab, it raises CodecError if a block has NaN or Inf.
+    The iteration fills `scales`. After the last slab, it raises CodecError if a block has NaN or Inf. If there is
+    `is_bad`, it sets this flag instead.
     """
 
     def __init__(
-        self, values: Tensor, block_format: BlockFormat, unit: Tensor | None, importance: Tensor | None
+        self,
+        values: Tensor,
+        block_format: BlockFormat,
+        unit: Tensor | None,
+        importance: Tensor | None,
+        is_bad: Tensor | None = None,
     ) -> None:
         self.view = _view(values, block_format)
         count, nb, _, lanes = self.view.shape
         self.scales = torch.empty((count, nb, lanes), dtype=torch.uint8, device=values.device)
-        self._shape, self._format, self._unit = values.shape, block_format, unit
-        self._weights = None if importance is None else _weights(importance, self.view)
+        self._shape, self._format, self._unit, self._is_bad = values.shape, block_format, unit, is_bad
+        self._weights = _weights(importance, self.view, is_bad)
 
-    def __iter__(self) -> Iterator[tuple[Slab, Tensor, Tensor, Divisor]]:
+    def __iter__(self) -> Iterator[tuple[slabs.Slab, Tensor, Tensor, Divisor]]:
         scale_type = self._format.scale_type
-        for slab in _slabs(self.view):
-            part, unit = _part(self.view, slab), _of(self._unit, slab)
-            amax = kernels.block_amax(part).float()
-            chosen, *others = scales.candidates(amax, scale_type, self._format.scale_rule, unit)
-            for other in others:
-                weights = self._weights_of(slab)
-                chosen = _better(part, chosen, other, scale_type=scale_type, unit=unit, weights=weights)
+        for slab in slabs.split(self.view):
+            part, unit = slabs.take(self.view, slab), _of(self._unit, slab)
+            amax, weights = kernels.block_amax(part).float(), self._weights_of(slab)
+            chosen = rounding.choose_scales(part, amax, scale_type, self._format.scale_rule, unit, weights)
             self.scales[slab] = chosen
             yield slab, part, amax, scales.divisor(chosen, scale_type, unit)
-        _raise_if_not_finite(self.scales, self._shape, scale_type)
+        if self._is_bad is None:
+            _raise_if_not_finite(self.scales, self._shape, scale_type)
+        else:
+            self._is_bad.logical_or_((self.scales == scales.NAN[scale_type]).any())
 
-    def _weights_of(self, slab: Slab) -> Tensor | None:
+    def _weights_of(self, slab: slabs.Slab) -> Tensor | None:
         if self._weights is None:
             return None
         return self._weights[slab[0] if len(self._weights) > 1 else slice(None), slab[1]]
 
 
-def _better(
-    view: Tensor, first: Tensor, second: Tensor, *, scale_type: ScaleType, unit: Tensor | None, weights: Tensor | None
-) -> Tensor:
-    """Choose the scale with the smaller squared error for each block. In a tie, choose the first."""
-    one, two = (scales.divisor(each, scale_type, unit) for each in (first, second))
-    error_one, error_two = (kernels.squared_error(view, each.inverse, each.significand, weights) for each in (one, two))
-    ratio = two.inverse / one.inverse  # exact, because both are powers of two
-    return torch.where(error_two < error_one * (ratio * ratio), second, first)
-
-
-def _weights(importance: Tensor, view: Tensor) -> Tensor:
-    """Scale importance to whole numbers below 2^16: (..., in) -> (L or 1, nb, block, 1) float64.
-
-    If all weights of a block are zero, they become 1.
-    """
-    if not bool((importance >= 0).all()):
-        raise CodecError("importance must be a non-negative number for every input channel")
-    nb, size = view.shape[1:3]
-    blocks = importance.float().reshape(-1, nb, size, 1).double()
-    exponent = torch.frexp(blocks.amax(dim=2, keepdim=True)).exponent
-    whole = torch.floor(torch.ldexp(blocks, _WEIGHT_BITS - exponent))
-    return torch.where(blocks.amax(dim=2, keepdim=True) > 0, whole, torch.ones_like(whole))
+def _weights(importance: Tensor | None, view: Tensor, is_bad: Tensor | None) -> Tensor | None:
+    """Check importance, or set the flag `is_bad`, and return the weights of the squared errors."""
+    if importance is None:
+        return None
+    if is_bad is None:
+        _raise_if_not_importance(importance)
+    else:
+        is_bad.logical_or_(~(importance >= 0).all())
+    return rounding.error_weights(importance, view)
 
 
 def _amax(view: Tensor) -> Tensor:
     """Return the largest magnitude of each block: (L, nb, block, lanes) -> (L, nb, lanes) float32."""
     amax = torch.empty((*view.shape[:2], view.shape[3]), dtype=torch.float32, device=view.device)
-    for slab in _slabs(view):
-        amax[slab] = kernels.block_amax(_part(view, slab))
+    for slab in slabs.split(view):
+        amax[slab] = kernels.block_amax(slabs.take(view, slab))
     return amax
+
+
+def _raise_if_not_importance(importance: Tensor) -> None:
+    if not bool((importance >= 0).all()):
+        raise CodecError("importance must be a non-negative number for every input channel")
 
 
 def _raise_if_not_finite(scale_bytes: Tensor, shape: torch.Size, scale_type: ScaleType) -> None:
@@ -312,76 +361,7 @@ def _view(values: Tensor, block_format: BlockFormat) -> Tensor:
         raise CodecError(
             f"the input dimension {values.shape[-1]} is not a multiple of the block size {block_format.block_size}"
         )
-    return _as_blocks(_as_matrices(values.detach()), block_format.block_size)
-
-
-def _as_matrices(values: Tensor) -> Tensor:
-    """Reshape (..., out, in) or (in) to (L, out, in)."""
-    return values.reshape(_matrices(values.shape))
-
-
-def _view_as_matrices(values: Tensor) -> Tensor:
-    """Do the same as `_as_matrices`, but never copy, so that writing to the result changes `values`."""
-    return values.view(_matrices(values.shape))
-
-
-def _matrices(shape: torch.Size) -> tuple[int, int, int]:
-    return math.prod(shape[:-2]), shape[-2] if len(shape) > 1 else 1, shape[-1]
-
-
-def _as_blocks(matrices: Tensor, block_size: int) -> Tensor:
-    """View (L, out, in) as (L, nb, block, lanes)."""
-    return matrices.unflatten(-1, (-1, block_size)).permute(0, 2, 3, 1)
-
-
-def _slabs(view: Tensor) -> Iterator[Slab]:
-    """Split (L, nb, block, lanes) into slabs that fit the caches.
-
-    All slabs have the same shape, so kernels are compiled once. The two expert stacks of a gpt-oss layer share this
-    shape, although they have 5760 and 2880 lanes.
-    """
-    if view.numel() == 0:  # for example, the inputs of an expert that gets no token
-        return
-    count, nb, size, lanes = view.shape
-    budget = _SLAB_VALUES.get(view.device.type, _SLAB_VALUES["cuda"])
-    width = _largest_divisor(lanes, _SLAB_LANES)
-    rows = _largest_divisor(nb, budget // (size * width))
-    experts = max(1, budget // (nb * size * lanes)) if (rows, width) == (nb, lanes) else 1
-    for i in range(0, count, experts):
-        for j in range(0, nb, rows):
-            for k in range(0, lanes, width):
-                yield slice(i, i + experts), slice(j, j + rows), slice(k, k + width)
-
-
-def _part(blocks: Tensor, slab: Slab) -> Tensor:
-    """Take a slab of (L, nb, block, lanes). Contiguous lanes are copied; otherwise kernels would be compiled again."""
-    experts, rows, lanes = slab
-    part = blocks[experts, rows, :, lanes]
-    return part.contiguous() if part.stride(-1) == 1 else part
-
-
-def _put(blocks: Tensor, slab: Slab, part: Tensor) -> None:
-    experts, rows, lanes = slab
-    blocks[experts, rows, :, lanes] = part
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return next((n for n in range(min(number, limit), 1, -1) if number % n == 0), 1)
-
-
-def _put_transposed(blocks: Tensor, slab: Slab, codes: Tensor) -> None:
-    """Transpose the codes of a slab, (l, rows, half, lanes), and store them in blocks (L, lanes, nb, half)."""
-    experts, rows, lanes = slab
-    for i, expert in enumerate(codes):
-        turned = kernels.transpose(expert.reshape(-1, expert.shape[-1]))
-        blocks[experts.start + i, lanes, rows] = turned.view(-1, *expert.shape[:-1])
-
-
-def _transpose(codes: Tensor) -> Tensor:
-    """Transpose (l, lanes, rows, half) to (l, rows, half, lanes), contiguous."""
-    count, lanes, rows, half = codes.shape
-    turned = [kernels.transpose(expert.reshape(lanes, -1)).view(rows, half, lanes) for expert in codes]
-    return torch.stack(turned) if count > 1 else turned[0].unsqueeze(0)
+    return slabs.as_blocks(slabs.as_matrices(values.detach()), block_format.block_size)
 
 
 def _unit(given: Tensor | None, block_format: BlockFormat) -> Tensor | None:
@@ -395,7 +375,7 @@ def _flat(unit: Tensor | None) -> Tensor | None:
     return None if unit is None else unit.reshape(-1)
 
 
-def _of(unit: Tensor | None, slab: Slab) -> Tensor | None:
+def _of(unit: Tensor | None, slab: slabs.Slab) -> Tensor | None:
     return None if unit is None else unit[slab[0]]
 
 

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,8 +24,17 @@ _PAYS_AFTER = 1 << 27  # values; running eagerly takes about 4 s on two CPU core
 _PAYS_AT_ONCE = 1 << 29  # values of a job; running eagerly then takes longer than compiling all kernels (warm cache)
 _MOST_VARIANTS = 64  # of shapes, types and rules per function; beyond torch's default, 8, it silently runs eagerly
 _WORTH_COUNTING = 1 << 16  # values; for smaller tensors the call itself dominates, and compiling does not shorten it
-_OPTIONS = {"cpp.vec_isa_ok": True}
-"""Trust the instruction sets that the processor reports. torch 2.13 would test each, 2 s in every run."""
+_OPTIONS: dict[str, dict[str, bool]] = {
+    # Trust the instruction sets that the processor reports. torch 2.13 would test each, 2 s in every run.
+    "cpu": {"cpp.vec_isa_ok": True},
+    # Round like a CPU: no fused multiply-add, no approximate division, no flushing of subnormals to zero.
+    "cuda": {
+        "emulate_precision_casts": True,
+        "eager_numerics.division_rounding": True,
+        "eager_numerics.disable_ftz": True,
+    },
+}
+"""Options of torch.compile for each type of device."""
 
 Result = TypeVar("Result")
 
@@ -59,37 +68,62 @@ def compilation_for(values: int) -> AbstractContextManager[None]:
     return compilation(Compilation.always) if is_large else nullcontext()
 
 
-def kernel(function: Callable[..., Result]) -> Callable[..., Result]:
+class Kernel(Generic[Result]):
+    """A pure function of tensors that runs eagerly or compiled. Inside another kernel, it is a part of that kernel."""
+
+    def __init__(self, function: Callable[..., Result]) -> None:
+        """Wrap a function. Its first argument must be a tensor, whose size and device decide about compilation."""
+        functools.update_wrapper(self, function)
+        self._function = function
+        self._values_seen = 0
+        self._compiled: dict[tuple[str, bool], Callable[..., Result]] = {}
+
+    def __call__(self, values: Tensor, *others: object) -> Result:
+        """Run the function, compiled if this pays off."""
+        if torch.compiler.is_compiling():
+            return self._function(values, *others)
+        with torch.no_grad():  # compiled code is valid for one grad mode only; gradients are defined in the codec
+            found = self._run_compiled(values, *others)
+            return self._function(values, *others) if found is None else found
+
+    def run_compiled(self, values: Tensor, *others: object) -> Result | None:
+        """Run the function compiled. Return None if this does not pay off yet, or if no compiler works."""
+        with torch.no_grad():
+            return self._run_compiled(values, *others)
+
+    def _run_compiled(self, values: Tensor, *others: object) -> Result | None:
+        self._values_seen += values.numel() if values.numel() >= _WORTH_COUNTING else 0
+        if not _is_compiled(values.device.type, self._values_seen):
+            return None
+        # Weights have few shapes. They are compiled per shape, because a loop of known length is three times faster.
+        # Activations have many shapes, so they are compiled with dynamic shapes.
+        try:
+            return self._compile(values.device.type, is_dynamic=values.stride(-1) != 1)(values, *others)
+        except (OSError, RuntimeError) as error:
+            if not _is_compiler_error(error):
+                raise
+            _give_up(error)
+            return None
+
+    def _compile(self, device_type: str, is_dynamic: bool) -> Callable[..., Result]:
+        """Return the compiled function. It is made only when needed, as torch.compile takes three seconds to import."""
+        key = (device_type, is_dynamic)
+        if key not in self._compiled:
+            compile_for: Any = torch.compile  # some overloads in the types of torch 2.13 lack recompile_limit
+            options = _OPTIONS.get(device_type, _OPTIONS["cuda"])
+            self._compiled[key] = compile_for(
+                self._function, dynamic=is_dynamic, recompile_limit=_MOST_VARIANTS, options=options
+            )
+        return self._compiled[key]
+
+
+def kernel(function: Callable[..., Result]) -> Kernel[Result]:
     """Decorate a pure function of tensors, so that it runs eagerly or compiled.
 
     The function may only use operations that are exact or correctly rounded by IEEE 754. It must not have a sum
     whose result depends on the order of summation.
     """
-    values_seen = 0
-
-    @functools.cache  # runs only when needed, because torch.compile takes three seconds to import its modules
-    def compiled(is_dynamic: bool) -> Callable[..., Result]:
-        compile_for: Any = torch.compile  # some overloads in the types of torch 2.13 lack recompile_limit
-        return compile_for(function, dynamic=is_dynamic, recompile_limit=_MOST_VARIANTS, options=_OPTIONS)
-
-    @functools.wraps(function)
-    @torch.no_grad()  # compiled code is valid for one grad mode only; gradients are defined in the codec
-    def run(values: Tensor, *others: object) -> Result:
-        nonlocal values_seen
-        values_seen += values.numel() if values.numel() >= _WORTH_COUNTING else 0
-        if not _is_compiled(values.device.type, values_seen):
-            return function(values, *others)
-        # Weights have few shapes. They are compiled per shape, because a loop of known length is three times faster.
-        # Activations have many shapes, so they are compiled with dynamic shapes.
-        try:
-            return compiled(is_dynamic=values.stride(-1) != 1)(values, *others)
-        except (OSError, RuntimeError) as error:
-            if not _is_compiler_error(error):
-                raise
-            _give_up(error)
-            return function(values, *others)
-
-    return run
+    return Kernel(function)
 
 
 @functools.cache

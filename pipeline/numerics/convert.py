@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pipeline.numerics.codec import decode, encode
-from pipeline.numerics.formats import MXFP4, NVFP4
+from pipeline.numerics.formats import E8M0_BIAS, MXFP4, NVFP4
+from pipeline.numerics.scales import SMALLEST_TENSOR_EXPONENT, power_of_two
 
 _LARGEST_POWER = 8  # 2^8 is the largest power of two of e4m3
 _RANGE = 17  # 2^-9, the smallest power of two of e4m3, is 2^17 times smaller than 2^8
@@ -47,9 +48,9 @@ def mxfp4_to_nvfp4(blocks: Tensor, scales: Tensor) -> Converted:
     exponents = scales.repeat_interleave(_SPLIT, dim=-1).int()
     is_zero = (split & 0x77).amax(dim=-1) == 0
     largest = torch.where(is_zero, 0, exponents).amax(dim=(-2, -1))
-    unit = torch.exp2(largest.double() - 127 - _LARGEST_POWER).clamp(min=2.0**-110).float()
+    unit = power_of_two((largest - E8M0_BIAS - _LARGEST_POWER).clamp(min=SMALLEST_TENSOR_EXPONENT))
     below = _exponent_of(unit)[..., None, None] + _LARGEST_POWER - exponents
-    power = (_LARGEST_POWER - below.clamp(0, _RANGE)).float().exp2()
+    power = power_of_two(_LARGEST_POWER - below.clamp(0, _RANGE))
     out_of_range = (below > _RANGE) & ~is_zero
     converted = Converted(split.clone(), power.to(torch.float8_e4m3fn), unit, 0)
     return _round(converted, split, exponents, out_of_range) if out_of_range.any() else converted

@@ -28,13 +28,15 @@ from pipeline.numerics.formats import E4M3_LARGEST, E4M3_NAN, E8M0_LARGEST, E8M0
 LARGEST_E2M1 = 6.0
 
 _EXPONENT_SHIFT = 23
+_EXPONENT_BIAS = 127
 _NAN_BITS = 0x7FC00000
 _MANTISSA_MASK = 0x7FFFFF
 _MANTISSA_OF_SIX = 0x400000  # 6 = 1.5 * 2^2, so a mantissa above 1.5 needs the next exponent
 _MANTISSA_OF_2688 = 0x280000  # 6 * 448 = 1.3125 * 2^11
 _MANTISSA_OF_1792 = 0x600000  # 4 * 448 = 1.75 * 2^10
 _BITS_OF_SMALLEST_E8M0 = 0x400000  # 2^-127, a subnormal float
-_SMALLEST_TENSOR_SCALE = 2.0**-110  # below it, products with e4m3 and e2m1 would be subnormal in FP32
+SMALLEST_TENSOR_EXPONENT = -110
+"""Exponent of the smallest tensor scale. Below it, products with e4m3 and e2m1 would be subnormal in FP32."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def candidates(amax: Tensor, scale_type: ScaleType, rule: str, tensor_scale: Ten
     A block with NaN or Inf gets the byte NAN[scale_type].
     """
     if tensor_scale is not None:
-        amax = _in_units(amax, tensor_scale.reciprocal()[:, None, None])
+        amax = _in_units(amax, reciprocal(tensor_scale)[:, None, None])
     return [choose(amax) for choose in _RULES[scale_type][rule]]
 
 
@@ -87,6 +89,25 @@ def values_of(scales: Tensor, tensor_scale: Tensor | None) -> Tensor:
     return scales.float() * tensor_scale.view(-1, *[1] * (scales.ndim - 1))
 
 
+def power_of_two(exponent: Tensor) -> Tensor:
+    """Return 2^exponent as float32 for int32 exponents from -126 to 127. It is made from bits, so it is exact."""
+    return ((exponent + _EXPONENT_BIAS) << _EXPONENT_SHIFT).view(torch.float32)
+
+
+def reciprocal(powers: Tensor) -> Tensor:
+    """Return 1 / powers for float32 powers of two from 2^-126 to 2^126.
+
+    The result is made from bits. Compiled for a GPU, torch's own reciprocal would be an approximate division.
+    """
+    return ((2 * _EXPONENT_BIAS << _EXPONENT_SHIFT) - powers.view(torch.int32)).view(torch.float32)
+
+
+def ratio(dividend: Tensor, divisor: Tensor) -> Tensor:
+    """Return dividend / divisor for float32 powers of two, made from bits. No argument or result is subnormal."""
+    bits = dividend.view(torch.int32) - divisor.view(torch.int32) + (_EXPONENT_BIAS << _EXPONENT_SHIFT)
+    return bits.view(torch.float32)
+
+
 INPUT_RULE = "nearest"
 """Rule for the scales of experts' inputs. Kernels that quantize inputs at run time use it because it is cheap."""
 
@@ -100,7 +121,7 @@ def tensor_scale_for_amax(amax: Tensor, rule: str) -> Tensor:
     bits = amax.contiguous().view(torch.int32)
     power, mantissa = (10, _MANTISSA_OF_1792) if rule == "mse" else (11, _MANTISSA_OF_2688)
     exponent = (bits >> _EXPONENT_SHIFT) - power + ((bits & _MANTISSA_MASK) > mantissa).int()
-    return (exponent.clamp(min=1) << _EXPONENT_SHIFT).view(torch.float32).clamp(min=_SMALLEST_TENSOR_SCALE)
+    return (exponent.clamp(min=1) << _EXPONENT_SHIFT).view(torch.float32).clamp(min=2.0**SMALLEST_TENSOR_EXPONENT)
 
 
 @kernel
@@ -217,7 +238,7 @@ def _e4m3_parts(scales: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     byte = scales.int()
     exponent = 136 - (byte >= 2).int() - (byte >= 4).int() - (byte >> 3)
     inverse, value = (exponent << _EXPONENT_SHIFT).view(torch.float32), _e4m3_values(byte)
-    return inverse * unit.reciprocal(), value * inverse, value * unit
+    return inverse * reciprocal(unit), value * inverse, value * unit
 
 
 NAN = {ScaleType.e8m0: E8M0_NAN, ScaleType.e4m3: E4M3_NAN}

@@ -285,7 +285,10 @@ class _Trainer(SFTTrainer):
 
 
 class _ForgetRounded(TrainerCallback):
-    """Empties the cache of rounded weights when a checkpoint is loaded and after each step of the optimizer."""
+    """Empties the cache of rounded weights when a checkpoint is loaded and after each step of the optimizer.
+
+    Before each step, it stops training if a rounded value was NaN or Inf.
+    """
 
     def __init__(self, rounded: RoundedWeights) -> None:
         self._rounded = rounded
@@ -295,12 +298,18 @@ class _ForgetRounded(TrainerCallback):
     ) -> None:
         self._rounded.forget()
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        self._rounded.non_finite.raise_if_any()
+
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         self._rounded.forget()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self._rounded.non_finite.raise_if_any()  # the last validation has rounded, too
         self._rounded.forget()
 
 

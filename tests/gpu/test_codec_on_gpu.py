@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.numerics.codec import decode, encode, fake_quantize, tensor_scale
+from pipeline.numerics.codec import CodecError, decode, encode, fake_quantize, tensor_scale
 from pipeline.numerics.compiled import Compilation, can_compile, compilation
 from pipeline.numerics.convert import mxfp4_to_nvfp4
-from pipeline.numerics.formats import FORMATS, MXFP4, SCALE_RULES, BlockFormat
+from pipeline.numerics.formats import FORMATS, MXFP4, NVFP4, SCALE_RULES, BlockFormat
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,6 +92,40 @@ def test_a_gpu_gives_the_bits_of_a_cpu(
             assert one.is_cuda
             assert (one.dtype, one.shape) == (other.dtype, other.shape)
             assert torch.equal(bits(one), bits(other))
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("block_format", [MXFP4, NVFP4], ids=lambda row: row.name)
+def test_nan_and_inf_set_the_flag_or_raise_an_error_that_names_the_block(
+    block_format: BlockFormat, bad: float, is_compiled: bool
+) -> None:
+    values = ORDERS["in_first"](torch.randn(3, 64, 96)).cuda()
+    is_bad = torch.zeros((), dtype=torch.bool, device="cuda")
+    with compilation(Compilation.always if is_compiled else Compilation.never):
+        fake_quantize(values, block_format, is_bad=is_bad)
+        assert not is_bad
+        values[1, 40, 70] = bad
+        fake_quantize(values, block_format, is_bad=is_bad)
+        assert is_bad
+        with pytest.raises(CodecError) as caught:
+            fake_quantize(values, block_format)
+        assert caught.value.block == (1, 40, 70 // block_format.block_size)
+        values[1, 40, 70] = 0.0
+        fake_quantize(values, block_format, is_bad=is_bad)
+        assert is_bad, "a flag stays set"
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("block_format", RULES.values(), ids=RULES)
+def test_float32_weights_are_rounded_to_bfloat16_with_the_bits_of_two_steps(
+    block_format: BlockFormat, is_compiled: bool
+) -> None:
+    values = to_gpu(ORDERS["in_first"](of_one_size(torch.float32)))
+    with compilation(Compilation.always if is_compiled else Compilation.never):
+        at_once = fake_quantize(values, block_format, dtype=torch.bfloat16)
+        in_two = fake_quantize(values, block_format).bfloat16()
+    assert torch.equal(bits(at_once), bits(in_two))
 
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from pipeline.numerics import codec
+from pipeline.numerics import codec, slabs
 from pipeline.numerics.codec import decode, encode, fake_quantize, tensor_scale
 from pipeline.numerics.compiled import Compilation, can_compile, compilation
 from pipeline.numerics.formats import FORMATS, SCALE_RULES, BlockFormat
@@ -33,7 +33,7 @@ ORDERS = {
 @pytest.fixture(autouse=True)
 def must_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Split the work into several slabs, and fail if a kernel silently falls back to eager."""
-    monkeypatch.setitem(codec._SLAB_VALUES, "cpu", 37 * 64)
+    monkeypatch.setitem(slabs.VALUES, "cpu", 37 * 64)
     with torch._dynamo.config.patch(recompile_limit=100, fail_on_recompile_limit_hit=True), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         yield
@@ -82,6 +82,24 @@ def test_compiled_codecs_give_the_bits_of_eager_ones(dtype: torch.dtype, order: 
                 assert (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
                 assert torch.equal(bits(one), bits(other)), block_format
     assert counters["stats"]["unique_graphs"] > graphs_before
+    assert not counters["graph_break"]
+
+
+def test_the_function_that_rounds_a_stack_on_a_gpu_gives_these_bits_when_a_cpu_compiles_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Test every format and scale rule, and weights in float32 that are rounded to bfloat16."""
+    monkeypatch.setattr(codec, "_WITH_SLABS_ONLY", frozenset())
+    values = ORDERS["in_first"](sample(torch.float32))
+    importance = torch.rand(SHAPE[0], SHAPE[2], generator=torch.Generator().manual_seed(1)) ** 4
+    for row in FORMATS.values():
+        for block_format in map(row.with_rule, SCALE_RULES[row.scale_type]):
+            with compilation(Compilation.never):
+                eager = fake_quantize(values, block_format, None, importance).bfloat16()
+            with compilation(Compilation.always):
+                found = fake_quantize(values, block_format, None, importance, dtype=torch.bfloat16)
+            assert (found.dtype, found.stride()) == (eager.dtype, eager.stride())
+            assert torch.equal(bits(found), bits(eager)), block_format
     assert not counters["graph_break"]
 
 

@@ -29,9 +29,9 @@ def roundings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list to which each call of the codec appends the number of experts that it rounds."""
     seen: list[int] = []
 
-    def counted(values: torch.Tensor, *others: object) -> torch.Tensor:
+    def counted(values: torch.Tensor, *others: object, **more: object) -> torch.Tensor:
         seen.append(len(values))
-        return fake_quantize(values, *others)  # type: ignore[arg-type]
+        return fake_quantize(values, *others, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(fake_quantizers, "fake_quantize", counted)
     return seen

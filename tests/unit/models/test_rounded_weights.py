@@ -1,12 +1,15 @@
 """Rounded weights are cached until the weights change."""
 
+import pytest
 import torch
 from torch import Tensor
 
 from pipeline.config import Sharding
 from pipeline.doctor.fake_gpu import pretend_cuda
-from pipeline.models.rounded_weights import RoundedWeights, budget_bytes, compute_dtype
-from pipeline.numerics.codec import straight_through
+from pipeline.models import rounded_weights
+from pipeline.models.rounded_weights import NonFinite, RoundedWeights, budget_bytes, compute_dtype
+from pipeline.numerics.codec import CodecError, fake_quantize, straight_through
+from pipeline.numerics.formats import MXFP4
 
 
 class Rounder:
@@ -96,3 +99,22 @@ def test_the_compute_type_is_autocasts_if_it_is_on() -> None:
     assert compute_dtype(weight) is torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert compute_dtype(weight) is torch.bfloat16
+
+
+def test_a_cpu_needs_no_flag_because_the_codec_raises_at_once() -> None:
+    found = NonFinite()
+    assert found.flag(torch.device("cpu")) is None
+    found.raise_if_any()
+
+
+def test_a_flag_that_the_codec_has_set_stops_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU stands in for the GPU. Another flag of the same device is the same tensor."""
+    monkeypatch.setattr(rounded_weights, "_CHECKED_AT_ONCE", frozenset())
+    found, device = NonFinite(), torch.device("cpu")
+    weights = torch.ones(2, 32)
+    fake_quantize(weights, MXFP4, is_bad=found.flag(device))
+    found.raise_if_any()
+    weights[1, 3] = float("nan")
+    fake_quantize(weights, MXFP4, is_bad=found.flag(device))
+    with pytest.raises(CodecError, match="NaN or Inf in the weights of experts"):
+        found.raise_if_any()

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.numerics import codec
 from pipeline.numerics import scales as scale_arithmetic
+from pipeline.numerics import slabs
 from pipeline.numerics.codec import decode, encode, fake_quantize, tensor_scale
 from pipeline.numerics.formats import (
     E2M1_MAGNITUDES,
@@ -433,8 +433,8 @@ def test_slabs_change_no_bit(block_format: BlockFormat, monkeypatch: pytest.Monk
     whole = encode(values, block_format, unit, importance)
     plain = decode(*whole, torch.bfloat16, unit)
     for budget, lanes in ((2 * 4 * 96, 4), (4 * 96, 4), (4 * 32, 4), (4 * 32, 3), (1, 1)):
-        monkeypatch.setitem(codec._SLAB_VALUES, "cpu", budget)
-        monkeypatch.setattr(codec, "_SLAB_LANES", lanes)
+        monkeypatch.setitem(slabs.VALUES, "cpu", budget)
+        monkeypatch.setitem(slabs.LANES, "cpu", lanes)
         found = encode(values, block_format, unit, importance)
         assert [bytes_of(part) for part in found] == [bytes_of(part) for part in whole]
         assert_same_bits(decode(*found, torch.bfloat16, unit), plain)

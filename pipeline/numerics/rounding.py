@@ -1,0 +1,88 @@
+"""Chooses scales and rounds values. On a GPU, one compiled function does both for a whole stack of weights.
+
+The CPU works in slabs that fit its caches, with several kernels for each (see `codec`). A GPU would spend its time on
+launching these kernels. Both ways call the same functions, so they give the same bits.
+
+Legend: L = leading dimension (experts), nb = blocks per row, block = values per block, lanes = output dimension.
+"""
+
+import torch
+from torch import Tensor
+
+from pipeline.numerics import kernels, scales
+from pipeline.numerics.compiled import kernel
+from pipeline.numerics.formats import ScaleType
+
+_WEIGHT_BITS = 16
+_FLOAT64_BIAS, _FLOAT64_SHIFT = 1023, 52
+
+
+def choose_scales(
+    values: Tensor, amax: Tensor, scale_type: ScaleType, rule: str, unit: Tensor | None, weights: Tensor | None
+) -> Tensor:
+    """Choose a scale for each block: (L, nb, block, lanes) -> (L, nb, lanes) uint8.
+
+    Args:
+        values: the values to round.
+        amax: (L, nb, lanes) float32, the largest magnitude of each block.
+        scale_type: type of the scales.
+        rule: rule for the scales, one of SCALE_RULES[scale_type].
+        unit: (L) float32, tensor scales, or None for e8m0.
+        weights: weights of the squared errors from `error_weights`, or None.
+    """
+    chosen, *others = scales.candidates(amax, scale_type, rule, unit)
+    for other in others:
+        chosen = _better(values, chosen, other, scale_type=scale_type, unit=unit, weights=weights)
+    return chosen
+
+
+@kernel
+def round_stack(
+    values: Tensor,
+    scale_type: ScaleType,
+    rule: str,
+    unit: Tensor | None,
+    weights: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Round (L, nb, block, lanes) to the format's values. The arguments are those of `choose_scales`.
+
+    If `unit` is missing for e4m3, the tensor scales are computed from the values.
+
+    Returns:
+        rounded: (L, nb, block, lanes) of type `dtype`.
+        is_bad: () bool, whether a value is NaN or Inf.
+    """
+    amax = kernels.block_amax(values).float()
+    if unit is None and scale_type is ScaleType.e4m3:
+        unit = scales.tensor_scale_for_amax(amax.amax(dim=(1, 2)), rule)
+    chosen = choose_scales(values, amax, scale_type, rule, unit, weights)
+    divisor = scales.divisor(chosen, scale_type, unit)
+    rounded = kernels.round_blocks(values, divisor.inverse, divisor.significand, divisor.scale)
+    return rounded.to(dtype), (chosen == scales.NAN[scale_type]).any()
+
+
+def error_weights(importance: Tensor, view: Tensor) -> Tensor:
+    """Scale importance to whole numbers below 2^16: (..., in) -> (L or 1, nb, block, 1) float64.
+
+    The largest weight of a block is at least 2^15. If all weights of a block are zero, they become 1. `view` is
+    (L, nb, block, lanes), the values that belong to the importance.
+    """
+    nb, size = view.shape[1:3]
+    blocks = importance.float().reshape(-1, nb, size, 1).double()
+    largest = blocks.amax(dim=2, keepdim=True)
+    # The factor is made from bits. torch's ldexp calls pow, which a GPU does not round exactly.
+    exponent = (_WEIGHT_BITS - torch.frexp(largest).exponent).long()
+    factor = ((exponent + _FLOAT64_BIAS) << _FLOAT64_SHIFT).view(torch.float64)
+    return torch.where(largest > 0, torch.floor(blocks * factor), 1.0)
+
+
+def _better(
+    values: Tensor, first: Tensor, second: Tensor, *, scale_type: ScaleType, unit: Tensor | None, weights: Tensor | None
+) -> Tensor:
+    """Choose the scale with the smaller squared error for each block. In a tie, choose the first."""
+    one, two = (scales.divisor(each, scale_type, unit) for each in (first, second))
+    error_one = kernels.squared_error(values, one.inverse, one.significand, weights)
+    error_two = kernels.squared_error(values, two.inverse, two.significand, weights)
+    ratio = scales.ratio(two.inverse, one.inverse)
+    return torch.where(error_two < error_one * (ratio * ratio), second, first)

@@ -1,0 +1,150 @@
+"""Run the codec on a pretended GPU, and print a JSON object about it (see `main`).
+
+    python tests/integration/codec_on_pretended_gpu.py 80 90
+
+The arguments are architectures for which Triton makes code.
+"""
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+
+import torch
+from kernels_for_gpus import Gpu, pretend
+
+gpu = Gpu(tuple(map(int, sys.argv[1:])))
+pretend(gpu)  # before other imports, because inductor keeps the functions of CUDA that it finds
+
+from torch import Tensor  # noqa: E402
+
+from pipeline.numerics import codec, kernels, rounding, scales  # noqa: E402
+from pipeline.numerics.codec import decode, encode, fake_quantize, tensor_scale  # noqa: E402
+from pipeline.numerics.compiled import Compilation, Kernel, compilation  # noqa: E402
+from pipeline.numerics.formats import MXFP4, NVFP4, SCALE_RULES, BlockFormat  # noqa: E402
+
+GATE_UP_20B = (32, 2880, 5760)
+GATE_UP_120B = (128, 2880, 5760)
+TOO_LARGE_FOR_INT32 = (130, 2880, 5760)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def weights(shape: tuple[int, int, int], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Return a parameter (experts, in, out), seen as (experts, out, in)."""
+    return empty(*shape, dtype=dtype).transpose(1, 2)
+
+
+def rounding_uses() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the uses of fake quantization in training. None may read from the GPU."""
+    is_bad = empty(dtype=torch.bool)
+
+    def use(values: Tensor, block_format: BlockFormat, unit: Tensor | None = None, importance: Tensor | None = None):  # type: ignore[no-untyped-def]
+        return lambda: fake_quantize(values, block_format, unit, importance, dtype=torch.bfloat16, is_bad=is_bad)
+
+    for row in (MXFP4, NVFP4):
+        for rule in SCALE_RULES[row.scale_type]:
+            yield f"{row.name} {rule}", use(weights(GATE_UP_20B), row.with_rule(rule))
+    importance = empty(2880, dtype=torch.float32)
+    yield "mxfp4 mse, importance", use(weights(GATE_UP_20B), MXFP4.with_rule("mse"), None, importance)
+    yield "mxfp4 from float32", use(weights(GATE_UP_20B, torch.float32), MXFP4)
+    yield "inputs", use(empty(4096, 2880), NVFP4, empty(dtype=torch.float32))
+
+
+def large_uses() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield roundings of larger stacks. Their kernels differ only in sizes, so no code needs to be made for them."""
+    is_bad = empty(dtype=torch.bool)
+
+    def use(values: Tensor) -> Callable[[], object]:
+        return lambda: fake_quantize(values, MXFP4, is_bad=is_bad)
+
+    yield "120b", use(weights(GATE_UP_120B))
+    yield "more than int32", use(weights(TOO_LARGE_FOR_INT32))
+
+
+def other_uses() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the uses of the codec in exports and reports."""
+    values, importance = weights((2, 2880, 2880)), empty(2880, dtype=torch.float32)
+    saturated = empty(2, 2880, 180, dtype=torch.bool)
+
+    def use(block_format: BlockFormat) -> Callable[[], object]:
+        def run() -> None:
+            unit, marks = tensor_scale(values, block_format), saturated[..., : 2880 // block_format.block_size]
+            blocks, stored = encode(
+                values, block_format, unit, None, rounded=values.clone(), saturated=marks.contiguous()
+            )
+            if block_format.scale_rule == "mse":
+                encode(values.float(), block_format, unit, importance)
+            decode(blocks, stored, torch.bfloat16, unit)
+
+        return run
+
+    for row in (MXFP4, NVFP4):
+        for rule in SCALE_RULES[row.scale_type]:
+            yield f"encode {row.name} {rule}", use(row.with_rule(rule))
+    stack = empty(2, 2880, 2880)
+    yield "differences", lambda: codec.differences([stack] * 4)
+    yield "unequal_blocks", lambda: codec.unequal_blocks(stack, stack, MXFP4)
+    yield "column_products", lambda: kernels.column_products(stack, stack)
+    yield "row_squares", lambda: kernels.row_squares(stack)
+
+
+def control() -> None:
+    """Compile what the codec must not do, with inductor's default options."""
+    torch.compile(lambda values: values.reciprocal(), dynamic=False)(empty(4096, dtype=torch.float32))
+    torch.compile(lambda values: values * values + values, dynamic=False)(empty(4096, dtype=torch.float32))
+
+
+def measure(run: Callable[[], object]) -> dict[str, object]:
+    gpu.start()
+    before = gpu.live
+    made = run()
+    result = made.nbytes if isinstance(made, Tensor) else 0
+    return {
+        "launches": dict(gpu.launches),
+        "index_bits": dict(gpu.index_bits),
+        "temporary_bytes": gpu.peak - before - result,
+    }
+
+
+def main() -> None:
+    """Print an object with these keys.
+
+    controls: code of kernels that break the rules.
+    codes: code of the codec's kernels, as a list of `Code`.
+    rounding, eager: each use in training, compiled and eager: launches, bits of indices, bytes of temporaries.
+    never_compiled: names of the kernels that were not compiled.
+    """
+    warnings.filterwarnings("error", message="torch.compile failed")
+    control()
+    controls, gpu.codes = gpu.codes, {}
+    # Exports read from the GPU here, and fake tensors have no values.
+    codec._raise_if_not_finite = codec._raise_if_not_importance = lambda *_: None  # type: ignore[assignment]
+    every = {
+        each.__name__: each
+        for module in (kernels, scales, rounding)
+        for each in vars(module).values()
+        if isinstance(each, Kernel)
+    }
+    with compilation(Compilation.always):
+        found = {name: measure(run) for name, run in rounding_uses()}
+        for _, run in other_uses():
+            run()
+        gpu.architectures = ()
+        found |= {name: measure(run) for name, run in large_uses()}
+    with compilation(Compilation.never):
+        eager = {name: measure(run) for name, run in rounding_uses()}
+    report = {
+        "controls": [asdict(code) for code in controls.values()],
+        "codes": [asdict(code) for code in gpu.codes.values()],
+        "rounding": found,
+        "eager": eager,
+        "never_compiled": [name for name, each in every.items() if not each._compiled],
+    }
+    print(json.dumps(report, default=sorted))
+
+
+main()

@@ -1,0 +1,110 @@
+"""The codec's kernels for GPUs round like a CPU, are few, and need little memory. No GPU is needed to see this.
+
+A child process runs the codec on a pretended GPU (see kernels_for_gpus.py). Fake tensors have no values, so a function
+that reads from the GPU fails there. Compiling for four architectures takes minutes.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.numerics.compiled import can_compile
+
+ARCHITECTURES = (80, 90, 100, 120)
+STACK_20B, STACK_120B = 32 * 2880 * 5760, 128 * 2880 * 5760  # values
+INEXACT = re.compile(r"\.ftz|\.approx|\.full|^(div|rcp|sqrt|rsqrt|ex2|lg2|sin|cos|tanh)\b.*\.(f32|f64)|^fma")
+"""PTX that flushes subnormals to zero, approximates, divides floats, or rounds once where the codec rounds twice."""
+FUSED = re.compile(r"^(FFMA|DFMA|HFMA2\S*)|^F(ADD|MUL|SETP?|MNMX)\S*\.FTZ")
+"""Machine instructions of the same kinds, except those that PTX shows."""
+MOVE = re.compile(r"^\S+ \w+(\.reuse)?, -?RZ(\.H0_H0)?, RZ(\.H0_H0)?, ")
+"""Fused instructions with the product 0 * 0: ptxas moves, negates and loads constants with them."""
+
+pytestmark = [
+    pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler on this machine"),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the child process prints."""
+    here = Path(__file__).parent
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(here.parents[1]),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor")),
+    }
+    command = [sys.executable, str(here / "codec_on_pretended_gpu.py"), *map(str, ARCHITECTURES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def inexact(code: dict[str, Any]) -> set[str]:
+    """Return the instructions of a kernel that could make other bits than a CPU."""
+    ptx = {each for each in code["ptx"] if INEXACT.search(each)}
+    return ptx | {each for each in code["machine"] if FUSED.search(each) and not MOVE.match(each)}
+
+
+def launches(use: dict[str, Any]) -> int:
+    return sum(use["launches"].values())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids="sm_{}".format)
+def test_no_kernel_approximates_flushes_or_fuses(report: dict[str, Any], architecture: int) -> None:
+    codes = [code for code in report["codes"] if code["architecture"] == architecture]
+    assert len(codes) > 50
+    assert all(code["ptx"] and code["machine"] for code in codes)
+    assert {code["name"]: inexact(code) for code in codes if inexact(code)} == {}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids="sm_{}".format)
+def test_a_reciprocal_and_a_fused_product_would_be_found(report: dict[str, Any], architecture: int) -> None:
+    """These kernels are compiled with inductor's default options, as the codec must not be."""
+    reciprocal, product = (code for code in report["controls"] if code["architecture"] == architecture)
+    assert "div.full.f32" in inexact(reciprocal)
+    assert "fma.rn.f32" in inexact(product)
+    assert any(each.startswith("FFMA") for each in inexact(product))
+
+
+def test_every_kernel_of_the_codec_is_among_them(report: dict[str, Any]) -> None:
+    assert report["never_compiled"] == []
+
+
+def test_a_stack_takes_few_launches_however_many_experts_it_has(report: dict[str, Any]) -> None:
+    """One of the launches adds to the flag for NaN and Inf."""
+    found = {name: launches(use) for name, use in report["rounding"].items()}
+    assert all(found[f"mxfp4 {rule}"] <= 6 for rule in ("ceil", "floor", "mse"))
+    assert all(found[f"nvfp4 {rule}"] <= 9 for rule in ("nearest", "ceil", "floor", "mse"))
+    assert found["inputs"] <= 7
+    assert found["120b"] == found["more than int32"] == found["mxfp4 ceil"]
+
+
+def test_rounding_a_stack_takes_less_than_a_byte_per_value_beside_the_result(report: dict[str, Any]) -> None:
+    found = {name: use["temporary_bytes"] for name, use in report["rounding"].items()}
+    assert all(size <= STACK_20B for size in found.values())
+    assert found["120b"] < STACK_120B / 8
+
+
+def test_without_a_compiler_slabs_keep_the_memory_small(report: dict[str, Any]) -> None:
+    found = {name: use["temporary_bytes"] for name, use in report["eager"].items()}
+    assert all(size < 1.5e9 for size in found.values())
+
+
+def test_a_stack_beyond_the_range_of_int32_gets_wide_indices(report: dict[str, Any]) -> None:
+    """Kernels that read or write values must not compute with 32 bits. Kernels on scales may: they have 32 times less.
+
+    The largest stack of gpt-oss-120b has 2.12e9 values, which is still below 2^31.
+    """
+    found = report["rounding"]["more than int32"]["index_bits"]
+    assert sum(bits == 64 for bits in found.values()) == 2
+    assert STACK_120B + (1 << 20) < 2**31
+    assert set(report["rounding"]["120b"]["index_bits"].values()) == {32}
