@@ -28,6 +28,7 @@ from pipeline.errors import CheckFailed
 from pipeline.models.adapters import base_of, is_wrapped, parameter_name
 from pipeline.models.calibration import CALIBRATION_FILE, load_calibration
 from pipeline.models.rounded_weights import RoundedWeights, compute_dtype
+from pipeline.models.sharding import own_part
 from pipeline.numerics.codec import fake_quantize, straight_through
 from pipeline.numerics.formats import FORMATS, BlockFormat, ScaleType
 from pipeline.numerics.scales import INPUT_RULE, tensor_scale_for_amax
@@ -41,8 +42,6 @@ STATE_FILE = "modelopt_state.pth"
 _BACKEND = "pipeline_codec"
 _WEIGHTS = "_weight_quantizer"
 _INPUTS = "_input_quantizer"
-
-
 Calibrate = Callable[["PreTrainedModel"], None]
 Hook = Callable[[TensorQuantizer, tuple[Tensor, ...], Tensor], None]
 
@@ -147,7 +146,9 @@ def keep_rounded(model: nn.Module, budget_bytes: float) -> RoundedWeights:
         if parameter.requires_grad or is_wrapped(name):
             _state_of(quantizer).cache = cache
         else:
-            parameter.data.copy_(_round_stack(parameter.data, quantizer))
+            with own_part(parameter) as own:
+                if own.numel():
+                    own.copy_(_round_stack(own, quantizer))
             _state_of(quantizer).is_rounded = True
     return cache
 

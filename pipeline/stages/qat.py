@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import PipelineConfig, QatConfig, Stage
+from pipeline.config import PipelineConfig, Stage
 from pipeline.data.examples import prepare_examples
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
@@ -85,12 +85,12 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     block_format = references.configured_format(config.format)
     tokenizer = load_tokenizer(start.base)
     splits = prepare_examples(here, config.data, rows, tokenizer)
-    model = loading.load_to_train(start, config.qat)
+    model = loading.load_to_train(start, config.qat, config.sharding)
     changes = WeightChanges(model, block_format)  # read the weights before frozen experts are rounded in place
     budget = rounded_weights.budget_bytes(config.qat.rounded_cache_gib, config.sharding)
     rounded = fake_quantizers.keep_rounded(model, budget)
     looks = samples.callback(here, config.data, config.evaluate, rows=rows, tokenizer=tokenizer, directory=directory)
-    inputs = trainer.Inputs(model, tokenizer, splits, changes, rounded, _load_teacher(here, config.qat), looks)
+    inputs = trainer.Inputs(model, tokenizer, splits, changes, rounded, _load_teacher(here, config), looks)
     with fake_quantizers.watch(model) as fired:
         figures = trainer.train(inputs, trainer.Setup(config.qat, "qat", directory, config.sharding))
     fired.raise_unless_all(model)
@@ -102,16 +102,16 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     return Result(kind, record, saved.dtype, block_format.name, block_format.scale_rule)
 
 
-def _load_teacher(here: Run, qat: QatConfig) -> "Teacher | None":
+def _load_teacher(here: Run, config: PipelineConfig) -> "Teacher | None":
     """Load the SFT model as the teacher. Return None without distillation."""
     from pipeline.models import packing_masks
     from pipeline.training.distillation import Teacher
 
-    settings = qat.distillation
+    settings = config.qat.distillation
     if not settings.weight:
         return None
     sft = references.stage_ref(here, Stage.sft)
-    model = loading.load_effective(sft, sft.dtype)
-    if qat.packing:
+    model = loading.load_teacher(sft, config.qat, config.sharding)
+    if config.qat.packing:
         packing_masks.mask_documents(model)
     return Teacher(model, settings.weight, settings.temperature)

@@ -44,9 +44,9 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     attention_check.check(config.sft, "sft")
     tokenizer = load_tokenizer(start.base)
     splits = prepare_examples(here, config.data, rows, tokenizer)
-    model = loading.load_to_train(start, config.sft)
-    if config.sft.method is Method.lora:
-        model = adapters.attach(model, config.sft, "sft")
+    adapted = config.sft.method is Method.lora
+    attach = (lambda model: adapters.attach(model, config.sft, "sft")) if adapted else None
+    model = loading.load_to_train(start, config.sft, config.sharding, attach)
     changes = WeightChanges(model, references.configured_format(config.format))
     looks = samples.callback(here, config.data, config.evaluate, rows=rows, tokenizer=tokenizer, directory=directory)
     inputs = trainer.Inputs(model, tokenizer, splits, changes, callbacks=looks)

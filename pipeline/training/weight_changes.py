@@ -41,7 +41,9 @@ class WeightChanges:
         """Return `moved_weights` and `changed_codes`, shares of the sampled weights, or {} if none is trained."""
         moved = changed = total = 0
         for name, weights in self._sample():
-            start = self._start[name]
+            start = self._start.get(name)
+            if start is None:  # ZeRO-3 had the stack empty at the start, and has it gathered now
+                continue
             moved += int((weights != start.weights).sum())
             changed += int((self._round(weights) != start.rounded).sum())
             total += weights.numel()
