@@ -75,10 +75,11 @@ def correct_preparation(accelerator: "Accelerator") -> None:
     prepare = accelerator.prepare
 
     def prepare_correctly(*objects: object, **more: object) -> object:
-        groups = [group for each in objects if isinstance(each, Optimizer) for group in each.param_groups]
-        before = [list(group["params"]) for group in groups]
+        optimizers = [each for each in objects if isinstance(each, Optimizer)]
+        before = [list(group["params"]) for each in optimizers for group in each.param_groups]
         result = prepare(*objects, **more)
-        for group, parameters in zip(groups, before, strict=True):
+        after = [group for each in optimizers for group in each.param_groups]  # other dicts than before
+        for group, parameters in zip(after, before, strict=True):
             group["params"] = parameters
         for model in objects:
             if isinstance(model, FSDPModule) and accelerator.mixed_precision == "bf16":
