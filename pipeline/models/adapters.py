@@ -28,6 +28,20 @@ if TYPE_CHECKING:
 
 _ADAPTER = "default"
 _QUANTIZER = "_weight_quantizer"
+_compute_delta: Any = ParamWrapper.get_delta_weight
+
+
+def _compute_delta_exactly(wrapper: ParamWrapper, adapter_name: str, *others: object, **more: object) -> Tensor:
+    """Compute the delta of an expert stack in the type of the factors, FP32, also under autocast.
+
+    This replaces a method of PEFT 0.21. Under autocast, the method computes the delta in BF16. Merging for the export
+    is not done under autocast, so the exported weights would not be the trained ones.
+    """
+    with torch.autocast(_weight(wrapper.lora_A[adapter_name]).device.type, enabled=False):
+        return cast(Tensor, _compute_delta(wrapper, adapter_name, *others, **more))
+
+
+ParamWrapper.get_delta_weight = _compute_delta_exactly  # type: ignore[assignment, method-assign]
 
 
 class _FactoredWrapper(ParamWrapper):

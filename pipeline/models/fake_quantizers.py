@@ -28,6 +28,7 @@ from pipeline.errors import CheckFailed
 from pipeline.models.adapters import base_of, is_wrapped, parameter_name
 from pipeline.models.calibration import CALIBRATION_FILE, load_calibration
 from pipeline.models.rounded_weights import NonFinite, RoundedWeights, compute_dtype
+from pipeline.models.sharding import own_part
 from pipeline.numerics.codec import fake_quantize, straight_through
 from pipeline.numerics.formats import FORMATS, BlockFormat, ScaleType
 from pipeline.numerics.scales import INPUT_RULE, tensor_scale_for_amax
@@ -166,7 +167,9 @@ def keep_rounded(model: nn.Module, budget_bytes: float, *, keeps_frozen: bool = 
             if parameter.requires_grad or is_wrapped(name) or keeps_frozen:
                 state.cache = cache
             else:
-                parameter.data.copy_(_round_stack(parameter.data, quantizer))
+                with own_part(parameter) as own:
+                    if own.numel():
+                        own.copy_(_round_stack(own, quantizer))
                 state.is_rounded = True
         state.non_finite = cache.non_finite
     return cache

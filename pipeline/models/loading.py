@@ -1,5 +1,6 @@
 """Load models into memory: plain, with adapters and quantizers, for training, or for evaluation."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,8 +8,10 @@ import torch
 
 from pipeline.checkpoints.config_json import read_config
 from pipeline.checkpoints.dtypes import TRAIN_TYPES, torch_dtype
-from pipeline.config import Device, TrainConfig
+from pipeline.checkpoints.reading import Checkpoint
+from pipeline.config import Device, Precision, Sharding, TrainConfig
 from pipeline.errors import CheckFailed, UserError
+from pipeline.models import sharding, streaming
 from pipeline.models.placement import place
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
@@ -17,6 +20,8 @@ from pipeline.runs.preflight import NO_GPU
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Attach = Callable[["PreTrainedModel"], "PreTrainedModel"]
 
 TRAIN_DTYPES = {precision: torch_dtype(name) for precision, name in TRAIN_TYPES.items()}
 """Type of the weights during training, for each training precision."""
@@ -73,7 +78,11 @@ def load_quantized(
     ref: ModelRef, dtype: torch.dtype, trainable: bool = False, **arguments: object
 ) -> "PreTrainedModel":
     """Load a model with its adapters and its fake quantizers. The quantizers are checked."""
-    model = load_plain(ref.base, dtype, **arguments)
+    return _restore_parts(load_plain(ref.base, dtype, **arguments), ref, trainable)
+
+
+def _restore_parts(model: "PreTrainedModel", ref: ModelRef, trainable: bool) -> "PreTrainedModel":
+    """Add the adapters and the fake quantizers of `ref` to its base model."""
     if ref.adapter:
         from pipeline.models import adapters
 
@@ -85,27 +94,58 @@ def load_quantized(
     return model
 
 
-def load_to_train(ref: ModelRef, train: TrainConfig, attn_implementation: str) -> "PreTrainedModel":
+def load_to_train(
+    ref: ModelRef,
+    train: TrainConfig,
+    attn_implementation: str,
+    shared: Sharding = Sharding.none,
+    attach: Attach | None = None,
+) -> "PreTrainedModel":
     """Load a model for training, with the adapters and quantizers of `ref`, in `train.precision`.
+
+    This is a collective call if the model is sharded. The weights are streamed to the device that trains, so the host
+    holds no copy of the model.
 
     Args:
         ref: the model.
         train: settings of the stage.
         attn_implementation: the attention that `attention_check.check` chose.
+        shared: how the model is sharded.
+        attach: function that attaches new adapters, or None.
     """
     from pipeline.models import expert_kernels, packing_masks
-    from pipeline.models.adapters import base_of
+    from pipeline.models.adapters import base_of, parameter_name
 
-    model = load_quantized(
-        ref,
-        TRAIN_DTYPES[train.precision],
-        trainable=True,
-        attn_implementation=attn_implementation,
-    )
+    _quieten()
+    dtype = TRAIN_DTYPES[train.precision]
+    model = streaming.build(ref.base, dtype, attn_implementation=attn_implementation)
+    model = _restore_parts(model, ref, trainable=True)
+    model = model if attach is None else attach(model)
+    checkpoint = Checkpoint(ref.base)
+    place = sharding.STRATEGIES[shared].place
+    place(model, lambda name, rows: checkpoint.read_plain(parameter_name(name), rows=rows), is_mixed(train))
+    checkpoint.close()
     expert_kernels.use(model, train.experts_implementation, ref.block_format, train.precision)
     model.config.use_cache = False
     if train.packing:
         packing_masks.mask_documents(base_of(model))
+    return model
+
+
+def is_mixed(train: TrainConfig) -> bool:
+    """Return whether training keeps FP32 weights and computes in BF16."""
+    return train.precision is Precision.mixed_bf16
+
+
+def load_teacher(ref: ModelRef, train: TrainConfig, shared: Sharding, attn_implementation: str) -> "PreTrainedModel":
+    """Load a frozen model that computes the same as `ref`, sharded like the model that is trained.
+
+    This is a collective call if the model is sharded.
+    """
+    _quieten()
+    model = streaming.build(ref.base, ref.dtype, attn_implementation=attn_implementation).requires_grad_(False)
+    weights = Weights(ref)
+    sharding.STRATEGIES[shared].place(model, weights.read_rows, is_mixed(train))
     return model
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from pipeline.checkpoints.gpt_oss import DECODER_LAYER_CLASS, MODELING_MODULE
 from pipeline.config import Precision, Sharding, TrainConfig
 from pipeline.errors import UserError
-from pipeline.models import zero_checkpoints
+from pipeline.models import streaming, zero_checkpoints
+from pipeline.models.streaming import Read
 from pipeline.runs.processes import is_main_process, process_count, wait_for_everyone
 
 if TYPE_CHECKING:
@@ -36,23 +37,72 @@ def _replicate(accelerator: "Accelerator", model: nn.Module) -> nn.Module:
     return accelerator.prepare_model(model, evaluation_mode=True)
 
 
-def _shard_by_fsdp2(accelerator: "Accelerator", model: nn.Module) -> nn.Module:
-    # `prepare_model` does not shard a model that is only evaluated. For training it calls this function.
-    from accelerate.utils import fsdp2_prepare_model
+def _keep(_: "Accelerator", model: nn.Module) -> nn.Module:
+    return model
 
-    return fsdp2_prepare_model(accelerator, model)
+
+def own_device() -> torch.device:
+    """Return the device on which this process trains: the GPU with its local rank, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    wait_for_everyone()  # the first call selects this process's GPU
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _load_whole(model: nn.Module, read: Read, _: bool) -> None:
+    streaming.fill(model, read, own_device())
+    model.to(own_device())
+
+
+def _load_for_zero2(model: nn.Module, read: Read, mixed: bool) -> None:
+    # DeepSpeed would cast the whole model to BF16 itself. Until then, FP32 weights would take twice the memory.
+    streaming.fill(model, read, own_device(), torch.bfloat16 if mixed else None)
+    model.to(own_device())
+
+
+def _load_zero3_shards(model: nn.Module, read: Read, mixed: bool) -> None:
+    """Read the parameters of one module after the other, and let DeepSpeed keep this process's share of them."""
+    import deepspeed
+
+    wait_for_everyone()  # creates the process group
+    config = _zero3_of_parameters({"enabled": mixed})
+
+    def shard(module: nn.Module) -> None:
+        if next(module.parameters(recurse=False), None) is not None:
+            deepspeed.zero.Init(module=module, config_dict_or_path=config)
+
+    streaming.fill(model, read, own_device(), torch.bfloat16 if mixed else None, shard)
+
+
+def _zero3_of_parameters(bf16: object) -> dict[str, object]:
+    return {
+        "zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 0, "leaf_module": _LEAVES},
+        "bf16": bf16,
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed requires the key but does not use it here
+    }
+
+
+def _load_fsdp2_shards(model: nn.Module, read: Read, mixed: bool) -> None:
+    from pipeline.models import fsdp2
+
+    fsdp2.load_shards(model, read, mixed, own_device())
+
+
+def _correct_fsdp2(accelerator: "Accelerator") -> None:
+    from pipeline.models import fsdp2
+
+    fsdp2.correct_preparation(accelerator)
+
+
+def _correct_nothing(_: "Accelerator") -> None:
+    pass
 
 
 def _shard_by_zero3(accelerator: "Accelerator", model: nn.Module) -> nn.Module:
     # accelerate shards only models that are trained. Without an optimizer, DeepSpeed shards only the parameters.
     import deepspeed
 
-    trained = accelerator.state.deepspeed_plugin.deepspeed_config
-    config = {
-        "zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 0, "leaf_module": _LEAVES},
-        "bf16": trained["bf16"],
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed requires the key but does not use it here
-    }
+    config = _zero3_of_parameters(accelerator.state.deepspeed_plugin.deepspeed_config["bf16"])
     return deepspeed.initialize(model=model, config=config)[0]
 
 
@@ -65,8 +115,11 @@ class ShardingStrategy:
             because the trainer changes it.
         sharded: the parts that are sharded: any of weights, gradients and optimizer.
         gathers: whether parameters are gathered only while they are used. Each gather is a new allocation.
+        place: function that reads the weights of a hollow model to where they are trained. It takes the model, the
+            function that reads rows of a weight, and whether training is in mixed precision.
+        correct: function that corrects errors of accelerate for this strategy, before it prepares the model.
         hooks_gradients: whether the backward pass gathers a layer only if the gradient of the layer's input is needed.
-        shard_frozen: function that shards a frozen model in the same way as the trained model.
+        shard_frozen: function that shards a frozen model in the same way as the trained model, unless `place` did.
         distributed_type: name of accelerate's DistributedType for training on CPUs.
         package: package that must be installed, or None.
         reading: context manager inside which checkpoints from another number of processes can be read.
@@ -75,6 +128,8 @@ class ShardingStrategy:
     arguments: Callable[[], dict[str, object]]
     sharded: tuple[str, ...]
     gathers: bool
+    place: Callable[[nn.Module, Read, bool], None] = _load_whole
+    correct: Callable[["Accelerator"], None] = _correct_nothing
     hooks_gradients: bool = False
     shard_frozen: Callable[["Accelerator", nn.Module], nn.Module] = _replicate
     distributed_type: str = "MULTI_GPU"
@@ -85,12 +140,17 @@ class ShardingStrategy:
 def _fsdp2() -> dict[str, object]:
     config = {
         "version": 2,
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": [DECODER_LAYER_CLASS],
+        "auto_wrap_policy": "NO_WRAP",  # models/fsdp2.py has sharded the model before
         "reshard_after_forward": True,
         "state_dict_type": "SHARDED_STATE_DICT",
     }
-    return {"fsdp": True, "fsdp_config": config}
+    return {"fsdp": True, "fsdp_config": config, "accelerator_config": _sync_each_pass()}
+
+
+def _sync_each_pass() -> dict[str, object]:
+    # By default, transformers delays the reduction to the last pass of an optimizer step. Until then, every process
+    # would hold the FP32 gradients of the whole model.
+    return {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
 
 
 def _zero(stage: int, **more: object) -> dict[str, object]:
@@ -128,10 +188,25 @@ _DEEPSPEED: Any = {
 }
 STRATEGIES = {
     Sharding.none: ShardingStrategy(dict, sharded=(), gathers=False, distributed_type="MULTI_CPU"),
-    Sharding.fsdp2: ShardingStrategy(_fsdp2, sharded=_ALL, gathers=True, shard_frozen=_shard_by_fsdp2),
-    Sharding.zero2: ShardingStrategy(lambda: _zero(2), sharded=_ALL[1:], gathers=False, **_DEEPSPEED),
+    Sharding.fsdp2: ShardingStrategy(
+        _fsdp2,
+        sharded=_ALL,
+        gathers=True,
+        place=_load_fsdp2_shards,
+        correct=_correct_fsdp2,
+        shard_frozen=_keep,
+    ),
+    Sharding.zero2: ShardingStrategy(
+        lambda: _zero(2), sharded=_ALL[1:], gathers=False, place=_load_for_zero2, **_DEEPSPEED
+    ),
     Sharding.zero3: ShardingStrategy(
-        _zero3, sharded=_ALL, gathers=True, hooks_gradients=True, shard_frozen=_shard_by_zero3, **_DEEPSPEED
+        _zero3,
+        sharded=_ALL,
+        gathers=True,
+        place=_load_zero3_shards,
+        hooks_gradients=True,
+        shard_frozen=_shard_by_zero3,
+        **_DEEPSPEED,
     ),
 }
 
@@ -141,7 +216,10 @@ def switch_on(sharding: Sharding) -> Iterator[dict[str, object]]:
     """Yield arguments for transformers' TrainingArguments. Use them only inside the block, for one model."""
     arguments = STRATEGIES[sharding].arguments()
     if process_count() > 1 and not torch.cuda.is_available():
-        arguments.update(_shard_on_cpu(sharding))
+        _shard_on_cpu(sharding)
+        given = arguments.get("accelerator_config", {})
+        assert isinstance(given, dict)
+        arguments["accelerator_config"] = {**given, "use_configured_state": True}
     try:
         with STRATEGIES[sharding].reading():
             yield arguments
@@ -182,8 +260,8 @@ def raise_if_impossible(sharding: Sharding) -> None:
         )
 
 
-def _shard_on_cpu(sharding: Sharding) -> dict[str, object]:
-    """Make accelerate shard on CPUs, over gloo, and return the arguments for this.
+def _shard_on_cpu(sharding: Sharding) -> None:
+    """Configure a state for accelerate with which it shards on CPUs, over gloo.
 
     By default accelerate shards only on several GPUs.
     """
@@ -195,7 +273,6 @@ def _shard_on_cpu(sharding: Sharding) -> dict[str, object]:
     state = PartialState()
     state.distributed_type = DistributedType[STRATEGIES[sharding].distributed_type]
     state.device = torch.device("cpu")  # torch cannot load a checkpoint to cpu:0, accelerate's default
-    return {"accelerator_config": {"use_configured_state": True}}
 
 
 def saved_dtype(train: TrainConfig, dtype: torch.dtype, sharding: Sharding) -> torch.dtype:
@@ -230,6 +307,25 @@ def gather(parameter: Tensor) -> Iterator[Tensor]:
             yield parameter.data
     else:
         yield parameter
+
+
+@contextmanager
+def own_part(parameter: Tensor) -> Iterator[Tensor]:
+    """Yield a view of the rows that this process may change in place, which can be none. This is a collective call.
+
+    Under ZeRO-3, a shard is not made of rows. The main process then gets all rows, and the others get its changes.
+    """
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(parameter, DTensor):
+        yield parameter.to_local()
+    elif hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+            yield parameter.data if is_main_process() else parameter.data[:0]
+    else:
+        yield parameter.data
 
 
 def is_kept_from_gradients(parameter: Tensor) -> bool:

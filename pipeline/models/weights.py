@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from pipeline.checkpoints.gpt_oss import Shape, expert_projections, plain_tensors
@@ -66,6 +67,16 @@ class Weights:
             return self.checkpoint.decode_stored(name, stored, rows=rows, device=device)
         base = self.checkpoint.decode_stored(name, stored, rows=rows)
         return self._merger.merge(name, base, rows.start or 0).to(device)
+
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """Read rows of the weight that training updates. Unlike for `read_trained`, any rows may be read."""
+        first, end, _ = rows.indices(plain_tensors(self.shape)[name].shape[0])
+        pieces = [
+            self.read_trained(name, part)[max(first - part.start, 0) : end - part.start]
+            for part in self.parts(name)
+            if part.start < end and part.stop > first
+        ]
+        return torch.cat(pieces)
 
     def read_effective(self, name: str) -> Tensor:
         """Read the weight that the forward pass uses. If the model fake-quantizes the weight, so does this function."""

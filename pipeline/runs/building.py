@@ -32,7 +32,7 @@ from pipeline.runs.artifacts import (
 from pipeline.runs.console import say
 from pipeline.runs.json_files import write_json
 from pipeline.runs.metrics import METRICS_FILE
-from pipeline.runs.processes import is_main_process, wait_for_everyone
+from pipeline.runs.processes import all_cores, is_main_process, wait_for_everyone
 from pipeline.runs.run import Run, read_unfinished
 from pipeline.runs.settings import Settings
 from pipeline.runs.tracking import track
@@ -103,7 +103,12 @@ def build(
 def _work(work: Callable[[], Result], on_every_process: bool) -> tuple[Result | None, float]:
     """Do the work, and measure the time until all processes have ended. Only the main process must have a result."""
     started = time.monotonic()
-    result = work() if on_every_process or is_main_process() else None
+    result: Result | None = None
+    if on_every_process:
+        result = work()
+    elif is_main_process():
+        with all_cores():
+            result = work()
     wait_for_everyone()
     return result, time.monotonic() - started
 
@@ -112,7 +117,8 @@ def _on_main_process(act: Callable[[], None]) -> None:
     """Let the main process act while the others wait."""
     wait_for_everyone()
     if is_main_process():
-        act()
+        with all_cores():
+            act()
     wait_for_everyone()
 
 

@@ -1,6 +1,8 @@
 """The rank of this process, the number of processes, and the barrier between them."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 _PATIENCE = timedelta(days=1)
@@ -35,3 +37,22 @@ def wait_for_everyone() -> None:
         # The first PartialState creates the process group. On a machine without a GPU, it does so only with cpu=True.
         # Other processes may wait for a conversion longer than the default timeout, which is 10 minutes on GPUs.
         PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE).wait_for_everyone()
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Let this process compute on all cores it may use, while the other processes of this machine wait.
+
+    Launchers set OMP_NUM_THREADS to a share of the cores, torchrun to 1. Without a launcher, nothing changes.
+    """
+    if process_count() == 1:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import PipelineConfig, QatConfig, Stage
+from pipeline.config import PipelineConfig, Stage
 from pipeline.data.examples import prepare_examples
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
@@ -87,10 +87,10 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     splits = prepare_examples(here, config.data, rows, tokenizer)
     copies = placement.copies_in_host_memory(config.sharding)
     placement.raise_if_host_too_small("qat", start.base, loading.TRAIN_DTYPES[config.qat.precision], copies)
-    model = loading.load_to_train(start, config.qat, attention)
+    model = loading.load_to_train(start, config.qat, attention, config.sharding)
     changes = WeightChanges(model, block_format)  # read the weights before frozen experts are rounded in place
     budget = rounded_weights.budget_bytes(config.qat.rounded_cache_gib, config.sharding)
-    teacher = _load_teacher(here, config.qat, start, attention)
+    teacher = _load_teacher(here, config, start, attention)
     is_shared = teacher is not None and teacher.model is None
     rounded = fake_quantizers.keep_rounded(model, budget, keeps_frozen=is_shared)
     looks = samples.callback(here, config.data, config.evaluate, rows=rows, tokenizer=tokenizer, directory=directory)
@@ -106,12 +106,12 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     return Result(kind, record, saved.dtype, block_format.name, block_format.scale_rule)
 
 
-def _load_teacher(here: Run, qat: QatConfig, start: ModelRef, attention: str) -> "Teacher | None":
+def _load_teacher(here: Run, config: PipelineConfig, start: ModelRef, attention: str) -> "Teacher | None":
     """Make the SFT model the teacher, without a second model in memory if possible. Without distillation, return None.
 
     Args:
         here: the run.
-        qat: settings of QAT.
+        config: the configuration.
         start: the model that QAT trains.
         attention: attention implementation of QAT.
     """
@@ -120,14 +120,15 @@ def _load_teacher(here: Run, qat: QatConfig, start: ModelRef, attention: str) ->
     from pipeline.training import distillation
     from pipeline.training.distillation import Teacher
 
-    settings = qat.distillation
+    settings = config.qat.distillation
     if not settings.weight:
         return None
     sft = references.stage_ref(here, Stage.sft)
-    if not distillation.holds_second_model(qat, sft.dtype):
+    if not distillation.holds_second_model(config.qat, sft.dtype):
         assert start.base.samefile(sft.base)
         return distillation.share_base(sft, settings)
-    model = loading.load_effective(sft, sft.dtype, attn_implementation=for_teacher(attention, qat.precision, sft.dtype))
-    if qat.packing:
+    own = for_teacher(attention, config.qat.precision, sft.dtype)
+    model = loading.load_teacher(sft, config.qat, config.sharding, own)
+    if config.qat.packing:
         packing_masks.mask_documents(model)
     return Teacher(model, settings.weight, settings.temperature)

@@ -37,7 +37,7 @@ def run(config: PipelineConfig) -> Artifact:
 
 def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, directory: Path) -> Result:
     from pipeline.evaluate import samples
-    from pipeline.models import adapters, expert_kernels
+    from pipeline.models import adapters
     from pipeline.training import attention_check, trainer
     from pipeline.training.weight_changes import WeightChanges
 
@@ -46,10 +46,9 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     splits = prepare_examples(here, config.data, rows, tokenizer)
     copies = placement.copies_in_host_memory(config.sharding)
     placement.raise_if_host_too_small("sft", start.base, loading.TRAIN_DTYPES[config.sft.precision], copies)
-    model = loading.load_to_train(start, config.sft, attention)
-    if config.sft.method is Method.lora:
-        model = adapters.attach(model, config.sft, "sft", is_factored=True)
-        expert_kernels.use(model, config.sft.experts_implementation, None, config.sft.precision)
+    adapted = config.sft.method is Method.lora
+    attach = (lambda model: adapters.attach(model, config.sft, "sft", is_factored=True)) if adapted else None
+    model = loading.load_to_train(start, config.sft, attention, config.sharding, attach)
     changes = WeightChanges(model, references.configured_format(config.format))
     looks = samples.callback(here, config.data, config.evaluate, rows=rows, tokenizer=tokenizer, directory=directory)
     inputs = trainer.Inputs(model, tokenizer, splits, changes, callbacks=looks)

@@ -22,7 +22,7 @@ from pipeline.config import DistillationConfig, Method, QatConfig
 from pipeline.data.harmony import IGNORED
 from pipeline.models import chunked_logits, fake_quantizers
 from pipeline.models.adapters import SavedAdapters
-from pipeline.models.chunked_logits import States
+from pipeline.models.chunked_logits import Positions, States
 from pipeline.models.loading import TRAIN_DTYPES
 from pipeline.models.references import ModelRef
 
@@ -106,16 +106,16 @@ def distill(student: nn.Module, teacher: Teacher, batch: dict[str, Tensor]) -> D
 
 @torch.no_grad()
 def compute_teacher_states(
-    student: nn.Module, teacher: Teacher, inputs: Mapping[str, object], chosen: Tensor
+    student: nn.Module, teacher: Teacher, inputs: Mapping[str, object], positions: Positions
 ) -> States:
     """Run the teacher up to its head. The arguments are like those of `chunked_logits.compute_states`."""
     if teacher.model is not None:
-        return chunked_logits.compute_states(teacher.model, inputs, chosen)
+        return chunked_logits.compute_states(teacher.model, inputs, positions)
     is_training = student.training
     student.eval()
     try:
         with teacher.as_teacher(student):
-            return chunked_logits.compute_states(student, inputs, chosen)
+            return chunked_logits.compute_states(student, inputs, positions)
     finally:
         student.train(is_training)
 

@@ -334,6 +334,7 @@ def _make_trainer(inputs: Inputs, setup: Setup, more: Mapping[str, Any]) -> _Tra
             ),
         )
         trainer.get_optimizer_cls_and_kwargs(trainer.args, inputs.model)  # raises if the optimizer's package is missing
+    sharding.STRATEGIES[setup.sharding].correct(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
     trainer.tokens, trainer.weight_changes = tokens, inputs.weight_changes
     for callback in inputs.callbacks:
@@ -419,7 +420,9 @@ def _make_arguments(setup: Setup, more: Mapping[str, Any]) -> SFTConfig:
 
 def _warn_of_lost_updates(model: nn.Module, setup: Setup) -> None:
     rate, stage = setup.settings.learning_rate, setup.stage
-    trained_in_bf16 = any(p.requires_grad and p.dtype is torch.bfloat16 for p in model.parameters())
+    # Under mixed precision, weights may be BF16 too, but then the optimizer has FP32 copies.
+    is_bf16 = setup.settings.precision is Precision.bf16
+    trained_in_bf16 = is_bf16 and any(p.requires_grad and p.dtype is torch.bfloat16 for p in model.parameters())
     is_lost = trained_in_bf16 and not setup.settings.stochastic_rounding
     if is_lost and rate < _LOWEST_SAFE_BF16_RATE:
         warn(

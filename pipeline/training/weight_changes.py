@@ -37,7 +37,10 @@ class WeightChanges:
         """Return `moved_weights` and `changed_codes`, shares of the sampled weights, or {} if none is trained."""
         counts, total = [], 0
         for name, weights in expert_weights(self._model, _SAMPLED):
-            counts.append(self._count(self._start[name].to(weights.device), weights))
+            start = self._start.get(name)
+            if start is None:  # ZeRO-3 had the stack empty at the start, and has it gathered now
+                continue
+            counts.append(self._count(start.to(weights.device), weights))
             total += weights.numel()
             del weights  # before the next stack's sample is made
         if not total:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
@@ -78,10 +79,11 @@ def measure_share(model: nn.Module) -> float:
     return sum(part.numel() for part in own) / sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
-def measure_loss(inputs: trainer.Inputs) -> float:
+def measure_loss(inputs: trainer.Inputs, in_bf16: bool) -> float:
     """Return the validation loss of the model."""
     batches = losses.batches(inputs.splits.validation, 12, inputs.tokenizer.pad_token_id)
-    loss = losses.measure(inputs.model, batches).supervised
+    with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+        loss = losses.measure(inputs.model, batches).supervised
     sharding.reshard(inputs.model)
     return loss
 
@@ -104,7 +106,7 @@ def run(line: Line) -> Outcome:
     def train_and_measure(inputs: trainer.Inputs, setup: trainer.Setup) -> dict[str, object]:
         details = train(inputs, setup)
         outcome["share"] = measure_share(inputs.model)
-        outcome["loss_left"] = measure_loss(inputs)
+        outcome["loss_left"] = measure_loss(inputs, loading.is_mixed(setup.settings))
         second = None if inputs.teacher is None else inputs.teacher.model
         outcome["teacher_share"] = None if second is None else measure_share(second)
         return details

@@ -88,9 +88,10 @@ ADAPTED_QAT = Case("smoke_lora", "qat", "fsdp2", TEACHER)
 SHARDED = (SFT, TAUGHT, ADAPTED, ADAPTED_QAT)
 MOVED = (SFT, ADAPTED_QAT)
 STAYING = (TAUGHT, ADAPTED)
+MIXED = Case("smoke", "sft", "fsdp2", ("sft.precision=mixed_bf16", "sft.max_steps=2"), "_mixed")
 OTHERS = {
     "rising": Case("smoke", "qat", "fsdp2", RISING),
-    "mixed_bf16": Case("smoke", "sft", "fsdp2", ("sft.precision=mixed_bf16", "sft.max_steps=2")),
+    "mixed_bf16": MIXED,
     "bf16": Case("smoke_lora", "sft", "fsdp2", ("sft.precision=bf16", "sft.max_steps=2")),
 }
 
@@ -143,7 +144,7 @@ def run_by_one_process(directory: Path, cases: tuple[Case, ...]) -> Runs:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return run_by_one_process(tmp_path_factory.mktemp("one"), (ALONE, *SHARDED))
+    return run_by_one_process(tmp_path_factory.mktemp("one"), (ALONE, *SHARDED, MIXED))
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +237,13 @@ def test_sharded_processes_save_the_same_files_as_one_process(shared: Runs) -> N
 def test_weights_cast_to_bf16_for_the_forward_pass_are_saved_in_bf16(precision: str, shared: Runs) -> None:
     assert shared.outcomes[precision]["status"] == 0
     assert artifacts.load(shared.directory / precision / "sft").details["dtype"] == "bfloat16"
+
+
+def test_mixed_precision_computes_as_in_one_process(one: Runs, shared: Runs) -> None:
+    """The residual stream and the reduced gradients are FP32. Only the weights for the forward pass are BF16."""
+    found, alone = losses(shared.directory / "mixed_bf16", "sft"), losses(one.of(MIXED.alone), "sft")
+    assert found[:2] == pytest.approx(alone[:2], rel=2e-6)  # before the first step, and of the first two steps
+    assert found[2] == pytest.approx(alone[2], rel=1e-3)  # one process has FP32 embeddings and norms
 
 
 @pytest.mark.parametrize("case", [TAUGHT, ADAPTED_QAT], ids=lambda case: case.name)

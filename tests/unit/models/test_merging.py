@@ -14,12 +14,14 @@ from transformers import AutoConfig
 from pipeline.checkpoints.gpt_oss import EXPERT_WEIGHTS, expert_projections, plain_tensors
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.config import LoraConfig, LoraTarget, TinyConfig, TrainConfig
-from pipeline.models import adapters, loading
+from pipeline.models import adapters, fake_quantizers, loading
 from pipeline.models import weights as weights_module
 from pipeline.models.adapters import Merger
 from pipeline.models.references import ModelRef
 from pipeline.models.tiny_model import create_tiny
 from pipeline.models.weights import Weights
+from pipeline.numerics.codec import fake_quantize
+from pipeline.numerics.formats import MXFP4
 
 ADAPTED_LAYER = 1
 STACKS = [f"model.layers.{ADAPTED_LAYER}.mlp.experts.{name}" for name in EXPERT_WEIGHTS]
@@ -282,3 +284,39 @@ def test_a_stack_of_two_experts_is_merged_whole(adapted: Callable[..., Adapted])
         assert weights.parts(projection.name) == [slice(0, 2)]
     for name in STACKS:
         assert same_bits(weights.read_trained(name), model.merged[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_training_under_autocast_rounds_the_weights_that_are_merged_for_the_export(
+    dtype: torch.dtype, adapted: Callable[..., Adapted]
+) -> None:
+    model = adapted(dtype, 8)
+    trained = loading.load_quantized(model.ref, dtype)
+    fake_quantizers.insert(trained, MXFP4, lambda _: None)
+    seen: dict[str, Tensor] = {}
+    ids = torch.arange(64).reshape(1, 64)
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", torch.bfloat16),
+        fake_quantizers.watch(trained, lambda name, values: seen.update({name: values.clone()})),
+    ):
+        trained(input_ids=ids)
+    weights = Weights(replace(model.ref, block_format=MXFP4))
+    for name in STACKS:
+        expected = weights.read_effective(name).transpose(1, 2)
+        assert torch.equal(seen[name].float(), expected.float()), name
+
+
+def test_another_order_of_summation_changes_few_merged_weights_and_hardly_a_rounded_one() -> None:
+    """A GPU may sum the products of a delta in another order than the CPU, which export and verify use."""
+    experts, rank, width = 2, 8, 288
+    generator = torch.Generator().manual_seed(0)
+    base = fake_quantize(0.02 * torch.randn(experts, width, width, generator=generator), MXFP4).transpose(1, 2)
+    a = 0.6 * width**-0.5 * torch.randn(experts, rank, width, generator=generator)
+    b = 0.01 * torch.randn(width, rank, experts, generator=generator)
+    products = a[:, :, :, None] * b.permute(2, 1, 0)[:, :, None, :]  # (E, rank, in, out)
+    backwards = sum(products[:, r] for r in reversed(range(rank)))
+    merged = [base.bfloat16() + delta.bfloat16() for delta in (torch.einsum("o r e, e r i -> e i o", b, a), backwards)]
+    rounded = [fake_quantize(weights.transpose(1, 2), MXFP4) for weights in merged]
+    assert 0 < (merged[0] != merged[1]).float().mean() < 1e-4
+    assert (rounded[0] != rounded[1]).float().mean() < 1e-4

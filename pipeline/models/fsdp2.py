@@ -1,0 +1,126 @@
+"""Shard models with torch's FSDP2, fill the shards from disk, and set the types in which FSDP2 computes.
+
+accelerate 1.15 would shard the model when training starts, and would need every process to hold the whole model then.
+It also casts the output of each layer to BF16. A model that is sharded here is left as it is by accelerate.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from pipeline.checkpoints.gpt_oss import DECODER_LAYER_CLASS
+from pipeline.errors import CheckFailed
+from pipeline.models import streaming
+from pipeline.models.streaming import Read
+from pipeline.runs.processes import wait_for_everyone
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+
+def policy(mixed: bool, output_dtype: torch.dtype | None = None) -> MixedPrecisionPolicy:
+    """Return the types in which FSDP2 gathers parameters and reduces gradients.
+
+    Gradients are summed over the processes in FP32. The inputs and outputs of layers are not cast, so the residual
+    stream has the same type as on one device under autocast.
+
+    Args:
+        mixed: whether parameters are stored in FP32 and gathered in BF16.
+        output_dtype: type to which the outputs of a module are cast, or None.
+    """
+    return MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if mixed else None,
+        reduce_dtype=torch.float32,
+        output_dtype=output_dtype,
+        cast_forward_inputs=False,
+    )
+
+
+def load_shards(model: nn.Module, read: Read, mixed: bool, device: torch.device) -> None:
+    """Shard a model in place, and read the shard of this process. This is a collective call.
+
+    Args:
+        model: a model of `streaming.build`, with its adapters and quantizers.
+        read: function that reads the weights.
+        mixed: whether training is in mixed precision.
+        device: device that trains.
+    """
+    wait_for_everyone()  # creates the process group
+    for owner, attribute, parameter in streaming.owned_parameters(model):
+        if streaming.is_hollow(parameter):
+            empty = nn.Parameter(parameter.data.to("meta"), requires_grad=parameter.requires_grad)
+            setattr(owner, attribute, empty)
+    _shard(model, mixed)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for owner, attribute, parameter in streaming.owned_parameters(model):
+        if parameter.is_meta:
+            assert isinstance(parameter, DTensor)
+            setattr(owner, attribute, _read_shard(names[id(parameter)], parameter, read, device))
+
+
+def correct_preparation(accelerator: "Accelerator") -> None:
+    """Correct how accelerate 1.15 prepares a model that is sharded, and the model's optimizer.
+
+    - accelerate replaces each parameter of the optimizer by the parameter at the same address. All parameters of which
+      a process holds no rows have the address 0, so they would all become one of them. The parameters need no
+      replacement here, because the model was sharded before.
+    - accelerate makes a model compute under autocast, unless FSDP2 shards the model.
+    """
+    prepare = accelerator.prepare
+
+    def prepare_correctly(*objects: object, **more: object) -> object:
+        optimizers = [each for each in objects if isinstance(each, Optimizer)]
+        before = [list(group["params"]) for each in optimizers for group in each.param_groups]
+        result = prepare(*objects, **more)
+        after = [group for each in optimizers for group in each.param_groups]  # other dicts than before
+        for group, parameters in zip(after, before, strict=True):
+            group["params"] = parameters
+        for model in objects:
+            if isinstance(model, FSDPModule) and accelerator.mixed_precision == "bf16":
+                _use_autocast(model, accelerator.device.type)
+        return result
+
+    accelerator.prepare = prepare_correctly
+
+
+def _use_autocast(model: Any, device_type: str) -> None:
+    from accelerate.utils import convert_outputs_to_fp32
+
+    model.forward = convert_outputs_to_fp32(torch.autocast(device_type, torch.bfloat16)(model.forward))
+
+
+def _shard(model: Any, mixed: bool) -> None:
+    """Make each decoder layer, the embedding, and the final norm with the head a unit that is gathered as a whole.
+
+    The units are those of accelerate 1.15. The embedding's output is FP32 under mixed precision, as on one device.
+    """
+    plain: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for module in plain.modules():
+        if type(module).__name__ == DECODER_LAYER_CLASS:
+            fully_shard(module, mp_policy=policy(mixed), reshard_after_forward=True)
+    embedding, head = plain.get_input_embeddings(), plain.get_output_embeddings()
+    fully_shard(embedding, mp_policy=policy(mixed, torch.float32 if mixed else None), reshard_after_forward=True)
+    # The backward pass begins with the head, so releasing it after the forward pass would only gather it twice.
+    fully_shard([plain.model.norm, head], mp_policy=policy(mixed), reshard_after_forward=False)
+    fully_shard(model, mp_policy=policy(mixed))
+
+
+def _read_shard(name: str, parameter: DTensor, read: Read, device: torch.device) -> nn.Parameter:
+    """Read this process's rows of a parameter. FSDP2 gives all processes equally many rows, except the last ones."""
+    mesh = parameter.device_mesh
+    length = math.ceil(parameter.shape[0] / mesh.size())
+    first = min(length * mesh.get_local_rank(), parameter.shape[0])
+    rows = slice(first, min(first + length, parameter.shape[0]))
+    if rows.stop - rows.start != parameter.to_local().shape[0]:
+        raise CheckFailed(f"{name}: FSDP2 gives this process {parameter.to_local().shape[0]} rows, not {rows}")
+    local = streaming.read_rows(read, name, parameter.shape, parameter.dtype, device, rows)
+    whole = DTensor.from_local(
+        local, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+    return nn.Parameter(whole, requires_grad=parameter.requires_grad)

@@ -1,0 +1,121 @@
+"""Build a model whose weights take no memory, and stream its weights from disk to the device that trains.
+
+A process holds one part of one tensor in host memory at a time. So the host never holds a copy of the model for each
+process, even if many processes train. Adapters and quantizers are added before the weights are read.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.checkpoints.config_json import read_config
+from pipeline.errors import CheckFailed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PART_BYTES = 1 << 22  # of weights that are read at a time, or one row; decoding them takes a few times as much
+
+Read = Callable[[str, slice], Tensor]
+"""Function that reads rows of a parameter, by the parameter's name in the model."""
+
+
+def build(directory: Path, dtype: torch.dtype, **arguments: Any) -> "PreTrainedModel":
+    """Build the model of a checkpoint with hollow parameters. Buffers, such as RoPE's frequencies, have their values.
+
+    A hollow parameter has the shape, type and device of a weight, but all its elements share one place in memory.
+
+    Args:
+        directory: directory of the checkpoint. Only its configuration files are read.
+        dtype: type of the parameters.
+        arguments: further arguments of transformers' `from_config`.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.from_pretrained(directory)
+    if "quantization_config" in read_config(directory):
+        del config.quantization_config  # experts are decoded while they are read
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **arguments)
+    for owner, attribute, parameter in owned_parameters(model):
+        setattr(owner, attribute, nn.Parameter(torch.zeros((), dtype=dtype).expand(parameter.shape)))
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model.eval()
+
+
+def is_hollow(parameter: Tensor) -> bool:
+    """Return whether a parameter of `build` still has no values."""
+    return parameter.untyped_storage().nbytes() < parameter.nbytes
+
+
+def owned_parameters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """List each parameter with the module that owns it and its name there."""
+    return [
+        (owner, name, parameter)
+        for owner in model.modules()
+        for name, parameter in owner.named_parameters(recurse=False)
+    ]
+
+
+def fill(
+    model: nn.Module,
+    read: Read,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    then: Callable[[nn.Module], object] = lambda _: None,
+) -> None:
+    """Read every hollow parameter to `device`.
+
+    Args:
+        model: a model of `build`, with or without adapters and quantizers.
+        read: function that reads the weights.
+        device: device that trains.
+        dtype: type of the weights after reading, or None to keep the type of `build`.
+        then: function that is called with each module once the module's parameters, and those inside it, are read.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for owner in reversed(list(model.modules())):  # modules inside a module come before it
+        for parameter in owner.parameters(recurse=False):
+            if is_hollow(parameter):
+                kind = dtype or parameter.dtype
+                parameter.data = read_rows(read, names[id(parameter)], parameter.shape, kind, device)
+        then(owner)
+
+
+def read_rows(
+    read: Read, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device, rows: slice = slice(None)
+) -> Tensor:
+    """Read some rows of a parameter to a device, in parts that take little host memory.
+
+    Args:
+        read: function that reads the weights.
+        name: name of the parameter in the model.
+        shape: shape of the whole parameter.
+        dtype: type of the result.
+        device: device of the result.
+        rows: the rows of the first dimension to read.
+
+    Raises:
+        CheckFailed: what was read has another shape.
+    """
+    first, end, _ = rows.indices(shape[0])
+    result = torch.empty((max(0, end - first), *shape[1:]), dtype=dtype, device=device)
+    for part in _parts(first, end, dtype.itemsize * math.prod(shape[1:])):
+        found = read(name, part)
+        target = result[part.start - first : part.stop - first]
+        if found.shape != target.shape:
+            raise CheckFailed(f"{name}: rows {part.start} to {part.stop} have shape {list(found.shape)} on disk")
+        target.copy_(found)
+    return result
+
+
+def _parts(first: int, end: int, row_bytes: int) -> Iterator[slice]:
+    count = max(1, _PART_BYTES // row_bytes)
+    for start in range(first, end, count):
+        yield slice(start, min(start + count, end))
