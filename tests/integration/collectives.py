@@ -55,7 +55,7 @@ def watch_layers(model: nn.Module, seen: set[tuple[str, ...]]) -> None:
 
 def main(directory: Path, results: Path) -> None:
     train = TrainConfig(precision=Precision.mixed_bf16)
-    model = loading.load_to_train(ModelRef("base", directory, directory), train, Sharding.fsdp2)
+    model = loading.load_to_train(ModelRef("base", directory, directory), train, "eager", Sharding.fsdp2)
     layers: set[tuple[str, ...]] = set()
     watch_layers(model, layers)
     model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -64,7 +64,7 @@ def measure(ref: ModelRef, way: str, precision: Precision) -> dict[str, int]:
             model = loading.load_plain(ref.base, loading.TRAIN_DTYPES[precision])
         else:
             attach = partial(adapters.attach, train=train, section="sft")
-            model = loading.load_to_train(ref, train, Sharding[way], attach)
+            model = loading.load_to_train(ref, train, "eager", Sharding[way], attach)
     own = [p.to_local() if isinstance(p, DTensor) else getattr(p, "ds_tensor", p.data) for p in model.parameters()]
     size = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
     return {"model": size, "held": sum(part.nbytes for part in own), "peak": peak.bytes}

@@ -22,7 +22,7 @@ FP32 = TrainConfig(precision=Precision.fp32)
 
 @pytest.fixture
 def model(smoke_run: Path) -> PreTrainedModel:
-    return loading.load_to_train(references.of_artifact(artifacts.load(smoke_run / "upcast")), FP32)
+    return loading.load_to_train(references.of_artifact(artifacts.load(smoke_run / "upcast")), FP32, "eager")
 
 
 def test_nothing_has_moved_at_the_start(model: PreTrainedModel) -> None:

@@ -51,7 +51,7 @@ def test_a_streamed_model_has_the_weights_and_buffers_that_transformers_loads(
     source: str, precision: Precision, request: pytest.FixtureRequest
 ) -> None:
     ref: ModelRef = request.getfixturevalue(source)
-    streamed = loading.load_to_train(ref, TrainConfig(precision=precision))
+    streamed = loading.load_to_train(ref, TrainConfig(precision=precision), "eager")
     loaded = loading.load_plain(ref.base, loading.TRAIN_DTYPES[precision])
     assert same(streamed.state_dict(), loaded.state_dict())
     assert same(dict(streamed.named_buffers()), dict(loaded.named_buffers()))
@@ -67,7 +67,7 @@ def test_a_model_takes_no_memory_until_it_is_filled(plain: ModelRef) -> None:
 
 
 def test_new_adapters_start_with_the_same_values_on_a_hollow_model(plain: ModelRef) -> None:
-    streamed = loading.load_to_train(plain, LORA, Sharding.none, attach)  # type: ignore[arg-type]
+    streamed = loading.load_to_train(plain, LORA, "eager", Sharding.none, attach)  # type: ignore[arg-type]
     loaded = attach(loading.load_plain(plain.base, torch.float32))
     assert same(streamed.state_dict(), loaded.state_dict())
     trained = [name for name, p in streamed.named_parameters() if p.requires_grad]
@@ -76,7 +76,7 @@ def test_new_adapters_start_with_the_same_values_on_a_hollow_model(plain: ModelR
 
 @pytest.mark.parametrize("shared", [Sharding.none, Sharding.zero2])
 def test_deepspeed_gets_bf16_weights_under_mixed_precision(shared: Sharding, plain: ModelRef) -> None:
-    model = loading.load_to_train(plain, TrainConfig(precision=Precision.mixed_bf16), shared)
+    model = loading.load_to_train(plain, TrainConfig(precision=Precision.mixed_bf16), "eager", shared)
     expected = torch.bfloat16 if shared is Sharding.zero2 else torch.float32
     assert {parameter.dtype for parameter in model.parameters()} == {expected}
     assert sharding.saved_dtype(TrainConfig(), torch.float32, shared) is expected
@@ -115,7 +115,7 @@ def test_a_tensor_of_the_wrong_shape_is_an_error(plain: ModelRef) -> None:
 
 
 def test_any_rows_of_an_adapted_weight_can_be_read(plain: ModelRef, tmp_path: Path) -> None:
-    model = loading.load_to_train(plain, LORA, Sharding.none, attach)  # type: ignore[arg-type]
+    model = loading.load_to_train(plain, LORA, "eager", Sharding.none, attach)  # type: ignore[arg-type]
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if adapters.is_factor(name):
