@@ -13,6 +13,7 @@ from pipeline.config import Device, TrainConfig
 from pipeline.errors import CheckFailed, UserError
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
+from pipeline.numerics.formats import BlockFormat
 from pipeline.runs.console import shows_progress
 
 if TYPE_CHECKING:
@@ -89,20 +90,31 @@ def load_quantized(
 
 def load_to_train(ref: ModelRef, train: TrainConfig) -> "PreTrainedModel":
     """Load a model for training, with the adapters and quantizers of `ref`, in `train.precision`."""
-    from pipeline.models import expert_kernels, packing_masks
-    from pipeline.models.adapters import base_of
-
     model = load_quantized(
         ref,
         TRAIN_DTYPES[train.precision],
         trainable=True,
         attn_implementation=train.attn_implementation,
     )
-    expert_kernels.use(model, train.experts_implementation, ref.block_format)
+    set_up_to_train(model, train, ref.block_format)
+    return model
+
+
+def set_up_to_train(model: "PreTrainedModel", train: TrainConfig, block_format: BlockFormat | None) -> None:
+    """Set the experts' kernel and the attention masks that training needs.
+
+    Args:
+        model: a model with its final quantizers.
+        train: settings of the stage.
+        block_format: format of the quantizers, or None if there are none.
+    """
+    from pipeline.models import expert_kernels, packing_masks
+    from pipeline.models.adapters import base_of
+
+    expert_kernels.use(model, train.experts_implementation, block_format)
     model.config.use_cache = False
     if train.packing:
         packing_masks.mask_documents(base_of(model))
-    return model
 
 
 def load_effective(ref: ModelRef, dtype: torch.dtype, **arguments: Any) -> "PreTrainedModel":
