@@ -2,8 +2,8 @@
 
 The model, adapters, quantizers, expert kernels, trainer and optimizer are those of a real run. Fake tensors have shapes
 and types but no values, so nothing is computed. The process pretends to have a GPU, so it can do nothing else:
-`peaks.measure` starts `python -m pipeline.doctor.fake_run` for each job, writes the job to its standard input, and reads
-the peaks from its standard output.
+`peaks.measure` starts `python -m pipeline.doctor.fake_run` for each job, writes the job to its standard input, and
+reads the peaks from its standard output.
 """
 
 import gc
@@ -12,12 +12,13 @@ import pickle
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -135,7 +136,8 @@ def _make_inputs(job: Job, size: Size) -> "Inputs":
     loading.set_up_to_train(model, train, job.block_format)
     if job.block_format is not None:
         rounded = fake_quantizers.keep_rounded(model, job.cache_bytes)
-    return Inputs(model, _tokenizer(), _splits(), weight_changes=None, rounded=rounded, teacher=_teacher(job, size))
+    unused: Any = None  # there is no validation
+    return Inputs(model, _tokenizer(), _splits(), unused, rounded, _teacher(job, size))
 
 
 def _make_plain(job: Job, size: Size) -> "PreTrainedModel":
@@ -181,12 +183,14 @@ def _train(inputs: "Inputs", job: Job, directory: Path, *, fake: FakeTensorMode,
 
     setup = Setup(job.train, job.stage, directory, job.sharding)
     with sharding.switch_on(job.sharding) as switches, _mesh(job):
-        trainer = make_trainer(inputs, setup, {"eval_on_start": False, **switches})
+        trainer: Any = make_trainer(inputs, setup, {"eval_on_start": False, **switches})
         if job.train.gradient_checkpointing:  # `trainer.train` would do this
             trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
         with fake, memory, _Answers():
-            trainer.create_optimizer()
-            model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+            model = trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())[0]
+            # accelerate finds the optimizer's parameters by their addresses, which fake tensors do not have.
+            trainer.optimizer = None
+            optimizer = trainer.create_optimizer()
             gc.collect()
             with memory.phase(LOAD):
                 model.train()
@@ -210,8 +214,11 @@ def _step(
 
     with patch.object(trainer.accelerator, "backward", in_phase):
         for number in range(passes):
-            trainer.accelerator.gradient_state._set_sync_gradients(number == passes - 1)
-            with memory.phase(FORWARD):
+            is_last = number == passes - 1
+            trainer.accelerator.gradient_state._set_sync_gradients(is_last)
+            # As in transformers' loop. Under FSDP2, gradients stay whole until the last pass.
+            synced = nullcontext() if is_last else trainer.accelerator.no_sync(model)
+            with synced, memory.phase(FORWARD):
                 trainer.training_step(model, _batch(job), torch.tensor(job.tokens, device="cuda"))
     with memory.phase(OPTIMIZER):
         trainer.accelerator.clip_grad_norm_(model.parameters(), job.train.max_grad_norm)
@@ -234,9 +241,7 @@ def _tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, "<pad>"))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=vocabulary, pad_token="<pad>", eos_token="<end>", bos_token="<end>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="<pad>", eos_token="<end>", bos_token="<end>")
 
 
 def _splits() -> Any:
@@ -246,7 +251,7 @@ def _splits() -> Any:
     from pipeline.data.examples import Splits
 
     data = Dataset.from_dict({"input_ids": [[0, 1]], "labels": [[0, 1]]})
-    return Splits(data, data, {}, 2, [0])
+    return Splits(data, data, {}, 2, np.zeros(1, dtype=np.int64))
 
 
 @contextmanager

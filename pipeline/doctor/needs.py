@@ -9,7 +9,7 @@ Legend: B = batch size, T = tokens of the longest example, H = hidden size, I = 
 K = experts per token, E = experts, a = bytes per activation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any, TypedDict
@@ -37,6 +37,8 @@ from pipeline.config import (
 )
 from pipeline.config.targets import TARGETS
 from pipeline.models import rounded_weights
+from pipeline.models.sharding import STRATEGIES
+from pipeline.numerics.formats import BlockFormat
 
 _FP32_BYTES, _BF16_BYTES = bytes_per_value("F32"), bytes_per_value("BF16")
 _STATE_BYTES = {
@@ -48,7 +50,7 @@ _STATE_BYTES = {
 }
 """Optimizer -> bytes per weight of each of Adam's two states. Other optimizers keep the states in the weight's type."""
 _ADAPTER_BYTES = _FP32_BYTES  # PEFT keeps adapters in FP32
-_SCORE_COPIES = 4  # scores, scores with the sink, scores minus their maximum, softmax
+_SCORE_COPIES = 3  # scores, scores minus their maximum, softmax
 
 
 class ParameterCounts(TypedDict):
@@ -58,15 +60,29 @@ class ParameterCounts(TypedDict):
     experts: int
 
 
+class DeviceFigures(TypedDict):
+    """The peak memory of one GPU while a stage trains.
+
+    `phases` has the peak of each phase of training in `fake_run.PHASES`. It is empty if the peak is estimated. Then
+    `estimated_because` says why, and otherwise it is empty.
+    """
+
+    bytes: int
+    phases: dict[str, int]
+    estimated_because: str
+
+
 class NeedFigures(TypedDict):
     """The needs of a run, stored in artifact.json.
 
-    `device_bytes` maps each training stage to bytes: one entry for each field of Memory, and `total`. `tokens` is the
-    number of tokens of the longest example.
+    `devices` has the peak of each training stage. `device_bytes` maps each training stage to its estimated parts,
+    without sharding: one entry for each field of Memory, and `total`. `tokens` is the number of tokens of the longest
+    example.
     """
 
     parameters: ParameterCounts
     trained_parameters: dict[str, int]
+    devices: dict[str, DeviceFigures]
     device_bytes: dict[str, dict[str, int]]
     disk_bytes: dict[str, int]
     checkpoint_bytes: dict[str, int]
@@ -83,6 +99,7 @@ class Plan:
         sft, qat: settings of the training stages.
         sharding: how several processes share a model.
         target: name of the export target in TARGETS.
+        block_format: format that QAT rounds to.
     """
 
     model_path: str
@@ -91,6 +108,7 @@ class Plan:
     qat: QatConfig
     sharding: Sharding
     target: str
+    block_format: BlockFormat
 
     @property
     def trainings(self) -> dict[str, TrainConfig]:
@@ -100,18 +118,33 @@ class Plan:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one device holds while it trains. `rounded` counts the rounded experts that QAT caches in a step."""
+    """Bytes that one device holds while it trains.
+
+    Attributes:
+        weights, gradients, optimizer: the parts that sharding divides between the processes.
+        activations: values kept for the backward pass, and those that the busiest layer works with.
+        rounded: rounded experts that QAT caches in a step.
+        gathered: whole layers, if parameters are sharded.
+        teacher: the model that distillation learns from. Sharding divides it as it divides the weights.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
     rounded: int = 0
+    gathered: int = 0
+    teacher: int = 0
 
     @property
     def total(self) -> int:
         """The sum of all parts."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.rounded
+        return sum(vars(self).values())
+
+    def on_each(self, processes: int, sharded: Collection[str]) -> int:
+        """Return the bytes on each device if the `sharded` parts are divided between the processes."""
+        divided = {*sharded, *(["teacher"] if "weights" in sharded else [])}
+        return sum(size // processes if part in divided else size for part, size in vars(self).items())
 
 
 def parameters(shape: Shape) -> ParameterCounts:
@@ -146,6 +179,7 @@ def memory(
     experts_per_token: int,
     is_quantized: bool,
     rounded_budget: float = 0,
+    gathers: bool = False,
 ) -> Memory:
     """Compute the bytes that one device holds while it trains.
 
@@ -156,6 +190,7 @@ def memory(
         experts_per_token: number of experts that the router chooses for each token.
         is_quantized: whether fake quantizers run (QAT).
         rounded_budget: limit on the bytes of rounded weights that fake quantizers cache.
+        gathers: whether parameters are sharded, and gathered while they are used.
     """
     every, trained = _count(plain_tensors(shape)), trained_parameters(shape, train)
     width = bytes_per_value(TRAIN_TYPES[train.precision])
@@ -170,7 +205,22 @@ def memory(
             shape, train, tokens=tokens, experts_per_token=experts_per_token, is_quantized=is_quantized
         ),
         rounded=int(min(rounded_budget, changing * _compute_width(train))),
+        gathered=_gathered(shape, train) if gathers else 0,
+        teacher=every * width if _has_teacher(train) else 0,
     )
+
+
+def _has_teacher(train: TrainConfig) -> bool:
+    return isinstance(train, QatConfig) and train.distillation.weight > 0
+
+
+def gradient_bytes(shape: Shape, train: TrainConfig) -> int:
+    """Compute the bytes of the gradients of all trained parameters."""
+    return trained_parameters(shape, train) * _trained_width(train)
+
+
+def _trained_width(train: TrainConfig) -> int:
+    return bytes_per_value(TRAIN_TYPES[train.precision]) if train.method is Method.full else _ADAPTER_BYTES
 
 
 def _state_bytes(train: TrainConfig, trained: int, width: int) -> int:
@@ -232,32 +282,22 @@ def checkpoints(shape: Shape, train: TrainConfig) -> int:
     return (train.save_total_limit + 1) * (_saved_bytes(shape, train) + _state_bytes(train, trained, width))
 
 
-def figures(plan: Plan, model: Mapping[str, Any], longest: int) -> NeedFigures:
+def figures(plan: Plan, model: Mapping[str, Any], longest: int, devices: dict[str, DeviceFigures]) -> NeedFigures:
     """Compute the needs of a run.
 
     Args:
         plan: settings of the run.
         model: content of the source's config.json.
         longest: number of tokens of the longest example, after truncation.
+        devices: memory of each training stage, from `device_memory.figures`.
     """
     shape = Shape.of(model, plan.model_path)
     trains = plan.trainings
-    per_token = int(model["num_experts_per_tok"])
-    budget = rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding)
-    needed: dict[str, Memory] = {}
-    for name, train in trains.items():
-        batched, tokens = _as_batched(train, longest, plan.data.max_length)
-        needed[name] = memory(
-            shape,
-            batched,
-            tokens=tokens,
-            experts_per_token=per_token,
-            is_quantized=name == Stage.qat.name,
-            rounded_budget=budget,
-        )
+    needed = {name: of_stage(plan, name, model, longest) for name in trains}
     return {
         "parameters": parameters(shape),
         "trained_parameters": {name: trained_parameters(shape, train) for name, train in trains.items()},
+        "devices": devices,
         "device_bytes": {name: {**asdict(part), "total": part.total} for name, part in needed.items()},
         "disk_bytes": disk(plan, shape, "quantization_config" in model),
         "checkpoint_bytes": {name: checkpoints(shape, train) for name, train in trains.items()},
@@ -265,42 +305,100 @@ def figures(plan: Plan, model: Mapping[str, Any], longest: int) -> NeedFigures:
     }
 
 
-def _as_batched(train: TrainConfig, longest: int, max_length: int) -> tuple[TrainConfig, int]:
+def of_stage(plan: Plan, stage: str, model: Mapping[str, Any], longest: int) -> Memory:
+    """Estimate the bytes on one device while a stage trains. Arguments are those of `figures`."""
+    train, tokens = as_batched(plan.trainings[stage], longest, plan.data.max_length)
+    return memory(
+        Shape.of(model, plan.model_path),
+        train,
+        tokens=tokens,
+        experts_per_token=int(model["num_experts_per_tok"]),
+        is_quantized=stage == Stage.qat.name,
+        rounded_budget=rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding),
+        gathers=STRATEGIES[plan.sharding].gathers,
+    )
+
+
+def as_batched(train: TrainConfig, longest: int, max_length: int) -> tuple[TrainConfig, int]:
     """Return the settings that describe the actual batches, and the number of tokens in a row of a batch.
 
     Rows are padded to the longest example. With packing, TRL lays all rows of a batch end to end in one row.
     """
     if not train.packing:
-        return train, longest
+        return train, min(longest, max_length)
     return replace(train, batch_size=1), train.batch_size * max_length
 
 
 def _activations(shape: Shape, train: TrainConfig, *, tokens: int, experts_per_token: int, is_quantized: bool) -> int:
-    """Estimate the peak bytes that are kept for the backward pass.
+    """Estimate the most bytes that are kept for the backward pass, and those that the busiest layer works with.
 
-    For each token, a layer keeps a few vectors of width H, queries, keys and values, and activations of K experts
-    (widths 2I and I). Eager attention adds B·N·T·T scores. LoRA on experts and fake quantization add a copy of the
-    expert stacks: base plus delta, or the rounded weights. The layer multiplies with this copy. Two more copies exist
-    while it is made. With gradient checkpointing, only one layer at a time keeps all of this. The other layers keep
-    only their input, B·T·H·a bytes.
-
-    Logits are kept with an FP32 copy and its gradient. In mixed precision, autocast keeps BF16 copies of the weights.
+    With gradient checkpointing, a layer keeps only its input, B·T·H·a bytes, until its turn. Then it makes its
+    activations again. Either its attention or its experts need more memory, or the gradient of the head does.
     """
     places = train.batch_size * tokens
     width = _compute_width(train)
-    heads, hidden, inner = shape.num_attention_heads, shape.hidden_size, shape.intermediate_size
-    attention = 2 * shape.head_dim * (heads + shape.num_key_value_heads)
-    values = 8 * hidden + attention + experts_per_token * (6 * inner + 2 * hidden)
-    scores = _SCORE_COPIES * heads * tokens if train.attn_implementation == "eager" else 0
-    stack = sum(projection.values for projection in expert_projections(shape) if projection.layer == 0)
+    layers, hidden = shape.num_hidden_layers, shape.hidden_size
+    vectors = width * places * _vector_values(shape, experts_per_token)
+    scores = _score_bytes(train) * shape.num_attention_heads * tokens * places
+    stacks = _stack_bytes(shape, train, is_quantized)
+    busiest = vectors + max(scores * _SCORE_COPIES, stacks.working)
+    head = shape.vocab_size * hidden * _FP32_BYTES if train.method is Method.full else 0
+    if train.gradient_checkpointing:
+        return layers * places * hidden * width + max(busiest, head)
+    return layers * (vectors + scores + stacks.kept) + max(busiest - vectors - scores, head)
+
+
+def _vector_values(shape: Shape, experts_per_token: int) -> int:
+    """Count the values per token that a layer keeps: vectors of width H, queries, keys and values, and experts'."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    attention = 2 * shape.head_dim * (shape.num_attention_heads + shape.num_key_value_heads)
+    return 8 * hidden + attention + experts_per_token * (6 * inner + 2 * hidden)
+
+
+def _score_bytes(train: TrainConfig) -> int:
+    """Return the bytes of an attention score. Only eager attention keeps scores. Autocast computes them in FP32."""
+    if train.attn_implementation != "eager":
+        return 0
+    return _BF16_BYTES if train.precision is Precision.bf16 else _FP32_BYTES
+
+
+@dataclass(frozen=True)
+class _Stacks:
+    """Bytes of the copies of a layer's expert stacks: kept for the backward pass, and at most while it works."""
+
+    kept: int
+    working: int
+
+
+def _stack_bytes(shape: Shape, train: TrainConfig, is_quantized: bool) -> _Stacks:
+    """Estimate the copies of expert stacks, in addition to the weights.
+
+    A layer multiplies with a copy if the weights have adapters, are rounded or are cast. PEFT computes the delta for
+    quantizers in FP32, twice while it is scaled. The gradients of a copy have the copy's size.
+    """
+    values = [projection.values for projection in expert_projections(shape) if projection.layer == 0]
+    width = _compute_width(train)
     is_adapted = train.method is Method.lora and LoraTarget.experts in train.lora.targets
-    copy = stack * width * (is_adapted or is_quantized)
-    layer = width * places * (values + scores) + copy
-    kept = shape.num_hidden_layers * places * hidden * width
-    body = kept + layer if train.gradient_checkpointing else shape.num_hidden_layers * layer
-    logits = places * shape.vocab_size * (width + 2 * _FP32_BYTES)
-    autocast = _count(plain_tensors(shape)) * _BF16_BYTES if train.precision is Precision.mixed_bf16 else 0
-    return body + 2 * copy + logits + autocast
+    is_cast = train.precision is Precision.mixed_bf16
+    is_trained = train.method is Method.full
+    kept = sum(values) * width * (is_cast or is_adapted or (is_trained and is_quantized))
+    gradients = sum(values) * width * (is_adapted or is_trained)
+    delta = 2 * max(values) * _FP32_BYTES * (is_adapted and is_quantized)
+    return _Stacks(kept, kept + gradients + delta)
+
+
+def _gathered(shape: Shape, train: TrainConfig) -> int:
+    """Estimate the bytes of whole layers that a process holds if parameters are sharded.
+
+    The layer at work and the next one are gathered. The head stays gathered. In full training, the gradients of a layer
+    are whole until they are reduced in FP32.
+    """
+    tensors = plain_tensors(shape)
+    head = shape.vocab_size * shape.hidden_size
+    layer = (_count(tensors) - 2 * head) // shape.num_hidden_layers
+    width = _compute_width(train)
+    gradients = (layer + head) * (width + _FP32_BYTES) if train.method is Method.full else 0
+    return (2 * layer + head) * width + gradients
 
 
 def _saved_bytes(shape: Shape, train: TrainConfig) -> int:

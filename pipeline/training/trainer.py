@@ -340,9 +340,13 @@ def no_triton_kernels() -> Iterator[None]:
         def __getitem__(self, grid: object) -> Callable[..., None]:
             return lambda *_, **__: None
 
-    fakes = {"_forward_kernel": Kernel(), "_backward_kernel": Kernel(), "_use_triton": lambda device: True}
-    rounded_up = SimpleNamespace(cdiv=lambda count, size: -(-count // size))
-    with patch.multiple(chunked_logprob, create=True, triton=rounded_up, **fakes):
+    fakes: dict[str, Any] = {
+        "_forward_kernel": Kernel(),
+        "_backward_kernel": Kernel(),
+        "_use_triton": lambda device: True,
+        "triton": SimpleNamespace(cdiv=lambda count, size: -(-count // size)),  # missing from CPU builds of torch
+    }
+    with patch.multiple(chunked_logprob, create=True, **fakes):
         yield
 
 
