@@ -37,7 +37,7 @@ def of_stages(
     trainings: Sequence[tuple[Plan, str, int]], model: Mapping[str, Any], longest: int
 ) -> list[DeviceFigures]:
     """Compute the memory of several trainings (plan, name of the stage, processes), in their order."""
-    estimated = [_estimate(plan, stage, model, longest, processes) for plan, stage, processes in trainings]
+    estimated = [estimate(plan, stage, model, longest, processes) for plan, stage, processes in trainings]
     if needs.parameters(Shape.of(model, trainings[0][0].model_path))["all"] < _SMALLEST:
         reason = f"the model has fewer than {_SMALLEST:,} parameters"
         return [{"bytes": size, "phases": {}, "estimated_because": reason} for size in estimated]
@@ -63,7 +63,8 @@ def _bucket_bytes(training: tuple[Plan, str, int], model: Mapping[str, Any]) -> 
     return needs.gradient_bytes(Shape.of(model, plan.model_path), plan.trainings[stage])
 
 
-def _estimate(plan: Plan, stage: str, model: Mapping[str, Any], longest: int, processes: int) -> int:
+def estimate(plan: Plan, stage: str, model: Mapping[str, Any], longest: int, processes: int) -> int:
+    """Estimate the peak bytes of each GPU from the shapes and the settings. Arguments are those of `figures`."""
     alone = needs.of_stage(plan, stage, model, longest).on_each(processes, STRATEGIES[plan.sharding].sharded)
     return alone + _bucket_bytes((plan, stage, processes), model)
 
