@@ -1,12 +1,8 @@
 """Compute the bytes that a run needs on each device and on disk, from the model's sizes and the settings.
 
-Weights, gradients, optimizer states and files follow from the shapes and are exact. Activations are estimated from the
-tensors that transformers' eager implementation keeps for the backward pass. Fragmentation and the CUDA context are not
-included. In this module, sharding affects only the memory budget for rounded experts. `findings` divides the sharded
-parts by the number of processes.
-
-Legend: B = batch size, T = tokens of the longest example, H = hidden size, I = intermediate size, N = query heads,
-K = experts per token, E = experts, a = bytes per activation.
+Weights, gradients, optimizer states and files follow from the shapes and are exact. `activations` estimates the rest of
+a device's memory. Fragmentation and the CUDA context are not included. Only `Memory.on_each` divides the sharded parts
+by the number of processes.
 """
 
 from collections.abc import Collection, Mapping
@@ -36,6 +32,7 @@ from pipeline.config import (
     adapted_layers,
 )
 from pipeline.config.targets import TARGETS
+from pipeline.doctor import activations
 from pipeline.models import rounded_weights
 from pipeline.models.sharding import STRATEGIES
 from pipeline.numerics.formats import BlockFormat
@@ -50,7 +47,6 @@ _STATE_BYTES = {
 }
 """Optimizer -> bytes per weight of each of Adam's two states. Other optimizers keep the states in the weight's type."""
 _ADAPTER_BYTES = _FP32_BYTES  # PEFT keeps adapters in FP32
-_SCORE_COPIES = 3  # scores, scores minus their maximum, softmax
 
 
 class ParameterCounts(TypedDict):
@@ -201,11 +197,16 @@ def memory(
         weights=every * width + (0 if is_full else trained * _ADAPTER_BYTES),
         gradients=trained * trained_width,
         optimizer=_state_bytes(train, trained, trained_width),
-        activations=_activations(
-            shape, train, tokens=tokens, experts_per_token=experts_per_token, is_quantized=is_quantized
+        activations=activations.estimate(
+            shape,
+            train,
+            tokens=tokens,
+            experts_per_token=experts_per_token,
+            is_quantized=is_quantized,
+            is_cast=train.precision is Precision.mixed_bf16 and not gathers,
         ),
-        rounded=int(min(rounded_budget, changing * _compute_width(train))),
-        gathered=_gathered(shape, train) if gathers else 0,
+        rounded=int(min(rounded_budget, changing * activations.compute_width(train))),
+        gathered=activations.gathered_bytes(shape, train, every) if gathers else 0,
         teacher=every * width if _has_teacher(train) else 0,
     )
 
@@ -225,10 +226,6 @@ def _trained_width(train: TrainConfig) -> int:
 
 def _state_bytes(train: TrainConfig, trained: int, width: int) -> int:
     return int(2 * trained * _STATE_BYTES.get(train.optimizer, width))
-
-
-def _compute_width(train: TrainConfig) -> int:
-    return _FP32_BYTES if train.precision is Precision.fp32 else _BF16_BYTES
 
 
 def _changing_experts(shape: Shape, train: TrainConfig) -> int:
@@ -327,78 +324,6 @@ def as_batched(train: TrainConfig, longest: int, max_length: int) -> tuple[Train
     if not train.packing:
         return train, min(longest, max_length)
     return replace(train, batch_size=1), train.batch_size * max_length
-
-
-def _activations(shape: Shape, train: TrainConfig, *, tokens: int, experts_per_token: int, is_quantized: bool) -> int:
-    """Estimate the most bytes that are kept for the backward pass, and those that the busiest layer works with.
-
-    With gradient checkpointing, a layer keeps only its input, B·T·H·a bytes, until its turn. Then it makes its
-    activations again. Either its attention or its experts need more memory, or the gradient of the head does.
-    """
-    places = train.batch_size * tokens
-    width = _compute_width(train)
-    layers, hidden = shape.num_hidden_layers, shape.hidden_size
-    vectors = width * places * _vector_values(shape, experts_per_token)
-    scores = _score_bytes(train) * shape.num_attention_heads * tokens * places
-    stacks = _stack_bytes(shape, train, is_quantized)
-    busiest = vectors + max(scores * _SCORE_COPIES, stacks.working)
-    head = shape.vocab_size * hidden * _FP32_BYTES if train.method is Method.full else 0
-    if train.gradient_checkpointing:
-        return layers * places * hidden * width + max(busiest, head)
-    return layers * (vectors + scores + stacks.kept) + max(busiest - vectors - scores, head)
-
-
-def _vector_values(shape: Shape, experts_per_token: int) -> int:
-    """Count the values per token that a layer keeps: vectors of width H, queries, keys and values, and experts'."""
-    hidden, inner = shape.hidden_size, shape.intermediate_size
-    attention = 2 * shape.head_dim * (shape.num_attention_heads + shape.num_key_value_heads)
-    return 8 * hidden + attention + experts_per_token * (6 * inner + 2 * hidden)
-
-
-def _score_bytes(train: TrainConfig) -> int:
-    """Return the bytes of an attention score. Only eager attention keeps scores. Autocast computes them in FP32."""
-    if train.attn_implementation != "eager":
-        return 0
-    return _BF16_BYTES if train.precision is Precision.bf16 else _FP32_BYTES
-
-
-@dataclass(frozen=True)
-class _Stacks:
-    """Bytes of the copies of a layer's expert stacks: kept for the backward pass, and at most while it works."""
-
-    kept: int
-    working: int
-
-
-def _stack_bytes(shape: Shape, train: TrainConfig, is_quantized: bool) -> _Stacks:
-    """Estimate the copies of expert stacks, in addition to the weights.
-
-    A layer multiplies with a copy if the weights have adapters, are rounded or are cast. PEFT computes the delta for
-    quantizers in FP32, twice while it is scaled. The gradients of a copy have the copy's size.
-    """
-    values = [projection.values for projection in expert_projections(shape) if projection.layer == 0]
-    width = _compute_width(train)
-    is_adapted = train.method is Method.lora and LoraTarget.experts in train.lora.targets
-    is_cast = train.precision is Precision.mixed_bf16
-    is_trained = train.method is Method.full
-    kept = sum(values) * width * (is_cast or is_adapted or (is_trained and is_quantized))
-    gradients = sum(values) * width * (is_adapted or is_trained)
-    delta = 2 * max(values) * _FP32_BYTES * (is_adapted and is_quantized)
-    return _Stacks(kept, kept + gradients + delta)
-
-
-def _gathered(shape: Shape, train: TrainConfig) -> int:
-    """Estimate the bytes of whole layers that a process holds if parameters are sharded.
-
-    The layer at work and the next one are gathered. The head stays gathered. In full training, the gradients of a layer
-    are whole until they are reduced in FP32.
-    """
-    tensors = plain_tensors(shape)
-    head = shape.vocab_size * shape.hidden_size
-    layer = (_count(tensors) - 2 * head) // shape.num_hidden_layers
-    width = _compute_width(train)
-    gradients = (layer + head) * (width + _FP32_BYTES) if train.method is Method.full else 0
-    return (2 * layer + head) * width + gradients
 
 
 def _saved_bytes(shape: Shape, train: TrainConfig) -> int:

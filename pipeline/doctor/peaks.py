@@ -18,6 +18,7 @@ from pipeline.doctor.fake_run import PHASES, Job, Size
 from pipeline.models.sharding import STRATEGIES
 
 _FEW, _MORE = 2, 4  # layers of the two models that are measured; each has as many layers of each attention type
+_NEIGHBOURS = 2  # more layers if parameters are gathered, as a layer then shares memory with the one before and after it
 _AT_ONCE = 2  # each measurement uses one CPU core and up to 2 GB of memory
 _LIMIT = 600  # seconds; a measurement takes 10 to 20 on an idle core
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ACCELERATE_")
@@ -82,10 +83,12 @@ def _measure(job: Job) -> Peaks | NotMeasured:
 def _sizes(job: Job) -> list[Size]:
     """Choose the models to measure: the real one if it is small, or two, or three if only some layers have adapters."""
     whole = _whole(job)
-    if whole.layers <= _MORE:
+    more = _NEIGHBOURS if STRATEGIES[job.sharding].gathers else 0
+    few, most = _FEW + more, _MORE + more
+    if whole.layers <= most:
         return [whole]
-    partly = [Size(_MORE, _FEW)] if whole.adapted < whole.layers else []
-    return [Size(_FEW, _FEW), Size(_MORE, _MORE), *partly]
+    partly = [Size(most, few)] if whole.adapted < whole.layers else []
+    return [Size(few, few), Size(most, most), *partly]
 
 
 def _whole(job: Job) -> Size:
@@ -100,9 +103,10 @@ def _extrapolate(found: list[int], sizes: list[Size], job: Job) -> int:
         return found[0]
     whole = _whole(job)
     few, more, *partly = found
-    per_adapted = (more - few) / (_MORE - _FEW)
-    per_other = (partly[0] - few) / (_MORE - _FEW) if partly else 0.0
-    return round(few + per_adapted * (whole.adapted - _FEW) + per_other * (whole.layers - whole.adapted))
+    step = sizes[1].layers - sizes[0].layers
+    per_adapted = (more - few) / step
+    per_other = (partly[0] - few) / step if partly else 0.0
+    return round(few + per_adapted * (whole.adapted - sizes[0].adapted) + per_other * (whole.layers - whole.adapted))
 
 
 def _environment() -> dict[str, str]:
