@@ -109,14 +109,8 @@ def _token_lines(data: DataFigures) -> Iterable[tuple[str, str]]:
 def _needs_lines(facts: Facts) -> Iterable[tuple[str, str]]:
     needs, machine = facts.needs, facts.machine
     yield "parameters", f"{needs['parameters']['all']:,}, of which {needs['parameters']['experts']:,} in experts"
-    for stage, part in needs["device_bytes"].items():
-        shown = ", ".join(f"{name} {gigabytes(part[name])}" for name in ("weights", "gradients", "optimizer"))
-        shown += f", rounded experts {gigabytes(part['rounded'])}" if part["rounded"] else ""
-        estimate = f"activations about {gigabytes(part['activations'])} at {needs['tokens']} tokens"
-        yield (
-            f"{stage}, each device",
-            f"about {gigabytes(part['total'])}: {shown}, {estimate}{_with_sharding(facts, stage)}",
-        )
+    for stage in needs["devices"]:
+        yield f"{stage}, each device", _device(facts, stage)
     yield "disk by stage", ", ".join(f"{name} {gigabytes(size)}" for name, size in needs["disk_bytes"].items())
     yield "disk", f"{_fits(disk_needed(facts), machine['disk_free_bytes'])} (with the checkpoints of training)"
     yield "host memory", _fits(host_needed(facts), machine["host_free_bytes"])
@@ -124,11 +118,19 @@ def _needs_lines(facts: Facts) -> Iterable[tuple[str, str]]:
     yield "GPU memory", _fits(largest, machine["gpu_free_bytes"]) if machine["gpus"] else "there is no GPU here"
 
 
-def _with_sharding(facts: Facts, stage: str) -> str:
-    if not STRATEGIES[facts.plan.sharding].sharded:
-        return ""
-    how = f"sharding={facts.plan.sharding.name} on {facts.machine['processes']} processes"
-    return f"; with {how} {gigabytes(device_needed(facts, stage))}"
+def _device(facts: Facts, stage: str) -> str:
+    """Describe the memory of a stage: the peaks of its phases if they are measured, or else the estimated parts."""
+    found, part = facts.needs["devices"][stage], facts.needs["device_bytes"][stage]
+    strategy = STRATEGIES[facts.plan.sharding]
+    how = f" with sharding={facts.plan.sharding.name} on {facts.machine['processes']} processes"
+    total = f"{gigabytes(found['bytes'])} at {facts.needs['tokens']} tokens{how if strategy.sharded else ''}"
+    if found["phases"]:
+        peaks = ", ".join(f"{phase} {gigabytes(size)}" for phase, size in found["phases"].items())
+        return f"{total}, measured with fake tensors: {peaks}"
+    names = [name for name, size in part.items() if size and name != "total"]
+    shown = ", ".join(f"{name} {gigabytes(part[name])}" for name in names)
+    alone = " before sharding" if strategy.sharded else ""
+    return f"about {total}, estimated, because {found['estimated_because']}. Parts{alone}: {shown}"
 
 
 def _fits(needed: int, free: int) -> str:

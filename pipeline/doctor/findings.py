@@ -3,15 +3,15 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
-from pipeline.config import Method, Sharding, Stage
+from pipeline.config import Stage
+from pipeline.doctor import remedies
 from pipeline.doctor.content import ControlTextFigures, CopyFigures, ReasoningFigures, ToolFigures
 from pipeline.doctor.leaks import LeakFigures
 from pipeline.doctor.needs import NeedFigures, Plan
 from pipeline.doctor.parity import ParityFigures
 from pipeline.doctor.rows import Lengths, NothingToLearn, TokenCounts, Truncated
-from pipeline.models.sharding import STRATEGIES
 from pipeline.runs.records import DoctorRecord
 from pipeline.runs.run import Run
 
@@ -55,6 +55,7 @@ class Facts:
         needs: bytes that the run needs.
         machine: free resources of this machine.
         plan: settings of the run.
+        model: content of the source's config.json.
         run: the run. Its complete stages need no more disk space.
     """
 
@@ -62,12 +63,15 @@ class Facts:
     needs: NeedFigures
     machine: Mapping[str, int]
     plan: Plan
+    model: Mapping[str, Any]
     run: Run
 
     @classmethod
-    def of(cls, report: DoctorRecord, machine: Mapping[str, int], plan: Plan, run: Run) -> "Facts":
+    def of(
+        cls, report: DoctorRecord, machine: Mapping[str, int], plan: Plan, model: Mapping[str, Any], run: Run
+    ) -> "Facts":
         """Combine the figures of a report with the present state of the machine."""
-        return cls(cast(DataFigures, report.data), cast(NeedFigures, report.needs), machine, plan, run)
+        return cls(cast(DataFigures, report.data), cast(NeedFigures, report.needs), machine, plan, model, run)
 
 
 def findings(facts: Facts) -> list[str]:
@@ -88,10 +92,8 @@ def disk_needed(facts: Facts) -> int:
 
 
 def device_needed(facts: Facts, stage: str) -> int:
-    """Compute the bytes on each device while a stage trains. Sharded parts are divided by the number of processes."""
-    needed = facts.needs["device_bytes"][stage]
-    sharded = sum(needed[part] for part in STRATEGIES[facts.plan.sharding].sharded)
-    return needed["total"] - sharded + sharded // facts.machine["processes"]
+    """Return the peak bytes on each device while a stage trains."""
+    return facts.needs["devices"][stage]["bytes"]
 
 
 def host_needed(facts: Facts) -> int:
@@ -110,8 +112,8 @@ def _device_too_small(facts: Facts) -> list[str]:
         return []
     free = facts.machine["gpu_free_bytes"]
     return [
-        f"{stage} needs about {gigabytes(needed)} on each GPU, but only {gigabytes(free)} are free."
-        f" {_less_memory(facts, stage)}."
+        f"{stage} needs {_about(facts, stage)}{gigabytes(needed)} on each GPU, but only {gigabytes(free)} are free."
+        f" {_less_memory(facts, stage, free)}."
         for stage in facts.needs["device_bytes"]
         if (needed := device_needed(facts, stage)) > free
     ]
@@ -122,8 +124,11 @@ def _host_too_small(facts: Facts) -> list[str]:
     if needed <= free:
         return []
     what = "loading the weights" if facts.machine["gpus"] else "training without a GPU"
-    largest = max(facts.needs["device_bytes"].items(), key=lambda item: item[1]["total"])[0]
-    remedy = "Use fewer processes or more host memory" if facts.machine["gpus"] else _less_memory(facts, largest)
+    if facts.machine["gpus"]:
+        remedy = "Use fewer processes or more host memory"
+    else:
+        largest = max(facts.plan.trainings, key=lambda stage: device_needed(facts, stage))
+        remedy = _less_memory(facts, largest, free // facts.machine["processes"])
     return [f"{what} needs about {gigabytes(needed)} of host memory, but only {gigabytes(free)} are free. {remedy}."]
 
 
@@ -231,19 +236,32 @@ def _few_to_validate(facts: Facts) -> list[str]:
     ]
 
 
-def _less_memory(facts: Facts, stage: str) -> str:
-    """Advise settings that save memory. Settings that the run already uses are left out."""
-    train = facts.plan.trainings[stage]
-    needed = facts.needs["device_bytes"][stage]
-    found = [] if train.method is Method.lora else [f"train@{stage}=lora"]
-    found += [] if train.gradient_checkpointing else [f"{stage}.gradient_checkpointing=true"]
-    found += [f"{stage}.batch_size=1"] if train.batch_size > 1 else []
-    found += [f"{stage}.rounded_cache_gib=0"] if needed["rounded"] else []
-    if needed["activations"] > needed["total"] / 4:
-        found.append(f"data.max_length={max(_ROUND, facts.needs['tokens'] // 2)}")
-    if facts.machine["gpus"] and facts.plan.sharding is Sharding.none:
-        found.append("sharding=fsdp2 on several GPUs")
-    return f"Use {', '.join(found)}" if found else "Use a larger machine"
+def _less_memory(facts: Facts, stage: str, free: int) -> str:
+    """Advise the settings with which the stage fits into the free memory, or else the ones that save most."""
+    found = remedies.find(
+        facts.plan,
+        stage,
+        facts.model,
+        facts.needs["tokens"],
+        processes=facts.machine["processes"],
+        gpus=facts.machine["gpus"],
+    )
+    fitting = [each for each in found if each.bytes <= free]
+    if fitting:
+        return f"Any of these settings makes it fit: {'; '.join(map(_with_bytes, fitting))}"
+    saving = [each for each in found if each.bytes < device_needed(facts, stage)]
+    if saving:
+        several = sorted(saving, key=lambda each: each.bytes)
+        return f"No single setting makes it fit. These save memory: {'; '.join(map(_with_bytes, several))}"
+    return "Use a larger machine"
+
+
+def _with_bytes(remedy: remedies.Remedy) -> str:
+    return f"{remedy.setting} ({'' if remedy.is_measured else 'about '}{gigabytes(remedy.bytes)})"
+
+
+def _about(facts: Facts, stage: str) -> str:
+    return "about " if facts.needs["devices"][stage]["estimated_because"] else ""
 
 
 def _longer(facts: Facts) -> str:

@@ -1,15 +1,11 @@
 """Compute the bytes that a run needs on each device and on disk, from the model's sizes and the settings.
 
-Weights, gradients, optimizer states and files follow from the shapes and are exact. Activations are estimated from the
-tensors that transformers' eager implementation keeps for the backward pass. Fragmentation and the CUDA context are not
-included. In this module, sharding affects only the memory budget for rounded experts. `findings` divides the sharded
-parts by the number of processes.
-
-Legend: B = batch size, T = tokens of the longest example, H = hidden size, I = intermediate size, N = query heads,
-K = experts per token, E = experts, a = bytes per activation.
+Weights, gradients, optimizer states and files follow from the shapes and are exact. `activations` estimates the rest of
+a device's memory. Fragmentation and the CUDA context are not included. Only `Memory.on_each` divides the sharded parts
+by the number of processes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any, TypedDict
@@ -36,8 +32,10 @@ from pipeline.config import (
     adapted_layers,
 )
 from pipeline.config.targets import TARGETS
+from pipeline.doctor import activations
 from pipeline.models import rounded_weights
-from pipeline.models.attention import EAGER, capability, for_training
+from pipeline.models.sharding import STRATEGIES
+from pipeline.numerics.formats import BlockFormat
 
 _FP32_BYTES, _BF16_BYTES = bytes_per_value("F32"), bytes_per_value("BF16")
 _STATE_BYTES = {
@@ -49,7 +47,6 @@ _STATE_BYTES = {
 }
 """Optimizer -> bytes per weight of each of Adam's two states. Other optimizers keep the states in the weight's type."""
 _ADAPTER_BYTES = _FP32_BYTES  # PEFT keeps adapters in FP32
-_SCORE_COPIES = 4  # scores, scores with the sink, scores minus their maximum, softmax
 
 
 class ParameterCounts(TypedDict):
@@ -59,15 +56,29 @@ class ParameterCounts(TypedDict):
     experts: int
 
 
+class DeviceFigures(TypedDict):
+    """The peak memory of one GPU while a stage trains.
+
+    `phases` has the peak of each phase of training in `fake_run.PHASES`. It is empty if the peak is estimated. Then
+    `estimated_because` says why, and otherwise it is empty.
+    """
+
+    bytes: int
+    phases: dict[str, int]
+    estimated_because: str
+
+
 class NeedFigures(TypedDict):
     """The needs of a run, stored in artifact.json.
 
-    `device_bytes` maps each training stage to bytes: one entry for each field of Memory, and `total`. `tokens` is the
-    number of tokens of the longest example.
+    `devices` has the peak of each training stage. `device_bytes` maps each training stage to its estimated parts,
+    without sharding: one entry for each field of Memory, and `total`. `tokens` is the number of tokens of the longest
+    example.
     """
 
     parameters: ParameterCounts
     trained_parameters: dict[str, int]
+    devices: dict[str, DeviceFigures]
     device_bytes: dict[str, dict[str, int]]
     disk_bytes: dict[str, int]
     checkpoint_bytes: dict[str, int]
@@ -84,6 +95,7 @@ class Plan:
         sft, qat: settings of the training stages.
         sharding: how several processes share a model.
         target: name of the export target in TARGETS.
+        block_format: format that QAT rounds to.
     """
 
     model_path: str
@@ -92,6 +104,7 @@ class Plan:
     qat: QatConfig
     sharding: Sharding
     target: str
+    block_format: BlockFormat
 
     @property
     def trainings(self) -> dict[str, TrainConfig]:
@@ -101,18 +114,33 @@ class Plan:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one device holds while it trains. `rounded` counts the rounded experts that QAT caches in a step."""
+    """Bytes that one device holds while it trains.
+
+    Attributes:
+        weights, gradients, optimizer: the parts that sharding divides between the processes.
+        activations: values kept for the backward pass, and those that the busiest layer works with.
+        rounded: rounded experts that QAT caches in a step.
+        gathered: whole layers, if parameters are sharded.
+        teacher: the model that distillation learns from. Sharding divides it as it divides the weights.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
     rounded: int = 0
+    gathered: int = 0
+    teacher: int = 0
 
     @property
     def total(self) -> int:
         """The sum of all parts."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.rounded
+        return sum(vars(self).values())
+
+    def on_each(self, processes: int, sharded: Collection[str]) -> int:
+        """Return the bytes on each device if the `sharded` parts are divided between the processes."""
+        divided = {*sharded, *(["teacher"] if "weights" in sharded else [])}
+        return sum(size // processes if part in divided else size for part, size in vars(self).items())
 
 
 def parameters(shape: Shape) -> ParameterCounts:
@@ -147,6 +175,7 @@ def memory(
     experts_per_token: int,
     is_quantized: bool,
     rounded_budget: float = 0,
+    gathers: bool = False,
 ) -> Memory:
     """Compute the bytes that one device holds while it trains.
 
@@ -157,6 +186,7 @@ def memory(
         experts_per_token: number of experts that the router chooses for each token.
         is_quantized: whether fake quantizers run (QAT).
         rounded_budget: limit on the bytes of rounded weights that fake quantizers cache.
+        gathers: whether parameters are sharded, and gathered while they are used.
     """
     every, trained = _count(plain_tensors(shape)), trained_parameters(shape, train)
     width = bytes_per_value(TRAIN_TYPES[train.precision])
@@ -167,19 +197,35 @@ def memory(
         weights=every * width + (0 if is_full else trained * _ADAPTER_BYTES),
         gradients=trained * trained_width,
         optimizer=_state_bytes(train, trained, trained_width),
-        activations=_activations(
-            shape, train, tokens=tokens, experts_per_token=experts_per_token, is_quantized=is_quantized
+        activations=activations.estimate(
+            shape,
+            train,
+            tokens=tokens,
+            experts_per_token=experts_per_token,
+            is_quantized=is_quantized,
+            is_cast=train.precision is Precision.mixed_bf16 and not gathers,
         ),
-        rounded=int(min(rounded_budget, changing * _compute_width(train))),
+        rounded=int(min(rounded_budget, changing * activations.compute_width(train))),
+        gathered=activations.gathered_bytes(shape, train, every) if gathers else 0,
+        teacher=every * width if _has_teacher(train) else 0,
     )
+
+
+def _has_teacher(train: TrainConfig) -> bool:
+    return isinstance(train, QatConfig) and train.distillation.weight > 0
+
+
+def gradient_bytes(shape: Shape, train: TrainConfig) -> int:
+    """Compute the bytes of the gradients of all trained parameters."""
+    return trained_parameters(shape, train) * _trained_width(train)
+
+
+def _trained_width(train: TrainConfig) -> int:
+    return bytes_per_value(TRAIN_TYPES[train.precision]) if train.method is Method.full else _ADAPTER_BYTES
 
 
 def _state_bytes(train: TrainConfig, trained: int, width: int) -> int:
     return int(2 * trained * _STATE_BYTES.get(train.optimizer, width))
-
-
-def _compute_width(train: TrainConfig) -> int:
-    return _FP32_BYTES if train.precision is Precision.fp32 else _BF16_BYTES
 
 
 def _changing_experts(shape: Shape, train: TrainConfig) -> int:
@@ -233,32 +279,22 @@ def checkpoints(shape: Shape, train: TrainConfig) -> int:
     return (train.save_total_limit + 1) * (_saved_bytes(shape, train) + _state_bytes(train, trained, width))
 
 
-def figures(plan: Plan, model: Mapping[str, Any], longest: int) -> NeedFigures:
+def figures(plan: Plan, model: Mapping[str, Any], longest: int, devices: dict[str, DeviceFigures]) -> NeedFigures:
     """Compute the needs of a run.
 
     Args:
         plan: settings of the run.
         model: content of the source's config.json.
         longest: number of tokens of the longest example, after truncation.
+        devices: memory of each training stage, from `device_memory.figures`.
     """
     shape = Shape.of(model, plan.model_path)
     trains = plan.trainings
-    per_token = int(model["num_experts_per_tok"])
-    budget = rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding)
-    needed: dict[str, Memory] = {}
-    for name, train in trains.items():
-        batched, tokens = _as_batched(train, longest, plan.data.max_length)
-        needed[name] = memory(
-            shape,
-            batched,
-            tokens=tokens,
-            experts_per_token=per_token,
-            is_quantized=name == Stage.qat.name,
-            rounded_budget=budget,
-        )
+    needed = {name: of_stage(plan, name, model, longest) for name in trains}
     return {
         "parameters": parameters(shape),
         "trained_parameters": {name: trained_parameters(shape, train) for name, train in trains.items()},
+        "devices": devices,
         "device_bytes": {name: {**asdict(part), "total": part.total} for name, part in needed.items()},
         "disk_bytes": disk(plan, shape, "quantization_config" in model),
         "checkpoint_bytes": {name: checkpoints(shape, train) for name, train in trains.items()},
@@ -266,42 +302,28 @@ def figures(plan: Plan, model: Mapping[str, Any], longest: int) -> NeedFigures:
     }
 
 
-def _as_batched(train: TrainConfig, longest: int, max_length: int) -> tuple[TrainConfig, int]:
+def of_stage(plan: Plan, stage: str, model: Mapping[str, Any], longest: int) -> Memory:
+    """Estimate the bytes on one device while a stage trains. Arguments are those of `figures`."""
+    train, tokens = as_batched(plan.trainings[stage], longest, plan.data.max_length)
+    return memory(
+        Shape.of(model, plan.model_path),
+        train,
+        tokens=tokens,
+        experts_per_token=int(model["num_experts_per_tok"]),
+        is_quantized=stage == Stage.qat.name,
+        rounded_budget=rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding),
+        gathers=STRATEGIES[plan.sharding].gathers,
+    )
+
+
+def as_batched(train: TrainConfig, longest: int, max_length: int) -> tuple[TrainConfig, int]:
     """Return the settings that describe the actual batches, and the number of tokens in a row of a batch.
 
     Rows are padded to the longest example. With packing, TRL lays all rows of a batch end to end in one row.
     """
     if not train.packing:
-        return train, longest
+        return train, min(longest, max_length)
     return replace(train, batch_size=1), train.batch_size * max_length
-
-
-def _activations(shape: Shape, train: TrainConfig, *, tokens: int, experts_per_token: int, is_quantized: bool) -> int:
-    """Estimate the peak bytes that are kept for the backward pass.
-
-    For each token, a layer keeps a few vectors of width H, queries, keys and values, and activations of K experts
-    (widths 2I and I). Eager attention adds B·N·T·T scores. LoRA on experts and fake quantization add a copy of the
-    expert stacks: base plus delta, or the rounded weights. The layer multiplies with this copy. Two more copies exist
-    while it is made. With gradient checkpointing, only one layer at a time keeps all of this. The other layers keep
-    only their input, B·T·H·a bytes.
-
-    Logits are kept with an FP32 copy and its gradient. In mixed precision, autocast keeps BF16 copies of the weights.
-    """
-    places = train.batch_size * tokens
-    width = _compute_width(train)
-    heads, hidden, inner = shape.num_attention_heads, shape.hidden_size, shape.intermediate_size
-    attention = 2 * shape.head_dim * (heads + shape.num_key_value_heads)
-    values = 8 * hidden + attention + experts_per_token * (6 * inner + 2 * hidden)
-    scores = _SCORE_COPIES * heads * tokens if for_training(train, capability()) == EAGER else 0
-    stack = sum(projection.values for projection in expert_projections(shape) if projection.layer == 0)
-    is_adapted = train.method is Method.lora and LoraTarget.experts in train.lora.targets
-    copy = stack * width * (is_adapted or is_quantized)
-    layer = width * places * (values + scores) + copy
-    kept = shape.num_hidden_layers * places * hidden * width
-    body = kept + layer if train.gradient_checkpointing else shape.num_hidden_layers * layer
-    logits = places * shape.vocab_size * (width + 2 * _FP32_BYTES)
-    autocast = _count(plain_tensors(shape)) * _BF16_BYTES if train.precision is Precision.mixed_bf16 else 0
-    return body + 2 * copy + logits + autocast
 
 
 def _saved_bytes(shape: Shape, train: TrainConfig) -> int:

@@ -56,7 +56,7 @@ def load_shards(model: nn.Module, read: Read, mixed: bool, device: torch.device)
         if streaming.is_hollow(parameter):
             empty = nn.Parameter(parameter.data.to("meta"), requires_grad=parameter.requires_grad)
             setattr(owner, attribute, empty)
-    _shard(model, mixed)
+    shard(model, mixed)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for owner, attribute, parameter in streaming.owned_parameters(model):
         if parameter.is_meta:
@@ -95,8 +95,8 @@ def _use_autocast(model: Any, device_type: str) -> None:
     model.forward = convert_outputs_to_fp32(torch.autocast(device_type, torch.bfloat16)(model.forward))
 
 
-def _shard(model: Any, mixed: bool) -> None:
-    """Make each decoder layer, the embedding, and the final norm with the head a unit that is gathered as a whole.
+def shard(model: Any, mixed: bool) -> None:
+    """Shard a model in place. Each decoder layer, the embedding, and the final norm with the head are gathered as a unit.
 
     The units are those of accelerate 1.15. The embedding's output is FP32 under mixed precision, as on one device.
     """

@@ -15,6 +15,7 @@ from pipeline.models import sharding, streaming
 from pipeline.models.placement import place
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
+from pipeline.numerics.formats import BlockFormat
 from pipeline.runs.console import shows_progress
 from pipeline.runs.preflight import NO_GPU
 
@@ -113,8 +114,7 @@ def load_to_train(
         shared: how the model is sharded.
         attach: function that attaches new adapters, or None.
     """
-    from pipeline.models import expert_kernels, packing_masks
-    from pipeline.models.adapters import base_of, parameter_name
+    from pipeline.models.adapters import parameter_name
 
     _quieten()
     dtype = TRAIN_DTYPES[train.precision]
@@ -125,11 +125,25 @@ def load_to_train(
     place = sharding.STRATEGIES[shared].place
     place(model, lambda name, rows: checkpoint.read_plain(parameter_name(name), rows=rows), is_mixed(train))
     checkpoint.close()
-    expert_kernels.use(model, train.experts_implementation, ref.block_format, train.precision)
+    set_up_to_train(model, train, ref.block_format)
+    return model
+
+
+def set_up_to_train(model: "PreTrainedModel", train: TrainConfig, block_format: BlockFormat | None) -> None:
+    """Set the experts' kernel and the attention masks that training needs.
+
+    Args:
+        model: a model with its final adapters and quantizers.
+        train: settings of the stage.
+        block_format: format of the quantizers, or None if there are none.
+    """
+    from pipeline.models import expert_kernels, packing_masks
+    from pipeline.models.adapters import base_of
+
+    expert_kernels.use(model, train.experts_implementation, block_format, train.precision)
     model.config.use_cache = False
     if train.packing:
         packing_masks.mask_documents(base_of(model))
-    return model
 
 
 def is_mixed(train: TrainConfig) -> bool:

@@ -13,21 +13,32 @@ from pipeline.data.harmony import Rendering
 from pipeline.data.languages import Languages
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
-from pipeline.doctor import content, display, findings, leaks, machine, needs, parity
+from pipeline.doctor import content, device_memory, display, findings, leaks, machine, needs, parity
 from pipeline.doctor.findings import DataFigures, Facts
 from pipeline.doctor.needs import Plan
 from pipeline.doctor.rows import examine
 from pipeline.doctor.rows import figures as token_figures
 from pipeline.errors import UserError
 from pipeline.models import source
+from pipeline.models.references import configured_format
 from pipeline.runs.artifacts import Artifact, Kind, Result
 from pipeline.runs.building import build
-from pipeline.runs.processes import is_main_process
+from pipeline.runs.processes import is_main_process, process_count
 from pipeline.runs.records import DoctorRecord
 from pipeline.runs.run import Run
 from pipeline.runs.tracking import log_metrics
 
-_SETTINGS = ("data", "model.path", "model.revision", "sft", "qat", "sharding", "export.target", "doctor.languages")
+_SETTINGS = (
+    "data",
+    "model.path",
+    "model.revision",
+    "sft",
+    "format",
+    "qat",
+    "sharding",
+    "export.target",
+    "doctor.languages",
+)
 
 
 def run(config: PipelineConfig) -> Artifact:
@@ -41,14 +52,15 @@ def run(config: PipelineConfig) -> Artifact:
         here,
         Stage.doctor,
         settings=_SETTINGS,
-        parents={"tokenizer": _fingerprint(model)},
+        parents={"tokenizer": _fingerprint(model), "processes": str(process_count())},
         work=lambda directory: _report(here, _plan(config), model, _data_figures(config, rows, how, tell), directory),
         data=rows.fingerprint,
         is_report=True,
     )
     if is_main_process():
         # Free memory and disk space change all the time, so they are measured even if the report is up to date.
-        facts = Facts.of(artifact.read(DoctorRecord), machine.figures(here.directory), _plan(config), here)
+        free = machine.figures(here.directory)
+        facts = Facts.of(artifact.read(DoctorRecord), free, _plan(config), read_config(model), here)
         display.conversation(config.doctor.row, rows.conversations[config.doctor.row - 1], how)
         display.report(facts, findings.findings(facts))
     return artifact
@@ -56,13 +68,16 @@ def run(config: PipelineConfig) -> Artifact:
 
 def _plan(config: PipelineConfig) -> Plan:
     target = config.export.target.name
-    return Plan(config.model.path, config.data, config.sft, config.qat, config.sharding, target)
+    block_format = configured_format(config.format)
+    return Plan(config.model.path, config.data, config.sft, config.qat, config.sharding, target, block_format)
 
 
 def _report(here: Run, plan: Plan, model: Path, figures: DataFigures, directory: Path) -> Result:
     longest = min(figures["lengths"]["longest"], plan.data.max_length)
-    needed = needs.figures(plan, read_config(model), longest)
-    facts = Facts(figures, needed, machine.figures(here.directory), plan, here)
+    shapes = read_config(model)
+    devices = device_memory.figures(plan, shapes, longest, process_count())
+    needed = needs.figures(plan, shapes, longest, devices)
+    facts = Facts(figures, needed, machine.figures(here.directory), plan, shapes, here)
     sections: dict[str, Any] = {**facts.data, "needs": facts.needs, "machine": facts.machine}
     for section, values in sections.items():
         log_metrics(directory, {"section": section, **values})

@@ -5,11 +5,13 @@ quantizers are already in the model, so QAT runs the same code as SFT. This is t
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -123,7 +125,7 @@ def train(inputs: Inputs, setup: Setup) -> dict[str, Any]:
         inputs.model.enable_input_require_grads()
     checkpoint = resume.find_last_complete(setup.directory / CHECKPOINTS_DIR, setup.stage, setup.sharding)
     with sharding.switch_on(setup.sharding) as switches:
-        trainer = _make_trainer(inputs, setup, {"eval_on_start": checkpoint is None, **switches})
+        trainer = make_trainer(inputs, setup, {"eval_on_start": checkpoint is None, **switches})
         _run(trainer, setup, checkpoint)
     sharding.reshard(inputs.model)
     wait_for_everyone()  # until the main process has written all its metrics
@@ -313,7 +315,7 @@ class _ForgetRounded(TrainerCallback):
         self._rounded.forget()
 
 
-def _make_trainer(inputs: Inputs, setup: Setup, more: Mapping[str, Any]) -> _Trainer:
+def make_trainer(inputs: Inputs, setup: Setup, more: Mapping[str, Any]) -> _Trainer:
     """Make the trainer. `more` holds further arguments for transformers' TrainingArguments."""
     tokens = TokenCount()
     tokenizer: Any = inputs.tokenizer  # TRL's parameter has another type than our protocol
@@ -344,6 +346,28 @@ def _make_trainer(inputs: Inputs, setup: Setup, more: Mapping[str, Any]) -> _Tra
     if inputs.teacher is not None:
         trainer.learn_from(inputs.teacher, sharding.STRATEGIES[setup.sharding])
     return trainer
+
+
+@contextmanager
+def no_triton_kernels() -> Iterator[None]:
+    """Skip the Triton kernels of TRL's loss inside the block. Only fake tensors, which have no values, can do this.
+
+    trl 1.16 has no setting for it.
+    """
+    from trl.kernels import chunked_logprob
+
+    class Kernel:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *_, **__: None
+
+    fakes: dict[str, Any] = {
+        "_forward_kernel": Kernel(),
+        "_backward_kernel": Kernel(),
+        "_use_triton": lambda device: True,
+        "triton": SimpleNamespace(cdiv=lambda count, size: -(-count // size)),  # missing from CPU builds of torch
+    }
+    with patch.multiple(chunked_logprob, create=True, **fakes):
+        yield
 
 
 @contextmanager

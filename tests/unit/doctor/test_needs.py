@@ -67,7 +67,7 @@ def build(model_config: dict[str, Any]) -> Any:
 
 
 def plan_of(sft: TrainConfig, qat: TrainConfig, target: str = "mxfp4") -> Plan:
-    return Plan("model", DataConfig(), sft, QatConfig(**vars(qat)), Sharding.none, target)
+    return Plan("model", DataConfig(), sft, QatConfig(**vars(qat)), Sharding.none, target, MXFP4)
 
 
 def memory(
@@ -111,7 +111,7 @@ def test_adapters_have_as_many_parameters_as_in_peft(
 def test_packed_rows_are_laid_end_to_end(model_config: dict[str, Any], shape: Shape) -> None:
     packed = plan_of(replace(FULL, batch_size=2, packing=True), TrainConfig())
     packed.data.max_length = 64
-    found = needs.figures(packed, model_config, 32)["device_bytes"]["sft"]["activations"]
+    found = needs.figures(packed, model_config, 32, {})["device_bytes"]["sft"]["activations"]
     assert found == memory(shape, FULL, 128, TINY.num_experts_per_tok, False).activations
 
 
@@ -262,7 +262,7 @@ def test_rounded_experts_are_kept_in_bf16_up_to_their_budget(
     sharding: Sharding, budget_gib: float | None, expected: float
 ) -> None:
     planned = replace(plan_of(FULL, QatConfig(rounded_cache_gib=budget_gib)), sharding=sharding)
-    found = needs.figures(planned, RELEASED_CONFIG, 8)["device_bytes"]["qat"]["rounded"]
+    found = needs.figures(planned, RELEASED_CONFIG, 8, {})["device_bytes"]["qat"]["rounded"]
     assert found == pytest.approx(expected, rel=1e-3)
 
 

@@ -1,0 +1,109 @@
+"""Estimate the memory of a device beside weights, gradients and optimizer, for runs that cannot be measured.
+
+The estimates follow the tensors that transformers' eager implementation makes. They are compared with recorded
+measurements in the tests.
+
+Legend: B = batch size, T = tokens of the longest example, H = hidden size, I = intermediate size, N = query heads,
+K = experts per token, E = experts, a = bytes per activation.
+"""
+
+from dataclasses import dataclass
+
+from pipeline.checkpoints.dtypes import bytes_per_value
+from pipeline.checkpoints.gpt_oss import Shape, expert_projections
+from pipeline.config import LoraTarget, Method, Precision, TrainConfig
+from pipeline.models import attention
+
+_FP32_BYTES, _BF16_BYTES = bytes_per_value("F32"), bytes_per_value("BF16")
+_SCORE_COPIES = 3  # scores, scores minus their maximum, softmax
+
+
+def compute_width(train: TrainConfig) -> int:
+    """Return the bytes of a value in matrix products."""
+    return _FP32_BYTES if train.precision is Precision.fp32 else _BF16_BYTES
+
+
+def estimate(
+    shape: Shape, train: TrainConfig, *, tokens: int, experts_per_token: int, is_quantized: bool, is_cast: bool
+) -> int:
+    """Estimate the most bytes that are kept for the backward pass, and those that the busiest layer works with.
+
+    With gradient checkpointing, a layer keeps only its input, B·T·H·a bytes, until its turn. Then it makes its
+    activations again. Either its attention or its experts need more memory, or the gradient of the head does.
+
+    Args:
+        shape: sizes of the model.
+        train: settings of the stage.
+        tokens: number of tokens in a row of a batch.
+        experts_per_token: number of experts that the router chooses for each token.
+        is_quantized: whether fake quantizers run (QAT).
+        is_cast: whether autocast casts FP32 weights. Then layers make BF16 copies of their weights, and attention
+            scores are FP32. Gathered parameters are cast before they are gathered.
+    """
+    places = train.batch_size * tokens
+    width = compute_width(train)
+    layers, hidden = shape.num_hidden_layers, shape.hidden_size
+    vectors = width * places * _vector_values(shape, experts_per_token)
+    scores = (
+        (_FP32_BYTES if is_cast else width)
+        * (attention.for_training(train, attention.capability()) == attention.EAGER)
+        * shape.num_attention_heads
+        * tokens
+        * places
+    )
+    stacks = _stack_bytes(shape, train, is_quantized, is_cast)
+    busiest = vectors + max(scores * _SCORE_COPIES, stacks.working)
+    head = shape.vocab_size * hidden * _FP32_BYTES if train.method is Method.full else 0
+    if train.gradient_checkpointing:
+        return layers * places * hidden * width + max(busiest, head)
+    return layers * (vectors + scores + stacks.kept) + max(busiest - vectors - scores, head)
+
+
+def _vector_values(shape: Shape, experts_per_token: int) -> int:
+    """Count the values per token that a layer keeps: vectors of width H, queries, keys and values, and experts'."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    attention = 2 * shape.head_dim * (shape.num_attention_heads + shape.num_key_value_heads)
+    return 8 * hidden + attention + experts_per_token * (6 * inner + 2 * hidden)
+
+
+@dataclass(frozen=True)
+class _Stacks:
+    """Bytes of the copies of a layer's expert stacks: kept for the backward pass, and at most while it works."""
+
+    kept: int
+    working: int
+
+
+def _stack_bytes(shape: Shape, train: TrainConfig, is_quantized: bool, is_cast: bool) -> _Stacks:
+    """Estimate the copies of expert stacks, in addition to the weights.
+
+    A layer multiplies with a copy if the weights have adapters, are rounded or are cast. PEFT computes the delta for
+    quantizers in FP32, twice while it is scaled. The gradients of a copy have the copy's size.
+    """
+    values = [projection.values for projection in expert_projections(shape) if projection.layer == 0]
+    width = compute_width(train)
+    is_adapted = train.method is Method.lora and LoraTarget.experts in train.lora.targets
+    is_trained = train.method is Method.full
+    kept = sum(values) * width * (is_cast or is_adapted or (is_trained and is_quantized))
+    gradients = sum(values) * width * (is_adapted or is_trained)
+    delta = 2 * max(values) * _FP32_BYTES * (is_adapted and is_quantized)
+    return _Stacks(kept, kept + gradients + delta)
+
+
+def gathered_bytes(shape: Shape, train: TrainConfig, every: int) -> int:
+    """Estimate the bytes of whole layers that a process holds if parameters are sharded.
+
+    The layer at work and the next one are gathered, and the head stays gathered. In full training, the gradients of a
+    layer are reduced in FP32 after each pass.
+
+    Args:
+        shape: sizes of the model.
+        train: settings of the stage.
+        every: number of parameters of the model.
+    """
+    head = shape.vocab_size * shape.hidden_size
+    layer = (every - 2 * head) // shape.num_hidden_layers
+    gathered = (2 * layer + head) * compute_width(train)
+    if train.method is not Method.full:
+        return gathered
+    return gathered + layer * _FP32_BYTES

@@ -1,0 +1,84 @@
+"""Compute the peak memory of each GPU while a stage trains: measured with fake tensors, or else estimated.
+
+`peaks` measures. If that is not possible, or not worth the time, `needs` estimates, and the reason is reported.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from pipeline.checkpoints.gpt_oss import Shape
+from pipeline.config import Sharding, Stage
+from pipeline.doctor import needs, peaks
+from pipeline.doctor.fake_run import BACKWARD, OPTIMIZER, Job
+from pipeline.doctor.needs import DeviceFigures, Plan
+from pipeline.doctor.peaks import NotMeasured, Peaks
+from pipeline.models import rounded_weights
+from pipeline.models.sharding import STRATEGIES
+
+_SMALLEST = 10**9  # parameters; smaller models fit everywhere, and an estimate takes no time
+
+
+def figures(plan: Plan, model: Mapping[str, Any], longest: int, processes: int) -> dict[str, DeviceFigures]:
+    """Compute the memory of each training stage of a run.
+
+    Args:
+        plan: settings of the run.
+        model: content of the source's config.json.
+        longest: number of tokens of the longest example, after truncation.
+        processes: number of processes that train together. Each has one GPU.
+    """
+    stages = list(plan.trainings)
+    found = of_stages([(plan, stage, processes) for stage in stages], model, longest)
+    return dict(zip(stages, found, strict=True))
+
+
+def of_stages(
+    trainings: Sequence[tuple[Plan, str, int]], model: Mapping[str, Any], longest: int
+) -> list[DeviceFigures]:
+    """Compute the memory of several trainings (plan, name of the stage, processes), in their order."""
+    estimated = [estimate(plan, stage, model, longest, processes) for plan, stage, processes in trainings]
+    if needs.parameters(Shape.of(model, trainings[0][0].model_path))["all"] < _SMALLEST:
+        reason = f"the model has fewer than {_SMALLEST:,} parameters"
+        return [{"bytes": size, "phases": {}, "estimated_because": reason} for size in estimated]
+    jobs = [_job(plan, stage, model, longest, processes) for plan, stage, processes in trainings]
+    results = zip(trainings, peaks.measure(jobs), estimated, strict=True)
+    return [_figures(found, size, _bucket_bytes(training, model)) for training, found, size in results]
+
+
+def _figures(found: Peaks | NotMeasured, estimated: int, buckets: int) -> DeviceFigures:
+    if isinstance(found, NotMeasured):
+        return {"bytes": estimated, "phases": {}, "estimated_because": found.reason}
+    phases = asdict(found)
+    phases[BACKWARD] += buckets
+    phases[OPTIMIZER] += buckets
+    return {"bytes": max(phases.values()), "phases": phases, "estimated_because": ""}
+
+
+def _bucket_bytes(training: tuple[Plan, str, int], model: Mapping[str, Any]) -> int:
+    """Return the bytes in which DistributedDataParallel reduces the gradients. One process has no such buckets."""
+    plan, stage, processes = training
+    if plan.sharding is not Sharding.none or processes == 1:
+        return 0
+    return needs.gradient_bytes(Shape.of(model, plan.model_path), plan.trainings[stage])
+
+
+def estimate(plan: Plan, stage: str, model: Mapping[str, Any], longest: int, processes: int) -> int:
+    """Estimate the peak bytes of each GPU from the shapes and the settings. Arguments are those of `figures`."""
+    alone = needs.of_stage(plan, stage, model, longest).on_each(processes, STRATEGIES[plan.sharding].sharded)
+    return alone + _bucket_bytes((plan, stage, processes), model)
+
+
+def _job(plan: Plan, stage: str, model: Mapping[str, Any], longest: int, processes: int) -> Job:
+    train, tokens = needs.as_batched(plan.trainings[stage], longest, plan.data.max_length)
+    is_quantized = stage == Stage.qat.name
+    return Job(
+        model=dict(model),
+        stage=stage,
+        train=train,
+        tokens=tokens,
+        block_format=plan.block_format if is_quantized else None,
+        cache_bytes=rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding),
+        sharding=plan.sharding,
+        processes=processes,
+    )

@@ -1,0 +1,329 @@
+"""Train a model of a few layers on fake tensors, to measure the memory that training takes on a GPU.
+
+The model, adapters, quantizers, expert kernels, trainer and optimizer are those of a real run. Fake tensors have shapes
+and types but no values, so nothing is computed. The process pretends to have a GPU, so it can do nothing else:
+`peaks.measure` starts `python -m pipeline.doctor.fake_run` for each job, writes the job to its standard input, and
+reads the peaks from its standard output.
+"""
+
+import gc
+import os
+import pickle
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline.config import LoraConfig, Method, QatConfig, Sharding, TrainConfig
+from pipeline.doctor import fake_gpu
+from pipeline.doctor.live_memory import LiveMemory
+from pipeline.numerics.formats import BlockFormat
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
+
+    from pipeline.training.distillation import Teacher
+    from pipeline.training.trainer import Inputs
+
+LOAD, FORWARD, BACKWARD, OPTIMIZER = PHASES = ("load", "forward", "backward", "optimizer")
+"""Phases of training whose peaks are measured."""
+
+_PORT = "29500"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training whose memory is to be measured.
+
+    Attributes:
+        model: content of the model's config.json.
+        stage: name of the stage, for messages.
+        train: settings of the stage.
+        tokens: number of tokens in a row of a batch.
+        block_format: format of the fake quantizers, or None without quantizers.
+        cache_bytes: limit on the bytes of rounded weights that the quantizers cache.
+        sharding: how the processes share the model.
+        processes: number of processes. One of them is measured.
+    """
+
+    model: dict[str, Any]
+    stage: str
+    train: TrainConfig
+    tokens: int
+    block_format: BlockFormat | None
+    cache_bytes: float
+    sharding: Sharding
+    processes: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """Number of layers of a model, and how many of them have adapters."""
+
+    layers: int
+    adapted: int
+
+
+class _FakeMode(FakeTensorMode):
+    """Fake tensors that never start CUDA, although `torch.cuda.is_available()` is pretended to be true."""
+
+    avoid_device_init = True
+
+
+class _Answers(TorchDispatchMode):
+    """Answers what only values can tell: scalars are 1 or True, and boolean masks choose everything.
+
+    So every loss is finite, every batch has tokens, and all tokens are supervised.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, or answer it."""
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return _one(args[0].dtype)
+        if func is torch.ops.aten.index.Tensor and _is_mask(args[1]):
+            mask = args[1][0]
+            return args[0].reshape(-1, *args[0].shape[mask.dim() :]).clone()
+        return func(*args, **(kwargs or {}))
+
+
+def _one(dtype: torch.dtype) -> bool | int | float:
+    return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
+
+
+def _is_mask(indices: list[Tensor | None]) -> bool:
+    return bool(indices) and indices[0] is not None and indices[0].dtype is torch.bool
+
+
+def measure(job: Job, size: Size) -> dict[str, int]:
+    """Train a model of this size for two steps on fake tensors.
+
+    Returns:
+        Phase -> most bytes on the GPU of one process.
+    """
+    memory = LiveMemory()
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for context in (fake_gpu.pretend_cuda(), _processes(job.processes), _fake_kernels()):
+            stack.enter_context(context)
+        fake = _FakeMode(allow_non_fake_inputs=True)
+        with fake, memory, _Answers():
+            inputs = _make_inputs(job, size)
+        _train(inputs, job, directory, fake=fake, memory=memory)
+    return memory.peaks
+
+
+def _make_inputs(job: Job, size: Size) -> "Inputs":
+    """Make the model with its adapters, quantizers and teacher, as the stages do."""
+    from pipeline.models import adapters, fake_quantizers, loading
+    from pipeline.training.trainer import Inputs
+
+    model, train, rounded = _make_plain(job, size), _of_size(job.train, size), None
+    if train.method is Method.lora:
+        model = adapters.attach(model, train, job.stage, is_factored=job.block_format is None)
+    if job.block_format is not None:
+        fake_quantizers.insert(model, job.block_format, lambda _: None)
+    loading.set_up_to_train(model, train, job.block_format)
+    _shard(model, job)
+    teacher = _teacher(job, size)
+    if job.block_format is not None:
+        is_shared = teacher is not None and teacher.model is None
+        rounded = fake_quantizers.keep_rounded(model, job.cache_bytes, keeps_frozen=is_shared)
+    unused: Any = None  # there is no validation
+    return Inputs(model, _tokenizer(), _splits(), unused, rounded, teacher)
+
+
+def _shard(model: "PreTrainedModel", job: Job) -> None:
+    from pipeline.models import fsdp2, loading
+
+    if job.processes > 1:
+        fsdp2.shard(model, loading.is_mixed(job.train))
+
+
+def _make_plain(job: Job, size: Size) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM, GptOssConfig
+
+    from pipeline.models import attention
+    from pipeline.models.loading import TRAIN_DTYPES
+
+    known = {name: value for name, value in job.model.items() if name != "quantization_config"}
+    types = known.get("layer_types")
+    known |= {"num_hidden_layers": size.layers, "layer_types": types[: size.layers] if types else None}
+    dtype = TRAIN_DTYPES[job.train.precision]
+    # FSDP2 moves one layer after the other to the GPU, which fake tensors cannot do. So the model is made there.
+    with torch.device("cuda" if job.processes > 1 else "cpu"):
+        model = AutoModelForCausalLM.from_config(
+            GptOssConfig(**known),
+            dtype=dtype,
+            attn_implementation=attention.for_training(job.train, attention.capability()),
+        )
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _of_size(train: TrainConfig, size: Size) -> TrainConfig:
+    """Give the last layers adapters, as many as `size` says."""
+    layers = list(range(size.layers - size.adapted, size.layers))
+    return replace(train, lora=LoraConfig(**{**vars(train.lora), "layers": layers, "every_nth": None}))
+
+
+def _teacher(job: Job, size: Size) -> "Teacher | None":
+    from pipeline.models import packing_masks
+    from pipeline.models.loading import TRAIN_DTYPES
+    from pipeline.training.distillation import Teacher, holds_second_model
+
+    if not (isinstance(job.train, QatConfig) and job.train.distillation.weight):
+        return None
+    settings = job.train.distillation
+    if not holds_second_model(job.train, TRAIN_DTYPES[job.train.precision]):  # SFT's adapters alone are left out
+        return Teacher(None, settings.weight, settings.temperature)
+    model = _make_plain(job, size).eval().requires_grad_(False)
+    _shard(model, job)
+    if job.train.packing:
+        packing_masks.mask_documents(model)
+    return Teacher(model.to("cuda"), settings.weight, settings.temperature)
+
+
+def _train(inputs: "Inputs", job: Job, directory: Path, *, fake: FakeTensorMode, memory: LiveMemory) -> None:
+    from pipeline.models import sharding
+    from pipeline.training.trainer import Setup, make_trainer
+
+    setup = Setup(job.train, job.stage, directory, job.sharding)
+    with sharding.switch_on(job.sharding) as switches, _mesh(job):
+        trainer: Any = make_trainer(inputs, setup, {"eval_on_start": False, **switches})
+        if job.train.gradient_checkpointing:  # `trainer.train` would do this
+            trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+        with fake, memory, _Answers():
+            model = trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())[0]
+            # accelerate finds the optimizer's parameters by their addresses, which fake tensors do not have.
+            trainer.optimizer = None
+            optimizer = trainer.create_optimizer()
+            gc.collect()
+            with memory.phase(LOAD):
+                model.train()
+            for passes in (1, min(2, job.train.gradient_accumulation_steps)):
+                _step(trainer, model, optimizer, job, passes=passes, memory=memory)
+
+
+def _step(
+    trainer: Any, model: torch.nn.Module, optimizer: torch.optim.Optimizer, job: Job, *, passes: int, memory: LiveMemory
+) -> None:
+    """Run one step of the optimizer with several forward passes.
+
+    The optimizer's states exist after the first step, and gradients after the first pass of a step. So the second pass
+    of the second step has the peak.
+    """
+    backward = trainer.accelerator.backward
+
+    def in_phase(loss: Tensor, **arguments: Any) -> None:
+        with memory.phase(BACKWARD):
+            backward(loss, **arguments)
+
+    with patch.object(trainer.accelerator, "backward", in_phase):
+        for number in range(passes):
+            trainer.accelerator.gradient_state._set_sync_gradients(number == passes - 1)
+            with memory.phase(FORWARD):
+                trainer.training_step(model, _batch(job), torch.tensor(job.tokens, device="cuda"))
+    with memory.phase(OPTIMIZER):
+        trainer.accelerator.clip_grad_norm_(model.parameters(), job.train.max_grad_norm)
+        optimizer.step()
+    for callback in trainer.callback_handler.callbacks:  # empties the cache of rounded weights
+        callback.on_optimizer_step(trainer.args, trainer.state, trainer.control)
+    model.zero_grad()
+
+
+def _batch(job: Job) -> dict[str, Tensor]:
+    """Make a batch of the shape that the trainer's collator makes."""
+    rows = 1 if job.train.packing else job.train.batch_size
+    ids = torch.zeros(rows, job.tokens, dtype=torch.long, device="cuda")
+    more = torch.arange(job.tokens, device="cuda")[None] if job.train.packing else torch.ones_like(ids)
+    return {"input_ids": ids, "labels": ids.clone(), "position_ids" if job.train.packing else "attention_mask": more}
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, "<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="<pad>", eos_token="<end>", bos_token="<end>")
+
+
+def _splits() -> Any:
+    """Make data that the trainer accepts. No batch is taken from it."""
+    from datasets import Dataset
+
+    from pipeline.data.examples import Splits
+
+    data = Dataset.from_dict({"input_ids": [[0, 1]], "labels": [[0, 1]]})
+    return Splits(data, data, {}, 2, np.zeros(1, dtype=np.int64))
+
+
+@contextmanager
+def _processes(count: int) -> Iterator[None]:
+    """Make this process the first of `count` processes, whose collectives do nothing."""
+    if count == 1:
+        yield
+        return
+    import torch.distributed._tools.fake_collectives  # noqa: F401  registers collectives for fake tensors
+    from torch import distributed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ.update({name: str(value) for name, value in ranks.items()}, MASTER_ADDR="localhost", MASTER_PORT=_PORT)
+    if not distributed.is_initialized():
+        distributed.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+    yield
+
+
+@contextmanager
+def _mesh(job: Job) -> Iterator[None]:
+    """Make the mesh of processes outside of fake mode. torch 2.13 makes it in `fully_shard`, from tensors' values."""
+    if job.processes == 1:
+        yield
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp._fully_shard import _fully_shard
+
+    mesh: DeviceMesh = init_device_mesh("cuda", (job.processes,))
+    with patch.object(_fully_shard, "_init_default_mesh", lambda *_, **__: mesh):
+        yield
+
+
+@contextmanager
+def _fake_kernels() -> Iterator[None]:
+    """Replace kernels that run outside of torch by the allocations that they make."""
+    from pipeline.training import trainer
+
+    with trainer.no_triton_kernels(), patch("pipeline.models.fake_quantizers.fake_quantize", _allocate_rounded):
+        yield
+
+
+def _allocate_rounded(values: Tensor, *_: object) -> Tensor:
+    """Return a tensor like the one that the codec returns. Its other tensors are small parts of a stack."""
+    from pipeline.numerics.codec import straight_through
+
+    return straight_through(values, torch.empty_like(values))
+
+
+def main() -> None:
+    """Measure the job on the standard input, and write the peaks of each size to the standard output."""
+    job, sizes = pickle.load(sys.stdin.buffer)
+    output, sys.stdout = sys.stdout, sys.stderr
+    fake_gpu.install()
+    pickle.dump([measure(job, size) for size in sizes], output.buffer)
+    output.flush()
+
+
+if __name__ == "__main__":
+    main()

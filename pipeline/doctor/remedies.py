@@ -1,0 +1,104 @@
+"""Find settings that make a training fit into the memory of a GPU. Each one is computed before it is named."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeline.config import DistillationConfig, Method, Precision, QatConfig, Sharding, TrainConfig
+from pipeline.doctor import device_memory
+from pipeline.doctor.needs import Plan
+
+_USUAL_GPUS = 8  # in one machine
+_ROUND = 64
+_SHORTEST = 512  # tokens; most examples would be truncated
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A setting that saves memory.
+
+    Attributes:
+        setting: text for the command line.
+        bytes: memory of each GPU with the setting.
+        is_measured: whether the bytes are measured with fake tensors, and not estimated.
+    """
+
+    setting: str
+    bytes: int
+    is_measured: bool
+
+
+@dataclass(frozen=True)
+class _Change:
+    setting: str
+    plan: Plan
+    processes: int
+
+
+def find(plan: Plan, stage: str, model: Mapping[str, Any], longest: int, *, processes: int, gpus: int) -> list[Remedy]:
+    """Compute the memory with each single setting that may help. The settings that change the result least come first.
+
+    Args:
+        plan: settings of the run.
+        stage: name of the stage that does not fit.
+        model: content of the source's config.json.
+        longest: number of tokens of the longest example, after truncation.
+        processes: number of processes that train together.
+        gpus: number of GPUs in this machine.
+    """
+    changes = _changes(plan, stage, longest, processes, gpus)
+    if not changes:
+        return []
+    found = device_memory.of_stages([(each.plan, stage, each.processes) for each in changes], model, longest)
+    return [
+        Remedy(change.setting, memory["bytes"], not memory["estimated_because"])
+        for change, memory in zip(changes, found, strict=True)
+    ]
+
+
+def _changes(plan: Plan, stage: str, longest: int, processes: int, gpus: int) -> list[_Change]:
+    train = plan.trainings[stage]
+
+    def changed(setting: str, **fields: Any) -> _Change:
+        return _Change(f"{stage}.{setting}", _with(plan, stage, **fields), processes)
+
+    found = []
+    if not train.gradient_checkpointing:
+        found.append(changed("gradient_checkpointing=true", gradient_checkpointing=True))
+    if train.batch_size > 1:
+        found.append(changed("batch_size=1", batch_size=1))
+    if isinstance(train, QatConfig):
+        found += _qat_changes(train, changed)
+    if plan.sharding is Sharding.none:
+        count = processes if processes > 1 else gpus if gpus > 1 else _USUAL_GPUS
+        setting = f"sharding=fsdp2 on {count} GPUs of this size"
+        found.append(_Change(setting, replace(plan, sharding=Sharding.fsdp2), count))
+    return found + _last_changes(plan, stage, train, longest, processes)
+
+
+def _qat_changes(train: QatConfig, changed: Any) -> list[_Change]:
+    found = []
+    if train.rounded_cache_gib != 0:
+        found.append(changed("rounded_cache_gib=0", rounded_cache_gib=0.0))
+    if train.distillation.weight:
+        found.append(changed("distillation.weight=0", distillation=DistillationConfig()))
+    return found
+
+
+def _last_changes(plan: Plan, stage: str, train: TrainConfig, longest: int, processes: int) -> list[_Change]:
+    """Return the changes that lower the quality of the result: truncated examples, and adapters instead of weights."""
+    found = []
+    half = _ROUND * (min(longest, plan.data.max_length) // (2 * _ROUND))
+    if half >= _SHORTEST:
+        shorter = replace(plan, data=replace(plan.data, max_length=half))
+        found.append(_Change(f"data.max_length={half}", shorter, processes))
+    if train.method is Method.full:
+        adapted = _with(plan, stage, method=Method.lora, precision=Precision.bf16)  # as conf/train/lora.yaml
+        found.append(_Change(f"train@{stage}=lora", adapted, processes))
+    return found
+
+
+def _with(plan: Plan, stage: str, **fields: Any) -> Plan:
+    """Return the plan with other settings of a training stage."""
+    changed: dict[str, Any] = {stage: replace(plan.trainings[stage], **fields)}
+    return replace(plan, **changed)

@@ -1,0 +1,79 @@
+"""Peak memory measured with fake tensors, in processes that pretend to have a GPU."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import LoraConfig, Method, Precision, QatConfig, Sharding, TrainConfig
+from pipeline.doctor import peaks
+from pipeline.doctor.fake_run import Job
+from pipeline.doctor.peaks import NotMeasured, Peaks
+from pipeline.numerics.formats import MXFP4
+
+LAYERS = 6
+MODEL = {
+    "model_type": "gpt_oss",
+    "num_hidden_layers": LAYERS,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 2048,
+    "pad_token_id": 0,
+}
+LORA: dict[str, Any] = {"method": Method.lora, "precision": Precision.bf16}
+SFT = Job(MODEL, "sft", TrainConfig(**LORA), 512, None, 0, Sharding.none, 1)
+QAT = replace(SFT, stage="qat", train=QatConfig(**LORA), block_format=MXFP4)
+
+
+def measured(*jobs: Job) -> list[Peaks]:
+    found = peaks.measure(jobs)
+    assert all(isinstance(each, Peaks) for each in found), found
+    return [each for each in found if isinstance(each, Peaks)]
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(every_nth=2)], ids=["all layers", "every second layer"])
+def test_two_and_four_layers_predict_six(lora: LoraConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = replace(SFT, train=TrainConfig(**LORA, lora=lora))
+    (predicted,) = measured(job)
+    monkeypatch.setattr(peaks, "_MORE", LAYERS)  # measures models of up to six layers as they are
+    (exact,) = measured(job)
+    for phase, size in vars(exact).items():
+        assert getattr(predicted, phase) == pytest.approx(size, rel=0.002), phase
+
+
+def test_quantizers_a_cache_and_a_teacher_take_memory() -> None:
+    taught = QatConfig(**LORA)
+    taught.distillation.weight = 0.5
+    sft, qat, cached, with_teacher = measured(
+        SFT, QAT, replace(QAT, cache_bytes=float("inf")), replace(QAT, train=taught)
+    )
+    experts = LAYERS * 8 * 3 * 256 * 256 * 2
+    assert sft.highest <= qat.highest < cached.highest  # attention has the peak of both at this width
+    assert cached.highest - qat.highest > 0.5 * experts
+    assert with_teacher.load - qat.load > experts
+
+
+def test_a_rank_of_four_holds_a_quarter_of_the_weights_and_states() -> None:
+    full = replace(SFT, train=TrainConfig(gradient_accumulation_steps=1))
+    alone, sharded = measured(full, replace(full, sharding=Sharding.fsdp2, processes=4))
+    assert sharded.load == pytest.approx(alone.load / 4, rel=0.05)
+    assert sharded.optimizer == pytest.approx(alone.optimizer / 4, rel=0.1)
+
+
+def test_without_a_compiler_the_reason_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # otherwise an earlier run has left the compiled library
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    (found,) = peaks.measure([SFT])
+    assert isinstance(found, NotMeasured)
+    assert "no C++ compiler: no-such-compiler cannot be started" in found.reason
+
+
+def test_deepspeed_is_not_measured() -> None:
+    (found,) = peaks.measure([replace(SFT, sharding=Sharding.zero3, processes=2)])
+    assert found == NotMeasured("sharding=zero3 cannot run without a GPU")

@@ -1,0 +1,95 @@
+"""The memory of each GPU, for a model that is too small to be measured."""
+
+from dataclasses import replace
+from typing import Any
+
+from pipeline.checkpoints.gpt_oss import Shape
+from pipeline.config import DataConfig, Precision, QatConfig, Sharding, TrainConfig
+from pipeline.doctor import device_memory, needs, remedies
+from pipeline.doctor.needs import Plan
+from pipeline.numerics.formats import MXFP4
+
+MODEL: dict[str, Any] = {
+    "model_type": "gpt_oss",
+    "num_experts_per_tok": 2,
+    **vars(Shape(4, 64, 64, 4, 4, 2, 16, 512)),
+}
+SFT = TrainConfig(precision=Precision.fp32, batch_size=8, gradient_checkpointing=False)
+PLAN = Plan("model", DataConfig(max_length=2048), SFT, QatConfig(**vars(SFT)), Sharding.none, "mxfp4", MXFP4)
+LONGEST = 1024
+
+
+def bytes_of(plan: Plan, stage: str = "sft", processes: int = 1) -> int:
+    return device_memory.figures(plan, MODEL, LONGEST, processes)[stage]["bytes"]
+
+
+def test_an_estimate_says_why_it_is_one() -> None:
+    found = device_memory.figures(PLAN, MODEL, LONGEST, 1)["sft"]
+    assert found["estimated_because"] == "the model has fewer than 1,000,000,000 parameters"
+    assert found["phases"] == {} and found["bytes"] == needs.of_stage(PLAN, "sft", MODEL, LONGEST).total
+
+
+def test_only_sharded_parts_are_divided_between_processes() -> None:
+    parts = needs.of_stage(PLAN, "sft", MODEL, LONGEST)
+    zero2 = replace(PLAN, sharding=Sharding.zero2)
+    divided = parts.gradients + parts.optimizer
+    assert bytes_of(zero2, processes=1) - bytes_of(zero2, processes=2) == divided - (
+        parts.gradients // 2 + parts.optimizer // 2
+    )
+    fsdp2 = replace(PLAN, sharding=Sharding.fsdp2)
+    saved = bytes_of(fsdp2, processes=1) - bytes_of(fsdp2, processes=2)
+    assert saved == divided + parts.weights - sum(
+        size // 2 for size in (parts.gradients, parts.optimizer, parts.weights)
+    )
+
+
+def test_several_processes_without_sharding_reduce_a_copy_of_the_gradients() -> None:
+    gradients = needs.of_stage(PLAN, "sft", MODEL, LONGEST).gradients
+    assert bytes_of(PLAN, processes=2) - bytes_of(PLAN) == gradients
+
+
+def test_a_teacher_is_counted() -> None:
+    qat = QatConfig(**vars(SFT))
+    qat.distillation.weight = 0.5
+    taught = replace(PLAN, qat=qat)
+    assert bytes_of(taught, "qat") - bytes_of(PLAN, "qat") == needs.of_stage(PLAN, "qat", MODEL, LONGEST).weights
+
+
+def find(stage: str = "sft", plan: Plan = PLAN, processes: int = 1, gpus: int = 1) -> dict[str, int]:
+    found = remedies.find(plan, stage, MODEL, LONGEST, processes=processes, gpus=gpus)
+    assert not any(each.is_measured for each in found)
+    return {each.setting: each.bytes for each in found}
+
+
+def test_each_remedy_names_the_memory_that_its_setting_leads_to() -> None:
+    found = find()
+    assert list(found) == [
+        "sft.gradient_checkpointing=true",
+        "sft.batch_size=1",
+        "sharding=fsdp2 on 8 GPUs of this size",
+        "data.max_length=512",
+        "train@sft=lora",
+    ]
+    assert found["sft.batch_size=1"] == bytes_of(replace(PLAN, sft=replace(SFT, batch_size=1)))
+    assert found["sharding=fsdp2 on 8 GPUs of this size"] == bytes_of(
+        replace(PLAN, sharding=Sharding.fsdp2), processes=8
+    )
+    shorter = device_memory.figures(replace(PLAN, data=DataConfig(max_length=512)), MODEL, LONGEST, 1)["sft"]
+    assert found["data.max_length=512"] == shorter["bytes"] < bytes_of(PLAN)
+
+
+def test_settings_that_the_run_has_already_are_no_remedies() -> None:
+    small = replace(SFT, batch_size=1, gradient_checkpointing=True)
+    sharded = replace(PLAN, sft=small, sharding=Sharding.fsdp2)
+    assert list(find(plan=sharded, processes=2)) == ["data.max_length=512", "train@sft=lora"]
+
+
+def test_qat_can_do_without_its_cache_and_its_teacher() -> None:
+    qat = QatConfig(**vars(SFT))
+    qat.distillation.weight = 0.5
+    found = find("qat", replace(PLAN, qat=qat))
+    assert {"qat.rounded_cache_gib=0", "qat.distillation.weight=0"} <= found.keys()
+
+
+def test_sharding_is_proposed_for_the_gpus_of_the_machine() -> None:
+    assert "sharding=fsdp2 on 4 GPUs of this size" in find(gpus=4)
