@@ -78,7 +78,7 @@ def _job(plan: Plan, stage: str, model: Mapping[str, Any], longest: int, process
         train=train,
         tokens=tokens,
         block_format=plan.block_format if is_quantized else None,
-        cache_bytes=rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding),
+        cache_bytes=rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding, on_gpu=True),
         sharding=plan.sharding,
         processes=processes,
     )

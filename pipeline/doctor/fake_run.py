@@ -114,7 +114,7 @@ def measure(job: Job, size: Size) -> dict[str, int]:
     memory = LiveMemory()
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for context in (fake_gpu.pretend_cuda(), _processes(job.processes), _fake_kernels()):
+        for context in (fake_gpu.pretend_cuda(), _processes(job.processes), _mesh(job), _fake_kernels()):
             stack.enter_context(context)
         fake = _FakeMode(allow_non_fake_inputs=True)
         with fake, memory, _Answers():
@@ -153,7 +153,7 @@ def _shard(model: "PreTrainedModel", job: Job) -> None:
 def _make_plain(job: Job, size: Size) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM, GptOssConfig
 
-    from pipeline.models import attention
+    from pipeline.models import attention, sink_attention  # noqa: F401  registers fused_sinks
     from pipeline.models.loading import TRAIN_DTYPES
 
     known = {name: value for name, value in job.model.items() if name != "quantization_config"}
@@ -200,7 +200,7 @@ def _train(inputs: "Inputs", job: Job, directory: Path, *, fake: FakeTensorMode,
     from pipeline.training.trainer import Setup, make_trainer
 
     setup = Setup(job.train, job.stage, directory, job.sharding)
-    with sharding.switch_on(job.sharding) as switches, _mesh(job):
+    with sharding.switch_on(job.sharding) as switches:
         trainer: Any = make_trainer(inputs, setup, {"eval_on_start": False, **switches})
         if job.train.gradient_checkpointing:  # `trainer.train` would do this
             trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
@@ -309,11 +309,11 @@ def _fake_kernels() -> Iterator[None]:
         yield
 
 
-def _allocate_rounded(values: Tensor, *_: object) -> Tensor:
+def _allocate_rounded(values: Tensor, *_: object, dtype: torch.dtype | None = None, **__: object) -> Tensor:
     """Return a tensor like the one that the codec returns. Its other tensors are small parts of a stack."""
     from pipeline.numerics.codec import straight_through
 
-    return straight_through(values, torch.empty_like(values))
+    return straight_through(values, torch.empty_like(values, dtype=dtype or values.dtype))
 
 
 def main() -> None:

@@ -311,7 +311,7 @@ def of_stage(plan: Plan, stage: str, model: Mapping[str, Any], longest: int) -> 
         tokens=tokens,
         experts_per_token=int(model["num_experts_per_tok"]),
         is_quantized=stage == Stage.qat.name,
-        rounded_budget=rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding),
+        rounded_budget=rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding, on_gpu=True),
         gathers=STRATEGIES[plan.sharding].gathers,
     )
 

@@ -96,7 +96,7 @@ def _use_autocast(model: Any, device_type: str) -> None:
 
 
 def shard(model: Any, mixed: bool) -> None:
-    """Shard a model in place. Each decoder layer, the embedding, and the final norm with the head are gathered as a unit.
+    """Shard a model in place. Units are each decoder layer, the embedding, and the final norm with the head.
 
     The units are those of accelerate 1.15. The embedding's output is FP32 under mixed precision, as on one device.
     """

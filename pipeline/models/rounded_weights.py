@@ -21,15 +21,20 @@ _CHECKED_AT_ONCE = frozenset({"cpu"})
 _DEFAULT_ON_CPU = 4.0 * 2**30  # covers models that are small enough to train on a CPU
 
 
-def budget_bytes(budget_gib: float | None, shared: Sharding) -> float:
+def budget_bytes(budget_gib: float | None, shared: Sharding, *, on_gpu: bool) -> float:
     """Return how many bytes of rounded weights a run may cache on each device.
 
     The default (`qat.rounded_cache_gib=null`) must fit wherever the run fits without a cache. So there is no cache on
     a GPU, where the rounded experts of gpt-oss-20b would take 38 GB beside the model. There is none either if
     parameters are gathered, because each gather is a new allocation.
+
+    Args:
+        budget_gib: value of `qat.rounded_cache_gib`.
+        shared: how the model is sharded.
+        on_gpu: whether the run trains on a GPU.
     """
     if budget_gib is None:
-        has_none = STRATEGIES[shared].gathers or torch.cuda.is_available()
+        has_none = STRATEGIES[shared].gathers or on_gpu
         return 0.0 if has_none else _DEFAULT_ON_CPU
     return budget_gib * 2**30
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from pipeline.config import PipelineConfig, Stage
 from pipeline.data.examples import prepare_examples
 from pipeline.data.rows import Rows, load_rows
@@ -89,7 +91,9 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     placement.raise_if_host_too_small("qat", start.base, loading.TRAIN_DTYPES[config.qat.precision], copies)
     model = loading.load_to_train(start, config.qat, attention, config.sharding)
     changes = WeightChanges(model, block_format)  # read the weights before frozen experts are rounded in place
-    budget = rounded_weights.budget_bytes(config.qat.rounded_cache_gib, config.sharding)
+    budget = rounded_weights.budget_bytes(
+        config.qat.rounded_cache_gib, config.sharding, on_gpu=torch.cuda.is_available()
+    )
     teacher = _load_teacher(here, config, start, attention)
     is_shared = teacher is not None and teacher.model is None
     rounded = fake_quantizers.keep_rounded(model, budget, keeps_frozen=is_shared)

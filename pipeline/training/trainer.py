@@ -406,6 +406,8 @@ def _raise_if_launched_otherwise(arguments: SFTConfig, setup: Setup) -> None:
 
 def _make_arguments(setup: Setup, more: Mapping[str, Any]) -> SFTConfig:
     settings, on_gpu = setup.settings, torch.cuda.is_available()
+    # Batches are copied while the GPU computes.
+    accelerator = {"non_blocking": on_gpu, **more.get("accelerator_config", {})}
     arguments = SFTConfig(
         output_dir=str(setup.directory / CHECKPOINTS_DIR),
         learning_rate=settings.learning_rate,
@@ -432,11 +434,10 @@ def _make_arguments(setup: Setup, more: Mapping[str, Any]) -> SFTConfig:
         data_seed=settings.seed,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
-        accelerator_config={"non_blocking": on_gpu},  # batches are copied while the GPU computes
         dataset_kwargs={"skip_prepare_dataset": True},  # the data is already tokenized and packed
         packing=settings.packing,
         **_FIXED,
-        **more,
+        **{**more, "accelerator_config": accelerator},
     )
     _raise_if_launched_otherwise(arguments, setup)
     return arguments

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Sharding
-from pipeline.doctor.fake_gpu import pretend_cuda
 from pipeline.models import rounded_weights
 from pipeline.models.rounded_weights import NonFinite, RoundedWeights, budget_bytes, compute_dtype
 from pipeline.numerics.codec import CodecError, fake_quantize, straight_through
@@ -28,16 +27,15 @@ def parameter(*values: float) -> Tensor:
 
 
 def test_without_a_setting_gpus_and_gathered_weights_have_no_cache_and_a_cpu_has_a_small_one() -> None:
-    assert 0 < budget_bytes(None, Sharding.none) < 8e9
-    assert budget_bytes(None, Sharding.fsdp2) == 0
-    with pretend_cuda():
-        assert budget_bytes(None, Sharding.none) == budget_bytes(None, Sharding.zero2) == 0
+    assert 0 < budget_bytes(None, Sharding.none, on_gpu=False) < 8e9
+    assert budget_bytes(None, Sharding.fsdp2, on_gpu=False) == 0
+    assert budget_bytes(None, Sharding.none, on_gpu=True) == budget_bytes(None, Sharding.zero2, on_gpu=True) == 0
 
 
-def test_a_setting_decides_on_every_device() -> None:
-    assert budget_bytes(2.5, Sharding.none) == budget_bytes(2.5, Sharding.fsdp2) == 2.5 * 2**30
-    with pretend_cuda():
-        assert budget_bytes(2.5, Sharding.none) == 2.5 * 2**30
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("shared", [Sharding.none, Sharding.fsdp2])
+def test_a_setting_decides_on_every_device(shared: Sharding, on_gpu: bool) -> None:
+    assert budget_bytes(2.5, shared, on_gpu=on_gpu) == 2.5 * 2**30
 
 
 def test_weights_are_rounded_once_until_they_are_forgotten() -> None:
