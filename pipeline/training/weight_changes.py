@@ -5,7 +5,7 @@ If few codes change, most updates do not survive rounding. The shares show this 
 One expert of each stack is measured, which costs almost no time.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,38 +17,42 @@ from pipeline.numerics.formats import BlockFormat
 _SAMPLED = slice(0, 1)  # experts of each stack
 
 
-@dataclass(frozen=True)
-class _Start:
-    weights: Tensor  # (1, in, out)
-    rounded: Tensor  # (1, in, out)
-
-
 class WeightChanges:
-    """Compares the weights of sampled experts with their values at the start of training."""
+    """Compares the weights of sampled experts with their values at the start of training.
+
+    The values at the start stay in host memory, as they are used only during validation. Stacks are compared one after
+    the other on the model's device, so the device holds the sample of one stack at a time.
+    """
 
     def __init__(self, model: nn.Module, block_format: BlockFormat) -> None:
         """Store the current weights of the sampled experts, for later comparison.
 
         Args:
-            model: the model that will be trained.
+            model: the model that will be trained. It may move to another device later.
             block_format: the format of the export.
         """
         self._model, self._format = model, block_format
-        self._start = {name: _Start(weights.clone(), self._round(weights)) for name, weights in self._sample()}
+        self._start = {name: weights.to("cpu", copy=True) for name, weights in self._sample()}
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """Return `moved_weights` and `changed_codes`, shares of the sampled weights, or {} if none is trained."""
-        moved = changed = total = 0
+        counts, total = [], 0
         for name, weights in self._sample():
-            start = self._start[name]
-            moved += int((weights != start.weights).sum())
-            changed += int((self._round(weights) != start.rounded).sum())
+            counts.append(self._count(self._start[name].to(weights.device), weights))
             total += weights.numel()
-        return {"moved_weights": moved / total, "changed_codes": changed / total} if total else {}
+        if not total:
+            return {}
+        moved, changed = torch.stack(counts).sum(0).tolist()
+        return {"moved_weights": moved / total, "changed_codes": changed / total}
 
-    def _sample(self) -> list[tuple[str, Tensor]]:
-        return [(name, weights.detach()) for name, weights in expert_weights(self._model, _SAMPLED)]
+    def _count(self, start: Tensor, weights: Tensor) -> Tensor:
+        """Count the weights and the rounded weights that differ: (2) int64, on the device of the weights."""
+        moved = (weights != start).sum()
+        return torch.stack([moved, (self._round(weights) != self._round(start)).sum()])
+
+    def _sample(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, weights.detach()) for name, weights in expert_weights(self._model, _SAMPLED))
 
     def _round(self, weights: Tensor) -> Tensor:
         return fake_quantize(weights.transpose(1, 2), self._format).transpose(1, 2)
