@@ -9,8 +9,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 os.environ["TRITON_INTERPRET"] = "1"  # TRL's kernels then run on the CPU; Triton reads the variable at import
 
-import torch
-from pretended_gpu import gpu
+import torch  # noqa: E402
+from pretended_gpu import gpu  # noqa: E402
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -89,6 +89,10 @@ class FakeStream:
         """Return True: all work has finished."""
         return True
 
+    def is_capturing(self) -> bool:
+        """Return False: no CUDA graph is captured."""
+        return False
+
     def record_event(self, *_: object) -> "FakeStream":
         """Return a new event."""
         return FakeStream()
@@ -103,7 +107,11 @@ class FakeStream:
 def pretend_cuda(count: int = 1, properties: FakeProperties | None = None) -> Iterator[None]:
     """Make `torch.cuda` answer as if this machine had `count` GPUs. Nothing is computed on them."""
     each = properties or FakeProperties()
-    with patch.multiple(torch.cuda, **_answers(count, each)), patch.object(torch.nn.Module, "_apply", _apply):
+    with (
+        patch.multiple(torch.cuda, **_answers(count, each)),
+        patch.object(torch.accelerator, "current_stream", FakeStream),
+        patch.object(torch.nn.Module, "_apply", _apply),
+    ):
         yield
 
 

@@ -40,7 +40,7 @@ STATE_FILE = "modelopt_state.pth"
 """File name that ModelOpt's own `enable_huggingface_checkpointing` looks for."""
 
 _BACKEND = "pipeline_codec"
-_WEIGHTS = "_weight_quantizer"
+WEIGHTS = "_weight_quantizer"
 _INPUTS = "_input_quantizer"
 
 Calibrate = Callable[["PreTrainedModel"], None]
@@ -66,7 +66,7 @@ class _State:
     observers: list[Callable[[Tensor], None]] = field(default_factory=list)
 
 
-def _state_of(quantizer: TensorQuantizer) -> _State:
+def state_of(quantizer: TensorQuantizer) -> _State:
     if getattr(quantizer, "_quantizer_cache", None) is None:
         quantizer._quantizer_cache = _State()
     return quantizer._quantizer_cache
@@ -77,7 +77,7 @@ def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer, dtype: torch.dtype |
 
     Inputs beyond the calibrated range saturate, as in the served model. `dtype` is the type of the result, or None.
     """
-    arguments, state = quantizer.backend_extra_args, _state_of(quantizer)
+    arguments, state = quantizer.backend_extra_args, state_of(quantizer)
     block_format = FORMATS[arguments["format"]].with_rule(arguments["scale_rule"])
     amax = quantizer.amax if arguments["is_input"] else None
     scale = None if amax is None else tensor_scale_for_amax(amax.float(), INPUT_RULE)
@@ -97,7 +97,7 @@ def _round_stack(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
         return weight
     if not quantizer._if_quant:  # ModelOpt is calibrating
         return _transposed_quantize(weight, quantizer)
-    state, dtype = _state_of(quantizer), compute_dtype(weight)
+    state, dtype = state_of(quantizer), compute_dtype(weight)
 
     def make() -> Tensor:
         with torch.no_grad():
@@ -135,7 +135,7 @@ def _quantize_weight(experts: huggingface._QuantGptOssExperts) -> Iterator[None]
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """Switch off all quantizers of a model inside the block. Weights that were rounded in place stay rounded."""
-    quantizers = [quantizer for _, quantizer in _enabled(model)]
+    quantizers = [quantizer for _, quantizer in enabled(model)]
     for quantizer in quantizers:
         quantizer.disable()
     try:
@@ -159,10 +159,10 @@ def keep_rounded(model: nn.Module, budget_bytes: float, *, keeps_frozen: bool = 
     base = base_of(model)
     modules = dict(base.named_modules())
     cache = RoundedWeights(budget_bytes)
-    for name, quantizer in _enabled(base):
-        state = _state_of(quantizer)
-        if name.endswith(_WEIGHTS):
-            owner, _, projection = name.removesuffix(_WEIGHTS).rpartition(".")
+    for name, quantizer in enabled(base):
+        state = state_of(quantizer)
+        if name.endswith(WEIGHTS):
+            owner, _, projection = name.removesuffix(WEIGHTS).rpartition(".")
             parameter = dict(modules[owner].named_parameters(recurse=False))[projection]
             if parameter.requires_grad or is_wrapped(name) or keeps_frozen:
                 state.cache = cache
@@ -220,8 +220,8 @@ def calibrate_importance(model: "PreTrainedModel", calibrate: Calibrate) -> None
         return add
 
     modules = dict(base_of(model).named_modules())
-    weights = {name: module for name, module in _enabled(base_of(model)) if name.endswith(_WEIGHTS)}
-    inputs = {name: modules[name.removesuffix(_WEIGHTS) + _INPUTS] for name in weights}
+    weights = {name: module for name, module in enabled(base_of(model)) if name.endswith(WEIGHTS)}
+    inputs = {name: modules[name.removesuffix(WEIGHTS) + _INPUTS] for name in weights}
     hooks = [module.register_forward_hook(hook(name)) for name, module in inputs.items()]
     try:
         calibrate(model)
@@ -229,7 +229,7 @@ def calibrate_importance(model: "PreTrainedModel", calibrate: Calibrate) -> None
         for each in hooks:
             each.remove()
     for name, module in weights.items():
-        _state_of(module).importance = sums[name].cpu()
+        state_of(module).importance = sums[name].cpu()
 
 
 def save_state(model: nn.Module, directory: Path) -> None:
@@ -239,13 +239,13 @@ def save_state(model: nn.Module, directory: Path) -> None:
     """
     torch.save(mto.modelopt_state(base_of(model)), directory / STATE_FILE)
     importance = {
-        parameter_name(name).removesuffix(_WEIGHTS): weight.cpu()
-        for name, module in _enabled(base_of(model))
-        if (weight := _state_of(module).importance) is not None
+        parameter_name(name).removesuffix(WEIGHTS): weight.cpu()
+        for name, module in enabled(base_of(model))
+        if (weight := state_of(module).importance) is not None
     }
     amax = {
         parameter_name(name): module.amax.cpu()
-        for name, module in _enabled(base_of(model))
+        for name, module in enabled(base_of(model))
         if name.endswith(_INPUTS) and module.amax is not None
     }
     if importance or amax:
@@ -257,12 +257,12 @@ def restore(model: nn.Module, directory: Path, block_format: BlockFormat) -> Non
     register_backend()
     mto.restore_from_modelopt_state(base_of(model), modelopt_state_path=str(directory / STATE_FILE))
     calibration = load_calibration(directory)
-    for full_name, module in _enabled(base_of(model)):
+    for full_name, module in enabled(base_of(model)):
         name = parameter_name(full_name)
         if name in calibration.amax:
             module.amax = calibration.amax[name]
-        if name.removesuffix(_WEIGHTS) in calibration.importance:
-            _state_of(module).importance = calibration.importance[name.removesuffix(_WEIGHTS)]
+        if name.removesuffix(WEIGHTS) in calibration.importance:
+            state_of(module).importance = calibration.importance[name.removesuffix(WEIGHTS)]
     count(model, block_format)
 
 
@@ -283,7 +283,7 @@ def count(model: nn.Module, block_format: BlockFormat) -> int:
         for name in EXPERT_WEIGHTS
         for kind, arguments in kinds.items()
     }
-    found = {parameter_name(name): quantizer for name, quantizer in _enabled(base)}
+    found = {parameter_name(name): quantizer for name, quantizer in enabled(base)}
     wrong = sorted(expected.keys() ^ found.keys()) + [
         f"{name} ({quantizer.backend_extra_args})"
         for name, quantizer in found.items()
@@ -316,80 +316,7 @@ def nvfp4_values(blocks: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor
     return torch.stack(experts)
 
 
-@dataclass
-class QuantizerCalls:
-    """Counts the calls of each quantizer in forward passes.
-
-    Attributes:
-        calls: number of calls, keyed by the quantizer's name in the plain model.
-    """
-
-    calls: dict[str, int]
-
-    def add(self, name: str) -> None:
-        """Count one call."""
-        self.calls[name] = self.calls.get(name, 0) + 1
-
-    def raise_unless_all(self, model: nn.Module) -> None:
-        """Check that exactly the enabled quantizers have run.
-
-        Raises:
-            CheckFailed: a quantizer did not run, or ran although it is disabled.
-        """
-        expected = {parameter_name(name) for name, _ in _enabled(base_of(model))}
-        silent, stray = sorted(expected - self.calls.keys()), sorted(self.calls.keys() - expected)
-        if silent or stray:
-            raise CheckFailed(
-                f"fake quantization: did not run: {silent or 'none'}; ran although disabled: {stray or 'none'}"
-            )
-
-
-@contextmanager
-def watch(model: nn.Module, see: Callable[[str, Tensor], None] | None = None) -> Iterator[QuantizerCalls]:
-    """Count how often each quantizer runs inside the block.
-
-    Args:
-        model: a model with quantizers.
-        see: function that is called for each quantized parameter, with its name in the plain model and with the
-            fake-quantized values (E, out, in) that the forward pass uses.
-    """
-    fired = QuantizerCalls({})
-    hooks = []
-    observed = []
-    for full_name, module in base_of(model).named_modules():
-        if isinstance(module, TensorQuantizer):
-            name = parameter_name(full_name)
-            hooks.append(module.register_forward_hook(_hook(name, fired)))
-            if name.endswith(_WEIGHTS):
-                observed.append((_state_of(module).observers, _observer(name, fired, see)))
-                observed[-1][0].append(observed[-1][1])
-    try:
-        yield fired
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for observers, observer in observed:
-            observers.remove(observer)
-
-
-def _hook(name: str, fired: QuantizerCalls) -> Hook:
-    def hook(module: TensorQuantizer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if module.is_enabled:
-            fired.add(name)
-
-    return hook
-
-
-def _observer(name: str, fired: QuantizerCalls, see: Callable[[str, Tensor], None] | None) -> Callable[[Tensor], None]:
-    def observe(rounded: Tensor) -> None:
-        fired.add(name)
-        if see is not None:
-            see(name.removesuffix(_WEIGHTS), rounded)
-
-    return observe
-
-
-def _enabled(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
+def enabled(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
     """Yield the enabled quantizers of a model with their names."""
     for name, module in model.named_modules():
         if isinstance(module, TensorQuantizer) and module.is_enabled:
@@ -400,7 +327,7 @@ def _arguments(block_format: BlockFormat) -> dict[str, dict[str, object]]:
     """Return the arguments for our backend, for each kind of quantizer that the format needs."""
     weights = {"format": block_format.name, "scale_rule": block_format.scale_rule, "is_input": False}
     inputs = {**weights, "scale_rule": INPUT_RULE, "is_input": True}
-    return {_WEIGHTS: weights, **({_INPUTS: inputs} if block_format.quantizes_activations else {})}
+    return {WEIGHTS: weights, **({_INPUTS: inputs} if block_format.quantizes_activations else {})}
 
 
 def _quant_cfg(block_format: BlockFormat) -> dict[str, object]:

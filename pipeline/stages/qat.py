@@ -79,7 +79,7 @@ def _warn_about_sft(config: PipelineConfig, here: Run, start: Artifact) -> None:
 
 def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, directory: Path) -> Result:
     from pipeline.evaluate import samples
-    from pipeline.models import fake_quantizers, rounded_weights
+    from pipeline.models import fake_quantizers, quantizer_calls, rounded_weights
     from pipeline.training import attention_check, trainer
     from pipeline.training.weight_changes import WeightChanges
 
@@ -99,7 +99,7 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     rounded = fake_quantizers.keep_rounded(model, budget, keeps_frozen=is_shared)
     looks = samples.callback(here, config.data, config.evaluate, rows=rows, tokenizer=tokenizer, directory=directory)
     inputs = trainer.Inputs(model, tokenizer, splits, changes, rounded, teacher, looks)
-    with fake_quantizers.watch(model) as fired:
+    with quantizer_calls.watch(model) as fired:
         figures = trainer.train(inputs, trainer.Setup(config.qat, "qat", directory, config.sharding))
     fired.raise_unless_all(model)
     figures["quantizers"] = fake_quantizers.count(model, block_format)

@@ -47,7 +47,7 @@ def run(config: PipelineConfig) -> Artifact:
 
 
 def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, directory: Path) -> Result:
-    from pipeline.models import adapters, fake_quantizers
+    from pipeline.models import adapters, fake_quantizers, quantizer_calls
 
     block_format = references.configured_format(config.format)
     kind, start, saved = _take_form(config.qat.method, ref, directory)
@@ -61,7 +61,7 @@ def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, dire
     if config.format.importance:
         fake_quantizers.calibrate_importance(model, lambda quantized: _run(quantized, batches))
     quantizers = fake_quantizers.count(model, block_format)
-    with fake_quantizers.watch(model) as fired:
+    with quantizer_calls.watch(model) as fired:
         _run(model, batches[:1])
     fired.raise_unless_all(model)
     fake_quantizers.save_state(model, directory)

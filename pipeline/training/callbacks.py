@@ -24,6 +24,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from pipeline.config import Sharding, TrainConfig
 from pipeline.data.harmony import IGNORED
+from pipeline.models.rounded_weights import RoundedWeights
 from pipeline.runs.console import progress, say, warn
 from pipeline.runs.metrics import read_metrics
 from pipeline.runs.processes import is_main_process, wait_for_everyone
@@ -321,3 +322,33 @@ class EarlyStopping(EarlyStoppingCallback):
 
 def _checkpoint_path(args: TrainingArguments, step: int) -> Path:
     return Path(str(args.output_dir)) / f"checkpoint-{step}"
+
+
+class ForgetRounded(TrainerCallback):
+    """Empties the cache of rounded weights when a checkpoint is loaded and after each step of the optimizer.
+
+    Before each step, it stops training if a rounded value was NaN or Inf.
+    """
+
+    def __init__(self, rounded: RoundedWeights) -> None:
+        """Empty this cache."""
+        self._rounded = rounded
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        self._rounded.forget()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        self._rounded.non_finite.raise_if_any()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        self._rounded.forget()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self._rounded.non_finite.raise_if_any()  # the last validation has rounded, too
+        self._rounded.forget()

@@ -20,9 +20,6 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
@@ -41,7 +38,8 @@ from pipeline.runs.console import say, warn
 from pipeline.runs.metrics import forget_metrics_after, read_metrics
 from pipeline.runs.processes import wait_for_everyone
 from pipeline.training import resume
-from pipeline.training.callbacks import TokenCount, make_callbacks
+from pipeline.training.callbacks import ForgetRounded, TokenCount, make_callbacks
+from pipeline.training.determinism import deterministic_on_cpu
 from pipeline.training.distillation import Teacher, distill
 from pipeline.training.weight_changes import WeightChanges
 
@@ -143,31 +141,12 @@ def _run(trainer: "_Trainer", setup: Setup, checkpoint: Path | None) -> None:
     if checkpoint is not None:
         say(setup.stage, f"resuming from step {resume.read_step(checkpoint)}")
     try:
-        with _deterministic_on_cpu():
+        with deterministic_on_cpu():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (CodecError, FloatingPointError) as error:
         raise setup.divergence_error(str(error)) from error
     if trainer.evaluated_step != trainer.state.global_step:
         trainer.evaluate()
-
-
-@contextmanager
-def _deterministic_on_cpu() -> Iterator[None]:
-    """On a CPU, make a resumed run end with the same bits as an uninterrupted one.
-
-    In deterministic mode, torch would also fill all uninitialized memory. This would double the time of a step and
-    change no result, so it is off.
-    """
-    before = torch.are_deterministic_algorithms_enabled()
-    settings: Any = torch.utils.deterministic  # a module whose settings are properties
-    filled = settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(before or not torch.cuda.is_available())
-    settings.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-        settings.fill_uninitialized_memory = filled
 
 
 def _summarize_losses(setup: Setup, kept: int | None) -> dict[str, float]:
@@ -286,35 +265,6 @@ class _Trainer(SFTTrainer):
         return losses.from_sums(self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu())
 
 
-class _ForgetRounded(TrainerCallback):
-    """Empties the cache of rounded weights when a checkpoint is loaded and after each step of the optimizer.
-
-    Before each step, it stops training if a rounded value was NaN or Inf.
-    """
-
-    def __init__(self, rounded: RoundedWeights) -> None:
-        self._rounded = rounded
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
-        self._rounded.forget()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
-        self._rounded.non_finite.raise_if_any()
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
-        self._rounded.forget()
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        self._rounded.non_finite.raise_if_any()  # the last validation has rounded, too
-        self._rounded.forget()
-
-
 def make_trainer(inputs: Inputs, setup: Setup, more: Mapping[str, Any]) -> _Trainer:
     """Make the trainer. `more` holds further arguments for transformers' TrainingArguments."""
     tokens = TokenCount()
@@ -342,7 +292,7 @@ def make_trainer(inputs: Inputs, setup: Setup, more: Mapping[str, Any]) -> _Trai
     for callback in inputs.callbacks:
         trainer.add_callback(callback)
     if inputs.rounded is not None:
-        trainer.add_callback(_ForgetRounded(inputs.rounded))
+        trainer.add_callback(ForgetRounded(inputs.rounded))
     if inputs.teacher is not None:
         trainer.learn_from(inputs.teacher, sharding.STRATEGIES[setup.sharding])
     return trainer
@@ -390,25 +340,11 @@ def _pack(splits: Splits, stage: str) -> Dataset:
     return rows
 
 
-def _raise_if_launched_otherwise(arguments: SFTConfig, setup: Setup) -> None:
-    """Check that the launcher has set the same precision as the configuration.
-
-    `accelerate launch` sets a precision through environment variables, and the trainer silently obeys them.
-    """
-    precision = setup.settings.precision
-    wanted = "bf16" if precision is Precision.mixed_bf16 else "no"
-    if arguments.mixed_precision != wanted:
-        raise UserError(
-            f"{setup.stage}.precision={precision.name} means mixed precision {wanted!r}, but the launcher sets"
-            f" {arguments.mixed_precision!r}. Use accelerate launch --mixed_precision {wanted}."
-        )
-
-
 def _make_arguments(setup: Setup, more: Mapping[str, Any]) -> SFTConfig:
     settings, on_gpu = setup.settings, torch.cuda.is_available()
     # Batches are copied while the GPU computes.
     accelerator = {"non_blocking": on_gpu, **more.get("accelerator_config", {})}
-    arguments = SFTConfig(
+    return SFTConfig(
         output_dir=str(setup.directory / CHECKPOINTS_DIR),
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler,
@@ -439,8 +375,6 @@ def _make_arguments(setup: Setup, more: Mapping[str, Any]) -> SFTConfig:
         **_FIXED,
         **{**more, "accelerator_config": accelerator},
     )
-    _raise_if_launched_otherwise(arguments, setup)
-    return arguments
 
 
 def _warn_of_lost_updates(model: nn.Module, setup: Setup) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.checkpoints.gpt_oss import expert_projections, other_tensors
 from pipeline.errors import CheckFailed
 from pipeline.export.layout import View
-from pipeline.models import adapters, fake_quantizers, loading, losses, placement
+from pipeline.models import adapters, loading, losses, placement, quantizer_calls
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
 from pipeline.numerics.formats import BlockFormat
@@ -57,7 +57,7 @@ class TrainedModel:
                     _compare_bits(check, name, export.values(name, part), trained[part], first=part.start)
 
         if self.runs_quantizers:
-            with fake_quantizers.watch(self.model, see) as fired:
+            with quantizer_calls.watch(self.model, see) as fired:
                 losses.measure(self.model, self.batches[:1])
             fired.raise_unless_all(self.model)
         else:

@@ -20,7 +20,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from pipeline.config import ExpertsImplementation, LoraConfig, LoraTarget, Precision, TrainConfig
 from pipeline.errors import CheckFailed
-from pipeline.models import adapters, expert_kernels, expert_products, fake_quantizers
+from pipeline.models import adapters, expert_kernels, expert_products, fake_quantizers, quantizer_calls
 from pipeline.models.expert_products import Factors, Multiply
 from pipeline.models.loading import TRAIN_DTYPES
 from pipeline.numerics.formats import FORMATS, MXFP4, BlockFormat
@@ -77,7 +77,7 @@ def results(
     precision = Precision.mixed_bf16 if is_mixed else Precision.fp32 if dtype.itemsize > 2 else Precision.bf16
     expert_kernels.use(model, implementation, block_format, precision)
     autocast = torch.autocast("cpu", torch.bfloat16) if is_mixed else nullcontext()
-    with autocast, fake_quantizers.watch(model) if block_format is not None else nullcontext() as fired:
+    with autocast, quantizer_calls.watch(model) if block_format is not None else nullcontext() as fired:
         loss = model(input_ids=IDS, labels=IDS).loss
     loss.backward()
     if fired is not None:

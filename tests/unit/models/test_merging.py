@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from pipeline.checkpoints.gpt_oss import EXPERT_WEIGHTS, expert_projections, plain_tensors
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.config import LoraConfig, LoraTarget, TinyConfig, TrainConfig
-from pipeline.models import adapters, fake_quantizers, loading
+from pipeline.models import adapters, fake_quantizers, loading, quantizer_calls
 from pipeline.models import weights as weights_module
 from pipeline.models.adapters import Merger
 from pipeline.models.references import ModelRef
@@ -298,7 +298,7 @@ def test_training_under_autocast_rounds_the_weights_that_are_merged_for_the_expo
     with (
         torch.no_grad(),
         torch.autocast("cpu", torch.bfloat16),
-        fake_quantizers.watch(trained, lambda name, values: seen.update({name: values.clone()})),
+        quantizer_calls.watch(trained, lambda name, values: seen.update({name: values.clone()})),
     ):
         trained(input_ids=ids)
     weights = Weights(replace(model.ref, block_format=MXFP4))

@@ -19,7 +19,7 @@ from pipeline.config import (
     TinyConfig,
     TrainConfig,
 )
-from pipeline.models import adapters, chunked_logits, expert_kernels, fake_quantizers, loading, saving
+from pipeline.models import adapters, chunked_logits, expert_kernels, fake_quantizers, loading, quantizer_calls, saving
 from pipeline.models.references import ModelRef
 from pipeline.models.tiny_model import create_tiny
 from pipeline.numerics.formats import FORMATS, MXFP4, BlockFormat
@@ -126,7 +126,7 @@ def test_the_student_is_the_same_after_the_teacher_has_run(base: Path, tmp_path:
         assert after[name] is parameter and parameter.requires_grad is is_trained
         assert torch.equal(parameter, bits[name])
     assert torch.equal(logits_of(student), before)
-    with fake_quantizers.watch(student) as fired:
+    with quantizer_calls.watch(student) as fired:
         logits_of(student)
     fired.raise_unless_all(student)
 

@@ -1,0 +1,84 @@
+"""Count the calls of fake quantizers, to prove that each of them takes part in the forward pass."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from pipeline.errors import CheckFailed
+from pipeline.models import fake_quantizers
+from pipeline.models.adapters import base_of, parameter_name
+
+
+@dataclass
+class QuantizerCalls:
+    """Counts the calls of each quantizer in forward passes.
+
+    Attributes:
+        calls: number of calls, keyed by the quantizer's name in the plain model.
+    """
+
+    calls: dict[str, int]
+
+    def add(self, name: str) -> None:
+        """Count one call."""
+        self.calls[name] = self.calls.get(name, 0) + 1
+
+    def raise_unless_all(self, model: nn.Module) -> None:
+        """Check that exactly the enabled quantizers have run.
+
+        Raises:
+            CheckFailed: a quantizer did not run, or ran although it is disabled.
+        """
+        expected = {parameter_name(name) for name, _ in fake_quantizers.enabled(base_of(model))}
+        silent, stray = sorted(expected - self.calls.keys()), sorted(self.calls.keys() - expected)
+        if silent or stray:
+            raise CheckFailed(
+                f"fake quantization: did not run: {silent or 'none'}; ran although disabled: {stray or 'none'}"
+            )
+
+
+@contextmanager
+def watch(model: nn.Module, see: Callable[[str, Tensor], None] | None = None) -> Iterator[QuantizerCalls]:
+    """Count how often each quantizer runs inside the block.
+
+    Args:
+        model: a model with quantizers.
+        see: function that is called for each quantized parameter, with its name in the plain model and with the
+            fake-quantized values (E, out, in) that the forward pass uses.
+    """
+    fired = QuantizerCalls({})
+    hooks = []
+    observed = []
+    for full_name, module in base_of(model).named_modules():
+        if isinstance(module, fake_quantizers.TensorQuantizer):
+            name = parameter_name(full_name)
+            hooks.append(module.register_forward_hook(_hook(name, fired)))
+            if name.endswith(fake_quantizers.WEIGHTS):
+                observed.append((fake_quantizers.state_of(module).observers, _observer(name, fired, see)))
+                observed[-1][0].append(observed[-1][1])
+    try:
+        yield fired
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for observers, observer in observed:
+            observers.remove(observer)
+
+
+def _hook(name: str, fired: QuantizerCalls) -> fake_quantizers.Hook:
+    def hook(module: fake_quantizers.TensorQuantizer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if module.is_enabled:
+            fired.add(name)
+
+    return hook
+
+
+def _observer(name: str, fired: QuantizerCalls, see: Callable[[str, Tensor], None] | None) -> Callable[[Tensor], None]:
+    def observe(rounded: Tensor) -> None:
+        fired.add(name)
+        if see is not None:
+            see(name.removesuffix(fake_quantizers.WEIGHTS), rounded)
+
+    return observe

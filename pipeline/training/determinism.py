@@ -1,0 +1,26 @@
+"""Deterministic training on a CPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def deterministic_on_cpu() -> Iterator[None]:
+    """On a CPU, make a resumed run end with the same bits as an uninterrupted one.
+
+    In deterministic mode, torch would also fill all uninitialized memory. This would double the time of a step and
+    change no result, so it is off.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    settings: Any = torch.utils.deterministic  # Any: type checkers do not know that this module's settings can be set
+    filled = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(before or not torch.cuda.is_available())
+    settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        settings.fill_uninitialized_memory = filled
