@@ -81,10 +81,11 @@ def fill(
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for owner in reversed(list(model.modules())):  # modules inside a module come before it
-        for parameter in owner.parameters(recurse=False):
+        for attribute, parameter in list(owner.named_parameters(recurse=False)):
             if is_hollow(parameter):
                 kind = dtype or parameter.dtype
-                parameter.data = read_rows(read, names[id(parameter)], parameter.shape, kind, device)
+                values = read_rows(read, names[id(parameter)], parameter.shape, kind, device)
+                setattr(owner, attribute, nn.Parameter(values, parameter.requires_grad))
         then(owner)
 
 

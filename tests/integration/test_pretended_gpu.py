@@ -62,7 +62,6 @@ ANSWERS = (
     "evaluate.during_training.prompts=1",
     "evaluate.during_training.max_new_tokens=4",
 )
-STACKS = 4  # 2 layers, each with 2 stacks of experts
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,9 @@ def test_the_divergence_from_the_teacher_equals_that_on_the_cpu(full: Runs) -> N
     assert found == pytest.approx(expected, rel=0.1)
 
 
-@pytest.mark.parametrize(("case", "tolerance"), [("answers", 1e-5), ("lora", 0.05)])
+@pytest.mark.parametrize(
+    ("case", "tolerance"), [("answers", 1e-5), ("lora", 0.15)]
+)  # BF16 attention has another kernel
 def test_verify_passes_and_evaluate_finds_what_it_finds_on_the_cpu(
     case: str, tolerance: float, request: pytest.FixtureRequest
 ) -> None:
@@ -210,7 +211,7 @@ _TRL = {
 }
 _MASKS = ("transformers/masking_utils.py", "item")
 _FINITE_LOSS = ("pipeline/training/trainer.py", "item")
-_FINITE_BLOCKS = ("pipeline/numerics/codec.py", "item")
+_FINITE_BLOCKS = ("pipeline/models/rounded_weights.py", "item")
 _TEACHER = ("pipeline/models/chunked_logits.py", "nonzero")
 
 
@@ -226,9 +227,9 @@ def test_a_step_of_sft_waits_for_trl_and_once_for_us(case: str, request: pytest.
     assert found["trl/trainer/sft_trainer.py", "item"] == 5 and found[_FINITE_LOSS] == 1
 
 
-def test_a_step_of_qat_waits_once_more_for_each_stack_that_is_rounded(lora: Runs) -> None:
+def test_a_step_of_qat_waits_once_more_to_check_all_rounded_weights(lora: Runs) -> None:
     found = lora.waits("qat")
-    assert remaining(found, {**_TRL, _FINITE_LOSS: 1, _FINITE_BLOCKS: STACKS}) == {}
+    assert remaining(found, {**_TRL, _FINITE_LOSS: 1, _FINITE_BLOCKS: 1}) == {}
 
 
 def test_packed_rows_wait_for_the_masks_of_each_pass(full: Runs) -> None:
@@ -240,7 +241,7 @@ def test_packed_rows_wait_for_the_masks_of_each_pass(full: Runs) -> None:
 
 def test_distillation_waits_once_in_each_pass_to_find_the_supervised_tokens(full: Runs) -> None:
     passes, models = 2, 2
-    known = {_MASKS: 2 * passes * models, _TEACHER: passes, _FINITE_LOSS: 1, _FINITE_BLOCKS: STACKS}
+    known = {_MASKS: 2 * passes * models, _TEACHER: passes, _FINITE_LOSS: 1, _FINITE_BLOCKS: 1}
     assert remaining(full.waits("qat"), known) == {}
 
 
