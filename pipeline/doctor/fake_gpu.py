@@ -109,7 +109,6 @@ def pretend_cuda(count: int = 1, properties: FakeProperties | None = None) -> It
     each = properties or FakeProperties()
     with (
         patch.multiple(torch.cuda, **_answers(count, each)),
-        patch.object(torch.accelerator, "current_stream", FakeStream),
         patch.object(torch.nn.Module, "_apply", _apply),
     ):
         yield

@@ -283,7 +283,8 @@ def _processes(count: int) -> Iterator[None]:
     os.environ.update({name: str(value) for name, value in ranks.items()}, MASTER_ADDR="localhost", MASTER_PORT=_PORT)
     if not distributed.is_initialized():
         distributed.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
-    yield
+    with patch.object(torch.accelerator, "current_stream", fake_gpu.FakeStream):  # FSDP2 waits with it
+        yield
 
 
 @contextmanager

@@ -198,7 +198,7 @@ def test_sequence_limit_that_truncates_every_supervised_token(
 def test_corrected_mistake_needs_no_overwrite(capsys: pytest.CaptureFixture[str], upcast_run: Path) -> None:
     sft_error(capsys, upcast_run, "data.max_length=10")
     message = error_of(capsys, "stage=sft", "recipe=smoke", f"run_dir={upcast_run}", "data.max_length=11")
-    assert "data.max_length=11 truncates" in message
+    assert "data.max_length=11 cuts off every supervised token" in message
 
 
 def test_optimizer_whose_package_is_not_installed(

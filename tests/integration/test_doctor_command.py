@@ -87,9 +87,9 @@ def test_settings_of_the_rounded_experts_bring_the_report_up_to_date(run_dir: Pa
         assert doctor(run_dir, "data.max_samples=80", *arguments) == 0
         needs = artifacts.load(run_dir / "doctor").details["needs"]
         rounded.append(needs["device_bytes"]["qat"]["rounded"])
-    unlimited, none, gathered, budgeted = rounded
-    assert unlimited == budgeted > 0
-    assert none == gathered == 0
+    default, none, gathered, budgeted = rounded
+    assert default == none == gathered == 0
+    assert budgeted > 0
 
 
 def test_findings_are_warnings_and_are_kept_in_the_report(

@@ -53,9 +53,9 @@ def test_merged_experts_are_what_the_quantizers_are_given(lora_run: Path, monkey
     }
     entrypoint = fake_quantizers._entrypoint
 
-    def noting(values: torch.Tensor, asked: torch.nn.Module) -> torch.Tensor:
+    def noting(values: torch.Tensor, asked: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
         given[names[asked]] = values.detach()
-        return entrypoint(values, asked)
+        return entrypoint(values, asked, dtype)
 
     monkeypatch.setattr(fake_quantizers, "_entrypoint", noting)
     model(**BATCH)
