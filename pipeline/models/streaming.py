@@ -18,7 +18,7 @@ from pipeline.errors import CheckFailed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PART_BYTES = 1 << 22  # of weights that are read at a time, or one row; decoding them takes a few times as much
+_PART_BYTES = 1 << 22  # weights that are read at once, at least one row; decoding takes a few times as much memory
 
 Read = Callable[[str, slice], Tensor]
 """Function that reads rows of a parameter, by the parameter's name in the model."""
@@ -55,7 +55,7 @@ def is_hollow(parameter: Tensor) -> bool:
 
 
 def owned_parameters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """List each parameter with the module that owns it and its name there."""
+    """List each parameter with the module that owns it, and with its name in that module."""
     return [
         (owner, name, parameter)
         for owner in model.modules()
@@ -102,7 +102,7 @@ def read_rows(
         rows: the rows of the first dimension to read.
 
     Raises:
-        CheckFailed: what was read has another shape.
+        CheckFailed: the rows that `read` returned have another shape.
     """
     first, end, _ = rows.indices(shape[0])
     result = torch.empty((max(0, end - first), *shape[1:]), dtype=dtype, device=device)
