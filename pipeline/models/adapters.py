@@ -118,7 +118,7 @@ def _peft_config(lora: LoraConfig, count: int, section: str) -> PeftLoraConfig:
 
 def load(model: "PreTrainedModel", directory: Path, trainable: bool) -> "PreTrainedModel":
     """Attach the adapters that are saved in `directory`. The result is a PeftModel."""
-    # By default, PEFT 0.21 reads the file to the first GPU, in every process. The model may be on the CPU.
+    # By default, PEFT 0.21 reads the file to the first GPU in every process, even if the model is on the CPU.
     model_with_adapters = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable, torch_device="cpu")
     return cast("PreTrainedModel", model_with_adapters)
 
@@ -159,9 +159,9 @@ def is_factor(parameter_name: str) -> bool:
 def expert_weights(model: nn.Module, experts: slice) -> Iterator[tuple[str, Tensor]]:
     """Yield each trained stack's name and its experts at the slice `experts`, (E, in, out), with adapters merged.
 
-    This is a collective call. If a stack is sharded, only the main process yields experts. They come from its own
-    shard, which holds the first experts. A stack with an empty parameter is skipped. ZeRO-3 empties the parameters of
-    stacks between forward passes.
+    This is a collective call. If a stack is sharded, only the main process yields experts. They come from its
+    shard, which holds the first experts of the stack. A stack with an empty parameter is skipped. ZeRO-3 empties the
+    parameters of stacks between forward passes.
     """
     adapted = {
         f"{parameter_name(name)}.{module.parameter_name}": module

@@ -12,7 +12,8 @@ gradients of whole stacks. This module solves three problems:
   Quantizers of weights run with every kernel. Quantizers of the inputs of `down_proj` do not run with `grouped_mm`.
 - Autocast does not cover `grouped_mm`, and transformers 5.14 casts the inputs to the type of the weights. Under mixed
   precision the weights are FP32, and FP32 products are many times slower than BF16 on GPUs. So the weights are cast to
-  the compute type first. The values between the two products are then BF16 too, as after a linear layer under autocast.
+  the compute type first. The values between the gate-up and the down product are then BF16 too, as after a linear layer
+  under autocast.
   With `eager`, these values are FP32.
 - torch 2.13 has a kernel for `grouped_mm` only for BF16 on GPUs of compute capability 9 and 10. Elsewhere each grouped
   product copies each expert's number of rows to the host, and then loops over the experts. The host waits for the

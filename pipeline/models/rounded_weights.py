@@ -89,7 +89,7 @@ class RoundedWeights:
         """Return the cached values of `key`, or call `make` and cache its result if there is room.
 
         The cache notices when a parameter changes. It cannot notice this for a weight that is computed from parameters,
-        such as base + delta, so call `forget`.
+        such as base + delta, so call `forget` after each change.
         """
         version = _version(weight)
         kept = self._kept.get(key)

@@ -114,7 +114,7 @@ class ShardingStrategy:
     Attributes:
         arguments: function that returns arguments for transformers' TrainingArguments. Each call returns a new dict,
             because the trainer changes the dict.
-        sharded: the parts that are sharded: any of weights, gradients and optimizer.
+        sharded: the sharded parts, any of weights, gradients and optimizer.
         gathers: whether parameters are gathered only while they are used. Each gather is a new allocation.
         place: function that reads the weights of a hollow model to the device that trains, sharded if the strategy
             shards weights. It takes the model, the function that reads rows of a weight, and whether training is in

@@ -7,14 +7,14 @@ know sinks, but they return the log-sum-exp of each query's scores. The sink is 
     dQ, dK, dV = flash backward of dO' with O' and total in the places of O and lse
     dsink = -sum over queries of exp(sink - total) · rowsum(dO' · O')
 
-The kernel's backward pass recomputes the probabilities as exp(score - total), and reads rowsum(dO' · O'). With these
-inputs, both have the values of attention with sinks, so the gradients are right. The scores of all queries and keys are
-never in one tensor.
+The kernel's backward pass recomputes the probabilities as exp(score - total), and reads rowsum(dO' · O'). With O' and
+total as inputs, both have their values in attention with sinks, so the gradients are right. The scores of all queries
+and keys are never in one tensor.
 
 The tokens of a batch are one long row, cut into segments. A segment is a packed document, or a part of a padded row:
 the padding before the tokens, the tokens, the padding after them. Queries see the keys of their own segment, up to
-themselves and within the window. So every query sees at least itself, and padding needs no other mask. The bounds are
-computed on the device, so there is no host sync.
+themselves and within the window. So every query sees at least itself, and padding needs no other mask. The bounds of
+padded rows are computed on the device, so there is no host sync.
 
 During generation, queries that follow a cache need another mask. They use transformers' eager attention with eager's
 mask. The tensor of their scores is small, because such queries are few. With a static cache, the queries of the prompt
@@ -107,7 +107,7 @@ def make_mask(
         The segments of the rows, or eager's mask if the queries follow a cache, or if the mask has a condition
         besides causality and the window.
     """
-    is_causal = allow_is_causal_skip and not use_vmap  # transformers adds no condition to causality and window
+    is_causal = allow_is_causal_skip and not use_vmap  # no condition besides causality and window
     is_first = isinstance(q_offset, int) and q_offset == kv_offset == 0 and q_length == kv_length
     if not (is_causal and is_first):
         return eager_mask(

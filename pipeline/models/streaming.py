@@ -77,10 +77,10 @@ def fill(
         read: function that reads the weights.
         device: device that trains.
         dtype: type of the weights after reading, or None to keep the type of `build`.
-        then: function that is called with each module once the module's parameters, and those inside it, are read.
+        then: function that is called with each module after the parameters of the module and its submodules are read.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for owner in reversed(list(model.modules())):  # modules inside a module come before it
+    for owner in reversed(list(model.modules())):  # submodules come before their module
         for parameter in owner.parameters(recurse=False):
             if is_hollow(parameter):
                 kind = dtype or parameter.dtype

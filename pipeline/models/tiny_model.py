@@ -98,7 +98,7 @@ def _random_piece(name: str, info: TensorInfo, generator: torch.Generator) -> Pi
 
 
 def _write_tokenizer(directory: Path, tiny: TinyConfig) -> dict[str, int]:
-    """Train byte-level BPE on the synthetic data, and add the Harmony special tokens. Return the id of each."""
+    """Train byte-level BPE on the synthetic data, and add the Harmony special tokens. Return their ids."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

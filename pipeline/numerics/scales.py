@@ -6,7 +6,7 @@ smaller squared error. Every other rule has one candidate.
 
 A scale is significand * 2^exponent. For e8m0 the significand is 1. For e4m3 it has four bits and is kept separate from
 the power of two. Dividing by a power of two is exact, and so is comparing with midpoint * significand. Dividing by
-1.125 would be neither exact nor the same on every device.
+a significand like 1.125 would be neither exact nor the same on every device.
 
 For the same reason the tensor scale is a power of two: the smallest power with amax <= 6 * 448 * scale. (Common
 practice is amax / (6 * 448).) All values of the format are then exact in BF16. This costs at most one of the 17

@@ -55,7 +55,7 @@ _WHAT_FOR = {
     False: "gpt-oss, whose attention has sinks",
     True: "packed documents, which must not see each other",
 }
-_TIMES_ROUNDING = 4.0  # another order of summation can double the rounding error; the rest is a margin of 2
+_TIMES_ROUNDING = 4.0  # another order of summation can double the rounding error; the other factor of 2 is a margin
 _ALWAYS_ALLOWED = 1e-5
 
 

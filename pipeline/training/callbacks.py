@@ -307,7 +307,7 @@ class EarlyStopping(EarlyStoppingCallback):
     Checkpoints store the callback's count of evaluations without improvement.
     """
 
-    # EarlyStoppingCallback takes `metrics` as an argument of its own. TrainerCallback takes it with the others.
+    # EarlyStoppingCallback takes `metrics` as an argument of its own. TrainerCallback takes it in its **kwargs.
     def on_evaluate(  # type: ignore[override]
         self,
         args: TrainingArguments,

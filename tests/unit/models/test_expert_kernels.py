@@ -104,7 +104,7 @@ def distances(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, f
 
 
 def of_all_gradients(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """Compute the relative distance of all gradients as one vector.
+    """Compute the relative distance between two sets of gradients, each taken as one vector.
 
     The distance of a single small gradient, such as the sinks', varies too much.
     """
