@@ -32,10 +32,10 @@ _compute_delta: Any = ParamWrapper.get_delta_weight
 
 
 def _compute_delta_exactly(wrapper: ParamWrapper, adapter_name: str, *others: object, **more: object) -> Tensor:
-    """Compute the delta of an expert stack in the type of the factors, FP32, also under autocast.
+    """Compute the delta of an expert stack in FP32, the type of the factors, even under autocast.
 
-    This replaces a method of PEFT 0.21. Under autocast, the method computes the delta in BF16. Merging for the export
-    is not done under autocast, so the exported weights would not be the trained ones.
+    This replaces a method of PEFT 0.21, which computes the delta in BF16 under autocast. Adapters are merged for the
+    export without autocast, so the exported weights would differ from the weights in training.
     """
     with torch.autocast(_weight(wrapper.lora_A[adapter_name]).device.type, enabled=False):
         return cast(Tensor, _compute_delta(wrapper, adapter_name, *others, **more))
@@ -51,7 +51,7 @@ class _FactoredWrapper(ParamWrapper):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Call the experts with the factors of the active adapter, or without any if PEFT would not apply it."""
+        """Call the experts with the factors of the active adapter, or without factors if it is disabled or merged."""
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         (adapter,) = self.active_adapters
@@ -59,7 +59,7 @@ class _FactoredWrapper(ParamWrapper):
         return self.base_layer(x, *args, factors=factors, **kwargs)
 
 
-_FactoredWrapper.__name__ = ParamWrapper.__name__  # peft 0.21 tells by the class's name whether a module is a wrapper
+_FactoredWrapper.__name__ = ParamWrapper.__name__  # peft 0.21 recognizes a wrapper by the name of its class
 
 
 def attach(
@@ -71,14 +71,16 @@ def attach(
 
     Args:
         model: a gpt-oss model without adapters or quantizers.
-        train: settings of the stage. `lora` sets the rank and place of the adapters, `seed` their initial values.
+        train: settings of the stage. `lora` sets the rank and place of the adapters, and `seed` sets their initial
+            values.
         section: name of `train` in the configuration, for messages.
-        is_factored: multiply by the factors of the experts' adapters instead of by base + delta. Quantizers cannot be
-            inserted then, because they round base + delta. Call `expert_kernels.use` afterwards.
+        is_factored: whether the forward pass multiplies by the factors of the experts' adapters instead of by
+            base + delta. If so, quantizers cannot be inserted, because they round base + delta. Call
+            `expert_kernels.use` afterwards.
 
     Raises:
         UserError: the configuration names a layer that the model does not have.
-        CheckFailed: the model already has quantizers. After adapters are attached, the experts' quantizers never run.
+        CheckFailed: the model already has quantizers. Quantizers that are there before adapters are attached never run.
     """
     if any(name.endswith(_QUANTIZER) for name, _ in model.named_modules()):
         raise CheckFailed("adapters: the model is quantized already. Attach adapters before quantizers are inserted.")
@@ -116,7 +118,7 @@ def _peft_config(lora: LoraConfig, count: int, section: str) -> PeftLoraConfig:
 
 def load(model: "PreTrainedModel", directory: Path, trainable: bool) -> "PreTrainedModel":
     """Attach the adapters that are saved in `directory`. The result is a PeftModel."""
-    # By default, PEFT 0.21 reads the file to the first GPU, in every process. The model may be on the CPU.
+    # By default, PEFT 0.21 reads the file to the first GPU in every process, even if the model is on the CPU.
     model_with_adapters = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable, torch_device="cpu")
     return cast("PreTrainedModel", model_with_adapters)
 
@@ -155,11 +157,11 @@ def is_factor(parameter_name: str) -> bool:
 
 @torch.no_grad()
 def expert_weights(model: nn.Module, experts: slice) -> Iterator[tuple[str, Tensor]]:
-    """Yield each trained stack's name and some of its experts (E, in, out), with adapters merged.
+    """Yield each trained stack's name and its experts at the slice `experts`, (E, in, out), with adapters merged.
 
-    This is a collective call. If a stack is sharded, only the main process yields experts. They come from its own
-    shard, which holds the first experts. A stack with an empty parameter is skipped. ZeRO-3 empties the parameters of
-    stacks between forward passes.
+    This is a collective call. If a stack is sharded, only the main process yields experts. They come from its
+    shard, which holds the first experts of the stack. A stack with an empty parameter is skipped. ZeRO-3 empties the
+    parameters of stacks between forward passes.
     """
     adapted = {
         f"{parameter_name(name)}.{module.parameter_name}": module
@@ -206,8 +208,8 @@ class Merger:
 
     PEFT's own `merge` runs on one layer at a time, in a model without weights. PEFT computes base + delta in the type
     of the weights. In training, a quantizer on an adapted expert stack sees the same values, because ModelOpt 0.47 adds
-    PEFT's delta to the base before it quantizes. SFT multiplies by the factors of the experts' adapters instead, so it
-    does not round the sum.
+    PEFT's delta to the base before it quantizes. SFT multiplies by the factors of the experts' adapters instead of by
+    base + delta, so it does not round this sum.
     """
 
     def __init__(self, directory: Path, model_config: "PretrainedConfig", dtype: torch.dtype) -> None:
@@ -269,7 +271,7 @@ class Merger:
 
 
 class SavedAdapters:
-    """Saved adapters with which an adapted model can compute for a while, instead of with its own adapters.
+    """Saved adapters that can replace a model's own adapters during some forward passes.
 
     They stay outside of the model, so the trainer neither sees, saves nor shards them.
     """
@@ -282,8 +284,9 @@ class SavedAdapters:
     def replace_own(self, model: nn.Module) -> Iterator[None]:
         """Replace the adapters of a model inside the block, for forward passes without gradients.
 
-        Each layer computes with base + delta, the same bits as in a plain model with the saved adapters merged. Hooks
-        replace the parameters only while their layer runs, because FSDP2 and ZeRO-3 gather them only then.
+        Each layer computes with base + delta. These weights have the same bits as in a plain model with the saved
+        adapters merged. Hooks replace the parameters of a layer only while it runs, because FSDP2 and ZeRO-3 gather
+        them only then.
         """
         (peft_model,) = (module for module in model.modules() if isinstance(module, PeftModel))
         with ExitStack() as hooks:
@@ -306,7 +309,7 @@ class SavedAdapters:
         return module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)
 
     def _read(self, name: str, layer: LoraLayer) -> list[Tensor] | None:
-        """Return the saved factors A and B of a layer. They move to the layer's device once."""
+        """Return the saved factors A and B of a layer. They are copied to the layer's device only once."""
         if self._factors is None:
             return None
         keys = [f"{name}.{side}.weight" for side in ("lora_A", "lora_B")]
@@ -319,8 +322,8 @@ class SavedAdapters:
 def _without_own_adapter(layer: LoraLayer, factors: Sequence[Tensor] | None) -> Iterator[None]:
     """Replace the factors of a layer inside the block. None removes the adapter.
 
-    PEFT disables an adapter by a method that also freezes and unfreezes its parameters. The layer's own parameters are
-    out of its reach inside the block.
+    PEFT's method that disables an adapter also freezes its parameters, and unfreezes them later. The method cannot
+    reach the layer's own parameters, because they are replaced inside the block.
     """
     own = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
     with ExitStack() as stack:

@@ -12,10 +12,11 @@ FLEX = "flex_attention"
 FUSED_SINKS = "fused_sinks"
 """Name of `pipeline.models.sink_attention` in transformers.
 
-transformers 5.14 replaces names with "flash" by a kernel from its hub, and refuses names with "sdpa" for gpt-oss.
+For a name with "flash", transformers 5.14 would load a kernel from its hub instead. It refuses names with "sdpa" for
+gpt-oss. So this name contains neither.
 """
 
-_FUSED_CAPABILITY = (8, 0)  # of torch's flash kernel, and of BF16
+_FUSED_CAPABILITY = (8, 0)  # lowest compute capability that has torch's flash kernel and BF16
 
 Capability = tuple[int, int]
 

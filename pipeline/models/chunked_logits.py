@@ -1,7 +1,7 @@
 """Compute logits in chunks: multiply by the output embedding (the head) for only a few tokens at a time.
 
-The logits of all positions would be the largest tensor: 3.3 GB in BF16 for 8,192 tokens and a vocabulary of 201,088.
-Losses and divergences reduce them to a few numbers per token. So the forward pass stops before the head, and
+The logits of all positions would be the largest tensor of a step: 3.3 GB in BF16 for 8,192 tokens and a vocabulary of
+201,088. Losses and divergences reduce them to a few numbers per token. So the forward pass stops before the head, and
 `map_chunks` computes, reduces and frees the logits of CHUNK tokens at a time. For gradients, `map_chunks` computes the
 logits again in the backward pass. The exception is a trained head under ZeRO-3: the head's own forward pass computes
 all chosen logits at once.
@@ -46,8 +46,8 @@ class States:
 def find_positions(chosen: Tensor) -> Positions:
     """Return the positions that a mask (B, T) bool chooses.
 
-    The host waits for the GPU here, to learn the number of positions. A mask as an index would wait each time that it
-    is used, and once more in the backward pass, so convert a mask once.
+    The host waits for the GPU here, to learn the number of positions. If the index were the mask itself, the host would
+    wait at every use, and again in the backward pass. So convert each mask once.
     """
     rows, columns = chosen.nonzero(as_tuple=True)
     return rows, columns
@@ -72,7 +72,7 @@ def compute_states(model: nn.Module, inputs: Mapping[str, object], positions: Po
     found: list[Tensor] = []
     hook = causal.get_decoder().register_forward_hook(lambda *call: found.append(call[-1].last_hidden_state))
     try:
-        # One position goes through the head as usual, so that its hooks (FSDP2, quantizers) run.
+        # One position goes through the head as usual, so that the head's hooks (FSDP2, quantizers) run.
         model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         hook.remove()
@@ -82,13 +82,13 @@ def compute_states(model: nn.Module, inputs: Mapping[str, object], positions: Po
 def map_chunks(function: Callable[..., T], models: Sequence[States], *others: Tensor) -> Iterator[T]:
     """Apply a function to the logits of each chunk of positions, in order.
 
-    Without positions, the function gets one empty chunk. Gradients flow to the hidden states and heads of `models`. The
-    head weights must stay in memory until the backward pass is over. A sharded head is gathered once. This is a
-    collective: all processes must start and finish the iteration together.
+    If there are no positions, the function gets one empty chunk. Gradients flow to the hidden states and heads of
+    `models`. The head weights must stay in memory until the backward pass is over. A sharded head is gathered once, by
+    a collective call. So all processes must start and finish the iteration together.
 
     Args:
-        function: function of the float32 logits (n, V) of each model, followed by the chunk (n, ...) of each tensor in
-            `others`. It is called again in the backward pass.
+        function: function to apply. Its arguments are the float32 logits (n, V) of each model, and then the chunk
+            (n, ...) of each tensor in `others`. It is called again in the backward pass.
         models: states of each model at the same positions, in the order of the function's arguments.
         others: further tensors with one entry for each position, (N, ...).
     """

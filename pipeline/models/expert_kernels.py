@@ -1,20 +1,23 @@
 """Selects the kernel that multiplies by the experts' weights in training.
 
-- `eager` is a Python loop over the experts. For each expert, its backward pass writes a gradient of the whole stack.
+- `eager` is a Python loop over the experts. Its backward pass writes one gradient per expert, each as large as the
+  whole stack.
 - `batched_mm` copies the weights of an expert for each of its tokens.
 - `grouped_mm` is one product for all experts, over the tokens sorted by expert.
 
-All kernels compute the same sums, but each adds in its own order. The kernels come from transformers, except if the
-model has factored adapters (`adapters.attach`). Then all three are in `expert_products`, and `eager` writes no gradient
-of a stack. This module solves three problems:
+All kernels compute the same sums, but they add the terms in different orders. The kernels come from transformers.
+But if the model has factored adapters (`adapters.attach`), all three come from `expert_products`, and `eager` writes no
+gradients of whole stacks. This module solves three problems:
 - ModelOpt sets a model to eager when it inserts or restores quantizers, so the kernel must be set afterwards.
   Quantizers of weights run with every kernel. Quantizers of the inputs of `down_proj` do not run with `grouped_mm`.
 - Autocast does not cover `grouped_mm`, and transformers 5.14 casts the inputs to the type of the weights. Under mixed
   precision the weights are FP32, and FP32 products are many times slower than BF16 on GPUs. So the weights are cast to
-  the compute type first. The values between the two products are then BF16 too, as after a linear layer under autocast.
+  the compute type first. The values between the gate-up and the down product are then BF16 too, as after a linear layer
+  under autocast.
   With `eager`, these values are FP32.
 - torch 2.13 has a kernel for `grouped_mm` only for BF16 on GPUs of compute capability 9 and 10. Elsewhere each grouped
-  product copies the number of rows to the host, so the host waits for the GPU, and then loops over the experts.
+  product copies each expert's number of rows to the host, and then loops over the experts. The host waits for the
+  copy.
 """
 
 from collections.abc import Mapping
@@ -74,8 +77,9 @@ def choose(
 ) -> ExpertsImplementation:
     """Return the kernel to use, and warn if `grouped_mm` is used where torch has no kernel for it.
 
-    `auto` is the fastest kernel that runs all quantizers. Without a kernel for `grouped_mm`, the loop of factored
-    adapters waits for the GPU once per layer. All other loops wait more often than torch's own loop.
+    `auto` is the fastest kernel that runs all quantizers. Where torch has no kernel for `grouped_mm`, factored
+    adapters use `eager`, because its loop then waits for the GPU only once per layer. Other models use torch's loop for
+    `grouped_mm`, which waits less often than transformers' `eager`.
 
     Args:
         asked: the configured kernel.

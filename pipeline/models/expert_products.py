@@ -1,8 +1,8 @@
 """Multiply tokens by their experts' weights and by the low-rank factors of their experts' adapters.
 
 The adapter of an expert adds the delta s A B to the weight W. A forward pass can multiply by the sum W + s A B, as PEFT
-does, or by the factors: x W + s (x A) B. The sum is as large as W, and so is the gradient of the sum. The factors need
-neither, and their products are less than 1 % of the arithmetic at rank 8 and width 2880.
+does, or by the factors: x W + s (x A) B. The first way stores the sum and its gradient, both as large as W. The second
+way stores neither. Its products with A and B are less than 1 % of the arithmetic at rank 8 and width 2880.
 
 Shapes: T tokens, K experts per token, R = T K rows (one for each expert of each token, sorted by expert), E experts, r
 rank.
@@ -28,9 +28,9 @@ class Factors:
     """The factors of the adapters of all experts of a stack.
 
     Attributes:
-        a: (E, in, r).
-        b: (E, r, out).
-        scaling: factor s of the product.
+        a: matrices A, (E, in, r).
+        b: matrices B, (E, r, out).
+        scaling: the number s.
     """
 
     a: Tensor
@@ -44,7 +44,7 @@ class Groups:
 
     Attributes:
         experts: the expert of each row, ascending, (R).
-        ends: the end of each expert's rows, (E) int32.
+        ends: index after the last row of each expert, (E) int32.
     """
 
     experts: Tensor
@@ -52,7 +52,7 @@ class Groups:
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Number of rows of each expert. On a GPU, the first call waits for the GPU."""
+        """Number of rows of each expert. On a GPU, the first access waits for the GPU."""
         return self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
 
 
@@ -72,7 +72,7 @@ def multiply_in_loop(rows: Tensor, weights: Tensor, groups: Groups) -> Tensor:
 
 
 def multiply_batched(rows: Tensor, weights: Tensor, groups: Groups) -> Tensor:
-    """Multiply with one batched product. It copies the weights of an expert for each of its rows."""
+    """Multiply with one batched product. It needs a copy of an expert's weights for each row of the expert."""
     return torch.bmm(rows.unsqueeze(1), weights[groups.experts]).squeeze(1)
 
 
@@ -91,7 +91,7 @@ def forward(
         states: hidden states, (T, hidden).
         chosen: the experts of each token, (T, K).
         shares: weight of each of these experts in the output, (T, K).
-        factors: factors of the adapters, by the name of the adapted weights.
+        factors: factors of the adapters, keyed by the name of the adapted weights.
         multiply: function that computes the products.
     """
     module: Any = experts
@@ -124,7 +124,7 @@ def _project(
 
 
 def _aligned(factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cast the factors. Zeros fill up the rank if a row of the rank's size is not aligned."""
+    """Cast the factors to `dtype`. If rows of r values are not aligned, append zeros to them."""
     more = -factors.b.shape[1] % (_STRIDE_BYTES // dtype.itemsize)
     a, b = factors.a.to(dtype).transpose(1, 2), factors.b.to(dtype)
     if more:

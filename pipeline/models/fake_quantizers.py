@@ -1,7 +1,7 @@
 """Fake-quantize the expert weights with ModelOpt, with our codec as its backend.
 
-ModelOpt inserts, saves and restores the quantizers. The codec computes the rounded values. ModelOpt calls it through a
-public hook for backends. So training sees the bits that export writes, on any device.
+ModelOpt inserts, saves and restores the quantizers. The codec computes the rounded values. ModelOpt calls the codec
+through a public hook for backends. So training computes with the same bits that export writes, on any device.
 
 This is the only module that imports modelopt.
 """
@@ -52,7 +52,7 @@ class _State:
     """Our data on a quantizer, stored in ModelOpt's per-backend slot, which ModelOpt does not serialize.
 
     Attributes:
-        importance: weight of the error in each input channel for choosing scales, (in) float32, or None.
+        importance: factor of the squared error in each input channel when scales are chosen, (in) float32, or None.
         cache: cache of rounded weights. If it is None, weights are rounded in every forward pass.
         is_rounded: whether the parameter itself holds rounded values.
         non_finite: flags that the codec sets on a GPU instead of raising an error, or None.
@@ -123,7 +123,8 @@ _switching = huggingface._QuantGptOssExperts.quantize_weight
 def _quantize_weight(experts: huggingface._QuantGptOssExperts) -> Iterator[None]:
     """Switch on ModelOpt's quantization of weights around a forward pass, and always switch it off at the end.
 
-    nvidia-modelopt 0.47 leaves it on if a forward pass ends early, as when gradient checkpointing recomputes a layer.
+    nvidia-modelopt 0.47 leaves quantization on if a forward pass ends early. Gradient checkpointing causes this when it
+    recomputes a layer.
     """
     try:
         with _switching(experts):
@@ -146,12 +147,12 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 
 
 def keep_rounded(model: nn.Module, budget_bytes: float, *, keeps_frozen: bool = False) -> RoundedWeights:
-    """Round weights once per optimizer step instead of once per forward pass. Frozen weights are rounded now, in place.
+    """Round weights once per optimizer step instead of once per forward pass. Round frozen weights now, in place.
 
     Args:
         model: a model with quantizers, and with its final adapters.
         budget_bytes: maximum size of the cache of rounded weights.
-        keeps_frozen: do not round frozen weights in place, because the unrounded values are needed as well.
+        keeps_frozen: whether to leave frozen weights unrounded, because their unrounded values are needed too.
 
     Returns:
         The cache. Call `forget` on it whenever weights have changed, and check `non_finite` before each step.
@@ -186,8 +187,8 @@ def register_backend() -> None:
         for plugin in (huggingface, peft):  # nvidia-modelopt 0.47 has no public hook for these functions
             plugin._transposed_quantize = _round_stack
         huggingface._QuantGptOssExperts.quantize_weight = _quantize_weight
-        # Linear layers are never quantized here, so ModelOpt must not replace them. ModelOpt's LoRA layer would add
-        # base and delta in every forward pass, to quantize the sum, and compute the gradient of the frozen weight.
+        # Linear layers are never quantized here, so ModelOpt must not replace them. In every forward pass, ModelOpt's
+        # LoRA layer would add base and delta, to quantize the sum. It would also compute a gradient of the frozen base.
         for kind in (torch.nn.Linear, peft.LoraLinear):
             mtq.unregister(kind)
 
@@ -299,7 +300,7 @@ def count(model: nn.Module, block_format: BlockFormat) -> int:
 
 
 def nvfp4_values(blocks: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
-    """Decode NVFP4 weights with ModelOpt. ModelOpt takes one tensor scale, so experts are decoded one by one.
+    """Decode NVFP4 weights with ModelOpt. It takes only one tensor scale per call, so experts are decoded one by one.
 
     Args:
         blocks: packed FP4 codes, (E, out, nb, 8) uint8. Each byte holds two elements, the even one in its low half.
@@ -331,7 +332,9 @@ def _arguments(block_format: BlockFormat) -> dict[str, dict[str, object]]:
 
 
 def _quant_cfg(block_format: BlockFormat) -> dict[str, object]:
-    """Make ModelOpt's configuration, like its MXFP4_MLP_WEIGHT_ONLY_CFG but only for expert stacks and our backend.
+    """Make a configuration for ModelOpt that quantizes only expert stacks, with our backend.
+
+    Otherwise the configuration is like ModelOpt's MXFP4_MLP_WEIGHT_ONLY_CFG.
 
     ModelOpt's own pattern (*mlp*weight_quantizer) would also enable quantizers that belong to the experts' adapters.
     Such quantizers never run. The algorithm `max` measures the largest magnitude of the inputs. Weights need no

@@ -1,7 +1,7 @@
 """Shard models with torch's FSDP2, fill the shards from disk, and set the types in which FSDP2 computes.
 
 accelerate 1.15 would shard the model when training starts, and would need every process to hold the whole model then.
-It also casts the output of each layer to BF16. A model that is sharded here is left as it is by accelerate.
+It would also cast the output of each layer to BF16. But accelerate does not change a model that is already sharded.
 """
 
 import math
@@ -67,10 +67,10 @@ def load_shards(model: nn.Module, read: Read, mixed: bool, device: torch.device)
 def correct_preparation(accelerator: "Accelerator") -> None:
     """Correct how accelerate 1.15 prepares a model that is sharded, and the model's optimizer.
 
-    - accelerate replaces each parameter of the optimizer by the parameter at the same address. All parameters of which
-      a process holds no rows have the address 0, so they would all become one of them. The parameters need no
-      replacement here, because the model was sharded before.
-    - accelerate makes a model compute under autocast, unless FSDP2 shards the model.
+    - accelerate replaces each parameter of the optimizer by the parameter at the same address. If a process holds no
+      rows of a parameter, the parameter's address is 0. So all such parameters would be replaced by the same one. Here,
+      no parameter needs to be replaced, because the model is already sharded.
+    - accelerate does not use autocast for a model that FSDP2 shards. Here, such a model uses autocast too.
     """
     prepare = accelerator.prepare
 
@@ -78,7 +78,7 @@ def correct_preparation(accelerator: "Accelerator") -> None:
         optimizers = [each for each in objects if isinstance(each, Optimizer)]
         before = [list(group["params"]) for each in optimizers for group in each.param_groups]
         result = prepare(*objects, **more)
-        after = [group for each in optimizers for group in each.param_groups]  # other dicts than before
+        after = [group for each in optimizers for group in each.param_groups]  # prepare() makes new dicts
         for group, parameters in zip(after, before, strict=True):
             group["params"] = parameters
         for model in objects:
@@ -96,9 +96,9 @@ def _use_autocast(model: Any, device_type: str) -> None:
 
 
 def shard(model: Any, mixed: bool) -> None:
-    """Shard a model in place. Units are each decoder layer, the embedding, and the final norm with the head.
+    """Shard a model in place. The units are each decoder layer, the embedding, and the final norm with the head.
 
-    The units are those of accelerate 1.15. The embedding's output is FP32 under mixed precision, as on one device.
+    accelerate 1.15 uses the same units. The embedding's output is FP32 under mixed precision, as on one device.
     """
     plain: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
     for module in plain.modules():
@@ -106,13 +106,16 @@ def shard(model: Any, mixed: bool) -> None:
             fully_shard(module, mp_policy=policy(mixed), reshard_after_forward=True)
     embedding, head = plain.get_input_embeddings(), plain.get_output_embeddings()
     fully_shard(embedding, mp_policy=policy(mixed, torch.float32 if mixed else None), reshard_after_forward=True)
-    # The backward pass begins with the head, so releasing it after the forward pass would only gather it twice.
+    # The backward pass begins with the head, so a head released after the forward pass would be gathered again at once.
     fully_shard([plain.model.norm, head], mp_policy=policy(mixed), reshard_after_forward=False)
     fully_shard(model, mp_policy=policy(mixed))
 
 
 def _read_shard(name: str, parameter: DTensor, read: Read, device: torch.device) -> nn.Parameter:
-    """Read this process's rows of a parameter. FSDP2 gives all processes equally many rows, except the last ones."""
+    """Read this process's rows of a parameter.
+
+    FSDP2 gives all processes the same number of rows. Only the last ones can get fewer.
+    """
     mesh = parameter.device_mesh
     length = math.ceil(parameter.shape[0] / mesh.size())
     first = min(length * mesh.get_local_rank(), parameter.shape[0])

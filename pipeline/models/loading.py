@@ -1,4 +1,4 @@
-"""Load models into memory: plain, with adapters and quantizers, for training, or for evaluation."""
+"""Load models into memory: plain models, models with adapters and quantizers, models to train or to evaluate."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +53,7 @@ def load_plain(directory: Path, dtype: torch.dtype, **arguments: Any) -> "PreTra
     """Load a checkpoint with transformers, and decode MXFP4 weights.
 
     Raises:
-        CheckFailed: a tensor is missing, unexpected or has the wrong shape. (transformers only prints this.)
+        CheckFailed: a tensor is missing, unexpected or has the wrong shape. (transformers itself only prints a report.)
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import Mxfp4Config
@@ -166,7 +166,8 @@ def load_teacher(ref: ModelRef, train: TrainConfig, shared: Sharding, attn_imple
 def load_effective(ref: ModelRef, dtype: torch.dtype, spread: bool = False, **arguments: Any) -> "PreTrainedModel":
     """Load a plain model that computes the same as `ref`, with merged adapters and rounded experts.
 
-    If inputs are quantized too, the model keeps its adapters and quantizers instead. It is then on one device.
+    If inputs are quantized too, the model keeps its adapters and quantizers instead. Such a model is placed on one
+    device.
 
     Args:
         ref: the model.

@@ -4,8 +4,8 @@ Positions mark the documents: each document's first token has position 0. transf
 positions, but `GptOssModel.forward` does not pass the positions on. So kernels that use masks would let packed
 documents attend to each other. `forward` accepts ready masks, so this module makes them.
 
-`fused_sinks` needs only the bounds of the documents. TRL's collator computes them on the host. Without them, they are
-computed from the positions.
+`fused_sinks` needs only the bounds of the documents. TRL's collator computes them on the host. If a batch does not have
+the bounds, they are computed from the positions.
 """
 
 from typing import Any

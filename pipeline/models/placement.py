@@ -1,4 +1,4 @@
-"""Place models on GPUs, and check that they fit where they are loaded."""
+"""Place models on GPUs, and check that models fit into memory before they are loaded."""
 
 import gc
 import math
@@ -30,8 +30,8 @@ def place(model: Model, spread: bool = False) -> Model:
 
     Args:
         model: the model.
-        spread: whether a model that does not fit on one GPU may be spread over all visible GPUs. It must be a plain
-            gpt-oss without adapters and quantizers, and only the main process may do this.
+        spread: whether a model that does not fit on one GPU may be spread over all visible GPUs. If so, the
+            model must be a plain gpt-oss without adapters and quantizers, and only the main process may do this.
     """
     if not torch.cuda.is_available():
         return model
@@ -78,7 +78,7 @@ def spread_layers(model: "PreTrainedModel", budgets: Sequence[int]) -> dict[str,
         budgets: bytes of weights that each GPU may hold.
 
     Returns:
-        The number of a GPU for each name of a module, or None if the model does not fit.
+        The number of the GPU for each module, keyed by the module's name, or None if the model does not fit.
     """
     decoder = model.get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
@@ -112,11 +112,11 @@ def copies_in_host_memory(shared: Sharding) -> float:
 
 
 def raise_if_host_too_small(stage: str, directory: Path, dtype: torch.dtype, copies: float = 1) -> None:
-    """Check, before a model is loaded, that its weights fit into the host memory that is free.
+    """Check that the weights of a model fit into the free host memory. Call this before the model is loaded.
 
     Args:
         stage: name of the stage, for the message.
-        directory: the checkpoint, or the base of adapters.
+        directory: directory of the checkpoint. For adapters, the directory of their base.
         dtype: type of the weights after loading.
         copies: number of copies that the processes on this machine load together.
 

@@ -1,7 +1,7 @@
 """Find the models of a run on disk, and describe how to load them.
 
-A stage writes a full checkpoint, or adapters for the checkpoint of an earlier stage. Both can have fake quantizers.
-A `ModelRef` says which of these a directory holds.
+A stage writes a full checkpoint, or adapters for the checkpoint of an earlier stage. Both kinds can have fake
+quantizers. A `ModelRef` says what a directory holds.
 """
 
 from dataclasses import dataclass, replace
@@ -26,11 +26,11 @@ class ModelRef:
 
     Attributes:
         name: name of the stage, or path of the directory as the user gave it.
-        directory: directory that the stage wrote.
+        directory: directory of the stage, or the directory that the user gave.
         base: directory of the full checkpoint. It is `directory` itself if there are no adapters.
         adapter: whether `directory` has adapters.
         block_format: format and scale rule to which the forward pass rounds the experts, or None if it does not round.
-        fingerprint: fingerprint of the artifact, or a sampled one if the directory is not an artifact.
+        fingerprint: fingerprint of the artifact. If the directory is not an artifact, its `sampled_fingerprint`.
         dtype: type of the weights in training. Adapters are merged in this type.
     """
 
@@ -81,7 +81,7 @@ def configured_format(settings: FormatConfig) -> BlockFormat:
 
 
 def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> ModelRef:
-    """Find the model that `source` names, which is a stage of this run or a directory.
+    """Find the model that `source` names: a stage of this run, or a directory.
 
     If `source` is None, the newest complete stage in `among` is used. `key` names the setting in messages.
 

@@ -16,7 +16,7 @@ from pipeline.models.sharding import STRATEGIES
 from pipeline.numerics.codec import CodecError
 
 _CHECKED_AT_ONCE = frozenset({"cpu"})
-"""Devices on which reading a result costs nothing."""
+"""Devices from which the host reads a result without waiting."""
 
 _DEFAULT_ON_CPU = 4.0 * 2**30  # covers models that are small enough to train on a CPU
 
@@ -24,9 +24,9 @@ _DEFAULT_ON_CPU = 4.0 * 2**30  # covers models that are small enough to train on
 def budget_bytes(budget_gib: float | None, shared: Sharding, *, on_gpu: bool) -> float:
     """Return how many bytes of rounded weights a run may cache on each device.
 
-    The default (`qat.rounded_cache_gib=null`) must fit wherever the run fits without a cache. So there is no cache on
-    a GPU, where the rounded experts of gpt-oss-20b would take 38 GB beside the model. There is none either if
-    parameters are gathered, because each gather is a new allocation.
+    The default (`qat.rounded_cache_gib=null`) must fit wherever the run fits without a cache. So there is no cache on a
+    GPU, where the rounded experts of gpt-oss-20b would take 38 GB beside the model. There is no cache either if
+    parameters are gathered: each gather is a new allocation, and the cache recognizes a parameter by its address.
 
     Args:
         budget_gib: value of `qat.rounded_cache_gib`.
@@ -50,7 +50,7 @@ class NonFinite:
         self._flags: dict[torch.device, Tensor] = {}
 
     def flag(self, device: torch.device) -> Tensor | None:
-        """Return the flag on this device, for the argument `is_bad` of the codec. A CPU has none."""
+        """Return the flag on this device, for the argument `is_bad` of the codec, or None for a CPU."""
         if device.type in _CHECKED_AT_ONCE:
             return None
         if device not in self._flags:
@@ -71,7 +71,7 @@ class RoundedWeights:
     """A cache of rounded weights. Call `forget` whenever weights may have changed.
 
     Attributes:
-        non_finite: the flags of the roundings that training does. Check them once per optimizer step.
+        non_finite: flags that are set if training rounds NaN or Inf. Check them once per optimizer step.
     """
 
     def __init__(self, budget_bytes: float = math.inf) -> None:
@@ -89,7 +89,7 @@ class RoundedWeights:
         """Return the cached values of `key`, or call `make` and cache its result if there is room.
 
         The cache notices when a parameter changes. It cannot notice this for a weight that is computed from parameters,
-        such as base + delta, so call `forget`.
+        such as base + delta, so call `forget` after each change.
         """
         version = _version(weight)
         kept = self._kept.get(key)

@@ -76,7 +76,8 @@ def _save_whole(model: "PreTrainedModel", directory: Path, dtype: torch.dtype) -
             with sharding.gather(parameters[name]):
                 pass
         return
-    # Do not resume an interrupted save: its shards may have other weights, and the other processes gather everything.
+    # Do not resume an interrupted save. Its shards may have other weights. Besides, the other processes gather every
+    # parameter, so this process must do the same.
     (directory / SHARDS_FILE).unlink(missing_ok=True)
     pieces = [_gathering_piece(name, info, parameters[name], dtype) for name, info in layout.items()]
     write_sharded(directory, pieces, SHARD_BYTES, "saving")

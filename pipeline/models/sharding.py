@@ -1,8 +1,8 @@
 """Switch on sharded training with FSDP2 or DeepSpeed's ZeRO, and gather sharded tensors.
 
 FSDP2 and ZeRO-3 shard parameters, gradients and optimizer states. ZeRO-2 shards only gradients and optimizer states.
-accelerate sets up the sharding, through public arguments of transformers' trainer. DeepSpeed settings that must equal
-settings of the trainer are "auto".
+accelerate sets up the sharding, through public arguments of transformers' trainer. DeepSpeed's settings that must
+equal settings of the trainer have the value "auto".
 """
 
 import os
@@ -55,13 +55,14 @@ def _load_whole(model: nn.Module, read: Read, _: bool) -> None:
 
 
 def _load_for_zero2(model: nn.Module, read: Read, mixed: bool) -> None:
-    # DeepSpeed would cast the whole model to BF16 itself. Until then, FP32 weights would take twice the memory.
+    # DeepSpeed would itself cast the whole model to BF16, but later. Until then, FP32 weights would take twice the
+    # memory.
     streaming.fill(model, read, own_device(), torch.bfloat16 if mixed else None)
     model.to(own_device())
 
 
 def _load_zero3_shards(model: nn.Module, read: Read, mixed: bool) -> None:
-    """Read the parameters of one module after the other, and let DeepSpeed keep this process's share of them."""
+    """Read the parameters module by module, and let DeepSpeed keep only this process's share of each."""
     import deepspeed
 
     wait_for_everyone()  # creates the process group
@@ -112,17 +113,18 @@ class ShardingStrategy:
 
     Attributes:
         arguments: function that returns arguments for transformers' TrainingArguments. Each call returns a new dict,
-            because the trainer changes it.
-        sharded: the parts that are sharded: any of weights, gradients and optimizer.
+            because the trainer changes the dict.
+        sharded: the sharded parts, any of weights, gradients and optimizer.
         gathers: whether parameters are gathered only while they are used. Each gather is a new allocation.
-        place: function that reads the weights of a hollow model to where they are trained. It takes the model, the
-            function that reads rows of a weight, and whether training is in mixed precision.
-        correct: function that corrects errors of accelerate for this strategy, before it prepares the model.
+        place: function that reads the weights of a hollow model to the device that trains, sharded if the strategy
+            shards weights. It takes the model, the function that reads rows of a weight, and whether training is in
+            mixed precision.
+        correct: function that corrects errors of accelerate for this strategy. Call it before the model is prepared.
         hooks_gradients: whether the backward pass gathers a layer only if the gradient of the layer's input is needed.
-        shard_frozen: function that shards a frozen model in the same way as the trained model, unless `place` did.
+        shard_frozen: function that shards a frozen model like the trained model, unless `place` has sharded it.
         distributed_type: name of accelerate's DistributedType for training on CPUs.
         package: package that must be installed, or None.
-        reading: context manager inside which checkpoints from another number of processes can be read.
+        reading: context manager inside which checkpoints of another number of processes can be read.
     """
 
     arguments: Callable[[], dict[str, object]]
@@ -148,7 +150,7 @@ def _fsdp2() -> dict[str, object]:
 
 
 def _sync_each_pass() -> dict[str, object]:
-    # By default, transformers delays the reduction to the last pass of an optimizer step. Until then, every process
+    # By default, transformers reduces gradients only in the last pass of an optimizer step. Until then, every process
     # would hold the FP32 gradients of the whole model.
     return {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
 
@@ -174,7 +176,8 @@ def _zero(stage: int, **more: object) -> dict[str, object]:
 
 def _zero3() -> dict[str, object]:
     # Prefetching is off, because trl 1.16 gathers and releases the head outside of the head's own forward pass. If a
-    # validation has used the head, DeepSpeed may be prefetching it at that moment, and stops with "a param in flight".
+    # validation has used the head, DeepSpeed may be prefetching the head at that moment. DeepSpeed then stops with "a
+    # param in flight".
     # Whole layers are leaves, because DeepSpeed expects the same order of parameters in each pass. But adapters use
     # their parameters in varying order, and PEFT removes an expert stack from its module while the adapter runs.
     return _zero(3, stage3_param_persistence_threshold="auto", stage3_prefetch_bucket_size=0, leaf_module=_LEAVES)
@@ -261,7 +264,7 @@ def raise_if_impossible(sharding: Sharding) -> None:
 
 
 def _shard_on_cpu(sharding: Sharding) -> None:
-    """Configure a state for accelerate with which it shards on CPUs, over gloo.
+    """Set accelerate's state so that accelerate shards on CPUs, over gloo.
 
     By default accelerate shards only on several GPUs.
     """
@@ -278,7 +281,7 @@ def _shard_on_cpu(sharding: Sharding) -> None:
 def saved_dtype(train: TrainConfig, dtype: torch.dtype, sharding: Sharding) -> torch.dtype:
     """Return the type in which the forward pass uses the weights, and in which they are saved.
 
-    Sharding casts parameters to BF16 before they are gathered. So under mixed_bf16 the quantizers round BF16 values,
+    Under mixed_bf16, sharding casts parameters to BF16 before they are gathered. So the quantizers round BF16 values,
     and the BF16 values are the trained model. Only the optimizer and the checkpoints for resuming keep FP32 values.
 
     Args:
@@ -292,7 +295,7 @@ def saved_dtype(train: TrainConfig, dtype: torch.dtype, sharding: Sharding) -> t
 
 @contextmanager
 def gather(parameter: Tensor) -> Iterator[Tensor]:
-    """Yield the whole parameter on every process. This is a collective: all processes must call it in the same order.
+    """Yield the whole parameter on every process. All processes must make this collective call in the same order.
 
     Gradients flow from the result to the parameter, unless `is_kept_from_gradients(parameter)`.
     """
@@ -311,9 +314,10 @@ def gather(parameter: Tensor) -> Iterator[Tensor]:
 
 @contextmanager
 def own_part(parameter: Tensor) -> Iterator[Tensor]:
-    """Yield a view of the rows that this process may change in place, which can be none. This is a collective call.
+    """Yield a view, possibly empty, of the rows that this process may change in place. This is a collective call.
 
-    Under ZeRO-3, a shard is not made of rows. The main process then gets all rows, and the others get its changes.
+    A shard of ZeRO-3 does not consist of rows. So the main process gets all rows, and the other processes get none.
+    DeepSpeed copies the main process's changes to the others.
     """
     from torch.distributed.tensor import DTensor
 

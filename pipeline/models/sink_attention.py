@@ -7,19 +7,21 @@ know sinks, but they return the log-sum-exp of each query's scores. The sink is 
     dQ, dK, dV = flash backward of dO' with O' and total in the places of O and lse
     dsink = -sum over queries of exp(sink - total) · rowsum(dO' · O')
 
-The kernel's backward pass recomputes the probabilities as exp(score - total), and reads rowsum(dO' · O'). With these
-inputs, both have the values of attention with sinks, so the gradients are right. No tensor has the size of all scores.
+The kernel's backward pass recomputes the probabilities as exp(score - total), and reads rowsum(dO' · O'). With O' and
+total as inputs, both have their values in attention with sinks, so the gradients are right. The scores of all queries
+and keys are never in one tensor.
 
 The tokens of a batch are one long row, cut into segments. A segment is a packed document, or a part of a padded row:
 the padding before the tokens, the tokens, the padding after them. Queries see the keys of their own segment, up to
-themselves and within the window. So every query sees at least itself, and padding needs no other mask. The bounds are
-computed on the device, so there is no host sync.
+themselves and within the window. So every query sees at least itself, and padding needs no other mask. The bounds of
+padded rows are computed on the device, so there is no host sync.
 
-Queries of generation that follow a cache need another mask. They take transformers' eager attention with eager's mask.
-The scores of these few queries are small. A static cache takes this way for the prompt too.
+During generation, queries that follow a cache need another mask. They use transformers' eager attention with eager's
+mask. The tensor of their scores is small, because such queries are few. With a static cache, the queries of the prompt
+use eager too.
 
-On a CPU, torch's flash kernel for CPUs computes each segment. CUDA has the kernel for BF16 and FP16, from compute
-capability 8.0. The attention is registered in transformers under NAME when this module is imported.
+On a CPU, torch's flash kernel for CPUs computes one segment after the other. The CUDA kernel needs BF16 or FP16 and a
+GPU of compute capability 8.0 or higher. Importing this module registers the attention in transformers as FUSED_SINKS.
 
 Legend: B rows, T tokens in a row, S = B·T tokens of a batch, N query heads, d size of a head.
 """
@@ -43,7 +45,7 @@ aten = torch.ops.aten
 
 
 class Segments(NamedTuple):
-    """The segments of a batch, as the mask of a layer.
+    """The segments of a batch. A layer gets them in place of a mask.
 
     Attributes:
         bounds: int32 (segments + 1), increasing, from 0 to S. A segment may be empty.
@@ -102,9 +104,10 @@ def make_mask(
     """Make the mask of a layer, for transformers' AttentionMaskInterface.
 
     Returns:
-        The segments of the rows, or eager's mask if the queries follow a cache or see other keys than earlier ones.
+        The segments of the rows, or eager's mask if the queries follow a cache, or if the mask has a condition
+        besides causality and the window.
     """
-    is_causal = allow_is_causal_skip and not use_vmap  # transformers adds no condition to causality and window
+    is_causal = allow_is_causal_skip and not use_vmap  # no condition besides causality and window
     is_first = isinstance(q_offset, int) and q_offset == kv_offset == 0 and q_length == kv_length
     if not (is_causal and is_first):
         return eager_mask(
@@ -142,7 +145,7 @@ def attend(
         attention_mask: result of `make_mask`. A tensor is added to the scores, as in eager.
         scaling: factor of the scores.
         dropout: must be 0.
-        sliding_window: number of keys that a query sees, itself included. None: all earlier keys.
+        sliding_window: number of keys that a query sees, its own included. None means its own and all earlier keys.
 
     Returns:
         The output (B, T, N, d), and no weights.
@@ -153,7 +156,7 @@ def attend(
     """
     if not isinstance(attention_mask, Segments):
         return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout)
-    if query.shape[2] != key.shape[2]:  # the kernels would read other memory
+    if query.shape[2] != key.shape[2]:  # otherwise the kernels would read the wrong memory
         raise ValueError(f"{query.shape[2]} queries and {key.shape[2]} keys have no common segments")
     if dropout:
         raise UserError(
@@ -163,13 +166,13 @@ def attend(
     rows, length = query.shape[0], query.shape[2]
     dtype = compute_dtype(query)
     tokens = [each.transpose(1, 2).flatten(0, 1).to(dtype) for each in (query, key, value)]
-    layer = _Layer(max(attention_mask.longest, 2), sliding_window, scaling)  # 1 means decoding to the CUDA kernel
+    layer = _Layer(max(attention_mask.longest, 2), sliding_window, scaling)  # at 1, the CUDA kernel assumes decoding
     out: Tensor = _SinkAttention.apply(*tokens, module.sinks, attention_mask.bounds, layer)
     return out.unflatten(0, (rows, length)), None
 
 
 class _Layer(NamedTuple):
-    """What the kernels need besides tensors."""
+    """The arguments of the kernels that are not tensors."""
 
     longest: int
     window: int | None
@@ -259,12 +262,12 @@ def _backward_on_cuda(
 
 
 def _keys_before(layer: _Layer) -> int | None:
-    """Return how many keys before itself a query sees. None: all."""
+    """Return how many earlier keys a query sees besides its own, or None if it sees all."""
     return None if layer.window is None else layer.window - 1
 
 
 def _forward_on_cpu(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, layer: _Layer) -> tuple[Tensor, Tensor]:
-    """Do the same as `_forward_on_cuda`, segment by segment. FP64 has an FP64 log-sum-exp."""
+    """Do the same as `_forward_on_cuda`, segment by segment. For FP64 inputs, the log-sum-exp is FP64."""
     out = torch.empty_like(query)
     dtype = torch.promote_types(query.dtype, torch.float32)
     lse = torch.empty(query.shape[1::-1], dtype=dtype, device=query.device)
@@ -294,7 +297,7 @@ def _backward_on_cpu(
     for part in _parts(bounds):
         own = [_heads_first(each[part]) for each in (grad, query, keys, values, out)]
         mask = _window_mask(own[1], layer.window)
-        lse = total[None, :, part].transpose(1, 2).contiguous().transpose(1, 2)  # the layout that forward returns
+        lse = total[None, :, part].transpose(1, 2).contiguous().transpose(1, 2)  # the forward kernel's layout of lse
         found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *own, lse, 0.0, mask is None, attn_mask=mask, scale=layer.scale
         )

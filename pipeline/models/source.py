@@ -27,7 +27,8 @@ class Source:
 
     Attributes:
         directory: directory of the checkpoint.
-        fingerprint: hash of the configuration and of samples of the weights. Hashing all 65 GB would take too long.
+        fingerprint: hash of the configuration and of samples of the weights. Hashing all 65 GB of a large model would
+            take too long.
     """
 
     directory: Path

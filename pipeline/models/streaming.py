@@ -18,7 +18,7 @@ from pipeline.errors import CheckFailed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PART_BYTES = 1 << 22  # of weights that are read at a time, or one row; decoding them takes a few times as much
+_PART_BYTES = 1 << 22  # weights that are read at once, at least one row; decoding takes a few times as much memory
 
 Read = Callable[[str, slice], Tensor]
 """Function that reads rows of a parameter, by the parameter's name in the model."""
@@ -55,7 +55,7 @@ def is_hollow(parameter: Tensor) -> bool:
 
 
 def owned_parameters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """List each parameter with the module that owns it and its name there."""
+    """List each parameter with the module that owns it, and with its name in that module."""
     return [
         (owner, name, parameter)
         for owner in model.modules()
@@ -77,7 +77,7 @@ def fill(
         read: function that reads the weights.
         device: device that trains.
         dtype: type of the weights after reading, or None to keep the type of `build`.
-        then: function that is called with each module once the module's parameters, and those inside it, are read.
+        then: function that is called with each module after the parameters of the module and its submodules are read.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for owner in reversed(list(model.modules())):  # modules inside a module come before it
@@ -103,7 +103,7 @@ def read_rows(
         rows: the rows of the first dimension to read.
 
     Raises:
-        CheckFailed: what was read has another shape.
+        CheckFailed: the rows that `read` returned have another shape.
     """
     first, end, _ = rows.indices(shape[0])
     result = torch.empty((max(0, end - first), *shape[1:]), dtype=dtype, device=device)

@@ -2,7 +2,7 @@
 
 The weights are random, but the layout is the same as in the released models: sinks, sliding layers, YaRN, biases,
 untied embeddings, MXFP4 experts in several shards, and a Harmony tokenizer. As in the released models, experts are
-stored only as blocks and scales, so their weights lie on the MXFP4 grid.
+stored only as blocks and scales, so their weights are MXFP4 values.
 """
 
 import json
@@ -98,7 +98,7 @@ def _random_piece(name: str, info: TensorInfo, generator: torch.Generator) -> Pi
 
 
 def _write_tokenizer(directory: Path, tiny: TinyConfig) -> dict[str, int]:
-    """Train byte-level BPE on the synthetic data, and add the Harmony special tokens. Returns the id of each."""
+    """Train byte-level BPE on the synthetic data, and add the Harmony special tokens. Return their ids."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -79,7 +79,7 @@ class Weights:
         return torch.cat(pieces)
 
     def read_effective(self, name: str) -> Tensor:
-        """Read the weight that the forward pass uses. If the model fake-quantizes the weight, so does this function."""
+        """Read the weight that the forward pass uses. If the model fake-quantizes it, the result is rounded too."""
         weight = self.read_trained(name)
         if self.ref.block_format is None or name not in self._experts:
             return weight

@@ -15,7 +15,8 @@ Edge cases:
 - Subnormal values are rounded like others, with the smallest scale, 2^-127. (NVFP4: they become zero, because the
   tensor scale is at least 2^-110.)
 - Values beyond 6 * scale saturate. This happens under `floor`, `nearest` and `mse`, and if the caller passes a tensor
-  scale. Magnitudes from 3.5 * 2^126 (NVFP4: from 2^127) always saturate, because the next value, 2^128, would be Inf.
+  scale. Magnitudes from 3.5 * 2^126 (NVFP4: from 2^127) always saturate, because the format's next value, 2^128,
+  would be Inf in BF16 and FP32.
 - A block with NaN or Inf raises an error instead of becoming zeros.
 
 Values have the logical shape (..., out, in), with blocks along `in`. They may have any strides: an (E, in, out)
@@ -35,7 +36,7 @@ from pipeline.numerics.formats import BlockFormat, ScaleType
 from pipeline.numerics.scales import Divisor
 
 _WITH_SLABS_ONLY = frozenset({"cpu"})
-"""Devices that are faster with several kernels for each slab than with one for a whole stack."""
+"""Devices that are faster with several kernels for each slab than with one kernel for a whole stack."""
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 _WORD = torch.int64
 
@@ -129,11 +130,12 @@ def decode(
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Return whether two float32 or bfloat16 tensors have the same bits. Different types are widened first."""
+    """Return whether two float32 or bfloat16 tensors have the same bits. If the types differ, both become float32."""
     if one.dtype != other.dtype:
         one, other = one.float(), other.float()
     flat = [each.contiguous().view(-1) for each in (one, other)]
-    # torch 2.13 compares 8-byte words four times faster. Both tensors must then start and end at whole words.
+    # torch 2.13 compares 8-byte words four times faster than smaller elements. This is possible if both tensors start
+    # and end at whole words.
     ends = [end * one.element_size() for each in flat for end in (each.storage_offset(), len(each))]
     word = _BITS[one.dtype] if any(end % _WORD.itemsize for end in ends) else _WORD
     return one.shape == other.shape and torch.equal(*(each.view(word) for each in flat))
@@ -150,8 +152,8 @@ def fake_quantize(
 ) -> Tensor:
     """Round values as `decode(encode(values))` does, in the memory order of `values`.
 
-    The gradient passes straight through. Arguments and errors are the same as in `encode`, with these exceptions: a
-    missing tensor scale is computed from the values, and the following arguments.
+    The gradient passes straight through. Arguments and errors are the same as in `encode`, except that a missing
+    tensor scale is computed from the values. Only this function has `dtype` and `is_bad`.
 
     Args:
         values: see `encode`.
@@ -167,7 +169,7 @@ def fake_quantize(
 
 
 def straight_through(values: Tensor, rounded: Tensor) -> Tensor:
-    """Return `rounded`, and pass its gradient to `values` unchanged, in the dtype of `values`.
+    """Return `rounded`. In the backward pass, `values` gets the gradient of the result, cast to the dtype of `values`.
 
     The derivative of rounding is zero almost everywhere. It is replaced by 1 (Bengio et al. 2013, arXiv:1308.3432).
     """
@@ -263,7 +265,8 @@ def _round_whole(
 ) -> Tensor | None:
     """Round with one compiled function. Return None on a CPU, if compiling does not pay off, or if a value is bad.
 
-    In the last case, the work slab by slab finds the block. If there is `is_bad`, this function sets it instead.
+    In the last case, the caller rounds slab by slab, which finds the bad block. But if `is_bad` is given, this function
+    sets the flag and returns the rounded values.
     """
     if values.device.type in _WITH_SLABS_ONLY or values.numel() == 0:
         return None
@@ -322,7 +325,10 @@ class _Rounding:
 
 
 def _weights(importance: Tensor | None, view: Tensor, is_bad: Tensor | None) -> Tensor | None:
-    """Check importance, or set the flag `is_bad`, and return the weights of the squared errors."""
+    """Return the weights of the squared errors, or None if there is no importance.
+
+    If importance is invalid, set the flag `is_bad`. Without a flag, raise an error.
+    """
     if importance is None:
         return None
     if is_bad is None:

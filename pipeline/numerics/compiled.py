@@ -20,12 +20,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-_PAYS_AFTER = 1 << 27  # values; running eagerly takes about 4 s on two CPU cores, like compiling a function
-_PAYS_AT_ONCE = 1 << 29  # values of a job; running eagerly then takes longer than compiling all kernels (warm cache)
-_MOST_VARIANTS = 64  # of shapes, types and rules per function; beyond torch's default, 8, it silently runs eagerly
-_WORTH_COUNTING = 1 << 16  # values; for smaller tensors the call itself dominates, and compiling does not shorten it
+_PAYS_AFTER = 1 << 27  # values; converting them eagerly takes about 4 s on two CPU cores, as compiling a function does
+_PAYS_AT_ONCE = 1 << 29  # values of a job; converting them eagerly takes longer than compiling all kernels (warm cache)
+_MOST_VARIANTS = 64  # combinations of shape, type and rule; beyond the limit (default: 8), torch silently runs eagerly
+_WORTH_COUNTING = 1 << 16  # values; for smaller tensors, most time goes into the call, which compiling does not shorten
 _OPTIONS: dict[str, dict[str, bool]] = {
-    # Trust the instruction sets that the processor reports. torch 2.13 would test each, 2 s in every run.
+    # Trust the instruction sets that the processor reports. torch 2.13 would test each one, which takes 2 s per run.
     "cpu": {"cpp.vec_isa_ok": True},
     # Round like a CPU: no fused multiply-add, no approximate division, no flushing of subnormals to zero.
     "cuda": {
@@ -53,7 +53,7 @@ _gave_up = False
 
 @contextmanager
 def compilation(mode: Compilation) -> Iterator[None]:
-    """Use a rule for compiling kernels inside a `with` block. This is for tests and measurements."""
+    """Compile kernels by the rule `mode` inside a `with` block. This is for tests and measurements."""
     global _mode
     before, _mode = _mode, mode
     try:
@@ -69,7 +69,7 @@ def compilation_for(values: int) -> AbstractContextManager[None]:
 
 
 class Kernel(Generic[Result]):
-    """A pure function of tensors that runs eagerly or compiled. Inside another kernel, it is a part of that kernel."""
+    """A pure function of tensors that runs eagerly or compiled. If another kernel calls it, it becomes a part of it."""
 
     def __init__(self, function: Callable[..., Result]) -> None:
         """Wrap a function. Its first argument must be a tensor, whose size and device decide about compilation."""

@@ -13,7 +13,10 @@ from pipeline.numerics.compiled import kernel
 
 @kernel
 def block_amax(values: Tensor) -> Tensor:
-    """Return the largest magnitude of each block, NaN if it has NaN: (L, nb, block, lanes) -> (L, nb, lanes)."""
+    """Return the largest magnitude of each block, or NaN if the block has NaN.
+
+    Shapes: (L, nb, block, lanes) -> (L, nb, lanes).
+    """
     return values.abs().amax(-2)
 
 
@@ -96,7 +99,7 @@ def row_differences(values: Tensor, rounded_values: Tensor, base: Tensor, rounde
 
     The first two results are the sum of squared errors of `rounded_values`, and the sum of squares of `values`. The
     last two are the number of values that differ from `base`, and the number of rounded values that differ from
-    `rounded_base`. All are for reports only, because bits may depend on the order of summation.
+    `rounded_base`. All are for reports only, because their bits may depend on the order of summation.
     """
     exact, near = values.float(), rounded_values.float()
     error = exact - near
@@ -117,7 +120,7 @@ def column_products(one: Tensor, other: Tensor) -> Tensor:
 
     Shapes: two (..., rows, columns) -> (4, ..., columns) float32.
 
-    The results are for reports only, because bits may depend on the order of summation.
+    The results are for reports only, because their bits may depend on the order of summation.
     """
     e, b = one.float(), other.float()
     return torch.stack([each.sum(-2) for each in (e * b, e * e, b * b, (e - b) * (e - b))])
@@ -130,9 +133,9 @@ def count_unequal(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _nearest_code(scaled: Tensor, significand: Tensor | None) -> Tensor:
-    """Round magnitudes / 2^exponent to the nearest 3-bit codes, given as floats. Ties go to the even code.
+    """Round `scaled`, magnitudes / 2^exponent, to the nearest 3-bit codes. Ties go to the even code.
 
-    Magnitudes above 6 saturate.
+    Codes are returned as floats. Magnitudes above 6 * significand saturate.
 
     The bits of the code are decided from the highest to the lowest. The midpoints that decide the upper two bits lie
     below an even code, so a tie goes up. The midpoints that decide the last bit lie above an even code, so a tie goes
@@ -146,7 +149,7 @@ def _nearest_code(scaled: Tensor, significand: Tensor | None) -> Tensor:
 
 
 def _magnitudes(codes: Tensor) -> Tensor:
-    """Map codes 0 to 7 to 0, .5, 1, 1.5, 2, 3, 4, 6. This function is convex, so it is the maximum of three lines."""
+    """Map codes 0 to 7 to 0, .5, 1, 1.5, 2, 3, 4, 6. The map is convex, so it is the maximum of its three lines."""
     return torch.maximum(torch.maximum(codes * 0.5, codes - 2.0), codes * 2.0 - 8.0)
 
 

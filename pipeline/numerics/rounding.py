@@ -1,7 +1,7 @@
 """Chooses scales and rounds values. On a GPU, one compiled function does both for a whole stack of weights.
 
-The CPU works in slabs that fit its caches, with several kernels for each (see `codec`). A GPU would spend its time on
-launching these kernels. Both ways call the same functions, so they give the same bits.
+The CPU works in slabs that fit its caches, with several kernels for each slab (see `codec`). A GPU would spend its
+time on launching these kernels. Both ways call the same functions, so they give the same bits.
 
 Legend: L = leading dimension (experts), nb = blocks per row, block = values per block, lanes = output dimension.
 """
@@ -45,7 +45,7 @@ def round_stack(
     weights: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Round (L, nb, block, lanes) to the format's values. The arguments are those of `choose_scales`.
+    """Round (L, nb, block, lanes) to the format's values. See `choose_scales` for the other arguments.
 
     If `unit` is missing for e4m3, the tensor scales are computed from the values.
 

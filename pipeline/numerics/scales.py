@@ -6,7 +6,7 @@ smaller squared error. Every other rule has one candidate.
 
 A scale is significand * 2^exponent. For e8m0 the significand is 1. For e4m3 it has four bits and is kept separate from
 the power of two. Dividing by a power of two is exact, and so is comparing with midpoint * significand. Dividing by
-1.125 would be neither exact nor the same on every device.
+a significand like 1.125 would be neither exact nor the same on every device.
 
 For the same reason the tensor scale is a power of two: the smallest power with amax <= 6 * 448 * scale. (Common
 practice is amax / (6 * 448).) All values of the format are then exact in BF16. This costs at most one of the 17
@@ -109,7 +109,7 @@ def ratio(dividend: Tensor, divisor: Tensor) -> Tensor:
 
 
 INPUT_RULE = "nearest"
-"""Rule for the scales of experts' inputs. Kernels that quantize inputs at run time use it because it is cheap."""
+"""Rule for the scales of experts' inputs. Inference kernels quantize inputs at run time, by this cheap rule."""
 
 
 def tensor_scale_for_amax(amax: Tensor, rule: str) -> Tensor:
@@ -222,7 +222,7 @@ def _nearest_e4m3(amax: Tensor, largest: float) -> Tensor:
 
 
 def _e4m3_bytes(amax: Tensor, byte: Tensor) -> Tensor:
-    """Return the bytes to store, at least 1 (the smallest subnormal), because a scale of zero cannot divide."""
+    """Return the bytes to store. They are at least 1 (the smallest subnormal), because values are divided by scales."""
     return torch.where(amax < math.inf, byte.clamp(1, E4M3_LARGEST), E4M3_NAN).to(torch.uint8)
 
 

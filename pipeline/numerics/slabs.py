@@ -1,4 +1,4 @@
-"""Views of values as blocks, and slabs: parts of a tensor that are converted one after the other.
+"""View values as blocks, and split them into slabs, the parts that are converted one after the other.
 
 Legend: L = leading dimension (experts), nb = blocks per row, block = values per block, lanes = output dimension.
 """
@@ -58,7 +58,7 @@ def split(view: Tensor) -> Iterator[Slab]:
 
 
 def take(blocks: Tensor, slab: Slab) -> Tensor:
-    """Take a slab of (L, nb, block, lanes). Contiguous lanes are copied; otherwise kernels would be compiled again."""
+    """Take a slab of (L, nb, block, lanes). Copy it if lanes are contiguous, so that no kernel is compiled again."""
     experts, rows, lanes = slab
     part = blocks[experts, rows, :, lanes]
     return part.contiguous() if part.stride(-1) == 1 else part

@@ -55,14 +55,15 @@ _WHAT_FOR = {
     False: "gpt-oss, whose attention has sinks",
     True: "packed documents, which must not see each other",
 }
-_TIMES_ROUNDING = 4.0  # another order of summation can double the rounding error; the rest is a margin of 2
+_TIMES_ROUNDING = 4.0  # another order of summation can double the rounding error; the other factor of 2 is a margin
 _ALWAYS_ALLOWED = 1e-5
 
 
 def check(train: TrainConfig, section: str) -> str:
     """Check that an attention implementation has the same outputs and gradients as eager.
 
-    If the setting is `auto`, the best implementation that passes is chosen. A refused one is reported with a warning.
+    If the setting is `auto`, the best implementation that passes is chosen. For each better implementation that fails,
+    there is a warning.
 
     Args:
         train: settings of the stage. Only `attn_implementation`, `precision` and `packing` are used.
@@ -110,8 +111,8 @@ def _check(train: TrainConfig, section: str, *, is_packed: bool) -> None:
     except (ValueError, KeyError, ImportError, OSError, RuntimeError) as error:
         reason = str(error).strip("'\" \n").partition("\n")[0].partition(". ")[0]
         raise UserError(
-            f"{setting}: transformers cannot train gpt-oss, whose attention has sinks, with it here{packed} ({reason})."
-            f" Use {section}.attn_implementation={EAGER}."
+            f"{setting}: transformers cannot train gpt-oss with this attention here{packed} ({reason})."
+            f" gpt-oss needs attention with sinks. Use {section}.attn_implementation={EAGER}."
         ) from error
     allowed = _TIMES_ROUNDING * rounding + _ALWAYS_ALLOWED
     wrong = {tensor: error for tensor, error in found.items() if not error <= allowed}  # NaN is wrong too
@@ -133,8 +134,8 @@ def measure_errors(
 
     Returns:
         The implementation's relative error ‖x - truth‖ / ‖truth‖ for each tensor, and eager's largest relative error in
-        `precision`. A missing gradient counts as zeros. The largest error is used because the error of a small tensor,
-        such as the eight sinks, can be small by chance.
+        `precision`. A missing gradient counts as zeros. Eager's largest error is the measure for all tensors,
+        because its error of a small tensor, such as the eight sinks, can be small by chance.
     """
     truth = _run(EAGER, torch.float64, device)
     dtype, is_mixed = TRAIN_DTYPES[precision], precision is Precision.mixed_bf16
@@ -167,7 +168,10 @@ def _run(
 
 
 def _make_model(name: str, dtype: torch.dtype) -> nn.Module:
-    """Make a gpt-oss with the same random weights each time. They are large enough that attention and sinks matter."""
+    """Make a gpt-oss with the same random weights each time.
+
+    The weights are so large that attention and sinks clearly change the output.
+    """
     from transformers import AutoModelForCausalLM, GptOssConfig
 
     config = GptOssConfig(**_SIZES)

@@ -276,7 +276,7 @@ class Checkpoints(TrainerCallback):
         assert metrics is not None
         is_best = state.best_metric is None or metrics[_LOSS] < state.best_metric
         if state.global_step >= state.max_steps and is_best:
-            state.best_model_checkpoint = None  # the last step has no checkpoint, but the model has its weights
+            state.best_model_checkpoint = None  # the last step has no checkpoint, but its weights are in the model
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         wait_for_everyone()
@@ -302,9 +302,12 @@ class Checkpoints(TrainerCallback):
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """Stops early with transformers' own callback. Checkpoints store its count of evaluations without improvement."""
+    """Stops training early, with transformers' own callback.
 
-    # transformers requires `metrics` here too, although TrainerCallback does not.
+    Checkpoints store the callback's count of evaluations without improvement.
+    """
+
+    # EarlyStoppingCallback takes `metrics` as an argument of its own. TrainerCallback takes it in its **kwargs.
     def on_evaluate(  # type: ignore[override]
         self,
         args: TrainingArguments,
@@ -316,7 +319,8 @@ class EarlyStopping(EarlyStoppingCallback):
         super().on_evaluate(args, state, control, metrics, **others)
         if control.should_training_stop:
             control.should_log = True
-            # A run resumed from this step would continue training. From an earlier checkpoint, it stops here again.
+            # A run resumed from a checkpoint of this step would train further. If it is resumed from an earlier
+            # checkpoint, it stops at this step again.
             control.should_save = False
 
 
@@ -331,7 +335,7 @@ class ForgetRounded(TrainerCallback):
     """
 
     def __init__(self, rounded: RoundedWeights) -> None:
-        """Empty this cache."""
+        """Store the cache to be emptied."""
         self._rounded = rounded
 
     def on_train_begin(
@@ -350,5 +354,5 @@ class ForgetRounded(TrainerCallback):
         self._rounded.forget()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        self._rounded.non_finite.raise_if_any()  # the last validation has rounded, too
+        self._rounded.non_finite.raise_if_any()  # the last validation has rounded values too
         self._rounded.forget()

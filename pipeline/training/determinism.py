@@ -11,11 +11,11 @@ import torch
 def deterministic_on_cpu() -> Iterator[None]:
     """On a CPU, make a resumed run end with the same bits as an uninterrupted one.
 
-    In deterministic mode, torch would also fill all uninitialized memory. This would double the time of a step and
-    change no result, so it is off.
+    In deterministic mode, torch would also fill all uninitialized memory. The filling would double the time of a step
+    and change no result, so it is switched off.
     """
     before = torch.are_deterministic_algorithms_enabled()
-    settings: Any = torch.utils.deterministic  # Any: type checkers do not know that this module's settings can be set
+    settings: Any = torch.utils.deterministic  # Any: type checkers refuse assignments to this module's attributes
     filled = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(before or not torch.cuda.is_available())
     settings.fill_uninitialized_memory = False

@@ -1,8 +1,8 @@
 """Distil: train the quantized model on the fine-tuned model's predictions, in addition to the data.
 
 The loss of a supervised token is (1 - weight) * cross entropy + weight * T^2 * KL(teacher_T || student_T). The
-temperature T softens both distributions. The factor T^2 keeps the size of the gradient (Hinton et al. 2015,
-arXiv:1503.02531, section 2).
+temperature T softens both distributions. The factor T^2 keeps the size of the gradient roughly independent of T (Hinton
+et al. 2015, arXiv:1503.02531, section 2).
 
 Logits exist only for one chunk of tokens at a time (see `models.chunked_logits`).
 
@@ -36,7 +36,8 @@ class Teacher:
             the teacher's predictions, inside `as_teacher`.
         weight: share of the divergence in the loss, greater than 0 and at most 1.
         temperature: softmax temperature of teacher and student in the loss.
-        as_teacher: function of the student that returns a context manager. Inside, the student is the teacher.
+        as_teacher: function that takes the student and returns a context manager. Inside this context, the student
+            computes the teacher's predictions.
     """
 
     model: nn.Module | None
@@ -59,7 +60,7 @@ class DistillationLoss:
 
 
 def holds_second_model(qat: QatConfig, sft_dtype: torch.dtype) -> bool:
-    """Return whether the teacher is a model of its own in memory.
+    """Return whether the teacher is a second model in memory.
 
     With LoRA, student and teacher have the same base. So the teacher is the student with SFT's adapters and without
     quantizers, and only SFT's adapters take more memory.
@@ -73,7 +74,9 @@ def holds_second_model(qat: QatConfig, sft_dtype: torch.dtype) -> bool:
 
 
 def share_base(sft: ModelRef, settings: DistillationConfig) -> Teacher:
-    """Make a teacher out of the student's base and the adapters of SFT. If SFT trained all weights, the base is SFT's.
+    """Make a teacher out of the student's base and the adapters of SFT.
+
+    If SFT trained all weights, there are no adapters, and the base is the model that SFT saved.
 
     The student must have been loaded with the base of `sft`, and its frozen weights must not be rounded in place.
     """
@@ -108,7 +111,7 @@ def distill(student: nn.Module, teacher: Teacher, batch: dict[str, Tensor]) -> D
 def compute_teacher_states(
     student: nn.Module, teacher: Teacher, inputs: Mapping[str, object], positions: Positions
 ) -> States:
-    """Run the teacher up to its head. The arguments are like those of `chunked_logits.compute_states`."""
+    """Run the teacher up to its head. See `chunked_logits.compute_states` for `inputs` and `positions`."""
     if teacher.model is not None:
         return chunked_logits.compute_states(teacher.model, inputs, positions)
     is_training = student.training

@@ -150,7 +150,7 @@ def _run(trainer: "_Trainer", setup: Setup, checkpoint: Path | None) -> None:
 
 
 def _summarize_losses(setup: Setup, kept: int | None) -> dict[str, float]:
-    """Summarize the losses in metrics.jsonl. Unlike the trainer's averages, the file survives interruptions."""
+    """Summarize the losses in metrics.jsonl. Unlike the trainer's averages, they include the steps before a resume."""
     lines = read_metrics(setup.directory)
     validation = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     training = [line["loss"] for line in lines if "loss" in line]
@@ -195,7 +195,7 @@ class _Trainer(SFTTrainer):
         return loss
 
     def learn_from(self, teacher: Teacher, strategy: sharding.ShardingStrategy) -> None:
-        """Distil from the teacher in all later steps. If it has a model of its own, shard it like the student."""
+        """Distil from the teacher in all later steps. If the teacher has its own model, shard this model too."""
         self._teacher = teacher
         if teacher.model is None:
             return
@@ -223,7 +223,7 @@ class _Trainer(SFTTrainer):
         return found.loss / num_items_in_batch * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Overridden to read the divergences from the GPU for each line of metrics, and not in each pass."""
+        """Overridden to read divergences from the GPU once per line of metrics, not in every forward pass."""
         divergences = self._metrics["train"].get(_DIVERGENCE, [])
         divergences[:] = [float(each) for each in divergences]
         super().log(logs, start_time)
@@ -300,9 +300,9 @@ def make_trainer(inputs: Inputs, setup: Setup, more: Mapping[str, Any]) -> _Trai
 
 @contextmanager
 def no_triton_kernels() -> Iterator[None]:
-    """Skip the Triton kernels of TRL's loss inside the block. Only fake tensors, which have no values, can do this.
+    """Skip the Triton kernels of TRL's loss inside the block, and leave their results empty.
 
-    trl 1.16 has no setting for it.
+    This is only for fake tensors, which have no values. trl 1.16 has no setting that switches the kernels off.
     """
     from trl.kernels import chunked_logprob
 
@@ -332,7 +332,7 @@ def _setting_errors(setup: Setup) -> Iterator[None]:
 
 
 def _pack(splits: Splits, stage: str) -> Dataset:
-    """Pack whole examples into rows of up to `max_length` tokens. The column seq_lengths has their lengths."""
+    """Pack whole examples into rows of up to `max_length` tokens. The column seq_lengths lists their lengths."""
     with tables.no_progress_bars():
         examples = splits.train.select_columns(["input_ids", "labels"])
         rows: Any = pack_dataset(examples, splits.max_length, _WHOLE_EXAMPLES)
@@ -388,5 +388,5 @@ def _warn_of_lost_updates(model: nn.Module, setup: Setup) -> None:
             stage,
             f"{stage}.precision=bf16 at {stage}.learning_rate={rate}: most updates are smaller than"
             " half a BF16 step and are lost (69 % at 2e-5, 84 % at 1e-5). Use mixed_bf16,"
-            f" or {stage}.stochastic_rounding=true, or expect little to change.",
+            f" or {stage}.stochastic_rounding=true, or expect that few weights change.",
         )

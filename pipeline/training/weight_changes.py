@@ -1,8 +1,8 @@
 """Measure the shares of expert weights and of their 4-bit codes that training has changed.
 
 At a low learning rate, many weights move by less than a step of the format, and BF16 weights often do not move at all.
-If few codes change, most updates do not survive rounding. The shares show this early, so you can raise the rate.
-One expert of each stack is measured, which costs almost no time.
+If few codes change, most updates do not survive rounding. The shares show this early, so you can raise the learning
+rate. One expert of each stack is measured, which costs almost no time.
 """
 
 import torch
@@ -34,7 +34,7 @@ class WeightChanges:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Return `moved_weights` and `changed_codes`, shares of the sampled weights, or {} if none is trained."""
+        """Return `moved_weights` and `changed_codes`, shares of the sampled weights, or {} if no expert is trained."""
         counts, total = [], 0
         for name, weights in expert_weights(self._model, _SAMPLED):
             start = self._start.get(name)

@@ -38,7 +38,7 @@ def test_auto_chooses_the_flash_kernel_after_its_check(precision: Precision, is_
 def test_padded_rows_on_a_gpu_have_the_outputs_and_gradients_of_eager(
     spans: list[tuple[int, int]], window: int | None, precision: str
 ) -> None:
-    """Outputs, and gradients of queries, keys, values and sinks. Eight query heads share a key head."""
+    """Compare outputs, and the gradients of queries, keys, values and sinks. Eight query heads share a key head."""
     is_real = spans_mask(spans).cuda()
     documents = torch.zeros(2, LENGTH, device="cuda")
     assert_as_close_as_eager(sink_attention.padded_rows(is_real), is_real, documents, window, precision)
@@ -55,7 +55,7 @@ def test_packed_documents_on_a_gpu_have_the_outputs_and_gradients_of_eager(windo
 
 @has_flash
 def test_masks_and_attention_make_no_host_sync() -> None:
-    """Only `packed_row` copies to the host. TRL's collator makes its bounds instead."""
+    """`packed_row` is not tested, because it copies to the host. In training, TRL's collator makes the bounds."""
     is_real = spans_mask(SPANS["padding on both sides"]).cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:

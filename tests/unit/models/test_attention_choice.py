@@ -1,4 +1,4 @@
-"""Which attention implementation `auto` means."""
+"""`auto` chooses an attention implementation by device and precision."""
 
 import importlib.util
 

@@ -87,7 +87,7 @@ def results(
 
 
 def with_adapters(model: Any, lora: LoraConfig, is_factored: bool) -> Any:
-    """Attach adapters with random factors, and let everything outside of the attention's weights be trained as well."""
+    """Attach adapters with random factors. Also train the experts' biases, routers, norms and embeddings."""
     model = adapters.attach(model, TrainConfig(lora=lora), "sft", is_factored=is_factored)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def distances(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, f
 
 
 def of_all_gradients(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """Compute the relative distance of all gradients as one vector.
+    """Compute the relative distance between two sets of gradients, each taken as one vector.
 
     The distance of a single small gradient, such as the sinks', varies too much.
     """

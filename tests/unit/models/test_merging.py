@@ -99,7 +99,7 @@ def adapted(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 def parts_of(count: int) -> list[list[slice]]:
-    """Return ways to split a stack: in twos, unevenly, and almost whole."""
+    """Return several ways to split a stack: into twos, into uneven parts, with a large first part, and not at all."""
     twos = [*range(0, count - 1, 2), count] if count % 2 == 0 else [*range(0, count - 2, 2), count]
     bounds = [twos, [0, 3, count], [0, 2, 5, count], [0, count - 2, count], [0, count]]
     cuts = [[slice(*pair) for pair in pairwise(each)] for each in bounds]
@@ -203,10 +203,7 @@ def test_only_adapted_weights_are_in_the_merger(adapted: Callable[..., Adapted])
     assert {name for name in layout if name in merger} == {*STACKS, *ATTENTION}
 
 
-# Rows of each part.
-
-
-STEP_SIZES = (1, 5_000, 50_000, 100_000, 10**9)
+STEP_SIZES = (1, 5_000, 50_000, 100_000, 10**9)  # bytes; they set how many rows a part has
 
 
 def assert_covered_once(parts: list[slice], rows: int) -> None:
@@ -308,7 +305,7 @@ def test_training_under_autocast_rounds_the_weights_that_are_merged_for_the_expo
 
 
 def test_another_order_of_summation_changes_few_merged_weights_and_hardly_a_rounded_one() -> None:
-    """A GPU may sum the products of a delta in another order than the CPU, which export and verify use."""
+    """Export and verify merge on the CPU. Training on a GPU may sum the products of a delta in another order."""
     experts, rank, width = 2, 8, 288
     generator = torch.Generator().manual_seed(0)
     base = fake_quantize(0.02 * torch.randn(experts, width, width, generator=generator), MXFP4).transpose(1, 2)

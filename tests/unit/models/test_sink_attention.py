@@ -1,4 +1,4 @@
-"""Attention with sinks on flash kernels, against eager attention. CPUs have their own flash kernel."""
+"""Attention with sinks on flash kernels agrees with eager attention. Here, torch's flash kernel for CPUs runs."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,13 +90,13 @@ def test_the_bounds_from_positions_are_those_of_trls_collator() -> None:
 
 
 def model(**changes: Any) -> Any:
-    """Make a model whose attention and sinks matter, with a window that is shorter than the rows."""
+    """Make a model whose output depends strongly on attention and sinks, with a window shorter than the rows."""
     made = tiny_models.gpt_oss(50, sliding_window=8, initializer_range=0.3, pad_token_id=0, **changes)
     return made.eval()
 
 
 def record_masks(ready: Any) -> list[tuple[Any, int]]:
-    """Record each layer's mask and number of queries, from now on."""
+    """Record each layer's mask and number of queries in all later forward passes."""
     found: list[tuple[Any, int]] = []
     for layer in ready.model.layers:
         layer.register_forward_pre_hook(
@@ -159,7 +159,7 @@ def test_only_the_prompt_of_a_dynamic_cache_takes_the_kernel() -> None:
 
 
 def test_a_mask_with_another_condition_than_causality_and_window_is_eagers() -> None:
-    """transformers can make masks for packed rows itself, and takes further conditions from its callers."""
+    """transformers makes such masks for packed rows, and for callers that pass further conditions."""
     config, embedded = model(attn_implementation=FUSED_SINKS).config, torch.empty(1, 6, 0)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
     masks = create_masks_for_generate(config, embedded, None, None, position_ids=positions)

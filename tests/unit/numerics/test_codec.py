@@ -338,7 +338,7 @@ def test_the_gradient_passes_to_earlier_operations() -> None:
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_every_value_survives_mxfp4_to_plain_to_mxfp4(dtype: torch.dtype) -> None:
-    """Test every scale whose values BF16 can represent, with every largest code. The bytes may differ."""
+    """Test every scale whose values BF16 can represent, with every largest code. Bytes may change, but not values."""
     blocks, scales = random_packed(range(LARGEST_SCALE + 1))
     values = decode(blocks, scales, dtype)
     assert_same_bits(decode(*encode(values, MXFP4), dtype), values)

@@ -15,7 +15,7 @@ from pipeline.numerics.compiled import Compilation, can_compile, compilation
 
 Kernel = Callable[..., Tensor]
 Calls = list[str]
-LARGE = 1 << 16  # values. The work on smaller tensors is not counted
+LARGE = 1 << 16  # values; work on tensors with fewer values is not counted
 
 has_compiler = pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler on this machine")
 
@@ -97,12 +97,14 @@ def test_small_tensors_are_not_counted(doubled: Kernel, calls: Calls, monkeypatc
 
 
 def test_a_test_or_a_small_model_never_waits_for_a_compiler() -> None:
-    """A tiny model has about 10^5 expert weights. The smoke recipe rounds these weights a hundred times."""
+    """A tiny model has about 10^5 expert weights. The smoke recipe rounds these weights a hundred
+    times, which makes 10^7 values.
+    """
     assert compiled._PAYS_AFTER > 1e8
 
 
 def test_weights_are_compiled_for_their_shape_and_activations_for_any(doubled: Kernel, calls: Calls) -> None:
-    """The memory order distinguishes the two: lanes are contiguous in weights, and blocks in activations."""
+    """The memory order tells them apart. Lanes are contiguous in weights, and blocks are contiguous in activations."""
     with compilation(Compilation.always):
         doubled(torch.ones(4, 3))
         doubled(torch.ones(3, 4).t())

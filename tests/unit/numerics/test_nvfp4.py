@@ -149,7 +149,7 @@ def test_bf16_weights_are_quantized_as_in_modelopt_under_the_same_tensor_scale()
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("units", [(2.0**-12, 2.0**3), (0.0371, 1.7e-5)], ids=["powers_of_two", "others"])
 def test_decoding_equals_modelopts_decoding(dtype: torch.dtype, units: tuple[float, float]) -> None:
-    """Test tensor scales that are powers of two, and others, because other tools use the scale amax / (6 * 448).
+    """Test powers of two as tensor scales, and others, because other tools use the tensor scale amax / (6 * 448).
 
     ModelOpt decodes -0 as 0.
     """

@@ -34,7 +34,11 @@ def test_a_ratio_has_the_bits_of_a_division_for_all_normal_powers_with_a_normal_
 
 @pytest.mark.parametrize("rule", ["nearest", "ceil", "floor", "mse"])
 def test_reciprocals_are_exact_for_every_tensor_scale(rule: str) -> None:
-    """The codec takes the reciprocal of tensor scales. They depend on 254 exponents and on mantissas up to 1.75."""
+    """The codec takes the reciprocal of tensor scales.
+
+    A tensor scale depends only on the exponent of the largest magnitude, and on whether the mantissa exceeds 1.3125
+    (1.75 under mse).
+    """
     magnitudes = torch.cat([powers(range(-149, 128)) * factor for factor in (1.0, 1.3125, 1.5, 1.75, 1.9921875)])
     values = torch.zeros(len(magnitudes), 1, 16)
     values[:, 0, 0] = magnitudes

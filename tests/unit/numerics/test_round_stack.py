@@ -1,6 +1,7 @@
-"""The function that a GPU runs for a whole stack gives the bits of the codec's slabs. Here it runs on a CPU.
+"""`round_stack`, with which a GPU rounds a whole stack, gives the same bits as the codec does slab by slab.
 
-test_compiled_codec.py compiles it for a CPU, test_kernels_for_gpus.py for GPUs that are not there.
+Here the function runs eagerly on a CPU. test_compiled_codec.py compiles it for a CPU. test_kernels_for_gpus.py compiles
+it for GPUs, which need not be there.
 """
 
 from collections.abc import Callable

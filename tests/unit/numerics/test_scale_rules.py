@@ -252,7 +252,7 @@ def test_every_matrix_has_its_own_tensor_scale_and_mxfp4_has_none() -> None:
 
 @pytest.mark.parametrize("rule", SCALE_RULES[ScaleType.e4m3])
 def test_no_block_needs_more_than_the_largest_e4m3_scale(rule: str) -> None:
-    """Therefore no block saturates: the range of e4m3 does not limit the scale of the largest block."""
+    """So the range of e4m3 never limits a scale, and no block saturates for this reason."""
     generator = torch.Generator().manual_seed(3)
     values = torch.rand(4000, 1, 16, generator=generator) * torch.exp2(torch.linspace(-30, 30, 4000))[:, None, None]
     block_format = NVFP4.with_rule(rule)
@@ -324,7 +324,7 @@ def choices(values: Tensor, block_format: BlockFormat, importance: Tensor | None
 def test_mse_chooses_the_candidate_with_the_smaller_error(
     block_format: BlockFormat, dtype: torch.dtype, is_weighted: bool
 ) -> None:
-    """Errors are rounded to 1/64 of a unit, so they are compared with this tolerance."""
+    """The codec rounds errors to 1/64 of a unit. So errors are compared with the tolerance in `Choice`."""
     values = random_values((25, 320), dtype)
     importance = torch.rand(320, generator=torch.Generator().manual_seed(4)) ** 4 if is_weighted else None
     found = choices(values, block_format.with_rule("mse"), importance)
@@ -446,7 +446,8 @@ def test_slabs_change_no_bit(block_format: BlockFormat, monkeypatch: pytest.Monk
 def test_rounding_a_rounded_result_changes_nothing(block_format: BlockFormat, dtype: torch.dtype) -> None:
     """Only scales with full precision are tested. Subnormals of e4m3 have less precision.
 
-    A block gets a subnormal scale if its maximum is below about 2^-14 of the largest one. Such blocks are not tested.
+    A block gets a subnormal scale if its maximum is below about 2^-14 of the matrix's maximum. Such blocks are not
+    tested.
     """
     once = fake_quantize(random_values((3, 40, 320), dtype), block_format)
     assert_same_bits(fake_quantize(once, block_format), once)
@@ -462,9 +463,9 @@ def test_rules_of_e8m0_do_not_change_values_on_the_mxfp4_grid(block_format: Bloc
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("lowest", [20, 119, 230])
 def test_mse_of_e4m3_does_not_change_values_on_the_mxfp4_grid(lowest: int, dtype: torch.dtype) -> None:
-    """Blocks whose largest value is below 4 get scales that are up to 2^3 smaller.
+    """If the largest code of a block is below 4, the e4m3 scale can be up to 2^3 smaller than the MXFP4 scale.
 
-    So with 15 scales of MXFP4, all 18 powers of two of e4m3 occur.
+    So the blocks with 15 MXFP4 scales use all 18 powers of two of e4m3.
     """
     values = on_the_mxfp4_grid(dtype, range(lowest, lowest + 15))
     assert_same_bits(fake_quantize(values, NVFP4.with_rule("mse")), values)

@@ -1,4 +1,4 @@
-"""A teacher that shares the student's base computes the bits of a separate SFT model, and leaves the student alone."""
+"""A teacher that shares the student's base gives the same bits as a separate SFT model. The student stays unchanged."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ ONE_LAYER = LoraConfig(targets=[LoraTarget.experts], layers=[1])
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model off MXFP4's grid. On the grid, rounding would change nothing."""
+    """A model whose weights are not MXFP4 values, so that rounding changes them."""
     root = tmp_path_factory.mktemp("shared")
     create_tiny(root / "packed", TinyConfig())
     (root / "base").mkdir()
@@ -59,7 +59,7 @@ def adapt(model: Any, lora: LoraConfig, seed: int) -> Any:
 
 
 def make_sft(base: Path, directory: Path, lora: LoraConfig | None, dtype: torch.dtype) -> ModelRef:
-    """Save random adapters. Without `lora`, SFT has trained all weights and saved the base itself."""
+    """Save random adapters. If `lora` is None, SFT has trained all weights, and its model is the base."""
     if lora is None:
         return ModelRef("sft", base, base, dtype=dtype)
     adapt(loading.load_plain(base, dtype), lora, seed=4).save_pretrained(str(directory))
