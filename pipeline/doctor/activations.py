@@ -12,10 +12,17 @@ from dataclasses import dataclass
 from pipeline.checkpoints.dtypes import bytes_per_value
 from pipeline.checkpoints.gpt_oss import Shape, expert_projections
 from pipeline.config import LoraTarget, Method, Precision, TrainConfig
+from pipeline.doctor.fake_gpu import FakeProperties
 from pipeline.models import attention
 
 _FP32_BYTES, _BF16_BYTES = bytes_per_value("F32"), bytes_per_value("BF16")
 _SCORE_COPIES = 3  # scores, scores minus their maximum, softmax
+
+
+def _capability() -> attention.Capability:
+    """Return the compute capability of this machine's GPU. Without a GPU, estimates are for the fake one."""
+    fake = FakeProperties()
+    return attention.capability() or (fake.major, fake.minor)
 
 
 def compute_width(train: TrainConfig) -> int:
@@ -46,7 +53,7 @@ def estimate(
     vectors = width * places * _vector_values(shape, experts_per_token)
     scores = (
         (_FP32_BYTES if is_cast else width)
-        * (attention.for_training(train, attention.capability()) == attention.EAGER)
+        * (attention.for_training(train, _capability()) == attention.EAGER)
         * shape.num_attention_heads
         * tokens
         * places
@@ -79,7 +86,7 @@ def _stack_bytes(shape: Shape, train: TrainConfig, is_quantized: bool, is_cast: 
 
     A layer multiplies with a copy if the weights are rounded or cast. Without quantizers, it multiplies by the factors
     of adapters, so it needs no copy. For quantizers, PEFT computes the delta in FP32, twice while it is scaled. The
-    gradients of a copy have the copy's size.
+    gradients of a copy have the copy's size. They are made after the delta has been freed.
     """
     values = [projection.values for projection in expert_projections(shape) if projection.layer == 0]
     width = compute_width(train)
@@ -88,7 +95,7 @@ def _stack_bytes(shape: Shape, train: TrainConfig, is_quantized: bool, is_cast: 
     kept = sum(values) * width * (is_cast or is_adapted or (is_trained and is_quantized))
     gradients = sum(values) * width * (is_adapted or is_trained)
     delta = 2 * max(values) * _FP32_BYTES * is_adapted
-    return _Stacks(kept, kept + gradients + delta)
+    return _Stacks(kept, kept + max(gradients, delta))
 
 
 def gathered_bytes(shape: Shape, train: TrainConfig, every: int) -> int:

@@ -91,6 +91,8 @@ class _Answers(TorchDispatchMode):
         """Run the operation, or answer it."""
         if func is torch.ops.aten._local_scalar_dense.default:
             return _one(args[0].dtype)
+        if func is torch.ops.aten.nonzero.default:
+            return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.long, device=args[0].device)
         if func is torch.ops.aten.index.Tensor and _is_mask(args[1]):
             mask = args[1][0]
             return args[0].reshape(-1, *args[0].shape[mask.dim() :]).clone()
@@ -275,7 +277,7 @@ def _processes(count: int) -> Iterator[None]:
     if count == 1:
         yield
         return
-    import torch.distributed._tools.fake_collectives  # noqa: F401  registers collectives for fake tensors
+    import torch.distributed._tools.fake_collectives
     from torch import distributed
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
