@@ -1,6 +1,6 @@
 """Run one stage: measure its memory alone, free the memory afterwards, and explain failures of the machine.
 
-Torch is imported here only after a stage has imported it.
+This module does not import torch. It uses torch only if a stage has imported it.
 """
 
 import gc
@@ -43,7 +43,7 @@ def one_stage(config: PipelineConfig) -> Iterator[None]:
 
 
 def release() -> None:
-    """Free models that nothing uses any more. Modules and optimizers have reference cycles, so they stay until then."""
+    """Free models that nothing uses any more. They have reference cycles, so only garbage collection frees them."""
     _forget_import_errors()
     gc.collect()
     if (cuda := _cuda()) is not None:
@@ -54,7 +54,7 @@ def _forget_import_errors() -> None:
     """Drop the tracebacks that pulp 3.3 keeps.
 
     ModelOpt 0.47 imports pulp. For each solver that is not installed, pulp stores the error in the solver's class. The
-    traceback of this error holds all functions that were running, with their variables. ModelOpt is imported while
+    traceback of this error keeps the variables of all functions that were running. ModelOpt is imported while
     `quantize` runs, so without this the model of `quantize` would stay in memory until the program ends.
     """
     for module in [module for name, module in sys.modules.items() if name.startswith("pulp.apis.")]:
@@ -76,7 +76,7 @@ def _cuda() -> Any:
 
 
 def explain(error: Exception, config: PipelineConfig) -> str | None:
-    """Return a message for a failure of the machine: what needed how much, and what to set. None: another failure."""
+    """Return a message with cause and remedy if the machine failed. Return None for any other error."""
     text, stage = str(error), config.stage.name
     if _NO_KERNEL in text:
         return (

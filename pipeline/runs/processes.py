@@ -24,7 +24,7 @@ def local_process_count() -> int:
 
 
 def has_launcher() -> bool:
-    """Whether a launcher gave this process a GPU of its own. Without one, a process uses all visible GPUs."""
+    """Whether a launcher gave this process a GPU of its own. Without a launcher, it uses all visible GPUs."""
     return int(os.environ.get("LOCAL_RANK", "-1")) >= 0
 
 
