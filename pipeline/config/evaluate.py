@@ -69,7 +69,7 @@ class ServerConfig:
     concurrency: Annotated[int, POSITIVE] = 16
     """Number of requests to run in parallel."""
     retries: Annotated[int, NOT_NEGATIVE] = 5
-    """Number of retries after a timeout, 429 or 5xx. Delays: 0.5 s, 1 s, 2 s, … or as the server requests."""
+    """Number of retries after no answer, 429 or 5xx. Delays: 0.5 s, 1 s, 2 s, … or as the server requests."""
     timeout_seconds: Annotated[float, POSITIVE] = 600.0
     """Timeout of a request, in seconds."""
 
@@ -107,7 +107,7 @@ class LmEvalConfig:
     num_fewshot: Annotated[Optional[int], NOT_NEGATIVE] = None
     """Number of solved examples before each question; null: the task's default."""
     limit: Annotated[Optional[int], POSITIVE] = None
-    """Ask only the first questions of each task, this many. Use this for trials; null: ask all."""
+    """Number of questions of each task to ask, starting with the first. For trials; null: all."""
     batch_size: Annotated[int, POSITIVE] = 8
     """Number of questions in a batch. An endpoint uses evaluate.endpoint.concurrency instead."""
     apply_chat_template: bool = False

@@ -60,7 +60,7 @@ class LoraConfig:
     """Low-rank adapters. Used only with method=lora."""
 
     rank: Annotated[int, POSITIVE] = 8
-    """Rank r of each expert's own adapter. A stack of E experts gets E·r·(in + out) adapter weights."""
+    """Rank r of each adapter. Each expert has its own, so a stack of E experts has E·r·(in + out) adapter weights."""
     alpha: Annotated[int, POSITIVE] = 16
     """Scale of the adapters. The product of an adapter's two factors is multiplied by alpha / rank."""
     targets: list[LoraTarget] = field(default_factory=lambda: [LoraTarget.attention, LoraTarget.experts])
