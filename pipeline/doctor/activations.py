@@ -38,7 +38,7 @@ def estimate(
         experts_per_token: number of experts that the router chooses for each token.
         is_quantized: whether fake quantizers run (QAT).
         is_cast: whether autocast casts FP32 weights. Then layers make BF16 copies of their weights, and attention
-            scores are FP32. Not for gathered parameters, which are cast before they are gathered.
+            scores are FP32. False for gathered parameters, which are cast before they are gathered.
     """
     places = train.batch_size * tokens
     width = compute_width(train)

@@ -21,7 +21,7 @@ _TITLE = 22
 
 
 def conversation(row: int, chosen: Conversation, how: Rendering) -> None:
-    """Print every example of a conversation token by token. Prompt and supervised tokens are printed apart.
+    """Print every example of a conversation token by token. Prompt and supervised tokens are on separate lines.
 
     On a terminal, neighbouring tokens have different shades. Elsewhere, a bar separates the tokens.
 

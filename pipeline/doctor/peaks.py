@@ -18,7 +18,7 @@ from pipeline.doctor.fake_run import PHASES, Job, Size
 from pipeline.models.sharding import STRATEGIES
 
 _FEW, _MORE = 2, 4  # layers of the two models that are measured; half of the layers have sliding attention
-_NEIGHBOURS = 2  # more layers, if parameters are gathered: a layer is then in memory together with its neighbours
+_NEIGHBOURS = 2  # layers to add if parameters are gathered: then a layer and its neighbours are in memory together
 _AT_ONCE = 2  # each measurement uses one CPU core and up to 2 GB of memory
 _LIMIT = 600  # seconds; a measurement takes 10 to 20 on an idle core
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ACCELERATE_")

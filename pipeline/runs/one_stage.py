@@ -1,4 +1,4 @@
-"""Run one stage: measure its memory alone, free the memory afterwards, and explain failures of the machine.
+"""Run one stage: measure only its own memory, free the memory afterwards, and explain failures of the machine.
 
 This module does not import torch. It uses torch only if a stage has imported it.
 """
@@ -94,7 +94,7 @@ def explain(error: Exception, config: PipelineConfig) -> str | None:
 
 
 def _amounts(text: str, on_gpu: bool) -> str:
-    """Say how much was asked for and how much was free, as far as it is known: `: it asked for 2.00 GiB, …`."""
+    """Say how much memory was asked for and how much was free, if known: `: it asked for 2.00 GiB, …`."""
     asked, free = _ASKED.search(text), _FREE.search(text)
     parts = [f"it asked for {_readable(asked[1])} more"] if asked else []
     if on_gpu and free:

@@ -35,7 +35,7 @@ def wait_for_everyone() -> None:
         from accelerate import PartialState
 
         # The first PartialState creates the process group. On a machine without a GPU, it does so only with cpu=True.
-        # Other processes may wait for a conversion longer than the default timeout, which is 10 minutes on GPUs.
+        # While the main process converts a model, the others may wait longer than the default timeout of 10 minutes.
         PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE).wait_for_everyone()
 
 
