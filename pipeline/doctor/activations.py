@@ -77,9 +77,8 @@ class _Stacks:
 def _stack_bytes(shape: Shape, train: TrainConfig, is_quantized: bool, is_cast: bool) -> _Stacks:
     """Estimate the copies of expert stacks, in addition to the weights.
 
-    A layer multiplies with a copy if the weights are rounded or cast. Without quantizers, it multiplies by the factors
-    of adapters, so it needs no copy. For quantizers, PEFT computes the delta in FP32, twice while it is scaled. The
-    gradients of a copy have the copy's size.
+    A layer multiplies with a copy if the weights have adapters, are rounded or are cast. PEFT computes the delta for
+    quantizers in FP32, twice while it is scaled. The gradients of a copy have the copy's size.
     """
     values = [projection.values for projection in expert_projections(shape) if projection.layer == 0]
     width = compute_width(train)
