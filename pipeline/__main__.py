@@ -1,6 +1,6 @@
 """Run a command line: compose the configuration, check it, run the stage, and return the exit status.
 
-Hydra composes the configuration. It would show a mistake of the user as a traceback. This module prints one message.
+Hydra composes the configuration, and would show the user's mistakes as tracebacks. This module prints one message.
 Large libraries are imported only when a stage runs, so --help and error messages appear at once.
 """
 
@@ -61,7 +61,7 @@ def run(composed: DictConfig) -> None:
     """Run one job: one stage of one recipe, after the earlier stages that its `base_run` has."""
     chosen = HydraConfig.get().runtime.choices.get("recipe")
     if chosen is not None:
-        composed.recipe = chosen  # register() has named only our own recipes, not a recipe from --config-dir
+        composed.recipe = chosen  # `register` sets this field only in our own recipes, not in one from --config-dir
     _keep_jobs_apart(composed)
     pipeline_config = rules.resolve(composed)
     preflight.check(pipeline_config)
@@ -76,7 +76,7 @@ def _run(stage_config: config.PipelineConfig) -> None:
 
 
 def _keep_jobs_apart(composed: DictConfig) -> None:
-    """In a sweep, give each job its own directory. The job reuses models of the run in run_dir, its `base_run`.
+    """In a sweep, give each job its own directory. The run in run_dir becomes its `base_run`, whose models it reuses.
 
     A run_dir that contains settings (`r/${sft.learning_rate}`) already differs between the jobs, so it is not changed.
     """
@@ -95,8 +95,8 @@ def _module(stage: config.Stage) -> ModuleType:
 
 def main() -> NoReturn:
     """Run the command in sys.argv and exit. `python -m pipeline` and the console script start here."""
-    # With this variable Hydra raises errors. Without it, Hydra prints a traceback and exits with 1.
-    # The assignment overrides the shell's value, which setdefault would keep.
+    # If this variable is set, Hydra raises its errors. Otherwise it prints a traceback and exits with 1.
+    # `setdefault` would not do, because it would keep a value from the shell.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     allocator.let_segments_grow()
     sys.exit(status(sys.argv[1:]))
@@ -127,7 +127,7 @@ def status(arguments: list[str]) -> int:
 
 
 def _job(composed: DictConfig) -> None:
-    # Hydra prints an extra line for an exception of a job, but not for SystemExit. So the message appears only once.
+    # Hydra prints a line of its own for each exception of a job, except SystemExit. So print the message here.
     try:
         run(composed)
     except (UserError, CheckFailed, MachineError) as error:

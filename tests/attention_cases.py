@@ -32,7 +32,7 @@ def spans_mask(spans: list[tuple[int, int]]) -> Tensor:
 
 
 def eager_mask(is_real: Tensor, documents: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Make the mask (B, 1, T, T) of real keys, of the same document, not later, and within the window."""
+    """Make the mask (B, 1, T, T). A query sees real keys of its document, not later ones, and only in the window."""
     places = torch.arange(LENGTH, device=is_real.device)
     age = places[:, None] - places
     seen = (age >= 0) & (age < (window or LENGTH)) & is_real[:, None, :] & (documents[..., None] == documents[:, None])
@@ -40,7 +40,7 @@ def eager_mask(is_real: Tensor, documents: Tensor, window: int | None, dtype: to
 
 
 def inputs(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-    """Make queries, keys, values and sinks, and a gradient of the output (B, T, N, d). BF16 has all their values."""
+    """Make queries, keys, values and sinks, and a gradient of the output (B, T, N, d). BF16 can hold all values."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -74,7 +74,7 @@ def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, floa
 
 
 def packed_positions() -> tuple[Tensor, Tensor]:
-    """Make the positions (B, T) of packed documents, and the number of each token's document."""
+    """Make the positions (B, T) of packed documents, and for each token the number of its document."""
     lengths = [[1, 199, 100], [300]]
     positions = torch.stack([torch.cat([torch.arange(each) for each in row]) for row in lengths])
     return positions, (positions == 0).cumsum(1)
@@ -83,7 +83,7 @@ def packed_positions() -> tuple[Tensor, Tensor]:
 def assert_as_close_as_eager(
     segments: Segments, is_real: Tensor, documents: Tensor, window: int | None, precision: str
 ) -> None:
-    """Compare with eager in float64. Each tensor may have at most twice the error of eager in the same precision."""
+    """Assert that each tensor has at most twice the error of eager in the same precision. Eager in float64 is exact."""
     truth_mask = eager_mask(is_real, documents, window, torch.double)
     truth = run(eager_attention_forward, truth_mask, torch.double, window, is_real)
     is_mixed = precision == "mixed"

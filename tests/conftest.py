@@ -15,7 +15,7 @@ from allowed_skips import pytest_sessionfinish, pytest_terminal_summary  # noqa:
 from chat_server import Server
 
 # More threads would slow down work on such small tensors. torch reads OMP_NUM_THREADS at import, so set it first.
-# Processes that tests start inherit it.
+# Processes that tests start inherit the variable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Trust the processor's list of instruction sets. Otherwise torch tests each set in a new Python process.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")

@@ -53,8 +53,8 @@ def masks(config: GptOssConfig, hidden: Tensor, kind: str) -> Any:
 
 
 def run(implementation: str, layer_type: str, kind: str) -> dict[str, Any]:
-    """Run the layer forward and backward, and return what was seen."""
-    config = GptOssConfig(attn_implementation=implementation)  # by default, its layers have the sizes of both models
+    """Run the layer forward and backward, and return the figures of this case."""
+    config = GptOssConfig(attn_implementation=implementation)  # its default sizes are those of both released models
     rows, tokens = (1, ROWS * TOKENS) if kind == "packed" else (ROWS, TOKENS)
     with FakeTensorMode(), Watch() as watch, torch.device("cuda"):
         layer = GptOssAttention(config, config.layer_types.index(layer_type))

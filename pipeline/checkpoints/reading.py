@@ -155,7 +155,12 @@ class Checkpoint(TensorFiles):
         return plain
 
     def raise_if_nan(self, name: str, scales: Tensor, rows: slice = slice(None)) -> None:
-        """Check the scales of an expert stack, or of the experts `rows` in it.
+        """Check the scales of an expert stack, or of a part of its experts.
+
+        Args:
+            name: name of the stack, for the message.
+            scales: scale bytes.
+            rows: the experts that `scales` belongs to.
 
         Raises:
             UserError: a scale byte is 255 (NaN).

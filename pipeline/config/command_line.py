@@ -98,7 +98,7 @@ def help_text(conf: Path, recipes: Path) -> str:
         "  --config-dir D   add configuration files, such as recipes in D/recipe/ (line 1: # @package _global_)",
         "  --hydra-help     Hydra's own flags",
         "",
-        "exit status: 0 done or up to date, 2 your mistake, 1 a failed check or a bug, 130 interrupted",
+        "exit status: 0 done or up to date, 2 your mistake, 1 a failed check or machine, or a bug, 130 interrupted",
     ]
     return "\n".join(lines)
 

@@ -53,7 +53,7 @@ class Library:
     Attributes:
         module: name of the module to import. If the module is missing, the engine counts as not installed.
         distribution: name of the installed package, from which the version is read.
-        nats: largest allowed divergence of the engine's prediction in FP32, in nats.
+        nats: largest allowed divergence of the engine's FP32 predictions from the expected ones, in nats.
         install: instructions to install the engine into its own environment.
         rounds_yarn: whether the engine rounds the bounds of YaRN's correction range to whole numbers.
     """

@@ -69,7 +69,7 @@ class ServerConfig:
     concurrency: Annotated[int, POSITIVE] = 16
     """Number of requests to run in parallel."""
     retries: Annotated[int, NOT_NEGATIVE] = 5
-    """Retries after no answer, 429 or 5xx. Delays are 0.5 s, 1 s, 2 s, … or as the server requests."""
+    """Number of retries after no answer, 429 or 5xx. Delays: 0.5 s, 1 s, 2 s, … or as the server requests."""
     timeout_seconds: Annotated[float, POSITIVE] = 600.0
     """Timeout of a request, in seconds."""
 
@@ -86,12 +86,12 @@ class EndpointConfig(ServerConfig):
 
 @dataclass
 class JudgeConfig(ServerConfig):
-    """A model on a server that judges how far answers refuse. It judges only prompts with a known `safety`."""
+    """A model on a server that judges how far answers refuse. It judges answers to prompts with a known `safety`."""
 
     max_new_tokens: Annotated[int, POSITIVE] = 1024
     """Largest length of a verdict in tokens, including the reasoning."""
     attempts: Annotated[int, POSITIVE] = 3
-    """Number of attempts to get a well-formed verdict. Each retry repeats the required format."""
+    """Number of attempts to get a well-formed verdict. Each retry tells the judge the required format again."""
     max_without_verdict: Annotated[float, FROM_0_TO_1] = 0.1
     """Largest allowed share of answers without a verdict. A larger share is an error."""
 
@@ -107,7 +107,7 @@ class LmEvalConfig:
     num_fewshot: Annotated[Optional[int], NOT_NEGATIVE] = None
     """Number of solved examples before each question; null: the task's default."""
     limit: Annotated[Optional[int], POSITIVE] = None
-    """Number of questions of each task to ask, from the first, for a trial; null: all."""
+    """Number of questions of each task to ask, starting with the first. For trials; null: all."""
     batch_size: Annotated[int, POSITIVE] = 8
     """Number of questions in a batch. An endpoint uses evaluate.endpoint.concurrency instead."""
     apply_chat_template: bool = False

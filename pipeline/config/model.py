@@ -34,7 +34,7 @@ class TinyConfig:
     hidden_size: Annotated[int, _BLOCKS] = 64
     """Width of the residual stream: a multiple of 32, the block size of MXFP4."""
     intermediate_size: Annotated[int, _BLOCKS] = 96
-    """Width of each expert: a multiple of 32. The default is not hidden_size, so transposed weights fail to load."""
+    """Width of each expert: a multiple of 32. It differs from hidden_size, so transposed weights cannot load."""
     num_local_experts: int = 8
     """Number of experts per layer."""
     num_experts_per_tok: int = 4

@@ -33,7 +33,7 @@ class Target:
     fp32: tuple[str, ...] = ()
 
     def is_fp32(self, name: str) -> bool:
-        """Return whether the layout stores a tensor in FP32. Do not call this for expert weights (`expert_bits`)."""
+        """Return whether the layout stores a tensor in FP32. Not for expert weights, which have `expert_bits`."""
         return any(part in name for part in self.fp32)
 
 

@@ -23,6 +23,6 @@ class TrackingConfig:
     entity: Optional[str] = None
     """Name of the user or team in the service; null: the default of the account that is logged in."""
     tags: list[str] = field(default_factory=list)
-    """Tags that the run of each stage gets in the service."""
+    """Tags in the service. Every stage gets the same tags."""
     name: Optional[str] = None
     """Name of the pipeline run in the service. Each stage is a run <name>-<stage> in one group. null: the recipe."""

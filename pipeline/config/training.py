@@ -28,7 +28,7 @@ class Precision(Enum):
 
 
 class ExpertsImplementation(Enum):
-    """Kernels that multiply inputs by the experts' weights. transformers has the same names."""
+    """Kernels that multiply inputs by the experts' weights. The names are those of transformers."""
 
     auto = "auto"
     eager = "eager"
@@ -60,9 +60,9 @@ class LoraConfig:
     """Low-rank adapters. Used only with method=lora."""
 
     rank: Annotated[int, POSITIVE] = 8
-    """Rank r of each adapter. Each of E experts has an adapter, so a projection takes E·r·(in + out) weights."""
+    """Rank r of each adapter. Each expert has its own, so a stack of E experts has E·r·(in + out) adapter weights."""
     alpha: Annotated[int, POSITIVE] = 16
-    """Numerator of the update's scale, which is alpha / rank."""
+    """Scale of the adapters. The product of an adapter's two factors is multiplied by alpha / rank."""
     targets: list[LoraTarget] = field(default_factory=lambda: [LoraTarget.attention, LoraTarget.experts])
     """Parts of a layer that get adapters: attention (q, k, v, o), experts (gate_up and down), or both."""
     layers: Optional[list[int]] = None
@@ -90,9 +90,9 @@ class TrainConfig:
     lr_scheduler: Annotated[str, _SCHEDULE] = "cosine"
     """Learning-rate schedule after warm-up, as named in transformers."""
     warmup_ratio: Annotated[float, BELOW_1] = 0.03
-    """Share of all steps that are warm-up: the learning rate rises to its peak."""
+    """Share of all steps in which the learning rate rises to its peak."""
     epochs: Annotated[float, POSITIVE] = 1.0
-    """Number of passes over the training data. If max_steps is set, it applies instead."""
+    """Number of passes over the training data. Ignored if max_steps is set."""
     max_steps: Annotated[int, _STEPS] = -1
     """Number of optimizer steps; -1: as many as the epochs take."""
     batch_size: Annotated[int, POSITIVE] = 1
@@ -108,13 +108,13 @@ class TrainConfig:
     max_grad_norm: Annotated[float, POSITIVE] = 1.0
     """Largest gradient norm. Larger gradients are scaled down to this norm."""
     precision: Precision = Precision.mixed_bf16
-    """fp32, mixed_bf16 (FP32 weights, BF16 arithmetic) or bf16 (BF16 weights, hardly changed by low rates)."""
+    """fp32, mixed_bf16 (FP32 weights, BF16 arithmetic) or bf16 (BF16 weights, which low rates hardly change)."""
     stochastic_rounding: bool = False
     """Round updated BF16 weights stochastically, so small updates take effect. Needs optimizer=adamw_torch_8bit."""
     attn_implementation: str = AUTO_ATTENTION
-    """Attention kernel: fused_sinks or a name of transformers; auto: eager on CPUs, and on GPUs the first right one."""
+    """Attention kernel: fused_sinks or a kernel of transformers; auto: eager on CPUs, the first correct one on GPUs."""
     experts_implementation: ExpertsImplementation = ExpertsImplementation.auto
-    """Kernel of the experts; auto: grouped_mm, or eager if inputs are quantized, and for LoRA SFT on some GPUs."""
+    """Kernel of the experts; auto: grouped_mm, but eager if inputs are quantized or for LoRA SFT on some GPUs."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass. This saves memory. A step takes about a third more time."""
     router_aux_loss_coef: Annotated[float, NOT_NEGATIVE] = 0.0
@@ -140,7 +140,7 @@ class DistillationConfig:
     """Quantization-aware distillation (QAD): QAT also learns from the predictions of the SFT model."""
 
     weight: Annotated[float, FROM_0_TO_1] = 0.0
-    """Weight in the loss of the KL divergence from the SFT model's predictions; 0: no distillation."""
+    """Share of the KL divergence from the SFT model's predictions in the loss; 0: no distillation."""
     temperature: Annotated[float, POSITIVE] = 1.0
     """Temperature of teacher's and student's distributions. Above 1, unlikely tokens count for more."""
 
@@ -150,5 +150,5 @@ class QatConfig(TrainConfig):
     """Train with fake quantization of the experts."""
 
     rounded_cache_gib: Annotated[Optional[float], NOT_NEGATIVE] = None
-    """Cache for the experts' rounded weights, in GiB. Without it, each forward pass rounds; null: 0, or 4 on a CPU."""
+    """Largest size of the cache of rounded experts, in GiB; 0: each forward pass rounds; null: 0, or 4 on a CPU."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)

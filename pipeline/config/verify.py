@@ -48,7 +48,7 @@ class VerifyConfig:
     samples: Annotated[int, POSITIVE] = 8
     """Number of validation examples whose logits are compared."""
     logits_tolerance: Annotated[float, NOT_NEGATIVE] = 1.0e-4
-    """Largest allowed difference between the logits of export and trained model (from another order of sums)."""
+    """Largest allowed difference of logits between export and trained model. Rounding causes small differences."""
     engines: list[LoadingEngine] = field(default_factory=list)
     """Engines to load the export in. An engine that is not installed is reported as not checked."""
     python: PythonConfig = field(default_factory=PythonConfig)

@@ -1,4 +1,4 @@
-"""Estimate the memory of a device beside weights, gradients and optimizer, for runs that cannot be measured.
+"""Estimate the memory of a device, without weights, gradients and optimizer, for runs that cannot be measured.
 
 The estimates follow the tensors that transformers' eager implementation makes. They are compared with recorded
 measurements in the tests.
@@ -33,10 +33,10 @@ def compute_width(train: TrainConfig) -> int:
 def estimate(
     shape: Shape, train: TrainConfig, *, tokens: int, experts_per_token: int, is_quantized: bool, is_cast: bool
 ) -> int:
-    """Estimate the most bytes that are kept for the backward pass, and those that the busiest layer works with.
+    """Estimate the peak bytes of values kept for the backward pass and of the busiest layer's working memory.
 
-    With gradient checkpointing, a layer keeps only its input, B·T·H·a bytes, until its turn. Then it makes its
-    activations again. Either its attention or its experts need more memory, or the gradient of the head does.
+    With gradient checkpointing, a layer keeps only its input, B·T·H·a bytes, until its backward pass. Then the layer
+    computes its activations again. The peak is in a layer's attention, in its experts, or in the gradient of the head.
 
     Args:
         shape: sizes of the model.
@@ -45,7 +45,7 @@ def estimate(
         experts_per_token: number of experts that the router chooses for each token.
         is_quantized: whether fake quantizers run (QAT).
         is_cast: whether autocast casts FP32 weights. Then layers make BF16 copies of their weights, and attention
-            scores are FP32. Gathered parameters are cast before they are gathered.
+            scores are FP32. False for gathered parameters, which are cast before they are gathered.
     """
     places = train.batch_size * tokens
     width = compute_width(train)
@@ -67,7 +67,7 @@ def estimate(
 
 
 def _vector_values(shape: Shape, experts_per_token: int) -> int:
-    """Count the values per token that a layer keeps: vectors of width H, queries, keys and values, and experts'."""
+    """Count the values per token that a layer keeps: vectors of width H, of the attention heads, and of the experts."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
     attention = 2 * shape.head_dim * (shape.num_attention_heads + shape.num_key_value_heads)
     return 8 * hidden + attention + experts_per_token * (6 * inner + 2 * hidden)
@@ -75,7 +75,7 @@ def _vector_values(shape: Shape, experts_per_token: int) -> int:
 
 @dataclass(frozen=True)
 class _Stacks:
-    """Bytes of the copies of a layer's expert stacks: kept for the backward pass, and at most while it works."""
+    """Bytes of the copies of a layer's expert stacks: those kept for the backward pass, and the peak in that pass."""
 
     kept: int
     working: int
@@ -101,8 +101,8 @@ def _stack_bytes(shape: Shape, train: TrainConfig, is_quantized: bool, is_cast: 
 def gathered_bytes(shape: Shape, train: TrainConfig, every: int) -> int:
     """Estimate the bytes of whole layers that a process holds if parameters are sharded.
 
-    The layer at work and the next one are gathered, and the head stays gathered. In full training, the gradients of a
-    layer are reduced in FP32 after each pass.
+    The layer that computes and the next one are gathered, and the head stays gathered. In full training, the gradients
+    of a layer are reduced in FP32 after each pass.
 
     Args:
         shape: sizes of the model.

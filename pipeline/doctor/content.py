@@ -50,7 +50,7 @@ class CopyFigures(TypedDict):
 
 
 def reasoning(rows: list[Row]) -> ReasoningFigures:
-    """Count assistant turns with and without reasoning. A tool call's reasoning may be in its content instead."""
+    """Count assistant turns with and without reasoning. A turn that calls a tool may have reasoning in `content`."""
     turns = [turn for row in rows for turn in _assistant_turns(row.conversation)]
     lacking = first(row for row in rows if not all(map(_reasoning, _assistant_turns(row.conversation))))
     return {
@@ -84,7 +84,7 @@ def tools(rows: list[Row]) -> ToolFigures:
 def control_text(rows: list[Row]) -> ControlTextFigures:
     """Find text that looks like a control token. The model would learn to write it as text.
 
-    Rows with special tokens of Harmony do not occur here. Reading the data refuses them.
+    Harmony's special tokens are not found here, because rows that contain them are refused when the data is read.
     """
     found: Counter[str] = Counter()
     matching = []
@@ -97,7 +97,7 @@ def control_text(rows: list[Row]) -> ControlTextFigures:
 
 
 def copies(rows: list[Row]) -> CopyFigures:
-    """Find rows that repeat an earlier row word for word. Count other rows that repeat only an earlier row's prompt."""
+    """Find rows that repeat an earlier row word for word. Also count rows that repeat only its prompt."""
     seen: set[str] = set()
     prompts: set[str] = set()
     repeated, other_answer = [], 0

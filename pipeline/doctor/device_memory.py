@@ -1,6 +1,7 @@
 """Compute the peak memory of each GPU while a stage trains: measured with fake tensors, or else estimated.
 
-`peaks` measures. If that is not possible, or not worth the time, `needs` estimates, and the reason is reported.
+`peaks` measures the memory. If measuring is impossible, or not worth the time, `needs` estimates the memory, and the
+reason is reported.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from pipeline.doctor.peaks import NotMeasured, Peaks
 from pipeline.models import rounded_weights
 from pipeline.models.sharding import STRATEGIES
 
-_SMALLEST = 10**9  # parameters; smaller models fit everywhere, and an estimate takes no time
+_SMALLEST = 10**9  # parameters; smaller models fit everywhere, so they are only estimated
 
 
 def figures(plan: Plan, model: Mapping[str, Any], longest: int, processes: int) -> dict[str, DeviceFigures]:
@@ -56,7 +57,7 @@ def _figures(found: Peaks | NotMeasured, estimated: int, buckets: int) -> Device
 
 
 def _bucket_bytes(training: tuple[Plan, str, int], model: Mapping[str, Any]) -> int:
-    """Return the bytes in which DistributedDataParallel reduces the gradients. One process has no such buckets."""
+    """Return the bytes of DistributedDataParallel's buckets for reducing gradients. One process has no buckets."""
     plan, stage, processes = training
     if plan.sharding is not Sharding.none or processes == 1:
         return 0

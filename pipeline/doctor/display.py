@@ -21,13 +21,13 @@ _TITLE = 22
 
 
 def conversation(row: int, chosen: Conversation, how: Rendering) -> None:
-    """Print every example of a conversation token by token. Prompt and supervised tokens are printed apart.
+    """Print every example of a conversation token by token. Prompt and supervised tokens are on separate lines.
 
     On a terminal, neighbouring tokens have different shades. Elsewhere, a bar separates the tokens.
 
     Args:
         row: value of doctor.row, used in messages.
-        chosen: the conversation of this row. The training split need not contain it.
+        chosen: the conversation of this row, which may be a training or a validation row.
         how: the tokenizer and the settings of the chat template.
 
     Raises:
@@ -80,7 +80,7 @@ def _data_lines(data: DataFigures) -> Iterable[tuple[str, str]]:
     yield "reasoning effort", _counts(data["reasoning_effort"])
     yield (
         "tools",
-        f"offered in {tools['rows_that_offer']} rows, called {tools['calls']} times in {tools['rows_that_call']}",
+        f"offered in {tools['rows_that_offer']} rows, called {tools['calls']} times in {tools['rows_that_call']} rows",
     )
     yield "control tokens", f"as text in {data['control_text']['rows']} rows"
     yield "copies", f"{copies['rows']} rows; {copies['same_prompt_other_answer']} more repeat only an earlier prompt"

@@ -1,4 +1,4 @@
-"""A GPU that does not exist, for a process that measures or tests what the program would do on one.
+"""Pretend that this process has a GPU, to measure or test what the program would do on a real one.
 
 `install` lets a CPU build of torch handle fake tensors on device cuda. `pretend_cuda` makes `torch.cuda` answer as if
 there were GPUs. Both change the whole process, so use them in a process of their own.

@@ -1,9 +1,9 @@
 """Train a model of a few layers on fake tensors, to measure the memory that training takes on a GPU.
 
 The model, adapters, quantizers, expert kernels, trainer and optimizer are those of a real run. Fake tensors have shapes
-and types but no values, so nothing is computed. The process pretends to have a GPU, so it can do nothing else:
-`peaks.measure` starts `python -m pipeline.doctor.fake_run` for each job, writes the job to its standard input, and
-reads the peaks from its standard output.
+and types but no values, so nothing is computed. To pretend to have a GPU changes the whole process, so each job runs
+in a process of its own. `peaks.measure` starts this process (`python -m pipeline.doctor.fake_run`), writes the job to
+its standard input, and reads the peaks from its standard output.
 """
 
 import gc
@@ -76,19 +76,19 @@ class Size:
 
 
 class _FakeMode(FakeTensorMode):
-    """Fake tensors that never start CUDA, although `torch.cuda.is_available()` is pretended to be true."""
+    """Fake tensors that never start CUDA, although `torch.cuda.is_available()` returns True."""
 
     avoid_device_init = True
 
 
 class _Answers(TorchDispatchMode):
-    """Answers what only values can tell: scalars are 1 or True, and boolean masks choose everything.
+    """Gives the answers that fake tensors cannot give: a scalar is 1 or True, and a boolean mask chooses everything.
 
     So every loss is finite, every batch has tokens, and all tokens are supervised.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, or answer it."""
+        """Run the operation, or return an answer in its place."""
         if func is torch.ops.aten._local_scalar_dense.default:
             return _one(args[0].dtype)
         if func is torch.ops.aten.nonzero.default:
@@ -162,7 +162,7 @@ def _make_plain(job: Job, size: Size) -> "PreTrainedModel":
     types = known.get("layer_types")
     known |= {"num_hidden_layers": size.layers, "layer_types": types[: size.layers] if types else None}
     dtype = TRAIN_DTYPES[job.train.precision]
-    # FSDP2 moves one layer after the other to the GPU, which fake tensors cannot do. So the model is made there.
+    # FSDP2 moves the layers to the GPU one by one. Fake tensors cannot be moved, so they are created on the GPU.
     with torch.device("cuda" if job.processes > 1 else "cpu"):
         model = AutoModelForCausalLM.from_config(
             GptOssConfig(**known),
@@ -175,7 +175,7 @@ def _make_plain(job: Job, size: Size) -> "PreTrainedModel":
 
 
 def _of_size(train: TrainConfig, size: Size) -> TrainConfig:
-    """Give the last layers adapters, as many as `size` says."""
+    """Return settings that give adapters to the last `size.adapted` layers."""
     layers = list(range(size.layers - size.adapted, size.layers))
     return replace(train, lora=LoraConfig(**{**vars(train.lora), "layers": layers, "every_nth": None}))
 
@@ -188,7 +188,9 @@ def _teacher(job: Job, size: Size) -> "Teacher | None":
     if not (isinstance(job.train, QatConfig) and job.train.distillation.weight):
         return None
     settings = job.train.distillation
-    if not holds_second_model(job.train, TRAIN_DTYPES[job.train.precision]):  # SFT's adapters alone are left out
+    if not holds_second_model(
+        job.train, TRAIN_DTYPES[job.train.precision]
+    ):  # the memory of SFT's adapters is not counted
         return Teacher(None, settings.weight, settings.temperature)
     model = _make_plain(job, size).eval().requires_grad_(False)
     _shard(model, job)
@@ -291,7 +293,7 @@ def _processes(count: int) -> Iterator[None]:
 
 @contextmanager
 def _mesh(job: Job) -> Iterator[None]:
-    """Make the mesh of processes outside of fake mode. torch 2.13 makes it in `fully_shard`, from tensors' values."""
+    """Make the mesh of processes outside of fake mode, because torch 2.13 makes it from tensors' values."""
     if job.processes == 1:
         yield
         return
@@ -313,14 +315,14 @@ def _fake_kernels() -> Iterator[None]:
 
 
 def _allocate_rounded(values: Tensor, *_: object, dtype: torch.dtype | None = None, **__: object) -> Tensor:
-    """Return a tensor like the one that the codec returns. Its other tensors are small parts of a stack."""
+    """Return a tensor as large as the codec's result. The codec's other tensors are as small as a part of a stack."""
     from pipeline.numerics.codec import straight_through
 
     return straight_through(values, torch.empty_like(values, dtype=dtype or values.dtype))
 
 
 def main() -> None:
-    """Measure the job on the standard input, and write the peaks of each size to the standard output."""
+    """Read a job and sizes from standard input, and write the peaks of each size to standard output."""
     job, sizes = pickle.load(sys.stdin.buffer)
     output, sys.stdout = sys.stdout, sys.stderr
     fake_gpu.install()

@@ -85,7 +85,7 @@ def gigabytes(size: float) -> str:
 
 
 def disk_needed(facts: Facts) -> int:
-    """Compute the most bytes on disk that the remaining stages take. Checkpoints of only one training stage count."""
+    """Compute the most bytes on disk that the remaining stages take. Only one of them has checkpoints at a time."""
     todo = [name for name in facts.needs["disk_bytes"] if not facts.run.is_complete(Stage[name])]
     resumable = [size for name, size in facts.needs["checkpoint_bytes"].items() if name in todo]
     return sum(facts.needs["disk_bytes"][name] for name in todo) + max(resumable, default=0)
@@ -218,8 +218,8 @@ def _copies(facts: Facts) -> list[str]:
     if not found["rows"]:
         return []
     return [
-        f"rows that copy another row: {found['rows']} ({_and_more(found['first'], found['rows'])}). Each copy adds"
-        " weight to its row. Remove them from data.path, unless you want that."
+        f"rows that copy another row: {found['rows']} ({_and_more(found['first'], found['rows'])}). Each copy gives"
+        " its row more weight. Remove them from data.path, unless you want that."
     ]
 
 
@@ -237,7 +237,7 @@ def _few_to_validate(facts: Facts) -> list[str]:
 
 
 def _less_memory(facts: Facts, stage: str, free: int) -> str:
-    """Advise the settings with which the stage fits into the free memory, or else the ones that save most."""
+    """Name the settings that make the stage fit into the free memory, or else all that save memory."""
     found = remedies.find(
         facts.plan,
         stage,
@@ -288,5 +288,5 @@ _CHECKS: tuple[Callable[[Facts], list[str]], ...] = (
 )
 """The checks, in the order of their findings.
 
-The order is: problems that stop the run, that falsify figures, that teach the model wrong behaviour, that waste data.
+First come problems that stop the run, then those that falsify figures, teach wrong behaviour, or waste data.
 """

@@ -18,7 +18,7 @@ _GRANULARITY = 512  # bytes; torch's caching allocator rounds each allocation up
 
 
 class LiveMemory(TorchDispatchMode):
-    """Follows every storage on cuda from its creation to its release, while it is active as a context manager.
+    """Context manager that follows every storage on cuda from its creation to its release.
 
     FSDP2 frees and restores gathered parameters by resizing their storages, so resizing is followed too. Storages that
     a kernel creates and releases inside one operation are not seen.

@@ -1,8 +1,8 @@
 """Compute the bytes that a run needs on each device and on disk, from the model's sizes and the settings.
 
 Weights, gradients, optimizer states and files follow from the shapes and are exact. `activations` estimates the rest of
-a device's memory. Fragmentation and the CUDA context are not included. Only `Memory.on_each` divides the sharded parts
-by the number of processes.
+a device's memory. Fragmentation and the CUDA context are not included. `Memory.on_each` divides the sharded parts by
+the number of processes. All other figures are for a device that holds these parts whole.
 """
 
 from collections.abc import Collection, Mapping
@@ -59,8 +59,8 @@ class ParameterCounts(TypedDict):
 class DeviceFigures(TypedDict):
     """The peak memory of one GPU while a stage trains.
 
-    `phases` has the peak of each phase of training in `fake_run.PHASES`. It is empty if the peak is estimated. Then
-    `estimated_because` says why, and otherwise it is empty.
+    `phases` maps each phase of training in `fake_run.PHASES` to its peak, and `estimated_because` is empty. If the
+    memory is estimated, `estimated_because` has the reason, and `phases` is empty.
     """
 
     bytes: int
@@ -71,9 +71,8 @@ class DeviceFigures(TypedDict):
 class NeedFigures(TypedDict):
     """The needs of a run, stored in artifact.json.
 
-    `devices` has the peak of each training stage. `device_bytes` maps each training stage to its estimated parts,
-    without sharding: one entry for each field of Memory, and `total`. `tokens` is the number of tokens of the longest
-    example.
+    `devices` has the peak of each training stage. `device_bytes` maps each training stage to estimated bytes without
+    sharding: one entry for each field of Memory, and `total`. `tokens` is the number of tokens of the longest example.
     """
 
     parameters: ParameterCounts
@@ -118,10 +117,10 @@ class Memory:
 
     Attributes:
         weights, gradients, optimizer: the parts that sharding divides between the processes.
-        activations: values kept for the backward pass, and those that the busiest layer works with.
+        activations: values that are kept for the backward pass, and the working memory of the busiest layer.
         rounded: rounded experts that QAT caches in a step.
-        gathered: whole layers, if parameters are sharded.
-        teacher: the model that distillation learns from. Sharding divides it as it divides the weights.
+        gathered: whole layers that are gathered to compute, if parameters are sharded.
+        teacher: the model that distillation learns from. Sharding divides the teacher like the weights.
     """
 
     weights: int

@@ -55,7 +55,7 @@ extern "C" int install() {
   auto& guard = c10::impl::device_guard_impl_registry[static_cast<size_t>(kCuda)];
   if (guard.load() != nullptr) return 0;
   guard.store(new Guard());
-  // torch creates its hooks object at import. Replace its table of virtual functions by that of our object.
+  // torch creates its hooks object at import. Replace its table of virtual functions by our object's table.
   static Hooks ours{at::CUDAHooksArgs{}};
   static_assert(sizeof(Hooks) == sizeof(at::CUDAHooksInterface));
   auto& theirs = const_cast<at::CUDAHooksInterface&>(at::detail::getCUDAHooks());

@@ -1,6 +1,6 @@
 """Check token parity: compare our tokens with openai-harmony's. Inference engines use openai-harmony.
 
-An example's prompt is compared with harmony's rendering for completion, which itself drops earlier reasoning. The
+An example's prompt is compared with harmony's rendering for completion, in which harmony drops earlier reasoning. The
 example's completion is compared with harmony's rendering for training.
 
 The chat template of the released models differs from harmony in three places. The template writes a blank line after

@@ -1,7 +1,7 @@
 """Measure the peak memory of a training stage on a GPU that does not exist.
 
 `fake_run` trains models of a few layers on fake tensors, in processes of its own. The peaks grow linearly with the
-number of layers, so those of the whole model follow. The CUDA context, fragmentation and NCCL's buffers are not
+number of layers, so the peaks of the whole model follow. The CUDA context, fragmentation and NCCL's buffers are not
 included.
 """
 
@@ -17,10 +17,8 @@ from pipeline.config import Method, Sharding, adapted_layers
 from pipeline.doctor.fake_run import PHASES, Job, Size
 from pipeline.models.sharding import STRATEGIES
 
-_FEW, _MORE = 2, 4  # layers of the two models that are measured; each has as many layers of each attention type
-_NEIGHBOURS = (
-    2  # more layers if parameters are gathered, as a layer then shares memory with the one before and after it
-)
+_FEW, _MORE = 2, 4  # layers of the two models that are measured; half of the layers have sliding attention
+_NEIGHBOURS = 2  # layers to add if parameters are gathered: then a layer and its neighbours are in memory together
 _AT_ONCE = 2  # each measurement uses one CPU core and up to 2 GB of memory
 _LIMIT = 600  # seconds; a measurement takes 10 to 20 on an idle core
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ACCELERATE_")
@@ -83,7 +81,7 @@ def _measure(job: Job) -> Peaks | NotMeasured:
 
 
 def _sizes(job: Job) -> list[Size]:
-    """Choose the models to measure: the real one if it is small, or two, or three if only some layers have adapters."""
+    """Choose sizes: the whole model if it is small, else two, and a third if some layers have no adapters."""
     whole = _whole(job)
     more = _NEIGHBOURS if STRATEGIES[job.sharding].gathers else 0
     few, most = _FEW + more, _MORE + more
@@ -100,7 +98,7 @@ def _whole(job: Job) -> Size:
 
 
 def _extrapolate(found: list[int], sizes: list[Size], job: Job) -> int:
-    """Return the bytes of the whole model, which grow linearly with adapted layers and with other layers."""
+    """Extrapolate to the whole model. The bytes grow linearly with the adapted layers and with the other layers."""
     if len(sizes) == 1:
         return found[0]
     whole = _whole(job)
@@ -112,7 +110,7 @@ def _extrapolate(found: list[int], sizes: list[Size], job: Job) -> int:
 
 
 def _environment() -> dict[str, str]:
-    """Return the variables of the measuring process: it is on its own, and imports the same modules."""
+    """Return the environment of the measuring process: without a launcher, and with the same modules to import."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER)}
     first_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": first_gpu}

@@ -1,4 +1,4 @@
-"""Find settings that make a training fit into the memory of a GPU. Each one is computed before it is named."""
+"""Find settings with which a training stage fits into the memory of a GPU. The memory is computed for each of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -86,7 +86,7 @@ def _qat_changes(train: QatConfig, changed: Any) -> list[_Change]:
 
 
 def _last_changes(plan: Plan, stage: str, train: TrainConfig, longest: int, processes: int) -> list[_Change]:
-    """Return the changes that lower the quality of the result: truncated examples, and adapters instead of weights."""
+    """Return the changes that lower the quality of the result: shorter examples, and adapters in place of weights."""
     found = []
     half = _ROUND * (min(longest, plan.data.max_length) // (2 * _ROUND))
     if half >= _SHORTEST:

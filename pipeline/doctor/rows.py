@@ -21,7 +21,7 @@ class TokenCounts(TypedDict):
 
 
 class Lengths(TypedDict):
-    """Percentiles of the examples' lengths in tokens, and a histogram: upper edge of a bin -> examples in the bin."""
+    """Percentiles of the examples' lengths in tokens, and a histogram (upper edge of a bin -> its count)."""
 
     shortest: int
     median: int
@@ -33,7 +33,7 @@ class Lengths(TypedDict):
 class Truncated(TypedDict):
     """Rows and examples that are longer than `max_length`, and the tokens that they lose.
 
-    `first` holds the places of the first few such rows. The same holds for `first` in all figures of doctor.
+    `first` has the places of the first few such rows. `first` has this meaning in all figures of doctor.
     """
 
     max_length: int

@@ -11,17 +11,17 @@ _OURS = "expandable_segments:True"
 def let_segments_grow() -> None:
     """Let torch grow its segments of GPU memory, unless the user has chosen a setting. Call this before torch starts.
 
-    Batches have different lengths. Without this, memory fragments: much of it is reserved but too small for a tensor.
+    Batches have different lengths. If segments cannot grow, memory fragments: many free pieces are too small to use.
     """
     if not any(name in os.environ for name in _SETTINGS):
         os.environ[_SETTINGS[0]] = _OURS
 
 
 def without_our_setting(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for another program, such as an inference engine, which has its own needs.
+    """Return the environment without our setting, for another program such as an inference engine.
 
-    Engines share GPU memory between their processes by CUDA's IPC handles, which segments that grow do not have. A
-    user's setting with the same value is left out as well.
+    Engines share GPU memory between their processes with CUDA's IPC handles. These handles do not work for segments
+    that grow. A user's setting with the same value is left out as well.
     """
     is_ours = environment.get(_SETTINGS[0]) == _OURS
     return {name: value for name, value in environment.items() if not (is_ours and name == _SETTINGS[0])}

@@ -1,7 +1,7 @@
 """Write and read artifact.json, the record of a complete stage, and compute fingerprints of directories.
 
 A stage's directory is complete if and only if it has an artifact.json. Fingerprints depend on
-contents alone. If a stage is rebuilt with the same result, later stages therefore stay up to date.
+contents alone. So if a stage is rebuilt with the same result, later stages stay up to date.
 """
 
 import dataclasses
@@ -48,10 +48,10 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Result:
-    """Description of a payload by the stage that has written it.
+    """Description of a stage's payload. The stage returns it after it has written the payload.
 
     Attributes:
-        kind: of the payload.
+        kind: kind of the payload.
         record: figures of the stage, for later stages and reports.
         format: name in FORMATS of the format in which the payload stores the experts' weights, or None for a report.
         fake_quantized: name in FORMATS of the format that the forward pass rounds the experts' weights to, or None.
@@ -126,10 +126,10 @@ def load(directory: Path, check_files: bool = True) -> Artifact:
 
 
 def fingerprint_of(directory: Path, known: dict[str, str] | None = None) -> tuple[str, dict[str, int]]:
-    """XXH3-128 of the payload's names, sizes and digests, and the size in bytes of each file of the payload.
+    """Return the XXH3-128 of the payload's names, sizes and digests, and the bytes of each file of the payload.
 
     Args:
-        directory: of a stage, or any other.
+        directory: directory of a stage, or any other directory.
         known: file -> XXH3-128 of its bytes, for files that need not be read again.
     """
     digests = dict(known or {})

@@ -126,7 +126,7 @@ def _find_up_to_date(directory: Path, inputs: Inputs, is_report: bool) -> Artifa
     """Return the complete stage if it was made with these inputs, or None if there is work to do.
 
     Raises:
-        UserError: a model was made with other inputs. A report is rebuilt instead.
+        UserError: a model was made with other inputs. A report with other inputs is rebuilt instead.
     """
     if not (directory / ARTIFACT_FILE).is_file():
         return None
@@ -234,7 +234,7 @@ def _raise_if_foreign(directory: Path) -> None:
 
 
 def _raise_if_unfinished_differs(directory: Path, begun: Inputs) -> None:
-    """Whether a directory holds unfinished work, which is protected like a complete stage."""
+    """Raise UserError if a directory holds unfinished work with other inputs. It is protected like a complete stage."""
     before = read_unfinished(directory)
     made = [path for path in directory.rglob("*") if path.is_file() and path.name not in BOOKKEEPING]
     if before is not None and made and (differences := _differences(before, begun.plain())):

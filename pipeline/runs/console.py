@@ -28,14 +28,14 @@ def _write_line(line: str, file: TextIO) -> None:
         return
     from tqdm.auto import tqdm
 
-    with tqdm.external_write_mode(file=file):  # tqdm.write prints above a progress bar
+    with tqdm.external_write_mode(file=file):  # clears the progress bar, and draws it again below the line
         print(line, file=file, flush=True)
 
 
 def progress(
     items: Iterable | None = None, total: int | None = None, what: str = "", unit: str = "it", done: int = 0
 ) -> "tqdm":
-    """Show a progress bar. Other processes show no bar. Without a terminal, nothing is shown."""
+    """Show a progress bar on the main process. Nothing is shown on other processes or without a terminal."""
     from tqdm.auto import tqdm
 
     scaled = unit == "B"

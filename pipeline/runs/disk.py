@@ -7,7 +7,7 @@ from pipeline.errors import UserError
 
 
 def raise_if_disk_too_small(directory: Path, needed: int) -> None:
-    """Raise UserError if the disk of `directory` has fewer bytes free."""
+    """Raise UserError if the disk of `directory` has fewer than `needed` bytes free."""
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise UserError(

@@ -1,6 +1,6 @@
 """The GPUs that this process may use. Nothing here creates a CUDA context, which would take memory on the GPU.
 
-`python -m pipeline.runs.gpus` prints the free memory of each GPU. `free_bytes` runs it in a process of its own.
+`python -m pipeline.runs.gpus` prints the free memory of each GPU. `free_bytes` runs this command.
 """
 
 import json

@@ -28,7 +28,7 @@ def available_bytes() -> int:
 
 
 def groups_of(listing: Path, mounted: Path) -> list[Path]:
-    """List the directories of the control groups of a process, with the groups around them.
+    """List the directories of a process's control groups, and of the groups that contain them.
 
     Args:
         listing: /proc/<pid>/cgroup. Each line is `number:controllers:path`. Controllers are empty in version 2.
@@ -45,7 +45,7 @@ def groups_of(listing: Path, mounted: Path) -> list[Path]:
 
 
 def limits(groups: list[Path]) -> Iterator[int]:
-    """Yield the bytes that the memory limit of each control group leaves. Slurm and Kubernetes set such limits."""
+    """Yield the bytes that each control group may still use under its limit. Slurm and Kubernetes set such limits."""
     for group in groups:
         for files in (_VERSION_2, _VERSION_1):
             limit, usage = group / files.limit, group / files.usage

@@ -1,10 +1,10 @@
-"""The settings that would save memory in a stage, apart from those that the run has already."""
+"""Find settings that would save memory in a stage and that the run does not have yet."""
 
 from collections.abc import Callable, Iterator
 
 from pipeline.config import Device, Method, PipelineConfig, Sharding, Stage, TrainConfig
 
-_SHORT = 512  # data.max_length, in tokens, that is not worth halving
+_SHORT = 512  # tokens; a data.max_length up to this value is not halved
 
 
 def remedies(config: PipelineConfig, on_gpu: bool) -> list[str]:
@@ -12,7 +12,7 @@ def remedies(config: PipelineConfig, on_gpu: bool) -> list[str]:
 
     Args:
         config: the configuration of the stage.
-        on_gpu: whether the memory of a GPU was too small, or else the memory of the host.
+        on_gpu: True if the memory of a GPU was too small, False if the memory of the host was.
     """
     found = _BY_STAGE.get(config.stage)
     return [] if found is None else list(found(config, on_gpu))

@@ -1,6 +1,6 @@
-"""Run one stage: measure its memory alone, free the memory afterwards, and explain failures of the machine.
+"""Run one stage: measure only its own memory, free the memory afterwards, and explain failures of the machine.
 
-Torch is imported here only after a stage has imported it.
+This module does not import torch. It uses torch only if a stage has imported it.
 """
 
 import gc
@@ -43,7 +43,7 @@ def one_stage(config: PipelineConfig) -> Iterator[None]:
 
 
 def release() -> None:
-    """Free models that nothing uses any more. Modules and optimizers have reference cycles, so they stay until then."""
+    """Free models that nothing uses any more. They have reference cycles, so only garbage collection frees them."""
     _forget_import_errors()
     gc.collect()
     if (cuda := _cuda()) is not None:
@@ -54,7 +54,7 @@ def _forget_import_errors() -> None:
     """Drop the tracebacks that pulp 3.3 keeps.
 
     ModelOpt 0.47 imports pulp. For each solver that is not installed, pulp stores the error in the solver's class. The
-    traceback of this error holds all functions that were running, with their variables. ModelOpt is imported while
+    traceback of this error keeps the variables of all functions that were running. ModelOpt is imported while
     `quantize` runs, so without this the model of `quantize` would stay in memory until the program ends.
     """
     for module in [module for name, module in sys.modules.items() if name.startswith("pulp.apis.")]:
@@ -76,7 +76,7 @@ def _cuda() -> Any:
 
 
 def explain(error: Exception, config: PipelineConfig) -> str | None:
-    """Return a message for a failure of the machine: what needed how much, and what to set. None: another failure."""
+    """Return a message with cause and remedy if the machine failed. Return None for any other error."""
     text, stage = str(error), config.stage.name
     if _NO_KERNEL in text:
         return (
@@ -94,7 +94,7 @@ def explain(error: Exception, config: PipelineConfig) -> str | None:
 
 
 def _amounts(text: str, on_gpu: bool) -> str:
-    """Say how much was asked for and how much was free, as far as it is known: `: it asked for 2.00 GiB, …`."""
+    """Say how much memory was asked for and how much was free, if known: `: it asked for 2.00 GiB, …`."""
     asked, free = _ASKED.search(text), _FREE.search(text)
     parts = [f"it asked for {_readable(asked[1])} more"] if asked else []
     if on_gpu and free:

@@ -1,6 +1,7 @@
 """Check, before a stage begins, that the machine and the launcher fit the command.
 
-The checks take facts, so that tests can name machines that do not exist. `Machine.read` is the only reader of facts.
+The checks take a `Machine`, so that tests can describe machines that do not exist. Only `Machine.read` looks at the
+real machine.
 """
 
 import os
@@ -60,7 +61,7 @@ class Machine:
 def check(config: PipelineConfig) -> None:
     """Check this machine and the launcher. Warn of GPUs whose sizes differ.
 
-    Stages that use neither GPUs nor processes are not checked, so that they need not wait for torch.
+    Stages that use neither GPUs nor processes are not checked, because they would have to wait until torch is imported.
 
     Raises:
         UserError: the command asks for a GPU that is not there, for another number of processes than there are GPUs,
@@ -127,9 +128,10 @@ def _precision_problems(trained: Mapping[str, TrainConfig], machine: Machine) ->
 
 
 def _launcher_problems(trained: Mapping[str, TrainConfig], machine: Machine) -> Iterator[str]:
-    """Yield settings of `accelerate launch` that the trainer would obey, although the configuration says otherwise.
+    """Yield a message for each setting of `accelerate launch` that contradicts the configuration.
 
-    `sharding.raise_if_impossible` finds the launcher's sharding. The trainer itself sets BF16 for mixed_bf16.
+    The trainer would obey these settings. `sharding.raise_if_impossible` checks the launcher's sharding. The launcher's
+    precision does not matter for mixed_bf16, because the trainer then sets BF16 itself.
     """
     launched = machine.environment.get("ACCELERATE_MIXED_PRECISION", "no")
     for name, train in trained.items():
@@ -152,7 +154,7 @@ def _launcher_problems(trained: Mapping[str, TrainConfig], machine: Machine) -> 
 
 
 def raise_if_no_kernels(machine: Machine) -> None:
-    """Raise MachineError if torch has no kernels for a GPU. A kernel would fail with "no kernel image"."""
+    """Raise MachineError if torch has no kernels for a GPU. Otherwise the first kernel would fail."""
     if not machine.architectures:
         return
     for gpu in machine.gpus:
@@ -167,8 +169,8 @@ def raise_if_no_kernels(machine: Machine) -> None:
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     """Return whether a GPU runs kernels for an architecture, such as `sm_90`, `sm_90a` or `compute_90`.
 
-    Machine code (sm) runs on the same major version. PTX (compute) is compiled for every newer GPU. The suffix `a`
-    means this version only, and `f` means this major version.
+    Machine code (sm) runs on GPUs of the same major version. PTX (compute) can be compiled for every newer GPU. The
+    suffix `a` limits either to exactly this version, and `f` limits it to this major version.
     """
     found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
     if found is None:

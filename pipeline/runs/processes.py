@@ -24,7 +24,7 @@ def local_process_count() -> int:
 
 
 def has_launcher() -> bool:
-    """Whether a launcher gave this process a GPU of its own. Without one, a process uses all visible GPUs."""
+    """Whether a launcher gave this process a GPU of its own. Without a launcher, it uses all visible GPUs."""
     return int(os.environ.get("LOCAL_RANK", "-1")) >= 0
 
 
@@ -35,7 +35,7 @@ def wait_for_everyone() -> None:
         from accelerate import PartialState
 
         # The first PartialState creates the process group. On a machine without a GPU, it does so only with cpu=True.
-        # Other processes may wait for a conversion longer than the default timeout, which is 10 minutes on GPUs.
+        # While the main process converts a model, the others may wait longer than the default timeout of 10 minutes.
         PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE).wait_for_everyone()
 
 

@@ -42,7 +42,7 @@ def peak_resident_bytes() -> int:
 
 
 def _git_commit() -> str | None:
-    """Return the program's commit, or None outside a checkout. Edited files add '+changes'."""
+    """Return the program's commit, or None outside a checkout. If tracked files are edited, '+changes' follows."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists() or shutil.which("git") is None:
         return None

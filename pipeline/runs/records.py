@@ -1,4 +1,4 @@
-"""One record for each stage. artifact.json holds it under `details`.
+"""Define a record for each stage. artifact.json holds the record under `details`.
 
 A stage returns its record, `runs.building` writes it, and later stages and reports read it back with `Artifact.read`.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 _OPTIONAL: Mapping[str, bool] = {"optional": True}  # artifact.json omits a field of this kind if it is None
-_OTHERS: Mapping[str, bool] = {"others": True}  # artifact.json holds the items of this dictionary like fields
+_OTHERS: Mapping[str, bool] = {"others": True}  # artifact.json holds each item of this dictionary as if it were a field
 
 Record = TypeVar("Record", bound="StageRecord")
 
@@ -30,7 +30,7 @@ class StageRecord:
 
     @classmethod
     def from_details(cls: type[Record], details: Mapping[str, Any]) -> Record:
-        """Read a record back.
+        """Make a record from the `details` of artifact.json.
 
         Raises:
             KeyError: a field is missing.
@@ -45,7 +45,7 @@ class StageRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorRecord(StageRecord):
-    """Figures of doctor by topic, and its messages. Each topic is a file in `pipeline/doctor`."""
+    """Figures of `doctor` by topic, and its findings. Each topic has a file in `pipeline/doctor`."""
 
     data: dict[str, Any]
     needs: dict[str, Any]
@@ -83,7 +83,7 @@ class TrainingRecord(ModelRecord):
     Attributes:
         steps: number of optimizer steps.
         kept_step: the step whose weights are the result.
-        train_loss_first, train_loss_last: as logged.
+        train_loss_first, train_loss_last: the first and the last training loss in the log.
         validation_loss_before, validation_loss: mean over supervised tokens, before training and with the kept weights.
         quantizers: number of fake quantizers that ran, or None if the model has none.
         attn_implementation: the attention kernel that was used, or None in artifacts of older versions.
@@ -115,12 +115,13 @@ class ExportRecord(StageRecord):
     Attributes:
         target: layout of the export, a name in TARGETS.
         exported_from, exported_directory: name and directory of the model that was exported.
-        tensor_bytes: of all tensors.
+        tensor_bytes: bytes of all tensors.
         expert_weights: number of weights in the experts.
         copied_tensors, copied_experts: numbers of tensors and of experts that kept the source's bytes.
         encoded_tensors: number of all other tensors.
         copied: names of the tensors that kept the source's bytes.
-        other_than_trained: share of weights that training rounded to another value, for a model of another format.
+        other_than_trained: number of expert weights with another value than in training. It is above 0 only if the
+            model was trained for another format (export.requantize).
         relative_squared_error, snr_db: error of rounding the experts. `snr_db` is None if rounding changed nothing.
         moved_weights, changed_codes, changed_scales: shares of weights, codes and scales that differ from the base
             model's.
@@ -149,7 +150,7 @@ class ExportRecord(StageRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyRecord(StageRecord):
-    """Status of each check by title, and a list of gaps in what was checked."""
+    """Status of each check by title, and a list of everything that was not checked."""
 
     checks: dict[str, str]
     not_checked: list[str]

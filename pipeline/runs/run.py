@@ -21,8 +21,8 @@ class Run:
     Attributes:
         config: the resolved configuration, for config.yaml and trackers. Other code takes the sections that it needs.
         stage: the stage that the user asked for.
-        recipe: its name.
-        directory: of the run.
+        recipe: name of the recipe.
+        directory: directory of the run.
         overwrite: whether to rebuild a complete stage.
     """
 
@@ -103,9 +103,9 @@ class Run:
     def earlier_stages(self) -> list[Stage]:
         """List the stages to run before the stage that the user asked for.
 
-        The list has the stages of `base_run`, even with other settings. This run makes a stage itself if its settings
-        differ. A stage that `base_run` lacks is not in the list, or every job of a sweep would train it. `require`
-        asks the user to run it.
+        These are the earlier stages that `base_run` has. If the settings of such a stage differ, this run makes the
+        stage itself. A stage that `base_run` lacks is left out, because otherwise every job of a sweep would train it.
+        `require` asks the user to run it.
         """
         if self._shared is None or self.stage not in MODEL_STAGES:
             return []
@@ -130,9 +130,9 @@ class Run:
         )
 
     def _can_use(self, directory: Path) -> bool:
-        """Whether a stage of `base_run` has the settings of this run, and so have the stages that it was made from.
+        """Whether a stage of `base_run`, and every stage that it was made from, has the settings of this run.
 
-        A stage that overwrite=true rebuilds is this run's own, because other runs use that of `base_run`.
+        A stage to rebuild (overwrite=true) is not used from `base_run`, because other runs use it too.
         """
         name = directory.name
         is_rebuilt = self.overwrite and self.stage.name == name

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import wandb
 
 RUN_FILE = "tracking.json"
-"""File in the run's directory with the names of this pipeline run at the service."""
+"""File in the run's directory. It holds the W&B group of this pipeline run, and the prefix of its W&B run ids."""
 
 _WANDB_DIR = "wandb"
 _UPLOAD_SECONDS = 120.0  # limit for uploads at the end of a stage; `wandb sync` uploads the rest
@@ -45,8 +45,8 @@ def log_table(directory: Path, name: str, columns: list[str], rows: Sequence[Seq
     """Write a table to <directory>/<name>.jsonl, one object per row, and send it to the service.
 
     Args:
-        directory: of the stage.
-        name: of the table.
+        directory: directory of the stage.
+        name: name of the table.
         columns: names of the columns.
         rows: one tuple per row, of values that JSON can represent.
     """
@@ -75,7 +75,7 @@ def track(run: Run, stage: str, run_dir: Path) -> Iterator[None]:
 
     Args:
         run: the run whose configuration is sent. It holds no secrets.
-        stage: its name. Each stage is a separate run at the service, in the group of the pipeline run.
+        stage: name of the stage. Each stage is one W&B run. All stages of a pipeline run form one W&B group.
         run_dir: directory of the pipeline run. The service's files go to <run_dir>/wandb.
 
     Raises:
@@ -114,7 +114,7 @@ class _Wandb:
         identity = _identity(run, run_dir)
         try:
             started = self._start(run, identity, run_dir)
-        # wandb raises ValueError for a setting, and OSError for faults of its process or its files.
+        # wandb raises ValueError if a setting is invalid, and OSError if its process or its files fail.
         except (wandb.errors.Error, ValueError, OSError) as error:
             raise _not_started(str(error)) from error
         self._run: wandb.Run | None = started
@@ -158,7 +158,7 @@ class _Wandb:
     def send_metrics(self, values: Mapping[str, object]) -> None:
         def send(run: "wandb.Run") -> None:
             if "step" in values and not self._has_steps:
-                # wandb's own counter refuses steps that a resumed stage repeats.
+                # wandb's own step counter cannot go back, but a resumed stage repeats steps.
                 run.define_metric("*", step_metric="step")
                 self._has_steps = True
             run.log(dict(values))
@@ -186,7 +186,7 @@ class _Wandb:
         self._try(send)
 
     def finish(self, exit_status: int) -> None:
-        """Upload the rest. The service shows the run as failed unless `exit_status` is 0."""
+        """End the W&B run after its last uploads. The service shows it as failed unless `exit_status` is 0."""
         self._try(lambda run: run.finish(exit_code=exit_status))
 
     def _try(self, send: Callable[["wandb.Run"], None]) -> None:

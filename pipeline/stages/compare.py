@@ -23,7 +23,7 @@ _PAGE = "compare.html"
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Compare the runs in compare.runs, or else the models of this run. Write <run_dir>/compare, and show it."""
+    """Compare the runs in compare.runs, or this run's models if it is empty. Write <run_dir>/compare, and show it."""
     here = Run(config)
     found = _runs(config, here)
     report = content.collect(found, config.compare.examples)

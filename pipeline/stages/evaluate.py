@@ -37,7 +37,7 @@ def run(config: PipelineConfig) -> Artifact:
     asked_for = _asked_for(here, config.evaluate)
     task = measure.prepare(here, config.data, config.model, config.evaluate)
     before: list[ModelRef | Served] = [*_measured_before(here), *_served_before(task)]
-    # Servers come first: local models may take hours, and errors of a server should show before.
+    # Servers come first: local models may take hours, and a server's errors should show before that.
     everything = sorted([*before, *asked_for], key=lambda subject: isinstance(subject, ModelRef))
     subjects = list({subject.name: subject for subject in everything}.values())
     refs = [subject for subject in subjects if isinstance(subject, ModelRef)]
@@ -102,7 +102,7 @@ def _served_before(task: Task) -> list[Served]:
         else:
             say(
                 "evaluate",
-                f"{name}: skipped, because its answers used other settings. To ask again, set"
+                f"{name}: skipped, because it was measured with other settings. To measure it again, set"
                 f" evaluate.endpoint.url={served.url}",
             )
     return kept

@@ -1,4 +1,4 @@
-"""export: writes a model as a checkpoint for serving, and reports how much of the training reached the 4 bits."""
+"""export: writes a checkpoint for serving, and reports how much of the training reached the 4-bit weights."""
 
 from pathlib import Path
 
@@ -87,15 +87,15 @@ def _tell(record: ExportRecord) -> None:
     say(
         "export",
         f"training moved {record.moved_weights:.2%} of the expert weights; {record.changed_codes:.2%} of the"
-        f" 4-bit values differ from the base model's ({record.survival:.2%} of those moved)",
+        f" 4-bit values differ from the base model's ({record.survival:.2%} of the moved weights)",
     )
     if record.moved_weights and record.survival < _HARDLY_ANY:
         warn(
             "export",
             f"hardly any of the fine-tuning of the experts reached the 4-bit weights: {record.survival:.2%} of the"
-            " weights that training moved differ from the base model after rounding; the others snapped back. Measure"
-            " the effect with stage=evaluate. To move more weights, raise qat.learning_rate or qat.max_steps, run"
-            " stage=quantize and stage=qat again, and export the result.",
+            " weights that training moved differ from the base model after rounding. The others have the base model's"
+            " values again. Measure the effect with stage=evaluate. To move more weights, raise qat.learning_rate or"
+            " qat.max_steps, run stage=quantize and stage=qat again, and export the result.",
         )
 
 
@@ -106,7 +106,7 @@ def _raise_if_trained_otherwise(ref: ModelRef, block_format: BlockFormat) -> Non
             f"export.source={ref.name} was trained for format={trained.name} with scale_rule={trained.scale_rule}, but"
             f" format={block_format.name} with format.scale_rule={block_format.scale_rule} is set, which gives other"
             f" weights than the trained ones. Use format={trained.name} format.scale_rule={trained.scale_rule}, or"
-            " export.requantize=true to round them again and to see the loss."
+            " export.requantize=true to round the trained weights anew and report the error."
         )
 
 

@@ -18,7 +18,7 @@ from pipeline.runs.records import PublishRecord
 from pipeline.runs.run import Run
 
 MODEL = "model"
-"""Subdirectory of the stage that is uploaded. The stage's records stay outside, because they contain local paths."""
+"""Part of the stage's directory that is uploaded. The stage's records are outside, because they have local paths."""
 
 _SETTINGS = ("export.push_to_hub", "export.card", "recipe", "model.path", "model.revision")
 _ALSO_TOLD = (Stage.doctor, Stage.compare)
@@ -29,8 +29,8 @@ def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/publish, and upload its model/.
 
     Raises:
-        UserError: the export is unfinished or not proven, the export or the base model has changed since, or the
-            upload fails.
+        UserError: the export is unfinished or not proven, the export has changed since `verify`, the base model has
+            changed since `export`, or the upload fails.
     """
     here = Run(config)
     export = here.require(Stage.export)
@@ -102,7 +102,8 @@ def _tell_of_gaps(config: PipelineConfig, base: Source) -> None:
         warn("publish", "the card names no base model: model.path is no hub id. Set export.card.base_model=<hub id>.")
     if not card.license_of(config.export.card, base):
         warn(
-            "publish", "the card names no licence: the base model's does not. Set export.card.license=<as on the Hub>."
+            "publish",
+            "the card names no licence, and nor does the base model's. Set export.card.license=<as on the Hub>.",
         )
 
 

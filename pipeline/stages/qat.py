@@ -72,8 +72,9 @@ def _warn_about_sft(config: PipelineConfig, here: Run, start: Artifact) -> None:
     if same_method and config.qat.learning_rate > sft:
         warn(
             "qat",
-            f"qat.learning_rate={config.qat.learning_rate} is above the {sft} that sft was trained at. QAT settles the"
-            " weights on the grid, and a high rate undoes the fine-tuning. Usual rates are 5e-6 to 1e-5.",
+            f"qat.learning_rate={config.qat.learning_rate} is above the {sft} that sft was trained at. QAT moves the"
+            " weights to values of the format, and a high rate would undo the fine-tuning. Usual rates are 5e-6 to"
+            " 1e-5.",
         )
 
 

@@ -1,7 +1,8 @@
-"""quantize: adds fake quantizers to the experts of the fine-tuned model. It is the PTQ baseline and the start of QAT.
+"""quantize: inserts fake quantizers into the fine-tuned model's experts. The result is the PTQ baseline for QAT.
 
-Quantizers are added last, because a quantizer under an adapter that is attached later never runs. The model therefore
-first takes the form that QAT trains: full training merges adapters, and LoRA attaches new ones to a full checkpoint.
+The model first takes the form that QAT trains. For full training, SFT's adapters are merged. For LoRA, a full
+checkpoint gets new adapters. Quantizers come last: if an adapter were attached to weights that already have a
+quantizer, this quantizer would never run.
 """
 
 import os
@@ -68,7 +69,7 @@ def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, dire
     say(
         "quantize",
         f"{quantizers} quantizers round the experts to {block_format.name} (scale_rule={block_format.scale_rule});"
-        " each ran, nothing else did",
+        " each ran, and no other quantizer did",
     )
     log_metrics(directory, {"quantizers": quantizers})
     record = QuantizeRecord(dtype=saved.dtype, base=saved.base, quantizers=quantizers)
@@ -97,8 +98,8 @@ def _calibration_batches(config: PipelineConfig, here: Run, rows: Rows, ref: Mod
     if is_calibrated and len(train) < config.quantize.calibration_samples:
         raise UserError(
             f"quantize.calibration_samples={config.quantize.calibration_samples}: format={config.format.name.name} is"
-            f" calibrated on the data, which has {len(train)} training examples. Use more data, or lower the number:"
-            " the scales are then right for fewer inputs."
+            f" calibrated on the data, which has {len(train)} training examples. Use more data, or set a lower"
+            " number. The scales are less reliable with fewer examples."
         )
     chosen = train.select(range(min(config.quantize.calibration_samples, len(train))))
     return losses.batches(chosen, config.quantize.batch_size, tokenizer.pad_token_id)

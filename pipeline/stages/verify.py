@@ -66,8 +66,8 @@ class _Subject:
     """The checkpoint to check, and the models to check it against.
 
     Attributes:
-        directory: of the checkpoint.
-        fingerprint, sizes: fingerprint and sizes of its present files.
+        directory: directory of the checkpoint.
+        fingerprint, sizes: fingerprint and sizes of the checkpoint's present files.
         target: layout of the checkpoint, a name in EXPORTERS.
         reference: the base model.
         export: the artifact of the export stage, or None.
@@ -183,7 +183,7 @@ def _engine_checks(config: PipelineConfig, here: Run, subject: _Subject) -> list
 
 
 def _values(subject: _Subject) -> Callable[[str], torch.Tensor]:
-    """Return the weights that engines should compute with: the trained weights, or else the decoded export."""
+    """Return the weights that engines should compute with: the trained weights if known, else the decoded export."""
     from pipeline.verify import engines, view_export
 
     if subject.export is None or subject.ref is None:
@@ -228,7 +228,7 @@ def _checkpoint(config: PipelineConfig, here: Run) -> Path:
     if (directory / ARTIFACT_FILE).is_file():
         return directory
     if (directory / UNFINISHED_FILE).is_file():
-        raise UserError(f"{given}: unfinished. Run the command that was writing it again, then verify.")
+        raise UserError(f"{given}: unfinished. Repeat the command that was writing it, then verify.")
     if (directory / ADAPTER_CONFIG).is_file() and not (directory / CONFIG).is_file():
         raise UserError(f"{given}: holds adapters, not a whole model. Verify its export: {_export_command(directory)}")
     if not any(each for kind in ("*.safetensors", "*.gguf") for each in directory.glob(kind)):
@@ -243,7 +243,7 @@ def _export_command(model: Path) -> str:
 
 
 def _model_type(directory: Path) -> Any:
-    """Return `model_type` of config.json, or None if it is missing. A check reports a file that cannot be read."""
+    """Return `model_type` of config.json, or None if it cannot be read. A check reports an unreadable file."""
     try:
         return read_config(directory).get("model_type")
     except UserError:

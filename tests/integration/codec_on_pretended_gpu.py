@@ -34,12 +34,12 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def weights(shape: tuple[int, int, int], dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Return a parameter (experts, in, out), seen as (experts, out, in)."""
+    """Return a view (experts, out, in) of a parameter (experts, in, out)."""
     return empty(*shape, dtype=dtype).transpose(1, 2)
 
 
 def rounding_uses() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield the uses of fake quantization in training. None may read from the GPU."""
+    """Yield the uses of fake quantization in training. None of them may read from the GPU."""
     is_bad = empty(dtype=torch.bool)
 
     def use(values: Tensor, block_format: BlockFormat, unit: Tensor | None = None, importance: Tensor | None = None):  # type: ignore[no-untyped-def]
@@ -93,7 +93,7 @@ def other_uses() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def control() -> None:
-    """Compile what the codec must not do, with inductor's default options."""
+    """Compile operations that the codec must avoid, with inductor's default options."""
     torch.compile(lambda values: values.reciprocal(), dynamic=False)(empty(4096, dtype=torch.float32))
     torch.compile(lambda values: values * values + values, dynamic=False)(empty(4096, dtype=torch.float32))
 
@@ -115,13 +115,14 @@ def main() -> None:
 
     controls: code of kernels that break the rules.
     codes: code of the codec's kernels, as a list of `Code`.
-    rounding, eager: each use in training, compiled and eager: launches, bits of indices, bytes of temporaries.
+    rounding: figures of each use in training (launches, bits of indices, bytes of temporaries), compiled.
+    eager: the same figures without compilation.
     never_compiled: names of the kernels that were not compiled.
     """
     warnings.filterwarnings("error", message="torch.compile failed")
     control()
     controls, gpu.codes = gpu.codes, {}
-    # Exports read from the GPU here, and fake tensors have no values.
+    # In exports these checks read from the GPU, but fake tensors have no values.
     codec._raise_if_not_finite = codec._raise_if_not_importance = lambda *_: None  # type: ignore[assignment]
     every = {
         each.__name__: each

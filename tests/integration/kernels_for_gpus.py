@@ -1,8 +1,8 @@
-"""A GPU that is not there, for the codec: what would run on it, and the code that Triton makes for it.
+"""Pretend a GPU for the codec. Record the kernels that would run on it, and the code that Triton makes for them.
 
 The codec runs on fake tensors on device cuda. Inductor compiles its functions as on a GPU, and Triton makes the code of
 each architecture. Nothing is computed. `pretend` changes torch and Triton for the rest of the process, so it needs a
-process of its own. It uses internals of torch 2.13 and Triton 3.7.
+process of its own. This module uses internals of torch 2.13 and Triton 3.7.
 """
 
 import atexit
@@ -38,7 +38,7 @@ _MACHINE_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z
 
 @dataclass(frozen=True)
 class Properties(fake_gpu.FakeProperties):
-    """The properties that inductor reads: those of an H100."""
+    """The properties that inductor reads, with the values of an H100."""
 
     regs_per_multiprocessor: int = 65536
     max_threads_per_multi_processor: int = 2048
@@ -97,9 +97,9 @@ class Gpu:
     """Records what the pretended GPU would do.
 
     Attributes:
-        architectures: Triton makes code for these. With none, kernels are only counted.
+        architectures: architectures for which Triton makes code. If there are none, kernels are only counted.
         launches: how often each kernel was launched. Names of torch's own kernels begin with `aten`.
-        codes: the code of all Triton kernels. A kernel that several graphs share is there once.
+        codes: the code of all Triton kernels. A kernel that several graphs share appears once.
         index_bits: the number of bits with which each launched kernel computes indices.
         live: bytes of all tensors on the GPU.
         peak: the largest value of `live`.
@@ -177,7 +177,7 @@ def pretend(gpu: Gpu) -> None:
 
 
 def _replace_cuda() -> None:
-    """Replace what inductor uses of CUDA and `fake_gpu` does not replace."""
+    """Replace the functions of CUDA that inductor uses and that `fake_gpu` does not replace."""
     cuda: Any = torch.cuda
     cuda._get_device_properties = lambda _: Properties()
     cuda._exchange_device, cuda._maybe_exchange_device = (lambda _: 0), (lambda _: 0)
@@ -191,7 +191,7 @@ def _replace_cuda() -> None:
     guards._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
         size, stride, dtype=dtype, device="cuda"
     )
-    guards._reinterpret_tensor = torch.as_strided  # torch's own makes a real tensor of a fake one
+    guards._reinterpret_tensor = torch.as_strided  # torch's own function turns a fake tensor into a real one
     backends["nvidia"] = Backend(compiler=backends["nvidia"].compiler, driver=_Driver)
     triton.runtime.driver.set_active(_Driver())
 
@@ -204,9 +204,9 @@ def _replace_compiler(gpu: Gpu) -> None:
 
     settings.compile_threads = 1  # other processes would not know this GPU
     settings.fx_graph_cache = False
-    settings.joint_graph_constant_folding = False  # it would compute constants on the GPU
+    settings.joint_graph_constant_folding = False  # the folding would compute constants on the GPU
     for module, name in ((fuse_attention, "_sfdp_init"), (pad_mm, "_pad_mm_init")):
-        setattr(module, name, lambda *_: None)  # these look for patterns that the codec does not have
+        setattr(module, name, lambda *_: None)  # these passes look for patterns that the codec does not have
     tuner: Any = CachingAutotuner
     tuner.precompile = lambda self, *_, **__: _compile(gpu, self)
     tuner.run = lambda self, *_, **__: gpu.launch(self)

@@ -74,7 +74,9 @@ def main(warm_up: Path, directory: Path, way: str, results: Path) -> None:
     precision = Precision.fp32
     if way == "zero3":
         use_gloo_alone()
-    measure(ModelRef("base", warm_up, warm_up), way, precision)  # imports everything, so that only weights count below
+    measure(
+        ModelRef("base", warm_up, warm_up), way, precision
+    )  # imports all libraries, so that only weights count below
     found = measure(ModelRef("base", directory, directory), way, precision)
     results.with_suffix(f".{os.environ['RANK']}").write_text(json.dumps(found), encoding="utf-8")
     wait_for_everyone()

@@ -71,7 +71,7 @@ def test_the_residual_stream_is_fp32_as_under_autocast(facts: dict[str, Any]) ->
 
 
 def test_checkpointing_does_not_gather_a_layer_twice_in_the_backward_pass(facts: dict[str, Any]) -> None:
-    """A pass gathers embedding, layers and head, and for the backward pass the embedding and the layers again."""
+    """The forward pass gathers embedding, layers and head. The backward pass gathers embedding and layers again."""
     for each in facts["passes"]:
         assert Counter(name for name, _ in each) == {GATHER: 2 * LAYERS + 3, REDUCE: LAYERS + 2}
 

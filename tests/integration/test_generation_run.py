@@ -140,7 +140,7 @@ def test_the_results_of_a_stopped_server_are_kept_until_something_changes(
     assert evaluate(run_dir, *QUICK, "evaluate.source=sft") == 0
     assert "endpoint" in results(run_dir)
     assert evaluate(run_dir, *QUICK, "evaluate.source=sft", "evaluate.generation.max_new_tokens=5") == 0
-    assert "endpoint: skipped, because its answers used other settings" in capsys.readouterr().out
+    assert "endpoint: skipped, because it was measured with other settings" in capsys.readouterr().out
     assert "endpoint" not in results(run_dir)
 
 

@@ -22,9 +22,9 @@ STACK_20B, STACK_120B = 32 * 2880 * 5760, 128 * 2880 * 5760  # values
 INEXACT = re.compile(r"\.ftz|\.approx|\.full|^(div|rcp|sqrt|rsqrt|ex2|lg2|sin|cos|tanh)\b.*\.(f32|f64)|^fma")
 """PTX that flushes subnormals to zero, approximates, divides floats, or rounds once where the codec rounds twice."""
 FUSED = re.compile(r"^(FFMA|DFMA|HFMA2\S*)|^F(ADD|MUL|SETP?|MNMX)\S*\.FTZ")
-"""Machine instructions of the same kinds, except those that PTX shows."""
+"""Machine instructions of the kinds above. Kinds that are always visible in PTX are left out."""
 MOVE = re.compile(r"^\S+ \w+(\.reuse)?, -?RZ(\.H0_H0)?, RZ(\.H0_H0)?, ")
-"""Fused instructions with the product 0 * 0: ptxas moves, negates and loads constants with them."""
+"""Fused instructions whose product is 0 * 0. ptxas uses them to move or negate values and to load constants."""
 
 pytestmark = [
     pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler on this machine"),
@@ -68,7 +68,7 @@ def test_no_kernel_approximates_flushes_or_fuses(report: dict[str, Any], archite
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids="sm_{}".format)
 def test_a_reciprocal_and_a_fused_product_would_be_found(report: dict[str, Any], architecture: int) -> None:
-    """These kernels are compiled with inductor's default options, as the codec must not be."""
+    """These kernels are compiled with inductor's default options, which the codec must not use."""
     reciprocal, product = (code for code in report["controls"] if code["architecture"] == architecture)
     assert "div.full.f32" in inexact(reciprocal)
     assert "fma.rn.f32" in inexact(product)
@@ -80,7 +80,7 @@ def test_every_kernel_of_the_codec_is_among_them(report: dict[str, Any]) -> None
 
 
 def test_a_stack_takes_few_launches_however_many_experts_it_has(report: dict[str, Any]) -> None:
-    """One of the launches adds to the flag for NaN and Inf."""
+    """One of the launches sets the flag for NaN and Inf."""
     found = {name: launches(use) for name, use in report["rounding"].items()}
     assert all(found[f"mxfp4 {rule}"] <= 6 for rule in ("ceil", "floor", "mse"))
     assert all(found[f"nvfp4 {rule}"] <= 9 for rule in ("nearest", "ceil", "floor", "mse"))
@@ -100,7 +100,7 @@ def test_without_a_compiler_slabs_keep_the_memory_small(report: dict[str, Any]) 
 
 
 def test_a_stack_beyond_the_range_of_int32_gets_wide_indices(report: dict[str, Any]) -> None:
-    """Kernels that read or write values must not compute with 32 bits. Kernels on scales may: they have 32 times less.
+    """Kernels that read or write values must not use 32-bit indices. Kernels on scales may: there are 32 times fewer.
 
     The largest stack of gpt-oss-120b has 2.12e9 values, which is still below 2^31.
     """

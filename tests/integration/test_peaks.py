@@ -41,7 +41,7 @@ def measured(*jobs: Job) -> list[Peaks]:
 def test_two_and_four_layers_predict_six(lora: LoraConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     job = replace(SFT, train=TrainConfig(**LORA, lora=lora))
     (predicted,) = measured(job)
-    monkeypatch.setattr(peaks, "_MORE", LAYERS)  # measures models of up to six layers as they are
+    monkeypatch.setattr(peaks, "_MORE", LAYERS)  # then the model of six layers is measured whole
     (exact,) = measured(job)
     for phase, size in vars(exact).items():
         assert getattr(predicted, phase) == pytest.approx(size, rel=0.002), phase
@@ -54,7 +54,7 @@ def test_quantizers_a_cache_and_a_teacher_take_memory() -> None:
         SFT, QAT, replace(QAT, cache_bytes=float("inf")), replace(QAT, train=taught)
     )
     experts = LAYERS * 8 * 3 * 256 * 256 * 2
-    assert sft.highest <= qat.highest < cached.highest  # attention has the peak of both at this width
+    assert sft.highest <= qat.highest < cached.highest  # at this width, both may have their peak in attention
     assert cached.highest - qat.highest > 0.5 * experts
     assert with_teacher.load - qat.load > experts
 
@@ -67,7 +67,7 @@ def test_a_rank_of_four_holds_a_quarter_of_the_weights_and_states() -> None:
 
 
 def test_without_a_compiler_the_reason_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # otherwise an earlier run has left the compiled library
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # an earlier run may have left the compiled library in the usual place
     monkeypatch.setenv("CXX", "no-such-compiler")
     (found,) = peaks.measure([SFT])
     assert isinstance(found, NotMeasured)

@@ -1,4 +1,4 @@
-"""The recorded peaks of the recipes, the estimates beside them, and the table in docs/training.md.
+"""The recorded peaks of the recipes agree with the estimates, and with the table in docs/training.md.
 
 `scripts/hardware_table --measure` made the record, tests/golden/peaks.json, with fake tensors.
 """
