@@ -181,15 +181,13 @@ def memory(
     Args:
         shape: sizes of the model.
         train: section `sft` or `qat` of the configuration.
-        tokens: number of tokens in a row of a batch.
-        experts_per_token: number of experts that the router chooses for each token.
+        tokens, experts_per_token: tokens in a row of a batch, and experts that the router chooses for each token.
         is_quantized: whether fake quantizers run (QAT).
         rounded_budget: limit on the bytes of rounded weights that fake quantizers cache.
         gathers: whether parameters are sharded, and gathered while they are used.
     """
     every, trained = _count(plain_tensors(shape)), trained_parameters(shape, train)
-    width = bytes_per_value(TRAIN_TYPES[train.precision])
-    is_full = train.method is Method.full
+    width, is_full = bytes_per_value(TRAIN_TYPES[train.precision]), train.method is Method.full
     trained_width = width if is_full else _ADAPTER_BYTES
     changing = _changing_experts(shape, train) if is_quantized else 0
     return Memory(

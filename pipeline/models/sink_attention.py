@@ -156,6 +156,16 @@ def attend(
     """
     if not isinstance(attention_mask, Segments):
         return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout)
+    _raise_if_impossible(query, key, dropout)
+    rows, length = query.shape[0], query.shape[2]
+    dtype = compute_dtype(query)
+    tokens = [each.transpose(1, 2).flatten(0, 1).to(dtype) for each in (query, key, value)]
+    layer = _Layer(max(attention_mask.longest, 2), sliding_window, scaling)  # at 1, the CUDA kernel assumes decoding
+    out: Tensor = _SinkAttention.apply(*tokens, module.sinks, attention_mask.bounds, layer)
+    return out.unflatten(0, (rows, length)), None
+
+
+def _raise_if_impossible(query: Tensor, key: Tensor, dropout: float) -> None:
     if query.shape[2] != key.shape[2]:  # otherwise the kernels would read the wrong memory
         raise ValueError(f"{query.shape[2]} queries and {key.shape[2]} keys have no common segments")
     if dropout:
@@ -163,12 +173,6 @@ def attend(
             f"attn_implementation={FUSED_SINKS}: has no dropout, but the model's config.json has"
             f" attention_dropout={dropout}. Use attn_implementation=eager, or set attention_dropout to 0."
         )
-    rows, length = query.shape[0], query.shape[2]
-    dtype = compute_dtype(query)
-    tokens = [each.transpose(1, 2).flatten(0, 1).to(dtype) for each in (query, key, value)]
-    layer = _Layer(max(attention_mask.longest, 2), sliding_window, scaling)  # at 1, the CUDA kernel assumes decoding
-    out: Tensor = _SinkAttention.apply(*tokens, module.sinks, attention_mask.bounds, layer)
-    return out.unflatten(0, (rows, length)), None
 
 
 class _Layer(NamedTuple):

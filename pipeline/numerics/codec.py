@@ -64,11 +64,9 @@ def encode(
         values: (..., in) or (..., out, in) float32 or bfloat16 with any strides. Blocks run along the last dimension.
         block_format: format of the result: a row of FORMATS, possibly with another scale rule.
         tensor_scale: (...) float32 from the function `tensor_scale`. None for a format without a tensor scale.
-        importance: weights of the squared error under the rule `mse`, (in) or (..., in) float32, at least 0. With
-            None, all inputs have the same weight.
-        rounded: output tensor for the decoded result, or None. It has the shape and type of `values`, and any strides.
-        saturated: output tensor that marks the blocks whose largest magnitude exceeds 6 * scale, or None. It is
-            (..., nb) bool, contiguous.
+        importance: weights of the error under the rule `mse`, (in) or (..., in) float32, at least 0; None: equal.
+        rounded: output for the decoded result, or None. It has the shape and type of `values`, and any strides.
+        saturated: output (..., nb) bool, contiguous, or None: blocks whose largest magnitude exceeds 6 * scale.
 
     Returns:
         blocks: (..., nb, block_size / 2) uint8, two codes a byte, the even element in the low nibble; contiguous.

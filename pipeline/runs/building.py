@@ -75,11 +75,11 @@ def build(
         run, stage: the run, and the stage to build.
         settings: dotted keys (or sections) of the configuration that the result depends on.
         parents, data: as in `Inputs`.
-        work: fills the given directory, in which it finds the files of an interrupted run with the same inputs.
+        work: fills the given directory. It finds there the files of an earlier report, or of an interrupted run with the
+            same inputs.
         resumable_as: reduces the settings to the ones that must be equal when an unfinished stage is resumed.
         on_every_process: whether all processes call `work`, as in training, or the main process alone.
-        is_report: whether to rebuild the stage if its inputs have changed. `work` then finds the files of the earlier
-            report in the directory. For other stages changed inputs are an error, which protects models.
+        is_report: whether changed inputs rebuild the stage. For other stages they are an error, which protects models.
 
     Raises:
         UserError: the directory cannot be written, or holds a complete or unfinished stage with other inputs.
