@@ -85,7 +85,7 @@ def gigabytes(size: float) -> str:
 
 
 def disk_needed(facts: Facts) -> int:
-    """Compute the most bytes on disk that the remaining stages take. Only one of them has checkpoints at a time."""
+    """Compute the peak disk usage of the remaining stages, in bytes. Only one of them has checkpoints at a time."""
     todo = [name for name in facts.needs["disk_bytes"] if not facts.run.is_complete(Stage[name])]
     resumable = [size for name, size in facts.needs["checkpoint_bytes"].items() if name in todo]
     return sum(facts.needs["disk_bytes"][name] for name in todo) + max(resumable, default=0)

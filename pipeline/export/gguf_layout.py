@@ -154,7 +154,7 @@ def _codes(*stored: Tensor) -> Codes:
 
 
 def other_tensors_of(names: "TensorNameMap", source: str, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
-    """Return the stored tensors of a tensor other than expert weights. The gate_up bias is stored as two tensors."""
+    """Return the GGUF tensors of a source tensor that is no expert weight. The gate_up bias takes two tensors."""
     module, _, kind = source.rpartition(".")
     if kind in EXPERT_BIASES:
         targets = [f"{module}.{part}.bias" for part in _PARTS[kind.removesuffix(BIAS_SUFFIX)]]

@@ -128,7 +128,7 @@ class ExpertStack:
 
     Attributes:
         survival: sums for the share of weight changes that survives rounding, over the experts converted so far.
-        copied_experts: number of these experts that are copied from the source.
+        copied_experts: number of experts converted so far that keep the source's bytes.
         other_than_trained: number of exported weights that differ from the rounded weights that training used. The
             number stays 0 if training rounded to the same format or did not round.
     """

@@ -142,7 +142,7 @@ def attend(
     Args:
         module: the attention layer. Its `sinks` (N) are read.
         query, key, value: (B, heads, T, d). Several query heads may share a key head.
-        attention_mask: result of `make_mask`. A tensor is added to the scores, as in eager.
+        attention_mask: result of `make_mask`. A tensor, as opposed to `Segments`, is added to the scores, as in eager.
         scaling: factor of the scores.
         dropout: must be 0.
         sliding_window: number of keys that a query sees, its own included. None means its own and all earlier keys.

@@ -53,8 +53,8 @@ class Result:
     Attributes:
         kind: kind of the payload.
         record: figures of the stage, for later stages and reports.
-        format: name in FORMATS of the format in which the payload stores the experts' weights, or None for a report.
-        fake_quantized: name in FORMATS of the format that the forward pass rounds the experts' weights to, or None.
+        format: format of the experts' weights in the payload, a name in FORMATS. None for a report.
+        fake_quantized: format to which the forward pass rounds the experts' weights, a name in FORMATS, or None.
         scale_rule: how `fake_quantized`, or a packed `format`, chooses its scales, or None.
         digests: file -> XXH3-128 of its bytes, for files that `work` hashed while it wrote them.
     """

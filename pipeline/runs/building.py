@@ -75,8 +75,7 @@ def build(
         run, stage: the run, and the stage to build.
         settings: dotted keys (or sections) of the configuration that the result depends on.
         parents, data: as in `Inputs`.
-        work: fills the given directory. It finds there the files of an earlier report, or of an interrupted run with the
-            same inputs.
+        work: fills the given directory, where it finds the files of an earlier report or an interrupted run.
         resumable_as: reduces the settings to the ones that must be equal when an unfinished stage is resumed.
         on_every_process: whether all processes call `work`, as in training, or the main process alone.
         is_report: whether changed inputs rebuild the stage. For other stages they are an error, which protects models.

@@ -129,8 +129,9 @@ def _raise_if_stripped(served: Served, answers: Sequence[Transcript]) -> None:
 
     Servers that do not support `skip_special_tokens` ignore this setting and remove the special tokens.
     """
+    # `completions.transcript` may have added the stop token, so it does not show that the server keeps special tokens.
     texts = [str(answer.completion).removesuffix("<|return|>").removesuffix("<|call|>") for answer in answers]
-    if texts and all("<|" not in text for text in texts):  # the last token may come from `completions.transcript`
+    if texts and all("<|" not in text for text in texts):
         raise UserError(
             f"{KEY}.url={served.url}: no answer has a special token, so reasoning and answer cannot be separated."
             f" The request asked to keep special tokens, but this server removes them. Use {KEY}.api=chat."

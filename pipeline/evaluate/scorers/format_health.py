@@ -1,4 +1,4 @@
-r"""Check the form of an answer, independent of its content: its channels, its end, and loops.
+r"""Check the form of an answer: its channels, its end, and loops. The content does not matter.
 
 Fine-tuning and rounding damage the form before they damage knowledge. A completion follows `<|start|>assistant` and is
 a sequence of Harmony messages. Each message has these parts in order: an optional recipient, `<|channel|>`, the
