@@ -34,8 +34,8 @@ _compute_delta: Any = ParamWrapper.get_delta_weight
 def _compute_delta_exactly(wrapper: ParamWrapper, adapter_name: str, *others: object, **more: object) -> Tensor:
     """Compute the delta of an expert stack in FP32, the type of the factors, even under autocast.
 
-    This replaces a method of PEFT 0.21, which computes the delta in BF16 under autocast. Adapters are merged for the
-    export without autocast, so the exported weights would differ from the weights in training.
+    This replaces a method of PEFT 0.21 that computes the delta in BF16 under autocast. For the export, adapters are
+    merged without autocast. With PEFT's method, the exported weights would therefore differ from those in training.
     """
     with torch.autocast(_weight(wrapper.lora_A[adapter_name]).device.type, enabled=False):
         return cast(Tensor, _compute_delta(wrapper, adapter_name, *others, **more))
@@ -51,7 +51,7 @@ class _FactoredWrapper(ParamWrapper):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Call the experts with the factors of the active adapter, or without factors if it is disabled or merged."""
+        """Call the experts, with the factors of the active adapter unless the adapter is disabled or merged."""
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         (adapter,) = self.active_adapters
@@ -80,13 +80,13 @@ def attach(
 
     Raises:
         UserError: the configuration names a layer that the model does not have.
-        CheckFailed: the model already has quantizers. Quantizers that are there before adapters are attached never run.
+        CheckFailed: the model already has quantizers. Quantizers inserted before the adapters would never run.
     """
     if any(name.endswith(_QUANTIZER) for name, _ in model.named_modules()):
         raise CheckFailed("adapters: the model is quantized already. Attach adapters before quantizers are inserted.")
     config = _peft_config(train.lora, model.config.num_hidden_layers, section)
     if is_factored:
-        # peft 0.21 calls this method experimental. It is PEFT's documented way to add a kind of adapter.
+        # peft 0.21 calls this method experimental, but documents it as the way to add a kind of adapter.
         config._register_custom_module({type(_experts_of(model)): _FactoredWrapper})
     torch.manual_seed(train.seed)
     return cast("PreTrainedModel", get_peft_model(model, config))
@@ -124,7 +124,7 @@ def load(model: "PreTrainedModel", directory: Path, trainable: bool) -> "PreTrai
 
 
 def is_factored(model: nn.Module) -> bool:
-    """Return whether the forward pass multiplies by the factors of the experts' adapters."""
+    """Return whether the forward pass multiplies by the factors of the experts' adapters, not by base + delta."""
     return any(isinstance(module, _FactoredWrapper) for module in model.modules())
 
 
@@ -157,11 +157,11 @@ def is_factor(parameter_name: str) -> bool:
 
 @torch.no_grad()
 def expert_weights(model: nn.Module, experts: slice) -> Iterator[tuple[str, Tensor]]:
-    """Yield each trained stack's name and its experts at the slice `experts`, (E, in, out), with adapters merged.
+    """For each trained stack, yield its name and some of its experts, (E, in, out), with adapters merged.
 
-    This is a collective call. If a stack is sharded, only the main process yields experts. They come from its
-    shard, which holds the first experts of the stack. A stack with an empty parameter is skipped. ZeRO-3 empties the
-    parameters of stacks between forward passes.
+    `experts` is the slice of the stack's experts to yield. If a stack is sharded, only the main process yields experts,
+    and only those in its shard, which holds the first experts of the stack. A stack whose parameter is empty is
+    skipped: ZeRO-3 empties parameters between forward passes. This is a collective call.
     """
     adapted = {
         f"{parameter_name(name)}.{module.parameter_name}": module
@@ -206,10 +206,10 @@ def is_wrapped(module_name: str) -> bool:
 class Merger:
     """Merges saved adapters tensor by tensor, so that the whole base model is never in memory.
 
-    PEFT's own `merge` runs on one layer at a time, in a model without weights. PEFT computes base + delta in the type
-    of the weights. In training, a quantizer on an adapted expert stack sees the same values, because ModelOpt 0.47 adds
-    PEFT's delta to the base before it quantizes. SFT multiplies by the factors of the experts' adapters instead of by
-    base + delta, so it does not round this sum.
+    PEFT's own `merge` runs on one layer at a time, in a model without weights. PEFT rounds the sum base + delta to the
+    type of the weights. In training, the quantizer of an adapted expert stack gets the same rounded sum, because
+    ModelOpt 0.47 adds PEFT's delta to the base before it quantizes. SFT has no such sum for experts, because it
+    multiplies by the factors of their adapters.
     """
 
     def __init__(self, directory: Path, model_config: "PretrainedConfig", dtype: torch.dtype) -> None:
@@ -277,16 +277,16 @@ class SavedAdapters:
     """
 
     def __init__(self, directory: Path | None) -> None:
-        """Read the adapters in `directory`. None stands for no adapters: the model computes with its base alone."""
+        """Read the adapters in `directory`. If it is None, the model will compute with its base alone."""
         self._factors = None if directory is None else load_file(directory / ADAPTER_WEIGHTS)
 
     @contextmanager
     def replace_own(self, model: nn.Module) -> Iterator[None]:
         """Replace the adapters of a model inside the block, for forward passes without gradients.
 
-        Each layer computes with base + delta. These weights have the same bits as in a plain model with the saved
-        adapters merged. Hooks replace the parameters of a layer only while it runs, because FSDP2 and ZeRO-3 gather
-        them only then.
+        Each layer then computes with base + delta, which has the same bits as in a plain model with the saved adapters
+        merged. Hooks replace the parameters of a layer only while the layer runs, because FSDP2 and ZeRO-3 gather the
+        parameters only then.
         """
         (peft_model,) = (module for module in model.modules() if isinstance(module, PeftModel))
         with ExitStack() as hooks:
@@ -320,10 +320,10 @@ class SavedAdapters:
 
 @contextmanager
 def _without_own_adapter(layer: LoraLayer, factors: Sequence[Tensor] | None) -> Iterator[None]:
-    """Replace the factors of a layer inside the block. None removes the adapter.
+    """Inside the block, replace the factors of a layer. If `factors` is None, the layer computes without an adapter.
 
-    PEFT's method that disables an adapter also freezes its parameters, and unfreezes them later. The method cannot
-    reach the layer's own parameters, because they are replaced inside the block.
+    PEFT's method that disables and enables adapters also freezes and unfreezes their parameters. The layer's own
+    parameters are replaced inside the block, so the method does not reach them.
     """
     own = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
     with ExitStack() as stack:
@@ -355,7 +355,7 @@ def _weight(factor: nn.Module) -> Tensor:
 
 @contextmanager
 def _only_experts(layer: ParamWrapper, first: int, count: int) -> Iterator[None]:
-    """Reduce an expert stack's adapter to `count` experts inside the block, beginning with expert `first`.
+    """Inside the block, reduce an expert stack's adapter to `count` experts, beginning with expert `first`.
 
     PEFT 0.21 keeps the factors of all experts in two matrices, A (experts * rank, in) and B (out, rank * experts). PEFT
     has no public way to merge only some experts, and the delta of a whole stack takes gigabytes. `count` must not be 1,

@@ -12,8 +12,8 @@ FLEX = "flex_attention"
 FUSED_SINKS = "fused_sinks"
 """Name of `pipeline.models.sink_attention` in transformers.
 
-For a name with "flash", transformers 5.14 would load a kernel from its hub instead. It refuses names with "sdpa" for
-gpt-oss. So this name contains neither.
+The name contains neither "flash" nor "sdpa". For a name with "flash", transformers 5.14 would load a kernel from its
+hub instead. It refuses names with "sdpa" for gpt-oss.
 """
 
 _FUSED_CAPABILITY = (8, 0)  # lowest compute capability that has torch's flash kernel and BF16
@@ -79,7 +79,8 @@ def for_teacher(student: str, precision: Precision, dtype: torch.dtype) -> str:
 def for_inference(dtype: torch.dtype) -> str:
     """Return the implementation for evaluation on this process' device.
 
-    This is `fused_sinks` where it runs, and otherwise eager, since `flex_attention` would be compiled for each length.
+    This is `fused_sinks` where it runs, and otherwise eager. It is never `flex_attention`, which would be compiled for
+    each length.
 
     Args:
         dtype: type that attention is computed in.

@@ -1,10 +1,10 @@
 """Compute logits in chunks: multiply by the output embedding (the head) for only a few tokens at a time.
 
 The logits of all positions would be the largest tensor of a step: 3.3 GB in BF16 for 8,192 tokens and a vocabulary of
-201,088. Losses and divergences reduce them to a few numbers per token. So the forward pass stops before the head, and
+201,088. But losses and divergences need only a few numbers per token. So the forward pass stops before the head, and
 `map_chunks` computes, reduces and frees the logits of CHUNK tokens at a time. For gradients, `map_chunks` computes the
-logits again in the backward pass. The exception is a trained head under ZeRO-3: the head's own forward pass computes
-all chosen logits at once.
+logits again in the backward pass. A trained head under ZeRO-3 is the exception: its own forward pass computes all
+chosen logits at once.
 
 Legend: B batch, T positions, H hidden size, V vocabulary, N chosen positions, n <= CHUNK positions in a chunk.
 """
@@ -46,8 +46,8 @@ class States:
 def find_positions(chosen: Tensor) -> Positions:
     """Return the positions that a mask (B, T) bool chooses.
 
-    The host waits for the GPU here, to learn the number of positions. If the index were the mask itself, the host would
-    wait at every use, and again in the backward pass. So convert each mask once.
+    The host waits for the GPU here, to learn the number of positions. If tensors were indexed with the mask itself, the
+    host would wait at every use, and again in the backward pass. So convert each mask once.
     """
     rows, columns = chosen.nonzero(as_tuple=True)
     return rows, columns

@@ -11,13 +11,11 @@ gradients of whole stacks. This module solves three problems:
 - ModelOpt sets a model to eager when it inserts or restores quantizers, so the kernel must be set afterwards.
   Quantizers of weights run with every kernel. Quantizers of the inputs of `down_proj` do not run with `grouped_mm`.
 - Autocast does not cover `grouped_mm`, and transformers 5.14 casts the inputs to the type of the weights. Under mixed
-  precision the weights are FP32, and FP32 products are many times slower than BF16 on GPUs. So the weights are cast to
-  the compute type first. The values between the gate-up and the down product are then BF16 too, as after a linear layer
-  under autocast.
-  With `eager`, these values are FP32.
-- torch 2.13 has a kernel for `grouped_mm` only for BF16 on GPUs of compute capability 9 and 10. Elsewhere each grouped
-  product copies each expert's number of rows to the host, and then loops over the experts. The host waits for the
-  copy.
+  precision the weights are FP32, and on GPUs FP32 products are many times slower than BF16 products. So the weights are
+  cast to the compute type first. The values between the gate-up and the down product are then BF16 too, as after a
+  linear layer under autocast. With `eager`, these values are FP32.
+- On GPUs, torch 2.13 has a kernel for `grouped_mm` only for BF16 and compute capability 9 and 10. Otherwise a grouped
+  product is a loop over the experts. Before the loop, the host waits for a copy of the experts' numbers of rows.
 """
 
 from collections.abc import Mapping
@@ -77,9 +75,9 @@ def choose(
 ) -> ExpertsImplementation:
     """Return the kernel to use, and warn if `grouped_mm` is used where torch has no kernel for it.
 
-    `auto` is the fastest kernel that runs all quantizers. Where torch has no kernel for `grouped_mm`, factored
-    adapters use `eager`, because its loop then waits for the GPU only once per layer. Other models use torch's loop for
-    `grouped_mm`, which waits less often than transformers' `eager`.
+    `auto` is the fastest kernel that runs all quantizers. Where torch has no kernel for `grouped_mm`, `eager` is faster
+    with factored adapters, because its loop then waits for the GPU only once per layer. Without factored adapters,
+    `grouped_mm` is faster, because torch's loop for it waits less often than transformers' `eager`.
 
     Args:
         asked: the configured kernel.
@@ -99,7 +97,7 @@ def choose(
 
 
 def has_grouped_mm(capability: Capability | None, precision: Precision) -> bool:
-    """Return whether torch computes grouped products without waiting for the GPU. On a CPU there is no such wait."""
+    """Return whether torch computes grouped products without waiting for a GPU, as is always so on a CPU."""
     return capability is None or (precision is not Precision.fp32 and capability[0] in _MAJORS_WITH_GROUPED_MM)
 
 
@@ -133,7 +131,7 @@ def _grouped_mm(experts: nn.Module, *inputs: Tensor) -> Tensor:
 
 
 class _InComputeType:
-    """A view of an experts module. It casts the weights to the type that autocast computes in."""
+    """A view of an experts module, with the weights cast to the type that autocast computes in."""
 
     def __init__(self, experts: nn.Module) -> None:
         self._experts = experts

@@ -2,7 +2,7 @@
 
 The adapter of an expert adds the delta s A B to the weight W. A forward pass can multiply by the sum W + s A B, as PEFT
 does, or by the factors: x W + s (x A) B. The first way stores the sum and its gradient, both as large as W. The second
-way stores neither. Its products with A and B are less than 1 % of the arithmetic at rank 8 and width 2880.
+way stores neither. At rank 8 and width 2880, its products with A and B add less than 1 % to the arithmetic.
 
 Shapes: T tokens, K experts per token, R = T K rows (one for each expert of each token, sorted by expert), E experts, r
 rank.
@@ -25,12 +25,12 @@ _STRIDE_BYTES = 16  # torch.nn.functional.grouped_mm takes only strides that are
 
 @dataclass(frozen=True)
 class Factors:
-    """The factors of the adapters of all experts of a stack.
+    """The factors of the adapters of one expert stack.
 
     Attributes:
         a: matrices A, (E, in, r).
         b: matrices B, (E, r, out).
-        scaling: the number s.
+        scaling: the number s in s A B.
     """
 
     a: Tensor
@@ -40,7 +40,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class Groups:
-    """The rows of each expert.
+    """Says which rows belong to which expert. Rows are sorted by expert.
 
     Attributes:
         experts: the expert of each row, ascending, (R).
@@ -90,7 +90,7 @@ def forward(
         experts: transformers' module of the experts.
         states: hidden states, (T, hidden).
         chosen: the experts of each token, (T, K).
-        shares: weight of each of these experts in the output, (T, K).
+        shares: factor of each chosen expert's output, (T, K).
         factors: factors of the adapters, keyed by the name of the adapted weights.
         multiply: function that computes the products.
     """

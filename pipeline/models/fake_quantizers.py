@@ -52,7 +52,8 @@ class _State:
     """Our data on a quantizer, stored in ModelOpt's per-backend slot, which ModelOpt does not serialize.
 
     Attributes:
-        importance: factor of the squared error in each input channel when scales are chosen, (in) float32, or None.
+        importance: how much the squared error in each input channel counts when scales are chosen, (in) float32, or
+            None.
         cache: cache of rounded weights. If it is None, weights are rounded in every forward pass.
         is_rounded: whether the parameter itself holds rounded values.
         non_finite: flags that the codec sets on a GPU instead of raising an error, or None.
@@ -75,7 +76,8 @@ def state_of(quantizer: TensorQuantizer) -> _State:
 def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer, dtype: torch.dtype | None = None) -> Tensor:
     """Fake-quantize weights (E, out, in) or inputs (tokens, in), in blocks along `in`. ModelOpt calls this.
 
-    Inputs beyond the calibrated range saturate, as in the served model. `dtype` is the type of the result, or None.
+    Inputs beyond the calibrated range saturate, as in the served model. `dtype` is the type of the result. If it is
+    None, the result has the type of `inputs`.
     """
     arguments, state = quantizer.backend_extra_args, state_of(quantizer)
     block_format = FORMATS[arguments["format"]].with_rule(arguments["scale_rule"])
@@ -90,8 +92,8 @@ def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer, dtype: torch.dtype |
 def _round_stack(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
     """Round a stack of weights (E, in, out), with adapters merged, and cast it to the forward pass's compute type.
 
-    This replaces a function of ModelOpt's plugins, which transposes, rounds and transposes back in every forward pass.
-    Here the codec works on a transposed view, and weights are rounded again only when they have changed.
+    This replaces a function of ModelOpt's plugins that transposes, rounds and transposes back in every forward pass.
+    The replacement gives the codec a transposed view, and rounds weights again only when they have changed.
     """
     if not quantizer.is_enabled:
         return weight
@@ -123,8 +125,8 @@ _switching = huggingface._QuantGptOssExperts.quantize_weight
 def _quantize_weight(experts: huggingface._QuantGptOssExperts) -> Iterator[None]:
     """Switch on ModelOpt's quantization of weights around a forward pass, and always switch it off at the end.
 
-    nvidia-modelopt 0.47 leaves quantization on if a forward pass ends early. Gradient checkpointing causes this when it
-    recomputes a layer.
+    nvidia-modelopt 0.47 leaves quantization on if a forward pass ends early. Gradient checkpointing ends it early when
+    it recomputes a layer.
     """
     try:
         with _switching(experts):
@@ -147,12 +149,13 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 
 
 def keep_rounded(model: nn.Module, budget_bytes: float, *, keeps_frozen: bool = False) -> RoundedWeights:
-    """Round weights once per optimizer step instead of once per forward pass. Round frozen weights now, in place.
+    """Round trained weights once per optimizer step, not once per forward pass. Round frozen weights now, in place.
 
     Args:
         model: a model with quantizers, and with its final adapters.
         budget_bytes: maximum size of the cache of rounded weights.
-        keeps_frozen: whether to leave frozen weights unrounded, because their unrounded values are needed too.
+        keeps_frozen: whether frozen weights are cached like trained weights instead of rounded in place. This is for
+            callers that need the unrounded values too.
 
     Returns:
         The cache. Call `forget` on it whenever weights have changed, and check `non_finite` before each step.
@@ -270,8 +273,8 @@ def restore(model: nn.Module, directory: Path, block_format: BlockFormat) -> Non
 def count(model: nn.Module, block_format: BlockFormat) -> int:
     """Check which quantizers are enabled, and return their number.
 
-    Exactly the quantizers of expert weights (two per layer) must be enabled. With W4A4, the quantizers of the experts'
-    inputs must be enabled too.
+    The quantizers of expert weights (two per layer) must be enabled and, with W4A4, also those of the experts' inputs.
+    No other quantizer may be enabled.
 
     Raises:
         CheckFailed: quantizers are missing, unexpected or not calibrated, or have the wrong format or scale rule.
@@ -300,7 +303,7 @@ def count(model: nn.Module, block_format: BlockFormat) -> int:
 
 
 def nvfp4_values(blocks: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
-    """Decode NVFP4 weights with ModelOpt. It takes only one tensor scale per call, so experts are decoded one by one.
+    """Decode NVFP4 weights with ModelOpt, one expert at a time, because ModelOpt takes one tensor scale per call.
 
     Args:
         blocks: packed FP4 codes, (E, out, nb, 8) uint8. Each byte holds two elements, the even one in its low half.

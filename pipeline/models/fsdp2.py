@@ -1,7 +1,8 @@
 """Shard models with torch's FSDP2, fill the shards from disk, and set the types in which FSDP2 computes.
 
-accelerate 1.15 would shard the model when training starts, and would need every process to hold the whole model then.
-It would also cast the output of each layer to BF16. But accelerate does not change a model that is already sharded.
+If accelerate 1.15 sharded the model, it would do so when training starts, and every process would first have to hold
+the whole model. It would also cast the output of each layer to BF16. But accelerate does not change a model that is
+already sharded, so this module shards models before accelerate gets them.
 """
 
 import math
@@ -67,10 +68,10 @@ def load_shards(model: nn.Module, read: Read, mixed: bool, device: torch.device)
 def correct_preparation(accelerator: "Accelerator") -> None:
     """Correct how accelerate 1.15 prepares a model that is sharded, and the model's optimizer.
 
-    - accelerate replaces each parameter of the optimizer by the parameter at the same address. If a process holds no
-      rows of a parameter, the parameter's address is 0. So all such parameters would be replaced by the same one. Here,
-      no parameter needs to be replaced, because the model is already sharded.
-    - accelerate does not use autocast for a model that FSDP2 shards. Here, such a model uses autocast too.
+    - accelerate replaces each parameter of the optimizer by the model's parameter at the same address. But the address
+      is 0 for every parameter of which a process holds no rows, so all of these would be replaced by the same one. The
+      correction keeps the optimizer's parameters, which are right because the model was sharded before.
+    - accelerate does not use autocast for a model that FSDP2 shards. The correction switches autocast on.
     """
     prepare = accelerator.prepare
 
@@ -114,7 +115,7 @@ def shard(model: Any, mixed: bool) -> None:
 def _read_shard(name: str, parameter: DTensor, read: Read, device: torch.device) -> nn.Parameter:
     """Read this process's rows of a parameter.
 
-    FSDP2 gives all processes the same number of rows. Only the last ones can get fewer.
+    FSDP2 gives every process the same number of rows, except that the last processes can get fewer.
     """
     mesh = parameter.device_mesh
     length = math.ceil(parameter.shape[0] / mesh.size())

@@ -41,7 +41,7 @@ def device_of(asked: Device) -> str:
 
 
 def _quieten() -> None:
-    """Silence transformers' progress bars if there is no terminal, and its warnings that MXFP4 kernels are missing."""
+    """Silence transformers' warnings that MXFP4 kernels are missing and, without a terminal, its progress bars."""
     from transformers.utils import logging
 
     if not shows_progress():

@@ -60,8 +60,8 @@ class Loss:
 def batches(examples: Examples, batch_size: int, pad_token_id: int) -> Sequence[dict[str, Tensor]]:
     """Split examples (columns input_ids, labels) into batches, in order and padded on the right.
 
-    Each batch has input_ids, attention_mask and labels, all (B, T). A batch is made when it is read, so a large
-    validation set takes no memory.
+    Each batch has input_ids, attention_mask and labels, all (B, T). A batch is made only when it is read, so the
+    batches of a large validation set are never all in memory.
     """
     return _Batches(examples, batch_size, pad_token_id)
 
@@ -93,7 +93,7 @@ class _Batches(Sequence[dict[str, Tensor]]):
 
 
 def measure(model: "PreTrainedModel", data: Iterable[dict[str, Tensor]]) -> Loss:
-    """Compute the loss of a causal language model on `batches`."""
+    """Compute the loss of a causal language model on the batches that `batches` returns."""
     return from_sums(sums(model, data))
 
 

@@ -1,11 +1,11 @@
 """Make attention masks for packed rows, so that the documents in a row do not attend to each other.
 
 Positions mark the documents: each document's first token has position 0. transformers 5.14 can make masks from
-positions, but `GptOssModel.forward` does not pass the positions on. So kernels that use masks would let packed
-documents attend to each other. `forward` accepts ready masks, so this module makes them.
+positions, but `GptOssModel.forward` does not pass the positions on. With transformers' masks, packed documents would
+therefore attend to each other. `forward` accepts ready masks, so this module makes them.
 
-`fused_sinks` needs only the bounds of the documents. TRL's collator computes them on the host. If a batch does not have
-the bounds, they are computed from the positions.
+`fused_sinks` needs no mask, only the bounds of the documents, which TRL's collator computes on the host. If a batch has
+no bounds, this module computes them from the positions.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from pipeline.models.sink_attention import Segments, packed_row
 
 
 def mask_documents(model: PreTrainedModel) -> None:
-    """Make every later forward pass compute masks for packed rows, from the positions in the rows.
+    """Make every later forward pass compute the masks of packed rows from `position_ids`.
 
     Args:
         model: a causal gpt-oss model, or its body. Rows are packed if the inputs have `position_ids` (B, T), but no
@@ -38,7 +38,8 @@ def _add_masks(
     positions = inputs["position_ids"]
     if body.config._attn_implementation == FUSED_SINKS:
         return positional, {**inputs, "attention_mask": dict.fromkeys(ATTENTION_TYPES, _segments(inputs))}
-    # The embeddings are not computed yet. `create_masks_for_generate` reads only their shape, type and device.
+    # An empty tensor stands for the embeddings, because `create_masks_for_generate` reads only their type, device and
+    # first two dimensions.
     embedded = torch.empty((*positions.shape, 1), dtype=body.dtype, device=positions.device)
     masks = create_masks_for_generate(
         body.config, embedded, attention_mask=None, past_key_values=None, position_ids=positions

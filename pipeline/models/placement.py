@@ -31,7 +31,7 @@ def place(model: Model, spread: bool = False) -> Model:
     Args:
         model: the model.
         spread: whether a model that does not fit on one GPU may be spread over all visible GPUs. If so, the
-            model must be a plain gpt-oss without adapters and quantizers, and only the main process may do this.
+            model must be a plain gpt-oss without adapters and quantizers, and only the main process may call this.
     """
     if not torch.cuda.is_available():
         return model
@@ -62,7 +62,7 @@ def _spread(model: Model) -> Model | None:
         return None
     used = sorted(set(placement.values()))
     say("loading", f"the model is spread over {len(used)} GPUs, because it does not fit on one")
-    # The cache of each layer stays on the layer's GPU.
+    # These arguments are not moved between GPUs: the key-value cache of each layer stays on the layer's GPU.
     skipped: Any = causal._skip_keys_device_placement
     return dispatch_model(model, cast(Any, placement), skip_keys=skipped)
 
@@ -70,11 +70,11 @@ def _spread(model: Model) -> Model | None:
 def spread_layers(model: "PreTrainedModel", budgets: Sequence[int]) -> dict[str, int] | None:
     """Choose a GPU for each module, in the order of the layers.
 
-    The first GPU also gets everything outside of the layers. So a forward pass begins and ends there, and code that
-    uses hidden states and the head need not know of other GPUs.
+    The first GPU also gets everything outside of the layers. So a forward pass begins and ends on the first GPU, and
+    code that uses hidden states and the head need not know of the other GPUs.
 
     Args:
-        model: a gpt-oss.
+        model: a gpt-oss model.
         budgets: bytes of weights that each GPU may hold.
 
     Returns:

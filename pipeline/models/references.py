@@ -83,7 +83,7 @@ def configured_format(settings: FormatConfig) -> BlockFormat:
 def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> ModelRef:
     """Find the model that `source` names: a stage of this run, or a directory.
 
-    If `source` is None, the newest complete stage in `among` is used. `key` names the setting in messages.
+    If `source` is None, the newest complete stage in `among` is used. Messages use `key` as the name of the setting.
 
     Raises:
         UserError: the model is missing or unfinished, or the directory is not a model.

@@ -24,9 +24,10 @@ _DEFAULT_ON_CPU = 4.0 * 2**30  # covers models that are small enough to train on
 def budget_bytes(budget_gib: float | None, shared: Sharding, *, on_gpu: bool) -> float:
     """Return how many bytes of rounded weights a run may cache on each device.
 
-    The default (`qat.rounded_cache_gib=null`) must fit wherever the run fits without a cache. So there is no cache on a
-    GPU, where the rounded experts of gpt-oss-20b would take 38 GB beside the model. There is no cache either if
-    parameters are gathered: each gather is a new allocation, and the cache recognizes a parameter by its address.
+    With the default (`qat.rounded_cache_gib=null`), a run must fit wherever it fits without a cache. So the default is
+    no cache on a GPU, where the rounded experts of gpt-oss-20b would take 38 GB beside the model. The default is also
+    no cache if parameters are gathered, because the cache recognizes a parameter by its address, and each gather is a
+    new allocation.
 
     Args:
         budget_gib: value of `qat.rounded_cache_gib`.

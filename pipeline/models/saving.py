@@ -32,8 +32,8 @@ def save(
 ) -> tuple[Kind, ModelRecord]:
     """Write a trained model, with the side files of `ref`, the model that training started from.
 
-    This is a collective call. config.json is copied from `ref`, and only the type is changed. transformers would rename
-    settings in the file, such as the settings of RoPE, and older engines would misread them.
+    This is a collective call. config.json is copied from `ref`, and only the type is changed. If transformers wrote the
+    file, it would rename settings, such as those of RoPE, and older engines would misread the file.
 
     Returns:
         The kind of the model, and the record that `of_artifact` needs to find the model again.
@@ -76,8 +76,8 @@ def _save_whole(model: "PreTrainedModel", directory: Path, dtype: torch.dtype) -
             with sharding.gather(parameters[name]):
                 pass
         return
-    # Do not resume an interrupted save. Its shards may have other weights. Besides, the other processes gather every
-    # parameter, so this process must do the same.
+    # Do not resume an interrupted save: its shards may have other weights. Besides, the other processes gather every
+    # parameter, so this process must not skip the parameters in those shards.
     (directory / SHARDS_FILE).unlink(missing_ok=True)
     pieces = [_gathering_piece(name, info, parameters[name], dtype) for name, info in layout.items()]
     write_sharded(directory, pieces, SHARD_BYTES, "saving")

@@ -1,8 +1,8 @@
 """Switch on sharded training with FSDP2 or DeepSpeed's ZeRO, and gather sharded tensors.
 
 FSDP2 and ZeRO-3 shard parameters, gradients and optimizer states. ZeRO-2 shards only gradients and optimizer states.
-accelerate sets up the sharding, through public arguments of transformers' trainer. DeepSpeed's settings that must
-equal settings of the trainer have the value "auto".
+accelerate sets up the sharding, through public arguments of transformers' trainer. Settings of DeepSpeed that must
+equal settings of the trainer have the value "auto", which the trainer replaces.
 """
 
 import os
@@ -100,7 +100,8 @@ def _correct_nothing(_: "Accelerator") -> None:
 
 
 def _shard_by_zero3(accelerator: "Accelerator", model: nn.Module) -> nn.Module:
-    # accelerate shards only models that are trained. Without an optimizer, DeepSpeed shards only the parameters.
+    # accelerate does not shard a frozen model, so DeepSpeed is called here. There is no optimizer, so DeepSpeed shards
+    # only the parameters.
     import deepspeed
 
     config = _zero3_of_parameters(accelerator.state.deepspeed_plugin.deepspeed_config["bf16"])
@@ -124,7 +125,7 @@ class ShardingStrategy:
         shard_frozen: function that shards a frozen model like the trained model, unless `place` has sharded it.
         distributed_type: name of accelerate's DistributedType for training on CPUs.
         package: package that must be installed, or None.
-        reading: context manager inside which checkpoints of another number of processes can be read.
+        reading: context manager inside which checkpoints that another number of processes wrote can be read.
     """
 
     arguments: Callable[[], dict[str, object]]
@@ -142,7 +143,7 @@ class ShardingStrategy:
 def _fsdp2() -> dict[str, object]:
     config = {
         "version": 2,
-        "auto_wrap_policy": "NO_WRAP",  # models/fsdp2.py has sharded the model before
+        "auto_wrap_policy": "NO_WRAP",  # models/fsdp2.py has already sharded the model
         "reshard_after_forward": True,
         "state_dict_type": "SHARDED_STATE_DICT",
     }
@@ -178,8 +179,8 @@ def _zero3() -> dict[str, object]:
     # Prefetching is off, because trl 1.16 gathers and releases the head outside of the head's own forward pass. If a
     # validation has used the head, DeepSpeed may be prefetching the head at that moment. DeepSpeed then stops with "a
     # param in flight".
-    # Whole layers are leaves, because DeepSpeed expects the same order of parameters in each pass. But adapters use
-    # their parameters in varying order, and PEFT removes an expert stack from its module while the adapter runs.
+    # DeepSpeed expects the same order of parameters in each pass. But adapters use their parameters in varying order,
+    # and PEFT removes an expert stack from its module while the adapter runs. So each layer is gathered as a whole.
     return _zero(3, stage3_param_persistence_threshold="auto", stage3_prefetch_bucket_size=0, leaf_module=_LEAVES)
 
 
@@ -242,7 +243,8 @@ def _forget_switches() -> None:
 def raise_if_impossible(sharding: Sharding) -> None:
     """Check, before work begins, that training can be sharded this way.
 
-    `accelerate launch` can pass its own sharding settings through environment variables, and the trainer obeys them.
+    `accelerate launch` can pass its own sharding settings through environment variables, which the trainer would obey
+    too.
 
     Raises:
         UserError: there is only one process, a package is missing, or the launcher sets up sharding too.
@@ -316,8 +318,8 @@ def gather(parameter: Tensor) -> Iterator[Tensor]:
 def own_part(parameter: Tensor) -> Iterator[Tensor]:
     """Yield a view, possibly empty, of the rows that this process may change in place. This is a collective call.
 
-    A shard of ZeRO-3 does not consist of rows. So the main process gets all rows, and the other processes get none.
-    DeepSpeed copies the main process's changes to the others.
+    A shard of ZeRO-3 does not consist of rows. So under ZeRO-3 the main process gets all rows, and the other processes
+    get none. DeepSpeed then copies the main process's changes to the other processes.
     """
     from torch.distributed.tensor import DTensor
 

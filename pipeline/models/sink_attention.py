@@ -7,14 +7,14 @@ know sinks, but they return the log-sum-exp of each query's scores. The sink is 
     dQ, dK, dV = flash backward of dO' with O' and total in the places of O and lse
     dsink = -sum over queries of exp(sink - total) · rowsum(dO' · O')
 
-The kernel's backward pass recomputes the probabilities as exp(score - total), and reads rowsum(dO' · O'). With O' and
-total as inputs, both have their values in attention with sinks, so the gradients are right. The scores of all queries
-and keys are never in one tensor.
+With these inputs, the kernel's backward pass recomputes the probabilities as exp(score - total), and uses
+rowsum(dO' · O'). Both are the values of attention with sinks, so the gradients are right. The scores of all queries and
+keys are never in one tensor.
 
-The tokens of a batch are one long row, cut into segments. A segment is a packed document, or a part of a padded row:
-the padding before the tokens, the tokens, the padding after them. Queries see the keys of their own segment, up to
-themselves and within the window. So every query sees at least itself, and padding needs no other mask. The bounds of
-padded rows are computed on the device, so there is no host sync.
+The kernels get the tokens of a batch as one long row, cut into segments. A packed document is one segment. A padded
+row is three: the padding before the tokens, the tokens, and the padding after them. Queries see the keys of their own
+segment, up to themselves and within the window. So every query sees at least itself, and padding needs no other mask.
+The bounds of padded rows are computed on the device, so the host does not wait for the device.
 
 During generation, queries that follow a cache need another mask. They use transformers' eager attention with eager's
 mask. The tensor of their scores is small, because such queries are few. With a static cache, the queries of the prompt
@@ -48,7 +48,7 @@ class Segments(NamedTuple):
     """The segments of a batch. A layer gets them in place of a mask.
 
     Attributes:
-        bounds: int32 (segments + 1), increasing, from 0 to S. A segment may be empty.
+        bounds: int32 (segments + 1), from 0 to S, never decreasing. A segment may be empty.
         longest: an upper bound of the segments' lengths.
     """
 
@@ -79,7 +79,7 @@ def padded_rows(is_real: Tensor) -> Segments:
 
 
 def packed_row(positions: Tensor) -> Segments:
-    """Make one segment of each document, and copy the positions to the host for this.
+    """Make one segment of each document. This copies the positions to the host.
 
     Args:
         positions: int (B, T). Each row and each document begins at position 0.
@@ -104,8 +104,8 @@ def make_mask(
     """Make the mask of a layer, for transformers' AttentionMaskInterface.
 
     Returns:
-        The segments of the rows, or eager's mask if the queries follow a cache, or if the mask has a condition
-        besides causality and the window.
+        The segments of the rows. If the queries follow a cache, or if there is a condition besides causality and the
+        window, eager's mask instead.
     """
     is_causal = allow_is_causal_skip and not use_vmap  # no condition besides causality and window
     is_first = isinstance(q_offset, int) and q_offset == kv_offset == 0 and q_length == kv_length
@@ -142,7 +142,7 @@ def attend(
     Args:
         module: the attention layer. Its `sinks` (N) are read.
         query, key, value: (B, heads, T, d). Several query heads may share a key head.
-        attention_mask: result of `make_mask`. A tensor, as opposed to `Segments`, is added to the scores, as in eager.
+        attention_mask: result of `make_mask`. If it is a tensor, eager attention adds it to the scores.
         scaling: factor of the scores.
         dropout: must be 0.
         sliding_window: number of keys that a query sees, its own included. None means its own and all earlier keys.
@@ -160,7 +160,7 @@ def attend(
     rows, length = query.shape[0], query.shape[2]
     dtype = compute_dtype(query)
     tokens = [each.transpose(1, 2).flatten(0, 1).to(dtype) for each in (query, key, value)]
-    layer = _Layer(max(attention_mask.longest, 2), sliding_window, scaling)  # at 1, the CUDA kernel assumes decoding
+    layer = _Layer(max(attention_mask.longest, 2), sliding_window, scaling)  # for 1, the CUDA kernel assumes decoding
     out: Tensor = _SinkAttention.apply(*tokens, module.sinks, attention_mask.bounds, layer)
     return out.unflatten(0, (rows, length)), None
 
@@ -176,7 +176,7 @@ def _raise_if_impossible(query: Tensor, key: Tensor, dropout: float) -> None:
 
 
 class _Layer(NamedTuple):
-    """The arguments of the kernels that are not tensors."""
+    """Those arguments of the kernels that are not tensors."""
 
     longest: int
     window: int | None
@@ -308,7 +308,7 @@ def _backward_on_cpu(
         for into, gradient in zip(gradients, found, strict=True):
             into[part] = gradient[0].transpose(0, 1)
     of_query, of_keys, of_values = gradients
-    shape = (len(key), key.shape[1], -1, key.shape[2])  # (S, key heads, query heads of each, d)
+    shape = (len(key), key.shape[1], -1, key.shape[2])  # (S, key heads, query heads per key head, d)
     return of_query, of_keys.view(shape).sum(2), of_values.view(shape).sum(2)
 
 
@@ -322,7 +322,7 @@ def _for_each_query(states: Tensor, query: Tensor) -> Tensor:
 
 
 def _heads_first(states: Tensor) -> Tensor:
-    """Return (1, N, T, d) of (T, N, d)."""
+    """Reorder states (T, N, d) to (1, N, T, d)."""
     return states.transpose(0, 1)[None]
 
 

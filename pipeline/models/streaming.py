@@ -25,7 +25,7 @@ Read = Callable[[str, slice], Tensor]
 
 
 def build(directory: Path, dtype: torch.dtype, **arguments: Any) -> "PreTrainedModel":
-    """Build the model of a checkpoint with hollow parameters. Buffers, such as RoPE's frequencies, have their values.
+    """Build a checkpoint's model with hollow parameters. Only its buffers, such as RoPE's frequencies, have values.
 
     A hollow parameter has the shape, type and device of a weight, but all its elements share one place in memory.
 

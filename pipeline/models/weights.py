@@ -57,7 +57,7 @@ class Weights:
     def read_trained(
         self, name: str, rows: slice = slice(None), stored: tuple[Tensor, ...] | None = None, device: str = "cpu"
     ) -> Tensor:
-        """Read the weight that training updates, or a slice of it from `parts`.
+        """Read the weight that training updates, or one of the slices of it that `parts` returns.
 
         Stored MXFP4 is decoded. The result is not fake-quantized. Adapters are merged on the CPU, whatever `device` is,
         because `verify` repeats the merge on the CPU.
@@ -69,7 +69,7 @@ class Weights:
         return self._merger.merge(name, base, rows.start or 0).to(device)
 
     def read_rows(self, name: str, rows: slice) -> Tensor:
-        """Read rows of the weight that training updates. Unlike for `read_trained`, any rows may be read."""
+        """Read rows of the weight that training updates. Unlike `read_trained`, this takes any rows."""
         first, end, _ = rows.indices(plain_tensors(self.shape)[name].shape[0])
         pieces = [
             self.read_trained(name, part)[max(first - part.start, 0) : end - part.start]
@@ -79,7 +79,7 @@ class Weights:
         return torch.cat(pieces)
 
     def read_effective(self, name: str) -> Tensor:
-        """Read the weight that the forward pass uses. If the model fake-quantizes it, the result is rounded too."""
+        """Read the weight that the forward pass uses: rounded, if the model fake-quantizes this weight."""
         weight = self.read_trained(name)
         if self.ref.block_format is None or name not in self._experts:
             return weight
@@ -87,7 +87,7 @@ class Weights:
         return fake_quantize(weight.transpose(1, 2), self.ref.block_format, importance=importance).transpose(1, 2)
 
     def importance(self, name: str) -> Tensor | None:
-        """Return the importance (in) of each input channel for choosing an expert weight's scales, or None."""
+        """Return the importance of an expert weight's input channels, (in), for choosing scales, or None."""
         return self._importance.get(name)
 
     def is_changed(self, name: str) -> bool:

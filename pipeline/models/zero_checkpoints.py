@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 _NATIVE, _UNIVERSAL = "latest", "latest_universal"
-"""Two files in a checkpoint. One names the folder with native files, the other the folder with universal files."""
+"""Two files in a checkpoint: the first names the folder with native files, the second that with universal files."""
 
 _CONVERTER = "deepspeed.checkpoint.ds_to_universal"
 _OPTIONS = (
@@ -38,9 +38,9 @@ _COPIES = 2  # the tool writes all tensors to disk twice: first in fragments, th
 def convert_when_needed() -> Iterator[None]:
     """Inside the block, convert checkpoints from another number of processes before DeepSpeed reads them.
 
-    DeepSpeed has one setting that tells whether checkpoints are universal, and the setting applies to all of them. But
-    a run may resume from a universal checkpoint and later load its best weights from a native one, or the reverse.
-    DeepSpeed 0.19 has no public hook that runs before a checkpoint is loaded, so `load_checkpoint` is wrapped.
+    DeepSpeed has one setting for all checkpoints that it loads: whether they are universal. But a run may resume from a
+    universal checkpoint and later load its best weights from a native one, or the reverse. So the setting is made again
+    before each load. DeepSpeed 0.19 has no public hook for this, so `load_checkpoint` is wrapped.
     """
     from deepspeed import DeepSpeedEngine
 
@@ -66,8 +66,8 @@ def convert_when_needed() -> Iterator[None]:
 def _keep_group_settings(optimizer: "Optimizer") -> Iterator[None]:
     """Correct two errors of DeepSpeed 0.19.8 after it reads converted files for ZeRO-3.
 
-    - All parameter groups get the settings of the first group. So weight decay would apply to all weights.
-    - All groups share one tensor that counts Adam's steps. So each step would be counted once per group.
+    - DeepSpeed gives all parameter groups the settings of the first, so weight decay would apply to all weights.
+    - It makes all groups share one tensor that counts Adam's steps, so each step would be counted once per group.
     """
     differing = _differing_settings(optimizer.param_groups)
     yield
