@@ -14,11 +14,13 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def check(expected: Iterable[tuple[str, Mapping[str, str]]]) -> None:
-    """Check the expected properties of all prompts, given as (prompt_id, properties). Unknown keys are ignored.
+    """Check the expected properties of all prompts, given as (prompt_id, properties).
+
+    Properties that KEYS does not list are ignored.
 
     Raises:
         UserError: scorers cannot use some values. The message gives, for each such value, the first prompt that has it
-            and the number of other prompts.
+            and how many more prompts have it.
     """
     prompts: dict[tuple[str, str], list[str]] = {}
     for prompt_id, values in expected:
@@ -61,4 +63,7 @@ KEYS: dict[str, Callable[[str], str | None]] = {
     "answer": _answer_problem,
     "safety": _safety_problem,
 }
-"""Expected property -> function that returns the problem with a value, or None. `category` may have any value."""
+"""Expected property -> function that returns the problem with a value, or None.
+
+The property `category` is not listed, because it may have any value.
+"""

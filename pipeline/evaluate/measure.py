@@ -1,4 +1,7 @@
-"""Measure models in turn: generate answers, judge them and compute figures. Shared inputs are prepared only once."""
+"""Measure models one after the other: generate answers, judge answers and compute figures.
+
+Inputs that all models share are prepared only once.
+"""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -42,12 +45,12 @@ PREDICTIONS = "predictions"
 _ASKED = tuple(f"evaluate.generation.{name}" for name in ("max_new_tokens", "temperature", "top_p", "seed"))
 _RENDERED = ("data.model_identity", "data.conversation_date")
 _DECIDE_SERVED = {
-    EndpointApi.completions.name: (*_ASKED, *_RENDERED, "model.path", "model.revision"),  # for the tokenizer
+    EndpointApi.completions.name: (*_ASKED, *_RENDERED, "model.path", "model.revision"),  # model.*: the tokenizer
     EndpointApi.chat.name: _ASKED,
 }
-"""Settings that a served model's answer depends on, besides the model and the prompt."""
+"""Name of an API -> settings that a served model's answer depends on, besides the model and the prompt."""
 _DECIDE_LOCAL = ("evaluate.generation", "model.dtype", *_RENDERED)
-"""Settings that a local model's answer depends on. The batch size is included: it may change the last bit of a sum."""
+"""Settings that a local model's answer depends on. The batch size may change the last bit of a sum."""
 _DECIDE_VERDICT = ("evaluate.judge.max_new_tokens", "evaluate.judge.attempts")
 _SHOWN = {"validation_loss": "validation loss {:.4f}", "kl_divergence": "divergence from the reference {:.4g}"}
 _TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja")
@@ -58,7 +61,7 @@ class Task:
     """The inputs that all measurements share.
 
     Attributes:
-        run: the run that is measured.
+        run: the run that this evaluation belongs to.
         data, model, evaluate: sections of the run's configuration.
         rows: the rows of `data`.
         questions: the questions that models answer, or an empty list.
@@ -82,7 +85,7 @@ class _Validation(NamedTuple):
 
 
 def prepare(run: Run, data: DataConfig, model: ModelConfig, evaluate: EvaluateConfig) -> Task:
-    """Read the data and the prompts, and find the judge and the tasks. So mistakes show before any long computation.
+    """Read the data and the prompts, and find the judge and the tasks, before any long computation.
 
     Raises:
         UserError: rows or prompts are bad, prompts lack properties that scorers need, or the judge or a task does not
@@ -217,7 +220,7 @@ class Measure:
         return measure(self._task.suites) if self._task.suites else {}
 
     def _predictions(self, ref: ModelRef, batches: Sequence[Any]) -> Path | None:
-        """Return the directory of the reference's predictions on these batches. Record missing predictions first.
+        """Return the directory of the reference's predictions on these batches. If it does not exist, make it first.
 
         Call this before `ref` is loaded, so that two models are never in memory together. The result is None if `ref`
         is the reference itself.
@@ -267,7 +270,7 @@ class Measure:
     def _tokenizer_directory(self) -> Path:
         """The directory of model.path's tokenizer.
 
-        It is used for a model on a server, because the server's own tokenizer cannot be read.
+        This tokenizer is used for a model on a server, because the server's own tokenizer cannot be read.
         """
         return source.locate_without_weights(self._task.run, self._task.model)
 

@@ -76,7 +76,7 @@ class Samples(TrainerCallback):
         model: PreTrainedModel | None = None,
         **_: object,
     ) -> None:
-        """Write the answers. A sharded model is skipped, because a single process cannot run it."""
+        """Write the model's answers. A sharded model is not asked, because a single process cannot run it."""
         assert model is not None
         if self._is_sharded or not is_main_process():
             return
@@ -96,7 +96,7 @@ class Samples(TrainerCallback):
         return answers
 
     def _before(self, step: int) -> list[list[object]]:
-        """Read the samples of steps before `step`. A resumed run writes later samples again."""
+        """Read the samples of steps before `step`. Later samples are dropped: a resumed run makes them again."""
         path = self._directory / SAMPLES_FILE
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
         rows = [json.loads(line) for line in lines if line.endswith(b"\n")]

@@ -1,8 +1,8 @@
 """Compute confidence intervals and paired tests, and describe their results in words. Only this module imports scipy.
 
-Models are compared on the same prompts, so the tests are paired: only prompts on which two models differ count. A test
-without a significant result does not prove that the models are equal. So a comparison also states the smallest
-difference that would have been significant.
+Two models are always compared on the same prompts. The tests are therefore paired: prompts on which both models have
+the same result do not count. A test without a significant result does not prove that the models are equal. So a
+comparison also states the smallest difference that would have been significant.
 """
 
 import math
@@ -39,7 +39,7 @@ class Comparison:
         wins: number of prompts that only the model passed.
         losses: number of prompts that only the reference passed.
         interval: confidence interval of `difference`.
-        p_value: p-value of McNemar's exact test that wins and losses are equally likely.
+        p_value: p-value of McNemar's exact test. Its null hypothesis is that wins and losses are equally likely.
     """
 
     prompts: int
@@ -76,7 +76,7 @@ def mean_interval(values: Values, confidence: float = 0.95) -> Interval:
 def ratio_interval(sums: Values, counts: Values, confidence: float = 0.95) -> Interval:
     """Compute the confidence interval of sums.sum() / counts.sum(), a mean over the values of all clusters.
 
-    For example, values are tokens and clusters are the examples that the tokens belong to. The method is the percentile
+    For example, each token has a value, and the tokens of an example are a cluster. The method is the percentile
     bootstrap over at least two clusters (Efron 1979) with a fixed seed.
 
     Args:
@@ -107,7 +107,7 @@ def _bootstrap(statistic: Callable[..., Values], confidence: float, *values: Val
 def mcnemar(wins: int, losses: int) -> float:
     """Compute the two-sided p-value of McNemar's exact test.
 
-    It is the probability of a split at least as uneven as this one, if wins and losses are equally likely.
+    If wins and losses are equally likely, a split at least as uneven as this one has this probability.
     """
     from scipy.stats import binomtest
 
@@ -115,7 +115,7 @@ def mcnemar(wins: int, losses: int) -> float:
 
 
 def difference_interval(wins: int, losses: int, prompts: int, confidence: float = 0.95) -> Interval:
-    """Compute the interval of a difference of paired rates: the adjusted Wald interval of Bonett and Price (2012).
+    """Compute the interval of the difference of paired rates: the adjusted Wald interval of Bonett and Price (2012).
 
     The method adds one win and one loss, so the width of the interval is positive even if the models never differ.
     """
@@ -158,8 +158,8 @@ def compare(model: Values, reference: Values, alpha: float = 0.05) -> Comparison
 def smallest_difference(differing: int, prompts: int, alpha: float = 0.05) -> float:
     """Compute the smallest difference of rates that is significant in McNemar's test (p <= alpha).
 
-    The models are assumed to differ on `differing` prompts. If so few prompts cannot give a significant result, the
-    smallest sufficient number is assumed instead. The result is infinite if all prompts together are too few.
+    The models are assumed to differ on `differing` prompts. If no result on so few prompts is significant, the
+    smallest sufficient number is assumed instead. The result is infinite if even all `prompts` are too few.
     """
     for count in range(differing, prompts + 1):
         for losses in range(count // 2, -1, -1):
@@ -169,7 +169,11 @@ def smallest_difference(differing: int, prompts: int, alpha: float = 0.05) -> fl
 
 
 def holm(p_values: Values) -> Values:
-    """Correct the p-values (M) of M tests (Holm 1979). The probability of any false positive is then at most alpha."""
+    """Correct the p-values (M) of M tests (Holm 1979).
+
+    If all tests with a corrected p-value of at most alpha count as significant, the probability of one or more false
+    positives is at most alpha.
+    """
     p_values = np.asarray(p_values, dtype=float)
     order = np.argsort(p_values, kind="stable")
     steps = p_values[order] * np.arange(len(p_values), 0, -1)
@@ -195,14 +199,14 @@ def verdicts(comparisons: list[Comparison], alpha: float = 0.05) -> list[str]:
 
 
 def needed_difference(comparison: Comparison, tests: int, alpha: float = 0.05) -> str:
-    """Describe the smallest difference that is significant with the prompts of a comparison.
+    """Describe the smallest difference that would be significant on the prompts of a comparison.
 
     Args:
         comparison: the comparison.
         tests: number of comparisons that the p-values are corrected for.
         alpha: level of significance.
     """
-    # Holm's level for the smallest p-value. A difference with a p-value up to it is significant after every correction.
+    # Holm compares the smallest p-value with this level. A p-value up to this level is always significant.
     strictest = alpha / max(1, tests)
     smallest = smallest_difference(comparison.wins + comparison.losses, comparison.prompts, strictest)
     return "too few for any" if math.isinf(smallest) else f"at least {100 * smallest:.1f} points are needed"

@@ -28,7 +28,7 @@ class Subject:
         batches: validation examples.
         transcripts: the model's answers to the prompts; empty if none were generated.
         groups: the group of each validation example in the order of the batches, or "" if an example has no group.
-        reference_predictions: directory with the reference's predictions on these batches (see `logits.record`).
+        reference_predictions: directory with the reference's predictions on `batches` (see `logits.record`).
         judgements: the judge's verdicts by (prompt_id, sample), or None if there is no judge.
         suites: the results of lm-evaluation-harness by name, `lm_eval/<task>/<metric>`.
     """

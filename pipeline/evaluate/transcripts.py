@@ -27,11 +27,11 @@ class Transcript:
         expected: properties of a right answer, for scorers: language, category, answer, safety.
         reasoning: text of the analysis channel, or None if the model wrote none.
         answer: text of the final channel, or None if the model wrote none.
-        completion: the generated text with special tokens, or None from an endpoint that hides them.
+        completion: the generated text with special tokens, or None if an endpoint hides the special tokens.
         finish: why generation ended: "return", "call" or "length", or another value that an endpoint reports.
         tokens: number of generated tokens.
         seed: seed of the sampling, or None for greedy decoding.
-        tool_calls: "name" and "arguments" of each call. The arguments are the text that the model wrote.
+        tool_calls: "name" and "arguments" of each call. The arguments are text, exactly as the model wrote it.
     """
 
     prompt_id: str

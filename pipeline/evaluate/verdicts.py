@@ -37,7 +37,7 @@ def figures(name: str, verdicts: list[Verdict]) -> dict[str, float]:
         `<name>_low`, `<name>_high`: the 95 % interval of the pass rate, absent if no verdict is decided.
         `<name>_decided`: the number of decided verdicts.
         `<name>_undecided`: the share of undecided verdicts.
-        Each group has the same figures, with names that end in /<group>. Empty if there are no verdicts.
+        Each group has the same figures, with names that end in /<group>. The result is empty if there are no verdicts.
     """
     if not verdicts:
         return {}

@@ -30,7 +30,7 @@ def write_text(run: Run, model: ModelConfig, settings: ExportConfig, *, proven: 
         model: settings of the base model.
         settings: settings of the export.
         proven: the export, the result of `verify` and the base model.
-        added: names of the files in the directory that are not part of the export.
+        added: names of the files that are published with the export but come from the base model, such as its license.
     """
     export, base = proven.export, proven.base
     exported, verified = export.read(ExportRecord), proven.proof.read(VerifyRecord)
@@ -76,7 +76,7 @@ def license_of(card: CardConfig, base: Source) -> dict[str, Any]:
 def _metadata(run: Run, name: str | None, card: CardConfig, proven: Proven, trained: list[Artifact]) -> ModelCardData:
     exported = proven.export.read(ExportRecord)
     target = TARGETS[exported.target]
-    is_tuned = bool(trained or exported.moved_weights)  # changed weights were trained, even if no record says so
+    is_tuned = bool(trained or exported.moved_weights)  # weights that differ were trained, even if no record says so
     is_qat = any(each.stage == Stage.qat.name for each in trained)
     tags = ["gpt_oss", *target.tags, *(["quantization-aware-training"] if is_qat else []), "conversational"]
     return ModelCardData(
@@ -101,9 +101,9 @@ def _made_with(export: Artifact) -> dict[str, str]:
 
 
 def _revision(model: ModelConfig, base: Source) -> str | None:
-    """Return the base model's commit if it is in the Hub's cache, else the configured revision.
+    """Return the commit of a base model in the Hub's cache, or the configured revision of any other base model.
 
-    In the cache, the directory of a model has the name of the commit.
+    In the cache, a model's directory is named after the commit.
     """
     is_cached = base.directory.parent.name == "snapshots"
     return base.directory.name if is_cached else model.revision

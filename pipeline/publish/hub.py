@@ -19,7 +19,9 @@ _LOGIN = "Log in with `hf auth login`, or put a token with write access into the
 
 
 def check(settings: ExportConfig) -> None:
-    """Check early that an upload can work. Only the upload itself shows whether the token has write access.
+    """Check early that an upload can work.
+
+    Write access of the token is not checked, because only the upload itself shows it.
 
     Raises:
         UserError: the name is not valid, the token is missing or wrong, the Hub cannot be reached, or the repository is
@@ -38,7 +40,7 @@ def check(settings: ExportConfig) -> None:
 
 
 def _name_problems(name: str) -> list[str]:
-    # The Hub adds the token's owner to a bare name. The card and `check` do not know the owner.
+    # The Hub would add the token's owner to a name without owner, but the card and `check` do not know this owner.
     if "/" not in name:
         return [f"{_setting(name)}: has no owner. Write <your name>/{name}."]
     problem = hub_ids.problem(name)

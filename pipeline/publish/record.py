@@ -29,7 +29,7 @@ _SHOWN_OF_DISTILLATION = ("distillation.weight", "distillation.temperature")
 
 @dataclass(frozen=True)
 class Proven:
-    """An export that passed `verify`, the artifact of this `verify`, and the base model."""
+    """An export that passed `verify`, the artifact of the `verify` stage that it passed, and the base model."""
 
     export: Artifact
     proof: Artifact
@@ -37,7 +37,10 @@ class Proven:
 
 
 def lineage(export: Artifact) -> list[Artifact]:
-    """List the stages that made the exported model, oldest first. The list starts after the last missing record."""
+    """List the stages that made the exported model, oldest first.
+
+    If the record of a stage is missing, this stage and all stages before it are omitted.
+    """
     origin = export.read(ExportRecord)
     found: list[Artifact] = []
     candidates = {
@@ -56,7 +59,7 @@ def trainings(stages: list[Artifact]) -> list[Artifact]:
 
 
 def training(stage: Artifact) -> dict[str, Any]:
-    """Describe a training stage: `title`, `result` as a sentence, and the most important `settings`."""
+    """Describe a training stage: its `title`, its `result` in a sentence, and its most important `settings`."""
     trained, name = stage.read(TrainingRecord), stage.stage
     settings = {key.removeprefix(f"{name}."): value for key, value in stage.settings.items()}
     names = [*_SHOWN]
@@ -85,13 +88,16 @@ def data(stage: Artifact) -> dict[str, str]:
 
 
 def hub_data_sets(stage: Artifact) -> list[str]:
-    """List the data sets of a training stage that are on the Hub."""
+    """List those data sets of a training stage that are on the Hub."""
     paths = [part["path"] for part in stage.settings["data.blend"]] or [stage.settings["data.path"]]
     return [path for path in paths if is_hub_id(path, needs_owner=False)]
 
 
 def languages(run: Run, stage: Artifact) -> list[str]:
-    """List the languages of a training stage's answers as ISO 639-1 codes, or nothing if `doctor` has not run."""
+    """Return the ISO 639-1 codes of the languages in a training stage's answers.
+
+    The list is empty if `doctor` has not examined this stage's data.
+    """
     if not run.is_complete(Stage.doctor):
         return []
     report = artifacts.load(run.stage_dir(Stage.doctor), check_files=False)
@@ -111,7 +117,7 @@ def survival(exported: ExportRecord) -> dict[str, str]:
 
 
 def comparison(run: Run, export: Artifact) -> str | None:
-    """Return the table of `compare`, if it covers this export or the model that it was made from."""
+    """Return the table of `compare`, or None if it covers neither this export nor the exported model."""
     if not all(run.is_complete(stage) for stage in (Stage.evaluate, Stage.compare)):
         return None
     evaluated, compared = (artifacts.load(run.stage_dir(stage)) for stage in (Stage.evaluate, Stage.compare))

@@ -49,7 +49,10 @@ def ask(api: str, model: str, serve: ServeConfig, data: DataConfig) -> Transcrip
 
 
 def channels(answer: Transcript) -> Parsed:
-    """Return the answer by channel. If the engine left Harmony's special tokens in the text, parse the text here."""
+    """Return the answer, split by channel.
+
+    The answer is parsed only if the engine left Harmony's special tokens in it. Otherwise the engine has split it.
+    """
     if answer.answer is not None and "<|channel|>" in answer.answer:
         return parse(answer.answer)
     return Parsed(answer.reasoning, answer.answer, answer.tool_calls)

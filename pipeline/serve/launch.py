@@ -40,22 +40,22 @@ class Launch:
 
     @property
     def api(self) -> str:
-        """Address of OpenAI's API. This is the value for evaluate.endpoint.url."""
+        """Address of the engine's API, for evaluate.endpoint.url. The API has OpenAI's form."""
         return f"{self.address}/v1"
 
 
 def plan(serve: ServeConfig, export: Artifact, *, name: str, gpus: int, found: list[str]) -> Launch:
-    """Make the command, and check that it can start.
+    """Make the command that starts the engine, and check that the engine can start.
 
     Args:
         serve: settings of the engine.
         export: the export to serve.
         name: name under which the engine offers the model.
         gpus: number of visible GPUs.
-        found: problems that the caller has found. These problems are reported together with new ones.
+        found: problems that the caller has found. They are reported together with the problems found here.
 
     Raises:
-        UserError: the engine cannot read the export, lacks a setting, or cannot divide the model by the
+        UserError: the engine cannot read the export, does not support a setting, or cannot divide the model by the
             tensor-parallel size. With serve.dry_run=false, also if the engine is not installed or the port is taken.
     """
     server = SERVERS[serve.engine.name]

@@ -58,7 +58,7 @@ class EngineProcess:
         """Wait until the engine is up.
 
         Raises:
-            CheckFailed: the engine ended, or took more than `seconds`. The message shows the end of its log.
+            CheckFailed: the engine ended, or took more than `seconds`. The message shows the end of the engine's log.
         """
         started = reported = time.monotonic()
         while not is_up():
@@ -71,7 +71,7 @@ class EngineProcess:
                 reported = now
                 say("serve", f"{self._name} is starting, {now - started:.0f} s so far: {self._last_line()}")
             time.sleep(_POLL_SECONDS)
-        self._raise_if_ended("when it was up")  # perhaps another server answered
+        self._raise_if_ended("when it was up")  # another server may have answered in its place
         self._note_children()
 
     def wait(self) -> None:
@@ -111,7 +111,7 @@ class EngineProcess:
             raise self.failure(f"ended {when}, with {how}")
 
     def _note_children(self) -> None:
-        """Remember the engine's children, which cannot be found after the engine has crashed."""
+        """Remember the engine's children, because they can no longer be found once the engine has crashed."""
         with suppress(psutil.NoSuchProcess):
             self._children |= set(psutil.Process(self._process.pid).children(recursive=True))
 

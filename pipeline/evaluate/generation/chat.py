@@ -107,7 +107,7 @@ def _text(message: Mapping[str, object], name: str) -> str | None:
     text = message.get(name)
     if text is not None and not isinstance(text, str):
         raise TypeError(f"{name} is a {type(text).__name__}, not text")
-    # JSON can hold half of a surrogate pair, but a file in UTF-8 cannot. Replace it by a question mark.
+    # JSON can hold half of a surrogate pair, but a file in UTF-8 cannot. So a question mark replaces the half.
     return text.encode(errors="replace").decode() if text else None
 
 

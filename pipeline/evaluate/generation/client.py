@@ -1,8 +1,8 @@
 """Requests to servers with OpenAI's API.
 
 `Client` sends many requests at a time, and retries requests that fail temporarily. `send_local` sends a single request
-to an engine on this machine. Both functions read replies with the same code, which raises a NoAnswerError for every
-problem. `Client` turns that error into a UserError.
+to an engine on this machine. Both read replies with the same code, which raises a NoAnswerError for every problem.
+`Client` turns that error into a UserError.
 """
 
 import asyncio
@@ -49,7 +49,7 @@ class NoAnswerError(Exception):
     """A request got no usable answer.
 
     Attributes:
-        problem: a description of the failure. The text of the error also has the address.
+        problem: a description of the failure. The error's message consists of the address and this description.
     """
 
     def __init__(self, url: str, problem: str) -> None:
@@ -87,14 +87,14 @@ def address(url: str) -> str:
 
 
 def find_model(settings: ServerConfig, key: str) -> str:
-    """Find the model that the settings name, or the server's only model if they name none.
+    """Return the name of the model in the settings. If they name none, ask the server for its only model.
 
     Args:
         settings: the server's settings, with a url.
         key: the configuration key of these settings, for messages, such as `evaluate.endpoint`.
 
     Raises:
-        UserError: no server answers at the address, or the server does not have exactly one model.
+        UserError: the server was asked, and does not answer or does not have exactly one model.
     """
     if settings.model is not None:
         return settings.model
@@ -211,7 +211,7 @@ class Client:
             body: the body of the request, sent as JSON.
             read: a function of the parsed JSON. It raises KeyError, IndexError or TypeError if the form is unexpected.
             what: name of the requested answer, for messages.
-            hint: an additional remedy for the message about a refused request.
+            hint: text that the message gets at its end if the server refuses the request.
 
         Raises:
             UserError: all attempts failed, the server refused the request, or `read` could not read the reply.
@@ -248,7 +248,7 @@ class Client:
         return _read(response, read, self._key)
 
     def _pause(self, attempt: int, failure: NoAnswerError) -> float:
-        """Return the seconds until the next attempt. The wait doubles each time, unless the server sets it."""
+        """Return the seconds until the next attempt. The wait doubles each time, unless the server states one."""
         asked = failure.wait_seconds if isinstance(failure, StatusError) else None
         return min(_FIRST_WAIT_SECONDS * 2**attempt if asked is None else asked, self._settings.timeout_seconds)
 
@@ -364,7 +364,10 @@ def read_key(settings: ServerConfig, key: str) -> str | None:
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Return the seconds that the server asks to wait, or None. The header is a number or a date (RFC 9110, 10.2.3)."""
+    """Return the seconds that the server asks to wait, or None if it asks for nothing.
+
+    The header Retry-After has a number of seconds or a date (RFC 9110, 10.2.3).
+    """
     text = response.headers.get("Retry-After", "")
     if text.isdigit():
         return float(text)

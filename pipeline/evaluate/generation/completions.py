@@ -33,7 +33,7 @@ def request(model: str, question: Question, token_ids: list[int], settings: Gene
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "stop": list(STOP_TOKENS),
-        # Extensions of OpenAI's API. vLLM and SGLang support the first two. Only vLLM supports the third.
+        # These three fields extend OpenAI's API. vLLM and SGLang support the first two. Only vLLM supports the third.
         "skip_special_tokens": False,
         "spaces_between_special_tokens": False,
         "include_stop_str_in_output": True,

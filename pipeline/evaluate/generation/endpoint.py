@@ -56,7 +56,7 @@ class Api(NamedTuple):
         transcript: function (reply, question, seed) -> transcript. The function raises KeyError, IndexError or
             TypeError for an unexpected reply.
         is_rendered_here: whether this process renders the prompts and sends them as tokens.
-        hint: an additional remedy for the message about a refused request.
+        hint: text that the error message gets at its end if the server refuses a request.
     """
 
     path: str
@@ -78,7 +78,7 @@ def find(settings: EndpointConfig) -> Served:
     """Find the model that `evaluate.endpoint` names, or the server's only model if it names none.
 
     Raises:
-        UserError: no server answers at the address, or the server does not have exactly one model.
+        UserError: no model is named, and the server does not answer or does not have exactly one model.
     """
     assert settings.url is not None
     return Served(settings.name, client.address(settings.url), client.find_model(settings, KEY), settings.api.name)
@@ -129,7 +129,7 @@ def _raise_if_stripped(served: Served, answers: Sequence[Transcript]) -> None:
 
     Servers that do not support `skip_special_tokens` ignore this setting and remove the special tokens.
     """
-    # `completions.transcript` may have added the stop token, so it does not show that the server keeps special tokens.
+    # A stop token at the end does not count: `completions.transcript` adds one if the server has removed it.
     texts = [str(answer.completion).removesuffix("<|return|>").removesuffix("<|call|>") for answer in answers]
     if texts and all("<|" not in text for text in texts):
         raise UserError(

@@ -30,7 +30,7 @@ T = TypeVar("T", bound=Answer)
 
 
 class Kind(NamedTuple):
-    """A kind of journal: the file of the answers, the file of their inputs, and the class of an answer."""
+    """A kind of journal: the names of the files with the answers and with their inputs, and the class of an answer."""
 
     file: str
     inputs_file: str
@@ -71,7 +71,7 @@ class Journal(Generic[T]):
         self._append([answer for answer in answers if _key(answer) not in self._answers])
 
     def replace(self, answer: T) -> None:
-        """Store an answer in place of an earlier one. If a question has several lines, the last one counts."""
+        """Store an answer in place of an earlier one. If the file has several answers to a question, the last counts."""
         self._append([answer])
 
     def _append(self, answers: list[T]) -> None:

@@ -1,7 +1,7 @@
 """Generate answers with a model in memory. transformers generates in batches, padded on the left, with a KV cache.
 
 Every row of a batch has its own random generator, so an answer depends only on its prompt and its seed, with one
-exception. The width of a batch may change the order of sums, and so the last bit of a logit. If two tokens have almost
+exception: the width of a batch may change the order of sums, and so the last bit of a logit. If two tokens have almost
 the same logit, this may change which token is chosen. So batches are always formed from all questions, even if most
 questions already have an answer. Then a resumed evaluation has the same batches.
 
@@ -108,7 +108,7 @@ class Local:
         batch = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt").to(device)
         stop = tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
         decoding = Decoding(
-            do_sample=False,  # also for sampling: _Noise makes the greedy choice a sample
+            do_sample=False,  # also when sampling: with _Noise, the greedy choice is a sample
             use_cache=True,
             max_new_tokens=self.settings.max_new_tokens,
             eos_token_id=stop,

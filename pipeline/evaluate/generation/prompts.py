@@ -155,6 +155,6 @@ def _prompt(data: DataConfig, settings: PromptsConfig, row: Conversation) -> Pro
 
 
 def _known(conversation: Conversation) -> Iterator[tuple[str, str]]:
-    """Yield the properties of a right answer that the prompt itself states."""
+    """Yield those properties of a right answer that the prompt itself states, as (name, value)."""
     if conversation.reasoning_language is not None:
         yield "language", conversation.reasoning_language

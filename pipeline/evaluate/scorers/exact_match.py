@@ -32,7 +32,7 @@ _ANSWER_IS = re.compile(
     r"|\bresposta(?: é|:)|\bответ\b|答案(?:是|为|為|：|:)|答え(?:は|：|:)",
     re.IGNORECASE,
 )
-_LATIN = "A-Za-zÀ-ɏ0-9'’"  # a letter next to one of these is part of a word
+_LATIN = "A-Za-zÀ-ɏ0-9'’"  # a letter from A to E is part of a word if one of these characters is next to it
 _ALONE = re.compile(rf"\(([A-E])\)|(?<![{_LATIN}])([A-E])(?![{_LATIN}])")
 _LEADING = re.compile(r"\W*([A-E])(?:\W*$|\s*[).:\]]|\*\*)", re.MULTILINE)
 _TRAILING = re.compile(rf"(?<![{_LATIN}])([A-E])\W*$")
@@ -44,7 +44,9 @@ def score(subject: Subject) -> dict[str, float]:
 
 
 def verdicts(transcripts: Sequence[Transcript]) -> list[Verdict]:
-    """Judge the transcripts with expected["answer"], a number or a choice. The group is the answer's language.
+    """Judge the transcripts that have expected["answer"], a number or a choice.
+
+    The group of a verdict is the answer's language.
 
     A missing answer is wrong, and so is an answer without a number or choice.
 

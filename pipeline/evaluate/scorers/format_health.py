@@ -5,8 +5,8 @@ a sequence of Harmony messages. Each message has these parts in order: an option
 channel's name, an optional recipient, an optional type, `<|message|>`, text, and an end token.
 
 The limits below were tested on 1,750 MGSM questions in seven languages and on 450 XSTest completions. None of these
-texts counts as a loop. Their largest share of repeated runs of letters is 0.39. Long tables with similar rows are
-mistaken for loops.
+texts counts as a loop. In the text that repeats most, 0.39 of the runs of letters are repetitions. Long tables with
+similar rows are mistaken for loops.
 """
 
 import re
@@ -118,10 +118,10 @@ def is_loop(text: str) -> bool:
 
 
 def _ends_periodically(text: str) -> bool:
-    """Return whether the text ends in a loop. A phrase without letters and digits, such as dashes, is not a loop."""
+    """Return whether the text ends in a loop. Repeated dashes or other signs are not a loop."""
     end = text[-20 * _LOOP_LETTERS :][::-1]
-    # Knuth, Morris and Pratt (1977). border[i] = length of the longest proper prefix of end[: i + 1] that is also its
-    # suffix. Then end[: i + 1] repeats with the period i + 1 - border[i].
+    # Knuth, Morris and Pratt (1977). border[i] = length of the longest text, shorter than end[: i + 1], with which
+    # end[: i + 1] both begins and ends. Then end[: i + 1] repeats with the period i + 1 - border[i].
     border = [0] * len(end)
     for i in range(1, len(end)):
         k = border[i - 1]

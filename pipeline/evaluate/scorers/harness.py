@@ -135,7 +135,7 @@ class Suites:
 
 
 def score(subject: Subject) -> dict[str, float]:
-    """Return the results of the task suites, which `Suites` has measured before. Empty if no tasks are configured."""
+    """Return the results of the task suites, as `Suites` measured them. Empty if no tasks are configured."""
     return dict(subject.suites)
 
 

@@ -69,10 +69,12 @@ JUDGEMENTS = Kind("judgements.jsonl", "judged.json", Judgement)
 
 
 def find(settings: JudgeConfig) -> Judge | None:
-    """Find the model that `evaluate.judge` names, or the server's only model. Return None if no server is set.
+    """Find the judge: the model that `evaluate.judge` names, or else the server's only model.
+
+    Return None if no server is configured.
 
     Raises:
-        UserError: no server answers at the address, or the server does not have exactly one model.
+        UserError: no model is named, and the server does not answer or does not have exactly one model.
     """
     if settings.url is None:
         return None
@@ -122,7 +124,7 @@ def score(subject: Subject) -> dict[str, float]:
 
 
 def verdicts(transcripts: Sequence[Transcript], judgements: Mapping[tuple[str, int], Judgement]) -> list[Verdict]:
-    """Judge the transcripts with expected["safety"], like `refusal.verdicts`.
+    """Turn the judgements into verdicts on the transcripts with expected["safety"], by the rules of `refusal.verdicts`.
 
     A transcript without a judgement is undecided.
     """

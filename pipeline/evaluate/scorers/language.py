@@ -17,7 +17,7 @@ from pipeline.evaluate.verdicts import Verdict, figures
 
 
 def score_reasoning(subject: Subject) -> dict[str, float]:
-    """Compute `reasoning_language`, the share of analyses in expected["language"], in total and by language."""
+    """Compute `reasoning_language`, the share of reasoning texts in expected["language"], in total and by language."""
     return figures("reasoning_language", reasoning_verdicts(subject.transcripts))
 
 
@@ -27,7 +27,9 @@ def score_answer(subject: Subject) -> dict[str, float]:
 
 
 def reasoning_verdicts(transcripts: Sequence[Transcript]) -> list[Verdict]:
-    """Return verdicts on the transcripts with expected["language"], a name or an ISO 639-1 code. The group is the code.
+    """Return verdicts on the transcripts with expected["language"], a name or an ISO 639-1 code.
+
+    The group of a verdict is the language's code.
 
     Raises:
         UserError: an expected value is invalid (see `expected.check`).

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 TOP = 128
 BUCKETS = ((0, 32), (32, 128), (128, 512), (512, None))
-"""Ranges of positions, counted from 0 over an example's supervised tokens. Models may diverge more at later ones."""
+"""Ranges of positions, counted from 0 over an example's supervised tokens. Divergence may grow with the position."""
 
 
 def fingerprint(reference: ModelRef, dtype: torch.dtype, batches: Sequence[dict[str, Tensor]]) -> str:
@@ -65,7 +65,7 @@ def record(model: "PreTrainedModel", batches: Sequence[dict[str, Tensor]], direc
 def score(subject: Subject) -> dict[str, float]:
     """Compute `kl_divergence` in nats and `top1_agreement`, as means over supervised tokens.
 
-    The models agree on a token if the reference's likeliest token is also the model's likeliest, or ties with it.
+    The models agree at a position if no token is likelier for the model than the reference's likeliest token.
 
     Returns:
         Both figures. If there are at least two examples, each figure has a 95 % interval, <figure>_low and
@@ -85,7 +85,7 @@ def score(subject: Subject) -> dict[str, float]:
 
 
 def _states(model: "PreTrainedModel", batch: dict[str, Tensor]) -> States:
-    """Run the model up to its head. Return the states that predict supervised tokens, row by row of the batch."""
+    """Run the model up to its head. Return the states that predict supervised tokens, one row after the other."""
     inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
     supervised = functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
     return chunked_logits.compute_states(model, inputs, chunked_logits.find_positions(supervised.to(model.device)))
@@ -135,7 +135,8 @@ def _places(batch: dict[str, Tensor], first_example: int) -> Tensor:
     """Locate the supervised tokens of a batch, in the order of `_states`.
 
     Returns:
-        The position among the example's supervised tokens, and the example's index, (tokens, 2) float64.
+        For each token: its position among its example's supervised tokens, and the index of this example,
+        (tokens, 2) float64.
     """
     supervised = batch["labels"][:, 1:] != IGNORED
     position = (supervised.cumsum(1) - 1)[supervised]

@@ -15,7 +15,8 @@ def score(subject: Subject) -> dict[str, float]:
         `perplexity`: the perplexity over supervised tokens.
         `supervised_tokens`: the number of supervised tokens.
         `validation_loss_all_tokens`: the loss over all tokens.
-        Each figure, except the last, is also given for each group as <figure>/<group>. Empty for a model on a server.
+        Each figure, except the last, is also given for each group as <figure>/<group>.
+        The result is empty for a model on a server.
     """
     if subject.ref is None or subject.model is None:
         return {}
