@@ -1,4 +1,6 @@
-"""The codec encodes values as codes and scales, and decodes them. Training (fake quantization) and export call it.
+"""The codec encodes values as codes and scales, and decodes codes and scales to values.
+
+Training (fake quantization) and export call it.
 
 A block of values along the input dimension shares a scale. Each value is divided by the scale and rounded to the
 nearest of the 16 values of e2m1, ties to even (OCP MX v1.0, 5.3.3 and 6.3). The rule for the scale can be chosen (see
@@ -14,9 +16,9 @@ Edge cases:
 - Zeros, and values that round to zero, keep their sign.
 - Subnormal values are rounded like others, with the smallest scale, 2^-127. (NVFP4: they become zero, because the
   tensor scale is at least 2^-110.)
-- Values beyond 6 * scale saturate. This happens under `floor`, `nearest` and `mse`, and if the caller passes a tensor
-  scale. Magnitudes from 3.5 * 2^126 (NVFP4: from 2^127) always saturate, because the format's next value, 2^128,
-  would be Inf in BF16 and FP32.
+- Values beyond 6 * scale saturate. Such values occur under the rules `floor`, `nearest` and `mse`, and if the caller
+  passes a tensor scale. Magnitudes of 3.5 * 2^126 and more (NVFP4: 2^127 and more) always saturate, because the
+  format's next value, 2^128, would be Inf in BF16 and FP32.
 - A block with NaN or Inf raises an error instead of becoming zeros.
 
 Values have the logical shape (..., out, in), with blocks along `in`. They may have any strides: an (E, in, out)
@@ -64,9 +66,10 @@ def encode(
         values: (..., in) or (..., out, in) float32 or bfloat16 with any strides. Blocks run along the last dimension.
         block_format: format of the result: a row of FORMATS, possibly with another scale rule.
         tensor_scale: (...) float32 from the function `tensor_scale`. None for a format without a tensor scale.
-        importance: weights of the error under the rule `mse`, (in) or (..., in) float32, at least 0; None: equal.
+        importance: weights of the squared errors under the rule `mse`, (in) or (..., in) float32, at least 0. None if
+            all weights are equal.
         rounded: output for the decoded result, or None. It has the shape and type of `values`, and any strides.
-        saturated: output (..., nb) bool, contiguous, or None: blocks whose largest magnitude exceeds 6 * scale.
+        saturated: output (..., nb) bool, contiguous, or None: whether a block's largest magnitude exceeds 6 * scale.
 
     Returns:
         blocks: (..., nb, block_size / 2) uint8, two codes a byte, the even element in the low nibble; contiguous.
@@ -132,8 +135,8 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     if one.dtype != other.dtype:
         one, other = one.float(), other.float()
     flat = [each.contiguous().view(-1) for each in (one, other)]
-    # torch 2.13 compares 8-byte words four times faster than smaller elements. This is possible if both tensors start
-    # and end at whole words.
+    # torch 2.13 compares 8-byte words four times faster than smaller elements. Words can be compared if both
+    # tensors start and end at multiples of 8 bytes.
     ends = [end * one.element_size() for each in flat for end in (each.storage_offset(), len(each))]
     word = _BITS[one.dtype] if any(end % _WORD.itemsize for end in ends) else _WORD
     return one.shape == other.shape and torch.equal(*(each.view(word) for each in flat))
@@ -148,10 +151,10 @@ def fake_quantize(
     dtype: torch.dtype | None = None,
     is_bad: Tensor | None = None,
 ) -> Tensor:
-    """Round values as `decode(encode(values))` does, in the memory order of `values`.
+    """Round values as `decode(encode(values))` does. The result has the memory order of `values`.
 
     The gradient passes straight through. Arguments and errors are the same as in `encode`, except that a missing
-    tensor scale is computed from the values. Only this function has `dtype` and `is_bad`.
+    tensor scale is computed from the values. `encode` has neither `dtype` nor `is_bad`.
 
     Args:
         values: see `encode`.
@@ -160,8 +163,8 @@ def fake_quantize(
         importance: see `encode`.
         dtype: type of the result, float32 or bfloat16. Both hold every value of the formats. None takes the type of
             `values`.
-        is_bad: () bool on the device of `values`, or None. If a value is NaN or Inf, or importance is not a
-            non-negative number, this flag is set and no error is raised. So the CPU does not wait for the GPU.
+        is_bad: () bool on the device of `values`, or None. If a value is NaN or Inf, or an importance is
+            negative or NaN, this flag is set and no error is raised. So the CPU does not wait for the GPU.
     """
     return straight_through(values, _round(values, block_format, tensor_scale, importance, dtype, is_bad))
 
@@ -194,9 +197,8 @@ def differences(stacks: Sequence[Tensor]) -> Tensor:
         stacks: values, rounded values, base values and rounded base values. Each is (E, rows, columns).
 
     Returns:
-        (4) float64. The first two are the sum of squared rounding errors and the sum of squared values. The last two
-        are the number of values that differ from the base, and the number of rounded values that differ from the
-        rounded base.
+        (4) float64: the sum of squared rounding errors, the sum of squared values, the number of values that differ
+        from the base, and the number of rounded values that differ from the rounded base.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=stacks[0].device)
     for matrices in zip(*stacks, strict=True):
@@ -261,10 +263,10 @@ def _round_whole(
     dtype: torch.dtype,
     is_bad: Tensor | None,
 ) -> Tensor | None:
-    """Round with one compiled function. Return None on a CPU, if compiling does not pay off, or if a value is bad.
+    """Round with one compiled function. Return None on a CPU, or if compiling does not pay off.
 
-    In the last case, the caller rounds slab by slab, which finds the bad block. But if `is_bad` is given, this function
-    sets the flag and returns the rounded values.
+    If a value is bad, set the flag `is_bad` and return the rounded values. If there is no flag, return None: then the
+    caller rounds slab by slab, which finds the bad block.
     """
     if values.device.type in _WITH_SLABS_ONLY or values.numel() == 0:
         return None

@@ -69,7 +69,10 @@ def compilation_for(values: int) -> AbstractContextManager[None]:
 
 
 class Kernel(Generic[Result]):
-    """A pure function of tensors that runs eagerly or compiled. If another kernel calls it, it becomes a part of it."""
+    """A pure function of tensors that runs eagerly or compiled.
+
+    A kernel that another kernel calls is compiled as a part of the caller.
+    """
 
     def __init__(self, function: Callable[..., Result]) -> None:
         """Wrap a function. Its first argument must be a tensor, whose size and device decide about compilation."""
@@ -95,8 +98,8 @@ class Kernel(Generic[Result]):
         self._values_seen += values.numel() if values.numel() >= _WORTH_COUNTING else 0
         if not _is_compiled(values.device.type, self._values_seen):
             return None
-        # Weights have few shapes. They are compiled per shape, because a loop of known length is three times faster.
-        # Activations have many shapes, so they are compiled with dynamic shapes.
+        # Weights have few shapes: the kernel is compiled for each, because a loop of known length is three times
+        # faster. Activations have many shapes: the kernel is compiled once, with dynamic shapes.
         try:
             return self._compile(values.device.type, is_dynamic=values.stride(-1) != 1)(values, *others)
         except (OSError, RuntimeError) as error:
@@ -128,7 +131,7 @@ def kernel(function: Callable[..., Result]) -> Kernel[Result]:
 
 @functools.cache
 def can_compile(device_type: str) -> bool:
-    """Return whether there is a compiler for a type of device, `cpu` or `cuda`. Warns once if there is none."""
+    """Return whether there is a compiler for a type of device, `cpu` or `cuda`. Warn once if there is none."""
     if device_type == "cuda":
         found = importlib.util.find_spec("triton") is not None
     else:

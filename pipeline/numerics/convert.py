@@ -57,7 +57,7 @@ def mxfp4_to_nvfp4(blocks: Tensor, scales: Tensor) -> Converted:
 
 
 def _round(converted: Converted, split: Tensor, exponents: Tensor, chosen: Tensor) -> Converted:
-    """Encode the chosen blocks again, each as a matrix with one row, with the smallest scale that holds it."""
+    """Encode the chosen blocks again, each as a matrix with one row. They get the smallest scale of e4m3."""
     exact = decode(split[chosen][:, None, None], exponents[chosen].to(torch.uint8)[:, None, None], torch.float32)
     unit = converted.tensor_scale[..., None, None].expand_as(exponents)[chosen]
     blocks, scales = encode(exact, NVFP4, unit)

@@ -87,7 +87,7 @@ SCALE_RULES = {
 ceil     The smallest scale with amax <= 6 * scale, so nothing saturates. ModelOpt's training kernel does this for e8m0.
 floor    e8m0: 2^(floor(log2(amax)) - 2), as in the OCP text. e4m3: the largest scale <= amax / 6. Values may saturate.
 nearest  e4m3 only: the scale nearest to amax / 6, as in ModelOpt.
-mse      The scale with the smaller squared error of the block, out of two. e8m0: ceil, and the power of two below it.
+mse      Of two scales, the one with the smaller squared error of the block. e8m0: the scale of `ceil`, and half of it.
          e4m3: the scales nearest to amax / 6 and to amax / 4 ("four over six", Cook et al. 2025, arXiv:2512.02010).
 """
 

@@ -65,7 +65,7 @@ def squared_error(values: Tensor, inverse: Tensor, significand: Tensor | None, w
     float32 holds the sum of 32 squares (below 2^24) exactly, in any order of summation.
 
     One kernel computes the errors and another the sums. In a single kernel, inductor 2.13 would fuse them into a loop
-    that takes three times as long as both.
+    that takes three times as long as the two kernels together.
 
     Args:
         values: (L, nb, block, lanes), the values to round.
@@ -93,13 +93,12 @@ def _block_sum(values: Tensor) -> Tensor:
 
 @kernel
 def row_differences(values: Tensor, rounded_values: Tensor, base: Tensor, rounded_base: Tensor) -> Tensor:
-    """Measure the changes by quantization and training in each row.
+    """Measure how much quantization and training changed each row.
 
     Shapes: four (..., columns) -> (4, ...) float32.
 
-    The first two results are the sum of squared errors of `rounded_values`, and the sum of squares of `values`. The
-    last two are the number of values that differ from `base`, and the number of rounded values that differ from
-    `rounded_base`. All are for reports only, because their bits may depend on the order of summation.
+    The results are the sum of squared errors of `rounded_values`, the sum of squares of `values`, the number of values
+    that differ from `base`, and the number of rounded values that differ from `rounded_base`. They are for reports only, because their bits may depend on the order of summation.
     """
     exact, near = values.float(), rounded_values.float()
     error = exact - near

@@ -1,7 +1,7 @@
 """Chooses scales and rounds values. On a GPU, one compiled function does both for a whole stack of weights.
 
 The CPU works in slabs that fit its caches, with several kernels for each slab (see `codec`). A GPU would spend its
-time on launching these kernels. Both ways call the same functions, so they give the same bits.
+time on launching so many kernels. Both ways call the same functions, so they give the same bits.
 
 Legend: L = leading dimension (experts), nb = blocks per row, block = values per block, lanes = output dimension.
 """

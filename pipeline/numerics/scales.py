@@ -8,9 +8,9 @@ A scale is significand * 2^exponent. For e8m0 the significand is 1. For e4m3 it 
 the power of two. Dividing by a power of two is exact, and so is comparing with midpoint * significand. Dividing by
 a significand like 1.125 would be neither exact nor the same on every device.
 
-For the same reason the tensor scale is a power of two: the smallest power with amax <= 6 * 448 * scale. (Common
-practice is amax / (6 * 448).) All values of the format are then exact in BF16. This costs at most one of the 17
-binades of e4m3.
+The tensor scale is a power of two as well, so that dividing by it is exact: the smallest power with
+amax <= 6 * 448 * scale. (Common practice is amax / (6 * 448).) All values of the format are then exact in BF16. Rounding
+the tensor scale up to a power of two costs at most one of the 17 binades of e4m3.
 
 Legend: amax = largest magnitude of each block, (L, nb, lanes) float32; bytes = scale bytes, held in int32.
 """
@@ -36,7 +36,7 @@ _MANTISSA_OF_2688 = 0x280000  # 6 * 448 = 1.3125 * 2^11
 _MANTISSA_OF_1792 = 0x600000  # 4 * 448 = 1.75 * 2^10
 _BITS_OF_SMALLEST_E8M0 = 0x400000  # 2^-127, a subnormal float
 SMALLEST_TENSOR_EXPONENT = -110
-"""Exponent of the smallest tensor scale. Below it, products with e4m3 and e2m1 would be subnormal in FP32."""
+"""Exponent of the smallest tensor scale. Products of a smaller one with e4m3 and e2m1 would be subnormal in FP32."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def reciprocal(powers: Tensor) -> Tensor:
 
 
 def ratio(dividend: Tensor, divisor: Tensor) -> Tensor:
-    """Return dividend / divisor for float32 powers of two, made from bits. No argument or result is subnormal."""
+    """Return dividend / divisor for float32 powers of two, made from bits. Neither they nor the result may be subnormal."""
     bits = dividend.view(torch.int32) - divisor.view(torch.int32) + (_EXPONENT_BIAS << _EXPONENT_SHIFT)
     return bits.view(torch.float32)
 
@@ -170,7 +170,7 @@ def _e8m0_bits(index: Tensor) -> Tensor:
 
 @kernel
 def _in_units(amax: Tensor, inverse: Tensor) -> Tensor:
-    """Divide amax by the tensor scale. Finite amax gives finite results.
+    """Divide amax by the tensor scale. If amax is finite, the result is finite too.
 
     Finite amax is capped at 2^127, so that 6 * scale is finite in FP32.
     """

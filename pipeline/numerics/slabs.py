@@ -1,6 +1,7 @@
 """View values as blocks, and split them into slabs, the parts that are converted one after the other.
 
 Legend: L = leading dimension (experts), nb = blocks per row, block = values per block, lanes = output dimension.
+For the codes of a slab: l = experts, rows = blocks per row, half = bytes per block.
 """
 
 import math
@@ -16,7 +17,10 @@ Slab = tuple[slice, slice, slice]
 
 VALUES = {"cpu": 1 << 22, "cuda": 1 << 25}
 LANES = {"cpu": 1 << 12, "cuda": 1 << 31}
-"""Largest numbers of values and of lanes in a slab. On a GPU, slabs keep the temporaries of eager functions small."""
+"""Largest numbers of values and of lanes in a slab, by type of device.
+
+On a GPU, slabs keep the temporaries of eager functions small.
+"""
 
 
 def as_matrices(values: Tensor) -> Tensor:
@@ -58,7 +62,10 @@ def split(view: Tensor) -> Iterator[Slab]:
 
 
 def take(blocks: Tensor, slab: Slab) -> Tensor:
-    """Take a slab of (L, nb, block, lanes). Copy it if lanes are contiguous, so that no kernel is compiled again."""
+    """Take a slab of (L, nb, block, lanes).
+
+    If lanes are contiguous, copy it. All copies have the same strides, so no kernel is compiled again.
+    """
     experts, rows, lanes = slab
     part = blocks[experts, rows, :, lanes]
     return part.contiguous() if part.stride(-1) == 1 else part

@@ -11,7 +11,7 @@ The same batch goes through the same weights three times:
 
 The batch is longer than the sliding window and padded on the right, as in training. Every token goes to every expert.
 Otherwise rounding could change a router's choice, which would hide errors of attention. If training packs documents,
-the third pass has the documents packed into one row, while the reference has them in separate rows. Then a kernel that
+the third pass has the documents packed into one row, while the reference has them in separate rows. So a kernel that
 lets packed documents attend to each other has a large error.
 """
 
@@ -134,8 +134,8 @@ def measure_errors(
 
     Returns:
         The implementation's relative error ‖x - truth‖ / ‖truth‖ for each tensor, and eager's largest relative error in
-        `precision`. A missing gradient counts as zeros. Eager's largest error is the measure for all tensors,
-        because its error of a small tensor, such as the eight sinks, can be small by chance.
+        `precision`. A missing gradient counts as zeros. All tensors are judged by eager's largest error, because
+        eager's error of a small tensor, such as the eight sinks, can be small by chance.
     """
     truth = _run(EAGER, torch.float64, device)
     dtype, is_mixed = TRAIN_DTYPES[precision], precision is Precision.mixed_bf16
@@ -200,7 +200,7 @@ def _make_batch() -> dict[str, Tensor]:
 def _pack(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Pack a padded batch into one row, with positions instead of a mask.
 
-    Each document's first label is ignored, so that no document has to predict the next one.
+    Each document's first label is ignored, so that the end of one document does not have to predict the start of the next.
     """
     is_real = batch["attention_mask"].bool()
     positions = (batch["attention_mask"].cumsum(1) - 1)[is_real]

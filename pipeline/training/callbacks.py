@@ -282,7 +282,7 @@ class Checkpoints(TrainerCallback):
         wait_for_everyone()
         if state.is_world_process_zero:
             mark_complete(_checkpoint_path(args, state.global_step), self._sharding)
-            # Remove old checkpoints only when this one is complete. Until then, a resume would need an old one.
+            # Remove old checkpoints only now: before this one was complete, a resume would have needed an old one.
             rotate_checkpoints(str(args.output_dir), self._limit, state.best_model_checkpoint)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
@@ -304,10 +304,10 @@ class Checkpoints(TrainerCallback):
 class EarlyStopping(EarlyStoppingCallback):
     """Stops training early, with transformers' own callback.
 
-    Checkpoints store the callback's count of evaluations without improvement.
+    The callback counts the evaluations without improvement, and checkpoints store this count.
     """
 
-    # EarlyStoppingCallback takes `metrics` as an argument of its own. TrainerCallback takes it in its **kwargs.
+    # EarlyStoppingCallback has a parameter `metrics`, which TrainerCallback takes in its **kwargs. So types differ.
     def on_evaluate(  # type: ignore[override]
         self,
         args: TrainingArguments,
@@ -319,8 +319,8 @@ class EarlyStopping(EarlyStoppingCallback):
         super().on_evaluate(args, state, control, metrics, **others)
         if control.should_training_stop:
             control.should_log = True
-            # A run resumed from a checkpoint of this step would train further. If it is resumed from an earlier
-            # checkpoint, it stops at this step again.
+            # A run that is resumed from a checkpoint of this step would train further. A run that is resumed from an
+            # earlier checkpoint stops at this step again.
             control.should_save = False
 
 

@@ -1,9 +1,9 @@
 """Find the checkpoint from which interrupted training resumes, and check that this run can read it.
 
 A run can resume with any number of processes, and each optimizer step uses the same examples as before. The order of
-the examples depends only on the seed and the epoch, and `by_global_batch` keeps the global batch unchanged. Nothing
-else in training is random: neither gpt-oss nor its adapters have dropout. So a new process does not need the random
-generator states that transformers saves for each process.
+the examples depends only on the seed and the epoch. A resume may change the factors of the global batch, but not their
+product (see `by_global_batch`). Nothing else in training is random: neither gpt-oss nor its adapters have dropout. So
+an additional process does not need the random generator states that transformers saves for each process.
 """
 
 import json
@@ -24,7 +24,7 @@ MARKER = "whole"
 def by_global_batch(settings: Settings) -> Settings:
     """Replace the factors of the global batch by their product, in settings that must not change on a resume.
 
-    The trained model depends on which examples an optimizer step uses. It does not depend on how they are distributed
+    The trained model depends on which examples an optimizer step uses. It does not depend on how these are distributed
     over processes and forward passes.
     """
     found = dict(settings)
@@ -39,7 +39,7 @@ def by_global_batch(settings: Settings) -> Settings:
 
 
 def read_step(checkpoint: Path) -> int:
-    """Return the number of the step after which a checkpoint was written. It is part of the checkpoint's name."""
+    """Return the number of the step after which a checkpoint was written. The number is part of the checkpoint's name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 

@@ -300,7 +300,7 @@ def make_trainer(inputs: Inputs, setup: Setup, more: Mapping[str, Any]) -> _Trai
 
 @contextmanager
 def no_triton_kernels() -> Iterator[None]:
-    """Skip the Triton kernels of TRL's loss inside the block, and leave their results empty.
+    """Skip the Triton kernels of TRL's loss inside a `with` block, and leave their results empty.
 
     This is only for fake tensors, which have no values. trl 1.16 has no setting that switches the kernels off.
     """
@@ -332,7 +332,10 @@ def _setting_errors(setup: Setup) -> Iterator[None]:
 
 
 def _pack(splits: Splits, stage: str) -> Dataset:
-    """Pack whole examples into rows of up to `max_length` tokens. The column seq_lengths lists their lengths."""
+    """Pack whole examples into rows of up to `max_length` tokens.
+
+    For each row, the column seq_lengths lists the lengths of its examples.
+    """
     with tables.no_progress_bars():
         examples = splits.train.select_columns(["input_ids", "labels"])
         rows: Any = pack_dataset(examples, splits.max_length, _WHOLE_EXAMPLES)

@@ -38,18 +38,18 @@ class WeightChanges:
         counts, total = [], 0
         for name, weights in expert_weights(self._model, _SAMPLED):
             start = self._start.get(name)
-            if start is None:  # ZeRO-3 had the stack empty at the start, and has it gathered now
+            if start is None:  # under ZeRO-3, the stack was empty at the start and is gathered now
                 continue
             counts.append(self._count(start.to(weights.device), weights))
             total += weights.numel()
-            del weights  # before the next stack's sample is made
+            del weights  # free the sample before the next stack's sample is made
         if not total:
             return {}
         moved, changed = torch.stack(counts).sum(0).tolist()
         return {"moved_weights": moved / total, "changed_codes": changed / total}
 
     def _count(self, start: Tensor, weights: Tensor) -> Tensor:
-        """Count the weights and the rounded weights that differ: (2) int64, on the device of the weights."""
+        """Count the weights that differ, and the rounded weights that differ: (2) int64 on the device of the weights."""
         moved = (weights != start).sum()
         return torch.stack([moved, (self._round(weights) != self._round(start)).sum()])
 

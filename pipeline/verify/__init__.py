@@ -1,8 +1,8 @@
 """Checks that prove an export correct: checks of its files, of its distance from the base model, and of its weights.
 
-The checks must not trust the code that wrote the export, because engines load many wrong checkpoints without a warning.
-So code of other projects decodes the weights: transformers for MXFP4, ModelOpt for NVFP4, llama.cpp's package for GGUF.
-The trained values are taken from the forward pass of the fake-quantized model, and PEFT merges the adapters. All
+The checks must find wrong exports, because engines load many of them without a warning. The code that wrote the export
+may be wrong itself, so code of other projects decodes the weights: transformers for MXFP4, ModelOpt for NVFP4, and
+llama.cpp's package for GGUF. The trained values are taken from the forward pass of the fake-quantized model, and PEFT merges the adapters. All
 layouts go through the same checks, because each layout maps the tensors of the plain layout to its stored tensors.
 """
 

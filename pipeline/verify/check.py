@@ -33,5 +33,5 @@ class Check:
 
     @property
     def gap(self) -> str | None:
-        """Errors that may remain: the reason for skipping the check, or `unseen`. None if neither applies."""
+        """Why errors may remain: the reason for skipping the check, or `unseen`. None if there is neither."""
         return f"{self.title}: {self.skipped}" if self.skipped else self.unseen

@@ -156,7 +156,9 @@ def compare(export: View, base: View) -> Comparison:
 
 
 def _compare_tensor(export: View, base: View, name: str) -> tuple[Rows, bool]:
-    """Multiply the rows of a tensor in the two models. Also return whether the models' tensors are bit-identical.
+    """Multiply a tensor's rows in the export by the same rows in the base model.
+
+    Also return whether the tensor is bit-identical in both models.
 
     A stack of experts has a row for each output, and a stack of expert biases has a row for each expert. Every other
     tensor is a single row.
@@ -173,7 +175,7 @@ def _compare_tensor(export: View, base: View, name: str) -> tuple[Rows, bool]:
 
 
 class _Part(NamedTuple):
-    """Some rows of a tensor, decoded by the codec, and their codes if they are packed. Experts are (E, in, out)."""
+    """Some rows of a tensor, decoded by the codec, and their codes if the tensor is packed. Experts are (E, in, out)."""
 
     codes: Codes | None
     weights: Tensor
@@ -184,7 +186,10 @@ class _Part(NamedTuple):
         return cls(codes, view.weights(name, rows) if codes is None else decode_codes(codes))
 
     def equals(self, other: "_Part") -> bool:
-        """Return whether two parts have the same bits: of codes and scales in one format, else of values."""
+        """Return whether two parts have the same bits.
+
+        If both are packed in one format, their codes and scales are compared, else their values.
+        """
         if self.codes is None or other.codes is None or self.codes.scales.dtype != other.codes.scales.dtype:
             return same_bits(self.weights, other.weights)
         return all(

@@ -24,8 +24,8 @@ of their logits.
     8 layers, random (1.0)   144         3e-3 / 3.4e-2        5e-4 / 3.6e-2
     8 layers, random (4.4)   144         5e-2 / 7.5e-1        1e-2 / 8.3e-1
 
-In the last row, the median prompt diverges from FP32 by 5e-2. Two engines that both diverge so far may be twice as far
-apart. So in BF16 the tolerance at the median prompt is 1e-1 for every engine. This tolerance is a judgement: it treats
+In the last row, the median prompt diverges from FP32 by 5e-2. Two engines that each diverge from FP32 by this much may
+diverge from each other by twice as much. So in BF16 the tolerance at the median prompt is 1e-1 for every engine. This tolerance is a judgement: it treats
 random models as the worst case, and no released model has been measured. The check in FP32 is much stricter.
 
 llama.cpp and mlx-lm round the bounds of YaRN's correction range and ignore `rope_scaling.truncate`. The rounding alone
@@ -199,9 +199,9 @@ def ask(name: str, python: str, trial: Trial) -> Answer:
 
 
 def _run(command: list[str], seconds: float, output: Path) -> int | None:
-    """Return the exit status, or None after `seconds`.
+    """Run a command. Return its exit status, or None if it takes longer than `seconds`.
 
-    The output goes to a file. A pipe would stay open until the last child process of the engine ends.
+    The output goes to a file, because a pipe would stay open until the last child process of the engine ends.
     """
     environment = {**allocator.without_our_setting(os.environ), "HF_HUB_OFFLINE": "1"}
     with output.open("wb") as file:
@@ -227,7 +227,8 @@ def measure_divergence(have: Tensor, want: Tensor) -> dict[str, float]:
     """Measure the divergence of an engine's prediction from the expected one.
 
     Args:
-        have: log-probabilities (prompts, vocabulary) of the engine. Embedding rows without a token may be missing.
+        have: log-probabilities (prompts, vocabulary) of the engine. The vocabulary may end with the last real token, before
+            the padding rows of the embedding.
         want: expected log-probabilities (prompts, vocabulary).
 
     Returns:

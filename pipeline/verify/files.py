@@ -66,7 +66,7 @@ def check_unchanged(export: Artifact, fingerprint: str, sizes: dict[str, int]) -
     Args:
         export: the record in artifact.json.
         fingerprint: current fingerprint of the files, from `artifacts.fingerprint_of`.
-        sizes: current sizes of the files, from the same function.
+        sizes: current sizes of the files, also from `artifacts.fingerprint_of`.
     """
     check = Check("unchanged: the files are as export wrote them")
     for name, size in export.files.items():

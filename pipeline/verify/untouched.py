@@ -8,9 +8,9 @@ def check_untouched(export: View, same: set[str], copied: list[str]) -> Check:
     """Check that the tensors listed as copied are bit-identical to the base model's.
 
     Args:
-        export: view of the export. Only the layout is used.
-        same: tensors of the plain layout that are bit-identical to the base model's.
-        copied: stored tensors that the export lists as copied.
+        export: view of the export. Only its layout is used.
+        same: names of the tensors of the plain layout that are bit-identical to the base model's.
+        copied: names of the stored tensors that the export lists as copied.
     """
     check = Check("untouched tensors: the base model's own, bit for bit")
     said = set(copied)

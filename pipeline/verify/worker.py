@@ -3,10 +3,12 @@
     <python> worker.py <engine> <checkpoint> <request.json> <result.npy>
 
 The request is {"module": "…", "distribution": "…", "prompts": [[ids]], "tokens": 0, "dtype": "float32"}. `distribution`
-is the engine's package. If `module` is missing, the engine is not installed and the exit status is 3.
+is the name of the engine's package. If Python does not find `module`, the engine is not installed and the exit status
+is 3.
 
 result.npy contains log-probabilities of the next token, (prompts, vocabulary) float32. result.json, in the same folder,
-is {"version": "…", "generated": [[ids]]}. `generated` has `tokens` tokens after each prompt, generated greedily.
+is {"version": "…", "generated": [[ids]]}. `generated` holds, for each prompt, the `tokens` tokens that the engine
+generates greedily after it.
 
 This file imports no other file of the pipeline, because the environments of engines do not contain the pipeline.
 """
@@ -133,7 +135,10 @@ LOADERS: dict[str, Callable[[str, int, str], Predict]] = {
 
 
 def version(module: str, distribution: str) -> str:
-    """Return the name and version of the distribution that has the module. Some builds have another name."""
+    """Return the name and version of the installed package that has the module.
+
+    The name of some builds differs from `distribution`.
+    """
     names = importlib.metadata.packages_distributions().get(module) or [distribution]
     return f"{names[0]} {importlib.metadata.version(names[0])}"
 
