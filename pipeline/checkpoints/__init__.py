@@ -1,4 +1,4 @@
-"""Reads and writes gpt-oss checkpoints: names and shapes of their tensors, safetensors shards, streaming.
+"""Reads and writes gpt-oss checkpoints: defines the names and shapes of their tensors, and streams safetensors shards.
 
-This package must not know the use of a checkpoint: no training, no forward pass, no export target.
+This package must not know what checkpoints are used for, such as training, a forward pass or an export target.
 """

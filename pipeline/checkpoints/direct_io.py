@@ -69,7 +69,7 @@ class StreamedFile:
         """
         while self._writing:
             self._wait()
-        self._leave_direct()  # the size of the last write may not be aligned, as direct I/O requires
+        self._leave_direct()  # direct I/O requires an aligned size, which the last write need not have
         self._write(self._filling[: self.size % _BUFFER_BYTES])
         os.fsync(self._descriptor)
 
@@ -104,7 +104,8 @@ class StreamedFile:
         except OSError as error:
             if not self._is_direct or error.errno not in _NOT_DIRECT:
                 raise
-            self._leave_direct()  # some file systems refuse direct I/O only here; all refuse it after a partial write
+            # Some file systems refuse direct I/O only at a write, not at open(2). After a partial write, all refuse it.
+            self._leave_direct()
             return os.write(self._descriptor, data)
 
     def _leave_direct(self) -> None:
@@ -124,7 +125,9 @@ class StoredFile:
         self._is_direct = self._direct is not None
 
     def read(self, offset: int, size: int) -> np.ndarray:
-        """Read `size` bytes as a uint8 array, writable and aligned to 8 bytes. A file that ends early gives fewer.
+        """Read `size` bytes as a uint8 array, writable and aligned to 8 bytes.
+
+        If the file ends early, the array is shorter.
 
         Raises:
             OSError: the file could not be read.
@@ -147,7 +150,7 @@ class StoredFile:
                 os.close(descriptor)
 
     def _is_worth_direct(self, offset: int, size: int) -> bool:
-        is_possible = self._is_direct and offset % _WORD_BYTES == 0  # the result has the alignment of the offset
+        is_possible = self._is_direct and offset % _WORD_BYTES == 0  # the returned array is aligned like the offset
         return is_possible and size >= _LEAST_DIRECT_BYTES and not _is_cached(self._descriptor, offset, size)
 
     def _read_direct(self, buffer: np.ndarray, start: int) -> int:
@@ -197,7 +200,7 @@ def _empty_pages(size: int) -> np.ndarray:
 def _is_cached(descriptor: int, offset: int, size: int) -> bool:
     """Return whether the page cache holds most of this part of a file, according to mincore(2).
 
-    Return True if the system does not tell, as for other users' files that this process may not write.
+    Return True if the system does not say. It does not say for other users' files that this process may not write.
     """
     mincore = getattr(ctypes.CDLL(None), "mincore", None)
     lead = offset % PAGESIZE
@@ -205,7 +208,7 @@ def _is_cached(descriptor: int, offset: int, size: int) -> bool:
         pages = mmap(
             descriptor, lead + size, prot=PROT_READ, offset=offset - lead
         )  # mapped only for the query; the data is not read
-    except (OSError, ValueError):  # ValueError: the file is shorter
+    except (OSError, ValueError):  # ValueError: the file ends before this part
         return True
     held = np.empty(-(-(lead + size) // PAGESIZE), np.uint8)
     addresses = [ctypes.c_void_p(each.ctypes.data) for each in (np.frombuffer(pages, np.uint8), held)]

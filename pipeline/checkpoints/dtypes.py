@@ -1,4 +1,4 @@
-"""Data types of stored tensors: names in safetensors, in torch and in config.json, and sizes.
+"""Data types of stored tensors: their sizes, and their names in safetensors, in torch and in config.json.
 
 This module imports torch only when a torch type is requested, so sizes can be computed without torch.
 """

@@ -4,9 +4,9 @@ Legend: E = experts, H = hidden size, I = intermediate size, nb = blocks per row
 
 Hugging Face checkpoints come in two layouts, which differ only in the expert weights:
 - Packed, as released: each projection is `…_blocks` (E, out, nb, 16) and `…_scales` (E, out, nb), both uint8.
-- Plain, as transformers trains: `gate_up_proj` is (E, H, 2I) and `down_proj` is (E, I, H). Both are
+- Plain, which transformers can train: `gate_up_proj` is (E, H, 2I) and `down_proj` is (E, I, H). Both are
   (E, in, out), the transpose of the packed order.
-Blocks run along `in` in both layouts. The columns of gate_up alternate: gate, up, gate, up.
+In both layouts, a block of 32 values runs along `in`. The columns of gate_up alternate: gate, up, gate, up.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ ARCHITECTURE = "GptOssForCausalLM"
 
 MODELING_MODULE = "transformers.models.gpt_oss.modeling_gpt_oss"
 DECODER_LAYER_CLASS = "GptOssDecoderLayer"
-"""Class of a decoder layer in MODELING_MODULE."""
+"""Name of the class of decoder layers in MODELING_MODULE."""
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -34,7 +34,7 @@ Q_PROJ, K_PROJ, V_PROJ, O_PROJ = ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v
 SINKS = "sinks"
 """Parameter of the attention module: one learned logit per query head."""
 ATTENTION_TYPES = ("sliding_attention", "full_attention")
-"""The two types of layers, by their names in `layer_types` of config.json. They alternate."""
+"""The two types of layers, by their names in `layer_types` of config.json. Layers of the two types alternate."""
 
 MLP = "mlp"
 ROUTER = f"{MLP}.router"
@@ -130,7 +130,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class ExpertProjection:
-    """One stack of expert weights. `name` names its parameter in the plain layout, (E, in, out)."""
+    """One stack of expert weights. `name` is the name of its parameter in the plain layout, which is (E, in, out)."""
 
     name: str
     layer: int
@@ -177,12 +177,12 @@ def in_layer(layer: int, name: str) -> str:
 
 
 def attention_projection(layer: int, name: str) -> str:
-    """Return the full name of a module of ATTENTION_PROJECTIONS. The module has a `weight` and a `bias`."""
+    """Return the full name of a module in ATTENTION_PROJECTIONS. The module has a `weight` and a `bias`."""
     return in_layer(layer, f"{ATTENTION}.{name}")
 
 
 def expert_parameter(layer: int, name: str) -> str:
-    """Return the full name, in the plain layout, of a parameter of EXPERT_WEIGHTS or EXPERT_BIASES."""
+    """Return the full name, in the plain layout, of a parameter in EXPERT_WEIGHTS or EXPERT_BIASES."""
     return in_layer(layer, f"{EXPERTS}.{name}")
 
 
@@ -202,7 +202,7 @@ def is_packed_name(name: str) -> bool:
 
 
 def expert_projections(shape: Shape) -> list[ExpertProjection]:
-    """List every stack of expert weights in layer order: gate_up_proj, then down_proj."""
+    """List every stack of expert weights, layer by layer: gate_up_proj of a layer, then its down_proj."""
     hidden, inner, experts = shape.hidden_size, shape.intermediate_size, shape.num_local_experts
     found = []
     for layer in range(shape.num_hidden_layers):

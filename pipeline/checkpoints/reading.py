@@ -33,7 +33,7 @@ SINGLE = "model.safetensors"
 
 
 class TensorFiles:
-    """The safetensors files of a directory, in any layout. Names, headers and the index have been checked.
+    """The safetensors files of a directory, in any layout. The constructor checks names, headers and the index.
 
     Attributes:
         directory: directory of the files.
@@ -97,7 +97,7 @@ class TensorFiles:
 
 
 class Checkpoint(TensorFiles):
-    """A gpt-oss checkpoint on disk, packed (MXFP4) or plain. Names, shapes and files have been checked.
+    """A gpt-oss checkpoint on disk, packed (MXFP4) or plain. The constructor checks files, names and shapes.
 
     Attributes:
         config: content of config.json.
@@ -109,7 +109,7 @@ class Checkpoint(TensorFiles):
         """Open and check the checkpoint.
 
         Raises:
-            UserError: files, keys or tensors are wrong. Several problems are reported together.
+            UserError: files, keys of config.json, or tensors are wrong. Several problems are reported together.
         """
         self.config = read_config(directory)
         self.shape = Shape.of(self.config, directory / CONFIG)
@@ -271,7 +271,8 @@ def _data_offsets(path: Path) -> dict[str, int]:
     Reading rows needs these positions, because safetensors can read rows only by mapping the file.
 
     Raises:
-        UserError: the header has two tensors with the same name. Different readers would take different ones.
+        UserError: the header has two tensors with the same name. Different readers would
+            take different tensors.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -56,7 +56,8 @@ class Step:
 
     Attributes:
         read: function that reads the inputs. The reading thread calls it.
-        convert: function that turns the inputs into parts. Parts come tensor by tensor, and row by row.
+        convert: function that turns the inputs into parts. The parts come tensor by tensor,
+            and the parts of a tensor in the order of its rows.
     """
 
     read: Callable[[], Any]
@@ -193,7 +194,7 @@ def _width(piece: Piece) -> int:
 
 
 def _finished_shards(directory: Path) -> dict[str, _Record]:
-    """Read the records of shards that an earlier run finished, if the files still exist: name -> record."""
+    """Read the records of shards that an earlier run finished and that still exist: name of the shard -> record."""
     try:
         records = json.loads((directory / SHARDS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -13,7 +13,7 @@ from pipeline.runs.metrics import read_metrics
 
 _LOSS = "validation_loss"
 _GROUPED = {_LOSS: "nats", "kl_divergence": "nats"}
-"""Figures that are plotted by group (language, category, position) -> their units. Pass rates are plotted too."""
+"""Figures that are plotted by group (language, category, position) -> their units. Pass rates are added to them."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Chart:
         description: instructions for reading the plot. Screen readers read them aloud.
         kind: "lines" (values over numbers such as steps), "dots" (values beside names), or "tradeoff".
         x, y: labels of the axes, with units.
-        series: the points.
+        series: the points, by series.
         best: in a trade-off, names of the points that no other point dominates.
         is_share: whether values are shares from 0 to 1, shown in percent.
     """
@@ -206,8 +206,8 @@ def _group_charts(rows: list[Row]) -> Iterator[Chart]:
 def _group_figures(row: Row, figure: str) -> list[str]:
     """Return the names of a figure's values for groups.
 
-    The parts of a pass rate, such as the checks of `format_health`, have similar names but are not groups. They are
-    recognized because they have no count of decided answers.
+    The parts of a pass rate, such as the checks of `format_health`, have similar names but are not groups. The parts
+    are recognized because they have no count of decided answers.
     """
     names = [name for name in row.figures if name.startswith(f"{figure}/")]
     return [name for name in names if figure in _GROUPED or f"{figure}_decided/{name.partition('/')[2]}" in row.figures]
@@ -262,7 +262,7 @@ def _change_charts(runs: list[EvaluatedRun]) -> Iterator[Chart]:
 
 
 def _distinct_runs(runs: list[EvaluatedRun], stage: str) -> list[tuple[EvaluatedRun, str]]:
-    """Return the runs whose stage is drawn, each with the prefix of its series' names.
+    """Return the runs for which to draw this stage, each with a prefix for the names of its series.
 
     Several runs may share the directory of a stage. Such a stage is drawn once, for the first of these runs.
     """

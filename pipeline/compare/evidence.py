@@ -26,7 +26,7 @@ TEST_COLUMNS = (
 """Fields of tests.jsonl."""
 
 TEST_TITLES = (*TEST_COLUMNS[:-1], "needed for significance")
-"""Headings of these columns in the HTML page."""
+"""Headings of the TEST_COLUMNS in the HTML page."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Test:
         comparison: the counts and the interval; None if no prompt was decided for both models.
         p_value: p-value, corrected for all tests of the report.
         verdict: the outcome in words, from `statistics.verdicts`.
-        needed: the difference that would be significant, in words; empty if this one is.
+        needed: the difference that would be significant, in words; empty if the measured difference is significant.
     """
 
     figure: str
@@ -104,7 +104,7 @@ def find_chains(rows: list[Row]) -> list[Chain]:
 
 
 def _origin(row: Row, stage: str, rows: list[Row]) -> Row | None:
-    """Find the model of an earlier stage that `row` was made from. Any of the runs may have evaluated that model."""
+    """Find the model from which the model of `row` was made, and which `stage` made. Any run may have evaluated it."""
     wanted = row.lineage.get(stage)
     return next((each for each in rows if each.model == stage and each.fingerprint == wanted), None)
 
@@ -149,7 +149,7 @@ def _common_figures(model: Row, reference: Row) -> list[str]:
 
 
 def _compare(figure: str, model: Row, reference: Row) -> Comparison | None:
-    """Compare the first sample of each prompt. Several samples of one prompt would not be independent pairs."""
+    """Compare the first answer to each prompt. Several answers to one prompt would not be independent pairs."""
     first = ([each for each in row.verdicts[figure] if each.sample == 0] for row in (model, reference))
     passed = pair(*first)
     return statistics.compare(*passed) if len(passed[0]) else None

@@ -1,6 +1,6 @@
 """Describe the results in sentences: the quality that PTQ lost, the share that QAT recovered, and the cost of QAT.
 
-If a test is not significant, its sentence claims neither a difference nor equality. The sentence states the smallest
+If a test is not significant, its sentence claims neither a difference nor equality, but states the smallest
 difference that the test could have detected. Losses have no interval, because only their mean is stored.
 """
 

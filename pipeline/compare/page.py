@@ -1,7 +1,7 @@
 """Render the report as one HTML page. The page contains its style and plots, has no scripts, and loads nothing.
 
-The models' answers are untrusted. The template escapes all text. The page's Content-Security-Policy allows only inline
-styles.
+The models' answers are untrusted. Therefore the template escapes all text, and the page's Content-Security-Policy
+allows only inline styles.
 """
 
 import re
@@ -39,5 +39,5 @@ def render(report: Content) -> str:
 
 
 def _replace_unprintable(value: object) -> object:
-    """Replace characters that HTML cannot contain. Only plain strings are changed, not Markup, a subclass of str."""
+    """Replace characters that HTML cannot contain. Strings of the type Markup are not changed."""
     return _NOT_TEXT.sub("\ufffd", value) if type(value) is str else value

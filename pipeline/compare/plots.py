@@ -1,7 +1,8 @@
 """Draw the charts as PNG files, and as SVG in the page's colours. Only this module imports matplotlib.
 
 The same chart always gives the same bytes, because the output contains no date and no program name. Series differ in
-marker and line as well as in colour. Colour-blind people can distinguish the colours, from Okabe and Ito (2008).
+marker and line as well as in colour. The colours are from Okabe and Ito (2008); colour-blind people can
+distinguish them.
 """
 
 import re
@@ -32,7 +33,7 @@ _LINE_INCHES = 0.17  # height of one line of dots, and of one line of the legend
 _PNG_DPI = 150
 _LONGEST_NAME = 30
 _LEGEND_LETTERS = 90  # letters in one line of the legend
-_SAME_PLACE = 0.03  # points closer than this part of the points' extent get a common label
+_SAME_PLACE = 0.03  # points closer than this share of the points' range, on both axes, get a common label
 _Place: TypeAlias = tuple[float, float]
 """Position of a point on the two axes."""
 
@@ -107,7 +108,7 @@ def _label(axes: Axes, chart: Chart) -> None:
 def _count_lines(chart: Chart) -> int:
     """Count the lines that a plot of dots needs.
 
-    Each name needs one line per point and an empty line, or more if the wrapped name has more lines.
+    A name needs one line per point and an empty line, or as many lines as the wrapped name has, if these are more.
     """
     points = Counter(point.at for series in chart.series for point in series.points)
     return sum(max(count + 1, 1 + _wrap(str(name)).count("\n")) for name, count in points.items())

@@ -39,16 +39,16 @@ class Row:
         run: the run that evaluated the model.
         model: name of the model in the results: a stage, a directory, or a model on a server.
         title: name of the model in the report.
-        role: the steps from the original to the model ("SFT + PTQ"), or the model's name if they are unknown.
+        role: the steps from the original to the model ("SFT + PTQ"), or the model's name if the steps are unknown.
         block_format: 4-bit format of the experts' weights in the forward pass, or None.
         figures: values of the figures by name. The name of a group's value ends in /<group>.
         fingerprint: fingerprint of the model.
-        lineage: fingerprints of the model and of the models that it was made from: stage -> fingerprint.
-        seconds: duration of the model's stage, or None if it is unknown.
-        peak_bytes: peak memory of the stage's main process, or None if it is unknown. This is GPU memory if the
-            process has a GPU, else host memory.
+        lineage: stage -> fingerprint, for the model and for the models that it was made from.
+        seconds: duration of the stage that made the model, or None if it is unknown.
+        peak_bytes: peak memory of that stage's main process, or None if it is unknown: GPU memory if the process has
+            a GPU, else host memory.
         answers: the model's answers to the prompts; empty if there are none.
-        verdicts: verdicts on the answers for each figure.
+        verdicts: figure -> verdicts on the answers.
     """
 
     run: EvaluatedRun
@@ -196,7 +196,7 @@ def _sizes(stage: StageFacts | None, shape: Shape | None) -> dict[str, float]:
 def undominated(rows: Iterable[Row], size: str, quality: str, *, is_higher_better: bool) -> list[Row]:
     """Find the rows that no other row dominates (the Pareto front).
 
-    A row dominates another if it is at least as small and at least as good, and better in one of the two.
+    A row dominates another if it is at least as small and at least as good, and better in at least one of the two.
 
     Args:
         rows: rows of the models. Rows that lack one of the figures are ignored.

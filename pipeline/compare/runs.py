@@ -40,7 +40,7 @@ class EvaluatedRun:
     """A run that `evaluate` has measured.
 
     Attributes:
-        label: short name, different from the other runs' names.
+        label: short name, different from the labels of the other runs.
         directory: directory of the run.
         evaluated: artifact of the run's `evaluate` stage.
     """
@@ -52,7 +52,8 @@ class EvaluatedRun:
     def stage_dir(self, stage: str) -> Path | None:
         """Return the directory of a complete stage, or None.
 
-        The stage may be in the run that `base_run` names. A stage there is ignored if it was rebuilt after `evaluate`.
+        The stage may be in the run that `base_run` names. A stage of that run is ignored if it was rebuilt after this run
+        was evaluated.
         """
         if (self.directory / stage / ARTIFACT_FILE).is_file():
             return self.directory / stage
@@ -149,7 +150,7 @@ def _directory_problem(directory: Path) -> str | None:
 
 
 def _stale_problems(run: EvaluatedRun) -> list[str]:
-    """Return a message for each model that was rebuilt after its evaluation. Its figures are stale."""
+    """Return a message for each model whose figures are stale, because it was rebuilt after its evaluation."""
     return [
         f"{directory}: was rebuilt after it was evaluated. Run {_command(run.directory)}"
         for stage in Stage
@@ -164,7 +165,9 @@ def _command(directory: Path) -> str:
 
 
 def _labels(directories: list[Path]) -> dict[Path, str]:
-    """Label directories by their names. If two names are equal, label all by their paths below the common parent."""
+    """Label directories by their names. If two names are equal, label all directories by their paths below the common
+    parent.
+    """
     names = [directory.name for directory in directories]
     if len(set(names)) == len(names):
         return dict(zip(directories, names, strict=True))
@@ -181,7 +184,7 @@ _SETTINGS = (
     *(f"data.{name}" for name in ("reasoning_effort", "reasoning_language", "model_identity", "conversation_date")),
     *("model.dtype", "evaluate.max_samples"),
 )
-"""Settings that affect the figures. Data and models are compared by fingerprint instead."""
+"""Settings that affect the figures, except those that choose data and models: these are compared by fingerprint."""
 _ANSWER_SETTINGS = tuple(
     f"evaluate.generation.{name}" for name in ("max_new_tokens", "temperature", "top_p", "samples")
 )
@@ -208,7 +211,7 @@ def _base(run: EvaluatedRun) -> _Property:
 
 
 def _base_contents(run: EvaluatedRun) -> _Property:
-    """Return the fingerprint of the base checkpoint, which may have several paths.
+    """Return the fingerprint of the base checkpoint, because runs may name the same checkpoint by different paths.
 
     Only the upcast stage records this fingerprint.
     """
@@ -253,7 +256,7 @@ _SAME: dict[str, Callable[[EvaluatedRun], _Property]] = {
 
 
 def _mixture_problems(runs: list[EvaluatedRun]) -> list[str]:
-    """Compare each run with the first, and return the reasons why they are not comparable."""
+    """Compare each run with the first, and return the reasons why two runs are not comparable."""
     first, *others = runs
     return [problem for other in others for problem in _compare(first, other)]
 

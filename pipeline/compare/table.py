@@ -62,7 +62,7 @@ class Table:
 
 
 def _show_figure(name: str, form: Callable[[float], str]) -> Callable[[Row], str]:
-    """Make the `show` of a column for one figure. `form` formats the value, and the interval, if any.
+    """Make the function `show` of a column for one figure. `form` formats the value and, if there is one, the interval.
 
     A model that lacks the figure gets a dash.
     """
@@ -186,7 +186,7 @@ def to_markdown(table: Table, rows: list[Row]) -> str:
 
 
 def show(table: Table, rows: list[Row]) -> None:
-    """Print the table, as wide as the terminal. Without a terminal the limit is _WIDTH."""
+    """Print the table, at most as wide as the terminal, or as _WIDTH if there is no terminal."""
     drawn = TerminalTable(caption=table.caption or None, caption_justify="left")
     for i, column in enumerate(table.columns):
         title = textwrap.fill(column.title, _TITLE_WIDTH)

@@ -27,7 +27,8 @@ class Columns:
             key: key of the data set's settings, for messages. Examples: `data`, `data.blend[0]`.
             data: settings of the data set. Only `path`, `columns`, `roles` and `filter` are used.
             expected: name of a value that scorers need -> column that holds the value.
-            expected_key: key of the setting that names such a column, for messages. {} stands for the value's name.
+            expected_key: key of the setting that names such a column, for messages. In the key, {} stands for the name of
+                the value.
         """
         self._key = key
         self._data = data
@@ -36,7 +37,7 @@ class Columns:
         self._wanted = dict(self._looked_for())
         self._found: set[str] = set()
         self._kept_one = False
-        self._others: dict[str, None] = {}  # columns of rows that lack a wanted column, in order
+        self._others: dict[str, None] = {}  # ordered set: columns of the rows that lack a wanted column
 
     def require_object(self, row: object) -> Mapping[str, object]:
         """Return the row if it is a JSON object.
@@ -70,7 +71,7 @@ class Columns:
         return {"messages": messages, **{name: values.get(name) for name in _OPTIONS}}
 
     def read_expected(self, row: Mapping[str, object]) -> dict[str, str]:
-        """Read the values that scorers need from a kept row, and return them as text.
+        """Return the values that scorers need, as text. `row` must be a row that data.filter keeps.
 
         Raises:
             ConversationError: a column is missing, or is neither text nor a number.
@@ -107,7 +108,7 @@ class Columns:
         yield from ((column, self._expected_key.format(name)) for name, column in self._expected.items())
 
     def _find(self, row: Mapping[str, object], path: str) -> object:
-        """Return the value of the column with this name, else the value at this dotted path, else None."""
+        """Return the value of the column named `path`, else the value at the dotted path `path`, else None."""
         value: object = row
         for part in [path] if path in row else path.split("."):
             if not isinstance(value, dict) or part not in value:

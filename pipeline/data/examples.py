@@ -28,7 +28,7 @@ _EXAMPLES = Features(
     {
         "input_ids": List(Value("int32")),
         "labels": List(Value("int32")),
-        "row": Value("int64"),  # number of the conversation in Rows
+        "row": Value("int64"),  # index of the conversation in Rows.conversations
         "length": Value("int32"),  # tokens before truncation
         "supervised": Value("int32"),  # supervised tokens after truncation
     }
@@ -45,7 +45,7 @@ class Splits:
         validation: held-out examples. No conversation has examples in both tables.
         counts: name -> count, for rows, examples, tokens, truncated examples and dropped examples.
         max_length: data.max_length, the largest number of tokens that an example may have.
-        validation_rows: for each validation example, the number of its conversation in Rows.
+        validation_rows: for each validation example, the index of its conversation in Rows.conversations.
     """
 
     train: Dataset
@@ -96,7 +96,7 @@ def rendering_of(data: DataConfig, tokenizer: Tokenizer) -> Rendering:
 def split_rows(data: DataConfig, rows: Rows) -> tuple[Conversations, Conversations]:
     """Return the training conversations and the validation conversations.
 
-    data.max_samples limits the total number of both.
+    data.max_samples limits their total number.
 
     Raises:
         UserError: no conversation is left to train on or to validate on.
@@ -107,7 +107,7 @@ def split_rows(data: DataConfig, rows: Rows) -> tuple[Conversations, Conversatio
 
 
 def _choose(data: DataConfig, rows: Rows) -> tuple[dict[str, int], Numbers]:
-    """Choose rows. Return the counts for the parts of a blend, and the row numbers in a seeded order."""
+    """Choose rows. Return how many come from each part of a blend, and the chosen row numbers in a seeded order."""
     available = [count for _, count in rows.parts]
     take = sampling.shares(available, [source.weight for source, _ in rows.parts], data.max_samples)
     total = sum(take)
@@ -138,7 +138,7 @@ def _split(data: DataConfig, rows: Rows, chosen: Numbers) -> tuple[Numbers, Numb
 
 
 def _tokenize(run: Run, name: str, rows: Rows, numbers: Numbers, *, rendering: Rendering, max_length: int) -> Dataset:
-    """Return a table with all examples of these rows. The table includes examples without a supervised token."""
+    """Return a table with all examples of these rows. The table also includes examples without a supervised token."""
     chosen = xxhash.xxh3_128_hexdigest(numbers.tobytes())
     settings = vars(rendering) | {"tokenizer": _fingerprint(rendering.tokenizer)}
     key = ("examples", rows.fingerprint, chosen, settings, max_length, digest_of_files([*CODE, Path(__file__)]))
@@ -153,7 +153,7 @@ def _tokenize(run: Run, name: str, rows: Rows, numbers: Numbers, *, rendering: R
 def _render_examples(
     name: str, conversations: Conversations, numbers: Numbers, *, rendering: Rendering, max_length: int
 ) -> Iterator[Mapping[str, object]]:
-    """Yield the examples of these rows. After the last row, raise one error that lists all bad rows."""
+    """Yield the examples of these rows. After the last row, raise one error that lists all bad rows, if any."""
     bad = Problems()
     turns: list[tuple[int, Turn]] = []
     for number in progress(numbers, what=f"tokenizing {name}", unit="row"):

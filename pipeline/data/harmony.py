@@ -64,11 +64,11 @@ class Conversation:
         messages: the messages in order.
         tools: function schemas offered to the model, or None.
         reasoning_effort: the effort of this conversation, or None to use the data set's effort.
-        reasoning_language: the language of this conversation, or None to use the data set's language. A language that
-            the instructions themselves name takes precedence over both settings.
+        reasoning_language: the language of this conversation, or None to use the data set's language. If the
+            instructions name a language, that language takes precedence over both.
         merged_instructions: whether a system and a developer message were joined into one.
         where: the conversation's place for error messages, such as its file and row.
-        expected: name -> value from the row that scorers need, such as the right answer.
+        expected: values that scorers need, such as the right answer: name -> value in the row.
     """
 
     messages: list[Message]
@@ -102,7 +102,7 @@ class Rendering:
 
 
 class Turn(NamedTuple):
-    """An assistant turn as text: the prompt as at inference, and the completion that the model learns."""
+    """An assistant turn as text: the prompt, exactly as at inference, and the completion that the model learns."""
 
     prompt: str
     completion: str
@@ -166,12 +166,12 @@ def tokenize(turns: list[Turn], rendering: Rendering) -> list[dict[str, list[int
 
 
 def drop_answer(conversation: Conversation, effort: str, language: str | None) -> Conversation:
-    """Drop a final assistant message, and fill in the effort and the language.
+    """Drop the last message if it is an assistant message, and fill in the reasoning effort and language.
 
     Args:
-        conversation: an evaluation row.
-        effort: reasoning effort for a row that names no effort.
-        language: reasoning language for a row that names no language, or None.
+        conversation: an evaluation prompt.
+        effort: reasoning effort for a conversation that names no effort.
+        language: reasoning language for a conversation that names no language, or None.
     """
     messages = conversation.messages[:-1] if conversation.messages[-1]["role"] == "assistant" else conversation.messages
     messages = add_language(messages, conversation.reasoning_language or language)
@@ -210,7 +210,7 @@ def _render(messages: list[Message], conversation: Conversation, rendering: Rend
     from jinja2 import TemplateError
 
     language = conversation.reasoning_language or rendering.reasoning_language
-    # Leave the variable undefined if there is no identity: the template would render None as text.
+    # Without an identity, leave `model_identity` undefined, because the template would render None as text.
     identity = {} if rendering.model_identity is None else {"model_identity": rendering.model_identity}
     try:
         return rendering.tokenizer.apply_chat_template(
@@ -219,7 +219,7 @@ def _render(messages: list[Message], conversation: Conversation, rendering: Rend
             tokenize=False,
             add_generation_prompt=for_generation,
             reasoning_effort=conversation.reasoning_effort or rendering.reasoning_effort,
-            # The template calls `strftime_now` to get today's date. This variable replaces `strftime_now`.
+            # The template calls `strftime_now` to get today's date. The argument replaces that function.
             strftime_now=lambda _: rendering.conversation_date,
             **identity,
         )
@@ -288,7 +288,7 @@ def _check_text(where: str, text: str) -> None:
 
 
 def _check_json(where: str, value: object) -> None:
-    """Check that a value has only JSON types, and check all text in it, including keys."""
+    """Check that a value consists only of JSON types, and check all text in it, including keys."""
     if isinstance(value, str):
         _check_text(where, value)
     elif isinstance(value, dict):
@@ -331,7 +331,7 @@ def _tool_call(where: str, role: str, tool_calls: object) -> ToolCall:
 
 
 def _merge_instructions(messages: list[Message]) -> list[Message]:
-    """Join the system and developer messages at the beginning, because the template keeps only the first one."""
+    """Join the leading system and developer messages into one, because the template keeps only the first of them."""
     leading = 0
     while leading < len(messages) and messages[leading]["role"] in _INSTRUCTIONS:
         leading += 1

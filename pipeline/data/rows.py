@@ -72,10 +72,10 @@ class Conversations(Sequence[Conversation]):
 
 @dataclass(frozen=True)
 class Rows:
-    """The conversations of a data set or of a blend. The parts of a blend follow each other.
+    """The conversations of a data set or of a blend. The conversations of a blend are in the order of its parts.
 
     Attributes:
-        conversations: the rows that data.filter keeps, in order.
+        conversations: one conversation for each row that data.filter keeps, in order.
         identities: hash of each conversation. Equal conversations have equal hashes.
         parts: (data set, number of its conversations) for each part of the blend. A single data set is one part.
         fingerprint: hash of the contents of all conversations.
@@ -132,7 +132,7 @@ def _make_table(run: Run, source: Source) -> Dataset:
 
 
 def _check_rows(source: Source, opened: Opened) -> Iterator[Mapping[str, object]]:
-    """Yield the rows of the table. After the last row, raise one error that lists all bad rows."""
+    """Yield the rows of the table. After the last row, raise one error that lists all bad rows, if any."""
     mapping = Columns(source.key, source.data, source.expected, source.expected_key)
     bad, count = Problems(), 0
     for where, row in progress(opened.rows(), what=f"checking {source.data.path}", unit="row"):

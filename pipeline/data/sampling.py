@@ -24,7 +24,7 @@ def shares(available: Sequence[int], weights: Sequence[float], most: int | None)
 
     Returns:
         One count per part, rounded by the method of largest remainders. Each count differs from the exact share by less
-        than one row, and no count is larger than its part.
+        than one row, and no count is larger than the number of rows in its part.
     """
     parts = [weight / sum(weights) for weight in weights]
     # Adding 1e-9 corrects floating-point errors. Otherwise a part of 3 rows with a share of 0.3 could limit the total
@@ -64,14 +64,14 @@ def split(identities: Numbers, held_out: int) -> tuple[Numbers, Numbers]:
 
     Args:
         identities: one number per row. Copies of a row have the same number.
-        held_out: number of validation rows. Copies of the last validation row may add a few.
+        held_out: number of validation rows. All copies of the last validation row are added, so there may be a few more.
 
     Returns:
         The positions of the training rows and of the validation rows, each in order.
     """
     _, first, group, sizes = np.unique(identities, return_index=True, return_inverse=True, return_counts=True)
     by_first = np.argsort(first)
-    before = np.empty(len(sizes), dtype=np.int64)  # number of rows before each group of copies
+    before = np.empty(len(sizes), dtype=np.int64)  # for each group of copies, the number of rows in earlier groups
     before[by_first] = np.cumsum(sizes[by_first]) - sizes[by_first]
     validates = (before < held_out)[group]
     return np.flatnonzero(~validates), np.flatnonzero(validates)

@@ -37,7 +37,8 @@ class Source:
         reasoning_effort: default for the part's rows, or None to use the default of `data`.
         reasoning_language: default for the part's rows, or None to use the default of `data`.
         expected: name of a value that scorers need -> column that holds the value.
-        expected_key: key of the setting that names such a column, for messages. {} stands for the value's name.
+        expected_key: key of the setting that names such a column, for messages. In the key, {} stands for the name of
+            the value.
         needs_answers: whether each row must have an answer. Training rows need answers; evaluation prompts do not.
     """
 
@@ -53,7 +54,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Takes the place of a row that cannot be read. The row is then reported together with the other bad rows."""
+    """Stands for a row that cannot be read. Such a row is reported together with the other bad rows."""
 
     reason: str
 

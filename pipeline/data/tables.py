@@ -1,8 +1,8 @@
 """Stores tables on disk, one for each key. A table is written row by row and read through a memory map.
 
 If several processes or runs need the same table, the first process locks and writes it. The other processes wait for
-the lock, and then read the complete table. A barrier would not work, because only some stages prepare data on every
-process. In the other stages, only the main process prepares data.
+the lock, and then read the complete table. A barrier would not work: some stages prepare data on every process,
+but other stages only on the main process.
 """
 
 import errno

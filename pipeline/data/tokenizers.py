@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Tokenizer(Protocol):
-    """The methods of a transformers tokenizer that this program uses. This type does not import transformers."""
+    """What this program uses of a transformers tokenizer. As a protocol, the type does not need to import transformers."""
 
     chat_template: str | None
     pad_token_id: int

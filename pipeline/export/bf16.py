@@ -1,7 +1,7 @@
 """Writes the 4-bit values as plain BF16, for software that loads ordinary transformers checkpoints.
 
-BF16 represents every value of MXFP4 exactly. It also represents every value of NVFP4 exactly, because the tensor scale
-of NVFP4 is a power of two here. The export is four times as large as a 4-bit export.
+BF16 represents every value of MXFP4 exactly. It also represents every value of this program's NVFP4 exactly, because
+all tensor scales are powers of two. The export is four times as large as a 4-bit export.
 """
 
 from collections.abc import Collection, Iterator

@@ -22,7 +22,7 @@ class Exporter:
     Attributes:
         write: writes a job's model into a directory. Each note in the result has `tensors` (names of tensors) and
             `is_copied` (whether the tensors have the source's bytes). Notes on experts also have `layer`,
-            `copied_experts`, `other_than_trained` and the `sums` of Survival.
+            `sums` (see Survival), `copied_experts` and `other_than_trained` (see ExpertStack).
         kind: artifact kind of the export directory.
         layout: takes the sizes of a model. Returns the stored tensors for each tensor of the plain layout.
         describe: takes the base model and the names of the stored tensors. Returns the description that the export

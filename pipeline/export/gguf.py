@@ -3,7 +3,7 @@
 A block has 17 bytes: the scale, then 16 bytes of codes. Byte j holds element j in its low half and element j + 16 in
 its high half. Gate and up are separate tensors. Vectors and the router are converted to FP32, as in llama.cpp's
 converter. This conversion is exact. Other tensors are BF16. The package `gguf`, by llama.cpp's authors, defines the
-names and keys and writes the header.
+names of tensors and the keys of the metadata, and writes the header.
 
 Legend: E = experts, nb = blocks per row.
 """
@@ -76,7 +76,9 @@ class _Stored:
 
 
 def write(job: Job, directory: Path) -> Written:
-    """Stream the model into one file in `directory`, expert by expert. An interrupted export starts from the beginning.
+    """Stream the model into one file in `directory`, expert by expert.
+
+    An interrupted export cannot be resumed; the next one starts from the beginning.
 
     Raises:
         UserError: see `mxfp4.write`. Also raised if the package gguf is not installed, or if config.json lacks a key.

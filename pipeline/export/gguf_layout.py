@@ -37,7 +37,7 @@ from pipeline.export.mxfp4 import legacy_config, rope_scaling
 from pipeline.numerics.formats import MXFP4
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter as GGUFWriter  # gguf.py imports this name too
+    from gguf import GGUFWriter as GGUFWriter  # pipeline/export/gguf.py imports this name from here
     from gguf import TensorNameMap as TensorNameMap
 
 ARCHITECTURE = "gpt-oss"
@@ -94,7 +94,7 @@ def layout(shape: Shape) -> Layout:
 
 
 def describe(base: Checkpoint, _: Collection[str]) -> dict[str, object]:
-    """Return the metadata that the file must have, about the model, the tokenizer and the chat template."""
+    """Return the metadata that the file must have: all keys on the model, the tokenizer and the chat template."""
     config, tokenizer = {**base.config, **legacy_config(base.config)}, load_tokenizer(base.directory)
     given = {**config, **{f"rope_scaling.{key}": value for key, value in rope_scaling(config).items()}}
     words = {i: token for token, i in tokenizer.get_vocab().items()}
@@ -118,7 +118,7 @@ def read_description(directory: Path) -> dict[str, object]:
     fields = GgufFile(directory).fields
     of_model = ("rope.scaling.type", *_FIELDS)
     known = ("general.architecture", *(f"{ARCHITECTURE}.{key}" for key in of_model), *_OF_TOKENIZER)
-    # The file stores numbers in FP32, so they have more digits than in config.json. Rounding removes these digits.
+    # The file stores numbers in FP32, so they have more digits than in config.json. Rounding removes the additional digits.
     return {key: _round_number(fields[key]) for key in known if key in fields}
 
 
@@ -132,7 +132,7 @@ def _merges(tokenizer: Tokenizer) -> list[str]:
 
 
 def _values(type_: str, *stored: Tensor, dim: int) -> Tensor:
-    """Decode stored tensors to float32. Two tensors (gate and up) are interleaved along `dim`."""
+    """Decode stored tensors to float32. If there are two (gate and up), interleave them along `dim`."""
     import gguf.quants
 
     parts_ = [gguf.quants.dequantize(each.numpy(), gguf.GGMLQuantizationType[type_]) for each in stored]
@@ -224,7 +224,7 @@ _FIELDS = {
 }
 """Key in the file, without the architecture prefix -> key of config.json.
 
-The keys come from llama.cpp and not from the writer, so that the check is independent of the writer.
+The keys were taken from llama.cpp and not from this program's writer, so that the check is independent of the writer.
 """
 _OF_TOKENIZER = (
     *(f"tokenizer.ggml.{key}" for key in ("model", "pre", "tokens", "merges")),

@@ -1,8 +1,9 @@
-"""Reads exports of every layout. A layout maps each plain tensor to stored tensors, so one check serves all layouts.
+"""Reads exports of every layout. A layout maps each plain tensor to its stored tensors, so one check serves all
+layouts.
 
 Each target defines its layout next to its writer. Tensors can be read in two ways:
-- All tensors can be decoded by another project's code. A comparison of these values proves every bit.
-- Packed experts can be read as codes and scales. This is faster, and sufficient to compare two checkpoints.
+- All tensors can be decoded by another project's code. Comparing the decoded values verifies every bit.
+- Packed experts can be read as codes and scales. This way is faster, and sufficient to compare two checkpoints.
 
 Legend: E = experts of one part, in and out = dimensions of the matrix, nb = blocks per row = in / block size.
 """
@@ -26,7 +27,7 @@ from pipeline.checkpoints.gpt_oss import (
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.numerics.codec import decode
 
-_STEP_VALUES = 1 << 24  # values; the largest matrix of an expert in the released models has 16.6 million
+_STEP_VALUES = 1 << 24  # number of values; the largest matrix of an expert in the released models has 16.6 million values
 _DECODED_ROWS = 1024
 
 
@@ -34,7 +35,7 @@ class Codes(NamedTuple):
     """4-bit weights in the codec's representation.
 
     Attributes:
-        blocks: (E, out, nb, block size / 2) uint8. The low half of a byte holds the even element.
+        blocks: (E, out, nb, block size / 2) uint8. The low half of a byte holds the element with the even index.
         scales: (E, out, nb). The type is uint8 for e8m0 scales, otherwise float8_e4m3fn.
         tensor_scale: (E) float32 if the scales are float8_e4m3fn, otherwise None.
     """
@@ -109,7 +110,7 @@ class View:
         return None if held.codes is None else held.codes(*self._stored(name, rows))
 
     def weights(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Read rows of a tensor like `values`, but decode them with the fast codec. Experts are (E, in, out)."""
+        """Read rows like `values`, but with this project's codec, which is faster. Experts are (E, in, out)."""
         codes = self.codes(name, rows)
         if codes is not None:
             return decode_codes(codes)
@@ -117,7 +118,7 @@ class View:
         return values.transpose(1, 2) if len(self.plain[name].shape) == 3 else values
 
     def plain_values(self, name: str) -> Tensor:
-        """Read a whole tensor like `values`, but in the plain layout's dimension order. Experts are (E, in, out)."""
+        """Read a whole tensor, decoded as in `values`, in the plain layout's dimension order: experts are (E, in, out)."""
         values = self.values(name)
         return values.transpose(1, 2) if len(self.plain[name].shape) == 3 else values
 
@@ -146,12 +147,12 @@ def stored_tensors(layout: Layout) -> dict[str, TensorInfo]:
 
 
 def others_layout(shape: Shape) -> Layout:
-    """Return the layout of all tensors except expert weights. Each tensor is stored under its plain name."""
+    """Return the layout of all tensors except expert weights. Each tensor is stored under its name in the plain layout."""
     return {name: Held({name: info}) for name, info in other_tensors(shape).items()}
 
 
 def packed_stack(projection: ExpertProjection, blocks: str, scales: str) -> Held:
-    """Return how a stack of experts is stored: as MXFP4 tensors with the names `blocks` and `scales`."""
+    """Return the layout of a stack of experts in MXFP4. `blocks` and `scales` are the names of its two tensors."""
     infos = projection.packed_tensors().values()
     return Held(dict(zip((blocks, scales), infos, strict=True)), decode=_decode_by_transformers, codes=Codes)
 

@@ -37,7 +37,7 @@ def describe(base: Checkpoint, _: Collection[str]) -> dict[str, object]:
 
 
 def released_config(config: dict[str, object]) -> dict[str, object]:
-    """Return the export's config.json for the source's config.json.
+    """Make the content of the export's config.json from the content of the source's config.json.
 
     The configuration of an MXFP4 source is not changed. The configuration of a BF16 source gets the quantization
     config and the rope keys of the released models. The rope keys are needed because transformers 5 writes

@@ -6,7 +6,7 @@ values becomes two scales of 16 values. Each expert has one tensor scale.
 Engines that multiply 4-bit weights with 4-bit inputs need a scale for the inputs. Only calibration can determine this
 scale, and only models of the format `nvfp4_w4a4` have it. For other models, the metadata say that inputs stay in BF16.
 
-The layout follows two sources: the tensors that SGLang's loader binds for an NVFP4 gpt-oss, and
+The layout follows two sources: the tensors that SGLang's loader expects of an NVFP4 gpt-oss, and
 `hf_quant_config.json` of ModelOpt 0.47.
 
 Legend: E = experts, in and out = dimensions of the matrix, nb = in / 16.
@@ -90,7 +90,7 @@ def load_input_scales(model: Path) -> dict[str, Tensor]:
 def describe(base: Checkpoint, tensors: Collection[str]) -> dict[str, object]:
     """Return the content of config.json for an export with these tensors.
 
-    The key RECORD of the result holds the content of the file RECORD.
+    Under the key RECORD, the result also has the content of the file RECORD.
     """
     record = _record(any(name.endswith(_INPUT_SCALE) for name in tensors))
     config = {key: value for key, value in legacy_config(base.config).items() if key != "quantization_config"}
@@ -98,7 +98,7 @@ def describe(base: Checkpoint, tensors: Collection[str]) -> dict[str, object]:
 
 
 def read_description(directory: Path) -> dict[str, object]:
-    """Read config.json. The key RECORD of the result holds the content of the file RECORD.
+    """Read config.json. Under the key RECORD, the result also has the content of the file RECORD.
 
     Raises:
         UserError: a file cannot be read.

@@ -1,7 +1,7 @@
 """Writes OpenAI's original layout, which OpenAI's reference code loads.
 
 The layout stores the same bytes as the Hugging Face layout, under other names. Queries, keys and values share one
-tensor. Source: the loader of gpt-oss 0.0.9 (`gpt_oss/torch/weights.py`, `gpt_oss/torch/model.py`).
+tensor. The layout was taken from the loader of gpt-oss 0.0.9 (`gpt_oss/torch/weights.py`, `gpt_oss/torch/model.py`).
 """
 
 from collections.abc import Collection, Mapping
@@ -114,7 +114,7 @@ def describe(base: Checkpoint, _: Collection[str]) -> dict[str, object]:
 
 
 def original_config(config: Mapping[str, object], where: Path) -> dict[str, object]:
-    """Return config.json for the reference code. `where` is the directory of the base model.
+    """Return the content of config.json for OpenAI's reference code. `where` is the directory of the base model.
 
     Raises:
         UserError: a required key is missing.

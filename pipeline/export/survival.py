@@ -27,7 +27,7 @@ class Survival:
         sums: name -> sum. All sums are counts, except `squared_error` and `squares`. `moved` counts the weights that
             training changed. `changed` counts the weights whose 4-bit value differs from the base model's value.
             `changed_scales` counts the blocks whose scale and values both differ from the base model's block. A block
-            with another scale can have the same values.
+            that has the same values with another scale is not counted.
     """
 
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMS, 0.0))
@@ -69,7 +69,7 @@ class Survival:
         self.sums["blocks"] += scales[0].numel()
 
     def add_untouched(self, values: Tensor, blocks: int) -> None:
-        """Add some experts that training did not change. The result is the same as with `add`, but takes less time.
+        """Add some experts that training did not change. This gives the same sums as `add`, but takes less time.
 
         Args:
             values: (E, in, out) decoded weights of the base model. Rounding does not change these weights.

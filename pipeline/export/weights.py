@@ -86,7 +86,7 @@ class OtherTensor:
         return other_tensors(self.base.shape)[self.name]
 
     def steps(self, put: Callable[[Tensor], Iterable[tuple[str, Tensor]]]) -> Iterator[Step]:
-        """Yield the steps that make the tensor. `put` turns converted rows into (name, rows) pairs of the target."""
+        """Yield the steps that make the tensor. `put` turns rows into pairs (name of the target's tensor, rows)."""
         for rows in self.job.weights.parts(self.name):
             yield self._step(rows, put)
 
@@ -127,10 +127,10 @@ class ExpertStack:
     If the source has the same format, experts that training did not change keep the source's bytes.
 
     Attributes:
-        survival: sums for the share of weight changes that survives rounding, over the experts converted so far.
+        survival: sums over the experts converted so far, for the share of weight changes that survives rounding.
         copied_experts: number of experts converted so far that keep the source's bytes.
-        other_than_trained: number of exported weights that differ from the rounded weights that training used. The
-            number stays 0 if training rounded to the same format or did not round.
+        other_than_trained: number of weights whose exported value differs from the rounded value that training used.
+            The number stays 0 if training rounded to the same format or did not round.
     """
 
     job: Job
