@@ -32,7 +32,7 @@ def spans_mask(spans: list[tuple[int, int]]) -> Tensor:
 
 
 def eager_mask(is_real: Tensor, documents: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Make the mask (B, 1, T, T). A query sees real keys of its document, not later ones, and only in the window."""
+    """Make the mask (B, 1, T, T). A query sees the real, not later keys that are in its document and in its window."""
     places = torch.arange(LENGTH, device=is_real.device)
     age = places[:, None] - places
     seen = (age >= 0) & (age < (window or LENGTH)) & is_real[:, None, :] & (documents[..., None] == documents[:, None])
@@ -40,7 +40,7 @@ def eager_mask(is_real: Tensor, documents: Tensor, window: int | None, dtype: to
 
 
 def inputs(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-    """Make queries, keys, values and sinks, and a gradient of the output (B, T, N, d). BF16 can hold all values."""
+    """Make queries, keys, values and sinks, and a gradient of the output (B, T, N, d). BF16 represents all values exactly."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -83,7 +83,7 @@ def packed_positions() -> tuple[Tensor, Tensor]:
 def assert_as_close_as_eager(
     segments: Segments, is_real: Tensor, documents: Tensor, window: int | None, precision: str
 ) -> None:
-    """Assert that each tensor has at most twice the error of eager in the same precision. Eager in float64 is exact."""
+    """Assert that no error exceeds twice that of eager in the same precision. Eager in float64 counts as exact."""
     truth_mask = eager_mask(is_real, documents, window, torch.double)
     truth = run(eager_attention_forward, truth_mask, torch.double, window, is_real)
     is_mixed = precision == "mixed"

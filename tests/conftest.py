@@ -17,7 +17,7 @@ from chat_server import Server
 # More threads would slow down work on such small tensors. torch reads OMP_NUM_THREADS at import, so set it first.
 # Processes that tests start inherit the variable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Trust the processor's list of instruction sets. Otherwise torch tests each set in a new Python process.
+# Let torch believe the processor's list of instruction sets. Otherwise it tests each set in a new Python process.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 from pipeline import __main__ as program
@@ -67,8 +67,8 @@ def _freeze(_: int) -> None:
 def spare_imports() -> None:
     """Exclude the objects that libraries have made so far, so that garbage collections skip them.
 
-    A stage collects garbage after its last use of a model. Without this, each collection would visit a million objects
-    that live as long as the process. These visits would take a third of the time of such a small stage.
+    A stage collects garbage after its last use of a model. Each collection would otherwise visit a million objects that
+    live as long as the process, which would take a third of the time of a stage with a tiny model.
     """
     _freeze(len(sys.modules))
 

@@ -57,11 +57,11 @@ def run(
 
     Args:
         directory: directory of the run.
-        passed: model -> whether the model passed each prompt. If None, no model got prompts.
-        figures: model -> figures. Models in neither `passed` nor `figures` were not evaluated.
-        answers: model -> answers, which replace the answers made from `passed`.
+        passed: model -> whether the model passed each prompt. If None, the evaluation had no prompts.
+        figures: model -> figures. A model that is neither in `passed` nor in `figures` was not evaluated.
+        answers: model -> answers. If given, no answers are made from `passed`.
         block_format: the format that quantize and qat round to.
-        fingerprints: stage -> fingerprint. The default is the stage's name.
+        fingerprints: stage -> fingerprint. The default fingerprint is the stage's name.
         facts: further fields of the evaluate artifact.
     """
     given = answers or {

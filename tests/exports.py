@@ -41,7 +41,7 @@ def make_export(
 
 
 def record_of(target: str, moved: float = 0.0) -> ExportRecord:
-    """Make the record of an export. Training changed the share `moved` of the weights, but no code and no scale."""
+    """Make the record of an export. Training changed the share `moved` of the weights, but no stored code or scale."""
     return ExportRecord(
         target=target,
         exported_from="qat",

@@ -1,8 +1,8 @@
 """Runs one attention layer of gpt-oss-20b on fake CUDA tensors. Needs a process of its own.
 
-Usage: python -m tests.fake_attention "<implementation> <layer type> <padded|packed>" ... Prints JSON. For each case:
-the number of elements of the largest tensor and of all scores, the flash kernels that ran with their windows, and the
-shapes of all gradients on CUDA.
+Usage: python -m tests.fake_attention "<implementation> <layer type> <padded|packed>" ... Prints JSON. It has
+for each case the number of elements of the largest tensor and of all scores, the flash kernels that ran, each with its
+window, and the shapes of all gradients on CUDA.
 """
 
 import json
@@ -45,7 +45,7 @@ class Watch(TorchDispatchMode):
 
 def masks(config: GptOssConfig, hidden: Tensor, kind: str) -> Any:
     """Make the masks of both types of layers, as the model does."""
-    if config._attn_implementation == "eager":  # eager_mask would make a real CUDA tensor
+    if config._attn_implementation == "eager":  # transformers' eager_mask would make a real CUDA tensor
         return dict.fromkeys(config.layer_types, torch.empty(ROWS, 1, TOKENS, TOKENS))
     if kind == "packed":
         return dict.fromkeys(config.layer_types, Segments(torch.empty(DOCUMENTS + 1, dtype=torch.int32), TOKENS))

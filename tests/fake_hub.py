@@ -21,7 +21,7 @@ class Hub(ThreadingHTTPServer):
         refuses: whether every token is refused.
         complaint: error message about the card's metadata, or None if the metadata is accepted.
         files: path -> contents of each committed file.
-        tokens: tokens in the requests about the repository.
+        tokens: access tokens that came with requests about the repository.
     """
 
     daemon_threads = True

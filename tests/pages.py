@@ -29,7 +29,7 @@ class Block:
     """A fenced block.
 
     Attributes:
-        page: file that it stands in.
+        page: file that contains the block.
         line: number of its first line.
         language: such as bash.
         marks: such as .needs-gpu.
@@ -74,7 +74,7 @@ def read_sections(page: Path) -> dict[str, list[Block]]:
 
 
 def program_arguments(block: Block) -> Iterator[list[str]]:
-    """Yield the arguments of each command in a block that starts the program."""
+    """Find the commands in a block that start the program, and yield the arguments of each."""
     for line in block.text.replace("\\\n", " ").splitlines():
         command = re.split(r"\s(?:\||&&|>)\s", line)[0]
         if (found := _PROGRAM.search(command)) is not None and not line.lstrip().startswith("#"):
@@ -87,7 +87,7 @@ def _is_flag_of_launcher(argument: str) -> bool:
 
 
 def copy_checkout(into: Path) -> Path:
-    """Copy the checkout into a new directory, with an environment that is ready, and return the directory."""
+    """Copy the checkout, with an environment that needs no installation, into a new directory, and return it."""
     into.mkdir()
     for name in ("conf", "docs", "pipeline", "recipes", "scripts"):
         shutil.copytree(ROOT / name, into / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -2,7 +2,7 @@
 
 `gpu()` makes torch believe in CUDA devices. Tensors on them are `PretendedTensor`s. Each says that it is on cuda:0,
 holds a CPU tensor, and refuses to meet CPU tensors in an operation, as CUDA does. `SYNCS` counts the operations that
-would make the host wait for the GPU, by source line.
+would make the host wait for the GPU, separately for each source line.
 
 The pretended GPU finds tensors on the wrong device, host syncs, and errors in code that only a GPU runs. It cannot find
 wrong CUDA kernels, a lack of memory, or slow code. It changes the whole process, so use it in a process of its own.
@@ -36,7 +36,7 @@ _aten: Any = torch.ops.aten
 _ROOT = Path(__file__).parents[1]
 _LIBRARIES = ("trl", "transformers", "accelerate", "peft", "modelopt")
 _STEPS = "_run_epoch"  # the loop over optimizer steps in transformers' trainer
-_BETWEEN_STEPS = "_maybe_log_save_evaluate"  # logs, checkpoints and validations of this loop
+_BETWEEN_STEPS = "_maybe_log_save_evaluate"  # its logs, checkpoints and validations
 
 
 class Sync(NamedTuple):
@@ -59,7 +59,7 @@ SYNCS: Counter[Sync] = Counter()
 
 
 def _note(what: str) -> None:
-    if threading.current_thread() is not threading.main_thread():  # autograd runs backward passes of GPUs in a thread
+    if threading.current_thread() is not threading.main_thread():  # autograd uses another thread on GPUs
         SYNCS[Sync("backward", what, True)] += 1
         return
     frames = list(_frames(sys._getframe(1)))
@@ -218,7 +218,7 @@ def _wrap(value: Any) -> Any:
 
 
 def _compute(func: Any, args: Any, kwargs: Any) -> Any:
-    """Compute on the CPU. Some operations have a CUDA kernel only."""
+    """Compute on the CPU. Operations that only CUDA has are replaced."""
     if func is _aten._flash_attention_forward.default:
         return _flash_forward(*args, **kwargs)
     if func is _aten._flash_attention_backward.default:
@@ -248,7 +248,7 @@ def _layer(longest: int, scale: float, window_size_left: int | None = None) -> A
 
 
 def _with_written(func: Any, args: Sequence[Any], kwargs: dict[str, Any], found: Any) -> Any:
-    """Replace each result that is a written argument, such as that of `add_`, by the argument itself."""
+    """If a result is an argument that the operation wrote to, as in `add_`, replace the result by this argument."""
     if torch.Tag.inplace_view in func.tags and (args[0].shape, args[0].stride()) != (found.shape, found.stride()):
         raise NotImplementedError(f"{func} changes the shape of a tensor in place")
     written = {
@@ -310,7 +310,7 @@ def _note_wait(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
 
 
 def _note_wait_of_index(func: Any, args: Sequence[Any]) -> None:
-    """Count the syncs of an index: a mask of the GPU must be counted, unless it is filled, and indices are copied."""
+    """Note the syncs of an index: CUDA counts the true values of a mask, except in a fill, and copies CPU indices."""
     if any(isinstance(each, Tensor) and not isinstance(each, PretendedTensor) and each.dim() for each in args[1]):
         _note("to cuda")
     masks = [each for each in args[1] if isinstance(each, PretendedTensor) and each.dtype in (torch.bool, torch.uint8)]
@@ -326,7 +326,7 @@ def _note_wait_of_index(func: Any, args: Sequence[Any]) -> None:
 def gpu(count: int = 1) -> Iterator[None]:
     """Pretend inside the block that this machine has `count` GPUs. All of them are cuda:0."""
     fake_gpu.install()
-    import transformers.pytorch_utils  # libraries read torch.cuda at their first import, so import them before
+    import transformers.pytorch_utils  # reads torch.cuda at its first import, so before the changes
     import trl  # noqa: F401
     from torch.optim.optimizer import _foreach_supported_types
 
@@ -352,7 +352,7 @@ def gpu(count: int = 1) -> Iterator[None]:
 
 
 class _Generator(torch.Generator):
-    """A generator of random numbers for either device. It works on the CPU."""
+    """A generator of random numbers that works on the CPU, but says that it is on the given device."""
 
     pretended: torch.device
 
@@ -367,7 +367,7 @@ class _Generator(torch.Generator):
 
 
 def _of_held(module: Any) -> dict[str, Callable[[Tensor], object]]:
-    """Let functions that find tensors with shared memory look at the CPU tensors."""
+    """Replace functions that detect shared memory by functions that look at the held CPU tensors."""
 
     def of_held(function: Callable[[Tensor], object]) -> Callable[[Tensor], object]:
         return lambda tensor: function(_bare(tensor))
@@ -377,7 +377,7 @@ def _of_held(module: Any) -> dict[str, Callable[[Tensor], object]]:
 
 @contextmanager
 def _interpreted_kernels() -> Iterator[None]:
-    """Compute TRL's Triton kernels with Triton's interpreter, which needs TRITON_INTERPRET=1, on the CPU tensors."""
+    """Run TRL's Triton kernels on the CPU tensors with Triton's interpreter, which needs TRITON_INTERPRET=1."""
     import trl.kernels.chunked_logprob as chunked
 
     if not chunked._TRITON_AVAILABLE:  # TRL then computes the same with torch

@@ -140,7 +140,7 @@ def test_a_gpu_decodes_every_code_and_scale_of_mxfp4_as_a_cpu_does(dtype: torch.
 
 
 def test_a_gpu_converts_mxfp4_to_the_nvfp4_of_a_cpu() -> None:
-    """Some blocks are outside of e4m3's range. They are rounded, and counted if this changes a value."""
+    """Some blocks have scales outside of e4m3's range. Such a block is rounded, and counted if a value changes."""
     generator = torch.Generator().manual_seed(3)
     blocks = torch.randint(0, 256, (2, 60, 4, 16), generator=generator, dtype=torch.uint8)
     scales = torch.randint(90, 120, (2, 60, 4), generator=generator, dtype=torch.uint8)
@@ -170,8 +170,8 @@ def test_random_weights_are_rounded_as_modelopts_kernel_does(dtype: torch.dtype)
     """Compare blocks whose scales are normal floats. ModelOpt's kernel uses fast math, which treats subnormals as zero.
 
     Fast math also makes the kernel's quotient amax / 6 approximate. If a block's maximum is almost, but not exactly,
-    six times a power of two, the kernel may choose the neighbouring scale. The test sets such blocks to zero. In BF16,
-    no maximum is that close.
+    six times a power of two, the kernel may choose the neighbouring scale. The test sets such blocks to zero. In BF16
+    there are no such blocks.
     """
     generator = torch.Generator().manual_seed(4)
     sizes = torch.randint(-90, 91, (2000, 90, 1), generator=generator).float().exp2()

@@ -15,7 +15,7 @@ import torch
 from kernels_for_gpus import Gpu, pretend
 
 gpu = Gpu(tuple(map(int, sys.argv[1:])))
-pretend(gpu)  # before other imports, because inductor keeps the functions of CUDA that it finds
+pretend(gpu)  # before other imports: they import inductor, which keeps the functions of CUDA that it finds
 
 from torch import Tensor  # noqa: E402
 
@@ -55,7 +55,7 @@ def rounding_uses() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def large_uses() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield roundings of larger stacks. Their kernels differ only in sizes, so no code needs to be made for them."""
+    """Yield roundings of larger stacks. Only sizes differ from `rounding_uses`, so no code is made."""
     is_bad = empty(dtype=torch.bool)
 
     def use(values: Tensor) -> Callable[[], object]:
@@ -115,14 +115,14 @@ def main() -> None:
 
     controls: code of kernels that break the rules.
     codes: code of the codec's kernels, as a list of `Code`.
-    rounding: figures of each use in training (launches, bits of indices, bytes of temporaries), compiled.
+    rounding: for each use in training, launches, bits of indices and bytes of temporaries, with compilation.
     eager: the same figures without compilation.
     never_compiled: names of the kernels that were not compiled.
     """
     warnings.filterwarnings("error", message="torch.compile failed")
     control()
     controls, gpu.codes = gpu.codes, {}
-    # In exports these checks read from the GPU, but fake tensors have no values.
+    # Exports run these checks, which read from the GPU. That is impossible here, because fake tensors have no values.
     codec._raise_if_not_finite = codec._raise_if_not_importance = lambda *_: None  # type: ignore[assignment]
     every = {
         each.__name__: each

@@ -32,8 +32,8 @@ class Line:
 
     Attributes:
         arguments: arguments of the program.
-        interrupted_at: step at which the run is interrupted, after the checkpoint is saved, or None.
-        is_compared: whether the saved files are compared with the files that one process saves from the same weights.
+        interrupted_at: step whose checkpoint is followed by an interruption, or None for a run without interruption.
+        is_compared: whether the main process saves the same weights by itself, and the files of both are compared.
     """
 
     arguments: list[str]
@@ -136,8 +136,8 @@ def run(line: Line) -> Outcome:
 
 
 def main(file: Path) -> None:
-    # Without this, a process that fails would wait for the main process to print the error. The wait is not needed,
-    # because no process ends here after an error.
+    # By default, a process that fails waits until the main process has printed the error. The wait is not needed here,
+    # because this script goes on after an error.
     program._SECONDS_FOR_THE_MAIN_PROCESS = 0
     saving.SHARD_BYTES = 300_000  # a tiny model is then saved in several shards
     lines = [Line(**line) for line in json.loads(file.read_text(encoding="utf-8"))]

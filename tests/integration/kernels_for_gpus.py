@@ -80,7 +80,7 @@ class Code:
 
     Attributes:
         name: name of the kernel.
-        architecture: for example 90 for sm_90.
+        architecture: number of the architecture, for example 90 for sm_90.
         ptx: the instructions of the PTX, with all their modifiers.
         machine: the machine instructions that round floats, with their operands. ptxas may make other instructions
             than the PTX has, for example a fused multiply-add.
@@ -100,7 +100,7 @@ class Gpu:
         architectures: architectures for which Triton makes code. If there are none, kernels are only counted.
         launches: how often each kernel was launched. Names of torch's own kernels begin with `aten`.
         codes: the code of all Triton kernels. A kernel that several graphs share appears once.
-        index_bits: the number of bits with which each launched kernel computes indices.
+        index_bits: name of each launched kernel -> the width of its indices, 32 or 64 bits.
         live: bytes of all tensors on the GPU.
         peak: the largest value of `live`.
     """
@@ -123,7 +123,7 @@ class Gpu:
         self.index_bits[name] = max(self.index_bits.get(name, 0), 64 if is_wide else 32)
 
     def start(self) -> None:
-        """Forget launches and the peak, but not the tensors."""
+        """Forget launches, index widths and the peak, but keep counting the tensors that exist."""
         self.launches.clear()
         self.index_bits.clear()
         self.peak = self.live
@@ -168,7 +168,7 @@ def pretend(gpu: Gpu) -> None:
     pretended = ExitStack()
     pretended.enter_context(fake_gpu.pretend_cuda(properties=Properties()))
     _replace_cuda()
-    _replace_compiler(gpu)  # after CUDA, because inductor keeps the functions that it finds when it is imported
+    _replace_compiler(gpu)  # imports inductor, which keeps the functions of CUDA that it finds, so replace those first
     fake_mode: Any = FakeTensorMode
     fake_mode.avoid_device_init = True  # as on a machine without GPUs
     pretended.enter_context(FakeTensorMode())
@@ -202,11 +202,11 @@ def _replace_compiler(gpu: Gpu) -> None:
     from torch._inductor.fx_passes import fuse_attention, pad_mm
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
-    settings.compile_threads = 1  # other processes would not know this GPU
+    settings.compile_threads = 1  # other processes do not have the pretended GPU
     settings.fx_graph_cache = False
-    settings.joint_graph_constant_folding = False  # the folding would compute constants on the GPU
+    settings.joint_graph_constant_folding = False  # constant folding would compute on the GPU
     for module, name in ((fuse_attention, "_sfdp_init"), (pad_mm, "_pad_mm_init")):
-        setattr(module, name, lambda *_: None)  # these passes look for patterns that the codec does not have
+        setattr(module, name, lambda *_: None)  # the codec has none of the patterns that these passes need
     tuner: Any = CachingAutotuner
     tuner.precompile = lambda self, *_, **__: _compile(gpu, self)
     tuner.run = lambda self, *_, **__: gpu.launch(self)

@@ -1,7 +1,7 @@
 """Load a model for training in each of two processes, and report how much host memory this takes.
 
-A launcher starts this script with the directories of a tiny and a larger checkpoint, a way to load them, and a path
-to which each process appends its rank and writes its results.
+A launcher starts this script with the directories of a tiny and a larger checkpoint, a way to load them, and a path.
+Each process writes its results to this path, with its rank appended.
 """
 
 import gc
@@ -33,7 +33,7 @@ class Peak:
     """Samples the resident memory every two milliseconds inside a `with` block.
 
     Attributes:
-        bytes: the highest sample, above the memory that was resident at the beginning.
+        bytes: the highest sample, minus the memory that was resident at the beginning.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Peak:
 
 
 def measure(ref: ModelRef, way: str, precision: Precision) -> dict[str, int]:
-    """Load the model, and return its size, the bytes that stay, and the peak above the memory in use before."""
+    """Load the model. Return its size, the bytes that this process keeps of it, and the peak of additional memory."""
     train = TrainConfig(precision=precision, lora=LORA)
     with Peak() as peak:
         if way == "whole":  # as if each process loaded the model by itself

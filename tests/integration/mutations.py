@@ -56,7 +56,7 @@ class Mutation:
         name: description of the defect.
         break_: function that breaks the export.
         named: text that a message must contain.
-        shows_against_base: whether the base model is enough to detect it.
+        shows_against_base: whether the base model is enough to detect the defect.
     """
 
     name: str

@@ -126,7 +126,7 @@ def change_header(old: bytes, new: bytes) -> Break:
 
 
 def change_value_after(key: bytes, how: Callable[[int], int]) -> Break:
-    """Change the 32-bit value of a key in GGUF's metadata. The value follows the key and the value's type."""
+    """Change the 32-bit value of a key in GGUF's metadata. A file stores the key, then the type, then the value."""
 
     def break_(export: Path, _: Path) -> None:
         content = bytearray((export / "model.gguf").read_bytes())

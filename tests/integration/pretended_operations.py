@@ -1,4 +1,4 @@
-"""Try single operations on a pretended GPU. Print JSON: for each name, the error or null, and the kinds of syncs."""
+"""Try single operations on a pretended GPU. Print JSON: for each operation, its error or null, and its kinds of syncs."""
 
 import json
 from collections import Counter

@@ -22,7 +22,7 @@ class Training(TypedDict):
     Attributes:
         steps: number of optimizer steps.
         devices: the devices and types of the model's parameters after training.
-        syncs: host syncs in optimizer steps: source, kind, and number over all steps.
+        syncs: the host syncs in optimizer steps, each as its source, its kind, and its number in all steps together.
     """
 
     steps: int
@@ -36,7 +36,7 @@ class Outcome(TypedDict):
     Attributes:
         statuses: the program's exit status for each command line.
         training: what happened in each stage that trains.
-        sources: sources of all host syncs, also outside of optimizer steps.
+        sources: sources of all host syncs, including those outside of optimizer steps.
     """
 
     statuses: list[int]

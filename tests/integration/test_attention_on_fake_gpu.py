@@ -30,7 +30,7 @@ def on_fake_gpu() -> dict[str, dict[str, Any]]:
 def test_on_cuda_the_flash_kernel_runs_in_both_directions_and_no_tensor_has_the_size_of_the_scores(
     case: str, on_fake_gpu: dict[str, dict[str, Any]]
 ) -> None:
-    """4 rows of 4,096 tokens through a layer of gpt-oss-20b, on fake tensors. The largest is B·T·N·d."""
+    """A layer of gpt-oss-20b gets 4 rows of 4,096 tokens. The largest fake tensor has B·T·N·d elements."""
     found = on_fake_gpu[case]
     before = 127 if "sliding" in case else None  # the window of 128 includes the query's own key
     assert found["kernels"] == [["_flash_attention_forward", before], ["_flash_attention_backward", before]]

@@ -14,8 +14,8 @@ from pipeline.training import callbacks
 EVERY = 3
 PATIENCE = 3
 
-# With few examples and a high learning rate, the model soon overfits. The rate is constant and has no warm-up, so the
-# steps of a short run equal the first steps of a longer run.
+# With few examples and a high learning rate, the model soon overfits. The rate is constant, without warm-up, so a short
+# run has the same steps as the beginning of a longer run.
 OVERFITTING = {
     "learning_rate": 0.02,
     "lr_scheduler": "constant",
@@ -55,7 +55,7 @@ def validation_losses(directory: Path) -> dict[int, float]:
 def weights(artifact: Artifact) -> dict[str, bytes]:
     """Return name -> bytes of the safetensors files.
 
-    Adapters also have files that contain the name of a directory, so these files differ between runs.
+    The other files of adapters are left out, because some contain the name of a directory and so differ between runs.
     """
     return {path.name: path.read_bytes() for path in artifact.directory.glob("*.safetensors")}
 

@@ -121,7 +121,7 @@ print([str(warning.message) for warning in caught if "torch.compile failed" in s
 
 @pytest.mark.parametrize("broken", ["compiles_nothing", "is_no_compiler", "has_no_cache"])
 def test_a_broken_compiler_costs_a_warning_and_no_result(tmp_path: Path, broken: str) -> None:
-    """The check needs a new process, because torch remembers which compiler it found."""
+    """The codec runs in a new process, because torch remembers which compiler it has found."""
     cache, compiler = tmp_path / "cache", tmp_path / "c++"
     version = 'case "$1" in --version) echo "g++ 13.0.0"; exit 0;; esac\n' if broken == "compiles_nothing" else ""
     compiler.write_text(f"#!/bin/sh\n{version}exit 1\n")

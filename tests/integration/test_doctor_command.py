@@ -53,7 +53,7 @@ def test_stages_leave_the_bytes_that_it_predicts(smoke_run: Path, stage: str) ->
     record = artifacts.load(smoke_run / stage)
     weights = sum(size for name, size in record.files.items() if name.endswith(".safetensors"))
     predicted = artifacts.load(smoke_run / "doctor").details["needs"]["disk_bytes"]
-    # quantize hard-links sft's weights, so its weights take no disk space
+    # quantize hard-links sft's weights, so doctor predicts no bytes for them
     assert weights == pytest.approx(predicted["sft" if stage == "quantize" else stage], rel=0.05)
 
 

@@ -1,7 +1,7 @@
-"""The codec's kernels for GPUs round like a CPU, are few, and need little memory. No GPU is needed to see this.
+"""The codec's kernels for GPUs round like a CPU, are few, and need little memory. The tests need no GPU.
 
-A child process runs the codec on a pretended GPU (see kernels_for_gpus.py). Fake tensors have no values, so a function
-that reads from the GPU fails there. Compiling for four architectures takes minutes.
+A child process runs the codec on a pretended GPU (see kernels_for_gpus.py). Its tensors are fake and have no values,
+so a function that reads from the GPU fails. Compiling for four architectures takes minutes.
 """
 
 import importlib.util
@@ -20,9 +20,9 @@ from pipeline.numerics.compiled import can_compile
 ARCHITECTURES = (80, 90, 100, 120)
 STACK_20B, STACK_120B = 32 * 2880 * 5760, 128 * 2880 * 5760  # values
 INEXACT = re.compile(r"\.ftz|\.approx|\.full|^(div|rcp|sqrt|rsqrt|ex2|lg2|sin|cos|tanh)\b.*\.(f32|f64)|^fma")
-"""PTX that flushes subnormals to zero, approximates, divides floats, or rounds once where the codec rounds twice."""
+"""PTX instructions that flush subnormals to zero, approximate, divide floats, or round once instead of twice."""
 FUSED = re.compile(r"^(FFMA|DFMA|HFMA2\S*)|^F(ADD|MUL|SETP?|MNMX)\S*\.FTZ")
-"""Machine instructions of the kinds above. Kinds that are always visible in PTX are left out."""
+"""Machine instructions that fuse or flush in the same way. What is always visible in PTX is left out."""
 MOVE = re.compile(r"^\S+ \w+(\.reuse)?, -?RZ(\.H0_H0)?, RZ(\.H0_H0)?, ")
 """Fused instructions whose product is 0 * 0. ptxas uses them to move or negate values and to load constants."""
 
@@ -68,7 +68,7 @@ def test_no_kernel_approximates_flushes_or_fuses(report: dict[str, Any], archite
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids="sm_{}".format)
 def test_a_reciprocal_and_a_fused_product_would_be_found(report: dict[str, Any], architecture: int) -> None:
-    """These kernels are compiled with inductor's default options, which the codec must not use."""
+    """The kernels of `controls` are compiled with inductor's default options, which the codec must not use."""
     reciprocal, product = (code for code in report["controls"] if code["architecture"] == architecture)
     assert "div.full.f32" in inexact(reciprocal)
     assert "fma.rn.f32" in inexact(product)
@@ -100,9 +100,10 @@ def test_without_a_compiler_slabs_keep_the_memory_small(report: dict[str, Any]) 
 
 
 def test_a_stack_beyond_the_range_of_int32_gets_wide_indices(report: dict[str, Any]) -> None:
-    """Kernels that read or write values must not use 32-bit indices. Kernels on scales may: there are 32 times fewer.
+    """Kernels that read or write values must not use 32-bit indices.
 
-    The largest stack of gpt-oss-120b has 2.12e9 values, which is still below 2^31.
+    Kernels that only touch scales may use them, because a stack has 32 times fewer scales than values. The largest stack of
+    gpt-oss-120b has 2.12e9 values, which is still below 2^31.
     """
     found = report["rounding"]["more than int32"]["index_bits"]
     assert sum(bits == 64 for bits in found.values()) == 2

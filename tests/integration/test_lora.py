@@ -67,7 +67,7 @@ def test_merged_experts_are_what_the_quantizers_are_given(lora_run: Path, monkey
 def test_adapters_merge_to_base_plus_delta(lora_run: Path) -> None:
     """Compare with PEFT's documented formula: the delta of expert e is scale * B_e A_e.
 
-    A is (r E, in), and B is (out, r E).
+    For all experts together, A is stored as (r E, in), and B as (out, r E).
     """
     from safetensors.torch import load_file
 

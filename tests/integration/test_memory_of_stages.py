@@ -40,5 +40,5 @@ def test_no_weights_stay_in_memory_between_stages(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     left = json.loads(done.stdout.splitlines()[-1])
     assert len(left) >= 9  # a measurement after each stage
-    assert max(size for size, _ in left) < 1000  # bytes: a few scalars of libraries
+    assert max(size for size, _ in left) < 1000  # bytes; libraries keep a few scalars
     assert [names for _, names in left] == [[]] * len(left)

@@ -1,7 +1,7 @@
 """Every known defect of an export is detected and named.
 
 The trained model reveals all defects, the base model alone only some. `mutations.py` marks the defects that need the
-trained model. With only the base model, `verify` must report no problem for these defects.
+trained model. For these defects, `verify` with only the base model must report no problem.
 """
 
 import os
@@ -159,7 +159,7 @@ def test_good_export_in_another_layout_has_no_problems_and_is_recognized(
 
 @pytest.mark.parametrize("which", ["run", "square"])
 def test_good_export_has_no_problems_and_is_unchanged(which: str, request: pytest.FixtureRequest) -> None:
-    """This test runs after all mutations. It shows that no mutation wrote through a link to the good export."""
+    """This test runs after all mutations, so it shows that none of them wrote through a link to the good export."""
     good: Run = request.getfixturevalue(which)
     assert good.problems_with_model(good.export) == good.problems_with_base(good.export) == []
     assert artifacts.fingerprint_of(good.export)[0] == artifacts.load(good.export).fingerprint

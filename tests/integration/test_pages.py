@@ -15,7 +15,7 @@ from pipeline import __main__ as program
 README = ROOT / "README.md"
 SHELL = [block for page in PAGES for block in read_blocks(page) if block.language == "bash" and page != EXTENDING]
 MARKS = {".needs-gpu", ".needs-internet", ".needs-engine", ".needs-interruption", ".needs-time", ".runs-tests"}
-"""A block with one of these marks is not run here."""
+"""These tests do not run blocks that have one of these marks."""
 RUNNING = [block for block in SHELL if not block.marks]
 
 

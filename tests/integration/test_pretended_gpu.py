@@ -141,8 +141,8 @@ def results(run_dir: Path) -> dict[str, dict[str, float]]:
     return artifacts.load(run_dir / "evaluate").details["results"]
 
 
-# The GPU's path differs from the CPU's in the kernel of TRL's loss, which adds in another order. Autocast keeps more
-# operations in FP32 on GPUs.
+# On GPUs, TRL computes the loss with another kernel, which adds in another order, and autocast keeps more operations in
+# FP32.
 @pytest.mark.parametrize(("case", "tolerance"), [("answers", 1e-6), ("lora", 2e-3), ("full", 5e-3)])
 def test_losses_equal_those_of_the_cpu(case: str, tolerance: float, request: pytest.FixtureRequest) -> None:
     runs = request.getfixturevalue(case)
@@ -202,8 +202,8 @@ def test_answers_equal_those_of_the_cpu_after_and_during_training(answers: Runs)
 
 # --- host syncs -------------------------------------------------------------------------------------------------------
 
-# For each pass, with Triton. TRL reads five numbers. It also selects the supervised tokens with a mask, twice in the
-# forward pass and once in the backward pass.
+# TRL's syncs in one forward and backward pass with Triton's kernels. TRL reads five numbers. It also selects the
+# supervised tokens with a mask, twice in the forward pass and once in the backward pass.
 _TRL = {
     ("trl/trainer/sft_trainer.py", "item"): 5,
     ("trl/trainer/utils.py", "boolean index"): 2,
@@ -216,7 +216,7 @@ _TEACHER = ("pipeline/models/chunked_logits.py", "nonzero")
 
 
 def remaining(found: dict[tuple[str, str], float], known: dict[tuple[str, str], float]) -> dict[object, object]:
-    """Return the syncs for each step that exceed the known numbers."""
+    """Return the syncs in a step that happen more often than is known."""
     return {key: number for key, number in found.items() if number > known.get(key, 0)}
 
 

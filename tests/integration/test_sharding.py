@@ -20,8 +20,8 @@ from pipeline.runs.metrics import read_metrics
 
 ACCELERATE = ("accelerate.commands.launch", "--config_file=scripts/accelerate/processes.yaml", "--num_processes={}")
 STAGES = ("sft", "qat")
-# Global batches have 12 examples. All steps are in one epoch, because accelerate repeats examples to fill an epoch's
-# last batch.
+# Global batches have 12 examples. Training must end within the first epoch, because accelerate repeats examples to fill
+# the last batch of an epoch.
 SETTINGS = (
     "data.max_samples=80",
     "sft.learning_rate=3e-3",
@@ -75,7 +75,7 @@ class Case:
 
 
 def plain(recipe: str) -> Case:
-    """The recipe's SFT case without sharding. The recipe's other cases copy its run's earlier stages."""
+    """The recipe's SFT case without sharding. The recipe's other cases copy the earlier stages from its run."""
     return Case(recipe, "sft", "none")
 
 
@@ -113,7 +113,7 @@ class Runs:
 
 
 def begin(case: Case, done: Path, run_dir: Path) -> None:
-    """Make a run directory in which the stages before the case's stage are complete and the data is read."""
+    """Make a run directory with the tables of data, in which the stages before the case's stage are complete."""
     for part in (*BEFORE[case.stage], DIRECTORY):
         shutil.copytree(done / plain(case.recipe).name / part, run_dir / part)
 
@@ -152,7 +152,7 @@ def shared(one: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Interrupt and resume the cases with sharding, always with the same global batch.
 
     STAYING cases resume with two processes again. MOVED cases resume with three, started by accelerate. ALONE, which is
-    not sharded, moves from one process to two and back.
+    not sharded, moves from one process to two, and back to one.
     """
     runs = Runs(tmp_path_factory.mktemp("shared"), {})
     for case in (ALONE, *SHARDED):
@@ -242,8 +242,8 @@ def test_weights_cast_to_bf16_for_the_forward_pass_are_saved_in_bf16(precision: 
 def test_mixed_precision_computes_as_in_one_process(one: Runs, shared: Runs) -> None:
     """The residual stream and the reduced gradients are FP32. Only the weights for the forward pass are BF16."""
     found, alone = losses(shared.directory / "mixed_bf16", "sft"), losses(one.of(MIXED.alone), "sft")
-    assert found[:2] == pytest.approx(alone[:2], rel=2e-6)  # before the first step, and of the first two steps
-    assert found[2] == pytest.approx(alone[2], rel=1e-3)  # one process has FP32 embeddings and norms
+    assert found[:2] == pytest.approx(alone[:2], rel=2e-6)  # validation before step 1, and training in steps 1 and 2
+    assert found[2] == pytest.approx(alone[2], rel=1e-3)  # only a single process keeps embeddings and norms in FP32
 
 
 @pytest.mark.parametrize("case", [TAUGHT, ADAPTED_QAT], ids=lambda case: case.name)

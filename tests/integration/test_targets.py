@@ -30,7 +30,7 @@ ORIGINAL_KEYS = {
     *("swiglu_limit", "head_dim", "num_attention_heads", "num_key_value_heads", "sliding_window"),
     *("initial_context_length", "rope_theta", "rope_scaling_factor", "rope_ntk_alpha", "rope_ntk_beta"),
 }
-"""Fields of gpt-oss 0.0.9's ModelConfig. This class takes the keys of config.json as arguments."""
+"""Fields of the class ModelConfig in gpt-oss 0.0.9, which takes the keys of config.json as arguments."""
 
 Tensors = dict[str, Tensor]
 
@@ -188,7 +188,7 @@ def problems_of(report: dict) -> list[str]:
 
 
 def dequantize_experts(tensors: Tensors, name: str) -> Tensor:
-    """Decode experts with ModelOpt, and stack them to (E, in, out). ModelOpt takes one tensor scale at a time."""
+    """Decode experts with ModelOpt one by one, because it takes one tensor scale. Return them as (E, in, out)."""
     packed = tensors[name].transpose(1, 2)
     scales = tensors[f"{name}_weight_scale"].transpose(1, 2)
     experts = []
@@ -211,7 +211,7 @@ def test_weights_without_training_are_counted_as_copied(smoke_run: Path, tmp_pat
 def test_experts_of_nvfp4_that_did_not_move_do_not_depend_on_those_that_did(
     rule: str, smoke_run: Path, tmp_path: Path
 ) -> None:
-    """Each expert has its own tensor scale. The rule `mse` keeps the values of MXFP4, and `nearest` changes some."""
+    """Each expert has its own tensor scale. The rule `mse` keeps all values of MXFP4, and `nearest` changes some."""
     plain = Path(shutil.copytree(smoke_run / "upcast", tmp_path / "plain"))
     (plain / artifacts.ARTIFACT_FILE).unlink()
     for path in plain.glob("*.safetensors"):

@@ -52,8 +52,8 @@ def test_the_main_process_uses_all_cores_only_while_it_works_alone(tmp_path: Pat
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     cores = len(os.sched_getaffinity(0))
     assert json.loads(results.read_text(encoding="utf-8")) == {
-        "_upcast": [cores],  # the upcast decodes on the main process
-        "_publish": [cores, cores],  # of both stages
+        "_upcast": [cores],  # only the main process decodes in the upcast
+        "_publish": [cores, cores],  # once in each of the two stages
         "train": [1],  # as OMP_NUM_THREADS says
         "after": [1],
     }

@@ -33,7 +33,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="module")
 def shared(one: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Interrupt all cases once with two processes. STAYED cases resume with two processes, MOVED cases with three."""
+    """Run and interrupt all cases with two processes. Then resume STAYED cases with two, and MOVED cases with three."""
     runs = Runs(tmp_path_factory.mktemp("zero"), {})
     begun, ended = [], []
     for case in (*CASES, KEPT, KEPT_MOVED):

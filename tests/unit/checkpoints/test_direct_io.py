@@ -76,7 +76,7 @@ def forget(path: Path) -> None:
 
 def skip_unless_on_disk(path: Path) -> None:
     """Evict a file from the page cache. Skip the test if direct I/O does not work or the file is in memory (tmpfs)."""
-    for _ in range(20):  # the kernel may keep a page for a moment
+    for _ in range(20):  # several tries, because the kernel may keep a page for a moment
         forget(path)
         if supports_direct(path, os.O_RDONLY) and is_evicted(path):
             forget(path)
@@ -88,7 +88,7 @@ def skip_unless_on_disk(path: Path) -> None:
 def is_evicted(path: Path) -> bool:
     """Return whether the beginning of a file is missing from the page cache.
 
-    The check itself may load the beginning.
+    The check itself may load the beginning into the page cache.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -139,7 +139,7 @@ def write(path: Path, disk: ThreadPoolExecutor, data: bytes, step: int) -> int:
     for start in range(0, len(data), step):
         part = bytearray(data[start : start + step])
         file.append(part)
-        part[:] = bytes(len(part))  # the file must have made its own copy of the part
+        part[:] = bytes(len(part))  # `file` must hold a copy of the part by now
     file.finish()
     file.close()
     return file.size
@@ -226,7 +226,7 @@ def test_a_read_returns_the_bytes_of_the_file(
         part = file.read(offset, size)
         assert part.tobytes() == data[offset : offset + size]  # at the end of the file the part is shorter than `size`
         assert part.ctypes.data % 8 == 0
-        part[:] = 0  # writing to the part must not change the file
+        part[:] = 0  # this must not change what the next read returns
     file.close()
 
 

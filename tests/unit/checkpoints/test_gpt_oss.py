@@ -81,7 +81,7 @@ def shapes_of(tensors: dict[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
 
 
 def test_all_sizes_of_the_tiny_model_differ(shape: Shape) -> None:
-    """The tests below need this: with equal sizes, a transposed tensor would have the right shape."""
+    """The tests below need different sizes, because with equal sizes a transposed tensor would have the right shape."""
     widths = (
         shape.hidden_size,
         shape.intermediate_size,

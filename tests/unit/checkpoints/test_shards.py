@@ -94,7 +94,7 @@ STACK_BYTES = 6 * 10
 
 @pytest.fixture
 def stacks() -> dict[str, Tensor]:
-    """Tensors that fill one shard each under the limit STACK_BYTES."""
+    """Tensors of which each fills one shard if the limit is STACK_BYTES."""
     torch.manual_seed(1)
     return {name: random_bytes(6, 10) for name in STACKS}
 
@@ -120,7 +120,7 @@ def test_parts_give_the_same_file_as_whole_tensors(rows: int, tmp_path: Path, te
 
 
 def test_a_step_may_make_parts_of_several_tensors(tmp_path: Path) -> None:
-    """The export does this: it makes the blocks of each expert, and the scales of all experts at the end."""
+    """The export makes the blocks of one expert after the other, and the scales of all experts in the last step."""
     torch.manual_seed(0)
     blocks, scales = random_bytes(5, 4, 16), random_bytes(5, 4)
 
@@ -508,7 +508,7 @@ def test_the_error_of_a_full_disk_says_what_to_do(
 def test_a_full_disk_at_fsync_gives_the_same_error(
     sync_bytes: int, tmp_path: Path, stacks: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NFS and file systems with delayed allocation fail only at fsync, in the middle or at the end of a file."""
+    """NFS, and file systems with delayed allocation, report a full disk only at fsync, within a file or at its end."""
     monkeypatch.setattr(direct_io, "_SYNC_BYTES", sync_bytes)
     monkeypatch.setattr(direct_io, "_BUFFER_BYTES", 16)
     monkeypatch.setattr(direct_io, "_DIRECT", 0)

@@ -1,1 +1,1 @@
-"""Tests of pipeline.config. This is a package, so its conftest does not clash with another directory's."""
+"""Tests of pipeline.config. They are in a package, so that their conftest.py does not clash with the one in tests/."""

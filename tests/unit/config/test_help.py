@@ -27,7 +27,7 @@ def help_text() -> str:
 
 
 def documented_settings() -> dict[str, dict[str, str | None]]:
-    """Read section -> setting -> meaning from the source text. Fields that are sections are left out.
+    """Return section -> setting -> meaning, read from the source text. Fields that hold a section are left out.
 
     The meanings of verify.python come from the table of engines, because the class of verify.python has no source text.
     """
@@ -119,7 +119,7 @@ def test_the_help_is_shown_despite_other_arguments(arguments: list[str], capsys:
 
 
 def seconds_of_children() -> float:
-    """Return the processor time of all child processes that have ended. This time does not depend on other load."""
+    """Return the processor time of all child processes that have ended. Other load does not change it."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

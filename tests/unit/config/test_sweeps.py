@@ -14,7 +14,7 @@ from pipeline.runs.building import build
 from pipeline.runs.run import Run
 
 SWEEP = ("recipe=smoke", "qat.learning_rate=1e-3", "format=mxfp4,nvfp4", "qat.learning_rate=choice(5e-5)")
-"""Two jobs. A `choice` with only one value also counts as a sweep."""
+"""A sweep with two jobs. `choice` makes a setting part of the sweep, even with only one value."""
 
 
 @pytest.fixture

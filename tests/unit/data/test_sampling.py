@@ -1,4 +1,4 @@
-"""Shares of a blend, the seeded choice of rows, and the split, all on row numbers."""
+"""Shares of a blend, the seeded choice of rows, and the split. All of them work on row numbers."""
 
 from collections import Counter
 from fractions import Fraction

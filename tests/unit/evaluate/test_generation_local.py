@@ -63,7 +63,7 @@ def without_cache(model: Local, question: Question, length: int) -> str:
 
 def test_answers_of_a_batch_equal_those_of_a_loop_without_cache_and_padding(greedy: Local, tmp_path: Path) -> None:
     lengths = {len(ids) for ids in greedy.token_ids(questions(PROMPTS, 1))}
-    assert len(lengths) > 3 and max(lengths) > 2 * 16  # so some are padded, and some exceed the sliding window
+    assert len(lengths) > 3 and max(lengths) > 2 * 16  # some prompts are padded, some exceed the window
     for answer, question in zip(ask(greedy, tmp_path), questions(PROMPTS, 1), strict=True):
         assert answer.completion == without_cache(greedy, question, GREEDY.max_new_tokens)
         assert (answer.finish, answer.tokens, answer.seed) == ("length", GREEDY.max_new_tokens, None)

@@ -83,7 +83,7 @@ def test_the_divergence_of_the_likeliest_tokens_is_a_lower_bound_that_rises_with
         monkeypatch.setattr(logits, "TOP", top)
         found.append(score(model(1), model(0), tmp_path / str(top))["kl_divergence"])
     assert found[0] > 0 and found[:4] == sorted(found[:4])
-    assert found[-2] == pytest.approx(found[-1], rel=1e-6)  # one token is outside the top, so merging changes nothing
+    assert found[-2] == pytest.approx(found[-1], rel=1e-6)  # one token is outside the top, so none are merged
 
 
 def test_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,7 @@ def test_the_interval_is_not_empty_if_models_never_differ() -> None:
 
 
 def test_holm_gives_the_published_example() -> None:
-    # The sorted p-values are multiplied: 0.01 * 4, 0.02 * 3, 0.03 * 2, 0.04 * 1. No product is below an earlier one.
+    # The products are 0.01 * 4, 0.02 * 3, 0.03 * 2 and 0.04 * 1. A product below an earlier one is raised to it.
     assert holm(np.array([0.02, 0.01, 0.04, 0.03])) == pytest.approx([0.06, 0.04, 0.06, 0.06])
 
 
@@ -125,7 +125,7 @@ def test_holm_stays_below_one_and_accepts_no_tests() -> None:
     ],
 )
 def test_a_significant_difference_needs_at_least_six_prompts_of_one_kind(wins: int, losses: int, said: str) -> None:
-    """If one model wins every prompt that differs, 6 prompts give p = 2 / 2^6 = 0.031, and 5 give 2 / 2^5 = 0.0625."""
+    """If one model wins all n prompts on which two models differ, p = 2 / 2^n: 0.031 for n = 6, and 0.0625 for n = 5."""
     assert statistics.verdict(*outcomes(94 - losses, wins, losses, 6 - wins)) == said
 
 

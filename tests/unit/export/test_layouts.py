@@ -37,7 +37,7 @@ class InMemory:
 
 
 class InMemoryGguf(InMemory):
-    """A GGUF file in memory. `read` returns bytes: the size of the last dimension is the bytes of a row."""
+    """A GGUF file in memory. `read` returns bytes, so the last dimension of its result runs over the bytes of a row."""
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         part = self.stored[name][rows].contiguous()

@@ -61,7 +61,7 @@ def test_loss_and_gradients_are_the_same_as_with_all_logits_at_once(how: str) ->
             torch.manual_seed(2)
             student = get_peft_model(student, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
         if how == "split by ZeRO-3":
-            student.get_output_embeddings().weight.ds_id = 0  # marks it as sharded, so only its own module may use it
+            student.get_output_embeddings().weight.ds_id = 0  # marks the weight as sharded: only its module may use it
         loss = of(student) if of else whole_loss(student, model(1), 0.5, 2.0)
         loss.backward()
         found.append((loss.detach(), {name: p.grad for name, p in student.named_parameters() if p.grad is not None}))

@@ -87,7 +87,7 @@ def results(
 
 
 def with_adapters(model: Any, lora: LoraConfig, is_factored: bool) -> Any:
-    """Attach adapters with random factors. Also train the experts' biases, routers, norms and embeddings."""
+    """Attach adapters with random factors. The experts' biases, routers, norms and embeddings are trainable too."""
     model = adapters.attach(model, TrainConfig(lora=lora), "sft", is_factored=is_factored)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -104,9 +104,9 @@ def distances(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, f
 
 
 def of_all_gradients(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """Compute the relative distance between two sets of gradients, each taken as one vector.
+    """Join all gradients of each set to one vector, and compute the relative distance between the two vectors.
 
-    The distance of a single small gradient, such as the sinks', varies too much.
+    Distances between single small gradients, such as those of the sinks, would vary too much for a test.
     """
     names = [name for name in truth if name != "loss"]
     whole, true = (torch.cat([each[name].double().flatten() for name in names]) for each in (found, truth))
@@ -217,7 +217,7 @@ def test_in_one_layer_factored_gradients_differ_from_base_plus_delta_by_a_millio
         return {"states": states.grad, **trained}
 
     found = gradients(torch.float32, implementation, is_factored=True)
-    assert len(found) == 9  # states, four factors, two biases, and weights and biases of the router
+    assert len(found) == 9  # states, four factors, two biases of experts, and the router's weight and bias
     assert max(distances(found, gradients(torch.float64, EAGER, is_factored=False)).values()) < 1e-6
 
 

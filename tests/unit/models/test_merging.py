@@ -72,7 +72,7 @@ def adapt(base: Path, directory: Path, dtype: torch.dtype, rank: int) -> Adapted
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A function that returns a tiny model with the given sizes. Each model is made only once."""
+    """A function that returns the directory of a tiny model with the given sizes. Each model is made only once."""
     root = tmp_path_factory.mktemp("merging")
 
     def make(**sizes: int) -> Path:
@@ -203,7 +203,7 @@ def test_only_adapted_weights_are_in_the_merger(adapted: Callable[..., Adapted])
     assert {name for name in layout if name in merger} == {*STACKS, *ATTENTION}
 
 
-STEP_SIZES = (1, 5_000, 50_000, 100_000, 10**9)  # bytes; they set how many rows a part has
+STEP_SIZES = (1, 5_000, 50_000, 100_000, 10**9)  # bytes that one step may take; they determine the number of rows in a part
 
 
 def assert_covered_once(parts: list[slice], rows: int) -> None:
@@ -305,7 +305,7 @@ def test_training_under_autocast_rounds_the_weights_that_are_merged_for_the_expo
 
 
 def test_another_order_of_summation_changes_few_merged_weights_and_hardly_a_rounded_one() -> None:
-    """Export and verify merge on the CPU. Training on a GPU may sum the products of a delta in another order."""
+    """Export and verify merge on the CPU. Training on a GPU may sum the products that make a delta in another order."""
     experts, rank, width = 2, 8, 288
     generator = torch.Generator().manual_seed(0)
     base = fake_quantize(0.02 * torch.randn(experts, width, width, generator=generator), MXFP4).transpose(1, 2)

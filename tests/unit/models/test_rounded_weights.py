@@ -106,7 +106,7 @@ def test_a_cpu_needs_no_flag_because_the_codec_raises_at_once() -> None:
 
 
 def test_a_flag_that_the_codec_has_set_stops_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test uses a CPU in place of a GPU. For one device, `flag` returns the same tensor each time."""
+    """The test uses a CPU in place of a GPU. Both calls of `flag` return the same tensor."""
     monkeypatch.setattr(rounded_weights, "_CHECKED_AT_ONCE", frozenset())
     found, device = NonFinite(), torch.device("cpu")
     weights = torch.ones(2, 32)

@@ -15,7 +15,7 @@ from pipeline.numerics.compiled import Compilation, can_compile, compilation
 
 Kernel = Callable[..., Tensor]
 Calls = list[str]
-LARGE = 1 << 16  # values; work on tensors with fewer values is not counted
+LARGE = 1 << 16  # values; calls with smaller tensors do not count towards compilation
 
 has_compiler = pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler on this machine")
 
@@ -104,7 +104,7 @@ def test_a_test_or_a_small_model_never_waits_for_a_compiler() -> None:
 
 
 def test_weights_are_compiled_for_their_shape_and_activations_for_any(doubled: Kernel, calls: Calls) -> None:
-    """The memory order tells them apart. Lanes are contiguous in weights, and blocks are contiguous in activations."""
+    """The memory order tells them apart: in weights the lanes are contiguous, in activations the blocks are."""
     with compilation(Compilation.always):
         doubled(torch.ones(4, 3))
         doubled(torch.ones(3, 4).t())
@@ -144,7 +144,7 @@ def test_a_failing_compiler_gives_one_warning_and_the_work_continues(broken: Ker
 
 
 def test_kernels_record_no_gradients(doubled: Kernel) -> None:
-    """Kernels run without gradients, so one compiled form serves both grad modes. The codec adds its own gradient."""
+    """Kernels record no gradient, because the codec defines its own. So one compiled form serves both grad modes."""
     weight = torch.ones(3, requires_grad=True)
     for mode in (Compilation.never, Compilation.always):
         with compilation(mode):
@@ -205,7 +205,7 @@ def test_a_compiled_kernel_gives_the_bits_of_the_eager_one() -> None:
     significand = 1 + torch.randint(0, 8, (2, 3, 37), generator=generator) / 8
     eager = kernels.round_blocks(values, inverse, significand, significand / inverse)
     with compilation(Compilation.always), warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # a compiler that fails causes such a warning
+        warnings.simplefilter("error", UserWarning)  # the program warns so if the compiler fails
         found = kernels.round_blocks(values, inverse, significand, significand / inverse)
     assert torch.equal(found.view(torch.int16), eager.view(torch.int16))
 

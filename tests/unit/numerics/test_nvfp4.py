@@ -1,4 +1,4 @@
-"""NVFP4 and the conversion from MXFP4 agree with ml_dtypes, exact fractions, and ModelOpt's quantizer and decoder.
+"""NVFP4, and the conversion from MXFP4, agree with ml_dtypes, with exact fractions and with ModelOpt.
 
 Tests compare bits, so the sign of a zero matters, except where an oracle drops it. Legend: nb = number of blocks of a
 row.
@@ -112,7 +112,7 @@ def test_ties_go_to_even_and_the_floats_beside_them_to_different_codes(
     codes = torch.zeros(32, dtype=torch.uint8)
     codes[:15] = torch.tensor([7, *EVEN_CODES, *range(7)])
     codes[16:24] = torch.tensor([7, *range(1, 8)])
-    codes[:] += 8 if sign < 0 else 0  # zeros too, because -1 * 0.0 is -0.0
+    codes[:] += 8 if sign < 0 else 0  # also the codes of zeros, because -1 * 0.0 is -0.0
     assert torch.equal(codes_of(blocks).flatten(-2), codes.expand(126, -1))
 
 
@@ -149,7 +149,7 @@ def test_bf16_weights_are_quantized_as_in_modelopt_under_the_same_tensor_scale()
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("units", [(2.0**-12, 2.0**3), (0.0371, 1.7e-5)], ids=["powers_of_two", "others"])
 def test_decoding_equals_modelopts_decoding(dtype: torch.dtype, units: tuple[float, float]) -> None:
-    """Test powers of two as tensor scales, and others, because other tools use the tensor scale amax / (6 * 448).
+    """Test tensor scales that are powers of two, and others, because other tools use amax / (6 * 448).
 
     ModelOpt decodes -0 as 0.
     """
@@ -207,7 +207,7 @@ def test_zeros_and_values_that_round_to_zero_keep_their_sign(dtype: torch.dtype)
 def test_subnormal_weights_become_zeros_with_their_sign(dtype: torch.dtype) -> None:
     """The tensor scale is at least 2^-110, so that its products with block scales are normal floats.
 
-    The smallest product is then 2^-119, and values up to a quarter of this product become zero.
+    Under the tensor scale 2^-110 the smallest product is 2^-119, and values up to a quarter of it become zero.
     """
     values = torch.tensor([2.0**-130, -(2.0**-127)] * 8, dtype=dtype)
     assert_same_bits(fake_quantize(values, NVFP4), torch.tensor([0.0, -0.0] * 8, dtype=dtype))
@@ -306,7 +306,7 @@ def test_modelopt_decodes_converted_weights_to_the_same_values() -> None:
 
 @pytest.mark.parametrize("scale_bytes", [range(90, 120), range(30), range(14), range(220, 255)], ids=str)
 def test_blocks_out_of_range_are_rounded_and_the_changed_ones_are_counted(scale_bytes: range) -> None:
-    """Some blocks out of range do not change, because a larger scale represents their values exactly.
+    """Some blocks whose scales are out of range keep their values, because another scale represents them exactly.
 
     Scales near 2^-127 are tested too.
     """
@@ -361,7 +361,7 @@ def test_half_a_block_of_zeros_does_not_widen_the_range() -> None:
     blocks[0, 1, :8] = 0
     scales = torch.tensor([[127, 110]], dtype=torch.uint8)
     assert mxfp4_to_nvfp4(blocks, scales).changed_blocks == 0
-    scales[0, 1] = 109  # now the half of block 1 that is not zero is out of range
+    scales[0, 1] = 109  # now the scale of block 1 is out of range, and one half of this block is not zero
     assert mxfp4_to_nvfp4(blocks, scales).changed_blocks == 1
 
 

@@ -36,8 +36,8 @@ def test_a_ratio_has_the_bits_of_a_division_for_all_normal_powers_with_a_normal_
 def test_reciprocals_are_exact_for_every_tensor_scale(rule: str) -> None:
     """The codec takes the reciprocal of tensor scales.
 
-    A tensor scale depends only on the exponent of the largest magnitude, and on whether the mantissa exceeds 1.3125
-    (1.75 under mse).
+    A tensor scale depends only on the exponent of the largest magnitude, and on whether its mantissa exceeds 1.3125
+    (1.75 under mse). So these magnitudes give every tensor scale.
     """
     magnitudes = torch.cat([powers(range(-149, 128)) * factor for factor in (1.0, 1.3125, 1.5, 1.75, 1.9921875)])
     values = torch.zeros(len(magnitudes), 1, 16)
@@ -50,7 +50,7 @@ def test_reciprocals_are_exact_for_every_tensor_scale(rule: str) -> None:
 
 @pytest.mark.parametrize("exponent", [-149, -126, -100, 0, 60, 127])
 def test_importance_of_any_size_becomes_whole_numbers(exponent: int) -> None:
-    """The largest number of a block lies between 2^15 and 2^16, and the others are in proportion."""
+    """The largest importance in a block becomes a number from 2^15 to 2^16. The others are scaled by the same factor."""
     importance = torch.zeros(64)
     importance[3], importance[5], importance[40] = 2.0**exponent, 2.0 ** max(exponent - 3, -149), 0.0
     weights = error_weights(importance, torch.empty(1, 2, 32, 1)).flatten()

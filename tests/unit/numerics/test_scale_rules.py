@@ -93,7 +93,7 @@ def nearest_e4m3(exact: Fraction) -> int:
 def maxima_around_e4m3(dtype: torch.dtype) -> Tensor:
     """Make maxima of blocks: six times every e4m3 value and midpoint, with the floats next to each product.
 
-    All BF16 values from 2^-13 to 2^13 follow.
+    The last maxima are all BF16 values from 2^-13 to 2^13.
     """
     midpoints = [(a + b) / 2 for a, b in pairwise(E4M3)]
     sixfold = torch.tensor([float(6 * value) for value in (*E4M3[1:], *midpoints)], dtype=dtype)
@@ -208,7 +208,7 @@ def test_ceil_and_floor_of_e4m3_are_the_values_above_and_below_a_sixth_of_the_ma
 def test_the_scale_byte_of_e4m3_is_never_zero_or_nan(dtype: torch.dtype, rule: str) -> None:
     """Values are divided by the scale, so the scale must not be zero.
 
-    Blocks of zeros, and blocks far below the range, have byte 1.
+    Blocks of zeros, and blocks of values far below the range of e4m3, get the scale byte 1.
     """
     maxima = torch.cat([torch.zeros(2), torch.exp2(torch.arange(-133, 128).float())]).to(dtype)
     for unit in (2.0**-110, 2.0**-40, 1.0, 2.0**100):
@@ -252,7 +252,7 @@ def test_every_matrix_has_its_own_tensor_scale_and_mxfp4_has_none() -> None:
 
 @pytest.mark.parametrize("rule", SCALE_RULES[ScaleType.e4m3])
 def test_no_block_needs_more_than_the_largest_e4m3_scale(rule: str) -> None:
-    """So the range of e4m3 never limits a scale, and no block saturates for this reason."""
+    """So no scale is too large for e4m3, and no block saturates for this reason."""
     generator = torch.Generator().manual_seed(3)
     values = torch.rand(4000, 1, 16, generator=generator) * torch.exp2(torch.linspace(-30, 30, 4000))[:, None, None]
     block_format = NVFP4.with_rule(rule)
@@ -279,11 +279,11 @@ def candidates_by_hand(amax: float, block_format: BlockFormat, unit: float) -> t
 
 
 def weighted_error(values: np.ndarray, scale: float, weights: np.ndarray) -> tuple[float, float]:
-    """Compute the squared error under a scale, and its tolerance.
+    """Compute the squared error of a block under a scale, and the tolerance of this error.
 
-    The codec rounds each error to 1/64 of a unit. A unit is the power of two at or below the scale. So an error e is
-    off by at most h = unit / 128, and its square by at most 2 e h + h^2. The codec also rounds the
-    importance weights, unless all weights of a block are equal: each is off by at most 2^-15 of the largest one.
+    The codec rounds each error to 1/64 of a unit. A unit is the largest power of two that does not exceed the scale.
+    So an error e is off by at most h = unit / 128, and its square by at most 2 e h + h^2. If the importance weights of
+    a block differ, the codec rounds them too: each is then off by at most 2^-15 of the largest one.
     """
     magnitudes = np.asarray(E2M1_MAGNITUDES) * scale
     errors = np.abs(np.abs(values)[:, None] - magnitudes).min(axis=1)
@@ -324,7 +324,7 @@ def choices(values: Tensor, block_format: BlockFormat, importance: Tensor | None
 def test_mse_chooses_the_candidate_with_the_smaller_error(
     block_format: BlockFormat, dtype: torch.dtype, is_weighted: bool
 ) -> None:
-    """The codec rounds errors to 1/64 of a unit. So errors are compared with the tolerance in `Choice`."""
+    """The codec rounds errors to 1/64 of a unit, so the comparison of two errors needs the tolerance in `Choice`."""
     values = random_values((25, 320), dtype)
     importance = torch.rand(320, generator=torch.Generator().manual_seed(4)) ** 4 if is_weighted else None
     found = choices(values, block_format.with_rule("mse"), importance)
@@ -338,7 +338,7 @@ def test_mse_chooses_the_candidate_with_the_smaller_error(
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_mse_is_never_worse_than_a_candidate_by_more_than_the_resolution(dtype: torch.dtype) -> None:
-    """For e8m0, the scale of the rule ceil is a candidate. The error of a value is off by at most 1/128 of a unit."""
+    """For e8m0, one candidate is ceil's scale. The codec's error of a value is off by at most unit / 128."""
     values = random_values((50, 320), dtype)
     blocks = values.double().unflatten(-1, (-1, 32))
 
@@ -353,14 +353,14 @@ def test_mse_is_never_worse_than_a_candidate_by_more_than_the_resolution(dtype: 
 
 
 def test_the_first_of_two_equally_good_candidates_is_chosen() -> None:
-    seven = torch.tensor([7.0] + [0.0] * 31)  # 8 under ceil and 6 under the next smaller scale: both are off by 1
+    seven = torch.tensor([7.0] + [0.0] * 31)  # 8 under ceil, or 6 under the next smaller scale: both are off by 1
     assert bytes_of(encode(seven, MXFP4.with_rule("mse"))[1]) == [128]
     twelve = torch.tensor([12.0] + [0.0] * 15)  # 6 * 2 and 4 * 3 are both exact
     assert bytes_of(encode(twelve, NVFP4.with_rule("mse"), torch.ones(()))[1]) == [E4M3.index(Fraction(2))]
 
 
 def test_importance_moves_the_choice_to_the_values_that_matter() -> None:
-    """Under ceil, 8 is exact and halves become zeros. Under the next smaller scale, halves are exact and 8 is not."""
+    """Under ceil, 8 is exact and 0.5 becomes 0. Under the next smaller scale, 0.5 is exact and 8 is not."""
     values = torch.tensor([8.0] + [0.5] * 31)
     on_the_eight, on_the_halves = torch.full((32,), 1e-3), torch.full((32,), 1e-3)
     on_the_eight[0], on_the_halves[1:] = 1.0, 1.0
@@ -426,7 +426,7 @@ def test_storage_order_is_kept_and_changes_no_bit(block_format: BlockFormat, dty
 
 @pytest.mark.parametrize("block_format", RULES.values(), ids=RULES)
 def test_slabs_change_no_bit(block_format: BlockFormat, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Test slabs of several experts, of one expert, of some rows of blocks, and of some lanes."""
+    """Test slabs that hold several experts, one expert, some rows of blocks, or some lanes."""
     values = random_values((3, 4, 96), torch.bfloat16)
     importance = torch.rand(3, 96, generator=torch.Generator().manual_seed(5))
     unit = tensor_scale(values, block_format)
@@ -444,10 +444,10 @@ def test_slabs_change_no_bit(block_format: BlockFormat, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("block_format", RULES.values(), ids=RULES)
 def test_rounding_a_rounded_result_changes_nothing(block_format: BlockFormat, dtype: torch.dtype) -> None:
-    """Only scales with full precision are tested. Subnormals of e4m3 have less precision.
+    """Only scales with full precision are tested, so no subnormals of e4m3.
 
-    A block gets a subnormal scale if its maximum is below about 2^-14 of the matrix's maximum. Such blocks are not
-    tested.
+    A block gets a subnormal scale if its maximum is below about 2^-14 of the matrix's maximum. The test has no such
+    blocks.
     """
     once = fake_quantize(random_values((3, 40, 320), dtype), block_format)
     assert_same_bits(fake_quantize(once, block_format), once)
@@ -463,9 +463,9 @@ def test_rules_of_e8m0_do_not_change_values_on_the_mxfp4_grid(block_format: Bloc
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("lowest", [20, 119, 230])
 def test_mse_of_e4m3_does_not_change_values_on_the_mxfp4_grid(lowest: int, dtype: torch.dtype) -> None:
-    """If the largest code of a block is below 4, the e4m3 scale can be up to 2^3 smaller than the MXFP4 scale.
+    """If the largest code of a block is below 4, the e4m3 scale can be up to 2^3 times smaller than the MXFP4 scale.
 
-    So the blocks with 15 MXFP4 scales use all 18 powers of two of e4m3.
+    With 15 different MXFP4 scales, the blocks therefore use all 18 powers of two of e4m3.
     """
     values = on_the_mxfp4_grid(dtype, range(lowest, lowest + 15))
     assert_same_bits(fake_quantize(values, NVFP4.with_rule("mse")), values)

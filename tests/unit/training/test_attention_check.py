@@ -32,7 +32,7 @@ def online(
 ) -> tuple[Tensor, None]:
     """Compute attention correctly, but in another way than eager.
 
-    As in fused kernels, the sink rescales the result of the softmax.
+    The softmax leaves out the sink, which then rescales the result, as in fused kernels.
     """
     scores = query @ repeat_heads(module, key).transpose(2, 3) * scaling + mask
     log_sum = scores.logsumexp(-1, keepdim=True)

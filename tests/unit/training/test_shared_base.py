@@ -29,7 +29,7 @@ from pipeline.training.distillation import Teacher
 IDS = torch.randint(1, 200, (2, 12), generator=torch.Generator().manual_seed(1))
 BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 CHOSEN = torch.ones_like(IDS, dtype=torch.bool)
-KERNEL = ExpertsImplementation.eager  # the kernel for which transformers' and ModelOpt's forward add in the same order
+KERNEL = ExpertsImplementation.eager  # with it, transformers and ModelOpt add in the same order
 EVERYTHING = LoraConfig(targets=[LoraTarget.attention, LoraTarget.experts])
 ONE_LAYER = LoraConfig(targets=[LoraTarget.experts], layers=[1])
 
@@ -59,7 +59,7 @@ def adapt(model: Any, lora: LoraConfig, seed: int) -> Any:
 
 
 def make_sft(base: Path, directory: Path, lora: LoraConfig | None, dtype: torch.dtype) -> ModelRef:
-    """Save random adapters. If `lora` is None, SFT has trained all weights, and its model is the base."""
+    """Make an SFT model: the base with random adapters, or, if `lora` is None, the base itself, as if fully trained."""
     if lora is None:
         return ModelRef("sft", base, base, dtype=dtype)
     adapt(loading.load_plain(base, dtype), lora, seed=4).save_pretrained(str(directory))
