@@ -40,7 +40,10 @@ def eager_mask(is_real: Tensor, documents: Tensor, window: int | None, dtype: to
 
 
 def inputs(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-    """Make queries, keys, values and sinks, and a gradient of the output (B, T, N, d). BF16 represents all values exactly."""
+    """Make queries, keys, values and sinks, and a gradient of the output (B, T, N, d).
+
+    BF16 represents all values exactly.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:

@@ -9,8 +9,8 @@ _KEPT_BYTES = 1 << 30
 def keep_freed_memory() -> None:
     """Keep the memory of freed tensors for new ones, so that the kernel does not have to zero pages again.
 
-    This helps a conversion, which creates and frees many tensors of equal size. Without it, page faults take a quarter of
-    the conversion's time on a CPU.
+    This helps a conversion, which creates and frees many tensors of equal size. Without it, page faults take a quarter
+    of the conversion's time on a CPU.
     The function does nothing if the C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -52,8 +52,8 @@ class EvaluatedRun:
     def stage_dir(self, stage: str) -> Path | None:
         """Return the directory of a complete stage, or None.
 
-        The stage may be in the run that `base_run` names. A stage of that run is ignored if it was rebuilt after this run
-        was evaluated.
+        The stage may be in the run that `base_run` names. A stage of that run is ignored if it was rebuilt after this
+        run was evaluated.
         """
         if (self.directory / stage / ARTIFACT_FILE).is_file():
             return self.directory / stage

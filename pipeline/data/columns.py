@@ -27,8 +27,8 @@ class Columns:
             key: key of the data set's settings, for messages. Examples: `data`, `data.blend[0]`.
             data: settings of the data set. Only `path`, `columns`, `roles` and `filter` are used.
             expected: name of a value that scorers need -> column that holds the value.
-            expected_key: key of the setting that names such a column, for messages. In the key, {} stands for the name of
-                the value.
+            expected_key: key of the setting that names such a column, for messages. In the key, {} stands for the name
+                of the value.
         """
         self._key = key
         self._data = data

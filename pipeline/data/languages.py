@@ -2,8 +2,8 @@
 
 The classifier is confident about any input, even code and numbers. So code and numbers are removed first, and the
 remaining text must be long enough. Each sentence is classified and votes for one language. The weight of a vote is the
-number of bytes of the sentence's letters, so a short quotation does not decide the result. A text in two languages counts as
-mixed. Sentences that are classified with low confidence do not vote.
+number of bytes of the sentence's letters, so a short quotation does not decide the result. A text in two languages
+counts as mixed. Sentences that are classified with low confidence do not vote.
 
 The confidence threshold comes from a measurement (scripts/measure_scorers, 2026-11-22). The classifier was tested on
 sentences of MGSM in seven languages, with 33 languages to choose from. Without a threshold, it was wrong for 22 of

@@ -64,7 +64,8 @@ def split(identities: Numbers, held_out: int) -> tuple[Numbers, Numbers]:
 
     Args:
         identities: one number per row. Copies of a row have the same number.
-        held_out: number of validation rows. All copies of the last validation row are added, so there may be a few more.
+        held_out: number of validation rows. All copies of the last validation row are added, so there may be a few
+            more.
 
     Returns:
         The positions of the training rows and of the validation rows, each in order.

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class Tokenizer(Protocol):
-    """What this program uses of a transformers tokenizer. As a protocol, the type does not need to import transformers."""
+    """What this program uses of a transformers tokenizer.
+
+    As a protocol, the type does not need to import transformers.
+    """
 
     chat_template: str | None
     pad_token_id: int

@@ -118,7 +118,8 @@ def read_description(directory: Path) -> dict[str, object]:
     fields = GgufFile(directory).fields
     of_model = ("rope.scaling.type", *_FIELDS)
     known = ("general.architecture", *(f"{ARCHITECTURE}.{key}" for key in of_model), *_OF_TOKENIZER)
-    # The file stores numbers in FP32, so they have more digits than in config.json. Rounding removes the additional digits.
+    # The file stores numbers in FP32, so they have more digits than in config.json. Rounding removes the additional
+    # digits.
     return {key: _round_number(fields[key]) for key in known if key in fields}
 
 

@@ -27,7 +27,7 @@ from pipeline.checkpoints.gpt_oss import (
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.numerics.codec import decode
 
-_STEP_VALUES = 1 << 24  # number of values; the largest matrix of an expert in the released models has 16.6 million values
+_STEP_VALUES = 1 << 24  # number of values; the largest matrix of an expert in gpt-oss has 16.6 million values
 _DECODED_ROWS = 1024
 
 
@@ -118,7 +118,7 @@ class View:
         return values.transpose(1, 2) if len(self.plain[name].shape) == 3 else values
 
     def plain_values(self, name: str) -> Tensor:
-        """Read a whole tensor, decoded as in `values`, in the plain layout's dimension order: experts are (E, in, out)."""
+        """Read a whole tensor, decoded as in `values`, in the plain layout's order: experts are (E, in, out)."""
         values = self.values(name)
         return values.transpose(1, 2) if len(self.plain[name].shape) == 3 else values
 
@@ -147,7 +147,10 @@ def stored_tensors(layout: Layout) -> dict[str, TensorInfo]:
 
 
 def others_layout(shape: Shape) -> Layout:
-    """Return the layout of all tensors except expert weights. Each tensor is stored under its name in the plain layout."""
+    """Return the layout of all tensors except expert weights.
+
+    Each tensor is stored under its name in the plain layout.
+    """
     return {name: Held({name: info}) for name, info in other_tensors(shape).items()}
 
 

@@ -98,7 +98,8 @@ def row_differences(values: Tensor, rounded_values: Tensor, base: Tensor, rounde
     Shapes: four (..., columns) -> (4, ...) float32.
 
     The results are the sum of squared errors of `rounded_values`, the sum of squares of `values`, the number of values
-    that differ from `base`, and the number of rounded values that differ from `rounded_base`. They are for reports only, because their bits may depend on the order of summation.
+    that differ from `base`, and the number of rounded values that differ from `rounded_base`. They are for reports
+    only, because their bits may depend on the order of summation.
     """
     exact, near = values.float(), rounded_values.float()
     error = exact - near

@@ -9,8 +9,8 @@ the power of two. Dividing by a power of two is exact, and so is comparing with 
 a significand like 1.125 would be neither exact nor the same on every device.
 
 The tensor scale is a power of two as well, so that dividing by it is exact: the smallest power with
-amax <= 6 * 448 * scale. (Common practice is amax / (6 * 448).) All values of the format are then exact in BF16. Rounding
-the tensor scale up to a power of two costs at most one of the 17 binades of e4m3.
+amax <= 6 * 448 * scale. (Common practice is amax / (6 * 448).) All values of the format are then exact in BF16.
+Rounding the tensor scale up to a power of two costs at most one of the 17 binades of e4m3.
 
 Legend: amax = largest magnitude of each block, (L, nb, lanes) float32; bytes = scale bytes, held in int32.
 """
@@ -103,7 +103,10 @@ def reciprocal(powers: Tensor) -> Tensor:
 
 
 def ratio(dividend: Tensor, divisor: Tensor) -> Tensor:
-    """Return dividend / divisor for float32 powers of two, made from bits. Neither they nor the result may be subnormal."""
+    """Return dividend / divisor for float32 powers of two, made from bits.
+
+    Neither they nor the result may be subnormal.
+    """
     bits = dividend.view(torch.int32) - divisor.view(torch.int32) + (_EXPONENT_BIAS << _EXPONENT_SHIFT)
     return bits.view(torch.float32)
 

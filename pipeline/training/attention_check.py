@@ -200,7 +200,8 @@ def _make_batch() -> dict[str, Tensor]:
 def _pack(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Pack a padded batch into one row, with positions instead of a mask.
 
-    Each document's first label is ignored, so that the end of one document does not have to predict the start of the next.
+    Each document's first label is ignored, so that the end of one document does not have to predict the start of the
+    next.
     """
     is_real = batch["attention_mask"].bool()
     positions = (batch["attention_mask"].cumsum(1) - 1)[is_real]

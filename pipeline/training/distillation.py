@@ -62,8 +62,8 @@ class DistillationLoss:
 def holds_second_model(qat: QatConfig, sft_dtype: torch.dtype) -> bool:
     """Return whether the teacher is a second model in memory.
 
-    With LoRA, student and teacher have the same base if QAT uses the type in which SFT saved its model. Then the teacher
-    is the student with SFT's adapters and without quantizers, and only SFT's adapters take more memory.
+    With LoRA, student and teacher have the same base if QAT uses the type in which SFT saved its model. Then the
+    teacher is the student with SFT's adapters and without quantizers, and only SFT's adapters take more memory.
 
     Args:
         qat: settings of QAT.

@@ -39,7 +39,10 @@ def by_global_batch(settings: Settings) -> Settings:
 
 
 def read_step(checkpoint: Path) -> int:
-    """Return the number of the step after which a checkpoint was written. The number is part of the checkpoint's name."""
+    """Return the number of the step after which a checkpoint was written.
+
+    The number is part of the checkpoint's name.
+    """
     return int(checkpoint.name.rpartition("-")[2])
 
 

@@ -49,7 +49,7 @@ class WeightChanges:
         return {"moved_weights": moved / total, "changed_codes": changed / total}
 
     def _count(self, start: Tensor, weights: Tensor) -> Tensor:
-        """Count the weights that differ, and the rounded weights that differ: (2) int64 on the device of the weights."""
+        """Count the weights and the rounded weights that differ: (2) int64, on the device of the weights."""
         moved = (weights != start).sum()
         return torch.stack([moved, (self._round(weights) != self._round(start)).sum()])
 

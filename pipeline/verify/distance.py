@@ -175,7 +175,10 @@ def _compare_tensor(export: View, base: View, name: str) -> tuple[Rows, bool]:
 
 
 class _Part(NamedTuple):
-    """Some rows of a tensor, decoded by the codec, and their codes if the tensor is packed. Experts are (E, in, out)."""
+    """Some rows of a tensor, decoded by the codec, and their codes if the tensor is packed.
+
+    Experts are (E, in, out).
+    """
 
     codes: Codes | None
     weights: Tensor

@@ -25,7 +25,8 @@ of their logits.
     8 layers, random (4.4)   144         5e-2 / 7.5e-1        1e-2 / 8.3e-1
 
 In the last row, the median prompt diverges from FP32 by 5e-2. Two engines that each diverge from FP32 by this much may
-diverge from each other by twice as much. So in BF16 the tolerance at the median prompt is 1e-1 for every engine. This tolerance is a judgement: it treats
+diverge from each other by twice as much. So in BF16 the tolerance at the median prompt is 1e-1 for every engine. This
+tolerance is a judgement: it treats
 random models as the worst case, and no released model has been measured. The check in FP32 is much stricter.
 
 llama.cpp and mlx-lm round the bounds of YaRN's correction range and ignore `rope_scaling.truncate`. The rounding alone
@@ -227,8 +228,8 @@ def measure_divergence(have: Tensor, want: Tensor) -> dict[str, float]:
     """Measure the divergence of an engine's prediction from the expected one.
 
     Args:
-        have: log-probabilities (prompts, vocabulary) of the engine. The vocabulary may end with the last real token, before
-            the padding rows of the embedding.
+        have: log-probabilities (prompts, vocabulary) of the engine. The vocabulary may end with the last real token,
+            before the padding rows of the embedding.
         want: expected log-probabilities (prompts, vocabulary).
 
     Returns:

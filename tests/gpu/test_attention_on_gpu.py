@@ -55,7 +55,10 @@ def test_packed_documents_on_a_gpu_have_the_outputs_and_gradients_of_eager(windo
 
 @has_flash
 def test_masks_and_attention_make_no_host_sync() -> None:
-    """`packed_row` copies to the host, so it is not tested. Training does not need it: TRL's collator makes the bounds."""
+    """`packed_row` copies to the host, so it is not tested.
+
+    Training does not need it: TRL's collator makes the bounds.
+    """
     is_real = spans_mask(SPANS["padding on both sides"]).cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:

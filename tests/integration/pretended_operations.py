@@ -1,4 +1,7 @@
-"""Try single operations on a pretended GPU. Print JSON: for each operation, its error or null, and its kinds of syncs."""
+"""Try single operations on a pretended GPU.
+
+Print JSON: for each operation, its error or null, and its kinds of syncs.
+"""
 
 import json
 from collections import Counter

@@ -102,8 +102,8 @@ def test_without_a_compiler_slabs_keep_the_memory_small(report: dict[str, Any]) 
 def test_a_stack_beyond_the_range_of_int32_gets_wide_indices(report: dict[str, Any]) -> None:
     """Kernels that read or write values must not use 32-bit indices.
 
-    Kernels that only touch scales may use them, because a stack has 32 times fewer scales than values. The largest stack of
-    gpt-oss-120b has 2.12e9 values, which is still below 2^31.
+    Kernels that only touch scales may use them, because a stack has 32 times fewer scales than values. The largest
+    stack of gpt-oss-120b has 2.12e9 values, which is still below 2^31.
     """
     found = report["rounding"]["more than int32"]["index_bits"]
     assert sum(bits == 64 for bits in found.values()) == 2

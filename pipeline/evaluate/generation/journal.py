@@ -71,7 +71,10 @@ class Journal(Generic[T]):
         self._append([answer for answer in answers if _key(answer) not in self._answers])
 
     def replace(self, answer: T) -> None:
-        """Store an answer in place of an earlier one. If the file has several answers to a question, the last counts."""
+        """Store an answer in place of an earlier one.
+
+        If the file has several answers to a question, the last counts.
+        """
         self._append([answer])
 
     def _append(self, answers: list[T]) -> None:

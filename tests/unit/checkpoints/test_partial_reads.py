@@ -348,7 +348,10 @@ def test_the_error_names_a_tensor_that_is_in_the_header_twice(copy: Path) -> Non
 
 
 def test_the_same_header_in_another_spelling_is_accepted(copy: Path) -> None:
-    """A header that is only rewritten must be accepted. Otherwise the tests of malicious headers would prove nothing."""
+    """A header that is only rewritten must be accepted.
+
+    Otherwise the tests of malicious headers would prove nothing.
+    """
     path = shard_of(copy, SINKS)
     before = Checkpoint(copy).read(SINKS)
     header, data = header_of(path), path.read_bytes()[8 + header_length(path) :]

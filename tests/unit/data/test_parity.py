@@ -113,7 +113,8 @@ def _normalize_calls(message: dict[str, Any]) -> dict[str, Any]:
     for call in message.get("tool_calls", []):
         call |= call.pop("function", {})
         arguments = call["arguments"]
-        # The template writes the arguments as JSON without ASCII escapes. Harmony does not change the text that it gets.
+        # The template writes the arguments as JSON without ASCII escapes. Harmony does not change the text that it
+        # gets.
         call["arguments"] = json.dumps(
             json.loads(arguments) if isinstance(arguments, str) else arguments, ensure_ascii=False
         )

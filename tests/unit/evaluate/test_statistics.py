@@ -125,7 +125,7 @@ def test_holm_stays_below_one_and_accepts_no_tests() -> None:
     ],
 )
 def test_a_significant_difference_needs_at_least_six_prompts_of_one_kind(wins: int, losses: int, said: str) -> None:
-    """If one model wins all n prompts on which two models differ, p = 2 / 2^n: 0.031 for n = 6, and 0.0625 for n = 5."""
+    """If one model wins all n prompts on which both differ, p = 2 / 2^n: 0.031 for n = 6, and 0.0625 for n = 5."""
     assert statistics.verdict(*outcomes(94 - losses, wins, losses, 6 - wins)) == said
 
 

@@ -203,7 +203,8 @@ def test_only_adapted_weights_are_in_the_merger(adapted: Callable[..., Adapted])
     assert {name for name in layout if name in merger} == {*STACKS, *ATTENTION}
 
 
-STEP_SIZES = (1, 5_000, 50_000, 100_000, 10**9)  # bytes that one step may take; they determine the number of rows in a part
+# Bytes that one step may take. They determine the number of rows in a part.
+STEP_SIZES = (1, 5_000, 50_000, 100_000, 10**9)
 
 
 def assert_covered_once(parts: list[slice], rows: int) -> None:

@@ -50,7 +50,10 @@ def test_reciprocals_are_exact_for_every_tensor_scale(rule: str) -> None:
 
 @pytest.mark.parametrize("exponent", [-149, -126, -100, 0, 60, 127])
 def test_importance_of_any_size_becomes_whole_numbers(exponent: int) -> None:
-    """The largest importance in a block becomes a number from 2^15 to 2^16. The others are scaled by the same factor."""
+    """The largest importance in a block becomes a number from 2^15 to 2^16.
+
+    The others are scaled by the same factor.
+    """
     importance = torch.zeros(64)
     importance[3], importance[5], importance[40] = 2.0**exponent, 2.0 ** max(exponent - 3, -149), 0.0
     weights = error_weights(importance, torch.empty(1, 2, 32, 1)).flatten()
