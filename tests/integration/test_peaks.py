@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import LoraConfig, Method, Precision, QatConfig, Sharding, TrainConfig
+from pipeline.config import DistillationConfig, LoraConfig, Method, Precision, QatConfig, Sharding, TrainConfig
 from pipeline.doctor import peaks
 from pipeline.doctor.fake_run import Job
 from pipeline.doctor.peaks import NotMeasured, Peaks
@@ -47,16 +47,26 @@ def test_two_and_four_layers_predict_six(lora: LoraConfig, monkeypatch: pytest.M
         assert getattr(predicted, phase) == pytest.approx(size, rel=0.002), phase
 
 
-def test_quantizers_a_cache_and_a_teacher_take_memory() -> None:
-    taught = QatConfig(**LORA)
-    taught.distillation.weight = 0.5
-    sft, qat, cached, with_teacher = measured(
-        SFT, QAT, replace(QAT, cache_bytes=float("inf")), replace(QAT, train=taught)
-    )
-    experts = LAYERS * 8 * 3 * 256 * 256 * 2
+EXPERT_VALUES = LAYERS * 8 * 3 * 256 * 256
+
+
+def taught(train: QatConfig) -> QatConfig:
+    """Return the settings with distillation."""
+    return replace(train, distillation=DistillationConfig(weight=0.5))
+
+
+def test_quantizers_and_a_cache_take_memory() -> None:
+    sft, qat, cached = measured(SFT, QAT, replace(QAT, cache_bytes=float("inf")))
     assert sft.highest <= qat.highest < cached.highest  # the peak of both may be in attention, which is equal
-    assert cached.highest - qat.highest > 0.5 * experts
-    assert with_teacher.load - qat.load > experts
+    assert cached.highest - qat.highest > 0.5 * 2 * EXPERT_VALUES
+
+
+def test_a_teacher_takes_memory_unless_it_shares_the_base() -> None:
+    lora, full = QatConfig(**LORA), QatConfig(precision=Precision.bf16)
+    jobs = [replace(QAT, train=train) for train in (lora, taught(lora), full, taught(full))]
+    alone, shared, trained, with_second_model = measured(*jobs)
+    assert shared.load == alone.load
+    assert with_second_model.load - trained.load > 2 * EXPERT_VALUES
 
 
 def test_a_rank_of_four_holds_a_quarter_of_the_weights_and_states() -> None:
