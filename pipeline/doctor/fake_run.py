@@ -181,21 +181,18 @@ def _of_size(train: TrainConfig, size: Size) -> TrainConfig:
 
 
 def _teacher(job: Job, size: Size) -> "Teacher | None":
-    from pipeline.models import packing_masks
-    from pipeline.models.loading import TRAIN_DTYPES
+    from pipeline.models import loading
     from pipeline.training.distillation import Teacher, holds_second_model
 
     if not (isinstance(job.train, QatConfig) and job.train.distillation.weight):
         return None
     settings = job.train.distillation
-    if not holds_second_model(
-        job.train, TRAIN_DTYPES[job.train.precision]
-    ):  # the memory of SFT's adapters is not counted
+    if not holds_second_model(job.train, loading.TRAIN_DTYPES[job.train.precision]):
+        # The memory of SFT's adapters is not counted.
         return Teacher(None, settings.weight, settings.temperature)
     model = _make_plain(job, size).eval().requires_grad_(False)
     _shard(model, job)
-    if job.train.packing:
-        packing_masks.mask_documents(model)
+    loading.set_up_to_train(model, job.train, None)
     return Teacher(model.to("cuda"), settings.weight, settings.temperature)
 
 

@@ -130,7 +130,7 @@ def load_to_train(
 
 
 def set_up_to_train(model: "PreTrainedModel", train: TrainConfig, block_format: BlockFormat | None) -> None:
-    """Set the experts' kernel and the attention masks that training needs.
+    """Set the experts' kernel and the attention masks that training needs. A teacher needs them too.
 
     Args:
         model: a model with its final adapters and quantizers.
@@ -160,6 +160,7 @@ def load_teacher(ref: ModelRef, train: TrainConfig, shared: Sharding, attn_imple
     model = streaming.build(ref.base, ref.dtype, attn_implementation=attn_implementation).requires_grad_(False)
     weights = Weights(ref)
     sharding.STRATEGIES[shared].place(model, weights.read_rows, is_mixed(train))
+    set_up_to_train(model, train, None)
     return model
 
 

@@ -120,7 +120,6 @@ def _load_teacher(here: Run, config: PipelineConfig, start: ModelRef, attention:
         start: the model that QAT trains.
         attention: attention implementation of QAT.
     """
-    from pipeline.models import packing_masks
     from pipeline.models.attention import for_teacher
     from pipeline.training import distillation
     from pipeline.training.distillation import Teacher
@@ -134,6 +133,4 @@ def _load_teacher(here: Run, config: PipelineConfig, start: ModelRef, attention:
         return distillation.share_base(sft, settings)
     own = for_teacher(attention, config.qat.precision, sft.dtype)
     model = loading.load_teacher(sft, config.qat, config.sharding, own)
-    if config.qat.packing:
-        packing_masks.mask_documents(model)
     return Teacher(model, settings.weight, settings.temperature)

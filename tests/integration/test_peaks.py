@@ -69,6 +69,12 @@ def test_a_teacher_takes_memory_unless_it_shares_the_base() -> None:
     assert with_second_model.load - trained.load > 2 * EXPERT_VALUES
 
 
+def test_a_teacher_with_fp32_weights_computes_in_bf16_under_mixed_precision() -> None:
+    mixed = QatConfig(precision=Precision.mixed_bf16)
+    alone, taught_by_fp32 = measured(replace(QAT, train=mixed), replace(QAT, train=taught(mixed)))
+    assert taught_by_fp32.load - alone.load > 4 * EXPERT_VALUES
+
+
 def test_a_rank_of_four_holds_a_quarter_of_the_weights_and_states() -> None:
     full = replace(SFT, train=TrainConfig(gradient_accumulation_steps=1))
     alone, sharded = measured(full, replace(full, sharding=Sharding.fsdp2, processes=4))
