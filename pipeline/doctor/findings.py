@@ -99,12 +99,14 @@ def device_needed(facts: Facts, stage: str) -> int:
 def host_needed(facts: Facts) -> int:
     """Compute the bytes that all processes of this machine need in its memory.
 
-    Every process first loads all weights. Without a GPU, training also takes place in host memory.
+    The main process loads the whole model to quantize, evaluate and verify it. Training streams the weights to the
+    GPUs. Without a GPU, training takes place in host memory.
     """
-    each = [needed["weights"] for needed in facts.needs["device_bytes"].values()]
-    if not facts.machine["gpus"]:
-        each += [device_needed(facts, stage) for stage in facts.needs["device_bytes"]]
-    return facts.machine["local_processes"] * max(each)
+    whole = max(needed["weights"] for needed in facts.needs["device_bytes"].values())
+    if facts.machine["gpus"]:
+        return whole
+    training = max(device_needed(facts, stage) for stage in facts.needs["device_bytes"])
+    return max(whole, facts.machine["local_processes"] * training)
 
 
 def _device_too_small(facts: Facts) -> list[str]:
@@ -123,10 +125,10 @@ def _host_too_small(facts: Facts) -> list[str]:
     needed, free = host_needed(facts), facts.machine["host_free_bytes"]
     if needed <= free:
         return []
-    what = "loading the weights" if facts.machine["gpus"] else "training without a GPU"
     if facts.machine["gpus"]:
-        remedy = "Use fewer processes or more host memory"
+        what, remedy = "loading the whole model (quantize, evaluate, verify)", "Use a machine with more host memory"
     else:
+        what = "training without a GPU"
         largest = max(facts.plan.trainings, key=lambda stage: device_needed(facts, stage))
         remedy = _less_memory(facts, largest, free // facts.machine["processes"])
     return [f"{what} needs about {gigabytes(needed)} of host memory, but only {gigabytes(free)} are free. {remedy}."]

@@ -48,12 +48,13 @@ def run(config: PipelineConfig) -> Artifact:
 
 
 def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, directory: Path) -> Result:
-    from pipeline.models import adapters, fake_quantizers, quantizer_calls
+    from pipeline.models import adapters, attention, fake_quantizers, quantizer_calls
 
     block_format = references.configured_format(config.format)
     kind, start, saved = _take_form(config.qat.method, ref, directory)
     placement.raise_if_host_too_small("quantize", start.base, start.dtype)
-    model = placement.place(loading.load_quantized(start, start.dtype))
+    chosen = attention.for_inference(start.dtype)
+    model = placement.place(loading.load_quantized(start, start.dtype, attn_implementation=chosen))
     if config.qat.method is Method.lora and not start.adapter:
         model = adapters.attach(model, config.qat, "qat")
         kind, saved = saving.save(model, start, directory, train=config.qat, shared=config.sharding)

@@ -275,11 +275,6 @@ def test_the_most_serious_finding_comes_first(found: Found) -> None:
     assert [message.startswith(start) for message, start in zip(messages, beginnings, strict=True)] == [True] * 5
 
 
-def test_every_process_loads_the_whole_weights_into_host_memory(found: Found) -> None:
-    assert found(machine__host_free_bytes=160, machine__local_processes=4, sharding=Sharding.fsdp2) == []
-    assert len(found(machine__host_free_bytes=159, machine__local_processes=4, sharding=Sharding.fsdp2)) == 1
-
-
 def test_too_small_a_gpu_is_reported(found: Found) -> None:
     sft, qat = found(machine__gpu_free_bytes=99)
     assert sft == "sft needs about 0.0 MB on each GPU, but only 0.0 MB are free. Use a larger machine."
@@ -292,10 +287,16 @@ def test_without_a_gpu_training_must_fit_into_host_memory(found: Found) -> None:
     assert found(machine__gpus=1, machine__host_free_bytes=99) == []
 
 
-def test_every_process_loads_the_weights(found: Found) -> None:
-    assert found(machine__local_processes=2, machine__host_free_bytes=80) == []
-    (message,) = found(machine__local_processes=3, machine__host_free_bytes=80)
-    assert message.startswith("loading the weights needs")
+def test_on_gpus_only_the_main_process_holds_the_weights_in_host_memory(found: Found) -> None:
+    assert found(machine__host_free_bytes=40, machine__local_processes=8) == []
+    (message,) = found(machine__host_free_bytes=39, machine__local_processes=8)
+    assert message.startswith("loading the whole model (quantize, evaluate, verify) needs about")
+
+
+def test_without_gpus_every_process_trains_in_host_memory(found: Found) -> None:
+    assert found(machine__gpus=0, machine__host_free_bytes=200, machine__local_processes=2) == []
+    (message,) = found(machine__gpus=0, machine__host_free_bytes=199, machine__local_processes=2)
+    assert message.startswith("training without a GPU needs")
 
 
 def test_remaining_stages_and_the_checkpoints_of_one_must_fit_on_disk(found: Found) -> None:
