@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
 
+import warm_python
+
 ROOT = Path(__file__).parents[1]
 EXTENDING = ROOT / "docs" / "extending.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -101,7 +103,7 @@ def copy_checkout(into: Path) -> Path:
 
 def run_block(block: Block, directory: Path) -> str:
     """Run a block in a checkout, and return what it prints."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = os.pathsep.join([str(warm_python.directory()), str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.text],
         cwd=directory,
