@@ -1,9 +1,5 @@
 """A new export target needs one row of TARGETS and one file. A row without a file is an error."""
 
-import json
-import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from pipeline import export, verify
-from pipeline.checkpoints.reading import TensorFiles
 from pipeline.config import TinyConfig
 from pipeline.config.targets import TARGETS
 from pipeline.doctor import needs
@@ -23,7 +18,6 @@ from pipeline.models.source import Source
 from pipeline.models.tiny_model import create_tiny
 from pipeline.models.weights import Weights
 from pipeline.numerics.formats import MXFP4
-from pipeline.runs import artifacts
 
 TOY = '''
 """MXFP4 under other names."""
@@ -107,38 +101,6 @@ def test_a_row_and_a_file_are_a_target_that_exports_and_is_proven(
     assert [(check.title, check.problems) for check in checks if check.status != "ok"] == []
     assert recognize(directory) == "toy"
     assert needs.export_bytes(job.weights.shape, "toy") == written.bytes
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A copy of the program with one more row in TARGETS and one more file in pipeline/export."""
-    copy = tmp_path / "checkout"
-    for name in ("pipeline", "conf", "recipes"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    with (copy / "pipeline/config/targets.py").open("a", encoding="utf-8") as table:
-        table.write(ROW)
-    (copy / "pipeline/export/toy.py").write_text(TOY, encoding="utf-8")
-    return copy
-
-
-def run_checkout(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    command = [sys.executable, "-m", "pipeline", *arguments]
-    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
-
-
-def test_a_row_and_a_file_are_a_target_of_the_command_line(checkout: Path, tmp_path: Path) -> None:
-    tiny, run_dir = tmp_path / "tiny", tmp_path / "run"
-    create_tiny(tiny, TinyConfig())
-    settings = ("recipe=smoke", f"run_dir={run_dir}", f"model.path={tiny}")
-    export = run_checkout(checkout, "stage=export", *settings, f"export.source={tiny}", "export.target=toy")
-    assert export.returncode == 0, export.stderr
-    assert artifacts.load(run_dir / "export").details["target"] == "toy"
-    names = TensorFiles(run_dir / "export").tensors
-    assert sum(name.endswith(".toy_codes") for name in names) == 2 * TinyConfig().num_hidden_layers
-    verify = run_checkout(checkout, "stage=verify", *settings)
-    assert verify.returncode == 0, verify.stdout + verify.stderr
-    assert json.loads((run_dir / "verify" / "report.json").read_text(encoding="utf-8"))["target"] == "toy"
 
 
 def test_a_row_without_a_file_is_an_error_that_names_both(add_target: AddTarget) -> None:
