@@ -238,5 +238,5 @@ def _machine_code(binary: bytes) -> frozenset[str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        text = subprocess.run([str(tool), "-c", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run([str(tool), "-c", "-ndf", file.name], capture_output=True, text=True, check=True).stdout
     return frozenset(f"{name} {operands}".strip() for name, operands in _MACHINE_INSTRUCTION.findall(text))
