@@ -4,7 +4,7 @@ This is the only module that imports peft.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,26 +22,40 @@ from pipeline.config import LoraConfig, LoraTarget, TrainConfig, adapted_layers
 from pipeline.errors import CheckFailed, UserError
 from pipeline.models import sharding
 from pipeline.models.expert_products import Factors
+from pipeline.numerics import low_rank
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _ADAPTER = "default"
 _QUANTIZER = "_weight_quantizer"
-_compute_delta: Any = ParamWrapper.get_delta_weight
 
 
-def _compute_delta_exactly(wrapper: ParamWrapper, adapter_name: str, *others: object, **more: object) -> Tensor:
-    """Compute the delta of an expert stack in FP32, the type of the factors, even under autocast.
+def _factors_of(wrapper: ParamWrapper, adapter_name: str = _ADAPTER) -> Factors:
+    """Return the factors of an expert stack's adapter as views of PEFT's matrices.
 
-    This replaces a method of PEFT 0.21 that computes the delta in BF16 under autocast. For the export, adapters are
-    merged without autocast. With PEFT's method, the exported weights would therefore differ from those in training.
+    PEFT 0.21 keeps the factors of all experts in two matrices, A (experts * rank, in) and B (out, rank * experts).
     """
-    with torch.autocast(_weight(wrapper.lora_A[adapter_name]).device.type, enabled=False):
-        return cast(Tensor, _compute_delta(wrapper, adapter_name, *others, **more))
+    a, b = _weight(wrapper.lora_A[adapter_name]), _weight(wrapper.lora_B[adapter_name])
+    count = wrapper.num_experts
+    return Factors(
+        a.reshape(count, -1, a.shape[1]).transpose(1, 2),
+        b.reshape(b.shape[0], -1, count).permute(2, 1, 0),
+        wrapper.scaling[adapter_name],
+    )
 
 
-ParamWrapper.get_delta_weight = _compute_delta_exactly  # type: ignore[assignment, method-assign]
+def _compute_delta(wrapper: ParamWrapper, adapter_name: str, *_: object, **__: object) -> Tensor:
+    """Compute the delta of an expert stack, in the type of the stack.
+
+    This replaces a method of PEFT 0.21. Its bits depend on the device and on the number of experts, and under autocast
+    it computes in BF16. Then an export, which merges a few experts at a time on a CPU, would differ from training.
+    """
+    factors = _factors_of(wrapper, adapter_name)
+    return low_rank.delta(wrapper.get_param(), factors.a, factors.b, factors.scaling)
+
+
+ParamWrapper.get_delta_weight = _compute_delta  # type: ignore[assignment, method-assign]
 
 
 class _FactoredWrapper(ParamWrapper):
@@ -173,29 +187,27 @@ def expert_weights(model: nn.Module, experts: slice) -> Iterator[tuple[str, Tens
         if not name.endswith(EXPERT_WEIGHTS) or not (parameter.requires_grad or name in adapted):
             continue
         stack = sharding.first_part(parameter)
-        delta = _delta(adapted[name], experts) if name in adapted else None  # a collective call if factors are sharded
-        if stack.numel():
-            yield name, stack[experts] if delta is None else stack[experts] + delta
+        weights = stack[experts] if stack.numel() else None
+        if name in adapted:
+            with _whole_factors(adapted[name]) as factors:
+                weights = None if weights is None else _merge_experts(weights, factors, experts)
+        if weights is not None:
+            yield name, weights
 
 
-def _delta(wrapper: ParamWrapper, experts: slice) -> Tensor:
-    """Compute the delta of an adapter for some experts (E, in, out). The delta of the whole stack is never computed."""
-    first, end, _ = experts.indices(wrapper.num_experts)
-    start = min(first, max(0, wrapper.num_experts - 2))
-    count = min(max(2, end - start), wrapper.num_experts)
-    with _whole_factors(wrapper), _only_experts(wrapper, start, count):
-        return wrapper.get_delta_weight(_ADAPTER)[first - start : end - start]
+def _merge_experts(base: Tensor, factors: Factors, experts: slice) -> Tensor:
+    return low_rank.merge(base, factors.a[experts], factors.b[experts], factors.scaling)
 
 
 @contextmanager
-def _whole_factors(wrapper: ParamWrapper) -> Iterator[None]:
-    """Gather the factors of an adapter inside the block."""
+def _whole_factors(wrapper: ParamWrapper) -> Iterator[Factors]:
+    """Gather the factors of an adapter inside the block. This is a collective call if they are sharded."""
     with ExitStack() as stack:
         for factor in (*wrapper.lora_A.values(), *wrapper.lora_B.values()):
             whole = stack.enter_context(sharding.gather(_weight(factor)))
             stack.callback(setattr, factor, "weight", _weight(factor))
             factor.weight = torch.nn.Parameter(whole.data, requires_grad=False)
-        yield
+        yield _factors_of(wrapper)
 
 
 def is_wrapped(module_name: str) -> bool:
@@ -206,10 +218,10 @@ def is_wrapped(module_name: str) -> bool:
 class Merger:
     """Merges saved adapters tensor by tensor, so that the whole base model is never in memory.
 
-    PEFT's own `merge` runs on one layer at a time, in a model without weights. PEFT rounds the sum base + delta to the
-    type of the weights. In training, the quantizer of an adapted expert stack gets the same rounded sum, because
-    ModelOpt 0.47 adds PEFT's delta to the base before it quantizes. SFT has no such sum for experts, because it
-    multiplies by the factors of their adapters.
+    Experts are merged with `low_rank.merge`. The quantizer of an adapted expert stack gets the same sum in training,
+    because ModelOpt 0.47 adds the wrapper's delta to the base before it quantizes. SFT has no such sum for experts,
+    because it multiplies by the factors of their adapters. Attention is merged with PEFT's own `merge`, one layer at a
+    time, in a model without weights.
     """
 
     def __init__(self, directory: Path, model_config: "PretrainedConfig", dtype: torch.dtype) -> None:
@@ -254,16 +266,16 @@ class Merger:
 
         Args:
             name: name of the parameter in the plain model.
-            base: base weights of the parameter. For an expert stack, two or more consecutive experts (E, in, out) are
-                enough.
+            base: base weights of the parameter. For an expert stack, consecutive experts (E, in, out) are enough.
             first: index of the first expert in `base`.
         """
         layer = self._layers[name]
+        if isinstance(layer, ParamWrapper):
+            return _merge_experts(base.to(self._dtype), _factors_of(layer), slice(first, first + len(base)))
         owner, attribute = layer.get_base_layer(), name.rpartition(".")[2]
         hollow = getattr(owner, attribute)
         setattr(owner, attribute, torch.nn.Parameter(base.to(self._dtype, copy=True), requires_grad=False))
-        with _only_experts(layer, first, len(base)) if isinstance(layer, ParamWrapper) else nullcontext():
-            layer.merge(adapter_names=[_ADAPTER])
+        layer.merge(adapter_names=[_ADAPTER])
         result = getattr(owner, attribute).data
         setattr(owner, attribute, hollow)
         layer.merged_adapters.clear()
@@ -351,28 +363,3 @@ def _parameter_replaced(module: nn.Module, weight: Tensor) -> Iterator[None]:
 
 def _weight(factor: nn.Module) -> Tensor:
     return cast(Tensor, factor.weight)
-
-
-@contextmanager
-def _only_experts(layer: ParamWrapper, first: int, count: int) -> Iterator[None]:
-    """Inside the block, reduce an expert stack's adapter to `count` experts, beginning with expert `first`.
-
-    PEFT 0.21 keeps the factors of all experts in two matrices, A (experts * rank, in) and B (out, rank * experts). PEFT
-    has no public way to merge only some experts, and the delta of a whole stack takes gigabytes. `count` must not be 1,
-    because PEFT handles a single expert differently.
-    """
-    everyone, factor_a, factor_b = layer.num_experts, layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
-    a, b = _weight(factor_a), _weight(factor_b)
-    if count == everyone:
-        yield
-        return
-    assert count > 1
-    chosen = slice(first, first + count)
-    layer.num_experts = count
-    factor_a.weight = torch.nn.Parameter(a.data.view(everyone, -1, a.shape[1])[chosen].flatten(0, 1))
-    factor_b.weight = torch.nn.Parameter(b.data.view(b.shape[0], -1, everyone)[..., chosen].flatten(1))
-    try:
-        yield
-    finally:
-        layer.num_experts = everyone
-        factor_a.weight, factor_b.weight = a, b

@@ -37,17 +37,14 @@ class Weights:
     def parts(self, name: str) -> list[slice]:
         """Split a tensor into slices along its first dimension, so that each slice takes little memory.
 
-        A slice of an adapted expert stack has at least two experts. Other adapted weights are not split.
+        Adapted weights of attention are not split.
         """
         shape = plain_tensors(self.shape)[name].shape
         adapted = self._merger is not None and name in self._merger
         if adapted and name not in self._experts:
             return [slice(0, shape[0])]
         row_bytes = self.ref.dtype.itemsize * math.prod(shape[1:])
-        count = max(2 if adapted else 1, STEP_BYTES // row_bytes)
-        starts = list(range(0, shape[0], count))
-        if adapted and len(starts) > 1 and shape[0] - starts[-1] == 1:
-            starts.pop()
+        starts = range(0, shape[0], max(1, STEP_BYTES // row_bytes))
         return [slice(start, end) for start, end in pairwise([*starts, shape[0]])]
 
     def read_stored(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, ...]:
@@ -59,8 +56,8 @@ class Weights:
     ) -> Tensor:
         """Read the weight that training updates, or one of the slices of it that `parts` returns.
 
-        Stored MXFP4 is decoded. The result is not fake-quantized. Adapters are merged on the CPU, whatever `device` is,
-        because `verify` repeats the merge on the CPU.
+        Stored MXFP4 is decoded. The result is not fake-quantized. Adapters are merged on the CPU, whatever `device` is:
+        `verify` repeats the merge on the CPU, and PEFT's merge of attention depends on the device.
         """
         stored = self.read_stored(name, rows) if stored is None else stored
         if self._merger is None or name not in self._merger:

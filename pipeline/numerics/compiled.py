@@ -26,7 +26,8 @@ _MOST_VARIANTS = 64  # combinations of shape, type and rule; beyond the limit (d
 _WORTH_COUNTING = 1 << 16  # values; for smaller tensors, most time goes into the call, which compiling does not shorten
 _OPTIONS: dict[str, dict[str, bool]] = {
     # Trust the instruction sets that the processor reports. torch 2.13 would test each one, which takes 2 s per run.
-    "cpu": {"cpp.vec_isa_ok": True},
+    # Round to BF16 wherever a function does so, also between operations that are fused.
+    "cpu": {"cpp.vec_isa_ok": True, "emulate_precision_casts": True},
     # Round like a CPU: no fused multiply-add, no approximate division, no flushing of subnormals to zero.
     "cuda": {
         "emulate_precision_casts": True,

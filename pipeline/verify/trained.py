@@ -40,8 +40,8 @@ class TrainedModel:
             self.model = loading.load_effective(self.rounded, ref.dtype, experts_implementation="eager")
         else:
             self.model = loading.load_quantized(ref, ref.dtype).eval()
-            # A model with adapters stays on the CPU, because export merges adapters on the CPU, and GPUs may round
-            # products differently.
+            # A model with adapters stays on the CPU, because export merges the adapters of attention on the CPU, and
+            # PEFT's merge of them depends on the device.
             if not ref.adapter:
                 self.model = placement.place(self.model)
         self.device = self.model.device

@@ -19,7 +19,7 @@ pretend(gpu)  # before other imports: they import inductor, which keeps the func
 
 from torch import Tensor  # noqa: E402
 
-from pipeline.numerics import codec, kernels, rounding, scales  # noqa: E402
+from pipeline.numerics import codec, kernels, low_rank, rounding, scales  # noqa: E402
 from pipeline.numerics.codec import decode, encode, fake_quantize, tensor_scale  # noqa: E402
 from pipeline.numerics.compiled import Compilation, Kernel, compilation  # noqa: E402
 from pipeline.numerics.formats import MXFP4, NVFP4, SCALE_RULES, BlockFormat  # noqa: E402
@@ -90,6 +90,9 @@ def other_uses() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "unequal_blocks", lambda: codec.unequal_blocks(stack, stack, MXFP4)
     yield "column_products", lambda: kernels.column_products(stack, stack)
     yield "row_squares", lambda: kernels.row_squares(stack)
+    a, b = empty(2, 2880, 8, dtype=torch.float32), empty(2, 8, 2880, dtype=torch.float32)
+    yield "delta", lambda: low_rank.delta(stack, a, b, 2.0)
+    yield "merge", lambda: low_rank.merge(stack, a, b, 2.0)
 
 
 def control() -> None:
@@ -126,7 +129,7 @@ def main() -> None:
     codec._raise_if_not_finite = codec._raise_if_not_importance = lambda *_: None  # type: ignore[assignment]
     every = {
         each.__name__: each
-        for module in (kernels, scales, rounding)
+        for module in (kernels, low_rank, rounding, scales)
         for each in vars(module).values()
         if isinstance(each, Kernel)
     }

