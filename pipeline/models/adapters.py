@@ -22,6 +22,7 @@ from pipeline.config import LoraConfig, LoraTarget, TrainConfig, adapted_layers
 from pipeline.errors import CheckFailed, UserError
 from pipeline.models import sharding
 from pipeline.models.expert_products import Factors
+from pipeline.models.packed_experts import PackedExperts, is_packed
 from pipeline.numerics import low_rank
 
 if TYPE_CHECKING:
@@ -69,11 +70,28 @@ class _FactoredWrapper(ParamWrapper):
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         (adapter,) = self.active_adapters
-        factors = {**kwargs.pop("factors", {}), self.parameter_name: Factors(*self.get_delta_factors(adapter))}
+        factors = {**kwargs.pop("factors", {}), self.parameter_name: _factors_of(self, adapter)}
         return self.base_layer(x, *args, factors=factors, **kwargs)
 
 
-_FactoredWrapper.__name__ = ParamWrapper.__name__  # peft 0.21 recognizes a wrapper by the name of its class
+class _PackedWrapper(_FactoredWrapper):
+    """PEFT's adapter of a packed expert stack. It has the shape of an adapter of the decoded stack."""
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        experts = cast(PackedExperts, self.get_base_layer())
+        self.num_experts, self._param_ndim = experts.num_experts, 3
+        return experts.features[self.parameter_name]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Round the first values of the factors to the type of the experts, as PEFT does for weights of that type."""
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        for factor in (self.lora_A[adapter_name], self.lora_B[adapter_name]):
+            if not _weight(factor).is_meta:
+                factor.to(cast(PackedExperts, self.get_base_layer()).dtype).to(torch.float32)
+
+
+for _wrapper in (_FactoredWrapper, _PackedWrapper):
+    _wrapper.__name__ = ParamWrapper.__name__  # peft 0.21 recognizes a wrapper by the name of its class
 
 
 def attach(
@@ -99,11 +117,20 @@ def attach(
     if any(name.endswith(_QUANTIZER) for name, _ in model.named_modules()):
         raise CheckFailed("adapters: the model is quantized already. Attach adapters before quantizers are inserted.")
     config = _peft_config(train.lora, model.config.num_hidden_layers, section)
-    if is_factored:
-        # peft 0.21 calls this method experimental, but documents it as the way to add a kind of adapter.
-        config._register_custom_module({type(_experts_of(model)): _FactoredWrapper})
+    if is_packed(model):
+        _register(config, PackedExperts, _PackedWrapper)
+    elif is_factored:
+        _register(config, type(_experts_of(model)), _FactoredWrapper)
     torch.manual_seed(train.seed)
     return cast("PreTrainedModel", get_peft_model(model, config))
+
+
+def _register(config: PeftLoraConfig, experts: type[nn.Module], wrapper: type[ParamWrapper]) -> None:
+    """Register the wrapper for a kind of experts.
+
+    peft 0.21 calls this method experimental, but documents it as the way to add a kind of adapter.
+    """
+    config._register_custom_module({experts: wrapper})
 
 
 def _experts_of(model: "PreTrainedModel") -> nn.Module:
@@ -132,8 +159,14 @@ def _peft_config(lora: LoraConfig, count: int, section: str) -> PeftLoraConfig:
 
 def load(model: "PreTrainedModel", directory: Path, trainable: bool) -> "PreTrainedModel":
     """Attach the adapters that are saved in `directory`. The result is a PeftModel."""
+    config = PeftLoraConfig.from_pretrained(str(directory))
+    if is_packed(model):
+        _register(config, PackedExperts, _PackedWrapper)
+    config.inference_mode = not trainable
     # By default, PEFT 0.21 reads the file to the first GPU in every process, even if the model is on the CPU.
-    model_with_adapters = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable, torch_device="cpu")
+    model_with_adapters = PeftModel.from_pretrained(
+        model, str(directory), is_trainable=trainable, torch_device="cpu", config=config
+    )
     return cast("PreTrainedModel", model_with_adapters)
 
 
@@ -186,13 +219,25 @@ def expert_weights(model: nn.Module, experts: slice) -> Iterator[tuple[str, Tens
         name = parameter_name(full_name)
         if not name.endswith(EXPERT_WEIGHTS) or not (parameter.requires_grad or name in adapted):
             continue
-        stack = sharding.first_part(parameter)
-        weights = stack[experts] if stack.numel() else None
+        weights = _read_experts(model, full_name, parameter, experts)
         if name in adapted:
             with _whole_factors(adapted[name]) as factors:
                 weights = None if weights is None else _merge_experts(weights, factors, experts)
         if weights is not None:
             yield name, weights
+
+
+def _read_experts(model: nn.Module, name: str, parameter: Tensor, experts: slice) -> Tensor | None:
+    """Read some experts of a parameter, decoded. Return None if this process has none of them."""
+    stack = sharding.first_part(parameter)
+    if not stack.numel():
+        return None
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if not isinstance(owner, PackedExperts):
+        return stack[experts]
+    kind = name.rpartition(".")[2]
+    scales = sharding.first_part(owner.scales(kind))
+    return owner.decode_packed(kind, stack[experts], scales[experts])
 
 
 def _merge_experts(base: Tensor, factors: Factors, experts: slice) -> Tensor:

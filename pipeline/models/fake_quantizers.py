@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import modelopt.torch.opt as mto
 import modelopt.torch.quantization as mtq
@@ -27,10 +27,13 @@ from pipeline.checkpoints.gpt_oss import EXPERT_PATTERN, EXPERT_WEIGHTS, expert_
 from pipeline.errors import CheckFailed
 from pipeline.models.adapters import base_of, is_wrapped, parameter_name
 from pipeline.models.calibration import CALIBRATION_FILE, load_calibration
-from pipeline.models.rounded_weights import NonFinite, RoundedWeights, compute_dtype
+from pipeline.models.expert_products import Factors
+from pipeline.models.packed_experts import PackedExperts
+from pipeline.models.rounded_weights import NonFinite, PackedWeights, RoundedWeights, compute_dtype
 from pipeline.models.sharding import own_part
-from pipeline.numerics.codec import fake_quantize, straight_through
-from pipeline.numerics.formats import FORMATS, BlockFormat, ScaleType
+from pipeline.numerics import low_rank
+from pipeline.numerics.codec import decode, encode, fake_quantize, straight_through, tensor_scale
+from pipeline.numerics.formats import FORMATS, MXFP4, BlockFormat, ScaleType
 from pipeline.numerics.scales import INPUT_RULE, tensor_scale_for_amax
 
 if TYPE_CHECKING:
@@ -57,14 +60,17 @@ class _State:
         cache: cache of rounded weights. If it is None, weights are rounded in every forward pass.
         is_rounded: whether the parameter itself holds rounded values.
         non_finite: flags that the codec sets on a GPU instead of raising an error, or None.
-        observers: functions that each forward pass calls with the rounded weights, (E, out, in).
+        observers: functions that each forward pass calls with rounded weights, (E, out, in), and with the index of
+            their first expert. Packed experts are seen part by part.
+        shows_all: whether the observers need the weights of packed experts that get no token.
     """
 
     importance: Tensor | None = None
     cache: RoundedWeights | None = None
     is_rounded: bool = False
     non_finite: NonFinite | None = None
-    observers: list[Callable[[Tensor], None]] = field(default_factory=list)
+    observers: list[Callable[[Tensor, int], None]] = field(default_factory=list)
+    shows_all: bool = False
 
 
 def state_of(quantizer: TensorQuantizer) -> _State:
@@ -79,9 +85,8 @@ def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer, dtype: torch.dtype |
     Inputs beyond the calibrated range saturate, as in the served model. `dtype` is the type of the result. If it is
     None, the result has the type of `inputs`.
     """
-    arguments, state = quantizer.backend_extra_args, state_of(quantizer)
-    block_format = FORMATS[arguments["format"]].with_rule(arguments["scale_rule"])
-    amax = quantizer.amax if arguments["is_input"] else None
+    state, block_format = state_of(quantizer), _format_of(quantizer)
+    amax = quantizer.amax if quantizer.backend_extra_args["is_input"] else None
     scale = None if amax is None else tensor_scale_for_amax(amax.float(), INPUT_RULE)
     if state.importance is not None:
         state.importance = state.importance.to(inputs.device)  # copied to a GPU only once
@@ -114,8 +119,82 @@ def _round_stack(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
         rounded = make() if state.cache is None else state.cache.of(key, weight, make)
         result = straight_through(weight, rounded)
     for observe in state.observers:
-        observe(result.detach().transpose(1, 2))
+        observe(result.detach().transpose(1, 2), 0)
     return result
+
+
+class _QuantizedPackedExperts(PackedExperts):
+    """ModelOpt's quantized form of packed experts. The quantizers have the names of those of plain experts."""
+
+    def _setup(self) -> None:
+        """Add the quantizers. ModelOpt calls this."""
+        for name in EXPERT_WEIGHTS:
+            for kind in (_INPUTS, WEIGHTS):
+                setattr(self, name + kind, TensorQuantizer())
+
+    def iter_weights_for_calibration(self) -> Iterator[Any]:
+        """Return nothing: weights need no calibration, because our backend does not use their largest magnitude."""
+        return iter(())
+
+    def rounds(self, name: str) -> bool:
+        """Return whether the quantizer of a projection's weights is on, and ModelOpt is not calibrating."""
+        quantizer = self._quantizer(name)
+        return bool(quantizer.is_enabled and quantizer._if_quant)
+
+    def weights(self, name: str, experts: slice, factors: Factors | None) -> Tensor:
+        """Return rounded weights, merged with the adapters before."""
+        quantizer, state = self._quantizer(name), state_of(self._quantizer(name))
+        if not self.rounds(name) or (state.is_rounded and factors is None):
+            return self.decode(name, experts)
+        key = (quantizer, experts.start, factors is None)
+        kept = None if state.cache is None else state.cache.packed(key)
+        if kept is None:
+            merged = self.decode(name, experts)
+            if factors is not None:
+                merged = low_rank.merge(merged, factors.a[experts], factors.b[experts], factors.scaling)
+            if state.cache is not None:
+                kept = state.cache.keep_packed(key, _packed_bytes(merged, quantizer), lambda: _pack(merged, quantizer))
+            if kept is None:
+                return _entrypoint(merged.transpose(1, 2), quantizer).transpose(1, 2)
+        result = self.new_weights(name, len(kept.blocks))
+        decode(kept.blocks, kept.scales, self.dtype, kept.tensor_scale, out=result.transpose(1, 2))
+        return result
+
+    def quantize_inputs(self, name: str, rows: Tensor) -> Tensor:
+        """Quantize the inputs of a projection, if their quantizer is enabled."""
+        return cast(Tensor, getattr(self, name + _INPUTS)(rows))
+
+    @property
+    def visits_all(self) -> bool:
+        """Whether an observer needs the weights of all experts."""
+        return any(state_of(self._quantizer(name)).shows_all for name in EXPERT_WEIGHTS)
+
+    def observe(self, name: str, weights: Tensor, first: int) -> None:
+        """Show the rounded weights of a part to the observers."""
+        if self.rounds(name):
+            for observe in state_of(self._quantizer(name)).observers:
+                observe(weights.detach().transpose(1, 2), first)
+
+    def _quantizer(self, name: str) -> TensorQuantizer:
+        return cast(TensorQuantizer, getattr(self, name + WEIGHTS))
+
+
+def _format_of(quantizer: TensorQuantizer) -> BlockFormat:
+    arguments = quantizer.backend_extra_args
+    return FORMATS[arguments["format"]].with_rule(arguments["scale_rule"])
+
+
+def _pack(weights: Tensor, quantizer: TensorQuantizer) -> PackedWeights:
+    """Round weights (g, in, out) and pack them."""
+    values, block_format = weights.transpose(1, 2), _format_of(quantizer)
+    unit = tensor_scale(values, block_format)
+    importance = state_of(quantizer).importance
+    importance = None if importance is None else importance.to(values.device)
+    return PackedWeights(*encode(values, block_format, unit, importance), unit)
+
+
+def _packed_bytes(weights: Tensor, quantizer: TensorQuantizer) -> int:
+    return weights.numel() // 2 + weights.numel() // _format_of(quantizer).block_size
 
 
 _switching = huggingface._QuantGptOssExperts.quantize_weight
@@ -168,7 +247,10 @@ def keep_rounded(model: nn.Module, budget_bytes: float, *, keeps_frozen: bool = 
         if name.endswith(WEIGHTS):
             owner, _, projection = name.removesuffix(WEIGHTS).rpartition(".")
             parameter = dict(modules[owner].named_parameters(recurse=False))[projection]
-            if parameter.requires_grad or is_wrapped(name) or keeps_frozen:
+            if isinstance(modules[owner], PackedExperts):
+                state.cache = cache
+                state.is_rounded = _format_of(quantizer).name == MXFP4.name  # rounding keeps values of the format
+            elif parameter.requires_grad or is_wrapped(name) or keeps_frozen:
                 state.cache = cache
             else:
                 with own_part(parameter) as own:
@@ -190,6 +272,7 @@ def register_backend() -> None:
         for plugin in (huggingface, peft):  # nvidia-modelopt 0.47 has no public hook for these functions
             plugin._transposed_quantize = _round_stack
         huggingface._QuantGptOssExperts.quantize_weight = _quantize_weight
+        mtq.register(PackedExperts, _QuantizedPackedExperts)
         # Linear layers are never quantized here, so ModelOpt must not replace them. In every forward pass, ModelOpt's
         # LoRA layer would add base and delta, to quantize the sum. It would also compute a gradient of the frozen base.
         for kind in (torch.nn.Linear, peft.LoraLinear):

@@ -10,6 +10,10 @@ from pipeline.errors import CheckFailed
 from pipeline.models import fake_quantizers
 from pipeline.models.adapters import base_of, parameter_name
 
+See = Callable[[str, Tensor, int], None]
+"""Function that gets the name of a parameter in the plain model, weights (E, out, in), and the index of their first
+expert. Weights of packed experts come part by part."""
+
 
 @dataclass
 class QuantizerCalls:
@@ -40,13 +44,13 @@ class QuantizerCalls:
 
 
 @contextmanager
-def watch(model: nn.Module, see: Callable[[str, Tensor], None] | None = None) -> Iterator[QuantizerCalls]:
+def watch(model: nn.Module, see: See | None = None) -> Iterator[QuantizerCalls]:
     """Count how often each quantizer runs inside the block.
 
     Args:
         model: a model with quantizers.
-        see: function that is called for each quantized parameter, with its name in the plain model and with the
-            fake-quantized values (E, out, in) that the forward pass uses.
+        see: function that is called with the fake-quantized weights that the forward pass uses. It sees all experts,
+            also packed ones that get no token.
     """
     fired = QuantizerCalls({})
     hooks = []
@@ -56,15 +60,18 @@ def watch(model: nn.Module, see: Callable[[str, Tensor], None] | None = None) ->
             name = parameter_name(full_name)
             hooks.append(module.register_forward_hook(_hook(name, fired)))
             if name.endswith(fake_quantizers.WEIGHTS):
-                observed.append((fake_quantizers.state_of(module).observers, _observer(name, fired, see)))
-                observed[-1][0].append(observed[-1][1])
+                state = fake_quantizers.state_of(module)
+                observed.append((state, _observer(name, fired, see)))
+                state.observers.append(observed[-1][1])
+                state.shows_all = see is not None
     try:
         yield fired
     finally:
         for hook in hooks:
             hook.remove()
-        for observers, observer in observed:
-            observers.remove(observer)
+        for state, observer in observed:
+            state.observers.remove(observer)
+            state.shows_all = False
 
 
 def _hook(name: str, fired: QuantizerCalls) -> fake_quantizers.Hook:
@@ -75,10 +82,10 @@ def _hook(name: str, fired: QuantizerCalls) -> fake_quantizers.Hook:
     return hook
 
 
-def _observer(name: str, fired: QuantizerCalls, see: Callable[[str, Tensor], None] | None) -> Callable[[Tensor], None]:
-    def observe(rounded: Tensor) -> None:
+def _observer(name: str, fired: QuantizerCalls, see: See | None) -> Callable[[Tensor, int], None]:
+    def observe(rounded: Tensor, first: int) -> None:
         fired.add(name)
         if see is not None:
-            see(name.removesuffix(fake_quantizers.WEIGHTS), rounded)
+            see(name.removesuffix(fake_quantizers.WEIGHTS), rounded, first)
 
     return observe

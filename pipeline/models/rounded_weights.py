@@ -7,6 +7,7 @@ precision), which represents every value of the formats exactly.
 
 import math
 from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +69,19 @@ class NonFinite:
             raise CodecError("NaN or Inf in the weights of experts or in their quantized inputs")
 
 
+class PackedWeights(NamedTuple):
+    """Rounded weights in the format that they were rounded to, from which the same values are decoded."""
+
+    blocks: Tensor
+    scales: Tensor
+    tensor_scale: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return sum(part.nbytes for part in self if part is not None)
+
+
 class RoundedWeights:
     """A cache of rounded weights. Call `forget` whenever weights may have changed.
 
@@ -80,11 +94,12 @@ class RoundedWeights:
         self.non_finite = NonFinite()
         self._budget = budget_bytes
         self._kept: dict[Hashable, tuple[tuple[int, ...], Tensor]] = {}
+        self._packed: dict[Hashable, PackedWeights] = {}
 
     @property
     def bytes(self) -> int:
         """Size of the cached weights in bytes."""
-        return sum(rounded.nbytes for _, rounded in self._kept.values())
+        return sum(rounded.nbytes for _, rounded in self._kept.values()) + sum(e.nbytes for e in self._packed.values())
 
     def of(self, key: Hashable, weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """Return the cached values of `key`, or call `make` and cache its result if there is room.
@@ -102,9 +117,21 @@ class RoundedWeights:
             self._kept[key] = (version, rounded)
         return rounded
 
+    def packed(self, key: Hashable) -> "PackedWeights | None":
+        """Return the packed weights of `key`, or None if they are not cached."""
+        return self._packed.get(key)
+
+    def keep_packed(self, key: Hashable, size: int, make: Callable[[], "PackedWeights"]) -> "PackedWeights | None":
+        """Call `make` and cache its result. Return None, without calling it, if there is no room for `size` bytes."""
+        if self.bytes + size > self._budget:
+            return None
+        self._packed[key] = make()
+        return self._packed[key]
+
     def forget(self) -> None:
         """Empty the cache."""
         self._kept.clear()
+        self._packed.clear()
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

@@ -260,7 +260,7 @@ def test_training_under_autocast_rounds_the_weights_that_are_merged_for_the_expo
     with (
         torch.no_grad(),
         torch.autocast("cpu", torch.bfloat16),
-        quantizer_calls.watch(trained, lambda name, values: seen.update({name: values.clone()})),
+        quantizer_calls.watch(trained, lambda name, values, _: seen.update({name: values.clone()})),
     ):
         trained(input_ids=ids)
     weights = Weights(replace(model.ref, block_format=MXFP4))
