@@ -38,7 +38,7 @@ from pipeline.config.training import (
     TrainConfig,
     adapted_layers,
 )
-from pipeline.config.upcast import UpcastConfig
+from pipeline.config.upcast import Experts, UpcastConfig
 from pipeline.config.verify import LoadingEngine, PythonConfig, VerifyConfig
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "EndpointApi",
     "EndpointConfig",
     "EvaluateConfig",
+    "Experts",
     "ExpertsImplementation",
     "ExportConfig",
     "ExportTarget",

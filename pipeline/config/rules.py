@@ -25,6 +25,7 @@ from pipeline.config.training import (
     Precision,
     TrainConfig,
 )
+from pipeline.config.upcast import Experts
 from pipeline.errors import UserError, user_errors
 from pipeline.numerics.formats import FORMATS, SCALE_RULES
 
@@ -62,7 +63,7 @@ def problems(config: PipelineConfig) -> list[str]:
     found = [*_bound_problems(config), *_data_problems(config.data), *evaluation_rules.problems(config.evaluate)]
     found += _train_problems("sft", config.sft) + _train_problems("qat", config.qat)
     found += _format_problems(config)
-    return found + _qat_problems(config) + _experts_problems(config)
+    return found + _qat_problems(config) + _experts_problems(config) + _packed_problems(config)
 
 
 def _bound_problems(section: object, prefix: str = "") -> Iterator[str]:
@@ -208,6 +209,18 @@ def _experts_problems(config: PipelineConfig) -> list[str]:
     return [
         f"qat.experts_implementation={asked.name}: skips the quantizers of down_proj's inputs, which format={name} has."
         f" Use one of {', '.join(can)}."
+    ]
+
+
+def _packed_problems(config: PipelineConfig) -> list[str]:
+    """Packed experts cannot be trained themselves, only adapters beside them."""
+    first = "sft" if config.quantize.source is QuantizeSource.sft else "qat"
+    method = config.sft.method if first == "sft" else config.qat.method
+    if config.upcast.experts is not Experts.packed or method is Method.lora:
+        return []
+    return [
+        f"upcast.experts=packed: {first}.method={method.name} trains the experts' weights, which is impossible while"
+        f" they are packed. Set upcast.experts=bf16, or {first}.method=lora."
     ]
 
 

@@ -1,14 +1,24 @@
-"""`upcast`: MXFP4 -> BF16."""
+"""`upcast`: the form of the experts that training starts from."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from enum import Enum
+from typing import Annotated, Optional
 
 from pipeline.config.bounds import POSITIVE
 
 
+class Experts(Enum):
+    """Forms of the experts' weights during training."""
+
+    packed = "packed"
+    bf16 = "bf16"
+
+
 @dataclass
 class UpcastConfig:
-    """Convert an MXFP4 checkpoint to BF16."""
+    """Prepare the checkpoint that training starts from."""
 
+    experts: Optional[Experts] = None
+    """packed: train adapters on the MXFP4 weights; bf16: decode them, 4 times larger; null: packed if sft has LoRA."""
     shard_bytes: Annotated[int, POSITIVE] = 5_000_000_000
     """Largest size of one weight file, in bytes."""

@@ -31,6 +31,7 @@ from pipeline.config import ExpertsImplementation, Precision
 from pipeline.models import expert_products
 from pipeline.models.adapters import base_of, is_factored
 from pipeline.models.expert_products import Factors, Multiply
+from pipeline.models.packed_experts import PackedExperts, is_packed
 from pipeline.models.rounded_weights import compute_dtype
 from pipeline.numerics.formats import BlockFormat
 from pipeline.runs.console import warn
@@ -56,6 +57,9 @@ def use(model: nn.Module, asked: ExpertsImplementation, block_format: BlockForma
         block_format: format of the quantizers, or None if there are none.
         precision: precision of the training.
     """
+    if is_packed(model):
+        _use_for_packed(model, choose(asked, None, precision, _capability(), is_factored=True))
+        return
     factored = is_factored(model)
     kernel = choose(asked, block_format, precision, _capability(), factored)
     ALL_EXPERTS_FUNCTIONS.register(_GROUPED, _grouped_mm)
@@ -64,6 +68,13 @@ def use(model: nn.Module, asked: ExpertsImplementation, block_format: BlockForma
         name = f"{kernel.name}_with_factors"
         ALL_EXPERTS_FUNCTIONS.register(name, partial(_with_factors, _FACTORED[kernel]))
     base_of(model).set_experts_implementation(name)
+
+
+def _use_for_packed(model: nn.Module, kernel: ExpertsImplementation) -> None:
+    """Set the function that multiplies by decoded weights. It runs all quantizers, with every kernel."""
+    for module in model.modules():
+        if isinstance(module, PackedExperts):
+            module.multiply = _FACTORED[kernel]
 
 
 def choose(

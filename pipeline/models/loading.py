@@ -1,6 +1,7 @@
 """Load models into memory: plain models, models with adapters and quantizers, models to train or to evaluate."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,7 @@ import torch
 
 from pipeline.checkpoints.config_json import read_config
 from pipeline.checkpoints.dtypes import TRAIN_TYPES, torch_dtype
+from pipeline.checkpoints.gpt_oss import EXPERT_WEIGHTS, PACKED_SUFFIXES, SCALES_SUFFIX, packed_names
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.config import Device, Precision, Sharding, TrainConfig
 from pipeline.errors import CheckFailed, UserError
@@ -15,7 +17,8 @@ from pipeline.models import sharding, streaming
 from pipeline.models.placement import place
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
-from pipeline.numerics.formats import BlockFormat
+from pipeline.numerics.codec import encode
+from pipeline.numerics.formats import MXFP4, BlockFormat
 from pipeline.runs.console import shows_progress
 from pipeline.runs.preflight import NO_GPU
 
@@ -75,11 +78,36 @@ def load_plain(directory: Path, dtype: torch.dtype, **arguments: Any) -> "PreTra
     return model
 
 
+def load_packed(directory: Path, dtype: torch.dtype, **arguments: Any) -> "PreTrainedModel":
+    """Load an MXFP4 checkpoint whose experts stay packed, into host memory."""
+    _quieten()
+    model = streaming.build(directory, dtype, packed=True, **{"attn_implementation": "eager", **arguments})
+    checkpoint = Checkpoint(directory)
+    streaming.fill(model, partial(_read_parameter, checkpoint), torch.device("cpu"))
+    checkpoint.close()
+    return model
+
+
+def _read_parameter(checkpoint: Checkpoint, name: str, rows: slice) -> torch.Tensor:
+    """Read rows of a model's parameter. Blocks of packed experts have the name of the plain weights."""
+    from pipeline.models.adapters import parameter_name
+
+    name = parameter_name(name)
+    if not checkpoint.is_packed or not name.endswith((*EXPERT_WEIGHTS, *PACKED_SUFFIXES)):
+        return checkpoint.read_plain(name, rows=rows)
+    if name.endswith(EXPERT_WEIGHTS):
+        return checkpoint.read(packed_names(name)[0], rows)
+    scales = checkpoint.read(name, rows)
+    checkpoint.raise_if_nan(name.removesuffix(SCALES_SUFFIX), scales, rows)
+    return scales
+
+
 def load_quantized(
     ref: ModelRef, dtype: torch.dtype, trainable: bool = False, **arguments: object
 ) -> "PreTrainedModel":
-    """Load a model with its adapters and its fake quantizers. The quantizers are checked."""
-    return _restore_parts(load_plain(ref.base, dtype, **arguments), ref, trainable)
+    """Load a model with its adapters and its fake quantizers, which are checked. Packed experts stay packed."""
+    load = load_packed if ref.is_packed else load_plain
+    return _restore_parts(load(ref.base, dtype, **arguments), ref, trainable)
 
 
 def _restore_parts(model: "PreTrainedModel", ref: ModelRef, trainable: bool) -> "PreTrainedModel":
@@ -114,16 +142,13 @@ def load_to_train(
         shared: how the model is sharded.
         attach: function that attaches new adapters, or None.
     """
-    from pipeline.models.adapters import parameter_name
-
     _quieten()
     dtype = TRAIN_DTYPES[train.precision]
-    model = streaming.build(ref.base, dtype, attn_implementation=attn_implementation)
+    model = streaming.build(ref.base, dtype, packed=ref.is_packed, attn_implementation=attn_implementation)
     model = _restore_parts(model, ref, trainable=True)
     model = model if attach is None else attach(model)
     checkpoint = Checkpoint(ref.base)
-    place = sharding.STRATEGIES[shared].place
-    place(model, lambda name, rows: checkpoint.read_plain(parameter_name(name), rows=rows), is_mixed(train))
+    sharding.STRATEGIES[shared].place(model, partial(_read_parameter, checkpoint), is_mixed(train))
     checkpoint.close()
     set_up_to_train(model, train, ref.block_format)
     return model
@@ -178,6 +203,9 @@ def load_effective(ref: ModelRef, dtype: torch.dtype, spread: bool = False, **ar
     """
     if ref.block_format is not None and ref.block_format.quantizes_activations:
         return place(load_quantized(ref, dtype, **arguments)).eval()
+    if ref.is_packed:
+        arguments.pop("experts_implementation", None)
+        return place(_load_effective_packed(ref, dtype, **arguments), spread).eval()
     model = load_plain(ref.base, dtype, **arguments)
     weights = Weights(ref)
     with torch.no_grad():
@@ -185,3 +213,27 @@ def load_effective(ref: ModelRef, dtype: torch.dtype, spread: bool = False, **ar
             if weights.is_changed(name):
                 parameter.copy_(weights.read_effective(name))
     return place(model, spread).eval()
+
+
+def _load_effective_packed(ref: ModelRef, dtype: torch.dtype, **arguments: Any) -> "PreTrainedModel":
+    """Load a model with packed experts that computes the same as `ref`.
+
+    If the experts are rounded to MXFP4, the rounded values are packed again, and the model has neither adapters nor
+    quantizers. Otherwise it keeps them, because only values of MXFP4 can be packed.
+    """
+    block_format = ref.block_format
+    if block_format is None or block_format.name != MXFP4.name:
+        return load_quantized(ref, dtype, **arguments)
+    model, weights = load_packed(ref.base, dtype, **arguments), Weights(ref)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in filter(weights.is_changed, weights.names()):
+            if not name.endswith(EXPERT_WEIGHTS):
+                parameters[name].copy_(weights.read_effective(name))
+                continue
+            for rows in weights.parts(name):
+                trained = weights.read_trained(name, rows).transpose(1, 2)
+                packed = encode(trained, block_format, importance=weights.importance(name))
+                for parameter, values in zip((name, name + SCALES_SUFFIX), packed, strict=True):
+                    parameters[parameter][rows] = values
+    return model

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.checkpoints.config_json import read_config
-from pipeline.checkpoints.gpt_oss import Shape, plain_tensors
+from pipeline.checkpoints.gpt_oss import Shape, is_packed_name, packed_tensors, plain_tensors
 from pipeline.config import Sharding
 from pipeline.models.sharding import STRATEGIES
 from pipeline.runs import host_memory
@@ -114,6 +114,8 @@ def copies_in_host_memory(shared: Sharding) -> float:
 def raise_if_host_too_small(stage: str, directory: Path, dtype: torch.dtype, copies: float = 1) -> None:
     """Check that the weights of a model fit into the free host memory. Call this before the model is loaded.
 
+    Packed experts stay packed in memory.
+
     Args:
         stage: name of the stage, for the message.
         directory: directory of the checkpoint. For adapters, the directory of their base.
@@ -123,7 +125,10 @@ def raise_if_host_too_small(stage: str, directory: Path, dtype: torch.dtype, cop
     Raises:
         MachineError: the weights do not fit.
     """
-    shape = Shape.of(read_config(directory), str(directory))
-    values = sum(math.prod(info.shape) for info in plain_tensors(shape).values())
-    needed = int(values * dtype.itemsize * copies)
+    config = read_config(directory)
+    tensors = (packed_tensors if "quantization_config" in config else plain_tensors)(Shape.of(config, str(directory)))
+    sizes = (
+        info.bytes if is_packed_name(name) else math.prod(info.shape) * dtype.itemsize for name, info in tensors.items()
+    )
+    needed = int(sum(sizes) * copies)
     host_memory.raise_if_too_small(stage, needed, f"loading {directory}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.checkpoints.config_json import read_config
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.config import FormatConfig, Stage
 from pipeline.errors import UserError
@@ -41,6 +42,11 @@ class ModelRef:
     block_format: BlockFormat | None = None
     fingerprint: str = ""
     dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the experts of the full checkpoint are packed (MXFP4)."""
+        return "quantization_config" in read_config(self.base)
 
 
 def of_artifact(artifact: Artifact) -> ModelRef:

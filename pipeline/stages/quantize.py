@@ -84,6 +84,10 @@ def _take_form(method: Method, ref: ModelRef, directory: Path) -> tuple[Kind, Mo
         say("quantize", "qat trains every weight: merging SFT's adapters")
         saving.write_plain(ref, directory)
         return Kind.checkpoint, replace(ref, directory=directory, base=directory, adapter=False), whole
+    if method is Method.full and ref.is_packed:
+        say("quantize", "qat trains every weight: decoding the experts to BF16")
+        saving.write_plain(ref, directory)
+        return Kind.checkpoint, replace(ref, directory=directory, base=directory), whole
     if method is Method.full or ref.adapter:
         for path in sorted(p for p in ref.directory.iterdir() if p.name not in BOOKKEEPING and p.is_file()):
             link_or_copy(path, directory / path.name)

@@ -6,6 +6,7 @@ from pipeline.config import Method, PipelineConfig, Stage
 from pipeline.data.examples import prepare_examples
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
+from pipeline.errors import UserError
 from pipeline.models import loading, placement, references, saving, sharding
 from pipeline.models.references import ModelRef
 from pipeline.runs.artifacts import Artifact, Result
@@ -22,6 +23,11 @@ def run(config: PipelineConfig) -> Artifact:
     here = Run(config)
     upcast = references.require_upcast(here, config.model.path)
     sharding.raise_if_impossible(config.sharding)
+    if config.sft.method is Method.full and references.of_artifact(upcast).is_packed:
+        raise UserError(
+            f"sft.method=full: the experts in {upcast.directory} are packed and cannot be trained. Run stage=upcast"
+            " again with upcast.experts=bf16 overwrite=true, or use sft.method=lora."
+        )
     rows = load_rows(here, config.data)
     return build(
         here,

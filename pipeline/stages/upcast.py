@@ -1,15 +1,19 @@
-"""upcast: decodes the source's MXFP4 experts to BF16, bit-exactly and shard by shard. A BF16 source is linked."""
+"""upcast: prepares the checkpoint that training starts from.
+
+Adapters are trained on packed experts, so the source is linked. To train the experts themselves, they are decoded to
+BF16, bit-exactly and shard by shard. A BF16 source is linked.
+"""
 
 from pathlib import Path
 
 import torch
 
-from pipeline.checkpoints.config_json import write_config
+from pipeline.checkpoints.config_json import CONFIG, write_config
 from pipeline.checkpoints.gpt_oss import expert_projections, plain_tensors
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import write_sharded
 from pipeline.checkpoints.side_files import copy_side_files, link_or_copy
-from pipeline.config import PipelineConfig, Stage
+from pipeline.config import Experts, Method, PipelineConfig, Stage
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.models import source
@@ -19,9 +23,11 @@ from pipeline.models.saving import plain_piece
 from pipeline.models.source import Source
 from pipeline.models.weights import Weights
 from pipeline.numerics.compiled import compilation_for
+from pipeline.numerics.formats import MXFP4
 from pipeline.runs.artifacts import Artifact, Kind, Result
 from pipeline.runs.building import build
 from pipeline.runs.console import say
+from pipeline.runs.json_files import write_json
 from pipeline.runs.records import UpcastRecord
 from pipeline.runs.run import Run
 from pipeline.runs.tracking import log_metrics
@@ -30,7 +36,7 @@ _SETTINGS = ("model.path", "model.revision", "model.tiny", "upcast")
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Make <run_dir>/upcast: a BF16 checkpoint that transformers can train."""
+    """Make <run_dir>/upcast: the checkpoint that training starts from, with packed experts or in BF16."""
     here = Run(config)
     base = source.locate(here, config.model)
     load_tokenizer(base.directory)
@@ -45,11 +51,20 @@ def run(config: PipelineConfig) -> Artifact:
 
 def _upcast(base: Source, directory: Path, config: PipelineConfig) -> Result:
     checkpoint = base.open()
-    figures, digests = (
-        _decode(base, directory, config) if checkpoint.is_packed else (_pass_through(checkpoint, directory), {})
-    )
+    stays_packed = _stays_packed(config, checkpoint)
+    digests: dict[str, str] = {}
+    if stays_packed:
+        say("upcast", "adapters are trained on the packed experts: linking the source's files")
+        figures = _link(checkpoint, directory)
+    elif checkpoint.is_packed:
+        figures, digests = _decode(base, directory, config)
+    else:
+        figures = _pass_through(checkpoint, directory)
     copy_side_files(base.directory, directory)
-    write_config(directory, checkpoint.config, torch.bfloat16)
+    if stays_packed:
+        write_json(directory / CONFIG, checkpoint.config)
+    else:
+        write_config(directory, checkpoint.config, torch.bfloat16)
     log_metrics(directory, figures)
     record = UpcastRecord(
         dtype="bfloat16",
@@ -58,7 +73,24 @@ def _upcast(base: Source, directory: Path, config: PipelineConfig) -> Result:
         copied_tensors=figures["copied_tensors"],
         tensor_bytes=figures["tensor_bytes"],
     )
-    return Result(Kind.checkpoint, record, format="bf16", digests=digests)
+    kind, name = (Kind.packed, MXFP4.name) if stays_packed else (Kind.checkpoint, "bf16")
+    return Result(kind, record, format=name, digests=digests)
+
+
+def _stays_packed(config: PipelineConfig, checkpoint: Checkpoint) -> bool:
+    """Return whether training starts from the packed experts.
+
+    Raises:
+        UserError: the configuration asks for packed experts, but the source has none.
+    """
+    asked = config.upcast.experts
+    if asked is Experts.packed and not checkpoint.is_packed:
+        raise UserError(
+            f"upcast.experts=packed: the experts of {checkpoint.directory} are not packed, because the source is not"
+            " MXFP4. Use an MXFP4 checkpoint as model.path, or set upcast.experts=bf16."
+        )
+    is_lora = config.sft.method is Method.lora
+    return checkpoint.is_packed and (is_lora if asked is None else asked is Experts.packed)
 
 
 def _decode(base: Source, directory: Path, config: PipelineConfig) -> tuple[dict[str, int], dict[str, str]]:
@@ -77,6 +109,10 @@ def _pass_through(checkpoint: Checkpoint, directory: Path) -> dict[str, int]:
     if others:
         raise UserError(f"{checkpoint.directory}: has {', '.join(others)} tensors; the source must be MXFP4 or BF16.")
     say("upcast", "the source is BF16 already: linking its files")
+    return _link(checkpoint, directory)
+
+
+def _link(checkpoint: Checkpoint, directory: Path) -> dict[str, int]:
     for path in checkpoint.weight_files():
         link_or_copy(path, directory / path.name)
     return {
