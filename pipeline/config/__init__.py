@@ -38,7 +38,7 @@ from pipeline.config.training import (
     TrainConfig,
     adapted_layers,
 )
-from pipeline.config.upcast import Experts, UpcastConfig
+from pipeline.config.upcast import Experts, UpcastConfig, keeps_packed
 from pipeline.config.verify import LoadingEngine, PythonConfig, VerifyConfig
 
 __all__ = [
@@ -94,6 +94,7 @@ __all__ = [
     "VerifyConfig",
     "adapted_layers",
     "is_known",
+    "keeps_packed",
     "schema",
     "setting_keys",
     "unknown_key",

@@ -5,6 +5,7 @@ from enum import Enum
 from typing import Annotated, Optional
 
 from pipeline.config.bounds import POSITIVE
+from pipeline.config.training import Method
 
 
 class Experts(Enum):
@@ -22,3 +23,14 @@ class UpcastConfig:
     """packed: train adapters on the MXFP4 weights; bf16: decode them, 4 times larger; null: packed if sft has LoRA."""
     shard_bytes: Annotated[int, POSITIVE] = 5_000_000_000
     """Largest size of one weight file, in bytes."""
+
+
+def keeps_packed(asked: Experts | None, method: Method, *, is_mxfp4: bool) -> bool:
+    """Return whether training starts from packed experts.
+
+    Args:
+        asked: value of upcast.experts.
+        method: what the first training stage trains.
+        is_mxfp4: whether the experts of the source are MXFP4.
+    """
+    return is_mxfp4 and (method is Method.lora if asked is None else asked is Experts.packed)

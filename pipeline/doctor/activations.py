@@ -9,7 +9,7 @@ K = experts per token, E = experts, a = bytes per activation.
 
 from dataclasses import dataclass
 
-from pipeline.checkpoints.dtypes import bytes_per_value
+from pipeline.checkpoints.dtypes import TRAIN_TYPES, bytes_per_value
 from pipeline.checkpoints.gpt_oss import Shape, expert_projections
 from pipeline.config import LoraTarget, Method, Precision, TrainConfig
 from pipeline.doctor.fake_gpu import FakeProperties
@@ -31,7 +31,14 @@ def compute_width(train: TrainConfig) -> int:
 
 
 def estimate(
-    shape: Shape, train: TrainConfig, *, tokens: int, experts_per_token: int, is_quantized: bool, is_cast: bool
+    shape: Shape,
+    train: TrainConfig,
+    *,
+    tokens: int,
+    experts_per_token: int,
+    is_quantized: bool,
+    is_cast: bool,
+    is_packed: bool = False,
 ) -> int:
     """Estimate the peak bytes of values kept for the backward pass and of the busiest layer's working memory.
 
@@ -46,6 +53,7 @@ def estimate(
         is_quantized: whether fake quantizers run (QAT).
         is_cast: whether autocast casts FP32 weights. Then layers make BF16 copies of their weights, and attention
             scores are FP32. False for gathered parameters, which are cast before they are gathered.
+        is_packed: whether the experts stay packed.
     """
     places = train.batch_size * tokens
     width = compute_width(train)
@@ -58,7 +66,7 @@ def estimate(
         * tokens
         * places
     )
-    stacks = _stack_bytes(shape, train, is_quantized, is_cast)
+    stacks = _decoded_bytes(shape, width) if is_packed else _stack_bytes(shape, train, is_quantized, is_cast)
     busiest = vectors + max(scores * _SCORE_COPIES, stacks.working)
     head = shape.vocab_size * hidden * _FP32_BYTES if train.method is Method.full else 0
     if train.gradient_checkpointing:
@@ -98,7 +106,15 @@ def _stack_bytes(shape: Shape, train: TrainConfig, is_quantized: bool, is_cast: 
     return _Stacks(kept, kept + max(gradients, delta))
 
 
-def gathered_bytes(shape: Shape, train: TrainConfig, every: int) -> int:
+def _decoded_bytes(shape: Shape, width: int) -> _Stacks:
+    """Estimate the decoded weights of packed experts. The backward pass holds those of both projections."""
+    from pipeline.models.packed_experts import DECODED_BYTES
+
+    sizes = [projection.values * width for projection in expert_projections(shape) if projection.layer == 0]
+    return _Stacks(0, int(sum(sizes) * min(1, DECODED_BYTES["cuda"] / max(sizes))))
+
+
+def gathered_bytes(shape: Shape, train: TrainConfig, weights: int) -> int:
     """Estimate the bytes of whole layers that a process holds if parameters are sharded.
 
     The layer that computes and the next one are gathered, and the head stays gathered. In full training, the gradients
@@ -107,11 +123,12 @@ def gathered_bytes(shape: Shape, train: TrainConfig, every: int) -> int:
     Args:
         shape: sizes of the model.
         train: settings of the stage.
-        every: number of parameters of the model.
+        weights: bytes of the model's weights.
     """
-    head = shape.vocab_size * shape.hidden_size
-    layer = (every - 2 * head) // shape.num_hidden_layers
-    gathered = (2 * layer + head) * compute_width(train)
+    stored = bytes_per_value(TRAIN_TYPES[train.precision])
+    head = shape.vocab_size * shape.hidden_size * stored
+    layer = (weights - 2 * head) // shape.num_hidden_layers
+    gathered = (2 * layer + head) * compute_width(train) // stored
     if train.method is not Method.full:
         return gathered
-    return gathered + layer * _FP32_BYTES
+    return gathered + layer // stored * _FP32_BYTES

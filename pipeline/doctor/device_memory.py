@@ -82,4 +82,5 @@ def _job(plan: Plan, stage: str, model: Mapping[str, Any], longest: int, process
         cache_bytes=rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding, on_gpu=True),
         sharding=plan.sharding,
         processes=processes,
+        is_packed=plan.is_packed(stage, model),
     )

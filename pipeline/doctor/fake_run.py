@@ -55,6 +55,7 @@ class Job:
         cache_bytes: limit on the bytes of rounded weights that the quantizers cache.
         sharding: how the processes share the model.
         processes: number of processes. One of them is measured.
+        is_packed: whether the experts stay packed.
     """
 
     model: dict[str, Any]
@@ -65,6 +66,7 @@ class Job:
     cache_bytes: float
     sharding: Sharding
     processes: int
+    is_packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def _shard(model: "PreTrainedModel", job: Job) -> None:
 def _make_plain(job: Job, size: Size) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM, GptOssConfig
 
-    from pipeline.models import attention, sink_attention  # noqa: F401  registers fused_sinks
+    from pipeline.models import attention, packed_experts, sink_attention  # noqa: F401  registers fused_sinks
     from pipeline.models.loading import TRAIN_DTYPES
 
     known = {name: value for name, value in job.model.items() if name != "quantization_config"}
@@ -169,8 +171,11 @@ def _make_plain(job: Job, size: Size) -> "PreTrainedModel":
             dtype=dtype,
             attn_implementation=attention.for_training(job.train, attention.capability()),
         )
+        if job.is_packed:
+            packed_experts.replace(model, dtype)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -311,6 +316,7 @@ def _fake_kernels() -> Iterator[None]:
         trainer.no_triton_kernels(),
         patch("pipeline.models.fake_quantizers.fake_quantize", _allocate_rounded),
         patch("pipeline.numerics.low_rank._for_each_expert", lambda _, base, *__: torch.empty_like(base)),
+        patch("pipeline.models.packed_experts.decode", lambda *_, out: out),
     ):
         yield
 

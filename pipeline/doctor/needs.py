@@ -17,11 +17,14 @@ from pipeline.checkpoints.gpt_oss import (
     TensorInfo,
     attention_projection,
     expert_projections,
+    is_packed_name,
     other_tensors,
+    packed_tensors,
     plain_tensors,
 )
 from pipeline.config import (
     DataConfig,
+    Experts,
     LoraTarget,
     Method,
     Precision,
@@ -30,12 +33,13 @@ from pipeline.config import (
     Stage,
     TrainConfig,
     adapted_layers,
+    keeps_packed,
 )
 from pipeline.config.targets import TARGETS
 from pipeline.doctor import activations
 from pipeline.models import rounded_weights
 from pipeline.models.sharding import STRATEGIES
-from pipeline.numerics.formats import BlockFormat
+from pipeline.numerics.formats import MXFP4, BlockFormat
 
 _FP32_BYTES, _BF16_BYTES = bytes_per_value("F32"), bytes_per_value("BF16")
 _STATE_BYTES = {
@@ -47,6 +51,7 @@ _STATE_BYTES = {
 }
 """Optimizer -> bytes per weight of each of Adam's two states. Other optimizers keep the states in the weight's type."""
 _ADAPTER_BYTES = _FP32_BYTES  # PEFT keeps adapters in FP32
+_PACKED_BYTES = MXFP4.bits_per_value / 8
 
 
 class ParameterCounts(TypedDict):
@@ -95,6 +100,7 @@ class Plan:
         sharding: how several processes share a model.
         target: name of the export target in TARGETS.
         block_format: format that QAT rounds to.
+        experts: value of upcast.experts.
     """
 
     model_path: str
@@ -104,6 +110,12 @@ class Plan:
     sharding: Sharding
     target: str
     block_format: BlockFormat
+    experts: Experts | None = None
+
+    def is_packed(self, stage: str, model: Mapping[str, Any]) -> bool:
+        """Return whether a stage trains on packed experts. `model` is the content of the source's config.json."""
+        starts = keeps_packed(self.experts, self.sft.method, is_mxfp4="quantization_config" in model)
+        return starts and self.trainings[stage].method is Method.lora
 
     @property
     def trainings(self) -> dict[str, TrainConfig]:
@@ -175,6 +187,7 @@ def memory(
     is_quantized: bool,
     rounded_budget: float = 0,
     gathers: bool = False,
+    is_packed: bool = False,
 ) -> Memory:
     """Compute the bytes that one device holds while it trains.
 
@@ -185,13 +198,15 @@ def memory(
         is_quantized: whether fake quantizers run (QAT).
         rounded_budget: limit on the bytes of rounded weights that fake quantizers cache.
         gathers: whether parameters are sharded, and gathered while they are used.
+        is_packed: whether the experts stay packed.
     """
     every, trained = _count(plain_tensors(shape)), trained_parameters(shape, train)
     width, is_full = bytes_per_value(TRAIN_TYPES[train.precision]), train.method is Method.full
     trained_width = width if is_full else _ADAPTER_BYTES
     changing = _changing_experts(shape, train) if is_quantized else 0
+    model = _packed_bytes(shape, width) if is_packed else every * width
     return Memory(
-        weights=every * width + (0 if is_full else trained * _ADAPTER_BYTES),
+        weights=model + (0 if is_full else trained * _ADAPTER_BYTES),
         gradients=trained * trained_width,
         optimizer=_state_bytes(train, trained, trained_width),
         activations=activations.estimate(
@@ -201,11 +216,18 @@ def memory(
             experts_per_token=experts_per_token,
             is_quantized=is_quantized,
             is_cast=train.precision is Precision.mixed_bf16 and not gathers,
+            is_packed=is_packed,
         ),
-        rounded=int(min(rounded_budget, changing * activations.compute_width(train))),
-        gathered=activations.gathered_bytes(shape, train, every) if gathers else 0,
-        teacher=every * width if _has_teacher(train) else 0,
+        rounded=int(min(rounded_budget, changing * (_PACKED_BYTES if is_packed else activations.compute_width(train)))),
+        gathered=activations.gathered_bytes(shape, train, model) if gathers else 0,
+        teacher=every * width if _has_teacher(train) and not is_packed else 0,
     )
+
+
+def _packed_bytes(shape: Shape, width: int) -> int:
+    """Compute the bytes of a model with packed experts. Each value of the other tensors takes `width` bytes."""
+    experts = sum(info.bytes for name, info in packed_tensors(shape).items() if is_packed_name(name))
+    return experts + _count(other_tensors(shape)) * width
 
 
 def _has_teacher(train: TrainConfig) -> bool:
@@ -233,20 +255,22 @@ def _changing_experts(shape: Shape, train: TrainConfig) -> int:
     return sum(projection.values for projection in expert_projections(shape) if projection.layer in layers)
 
 
-def disk(plan: Plan, shape: Shape, is_packed: bool) -> dict[str, int]:
+def disk(plan: Plan, shape: Shape, is_mxfp4: bool) -> dict[str, int]:
     """Compute the bytes that each stage leaves in its directory. Hard links take no space.
 
     Args:
         plan: settings of the run.
         shape: sizes of the model.
-        is_packed: whether the source is MXFP4. The files of a BF16 source are hard-linked.
+        is_mxfp4: whether the source is MXFP4. The files of a BF16 source are hard-linked, and also those of an MXFP4
+            source whose experts stay packed.
     """
+    is_decoded = is_mxfp4 and not keeps_packed(plan.experts, plan.sft.method, is_mxfp4=is_mxfp4)
     sft, qat = _saved_bytes(shape, plan.sft), _saved_bytes(shape, plan.qat)
     merges_adapters = plan.sft.method is Method.lora and plan.qat.method is Method.full
     adds_adapters = plan.sft.method is Method.full and plan.qat.method is Method.lora
     merged = _bytes(plain_tensors(shape, TRAIN_TYPES[plan.sft.precision]))
     return {
-        "upcast": _bytes(plain_tensors(shape, "BF16")) if is_packed else 0,
+        "upcast": _bytes(plain_tensors(shape, "BF16")) if is_decoded else 0,
         "sft": sft,
         "quantize": merged if merges_adapters else qat if adds_adapters else 0,
         "qat": qat,
@@ -310,6 +334,7 @@ def of_stage(plan: Plan, stage: str, model: Mapping[str, Any], longest: int) -> 
         is_quantized=stage == Stage.qat.name,
         rounded_budget=rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding, on_gpu=True),
         gathers=STRATEGIES[plan.sharding].gathers,
+        is_packed=plan.is_packed(stage, model),
     )
 
 

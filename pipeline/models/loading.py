@@ -11,7 +11,7 @@ from pipeline.checkpoints.config_json import read_config
 from pipeline.checkpoints.dtypes import TRAIN_TYPES, torch_dtype
 from pipeline.checkpoints.gpt_oss import EXPERT_WEIGHTS, PACKED_SUFFIXES, SCALES_SUFFIX, packed_names
 from pipeline.checkpoints.reading import Checkpoint
-from pipeline.config import Device, Precision, Sharding, TrainConfig
+from pipeline.config import Device, Method, Precision, Sharding, TrainConfig
 from pipeline.errors import CheckFailed, UserError
 from pipeline.models import sharding, streaming
 from pipeline.models.placement import place
@@ -83,17 +83,24 @@ def load_packed(directory: Path, dtype: torch.dtype, **arguments: Any) -> "PreTr
     _quieten()
     model = streaming.build(directory, dtype, packed=True, **{"attn_implementation": "eager", **arguments})
     checkpoint = Checkpoint(directory)
-    streaming.fill(model, partial(_read_parameter, checkpoint), torch.device("cpu"))
+    streaming.fill(model, partial(_read_packed, checkpoint), torch.device("cpu"))
     checkpoint.close()
     return model
 
 
-def _read_parameter(checkpoint: Checkpoint, name: str, rows: slice) -> torch.Tensor:
-    """Read rows of a model's parameter. Blocks of packed experts have the name of the plain weights."""
+def _read_plain(checkpoint: Checkpoint, name: str, rows: slice) -> torch.Tensor:
+    """Read rows of a model's parameter. MXFP4 is decoded."""
+    from pipeline.models.adapters import parameter_name
+
+    return checkpoint.read_plain(parameter_name(name), rows=rows)
+
+
+def _read_packed(checkpoint: Checkpoint, name: str, rows: slice) -> torch.Tensor:
+    """Read rows of a parameter of a model with packed experts. Their blocks have the name of the plain weights."""
     from pipeline.models.adapters import parameter_name
 
     name = parameter_name(name)
-    if not checkpoint.is_packed or not name.endswith((*EXPERT_WEIGHTS, *PACKED_SUFFIXES)):
+    if not name.endswith((*EXPERT_WEIGHTS, *PACKED_SUFFIXES)):
         return checkpoint.read_plain(name, rows=rows)
     if name.endswith(EXPERT_WEIGHTS):
         return checkpoint.read(packed_names(name)[0], rows)
@@ -133,7 +140,7 @@ def load_to_train(
     """Load a model for training, with the adapters and quantizers of `ref`, in `train.precision`.
 
     This is a collective call if the model is sharded. The weights are streamed to the device that trains, so the host
-    holds no copy of the model.
+    holds no copy of the model. Packed experts stay packed if only adapters are trained, and are decoded otherwise.
 
     Args:
         ref: the model.
@@ -144,11 +151,14 @@ def load_to_train(
     """
     _quieten()
     dtype = TRAIN_DTYPES[train.precision]
-    model = streaming.build(ref.base, dtype, packed=ref.is_packed, attn_implementation=attn_implementation)
+    packed = ref.is_packed and train.method is Method.lora
+    model = streaming.build(ref.base, dtype, packed=packed, attn_implementation=attn_implementation)
     model = _restore_parts(model, ref, trainable=True)
     model = model if attach is None else attach(model)
     checkpoint = Checkpoint(ref.base)
-    sharding.STRATEGIES[shared].place(model, partial(_read_parameter, checkpoint), is_mixed(train))
+    sharding.STRATEGIES[shared].place(
+        model, partial(_read_packed if packed else _read_plain, checkpoint), is_mixed(train)
+    )
     checkpoint.close()
     set_up_to_train(model, train, ref.block_format)
     return model

@@ -26,7 +26,7 @@ from pipeline.models.expert_products import Factors, Groups, Multiply
 from pipeline.numerics.codec import decode
 from pipeline.numerics.formats import MXFP4
 
-_DECODED_BYTES = {"cpu": 1, "cuda": 1 << 30}
+DECODED_BYTES = {"cpu": 1, "cuda": 1 << 30}
 """Largest size of the weights of one projection that are decoded at once, but at least one expert.
 
 A CPU decodes single experts, which stay in its caches. A GPU decodes all experts of a gpt-oss-20b layer at once.
@@ -242,7 +242,7 @@ class _Work:
         numbers = torch.arange(self._experts.num_experts, device=chosen.device)
         ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
         size = self._experts.dtype.itemsize * max(width * out for width, out in self._experts.features.values())
-        count = max(1, _DECODED_BYTES.get(chosen.device.type, _DECODED_BYTES["cuda"]) // size)
+        count = max(1, DECODED_BYTES.get(chosen.device.type, DECODED_BYTES["cuda"]) // size)
         if count >= len(ends):
             yield Part(slice(0, len(ends)), slots, Groups(chosen, ends))
         elif chosen.device.type == "cpu" or self._experts.multiply is not expert_products.multiply_grouped:

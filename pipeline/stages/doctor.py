@@ -69,7 +69,16 @@ def run(config: PipelineConfig) -> Artifact:
 def _plan(config: PipelineConfig) -> Plan:
     target = config.export.target.name
     block_format = configured_format(config.format)
-    return Plan(config.model.path, config.data, config.sft, config.qat, config.sharding, target, block_format)
+    return Plan(
+        config.model.path,
+        config.data,
+        config.sft,
+        config.qat,
+        config.sharding,
+        target,
+        block_format,
+        config.upcast.experts,
+    )
 
 
 def _report(here: Run, plan: Plan, model: Path, figures: DataFigures, directory: Path) -> Result:

@@ -13,7 +13,7 @@ from pipeline.checkpoints.gpt_oss import expert_projections, plain_tensors
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import write_sharded
 from pipeline.checkpoints.side_files import copy_side_files, link_or_copy
-from pipeline.config import Experts, Method, PipelineConfig, Stage
+from pipeline.config import Experts, PipelineConfig, Stage, keeps_packed
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.models import source
@@ -89,8 +89,7 @@ def _stays_packed(config: PipelineConfig, checkpoint: Checkpoint) -> bool:
             f"upcast.experts=packed: the experts of {checkpoint.directory} are not packed, because the source is not"
             " MXFP4. Use an MXFP4 checkpoint as model.path, or set upcast.experts=bf16."
         )
-    is_lora = config.sft.method is Method.lora
-    return checkpoint.is_packed and (is_lora if asked is None else asked is Experts.packed)
+    return keeps_packed(asked, config.sft.method, is_mxfp4=checkpoint.is_packed)
 
 
 def _decode(base: Source, directory: Path, config: PipelineConfig) -> tuple[dict[str, int], dict[str, str]]:

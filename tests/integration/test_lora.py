@@ -58,7 +58,7 @@ def test_merged_experts_are_what_the_quantizers_are_given(lora_run: Path, monkey
         return entrypoint(values, asked, dtype)
 
     monkeypatch.setattr(fake_quantizers, "_entrypoint", noting)
-    monkeypatch.setitem(packed_experts._DECODED_BYTES, "cpu", 1 << 30)  # all experts of a layer at once
+    monkeypatch.setitem(packed_experts.DECODED_BYTES, "cpu", 1 << 30)  # all experts of a layer at once
     model(**BATCH)
     assert given.keys() == {projection.name for projection in expert_projections(weights.shape)}
     for name, values in given.items():

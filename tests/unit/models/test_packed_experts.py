@@ -142,7 +142,7 @@ def relative_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> di
 def test_outputs_and_gradients_are_those_of_plain_experts_with_pefts_adapters(
     at_once: int, block_format: BlockFormat | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(packed_experts._DECODED_BYTES, "cpu", at_once)
+    monkeypatch.setitem(packed_experts.DECODED_BYTES, "cpu", at_once)
     packed, plain = (quantized(adapted(layer), block_format) for layer in layers(torch.float32))
     errors = relative_errors(run(packed, torch.float32), run(plain, torch.float32))
     assert max(errors.values()) < 1e-6, errors
@@ -151,7 +151,7 @@ def test_outputs_and_gradients_are_those_of_plain_experts_with_pefts_adapters(
 
 def test_rolled_parts_of_a_gpu_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, plain = (adapted(layer) for layer in layers(torch.float32))
-    monkeypatch.setitem(packed_experts._DECODED_BYTES, "cpu", 3 * 4 * 2 * INNER * HIDDEN)
+    monkeypatch.setitem(packed_experts.DECODED_BYTES, "cpu", 3 * 4 * 2 * INNER * HIDDEN)
 
     def rolled(chosen: Tensor, slots: Tensor, ends: Tensor, count: int, **_: bool) -> Any:
         return packed_experts._rolled(chosen, slots, ends, count)
@@ -229,7 +229,7 @@ def test_the_scales_and_blocks_are_frozen_parameters() -> None:
 
 
 def test_the_products_of_a_loop_are_those_of_a_grouped_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(packed_experts._DECODED_BYTES, "cpu", 1 << 30)
+    monkeypatch.setitem(packed_experts.DECODED_BYTES, "cpu", 1 << 30)
     found = []
     for multiply in (expert_products.multiply_grouped, expert_products.multiply_in_loop):
         packed, _ = layers(torch.float32)
