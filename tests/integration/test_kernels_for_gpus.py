@@ -19,7 +19,9 @@ from pipeline.numerics.compiled import can_compile
 
 ARCHITECTURES = (80, 90, 100, 120)
 STACK_20B, STACK_120B = 32 * 2880 * 5760, 128 * 2880 * 5760  # values
-INEXACT = re.compile(r"\.ftz|\.approx|\.full|^(div|rcp|sqrt|rsqrt|ex2|lg2|sin|cos|tanh)\b.*\.(f32|f64)|^fma(?!\.rn\.bf16)")
+INEXACT = re.compile(
+    r"\.ftz|\.approx|\.full|^(div|rcp|sqrt|rsqrt|ex2|lg2|sin|cos|tanh)\b.*\.(f32|f64)|^fma(?!\.rn\.bf16)"
+)
 """PTX instructions that flush subnormals to zero, approximate, divide floats, or round once instead of twice.
 
 For sm_80, sums of BF16 values are written as a fused product with 1. FUSED and SUM decide about them.
