@@ -13,6 +13,7 @@ from pipeline.checkpoints.gpt_oss import expert_projections, other_tensors
 from pipeline.errors import CheckFailed
 from pipeline.export.layout import View
 from pipeline.models import adapters, loading, losses, placement, quantizer_calls
+from pipeline.models.packed_experts import is_packed
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
 from pipeline.numerics.formats import BlockFormat
@@ -96,12 +97,14 @@ class TrainedModel:
             "logits: transformers loads the export, and its logits agree with the fake-quantized model's",
             unseen=f"logits on prompts other than the {len(self.batches)} compared",
         )
+        # The same order of summation as in `self.model`: another one could change the choice of a nearly tied router.
+        # With quantizers, ModelOpt runs plain experts in a loop.
+        kernel = "grouped_mm" if is_packed(self.model) else "eager"
         expected = [self._logits(self.model, batch) for batch in self.batches]
         del self.model  # frees memory for the export
         gc.collect()
         try:
-            # Eager as in ModelOpt: another order of summation could change the choice of a nearly tied router.
-            exported = loading.load_plain(directory, self.rounded.dtype, experts_implementation="eager")
+            exported = loading.load_plain(directory, self.rounded.dtype, experts_implementation=kernel)
             nn.Module.to(exported, self.device).eval()  # moves in place; transformers' own `to` has no type annotations
         except (CheckFailed, ValueError, RuntimeError, OSError) as error:
             check.problems.append(f"transformers cannot load the export: {str(error).splitlines()[0]}")
