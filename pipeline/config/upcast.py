@@ -20,7 +20,7 @@ class UpcastConfig:
     """Prepare the checkpoint that training starts from."""
 
     experts: Optional[Experts] = None
-    """packed: train adapters on the MXFP4 weights; bf16: decode them, 4 times larger; null: packed if sft has LoRA."""
+    """Form of the experts in training; packed: MXFP4, only for LoRA; bf16: decoded; null: packed if sft has LoRA."""
     shard_bytes: Annotated[int, POSITIVE] = 5_000_000_000
     """Largest size of one weight file, in bytes."""
 

@@ -150,8 +150,9 @@ class PackedExperts(nn.Module):
         work = _Work(self, chosen, factors)
         biases = [self.bias(name) for name in EXPERT_WEIGHTS]
         trained = [tensor for each in factors.values() for tensor in (each.a, each.b)]
-        held = _Hold.apply(work, self.quantize_inputs(GATE_UP, states), shares, *biases, *trained)
-        return cast(Tensor, _Compute.apply(work, held, shares))
+        rows, shares = self.quantize_inputs(GATE_UP, states).to(self.dtype), shares.to(self.dtype)
+        held = _Hold.apply(work, rows, shares, *biases, *trained)
+        return cast(Tensor, _Compute.apply(work, held, shares)).to(states.dtype)
 
     def gate(self, up: Tensor) -> Tensor:
         """Apply the activation to the output of the gate-up projection, (n, 2 I) -> (n, I)."""
@@ -175,7 +176,8 @@ class _Hold(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         states, shares = ctx.saved_tensors
-        return None, *ctx.work.backward(gradients[0], states, shares)
+        with torch.autocast(states.device.type, enabled=False):
+            return None, *ctx.work.backward(gradients[0], states, shares)
 
 
 class _Compute(torch.autograd.Function):
@@ -183,7 +185,8 @@ class _Compute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, work: "_Work", held: Tensor, shares: Tensor) -> Tensor:
-        return work.forward(held, shares)
+        with torch.autocast(held.device.type, enabled=False):  # experts compute in the type of their biases
+            return work.forward(held, shares)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
@@ -206,7 +209,7 @@ class _Work:
             inner = self._experts.quantize_inputs(DOWN, self._experts.gate(up))
             down = self._project(DOWN, part, inner)
             _put(result, part, down * shares.flatten()[part.slots].unsqueeze(-1))
-        return result.unflatten(0, self._chosen.shape).sum(dim=1).to(states.dtype)
+        return result.unflatten(0, self._chosen.shape).sum(dim=1)
 
     def backward(self, gradient: Tensor, states: Tensor, shares: Tensor) -> list[Tensor | None]:
         """Compute the gradients of the states, the shares, the biases and the factors."""

@@ -32,11 +32,12 @@ def test_conversions_use_the_gpu_if_there_is_one() -> None:
 def test_a_model_that_does_not_fit_into_host_memory_is_refused_before_it_is_loaded(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = loading.load_plain(tiny, torch.float32)
+    model = loading.load_packed(tiny, torch.float32)
     size = sum(parameter.nbytes for parameter in model.parameters())
     monkeypatch.setattr(host_memory, "available_bytes", lambda: size)
     placement.raise_if_host_too_small("evaluate", tiny, torch.float32)
-    placement.raise_if_host_too_small("sft", tiny, torch.bfloat16, copies=2)
+    with pytest.raises(MachineError):
+        placement.raise_if_host_too_small("sft", tiny, torch.bfloat16, copies=2)  # packed experts stay as large
     monkeypatch.setattr(host_memory, "available_bytes", lambda: size - 1)
     with pytest.raises(MachineError, match=f"stage=evaluate: loading {tiny} needs .* GB of host memory"):
         placement.raise_if_host_too_small("evaluate", tiny, torch.float32)
@@ -59,7 +60,7 @@ def layer_bytes(model: torch.nn.Module) -> tuple[int, list[int]]:
 
 
 def test_layers_fill_the_gpus_in_order_and_the_first_gpu_has_everything_else(tiny: Path) -> None:
-    model = loading.load_plain(tiny, torch.float32)
+    model = loading.load_packed(tiny, torch.float32)
     outside, (first, second) = layer_bytes(model)
     others = {"model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"}
 
@@ -82,7 +83,7 @@ def test_layers_fill_the_gpus_in_order_and_the_first_gpu_has_everything_else(tin
 def test_a_model_that_fits_no_gpu_stays_on_the_cpu_with_a_warning(
     tiny: Path, capsys: pytest.CaptureFixture[str], spread: bool, part: str
 ) -> None:
-    model = loading.load_plain(tiny, torch.float32)
+    model = loading.load_packed(tiny, torch.float32)
     needed = 1.3 * sum(parameter.nbytes for parameter in model.parameters())
     with pretend_cuda(2), patch.object(torch.cuda, "mem_get_info", lambda _=0: (int(needed / 4), 10**9)):
         assert placement.place(model, spread).device == torch.device("cpu")
