@@ -80,8 +80,11 @@ def load_plain(directory: Path, dtype: torch.dtype, **arguments: Any) -> "PreTra
 
 def load_packed(directory: Path, dtype: torch.dtype, **arguments: Any) -> "PreTrainedModel":
     """Load an MXFP4 checkpoint whose experts stay packed, into host memory."""
+    from pipeline.models import packed_experts
+
     _quieten()
-    model = streaming.build(directory, dtype, packed=True, **{"attn_implementation": "eager", **arguments})
+    pack = partial(packed_experts.replace, dtype=dtype)
+    model = streaming.build(directory, dtype, pack, **{"attn_implementation": "eager", **arguments})
     checkpoint = Checkpoint(directory)
     streaming.fill(model, partial(_read_packed, checkpoint), torch.device("cpu"))
     checkpoint.close()
@@ -149,10 +152,13 @@ def load_to_train(
         shared: how the model is sharded.
         attach: function that attaches new adapters, or None.
     """
+    from pipeline.models import packed_experts
+
     _quieten()
     dtype = TRAIN_DTYPES[train.precision]
     packed = ref.is_packed and train.method is Method.lora
-    model = streaming.build(ref.base, dtype, packed=packed, attn_implementation=attn_implementation)
+    pack = partial(packed_experts.replace, dtype=dtype) if packed else None
+    model = streaming.build(ref.base, dtype, pack, attn_implementation=attn_implementation)
     model = _restore_parts(model, ref, trainable=True)
     model = model if attach is None else attach(model)
     checkpoint = Checkpoint(ref.base)

@@ -107,7 +107,7 @@ class PackedExperts(nn.Module):
 
     def new_weights(self, name: str, count: int) -> Tensor:
         """Allocate the weights of `count` experts of a projection, (count, in, out)."""
-        return self.bias(name).new_empty(count, *self.features[name])
+        return torch.empty(count, *self.features[name], dtype=self.dtype, device=self.bias(name).device)
 
     def rounds(self, name: str) -> bool:
         """Return whether base + delta of a projection is rounded. A subclass with quantizers overrides this."""

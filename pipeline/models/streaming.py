@@ -24,7 +24,9 @@ Read = Callable[[str, slice], Tensor]
 """Function that reads rows of a parameter, by the parameter's name in the model."""
 
 
-def build(directory: Path, dtype: torch.dtype, *, packed: bool = False, **arguments: Any) -> "PreTrainedModel":
+def build(
+    directory: Path, dtype: torch.dtype, change: Callable[["PreTrainedModel"], object] | None = None, **arguments: Any
+) -> "PreTrainedModel":
     """Build a checkpoint's model with hollow parameters. Only its buffers, such as RoPE's frequencies, have values.
 
     A hollow parameter has the shape, type and device of a weight, but all its elements share one place in memory.
@@ -32,21 +34,19 @@ def build(directory: Path, dtype: torch.dtype, *, packed: bool = False, **argume
     Args:
         directory: directory of the checkpoint. Only its configuration files are read.
         dtype: type of the parameters.
-        packed: whether the experts' weights are packed (`PackedExperts`).
+        change: function that changes the model before its parameters become hollow, or None.
         arguments: further arguments of transformers' `from_config`.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-    from pipeline.models import packed_experts
 
     config = AutoConfig.from_pretrained(directory)
     if "quantization_config" in read_config(directory):
         del config.quantization_config  # experts are decoded while they are read
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **arguments)
-        if packed:
-            packed_experts.replace(model, dtype)
+        if change is not None:
+            change(model)
     for owner, attribute, parameter in owned_parameters(model):
         kind = dtype if parameter.is_floating_point() else parameter.dtype
         hollow = torch.zeros((), dtype=kind).expand(parameter.shape)
