@@ -93,8 +93,8 @@ def _stack_bytes(shape: Shape, train: TrainConfig, is_quantized: bool, is_cast: 
     """Estimate the copies of expert stacks, in addition to the weights.
 
     A layer multiplies with a copy if the weights are rounded or cast. Without quantizers, it multiplies by the factors
-    of adapters, so it needs no copy. For quantizers, PEFT computes the delta in FP32, twice while it is scaled. The
-    gradients of a copy have the copy's size. They are made after the delta has been freed.
+    of adapters, so it needs no copy. For quantizers, the delta of a stack has the type of the weights. The gradients of
+    a copy have the copy's size. They are made after the delta has been freed.
     """
     values = [projection.values for projection in expert_projections(shape) if projection.layer == 0]
     width = compute_width(train)
@@ -102,13 +102,13 @@ def _stack_bytes(shape: Shape, train: TrainConfig, is_quantized: bool, is_cast: 
     is_trained = train.method is Method.full
     kept = sum(values) * width * (is_cast or is_adapted or (is_trained and is_quantized))
     gradients = sum(values) * width * (is_adapted or is_trained)
-    delta = 2 * max(values) * _FP32_BYTES * is_adapted
+    delta = max(values) * width * is_adapted
     return _Stacks(kept, kept + max(gradients, delta))
 
 
 def _decoded_bytes(shape: Shape, width: int) -> _Stacks:
     """Estimate the decoded weights of packed experts. The backward pass holds those of both projections."""
-    from pipeline.models.packed_experts import DECODED_BYTES
+    from pipeline.models.packed_passes import DECODED_BYTES
 
     sizes = [projection.values * width for projection in expert_projections(shape) if projection.layer == 0]
     return _Stacks(0, int(sum(sizes) * min(1, DECODED_BYTES["cuda"] / max(sizes))))

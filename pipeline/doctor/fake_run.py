@@ -314,7 +314,7 @@ def _fake_kernels() -> Iterator[None]:
 
     with (
         trainer.no_triton_kernels(),
-        patch("pipeline.models.fake_quantizers.fake_quantize", _allocate_rounded),
+        patch("pipeline.models.quantizer_backend.fake_quantize", _allocate_rounded),
         patch("pipeline.numerics.low_rank._for_each_expert", lambda _, base, *__: torch.empty_like(base)),
         patch("pipeline.models.packed_experts.decode", lambda *_, out: out),
     ):

@@ -9,9 +9,8 @@ This is the only module that imports modelopt.
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import modelopt.torch.opt as mto
 import modelopt.torch.quantization as mtq
@@ -25,16 +24,17 @@ from torch import Tensor, nn
 
 from pipeline.checkpoints.gpt_oss import EXPERT_PATTERN, EXPERT_WEIGHTS, expert_parameter
 from pipeline.errors import CheckFailed
+from pipeline.models import quantizer_backend
 from pipeline.models.adapters import base_of, is_wrapped, parameter_name
 from pipeline.models.calibration import CALIBRATION_FILE, load_calibration
-from pipeline.models.expert_products import Factors
 from pipeline.models.packed_experts import PackedExperts
-from pipeline.models.rounded_weights import NonFinite, PackedWeights, RoundedWeights, compute_dtype
+from pipeline.models.packed_quantizers import QuantizedPackedExperts
+from pipeline.models.quantizer_backend import INPUTS, WEIGHTS, format_of, state_of
+from pipeline.models.rounded_weights import RoundedWeights, compute_dtype
 from pipeline.models.sharding import own_part
-from pipeline.numerics import low_rank
-from pipeline.numerics.codec import decode, encode, fake_quantize, straight_through, tensor_scale
-from pipeline.numerics.formats import FORMATS, MXFP4, BlockFormat, ScaleType
-from pipeline.numerics.scales import INPUT_RULE, tensor_scale_for_amax
+from pipeline.numerics.codec import straight_through
+from pipeline.numerics.formats import MXFP4, BlockFormat, ScaleType
+from pipeline.numerics.scales import INPUT_RULE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,55 +43,9 @@ STATE_FILE = "modelopt_state.pth"
 """File name that ModelOpt's own `enable_huggingface_checkpointing` looks for."""
 
 _BACKEND = "pipeline_codec"
-WEIGHTS = "_weight_quantizer"
-_INPUTS = "_input_quantizer"
 
 Calibrate = Callable[["PreTrainedModel"], None]
 Hook = Callable[[TensorQuantizer, tuple[Tensor, ...], Tensor], None]
-
-
-@dataclass
-class _State:
-    """Our data on a quantizer, stored in ModelOpt's per-backend slot, which ModelOpt does not serialize.
-
-    Attributes:
-        importance: how much the squared error in each input channel counts when scales are chosen, (in) float32, or
-            None.
-        cache: cache of rounded weights. If it is None, weights are rounded in every forward pass.
-        is_rounded: whether the parameter itself holds rounded values.
-        non_finite: flags that the codec sets on a GPU instead of raising an error, or None.
-        observers: functions that each forward pass calls with rounded weights, (E, out, in), and with the index of
-            their first expert. Packed experts are seen part by part.
-        shows_all: whether the observers need the weights of packed experts that get no token.
-    """
-
-    importance: Tensor | None = None
-    cache: RoundedWeights | None = None
-    is_rounded: bool = False
-    non_finite: NonFinite | None = None
-    observers: list[Callable[[Tensor, int], None]] = field(default_factory=list)
-    shows_all: bool = False
-
-
-def state_of(quantizer: TensorQuantizer) -> _State:
-    if getattr(quantizer, "_quantizer_cache", None) is None:
-        quantizer._quantizer_cache = _State()
-    return quantizer._quantizer_cache
-
-
-def _entrypoint(inputs: Tensor, quantizer: TensorQuantizer, dtype: torch.dtype | None = None) -> Tensor:
-    """Fake-quantize weights (E, out, in) or inputs (tokens, in), in blocks along `in`. ModelOpt calls this.
-
-    Inputs beyond the calibrated range saturate, as in the served model. `dtype` is the type of the result. If it is
-    None, the result has the type of `inputs`.
-    """
-    state, block_format = state_of(quantizer), _format_of(quantizer)
-    amax = quantizer.amax if quantizer.backend_extra_args["is_input"] else None
-    scale = None if amax is None else tensor_scale_for_amax(amax.float(), INPUT_RULE)
-    if state.importance is not None:
-        state.importance = state.importance.to(inputs.device)  # copied to a GPU only once
-    is_bad = None if state.non_finite is None else state.non_finite.flag(inputs.device)
-    return fake_quantize(inputs, block_format, scale, state.importance, dtype=dtype, is_bad=is_bad)
 
 
 def _round_stack(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
@@ -108,7 +62,7 @@ def _round_stack(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
 
     def make() -> Tensor:
         with torch.no_grad():
-            return _entrypoint(weight.transpose(1, 2), quantizer, dtype).transpose(1, 2)
+            return quantizer_backend.round_values(weight.transpose(1, 2), quantizer, dtype).transpose(1, 2)
 
     if state.is_rounded:
         result = weight
@@ -121,80 +75,6 @@ def _round_stack(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
     for observe in state.observers:
         observe(result.detach().transpose(1, 2), 0)
     return result
-
-
-class _QuantizedPackedExperts(PackedExperts):
-    """ModelOpt's quantized form of packed experts. The quantizers have the names of those of plain experts."""
-
-    def _setup(self) -> None:
-        """Add the quantizers. ModelOpt calls this."""
-        for name in EXPERT_WEIGHTS:
-            for kind in (_INPUTS, WEIGHTS):
-                setattr(self, name + kind, TensorQuantizer())
-
-    def iter_weights_for_calibration(self) -> Iterator[Any]:
-        """Return nothing: weights need no calibration, because our backend does not use their largest magnitude."""
-        return iter(())
-
-    def rounds(self, name: str) -> bool:
-        """Return whether the quantizer of a projection's weights is on, and ModelOpt is not calibrating."""
-        quantizer = self._quantizer(name)
-        return bool(quantizer.is_enabled and quantizer._if_quant)
-
-    def weights(self, name: str, experts: slice, factors: Factors | None) -> Tensor:
-        """Return rounded weights, merged with the adapters before."""
-        quantizer, state = self._quantizer(name), state_of(self._quantizer(name))
-        if not self.rounds(name) or (state.is_rounded and factors is None):
-            return self.decode(name, experts)
-        key = (quantizer, experts.start, factors is None)
-        kept = None if state.cache is None else state.cache.packed(key)
-        if kept is None:
-            merged = self.decode(name, experts)
-            if factors is not None:
-                merged = low_rank.merge(merged, factors.a[experts], factors.b[experts], factors.scaling)
-            if state.cache is not None:
-                kept = state.cache.keep_packed(key, _packed_bytes(merged, quantizer), lambda: _pack(merged, quantizer))
-            if kept is None:
-                return _entrypoint(merged.transpose(1, 2), quantizer).transpose(1, 2)
-        result = self.new_weights(name, len(kept.blocks))
-        decode(kept.blocks, kept.scales, self.dtype, kept.tensor_scale, out=result.transpose(1, 2))
-        return result
-
-    def quantize_inputs(self, name: str, rows: Tensor) -> Tensor:
-        """Quantize the inputs of a projection, if their quantizer is enabled."""
-        return cast(Tensor, getattr(self, name + _INPUTS)(rows))
-
-    @property
-    def visits_all(self) -> bool:
-        """Whether an observer needs the weights of all experts."""
-        return any(state_of(self._quantizer(name)).shows_all for name in EXPERT_WEIGHTS)
-
-    def observe(self, name: str, weights: Tensor, first: int) -> None:
-        """Show the rounded weights of a part to the observers."""
-        if self.rounds(name):
-            for observe in state_of(self._quantizer(name)).observers:
-                observe(weights.detach().transpose(1, 2), first)
-
-    def _quantizer(self, name: str) -> TensorQuantizer:
-        return cast(TensorQuantizer, getattr(self, name + WEIGHTS))
-
-
-def _format_of(quantizer: TensorQuantizer) -> BlockFormat:
-    arguments = quantizer.backend_extra_args
-    return FORMATS[arguments["format"]].with_rule(arguments["scale_rule"])
-
-
-def _pack(weights: Tensor, quantizer: TensorQuantizer) -> PackedWeights:
-    """Round weights (g, in, out) and pack them."""
-    values, block_format = weights.transpose(1, 2), _format_of(quantizer)
-    unit = tensor_scale(values, block_format)
-    importance = state_of(quantizer).importance
-    importance = None if importance is None else importance.to(values.device)
-    return PackedWeights(*encode(values, block_format, unit, importance), unit)
-
-
-def _packed_bytes(weights: Tensor, quantizer: TensorQuantizer) -> int:
-    return weights.numel() // 2 + weights.numel() // _format_of(quantizer).block_size
 
 
 _switching = huggingface._QuantGptOssExperts.quantize_weight
@@ -249,7 +129,7 @@ def keep_rounded(model: nn.Module, budget_bytes: float, *, keeps_frozen: bool = 
             parameter = dict(modules[owner].named_parameters(recurse=False))[projection]
             if isinstance(modules[owner], PackedExperts):
                 state.cache = cache
-                state.is_rounded = _format_of(quantizer).name == MXFP4.name  # rounding keeps values of the format
+                state.is_rounded = format_of(quantizer).name == MXFP4.name  # rounding keeps values of the format
             elif parameter.requires_grad or is_wrapped(name) or keeps_frozen:
                 state.cache = cache
             else:
@@ -268,11 +148,12 @@ warnings.filterwarnings("ignore", message="Distributed training is initialized b
 def register_backend() -> None:
     """Register the codec as a backend of ModelOpt. Call this before quantizers are inserted or restored."""
     if not is_registered_quant_backend(_BACKEND):
-        register_quant_backend(_BACKEND, _entrypoint)
+        register_quant_backend(_BACKEND, quantizer_backend.round_values)
         for plugin in (huggingface, peft):  # nvidia-modelopt 0.47 has no public hook for these functions
             plugin._transposed_quantize = _round_stack
         huggingface._QuantGptOssExperts.quantize_weight = _quantize_weight
-        mtq.register(PackedExperts, _QuantizedPackedExperts)
+        QuantizedPackedExperts.quantizer = TensorQuantizer
+        mtq.register(PackedExperts, QuantizedPackedExperts)
         # Linear layers are never quantized here, so ModelOpt must not replace them. In every forward pass, ModelOpt's
         # LoRA layer would add base and delta, to quantize the sum. It would also compute a gradient of the frozen base.
         for kind in (torch.nn.Linear, peft.LoraLinear):
@@ -308,7 +189,7 @@ def calibrate_importance(model: "PreTrainedModel", calibrate: Calibrate) -> None
 
     modules = dict(base_of(model).named_modules())
     weights = {name: module for name, module in enabled(base_of(model)) if name.endswith(WEIGHTS)}
-    inputs = {name: modules[name.removesuffix(WEIGHTS) + _INPUTS] for name in weights}
+    inputs = {name: modules[name.removesuffix(WEIGHTS) + INPUTS] for name in weights}
     hooks = [module.register_forward_hook(hook(name)) for name, module in inputs.items()]
     try:
         calibrate(model)
@@ -333,7 +214,7 @@ def save_state(model: nn.Module, directory: Path) -> None:
     amax = {
         parameter_name(name): module.amax.cpu()
         for name, module in enabled(base_of(model))
-        if name.endswith(_INPUTS) and module.amax is not None
+        if name.endswith(INPUTS) and module.amax is not None
     }
     if importance or amax:
         torch.save({"importance": importance, "amax": amax}, directory / CALIBRATION_FILE)
@@ -375,7 +256,7 @@ def count(model: nn.Module, block_format: BlockFormat) -> int:
         f"{name} ({quantizer.backend_extra_args})"
         for name, quantizer in found.items()
         if (name in expected and (quantizer.backend != _BACKEND or quantizer.backend_extra_args != expected[name]))
-        or (name.endswith(_INPUTS) and not (quantizer.amax is not None and bool(quantizer.amax > 0)))
+        or (name.endswith(INPUTS) and not (quantizer.amax is not None and bool(quantizer.amax > 0)))
     ]
     if wrong:
         raise CheckFailed(
@@ -414,7 +295,7 @@ def _arguments(block_format: BlockFormat) -> dict[str, dict[str, object]]:
     """Return the arguments for our backend, for each kind of quantizer that the format needs."""
     weights = {"format": block_format.name, "scale_rule": block_format.scale_rule, "is_input": False}
     inputs = {**weights, "scale_rule": INPUT_RULE, "is_input": True}
-    return {WEIGHTS: weights, **({_INPUTS: inputs} if block_format.quantizes_activations else {})}
+    return {WEIGHTS: weights, **({INPUTS: inputs} if block_format.quantizes_activations else {})}
 
 
 def _quant_cfg(block_format: BlockFormat) -> dict[str, object]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from pipeline.errors import CheckFailed
-from pipeline.models import fake_quantizers
+from pipeline.models import fake_quantizers, quantizer_backend
 from pipeline.models.adapters import base_of, parameter_name
 
 See = Callable[[str, Tensor, int], None]
@@ -59,8 +59,8 @@ def watch(model: nn.Module, see: See | None = None) -> Iterator[QuantizerCalls]:
         if isinstance(module, fake_quantizers.TensorQuantizer):
             name = parameter_name(full_name)
             hooks.append(module.register_forward_hook(_hook(name, fired)))
-            if name.endswith(fake_quantizers.WEIGHTS):
-                state = fake_quantizers.state_of(module)
+            if name.endswith(quantizer_backend.WEIGHTS):
+                state = quantizer_backend.state_of(module)
                 observed.append((state, _observer(name, fired, see)))
                 state.observers.append(observed[-1][1])
                 state.shows_all = see is not None
@@ -86,6 +86,6 @@ def _observer(name: str, fired: QuantizerCalls, see: See | None) -> Callable[[Te
     def observe(rounded: Tensor, first: int) -> None:
         fired.add(name)
         if see is not None:
-            see(name.removesuffix(fake_quantizers.WEIGHTS), rounded, first)
+            see(name.removesuffix(quantizer_backend.WEIGHTS), rounded, first)
 
     return observe

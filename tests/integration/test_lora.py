@@ -9,7 +9,7 @@ from conftest import SHORT, linked, outcomes, run_program
 
 from pipeline.checkpoints.gpt_oss import expert_projections
 from pipeline.checkpoints.reading import Checkpoint
-from pipeline.models import adapters, fake_quantizers, loading, packed_experts, references
+from pipeline.models import adapters, loading, packed_passes, quantizer_backend, references
 from pipeline.models.weights import Weights
 from pipeline.runs import artifacts
 
@@ -51,14 +51,14 @@ def test_merged_experts_are_what_the_quantizers_are_given(lora_run: Path, monkey
         for name, module in adapters.base_of(model).named_modules()
         if type(module).__name__ == "TensorQuantizer"
     }
-    entrypoint = fake_quantizers._entrypoint
+    entrypoint = quantizer_backend.round_values
 
     def noting(values: torch.Tensor, asked: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
         given[names[asked]] = values.detach()
         return entrypoint(values, asked, dtype)
 
-    monkeypatch.setattr(fake_quantizers, "_entrypoint", noting)
-    monkeypatch.setitem(packed_experts.DECODED_BYTES, "cpu", 1 << 30)  # all experts of a layer at once
+    monkeypatch.setattr(quantizer_backend, "round_values", noting)
+    monkeypatch.setitem(packed_passes.DECODED_BYTES, "cpu", 1 << 30)  # all experts of a layer at once
     model(**BATCH)
     assert given.keys() == {projection.name for projection in expert_projections(weights.shape)}
     for name, values in given.items():

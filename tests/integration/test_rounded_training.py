@@ -9,7 +9,7 @@ import torch
 from conftest import ONE_LAYER, SHORT, linked, run_program
 
 from pipeline.config import TinyConfig
-from pipeline.models import fake_quantizers
+from pipeline.models import fake_quantizers, quantizer_backend
 from pipeline.numerics.codec import encode, fake_quantize
 from pipeline.runs import artifacts
 from pipeline.runs.metrics import read_metrics
@@ -41,7 +41,7 @@ def roundings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return call
 
     for function in (fake_quantize, encode):  # packed experts are kept encoded
-        monkeypatch.setattr(fake_quantizers, function.__name__, counted(function))
+        monkeypatch.setattr(quantizer_backend, function.__name__, counted(function))
     return seen
 
 

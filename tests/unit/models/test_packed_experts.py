@@ -11,7 +11,7 @@ from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from pipeline.checkpoints.gpt_oss import BIAS_SUFFIX, EXPERT_WEIGHTS, SCALES_SUFFIX
-from pipeline.models import adapters, expert_products, fake_quantizers, packed_experts
+from pipeline.models import adapters, expert_products, fake_quantizers, packed_experts, packed_passes, quantizer_backend
 from pipeline.models.packed_experts import PackedExperts
 from pipeline.numerics.codec import encode
 from pipeline.numerics.formats import MXFP4, NVFP4, NVFP4_W4A4, BlockFormat
@@ -122,7 +122,7 @@ def rounded_weights(model: nn.Module, budget: float, batch: tuple[Tensor, ...]) 
         return lambda values, first: found.update({f"{kind} {i}": each.clone() for i, each in enumerate(values, first)})
 
     for name, quantizer in fake_quantizers.enabled(model):
-        state = fake_quantizers.state_of(quantizer)
+        state = quantizer_backend.state_of(quantizer)
         state.shows_all = True
         state.observers.append(show(name.rpartition(".")[2]))
     for _ in range(2):
@@ -142,7 +142,7 @@ def relative_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> di
 def test_outputs_and_gradients_are_those_of_plain_experts_with_pefts_adapters(
     at_once: int, block_format: BlockFormat | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(packed_experts.DECODED_BYTES, "cpu", at_once)
+    monkeypatch.setitem(packed_passes.DECODED_BYTES, "cpu", at_once)
     packed, plain = (quantized(adapted(layer), block_format) for layer in layers(torch.float32))
     errors = relative_errors(run(packed, torch.float32), run(plain, torch.float32))
     assert max(errors.values()) < 1e-6, errors
@@ -151,12 +151,12 @@ def test_outputs_and_gradients_are_those_of_plain_experts_with_pefts_adapters(
 
 def test_rolled_parts_of_a_gpu_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, plain = (adapted(layer) for layer in layers(torch.float32))
-    monkeypatch.setitem(packed_experts.DECODED_BYTES, "cpu", 3 * 4 * 2 * INNER * HIDDEN)
+    monkeypatch.setitem(packed_passes.DECODED_BYTES, "cpu", 3 * 4 * 2 * INNER * HIDDEN)
 
     def rolled(chosen: Tensor, slots: Tensor, ends: Tensor, count: int, **_: bool) -> Any:
-        return packed_experts._rolled(chosen, slots, ends, count)
+        return packed_passes._rolled(chosen, slots, ends, count)
 
-    monkeypatch.setattr(packed_experts, "_slices", rolled)
+    monkeypatch.setattr(packed_passes, "_slices", rolled)
     errors = relative_errors(run(packed, torch.float32), run(plain, torch.float32))
     assert max(errors.values()) < 1e-6, errors
 
@@ -229,10 +229,30 @@ def test_the_scales_and_blocks_are_frozen_parameters() -> None:
 
 
 def test_the_products_of_a_loop_are_those_of_a_grouped_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(packed_experts.DECODED_BYTES, "cpu", 1 << 30)
+    monkeypatch.setitem(packed_passes.DECODED_BYTES, "cpu", 1 << 30)
     found = []
     for multiply in (expert_products.multiply_grouped, expert_products.multiply_in_loop):
         packed, _ = layers(torch.float32)
         packed.mlp.experts.multiply = multiply
         found.append(run(adapted(packed), torch.float32))
     assert max(relative_errors(*found).values()) < 1e-6
+
+
+@pytest.mark.parametrize("block_format", FORMATS, ids=lambda each: "no quantizers" if each is None else each.name)
+def test_few_tokens_without_gradients_decode_only_their_experts(
+    block_format: BlockFormat | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, plain = (quantized(adapted(layer), block_format) for layer in layers(torch.float32))
+    batch = inputs(torch.float32, tokens=2)[:3]
+    monkeypatch.setitem(packed_passes.DECODED_BYTES, "cpu", 1 << 30)
+    decoded: list[int] = []
+    decode = PackedExperts.decode_packed
+
+    def count(self: PackedExperts, name: str, blocks: Tensor, scales: Tensor) -> Tensor:
+        decoded.append(len(blocks))
+        return decode(self, name, blocks, scales)
+
+    monkeypatch.setattr(PackedExperts, "decode_packed", count)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(*batch), plain(*batch), rtol=1e-5, atol=1e-5)
+    assert decoded == [2 * CHOSEN] * 2

@@ -1,0 +1,87 @@
+"""The backend that rounds for ModelOpt's quantizers: our codec, and our data on each quantizer.
+
+The functions take quantizers as ModelOpt made them, but nothing is imported from ModelOpt.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from pipeline.models.rounded_weights import NonFinite, PackedWeights, RoundedWeights
+from pipeline.numerics.codec import encode, fake_quantize, tensor_scale
+from pipeline.numerics.formats import FORMATS, BlockFormat
+from pipeline.numerics.scales import INPUT_RULE, tensor_scale_for_amax
+
+WEIGHTS = "_weight_quantizer"
+INPUTS = "_input_quantizer"
+
+Quantizer = Any
+"""ModelOpt's TensorQuantizer."""
+
+
+@dataclass
+class State:
+    """Our data on a quantizer, stored in ModelOpt's per-backend slot, which ModelOpt does not serialize.
+
+    Attributes:
+        importance: how much the squared error in each input channel counts when scales are chosen, (in) float32, or
+            None.
+        cache: cache of rounded weights. If it is None, weights are rounded in every forward pass.
+        is_rounded: whether the parameter itself holds rounded values.
+        non_finite: flags that the codec sets on a GPU instead of raising an error, or None.
+        observers: functions that each forward pass calls with rounded weights, (E, out, in), and with the index of
+            their first expert. Packed experts are seen part by part.
+        shows_all: whether the observers need the weights of packed experts that get no token.
+    """
+
+    importance: Tensor | None = None
+    cache: RoundedWeights | None = None
+    is_rounded: bool = False
+    non_finite: NonFinite | None = None
+    observers: list[Callable[[Tensor, int], None]] = field(default_factory=list)
+    shows_all: bool = False
+
+
+def state_of(quantizer: Quantizer) -> State:
+    """Return our data on a quantizer."""
+    if getattr(quantizer, "_quantizer_cache", None) is None:
+        quantizer._quantizer_cache = State()
+    return cast(State, quantizer._quantizer_cache)
+
+
+def round_values(inputs: Tensor, quantizer: Quantizer, dtype: torch.dtype | None = None) -> Tensor:
+    """Fake-quantize weights (E, out, in) or inputs (tokens, in), in blocks along `in`. ModelOpt calls this.
+
+    Inputs beyond the calibrated range saturate, as in the served model. `dtype` is the type of the result. If it is
+    None, the result has the type of `inputs`.
+    """
+    state, block_format = state_of(quantizer), format_of(quantizer)
+    amax = quantizer.amax if quantizer.backend_extra_args["is_input"] else None
+    scale = None if amax is None else tensor_scale_for_amax(amax.float(), INPUT_RULE)
+    if state.importance is not None:
+        state.importance = state.importance.to(inputs.device)  # copied to a GPU only once
+    is_bad = None if state.non_finite is None else state.non_finite.flag(inputs.device)
+    return fake_quantize(inputs, block_format, scale, state.importance, dtype=dtype, is_bad=is_bad)
+
+
+def format_of(quantizer: Quantizer) -> BlockFormat:
+    """Return the format and scale rule of a quantizer."""
+    arguments = quantizer.backend_extra_args
+    return FORMATS[arguments["format"]].with_rule(arguments["scale_rule"])
+
+
+def pack(weights: Tensor, quantizer: Quantizer) -> PackedWeights:
+    """Round weights (g, in, out) and pack them."""
+    values, block_format = weights.transpose(1, 2), format_of(quantizer)
+    unit = tensor_scale(values, block_format)
+    importance = state_of(quantizer).importance
+    importance = None if importance is None else importance.to(values.device)
+    return PackedWeights(*encode(values, block_format, unit, importance), unit)
+
+
+def packed_bytes(weights: Tensor, quantizer: Quantizer) -> int:
+    """Return the size of `pack`'s result."""
+    return weights.numel() // 2 + weights.numel() // format_of(quantizer).block_size
