@@ -1,8 +1,8 @@
 """The forward and the backward pass through packed experts, a few of them at a time.
 
-For inputs x of a projection and gradients g of its outputs, the gradients of A and B are s x' (g B') and s (x A)' g. This
-holds whether rows are multiplied by the factors or by rounded base + delta. So the gradient of a whole weight is never
-computed.
+For inputs x of a projection and gradients g of its outputs, the gradients of A and B are s x' (g B') and s (x A)' g.
+This holds whether rows are multiplied by the factors or by rounded base + delta. So the gradient of a whole weight is
+never computed.
 
 Shapes: T tokens, K experts per token, R = T K rows (one for each expert of each token, sorted by expert), E experts of
 which a part has g experts and n rows, H hidden size, I intermediate size, r rank.
