@@ -32,7 +32,10 @@ def spans_mask(spans: list[tuple[int, int]]) -> Tensor:
 
 
 def eager_mask(is_real: Tensor, documents: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Make the mask (B, 1, T, T). A query sees the real, not later keys that are in its document and in its window."""
+    """Make the mask (B, 1, T, T).
+
+    A query sees the keys that are real, are not later than the query, and are in its document and in its window.
+    """
     places = torch.arange(LENGTH, device=is_real.device)
     age = places[:, None] - places
     seen = (age >= 0) & (age < (window or LENGTH)) & is_real[:, None, :] & (documents[..., None] == documents[:, None])

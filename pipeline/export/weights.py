@@ -127,7 +127,8 @@ class ExpertStack:
     If the source has the same format, experts that training did not change keep the source's bytes.
 
     Attributes:
-        survival: sums over the experts converted so far, for the share of weight changes that survives rounding.
+        survival: running sums over the experts converted so far. The share of weight changes that survive rounding is
+            computed from them.
         copied_experts: number of experts converted so far that keep the source's bytes.
         other_than_trained: number of weights whose exported value differs from the rounded value that training used.
             The number stays 0 if training rounded to the same format or did not round.

@@ -211,7 +211,7 @@ class Client:
             body: the body of the request, sent as JSON.
             read: a function of the parsed JSON. It raises KeyError, IndexError or TypeError if the form is unexpected.
             what: name of the requested answer, for messages.
-            hint: text that the message gets at its end if the server refuses the request.
+            hint: text to append to the error message if the server refuses the request.
 
         Raises:
             UserError: all attempts failed, the server refused the request, or `read` could not read the reply.
