@@ -111,22 +111,24 @@ def copies_in_host_memory(shared: Sharding) -> float:
     return local_process_count() / shards
 
 
-def raise_if_host_too_small(stage: str, directory: Path, dtype: torch.dtype, copies: float = 1) -> None:
+def raise_if_host_too_small(
+    stage: str, directory: Path, dtype: torch.dtype, copies: float = 1, *, is_decoded: bool = False
+) -> None:
     """Check that the weights of a model fit into the free host memory. Call this before the model is loaded.
-
-    Packed experts stay packed in memory.
 
     Args:
         stage: name of the stage, for the message.
         directory: directory of the checkpoint. For adapters, the directory of their base.
         dtype: type of the weights after loading.
         copies: number of copies that the processes on this machine load together.
+        is_decoded: whether packed experts are decoded in memory. Otherwise they stay packed.
 
     Raises:
         MachineError: the weights do not fit.
     """
     config = read_config(directory)
-    tensors = (packed_tensors if "quantization_config" in config else plain_tensors)(Shape.of(config, str(directory)))
+    stays_packed = "quantization_config" in config and not is_decoded
+    tensors = (packed_tensors if stays_packed else plain_tensors)(Shape.of(config, str(directory)))
     sizes = (
         info.bytes if is_packed_name(name) else math.prod(info.shape) * dtype.itemsize for name, info in tensors.items()
     )

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.checkpoints.gpt_oss import expert_projections, other_tensors
-from pipeline.errors import CheckFailed
+from pipeline.checkpoints.reading import Checkpoint
+from pipeline.errors import CheckFailed, MachineError
 from pipeline.export.layout import View
 from pipeline.models import adapters, loading, losses, placement, quantizer_calls
 from pipeline.models.packed_experts import is_packed
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
 from pipeline.numerics.formats import BlockFormat
-from pipeline.runs.console import progress
+from pipeline.runs.console import progress, warn
 from pipeline.verify.check import Check
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class TrainedModel:
         del self.model  # frees memory for the export
         gc.collect()
         try:
-            exported = loading.load_plain(directory, self.rounded.dtype, experts_implementation=kernel)
+            exported = self._load_export(check, directory, kernel)
             nn.Module.to(exported, self.device).eval()  # moves in place; transformers' own `to` has no type annotations
         except (CheckFailed, ValueError, RuntimeError, OSError) as error:
             check.problems.append(f"transformers cannot load the export: {str(error).splitlines()[0]}")
@@ -124,6 +125,19 @@ class TrainedModel:
         if not largest <= tolerance:
             check.problems.append(f"logits differ by up to {largest:.3g}, more than {tolerance:.3g}")
         return check
+
+    def _load_export(self, check: Check, directory: Path, kernel: str) -> "PreTrainedModel":
+        """Load the export with transformers, which decodes it. If that needs too much memory, keep it packed."""
+        dtype = self.rounded.dtype
+        try:
+            placement.raise_if_host_too_small("verify", directory, dtype, is_decoded=True)
+        except MachineError as error:
+            if not Checkpoint(directory).is_packed:
+                raise
+            warn("verify", f"{error} The logits are computed with this program's loader, which keeps experts packed.")
+            check.unseen = f"{check.unseen}; whether transformers loads the export"
+            return loading.load_packed(directory, dtype)
+        return loading.load_plain(directory, dtype, experts_implementation=kernel)
 
     def _see_rounded(self, see: Callable[[str, Tensor, int], None]) -> None:
         """Call `see` with the rounded weights (E, out, in) of each stack of experts."""

@@ -1,5 +1,6 @@
 """LoRA on packed experts: no decoded copy on disk, the results of the decoded path, and clear errors."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.models import loading, packed_experts, references
-from pipeline.runs import artifacts
+from pipeline.runs import artifacts, host_memory
 from pipeline.runs.artifacts import Kind
 from pipeline.runs.metrics import read_metrics
 
@@ -105,3 +106,15 @@ def test_packed_experts_of_a_bf16_source_are_refused(
     assert not (tmp_path / "run" / "upcast" / artifacts.ARTIFACT_FILE).exists()
     assert run_program(*settings) == 0
     assert "the source is BF16 already" in capsys.readouterr().out
+
+
+def test_verify_keeps_the_export_packed_if_the_decoded_one_does_not_fit(
+    lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = linked(tmp_path / "run", lora_run, "source", "upcast", "sft", "quantize", "qat", "export")
+    decoded = sum(parameter.nbytes for parameter in loading.load_plain(run_dir / "export", torch.float32).parameters())
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: decoded - 1)
+    assert run_program("stage=verify", f"run_dir={run_dir}", *SETTINGS) == 0
+    assert "keeps experts packed" in capsys.readouterr().err
+    report = json.loads((run_dir / "verify" / "report.json").read_text(encoding="utf-8"))
+    assert any("whether transformers loads the export" in each for each in report["not_checked"])
