@@ -72,8 +72,11 @@ def compute_states(model: nn.Module, inputs: Mapping[str, object], positions: Po
     found: list[Tensor] = []
     hook = causal.get_decoder().register_forward_hook(lambda *call: found.append(call[-1].last_hidden_state))
     try:
-        # One position goes through the head as usual, so that the head's hooks (FSDP2, quantizers) run.
-        model(**inputs, use_cache=False, logits_to_keep=1)
+        # One position goes through the head as usual, so that the head's hooks (FSDP2, quantizers) run. With
+        # logits_to_keep=1, its input would be a strided view. For such a view and BF16, torch 2.13 copies the head for
+        # each row of the batch on a CPU: 1.2 GB for a vocabulary of 201,088.
+        first = torch.zeros(1, dtype=torch.long, device=positions[0].device)
+        model(**inputs, use_cache=False, logits_to_keep=first)
     finally:
         hook.remove()
     return States(found[0][positions], embedding.weight)  # read only now: FSDP2 replaces the weight in a forward pass

@@ -129,3 +129,16 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made_forward_or_backward() -> N
     with largest() as seen:
         whole_loss(student, teacher.model, 0.5, 2.0)
     assert seen.values == ROWS * TOKENS * VOCABULARY
+
+
+def test_the_head_gets_contiguous_inputs() -> None:
+    """For strided inputs in BF16, a CPU would copy the head for each row of the batch."""
+    student = model(0)
+    seen: list[bool] = []
+    student.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
+    made = batch()
+    inputs = {name: value for name, value in made.items() if name != "labels"}
+    with torch.no_grad():
+        positions = chunked_logits.find_positions(torch.ones_like(made["input_ids"], dtype=torch.bool))
+        chunked_logits.compute_states(student, inputs, positions)
+    assert seen == [True]
