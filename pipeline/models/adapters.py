@@ -49,8 +49,9 @@ def _factors_of(wrapper: ParamWrapper, adapter_name: str = _ADAPTER) -> Factors:
 def _compute_delta(wrapper: ParamWrapper, adapter_name: str, *_: object, **__: object) -> Tensor:
     """Compute the delta of an expert stack, in the type of the stack.
 
-    This replaces a method of PEFT 0.21. Its bits depend on the device and on the number of experts, and under autocast
-    it computes in BF16. Then an export, which merges a few experts at a time on a CPU, would differ from training.
+    This replaces a method of PEFT 0.21. The exact bits of that method's result depend on the device and on the number
+    of experts, and under autocast the method computes in BF16. An export merges a few experts at a time on a CPU, so
+    with PEFT's method its weights would differ from those in training.
     """
     factors = _factors_of(wrapper, adapter_name)
     return low_rank.delta(wrapper.get_param(), factors.a, factors.b, factors.scaling)
@@ -311,7 +312,8 @@ class Merger:
 
         Args:
             name: name of the parameter in the plain model.
-            base: base weights of the parameter. For an expert stack, consecutive experts (E, in, out) are enough.
+            base: base weights of the parameter. For an expert stack, this may be a part of the stack:
+                consecutive experts (E, in, out).
             first: index of the first expert in `base`.
         """
         layer = self._layers[name]

@@ -15,7 +15,8 @@ gradients of whole stacks. This module solves three problems:
   cast to the compute type first. The values between the gate-up and the down product are then BF16 too, as after a
   linear layer under autocast. With `eager`, these values are FP32.
 - On GPUs, torch 2.13 has a kernel for `grouped_mm` only for BF16 and compute capability 9 and 10. Otherwise a grouped
-  product is a loop over the experts. Before the loop, the host waits for a copy of the experts' numbers of rows.
+  product is a loop over the experts. Before the loop, the host waits until
+  it has a copy of the number of rows of each expert.
 """
 
 from collections.abc import Mapping
@@ -108,7 +109,7 @@ def choose(
 
 
 def has_grouped_mm(capability: Capability | None, precision: Precision) -> bool:
-    """Return whether torch computes grouped products without waiting for a GPU, as is always so on a CPU."""
+    """Return whether torch computes grouped products without waiting for a GPU. On a CPU, this is always true."""
     return capability is None or (precision is not Precision.fp32 and capability[0] in _MAJORS_WITH_GROUPED_MM)
 
 

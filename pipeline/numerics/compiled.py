@@ -64,7 +64,7 @@ def compilation(mode: Compilation) -> Iterator[None]:
 
 
 def compilation_for(values: int) -> AbstractContextManager[None]:
-    """Compile kernels from the start inside a `with` block, if the block processes enough values."""
+    """Compile each kernel at its first call inside a `with` block, if the block processes enough values."""
     is_large = _mode is Compilation.when_it_pays and values >= _PAYS_AT_ONCE
     return compilation(Compilation.always) if is_large else nullcontext()
 
