@@ -34,6 +34,11 @@ def read_config(directory: Path, name: str = CONFIG) -> dict[str, Any]:
     return config
 
 
+def is_quantized(config: Mapping[str, object]) -> bool:
+    """Return whether the content of a config.json belongs to a quantized checkpoint, for gpt-oss one in MXFP4."""
+    return "quantization_config" in config
+
+
 def write_config(directory: Path, config: Mapping[str, object], dtype: torch.dtype) -> None:
     """Write config.json of a plain checkpoint: `config` without its quantization, and with the data type `dtype`."""
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}

@@ -9,6 +9,7 @@ Hugging Face checkpoints come in two layouts, which differ only in the expert we
 In both layouts, a block of 32 values runs along `in`. The columns of gate_up alternate: gate, up, gate, up.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -234,6 +235,18 @@ def plain_tensors(shape: Shape, dtype: str = "BF16") -> dict[str, TensorInfo]:
     for projection in expert_projections(shape):
         tensors[projection.name] = projection.plain_tensor(dtype)
     return tensors
+
+
+def loaded_bytes(shape: Shape, width: int, *, stays_packed: bool) -> int:
+    """Compute the bytes of a model in memory.
+
+    Args:
+        shape: shape of the model.
+        width: bytes of a value that is not packed.
+        stays_packed: whether the experts stay packed in memory.
+    """
+    tensors = packed_tensors(shape) if stays_packed else plain_tensors(shape)
+    return sum(info.bytes if is_packed_name(name) else math.prod(info.shape) * width for name, info in tensors.items())
 
 
 def _other_tensors_of_layer(shape: Shape) -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any, TypedDict
 
+from pipeline.checkpoints.config_json import is_quantized
 from pipeline.checkpoints.dtypes import TRAIN_TYPES, bytes_per_value
 from pipeline.checkpoints.gpt_oss import (
     ATTENTION_PROJECTIONS,
@@ -17,9 +18,8 @@ from pipeline.checkpoints.gpt_oss import (
     TensorInfo,
     attention_projection,
     expert_projections,
-    is_packed_name,
+    loaded_bytes,
     other_tensors,
-    packed_tensors,
     plain_tensors,
 )
 from pipeline.config import (
@@ -114,7 +114,7 @@ class Plan:
 
     def is_packed(self, stage: str, model: Mapping[str, Any]) -> bool:
         """Return whether a stage trains on packed experts. `model` is the content of the source's config.json."""
-        starts = keeps_packed(self.experts, self.sft.method, is_mxfp4="quantization_config" in model)
+        starts = keeps_packed(self.experts, self.sft.method, is_mxfp4=is_quantized(model))
         return starts and self.trainings[stage].method is Method.lora
 
     @property
@@ -204,7 +204,7 @@ def memory(
     width, is_full = bytes_per_value(TRAIN_TYPES[train.precision]), train.method is Method.full
     trained_width = width if is_full else _ADAPTER_BYTES
     changing = _changing_experts(shape, train) if is_quantized else 0
-    model = _packed_bytes(shape, width) if is_packed else every * width
+    model = loaded_bytes(shape, width, stays_packed=is_packed)
     return Memory(
         weights=model + (0 if is_full else trained * _ADAPTER_BYTES),
         gradients=trained * trained_width,
@@ -222,12 +222,6 @@ def memory(
         gathered=activations.gathered_bytes(shape, train, model) if gathers else 0,
         teacher=every * width if _has_teacher(train) and not is_packed else 0,
     )
-
-
-def _packed_bytes(shape: Shape, width: int) -> int:
-    """Compute the bytes of a model with packed experts. Each value of the other tensors takes `width` bytes."""
-    experts = sum(info.bytes for name, info in packed_tensors(shape).items() if is_packed_name(name))
-    return experts + _count(other_tensors(shape)) * width
 
 
 def _has_teacher(train: TrainConfig) -> bool:
@@ -317,7 +311,7 @@ def figures(plan: Plan, model: Mapping[str, Any], longest: int, devices: dict[st
         "trained_parameters": {name: trained_parameters(shape, train) for name, train in trains.items()},
         "devices": devices,
         "device_bytes": {name: {**asdict(part), "total": part.total} for name, part in needed.items()},
-        "disk_bytes": disk(plan, shape, "quantization_config" in model),
+        "disk_bytes": disk(plan, shape, is_quantized(model)),
         "checkpoint_bytes": {name: checkpoints(shape, train) for name, train in trains.items()},
         "tokens": longest,
     }

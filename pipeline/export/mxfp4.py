@@ -6,6 +6,7 @@ The content of config.json comes from the source (see `released_config`).
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from pipeline.checkpoints.config_json import is_quantized
 from pipeline.checkpoints.gpt_oss import BLOCKS_SUFFIX, QUANTIZATION_CONFIG, other_tensors
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import Written
@@ -43,7 +44,7 @@ def released_config(config: dict[str, object]) -> dict[str, object]:
     config and the rope keys of the released models. The rope keys are needed because transformers 5 writes
     `rope_parameters`, but engines read `rope_scaling` and `rope_theta`.
     """
-    if "quantization_config" in config:
+    if is_quantized(config):
         return config
     return {**legacy_config(config), "quantization_config": QUANTIZATION_CONFIG}
 

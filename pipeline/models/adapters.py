@@ -21,6 +21,7 @@ from pipeline.checkpoints.side_files import ADAPTER_WEIGHTS
 from pipeline.config import LoraConfig, LoraTarget, TrainConfig, adapted_layers
 from pipeline.errors import CheckFailed, UserError
 from pipeline.models import sharding
+from pipeline.models.adapted_names import parameter_name
 from pipeline.models.expert_products import Factors
 from pipeline.models.packed_experts import PackedExperts, is_packed
 from pipeline.numerics import low_rank
@@ -193,16 +194,6 @@ def merge_attention(model: nn.Module) -> None:
             module.merge()
 
 
-def parameter_name(module_name: str) -> str:
-    """Return the name that a module or parameter of an adapted model has in the plain model."""
-    return module_name.removeprefix("base_model.model.").replace(".base_layer", "")
-
-
-def is_factor(parameter_name: str) -> bool:
-    """Return whether a parameter of an adapted model is part of an adapter."""
-    return ".lora_" in parameter_name
-
-
 @torch.no_grad()
 def expert_weights(model: nn.Module, experts: slice) -> Iterator[tuple[str, Tensor]]:
     """For each trained stack, yield its name and some of its experts, (E, in, out), with adapters merged.
@@ -223,7 +214,7 @@ def expert_weights(model: nn.Module, experts: slice) -> Iterator[tuple[str, Tens
         weights = _read_experts(model, full_name, parameter, experts)
         if name in adapted:
             with _whole_factors(adapted[name]) as factors:
-                weights = None if weights is None else _merge_experts(weights, factors, experts)
+                weights = None if weights is None else factors.merge(weights, experts)
         if weights is not None:
             yield name, weights
 
@@ -241,10 +232,6 @@ def _read_experts(model: nn.Module, name: str, parameter: Tensor, experts: slice
     return owner.decode_packed(kind, stack[experts], scales[experts])
 
 
-def _merge_experts(base: Tensor, factors: Factors, experts: slice) -> Tensor:
-    return low_rank.merge(base, factors.a[experts], factors.b[experts], factors.scaling)
-
-
 @contextmanager
 def _whole_factors(wrapper: ParamWrapper) -> Iterator[Factors]:
     """Gather the factors of an adapter inside the block. This is a collective call if they are sharded."""
@@ -254,11 +241,6 @@ def _whole_factors(wrapper: ParamWrapper) -> Iterator[Factors]:
             stack.callback(setattr, factor, "weight", _weight(factor))
             factor.weight = torch.nn.Parameter(whole.data, requires_grad=False)
         yield _factors_of(wrapper)
-
-
-def is_wrapped(module_name: str) -> bool:
-    """Return whether a module of an adapted model belongs to a layer that PEFT has wrapped with an adapter."""
-    return ".base_layer" in module_name
 
 
 class Merger:
@@ -318,7 +300,7 @@ class Merger:
         """
         layer = self._layers[name]
         if isinstance(layer, ParamWrapper):
-            return _merge_experts(base.to(self._dtype), _factors_of(layer), slice(first, first + len(base)))
+            return _factors_of(layer).merge(base.to(self._dtype), slice(first, first + len(base)))
         owner, attribute = layer.get_base_layer(), name.rpartition(".")[2]
         hollow = getattr(owner, attribute)
         setattr(owner, attribute, torch.nn.Parameter(base.to(self._dtype, copy=True), requires_grad=False))

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from pipeline.checkpoints.gpt_oss import BIAS_SUFFIX, DOWN, GATE_UP
 from pipeline.models.rounded_weights import compute_dtype
+from pipeline.numerics import low_rank
 
 _STRIDE_BYTES = 16  # torch.nn.functional.grouped_mm takes only strides that are multiples of this
 
@@ -37,6 +38,10 @@ class Factors:
     b: Tensor
     scaling: float
 
+    def merge(self, base: Tensor, experts: slice | Tensor) -> Tensor:
+        """Return base + delta of some experts, (g, in, out), in the type of `base`. There are no gradients."""
+        return low_rank.merge(base, self.a[experts], self.b[experts], self.scaling)
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -54,6 +59,13 @@ class Groups:
     def sizes(self) -> list[int]:
         """Number of rows of each expert. On a GPU, the first access waits for the GPU."""
         return self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
+
+
+def sort_by_expert(chosen: Tensor, num_experts: int) -> tuple[Groups, Tensor]:
+    """Make a row for each expert (T, K) of each token. Return their groups, and each row's index in (T * K)."""
+    experts, order = chosen.flatten().sort(stable=True)
+    numbers = torch.arange(num_experts, device=chosen.device)
+    return Groups(experts, torch.searchsorted(experts, numbers, right=True, out_int32=True)), order
 
 
 Multiply = Callable[[Tensor, Tensor, Groups], Tensor]
@@ -95,9 +107,7 @@ def forward(
         multiply: function that computes the products.
     """
     module: Any = experts
-    sorted_experts, order = chosen.flatten().sort(stable=True)
-    numbers = torch.arange(module.num_experts, device=chosen.device)
-    groups = Groups(sorted_experts, torch.searchsorted(sorted_experts, numbers, right=True, out_int32=True))
+    groups, order = sort_by_expert(chosen, module.num_experts)
 
     def project(name: str, rows: Tensor) -> Tensor:
         return _project(experts, name, rows, factors.get(name), groups, multiply)

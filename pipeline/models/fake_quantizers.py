@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from pipeline.checkpoints.gpt_oss import EXPERT_PATTERN, EXPERT_WEIGHTS, expert_parameter
 from pipeline.errors import CheckFailed
 from pipeline.models import quantizer_backend
-from pipeline.models.adapters import base_of, is_wrapped, parameter_name
+from pipeline.models.adapted_names import is_wrapped, parameter_name
+from pipeline.models.adapters import base_of
 from pipeline.models.calibration import CALIBRATION_FILE, load_calibration
 from pipeline.models.packed_experts import PackedExperts
 from pipeline.models.packed_quantizers import QuantizedPackedExperts

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.checkpoints.config_json import read_config
+from pipeline.checkpoints.config_json import is_quantized, read_config
 from pipeline.checkpoints.dtypes import TRAIN_TYPES, torch_dtype
 from pipeline.checkpoints.gpt_oss import EXPERT_WEIGHTS, PACKED_SUFFIXES, SCALES_SUFFIX, packed_names
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.config import Device, Method, Precision, Sharding, TrainConfig
 from pipeline.errors import CheckFailed, UserError
 from pipeline.models import sharding, streaming
+from pipeline.models.adapted_names import parameter_name
 from pipeline.models.placement import place
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
@@ -64,7 +65,7 @@ def load_plain(directory: Path, dtype: torch.dtype, **arguments: Any) -> "PreTra
     from pipeline.models import sink_attention  # noqa: F401 (registers the attention in transformers)
 
     _quieten()
-    if "quantization_config" in read_config(directory):
+    if is_quantized(read_config(directory)):
         arguments["quantization_config"] = Mxfp4Config(dequantize=True)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, output_loading_info=True, **{"attn_implementation": "eager", **arguments}
@@ -80,28 +81,29 @@ def load_plain(directory: Path, dtype: torch.dtype, **arguments: Any) -> "PreTra
 
 def load_packed(directory: Path, dtype: torch.dtype, **arguments: Any) -> "PreTrainedModel":
     """Load an MXFP4 checkpoint whose experts stay packed, into host memory."""
-    from pipeline.models import packed_experts
-
     _quieten()
-    pack = partial(packed_experts.replace, dtype=dtype)
-    model = streaming.build(directory, dtype, pack, **{"attn_implementation": "eager", **arguments})
+    model = _build(directory, dtype, packed=True, **{"attn_implementation": "eager", **arguments})
     checkpoint = Checkpoint(directory)
     streaming.fill(model, partial(_read_packed, checkpoint), torch.device("cpu"))
     checkpoint.close()
     return model
 
 
+def _build(directory: Path, dtype: torch.dtype, *, packed: bool, **arguments: Any) -> "PreTrainedModel":
+    """Build a model without values, for `streaming`. Its experts are packed or plain."""
+    from pipeline.models import packed_experts
+
+    pack = partial(packed_experts.replace, dtype=dtype) if packed else None
+    return streaming.build(directory, dtype, pack, **arguments)
+
+
 def _read_plain(checkpoint: Checkpoint, name: str, rows: slice) -> torch.Tensor:
     """Read rows of a model's parameter. MXFP4 is decoded."""
-    from pipeline.models.adapters import parameter_name
-
     return checkpoint.read_plain(parameter_name(name), rows=rows)
 
 
 def _read_packed(checkpoint: Checkpoint, name: str, rows: slice) -> torch.Tensor:
     """Read rows of a parameter of a model with packed experts. Their blocks have the name of the plain weights."""
-    from pipeline.models.adapters import parameter_name
-
     name = parameter_name(name)
     if not name.endswith((*EXPERT_WEIGHTS, *PACKED_SUFFIXES)):
         return checkpoint.read_plain(name, rows=rows)
@@ -152,13 +154,9 @@ def load_to_train(
         shared: how the model is sharded.
         attach: function that attaches new adapters, or None.
     """
-    from pipeline.models import packed_experts
-
     _quieten()
-    dtype = TRAIN_DTYPES[train.precision]
     packed = ref.is_packed and train.method is Method.lora
-    pack = partial(packed_experts.replace, dtype=dtype) if packed else None
-    model = streaming.build(ref.base, dtype, pack, attn_implementation=attn_implementation)
+    model = _build(ref.base, TRAIN_DTYPES[train.precision], packed=packed, attn_implementation=attn_implementation)
     model = _restore_parts(model, ref, trainable=True)
     model = model if attach is None else attach(model)
     checkpoint = Checkpoint(ref.base)

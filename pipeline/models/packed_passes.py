@@ -124,15 +124,14 @@ class Pass:
 
         Parts without rows are left out unless `visits_all`.
         """
-        chosen, slots = self._chosen.flatten().sort(stable=True)
-        numbers = torch.arange(self._experts.num_experts, device=chosen.device)
-        ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
+        groups, slots = expert_products.sort_by_expert(self._chosen, self._experts.num_experts)
+        chosen, ends = groups.experts, groups.ends
         size = self._experts.dtype.itemsize * max(width * out for width, out in self._experts.features.values())
         count = max(1, DECODED_BYTES.get(chosen.device.type, DECODED_BYTES["cuda"]) // size)
         if count > 1 and len(slots) < len(ends) and self._may_gather and not visits_all:
             yield _gathered(chosen, slots)
         elif count >= len(ends):
-            yield Part(slice(0, len(ends)), slots, Groups(chosen, ends))
+            yield Part(slice(0, len(ends)), slots, groups)
         elif chosen.device.type == "cpu" or self._experts.multiply is not expert_products.multiply_grouped:
             yield from _slices(chosen, slots, ends, count, visits_all=visits_all)
         else:
@@ -153,26 +152,25 @@ class Pass:
     @torch.no_grad()
     def _apply(self, name: str, part: Part, rows: Tensor, weights: Tensor) -> Tensor:
         """Multiply rows by the weights and by the factors, and add the biases: (n, in) -> (n, out)."""
-        result = self._multiply(rows, weights, part)
+        result = _multiply(self._experts, rows, weights, part)
         if (adapter := self._thin(name)) is not None:
             a, b = adapter.of(part)
-            result.add_(self._multiply(self._multiply(rows, a, part) * adapter.factors.scaling, b, part))
+            narrow = _multiply(self._experts, rows, a, part) * adapter.factors.scaling
+            result.add_(_multiply(self._experts, narrow, b, part))
         return result.add_(self._experts.bias(name)[part.experts][part.groups.experts])
 
     def _apply_transposed(self, name: str, part: Part, gradient: Tensor, weights: Tensor) -> Tensor:
         """Compute the gradient of a projection's inputs: (n, out) -> (n, in)."""
-        result = self._multiply(gradient, weights.transpose(1, 2), part)
+        result = _multiply(self._experts, gradient, weights.transpose(1, 2), part)
         if (adapter := self._thin(name)) is not None:
             a, b = (factor.transpose(1, 2) for factor in adapter.of(part))
-            result.add_(self._multiply(self._multiply(gradient, b, part) * adapter.factors.scaling, a, part))
+            narrow = _multiply(self._experts, gradient, b, part) * adapter.factors.scaling
+            result.add_(_multiply(self._experts, narrow, a, part))
         return result
 
     def _thin(self, name: str) -> "_Adapter | None":
         """Return the adapter if rows are multiplied by its factors, because the weights do not contain it."""
         return None if self._experts.rounds(name) else self._factors.get(name)
-
-    def _multiply(self, rows: Tensor, weights: Tensor, part: Part) -> Tensor:
-        return _multiply(self._experts, rows, weights, part)
 
 
 class _Adapter:

@@ -1,6 +1,7 @@
 """Packed experts with fake quantizers: adapters are merged and weights rounded for a few experts at a time."""
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
@@ -10,7 +11,6 @@ from pipeline.models import quantizer_backend
 from pipeline.models.expert_products import Factors
 from pipeline.models.packed_experts import PackedExperts
 from pipeline.models.quantizer_backend import INPUTS, WEIGHTS, Quantizer, state_of
-from pipeline.numerics import low_rank
 from pipeline.numerics.codec import decode
 
 
@@ -46,25 +46,21 @@ class QuantizedPackedExperts(PackedExperts):
         if state.cache is None or not isinstance(experts, slice):
             return self._round(name, self._merge(name, experts, factors))
         key = (quantizer, experts.start, factors is None)
-        kept = state.cache.packed(key)
+        count = len(range(self.num_experts)[experts])
+        kept = state.cache.packed(
+            key,
+            quantizer_backend.packed_bytes(count * prod(self.features[name]), quantizer),
+            lambda: quantizer_backend.pack(self._merge(name, experts, factors), quantizer),
+        )
         if kept is None:
-            merged = self._merge(name, experts, factors)
-            kept = state.cache.keep_packed(
-                key,
-                quantizer_backend.packed_bytes(merged, quantizer),
-                lambda: quantizer_backend.pack(merged, quantizer),
-            )
-            if kept is None:
-                return self._round(name, merged)
-        result = self.new_weights(name, len(kept.blocks))
+            return self._round(name, self._merge(name, experts, factors))
+        result = self.new_weights(name, count)
         decode(kept.blocks, kept.scales, self.dtype, kept.tensor_scale, out=result.transpose(1, 2))
         return result
 
     def _merge(self, name: str, experts: slice | Tensor, factors: Factors | None) -> Tensor:
         base = self.decode(name, experts)
-        if factors is None:
-            return base
-        return low_rank.merge(base, factors.a[experts], factors.b[experts], factors.scaling)
+        return base if factors is None else factors.merge(base, experts)
 
     def _round(self, name: str, weights: Tensor) -> Tensor:
         return quantizer_backend.round_values(weights.transpose(1, 2), self._quantizer(name)).transpose(1, 2)

@@ -1,7 +1,6 @@
 """Place models on GPUs, and check that models fit into memory before they are loaded."""
 
 import gc
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -9,8 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import nn
 
-from pipeline.checkpoints.config_json import read_config
-from pipeline.checkpoints.gpt_oss import Shape, is_packed_name, packed_tensors, plain_tensors
+from pipeline.checkpoints.config_json import is_quantized, read_config
+from pipeline.checkpoints.gpt_oss import Shape, loaded_bytes
 from pipeline.config import Sharding
 from pipeline.models.sharding import STRATEGIES
 from pipeline.runs import host_memory
@@ -127,10 +126,6 @@ def raise_if_host_too_small(
         MachineError: the weights do not fit.
     """
     config = read_config(directory)
-    stays_packed = "quantization_config" in config and not is_decoded
-    tensors = (packed_tensors if stays_packed else plain_tensors)(Shape.of(config, str(directory)))
-    sizes = (
-        info.bytes if is_packed_name(name) else math.prod(info.shape) * dtype.itemsize for name, info in tensors.items()
-    )
-    needed = int(sum(sizes) * copies)
-    host_memory.raise_if_too_small(stage, needed, f"loading {directory}")
+    stays_packed = is_quantized(config) and not is_decoded
+    size = loaded_bytes(Shape.of(config, str(directory)), dtype.itemsize, stays_packed=stays_packed)
+    host_memory.raise_if_too_small(stage, int(size * copies), f"loading {directory}")

@@ -82,6 +82,6 @@ def pack(weights: Tensor, quantizer: Quantizer) -> PackedWeights:
     return PackedWeights(*encode(values, block_format, unit, importance), unit)
 
 
-def packed_bytes(weights: Tensor, quantizer: Quantizer) -> int:
-    """Return the size of `pack`'s result."""
-    return weights.numel() // 2 + weights.numel() // format_of(quantizer).block_size
+def packed_bytes(values: int, quantizer: Quantizer) -> int:
+    """Return the bytes of the codes and scales of so many values."""
+    return values // 2 + values // format_of(quantizer).block_size

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import CheckFailed
 from pipeline.models import fake_quantizers, quantizer_backend
-from pipeline.models.adapters import base_of, parameter_name
+from pipeline.models.adapted_names import parameter_name
+from pipeline.models.adapters import base_of
 
 See = Callable[[str, Tensor, int], None]
 """Function that gets the name of a parameter in the plain model, weights (E, out, in), and the index of their first

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.checkpoints.config_json import read_config
+from pipeline.checkpoints.config_json import is_quantized, read_config
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.config import FormatConfig, Stage
 from pipeline.errors import UserError
@@ -46,7 +46,7 @@ class ModelRef:
     @property
     def is_packed(self) -> bool:
         """Whether the experts of the full checkpoint are packed (MXFP4)."""
-        return "quantization_config" in read_config(self.base)
+        return is_quantized(read_config(self.base))
 
 
 def of_artifact(artifact: Artifact) -> ModelRef:

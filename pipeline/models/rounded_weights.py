@@ -117,15 +117,15 @@ class RoundedWeights:
             self._kept[key] = (version, rounded)
         return rounded
 
-    def packed(self, key: Hashable) -> "PackedWeights | None":
-        """Return the packed weights of `key`, or None if they are not cached."""
-        return self._packed.get(key)
+    def packed(self, key: Hashable, size: int, make: Callable[[], PackedWeights]) -> PackedWeights | None:
+        """Return the cached packed weights of `key`, or call `make` and cache its result.
 
-    def keep_packed(self, key: Hashable, size: int, make: Callable[[], "PackedWeights"]) -> "PackedWeights | None":
-        """Call `make` and cache its result. Return None, without calling it, if there is no room for `size` bytes."""
-        if self.bytes + size > self._budget:
-            return None
-        self._packed[key] = make()
+        Return None, without calling `make`, if there is no room for `size` bytes.
+        """
+        if key not in self._packed:
+            if self.bytes + size > self._budget:
+                return None
+            self._packed[key] = make()
         return self._packed[key]
 
     def forget(self) -> None:

@@ -16,6 +16,7 @@ from pipeline.checkpoints.shards import SHARD_BYTES, Piece, Step, Written, write
 from pipeline.checkpoints.side_files import copy_side_files
 from pipeline.config import Sharding, TrainConfig
 from pipeline.models import sharding
+from pipeline.models.adapted_names import is_factor
 from pipeline.models.loading import TRAIN_DTYPES
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
@@ -56,8 +57,6 @@ def save(
 
 def _save_adapters(model: "PreTrainedModel", directory: Path) -> None:
     """Gather all adapters on every process, which is cheap because adapters are small. The main process writes them."""
-    from pipeline.models.adapters import is_factor
-
     state = {}
     for name, parameter in model.named_parameters():
         if is_factor(name):

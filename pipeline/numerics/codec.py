@@ -37,8 +37,6 @@ from pipeline.numerics import kernels, rounding, scales, slabs
 from pipeline.numerics.formats import BlockFormat, ScaleType
 from pipeline.numerics.scales import Divisor
 
-_WITH_SLABS_ONLY = frozenset({"cpu"})
-"""Devices that are faster with several kernels for each slab than with one kernel for a whole stack."""
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 _WORD = torch.int64
 
@@ -268,7 +266,7 @@ def _round_whole(
     If a value is bad, set the flag `is_bad` and return the rounded values. If there is no flag, return None: then the
     caller rounds slab by slab, which finds the bad block.
     """
-    if values.device.type in _WITH_SLABS_ONLY or values.numel() == 0:
+    if values.device.type in slabs.ONLY_SLABS or values.numel() == 0:
         return None
     view = _view(values, block_format)
     weights = _weights(importance, view, is_bad)

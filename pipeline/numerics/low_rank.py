@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.numerics import slabs
 from pipeline.numerics.compiled import Kernel, kernel
 
-_WITH_SLABS_ONLY = frozenset({"cpu"})
-"""Devices that work on one expert at a time, which fits their caches."""
 _VALUES_AT_ONCE = 1 << 27  # gradients of the delta that are held in float32 at once, 0.5 GB
 
 
@@ -65,7 +64,7 @@ class _Delta(torch.autograd.Function):
 def _for_each_expert(function: Kernel[Tensor], base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """Call a kernel with whole stacks where it runs compiled on a GPU, and otherwise with one expert at a time."""
     rows, columns = a.detach().float().transpose(1, 2).contiguous(), b.detach().float().contiguous()
-    if base.device.type not in _WITH_SLABS_ONLY:
+    if base.device.type not in slabs.ONLY_SLABS:
         found = function.run_compiled(base.detach(), rows, columns, scaling)
         if found is not None:
             return found

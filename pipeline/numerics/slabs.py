@@ -15,6 +15,9 @@ from pipeline.numerics import kernels
 Slab = tuple[slice, slice, slice]
 """Index ranges: experts, blocks of a row, and lanes."""
 
+ONLY_SLABS = frozenset({"cpu"})
+"""Devices that are faster slab by slab, or expert by expert, than with one kernel for a whole stack."""
+
 VALUES = {"cpu": 1 << 22, "cuda": 1 << 25}
 LANES = {"cpu": 1 << 12, "cuda": 1 << 31}
 """Largest numbers of values and of lanes in a slab, by type of device.

@@ -80,14 +80,11 @@ def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, dire
 def _take_form(method: Method, ref: ModelRef, directory: Path) -> tuple[Kind, ModelRef, ModelRecord]:
     """Bring the model into the form that QAT trains. Return its kind, the model, and the record for artifact.json."""
     whole = ModelRecord(dtype=dtype_name(ref.dtype))
-    if ref.adapter and method is Method.full:
-        say("quantize", "qat trains every weight: merging SFT's adapters")
+    if method is Method.full and (ref.adapter or ref.is_packed):
+        change = "merging SFT's adapters" if ref.adapter else "decoding the experts to BF16"
+        say("quantize", f"qat trains every weight: {change}")
         saving.write_plain(ref, directory)
         return Kind.checkpoint, replace(ref, directory=directory, base=directory, adapter=False), whole
-    if method is Method.full and ref.is_packed:
-        say("quantize", "qat trains every weight: decoding the experts to BF16")
-        saving.write_plain(ref, directory)
-        return Kind.checkpoint, replace(ref, directory=directory, base=directory), whole
     if method is Method.full or ref.adapter:
         for path in sorted(p for p in ref.directory.iterdir() if p.name not in BOOKKEEPING and p.is_file()):
             link_or_copy(path, directory / path.name)

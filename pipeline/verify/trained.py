@@ -14,6 +14,7 @@ from pipeline.checkpoints.reading import Checkpoint
 from pipeline.errors import CheckFailed, MachineError
 from pipeline.export.layout import View
 from pipeline.models import adapters, loading, losses, placement, quantizer_calls
+from pipeline.models.adapted_names import parameter_name
 from pipeline.models.packed_experts import is_packed
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
@@ -83,7 +84,7 @@ class TrainedModel:
         expected = other_tensors(export.shape)
         found = set()
         for full_name, parameter in self.model.named_parameters():
-            name = adapters.parameter_name(full_name)
+            name = parameter_name(full_name)
             if name in expected:
                 found.add(name)
                 parameter.data = parameter.data.to(torch.bfloat16).to(parameter.dtype)

@@ -89,7 +89,7 @@ def test_the_function_that_rounds_a_stack_on_a_gpu_gives_these_bits_when_a_cpu_c
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Test every format and scale rule, and weights in float32 that are rounded to bfloat16."""
-    monkeypatch.setattr(codec, "_WITH_SLABS_ONLY", frozenset())
+    monkeypatch.setattr(slabs, "ONLY_SLABS", frozenset())
     values = ORDERS["in_first"](sample(torch.float32))
     importance = torch.rand(SHAPE[0], SHAPE[2], generator=torch.Generator().manual_seed(1)) ** 4
     for row in FORMATS.values():

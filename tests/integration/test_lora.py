@@ -10,6 +10,7 @@ from conftest import SHORT, linked, outcomes, run_program
 from pipeline.checkpoints.gpt_oss import expert_projections
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.models import adapters, loading, packed_passes, quantizer_backend, references
+from pipeline.models.adapted_names import parameter_name
 from pipeline.models.weights import Weights
 from pipeline.runs import artifacts
 
@@ -47,7 +48,7 @@ def test_merged_experts_are_what_the_quantizers_are_given(lora_run: Path, monkey
     model, weights = loading.load_quantized(ref, ref.dtype), Weights(ref)
     given: dict[str, torch.Tensor] = {}
     names = {
-        module: adapters.parameter_name(name).removesuffix("_weight_quantizer")
+        module: parameter_name(name).removesuffix("_weight_quantizer")
         for name, module in adapters.base_of(model).named_modules()
         if type(module).__name__ == "TensorQuantizer"
     }

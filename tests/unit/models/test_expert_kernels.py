@@ -21,6 +21,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from pipeline.config import ExpertsImplementation, LoraConfig, LoraTarget, Precision, TrainConfig
 from pipeline.errors import CheckFailed
 from pipeline.models import adapters, expert_kernels, expert_products, fake_quantizers, quantizer_calls
+from pipeline.models.adapted_names import is_factor
 from pipeline.models.expert_products import Factors, Multiply
 from pipeline.models.loading import TRAIN_DTYPES
 from pipeline.numerics.formats import FORMATS, MXFP4, BlockFormat
@@ -94,7 +95,7 @@ def with_adapters(model: Any, lora: LoraConfig, is_factored: bool) -> Any:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-            parameter.requires_grad_(adapters.is_factor(name) or any(part in name for part in ALSO_TRAINED))
+            parameter.requires_grad_(is_factor(name) or any(part in name for part in ALSO_TRAINED))
     return model
 
 
@@ -271,7 +272,7 @@ def test_every_expert_gets_a_gradient_even_without_tokens() -> None:
         model = with_adapters(gpt_oss(torch.float32, active=1), ON_EXPERTS, is_factored=True)
         expert_kernels.use(model, implementation, None, Precision.fp32)
         model(input_ids=IDS[:1, :2], labels=IDS[:1, :2]).loss.backward()
-        gradients = [p.grad for name, p in model.named_parameters() if adapters.is_factor(name)]
+        gradients = [p.grad for name, p in model.named_parameters() if is_factor(name)]
         assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 

@@ -12,6 +12,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from pipeline.checkpoints.gpt_oss import BIAS_SUFFIX, EXPERT_WEIGHTS, SCALES_SUFFIX
 from pipeline.models import adapters, expert_products, fake_quantizers, packed_experts, packed_passes, quantizer_backend
+from pipeline.models.adapted_names import is_factor
 from pipeline.models.packed_experts import PackedExperts
 from pipeline.numerics.codec import encode
 from pipeline.numerics.formats import MXFP4, NVFP4, NVFP4_W4A4, BlockFormat
@@ -75,7 +76,7 @@ def adapted(layer: Layer, rank: int = 8) -> nn.Module:
     model: nn.Module = get_peft_model(layer, settings)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
-        if adapters.is_factor(name):
+        if is_factor(name):
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     return model
 

@@ -10,6 +10,7 @@ from pipeline.checkpoints.reading import Checkpoint
 from pipeline.config import LoraConfig, LoraTarget, Precision, Sharding, TinyConfig, TrainConfig
 from pipeline.errors import CheckFailed
 from pipeline.models import adapters, loading, saving, sharding, streaming
+from pipeline.models.adapted_names import is_factor
 from pipeline.models.references import ModelRef
 from pipeline.models.tiny_model import create_tiny
 from pipeline.models.weights import Weights
@@ -118,7 +119,7 @@ def test_any_rows_of_an_adapted_weight_can_be_read(plain: ModelRef, tmp_path: Pa
     model = loading.load_to_train(plain, LORA, "eager", Sharding.none, attach)  # type: ignore[arg-type]
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
-        if adapters.is_factor(name):
+        if is_factor(name):
             parameter.data = 0.05 * torch.randn_like(parameter)
     model.save_pretrained(str(tmp_path))
     weights = Weights(ModelRef("sft", tmp_path, plain.base, adapter=True, dtype=torch.float32))

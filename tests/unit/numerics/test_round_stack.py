@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.numerics import codec
+from pipeline.numerics import slabs
 from pipeline.numerics.codec import CodecError, fake_quantize, tensor_scale
 from pipeline.numerics.formats import FORMATS, MXFP4, NVFP4, SCALE_RULES, BlockFormat
 from pipeline.numerics.rounding import round_stack
@@ -49,7 +49,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         return round_stack(view, *others)
 
     monkeypatch.setattr(round_stack, "run_compiled", run)
-    monkeypatch.setattr(codec, "_WITH_SLABS_ONLY", frozenset())
+    monkeypatch.setattr(slabs, "ONLY_SLABS", frozenset())
     return whole
 
 

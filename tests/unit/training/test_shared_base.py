@@ -20,6 +20,7 @@ from pipeline.config import (
     TrainConfig,
 )
 from pipeline.models import adapters, chunked_logits, expert_kernels, fake_quantizers, loading, quantizer_calls, saving
+from pipeline.models.adapted_names import is_factor
 from pipeline.models.references import ModelRef
 from pipeline.models.tiny_model import create_tiny
 from pipeline.numerics.formats import FORMATS, MXFP4, BlockFormat
@@ -53,7 +54,7 @@ def adapt(model: Any, lora: LoraConfig, seed: int) -> Any:
     adapted = adapters.attach(model, TrainConfig(lora=lora), "sft")
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapted.named_parameters():
-        if adapters.is_factor(name):
+        if is_factor(name):
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     return adapted
 
