@@ -15,7 +15,7 @@ class UserError(Exception):
 
     Attributes:
         problems: one line for each problem in the message. A long list ends with "and N more".
-        count: number of all problems, also of those that are not shown.
+        count: number of problems, including the problems that are not shown.
     """
 
     exit_status = 2
@@ -69,12 +69,12 @@ def at_most(problems: list[str], most: int = MOST_PROBLEMS) -> list[str]:
 
 
 def user_errors(problems: list[str], most: int | None = None) -> UserError:
-    """Make one error of several problems. It shows all of them, or the first `most`."""
+    """Combine several problems into one error. The error shows all problems, or the first `most`."""
     return _together(problems if most is None else at_most(problems, most), len(problems))
 
 
 def joined(errors: list[UserError]) -> UserError:
-    """Make one error of several errors. Errors with the same message are reported once."""
+    """Combine several errors into one. Errors with the same message are reported once."""
     distinct = list({str(error): error for error in errors}.values())
     if len(distinct) == 1:
         return distinct[0]

@@ -195,7 +195,8 @@ def render_prompt(conversation: Conversation, rendering: Rendering) -> str:
 def _turn(conversation: Conversation, index: int, rendering: Rendering) -> Turn:
     messages = conversation.messages
     prompt = _render(messages[:index], conversation, rendering, for_generation=True)
-    # Render the completion without its history: after a long history, the template drops the reasoning of a tool call.
+    # Render the completion without its history. Before a final answer, the template drops the reasoning of earlier tool
+    # calls from the history. The prompt still has this reasoning, so the two texts would not match.
     alone = _render([*_PLACEHOLDER, messages[index]], conversation, rendering, for_generation=False)
     opening = _render(_PLACEHOLDER, conversation, rendering, for_generation=True)
     if not alone.startswith(opening) or not alone.endswith(STOP_TOKENS):

@@ -2,14 +2,14 @@
 
 The classifier is confident about any input, even code and numbers. So code and numbers are removed first, and the
 remaining text must be long enough. Each sentence is classified and votes for one language. The weight of a vote is the
-number of bytes of the sentence's letters, so a short quotation does not decide the result. A text in two languages
-counts as mixed. Sentences that are classified with low confidence do not vote.
+sentence's size in bytes, and only letters count. So a short quotation does not decide the result. A text in two
+languages counts as mixed. Sentences that are classified with low confidence do not vote.
 
 The confidence threshold comes from a measurement (scripts/measure_scorers, 2026-11-22). The classifier was tested on
-sentences of MGSM in seven languages, with 33 languages to choose from. Without a threshold, it was wrong for 22 of
-5,716 decided sentences. With a threshold of 0.8, it decided 5,521 sentences (3 % fewer), and was wrong for one.
-With this threshold it was right for 1,746 of 1,750 whole questions (about 50 words each), and undecided for the other
-four. Most errors confuse closely related languages, and most errors occur in Russian sentences.
+sentences of MGSM in seven languages, with 33 languages to choose from. Without a threshold, it chose a language for
+5,716 sentences, and was wrong for 22. With a threshold of 0.8, it chose a language for 5,521 sentences (3 % fewer), and
+was wrong for one. With this threshold, it was right for 1,746 of 1,750 whole questions (about 50 words each), and
+undecided for the other four. Most errors confuse closely related languages, and most errors occur in Russian sentences.
 """
 
 import re
@@ -33,7 +33,8 @@ _NOT_LANGUAGE = re.compile(
             r"\$\$.*?\$\$|\\\[.*?\\\]|\\\(.*?\\\)|\$[^$\n]+\$",  # formulas
             r"https?://[!-~]+|www\.[!-~]+|[!-~]+@[!-~]+",
             r"<[^<>\s][^<>\n]*>",  # tags
-            # Paths and operators, in ASCII only: in a script without spaces, a match could take a whole sentence.
+            # Paths and operators. The pattern matches only ASCII characters. Otherwise it could match a whole Chinese
+            # sentence, because Chinese has no spaces.
             r"[!-~]*[\\/_=<>{}\[\]|#*^+][!-~]*",
         )
     ),

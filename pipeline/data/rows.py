@@ -77,7 +77,7 @@ class Rows:
     Attributes:
         conversations: one conversation for each row that data.filter keeps, in order.
         identities: hash of each conversation. Equal conversations have equal hashes.
-        parts: (data set, number of its conversations) for each part of the blend. A single data set is one part.
+        parts: one pair (data set, number of conversations) for each part of the blend. A single data set is one part.
         fingerprint: hash of the contents of all conversations.
     """
 

@@ -1,6 +1,7 @@
 """Chooses rows: applies the shares of a blend, shuffles with a seed, and splits into training and validation.
 
-All functions work on row numbers of 8 bytes, so memory use does not depend on the size of the rows.
+The functions work on numbers of 8 bytes, not on the rows themselves. So memory use does not depend on the size of the
+rows.
 """
 
 import math
@@ -24,11 +25,11 @@ def shares(available: Sequence[int], weights: Sequence[float], most: int | None)
 
     Returns:
         One count per part, rounded by the method of largest remainders. Each count differs from the exact share by less
-        than one row, and no count is larger than the number of rows in its part.
+        than one row. No part gives more rows than it has.
     """
     parts = [weight / sum(weights) for weight in weights]
-    # Adding 1e-9 corrects floating-point errors. Otherwise a part of 3 rows with a share of 0.3 could limit the total
-    # to 9 instead of 10.
+    # Adding 1e-9 corrects floating-point errors. For example, a part with 3 rows and a share of 0.3 allows a total of
+    # 10 rows. A rounding error could make this 9.
     total = math.floor(min(count / part for count, part in zip(available, parts, strict=True)) + 1e-9)
     total = total if most is None else min(total, most)
     taken = [min(math.floor(total * part + 1e-9), count) for part, count in zip(parts, available, strict=True)]
@@ -41,7 +42,7 @@ def shares(available: Sequence[int], weights: Sequence[float], most: int | None)
 def choose(available: Sequence[int], take: Sequence[int], seed: int) -> Numbers:
     """Choose rows without replacement, and return their numbers in a seeded order.
 
-    All rows are shuffled together. The first `take[i]` rows of part i in the shuffled order are chosen.
+    All rows are shuffled together. Then the first `take[i]` rows of each part i are chosen.
 
     Args:
         available: number of rows in each part. Rows are numbered consecutively across the parts.
@@ -64,8 +65,8 @@ def split(identities: Numbers, held_out: int) -> tuple[Numbers, Numbers]:
 
     Args:
         identities: one number per row. Copies of a row have the same number.
-        held_out: number of validation rows. All copies of the last validation row are added, so there may be a few
-            more.
+        held_out: number of validation rows. The result may have a few more, because all copies of the last row are
+            added.
 
     Returns:
         The positions of the training rows and of the validation rows, each in order.

@@ -34,8 +34,8 @@ class Source:
         key: key of the data set's settings, for messages. Examples: `data`, `data.blend[0]`.
         data: settings of the data set. For a part of a blend, unset settings are inherited from `data`.
         weight: share of the blend, relative to the weights of the other parts.
-        reasoning_effort: default for the part's rows, or None to use the default of `data`.
-        reasoning_language: default for the part's rows, or None to use the default of `data`.
+        reasoning_effort: default for the rows of this part. None means the default of `data`.
+        reasoning_language: default for the rows of this part. None means the default of `data`.
         expected: name of a value that scorers need -> column that holds the value.
         expected_key: key of the setting that names such a column, for messages. In the key, {} stands for the name of
             the value.

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 class Tokenizer(Protocol):
-    """What this program uses of a transformers tokenizer.
+    """A transformers tokenizer, with only the methods and attributes that this program uses.
 
-    As a protocol, the type does not need to import transformers.
+    It is a protocol, so modules can use this type without importing transformers.
     """
 
     chat_template: str | None

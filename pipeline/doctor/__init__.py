@@ -1,4 +1,4 @@
-"""Describe the data, compute the bytes that the run needs, and find problems in both.
+"""Describe the data, compute the memory and disk space that the run needs, and find problems.
 
 Each kind of figure has its own file.
 

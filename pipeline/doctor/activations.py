@@ -1,4 +1,6 @@
-"""Estimate the memory of a device, without weights, gradients and optimizer, for runs that cannot be measured.
+"""Estimate the memory of a device for runs that cannot be measured.
+
+Weights, gradients and optimizer states are not included, because `needs` computes them.
 
 The estimates follow the tensors that transformers' eager implementation makes. They are compared with recorded
 measurements in the tests.
@@ -26,7 +28,7 @@ def _capability() -> attention.Capability:
 
 
 def compute_width(train: TrainConfig) -> int:
-    """Return the bytes of a value in matrix products."""
+    """Return the size of a value in matrix products, in bytes."""
     return _FP32_BYTES if train.precision is Precision.fp32 else _BF16_BYTES
 
 
@@ -40,7 +42,9 @@ def estimate(
     is_cast: bool,
     is_packed: bool = False,
 ) -> int:
-    """Estimate the peak bytes of values kept for the backward pass and of the busiest layer's working memory.
+    """Estimate the peak bytes of the activations.
+
+    Activations are the values kept for the backward pass, and the working memory of the busiest layer.
 
     With gradient checkpointing, a layer keeps only its input, B·T·H·a bytes, until its backward pass. Then the layer
     computes its activations again. The peak is in a layer's attention, in its experts, or in the gradient of the head.
@@ -52,7 +56,7 @@ def estimate(
         experts_per_token: number of experts that the router chooses for each token.
         is_quantized: whether fake quantizers run (QAT).
         is_cast: whether autocast casts FP32 weights. Then layers make BF16 copies of their weights, and attention
-            scores are FP32. False for gathered parameters, which are cast before they are gathered.
+            scores are FP32. Gathered parameters are cast before they are gathered, so `is_cast` is False for them.
         is_packed: whether the experts stay packed.
     """
     places = train.batch_size * tokens
@@ -75,7 +79,10 @@ def estimate(
 
 
 def _vector_values(shape: Shape, experts_per_token: int) -> int:
-    """Count the values per token that a layer keeps: vectors of width H, of the attention heads, and of the experts."""
+    """Count the values that a layer keeps for each token.
+
+    They are vectors of width H, values of the attention heads, and values of the experts.
+    """
     hidden, inner = shape.hidden_size, shape.intermediate_size
     attention = 2 * shape.head_dim * (shape.num_attention_heads + shape.num_key_value_heads)
     return 8 * hidden + attention + experts_per_token * (6 * inner + 2 * hidden)
@@ -83,7 +90,12 @@ def _vector_values(shape: Shape, experts_per_token: int) -> int:
 
 @dataclass(frozen=True)
 class _Stacks:
-    """Bytes of the copies of a layer's expert stacks: those kept for the backward pass, and the peak in that pass."""
+    """Bytes that the copies of a layer's expert stacks take.
+
+    Attributes:
+        kept: bytes that are kept for the backward pass.
+        working: peak bytes in the backward pass.
+    """
 
     kept: int
     working: int
@@ -92,9 +104,9 @@ class _Stacks:
 def _stack_bytes(shape: Shape, train: TrainConfig, is_quantized: bool, is_cast: bool) -> _Stacks:
     """Estimate the copies of expert stacks, in addition to the weights.
 
-    A layer multiplies with a copy if the weights are rounded or cast. Without quantizers, it multiplies by the factors
-    of adapters, so it needs no copy. For quantizers, the delta of a stack has the type of the weights. The gradients of
-    a copy have the copy's size. They are made after the delta has been freed.
+    If weights are rounded or cast, a layer multiplies by a copy of them. Adapters without quantizers need no copy,
+    because the layer multiplies by their factors. Adapters with quantizers also need the delta of a stack, in the type
+    of the weights. The gradients of a copy have the copy's size. They are made after the delta has been freed.
     """
     values = [projection.values for projection in expert_projections(shape) if projection.layer == 0]
     width = compute_width(train)
@@ -107,7 +119,7 @@ def _stack_bytes(shape: Shape, train: TrainConfig, is_quantized: bool, is_cast: 
 
 
 def _decoded_bytes(shape: Shape, width: int) -> _Stacks:
-    """Estimate the decoded weights of packed experts. The backward pass holds those of both projections."""
+    """Estimate the decoded weights of packed experts. The backward pass holds both projections in decoded form."""
     from pipeline.models.packed_passes import DECODED_BYTES
 
     sizes = [projection.values * width for projection in expert_projections(shape) if projection.layer == 0]
@@ -115,10 +127,10 @@ def _decoded_bytes(shape: Shape, width: int) -> _Stacks:
 
 
 def gathered_bytes(shape: Shape, train: TrainConfig, weights: int) -> int:
-    """Estimate the bytes of whole layers that a process holds if parameters are sharded.
+    """Estimate the bytes that gathered layers take in each process, if parameters are sharded.
 
-    The layer that computes and the next one are gathered, and the head stays gathered. In full training, the gradients
-    of a layer are reduced in FP32 after each pass.
+    Two layers are gathered at a time: the layer that is computing, and the next one. The head stays gathered all the
+    time. In full training, the gradients of a layer are reduced in FP32 after each pass.
 
     Args:
         shape: sizes of the model.

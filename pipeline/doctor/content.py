@@ -24,7 +24,7 @@ class ReasoningFigures(TypedDict):
 
 
 class ToolFigures(TypedDict):
-    """Numbers of rows that offer tools, of rows that call tools, of calls and of results, and calls by tool name."""
+    """How often tools occur: rows that offer tools, rows that call tools, calls, results, and calls of each tool."""
 
     rows_that_offer: int
     rows_that_call: int
@@ -42,7 +42,7 @@ class ControlTextFigures(TypedDict):
 
 
 class CopyFigures(TypedDict):
-    """Numbers of rows that repeat an earlier row, and of rows that repeat only the prompt of an earlier row."""
+    """Number of rows that repeat an earlier row. Rows that repeat only its prompt are counted separately."""
 
     rows: int
     first: list[str]

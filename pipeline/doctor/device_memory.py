@@ -37,7 +37,7 @@ def figures(plan: Plan, model: Mapping[str, Any], longest: int, processes: int) 
 def of_stages(
     trainings: Sequence[tuple[Plan, str, int]], model: Mapping[str, Any], longest: int
 ) -> list[DeviceFigures]:
-    """Compute the memory of several trainings (plan, name of the stage, processes), in their order."""
+    """Compute the memory of each training, in the given order. A training is (plan, name of the stage, processes)."""
     estimated = [estimate(plan, stage, model, longest, processes) for plan, stage, processes in trainings]
     if needs.parameters(Shape.of(model, trainings[0][0].model_path))["all"] < _SMALLEST:
         reason = f"the model has fewer than {_SMALLEST:,} parameters"
@@ -57,7 +57,10 @@ def _figures(found: Peaks | NotMeasured, estimated: int, buckets: int) -> Device
 
 
 def _bucket_bytes(training: tuple[Plan, str, int], model: Mapping[str, Any]) -> int:
-    """Return the bytes of DistributedDataParallel's buckets for reducing gradients. One process has no buckets."""
+    """Return the bytes of the buckets in which DistributedDataParallel reduces gradients.
+
+    One process has no buckets.
+    """
     plan, stage, processes = training
     if plan.sharding is not Sharding.none or processes == 1:
         return 0

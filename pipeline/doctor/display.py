@@ -119,7 +119,7 @@ def _needs_lines(facts: Facts) -> Iterable[tuple[str, str]]:
 
 
 def _device(facts: Facts, stage: str) -> str:
-    """Describe the memory of a stage: the peaks of its phases if they are measured, or else the estimated parts."""
+    """Describe the memory of a stage: the measured peak of each phase, or else the estimate of each part."""
     found, part = facts.needs["devices"][stage], facts.needs["device_bytes"][stage]
     strategy = STRATEGIES[facts.plan.sharding]
     how = f" with sharding={facts.plan.sharding.name} on {facts.machine['processes']} processes"

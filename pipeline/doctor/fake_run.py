@@ -1,8 +1,8 @@
 """Train a model of a few layers on fake tensors, to measure the memory that training takes on a GPU.
 
 The model, adapters, quantizers, expert kernels, trainer and optimizer are those of a real run. Fake tensors have shapes
-and types but no values, so nothing is computed. To pretend to have a GPU changes the whole process, so each job runs
-in a process of its own. `peaks.measure` starts this process (`python -m pipeline.doctor.fake_run`), writes the job to
+and types but no values, so nothing is computed. A fake GPU changes the whole process, so each job runs in a
+process of its own. `peaks.measure` starts this process (`python -m pipeline.doctor.fake_run`), writes the job to
 its standard input, and reads the peaks from its standard output.
 """
 
@@ -44,7 +44,7 @@ _PORT = "29500"
 
 @dataclass(frozen=True)
 class Job:
-    """A training whose memory is to be measured.
+    """A training stage whose memory is measured.
 
     Attributes:
         model: content of the model's config.json.
@@ -250,7 +250,7 @@ def _step(
 
 
 def _batch(job: Job) -> dict[str, Tensor]:
-    """Make a batch of the shape that the trainer's collator makes."""
+    """Make a batch that has the same shapes as a batch of the trainer's collator."""
     rows = 1 if job.train.packing else job.train.batch_size
     ids = torch.zeros(rows, job.tokens, dtype=torch.long, device="cuda")
     more = torch.arange(job.tokens, device="cuda")[None] if job.train.packing else torch.ones_like(ids)
@@ -277,7 +277,7 @@ def _splits() -> Any:
 
 @contextmanager
 def _processes(count: int) -> Iterator[None]:
-    """Make this process the first of `count` processes, whose collectives do nothing."""
+    """Pretend that this process is the first of `count` processes. Collectives do nothing."""
     if count == 1:
         yield
         return
@@ -295,7 +295,7 @@ def _processes(count: int) -> Iterator[None]:
 
 @contextmanager
 def _mesh(job: Job) -> Iterator[None]:
-    """Make the mesh of processes outside of fake mode, because torch 2.13 makes it from tensors' values."""
+    """Make the device mesh outside of fake mode, because torch 2.13 reads values of tensors to make it."""
     if job.processes == 1:
         yield
         return
@@ -309,7 +309,7 @@ def _mesh(job: Job) -> Iterator[None]:
 
 @contextmanager
 def _fake_kernels() -> Iterator[None]:
-    """Replace kernels that run outside of torch by the allocations that they make."""
+    """Replace kernels that run outside of torch. The replacements allocate memory but compute nothing."""
     from pipeline.training import trainer
 
     with (
@@ -322,7 +322,10 @@ def _fake_kernels() -> Iterator[None]:
 
 
 def _allocate_rounded(values: Tensor, *_: object, dtype: torch.dtype | None = None, **__: object) -> Tensor:
-    """Return a tensor as large as the codec's result. The codec's other tensors are as small as a part of a stack."""
+    """Return a tensor as large as the codec's result.
+
+    The codec's other tensors are small, because it processes a stack in parts.
+    """
     from pipeline.numerics.codec import straight_through
 
     return straight_through(values, torch.empty_like(values, dtype=dtype or values.dtype))

@@ -56,7 +56,7 @@ class Facts:
         machine: free resources of this machine.
         plan: settings of the run.
         model: content of the source's config.json.
-        run: the run. Its complete stages need no more disk space.
+        run: the run. Stages that are complete need no further disk space.
     """
 
     data: DataFigures
@@ -97,7 +97,7 @@ def device_needed(facts: Facts, stage: str) -> int:
 
 
 def host_needed(facts: Facts) -> int:
-    """Compute the bytes that all processes of this machine need in its memory.
+    """Compute how much host memory the processes of this machine need together, in bytes.
 
     The main process loads the whole model to quantize, evaluate and verify it. Training streams the weights to the
     GPUs. Without a GPU, training takes place in host memory.
@@ -163,7 +163,7 @@ def _leaks(facts: Facts) -> list[str]:
     if not leaks["normalized"]:
         return []
     return [
-        f"validation rows whose prompt is also trained on: {leaks['normalized']} of"
+        f"validation rows whose prompt is also in the training rows: {leaks['normalized']} of"
         f" {facts.data['rows']['validation']}, {leaks['exact']} of them word for word"
         f" ({_and_more(leaks['first'], leaks['normalized'])}). Their validation loss measures memorization. Keep one"
         " row of each prompt in data.path."
@@ -221,7 +221,7 @@ def _copies(facts: Facts) -> list[str]:
         return []
     return [
         f"rows that copy another row: {found['rows']} ({_and_more(found['first'], found['rows'])}). Each copy gives"
-        " its row more weight. Remove them from data.path, unless you want that."
+        " its row more weight. If you do not want this, remove the copies from data.path."
     ]
 
 
@@ -239,7 +239,7 @@ def _few_to_validate(facts: Facts) -> list[str]:
 
 
 def _less_memory(facts: Facts, stage: str, free: int) -> str:
-    """Name the settings that make the stage fit into the free memory, or else all that save memory."""
+    """Name settings with which the stage fits into the free memory. If none exist, name settings that save memory."""
     found = remedies.find(
         facts.plan,
         stage,
@@ -290,5 +290,5 @@ _CHECKS: tuple[Callable[[Facts], list[str]], ...] = (
 )
 """The checks, in the order of their findings.
 
-First come problems that stop the run, then those that falsify figures, teach wrong behaviour, or waste data.
+Problems that stop the run come first. Then come problems that make figures wrong, teach wrong behaviour, or waste data.
 """

@@ -2,7 +2,7 @@
 
 Weights, gradients, optimizer states and files follow from the shapes and are exact. `activations` estimates the rest of
 a device's memory. Fragmentation and the CUDA context are not included. `Memory.on_each` divides the sharded parts by
-the number of processes. All other figures are for a device that holds these parts whole.
+the number of processes. All other figures assume that each device holds these parts completely.
 """
 
 from collections.abc import Collection, Mapping
@@ -49,7 +49,7 @@ _STATE_BYTES = {
     "adamw_torch_4bit": 0.5,
     "sgd": 0.0,
 }
-"""Optimizer -> bytes per weight of each of Adam's two states. Other optimizers keep the states in the weight's type."""
+"""Optimizer -> bytes that one of Adam's two states takes per weight. Other optimizers use the weight's type."""
 _ADAPTER_BYTES = _FP32_BYTES  # PEFT keeps adapters in FP32
 _PACKED_BYTES = MXFP4.bits_per_value / 8
 
@@ -131,8 +131,8 @@ class Memory:
         weights, gradients, optimizer: the parts that sharding divides between the processes.
         activations: values that are kept for the backward pass, and the working memory of the busiest layer.
         rounded: rounded experts that QAT caches in a step.
-        gathered: whole layers that are gathered to compute, if parameters are sharded.
-        teacher: the model that distillation learns from. Sharding divides the teacher like the weights.
+        gathered: layers that are gathered while they are used, if parameters are sharded.
+        teacher: the model that distillation learns from. If sharding divides the weights, it also divides the teacher.
     """
 
     weights: int
@@ -197,7 +197,7 @@ def memory(
         tokens, experts_per_token: tokens in a row of a batch, and experts that the router chooses for each token.
         is_quantized: whether fake quantizers run (QAT).
         rounded_budget: limit on the bytes of rounded weights that fake quantizers cache.
-        gathers: whether parameters are sharded, and gathered while they are used.
+        gathers: whether parameters are sharded. Sharded parameters are gathered while they are used.
         is_packed: whether the experts stay packed.
     """
     every, trained = _count(plain_tensors(shape)), trained_parameters(shape, train)
@@ -255,8 +255,8 @@ def disk(plan: Plan, shape: Shape, is_mxfp4: bool) -> dict[str, int]:
     Args:
         plan: settings of the run.
         shape: sizes of the model.
-        is_mxfp4: whether the source is MXFP4. The files of a BF16 source are hard-linked, and also those of an MXFP4
-            source whose experts stay packed.
+        is_mxfp4: whether the source is MXFP4. Upcast decodes such a source, unless its experts stay packed. Otherwise
+            upcast makes hard links to the source's files.
     """
     is_decoded = is_mxfp4 and not keeps_packed(plan.experts, plan.sft.method, is_mxfp4=is_mxfp4)
     sft, qat = _saved_bytes(shape, plan.sft), _saved_bytes(shape, plan.qat)
@@ -333,7 +333,7 @@ def of_stage(plan: Plan, stage: str, model: Mapping[str, Any], longest: int) -> 
 
 
 def as_batched(train: TrainConfig, longest: int, max_length: int) -> tuple[TrainConfig, int]:
-    """Return the settings that describe the actual batches, and the number of tokens in a row of a batch.
+    """Return the settings with the actual batch size, and the number of tokens in each row of a batch.
 
     Rows are padded to the longest example. With packing, TRL lays all rows of a batch end to end in one row.
     """

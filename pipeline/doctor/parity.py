@@ -1,11 +1,11 @@
 """Check token parity: compare our tokens with openai-harmony's. Inference engines use openai-harmony.
 
-An example's prompt is compared with harmony's rendering for completion, in which harmony drops earlier reasoning. The
-example's completion is compared with harmony's rendering for training.
+The prompt of each example is compared with the result of `render_conversation_for_completion`, which drops earlier
+reasoning. The completion is compared with the result of `render_conversation_for_training`.
 
 The chat template of the released models differs from harmony in three places. The template writes a blank line after
 the developer's text, tool results as JSON strings, and `json` instead of `<|constrain|>json` in calls. These are not
-tokenization errors, so this module passes the template's form to harmony.
+tokenization errors. So this module passes these parts to harmony in the form that the template writes.
 
 The check needs the package openai-harmony, and its vocabulary on disk. It never downloads the vocabulary.
 """
@@ -47,7 +47,7 @@ class _Outcome(TypedDict):
 
 
 class ParityFigures(_Outcome, total=False):
-    """Numbers of compared and of differing examples, and the first difference; or why nothing was compared."""
+    """Number of examples, how many of them differ, and the first difference. Without a comparison, only the reason."""
 
     reason: str
     examples: int

@@ -1,8 +1,8 @@
 """Measure the peak memory of a training stage on a GPU that does not exist.
 
 `fake_run` trains models of a few layers on fake tensors, in processes of its own. The peaks grow linearly with the
-number of layers, so the peaks of the whole model follow. The CUDA context, fragmentation and NCCL's buffers are not
-included.
+number of layers, so the peaks of the whole model can be computed from them. The CUDA context, fragmentation and NCCL's
+buffers are not included.
 """
 
 import os
@@ -81,7 +81,11 @@ def _measure(job: Job) -> Peaks | NotMeasured:
 
 
 def _sizes(job: Job) -> list[Size]:
-    """Choose sizes: the whole model if it is small, else two, and a third if some layers have no adapters."""
+    """Choose the sizes of models to measure.
+
+    A small model is measured whole. Otherwise two smaller models are measured, and a third one if some layers have no
+    adapters.
+    """
     whole = _whole(job)
     more = _NEIGHBOURS if STRATEGIES[job.sharding].gathers else 0
     few, most = _FEW + more, _MORE + more
@@ -98,7 +102,10 @@ def _whole(job: Job) -> Size:
 
 
 def _extrapolate(found: list[int], sizes: list[Size], job: Job) -> int:
-    """Extrapolate to the whole model. The bytes grow linearly with the adapted layers and with the other layers."""
+    """Extrapolate to the whole model.
+
+    Each layer with adapters adds the same number of bytes. Each layer without adapters adds another fixed number.
+    """
     if len(sizes) == 1:
         return found[0]
     whole = _whole(job)
@@ -110,7 +117,10 @@ def _extrapolate(found: list[int], sizes: list[Size], job: Job) -> int:
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment of the measuring process: without a launcher, and with the same modules to import."""
+    """Return the environment of the measuring process.
+
+    The variables of launchers are removed. PYTHONPATH is this process's import path. Only the first GPU is visible.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER)}
     first_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": first_gpu}

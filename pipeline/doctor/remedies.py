@@ -86,7 +86,7 @@ def _qat_changes(train: QatConfig, changed: Any) -> list[_Change]:
 
 
 def _last_changes(plan: Plan, stage: str, train: TrainConfig, longest: int, processes: int) -> list[_Change]:
-    """Return the changes that lower the quality of the result: shorter examples, and adapters in place of weights."""
+    """Return changes that lower the quality of the result: shorter examples, or adapters instead of full training."""
     found = []
     half = _ROUND * (min(longest, plan.data.max_length) // (2 * _ROUND))
     if half >= _SHORTEST:

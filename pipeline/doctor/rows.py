@@ -46,7 +46,7 @@ class Truncated(TypedDict):
 
 
 class NothingToLearn(TypedDict):
-    """Numbers of examples, and of whole rows, that have no supervised token after truncation."""
+    """How many examples have no supervised token after truncation, and how many rows have only such examples."""
 
     examples: int
     rows: int
@@ -64,7 +64,7 @@ class TokenFigures(TypedDict):
 
 @dataclass(frozen=True)
 class Example:
-    """Numbers of tokens of a rendered example: all and supervised, before and after truncation."""
+    """Token counts of a rendered example. `kept` and `kept_supervised` count the tokens after truncation."""
 
     tokens: int
     supervised: int
@@ -99,7 +99,7 @@ def examine(conversations: Iterable[Conversation], how: Rendering, max_length: i
 
 
 def figures(rows: list[Row], limit: int) -> TokenFigures:
-    """Count examples and tokens, describe the lengths, and count the tokens lost by truncation to `limit` tokens."""
+    """Count examples and tokens, describe the lengths, and count the tokens that truncation at `limit` removes."""
     every = [example for row in rows for example in row.examples]
     tokens, supervised = sum(e.tokens for e in every), sum(e.supervised for e in every)
     return {

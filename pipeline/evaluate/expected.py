@@ -1,4 +1,4 @@
-"""Check the expected properties of right answers, before models are asked and again before scoring."""
+"""Check the expected properties of right answers. The check runs before models are asked, and again before scoring."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -19,8 +19,8 @@ def check(expected: Iterable[tuple[str, Mapping[str, str]]]) -> None:
     Properties that KEYS does not list are ignored.
 
     Raises:
-        UserError: scorers cannot use some values. The message gives, for each such value, the first prompt that has it
-            and how many more prompts have it.
+        UserError: scorers cannot use some values. For each such value, the message names the first prompt and counts
+            the other prompts.
     """
     prompts: dict[tuple[str, str], list[str]] = {}
     for prompt_id, values in expected:

@@ -38,8 +38,8 @@ def group_examples(run: Run, data: DataConfig, column: str | None, *, rows: Rows
     found = {*group_of.values()} - {""}
     if len(found) > _MOST_GROUPS:
         raise UserError(
-            f"{_KEY}={column}: {len(found)} different values in {len(group_of)} validation rows. Name a column of at"
-            f" most {_MOST_GROUPS} groups, such as a category."
+            f"{_KEY}={column}: {len(found)} different values in {len(group_of)} validation rows. Name a column with"
+            f" at most {_MOST_GROUPS} different values, such as a category."
         )
     return [group_of[int(number)] for number in numbers]
 

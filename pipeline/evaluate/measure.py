@@ -48,7 +48,7 @@ _DECIDE_SERVED = {
     EndpointApi.completions.name: (*_ASKED, *_RENDERED, "model.path", "model.revision"),  # model.*: the tokenizer
     EndpointApi.chat.name: _ASKED,
 }
-"""Name of an API -> settings that a served model's answer depends on, besides the model and the prompt."""
+"""Name of an API -> settings that a served model's answer depends on. The model and the prompt are not listed."""
 _DECIDE_LOCAL = ("evaluate.generation", "model.dtype", *_RENDERED)
 """Settings that a local model's answer depends on. The batch size may change the last bit of a sum."""
 _DECIDE_VERDICT = ("evaluate.judge.max_new_tokens", "evaluate.judge.attempts")

@@ -7,9 +7,9 @@ know sinks, but they return the log-sum-exp of each query's scores. The sink is 
     dQ, dK, dV = flash backward of dO' with O' and total in the places of O and lse
     dsink = -sum over queries of exp(sink - total) · rowsum(dO' · O')
 
-With these inputs, the kernel's backward pass recomputes the probabilities as exp(score - total), and uses
-rowsum(dO' · O'). Both are the values of attention with sinks, so the gradients are right. The scores of all queries and
-keys are never in one tensor.
+From these inputs, the kernel's backward pass computes two values: the probabilities, exp(score - total), and
+rowsum(dO' · O'). Attention with sinks has the same two values, so the gradients are right. The scores of all queries
+and keys are never in one tensor.
 
 The kernels get the tokens of a batch as one long row, cut into segments. A packed document is one segment. A padded
 row is three: the padding before the tokens, the tokens, and the padding after them. Queries see the keys of their own
@@ -104,8 +104,8 @@ def make_mask(
     """Make the mask of a layer, for transformers' AttentionMaskInterface.
 
     Returns:
-        The segments of the rows. If the queries follow a cache, or if there is a condition besides causality and the
-        window, eager's mask instead.
+        The segments of the rows, or eager's mask. Eager's mask is needed if the queries follow a cache, or if the mask
+        has a condition besides causality and the window.
     """
     is_causal = allow_is_causal_skip and not use_vmap  # no condition besides causality and window
     is_first = isinstance(q_offset, int) and q_offset == kv_offset == 0 and q_length == kv_length
@@ -145,7 +145,7 @@ def attend(
         attention_mask: result of `make_mask`. If it is a tensor, eager attention adds it to the scores.
         scaling: factor of the scores.
         dropout: must be 0.
-        sliding_window: number of keys that a query sees, its own included. None means its own and all earlier keys.
+        sliding_window: number of keys that a query sees, including its own. None means its own and all earlier keys.
 
     Returns:
         The output (B, T, N, d), and no weights.
@@ -170,13 +170,13 @@ def _raise_if_impossible(query: Tensor, key: Tensor, dropout: float) -> None:
         raise ValueError(f"{query.shape[2]} queries and {key.shape[2]} keys have no common segments")
     if dropout:
         raise UserError(
-            f"attn_implementation={FUSED_SINKS}: has no dropout, but the model's config.json has"
+            f"attn_implementation={FUSED_SINKS}: cannot apply dropout, but the model's config.json has"
             f" attention_dropout={dropout}. Use attn_implementation=eager, or set attention_dropout to 0."
         )
 
 
 class _Layer(NamedTuple):
-    """Those arguments of the kernels that are not tensors."""
+    """The kernels' arguments that are not tensors."""
 
     longest: int
     window: int | None

@@ -112,7 +112,10 @@ def _fetch(hub_id: str, revision: str | None, files: list[str]) -> Path:
 
 
 def sampled_fingerprint(directory: Path) -> str:
-    """Return the XXH3-128 hash of the configuration and of each weight file's name, size and 64 evenly spaced parts."""
+    """Return the XXH3-128 hash of config.json and the weight files.
+
+    For a weight file, the hash covers its name, its size and 64 evenly spaced parts.
+    """
     digest = xxhash.xxh3_128((directory / "config.json").read_bytes())
     for path in sorted(directory.glob("*.safetensors")):
         size = path.stat().st_size

@@ -1,7 +1,7 @@
 """Build a model whose weights take no memory, and stream its weights from disk to the device that trains.
 
-A process holds one part of one tensor in host memory at a time. So the host never holds a copy of the model for each
-process, even if many processes train. Adapters and quantizers are added before the weights are read.
+A process holds one part of one tensor in host memory at a time. Even if many processes train, the host
+does not hold a copy of the model for each of them. Adapters and quantizers are added before the weights are read.
 """
 
 import math
@@ -57,7 +57,7 @@ def build(
 
 
 def is_hollow(parameter: Tensor) -> bool:
-    """Return whether a parameter of `build` still has no values."""
+    """Return whether a parameter is still hollow, as `build` made it."""
     return parameter.untyped_storage().nbytes() < parameter.nbytes
 
 
@@ -84,7 +84,7 @@ def fill(
         read: function that reads the weights.
         device: device that trains.
         dtype: type of the weights after reading, or None to keep the type of `build`.
-        then: function that is called with each module after the parameters of the module and its submodules are read.
+        then: function that is called with each module, after the module and its submodules are read.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for owner in reversed(list(model.modules())):  # modules inside a module come before it

@@ -48,16 +48,16 @@ class Weights:
         return [slice(start, end) for start, end in pairwise([*starts, shape[0]])]
 
     def read_stored(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, ...]:
-        """Read the stored tensors of a weight, for the argument `stored` of `read_trained`."""
+        """Read the stored tensors of a weight. `read_trained` takes them as `stored`."""
         return self.checkpoint.read_stored(name, rows)
 
     def read_trained(
         self, name: str, rows: slice = slice(None), stored: tuple[Tensor, ...] | None = None, device: str = "cpu"
     ) -> Tensor:
-        """Read the weight that training updates, or one of the slices of it that `parts` returns.
+        """Read the weight that training updates, or one slice of it (see `parts`).
 
-        Stored MXFP4 is decoded. The result is not fake-quantized. Adapters are merged on the CPU, whatever `device` is:
-        `verify` repeats the merge on the CPU, and PEFT's merge of attention depends on the device.
+        Stored MXFP4 is decoded. The result is not fake-quantized. Adapters are always merged on the CPU, because
+        PEFT's merge of attention depends on the device. `verify` repeats the merge on the CPU.
         """
         stored = self.read_stored(name, rows) if stored is None else stored
         if self._merger is None or name not in self._merger:
@@ -84,7 +84,10 @@ class Weights:
         return fake_quantize(weight.transpose(1, 2), self.ref.block_format, importance=importance).transpose(1, 2)
 
     def importance(self, name: str) -> Tensor | None:
-        """Return the importance of an expert weight's input channels, (in), for choosing scales, or None."""
+        """Return the importance of an expert weight's input channels, or None.
+
+        Its shape is (in). It is used to choose scales.
+        """
         return self._importance.get(name)
 
     def is_changed(self, name: str) -> bool:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 _NATIVE, _UNIVERSAL = "latest", "latest_universal"
-"""Two files in a checkpoint: the first names the folder with native files, the second that with universal files."""
+"""Two files in a checkpoint. They name the folder with native files and the folder with universal files."""
 
 _CONVERTER = "deepspeed.checkpoint.ds_to_universal"
 _OPTIONS = (
@@ -39,7 +39,7 @@ def convert_when_needed() -> Iterator[None]:
     """Inside the block, convert checkpoints from another number of processes before DeepSpeed reads them.
 
     DeepSpeed has one setting for all checkpoints that it loads: whether they are universal. But a run may resume from a
-    universal checkpoint and later load its best weights from a native one, or the reverse. So the setting is made again
+    universal checkpoint and later load its best weights from a native one, or the reverse. So it is set again
     before each load. DeepSpeed 0.19 has no public hook for this, so `load_checkpoint` is wrapped.
     """
     from deepspeed import DeepSpeedEngine

@@ -6,19 +6,21 @@ A block of values along the input dimension shares a scale. Each value is divide
 nearest of the 16 values of e2m1, ties to even (OCP MX v1.0, 5.3.3 and 6.3). The rule for the scale can be chosen (see
 `formats.SCALE_RULES`).
 
-All steps are exact, so every device gives the same bits, compiled or not. The module `scales` computes scales from the
-bits of the largest magnitude. The module `kernels` divides by powers of two and decides ties by comparison.
+All steps are exact, so every device gives the same bits. Compiled code gives these bits, too. The module `scales`
+computes scales from the bits of the largest magnitude. The module `kernels` divides by powers of two and decides ties
+by comparison.
 
 Training and export must share one definition. ModelOpt's training kernel rounds ties to even, but its exporter rounds
-them toward zero, so 0.4 % of its exported BF16 weights differ from the trained ones.
+ties toward zero. So 0.4 % of its exported BF16 weights differ from the trained weights.
 
 Edge cases:
 - Zeros, and values that round to zero, keep their sign.
 - Subnormal values are rounded like others, with the smallest scale, 2^-127. (NVFP4: they become zero, because the
   tensor scale is at least 2^-110.)
-- Values beyond 6 * scale saturate. Such values occur under the rules `floor`, `nearest` and `mse`, and if the caller
-  passes a tensor scale. Magnitudes of 3.5 * 2^126 and more (NVFP4: 2^127 and more) always saturate, because the
-  format's next value, 2^128, would be Inf in BF16 and FP32.
+- Values beyond 6 * scale saturate. This can happen under the rules `floor`, `nearest` and `mse`. It can also happen if
+  the caller passes a tensor scale.
+- Magnitudes of 3.5 * 2^126 and more always saturate (NVFP4: 2^127 and more). The format's next value would be 2^128,
+  which is Inf in BF16 and FP32.
 - A block with NaN or Inf raises an error instead of becoming zeros.
 
 Values have the logical shape (..., out, in), with blocks along `in`. They may have any strides: an (E, in, out)
@@ -64,10 +66,10 @@ def encode(
         values: (..., in) or (..., out, in) float32 or bfloat16 with any strides. Blocks run along the last dimension.
         block_format: format of the result: a row of FORMATS, possibly with another scale rule.
         tensor_scale: (...) float32 from the function `tensor_scale`. None for a format without a tensor scale.
-        importance: weights of the squared errors under the rule `mse`, (in) or (..., in) float32, at least 0. None if
-            all weights are equal.
+        importance: (in) or (..., in) float32, at least 0. The rule `mse` multiplies squared errors by it. None if all
+            channels are equally important.
         rounded: output for the decoded result, or None. It has the shape and type of `values`, and any strides.
-        saturated: output (..., nb) bool, contiguous, or None: whether a block's largest magnitude exceeds 6 * scale.
+        saturated: output (..., nb) bool, contiguous, or None. A block is True if a magnitude exceeds 6 * scale.
 
     Returns:
         blocks: (..., nb, block_size / 2) uint8, two codes a byte, the even element in the low nibble; contiguous.
@@ -159,10 +161,10 @@ def fake_quantize(
         block_format: see `encode`.
         tensor_scale: see `encode`.
         importance: see `encode`.
-        dtype: type of the result, float32 or bfloat16. Both hold every value of the formats. None takes the type of
+        dtype: type of the result, float32 or bfloat16. Both hold every value of the formats. None means the type of
             `values`.
-        is_bad: () bool on the device of `values`, or None. If a value is NaN or Inf, or an importance is
-            negative or NaN, this flag is set and no error is raised. So the CPU does not wait for the GPU.
+        is_bad: flag, () bool on the device of `values`, or None. It is set if a value is NaN or Inf, or if an
+            importance is negative or NaN. No error is raised then, so the CPU does not wait for the GPU.
     """
     return straight_through(values, _round(values, block_format, tensor_scale, importance, dtype, is_bad))
 
@@ -263,8 +265,8 @@ def _round_whole(
 ) -> Tensor | None:
     """Round with one compiled function. Return None on a CPU, or if compiling does not pay off.
 
-    If a value is bad, set the flag `is_bad` and return the rounded values. If there is no flag, return None: then the
-    caller rounds slab by slab, which finds the bad block.
+    If a value is bad, set the flag `is_bad` and return the rounded values. If there is no flag, return None. The
+    caller then rounds slab by slab and finds the bad block.
     """
     if values.device.type in slabs.ONLY_SLABS or values.numel() == 0:
         return None
@@ -285,8 +287,8 @@ def _round_whole(
 class _Rounding:
     """Iterates over values slab by slab. Each item is (slab, values, largest magnitude of each block, divisor).
 
-    The iteration fills `scales`. After the last slab, it raises CodecError if a block has NaN or Inf. If there is
-    `is_bad`, it sets this flag instead.
+    The iteration fills `scales`. After the last slab, it raises CodecError if a block has NaN or Inf. If the
+    caller passed `is_bad`, it sets this flag instead.
     """
 
     def __init__(

@@ -2,8 +2,8 @@
 
 torch.compile fuses a function into one loop over memory (C++ on a CPU, Triton on a GPU), which is about ten times
 faster. Compiling takes seconds per function, and half a minute the first time on a machine. So a function runs eagerly
-until it has processed so many values that compiling pays off. If no compiler works, all functions stay eager and a
-warning is given.
+at first. It is compiled after it has processed enough values for this to pay off. If no compiler works, all functions
+stay eager and a warning is given.
 """
 
 import functools
@@ -26,7 +26,7 @@ _MOST_VARIANTS = 64  # combinations of shape, type and rule; beyond the limit (d
 _WORTH_COUNTING = 1 << 16  # values; for smaller tensors, most time goes into the call, which compiling does not shorten
 _OPTIONS: dict[str, dict[str, bool]] = {
     # Trust the instruction sets that the processor reports. torch 2.13 would test each one, which takes 2 s per run.
-    # Round to BF16 wherever a function does so, also between operations that are fused.
+    # Round to BF16 wherever a function does so, even between fused operations.
     "cpu": {"cpp.vec_isa_ok": True, "emulate_precision_casts": True},
     # Round like a CPU: no fused multiply-add, no approximate division, no flushing of subnormals to zero.
     "cuda": {
@@ -54,7 +54,7 @@ _gave_up = False
 
 @contextmanager
 def compilation(mode: Compilation) -> Iterator[None]:
-    """Compile kernels by the rule `mode` inside a `with` block. This is for tests and measurements."""
+    """Inside a `with` block, compile kernels as `mode` says. This is for tests and measurements."""
     global _mode
     before, _mode = _mode, mode
     try:
@@ -76,14 +76,17 @@ class Kernel(Generic[Result]):
     """
 
     def __init__(self, function: Callable[..., Result]) -> None:
-        """Wrap a function. Its first argument must be a tensor, whose size and device decide about compilation."""
+        """Wrap a function. Its first argument must be a tensor.
+
+        The size and device of this tensor decide whether the function is compiled.
+        """
         functools.update_wrapper(self, function)
         self._function = function
         self._values_seen = 0
         self._compiled: dict[tuple[str, bool], Callable[..., Result]] = {}
 
     def __call__(self, values: Tensor, *others: object) -> Result:
-        """Run the function, compiled if this pays off."""
+        """Run the function. Compile it first if this pays off."""
         if torch.compiler.is_compiling():
             return self._function(values, *others)
         with torch.no_grad():  # compiled code is valid for one grad mode only; gradients are defined in the codec

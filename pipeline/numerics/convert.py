@@ -1,8 +1,8 @@
 """Converts MXFP4 to NVFP4 without decoding. Each block of 32 becomes two blocks of 16 with the same codes and scale.
 
-An e8m0 scale is a power of two. e4m3 has the powers of two from 2^-9 to 2^8. The tensor scale of a matrix is
-2^(largest exponent - 8), so a block converts exactly if its exponent is at most 17 below the largest. A block with a
-smaller exponent is rounded with the smallest scale. It is counted if this changes a value.
+An e8m0 scale is a power of two. The type e4m3 has the powers of two from 2^-9 to 2^8. The tensor scale of a matrix is
+2^(largest exponent - 8). So a block converts exactly if its exponent is at least the largest exponent minus 17. A block
+with a smaller exponent is rounded with the smallest scale. It is counted if this changes a value.
 
 Legend: E = experts (any leading dimensions), out = rows, nb = blocks of 32 per row.
 """
@@ -38,7 +38,7 @@ class Converted(NamedTuple):
 
 
 def mxfp4_to_nvfp4(blocks: Tensor, scales: Tensor) -> Converted:
-    """Convert packed MXFP4 weights. Values are exact in all but `changed_blocks` blocks.
+    """Convert packed MXFP4 weights. Only `changed_blocks` blocks have values that are not exact.
 
     Args:
         blocks: (E, out, nb, 16) uint8.

@@ -47,7 +47,7 @@ class BlockFormat:
 
     Attributes:
         name: name of the format in configurations and artifacts.
-        block_size: number of values that share a scale, along the input dimension.
+        block_size: number of values along the input dimension that share one scale.
         scale_type: storage type of the scale.
         scale_rule: rule that chooses the scale of a block, one of SCALE_RULES[scale_type].
         bits_per_value: storage per value, including block scales but not the tensor scale.

@@ -2,7 +2,7 @@
 
 Legend: L = leading dimension (experts), nb = blocks per row, block = values per block, lanes = output dimension.
 
-Tensors may have any strides. No transposed copy is made, whichever of `block` and `lanes` is contiguous.
+Tensors may have any strides. Either `block` or `lanes` may be contiguous. No transposed copy is made in either case.
 """
 
 import torch
@@ -116,7 +116,7 @@ def row_squares(values: Tensor) -> Tensor:
 
 @kernel
 def column_products(one: Tensor, other: Tensor) -> Tensor:
-    """Sum e b, e e, b b and (e - b)^2 over each column of two tensors e and b.
+    """Sum e * b, e * e, b * b and (e - b)^2 over each column of two tensors, e and b.
 
     Shapes: two (..., rows, columns) -> (4, ..., columns) float32.
 
@@ -133,9 +133,9 @@ def count_unequal(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _nearest_code(scaled: Tensor, significand: Tensor | None) -> Tensor:
-    """Round `scaled`, magnitudes / 2^exponent, to the nearest 3-bit codes. Ties go to the even code.
+    """Round `scaled` to the nearest 3-bit codes. Ties go to the even code.
 
-    Codes are returned as floats. Magnitudes above 6 * significand saturate.
+    `scaled` is magnitudes / 2^exponent. Codes are returned as floats. Magnitudes above 6 * significand saturate.
 
     The bits of the code are decided from the highest to the lowest. The midpoints that decide the upper two bits lie
     below an even code, so a tie goes up. The midpoints that decide the last bit lie above an even code, so a tie goes

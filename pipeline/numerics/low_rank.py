@@ -2,7 +2,7 @@
 
 A library's matrix product may add its terms in any order. Here the terms are added in the order of the rank, and every
 product and every sum is rounded to float32. So training on a GPU and the merge for an export on a CPU give the same
-bits, whether they merge one expert or many at a time.
+bits. The number of experts in one call does not matter.
 
 Legend: E experts, r rank.
 """
@@ -62,7 +62,7 @@ class _Delta(torch.autograd.Function):
 
 
 def _for_each_expert(function: Kernel[Tensor], base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """Call a kernel with whole stacks where it runs compiled on a GPU, and otherwise with one expert at a time."""
+    """Call a kernel with whole stacks if it is compiled for a GPU. Otherwise, call it with one expert at a time."""
     rows, columns = a.detach().float().transpose(1, 2).contiguous(), b.detach().float().contiguous()
     if base.device.type not in slabs.ONLY_SLABS:
         found = function.run_compiled(base.detach(), rows, columns, scaling)

@@ -8,7 +8,7 @@ A scale is significand * 2^exponent. For e8m0 the significand is 1. For e4m3 it 
 the power of two. Dividing by a power of two is exact, and so is comparing with midpoint * significand. Dividing by
 a significand like 1.125 would be neither exact nor the same on every device.
 
-The tensor scale is a power of two as well, so that dividing by it is exact: the smallest power with
+The tensor scale is a power of two as well, so that dividing by it is exact. It is the smallest power with
 amax <= 6 * 448 * scale. (Common practice is amax / (6 * 448).) All values of the format are then exact in BF16.
 Rounding the tensor scale up to a power of two costs at most one of the 17 binades of e4m3.
 
@@ -36,7 +36,10 @@ _MANTISSA_OF_2688 = 0x280000  # 6 * 448 = 1.3125 * 2^11
 _MANTISSA_OF_1792 = 0x600000  # 4 * 448 = 1.75 * 2^10
 _BITS_OF_SMALLEST_E8M0 = 0x400000  # 2^-127, a subnormal float
 SMALLEST_TENSOR_EXPONENT = -110
-"""Exponent of the smallest tensor scale. Products of a smaller one with e4m3 and e2m1 would be subnormal in FP32."""
+"""Exponent of the smallest tensor scale.
+
+The limit keeps decoded values (tensor scale * e4m3 * e2m1) from being subnormal in FP32.
+"""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Divisor:
     Attributes:
         inverse: 2^-exponent. Multiplying by it is exact.
         significand: in [1, 2), or None if it is 1.
-        scale: significand * 2^exponent. An e2m1 value times this is the decoded value.
+        scale: significand * 2^exponent. The decoded value is the e2m1 value times `scale`.
     """
 
     inverse: Tensor
@@ -65,7 +68,10 @@ def candidates(amax: Tensor, scale_type: ScaleType, rule: str, tensor_scale: Ten
 
 
 def divisor(scales: Tensor, scale_type: ScaleType, tensor_scale: Tensor | None) -> Divisor:
-    """Compute the divisor for scale bytes (L, nb, lanes), with the tensor scale (L,) if the type has one."""
+    """Compute the divisor for scale bytes (L, nb, lanes).
+
+    `tensor_scale` is (L,) for e4m3. It is not used for e8m0.
+    """
     if scale_type is ScaleType.e8m0:
         inverse, scale = _e8m0_parts(scales)
         return Divisor(inverse, None, scale)
@@ -97,7 +103,7 @@ def power_of_two(exponent: Tensor) -> Tensor:
 def reciprocal(powers: Tensor) -> Tensor:
     """Return 1 / powers for float32 powers of two from 2^-126 to 2^126.
 
-    The result is made from bits. Compiled for a GPU, torch's own reciprocal would be an approximate division.
+    The result is made from bits. torch's own reciprocal, if compiled for a GPU, would be an approximate division.
     """
     return ((2 * _EXPONENT_BIAS << _EXPONENT_SHIFT) - powers.view(torch.int32)).view(torch.float32)
 
@@ -105,7 +111,7 @@ def reciprocal(powers: Tensor) -> Tensor:
 def ratio(dividend: Tensor, divisor: Tensor) -> Tensor:
     """Return dividend / divisor for float32 powers of two, made from bits.
 
-    Neither they nor the result may be subnormal.
+    The powers and the result must not be subnormal.
     """
     bits = dividend.view(torch.int32) - divisor.view(torch.int32) + (_EXPONENT_BIAS << _EXPONENT_SHIFT)
     return bits.view(torch.float32)
@@ -154,7 +160,7 @@ def _e8m0_bytes(amax: Tensor, biased_exponent: Tensor) -> Tensor:
 
 @kernel
 def _e8m0_parts(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Decode bytes up to 252 to inverses 2^(127 - byte) and scales 2^(byte - 127)."""
+    """Decode bytes up to 252. Return the inverses, 2^(127 - byte), and the scales, 2^(byte - 127)."""
     index = scales.int()
     return ((254 - index) << _EXPONENT_SHIFT).view(torch.float32), _e8m0_bits(index).view(torch.float32)
 
@@ -167,7 +173,7 @@ def _e8m0_values(scales: Tensor) -> Tensor:
 
 
 def _e8m0_bits(index: Tensor) -> Tensor:
-    """Return the bits of the float 2^(byte - 127) for bytes below 255, given as int32. Byte 0 gives a subnormal."""
+    """Return the bits of the float 2^(byte - 127). Bytes are int32 below 255. Byte 0 gives a subnormal."""
     return torch.where(index == 0, _BITS_OF_SMALLEST_E8M0, index << _EXPONENT_SHIFT)
 
 
@@ -237,7 +243,7 @@ def _e4m3_values(byte: Tensor) -> Tensor:
 
 @kernel
 def _e4m3_parts(scales: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Decode finite bytes above zero, with a tensor scale, to the fields of `Divisor`."""
+    """Compute the fields of `Divisor` from bytes and tensor scales. Bytes must be finite and above zero."""
     byte = scales.int()
     exponent = 136 - (byte >= 2).int() - (byte >= 4).int() - (byte >> 3)
     inverse, value = (exponent << _EXPONENT_SHIFT).view(torch.float32), _e4m3_values(byte)

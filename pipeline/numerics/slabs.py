@@ -1,4 +1,4 @@
-"""View values as blocks, and split them into slabs, the parts that are converted one after the other.
+"""View values as blocks, and split them into slabs. Slabs are converted one after the other.
 
 Legend: L = leading dimension (experts), nb = blocks per row, block = values per block, lanes = output dimension.
 For the codes of a slab: l = experts, rows = blocks per row, half = bytes per block.

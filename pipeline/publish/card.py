@@ -30,7 +30,7 @@ def write_text(run: Run, model: ModelConfig, settings: ExportConfig, *, proven: 
         model: settings of the base model.
         settings: settings of the export.
         proven: the export, the result of `verify` and the base model.
-        added: names of the files that are published with the export but come from the base model, such as its license.
+        added: names of files of the base model, such as its license. They are published with the export.
     """
     export, base = proven.export, proven.base
     exported, verified = export.read(ExportRecord), proven.proof.read(VerifyRecord)
@@ -65,7 +65,7 @@ def base_name(model: ModelConfig, card: CardConfig) -> str | None:
 
 
 def license_of(card: CardConfig, base: Source) -> dict[str, Any]:
-    """Return the card's license fields: the configured license, or else the fields in the base model's card, if any."""
+    """Return the configured license. If there is none, return the license fields of the base model's card."""
     if card.license is not None:
         return {"license": card.license}
     path = base.directory / FILE
@@ -101,7 +101,7 @@ def _made_with(export: Artifact) -> dict[str, str]:
 
 
 def _revision(model: ModelConfig, base: Source) -> str | None:
-    """Return the commit of a base model in the Hub's cache, or the configured revision of any other base model.
+    """Return the base model's commit if the model is in the Hub's cache, else the configured revision.
 
     In the cache, a model's directory is named after the commit.
     """

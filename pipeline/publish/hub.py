@@ -21,7 +21,7 @@ _LOGIN = "Log in with `hf auth login`, or put a token with write access into the
 def check(settings: ExportConfig) -> None:
     """Check early that an upload can work.
 
-    Write access of the token is not checked, because only the upload itself shows it.
+    The token's write access is not checked, because only the upload itself shows whether the token has it.
 
     Raises:
         UserError: the name is not valid, the token is missing or wrong, the Hub cannot be reached, or the repository is
@@ -40,7 +40,7 @@ def check(settings: ExportConfig) -> None:
 
 
 def _name_problems(name: str) -> list[str]:
-    # The Hub would add the token's owner to a name without owner, but the card and `check` do not know this owner.
+    # If a name has no owner, the Hub would add the token's owner. The card and `check` do not know this owner.
     if "/" not in name:
         return [f"{_setting(name)}: has no owner. Write <your name>/{name}."]
     problem = hub_ids.problem(name)
@@ -83,7 +83,7 @@ def _raise_if_public(settings: ExportConfig, api: HfApi, name: str) -> None:
 def _hub_errors(name: str) -> Iterator[None]:
     try:
         yield
-    # huggingface_hub raises ValueError for a file that is too large, and for metadata of the card that the Hub refuses.
+    # huggingface_hub raises ValueError if a file is too large, or if the Hub refuses the card's metadata.
     except (httpx.HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{_setting(name)}: the Hub cannot be reached or refuses ({reason}). {_LOGIN}") from error

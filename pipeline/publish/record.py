@@ -29,7 +29,7 @@ _SHOWN_OF_DISTILLATION = ("distillation.weight", "distillation.temperature")
 
 @dataclass(frozen=True)
 class Proven:
-    """An export that passed `verify`, the artifact of the `verify` stage that it passed, and the base model."""
+    """An export that passed `verify`, the artifact of this `verify`, and the base model."""
 
     export: Artifact
     proof: Artifact
@@ -88,7 +88,7 @@ def data(stage: Artifact) -> dict[str, str]:
 
 
 def hub_data_sets(stage: Artifact) -> list[str]:
-    """List those data sets of a training stage that are on the Hub."""
+    """List the Hub data sets that a training stage used."""
     paths = [part["path"] for part in stage.settings["data.blend"]] or [stage.settings["data.path"]]
     return [path for path in paths if is_hub_id(path, needs_owner=False)]
 
@@ -111,13 +111,13 @@ def languages(run: Run, stage: Artifact) -> list[str]:
 
 
 def survival(exported: ExportRecord) -> dict[str, str]:
-    """Describe how much of the fine-tuning the exported weights keep, as title -> figure."""
+    """Return figures that show how much of the fine-tuning the exported weights keep: title -> figure."""
     figures: dict[str, float | None] = {name: getattr(exported, name) for name in _SURVIVAL}
     return {title: show(value) for name, (title, show) in _SURVIVAL.items() if (value := figures[name]) is not None}
 
 
 def comparison(run: Run, export: Artifact) -> str | None:
-    """Return the table of `compare`, or None if it covers neither this export nor the exported model."""
+    """Return the table of `compare` if it is up to date and covers this export or the exported model, else None."""
     if not all(run.is_complete(stage) for stage in (Stage.evaluate, Stage.compare)):
         return None
     evaluated, compared = (artifacts.load(run.stage_dir(stage)) for stage in (Stage.evaluate, Stage.compare))
@@ -165,4 +165,4 @@ _SURVIVAL: dict[str, tuple[str, Callable[[float], str]]] = {
     "saturated_blocks": ("blocks that clip their largest value", _percent),
     "snr_db": ("signal-to-noise ratio of rounding", "{:.2f} dB".format),
 }
-"""Field of `ExportRecord` -> its title, and the function that formats it."""
+"""Field of `ExportRecord` -> (title of the field, function that formats its value)."""

@@ -55,7 +55,7 @@ class Result:
         record: figures of the stage, for later stages and reports.
         format: format of the experts' weights in the payload, a name in FORMATS. None for a report.
         fake_quantized: format to which the forward pass rounds the experts' weights, a name in FORMATS, or None.
-        scale_rule: how `fake_quantized`, or a packed `format`, chooses its scales, or None.
+        scale_rule: rule for the scales of `fake_quantized` or of a packed `format`. None if there is neither.
         digests: file -> XXH3-128 of its bytes, for files that `work` hashed while it wrote them.
     """
 
@@ -126,7 +126,9 @@ def load(directory: Path, check_files: bool = True) -> Artifact:
 
 
 def fingerprint_of(directory: Path, known: dict[str, str] | None = None) -> tuple[str, dict[str, int]]:
-    """Return the XXH3-128 of the payload's names, sizes and digests, and the bytes of each file of the payload.
+    """Return the fingerprint of a payload, and the size of each file in bytes.
+
+    The fingerprint is the XXH3-128 of the files' names, sizes and digests.
 
     Args:
         directory: directory of a stage, or any other directory.

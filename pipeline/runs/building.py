@@ -75,10 +75,10 @@ def build(
         run, stage: the run, and the stage to build.
         settings: dotted keys (or sections) of the configuration that the result depends on.
         parents, data: as in `Inputs`.
-        work: fills the given directory, where it finds the files of an earlier report or an interrupted run.
-        resumable_as: reduces the settings to the ones that must be equal when an unfinished stage is resumed.
-        on_every_process: whether all processes call `work`, as in training, or the main process alone.
-        is_report: whether changed inputs rebuild the stage. For other stages they are an error, which protects models.
+        work: fills the given directory. The directory may have files of an earlier report or an interrupted run.
+        resumable_as: converts the settings to values that must not change when an unfinished stage is resumed.
+        on_every_process: True if all processes call `work`, as in training. False if only the main process calls it.
+        is_report: True if changed inputs rebuild the stage. False if they are an error, which protects models.
 
     Raises:
         UserError: the directory cannot be written, or holds a complete or unfinished stage with other inputs.

@@ -35,7 +35,7 @@ def _write_line(line: str, file: TextIO) -> None:
 def progress(
     items: Iterable | None = None, total: int | None = None, what: str = "", unit: str = "it", done: int = 0
 ) -> "tqdm":
-    """Show a progress bar on the main process. Nothing is shown on other processes or without a terminal."""
+    """Show a progress bar, but only on the main process, and only on a terminal."""
     from tqdm.auto import tqdm
 
     scaled = unit == "B"

@@ -8,7 +8,10 @@ from pipeline.errors import MachineError
 
 
 class _Files(NamedTuple):
-    """Files of a control group, and the entry of memory.stat for cached file pages, which the kernel can drop."""
+    """Names of a control group's files, and the name of an entry in memory.stat.
+
+    The entry counts cached file pages. The kernel can drop these pages.
+    """
 
     limit: str
     usage: str
@@ -28,7 +31,7 @@ def available_bytes() -> int:
 
 
 def groups_of(listing: Path, mounted: Path) -> list[Path]:
-    """List the directories of a process's control groups, and of the groups that contain them.
+    """List the directories of a process's control groups and of all their parent groups.
 
     Args:
         listing: /proc/<pid>/cgroup. Each line is `number:controllers:path`. Controllers are empty in version 2.

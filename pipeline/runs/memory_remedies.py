@@ -8,11 +8,11 @@ _SHORT = 512  # tokens; a data.max_length up to this value is not halved
 
 
 def remedies(config: PipelineConfig, on_gpu: bool) -> list[str]:
-    """List settings that save memory in the configuration's stage, as `key=value`.
+    """List settings, as `key=value`, that save memory in the stage of `config`.
 
     Args:
         config: the configuration of the stage.
-        on_gpu: True if the memory of a GPU was too small, False if the memory of the host was.
+        on_gpu: True if GPU memory was too small, False if host memory was too small.
     """
     found = _BY_STAGE.get(config.stage)
     return [] if found is None else list(found(config, on_gpu))

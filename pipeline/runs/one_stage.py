@@ -25,7 +25,7 @@ _FREE = re.compile(r"GPU (\d+) has a total capacity of ([\d.]+ \w+) of which ([\
 def one_stage(config: PipelineConfig) -> Iterator[None]:
     """Run the block as the stage that the configuration names.
 
-    Peaks of GPU memory start anew, so artifact.json reports the stage's own peak. After the block, the models of the
+    The peak of GPU memory is reset, so artifact.json reports the stage's own peak. After the block, the models of the
     stage are freed: `all` runs several stages in one process.
 
     Raises:
@@ -55,7 +55,7 @@ def _forget_import_errors() -> None:
 
     ModelOpt 0.47 imports pulp. For each solver that is not installed, pulp stores the error in the solver's class. The
     traceback of this error keeps the variables of all functions that were running. ModelOpt is imported while
-    `quantize` runs, so without this the model of `quantize` would stay in memory until the program ends.
+    `quantize` runs. So the tracebacks would keep the model of `quantize` in memory until the program ends.
     """
     for module in [module for name, module in sys.modules.items() if name.startswith("pulp.apis.")]:
         for solver in vars(module).values():
@@ -94,7 +94,7 @@ def explain(error: Exception, config: PipelineConfig) -> str | None:
 
 
 def _amounts(text: str, on_gpu: bool) -> str:
-    """Say how much memory was asked for and how much was free, if known: `: it asked for 2.00 GiB, …`."""
+    """Say how much memory was asked for and how much was free. Example: `: it asked for 2.00 GiB more, …`."""
     asked, free = _ASKED.search(text), _FREE.search(text)
     parts = [f"it asked for {_readable(asked[1])} more"] if asked else []
     if on_gpu and free:

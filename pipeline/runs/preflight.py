@@ -61,11 +61,12 @@ class Machine:
 def check(config: PipelineConfig) -> None:
     """Check this machine and the launcher. Warn of GPUs whose sizes differ.
 
-    Stages that use neither GPUs nor processes are not checked, because they would have to wait until torch is imported.
+    The checks run if the stage trains, a launcher started the process, or device=cuda is set. Other commands skip the
+    checks, because these import torch, which takes time.
 
     Raises:
-        UserError: the command asks for a GPU that is not there, for another number of processes than there are GPUs,
-            or for arithmetic that the GPUs lack; or the launcher contradicts the configuration.
+        UserError: a GPU is missing, the number of processes does not fit the GPUs, the GPUs lack the arithmetic of
+            `precision`, or the launcher contradicts the configuration.
         MachineError: torch has no kernels for a GPU.
     """
     trains = config.stage in _TRAINED
@@ -109,7 +110,7 @@ def _process_problems(machine: Machine, is_training: bool) -> Iterator[str]:
         )
     if count > 1 and is_training and not machine.has_launcher:
         yield (
-            f"{count} GPUs are visible, but there is one process, and a process trains on one GPU. Start one process"
+            f"{count} GPUs are visible, but there is one process, which trains on only one GPU. Start one process"
             " per GPU with scripts/launch (or torchrun), or choose one GPU: CUDA_VISIBLE_DEVICES=0."
         )
 
@@ -122,8 +123,8 @@ def _precision_problems(trained: Mapping[str, TrainConfig], machine: Machine) ->
         if train.precision is not Precision.fp32:
             yield (
                 f"{name}.precision={train.precision.name}: {_described(old[0])} has no BF16 arithmetic, which needs"
-                f" compute capability 8.0. Use a newer GPU, or {name}.precision=fp32, which takes twice the memory"
-                " for BF16 weights."
+                f" compute capability 8.0. Use a newer GPU, or {name}.precision=fp32. FP32 weights take twice the"
+                " memory of BF16 weights."
             )
 
 
@@ -143,8 +144,8 @@ def _launcher_problems(trained: Mapping[str, TrainConfig], machine: Machine) -> 
     compiler = machine.environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if compiler.lower() != "no":
         yield (
-            f"the launcher compiles the model (dynamo_backend {compiler}), which can drop roundings that the export"
-            " has. Use accelerate launch --dynamo_backend no."
+            f"the launcher compiles the model (dynamo_backend {compiler}), but compiled code may skip roundings that"
+            " the export does. Use accelerate launch --dynamo_backend no."
         )
     if machine.gpus and machine.environment.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes"):
         yield (
@@ -169,8 +170,9 @@ def raise_if_no_kernels(machine: Machine) -> None:
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     """Return whether a GPU runs kernels for an architecture, such as `sm_90`, `sm_90a` or `compute_90`.
 
-    Machine code (sm) runs on GPUs of the same major version. PTX (compute) can be compiled for every newer GPU. The
-    suffix `a` limits either to exactly this version, and `f` limits it to this major version.
+    Machine code (sm) runs on GPUs of the same major version and the same or a newer minor version. PTX (compute) can be
+    compiled for every newer GPU. With the suffix `a`, both run only on exactly this version. With the suffix `f`, PTX
+    has the limits of machine code.
     """
     found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
     if found is None:

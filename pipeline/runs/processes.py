@@ -43,7 +43,7 @@ def wait_for_everyone() -> None:
 def all_cores() -> Iterator[None]:
     """Let this process compute on all cores it may use, while the other processes of this machine wait.
 
-    Launchers set OMP_NUM_THREADS to a share of the cores, torchrun to 1. Without a launcher, nothing changes.
+    Launchers set OMP_NUM_THREADS to a share of the cores. torchrun sets it to 1. Without a launcher, nothing changes.
     """
     if process_count() == 1:
         yield

@@ -1,4 +1,4 @@
-"""Find the artifact of a `verify` that passed on the export's present files."""
+"""Find the proof of an export: the artifact of a `verify` that its present files passed."""
 
 from pipeline.config import Stage
 from pipeline.runs.artifacts import Artifact, load
@@ -15,4 +15,4 @@ def find_proof(run: Run, export: Artifact) -> Artifact | None:
 
 def missing_proof(run: Run, export: Artifact) -> str:
     """Return the message for an export that `verify` has not passed."""
-    return f"{export.directory}: stage=verify has not passed on it. Run first: {run.command(Stage.verify)}"
+    return f"{export.directory}: has not passed stage=verify. Run first: {run.command(Stage.verify)}"

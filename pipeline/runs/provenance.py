@@ -18,7 +18,7 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # Unit of getrusage(2): byt
 def record() -> dict[str, Any]:
     """Return the program's commit, the versions of libraries, the machine, and this process's peak memory.
 
-    The peak of GPU memory is the stage's own. Linux keeps one peak of host memory for the life of a process, so the
+    The peak of GPU memory counts this stage only. Linux keeps one peak of host memory for the life of a process, so the
     host peak includes the earlier stages of `stage=all`.
     """
     import torch
@@ -42,7 +42,7 @@ def peak_resident_bytes() -> int:
 
 
 def _git_commit() -> str | None:
-    """Return the program's commit, or None outside a checkout. If tracked files are edited, '+changes' follows."""
+    """Return the program's commit, or None outside a checkout. '+changes' is appended if tracked files are edited."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists() or shutil.which("git") is None:
         return None

@@ -68,7 +68,7 @@ class ModelRecord(StageRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class UpcastRecord(ModelRecord):
-    """Numbers of decoded and of copied tensors, their total bytes, and the source's directory."""
+    """How many tensors were decoded and how many copied, their total bytes, and the source's directory."""
 
     decoded_tensors: int
     copied_tensors: int
@@ -87,7 +87,7 @@ class TrainingRecord(ModelRecord):
         validation_loss_before, validation_loss: mean over supervised tokens, before training and with the kept weights.
         quantizers: number of fake quantizers that ran, or None if the model has none.
         attn_implementation: the attention kernel that was used, or None in artifacts of older versions.
-        counts: numbers of rows, examples and tokens, and of truncated and dropped examples.
+        counts: numbers of rows, examples, tokens, truncated examples and dropped examples.
     """
 
     steps: int
@@ -117,11 +117,11 @@ class ExportRecord(StageRecord):
         exported_from, exported_directory: name and directory of the model that was exported.
         tensor_bytes: bytes of all tensors.
         expert_weights: number of weights in the experts.
-        copied_tensors, copied_experts: numbers of tensors and of experts that kept the source's bytes.
+        copied_tensors, copied_experts: how many tensors and how many experts kept the source's bytes.
         encoded_tensors: number of all other tensors.
         copied: names of the tensors that kept the source's bytes.
-        other_than_trained: number of expert weights with another value than in training. It is above 0 only if the
-            model was trained for another format (export.requantize).
+        other_than_trained: number of expert weights whose value differs from the value in training. It is above 0 only
+            if the model was trained for another format (export.requantize).
         relative_squared_error, snr_db: error of rounding the experts. `snr_db` is None if rounding changed nothing.
         moved_weights, changed_codes, changed_scales: shares of weights, codes and scales that differ from the base
             model's.
@@ -158,7 +158,7 @@ class VerifyRecord(StageRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRecord(StageRecord):
-    """Figures by model and name, and the model that weights and predictions were compared with."""
+    """Figures of each model. Its weights and predictions were compared with the model `reference`."""
 
     reference: str | None
     results: dict[str, dict[str, Any]]

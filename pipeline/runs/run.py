@@ -1,6 +1,6 @@
 """A run: the directories of its stages, and their state.
 
-Stages hand a `Run` to code that reads or writes stages, in place of the whole configuration.
+Code that reads or writes stages gets a `Run`, not the whole configuration.
 """
 
 import json
@@ -35,8 +35,9 @@ class Run:
         self._shared = None if config.base_run is None else _absolute(config.base_run)
 
     def stage_dir(self, stage: Stage | str) -> Path:
-        """Return the directory of a stage, in `base_run` if this run can use its stage unchanged, else in this run.
+        """Return the directory of a stage, in this run or in `base_run`.
 
+        It is in `base_run` if this run has not begun the stage and can use the stage of `base_run` unchanged.
         Directories that belong to no stage (tables of data, a synthetic source) are kept in `base_run` alone.
         """
         name = stage.name if isinstance(stage, Stage) else stage
@@ -70,9 +71,10 @@ class Run:
         return artifact
 
     def staleness(self, artifact: Artifact) -> str | None:
-        """Return a message if a model of this run is stale, because a stage before it was rebuilt; else None.
+        """Return a message if a model of this run is stale, else None.
 
-        A parent whose directory was removed to save space is not checked. Reports bring themselves up to date.
+        A model is stale if a stage before it was rebuilt. A parent is not checked if its directory was removed to save
+        space. Reports bring themselves up to date.
         """
         if artifact.kind is Kind.report:
             return None
@@ -90,7 +92,7 @@ class Run:
         return None
 
     def report_parents(self, stage: Stage) -> dict[str, str]:
-        """Return the parents of a stage's report, which may be unfinished. Without a report, the result is empty.
+        """Return the parents of a stage's report, even of an unfinished one. Without a report, the result is empty.
 
         Raises:
             UserError: as `load`.
@@ -119,7 +121,7 @@ class Run:
         return choose_settings(self.config, keys)
 
     def command(self, stage: Stage, *overrides: str, run_dir: str | None = None) -> str:
-        """Return the command that runs a stage of this run, or of another run_dir with the same recipe."""
+        """Return the command that runs a stage with the recipe of this run, in this run or in another `run_dir`."""
         return stage_command(stage, *overrides, run_dir=run_dir or self.config.run_dir, recipe=self.recipe)
 
     def not_writable(self, directory: Path, error: OSError) -> UserError:
@@ -130,9 +132,9 @@ class Run:
         )
 
     def _can_use(self, directory: Path) -> bool:
-        """Whether a stage of `base_run`, and every stage that it was made from, has the settings of this run.
+        """Whether this run can use a stage of `base_run`: its settings and those of all its parents are the same.
 
-        A stage to rebuild (overwrite=true) is not used from `base_run`, because other runs use it too.
+        A stage that overwrite=true rebuilds is made in this run, because other runs use the one in `base_run` too.
         """
         name = directory.name
         is_rebuilt = self.overwrite and self.stage.name == name

@@ -48,7 +48,7 @@ def log_table(directory: Path, name: str, columns: list[str], rows: Sequence[Seq
         directory: directory of the stage.
         name: name of the table.
         columns: names of the columns.
-        rows: one tuple per row, of values that JSON can represent.
+        rows: one tuple per row. JSON must be able to represent the values.
     """
     if is_main_process():
         lines = [json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n" for row in rows]
@@ -71,7 +71,7 @@ def log_media(images: dict[str, Path], pages: dict[str, Path]) -> None:
 
 @contextmanager
 def track(run: Run, stage: str, run_dir: Path) -> Iterator[None]:
-    """Inside the block, send what the stage logs to the service that `tracking.backend` names.
+    """Inside the block, send everything that the stage logs to a service (`tracking.backend`).
 
     Args:
         run: the run whose configuration is sent. It holds no secrets.
@@ -98,7 +98,7 @@ def track(run: Run, stage: str, run_dir: Path) -> Iterator[None]:
 
 
 class _Wandb:
-    """One stage's run at Weights & Biases. The first failure after the start is a warning, and ends tracking."""
+    """One stage's run at Weights & Biases. The first failure after the start gives a warning and ends tracking."""
 
     def __init__(self, run: Run, stage: str, run_dir: Path) -> None:
         try:
@@ -219,7 +219,10 @@ def _in_one_line(error: object) -> str:
 
 
 def _identity(run: Run, run_dir: Path) -> dict[str, str]:
-    """Read or create <run_dir>/tracking.json: `id`, the prefix of every stage's run id, and `group`."""
+    """Read or create <run_dir>/tracking.json.
+
+    `id` is the prefix of every stage's W&B run id. `group` is the W&B group of the pipeline run.
+    """
     path = run_dir / RUN_FILE
     if not path.is_file():
         made = uuid.uuid4().hex[:8]

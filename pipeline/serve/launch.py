@@ -56,7 +56,7 @@ def plan(serve: ServeConfig, export: Artifact, *, name: str, gpus: int, found: l
 
     Raises:
         UserError: the engine cannot read the export, does not support a setting, or cannot divide the model by the
-            tensor-parallel size. With serve.dry_run=false, also if the engine is not installed or the port is taken.
+            tensor-parallel size. Or, with serve.dry_run=false: the engine is not installed, or the port is taken.
     """
     server = SERVERS[serve.engine.name]
     values = {key: getattr(serve, key) for key in ("host", "port", *_SETTABLE)} | {"name": name}
@@ -99,8 +99,8 @@ def _target_problems(serve: ServeConfig, export: Artifact) -> list[str]:
     able = [name for name in SERVERS if target in ENGINES[name].targets]
     others = f"serve.engine={' or '.join(able)} reads that one" if able else "no engine here reads that one"
     return [
-        f"serve.engine={serve.engine.name}: reads export.target={', '.join(targets)}, and {export.directory} is"
-        f" export.target={target}. Export to another target, or change the engine: {others}."
+        f"serve.engine={serve.engine.name}: reads export.target={', '.join(targets)}, but {export.directory} was"
+        f" exported with export.target={target}. Export to another target, or change the engine: {others}."
     ]
 
 

@@ -89,7 +89,10 @@ class EngineProcess:
         return CheckFailed(f"{self._name} {how}. The end of its log, {self._log}:{tail or ' nothing'}")
 
     def stop(self) -> None:
-        """End the engine and all its children with SIGTERM, and with SIGKILL after a while or at a second Ctrl-C."""
+        """End the engine and all its children. Send SIGTERM first, and then SIGKILL to those that are left.
+
+        SIGKILL follows when the engine has ended, after a while, or at a second Ctrl-C.
+        """
         try:
             self._note_children()
             self._signal(signal.SIGTERM)

@@ -136,7 +136,10 @@ def _evaluate(task: Task, subjects: Sequence[ModelRef | Served], reference: Mode
 
 
 def _reference(here: Run, refs: list[ModelRef]) -> ModelRef | None:
-    """Return the model that weights and predictions are compared with, or None if all models are on servers."""
+    """Return the reference: weights and predictions of other models are compared with this model.
+
+    It is the model of `sft`, else of `upcast`, else the first of `refs`. If all these are missing, it is None.
+    """
     for stage in (Stage.sft, Stage.upcast):
         if here.is_complete(stage):
             return references.stage_ref(here, stage)

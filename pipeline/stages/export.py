@@ -92,10 +92,10 @@ def _tell(record: ExportRecord) -> None:
     if record.moved_weights and record.survival < _HARDLY_ANY:
         warn(
             "export",
-            f"hardly any of the fine-tuning of the experts reached the 4-bit weights: {record.survival:.2%} of the"
-            " weights that training moved differ from the base model after rounding. The others have the base model's"
-            " values again. Measure the effect with stage=evaluate. To move more weights, raise qat.learning_rate or"
-            " qat.max_steps, run stage=quantize and stage=qat again, and export the result.",
+            "hardly any of the fine-tuning of the experts reached the 4-bit weights: after rounding, only"
+            f" {record.survival:.2%} of the weights that training moved differ from the base model. The others have the"
+            " base model's values again. Measure the effect with stage=evaluate. To move more weights, raise"
+            " qat.learning_rate or qat.max_steps, run stage=quantize and stage=qat again, and export the result.",
         )
 
 
@@ -104,8 +104,9 @@ def _raise_if_trained_otherwise(ref: ModelRef, block_format: BlockFormat) -> Non
     if trained is not None and trained != block_format:
         raise UserError(
             f"export.source={ref.name} was trained for format={trained.name} with scale_rule={trained.scale_rule}, but"
-            f" format={block_format.name} with format.scale_rule={block_format.scale_rule} is set, which gives other"
-            f" weights than the trained ones. Use format={trained.name} format.scale_rule={trained.scale_rule}, or"
+            f" the configuration sets format={block_format.name} with format.scale_rule={block_format.scale_rule}."
+            " The exported weights would differ from the trained weights."
+            f" Use format={trained.name} format.scale_rule={trained.scale_rule}, or"
             " export.requantize=true to round the trained weights anew and report the error."
         )
 
@@ -115,7 +116,7 @@ def _tell_of_requantizing(ref: ModelRef, block_format: BlockFormat, record: Expo
         share = record.other_than_trained / record.expert_weights
         warn(
             "export",
-            f"export.requantize=true: {share:.2%} of the experts' weights are not those that {ref.name} was trained"
-            " with. Measure the loss before you serve it: run stage=evaluate on the same export with"
+            f"export.requantize=true: {share:.2%} of the experts' weights differ from the weights that {ref.name} was"
+            " trained with. Measure the loss before you serve it: run stage=evaluate on the same export with"
             " export.target=bf16.",
         )

@@ -59,8 +59,8 @@ def _base(here: Run, model: ModelConfig, export: Artifact) -> Source:
     base = source.locate(here, model)
     if base.fingerprint != export.parents["source"]:
         raise UserError(
-            f"model.path={model.path}: is not the base model that {export.directory} was made from"
-            f" ({export.base_model['path']}), or has changed since. Export again, or set model.path."
+            f"model.path={model.path}: is not the base model of {export.directory} ({export.base_model['path']}), or"
+            " has changed since the export. Export again, or set model.path."
         )
     return base
 
@@ -99,11 +99,14 @@ def _tell_of_gaps(config: PipelineConfig, base: Source) -> None:
     from pipeline.publish import card
 
     if card.base_name(config.model, config.export.card) is None:
-        warn("publish", "the card names no base model: model.path is no hub id. Set export.card.base_model=<hub id>.")
+        warn(
+            "publish",
+            "the card names no base model, because model.path is not a hub id. Set export.card.base_model=<hub id>.",
+        )
     if not card.license_of(config.export.card, base):
         warn(
             "publish",
-            "the card names no licence, and nor does the base model's. Set export.card.license=<as on the Hub>.",
+            "the card has no licence, because the base model's card has none. Set export.card.license=<as on the Hub>.",
         )
 
 

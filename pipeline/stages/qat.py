@@ -51,9 +51,9 @@ def _raise_if_quantized_otherwise(start: ModelRef, wanted: BlockFormat) -> None:
     have = start.block_format
     if have is not None and have != wanted:
         raise UserError(
-            f"{start.directory} was made for format={have.name} with format.scale_rule={have.scale_rule}, but"
-            f" format={wanted.name} with format.scale_rule={wanted.scale_rule} is set. Run stage=quantize again"
-            f" with overwrite=true, or use format={have.name} format.scale_rule={have.scale_rule}."
+            f"{start.directory} was made for format={have.name} with format.scale_rule={have.scale_rule}, but the"
+            f" configuration sets format={wanted.name} with format.scale_rule={wanted.scale_rule}. Run stage=quantize"
+            f" again with overwrite=true, or use format={have.name} format.scale_rule={have.scale_rule}."
         )
 
 
@@ -62,8 +62,8 @@ def _warn_about_sft(config: PipelineConfig, here: Run, start: Artifact) -> None:
         warn(
             "qat",
             f"{start.directory} was made with quantize.source=upcast, so nothing has been fine-tuned yet. Published"
-            " results have QAT after SFT, never instead of it: QAT preserves a task through rounding, but at its low"
-            " learning rate the model hardly learns a new one.",
+            " results have QAT after SFT, never instead of it. QAT preserves a learned task through rounding, but its"
+            " learning rate is too low to teach a new task.",
         )
         return
     sft = here.require(Stage.sft).settings["sft.learning_rate"]
@@ -72,7 +72,7 @@ def _warn_about_sft(config: PipelineConfig, here: Run, start: Artifact) -> None:
     if same_method and config.qat.learning_rate > sft:
         warn(
             "qat",
-            f"qat.learning_rate={config.qat.learning_rate} is above the {sft} that sft was trained at. QAT moves the"
+            f"qat.learning_rate={config.qat.learning_rate} is above the learning rate of sft, {sft}. QAT moves the"
             " weights to values of the format, and a high rate would undo the fine-tuning. Usual rates are 5e-6 to"
             " 1e-5.",
         )

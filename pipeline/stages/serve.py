@@ -24,7 +24,7 @@ def run(config: PipelineConfig) -> Artifact:
     """Serve <run_dir>/export and return its artifact.
 
     Raises:
-        UserError: the export is unfinished, stage=verify has not passed on it, or `plan` refuses it.
+        UserError: the export is unfinished or has not passed stage=verify, or `plan` refuses it.
         CheckFailed: the engine crashed, did not come up, or did not answer.
         KeyboardInterrupt: Ctrl-C before the engine had answered. Afterwards, Ctrl-C is the regular end.
     """

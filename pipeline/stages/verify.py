@@ -1,4 +1,7 @@
-"""verify: proves that an export is right. The report lists every difference, and a wrong export exits with 1."""
+"""verify: proves that an export is right.
+
+The report lists every difference. The exit status is 1 if the export is wrong.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -130,7 +133,10 @@ def _verify(config: PipelineConfig, here: Run, subject: _Subject, into: Path) ->
 
 
 def _checks(config: PipelineConfig, here: Run, subject: _Subject) -> list["Check"]:
-    """Run every possible check. Weights are checked if they can be read, logits if the configuration is right."""
+    """Run every possible check.
+
+    Weights are checked if they can be read. Logits are checked if the configuration is also right.
+    """
     from pipeline import verify
 
     directory, base, export = subject.directory, subject.reference.directory, subject.export

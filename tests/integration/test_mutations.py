@@ -180,7 +180,7 @@ def test_the_pages_say_how_many_are_caught(capsys: pytest.CaptureFixture[str]) -
         print(f"\ncaught: {caught} of {len(every)} with the trained model, {with_base} with only the base model")
     assert f"break a good export in {len(every)} ways" in page
     assert (
-        f"with the trained model all {caught} are caught; with only the base model {with_base} of the {caught}" in page
+        f"catches all {caught} with the trained model, and {with_base} of the {caught} with only the base model" in page
     )
     assert f"{len(every)} deliberate errors" in readme
     assert f"all {caught} are found, with the base model alone {with_base}." in readme

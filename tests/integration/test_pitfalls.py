@@ -19,7 +19,7 @@ def test_a_qat_rate_above_that_of_sft_is_warned_of(
 ) -> None:
     settings = started(tmp_path / "run", smoke_run, "upcast", "sft", "quantize")
     assert run_program("stage=qat", *settings, f"qat.learning_rate={rate}") == 0
-    assert ("is above the 0.003 that sft was trained at" in capsys.readouterr().err) == is_warned
+    assert ("is above the learning rate of sft, 0.003" in capsys.readouterr().err) == is_warned
 
 
 def test_qat_without_sft_is_possible_and_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,7 +94,7 @@ def find_model(settings: ServerConfig, key: str) -> str:
         key: the configuration key of these settings, for messages, such as `evaluate.endpoint`.
 
     Raises:
-        UserError: the server was asked, and does not answer or does not have exactly one model.
+        UserError: the settings name no model, and the server does not answer, has no model, or has several models.
     """
     if settings.model is not None:
         return settings.model

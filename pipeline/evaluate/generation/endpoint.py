@@ -1,8 +1,8 @@
 """Generate answers with a model on a server that has OpenAI's API, such as vLLM, SGLang or TensorRT-LLM.
 
 There are two APIs:
-- `completions`: this process renders the prompt exactly as in training, sends its tokens, and reads the completion with
-  its special tokens. vLLM and SGLang have a setting that keeps special tokens.
+- `completions`: this process renders the prompt exactly as in training, and sends its tokens. The reply must contain
+  the completion's special tokens. The request asks the server to keep them, and vLLM and SGLang support this.
 - `chat`: this process sends messages. The server renders them, with its own date and identity in the system message.
 """
 
@@ -56,7 +56,7 @@ class Api(NamedTuple):
         transcript: function (reply, question, seed) -> transcript. The function raises KeyError, IndexError or
             TypeError for an unexpected reply.
         is_rendered_here: whether this process renders the prompts and sends them as tokens.
-        hint: text that the error message gets at its end if the server refuses a request.
+        hint: text to append to the error message if the server refuses a request.
     """
 
     path: str

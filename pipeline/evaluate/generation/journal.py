@@ -30,7 +30,13 @@ T = TypeVar("T", bound=Answer)
 
 
 class Kind(NamedTuple):
-    """A kind of journal: the names of the files with the answers and with their inputs, and the class of an answer."""
+    """A kind of journal.
+
+    Attributes:
+        file: name of the file with the answers.
+        inputs_file: name of the file with the inputs that the answers were made from.
+        answer: class of an answer.
+    """
 
     file: str
     inputs_file: str

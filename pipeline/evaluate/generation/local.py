@@ -1,9 +1,9 @@
 """Generate answers with a model in memory. transformers generates in batches, padded on the left, with a KV cache.
 
 Every row of a batch has its own random generator, so an answer depends only on its prompt and its seed, with one
-exception: the width of a batch may change the order of sums, and so the last bit of a logit. If two tokens have almost
-the same logit, this may change which token is chosen. So batches are always formed from all questions, even if most
-questions already have an answer. Then a resumed evaluation has the same batches.
+exception. The width of a batch may change the order in which numbers are added, and this may change the last bit of a
+logit. If two tokens have almost the same logit, another token may then be chosen. So batches are always formed from all
+questions, even if most questions already have an answer. Then a resumed evaluation has the same batches.
 
 Legend: B answers in a batch, T tokens, V vocabulary size.
 """

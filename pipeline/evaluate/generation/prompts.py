@@ -103,7 +103,7 @@ def load(run: Run, data: DataConfig, settings: PromptsConfig, rows: Rows, most: 
 
 
 def questions(prompts: list[Prompt], samples: int) -> list[Question]:
-    """Make the questions for `samples` answers to each prompt."""
+    """Make `samples` questions from each prompt."""
     return [Question(prompt, sample) for prompt in prompts for sample in range(samples)]
 
 
@@ -155,6 +155,6 @@ def _prompt(data: DataConfig, settings: PromptsConfig, row: Conversation) -> Pro
 
 
 def _known(conversation: Conversation) -> Iterator[tuple[str, str]]:
-    """Yield those properties of a right answer that the prompt itself states, as (name, value)."""
+    """Yield (name, value) for each expected property that the prompt itself states."""
     if conversation.reasoning_language is not None:
         yield "language", conversation.reasoning_language

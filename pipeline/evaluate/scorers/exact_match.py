@@ -1,10 +1,12 @@
 """Check whether a free-text answer has the expected number or choice.
 
-A number is searched for in the last \\boxed{}, then after the last "the answer is" (in one of nine languages), and
-then in the whole answer, where the last number counts. Numbers may have thousands separators and decimal commas:
-"1.234,5" in German is "1,234.5" in English. Models also use the English notation in other languages. So in a language
-with decimal commas, both notations are tried. For example, "70,000" in a German answer is right for 70 and for 70000.
-Fractions, numbers in words and multiples of ten thousand (3万) are not read.
+This module first looks for a number in the last \\boxed{}. If there is none, it looks after the last "the answer is",
+in any of nine languages. If there is again none, it takes the last number of the whole answer.
+
+Numbers may have thousands separators and decimal commas: "1.234,5" in German is "1,234.5" in English. Models also use
+the English notation in other languages. So in a language with decimal commas, both notations are tried. For example,
+"70,000" in a German answer is right for 70 and for 70000. Fractions, numbers in words and multiples of ten thousand
+(3万) are not read.
 """
 
 import re
@@ -106,7 +108,10 @@ def _number(answer: str) -> str | None:
 
 
 def _first_result(text: str) -> str | None:
-    """Return the first number, or in an equation ("5 + 6 = 11") the first number after the line's last equals sign."""
+    """Return the first number, or the result of an equation, such as 11 in "5 + 6 = 11".
+
+    The result is the first number after the last equals sign of the line.
+    """
     first = _NUMBERS.search(text)
     if first is None:
         return None

@@ -5,8 +5,8 @@ a sequence of Harmony messages. Each message has these parts in order: an option
 channel's name, an optional recipient, an optional type, `<|message|>`, text, and an end token.
 
 The limits below were tested on 1,750 MGSM questions in seven languages and on 450 XSTest completions. None of these
-texts counts as a loop. In the text that repeats most, 0.39 of the runs of letters are repetitions. Long tables with
-similar rows are mistaken for loops.
+texts counts as a loop. In the most repetitive text, 39 % of the runs of letters are repetitions, and the limit is 50 %.
+Long tables with similar rows are mistaken for loops.
 """
 
 import re
@@ -36,7 +36,10 @@ _SPACES = re.compile(r"\s+")
 
 
 def score(subject: Subject) -> dict[str, float]:
-    """Compute the share of transcripts that pass all checks, and the share for each check, `format_health/<check>`."""
+    """Compute `format_health`, the share of transcripts that pass all checks.
+
+    Also compute `format_health/<check>`, the share of transcripts that pass this check.
+    """
     found = figures("format_health", verdicts(subject.transcripts))
     for name, check in CHECKS.items():
         decided = [passed for passed in map(check, subject.transcripts) if passed is not None]
@@ -92,7 +95,7 @@ def does_not_leak(transcript: Transcript) -> bool | None:
 
 
 def does_not_loop(transcript: Transcript) -> bool:
-    """Return whether neither the reasoning nor the answer is a loop."""
+    """Return False if the reasoning or the answer is a loop."""
     return not any(is_loop(text) for text in (transcript.reasoning, transcript.answer) if text)
 
 
@@ -108,10 +111,11 @@ CHECKS: dict[str, Callable[[Transcript], bool | None]] = {
 
 
 def is_loop(text: str) -> bool:
-    """Return whether the text ends in a repeated phrase, or more than half of its runs of letters are repetitions.
+    """Return whether a text is a loop. There are two tests, and one of them is enough.
 
-    The first test finds loops that repeat word for word up to the end. The second test finds loops in which a number or
-    a word changes. Runs consist of letters, not words, so that the test also works in languages without spaces.
+    The first test finds texts that repeat a phrase word for word up to the end. The second test finds loops in which a
+    number or a word changes: more than half of the runs of letters are repetitions. Runs consist of letters, not words,
+    so that the test also works in languages without spaces.
     """
     plain = _normalize(text)
     return _ends_periodically(plain) or _repeated_share(plain) > _MOST_REPEATED
@@ -120,8 +124,8 @@ def is_loop(text: str) -> bool:
 def _ends_periodically(text: str) -> bool:
     """Return whether the text ends in a loop. Repeated dashes or other signs are not a loop."""
     end = text[-20 * _LOOP_LETTERS :][::-1]
-    # Knuth, Morris and Pratt (1977). border[i] = length of the longest text, shorter than end[: i + 1], with which
-    # end[: i + 1] both begins and ends. Then end[: i + 1] repeats with the period i + 1 - border[i].
+    # This is the failure function of Knuth, Morris and Pratt (1977): border[i] is the length of the longest proper
+    # prefix of end[: i + 1] that is also its suffix. So end[: i + 1] repeats with the period i + 1 - border[i].
     border = [0] * len(end)
     for i in range(1, len(end)):
         k = border[i - 1]
@@ -135,7 +139,7 @@ def _ends_periodically(text: str) -> bool:
 
 
 def _repeated_share(text: str) -> float:
-    """Compute the share of runs of letters that occurred earlier in the text. Return 0 for short texts."""
+    """Compute which share of the runs of letters repeats an earlier run. Return 0 for short texts."""
     letters = "".join(filter(str.isalpha, text))
     count = len(letters) - _NGRAM + 1
     if count < _LOOP_LETTERS:

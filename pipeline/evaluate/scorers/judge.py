@@ -172,7 +172,7 @@ def _raise_if_too_few(asked: Judge, settings: JudgeConfig, found: list[Judgement
     problem = f"{KEY}.model={asked.model}: {missing} of {len(found)} answers of {name} have no verdict"
     if missing / len(found) > settings.max_without_verdict:
         raise UserError(
-            f"{problem} after {KEY}.attempts={settings.attempts}, more than"
+            f"{problem} after {KEY}.attempts={settings.attempts}. This share is larger than"
             f" {KEY}.max_without_verdict={settings.max_without_verdict}. The judge's replies are in {JUDGEMENTS.file}."
             f" Use another judge, or raise {KEY}.max_new_tokens if its replies are truncated. The same command then"
             " asks only for the missing verdicts."

@@ -9,7 +9,7 @@ All tokens outside the TOP are merged into one outcome. So the computed divergen
 divergence: merging outcomes cannot increase a divergence (data processing inequality; Cover and Thomas, Elements of
 Information Theory, 2.8). The result is exact for a vocabulary of at most TOP tokens.
 
-Legend: N supervised tokens, n supervised tokens of a chunk (at most `chunked_logits.CHUNK`), V vocabulary size.
+Legend: N = supervised tokens, n = supervised tokens in a chunk (at most `chunked_logits.CHUNK`), V = vocabulary size.
 """
 
 import shutil
@@ -65,12 +65,13 @@ def record(model: "PreTrainedModel", batches: Sequence[dict[str, Tensor]], direc
 def score(subject: Subject) -> dict[str, float]:
     """Compute `kl_divergence` in nats and `top1_agreement`, as means over supervised tokens.
 
-    The models agree at a position if no token is likelier for the model than the reference's likeliest token.
+    The models agree at a position if the reference's likeliest token is also the model's likeliest token. A tie in the
+    model counts as agreement.
 
     Returns:
         Both figures. If there are at least two examples, each figure has a 95 % interval, <figure>_low and
-        <figure>_high. Each figure is also given for each bucket of positions that has tokens, as
-        <figure>/<first>-<last>. Empty without recorded predictions.
+        <figure>_high. <figure>/<first>-<last> is the figure for a range of positions. A range without tokens is
+        left out. The result is empty without recorded predictions.
     """
     if subject.ref is None or subject.model is None or subject.reference_predictions is None:
         return {}
@@ -135,8 +136,8 @@ def _places(batch: dict[str, Tensor], first_example: int) -> Tensor:
     """Locate the supervised tokens of a batch, in the order of `_states`.
 
     Returns:
-        For each token: its position among its example's supervised tokens, and the index of this example,
-        (tokens, 2) float64.
+        (tokens, 2) float64. Each row has the token's position and the index of the token's example. The position counts
+        only the supervised tokens of the example, from 0.
     """
     supervised = batch["labels"][:, 1:] != IGNORED
     position = (supervised.cumsum(1) - 1)[supervised]

@@ -218,7 +218,7 @@ def test_a_server_on_all_addresses_is_asked_over_the_local_one(
 
 
 def test_an_export_that_verify_has_not_passed_is_refused(config: PipelineConfig, export: Artifact) -> None:
-    with pytest.raises(UserError, match=r"stage=verify has not passed on it\. Run first: .*serve\.verified_only=false"):
+    with pytest.raises(UserError, match=r"has not passed stage=verify\. Run first: .*serve\.verified_only=false"):
         stage.run(config)
     config.serve.verified_only = False
     assert stage.run(config) == export
@@ -229,7 +229,7 @@ def test_a_proof_of_an_earlier_export_does_not_count(config: PipelineConfig, exp
     stage.run(config)
     config.overwrite = True
     make_export(config, files={**EXPORTED, "model.safetensors": "other weights"})
-    with pytest.raises(UserError, match="has not passed on it"):
+    with pytest.raises(UserError, match="has not passed stage=verify"):
         stage.run(config)
 
 
