@@ -1,7 +1,7 @@
 """Run a command line: compose the configuration, check it, run the stage, and return the exit status.
 
-Hydra composes the configuration, and would show the user's mistakes as tracebacks. This module prints one message.
-Large libraries are imported only when a stage runs, so --help and error messages appear at once.
+Hydra composes the configuration. If the user makes a mistake, Hydra would print a traceback. This module prints one
+message instead. Large libraries are imported only when a stage runs, so --help and error messages appear at once.
 """
 
 import importlib
@@ -58,7 +58,7 @@ def register() -> None:
 
 
 def run(composed: DictConfig) -> None:
-    """Run one job: one stage of one recipe, after the earlier stages that its `base_run` has."""
+    """Run one job: first the earlier stages that exist in its `base_run`, then the stage of the job."""
     chosen = HydraConfig.get().runtime.choices.get("recipe")
     if chosen is not None:
         composed.recipe = chosen  # `register` sets this field only in our own recipes, not in one from --config-dir
@@ -96,7 +96,7 @@ def _module(stage: config.Stage) -> ModuleType:
 def main() -> NoReturn:
     """Run the command in sys.argv and exit. `python -m pipeline` and the console script start here."""
     # If this variable is set, Hydra raises its errors. Otherwise it prints a traceback and exits with 1.
-    # `setdefault` would not do, because it would keep a value from the shell.
+    # `setdefault` is not used here, because it would keep a value from the shell.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     allocator.let_segments_grow()
     sys.exit(status(sys.argv[1:]))
@@ -127,7 +127,7 @@ def status(arguments: list[str]) -> int:
 
 
 def _job(composed: DictConfig) -> None:
-    # Hydra prints a line of its own for each exception of a job, except SystemExit. So print the message here.
+    # If a job raises an exception other than SystemExit, Hydra prints an extra line. So print the message here.
     try:
         run(composed)
     except (UserError, CheckFailed, MachineError) as error:
@@ -143,7 +143,7 @@ def _report(error: Exception, status: int) -> int:
     else:
         # The launcher stops all processes as soon as one ends.
         # So this process first waits until the main process has had time to print the error.
-        # If this process is still running then, it alone has failed.
+        # If this process is still running after that time, only this process has failed.
         time.sleep(_SECONDS_FOR_THE_MAIN_PROCESS)
         print(f"error on process {os.environ['RANK']}: {message}", file=sys.stderr, flush=True)
     return status

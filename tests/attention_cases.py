@@ -89,7 +89,7 @@ def packed_positions() -> tuple[Tensor, Tensor]:
 def assert_as_close_as_eager(
     segments: Segments, is_real: Tensor, documents: Tensor, window: int | None, precision: str
 ) -> None:
-    """Assert that no error exceeds twice that of eager in the same precision. Eager in float64 counts as exact."""
+    """Assert that no error is more than twice eager's error in the same precision. Eager in float64 counts as exact."""
     truth_mask = eager_mask(is_real, documents, window, torch.double)
     truth = run(eager_attention_forward, truth_mask, torch.double, window, is_real)
     is_mixed = precision == "mixed"

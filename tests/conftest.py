@@ -17,7 +17,7 @@ from chat_server import Server
 # More threads would slow down work on such small tensors. torch reads OMP_NUM_THREADS at import, so set it first.
 # Processes that tests start inherit the variable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Let torch believe the processor's list of instruction sets. Otherwise it tests each set in a new Python process.
+# Let torch trust the instruction sets that the processor lists. Otherwise it tests each set in a new Python process.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 from pipeline import __main__ as program
@@ -65,16 +65,16 @@ def _freeze(_: int) -> None:
 
 
 def spare_imports() -> None:
-    """Exclude the objects that libraries have made so far, so that garbage collections skip them.
+    """Let garbage collections skip the objects that libraries have made so far.
 
-    A stage collects garbage after its last use of a model. Each collection would otherwise visit a million objects that
-    live as long as the process, which would take a third of the time of a stage with a tiny model.
+    There are a million such objects, and they live as long as the process. A stage collects garbage after its last use
+    of a model. Visiting these objects would take a third of the time of a stage with a tiny model.
     """
     _freeze(len(sys.modules))
 
 
 def linked(run_dir: Path, source: Path, *stages: str) -> Path:
-    """Make a run directory, and link `stages` of the run `source` into it. Tests must not write to these stages."""
+    """Make a run directory with links to `stages` of the run `source`. Tests must not write to these stages."""
     run_dir.mkdir(parents=True, exist_ok=True)
     for stage in stages:
         (run_dir / stage).symlink_to(source / stage)

@@ -41,7 +41,7 @@ def make_export(
 
 
 def record_of(target: str, moved: float = 0.0) -> ExportRecord:
-    """Make the record of an export. Training changed the share `moved` of the weights, but no stored code or scale."""
+    """Make the record of an export. `moved` is the share of changed weights. No stored code or scale has changed."""
     return ExportRecord(
         target=target,
         exported_from="qat",

@@ -1,8 +1,12 @@
 """Runs one attention layer of gpt-oss-20b on fake CUDA tensors. Needs a process of its own.
 
-Usage: python -m tests.fake_attention "<implementation> <layer type> <padded|packed>" ... Prints JSON. It has
-for each case the number of elements of the largest tensor and of all scores, the flash kernels that ran, each with its
-window, and the shapes of all gradients on CUDA.
+Usage: python -m tests.fake_attention "<implementation> <layer type> <padded|packed>" ... Prints a JSON object. For
+each case it has:
+
+largest: number of elements of the largest tensor.
+scores: number of all scores.
+kernels: the flash kernels that ran, each with its window.
+gradients: shapes of all gradients on CUDA.
 """
 
 import json

@@ -76,7 +76,7 @@ def read_sections(page: Path) -> dict[str, list[Block]]:
 
 
 def program_arguments(block: Block) -> Iterator[list[str]]:
-    """Find the commands in a block that start the program, and yield the arguments of each."""
+    """Search a block for commands that start the program. Yield the arguments of each command."""
     for line in block.text.replace("\\\n", " ").splitlines():
         command = re.split(r"\s(?:\||&&|>)\s", line)[0]
         if (found := _PROGRAM.search(command)) is not None and not line.lstrip().startswith("#"):
@@ -89,7 +89,7 @@ def _is_flag_of_launcher(argument: str) -> bool:
 
 
 def copy_checkout(into: Path) -> Path:
-    """Copy the checkout, with an environment that needs no installation, into a new directory, and return it."""
+    """Copy the checkout into a new directory, and return the directory. Its environment needs no installation."""
     into.mkdir()
     for name in ("conf", "docs", "pipeline", "recipes", "scripts"):
         shutil.copytree(ROOT / name, into / name, ignore=shutil.ignore_patterns("__pycache__"))

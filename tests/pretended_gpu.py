@@ -1,8 +1,8 @@
 """A GPU that computes on the CPU, for tests of the program on machines without one.
 
-`gpu()` makes torch believe in CUDA devices. Tensors on them are `PretendedTensor`s. Each says that it is on cuda:0,
-holds a CPU tensor, and refuses to meet CPU tensors in an operation, as CUDA does. `SYNCS` counts the operations that
-would make the host wait for the GPU, separately for each source line.
+`gpu()` makes torch believe in CUDA devices. Tensors on them are `PretendedTensor`s. Each says that it is on cuda:0, but
+its values are in a CPU tensor. As with CUDA, an operation fails if it mixes these tensors with CPU tensors. `SYNCS`
+counts the operations that would make the host wait for the GPU, separately for each source line.
 
 The pretended GPU finds tensors on the wrong device, host syncs, and errors in code that only a GPU runs. It cannot find
 wrong CUDA kernels, a lack of memory, or slow code. It changes the whole process, so use it in a process of its own.
@@ -248,7 +248,7 @@ def _layer(longest: int, scale: float, window_size_left: int | None = None) -> A
 
 
 def _with_written(func: Any, args: Sequence[Any], kwargs: dict[str, Any], found: Any) -> Any:
-    """If a result is an argument that the operation wrote to, as in `add_`, replace the result by this argument."""
+    """Let an operation that writes to an argument, such as `add_`, return this argument and not a new tensor."""
     if torch.Tag.inplace_view in func.tags and (args[0].shape, args[0].stride()) != (found.shape, found.stride()):
         raise NotImplementedError(f"{func} changes the shape of a tensor in place")
     written = {
@@ -310,7 +310,10 @@ def _note_wait(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
 
 
 def _note_wait_of_index(func: Any, args: Sequence[Any]) -> None:
-    """Note the syncs of an index: CUDA counts the true values of a mask, except in a fill, and copies CPU indices."""
+    """Note each time that indexing makes the host wait.
+
+    CUDA copies an index that is on the CPU. If the index is a mask, CUDA counts its true values, except in a fill.
+    """
     if any(isinstance(each, Tensor) and not isinstance(each, PretendedTensor) and each.dim() for each in args[1]):
         _note("to cuda")
     masks = [each for each in args[1] if isinstance(each, PretendedTensor) and each.dtype in (torch.bool, torch.uint8)]

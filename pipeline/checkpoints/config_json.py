@@ -35,7 +35,7 @@ def read_config(directory: Path, name: str = CONFIG) -> dict[str, Any]:
 
 
 def is_quantized(config: Mapping[str, object]) -> bool:
-    """Return whether the content of a config.json belongs to a quantized checkpoint, for gpt-oss one in MXFP4."""
+    """Return whether a config.json describes a quantized checkpoint, such as the released gpt-oss in MXFP4."""
     return "quantization_config" in config
 
 

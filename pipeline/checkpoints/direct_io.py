@@ -104,7 +104,8 @@ class StreamedFile:
         except OSError as error:
             if not self._is_direct or error.errno not in _NOT_DIRECT:
                 raise
-            # Some file systems refuse direct I/O only at a write, not at open(2). After a partial write, all refuse it.
+            # Some file systems accept direct I/O at open(2), but refuse it at a write. After a partial write, every
+            # file system refuses it.
             self._leave_direct()
             return os.write(self._descriptor, data)
 
@@ -200,7 +201,7 @@ def _empty_pages(size: int) -> np.ndarray:
 def _is_cached(descriptor: int, offset: int, size: int) -> bool:
     """Return whether the page cache holds most of this part of a file, according to mincore(2).
 
-    Return True if the system does not say. It does not say for other users' files that this process may not write.
+    If the kernel does not tell, return True. It tells only about files that this process's user owns or may write.
     """
     mincore = getattr(ctypes.CDLL(None), "mincore", None)
     lead = offset % PAGESIZE

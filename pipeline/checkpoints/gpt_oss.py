@@ -238,7 +238,7 @@ def plain_tensors(shape: Shape, dtype: str = "BF16") -> dict[str, TensorInfo]:
 
 
 def loaded_bytes(shape: Shape, width: int, *, stays_packed: bool) -> int:
-    """Compute the bytes of a model in memory.
+    """Compute the size of a model in memory, in bytes.
 
     Args:
         shape: shape of the model.

@@ -54,7 +54,7 @@ class TensorFiles:
         self._open: dict[str, StoredFile] = {}
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Read a tensor as it is stored, or rows of its first dimension.
+        """Read a tensor as it is stored. `rows` selects indices of its first dimension.
 
         Raises:
             UserError: the file ends before the end of the data.
@@ -118,7 +118,9 @@ class Checkpoint(TensorFiles):
         self._raise_if_not_gpt_oss()
 
     def read_plain(self, name: str, dtype: torch.dtype = torch.bfloat16, rows: slice = slice(None)) -> Tensor:
-        """Read a tensor of the plain layout, or rows of its first dimension. MXFP4 is decoded, which is exact in BF16.
+        """Read a tensor of the plain layout. `rows` selects indices of its first dimension.
+
+        MXFP4 is decoded. BF16 holds the decoded values exactly.
 
         Raises:
             UserError: a scale byte is 255 (NaN).
@@ -126,7 +128,7 @@ class Checkpoint(TensorFiles):
         return self.decode_stored(name, self.read_stored(name, rows), dtype, rows=rows)
 
     def read_stored(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, ...]:
-        """Read the stored form of a tensor of the plain layout: the tensor itself, or its blocks and scales."""
+        """Read a tensor of the plain layout as it is stored: either the tensor itself, or its blocks and scales."""
         names = (name,) if name in self.tensors else packed_names(name)
         return tuple(self.read(stored, rows) for stored in names)
 
@@ -155,7 +157,7 @@ class Checkpoint(TensorFiles):
         return plain
 
     def raise_if_nan(self, name: str, scales: Tensor, rows: slice = slice(None)) -> None:
-        """Check the scales of an expert stack, or of a part of its experts.
+        """Check the scales of an expert stack, or only the scales of some experts.
 
         Args:
             name: name of the stack, for the message.
@@ -271,8 +273,7 @@ def _data_offsets(path: Path) -> dict[str, int]:
     Reading rows needs these positions, because safetensors can read rows only by mapping the file.
 
     Raises:
-        UserError: the header has two tensors with the same name. Different readers would
-            take different tensors.
+        UserError: the header has two tensors with the same name. Programs do not agree on which of them to read.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

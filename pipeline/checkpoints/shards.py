@@ -35,7 +35,7 @@ from pipeline.runs.json_files import write_json
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
-"""Size limit of one weight file in bytes, for stages without a setting for it."""
+"""Size limit of a weight file, in bytes. Stages without a setting for this limit use it."""
 STEP_BYTES = 1 << 26
 """Approximate output of one step in bytes.
 
@@ -56,8 +56,8 @@ class Step:
 
     Attributes:
         read: function that reads the inputs. The reading thread calls it.
-        convert: function that turns the inputs into parts. The parts come tensor by tensor,
-            and the parts of a tensor in the order of its rows.
+        convert: function that turns the inputs into parts. It finishes one tensor before the next. The parts of a
+            tensor come in the order of its rows.
     """
 
     read: Callable[[], Any]
@@ -130,7 +130,7 @@ class _Record(TypedDict):
 
 
 def write_sharded(directory: Path, pieces: list[Piece], shard_bytes: int, what: str) -> Written:
-    """Write pieces as shards of at most `shard_bytes`, and the index. A piece above this limit gets its own shard.
+    """Write the shards and the index. A shard has at most `shard_bytes` bytes. A larger piece gets its own shard.
 
     If an earlier run of the same conversion was interrupted, its finished shards are kept.
 
@@ -309,7 +309,7 @@ class _Shard:
         """Check the next part of a tensor.
 
         Raises:
-            AssertionError: the part has a wrong type or row size, or another tensor is due.
+            AssertionError: the part has a wrong type or row size, is too large, or is not from the expected tensor.
         """
         due = next((name for name, left in self._left.items() if left), None)
         info, stored = self._infos[name], stored_name(values.dtype)

@@ -40,10 +40,10 @@ class Chart:
     """One plot.
 
     Attributes:
-        name: name of the plot's file and id of its figure in the page. It has only letters, digits and '-'.
+        name: name of the plot's file. It is also the id of the plot in the page. It has only letters, digits and '-'.
         title: heading of the plot.
         description: instructions for reading the plot. Screen readers read them aloud.
-        kind: "lines" (values over numbers such as steps), "dots" (values beside names), or "tradeoff".
+        kind: "lines" (x is a number, such as the step), "dots" (dots beside each name, such as German), or "tradeoff".
         x, y: labels of the axes, with units.
         series: the points, by series.
         best: in a trade-off, names of the points that no other point dominates.
@@ -133,7 +133,7 @@ def _dominance_notes(rows: list[Row], best: list[str]) -> Iterator[str]:
     yield "No other model dominates the filled points."
     dominated = ", ".join(row.title for row in rows if row.title not in best)
     if dominated:
-        yield f"Dominated (another model is at least as small and as good, and better in one of the two): {dominated}."
+        yield f"Dominated: {dominated}. For each of these, another model is smaller or better, and not larger or worse."
 
 
 def _is_outlier(row: Row, rows: list[Row], quality: str) -> bool:
@@ -204,7 +204,7 @@ def _group_charts(rows: list[Row]) -> Iterator[Chart]:
 
 
 def _group_figures(row: Row, figure: str) -> list[str]:
-    """Return the names of a figure's values for groups.
+    """Return the names of the values that a figure has for groups: `<figure>/<group>`.
 
     The parts of a pass rate, such as the checks of `format_health`, have similar names but are not groups. The parts
     are recognized because they have no count of decided answers.
@@ -262,7 +262,7 @@ def _change_charts(runs: list[EvaluatedRun]) -> Iterator[Chart]:
 
 
 def _distinct_runs(runs: list[EvaluatedRun], stage: str) -> list[tuple[EvaluatedRun, str]]:
-    """Return the runs for which to draw this stage, each with a prefix for the names of its series.
+    """Return the runs to draw for this stage. Each run comes with a prefix for the names of its series.
 
     Several runs may share the directory of a stage. Such a stage is drawn once, for the first of these runs.
     """

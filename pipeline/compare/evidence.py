@@ -104,7 +104,7 @@ def find_chains(rows: list[Row]) -> list[Chain]:
 
 
 def _origin(row: Row, stage: str, rows: list[Row]) -> Row | None:
-    """Find the model from which the model of `row` was made, and which `stage` made. Any run may have evaluated it."""
+    """Find the model of `stage` from which the model of `row` was made. Any run may have evaluated it."""
     wanted = row.lineage.get(stage)
     return next((each for each in rows if each.model == stage and each.fingerprint == wanted), None)
 

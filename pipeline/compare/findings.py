@@ -1,7 +1,7 @@
 """Describe the results in sentences: the quality that PTQ lost, the share that QAT recovered, and the cost of QAT.
 
-If a test is not significant, its sentence claims neither a difference nor equality, but states the smallest
-difference that the test could have detected. Losses have no interval, because only their mean is stored.
+If a test is not significant, its sentence claims no difference and no equality. It states the smallest difference that
+the test could have detected. Losses have no interval, because only their mean is stored.
 """
 
 from collections.abc import Iterator
@@ -135,8 +135,8 @@ def _describe_cost(chain: Chain) -> Iterator[str]:
     if end and sft and {_SERVED} <= end.figures.keys() & sft.figures.keys():
         served, whole = end.figures[_SERVED], sft.figures[_SERVED]
         yield (
-            f"Size when served: {size(served)} in {end.block_format}, {whole / served:.2f} times smaller than SFT's"
-            f" {size(whole)} in BF16."
+            f"Size when served: {size(served)} in {end.block_format}. SFT has {size(whole)} in BF16,"
+            f" {whole / served:.2f} times as much."
         )
 
 

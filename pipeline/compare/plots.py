@@ -68,7 +68,7 @@ def draw_svg(chart: Chart) -> str:
     element = text.getvalue()[text.getvalue().index("<svg") :]
     for colour, role in _ROLES.items():
         element = element.replace(colour, role)
-    # A page contains several charts. The chart's name as a prefix makes the ids unique.
+    # A page contains several charts. Each id starts with the chart's name, so that it is unique.
     element = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{chart.name}-", element)
     label = f"<title>{escape(chart.title)}</title><desc>{escape(chart.description)}</desc>"
     return re.sub(
@@ -108,7 +108,7 @@ def _label(axes: Axes, chart: Chart) -> None:
 def _count_lines(chart: Chart) -> int:
     """Count the lines that a plot of dots needs.
 
-    A name needs one line per point and an empty line, or as many lines as the wrapped name has, if these are more.
+    A name needs one line for each of its points, and one empty line. A long name that is wrapped may need more lines.
     """
     points = Counter(point.at for series in chart.series for point in series.points)
     return sum(max(count + 1, 1 + _wrap(str(name)).count("\n")) for name, count in points.items())
@@ -162,7 +162,7 @@ def _draw_dots(axes: Axes, chart: Chart) -> None:
 
 
 def _error_bars(points: list[Point]) -> list[list[float]] | None:
-    """Return the lengths of the error bars below and above the points, (2, n); None if no point has an interval."""
+    """Return two lists: how far error bars reach below and above each point. None if no point has an interval."""
     bounds = [(point.low, point.high) for point in points]
     if all(low is None for low, _ in bounds):
         return None

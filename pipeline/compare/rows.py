@@ -45,8 +45,8 @@ class Row:
         fingerprint: fingerprint of the model.
         lineage: stage -> fingerprint, for the model and for the models that it was made from.
         seconds: duration of the stage that made the model, or None if it is unknown.
-        peak_bytes: peak memory of that stage's main process, or None if it is unknown: GPU memory if the process has
-            a GPU, else host memory.
+        peak_bytes: peak memory of the main process of that stage. It is GPU memory if the process has a GPU, else host
+            memory. None if it is unknown.
         answers: the model's answers to the prompts; empty if there are none.
         verdicts: figure -> verdicts on the answers.
     """
@@ -180,7 +180,7 @@ def _read_shape(run: EvaluatedRun) -> Shape | None:
 def _sizes(stage: StageFacts | None, shape: Shape | None) -> dict[str, float]:
     """Compute `served_bytes`: the size of the weights in memory when the model is served.
 
-    The experts of a model are served in the 4-bit format that the model rounds to, or in BF16 if it rounds nothing.
+    If a model rounds its experts to a 4-bit format, they are served in this format. Otherwise they are served in BF16.
     The experts of the original are served in its released format.
     """
     if stage is None or shape is None:
@@ -226,5 +226,5 @@ def _read_transcript(path: Path, line: bytes) -> Transcript:
         return Transcript(**json.loads(line))
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"{path}: a line is not an answer of this program ({error}). Evaluate the run again with overwrite=true."
+            f"{path}: a line is not an answer from `evaluate` ({error}). Evaluate the run again with overwrite=true."
         ) from error

@@ -100,7 +100,8 @@ def find(patterns: list[str]) -> list[EvaluatedRun]:
     """Find the runs that compare.runs names.
 
     Args:
-        patterns: entries of compare.runs: run directories, their evaluate directories, or patterns of either.
+        patterns: entries of compare.runs. Each is a run directory, its evaluate directory, or a pattern that matches
+            such directories.
 
     Raises:
         UserError: some directories are not runs, not evaluated, named twice or not comparable. One error reports all
@@ -117,7 +118,7 @@ def find(patterns: list[str]) -> list[EvaluatedRun]:
         for directory in directories:
             if directory in named:
                 by = f"by {named[directory]!r} and by {pattern!r}" if named[directory] != pattern else f"as {pattern!r}"
-                problems.append(f"compare.runs: {directory} is named twice, {by}. Leave one out.")
+                problems.append(f"compare.runs: {directory} is named twice: {by}. Leave one out.")
             elif (problem := _directory_problem(directory)) is not None:
                 problems.append(f"compare.runs: {problem}")
             named.setdefault(directory, pattern)
@@ -184,7 +185,7 @@ _SETTINGS = (
     *(f"data.{name}" for name in ("reasoning_effort", "reasoning_language", "model_identity", "conversation_date")),
     *("model.dtype", "evaluate.max_samples"),
 )
-"""Settings that affect the figures, except those that choose data and models: these are compared by fingerprint."""
+"""Settings that affect the figures. Data and models are compared by their fingerprints, not by their settings."""
 _ANSWER_SETTINGS = tuple(
     f"evaluate.generation.{name}" for name in ("max_new_tokens", "temperature", "top_p", "samples")
 )
@@ -265,7 +266,7 @@ def _compare(first: EvaluatedRun, other: EvaluatedRun) -> list[str]:
     contents_are_known = None not in (_base_contents(first), _base_contents(other))
     same = _SAME if contents_are_known else {**_SAME, "the base model": _base}
     return [
-        f"compare.runs: {first.directory} and {other.directory} cannot be compared: they differ in {name}, {mine[1]}"
+        f"compare.runs: {first.directory} and {other.directory} cannot be compared. They differ in {name}: {mine[1]}"
         f" and {theirs[1]}. Evaluate both under the same conditions, or compare them separately."
         for name, read in same.items()
         if (mine := read(first)) is not None and (theirs := read(other)) is not None and mine[0] != theirs[0]

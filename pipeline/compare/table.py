@@ -169,9 +169,10 @@ def _caption(rows: list[Row], reference: str | None) -> str:
     if tokens is None or reference is None:
         return "Loss and weights of models on servers are unknown."
     return (
-        f"Loss over {tokens:.0f} supervised validation tokens. Relative weight error: relative distance between the"
-        f" experts' weights in the forward pass and the weights of {reference}. Size served: size of the weights in"
-        " memory. Experts are in the 4-bit format that the model rounds to, or in BF16 if it rounds nothing."
+        f"Loss over {tokens:.0f} supervised validation tokens. Relative weight error: norm(W - R) / norm(R). W are the"
+        f" experts' weights in the forward pass, and R are the weights of {reference}. Size served: size of the weights"
+        " in memory. Rounded experts count in their 4-bit format, and other experts in BF16. The original's experts"
+        " count in the released format."
     )
 
 
@@ -186,7 +187,7 @@ def to_markdown(table: Table, rows: list[Row]) -> str:
 
 
 def show(table: Table, rows: list[Row]) -> None:
-    """Print the table, at most as wide as the terminal, or as _WIDTH if there is no terminal."""
+    """Print the table. Its width is at most the terminal's width, or _WIDTH if there is no terminal."""
     drawn = TerminalTable(caption=table.caption or None, caption_justify="left")
     for i, column in enumerate(table.columns):
         title = textwrap.fill(column.title, _TITLE_WIDTH)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 
 def add_members(body: dict[str, object], names: Iterable[str]) -> None:
-    """Add a member for each name to an enum. Call it in the class body: `add_members(vars(), FORMATS)`.
+    """Add members to an enum, one for each name. Call it in the class body: `add_members(vars(), FORMATS)`.
 
     mypy does not see these members. Write `FormatName["mxfp4"]`, not `FormatName.mxfp4`.
     """

@@ -109,7 +109,7 @@ def _override_problems(override: Override, known: DictConfig, conf: Path, recipe
     if name in _GROUPS or name == "train":
         choices = _choices(name, conf, recipes)
         if name == "train":
-            return [f"{name}: say for which stage: train@sft={values[0]} or train@qat={values[0]}."]
+            return [f"{name}: does not name a stage. Use train@sft={values[0]} or train@qat={values[0]}."]
         return [
             f"{name}={value}: no such choice.{did_you_mean(str(value), choices)} Choose from: {', '.join(choices)}."
             for value in values

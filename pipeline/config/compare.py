@@ -11,6 +11,6 @@ class CompareConfig:
     """Write a report on the results of `evaluate`."""
 
     runs: list[str] = field(default_factory=list)
-    """Runs to compare: directories, or patterns of directories (runs/smoke/sweep/*); empty: this run."""
+    """Directories of the runs to compare. Patterns are allowed (runs/smoke/sweep/*); empty: this run."""
     examples: Annotated[int, NOT_NEGATIVE] = 20
     """Number of prompts whose answers are shown side by side. Prompts that only some models pass come first."""

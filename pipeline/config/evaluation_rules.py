@@ -16,8 +16,8 @@ def problems(evaluate: EvaluateConfig) -> list[str]:
     generation = evaluate.generation
     if generation.samples > 1 and generation.temperature == 0:
         found.append(
-            f"evaluate.generation.samples={generation.samples}: with evaluate.generation.temperature=0 all answers to"
-            " a prompt are the same. Raise the temperature, or set evaluate.generation.samples=1."
+            f"evaluate.generation.samples={generation.samples}: all answers to a prompt are the same, because"
+            " evaluate.generation.temperature=0. Raise the temperature, or set evaluate.generation.samples=1."
         )
     if evaluate.endpoint.url is not None and not evaluate.generate and not evaluate.lm_eval.tasks:
         found.append(
@@ -26,7 +26,7 @@ def problems(evaluate: EvaluateConfig) -> list[str]:
         )
     if evaluate.judge.url is not None and not evaluate.generate:
         found.append(
-            f"evaluate.judge.url={evaluate.judge.url}: with evaluate.generate=false there are no answers to judge."
+            f"evaluate.judge.url={evaluate.judge.url}: there are no answers to judge, because evaluate.generate=false."
             " Add eval=quick or eval=full."
         )
     return found

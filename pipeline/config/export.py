@@ -17,7 +17,7 @@ class ExportTarget(Enum):
 
 @dataclass
 class CardConfig:
-    """Facts for the model card that the pipeline cannot take from the run."""
+    """Facts for the model card. The pipeline cannot take them from the run."""
 
     base_model: Optional[str] = None
     """Hub id of the base model, for the card; null: model.path, if that is a hub id."""
@@ -34,11 +34,11 @@ class ExportConfig:
     target: ExportTarget = ExportTarget["mxfp4"]
     """Layout: mxfp4 (as in openai/gpt-oss-20b), openai (OpenAI's own files), nvfp4, gguf (for llama.cpp) or bf16."""
     requantize: bool = False
-    """Allow an export in another format than the model was trained for. The loss of accuracy is reported."""
+    """Allow an export in a format for which the model was not trained. The loss of accuracy is reported."""
     shard_bytes: Annotated[int, POSITIVE] = 5_000_000_000
     """Largest size of one weight file, in bytes."""
     push_to_hub: Optional[str] = None
     """Hub repository (name/model) for the verified export. If set, stage=publish and stage=all upload the export."""
     private: bool = True
-    """Create a private repository, and refuse to upload to a public one; false: create a public repository."""
+    """Make a new repository private, and refuse to upload to a public one; false: make a new repository public."""
     card: CardConfig = field(default_factory=CardConfig)

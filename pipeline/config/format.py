@@ -15,7 +15,7 @@ class FormatName(Enum):
 
 
 class ScaleRule(Enum):
-    """Rules for the scale of a block, from all formats: the values in SCALE_RULES."""
+    """Rules that choose the scale of a block: all values in SCALE_RULES. A format may not have all of them."""
 
     add_members(vars(), dict.fromkeys(chain(*SCALE_RULES.values())))
 
@@ -29,4 +29,4 @@ class FormatConfig:
     scale_rule: ScaleRule = ScaleRule["ceil"]
     """Scale of a block: ceil (no clipping), floor (may clip), mse (the better of two scales) or nearest (NVFP4)."""
     importance: bool = False
-    """For scale_rule=mse: weight the error of each input channel by the mean square of its calibration inputs."""
+    """For scale_rule=mse: weight each input channel's error by the channel's mean square during calibration."""

@@ -39,6 +39,6 @@ NAMES = {
 
 
 def code_of(language: str) -> str | None:
-    """Return the code of a language, given by its code or English name, or None if the language is unknown."""
+    """Return the code of a language, or None if it is unknown. `language` is its code or its English name."""
     code = NAMES.get(language.strip().capitalize(), language.strip().lower())
     return code if code in NAMES.values() else None

@@ -10,7 +10,7 @@ from pipeline.config.bounds import SEED, Bound
 from pipeline.numerics.formats import MXFP4
 
 SYNTHETIC = "synthetic://"
-"""Prefix of the path of a model or data set that the program itself generates, for trials without the internet."""
+"""Prefix of paths such as synthetic://tiny. The program itself generates such models and data, without the internet."""
 
 _BLOCKS = Bound(
     f"a positive multiple of {MXFP4.block_size}, the block size of MXFP4",
@@ -30,7 +30,7 @@ class TinyConfig:
     """The small random gpt-oss that `model.path=synthetic://tiny` generates."""
 
     num_hidden_layers: int = 2
-    """Number of decoder layers. Layers with sliding and with full attention alternate."""
+    """Number of decoder layers. Sliding and full attention alternate from layer to layer."""
     hidden_size: Annotated[int, _BLOCKS] = 64
     """Width of the residual stream: a multiple of 32, the block size of MXFP4."""
     intermediate_size: Annotated[int, _BLOCKS] = 96

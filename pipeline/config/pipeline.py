@@ -68,13 +68,13 @@ class PipelineConfig:
     run_dir: str = "runs/${recipe}"
     """Directory of the run's artifacts."""
     base_run: Optional[str] = None
-    """Another run whose models, up to qat, are reused if their settings match. Sweeps (-m) set base_run."""
+    """Directory of another run. Its models up to qat are reused if their settings match. Sweeps (-m) set base_run."""
     device: Device = Device.auto
     """Device of upcast and export; auto: the GPU if there is one. All devices give bit-identical results."""
     overwrite: bool = False
     """Rebuild a stage that is complete. If settings have changed, also discard the stage's unfinished work."""
     sharding: Sharding = Sharding.none
-    """Split the model over processes: parameters, gradients, optimizer (fsdp2, zero3), or the last two (zero2)."""
+    """Split over processes: parameters, gradients and optimizer (fsdp2, zero3), or gradients and optimizer (zero2)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     doctor: DoctorConfig = field(default_factory=DoctorConfig)

@@ -8,7 +8,7 @@ from pipeline.config.bounds import POSITIVE
 
 
 class QuantizeSource(Enum):
-    """Stages whose models `quantize` can insert fake quantizers into."""
+    """Stages whose models `quantize` accepts."""
 
     sft = "sft"
     upcast = "upcast"
@@ -21,6 +21,6 @@ class QuantizeConfig:
     source: QuantizeSource = QuantizeSource.sft
     """Model to quantize: the fine-tuned model (sft) or the original (upcast). With upcast, QAT starts without SFT."""
     calibration_samples: Annotated[int, POSITIVE] = 64
-    """Number of training examples to calibrate with (if the format needs it) and to check the quantizers with."""
+    """Number of training examples for calibration, if the format needs it. The first batch checks the quantizers."""
     batch_size: Annotated[int, POSITIVE] = 1
     """Number of examples per forward pass."""

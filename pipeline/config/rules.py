@@ -67,7 +67,7 @@ def problems(config: PipelineConfig) -> list[str]:
 
 
 def _bound_problems(section: object, prefix: str = "") -> Iterator[str]:
-    """Yield a message for each broken bound in a section, in the sections inside it, and in its lists of sections."""
+    """Yield a message for each broken bound. Sections inside this section are checked too, also those in lists."""
     bounds = bounds_of(type(section))
     for name, value in vars(section).items():
         key = f"{prefix}{name}"
@@ -135,8 +135,8 @@ def _rounding_problems(section: str, train: TrainConfig) -> list[str]:
     found = []
     if train.method is Method.lora or train.precision is not Precision.bf16:
         found.append(
-            f"{section}.stochastic_rounding=true: applies only to training of BF16 weights. There are none with"
-            f" {section}.method={train.method.name} and {section}.precision={train.precision.name}. Set it to false."
+            f"{section}.stochastic_rounding=true: applies only to training of BF16 weights. No BF16 weights are trained"
+            f" if {section}.method={train.method.name} and {section}.precision={train.precision.name}. Set it to false."
         )
     if train.optimizer not in ROUNDING_OPTIMIZERS:
         found.append(
@@ -150,8 +150,8 @@ def _keeping_problems(section: str, train: TrainConfig) -> list[str]:
     found = []
     if train.keep_best and train.save_steps != train.eval_steps:
         found.append(
-            f"{section}.save_steps={train.save_steps}, {section}.eval_steps={train.eval_steps}: must be equal with"
-            f" {section}.keep_best=true, which needs a checkpoint at each validation."
+            f"{section}.save_steps={train.save_steps}, {section}.eval_steps={train.eval_steps}: must be equal,"
+            f" because {section}.keep_best=true needs a checkpoint at each validation."
             f" Give both the same value, or set {section}.keep_best=false."
         )
     if train.early_stopping_patience is not None and not train.keep_best:
@@ -174,8 +174,8 @@ def _format_problems(config: PipelineConfig) -> list[str]:
     held = TARGETS[target].holds
     if config.stage in (Stage.export, Stage.all) and name not in held:
         found.append(
-            f"export.target={target}: holds {', '.join(held)}, not format={name}. Train for another format, or run"
-            " single stages instead of stage=all: those up to qat, and evaluate."
+            f"export.target={target}: holds {', '.join(held)}, not format={name}. Train for another format. Or run"
+            " the stages up to qat and then evaluate, one by one, instead of stage=all."
         )
     return found
 
@@ -185,12 +185,12 @@ def _qat_problems(config: PipelineConfig) -> list[str]:
     follows_sft = config.quantize.source is QuantizeSource.sft
     if qat.distillation.weight and not follows_sft:
         found.append(
-            f"qat.distillation.weight={qat.distillation.weight}: the teacher is the SFT model, and with"
-            f" quantize.source={config.quantize.source.name} there is none. Set it to 0, or set quantize.source=sft."
+            f"qat.distillation.weight={qat.distillation.weight}: the teacher is the SFT model. There is no SFT model if"
+            f" quantize.source={config.quantize.source.name}. Set it to 0, or set quantize.source=sft."
         )
     if qat.distillation.weight and qat.router_aux_loss_coef:
         found.append(
-            f"qat.router_aux_loss_coef={qat.router_aux_loss_coef}: not with qat.distillation.weight="
+            f"qat.router_aux_loss_coef={qat.router_aux_loss_coef}: cannot be combined with qat.distillation.weight="
             f"{qat.distillation.weight}, because the distillation loss has no router term. Set it to 0."
         )
     if follows_sft and sft.method is Method.lora and qat.method is Method.lora and sft.lora != qat.lora:
@@ -207,13 +207,13 @@ def _experts_problems(config: PipelineConfig) -> list[str]:
         return []
     can = [each.name for each in ExpertsImplementation if each.quantizes_activations]
     return [
-        f"qat.experts_implementation={asked.name}: skips the quantizers of down_proj's inputs, which format={name} has."
+        f"qat.experts_implementation={asked.name}: skips the input quantizers of down_proj. format={name} needs them."
         f" Use one of {', '.join(can)}."
     ]
 
 
 def _packed_problems(config: PipelineConfig) -> list[str]:
-    """Packed experts cannot be trained themselves, only adapters beside them."""
+    """Packed experts are frozen. Only adapters beside them can be trained."""
     first = "sft" if config.quantize.source is QuantizeSource.sft else "qat"
     method = config.sft.method if first == "sft" else config.qat.method
     if config.upcast.experts is not Experts.packed or method is Method.lora:

@@ -24,17 +24,17 @@ class ServeConfig:
     engine: ServingEngine = ServingEngine["vllm"]
     """Engine to start. llama_cpp (llama-server) and llama_cpp_python need a gguf export. The others need GPUs."""
     program: Annotated[Optional[str], NOT_EMPTY] = None
-    """Path of the engine's executable (for llama_cpp_python: of its Python); null: search the PATH."""
+    """Path of the engine's executable; null: search the PATH. For llama_cpp_python, give the path of its Python."""
     host: Annotated[str, NOT_EMPTY] = "127.0.0.1"
     """Address to listen on: 127.0.0.1 (this machine only) or 0.0.0.0 (the network). Clients need no API key."""
     port: Annotated[int, _PORT] = 8000
     """Port to listen on."""
     tensor_parallel_size: Annotated[Optional[int], POSITIVE] = None
-    """Number of GPUs that share each layer. It must divide heads and experts; null: the largest such number."""
+    """Number of GPUs that share each layer. It must divide head and expert counts; null: as many as possible."""
     context_length: Annotated[Optional[int], POSITIVE] = None
     """Largest length of a conversation in tokens. The KV cache grows with it. null: the engine's default."""
     gpu_memory_fraction: Annotated[Optional[float], BETWEEN_0_AND_1] = None
-    """Share of GPU memory to use (tensorrt_llm: share of the memory left by weights); null: the engine's default."""
+    """Share of GPU memory to use; null: the engine's default. For tensorrt_llm: share of what weights leave free."""
     extra_arguments: list[str] = field(default_factory=list)
     """Arguments to append to the engine's command, such as [--max-num-seqs, 64]."""
     question: Annotated[str, NOT_EMPTY] = "What is 12 + 7?"

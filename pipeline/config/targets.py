@@ -1,7 +1,8 @@
-"""Facts about the layout of each export target. To add a target, add a row to TARGETS, and one file.
+"""Facts about the layout of each export target.
 
-The file is `pipeline/export/<name>.py`. It writes the layout and defines how to read it. The choices of
-`export.target`, the rules between settings, the size estimates and the model card use the rows of TARGETS.
+To add a target, add a row to TARGETS and the file `pipeline/export/<name>.py`. The file writes the layout, and defines
+how it is read. Four places use TARGETS: the choices of `export.target`, the rules between settings, the size estimates
+and the model card.
 """
 
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Target:
     fp32: tuple[str, ...] = ()
 
     def is_fp32(self, name: str) -> bool:
-        """Return whether the layout stores a tensor in FP32. Not for expert weights, which have `expert_bits`."""
+        """Return whether the layout stores a tensor in FP32. Do not ask about expert weights (see `expert_bits`)."""
         return any(part in name for part in self.fp32)
 
 

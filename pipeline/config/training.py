@@ -28,7 +28,7 @@ class Precision(Enum):
 
 
 class ExpertsImplementation(Enum):
-    """Kernels that multiply inputs by the experts' weights. The names are those of transformers."""
+    """Kernels that multiply inputs by the experts' weights. transformers uses the same names."""
 
     auto = "auto"
     eager = "eager"
@@ -98,7 +98,7 @@ class TrainConfig:
     batch_size: Annotated[int, POSITIVE] = 1
     """Number of examples per device and forward pass. With packing=true, the number of rows."""
     packing: bool = False
-    """Pack several whole examples into each row of up to data.max_length tokens, isolated from each other."""
+    """Pack several whole examples into each row, up to data.max_length tokens. They do not attend to each other."""
     gradient_accumulation_steps: Annotated[int, POSITIVE] = 8
     """Number of forward passes per optimizer step."""
     optimizer: str = "adamw_torch_fused"
@@ -108,15 +108,15 @@ class TrainConfig:
     max_grad_norm: Annotated[float, POSITIVE] = 1.0
     """Largest gradient norm. Larger gradients are scaled down to this norm."""
     precision: Precision = Precision.mixed_bf16
-    """fp32, mixed_bf16 (FP32 weights, BF16 arithmetic) or bf16 (BF16 weights, which low rates hardly change)."""
+    """fp32, mixed_bf16 (FP32 weights, BF16 arithmetic) or bf16 (BF16 weights; low learning rates lose updates)."""
     stochastic_rounding: bool = False
     """Round updated BF16 weights stochastically, so small updates take effect. Needs optimizer=adamw_torch_8bit."""
     attn_implementation: str = AUTO_ATTENTION
-    """Attention kernel: fused_sinks or a kernel of transformers; auto: eager on CPUs, the first correct one on GPUs."""
+    """Attention kernel: fused_sinks, or one of transformers; auto: the best that passes a check (on CPUs: eager)."""
     experts_implementation: ExpertsImplementation = ExpertsImplementation.auto
-    """Kernel of the experts; auto: grouped_mm, but eager if inputs are quantized or for LoRA SFT on some GPUs."""
+    """Kernel of the experts; auto: eager or grouped_mm, whichever is faster and runs all quantizers."""
     gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass. This saves memory. A step takes about a third more time."""
+    """Recompute activations in the backward pass. This saves memory, but a step takes about a third longer."""
     router_aux_loss_coef: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight of the router's load-balancing loss. The released config has 0.9, which would dominate the token loss."""
     logging_steps: Annotated[int, POSITIVE] = 1
@@ -126,11 +126,11 @@ class TrainConfig:
     save_steps: Annotated[int, POSITIVE] = 50
     """Number of optimizer steps between two checkpoints to resume from."""
     save_total_limit: Annotated[int, _AT_LEAST_TWO] = 2
-    """Number of checkpoints to keep during training, newest and best included. All are removed at the end."""
+    """Number of checkpoints to keep during training, including the newest and the best. All are removed at the end."""
     keep_best: bool = True
     """Keep the weights with the lowest validation loss, not the last weights. Needs save_steps = eval_steps."""
     early_stopping_patience: Annotated[Optional[int], POSITIVE] = None
-    """Stop when this many validations in a row bring no new lowest loss; null: never stop early."""
+    """Stop after this many validations in a row without a new lowest loss; null: never stop early."""
     seed: Annotated[int, SEED] = 42
     """Random seed of the data order and of the initial adapters."""
 
@@ -140,7 +140,7 @@ class DistillationConfig:
     """Quantization-aware distillation (QAD): QAT also learns from the predictions of the SFT model."""
 
     weight: Annotated[float, FROM_0_TO_1] = 0.0
-    """Share of the KL divergence from the SFT model's predictions in the loss; 0: no distillation."""
+    """Weight of the distillation loss (KL divergence from the SFT model's predictions). 0: none; 1: no other loss."""
     temperature: Annotated[float, POSITIVE] = 1.0
     """Temperature of teacher's and student's distributions. Above 1, unlikely tokens count for more."""
 
@@ -150,5 +150,5 @@ class QatConfig(TrainConfig):
     """Train with fake quantization of the experts."""
 
     rounded_cache_gib: Annotated[Optional[float], NOT_NEGATIVE] = None
-    """Largest size of the cache of rounded experts, in GiB; 0: each forward pass rounds; null: 0, or 4 on a CPU."""
+    """Size limit of the cache of rounded experts, in GiB; 0: no cache; null: 0, or 4 on CPUs without fsdp2 or zero3."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)

@@ -1,4 +1,4 @@
-"""`upcast`: the form of the experts that training starts from."""
+"""Settings of `upcast`: the form that the experts have when training starts."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -20,7 +20,7 @@ class UpcastConfig:
     """Prepare the checkpoint that training starts from."""
 
     experts: Optional[Experts] = None
-    """Form of the experts in training; packed: MXFP4, only for LoRA; bf16: decoded; null: packed if sft has LoRA."""
+    """Form of the experts in training: packed (MXFP4, only for LoRA) or bf16 (decoded); null: packed if SFT is LoRA."""
     shard_bytes: Annotated[int, POSITIVE] = 5_000_000_000
     """Largest size of one weight file, in bytes."""
 

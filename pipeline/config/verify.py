@@ -24,7 +24,7 @@ PythonConfig: Any = make_dataclass(
             field(
                 default=None,
                 metadata={
-                    "meaning": f"Path of a Python with {library.distribution} installed; null: this program's Python."
+                    "meaning": f"Path of the Python that has {library.distribution}; null: this program's Python."
                 },
             ),
         )
@@ -48,7 +48,7 @@ class VerifyConfig:
     samples: Annotated[int, POSITIVE] = 8
     """Number of validation examples whose logits are compared."""
     logits_tolerance: Annotated[float, NOT_NEGATIVE] = 1.0e-4
-    """Largest allowed difference of logits between export and trained model. Rounding causes small differences."""
+    """How far the export's logits may differ from the trained model's logits. Rounding causes small differences."""
     engines: list[LoadingEngine] = field(default_factory=list)
     """Engines to load the export in. An engine that is not installed is reported as not checked."""
     python: PythonConfig = field(default_factory=PythonConfig)

@@ -108,7 +108,7 @@ class Columns:
         yield from ((column, self._expected_key.format(name)) for name, column in self._expected.items())
 
     def _find(self, row: Mapping[str, object], path: str) -> object:
-        """Return the value of the column named `path`, else the value at the dotted path `path`, else None."""
+        """Return the value of the column `path`, else follow `path` as a dotted path. If both fail, return None."""
         value: object = row
         for part in [path] if path in row else path.split("."):
             if not isinstance(value, dict) or part not in value:

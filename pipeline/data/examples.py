@@ -59,7 +59,7 @@ def prepare_examples(run: Run, data: DataConfig, rows: Rows, tokenizer: Tokenize
     """Choose rows, split them into training and validation, and tokenize both sets.
 
     Raises:
-        UserError: no example is left to train on or to validate on, or the chat template refuses a row.
+        UserError: no training example or no validation example is left, or the chat template refuses a row.
     """
     rendering = rendering_of(data, tokenizer)
     counts, chosen = _choose(data, rows)
@@ -99,7 +99,7 @@ def split_rows(data: DataConfig, rows: Rows) -> tuple[Conversations, Conversatio
     data.max_samples limits their total number.
 
     Raises:
-        UserError: no conversation is left to train on or to validate on.
+        UserError: no training conversation or no validation conversation is left.
     """
     _, chosen = _choose(data, rows)
     train, validation = (rows.conversations.select(part) for part in _split(data, rows, chosen))
@@ -107,7 +107,7 @@ def split_rows(data: DataConfig, rows: Rows) -> tuple[Conversations, Conversatio
 
 
 def _choose(data: DataConfig, rows: Rows) -> tuple[dict[str, int], Numbers]:
-    """Choose rows. Return how many come from each part of a blend, and the chosen row numbers in a seeded order."""
+    """Choose rows. Return the count for each part of a blend, and the numbers of the chosen rows in a seeded order."""
     available = [count for _, count in rows.parts]
     take = sampling.shares(available, [source.weight for source, _ in rows.parts], data.max_samples)
     total = sum(take)
@@ -118,7 +118,7 @@ def _choose(data: DataConfig, rows: Rows) -> tuple[dict[str, int], Numbers]:
     for (source, count), taken in zip(rows.parts, take, strict=True) if data.blend else ():
         if not taken:
             raise UserError(
-                f"{source.key}.weight={source.weight}: less than one row of {total}. Raise it, or remove this part."
+                f"{source.key}.weight={source.weight}: too small for one row of {total}. Raise it, or remove this part."
             )
         say("data", f"{source.data.path}: {taken} of {count} rows, {taken / total:.1%} of the blend")
         used[f"{source.key}.rows"] = taken
@@ -131,7 +131,7 @@ def _split(data: DataConfig, rows: Rows, chosen: Numbers) -> tuple[Numbers, Numb
     if not len(train) or not len(validation):
         empty = "train on" if len(validation) else "validate on"
         raise UserError(
-            f"data.validation_fraction={data.validation_fraction} of {len(chosen)} rows leaves none to {empty}."
+            f"data.validation_fraction={data.validation_fraction} with {len(chosen)} rows: no row is left to {empty}."
             " Change it, or use more rows."
         )
     return chosen[train], chosen[validation]

@@ -1,6 +1,6 @@
 """Checks conversations, and renders them in the Harmony format as prompts and completions.
 
-The model is trained on an assistant turn exactly as the turn occurs at inference. The prompt consists of all earlier
+An assistant turn has exactly the same form in training as at inference. The prompt consists of all earlier
 messages and ends with `<|start|>assistant`. The completion consists of the reasoning, the answer and the stop token.
 Only the completion is supervised. In a prompt, the chat template drops the reasoning of earlier turns. Therefore a
 conversation with several assistant turns becomes several examples, one for each turn.

@@ -66,9 +66,10 @@ def wilson(passed: int, total: int, confidence: float = 0.95) -> Interval:
 
 
 def mean_interval(values: Values, confidence: float = 0.95) -> Interval:
-    """Compute the interval of the mean of at least two values, by percentile bootstrap (Efron 1979) with a fixed seed.
+    """Compute the confidence interval of the mean of at least two values.
 
-    For a paired bootstrap, pass the differences between two models as values.
+    The method is the percentile bootstrap (Efron 1979) with a fixed seed. For a paired bootstrap, pass the
+    differences between two models as values.
     """
     return _bootstrap(np.mean, confidence, values)
 
@@ -107,7 +108,8 @@ def _bootstrap(statistic: Callable[..., Values], confidence: float, *values: Val
 def mcnemar(wins: int, losses: int) -> float:
     """Compute the two-sided p-value of McNemar's exact test.
 
-    If wins and losses are equally likely, a split at least as uneven as this one has this probability.
+    The p-value assumes that wins and losses are equally likely. It is the probability of a split that is at least as
+    uneven as the given split.
     """
     from scipy.stats import binomtest
 
@@ -115,9 +117,10 @@ def mcnemar(wins: int, losses: int) -> float:
 
 
 def difference_interval(wins: int, losses: int, prompts: int, confidence: float = 0.95) -> Interval:
-    """Compute the interval of the difference of paired rates: the adjusted Wald interval of Bonett and Price (2012).
+    """Compute the confidence interval of the difference between two paired rates.
 
-    The method adds one win and one loss, so the width of the interval is positive even if the models never differ.
+    The method is the adjusted Wald interval of Bonett and Price (2012). It adds one win and one loss, so the width of
+    the interval is positive even if the models never differ.
     """
     from scipy.stats import norm
 
@@ -158,8 +161,9 @@ def compare(model: Values, reference: Values, alpha: float = 0.05) -> Comparison
 def smallest_difference(differing: int, prompts: int, alpha: float = 0.05) -> float:
     """Compute the smallest difference of rates that is significant in McNemar's test (p <= alpha).
 
-    The models are assumed to differ on `differing` prompts. If no result on so few prompts is significant, the
-    smallest sufficient number is assumed instead. The result is infinite if even all `prompts` are too few.
+    The function assumes that the models differ on `differing` prompts. If this number is too small for a significant
+    result, the function assumes the smallest number that is large enough. The result is infinite
+    if more than `prompts` prompts would be needed.
     """
     for count in range(differing, prompts + 1):
         for losses in range(count // 2, -1, -1):
@@ -171,8 +175,8 @@ def smallest_difference(differing: int, prompts: int, alpha: float = 0.05) -> fl
 def holm(p_values: Values) -> Values:
     """Correct the p-values (M) of M tests (Holm 1979).
 
-    If all tests with a corrected p-value of at most alpha count as significant, the probability of one or more false
-    positives is at most alpha.
+    Count a test as significant if its corrected p-value is at most alpha. The probability of one or more false
+    positives is then at most alpha.
     """
     p_values = np.asarray(p_values, dtype=float)
     order = np.argsort(p_values, kind="stable")
@@ -186,7 +190,7 @@ def verdicts(comparisons: list[Comparison], alpha: float = 0.05) -> list[str]:
     """Describe comparisons in words. The p-values are corrected for the number of comparisons.
 
     Returns:
-        For each comparison BETTER, WORSE, or "no significant difference on … prompts (<needed_difference>)".
+        One text per comparison: BETTER, WORSE, or "no significant difference on … prompts (<needed_difference>)".
     """
     p_values = holm(np.array([comparison.p_value for comparison in comparisons]))
     return [

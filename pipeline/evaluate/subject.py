@@ -22,12 +22,12 @@ class Subject:
 
     Attributes:
         ref: the model on disk, or None for a model on a server.
-        model: the loaded model, which computes the same as `ref`, or None.
+        model: the loaded model, or None. It computes the same as `ref`.
         weights: the weights that its forward pass uses, read one at a time by name.
         reference: the weights of the reference model: the fine-tuned model, or the upcast model if none was fine-tuned.
         batches: validation examples.
         transcripts: the model's answers to the prompts; empty if none were generated.
-        groups: the group of each validation example in the order of the batches, or "" if an example has no group.
+        groups: one group per validation example, in the same order as in `batches`. Without a group, the entry is "".
         reference_predictions: directory with the reference's predictions on `batches` (see `logits.record`).
         judgements: the judge's verdicts by (prompt_id, sample), or None if there is no judge.
         suites: the results of lm-evaluation-harness by name, `lm_eval/<task>/<metric>`.

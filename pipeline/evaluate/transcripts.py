@@ -48,7 +48,7 @@ class Transcript:
 
 
 class Parsed(NamedTuple):
-    """The texts of a completion by channel, and its tool calls. A channel without messages is None."""
+    """A completion, split into the text of each channel and the tool calls. A channel without messages is None."""
 
     reasoning: str | None
     answer: str | None

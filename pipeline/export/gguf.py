@@ -2,8 +2,10 @@
 
 A block has 17 bytes: the scale, then 16 bytes of codes. Byte j holds element j in its low half and element j + 16 in
 its high half. Gate and up are separate tensors. Vectors and the router are converted to FP32, as in llama.cpp's
-converter. This conversion is exact. Other tensors are BF16. The package `gguf`, by llama.cpp's authors, defines the
-names of tensors and the keys of the metadata, and writes the header.
+converter. This conversion is exact. Other tensors are BF16.
+
+The package `gguf` comes from llama.cpp's authors. It defines the names of the tensors and the keys of the metadata. It
+also writes the header.
 
 Legend: E = experts, nb = blocks per row.
 """
@@ -158,7 +160,8 @@ def _write_head(
     _describe(gguf, writer, {**config, **legacy_config(config)}, source)
     _add_tokenizer(gguf, writer, source, config["vocab_size"])
     for name, each in stored.items():
-        # float16 is a placeholder. With uint8, gguf would take the last dimension for a number of bytes and change it.
+        # float16 is a placeholder. If the type were uint8, gguf would change the last dimension, because it would take
+        # the dimension for a number of bytes.
         writer.add_tensor_info(name, each.shape, np.float16, each.bytes, gguf.GGMLQuantizationType[each.type])
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()

@@ -75,7 +75,7 @@ class GgufFile:
         self.fields = {name: field.contents() for name, field in reader.fields.items()}
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Read rows of the first dimension of a tensor, as bytes."""
+        """Read the bytes of a tensor. `rows` is a slice of its first dimension."""
         data = np.array(self._data[name][rows])
         return torch.from_numpy(data.view(np.uint8).reshape(*data.shape[:-1], -1))
 
@@ -94,7 +94,7 @@ def layout(shape: Shape) -> Layout:
 
 
 def describe(base: Checkpoint, _: Collection[str]) -> dict[str, object]:
-    """Return the metadata that the file must have: all keys on the model, the tokenizer and the chat template."""
+    """Return the metadata that the file must have. They describe the model, the tokenizer and the chat template."""
     config, tokenizer = {**base.config, **legacy_config(base.config)}, load_tokenizer(base.directory)
     given = {**config, **{f"rope_scaling.{key}": value for key, value in rope_scaling(config).items()}}
     words = {i: token for token, i in tokenizer.get_vocab().items()}
@@ -118,8 +118,8 @@ def read_description(directory: Path) -> dict[str, object]:
     fields = GgufFile(directory).fields
     of_model = ("rope.scaling.type", *_FIELDS)
     known = ("general.architecture", *(f"{ARCHITECTURE}.{key}" for key in of_model), *_OF_TOKENIZER)
-    # The file stores numbers in FP32, so they have more digits than in config.json. Rounding removes the additional
-    # digits.
+    # The file stores numbers in FP32. For example, 1e-5 becomes 9.99999975e-06. Rounding restores the number that
+    # config.json has.
     return {key: _round_number(fields[key]) for key in known if key in fields}
 
 
@@ -155,7 +155,7 @@ def _codes(*stored: Tensor) -> Codes:
 
 
 def other_tensors_of(names: "TensorNameMap", source: str, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
-    """Return the GGUF tensors of a source tensor that is no expert weight. The gate_up bias takes two tensors."""
+    """Return the GGUF tensors for a source tensor other than expert weights. The gate_up bias becomes two tensors."""
     module, _, kind = source.rpartition(".")
     if kind in EXPERT_BIASES:
         targets = [f"{module}.{part}.bias" for part in _PARTS[kind.removesuffix(BIAS_SUFFIX)]]

@@ -72,7 +72,7 @@ class Files(Protocol):
     tensors: dict[str, TensorInfo]
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Read rows of the first dimension of a tensor, as stored."""
+        """Read a tensor as it is stored. `rows` is a slice of its first dimension."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class View:
         return values.transpose(1, 2) if len(self.plain[name].shape) == 3 else values
 
     def plain_values(self, name: str) -> Tensor:
-        """Read a whole tensor, decoded as in `values`, in the plain layout's order: experts are (E, in, out)."""
+        """Decode a whole tensor as `values` does. But experts are (E, in, out), as in the plain layout."""
         values = self.values(name)
         return values.transpose(1, 2) if len(self.plain[name].shape) == 3 else values
 

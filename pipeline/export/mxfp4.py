@@ -38,7 +38,7 @@ def describe(base: Checkpoint, _: Collection[str]) -> dict[str, object]:
 
 
 def released_config(config: dict[str, object]) -> dict[str, object]:
-    """Make the content of the export's config.json from the content of the source's config.json.
+    """Make the export's config.json from the source's config.json.
 
     The configuration of an MXFP4 source is not changed. The configuration of a BF16 source gets the quantization
     config and the rope keys of the released models. The rope keys are needed because transformers 5 writes
@@ -50,7 +50,7 @@ def released_config(config: dict[str, object]) -> dict[str, object]:
 
 
 def legacy_config(config: Mapping[str, object]) -> dict[str, object]:
-    """Return the configuration with the rope keys that engines read, and without the data type."""
+    """Return a copy of a configuration. It has the rope keys that engines read, and no data type."""
     legacy = {key: value for key, value in config.items() if key not in _DIALECT}
     rope = config.get("rope_parameters")
     if rope and isinstance(rope, Mapping):

@@ -6,8 +6,8 @@ values becomes two scales of 16 values. Each expert has one tensor scale.
 Engines that multiply 4-bit weights with 4-bit inputs need a scale for the inputs. Only calibration can determine this
 scale, and only models of the format `nvfp4_w4a4` have it. For other models, the metadata say that inputs stay in BF16.
 
-The layout follows two sources: the tensors that SGLang's loader expects of an NVFP4 gpt-oss, and
-`hf_quant_config.json` of ModelOpt 0.47.
+The layout follows two sources. The tensors are what SGLang's loader expects for gpt-oss in NVFP4. The file
+`hf_quant_config.json` follows ModelOpt 0.47.
 
 Legend: E = experts, in and out = dimensions of the matrix, nb = in / 16.
 """
@@ -187,7 +187,7 @@ def _record(quantizes_inputs: bool) -> dict[str, Any]:
 
 
 def _in_config(record: dict[str, Any]) -> dict[str, object]:
-    """Return the quantization config that ModelOpt writes into config.json for this record."""
+    """Convert hf_quant_config.json to the `quantization_config` of config.json, as ModelOpt does."""
     quantization = record["quantization"]
     bits = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": quantization["group_size"]}
     sides = ("input_activations", "weights") if quantization["quant_algo"] == "NVFP4" else ("weights",)

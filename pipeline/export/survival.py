@@ -26,7 +26,7 @@ class Survival:
     Attributes:
         sums: name -> sum. All sums are counts, except `squared_error` and `squares`. `moved` counts the weights that
             training changed. `changed` counts the weights whose 4-bit value differs from the base model's value.
-            `changed_scales` counts the blocks whose scale and values both differ from the base model's block. A block
+            `changed_scales` counts the blocks that differ from the base model's block in both scale and values. A block
             that has the same values with another scale is not counted.
     """
 

@@ -250,7 +250,7 @@ def write_checkpoint(
 
 
 def packed_piece(stack: ExpertStack, blocks: str, scales: str) -> Piece:
-    """Return the piece that stores a stack as two tensors: `blocks` and `scales` are their names, in this order."""
+    """Return the piece that stores a stack as two tensors. Their names are `blocks` and `scales`."""
     held: list[Tensor] = []
 
     def put(made: Packed) -> Iterator[tuple[str, Tensor]]:
@@ -265,7 +265,7 @@ def packed_piece(stack: ExpertStack, blocks: str, scales: str) -> Piece:
 
 
 def _restore(new: Packed, old: Packed, experts: Tensor) -> None:
-    """Overwrite the given experts with the source's bytes, which encode the same values, perhaps with other scales."""
+    """Overwrite the given experts with the source's bytes. Their values stay the same, but scales may change."""
     for mine, source in ((new.blocks, old.blocks), (new.scales, old.scales), (new.saturated, old.saturated)):
         mine[experts] = source[experts]
 
@@ -274,6 +274,6 @@ def _raise_if_not_divisible(projection: ExpertProjection, job: Job) -> None:
     size = job.block_format.block_size
     if projection.in_features % size:
         raise UserError(
-            f"{projection.name}: expert 0, block {projection.in_features // size}: the input dimension"
+            f"{projection.name}: expert 0, block {projection.in_features // size} is incomplete: the input dimension"
             f" {projection.in_features} is not a multiple of {size}, the block size of {job.block_format.name}."
         )

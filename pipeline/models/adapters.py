@@ -51,8 +51,8 @@ def _compute_delta(wrapper: ParamWrapper, adapter_name: str, *_: object, **__: o
     """Compute the delta of an expert stack, in the type of the stack.
 
     This replaces a method of PEFT 0.21. The exact bits of that method's result depend on the device and on the number
-    of experts, and under autocast the method computes in BF16. An export merges a few experts at a time on a CPU, so
-    with PEFT's method its weights would differ from those in training.
+    of experts. Under autocast, that method computes in BF16. An export merges a few experts at a time, on a CPU. With
+    PEFT's method, the exported weights would therefore differ from the weights in training.
     """
     factors = _factors_of(wrapper, adapter_name)
     return low_rank.delta(wrapper.get_param(), factors.a, factors.b, factors.scaling)
@@ -62,13 +62,13 @@ ParamWrapper.get_delta_weight = _compute_delta  # type: ignore[assignment, metho
 
 
 class _FactoredWrapper(ParamWrapper):
-    """PEFT's adapter of an expert stack, with a forward pass that never computes base + delta.
+    """PEFT's adapter of an expert stack. Its forward pass does not compute base + delta.
 
     The factors are passed on to the experts' forward function, which multiplies by them (`expert_products`).
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Call the experts, with the factors of the active adapter unless the adapter is disabled or merged."""
+        """Call the experts with the factors of the active adapter. If it is disabled or merged, do as PEFT does."""
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         (adapter,) = self.active_adapters
@@ -77,7 +77,7 @@ class _FactoredWrapper(ParamWrapper):
 
 
 class _PackedWrapper(_FactoredWrapper):
-    """PEFT's adapter of a packed expert stack. It has the shape of an adapter of the decoded stack."""
+    """PEFT's adapter of a packed expert stack. Its factors have the same shapes as for the decoded stack."""
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         experts = cast(PackedExperts, self.get_base_layer())
@@ -85,7 +85,7 @@ class _PackedWrapper(_FactoredWrapper):
         return experts.features[self.parameter_name]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Round the first values of the factors to the type of the experts, as PEFT does for weights of that type."""
+        """Round the initial values of the factors to the type of the experts, as PEFT does for decoded experts."""
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         for factor in (self.lora_A[adapter_name], self.lora_B[adapter_name]):
             if not _weight(factor).is_meta:
@@ -108,9 +108,9 @@ def attach(
         train: settings of the stage. `lora` sets the rank and place of the adapters, and `seed` sets their initial
             values.
         section: name of `train` in the configuration, for messages.
-        is_factored: whether the forward pass multiplies by the factors of the experts' adapters instead of by
-            base + delta. If so, quantizers cannot be inserted, because they round base + delta. Call
-            `expert_kernels.use` afterwards.
+        is_factored: whether the forward pass multiplies by the factors of the experts' adapters. Otherwise it
+            multiplies by base + delta. With factors, quantizers cannot be inserted, because they round base + delta.
+            Call `expert_kernels.use` afterwards.
 
     Raises:
         UserError: the configuration names a layer that the model does not have.
@@ -173,7 +173,7 @@ def load(model: "PreTrainedModel", directory: Path, trainable: bool) -> "PreTrai
 
 
 def is_factored(model: nn.Module) -> bool:
-    """Return whether the forward pass multiplies by the factors of the experts' adapters, not by base + delta."""
+    """Return whether the forward pass multiplies by the factors of the experts' adapters (see `attach`)."""
     return any(isinstance(module, _FactoredWrapper) for module in model.modules())
 
 
@@ -198,9 +198,9 @@ def merge_attention(model: nn.Module) -> None:
 def expert_weights(model: nn.Module, experts: slice) -> Iterator[tuple[str, Tensor]]:
     """For each trained stack, yield its name and some of its experts, (E, in, out), with adapters merged.
 
-    `experts` is the slice of the stack's experts to yield. If a stack is sharded, only the main process yields experts,
-    and only those in its shard, which holds the first experts of the stack. A stack whose parameter is empty is
-    skipped: ZeRO-3 empties parameters between forward passes. This is a collective call.
+    `experts` is the slice of the stack's experts to yield. If a stack is sharded, only the main process yields experts.
+    It has the first experts of the stack, and yields no others. A stack whose parameter is empty is skipped: ZeRO-3
+    empties parameters between forward passes. This is a collective call.
     """
     adapted = {
         f"{parameter_name(name)}.{module.parameter_name}": module
@@ -246,10 +246,10 @@ def _whole_factors(wrapper: ParamWrapper) -> Iterator[Factors]:
 class Merger:
     """Merges saved adapters tensor by tensor, so that the whole base model is never in memory.
 
-    Experts are merged with `low_rank.merge`. The quantizer of an adapted expert stack gets the same sum in training,
-    because ModelOpt 0.47 adds the wrapper's delta to the base before it quantizes. SFT has no such sum for experts,
-    because it multiplies by the factors of their adapters. Attention is merged with PEFT's own `merge`, one layer at a
-    time, in a model without weights.
+    Experts are merged with `low_rank.merge`. In training, the quantizer of an adapted expert stack gets the same sum:
+    ModelOpt 0.47 adds the wrapper's delta to the base, and then quantizes. SFT has no such sum for experts, because
+    it multiplies by the factors of their adapters. Attention is merged with PEFT's own `merge`, one layer at a time, in
+    a model without weights.
     """
 
     def __init__(self, directory: Path, model_config: "PretrainedConfig", dtype: torch.dtype) -> None:
@@ -314,7 +314,7 @@ class Merger:
 class SavedAdapters:
     """Saved adapters that can replace a model's own adapters during some forward passes.
 
-    They stay outside of the model, so the trainer neither sees, saves nor shards them.
+    They stay outside of the model. So the trainer does not see them, and does not save or shard them.
     """
 
     def __init__(self, directory: Path | None) -> None:
@@ -325,8 +325,10 @@ class SavedAdapters:
     def replace_own(self, model: nn.Module) -> Iterator[None]:
         """Replace the adapters of a model inside the block, for forward passes without gradients.
 
-        Each layer then computes with base + delta, which has the same bits as in a plain model with the saved adapters
-        merged. Hooks replace the parameters of a layer only while the layer runs, because FSDP2 and ZeRO-3 gather the
+        A layer with plain weights then computes with base + delta. The sum has the same bits as the weights of a plain
+        model with the saved adapters merged. Packed experts use the factors instead, unless their quantizers are on.
+
+        Hooks replace the parameters of a layer only while the layer runs, because FSDP2 and ZeRO-3 gather the
         parameters only then.
         """
         (peft_model,) = (module for module in model.modules() if isinstance(module, PeftModel))

@@ -48,7 +48,7 @@ def candidates(dtype: torch.dtype, gpu: Capability | None) -> tuple[str, ...]:
 
 
 def for_training(train: TrainConfig, gpu: Capability | None) -> str:
-    """Return the name of the implementation that a training stage uses, unless the check before training refuses it.
+    """Return the name of the implementation that a training stage tries first. The check before training may refuse it.
 
     Args:
         train: settings of the stage. Only `attn_implementation` and `precision` are used.

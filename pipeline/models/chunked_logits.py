@@ -73,8 +73,8 @@ def compute_states(model: nn.Module, inputs: Mapping[str, object], positions: Po
     hook = causal.get_decoder().register_forward_hook(lambda *call: found.append(call[-1].last_hidden_state))
     try:
         # One position goes through the head as usual, so that the head's hooks (FSDP2, quantizers) run. With
-        # logits_to_keep=1, its input would be a strided view. For such a view and BF16, torch 2.13 copies the head for
-        # each row of the batch on a CPU: 1.2 GB for a vocabulary of 201,088.
+        # logits_to_keep=1, its input would be a strided view. On a CPU and in BF16, torch 2.13 would then copy the head
+        # once for each row of the batch. A copy takes 1.2 GB for a vocabulary of 201,088.
         first = torch.zeros(1, dtype=torch.long, device=positions[0].device)
         model(**inputs, use_cache=False, logits_to_keep=first)
     finally:
@@ -90,8 +90,8 @@ def map_chunks(function: Callable[..., T], models: Sequence[States], *others: Te
     a collective call. So all processes must start and finish the iteration together.
 
     Args:
-        function: function to apply. Its arguments are the float32 logits (n, V) of each model, and then the chunk
-            (n, ...) of each tensor in `others`. It is called again in the backward pass.
+        function: function to apply. Its first arguments are the float32 logits of each model, (n, V). The next
+            arguments are the chunks of the tensors in `others`, (n, ...). It is called again in the backward pass.
         models: states of each model at the same positions, in the order of the function's arguments.
         others: further tensors with one entry for each position, (N, ...).
     """

@@ -6,17 +6,17 @@
 - `grouped_mm` is one product for all experts, over the tokens sorted by expert.
 
 All kernels compute the same sums, but they add the terms in different orders. The kernels come from transformers.
-But if the model has factored adapters (`adapters.attach`), all three come from `expert_products`, and `eager` writes no
-gradients of whole stacks. This module solves three problems:
+With factored adapters (`adapters.attach`), they come from `expert_products` instead. There, `eager` writes no gradients
+of whole stacks. This module solves three problems:
 - ModelOpt sets a model to eager when it inserts or restores quantizers, so the kernel must be set afterwards.
   Quantizers of weights run with every kernel. Quantizers of the inputs of `down_proj` do not run with `grouped_mm`.
 - Autocast does not cover `grouped_mm`, and transformers 5.14 casts the inputs to the type of the weights. Under mixed
-  precision the weights are FP32, and on GPUs FP32 products are many times slower than BF16 products. So the weights are
-  cast to the compute type first. The values between the gate-up and the down product are then BF16 too, as after a
-  linear layer under autocast. With `eager`, these values are FP32.
-- On GPUs, torch 2.13 has a kernel for `grouped_mm` only for BF16 and compute capability 9 and 10. Otherwise a grouped
-  product is a loop over the experts. Before the loop, the host waits until
-  it has a copy of the number of rows of each expert.
+  precision, the weights are FP32. On GPUs, products in FP32 are many times slower than products in BF16. So the weights
+  are cast to the compute type first. Each layer has two products, gate-up and down. The values between them are then
+  BF16 too, as after a linear layer under autocast. With `eager`, these values are FP32.
+- On GPUs, torch 2.13's kernel for `grouped_mm` needs BF16 and compute capability 9 or 10. Otherwise a grouped product
+  is a loop over the experts. Before the loop, the host waits for the GPU, because it needs the number of rows of each
+  expert.
 """
 
 from collections.abc import Mapping
@@ -87,9 +87,9 @@ def choose(
 ) -> ExpertsImplementation:
     """Return the kernel to use, and warn if `grouped_mm` is used where torch has no kernel for it.
 
-    `auto` is the fastest kernel that runs all quantizers. Where torch has no kernel for `grouped_mm`, `eager` is faster
-    with factored adapters, because its loop then waits for the GPU only once per layer. Without factored adapters,
-    `grouped_mm` is faster, because torch's loop for it waits less often than transformers' `eager`.
+    `auto` is the fastest kernel that runs all quantizers. If torch has no kernel for `grouped_mm`, the fastest kernel
+    depends on the adapters. With factored adapters it is `eager`: its loop waits for the GPU only once per layer.
+    Without factored adapters it is `grouped_mm`: torch's loop waits for the GPU less often than transformers' `eager`.
 
     Args:
         asked: the configured kernel.
@@ -116,8 +116,8 @@ def has_grouped_mm(capability: Capability | None, precision: Precision) -> bool:
 def _describe_missing_kernel(capability: Capability | None, precision: Precision) -> str:
     assert capability is not None
     return (
-        f"precision={precision.name} on compute capability {capability[0]}.{capability[1]}: torch has a kernel for"
-        " grouped_mm only for BF16 on capability 9.x and 10.x. Here each product of a layer's experts waits for the GPU"
+        f"precision={precision.name} on compute capability {capability[0]}.{capability[1]}: torch's kernel for"
+        " grouped_mm needs BF16 and capability 9.x or 10.x. Here each product of a layer's experts waits for the GPU"
         " and loops over the experts. The results are right, but steps take longer. A GPU of capability 9.x or 10.x"
         " with precision=bf16 or mixed_bf16 avoids this."
     )

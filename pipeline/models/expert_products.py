@@ -4,8 +4,8 @@ The adapter of an expert adds the delta s A B to the weight W. A forward pass ca
 does, or by the factors: x W + s (x A) B. The first way stores the sum and its gradient, both as large as W. The second
 way stores neither. At rank 8 and width 2880, its products with A and B add less than 1 % to the arithmetic.
 
-Shapes: T tokens, K experts per token, R = T K rows (one for each expert of each token, sorted by expert), E experts, r
-rank.
+Shapes: T tokens, K experts per token, R rows, E experts, r rank. Each token has one row for each of its experts, so
+R = T K. Rows are sorted by expert.
 """
 
 from collections.abc import Callable, Mapping
@@ -62,7 +62,15 @@ class Groups:
 
 
 def sort_by_expert(chosen: Tensor, num_experts: int) -> tuple[Groups, Tensor]:
-    """Make a row for each expert (T, K) of each token. Return their groups, and each row's index in (T * K)."""
+    """Make one row for each expert of each token, and sort the rows by expert.
+
+    Args:
+        chosen: the experts of each token, (T, K).
+        num_experts: number of experts in the layer.
+
+    Returns:
+        The groups of the rows, and the index of each row in the flattened `chosen`, (R).
+    """
     experts, order = chosen.flatten().sort(stable=True)
     numbers = torch.arange(num_experts, device=chosen.device)
     return Groups(experts, torch.searchsorted(experts, numbers, right=True, out_int32=True)), order
@@ -122,7 +130,10 @@ def forward(
 def _project(
     experts: nn.Module, name: str, rows: Tensor, factors: Factors | None, groups: Groups, multiply: Multiply
 ) -> Tensor:
-    """Multiply rows by a stack of weights with its adapters, in the type of the forward pass, and add the biases."""
+    """Multiply rows by a stack of weights and by the factors of its adapters, and add the biases.
+
+    The products have the type that the forward pass computes in.
+    """
     stored = getattr(experts, name)
     weights = stored.to(compute_dtype(stored))
     rows = rows.to(weights.dtype)

@@ -114,8 +114,8 @@ def keep_rounded(model: nn.Module, budget_bytes: float, *, keeps_frozen: bool = 
     Args:
         model: a model with quantizers, and with its final adapters.
         budget_bytes: maximum size of the cache of rounded weights.
-        keeps_frozen: whether frozen weights are cached like trained weights instead of rounded in place. This is for
-            callers that need the unrounded values too.
+        keeps_frozen: whether frozen weights keep their unrounded values, because the caller needs them too. Rounded
+            values are then cached. Otherwise, frozen weights are rounded in place.
 
     Returns:
         The cache. Call `forget` on it whenever weights have changed, and check `non_finite` before each step.
@@ -238,8 +238,8 @@ def restore(model: nn.Module, directory: Path, block_format: BlockFormat) -> Non
 def count(model: nn.Module, block_format: BlockFormat) -> int:
     """Check which quantizers are enabled, and return their number.
 
-    The quantizers of expert weights (two per layer) must be enabled and, with W4A4, also those of the experts' inputs.
-    No other quantizer may be enabled.
+    The quantizers of expert weights (two per layer) must be enabled. With W4A4, the quantizers of the experts' inputs
+    must be enabled too. No other quantizer may be enabled.
 
     Raises:
         CheckFailed: quantizers are missing, unexpected or not calibrated, or have the wrong format or scale rule.
@@ -293,14 +293,14 @@ def enabled(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
 
 
 def _arguments(block_format: BlockFormat) -> dict[str, dict[str, object]]:
-    """Return the arguments for our backend, for each kind of quantizer that the format needs."""
+    """Map each kind of quantizer that the format needs to the arguments of our backend."""
     weights = {"format": block_format.name, "scale_rule": block_format.scale_rule, "is_input": False}
     inputs = {**weights, "scale_rule": INPUT_RULE, "is_input": True}
     return {WEIGHTS: weights, **({INPUTS: inputs} if block_format.quantizes_activations else {})}
 
 
 def _quant_cfg(block_format: BlockFormat) -> dict[str, object]:
-    """Make a configuration for ModelOpt that quantizes only expert stacks, with our backend.
+    """Make a configuration for ModelOpt. It quantizes only expert stacks, and it uses our backend.
 
     Otherwise the configuration is like ModelOpt's MXFP4_MLP_WEIGHT_ONLY_CFG.
 

@@ -1,8 +1,8 @@
 """Shard models with torch's FSDP2, fill the shards from disk, and set the types in which FSDP2 computes.
 
-If accelerate 1.15 sharded the model, it would do so when training starts, and every process would first have to hold
-the whole model. It would also cast the output of each layer to BF16. But accelerate does not change a model that is
-already sharded, so this module shards models before accelerate gets them.
+accelerate 1.15 shards a model only when training starts. Until then, every process would hold the whole model.
+accelerate would also cast the output of each layer to BF16. But accelerate does not change a model that is already
+sharded, so this module shards models before accelerate gets them.
 """
 
 import math
@@ -66,11 +66,11 @@ def load_shards(model: nn.Module, read: Read, mixed: bool, device: torch.device)
 
 
 def correct_preparation(accelerator: "Accelerator") -> None:
-    """Correct how accelerate 1.15 prepares a model that is sharded, and the model's optimizer.
+    """Correct how accelerate 1.15 prepares a sharded model and its optimizer.
 
-    - accelerate replaces each parameter of the optimizer by the model's parameter at the same address. But the address
-      is 0 for every parameter of which a process holds no rows, so all of these would be replaced by the same one. The
-      correction keeps the optimizer's parameters, which are right because the model was sharded before.
+    - accelerate replaces each parameter of the optimizer by the model's parameter at the same address. If a process
+      holds no rows of a parameter, the address is 0. So all such parameters would be replaced by the same parameter.
+      The correction keeps the optimizer's parameters, which are right because the model was sharded before.
     - accelerate does not use autocast for a model that FSDP2 shards. The correction switches autocast on.
     """
     prepare = accelerator.prepare

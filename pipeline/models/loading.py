@@ -45,7 +45,7 @@ def device_of(asked: Device) -> str:
 
 
 def _quieten() -> None:
-    """Silence transformers' warnings that MXFP4 kernels are missing and, without a terminal, its progress bars."""
+    """Hide transformers' warnings about missing MXFP4 kernels. Without a terminal, hide its progress bars too."""
     from transformers.utils import logging
 
     if not shows_progress():
@@ -117,7 +117,7 @@ def _read_packed(checkpoint: Checkpoint, name: str, rows: slice) -> torch.Tensor
 def load_quantized(
     ref: ModelRef, dtype: torch.dtype, trainable: bool = False, **arguments: object
 ) -> "PreTrainedModel":
-    """Load a model with its adapters and its fake quantizers, which are checked. Packed experts stay packed."""
+    """Load a model with its adapters and fake quantizers, and check the quantizers. Packed experts stay packed."""
     load = load_packed if ref.is_packed else load_plain
     return _restore_parts(load(ref.base, dtype, **arguments), ref, trainable)
 
@@ -142,7 +142,7 @@ def load_to_train(
     shared: Sharding = Sharding.none,
     attach: Attach | None = None,
 ) -> "PreTrainedModel":
-    """Load a model for training, with the adapters and quantizers of `ref`, in `train.precision`.
+    """Load `ref` for training in `train.precision`, with its adapters and quantizers.
 
     This is a collective call if the model is sharded. The weights are streamed to the device that trains, so the host
     holds no copy of the model. Packed experts stay packed if only adapters are trained, and are decoded otherwise.
@@ -191,7 +191,7 @@ def is_mixed(train: TrainConfig) -> bool:
 
 
 def load_teacher(ref: ModelRef, train: TrainConfig, shared: Sharding, attn_implementation: str) -> "PreTrainedModel":
-    """Load a frozen model that computes the same as `ref`, sharded like the model that is trained.
+    """Load a frozen model that computes the same as `ref`. It is sharded like the model in training.
 
     This is a collective call if the model is sharded.
     """

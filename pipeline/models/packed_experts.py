@@ -1,12 +1,13 @@
 """The experts of a gpt-oss layer with weights that stay packed: MXFP4 blocks and scales, decoded while they are used.
 
 The weights are frozen. They are decoded for a few experts at a time, in the forward pass and again in the backward
-pass, and nothing as large as a stack of weights is kept between the two. Adapters (`Factors`) enter in one of two ways:
+pass. Between the two passes, nothing as large as a stack of weights is kept. Adapters (`Factors`) enter in one of two
+ways:
 - Without quantizers, rows are multiplied by the factors: x W + s (x A) B.
 - With quantizers, base + delta is rounded as the export rounds it: x round(W + s A B). Gradients pass straight through
   the rounding.
 
-Shapes: T tokens, K experts per token, E experts of which g are decoded at a time, H hidden size, I intermediate size.
+Shapes: T tokens, K experts per token, E experts, g experts decoded at a time, H hidden size, I intermediate size.
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ class PackedExperts(nn.Module):
     """Replaces transformers' GptOssExperts. Its frozen weights are packed.
 
     Blocks and scales are parameters, not buffers: FSDP2 shards only parameters, and DDP would broadcast buffers before
-    every forward pass. Blocks have the name of the plain weights, under which PEFT looks for weights to adapt.
+    every forward pass. Blocks have the name of the plain weights, because PEFT finds the weights by this name.
 
     Attributes:
         features: for each projection, the numbers of input and output features.
@@ -93,12 +94,12 @@ class PackedExperts(nn.Module):
         Args:
             name: name of the projection.
             experts: the experts.
-            factors: factors of the adapters of all experts, which only `rounds` merges, or None.
+            factors: factors of the adapters of all experts, or None. They are merged only if `rounds` is true.
         """
         return self.decode(name, experts)
 
     def quantize_inputs(self, name: str, rows: Tensor) -> Tensor:
-        """Return the inputs of a projection as they are multiplied. A subclass with quantizers overrides this."""
+        """Return the inputs of a projection unchanged. A subclass with quantizers overrides this."""
         return rows
 
     @property
@@ -137,8 +138,9 @@ class PackedExperts(nn.Module):
 class _Hold(torch.autograd.Function):
     """Keeps the inputs of the experts, and computes all their gradients.
 
-    It is separate from `_Compute`, which keeps nothing. Gradient checkpointing ends the recomputation of a layer at the
-    last tensor that is kept, which is here. So weights are decoded twice per step, not three times.
+    It is separate from `_Compute`, which keeps nothing. Gradient checkpointing recomputes a layer only up to the last
+    tensor that the layer keeps. `_Hold` keeps this tensor, and `_Compute` is not run again. So weights are decoded
+    twice per step, not three times.
     """
 
     @staticmethod
@@ -155,7 +157,7 @@ class _Hold(torch.autograd.Function):
 
 
 class _Compute(torch.autograd.Function):
-    """Computes the output of the experts. Its gradient reaches `_Hold` in place of the gradient of the held states."""
+    """Computes the output of the experts. Its backward pass gives the output's gradient to `_Hold`, unchanged."""
 
     @staticmethod
     def forward(ctx: Any, work: Pass, held: Tensor, shares: Tensor) -> Tensor:
@@ -168,7 +170,7 @@ class _Compute(torch.autograd.Function):
 
 
 def replace(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace the experts of a gpt-oss model by packed ones without values, in place."""
+    """Replace the experts of a gpt-oss model in place. The new experts are packed, and have no values yet."""
     for owner in list(model.modules()):
         for name, module in owner.named_children():
             if isinstance(module, GptOssExperts):

@@ -1,11 +1,11 @@
 """The forward and the backward pass through packed experts, a few of them at a time.
 
-For inputs x of a projection and gradients g of its outputs, the gradients of A and B are s x' (g B') and s (x A)' g.
-This holds whether rows are multiplied by the factors or by rounded base + delta. So the gradient of a whole weight is
-never computed.
+A projection has inputs x, and its outputs have the gradient g. The gradient of A is s x' (g B'). The gradient of B is
+s (x A)' g. Both formulas hold whether rows are multiplied by the factors or by rounded base + delta. So the gradient
+of a whole weight is never computed.
 
-Shapes: T tokens, K experts per token, R = T K rows (one for each expert of each token, sorted by expert), E experts of
-which a part has g experts and n rows, H hidden size, I intermediate size, r rank.
+Shapes: T tokens, K experts per token, E experts, H hidden size, I intermediate size, r rank. Each token has one row for
+each of its experts, and rows are sorted by expert. A part has g experts and n rows.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,9 +20,10 @@ from pipeline.models import expert_products
 from pipeline.models.expert_products import Factors, Groups, Multiply
 
 DECODED_BYTES = {"cpu": 1, "cuda": 1 << 30}
-"""Largest size of the weights of one projection that are decoded at once, but at least one expert.
+"""Type of device -> how many bytes of one projection's weights are decoded at once, at most.
 
-A CPU decodes single experts, which stay in its caches. A GPU decodes all experts of a gpt-oss-20b layer at once.
+At least one expert is always decoded. A CPU decodes single experts, which stay in its caches. A GPU decodes all experts
+of a gpt-oss-20b layer at once.
 """
 
 
@@ -50,7 +51,7 @@ class Part:
     """Some experts and the rows that belong to them.
 
     Attributes:
-        experts: the experts, as a range of their numbers or as numbers (g), in which an expert may occur again.
+        experts: the numbers of the experts: a slice, or a tensor (g). A tensor may contain a number more than once.
         slots: for each row, its index in the flattened (T, K), (n).
         groups: says which rows belong to which of these experts.
         is_own: whether a row belongs to these experts, (n, 1), or None if all rows do.
@@ -109,7 +110,8 @@ class Pass:
             up = self._apply(GATE_UP, part, rows, weights).requires_grad_()
             gated = self._experts.gate(up)
         inner = self._experts.quantize_inputs(DOWN, gated.detach())
-        # The output before the share is inner W + bias, so its product with the gradient needs no forward product.
+        # The gradient of a share is (inner W + bias) . of_output. This equals inner . of_inner + bias . of_output, so
+        # inner W is not computed.
         of_inner = self._apply_transposed(DOWN, part, of_output, self._weights(DOWN, part))
         bias = self._experts.bias(DOWN)[part.experts][part.groups.experts]
         of_share = (of_inner.float() * inner.float()).sum(1) + (of_output.float() * bias.float()).sum(1)
@@ -169,12 +171,12 @@ class Pass:
         return result
 
     def _thin(self, name: str) -> "_Adapter | None":
-        """Return the adapter if rows are multiplied by its factors, because the weights do not contain it."""
+        """Return the adapter that is not merged into the weights, or None. Rows are multiplied by its factors."""
         return None if self._experts.rounds(name) else self._factors.get(name)
 
 
 class _Adapter:
-    """The factors of a stack's adapter, and copies of them for products with rows."""
+    """The factors of a stack's adapter. `a` and `b` are copies that can be multiplied with rows."""
 
     def __init__(self, factors: Factors, dtype: torch.dtype) -> None:
         self.factors = Factors(factors.a.detach(), factors.b.detach(), factors.scaling)
@@ -213,7 +215,10 @@ class _Gradients:
         _put(self._shares, part, of_shares.to(self._shares.dtype))
 
     def add(self, name: str, part: Part, rows: Tensor, gradient: Tensor) -> None:
-        """Add a projection's gradients of the biases and factors, from its inputs (n, in) and (n, out) gradients."""
+        """Add the gradients of a projection's biases and factors.
+
+        `rows` (n, in) are the inputs of the projection. `gradient` (n, out) is the gradient of its outputs.
+        """
         if part.is_own is not None:
             gradient = torch.where(part.is_own, gradient, 0)
         if name in self._biases:
@@ -222,7 +227,7 @@ class _Gradients:
             self._add_factors(name, part, rows, gradient)
 
     def results(self, shape: torch.Size) -> list[Tensor | None]:
-        """Return the gradients of the states, the shares, the biases and the factors. `shape` is that of the shares."""
+        """Return the gradients of the states, the shares, the biases and the factors. `shape` is (T, K)."""
         of_states = self._states.unflatten(0, shape).sum(dim=1)
         factors = [each for pair in self._factors.values() for each in pair]
         return [of_states, self._shares.view(shape), *map(self._biases.get, EXPERT_WEIGHTS), *factors]
@@ -245,7 +250,7 @@ def _multiply(experts: Experts, rows: Tensor, weights: Tensor, part: Part) -> Te
 
 
 def _sum_products(experts: Experts, one: Tensor, other: Tensor, part: Part) -> Tensor:
-    """Sum the products of two rows over the rows of each expert: (n, p), (n, q) -> (g, p, q)."""
+    """For each expert, add up the outer products of its rows in both matrices: (n, p), (n, q) -> (g, p, q)."""
     if len(part.groups.ends) == 1:
         return (one.t() @ other).unsqueeze(0)
     if experts.multiply is expert_products.multiply_grouped:
@@ -262,7 +267,7 @@ def _put(result: Tensor, part: Part, rows: Tensor) -> None:
 
 
 def _slices(chosen: Tensor, slots: Tensor, ends: Tensor, count: int, *, visits_all: bool) -> Iterator[Part]:
-    """Cut the rows into parts of `count` experts. The host reads where to cut, for which it waits on a GPU."""
+    """Cut the rows into parts of `count` experts. On a GPU, the host waits for the positions of the cuts."""
     bounds = [0, *ends.tolist()]
     for first in range(0, len(ends), count):
         last = min(first + count, len(ends))
@@ -281,8 +286,8 @@ def _gathered(chosen: Tensor, slots: Tensor) -> Part:
 def _rolled(chosen: Tensor, slots: Tensor, ends: Tensor, count: int) -> Iterator[Part]:
     """Make parts of `count` experts without waiting for a GPU.
 
-    The host does not know how many rows a part has. So every part gets all rows, rolled so that its own come first. A
-    grouped product skips the rows after the last end.
+    The host does not know how many rows a part has. So every part gets all rows. They are rolled so that the
+    part's own rows come first. A grouped product skips the rows after the last end.
     """
     place = torch.arange(len(slots), device=slots.device)
     for first in range(0, len(ends), count):

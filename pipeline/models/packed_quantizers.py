@@ -15,7 +15,7 @@ from pipeline.numerics.codec import decode
 
 
 class QuantizedPackedExperts(PackedExperts):
-    """ModelOpt's quantized form of packed experts. The quantizers have the names of those of plain experts.
+    """ModelOpt's quantized form of packed experts. The quantizers have the same names as for plain experts.
 
     Attributes:
         quantizer: class of the quantizers, set before ModelOpt makes an object of this class.
@@ -39,7 +39,7 @@ class QuantizedPackedExperts(PackedExperts):
         return bool(quantizer.is_enabled and quantizer._if_quant)
 
     def weights(self, name: str, experts: slice | Tensor, factors: Factors | None) -> Tensor:
-        """Return rounded weights, merged with the adapters before."""
+        """Return the decoded weights. If `rounds` is true, merge the adapters into them, and then round them."""
         quantizer, state = self._quantizer(name), state_of(self._quantizer(name))
         if not self.rounds(name) or (state.is_rounded and factors is None):
             return self.decode(name, experts)

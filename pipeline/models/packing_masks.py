@@ -1,8 +1,8 @@
 """Make attention masks for packed rows, so that the documents in a row do not attend to each other.
 
-Positions mark the documents: each document's first token has position 0. transformers 5.14 can make masks from
-positions, but `GptOssModel.forward` does not pass the positions on. With transformers' masks, packed documents would
-therefore attend to each other. `forward` accepts ready masks, so this module makes them.
+Positions mark the documents: each document's first token has position 0. Functions of transformers 5.14 can make masks
+from positions, but `GptOssModel.forward` does not pass the positions on. With transformers' masks, packed documents
+would therefore attend to each other. `forward` accepts ready masks, so this module makes them.
 
 `fused_sinks` needs no mask, only the bounds of the documents, which TRL's collator computes on the host. If a batch has
 no bounds, this module computes them from the positions.

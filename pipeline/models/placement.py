@@ -103,7 +103,7 @@ def _weight_bytes(module: nn.Module) -> int:
 
 
 def copies_in_host_memory(shared: Sharding) -> float:
-    """Return how many copies of the weights the processes on this machine keep in host memory while they train."""
+    """Return how many copies of the weights are in the host memory of this machine during training."""
     if torch.cuda.is_available():
         return 0  # the weights are on the GPUs
     shards = process_count() if "weights" in STRATEGIES[shared].sharded else 1

@@ -1,4 +1,4 @@
-"""The backend that rounds for ModelOpt's quantizers: our codec, and our data on each quantizer.
+"""The backend of ModelOpt's quantizers. It rounds with our codec, and stores our data on each quantizer.
 
 The functions take quantizers as ModelOpt made them, but nothing is imported from ModelOpt.
 """
@@ -24,16 +24,16 @@ Quantizer = Any
 
 @dataclass
 class State:
-    """Our data on a quantizer, stored in ModelOpt's per-backend slot, which ModelOpt does not serialize.
+    """Our data on a quantizer. It is in ModelOpt's slot for backends. ModelOpt does not serialize this slot.
 
     Attributes:
-        importance: how much the squared error in each input channel counts when scales are chosen, (in) float32, or
-            None.
+        importance: weight of the squared error in each input channel, (in) float32. The choice of scales uses these
+            weights. None if all channels have the same weight.
         cache: cache of rounded weights. If it is None, weights are rounded in every forward pass.
         is_rounded: whether the parameter itself holds rounded values.
         non_finite: flags that the codec sets on a GPU instead of raising an error, or None.
-        observers: functions that each forward pass calls with rounded weights, (E, out, in), and with the index of
-            their first expert. Packed experts are seen part by part.
+        observers: functions that each forward pass calls. Their arguments are rounded weights, (E, out, in), and the
+            index of the first of these experts. Packed experts are seen part by part.
         shows_all: whether the observers need the weights of packed experts that get no token.
     """
 

@@ -12,8 +12,11 @@ from pipeline.models.adapted_names import parameter_name
 from pipeline.models.adapters import base_of
 
 See = Callable[[str, Tensor, int], None]
-"""Function that gets the name of a parameter in the plain model, weights (E, out, in), and the index of their first
-expert. Weights of packed experts come part by part."""
+"""A function that sees fake-quantized weights.
+
+Its first argument is the name of the parameter in the plain model. The other arguments are weights, (E, out, in), and
+the index of their first expert. Weights of packed experts come part by part.
+"""
 
 
 @dataclass

@@ -30,7 +30,7 @@ class ModelRef:
         directory: directory of the stage, or the directory that the user gave.
         base: directory of the full checkpoint. It is `directory` itself if there are no adapters.
         adapter: whether `directory` has adapters.
-        block_format: format and scale rule to which the forward pass rounds the experts, or None if it does not round.
+        block_format: format and scale rule of the fake quantizers, or None if the model has none.
         fingerprint: fingerprint of the artifact. If the directory is not an artifact, its `sampled_fingerprint`.
         dtype: type of the weights in training. Adapters are merged in this type.
     """
@@ -74,7 +74,7 @@ def of_artifact(artifact: Artifact) -> ModelRef:
 
 
 def format_of(artifact: Artifact) -> BlockFormat | None:
-    """Return the format and scale rule to which the model's forward pass rounds experts, or None."""
+    """Return the format and scale rule of the model's fake quantizers, or None if it has none."""
     if artifact.fake_quantized is None:
         return None
     assert artifact.scale_rule is not None

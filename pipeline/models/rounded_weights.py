@@ -25,10 +25,10 @@ _DEFAULT_ON_CPU = 4.0 * 2**30  # covers models that are small enough to train on
 def budget_bytes(budget_gib: float | None, shared: Sharding, *, on_gpu: bool) -> float:
     """Return how many bytes of rounded weights a run may cache on each device.
 
-    With the default (`qat.rounded_cache_gib=null`), a run must fit wherever it fits without a cache. So the default is
-    no cache on a GPU, where the rounded experts of gpt-oss-20b would take 38 GB beside the model. The default is also
-    no cache if parameters are gathered, because the cache recognizes a parameter by its address, and each gather is a
-    new allocation.
+    With the default (`qat.rounded_cache_gib=null`), the cache must never be the reason why a run does not fit into
+    memory. So the default is no cache on a GPU, where the rounded experts of gpt-oss-20b would take 38 GB beside the
+    model. The default is also no cache if parameters are gathered. The cache recognizes a parameter by its address, but
+    each gather is a new allocation.
 
     Args:
         budget_gib: value of `qat.rounded_cache_gib`.
@@ -52,7 +52,7 @@ class NonFinite:
         self._flags: dict[torch.device, Tensor] = {}
 
     def flag(self, device: torch.device) -> Tensor | None:
-        """Return the flag on this device, for the argument `is_bad` of the codec, or None for a CPU."""
+        """Return the flag on this device, or None for a CPU. The codec takes it as the argument `is_bad`."""
         if device.type in _CHECKED_AT_ONCE:
             return None
         if device not in self._flags:
@@ -70,7 +70,7 @@ class NonFinite:
 
 
 class PackedWeights(NamedTuple):
-    """Rounded weights in the format that they were rounded to, from which the same values are decoded."""
+    """Rounded weights, packed in the format that they were rounded to. Decoding gives the same values."""
 
     blocks: Tensor
     scales: Tensor
@@ -135,7 +135,10 @@ class RoundedWeights:
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """Return the type of matrix products with `weight`: the autocast type inside autocast, else the weight's own."""
+    """Return the type of matrix products with `weight`.
+
+    Inside autocast, it is the type of autocast. Otherwise it is the type of `weight`.
+    """
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 

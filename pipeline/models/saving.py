@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def save(
     model: "PreTrainedModel", ref: ModelRef, directory: Path, *, train: TrainConfig, shared: Sharding
 ) -> tuple[Kind, ModelRecord]:
-    """Write a trained model, with the side files of `ref`, the model that training started from.
+    """Write a trained model and the side files of `ref`. Training started from `ref`.
 
     This is a collective call. config.json is copied from `ref`, and only the type is changed. If transformers wrote the
     file, it would rename settings, such as those of RoPE, and older engines would misread the file.

@@ -1,8 +1,8 @@
 """Switch on sharded training with FSDP2 or DeepSpeed's ZeRO, and gather sharded tensors.
 
 FSDP2 and ZeRO-3 shard parameters, gradients and optimizer states. ZeRO-2 shards only gradients and optimizer states.
-accelerate sets up the sharding, through public arguments of transformers' trainer. Settings of DeepSpeed that must
-equal settings of the trainer have the value "auto", which the trainer replaces.
+accelerate sets up the sharding, through public arguments of transformers' trainer. Some settings of DeepSpeed must
+equal settings of the trainer. They have the value "auto" here, and the trainer fills in its own values.
 """
 
 import os
@@ -117,15 +117,15 @@ class ShardingStrategy:
             because the trainer changes the dict.
         sharded: the sharded parts, any of weights, gradients and optimizer.
         gathers: whether parameters are gathered only while they are used. Each gather is a new allocation.
-        place: function that reads the weights of a hollow model to the device that trains, sharded if the strategy
-            shards weights. It takes the model, the function that reads rows of a weight, and whether training is in
-            mixed precision.
+        place: function that reads the weights of a hollow model to the device that trains. If the strategy shards
+            weights, each process keeps only its shard. The function takes the model, the function that reads rows of a
+            weight, and whether training is in mixed precision.
         correct: function that corrects errors of accelerate for this strategy. Call it before the model is prepared.
         hooks_gradients: whether the backward pass gathers a layer only if the gradient of the layer's input is needed.
-        shard_frozen: function that shards a frozen model like the trained model, unless `place` has sharded it.
+        shard_frozen: function that prepares a frozen model, such as a teacher, after `place` has loaded it.
         distributed_type: name of accelerate's DistributedType for training on CPUs.
         package: package that must be installed, or None.
-        reading: context manager inside which checkpoints that another number of processes wrote can be read.
+        reading: context manager. Inside it, a run can read checkpoints from another number of processes.
     """
 
     arguments: Callable[[], dict[str, object]]
@@ -349,7 +349,10 @@ def first_part(parameter: Tensor) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Reshard the final norm and the head, which FSDP2 keeps gathered after a forward pass without a backward pass."""
+    """Reshard the final norm and the head.
+
+    FSDP2 keeps them gathered after a forward pass until a backward pass. After a validation, no backward pass follows.
+    """
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():

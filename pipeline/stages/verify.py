@@ -284,7 +284,7 @@ def _export(directory: Path, reference: Source) -> Artifact:
 
 
 def _trained(here: Run, export: Artifact) -> tuple[ModelRef | None, str]:
-    """Return the model that the export was made from, or None and the reason why it is unknown."""
+    """Return the model that the export was made from. If it is unknown, return None and the reason."""
     directory, record = export.directory, export.read(ExportRecord)
     origins = (directory.parent / record.exported_from, Path(record.exported_directory))
     there = [references.find(here, str(origin), (), "exported_directory") for origin in origins if origin.is_dir()]

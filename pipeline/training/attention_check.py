@@ -10,9 +10,10 @@ The same batch goes through the same weights three times:
 3. with the configured implementation, whose error may be a few times the error of pass 2.
 
 The batch is longer than the sliding window and padded on the right, as in training. Every token goes to every expert.
-Otherwise rounding could change a router's choice, which would hide errors of attention. If training packs documents,
-the third pass has the documents packed into one row, while the reference has them in separate rows. So a kernel that
-lets packed documents attend to each other has a large error.
+Otherwise rounding could change a router's choice, which would hide errors of attention.
+
+If training packs documents, there is another check. Its pass 3 has the documents in one row. Its passes 1 and 2 have
+them in separate rows. So a kernel that lets packed documents attend to each other has a large error.
 """
 
 import math
@@ -34,7 +35,7 @@ from pipeline.models.loading import TRAIN_DTYPES
 from pipeline.runs.console import say, warn
 
 _VOCABULARY, _EXPERTS, _LENGTHS = 128, 2, (288, 256)
-# Head size, queries per key and window are the same as in the released models, because kernels support few sizes.
+# The released models have the same head size, window and number of queries per key. Kernels support few other sizes.
 _SIZES: dict[str, Any] = {
     "vocab_size": _VOCABULARY,
     "num_hidden_layers": len(ATTENTION_TYPES),
@@ -120,8 +121,8 @@ def _check(train: TrainConfig, section: str, *, is_packed: bool) -> None:
         tensor = max(wrong, key=lambda name: math.inf if math.isnan(wrong[name]) else wrong[name])
         raise UserError(
             f"{setting}: is wrong for {_WHAT_FOR[is_packed]}: {tensor} differs from eager by"
-            f" {wrong[tensor]:.2g} (relative), but rounding explains at most {allowed:.2g}."
-            f" {len(wrong)} of {len(found)} tensors are off. Use {section}.attn_implementation={EAGER}."
+            f" {wrong[tensor]:.2g} (relative error). Rounding explains at most {allowed:.2g}."
+            f" {len(wrong)} of {len(found)} tensors differ too much. Use {section}.attn_implementation={EAGER}."
         )
     alone = " keeps packed documents apart, and" if is_packed else ""
     say(section, f"attn_implementation={name}{alone} agrees with eager: outputs and gradients of sinks, q, k and v")
@@ -130,12 +131,12 @@ def _check(train: TrainConfig, section: str, *, is_packed: bool) -> None:
 def measure_errors(
     name: str, precision: Precision, device: torch.device, *, is_packed: bool = False
 ) -> tuple[dict[str, float], float]:
-    """Measure the errors of an implementation, and of eager in the same precision, against eager in float64.
+    """Measure the errors of an implementation and of eager, both in `precision`. Eager in float64 counts as exact.
 
     Returns:
-        The implementation's relative error ‖x - truth‖ / ‖truth‖ for each tensor, and eager's largest relative error in
-        `precision`. A missing gradient counts as zeros. All tensors are judged by eager's largest error, because
-        eager's error of a small tensor, such as the eight sinks, can be small by chance.
+        For each tensor, the relative error ‖x - truth‖ / ‖truth‖ of the implementation. A missing gradient counts as
+        zeros. The second value is the largest relative error of eager. It is one value for all tensors: eager's error
+        of a small tensor, such as the eight sinks, can be small by chance.
     """
     truth = _run(EAGER, torch.float64, device)
     dtype, is_mixed = TRAIN_DTYPES[precision], precision is Precision.mixed_bf16

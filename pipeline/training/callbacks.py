@@ -192,8 +192,8 @@ class _RouterLoad:
         """Return the router load of each layer since the last call, over all processes.
 
         `router_variation` is the coefficient of variation of the experts' shares of tokens. It is 0 if the shares are
-        equal. `router_largest` is the largest share. It is experts per token / experts if the shares are equal, and 1
-        if one expert gets every token.
+        equal. `router_largest` is the largest share. If the shares are equal, it is (experts per token) / experts. If
+        one expert gets every token, it is 1.
         """
         assert self._counted is not None
         counts = reduce(self._counted, "sum").double().cpu()
@@ -205,7 +205,7 @@ class _RouterLoad:
 
 
 class _Progress:
-    """Shows a progress bar on a terminal, and elsewhere one message for each line of metrics."""
+    """Shows a progress bar on a terminal. Without a terminal, it prints a message for each line of metrics."""
 
     def __init__(self, stage: str) -> None:
         self._stage = stage
@@ -282,7 +282,7 @@ class Checkpoints(TrainerCallback):
         wait_for_everyone()
         if state.is_world_process_zero:
             mark_complete(_checkpoint_path(args, state.global_step), self._sharding)
-            # Remove old checkpoints only now: before this one was complete, a resume would have needed an old one.
+            # Remove old checkpoints only now. Until this one was complete, a resume would have needed an old one.
             rotate_checkpoints(str(args.output_dir), self._limit, state.best_model_checkpoint)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
@@ -307,7 +307,7 @@ class EarlyStopping(EarlyStoppingCallback):
     The callback counts the evaluations without improvement, and checkpoints store this count.
     """
 
-    # EarlyStoppingCallback has a parameter `metrics`, which TrainerCallback takes in its **kwargs. So types differ.
+    # EarlyStoppingCallback has a parameter `metrics`. In TrainerCallback, it is part of **kwargs. So the types differ.
     def on_evaluate(  # type: ignore[override]
         self,
         args: TrainingArguments,

@@ -9,7 +9,7 @@ import torch
 
 @contextmanager
 def deterministic_on_cpu() -> Iterator[None]:
-    """On a CPU, make a resumed run end with the same bits as an uninterrupted one.
+    """Make training on a CPU deterministic. Then a resumed run ends with the same bits as an uninterrupted run.
 
     In deterministic mode, torch would also fill all uninitialized memory. The filling would double the time of a step
     and change no result, so it is switched off.

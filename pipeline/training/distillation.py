@@ -63,7 +63,8 @@ def holds_second_model(qat: QatConfig, sft_dtype: torch.dtype) -> bool:
     """Return whether the teacher is a second model in memory.
 
     With LoRA, student and teacher have the same base if QAT uses the type in which SFT saved its model. Then the
-    teacher is the student with SFT's adapters and without quantizers, and only SFT's adapters take more memory.
+    student itself acts as the teacher: it runs with SFT's adapters and without quantizers. Only SFT's adapters take
+    additional memory.
 
     Args:
         qat: settings of QAT.
@@ -78,7 +79,7 @@ def share_base(sft: ModelRef, settings: DistillationConfig) -> Teacher:
 
     If SFT trained all weights, there are no adapters, and the base is the model that SFT saved.
 
-    The student must have been loaded with the base of `sft`, and its frozen weights must not be rounded in place.
+    The student must have the base of `sft`. The student's frozen weights must not be rounded in place.
     """
     saved = SavedAdapters(sft.directory if sft.adapter else None)
 

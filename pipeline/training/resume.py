@@ -2,8 +2,8 @@
 
 A run can resume with any number of processes, and each optimizer step uses the same examples as before. The order of
 the examples depends only on the seed and the epoch. A resume may change the factors of the global batch, but not their
-product (see `by_global_batch`). Nothing else in training is random: neither gpt-oss nor its adapters have dropout. So
-an additional process does not need the random generator states that transformers saves for each process.
+product (see `by_global_batch`). Nothing else in training is random: neither gpt-oss nor its adapters have dropout.
+transformers saves the state of the random generators for each process. An additional process does not need one.
 """
 
 import json

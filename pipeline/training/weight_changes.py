@@ -1,4 +1,4 @@
-"""Measure the shares of expert weights and of their 4-bit codes that training has changed.
+"""Measure the share of expert weights that training has changed, and the share of changed 4-bit codes.
 
 At a low learning rate, many weights move by less than a step of the format, and BF16 weights often do not move at all.
 If few codes change, most updates do not survive rounding. The shares show this early, so you can raise the learning
@@ -18,8 +18,8 @@ _SAMPLED = slice(0, 1)  # experts of each stack
 class WeightChanges:
     """Compares the weights of sampled experts with their values at the start of training.
 
-    The values at the start stay in host memory, as they are used only during validation. Stacks are compared one after
-    the other on the model's device, so the device holds the sample of one stack at a time.
+    The values at the start stay in host memory, as they are used only during validation. Each comparison runs on the
+    model's device. Stacks take turns, so the device holds the sample of only one stack at a time.
     """
 
     def __init__(self, model: nn.Module, block_format: BlockFormat) -> None:

@@ -1,10 +1,11 @@
-"""Checks that prove an export correct: checks of its files, of its distance from the base model, and of its weights.
+"""Check that an export is correct: its files, its distance from the base model, and its weights.
 
 The checks must find wrong exports, because engines load many of them without a warning. The code that wrote the export
-may be wrong itself, so code of other projects decodes the weights: transformers for MXFP4, ModelOpt for NVFP4, and
+may be wrong itself. So other projects' code decodes the weights: transformers for MXFP4, ModelOpt for NVFP4, and
 llama.cpp's package for GGUF. The trained values are taken from the forward pass of the fake-quantized model, and PEFT
-merges the adapters. All
-layouts go through the same checks, because each layout maps the tensors of the plain layout to its stored tensors.
+merges the adapters.
+
+Each layout maps the tensors of the plain layout to its stored tensors. So all layouts go through the same checks.
 """
 
 from pathlib import Path

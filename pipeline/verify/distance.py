@@ -3,11 +3,11 @@
 The check needs only the export and the base model, not the trained model.
 
 Fine-tuning changes weights by a small part of their size. Values in a wrong order (nibbles, rows, experts, axes) are
-uncorrelated with the base model's values. Scale bytes that are off by one double or halve the values. Two figures show
+uncorrelated with the base model's values. If scale bytes are off by one, values are doubled or halved. Two figures show
 such errors. For a row e of the export and the same row b of the base model:
 
     similarity = <e, b> / (|e| |b|)    1 if nothing changed, about 0 for unrelated rows
-    gain       = <e, b> / <b, b>       the factor on b that fits e best: 2 or 1/2 if every scale is off by one
+    gain       = <e, b> / <b, b>       the factor that brings b closest to e: 2 or 1/2 if every scale is off by one
 
 The effect of training was measured on the tiny random model. Its rows have only 64 or 96 values, so the figures vary
 more than for a released model. The table shows the smallest similarity and the range of gains, for the rows of experts
@@ -18,8 +18,8 @@ and for the rows of other tensors:
     3e-3      400     1e-3      200              0.79         0.82 .. 1.17           0.63         0.87 .. 1.33
     1e-2      200     1e-3      40               0.52         0.71 .. 1.33           0.57         0.83 .. 1.51
 
-(1e-2 is a thousand times the recommended rate for released models.) The similarity of rows in a wrong order is
-0 +- 0.13 in the tiny model, and 0 +- 0.02 in a released model, whose rows are longer.
+The rate 1e-2 is a thousand times the recommended rate for released models. For rows in a wrong order, the similarity
+is 0 +- 0.13 in the tiny model. In a released model it is 0 +- 0.02, because its rows are longer.
 
 Legend: E = experts; out, in = dimensions of a matrix. A row has the `in` weights of one output.
 """
@@ -50,7 +50,7 @@ _FAINT = 1 / 64  # a row is not judged if its <b, b> is below this share of the 
 
 @dataclass(frozen=True)
 class Rows:
-    """Products of rows e of the export and rows b of the base model, each (rows) float64."""
+    """Products of the rows e and b. Row e is from the export, row b from the base model. Fields are (rows) float64."""
 
     e_b: Tensor
     e_e: Tensor
@@ -78,7 +78,7 @@ class Rows:
 
     @property
     def gain(self) -> Tensor:
-        """(rows) factor on b that fits e best."""
+        """(rows) the factor that brings b closest to e."""
         return self.e_b / self.b_b
 
     @property
@@ -124,7 +124,7 @@ class Comparison(NamedTuple):
 
 
 def compare(export: View, base: View) -> Comparison:
-    """Compare every tensor of an export with the base model's. Each tensor is read and decoded once.
+    """Compare every tensor of an export with the base model's tensor. Each is read and decoded once.
 
     The two models must have the same sizes. Memory holds one expert, or some rows of another tensor, at a time.
     """
@@ -175,9 +175,9 @@ def _compare_tensor(export: View, base: View, name: str) -> tuple[Rows, bool]:
 
 
 class _Part(NamedTuple):
-    """Some rows of a tensor, decoded by the codec, and their codes if the tensor is packed.
+    """Some rows of a tensor: their weights, and their codes if the tensor is packed.
 
-    Experts are (E, in, out).
+    The codec decodes packed weights. Experts are (E, in, out).
     """
 
     codes: Codes | None
@@ -218,7 +218,7 @@ def _describe_not_finite(name: str, rows: Rows) -> str | None:
 def _describe_unlike(
     export: View, base: View, name: str, *, rows: Rows, projection: ExpertProjection | None
 ) -> str | None:
-    """Describe a tensor that does not resemble the base model's, and name the tensor that it resembles instead."""
+    """Return None if a tensor resembles the base model's tensor. Otherwise describe it and what it resembles."""
     unlike = rows.unlike(have_scales=projection is not None)
     if not bool(unlike.any()):
         return None
@@ -261,7 +261,7 @@ ARRANGEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _expert_origin(export: View, base: View, projection: ExpertProjection, expert: int) -> str:
-    """Describe the base weights that an expert resembles: its own in a wrong order, or another expert's."""
+    """Describe what an expert resembles: its own base weights in a wrong order, or another expert of the base model."""
     have, own = _read_expert(export, projection, expert), _read_expert(base, projection, expert)
     for name, arrange in ARRANGEMENTS.items():
         if _resembles(have, arrange(own)):
@@ -273,7 +273,7 @@ def _expert_origin(export: View, base: View, projection: ExpertProjection, exper
 
 
 def _other_origin(export: View, base: View, name: str) -> str:
-    """Find another tensor of the base model that a tensor of the export resembles, and describe it."""
+    """Say which other tensor of the base model resembles a tensor of the export. Return "" if there is none."""
     for other, info in other_tensors(base.shape).items():
         if other != name and info.shape == base.plain[name].shape:
             pairs = ((export.weights(name, rows), base.weights(other, rows)) for rows in export.parts(name))

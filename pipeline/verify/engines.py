@@ -13,11 +13,13 @@ Largest divergence of a correct engine in FP32 (`nats` in LIBRARIES):
     llama_cpp                     2e-2: ggml rounds activations to 8 bits before it multiplies them with MXFP4. A tiny
                                   random model diverges by 1e-3 to 7e-3, and a trained model by less.
 
-In BF16 (`model.dtype`) each sum is rounded to 8 bits, and a nearly tied router may choose another expert. Then single
-prompts diverge far although nothing is wrong. The table compares transformers in BF16 with itself: in FP32, and in BF16
-with another order of sums. The first model is the tiny model after the short training of `smoke`. The other models
-are random, with 8 layers, hidden size 768, 16 experts and the released vocabulary. Brackets give the standard deviation
-of their logits.
+In BF16 (`model.dtype`) each sum is rounded to 8 bits. If two experts are nearly tied, rounding may change the router's
+choice. Then the prediction after a single prompt diverges far, although nothing is wrong.
+
+In the table, transformers makes both predictions. One column compares BF16 with FP32. The other column compares BF16
+with BF16: the experts add in two different orders. The first model is the tiny model after the short training of
+`smoke`. The other models are random, with 8 layers, hidden size 768, 16 experts and the released vocabulary. The number
+in parentheses is the standard deviation of their logits.
 
     nats, median / worst     positions   BF16 and FP32        BF16, experts in another order of sums
     tiny, trained            2112        5e-5 / 2.3e-2        2e-5 / 2.1e-2
@@ -26,8 +28,8 @@ of their logits.
 
 In the last row, the median prompt diverges from FP32 by 5e-2. Two engines that each diverge from FP32 by this much may
 diverge from each other by twice as much. So in BF16 the tolerance at the median prompt is 1e-1 for every engine. This
-tolerance is a judgement: it treats
-random models as the worst case, and no released model has been measured. The check in FP32 is much stricter.
+tolerance is a judgement. It assumes that random models are the worst case. No released model has been measured. The
+check in FP32 is much stricter.
 
 llama.cpp and mlx-lm round the bounds of YaRN's correction range and ignore `rope_scaling.truncate`. The rounding alone
 changes logits, so these engines are compared with a reference that also rounds the bounds.
@@ -228,8 +230,8 @@ def measure_divergence(have: Tensor, want: Tensor) -> dict[str, float]:
     """Measure the divergence of an engine's prediction from the expected one.
 
     Args:
-        have: log-probabilities (prompts, vocabulary) of the engine. The vocabulary may end with the last real token,
-            before the padding rows of the embedding.
+        have: log-probabilities (prompts, vocabulary) of the engine. The vocabulary may end with the last real token:
+            then it lacks the padding rows of the embedding.
         want: expected log-probabilities (prompts, vocabulary).
 
     Returns:

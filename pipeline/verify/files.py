@@ -160,6 +160,7 @@ def _index_problems(files: TensorFiles, target: Exporter, base: Checkpoint) -> I
     for held in target.layout(base.shape).values():
         homes = {name: index["weight_map"].get(name) for name in held.tensors}
         if len(set(homes.values())) > 1:
-            # llama.cpp's converter combines scales with the last blocks that it has read, even those of another tensor.
+            # llama.cpp's converter combines scales with the last blocks that it has read. These blocks may belong to
+            # another tensor.
             where = " and ".join(f"{name} in {home}" for name, home in homes.items())
             yield f"{where}: they must be in one file, or llama.cpp's converter silently writes a wrong model"

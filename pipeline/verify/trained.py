@@ -43,14 +43,14 @@ class TrainedModel:
             self.model = loading.load_effective(self.rounded, ref.dtype, experts_implementation="eager")
         else:
             self.model = loading.load_quantized(ref, ref.dtype).eval()
-            # A model with adapters stays on the CPU, because export merges the adapters of attention on the CPU, and
-            # PEFT's merge of them depends on the device.
+            # A model with adapters stays on the CPU. Export merges the adapters of attention on the CPU, too. PEFT's
+            # merge could give other bits on another device.
             if not ref.adapter:
                 self.model = placement.place(self.model)
         self.device = self.model.device
 
     def check_experts(self, export: View) -> Check:
-        """Compare decoded expert weights with the fake-quantized ones of the forward pass, bit for bit."""
+        """Compare the decoded expert weights with the fake-quantized weights in the forward pass, bit for bit."""
         check = Check("experts: decoded weights equal those of the forward pass, bit for bit")
         seen: set[tuple[str, int]] = set()
 
@@ -74,7 +74,7 @@ class TrainedModel:
         return check
 
     def check_others(self, export: View) -> Check:
-        """Compare every tensor, except expert weights, with the trained values rounded to BF16, bit for bit.
+        """Compare all tensors except the expert weights with the trained values in BF16, bit for bit.
 
         The check changes the model: adapters of attention are merged into it, and its weights are rounded. The method
         `check_logits` needs these changes, so call it afterwards.
@@ -94,12 +94,12 @@ class TrainedModel:
         return check
 
     def check_logits(self, directory: Path, tolerance: float) -> Check:
-        """Compare the export's logits in transformers with those of the fake-quantized model, on real text."""
+        """On real text, compare the export's logits in transformers with the fake-quantized model's logits."""
         check = Check(
             "logits: transformers loads the export, and its logits agree with the fake-quantized model's",
             unseen=f"logits on prompts other than the {len(self.batches)} compared",
         )
-        # The same order of summation as in `self.model`: another one could change the choice of a nearly tied router.
+        # Use the same order of summation as `self.model`. Another order could change a router's choice near a tie.
         # With quantizers, ModelOpt runs plain experts in a loop.
         kernel = "grouped_mm" if is_packed(self.model) else "eager"
         expected = [self._logits(self.model, batch) for batch in self.batches]

@@ -5,7 +5,7 @@ from pipeline.verify.check import Check
 
 
 def check_untouched(export: View, same: set[str], copied: list[str]) -> Check:
-    """Check that the tensors listed as copied are bit-identical to the base model's.
+    """Check that each tensor in the list of copied tensors has the same bits as in the base model.
 
     Args:
         export: view of the export. Only its layout is used.

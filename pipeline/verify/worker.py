@@ -7,8 +7,8 @@ is the name of the engine's package. If Python does not find `module`, the engin
 is 3.
 
 result.npy contains log-probabilities of the next token, (prompts, vocabulary) float32. result.json, in the same folder,
-is {"version": "…", "generated": [[ids]]}. `generated` holds, for each prompt, the `tokens` tokens that the engine
-generates greedily after it.
+is {"version": "…", "generated": [[ids]]}. `generated` has a list of ids for each prompt. The engine generates these
+`tokens` tokens greedily.
 
 This file imports no other file of the pipeline, because the environments of engines do not contain the pipeline.
 """
@@ -137,7 +137,7 @@ LOADERS: dict[str, Callable[[str, int, str], Predict]] = {
 def version(module: str, distribution: str) -> str:
     """Return the name and version of the installed package that has the module.
 
-    The name of some builds differs from `distribution`.
+    Some builds of an engine have another name than `distribution`.
     """
     names = importlib.metadata.packages_distributions().get(module) or [distribution]
     return f"{names[0]} {importlib.metadata.version(names[0])}"

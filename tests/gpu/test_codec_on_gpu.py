@@ -1,4 +1,4 @@
-"""The codec gives the same bits on CPU and GPU, compiled or not, and the same bits as ModelOpt's training kernel."""
+"""The codec gives the same bits on CPU and GPU, compiled or not. They equal the bits of ModelOpt's training kernel."""
 
 import warnings
 
@@ -151,7 +151,7 @@ def test_a_gpu_converts_mxfp4_to_the_nvfp4_of_a_cpu() -> None:
 
 
 def assert_same_as_modelopt(values: Tensor) -> None:
-    """Compare all bits, except the sign of the result where the input is zero.
+    """Compare all bits. Only the sign of the result may differ if the input is zero.
 
     ModelOpt's kernel (tensor_quant_mx.cu) leaves this sign undefined.
     """

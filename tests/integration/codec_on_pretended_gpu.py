@@ -55,7 +55,7 @@ def rounding_uses() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def large_uses() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield roundings of larger stacks. Only sizes differ from `rounding_uses`, so no code is made."""
+    """Yield roundings of larger stacks. They differ from `rounding_uses` only in size, so no code is made for them."""
     is_bad = empty(dtype=torch.bool)
 
     def use(values: Tensor) -> Callable[[], object]:
@@ -118,7 +118,7 @@ def main() -> None:
 
     controls: code of kernels that break the rules.
     codes: code of the codec's kernels, as a list of `Code`.
-    rounding: for each use in training, launches, bits of indices and bytes of temporaries, with compilation.
+    rounding: for each use in training, its launches, bits of indices and bytes of temporaries. Kernels are compiled.
     eager: the same figures without compilation.
     never_compiled: names of the kernels that were not compiled.
     """

@@ -1,6 +1,7 @@
-"""Shard a tiny model with FSDP2 in each process of a launcher, and record the collectives and types of two passes.
+"""Shard a tiny model with FSDP2, run two passes, and record their collectives and types.
 
-The script gets the directory of a checkpoint, and a file to which the main process writes what it recorded.
+A launcher starts this script in each process. The script gets the directory of a checkpoint, and a file to which the
+main process writes what it recorded.
 """
 
 import json

@@ -32,8 +32,8 @@ class Line:
 
     Attributes:
         arguments: arguments of the program.
-        interrupted_at: step whose checkpoint is followed by an interruption, or None for a run without interruption.
-        is_compared: whether the main process saves the same weights by itself, and the files of both are compared.
+        interrupted_at: the run is interrupted after the checkpoint of this step. None: it is not interrupted.
+        is_compared: whether the main process alone saves the same weights again, to compare the files of both saves.
     """
 
     arguments: list[str]

@@ -82,8 +82,8 @@ class Code:
         name: name of the kernel.
         architecture: number of the architecture, for example 90 for sm_90.
         ptx: the instructions of the PTX, with all their modifiers.
-        machine: the machine instructions that round floats, with their operands. ptxas may make other instructions
-            than the PTX has, for example a fused multiply-add.
+        machine: the machine instructions that round floats, with their operands. ptxas may make instructions that the
+            PTX does not have, for example a fused multiply-add.
     """
 
     name: str
@@ -164,7 +164,7 @@ class _Watch(TorchDispatchMode):
 
 
 def pretend(gpu: Gpu) -> None:
-    """Let this process compile for a GPU and record on `gpu` what would run, until the process ends."""
+    """Pretend a GPU until this process ends. Functions are compiled for it, and `gpu` records what would run."""
     pretended = ExitStack()
     pretended.enter_context(fake_gpu.pretend_cuda(properties=Properties()))
     _replace_cuda()

@@ -1,6 +1,6 @@
 """Try single operations on a pretended GPU.
 
-Print JSON: for each operation, its error or null, and its kinds of syncs.
+Print a JSON object: operation -> [error or null, the kinds of its host syncs].
 """
 
 import json

@@ -186,7 +186,7 @@ def test_no_such_data_set(capsys: pytest.CaptureFixture[str], upcast_run: Path, 
 
 def test_validation_split_that_leaves_nothing(capsys: pytest.CaptureFixture[str], upcast_run: Path) -> None:
     message = sft_error(capsys, upcast_run, "data.max_samples=3")
-    assert "data.validation_fraction=0.1 of 3 rows leaves none to validate on" in message
+    assert "data.validation_fraction=0.1 with 3 rows: no row is left to validate on" in message
 
 
 def test_sequence_limit_that_truncates_every_supervised_token(

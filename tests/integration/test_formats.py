@@ -65,7 +65,7 @@ def test_the_artifacts_record_the_format_of_training(name: str, trained: Callabl
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_evaluate_measures_the_model_that_was_trained(name: str, trained: Callable[[str], Path]) -> None:
-    """The forward pass of `evaluate` has the quantizers too, so it gives the validation loss of the end of training."""
+    """`evaluate` runs the model with its quantizers. So it finds the same validation loss as training."""
     results = artifacts.load(trained(name) / "evaluate").details["results"]
     qat = artifacts.load(trained(name) / "qat").details
     assert results["qat"]["validation_loss"] == pytest.approx(qat["validation_loss"], rel=1e-5)

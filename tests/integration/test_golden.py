@@ -27,7 +27,7 @@ def libraries() -> dict[str, str]:
 
 
 def machine() -> dict[str, str]:
-    """Return what the last bits of a loss depend on, apart from the versions of libraries."""
+    """Return what can change the last bits of a loss. The versions of libraries are left out."""
     return {
         "build": version("torch").partition("+")[2],
         "cpu": torch.backends.cpu.get_cpu_capability(),

@@ -1,4 +1,7 @@
-"""While a sharded model is loaded, no process holds more than its shard and a part of a tensor in host memory."""
+"""While a sharded model is loaded, each process holds only its shard and a part of one tensor in host memory.
+
+With ZeRO-3, it holds a whole stack of experts instead of a part.
+"""
 
 import json
 from pathlib import Path

@@ -22,17 +22,22 @@ STACK_20B, STACK_120B = 32 * 2880 * 5760, 128 * 2880 * 5760  # values
 INEXACT = re.compile(
     r"\.ftz|\.approx|\.full|^(div|rcp|sqrt|rsqrt|ex2|lg2|sin|cos|tanh)\b.*\.(f32|f64)|^fma(?!\.rn\.bf16)"
 )
-"""PTX instructions that flush subnormals to zero, approximate, divide floats, or round once instead of twice.
+"""PTX instructions that could give other bits than a CPU.
 
-For sm_80, sums of BF16 values are written as a fused product with 1. FUSED and SUM decide about them.
+They flush subnormals to zero, approximate a result, or divide floats. Fused instructions round once instead of twice.
+For sm_80, the PTX adds BF16 values with a fused multiplication by 1. This pattern leaves it out: FUSED and SUM check
+the machine instructions instead.
 """
 FUSED = re.compile(r"^(FFMA|DFMA|HFMA2\S*)|^F(ADD|MUL|SETP?|MNMX)\S*\.FTZ")
-"""Machine instructions that fuse or flush in the same way. What is always visible in PTX is left out."""
+"""Machine instructions that fuse or flush in the same way. What PTX always shows is left out."""
 MOVE = re.compile(r"^\S+ \w+(\.reuse)?, -?RZ(\.H0_H0)?, RZ(\.H0_H0)?, ")
 """Fused instructions whose product is 0 * 0. ptxas uses them to move or negate values and to load constants."""
 SUM = re.compile(r"^HFMA2\S* \w+(\.reuse)?, \w+(\.reuse)?, 1, 1, ")
-"""Fused instructions that multiply by 1. ptxas uses them to add BF16 values, which gives the same bits: a sum that is
-rounded to 24 bits and then to 8 equals the sum rounded to 8 bits (Figueroa 1995: 24 >= 2 * 8 + 2)."""
+"""Fused instructions that multiply by 1. ptxas uses them to add BF16 values.
+
+They give the same bits as a CPU. A CPU rounds the sum to 24 bits, and then to 8 bits. A fused instruction rounds it to
+8 bits at once. Both results are equal (Figueroa 1995: 24 >= 2 * 8 + 2).
+"""
 
 pytestmark = [
     pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler on this machine"),
@@ -57,7 +62,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def inexact(code: dict[str, Any]) -> set[str]:
-    """Return the instructions of a kernel that could make other bits than a CPU."""
+    """Return the instructions in a kernel's code that could give other bits than a CPU."""
     ptx = {each for each in code["ptx"] if INEXACT.search(each)}
     exact = (MOVE, SUM)
     return ptx | {each for each in code["machine"] if FUSED.search(each) and not any(e.match(each) for e in exact)}

@@ -33,7 +33,7 @@ sys.exit(status)
 
 
 def test_no_weights_stay_in_memory_between_stages(tmp_path: Path) -> None:
-    # In a process of its own, because objects stay in memory when libraries are first imported by a stage.
+    # In a new process, stages are the first to import some libraries. Such an import can keep a model in memory.
     arguments = ["stage=all", "recipe=smoke_lora", f"run_dir={tmp_path / 'run'}", *SHORT, *FEW_STEPS]
     command = [sys.executable, "-c", PROGRAM, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)

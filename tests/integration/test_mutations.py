@@ -182,5 +182,5 @@ def test_the_pages_say_how_many_are_caught(capsys: pytest.CaptureFixture[str]) -
     assert (
         f"catches all {caught} with the trained model, and {with_base} of the {caught} with only the base model" in page
     )
-    assert f"{len(every)} deliberate errors" in readme
-    assert f"all {caught} are found, with the base model alone {with_base}." in readme
+    assert f"break a good export in {len(every)} ways" in readme
+    assert f"it finds all {caught} errors. If it has only the base model, it finds {with_base}." in readme

@@ -1,4 +1,7 @@
-"""The commands in README and docs compose and run. Commands that need a GPU, the internet or an engine only compose."""
+"""The commands in README and docs run.
+
+Some need a GPU, the internet or an engine. For these, the tests only compose the configuration.
+"""
 
 import shutil
 import subprocess
@@ -21,7 +24,7 @@ RUNNING = [block for block in SHELL if not block.marks]
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
-    """The configurations that stages are called with. No stage runs."""
+    """A list that records the configuration of each call of a stage. No stage runs."""
     monkeypatch.chdir(tmp_path)
     found: list[Any] = []
     monkeypatch.setattr(program, "_module", lambda stage: type("Recorder", (), {"run": staticmethod(found.append)}))

@@ -39,7 +39,7 @@ def test_without_sft_there_is_no_teacher(tmp_path: Path, capsys: pytest.CaptureF
     settings = ("qat.distillation.weight=0.5", "quantize.source=upcast")
     assert run_program("stage=qat", "recipe=smoke", f"run_dir={tmp_path}", *settings) == 2
     message = (
-        "qat.distillation.weight=0.5: the teacher is the SFT model, and with quantize.source=upcast there is none."
+        "qat.distillation.weight=0.5: the teacher is the SFT model. There is no SFT model if quantize.source=upcast."
     )
     assert message in capsys.readouterr().err
 

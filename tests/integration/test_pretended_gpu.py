@@ -1,4 +1,4 @@
-"""Whole runs on a pretended GPU (`pretended_gpu`): they end as on the CPU, and wait for the GPU only where it is known.
+"""Whole runs on a pretended GPU (`pretended_gpu`). They end as on the CPU, and wait for the GPU only in known places.
 
 Each run has a process of its own. The reference runs on the CPU in this process at the same time.
 """
@@ -216,7 +216,7 @@ _TEACHER = ("pipeline/models/chunked_logits.py", "nonzero")
 
 
 def remaining(found: dict[tuple[str, str], float], known: dict[tuple[str, str], float]) -> dict[object, object]:
-    """Return the syncs in a step that happen more often than is known."""
+    """Return the syncs that happen more often in a step than `known` says."""
     return {key: number for key, number in found.items() if number > known.get(key, 0)}
 
 

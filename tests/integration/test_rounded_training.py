@@ -30,7 +30,7 @@ BY_HAND = (
 
 @pytest.fixture
 def roundings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list to which each call of the codec appends the number of experts that it rounds."""
+    """A list of numbers. Each call of the codec appends the number of experts that it rounds."""
     seen: list[int] = []
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:

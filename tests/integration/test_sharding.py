@@ -1,4 +1,4 @@
-"""Sharded training has the losses and weights of one process, also if it resumes with more or fewer processes.
+"""Sharded training has the same losses and weights as one process, even if it resumes with more or fewer processes.
 
 Each launch does many runs, because imports take longer than training.
 """
@@ -113,7 +113,7 @@ class Runs:
 
 
 def begin(case: Case, done: Path, run_dir: Path) -> None:
-    """Make a run directory with the tables of data, in which the stages before the case's stage are complete."""
+    """Make a run directory with the data tables and the completed stages that come before the case's stage."""
     for part in (*BEFORE[case.stage], DIRECTORY):
         shutil.copytree(done / plain(case.recipe).name / part, run_dir / part)
 

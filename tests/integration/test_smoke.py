@@ -1,4 +1,4 @@
-"""recipe=smoke through all stages: its artifacts, and a second run."""
+"""Run recipe=smoke through all stages, check its artifacts, and run it a second time."""
 
 import fcntl
 import json

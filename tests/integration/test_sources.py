@@ -1,4 +1,4 @@
-"""Inputs of a run: BF16 sources, directories as export source, real text, bad weights."""
+"""Test the inputs of a run: BF16 sources, exports from a directory, real text, and invalid weights."""
 
 import json
 import shutil

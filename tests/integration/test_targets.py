@@ -1,4 +1,4 @@
-"""Every export target holds the values that training rounded to. Code from other projects decodes the exports."""
+"""Every export target holds the rounded weights that training used. Code from other projects decodes the exports."""
 
 import importlib
 import json
@@ -30,7 +30,7 @@ ORIGINAL_KEYS = {
     *("swiglu_limit", "head_dim", "num_attention_heads", "num_key_value_heads", "sliding_window"),
     *("initial_context_length", "rope_theta", "rope_scaling_factor", "rope_ntk_alpha", "rope_ntk_beta"),
 }
-"""Fields of the class ModelConfig in gpt-oss 0.0.9, which takes the keys of config.json as arguments."""
+"""The fields of ModelConfig in gpt-oss 0.0.9. This class takes the keys of config.json as arguments."""
 
 Tensors = dict[str, Tensor]
 
@@ -188,7 +188,7 @@ def problems_of(report: dict) -> list[str]:
 
 
 def dequantize_experts(tensors: Tensors, name: str) -> Tensor:
-    """Decode experts with ModelOpt one by one, because it takes one tensor scale. Return them as (E, in, out)."""
+    """Decode experts one by one, because ModelOpt's decoder takes only one tensor scale. Return (E, in, out)."""
     packed = tensors[name].transpose(1, 2)
     scales = tensors[f"{name}_weight_scale"].transpose(1, 2)
     experts = []

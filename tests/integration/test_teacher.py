@@ -38,4 +38,4 @@ def test_a_weight_above_one_and_a_router_loss_with_distillation_are_refused(
     assert run_program("stage=qat", "recipe=smoke", f"run_dir={tmp_path}", *settings) == 2
     error = capsys.readouterr().err
     assert "qat.distillation.weight=1.5: must be from 0 to 1." in error
-    assert "qat.router_aux_loss_coef=0.01: not with qat.distillation.weight" in error
+    assert "qat.router_aux_loss_coef=0.01: cannot be combined with qat.distillation.weight" in error

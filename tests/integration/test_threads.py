@@ -1,4 +1,7 @@
-"""While the main process works alone, it uses all cores. While all processes work, each uses its launcher's share."""
+"""While the main process works alone, it uses all cores.
+
+While all processes work, each uses the number of threads that the launcher has set.
+"""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Untouched weights keep the source's bytes, and the export's figures about changed weights are exact."""
+"""Untouched weights keep the source's bytes. The export reports exact figures about changed weights."""
 
 import json
 import math
@@ -174,7 +174,7 @@ def test_one_flipped_byte_in_an_untouched_tensor_is_found_and_named(part: str, l
 
 
 def test_experts_that_no_token_reached_are_proven_too(tmp_path: Path) -> None:
-    """Merging an adapter that is still zero turns -0 into 0. The export must have zeros of the same sign."""
+    """When an adapter with a delta of zero is merged, -0 becomes 0. The export must have zeros of the same sign."""
     few = ("model.tiny.num_local_experts=32", "model.tiny.num_experts_per_tok=1", "sft.max_steps=2", "sft.batch_size=1")
     run_stages(("upcast", "sft", "export", "verify"), tmp_path, *LORA, *few, "sft.warmup_ratio=0")
     sft, base = Weights(references.of_artifact(artifacts.load(tmp_path / "sft"))), Checkpoint(tmp_path / "upcast")

@@ -1,4 +1,6 @@
-"""DeepSpeed's ZeRO has the losses and weights of one process, also if it resumes with more processes.
+"""Training with DeepSpeed's ZeRO has the same losses as one process, even if more processes resume it.
+
+The saved weights have the validation loss that training reported.
 
 Each launch does many runs, because imports take longer than training.
 """
@@ -57,7 +59,7 @@ def test_resumed_training_has_the_losses_of_one_process(case: Case, one: Runs, s
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_only_zero3_shards_parameters_of_model_and_teacher(case: Case, shared: Runs) -> None:
-    """With LoRA the teacher is no second model."""
+    """With LoRA, the teacher is the student's base. There is no second model."""
     outcome = shared.outcomes[case.name]
     assert outcome["processes"] == (3 if case in MOVED else 2)
     expected = 1 / outcome["processes"] if case.sharding == "zero3" else 1

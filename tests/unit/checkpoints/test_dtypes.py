@@ -1,4 +1,4 @@
-"""The table of types against torch and safetensors."""
+"""The table of types agrees with torch and safetensors."""
 
 import subprocess
 import sys

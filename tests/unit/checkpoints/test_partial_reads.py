@@ -1,4 +1,4 @@
-"""Reads of rows, malicious headers, and files that shrink while they are open."""
+"""Rows are read correctly. A malicious header is an error, and so is a file that shrinks while it is open."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def replace(directory: Path, name: str, change: Callable[[Tensor], Any]) -> None
 
 
 def save_plain(tiny: Path, directory: Path, dtype: torch.dtype) -> Path:
-    """Save the tiny checkpoint in the plain layout and another type, as a single file."""
+    """Save the tiny checkpoint in the plain layout, as a single file. Its tensors have the type `dtype`."""
     directory.mkdir()
     source = Checkpoint(tiny)
     save_file({name: source.read_plain(name).to(dtype) for name in plain_tensors(source.shape)}, directory / SINGLE)
@@ -348,7 +348,7 @@ def test_the_error_names_a_tensor_that_is_in_the_header_twice(copy: Path) -> Non
 
 
 def test_the_same_header_in_another_spelling_is_accepted(copy: Path) -> None:
-    """A header that is only rewritten must be accepted.
+    """A header must be accepted if it has the same content in another form.
 
     Otherwise the tests of malicious headers would prove nothing.
     """

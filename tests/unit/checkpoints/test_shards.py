@@ -46,7 +46,7 @@ def step_of(part: Part) -> Step:
 
 
 def in_parts(tensors: dict[str, Tensor], rows: int, note: Callable[[], Any] = lambda: None) -> Piece:
-    """Return a piece that makes `rows` rows of a tensor per step."""
+    """Return a piece that makes its tensors in steps of `rows` rows."""
     parts = [(name, part) for name, tensor in tensors.items() for part in tensor.split(rows)]
     return Piece(infos_of(tensors), lambda: map(step_of, parts), note)
 
@@ -94,7 +94,7 @@ STACK_BYTES = 6 * 10
 
 @pytest.fixture
 def stacks() -> dict[str, Tensor]:
-    """Tensors of which each fills one shard if the limit is STACK_BYTES."""
+    """Tensors of STACK_BYTES bytes. If this is the limit, each tensor fills one shard."""
     torch.manual_seed(1)
     return {name: random_bytes(6, 10) for name in STACKS}
 
@@ -508,7 +508,10 @@ def test_the_error_of_a_full_disk_says_what_to_do(
 def test_a_full_disk_at_fsync_gives_the_same_error(
     sync_bytes: int, tmp_path: Path, stacks: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NFS, and file systems with delayed allocation, report a full disk only at fsync, within a file or at its end."""
+    """Some file systems report a full disk only at fsync: NFS, and file systems with delayed allocation.
+
+    With the small `sync_bytes`, fsync is called within a file. With the large value, it is called only at the end.
+    """
     monkeypatch.setattr(direct_io, "_SYNC_BYTES", sync_bytes)
     monkeypatch.setattr(direct_io, "_BUFFER_BYTES", 16)
     monkeypatch.setattr(direct_io, "_DIRECT", 0)

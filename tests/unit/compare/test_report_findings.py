@@ -1,4 +1,4 @@
-"""The sentences of a report on handmade runs. The results of each run determine which sentences are right."""
+"""A report contains the right sentences. The tests make runs whose results determine which sentences are right."""
 
 from pathlib import Path
 

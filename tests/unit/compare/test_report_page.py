@@ -147,7 +147,7 @@ def test_the_loss_of_the_original_does_not_compress_the_plot(tmp_path: Path) -> 
     figures = {model: {"validation_loss": loss, "weight_bytes": 9.0} for model, loss in losses.items()}
     found = content.collect(runs.find([str(evaluated.run(tmp_path / "run", figures=figures))]), 0).charts[0]
     assert [series.name for series in found.series] == ["sft", "qat"]
-    assert "better in one of the two): upcast." in found.description
+    assert "Dominated: upcast." in found.description
     assert "Outside the plot: upcast, 7.0000." in found.description
 
 

@@ -1,4 +1,4 @@
-"""Rows and tables: roles and sizes of models, dominated models, and figures without an entry in the table."""
+"""Rows and tables of a report: the role and size of each model, dominated models, and unknown figures."""
 
 import random
 from pathlib import Path

@@ -50,7 +50,7 @@ def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
         f" run_dir={tmp_path}/half, with the run's recipe",
         f"{tmp_path}/notes: not the directory of a run, because no stage in it is complete. Give a run_dir.",
         f"'{tmp_path}/nothing/*': no directory matches. Give run directories, or patterns of them.",
-        f"{run} is named twice, by '{run}' and by '{run}/evaluate'. Leave one out.",
+        f"{run} is named twice: by '{run}' and by '{run}/evaluate'. Leave one out.",
     ]
 
 
@@ -65,12 +65,12 @@ def test_a_stage_that_was_rebuilt_after_its_evaluation_is_named(tmp_path: Path) 
     [
         (
             {"data": "others"},
-            "the evaluation data, chats.jsonl, fingerprint rows and chats.jsonl, fingerprint others.",
+            "the evaluation data: chats.jsonl, fingerprint rows and chats.jsonl, fingerprint others.",
         ),
-        ({"settings": {"data.seed": 7}}, "data.seed, data.seed=42 and data.seed=7."),
+        ({"settings": {"data.seed": 7}}, "data.seed: data.seed=42 and data.seed=7."),
         (
             {"settings": {"data.max_samples": 80}},
-            "data.max_samples, data.max_samples=None and data.max_samples=80.",
+            "data.max_samples: data.max_samples=None and data.max_samples=80.",
         ),
     ],
 )
@@ -80,7 +80,7 @@ def test_figures_on_different_data_are_not_mixed(tmp_path: Path, facts: dict, pa
     other = {**facts, "settings": {**usual, **facts.get("settings", {})}}
     second = evaluated.run(tmp_path / "b", figures=LOSS, **other)
     message = str(refused(first, second))
-    assert message.startswith(f"compare.runs: {first} and {second} cannot be compared: they differ in {part}")
+    assert message.startswith(f"compare.runs: {first} and {second} cannot be compared. They differ in {part}")
     assert "Evaluate both under the same conditions" in message
 
 
@@ -88,7 +88,7 @@ def test_answers_to_different_prompts_are_not_mixed(tmp_path: Path) -> None:
     first, second = (evaluated.run(tmp_path / name, {"sft": [True]}) for name in ("a", "b"))
     path = second / "evaluate" / "artifact.json"
     path.write_text(path.read_text().replace('"evaluate.prompts": "prompts"', '"evaluate.prompts": "others"'))
-    assert "they differ in the prompts, fingerprint prompts and fingerprint others." in str(refused(first, second))
+    assert "They differ in the prompts: fingerprint prompts and fingerprint others." in str(refused(first, second))
 
 
 def test_revisions_of_the_base_model_are_not_mixed(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_revisions_of_the_base_model_are_not_mixed(tmp_path: Path) -> None:
         for name in ("a", "b")
     )
     names = [f"openai/gpt-oss-20b at revision {name}" for name in ("a", "b")]
-    assert f"they differ in the base model, {' and '.join(names)}." in str(refused(first, second))
+    assert f"They differ in the base model: {' and '.join(names)}." in str(refused(first, second))
 
 
 def test_the_same_base_model_may_have_several_paths(tmp_path: Path) -> None:
@@ -108,14 +108,14 @@ def test_the_same_base_model_may_have_several_paths(tmp_path: Path) -> None:
     )
     assert len(runs.find([str(first), str(second)])) == 2
     evaluated.record(second / "upcast", parents={"source": "another"})
-    assert "they differ in the base model, /a (base) and /b (another)." in str(refused(first, second))
+    assert "They differ in the base model: /a (base) and /b (another)." in str(refused(first, second))
 
 
 def test_tokenizers_are_not_mixed(tmp_path: Path) -> None:
     first, second = (evaluated.run(tmp_path / name, figures=LOSS) for name in ("a", "b"))
     for run in (first, second):
         (run / "sft" / "tokenizer.json").write_text(json.dumps({"of": run.name}))
-    assert "they differ in the tokenizer, fingerprint " in str(refused(first, second))
+    assert "They differ in the tokenizer: fingerprint " in str(refused(first, second))
 
 
 def test_a_setting_that_only_one_run_has_is_no_difference(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def resolved(*overrides: str) -> PipelineConfig:
 
 
 def found_on(*arguments: str) -> str:
-    """Return the mistake that is found in a command line before composition. There must be exactly one mistake."""
+    """Return the only mistake in a command line. This check runs before the configuration is composed."""
     (problem,) = command_line.problems(list(arguments), program.CONF_DIR, program.RECIPES_DIR)
     return problem
 

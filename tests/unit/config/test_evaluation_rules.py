@@ -52,7 +52,7 @@ def test_a_value_out_of_range_is_refused_with_its_key(key: str, value: Any, mean
 
 def test_several_samples_with_greedy_decoding_are_refused() -> None:
     (problem,) = broken(generation__samples=3)
-    assert problem.startswith("evaluate.generation.samples=3: with evaluate.generation.temperature=0")
+    assert problem.startswith("evaluate.generation.samples=3: all answers to a prompt are the same")
     assert broken(generation__samples=3, generation__temperature=0.6) == []
 
 
@@ -124,7 +124,7 @@ def test_the_group_eval_sets_generation_and_prompts(capsys: pytest.CaptureFixtur
 
 def test_a_judge_needs_answers_and_an_address() -> None:
     (problem,) = broken(judge__url=URL)
-    assert problem.startswith(f"evaluate.judge.url={URL}: with evaluate.generate=false there are no answers to judge")
+    assert problem.startswith(f"evaluate.judge.url={URL}: there are no answers to judge, because evaluate.generate")
     assert broken(judge__url=URL, generate=True) == []
     assert broken(judge__url="localhost", generate=True) == [
         "evaluate.judge.url='localhost': must be like http://localhost:8000/v1."

@@ -69,8 +69,8 @@ def test_stochastic_rounding_needs_bf16_weights_and_a_supporting_optimizer() -> 
     right = {"sft__precision": Precision.bf16, "sft__optimizer": "adamw_torch_8bit", "sft__stochastic_rounding": True}
     assert broken(**right) == []
     assert broken(sft__stochastic_rounding=True) == [
-        "sft.stochastic_rounding=true: applies only to training of BF16 weights. There are none with"
-        " sft.method=full and sft.precision=mixed_bf16. Set it to false.",
+        "sft.stochastic_rounding=true: applies only to training of BF16 weights. No BF16 weights are trained"
+        " if sft.method=full and sft.precision=mixed_bf16. Set it to false.",
         "sft.stochastic_rounding=true: sft.optimizer=adamw_torch_fused does not support it. Use one of"
         " adamw_torch_8bit, adamw_torch_4bit, which need pip install 'gpt-oss-qat[torchao]'.",
     ]
@@ -89,8 +89,8 @@ def test_a_kernel_that_skips_quantizers_of_the_format_is_refused_for_qat() -> No
     assert broken(qat__experts_implementation=ExpertsImplementation.grouped_mm) == []
     assert broken(**w4a4, sft__experts_implementation=ExpertsImplementation.grouped_mm) == []
     assert broken(**w4a4, qat__experts_implementation=ExpertsImplementation.grouped_mm) == [
-        "qat.experts_implementation=grouped_mm: skips the quantizers of down_proj's inputs, which"
-        " format=nvfp4_w4a4 has. Use one of auto, eager, batched_mm."
+        "qat.experts_implementation=grouped_mm: skips the input quantizers of down_proj."
+        " format=nvfp4_w4a4 needs them. Use one of auto, eager, batched_mm."
     ]
 
 
@@ -117,7 +117,7 @@ def test_lora_under_autocast_is_refused() -> None:
 def test_keeping_the_best_weights_needs_a_checkpoint_of_every_evaluation() -> None:
     assert broken(qat__save_steps=50, qat__eval_steps=25, qat__keep_best=False) == []
     (problem,) = broken(qat__save_steps=50, qat__eval_steps=25)
-    assert problem.startswith("qat.save_steps=50, qat.eval_steps=25: must be equal with qat.keep_best=true")
+    assert problem.startswith("qat.save_steps=50, qat.eval_steps=25: must be equal, because qat.keep_best=true")
 
 
 def test_early_stopping_without_the_best_weights_is_refused() -> None:

@@ -93,7 +93,7 @@ def job(tmp_path: Path, stage: Stage = Stage.qat, **facts: object) -> Run:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A run with models up to qat, made with the default settings of `job`."""
+    """A run with all models up to qat. It has the default settings of `job`."""
     for name, keys in SETTINGS.items():
         settings = job(tmp_path).settings(keys)
         record(tmp_path / "base" / name, settings=settings, parents=PARENTS[name])

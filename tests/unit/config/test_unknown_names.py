@@ -90,7 +90,7 @@ def test_no_recipe_is_a_choice_too(seen: list[PipelineConfig]) -> None:
 
 def test_train_without_a_stage_is_refused_with_the_two_ways() -> None:
     message = one_line(found_on("train=lora"))
-    assert message == "train: say for which stage: train@sft=lora or train@qat=lora."
+    assert message == "train: does not name a stage. Use train@sft=lora or train@qat=lora."
 
 
 def test_an_unknown_stage_is_refused_with_all_stages() -> None:

@@ -1,4 +1,4 @@
-"""Values of the wrong type and missing values are refused, all of them together."""
+"""Values of the wrong type and missing values are refused. One message lists all of them."""
 
 import pytest
 

@@ -88,7 +88,7 @@ def test_fewer_rows_than_max_samples_are_all_used_and_reported(
 @pytest.mark.parametrize(("fraction", "what"), [(0.04, "validate on"), (0.96, "train on")])
 def test_a_split_that_leaves_nothing_is_refused(fraction: float, what: str, tokenizer: Any, tmp_path: Path) -> None:
     message = prepare_error(tokenizer, jsonl(tmp_path / "a.jsonl", numbered_rows(10)), validation_fraction=fraction)
-    assert message.startswith(f"data.validation_fraction={fraction} of 10 rows leaves none to {what}.")
+    assert message.startswith(f"data.validation_fraction={fraction} with 10 rows: no row is left to {what}.")
 
 
 def test_supervise_last_turn_gives_one_example_for_each_conversation(tokenizer: Any, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_reasoning_effort_and_date_of_the_data_set_are_in_every_prompt(tokenizer
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Count how often rows are parsed and turns rendered."""
+    """Count the calls that parse a row, and the calls that render its turns."""
     counted: Counter[str] = Counter()
 
     def count(module: Any, name: str) -> None:

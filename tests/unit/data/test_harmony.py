@@ -1,4 +1,4 @@
-"""Conversations against gpt-oss' own chat template: prompts, supervised tokens, and refused rows."""
+"""Prompts and supervised tokens agree with gpt-oss' own chat template. Invalid rows are refused."""
 
 import copy
 import datetime

@@ -1,4 +1,4 @@
-"""Language identification: sentences of several languages, mixtures, and texts without language."""
+"""Languages of texts: one language, a mixture of two languages, or undecided if there are too few words."""
 
 import pytest
 

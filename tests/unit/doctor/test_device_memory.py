@@ -1,4 +1,4 @@
-"""The memory of each GPU, for a model that is too small to be measured."""
+"""If a model is too small to be measured, the memory of each GPU is estimated."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""The computed needs of a run against the memory that transformers, PEFT and torch allocate for a tiny model."""
+"""The computed needs of a run agree with the memory that transformers, PEFT and torch take for a tiny model."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""Requests to a real local server with OpenAI's API that answers correctly, late, wrongly or not at all."""
+"""Requests to a real local server with OpenAI's API. It answers correctly, late, wrongly or not at all."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Prompts: the chosen rows, where they end, and the properties that scorers expect."""
+"""Prompts: which rows they come from, where they end, and which properties a right answer has."""
 
 import json
 from dataclasses import replace

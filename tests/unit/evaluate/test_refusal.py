@@ -1,4 +1,7 @@
-"""Refusals by patterns: refusals in each language, answers that resemble them, and the verdicts on prompts."""
+"""Patterns find refusals in each language, but not answers that only resemble a refusal.
+
+A refusal is right if the prompt is unsafe, and wrong if it is safe.
+"""
 
 import pytest
 from answers import transcript

@@ -22,7 +22,7 @@ from pipeline.evaluate.statistics import (
 
 
 def outcomes(both: int, wins: int, losses: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
-    """Make the outcomes of a model and of a reference: whether each passed each prompt.
+    """Make the outcomes of a model and of a reference: for each prompt, whether it was passed.
 
     Args:
         both: number of prompts that both passed.
@@ -100,7 +100,8 @@ def test_the_interval_is_not_empty_if_models_never_differ() -> None:
 
 
 def test_holm_gives_the_published_example() -> None:
-    # The products are 0.01 * 4, 0.02 * 3, 0.03 * 2 and 0.04 * 1. A product below an earlier one is raised to it.
+    # The products are 0.01 * 4, 0.02 * 3, 0.03 * 2 and 0.04 * 1. If a product is smaller than the one before it, it is
+    # replaced by the one before it.
     assert holm(np.array([0.02, 0.01, 0.04, 0.03])) == pytest.approx([0.06, 0.04, 0.06, 0.06])
 
 
@@ -125,7 +126,10 @@ def test_holm_stays_below_one_and_accepts_no_tests() -> None:
     ],
 )
 def test_a_significant_difference_needs_at_least_six_prompts_of_one_kind(wins: int, losses: int, said: str) -> None:
-    """If one model wins all n prompts on which both differ, p = 2 / 2^n: 0.031 for n = 6, and 0.0625 for n = 5."""
+    """If one model wins all n prompts on which the two models differ, p = 2 / 2^n.
+
+    For n = 6, p is 0.031. For n = 5, p is 0.0625.
+    """
     assert statistics.verdict(*outcomes(94 - losses, wins, losses, 6 - wins)) == said
 
 

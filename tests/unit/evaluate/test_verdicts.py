@@ -1,4 +1,4 @@
-"""Rates from verdicts, omitted verdicts, and pairs of models."""
+"""Verdicts give rates and comparisons of two models. Undecided verdicts are omitted."""
 
 import pytest
 

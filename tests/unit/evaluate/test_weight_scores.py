@@ -1,4 +1,4 @@
-"""Relative errors of expert weights, and the share of flipped codes, against sums by hand on a small model."""
+"""The relative errors of expert weights and the share of flipped codes agree with sums by hand on a small model."""
 
 import math
 from dataclasses import dataclass, replace

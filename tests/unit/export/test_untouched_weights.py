@@ -1,4 +1,4 @@
-"""Weights that equal the base model's: the bitwise comparison, and how these weights count in the figures."""
+"""Weights are compared with the base model bit by bit. Equal weights count correctly in the export's figures."""
 
 import pytest
 import torch

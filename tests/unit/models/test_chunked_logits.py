@@ -1,4 +1,4 @@
-"""Logits in chunks give the same loss and gradients as all logits at once, without a tensor as large as all logits."""
+"""Logits in chunks give the same loss and gradients as all logits at once. They need no tensor of all logits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,7 +100,7 @@ def test_validation_loss_is_the_mean_of_torchs_cross_entropy() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Records the number of values of the largest floating-point tensor that is made."""
+    """Watches all floating-point tensors that are made. Records how many values the largest one has."""
 
     values = 0
 

@@ -1,4 +1,6 @@
-"""Every kernel for the experts gives the loss and gradients of eager, in every precision, quantized or not.
+"""Every kernel for the experts gives the same loss and gradients as `eager`, with and without quantization.
+
+In BF16, they are as accurate as with `eager`.
 
 Factored adapters give the loss and gradients of PEFT's own forward pass, which adds the delta to the weights.
 """

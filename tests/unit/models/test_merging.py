@@ -1,4 +1,4 @@
-"""Merging adapters some experts at a time gives the same bits as merging the whole stack, and as training."""
+"""Adapters can be merged a few experts at a time. The bits are the same as for the whole stack, and as in training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

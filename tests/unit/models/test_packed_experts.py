@@ -1,4 +1,4 @@
-"""Packed experts compute what transformers' experts with PEFT's adapters and the quantizers compute."""
+"""Packed experts give the same results as transformers' experts with PEFT's adapters and the quantizers."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ FORMATS = [None, MXFP4, NVFP4, NVFP4_W4A4]
 
 
 class Layer(nn.Module):
-    """A layer whose experts have the name that they have in a model."""
+    """A layer in which the experts have the same name as in a whole model."""
 
     def __init__(self, config: GptOssConfig, experts: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Attention with sinks on flash kernels agrees with eager attention. These tests run torch's flash kernel for CPUs."""
+"""Flash kernels with sinks give the same attention as `eager`. These tests run torch's flash kernel for CPUs."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,7 +159,7 @@ def test_only_the_prompt_of_a_dynamic_cache_takes_the_kernel() -> None:
 
 
 def test_a_mask_with_another_condition_than_causality_and_window_is_eagers() -> None:
-    """transformers adds conditions for packed rows, and for callers that ask for further conditions."""
+    """transformers adds a condition for packed rows. A caller can pass another condition."""
     config, embedded = model(attn_implementation=FUSED_SINKS).config, torch.empty(1, 6, 0)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
     masks = create_masks_for_generate(config, embedded, None, None, position_ids=positions)

@@ -72,7 +72,7 @@ def put_in_blocks(values: Tensor) -> Tensor:
 
 
 def wide_range(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Make random values with zeros of both signs. The magnitudes of blocks differ by up to 2^20."""
+    """Make random values with zeros of both signs. The magnitudes of two blocks differ by a factor of up to 2^20."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator).unflatten(-1, (-1, 32))
     values = values * torch.exp2(torch.randint(-14, 7, (*values.shape[:-1], 1), generator=generator).float())
@@ -338,7 +338,10 @@ def test_the_gradient_passes_to_earlier_operations() -> None:
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_every_value_survives_mxfp4_to_plain_to_mxfp4(dtype: torch.dtype) -> None:
-    """Test every scale whose values BF16 can represent, with every largest code. Bytes may change, but not values."""
+    """Bytes may change, but values must not change.
+
+    Test every scale for which BF16 represents all values, and for each scale, every largest code of a block.
+    """
     blocks, scales = random_packed(range(LARGEST_SCALE + 1))
     values = decode(blocks, scales, dtype)
     assert_same_bits(decode(*encode(values, MXFP4), dtype), values)

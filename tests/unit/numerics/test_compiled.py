@@ -88,7 +88,7 @@ def test_each_kernel_counts_its_own_work(doubled: Kernel, calls: Calls, monkeypa
 
 
 def test_small_tensors_are_not_counted(doubled: Kernel, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With small tensors, most of the time goes into calls of operations, which compiling does not make faster."""
+    """With small tensors, calling the operations takes most of the time. Compiling does not make calls faster."""
     monkeypatch.setattr(compiled, "_PAYS_AFTER", LARGE)
     small = torch.ones(LARGE - 1)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""The delta of an adapter has the same bits however it is computed."""
+"""The delta of an adapter always has the same bits: compiled or eager, one expert at a time or all at once."""
 
 import pytest
 import torch

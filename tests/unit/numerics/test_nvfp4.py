@@ -149,9 +149,9 @@ def test_bf16_weights_are_quantized_as_in_modelopt_under_the_same_tensor_scale()
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("units", [(2.0**-12, 2.0**3), (0.0371, 1.7e-5)], ids=["powers_of_two", "others"])
 def test_decoding_equals_modelopts_decoding(dtype: torch.dtype, units: tuple[float, float]) -> None:
-    """Test tensor scales that are powers of two, and others, because other tools use amax / (6 * 448).
+    """Test tensor scales that are powers of two, and tensor scales that are not.
 
-    ModelOpt decodes -0 as 0.
+    Other tools use the tensor scale amax / (6 * 448), which is rarely a power of two. ModelOpt decodes -0 as 0.
     """
     from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 
@@ -207,7 +207,7 @@ def test_zeros_and_values_that_round_to_zero_keep_their_sign(dtype: torch.dtype)
 def test_subnormal_weights_become_zeros_with_their_sign(dtype: torch.dtype) -> None:
     """The tensor scale is at least 2^-110, so that its products with block scales are normal floats.
 
-    Under the tensor scale 2^-110 the smallest product is 2^-119, and values up to a quarter of it become zero.
+    With the tensor scale 2^-110, the smallest product is 2^-119. Values up to a quarter of this product become zero.
     """
     values = torch.tensor([2.0**-130, -(2.0**-127)] * 8, dtype=dtype)
     assert_same_bits(fake_quantize(values, NVFP4), torch.tensor([0.0, -0.0] * 8, dtype=dtype))

@@ -36,8 +36,8 @@ def test_a_ratio_has_the_bits_of_a_division_for_all_normal_powers_with_a_normal_
 def test_reciprocals_are_exact_for_every_tensor_scale(rule: str) -> None:
     """The codec takes the reciprocal of tensor scales.
 
-    A tensor scale depends only on the exponent of the largest magnitude, and on whether its mantissa exceeds 1.3125
-    (1.75 under mse). So these magnitudes give every tensor scale.
+    A tensor scale depends only on the largest magnitude: on its exponent, and on whether its mantissa is above a limit.
+    The limit is 1.3125 (under mse: 1.75). So these magnitudes give every tensor scale.
     """
     magnitudes = torch.cat([powers(range(-149, 128)) * factor for factor in (1.0, 1.3125, 1.5, 1.75, 1.9921875)])
     values = torch.zeros(len(magnitudes), 1, 16)

@@ -1,4 +1,4 @@
-"""`round_stack` rounds a whole stack at once, as GPUs do, with the same bits as the codec gives slab by slab.
+"""`round_stack` rounds a whole stack at once, as on a GPU. The codec rounds slab by slab, and gives the same bits.
 
 Here the function runs eagerly on a CPU. test_compiled_codec.py compiles it for a CPU. test_kernels_for_gpus.py compiles
 it for GPUs, on a machine without a GPU.
@@ -41,7 +41,7 @@ def bits(values: Tensor) -> Tensor:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Let the codec work as on a GPU with a compiler. The returned list collects the stacks that are rounded whole."""
+    """Let the codec work as on a GPU with a compiler. The returned list collects the inputs of `round_stack`."""
     whole: list[Tensor] = []
 
     def run(view: Tensor, *others: object) -> object:

@@ -1,6 +1,6 @@
 """The rules for scales agree with exact fractions, brute force over all candidates, and ml_dtypes.
 
-Legend: u = tensor scale; unit of a scale = value of code 2 (one) under this scale.
+Legend: in comments, the unit of a scale is the largest power of two that does not exceed the scale.
 """
 
 import math
@@ -91,9 +91,9 @@ def nearest_e4m3(exact: Fraction) -> int:
 
 
 def maxima_around_e4m3(dtype: torch.dtype) -> Tensor:
-    """Make maxima of blocks: six times every e4m3 value and midpoint, with the floats next to each product.
+    """Make maxima of blocks: multiply each e4m3 value and each midpoint by six.
 
-    The last maxima are all BF16 values from 2^-13 to 2^13.
+    The two floats next to each product are maxima, too. The last maxima are all BF16 values from 2^-13 to 2^13.
     """
     midpoints = [(a + b) / 2 for a, b in pairwise(E4M3)]
     sixfold = torch.tensor([float(6 * value) for value in (*E4M3[1:], *midpoints)], dtype=dtype)
@@ -282,8 +282,8 @@ def weighted_error(values: np.ndarray, scale: float, weights: np.ndarray) -> tup
     """Compute the squared error of a block under a scale, and the tolerance of this error.
 
     The codec rounds each error to 1/64 of a unit. A unit is the largest power of two that does not exceed the scale.
-    So an error e is off by at most h = unit / 128, and its square by at most 2 e h + h^2. If the importance weights of
-    a block differ, the codec rounds them too: each is then off by at most 2^-15 of the largest one.
+    So an error e is off by at most h = unit / 128. Its square is then off by at most 2 e h + h^2. If the importance
+    weights of a block differ, the codec rounds them too. This changes a weight by at most 2^-15 of the largest weight.
     """
     magnitudes = np.asarray(E2M1_MAGNITUDES) * scale
     errors = np.abs(np.abs(values)[:, None] - magnitudes).min(axis=1)
@@ -295,7 +295,7 @@ def weighted_error(values: np.ndarray, scale: float, weights: np.ndarray) -> tup
 
 
 class Choice(NamedTuple):
-    """Errors of the two candidates and of the chosen scale, and the tolerance for their differences."""
+    """The squared errors of both candidates and of the chosen scale, and the tolerance for comparing them."""
 
     first: float
     second: float
@@ -338,7 +338,7 @@ def test_mse_chooses_the_candidate_with_the_smaller_error(
 
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_mse_is_never_worse_than_a_candidate_by_more_than_the_resolution(dtype: torch.dtype) -> None:
-    """For e8m0, one candidate is ceil's scale. The codec's error of a value is off by at most unit / 128."""
+    """For e8m0, one candidate is ceil's scale. The codec computes the error of a value to within unit / 128."""
     values = random_values((50, 320), dtype)
     blocks = values.double().unflatten(-1, (-1, 32))
 
@@ -381,7 +381,7 @@ def test_importance_belongs_to_the_input_and_may_differ_between_experts() -> Non
 @pytest.mark.parametrize("level", [1.0, 0.3, 1e-30, 3e38, 0.0])
 @pytest.mark.parametrize("block_format", MSE_RULES.values(), ids=MSE_RULES)
 def test_equal_importance_gives_the_unweighted_choice(block_format: BlockFormat, level: float) -> None:
-    """Importance zero for a whole block counts as equal importance."""
+    """If the importance is zero everywhere in a block, all its values count equally."""
     values = random_values((2, 20, 320), torch.bfloat16)
     unit = tensor_scale(values, block_format)
     found = encode(values, block_format, unit, torch.full((320,), level))
@@ -444,7 +444,7 @@ def test_slabs_change_no_bit(block_format: BlockFormat, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 @pytest.mark.parametrize("block_format", RULES.values(), ids=RULES)
 def test_rounding_a_rounded_result_changes_nothing(block_format: BlockFormat, dtype: torch.dtype) -> None:
-    """Only scales with full precision are tested, so no subnormals of e4m3.
+    """Only scales with full precision are tested. Subnormal e4m3 scales are not.
 
     A block gets a subnormal scale if its maximum is below about 2^-14 of the matrix's maximum. The test has no such
     blocks.

@@ -51,7 +51,7 @@ class Steps(StageRecord):
 
 
 class Work:
-    """Writes a payload. Records for each call the files that were already in the directory."""
+    """Writes a payload. At each call, it records which files were already in the directory."""
 
     def __init__(self, payload: dict[str, bytes] = PAYLOAD, error: BaseException | None = None, **result: Any) -> None:
         self.payload = payload

@@ -1,4 +1,4 @@
-"""Free host memory, with the limits that Slurm and containers set."""
+"""The free host memory respects the limits that Slurm and containers set."""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""Lines, metrics and tables on disk and in the tracking service, and a service that is missing or fails."""
+"""Messages, metrics and tables go to the console, to disk and to the tracking service.
+
+The service may be missing, or it may fail.
+"""
 
 import json
 import os

@@ -30,9 +30,9 @@ def repeat_heads(module: nn.Module, states: Tensor) -> Tensor:
 def online(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: object
 ) -> tuple[Tensor, None]:
-    """Compute attention correctly, but in another way than eager.
+    """Compute attention correctly, but by other steps than `eager`.
 
-    The softmax leaves out the sink, which then rescales the result, as in fused kernels.
+    As in fused kernels, the softmax leaves out the sink. The result is then rescaled to account for the sink.
     """
     scores = query @ repeat_heads(module, key).transpose(2, 3) * scaling + mask
     log_sum = scores.logsumexp(-1, keepdim=True)
@@ -50,7 +50,7 @@ def without_sinks(
 def without_the_sinks_gradient(
     module: nn.Module, *tensors: Tensor, **arguments: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute correct outputs, but no gradient of the sinks, as reported for some fused kernels."""
+    """Compute correct outputs, but no gradient of the sinks. Some fused kernels are reported to have this error."""
     blind = SimpleNamespace(
         sinks=module.sinks.detach(), num_key_value_groups=module.num_key_value_groups, training=module.training
     )
@@ -72,7 +72,7 @@ def with_half_the_key_gradient(
 
 
 def register(function: Attention) -> None:
-    """Register a function in transformers as NAME, with the masks of eager."""
+    """Register a function in transformers under the name NAME. It gets the same masks as `eager`."""
     AttentionInterface.register(NAME, function)
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 
@@ -117,7 +117,7 @@ def test_a_wrong_kernel_is_refused_in_the_finest_and_in_the_coarsest_precision(
     message = refusal(NAME, precision)
     assert tensor in message and "differs from eager by" in message
     if precision is Precision.fp32:
-        assert f"{count} of 9 tensors are off" in message
+        assert f"{count} of 9 tensors differ too much" in message
 
 
 def test_a_kernel_that_gives_nan_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""The distillation loss against torch's own losses, and its gradient."""
+"""The distillation loss agrees with torch's own losses, and its gradient is right."""
 
 import math
 

@@ -60,7 +60,10 @@ def adapt(model: Any, lora: LoraConfig, seed: int) -> Any:
 
 
 def make_sft(base: Path, directory: Path, lora: LoraConfig | None, dtype: torch.dtype) -> ModelRef:
-    """Make an SFT model: the base with random adapters, or, if `lora` is None, the base itself, as if fully trained."""
+    """Make an SFT model: the base with random adapters.
+
+    If `lora` is None, it is the base alone, which stands for a fully trained model.
+    """
     if lora is None:
         return ModelRef("sft", base, base, dtype=dtype)
     adapt(loading.load_plain(base, dtype), lora, seed=4).save_pretrained(str(directory))
