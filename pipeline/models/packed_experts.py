@@ -72,7 +72,11 @@ class PackedExperts(nn.Module):
 
     def decode(self, name: str, experts: slice | Tensor) -> Tensor:
         """Decode some experts' weights of a projection, (g, in, out)."""
-        return self.decode_packed(name, getattr(self, name)[experts], self.scales(name)[experts])
+        return self.decode_packed(name, *self.packed(name, experts))
+
+    def packed(self, name: str, experts: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Return the blocks (g, out, in / 32, 16) and the scales (g, out, in / 32) of some experts of a projection."""
+        return getattr(self, name)[experts], self.scales(name)[experts]
 
     def decode_packed(self, name: str, blocks: Tensor, scales: Tensor) -> Tensor:
         """Decode blocks (g, out, in / 32, 16) and scales (g, out, in / 32) of a projection, to (g, in, out)."""

@@ -44,7 +44,7 @@ class QuantizedPackedExperts(PackedExperts):
         if not self.rounds(name) or (state.is_rounded and factors is None):
             return self.decode(name, experts)
         if state.cache is None or not isinstance(experts, slice):
-            return self._round(name, self._merge(name, experts, factors))
+            return self._round(name, experts, factors)
         key = (quantizer, experts.start, factors is None)
         count = len(range(self.num_experts)[experts])
         kept = state.cache.packed(
@@ -53,7 +53,7 @@ class QuantizedPackedExperts(PackedExperts):
             lambda: quantizer_backend.pack(self._merge(name, experts, factors), quantizer),
         )
         if kept is None:
-            return self._round(name, self._merge(name, experts, factors))
+            return self._round(name, experts, factors)
         result = self.new_weights(name, count)
         decode(kept.blocks, kept.scales, self.dtype, kept.tensor_scale, out=result.transpose(1, 2))
         return result
@@ -62,8 +62,12 @@ class QuantizedPackedExperts(PackedExperts):
         base = self.decode(name, experts)
         return base if factors is None else factors.merge(base, experts)
 
-    def _round(self, name: str, weights: Tensor) -> Tensor:
-        return quantizer_backend.round_values(weights.transpose(1, 2), self._quantizer(name)).transpose(1, 2)
+    def _round(self, name: str, experts: slice | Tensor, factors: Factors | None) -> Tensor:
+        quantizer = self._quantizer(name)
+        if factors is None:
+            weights = self.decode(name, experts).transpose(1, 2)
+            return quantizer_backend.round_values(weights, quantizer).transpose(1, 2)
+        return quantizer_backend.round_packed(self.packed(name, experts), factors, experts, quantizer, self.dtype)
 
     def quantize_inputs(self, name: str, rows: Tensor) -> Tensor:
         """Quantize the inputs of a projection, if their quantizer is enabled."""

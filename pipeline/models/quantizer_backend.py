@@ -10,7 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from pipeline.models.expert_products import Factors
 from pipeline.models.rounded_weights import NonFinite, PackedWeights, RoundedWeights
+from pipeline.numerics import packed_rounding
 from pipeline.numerics.codec import encode, fake_quantize, tensor_scale
 from pipeline.numerics.formats import FORMATS, BlockFormat
 from pipeline.numerics.scales import INPUT_RULE, tensor_scale_for_amax
@@ -63,8 +65,33 @@ def round_values(inputs: Tensor, quantizer: Quantizer, dtype: torch.dtype | None
     scale = None if amax is None else tensor_scale_for_amax(amax.float(), INPUT_RULE)
     if state.importance is not None:
         state.importance = state.importance.to(inputs.device)  # copied to a GPU only once
-    is_bad = None if state.non_finite is None else state.non_finite.flag(inputs.device)
+    is_bad = _flag(quantizer, inputs)
     return fake_quantize(inputs, block_format, scale, state.importance, dtype=dtype, is_bad=is_bad)
+
+
+def round_packed(
+    packed: tuple[Tensor, Tensor], factors: Factors, experts: slice | Tensor, quantizer: Quantizer, dtype: torch.dtype
+) -> Tensor:
+    """Round base + delta of some experts, (g, in, out).
+
+    Args:
+        packed: blocks (g, out, nb, 16) and scales (g, out, nb) of the base.
+        factors: factors of the adapters of all experts.
+        experts: the experts.
+        quantizer: the quantizer of the weights.
+        dtype: type of the result.
+    """
+    importance = state_of(quantizer).importance
+    importance = None if importance is None else importance.to(packed[0].device)
+    chosen = factors.a[experts], factors.b[experts], factors.scaling
+    is_bad = _flag(quantizer, packed[0])
+    return packed_rounding.round_packed(packed, chosen, format_of(quantizer), importance, dtype=dtype, is_bad=is_bad)
+
+
+def _flag(quantizer: Quantizer, values: Tensor) -> Tensor | None:
+    """Return the flag that the codec sets on the device of `values`, or None if the codec raises an error instead."""
+    non_finite = state_of(quantizer).non_finite
+    return None if non_finite is None else non_finite.flag(values.device)
 
 
 def format_of(quantizer: Quantizer) -> BlockFormat:
@@ -79,7 +106,8 @@ def pack(weights: Tensor, quantizer: Quantizer) -> PackedWeights:
     unit = tensor_scale(values, block_format)
     importance = state_of(quantizer).importance
     importance = None if importance is None else importance.to(values.device)
-    return PackedWeights(*encode(values, block_format, unit, importance), unit)
+    is_bad = _flag(quantizer, values)
+    return PackedWeights(*encode(values, block_format, unit, importance, is_bad=is_bad), unit)
 
 
 def packed_bytes(values: int, quantizer: Quantizer) -> int:

@@ -38,6 +38,7 @@ from torch import Tensor
 from pipeline.numerics import kernels, rounding, scales, slabs
 from pipeline.numerics.formats import BlockFormat, ScaleType
 from pipeline.numerics.scales import Divisor
+from pipeline.numerics.stacks import decode_stack, round_stack
 
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 _WORD = torch.int64
@@ -59,6 +60,7 @@ def encode(
     *,
     rounded: Tensor | None = None,
     saturated: Tensor | None = None,
+    is_bad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantize values to codes and scales, and pack the codes.
 
@@ -70,16 +72,18 @@ def encode(
             channels are equally important.
         rounded: output for the decoded result, or None. It has the shape and type of `values`, and any strides.
         saturated: output (..., nb) bool, contiguous, or None. A block is True if a magnitude exceeds 6 * scale.
+        is_bad: flag, () bool on the device of `values`, or None. It is set if a value is NaN or Inf, or if an
+            importance is negative or NaN. No error is raised then, so the CPU does not wait for the GPU.
 
     Returns:
         blocks: (..., nb, block_size / 2) uint8, two codes a byte, the even element in the low nibble; contiguous.
         scales: (..., nb) uint8 (e8m0) or float8_e4m3fn; contiguous.
 
     Raises:
-        CodecError: the block size does not divide `in`, or a block has NaN or Inf.
+        CodecError: the block size does not divide `in`, or a block has NaN or Inf and there is no flag `is_bad`.
         TypeError: `values` has another dtype. (float16 cannot hold the result; float64 would be rounded twice.)
     """
-    work = _Rounding(values, block_format, _unit(tensor_scale, block_format), importance)
+    work = _Rounding(values, block_format, _unit(tensor_scale, block_format), importance, is_bad)
     count, nb, size, lanes = work.view.shape
     blocks = torch.empty((count, lanes, nb, size // 2), dtype=torch.uint8, device=values.device)
     near = None if rounded is None else slabs.as_blocks(slabs.view_as_matrices(rounded), size)
@@ -122,6 +126,11 @@ def decode(
     count, _, _, lanes = view.shape
     lanes_first = blocks.reshape(count, lanes, nb, half), scales_.reshape(count, lanes, nb)
     unit = _flat(tensor_scale)
+    if target.device.type not in slabs.ONLY_SLABS and target.numel():
+        codes, stored = lanes_first
+        numbers = stored if stored.dtype == torch.uint8 else stored.float()  # Triton has no float8_e4m3fn for sm_80
+        if decode_stack.run_compiled(codes, numbers, unit, view) is not None:
+            return target
     for slab in slabs.split(view):
         experts, rows, columns = slab
         codes, stored = (part[experts, columns, rows] for part in lanes_first)
@@ -154,7 +163,7 @@ def fake_quantize(
     """Round values as `decode(encode(values))` does. The result has the memory order of `values`.
 
     The gradient passes straight through. Arguments and errors are the same as in `encode`, except that a missing
-    tensor scale is computed from the values. `encode` has neither `dtype` nor `is_bad`.
+    tensor scale is computed from the values. `encode` has no `dtype`.
 
     Args:
         values: see `encode`.
@@ -163,8 +172,7 @@ def fake_quantize(
         importance: see `encode`.
         dtype: type of the result, float32 or bfloat16. Both hold every value of the formats. None means the type of
             `values`.
-        is_bad: flag, () bool on the device of `values`, or None. It is set if a value is NaN or Inf, or if an
-            importance is negative or NaN. No error is raised then, so the CPU does not wait for the GPU.
+        is_bad: see `encode`.
     """
     return straight_through(values, _round(values, block_format, tensor_scale, importance, dtype, is_bad))
 
@@ -273,15 +281,22 @@ def _round_whole(
     view = _view(values, block_format)
     weights = _weights(importance, view, is_bad)
     arguments = (block_format.scale_type, block_format.scale_rule, _flat(given), weights, dtype)
-    found = rounding.round_stack.run_compiled(view, *arguments)
+    found = round_stack.run_compiled(view, *arguments)
     if found is None:
         return None
     rounded, is_bad_here = found
-    if is_bad is not None:
-        is_bad.logical_or_(is_bad_here)
-    elif bool(is_bad_here):
-        return None
-    return rounded.permute(0, 3, 1, 2).reshape(values.shape)
+    return rounded.permute(0, 3, 1, 2).reshape(values.shape) if note_bad(is_bad_here, is_bad) else None
+
+
+def note_bad(found: Tensor, flag: Tensor | None) -> bool:
+    """Add `found`, () bool, to the flag if there is one. Return whether the rounded values can be used.
+
+    They can always be used if there is a flag. Without one, this function reads `found`.
+    """
+    if flag is None:
+        return not bool(found)
+    flag.logical_or_(found)
+    return True
 
 
 class _Rounding:

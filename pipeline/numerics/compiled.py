@@ -24,7 +24,7 @@ _PAYS_AFTER = 1 << 27  # values; converting them eagerly takes about 4 s on two 
 _PAYS_AT_ONCE = 1 << 29  # values of a job; converting them eagerly takes longer than compiling all kernels (warm cache)
 _MOST_VARIANTS = 64  # combinations of shape, type and rule; beyond the limit (default: 8), torch silently runs eagerly
 _WORTH_COUNTING = 1 << 16  # values; for smaller tensors, most time goes into the call, which compiling does not shorten
-_OPTIONS: dict[str, dict[str, bool]] = {
+_OPTIONS: dict[str, dict[str, bool | int]] = {
     # Trust the instruction sets that the processor reports. torch 2.13 would test each one, which takes 2 s per run.
     # Round to BF16 wherever a function does so, even between fused operations.
     "cpu": {"cpp.vec_isa_ok": True, "emulate_precision_casts": True},
@@ -36,6 +36,8 @@ _OPTIONS: dict[str, dict[str, bool]] = {
     },
 }
 """Options of torch.compile for each type of device."""
+_RECOMPUTES = {f"realize_{limit}_threshold": 1 << 40 for limit in ("opcount", "reads", "acc_reads", "acc_reads_size")}
+"""Options for GPUs under which inductor computes a value again in each launch that needs it, and never stores it."""
 
 Result = TypeVar("Result")
 
@@ -75,13 +77,16 @@ class Kernel(Generic[Result]):
     A kernel that another kernel calls is compiled as a part of the caller.
     """
 
-    def __init__(self, function: Callable[..., Result]) -> None:
-        """Wrap a function. Its first argument must be a tensor.
+    def __init__(self, function: Callable[..., Result], *, recomputes: bool = False) -> None:
+        """Wrap a function.
 
-        The size and device of this tensor decide whether the function is compiled.
+        Args:
+            function: the function. Its first argument is a tensor, whose size and device decide about compilation.
+            recomputes: whether the compiled code stores no values between its launches on a GPU.
         """
         functools.update_wrapper(self, function)
         self._function = function
+        self._recomputes = recomputes
         self._values_seen = 0
         self._compiled: dict[tuple[str, bool], Callable[..., Result]] = {}
 
@@ -117,7 +122,9 @@ class Kernel(Generic[Result]):
         key = (device_type, is_dynamic)
         if key not in self._compiled:
             compile_for: Any = torch.compile  # some overloads in the types of torch 2.13 lack recompile_limit
-            options = _OPTIONS.get(device_type, _OPTIONS["cuda"])
+            options = dict(_OPTIONS.get(device_type, _OPTIONS["cuda"]))
+            if self._recomputes and device_type != "cpu":
+                options |= _RECOMPUTES
             self._compiled[key] = compile_for(
                 self._function, dynamic=is_dynamic, recompile_limit=_MOST_VARIANTS, options=options
             )
@@ -131,6 +138,11 @@ def kernel(function: Callable[..., Result]) -> Kernel[Result]:
     whose result depends on the order of summation.
     """
     return Kernel(function)
+
+
+def recomputing_kernel(function: Callable[..., Result]) -> Kernel[Result]:
+    """Decorate a function like `kernel`. On a GPU, the compiled code stores no values between its launches."""
+    return Kernel(function, recomputes=True)
 
 
 @functools.cache

@@ -48,7 +48,7 @@ def unpack(blocks: Tensor, scale: Tensor, like: Tensor) -> Tensor:
     `scale` is (L, nb, lanes) float32.
     """
     unit = scale.unsqueeze(-2)
-    low, high = _values((blocks & 15).float(), unit), _values((blocks >> 4).float(), unit)
+    low, high = decode_codes((blocks & 15).float(), unit), decode_codes((blocks >> 4).float(), unit)
     return torch.stack((low.to(like.dtype), high.to(like.dtype)), dim=-2).flatten(-3, -2)
 
 
@@ -153,8 +153,8 @@ def _magnitudes(codes: Tensor) -> Tensor:
     return torch.maximum(torch.maximum(codes * 0.5, codes - 2.0), codes * 2.0 - 8.0)
 
 
-def _values(codes: Tensor, unit: Tensor) -> Tensor:
-    """Decode codes 0 to 15, given as floats, to values."""
+def decode_codes(codes: Tensor, unit: Tensor) -> Tensor:
+    """Decode codes 0 to 15, given as floats, to values. `unit` is the scale, broadcast to the codes."""
     is_negative = codes >= 8.0
     magnitudes = _magnitudes(torch.where(is_negative, codes - 8.0, codes)) * unit
     return torch.where(is_negative, -magnitudes, magnitudes)

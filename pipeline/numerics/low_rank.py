@@ -37,7 +37,7 @@ def delta(like: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 @torch.no_grad()
 def merge(base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """Return base + delta, in the type of `base`. See `delta` for the arguments. There are no gradients."""
-    return _for_each_expert(_merge, base, a, b, scaling)
+    return _for_each_expert(add_delta, base, a, b, scaling)
 
 
 class _Delta(torch.autograd.Function):
@@ -61,9 +61,14 @@ class _Delta(torch.autograd.Function):
         return None, of_a, of_b, None
 
 
+def aligned(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A (E, r, in) and B (E, r, out), contiguous float32, for the kernels."""
+    return a.detach().float().transpose(1, 2).contiguous(), b.detach().float().contiguous()
+
+
 def _for_each_expert(function: Kernel[Tensor], base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """Call a kernel with whole stacks if it is compiled for a GPU. Otherwise, call it with one expert at a time."""
-    rows, columns = a.detach().float().transpose(1, 2).contiguous(), b.detach().float().contiguous()
+    rows, columns = aligned(a, b)
     if base.device.type not in slabs.ONLY_SLABS:
         found = function.run_compiled(base.detach(), rows, columns, scaling)
         if found is not None:
@@ -80,7 +85,8 @@ def _delta(like: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 
 @kernel
-def _merge(base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def add_delta(base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Return base + delta for (..., in, out), with A (..., r, in) and B (..., r, out)."""
     return base + (_sum_products(a, b) * scaling).to(base.dtype)
 
 

@@ -1,7 +1,4 @@
-"""Chooses scales and rounds values. On a GPU, one compiled function does both for a whole stack of weights.
-
-The CPU works in slabs that fit its caches, with several kernels for each slab (see `codec`). A GPU would spend its
-time on launching so many kernels. Both ways call the same functions, so they give the same bits.
+"""Chooses the scale of each block among the candidates of a rule.
 
 Legend: L = leading dimension (experts), nb = blocks per row, block = values per block, lanes = output dimension.
 """
@@ -10,7 +7,6 @@ import torch
 from torch import Tensor
 
 from pipeline.numerics import kernels, scales
-from pipeline.numerics.compiled import kernel
 from pipeline.numerics.formats import ScaleType
 
 _WEIGHT_BITS = 16
@@ -34,32 +30,6 @@ def choose_scales(
     for other in others:
         chosen = _better(values, chosen, other, scale_type=scale_type, unit=unit, weights=weights)
     return chosen
-
-
-@kernel
-def round_stack(
-    values: Tensor,
-    scale_type: ScaleType,
-    rule: str,
-    unit: Tensor | None,
-    weights: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Round (L, nb, block, lanes) to the format's values. See `choose_scales` for the other arguments.
-
-    If `unit` is missing for e4m3, the tensor scales are computed from the values.
-
-    Returns:
-        rounded: (L, nb, block, lanes) of type `dtype`.
-        is_bad: () bool, whether a value is NaN or Inf.
-    """
-    amax = kernels.block_amax(values).float()
-    if unit is None and scale_type is ScaleType.e4m3:
-        unit = scales.tensor_scale_for_amax(amax.amax(dim=(1, 2)), rule)
-    chosen = choose_scales(values, amax, scale_type, rule, unit, weights)
-    divisor = scales.divisor(chosen, scale_type, unit)
-    rounded = kernels.round_blocks(values, divisor.inverse, divisor.significand, divisor.scale)
-    return rounded.to(dtype), (chosen == scales.NAN[scale_type]).any()
 
 
 def error_weights(importance: Tensor, view: Tensor) -> Tensor:

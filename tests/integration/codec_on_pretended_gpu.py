@@ -5,6 +5,7 @@
 The arguments are architectures for which Triton makes code.
 """
 
+import functools
 import json
 import sys
 import warnings
@@ -19,10 +20,11 @@ pretend(gpu)  # before other imports: they import inductor, which keeps the func
 
 from torch import Tensor  # noqa: E402
 
-from pipeline.numerics import codec, kernels, low_rank, rounding, scales  # noqa: E402
+from pipeline.numerics import codec, kernels, low_rank, scales, stacks  # noqa: E402
 from pipeline.numerics.codec import decode, encode, fake_quantize, tensor_scale  # noqa: E402
 from pipeline.numerics.compiled import Compilation, Kernel, compilation  # noqa: E402
 from pipeline.numerics.formats import MXFP4, NVFP4, SCALE_RULES, BlockFormat  # noqa: E402
+from pipeline.numerics.packed_rounding import round_packed  # noqa: E402
 
 GATE_UP_20B = (32, 2880, 5760)
 GATE_UP_120B = (128, 2880, 5760)
@@ -52,6 +54,19 @@ def rounding_uses() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "mxfp4 mse, importance", use(weights(GATE_UP_20B), MXFP4.with_rule("mse"), None, importance)
     yield "mxfp4 from float32", use(weights(GATE_UP_20B, torch.float32), MXFP4)
     yield "inputs", use(empty(4096, 2880), NVFP4, empty(dtype=torch.float32))
+
+
+def packed_uses() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the uses of packed weights in training. None of them may read from the GPU."""
+    count, width, out = GATE_UP_20B
+    packed = empty(count, out, width // 32, 16, dtype=torch.uint8), empty(count, out, width // 32, dtype=torch.uint8)
+    rank = 8
+    factors = empty(count, width, rank, dtype=torch.float32), empty(count, rank, out, dtype=torch.float32), 2.0
+    is_bad, into = empty(dtype=torch.bool), weights(GATE_UP_20B)
+    yield "decode", lambda: decode(*packed, out=into) is None
+    for row in (MXFP4, NVFP4):
+        use = functools.partial(round_packed, packed, factors, row, dtype=torch.bfloat16, is_bad=is_bad)
+        yield f"base + delta {row.name} {row.scale_rule}", use
 
 
 def large_uses() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -119,6 +134,7 @@ def main() -> None:
     controls: code of kernels that break the rules.
     codes: code of the codec's kernels, as a list of `Code`.
     rounding: for each use in training, its launches, bits of indices and bytes of temporaries. Kernels are compiled.
+    packed: the same figures for packed weights.
     eager: the same figures without compilation.
     never_compiled: names of the kernels that were not compiled.
     """
@@ -129,12 +145,13 @@ def main() -> None:
     codec._raise_if_not_finite = codec._raise_if_not_importance = lambda *_: None  # type: ignore[assignment]
     every = {
         each.__name__: each
-        for module in (kernels, low_rank, rounding, scales)
+        for module in (kernels, low_rank, scales, stacks)
         for each in vars(module).values()
         if isinstance(each, Kernel)
     }
     with compilation(Compilation.always):
         found = {name: measure(run) for name, run in rounding_uses()}
+        packed = {name: measure(run) for name, run in packed_uses()}
         for _, run in other_uses():
             run()
         gpu.architectures = ()
@@ -145,6 +162,7 @@ def main() -> None:
         "controls": [asdict(code) for code in controls.values()],
         "codes": [asdict(code) for code in gpu.codes.values()],
         "rounding": found,
+        "packed": packed,
         "eager": eager,
         "never_compiled": [name for name, each in every.items() if not each._compiled],
     }

@@ -19,6 +19,7 @@ from pipeline.numerics import codec, slabs
 from pipeline.numerics.codec import decode, encode, fake_quantize, tensor_scale
 from pipeline.numerics.compiled import Compilation, can_compile, compilation
 from pipeline.numerics.formats import FORMATS, SCALE_RULES, BlockFormat
+from pipeline.numerics.packed_rounding import round_packed
 
 pytestmark = pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler on this machine")
 
@@ -100,6 +101,29 @@ def test_the_function_that_rounds_a_stack_on_a_gpu_gives_these_bits_when_a_cpu_c
                 found = fake_quantize(values, block_format, None, importance, dtype=torch.bfloat16)
             assert (found.dtype, found.stride()) == (eager.dtype, eager.stride())
             assert torch.equal(bits(found), bits(eager)), block_format
+    assert not counters["graph_break"]
+
+
+def test_the_functions_for_packed_stacks_on_a_gpu_give_these_bits_when_a_cpu_compiles_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(slabs, "ONLY_SLABS", frozenset())
+    generator = torch.Generator().manual_seed(0)
+    count, inputs, lanes = 3, 96, 40
+    blocks = torch.randint(0, 256, (count, lanes, inputs // 32, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(107, 131, blocks.shape[:3], dtype=torch.uint8, generator=generator)
+    scales[0, 0, 0] = 0
+    a, b = (0.01 * torch.randn(count, *shape, generator=generator) for shape in ((inputs, 4), (4, lanes)))
+    for row in FORMATS.values():
+        for block_format in map(row.with_rule, SCALE_RULES[row.scale_type]):
+            found = {}
+            for mode in (Compilation.never, Compilation.always):
+                with compilation(mode):
+                    decoded = decode(blocks, scales)
+                    rounded = round_packed((blocks, scales), (a, b, 1.5), block_format, dtype=torch.bfloat16)
+                    found[mode] = [bits(decoded), bits(rounded)]
+            for one, other in zip(*found.values(), strict=True):
+                assert torch.equal(one, other), block_format
     assert not counters["graph_break"]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.numerics import slabs
 from pipeline.numerics.codec import CodecError, fake_quantize, tensor_scale
 from pipeline.numerics.formats import FORMATS, MXFP4, NVFP4, SCALE_RULES, BlockFormat
-from pipeline.numerics.rounding import round_stack
+from pipeline.numerics.stacks import round_stack
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 RULES = {f"{name}-{rule}": row.with_rule(rule) for name, row in FORMATS.items() for rule in SCALE_RULES[row.scale_type]}
