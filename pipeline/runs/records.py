@@ -68,9 +68,10 @@ class ModelRecord(StageRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class UpcastRecord(ModelRecord):
-    """Numbers of decoded and of copied tensors, their total bytes, and the source's directory."""
+    """Numbers of decoded, packed and copied tensors, their total bytes, and the source's directory."""
 
     decoded_tensors: int
+    packed_tensors: int
     copied_tensors: int
     tensor_bytes: int
     source: str
