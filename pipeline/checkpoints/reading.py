@@ -24,10 +24,10 @@ from pipeline.checkpoints.gpt_oss import (
     plain_tensors,
 )
 from pipeline.checkpoints.shards import INDEX
-from pipeline.checkpoints.side_files import ADAPTER_WEIGHTS
+from pipeline.checkpoints.side_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pipeline.errors import MOST_PROBLEMS, UserError, user_errors
 from pipeline.numerics.codec import decode
-from pipeline.numerics.formats import E8M0_NAN
+from pipeline.numerics.formats import E8M0_NAN, MXFP4
 
 SINGLE = "model.safetensors"
 
@@ -111,6 +111,7 @@ class Checkpoint(TensorFiles):
         Raises:
             UserError: files, keys of config.json, or tensors are wrong. Several problems are reported together.
         """
+        _raise_if_adapters(directory)
         self.config = read_config(directory)
         self.shape = Shape.of(self.config, directory / CONFIG)
         super().__init__(directory)
@@ -177,7 +178,7 @@ class Checkpoint(TensorFiles):
             )
 
     def _raise_if_not_gpt_oss(self) -> None:
-        problems = []
+        problems = self._size_problems()
         for projection in expert_projections(self.shape):
             has_blocks, has_scales = projection.blocks in self.tensors, projection.scales in self.tensors
             if has_blocks != has_scales:
@@ -189,6 +190,15 @@ class Checkpoint(TensorFiles):
             problems = layout_problems(self.tensors, self.expected())
         if problems:
             raise user_errors([f"{self.directory}: {problem}." for problem in problems], most=MOST_PROBLEMS)
+
+    def _size_problems(self) -> list[str]:
+        """Describe sizes of a packed checkpoint that are not whole blocks. The last weights would be lost."""
+        sizes = {"hidden_size": self.shape.hidden_size, "intermediate_size": self.shape.intermediate_size}
+        return [
+            f"{CONFIG}: {name}={size} is not a multiple of {MXFP4.block_size}, the block size of MXFP4"
+            for name, size in sizes.items()
+            if self.is_packed and size % MXFP4.block_size
+        ]
 
     def expected(self) -> dict[str, TensorInfo]:
         """Return the tensors that the checkpoint must have.
@@ -204,6 +214,14 @@ class Checkpoint(TensorFiles):
             else info
             for name, info in plain.items()
         }
+
+
+def _raise_if_adapters(directory: Path) -> None:
+    if (directory / ADAPTER_CONFIG).is_file() and not (directory / CONFIG).is_file():
+        raise UserError(
+            f"{directory}: holds adapters ({ADAPTER_CONFIG}), not a whole model. Give their base model, or merge the"
+            " adapters into it and give the result."
+        )
 
 
 def layout_problems(stored: dict[str, TensorInfo], expected: dict[str, TensorInfo]) -> list[str]:

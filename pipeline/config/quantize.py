@@ -5,6 +5,7 @@ from enum import Enum
 from typing import Annotated
 
 from pipeline.config.bounds import POSITIVE
+from pipeline.config.training import QatConfig, TrainConfig
 
 
 class QuantizeSource(Enum):
@@ -24,3 +25,8 @@ class QuantizeConfig:
     """Number of training examples for calibration, if the format needs it. The first batch checks the quantizers."""
     batch_size: Annotated[int, POSITIVE] = 1
     """Number of examples per forward pass."""
+
+
+def first_training(source: QuantizeSource, sft: TrainConfig, qat: QatConfig) -> tuple[str, TrainConfig]:
+    """Return the name and the settings of the first training stage. It is `qat` if `quantize.source` skips SFT."""
+    return ("qat", qat) if source is QuantizeSource.upcast else ("sft", sft)

@@ -15,7 +15,7 @@ from pipeline.config.bounds import bounds_of
 from pipeline.config.data import ColumnsConfig, DataConfig
 from pipeline.config.keys import is_known, schema, unknown_key
 from pipeline.config.pipeline import PipelineConfig, Stage
-from pipeline.config.quantize import QuantizeSource
+from pipeline.config.quantize import QuantizeSource, first_training
 from pipeline.config.targets import TARGETS
 from pipeline.config.training import (
     ROUNDING_OPTIMIZERS,
@@ -214,13 +214,12 @@ def _experts_problems(config: PipelineConfig) -> list[str]:
 
 def _packed_problems(config: PipelineConfig) -> list[str]:
     """Packed experts are frozen. Only adapters beside them can be trained."""
-    first = "sft" if config.quantize.source is QuantizeSource.sft else "qat"
-    method = config.sft.method if first == "sft" else config.qat.method
-    if config.upcast.experts is not Experts.packed or method is Method.lora:
+    first, train = first_training(config.quantize.source, config.sft, config.qat)
+    if config.upcast.experts is not Experts.packed or train.method is Method.lora:
         return []
     return [
-        f"upcast.experts=packed: {first}.method={method.name} trains the experts' weights, which is impossible while"
-        f" they are packed. Set upcast.experts=bf16, or {first}.method=lora."
+        f"upcast.experts=packed: {first}.method={train.method.name} trains the experts' weights, which is impossible"
+        f" while they are packed. Set upcast.experts=bf16, or {first}.method=lora."
     ]
 
 

@@ -20,7 +20,7 @@ class UpcastConfig:
     """Prepare the checkpoint that training starts from."""
 
     experts: Optional[Experts] = None
-    """Form of the experts in training: packed (MXFP4, only for LoRA) or bf16 (decoded); null: packed if SFT is LoRA."""
+    """Form of the experts in training: packed (MXFP4, only for LoRA) or bf16; null: packed for LoRA on MXFP4."""
     shard_bytes: Annotated[int, POSITIVE] = 5_000_000_000
     """Largest size of one weight file, in bytes."""
 
@@ -29,8 +29,8 @@ def keeps_packed(asked: Experts | None, method: Method, *, is_mxfp4: bool) -> bo
     """Return whether training starts from packed experts.
 
     Args:
-        asked: value of upcast.experts.
-        method: what the first training stage trains.
+        asked: value of upcast.experts. If it is None, the experts are packed if they can stay as they are.
+        method: what the first training stage trains (see `first_training`).
         is_mxfp4: whether the experts of the source are MXFP4.
     """
-    return is_mxfp4 and (method is Method.lora if asked is None else asked is Experts.packed)
+    return is_mxfp4 and method is Method.lora if asked is None else asked is Experts.packed

@@ -20,6 +20,7 @@ from pipeline.checkpoints.gpt_oss import (
     expert_projections,
     loaded_bytes,
     other_tensors,
+    packed_tensors,
     plain_tensors,
 )
 from pipeline.config import (
@@ -29,10 +30,12 @@ from pipeline.config import (
     Method,
     Precision,
     QatConfig,
+    QuantizeSource,
     Sharding,
     Stage,
     TrainConfig,
     adapted_layers,
+    first_training,
     keeps_packed,
 )
 from pipeline.config.targets import TARGETS
@@ -101,6 +104,7 @@ class Plan:
         target: name of the export target in TARGETS.
         block_format: format that QAT rounds to.
         experts: value of upcast.experts.
+        source: value of quantize.source.
     """
 
     model_path: str
@@ -111,11 +115,17 @@ class Plan:
     target: str
     block_format: BlockFormat
     experts: Experts | None = None
+    source: QuantizeSource = QuantizeSource.sft
 
     def is_packed(self, stage: str, model: Mapping[str, Any]) -> bool:
         """Return whether a stage trains on packed experts. `model` is the content of the source's config.json."""
-        starts = keeps_packed(self.experts, self.sft.method, is_mxfp4=is_quantized(model))
+        starts = self.starts_packed(is_mxfp4=is_quantized(model))
         return starts and self.trainings[stage].method is Method.lora
+
+    def starts_packed(self, *, is_mxfp4: bool) -> bool:
+        """Return whether training starts from packed experts, if the experts of the source are MXFP4 or not."""
+        _, first = first_training(self.source, self.sft, self.qat)
+        return keeps_packed(self.experts, first.method, is_mxfp4=is_mxfp4)
 
     @property
     def trainings(self) -> dict[str, TrainConfig]:
@@ -255,16 +265,18 @@ def disk(plan: Plan, shape: Shape, is_mxfp4: bool) -> dict[str, int]:
     Args:
         plan: settings of the run.
         shape: sizes of the model.
-        is_mxfp4: whether the source is MXFP4. Upcast decodes such a source, unless its experts stay packed. Otherwise
-            upcast makes hard links to the source's files.
+        is_mxfp4: whether the source is MXFP4. If training starts from the form of the source, files are only linked.
     """
-    is_decoded = is_mxfp4 and not keeps_packed(plan.experts, plan.sft.method, is_mxfp4=is_mxfp4)
-    sft, qat = _saved_bytes(shape, plan.sft), _saved_bytes(shape, plan.qat)
-    merges_adapters = plan.sft.method is Method.lora and plan.qat.method is Method.full
-    adds_adapters = plan.sft.method is Method.full and plan.qat.method is Method.lora
+    starts_packed = plan.starts_packed(is_mxfp4=is_mxfp4)
+    upcast = packed_tensors(shape) if starts_packed else plain_tensors(shape)
+    has_sft = plan.source is QuantizeSource.sft
+    sft, qat = _saved_bytes(shape, plan.sft) if has_sft else 0, _saved_bytes(shape, plan.qat)
+    is_adapted = has_sft and plan.sft.method is Method.lora
+    merges_adapters = is_adapted and plan.qat.method is Method.full
+    adds_adapters = not is_adapted and plan.qat.method is Method.lora
     merged = _bytes(plain_tensors(shape, TRAIN_TYPES[plan.sft.precision]))
     return {
-        "upcast": _bytes(plain_tensors(shape, "BF16")) if is_decoded else 0,
+        "upcast": 0 if starts_packed == is_mxfp4 else _bytes(upcast),
         "sft": sft,
         "quantize": merged if merges_adapters else qat if adds_adapters else 0,
         "qat": qat,

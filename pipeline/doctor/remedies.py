@@ -4,7 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.config import DistillationConfig, Method, Precision, QatConfig, Sharding, TrainConfig
+from pipeline.checkpoints.config_json import is_quantized
+from pipeline.config import (
+    DistillationConfig,
+    Experts,
+    Method,
+    Precision,
+    QatConfig,
+    Sharding,
+    TrainConfig,
+    first_training,
+)
 from pipeline.doctor import device_memory
 from pipeline.doctor.needs import Plan
 
@@ -46,7 +56,9 @@ def find(plan: Plan, stage: str, model: Mapping[str, Any], longest: int, *, proc
         processes: number of processes that train together.
         gpus: number of GPUs in this machine.
     """
-    changes = _changes(plan, stage, longest, processes, gpus)
+    is_mxfp4 = is_quantized(model)
+    changes = [] if plan.is_packed(stage, model) else _packed_changes(plan, stage, processes, is_mxfp4=is_mxfp4)
+    changes += _changes(plan, stage, longest, processes, gpus)
     if not changes:
         return []
     found = device_memory.of_stages([(each.plan, stage, each.processes) for each in changes], model, longest)
@@ -54,6 +66,15 @@ def find(plan: Plan, stage: str, model: Mapping[str, Any], longest: int, *, proc
         Remedy(change.setting, memory["bytes"], not memory["estimated_because"])
         for change, memory in zip(changes, found, strict=True)
     ]
+
+
+def _packed_changes(plan: Plan, stage: str, processes: int, *, is_mxfp4: bool) -> list[_Change]:
+    """Return the change to packed experts, which give the same result, if only adapters are trained."""
+    _, first = first_training(plan.source, plan.sft, plan.qat)
+    if Method.full in (first.method, plan.trainings[stage].method):
+        return []
+    condition = "" if is_mxfp4 else " if the weights of model.path are MXFP4 values"
+    return [_Change(f"upcast.experts=packed{condition}", replace(plan, experts=Experts.packed), processes)]
 
 
 def _changes(plan: Plan, stage: str, longest: int, processes: int, gpus: int) -> list[_Change]:

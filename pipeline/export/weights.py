@@ -16,14 +16,14 @@ from torch import Tensor
 from pipeline.checkpoints.config_json import CONFIG
 from pipeline.checkpoints.gpt_oss import ExpertProjection, TensorInfo, expert_projections, other_tensors
 from pipeline.checkpoints.reading import Checkpoint
-from pipeline.checkpoints.shards import Piece, Step, Written, sort_by_layer, write_sharded
+from pipeline.checkpoints.shards import Part, Piece, Step, Written, sort_by_layer, write_sharded
 from pipeline.checkpoints.side_files import copy_side_files
 from pipeline.errors import UserError
 from pipeline.export.job import Job
 from pipeline.export.survival import Survival
 from pipeline.numerics.codec import CodecError, differences, encode, fake_quantize, same_bits, tensor_scale
 from pipeline.numerics.compiled import compilation_for
-from pipeline.numerics.formats import MXFP4
+from pipeline.numerics.formats import MXFP4, BlockFormat
 from pipeline.runs.json_files import write_json
 
 
@@ -63,7 +63,7 @@ def open_base(job: Job) -> Checkpoint:
             " training started from."
         )
     for projection in expert_projections(base.shape):
-        _raise_if_not_divisible(projection, job)
+        raise_if_not_divisible(projection, job.block_format)
     return base
 
 
@@ -251,17 +251,31 @@ def write_checkpoint(
 
 def packed_piece(stack: ExpertStack, blocks: str, scales: str) -> Piece:
     """Return the piece that stores a stack as two tensors. Their names are `blocks` and `scales`."""
+    put = blocks_then_scales(blocks, scales)
+    tensors = dict(zip((blocks, scales), stack.projection.packed_tensors().values(), strict=True))
+    return Piece(
+        tensors,
+        lambda: stack.steps(lambda made: put(made.blocks, made.scales, made.is_last)),
+        lambda: stack.note([blocks, scales]),
+    )
+
+
+def blocks_then_scales(blocks: str, scales: str) -> Callable[[Tensor, Tensor, bool], Iterator[Part]]:
+    """Return a function that turns the blocks and scales of some experts of a stack into parts of its two tensors.
+
+    A tensor must be complete before the next one begins, so the function holds the scales back until the last experts.
+    It takes the blocks, the scales, and whether they belong to the last experts.
+    """
     held: list[Tensor] = []
 
-    def put(made: Packed) -> Iterator[tuple[str, Tensor]]:
-        yield blocks, made.blocks
-        held.append(made.scales)
-        if made.is_last:
+    def put(made_blocks: Tensor, made_scales: Tensor, is_last: bool) -> Iterator[Part]:
+        yield blocks, made_blocks
+        held.append(made_scales)
+        if is_last:
             yield scales, torch.cat(held)
             held.clear()
 
-    tensors = dict(zip((blocks, scales), stack.projection.packed_tensors().values(), strict=True))
-    return Piece(tensors, lambda: stack.steps(put), lambda: stack.note([blocks, scales]))
+    return put
 
 
 def _restore(new: Packed, old: Packed, experts: Tensor) -> None:
@@ -270,10 +284,11 @@ def _restore(new: Packed, old: Packed, experts: Tensor) -> None:
         mine[experts] = source[experts]
 
 
-def _raise_if_not_divisible(projection: ExpertProjection, job: Job) -> None:
-    size = job.block_format.block_size
+def raise_if_not_divisible(projection: ExpertProjection, block_format: BlockFormat) -> None:
+    """Raise UserError if the input dimension of a stack of experts is not a multiple of the block size."""
+    size = block_format.block_size
     if projection.in_features % size:
         raise UserError(
             f"{projection.name}: expert 0, block {projection.in_features // size} is incomplete: the input dimension"
-            f" {projection.in_features} is not a multiple of {size}, the block size of {job.block_format.name}."
+            f" {projection.in_features} is not a multiple of {size}, the block size of {block_format.name}."
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from pipeline.config import Device, Method, PipelineConfig, Sharding, Stage, TrainConfig
+from pipeline.config import Device, Experts, Method, PipelineConfig, Sharding, Stage, TrainConfig, first_training
 
 _SHORT = 512  # tokens; a data.max_length up to this value is not halved
 
@@ -31,6 +31,9 @@ def _qat(config: PipelineConfig, on_gpu: bool) -> Iterator[str]:
 
 
 def _training(name: str, train: TrainConfig, config: PipelineConfig, on_gpu: bool) -> Iterator[str]:
+    _, first = first_training(config.quantize.source, config.sft, config.qat)
+    if Method.full not in (first.method, train.method) and config.upcast.experts is Experts.bf16:
+        yield "upcast.experts=packed (run stage=upcast again with overwrite=true, then the stages after it)"
     if train.batch_size > 1:
         steps = train.gradient_accumulation_steps * train.batch_size
         yield f"{name}.batch_size=1 {name}.gradient_accumulation_steps={steps}"

@@ -68,9 +68,10 @@ class ModelRecord(StageRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class UpcastRecord(ModelRecord):
-    """How many tensors were decoded and how many copied, their total bytes, and the source's directory."""
+    """How many tensors were decoded, packed and copied, their total bytes, and the source's directory."""
 
     decoded_tensors: int
+    packed_tensors: int
     copied_tensors: int
     tensor_bytes: int
     source: str

@@ -32,8 +32,10 @@ _SETTINGS = (
     "data",
     "model.path",
     "model.revision",
+    "upcast.experts",
     "sft",
     "format",
+    "quantize.source",
     "qat",
     "sharding",
     "export.target",
@@ -78,6 +80,7 @@ def _plan(config: PipelineConfig) -> Plan:
         target,
         block_format,
         config.upcast.experts,
+        config.quantize.source,
     )
 
 

@@ -1,9 +1,10 @@
 """upcast: prepares the checkpoint that training starts from.
 
-Adapters are trained on packed experts, so the source is linked. To train the experts themselves, they are decoded to
-BF16, bit-exactly and shard by shard. A BF16 source is linked.
+Adapters are trained on packed experts, so an MXFP4 source is linked. To train the experts themselves, they are decoded
+to BF16, bit-exactly and shard by shard. A BF16 source is linked, or packed if the configuration asks for it.
 """
 
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,9 +14,9 @@ from pipeline.checkpoints.gpt_oss import expert_projections, plain_tensors
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import write_sharded
 from pipeline.checkpoints.side_files import copy_side_files, link_or_copy
-from pipeline.config import Experts, PipelineConfig, Stage, keeps_packed
+from pipeline.config import PipelineConfig, Stage, first_training, keeps_packed
 from pipeline.data.tokenizers import load_tokenizer
-from pipeline.errors import UserError
+from pipeline.export.packing import pack, raise_unless_bf16
 from pipeline.models import source
 from pipeline.models.loading import device_of
 from pipeline.models.references import ModelRef
@@ -35,6 +36,35 @@ from pipeline.runs.tracking import log_metrics
 _SETTINGS = ("model.path", "model.revision", "model.tiny", "upcast")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Figures:
+    """Numbers of tensors that were decoded, packed and copied, and the bytes of all tensors in the checkpoint."""
+
+    decoded_tensors: int = 0
+    packed_tensors: int = 0
+    copied_tensors: int
+    tensor_bytes: int
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A checkpoint.
+
+    Attributes:
+        kind: kind of the checkpoint.
+        format: format of the experts.
+        figures: what was done to the tensors.
+        digests: file -> XXH3-128 of its bytes, for files that were written and not linked.
+        scale_rule: rule that chose the scales, or None if no scales were chosen.
+    """
+
+    kind: Kind
+    format: str
+    figures: _Figures
+    digests: dict[str, str] = field(default_factory=dict)
+    scale_rule: str | None = None
+
+
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/upcast: the checkpoint that training starts from, with packed experts or in BF16."""
     here = Run(config)
@@ -50,72 +80,69 @@ def run(config: PipelineConfig) -> Artifact:
 
 
 def _upcast(base: Source, directory: Path, config: PipelineConfig) -> Result:
-    checkpoint = base.open()
-    stays_packed = _stays_packed(config, checkpoint)
-    digests: dict[str, str] = {}
-    if stays_packed:
-        say("upcast", "adapters are trained on the packed experts: linking the source's files")
-        figures = _link(checkpoint, directory)
-    elif checkpoint.is_packed:
-        figures, digests = _decode(base, directory, config)
-    else:
-        figures = _pass_through(checkpoint, directory)
-    copy_side_files(base.directory, directory)
-    if stays_packed:
-        write_json(directory / CONFIG, checkpoint.config)
-    else:
-        write_config(directory, checkpoint.config, torch.bfloat16)
-    log_metrics(directory, figures)
-    record = UpcastRecord(
-        dtype="bfloat16",
-        source=str(base.directory),
-        decoded_tensors=figures["decoded_tensors"],
-        copied_tensors=figures["copied_tensors"],
-        tensor_bytes=figures["tensor_bytes"],
-    )
-    kind, name = (Kind.packed, MXFP4.name) if stays_packed else (Kind.checkpoint, "bf16")
-    return Result(kind, record, format=name, digests=digests)
-
-
-def _stays_packed(config: PipelineConfig, checkpoint: Checkpoint) -> bool:
-    """Return whether training starts from the packed experts.
-
-    Raises:
-        UserError: the configuration asks for packed experts, but the source has none.
-    """
-    asked = config.upcast.experts
-    if asked is Experts.packed and not checkpoint.is_packed:
-        raise UserError(
-            f"upcast.experts=packed: the experts of {checkpoint.directory} are not packed, because the source is not"
-            " MXFP4. Use an MXFP4 checkpoint as model.path, or set upcast.experts=bf16."
-        )
-    return keeps_packed(asked, config.sft.method, is_mxfp4=checkpoint.is_packed)
-
-
-def _decode(base: Source, directory: Path, config: PipelineConfig) -> tuple[dict[str, int], dict[str, str]]:
     weights = Weights(ModelRef("source", base.directory, base.directory))
+    is_packed = weights.checkpoint.is_packed
+    _, first = first_training(config.quantize.source, config.sft, config.qat)
+    stays_packed = keeps_packed(config.upcast.experts, first.method, is_mxfp4=is_packed)
+    if is_packed and stays_packed:
+        made = _link_packed(weights.checkpoint, directory)
+    elif is_packed:
+        made = _decode(weights, directory, config)
+    elif stays_packed:
+        made = _pack(weights, directory, config)
+    else:
+        made = _link_plain(weights.checkpoint, directory)
+    copy_side_files(base.directory, directory)
+    figures = asdict(made.figures)
+    log_metrics(directory, figures)
+    record = UpcastRecord(dtype="bfloat16", source=str(base.directory), **figures)
+    return Result(made.kind, record, made.format, scale_rule=made.scale_rule, digests=made.digests)
+
+
+def _link_packed(checkpoint: Checkpoint, directory: Path) -> _Made:
+    """Link the files of an MXFP4 source. Read all scales before, because training would notice a NaN late."""
+    for projection in expert_projections(checkpoint.shape):
+        checkpoint.raise_if_nan(projection.name, checkpoint.read(projection.scales))
+    say("upcast", "adapters are trained on the packed experts: linking the source's files")
+    figures = _link(checkpoint, directory)
+    write_json(directory / CONFIG, checkpoint.config)
+    return _Made(Kind.packed, MXFP4.name, figures)
+
+
+def _decode(weights: Weights, directory: Path, config: PipelineConfig) -> _Made:
+    """Decode the experts of an MXFP4 source to BF16."""
     layout, device = plain_tensors(weights.shape), device_of(config.device)
     pieces = [plain_piece(weights, name, info, torch.bfloat16, device) for name, info in layout.items()]
     with compilation_for(sum(projection.values for projection in expert_projections(weights.shape))):
         written = write_sharded(directory, pieces, config.upcast.shard_bytes, "upcast")
+    write_config(directory, weights.checkpoint.config, torch.bfloat16)
     decoded = sum(name not in weights.checkpoint.tensors for name in layout)
-    figures = {"decoded_tensors": decoded, "copied_tensors": len(pieces) - decoded, "tensor_bytes": written.bytes}
-    return figures, written.files
+    figures = _Figures(decoded_tensors=decoded, copied_tensors=len(pieces) - decoded, tensor_bytes=written.bytes)
+    return _Made(Kind.checkpoint, "bf16", figures, written.files)
 
 
-def _pass_through(checkpoint: Checkpoint, directory: Path) -> dict[str, int]:
-    others = sorted({info.dtype for info in checkpoint.tensors.values()} - {"BF16"})
-    if others:
-        raise UserError(f"{checkpoint.directory}: has {', '.join(others)} tensors; the source must be MXFP4 or BF16.")
+def _pack(weights: Weights, directory: Path, config: PipelineConfig) -> _Made:
+    """Pack the experts of a BF16 source whose weights are MXFP4 values."""
+    say("upcast", "adapters are trained on packed experts: packing the source's experts as MXFP4")
+    shard_bytes, device = config.upcast.shard_bytes, device_of(config.device)
+    written = pack(weights, directory, shard_bytes=shard_bytes, device=device)
+    packed = len(expert_projections(weights.shape))
+    copied = len(weights.checkpoint.tensors) - packed
+    figures = _Figures(packed_tensors=packed, copied_tensors=copied, tensor_bytes=written.bytes)
+    return _Made(Kind.packed, MXFP4.name, figures, written.files, MXFP4.scale_rule)
+
+
+def _link_plain(checkpoint: Checkpoint, directory: Path) -> _Made:
+    """Link the files of a BF16 source."""
+    raise_unless_bf16(checkpoint)
     say("upcast", "the source is BF16 already: linking its files")
-    return _link(checkpoint, directory)
+    figures = _link(checkpoint, directory)
+    write_config(directory, checkpoint.config, torch.bfloat16)
+    return _Made(Kind.checkpoint, "bf16", figures)
 
 
-def _link(checkpoint: Checkpoint, directory: Path) -> dict[str, int]:
+def _link(checkpoint: Checkpoint, directory: Path) -> _Figures:
     for path in checkpoint.weight_files():
         link_or_copy(path, directory / path.name)
-    return {
-        "decoded_tensors": 0,
-        "copied_tensors": len(checkpoint.tensors),
-        "tensor_bytes": sum(info.bytes for info in checkpoint.tensors.values()),
-    }
+    size = sum(info.bytes for info in checkpoint.tensors.values())
+    return _Figures(copied_tensors=len(checkpoint.tensors), tensor_bytes=size)

@@ -50,9 +50,12 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured[captured.index("error: ") :]
 
 
-def upcast_error(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> str:
+def upcast_error(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, recipe: str = "smoke", *arguments: str
+) -> str:
     run_dir = tmp_path / "run"
-    message = error_of(capsys, "stage=upcast", "recipe=smoke", f"model.path={model}", f"run_dir={run_dir}")
+    settings = (f"recipe={recipe}", f"model.path={model}", f"run_dir={run_dir}")
+    message = error_of(capsys, "stage=upcast", *settings, *arguments)
     assert not (run_dir / "upcast" / "artifact.json").exists()
     return message
 
@@ -82,6 +85,7 @@ def edit_tensors(model: Path, name: str, edit) -> None:
 
 BLOCKS = "model.layers.0.mlp.experts.gate_up_proj_blocks"
 SCALES = "model.layers.0.mlp.experts.gate_up_proj_scales"
+DECODED_AND_PACKED = pytest.mark.parametrize("recipe", ["smoke", "smoke_lora"])
 
 
 def test_no_such_model_directory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -125,18 +129,47 @@ def test_blocks_without_scales(capsys: pytest.CaptureFixture[str], model: Path, 
     assert f"{BLOCKS} is there, but {SCALES} is missing" in upcast_error(capsys, model, tmp_path)
 
 
-def test_scales_of_a_wrong_shape(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+@DECODED_AND_PACKED
+def test_scales_of_a_wrong_shape(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, recipe: str) -> None:
     edit_tensors(model, SCALES, lambda tensors: tensors.update({SCALES: tensors[SCALES][:, :-1].contiguous()}))
-    message = upcast_error(capsys, model, tmp_path)
+    message = upcast_error(capsys, model, tmp_path, recipe)
     assert f"tensor {SCALES} has shape [8, 191, 2], not [8, 192, 2]" in message
 
 
-def test_scale_that_is_nan(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+@DECODED_AND_PACKED
+def test_blocks_that_do_not_fit_the_sizes_of_the_model(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, recipe: str
+) -> None:
+    edit_tensors(model, BLOCKS, lambda tensors: tensors.update({BLOCKS: tensors[BLOCKS][:, :, :1].contiguous()}))
+    message = upcast_error(capsys, model, tmp_path, recipe)
+    assert f"tensor {BLOCKS} has shape [8, 192, 1, 16], not [8, 192, 2, 16]" in message
+
+
+@DECODED_AND_PACKED
+def test_sizes_that_are_not_whole_blocks(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, recipe: str
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "intermediate_size": config["intermediate_size"] + 8}))
+    message = upcast_error(capsys, model, tmp_path, recipe)
+    assert "intermediate_size=104 is not a multiple of 32, the block size of MXFP4" in message
+
+
+@DECODED_AND_PACKED
+def test_scale_that_is_nan(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, recipe: str) -> None:
     def put_nan(tensors: dict) -> None:
         tensors[SCALES][3, 5, 1] = 255
 
     edit_tensors(model, SCALES, put_nan)
-    assert "at expert 3, row 5, block 1" in upcast_error(capsys, model, tmp_path)
+    message = upcast_error(capsys, model, tmp_path, recipe)
+    assert f"{SCALES}: NaN (byte 255) at expert 3, row 5, block 1" in message
+
+
+def test_adapters_in_place_of_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapters" / "adapter_model.safetensors").touch()
+    assert "adapters: holds adapters (adapter_config.json)" in upcast_error(capsys, tmp_path / "adapters", tmp_path)
 
 
 def test_tokenizer_without_a_chat_template(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:

@@ -92,6 +92,16 @@ def test_settings_of_the_rounded_experts_bring_the_report_up_to_date(run_dir: Pa
     assert budgeted > 0
 
 
+def test_the_form_of_the_experts_brings_the_report_up_to_date(run_dir: Path) -> None:
+    lora = ("data.max_samples=80", "train@sft=lora", "train@qat=lora")
+    found = []
+    for arguments in ((), ("upcast.experts=bf16",), ("upcast.experts=bf16", "quantize.source=upcast")):
+        assert doctor(run_dir, *lora, *arguments) == 0
+        needs = artifacts.load(run_dir / "doctor").details["needs"]
+        found.append((needs["disk_bytes"]["upcast"] > 0, needs["disk_bytes"]["sft"] > 0))
+    assert found == [(False, True), (True, True), (True, False)]
+
+
 def test_findings_are_warnings_and_are_kept_in_the_report(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -402,6 +402,13 @@ def test_a_directory_without_config_is_an_error(copy: Path) -> None:
     assert only_problem(copy).startswith(f"{copy}: has no config.json")
 
 
+def test_adapters_without_their_base_model_are_an_error(copy: Path) -> None:
+    (copy / CONFIG).rename(copy / "adapter_config.json")
+    assert error_of(copy).startswith(
+        f"{copy}: holds adapters (adapter_config.json), not a whole model. Give their base"
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

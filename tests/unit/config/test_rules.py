@@ -9,14 +9,17 @@ from config.composing import Mistake, broken
 from pipeline.config import (
     BlendPartConfig,
     ColumnsConfig,
+    Experts,
     ExpertsImplementation,
     FormatName,
     LoraConfig,
     Method,
     Precision,
+    QuantizeSource,
     ScaleRule,
     adapted_layers,
     is_known,
+    keeps_packed,
 )
 
 BROKEN_RULES: dict[str, tuple[Any, str]] = {
@@ -107,6 +110,40 @@ def test_sft_and_qat_with_different_adapters_are_refused_with_both() -> None:
 
 def test_different_adapter_settings_are_fine_when_only_one_stage_uses_them() -> None:
     assert broken(qat__method=Method.lora, qat__precision=Precision.bf16, sft__lora__rank=4) == []
+
+
+LORA, FULL = Method.lora, Method.full
+
+
+@pytest.mark.parametrize(
+    ("sft", "qat", "source", "refused"),
+    [
+        (FULL, FULL, QuantizeSource.sft, "sft"),
+        (FULL, LORA, QuantizeSource.sft, "sft"),
+        (LORA, FULL, QuantizeSource.sft, None),
+        (LORA, FULL, QuantizeSource.upcast, "qat"),
+        (FULL, LORA, QuantizeSource.upcast, None),
+    ],
+)
+def test_packed_experts_are_refused_if_the_first_training_is_full(
+    sft: Method, qat: Method, source: QuantizeSource, refused: str | None
+) -> None:
+    settings = {"upcast__experts": Experts.packed, "quantize__source": source}
+    for name, method in (("sft", sft), ("qat", qat)):
+        settings |= {f"{name}__method": method, f"{name}__precision": Precision.bf16}
+    assert broken(**settings) == [
+        f"upcast.experts=packed: {name}.method=full trains the experts' weights, which is impossible while they are"
+        f" packed. Set upcast.experts=bf16, or {name}.method=lora."
+        for name in filter(None, [refused])
+    ]
+
+
+@pytest.mark.parametrize("is_mxfp4", [True, False])
+@pytest.mark.parametrize("method", Method)
+def test_by_default_experts_of_an_mxfp4_source_stay_packed_for_lora(method: Method, is_mxfp4: bool) -> None:
+    assert keeps_packed(None, method, is_mxfp4=is_mxfp4) == (method is LORA and is_mxfp4)
+    assert keeps_packed(Experts.packed, method, is_mxfp4=is_mxfp4)
+    assert not keeps_packed(Experts.bf16, method, is_mxfp4=is_mxfp4)
 
 
 def test_lora_under_autocast_is_refused() -> None:

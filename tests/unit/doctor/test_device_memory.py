@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.checkpoints.gpt_oss import Shape
-from pipeline.config import DataConfig, Precision, QatConfig, Sharding, TrainConfig
+from pipeline.config import DataConfig, Experts, Method, Precision, QatConfig, Sharding, TrainConfig
 from pipeline.doctor import device_memory, needs, remedies
 from pipeline.doctor.needs import Plan
 from pipeline.numerics.formats import MXFP4
@@ -55,8 +55,10 @@ def test_a_teacher_is_counted() -> None:
     assert bytes_of(taught, "qat") - bytes_of(PLAN, "qat") == needs.of_stage(PLAN, "qat", MODEL, LONGEST).weights
 
 
-def find(stage: str = "sft", plan: Plan = PLAN, processes: int = 1, gpus: int = 1) -> dict[str, int]:
-    found = remedies.find(plan, stage, MODEL, LONGEST, processes=processes, gpus=gpus)
+def find(
+    stage: str = "sft", plan: Plan = PLAN, processes: int = 1, gpus: int = 1, model: dict[str, Any] = MODEL
+) -> dict[str, int]:
+    found = remedies.find(plan, stage, model, LONGEST, processes=processes, gpus=gpus)
     assert not any(each.is_measured for each in found)
     return {each.setting: each.bytes for each in found}
 
@@ -93,3 +95,23 @@ def test_qat_can_do_without_its_cache_and_its_teacher() -> None:
 
 def test_sharding_is_proposed_for_the_gpus_of_the_machine() -> None:
     assert "sharding=fsdp2 on 4 GPUs of this size" in find(gpus=4)
+
+
+def test_packed_experts_are_proposed_for_adapters_on_decoded_ones() -> None:
+    lora = TrainConfig(method=Method.lora, precision=Precision.bf16)
+    decoded = replace(PLAN, sft=lora, qat=QatConfig(**vars(lora)), experts=Experts.bf16)
+    packed, mxfp4 = replace(decoded, experts=Experts.packed), {**MODEL, "quantization_config": {}}
+    for stage in ("sft", "qat"):
+        found = find(stage, decoded, model=mxfp4)
+        assert next(iter(found)) == "upcast.experts=packed"
+        assert found["upcast.experts=packed"] == bytes_of(packed, stage) < bytes_of(decoded, stage)
+    assert next(iter(find(plan=decoded))) == "upcast.experts=packed if the weights of model.path are MXFP4 values"
+    for other in (packed, PLAN, replace(decoded, sft=SFT), replace(decoded, experts=None)):
+        assert not any("upcast.experts" in setting for setting in find(plan=other, model=mxfp4)), other
+
+
+def test_packed_experts_that_do_not_fit_have_remedies_too() -> None:
+    lora = TrainConfig(method=Method.lora, precision=Precision.bf16, batch_size=2)
+    plan = replace(PLAN, sft=lora, qat=QatConfig(**vars(lora)))
+    found = find(plan=plan, model={**MODEL, "quantization_config": {}})
+    assert list(found) == ["sft.batch_size=1", "sharding=fsdp2 on 8 GPUs of this size", "data.max_length=512"]

@@ -16,11 +16,13 @@ from torch import Tensor
 from pipeline.checkpoints.gpt_oss import Shape
 from pipeline.config import (
     DataConfig,
+    Experts,
     LoraConfig,
     LoraTarget,
     Method,
     Precision,
     QatConfig,
+    QuantizeSource,
     Sharding,
     TinyConfig,
     TrainConfig,
@@ -231,8 +233,34 @@ def test_quantize_writes_only_weights_that_it_cannot_link(sft: TrainConfig, qat:
     assert needs.disk(plan_of(sft, qat), RELEASED, True)["quantize"] == sizes[expected]
 
 
-def test_a_bf16_source_is_linked() -> None:
-    assert needs.disk(plan_of(LORA, LORA), RELEASED, False)["upcast"] == 0
+def test_a_bf16_source_is_linked_or_packed() -> None:
+    plan = plan_of(LORA, LORA)
+    assert needs.disk(plan, RELEASED, False)["upcast"] == 0
+    packed = needs.disk(replace(plan, experts=Experts.packed), RELEASED, False)
+    assert packed["upcast"] == pytest.approx(13.76e9, rel=0.001)
+
+
+@pytest.mark.parametrize("is_mxfp4", [True, False])
+@pytest.mark.parametrize("experts", [None, *Experts])
+def test_experts_are_packed_in_training_if_they_are_after_upcast(experts: Experts | None, is_mxfp4: bool) -> None:
+    plan = replace(plan_of(LORA, LORA), experts=experts)
+    model = {**RELEASED_CONFIG, **({"quantization_config": {}} if is_mxfp4 else {})}
+    is_packed = plan.is_packed("sft", model)
+    assert is_packed == (experts is Experts.packed or (experts is None and is_mxfp4))
+    assert (needs.disk(plan, RELEASED, is_mxfp4)["upcast"] == 0) == (is_packed == is_mxfp4)
+
+
+def test_without_sft_the_method_of_qat_decides_about_upcast_and_quantize() -> None:
+    model = {**RELEASED_CONFIG, "quantization_config": {}}
+    adapted, whole = (
+        replace(plan_of(*trains), source=QuantizeSource.upcast) for trains in ((FULL, LORA), (LORA, FULL))
+    )
+    assert adapted.is_packed("qat", model) and not whole.is_packed("qat", model)
+    found = needs.disk(adapted, RELEASED, True)
+    assert (found["upcast"], found["sft"]) == (0, 0)
+    assert found["quantize"] == found["qat"] == 4 * needs.trained_parameters(RELEASED, LORA)
+    found = needs.disk(whole, RELEASED, True)
+    assert (found["upcast"], found["quantize"]) == (2 * needs.parameters(RELEASED)["all"], 0)
 
 
 def test_checkpoints_take_one_more_than_the_limit() -> None:

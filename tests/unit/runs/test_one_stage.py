@@ -127,6 +127,15 @@ def test_remedies_that_the_run_has_already_are_not_named() -> None:
     assert remedies(replace(export, device=Device.cpu), on_gpu=True) == remedies(export, on_gpu=False) == []
 
 
+def test_packed_experts_are_a_remedy_for_adapters_on_decoded_ones() -> None:
+    remedy = "upcast.experts=packed (run stage=upcast again with overwrite=true, then the stages after it)"
+    lora = ("recipe=smoke_lora", "upcast.experts=bf16")
+    for stage in ("sft", "qat"):
+        assert remedies(resolved(f"stage={stage}", *lora), on_gpu=True)[0] == remedy
+    for arguments in (("recipe=smoke_lora",), ("recipe=smoke", "upcast.experts=bf16", "train@qat=lora")):
+        assert remedy not in remedies(resolved("stage=qat", *arguments), on_gpu=True)
+
+
 def test_peaks_of_gpu_memory_start_anew_with_each_stage() -> None:
     happened: list[str] = []
     with (
