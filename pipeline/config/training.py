@@ -117,6 +117,8 @@ class TrainConfig:
     """Kernel of the experts; auto: grouped_mm, but eager if inputs are quantized or for LoRA SFT on some GPUs."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass. This saves memory. A step takes about a third more time."""
+    reshard_after_forward: bool = True
+    """With sharding=fsdp2: free gathered layers after the forward pass, and gather them again for the backward pass."""
     router_aux_loss_coef: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight of the router's load-balancing loss. The released config has 0.9, which would dominate the token loss."""
     logging_steps: Annotated[int, POSITIVE] = 1

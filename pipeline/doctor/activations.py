@@ -117,8 +117,8 @@ def _decoded_bytes(shape: Shape, width: int) -> _Stacks:
 def gathered_bytes(shape: Shape, train: TrainConfig, weights: int) -> int:
     """Estimate the bytes of whole layers that a process holds if parameters are sharded.
 
-    The layer that computes and the next one are gathered, and the head stays gathered. In full training, the gradients
-    of a layer are reduced in FP32 after each pass.
+    The layer that computes and the next one are gathered, or all layers without `reshard_after_forward`. The head stays
+    gathered. In full training, the gradients of a layer are reduced in FP32 after each pass.
 
     Args:
         shape: sizes of the model.
@@ -128,7 +128,8 @@ def gathered_bytes(shape: Shape, train: TrainConfig, weights: int) -> int:
     stored = bytes_per_value(TRAIN_TYPES[train.precision])
     head = shape.vocab_size * shape.hidden_size * stored
     layer = (weights - 2 * head) // shape.num_hidden_layers
-    gathered = (2 * layer + head) * compute_width(train) // stored
+    layers = 2 if train.reshard_after_forward else shape.num_hidden_layers
+    gathered = (layers * layer + head) * compute_width(train) // stored
     if train.method is not Method.full:
         return gathered
     return gathered + layer // stored * _FP32_BYTES

@@ -102,6 +102,7 @@ def test_every_remedy_is_a_setting_of_the_stage_and_changes_the_configuration(st
     wasteful = (
         *("sft.batch_size=2", "sft.gradient_checkpointing=false", "qat.batch_size=2", "quantize.batch_size=2"),
         *("qat.gradient_checkpointing=false", "qat.distillation.weight=0.5", "qat.rounded_cache_gib=4"),
+        *("sharding=fsdp2", "sft.reshard_after_forward=false", "qat.reshard_after_forward=false"),
         *("eval=quick", "evaluate.generation.batch_size=2", "data.path=rows.jsonl"),
     )
     config = resolved(f"stage={stage.name}", *wasteful)
