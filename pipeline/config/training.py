@@ -112,7 +112,7 @@ class TrainConfig:
     stochastic_rounding: bool = False
     """Round updated BF16 weights stochastically, so small updates take effect. Needs optimizer=adamw_torch_8bit."""
     attn_implementation: str = AUTO_ATTENTION
-    """Attention kernel: fused_sinks or a kernel of transformers; auto: eager on CPUs, the first correct one on GPUs."""
+    """Attention kernel: fused_sinks or a kernel of transformers; auto: the best correct one for device and packing."""
     experts_implementation: ExpertsImplementation = ExpertsImplementation.auto
     """Kernel of the experts; auto: grouped_mm, but eager if inputs are quantized or for LoRA SFT on some GPUs."""
     gradient_checkpointing: bool = True
