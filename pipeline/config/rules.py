@@ -14,7 +14,7 @@ from pipeline.config import evaluation_rules
 from pipeline.config.bounds import bounds_of
 from pipeline.config.data import ColumnsConfig, DataConfig
 from pipeline.config.keys import is_known, schema, unknown_key
-from pipeline.config.pipeline import PipelineConfig, Stage
+from pipeline.config.pipeline import PipelineConfig, Sharding, Stage
 from pipeline.config.quantize import QuantizeSource, first_training
 from pipeline.config.targets import TARGETS
 from pipeline.config.training import (
@@ -62,7 +62,7 @@ def problems(config: PipelineConfig) -> list[str]:
     """Return a message for each bound and rule that the settings break, with full keys and values."""
     found = [*_bound_problems(config), *_data_problems(config.data), *evaluation_rules.problems(config.evaluate)]
     found += _train_problems("sft", config.sft) + _train_problems("qat", config.qat)
-    found += _format_problems(config)
+    found += _format_problems(config) + _resharding_problems(config)
     return found + _qat_problems(config) + _experts_problems(config) + _packed_problems(config)
 
 
@@ -160,6 +160,17 @@ def _keeping_problems(section: str, train: TrainConfig) -> list[str]:
             " Otherwise the last weights would be kept, although they did not improve the validation loss."
         )
     return found
+
+
+def _resharding_problems(config: PipelineConfig) -> list[str]:
+    if config.sharding is Sharding.fsdp2:
+        return []
+    return [
+        f"{section}.reshard_after_forward=false: applies only to sharding=fsdp2, not {config.sharding.name}."
+        " Set it to true."
+        for section, train in (("sft", config.sft), ("qat", config.qat))
+        if not train.reshard_after_forward
+    ]
 
 
 def _format_problems(config: PipelineConfig) -> list[str]:

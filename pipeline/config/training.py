@@ -112,11 +112,13 @@ class TrainConfig:
     stochastic_rounding: bool = False
     """Round updated BF16 weights stochastically, so small updates take effect. Needs optimizer=adamw_torch_8bit."""
     attn_implementation: str = AUTO_ATTENTION
-    """Attention kernel: fused_sinks, or one of transformers; auto: the best that passes a check (on CPUs: eager)."""
+    """Attention kernel: fused_sinks or a kernel of transformers; auto: the best correct one for device and packing."""
     experts_implementation: ExpertsImplementation = ExpertsImplementation.auto
     """Kernel of the experts; auto: eager or grouped_mm, whichever is faster and runs all quantizers."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass. This saves memory, but a step takes about a third longer."""
+    reshard_after_forward: bool = True
+    """With sharding=fsdp2: free gathered layers after the forward pass, and gather them again for the backward pass."""
     router_aux_loss_coef: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight of the router's load-balancing loss. The released config has 0.9, which would dominate the token loss."""
     logging_steps: Annotated[int, POSITIVE] = 1

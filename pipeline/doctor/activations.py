@@ -129,8 +129,9 @@ def _decoded_bytes(shape: Shape, width: int) -> _Stacks:
 def gathered_bytes(shape: Shape, train: TrainConfig, weights: int) -> int:
     """Estimate the bytes that gathered layers take in each process, if parameters are sharded.
 
-    Two layers are gathered at a time: the layer that is computing, and the next one. The head stays gathered all the
-    time. In full training, the gradients of a layer are reduced in FP32 after each pass.
+    Two layers are gathered at a time: the layer that is computing, and the next one. Without `reshard_after_forward`,
+    all layers stay gathered. The head stays gathered all the time. In full training, the gradients of a layer are
+    reduced in FP32 after each pass.
 
     Args:
         shape: sizes of the model.
@@ -140,7 +141,8 @@ def gathered_bytes(shape: Shape, train: TrainConfig, weights: int) -> int:
     stored = bytes_per_value(TRAIN_TYPES[train.precision])
     head = shape.vocab_size * shape.hidden_size * stored
     layer = (weights - 2 * head) // shape.num_hidden_layers
-    gathered = (2 * layer + head) * compute_width(train) // stored
+    layers = 2 if train.reshard_after_forward else shape.num_hidden_layers
+    gathered = (layers * layer + head) * compute_width(train) // stored
     if train.method is not Method.full:
         return gathered
     return gathered + layer // stored * _FP32_BYTES

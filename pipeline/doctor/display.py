@@ -8,6 +8,7 @@ from rich.text import Text
 
 from pipeline.data.harmony import IGNORED, Conversation, ConversationError, Rendering, examples
 from pipeline.doctor.findings import DataFigures, Facts, device_needed, disk_needed, gigabytes, host_needed
+from pipeline.doctor.needs import as_batched
 from pipeline.doctor.parity import ParityFigures
 from pipeline.errors import UserError
 from pipeline.models.sharding import STRATEGIES
@@ -123,7 +124,8 @@ def _device(facts: Facts, stage: str) -> str:
     found, part = facts.needs["devices"][stage], facts.needs["device_bytes"][stage]
     strategy = STRATEGIES[facts.plan.sharding]
     how = f" with sharding={facts.plan.sharding.name} on {facts.machine['processes']} processes"
-    total = f"{gigabytes(found['bytes'])} at {facts.needs['tokens']} tokens{how if strategy.sharded else ''}"
+    _, tokens = as_batched(facts.plan.trainings[stage], facts.needs["tokens"], facts.plan.data.max_length)
+    total = f"{gigabytes(found['bytes'])} at {tokens} tokens{how if strategy.sharded else ''}"
     if found["phases"]:
         peaks = ", ".join(f"{phase} {gigabytes(size)}" for phase, size in found["phases"].items())
         return f"{total}, measured with fake tensors: {peaks}"

@@ -86,6 +86,8 @@ def _changes(plan: Plan, stage: str, longest: int, processes: int, gpus: int) ->
     found = []
     if not train.gradient_checkpointing:
         found.append(changed("gradient_checkpointing=true", gradient_checkpointing=True))
+    if not train.reshard_after_forward:
+        found.append(changed("reshard_after_forward=true", reshard_after_forward=True))
     if train.batch_size > 1:
         found.append(changed("batch_size=1", batch_size=1))
     if isinstance(train, QatConfig):

@@ -33,15 +33,19 @@ def capability() -> Capability | None:
     return torch.cuda.get_device_capability(device()) if torch.cuda.is_available() else None
 
 
-def candidates(dtype: torch.dtype, gpu: Capability | None) -> tuple[str, ...]:
+def candidates(dtype: torch.dtype, gpu: Capability | None, *, packing: bool = False) -> tuple[str, ...]:
     """Return the implementations that `auto` may choose, the best first. The last one is eager.
+
+    On a CPU this is eager, whose results have the same bits as transformers'. But for a row of packed documents, eager
+    computes the scores between all tokens of the row, which takes many times longer than each document alone.
 
     Args:
         dtype: type that attention is computed in.
         gpu: compute capability of the GPU, or None for a CPU.
+        packing: whether several documents are packed into a row.
     """
     if gpu is None:
-        return (EAGER,)
+        return (FUSED_SINKS, EAGER) if packing else (EAGER,)
     fused = (FUSED_SINKS,) if dtype is torch.bfloat16 and gpu >= _FUSED_CAPABILITY else ()
     flex = (FLEX,) if importlib.util.find_spec("triton") is not None else ()
     return (*fused, *flex, EAGER)
@@ -51,12 +55,12 @@ def for_training(train: TrainConfig, gpu: Capability | None) -> str:
     """Return the name of the implementation that a training stage tries first. The check before training may refuse it.
 
     Args:
-        train: settings of the stage. Only `attn_implementation` and `precision` are used.
+        train: settings of the stage. Only `attn_implementation`, `precision` and `packing` are used.
         gpu: compute capability of the GPU, or None for a CPU.
     """
     if train.attn_implementation != AUTO_ATTENTION:
         return train.attn_implementation
-    return candidates(computed_in(train.precision), gpu)[0]
+    return candidates(computed_in(train.precision), gpu, packing=train.packing)[0]
 
 
 def computed_in(precision: Precision) -> torch.dtype:

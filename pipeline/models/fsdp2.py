@@ -6,6 +6,7 @@ sharded, so this module shards models before accelerate gets them.
 """
 
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,7 +102,7 @@ def shard(model: Any, mixed: bool) -> None:
 
     accelerate 1.15 uses the same units. The embedding's output is FP32 under mixed precision, as on one device.
     """
-    plain: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain: PreTrainedModel = _plain(model)
     for module in plain.modules():
         if type(module).__name__ == DECODER_LAYER_CLASS:
             fully_shard(module, mp_policy=policy(mixed), reshard_after_forward=True)
@@ -110,6 +111,38 @@ def shard(model: Any, mixed: bool) -> None:
     # The backward pass begins with the head, so a head released after the forward pass would be gathered again at once.
     fully_shard([plain.model.norm, head], mp_policy=policy(mixed), reshard_after_forward=False)
     fully_shard(model, mp_policy=policy(mixed))
+
+
+def set_gathers(model: Any, keeps_gathered: bool) -> None:
+    """Set when a sharded model gathers and frees its parameters in training. Do nothing if the model is not sharded.
+
+    - The embedding is gathered only for the forward pass. The gradient of an embedding does not need its weights.
+    - The last layer stays gathered until its backward pass. Otherwise FSDP2 would free it, and gather it again while
+      the head computes its gradient.
+    - In the forward pass, each unit begins the gather of the next unit before it computes. By itself, FSDP2 begins a
+      gather when the host reaches the unit. This is too late if a layer makes the host wait for the GPU, as some
+      kernels of the experts do. In the backward pass, FSDP2 itself begins the next gather before a unit computes.
+
+    Args:
+        model: a model of `shard`, not a teacher.
+        keeps_gathered: whether all layers stay gathered until their backward pass. Each layer is then gathered once in
+            a forward and backward pass instead of twice. After the forward pass, the whole model is in memory.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    plain = _plain(model)
+    layers = [module for module in plain.modules() if type(module).__name__.endswith(DECODER_LAYER_CLASS)]
+    embedding, head = plain.get_input_embeddings(), plain.get_output_embeddings()
+    embedding.set_unshard_in_backward(False)
+    for layer in layers if keeps_gathered else layers[-1:]:
+        layer.set_reshard_after_forward(False, recurse=False)
+    for unit, following in pairwise([embedding, *layers, head]):
+        unit.set_modules_to_forward_prefetch([following])
+
+
+def _plain(model: Any) -> Any:
+    """Return the model without PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _read_shard(name: str, parameter: DTensor, read: Read, device: torch.device) -> nn.Parameter:

@@ -95,7 +95,13 @@ def _correct_fsdp2(accelerator: "Accelerator") -> None:
     fsdp2.correct_preparation(accelerator)
 
 
-def _correct_nothing(_: "Accelerator") -> None:
+def _set_fsdp2_gathers(model: nn.Module, train: TrainConfig) -> None:
+    from pipeline.models import fsdp2
+
+    fsdp2.set_gathers(model, keeps_gathered=not train.reshard_after_forward)
+
+
+def _do_nothing(*_: object) -> None:
     pass
 
 
@@ -120,6 +126,7 @@ class ShardingStrategy:
         place: function that reads the weights of a hollow model to the device that trains. If the strategy shards
             weights, each process keeps only its shard. The function takes the model, the function that reads rows of a
             weight, and whether training is in mixed precision.
+        set_gathers: function that sets when the trained model gathers and frees parameters. Call it before training.
         correct: function that corrects errors of accelerate for this strategy. Call it before the model is prepared.
         hooks_gradients: whether the backward pass gathers a layer only if the gradient of the layer's input is needed.
         shard_frozen: function that prepares a frozen model, such as a teacher, after `place` has loaded it.
@@ -132,7 +139,8 @@ class ShardingStrategy:
     sharded: tuple[str, ...]
     gathers: bool
     place: Callable[[nn.Module, Read, bool], None] = _load_whole
-    correct: Callable[["Accelerator"], None] = _correct_nothing
+    set_gathers: Callable[[nn.Module, TrainConfig], None] = _do_nothing
+    correct: Callable[["Accelerator"], None] = _do_nothing
     hooks_gradients: bool = False
     shard_frozen: Callable[["Accelerator", nn.Module], nn.Module] = _replicate
     distributed_type: str = "MULTI_GPU"
@@ -197,6 +205,7 @@ STRATEGIES = {
         sharded=_ALL,
         gathers=True,
         place=_load_fsdp2_shards,
+        set_gathers=_set_fsdp2_gathers,
         correct=_correct_fsdp2,
         shard_frozen=_keep,
     ),
@@ -349,10 +358,7 @@ def first_part(parameter: Tensor) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Reshard the final norm and the head.
-
-    FSDP2 keeps them gathered after a forward pass until a backward pass. After a validation, no backward pass follows.
-    """
+    """Reshard the parameters that FSDP2 keeps gathered after a forward pass without a backward pass."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():

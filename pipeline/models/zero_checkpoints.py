@@ -17,7 +17,12 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import UserError
 from pipeline.runs.console import say
 from pipeline.runs.disk import raise_if_disk_too_small
-from pipeline.runs.processes import is_main_process, process_count, wait_for_everyone
+from pipeline.runs.processes import (
+    environment_with_all_cores,
+    is_main_process,
+    process_count,
+    wait_for_everyone,
+)
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -111,7 +116,8 @@ def _convert(checkpoint: Path) -> None:
     say("resume", f"{checkpoint.name}: was written by {_count_writers(checkpoint)} processes; converting it")
     folders = [f"--input_folder={native}", f"--output_folder={universal}"]
     command = [sys.executable, "-m", _CONVERTER, *folders, *_OPTIONS]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = environment_with_all_cores()  # the other processes wait
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise UserError(

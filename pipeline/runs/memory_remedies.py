@@ -37,6 +37,8 @@ def _training(name: str, train: TrainConfig, config: PipelineConfig, on_gpu: boo
     if train.batch_size > 1:
         steps = train.gradient_accumulation_steps * train.batch_size
         yield f"{name}.batch_size=1 {name}.gradient_accumulation_steps={steps}"
+    if not train.reshard_after_forward:
+        yield f"{name}.reshard_after_forward=true"
     if not train.gradient_checkpointing:
         yield f"{name}.gradient_checkpointing=true"
     if config.data.max_length > _SHORT:

@@ -51,8 +51,23 @@ def all_cores() -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(_count_cores())
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def environment_with_all_cores() -> dict[str, str]:
+    """Return the environment for a program that computes on all cores while this machine's processes wait for it.
+
+    Otherwise it would inherit the launcher's OMP_NUM_THREADS. Without a launcher, nothing changes.
+    """
+    if process_count() == 1:
+        return dict(os.environ)
+    return {**os.environ, "OMP_NUM_THREADS": str(_count_cores())}
+
+
+def _count_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -79,7 +79,8 @@ def check(train: TrainConfig, section: str) -> str:
     if train.attn_implementation != AUTO_ATTENTION:
         _check_both(train, section)
         return train.attn_implementation
-    *better, last = attention.candidates(attention.computed_in(train.precision), attention.capability())
+    dtype = attention.computed_in(train.precision)
+    *better, last = attention.candidates(dtype, attention.capability(), packing=train.packing)
     chosen = next((name for name in better if _passes(name, train, section)), last)
     if chosen == last:
         _check_both(replace(train, attn_implementation=last), section)

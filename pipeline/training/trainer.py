@@ -262,6 +262,7 @@ class _Trainer(SFTTrainer):
                 sums += losses.sums(model, [batches[number]])
             if len(mine) < math.ceil(len(batches) / world):
                 losses.sums(model, [batches[0]])
+        sharding.reshard(model)  # WeightChanges compares the stored weights, not gathered ones
         return losses.from_sums(self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu())
 
 
@@ -286,7 +287,9 @@ def make_trainer(inputs: Inputs, setup: Setup, more: Mapping[str, Any]) -> _Trai
             ),
         )
         trainer.get_optimizer_cls_and_kwargs(trainer.args, inputs.model)  # raises if the optimizer's package is missing
-    sharding.STRATEGIES[setup.sharding].correct(trainer.accelerator)
+    strategy = sharding.STRATEGIES[setup.sharding]
+    strategy.correct(trainer.accelerator)
+    strategy.set_gathers(inputs.model, setup.settings)
     trainer.remove_callback(PrinterCallback)
     trainer.tokens, trainer.weight_changes = tokens, inputs.weight_changes
     for callback in inputs.callbacks:
@@ -294,7 +297,7 @@ def make_trainer(inputs: Inputs, setup: Setup, more: Mapping[str, Any]) -> _Trai
     if inputs.rounded is not None:
         trainer.add_callback(ForgetRounded(inputs.rounded))
     if inputs.teacher is not None:
-        trainer.learn_from(inputs.teacher, sharding.STRATEGIES[setup.sharding])
+        trainer.learn_from(inputs.teacher, strategy)
     return trainer
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.checkpoints.gpt_oss import DECODER_LAYER_CLASS
 from pipeline.config import Precision, Sharding, TrainConfig
-from pipeline.models import loading
+from pipeline.models import loading, sharding
 from pipeline.models.references import ModelRef
 from pipeline.runs.processes import is_main_process, wait_for_everyone
 
@@ -59,6 +59,7 @@ def main(directory: Path, results: Path) -> None:
     model = loading.load_to_train(ModelRef("base", directory, directory), train, "eager", Sharding.fsdp2)
     layers: set[tuple[str, ...]] = set()
     watch_layers(model, layers)
+    sharding.STRATEGIES[Sharding.fsdp2].set_gathers(model, train)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     ids = torch.arange(32).reshape(2, 16)

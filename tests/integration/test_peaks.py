@@ -82,6 +82,13 @@ def test_a_rank_of_four_holds_a_quarter_of_the_weights_and_states() -> None:
     assert sharded.optimizer == pytest.approx(alone.optimizer / 4, rel=0.1)
 
 
+def test_layers_that_stay_gathered_take_bf16_memory_until_the_backward_pass() -> None:
+    job = replace(SFT, train=TrainConfig(gradient_accumulation_steps=1), sharding=Sharding.fsdp2, processes=4)
+    freed, kept = measured(job, replace(job, train=replace(job.train, reshard_after_forward=False)))
+    assert kept.load == freed.load
+    assert kept.forward - freed.forward > 2 * EXPERT_VALUES * (LAYERS - 2) / LAYERS
+
+
 def test_without_a_compiler_the_reason_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # an earlier run may have left the compiled library in the usual place
     monkeypatch.setenv("CXX", "no-such-compiler")

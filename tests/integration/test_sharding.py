@@ -90,6 +90,7 @@ MOVED = (SFT, ADAPTED_QAT)
 STAYING = (TAUGHT, ADAPTED)
 MIXED = Case("smoke", "sft", "fsdp2", ("sft.precision=mixed_bf16", "sft.max_steps=2"), "_mixed")
 OTHERS = {
+    "gathered": Case("smoke_lora", "qat", "fsdp2", (*TEACHER, "qat.reshard_after_forward=false")),
     "rising": Case("smoke", "qat", "fsdp2", RISING),
     "mixed_bf16": MIXED,
     "bf16": Case("smoke_lora", "sft", "fsdp2", ("sft.precision=bf16", "sft.max_steps=2")),
@@ -181,6 +182,12 @@ def test_training_resumed_with_another_number_of_processes_has_the_losses_of_one
 ) -> None:
     assert shared.outcomes[case.name]["status"] == 0
     assert losses(shared.of(case), case.stage) == pytest.approx(losses(one.of(case.alone), case.stage), rel=1e-5)
+
+
+def test_layers_that_stay_gathered_for_the_backward_pass_do_not_change_the_losses(one: Runs, shared: Runs) -> None:
+    assert shared.outcomes["gathered"]["status"] == 0
+    expected = losses(one.of(ADAPTED_QAT.alone), "qat")
+    assert losses(shared.directory / "gathered", "qat") == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("case", SHARDED, ids=lambda case: case.name)

@@ -17,6 +17,7 @@ from pipeline.config import (
     Precision,
     QuantizeSource,
     ScaleRule,
+    Sharding,
     adapted_layers,
     is_known,
     keeps_packed,
@@ -78,6 +79,12 @@ def test_stochastic_rounding_needs_bf16_weights_and_a_supporting_optimizer() -> 
         " adamw_torch_8bit, adamw_torch_4bit, which need pip install 'gpt-oss-qat[torchao]'.",
     ]
     assert len(broken(**right, sft__method=Method.lora)) == 1
+
+
+def test_only_fsdp2_can_keep_layers_gathered() -> None:
+    assert broken(sharding=Sharding.fsdp2, qat__reshard_after_forward=False) == []
+    expected = "qat.reshard_after_forward=false: applies only to sharding=fsdp2, not zero3. Set it to true."
+    assert broken(sharding=Sharding.zero3, qat__reshard_after_forward=False) == [expected]
 
 
 def test_layers_and_every_nth_together_are_refused() -> None:

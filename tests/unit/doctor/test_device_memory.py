@@ -86,6 +86,13 @@ def test_settings_that_the_run_has_already_are_no_remedies() -> None:
     assert list(find(plan=sharded, processes=2)) == ["data.max_length=512", "train@sft=lora"]
 
 
+def test_layers_that_stay_gathered_take_memory_that_resharding_saves() -> None:
+    sharded = replace(PLAN, sharding=Sharding.fsdp2)
+    kept = replace(sharded, sft=replace(SFT, reshard_after_forward=False))
+    found = find(plan=kept, processes=2)
+    assert found["sft.reshard_after_forward=true"] == bytes_of(sharded, processes=2) < bytes_of(kept, processes=2)
+
+
 def test_qat_can_do_without_its_cache_and_its_teacher() -> None:
     qat = QatConfig(**vars(SFT))
     qat.distillation.weight = 0.5

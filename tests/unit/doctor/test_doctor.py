@@ -374,3 +374,15 @@ def test_on_a_terminal_a_conversation_is_in_colour(how: Rendering, monkeypatch: 
     monkeypatch.setattr(display, "_console", lambda: terminal)
     display.conversation(1, row(QUESTION, ANSWER).conversation, how)
     assert "\x1b[32m<|channel|>" in out.getvalue()
+
+
+@pytest.mark.parametrize(("packing", "tokens"), [(False, 150), (True, 2 * MAX_LENGTH)])
+def test_the_memory_is_shown_with_the_tokens_that_it_is_for(
+    packing: bool, tokens: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The memory is for the longest example, or for a batch of full rows."""
+    report = DoctorRecord(data=HEALTHY, needs=NEEDS, machine=ROOMY, findings=[])
+    run = Run(PipelineConfig(Stage.doctor, run_dir=str(tmp_path), model=ModelConfig("model")))
+    made = Facts.of(report, ROOMY, plan(TrainConfig(packing=packing, batch_size=2), Sharding.none), MODEL, run)
+    display.report(made, [])
+    assert capsys.readouterr().out.count(f" at {tokens} tokens, estimated") == 2

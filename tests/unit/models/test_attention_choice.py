@@ -16,9 +16,10 @@ def triton_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
 
 
-def test_auto_is_eager_on_a_cpu() -> None:
+def test_auto_is_eager_on_a_cpu_unless_documents_are_packed() -> None:
     assert attention.candidates(torch.bfloat16, None) == ("eager",)
     assert attention.for_training(TrainConfig(), None) == "eager"
+    assert attention.for_training(TrainConfig(packing=True), None) == "fused_sinks"
 
 
 @pytest.mark.parametrize(

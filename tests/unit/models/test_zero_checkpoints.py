@@ -1,5 +1,6 @@
 """A ZeRO checkpoint is converted only once, and only if the number of processes has changed. DeepSpeed is simulated."""
 
+import os
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -109,6 +110,24 @@ def test_an_interrupted_conversion_is_repeated(
     with zero_checkpoints.convert_when_needed():
         engine.load_checkpoint(str(path))
     assert list((path / "global_step2_universal").iterdir()) == []
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_the_converter_uses_all_cores_if_a_launcher_limits_the_threads_of_a_process(
+    launched: bool, engine: FakeDeepSpeedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a launcher, the limit is the user's own, so the converter keeps it."""
+    run_by(3, monkeypatch)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "3" if launched else "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1000")
+    threads = "\nimport os\n(output / 'threads').write_text(os.environ['OMP_NUM_THREADS'])\n"
+    converts_to(CONVERTER + threads, monkeypatch, tmp_path)
+    path = checkpoint(tmp_path, 2, 2)
+    with zero_checkpoints.convert_when_needed():
+        engine.load_checkpoint(str(path))
+    found = int((path / "global_step2_universal" / "threads").read_text())
+    assert found == (len(os.sched_getaffinity(0)) if launched else 1000)
 
 
 def test_the_patch_of_deepspeed_is_removed_after_the_block(engine: FakeDeepSpeedEngine) -> None:

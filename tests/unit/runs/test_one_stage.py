@@ -42,7 +42,7 @@ def message_of(error: Exception, config: PipelineConfig) -> str:
 
 
 def test_a_full_gpu_is_explained_with_its_amounts_and_what_to_set() -> None:
-    config = resolved("recipe=multilingual", "stage=sft", "sft.batch_size=4")
+    config = resolved("recipe=multilingual", "stage=sft", "sft.batch_size=4", "sft.gradient_accumulation_steps=4")
     message = message_of(torch.OutOfMemoryError(GPU_TEXT), config)
     assert message.startswith(
         "stage=sft ran out of GPU memory: it asked for 2.00 GiB more, 1.20 GiB of 79.10 GiB were free on GPU 3. Set"
@@ -102,6 +102,7 @@ def test_every_remedy_is_a_setting_of_the_stage_and_changes_the_configuration(st
     wasteful = (
         *("sft.batch_size=2", "sft.gradient_checkpointing=false", "qat.batch_size=2", "quantize.batch_size=2"),
         *("qat.gradient_checkpointing=false", "qat.distillation.weight=0.5", "qat.rounded_cache_gib=4"),
+        *("sharding=fsdp2", "sft.reshard_after_forward=false", "qat.reshard_after_forward=false"),
         *("eval=quick", "evaluate.generation.batch_size=2", "data.path=rows.jsonl"),
     )
     config = resolved(f"stage={stage.name}", *wasteful)
