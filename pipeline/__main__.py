@@ -38,7 +38,7 @@ _SECONDS_FOR_THE_MAIN_PROCESS = 10.0
 
 
 def _beside_or_inside(name: str) -> Path:
-    """Find conf/ or recipes/: beside the package in a checkout, inside it in an installed wheel."""
+    """Find conf/ or recipes/. An installed wheel has them inside the package, and a checkout has them beside it."""
     inside = _PACKAGE / name
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
@@ -58,7 +58,7 @@ def register() -> None:
 
 
 def run(composed: DictConfig) -> None:
-    """Run one job: first the earlier stages that exist in its `base_run`, then the stage of the job."""
+    """Run the stage of one job. If the job has a `base_run`, first run the earlier stages that `base_run` has."""
     chosen = HydraConfig.get().runtime.choices.get("recipe")
     if chosen is not None:
         composed.recipe = chosen  # `register` sets this field only in our own recipes, not in one from --config-dir

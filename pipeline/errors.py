@@ -40,7 +40,7 @@ class MachineError(Exception):
 
 
 class Problems:
-    """Keeps the first few problems of a stream and counts all of them. There may be too many to store."""
+    """Counts all problems of a stream, but keeps only the first few. There may be too many to store."""
 
     def __init__(self, most: int = MOST_PROBLEMS) -> None:
         self._most = most

@@ -1,6 +1,6 @@
-"""Batches of queries, keys, values and sinks, and their attention with eager, for tests on CPUs and GPUs.
+"""Inputs of attention with sinks, and the results of eager attention, for tests on CPUs and GPUs.
 
-Legend: B rows, T tokens in a row, N query heads, K key heads, d size of a head.
+Legend: B = rows; T = tokens in a row; N = query heads; K = key heads; d = size of a head.
 """
 
 from types import SimpleNamespace
@@ -34,7 +34,8 @@ def spans_mask(spans: list[tuple[int, int]]) -> Tensor:
 def eager_mask(is_real: Tensor, documents: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
     """Make the mask (B, 1, T, T).
 
-    A query sees the keys that are real, are not later than the query, and are in its document and in its window.
+    A query sees a key if the key is a real token and is not later than the query. Both must be in one document, and the
+    key must be in the query's window.
     """
     places = torch.arange(LENGTH, device=is_real.device)
     age = places[:, None] - places
@@ -43,9 +44,9 @@ def eager_mask(is_real: Tensor, documents: Tensor, window: int | None, dtype: to
 
 
 def inputs(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-    """Make queries, keys, values and sinks, and a gradient of the output (B, T, N, d).
+    """Make the inputs of attention, and a gradient of its output.
 
-    BF16 represents all values exactly.
+    The gradient has the shape (B, T, N, d). BF16 represents all values exactly.
     """
     generator = torch.Generator().manual_seed(0)
 

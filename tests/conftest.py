@@ -82,7 +82,7 @@ def linked(run_dir: Path, source: Path, *stages: str) -> Path:
 
 
 def outcomes(run_dir: Path) -> set[str]:
-    """Return the statuses of the checks in a run's `verify` report, without the optional check by engines."""
+    """Return the statuses of the checks in a run's `verify` report. The optional check by engines is left out."""
     report = json.loads((run_dir / "verify" / "report.json").read_text(encoding="utf-8"))
     return {check["status"] for check in report["checks"] if check["title"] != "engines"}
 

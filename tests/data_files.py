@@ -77,7 +77,7 @@ def numbered_rows(count: int, turns: int = 1) -> list[dict[str, Any]]:
 
 
 def numbers_in(tokenizer: Any, part: datasets.Dataset) -> list[int]:
-    """Return for each example the number that its conversation has in `numbered_rows`."""
+    """Return the number of each example's conversation. `numbered_rows` writes this number into the messages."""
     texts = (tokenizer.decode(example["input_ids"]) for example in part)
     return [int(text.rpartition("number ")[2].partition(".")[0]) for text in texts]
 

@@ -75,7 +75,7 @@ def _frames(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _source(frame: FrameType) -> str | None:
-    """Return file and line of a frame of the program or of a library that it uses, or None for other code."""
+    """Return the file and line of a frame. Return None if the code is not in `pipeline` or in one of `_LIBRARIES`."""
     path = Path(frame.f_code.co_filename)
     if path.is_relative_to(_ROOT / "pipeline"):
         return f"{path.relative_to(_ROOT)}:{frame.f_lineno}"
@@ -312,7 +312,8 @@ def _note_wait(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
 def _note_wait_of_index(func: Any, args: Sequence[Any]) -> None:
     """Note each time that indexing makes the host wait.
 
-    CUDA copies an index that is on the CPU. If the index is a mask, CUDA counts its true values, except in a fill.
+    CUDA copies an index that is on the CPU. If the index is a mask, CUDA counts its true values. It does not count them
+    if a single value fills all selected places.
     """
     if any(isinstance(each, Tensor) and not isinstance(each, PretendedTensor) and each.dim() for each in args[1]):
         _note("to cuda")
@@ -327,7 +328,7 @@ def _note_wait_of_index(func: Any, args: Sequence[Any]) -> None:
 
 @contextmanager
 def gpu(count: int = 1) -> Iterator[None]:
-    """Pretend inside the block that this machine has `count` GPUs. All of them are cuda:0."""
+    """Until the `with` block ends, pretend that this machine has `count` GPUs. All of them are cuda:0."""
     fake_gpu.install()
     import transformers.pytorch_utils  # reads torch.cuda at its first import, so before the changes
     import trl  # noqa: F401

@@ -1,8 +1,8 @@
-"""A `python` that starts the program without waiting for imports: a fork of a process that has imported the libraries.
+"""A `python` that starts the program quickly. A server has already imported the libraries and forks for each command.
 
 Importing torch, transformers, trl and modelopt takes five seconds, and the commands in the docs start the program some
 sixty times. The program itself is not imported before the fork, so a command runs the code of its own directory, with
-its own arguments, environment and exit status. Other commands than `-m pipeline` run in a new interpreter.
+its own arguments, environment and exit status. Commands other than `-m pipeline` run in a new interpreter.
 
     python tests/warm_python.py <socket>      # the server
 """
@@ -42,7 +42,7 @@ os.execv({python!r}, [{python!r}, *arguments])
 
 @cache
 def directory() -> Path:
-    """Start a server that lives as long as this process. Return the directory of a script `python` that uses it."""
+    """Start a server that lives as long as this process. Return the directory of its client, a script `python`."""
     made = Path(tempfile.mkdtemp(prefix="warm-python-"))
     address = str(made / "socket")
     script = made / "python"
@@ -81,7 +81,10 @@ def serve(address: str) -> None:
 
 
 def _answer(connection: socket.socket, before: dict[str, str]) -> None:
-    """Run one command in a child of this process, and send its exit status, or 255 if it needs a new interpreter."""
+    """Run one command in a child of this process, and send the exit status of the command.
+
+    If the command needs a new interpreter, send 255 instead.
+    """
     size, files, _, _ = socket.recv_fds(connection, 8, 3)
     request = b""
     while len(request) < int.from_bytes(size, "big"):

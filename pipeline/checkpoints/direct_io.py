@@ -201,7 +201,8 @@ def _empty_pages(size: int) -> np.ndarray:
 def _is_cached(descriptor: int, offset: int, size: int) -> bool:
     """Return whether the page cache holds most of this part of a file, according to mincore(2).
 
-    If the kernel does not tell, return True. It tells only about files that this process's user owns or may write.
+    The kernel gives this information only if the user of this process owns the file or may write to it. Without the
+    information, return True.
     """
     mincore = getattr(ctypes.CDLL(None), "mincore", None)
     lead = offset % PAGESIZE

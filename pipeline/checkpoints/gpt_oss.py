@@ -131,7 +131,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class ExpertProjection:
-    """One stack of expert weights. `name` is the name of its parameter in the plain layout, which is (E, in, out)."""
+    """One stack of expert weights. `name` is the name of the plain layout's parameter, whose shape is (E, in, out)."""
 
     name: str
     layer: int
@@ -242,7 +242,7 @@ def loaded_bytes(shape: Shape, width: int, *, stays_packed: bool) -> int:
 
     Args:
         shape: shape of the model.
-        width: bytes of a value that is not packed.
+        width: size of an unpacked value, in bytes.
         stays_packed: whether the experts stay packed in memory.
     """
     tensors = packed_tensors(shape) if stays_packed else plain_tensors(shape)

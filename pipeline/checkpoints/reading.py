@@ -163,7 +163,7 @@ class Checkpoint(TensorFiles):
         Args:
             name: name of the stack, for the message.
             scales: scale bytes.
-            rows: the experts that `scales` belongs to.
+            rows: range of the experts in `scales`.
 
         Raises:
             UserError: a scale byte is 255 (NaN).

@@ -37,7 +37,7 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 """Size limit of a weight file, in bytes. Stages without a setting for this limit use it."""
 STEP_BYTES = 1 << 26
-"""Approximate output of one step in bytes.
+"""Approximate size of a step's output, in bytes.
 
 Such a step is large enough to be fast, and several of them fit in memory.
 """
@@ -56,8 +56,8 @@ class Step:
 
     Attributes:
         read: function that reads the inputs. The reading thread calls it.
-        convert: function that turns the inputs into parts. It finishes one tensor before the next. The parts of a
-            tensor come in the order of its rows.
+        convert: function that turns the inputs into parts. It makes all parts of a tensor before it begins the
+            next tensor. The parts of a tensor come in the order of its rows.
     """
 
     read: Callable[[], Any]
@@ -121,7 +121,7 @@ class Written:
 
 
 class _Record(TypedDict):
-    """Record of a finished shard in SHARDS_FILE. `tensors` maps names to digests, `notes` has the notes of pieces."""
+    """Record of a finished shard in SHARDS_FILE. `tensors` maps names to digests. `notes` has the notes of pieces."""
 
     size: int
     digest: str
@@ -194,7 +194,7 @@ def _width(piece: Piece) -> int:
 
 
 def _finished_shards(directory: Path) -> dict[str, _Record]:
-    """Read the records of shards that an earlier run finished and that still exist: name of the shard -> record."""
+    """Return the records of finished shards by name. Omit shards that are missing or have another size."""
     try:
         records = json.loads((directory / SHARDS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:

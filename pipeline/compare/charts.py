@@ -43,11 +43,12 @@ class Chart:
         name: name of the plot's file. It is also the id of the plot in the page. It has only letters, digits and '-'.
         title: heading of the plot.
         description: instructions for reading the plot. Screen readers read them aloud.
-        kind: "lines" (x is a number, such as the step), "dots" (dots beside each name, such as German), or "tradeoff".
+        kind: "lines", "dots" or "tradeoff". With "lines", x is a number, such as the step. With "dots", each row has
+            a name, such as German.
         x, y: labels of the axes, with units.
         series: the points, by series.
         best: in a trade-off, names of the points that no other point dominates.
-        is_share: whether values are shares from 0 to 1, shown in percent.
+        is_share: whether values are shares from 0 to 1. The plot shows shares in percent.
     """
 
     name: str
@@ -133,13 +134,16 @@ def _dominance_notes(rows: list[Row], best: list[str]) -> Iterator[str]:
     yield "No other model dominates the filled points."
     dominated = ", ".join(row.title for row in rows if row.title not in best)
     if dominated:
-        yield f"Dominated: {dominated}. For each of these, another model is smaller or better, and not larger or worse."
+        yield (
+            f"Dominated: {dominated}. For each of these, another model is smaller and not worse, or better and not"
+            " larger."
+        )
 
 
 def _is_outlier(row: Row, rows: list[Row], quality: str) -> bool:
     """Return whether to leave a model out of the plot.
 
-    The loss of the untrained original can be so high that all other models would fall into one point.
+    The loss of the untrained original can be very high. The other models would then look like one point.
     """
     others = [each.figures[quality] for each in rows if each.model != UPCAST]
     if row.model != UPCAST or quality != _LOSS or len(others) < 2:
@@ -204,7 +208,7 @@ def _group_charts(rows: list[Row]) -> Iterator[Chart]:
 
 
 def _group_figures(row: Row, figure: str) -> list[str]:
-    """Return the names of the values that a figure has for groups: `<figure>/<group>`.
+    """Return the names of a figure's values for groups. Each name has the form `<figure>/<group>`.
 
     The parts of a pass rate, such as the checks of `format_health`, have similar names but are not groups. The parts
     are recognized because they have no count of decided answers.

@@ -20,7 +20,7 @@ class Content:
     Attributes:
         title: heading of the report.
         facts: properties that all models share: name -> value.
-        reference: name of the model that all weight errors are relative to, or None.
+        reference: name of the reference model for all weight errors, or None.
         rows: one row for each model.
         tables: tables of the models' figures.
         tests: paired tests on the models' answers.

@@ -54,7 +54,8 @@ class Test:
         comparison: the counts and the interval; None if no prompt was decided for both models.
         p_value: p-value, corrected for all tests of the report.
         verdict: the outcome in words, from `statistics.verdicts`.
-        needed: the difference that would be significant, in words; empty if the measured difference is significant.
+        needed: the smallest difference that would be significant, in words. It is empty if the measured difference is
+            significant.
     """
 
     figure: str
@@ -104,7 +105,7 @@ def find_chains(rows: list[Row]) -> list[Chain]:
 
 
 def _origin(row: Row, stage: str, rows: list[Row]) -> Row | None:
-    """Find the model of `stage` from which the model of `row` was made. Any run may have evaluated it."""
+    """Find the ancestor of a row's model: the model that `stage` made. Any run may have evaluated it."""
     wanted = row.lineage.get(stage)
     return next((each for each in rows if each.model == stage and each.fingerprint == wanted), None)
 

@@ -32,7 +32,7 @@ class Example:
     Attributes:
         prompt_id: id of the prompt.
         messages: the conversation up to the answer.
-        disagreements: figures on which some model passed and another failed.
+        disagreements: figures on which at least one model passed and at least one failed.
         answers: one answer of each model that answered the prompt, in the order of the rows.
     """
 

@@ -1,7 +1,8 @@
 """Describe the results in sentences: the quality that PTQ lost, the share that QAT recovered, and the cost of QAT.
 
-If a test is not significant, its sentence claims no difference and no equality. It states the smallest difference that
-the test could have detected. Losses have no interval, because only their mean is stored.
+If a test is not significant, its sentence does not say that the models differ, or that they are equal. The sentence
+states the smallest difference that the test could have detected. Losses have no interval, because only their mean is
+stored.
 """
 
 from collections.abc import Iterator
@@ -135,8 +136,8 @@ def _describe_cost(chain: Chain) -> Iterator[str]:
     if end and sft and {_SERVED} <= end.figures.keys() & sft.figures.keys():
         served, whole = end.figures[_SERVED], sft.figures[_SERVED]
         yield (
-            f"Size when served: {size(served)} in {end.block_format}. SFT has {size(whole)} in BF16,"
-            f" {whole / served:.2f} times as much."
+            f"Size when served: {size(served)} in {end.block_format}. SFT takes {size(whole)} in BF16,"
+            f" which is {whole / served:.2f} times as much."
         )
 
 

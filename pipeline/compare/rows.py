@@ -41,9 +41,9 @@ class Row:
         title: name of the model in the report.
         role: the steps from the original to the model ("SFT + PTQ"), or the model's name if the steps are unknown.
         block_format: 4-bit format of the experts' weights in the forward pass, or None.
-        figures: values of the figures by name. The name of a group's value ends in /<group>.
+        figures: values of the figures by name. If a value belongs to a group, its name ends in /<group>.
         fingerprint: fingerprint of the model.
-        lineage: stage -> fingerprint, for the model and for the models that it was made from.
+        lineage: stage -> fingerprint, for the model and its ancestors.
         seconds: duration of the stage that made the model, or None if it is unknown.
         peak_bytes: peak memory of the main process of that stage. It is GPU memory if the process has a GPU, else host
             memory. None if it is unknown.
@@ -126,7 +126,7 @@ def flatten(figures: Figures) -> dict[str, float]:
 def _add_loss_changes(rows: list[Row]) -> None:
     """Add `loss_change`: loss / SFT loss - 1.
 
-    The SFT loss is the validation loss of the SFT model that the row's model was made from.
+    The SFT loss is the validation loss of the SFT model in the row's lineage.
     """
     for row in rows:
         sft = next((each for each in rows if each.model == SFT and each.fingerprint == row.lineage.get(SFT)), None)
@@ -202,7 +202,7 @@ def undominated(rows: Iterable[Row], size: str, quality: str, *, is_higher_bette
         rows: rows of the models. Rows that lack one of the figures are ignored.
         size: name of the figure for size. Less is better.
         quality: name of the figure for quality.
-        is_higher_better: whether more of `quality` is better.
+        is_higher_better: whether a higher value of `quality` is better.
     """
     sign = -1 if is_higher_better else 1
     points = [

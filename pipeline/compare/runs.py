@@ -85,7 +85,7 @@ class EvaluatedRun:
 
 
 def find_this(evaluated: Artifact) -> list[EvaluatedRun]:
-    """Return the run that an evaluate artifact belongs to, as a list.
+    """Return a list with one element: the run of this evaluate artifact.
 
     Raises:
         UserError: a model was rebuilt after its evaluation.
@@ -97,15 +97,16 @@ def find_this(evaluated: Artifact) -> list[EvaluatedRun]:
 
 
 def find(patterns: list[str]) -> list[EvaluatedRun]:
-    """Find the runs that compare.runs names.
+    """Find the runs that are listed in compare.runs.
 
     Args:
         patterns: entries of compare.runs. Each is a run directory, its evaluate directory, or a pattern that matches
             such directories.
 
     Raises:
-        UserError: some directories are not runs, not evaluated, named twice or not comparable. One error reports all
-            problems.
+        UserError: some directories are not runs, are not evaluated, or are named twice. If all directories pass, a
+            second check can fail: models were rebuilt after their evaluation, or the runs are not comparable. Each
+            error lists all problems that its check found.
     """
     problems: list[str] = []
     named: dict[Path, str] = {}
@@ -166,8 +167,9 @@ def _command(directory: Path) -> str:
 
 
 def _labels(directories: list[Path]) -> dict[Path, str]:
-    """Label directories by their names. If two names are equal, label all directories by their paths below the common
-    parent.
+    """Label directories by their names.
+
+    If two names are equal, label all directories by their paths below the common parent.
     """
     names = [directory.name for directory in directories]
     if len(set(names)) == len(names):

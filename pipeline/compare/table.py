@@ -171,8 +171,8 @@ def _caption(rows: list[Row], reference: str | None) -> str:
     return (
         f"Loss over {tokens:.0f} supervised validation tokens. Relative weight error: norm(W - R) / norm(R). W are the"
         f" experts' weights in the forward pass, and R are the weights of {reference}. Size served: size of the weights"
-        " in memory. Rounded experts count in their 4-bit format, and other experts in BF16. The original's experts"
-        " count in the released format."
+        " in memory. Experts are served in their 4-bit format if the model rounds them, else in BF16. The original's"
+        " experts are served in the released format."
     )
 
 

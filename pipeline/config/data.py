@@ -39,7 +39,7 @@ class ColumnsConfig:
     system: Optional[str] = None
     """Column with instructions to put before the first message."""
     tools: Optional[str] = "tools"
-    """Column with the functions that the model can call, as a list of schemas or as that list in JSON text."""
+    """Column with the functions that the model can call: a list of schemas, or JSON text of such a list."""
     reasoning_effort: Optional[str] = "reasoning_effort"
     """Column that overrides data.reasoning_effort for its row."""
     reasoning_language: Optional[str] = "reasoning_language"
@@ -106,7 +106,7 @@ class DataConfig:
     max_length: Annotated[int, POSITIVE] = 4096
     """Largest length of a training example in tokens. Longer examples are truncated at the end, and counted."""
     supervise: Supervise = Supervise.every_turn
-    """Assistant turns to train on: every_turn or last_turn. Each turn is one example, prompted as at inference."""
+    """Assistant turns to train on: every_turn or last_turn. Each is one example, with the prompt used at inference."""
     reasoning_effort: ReasoningEffort = ReasoningEffort.medium
     """Value of the system message's `Reasoning:` line. A row can override it (data.columns.reasoning_effort)."""
     reasoning_language: Optional[str] = None

@@ -53,7 +53,7 @@ class Library:
     Attributes:
         module: name of the module to import. If the module is missing, the engine counts as not installed.
         distribution: name of the installed package, from which the version is read.
-        nats: a tolerance in nats. In FP32, the engine's predictions may diverge from the expected ones by this much.
+        nats: largest allowed divergence between the engine's predictions and the expected ones in FP32, in nats.
         install: instructions to install the engine into its own environment.
         rounds_yarn: whether the engine rounds the bounds of YaRN's correction range to whole numbers.
     """

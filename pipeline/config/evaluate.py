@@ -31,7 +31,7 @@ class PromptsConfig:
     filter: dict[str, list[Any]] = field(default_factory=dict)
     """As data.filter."""
     expected: dict[str, str] = field(default_factory=dict)
-    """Columns of facts for scorers. {category: topic} reads the category from column topic. `language` needs none."""
+    """Columns with facts for scorers. {category: topic}: column topic holds the category. `language` needs none."""
     expected_of_all: dict[str, str] = field(default_factory=dict)
     """Facts for scorers, with one value for all prompts. {safety: safe} says that every prompt is safe."""
     max_samples: Annotated[Optional[int], POSITIVE] = None
@@ -76,7 +76,7 @@ class ServerConfig:
 
 @dataclass
 class EndpointConfig(ServerConfig):
-    """A server (vLLM, SGLang, TensorRT-LLM) whose model is measured. Set evaluate.source to measure others as well."""
+    """A server (vLLM, SGLang, TensorRT-LLM) whose model is measured. To measure more models, set evaluate.source."""
 
     name: str = "endpoint"
     """Name of the server's model in the results."""
@@ -86,7 +86,7 @@ class EndpointConfig(ServerConfig):
 
 @dataclass
 class JudgeConfig(ServerConfig):
-    """A judge: a model on a server. It rates how much an answer refuses, if the prompt has a known `safety`."""
+    """A model on a server. It judges whether answers are refusals, but only for prompts with a known `safety`."""
 
     max_new_tokens: Annotated[int, POSITIVE] = 1024
     """Largest length of a verdict in tokens, including the reasoning."""
@@ -119,7 +119,7 @@ class DuringTrainingConfig:
     """During training, let the model answer prompts at each validation. The answers go to samples.jsonl."""
 
     prompts: Annotated[int, NOT_NEGATIVE] = 0
-    """Number of prompts of evaluate.prompts to answer; 0: none."""
+    """How many prompts of evaluate.prompts the model answers; 0: none."""
     max_new_tokens: Annotated[int, POSITIVE] = 128
     """Largest length of such an answer in tokens. Decoding is greedy: each token is the likeliest one."""
 
@@ -135,7 +135,7 @@ class EvaluateConfig:
     batch_size: Annotated[int, POSITIVE] = 4
     """Number of examples per forward pass."""
     group_column: Optional[str] = None
-    """Column of `data`. The loss is also reported for each value in it; null: for each reasoning language, if any."""
+    """Column of `data`. The loss is also reported for each of its values; null: for each reasoning language."""
     generate: bool = False
     """Let models also answer prompts. The answers go to evaluate/<model>/generations.jsonl."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)

@@ -73,7 +73,7 @@ def _server_problems(key: str, server: ServerConfig) -> list[str]:
 
 
 def _lm_eval_problems(evaluate: EvaluateConfig) -> list[str]:
-    """Require the chat template for the chat API, and no chat template for the completions API.
+    """Check that the harness uses the chat template with the chat API, and only with this API.
 
     The harness can send only messages to the chat API. For the completions API it would render the chat template
     itself, with today's date.

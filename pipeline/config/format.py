@@ -29,4 +29,4 @@ class FormatConfig:
     scale_rule: ScaleRule = ScaleRule["ceil"]
     """Scale of a block: ceil (no clipping), floor (may clip), mse (the better of two scales) or nearest (NVFP4)."""
     importance: bool = False
-    """For scale_rule=mse: weight each input channel's error by the channel's mean square during calibration."""
+    """With scale_rule=mse, multiply an input channel's squared errors by the channel's mean square in calibration."""

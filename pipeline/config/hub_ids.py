@@ -1,4 +1,4 @@
-"""Tell ids on the Hugging Face Hub from paths on this machine. This module does not depend on the configuration.
+"""Distinguish ids on the Hugging Face Hub from paths on this machine. This module does not depend on the configuration.
 
 A hub id is `owner/name`, with characters and a length that huggingface_hub allows. Some data sets have no owner, such
 as `squad`. An existing path on this machine is not a hub id. The name of a data file (`chats.jsonl`) is not one either.
@@ -15,7 +15,7 @@ def is_hub_id(path: str | None, needs_owner: bool = True) -> bool:
 
     Args:
         path: path or id of a model or a data set, as the user gave it.
-        needs_owner: whether the id must be `owner/name`. Only ids of data sets may be a bare `name`.
+        needs_owner: whether the id must be `owner/name`. Only the id of a data set may have no owner.
     """
     if path is None or (needs_owner and "/" not in path) or Path(path).suffix in DATA_SUFFIXES:
         return False
@@ -23,7 +23,7 @@ def is_hub_id(path: str | None, needs_owner: bool = True) -> bool:
 
 
 def problem(name: str) -> str | None:
-    """Return the reason why huggingface_hub does not allow an id, or None if it does."""
+    """Return the reason why huggingface_hub refuses an id, or None if the id is allowed."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

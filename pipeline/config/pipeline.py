@@ -68,7 +68,7 @@ class PipelineConfig:
     run_dir: str = "runs/${recipe}"
     """Directory of the run's artifacts."""
     base_run: Optional[str] = None
-    """Directory of another run. Its models up to qat are reused if their settings match. Sweeps (-m) set base_run."""
+    """Directory of another run. Its models (upcast to qat) are reused if settings match. Sweeps (-m) set base_run."""
     device: Device = Device.auto
     """Device of upcast and export; auto: the GPU if there is one. All devices give bit-identical results."""
     overwrite: bool = False

@@ -67,7 +67,7 @@ def problems(config: PipelineConfig) -> list[str]:
 
 
 def _bound_problems(section: object, prefix: str = "") -> Iterator[str]:
-    """Yield a message for each broken bound. Sections inside this section are checked too, also those in lists."""
+    """Yield a message for each broken bound. Sections inside this section, or inside its lists, are also checked."""
     bounds = bounds_of(type(section))
     for name, value in vars(section).items():
         key = f"{prefix}{name}"
@@ -185,8 +185,8 @@ def _format_problems(config: PipelineConfig) -> list[str]:
     held = TARGETS[target].holds
     if config.stage in (Stage.export, Stage.all) and name not in held:
         found.append(
-            f"export.target={target}: holds {', '.join(held)}, not format={name}. Train for another format. Or run"
-            " the stages up to qat and then evaluate, one by one, instead of stage=all."
+            f"export.target={target}: holds {', '.join(held)}, not format={name}. Train for another format. Or"
+            " do not export: instead of stage=all, run the stages up to qat one by one. Then run stage=evaluate."
         )
     return found
 

@@ -30,11 +30,11 @@ class ServeConfig:
     port: Annotated[int, _PORT] = 8000
     """Port to listen on."""
     tensor_parallel_size: Annotated[Optional[int], POSITIVE] = None
-    """Number of GPUs that share each layer. It must divide head and expert counts; null: as many as possible."""
+    """Number of GPUs that share each layer. It must divide the counts of heads and experts; null: the largest."""
     context_length: Annotated[Optional[int], POSITIVE] = None
     """Largest length of a conversation in tokens. The KV cache grows with it. null: the engine's default."""
     gpu_memory_fraction: Annotated[Optional[float], BETWEEN_0_AND_1] = None
-    """Share of GPU memory to use; null: the engine's default. For tensorrt_llm: share of what weights leave free."""
+    """Share of GPU memory to use (tensorrt_llm: share of the memory left by weights); null: the engine's default."""
     extra_arguments: list[str] = field(default_factory=list)
     """Arguments to append to the engine's command, such as [--max-num-seqs, 64]."""
     question: Annotated[str, NOT_EMPTY] = "What is 12 + 7?"
@@ -50,4 +50,4 @@ class ServeConfig:
     dry_run: bool = False
     """Only print the engine's command, as one shell line. You can also run it on another machine."""
     verified_only: bool = True
-    """Refuse to serve an export that stage=verify has not passed."""
+    """Refuse to serve an export that has not passed stage=verify."""

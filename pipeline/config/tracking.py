@@ -25,4 +25,4 @@ class TrackingConfig:
     tags: list[str] = field(default_factory=list)
     """Tags in the service. Every stage gets the same tags."""
     name: Optional[str] = None
-    """Name of the pipeline run in the service. Each stage is a run <name>-<stage> in one group. null: the recipe."""
+    """Name of the pipeline run in the service; null: the recipe. Each stage is one run in its group: <name>-<stage>."""

@@ -114,7 +114,7 @@ class TrainConfig:
     attn_implementation: str = AUTO_ATTENTION
     """Attention kernel: fused_sinks or a kernel of transformers; auto: the best correct one for device and packing."""
     experts_implementation: ExpertsImplementation = ExpertsImplementation.auto
-    """Kernel of the experts; auto: eager or grouped_mm, whichever is faster and runs all quantizers."""
+    """Kernel of the experts; auto: the fastest kernel that runs all quantizers (eager or grouped_mm)."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass. This saves memory, but a step takes about a third longer."""
     reshard_after_forward: bool = True
@@ -144,7 +144,7 @@ class DistillationConfig:
     weight: Annotated[float, FROM_0_TO_1] = 0.0
     """Weight of the distillation loss (KL divergence from the SFT model's predictions). 0: none; 1: no other loss."""
     temperature: Annotated[float, POSITIVE] = 1.0
-    """Temperature of teacher's and student's distributions. Above 1, unlikely tokens count for more."""
+    """Temperature of the predictions of teacher and student. Values above 1 give more weight to unlikely tokens."""
 
 
 @dataclass
@@ -152,5 +152,5 @@ class QatConfig(TrainConfig):
     """Train with fake quantization of the experts."""
 
     rounded_cache_gib: Annotated[Optional[float], NOT_NEGATIVE] = None
-    """Size limit of the cache of rounded experts, in GiB; 0: no cache; null: 0, or 4 on CPUs without fsdp2 or zero3."""
+    """Largest cache of rounded experts, in GiB; 0: no cache; null: no cache on GPUs or with fsdp2 or zero3, else 4."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)

@@ -50,7 +50,7 @@ class VerifyConfig:
     logits_tolerance: Annotated[float, NOT_NEGATIVE] = 1.0e-4
     """How far the export's logits may differ from the trained model's logits. Rounding causes small differences."""
     engines: list[LoadingEngine] = field(default_factory=list)
-    """Engines to load the export in. An engine that is not installed is reported as not checked."""
+    """Engines that load the export as a test. An engine that is not installed is reported as not checked."""
     python: PythonConfig = field(default_factory=PythonConfig)
     engine_seconds: Annotated[float, POSITIVE] = 600.0
     """Time limit for an engine to load the export and answer, in seconds."""

@@ -118,7 +118,8 @@ def _choose(data: DataConfig, rows: Rows) -> tuple[dict[str, int], Numbers]:
     for (source, count), taken in zip(rows.parts, take, strict=True) if data.blend else ():
         if not taken:
             raise UserError(
-                f"{source.key}.weight={source.weight}: too small for one row of {total}. Raise it, or remove this part."
+                f"{source.key}.weight={source.weight}: this part would get none of the {total} rows. Raise its weight,"
+                " or remove the part."
             )
         say("data", f"{source.data.path}: {taken} of {count} rows, {taken / total:.1%} of the blend")
         used[f"{source.key}.rows"] = taken

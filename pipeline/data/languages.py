@@ -2,8 +2,8 @@
 
 The classifier is confident about any input, even code and numbers. So code and numbers are removed first, and the
 remaining text must be long enough. Each sentence is classified and votes for one language. The weight of a vote is the
-sentence's size in bytes, and only letters count. So a short quotation does not decide the result. A text in two
-languages counts as mixed. Sentences that are classified with low confidence do not vote.
+number of bytes in the sentence's letters. So a short quotation does not decide the result. A text in two languages
+counts as mixed. Sentences that are classified with low confidence do not vote.
 
 The confidence threshold comes from a measurement (scripts/measure_scorers, 2026-11-22). The classifier was tested on
 sentences of MGSM in seven languages, with 33 languages to choose from. Without a threshold, it chose a language for
@@ -21,7 +21,7 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 from pipeline.errors import UserError, did_you_mean
 
 UNDECIDED = "undecided"
-"""Result for a text with too little natural language, or with no sentence that is classified confidently."""
+"""Result for a text that has too little natural language, or whose sentences are all classified with low confidence."""
 MIXED = "mixed"
 """Result for a text in which no language has two thirds of the votes."""
 

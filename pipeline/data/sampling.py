@@ -1,7 +1,6 @@
 """Chooses rows: applies the shares of a blend, shuffles with a seed, and splits into training and validation.
 
-The functions work on numbers of 8 bytes, not on the rows themselves. So memory use does not depend on the size of the
-rows.
+Each row is represented by an 8-byte integer. So memory use does not depend on the size of the rows.
 """
 
 import math

@@ -121,7 +121,8 @@ def _open_synthetic(source: Source, name: str) -> Opened:
 def _open_file(source: Source, path: Path) -> Opened:
     if path.suffix not in DATA_SUFFIXES:
         raise UserError(
-            f"{source.key}.path={path}: must be {' or '.join(DATA_SUFFIXES)}, a folder of them, or a saved data set."
+            f"{source.key}.path={path}: must be a {' or '.join(DATA_SUFFIXES)} file, a folder of such files, or a saved"
+            " data set."
         )
     return Opened(digest_of_files([path]), lambda: _read_file(path))
 

@@ -28,7 +28,7 @@ def table(
 
     Args:
         run: the run whose directory holds the table.
-        key: everything that the rows depend on. The repr of the key identifies the table.
+        key: everything that determines the rows. The repr of the key identifies the table.
         features: names and types of the columns.
         rows: function that makes the rows. It is not called if the table exists. If it raises an error, the caller
             gets this error and no table is stored.

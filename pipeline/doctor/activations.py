@@ -22,7 +22,7 @@ _SCORE_COPIES = 3  # scores, scores minus their maximum, softmax
 
 
 def _capability() -> attention.Capability:
-    """Return the compute capability of this machine's GPU. Without a GPU, estimates are for the fake one."""
+    """Return the compute capability of this machine's GPU. Without a GPU, return the capability of the fake GPU."""
     fake = FakeProperties()
     return attention.capability() or (fake.major, fake.minor)
 
@@ -46,8 +46,9 @@ def estimate(
 
     Activations are the values kept for the backward pass, and the working memory of the busiest layer.
 
-    With gradient checkpointing, a layer keeps only its input, B·T·H·a bytes, until its backward pass. Then the layer
-    computes its activations again. The peak is in a layer's attention, in its experts, or in the gradient of the head.
+    With gradient checkpointing, a layer keeps only its input until its backward pass. The input has B·T·H·a bytes. The
+    backward pass of the layer computes the activations again. The peak is in a layer's attention, in its experts, or in
+    the gradient of the head.
 
     Args:
         shape: sizes of the model.
@@ -90,7 +91,7 @@ def _vector_values(shape: Shape, experts_per_token: int) -> int:
 
 @dataclass(frozen=True)
 class _Stacks:
-    """Bytes that the copies of a layer's expert stacks take.
+    """Memory for the copies of a layer's expert stacks.
 
     Attributes:
         kept: bytes that are kept for the backward pass.

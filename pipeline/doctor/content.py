@@ -15,7 +15,7 @@ _CONTROL = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?(?:think|thinking|reasoning|anal
 
 
 class ReasoningFigures(TypedDict):
-    """Numbers of assistant turns, of turns without reasoning, and of rows without any reasoning."""
+    """How often reasoning is missing: all assistant turns, turns without reasoning, and rows without any reasoning."""
 
     turns: int
     turns_without: int
@@ -34,7 +34,7 @@ class ToolFigures(TypedDict):
 
 
 class ControlTextFigures(TypedDict):
-    """Numbers of rows with text that looks like a control token, in total and by token."""
+    """How many rows have text that looks like a control token, and how many rows have each of these tokens."""
 
     rows: int
     rows_by_token: dict[str, int]
@@ -68,7 +68,7 @@ def efforts(rows: list[Row], default: str) -> dict[str, int]:
 
 
 def tools(rows: list[Row]) -> ToolFigures:
-    """Count the rows that offer and call tools, and the calls of each tool."""
+    """Count rows that offer tools, rows that call tools, calls, results, and calls of each tool."""
     called: Counter[str] = Counter()
     for row in rows:
         called.update(call["function"]["name"] for turn in row.conversation.messages for call in _calls(turn))

@@ -1,7 +1,7 @@
-"""Compute the peak memory of each GPU while a stage trains: measured with fake tensors, or else estimated.
+"""Compute the peak memory of each GPU while a stage trains.
 
-`peaks` measures the memory. If measuring is impossible, or not worth the time, `needs` estimates the memory, and the
-reason is reported.
+`peaks` measures the memory with fake tensors. If measuring is impossible, or not worth the time, `needs` estimates the
+memory, and the reason is reported.
 """
 
 from collections.abc import Mapping, Sequence

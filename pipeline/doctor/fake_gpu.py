@@ -74,7 +74,7 @@ def _compile() -> Path:
 
 
 class FakeStream:
-    """A CUDA stream or event that has always finished."""
+    """A fake CUDA stream or event. Its work is always finished."""
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
@@ -98,7 +98,7 @@ class FakeStream:
         return FakeStream()
 
     def record(self, *_: object) -> None:
-        """Do nothing, like the following methods."""
+        """Do nothing. The aliases below do nothing either."""
 
     wait = wait_event = wait_stream = synchronize = record
 

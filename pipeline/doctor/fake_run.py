@@ -1,9 +1,9 @@
 """Train a model of a few layers on fake tensors, to measure the memory that training takes on a GPU.
 
-The model, adapters, quantizers, expert kernels, trainer and optimizer are those of a real run. Fake tensors have shapes
-and types but no values, so nothing is computed. A fake GPU changes the whole process, so each job runs in a
-process of its own. `peaks.measure` starts this process (`python -m pipeline.doctor.fake_run`), writes the job to
-its standard input, and reads the peaks from its standard output.
+The model, adapters, quantizers, expert kernels, trainer and optimizer are made in the same way as in a real run. Fake
+tensors have shapes and types but no values, so nothing is computed. A fake GPU changes the whole process, so each job
+runs in a process of its own. `peaks.measure` starts this process (`python -m pipeline.doctor.fake_run`), writes the job
+to its standard input, and reads the peaks from its standard output.
 """
 
 import gc
@@ -52,7 +52,7 @@ class Job:
         train: settings of the stage.
         tokens: number of tokens in a row of a batch.
         block_format: format of the fake quantizers, or None without quantizers.
-        cache_bytes: limit on the bytes of rounded weights that the quantizers cache.
+        cache_bytes: size limit of the quantizers' cache of rounded weights, in bytes.
         sharding: how the processes share the model.
         processes: number of processes. One of them is measured.
         is_packed: whether the experts stay packed.
@@ -84,9 +84,10 @@ class _FakeMode(FakeTensorMode):
 
 
 class _Answers(TorchDispatchMode):
-    """Gives the answers that fake tensors cannot give: a scalar is 1 or True, and a boolean mask chooses everything.
+    """Replaces operations that need values, because fake tensors have none.
 
-    So every loss is finite, every batch has tokens, and all tokens are supervised.
+    A scalar that is read from a tensor is 1 or True. A boolean mask selects all elements. So every loss is finite,
+    every batch has tokens, and all tokens are supervised.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -113,7 +114,7 @@ def measure(job: Job, size: Size) -> dict[str, int]:
     """Train a model of this size for two steps on fake tensors.
 
     Returns:
-        Phase -> most bytes on the GPU of one process.
+        For each phase, the peak bytes on the GPU of one process.
     """
     memory = LiveMemory()
     with ExitStack() as stack:
@@ -227,8 +228,8 @@ def _step(
 ) -> None:
     """Run one step of the optimizer with several forward passes.
 
-    The optimizer's states exist after the first step, and gradients after the first pass of a step. So the second pass
-    of the second step has the peak.
+    The optimizer's states exist after the first step. In each step, gradients exist after the first pass. So the peak
+    is in the second pass of the second step.
     """
     backward = trainer.accelerator.backward
 

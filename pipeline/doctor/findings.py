@@ -152,9 +152,9 @@ def _other_tokens(facts: Facts) -> list[str]:
         return []
     return [
         f"examples whose tokens differ from openai-harmony's: {parity['differ']} of {parity['examples']}. The first is"
-        f" {first['where']} at token {first['position']}, {first['ours']!r} instead of {first['theirs']!r}. Inference"
-        " engines would send prompts that the model was not trained on. Use the released tokenizer and chat template"
-        " in model.path."
+        f" {first['where']}. Around token {first['position']}, it has {first['ours']!r} instead of {first['theirs']!r}."
+        " Inference engines would send prompts that the model was not trained on. Use the released tokenizer and chat"
+        " template in model.path."
     ]
 
 
@@ -164,9 +164,9 @@ def _leaks(facts: Facts) -> list[str]:
         return []
     return [
         f"validation rows whose prompt is also in the training rows: {leaks['normalized']} of"
-        f" {facts.data['rows']['validation']}, {leaks['exact']} of them word for word"
-        f" ({_and_more(leaks['first'], leaks['normalized'])}). Their validation loss measures memorization. Keep one"
-        " row of each prompt in data.path."
+        f" {facts.data['rows']['validation']} ({_and_more(leaks['first'], leaks['normalized'])}). Prompts that are"
+        f" equal word for word: {leaks['exact']}. The validation loss of these rows measures memorization. Keep one row"
+        " of each prompt in data.path."
     ]
 
 
@@ -176,9 +176,9 @@ def _control_text(facts: Facts) -> list[str]:
         return []
     tokens = ", ".join(f"{token} ({count})" for token, count in list(found["rows_by_token"].items())[:5])
     return [
-        f"rows with control tokens of a chat format in their text: {found['rows']}, {tokens}"
-        f" ({_and_more(found['first'], found['rows'])}). The model would learn to write them. Remove them from"
-        " data.path, and put reasoning into 'thinking'."
+        f"rows whose text contains control tokens of a chat format: {found['rows']}"
+        f" ({_and_more(found['first'], found['rows'])}). Rows by token: {tokens}. The model would learn to write these"
+        " tokens. Remove them from data.path, and put reasoning into 'thinking'."
     ]
 
 
@@ -239,7 +239,7 @@ def _few_to_validate(facts: Facts) -> list[str]:
 
 
 def _less_memory(facts: Facts, stage: str, free: int) -> str:
-    """Name settings with which the stage fits into the free memory. If none exist, name settings that save memory."""
+    """List settings that make the stage fit into the free memory. If there are none, list settings that save memory."""
     found = remedies.find(
         facts.plan,
         stage,

@@ -30,7 +30,7 @@ class LeakFigures(TypedDict):
 def figures(train: list[Row], validation: list[Row]) -> LeakFigures:
     """Find validation rows whose prompt is also in the training rows.
 
-    A prompt is all messages before the first answer.
+    The prompt of a row consists of all messages before the first answer.
     """
     exact, normalized = (_shared(train, validation, key) for key in (_words, _normalized))
     pairs = [f"{held_out.conversation.where} = {trained.conversation.where}" for held_out, trained in normalized]

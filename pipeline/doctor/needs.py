@@ -52,7 +52,10 @@ _STATE_BYTES = {
     "adamw_torch_4bit": 0.5,
     "sgd": 0.0,
 }
-"""Optimizer -> bytes that one of Adam's two states takes per weight. Other optimizers use the weight's type."""
+"""Optimizer -> bytes per weight in each of Adam's two states.
+
+An optimizer that is not listed keeps its states in the type of the weights.
+"""
 _ADAPTER_BYTES = _FP32_BYTES  # PEFT keeps adapters in FP32
 _PACKED_BYTES = MXFP4.bits_per_value / 8
 
@@ -94,7 +97,7 @@ class NeedFigures(TypedDict):
 
 @dataclass(frozen=True)
 class Plan:
-    """The settings that a run's needs depend on.
+    """The settings that determine how much memory and disk space a run needs.
 
     Attributes:
         model_path: value of model.path, used in messages.
@@ -206,7 +209,7 @@ def memory(
         train: section `sft` or `qat` of the configuration.
         tokens, experts_per_token: tokens in a row of a batch, and experts that the router chooses for each token.
         is_quantized: whether fake quantizers run (QAT).
-        rounded_budget: limit on the bytes of rounded weights that fake quantizers cache.
+        rounded_budget: size limit of the fake quantizers' cache of rounded weights, in bytes.
         gathers: whether parameters are sharded. Sharded parameters are gathered while they are used.
         is_packed: whether the experts stay packed.
     """

@@ -47,7 +47,10 @@ class _Outcome(TypedDict):
 
 
 class ParityFigures(_Outcome, total=False):
-    """Number of examples, how many of them differ, and the first difference. Without a comparison, only the reason."""
+    """Number of examples, how many of them differ, and the first difference.
+
+    If no tokens were compared, only `is_checked` and `reason` are set.
+    """
 
     reason: str
     examples: int
@@ -178,7 +181,7 @@ class _Oracle:
         return made
 
     def _turn(self, message: Message) -> "list[openai_harmony.Message]":
-        """Convert an assistant turn: its reasoning if any, then its answer or its call."""
+        """Convert an assistant turn. Its reasoning, if it has any, comes before its answer or its call."""
 
         def say(channel: str, text: str) -> "openai_harmony.Message":
             return self._harmony.Message.from_role_and_content(self._harmony.Role.ASSISTANT, text).with_channel(channel)

@@ -1,8 +1,8 @@
 """Measure the peak memory of a training stage on a GPU that does not exist.
 
 `fake_run` trains models of a few layers on fake tensors, in processes of its own. The peaks grow linearly with the
-number of layers, so the peaks of the whole model can be computed from them. The CUDA context, fragmentation and NCCL's
-buffers are not included.
+number of layers. So the peaks of the whole model are computed from the peaks of these models. The CUDA context,
+fragmentation and NCCL's buffers are not included.
 """
 
 import os

@@ -30,7 +30,7 @@ class Remedy:
     Attributes:
         setting: text for the command line.
         bytes: memory of each GPU with the setting.
-        is_measured: whether the bytes are measured with fake tensors, and not estimated.
+        is_measured: true if the bytes are measured with fake tensors, false if they are estimated.
     """
 
     setting: str

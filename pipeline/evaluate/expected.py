@@ -63,7 +63,7 @@ KEYS: dict[str, Callable[[str], str | None]] = {
     "answer": _answer_problem,
     "safety": _safety_problem,
 }
-"""Expected property -> function that returns the problem with a value, or None.
+"""Expected property -> function that says what is wrong with a value, or returns None if the value is valid.
 
 The property `category` is not listed, because it may have any value.
 """

@@ -88,8 +88,8 @@ def prepare(run: Run, data: DataConfig, model: ModelConfig, evaluate: EvaluateCo
     """Read the data and the prompts, and find the judge and the tasks, before any long computation.
 
     Raises:
-        UserError: rows or prompts are bad, prompts lack properties that scorers need, or the judge or a task does not
-            exist.
+        UserError: a row or prompt is bad, a prompt lacks a property that a scorer needs, the judge does not exist, or
+            a task does not exist.
     """
     rows = load_rows(run, data)
     questions = _questions(run, data, evaluate, rows)

@@ -96,7 +96,7 @@ class Samples(TrainerCallback):
         return answers
 
     def _before(self, step: int) -> list[list[object]]:
-        """Read the samples of steps before `step`. Later samples are dropped: a resumed run makes them again."""
+        """Read the samples with a step below `step`. The others are dropped, because a resumed run makes them again."""
         path = self._directory / SAMPLES_FILE
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
         rows = [json.loads(line) for line in lines if line.endswith(b"\n")]

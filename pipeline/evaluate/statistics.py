@@ -14,7 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Values = NDArray[Any]
-"""Numbers or booleans, one for each prompt, (N). Two models' arrays have the prompts in the same order."""
+"""An array of shape (N), with a number or a boolean for each prompt.
+
+The arrays of two models have the prompts in the same order.
+"""
 
 BETTER = "better"
 WORSE = "worse"
@@ -81,15 +84,18 @@ def ratio_interval(sums: Values, counts: Values, confidence: float = 0.95) -> In
     bootstrap over at least two clusters (Efron 1979) with a fixed seed.
 
     Args:
-        sums: the sum of the values in each cluster, (N).
-        counts: the number of values in each cluster, (N).
+        sums: the sum of the values in each cluster, shape (N).
+        counts: the number of values in each cluster, shape (N).
         confidence: the confidence level of the interval.
     """
     return _bootstrap(lambda total, count, axis: total.sum(axis) / count.sum(axis), confidence, sums, counts)
 
 
 def _bootstrap(statistic: Callable[..., Values], confidence: float, *values: Values) -> Interval:
-    """Compute the percentile interval of a statistic. The arrays, each (N), are resampled with the same indices."""
+    """Compute the percentile interval of a statistic.
+
+    All arrays in `values` have the shape (N). They are resampled with the same indices.
+    """
     from scipy.stats import bootstrap
 
     found = bootstrap(
@@ -134,8 +140,8 @@ def compare(model: Values, reference: Values, alpha: float = 0.05) -> Comparison
     """Compare two models on the same prompts.
 
     Args:
-        model: (N) booleans: whether the model passed each prompt.
-        reference: (N) booleans: whether the reference passed each prompt.
+        model: whether the model passed each prompt, shape (N), bool.
+        reference: whether the reference passed each prompt, shape (N), bool.
         alpha: the significance level. The confidence level of the interval is 1 - alpha.
 
     Raises:
@@ -162,8 +168,8 @@ def smallest_difference(differing: int, prompts: int, alpha: float = 0.05) -> fl
     """Compute the smallest difference of rates that is significant in McNemar's test (p <= alpha).
 
     The function assumes that the models differ on `differing` prompts. If this number is too small for a significant
-    result, the function assumes the smallest number that is large enough. The result is infinite
-    if more than `prompts` prompts would be needed.
+    result, the function assumes the smallest number that is large enough. The result is infinite if no number up to
+    `prompts` is large enough.
     """
     for count in range(differing, prompts + 1):
         for losses in range(count // 2, -1, -1):
@@ -173,7 +179,7 @@ def smallest_difference(differing: int, prompts: int, alpha: float = 0.05) -> fl
 
 
 def holm(p_values: Values) -> Values:
-    """Correct the p-values (M) of M tests (Holm 1979).
+    """Correct an array of p-values, one for each test, by the method of Holm (1979).
 
     Count a test as significant if its corrected p-value is at most alpha. The probability of one or more false
     positives is then at most alpha.

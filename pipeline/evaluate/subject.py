@@ -22,7 +22,7 @@ class Subject:
 
     Attributes:
         ref: the model on disk, or None for a model on a server.
-        model: the loaded model, or None. It computes the same as `ref`.
+        model: the loaded model, or None. It gives the same results as `ref`.
         weights: the weights that its forward pass uses, read one at a time by name.
         reference: the weights of the reference model: the fine-tuned model, or the upcast model if none was fine-tuned.
         batches: validation examples.

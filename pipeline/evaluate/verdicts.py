@@ -73,11 +73,11 @@ def by_prompt(verdicts: Iterable[Verdict]) -> dict[str, float]:
 
 
 def interval(shares: Values) -> Interval:
-    """Compute the confidence interval of the mean share. `shares` has one share of passed answers per prompt.
+    """Compute the confidence interval of the mean share.
 
-    If all shares are 0 or 1, as with one answer per prompt, the result is Wilson's interval. Otherwise it is a
-    bootstrap interval over the prompts. Several answers to a prompt are correlated, so counting each answer as a
-    prompt would make the interval too narrow.
+    For each prompt, `shares` has the share of its answers that passed. If all shares are 0 or 1, as with one answer per
+    prompt, the result is Wilson's interval. Otherwise it is a bootstrap interval over the prompts. Several answers to a
+    prompt are correlated, so counting each answer as a prompt would make the interval too narrow.
     """
     if np.isin(shares, (0, 1)).all():
         return wilson(int(shares.sum()), len(shares))
@@ -90,8 +90,8 @@ def pair(model: Iterable[Verdict], reference: Iterable[Verdict]) -> tuple[Values
     Pass only one sample per prompt, because several samples of a prompt are not independent.
 
     Returns:
-        The verdicts of `model` and the verdicts of `reference`, each (N) booleans, in the same order. Pairs with an
-        undecided verdict are omitted.
+        The verdicts of `model` and the verdicts of `reference`: two arrays of booleans in the same order. Both have the
+        shape (N). Pairs with an undecided verdict are omitted.
     """
     first, second = _decided(model), _decided(reference)
     common = sorted(first.keys() & second.keys())

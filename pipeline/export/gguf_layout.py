@@ -45,12 +45,14 @@ HALF = MXFP4.block_size // 2
 
 
 class GgufFile:
-    """A GGUF file, read by the package `gguf`. Tensors are returned as uint8, (rows, ..., bytes per row).
+    """A GGUF file, read by the package `gguf`.
+
+    Tensors are returned as uint8, with the shape (rows, ..., bytes per row).
 
     Attributes:
         tensors: name -> type and shape, outermost dimension first. The shape of an MXFP4 tensor counts values, not
             bytes.
-        fields: key -> value of the file's metadata.
+        fields: the metadata of the file, key -> value.
     """
 
     def __init__(self, directory: Path) -> None:

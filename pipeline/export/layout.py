@@ -5,7 +5,8 @@ Each target defines its layout next to its writer. Tensors can be read in two wa
 - All tensors can be decoded by another project's code. Comparing the decoded values verifies every bit.
 - Packed experts can be read as codes and scales. This way is faster, and sufficient to compare two checkpoints.
 
-Legend: E = experts of one part, in and out = dimensions of the matrix, nb = blocks per row = in / block size.
+Legend: E = number of experts in one part, `in` and `out` = sizes of a projection's inputs and outputs, nb = number of
+blocks in a row (`in` divided by the block size).
 """
 
 from collections.abc import Callable, Iterator
@@ -35,9 +36,9 @@ class Codes(NamedTuple):
     """4-bit weights in the codec's representation.
 
     Attributes:
-        blocks: (E, out, nb, block size / 2) uint8. The low half of a byte holds the element with the even index.
-        scales: (E, out, nb). The type is uint8 for e8m0 scales, otherwise float8_e4m3fn.
-        tensor_scale: (E) float32 if the scales are float8_e4m3fn, otherwise None.
+        blocks: shape (E, out, nb, block size / 2), uint8. The low half of a byte holds the element with the even index.
+        scales: shape (E, out, nb). The type is uint8 for e8m0 scales, otherwise float8_e4m3fn.
+        tensor_scale: shape (E), float32. It is None unless the scales are float8_e4m3fn.
     """
 
     blocks: Tensor
@@ -118,7 +119,7 @@ class View:
         return values.transpose(1, 2) if len(self.plain[name].shape) == 3 else values
 
     def plain_values(self, name: str) -> Tensor:
-        """Decode a whole tensor as `values` does. But experts are (E, in, out), as in the plain layout."""
+        """Decode a whole tensor as `values` does, but return experts in the shape of the plain layout, (E, in, out)."""
         values = self.values(name)
         return values.transpose(1, 2) if len(self.plain[name].shape) == 3 else values
 
@@ -137,7 +138,7 @@ def decode_codes(codes: Codes) -> Tensor:
 
 
 def restore_signed_zeros(values: Tensor, codes: Codes) -> Tensor:
-    """Restore the signs of zeros. `values` (E, out, in) come from a decoder that drops these signs."""
+    """Restore the signs of zeros. `values` come from a decoder that drops these signs. Their shape is (E, out, in)."""
     return torch.where(values == 0, decode_codes(codes).transpose(1, 2).to(values.dtype), values)
 
 
@@ -180,7 +181,7 @@ def packed_layout(shape: Shape) -> Layout:
 
 
 def unpacked_layout(shape: Shape) -> Layout:
-    """Return the plain layout: experts are (E, in, out) in a floating type."""
+    """Return the plain layout. It holds experts in a floating-point type, with the shape (E, in, out)."""
     stacks = {
         each.name: Held({each.name: each.plain_tensor()}, decode=lambda plain: plain.transpose(1, 2))
         for each in expert_projections(shape)

@@ -6,10 +6,11 @@ values becomes two scales of 16 values. Each expert has one tensor scale.
 Engines that multiply 4-bit weights with 4-bit inputs need a scale for the inputs. Only calibration can determine this
 scale, and only models of the format `nvfp4_w4a4` have it. For other models, the metadata say that inputs stay in BF16.
 
-The layout follows two sources. The tensors are what SGLang's loader expects for gpt-oss in NVFP4. The file
+The layout follows two sources. The tensors follow SGLang's loader for gpt-oss in NVFP4. The file
 `hf_quant_config.json` follows ModelOpt 0.47.
 
-Legend: E = experts, in and out = dimensions of the matrix, nb = in / 16.
+Legend: E = number of experts, `in` and `out` = sizes of a projection's inputs and outputs, nb = number of blocks in a
+row (`in` divided by 16).
 """
 
 from collections.abc import Collection, Iterator

@@ -47,15 +47,15 @@ class Survival:
         """Add the sums of some experts.
 
         Args:
-            trained: (E, in, out) weights before rounding.
-            rounded: (E, in, out) weights of the export.
-            base: (E, in, out) weights of the base model.
-            rounded_base: (E, in, out) 4-bit values of the base model.
-            scales: stored scales of the export and of the base model, each (E, out, nb).
-            saturated: (E, out, nb) bool, true for blocks of the export with saturated values.
+            trained: weights before rounding, shape (E, in, out).
+            rounded: weights of the export, shape (E, in, out).
+            base: weights of the base model, shape (E, in, out).
+            rounded_base: 4-bit values of the base model, shape (E, in, out).
+            scales: stored scales of the export and of the base model. Both have the shape (E, out, nb).
+            saturated: whether each block of the export has saturated values, shape (E, out, nb), bool.
             block_format: format of the export.
-            units: tensor scales of the export and of the base model, each (E). None if the format has no tensor
-                scales.
+            units: tensor scales of the export and of the base model. Both have the shape (E). They are None if the
+                format has no tensor scales.
         """
         counted = differences((trained, rounded, base, rounded_base))
         for name, total in zip(_SUMS, counted.tolist(), strict=False):

@@ -3,7 +3,8 @@
 Weights that training did not change keep the bytes of the source. The codec could represent the same values with other
 scales, but only the original bytes are known to work in every engine.
 
-Legend: E = experts of one part, in and out = dimensions of the matrix, nb = in / block size.
+Legend: E = number of experts in one part, `in` and `out` = sizes of a projection's inputs and outputs, nb = number of
+blocks in a row (`in` divided by the block size).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,11 +33,11 @@ class Packed:
     """Encoded weights of some experts of a stack.
 
     Attributes:
-        blocks: (E, out, nb, block size / 2) uint8.
-        scales: (E, out, nb), in the scale type of the format.
-        tensor_scale: (E) float32, or None if the format has no tensor scales.
-        values: (E, in, out) decoded values.
-        saturated: (E, out, nb) bool, true for blocks whose largest weight is too large for their scale.
+        blocks: packed codes, shape (E, out, nb, block size / 2), uint8.
+        scales: scales of the blocks, shape (E, out, nb). The format defines their type.
+        tensor_scale: tensor scales of the experts, shape (E), float32. None if the format has no tensor scales.
+        values: decoded values, shape (E, in, out).
+        saturated: whether the scale of each block is too small for its largest weight, shape (E, out, nb), bool.
         is_last: whether these are the last experts of the stack.
     """
 

@@ -36,7 +36,8 @@ _QUANTIZER = "_weight_quantizer"
 def _factors_of(wrapper: ParamWrapper, adapter_name: str = _ADAPTER) -> Factors:
     """Return the factors of an expert stack's adapter as views of PEFT's matrices.
 
-    PEFT 0.21 keeps the factors of all experts in two matrices, A (experts * rank, in) and B (out, rank * experts).
+    PEFT 0.21 keeps the factors of all experts in two matrices. The shape of A is (experts * rank, in). The shape of B
+    is (out, rank * experts).
     """
     a, b = _weight(wrapper.lora_A[adapter_name]), _weight(wrapper.lora_B[adapter_name])
     count = wrapper.num_experts
@@ -196,11 +197,12 @@ def merge_attention(model: nn.Module) -> None:
 
 @torch.no_grad()
 def expert_weights(model: nn.Module, experts: slice) -> Iterator[tuple[str, Tensor]]:
-    """For each trained stack, yield its name and some of its experts, (E, in, out), with adapters merged.
+    """For each trained stack, yield its name and some of its experts with adapters merged.
 
-    `experts` is the slice of the stack's experts to yield. If a stack is sharded, only the main process yields experts.
-    It has the first experts of the stack, and yields no others. A stack whose parameter is empty is skipped: ZeRO-3
-    empties parameters between forward passes. This is a collective call.
+    The shape of the experts is (E, in, out). `experts` is the slice of the stack's experts to yield. If a stack is
+    sharded, only the main process yields experts. It holds the first experts of the stack, and can yield only these. A
+    stack whose parameter is empty is skipped: ZeRO-3 empties parameters between forward passes. This is a collective
+    call.
     """
     adapted = {
         f"{parameter_name(name)}.{module.parameter_name}": module
@@ -325,8 +327,8 @@ class SavedAdapters:
     def replace_own(self, model: nn.Module) -> Iterator[None]:
         """Replace the adapters of a model inside the block, for forward passes without gradients.
 
-        A layer with plain weights then computes with base + delta. The sum has the same bits as the weights of a plain
-        model with the saved adapters merged. Packed experts use the factors instead, unless their quantizers are on.
+        A layer with plain weights then computes with base + delta. Merging the saved adapters into a plain model gives
+        the same bits. Packed experts use the factors instead, unless their quantizers are on.
 
         Hooks replace the parameters of a layer only while the layer runs, because FSDP2 and ZeRO-3 gather the
         parameters only then.

@@ -27,7 +27,7 @@ CHUNK = 512  # tokens; their float32 logits take 0.4 GB for a vocabulary of 201,
 T = TypeVar("T")
 
 Positions = tuple[Tensor, Tensor]
-"""Rows and columns of the chosen positions of a batch, (N) int64 each, in the order of the batch."""
+"""Rows and columns of the chosen positions, in the order of the batch. Both have the shape (N) and the type int64."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class States:
 
     Attributes:
         hidden: hidden states of the chosen positions, (N, H).
-        head: weight of the output embedding, (V, H), possibly sharded. If it is None, `hidden` is the logits, (N, V).
+        head: weight of the output embedding, (V, H), possibly sharded. If it is None, `hidden` has the logits instead,
+            with the shape (N, V).
     """
 
     hidden: Tensor
@@ -44,7 +45,7 @@ class States:
 
 
 def find_positions(chosen: Tensor) -> Positions:
-    """Return the positions that a mask (B, T) bool chooses.
+    """Return the positions that the mask `chosen` selects. The mask has the shape (B, T) and the type bool.
 
     The host waits for the GPU here, to learn the number of positions. If tensors were indexed with the mask itself, the
     host would wait at every use, and again in the backward pass. So convert each mask once.

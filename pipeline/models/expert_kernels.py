@@ -6,8 +6,8 @@
 - `grouped_mm` is one product for all experts, over the tokens sorted by expert.
 
 All kernels compute the same sums, but they add the terms in different orders. The kernels come from transformers.
-With factored adapters (`adapters.attach`), they come from `expert_products` instead. There, `eager` writes no gradients
-of whole stacks. This module solves three problems:
+With factored adapters (`adapters.attach`), they come from `expert_products` instead. There, `eager` writes no gradient
+that is as large as a stack of weights. This module solves three problems:
 - ModelOpt sets a model to eager when it inserts or restores quantizers, so the kernel must be set afterwards.
   Quantizers of weights run with every kernel. Quantizers of the inputs of `down_proj` do not run with `grouped_mm`.
 - Autocast does not cover `grouped_mm`, and transformers 5.14 casts the inputs to the type of the weights. Under mixed

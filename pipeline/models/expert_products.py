@@ -29,8 +29,8 @@ class Factors:
     """The factors of the adapters of one expert stack.
 
     Attributes:
-        a: matrices A, (E, in, r).
-        b: matrices B, (E, r, out).
+        a: the matrix A of each expert, shape (E, in, r).
+        b: the matrix B of each expert, shape (E, r, out).
         scaling: the number s in s A B.
     """
 
@@ -39,7 +39,7 @@ class Factors:
     scaling: float
 
     def merge(self, base: Tensor, experts: slice | Tensor) -> Tensor:
-        """Return base + delta of some experts, (g, in, out), in the type of `base`. There are no gradients."""
+        """Return base + delta of some experts, in the type of `base`. Shape: (g, in, out). There are no gradients."""
         return low_rank.merge(base, self.a[experts], self.b[experts], self.scaling)
 
 
@@ -48,8 +48,8 @@ class Groups:
     """Says which rows belong to which expert. Rows are sorted by expert.
 
     Attributes:
-        experts: the expert of each row, ascending, (R).
-        ends: index after the last row of each expert, (E) int32.
+        experts: the expert of each row, in ascending order, shape (R).
+        ends: the index after the last row of each expert, shape (E), int32.
     """
 
     experts: Tensor
@@ -69,7 +69,7 @@ def sort_by_expert(chosen: Tensor, num_experts: int) -> tuple[Groups, Tensor]:
         num_experts: number of experts in the layer.
 
     Returns:
-        The groups of the rows, and the index of each row in the flattened `chosen`, (R).
+        The groups of the rows, and the index of each row in the flattened `chosen`. The shape of the index is (R).
     """
     experts, order = chosen.flatten().sort(stable=True)
     numbers = torch.arange(num_experts, device=chosen.device)
@@ -77,7 +77,7 @@ def sort_by_expert(chosen: Tensor, num_experts: int) -> tuple[Groups, Tensor]:
 
 
 Multiply = Callable[[Tensor, Tensor, Groups], Tensor]
-"""A function that multiplies rows (R, in) by the weights (E, in, out) of their experts."""
+"""A function that multiplies each row by the weights of its expert. Shapes: rows (R, in), weights (E, in, out)."""
 
 
 def multiply_grouped(rows: Tensor, weights: Tensor, groups: Groups) -> Tensor:
@@ -110,7 +110,7 @@ def forward(
         experts: transformers' module of the experts.
         states: hidden states, (T, hidden).
         chosen: the experts of each token, (T, K).
-        shares: factor of each chosen expert's output, (T, K).
+        shares: factor for the output of each chosen expert, shape (T, K).
         factors: factors of the adapters, keyed by the name of the adapted weights.
         multiply: function that computes the products.
     """

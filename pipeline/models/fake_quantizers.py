@@ -1,4 +1,4 @@
-"""Fake-quantize the expert weights with ModelOpt, with our codec as its backend.
+"""Fake-quantize the expert weights with ModelOpt. Our codec is its backend.
 
 ModelOpt inserts, saves and restores the quantizers. The codec computes the rounded values. ModelOpt calls the codec
 through a public hook for backends. So training computes with the same bits that export writes, on any device.
@@ -273,7 +273,7 @@ def nvfp4_values(blocks: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor
     Args:
         blocks: packed FP4 codes, (E, out, nb, 8) uint8. Each byte holds two elements, the even one in its low half.
         scales: block scales, (E, out, nb) float8_e4m3fn.
-        tensor_scale: tensor scale of each expert, (E) float32.
+        tensor_scale: tensor scale of each expert, shape (E), float32.
 
     Returns:
         Decoded weights, (E, out, in) float32.
@@ -293,7 +293,7 @@ def enabled(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
 
 
 def _arguments(block_format: BlockFormat) -> dict[str, dict[str, object]]:
-    """Map each kind of quantizer that the format needs to the arguments of our backend."""
+    """Return arguments for our backend, by the kind of quantizer. Only kinds that the format uses are included."""
     weights = {"format": block_format.name, "scale_rule": block_format.scale_rule, "is_input": False}
     inputs = {**weights, "scale_rule": INPUT_RULE, "is_input": True}
     return {WEIGHTS: weights, **({INPUTS: inputs} if block_format.quantizes_activations else {})}

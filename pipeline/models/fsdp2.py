@@ -98,8 +98,9 @@ def _use_autocast(model: Any, device_type: str) -> None:
 
 
 def shard(model: Any, mixed: bool) -> None:
-    """Shard a model in place. The units are each decoder layer, the embedding, and the final norm with the head.
+    """Shard a model in place.
 
+    Each decoder layer is a unit. The embedding is another unit. The final norm and the head are one unit together.
     accelerate 1.15 uses the same units. The embedding's output is FP32 under mixed precision, as on one device.
     """
     plain: PreTrainedModel = _plain(model)
@@ -108,7 +109,7 @@ def shard(model: Any, mixed: bool) -> None:
             fully_shard(module, mp_policy=policy(mixed), reshard_after_forward=True)
     embedding, head = plain.get_input_embeddings(), plain.get_output_embeddings()
     fully_shard(embedding, mp_policy=policy(mixed, torch.float32 if mixed else None), reshard_after_forward=True)
-    # The backward pass begins with the head, so a head released after the forward pass would be gathered again at once.
+    # The head stays gathered after the forward pass, because the backward pass begins with it.
     fully_shard([plain.model.norm, head], mp_policy=policy(mixed), reshard_after_forward=False)
     fully_shard(model, mp_policy=policy(mixed))
 

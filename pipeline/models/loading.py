@@ -80,7 +80,7 @@ def load_plain(directory: Path, dtype: torch.dtype, **arguments: Any) -> "PreTra
 
 
 def load_packed(directory: Path, dtype: torch.dtype, **arguments: Any) -> "PreTrainedModel":
-    """Load an MXFP4 checkpoint whose experts stay packed, into host memory."""
+    """Load an MXFP4 checkpoint into host memory. The experts stay packed."""
     _quieten()
     model = _build(directory, dtype, packed=True, **{"attn_implementation": "eager", **arguments})
     checkpoint = Checkpoint(directory)
@@ -103,7 +103,10 @@ def _read_plain(checkpoint: Checkpoint, name: str, rows: slice) -> torch.Tensor:
 
 
 def _read_packed(checkpoint: Checkpoint, name: str, rows: slice) -> torch.Tensor:
-    """Read rows of a parameter of a model with packed experts. Their blocks have the name of the plain weights."""
+    """Read rows of a parameter. The experts of the model are packed.
+
+    The blocks of the experts have the name of the plain weights.
+    """
     name = parameter_name(name)
     if not name.endswith((*EXPERT_WEIGHTS, *PACKED_SUFFIXES)):
         return checkpoint.read_plain(name, rows=rows)
@@ -191,7 +194,7 @@ def is_mixed(train: TrainConfig) -> bool:
 
 
 def load_teacher(ref: ModelRef, train: TrainConfig, shared: Sharding, attn_implementation: str) -> "PreTrainedModel":
-    """Load a frozen model that computes the same as `ref`. It is sharded like the model in training.
+    """Load a frozen model that gives the same results as `ref`. It is sharded like the model in training.
 
     This is a collective call if the model is sharded.
     """
@@ -204,10 +207,10 @@ def load_teacher(ref: ModelRef, train: TrainConfig, shared: Sharding, attn_imple
 
 
 def load_effective(ref: ModelRef, dtype: torch.dtype, spread: bool = False, **arguments: Any) -> "PreTrainedModel":
-    """Load a plain model that computes the same as `ref`, with merged adapters and rounded experts.
+    """Load a model that gives the same results as `ref`, with merged adapters and rounded experts.
 
     If inputs are quantized too, the model keeps its adapters and quantizers instead. Such a model is placed on one
-    device.
+    device. If the experts of `ref` are packed, see `_load_effective_packed`.
 
     Args:
         ref: the model.
@@ -230,7 +233,7 @@ def load_effective(ref: ModelRef, dtype: torch.dtype, spread: bool = False, **ar
 
 
 def _load_effective_packed(ref: ModelRef, dtype: torch.dtype, **arguments: Any) -> "PreTrainedModel":
-    """Load a model with packed experts that computes the same as `ref`.
+    """Load a model that gives the same results as `ref`. Its experts are packed.
 
     If the experts are rounded to MXFP4, the rounded values are packed again, and the model has neither adapters nor
     quantizers. Otherwise it keeps them, because only values of MXFP4 can be packed.

@@ -60,8 +60,8 @@ class Loss:
 def batches(examples: Examples, batch_size: int, pad_token_id: int) -> Sequence[dict[str, Tensor]]:
     """Split examples (columns input_ids, labels) into batches, in order and padded on the right.
 
-    Each batch has input_ids, attention_mask and labels, all (B, T). A batch is made only when it is read, so the
-    batches of a large validation set are never all in memory.
+    Each batch has input_ids, attention_mask and labels. Their shape is (B, T). A batch is made only when it is read, so
+    the batches of a large validation set are never all in memory.
     """
     return _Batches(examples, batch_size, pad_token_id)
 
@@ -98,7 +98,7 @@ def measure(model: "PreTrainedModel", data: Iterable[dict[str, Tensor]]) -> Loss
 
 
 def sums(model: "PreTrainedModel", data: Iterable[dict[str, Tensor]]) -> Tensor:
-    """Compute the fields of a Loss as one tensor, (4,) float64, so that the sums of several processes can be added."""
+    """Compute the fields of a Loss. The results of several processes can be added. Returns (4,) float64."""
     return sums_by_example(model, data).sum(0)
 
 
@@ -113,7 +113,7 @@ def sums_by_example(model: "PreTrainedModel", data: Iterable[dict[str, Tensor]])
 
 
 def from_sums(sums: Tensor) -> Loss:
-    """Make a Loss from a tensor (4,) of its fields, in the order of the fields."""
+    """Make a Loss from a tensor that has its four fields in order."""
     return Loss(float(sums[0]), int(sums[1]), float(sums[2]), int(sums[3]))
 
 

@@ -1,8 +1,7 @@
 """The experts of a gpt-oss layer with weights that stay packed: MXFP4 blocks and scales, decoded while they are used.
 
 The weights are frozen. They are decoded for a few experts at a time, in the forward pass and again in the backward
-pass. Between the two passes, nothing as large as a stack of weights is kept. Adapters (`Factors`) enter in one of two
-ways:
+pass. The decoded weights are not kept between the two passes. Adapters (`Factors`) enter in one of two ways:
 - Without quantizers, rows are multiplied by the factors: x W + s (x A) B.
 - With quantizers, base + delta is rounded as the export rounds it: x round(W + s A B). Gradients pass straight through
   the rounding.
@@ -71,7 +70,7 @@ class PackedExperts(nn.Module):
         return cast(Tensor, getattr(self, name + SCALES_SUFFIX))
 
     def decode(self, name: str, experts: slice | Tensor) -> Tensor:
-        """Decode some experts' weights of a projection, (g, in, out)."""
+        """Decode the weights of some experts in a projection. The result has the shape (g, in, out)."""
         return self.decode_packed(name, *self.packed(name, experts))
 
     def packed(self, name: str, experts: slice | Tensor) -> tuple[Tensor, Tensor]:
@@ -79,21 +78,26 @@ class PackedExperts(nn.Module):
         return getattr(self, name)[experts], self.scales(name)[experts]
 
     def decode_packed(self, name: str, blocks: Tensor, scales: Tensor) -> Tensor:
-        """Decode blocks (g, out, in / 32, 16) and scales (g, out, in / 32) of a projection, to (g, in, out)."""
+        """Decode blocks and scales of a projection.
+
+        Shapes: blocks (g, out, in / 32, 16), scales (g, out, in / 32), result (g, in, out).
+        """
         weights = self.new_weights(name, len(blocks))
         decode(blocks, scales, self.dtype, out=weights.transpose(1, 2))
         return weights
 
     def new_weights(self, name: str, count: int) -> Tensor:
-        """Allocate the weights of `count` experts of a projection, (count, in, out)."""
+        """Allocate the weights of `count` experts in a projection. The result has the shape (count, in, out)."""
         return torch.empty(count, *self.features[name], dtype=self.dtype, device=self.bias(name).device)
 
     def rounds(self, name: str) -> bool:
-        """Return whether base + delta of a projection is rounded. A subclass with quantizers overrides this."""
+        """Return whether a pass rounds base + delta in a projection. A subclass with quantizers overrides this."""
         return False
 
     def weights(self, name: str, experts: slice | Tensor, factors: Factors | None) -> Tensor:
-        """Return the weights that rows are multiplied by, (g, in, out). A subclass with quantizers overrides this.
+        """Return the weights of some experts, as a pass uses them. A subclass with quantizers overrides this.
+
+        The result has the shape (g, in, out).
 
         Args:
             name: name of the projection.
@@ -112,7 +116,7 @@ class PackedExperts(nn.Module):
         return False
 
     def observe(self, name: str, weights: Tensor, first: int) -> None:
-        """See the weights that a forward pass uses. A subclass with quantizers overrides this."""
+        """Receive the weights that a forward pass uses. A subclass with quantizers overrides this."""
 
     def forward(
         self, states: Tensor, chosen: Tensor, shares: Tensor, factors: Mapping[str, Factors] | None = None
@@ -122,7 +126,7 @@ class PackedExperts(nn.Module):
         Args:
             states: hidden states, (T, H).
             chosen: the experts of each token, (T, K).
-            shares: factor of each chosen expert's output, (T, K).
+            shares: factor for the output of each chosen expert, shape (T, K).
             factors: factors of the adapters, keyed by the name of the projection.
         """
         factors = factors or {}
@@ -134,7 +138,7 @@ class PackedExperts(nn.Module):
         return cast(Tensor, _Compute.apply(work, held, shares)).to(states.dtype)
 
     def gate(self, up: Tensor) -> Tensor:
-        """Apply the activation to the output of the gate-up projection, (n, 2 I) -> (n, I)."""
+        """Apply the activation to the output of the gate-up projection. It turns (n, 2 I) into (n, I)."""
         apply_gate: Any = GptOssExperts._apply_gate
         return cast(Tensor, apply_gate(self, up))
 

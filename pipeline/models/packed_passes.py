@@ -20,7 +20,7 @@ from pipeline.models import expert_products
 from pipeline.models.expert_products import Factors, Groups, Multiply
 
 DECODED_BYTES = {"cpu": 1, "cuda": 1 << 30}
-"""Type of device -> how many bytes of one projection's weights are decoded at once, at most.
+"""Type of device -> maximum number of bytes that are decoded at once. The maximum applies to each projection.
 
 At least one expert is always decoded. A CPU decodes single experts, which stay in its caches. A GPU decodes all experts
 of a gpt-oss-20b layer at once.
@@ -28,7 +28,7 @@ of a gpt-oss-20b layer at once.
 
 
 class Experts(Protocol):
-    """What a pass needs to know of the experts. `packed_experts.PackedExperts` documents the members."""
+    """The members of the experts that a pass uses. `packed_experts.PackedExperts` documents them."""
 
     num_experts: int
     features: dict[str, tuple[int, int]]
@@ -51,10 +51,11 @@ class Part:
     """Some experts and the rows that belong to them.
 
     Attributes:
-        experts: the numbers of the experts: a slice, or a tensor (g). A tensor may contain a number more than once.
-        slots: for each row, its index in the flattened (T, K), (n).
+        experts: the numbers of the experts, as a slice or as a tensor of shape (g). A tensor may contain a number more
+            than once.
+        slots: for each row, its index among the T * K rows before sorting, shape (n).
         groups: says which rows belong to which of these experts.
-        is_own: whether a row belongs to these experts, (n, 1), or None if all rows do.
+        is_own: whether each row belongs to these experts, shape (n, 1). None if all rows do.
     """
 
     experts: slice | Tensor
@@ -64,7 +65,7 @@ class Part:
 
     @property
     def first(self) -> int:
-        """Number of the first expert, or 0 if they are not a range."""
+        """Number of the first expert, or 0 if `experts` is a tensor."""
         return self.experts.start if isinstance(self.experts, slice) else 0
 
 
@@ -78,7 +79,8 @@ class Pass:
             experts: the experts.
             chosen: the experts of each token, (T, K).
             factors: factors of the adapters, keyed by the name of the projection.
-            may_gather: whether a batch of few tokens may decode only its own experts. Not if a backward pass follows.
+            may_gather: whether a batch of few tokens may decode only its own experts. This must be false if a backward
+                pass follows.
         """
         self._experts = experts
         self._chosen = chosen
@@ -210,7 +212,7 @@ class _Gradients:
         }
 
     def put(self, part: Part, of_rows: Tensor, of_shares: Tensor) -> None:
-        """Store the gradients of a part's rows (n, H) and shares (n)."""
+        """Store the gradients of a part's rows and shares. Shapes: rows (n, H), shares (n)."""
         _put(self._states, part, of_rows)
         _put(self._shares, part, of_shares.to(self._shares.dtype))
 
@@ -250,7 +252,10 @@ def _multiply(experts: Experts, rows: Tensor, weights: Tensor, part: Part) -> Te
 
 
 def _sum_products(experts: Experts, one: Tensor, other: Tensor, part: Part) -> Tensor:
-    """For each expert, add up the outer products of its rows in both matrices: (n, p), (n, q) -> (g, p, q)."""
+    """For each expert, multiply the transpose of its rows in `one` by its rows in `other`.
+
+    Shapes: (n, p) and (n, q) -> (g, p, q).
+    """
     if len(part.groups.ends) == 1:
         return (one.t() @ other).unsqueeze(0)
     if experts.multiply is expert_products.multiply_grouped:

@@ -1,4 +1,4 @@
-"""Packed experts with fake quantizers: adapters are merged and weights rounded for a few experts at a time."""
+"""Packed experts with fake quantizers. Adapters are merged and weights are rounded for a few experts at a time."""
 
 from collections.abc import Iterator
 from math import prod

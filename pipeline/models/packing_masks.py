@@ -4,8 +4,8 @@ Positions mark the documents: each document's first token has position 0. Functi
 from positions, but `GptOssModel.forward` does not pass the positions on. With transformers' masks, packed documents
 would therefore attend to each other. `forward` accepts ready masks, so this module makes them.
 
-`fused_sinks` needs no mask, only the bounds of the documents, which TRL's collator computes on the host. If a batch has
-no bounds, this module computes them from the positions.
+`fused_sinks` needs no mask. It needs only the bounds of the documents. TRL's collator computes them on the host. If a
+batch has no bounds, this module computes them from the positions.
 """
 
 from typing import Any

@@ -69,8 +69,8 @@ def _spread(model: Model) -> Model | None:
 def spread_layers(model: "PreTrainedModel", budgets: Sequence[int]) -> dict[str, int] | None:
     """Choose a GPU for each module, in the order of the layers.
 
-    The first GPU also gets everything outside of the layers. So a forward pass begins and ends on the first GPU, and
-    code that uses hidden states and the head need not know of the other GPUs.
+    The first GPU also gets everything outside of the layers. So a forward pass begins and ends on the first GPU. Code
+    that uses the hidden states and the head works only with the first GPU.
 
     Args:
         model: a gpt-oss model.
@@ -117,7 +117,7 @@ def raise_if_host_too_small(
 
     Args:
         stage: name of the stage, for the message.
-        directory: directory of the checkpoint. For adapters, the directory of their base.
+        directory: directory of the checkpoint. For adapters, pass the directory of their base.
         dtype: type of the weights after loading.
         copies: number of copies that the processes on this machine load together.
         is_decoded: whether packed experts are decoded in memory. Otherwise they stay packed.

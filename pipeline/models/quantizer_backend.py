@@ -29,14 +29,14 @@ class State:
     """Our data on a quantizer. It is in ModelOpt's slot for backends. ModelOpt does not serialize this slot.
 
     Attributes:
-        importance: weight of the squared error in each input channel, (in) float32. The choice of scales uses these
-            weights. None if all channels have the same weight.
+        importance: weights of the squared errors, one for each input channel: shape (in), float32. They are used to
+            choose scales. None if all channels have the same weight.
         cache: cache of rounded weights. If it is None, weights are rounded in every forward pass.
         is_rounded: whether the parameter itself holds rounded values.
         non_finite: flags that the codec sets on a GPU instead of raising an error, or None.
-        observers: functions that each forward pass calls. Their arguments are rounded weights, (E, out, in), and the
-            index of the first of these experts. Packed experts are seen part by part.
-        shows_all: whether the observers need the weights of packed experts that get no token.
+        observers: functions that each forward pass calls. The first argument is rounded weights with the shape
+            (E, out, in). The second argument is the index of their first expert. Packed experts come part by part.
+        shows_all: whether the observers need all packed experts, even experts that get no token.
     """
 
     importance: Tensor | None = None
@@ -55,8 +55,9 @@ def state_of(quantizer: Quantizer) -> State:
 
 
 def round_values(inputs: Tensor, quantizer: Quantizer, dtype: torch.dtype | None = None) -> Tensor:
-    """Fake-quantize weights (E, out, in) or inputs (tokens, in), in blocks along `in`. ModelOpt calls this.
+    """Fake-quantize weights or inputs. ModelOpt calls this.
 
+    Weights have the shape (E, out, in), and inputs have the shape (tokens, in). Blocks run along the last dimension.
     Inputs beyond the calibrated range saturate, as in the served model. `dtype` is the type of the result. If it is
     None, the result has the type of `inputs`.
     """
@@ -111,5 +112,5 @@ def pack(weights: Tensor, quantizer: Quantizer) -> PackedWeights:
 
 
 def packed_bytes(values: int, quantizer: Quantizer) -> int:
-    """Return the bytes of the codes and scales of so many values."""
+    """Return the size of a packed tensor in bytes: its codes and its scales. The tensor has `values` elements."""
     return values // 2 + values // format_of(quantizer).block_size

@@ -14,8 +14,8 @@ from pipeline.models.adapters import base_of
 See = Callable[[str, Tensor, int], None]
 """A function that sees fake-quantized weights.
 
-Its first argument is the name of the parameter in the plain model. The other arguments are weights, (E, out, in), and
-the index of their first expert. Weights of packed experts come part by part.
+Its first argument is the name of the parameter in the plain model. The second argument is weights of the shape
+(E, out, in). The third argument is the index of their first expert. Weights of packed experts come part by part.
 """
 
 
@@ -53,8 +53,8 @@ def watch(model: nn.Module, see: See | None = None) -> Iterator[QuantizerCalls]:
 
     Args:
         model: a model with quantizers.
-        see: function that is called with the fake-quantized weights that the forward pass uses. It sees all experts,
-            also packed ones that get no token.
+        see: function that gets the fake-quantized weights of the forward pass. It gets all experts, even packed experts
+            to which no token is routed.
     """
     fired = QuantizerCalls({})
     hooks = []

@@ -31,7 +31,7 @@ class ModelRef:
         base: directory of the full checkpoint. It is `directory` itself if there are no adapters.
         adapter: whether `directory` has adapters.
         block_format: format and scale rule of the fake quantizers, or None if the model has none.
-        fingerprint: fingerprint of the artifact. If the directory is not an artifact, its `sampled_fingerprint`.
+        fingerprint: fingerprint of the artifact, or `sampled_fingerprint` if the directory is not an artifact.
         dtype: type of the weights in training. Adapters are merged in this type.
     """
 

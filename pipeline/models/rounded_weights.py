@@ -42,7 +42,7 @@ def budget_bytes(budget_gib: float | None, shared: Sharding, *, on_gpu: bool) ->
 
 
 class NonFinite:
-    """Flags on GPUs that say whether a rounded value was NaN or Inf. The CPU reads them once per optimizer step.
+    """One flag for each GPU: whether a rounded value was NaN or Inf. The CPU reads the flags once per optimizer step.
 
     Reading a flag after each rounding would make the CPU wait for the GPU. Values on a CPU need no flag: the codec
     checks them at once, and its error names the block.

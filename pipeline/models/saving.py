@@ -37,7 +37,7 @@ def save(
     file, it would rename settings, such as those of RoPE, and older engines would misread the file.
 
     Returns:
-        The kind of the model, and the record that `of_artifact` needs to find the model again.
+        The kind of the model, and its record. `of_artifact` uses the record to find the model again.
     """
     from pipeline.models.adapters import is_adapted
 
@@ -91,7 +91,7 @@ def _gathering_piece(name: str, info: TensorInfo, parameter: Tensor, dtype: torc
 
 
 def write_plain(ref: ModelRef, directory: Path) -> Written:
-    """Stream a model to disk as a full checkpoint with adapters merged, in the type that training used."""
+    """Stream a model to disk as a full checkpoint, in the type of training. Adapters are merged into the weights."""
     weights = Weights(ref)
     layout = plain_tensors(weights.shape, stored_name(ref.dtype))
     pieces = [plain_piece(weights, name, info, ref.dtype) for name, info in layout.items()]

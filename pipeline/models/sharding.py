@@ -121,18 +121,18 @@ class ShardingStrategy:
     Attributes:
         arguments: function that returns arguments for transformers' TrainingArguments. Each call returns a new dict,
             because the trainer changes the dict.
-        sharded: the sharded parts, any of weights, gradients and optimizer.
+        sharded: what the strategy shards. The possible names are "weights", "gradients" and "optimizer".
         gathers: whether parameters are gathered only while they are used. Each gather is a new allocation.
-        place: function that reads the weights of a hollow model to the device that trains. If the strategy shards
+        place: function that loads the weights of a hollow model onto the training device. If the strategy shards
             weights, each process keeps only its shard. The function takes the model, the function that reads rows of a
             weight, and whether training is in mixed precision.
         set_gathers: function that sets when the trained model gathers and frees parameters. Call it before training.
         correct: function that corrects errors of accelerate for this strategy. Call it before the model is prepared.
-        hooks_gradients: whether the backward pass gathers a layer only if the gradient of the layer's input is needed.
+        hooks_gradients: True if the backward pass gathers a layer only when the layer's input needs a gradient.
         shard_frozen: function that prepares a frozen model, such as a teacher, after `place` has loaded it.
         distributed_type: name of accelerate's DistributedType for training on CPUs.
         package: package that must be installed, or None.
-        reading: context manager. Inside it, a run can read checkpoints from another number of processes.
+        reading: context manager. Inside it, a run can read checkpoints even if more or fewer processes wrote them.
     """
 
     arguments: Callable[[], dict[str, object]]
@@ -252,8 +252,8 @@ def _forget_switches() -> None:
 def raise_if_impossible(sharding: Sharding) -> None:
     """Check, before work begins, that training can be sharded this way.
 
-    `accelerate launch` can pass its own sharding settings through environment variables, which the trainer would obey
-    too.
+    `accelerate launch` can pass its own sharding settings through environment variables. The trainer would obey
+    these settings too.
 
     Raises:
         UserError: there is only one process, a package is missing, or the launcher sets up sharding too.
@@ -290,7 +290,7 @@ def _shard_on_cpu(sharding: Sharding) -> None:
 
 
 def saved_dtype(train: TrainConfig, dtype: torch.dtype, sharding: Sharding) -> torch.dtype:
-    """Return the type in which the forward pass uses the weights, and in which they are saved.
+    """Return the type of the weights in the forward pass. Weights are also saved in this type.
 
     Under mixed_bf16, sharding casts parameters to BF16 before they are gathered. So the quantizers round BF16 values,
     and the BF16 values are the trained model. Only the optimizer and the checkpoints for resuming keep FP32 values.
@@ -325,10 +325,11 @@ def gather(parameter: Tensor) -> Iterator[Tensor]:
 
 @contextmanager
 def own_part(parameter: Tensor) -> Iterator[Tensor]:
-    """Yield a view, possibly empty, of the rows that this process may change in place. This is a collective call.
+    """Yield the rows of a parameter that this process may change in place. This is a collective call.
 
-    A shard of ZeRO-3 does not consist of rows. So under ZeRO-3 the main process gets all rows, and the other processes
-    get none. DeepSpeed then copies the main process's changes to the other processes.
+    The result is a view, and it may be empty. A shard of ZeRO-3 does not consist of rows. So under ZeRO-3 the main
+    process gets all rows, and the other processes get none. DeepSpeed then copies the main process's changes to the
+    other processes.
     """
     from torch.distributed.tensor import DTensor
 
@@ -344,7 +345,7 @@ def own_part(parameter: Tensor) -> Iterator[Tensor]:
 
 
 def is_kept_from_gradients(parameter: Tensor) -> bool:
-    """Return whether a parameter gets gradients only through its own module's forward pass, as under ZeRO-3."""
+    """Return whether a parameter gets gradients only from its own module's forward pass. It does under ZeRO-3."""
     return parameter.requires_grad and hasattr(parameter, "ds_id")
 
 

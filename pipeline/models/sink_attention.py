@@ -1,4 +1,4 @@
-"""Attention with sinks on torch's own flash kernels, forward and backward: `attn_implementation=fused_sinks`.
+"""Attention with sinks: `attn_implementation=fused_sinks`. torch's own flash kernels run forward and backward.
 
 A sink is one more logit in the softmax of a head. It takes probability but has no value. torch's flash kernels do not
 know sinks, but they return the log-sum-exp of each query's scores. The sink is therefore added after the kernel:
@@ -23,7 +23,7 @@ use eager too.
 On a CPU, torch's flash kernel for CPUs computes one segment after the other. The CUDA kernel needs BF16 or FP16 and a
 GPU of compute capability 8.0 or higher. Importing this module registers the attention in transformers as FUSED_SINKS.
 
-Legend: B rows, T tokens in a row, S = B·T tokens of a batch, N query heads, d size of a head.
+Legend: B = rows, T = tokens in a row, S = B·T = tokens in a batch, N = query heads, d = size of a head.
 """
 
 from itertools import pairwise
@@ -48,7 +48,8 @@ class Segments(NamedTuple):
     """The segments of a batch. A layer gets them in place of a mask.
 
     Attributes:
-        bounds: int32 (segments + 1), from 0 to S, never decreasing. A segment may be empty.
+        bounds: start of each segment, followed by S: shape (segments + 1), int32. The values never decrease. A segment
+            may be empty.
         longest: an upper bound of the segments' lengths.
     """
 
@@ -65,7 +66,7 @@ def padded_rows(is_real: Tensor) -> Segments:
     """Make three segments of each row: padding, tokens, padding. Each may be empty.
 
     Args:
-        is_real: bool (B, T), False for padding. The tokens of a row are adjacent.
+        is_real: True for tokens, False for padding: shape (B, T), bool. The tokens of a row are adjacent.
     """
     rows, length = is_real.shape
     places = torch.arange(length, device=is_real.device)
@@ -148,7 +149,8 @@ def attend(
         sliding_window: number of keys that a query sees, including its own. None means its own and all earlier keys.
 
     Returns:
-        The output (B, T, N, d), and no weights.
+        The output of shape (B, T, N, d), and the attention weights. Only eager attention returns weights. Otherwise,
+        the second value is None.
 
     Raises:
         UserError: the model has dropout in its attention.
@@ -184,7 +186,7 @@ class _Layer(NamedTuple):
 
 
 class _SinkAttention(torch.autograd.Function):
-    """Attention of queries, keys and values (S, heads, d) with sinks (N)."""
+    """Attention with sinks. Queries, keys and values have the shape (S, heads, d). Sinks have the shape (N)."""
 
     @staticmethod
     def forward(
@@ -317,7 +319,7 @@ def _parts(bounds: Tensor) -> list[slice]:
 
 
 def _for_each_query(states: Tensor, query: Tensor) -> Tensor:
-    """Repeat key heads (S, key heads, d) for the query heads that share them."""
+    """Repeat each key head for the query heads that share it. `states` has the shape (S, key heads, d)."""
     return states.repeat_interleave(query.shape[1] // states.shape[1], 1)
 
 
@@ -327,7 +329,7 @@ def _heads_first(states: Tensor) -> Tensor:
 
 
 def _window_mask(query: Tensor, window: int | None) -> Tensor | None:
-    """Make the mask (T, T) that is added to the scores, or None if the window hides nothing."""
+    """Return the mask that is added to the scores, shape (T, T). Return None if the window hides nothing."""
     length = query.shape[2]
     if window is None or window >= length:
         return None

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _PART_BYTES = 1 << 22  # weights that are read at once, at least one row; decoding takes a few times as much memory
 
 Read = Callable[[str, slice], Tensor]
-"""Function that reads rows of a parameter, by the parameter's name in the model."""
+"""Function that reads rows of a parameter. It takes the parameter's name in the model, and the rows."""
 
 
 def build(
@@ -77,7 +77,7 @@ def fill(
     dtype: torch.dtype | None = None,
     then: Callable[[nn.Module], object] = lambda _: None,
 ) -> None:
-    """Read every hollow parameter to `device`.
+    """Load the values of every hollow parameter onto `device`.
 
     Args:
         model: a model of `build`, with or without adapters and quantizers.
@@ -99,7 +99,7 @@ def fill(
 def read_rows(
     read: Read, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device, rows: slice = slice(None)
 ) -> Tensor:
-    """Read some rows of a parameter to a device, in parts that take little host memory.
+    """Load some rows of a parameter onto a device. They are read in parts, which take little host memory.
 
     Args:
         read: function that reads the weights.

@@ -1,8 +1,8 @@
-"""Resume from ZeRO checkpoints with another number of processes, through DeepSpeed's universal checkpoints.
+"""Resume from ZeRO checkpoints that more or fewer processes wrote.
 
 DeepSpeed writes separate files for each process, and only the same number of processes can read them. DeepSpeed's tool
-ds_to_universal converts them to one file per tensor, which any number of processes can read
-(https://www.deepspeed.ai/tutorials/universal-checkpointing).
+ds_to_universal converts them to a universal checkpoint with one file per tensor. Any number of processes can read these
+files (https://www.deepspeed.ai/tutorials/universal-checkpointing).
 """
 
 import shutil
@@ -41,7 +41,7 @@ _COPIES = 2  # the tool writes all tensors to disk twice: first in fragments, th
 
 @contextmanager
 def convert_when_needed() -> Iterator[None]:
-    """Inside the block, convert checkpoints from another number of processes before DeepSpeed reads them.
+    """Inside the block, convert checkpoints that more or fewer processes wrote, before DeepSpeed reads them.
 
     DeepSpeed has one setting for all checkpoints that it loads: whether they are universal. But a run may resume from a
     universal checkpoint and later load its best weights from a native one, or the reverse. So it is set again
@@ -71,7 +71,7 @@ def convert_when_needed() -> Iterator[None]:
 def _keep_group_settings(optimizer: "Optimizer") -> Iterator[None]:
     """Correct two errors of DeepSpeed 0.19.8 after it reads converted files for ZeRO-3.
 
-    - DeepSpeed gives all parameter groups the settings of the first, so weight decay would apply to all weights.
+    - DeepSpeed copies the settings of the first parameter group to all groups, so all weights would get weight decay.
     - It makes all groups share one tensor that counts Adam's steps, so each step would be counted once per group.
     """
     differing = _differing_settings(optimizer.param_groups)

@@ -1,4 +1,4 @@
-"""Block-scaled number formats: their definitions, and the conversion of values to codes and scales and back.
+"""Define block-scaled number formats. Encode values as codes and scales, and decode them.
 
 This package must not know models. It imports torch, but no other package of this program.
 """

@@ -2,9 +2,9 @@
 
 Training (fake quantization) and export call it.
 
-A block of values along the input dimension shares a scale. Each value is divided by the scale and rounded to the
-nearest of the 16 values of e2m1, ties to even (OCP MX v1.0, 5.3.3 and 6.3). The rule for the scale can be chosen (see
-`formats.SCALE_RULES`).
+A block of values along the input dimension shares a scale. Each value is divided by the scale, and rounded to the
+nearest of the 16 values of e2m1. Ties go to the even code (OCP MX v1.0, 5.3.3 and 6.3). The rule for the scale can be
+chosen (see `formats.SCALE_RULES`).
 
 All steps are exact, so every device gives the same bits. Compiled code gives these bits, too. The module `scales`
 computes scales from the bits of the largest magnitude. The module `kernels` divides by powers of two and decides ties
@@ -19,8 +19,8 @@ Edge cases:
   tensor scale is at least 2^-110.)
 - Values beyond 6 * scale saturate. This can happen under the rules `floor`, `nearest` and `mse`. It can also happen if
   the caller passes a tensor scale.
-- Magnitudes of 3.5 * 2^126 and more always saturate (NVFP4: 2^127 and more). The format's next value would be 2^128,
-  which is Inf in BF16 and FP32.
+- Magnitudes of at least 3.5 * 2^126 always saturate. The format's next value would be 2^128, which is Inf in BF16 and
+  FP32. (NVFP4: magnitudes of at least 2^127 always saturate.)
 - A block with NaN or Inf raises an error instead of becoming zeros.
 
 Values have the logical shape (..., out, in), with blocks along `in`. They may have any strides: an (E, in, out)
@@ -65,19 +65,23 @@ def encode(
     """Quantize values to codes and scales, and pack the codes.
 
     Args:
-        values: (..., in) or (..., out, in) float32 or bfloat16 with any strides. Blocks run along the last dimension.
+        values: shape (..., in) or (..., out, in), float32 or bfloat16, any strides. Blocks run along the last
+            dimension.
         block_format: format of the result: a row of FORMATS, possibly with another scale rule.
-        tensor_scale: (...) float32 from the function `tensor_scale`. None for a format without a tensor scale.
-        importance: (in) or (..., in) float32, at least 0. The rule `mse` multiplies squared errors by it. None if all
-            channels are equally important.
+        tensor_scale: result of the function `tensor_scale`. None for a format without a tensor scale.
+        importance: shape (in) or (..., in), float32. The rule `mse` multiplies squared errors by it. It must not be
+            negative. None if all channels are equally important.
         rounded: output for the decoded result, or None. It has the shape and type of `values`, and any strides.
-        saturated: output (..., nb) bool, contiguous, or None. A block is True if a magnitude exceeds 6 * scale.
-        is_bad: flag, () bool on the device of `values`, or None. It is set if a value is NaN or Inf, or if an
-            importance is negative or NaN. No error is raised then, so the CPU does not wait for the GPU.
+        saturated: output of the shape (..., nb), or None. It is a contiguous bool tensor. A block is True if a
+            magnitude exceeds 6 * scale.
+        is_bad: flag on the device of `values`, or None. The flag is a bool tensor with the shape (). It is set if a
+            value is NaN or Inf, or if an importance is negative or NaN. With a flag, no error is raised, so the CPU
+            does not wait for the GPU.
 
     Returns:
-        blocks: (..., nb, block_size / 2) uint8, two codes a byte, the even element in the low nibble; contiguous.
-        scales: (..., nb) uint8 (e8m0) or float8_e4m3fn; contiguous.
+        blocks: shape (..., nb, block_size / 2), uint8, contiguous. Each byte holds two codes. The low nibble holds the
+            even element.
+        scales: shape (..., nb), contiguous. The type is uint8 for e8m0, and float8_e4m3fn for e4m3.
 
     Raises:
         CodecError: the block size does not divide `in`, or a block has NaN or Inf and there is no flag `is_bad`.
@@ -111,14 +115,14 @@ def decode(
     The result is exact in BF16 and FP32, within the range of the type.
 
     Args:
-        blocks: (..., nb, block_size / 2) uint8.
-        scales_: (..., nb) uint8 (e8m0) or float8_e4m3fn.
+        blocks: shape (..., nb, block_size / 2), uint8.
+        scales_: shape (..., nb). The type is uint8 for e8m0, and float8_e4m3fn for e4m3.
         dtype: data type of the result.
-        tensor_scale: one scale per matrix, (...) float32. Only for float8_e4m3fn scales; otherwise None.
-        out: output tensor, (..., in) with any strides. None allocates a contiguous tensor.
+        tensor_scale: one scale per matrix: shape (...), float32. None if the scales are e8m0.
+        out: output tensor of the shape (..., in), with any strides. None allocates a contiguous tensor.
 
     Returns:
-        (..., in) values. A NaN scale gives NaN. A value beyond the range of the dtype becomes Inf.
+        The values, shape (..., in). A NaN scale gives NaN. A value beyond the range of the dtype becomes Inf.
     """
     nb, half = blocks.shape[-2:]
     target = torch.empty((*blocks.shape[:-2], nb * half * 2), dtype=dtype, device=blocks.device) if out is None else out
@@ -162,8 +166,8 @@ def fake_quantize(
 ) -> Tensor:
     """Round values as `decode(encode(values))` does. The result has the memory order of `values`.
 
-    The gradient passes straight through. Arguments and errors are the same as in `encode`, except that a missing
-    tensor scale is computed from the values. `encode` has no `dtype`.
+    The gradient passes straight through. Arguments and errors are the same as in `encode`, with one exception. If
+    `tensor_scale` is missing, it is computed from the values. `encode` has no `dtype`.
 
     Args:
         values: see `encode`.
@@ -188,7 +192,7 @@ def straight_through(values: Tensor, rounded: Tensor) -> Tensor:
 def tensor_scale(values: Tensor, block_format: BlockFormat) -> Tensor | None:
     """Compute the tensor scale of each (out, in) matrix, or None if the format has none.
 
-    The scales are powers of two, (...) float32.
+    The scales are powers of two. They have the shape (...) and the type float32.
     """
     if block_format.scale_type is ScaleType.e8m0:
         return None
@@ -205,8 +209,8 @@ def differences(stacks: Sequence[Tensor]) -> Tensor:
         stacks: values, rounded values, base values and rounded base values. Each is (E, rows, columns).
 
     Returns:
-        (4) float64: the sum of squared rounding errors, the sum of squared values, the number of values that differ
-        from the base, and the number of rounded values that differ from the rounded base.
+        A float64 tensor with four numbers: the sum of squared rounding errors, the sum of squared values, the number of
+        values that differ from the base, and the number of rounded values that differ from the rounded base.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=stacks[0].device)
     for matrices in zip(*stacks, strict=True):
@@ -220,7 +224,10 @@ def sum_of_squares(values: Tensor) -> float:
 
 
 def unequal_blocks(one: Tensor, other: Tensor, block_format: BlockFormat) -> Tensor:
-    """Mark the blocks in which two (E, in, out) tensors differ: (E, out, nb) bool. Signs of zeros are ignored."""
+    """Mark the blocks in which two tensors differ. Signs of zeros are ignored.
+
+    The tensors have the shape (E, in, out). The result has the shape (E, out, nb) and the type bool.
+    """
     blocks = [values.unflatten(1, (-1, block_format.block_size)) for values in (one, other)]
     experts, nb, _, lanes = blocks[0].shape
     found = torch.empty((experts, nb, lanes), dtype=torch.bool, device=one.device)
@@ -375,7 +382,7 @@ def _raise_if_not_finite(scale_bytes: Tensor, shape: torch.Size, scale_type: Sca
 
 
 def _view(values: Tensor, block_format: BlockFormat) -> Tensor:
-    """Check the dtype and the block size, and view (..., out, in) as (L, nb, block, lanes)."""
+    """Check the dtype and the block size. View values of the shape (..., out, in) as (L, nb, block, lanes)."""
     if values.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"values must be float32 or bfloat16, not {values.dtype}")
     if values.shape[-1] % block_format.block_size:

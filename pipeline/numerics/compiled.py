@@ -1,9 +1,9 @@
 """Decides when kernels are compiled. The same function runs eagerly or through torch.compile, with the same bits.
 
 torch.compile fuses a function into one loop over memory (C++ on a CPU, Triton on a GPU), which is about ten times
-faster. Compiling takes seconds per function, and half a minute the first time on a machine. So a function runs eagerly
-at first. It is compiled after it has processed enough values for this to pay off. If no compiler works, all functions
-stay eager and a warning is given.
+faster. Compiling takes seconds per function. The first time on a machine, it takes half a minute. So a function runs
+eagerly at first. It is compiled after it has processed enough values for this to pay off. If no compiler works, all
+functions stay eager and a warning is given.
 """
 
 import functools
@@ -26,7 +26,7 @@ _MOST_VARIANTS = 64  # combinations of shape, type and rule; beyond the limit (d
 _WORTH_COUNTING = 1 << 16  # values; for smaller tensors, most time goes into the call, which compiling does not shorten
 _OPTIONS: dict[str, dict[str, bool | int]] = {
     # Trust the instruction sets that the processor reports. torch 2.13 would test each one, which takes 2 s per run.
-    # Round to BF16 wherever a function does so, even between fused operations.
+    # Round to BF16 wherever the eager function does. By default, torch.compile would skip some of these roundings.
     "cpu": {"cpp.vec_isa_ok": True, "emulate_precision_casts": True},
     # Round like a CPU: no fused multiply-add, no approximate division, no flushing of subnormals to zero.
     "cuda": {
@@ -118,7 +118,7 @@ class Kernel(Generic[Result]):
             return None
 
     def _compile(self, device_type: str, is_dynamic: bool) -> Callable[..., Result]:
-        """Return the compiled function. It is made only when needed, as torch.compile takes three seconds to import."""
+        """Return the compiled function. It is made on demand, because torch.compile takes three seconds to import."""
         key = (device_type, is_dynamic)
         if key not in self._compiled:
             compile_for: Any = torch.compile  # some overloads in the types of torch 2.13 lack recompile_limit

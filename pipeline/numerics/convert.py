@@ -25,9 +25,9 @@ class Converted(NamedTuple):
     """NVFP4 weights.
 
     Attributes:
-        blocks: (E, out, 2 nb, 8) uint8, two codes a byte.
-        scales: (E, out, 2 nb) float8_e4m3fn.
-        tensor_scale: (E) float32.
+        blocks: shape (E, out, 2 nb, 8), uint8. Each byte holds two codes.
+        scales: shape (E, out, 2 nb), float8_e4m3fn.
+        tensor_scale: shape (E), float32.
         changed_blocks: number of blocks of 16 whose values changed.
     """
 
@@ -41,8 +41,8 @@ def mxfp4_to_nvfp4(blocks: Tensor, scales: Tensor) -> Converted:
     """Convert packed MXFP4 weights. Only `changed_blocks` blocks have values that are not exact.
 
     Args:
-        blocks: (E, out, nb, 16) uint8.
-        scales: (E, out, nb) uint8, e8m0, without NaN.
+        blocks: shape (E, out, nb, 16), uint8.
+        scales: shape (E, out, nb), uint8. They are e8m0 scales, and must not be NaN.
     """
     split = blocks.unflatten(-1, (_SPLIT, -1)).flatten(-3, -2)
     exponents = scales.repeat_interleave(_SPLIT, dim=-1).int()
@@ -57,12 +57,12 @@ def mxfp4_to_nvfp4(blocks: Tensor, scales: Tensor) -> Converted:
 
 
 def _round(converted: Converted, split: Tensor, exponents: Tensor, chosen: Tensor) -> Converted:
-    """Encode the chosen blocks again, each as a matrix with one row. They get the smallest scale of e4m3."""
+    """Encode the chosen blocks again, with the smallest scale of e4m3. Each block becomes a matrix with one row."""
     exact = decode(split[chosen][:, None, None], exponents[chosen].to(torch.uint8)[:, None, None], torch.float32)
     unit = converted.tensor_scale[..., None, None].expand_as(exponents)[chosen]
     blocks, scales = encode(exact, NVFP4, unit)
     converted.blocks[chosen] = blocks.flatten(0, 2)
-    # Assigned as bytes, because torch 2.13 cannot assign a single float8 value through a mask.
+    # Assign the scales as bytes, because torch 2.13 cannot assign a single float8 value through a mask.
     converted.scales.view(torch.uint8)[chosen] = scales.view(torch.uint8).flatten()
     changed = (decode(blocks, scales, torch.float32, unit) != exact).any(dim=-1)
     return converted._replace(changed_blocks=int(changed.sum()))

@@ -47,10 +47,10 @@ class BlockFormat:
 
     Attributes:
         name: name of the format in configurations and artifacts.
-        block_size: number of values along the input dimension that share one scale.
+        block_size: number of values that share one scale. They are consecutive along the input dimension.
         scale_type: storage type of the scale.
-        scale_rule: rule that chooses the scale of a block, one of SCALE_RULES[scale_type].
-        bits_per_value: storage per value, including block scales but not the tensor scale.
+        scale_rule: name of the rule that chooses the scale of a block. SCALE_RULES[scale_type] lists the names.
+        bits_per_value: storage per value in bits. It includes the block scales, but not the tensor scale.
         quantizes_activations: whether the inputs of a quantized weight are quantized too (W4A4).
     """
 
@@ -82,13 +82,16 @@ SCALE_RULES = {
     ScaleType.e8m0: ("ceil", "floor", "mse"),
     ScaleType.e4m3: ("nearest", "ceil", "floor", "mse"),
 }
-"""The rules for each type of scale. amax is the largest magnitude of a block; 6 is the largest value of e2m1.
+"""The rules for each type of scale. amax is the largest magnitude of a block. The largest value of e2m1 is 6.
 
-ceil     The smallest scale with amax <= 6 * scale, so nothing saturates. ModelOpt's training kernel does this for e8m0.
-floor    e8m0: 2^(floor(log2(amax)) - 2), as in the OCP text. e4m3: the largest scale <= amax / 6. Values may saturate.
-nearest  e4m3 only: the scale nearest to amax / 6, as in ModelOpt.
-mse      Of two scales, the one with the smaller squared error of the block. e8m0: the scale of `ceil`, and half of it.
-         e4m3: the scales nearest to amax / 6 and to amax / 4 ("four over six", Cook et al. 2025, arXiv:2512.02010).
+- `ceil` takes the smallest scale with amax <= 6 * scale, so nothing saturates. ModelOpt's training kernel does this for
+  e8m0.
+- `floor` takes the scale 2^(floor(log2(amax)) - 2) for e8m0, as in the OCP text. For e4m3, it takes the largest scale
+  that is at most amax / 6. Values may saturate.
+- `nearest` exists only for e4m3. It takes the scale nearest to amax / 6, as in ModelOpt.
+- `mse` compares two scales, and takes the scale with the smaller squared error of the block. For e8m0, it compares the
+  scale of `ceil` and half of this scale. For e4m3, it compares the scale nearest to amax / 6 and the scale nearest to
+  amax / 4. This is "four over six" (Cook et al. 2025, arXiv:2512.02010).
 """
 
 MXFP4 = BlockFormat("mxfp4", 32, ScaleType.e8m0, "ceil", 4.25)

@@ -22,7 +22,10 @@ def block_amax(values: Tensor) -> Tensor:
 
 @kernel
 def round_blocks(values: Tensor, inverse: Tensor, significand: Tensor | None, scale: Tensor) -> Tensor:
-    """Round (L, nb, block, lanes) to the nearest values of the format. The other arguments are `Divisor` fields."""
+    """Round values to the nearest values of the format. The other arguments are `Divisor` fields.
+
+    `values` has the shape (L, nb, block, lanes).
+    """
     exact = values.float()
     codes = _nearest_code(exact.abs() * inverse.unsqueeze(-2), significand)
     return torch.copysign(_magnitudes(codes) * scale.unsqueeze(-2), exact).to(values.dtype)
@@ -43,9 +46,10 @@ def pack(values: Tensor, inverse: Tensor, significand: Tensor | None) -> Tensor:
 
 @kernel
 def unpack(blocks: Tensor, scale: Tensor, like: Tensor) -> Tensor:
-    """Unpack and decode codes: (L, nb, block / 2, lanes) uint8 -> (L, nb, block, lanes) of the type of `like`.
+    """Unpack and decode codes. The result has the type of `like`.
 
-    `scale` is (L, nb, lanes) float32.
+    Shapes: (L, nb, block / 2, lanes) -> (L, nb, block, lanes). `blocks` has the type uint8. `scale` has the shape
+    (L, nb, lanes) and the type float32.
     """
     unit = scale.unsqueeze(-2)
     low, high = decode_codes((blocks & 15).float(), unit), decode_codes((blocks >> 4).float(), unit)
@@ -54,12 +58,12 @@ def unpack(blocks: Tensor, scale: Tensor, like: Tensor) -> Tensor:
 
 @kernel
 def transpose(matrix: Tensor) -> Tensor:
-    """Transpose a uint8 matrix, (rows, columns) -> (columns, rows), contiguous."""
+    """Transpose a uint8 matrix. The result is contiguous."""
     return matrix.t().contiguous()
 
 
 def squared_error(values: Tensor, inverse: Tensor, significand: Tensor | None, weights: Tensor | None) -> Tensor:
-    """Sum the squared rounding errors of each block, (L, nb, lanes).
+    """Sum the squared rounding errors of each block. The result has the shape (L, nb, lanes).
 
     The unit of an error is 2^exponent / 64. Each error is rounded to a whole number of units, at most 6 * 64. So
     float32 holds the sum of 32 squares (below 2^24) exactly, in any order of summation.
@@ -68,10 +72,11 @@ def squared_error(values: Tensor, inverse: Tensor, significand: Tensor | None, w
     that takes three times as long as the two kernels together.
 
     Args:
-        values: (L, nb, block, lanes), the values to round.
-        inverse: (L, nb, lanes), 2^-exponent of the divisor.
-        significand: (L, nb, lanes), significand of the divisor, or None if it is 1.
-        weights: (L, nb, block, 1) float64, weights of the squares: whole numbers up to 2^16. None if all are 1.
+        values: the values to round, shape (L, nb, block, lanes).
+        inverse: 2^-exponent of the divisor, shape (L, nb, lanes).
+        significand: significand of the divisor, shape (L, nb, lanes). None if it is 1.
+        weights: weights of the squares, shape (L, nb, block, 1), float64. They are whole numbers up to 2^16. None if
+            all are 1.
     """
     return _block_sum(_squared_errors(values, inverse, significand, weights))
 
@@ -95,7 +100,7 @@ def _block_sum(values: Tensor) -> Tensor:
 def row_differences(values: Tensor, rounded_values: Tensor, base: Tensor, rounded_base: Tensor) -> Tensor:
     """Measure how much quantization and training changed each row.
 
-    Shapes: four (..., columns) -> (4, ...) float32.
+    Each argument has the shape (..., columns). The result has the shape (4, ...) and the type float32.
 
     The results are the sum of squared errors of `rounded_values`, the sum of squares of `values`, the number of values
     that differ from `base`, and the number of rounded values that differ from `rounded_base`. They are for reports
@@ -109,7 +114,10 @@ def row_differences(values: Tensor, rounded_values: Tensor, base: Tensor, rounde
 
 @kernel
 def row_squares(values: Tensor) -> Tensor:
-    """Sum the squares of each row, (..., columns) -> (...) float32, in the same way as `row_differences`."""
+    """Sum the squares of each row, in the same way as `row_differences`. The result is float32.
+
+    Shapes: (..., columns) -> (...).
+    """
     exact = values.float()
     return (exact * exact).sum(-1)
 
@@ -118,7 +126,7 @@ def row_squares(values: Tensor) -> Tensor:
 def column_products(one: Tensor, other: Tensor) -> Tensor:
     """Sum e * b, e * e, b * b and (e - b)^2 over each column of two tensors, e and b.
 
-    Shapes: two (..., rows, columns) -> (4, ..., columns) float32.
+    Both tensors have the shape (..., rows, columns). The result has the shape (4, ..., columns) and the type float32.
 
     The results are for reports only, because their bits may depend on the order of summation.
     """
@@ -128,7 +136,10 @@ def column_products(one: Tensor, other: Tensor) -> Tensor:
 
 @kernel
 def count_unequal(one: Tensor, other: Tensor) -> Tensor:
-    """Count the differing values of each block: two (nb, block, lanes) -> (nb, lanes) float32."""
+    """Count the values of each block that differ between two tensors. The result is float32.
+
+    Both tensors have the shape (nb, block, lanes). The result has the shape (nb, lanes).
+    """
     return (one != other).float().sum(-2)
 
 

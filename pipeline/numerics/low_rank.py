@@ -1,8 +1,8 @@
-"""Adds the delta of a low-rank adapter to weights, W + s A B, with the same bits on every device.
+"""Adds the delta of a low-rank adapter to weights: W + s A B. The bits are the same on every device.
 
 A library's matrix product may add its terms in any order. Here the terms are added in the order of the rank, and every
-product and every sum is rounded to float32. So training on a GPU and the merge for an export on a CPU give the same
-bits. The number of experts in one call does not matter.
+product and every sum is rounded to float32. So a merge on a CPU, as for an export, gives the same bits as training
+on a GPU. The number of experts in one call does not matter.
 
 Legend: E experts, r rank.
 """
@@ -91,7 +91,10 @@ def add_delta(base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 
 def _sum_products(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over the rank, in its order: (..., r, in), (..., r, out) -> (..., in, out)."""
+    """Sum the products of `a` and `b` over the rank, in the order of the rank.
+
+    `a` has the shape (..., r, in), and `b` has the shape (..., r, out). The result has the shape (..., in, out).
+    """
     total = a[..., 0, :].unsqueeze(-1) * b[..., 0, :].unsqueeze(-2)
     for k in range(1, a.shape[-2]):
         total = total + a[..., k, :].unsqueeze(-1) * b[..., k, :].unsqueeze(-2)

@@ -20,10 +20,10 @@ def choose_scales(
 
     Args:
         values: the values to round.
-        amax: (L, nb, lanes) float32, the largest magnitude of each block.
+        amax: the largest magnitude of each block: shape (L, nb, lanes), float32.
         scale_type: type of the scales.
-        rule: rule for the scales, one of SCALE_RULES[scale_type].
-        unit: (L) float32, tensor scales, or None for e8m0.
+        rule: name of the rule that chooses the scales. SCALE_RULES[scale_type] lists the names.
+        unit: tensor scales: shape (L), float32. None for e8m0.
         weights: weights of the squared errors from `error_weights`, or None.
     """
     chosen, *others = scales.candidates(amax, scale_type, rule, unit)
@@ -33,10 +33,11 @@ def choose_scales(
 
 
 def error_weights(importance: Tensor, view: Tensor) -> Tensor:
-    """Scale importance to whole numbers below 2^16: (..., in) -> (L or 1, nb, block, 1) float64.
+    """Scale importance to whole numbers below 2^16. The result is float64.
 
-    The largest weight of a block is at least 2^15. If all weights of a block are zero, they become 1. `view` is
-    (L, nb, block, lanes), the values that belong to the importance.
+    Shapes: (..., in) -> (L or 1, nb, block, 1). The largest weight of a block is at least 2^15. If all weights of a
+    block are zero, they become 1. `view` holds the values to which the importance belongs, and has the shape
+    (L, nb, block, lanes).
     """
     nb, size = view.shape[1:3]
     blocks = importance.float().reshape(-1, nb, size, 1).double()

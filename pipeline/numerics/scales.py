@@ -8,8 +8,8 @@ A scale is significand * 2^exponent. For e8m0 the significand is 1. For e4m3 it 
 the power of two. Dividing by a power of two is exact, and so is comparing with midpoint * significand. Dividing by
 a significand like 1.125 would be neither exact nor the same on every device.
 
-The tensor scale is a power of two as well, so that dividing by it is exact. It is the smallest power with
-amax <= 6 * 448 * scale. (Common practice is amax / (6 * 448).) All values of the format are then exact in BF16.
+The tensor scale is a power of two as well, so that dividing by it is exact. For most rules, it is the smallest power
+with amax <= 6 * 448 * scale. (Common practice is amax / (6 * 448).) All values of the format are then exact in BF16.
 Rounding the tensor scale up to a power of two costs at most one of the 17 binades of e4m3.
 
 Legend: amax = largest magnitude of each block, (L, nb, lanes) float32; bytes = scale bytes, held in int32.
@@ -44,11 +44,11 @@ The limit keeps decoded values (tensor scale * e4m3 * e2m1) from being subnormal
 
 @dataclass(frozen=True)
 class Divisor:
-    """The divisor of the values in each block. All fields are (L, nb, lanes) float32.
+    """The divisor of the values in each block. All tensors have the shape (L, nb, lanes) and the type float32.
 
     Attributes:
         inverse: 2^-exponent. Multiplying by it is exact.
-        significand: in [1, 2), or None if it is 1.
+        significand: at least 1 and less than 2. For e8m0 it is always 1, and this field is None.
         scale: significand * 2^exponent. The decoded value is the e2m1 value times `scale`.
     """
 
@@ -58,9 +58,10 @@ class Divisor:
 
 
 def candidates(amax: Tensor, scale_type: ScaleType, rule: str, tensor_scale: Tensor | None) -> list[Tensor]:
-    """Compute the candidates of a rule. Each is a tensor of scale bytes, (L, nb, lanes) uint8. The first wins a tie.
+    """Compute the candidates of a rule. The first wins a tie.
 
-    A block with NaN or Inf gets the byte NAN[scale_type].
+    Each candidate is a tensor of scale bytes. It has the shape (L, nb, lanes) and the type uint8. A block with NaN
+    or Inf gets the byte NAN[scale_type].
     """
     if tensor_scale is not None:
         amax = _in_units(amax, reciprocal(tensor_scale)[:, None, None])
@@ -80,9 +81,9 @@ def divisor(scales: Tensor, scale_type: ScaleType, tensor_scale: Tensor | None) 
 
 
 def values_of(scales: Tensor, tensor_scale: Tensor | None) -> Tensor:
-    """Decode stored scales (L, ...) to float32, multiplied by the tensor scale if there is one.
+    """Decode stored scales to float32. If there is a tensor scale, multiply by it.
 
-    uint8 scales are e8m0. float8_e4m3fn scales need a tensor scale.
+    `scales` has the shape (L, ...). uint8 scales are e8m0. float8_e4m3fn scales need a tensor scale.
 
     Raises:
         TypeError: a tensor scale is given for uint8 scales, or is missing for float8_e4m3fn scales.
@@ -109,9 +110,9 @@ def reciprocal(powers: Tensor) -> Tensor:
 
 
 def ratio(dividend: Tensor, divisor: Tensor) -> Tensor:
-    """Return dividend / divisor for float32 powers of two, made from bits.
+    """Return dividend / divisor for float32 powers of two.
 
-    The powers and the result must not be subnormal.
+    The result is made from bits. The powers and the result must not be subnormal.
     """
     bits = dividend.view(torch.int32) - divisor.view(torch.int32) + (_EXPONENT_BIAS << _EXPONENT_SHIFT)
     return bits.view(torch.float32)

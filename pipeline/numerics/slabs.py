@@ -16,18 +16,18 @@ Slab = tuple[slice, slice, slice]
 """Index ranges: experts, blocks of a row, and lanes."""
 
 ONLY_SLABS = frozenset({"cpu"})
-"""Devices that are faster slab by slab, or expert by expert, than with one kernel for a whole stack."""
+"""Types of device that work faster on small parts (one slab or one expert) than on a whole stack at once."""
 
 VALUES = {"cpu": 1 << 22, "cuda": 1 << 25}
 LANES = {"cpu": 1 << 12, "cuda": 1 << 31}
-"""Largest numbers of values and of lanes in a slab, by type of device.
+"""A slab has at most this many values and at most this many lanes. The limits depend on the type of device.
 
 On a GPU, slabs keep the temporaries of eager functions small.
 """
 
 
 def as_matrices(values: Tensor) -> Tensor:
-    """Reshape (..., out, in) or (in) to (L, out, in)."""
+    """Reshape values to (L, out, in). `values` has the shape (..., out, in), or the shape (in) of a single row."""
     return values.reshape(_matrices(values.shape))
 
 
@@ -84,7 +84,10 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 
 def put_transposed(blocks: Tensor, slab: Slab, codes: Tensor) -> None:
-    """Transpose the codes of a slab, (l, rows, half, lanes), and store them in blocks (L, lanes, nb, half)."""
+    """Transpose the codes of a slab, and store them in `blocks`.
+
+    `codes` has the shape (l, rows, half, lanes), and `blocks` has the shape (L, lanes, nb, half).
+    """
     experts, rows, lanes = slab
     for i, expert in enumerate(codes):
         turned = kernels.transpose(expert.reshape(-1, expert.shape[-1]))
@@ -92,7 +95,7 @@ def put_transposed(blocks: Tensor, slab: Slab, codes: Tensor) -> None:
 
 
 def transpose(codes: Tensor) -> Tensor:
-    """Transpose (l, lanes, rows, half) to (l, rows, half, lanes), contiguous."""
+    """Transpose codes from (l, lanes, rows, half) to (l, rows, half, lanes). The result is contiguous."""
     count, lanes, rows, half = codes.shape
     turned = [kernels.transpose(expert.reshape(lanes, -1)).view(rows, half, lanes) for expert in codes]
     return torch.stack(turned) if count > 1 else turned[0].unsqueeze(0)

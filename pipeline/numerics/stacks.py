@@ -24,13 +24,14 @@ def round_stack(
     weights: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Round (L, nb, block, lanes) to the format's values. See `choose_scales` for the other arguments.
+    """Round values to the values of the format. See `choose_scales` for the other arguments.
 
-    If `unit` is missing for e4m3, the tensor scales are computed from the values.
+    `values` has the shape (L, nb, block, lanes). If `unit` is missing for e4m3, the tensor scales are computed from the
+    values.
 
     Returns:
-        rounded: (L, nb, block, lanes) of type `dtype`.
-        is_bad: () bool, whether a value is NaN or Inf.
+        rounded: the rounded values: shape (L, nb, block, lanes), type `dtype`.
+        is_bad: whether a value is NaN or Inf: shape (), bool.
     """
     amax = kernels.block_amax(values).float()
     if unit is None and scale_type is ScaleType.e4m3:

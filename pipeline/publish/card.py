@@ -1,4 +1,4 @@
-"""Write the model card, the README.md of a published export. Its header holds the metadata that the Hub reads."""
+"""Write the model card of a published export, as README.md. Its header holds the metadata that the Hub reads."""
 
 import json
 from pathlib import Path
@@ -101,7 +101,7 @@ def _made_with(export: Artifact) -> dict[str, str]:
 
 
 def _revision(model: ModelConfig, base: Source) -> str | None:
-    """Return the base model's commit if the model is in the Hub's cache, else the configured revision.
+    """Return the base model's commit if the Hub's cache has the model. Otherwise, return the configured revision.
 
     In the cache, a model's directory is named after the commit.
     """

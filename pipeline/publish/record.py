@@ -111,13 +111,16 @@ def languages(run: Run, stage: Artifact) -> list[str]:
 
 
 def survival(exported: ExportRecord) -> dict[str, str]:
-    """Return figures that show how much of the fine-tuning the exported weights keep: title -> figure."""
+    """Return figures, keyed by title. They show how much of the fine-tuning the exported weights keep."""
     figures: dict[str, float | None] = {name: getattr(exported, name) for name in _SURVIVAL}
     return {title: show(value) for name, (title, show) in _SURVIVAL.items() if (value := figures[name]) is not None}
 
 
 def comparison(run: Run, export: Artifact) -> str | None:
-    """Return the table of `compare` if it is up to date and covers this export or the exported model, else None."""
+    """Return the table of `compare`. Return None if it is missing or stale, or does not cover this export.
+
+    It covers the export if `evaluate` measured the export itself, or the model that was exported.
+    """
     if not all(run.is_complete(stage) for stage in (Stage.evaluate, Stage.compare)):
         return None
     evaluated, compared = (artifacts.load(run.stage_dir(stage)) for stage in (Stage.evaluate, Stage.compare))

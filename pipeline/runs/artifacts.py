@@ -53,10 +53,13 @@ class Result:
     Attributes:
         kind: kind of the payload.
         record: figures of the stage, for later stages and reports.
-        format: format of the experts' weights in the payload, a name in FORMATS. None for a report.
-        fake_quantized: format to which the forward pass rounds the experts' weights, a name in FORMATS, or None.
-        scale_rule: rule for the scales of `fake_quantized` or of a packed `format`. None if there is neither.
-        digests: file -> XXH3-128 of its bytes, for files that `work` hashed while it wrote them.
+        format: format of the experts' weights in the payload: a name in FORMATS, or a type such as bfloat16. None if
+            there are no weights.
+        fake_quantized: format to which the forward pass rounds the experts' weights. This is a name in FORMATS. None if
+            nothing is rounded.
+        scale_rule: rule that chooses the scales, for `fake_quantized` or for a packed `format`. None if there is
+            neither.
+        digests: hashes (XXH3-128) of files, keyed by the file's name. `work` computed them while it wrote the files.
     """
 
     kind: Kind
@@ -132,7 +135,7 @@ def fingerprint_of(directory: Path, known: dict[str, str] | None = None) -> tupl
 
     Args:
         directory: directory of a stage, or any other directory.
-        known: file -> XXH3-128 of its bytes, for files that need not be read again.
+        known: hashes (XXH3-128) of files, keyed by the file's name. These files are not read again.
     """
     digests = dict(known or {})
     payload = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}

@@ -44,7 +44,7 @@ class Inputs:
 
     Attributes:
         settings: dotted key -> plain value.
-        parents: name -> fingerprint of each input.
+        parents: fingerprint of each input, keyed by the input's name.
         data: fingerprint of the data set, or None if the stage uses none.
     """
 
@@ -53,7 +53,7 @@ class Inputs:
     data: str | None
 
     def plain(self) -> dict[str, Any]:
-        """Return the inputs as artifact.json and unfinished.json hold them."""
+        """Return the inputs as a dictionary. artifact.json and unfinished.json store this dictionary."""
         return dict(vars(self))
 
 
@@ -69,16 +69,20 @@ def build(
     on_every_process: bool = False,
     is_report: bool = False,
 ) -> Artifact:
-    """Run `work` unless the stage is up to date, and publish the payload that it leaves in the stage's directory.
+    """Run `work`, and publish the payload that `work` writes into the stage's directory.
+
+    If the stage is up to date, return its artifact without running `work`.
 
     Args:
         run, stage: the run, and the stage to build.
         settings: dotted keys (or sections) of the configuration that the result depends on.
         parents, data: as in `Inputs`.
         work: fills the given directory. The directory may have files of an earlier report or an interrupted run.
-        resumable_as: converts the settings to values that must not change when an unfinished stage is resumed.
+        resumable_as: function that takes the settings, and returns values for unfinished.json. These values must not
+            change when an unfinished stage is resumed.
         on_every_process: True if all processes call `work`, as in training. False if only the main process calls it.
-        is_report: True if changed inputs rebuild the stage. False if they are an error, which protects models.
+        is_report: True if changed inputs rebuild the stage. False if changed inputs are an error. The error protects
+            models.
 
     Raises:
         UserError: the directory cannot be written, or holds a complete or unfinished stage with other inputs.
@@ -238,13 +242,13 @@ def _raise_if_unfinished_differs(directory: Path, begun: Inputs) -> None:
     made = [path for path in directory.rglob("*") if path.is_file() and path.name not in BOOKKEEPING]
     if before is not None and made and (differences := _differences(before, begun.plain())):
         what = "is unfinished, and was begun with other inputs"
-        raise _changed(directory, what, differences, "Go on with the same inputs, or use")
+        raise _changed(directory, what, differences, "Go on with the same inputs, use")
 
 
 def _changed(directory: Path, what: str, differences: list[str], remedy: str = "Use") -> UserError:
     return UserError(
         f"{directory} {what}: {'; '.join(differences)}."
-        f" {remedy} overwrite=true to rebuild it, or another run_dir to keep it."
+        f" {remedy} overwrite=true to rebuild it, or use another run_dir to keep it."
     )
 
 

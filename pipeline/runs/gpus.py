@@ -31,7 +31,7 @@ def visible() -> tuple[Gpu, ...]:
 
 
 def free_bytes() -> list[int]:
-    """Measure the free memory of each visible GPU, in a process of its own.
+    """Start a separate process that measures the free memory of each visible GPU.
 
     `torch.cuda.mem_get_info` creates a CUDA context on each GPU that it measures. A context takes some hundred MB, and
     stays until its process ends.

@@ -103,10 +103,10 @@ def _amounts(text: str, on_gpu: bool) -> str:
         from pipeline.runs.host_memory import available_bytes
 
         parts.append(f"{available_bytes() / 2**30:.2f} GiB are free")
-    return f": {', '.join(parts)}" if parts else ""
+    return f": {', and '.join(parts)}" if parts else ""
 
 
 def _readable(amount: str) -> str:
-    """Show an amount as torch names it for GPUs: `2147483648 bytes` becomes `2.00 GiB`."""
+    """Convert bytes to GiB, as in the messages of torch for GPUs: `2147483648 bytes` becomes `2.00 GiB`."""
     number, unit = re.fullmatch(r"([\d.]+) ?(\w+)", amount).groups()  # type: ignore[union-attr]
     return f"{int(number) / 2**30:.2f} GiB" if unit == "bytes" else f"{number} {unit}"

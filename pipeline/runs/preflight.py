@@ -20,7 +20,7 @@ NO_GPU = "device=cuda: no GPU is visible here. Use device=auto or device=cpu."
 _BF16_CAPABILITY = (8, 0)
 _SIZES_DIFFER = 1.05  # GPUs of one model report sizes that differ by less than this factor
 _TRAINED = {Stage.sft: ("sft",), Stage.qat: ("qat",), Stage.all: ("sft", "qat")}
-"""Stage -> the sections of the configuration that it trains with."""
+"""For each stage that trains, the configuration sections with its training settings."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def problems(config: PipelineConfig, machine: Machine) -> list[str]:
 
 
 def _trained(config: PipelineConfig) -> dict[str, TrainConfig]:
-    """Return the sections that the stage trains with, by name."""
+    """Return the training settings that the stage uses, keyed by the name of their section."""
     found: dict[str, TrainConfig] = {name: getattr(config, name) for name in _TRAINED.get(config.stage, ())}
     if config.stage is Stage.all and config.quantize.source is QuantizeSource.upcast:
         del found["sft"]  # skipped
@@ -144,8 +144,8 @@ def _launcher_problems(trained: Mapping[str, TrainConfig], machine: Machine) -> 
     compiler = machine.environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if compiler.lower() != "no":
         yield (
-            f"the launcher compiles the model (dynamo_backend {compiler}), but compiled code may skip roundings that"
-            " the export does. Use accelerate launch --dynamo_backend no."
+            f"the launcher compiles the model (dynamo_backend {compiler}), but compiled code may round"
+            " less often than the export. Use accelerate launch --dynamo_backend no."
         )
     if machine.gpus and machine.environment.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes"):
         yield (

@@ -14,7 +14,7 @@ def is_main_process() -> bool:
 
 
 def process_count() -> int:
-    """Number of processes that `accelerate launch` or `torchrun` started; 1 without them."""
+    """Number of processes that `accelerate launch` or `torchrun` started. Without a launcher, it is 1."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -1,4 +1,4 @@
-"""Find the proof of an export: the artifact of a `verify` that its present files passed."""
+"""Find the proof of an export. The proof is the artifact of `verify`, if it passed on the present files."""
 
 from pipeline.config import Stage
 from pipeline.runs.artifacts import Artifact, load

@@ -85,7 +85,8 @@ class TrainingRecord(ModelRecord):
         steps: number of optimizer steps.
         kept_step: the step whose weights are the result.
         train_loss_first, train_loss_last: the first and the last training loss in the log.
-        validation_loss_before, validation_loss: mean over supervised tokens, before training and with the kept weights.
+        validation_loss_before, validation_loss: loss before training, and loss of the kept weights. Each
+            is a mean over supervised tokens.
         quantizers: number of fake quantizers that ran, or None if the model has none.
         attn_implementation: the attention kernel that was used, or None in artifacts of older versions.
         counts: numbers of rows, examples, tokens, truncated examples and dropped examples.
@@ -124,8 +125,8 @@ class ExportRecord(StageRecord):
         other_than_trained: number of expert weights whose value differs from the value in training. It is above 0 only
             if the model was trained for another format (export.requantize).
         relative_squared_error, snr_db: error of rounding the experts. `snr_db` is None if rounding changed nothing.
-        moved_weights, changed_codes, changed_scales: shares of weights, codes and scales that differ from the base
-            model's.
+        moved_weights, changed_codes, changed_scales: share of the weights, of the codes and of the scales that differ
+            from the base model.
         survival: share of the moved weights whose 4-bit value changed.
         saturated_blocks: share of the blocks whose scale is too small for their largest weight.
     """
@@ -151,7 +152,7 @@ class ExportRecord(StageRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyRecord(StageRecord):
-    """Status of each check by title, and a list of everything that was not checked."""
+    """Status of each check, keyed by the check's title. A list names everything that was not checked."""
 
     checks: dict[str, str]
     not_checked: list[str]

@@ -92,7 +92,7 @@ class Run:
         return None
 
     def report_parents(self, stage: Stage) -> dict[str, str]:
-        """Return the parents of a stage's report, even of an unfinished one. Without a report, the result is empty.
+        """Return the parents of a stage's report. The report may be unfinished. Without a report, the result is empty.
 
         Raises:
             UserError: as `load`.
@@ -117,11 +117,11 @@ class Run:
         return [stage for stage in there if not (skips_sft and stage is Stage.sft)]
 
     def settings(self, keys: Iterable[str]) -> Settings:
-        """Return the settings under some keys, as dotted key -> plain value."""
+        """Return the settings under some keys, as a flat dictionary from dotted key to plain value."""
         return choose_settings(self.config, keys)
 
     def command(self, stage: Stage, *overrides: str, run_dir: str | None = None) -> str:
-        """Return the command that runs a stage with the recipe of this run, in this run or in another `run_dir`."""
+        """Return the command that runs a stage in `run_dir`, or in this run. It uses the recipe of this run."""
         return stage_command(stage, *overrides, run_dir=run_dir or self.config.run_dir, recipe=self.recipe)
 
     def not_writable(self, directory: Path, error: OSError) -> UserError:
@@ -132,9 +132,10 @@ class Run:
         )
 
     def _can_use(self, directory: Path) -> bool:
-        """Whether this run can use a stage of `base_run`: its settings and those of all its parents are the same.
+        """Whether this run can use a stage of `base_run`. The settings of the stage and its parents must be the same.
 
-        A stage that overwrite=true rebuilds is made in this run, because other runs use the one in `base_run` too.
+        If overwrite=true rebuilds the stage, this run makes the stage itself. The stage in `base_run` does not change,
+        because other runs use it too.
         """
         name = directory.name
         is_rebuilt = self.overwrite and self.stage.name == name

@@ -56,7 +56,8 @@ def plan(serve: ServeConfig, export: Artifact, *, name: str, gpus: int, found: l
 
     Raises:
         UserError: the engine cannot read the export, does not support a setting, or cannot divide the model by the
-            tensor-parallel size. Or, with serve.dry_run=false: the engine is not installed, or the port is taken.
+            tensor-parallel size. If serve.dry_run=false, two more causes are possible: the engine is not installed, or
+            the port is taken.
     """
     server = SERVERS[serve.engine.name]
     values = {key: getattr(serve, key) for key in ("host", "port", *_SETTABLE)} | {"name": name}
@@ -138,8 +139,8 @@ def _program_problems(serve: ServeConfig, server: Server) -> list[str]:
         return []
     where = f"serve.program={program}" if serve.program else f"serve.engine={serve.engine.name}"
     return [
-        f"{where}: no program {program!r} to start. Install the engine in an environment of its own ({server.install}),"
-        f" and say where: serve.program=<path of its {server.command[0]}>."
+        f"{where}: the program {program!r} was not found. Install the engine in an environment of its own"
+        f" ({server.install}), and say where: serve.program=<path of its {server.command[0]}>."
     ]
 
 

@@ -23,7 +23,7 @@ _TAIL_BYTES = 1 << 14
 
 
 class EngineProcess:
-    """A running engine. Its output goes to a log. Leaving the `with` block ends the engine, also after an error."""
+    """A running engine. Its output goes to a log. Leaving the `with` block ends the engine, even after an error."""
 
     def __init__(self, name: str, command: list[str], log: Path) -> None:
         """Start the engine.
@@ -91,7 +91,8 @@ class EngineProcess:
     def stop(self) -> None:
         """End the engine and all its children. Send SIGTERM first, and then SIGKILL to those that are left.
 
-        SIGKILL follows when the engine has ended, after a while, or at a second Ctrl-C.
+        SIGKILL follows as soon as the engine has ended. It also follows if the engine does not end in time, or if the
+        user presses Ctrl-C again.
         """
         try:
             self._note_children()

@@ -23,7 +23,10 @@ _PAGE = "compare.html"
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Compare the runs in compare.runs, or this run's models if it is empty. Write <run_dir>/compare, and show it."""
+    """Compare the runs in compare.runs. Write the report to <run_dir>/compare, and show it.
+
+    If compare.runs is empty, compare the models of this run.
+    """
     here = Run(config)
     found = _runs(config, here)
     report = content.collect(found, config.compare.examples)

@@ -123,7 +123,7 @@ def _raise_if_no_such_row(config: PipelineConfig, rows: Rows) -> None:
 
 
 def _fingerprint(model: Path) -> str:
-    """Return a fingerprint of the model's files that the report depends on: config.json, tokenizer, chat template."""
+    """Return a fingerprint of config.json, the tokenizer and the chat template. The report depends on these files."""
     digest = xxhash.xxh3_128()
     for name in ("config.json", *(name for name in side_files(model) if name.endswith((".json", ".jinja")))):
         digest.update(f"{name}\0".encode() + (model / name).read_bytes())

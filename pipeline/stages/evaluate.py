@@ -138,7 +138,8 @@ def _evaluate(task: Task, subjects: Sequence[ModelRef | Served], reference: Mode
 def _reference(here: Run, refs: list[ModelRef]) -> ModelRef | None:
     """Return the reference: weights and predictions of other models are compared with this model.
 
-    It is the model of `sft`, else of `upcast`, else the first of `refs`. If all these are missing, it is None.
+    It is the model of `sft` if this stage is complete. Otherwise, it is the model of `upcast` if this stage is
+    complete. Otherwise, it is the first of `refs`. If all these are missing, it is None.
     """
     for stage in (Stage.sft, Stage.upcast):
         if here.is_complete(stage):

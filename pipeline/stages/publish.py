@@ -26,7 +26,7 @@ _LEGAL = ("LICENSE", "USAGE_POLICY", "NOTICE")
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Make <run_dir>/publish, and upload its model/.
+    """Make <run_dir>/publish. If export.push_to_hub is set, upload the folder `model` in it.
 
     Raises:
         UserError: the export is unfinished or not proven, the export has changed since `verify`, the base model has

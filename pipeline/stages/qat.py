@@ -112,7 +112,9 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
 
 
 def _load_teacher(here: Run, config: PipelineConfig, start: ModelRef, attention: str) -> "Teacher | None":
-    """Make the SFT model the teacher, without a second model in memory if possible. Without distillation, return None.
+    """Return the teacher, which predicts like the SFT model. Without distillation, return None.
+
+    If possible, the teacher uses the base of the student. Then there is no second model in memory.
 
     Args:
         here: the run.

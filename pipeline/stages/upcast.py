@@ -66,7 +66,7 @@ class _Made:
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Make <run_dir>/upcast: the checkpoint that training starts from, with packed experts or in BF16."""
+    """Make <run_dir>/upcast: the checkpoint that training starts from. Its experts are packed or in BF16."""
     here = Run(config)
     base = source.locate(here, config.model)
     load_tokenizer(base.directory)

@@ -71,7 +71,7 @@ class _Subject:
     Attributes:
         directory: directory of the checkpoint.
         fingerprint, sizes: fingerprint and sizes of the checkpoint's present files.
-        target: layout of the checkpoint, a name in EXPORTERS.
+        target: name of the checkpoint's layout. EXPORTERS has a row for each name.
         reference: the base model.
         export: the artifact of the export stage, or None.
         ref: the model that the export was made from, or None.
@@ -189,7 +189,10 @@ def _engine_checks(config: PipelineConfig, here: Run, subject: _Subject) -> list
 
 
 def _values(subject: _Subject) -> Callable[[str], torch.Tensor]:
-    """Return the weights that engines should compute with: the trained weights if known, else the decoded export."""
+    """Return the weights that engines should compute with.
+
+    These are the trained weights if they are known. Otherwise, they are the decoded weights of the export.
+    """
     from pipeline.verify import engines, view_export
 
     if subject.export is None or subject.ref is None:
@@ -238,9 +241,9 @@ def _checkpoint(config: PipelineConfig, here: Run) -> Path:
     if (directory / ADAPTER_CONFIG).is_file() and not (directory / CONFIG).is_file():
         raise UserError(f"{given}: holds adapters, not a whole model. Verify its export: {_export_command(directory)}")
     if not any(each for kind in ("*.safetensors", "*.gguf") for each in directory.glob(kind)):
-        raise UserError(f"{given}: holds no weights (*.safetensors, *.gguf): not an exported checkpoint.")
+        raise UserError(f"{given}: holds no weights (*.safetensors, *.gguf), so it is not an exported checkpoint.")
     if (found := _model_type(directory)) not in (None, MODEL_TYPE):
-        raise UserError(f"{given}: model_type is {found!r}, not {MODEL_TYPE!r}: not a gpt-oss checkpoint.")
+        raise UserError(f"{given}: model_type is {found!r}, not {MODEL_TYPE!r}. This is not a gpt-oss checkpoint.")
     return directory
 
 

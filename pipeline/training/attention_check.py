@@ -7,7 +7,7 @@ sink in the forward pass but do not compute its gradient. So every implementatio
 The same batch goes through the same weights three times:
 1. with eager in float64, as the reference;
 2. with eager in the precision of the run, to measure the error from rounding;
-3. with the configured implementation, whose error may be a few times the error of pass 2.
+3. with the configured implementation. Its error must not exceed a few times the error of pass 2.
 
 The batch is longer than the sliding window and padded on the right, as in training. Every token goes to every expert.
 Otherwise rounding could change a router's choice, which would hide errors of attention.
@@ -135,9 +135,9 @@ def measure_errors(
     """Measure the errors of an implementation and of eager, both in `precision`. Eager in float64 counts as exact.
 
     Returns:
-        For each tensor, the relative error ‖x - truth‖ / ‖truth‖ of the implementation. A missing gradient counts as
-        zeros. The second value is the largest relative error of eager. It is one value for all tensors: eager's error
-        of a small tensor, such as the eight sinks, can be small by chance.
+        The first value is the relative error of the implementation, ‖x - truth‖ / ‖truth‖, for each tensor. A missing
+        gradient counts as zeros. The second value is the largest relative error of eager. It is one value for all
+        tensors: eager's error of a small tensor, such as the eight sinks, can be small by chance.
     """
     truth = _run(EAGER, torch.float64, device)
     dtype, is_mixed = TRAIN_DTYPES[precision], precision is Precision.mixed_bf16
@@ -192,7 +192,7 @@ def _make_model(name: str, dtype: torch.dtype) -> nn.Module:
 
 
 def _make_batch() -> dict[str, Tensor]:
-    """Make input_ids, attention_mask and labels (B, T). The second row is padded on the right."""
+    """Make input_ids, attention_mask and labels, each with the shape (B, T). The second row is padded on the right."""
     longest = max(_LENGTHS)
     ids = torch.randint(1, _VOCABULARY, (len(_LENGTHS), longest), generator=torch.Generator().manual_seed(1))
     mask = (torch.arange(longest) < torch.tensor(_LENGTHS)[:, None]).long()

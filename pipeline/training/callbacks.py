@@ -1,6 +1,6 @@
 """Make callbacks for metrics, progress, checkpoints, the best weights and early stopping.
 
-Shapes: B examples, T tokens, L layers, E experts.
+Legend: B = examples, T = tokens, L = layers, E = experts.
 """
 
 import time
@@ -282,7 +282,7 @@ class Checkpoints(TrainerCallback):
         wait_for_everyone()
         if state.is_world_process_zero:
             mark_complete(_checkpoint_path(args, state.global_step), self._sharding)
-            # Remove old checkpoints only now. Until this one was complete, a resume would have needed an old one.
+            # Remove old checkpoints only now. Until now, a resume would have needed one of them.
             rotate_checkpoints(str(args.output_dir), self._limit, state.best_model_checkpoint)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
@@ -335,7 +335,7 @@ class ForgetRounded(TrainerCallback):
     """
 
     def __init__(self, rounded: RoundedWeights) -> None:
-        """Store the cache to be emptied."""
+        """Store the cache that this callback empties."""
         self._rounded = rounded
 
     def on_train_begin(

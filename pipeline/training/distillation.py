@@ -6,7 +6,8 @@ et al. 2015, arXiv:1503.02531, section 2).
 
 Logits exist only for one chunk of tokens at a time (see `models.chunked_logits`).
 
-Shapes: B batch, T positions, V vocabulary, N supervised tokens of the batch, n supervised tokens of a chunk.
+Legend: B = examples of the batch, T = positions, V = size of the vocabulary, N = supervised tokens of the batch,
+n = supervised tokens of a chunk.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -132,7 +133,7 @@ def sum_losses(
     Args:
         student: states of the model that is trained, at the supervised positions.
         teacher: states of the teacher at the same positions.
-        targets: id of the token after each position, (N).
+        targets: id of the token after each position, shape (N).
         weight: share of the divergence in the loss.
         temperature: softmax temperature of teacher and student in the loss.
     """
@@ -146,7 +147,10 @@ def sum_losses(
 def _sum_chunk(
     student: Tensor, teacher: Tensor, targets: Tensor, *, weight: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Sum loss and divergence over a chunk, from the logits (n, V) of both models and the targets (n)."""
+    """Sum loss and divergence over a chunk.
+
+    `student` and `teacher` are logits with the shape (n, V). `targets` has the shape (n).
+    """
     cross_entropy = functional.cross_entropy(student, targets, reduction="sum")
     softened = _sum_divergence(student / temperature, teacher / temperature) * temperature**2
     with torch.no_grad():

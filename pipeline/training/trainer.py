@@ -101,7 +101,7 @@ class Setup:
     sharding: Sharding
 
     def divergence_error(self, reason: str) -> UserError:
-        """Make the error for training whose loss or weights are not finite."""
+        """Make the error for diverged training: the loss or the weights are not finite."""
         rate = f"{self.stage}.learning_rate={self.settings.learning_rate}"
         return UserError(f"{rate}: training diverged ({reason}). Lower it.")
 
@@ -303,7 +303,7 @@ def make_trainer(inputs: Inputs, setup: Setup, more: Mapping[str, Any]) -> _Trai
 
 @contextmanager
 def no_triton_kernels() -> Iterator[None]:
-    """Skip the Triton kernels of TRL's loss inside a `with` block, and leave their results empty.
+    """Inside the block, TRL's loss does not run its Triton kernels, and their results stay empty.
 
     This is only for fake tensors, which have no values. trl 1.16 has no setting that switches the kernels off.
     """
@@ -325,7 +325,7 @@ def no_triton_kernels() -> Iterator[None]:
 
 @contextmanager
 def _setting_errors(setup: Setup) -> Iterator[None]:
-    """Turn errors of transformers and TRL about a setting into errors for the user."""
+    """Inside the block, raise UserError if transformers or TRL refuses a setting."""
     try:
         yield
     except ImportError as error:

@@ -18,8 +18,8 @@ _SAMPLED = slice(0, 1)  # experts of each stack
 class WeightChanges:
     """Compares the weights of sampled experts with their values at the start of training.
 
-    The values at the start stay in host memory, as they are used only during validation. Each comparison runs on the
-    model's device. Stacks take turns, so the device holds the sample of only one stack at a time.
+    The values at the start stay in host memory, because they are used only during validation. Each comparison runs on
+    the model's device. Stacks take turns, so the device holds the sample of only one stack at a time.
     """
 
     def __init__(self, model: nn.Module, block_format: BlockFormat) -> None:
@@ -34,7 +34,10 @@ class WeightChanges:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Return `moved_weights` and `changed_codes`, shares of the sampled weights, or {} if no expert is trained."""
+        """Return `moved_weights` and `changed_codes`. Both are shares of the sampled weights.
+
+        If no expert is trained, the result is empty.
+        """
         counts, total = [], 0
         for name, weights in expert_weights(self._model, _SAMPLED):
             start = self._start.get(name)
@@ -49,7 +52,10 @@ class WeightChanges:
         return {"moved_weights": moved / total, "changed_codes": changed / total}
 
     def _count(self, start: Tensor, weights: Tensor) -> Tensor:
-        """Count the weights and the rounded weights that differ: (2) int64, on the device of the weights."""
+        """Return the number of weights that differ, and the number of rounded weights that differ.
+
+        The result has the shape (2) and the type int64. It is on the device of the weights.
+        """
         moved = (weights != start).sum()
         return torch.stack([moved, (self._round(weights) != self._round(start)).sum()])
 

@@ -21,7 +21,7 @@ and for the rows of other tensors:
 The rate 1e-2 is a thousand times the recommended rate for released models. For rows in a wrong order, the similarity
 is 0 +- 0.13 in the tiny model. In a released model it is 0 +- 0.02, because its rows are longer.
 
-Legend: E = experts; out, in = dimensions of a matrix. A row has the `in` weights of one output.
+Legend: E = experts; out, in = dimensions of a matrix. Each output has a row of `in` weights.
 """
 
 import math
@@ -73,21 +73,24 @@ class Rows:
 
     @property
     def similarity(self) -> Tensor:
-        """(rows) cosine of the angle between e and b. NaN if one of them is zero."""
+        """Cosine of the angle between e and b, shape (rows). NaN if one of them is zero."""
         return self.e_b / (self.e_e * self.b_b).sqrt()
 
     @property
     def gain(self) -> Tensor:
-        """(rows) the factor that brings b closest to e."""
+        """The factor that brings b closest to e, shape (rows)."""
         return self.e_b / self.b_b
 
     @property
     def is_judged(self) -> Tensor:
-        """(rows) whether b is large enough to judge. Training can change a tiny row by more than its size."""
+        """Whether b is large enough to be judged, shape (rows).
+
+        Training can change a tiny row by more than its size.
+        """
         return self.b_b > _FAINT * self.b_b.mean()
 
     def unlike(self, have_scales: bool) -> Tensor:
-        """Return (rows) bool: whether training cannot have made e from b.
+        """Return a bool for each row: True if training cannot have made e from b.
 
         The gain is checked only for weights with scales.
         """
@@ -191,7 +194,7 @@ class _Part(NamedTuple):
     def equals(self, other: "_Part") -> bool:
         """Return whether two parts have the same bits.
 
-        If both are packed in one format, their codes and scales are compared, else their values.
+        If both are packed in the same format, their codes and scales are compared. Otherwise their values are compared.
         """
         if self.codes is None or other.codes is None or self.codes.scales.dtype != other.codes.scales.dtype:
             return same_bits(self.weights, other.weights)
@@ -273,7 +276,10 @@ def _expert_origin(export: View, base: View, projection: ExpertProjection, exper
 
 
 def _other_origin(export: View, base: View, name: str) -> str:
-    """Say which other tensor of the base model resembles a tensor of the export. Return "" if there is none."""
+    """Search the base model for another tensor that resembles the export's tensor `name`.
+
+    Return the end of an error message, or "" if there is no such tensor.
+    """
     for other, info in other_tensors(base.shape).items():
         if other != name and info.shape == base.plain[name].shape:
             pairs = ((export.weights(name, rows), base.weights(other, rows)) for rows in export.parts(name))

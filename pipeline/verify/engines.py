@@ -8,9 +8,10 @@ the vocabulary, in nats. In FP32 the worst prompt decides, in BF16 the median pr
 
 Largest divergence of a correct engine in FP32 (`nats` in LIBRARIES):
 
-    transformers, openai, vllm    1e-6: the same arithmetic in another order; log-probabilities agree to 3e-6.
-    mlx                           1e-5: fused kernels for MXFP4 and attention.
-    llama_cpp                     2e-2: ggml rounds activations to 8 bits before it multiplies them with MXFP4. A tiny
+    transformers, openai, vllm    1e-6. They do the same arithmetic in another order. Their log-probabilities agree to
+                                  3e-6.
+    mlx                           1e-5. It uses fused kernels for MXFP4 and attention.
+    llama_cpp                     2e-2. ggml rounds activations to 8 bits before it multiplies them with MXFP4. A tiny
                                   random model diverges by 1e-3 to 7e-3, and a trained model by less.
 
 In BF16 (`model.dtype`) each sum is rounded to 8 bits. If two experts are nearly tied, rounding may change the router's
@@ -26,10 +27,10 @@ in parentheses is the standard deviation of their logits.
     8 layers, random (1.0)   144         3e-3 / 3.4e-2        5e-4 / 3.6e-2
     8 layers, random (4.4)   144         5e-2 / 7.5e-1        1e-2 / 8.3e-1
 
-In the last row, the median prompt diverges from FP32 by 5e-2. Two engines that each diverge from FP32 by this much may
-diverge from each other by twice as much. So in BF16 the tolerance at the median prompt is 1e-1 for every engine. This
-tolerance is a judgement. It assumes that random models are the worst case. No released model has been measured. The
-check in FP32 is much stricter.
+In the last row, the median prompt diverges from FP32 by 5e-2. If two engines diverge from FP32 by 5e-2 each, they may
+diverge from each other by 1e-1. So in BF16 the tolerance at the median prompt is 1e-1 for every engine. This tolerance
+is a judgement. It assumes that random models are the worst case. No released model has been measured. The check in FP32
+is much stricter.
 
 llama.cpp and mlx-lm round the bounds of YaRN's correction range and ignore `rope_scaling.truncate`. The rounding alone
 changes logits, so these engines are compared with a reference that also rounds the bounds.
@@ -67,7 +68,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Expected = Callable[[bool], Tensor]
-"""Function from rounds_yarn to log-probabilities (prompts, vocabulary).
+"""A function that takes `rounds_yarn` and returns log-probabilities of shape (prompts, vocabulary).
 
 rounds_yarn: whether the bounds of YaRN's correction range are rounded.
 """
@@ -104,8 +105,8 @@ class Answer:
 
     Attributes:
         version: version of the engine, or None if it is not installed or failed.
-        log_probabilities: (prompts, vocabulary), or None.
-        failure: description of the failure, with the end of the engine's output; or None.
+        log_probabilities: shape (prompts, vocabulary), or None.
+        failure: description of the failure and the end of the engine's output, or None.
         generated: generated token ids of each prompt.
     """
 
@@ -230,9 +231,9 @@ def measure_divergence(have: Tensor, want: Tensor) -> dict[str, float]:
     """Measure the divergence of an engine's prediction from the expected one.
 
     Args:
-        have: log-probabilities (prompts, vocabulary) of the engine. The vocabulary may end with the last real token:
-            then it lacks the padding rows of the embedding.
-        want: expected log-probabilities (prompts, vocabulary).
+        have: the engine's log-probabilities, shape (prompts, vocabulary). The vocabulary may lack the padding rows of
+            the embedding, which follow the last real token.
+        want: expected log-probabilities, shape (prompts, vocabulary).
 
     Returns:
         The divergence at the worst prompt and at the median prompt, the largest difference of log-probabilities, and
@@ -265,7 +266,9 @@ def prompts(examples: Iterable[Mapping[str, Sequence[int]]]) -> list[list[int]]:
 
 
 def reference(base: Path, weights: Callable[[str], Tensor], dtype: torch.dtype) -> Callable[[bool], "PreTrainedModel"]:
-    """Return a function (rounds_yarn -> model) that loads the base model in transformers with other weights.
+    """Return a function that loads the base model in transformers with other weights.
+
+    The function takes `rounds_yarn` (see `Expected`) and returns the model.
 
     Args:
         base: directory of the base model.
@@ -290,15 +293,15 @@ def reference(base: Path, weights: Callable[[str], Tensor], dtype: torch.dtype) 
 
 @torch.no_grad()
 def predict(model: "PreTrainedModel", prompts: list[list[int]]) -> Tensor:
-    """Compute log-probabilities of the next token, (prompts, vocabulary)."""
+    """Compute log-probabilities of the next token, shape (prompts, vocabulary)."""
     logits = [model(torch.tensor([ids])).logits[0, -1].double() for ids in prompts]
     return torch.stack(logits).log_softmax(-1)
 
 
 def expectation(base: Path, weights: Callable[[str], Tensor], trial: Trial) -> Expected:
-    """Return a function (rounds_yarn -> predictions of the reference model) for the prompts of a trial.
+    """Return a function that computes the reference model's predictions for the prompts of a trial.
 
-    `base` and `weights` are the same as in `reference`.
+    The function takes `rounds_yarn` (see `Expected`). `base` and `weights` are the same as in `reference`.
     """
     model = reference(base, weights, trial.dtype)
     return cache(lambda rounds_yarn: predict(model(rounds_yarn), trial.prompts))

@@ -43,8 +43,8 @@ class TrainedModel:
             self.model = loading.load_effective(self.rounded, ref.dtype, experts_implementation="eager")
         else:
             self.model = loading.load_quantized(ref, ref.dtype).eval()
-            # A model with adapters stays on the CPU. Export merges the adapters of attention on the CPU, too. PEFT's
-            # merge could give other bits on another device.
+            # A model with adapters stays on the CPU. Export merges the adapters of attention on the CPU, too. On
+            # another device, PEFT's merge could give different bits.
             if not ref.adapter:
                 self.model = placement.place(self.model)
         self.device = self.model.device
@@ -77,7 +77,7 @@ class TrainedModel:
         """Compare all tensors except the expert weights with the trained values in BF16, bit for bit.
 
         The check changes the model: adapters of attention are merged into it, and its weights are rounded. The method
-        `check_logits` needs these changes, so call it afterwards.
+        `check_logits` needs these changes, so call `check_others` first.
         """
         check = Check("other tensors: equal the trained ones in BF16, bit for bit")
         adapters.merge_attention(self.model)
@@ -141,7 +141,7 @@ class TrainedModel:
         return loading.load_plain(directory, dtype, experts_implementation=kernel)
 
     def _see_rounded(self, see: Callable[[str, Tensor, int], None]) -> None:
-        """Call `see` with the rounded weights (E, out, in) of each stack of experts."""
+        """Call `see` for each stack of experts with its rounded weights, shape (E, out, in)."""
         weights = Weights(self.rounded)
         for projection in expert_projections(weights.shape):
             see(projection.name, weights.read_effective(projection.name).transpose(1, 2), 0)
@@ -159,7 +159,10 @@ class TrainedModel:
     @staticmethod
     @torch.no_grad()
     def _logits(model: "PreTrainedModel", batch: dict[str, Tensor]) -> Tensor:
-        """Compute logits (positions, vocabulary) in float32 on the CPU, without padding positions."""
+        """Compute the logits of all positions except padding.
+
+        Return them as float32 on the CPU, shape (positions, vocabulary).
+        """
         inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
         logits = model(**inputs, use_cache=False).logits
         return logits[inputs["attention_mask"].bool()].float().cpu()

@@ -6,9 +6,9 @@ The request is {"module": "…", "distribution": "…", "prompts": [[ids]], "tok
 is the name of the engine's package. If Python does not find `module`, the engine is not installed and the exit status
 is 3.
 
-result.npy contains log-probabilities of the next token, (prompts, vocabulary) float32. result.json, in the same folder,
-is {"version": "…", "generated": [[ids]]}. `generated` has a list of ids for each prompt. The engine generates these
-`tokens` tokens greedily.
+result.npy contains log-probabilities of the next token: float32, shape (prompts, vocabulary). result.json is in the
+same folder. It contains {"version": "…", "generated": [[ids]]}. `generated` has one list for each prompt: the ids of
+`tokens` tokens, which were decoded greedily.
 
 This file imports no other file of the pipeline, because the environments of engines do not contain the pipeline.
 """
@@ -29,7 +29,10 @@ NOT_INSTALLED = 3
 
 Prompts = list[list[int]]
 Predict = Callable[[Prompts], "numpy.ndarray"]
-"""Prompts -> logits or log-probabilities of the next token (prompts, vocabulary)."""
+"""A function that takes prompts.
+
+It returns logits or log-probabilities of the next token, shape (prompts, vocabulary).
+"""
 
 
 def transformers(checkpoint: str, longest: int, dtype: str) -> Predict:
@@ -131,13 +134,16 @@ LOADERS: dict[str, Callable[[str, int, str], Predict]] = {
     "mlx": mlx,
     "vllm": vllm,
 }
-"""Loader of each engine: (checkpoint, largest number of positions, data type) -> function that predicts."""
+"""Loader of each engine.
+
+It takes the checkpoint, the largest number of positions and the data type. It returns a function that predicts.
+"""
 
 
 def version(module: str, distribution: str) -> str:
     """Return the name and version of the installed package that has the module.
 
-    Some builds of an engine have another name than `distribution`.
+    For some builds of an engine, the package's name differs from `distribution`.
     """
     names = importlib.metadata.packages_distributions().get(module) or [distribution]
     return f"{names[0]} {importlib.metadata.version(names[0])}"
@@ -165,7 +171,7 @@ def main(engine: str, checkpoint: str, request: str, result: str) -> int:
 
 
 def generate(predict: Predict, prompts: Prompts, tokens: int) -> Prompts:
-    """Generate `tokens` tokens after each prompt greedily."""
+    """Decode greedily after each prompt. Return the ids of the new tokens, `tokens` for each prompt."""
     texts = [list(ids) for ids in prompts]
     for _ in range(tokens):
         for ids, each in zip(texts, predict(texts), strict=True):

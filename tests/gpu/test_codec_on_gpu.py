@@ -49,7 +49,7 @@ def whole_range(dtype: torch.dtype) -> Tensor:
 
 
 def of_one_size(dtype: torch.dtype) -> Tensor:
-    """Make values (3, 517, 192) like weights: all scales of a matrix fit into the range of e4m3."""
+    """Make values of shape (3, 517, 192). As in real weights, the range of e4m3 holds all scales of a matrix."""
     generator = torch.Generator().manual_seed(1)
     sizes = torch.randint(-12, 1, (3, 517, 12), generator=generator).float().exp2().repeat_interleave(16, dim=-1)
     return (torch.randn(3, 517, 192, generator=generator) * sizes).to(dtype)
@@ -140,7 +140,10 @@ def test_a_gpu_decodes_every_code_and_scale_of_mxfp4_as_a_cpu_does(dtype: torch.
 
 
 def test_a_gpu_converts_mxfp4_to_the_nvfp4_of_a_cpu() -> None:
-    """Some blocks have scales outside of e4m3's range. Such a block is rounded, and counted if a value changes."""
+    """Some blocks have scales outside of e4m3's range.
+
+    The codec rounds such a block. If a value changes, the block is counted.
+    """
     generator = torch.Generator().manual_seed(3)
     blocks = torch.randint(0, 256, (2, 60, 4, 16), generator=generator, dtype=torch.uint8)
     scales = torch.randint(90, 120, (2, 60, 4), generator=generator, dtype=torch.uint8)
@@ -151,7 +154,7 @@ def test_a_gpu_converts_mxfp4_to_the_nvfp4_of_a_cpu() -> None:
 
 
 def assert_same_as_modelopt(values: Tensor) -> None:
-    """Compare all bits. Only the sign of the result may differ if the input is zero.
+    """Compare all bits. But if the input is zero, the sign of the result may differ.
 
     ModelOpt's kernel (tensor_quant_mx.cu) leaves this sign undefined.
     """

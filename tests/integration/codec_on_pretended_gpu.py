@@ -133,7 +133,7 @@ def main() -> None:
 
     controls: code of kernels that break the rules.
     codes: code of the codec's kernels, as a list of `Code`.
-    rounding: for each use in training, its launches, bits of indices and bytes of temporaries. Kernels are compiled.
+    rounding: use in training -> its launches, index widths and bytes of temporary tensors. Kernels are compiled.
     packed: the same figures for packed weights.
     eager: the same figures without compilation.
     never_compiled: names of the kernels that were not compiled.

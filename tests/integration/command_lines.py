@@ -33,7 +33,8 @@ class Line:
     Attributes:
         arguments: arguments of the program.
         interrupted_at: the run is interrupted after the checkpoint of this step. None: it is not interrupted.
-        is_compared: whether the main process alone saves the same weights again, to compare the files of both saves.
+        is_compared: whether the weights are saved twice. The main process makes the second save without the other
+            processes. Then the files of both saves are compared.
     """
 
     arguments: list[str]

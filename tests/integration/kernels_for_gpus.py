@@ -177,7 +177,7 @@ def pretend(gpu: Gpu) -> None:
 
 
 def _replace_cuda() -> None:
-    """Replace the functions of CUDA that inductor uses and that `fake_gpu` does not replace."""
+    """Replace the CUDA functions that inductor uses, except those that `fake_gpu` replaces."""
     cuda: Any = torch.cuda
     cuda._get_device_properties = lambda _: Properties()
     cuda._exchange_device, cuda._maybe_exchange_device = (lambda _: 0), (lambda _: 0)

@@ -57,7 +57,7 @@ class Peak:
 
 
 def measure(ref: ModelRef, way: str, precision: Precision) -> dict[str, int]:
-    """Load the model. Return its size, the bytes that this process keeps of it, and the peak of additional memory."""
+    """Load the model. Return its bytes, the bytes that this process keeps, and the peak of additional bytes."""
     train = TrainConfig(precision=precision, lora=LORA)
     with Peak() as peak:
         if way == "whole":  # as if each process loaded the model by itself

@@ -332,6 +332,6 @@ FILES = [
     Mutation("no chat template", remove_file("chat_template.jinja"), "chat_template.jinja"),
 ]  # fmt: skip
 SQUARE = [Mutation("blocks along the wrong axis", tensors(pack_on_the_other_axis), DOWN)]
-"""Defects that keep the shapes only if hidden = intermediate, as in the released models."""
+"""Defects that need hidden = intermediate, as in the released models. Otherwise they would change a shape."""
 
 MUTATIONS = [*VALUES, *TENSORS, *CONFIGURATION, *FILES]

@@ -1,4 +1,4 @@
-"""Ways to break a good export in other layouts than Hugging Face's, each with a text that a message must contain."""
+"""Ways to break a good export that is not in Hugging Face's layout. Each has a text that a message must contain."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -36,7 +36,7 @@ MLP1, MLP2, QKV = "block.0.mlp.mlp1_weight", "block.1.mlp.mlp2_weight", "block.0
 
 
 def rotate_rows(rows: Tensor) -> Tensor:
-    """Reorder queries, keys and values to keys, values and queries."""
+    """Move the queries to the end: first keys, then values, then queries."""
     return torch.cat((rows[128:], rows[:128]))
 
 

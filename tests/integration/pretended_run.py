@@ -22,7 +22,7 @@ class Training(TypedDict):
     Attributes:
         steps: number of optimizer steps.
         devices: the devices and types of the model's parameters after training.
-        syncs: the host syncs in optimizer steps, as (source, kind, number). The number counts all steps together.
+        syncs: the host syncs in optimizer steps, as (source, kind, number). The number is the total of all steps.
     """
 
     steps: int

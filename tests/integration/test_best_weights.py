@@ -74,7 +74,7 @@ def test_uninterrupted_and_resumed_runs_keep_the_best_weights(
     assert losses[best] == min(losses.values()) == whole.details["validation_loss"]
     assert whole.details["steps"] == best + PATIENCE * EVERY < OVERFITTING["max_steps"]
 
-    # Another run ends at the best step, without keep_best. It has the same weights.
+    # Another run does not use keep_best, but ends at the best step. It has the same weights.
     until_best = settings(stage, max_steps=best, keep_best=False)
     assert run_program(*arguments, f"run_dir={shorter}", *until_best) == 0
     assert weights(artifacts.load(shorter / stage)) == weights(whole)

@@ -45,7 +45,7 @@ def bits(values: Tensor) -> Tensor:
 
 
 def sample(dtype: torch.dtype) -> Tensor:
-    """Make values: half are random, half are multiples of 1/4, many of which are ties.
+    """Make values. Half of them are random. The others are multiples of 1/4, so that many of them are ties.
 
     Blocks have different magnitudes. Zeros of both signs are included.
     """
@@ -89,7 +89,7 @@ def test_compiled_codecs_give_the_bits_of_eager_ones(dtype: torch.dtype, order: 
 def test_the_function_that_rounds_a_stack_on_a_gpu_gives_these_bits_when_a_cpu_compiles_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Test every format and scale rule, and weights in float32 that are rounded to bfloat16."""
+    """Test every format and scale rule. The weights are float32, and the rounded weights are bfloat16."""
     monkeypatch.setattr(slabs, "ONLY_SLABS", frozenset())
     values = ORDERS["in_first"](sample(torch.float32))
     importance = torch.rand(SHAPE[0], SHAPE[2], generator=torch.Generator().manual_seed(1)) ** 4

@@ -1,4 +1,4 @@
-"""Answers in a whole run: from stages and from a server, resumed after a kill, and written during training."""
+"""Answers in a whole run: models and servers answer, a killed evaluation resumes, and training writes samples."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The codec's kernels for GPUs round like a CPU, are few, and need little memory. The tests need no GPU.
+"""On GPUs, the codec rounds like a CPU, runs few kernels, and needs little memory. The tests need no GPU.
 
 A child process runs the codec on a pretended GPU (see kernels_for_gpus.py). Its tensors are fake and have no values,
 so a function that reads from the GPU fails. Compiling for four architectures takes minutes.
@@ -22,14 +22,17 @@ STACK_20B, STACK_120B = 32 * 2880 * 5760, 128 * 2880 * 5760  # values
 INEXACT = re.compile(
     r"\.ftz|\.approx|\.full|^(div|rcp|sqrt|rsqrt|ex2|lg2|sin|cos|tanh)\b.*\.(f32|f64)|^fma(?!\.rn\.bf16)"
 )
-"""PTX instructions that could give other bits than a CPU.
+"""PTX instructions whose results could differ from a CPU's results.
 
 They flush subnormals to zero, approximate a result, or divide floats. Fused instructions round once instead of twice.
-For sm_80, the PTX adds BF16 values with a fused multiplication by 1. This pattern leaves it out: FUSED and SUM check
-the machine instructions instead.
+For sm_80, the PTX adds BF16 values with a fused multiplication by 1. INEXACT does not match this instruction, because
+FUSED and SUM check the machine instructions.
 """
 FUSED = re.compile(r"^(FFMA|DFMA|HFMA2\S*)|^F(ADD|MUL|SETP?|MNMX)\S*\.FTZ")
-"""Machine instructions that fuse or flush in the same way. What PTX always shows is left out."""
+"""Machine instructions that fuse or flush in the same way.
+
+INEXACT finds all other inexact instructions, because they are always in the PTX.
+"""
 MOVE = re.compile(r"^\S+ \w+(\.reuse)?, -?RZ(\.H0_H0)?, RZ(\.H0_H0)?, ")
 """Fused instructions whose product is 0 * 0. ptxas uses them to move or negate values and to load constants."""
 SUM = re.compile(r"^HFMA2\S* \w+(\.reuse)?, \w+(\.reuse)?, 1, 1, ")
@@ -62,7 +65,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def inexact(code: dict[str, Any]) -> set[str]:
-    """Return the instructions in a kernel's code that could give other bits than a CPU."""
+    """Return the instructions in a kernel's code whose results could differ from a CPU's results."""
     ptx = {each for each in code["ptx"] if INEXACT.search(each)}
     exact = (MOVE, SUM)
     return ptx | {each for each in code["machine"] if FUSED.search(each) and not any(e.match(each) for e in exact)}

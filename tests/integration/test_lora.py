@@ -79,7 +79,7 @@ def test_adapters_merge_to_base_plus_delta(lora_run: Path) -> None:
     weights = Weights(references.of_artifact(artifacts.load(directory)))
     base = Checkpoint(lora_run / "upcast").read_plain("model.layers.1.mlp.experts.gate_up_proj").double()
     experts, rank, scale = base.shape[0], config["r"], config["lora_alpha"] / config["r"]
-    # Only the B of gate_up_proj has this output size. The name of its A has lora_A instead of lora_B.
+    # Only factor B of gate_up_proj has this output size. The name of factor A has lora_A instead of lora_B.
     (b_name,) = (name for name, factor in factors.items() if factor.shape == (base.shape[2], rank * experts))
     a = factors[b_name.replace("lora_B", "lora_A")].double().reshape(experts, rank, -1)
     b = factors[b_name].double().reshape(-1, rank, experts)

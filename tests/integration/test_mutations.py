@@ -1,7 +1,7 @@
 """Every known defect of an export is detected and named.
 
-The trained model reveals all defects, the base model alone only some. `mutations.py` marks the defects that need the
-trained model. For these defects, `verify` with only the base model must report no problem.
+The trained model reveals all defects. The base model alone reveals only some of them. `mutations.py` marks the defects
+that need the trained model. For these defects, `verify` with only the base model must report no problem.
 """
 
 import os

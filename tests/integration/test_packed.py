@@ -23,7 +23,7 @@ IDS = torch.arange(60).reshape(2, 30)
 
 @pytest.fixture(scope="module")
 def decoded(lora_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of `lora_run` with decoded experts, up to qat. Tests must not write to it."""
+    """A run like `lora_run`, but with decoded experts. It ends with qat. Tests must not write to it."""
     run_dir = linked(tmp_path_factory.mktemp("decoded") / "run", lora_run, "source")
     for stage in ("upcast", "sft", "quantize", "qat"):
         assert run_program(f"stage={stage}", f"run_dir={run_dir}", *SETTINGS, "upcast.experts=bf16") == 0

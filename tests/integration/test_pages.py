@@ -33,7 +33,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A checkout in which README's commands have run from top to bottom, and what they printed."""
+    """A checkout in which README's commands have run from top to bottom, and the text that they printed."""
     checkout = copy_checkout(tmp_path_factory.mktemp("readme") / "checkout")
     shown = "\n".join(block.text for block in read_blocks(README) if block.language == "json")
     rows = [shown.replace("12", str(number)) for number in range(40)]

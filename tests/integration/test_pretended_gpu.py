@@ -141,8 +141,8 @@ def results(run_dir: Path) -> dict[str, dict[str, float]]:
     return artifacts.load(run_dir / "evaluate").details["results"]
 
 
-# On GPUs, TRL computes the loss with another kernel, which adds in another order, and autocast keeps more operations in
-# FP32.
+# On GPUs, TRL computes the loss with another kernel. This kernel adds in another order. Autocast on GPUs also keeps
+# more operations in FP32.
 @pytest.mark.parametrize(("case", "tolerance"), [("answers", 1e-6), ("lora", 2e-3), ("full", 5e-3)])
 def test_losses_equal_those_of_the_cpu(case: str, tolerance: float, request: pytest.FixtureRequest) -> None:
     runs = request.getfixturevalue(case)

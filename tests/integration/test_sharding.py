@@ -1,4 +1,4 @@
-"""Sharded training has the same losses and weights as one process, even if it resumes with more or fewer processes.
+"""Sharding does not change losses and weights, even if training resumes with more or fewer processes.
 
 Each launch does many runs, because imports take longer than training.
 """
@@ -75,7 +75,7 @@ class Case:
 
 
 def plain(recipe: str) -> Case:
-    """The recipe's SFT case without sharding. The recipe's other cases copy the earlier stages from its run."""
+    """The SFT case of a recipe, without sharding. Other cases of the recipe copy their earlier stages from its run."""
     return Case(recipe, "sft", "none")
 
 
@@ -152,8 +152,8 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def shared(one: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Interrupt and resume the cases with sharding, always with the same global batch.
 
-    STAYING cases resume with two processes again. MOVED cases resume with three, started by accelerate. ALONE, which is
-    not sharded, moves from one process to two, and back to one.
+    STAYING cases resume with two processes again. MOVED cases resume with three processes, which accelerate starts.
+    ALONE is not sharded. It moves from one process to two, and back to one.
     """
     runs = Runs(tmp_path_factory.mktemp("shared"), {})
     for case in (ALONE, *SHARDED):

@@ -55,7 +55,7 @@ def mse(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def copy_run(run: Path, into: Path, *stages: str) -> Path:
-    """Copy some stages of the run `run`, and its source model, into the run `into`."""
+    """Copy the source model and some stages from the run directory `run` to the run directory `into`."""
     for name in ("source", *stages):
         shutil.copytree(run / name, into / name)
     return into

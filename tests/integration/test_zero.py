@@ -1,4 +1,4 @@
-"""Training with DeepSpeed's ZeRO has the same losses as one process, even if more processes resume it.
+"""DeepSpeed's ZeRO does not change the losses, even if more processes resume the training.
 
 The saved weights have the validation loss that training reported.
 
@@ -35,7 +35,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="module")
 def shared(one: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Run and interrupt all cases with two processes. Then resume STAYED cases with two, and MOVED cases with three."""
+    """Interrupt all cases with two processes. Resume STAYED cases with two processes, and MOVED cases with three."""
     runs = Runs(tmp_path_factory.mktemp("zero"), {})
     begun, ended = [], []
     for case in (*CASES, KEPT, KEPT_MOVED):

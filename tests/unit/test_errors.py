@@ -1,4 +1,4 @@
-"""Errors that report several problems: the first few are shown, all are counted."""
+"""Errors that report several problems. They show the first few problems, and count all of them."""
 
 import pytest
 

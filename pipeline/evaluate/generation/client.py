@@ -87,14 +87,14 @@ def address(url: str) -> str:
 
 
 def find_model(settings: ServerConfig, key: str) -> str:
-    """Return the name of the model in the settings. If they name none, ask the server for its only model.
+    """Return the model's name from the settings. If the settings have no name, ask the server for its only model.
 
     Args:
         settings: the server's settings, with a url.
         key: the configuration key of these settings, for messages, such as `evaluate.endpoint`.
 
     Raises:
-        UserError: the settings name no model, and the server does not answer, has no model, or has several models.
+        UserError: the server is asked, but it does not answer, has no model, or has several models.
     """
     if settings.model is not None:
         return settings.model
@@ -125,7 +125,7 @@ def for_each(
         key: the configuration key of these settings, for messages.
         todo: the items.
         work: a function that sends an item's requests and stores the answers.
-        what: the name of the answers, for the progress line.
+        what: label of the progress line, such as "answers of <model>".
 
     Raises:
         UserError: `work` raised a UserError. The first error cancels all other items.
@@ -278,9 +278,9 @@ def send_local(
         method: the HTTP method.
         url: the full address.
         body: the body of the request, sent as JSON.
-        read: a function of the parsed JSON, as for `Client.send`.
+        read: a function that reads the parsed JSON (see `Client.send`).
         seconds: how long to wait for the reply.
-        limit: the setting that `seconds` comes from, for messages.
+        limit: name of the setting that determines `seconds`, for messages.
 
     Raises:
         NoAnswerError: no answer in time, an HTTP error, or a reply that `read` cannot read.

@@ -34,7 +34,7 @@ class Kind(NamedTuple):
 
     Attributes:
         file: name of the file with the answers.
-        inputs_file: name of the file with the inputs that the answers were made from.
+        inputs_file: name of the file with the model and the settings that the answers depend on.
         answer: class of an answer.
     """
 

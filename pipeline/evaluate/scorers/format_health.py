@@ -139,7 +139,7 @@ def _ends_periodically(text: str) -> bool:
 
 
 def _repeated_share(text: str) -> float:
-    """Compute which share of the runs of letters repeats an earlier run. Return 0 for short texts."""
+    """Compute the share of runs that occurred before. A run is _NGRAM letters long. Return 0 for short texts."""
     letters = "".join(filter(str.isalpha, text))
     count = len(letters) - _NGRAM + 1
     if count < _LOOP_LETTERS:

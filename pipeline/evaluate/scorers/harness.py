@@ -91,7 +91,7 @@ class Suites:
         return self._figures(harness_model, None)
 
     def score_served(self, served: Served, endpoint: EndpointConfig, tokenizer: Path) -> dict[str, float]:
-        """Run the tasks on a model on a server.
+        """Run the tasks on a served model.
 
         Args:
             served: the model.

@@ -124,9 +124,9 @@ def score(subject: Subject) -> dict[str, float]:
 
 
 def verdicts(transcripts: Sequence[Transcript], judgements: Mapping[tuple[str, int], Judgement]) -> list[Verdict]:
-    """Turn the judgements into verdicts on the transcripts with expected["safety"], by the rules of `refusal.verdicts`.
+    """Turn the judgements into verdicts on the transcripts with expected["safety"].
 
-    A transcript without a judgement is undecided.
+    The rules are the same as in `refusal.verdicts`. A transcript without a judgement is undecided.
     """
     return [_verdict(each, judgements.get(_key(each))) for each in transcripts if "safety" in each.expected]
 

@@ -38,7 +38,7 @@ def reasoning_verdicts(transcripts: Sequence[Transcript]) -> list[Verdict]:
 
 
 def answer_verdicts(transcripts: Sequence[Transcript]) -> list[Verdict]:
-    """Return verdicts on the answers, like `reasoning_verdicts` on the reasoning.
+    """Return verdicts on the answers. The rules are the same as in `reasoning_verdicts`, with one exception.
 
     expected["answer_language"] takes precedence over expected["language"].
     """

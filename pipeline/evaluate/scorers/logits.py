@@ -65,13 +65,13 @@ def record(model: "PreTrainedModel", batches: Sequence[dict[str, Tensor]], direc
 def score(subject: Subject) -> dict[str, float]:
     """Compute `kl_divergence` in nats and `top1_agreement`, as means over supervised tokens.
 
-    The models agree at a position if the reference's likeliest token is also the model's likeliest token. A tie in the
-    model counts as agreement.
+    The models agree at a position if the reference's likeliest token is also the model's likeliest token. If the
+    model gives its highest probability to several tokens, each of them counts as its likeliest token.
 
     Returns:
-        Both figures. If there are at least two examples, each figure has a 95 % interval, <figure>_low and
-        <figure>_high. <figure>/<first>-<last> is the figure for a range of positions. A range without tokens is
-        left out. The result is empty without recorded predictions.
+        Both figures. If there are at least two examples, each figure has a 95 % interval: <figure>_low and
+        <figure>_high. Each figure is also given for ranges of positions, as <figure>/<first>-<last>. A range without
+        tokens is left out. The result is empty without recorded predictions.
     """
     if subject.ref is None or subject.model is None or subject.reference_predictions is None:
         return {}
@@ -96,7 +96,8 @@ def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Find the likeliest tokens of logits (n, V).
 
     Returns:
-        The log-probabilities from `_merge`, and the tokens (n, TOP) in descending order of probability.
+        The log-probabilities that `_merge` returns, and the tokens in descending order of probability. The shape of
+        the tokens is (n, TOP).
     """
     tokens = logits.topk(min(TOP, logits.shape[1])).indices
     return _merge(logits.log_softmax(-1), tokens), tokens
@@ -123,7 +124,7 @@ def _compare(logits: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
     """Compare the model's logits (n, V) with the reference's stored predictions.
 
     Returns:
-        The divergence and the agreement (1 or 0) of each token, (n, 2) float64.
+        For each token, its divergence and its agreement (1 or 0). The shape is (n, 2), and the type is float64.
     """
     own = logits.log_softmax(-1)
     model = _merge(own, tokens.long())
@@ -146,7 +147,10 @@ def _places(batch: dict[str, Tensor], first_example: int) -> Tensor:
 
 
 def _figures(per_token: Tensor) -> dict[str, float]:
-    """Compute the figures from each token's divergence, agreement, position and example, (N, 4)."""
+    """Compute the figures from `per_token`, which has the shape (N, 4).
+
+    The columns are the divergence, the agreement, the position and the example of each token.
+    """
     divergence, agrees, position, example = per_token.unbind(1)
     found: dict[str, float] = {}
     for name, values in (("kl_divergence", divergence), ("top1_agreement", agrees)):

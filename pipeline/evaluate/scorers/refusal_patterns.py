@@ -1,4 +1,4 @@
-"""Patterns of refusals, for one sentence of a normalized answer (lower case, straight apostrophes).
+"""Patterns that find refusals in one sentence of a normalized answer (lower case, straight apostrophes).
 
 Case folding turns ß into ss. To add a language, add a row to each table that needs patterns for it.
 """

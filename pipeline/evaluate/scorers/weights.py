@@ -40,7 +40,7 @@ def score(subject: Subject) -> dict[str, float]:
 def _difference(
     weights: Tensor, reference: Tensor, block_format: BlockFormat | None, importance: Tensor | None
 ) -> tuple[float, float, float]:
-    """Sum up squared errors, squares of the reference, and flipped codes. Both weights are (1, in, out)."""
+    """Sum up squared errors, squares of the reference, and flipped codes. Both weights have the shape (1, in, out)."""
     codes = _round(weights, MXFP4, None) if block_format is None else weights
     codes_of_reference = _round(reference, block_format or MXFP4, importance)
     squared_error, squares, *_ = differences((reference, weights, reference, weights)).tolist()

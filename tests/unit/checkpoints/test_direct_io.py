@@ -101,7 +101,7 @@ def is_evicted(path: Path) -> bool:
 
 
 def watch_reads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Record for each later read whether it is direct."""
+    """Watch all later reads. Each of them appends to the returned list whether it is direct."""
     was_direct, real = [], os.preadv
 
     def run(descriptor: int, buffers: Any, offset: int) -> int:

@@ -173,7 +173,7 @@ def header_of(path: Path) -> Header:
 
 
 def data_range(path: Path, name: str) -> tuple[int, int]:
-    """Return the begin and the end of a tensor's data in the file."""
+    """Return the positions in the file at which a tensor's data begin and end."""
     first, last = header_of(path)[name]["data_offsets"]
     return 8 + header_length(path) + first, 8 + header_length(path) + last
 

@@ -36,7 +36,7 @@ def as_bytes(tensor: Tensor) -> bytes:
 
 
 class Maker:
-    """Holds pieces, and records which tensors were made."""
+    """Stores pieces. `made` lists the first tensor of each piece that was asked for its tensors."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}

@@ -107,4 +107,4 @@ def test_more_rows_than_the_weights_allow_are_reported_as_missing(
 def test_a_part_of_less_than_one_row_is_refused(two_files: tuple[str, str], tokenizer: Any) -> None:
     parts = blend(BlendPartConfig(two_files[0], 1000), BlendPartConfig(two_files[1], 1, columns=PAIR))
     message = prepare_error(tokenizer, None, blend=parts)
-    assert message.startswith("data.blend[1].weight=1: too small for one row of 100.")
+    assert message.startswith("data.blend[1].weight=1: this part would get none of the 100 rows.")

@@ -109,7 +109,7 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
 }
-"""File in conf/data/ -> a row of its data set, and the conversation in it."""
+"""File in conf/data/ -> a row of its data set, and the conversation that the row must become."""
 
 
 @pytest.fixture(autouse=True)

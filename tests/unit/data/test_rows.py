@@ -289,7 +289,7 @@ def test_an_unset_data_path_is_an_error() -> None:
 def test_a_file_of_another_kind_is_refused_and_the_supported_kinds_are_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("role,content\n")
-    assert load_error(path).startswith(f"data.path={path}: must be .jsonl or .parquet")
+    assert load_error(path).startswith(f"data.path={path}: must be a .jsonl or .parquet file")
 
 
 def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:

@@ -335,7 +335,8 @@ def test_tokens_that_differ_from_harmonys_are_quoted(found: Found) -> None:
     first = {"where": "a: row 3", "position": 17, "ours": "json", "theirs": "<|constrain|>json"}
     parity = {"is_checked": True, "examples": 400, "differ": 2, "first": first}
     (message,) = found(**{f"data__parity__{key}": value for key, value in parity.items()})
-    assert "2 of 400" in message and "a: row 3 at token 17, 'json' instead of '<|constrain|>json'" in message
+    assert "2 of 400" in message
+    assert "The first is a: row 3. Around token 17, it has 'json' instead of '<|constrain|>json'." in message
 
 
 # --- display ---------------------------------------------------------------------------------------------------------

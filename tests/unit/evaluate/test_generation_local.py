@@ -1,4 +1,4 @@
-"""A tiny model's greedy answers are the same as in a loop without cache and padding. Samples follow the softmax."""
+"""A tiny model's greedy answers are the same with and without cache and padding. Samples follow the softmax."""
 
 from dataclasses import replace
 from pathlib import Path

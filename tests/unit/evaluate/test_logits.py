@@ -47,7 +47,7 @@ def score(own: Any, reference: Any, directory: Path) -> dict[str, float]:
 
 @torch.no_grad()
 def expected(own: Any, reference: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute divergence, agreement and position of each supervised token, one example at a time without padding."""
+    """Compute divergence, agreement and position of each supervised token. Examples run one at a time, unpadded."""
     divergence, agrees, position = [], [], []
     for example in examples():
         ids, start = torch.tensor([example["input_ids"]]), example["labels"].count(IGNORED)

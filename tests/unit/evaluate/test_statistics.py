@@ -22,7 +22,7 @@ from pipeline.evaluate.statistics import (
 
 
 def outcomes(both: int, wins: int, losses: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
-    """Make the outcomes of a model and of a reference: for each prompt, whether it was passed.
+    """Make two arrays. They say which prompts the model passed, and which prompts the reference passed.
 
     Args:
         both: number of prompts that both passed.
@@ -100,8 +100,8 @@ def test_the_interval_is_not_empty_if_models_never_differ() -> None:
 
 
 def test_holm_gives_the_published_example() -> None:
-    # The products are 0.01 * 4, 0.02 * 3, 0.03 * 2 and 0.04 * 1. If a product is smaller than the one before it, it is
-    # replaced by the one before it.
+    # The products are 0.01 * 4, 0.02 * 3, 0.03 * 2 and 0.04 * 1. The last product, 0.04, is smaller than the third,
+    # 0.06. So Holm's method raises it to 0.06.
     assert holm(np.array([0.02, 0.01, 0.04, 0.03])) == pytest.approx([0.06, 0.04, 0.06, 0.06])
 
 

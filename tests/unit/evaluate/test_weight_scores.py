@@ -1,4 +1,7 @@
-"""The relative errors of expert weights and the share of flipped codes agree with sums by hand on a small model."""
+"""The relative errors of expert weights and the shares of flipped codes are right for a small model.
+
+The tests compute both directly from the weights.
+"""
 
 import math
 from dataclasses import dataclass, replace

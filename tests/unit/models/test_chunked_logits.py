@@ -1,4 +1,4 @@
-"""Logits in chunks give the same loss and gradients as all logits at once. They need no tensor of all logits."""
+"""Logits in chunks give the same loss and gradients as all logits at once. No tensor holds all logits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

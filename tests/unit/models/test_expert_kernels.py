@@ -1,6 +1,6 @@
 """Every kernel for the experts gives the same loss and gradients as `eager`, with and without quantization.
 
-In BF16, they are as accurate as with `eager`.
+In BF16, the loss and the gradients are as accurate as with `eager`.
 
 Factored adapters give the loss and gradients of PEFT's own forward pass, which adds the delta to the weights.
 """

@@ -1,4 +1,7 @@
-"""Adapters can be merged a few experts at a time. The bits are the same as for the whole stack, and as in training."""
+"""Adapters can be merged a few experts at a time.
+
+The bits are the same as if the whole stack is merged at once. They are also the same as in training.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -43,7 +46,7 @@ class Adapted:
 
     Attributes:
         ref: reference to the adapted model.
-        merged: name -> weight of the adapted layer after PEFT's `merge_and_unload` of the loaded model.
+        merged: name -> weight of the adapted layer. PEFT's `merge_and_unload` has merged its adapter.
     """
 
     ref: ModelRef

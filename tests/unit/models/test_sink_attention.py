@@ -96,7 +96,7 @@ def model(**changes: Any) -> Any:
 
 
 def record_masks(ready: Any) -> list[tuple[Any, int]]:
-    """Record each layer's mask and number of queries in all later forward passes."""
+    """In all later forward passes, record the mask and the number of queries of each layer."""
     found: list[tuple[Any, int]] = []
     for layer in ready.model.layers:
         layer.register_forward_pre_hook(

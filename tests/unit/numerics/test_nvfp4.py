@@ -22,7 +22,7 @@ EVEN_CODES = (0, 2, 2, 4, 4, 6, 6)  # for each midpoint, the neighbouring code w
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 TRAINED_TYPES = (torch.bfloat16, torch.float32)
 E4M3 = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-"""Every finite, non-negative e4m3 value, by byte."""
+"""All finite, non-negative e4m3 values. The value of byte i has index i."""
 
 
 def bits(values: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def test_ties_go_to_even_and_the_floats_beside_them_to_different_codes(
 @pytest.mark.parametrize("rule", SCALE_RULES[ScaleType.e4m3])
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_every_value_goes_to_the_nearest_multiple_of_its_scale(dtype: torch.dtype, rule: str) -> None:
-    """Compute the nearest code with exact fractions, also for ties (to even) and saturated values."""
+    """Compute the nearest code with exact fractions. Ties go to even, and too large values to the largest code."""
     block_format = NVFP4.with_rule(rule)
     values = random_weights((4, 160), dtype)
     unit = tensor_scale(values, block_format)

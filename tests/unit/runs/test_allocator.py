@@ -1,4 +1,4 @@
-"""Segments of GPU memory grow, unless the user has chosen otherwise, and only in this program."""
+"""The program lets segments of GPU memory grow, but keeps the user's setting. Engines do not inherit its setting."""
 
 import os
 import subprocess

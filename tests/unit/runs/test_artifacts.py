@@ -212,7 +212,7 @@ def test_a_changed_setting_is_an_error_that_names_key_and_both_values(config: Pi
     assert message == (
         f"{Run(config).stage_dir('sft')} is complete, but was made with other inputs: data.max_samples: was None, is 7;"
         " sft.learning_rate: was 2e-05, is 0.5; sft.lora.targets: was ['attention', 'experts'], is ['experts']."
-        " Use overwrite=true to rebuild it, or another run_dir to keep it."
+        " Use overwrite=true to rebuild it, or use another run_dir to keep it."
     )
     assert work.calls == 0
     assert Run(config).is_complete(Stage.sft)
@@ -294,7 +294,7 @@ def test_unfinished_training_goes_on_if_processes_and_batches_make_the_same_glob
     message = error_of(config)
     assert message == (
         f"{directory} is unfinished, and was begun with other inputs: sft.batch_size x sft.gradient_accumulation_steps"
-        " x processes: was 12, is 36. Go on with the same inputs, or use overwrite=true to rebuild it, or another"
+        " x processes: was 12, is 36. Go on with the same inputs, use overwrite=true to rebuild it, or use another"
         " run_dir to keep it."
     )
     config.sft.gradient_accumulation_steps = 2

@@ -45,7 +45,7 @@ def test_a_full_gpu_is_explained_with_its_amounts_and_what_to_set() -> None:
     config = resolved("recipe=multilingual", "stage=sft", "sft.batch_size=4", "sft.gradient_accumulation_steps=4")
     message = message_of(torch.OutOfMemoryError(GPU_TEXT), config)
     assert message.startswith(
-        "stage=sft ran out of GPU memory: it asked for 2.00 GiB more, 1.20 GiB of 79.10 GiB were free on GPU 3. Set"
+        "stage=sft ran out of GPU memory: it asked for 2.00 GiB more, and 1.20 GiB of 79.10 GiB were free on GPU 3. Set"
     )
     assert "sft.batch_size=1 sft.gradient_accumulation_steps=16, " in message
 

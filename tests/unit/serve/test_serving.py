@@ -180,8 +180,8 @@ def test_a_missing_program_is_refused_with_the_command_that_installs_it(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     message = refusal(dry_run=False)
-    assert message.startswith("serve.engine=vllm: no program 'vllm' to start.") and "pip install vllm" in message
-    assert refusal(program="/nowhere/vllm").startswith("serve.program=/nowhere/vllm: no program")
+    assert message.startswith("serve.engine=vllm: the program 'vllm' was not found.") and "pip install vllm" in message
+    assert refusal(program="/nowhere/vllm").startswith("serve.program=/nowhere/vllm: the program")
 
 
 def test_a_path_of_a_program_becomes_absolute(

@@ -30,7 +30,7 @@ def repeat_heads(module: nn.Module, states: Tensor) -> Tensor:
 def online(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: object
 ) -> tuple[Tensor, None]:
-    """Compute attention correctly, but by other steps than `eager`.
+    """Compute correct attention, but in a different way from `eager`.
 
     As in fused kernels, the softmax leaves out the sink. The result is then rescaled to account for the sink.
     """

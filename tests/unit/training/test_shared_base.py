@@ -62,7 +62,7 @@ def adapt(model: Any, lora: LoraConfig, seed: int) -> Any:
 def make_sft(base: Path, directory: Path, lora: LoraConfig | None, dtype: torch.dtype) -> ModelRef:
     """Make an SFT model: the base with random adapters.
 
-    If `lora` is None, it is the base alone, which stands for a fully trained model.
+    If `lora` is None, the SFT model is the base without adapters. It stands in for a fully trained model.
     """
     if lora is None:
         return ModelRef("sft", base, base, dtype=dtype)
