@@ -2,18 +2,22 @@
 
 The model, adapters, quantizers, expert kernels, trainer and optimizer are made in the same way as in a real run. Fake
 tensors have shapes and types but no values, so nothing is computed. A fake GPU changes the whole process, so each job
-runs in a process of its own. `peaks.measure` starts this process (`python -m pipeline.doctor.fake_run`), writes the job
-to its standard input, and reads the peaks from its standard output.
+runs in a process of its own, a fork of a process that has imported the libraries. `peaks.measure` starts that process
+(`python -m pipeline.doctor.fake_run`), writes the jobs to its standard input, and reads the outcomes from its standard
+output.
 """
 
 import gc
+import multiprocessing
 import os
 import pickle
 import sys
 import tempfile
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
 LOAD, FORWARD, BACKWARD, OPTIMIZER = PHASES = ("load", "forward", "backward", "optimizer")
 """Phases of training whose peaks are measured."""
 
+_AT_ONCE = 2  # each measurement uses one CPU core and up to 2 GB of memory
 _PORT = "29500"
 
 
@@ -75,6 +80,10 @@ class Size:
 
     layers: int
     adapted: int
+
+
+Request = tuple[Job, list[Size]]
+Outcome = list[dict[str, int]] | str
 
 
 class _FakeMode(FakeTensorMode):
@@ -318,8 +327,17 @@ def _fake_kernels() -> Iterator[None]:
         patch("pipeline.models.quantizer_backend.fake_quantize", _allocate_rounded),
         patch("pipeline.numerics.low_rank._for_each_expert", lambda _, base, *__: torch.empty_like(base)),
         patch("pipeline.models.packed_experts.decode", lambda *_, out: out),
+        patch("pipeline.numerics.packed_rounding.round_packed", _allocate_merged),
     ):
         yield
+
+
+def _allocate_merged(packed: tuple[Tensor, Tensor], *_: object, dtype: torch.dtype, **__: object) -> Tensor:
+    """Return a tensor as large as rounded base + delta. While it is made, each block has its magnitude and divisor."""
+    count, out, nb, half = packed[0].shape
+    rounded = torch.empty(count, nb * half * 2, out, dtype=dtype, device=packed[0].device)
+    torch.empty(3, count, out, nb, device=packed[0].device)
+    return rounded
 
 
 def _allocate_rounded(values: Tensor, *_: object, dtype: torch.dtype | None = None, **__: object) -> Tensor:
@@ -333,12 +351,59 @@ def _allocate_rounded(values: Tensor, *_: object, dtype: torch.dtype | None = No
 
 
 def main() -> None:
-    """Read a job and sizes from standard input, and write the peaks of each size to standard output."""
-    job, sizes = pickle.load(sys.stdin.buffer)
+    """Read jobs with their sizes from standard input, and write the outcome of each job to standard output.
+
+    The outcome is a list of the peaks of each size, or a text that says why measuring failed.
+    """
+    requests: list[Request] = pickle.load(sys.stdin.buffer)
     output, sys.stdout = sys.stdout, sys.stderr
     fake_gpu.install()
-    pickle.dump([measure(job, size) for size in sizes], output.buffer)
+    _import_libraries()
+    pickle.dump(_measure_in_forks(requests), output.buffer)
     output.flush()
+
+
+def _import_libraries() -> None:
+    """Import what every job needs, which takes longer than measuring."""
+    from transformers import AutoModelForCausalLM, GptOssConfig
+
+    from pipeline.models import adapters, fake_quantizers, packed_experts, sink_attention  # noqa: F401
+    from pipeline.training import trainer  # noqa: F401
+
+    AutoModelForCausalLM._model_mapping[GptOssConfig]  # imports the modules of gpt-oss
+
+
+def _measure_in_forks(requests: Sequence[Request]) -> list[Outcome]:
+    """Measure each job in a fork of this process, a few at a time."""
+    gc.freeze()  # garbage collections in the forks skip the libraries' objects
+    context, outcomes = multiprocessing.get_context("fork"), dict[int, Outcome]()
+    waiting, running = list(enumerate(requests)), dict[Any, int]()
+    while waiting or running:
+        while waiting and len(running) < _AT_ONCE:
+            number, request = waiting.pop(0)
+            receive, send = context.Pipe(duplex=False)
+            context.Process(target=_report, args=(send, *request)).start()
+            send.close()  # so that the end of the fork closes the pipe
+            running[receive] = number
+        for ready in connection.wait(list(running)):
+            outcomes[running.pop(ready)] = _receive(ready)
+    return [outcomes[number] for number in range(len(requests))]
+
+
+def _report(send: Any, job: Job, sizes: Sequence[Size]) -> None:
+    try:
+        send.send([measure(job, size) for size in sizes])
+    except Exception as error:  # noqa: BLE001 - every error is the reason why the job is not measured
+        traceback.print_exc()
+        send.send(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def _receive(ready: Any) -> Outcome:
+    try:
+        found: Outcome = ready.recv()
+    except EOFError:
+        return "the process was killed"
+    return found
 
 
 if __name__ == "__main__":

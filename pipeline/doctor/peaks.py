@@ -10,16 +10,14 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from pipeline.config import Method, Sharding, adapted_layers
-from pipeline.doctor.fake_run import PHASES, Job, Size
+from pipeline.doctor.fake_run import PHASES, Job, Outcome, Size
 from pipeline.models.sharding import STRATEGIES
 
 _FEW, _MORE = 2, 4  # layers of the two models that are measured; half of the layers have sliding attention
 _NEIGHBOURS = 2  # layers to add if parameters are gathered: then a layer and its neighbours are in memory together
-_AT_ONCE = 2  # each measurement uses one CPU core and up to 2 GB of memory
 _LIMIT = 600  # seconds; a measurement takes 10 to 20 on an idle core
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ACCELERATE_")
 """Prefixes of the variables that launchers set for their processes. A measurement is not one of these processes."""
@@ -56,28 +54,37 @@ class NotMeasured:
 
 def measure(jobs: Sequence[Job]) -> list[Peaks | NotMeasured]:
     """Measure the peaks of each job, in the order of the jobs."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return list(pool.map(_measure, jobs))
+    can_run = [job for job in jobs if STRATEGIES[job.sharding].package is None]
+    found = iter(_run(can_run) if can_run else [])
+    return [
+        next(found)
+        if STRATEGIES[job.sharding].package is None
+        else NotMeasured(f"sharding={job.sharding.name} cannot run without a GPU")
+        for job in jobs
+    ]
 
 
-def _measure(job: Job) -> Peaks | NotMeasured:
-    if STRATEGIES[job.sharding].package:
-        return NotMeasured(f"sharding={job.sharding.name} cannot run without a GPU")
-    sizes = _sizes(job)
+def _run(jobs: Sequence[Job]) -> list[Peaks | NotMeasured]:
+    """Measure jobs in a process that pretends to have a GPU."""
     # Without sharding, each process holds the whole model, so one process is measured alone.
-    measured = replace(job, processes=1) if job.sharding is Sharding.none else job
-    command = [sys.executable, "-m", "pipeline.doctor.fake_run"]
-    request = pickle.dumps((measured, sizes))
+    requests = [(replace(job, processes=1) if job.sharding is Sharding.none else job, _sizes(job)) for job in jobs]
+    command, limit = [sys.executable, "-m", "pipeline.doctor.fake_run"], _LIMIT * len(jobs)
     try:
         done = subprocess.run(
-            command, input=request, capture_output=True, env=_environment(), timeout=_LIMIT, check=False
+            command, input=pickle.dumps(requests), capture_output=True, env=_environment(), timeout=limit, check=False
         )
     except subprocess.TimeoutExpired:
-        return NotMeasured(f"measuring took more than {_LIMIT} seconds")
+        return [NotMeasured(f"measuring took more than {limit} seconds")] * len(jobs)
     if done.returncode:
-        return NotMeasured(f"measuring failed: {_last_line(done.stderr.decode(errors='replace'))}")
-    found: list[dict[str, int]] = pickle.loads(done.stdout)
-    return Peaks(**{phase: _extrapolate([each[phase] for each in found], sizes, job) for phase in PHASES})
+        return [NotMeasured(f"measuring failed: {_last_line(done.stderr.decode(errors='replace'))}")] * len(jobs)
+    outcomes: list[Outcome] = pickle.loads(done.stdout)
+    return [_peaks(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True)]
+
+
+def _peaks(job: Job, outcome: Outcome) -> Peaks | NotMeasured:
+    if isinstance(outcome, str):
+        return NotMeasured(f"measuring failed: {outcome}")
+    return Peaks(**{phase: _extrapolate([each[phase] for each in outcome], _sizes(job), job) for phase in PHASES})
 
 
 def _sizes(job: Job) -> list[Size]:

@@ -1,5 +1,6 @@
 """Peak memory measured with fake tensors, in processes that pretend to have a GPU."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,22 +32,6 @@ SFT = Job(MODEL, "sft", TrainConfig(**LORA), 512, None, 0, Sharding.none, 1)
 QAT = replace(SFT, stage="qat", train=QatConfig(**LORA), block_format=MXFP4)
 
 
-def measured(*jobs: Job) -> list[Peaks]:
-    found = peaks.measure(jobs)
-    assert all(isinstance(each, Peaks) for each in found), found
-    return [each for each in found if isinstance(each, Peaks)]
-
-
-@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(every_nth=2)], ids=["all layers", "every second layer"])
-def test_two_and_four_layers_predict_six(lora: LoraConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = replace(SFT, train=TrainConfig(**LORA, lora=lora))
-    (predicted,) = measured(job)
-    monkeypatch.setattr(peaks, "_MORE", LAYERS)  # then the model of six layers is measured whole
-    (exact,) = measured(job)
-    for phase, size in vars(exact).items():
-        assert getattr(predicted, phase) == pytest.approx(size, rel=0.002), phase
-
-
 EXPERT_VALUES = LAYERS * 8 * 3 * 256 * 256
 
 
@@ -55,38 +40,84 @@ def taught(train: QatConfig) -> QatConfig:
     return replace(train, distillation=DistillationConfig(weight=0.5))
 
 
-def test_quantizers_and_a_cache_take_memory() -> None:
-    sft, qat, cached = measured(SFT, QAT, replace(QAT, cache_bytes=float("inf")))
-    assert sft.highest <= qat.highest < cached.highest  # the peak of both may be in attention, which is equal
-    assert cached.highest - qat.highest > 0.5 * 2 * EXPERT_VALUES
+FULL_QAT, MIXED_QAT = QatConfig(precision=Precision.bf16), QatConfig(precision=Precision.mixed_bf16)
+ONE_PASS = replace(SFT, train=TrainConfig(gradient_accumulation_steps=1))
+SHARDED = replace(ONE_PASS, sharding=Sharding.fsdp2, processes=4)
+JOBS = {
+    "sft": SFT,
+    "sft, every second layer": replace(SFT, train=TrainConfig(**LORA, lora=LoraConfig(every_nth=2))),
+    "qat": QAT,
+    "qat, cached": replace(QAT, cache_bytes=float("inf")),
+    "qat, taught": replace(QAT, train=taught(QatConfig(**LORA))),
+    "full": replace(QAT, train=FULL_QAT),
+    "full, taught": replace(QAT, train=taught(FULL_QAT)),
+    "mixed": replace(QAT, train=MIXED_QAT),
+    "mixed, taught": replace(QAT, train=taught(MIXED_QAT)),
+    "one pass": ONE_PASS,
+    "sharded": SHARDED,
+    "sharded, gathered": replace(SHARDED, train=replace(SHARDED.train, reshard_after_forward=False)),
+}
 
 
-def test_a_teacher_takes_memory_unless_it_shares_the_base() -> None:
-    lora, full = QatConfig(**LORA), QatConfig(precision=Precision.bf16)
-    jobs = [replace(QAT, train=train) for train in (lora, taught(lora), full, taught(full))]
-    alone, shared, trained, with_second_model = measured(*jobs)
-    assert shared.load == alone.load
-    assert with_second_model.load - trained.load > 2 * EXPERT_VALUES
+def measure(names: Iterable[str]) -> dict[str, Peaks]:
+    """Measure jobs together, which imports the libraries only once."""
+    found = dict(zip(names, peaks.measure([JOBS[name] for name in names]), strict=True))
+    assert all(isinstance(each, Peaks) for each in found.values()), found
+    return {name: each for name, each in found.items() if isinstance(each, Peaks)}
 
 
-def test_a_teacher_with_fp32_weights_computes_in_bf16_under_mixed_precision() -> None:
-    mixed = QatConfig(precision=Precision.mixed_bf16)
-    alone, taught_by_fp32 = measured(replace(QAT, train=mixed), replace(QAT, train=taught(mixed)))
-    assert taught_by_fp32.load - alone.load > 4 * EXPERT_VALUES
+@pytest.fixture(scope="module")
+def found() -> dict[str, Peaks]:
+    """Peaks of the jobs, computed from models of two and four layers."""
+    return measure(JOBS)
 
 
-def test_a_rank_of_four_holds_a_quarter_of_the_weights_and_states() -> None:
-    full = replace(SFT, train=TrainConfig(gradient_accumulation_steps=1))
-    alone, sharded = measured(full, replace(full, sharding=Sharding.fsdp2, processes=4))
+@pytest.fixture(scope="module")
+def exact() -> dict[str, Peaks]:
+    """Peaks of some jobs, measured with all six layers."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(peaks, "_MORE", LAYERS)
+        return measure(["sft", "sft, every second layer"])
+
+
+@pytest.mark.parametrize("name", ["sft", "sft, every second layer"])
+def test_two_and_four_layers_predict_six(name: str, found: dict[str, Peaks], exact: dict[str, Peaks]) -> None:
+    for phase, size in vars(exact[name]).items():
+        assert getattr(found[name], phase) == pytest.approx(size, rel=0.002), phase
+
+
+def test_quantizers_and_a_cache_take_memory(found: dict[str, Peaks]) -> None:
+    sft, qat, cached = (found[name].highest for name in ("sft", "qat", "qat, cached"))
+    assert sft <= qat < cached  # the peak of both may be in attention, which is equal
+    assert cached - qat > 0.5 * 2 * EXPERT_VALUES
+
+
+def test_a_teacher_takes_memory_unless_it_shares_the_base(found: dict[str, Peaks]) -> None:
+    assert found["qat, taught"].load == found["qat"].load
+    assert found["full, taught"].load - found["full"].load > 2 * EXPERT_VALUES
+
+
+def test_a_teacher_with_fp32_weights_computes_in_bf16_under_mixed_precision(found: dict[str, Peaks]) -> None:
+    assert found["mixed, taught"].load - found["mixed"].load > 4 * EXPERT_VALUES
+
+
+def test_a_rank_of_four_holds_a_quarter_of_the_weights_and_states(found: dict[str, Peaks]) -> None:
+    alone, sharded = found["one pass"], found["sharded"]
     assert sharded.load == pytest.approx(alone.load / 4, rel=0.05)
     assert sharded.optimizer == pytest.approx(alone.optimizer / 4, rel=0.1)
 
 
-def test_layers_that_stay_gathered_take_bf16_memory_until_the_backward_pass() -> None:
-    job = replace(SFT, train=TrainConfig(gradient_accumulation_steps=1), sharding=Sharding.fsdp2, processes=4)
-    freed, kept = measured(job, replace(job, train=replace(job.train, reshard_after_forward=False)))
+def test_layers_that_stay_gathered_take_bf16_memory_until_the_backward_pass(found: dict[str, Peaks]) -> None:
+    freed, kept = found["sharded"], found["sharded, gathered"]
     assert kept.load == freed.load
     assert kept.forward - freed.forward > 2 * EXPERT_VALUES * (LAYERS - 2) / LAYERS
+
+
+def test_a_job_that_fails_is_not_measured_and_the_others_are() -> None:
+    broken = replace(SFT, train=TrainConfig(**LORA, optimizer="no_such_optimizer"))
+    failed, whole = peaks.measure([broken, replace(SFT, model={**MODEL, "num_hidden_layers": 2})])
+    assert isinstance(failed, NotMeasured) and failed.reason.startswith("measuring failed: ")
+    assert isinstance(whole, Peaks)
 
 
 def test_without_a_compiler_the_reason_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
