@@ -24,9 +24,13 @@ from pipeline.runs.processes import is_main_process, wait_for_everyone
 class Collectives(TorchDispatchMode):
     """Records the name and the element type of each collective."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        """Also count the collectives before each layer's first projection in the forward pass, in `before`."""
         super().__init__()
         self.seen: list[tuple[str, str]] = []
+        self.before: list[int] = []
+        projections = (module for name, module in model.named_modules() if name.endswith("self_attn.q_proj"))
+        self.hooks = [each.register_forward_hook(lambda *_: self.before.append(len(self.seen))) for each in projections]
 
     def __torch_dispatch__(
         self, function: Callable[..., Any], types: object, args: Any = (), kwargs: Any = None
@@ -64,14 +68,19 @@ def main(directory: Path, results: Path) -> None:
     model.train()
     ids = torch.arange(32).reshape(2, 16)
     found: list[list[tuple[str, str]]] = []
+    before: list[int] = []
     for _ in range(2):
-        with Collectives() as collectives:
+        with Collectives(model) as collectives:
             with torch.autocast("cpu", torch.bfloat16):
                 loss = model(input_ids=ids, labels=ids).loss
+            before = list(collectives.before)
             loss.backward()
+        for hook in collectives.hooks:
+            hook.remove()
         found.append(collectives.seen)
     facts = {
         "passes": found,
+        "before": before,
         "layers": sorted(layers),
         "gradients": sorted(
             {f"{type(p.grad).__name__} {p.grad.dtype}" for p in model.parameters() if p.grad is not None}

@@ -97,6 +97,11 @@ def test_checkpointing_does_not_gather_a_layer_twice_in_the_backward_pass(facts:
         assert Counter(name for name, _ in each) == {GATHER: 2 * LAYERS + 1, REDUCE: LAYERS + 2}
 
 
+def test_a_layer_computes_after_the_gather_of_the_next_unit_began(facts: dict[str, Any]) -> None:
+    """Before layer 0 computes, the gathers of the embedding, of layer 0 and of layer 1 have begun."""
+    assert facts["before"] == [layer + 3 for layer in range(LAYERS)]
+
+
 def test_each_pass_leaves_only_the_gradients_of_the_own_shard(facts: dict[str, Any]) -> None:
     assert facts["gradients"] == ["DTensor torch.float32"]
 
