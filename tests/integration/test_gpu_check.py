@@ -183,6 +183,26 @@ def test_a_machine_without_a_gpu_is_an_error(tmp_path: Path) -> None:
     assert (row["value"], row["beside"], row["is_right"]) == ("failed", "no GPU is visible to torch here", False)
 
 
+def test_children_of_children_belong_to_the_family_too(
+    gpu_check: Any, task: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(gpu_check.FAMILY, ":outer:")
+    monkeypatch.setattr(gpu_check, "PYTHON", ["sh", "-c", f'echo "@ "${gpu_check.FAMILY}""'])
+    (family,), failure = gpu_check._child(["--variant", "sft"], task, 60)
+    assert failure == ""
+    assert family.startswith(":outer::") and len(family) > len(":outer:::")
+
+
+def test_the_program_finds_wheels_that_pythonpath_names(
+    gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = tmp_path / "path"
+    monkeypatch.setenv("PYTHONPATH", "/wheels")
+    monkeypatch.setattr(gpu_check, "PYTHON", ["sh", "-c", f'echo "$PYTHONPATH" > {found}'])
+    gpu_check._program("stage=all")
+    assert found.read_text().strip() == f"{ROOT}:/wheels"
+
+
 def test_sections_without_time_are_wrong_unless_they_were_left_out(tmp_path: Path) -> None:
     status, rows = check(tmp_path, "--minutes", "0", "--sections", "codec", "smoke", python=sys.executable)
     assert status == 1
@@ -268,7 +288,7 @@ def test_an_error_of_an_attention_kernel_is_wrong_but_a_kernel_that_is_not_avail
     monkeypatch.setattr("pipeline.models.attention.capability", lambda: (9, 0))
     monkeypatch.setattr("pipeline.models.attention.importlib.util.find_spec", lambda _: None)
     rows = list(gpu_check.attention(task))
-    fused, packed, *flex, eager, eager_packed = rows
+    fused, packed, eager, eager_packed, *flex = rows
     assert fused.beside == packed.beside == "RuntimeError: CUDA error: an illegal memory access was encountered"
     assert (fused.is_right, packed.is_right, eager.is_right, eager_packed.is_right) == (False, False, True, False)
     assert eager_packed.unit == "the output"
