@@ -187,7 +187,8 @@ def test_children_of_children_belong_to_the_family_too(
     gpu_check: Any, task: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(gpu_check.FAMILY, ":outer:")
-    monkeypatch.setattr(gpu_check, "PYTHON", ["sh", "-c", f'echo "@ "${gpu_check.FAMILY}""'])
+    script = "import json, os, sys; print('@ ' + json.dumps(os.environ[sys.argv[1]]))"
+    monkeypatch.setattr(gpu_check, "PYTHON", [sys.executable, "-c", script, gpu_check.FAMILY])
     (family,), failure = gpu_check._child(["--variant", "sft"], task, 60)
     assert failure == ""
     assert family.startswith(":outer::") and len(family) > len(":outer:::")
