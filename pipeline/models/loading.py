@@ -227,8 +227,8 @@ def load_effective(ref: ModelRef, dtype: torch.dtype, spread: bool = False, **ar
     weights = Weights(ref)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if weights.is_changed(name):
-                parameter.copy_(weights.read_effective(name))
+            for rows in weights.parts(name) if weights.is_changed(name) else ():
+                parameter[rows].copy_(weights.read_effective(name, rows))
     return place(model, spread).eval()
 
 

@@ -75,9 +75,9 @@ class Weights:
         ]
         return torch.cat(pieces)
 
-    def read_effective(self, name: str) -> Tensor:
-        """Read the weight that the forward pass uses: rounded, if the model fake-quantizes this weight."""
-        weight = self.read_trained(name)
+    def read_effective(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Read rows of the weight that the forward pass uses: rounded, if the model fake-quantizes this weight."""
+        weight = self.read_trained(name, rows)
         if self.ref.block_format is None or name not in self._experts:
             return weight
         importance = self.importance(name)

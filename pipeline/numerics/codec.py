@@ -20,7 +20,7 @@ Edge cases:
 - Values beyond 6 * scale saturate. This can happen under the rules `floor`, `nearest` and `mse`. It can also happen if
   the caller passes a tensor scale.
 - Magnitudes of at least 3.5 * 2^126 always saturate. The format's next value would be 2^128, which is Inf in BF16 and
-  FP32. (NVFP4: magnitudes of at least 2^127 always saturate.)
+  FP32. (NVFP4: when scales are chosen, magnitudes above 2^127 count as 2^127.)
 - A block with NaN or Inf raises an error instead of becoming zeros.
 
 Values have the logical shape (..., out, in), with blocks along `in`. They may have any strides: an (E, in, out)

@@ -141,10 +141,11 @@ class TrainedModel:
         return loading.load_plain(directory, dtype, experts_implementation=kernel)
 
     def _see_rounded(self, see: Callable[[str, Tensor, int], None]) -> None:
-        """Call `see` for each stack of experts with its rounded weights, shape (E, out, in)."""
+        """Call `see` with the rounded weights of some experts at a time, shape (g, out, in), to save memory."""
         weights = Weights(self.rounded)
         for projection in expert_projections(weights.shape):
-            see(projection.name, weights.read_effective(projection.name).transpose(1, 2), 0)
+            for rows in weights.parts(projection.name):
+                see(projection.name, weights.read_effective(projection.name, rows).transpose(1, 2), rows.start)
 
     def check_inputs(self, export: View, calibrated: Callable[[Path], dict[str, Tensor]]) -> Check:
         """Compare the scales of quantized inputs with the calibrated ones."""
