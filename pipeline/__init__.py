@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 import os
 
 # libgomp's threads spin for milliseconds while they wait for each other.
-# Spinning makes arithmetic up to five times slower if busy threads outnumber the cores, even by one.
+# Spinning makes arithmetic up to five times slower if there are more busy threads than cores. One extra is enough.
 # This is common: conversions read, hash and write in parallel, and other users run programs.
 # But threads that never spin make short loops a fifth slower. So threads spin here for about 50 microseconds.
 # torch reads the variables when it is loaded, so they must be set before that.

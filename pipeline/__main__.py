@@ -1,7 +1,8 @@
 """Run a command line: compose the configuration, check it, run the stage, and return the exit status.
 
-Hydra composes the configuration. If the user makes a mistake, Hydra would print a traceback. This module prints one
-message instead. Large libraries are imported only when a stage runs, so --help and error messages appear at once.
+Hydra composes the configuration. By default, Hydra prints a traceback if the user makes a mistake. This module prints
+one message instead. Large libraries are imported only when a stage runs, so --help and error messages appear at
+once.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Exports without a model: complete directories with artifact.json."""
+"""Makes exports without running a model. Each export is a complete directory with artifact.json."""
 
 import json
 from pathlib import Path

@@ -72,7 +72,7 @@ def _reap() -> None:
 
 
 def _serve_one(client: socket.socket) -> None:
-    """Do what a client asks for in this fork, send the exit status, and end the process."""
+    """Run the client's script or module in this fork. Then send the exit status, and end the process."""
     _, outputs, _, _ = socket.recv_fds(client, 1, 2)
     order = json.loads(b"".join(iter(lambda: client.recv(1 << 16), b"")))
     for number, output in zip((1, 2), outputs, strict=True):

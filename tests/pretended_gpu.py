@@ -1,8 +1,8 @@
 """A GPU that computes on the CPU, for tests of the program on machines without one.
 
-`gpu()` makes torch believe in CUDA devices. Tensors on them are `PretendedTensor`s. Each says that it is on cuda:0, but
-its values are in a CPU tensor. As with CUDA, an operation fails if it mixes these tensors with CPU tensors. `SYNCS`
-counts the operations that would make the host wait for the GPU, separately for each source line.
+`gpu()` makes torch report CUDA devices. Tensors on these devices are `PretendedTensor`s. Each says that it is on
+cuda:0, but its values are in a CPU tensor. As with CUDA, an operation fails if it mixes these tensors with CPU tensors.
+`SYNCS` counts the operations that would make the host wait for the GPU, separately for each source line.
 
 The pretended GPU finds tensors on the wrong device, host syncs, and errors in code that only a GPU runs. It cannot find
 wrong CUDA kernels, a lack of memory, or slow code. It changes the whole process, so use it in a process of its own.
@@ -46,7 +46,7 @@ class Sync(NamedTuple):
         source: file and line, for example `pipeline/numerics/codec.py:301`. The file of a library begins with the
             library's name. The source of an operation that autograd starts is `backward`.
         what: kind of operation, for example `item`.
-        is_in_step: whether it ran in an optimizer step, outside of validation, logging and saving.
+        is_in_step: whether it ran in an optimizer step. Validation, logging and saving do not count as part of a step.
     """
 
     source: str

@@ -183,7 +183,7 @@ def attention_projection(layer: int, name: str) -> str:
 
 
 def expert_parameter(layer: int, name: str) -> str:
-    """Return the full name, in the plain layout, of a parameter in EXPERT_WEIGHTS or EXPERT_BIASES."""
+    """Return the full name of a parameter in EXPERT_WEIGHTS or EXPERT_BIASES. The plain layout uses this name."""
     return in_layer(layer, f"{EXPERTS}.{name}")
 
 

@@ -192,7 +192,10 @@ class Checkpoint(TensorFiles):
             raise user_errors([f"{self.directory}: {problem}." for problem in problems], most=MOST_PROBLEMS)
 
     def _size_problems(self) -> list[str]:
-        """Describe sizes of a packed checkpoint that are not whole blocks. The last weights would be lost."""
+        """If the checkpoint is packed, describe each size that is not a multiple of the block size.
+
+        With such a size, the last weights would be lost.
+        """
         sizes = {"hidden_size": self.shape.hidden_size, "intermediate_size": self.shape.intermediate_size}
         return [
             f"{CONFIG}: {name}={size} is not a multiple of {MXFP4.block_size}, the block size of MXFP4"

@@ -135,8 +135,8 @@ def _dominance_notes(rows: list[Row], best: list[str]) -> Iterator[str]:
     dominated = ", ".join(row.title for row in rows if row.title not in best)
     if dominated:
         yield (
-            f"Dominated: {dominated}. For each of these, another model is smaller and not worse, or better and not"
-            " larger."
+            f"Dominated: {dominated}. For each of these, another model is smaller or better. That other model is"
+            " neither larger nor worse."
         )
 
 

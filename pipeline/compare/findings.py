@@ -1,8 +1,7 @@
 """Describe the results in sentences: the quality that PTQ lost, the share that QAT recovered, and the cost of QAT.
 
-If a test is not significant, its sentence does not say that the models differ, or that they are equal. The sentence
-states the smallest difference that the test could have detected. Losses have no interval, because only their mean is
-stored.
+If a test is not significant, the models may differ or be equal. So its sentence claims neither. It states the smallest
+difference that the test could have detected. Losses have no interval, because only their mean is stored.
 """
 
 from collections.abc import Iterator
@@ -63,7 +62,7 @@ def _describe_losses(chain: Chain) -> Iterator[str]:
         share = (
             f"; recovers {100 * (ptq - qat) / (ptq - sft):.0f} % of PTQ's increase" if sft and qat < ptq > sft else ""
         )
-        yield f"Validation loss: QAT changed it by {_change(qat, ptq)} from PTQ ({ptq:.4f} to {qat:.4f}{share})."
+        yield f"Validation loss: QAT changed PTQ's loss by {_change(qat, ptq)} ({ptq:.4f} to {qat:.4f}{share})."
     if qat and sft:
         remark = (
             "QAT continued training on the same data, which alone may explain the lower loss."

@@ -196,7 +196,7 @@ def _sizes(stage: StageFacts | None, shape: Shape | None) -> dict[str, float]:
 def undominated(rows: Iterable[Row], size: str, quality: str, *, is_higher_better: bool) -> list[Row]:
     """Find the rows that no other row dominates (the Pareto front).
 
-    A row dominates another if it is at least as small and at least as good, and better in at least one of the two.
+    A row dominates another row if it is smaller or better, and is neither larger nor worse.
 
     Args:
         rows: rows of the models. Rows that lack one of the figures are ignored.

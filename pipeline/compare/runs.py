@@ -114,7 +114,7 @@ def find(patterns: list[str]) -> list[EvaluatedRun]:
         directories = _directories(pattern)
         if not directories:
             problems.append(
-                f"compare.runs: {pattern!r}: no directory matches. Give run directories, or patterns of them."
+                f"compare.runs: {pattern!r}: no directory matches. Give run directories, or patterns like runs/*."
             )
         for directory in directories:
             if directory in named:

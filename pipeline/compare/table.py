@@ -62,7 +62,7 @@ class Table:
 
 
 def _show_figure(name: str, form: Callable[[float], str]) -> Callable[[Row], str]:
-    """Make the function `show` of a column for one figure. `form` formats the value and, if there is one, the interval.
+    """Make the function that shows one figure of a row. `form` formats the value and, if there is one, the interval.
 
     A model that lacks the figure gets a dash.
     """
@@ -116,7 +116,7 @@ def make_tables(rows: list[Row], reference: str | None) -> list[Table]:
 
 
 def make_cost_table(rows: list[Row]) -> Table:
-    """Make the table of time and memory. The cost of a model that no stage made is unknown."""
+    """Make the table of time and memory. If no stage made a model, its cost is unknown."""
     columns = [
         Column("time", lambda row: _NONE if row.seconds is None else f"{row.seconds:.1f} s"),
         Column("most memory", lambda row: _NONE if row.peak_bytes is None else size(row.peak_bytes)),

@@ -10,7 +10,7 @@ from pipeline.config.bounds import BETWEEN_0_AND_1, POSITIVE, SEED
 
 
 class Supervise(Enum):
-    """The assistant turns of a conversation that the model is trained on."""
+    """The assistant turns to train on: every turn of a conversation, or only the last one."""
 
     every_turn = "every_turn"
     last_turn = "last_turn"
@@ -106,7 +106,7 @@ class DataConfig:
     max_length: Annotated[int, POSITIVE] = 4096
     """Largest length of a training example in tokens. Longer examples are truncated at the end, and counted."""
     supervise: Supervise = Supervise.every_turn
-    """Assistant turns to train on: every_turn or last_turn. Each is one example, with the prompt used at inference."""
+    """Assistant turns to train on: every_turn or last_turn. Each one is an example, prompted as at inference."""
     reasoning_effort: ReasoningEffort = ReasoningEffort.medium
     """Value of the system message's `Reasoning:` line. A row can override it (data.columns.reasoning_effort)."""
     reasoning_language: Optional[str] = None

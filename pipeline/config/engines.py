@@ -39,7 +39,7 @@ class Server:
         return [*words, *self.fixed, *extra]
 
     def model_in(self, directory: Path, files: dict[str, int]) -> Path:
-        """Return the path that the engine loads: the export's directory, or the one file in it with `model_suffix`."""
+        """Return the path that the engine loads: the directory of the export, or its only file with `model_suffix`."""
         if not self.model_suffix:
             return directory
         (name,) = (name for name in files if name.endswith(self.model_suffix))
@@ -53,7 +53,8 @@ class Library:
     Attributes:
         module: name of the module to import. If the module is missing, the engine counts as not installed.
         distribution: name of the installed package, from which the version is read.
-        nats: largest allowed divergence between the engine's predictions and the expected ones in FP32, in nats.
+        nats: largest allowed divergence from the expected predictions, in nats. This limit is used if the engine and
+            the reference compute in FP32.
         install: instructions to install the engine into its own environment.
         rounds_yarn: whether the engine rounds the bounds of YaRN's correction range to whole numbers.
     """

@@ -69,7 +69,7 @@ class ServerConfig:
     concurrency: Annotated[int, POSITIVE] = 16
     """Number of requests to run in parallel."""
     retries: Annotated[int, NOT_NEGATIVE] = 5
-    """Retries if there is no answer, or status 429 or 5xx. Delays: 0.5 s, 1 s, 2 s, … or as the server requests."""
+    """Number of retries after a failure (no answer, 429 or 5xx). Delays: 0.5 s, 1 s, 2 s, … or as the server asks."""
     timeout_seconds: Annotated[float, POSITIVE] = 600.0
     """Timeout of a request, in seconds."""
 

@@ -15,7 +15,7 @@ class FormatName(Enum):
 
 
 class ScaleRule(Enum):
-    """Rules that choose the scale of a block: all values in SCALE_RULES. A format may not have all of them."""
+    """Rules that choose the scale of a block: all values in SCALE_RULES. Formats with E8M0 scales have no `nearest`."""
 
     add_members(vars(), dict.fromkeys(chain(*SCALE_RULES.values())))
 
@@ -29,4 +29,4 @@ class FormatConfig:
     scale_rule: ScaleRule = ScaleRule["ceil"]
     """Scale of a block: ceil (no clipping), floor (may clip), mse (the better of two scales) or nearest (NVFP4)."""
     importance: bool = False
-    """With scale_rule=mse, multiply an input channel's squared errors by the channel's mean square in calibration."""
+    """With scale_rule=mse, multiply each squared error by the mean square of its input channel during calibration."""

@@ -15,7 +15,7 @@ def is_hub_id(path: str | None, needs_owner: bool = True) -> bool:
 
     Args:
         path: path or id of a model or a data set, as the user gave it.
-        needs_owner: whether the id must be `owner/name`. Only the id of a data set may have no owner.
+        needs_owner: whether the id must be `owner/name`. Only data sets have ids without an owner.
     """
     if path is None or (needs_owner and "/" not in path) or Path(path).suffix in DATA_SUFFIXES:
         return False

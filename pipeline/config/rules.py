@@ -185,7 +185,7 @@ def _format_problems(config: PipelineConfig) -> list[str]:
     held = TARGETS[target].holds
     if config.stage in (Stage.export, Stage.all) and name not in held:
         found.append(
-            f"export.target={target}: holds {', '.join(held)}, not format={name}. Train for another format. Or"
+            f"export.target={target}: cannot hold format={name}, only {', '.join(held)}. Train for another format. Or"
             " do not export: instead of stage=all, run the stages up to qat one by one. Then run stage=evaluate."
         )
     return found

@@ -34,7 +34,7 @@ class ServeConfig:
     context_length: Annotated[Optional[int], POSITIVE] = None
     """Largest length of a conversation in tokens. The KV cache grows with it. null: the engine's default."""
     gpu_memory_fraction: Annotated[Optional[float], BETWEEN_0_AND_1] = None
-    """Share of GPU memory to use (tensorrt_llm: share of the memory left by weights); null: the engine's default."""
+    """Share of GPU memory to use (tensorrt_llm: of the memory that weights leave free); null: the engine's default."""
     extra_arguments: list[str] = field(default_factory=list)
     """Arguments to append to the engine's command, such as [--max-num-seqs, 64]."""
     question: Annotated[str, NOT_EMPTY] = "What is 12 + 7?"

@@ -21,8 +21,8 @@ class Target:
         usage: commands that serve an export. {model} stands for the repository or directory of the export.
         tags: tags of the model card on the Hub.
         library: name of the library that loads the layout, as the Hub spells it, or None.
-        fp32: parts of tensor names. A tensor whose name in the plain layout contains one of them is FP32. All others
-            are BF16.
+        fp32: parts of tensor names. A tensor is FP32 if its name in the plain layout contains one of these parts. All
+            other tensors are BF16.
     """
 
     holds: tuple[str, ...]
@@ -34,7 +34,7 @@ class Target:
     fp32: tuple[str, ...] = ()
 
     def is_fp32(self, name: str) -> bool:
-        """Return whether the layout stores a tensor in FP32. Do not ask about expert weights (see `expert_bits`)."""
+        """Return whether the layout stores a tensor in FP32. Do not call it for expert weights (see `expert_bits`)."""
         return any(part in name for part in self.fp32)
 
 

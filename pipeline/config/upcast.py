@@ -29,7 +29,7 @@ def keeps_packed(asked: Experts | None, method: Method, *, is_mxfp4: bool) -> bo
     """Return whether training starts from packed experts.
 
     Args:
-        asked: value of upcast.experts. If it is None, the experts are packed if they can stay as they are.
+        asked: value of upcast.experts. None means packed if the source is MXFP4 and `method` is lora, else bf16.
         method: what the first training stage trains (see `first_training`).
         is_mxfp4: whether the experts of the source are MXFP4.
     """

@@ -1,4 +1,4 @@
-"""Converts the rows of any data set to chat form. The settings `data.columns` name the columns to read.
+"""Converts the rows of any data set to chat form. The settings in `data.columns` name the columns to read.
 
 To add a data set, add a file to conf/data/. No change to this module is needed.
 """
@@ -90,7 +90,7 @@ class Columns:
         there = ", ".join(self._others) or "none"
         return [
             f"{setting}={column!r}: no row of {self._data.path} has that column."
-            f"{did_you_mean(column, self._others)} There are: {there}."
+            f"{did_you_mean(column, self._others)} Existing columns: {there}."
             for column, setting in self._wanted.items()
             # Report a column only if rows were searched for it. Unreadable rows are not searched.
             # In rows that the filter drops, only the filter's columns are searched.
@@ -108,7 +108,10 @@ class Columns:
         yield from ((column, self._expected_key.format(name)) for name, column in self._expected.items())
 
     def _find(self, row: Mapping[str, object], path: str) -> object:
-        """Return the value of the column `path`, else follow `path` as a dotted path. If both fail, return None."""
+        """Return the value of the column `path`.
+
+        If there is no such column, read `path` as a dotted path. If both fail, return None.
+        """
         value: object = row
         for part in [path] if path in row else path.split("."):
             if not isinstance(value, dict) or part not in value:

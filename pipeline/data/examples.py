@@ -107,7 +107,7 @@ def split_rows(data: DataConfig, rows: Rows) -> tuple[Conversations, Conversatio
 
 
 def _choose(data: DataConfig, rows: Rows) -> tuple[dict[str, int], Numbers]:
-    """Choose rows. Return the count for each part of a blend, and the numbers of the chosen rows in a seeded order."""
+    """Choose rows. Return how many rows each part of a blend gives, and the chosen row numbers in a seeded order."""
     available = [count for _, count in rows.parts]
     take = sampling.shares(available, [source.weight for source, _ in rows.parts], data.max_samples)
     total = sum(take)

@@ -56,5 +56,5 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise UserError(f"{directory}: the tokenizer has no chat template (chat_template.jinja).")
     vocabulary = read_config(directory)["vocab_size"]
     if len(tokenizer) > vocabulary:
-        raise UserError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}.")
+        raise UserError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, but the model has only {vocabulary}.")
     return tokenizer

@@ -57,7 +57,7 @@ def estimate(
         experts_per_token: number of experts that the router chooses for each token.
         is_quantized: whether fake quantizers run (QAT).
         is_cast: whether autocast casts FP32 weights. Then layers make BF16 copies of their weights, and attention
-            scores are FP32. Gathered parameters are cast before they are gathered, so `is_cast` is False for them.
+            scores are FP32. False if parameters are gathered, because sharding casts them before that.
         is_packed: whether the experts stay packed.
     """
     places = train.batch_size * tokens

@@ -24,7 +24,7 @@ class ReasoningFigures(TypedDict):
 
 
 class ToolFigures(TypedDict):
-    """How often tools occur: rows that offer tools, rows that call tools, calls, results, and calls of each tool."""
+    """How often tools are offered and called. `by_name` has the number of calls of each tool."""
 
     rows_that_offer: int
     rows_that_call: int
@@ -68,7 +68,10 @@ def efforts(rows: list[Row], default: str) -> dict[str, int]:
 
 
 def tools(rows: list[Row]) -> ToolFigures:
-    """Count rows that offer tools, rows that call tools, calls, results, and calls of each tool."""
+    """Count the rows that offer tools, and the rows that call tools.
+
+    Also count the results, all calls, and the calls of each tool.
+    """
     called: Counter[str] = Counter()
     for row in rows:
         called.update(call["function"]["name"] for turn in row.conversation.messages for call in _calls(turn))

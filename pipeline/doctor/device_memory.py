@@ -57,10 +57,7 @@ def _figures(found: Peaks | NotMeasured, estimated: int, buckets: int) -> Device
 
 
 def _bucket_bytes(training: tuple[Plan, str, int], model: Mapping[str, Any]) -> int:
-    """Return the bytes of the buckets in which DistributedDataParallel reduces gradients.
-
-    One process has no buckets.
-    """
+    """Return how many bytes the gradient buckets of DistributedDataParallel take. One process has no buckets."""
     plan, stage, processes = training
     if plan.sharding is not Sharding.none or processes == 1:
         return 0

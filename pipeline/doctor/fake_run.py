@@ -2,9 +2,9 @@
 
 The model, adapters, quantizers, expert kernels, trainer and optimizer are made in the same way as in a real run. Fake
 tensors have shapes and types but no values, so nothing is computed. A fake GPU changes the whole process, so each job
-runs in a process of its own, a fork of a process that has imported the libraries. `peaks.measure` starts that process
-(`python -m pipeline.doctor.fake_run`), writes the jobs to its standard input, and reads the outcomes from its standard
-output.
+runs in its own process. `peaks.measure` starts a parent process (`python -m pipeline.doctor.fake_run`), writes the
+jobs to its standard input, and reads the outcomes from its standard output. The parent process imports the libraries,
+and forks once for each job.
 """
 
 import gc
@@ -333,7 +333,7 @@ def _fake_kernels() -> Iterator[None]:
 
 
 def _allocate_merged(packed: tuple[Tensor, Tensor], *_: object, dtype: torch.dtype, **__: object) -> Tensor:
-    """Return a tensor as large as rounded base + delta. While it is made, each block has its magnitude and divisor."""
+    """Allocate the result of `round_packed`. For a short time, also allocate each block's magnitude and divisor."""
     count, out, nb, half = packed[0].shape
     rounded = torch.empty(count, nb * half * 2, out, dtype=dtype, device=packed[0].device)
     torch.empty(3, count, out, nb, device=packed[0].device)
@@ -341,7 +341,7 @@ def _allocate_merged(packed: tuple[Tensor, Tensor], *_: object, dtype: torch.dty
 
 
 def _allocate_rounded(values: Tensor, *_: object, dtype: torch.dtype | None = None, **__: object) -> Tensor:
-    """Return a tensor as large as the codec's result.
+    """Allocate a tensor with the shape and type of the codec's result.
 
     The codec's other tensors are small, because it processes a stack in parts.
     """
@@ -364,7 +364,7 @@ def main() -> None:
 
 
 def _import_libraries() -> None:
-    """Import what every job needs, which takes longer than measuring."""
+    """Import the libraries that every job needs. The import takes longer than the measurement."""
     from transformers import AutoModelForCausalLM, GptOssConfig
 
     from pipeline.models import adapters, fake_quantizers, packed_experts, sink_attention  # noqa: F401

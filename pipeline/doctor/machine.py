@@ -10,8 +10,8 @@ from pipeline.runs.processes import local_process_count, process_count
 def figures(run_dir: Path) -> dict[str, int]:
     """Measure the free bytes on the disk of `run_dir`, in host memory and on the fullest GPU.
 
-    The result also has the size of the smallest GPU, and counts the GPUs and the processes. The processes of this
-    machine are also counted separately, because they share its host memory.
+    The result also has the size of the smallest GPU, the number of GPUs, and the number of processes. The processes of
+    this machine are also counted separately, because they share its host memory.
     """
     visible = gpus.visible()
     free = gpus.free_bytes() if visible else []

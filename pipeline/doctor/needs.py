@@ -126,7 +126,7 @@ class Plan:
         return starts and self.trainings[stage].method is Method.lora
 
     def starts_packed(self, *, is_mxfp4: bool) -> bool:
-        """Return whether training starts from packed experts, if the experts of the source are MXFP4 or not."""
+        """Return whether training starts from packed experts. `is_mxfp4`: whether the source's experts are MXFP4."""
         _, first = first_training(self.source, self.sft, self.qat)
         return keeps_packed(self.experts, first.method, is_mxfp4=is_mxfp4)
 
@@ -268,7 +268,8 @@ def disk(plan: Plan, shape: Shape, is_mxfp4: bool) -> dict[str, int]:
     Args:
         plan: settings of the run.
         shape: sizes of the model.
-        is_mxfp4: whether the source is MXFP4. If training starts from the form of the source, files are only linked.
+        is_mxfp4: whether the source is MXFP4. If training starts from the same form as the source, `upcast` only links
+            files.
     """
     starts_packed = plan.starts_packed(is_mxfp4=is_mxfp4)
     upcast = packed_tensors(shape) if starts_packed else plain_tensors(shape)

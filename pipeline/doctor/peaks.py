@@ -20,7 +20,7 @@ _FEW, _MORE = 2, 4  # layers of the two models that are measured; half of the la
 _NEIGHBOURS = 2  # layers to add if parameters are gathered: then a layer and its neighbours are in memory together
 _LIMIT = 600  # seconds; a measurement takes 10 to 20 on an idle core
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ACCELERATE_")
-"""Prefixes of the variables that launchers set for their processes. A measurement is not one of these processes."""
+"""Prefixes of the variables that launchers set for their processes. The measuring process must not have them."""
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class _Change:
 
 
 def find(plan: Plan, stage: str, model: Mapping[str, Any], longest: int, *, processes: int, gpus: int) -> list[Remedy]:
-    """Compute the memory with each single setting that may help. The settings that change the result least come first.
+    """Compute the memory with each single setting that may help. Settings with less effect on the result come first.
 
     Args:
         plan: settings of the run.
@@ -69,7 +69,7 @@ def find(plan: Plan, stage: str, model: Mapping[str, Any], longest: int, *, proc
 
 
 def _packed_changes(plan: Plan, stage: str, processes: int, *, is_mxfp4: bool) -> list[_Change]:
-    """Return the change to packed experts, which give the same result, if only adapters are trained."""
+    """If only adapters are trained, return the change to packed experts. Packed experts give the same result."""
     _, first = first_training(plan.source, plan.sft, plan.qat)
     if Method.full in (first.method, plan.trainings[stage].method):
         return []

@@ -1,4 +1,4 @@
-"""Render each row as training will see it. Count its examples, their tokens, and the tokens lost to truncation."""
+"""Render each row as training will see it. Count its examples, their tokens, and the tokens that truncation removes."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -117,7 +117,7 @@ def check_tokens(refs: Sequence[ModelRef], reference: ModelRef | None) -> None:
     if wrong:
         raise user_errors(
             [
-                f"{ref.directory}: its tokenizer has other tokens than the tokenizer of {reference.directory}, so"
+                f"{ref.directory}: its vocabulary differs from the vocabulary of {reference.directory}, so"
                 " losses and predictions cannot be compared. Evaluate it in another run: set another run_dir and"
                 f" evaluate.source={ref.directory}."
                 for ref in wrong

@@ -114,8 +114,8 @@ def _bootstrap(statistic: Callable[..., Values], confidence: float, *values: Val
 def mcnemar(wins: int, losses: int) -> float:
     """Compute the two-sided p-value of McNemar's exact test.
 
-    The p-value assumes that wins and losses are equally likely. It is the probability of a split that is at least as
-    uneven as the given split.
+    The p-value assumes that wins and losses are equally likely. For example, 8 wins and 2 losses give the probability
+    that 10 prompts split 8 to 2, 9 to 1 or 10 to 0, in either direction.
     """
     from scipy.stats import binomtest
 

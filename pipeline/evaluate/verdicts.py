@@ -75,9 +75,9 @@ def by_prompt(verdicts: Iterable[Verdict]) -> dict[str, float]:
 def interval(shares: Values) -> Interval:
     """Compute the confidence interval of the mean share.
 
-    For each prompt, `shares` has the share of its answers that passed. If all shares are 0 or 1, as with one answer per
-    prompt, the result is Wilson's interval. Otherwise it is a bootstrap interval over the prompts. Several answers to a
-    prompt are correlated, so counting each answer as a prompt would make the interval too narrow.
+    `shares` has one number for each prompt: the share of passed answers. If all shares are 0 or 1, as with one answer
+    per prompt, the result is Wilson's interval. Otherwise it is a bootstrap interval over the prompts. Several answers
+    to a prompt are correlated. If each answer counted as a prompt, the interval would be too narrow.
     """
     if np.isin(shares, (0, 1)).all():
         return wilson(int(shares.sum()), len(shares))

@@ -20,9 +20,10 @@ class Exporter:
     """Writes a target's layout, and defines how to read the layout back.
 
     Attributes:
-        write: writes a job's model into a directory. Each note in the result has `tensors` (names of tensors) and
-            `is_copied` (whether the tensors have the source's bytes). Notes on experts also have `layer`,
-            `sums` (see Survival), `copied_experts` and `other_than_trained` (see ExpertStack).
+        write: writes a job's model into a directory. Each note in the result has `tensors`, the names of tensors.
+            `is_copied` says whether these tensors have the source's bytes. A note on experts has four more entries:
+            `layer`, `sums`, `copied_experts` and `other_than_trained`. Survival documents `sums`, and ExpertStack
+            documents the last two.
         kind: artifact kind of the export directory.
         layout: takes the sizes of a model. Returns the stored tensors for each tensor of the plain layout.
         describe: takes the base model and the names of the stored tensors. Returns the description that the export

@@ -160,8 +160,8 @@ def _write_head(
     _describe(gguf, writer, {**config, **legacy_config(config)}, source)
     _add_tokenizer(gguf, writer, source, config["vocab_size"])
     for name, each in stored.items():
-        # float16 is a placeholder. If the type were uint8, gguf would change the last dimension, because it would take
-        # the dimension for a number of bytes.
+        # float16 is a placeholder. If the type were uint8, gguf would read the last dimension as a number of bytes, and
+        # would convert it to a number of values.
         writer.add_tensor_info(name, each.shape, np.float16, each.bytes, gguf.GGMLQuantizationType[each.type])
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()

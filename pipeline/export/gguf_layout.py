@@ -183,7 +183,7 @@ def _name(names: "TensorNameMap", name: str) -> str:
 
 
 def tensor_names(shape: Shape) -> "TensorNameMap":
-    """Return gguf's map from tensor names in other layouts to tensor names in a GGUF file."""
+    """Return gguf's map of tensor names: name in another layout -> name in a GGUF file."""
     gguf = import_gguf()
     return gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT_OSS, shape.num_hidden_layers)
 

@@ -2,7 +2,7 @@
 layouts.
 
 Each target defines its layout next to its writer. Tensors can be read in two ways:
-- All tensors can be decoded by another project's code. Comparing the decoded values verifies every bit.
+- All tensors can be decoded by another project's code. A comparison of the decoded values verifies every bit.
 - Packed experts can be read as codes and scales. This way is faster, and sufficient to compare two checkpoints.
 
 Legend: E = number of experts in one part, `in` and `out` = sizes of a projection's inputs and outputs, nb = number of

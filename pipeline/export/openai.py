@@ -82,7 +82,7 @@ def write(job: Job, directory: Path) -> Written:
 
 
 def other_names(shape: Shape) -> dict[str, tuple[str, ...]]:
-    """Map each stored tensor, except expert weights, to the Hugging Face tensors that it concatenates."""
+    """Map each stored tensor to the Hugging Face tensors that it concatenates. Expert weights are not included."""
     names: dict[str, tuple[str, ...]] = {target: (source,) for target, source in _OF_MODEL.items()}
     for layer in range(shape.num_hidden_layers):
         for target, sources in _OF_LAYER.items():

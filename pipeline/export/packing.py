@@ -2,8 +2,9 @@
 
 A block is exact if it decodes to the bits of the source. The scale rule `ceil` finds an exact block whenever there is
 one. It chooses the smallest scale at which the largest weight does not saturate. A released block can have a larger
-scale, but then its codes are small: up to 3, 1.5 or 0.5. Twice, four times or eight times such a code is again a code,
-so the smaller scale holds the same values. Zeros keep their signs.
+scale, but then its codes are small. If its scale is larger by a factor of 2, 4 or 8, its codes are at most 3, 1.5 or
+0.5. Each of these codes, multiplied by the factor, is again a code. So the smaller scale holds the same values. Zeros
+keep their signs.
 
 Legend: E = experts of one part, in and out = dimensions of the matrix, nb = blocks per row = in / 32.
 """
@@ -43,8 +44,8 @@ def pack(weights: Weights, directory: Path, *, shard_bytes: int, device: str) ->
 
     Raises:
         UserError: a tensor has another type than BF16, a weight is NaN or Inf, the block size does not divide an input
-            dimension, or blocks are not exact. In the last case, all blocks of the model are counted, and no weights
-            are left.
+            dimension, or blocks are not exact. In the last case, the message gives the number of such blocks in the
+            whole model, and the written weights are deleted.
     """
     raise_unless_bf16(weights.checkpoint)
     checkpoint, stacks = weights.checkpoint, expert_projections(weights.shape)
@@ -81,7 +82,10 @@ class _Stack:
     inexact: int = 0
 
     def piece(self) -> Piece:
-        """Return the piece that makes the blocks and scales. Its note counts all blocks and the inexact ones."""
+        """Return the piece that makes the blocks and scales.
+
+        In the piece's note, `blocks` counts all blocks, and `inexact` counts the blocks that are not exact.
+        """
         return Piece(self.projection.packed_tensors(), self._steps, self._note)
 
     def _steps(self) -> Iterator[Step]:
@@ -118,7 +122,7 @@ class _Stack:
 
 
 def _count_unlike(one: Tensor, other: Tensor) -> int:
-    """Count the blocks of two (E, in, out) BF16 tensors that have other bits, also in the signs of zeros."""
+    """Count the blocks whose bits differ between two BF16 tensors (E, in, out). The bits of 0 and -0 differ, too."""
     is_unlike = one.view(torch.int16) != other.view(torch.int16)
     return int(is_unlike.unflatten(1, (-1, MXFP4.block_size)).any(dim=2).sum())
 

@@ -37,7 +37,8 @@ class Packed:
         scales: scales of the blocks, shape (E, out, nb). The format defines their type.
         tensor_scale: tensor scales of the experts, shape (E), float32. None if the format has no tensor scales.
         values: decoded values, shape (E, in, out).
-        saturated: whether the scale of each block is too small for its largest weight, shape (E, out, nb), bool.
+        saturated: for each block, whether its scale is too small for its largest weight. The shape is (E, out, nb), and
+            the type is bool.
         is_last: whether these are the last experts of the stack.
     """
 
@@ -262,10 +263,10 @@ def packed_piece(stack: ExpertStack, blocks: str, scales: str) -> Piece:
 
 
 def blocks_then_scales(blocks: str, scales: str) -> Callable[[Tensor, Tensor, bool], Iterator[Part]]:
-    """Return a function that turns the blocks and scales of some experts of a stack into parts of its two tensors.
+    """Return a function that yields parts of two tensors, the blocks and the scales of a stack.
 
-    A tensor must be complete before the next one begins, so the function holds the scales back until the last experts.
-    It takes the blocks, the scales, and whether they belong to the last experts.
+    The function takes the blocks and scales of some experts, and whether these are the last experts of the stack. A
+    tensor must be complete before the next one begins. So the function keeps all scales, and yields them at the end.
     """
     held: list[Tensor] = []
 

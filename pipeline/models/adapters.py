@@ -110,8 +110,8 @@ def attach(
             values.
         section: name of `train` in the configuration, for messages.
         is_factored: whether the forward pass multiplies by the factors of the experts' adapters. Otherwise it
-            multiplies by base + delta. With factors, quantizers cannot be inserted, because they round base + delta.
-            Call `expert_kernels.use` afterwards.
+            multiplies by base + delta. This must be false if quantizers will be inserted, because quantizers round
+            base + delta. Call `expert_kernels.use` afterwards.
 
     Raises:
         UserError: the configuration names a layer that the model does not have.

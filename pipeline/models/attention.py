@@ -36,8 +36,9 @@ def capability() -> Capability | None:
 def candidates(dtype: torch.dtype, gpu: Capability | None, *, packing: bool = False) -> tuple[str, ...]:
     """Return the implementations that `auto` may choose, the best first. The last one is eager.
 
-    On a CPU this is eager, whose results have the same bits as transformers'. But for a row of packed documents, eager
-    computes the scores between all tokens of the row, which takes many times longer than each document alone.
+    On a CPU, eager is the best one. Its results have the same bits as the results of transformers. Packed documents are
+    an exception: eager computes the scores between all tokens of a row. This takes many times longer than the scores
+    within each document. So `fused_sinks` is the best one for packed documents.
 
     Args:
         dtype: type that attention is computed in.

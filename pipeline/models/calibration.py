@@ -14,8 +14,8 @@ class Calibration:
     """Results of calibration.
 
     Attributes:
-        importance: name of an expert stack -> one number for each input channel, shape (in), float32. The choice of
-            scales multiplies squared errors by these numbers. May be empty.
+        importance: name of an expert stack -> one number for each input channel, shape (in), float32. When scales are
+            chosen, squared errors are multiplied by these numbers. May be empty.
         amax: for each input quantizer, the largest magnitude of its inputs. Empty if inputs are not quantized.
     """
 

@@ -1,8 +1,9 @@
-"""Multiply tokens by their experts' weights and by the low-rank factors of their experts' adapters.
+"""Multiply each token by the weights of its experts, and by the low-rank factors of their adapters.
 
 The adapter of an expert adds the delta s A B to the weight W. A forward pass can multiply by the sum W + s A B, as PEFT
 does, or by the factors: x W + s (x A) B. The first way stores the sum and its gradient, both as large as W. The second
-way stores neither. At rank 8 and width 2880, its products with A and B add less than 1 % to the arithmetic.
+way stores neither. The products with A and B are cheap: at rank 8 and width 2880, they need less than 1 % of the
+operations of x W.
 
 Shapes: T tokens, K experts per token, R rows, E experts, r rank. Each token has one row for each of its experts, so
 R = T K. Rows are sorted by expert.

@@ -50,7 +50,9 @@ Hook = Callable[[TensorQuantizer, tuple[Tensor, ...], Tensor], None]
 
 
 def _round_stack(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
-    """Round a stack of weights (E, in, out), with adapters merged, and cast it to the forward pass's compute type.
+    """Round a stack of weights (E, in, out), and cast it to the type that the forward pass computes in.
+
+    Enabled adapters are already merged into the weights.
 
     This replaces a function of ModelOpt's plugins that transposes, rounds and transposes back in every forward pass.
     The replacement gives the codec a transposed view, and rounds weights again only when they have changed.
@@ -85,8 +87,8 @@ _switching = huggingface._QuantGptOssExperts.quantize_weight
 def _quantize_weight(experts: huggingface._QuantGptOssExperts) -> Iterator[None]:
     """Switch on ModelOpt's quantization of weights around a forward pass, and always switch it off at the end.
 
-    nvidia-modelopt 0.47 leaves quantization on if a forward pass ends early. Gradient checkpointing ends it early when
-    it recomputes a layer.
+    nvidia-modelopt 0.47 leaves quantization on if a forward pass ends early. Gradient checkpointing recomputes layers,
+    and ends these forward passes early.
     """
     try:
         with _switching(experts):

@@ -118,16 +118,16 @@ def set_gathers(model: Any, keeps_gathered: bool) -> None:
     """Set when a sharded model gathers and frees its parameters in training. Do nothing if the model is not sharded.
 
     - The embedding is gathered only for the forward pass. The gradient of an embedding does not need its weights.
-    - The last layer stays gathered until its backward pass. Otherwise FSDP2 would free it, and gather it again while
-      the head computes its gradient.
+    - The last layer stays gathered until its backward pass. Otherwise FSDP2 would free the layer, and would gather it
+      again during the backward pass of the head.
     - In the forward pass, each unit begins the gather of the next unit before it computes. By itself, FSDP2 begins a
       gather when the host reaches the unit. This is too late if a layer makes the host wait for the GPU, as some
       kernels of the experts do. In the backward pass, FSDP2 itself begins the next gather before a unit computes.
 
     Args:
         model: a model of `shard`, not a teacher.
-        keeps_gathered: whether all layers stay gathered until their backward pass. Each layer is then gathered once in
-            a forward and backward pass instead of twice. After the forward pass, the whole model is in memory.
+        keeps_gathered: whether all layers stay gathered until their backward pass. A layer is then gathered for its
+            forward pass, and not again for its backward pass. After the forward pass, the whole model is in memory.
     """
     if not isinstance(model, FSDPModule):
         return

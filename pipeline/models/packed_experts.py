@@ -1,4 +1,4 @@
-"""The experts of a gpt-oss layer with weights that stay packed: MXFP4 blocks and scales, decoded while they are used.
+"""The experts of a gpt-oss layer. Their weights stay packed in memory, as MXFP4 blocks and scales.
 
 The weights are frozen. They are decoded for a few experts at a time, in the forward pass and again in the backward
 pass. The decoded weights are not kept between the two passes. Adapters (`Factors`) enter in one of two ways:
@@ -144,7 +144,7 @@ class PackedExperts(nn.Module):
 
 
 class _Hold(torch.autograd.Function):
-    """Keeps the inputs of the experts, and computes all their gradients.
+    """Keeps the inputs of the experts. Its backward pass computes all gradients of the experts.
 
     It is separate from `_Compute`, which keeps nothing. Gradient checkpointing recomputes a layer only up to the last
     tensor that the layer keeps. `_Hold` keeps this tensor, and `_Compute` is not run again. So weights are decoded

@@ -28,7 +28,7 @@ of a gpt-oss-20b layer at once.
 
 
 class Experts(Protocol):
-    """The members of the experts that a pass uses. `packed_experts.PackedExperts` documents them."""
+    """A pass uses these members of `packed_experts.PackedExperts`, which documents them."""
 
     num_experts: int
     features: dict[str, tuple[int, int]]
@@ -252,7 +252,7 @@ def _multiply(experts: Experts, rows: Tensor, weights: Tensor, part: Part) -> Te
 
 
 def _sum_products(experts: Experts, one: Tensor, other: Tensor, part: Part) -> Tensor:
-    """For each expert, multiply the transpose of its rows in `one` by its rows in `other`.
+    """For each expert, compute `one.T @ other` over the rows of this expert.
 
     Shapes: (n, p) and (n, q) -> (g, p, q).
     """

@@ -29,8 +29,8 @@ def place(model: Model, spread: bool = False) -> Model:
 
     Args:
         model: the model.
-        spread: whether a model that does not fit on one GPU may be spread over all visible GPUs. If so, the
-            model must be a plain gpt-oss without adapters and quantizers, and only the main process may call this.
+        spread: whether a model that does not fit on one GPU may be spread over all visible GPUs. If this is true, the
+            model must be a plain gpt-oss without adapters and quantizers. Also, only the main process may call this.
     """
     if not torch.cuda.is_available():
         return model
@@ -61,7 +61,7 @@ def _spread(model: Model) -> Model | None:
         return None
     used = sorted(set(placement.values()))
     say("loading", f"the model is spread over {len(used)} GPUs, because it does not fit on one")
-    # These arguments are not moved between GPUs: the key-value cache of each layer stays on the layer's GPU.
+    # dispatch_model does not move these arguments, so the key-value cache of each layer stays on the layer's GPU.
     skipped: Any = causal._skip_keys_device_placement
     return dispatch_model(model, cast(Any, placement), skip_keys=skipped)
 

@@ -1,6 +1,6 @@
 """The backend of ModelOpt's quantizers. It rounds with our codec, and stores our data on each quantizer.
 
-The functions take quantizers as ModelOpt made them, but nothing is imported from ModelOpt.
+The functions take ModelOpt's quantizers as arguments, but this module does not import ModelOpt.
 """
 
 from collections.abc import Callable
@@ -34,8 +34,8 @@ class State:
         cache: cache of rounded weights. If it is None, weights are rounded in every forward pass.
         is_rounded: whether the parameter itself holds rounded values.
         non_finite: flags that the codec sets on a GPU instead of raising an error, or None.
-        observers: functions that each forward pass calls. The first argument is rounded weights with the shape
-            (E, out, in). The second argument is the index of their first expert. Packed experts come part by part.
+        observers: functions that each forward pass calls. The first argument is a tensor of rounded weights, with the
+            shape (E, out, in). The second argument is the index of its first expert. Packed experts come part by part.
         shows_all: whether the observers need all packed experts, even experts that get no token.
     """
 

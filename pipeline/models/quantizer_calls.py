@@ -14,8 +14,8 @@ from pipeline.models.adapters import base_of
 See = Callable[[str, Tensor, int], None]
 """A function that sees fake-quantized weights.
 
-Its first argument is the name of the parameter in the plain model. The second argument is weights of the shape
-(E, out, in). The third argument is the index of their first expert. Weights of packed experts come part by part.
+Its first argument is the name of the parameter in the plain model. The second argument is a tensor of weights, with the
+shape (E, out, in). The third argument is the index of its first expert. Weights of packed experts come part by part.
 """
 
 

@@ -2,7 +2,7 @@
 
 Weights change once per optimizer step, but every forward pass needs rounded weights. With gradient accumulation and
 gradient checkpointing, a step has several forward passes. The cache holds copies in the compute type (BF16 under mixed
-precision), which represents every value of the formats exactly.
+precision). This type represents every value of the formats exactly.
 """
 
 import math
@@ -25,9 +25,9 @@ _DEFAULT_ON_CPU = 4.0 * 2**30  # covers models that are small enough to train on
 def budget_bytes(budget_gib: float | None, shared: Sharding, *, on_gpu: bool) -> float:
     """Return how many bytes of rounded weights a run may cache on each device.
 
-    With the default (`qat.rounded_cache_gib=null`), the cache must never be the reason why a run does not fit into
-    memory. So the default is no cache on a GPU, where the rounded experts of gpt-oss-20b would take 38 GB beside the
-    model. The default is also no cache if parameters are gathered. The cache recognizes a parameter by its address, but
+    By default (`qat.rounded_cache_gib=null`), the cache must not make a run too large for the memory. So there is no
+    cache on a GPU by default. The rounded experts of gpt-oss-20b would take 38 GB there, in addition to the model.
+    There is also no cache by default if parameters are gathered. The cache recognizes a parameter by its address, but
     each gather is a new allocation.
 
     Args:

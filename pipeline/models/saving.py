@@ -1,4 +1,8 @@
-"""Write models to disk: a trained model, gathered from all processes, or a saved model with its adapters merged."""
+"""Write models to disk.
+
+- `save` writes a trained model, or only its adapters. It gathers them from all processes.
+- `write_plain` writes a saved model as a full checkpoint. It merges adapters into the weights.
+"""
 
 import os
 from collections.abc import Iterator

@@ -124,9 +124,9 @@ class ShardingStrategy:
         sharded: what the strategy shards. The possible names are "weights", "gradients" and "optimizer".
         gathers: whether parameters are gathered only while they are used. Each gather is a new allocation.
         place: function that loads the weights of a hollow model onto the training device. If the strategy shards
-            weights, each process keeps only its shard. The function takes the model, the function that reads rows of a
-            weight, and whether training is in mixed precision.
-        set_gathers: function that sets when the trained model gathers and frees parameters. Call it before training.
+            weights, each process keeps only its shard. The function has three arguments: the model, a function that
+            reads rows of a weight, and a flag for mixed precision.
+        set_gathers: function to call before training. It controls when the model gathers and frees parameters.
         correct: function that corrects errors of accelerate for this strategy. Call it before the model is prepared.
         hooks_gradients: True if the backward pass gathers a layer only when the layer's input needs a gradient.
         shard_frozen: function that prepares a frozen model, such as a teacher, after `place` has loaded it.
@@ -325,7 +325,7 @@ def gather(parameter: Tensor) -> Iterator[Tensor]:
 
 @contextmanager
 def own_part(parameter: Tensor) -> Iterator[Tensor]:
-    """Yield the rows of a parameter that this process may change in place. This is a collective call.
+    """Yield this process's own rows of a parameter. They may be changed in place. This is a collective call.
 
     The result is a view, and it may be empty. A shard of ZeRO-3 does not consist of rows. So under ZeRO-3 the main
     process gets all rows, and the other processes get none. DeepSpeed then copies the main process's changes to the
@@ -345,7 +345,7 @@ def own_part(parameter: Tensor) -> Iterator[Tensor]:
 
 
 def is_kept_from_gradients(parameter: Tensor) -> bool:
-    """Return whether a parameter gets gradients only from its own module's forward pass. It does under ZeRO-3."""
+    """Return whether gradients reach a parameter only through its own module. This is the case under ZeRO-3."""
     return parameter.requires_grad and hasattr(parameter, "ds_id")
 
 
@@ -359,7 +359,7 @@ def first_part(parameter: Tensor) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Reshard the parameters that FSDP2 keeps gathered after a forward pass without a backward pass."""
+    """Reshard all parameters. After a forward pass, FSDP2 keeps some gathered until the next backward pass."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():

@@ -8,8 +8,8 @@ know sinks, but they return the log-sum-exp of each query's scores. The sink is 
     dsink = -sum over queries of exp(sink - total) · rowsum(dO' · O')
 
 From these inputs, the kernel's backward pass computes two values: the probabilities, exp(score - total), and
-rowsum(dO' · O'). Attention with sinks has the same two values, so the gradients are right. The scores of all queries
-and keys are never in one tensor.
+rowsum(dO' · O'). Attention with sinks has the same two values, so the gradients are right. No tensor holds the scores
+of all queries and keys.
 
 The kernels get the tokens of a batch as one long row, cut into segments. A packed document is one segment. A padded
 row is three: the padding before the tokens, the tokens, and the padding after them. Queries see the keys of their own

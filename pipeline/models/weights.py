@@ -91,7 +91,7 @@ class Weights:
         return self._importance.get(name)
 
     def is_changed(self, name: str) -> bool:
-        """Return whether `read_effective` can differ from the weight in the base checkpoint."""
+        """Return whether the result of `read_effective` can differ from the weight in the base checkpoint."""
         quantized = self.ref.block_format is not None and name in self._experts
         return quantized or (self._merger is not None and name in self._merger)
 

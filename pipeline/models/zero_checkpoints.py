@@ -43,9 +43,10 @@ _COPIES = 2  # the tool writes all tensors to disk twice: first in fragments, th
 def convert_when_needed() -> Iterator[None]:
     """Inside the block, convert checkpoints that more or fewer processes wrote, before DeepSpeed reads them.
 
-    DeepSpeed has one setting for all checkpoints that it loads: whether they are universal. But a run may resume from a
-    universal checkpoint and later load its best weights from a native one, or the reverse. So it is set again
-    before each load. DeepSpeed 0.19 has no public hook for this, so `load_checkpoint` is wrapped.
+    A setting tells DeepSpeed whether checkpoints are universal. DeepSpeed applies it to all checkpoints that it loads.
+    But a run may resume from a universal checkpoint and later load its best weights from a native one, or the reverse.
+    So this block sets it again before each load. DeepSpeed 0.19 has no public hook for this, so `load_checkpoint` is
+    wrapped.
     """
     from deepspeed import DeepSpeedEngine
 

@@ -84,7 +84,8 @@ def encode(
         scales: shape (..., nb), contiguous. The type is uint8 for e8m0, and float8_e4m3fn for e4m3.
 
     Raises:
-        CodecError: the block size does not divide `in`, or a block has NaN or Inf and there is no flag `is_bad`.
+        CodecError: the block size does not divide `in`. If there is no flag `is_bad`, there are two more causes: a
+            block has NaN or Inf, or an importance is negative or NaN.
         TypeError: `values` has another dtype. (float16 cannot hold the result; float64 would be rounded twice.)
     """
     work = _Rounding(values, block_format, _unit(tensor_scale, block_format), importance, is_bad)
@@ -209,8 +210,11 @@ def differences(stacks: Sequence[Tensor]) -> Tensor:
         stacks: values, rounded values, base values and rounded base values. Each is (E, rows, columns).
 
     Returns:
-        A float64 tensor with four numbers: the sum of squared rounding errors, the sum of squared values, the number of
-        values that differ from the base, and the number of rounded values that differ from the rounded base.
+        A float64 tensor with four numbers:
+        1. the sum of squared rounding errors;
+        2. the sum of squared values;
+        3. the number of values that differ from the base;
+        4. the number of rounded values that differ from the rounded base.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=stacks[0].device)
     for matrices in zip(*stacks, strict=True):
@@ -296,9 +300,13 @@ def _round_whole(
 
 
 def note_bad(found: Tensor, flag: Tensor | None) -> bool:
-    """Add `found`, () bool, to the flag if there is one. Return whether the rounded values can be used.
+    """Set the flag if a value is bad. Return whether the rounded values can be used.
 
     They can always be used if there is a flag. Without one, this function reads `found`.
+
+    Args:
+        found: whether a value is bad: shape (), bool.
+        flag: the flag, or None.
     """
     if flag is None:
         return not bool(found)

@@ -37,7 +37,7 @@ _OPTIONS: dict[str, dict[str, bool | int]] = {
 }
 """Options of torch.compile for each type of device."""
 _RECOMPUTES = {f"realize_{limit}_threshold": 1 << 40 for limit in ("opcount", "reads", "acc_reads", "acc_reads_size")}
-"""Options for GPUs under which inductor computes a value again in each launch that needs it, and never stores it."""
+"""Options for GPUs. With them, inductor stores no intermediate value: each launch computes it again if needed."""
 
 Result = TypeVar("Result")
 
@@ -81,8 +81,9 @@ class Kernel(Generic[Result]):
         """Wrap a function.
 
         Args:
-            function: the function. Its first argument is a tensor, whose size and device decide about compilation.
-            recomputes: whether the compiled code stores no values between its launches on a GPU.
+            function: the function. Its first argument is a tensor. The size and device of this tensor decide when the
+                function is compiled.
+            recomputes: if True, the compiled code stores no values between its launches on a GPU.
         """
         functools.update_wrapper(self, function)
         self._function = function

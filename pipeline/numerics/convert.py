@@ -38,7 +38,7 @@ class Converted(NamedTuple):
 
 
 def mxfp4_to_nvfp4(blocks: Tensor, scales: Tensor) -> Converted:
-    """Convert packed MXFP4 weights. Only `changed_blocks` blocks have values that are not exact.
+    """Convert packed MXFP4 weights. `changed_blocks` of the result counts the blocks that are not exact.
 
     Args:
         blocks: shape (E, out, nb, 16), uint8.

@@ -33,7 +33,7 @@ def round_blocks(values: Tensor, inverse: Tensor, significand: Tensor | None, sc
 
 @kernel
 def pack(values: Tensor, inverse: Tensor, significand: Tensor | None) -> Tensor:
-    """Encode values and pack two codes a byte: (L, nb, block, lanes) -> (L, nb, block / 2, lanes) uint8.
+    """Encode values, two codes per byte: (L, nb, block, lanes) -> (L, nb, block / 2, lanes) uint8.
 
     The even element of a pair is the low nibble.
     """
@@ -68,8 +68,8 @@ def squared_error(values: Tensor, inverse: Tensor, significand: Tensor | None, w
     The unit of an error is 2^exponent / 64. Each error is rounded to a whole number of units, at most 6 * 64. So
     float32 holds the sum of 32 squares (below 2^24) exactly, in any order of summation.
 
-    One kernel computes the errors and another the sums. In a single kernel, inductor 2.13 would fuse them into a loop
-    that takes three times as long as the two kernels together.
+    One kernel computes the errors, and another kernel computes the sums. In a single kernel, inductor 2.13 would fuse
+    them into a loop that takes three times as long as the two kernels together.
 
     Args:
         values: the values to round, shape (L, nb, block, lanes).
@@ -102,9 +102,13 @@ def row_differences(values: Tensor, rounded_values: Tensor, base: Tensor, rounde
 
     Each argument has the shape (..., columns). The result has the shape (4, ...) and the type float32.
 
-    The results are the sum of squared errors of `rounded_values`, the sum of squares of `values`, the number of values
-    that differ from `base`, and the number of rounded values that differ from `rounded_base`. They are for reports
-    only, because their bits may depend on the order of summation.
+    The result holds four numbers for each row:
+    1. the sum of the squared errors of `rounded_values`;
+    2. the sum of the squares of `values`;
+    3. the number of values that differ from `base`;
+    4. the number of rounded values that differ from `rounded_base`.
+
+    They are for reports only, because their bits may depend on the order of summation.
     """
     exact, near = values.float(), rounded_values.float()
     error = exact - near
@@ -136,7 +140,7 @@ def column_products(one: Tensor, other: Tensor) -> Tensor:
 
 @kernel
 def count_unequal(one: Tensor, other: Tensor) -> Tensor:
-    """Count the values of each block that differ between two tensors. The result is float32.
+    """For each block, count the values that differ between two tensors. The result is float32.
 
     Both tensors have the shape (nb, block, lanes). The result has the shape (nb, lanes).
     """

@@ -23,11 +23,12 @@ def round_packed(
 ) -> Tensor:
     """Decode weights, add the delta s A B of an adapter, and round the sum. There are no gradients.
 
-    The result has the bits of `decode`, then `low_rank.merge`, then `fake_quantize`.
+    The bits are the same as after calls of `decode`, `low_rank.merge` and `fake_quantize`, in this order.
 
     Args:
-        packed: MXFP4 blocks, (E, out, nb, 16) uint8, and scales, (E, out, nb) uint8.
-        factors: A, (E, in, r), and B, (E, r, out), and the factor s.
+        packed: MXFP4 blocks and their scales, both uint8. The blocks have the shape (E, out, nb, 16), and the scales
+            have the shape (E, out, nb).
+        factors: A with the shape (E, in, r), B with the shape (E, r, out), and the factor s.
         block_format: format to round to, a row of FORMATS, possibly with another scale rule.
         importance: see `fake_quantize`.
         dtype: type of the decoded weights, of the sum and of the result: float32 or bfloat16.
@@ -60,8 +61,8 @@ def _round_whole(
 ) -> Tensor | None:
     """Round with compiled functions that never store base + delta.
 
-    Return None on a CPU, if compiling does not pay off, or if the rule has to compare two scales. Also return None if a
-    sum is NaN or Inf and there is no flag: then the caller finds the bad block.
+    Return None if the weights are on a CPU, if compiling does not pay off, or if the rule has to compare two scales.
+    Also return None if a sum is NaN or Inf and there is no flag: then the caller finds the bad block.
     """
     blocks, stored = packed
     a, b, scaling = factors

@@ -24,7 +24,7 @@ def choose_scales(
         scale_type: type of the scales.
         rule: name of the rule that chooses the scales. SCALE_RULES[scale_type] lists the names.
         unit: tensor scales: shape (L), float32. None for e8m0.
-        weights: weights of the squared errors from `error_weights`, or None.
+        weights: weights of the squared errors, made by `error_weights`. None if all are 1.
     """
     chosen, *others = scales.candidates(amax, scale_type, rule, unit)
     for other in others:

@@ -20,14 +20,14 @@ ONLY_SLABS = frozenset({"cpu"})
 
 VALUES = {"cpu": 1 << 22, "cuda": 1 << 25}
 LANES = {"cpu": 1 << 12, "cuda": 1 << 31}
-"""A slab has at most this many values and at most this many lanes. The limits depend on the type of device.
+"""Maximum numbers of values and of lanes in a slab, for each type of device.
 
 On a GPU, slabs keep the temporaries of eager functions small.
 """
 
 
 def as_matrices(values: Tensor) -> Tensor:
-    """Reshape values to (L, out, in). `values` has the shape (..., out, in), or the shape (in) of a single row."""
+    """Reshape values to (L, out, in). `values` has the shape (..., out, in). A single row has the shape (in)."""
     return values.reshape(_matrices(values.shape))
 
 

@@ -47,7 +47,7 @@ def decode_stack(blocks: Tensor, stored: Tensor, unit: Tensor | None, out: Tenso
     """Decode codes to values, into `out`.
 
     Args:
-        blocks: (L, lanes, nb, block / 2) uint8, two codes a byte.
+        blocks: shape (L, lanes, nb, block / 2), uint8. Each byte holds two codes.
         stored: the stored scales, (L, lanes, nb): e8m0 as uint8, or the values of e4m3 as float32.
         unit: (L) float32, tensor scales, or None for e8m0.
         out: (L, nb, block, lanes) with any strides. It is also the result.
@@ -78,7 +78,7 @@ def choose_divisor(amax: Tensor, scale_type: ScaleType, rule: str) -> tuple[Tens
 
     Returns:
         inverse, significand, scale: the fields of `scales.Divisor`.
-        is_bad: () bool, whether a value is NaN or Inf.
+        is_bad: whether a value is NaN or Inf: shape (), bool.
     """
     unit = scales.tensor_scale_for_amax(amax.amax(dim=(1, 2)), rule) if scale_type is ScaleType.e4m3 else None
     (chosen,) = scales.candidates(amax, scale_type, rule, unit)
@@ -101,14 +101,15 @@ def round_merged(
     """Decode a stack, add the delta of an adapter, and round the sum.
 
     Args:
-        blocks: blocks of the base, (L, lanes, nb of 32 values, 16) uint8, two codes a byte.
-        stored: e8m0 scales of the base, (L, lanes, nb of 32 values) uint8.
+        blocks: blocks of the base: shape (L, lanes, in / 32, 16), uint8. Each byte holds two codes.
+        stored: e8m0 scales of the base: shape (L, lanes, in / 32), uint8.
         a: A of the adapter, (L, r, in) float32.
         b: B of the adapter, (L, r, out) float32.
         scaling: factor of the delta.
-        inverse: see `scales.Divisor`. These fields are (L, nb, lanes), with the blocks of the result.
-        significand: see `scales.Divisor`.
-        scale: see `scales.Divisor`.
+        inverse: see `scales.Divisor`. The shape is (L, nb, lanes). Here nb is the number of blocks per row of the
+            result.
+        significand: see `scales.Divisor`. The shape is the same.
+        scale: see `scales.Divisor`. The shape is the same.
         dtype: type of the decoded weights, of the sum and of the result.
 
     Returns:

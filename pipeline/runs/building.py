@@ -81,8 +81,8 @@ def build(
         resumable_as: function that takes the settings, and returns values for unfinished.json. These values must not
             change when an unfinished stage is resumed.
         on_every_process: True if all processes call `work`, as in training. False if only the main process calls it.
-        is_report: True if changed inputs rebuild the stage. False if changed inputs are an error. The error protects
-            models.
+        is_report: whether the stage is rebuilt if its inputs have changed. If False, changed inputs are an error. The
+            error protects models.
 
     Raises:
         UserError: the directory cannot be written, or holds a complete or unfinished stage with other inputs.

@@ -1,4 +1,4 @@
-"""Find settings that would save memory in a stage and that the run does not have yet."""
+"""Find settings that would save memory in a stage. Settings that the run already has are left out."""
 
 from collections.abc import Callable, Iterator
 

@@ -107,6 +107,6 @@ def _amounts(text: str, on_gpu: bool) -> str:
 
 
 def _readable(amount: str) -> str:
-    """Convert bytes to GiB, as in the messages of torch for GPUs: `2147483648 bytes` becomes `2.00 GiB`."""
+    """Convert bytes to GiB: `2147483648 bytes` becomes `2.00 GiB`. torch uses this form in its messages for GPUs."""
     number, unit = re.fullmatch(r"([\d.]+) ?(\w+)", amount).groups()  # type: ignore[union-attr]
     return f"{int(number) / 2**30:.2f} GiB" if unit == "bytes" else f"{number} {unit}"

@@ -125,8 +125,9 @@ class ExportRecord(StageRecord):
         other_than_trained: number of expert weights whose value differs from the value in training. It is above 0 only
             if the model was trained for another format (export.requantize).
         relative_squared_error, snr_db: error of rounding the experts. `snr_db` is None if rounding changed nothing.
-        moved_weights, changed_codes, changed_scales: share of the weights, of the codes and of the scales that differ
-            from the base model.
+        moved_weights: share of the weights that training changed.
+        changed_codes: share of the weights whose 4-bit value differs from the base model's value.
+        changed_scales: share of the blocks whose scale and values both differ from the base model's.
         survival: share of the moved weights whose 4-bit value changed.
         saturated_blocks: share of the blocks whose scale is too small for their largest weight.
     """

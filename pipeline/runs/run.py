@@ -74,7 +74,7 @@ class Run:
         """Return a message if a model of this run is stale, else None.
 
         A model is stale if a stage before it was rebuilt. A parent is not checked if its directory was removed to save
-        space. Reports bring themselves up to date.
+        space. A report is not checked, because its stage rebuilds it if its inputs have changed.
         """
         if artifact.kind is Kind.report:
             return None
@@ -84,7 +84,7 @@ class Run:
                 parent = load(directory, check_files=False)
                 if parent.fingerprint != fingerprint:
                     return (
-                        f"{artifact.directory} was made from an earlier {name}, which was rebuilt since."
+                        f"{artifact.directory} was made from an earlier {name}, which was rebuilt later."
                         f" Run stage={artifact.stage} again with overwrite=true."
                     )
                 if (inherited := self.staleness(parent)) is not None:
@@ -134,8 +134,8 @@ class Run:
     def _can_use(self, directory: Path) -> bool:
         """Whether this run can use a stage of `base_run`. The settings of the stage and its parents must be the same.
 
-        If overwrite=true rebuilds the stage, this run makes the stage itself. The stage in `base_run` does not change,
-        because other runs use it too.
+        If the user asks to rebuild the stage (overwrite=true), this run makes the stage itself. The stage in `base_run`
+        does not change, because other runs use it too.
         """
         name = directory.name
         is_rebuilt = self.overwrite and self.stage.name == name

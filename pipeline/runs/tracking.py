@@ -71,7 +71,7 @@ def log_media(images: dict[str, Path], pages: dict[str, Path]) -> None:
 
 @contextmanager
 def track(run: Run, stage: str, run_dir: Path) -> Iterator[None]:
-    """Inside the block, send everything that the stage logs to a service (`tracking.backend`).
+    """Inside the block, a service (`tracking.backend`) receives everything that the stage logs.
 
     Args:
         run: the run whose configuration is sent. It holds no secrets.

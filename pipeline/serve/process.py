@@ -120,7 +120,7 @@ class EngineProcess:
             self._children |= set(psutil.Process(self._process.pid).children(recursive=True))
 
     def _signal(self, number: signal.Signals) -> None:
-        # The group has the engine's process id as its id, and may outlive the engine.
+        # The group's id is the engine's process id. The group may outlive the engine.
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 

@@ -1,4 +1,7 @@
-"""compare: reports what each step of one or several runs gained or lost, in words, tables, plots and answers."""
+"""compare: reports what each step of a run gained or lost, for one or several runs.
+
+The report has text, tables, plots and answers.
+"""
 
 from pathlib import Path
 

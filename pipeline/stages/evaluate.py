@@ -109,7 +109,7 @@ def _served_before(task: Task) -> list[Served]:
 
 
 def _inputs(task: Task, subject: ModelRef | Served, reference: ModelRef | None) -> dict[str, Any]:
-    """Return all inputs of a model's figures."""
+    """Return everything that the figures of a model depend on."""
     return {
         "settings": task.run.settings(_SETTINGS),
         "data": task.rows.fingerprint,
@@ -148,7 +148,7 @@ def _reference(here: Run, refs: list[ModelRef]) -> ModelRef | None:
 
 
 def _kept(path: Path, inputs: dict) -> dict[str, float] | None:
-    """Return the earlier figures of the same model, data and settings, or None."""
+    """Return the figures of an earlier measurement if its inputs were the same, else None."""
     if not path.is_file():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))

@@ -92,9 +92,9 @@ def _tell(record: ExportRecord) -> None:
     if record.moved_weights and record.survival < _HARDLY_ANY:
         warn(
             "export",
-            "hardly any of the fine-tuning of the experts reached the 4-bit weights: after rounding, only"
-            f" {record.survival:.2%} of the weights that training moved differ from the base model. The others have the"
-            " base model's values again. Measure the effect with stage=evaluate. To move more weights, raise"
+            "hardly any of the fine-tuning of the experts reached the 4-bit weights: only"
+            f" {record.survival:.2%} of the moved weights still differ from the base model after rounding. The others"
+            " have the base model's values again. Measure the effect with stage=evaluate. To move more weights, raise"
             " qat.learning_rate or qat.max_steps, run stage=quantize and stage=qat again, and export the result.",
         )
 

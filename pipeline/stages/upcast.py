@@ -100,7 +100,7 @@ def _upcast(base: Source, directory: Path, config: PipelineConfig) -> Result:
 
 
 def _link_packed(checkpoint: Checkpoint, directory: Path) -> _Made:
-    """Link the files of an MXFP4 source. Read all scales before, because training would notice a NaN late."""
+    """Check all scales for NaN, which training would notice late. Then link the files of the MXFP4 source."""
     for projection in expert_projections(checkpoint.shape):
         checkpoint.raise_if_nan(projection.name, checkpoint.read(projection.scales))
     say("upcast", "adapters are trained on the packed experts: linking the source's files")

@@ -191,9 +191,9 @@ class _RouterLoad:
     def take(self) -> dict[str, float]:
         """Return the router load of each layer since the last call, over all processes.
 
-        `router_variation` is the coefficient of variation of the experts' shares of tokens. It is 0 if the shares are
-        equal. `router_largest` is the largest share. If the shares are equal, it is (experts per token) / experts. If
-        one expert gets every token, it is 1.
+        Each expert gets a share of the tokens. `router_variation` is the standard deviation of these shares, divided by
+        their mean. It is 0 if the shares are equal. `router_largest` is the largest share. If the shares are equal, it
+        is (experts per token) / experts. If one expert gets every token, it is 1.
         """
         assert self._counted is not None
         counts = reduce(self._counted, "sum").double().cpu()
@@ -282,7 +282,7 @@ class Checkpoints(TrainerCallback):
         wait_for_everyone()
         if state.is_world_process_zero:
             mark_complete(_checkpoint_path(args, state.global_step), self._sharding)
-            # Remove old checkpoints only now. Until now, a resume would have needed one of them.
+            # Remove old checkpoints only now. A resume needs one of them until the new checkpoint is complete.
             rotate_checkpoints(str(args.output_dir), self._limit, state.best_model_checkpoint)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:

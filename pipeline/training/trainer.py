@@ -118,8 +118,8 @@ def train(inputs: Inputs, setup: Setup) -> dict[str, Any]:
     """
     _warn_of_lost_updates(inputs.model, setup)
     if sharding.STRATEGIES[setup.sharding].hooks_gradients:
-        # If embeddings are frozen, the input of the first layer needs no gradient. Without this call, the backward pass
-        # would then not gather the first layer.
+        # The backward pass gathers a layer only if the layer's input needs a gradient. If embeddings are frozen, the
+        # input of the first layer needs none. After this call, it needs one.
         inputs.model.enable_input_require_grads()
     checkpoint = resume.find_last_complete(setup.directory / CHECKPOINTS_DIR, setup.stage, setup.sharding)
     with sharding.switch_on(setup.sharding) as switches:

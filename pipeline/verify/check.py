@@ -14,7 +14,7 @@ class Check:
         measured: measured figures, also of a failed check.
         tensors: tensor name -> figures of the tensor. Only the report shows them.
         skipped: reason why the check did not run, or None.
-        unseen: possible errors that the check cannot find even if it passes, or None.
+        unseen: what the check does not cover, or None.
     """
 
     title: str

@@ -102,7 +102,7 @@ class Rows:
     def figures(self) -> dict[str, float | None]:
         """Return the relative distance |e - b| / |b|, similarity and gain of all rows together.
 
-        Also return the smallest similarity of a row. A figure that is not finite becomes None.
+        Also return the smallest similarity among the judged rows. A figure that is not finite becomes None.
         """
         whole, judged = self.total(), self.similarity[self.is_judged]
         values = {
@@ -260,7 +260,7 @@ ARRANGEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "with gate and up in halves": lambda weight: torch.cat((weight[::2], weight[1::2])),
     "along the other axis": lambda weight: weight.T,
 }
-"""Known wrong orders of an expert's weights (out, in). The message names the order that matches."""
+"""Known mistakes in the order of an expert's weights (out, in). The message names the mistake that matches."""
 
 
 def _expert_origin(export: View, base: View, projection: ExpertProjection, expert: int) -> str:

@@ -4,7 +4,7 @@ The expected prediction comes from transformers, which runs the base model with 
 is known, independent code decodes the trained values from the export.
 
 The measure is the divergence of the engine's prediction q from the expected prediction p: the sum of p log(p / q) over
-the vocabulary, in nats. In FP32 the worst prompt decides, in BF16 the median prompt.
+the vocabulary, in nats. In FP32, the worst prompt decides. In BF16, the median prompt decides.
 
 Largest divergence of a correct engine in FP32 (`nats` in LIBRARIES):
 
@@ -17,10 +17,10 @@ Largest divergence of a correct engine in FP32 (`nats` in LIBRARIES):
 In BF16 (`model.dtype`) each sum is rounded to 8 bits. If two experts are nearly tied, rounding may change the router's
 choice. Then the prediction after a single prompt diverges far, although nothing is wrong.
 
-In the table, transformers makes both predictions. One column compares BF16 with FP32. The other column compares BF16
-with BF16: the experts add in two different orders. The first model is the tiny model after the short training of
-`smoke`. The other models are random, with 8 layers, hidden size 768, 16 experts and the released vocabulary. The number
-in parentheses is the standard deviation of their logits.
+In the table, transformers makes both predictions. One column compares BF16 with FP32. The other column compares two
+predictions in BF16. The two predictions differ in the order of sums in the experts. The first model is the tiny model
+after the short training of `smoke`. The other models are random, with 8 layers, hidden size 768, 16 experts and the
+released vocabulary. The number in parentheses is the standard deviation of their logits.
 
     nats, median / worst     positions   BF16 and FP32        BF16, experts in another order of sums
     tiny, trained            2112        5e-5 / 2.3e-2        2e-5 / 2.1e-2
@@ -125,7 +125,7 @@ def raise_unless_loadable(engines: list[str], target: str, pythons: dict[str, st
     """Check that each engine loads the layout, and that its Python exists.
 
     Raises:
-        UserError: an engine or a Python fails the check. All problems are reported together.
+        UserError: an engine does not load the layout, or its Python does not exist. All problems are reported together.
     """
     wrong = [
         f"verify.engines={name}: loads {' and '.join(ENGINES[name].targets)}, not {target}. Export with export.target="
@@ -308,5 +308,8 @@ def expectation(base: Path, weights: Callable[[str], Tensor], trial: Trial) -> E
 
 
 def values_of_training(weights: Weights) -> Callable[[str], Tensor]:
-    """Return a function that reads a trained tensor as exports store it: experts quantized, other tensors in BF16."""
+    """Return a function that reads the values that an export stores for a trained tensor.
+
+    Weights of experts are quantized. Other tensors are rounded to BF16.
+    """
     return lambda name: weights.read_effective(name).to(torch.bfloat16)

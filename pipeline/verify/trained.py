@@ -50,7 +50,10 @@ class TrainedModel:
         self.device = self.model.device
 
     def check_experts(self, export: View) -> Check:
-        """Compare the decoded expert weights with the fake-quantized weights in the forward pass, bit for bit."""
+        """Decode the export's expert weights, and compare them with the fake-quantized weights of the forward pass.
+
+        The comparison is bit for bit.
+        """
         check = Check("experts: decoded weights equal those of the forward pass, bit for bit")
         seen: set[tuple[str, int]] = set()
 

@@ -67,7 +67,7 @@ def packed_as(how: Callable[[Tensor], Tensor], *names: str) -> Break:
 
 
 def packed(name: str, how: Callable[[Tensor], Tensor]) -> Break:
-    """Apply `how` to both blocks and scales of a stack, for example to reorder experts or rows."""
+    """Apply `how` to the blocks and to the scales of a stack, for example to reorder experts or rows."""
     return packed_as(how, f"{name}_blocks", f"{name}_scales")
 
 

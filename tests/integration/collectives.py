@@ -25,7 +25,7 @@ class Collectives(TorchDispatchMode):
     """Records the name and the element type of each collective."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Also count the collectives before each layer's first projection in the forward pass, in `before`."""
+        """`before` lists the number of collectives before each layer's first projection in the forward pass."""
         super().__init__()
         self.seen: list[tuple[str, str]] = []
         self.before: list[int] = []

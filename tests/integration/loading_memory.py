@@ -57,7 +57,10 @@ class Peak:
 
 
 def measure(ref: ModelRef, way: str, precision: Precision) -> dict[str, int]:
-    """Load the model. Return its bytes, the bytes that this process keeps, and the peak of additional bytes."""
+    """Load the model, and return three sizes in bytes.
+
+    The sizes are the whole model, the part that this process keeps, and the highest increase in resident memory.
+    """
     train = TrainConfig(precision=precision, lora=LORA)
     with Peak() as peak:
         if way == "whole":  # as if each process loaded the model by itself

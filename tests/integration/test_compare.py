@@ -87,7 +87,7 @@ def test_a_pattern_without_runs_is_one_message(tmp_path: Path, capsys: pytest.Ca
     pattern = f"{tmp_path}/none/*"
     assert run_program("stage=compare", *RECIPE, f"run_dir={tmp_path}", f"compare.runs=[{pattern}]") == 2
     error = capsys.readouterr().err
-    assert (
-        error == f"error: compare.runs: '{pattern}': no directory matches. Give run directories, or patterns of them.\n"
+    assert error == (
+        f"error: compare.runs: '{pattern}': no directory matches. Give run directories, or patterns like runs/*.\n"
     )
     assert list(tmp_path.iterdir()) == []

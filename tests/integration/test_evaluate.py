@@ -1,4 +1,4 @@
-"""Results of a whole evaluation: divergence from the reference, loss by group, a judge's verdicts, clear errors."""
+"""A whole evaluation: its divergences from the reference, its loss by group, its judge and its error messages."""
 
 import json
 import shutil
@@ -100,7 +100,7 @@ def test_a_model_with_other_tokens_is_refused_with_both_directories(
     (other / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     before = results(run_dir)
     error = error_of(capsys, run_dir, f"evaluate.source={other}")
-    assert f"{other}: its tokenizer has other tokens than the tokenizer of {run_dir / 'sft'}" in error
+    assert f"{other}: its vocabulary differs from the vocabulary of {run_dir / 'sft'}" in error
     assert results(run_dir) == before
 
 

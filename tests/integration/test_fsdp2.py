@@ -92,7 +92,10 @@ def test_the_residual_stream_is_fp32_as_under_autocast(facts: dict[str, Any]) ->
 
 
 def test_checkpointing_does_not_gather_a_layer_twice_in_the_backward_pass(facts: dict[str, Any]) -> None:
-    """The forward pass gathers embedding, layers and head. The backward pass gathers all layers but the last again."""
+    """The forward pass gathers embedding, layers and head.
+
+    The backward pass gathers every layer again, except the last one.
+    """
     for each in facts["passes"]:
         assert Counter(name for name, _ in each) == {GATHER: 2 * LAYERS + 1, REDUCE: LAYERS + 2}
 
@@ -108,7 +111,10 @@ def test_each_pass_leaves_only_the_gradients_of_the_own_shard(facts: dict[str, A
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of three processes saw when it trained with packing and accumulation, with two settings."""
+    """What each of three processes saw in two trainings, both with packing and accumulation.
+
+    `reshard_after_forward` is true in the first training, and false in the second.
+    """
     root = tmp_path_factory.mktemp("trained")
     (root / "training.py").write_text(TRAINING, encoding="utf-8")
     outcome = launch(str(root / "training.py"), str(root / "run"), str(root / "facts"), processes=3)

@@ -1,8 +1,8 @@
 """The losses of the smoke recipe are reproducible, so these tests detect a change of the arithmetic.
 
 Two runs on one machine have the same losses. In the environment recorded in tests/golden/smoke.json, the losses equal
-the recorded ones. If you change the arithmetic on purpose, copy the losses that the failed test shows into the file,
-and give the reason in the commit.
+the recorded ones. If you change the arithmetic on purpose, the test fails and shows the new losses. Copy them into
+the file, and give the reason in the commit.
 """
 
 import json

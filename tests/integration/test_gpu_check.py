@@ -122,7 +122,7 @@ sys.modules["torch"] = torch
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-"""Stands in for Python: a machine with a GPU, whose last measurement does something."""
+"""A script that runs instead of Python. It simulates a machine with a GPU, on which `torch.zeros` runs `what`."""
 HANG = """
     command = [sys.executable, "-c", "import time; time.sleep(600)"]
     child = subprocess.Popen(command, start_new_session=True)

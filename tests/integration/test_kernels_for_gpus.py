@@ -65,7 +65,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def inexact(code: dict[str, Any]) -> set[str]:
-    """Return the instructions in a kernel's code whose results could differ from a CPU's results."""
+    """Search a kernel's code for instructions whose results could differ from the results on a CPU."""
     ptx = {each for each in code["ptx"] if INEXACT.search(each)}
     exact = (MOVE, SUM)
     return ptx | {each for each in code["machine"] if FUSED.search(each) and not any(e.match(each) for e in exact)}

@@ -1,4 +1,7 @@
-"""LoRA on packed experts: no decoded copy on disk, the results of the decoded path, BF16 sources, clear errors."""
+"""LoRA on packed experts gives the same results as LoRA on decoded experts, without a decoded copy on disk.
+
+A BF16 source can be packed first. Mistakes are refused with clear messages.
+"""
 
 import json
 import shutil
@@ -198,7 +201,7 @@ def test_a_bf16_source_with_other_values_is_refused_and_both_remedies_work(
     ("recipe", "qat", "kind"), [("smoke", "lora", Kind.packed), ("smoke_lora", "full", Kind.checkpoint)]
 )
 def test_without_sft_upcast_makes_the_form_that_qat_trains(recipe: str, qat: str, kind: Kind, tmp_path: Path) -> None:
-    """QAT has another method than the recipe and SFT."""
+    """The method of QAT differs from the method of the recipe and of SFT."""
     settings = (f"recipe={recipe}", f"train@qat={qat}", "quantize.source=upcast", f"run_dir={tmp_path}", *SHORT)
     for stage in ("upcast", "quantize", "qat", "export", "verify"):
         assert run_program(f"stage={stage}", *settings, "qat.max_steps=2", "qat.precision=bf16") == 0, stage

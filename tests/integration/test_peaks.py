@@ -60,7 +60,7 @@ JOBS = {
 
 
 def measure(names: Iterable[str]) -> dict[str, Peaks]:
-    """Measure jobs together, which imports the libraries only once."""
+    """Measure jobs together, so that the libraries are imported only once."""
     found = dict(zip(names, peaks.measure([JOBS[name] for name in names]), strict=True))
     assert all(isinstance(each, Peaks) for each in found.values()), found
     return {name: each for name, each in found.items() if isinstance(each, Peaks)}

@@ -66,7 +66,7 @@ def test_sft_killed_between_checkpoints_resumes_to_the_same_weights(smoke_run: P
 
 
 def make_interruption(step: int) -> Callable[..., None]:
-    """Replace `Checkpoints.on_save` by a function that interrupts the run once the checkpoint of `step` is complete."""
+    """Make an `on_save` for `Checkpoints` that interrupts the run as soon as the checkpoint of `step` is complete."""
     on_save = callbacks.Checkpoints.on_save
 
     def interrupt(self, args, state, control, **event) -> None:

@@ -58,7 +58,7 @@ def arguments(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def processes(tmp_path: Path) -> list[psutil.Process]:
-    """Return the engine's processes that still run: itself, its child, and the child that left its process group."""
+    """Return which of these still run: the engine, its child, and the child that left the engine's process group."""
     left = []
     for pid in (tmp_path / "pids").read_text().split():
         if psutil.pid_exists(int(pid)) and (each := psutil.Process(int(pid))).status() != psutil.STATUS_ZOMBIE:

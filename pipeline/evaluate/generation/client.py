@@ -94,7 +94,8 @@ def find_model(settings: ServerConfig, key: str) -> str:
         key: the configuration key of these settings, for messages, such as `evaluate.endpoint`.
 
     Raises:
-        UserError: the server is asked, but it does not answer, has no model, or has several models.
+        UserError: the settings have no name, and the server's only model cannot be determined. For example, the server
+            does not answer, or has several models.
     """
     if settings.model is not None:
         return settings.model
@@ -230,8 +231,9 @@ class Client:
                 await asyncio.sleep(self._pause(attempt, failure))
         raise self.error(
             f"{what} did not come in {attempts} attempts ({failure.problem})",
-            f"Is the server up, and not overloaded? {self._name}.timeout_seconds and .retries set how long to wait,"
-            " and .concurrency sets how many requests to send at a time.",
+            "Is the server up? Is it overloaded?"
+            f" To wait longer, raise {self._name}.timeout_seconds or .retries."
+            " To send fewer requests at a time, lower .concurrency.",
         )
 
     def error(self, problem: str, remedy: str) -> UserError:
@@ -301,8 +303,8 @@ def local_status(url: str, seconds: float) -> int | None:
 
 
 def _request_local(method: str, url: str, body: Mapping[str, Json] | None, seconds: float) -> httpx.Response:
-    # trust_env=False: a proxy from the environment cannot reach this machine's ports.
-    # verify=False: the address is http, so loading certificates for each request would waste time.
+    # A proxy from the environment cannot reach this machine's ports, so trust_env is False.
+    # The address is http and needs no certificates, so verify=False saves the time to load them.
     return httpx.request(method, url, json=body, timeout=seconds, trust_env=False, verify=False, follow_redirects=True)
 
 
@@ -364,7 +366,7 @@ def read_key(settings: ServerConfig, key: str) -> str | None:
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Return the seconds that the server asks to wait, or None if it asks for nothing.
+    """Return how many seconds the server asks to wait. Return None if it does not ask.
 
     The header Retry-After has a number of seconds or a date (RFC 9110, 10.2.3).
     """

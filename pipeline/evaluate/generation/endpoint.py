@@ -78,7 +78,8 @@ def find(settings: EndpointConfig) -> Served:
     """Find the model that `evaluate.endpoint` names, or the server's only model if it names none.
 
     Raises:
-        UserError: the server is asked for its only model, but it does not answer, has no model, or has several models.
+        UserError: `evaluate.endpoint` names no model, and the server's only model cannot be determined. For example,
+            the server does not answer, or has several models.
     """
     assert settings.url is not None
     return Served(settings.name, client.address(settings.url), client.find_model(settings, KEY), settings.api.name)

@@ -102,7 +102,7 @@ class Journal(Generic[T]):
     def _read(self) -> list[T]:
         """Read all complete lines, and remove an incomplete last line from the file.
 
-        Lines are split as bytes. Splitting text would also split at U+2028 and other characters.
+        Lines are split as bytes, because str.splitlines() also splits at U+2028 and other characters.
         """
         if not self._path.is_file():
             return []

@@ -90,7 +90,7 @@ def load(run: Run, data: DataConfig, settings: PromptsConfig, rows: Rows, most: 
         most: the maximum number of prompts, or None for no limit.
 
     Raises:
-        UserError: the data set is missing or empty, has bad rows, or has rows without properties that scorers need.
+        UserError: the data set is missing or empty, a row is bad, or a row lacks a property that a scorer needs.
     """
     own = settings.path is not None
     conversations = _read_own(run, data, settings) if own else _read_validation(run, data, settings, rows)

@@ -1,7 +1,9 @@
 """Check whether a free-text answer has the expected number or choice.
 
-This module first looks for a number in the last \\boxed{}. If there is none, it looks after the last "the answer is",
-in any of nine languages. If there is again none, it takes the last number of the whole answer.
+This module searches three places for a number, in this order:
+- the last \\boxed{}
+- the text after the last "the answer is", in any of nine languages
+- the whole answer. Its last number is taken.
 
 Numbers may have thousands separators and decimal commas: "1.234,5" in German is "1,234.5" in English. Models also use
 the English notation in other languages. So in a language with decimal commas, both notations are tried. For example,

@@ -111,7 +111,7 @@ CHECKS: dict[str, Callable[[Transcript], bool | None]] = {
 
 
 def is_loop(text: str) -> bool:
-    """Return whether a text is a loop. There are two tests, and one of them is enough.
+    """Return whether at least one of two tests finds a loop.
 
     The first test finds texts that repeat a phrase word for word up to the end. The second test finds loops in which a
     number or a word changes: more than half of the runs of letters are repetitions. Runs consist of letters, not words,
@@ -124,8 +124,8 @@ def is_loop(text: str) -> bool:
 def _ends_periodically(text: str) -> bool:
     """Return whether the text ends in a loop. Repeated dashes or other signs are not a loop."""
     end = text[-20 * _LOOP_LETTERS :][::-1]
-    # This is the failure function of Knuth, Morris and Pratt (1977): border[i] is the length of the longest proper
-    # prefix of end[: i + 1] that is also its suffix. So end[: i + 1] repeats with the period i + 1 - border[i].
+    # This is the failure function of Knuth, Morris and Pratt (1977). Let t be end[: i + 1]. border[i] is the length of
+    # the longest proper prefix of t that is also a suffix of t. So t repeats with the period i + 1 - border[i].
     border = [0] * len(end)
     for i in range(1, len(end)):
         k = border[i - 1]

@@ -57,7 +57,7 @@ class Suites:
             raise user_errors(
                 [
                     f"{KEY}.tasks: no such task: {name}.{did_you_mean(name, self._manager.all_tasks)}"
-                    f" `lm_eval ls tasks` lists all tasks; {KEY}.include_path names a folder with your own."
+                    f" `lm_eval ls tasks` lists all tasks. To use tasks of your own, set {KEY}.include_path=<folder>."
                     for name in unknown
                 ]
             )

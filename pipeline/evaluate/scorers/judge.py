@@ -74,7 +74,8 @@ def find(settings: JudgeConfig) -> Judge | None:
     Return None if no server is configured.
 
     Raises:
-        UserError: no model is named, and the server does not answer or does not have exactly one model.
+        UserError: `evaluate.judge` names no model, and the server's only model cannot be determined. For example, the
+            server does not answer, or has several models.
     """
     if settings.url is None:
         return None

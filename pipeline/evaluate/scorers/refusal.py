@@ -6,9 +6,9 @@ The patterns (`refusal_patterns`) are English, German, French, Spanish and Itali
 sentences, because models refuse there. There are three degrees, as in XSTest (Röttger et al., NAACL 2024): compliance,
 full refusal, and partial refusal. A partial refusal declines and then still helps.
 
-XSTest v2 has 450 completions of a Mistral model with human labels. The patterns were compared with these labels
-(scripts/measure_scorers, 2026-11-22). The labels say that 83 % of the completions comply. One half of the completions
-was used to write the patterns (seen), and the other half only to measure them (unseen):
+XSTest v2 has 450 completions of a Mistral model. Humans have labeled each completion. The patterns were compared with
+these labels (scripts/measure_scorers, 2026-11-22). The labels say that 83 % of the completions comply. One half of the
+completions was used to write the patterns (seen), and the other half only to measure them (unseen):
 
 | precision and recall | the 225 unseen completions | the 225 seen ones |
 |---|---|---|

@@ -18,8 +18,8 @@ def score(subject: Subject) -> dict[str, float]:
         `relative_weight_error`: ||W - R|| / ||R||.
         `snr_db`: the signal-to-noise ratio, 20 log10(||R|| / ||W - R||), absent if there is no error.
         `flipped_codes`: the share of weights whose 4-bit value differs between W and R. W and R are rounded to
-            the subject's format, or to MXFP4 if the subject has no format. The share shows how many rounded values
-            training has changed. The share is 0 if the subject is the reference after PTQ.
+            the subject's format, or to MXFP4 if the subject has no format. The share is large if training has changed
+            many rounded values. The share is 0 if the subject is the reference after PTQ.
     """
     if subject.ref is None or subject.weights is None or subject.reference is None:
         return {}

@@ -101,7 +101,7 @@ def is_evicted(path: Path) -> bool:
 
 
 def watch_reads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Watch all later reads. Each of them appends to the returned list whether it is direct."""
+    """Watch all later reads. Each read adds a bool to the returned list: True if the read is direct."""
     was_direct, real = [], os.preadv
 
     def run(descriptor: int, buffers: Any, offset: int) -> int:

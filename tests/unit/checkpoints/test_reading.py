@@ -36,7 +36,7 @@ def as_bytes(tensor: Tensor) -> bytes:
 
 
 class Maker:
-    """Stores pieces. `made` lists the first tensor of each piece that was asked for its tensors."""
+    """Stores pieces. When a piece makes its tensors, the name of its first tensor is added to `made`."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}

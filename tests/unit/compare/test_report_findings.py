@@ -86,7 +86,7 @@ def test_losses_are_reported_with_their_number_of_tokens_and_without_a_test(tmp_
     figures = {model: {"validation_loss": loss, "supervised_tokens": 940} for model, loss in losses.items()}
     text = sentences(report(evaluated.run(tmp_path / "run", figures=figures)))
     assert "PTQ changed it by +10.00 % (2.0000 to 2.2000, 940 supervised tokens, no interval" in text
-    assert "QAT changed it by -6.82 % from PTQ (2.2000 to 2.0500; recovers 75 % of PTQ's increase)" in text
+    assert "QAT changed PTQ's loss by -6.82 % (2.2000 to 2.0500; recovers 75 % of PTQ's increase)" in text
     assert "SFT + QAT differs by +2.50 % from SFT. This difference remains after QAT." in text
     assert "no difference was tested" in text
 

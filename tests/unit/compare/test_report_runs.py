@@ -49,7 +49,7 @@ def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
         f"{tmp_path}/half/evaluate: the evaluation is unfinished. Run it again: python -m pipeline stage=evaluate"
         f" run_dir={tmp_path}/half, with the run's recipe",
         f"{tmp_path}/notes: not the directory of a run, because no stage in it is complete. Give a run_dir.",
-        f"'{tmp_path}/nothing/*': no directory matches. Give run directories, or patterns of them.",
+        f"'{tmp_path}/nothing/*': no directory matches. Give run directories, or patterns like runs/*.",
         f"{run} is named twice: by '{run}' and by '{run}/evaluate'. Leave one out.",
     ]
 

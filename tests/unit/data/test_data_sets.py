@@ -165,8 +165,8 @@ def test_a_row_of_its_shape_is_read_from_parquet(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(set(SHAPES) - {"arithmetic", "chat", "multilingual_thinking"}))
 def test_rows_of_another_shape_are_one_message_that_names_the_existing_columns(name: str) -> None:
     message = load_error(data_config(name, jsonl([{"text": "x", "meta": {"id": 1, "tag": "a"}}] * 1000)))
-    assert "no row of rows.jsonl has that column. There are: text, meta.id, meta.tag." in message
-    assert message.count("There are:") == len([line for line in message.splitlines() if "data.columns." in line])
+    assert "no row of rows.jsonl has that column. Existing columns: text, meta.id, meta.tag." in message
+    assert message.count("Existing columns:") == len([line for line in message.splitlines() if "data.columns." in line])
     assert "row 1" not in message
 
 
@@ -210,7 +210,7 @@ def test_some_rows_may_lack_an_option() -> None:
 
 def test_an_option_that_no_row_has_is_an_error() -> None:
     message = load_error(with_columns(jsonl([ROW] * 3), **single_turn(reasoning="whyy", system="rulez")))
-    there = "There are: question, answer, why, rules, language."
+    there = "Existing columns: question, answer, why, rules, language."
     assert message == (
         "2 problems:\n"
         f"  - data.columns.reasoning='whyy': no row of rows.jsonl has that column. Did you mean 'why'? {there}\n"
@@ -221,7 +221,7 @@ def test_an_option_that_no_row_has_is_an_error() -> None:
 @pytest.mark.parametrize("setting", ["prompt", "completion"])
 def test_only_missing_columns_are_named(setting: str) -> None:
     message = load_error(with_columns(jsonl([ROW] * 3), **single_turn(**{setting: "text"})))
-    assert message.startswith(f"data.columns.{setting}='text': no row of rows.jsonl has that column. There are:")
+    assert message.startswith(f"data.columns.{setting}='text': no row of rows.jsonl has that column. Existing columns:")
 
 
 def test_a_row_without_a_column_that_others_have_is_named() -> None:
@@ -286,4 +286,6 @@ def test_a_filter_that_keeps_nothing_is_an_error() -> None:
 
 def test_a_filter_on_a_missing_column_is_an_error() -> None:
     message = load_error(data_config("false_reject", of_categories("a"), filter={"kind": ["a"]}))
-    assert message.startswith("data.filter='kind': no row of rows.jsonl has that column. There are: prompt, category,")
+    assert message.startswith(
+        "data.filter='kind': no row of rows.jsonl has that column. Existing columns: prompt, category,"
+    )

@@ -241,7 +241,7 @@ def plan(train: TrainConfig, sharding: Sharding) -> Plan:
 
 @pytest.fixture
 def found(tmp_path: Path) -> Found:
-    """Return a function that lists the findings after some figures are changed.
+    """Return a function that changes some figures and then lists the findings.
 
     Changes are `data__section__name=value` or `machine__name=value`.
     """

@@ -1,4 +1,4 @@
-"""BF16 sources are packed if every block is exact. Otherwise all inexact blocks are counted, and nothing is left."""
+"""BF16 sources are packed if every block is exact. Otherwise all inexact blocks are counted, and no file is left."""
 
 import json
 import re
@@ -28,10 +28,10 @@ TINY = TinyConfig(num_hidden_layers=2, num_local_experts=3, hidden_size=64, inte
 SHARD_BYTES = 60_000
 FIRST, SECOND = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"
 OFF_GRID = 1 + 2**-7
-"""A BF16 value with more bits than MXFP4 has, so that no scale holds it."""
+"""A BF16 value that MXFP4 cannot represent with any scale, because it has too many bits."""
 NEGATIVE_ZEROS = 0x88  # two codes
 CODES_UP_TO = {6.0: 0xFF, 3.0: 0xDD, 1.5: 0xBB, 0.5: 0x99, 0.0: NEGATIVE_ZEROS}
-"""Largest magnitude -> mask of two codes that leaves only codes up to it, with both signs."""
+"""Largest magnitude -> mask for a byte with two codes. The mask leaves no larger magnitudes, and keeps the signs."""
 Edit = Callable[[dict[str, Tensor]], object]
 
 
@@ -54,7 +54,7 @@ def any_block(codes: torch.Generator, experts: int, rows: int, blocks: int) -> t
 
 
 def plain_of(tiny: Path, target: Path, edit: Edit = lambda tensors: None) -> Path:
-    """Write a BF16 checkpoint with the decoded experts of the tiny model, after `edit`."""
+    """Decode the experts of the tiny model, apply `edit` to all tensors, and write them as a BF16 checkpoint."""
     target.mkdir()
     packed = Checkpoint(tiny)
     experts = {projection.name for projection in expert_projections(packed.shape)}

@@ -107,7 +107,7 @@ def distances(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, f
 
 
 def of_all_gradients(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """Join all gradients of each set to one vector, and compute the relative distance between the two vectors.
+    """Join all gradients of each set into one vector, and compute the relative distance between the two vectors.
 
     Distances between single small gradients, such as those of the sinks, would vary too much for a test.
     """

@@ -1,4 +1,4 @@
-"""Batches for validation are padded on the right, in order, and made only when they are read."""
+"""Batches for validation are padded on the right and keep the order of examples. A batch is made when it is read."""
 
 from typing import Any
 

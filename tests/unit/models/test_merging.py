@@ -1,6 +1,6 @@
 """Adapters can be merged a few experts at a time.
 
-The bits are the same as if the whole stack is merged at once. They are also the same as in training.
+Merging the whole stack at once gives the same bits. So does training.
 """
 
 from collections.abc import Callable

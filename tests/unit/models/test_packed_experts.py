@@ -115,7 +115,7 @@ def run(model: nn.Module, dtype: torch.dtype, *, checkpointed: bool = False) -> 
 
 
 def rounded_weights(model: nn.Module, budget: float, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Return the rounded weights of each expert in the second of two forward passes."""
+    """Run two forward passes, and return the rounded weights of each expert in the second pass."""
     fake_quantizers.keep_rounded(model, budget)
     found: dict[str, Tensor] = {}
 

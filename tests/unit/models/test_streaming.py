@@ -1,4 +1,4 @@
-"""A streamed model equals the model that transformers loads, and is hollow until it is filled."""
+"""A streamed model equals the model that transformers loads. It takes no memory until it is filled."""
 
 from pathlib import Path
 

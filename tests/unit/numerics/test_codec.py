@@ -340,7 +340,8 @@ def test_the_gradient_passes_to_earlier_operations() -> None:
 def test_every_value_survives_mxfp4_to_plain_to_mxfp4(dtype: torch.dtype) -> None:
     """Bytes may change, but values must not change.
 
-    Test every scale for which BF16 represents all values. Each scale has eight blocks, with the largest codes 0 to 7.
+    Test every scale for which BF16 represents all values. Each scale has eight blocks.
+    The largest code in block i is i.
     """
     blocks, scales = random_packed(range(LARGEST_SCALE + 1))
     values = decode(blocks, scales, dtype)

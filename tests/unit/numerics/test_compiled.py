@@ -104,7 +104,10 @@ def test_a_test_or_a_small_model_never_waits_for_a_compiler() -> None:
 
 
 def test_weights_are_compiled_for_their_shape_and_activations_for_any(doubled: Kernel, calls: Calls) -> None:
-    """The memory order shows which is which. Weights have contiguous lanes, and activations have contiguous blocks."""
+    """The memory order distinguishes weights from activations.
+
+    Weights have contiguous lanes, and activations have contiguous blocks.
+    """
     with compilation(Compilation.always):
         doubled(torch.ones(4, 3))
         doubled(torch.ones(3, 4).t())

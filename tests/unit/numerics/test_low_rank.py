@@ -20,7 +20,7 @@ def factors(rank: int = RANK) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def summed_in_order(a: Tensor, b: Tensor) -> Tensor:
-    """Sum a[:, k] b[k] over k in plain Python floats that are rounded to float32 after each operation."""
+    """Sum a[:, k] b[k] over k, in order. Each operation is computed in float64 and rounded to float32."""
     total = torch.zeros(EXPERTS, WIDTH, OUT, dtype=torch.float32)
     for k in range(a.shape[2]):
         product = (a[:, :, k, None].double() * b[:, k, None, :].double()).float()

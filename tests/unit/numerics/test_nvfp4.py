@@ -119,7 +119,10 @@ def test_ties_go_to_even_and_the_floats_beside_them_to_different_codes(
 @pytest.mark.parametrize("rule", SCALE_RULES[ScaleType.e4m3])
 @pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
 def test_every_value_goes_to_the_nearest_multiple_of_its_scale(dtype: torch.dtype, rule: str) -> None:
-    """Compute the nearest code with exact fractions. Ties go to even, and too large values to the largest code."""
+    """Compute the nearest code with exact fractions.
+
+    Ties go to the even code. Values that are too large get the largest code.
+    """
     block_format = NVFP4.with_rule(rule)
     values = random_weights((4, 160), dtype)
     unit = tensor_scale(values, block_format)

@@ -1,4 +1,6 @@
-"""On a GPU, one function decodes a packed stack, and one rounds base + delta. They give the bits of separate steps.
+"""On a GPU, one function decodes a packed stack, and another function rounds base + delta.
+
+They give the same bits as separate steps.
 
 Here the functions run eagerly on a CPU. test_compiled_codec.py compiles them for a CPU. test_kernels_for_gpus.py
 compiles them for GPUs, on a machine without a GPU.
@@ -28,7 +30,7 @@ def packed(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def factors(size: float = 0.01) -> tuple[Tensor, Tensor, float]:
-    """Make random factors whose delta is about as large as the weights with small scales."""
+    """Make random factors of an adapter. Their delta is about as large as the weights in blocks with small scales."""
     generator = torch.Generator().manual_seed(1)
     a, b = torch.randn(EXPERTS, IN, RANK, generator=generator), torch.randn(EXPERTS, RANK, OUT, generator=generator)
     return size * a, size * b, 1.5

@@ -1,4 +1,7 @@
-"""Commands of engines, the checks before an engine starts, and the exports that may be served."""
+"""The command line of each engine, and the checks before an engine starts.
+
+An export may be served only if it has passed `verify`.
+"""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""Engines in `verify`: their processes, the message for each outcome, and the comparison of predictions."""
+"""`verify` runs each engine in its own process, reports the outcome, and compares the predictions."""
 
 import json
 import math
