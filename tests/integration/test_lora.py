@@ -1,7 +1,9 @@
 """LoRA on attention and experts, from SFT to the export."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from pipeline.checkpoints.reading import Checkpoint
 from pipeline.models import adapters, loading, packed_passes, quantizer_backend, references
 from pipeline.models.adapted_names import parameter_name
 from pipeline.models.weights import Weights
+from pipeline.numerics import packed_rounding
+from pipeline.numerics.codec import fake_quantize
 from pipeline.runs import artifacts
 
 BATCH = {"input_ids": torch.arange(40).reshape(2, 20), "attention_mask": torch.ones(2, 20, dtype=torch.long)}
@@ -52,13 +56,23 @@ def test_merged_experts_are_what_the_quantizers_are_given(lora_run: Path, monkey
         for name, module in adapters.base_of(model).named_modules()
         if type(module).__name__ == "TensorQuantizer"
     }
-    entrypoint = quantizer_backend.round_values
+    asked: list[torch.nn.Module] = []
 
-    def noting(values: torch.Tensor, asked: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
-        given[names[asked]] = values.detach()
-        return entrypoint(values, asked, dtype)
+    def note_quantizer(function: Callable[..., Any], place: int) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            asked.append(arguments[place])
+            return function(*arguments)
 
-    monkeypatch.setattr(quantizer_backend, "round_values", noting)
+        return call
+
+    def note_values(values: torch.Tensor, *others: Any, **more: Any) -> torch.Tensor:
+        given[names[asked[-1]]] = values.detach()
+        return fake_quantize(values, *others, **more)
+
+    for function, place in ((quantizer_backend.round_values, 1), (quantizer_backend.round_packed, 3)):
+        monkeypatch.setattr(quantizer_backend, function.__name__, note_quantizer(function, place))
+    for module in (quantizer_backend, packed_rounding):
+        monkeypatch.setattr(module, "fake_quantize", note_values)
     monkeypatch.setitem(packed_passes.DECODED_BYTES, "cpu", 1 << 30)  # all experts of a layer at once
     model(**BATCH)
     assert given.keys() == {projection.name for projection in expert_projections(weights.shape)}

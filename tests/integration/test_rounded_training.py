@@ -10,6 +10,7 @@ from conftest import ONE_LAYER, SHORT, linked, run_program
 
 from pipeline.config import TinyConfig
 from pipeline.models import fake_quantizers, quantizer_backend
+from pipeline.numerics import packed_rounding
 from pipeline.numerics.codec import encode, fake_quantize
 from pipeline.runs import artifacts
 from pipeline.runs.metrics import read_metrics
@@ -42,6 +43,7 @@ def roundings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     for function in (fake_quantize, encode):  # packed experts are kept encoded
         monkeypatch.setattr(quantizer_backend, function.__name__, counted(function))
+    monkeypatch.setattr(packed_rounding, "fake_quantize", counted(fake_quantize))
     return seen
 
 
