@@ -130,7 +130,7 @@ def _host_too_small(facts: Facts) -> list[str]:
     else:
         what = "training without a GPU"
         largest = max(facts.plan.trainings, key=lambda stage: device_needed(facts, stage))
-        remedy = _less_memory(facts, largest, free // facts.machine["processes"])
+        remedy = _less_memory(facts, largest, free // facts.machine["local_processes"])
     return [f"{what} needs about {gigabytes(needed)} of host memory, but only {gigabytes(free)} are free. {remedy}."]
 
 

@@ -61,6 +61,7 @@ from pipeline.models import loading
 from pipeline.models.weights import Weights
 from pipeline.runs import allocator
 from pipeline.runs.console import say
+from pipeline.runs.processes import environment_with_all_cores
 from pipeline.verify import worker
 from pipeline.verify.check import Check
 
@@ -207,7 +208,7 @@ def _run(command: list[str], seconds: float, output: Path) -> int | None:
 
     The output goes to a file, because a pipe would stay open until the last child process of the engine ends.
     """
-    environment = {**allocator.without_our_setting(os.environ), "HF_HUB_OFFLINE": "1"}
+    environment = {**allocator.without_our_setting(environment_with_all_cores()), "HF_HUB_OFFLINE": "1"}
     with output.open("wb") as file:
         streams: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
         process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)

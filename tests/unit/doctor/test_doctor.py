@@ -13,7 +13,7 @@ from pipeline.checkpoints.gpt_oss import Shape
 from pipeline.config import DataConfig, ModelConfig, PipelineConfig, QatConfig, Sharding, Stage, TinyConfig, TrainConfig
 from pipeline.data.harmony import Conversation, Rendering, parse_conversation
 from pipeline.data.languages import Languages
-from pipeline.doctor import content, display, findings, leaks, rows
+from pipeline.doctor import content, display, findings, leaks, remedies, rows
 from pipeline.doctor.findings import Facts
 from pipeline.doctor.needs import Plan
 from pipeline.doctor.rows import Example, Row
@@ -297,6 +297,15 @@ def test_without_gpus_every_process_trains_in_host_memory(found: Found) -> None:
     assert found(machine__gpus=0, machine__host_free_bytes=200, machine__local_processes=2) == []
     (message,) = found(machine__gpus=0, machine__host_free_bytes=199, machine__local_processes=2)
     assert message.startswith("training without a GPU needs")
+
+
+def test_the_processes_of_this_machine_alone_share_its_host_memory(
+    found: Found, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitting = remedies.Remedy("sft.batch_size=1", 99, is_measured=True)
+    monkeypatch.setattr(remedies, "find", lambda *_, **__: [fitting])
+    (message,) = found(machine__gpus=0, machine__host_free_bytes=199, machine__local_processes=2, machine__processes=8)
+    assert "Any of these settings makes it fit: sft.batch_size=1" in message
 
 
 def test_remaining_stages_and_the_checkpoints_of_one_must_fit_on_disk(found: Found) -> None:
