@@ -10,6 +10,7 @@ from pipeline.numerics.codec import CodecError, decode, encode, fake_quantize, t
 from pipeline.numerics.compiled import Compilation, can_compile, compilation
 from pipeline.numerics.convert import mxfp4_to_nvfp4
 from pipeline.numerics.formats import FORMATS, MXFP4, NVFP4, SCALE_RULES, BlockFormat
+from pipeline.numerics.packed_rounding import round_packed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -203,3 +204,24 @@ def test_ties_are_rounded_as_modelopts_kernel_does(largest: float, dtype: torch.
     row = torch.cat(beside, dim=-1)
     values[:, 1 : 1 + row.shape[1]] = row
     assert_same_as_modelopt((sign * values).cuda())
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("block_format", RULES.values(), ids=RULES)
+def test_packed_weights_are_decoded_and_rounded_with_the_bits_of_a_cpu(
+    block_format: BlockFormat, is_compiled: bool
+) -> None:
+    if is_compiled and not can_compile("cuda"):
+        pytest.skip("no Triton on this machine")
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (3, 517, 6, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(90, 140, blocks.shape[:3], dtype=torch.uint8, generator=generator)
+    a, b = (0.01 * torch.randn(3, *shape, generator=generator) for shape in ((192, 8), (8, 517)))
+    with compilation(Compilation.never):
+        expected = round_packed((blocks, scales), (a, b, 2.0), block_format, dtype=torch.bfloat16)
+    with compilation(Compilation.always if is_compiled else Compilation.never):
+        on_gpu = blocks.cuda(), scales.cuda()
+        found = round_packed(on_gpu, (a.cuda(), b.cuda(), 2.0), block_format, dtype=torch.bfloat16)
+        decoded = decode(*on_gpu)
+    assert torch.equal(bits(found), bits(expected))
+    assert torch.equal(bits(decoded), bits(decode(blocks, scales)))
