@@ -1,9 +1,8 @@
 """Checks conversations, and renders them in the Harmony format as prompts and completions.
 
-An assistant turn has exactly the same form in training as at inference. The prompt consists of all earlier
-messages and ends with `<|start|>assistant`. The completion consists of the reasoning, the answer and the stop token.
-Only the completion is supervised. In a prompt, the chat template drops the reasoning of earlier turns. Therefore a
-conversation with several assistant turns becomes several examples, one for each turn.
+An assistant turn has exactly the same form in training as at inference. The prompt has all earlier messages, and ends
+with `<|start|>assistant`. The completion has the reasoning, the answer and the stop token. Only it is supervised. In a
+prompt, the template drops the reasoning of earlier turns. So each assistant turn becomes an example of its own.
 """
 
 import json

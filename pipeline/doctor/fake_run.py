@@ -8,16 +8,13 @@ and forks once for each job.
 """
 
 import gc
-import multiprocessing
 import os
 import pickle
 import sys
 import tempfile
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -29,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config import LoraConfig, Method, QatConfig, Sharding, TrainConfig
-from pipeline.doctor import fake_gpu
+from pipeline.doctor import fake_gpu, forks
 from pipeline.doctor.live_memory import LiveMemory
 from pipeline.numerics.formats import BlockFormat
 
@@ -359,7 +356,7 @@ def main() -> None:
     output, sys.stdout = sys.stdout, sys.stderr
     fake_gpu.install()
     _import_libraries()
-    pickle.dump(_measure_in_forks(requests), output.buffer)
+    pickle.dump(forks.run(_measure, requests, at_once=_AT_ONCE), output.buffer)
     output.flush()
 
 
@@ -373,37 +370,9 @@ def _import_libraries() -> None:
     AutoModelForCausalLM._model_mapping[GptOssConfig]  # imports the modules of gpt-oss
 
 
-def _measure_in_forks(requests: Sequence[Request]) -> list[Outcome]:
-    """Measure each job in a fork of this process, a few at a time."""
-    gc.freeze()  # garbage collections in the forks skip the libraries' objects
-    context, outcomes = multiprocessing.get_context("fork"), dict[int, Outcome]()
-    waiting, running = list(enumerate(requests)), dict[Any, int]()
-    while waiting or running:
-        while waiting and len(running) < _AT_ONCE:
-            number, request = waiting.pop(0)
-            receive, send = context.Pipe(duplex=False)
-            context.Process(target=_report, args=(send, *request)).start()
-            send.close()  # so that the end of the fork closes the pipe
-            running[receive] = number
-        for ready in connection.wait(list(running)):
-            outcomes[running.pop(ready)] = _receive(ready)
-    return [outcomes[number] for number in range(len(requests))]
-
-
-def _report(send: Any, job: Job, sizes: Sequence[Size]) -> None:
-    try:
-        send.send([measure(job, size) for size in sizes])
-    except Exception as error:  # noqa: BLE001 - every error is the reason why the job is not measured
-        traceback.print_exc()
-        send.send(f"{type(error).__name__}: {error}".splitlines()[0])
-
-
-def _receive(ready: Any) -> Outcome:
-    try:
-        found: Outcome = ready.recv()
-    except EOFError:
-        return "the process was killed"
-    return found
+def _measure(request: Request) -> list[dict[str, int]]:
+    job, sizes = request
+    return [measure(job, size) for size in sizes]
 
 
 if __name__ == "__main__":

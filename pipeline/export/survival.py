@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.numerics.codec import differences, sum_of_squares, unequal_blocks
+from pipeline.numerics.comparison import differences, sum_of_squares, unequal_blocks
 from pipeline.numerics.formats import BlockFormat
 from pipeline.numerics.scales import values_of
 

@@ -22,7 +22,8 @@ from pipeline.checkpoints.side_files import copy_side_files
 from pipeline.errors import UserError
 from pipeline.export.job import Job
 from pipeline.export.survival import Survival
-from pipeline.numerics.codec import CodecError, differences, encode, fake_quantize, same_bits, tensor_scale
+from pipeline.numerics.codec import CodecError, encode, fake_quantize, same_bits, tensor_scale
+from pipeline.numerics.comparison import differences
 from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.formats import MXFP4, BlockFormat
 from pipeline.runs.json_files import write_json

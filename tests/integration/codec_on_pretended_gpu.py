@@ -20,7 +20,7 @@ pretend(gpu)  # before other imports: they import inductor, which keeps the func
 
 from torch import Tensor  # noqa: E402
 
-from pipeline.numerics import codec, kernels, low_rank, scales, stacks  # noqa: E402
+from pipeline.numerics import codec, comparison, kernels, low_rank, scales, stacks  # noqa: E402
 from pipeline.numerics.codec import decode, encode, fake_quantize, tensor_scale  # noqa: E402
 from pipeline.numerics.compiled import Compilation, Kernel, compilation  # noqa: E402
 from pipeline.numerics.formats import MXFP4, NVFP4, SCALE_RULES, BlockFormat  # noqa: E402
@@ -101,8 +101,8 @@ def other_uses() -> Iterator[tuple[str, Callable[[], object]]]:
         for rule in SCALE_RULES[row.scale_type]:
             yield f"encode {row.name} {rule}", use(row.with_rule(rule))
     stack = empty(2, 2880, 2880)
-    yield "differences", lambda: codec.differences([stack] * 4)
-    yield "unequal_blocks", lambda: codec.unequal_blocks(stack, stack, MXFP4)
+    yield "differences", lambda: comparison.differences([stack] * 4)
+    yield "unequal_blocks", lambda: comparison.unequal_blocks(stack, stack, MXFP4)
     yield "column_products", lambda: kernels.column_products(stack, stack)
     yield "row_squares", lambda: kernels.row_squares(stack)
     a, b = empty(2, 2880, 8, dtype=torch.float32), empty(2, 8, 2880, dtype=torch.float32)

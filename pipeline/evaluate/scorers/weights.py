@@ -6,7 +6,8 @@ from torch import Tensor
 
 from pipeline.checkpoints.gpt_oss import expert_projections
 from pipeline.evaluate.subject import Subject
-from pipeline.numerics.codec import differences, fake_quantize
+from pipeline.numerics.codec import fake_quantize
+from pipeline.numerics.comparison import differences
 from pipeline.numerics.formats import MXFP4, BlockFormat
 from pipeline.runs.console import progress
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pipeline.numerics.codec import CodecError, decode, encode, fake_quantize, tensor_scale, unequal_blocks
+from pipeline.numerics.codec import CodecError, decode, encode, fake_quantize, tensor_scale
+from pipeline.numerics.comparison import unequal_blocks
 from pipeline.numerics.formats import FORMATS, MXFP4, NVFP4, BlockFormat
 
 EVERY_FORMAT = pytest.mark.parametrize("block_format", FORMATS.values(), ids=lambda each: each.name)

@@ -1,0 +1,49 @@
+"""Compares weights for reports: errors of rounding, weights that training changed, and blocks that differ.
+
+Legend: E experts, in = input dimension, out = output dimension, nb = blocks per row.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.numerics import kernels
+from pipeline.numerics.formats import BlockFormat
+
+
+def differences(stacks: Sequence[Tensor]) -> Tensor:
+    """Sum the squared errors of rounding, and count the weights that training changed.
+
+    Args:
+        stacks: values, rounded values, base values and rounded base values. Each is (E, rows, columns).
+
+    Returns:
+        A float64 tensor with four numbers:
+        1. the sum of squared rounding errors;
+        2. the sum of squared values;
+        3. the number of values that differ from the base;
+        4. the number of rounded values that differ from the rounded base.
+    """
+    sums = torch.zeros(4, dtype=torch.float64, device=stacks[0].device)
+    for matrices in zip(*stacks, strict=True):
+        sums += kernels.row_differences(*matrices).double().sum(dim=1)
+    return sums
+
+
+def sum_of_squares(values: Tensor) -> float:
+    """Sum the squares of (E, rows, columns) values, in the same way as `differences`."""
+    return sum(float(kernels.row_squares(matrix).double().sum()) for matrix in values)
+
+
+def unequal_blocks(one: Tensor, other: Tensor, block_format: BlockFormat) -> Tensor:
+    """Mark the blocks in which two tensors differ. Signs of zeros are ignored.
+
+    The tensors have the shape (E, in, out). The result has the shape (E, out, nb) and the type bool.
+    """
+    blocks = [values.unflatten(1, (-1, block_format.block_size)) for values in (one, other)]
+    experts, nb, _, lanes = blocks[0].shape
+    found = torch.empty((experts, nb, lanes), dtype=torch.bool, device=one.device)
+    for into, *pair in zip(found, *blocks, strict=True):
+        into.copy_(kernels.count_unequal(*pair) > 0)
+    return found.transpose(1, 2)
