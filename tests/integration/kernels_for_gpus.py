@@ -32,6 +32,8 @@ from triton.backends import Backend, backends  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+DISASSEMBLED = (80, 120)
+"""Architectures whose machine code is read: the oldest and the newest. Reading it takes longer than compiling."""
 _INSTRUCTION = re.compile(r"^\s+(?:@!?%p\d+\s+)?([a-z][\w.]*)", re.MULTILINE)
 _MACHINE_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*)", re.MULTILINE)
 
@@ -83,7 +85,7 @@ class Code:
         architecture: number of the architecture, for example 90 for sm_90.
         ptx: the instructions of the PTX, with all their modifiers.
         machine: the machine instructions that round floats, with their operands. ptxas may make instructions that the
-            PTX does not have, for example a fused multiply-add.
+            PTX does not have, for example a fused multiply-add. Empty for architectures that are not in DISASSEMBLED.
     """
 
     name: str
@@ -230,7 +232,8 @@ def code_of(name: str, architecture: int, made: Any) -> Code:
     """Read the instructions of a compiled Triton kernel."""
     ptx = made.asm["ptx"]
     body = ptx[ptx.index("{") :]
-    return Code(name, architecture, frozenset(_INSTRUCTION.findall(body)), _machine_code(made.asm["cubin"]))
+    machine = _machine_code(made.asm["cubin"]) if architecture in DISASSEMBLED else frozenset[str]()
+    return Code(name, architecture, frozenset(_INSTRUCTION.findall(body)), machine)
 
 
 def _machine_code(binary: bytes) -> frozenset[str]:

@@ -18,6 +18,7 @@ import pytest
 from pipeline.numerics.compiled import can_compile
 
 ARCHITECTURES = (80, 90, 100, 120)
+DISASSEMBLED = (80, 120)  # as in kernels_for_gpus, which cannot be imported here
 STACK_20B, STACK_120B = 32 * 2880 * 5760, 128 * 2880 * 5760  # values
 INEXACT = re.compile(
     r"\.ftz|\.approx|\.full|^(div|rcp|sqrt|rsqrt|ex2|lg2|sin|cos|tanh)\b.*\.(f32|f64)|^fma(?!\.rn\.bf16)"
@@ -79,7 +80,7 @@ def launches(use: dict[str, Any]) -> int:
 def test_no_kernel_approximates_flushes_or_fuses(report: dict[str, Any], architecture: int) -> None:
     codes = [code for code in report["codes"] if code["architecture"] == architecture]
     assert len(codes) > 50
-    assert all(code["ptx"] and code["machine"] for code in codes)
+    assert all(code["ptx"] and bool(code["machine"]) is (architecture in DISASSEMBLED) for code in codes)
     assert {code["name"]: inexact(code) for code in codes if inexact(code)} == {}
 
 
@@ -89,7 +90,7 @@ def test_a_reciprocal_and_a_fused_product_would_be_found(report: dict[str, Any],
     reciprocal, product = (code for code in report["controls"] if code["architecture"] == architecture)
     assert "div.full.f32" in inexact(reciprocal)
     assert "fma.rn.f32" in inexact(product)
-    assert any(each.startswith("FFMA") for each in inexact(product))
+    assert any(each.startswith("FFMA") for each in inexact(product)) is (architecture in DISASSEMBLED)
 
 
 def test_every_kernel_of_the_codec_is_among_them(report: dict[str, Any]) -> None:
