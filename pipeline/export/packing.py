@@ -23,7 +23,7 @@ from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import INDEX, Part, Piece, Step, Written, sort_by_layer, write_sharded
 from pipeline.errors import UserError
 from pipeline.export.mxfp4 import released_config
-from pipeline.export.weights import blocks_then_scales, raise_if_not_divisible
+from pipeline.export.weights import bad_block, blocks_then_scales, raise_if_not_divisible
 from pipeline.models.saving import plain_piece
 from pipeline.models.weights import Weights
 from pipeline.numerics.codec import CodecError, decode, encode, same_bits
@@ -105,11 +105,8 @@ class _Stack:
         try:
             blocks, scales = encode(plain.transpose(1, 2), MXFP4)
         except CodecError as error:
-            expert, row, block = error.block or (0, None, None)
-            raise UserError(
-                f"{self.weights.ref.directory}: {self.projection.name}: expert {expert + rows.start}, row {row}, block"
-                f" {block}: {error}. The checkpoint is damaged."
-            ) from error
+            where = self.weights.ref.directory
+            raise bad_block(error, where, self.projection, rows, "The checkpoint is damaged.") from error
         decoded = torch.empty_like(plain)
         decode(blocks, scales, plain.dtype, out=decoded.transpose(1, 2))
         if not same_bits(decoded, plain):

@@ -193,11 +193,8 @@ class ExpertStack:
         try:
             return self._round(trained)
         except CodecError as error:
-            expert, row, block = error.block or (0, None, None)
-            raise UserError(
-                f"{self.job.weights.ref.directory}: {self.projection.name}: expert {expert + rows.start}, row {row},"
-                f" block {block}: {error}. Training went wrong."
-            ) from error
+            where = self.job.weights.ref.directory
+            raise bad_block(error, where, self.projection, rows, "Training went wrong.") from error
 
     def _round(self, values: Tensor) -> Packed:
         importance = self.job.weights.importance(self.projection.name)
@@ -285,6 +282,21 @@ def _restore(new: Packed, old: Packed, experts: Tensor) -> None:
     """Overwrite the given experts with the source's bytes. Their values stay the same, but scales may change."""
     for mine, source in ((new.blocks, old.blocks), (new.scales, old.scales), (new.saturated, old.saturated)):
         mine[experts] = source[experts]
+
+
+def bad_block(error: CodecError, directory: Path, projection: ExpertProjection, rows: slice, reason: str) -> UserError:
+    """Return the error for the user that names the bad block of a stack.
+
+    Args:
+        error: error of the codec for some experts of the stack.
+        directory: directory of the model.
+        projection: the stack.
+        rows: the experts, as rows of the stack.
+        reason: last sentence of the message.
+    """
+    expert, row, block = error.block or (0, None, None)
+    place = f"{directory}: {projection.name}: expert {expert + rows.start}, row {row}, block {block}"
+    return UserError(f"{place}: {error}. {reason}")
 
 
 def raise_if_not_divisible(projection: ExpertProjection, block_format: BlockFormat) -> None:

@@ -61,13 +61,11 @@ def round_values(inputs: Tensor, quantizer: Quantizer, dtype: torch.dtype | None
     Inputs beyond the calibrated range saturate, as in the served model. `dtype` is the type of the result. If it is
     None, the result has the type of `inputs`.
     """
-    state, block_format = state_of(quantizer), format_of(quantizer)
+    block_format = format_of(quantizer)
     amax = quantizer.amax if quantizer.backend_extra_args["is_input"] else None
     scale = None if amax is None else tensor_scale_for_amax(amax.float(), INPUT_RULE)
-    if state.importance is not None:
-        state.importance = state.importance.to(inputs.device)  # copied to a GPU only once
-    is_bad = _flag(quantizer, inputs)
-    return fake_quantize(inputs, block_format, scale, state.importance, dtype=dtype, is_bad=is_bad)
+    importance, is_bad = _importance(quantizer, inputs), _flag(quantizer, inputs)
+    return fake_quantize(inputs, block_format, scale, importance, dtype=dtype, is_bad=is_bad)
 
 
 def round_packed(
@@ -82,11 +80,18 @@ def round_packed(
         quantizer: the quantizer of the weights.
         dtype: type of the result.
     """
-    importance = state_of(quantizer).importance
-    importance = None if importance is None else importance.to(packed[0].device)
+    importance = _importance(quantizer, packed[0])
     chosen = factors.a[experts], factors.b[experts], factors.scaling
     is_bad = _flag(quantizer, packed[0])
     return packed_rounding.round_packed(packed, chosen, format_of(quantizer), importance, dtype=dtype, is_bad=is_bad)
+
+
+def _importance(quantizer: Quantizer, values: Tensor) -> Tensor | None:
+    """Return the importance on the device of `values`. It is copied to a GPU only once."""
+    state = state_of(quantizer)
+    if state.importance is not None:
+        state.importance = state.importance.to(values.device)
+    return state.importance
 
 
 def _flag(quantizer: Quantizer, values: Tensor) -> Tensor | None:
@@ -105,9 +110,7 @@ def pack(weights: Tensor, quantizer: Quantizer) -> PackedWeights:
     """Round weights (g, in, out) and pack them."""
     values, block_format = weights.transpose(1, 2), format_of(quantizer)
     unit = tensor_scale(values, block_format)
-    importance = state_of(quantizer).importance
-    importance = None if importance is None else importance.to(values.device)
-    is_bad = _flag(quantizer, values)
+    importance, is_bad = _importance(quantizer, values), _flag(quantizer, values)
     return PackedWeights(*encode(values, block_format, unit, importance, is_bad=is_bad), unit)
 
 

@@ -131,7 +131,7 @@ def decode(
     count, _, _, lanes = view.shape
     lanes_first = blocks.reshape(count, lanes, nb, half), scales_.reshape(count, lanes, nb)
     unit = _flat(tensor_scale)
-    if target.device.type not in slabs.ONLY_SLABS and target.numel():
+    if slabs.works_whole(target):
         codes, stored = lanes_first
         numbers = stored if stored.dtype == torch.uint8 else stored.float()  # Triton has no float8_e4m3fn for sm_80
         if decode_stack.run_compiled(codes, numbers, unit, view) is not None:
@@ -250,7 +250,7 @@ def _round_whole(
     If a value is bad, set the flag `is_bad` and return the rounded values. If there is no flag, return None. The
     caller then rounds slab by slab and finds the bad block.
     """
-    if values.device.type in slabs.ONLY_SLABS or values.numel() == 0:
+    if not slabs.works_whole(values):
         return None
     view = _view(values, block_format)
     weights = _weights(importance, view, is_bad)

@@ -69,7 +69,7 @@ def aligned(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def _for_each_expert(function: Kernel[Tensor], base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """Call a kernel with whole stacks if it is compiled for a GPU. Otherwise, call it with one expert at a time."""
     rows, columns = aligned(a, b)
-    if base.device.type not in slabs.ONLY_SLABS:
+    if slabs.works_whole(base):
         found = function.run_compiled(base.detach(), rows, columns, scaling)
         if found is not None:
             return found

@@ -67,7 +67,7 @@ def _round_whole(
     blocks, stored = packed
     a, b, scaling = factors
     kind, rule = block_format.scale_type, block_format.scale_rule
-    if blocks.device.type in slabs.ONLY_SLABS or blocks.numel() == 0 or rule == "mse":
+    if not slabs.works_whole(blocks) or rule == "mse":
         return None
     base = blocks, stored, *low_rank.aligned(a, b), scaling
     amax = stacks.merged_amax.run_compiled(*base, block_format.block_size, dtype)

@@ -26,6 +26,11 @@ On a GPU, slabs keep the temporaries of eager functions small.
 """
 
 
+def works_whole(values: Tensor) -> bool:
+    """Return whether a stack should be converted by one compiled function, not slab by slab."""
+    return values.device.type not in ONLY_SLABS and values.numel() > 0
+
+
 def as_matrices(values: Tensor) -> Tensor:
     """Reshape values to (L, out, in). `values` has the shape (..., out, in). A single row has the shape (in)."""
     return values.reshape(_matrices(values.shape))
