@@ -152,5 +152,5 @@ class QatConfig(TrainConfig):
     """Train with fake quantization of the experts."""
 
     rounded_cache_gib: Annotated[Optional[float], NOT_NEGATIVE] = None
-    """Largest cache of rounded experts, in GiB; 0: no cache; null: 4 on a CPU if sharding is none or zero2, else 0."""
+    """Largest cache of rounded experts, in GiB; 0: no cache; null: 1 on a CPU if sharding is none or zero2, else 0."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)

@@ -27,7 +27,7 @@ def parameter(*values: float) -> Tensor:
 
 
 def test_without_a_setting_gpus_and_gathered_weights_have_no_cache_and_a_cpu_has_a_small_one() -> None:
-    assert 0 < budget_bytes(None, Sharding.none, on_gpu=False) < 8e9
+    assert 0 < budget_bytes(None, Sharding.none, on_gpu=False) <= 2**30  # 4 GiB killed QAT of 20b on 24 GB
     assert budget_bytes(None, Sharding.fsdp2, on_gpu=False) == 0
     assert budget_bytes(None, Sharding.none, on_gpu=True) == budget_bytes(None, Sharding.zero2, on_gpu=True) == 0
 
