@@ -1,17 +1,20 @@
 """Helpers for tests of README and docs: read the fenced blocks of a page, and run them in a copy of the checkout."""
 
+import atexit
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import dropwhile
 from pathlib import Path
 
-import warm_python
+import forks
 
 ROOT = Path(__file__).parents[1]
 EXTENDING = ROOT / "docs" / "extending.md"
@@ -111,9 +114,23 @@ def _shorten(recipe: Path) -> None:
     recipe.write_text(shorter, encoding="utf-8")
 
 
+@cache
+def _directory_of_python() -> Path:
+    """Make a directory with a script `python`. It runs the program in a fork, and all else in a new interpreter."""
+    directory = Path(tempfile.mkdtemp(prefix="python-of-pages-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    script = directory / "python"
+    new = shlex.quote(sys.executable)
+    script.write_text(
+        f'#!/bin/sh\n[ "$1 $2" = "-m pipeline" ] && exec {shlex.join(forks.interpreter())} "$@"\nexec {new} "$@"\n'
+    )
+    script.chmod(0o755)
+    return directory
+
+
 def run_block(block: Block, directory: Path) -> str:
     """Run a block in a checkout, and return what it prints."""
-    path = os.pathsep.join([str(warm_python.directory()), str(Path(sys.executable).parent), os.environ["PATH"]])
+    path = os.pathsep.join([str(_directory_of_python()), str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.text],
         cwd=directory,

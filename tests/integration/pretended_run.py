@@ -1,6 +1,7 @@
-"""Run command lines of the program on a pretended GPU in this process, and write what happened to a JSON file.
+"""Run command lines of the program, and write to a JSON file what happened on the pretended GPU of this process.
 
-Usage: pretended_run.py <file>. The JSON file holds a list of command lines, each a list of arguments. The script writes
+A server of tests/fork_server.py runs this script. Usage: pretended_run.py <file>. The JSON file holds a list of
+command lines, each a list of arguments. The script writes
 <file>.outcome.
 """
 
@@ -69,8 +70,7 @@ def run(lines: list[list[str]]) -> Outcome:
 
 
 def main(file: Path) -> None:
-    with pretended_gpu.gpu():
-        outcome = run(json.loads(file.read_text(encoding="utf-8")))
+    outcome = run(json.loads(file.read_text(encoding="utf-8")))
     Path(f"{file}.outcome").write_text(json.dumps(outcome), encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import collectives
 import pytest
-from test_processes import launch
+from forks import run_processes
 
 from pipeline.config import TinyConfig
 from pipeline.models.tiny_model import create_tiny
@@ -75,8 +75,8 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two processes recorded in two forward and backward passes, without an optimizer step between them."""
     root = tmp_path_factory.mktemp("fsdp2")
     create_tiny(root / "tiny", TinyConfig(num_hidden_layers=LAYERS))
-    outcome = launch(collectives.__file__, str(root / "tiny"), str(root / "facts.json"))
-    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    outcome = run_processes(collectives.__file__, str(root / "tiny"), str(root / "facts.json"))
+    assert outcome.returncode == 0, outcome.stdout[-3000:]
     found: dict[str, Any] = json.loads((root / "facts.json").read_text(encoding="utf-8"))
     return found
 
@@ -117,8 +117,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """
     root = tmp_path_factory.mktemp("trained")
     (root / "training.py").write_text(TRAINING, encoding="utf-8")
-    outcome = launch(str(root / "training.py"), str(root / "run"), str(root / "facts"), processes=3)
-    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    outcome = run_processes(str(root / "training.py"), str(root / "run"), str(root / "facts"), processes=3)
+    assert outcome.returncode == 0, outcome.stdout[-3000:]
     return [json.loads((root / f"facts.{rank}").read_text(encoding="utf-8")) for rank in range(3)]
 
 

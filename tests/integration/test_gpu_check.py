@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forks
 import pytest
 import torch
 
@@ -22,7 +24,6 @@ from pipeline.training import attention_check
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_check"
-ON_GPU = ROOT / "tests" / "on_pretended_gpu.py"
 VARIANTS = ("qat_packed", "sft_packed", "trl", "qat")
 
 Rows = dict[str, list[dict[str, Any]]]
@@ -52,12 +53,8 @@ def flags(rows: list[dict[str, Any]]) -> dict[str, bool | None]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Command that runs Python on a pretended GPU."""
-    path = tmp_path_factory.mktemp("server") / "socket"
-    process = subprocess.Popen([sys.executable, ON_GPU, "--serve", path], stdin=subprocess.PIPE)
-    while not path.is_socket():
-        assert process.poll() is None
-        time.sleep(0.1)
-    yield f"{sys.executable} -I -S {ON_GPU} --ask {path}"
+    process, python = forks.start(tmp_path_factory.mktemp("server") / "socket", "--gpu")
+    yield shlex.join(python)
     process.communicate(timeout=60)  # closes its standard input
 
 

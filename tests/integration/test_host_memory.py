@@ -8,7 +8,7 @@ from pathlib import Path
 
 import loading_memory
 import pytest
-from test_processes import launch
+from forks import run_processes
 
 from pipeline.config import TinyConfig
 from pipeline.models.tiny_model import create_tiny
@@ -29,8 +29,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def load(way: str, checkpoints: tuple[Path, Path], directory: Path) -> list[dict[str, int]]:
     """Load the wide model in two processes. Returns what each process measured."""
     results = directory / way
-    outcome = launch(loading_memory.__file__, *map(str, checkpoints), way, str(results))
-    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    outcome = run_processes(loading_memory.__file__, *map(str, checkpoints), way, str(results))
+    assert outcome.returncode == 0, outcome.stdout[-3000:]
     found = [json.loads(results.with_suffix(f".{rank}").read_text(encoding="utf-8")) for rank in (0, 1)]
     print(way, found)  # pytest shows this if a test fails
     return found

@@ -1,17 +1,17 @@
 """Whole runs on a pretended GPU (`pretended_gpu`). They end as on the CPU, and wait for the GPU only in known places.
 
-Each run has a process of its own. The reference runs on the CPU in this process at the same time.
+Each run is a fork of a process with a pretended GPU. The reference runs on the CPU in this process at the same time.
 """
 
 import json
-import os
 import subprocess
-import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from conftest import outcomes, run_program
 
@@ -86,17 +86,20 @@ class Runs:
         return {key: number / self.outcome["training"][stage]["steps"] for key, number in found.items()}
 
 
-def environment() -> dict[str, str]:
-    path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
-    return {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Command that runs a script on a pretended GPU."""
+    server, command = forks.start(tmp_path_factory.mktemp("server") / "socket", "--gpu")
+    yield command
+    server.communicate(timeout=60)  # closes its standard input
 
 
-def run_both(directory: Path, stages: tuple[str, ...], settings: tuple[str, ...]) -> Runs:
+def run_both(python: list[str], directory: Path, stages: tuple[str, ...], settings: tuple[str, ...]) -> Runs:
     file, gpu, cpu = directory / "lines.json", directory / "gpu", directory / "cpu"
     lines = [[f"stage={stage}", f"run_dir={gpu}", *settings] for stage in stages]
     file.write_text(json.dumps(lines), encoding="utf-8")
     with (directory / "log").open("w", encoding="utf-8") as log:
-        child = subprocess.Popen([sys.executable, SCRIPT, file], stdout=log, stderr=log, env=environment())
+        child = subprocess.Popen([*python, SCRIPT, file], stdout=log, stderr=log)
     try:
         assert [run_program(f"stage={stage}", f"run_dir={cpu}", *settings) for stage in stages] == [0] * len(stages)
         assert child.wait(timeout=600) == 0, (directory / "log").read_text(encoding="utf-8")[-4000:]
@@ -108,21 +111,21 @@ def run_both(directory: Path, stages: tuple[str, ...], settings: tuple[str, ...]
 
 
 @pytest.fixture(scope="module")
-def lora(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def lora(python: list[str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """All stages, with adapters in BF16."""
-    return run_both(tmp_path_factory.mktemp("lora"), ("all",), LORA)
+    return run_both(python, tmp_path_factory.mktemp("lora"), ("all",), LORA)
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def full(python: list[str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """All weights trained in mixed precision, on packed rows, with gradient checkpointing and a teacher."""
-    return run_both(tmp_path_factory.mktemp("full"), ("upcast", "sft", "quantize", "qat"), FULL)
+    return run_both(python, tmp_path_factory.mktemp("full"), ("upcast", "sft", "quantize", "qat"), FULL)
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def answers(python: list[str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """All stages, with quantized inputs (W4A4), answers in `evaluate`, and samples during training."""
-    return run_both(tmp_path_factory.mktemp("answers"), ("all",), ANSWERS)
+    return run_both(python, tmp_path_factory.mktemp("answers"), ("all",), ANSWERS)
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -283,9 +286,9 @@ WAITING = {
 }
 
 
-def test_the_pretended_gpu_refuses_cpu_tensors_and_counts_syncs_as_cuda_does() -> None:
+def test_the_pretended_gpu_refuses_cpu_tensors_and_counts_syncs_as_cuda_does(python: list[str]) -> None:
     script = Path(__file__).with_name("pretended_operations.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment(), timeout=300)
+    done = subprocess.run([*python, script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert {name for name, (error, _) in found.items() if error} == set(REFUSED)

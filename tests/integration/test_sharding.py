@@ -12,7 +12,8 @@ import command_lines
 import pytest
 from command_lines import Line, Outcome
 from conftest import run_program
-from test_processes import TORCHRUN, launch, losses
+from forks import run_processes
+from test_processes import launch, losses
 
 from pipeline.data.tables import DIRECTORY
 from pipeline.runs import artifacts
@@ -119,10 +120,18 @@ def begin(case: Case, done: Path, run_dir: Path) -> None:
         shutil.copytree(done / plain(case.recipe).name / part, run_dir / part)
 
 
-def launch_lines(file: Path, processes: int, lines: list[Line], launcher: tuple[str, ...] = TORCHRUN) -> list[Outcome]:
-    """Run the command lines one after the other, each with all processes. Returns the outcome of each line."""
+def launch_lines(
+    file: Path, processes: int, lines: list[Line], launcher: tuple[str, ...] | None = None
+) -> list[Outcome]:
+    """Run the command lines one after the other, each with all processes. Return the outcome of each line.
+
+    By default, the processes are forks of a process that has imported the libraries.
+    """
     file.write_text(json.dumps([asdict(line) for line in lines]), encoding="utf-8")
-    outcome = launch(command_lines.__file__, str(file), processes=processes, launcher=launcher)
+    if launcher is None:
+        outcome = run_processes(command_lines.__file__, str(file), processes=processes)
+    else:
+        outcome = launch(command_lines.__file__, str(file), processes=processes, launcher=launcher)
     print(outcome.stdout, outcome.stderr)  # pytest shows this if a test fails
     assert outcome.returncode == 0
     return [json.loads(line) for line in Path(f"{file}.outcomes").read_text(encoding="utf-8").splitlines()]

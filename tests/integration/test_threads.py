@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from test_processes import launch
+from forks import run_processes
 
 SCRIPT = """
 import json
@@ -51,8 +51,8 @@ else:
 def test_the_main_process_uses_all_cores_only_while_it_works_alone(tmp_path: Path) -> None:
     script, results = tmp_path / "watched.py", tmp_path / "seen.json"
     script.write_text(SCRIPT, encoding="utf-8")
-    outcome = launch(str(script), str(tmp_path / "run"), str(results))
-    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    outcome = run_processes(str(script), str(tmp_path / "run"), str(results))
+    assert outcome.returncode == 0, outcome.stdout[-3000:]
     cores = len(os.sched_getaffinity(0))
     assert json.loads(results.read_text(encoding="utf-8")) == {
         "_upcast": [cores],  # only the main process decodes in the upcast

@@ -1,0 +1,169 @@
+"""Runs Python commands without the time that imports take: a server has imported the libraries, and forks.
+
+    python tests/fork_server.py --serve SOCKET [--gpu]       the server; it ends when its standard input closes
+    python -I -S tests/fork_server.py --ask SOCKET COMMAND   the client; COMMAND starts with a script or `-m MODULE`
+
+With --gpu, commands run on a pretended GPU. The client is used like an interpreter: the command has the arguments,
+environment, directory and streams of the client, and the client has its exit status. If the client is killed, the
+command is killed too. Tests start servers and clients with tests/forks.py.
+
+The program itself is imported after the fork, so a command runs the code of its own directory. Libraries read some
+environment variables while they are imported. If one of these differs between client and server, the client runs the
+command in a new interpreter.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+from contextlib import suppress
+from typing import Any, NoReturn
+
+_LIBRARIES = (
+    *("torch", "transformers", "datasets", "accelerate", "peft", "trl.trainer.sft_trainer", "hydra"),
+    *("modelopt.torch.quantization", "torch.distributed.tensor"),
+)
+_OF_THE_PROGRAM = ("pipeline.__main__", "pipeline.models.fake_quantizers", "pipeline.training.trainer")
+"""Modules that a server with --gpu imports too. It serves only this checkout."""
+_READ_AT_IMPORT = ("ACCELERATE_", "CUDA_", "HF_", "OMP_", "TORCH", "TRANSFORMERS_", "TRITON_")
+_NEW_INTERPRETER = b"\xff"
+
+
+# --- client -----------------------------------------------------------------------------------------------------------
+
+
+def ask(path: str, command: list[str]) -> int:
+    """Let the server at a Unix socket run a command, and return the exit status."""
+    order = json.dumps({"command": command, "environment": dict(os.environ), "directory": os.getcwd()}).encode()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(path)
+        socket.send_fds(server, [len(order).to_bytes(8, "big")], [0, 1, 2])
+        server.sendall(order)
+        answer = server.recv(1)
+    if answer == _NEW_INTERPRETER:
+        os.execv(sys.executable, [sys.executable, *command])
+    return answer[0] if answer else 1
+
+
+# --- server -----------------------------------------------------------------------------------------------------------
+
+
+def serve(path: str, libraries: tuple[str, ...], *, may_refuse: bool) -> None:
+    """Import the libraries, then fork for each client at a Unix socket, until standard input is closed."""
+    import gc
+    import importlib
+    import select
+
+    before = _read_at_import(os.environ) if may_refuse else None
+    for name in libraries:
+        importlib.import_module(name)
+    gc.freeze()  # or each garbage collection of a fork would visit the objects of the libraries
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"{path}.new")
+        server.listen()
+        os.rename(f"{path}.new", path)  # when clients see the socket, it accepts connections
+        while sys.stdin not in select.select([server, sys.stdin], [], [])[0]:
+            client, _ = server.accept()
+            if os.fork() == 0:
+                server.close()
+                _answer(client, before)
+            client.close()
+            with suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+
+
+def _read_at_import(environment: Any) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(_READ_AT_IMPORT)}
+
+
+def _answer(client: socket.socket, before: dict[str, str] | None) -> NoReturn:
+    """Run the client's command in a child of this process, and send the exit status."""
+    import threading
+
+    size, files, _, _ = socket.recv_fds(client, 8, 3)
+    text = b""
+    while len(text) < int.from_bytes(size, "big"):
+        text += client.recv(1 << 16)
+    order = json.loads(text)
+    if before is not None and before != _read_at_import(order["environment"]):
+        client.sendall(_NEW_INTERPRETER)
+        os._exit(0)
+    if (child := os.fork()) == 0:
+        client.close()
+        _run(order, files)
+    threading.Thread(target=_kill_without_client, args=(client, child), daemon=True).start()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with suppress(OSError):
+        client.sendall(bytes([code if code >= 0 else 128 - code]))
+    os._exit(0)
+
+
+def _kill_without_client(client: socket.socket, child: int) -> None:
+    """Wait until the client has gone, then kill the child. A client that waits for its answer sends nothing."""
+    with suppress(OSError):
+        client.recv(1)
+    with suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+
+
+def _run(order: dict[str, Any], files: list[int]) -> NoReturn:
+    """Run a script or module in this process, as a new interpreter would. End the process with its exit status."""
+    import runpy
+    import traceback
+
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(order["directory"])
+    interprets = {"TRITON_INTERPRET": os.environ["TRITON_INTERPRET"]} if "TRITON_INTERPRET" in os.environ else {}
+    os.environ.clear()
+    os.environ.update(order["environment"] | interprets)
+    is_module = order["command"][0] == "-m"
+    sys.argv = order["command"][is_module:]
+    first = order["directory"] if is_module else os.path.dirname(os.path.abspath(sys.argv[0]))
+    sys.path[:1] = [first, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    status: object = 0
+    try:
+        if is_module:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+    except BaseException:  # noqa: BLE001 - an interpreter prints every other error too, and exits with status 1
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
+
+
+def _serve_on_gpu(path: str) -> None:
+    sys.path.insert(1, os.path.dirname(sys.path[0]))  # the program, for `pretended_gpu`
+    os.environ["TRITON_INTERPRET"] = "1"  # TRL's kernels then run on the CPU; Triton reads the variable at import
+    import torch
+    from pretended_gpu import gpu
+
+    torch.set_num_threads(1)
+    with gpu():
+        # A new interpreter has no pretended GPU, so this server runs every command.
+        serve(path, (*_LIBRARIES, *_OF_THE_PROGRAM), may_refuse=False)
+
+
+def main() -> None:
+    """Do what the command line asks for."""
+    what, path, *more = sys.argv[1:]
+    if what == "--ask":
+        sys.exit(ask(path, more))
+    if more == ["--gpu"]:
+        _serve_on_gpu(path)
+    else:
+        serve(path, _LIBRARIES, may_refuse=True)
+
+
+if __name__ == "__main__":
+    main()
