@@ -20,6 +20,7 @@ them in separate rows. So a kernel that lets packed documents attend to each oth
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -140,12 +141,25 @@ def measure_errors(
         gradient counts as zeros. The second value is the largest relative error of eager. It is one value for all
         tensors: eager's error of a small tensor, such as the eight sinks, can be small by chance.
     """
-    truth = _run(EAGER, torch.float64, device)
-    dtype, is_mixed = TRAIN_DTYPES[precision], precision is Precision.mixed_bf16
-    eager = _run(EAGER, dtype, device, is_mixed=is_mixed)
-    configured = _run(name, dtype, device, is_mixed=is_mixed, is_packed=is_packed)
-    rounding = max(_relative_error(eager[key], truth[key]) for key in truth)
+    truth, rounding = _reference(precision, device)
+    configured = _run(name, TRAIN_DTYPES[precision], device, is_mixed=_is_mixed(precision), is_packed=is_packed)
     return {key: _relative_error(configured[key], truth[key]) for key in truth}, rounding
+
+
+@cache
+def _reference(precision: Precision, device: torch.device) -> tuple[dict[str, Tensor], float]:
+    """Compute the results of eager in float64, and the largest relative error of eager in `precision`.
+
+    All checks of a process share them: the check with packing, the candidates of `auto`, and both training stages. The
+    tensors take about 1.5 MB.
+    """
+    truth = _run(EAGER, torch.float64, device)
+    eager = _run(EAGER, TRAIN_DTYPES[precision], device, is_mixed=_is_mixed(precision))
+    return truth, max(_relative_error(eager[key], truth[key]) for key in truth)
+
+
+def _is_mixed(precision: Precision) -> bool:
+    return precision is Precision.mixed_bf16
 
 
 def _run(

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
@@ -212,6 +213,8 @@ def test_auto_does_not_choose_a_kernel_that_is_wrong(
 
     # Not `register`: after a forward pass with quantizers, ModelOpt leaves an entry here that hides registered kernels.
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, FUSED_SINKS, blind)
+    # Otherwise transformers would compile the mask of flex_attention first, which takes seconds.
+    monkeypatch.setattr(masking_utils, "create_block_mask", lambda *, _compile, **rest: create_block_mask(**rest))
     assert attention_check.check(TrainConfig(), "sft") == "eager"
     warned = capsys.readouterr().err
     assert f"attn_implementation=auto does not choose {FUSED_SINKS}" in warned
