@@ -42,7 +42,8 @@ def resolve(composed: DictConfig) -> PipelineConfig:
     if unknown:
         raise user_errors([unknown_key(key, "configuration") for key in unknown])
     try:
-        merged = OmegaConf.merge(schema(), composed)
+        merged = schema()
+        merged.merge_with(composed)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise user_errors([_missing_problem(key) for key in missing])
