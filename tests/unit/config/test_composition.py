@@ -1,6 +1,7 @@
 """Composition of recipes, groups, overrides and sweeps."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,18 @@ from pipeline.config import (
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_resolves_for_every_stage(recipe: str) -> None:
     node = composed(f"recipe={recipe}", "stage=all")
+    found = rules.resolve(node)
+    assert (found.stage, found.recipe, found.run_dir) == (Stage.all, recipe, f"runs/{recipe}")
+    assert "${stage" not in OmegaConf.to_yaml(node)  # so another stage changes no other setting
     for stage in Stage:
-        node.stage = stage
-        node.run_dir = "runs/${recipe}"
-        found = rules.resolve(node)
-        assert (found.stage, found.recipe, found.run_dir) == (stage, recipe, f"runs/{recipe}")
+        assert rules.problems(replace(found, stage=stage)) == []
+
+
+@pytest.mark.parametrize("stage", Stage)
+def test_every_stage_can_be_named_on_the_command_line(stage: Stage) -> None:
+    node = composed("recipe=smoke", "stage=all")
+    node.stage = stage.name
+    assert rules.resolve(node).stage is stage
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -49,7 +57,8 @@ def test_a_recipe_for_several_gpus_shards_the_model_and_its_command_starts_as_ma
     found = re.search(r"^# Hardware: (one|\d+) GPUs?\b", text, re.MULTILINE)
     gpus = 1 if found is None or found[1] == "one" else int(found[1])
     given = command.removeprefix("# ").partition(" -m pipeline ")[2].split()
-    is_sharded = resolved(*given, SYNTHETIC_DATA).sharding is not Sharding.none
+    assert {each.partition("=")[0] for each in given} <= {"stage", "recipe", "data.path"}  # so the recipe shards
+    is_sharded = composed(f"recipe={recipe}", "stage=all").sharding is not Sharding.none
     assert (processes_of(command), is_sharded) == (gpus, gpus > 1)
 
 

@@ -4,8 +4,11 @@ Tests that compare tokens need the package and its vocabulary (TIKTOKEN_ENCODING
 """
 
 import os
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -73,11 +76,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def released() -> Any:
-    """The tokenizer of the released models, made from harmony's own vocabulary."""
+def released() -> Iterator[Any]:
+    """The tokenizer of the released models, made from harmony's own vocabulary. harmony loads its encoding once."""
     ranks = Path(os.environ.get("TIKTOKEN_ENCODINGS_BASE", "")) / RANKS
     if not ranks.is_file():
         pytest.skip(f"needs shared test data: {RANKS}, in the folder that TIKTOKEN_ENCODINGS_BASE names")
+    import openai_harmony
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     lower, upper = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
@@ -88,7 +92,8 @@ def released() -> Any:
     converter = TikTokenConverter(str(ranks), pattern="|".join([*words, *others]), extra_special_tokens=special)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=converter.converted())
     tokenizer.chat_template = synthetic.chat_template()
-    return tokenizer
+    with patch.object(openai_harmony, "load_harmony_encoding", cache(openai_harmony.load_harmony_encoding)):
+        yield tokenizer
 
 
 def test_without_the_package_parity_is_reported_as_not_checked(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ Legend: in comments, the unit of a scale is the largest power of two that does n
 import math
 from bisect import bisect_left
 from fractions import Fraction
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -102,6 +103,13 @@ def maxima_around_e4m3(dtype: torch.dtype) -> Tensor:
     return torch.cat([around, ordinary.to(dtype)])
 
 
+@cache
+def nearest_to_sixths(dtype: torch.dtype) -> tuple[list[Fraction], list[int]]:
+    """Divide each of `maxima_around_e4m3` by six. Also return the bytes of the nearest e4m3 values."""
+    sixths = [Fraction(amax) / 6 for amax in maxima_around_e4m3(dtype).tolist()]
+    return sixths, [nearest_e4m3(sixth) for sixth in sixths]
+
+
 # ---- e8m0
 
 
@@ -176,8 +184,8 @@ def test_nearest_is_the_e4m3_value_nearest_to_a_sixth_of_the_maximum(dtype: torc
     maxima = maxima_around_e4m3(dtype)
     unit = torch.tensor(2.0**exponent)
     found = bytes_of(encode(alone_in_blocks(maxima * unit.to(dtype), NVFP4), NVFP4, unit)[1])
-    sixths = [Fraction(amax) / 6 for amax in maxima.tolist()]
-    assert found == [nearest_e4m3(sixth) for sixth in sixths]
+    sixths, nearest = nearest_to_sixths(dtype)
+    assert found == nearest
     for sixth, byte in zip(sixths[::41], found[::41], strict=True):
         assert byte == min(range(1, 127), key=lambda b: (abs(E4M3[b] - sixth), b % 2))
 
@@ -193,9 +201,9 @@ def test_ceil_and_floor_of_e4m3_are_the_values_above_and_below_a_sixth_of_the_ma
     saturated = torch.empty((len(values), 1), dtype=torch.bool)
     scales = encode(values, block_format, torch.ones(()), saturated=saturated)[1]
     expected = []
-    for amax in maxima.tolist():
-        above = bisect_left(E4M3, Fraction(amax) / 6)
-        is_one = above < 127 and E4M3[above] == Fraction(amax) / 6
+    for sixth in nearest_to_sixths(dtype)[0]:
+        above = bisect_left(E4M3, sixth)
+        is_one = above < 127 and E4M3[above] == sixth
         byte = above if rule == "ceil" or is_one else above - 1
         expected.append(min(max(byte, 1), 126))
     assert bytes_of(scales) == expected

@@ -5,6 +5,7 @@ import sys
 import types
 import weakref
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -28,7 +29,9 @@ GPU_TEXT = (
 HOST_TEXT = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1152921504606846976 bytes"
 
 
+@cache
 def resolved(*overrides: str) -> PipelineConfig:
+    """Resolve a configuration. Tests must not change it."""
     program.register()
     with initialize_config_dir(str(program.CONF_DIR), version_base="1.3"):
         return rules.resolve(compose("config", list(overrides)))
@@ -97,20 +100,28 @@ def test_the_program_leaves_with_1_and_one_line(
     assert captured.err.startswith("error: stage=qat ran out of GPU memory") and captured.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("stage", list(Stage))
-def test_every_remedy_is_a_setting_of_the_stage_and_changes_the_configuration(stage: Stage) -> None:
-    wasteful = (
-        *("sft.batch_size=2", "sft.gradient_checkpointing=false", "qat.batch_size=2", "quantize.batch_size=2"),
+def wasteful(stage: Stage, *settings: str) -> PipelineConfig:
+    """Make a configuration that wastes memory in every stage, and add settings. The rules for `stage` are checked."""
+    config = resolved(
+        *("stage=doctor", "sft.batch_size=2", "sft.gradient_checkpointing=false", "qat.batch_size=2"),
         *("qat.gradient_checkpointing=false", "qat.distillation.weight=0.5", "qat.rounded_cache_gib=4"),
         *("sharding=fsdp2", "sft.reshard_after_forward=false", "qat.reshard_after_forward=false"),
-        *("eval=quick", "evaluate.generation.batch_size=2", "data.path=rows.jsonl"),
+        *("eval=quick", "evaluate.generation.batch_size=2", "data.path=rows.jsonl", "quantize.batch_size=2"),
+        *settings,
     )
-    config = resolved(f"stage={stage.name}", *wasteful)
+    found = replace(config, stage=stage)
+    assert rules.problems(found) == []
+    return found
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_every_remedy_is_a_setting_of_the_stage_and_changes_the_configuration(stage: Stage) -> None:
+    config = wasteful(stage)
     for on_gpu in (True, False):
         for remedy in remedies(config, on_gpu):
             words = remedy.partition(" (")[0].split()
             settings = [] if words[0].startswith("CUDA_") else words
-            changed = resolved(f"stage={stage.name}", *wasteful, *settings)
+            changed = wasteful(stage, *settings)
             assert changed != config or not settings
             assert remedy not in remedies(changed, on_gpu) or "max_length" in remedy or not settings
 
@@ -121,8 +132,8 @@ def test_remedies_that_the_run_has_already_are_not_named() -> None:
     assert remedies(replace(config, sharding=Sharding.none), on_gpu=True) == [
         "sharding=fsdp2 (on several GPUs, with scripts/launch)"
     ]
-    config.qat.method = Method.full
-    assert remedies(config, on_gpu=True) == ["train@qat=lora"]
+    full = replace(config, qat=replace(config.qat, method=Method.full))
+    assert remedies(full, on_gpu=True) == ["train@qat=lora"]
     export = PipelineConfig(stage=Stage.export)
     assert remedies(export, on_gpu=True) == ["device=cpu"]
     assert remedies(replace(export, device=Device.cpu), on_gpu=True) == remedies(export, on_gpu=False) == []
