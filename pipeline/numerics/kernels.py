@@ -172,4 +172,5 @@ def decode_codes(codes: Tensor, unit: Tensor) -> Tensor:
     """Decode codes 0 to 15, given as floats, to values. `unit` is the scale, broadcast to the codes."""
     is_negative = codes >= 8.0
     magnitudes = _magnitudes(torch.where(is_negative, codes - 8.0, codes)) * unit
-    return torch.where(is_negative, -magnitudes, magnitudes)
+    # On a GPU, Triton computes -x as 0 - x. That would turn code 8 into +0 instead of -0.
+    return torch.where(is_negative, magnitudes * -1.0, magnitudes)
