@@ -167,15 +167,22 @@ class _Watch(TorchDispatchMode):
 
 def pretend(gpu: Gpu) -> None:
     """Pretend a GPU until this process ends. Functions are compiled for it, and `gpu` records what would run."""
-    pretended = ExitStack()
-    pretended.enter_context(fake_gpu.pretend_cuda(properties=Properties()))
-    _replace_cuda()
-    _replace_compiler(gpu)  # imports inductor, which keeps the functions of CUDA that it finds, so replace those first
-    fake_mode: Any = FakeTensorMode
-    fake_mode.avoid_device_init = True  # as on a machine without GPUs
+    pretended = prepare()
+    _replace_compiler(gpu)
     pretended.enter_context(FakeTensorMode())
     pretended.enter_context(_Watch(gpu))
+
+
+def prepare() -> ExitStack:
+    """Let inductor compile for a GPU until this process ends. Nothing can run the kernels yet."""
+    pretended = ExitStack()
     atexit.register(pretended.close)
+    pretended.enter_context(fake_gpu.pretend_cuda(properties=Properties()))
+    _replace_cuda()
+    _configure_inductor()  # imports inductor, which keeps the functions of CUDA that it finds, so replace those first
+    fake_mode: Any = FakeTensorMode
+    fake_mode.avoid_device_init = True  # as on a machine without GPUs
+    return pretended
 
 
 def _replace_cuda() -> None:
@@ -198,17 +205,21 @@ def _replace_cuda() -> None:
     triton.runtime.driver.set_active(_Driver())
 
 
-def _replace_compiler(gpu: Gpu) -> None:
-    """Let inductor record kernels instead of loading and launching them."""
+def _configure_inductor() -> None:
     import torch._inductor.config as settings
     from torch._inductor.fx_passes import fuse_attention, pad_mm
-    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
     settings.compile_threads = 1  # other processes do not have the pretended GPU
     settings.fx_graph_cache = False
     settings.joint_graph_constant_folding = False  # constant folding would compute on the GPU
     for module, name in ((fuse_attention, "_sfdp_init"), (pad_mm, "_pad_mm_init")):
         setattr(module, name, lambda *_: None)  # the codec has none of the patterns that these passes need
+
+
+def _replace_compiler(gpu: Gpu) -> None:
+    """Let inductor record kernels instead of loading and launching them."""
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
     tuner: Any = CachingAutotuner
     tuner.precompile = lambda self, *_, **__: _compile(gpu, self)
     tuner.run = lambda self, *_, **__: gpu.launch(self)
