@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config import LoraConfig, Method, QatConfig, Sharding, TrainConfig
-from pipeline.doctor import fake_gpu, forks
+from pipeline.doctor import fake_gpu, forks, low_bit_adam
 from pipeline.doctor.live_memory import LiveMemory
 from pipeline.numerics.formats import BlockFormat
 
@@ -125,7 +125,8 @@ def measure(job: Job, size: Size) -> dict[str, int]:
     memory = LiveMemory()
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for context in (fake_gpu.pretend_cuda(), _processes(job.processes), _mesh(job), _fake_kernels()):
+        kernels = (_fake_kernels(), low_bit_adam.fake_update(job.train.optimizer))
+        for context in (fake_gpu.pretend_cuda(), _processes(job.processes), _mesh(job), *kernels):
             stack.enter_context(context)
         fake = _FakeMode(allow_non_fake_inputs=True)
         with fake, memory, _Answers():
@@ -218,9 +219,9 @@ def _train(inputs: "Inputs", job: Job, directory: Path, *, fake: FakeTensorMode,
         if job.train.gradient_checkpointing:  # `trainer.train` would do this
             trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
         with fake, memory, _Answers():
-            model = trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())[0]
-            # accelerate finds the optimizer's parameters by their addresses, which fake tensors do not have.
-            trainer.optimizer = None
+            # accelerate wants an optimizer, but it finds parameters by their addresses and copies tensors of settings.
+            # With fake tensors, it can do neither. So it gets an optimizer that is not used.
+            model = trainer.accelerator.prepare(trainer.model, torch.optim.SGD(trainer.model.parameters()))[0]
             optimizer = trainer.create_optimizer()
             gc.collect()
             with memory.phase(LOAD):

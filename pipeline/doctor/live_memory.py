@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 _GRANULARITY = 512  # bytes; torch's caching allocator rounds each allocation up to a multiple
@@ -69,11 +69,11 @@ class LiveMemory(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.device.type == "cuda":
-                self._add(leaf)
+                for storage in _storages(leaf):
+                    self._add(storage)
         return result
 
-    def _add(self, tensor: Tensor) -> None:
-        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+    def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self._sizes:
             self._sizes[key] = 0
@@ -92,6 +92,17 @@ class LiveMemory(TorchDispatchMode):
     def _note(self) -> None:
         if self._phase is not None:
             self.peaks[self._phase] = max(self.live, self.peaks.get(self._phase, 0))
+
+
+def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """Find the storages of a tensor. A tensor that consists of other tensors, like a DTensor, has none of its own."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor.untyped_storage()
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        part = getattr(tensor, name)
+        if isinstance(part, Tensor):  # a DTensor also has a DeviceMesh
+            yield from _storages(part)
 
 
 def _allocated(storage: torch.UntypedStorage) -> int:

@@ -39,7 +39,7 @@ from pipeline.config import (
     keeps_packed,
 )
 from pipeline.config.targets import TARGETS
-from pipeline.doctor import activations
+from pipeline.doctor import activations, low_bit_adam
 from pipeline.models import rounded_weights
 from pipeline.models.sharding import STRATEGIES
 from pipeline.numerics.formats import MXFP4, BlockFormat
@@ -48,13 +48,12 @@ _FP32_BYTES, _BF16_BYTES = bytes_per_value("F32"), bytes_per_value("BF16")
 _STATE_BYTES = {
     "adamw_bnb_8bit": 1.0,
     "adamw_8bit": 1.0,
-    "adamw_torch_8bit": 1.0,
-    "adamw_torch_4bit": 0.5,
     "sgd": 0.0,
 }
 """Optimizer -> bytes per weight in each of Adam's two states.
 
-An optimizer that is not listed keeps its states in the type of the weights.
+The optimizers in `low_bit_adam` have other states. An optimizer that is in neither table keeps its states in the type
+of the weights.
 """
 _ADAPTER_BYTES = _FP32_BYTES  # PEFT keeps adapters in FP32
 _PACKED_BYTES = MXFP4.bits_per_value / 8
@@ -176,19 +175,26 @@ def parameters(shape: Shape) -> ParameterCounts:
 
 
 def trained_parameters(shape: Shape, train: TrainConfig) -> int:
-    """Count the parameters that get gradients.
+    """Count the parameters that get gradients."""
+    return sum(trained_tensors(shape, train))
 
-    An adapter of rank r on a weight (in, out) has r·(in + out) parameters. On a stack of E experts, it has E times as
-    many parameters.
+
+def trained_tensors(shape: Shape, train: TrainConfig) -> list[int]:
+    """Return the number of values of each tensor that gets gradients.
+
+    An adapter of rank r on a weight (in, out) has two tensors, with r·in and r·out values. On a stack of E experts,
+    they have E times as many values.
     """
     if train.method is Method.full:
-        return _count(plain_tensors(shape))
-    layers = adapted_layers(train.lora, shape.num_hidden_layers)
+        return [prod(info.shape) for info in plain_tensors(shape).values()]
     others = other_tensors(shape)
-    attention = [sum(others[f"{attention_projection(0, name)}.weight"].shape) for name in ATTENTION_PROJECTIONS]
-    experts = [p.experts * (p.in_features + p.out_features) for p in expert_projections(shape) if p.layer == 0]
-    per_target = {LoraTarget.attention: sum(attention), LoraTarget.experts: sum(experts)}
-    return len(layers) * train.lora.rank * sum(per_target[target] for target in set(train.lora.targets))
+    weights = [others[f"{attention_projection(0, name)}.weight"] for name in ATTENTION_PROJECTIONS]
+    attention = [size for weight in weights for size in weight.shape]
+    projections = [projection for projection in expert_projections(shape) if projection.layer == 0]
+    experts = [p.experts * size for p in projections for size in (p.in_features, p.out_features)]
+    per_target = {LoraTarget.attention: attention, LoraTarget.experts: experts}
+    in_layer = [train.lora.rank * size for target in set(train.lora.targets) for size in per_target[target]]
+    return in_layer * len(adapted_layers(train.lora, shape.num_hidden_layers))
 
 
 def memory(
@@ -215,13 +221,12 @@ def memory(
     """
     every, trained = _count(plain_tensors(shape)), trained_parameters(shape, train)
     width, is_full = bytes_per_value(TRAIN_TYPES[train.precision]), train.method is Method.full
-    trained_width = width if is_full else _ADAPTER_BYTES
     changing = _changing_experts(shape, train) if is_quantized else 0
     model = loaded_bytes(shape, width, stays_packed=is_packed)
     return Memory(
         weights=model + (0 if is_full else trained * _ADAPTER_BYTES),
-        gradients=trained * trained_width,
-        optimizer=_state_bytes(train, trained, trained_width),
+        gradients=trained * _trained_width(train),
+        optimizer=_state_bytes(shape, train),
         activations=activations.estimate(
             shape,
             train,
@@ -250,8 +255,12 @@ def _trained_width(train: TrainConfig) -> int:
     return bytes_per_value(TRAIN_TYPES[train.precision]) if train.method is Method.full else _ADAPTER_BYTES
 
 
-def _state_bytes(train: TrainConfig, trained: int, width: int) -> int:
-    return int(2 * trained * _STATE_BYTES.get(train.optimizer, width))
+def _state_bytes(shape: Shape, train: TrainConfig) -> int:
+    width = _trained_width(train)
+    if train.optimizer in low_bit_adam.BITS:
+        sizes = trained_tensors(shape, train)
+        return 2 * sum(low_bit_adam.state_bytes(train.optimizer, values, width) for values in sizes)
+    return int(2 * trained_parameters(shape, train) * _STATE_BYTES.get(train.optimizer, width))
 
 
 def _changing_experts(shape: Shape, train: TrainConfig) -> int:
@@ -304,10 +313,8 @@ def export_bytes(shape: Shape, target: str) -> int:
 
 def checkpoints(shape: Shape, train: TrainConfig) -> int:
     """Compute the bytes of the checkpoints that a training stage keeps. Each has weights and optimizer states."""
-    trained = trained_parameters(shape, train)
-    width = bytes_per_value(TRAIN_TYPES[train.precision]) if train.method is Method.full else _ADAPTER_BYTES
     # One more than the limit: transformers removes the oldest checkpoint after it has written the next one.
-    return (train.save_total_limit + 1) * (_saved_bytes(shape, train) + _state_bytes(train, trained, width))
+    return (train.save_total_limit + 1) * (_saved_bytes(shape, train) + _state_bytes(shape, train))
 
 
 def figures(plan: Plan, model: Mapping[str, Any], longest: int, devices: dict[str, DeviceFigures]) -> NeedFigures:

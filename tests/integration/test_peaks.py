@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.checkpoints.gpt_oss import Shape
 from pipeline.config import DistillationConfig, LoraConfig, Method, Precision, QatConfig, Sharding, TrainConfig
-from pipeline.doctor import peaks
+from pipeline.doctor import needs, peaks
 from pipeline.doctor.fake_run import Job
 from pipeline.doctor.peaks import NotMeasured, Peaks
 from pipeline.numerics.formats import MXFP4
@@ -31,7 +32,7 @@ LORA: dict[str, Any] = {"method": Method.lora, "precision": Precision.bf16}
 SFT = Job(MODEL, "sft", TrainConfig(**LORA), 512, None, 0, Sharding.none, 1)
 QAT = replace(SFT, stage="qat", train=QatConfig(**LORA), block_format=MXFP4)
 
-
+SHAPE = Shape.of(MODEL, "model")
 EXPERT_VALUES = LAYERS * 8 * 3 * 256 * 256
 
 
@@ -55,6 +56,8 @@ JOBS = {
     "mixed, taught": replace(QAT, train=taught(MIXED_QAT)),
     "one pass": ONE_PASS,
     "sharded": SHARDED,
+    "8-bit": replace(SFT, train=TrainConfig(**LORA, optimizer="adamw_torch_8bit")),
+    "8-bit, sharded": replace(SHARDED, train=replace(SHARDED.train, optimizer="adamw_torch_8bit")),
     "sharded, gathered": replace(SHARDED, train=replace(SHARDED.train, reshard_after_forward=False)),
 }
 
@@ -99,6 +102,22 @@ def test_a_teacher_takes_memory_unless_it_shares_the_base(found: dict[str, Peaks
 
 def test_a_teacher_with_fp32_weights_computes_in_bf16_under_mixed_precision(found: dict[str, Peaks]) -> None:
     assert found["mixed, taught"].load - found["mixed"].load > 4 * EXPERT_VALUES
+
+
+def test_8_bit_states_save_the_memory_that_is_estimated(found: dict[str, Peaks]) -> None:
+    saved = _states("adamw_torch_fused") - _states("adamw_torch_8bit")
+    for phase in ("forward", "backward"):
+        assert getattr(found["sft"], phase) - getattr(found["8-bit"], phase) == pytest.approx(saved, rel=0.01)
+
+
+def _states(optimizer: str) -> int:
+    train = replace(SFT.train, optimizer=optimizer)
+    return needs.memory(SHAPE, train, tokens=8, experts_per_token=4, is_quantized=False).optimizer
+
+
+def test_8_bit_states_of_sharded_weights_are_sharded(found: dict[str, Peaks]) -> None:
+    weights = found["sharded"].load
+    assert found["sharded"].forward - found["8-bit, sharded"].forward == pytest.approx(1.5 * weights, rel=0.05)
 
 
 def test_a_rank_of_four_holds_a_quarter_of_the_weights_and_states(found: dict[str, Peaks]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 from pipeline.doctor.live_memory import LiveMemory
 
@@ -42,6 +43,15 @@ def test_a_resized_storage_counts_with_its_new_size(memory: LiveMemory) -> None:
     assert memory.live == 0
     gathered.untyped_storage().resize_(4096)
     assert memory.live == 4096
+
+
+def test_a_tensor_made_of_two_tensors_takes_only_their_memory(memory: LiveMemory) -> None:
+    pair = TwoTensor(torch.empty(1024, device="cuda"), torch.empty(1024, device="cuda"))
+    copy = pair.clone()
+    assert memory.live == 4 * 4096
+    del pair
+    assert memory.live == 2 * 4096
+    assert copy.numel() == 1024
 
 
 def test_each_phase_has_its_own_peak(memory: LiveMemory) -> None:

@@ -107,7 +107,9 @@ def test_adapters_have_as_many_parameters_as_in_peft(
 ) -> None:
     train = replace(LORA, lora=lora)
     adapted = adapters.attach(build(model_config), train, "sft")
-    assert needs.trained_parameters(shape, train) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert sorted(needs.trained_tensors(shape, train)) == sorted(
+        p.numel() for p in adapted.parameters() if p.requires_grad
+    )
 
 
 def test_packed_rows_are_laid_end_to_end(model_config: dict[str, Any], shape: Shape) -> None:
@@ -270,11 +272,27 @@ def test_checkpoints_take_one_more_than_the_limit() -> None:
 
 @pytest.mark.parametrize(
     ("optimizer", "each"),
-    [("adamw_torch_fused", 2), ("adamw_torch_8bit", 1), ("adamw_bnb_8bit", 1), ("adamw_torch_4bit", 0.5), ("sgd", 0)],
+    [("adamw_torch_fused", 2), ("adamw_bnb_8bit", 1), ("sgd", 0)],
 )
 def test_optimizer_states_of_a_bf16_weight_have_the_optimizers_type(optimizer: str, each: float) -> None:
     found = memory(RELEASED, replace(FULL, precision=Precision.bf16, optimizer=optimizer), 8, 4, False)
     assert found.optimizer == int(2 * each * needs.parameters(RELEASED)["all"])
+
+
+@pytest.mark.parametrize(("optimizer", "each"), [("adamw_torch_8bit", 1), ("adamw_torch_4bit", 0.5)])
+def test_codes_of_optimizer_states_have_a_scale_for_256_values(optimizer: str, each: float) -> None:
+    whole = memory(RELEASED, replace(FULL, precision=Precision.bf16, optimizer=optimizer), 8, 4, False)
+    assert whole.optimizer == pytest.approx(2 * (each + 4 / 256) * needs.parameters(RELEASED)["all"], rel=1e-3)
+    adapters = replace(LORA, optimizer=optimizer)
+    trained = needs.trained_parameters(RELEASED, adapters)
+    assert memory(RELEASED, adapters, 8, 4, False).optimizer == pytest.approx(2 * (each + 4 / 256) * trained, rel=0.01)
+
+
+@pytest.mark.parametrize("train", [FULL, LORA])
+def test_checkpoints_hold_the_optimizers_states(train: TrainConfig) -> None:
+    plain, codes = (needs.checkpoints(RELEASED, replace(train, optimizer=each)) for each in ("sgd", "adamw_torch_8bit"))
+    states = memory(RELEASED, replace(train, optimizer="adamw_torch_8bit"), 8, 4, False).optimizer
+    assert codes - plain == (train.save_total_limit + 1) * states
 
 
 @pytest.mark.parametrize(
