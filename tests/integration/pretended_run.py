@@ -1,8 +1,7 @@
 """Run command lines of the program, and write to a JSON file what happened on the pretended GPU of this process.
 
 A server of tests/fork_server.py runs this script. Usage: pretended_run.py <file>. The JSON file holds a list of
-command lines, each a list of arguments. The script writes
-<file>.outcome.
+command lines, each a list of arguments. The script writes <file>.outcome.
 """
 
 import json
