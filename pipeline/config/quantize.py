@@ -5,7 +5,8 @@ from enum import Enum
 from typing import Annotated
 
 from pipeline.config.bounds import POSITIVE
-from pipeline.config.training import QatConfig, TrainConfig
+from pipeline.config.format import FormatName
+from pipeline.config.training import Method, QatConfig, TrainConfig
 
 
 class QuantizeSource(Enum):
@@ -30,3 +31,8 @@ class QuantizeConfig:
 def first_training(source: QuantizeSource, sft: TrainConfig, qat: QatConfig) -> tuple[str, TrainConfig]:
     """Return the name and the settings of the first training stage. It is `qat` if `quantize.source` skips SFT."""
     return ("qat", qat) if source is QuantizeSource.upcast else ("sft", sft)
+
+
+def leaves_nothing_to_round(source: QuantizeSource, sft: TrainConfig, name: FormatName) -> bool:
+    """Return whether the fine-tuned model's experts are the source's own MXFP4 weights, so that nothing is rounded."""
+    return source is QuantizeSource.sft and sft.method is Method.bf16_parts and name is FormatName["mxfp4"]

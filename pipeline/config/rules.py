@@ -13,9 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.config import evaluation_rules
 from pipeline.config.bounds import bounds_of
 from pipeline.config.data import ColumnsConfig, DataConfig
+from pipeline.config.format import FormatName
 from pipeline.config.keys import is_known, schema, unknown_key
 from pipeline.config.pipeline import PipelineConfig, Sharding, Stage
-from pipeline.config.quantize import QuantizeSource, first_training
+from pipeline.config.quantize import QuantizeSource, first_training, leaves_nothing_to_round
 from pipeline.config.targets import TARGETS
 from pipeline.config.training import (
     ROUNDING_OPTIMIZERS,
@@ -63,7 +64,7 @@ def problems(config: PipelineConfig) -> list[str]:
     """Return a message for each bound and rule that the settings break, with full keys and values."""
     found = [*_bound_problems(config), *_data_problems(config.data), *evaluation_rules.problems(config.evaluate)]
     found += _train_problems("sft", config.sft) + _train_problems("qat", config.qat)
-    found += _format_problems(config) + _resharding_problems(config)
+    found += _format_problems(config) + _resharding_problems(config) + _parts_problems(config)
     return found + _qat_problems(config) + _experts_problems(config) + _packed_problems(config)
 
 
@@ -225,14 +226,42 @@ def _experts_problems(config: PipelineConfig) -> list[str]:
 
 
 def _packed_problems(config: PipelineConfig) -> list[str]:
-    """Packed experts are frozen. Only adapters beside them can be trained."""
+    """Packed experts are frozen. Adapters beside them can be trained, and the BF16 parts of the model."""
     first, train = first_training(config.quantize.source, config.sft, config.qat)
-    if config.upcast.experts is not Experts.packed or train.method is Method.lora:
-        return []
-    return [
-        f"upcast.experts=packed: {first}.method={train.method.name} trains the experts' weights, which is impossible"
-        f" while they are packed. Set upcast.experts=bf16, or {first}.method=lora."
+    if config.upcast.experts is Experts.packed and train.method is Method.full:
+        return [
+            f"upcast.experts=packed: {first}.method=full trains the experts' weights, which is impossible while they"
+            f" are packed. Set upcast.experts=bf16, or {first}.method=lora, or {first}.method=bf16_parts."
+        ]
+    if config.upcast.experts is Experts.bf16 and train.method is Method.bf16_parts:
+        return [
+            f"upcast.experts=bf16: {first}.method=bf16_parts does not train the experts' weights. It keeps them packed,"
+            f" so that their bytes reach the export unchanged. Set upcast.experts=null, or {first}.method=full."
+        ]
+    return []
+
+
+def _parts_problems(config: PipelineConfig) -> list[str]:
+    """Training of the BF16 parts needs a strategy that takes packed experts, and for QAT, experts that were rounded."""
+    trains = {"sft": config.sft, "qat": config.qat}
+    found = [
+        f"sharding={config.sharding.name}: DeepSpeed does not take the packed experts of {section}.method=bf16_parts."
+        " Use sharding=fsdp2 or none."
+        for section, train in trains.items()
+        if train.method is Method.bf16_parts and config.sharding in (Sharding.zero2, Sharding.zero3)
     ]
+    source, name = config.quantize.source, config.format.name
+    if config.stage in (Stage.quantize, Stage.qat) and leaves_nothing_to_round(source, config.sft, name):
+        found.append(
+            "sft.method=bf16_parts: there is nothing to round. The experts are still the source's own MXFP4 weights, so"
+            " the fine-tuned model needs neither quantize nor qat. Export it: run stage=export."
+        )
+    if source is QuantizeSource.upcast and config.qat.method is Method.bf16_parts and name is FormatName["mxfp4"]:
+        found.append(
+            "qat.method=bf16_parts with quantize.source=upcast: the experts are MXFP4 already, so there is nothing to"
+            " round. Use train@sft=bf16_parts with quantize.source=sft."
+        )
+    return found
 
 
 def _missing_problem(key: str) -> str:

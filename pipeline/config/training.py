@@ -42,10 +42,14 @@ class ExpertsImplementation(Enum):
 
 
 class Method(Enum):
-    """Weights to train: all weights of the model, or low-rank adapters on a frozen base."""
+    """Weights to train: all weights, low-rank adapters on a frozen base, or all weights except the experts' matrices.
+
+    MXFP4 keeps in BF16 what `bf16_parts` trains: attention, routers, norms, embedding, head, sinks and all biases.
+    """
 
     full = "full"
     lora = "lora"
+    bf16_parts = "bf16_parts"
 
 
 class LoraTarget(Enum):
@@ -83,7 +87,7 @@ class TrainConfig:
     """Settings of a training stage. `sft` has exactly these settings. `qat` adds a few."""
 
     method: Method = Method.full
-    """Train every weight (full) or only adapters (lora)."""
+    """Train every weight (full), adapters (lora), or what the format keeps in BF16 (bf16_parts: not the experts)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     learning_rate: Annotated[float, POSITIVE] = 2.0e-5
     """Peak learning rate."""

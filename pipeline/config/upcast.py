@@ -20,7 +20,7 @@ class UpcastConfig:
     """Prepare the checkpoint that training starts from."""
 
     experts: Optional[Experts] = None
-    """Form of the experts in training: packed (MXFP4, only for LoRA) or bf16; null: packed for LoRA on MXFP4."""
+    """Form of the experts in training: packed (MXFP4, not for full training) or bf16; null: what the method needs."""
     shard_bytes: Annotated[int, POSITIVE] = 5_000_000_000
     """Largest size of one weight file, in bytes."""
 
@@ -29,8 +29,10 @@ def keeps_packed(asked: Experts | None, method: Method, *, is_mxfp4: bool) -> bo
     """Return whether training starts from packed experts.
 
     Args:
-        asked: value of upcast.experts. None means packed if the source is MXFP4 and `method` is lora, else bf16.
+        asked: value of upcast.experts. None means packed for bf16_parts, and for lora if the source is MXFP4.
         method: what the first training stage trains (see `first_training`).
         is_mxfp4: whether the experts of the source are MXFP4.
     """
-    return is_mxfp4 and method is Method.lora if asked is None else asked is Experts.packed
+    if asked is not None:
+        return asked is Experts.packed
+    return method is Method.bf16_parts or (method is Method.lora and is_mxfp4)

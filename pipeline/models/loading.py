@@ -89,11 +89,17 @@ def load_packed(directory: Path, dtype: torch.dtype, **arguments: Any) -> "PreTr
     return model
 
 
-def _build(directory: Path, dtype: torch.dtype, *, packed: bool, **arguments: Any) -> "PreTrainedModel":
-    """Build a model without values, for `streaming`. Its experts are packed or plain."""
+def _build(
+    directory: Path, dtype: torch.dtype, *, packed: bool, mixed: bool = False, **arguments: Any
+) -> "PreTrainedModel":
+    """Build a model without values, for `streaming`. Its experts are packed or plain.
+
+    `mixed` says whether packed experts compute in BF16, whatever the type of their biases.
+    """
     from pipeline.models import packed_experts
 
-    pack = partial(packed_experts.replace, dtype=dtype) if packed else None
+    computes_in = torch.bfloat16 if mixed else dtype
+    pack = partial(packed_experts.replace, dtype=dtype, computes_in=computes_in) if packed else None
     return streaming.build(directory, dtype, pack, **arguments)
 
 
@@ -148,7 +154,7 @@ def load_to_train(
     """Load `ref` for training in `train.precision`, with its adapters and quantizers.
 
     This is a collective call if the model is sharded. The weights are streamed to the device that trains, so the host
-    holds no copy of the model. Packed experts stay packed if only adapters are trained, and are decoded otherwise.
+    holds no copy of the model. Packed experts are decoded only if they are trained.
 
     Args:
         ref: the model.
@@ -158,17 +164,24 @@ def load_to_train(
         attach: function that attaches new adapters, or None.
     """
     _quieten()
-    packed = ref.is_packed and train.method is Method.lora
-    model = _build(ref.base, TRAIN_DTYPES[train.precision], packed=packed, attn_implementation=attn_implementation)
+    packed, dtype, mixed = ref.is_packed and train.method is not Method.full, TRAIN_DTYPES[train.precision], is_mixed(train)
+    model = _build(ref.base, dtype, packed=packed, mixed=mixed, attn_implementation=attn_implementation)
     model = _restore_parts(model, ref, trainable=True)
     model = model if attach is None else attach(model)
+    if train.method is Method.bf16_parts:
+        _freeze_experts(model)
     checkpoint = Checkpoint(ref.base)
-    sharding.STRATEGIES[shared].place(
-        model, partial(_read_packed if packed else _read_plain, checkpoint), is_mixed(train)
-    )
+    sharding.STRATEGIES[shared].place(model, partial(_read_packed if packed else _read_plain, checkpoint), mixed)
     checkpoint.close()
     set_up_to_train(model, train, ref.block_format)
     return model
+
+
+def _freeze_experts(model: "PreTrainedModel") -> None:
+    """Freeze the experts' weights, packed or not. Their biases stay trainable."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(EXPERT_WEIGHTS):
+            parameter.requires_grad_(False)
 
 
 def set_up_to_train(model: "PreTrainedModel", train: TrainConfig, block_format: BlockFormat | None) -> None:

@@ -33,19 +33,22 @@ class PackedExperts(nn.Module):
     Attributes:
         features: for each projection, the numbers of input and output features.
         multiply: function that multiplies rows by the weights of their experts.
+        dtype: type that the experts compute in.
     """
 
     is_transposed = True  # for PEFT: adapters are those of plain weights, (E, in, out)
     alpha, limit = 1.702, 7.0
 
-    def __init__(self, config: Any, dtype: torch.dtype) -> None:
+    def __init__(self, config: Any, dtype: torch.dtype, computes_in: torch.dtype | None = None) -> None:
         """Create the parameters without values.
 
         Args:
             config: transformers' configuration of the model.
-            dtype: type of the biases, and of the weights after decoding.
+            dtype: type of the biases.
+            computes_in: type of the weights after decoding, and of all products. None means `dtype`.
         """
         super().__init__()
+        self.dtype: torch.dtype = dtype if computes_in is None else computes_in
         hidden, inner = config.hidden_size, config.intermediate_size
         self.num_experts: int = config.num_local_experts
         self.features: dict[str, tuple[int, int]] = {GATE_UP: (hidden, 2 * inner), DOWN: (inner, hidden)}
@@ -55,11 +58,6 @@ class PackedExperts(nn.Module):
             self.register_parameter(name, _frozen(torch.empty(*rows, MXFP4.block_size // 2, dtype=torch.uint8)))
             self.register_parameter(name + SCALES_SUFFIX, _frozen(torch.empty(rows, dtype=torch.uint8)))
             self.register_parameter(name + BIAS_SUFFIX, nn.Parameter(torch.empty(self.num_experts, out, dtype=dtype)))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type that the experts compute in."""
-        return self.bias(GATE_UP).dtype
 
     def bias(self, name: str) -> Tensor:
         """Return the biases of a projection, (E, out)."""
@@ -169,7 +167,7 @@ class _Compute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, work: Pass, held: Tensor, shares: Tensor) -> Tensor:
-        with torch.autocast(held.device.type, enabled=False):  # experts compute in the type of their biases
+        with torch.autocast(held.device.type, enabled=False):  # experts compute in their own type
             return work.forward(held, shares)
 
     @staticmethod
@@ -177,12 +175,15 @@ class _Compute(torch.autograd.Function):
         return None, gradients[0], None
 
 
-def replace(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace the experts of a gpt-oss model in place. The new experts are packed, and have no values yet."""
+def replace(model: nn.Module, dtype: torch.dtype, computes_in: torch.dtype | None = None) -> None:
+    """Replace the experts of a gpt-oss model in place. The new experts are packed, and have no values yet.
+
+    `dtype` and `computes_in` are those of `PackedExperts`.
+    """
     for owner in list(model.modules()):
         for name, module in owner.named_children():
             if isinstance(module, GptOssExperts):
-                setattr(owner, name, PackedExperts(cast(Any, model).config, dtype))
+                setattr(owner, name, PackedExperts(cast(Any, model).config, dtype, computes_in))
 
 
 def is_packed(model: nn.Module) -> bool:

@@ -26,6 +26,8 @@ At least one expert is always decoded. A CPU decodes single experts, which stay 
 of a gpt-oss-20b layer at once.
 """
 
+_ALIGNED_COLUMNS = 8  # torch.nn.functional.grouped_mm takes only rows whose size is a multiple of 16 bytes
+
 
 class Experts(Protocol):
     """A pass uses these members of `packed_experts.PackedExperts`, which documents them."""
@@ -34,8 +36,8 @@ class Experts(Protocol):
     features: dict[str, tuple[int, int]]
     multiply: Multiply
 
-    @property
-    def dtype(self) -> torch.dtype: ...
+    dtype: torch.dtype
+
     @property
     def visits_all(self) -> bool: ...
     def bias(self, name: str) -> Tensor: ...
@@ -224,7 +226,9 @@ class _Gradients:
         if part.is_own is not None:
             gradient = torch.where(part.is_own, gradient, 0)
         if name in self._biases:
-            self._biases[name][part.experts].index_add_(0, part.groups.experts, gradient)
+            # A product with ones sums in FP32 and in a fixed order, also if the rows are BF16.
+            ones = gradient.new_ones(len(gradient), _ALIGNED_COLUMNS)
+            self._biases[name][part.experts].copy_(_sum_products(self._experts, ones, gradient, part)[:, 0])
         if name in self._adapters:
             self._add_factors(name, part, rows, gradient)
 

@@ -1,22 +1,30 @@
 """Write models to disk.
 
-- `save` writes a trained model, or only its adapters. It gathers them from all processes.
+- `save` writes a trained model, or only its adapters. It gathers them from all processes. If the experts are packed,
+  their blocks and scales are copied from the model that training started from.
 - `write_plain` writes a saved model as a full checkpoint. It merges adapters into the weights.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pipeline.checkpoints.config_json import read_config, write_config
+from pipeline.checkpoints.config_json import CONFIG, read_config, write_config
 from pipeline.checkpoints.dtypes import dtype_name, stored_name
-from pipeline.checkpoints.gpt_oss import Shape, TensorInfo, plain_tensors
+from pipeline.checkpoints.gpt_oss import (
+    ExpertProjection,
+    Shape,
+    TensorInfo,
+    expert_projections,
+    other_tensors,
+    plain_tensors,
+)
 from pipeline.checkpoints.reading import Checkpoint
-from pipeline.checkpoints.shards import SHARD_BYTES, Piece, Step, Written, write_sharded
+from pipeline.checkpoints.shards import SHARD_BYTES, STEP_BYTES, Piece, Step, Written, sort_by_layer, write_sharded
 from pipeline.checkpoints.side_files import copy_side_files
 from pipeline.config import Sharding, TrainConfig
 from pipeline.models import sharding
@@ -25,6 +33,7 @@ from pipeline.models.loading import TRAIN_DTYPES
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
 from pipeline.runs.artifacts import SHARDS_FILE, Kind
+from pipeline.runs.json_files import write_json
 from pipeline.runs.processes import is_main_process
 from pipeline.runs.records import ModelRecord
 
@@ -44,6 +53,7 @@ def save(
         The kind of the model, and its record. `of_artifact` uses the record to find the model again.
     """
     from pipeline.models.adapters import is_adapted
+    from pipeline.models.packed_experts import is_packed
 
     dtype = sharding.saved_dtype(train, TRAIN_DTYPES[train.precision], shared)
     if is_main_process():
@@ -52,7 +62,11 @@ def save(
         _save_adapters(model, directory)
         base = os.path.relpath(ref.base, directory.parent)
         return Kind.adapter, ModelRecord(dtype=dtype_name(dtype), base=base)
-    _save_whole(model, directory, dtype)
+    if is_packed(model):
+        _save_packed(model, ref, directory)
+        return Kind.packed, ModelRecord(dtype=dtype_name(torch.bfloat16))
+    layout = plain_tensors(Shape.of(model.config.to_dict(), directory), stored_name(dtype))
+    _save_whole(model, directory, layout, dtype, [])
     if is_main_process():
         write_config(directory, read_config(ref.base), dtype)
         Checkpoint(directory).close()
@@ -70,19 +84,60 @@ def _save_adapters(model: "PreTrainedModel", directory: Path) -> None:
         model.save_pretrained(str(directory), state_dict=state)
 
 
-def _save_whole(model: "PreTrainedModel", directory: Path, dtype: torch.dtype) -> None:
-    """Gather one parameter at a time and write it to disk. All processes gather parameters in the same order."""
-    parameters = dict(model.named_parameters())
-    layout = plain_tensors(Shape.of(model.config.to_dict(), directory), stored_name(dtype))
-    if not is_main_process():
+def _save_packed(model: "PreTrainedModel", ref: ModelRef, directory: Path) -> None:
+    """Write the released layout: trained tensors in BF16, and the blocks and scales of the experts of `ref`."""
+    base = Checkpoint(ref.base)
+    frozen = [_copied_piece(base, projection) for projection in expert_projections(base.shape)]
+    _save_whole(model, directory, other_tensors(base.shape), torch.bfloat16, frozen)
+    if is_main_process():
+        write_json(directory / CONFIG, base.config)
+        Checkpoint(directory).close()
+    base.close()
+
+
+def _copied_piece(base: Checkpoint, projection: ExpertProjection) -> Piece:
+    """Make a piece that copies the blocks and the scales of a stack, a few experts at a time."""
+    layout = projection.packed_tensors()
+    count = max(1, STEP_BYTES * projection.experts // layout[projection.blocks].bytes)
+
+    def step(name: str, rows: slice) -> Step:
+        return Step(lambda: base.read(name, rows), lambda stored: [(name, stored)])
+
+    def steps() -> Iterator[Step]:
         for name in layout:
+            for first in range(0, projection.experts, count):
+                yield step(name, slice(first, min(first + count, projection.experts)))
+
+    return Piece(layout, steps)
+
+
+def _save_whole(
+    model: "PreTrainedModel",
+    directory: Path,
+    layout: Mapping[str, TensorInfo],
+    dtype: torch.dtype,
+    others: Sequence[Piece],
+) -> None:
+    """Gather one parameter at a time and write it to disk. All processes gather parameters in the same order.
+
+    Args:
+        model: the trained model.
+        directory: directory to write.
+        layout: name -> type and shape of each parameter to write.
+        dtype: type of the written parameters.
+        others: pieces of the checkpoint that are not parameters of the model.
+    """
+    parameters = dict(model.named_parameters())
+    pieces = [_gathering_piece(name, info, parameters[name], dtype) for name, info in layout.items()]
+    pieces = sort_by_layer([*pieces, *others]) if others else pieces
+    if not is_main_process():
+        for name in (name for piece in pieces for name in piece.tensors if name in layout):
             with sharding.gather(parameters[name]):
                 pass
         return
     # Do not resume an interrupted save: its shards may have other weights. Besides, the other processes gather every
     # parameter, so this process must not skip the parameters in those shards.
     (directory / SHARDS_FILE).unlink(missing_ok=True)
-    pieces = [_gathering_piece(name, info, parameters[name], dtype) for name, info in layout.items()]
     write_sharded(directory, pieces, SHARD_BYTES, "saving")
 
 

@@ -3,7 +3,7 @@
 import importlib
 from dataclasses import replace
 
-from pipeline.config import PipelineConfig, QuantizeSource, Stage
+from pipeline.config import PipelineConfig, QuantizeSource, Stage, leaves_nothing_to_round
 from pipeline.models import sharding
 from pipeline.publish import hub
 from pipeline.runs.artifacts import Artifact
@@ -20,8 +20,8 @@ def run(config: PipelineConfig) -> Artifact:
     sharding.raise_if_impossible(config.sharding)  # also now, because training starts minutes later
     artifact = None
     for stage in STAGES if config.export.push_to_hub is None else (*STAGES, Stage.publish):
-        if stage is Stage.sft and config.quantize.source is QuantizeSource.upcast:
-            say(stage.name, "skipped, because quantize.source=upcast")
+        if (reason := _reason_to_skip(stage, config)) is not None:
+            say(stage.name, f"skipped, because {reason}")
         else:
             settings = replace(config, stage=stage)
             if stage is Stage.evaluate and config.evaluate.source is None:
@@ -30,3 +30,13 @@ def run(config: PipelineConfig) -> Artifact:
                 artifact = importlib.import_module(f"pipeline.stages.{stage.name}").run(settings)
     assert artifact is not None
     return artifact
+
+
+def _reason_to_skip(stage: Stage, config: PipelineConfig) -> str | None:
+    if stage is Stage.sft and config.quantize.source is QuantizeSource.upcast:
+        return "quantize.source=upcast"
+    if stage in (Stage.quantize, Stage.qat) and leaves_nothing_to_round(
+        config.quantize.source, config.sft, config.format.name
+    ):
+        return "sft.method=bf16_parts leaves nothing to round: the experts are still the source's own MXFP4 weights"
+    return None

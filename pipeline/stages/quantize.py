@@ -1,7 +1,7 @@
 """quantize: inserts fake quantizers into the fine-tuned model's experts. The result is the PTQ baseline for QAT.
 
 The model first takes the form that QAT trains. For full training, SFT's adapters are merged. For LoRA, a full
-checkpoint gets new adapters. Quantizers come last: if an adapter were attached to weights that already have a
+checkpoint gets new adapters. For training of the BF16 parts, the experts are rounded now, and frozen later. Quantizers come last: if an adapter were attached to weights that already have a
 quantizer, this quantizer would never run.
 """
 

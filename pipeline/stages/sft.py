@@ -1,4 +1,4 @@
-"""sft: fine-tunes the upcast checkpoint with supervision, in full or with adapters."""
+"""sft: fine-tunes the upcast checkpoint with supervision: in full, with adapters, or only its BF16 parts."""
 
 from pathlib import Path
 
@@ -9,7 +9,8 @@ from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.models import loading, placement, references, saving, sharding
 from pipeline.models.references import ModelRef
-from pipeline.runs.artifacts import Artifact, Result
+from pipeline.numerics.formats import MXFP4
+from pipeline.runs.artifacts import Artifact, Kind, Result
 from pipeline.runs.building import build
 from pipeline.runs.records import TrainingRecord
 from pipeline.runs.run import Run
@@ -19,15 +20,11 @@ _SETTINGS = ("data", "sft")
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Make <run_dir>/sft: the fine-tuned checkpoint, or its adapters."""
+    """Make <run_dir>/sft: the fine-tuned checkpoint, or its adapters. Packed experts stay packed."""
     here = Run(config)
     upcast = references.require_upcast(here, config.model.path)
     sharding.raise_if_impossible(config.sharding)
-    if config.sft.method is Method.full and references.of_artifact(upcast).is_packed:
-        raise UserError(
-            f"sft.method=full: the experts in {upcast.directory} are packed and cannot be trained. Run stage=upcast"
-            " again with upcast.experts=bf16 overwrite=true, or use sft.method=lora."
-        )
+    _raise_if_in_other_form(config.sft.method, references.of_artifact(upcast))
     rows = load_rows(here, config.data)
     return build(
         here,
@@ -39,6 +36,19 @@ def run(config: PipelineConfig) -> Artifact:
         resumable_as=resume.by_global_batch,
         on_every_process=True,
     )
+
+
+def _raise_if_in_other_form(method: Method, upcast: ModelRef) -> None:
+    if method is Method.full and upcast.is_packed:
+        raise UserError(
+            f"sft.method=full: the experts in {upcast.directory} are packed and cannot be trained. Run stage=upcast"
+            " again with upcast.experts=bf16 overwrite=true, or use sft.method=lora."
+        )
+    if method is Method.bf16_parts and not upcast.is_packed:
+        raise UserError(
+            f"sft.method=bf16_parts: the experts in {upcast.directory} are not packed, so their MXFP4 bytes would not"
+            " reach the export unchanged. Run stage=upcast again with upcast.experts=null overwrite=true."
+        )
 
 
 def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, directory: Path) -> Result:
@@ -61,4 +71,4 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     figures = trainer.train(inputs, trainer.Setup(config.sft, "sft", directory, config.sharding))
     kind, saved = saving.save(model, start, directory, train=config.sft, shared=config.sharding)
     details = {**figures, **saved.details(), "attn_implementation": attention}
-    return Result(kind, TrainingRecord.from_details(details), saved.dtype)
+    return Result(kind, TrainingRecord.from_details(details), MXFP4.name if kind is Kind.packed else saved.dtype)

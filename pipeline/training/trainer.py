@@ -41,6 +41,7 @@ from pipeline.training import resume
 from pipeline.training.callbacks import ForgetRounded, TokenCount, make_callbacks
 from pipeline.training.determinism import deterministic_on_cpu
 from pipeline.training.distillation import Teacher, distill
+from pipeline.training.trained_only import TrainedOnly
 from pipeline.training.weight_changes import WeightChanges
 
 _WHOLE_EXAMPLES = "bfd"  # best-fit decreasing: TRL's packing strategy that splits no example that fits into a row
@@ -165,7 +166,7 @@ def _summarize_losses(setup: Setup, kept: int | None) -> dict[str, float]:
     }
 
 
-class _Trainer(SFTTrainer):
+class _Trainer(TrainedOnly, SFTTrainer):
     """TRL's trainer with our validation loss, and with distillation if there is a teacher.
 
     `evaluate` is overridden because transformers 5.14 averages the validation loss over batches. Such an average
