@@ -23,7 +23,13 @@ from pipeline.config.format import FormatConfig, FormatName, ScaleRule
 from pipeline.config.keys import is_known, schema, setting_keys, unknown_key, value_problem
 from pipeline.config.model import SYNTHETIC, Dtype, ModelConfig, TinyConfig
 from pipeline.config.pipeline import Device, PipelineConfig, Sharding, Stage
-from pipeline.config.quantize import QuantizeConfig, QuantizeSource, first_training, leaves_nothing_to_round
+from pipeline.config.quantize import (
+    QuantizeConfig,
+    QuantizeSource,
+    first_training,
+    leaves_nothing_to_round,
+    packs_rounded,
+)
 from pipeline.config.serve import ServeConfig, ServingEngine
 from pipeline.config.tracking import TrackingBackend, TrackingConfig
 from pipeline.config.training import (
@@ -97,6 +103,7 @@ __all__ = [
     "is_known",
     "keeps_packed",
     "leaves_nothing_to_round",
+    "packs_rounded",
     "schema",
     "setting_keys",
     "unknown_key",

@@ -5,7 +5,7 @@ from enum import Enum
 from typing import Annotated
 
 from pipeline.config.bounds import POSITIVE
-from pipeline.config.format import FormatName
+from pipeline.config.format import FormatConfig, FormatName
 from pipeline.config.training import Method, QatConfig, TrainConfig
 
 
@@ -36,3 +36,12 @@ def first_training(source: QuantizeSource, sft: TrainConfig, qat: QatConfig) -> 
 def leaves_nothing_to_round(source: QuantizeSource, sft: TrainConfig, name: FormatName) -> bool:
     """Return whether the fine-tuned model's experts are the source's own MXFP4 weights, so that nothing is rounded."""
     return source is QuantizeSource.sft and sft.method is Method.bf16_parts and name is FormatName["mxfp4"]
+
+
+def packs_rounded(qat: QatConfig, block_format: FormatConfig) -> bool:
+    """Return whether `quantize` rounds the experts and packs them, because QAT trains only the BF16 parts.
+
+    Only MXFP4 can be packed. With `importance`, rounding needs a calibrated model, so the experts stay plain.
+    """
+    is_mxfp4 = block_format.name is FormatName["mxfp4"]
+    return qat.method is Method.bf16_parts and is_mxfp4 and not block_format.importance

@@ -164,7 +164,11 @@ def load_to_train(
         attach: function that attaches new adapters, or None.
     """
     _quieten()
-    packed, dtype, mixed = ref.is_packed and train.method is not Method.full, TRAIN_DTYPES[train.precision], is_mixed(train)
+    packed, dtype, mixed = (
+        ref.is_packed and train.method is not Method.full,
+        TRAIN_DTYPES[train.precision],
+        is_mixed(train),
+    )
     model = _build(ref.base, dtype, packed=packed, mixed=mixed, attn_implementation=attn_implementation)
     model = _restore_parts(model, ref, trainable=True)
     model = model if attach is None else attach(model)

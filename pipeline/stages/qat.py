@@ -12,8 +12,8 @@ from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.models import loading, placement, references, saving, sharding
 from pipeline.models.references import ModelRef
-from pipeline.numerics.formats import BlockFormat
-from pipeline.runs.artifacts import Artifact, Result
+from pipeline.numerics.formats import MXFP4, BlockFormat
+from pipeline.runs.artifacts import Artifact, Kind, Result
 from pipeline.runs.building import build
 from pipeline.runs.console import warn
 from pipeline.runs.processes import is_main_process
@@ -108,7 +108,8 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     if is_main_process():
         fake_quantizers.save_state(model, directory)
     record = TrainingRecord.from_details({**figures, **saved.details(), "attn_implementation": attention})
-    return Result(kind, record, saved.dtype, block_format.name, block_format.scale_rule)
+    form = MXFP4.name if kind is Kind.packed else saved.dtype
+    return Result(kind, record, form, block_format.name, block_format.scale_rule)
 
 
 def _load_teacher(here: Run, config: PipelineConfig, start: ModelRef, attention: str) -> "Teacher | None":

@@ -1,8 +1,8 @@
 """quantize: inserts fake quantizers into the fine-tuned model's experts. The result is the PTQ baseline for QAT.
 
 The model first takes the form that QAT trains. For full training, SFT's adapters are merged. For LoRA, a full
-checkpoint gets new adapters. For training of the BF16 parts, the experts are rounded now, and frozen later. Quantizers come last: if an adapter were attached to weights that already have a
-quantizer, this quantizer would never run.
+checkpoint gets new adapters. For training of the BF16 parts, the experts are rounded now, and frozen later. Quantizers
+come last: if an adapter were attached to weights that already have a quantizer, this quantizer would never run.
 """
 
 import os
@@ -11,15 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.checkpoints.dtypes import dtype_name
-from pipeline.checkpoints.side_files import link_or_copy
-from pipeline.config import Method, PipelineConfig, QuantizeSource, Stage
+from pipeline.checkpoints.side_files import copy_side_files, link_or_copy
+from pipeline.config import Method, PipelineConfig, QuantizeSource, Stage, packs_rounded
 from pipeline.data.examples import prepare_examples
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import UserError
+from pipeline.export.packing import pack_rounded
 from pipeline.models import loading, losses, placement, references, saving
 from pipeline.models.references import ModelRef
+from pipeline.models.weights import Weights
+from pipeline.numerics.formats import MXFP4
 from pipeline.runs.artifacts import BOOKKEEPING, Artifact, Kind, Result
 from pipeline.runs.building import build
 from pipeline.runs.console import say
@@ -51,7 +56,7 @@ def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, dire
     from pipeline.models import adapters, attention, fake_quantizers, quantizer_calls
 
     block_format = references.configured_format(config.format)
-    kind, start, saved = _take_form(config.qat.method, ref, directory)
+    kind, start, saved = _take_form(config, ref, directory)
     placement.raise_if_host_too_small("quantize", start.base, start.dtype)
     chosen = attention.for_inference(start.dtype)
     model = placement.place(loading.load_quantized(start, start.dtype, attn_implementation=chosen))
@@ -74,22 +79,30 @@ def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, dire
     )
     log_metrics(directory, {"quantizers": quantizers})
     record = QuantizeRecord(dtype=saved.dtype, base=saved.base, quantizers=quantizers)
-    return Result(kind, record, saved.dtype, block_format.name, block_format.scale_rule)
+    form = MXFP4.name if kind is Kind.packed else saved.dtype
+    return Result(kind, record, form, block_format.name, block_format.scale_rule)
 
 
-def _take_form(method: Method, ref: ModelRef, directory: Path) -> tuple[Kind, ModelRef, ModelRecord]:
+def _take_form(config: PipelineConfig, ref: ModelRef, directory: Path) -> tuple[Kind, ModelRef, ModelRecord]:
     """Bring the model into the form that QAT trains. Return its kind, the model, and the record for artifact.json."""
-    whole = ModelRecord(dtype=dtype_name(ref.dtype))
-    if method is Method.full and (ref.adapter or ref.is_packed):
+    method, whole = config.qat.method, ModelRecord(dtype=dtype_name(ref.dtype))
+    here = replace(ref, directory=directory, base=directory, adapter=False)
+    if packs_rounded(config.qat, config.format):
+        say("quantize", "qat trains the BF16 parts: packing the rounded experts as MXFP4")
+        block_format, device = references.configured_format(config.format), loading.device_of(config.device)
+        pack_rounded(Weights(ref), block_format, directory, device=device)
+        copy_side_files(ref.base, directory)
+        return Kind.packed, replace(here, dtype=torch.bfloat16), ModelRecord(dtype=dtype_name(torch.bfloat16))
+    if method is not Method.lora and (ref.adapter or (ref.is_packed and method is Method.full)):
         change = "merging SFT's adapters" if ref.adapter else "decoding the experts to BF16"
-        say("quantize", f"qat trains every weight: {change}")
+        say("quantize", f"qat trains {'every weight' if method is Method.full else 'the BF16 parts'}: {change}")
         saving.write_plain(ref, directory)
-        return Kind.checkpoint, replace(ref, directory=directory, base=directory, adapter=False), whole
-    if method is Method.full or ref.adapter:
+        return Kind.checkpoint, here, whole
+    if method is not Method.lora or ref.adapter:
         for path in sorted(p for p in ref.directory.iterdir() if p.name not in BOOKKEEPING and p.is_file()):
             link_or_copy(path, directory / path.name)
     if not ref.adapter:
-        return Kind.checkpoint, ref, whole
+        return Kind.packed if ref.is_packed else Kind.checkpoint, ref, whole
     return Kind.adapter, ref, replace(whole, base=os.path.relpath(ref.base, directory.parent))
 
 

@@ -1,0 +1,154 @@
+"""Training of the BF16 parts changes all tensors but the experts' weights. Their bytes reach the export unchanged."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from command_lines import Line, run
+from conftest import SHORT, linked, outcomes, run_program
+from test_processes import losses
+from test_sharding import launch_lines
+
+from pipeline.checkpoints.gpt_oss import is_packed_name, other_tensors
+from pipeline.checkpoints.reading import Checkpoint
+from pipeline.data.tables import DIRECTORY
+from pipeline.models import loading, packed_experts
+from pipeline.runs import artifacts
+from pipeline.runs.artifacts import Kind
+
+SETTINGS = ("recipe=smoke", "train@sft=bf16_parts", *SHORT)
+
+
+@pytest.fixture(scope="module")
+def parts_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in which `all` has run with bf16_parts. Tests must not write to it."""
+    run_dir: Path = tmp_path_factory.mktemp("parts") / "run"
+    assert run_program("stage=all", f"run_dir={run_dir}", *SETTINGS) == 0
+    return run_dir
+
+
+def source_of(run_dir: Path) -> Path:
+    (source,) = (run_dir / "source").iterdir()
+    return source
+
+
+@pytest.mark.parametrize("stage", ["sft", "export"])
+def test_only_the_experts_weights_keep_their_bytes(stage: str, parts_run: Path) -> None:
+    base, trained = Checkpoint(source_of(parts_run)), Checkpoint(parts_run / stage)
+    assert trained.is_packed and trained.tensors == base.tensors and trained.config == base.config
+    same = {name for name in base.tensors if torch.equal(base.read(name), trained.read(name))}
+    assert same == {name for name in base.tensors if is_packed_name(name)}
+
+
+def test_the_export_has_the_bytes_of_the_fine_tuned_model_and_is_proved(parts_run: Path) -> None:
+    sft, export = Checkpoint(parts_run / "sft"), Checkpoint(parts_run / "export")
+    assert all(torch.equal(sft.read(name), export.read(name)) for name in sft.tensors)
+    details = artifacts.load(parts_run / "export").details
+    assert details["copied_experts"] > 0 and details["moved_weights"] == 0 and details["snr_db"] is None
+    assert "FAILED" not in outcomes(parts_run)
+
+
+def test_all_skips_quantize_and_qat_and_evaluates_the_others(parts_run: Path) -> None:
+    assert not (parts_run / "quantize").exists() and not (parts_run / "qat").exists()
+    results = artifacts.load(parts_run / "evaluate").details["results"]
+    assert results.keys() == {"upcast", "sft", "export"}
+    assert (
+        results["export"]["validation_loss"] == results["sft"]["validation_loss"] < results["upcast"]["validation_loss"]
+    )
+
+
+def test_the_fine_tuned_model_is_a_checkpoint_that_transformers_loads(parts_run: Path) -> None:
+    assert artifacts.load(parts_run / "sft").kind is Kind.packed
+    ids = torch.arange(60).reshape(2, 30)
+    plain, packed = (load(parts_run / "sft", torch.float32) for load in (loading.load_plain, loading.load_packed))
+    assert packed_experts.is_packed(packed)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("stage", ["quantize", "qat"])
+def test_quantize_and_qat_say_that_there_is_nothing_to_round(
+    stage: str, parts_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = linked(tmp_path / "run", parts_run, "source", "upcast", "sft")
+    assert run_program(f"stage={stage}", f"run_dir={run_dir}", *SETTINGS) == 2
+    assert "sft.method=bf16_parts: there is nothing to round." in capsys.readouterr().err
+
+
+def trained_bytes(run_dir: Path) -> str:
+    return artifacts.load(run_dir / "sft").fingerprint
+
+
+def test_an_interrupted_training_resumes_to_the_same_weights(
+    parts_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = linked(tmp_path / "run", parts_run, "source", "upcast")
+    line = Line(["stage=sft", f"run_dir={run_dir}", *SETTINGS], interrupted_at=6)
+    assert run(line)["status"] == 130
+    (checkpoint,) = (run_dir / "sft" / "checkpoints").glob("checkpoint-*")
+    saved = {name for file in checkpoint.glob("*.safetensors") for name in torch_names(file)}
+    assert saved == other_tensors(Checkpoint(run_dir / "upcast").shape).keys()
+    assert run(replace(line, interrupted_at=None))["status"] == 0
+    assert "resuming from step 6" in (text := capfd.readouterr().out) and "missing keys" not in text
+    assert trained_bytes(run_dir) == trained_bytes(parts_run)
+
+
+def torch_names(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+RISING = ("sft.learning_rate=0.3", "sft.lr_scheduler=constant", "sft.warmup_ratio=0", "sft.max_steps=6")
+OFTEN = ("sft.save_steps=2", "sft.eval_steps=2", "sft.max_steps=6")
+PROCESSES = {
+    "ddp": (*OFTEN,),
+    "fsdp2": (*OFTEN, "sharding=fsdp2"),
+    "mixed": (*OFTEN, "sft.precision=mixed_bf16"),
+    "mixed_fsdp2": (*OFTEN, "sft.precision=mixed_bf16", "sharding=fsdp2"),
+}
+
+
+def test_the_best_weights_are_kept(parts_run: Path, tmp_path: Path) -> None:
+    """The learning rate is so high that the loss rises after the first checkpoint."""
+    whole, short = (linked(tmp_path / name, parts_run, "source", "upcast") for name in ("whole", "short"))
+    often = (*SETTINGS, *OFTEN, *RISING)
+    assert run_program("stage=sft", f"run_dir={whole}", *often) == 0
+    best = artifacts.load(whole / "sft").details["kept_step"]
+    assert best < 6
+    until_best = (f"sft.max_steps={best}", "sft.keep_best=false")
+    assert run_program("stage=sft", f"run_dir={short}", *often, *until_best) == 0
+    assert trained_bytes(short) == trained_bytes(whole)
+
+
+@pytest.fixture(scope="module")
+def by_two(parts_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs by two processes, which are interrupted once. The global batch is that of one process, in `one`."""
+    directory = tmp_path_factory.mktemp("by_two")
+    lines = []
+    for name, more in PROCESSES.items():
+        run_dir = directory / name
+        for part in ("source", "upcast", DIRECTORY):
+            if (parts_run / part).exists():
+                shutil.copytree(parts_run / part, run_dir / part)
+        arguments = ["stage=sft", f"run_dir={run_dir}", *SETTINGS, *more, "sft.batch_size=4"]
+        lines += [Line(arguments, interrupted_at=2), Line(arguments)]
+    found = launch_lines(directory / "lines", 2, lines)
+    assert [outcome["status"] for outcome in found] == [130, 0] * len(PROCESSES)
+    return directory
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_two_processes_have_the_losses_of_one_after_an_interruption(
+    name: str, by_two: Path, parts_run: Path, tmp_path: Path
+) -> None:
+    run_dir = linked(tmp_path / "run", parts_run, "source", "upcast")
+    more = tuple(each for each in PROCESSES[name] if not each.startswith("sharding"))
+    assert run_program("stage=sft", f"run_dir={run_dir}", *SETTINGS, *more) == 0
+    tolerance = 1e-5 if "mixed" not in name else 5e-3
+    assert losses(by_two / name, "sft") == pytest.approx(losses(run_dir, "sft"), rel=tolerance)
+    saved, base = Checkpoint(by_two / name / "sft"), Checkpoint(parts_run / "upcast")
+    assert all(torch.equal(saved.read(each), base.read(each)) for each in base.tensors if is_packed_name(each))
