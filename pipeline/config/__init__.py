@@ -22,7 +22,7 @@ from pipeline.config.export import CardConfig, ExportConfig, ExportTarget
 from pipeline.config.format import FormatConfig, FormatName, ScaleRule
 from pipeline.config.keys import is_known, schema, setting_keys, unknown_key, value_problem
 from pipeline.config.model import SYNTHETIC, Dtype, ModelConfig, TinyConfig
-from pipeline.config.pipeline import Device, PipelineConfig, Sharding, Stage
+from pipeline.config.pipeline import Device, PipelineConfig, Sharding, Stage, can_train_parts
 from pipeline.config.quantize import (
     QuantizeConfig,
     QuantizeSource,
@@ -99,6 +99,7 @@ __all__ = [
     "UpcastConfig",
     "VerifyConfig",
     "adapted_layers",
+    "can_train_parts",
     "first_training",
     "is_known",
     "keeps_packed",

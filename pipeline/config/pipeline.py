@@ -13,11 +13,11 @@ from pipeline.config.evaluate import EvaluateConfig
 from pipeline.config.export import ExportConfig
 from pipeline.config.format import FormatConfig
 from pipeline.config.model import ModelConfig
-from pipeline.config.quantize import QuantizeConfig
+from pipeline.config.quantize import QuantizeConfig, QuantizeSource
 from pipeline.config.serve import ServeConfig
 from pipeline.config.tracking import TrackingConfig
 from pipeline.config.training import QatConfig, TrainConfig
-from pipeline.config.upcast import UpcastConfig
+from pipeline.config.upcast import Experts, UpcastConfig
 from pipeline.config.verify import VerifyConfig
 
 
@@ -55,6 +55,13 @@ class Sharding(Enum):
     fsdp2 = "fsdp2"
     zero2 = "zero2"
     zero3 = "zero3"
+
+
+def can_train_parts(stage: str, sharding: Sharding, source: QuantizeSource, experts: Experts | None) -> bool:
+    """Return whether `method=bf16_parts` is possible in a training stage, with these other settings of the run."""
+    is_first_in_bf16 = stage == Stage.sft.name and experts is Experts.bf16
+    uses_deepspeed = sharding in (Sharding.zero2, Sharding.zero3)
+    return source is QuantizeSource.sft and not is_first_in_bf16 and not uses_deepspeed
 
 
 @dataclass

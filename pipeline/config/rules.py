@@ -229,9 +229,10 @@ def _packed_problems(config: PipelineConfig) -> list[str]:
     """Packed experts are frozen. Adapters beside them can be trained, and the BF16 parts of the model."""
     first, train = first_training(config.quantize.source, config.sft, config.qat)
     if config.upcast.experts is Experts.packed and train.method is Method.full:
+        others = "lora or bf16_parts" if first == Stage.sft.name else "lora"
         return [
             f"upcast.experts=packed: {first}.method=full trains the experts' weights, which is impossible while they"
-            f" are packed. Set upcast.experts=bf16, or {first}.method=lora, or {first}.method=bf16_parts."
+            f" are packed. Set upcast.experts=bf16, or {first}.method={others}."
         ]
     if config.upcast.experts is Experts.bf16 and train.method is Method.bf16_parts:
         return [

@@ -73,7 +73,7 @@ def estimate(
     )
     stacks = _decoded_bytes(shape, width) if is_packed else _stack_bytes(shape, train, is_quantized, is_cast)
     busiest = vectors + max(scores * _SCORE_COPIES, stacks.working)
-    head = shape.vocab_size * hidden * _FP32_BYTES if train.method is Method.full else 0
+    head = shape.vocab_size * hidden * _FP32_BYTES if train.method is not Method.lora else 0
     if train.gradient_checkpointing:
         return layers * places * hidden * width + max(busiest, head)
     return layers * (vectors + scores + stacks.kept) + max(busiest - vectors - scores, head)
@@ -131,7 +131,7 @@ def gathered_bytes(shape: Shape, train: TrainConfig, weights: int) -> int:
     """Estimate the bytes that gathered layers take in each process, if parameters are sharded.
 
     Two layers are gathered at a time: the layer that is computing, and the next one. Without `reshard_after_forward`,
-    all layers stay gathered. The head stays gathered all the time. In full training, the gradients of a layer are
+    all layers stay gathered. The head stays gathered all the time. Without adapters, the gradients of a layer are
     reduced in FP32 after each pass.
 
     Args:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.config import LoraConfig, Method, QatConfig, Sharding, TrainConfig
+from pipeline.config import LoraConfig, Method, Precision, QatConfig, Sharding, TrainConfig
 from pipeline.doctor import fake_gpu, forks, low_bit_adam
 from pipeline.doctor.live_memory import LiveMemory
 from pipeline.numerics.formats import BlockFormat
@@ -141,6 +141,8 @@ def _make_inputs(job: Job, size: Size) -> "Inputs":
     from pipeline.training.trainer import Inputs
 
     model, train, rounded = _make_plain(job, size), _of_size(job.train, size), None
+    if train.method is Method.bf16_parts:
+        loading.freeze_experts(model)
     if train.method is Method.lora:
         model = adapters.attach(model, train, job.stage, is_factored=job.block_format is None)
     if job.block_format is not None:
@@ -180,7 +182,8 @@ def _make_plain(job: Job, size: Size) -> "PreTrainedModel":
             attn_implementation=attention.for_training(job.train, attention.capability()),
         )
         if job.is_packed:
-            packed_experts.replace(model, dtype)
+            computes_in = torch.bfloat16 if job.train.precision is Precision.mixed_bf16 else dtype
+            packed_experts.replace(model, dtype, computes_in)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

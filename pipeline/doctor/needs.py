@@ -26,6 +26,7 @@ from pipeline.checkpoints.gpt_oss import (
 from pipeline.config import (
     DataConfig,
     Experts,
+    FormatName,
     LoraTarget,
     Method,
     Precision,
@@ -37,6 +38,7 @@ from pipeline.config import (
     adapted_layers,
     first_training,
     keeps_packed,
+    leaves_nothing_to_round,
 )
 from pipeline.config.targets import TARGETS
 from pipeline.doctor import activations, low_bit_adam
@@ -121,8 +123,11 @@ class Plan:
 
     def is_packed(self, stage: str, model: Mapping[str, Any]) -> bool:
         """Return whether a stage trains on packed experts. `model` is the content of the source's config.json."""
-        starts = self.starts_packed(is_mxfp4=is_quantized(model))
-        return starts and self.trainings[stage].method is Method.lora
+        method = self.trainings[stage].method
+        if stage == Stage.qat.name and method is Method.bf16_parts and self.block_format.name == MXFP4.name:
+            return True  # `quantize` packs the rounded experts
+        is_merged = stage == Stage.qat.name and method is Method.bf16_parts and self.sft.method is Method.lora
+        return self.starts_packed(is_mxfp4=is_quantized(model)) and method is not Method.full and not is_merged
 
     def starts_packed(self, *, is_mxfp4: bool) -> bool:
         """Return whether training starts from packed experts. `is_mxfp4`: whether the source's experts are MXFP4."""
@@ -131,8 +136,11 @@ class Plan:
 
     @property
     def trainings(self) -> dict[str, TrainConfig]:
-        """The settings of each training stage, by the stage's name."""
-        return {Stage.sft.name: self.sft, Stage.qat.name: self.qat}
+        """The settings of each training stage, by the stage's name. Without rounding there is no QAT."""
+        found: dict[str, TrainConfig] = {Stage.sft.name: self.sft}
+        if not leaves_nothing_to_round(self.source, self.sft, FormatName[self.block_format.name]):
+            found[Stage.qat.name] = self.qat
+        return found
 
 
 @dataclass(frozen=True)
@@ -188,6 +196,8 @@ def trained_tensors(shape: Shape, train: TrainConfig) -> list[int]:
     if train.method is Method.full:
         return [prod(info.shape) for info in plain_tensors(shape).values()]
     others = other_tensors(shape)
+    if train.method is Method.bf16_parts:
+        return [prod(info.shape) for info in others.values()]
     weights = [others[f"{attention_projection(0, name)}.weight"] for name in ATTENTION_PROJECTIONS]
     attention = [size for weight in weights for size in weight.shape]
     projections = [projection for projection in expert_projections(shape) if projection.layer == 0]
@@ -220,11 +230,11 @@ def memory(
         is_packed: whether the experts stay packed.
     """
     every, trained = _count(plain_tensors(shape)), trained_parameters(shape, train)
-    width, is_full = bytes_per_value(TRAIN_TYPES[train.precision]), train.method is Method.full
+    width, is_adapted = bytes_per_value(TRAIN_TYPES[train.precision]), train.method is Method.lora
     changing = _changing_experts(shape, train) if is_quantized else 0
     model = loaded_bytes(shape, width, stays_packed=is_packed)
     return Memory(
-        weights=model + (0 if is_full else trained * _ADAPTER_BYTES),
+        weights=model + (trained * _ADAPTER_BYTES if is_adapted else 0),
         gradients=trained * _trained_width(train),
         optimizer=_state_bytes(shape, train),
         activations=activations.estimate(
@@ -252,7 +262,7 @@ def gradient_bytes(shape: Shape, train: TrainConfig) -> int:
 
 
 def _trained_width(train: TrainConfig) -> int:
-    return bytes_per_value(TRAIN_TYPES[train.precision]) if train.method is Method.full else _ADAPTER_BYTES
+    return _ADAPTER_BYTES if train.method is Method.lora else bytes_per_value(TRAIN_TYPES[train.precision])
 
 
 def _state_bytes(shape: Shape, train: TrainConfig) -> int:
@@ -266,6 +276,8 @@ def _state_bytes(shape: Shape, train: TrainConfig) -> int:
 def _changing_experts(shape: Shape, train: TrainConfig) -> int:
     """Count the expert weights that change in each step. The other experts are rounded once, in place."""
     layers = list(range(shape.num_hidden_layers))
+    if train.method is Method.bf16_parts:
+        return 0
     if train.method is Method.lora:
         layers = adapted_layers(train.lora, len(layers)) if LoraTarget.experts in train.lora.targets else []
     return sum(projection.values for projection in expert_projections(shape) if projection.layer in layers)
@@ -283,15 +295,18 @@ def disk(plan: Plan, shape: Shape, is_mxfp4: bool) -> dict[str, int]:
     starts_packed = plan.starts_packed(is_mxfp4=is_mxfp4)
     upcast = packed_tensors(shape) if starts_packed else plain_tensors(shape)
     has_sft = plan.source is QuantizeSource.sft
-    sft, qat = _saved_bytes(shape, plan.sft) if has_sft else 0, _saved_bytes(shape, plan.qat)
+    has_qat = Stage.qat.name in plan.trainings
+    sft = _saved_bytes(shape, plan.sft) if has_sft else 0
+    qat = _saved_bytes(shape, plan.qat) if has_qat else 0
     is_adapted = has_sft and plan.sft.method is Method.lora
-    merges_adapters = is_adapted and plan.qat.method is Method.full
+    merges_adapters = is_adapted and plan.qat.method is not Method.lora
     adds_adapters = not is_adapted and plan.qat.method is Method.lora
+    packs = plan.qat.method is Method.bf16_parts and plan.block_format.name == MXFP4.name
     merged = _bytes(plain_tensors(shape, TRAIN_TYPES[plan.sft.precision]))
     return {
         "upcast": 0 if starts_packed == is_mxfp4 else _bytes(upcast),
         "sft": sft,
-        "quantize": merged if merges_adapters else qat if adds_adapters else 0,
+        "quantize": qat if packs or adds_adapters else merged if merges_adapters else 0,
         "qat": qat,
         "export": export_bytes(shape, plan.target),
     }
@@ -314,7 +329,9 @@ def export_bytes(shape: Shape, target: str) -> int:
 def checkpoints(shape: Shape, train: TrainConfig) -> int:
     """Compute the bytes of the checkpoints that a training stage keeps. Each has weights and optimizer states."""
     # One more than the limit: transformers removes the oldest checkpoint after it has written the next one.
-    return (train.save_total_limit + 1) * (_saved_bytes(shape, train) + _state_bytes(shape, train))
+    is_partial = train.method is Method.bf16_parts  # checkpoints lack the frozen experts
+    weights = gradient_bytes(shape, train) if is_partial else _saved_bytes(shape, train)
+    return (train.save_total_limit + 1) * (weights + _state_bytes(shape, train))
 
 
 def figures(plan: Plan, model: Mapping[str, Any], longest: int, devices: dict[str, DeviceFigures]) -> NeedFigures:
@@ -369,6 +386,8 @@ def _saved_bytes(shape: Shape, train: TrainConfig) -> int:
     """Compute the bytes of the weights or adapters that a training stage saves."""
     if train.method is Method.lora:
         return trained_parameters(shape, train) * _ADAPTER_BYTES
+    if train.method is Method.bf16_parts:
+        return _bytes(packed_tensors(shape))
     return _bytes(plain_tensors(shape, TRAIN_TYPES[train.precision]))
 
 

@@ -13,6 +13,7 @@ from pipeline.config import (
     QatConfig,
     Sharding,
     TrainConfig,
+    can_train_parts,
     first_training,
 )
 from pipeline.doctor import device_memory
@@ -109,13 +110,16 @@ def _qat_changes(train: QatConfig, changed: Any) -> list[_Change]:
 
 
 def _last_changes(plan: Plan, stage: str, train: TrainConfig, longest: int, processes: int) -> list[_Change]:
-    """Return changes that lower the quality of the result: shorter examples, or adapters instead of full training."""
+    """Return changes that may lower the quality of the result: other methods of training, or shorter examples."""
     found = []
     half = _ROUND * (min(longest, plan.data.max_length) // (2 * _ROUND))
     if half >= _SHORTEST:
         shorter = replace(plan, data=replace(plan.data, max_length=half))
         found.append(_Change(f"data.max_length={half}", shorter, processes))
-    if train.method is Method.full:
+    if train.method is Method.full and can_train_parts(stage, plan.sharding, plan.source, plan.experts):
+        parts = _with(plan, stage, method=Method.bf16_parts)
+        found.append(_Change(f"train@{stage}=bf16_parts", parts, processes))
+    if train.method is not Method.lora:
         adapted = _with(plan, stage, method=Method.lora, precision=Precision.bf16)  # as conf/train/lora.yaml
         found.append(_Change(f"train@{stage}=lora", adapted, processes))
     return found

@@ -164,16 +164,13 @@ def load_to_train(
         attach: function that attaches new adapters, or None.
     """
     _quieten()
-    packed, dtype, mixed = (
-        ref.is_packed and train.method is not Method.full,
-        TRAIN_DTYPES[train.precision],
-        is_mixed(train),
-    )
+    packed, mixed = ref.is_packed and train.method is not Method.full, is_mixed(train)
+    dtype = TRAIN_DTYPES[train.precision]
     model = _build(ref.base, dtype, packed=packed, mixed=mixed, attn_implementation=attn_implementation)
     model = _restore_parts(model, ref, trainable=True)
     model = model if attach is None else attach(model)
     if train.method is Method.bf16_parts:
-        _freeze_experts(model)
+        freeze_experts(model)
     checkpoint = Checkpoint(ref.base)
     sharding.STRATEGIES[shared].place(model, partial(_read_packed if packed else _read_plain, checkpoint), mixed)
     checkpoint.close()
@@ -181,7 +178,7 @@ def load_to_train(
     return model
 
 
-def _freeze_experts(model: "PreTrainedModel") -> None:
+def freeze_experts(model: "PreTrainedModel") -> None:
     """Freeze the experts' weights, packed or not. Their biases stay trainable."""
     for name, parameter in model.named_parameters():
         if name.endswith(EXPERT_WEIGHTS):

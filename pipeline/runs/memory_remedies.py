@@ -2,7 +2,17 @@
 
 from collections.abc import Callable, Iterator
 
-from pipeline.config import Device, Experts, Method, PipelineConfig, Sharding, Stage, TrainConfig, first_training
+from pipeline.config import (
+    Device,
+    Experts,
+    Method,
+    PipelineConfig,
+    Sharding,
+    Stage,
+    TrainConfig,
+    can_train_parts,
+    first_training,
+)
 
 _SHORT = 512  # tokens; a data.max_length up to this value is not halved
 
@@ -43,7 +53,10 @@ def _training(name: str, train: TrainConfig, config: PipelineConfig, on_gpu: boo
         yield f"{name}.gradient_checkpointing=true"
     if config.data.max_length > _SHORT:
         yield f"data.max_length={config.data.max_length // 2}"
-    if train.method is Method.full:
+    source, experts = config.quantize.source, config.upcast.experts
+    if train.method is Method.full and can_train_parts(name, config.sharding, source, experts):
+        yield f"train@{name}=bf16_parts"
+    if train.method is not Method.lora:
         yield f"train@{name}=lora"
     if on_gpu and config.sharding in (Sharding.none, Sharding.zero2):
         yield "sharding=fsdp2 (on several GPUs, with scripts/launch)"

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.checkpoints.gpt_oss import Shape
+from pipeline.checkpoints.gpt_oss import Shape, other_tensors
 from pipeline.config import DistillationConfig, LoraConfig, Method, Precision, QatConfig, Sharding, TrainConfig
 from pipeline.doctor import needs, peaks
 from pipeline.doctor.fake_run import Job
@@ -29,6 +30,7 @@ MODEL = {
     "pad_token_id": 0,
 }
 LORA: dict[str, Any] = {"method": Method.lora, "precision": Precision.bf16}
+PARTS: dict[str, Any] = {"method": Method.bf16_parts, "gradient_accumulation_steps": 1}
 SFT = Job(MODEL, "sft", TrainConfig(**LORA), 512, None, 0, Sharding.none, 1)
 QAT = replace(SFT, stage="qat", train=QatConfig(**LORA), block_format=MXFP4)
 
@@ -54,6 +56,9 @@ JOBS = {
     "full, taught": replace(QAT, train=taught(FULL_QAT)),
     "mixed": replace(QAT, train=MIXED_QAT),
     "mixed, taught": replace(QAT, train=taught(MIXED_QAT)),
+    "parts": replace(SFT, train=TrainConfig(**PARTS), is_packed=True),
+    "parts, qat": replace(QAT, train=QatConfig(**PARTS), is_packed=True),
+    "parts, sharded": replace(SFT, train=TrainConfig(**PARTS), is_packed=True, sharding=Sharding.fsdp2, processes=4),
     "one pass": ONE_PASS,
     "sharded": SHARDED,
     "8-bit": replace(SFT, train=TrainConfig(**LORA, optimizer="adamw_torch_8bit")),
@@ -102,6 +107,15 @@ def test_a_teacher_takes_memory_unless_it_shares_the_base(found: dict[str, Peaks
 
 def test_a_teacher_with_fp32_weights_computes_in_bf16_under_mixed_precision(found: dict[str, Peaks]) -> None:
     assert found["mixed, taught"].load - found["mixed"].load > 4 * EXPERT_VALUES
+
+
+def test_only_the_bf16_parts_have_fp32_copies_and_states(found: dict[str, Peaks]) -> None:
+    others = sum(prod(info.shape) for info in other_tensors(SHAPE).values())
+    packed = int(EXPERT_VALUES * MXFP4.bits_per_value / 8)
+    assert found["parts"].load == pytest.approx(packed + 4 * others, rel=0.01)
+    assert found["parts"].optimizer > packed + 16 * others
+    assert found["parts, qat"].highest == pytest.approx(found["parts"].highest, rel=0.01)
+    assert found["parts, sharded"].load == pytest.approx(found["parts"].load / 4, rel=0.05)
 
 
 def test_8_bit_states_save_the_memory_that_is_estimated(found: dict[str, Peaks]) -> None:

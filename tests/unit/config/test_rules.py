@@ -18,6 +18,7 @@ from pipeline.config import (
     QuantizeSource,
     ScaleRule,
     Sharding,
+    Stage,
     adapted_layers,
     is_known,
     keeps_packed,
@@ -119,7 +120,7 @@ def test_different_adapter_settings_are_fine_when_only_one_stage_uses_them() -> 
     assert broken(qat__method=Method.lora, qat__precision=Precision.bf16, sft__lora__rank=4) == []
 
 
-LORA, FULL = Method.lora, Method.full
+LORA, FULL, PARTS = Method.lora, Method.full, Method.bf16_parts
 
 
 @pytest.mark.parametrize(
@@ -140,17 +141,47 @@ def test_packed_experts_are_refused_if_the_first_training_is_full(
         settings |= {f"{name}__method": method, f"{name}__precision": Precision.bf16}
     assert broken(**settings) == [
         f"upcast.experts=packed: {name}.method=full trains the experts' weights, which is impossible while they are"
-        f" packed. Set upcast.experts=bf16, or {name}.method=lora."
+        f" packed. Set upcast.experts=bf16, or {name}.method={'lora or bf16_parts' if name == 'sft' else 'lora'}."
         for name in filter(None, [refused])
     ]
 
 
 @pytest.mark.parametrize("is_mxfp4", [True, False])
 @pytest.mark.parametrize("method", Method)
-def test_by_default_experts_of_an_mxfp4_source_stay_packed_for_lora(method: Method, is_mxfp4: bool) -> None:
-    assert keeps_packed(None, method, is_mxfp4=is_mxfp4) == (method is LORA and is_mxfp4)
+def test_by_default_experts_are_packed_for_bf16_parts_and_stay_packed_for_lora(method: Method, is_mxfp4: bool) -> None:
+    assert keeps_packed(None, method, is_mxfp4=is_mxfp4) == (method is PARTS or (method is LORA and is_mxfp4))
     assert keeps_packed(Experts.packed, method, is_mxfp4=is_mxfp4)
     assert not keeps_packed(Experts.bf16, method, is_mxfp4=is_mxfp4)
+
+
+def test_bf16_parts_beside_experts_in_bf16_are_refused() -> None:
+    (problem,) = broken(sft__method=PARTS, upcast__experts=Experts.bf16)
+    assert problem.startswith("upcast.experts=bf16: sft.method=bf16_parts does not train the experts' weights.")
+    assert broken(qat__method=PARTS, upcast__experts=Experts.bf16) == broken(sft__method=PARTS) == []
+
+
+@pytest.mark.parametrize("sharding", Sharding)
+@pytest.mark.parametrize("stage", ["sft", "qat"])
+def test_bf16_parts_with_deepspeed_are_refused(stage: str, sharding: Sharding) -> None:
+    found = broken(**{f"{stage}__method": PARTS}, sharding=sharding)
+    if sharding in (Sharding.none, Sharding.fsdp2):
+        assert found == []
+    else:
+        (problem,) = found
+        assert problem.startswith(f"sharding={sharding.name}: DeepSpeed does not take the packed experts of {stage}.")
+
+
+@pytest.mark.parametrize("stage", [Stage.quantize, Stage.qat])
+def test_after_bf16_parts_there_is_nothing_to_round_to_mxfp4(stage: Stage) -> None:
+    (problem,) = broken(sft__method=PARTS, stage=stage)
+    assert problem.startswith("sft.method=bf16_parts: there is nothing to round.")
+    assert broken(sft__method=PARTS, stage=stage, format__name=FormatName["nvfp4"]) == []
+    assert broken(sft__method=PARTS, stage=Stage.all) == []
+
+
+def test_qat_of_bf16_parts_without_sft_is_refused() -> None:
+    (problem,) = broken(qat__method=PARTS, quantize__source=QuantizeSource.upcast)
+    assert "there is nothing to round. Use train@sft=bf16_parts" in problem
 
 
 def test_lora_under_autocast_is_refused() -> None:

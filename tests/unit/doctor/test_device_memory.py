@@ -7,7 +7,7 @@ from pipeline.checkpoints.gpt_oss import Shape
 from pipeline.config import DataConfig, Experts, Method, Precision, QatConfig, Sharding, TrainConfig
 from pipeline.doctor import device_memory, needs, remedies
 from pipeline.doctor.needs import Plan
-from pipeline.numerics.formats import MXFP4
+from pipeline.numerics.formats import MXFP4, NVFP4
 
 MODEL: dict[str, Any] = {
     "model_type": "gpt_oss",
@@ -70,6 +70,7 @@ def test_each_remedy_names_the_memory_that_its_setting_leads_to() -> None:
         "sft.batch_size=1",
         "sharding=fsdp2 on 8 GPUs of this size",
         "data.max_length=512",
+        "train@sft=bf16_parts",
         "train@sft=lora",
     ]
     assert found["sft.batch_size=1"] == bytes_of(replace(PLAN, sft=replace(SFT, batch_size=1)))
@@ -83,7 +84,22 @@ def test_each_remedy_names_the_memory_that_its_setting_leads_to() -> None:
 def test_settings_that_the_run_has_already_are_no_remedies() -> None:
     small = replace(SFT, batch_size=1, gradient_checkpointing=True)
     sharded = replace(PLAN, sft=small, sharding=Sharding.fsdp2)
-    assert list(find(plan=sharded, processes=2)) == ["data.max_length=512", "train@sft=lora"]
+    assert list(find(plan=sharded, processes=2)) == ["data.max_length=512", "train@sft=bf16_parts", "train@sft=lora"]
+
+
+def test_bf16_parts_have_adapters_as_a_remedy_and_are_none_for_decoded_experts_and_deepspeed() -> None:
+    settings = replace(SFT, batch_size=1, gradient_checkpointing=True)
+    parts = replace(PLAN, sft=replace(settings, method=Method.bf16_parts))
+    found = find(plan=parts, model={**MODEL, "quantization_config": {}})
+    assert "train@sft=lora" in found and "train@sft=bf16_parts" not in found
+    for plan in (replace(PLAN, experts=Experts.bf16), replace(PLAN, sharding=Sharding.zero3)):
+        assert "train@sft=bf16_parts" not in find(plan=plan, processes=2)
+
+
+def test_without_rounding_no_qat_is_planned() -> None:
+    parts = replace(PLAN, sft=replace(SFT, method=Method.bf16_parts))
+    assert list(parts.trainings) == ["sft"]
+    assert list(replace(parts, block_format=NVFP4).trainings) == ["sft", "qat"]
 
 
 def test_layers_that_stay_gathered_take_memory_that_resharding_saves() -> None:
