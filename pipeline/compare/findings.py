@@ -29,6 +29,8 @@ class Finding:
 def describe(rows: list[Row], tests: list[Test]) -> list[Finding]:
     """Describe each chain of models, and compare each pair of formats."""
     found = [Finding(chain.title, list(_describe_chain(chain, tests))) for chain in find_chains(rows)]
+    unrounded = [row for row in rows if row.model == SFT and row.block_format is not None]
+    found += [Finding(f"{row.title}: nothing was rounded", [_describe_unrounded(row)]) for row in unrounded]
     if not found:
         advice = "No PTQ or QAT model was evaluated. evaluate.source=all evaluates every stage."
         found = [Finding("Nothing to compare", [advice])]
@@ -38,6 +40,13 @@ def describe(rows: list[Row], tests: list[Test]) -> list[Finding]:
         )
         for model, reference in format_pairs(rows)
     ]
+
+
+def _describe_unrounded(row: Row) -> str:
+    return (
+        f"Training left the experts in the {row.block_format} of the original. So the export computes like this model,"
+        " and needs neither PTQ nor QAT."
+    )
 
 
 def _describe_chain(chain: Chain, tests: list[Test]) -> Iterator[str]:

@@ -29,6 +29,7 @@ from pipeline.config.quantize import (
     first_training,
     leaves_nothing_to_round,
     packs_rounded,
+    raise_if_nothing_to_round,
 )
 from pipeline.config.serve import ServeConfig, ServingEngine
 from pipeline.config.tracking import TrackingBackend, TrackingConfig
@@ -105,6 +106,7 @@ __all__ = [
     "keeps_packed",
     "leaves_nothing_to_round",
     "packs_rounded",
+    "raise_if_nothing_to_round",
     "schema",
     "setting_keys",
     "unknown_key",

@@ -57,11 +57,10 @@ class Sharding(Enum):
     zero3 = "zero3"
 
 
-def can_train_parts(stage: str, sharding: Sharding, source: QuantizeSource, experts: Experts | None) -> bool:
+def can_train_parts(stage: str, source: QuantizeSource, experts: Experts | None) -> bool:
     """Return whether `method=bf16_parts` is possible in a training stage, with these other settings of the run."""
     is_first_in_bf16 = stage == Stage.sft.name and experts is Experts.bf16
-    uses_deepspeed = sharding in (Sharding.zero2, Sharding.zero3)
-    return source is QuantizeSource.sft and not is_first_in_bf16 and not uses_deepspeed
+    return source is QuantizeSource.sft and not is_first_in_bf16
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Annotated
 from pipeline.config.bounds import POSITIVE
 from pipeline.config.format import FormatConfig, FormatName
 from pipeline.config.training import Method, QatConfig, TrainConfig
+from pipeline.errors import UserError
 
 
 class QuantizeSource(Enum):
@@ -36,6 +37,15 @@ def first_training(source: QuantizeSource, sft: TrainConfig, qat: QatConfig) -> 
 def leaves_nothing_to_round(source: QuantizeSource, sft: TrainConfig, name: FormatName) -> bool:
     """Return whether the fine-tuned model's experts are the source's own MXFP4 weights, so that nothing is rounded."""
     return source is QuantizeSource.sft and sft.method is Method.bf16_parts and name is FormatName["mxfp4"]
+
+
+def raise_if_nothing_to_round(source: QuantizeSource, sft: TrainConfig, name: FormatName) -> None:
+    """Raise UserError if `leaves_nothing_to_round`. The stages `quantize` and `qat` then have no work."""
+    if leaves_nothing_to_round(source, sft, name):
+        raise UserError(
+            "sft.method=bf16_parts: there is nothing to round. The experts are still the source's own MXFP4 weights, so"
+            " the fine-tuned model needs neither quantize nor qat. Export it: run stage=export."
+        )
 
 
 def packs_rounded(qat: QatConfig, block_format: FormatConfig) -> bool:

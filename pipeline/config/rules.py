@@ -16,7 +16,7 @@ from pipeline.config.data import ColumnsConfig, DataConfig
 from pipeline.config.format import FormatName
 from pipeline.config.keys import is_known, schema, unknown_key
 from pipeline.config.pipeline import PipelineConfig, Sharding, Stage
-from pipeline.config.quantize import QuantizeSource, first_training, leaves_nothing_to_round
+from pipeline.config.quantize import QuantizeSource, first_training
 from pipeline.config.targets import TARGETS
 from pipeline.config.training import (
     ROUNDING_OPTIMIZERS,
@@ -243,26 +243,14 @@ def _packed_problems(config: PipelineConfig) -> list[str]:
 
 
 def _parts_problems(config: PipelineConfig) -> list[str]:
-    """Training of the BF16 parts needs a strategy that takes packed experts, and for QAT, experts that were rounded."""
-    trains = {"sft": config.sft, "qat": config.qat}
-    found = [
-        f"sharding={config.sharding.name}: DeepSpeed does not take the packed experts of {section}.method=bf16_parts."
-        " Use sharding=fsdp2 or none."
-        for section, train in trains.items()
-        if train.method is Method.bf16_parts and config.sharding in (Sharding.zero2, Sharding.zero3)
+    """QAT of the BF16 parts needs experts that were trained and rounded before."""
+    source, is_mxfp4 = config.quantize.source, config.format.name is FormatName["mxfp4"]
+    if source is QuantizeSource.sft or config.qat.method is not Method.bf16_parts or not is_mxfp4:
+        return []
+    return [
+        "qat.method=bf16_parts with quantize.source=upcast: the experts are MXFP4 already, so there is nothing to"
+        " round. Use train@sft=bf16_parts with quantize.source=sft."
     ]
-    source, name = config.quantize.source, config.format.name
-    if config.stage in (Stage.quantize, Stage.qat) and leaves_nothing_to_round(source, config.sft, name):
-        found.append(
-            "sft.method=bf16_parts: there is nothing to round. The experts are still the source's own MXFP4 weights, so"
-            " the fine-tuned model needs neither quantize nor qat. Export it: run stage=export."
-        )
-    if source is QuantizeSource.upcast and config.qat.method is Method.bf16_parts and name is FormatName["mxfp4"]:
-        found.append(
-            "qat.method=bf16_parts with quantize.source=upcast: the experts are MXFP4 already, so there is nothing to"
-            " round. Use train@sft=bf16_parts with quantize.source=sft."
-        )
-    return found
 
 
 def _missing_problem(key: str) -> str:

@@ -131,8 +131,8 @@ def gathered_bytes(shape: Shape, train: TrainConfig, weights: int) -> int:
     """Estimate the bytes that gathered layers take in each process, if parameters are sharded.
 
     Two layers are gathered at a time: the layer that is computing, and the next one. Without `reshard_after_forward`,
-    all layers stay gathered. The head stays gathered all the time. Without adapters, the gradients of a layer are
-    reduced in FP32 after each pass.
+    all layers stay gathered. The head stays gathered all the time. Without adapters, gradients are reduced
+    in FP32 after each pass.
 
     Args:
         shape: sizes of the model.
@@ -144,6 +144,8 @@ def gathered_bytes(shape: Shape, train: TrainConfig, weights: int) -> int:
     layer = (weights - 2 * head) // shape.num_hidden_layers
     layers = 2 if train.reshard_after_forward else shape.num_hidden_layers
     gathered = (layers * layer + head) * compute_width(train) // stored
+    if train.method is Method.bf16_parts:  # the largest gradient is the head's, before and after its reduction
+        return gathered + head // stored * (compute_width(train) + _FP32_BYTES)
     if train.method is not Method.full:
         return gathered
     return gathered + layer // stored * _FP32_BYTES

@@ -116,7 +116,7 @@ def _last_changes(plan: Plan, stage: str, train: TrainConfig, longest: int, proc
     if half >= _SHORTEST:
         shorter = replace(plan, data=replace(plan.data, max_length=half))
         found.append(_Change(f"data.max_length={half}", shorter, processes))
-    if train.method is Method.full and can_train_parts(stage, plan.sharding, plan.source, plan.experts):
+    if train.method is Method.full and can_train_parts(stage, plan.source, plan.experts):
         parts = _with(plan, stage, method=Method.bf16_parts)
         found.append(_Change(f"train@{stage}=bf16_parts", parts, processes))
     if train.method is not Method.lora:

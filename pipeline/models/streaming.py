@@ -83,14 +83,14 @@ def fill(
         model: a model of `build`, with or without adapters and quantizers.
         read: function that reads the weights.
         device: device that trains.
-        dtype: type of the weights after reading, or None to keep the type of `build`.
+        dtype: type of floating-point weights after reading, or None to keep the type of `build`.
         then: function that is called with each module, after the module and its submodules are read.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for owner in reversed(list(model.modules())):  # modules inside a module come before it
         for attribute, parameter in list(owner.named_parameters(recurse=False)):
             if is_hollow(parameter):
-                kind = dtype or parameter.dtype
+                kind = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
                 values = read_rows(read, names[id(parameter)], parameter.shape, kind, device)
                 setattr(owner, attribute, nn.Parameter(values, parameter.requires_grad))
         then(owner)

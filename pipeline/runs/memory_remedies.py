@@ -54,7 +54,7 @@ def _training(name: str, train: TrainConfig, config: PipelineConfig, on_gpu: boo
     if config.data.max_length > _SHORT:
         yield f"data.max_length={config.data.max_length // 2}"
     source, experts = config.quantize.source, config.upcast.experts
-    if train.method is Method.full and can_train_parts(name, config.sharding, source, experts):
+    if train.method is Method.full and can_train_parts(name, source, experts):
         yield f"train@{name}=bf16_parts"
     if train.method is not Method.lora:
         yield f"train@{name}=lora"

@@ -84,12 +84,15 @@ def _tell(record: ExportRecord) -> None:
         f"{record.encoded_tensors} tensors encoded, {record.copied_tensors} are the source's own bytes;"
         f" {noise}saturated blocks {record.saturated_blocks:.3%}",
     )
+    if not record.moved_weights:
+        say("export", "training did not move the expert weights; all 4-bit values are the base model's")
+        return
     say(
         "export",
         f"training moved {record.moved_weights:.2%} of the expert weights; {record.changed_codes:.2%} of the"
         f" 4-bit values differ from the base model's ({record.survival:.2%} of the moved weights)",
     )
-    if record.moved_weights and record.survival < _HARDLY_ANY:
+    if record.survival < _HARDLY_ANY:
         warn(
             "export",
             "hardly any of the fine-tuning of the experts reached the 4-bit weights: only"

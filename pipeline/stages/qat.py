@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline.config import PipelineConfig, Stage
+from pipeline.config import PipelineConfig, Stage, raise_if_nothing_to_round
 from pipeline.data.examples import prepare_examples
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
@@ -30,6 +30,7 @@ _SETTINGS = ("data", "format", "qat")
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/qat: the trained model with its quantizers."""
     here = Run(config)
+    raise_if_nothing_to_round(config.quantize.source, config.sft, config.format.name)
     start = here.require(Stage.quantize)
     sharding.raise_if_impossible(config.sharding)
     _raise_if_quantized_otherwise(references.of_artifact(start), references.configured_format(config.format))

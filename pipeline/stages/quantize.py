@@ -15,7 +15,7 @@ import torch
 
 from pipeline.checkpoints.dtypes import dtype_name
 from pipeline.checkpoints.side_files import copy_side_files, link_or_copy
-from pipeline.config import Method, PipelineConfig, QuantizeSource, Stage, packs_rounded
+from pipeline.config import Method, PipelineConfig, QuantizeSource, Stage, packs_rounded, raise_if_nothing_to_round
 from pipeline.data.examples import prepare_examples
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
@@ -38,6 +38,7 @@ _SETTINGS = ("data", "format", "quantize", "qat.method", "qat.lora", "qat.precis
 def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/quantize: the fine-tuned model with fake quantizers. Check that every quantizer runs."""
     here = Run(config)
+    raise_if_nothing_to_round(config.quantize.source, config.sft, config.format.name)
     references.configured_format(config.format)  # a wrong setting ends the run before the data is read
     from_sft = config.quantize.source is QuantizeSource.sft
     start = here.require(Stage.sft) if from_sft else references.require_upcast(here, config.model.path)

@@ -3,16 +3,24 @@
 At a low learning rate, many weights move by less than a step of the format, and BF16 weights often do not move at all.
 If few codes change, most updates do not survive rounding. The shares show this early, so you can raise the learning
 rate. One expert of each stack is measured, which costs almost no time.
+
+If the experts are frozen, the first rows of all trained tensors are measured instead. The export rounds these tensors
+to BF16, so an update that is too small for BF16 is lost.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.adapters import expert_weights
+from pipeline.checkpoints.gpt_oss import EXPERT_WEIGHTS
+from pipeline.models import sharding
+from pipeline.models.adapters import expert_weights, is_adapted
 from pipeline.numerics.codec import fake_quantize
 from pipeline.numerics.formats import BlockFormat
 
 _SAMPLED = slice(0, 1)  # experts of each stack
+_ROWS = 64  # of each other tensor
 
 
 class WeightChanges:
@@ -31,13 +39,17 @@ class WeightChanges:
         """
         self._model, self._format = model, block_format
         self._start = {name: weights.to("cpu", copy=True) for name, weights in expert_weights(model, _SAMPLED)}
+        self._parts = {name: rows.to("cpu", copy=True) for name, rows in _bf16_parts(model)}
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """Return `moved_weights` and `changed_codes`. Both are shares of the sampled weights.
 
-        If no expert is trained, the result is empty.
+        If the experts are frozen, return `changed_bf16_values`. This is the share of the sampled values that differ
+        from the start after rounding to BF16. If adapters are trained only outside of the experts, the result is empty.
         """
+        if self._parts:
+            return {"changed_bf16_values": self._measure_parts()}
         counts, total = [], 0
         for name, weights in expert_weights(self._model, _SAMPLED):
             start = self._start.get(name)
@@ -51,6 +63,10 @@ class WeightChanges:
         moved, changed = torch.stack(counts).sum(0).tolist()
         return {"moved_weights": moved / total, "changed_codes": changed / total}
 
+    def _measure_parts(self) -> float:
+        differ = [(rows != self._parts[name].to(rows.device)).sum().cpu() for name, rows in _bf16_parts(self._model)]
+        return int(torch.stack(differ).sum()) / sum(rows.numel() for rows in self._parts.values())
+
     def _count(self, start: Tensor, weights: Tensor) -> Tensor:
         """Return the number of weights that differ, and the number of rounded weights that differ.
 
@@ -61,3 +77,17 @@ class WeightChanges:
 
     def _round(self, weights: Tensor) -> Tensor:
         return fake_quantize(weights.transpose(1, 2), self._format).transpose(1, 2)
+
+
+def _bf16_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the first rows of each trained tensor, in BF16. If a tensor is sharded, the main process does.
+
+    If experts or adapters are trained, nothing is yielded.
+    """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if is_adapted(model) or any(name.endswith(EXPERT_WEIGHTS) for name, _ in trained):
+        return
+    for name, parameter in trained:
+        rows = sharding.first_part(parameter).detach()[:_ROWS]
+        if rows.numel():
+            yield name, rows.to(torch.bfloat16)

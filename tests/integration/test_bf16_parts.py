@@ -11,12 +11,13 @@ from conftest import SHORT, linked, outcomes, run_program
 from test_processes import losses
 from test_sharding import launch_lines
 
-from pipeline.checkpoints.gpt_oss import is_packed_name, other_tensors
+from pipeline.checkpoints.gpt_oss import EXPERT_WEIGHTS, is_packed_name, other_tensors
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.data.tables import DIRECTORY
-from pipeline.models import loading, packed_experts
+from pipeline.models import loading, packed_experts, references
 from pipeline.runs import artifacts
 from pipeline.runs.artifacts import Kind
+from pipeline.runs.metrics import read_metrics
 
 SETTINGS = ("recipe=smoke", "train@sft=bf16_parts", *SHORT)
 
@@ -77,6 +78,11 @@ def test_quantize_and_qat_say_that_there_is_nothing_to_round(
     assert "sft.method=bf16_parts: there is nothing to round." in capsys.readouterr().err
 
 
+def test_metrics_have_the_share_of_bf16_values_that_changed(parts_run: Path) -> None:
+    shares = [line["eval_changed_bf16_values"] for line in read_metrics(parts_run / "sft") if "eval_loss" in line]
+    assert shares[0] == 0 and 0.3 < shares[1] <= shares[-1] <= 1
+
+
 def trained_bytes(run_dir: Path) -> str:
     return artifacts.load(run_dir / "sft").fingerprint
 
@@ -108,7 +114,9 @@ PROCESSES = {
     "ddp": (*OFTEN,),
     "fsdp2": (*OFTEN, "sharding=fsdp2"),
     "mixed": (*OFTEN, "sft.precision=mixed_bf16"),
+    "zero2": (*OFTEN, "sharding=zero2"),
     "mixed_fsdp2": (*OFTEN, "sft.precision=mixed_bf16", "sharding=fsdp2"),
+    "mixed_zero3": (*OFTEN, "sft.precision=mixed_bf16", "sharding=zero3"),
 }
 
 
@@ -152,3 +160,82 @@ def test_two_processes_have_the_losses_of_one_after_an_interruption(
     assert losses(by_two / name, "sft") == pytest.approx(losses(run_dir, "sft"), rel=tolerance)
     saved, base = Checkpoint(by_two / name / "sft"), Checkpoint(parts_run / "upcast")
     assert all(torch.equal(saved.read(each), base.read(each)) for each in base.tensors if is_packed_name(each))
+
+
+BEFORE_QAT = {
+    "after full SFT": ("recipe=smoke",),
+    "after LoRA": ("recipe=smoke_lora",),
+    "in mixed precision": ("recipe=smoke", "qat.precision=mixed_bf16", "qat.packing=true"),
+    "with a teacher": ("recipe=smoke", "qat.distillation.weight=0.5", "qat.gradient_checkpointing=true"),
+    "nvfp4": ("recipe=smoke", "format=nvfp4", "export.target=nvfp4"),
+    "importance": ("recipe=smoke", "format.scale_rule=mse", "format.importance=true"),
+}
+
+
+@pytest.fixture(scope="module")
+def qat_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs whose QAT trains the BF16 parts, up to verify. Tests must not write to them."""
+    directory = tmp_path_factory.mktemp("qat")
+    for name, settings in BEFORE_QAT.items():
+        for stage in ("upcast", "sft", "quantize", "qat", "export", "verify"):
+            arguments = (f"run_dir={directory / name}", *SHORT, *settings, "train@qat=bf16_parts", "sft.max_steps=6")
+            assert run_program(f"stage={stage}", *arguments) == 0, (name, stage)
+    return directory
+
+
+@pytest.mark.parametrize("name", BEFORE_QAT)
+def test_qat_of_the_bf16_parts_keeps_the_rounded_experts(name: str, qat_runs: Path) -> None:
+    is_packed = name not in ("nvfp4", "importance")
+    kind = Kind.packed if is_packed else Kind.checkpoint
+    before, after = (artifacts.load(qat_runs / name / stage) for stage in ("quantize", "qat"))
+    assert (before.kind, after.kind) == (kind, kind) and before.fake_quantized == after.fake_quantized is not None
+    weights = [loading.Weights(references.of_artifact(artifact)) for artifact in (before, after)]
+    names = weights[0].names()
+    same = {each for each in names if torch.equal(*(model.read_effective(each).float() for model in weights))}
+    experts = {each for each in names if each.endswith(EXPERT_WEIGHTS)}
+    assert experts <= same and len(same - experts) < len(names) / 2  # in BF16, a few steps do not move every norm
+    assert "FAILED" not in outcomes(qat_runs / name)
+
+
+def test_qat_of_the_bf16_parts_lowers_the_loss_of_the_rounded_model(qat_runs: Path) -> None:
+    details = artifacts.load(qat_runs / "after full SFT" / "qat").details
+    assert details["validation_loss"] < details["validation_loss_before"] and details["quantizers"] == 4
+
+
+def test_an_interrupted_qat_of_the_bf16_parts_resumes_to_the_same_weights(qat_runs: Path, tmp_path: Path) -> None:
+    whole = qat_runs / "in mixed precision"
+    run_dir = linked(tmp_path / "run", whole, "upcast", "sft", "quantize")
+    settings = (*SHORT, *BEFORE_QAT[whole.name], "train@qat=bf16_parts", "sft.max_steps=6")
+    line = Line(["stage=qat", f"run_dir={run_dir}", *settings], interrupted_at=3)
+    assert run(line)["status"] == 130
+    assert run(replace(line, interrupted_at=None))["status"] == 0
+    assert weight_bytes(run_dir / "qat") == weight_bytes(whole / "qat")
+
+
+def weight_bytes(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}
+
+
+MISTAKES = {
+    "upcast.experts=bf16": "sft.method=bf16_parts does not train the experts' weights",
+    "quantize.source=upcast train@qat=bf16_parts": "there is nothing to round. Use train@sft=bf16_parts",
+}
+
+
+@pytest.mark.parametrize("setting", MISTAKES)
+def test_settings_that_contradict_bf16_parts_are_refused(
+    setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_program("stage=all", f"run_dir={tmp_path}", *SETTINGS, *setting.split()) == 2
+    error = capsys.readouterr().err
+    assert MISTAKES[setting] in error and error.count("error: ") == 1
+
+
+def test_an_upcast_with_decoded_experts_and_adapters_as_the_model_are_refused(
+    smoke_run: Path, lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = linked(tmp_path / "run", smoke_run, "source", "upcast")
+    assert run_program("stage=sft", f"run_dir={run_dir}", *SETTINGS) == 2
+    assert "are not packed" in (error := capsys.readouterr().err) and "upcast.experts=null overwrite=true" in error
+    assert run_program("stage=upcast", f"run_dir={tmp_path}", *SETTINGS, f"model.path={lora_run / 'sft'}") == 2
+    assert "holds adapters" in capsys.readouterr().err

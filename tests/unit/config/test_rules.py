@@ -18,11 +18,13 @@ from pipeline.config import (
     QuantizeSource,
     ScaleRule,
     Sharding,
-    Stage,
+    TrainConfig,
     adapted_layers,
     is_known,
     keeps_packed,
+    raise_if_nothing_to_round,
 )
+from pipeline.errors import UserError
 
 BROKEN_RULES: dict[str, tuple[Any, str]] = {
     "data.validation_fraction": (2.0, "must be between 0 and 1, both excluded."),
@@ -160,23 +162,12 @@ def test_bf16_parts_beside_experts_in_bf16_are_refused() -> None:
     assert broken(qat__method=PARTS, upcast__experts=Experts.bf16) == broken(sft__method=PARTS) == []
 
 
-@pytest.mark.parametrize("sharding", Sharding)
-@pytest.mark.parametrize("stage", ["sft", "qat"])
-def test_bf16_parts_with_deepspeed_are_refused(stage: str, sharding: Sharding) -> None:
-    found = broken(**{f"{stage}__method": PARTS}, sharding=sharding)
-    if sharding in (Sharding.none, Sharding.fsdp2):
-        assert found == []
-    else:
-        (problem,) = found
-        assert problem.startswith(f"sharding={sharding.name}: DeepSpeed does not take the packed experts of {stage}.")
-
-
-@pytest.mark.parametrize("stage", [Stage.quantize, Stage.qat])
-def test_after_bf16_parts_there_is_nothing_to_round_to_mxfp4(stage: Stage) -> None:
-    (problem,) = broken(sft__method=PARTS, stage=stage)
-    assert problem.startswith("sft.method=bf16_parts: there is nothing to round.")
-    assert broken(sft__method=PARTS, stage=stage, format__name=FormatName["nvfp4"]) == []
-    assert broken(sft__method=PARTS, stage=Stage.all) == []
+def test_after_bf16_parts_there_is_nothing_to_round_to_mxfp4() -> None:
+    parts, source, mxfp4 = TrainConfig(method=PARTS), QuantizeSource.sft, FormatName["mxfp4"]
+    with pytest.raises(UserError, match=r"sft\.method=bf16_parts: there is nothing to round\."):
+        raise_if_nothing_to_round(source, parts, mxfp4)
+    raise_if_nothing_to_round(source, parts, FormatName["nvfp4"])
+    raise_if_nothing_to_round(source, TrainConfig(), mxfp4)
 
 
 def test_qat_of_bf16_parts_without_sft_is_refused() -> None:

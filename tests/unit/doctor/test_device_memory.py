@@ -87,13 +87,12 @@ def test_settings_that_the_run_has_already_are_no_remedies() -> None:
     assert list(find(plan=sharded, processes=2)) == ["data.max_length=512", "train@sft=bf16_parts", "train@sft=lora"]
 
 
-def test_bf16_parts_have_adapters_as_a_remedy_and_are_none_for_decoded_experts_and_deepspeed() -> None:
+def test_bf16_parts_have_adapters_as_a_remedy_and_are_none_for_decoded_experts() -> None:
     settings = replace(SFT, batch_size=1, gradient_checkpointing=True)
     parts = replace(PLAN, sft=replace(settings, method=Method.bf16_parts))
     found = find(plan=parts, model={**MODEL, "quantization_config": {}})
     assert "train@sft=lora" in found and "train@sft=bf16_parts" not in found
-    for plan in (replace(PLAN, experts=Experts.bf16), replace(PLAN, sharding=Sharding.zero3)):
-        assert "train@sft=bf16_parts" not in find(plan=plan, processes=2)
+    assert "train@sft=bf16_parts" not in find(plan=replace(PLAN, experts=Experts.bf16))
 
 
 def test_without_rounding_no_qat_is_planned() -> None:

@@ -171,6 +171,34 @@ def test_biases_can_be_trained() -> None:
     assert len(errors) == 5 and max(errors.values()) < 1e-6, errors
 
 
+def test_gradients_of_bf16_biases_are_summed_in_fp32() -> None:
+    (packed, _), (exact, _) = layers(torch.bfloat16), layers(torch.float32)
+    for layer in (packed, exact):
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(name.endswith(BIAS_SUFFIX))
+    states, chosen, shares, gradient = inputs(torch.float32, tokens=4096)
+    packed(
+        *(each.to(torch.bfloat16) if each.is_floating_point() else each for each in (states, chosen, shares))
+    ).backward(gradient.to(torch.bfloat16))
+    exact(states, chosen, shares).backward(gradient)
+    for name in EXPERT_WEIGHTS:
+        found, expected = packed.mlp.experts.bias(name).grad.float(), exact.mlp.experts.bias(name).grad
+        assert (found - expected).norm() / expected.norm() < 0.01, name
+
+
+def test_experts_with_fp32_biases_can_compute_in_bf16() -> None:
+    mixed = PackedExperts(config(), torch.float32, computes_in=torch.bfloat16)
+    (other, _) = layers(torch.bfloat16)
+    mixed.load_state_dict(other.mlp.experts.state_dict())
+    states, chosen, shares, gradient = inputs(torch.float32)
+    output = mixed(states, chosen, shares)
+    output.backward(gradient)
+    expected = other(states.to(torch.bfloat16), chosen, shares.to(torch.bfloat16))
+    assert mixed.decode(EXPERT_WEIGHTS[0], slice(0, 1)).dtype is torch.bfloat16 and output.dtype is torch.float32
+    assert torch.equal(output.to(torch.bfloat16), expected)
+    assert all(mixed.bias(name).grad.dtype is torch.float32 for name in EXPERT_WEIGHTS)
+
+
 @pytest.mark.parametrize("block_format", [None, MXFP4], ids=["no quantizers", "mxfp4"])
 def test_bf16_differs_from_plain_experts_by_roundings_only(block_format: BlockFormat | None) -> None:
     packed, plain = (quantized(adapted(layer), block_format) for layer in layers(torch.bfloat16))

@@ -136,8 +136,6 @@ def test_remedies_that_the_run_has_already_are_not_named() -> None:
     assert remedies(full, on_gpu=True) == ["train@qat=bf16_parts", "train@qat=lora"]
     parts = replace(config, qat=replace(config.qat, method=Method.bf16_parts))
     assert remedies(parts, on_gpu=True) == ["train@qat=lora"]
-    deepspeed = replace(full, sharding=Sharding.zero3)
-    assert remedies(deepspeed, on_gpu=True) == ["train@qat=lora"]
     export = PipelineConfig(stage=Stage.export)
     assert remedies(export, on_gpu=True) == ["device=cpu"]
     assert remedies(replace(export, device=Device.cpu), on_gpu=True) == remedies(export, on_gpu=False) == []
