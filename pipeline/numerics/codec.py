@@ -199,7 +199,7 @@ def tensor_scale(values: Tensor, block_format: BlockFormat) -> Tensor | None:
         return None
     if values.numel() == 0:
         return torch.ones(values.shape[:-2], device=values.device)
-    view = _view(values, block_format)
+    view = view_blocks(values, block_format)
     return scales.tensor_scale_for_amax(_amax(view).amax(dim=(1, 2)), block_format.scale_rule).view(values.shape[:-2])
 
 
@@ -252,7 +252,7 @@ def _round_whole(
     """
     if not slabs.works_whole(values):
         return None
-    view = _view(values, block_format)
+    view = view_blocks(values, block_format)
     weights = _weights(importance, view, is_bad)
     arguments = (block_format.scale_type, block_format.scale_rule, _flat(given), weights, dtype)
     found = round_stack.run_compiled(view, *arguments)
@@ -292,7 +292,7 @@ class _Rounding:
         importance: Tensor | None,
         is_bad: Tensor | None = None,
     ) -> None:
-        self.view = _view(values, block_format)
+        self.view = view_blocks(values, block_format)
         count, nb, _, lanes = self.view.shape
         self.scales = torch.empty((count, nb, lanes), dtype=torch.uint8, device=values.device)
         self._shape, self._format, self._unit, self._is_bad = values.shape, block_format, unit, is_bad
@@ -306,10 +306,11 @@ class _Rounding:
             chosen = rounding.choose_scales(part, amax, scale_type, self._format.scale_rule, unit, weights)
             self.scales[slab] = chosen
             yield slab, part, amax, scales.divisor(chosen, scale_type, unit)
+        bad = self.scales == scales.NAN[scale_type]
         if self._is_bad is None:
-            _raise_if_not_finite(self.scales, self._shape, scale_type)
+            _raise_if_any(bad, self._shape)
         else:
-            self._is_bad.logical_or_((self.scales == scales.NAN[scale_type]).any())
+            self._is_bad.logical_or_(bad.any())
 
     def _weights_of(self, slab: slabs.Slab) -> Tensor | None:
         if self._weights is None:
@@ -344,15 +345,20 @@ def _raise_if_not_importance(importance: Tensor) -> None:
         raise CodecError("importance must be a non-negative number for every input channel")
 
 
-def _raise_if_not_finite(scale_bytes: Tensor, shape: torch.Size, scale_type: ScaleType) -> None:
-    bad = scale_bytes == scales.NAN[scale_type]
+def raise_if_not_finite(values: Tensor, block_format: BlockFormat) -> None:
+    """Raise CodecError if a block of (..., out, in) values has NaN or Inf."""
+    _raise_if_any(~_amax(view_blocks(values, block_format)).isfinite(), values.shape)
+
+
+def _raise_if_any(bad: Tensor, shape: torch.Size) -> None:
+    """Raise CodecError if a block is bad. `bad` has the shape (L, nb, lanes). The values have the shape `shape`."""
     if bad.any():
         rows = bad.transpose(1, 2).reshape(*shape[:-1], -1)
         block = tuple(int(i) for i in rows.nonzero()[0])
         raise CodecError(f"NaN or Inf in {int(bad.sum())} blocks, the first at index {list(block)}", block)
 
 
-def _view(values: Tensor, block_format: BlockFormat) -> Tensor:
+def view_blocks(values: Tensor, block_format: BlockFormat) -> Tensor:
     """Check the dtype and the block size. View values of the shape (..., out, in) as (L, nb, block, lanes)."""
     if values.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"values must be float32 or bfloat16, not {values.dtype}")

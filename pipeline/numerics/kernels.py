@@ -28,7 +28,7 @@ def round_blocks(values: Tensor, inverse: Tensor, significand: Tensor | None, sc
     """
     exact = values.float()
     codes = _nearest_code(exact.abs() * inverse.unsqueeze(-2), significand)
-    return torch.copysign(_magnitudes(codes) * scale.unsqueeze(-2), exact).to(values.dtype)
+    return torch.copysign(magnitudes(codes) * scale.unsqueeze(-2), exact).to(values.dtype)
 
 
 @kernel
@@ -84,7 +84,7 @@ def squared_error(values: Tensor, inverse: Tensor, significand: Tensor | None, w
 @kernel
 def _squared_errors(values: Tensor, inverse: Tensor, significand: Tensor | None, weights: Tensor | None) -> Tensor:
     scaled = values.float().abs() * inverse.unsqueeze(-2)
-    nearest = _magnitudes(_nearest_code(scaled, significand))
+    nearest = magnitudes(_nearest_code(scaled, significand))
     if significand is not None:
         nearest = nearest * significand.unsqueeze(-2)
     units = torch.round((scaled - nearest) * 64.0)
@@ -163,7 +163,7 @@ def _nearest_code(scaled: Tensor, significand: Tensor | None) -> Tensor:
     return torch.where(four, 4.0, 0.0) + torch.where(two, 2.0, 0.0) + torch.where(one, 1.0, 0.0)
 
 
-def _magnitudes(codes: Tensor) -> Tensor:
+def magnitudes(codes: Tensor) -> Tensor:
     """Map codes 0 to 7 to 0, .5, 1, 1.5, 2, 3, 4, 6. The map is convex, so it is the maximum of its three lines."""
     return torch.maximum(torch.maximum(codes * 0.5, codes - 2.0), codes * 2.0 - 8.0)
 
@@ -171,6 +171,6 @@ def _magnitudes(codes: Tensor) -> Tensor:
 def decode_codes(codes: Tensor, unit: Tensor) -> Tensor:
     """Decode codes 0 to 15, given as floats, to values. `unit` is the scale, broadcast to the codes."""
     is_negative = codes >= 8.0
-    magnitudes = _magnitudes(torch.where(is_negative, codes - 8.0, codes)) * unit
+    values = magnitudes(torch.where(is_negative, codes - 8.0, codes)) * unit
     # On a GPU, Triton computes -x as 0 - x. That would turn code 8 into +0 instead of -0.
-    return torch.where(is_negative, magnitudes * -1.0, magnitudes)
+    return torch.where(is_negative, values * -1.0, values)

@@ -11,6 +11,7 @@ from pipeline.numerics.compiled import Compilation, can_compile, compilation
 from pipeline.numerics.convert import mxfp4_to_nvfp4
 from pipeline.numerics.formats import FORMATS, MXFP4, NVFP4, SCALE_RULES, BlockFormat
 from pipeline.numerics.packed_rounding import round_packed
+from pipeline.numerics.stochastic import Noise, round_to_scales
 
 pytestmark = [
     pytest.mark.gpu,
@@ -225,3 +226,27 @@ def test_packed_weights_are_decoded_and_rounded_with_the_bits_of_a_cpu(
         decoded = decode(*on_gpu)
     assert torch.equal(bits(found), bits(expected))
     assert torch.equal(bits(decoded), bits(decode(blocks, scales)))
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", TRAINED_TYPES, ids=str)
+@pytest.mark.parametrize("block_format", [MXFP4, NVFP4], ids=lambda row: row.name)
+def test_stochastic_rounding_on_a_gpu_gives_the_bits_of_a_cpu(
+    block_format: BlockFormat, dtype: torch.dtype, order: str, is_compiled: bool
+) -> None:
+    if is_compiled and not can_compile("cuda"):
+        pytest.skip("no Triton on this machine")
+    noise = Noise.of(42, "model.layers.0.mlp.experts.gate_up_proj")
+    for sample in (whole_range(dtype), of_one_size(dtype)):
+        values = ORDERS[order](sample)
+        unit = tensor_scale(values, block_format)
+        with compilation(Compilation.never):
+            _, scales = encode(values, block_format, unit)
+            expected = round_to_scales(values, block_format, scales, unit, noise=noise, first=5)
+        with compilation(Compilation.always if is_compiled else Compilation.never):
+            on_gpu = None if unit is None else unit.cuda()
+            found = round_to_scales(to_gpu(values), block_format, scales.cuda(), on_gpu, noise=noise, first=5)
+        assert found.values.is_cuda and found.clipped == expected.clipped
+        assert torch.equal(bits(found.values), bits(expected.values))
+        assert torch.equal(bits(found.blocks), bits(expected.blocks))

@@ -14,10 +14,11 @@ gpu = InterpretedGpu()  # before other imports: they import inductor, which keep
 from torch import Tensor  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from pipeline.numerics.codec import decode, encode, fake_quantize  # noqa: E402
+from pipeline.numerics.codec import decode, encode, fake_quantize, tensor_scale  # noqa: E402
 from pipeline.numerics.compiled import Compilation, compilation  # noqa: E402
-from pipeline.numerics.formats import MXFP4, NVFP4  # noqa: E402
+from pipeline.numerics.formats import MXFP4, NVFP4, BlockFormat  # noqa: E402
 from pipeline.numerics.packed_rounding import round_packed  # noqa: E402
+from pipeline.numerics.stochastic import Noise, round_to_scales  # noqa: E402
 
 COUNT, LANES, BLOCKS = 2, 65, 2  # experts, out, MXFP4 blocks per row. 65 lanes fill no whole tile, so masks matter
 WIDTH, RANK = 32 * BLOCKS, 3
@@ -60,6 +61,17 @@ def uses() -> Iterator[tuple[str, Use]]:
     a, b = (0.1 * torch.randn(COUNT, *shape, generator=generator) for shape in ((WIDTH, RANK), (RANK, LANES)))
     yield "round base + delta to mxfp4 ceil", partial(round_packed, base, (a, b, 1.5), MXFP4, dtype=torch.bfloat16)
     yield "encode to mxfp4 ceil", partial(encode, values, MXFP4)
+    for row in (MXFP4, NVFP4):
+        unit = tensor_scale(values, row)
+        stored = encode(values, row, unit)[1]
+        yield f"round stochastically to {row.name}", partial(round_at_random, values, row, stored, unit)
+
+
+def round_at_random(
+    values: Tensor, block_format: BlockFormat, stored: Tensor, unit: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    found = round_to_scales(values, block_format, stored, unit, noise=Noise.of(42, "stack"), first=5)
+    return found.blocks, found.values
 
 
 def compare(use: Use) -> dict[str, object]:
