@@ -26,10 +26,13 @@ from pipeline.config.pipeline import Device, PipelineConfig, Sharding, Stage, ca
 from pipeline.config.quantize import (
     QuantizeConfig,
     QuantizeSource,
+    RoundingMethod,
+    RoundingScales,
     first_training,
     leaves_nothing_to_round,
     packs_rounded,
     raise_if_nothing_to_round,
+    writes_rounded,
 )
 from pipeline.config.serve import ServeConfig, ServingEngine
 from pipeline.config.tracking import TrackingBackend, TrackingConfig
@@ -86,6 +89,8 @@ __all__ = [
     "QuantizeConfig",
     "QuantizeSource",
     "ReasoningEffort",
+    "RoundingMethod",
+    "RoundingScales",
     "ScaleRule",
     "ServeConfig",
     "ServerConfig",
@@ -111,4 +116,5 @@ __all__ = [
     "setting_keys",
     "unknown_key",
     "value_problem",
+    "writes_rounded",
 ]

@@ -1,10 +1,10 @@
-"""Settings of `quantize`: the insertion of fake quantization."""
+"""Settings of `quantize`: the rounding of the experts, and the insertion of fake quantization."""
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Optional
 
-from pipeline.config.bounds import POSITIVE
+from pipeline.config.bounds import POSITIVE, SEED
 from pipeline.config.format import FormatConfig, FormatName
 from pipeline.config.training import Method, QatConfig, TrainConfig
 from pipeline.errors import UserError
@@ -17,16 +17,43 @@ class QuantizeSource(Enum):
     upcast = "upcast"
 
 
+class RoundingMethod(Enum):
+    """Ways to round the experts."""
+
+    nearest = "nearest"
+    stochastic = "stochastic"
+
+
+class RoundingScales(Enum):
+    """Ways to choose the scales to round to: the base's own scales, or a rule of SCALE_RULES."""
+
+    base = "base"
+    ceil = "ceil"
+    floor = "floor"
+    mse = "mse"
+
+
 @dataclass
 class QuantizeConfig:
     """Insert fake quantization. The resulting model is the PTQ baseline, and QAT starts from it."""
 
     source: QuantizeSource = QuantizeSource.sft
     """Model to quantize: the fine-tuned model (sft) or the original (upcast). With upcast, QAT starts without SFT."""
+    method: RoundingMethod = RoundingMethod.nearest
+    """Rounding of the experts: nearest, or stochastic (unbiased, so small changes survive on average)."""
+    scales: Optional[RoundingScales] = None
+    """Scales to round to: base (own scales of a packed base), ceil, floor or mse; null: see docs/formats.md."""
+    seed: Annotated[int, SEED] = 42
+    """Random seed of method=stochastic."""
     calibration_samples: Annotated[int, POSITIVE] = 64
     """Number of training examples for calibration, if the format needs it. The first batch checks the quantizers."""
     batch_size: Annotated[int, POSITIVE] = 1
     """Number of examples per forward pass."""
+
+
+def writes_rounded(quantize: QuantizeConfig) -> bool:
+    """Return whether `quantize` writes rounded experts. Otherwise only the forward pass rounds them."""
+    return quantize.method is not RoundingMethod.nearest or quantize.scales is not None
 
 
 def first_training(source: QuantizeSource, sft: TrainConfig, qat: QatConfig) -> tuple[str, TrainConfig]:

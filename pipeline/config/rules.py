@@ -16,7 +16,7 @@ from pipeline.config.data import ColumnsConfig, DataConfig
 from pipeline.config.format import FormatName
 from pipeline.config.keys import is_known, schema, unknown_key
 from pipeline.config.pipeline import PipelineConfig, Sharding, Stage
-from pipeline.config.quantize import QuantizeSource, first_training
+from pipeline.config.quantize import QuantizeSource, first_training, writes_rounded
 from pipeline.config.targets import TARGETS
 from pipeline.config.training import (
     ROUNDING_OPTIMIZERS,
@@ -28,7 +28,7 @@ from pipeline.config.training import (
 )
 from pipeline.config.upcast import Experts
 from pipeline.errors import UserError, user_errors
-from pipeline.numerics.formats import FORMATS, SCALE_RULES
+from pipeline.numerics.formats import FORMATS, SCALE_RULES, ScaleType
 
 
 def resolve(composed: DictConfig) -> PipelineConfig:
@@ -65,6 +65,7 @@ def problems(config: PipelineConfig) -> list[str]:
     found = [*_bound_problems(config), *_data_problems(config.data), *evaluation_rules.problems(config.evaluate)]
     found += _train_problems("sft", config.sft) + _train_problems("qat", config.qat)
     found += _format_problems(config) + _resharding_problems(config) + _parts_problems(config)
+    found += _quantize_problems(config)
     return found + _qat_problems(config) + _experts_problems(config) + _packed_problems(config)
 
 
@@ -193,6 +194,27 @@ def _format_problems(config: PipelineConfig) -> list[str]:
     return found
 
 
+def _quantize_problems(config: PipelineConfig) -> list[str]:
+    """Rounded weights must stay what they are when the forward pass and the export round them again."""
+    name, rule = config.format.name.name, config.format.scale_rule.name
+    if not writes_rounded(config.quantize) or FORMATS[name].scale_type is not ScaleType.e4m3:
+        return []
+    scales = config.quantize.scales
+    asked = f"quantize.method={config.quantize.method.name}" + (f" quantize.scales={scales.name}" if scales else "")
+    found = []
+    if rule != "mse":
+        found.append(
+            f"{asked}: writes rounded experts. With format={name}, only format.scale_rule=mse keeps their values, not"
+            f" {rule}. Set format.scale_rule=mse."
+        )
+    if config.format.importance:
+        found.append(
+            f"{asked}: writes rounded experts. With format={name}, format.importance=true could change their values."
+            " Set format.importance=false."
+        )
+    return found
+
+
 def _qat_problems(config: PipelineConfig) -> list[str]:
     found, sft, qat = [], config.sft, config.qat
     follows_sft = config.quantize.source is QuantizeSource.sft
@@ -206,7 +228,8 @@ def _qat_problems(config: PipelineConfig) -> list[str]:
             f"qat.router_aux_loss_coef={qat.router_aux_loss_coef}: cannot be combined with qat.distillation.weight="
             f"{qat.distillation.weight}, because the distillation loss has no router term. Set it to 0."
         )
-    if follows_sft and sft.method is Method.lora and qat.method is Method.lora and sft.lora != qat.lora:
+    continues = follows_sft and not writes_rounded(config.quantize)
+    if continues and sft.method is Method.lora and qat.method is Method.lora and sft.lora != qat.lora:
         found.append(
             f"qat.lora={_show_lora(qat.lora)} differs from sft.lora={_show_lora(sft.lora)}: QAT continues with SFT's"
             " adapters. Give both the same values."

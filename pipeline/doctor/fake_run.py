@@ -58,6 +58,7 @@ class Job:
         sharding: how the processes share the model.
         processes: number of processes. One of them is measured.
         is_packed: whether the experts stay packed.
+        has_own_base: whether QAT has another base than SFT. A teacher is then a second model.
     """
 
     model: dict[str, Any]
@@ -69,6 +70,7 @@ class Job:
     sharding: Sharding
     processes: int
     is_packed: bool = False
+    has_own_base: bool = False
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ def _teacher(job: Job, size: Size) -> "Teacher | None":
     if not (isinstance(job.train, QatConfig) and job.train.distillation.weight):
         return None
     settings = job.train.distillation
-    if not holds_second_model(job.train, loading.TRAIN_DTYPES[job.train.precision]):
+    if not holds_second_model(job.train, loading.TRAIN_DTYPES[job.train.precision], has_own_base=job.has_own_base):
         # The memory of SFT's adapters is not counted.
         return Teacher(None, settings.weight, settings.temperature)
     model = _make_plain(job, size).eval().requires_grad_(False)

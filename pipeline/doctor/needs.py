@@ -109,6 +109,7 @@ class Plan:
         block_format: format that QAT rounds to.
         experts: value of upcast.experts.
         source: value of quantize.source.
+        writes_rounded: whether `quantize` writes rounded experts. With LoRA, QAT then has a base of its own.
     """
 
     model_path: str
@@ -120,14 +121,17 @@ class Plan:
     block_format: BlockFormat
     experts: Experts | None = None
     source: QuantizeSource = QuantizeSource.sft
+    writes_rounded: bool = False
 
     def is_packed(self, stage: str, model: Mapping[str, Any]) -> bool:
         """Return whether a stage trains on packed experts. `model` is the content of the source's config.json."""
         method = self.trainings[stage].method
-        if stage == Stage.qat.name and method is Method.bf16_parts and self.block_format.name == MXFP4.name:
-            return True  # `quantize` packs the rounded experts
-        is_merged = stage == Stage.qat.name and method is Method.bf16_parts and self.sft.method is Method.lora
-        return self.starts_packed(is_mxfp4=is_quantized(model)) and method is not Method.full and not is_merged
+        if stage == Stage.qat.name and method is not Method.full:
+            if self.writes_rounded or (method is Method.bf16_parts and self.block_format.name == MXFP4.name):
+                return self.block_format.stores_like(MXFP4)  # `quantize` packs the rounded experts
+            if method is Method.bf16_parts and self.sft.method is Method.lora:
+                return False  # `quantize` merges the adapters
+        return self.starts_packed(is_mxfp4=is_quantized(model)) and method is not Method.full
 
     def starts_packed(self, *, is_mxfp4: bool) -> bool:
         """Return whether training starts from packed experts. `is_mxfp4`: whether the source's experts are MXFP4."""
@@ -217,6 +221,7 @@ def memory(
     rounded_budget: float = 0,
     gathers: bool = False,
     is_packed: bool = False,
+    has_own_base: bool = False,
 ) -> Memory:
     """Compute the bytes that one device holds while it trains.
 
@@ -228,6 +233,7 @@ def memory(
         rounded_budget: size limit of the fake quantizers' cache of rounded weights, in bytes.
         gathers: whether parameters are sharded. Sharded parameters are gathered while they are used.
         is_packed: whether the experts stay packed.
+        has_own_base: whether the teacher cannot use the base of the model in training.
     """
     every, trained = _count(plain_tensors(shape)), trained_parameters(shape, train)
     width, is_adapted = bytes_per_value(TRAIN_TYPES[train.precision]), train.method is Method.lora
@@ -248,7 +254,7 @@ def memory(
         ),
         rounded=int(min(rounded_budget, changing * (_PACKED_BYTES if is_packed else activations.compute_width(train)))),
         gathered=activations.gathered_bytes(shape, train, model) if gathers else 0,
-        teacher=every * width if _has_teacher(train) and not is_packed else 0,
+        teacher=every * width if _has_teacher(train) and (has_own_base or not is_packed) else 0,
     )
 
 
@@ -301,12 +307,16 @@ def disk(plan: Plan, shape: Shape, is_mxfp4: bool) -> dict[str, int]:
     is_adapted = has_sft and plan.sft.method is Method.lora
     merges_adapters = is_adapted and plan.qat.method is not Method.lora
     adds_adapters = not is_adapted and plan.qat.method is Method.lora
-    packs = plan.qat.method is Method.bf16_parts and plan.block_format.name == MXFP4.name
-    merged = _bytes(plain_tensors(shape, TRAIN_TYPES[plan.sft.precision]))
+    merged = _bytes(plain_tensors(shape, TRAIN_TYPES[plan.sft.precision])) if has_sft else _bytes(plain_tensors(shape))
+    quantize = merged if merges_adapters else qat if adds_adapters else 0
+    if plan.writes_rounded or (plan.qat.method is Method.bf16_parts and plan.block_format.name == MXFP4.name):
+        is_packed = plan.qat.method is not Method.full and plan.block_format.stores_like(MXFP4)
+        adapters = qat if plan.qat.method is Method.lora else 0
+        quantize = (_bytes(packed_tensors(shape)) if is_packed else merged) + adapters
     return {
         "upcast": 0 if starts_packed == is_mxfp4 else _bytes(upcast),
         "sft": sft,
-        "quantize": qat if packs or adds_adapters else merged if merges_adapters else 0,
+        "quantize": quantize,
         "qat": qat,
         "export": export_bytes(shape, plan.target),
     }
@@ -369,6 +379,7 @@ def of_stage(plan: Plan, stage: str, model: Mapping[str, Any], longest: int) -> 
         rounded_budget=rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding, on_gpu=True),
         gathers=STRATEGIES[plan.sharding].gathers,
         is_packed=plan.is_packed(stage, model),
+        has_own_base=plan.writes_rounded,
     )
 
 

@@ -1,4 +1,4 @@
-"""Packs experts as MXFP4: weights that are MXFP4 values already, such as a decoded release, or weights to round.
+"""Packs the experts of a BF16 source whose weights are MXFP4 values, such as a decoded release.
 
 A block is exact if it decodes to the bits of the source. The scale rule `ceil` finds an exact block whenever there is
 one. It chooses the smallest scale at which the largest weight does not saturate. A released block can have a larger
@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.checkpoints.config_json import CONFIG
 from pipeline.checkpoints.gpt_oss import ExpertProjection, expert_projections, other_tensors
 from pipeline.checkpoints.reading import Checkpoint
-from pipeline.checkpoints.shards import INDEX, SHARD_BYTES, Part, Piece, Step, Written, sort_by_layer, write_sharded
+from pipeline.checkpoints.shards import INDEX, Part, Piece, Step, Written, sort_by_layer, write_sharded
 from pipeline.errors import UserError
 from pipeline.export.mxfp4 import released_config
 from pipeline.export.weights import bad_block, blocks_then_scales, raise_if_not_divisible
@@ -28,11 +28,9 @@ from pipeline.models.saving import plain_piece
 from pipeline.models.weights import Weights
 from pipeline.numerics.codec import CodecError, decode, encode, same_bits
 from pipeline.numerics.compiled import compilation_for
-from pipeline.numerics.formats import MXFP4, BlockFormat
+from pipeline.numerics.formats import MXFP4
 from pipeline.runs.artifacts import SHARDS_FILE
 from pipeline.runs.json_files import write_json
-
-_DAMAGED = "The checkpoint is damaged."
 
 
 def pack(weights: Weights, directory: Path, *, shard_bytes: int, device: str) -> Written:
@@ -63,29 +61,6 @@ def pack(weights: Weights, directory: Path, *, shard_bytes: int, device: str) ->
     return written
 
 
-def pack_rounded(weights: Weights, block_format: BlockFormat, directory: Path, *, device: str) -> Written:
-    """Write the released layout of a trained model. Experts are rounded to MXFP4, as `stage=export` rounds them.
-
-    All other tensors become BF16. Adapters are merged first.
-
-    Args:
-        weights: the weights of the model.
-        block_format: MXFP4 with a scale rule.
-        directory: directory to write.
-        device: device that rounds.
-
-    Raises:
-        UserError: a weight is NaN or Inf.
-    """
-    others, stacks = other_tensors(weights.shape), expert_projections(weights.shape)
-    pieces = [plain_piece(weights, name, info, torch.bfloat16) for name, info in others.items()]
-    pieces += [_Stack(weights, projection, device, block_format, rounds=True).piece() for projection in stacks]
-    with compilation_for(sum(projection.values for projection in stacks)):
-        written = write_sharded(directory, sort_by_layer(pieces), SHARD_BYTES, "rounding")
-    write_json(directory / CONFIG, released_config(weights.checkpoint.config))
-    return written
-
-
 def raise_unless_bf16(checkpoint: Checkpoint) -> None:
     """Raise UserError if a plain source has tensors of another type than BF16."""
     others = sorted({info.dtype for info in checkpoint.tensors.values()} - {"BF16"})
@@ -98,19 +73,12 @@ class _Stack:
     """A stack of experts that is packed.
 
     Attributes:
-        weights: the model.
-        projection: the stack.
-        device: device that packs.
-        block_format: MXFP4 with a scale rule.
-        rounds: whether weights may have other values than MXFP4's. They are then rounded.
-        inexact: number of blocks, packed so far, that do not decode to the bits of the source. It is 0 if `rounds`.
+        inexact: number of blocks, packed so far, that do not decode to the bits of the source.
     """
 
     weights: Weights
     projection: ExpertProjection
     device: str
-    block_format: BlockFormat = MXFP4
-    rounds: bool = False
     inexact: int = 0
 
     def piece(self) -> Piece:
@@ -127,8 +95,7 @@ class _Stack:
 
     def _step(self, rows: slice, put: Callable[[Tensor, Tensor, bool], Iterator[Part]]) -> Step:
         def convert(stored: tuple[Tensor, ...]) -> Iterator[Part]:
-            name = self.projection.name
-            blocks, scales = self._pack(self.weights.read_trained(name, rows, stored, self.device), rows)
+            blocks, scales = self._pack(stored[0].to(self.device), rows)
             return put(blocks, scales, rows.stop == self.projection.experts)
 
         return Step(lambda: self.weights.read_stored(self.projection.name, rows), convert)
@@ -136,12 +103,10 @@ class _Stack:
     def _pack(self, plain: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Encode (E, in, out) weights, and count the blocks that do not decode to the same bits."""
         try:
-            blocks, scales = encode(plain.transpose(1, 2), self.block_format)
+            blocks, scales = encode(plain.transpose(1, 2), MXFP4)
         except CodecError as error:
-            where, cause = self.weights.ref.directory, "Training went wrong." if self.rounds else _DAMAGED
-            raise bad_block(error, where, self.projection, rows, cause) from error
-        if self.rounds:
-            return blocks, scales
+            where = self.weights.ref.directory
+            raise bad_block(error, where, self.projection, rows, "The checkpoint is damaged.") from error
         decoded = torch.empty_like(plain)
         decode(blocks, scales, plain.dtype, out=decoded.transpose(1, 2))
         if not same_bits(decoded, plain):

@@ -31,6 +31,18 @@ def differences(stacks: Sequence[Tensor]) -> Tensor:
     return sums
 
 
+def changes(trained: Tensor, rounded: Tensor, base: Tensor) -> Tensor:
+    """Compare the change that training made, d = trained - base, with the change after rounding, r = rounded - base.
+
+    The tensors have the shape (E, rows, columns). The result is a float64 tensor with five sums: d^2, r * d, r^2,
+    trained^2, base^2.
+    """
+    sums = torch.zeros(5, dtype=torch.float64, device=trained.device)
+    for matrices in zip(trained, rounded, base, strict=True):
+        sums += kernels.row_changes(*matrices).double().sum(dim=1)
+    return sums
+
+
 def sum_of_squares(values: Tensor) -> float:
     """Sum the squares of (E, rows, columns) values, in the same way as `differences`."""
     return sum(float(kernels.row_squares(matrix).double().sum()) for matrix in values)

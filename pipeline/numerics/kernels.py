@@ -117,6 +117,18 @@ def row_differences(values: Tensor, rounded_values: Tensor, base: Tensor, rounde
 
 
 @kernel
+def row_changes(trained: Tensor, rounded: Tensor, base: Tensor) -> Tensor:
+    """Sum the products of the changes d = trained - base and r = rounded - base over each row.
+
+    Each argument has the shape (..., columns). The result has the shape (5, ...) and the type float32. It holds the
+    sums of d^2, r * d, r^2, trained^2 and base^2. They are for reports only, like `column_products`.
+    """
+    t, b = trained.float(), base.float()
+    d, r = t - b, rounded.float() - b
+    return torch.stack([each.sum(-1) for each in (d * d, r * d, r * r, t * t, b * b)])
+
+
+@kernel
 def row_squares(values: Tensor) -> Tensor:
     """Sum the squares of each row, in the same way as `row_differences`. The result is float32.
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pipeline.numerics import codec, kernels, scales, slabs
 from pipeline.numerics.compiled import kernel
-from pipeline.numerics.formats import E8M0_LARGEST, BlockFormat, ScaleType
+from pipeline.numerics.formats import BlockFormat
 from pipeline.numerics.philox import philox
 from pipeline.numerics.scales import Divisor
 
@@ -82,7 +82,7 @@ def round_to_scales(
         values: weights, (E, out, in), float32 or bfloat16, any strides. Blocks run along the last dimension.
         block_format: the format. Its scale rule is not used.
         stored: scales of the blocks, (E, out, nb): uint8 for e8m0, float8_e4m3fn for e4m3. They must not be NaN or
-            zero. e8m0 scales above `E8M0_LARGEST` are lowered to it.
+            zero, and e8m0 scales must be at most `E8M0_LARGEST`.
         tensor_scale: one scale for each expert, (E) float32. None for e8m0.
         noise: source of random bits for stochastic rounding. None rounds to the nearest value, ties to even.
         first: index of the first expert in its stack. The random bits depend on it.
@@ -110,8 +110,6 @@ def _slabs(
 ) -> Iterator[tuple[slabs.Slab, Tensor, Divisor]]:
     """Yield the slabs of (E, nb, block, lanes) weights, with their weights and divisors."""
     chosen = stored.view(torch.uint8).transpose(1, 2)
-    if block_format.scale_type is ScaleType.e8m0:
-        chosen = chosen.clamp(max=E8M0_LARGEST)
     for slab in slabs.split(view):
         of_slab = None if unit is None else unit[slab[0]]
         yield (

@@ -105,9 +105,19 @@ class TrainingRecord(ModelRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeRecord(ModelRecord):
-    """Number of fake quantizers that were inserted."""
+    """A quantized model, and how much of the change that training made its rounding keeps.
+
+    Attributes:
+        quantizers: number of fake quantizers that were inserted.
+        method: value of quantize.method, or None in artifacts of older versions.
+        scales: `base` or the rule that chose the scales, or None without an account.
+        account: figures of rounding, documented in `quantize.account`. None if the upcast was removed.
+    """
 
     quantizers: int
+    method: str | None = field(default=None, metadata=_OPTIONAL)
+    scales: str | None = field(default=None, metadata=_OPTIONAL)
+    account: dict[str, float | None] | None = field(default=None, metadata=_OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True)

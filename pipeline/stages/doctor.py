@@ -7,7 +7,7 @@ import xxhash
 
 from pipeline.checkpoints.config_json import read_config
 from pipeline.checkpoints.side_files import side_files
-from pipeline.config import PipelineConfig, Stage
+from pipeline.config import PipelineConfig, Stage, writes_rounded
 from pipeline.data.examples import rendering_of, split_rows
 from pipeline.data.harmony import Rendering
 from pipeline.data.languages import Languages
@@ -36,6 +36,8 @@ _SETTINGS = (
     "sft",
     "format",
     "quantize.source",
+    "quantize.method",
+    "quantize.scales",
     "qat",
     "sharding",
     "export.target",
@@ -81,6 +83,7 @@ def _plan(config: PipelineConfig) -> Plan:
         block_format,
         config.upcast.experts,
         config.quantize.source,
+        writes_rounded(config.quantize),
     )
 
 

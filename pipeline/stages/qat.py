@@ -132,8 +132,8 @@ def _load_teacher(here: Run, config: PipelineConfig, start: ModelRef, attention:
     if not settings.weight:
         return None
     sft = references.stage_ref(here, Stage.sft)
-    if not distillation.holds_second_model(config.qat, sft.dtype):
-        assert start.base.samefile(sft.base)
+    has_own_base = not start.base.samefile(sft.base)
+    if not distillation.holds_second_model(config.qat, sft.dtype, has_own_base=has_own_base):
         return distillation.share_base(sft, settings)
     own = for_teacher(attention, config.qat.precision, sft.dtype)
     model = loading.load_teacher(sft, config.qat, config.sharding, own)

@@ -1,4 +1,9 @@
-"""quantize: inserts fake quantizers into the fine-tuned model's experts. The result is the PTQ baseline for QAT.
+"""quantize: rounds the fine-tuned model's experts, and inserts fake quantizers. The result is the PTQ baseline for QAT.
+
+By default, only the fake quantizers round: the forward pass rounds to the nearest values, and the weights on disk stay
+as they were trained. With `quantize.method` or `quantize.scales`, the stage writes rounded experts. For full training,
+it writes a full checkpoint. For LoRA, it merges SFT's adapters, and writes the rounded result as a new base below
+`base/`, with new adapters.
 
 The model first takes the form that QAT trains. For full training, SFT's adapters are merged. For LoRA, a full
 checkpoint gets new adapters. For training of the BF16 parts, the experts are rounded now, and frozen later. Quantizers
@@ -7,15 +12,26 @@ come last: if an adapter were attached to weights that already have a quantizer,
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.checkpoints.dtypes import dtype_name
-from pipeline.checkpoints.side_files import copy_side_files, link_or_copy
-from pipeline.config import Method, PipelineConfig, QuantizeSource, Stage, packs_rounded, raise_if_nothing_to_round
+from pipeline.checkpoints.reading import Checkpoint
+from pipeline.checkpoints.side_files import link_or_copy
+from pipeline.config import (
+    Method,
+    PipelineConfig,
+    QuantizeSource,
+    RoundingMethod,
+    RoundingScales,
+    Stage,
+    packs_rounded,
+    raise_if_nothing_to_round,
+    writes_rounded,
+)
 from pipeline.data.examples import prepare_examples
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
@@ -25,7 +41,8 @@ from pipeline.models import loading, losses, placement, references, saving
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
 from pipeline.numerics.formats import MXFP4
-from pipeline.runs.artifacts import BOOKKEEPING, Artifact, Kind, Result
+from pipeline.quantize import origins, report, rounding
+from pipeline.runs.artifacts import BOOKKEEPING, SHARDS_FILE, Artifact, Kind, Result
 from pipeline.runs.building import build
 from pipeline.runs.console import say
 from pipeline.runs.records import ModelRecord, QuantizeRecord
@@ -33,6 +50,8 @@ from pipeline.runs.run import Run
 from pipeline.runs.tracking import log_metrics
 
 _SETTINGS = ("data", "format", "quantize", "qat.method", "qat.lora", "qat.precision", "qat.seed")
+BASE_DIR = "base"
+"""Directory of the rounded base below the stage's directory, if QAT trains adapters."""
 
 
 def run(config: PipelineConfig) -> Artifact:
@@ -42,12 +61,17 @@ def run(config: PipelineConfig) -> Artifact:
     references.configured_format(config.format)  # a wrong setting ends the run before the data is read
     from_sft = config.quantize.source is QuantizeSource.sft
     start = here.require(Stage.sft) if from_sft else references.require_upcast(here, config.model.path)
+    parents = {start.stage: start.fingerprint}
+    if _writes_rounded(config):
+        upcast = references.require_upcast(here, config.model.path)
+        parents[upcast.stage] = upcast.fingerprint
+        origins.find_packed(upcast, config.quantize)  # a missing packed base ends the run before the data is read
     rows = load_rows(here, config.data)
     return build(
         here,
         Stage.quantize,
         settings=_SETTINGS,
-        parents={start.stage: start.fingerprint},
+        parents=parents,
         work=lambda directory: _quantize(config, here, references.of_artifact(start), rows, directory),
         data=rows.fingerprint,
     )
@@ -57,7 +81,9 @@ def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, dire
     from pipeline.models import adapters, attention, fake_quantizers, quantizer_calls
 
     block_format = references.configured_format(config.format)
-    kind, start, saved = _take_form(config, ref, directory)
+    rounds = _writes_rounded(config)
+    form = _write_rounded(config, here, ref, directory) if rounds else _take_form(config.qat.method, ref, directory)
+    kind, start, saved = form.kind, form.ref, form.record
     placement.raise_if_host_too_small("quantize", start.base, start.dtype)
     chosen = attention.for_inference(start.dtype)
     model = placement.place(loading.load_quantized(start, start.dtype, attn_implementation=chosen))
@@ -79,32 +105,111 @@ def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, dire
         " each ran, and no other quantizer did",
     )
     log_metrics(directory, {"quantizers": quantizers})
-    record = QuantizeRecord(dtype=saved.dtype, base=saved.base, quantizers=quantizers)
-    form = MXFP4.name if kind is Kind.packed else saved.dtype
-    return Result(kind, record, form, block_format.name, block_format.scale_rule)
+    if not rounds:
+        form = replace(form, account=_measure(config, here, _written(directory, kind, saved), directory))
+    record = QuantizeRecord(
+        **vars(saved),
+        quantizers=quantizers,
+        method=config.quantize.method.name,
+        scales=form.scales or block_format.scale_rule,
+        account=form.account,
+    )
+    (directory / BASE_DIR / SHARDS_FILE).unlink(missing_ok=True)  # only an unfinished stage needs it
+    stored = MXFP4.name if kind is Kind.packed else saved.dtype
+    return Result(kind, record, stored, block_format.name, block_format.scale_rule, form.digests)
 
 
-def _take_form(config: PipelineConfig, ref: ModelRef, directory: Path) -> tuple[Kind, ModelRef, ModelRecord]:
-    """Bring the model into the form that QAT trains. Return its kind, the model, and the record for artifact.json."""
-    method, whole = config.qat.method, ModelRecord(dtype=dtype_name(ref.dtype))
-    here = replace(ref, directory=directory, base=directory, adapter=False)
-    if packs_rounded(config.qat, config.format):
-        say("quantize", "qat trains the BF16 parts: packing the rounded experts as MXFP4")
-        block_format, device = references.configured_format(config.format), loading.device_of(config.device)
-        pack_rounded(Weights(ref), block_format, directory, device=device)
-        copy_side_files(ref.base, directory)
-        return Kind.packed, replace(here, dtype=torch.bfloat16), ModelRecord(dtype=dtype_name(torch.bfloat16))
+def _writes_rounded(config: PipelineConfig) -> bool:
+    return writes_rounded(config.quantize) or packs_rounded(config.qat, config.format)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """The model in the form that QAT trains.
+
+    Attributes:
+        kind: kind of the stage's result.
+        ref: the model. Its directory may be that of an earlier stage.
+        record: record for artifact.json.
+        digests: hashes of written files, see `Result`.
+        scales: `base` or the rule that chose the scales of rounded experts. None if no rounded experts were written.
+        account: figures of rounding, or None.
+    """
+
+    kind: Kind
+    ref: ModelRef
+    record: ModelRecord
+    digests: dict[str, str] = field(default_factory=dict)
+    scales: str | None = None
+    account: dict[str, float | None] | None = None
+
+
+def _write_rounded(config: PipelineConfig, here: Run, ref: ModelRef, directory: Path) -> _Form:
+    """Write the model with merged adapters and rounded experts. For LoRA, it becomes a base below `directory`."""
+    job, method = _job(config, here, ref), config.qat.method
+    into = directory / BASE_DIR if method is Method.lora else directory
+    into.mkdir(exist_ok=True)
+    is_packed = method is not Method.full and job.block_format.stores_like(MXFP4)
+    written = (rounding.write_packed if is_packed else rounding.write_plain)(job, into)
+    prefix = f"{BASE_DIR}/" if method is Method.lora else ""
+    is_result = is_packed and method is Method.bf16_parts
+    dtype = torch.bfloat16 if is_result else ref.dtype
+    return _Form(
+        Kind.packed if is_result else Kind.checkpoint,
+        replace(ref, directory=into, base=into, adapter=False, dtype=dtype),
+        ModelRecord(dtype=dtype_name(dtype)),
+        {f"{prefix}{name}": digest for name, digest in written.files.items()},
+        job.rule or RoundingScales.base.name,
+        report.account_for(written.notes, directory, config.quantize.method.name),
+    )
+
+
+def _written(directory: Path, kind: Kind, record: ModelRecord) -> ModelRef:
+    """Describe the model that is written in `directory`. Its calibration is there too."""
+    base = directory if record.base is None else directory.parent / record.base
+    return ModelRef(Stage.quantize.name, directory, base, kind is Kind.adapter, dtype=getattr(torch, record.dtype))
+
+
+def _measure(config: PipelineConfig, here: Run, ref: ModelRef, directory: Path) -> dict[str, float | None] | None:
+    """Account for the rounding of the fake quantizers. Return None if the upcast was removed."""
+    if not here.is_complete(Stage.upcast):
+        say("quantize", "no account of the rounding: it compares with the upcast, which was removed")
+        return None
+    notes = rounding.measure(_job(config, here, ref))
+    return report.account_for(notes, directory, config.quantize.method.name)
+
+
+def _job(config: PipelineConfig, here: Run, ref: ModelRef) -> rounding.Job:
+    """Describe how the configuration rounds a model."""
+    upcast, block_format = here.require(Stage.upcast), references.configured_format(config.format)
+    packed = origins.find_packed(upcast, config.quantize)
+    is_stochastic = config.quantize.method is RoundingMethod.stochastic
+    return rounding.Job(
+        Weights(ref),
+        Checkpoint(upcast.directory),
+        packed,
+        block_format,
+        origins.choose_rule(config.quantize, packed, block_format.scale_rule),
+        config.quantize.seed if is_stochastic else None,
+        loading.device_of(config.device),
+    )
+
+
+def _take_form(method: Method, ref: ModelRef, directory: Path) -> _Form:
+    """Link or write the model with the experts as they were trained."""
+    whole = ModelRecord(dtype=dtype_name(ref.dtype))
     if method is not Method.lora and (ref.adapter or (ref.is_packed and method is Method.full)):
         change = "merging SFT's adapters" if ref.adapter else "decoding the experts to BF16"
         say("quantize", f"qat trains {'every weight' if method is Method.full else 'the BF16 parts'}: {change}")
         saving.write_plain(ref, directory)
-        return Kind.checkpoint, here, whole
+        written = replace(ref, directory=directory, base=directory, adapter=False)
+        return _Form(Kind.checkpoint, written, whole)
     if method is not Method.lora or ref.adapter:
         for path in sorted(p for p in ref.directory.iterdir() if p.name not in BOOKKEEPING and p.is_file()):
             link_or_copy(path, directory / path.name)
     if not ref.adapter:
-        return Kind.packed if ref.is_packed else Kind.checkpoint, ref, whole
-    return Kind.adapter, ref, replace(whole, base=os.path.relpath(ref.base, directory.parent))
+        return _Form(Kind.packed if ref.is_packed else Kind.checkpoint, ref, whole)
+    return _Form(Kind.adapter, ref, replace(whole, base=os.path.relpath(ref.base, directory.parent)))
 
 
 def _calibration_batches(config: PipelineConfig, here: Run, rows: Rows, ref: ModelRef) -> Sequence[Any]:

@@ -60,7 +60,7 @@ class DistillationLoss:
     divergence: Tensor
 
 
-def holds_second_model(qat: QatConfig, sft_dtype: torch.dtype) -> bool:
+def holds_second_model(qat: QatConfig, sft_dtype: torch.dtype, *, has_own_base: bool = False) -> bool:
     """Return whether the teacher is a second model in memory.
 
     With LoRA, student and teacher have the same base if QAT uses the type in which SFT saved its model. Then the
@@ -70,8 +70,9 @@ def holds_second_model(qat: QatConfig, sft_dtype: torch.dtype) -> bool:
     Args:
         qat: settings of QAT.
         sft_dtype: type in which SFT saved its model.
+        has_own_base: whether `quantize` wrote a rounded base for QAT.
     """
-    shares_base = qat.method is Method.lora and TRAIN_DTYPES[qat.precision] == sft_dtype
+    shares_base = not has_own_base and qat.method is Method.lora and TRAIN_DTYPES[qat.precision] == sft_dtype
     return bool(qat.distillation.weight) and not shares_base
 
 

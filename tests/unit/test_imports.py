@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "pipeline"
 ORDER: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("stages",),
-    ("doctor", "verify", "compare", "publish", "serve"),
+    ("doctor", "quantize", "verify", "compare", "publish", "serve"),
     ("evaluate", "export", "training"),
     ("models",),
     ("data",),

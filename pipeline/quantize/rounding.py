@@ -1,0 +1,278 @@
+"""Rounds a model's experts stack by stack, and writes the rounded model or only its account.
+
+Training's forward pass and the export round weights again, by the format's scale rule. This must not change the rounded
+weights.
+
+- MXFP4: every rule keeps every value of the format. A block whose largest code is at most 3, 1.5 or 0.5 may get a
+  scale that is smaller by a factor of 2, 4 or 8. Multiplied by this factor, its codes are again codes.
+- NVFP4: `mse` tries the scales amax / 6 and amax / 4. One of them is the block's scale, or an eighth to a half of it,
+  as above. Other rules would change a block whose largest code is 4. The smallest scales of e4m3 cannot be halved, and
+  the tensor scale depends on the rounded weights. So some blocks with very small weights may change. Such a block is
+  rounded again until its values stay. These blocks are counted.
+
+Legend: E = experts, in = input dimension, out = output dimension.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoints.config_json import CONFIG, write_config
+from pipeline.checkpoints.dtypes import stored_name
+from pipeline.checkpoints.gpt_oss import ExpertProjection, expert_projections, other_tensors
+from pipeline.checkpoints.reading import Checkpoint
+from pipeline.checkpoints.shards import SHARD_BYTES, Part, Piece, Step, Written, sort_by_layer, write_sharded
+from pipeline.checkpoints.side_files import copy_side_files
+from pipeline.errors import CheckFailed
+from pipeline.export.mxfp4 import released_config
+from pipeline.export.weights import bad_block, blocks_then_scales, raise_if_not_divisible
+from pipeline.models.saving import plain_piece
+from pipeline.models.weights import Weights
+from pipeline.numerics.codec import CodecError, encode, fake_quantize, same_bits, tensor_scale
+from pipeline.numerics.comparison import unequal_blocks
+from pipeline.numerics.compiled import compilation_for
+from pipeline.numerics.convert import mxfp4_to_nvfp4
+from pipeline.numerics.formats import E8M0_LARGEST, MXFP4, BlockFormat
+from pipeline.numerics.stochastic import Noise, round_to_scales
+from pipeline.quantize.account import Account, Scales
+from pipeline.runs.console import progress
+from pipeline.runs.json_files import write_json
+
+_MOST_ROUNDS = 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model to round, and how to round it.
+
+    Attributes:
+        weights: the trained weights.
+        base: the checkpoint that training started from. The account compares with it.
+        packed: the MXFP4 checkpoint whose scales are the base's own, or None.
+        block_format: the format, with the scale rule of the forward pass and the export.
+        rule: rule that chooses the scales, or None for the scales of `packed`.
+        seed: seed of stochastic rounding, or None to round to the nearest value.
+        device: device that computes, `cpu` or `cuda`.
+    """
+
+    weights: Weights
+    base: Checkpoint
+    packed: Checkpoint | None
+    block_format: BlockFormat
+    rule: str | None
+    seed: int | None
+    device: str
+
+    @property
+    def projections(self) -> list[ExpertProjection]:
+        """The stacks of experts of the model."""
+        return expert_projections(self.weights.shape)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Some experts as they are stored: in the trained model, in the base, and in the packed checkpoint."""
+
+    trained: tuple[Tensor, ...]
+    base: tuple[Tensor, ...]
+    packed: tuple[Tensor, ...] | None
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """Rounded weights of some experts: blocks and scales as in `codec.encode`, and values (E, in, out)."""
+
+    blocks: Tensor
+    scales: Scales
+    values: Tensor
+    clipped: int
+
+
+@dataclass
+class _Stack:
+    """A stack of experts that is rounded.
+
+    Attributes:
+        account: sums over the experts rounded so far.
+    """
+
+    job: Job
+    projection: ExpertProjection
+    account: Account = field(default_factory=Account)
+
+    def read(self, rows: slice) -> _Read:
+        job, name = self.job, self.projection.name
+        packed = None if job.packed is None else job.packed.read_stored(name, rows)
+        return _Read(job.weights.read_stored(name, rows), job.base.read_stored(name, rows), packed)
+
+    def round(self, rows: slice, read: _Read, *, is_final: bool) -> _Rounded:
+        """Round some experts and add them to the account.
+
+        Args:
+            rows: the experts, as rows of the stack.
+            read: the result of `read`.
+            is_final: whether the rounded weights will be trained or exported. They are then rounded until the format's
+                rule does not change them.
+        """
+        job, name = self.job, self.projection.name
+        trained = job.weights.read_trained(name, rows, read.trained, job.device)
+        base = job.base.decode_stored(
+            name, tuple(each.to(job.device) for each in read.base), rows=rows, device=job.device
+        )
+        own = None if read.packed is None else _scales_of(read.packed, job)
+        try:
+            made = self._round(trained, own, rows)
+        except CodecError as error:
+            where = job.weights.ref.directory
+            raise bad_block(error, where, self.projection, rows, "Training went wrong.") from error
+        values, adjusted = _settle(made.values, job.block_format, name) if is_final else (made.values, 0)
+        self._count(trained, values, base, scales=(made.scales, own), clipped=made.clipped, adjusted=adjusted)
+        return _Rounded(made.blocks, made.scales, values, made.clipped)
+
+    def _round(self, trained: Tensor, own: Scales | None, rows: slice) -> _Rounded:
+        job, turned = self.job, trained.transpose(1, 2)
+        if job.rule is None:
+            assert own is not None
+            scales = own
+        else:
+            scales = _choose(turned, job.block_format, job.rule, job.weights.importance(self.projection.name))
+        noise = None if job.seed is None else Noise.of(job.seed, self.projection.name)
+        made = round_to_scales(turned, job.block_format, *scales, noise=noise, first=rows.start)
+        return _Rounded(made.blocks, scales, made.values.transpose(1, 2), made.clipped)
+
+    def _count(
+        self,
+        trained: Tensor,
+        rounded: Tensor,
+        base: Tensor,
+        *,
+        scales: tuple[Scales, Scales | None],
+        clipped: int,
+        adjusted: int,
+    ) -> None:
+        """Add some experts to the account. `scales` are those of the rounded weights, and the base's own if known."""
+        job = self.job
+        new, own = scales
+        is_exact = own is not None and job.block_format.stores_like(MXFP4)
+        turned = base.transpose(1, 2)
+        near = base if is_exact else fake_quantize(turned, job.block_format).transpose(1, 2)
+        old = own or _choose(turned, job.block_format, job.block_format.scale_rule, None)
+        self.account.add(
+            trained,
+            rounded,
+            base=base,
+            rounded_base=near,
+            scales=(new, old),
+            block_format=job.block_format,
+            clipped=clipped,
+            adjusted_blocks=adjusted,
+        )
+
+    def note(self) -> dict[str, Any]:
+        """Return the record of the stack. `sums` is documented in `Account`."""
+        return {"layer": self.projection.layer, "sums": self.account.sums}
+
+
+def write_plain(job: Job, directory: Path) -> Written:
+    """Write the model as a full checkpoint in the type of training. Adapters are merged, and experts are rounded."""
+    dtype = job.weights.ref.dtype
+    name = stored_name(dtype)
+
+    def piece(stack: _Stack) -> Piece:
+        projection = stack.projection
+        info = projection.plain_tensor(name)
+        return _piece(stack, {projection.name: info}, lambda made, _: [(projection.name, made.values.to(dtype))])
+
+    written = _write(job, directory, piece, dtype)
+    write_config(directory, job.weights.checkpoint.config, dtype)
+    return written
+
+
+def write_packed(job: Job, directory: Path) -> Written:
+    """Write the model with packed experts, in the released layout. The format must be stored like MXFP4."""
+
+    def piece(stack: _Stack) -> Piece:
+        projection = stack.projection
+        put = blocks_then_scales(projection.blocks, projection.scales)
+        return _piece(
+            stack, projection.packed_tensors(), lambda made, is_last: put(made.blocks, made.scales[0], is_last)
+        )
+
+    written = _write(job, directory, piece, torch.bfloat16)
+    write_json(directory / CONFIG, released_config(job.weights.checkpoint.config))
+    return written
+
+
+def measure(job: Job) -> list[dict[str, Any]]:
+    """Round the experts and write nothing. Return the record of each stack, like the notes of a written model."""
+    notes = []
+    with compilation_for(sum(each.values for each in job.projections)):
+        for projection in progress(job.projections, what="rounding", unit="tensor"):
+            stack = _Stack(job, projection)
+            for rows in job.weights.parts(projection.name):
+                stack.round(rows, stack.read(rows), is_final=False)
+            notes.append(stack.note())
+    return notes
+
+
+def _write(job: Job, directory: Path, piece: Callable[[_Stack], Piece], dtype: torch.dtype) -> Written:
+    for projection in job.projections:
+        raise_if_not_divisible(projection, job.block_format)
+    others = other_tensors(job.weights.shape, stored_name(dtype))
+    pieces = [plain_piece(job.weights, name, info, dtype) for name, info in others.items()]
+    pieces += [piece(_Stack(job, projection)) for projection in job.projections]
+    with compilation_for(sum(each.values for each in job.projections)):
+        written = write_sharded(directory, sort_by_layer(pieces), SHARD_BYTES, "quantize")
+    copy_side_files(job.weights.ref.base, directory)
+    return written
+
+
+def _piece(stack: _Stack, tensors: dict[str, Any], put: Callable[[_Rounded, bool], Iterable[Part]]) -> Piece:
+    """Return the piece that rounds a stack. `put` takes some experts, and whether they are the last of the stack."""
+
+    def step(rows: slice) -> Step:
+        is_last = rows.stop == stack.projection.experts
+        return Step(lambda: stack.read(rows), lambda read: put(stack.round(rows, read, is_final=True), is_last))
+
+    def steps() -> Iterator[Step]:
+        return (step(rows) for rows in stack.job.weights.parts(stack.projection.name))
+
+    return Piece(tensors, steps, stack.note)
+
+
+def _scales_of(packed: tuple[Tensor, ...], job: Job) -> Scales:
+    """Return the own scales of packed experts, in the job's format."""
+    blocks, scales = (each.to(job.device) for each in packed)
+    if job.block_format.stores_like(MXFP4):
+        return scales.clamp(max=E8M0_LARGEST), None  # a larger scale is never written, and no weight needs it
+    converted = mxfp4_to_nvfp4(blocks, scales)
+    return converted.scales, converted.tensor_scale
+
+
+def _choose(turned: Tensor, block_format: BlockFormat, rule: str, importance: Tensor | None) -> Scales:
+    """Choose scales for (E, out, in) weights. The tensor scale is the format's own, whatever the rule."""
+    unit = tensor_scale(turned, block_format)
+    importance = None if importance is None else importance.to(turned.device)
+    return encode(turned, block_format.with_rule(rule), unit, importance)[1], unit
+
+
+def _settle(values: Tensor, block_format: BlockFormat, name: str) -> tuple[Tensor, int]:
+    """Round (E, in, out) values by the format's rule until they stay. Return them, and the number of changed blocks.
+
+    Raises:
+        CheckFailed: the values still change after many rounds.
+    """
+    adjusted = 0
+    for _ in range(_MOST_ROUNDS):
+        again = fake_quantize(values.transpose(1, 2), block_format).transpose(1, 2)
+        if same_bits(again, values):
+            return values, adjusted
+        adjusted += int(unequal_blocks(again, values, block_format).sum())
+        values = again
+    raise CheckFailed(
+        f"{name}: {block_format.name} with scale_rule={block_format.scale_rule} does not keep the rounded weights"
+    )
