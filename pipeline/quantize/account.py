@@ -77,7 +77,7 @@ class Account:
             self.sums[name] += total
         new, old = (values_of(*each) for each in scales)
         differs = unequal_blocks(rounded, rounded_base, block_format)
-        counts = {
+        counts: dict[str, Tensor | int] = {
             "changed": torch.count_nonzero(rounded != rounded_base),
             "scales_up": (differs & (new > old)).sum(),
             "scales_down": (differs & (new < old)).sum(),

@@ -16,6 +16,8 @@ from pipeline.config import (
     Method,
     Precision,
     QuantizeSource,
+    RoundingMethod,
+    RoundingScales,
     ScaleRule,
     Sharding,
     TrainConfig,
@@ -116,6 +118,29 @@ def test_sft_and_qat_with_different_adapters_are_refused_with_both() -> None:
         " sft.lora={rank: 4, alpha: 16, targets: ['attention', 'experts'], layers: None, every_nth: None}:"
         " QAT continues with SFT's adapters. Give both the same values."
     ]
+
+
+def test_rounded_experts_are_a_new_base_so_their_adapters_may_differ_from_those_of_sft() -> None:
+    both = {f"{stage}__method": Method.lora for stage in ("sft", "qat")}
+    both |= {f"{stage}__precision": Precision.bf16 for stage in ("sft", "qat")}
+    assert broken(**both, quantize__method=RoundingMethod.stochastic, qat__lora__rank=4) == []
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4_w4a4"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"quantize__method": RoundingMethod.stochastic}, {"quantize__scales": RoundingScales.floor}],
+    ids=["stochastic", "scales"],
+)
+def test_rounded_experts_need_a_rule_that_keeps_them(settings: dict[str, Any], name: str) -> None:
+    nvfp4 = {"format__name": FormatName[name], **settings}
+    assert broken(**nvfp4, format__scale_rule=ScaleRule["mse"]) == []
+    (problem,) = broken(**nvfp4, format__scale_rule=ScaleRule["nearest"])
+    assert "only format.scale_rule=mse keeps their values, not nearest" in problem
+    (problem,) = broken(**nvfp4, format__scale_rule=ScaleRule["mse"], format__importance=True)
+    assert "Set format.importance=false" in problem
+    for rule in ("ceil", "floor", "mse"):
+        assert broken(**settings, format__scale_rule=ScaleRule[rule]) == []
 
 
 def test_different_adapter_settings_are_fine_when_only_one_stage_uses_them() -> None:

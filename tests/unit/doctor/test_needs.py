@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.checkpoints.gpt_oss import Shape
 from pipeline.config import (
     DataConfig,
+    DistillationConfig,
     Experts,
     LoraConfig,
     LoraTarget,
@@ -36,7 +37,7 @@ from pipeline.models.references import ModelRef
 from pipeline.models.source import Source
 from pipeline.models.tiny_model import create_tiny
 from pipeline.models.weights import Weights
-from pipeline.numerics.formats import MXFP4
+from pipeline.numerics.formats import MXFP4, NVFP4, BlockFormat
 
 TINY = TinyConfig(num_hidden_layers=3, num_key_value_heads=1)
 FULL = TrainConfig(precision=Precision.fp32, attn_implementation="eager")
@@ -233,6 +234,30 @@ def test_quantize_writes_only_weights_that_it_cannot_link(sft: TrainConfig, qat:
     merged = 2 * needs.parameters(RELEASED)["all"]
     sizes = {"nothing": 0, "a merged model": merged, "adapters": 4 * needs.trained_parameters(RELEASED, qat)}
     assert needs.disk(plan_of(sft, qat), RELEASED, True)["quantize"] == sizes[expected]
+
+
+@pytest.mark.parametrize(
+    ("qat", "block_format", "is_packed"), [(FULL, MXFP4, False), (LORA, MXFP4, True), (LORA, NVFP4, False)]
+)
+def test_rounded_experts_take_the_space_of_a_plain_or_packed_model(
+    qat: TrainConfig, block_format: BlockFormat, is_packed: bool
+) -> None:
+    plan = replace(plan_of(LORA, qat), writes_rounded=True, block_format=block_format)
+    model = {**RELEASED_CONFIG, "quantization_config": {}}
+    assert plan.is_packed("qat", model) == is_packed and plan.is_packed("sft", model)
+    adapters = 4 * needs.trained_parameters(RELEASED, qat) if qat is LORA else 0
+    base = needs.disk(plan, RELEASED, True)["quantize"] - adapters
+    assert base == pytest.approx(13.76e9 if is_packed else 2 * needs.parameters(RELEASED)["all"], rel=0.001)
+
+
+def test_a_teacher_is_a_second_model_if_quantize_wrote_a_rounded_base() -> None:
+    qat = replace(QatConfig(**vars(LORA)), distillation=DistillationConfig(weight=0.5))
+    plan = replace(plan_of(LORA, LORA), qat=qat)
+    model = {**RELEASED_CONFIG, "quantization_config": {}}
+    shared, own = (
+        needs.of_stage(replace(plan, writes_rounded=each), "qat", model, 4096).teacher for each in (False, True)
+    )
+    assert (shared, own) == (0, 2 * needs.parameters(RELEASED)["all"])
 
 
 def test_a_bf16_source_is_linked_or_packed() -> None:

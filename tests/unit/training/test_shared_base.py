@@ -169,13 +169,16 @@ def test_the_students_gradients_do_not_depend_on_where_the_teacher_lives(base: P
 
 
 def test_only_a_lora_student_in_the_type_of_sft_shares_its_base_with_the_teacher() -> None:
-    def holds(method: Method, precision: Precision, sft: torch.dtype, weight: float = 0.5) -> bool:
+    def holds(
+        method: Method, precision: Precision, sft: torch.dtype, *, own: bool = False, weight: float = 0.5
+    ) -> bool:
         settings = QatConfig(method=method, precision=precision, distillation=DistillationConfig(weight=weight))
-        return distillation.holds_second_model(settings, sft)
+        return distillation.holds_second_model(settings, sft, has_own_base=own)
 
     assert not holds(Method.lora, Precision.bf16, torch.bfloat16)
     assert not holds(Method.lora, Precision.fp32, torch.float32)
     assert holds(Method.lora, Precision.bf16, torch.float32)
+    assert holds(Method.lora, Precision.bf16, torch.bfloat16, own=True)
     assert holds(Method.full, Precision.bf16, torch.bfloat16)
     assert holds(Method.full, Precision.mixed_bf16, torch.float32)
     assert not holds(Method.full, Precision.mixed_bf16, torch.float32, weight=0)

@@ -1,4 +1,4 @@
-"""`quantize` writes rounded experts: the forward pass, the export and QAT keep them to the bit. Mistakes are refused."""
+"""The forward pass, the export and QAT keep the rounded experts of `quantize` to the bit. Mistakes are refused."""
 
 import json
 from collections.abc import Callable
@@ -76,6 +76,15 @@ def test_an_export_of_the_rounded_model_is_verified_to_the_bit(case: str, quanti
     exported, account = artifacts.load(run / "export").details, load(run).details["account"]
     assert exported["relative_squared_error"] == 0
     assert exported["changed_codes"] == pytest.approx(account["changed_codes"])
+
+
+def test_a_lora_student_on_a_rounded_base_learns_from_the_sft_model(lora_run: Path, quantized, tmp_path: Path) -> None:
+    run, settings = quantized("lora-mxfp4")
+    here = linked(tmp_path / "run", lora_run, "source", "upcast", "sft")
+    (here / "quantize").symlink_to(run / "quantize")
+    assert run_program("stage=qat", f"run_dir={here}", *settings, "qat.distillation.weight=0.5") == 0
+    lines = [line for line in read_metrics(here / "qat") if "teacher_divergence" in line]
+    assert lines and all(line["teacher_divergence"] > 0 for line in lines)
 
 
 @pytest.mark.parametrize("case", ["full-mxfp4", "lora-mxfp4", "lora-nvfp4"])
@@ -180,7 +189,7 @@ def test_a_seed_that_is_not_a_whole_number_of_32_bits_is_refused(seed: str, tmp_
 
 
 def test_scales_of_a_base_that_is_not_packed_are_refused(smoke_run: Path, tmp_path: Path, capsys) -> None:
-    settings = (*FULL, "quantize.source=upcast", f"model.path={smoke_run / 'sft'}", f"run_dir={tmp_path / 'run'}")
+    settings = (*FULL, "quantize.source=upcast", f"model.path={smoke_run / 'upcast'}", f"run_dir={tmp_path / 'run'}")
     assert run_program("stage=upcast", *settings) == 0
     message = error_of(capsys, "stage=quantize", *settings, "quantize.scales=base")
     assert "quantize.scales=base" in message and "not packed" in message and "ceil, floor or mse" in message
