@@ -99,8 +99,17 @@ def encode(
             slabs.put(near, slab, kernels.round_blocks(part, divisor.inverse, divisor.significand, divisor.scale))
         if beyond is not None:
             beyond[slab] = amax > scales.LARGEST_E2M1 * divisor.scale
-    stored = work.scales.transpose(1, 2).contiguous().view(_SCALE_DTYPES[block_format.scale_type])
-    return blocks.view(*values.shape[:-1], nb, size // 2), stored.view(*values.shape[:-1], nb)
+    return blocks.view(*values.shape[:-1], nb, size // 2), work.stored_scales()
+
+
+def choose_scales(
+    values: Tensor, block_format: BlockFormat, tensor_scale: Tensor | None = None, importance: Tensor | None = None
+) -> Tensor:
+    """Return the scales that `encode` would return, but do not encode the values. Errors are the same."""
+    work = _Rounding(values, block_format, _unit(tensor_scale, block_format), importance)
+    for _ in work:
+        pass
+    return work.stored_scales()
 
 
 def decode(
@@ -311,6 +320,11 @@ class _Rounding:
             _raise_if_any(bad, self._shape)
         else:
             self._is_bad.logical_or_(bad.any())
+
+    def stored_scales(self) -> Tensor:
+        """Return the scales as `encode` does, after the last slab."""
+        lanes_first = self.scales.transpose(1, 2).contiguous().view(_SCALE_DTYPES[self._format.scale_type])
+        return lanes_first.view(*self._shape[:-1], self.scales.shape[1])
 
     def _weights_of(self, slab: slabs.Slab) -> Tensor | None:
         if self._weights is None:

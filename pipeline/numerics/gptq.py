@@ -8,8 +8,8 @@ columns, at the target
 
     w_r + sum over the earlier columns s of e_s * L[s, r] / L[r, r].
 
-This is the algorithm LDLQ. Chee et al. (2023, arXiv:2307.13304, theorem 6) prove that it equals GPTQ. It needs a
-quarter of the arithmetic for the factor, and fewer rounding errors reach the weights.
+This is the algorithm LDLQ. Chee et al. (2023, arXiv:2307.13304) prove that it equals GPTQ. The factor needs a quarter
+of the arithmetic of GPTQ's, and there is no inverse that may fail to be positive definite.
 
 The sweep halves its columns again and again. After the later half is rounded, one matrix product adds its errors to the
 targets of the earlier half. These are GPTQ's lazy updates.
@@ -17,12 +17,14 @@ targets of the earlier half. These are GPTQ's lazy updates.
 The scales of all blocks are fixed before the sweep, and each value is rounded to the nearest value of its block. The
 result lies on the grid, and rounding it again by the scale rule that chose its scales changes nothing:
 
-- e8m0: a smaller scale holds all values of a block whose largest code is at most 3.
+- e8m0: if the rule now chooses a smaller scale, the largest magnitude of the block is at most 3 * scale, and the grid
+  of the smaller scale has all values of the block.
 - e4m3 and the rules `nearest`, `ceil` and `floor`: the largest value of a block keeps its nearest rounding, 6 * scale.
-  A block with another largest code would get another scale.
-- e4m3 and the rule `mse`: a block may not pass 4 * 448 * tensor scale, so the tensor scale does not grow.
+  If it were 4 * scale, the rule would now choose another scale, whose grid lacks some of the values.
+- e4m3 and the rule `mse`: one of its two candidates is the scale, or the scale divided by 2, 4 or 8.
 
-For e4m3 scales that the caller gives, this holds for the rule `mse` only.
+For e4m3 scales that the caller gives, this holds for the rule `mse` only. With e4m3, it does not hold for a block whose
+scale is so close to the smallest one, 2^-9, that e4m3 lacks the scale's fractions.
 
 Legend: E = experts, in = input dimension, out = output dimension, nb = blocks per row, n = experts of a chunk,
 k = columns of a leaf.
@@ -44,9 +46,6 @@ _LEAF = 32
 _CHUNK_BYTES = 8 << 30
 """Temporaries of a chunk of experts on a GPU. On a CPU, a chunk is one expert."""
 
-_LARGEST_OF_MSE = 4.0 * 448.0
-"""Largest magnitude that the rule `mse` allows for e4m3, in units of the tensor scale. See `tensor_scale_for_amax`."""
-
 
 class HessianError(ValueError):
     """GPTQ cannot use a Hessian. `expert` is the index of its expert in the stack."""
@@ -59,8 +58,8 @@ class HessianError(ValueError):
 class Hessians:
     """The mean of x xᵀ over the tokens x of each expert. A factor in front of it would not change GPTQ's result.
 
-    Means keep their size when tokens are added, so float32 can hold them for any number of tokens. The products of a
-    batch are summed by one matrix product.
+    Means keep their size when tokens are added. Each batch is summed by itself before it joins the mean, so float32
+    loses little over many batches. Adding takes 4 in^2 bytes of temporaries, besides the tokens in float32.
 
     Attributes:
         means: shape (E, in, in), float32. Zero for an expert without tokens. It takes 4 E in^2 bytes.
@@ -78,7 +77,7 @@ class Hessians:
             return
         total = self.tokens[expert] + len(tokens)
         exact = tokens.float()
-        self.means[expert].addmm_(exact.mT, exact, beta=self.tokens[expert] / total, alpha=1 / total)
+        self.means[expert].lerp_((exact.mT @ exact).div_(len(tokens)), len(tokens) / total)
         self.tokens[expert] = total
 
     def with_too_few_tokens(self, per_input: float) -> list[int]:
@@ -103,7 +102,7 @@ def round_gptq(
     """Round the weights of a stack of experts. The experts are independent of each other.
 
     A chunk of n experts takes about 4 n in (in + max(in, out)) bytes of temporaries, or twice as much with float64
-    Hessians. Choosing scales takes less, before the chunk is rounded. The result takes as much memory as `values`.
+    Hessians, and less than 0.1 GB besides. The result takes as much memory as `values`.
 
     Args:
         values: shape (E, out, in), float32 or bfloat16, any strides. Blocks run along the last dimension.
@@ -145,20 +144,16 @@ class _Columns(NamedTuple):
     Attributes:
         divisor: fields of the shape (n, k, out).
         is_kept: whether a value keeps its nearest rounding, (n, k, out) bool. None if no value does.
-        limit: largest magnitude of each value, (n, k, out). None if saturation is the only limit.
     """
 
     divisor: Divisor
     is_kept: Tensor | None
-    limit: Tensor | None
 
     def round(self, i: int, targets: Tensor, exact: Tensor) -> Tensor:
         """Round column i: targets and weights of the shape (n, 1, out)."""
         column = slice(i, i + 1)
         if self.is_kept is not None:
             targets = torch.where(self.is_kept[:, column], exact, targets)
-        if self.limit is not None:
-            targets = targets.clamp(-self.limit[:, column], self.limit[:, column])
         inverse, significand, scale = self.divisor.inverse, self.divisor.significand, self.divisor.scale
         part = None if significand is None else significand[:, column]
         return kernels.round_blocks(targets.unsqueeze(2), inverse[:, column], part, scale[:, column]).squeeze(2)
@@ -185,13 +180,7 @@ class _Grid(NamedTuple):
         block = order // size
         divisor = scales.divisor(self.stored[experts, block], kind, self.unit)
         is_kept = None if self.peaks is None else self.peaks[experts, block] == (order % size).unsqueeze(-1)
-        return _Columns(divisor, is_kept, self._limit(divisor.scale))
-
-    def _limit(self, scale: Tensor) -> Tensor | None:
-        if self.unit is None or self.block_format.scale_rule != "mse":
-            return None
-        is_large = scales.LARGEST_E2M1 * scale > _LARGEST_OF_MSE * self.unit[:, None, None]
-        return scale * torch.where(is_large, 4.0, scales.LARGEST_E2M1)
+        return _Columns(divisor, is_kept)
 
 
 class _Sweep:
@@ -249,7 +238,7 @@ def _factorize(hessians: Tensor, damping: float, act_order: bool, first: int) ->
         order: column of each row of the factors, (n, in). The column that is rounded first comes last.
         factors: L with each column divided by its diagonal, (n, in, in).
     """
-    if bad := _indices(~hessians.isfinite().all(dim=2).all(dim=1)):
+    if bad := _indices(~torch.linalg.vector_norm(hessians, torch.inf, dim=(1, 2)).isfinite()):
         raise HessianError(first + bad[0], "has NaN or Inf")
     count, inputs, _ = hessians.shape
     diagonal = hessians.diagonal(dim1=1, dim2=2)
@@ -271,7 +260,7 @@ def _make_grid(
     peaks = None
     if stored is None:
         unit = codec.tensor_scale(values, block_format) if unit is None else unit
-        stored = codec.encode(values, block_format, unit, importance)[1]
+        stored = codec.choose_scales(values, block_format, unit, importance)
         if block_format.scale_type is ScaleType.e4m3 and block_format.scale_rule != "mse":
             peaks = values.unflatten(2, (-1, block_format.block_size)).abs().argmax(dim=3).mT.contiguous()
     return _Grid(block_format, stored.view(torch.uint8).mT.contiguous(), unit, peaks)
@@ -292,14 +281,14 @@ def _indices(flags: Tensor) -> list[int]:
 
 
 def _raise_if_not_finite(values: Tensor, first: int) -> None:
-    if bad := _indices(~values.isfinite().all(dim=2).all(dim=1)):
+    if bad := _indices(~torch.linalg.vector_norm(values, torch.inf, dim=(1, 2)).isfinite()):
         raise codec.CodecError(f"NaN or Inf in the weights of expert {first + bad[0]}")
 
 
 def _raise_if_unfit(
     values: Tensor, hessians: Tensor, block_format: BlockFormat, stored: Tensor | None, unit: Tensor | None
 ) -> None:
-    """Raise an error unless shapes and types fit. `codec.encode` checks what only matters if it chooses the scales."""
+    """Raise an error unless shapes and types fit. `codec` checks the rest where it chooses the scales."""
     count, out, inputs = values.shape
     if hessians.shape != (count, inputs, inputs) or hessians.dtype not in (torch.float32, torch.float64):
         raise ValueError(
