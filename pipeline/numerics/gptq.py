@@ -116,6 +116,7 @@ def round_gptq(
         damping: number that is added to the diagonal of each Hessian, as a fraction of the mean of the diagonal.
         act_order: whether to round the columns with the largest diagonal first. Otherwise they are rounded in order.
         experts_at_once: number of experts of a chunk. None means one expert on a CPU and 8 GiB of temporaries on a GPU.
+            On a CPU, the number does not change a bit of the result.
 
     Returns:
         The rounded values. They have the shape, type and memory order of `values`.

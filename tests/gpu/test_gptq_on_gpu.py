@@ -10,10 +10,13 @@ from pipeline.numerics.codec import fake_quantize, same_bits
 from pipeline.numerics.formats import MXFP4, NVFP4, BlockFormat
 from pipeline.numerics.gptq import Hessians, round_gptq
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
-@pytest.mark.parametrize("block_format", [MXFP4, NVFP4, NVFP4.with_rule("mse")], ids=str)
+@pytest.mark.parametrize("block_format", [MXFP4, NVFP4, NVFP4.with_rule("mse")], ids=["mxfp4", "nvfp4", "nvfp4-mse"])
 def test_a_gpu_rounds_as_well_as_a_cpu(block_format: BlockFormat) -> None:
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(4, 192, 320, generator=generator).bfloat16()
