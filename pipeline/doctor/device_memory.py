@@ -12,8 +12,9 @@ from pipeline.checkpoints.gpt_oss import Shape
 from pipeline.config import Sharding, Stage
 from pipeline.doctor import needs, peaks
 from pipeline.doctor.fake_run import BACKWARD, OPTIMIZER, Job
-from pipeline.doctor.needs import DeviceFigures, Plan
+from pipeline.doctor.needs import DeviceFigures
 from pipeline.doctor.peaks import NotMeasured, Peaks
+from pipeline.doctor.plan import Plan
 from pipeline.models import rounded_weights
 from pipeline.models.sharding import STRATEGIES
 

@@ -9,8 +9,9 @@ from pipeline.config import Stage
 from pipeline.doctor import remedies
 from pipeline.doctor.content import ControlTextFigures, CopyFigures, ReasoningFigures, ToolFigures
 from pipeline.doctor.leaks import LeakFigures
-from pipeline.doctor.needs import NeedFigures, Plan
+from pipeline.doctor.needs import NeedFigures
 from pipeline.doctor.parity import ParityFigures
+from pipeline.doctor.plan import Plan
 from pipeline.doctor.rows import Lengths, NothingToLearn, TokenCounts, Truncated
 from pipeline.runs.records import DoctorRecord
 from pipeline.runs.run import Run

@@ -24,27 +24,21 @@ from pipeline.checkpoints.gpt_oss import (
     plain_tensors,
 )
 from pipeline.config import (
-    DataConfig,
-    Experts,
-    FormatName,
     LoraTarget,
     Method,
     Precision,
     QatConfig,
     QuantizeSource,
-    Sharding,
     Stage,
     TrainConfig,
     adapted_layers,
-    first_training,
-    keeps_packed,
-    leaves_nothing_to_round,
 )
 from pipeline.config.targets import TARGETS
 from pipeline.doctor import activations, low_bit_adam
+from pipeline.doctor.plan import Plan
 from pipeline.models import rounded_weights
 from pipeline.models.sharding import STRATEGIES
-from pipeline.numerics.formats import MXFP4, BlockFormat
+from pipeline.numerics.formats import MXFP4
 
 _FP32_BYTES, _BF16_BYTES = bytes_per_value("F32"), bytes_per_value("BF16")
 _STATE_BYTES = {
@@ -94,57 +88,6 @@ class NeedFigures(TypedDict):
     disk_bytes: dict[str, int]
     checkpoint_bytes: dict[str, int]
     tokens: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The settings that determine how much memory and disk space a run needs.
-
-    Attributes:
-        model_path: value of model.path, used in messages.
-        data: section `data` of the configuration.
-        sft, qat: settings of the training stages.
-        sharding: how several processes share a model.
-        target: name of the export target in TARGETS.
-        block_format: format that QAT rounds to.
-        experts: value of upcast.experts.
-        source: value of quantize.source.
-        writes_rounded: whether `quantize` writes rounded experts. With LoRA, QAT then has a base of its own.
-    """
-
-    model_path: str
-    data: DataConfig
-    sft: TrainConfig
-    qat: QatConfig
-    sharding: Sharding
-    target: str
-    block_format: BlockFormat
-    experts: Experts | None = None
-    source: QuantizeSource = QuantizeSource.sft
-    writes_rounded: bool = False
-
-    def is_packed(self, stage: str, model: Mapping[str, Any]) -> bool:
-        """Return whether a stage trains on packed experts. `model` is the content of the source's config.json."""
-        method = self.trainings[stage].method
-        if stage == Stage.qat.name and method is not Method.full:
-            if self.writes_rounded or (method is Method.bf16_parts and self.block_format.name == MXFP4.name):
-                return self.block_format.stores_like(MXFP4)  # `quantize` packs the rounded experts
-            if method is Method.bf16_parts and self.sft.method is Method.lora:
-                return False  # `quantize` merges the adapters
-        return self.starts_packed(is_mxfp4=is_quantized(model)) and method is not Method.full
-
-    def starts_packed(self, *, is_mxfp4: bool) -> bool:
-        """Return whether training starts from packed experts. `is_mxfp4`: whether the source's experts are MXFP4."""
-        _, first = first_training(self.source, self.sft, self.qat)
-        return keeps_packed(self.experts, first.method, is_mxfp4=is_mxfp4)
-
-    @property
-    def trainings(self) -> dict[str, TrainConfig]:
-        """The settings of each training stage, by the stage's name. Without rounding there is no QAT."""
-        found: dict[str, TrainConfig] = {Stage.sft.name: self.sft}
-        if not leaves_nothing_to_round(self.source, self.sft, FormatName[self.block_format.name]):
-            found[Stage.qat.name] = self.qat
-        return found
 
 
 @dataclass(frozen=True)
@@ -309,7 +252,7 @@ def disk(plan: Plan, shape: Shape, is_mxfp4: bool) -> dict[str, int]:
     adds_adapters = not is_adapted and plan.qat.method is Method.lora
     merged = _bytes(plain_tensors(shape, TRAIN_TYPES[plan.sft.precision])) if has_sft else _bytes(plain_tensors(shape))
     quantize = merged if merges_adapters else qat if adds_adapters else 0
-    if plan.writes_rounded or (plan.qat.method is Method.bf16_parts and plan.block_format.name == MXFP4.name):
+    if plan.rounds_base:
         is_packed = plan.qat.method is not Method.full and plan.block_format.stores_like(MXFP4)
         adapters = qat if plan.qat.method is Method.lora else 0
         quantize = (_bytes(packed_tensors(shape)) if is_packed else merged) + adapters

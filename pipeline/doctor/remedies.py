@@ -17,7 +17,7 @@ from pipeline.config import (
     first_training,
 )
 from pipeline.doctor import device_memory
-from pipeline.doctor.needs import Plan
+from pipeline.doctor.plan import Plan
 
 _USUAL_GPUS = 8  # in one machine
 _ROUND = 64

@@ -1,6 +1,4 @@
-"""The codec encodes values as codes and scales, and decodes codes and scales to values.
-
-Training (fake quantization) and export call it.
+"""The codec of training (fake quantization) and export: values to codes and scales, and back.
 
 A block of values along the input dimension shares a scale. Each value is divided by the scale, and rounded to the
 nearest of the 16 values of e2m1. Ties go to the even code (OCP MX v1.0, 5.3.3 and 6.3). The rule for the scale can be

@@ -32,7 +32,7 @@ from pipeline.export.mxfp4 import released_config
 from pipeline.export.weights import bad_block, blocks_then_scales, raise_if_not_divisible
 from pipeline.models.saving import plain_piece
 from pipeline.models.weights import Weights
-from pipeline.numerics.codec import CodecError, encode, fake_quantize, same_bits, tensor_scale
+from pipeline.numerics.codec import CodecError, choose_scales, fake_quantize, same_bits, tensor_scale
 from pipeline.numerics.comparison import unequal_blocks
 from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.convert import mxfp4_to_nvfp4
@@ -257,7 +257,7 @@ def _choose(turned: Tensor, block_format: BlockFormat, rule: str, importance: Te
     """Choose scales for (E, out, in) weights. The tensor scale is the format's own, whatever the rule."""
     unit = tensor_scale(turned, block_format)
     importance = None if importance is None else importance.to(turned.device)
-    return encode(turned, block_format.with_rule(rule), unit, importance)[1], unit
+    return choose_scales(turned, block_format.with_rule(rule), unit, importance), unit
 
 
 def _settle(values: Tensor, block_format: BlockFormat, name: str) -> tuple[Tensor, int]:

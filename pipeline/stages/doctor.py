@@ -15,7 +15,7 @@ from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.doctor import content, device_memory, display, findings, leaks, machine, needs, parity
 from pipeline.doctor.findings import DataFigures, Facts
-from pipeline.doctor.needs import Plan
+from pipeline.doctor.plan import Plan
 from pipeline.doctor.rows import examine
 from pipeline.doctor.rows import figures as token_figures
 from pipeline.errors import UserError

@@ -36,7 +36,6 @@ from pipeline.data.examples import prepare_examples
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import UserError
-from pipeline.export.packing import pack_rounded
 from pipeline.models import loading, losses, placement, references, saving
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights

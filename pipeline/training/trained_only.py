@@ -18,14 +18,14 @@ class TrainedOnly(Trainer):
         """Overridden to save only the trained parameters."""
         if state_dict is None:
             state_dict = self._trained_parameters()
-        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        super()._save(output_dir, state_dict)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Overridden to expect that checkpoints lack the frozen parameters."""
         trained = self._trained_parameters()
         if trained is not None:
             load_result.missing_keys[:] = [name for name in load_result.missing_keys if name in trained]
-        super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
+        super()._issue_warnings_after_load(load_result)
 
     def _trained_parameters(self) -> dict[str, Tensor] | None:
         """Return the trained parameters of a model without adapters. If no parameter is frozen, return None."""

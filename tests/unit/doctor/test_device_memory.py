@@ -6,7 +6,7 @@ from typing import Any
 from pipeline.checkpoints.gpt_oss import Shape
 from pipeline.config import DataConfig, Experts, Method, Precision, QatConfig, Sharding, TrainConfig
 from pipeline.doctor import device_memory, needs, remedies
-from pipeline.doctor.needs import Plan
+from pipeline.doctor.plan import Plan
 from pipeline.numerics.formats import MXFP4, NVFP4
 
 MODEL: dict[str, Any] = {

@@ -15,7 +15,7 @@ from pipeline.data.harmony import Conversation, Rendering, parse_conversation
 from pipeline.data.languages import Languages
 from pipeline.doctor import content, display, findings, leaks, remedies, rows
 from pipeline.doctor.findings import Facts
-from pipeline.doctor.needs import Plan
+from pipeline.doctor.plan import Plan
 from pipeline.doctor.rows import Example, Row
 from pipeline.errors import UserError
 from pipeline.models import tiny_model

@@ -29,7 +29,7 @@ from pipeline.config import (
     TrainConfig,
 )
 from pipeline.doctor import needs
-from pipeline.doctor.needs import Plan
+from pipeline.doctor.plan import Plan
 from pipeline.export import EXPORTERS
 from pipeline.export.job import Job
 from pipeline.models import adapters, expert_kernels

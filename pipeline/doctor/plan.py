@@ -1,0 +1,79 @@
+"""The settings that the needs of a run depend on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.checkpoints.config_json import is_quantized
+from pipeline.config import (
+    DataConfig,
+    Experts,
+    FormatName,
+    Method,
+    QatConfig,
+    QuantizeSource,
+    Sharding,
+    Stage,
+    TrainConfig,
+    first_training,
+    keeps_packed,
+    leaves_nothing_to_round,
+)
+from pipeline.numerics.formats import MXFP4, BlockFormat
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings that determine how much memory and disk space a run needs.
+
+    Attributes:
+        model_path: value of model.path, used in messages.
+        data: section `data` of the configuration.
+        sft, qat: settings of the training stages.
+        sharding: how several processes share a model.
+        target: name of the export target in TARGETS.
+        block_format: format that QAT rounds to.
+        experts: value of upcast.experts.
+        source: value of quantize.source.
+        writes_rounded: whether `quantize` writes rounded experts. With LoRA, QAT then has a base of its own.
+    """
+
+    model_path: str
+    data: DataConfig
+    sft: TrainConfig
+    qat: QatConfig
+    sharding: Sharding
+    target: str
+    block_format: BlockFormat
+    experts: Experts | None = None
+    source: QuantizeSource = QuantizeSource.sft
+    writes_rounded: bool = False
+
+    def is_packed(self, stage: str, model: Mapping[str, Any]) -> bool:
+        """Return whether a stage trains on packed experts. `model` is the content of the source's config.json."""
+        method = self.trainings[stage].method
+        if stage == Stage.qat.name and method is not Method.full:
+            if self.rounds_base:
+                return self.block_format.stores_like(MXFP4)
+            if method is Method.bf16_parts and self.sft.method is Method.lora:
+                return False  # `quantize` merges the adapters
+        return self.starts_packed(is_mxfp4=is_quantized(model)) and method is not Method.full
+
+    def starts_packed(self, *, is_mxfp4: bool) -> bool:
+        """Return whether training starts from packed experts. `is_mxfp4`: whether the source's experts are MXFP4."""
+        _, first = first_training(self.source, self.sft, self.qat)
+        return keeps_packed(self.experts, first.method, is_mxfp4=is_mxfp4)
+
+    @property
+    def rounds_base(self) -> bool:
+        """Whether QAT starts from experts that `quantize` has rounded."""
+        packs = self.qat.method is Method.bf16_parts and self.block_format.name == MXFP4.name
+        return self.writes_rounded or packs
+
+    @property
+    def trainings(self) -> dict[str, TrainConfig]:
+        """The settings of each training stage, by the stage's name. Without rounding there is no QAT."""
+        found: dict[str, TrainConfig] = {Stage.sft.name: self.sft}
+        if not leaves_nothing_to_round(self.source, self.sft, FormatName[self.block_format.name]):
+            found[Stage.qat.name] = self.qat
+        return found
