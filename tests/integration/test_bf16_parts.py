@@ -156,7 +156,7 @@ def test_two_processes_have_the_losses_of_one_after_an_interruption(
     run_dir = linked(tmp_path / "run", parts_run, "source", "upcast")
     more = tuple(each for each in PROCESSES[name] if not each.startswith("sharding"))
     assert run_program("stage=sft", f"run_dir={run_dir}", *SETTINGS, *more) == 0
-    tolerance = 1e-5 if "mixed" not in name else 5e-3
+    tolerance = 1e-2 if "mixed" in name else 1e-5  # sharding casts weights to BF16 before layers are gathered
     assert losses(by_two / name, "sft") == pytest.approx(losses(run_dir, "sft"), rel=tolerance)
     saved, base = Checkpoint(by_two / name / "sft"), Checkpoint(parts_run / "upcast")
     assert all(torch.equal(saved.read(each), base.read(each)) for each in base.tensors if is_packed_name(each))
