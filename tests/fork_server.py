@@ -26,7 +26,8 @@ _LIBRARIES = (
 )
 _OF_THE_PROGRAM = ("pipeline.__main__", "pipeline.models.fake_quantizers", "pipeline.training.trainer")
 """Modules that a server with --gpu imports too. It serves only this checkout."""
-_READ_AT_IMPORT = ("ACCELERATE_", "CUDA_", "HF_", "OMP_", "TORCH", "TRANSFORMERS_", "TRITON_")
+_READ_AT_IMPORT = ("CUDA_", "HF_", "OMP_", "TRANSFORMERS_", "TRITON_INTERPRET")
+"""How names of such variables begin. Others, such as TORCHINDUCTOR_CACHE_DIR, are read later, or libraries set them."""
 _NEW_INTERPRETER = b"\xff"
 
 

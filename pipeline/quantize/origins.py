@@ -5,22 +5,31 @@ from pathlib import Path
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.config import QuantizeConfig, RoundingMethod, RoundingScales
 from pipeline.errors import UserError
+from pipeline.numerics.formats import MXFP4, NVFP4, BlockFormat
 from pipeline.runs.artifacts import Artifact
 from pipeline.runs.records import UpcastRecord
 
 
-def find_packed(upcast: Artifact, settings: QuantizeConfig) -> Checkpoint | None:
+def find_packed(upcast: Artifact, settings: QuantizeConfig, block_format: BlockFormat) -> Checkpoint | None:
     """Return the MXFP4 checkpoint whose scales are the base's own: the upcast, or the source that it decoded.
 
-    The source is opened only if its scales are used. Without an MXFP4 checkpoint, return None.
+    The source is opened only if its scales are used. Without an MXFP4 checkpoint, return None. MXFP4 scales can only
+    become scales of MXFP4 and NVFP4, so return None for blocks of another form.
 
     Raises:
-        UserError: `quantize.scales=base`, but neither checkpoint is packed.
+        UserError: `quantize.scales=base`, but neither checkpoint is packed, or the format has blocks of another form.
     """
+    wants = settings.scales is RoundingScales.base
+    if not any(block_format.stores_like(row) for row in (MXFP4, NVFP4)):
+        if wants:
+            raise UserError(
+                f"quantize.scales=base: scales of an MXFP4 base do not fit the blocks of format={block_format.name}."
+                " Use quantize.scales=ceil, floor or mse."
+            )
+        return None
     base = Checkpoint(upcast.directory)
     if base.is_packed:
         return base
-    wants = settings.scales is RoundingScales.base
     if not wants and not (settings.method is RoundingMethod.stochastic and settings.scales is None):
         return None
     directory = Path(upcast.read(UpcastRecord).source)

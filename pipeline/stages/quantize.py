@@ -57,14 +57,14 @@ def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/quantize: the fine-tuned model with fake quantizers. Check that every quantizer runs."""
     here = Run(config)
     raise_if_nothing_to_round(config.quantize.source, config.sft, config.format.name)
-    references.configured_format(config.format)  # a wrong setting ends the run before the data is read
+    block_format = references.configured_format(config.format)  # wrong settings end the run before the data is read
     from_sft = config.quantize.source is QuantizeSource.sft
     start = here.require(Stage.sft) if from_sft else references.require_upcast(here, config.model.path)
     parents = {start.stage: start.fingerprint}
     if _writes_rounded(config):
         upcast = references.require_upcast(here, config.model.path)
         parents[upcast.stage] = upcast.fingerprint
-        origins.find_packed(upcast, config.quantize)  # a missing packed base ends the run before the data is read
+        origins.find_packed(upcast, config.quantize, block_format)
     rows = load_rows(here, config.data)
     return build(
         here,
@@ -181,7 +181,7 @@ def _measure(config: PipelineConfig, here: Run, ref: ModelRef, directory: Path) 
 def _job(config: PipelineConfig, here: Run, ref: ModelRef) -> rounding.Job:
     """Describe how the configuration rounds a model."""
     upcast, block_format = here.require(Stage.upcast), references.configured_format(config.format)
-    packed = origins.find_packed(upcast, config.quantize)
+    packed = origins.find_packed(upcast, config.quantize, block_format)
     is_stochastic = config.quantize.method is RoundingMethod.stochastic
     return rounding.Job(
         Weights(ref),

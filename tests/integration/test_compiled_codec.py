@@ -18,8 +18,9 @@ from torch._dynamo.utils import counters
 from pipeline.numerics import codec, slabs
 from pipeline.numerics.codec import decode, encode, fake_quantize, tensor_scale
 from pipeline.numerics.compiled import Compilation, can_compile, compilation
-from pipeline.numerics.formats import FORMATS, SCALE_RULES, BlockFormat
+from pipeline.numerics.formats import FORMATS, MXFP4, SCALE_RULES, BlockFormat
 from pipeline.numerics.packed_rounding import round_packed
+from pipeline.numerics.stochastic import Noise, round_to_scales
 
 pytestmark = pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler on this machine")
 
@@ -65,6 +66,17 @@ def everything(values: Tensor, block_format: BlockFormat, importance: Tensor) ->
     decoded = [decode(blocks, scales, values.dtype, unit, out=into) for into in (None, torch.empty_like(values))]
     rounded = [fake_quantize(values, block_format, unit, weights) for weights in (None, importance)]
     return [blocks, scales, *encode(values, block_format, unit, importance), *decoded, *rounded]
+
+
+def test_compiled_stochastic_rounding_gives_the_bits_of_eager_code() -> None:
+    values = sample(torch.bfloat16)
+    scales = encode(values, MXFP4)[1]
+    expected, found = [], []
+    for mode, results in ((Compilation.never, expected), (Compilation.always, found)):
+        with compilation(mode):
+            made = round_to_scales(values, MXFP4, scales, noise=Noise.of(42, "stack"))
+        results += [bits(made.values), made.blocks, torch.tensor(made.clipped)]
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize(("dtype", "order"), [(torch.bfloat16, "in_first"), (torch.float32, "in_last")], ids=str)

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from pipeline.numerics import slabs
 from pipeline.numerics.codec import CodecError, decode, encode, fake_quantize, same_bits, tensor_scale
-from pipeline.numerics.compiled import Compilation, can_compile, compilation
 from pipeline.numerics.formats import E2M1_MAGNITUDES, E2M1_VALUES, FORMATS, MXFP4, NVFP4, SCALE_RULES, BlockFormat
 from pipeline.numerics.stochastic import Noise, Rounded, round_to_scales
 
@@ -139,17 +138,6 @@ def test_the_bits_do_not_depend_on_how_the_stack_is_split(
 def test_the_bits_do_not_depend_on_the_block_size() -> None:
     values = weights().clamp(-6, 6)
     assert same_bits(with_scale_one(values, MXFP4), with_scale_one(values, NVFP4))
-
-
-@pytest.mark.skipif(not can_compile("cpu"), reason="needs a C++ compiler")
-@pytest.mark.parametrize("block_format", ROWS, ids=NAMES)
-def test_compiled_code_gives_the_same_bits(block_format: BlockFormat) -> None:
-    values = weights()
-    with compilation(Compilation.never):
-        expected = draw(values, block_format)
-    with compilation(Compilation.always):
-        found = draw(values, block_format)
-    assert same_bits(found.values, expected.values) and torch.equal(found.blocks, expected.blocks)
 
 
 def test_seed_and_name_change_the_bits() -> None:
