@@ -102,7 +102,7 @@ def round_gptq(
     """Round the weights of a stack of experts. The experts are independent of each other.
 
     A chunk of n experts takes about 4 n in (in + max(in, out)) bytes of temporaries, or twice as much with float64
-    Hessians, and less than 0.1 GB besides. The result takes as much memory as `values`.
+    Hessians, and less than 0.15 GB besides. The result takes as much memory as `values`.
 
     Args:
         values: shape (E, out, in), float32 or bfloat16, any strides. Blocks run along the last dimension.
