@@ -26,8 +26,11 @@ _LIBRARIES = (
 )
 _OF_THE_PROGRAM = ("pipeline.__main__", "pipeline.models.fake_quantizers", "pipeline.training.trainer")
 """Modules that a server with --gpu imports too. It serves only this checkout."""
-_READ_AT_IMPORT = ("CUDA_", "HF_", "OMP_", "TRANSFORMERS_", "TRITON_INTERPRET")
-"""How names of such variables begin. Others, such as TORCHINDUCTOR_CACHE_DIR, are read later, or libraries set them."""
+_READ_AT_IMPORT = (
+    *("CUDA_VISIBLE_DEVICES", "HF_DATASETS_", "HF_ENDPOINT", "HF_HOME", "HF_HUB_", "OMP_NUM_THREADS", "TRANSFORMERS_"),
+    "TRITON_INTERPRET",
+)
+"""How names of such variables begin. Libraries set others in the tests' process, such as HF_XET_HIGH_PERFORMANCE."""
 _NEW_INTERPRETER = b"\xff"
 
 
@@ -43,6 +46,7 @@ def ask(path: str, command: list[str]) -> int:
         server.sendall(order)
         answer = server.recv(1)
     if answer == _NEW_INTERPRETER:
+        print("fork_server: slow, because a variable that libraries read at import differs", file=sys.stderr)
         os.execv(sys.executable, [sys.executable, *command])
     return answer[0] if answer else 1
 

@@ -66,6 +66,12 @@ def test_a_variable_that_libraries_read_at_import_needs_a_new_interpreter(script
     assert run(forks.interpreter(), script, tmp_path, HF_HOME=str(tmp_path))[1].endswith("False typed\n")
 
 
+def test_variables_that_libraries_set_in_the_tests_process_need_none(script: Path, tmp_path: Path) -> None:
+    """lm_eval sets the first variable, and torch the second."""
+    more = {"HF_XET_HIGH_PERFORMANCE": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    assert run(forks.interpreter(), script, tmp_path, **more)[1].endswith("True typed\n")
+
+
 def test_a_killed_client_takes_its_command_along(script: Path, tmp_path: Path) -> None:
     script.write_text(WAITS, encoding="utf-8")
     client = subprocess.Popen([*forks.interpreter(), str(script), str(tmp_path / "pid")])
