@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.numerics.comparison import differences, sum_of_squares, unequal_blocks
+from pipeline.numerics.comparison import add_up, differences, share, sum_of_squares, unequal_blocks
 from pipeline.numerics.formats import BlockFormat
 from pipeline.numerics.scales import values_of
 
@@ -85,26 +85,18 @@ class Survival:
         rounding changed no weight.
         """
         sums = self.sums
-        error = _share(sums["squared_error"], sums["squares"])
+        error = share(sums["squared_error"], sums["squares"])
         return {
             "relative_squared_error": error,
             "snr_db": -10 * math.log10(error) if error else None,
-            "moved_weights": _share(sums["moved"], sums["values"]),
-            "changed_codes": _share(sums["changed"], sums["values"]),
-            "changed_scales": _share(sums["changed_scales"], sums["blocks"]),
-            "survival": min(1.0, _share(sums["changed"], sums["moved"])),
-            "saturated_blocks": _share(sums["saturated_blocks"], sums["blocks"]),
+            "moved_weights": share(sums["moved"], sums["values"]),
+            "changed_codes": share(sums["changed"], sums["values"]),
+            "changed_scales": share(sums["changed_scales"], sums["blocks"]),
+            "survival": min(1.0, share(sums["changed"], sums["moved"])),
+            "saturated_blocks": share(sums["saturated_blocks"], sums["blocks"]),
         }
 
 
 def total(parts: Iterable[dict[str, float]]) -> Survival:
     """Add up the sums of several stacks of experts."""
-    added = Survival()
-    for sums in parts:
-        for name in _SUMS:
-            added.sums[name] += sums[name]
-    return added
-
-
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+    return Survival(add_up(_SUMS, parts))

@@ -3,7 +3,7 @@
 Legend: E experts, in = input dimension, out = output dimension, nb = blocks per row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -59,3 +59,14 @@ def unequal_blocks(one: Tensor, other: Tensor, block_format: BlockFormat) -> Ten
     for into, *pair in zip(found, *blocks, strict=True):
         into.copy_(kernels.count_unequal(*pair) > 0)
     return found.transpose(1, 2)
+
+
+def add_up(names: Iterable[str], parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Add up the named sums of several stacks of experts."""
+    stacks = list(parts)
+    return {name: sum((stack[name] for stack in stacks), 0.0) for name in names}
+
+
+def share(part: float, whole: float) -> float:
+    """Return part / whole, or 0 if there is nothing to compare."""
+    return part / whole if whole else 0.0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.numerics.comparison import changes, unequal_blocks
+from pipeline.numerics.comparison import add_up, changes, share, unequal_blocks
 from pipeline.numerics.formats import BlockFormat
 from pipeline.numerics.scales import values_of
 
@@ -101,13 +101,13 @@ class Account:
         kept = sums["kept_products"] / sums["change_squares"] if sums["change_squares"] else None
         rest = sums["rounded_squares"] - (kept or 0.0) ** 2 * sums["change_squares"]
         return {
-            "relative_change": math.sqrt(_share(sums["change_squares"], sums["base_squares"])),
+            "relative_change": math.sqrt(share(sums["change_squares"], sums["base_squares"])),
             "kept": kept,
-            "noise": math.sqrt(_share(max(0.0, rest), sums["trained_squares"])),
-            "changed_codes": _share(sums["changed"], sums["values"]),
-            "changed_scales": _share(sums["scales_up"] + sums["scales_down"], sums["blocks"]),
-            "scales_up": _share(sums["scales_up"], sums["blocks"]),
-            "scales_down": _share(sums["scales_down"], sums["blocks"]),
+            "noise": math.sqrt(share(max(0.0, rest), sums["trained_squares"])),
+            "changed_codes": share(sums["changed"], sums["values"]),
+            "changed_scales": share(sums["scales_up"] + sums["scales_down"], sums["blocks"]),
+            "scales_up": share(sums["scales_up"], sums["blocks"]),
+            "scales_down": share(sums["scales_down"], sums["blocks"]),
             "clipped_values": int(sums["clipped"]),
             "adjusted_blocks": int(sums["adjusted_blocks"]),
         }
@@ -115,12 +115,4 @@ class Account:
 
 def total(parts: Iterable[dict[str, float]]) -> Account:
     """Add up the sums of several stacks of experts."""
-    added = Account()
-    for sums in parts:
-        for name in _SUMS:
-            added.sums[name] += sums[name]
-    return added
-
-
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+    return Account(add_up(_SUMS, parts))

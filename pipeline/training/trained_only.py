@@ -10,8 +10,8 @@ class TrainedOnly(Trainer):
     """A trainer whose checkpoints hold only the trained parameters. Frozen parameters are read from the base model.
 
     PEFT leaves out frozen weights itself. Without adapters, transformers 5.14 has no setting for this, so two of its
-    methods are overridden. Checkpoints of FSDP2 and DeepSpeed
-    also hold frozen weights, because these libraries write them.
+    methods are overridden. Checkpoints of FSDP2 and DeepSpeed also hold frozen weights, because these libraries write
+    them.
     """
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -4,38 +4,20 @@ A child process runs the kernels with Triton's interpreter (see interpreted_gpu.
 Triton compiles the same kernels.
 """
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from triton_child import NEEDS_COMPILERS, read_report
 
-from pipeline.numerics.compiled import can_compile
-
-pytestmark = [
-    pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler on this machine"),
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
-]
+pytestmark = NEEDS_COMPILERS
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the child process prints."""
-    here = Path(__file__).parent
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(here.parents[1]),
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor")),
-        "TRITON_INTERPRET": "1",
-    }
-    command = [sys.executable, str(here / "codec_on_interpreted_gpu.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = read_report(
+        "codec_on_interpreted_gpu.py", tmp_path_factory.mktemp("inductor"), TRITON_INTERPRET="1"
+    )
     return found
 
 

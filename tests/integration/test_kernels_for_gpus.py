@@ -4,18 +4,11 @@ A child process runs the codec on a pretended GPU (see kernels_for_gpus.py). Its
 so a function that reads from the GPU fails. Compiling for four architectures takes minutes.
 """
 
-import importlib.util
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-from pipeline.numerics.compiled import can_compile
+from triton_child import NEEDS_COMPILERS, read_report
 
 ARCHITECTURES = (80, 90, 100, 120)
 DISASSEMBLED = (80, 120)  # as in kernels_for_gpus, which cannot be imported here
@@ -43,25 +36,15 @@ They give the same bits as a CPU. A CPU rounds the sum to 24 bits, and then to 8
 8 bits at once. Both results are equal (Figueroa 1995: 24 >= 2 * 8 + 2).
 """
 
-pytestmark = [
-    pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler on this machine"),
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
-]
+pytestmark = NEEDS_COMPILERS
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the child process prints."""
-    here = Path(__file__).parent
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(here.parents[1]),
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor")),
-    }
-    command = [sys.executable, str(here / "codec_on_pretended_gpu.py"), *map(str, ARCHITECTURES)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = read_report(
+        "codec_on_pretended_gpu.py", tmp_path_factory.mktemp("inductor"), *ARCHITECTURES
+    )
     return found
 
 
