@@ -148,6 +148,12 @@ def fingerprint_of(directory: Path, known: dict[str, str] | None = None) -> tupl
     return xxhash.xxh3_128_hexdigest(text.encode()), sizes
 
 
+def digests_of(directory: Path) -> dict[str, str]:
+    """Return the XXH3-128 of each file below a directory, keyed by the file's path in the directory."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): _digest(path, lambda _: None) for path in files}
+
+
 def _digest(path: Path, advance: Callable[[int], object]) -> str:
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:

@@ -30,10 +30,11 @@ from pipeline.runs.artifacts import (
     load,
 )
 from pipeline.runs.console import say
+from pipeline.runs.durable import cut_torn_line, sync_tree
 from pipeline.runs.json_files import write_json
 from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.processes import all_cores, is_main_process, wait_for_everyone
-from pipeline.runs.run import Run, read_unfinished
+from pipeline.runs.run import BEING_EMPTIED, Run, read_unfinished
 from pipeline.runs.settings import Settings
 from pipeline.runs.tracking import track
 
@@ -170,20 +171,23 @@ def _lock(run: Run, directory: Path) -> Iterator[None]:
 def _prepare(run: Run, directory: Path, begun: Inputs, keep_files: bool) -> None:
     """Prepare the directory for work. Delete all files, except those of an interrupted run or an earlier report.
 
-    unfinished.json is written before anything is deleted. After an interruption, the program therefore recognizes the
-    directory.
+    unfinished.json first states that the directory is being emptied. It states the inputs only when the directory is
+    empty. So work that is interrupted in between never mixes with files that were made from other inputs.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         is_resumed = read_unfinished(directory) == begun.plain() and not (directory / ARTIFACT_FILE).exists()
-        write_json(directory / UNFINISHED_FILE, begun.plain())
-        (directory / ARTIFACT_FILE).unlink(missing_ok=True)
         if is_resumed:
             say(directory.name, f"resuming what was interrupted in {directory}")
-        elif keep_files:
-            (directory / METRICS_FILE).unlink(missing_ok=True)
+            cut_torn_line(directory / METRICS_FILE)
         else:
-            _empty(directory)  # The earlier result has other inputs, and the user has set overwrite=true.
+            write_json(directory / UNFINISHED_FILE, BEING_EMPTIED)
+            (directory / ARTIFACT_FILE).unlink(missing_ok=True)
+            if keep_files:
+                (directory / METRICS_FILE).unlink(missing_ok=True)
+            else:
+                _empty(directory)  # The earlier result has other inputs, and the user has set overwrite=true.
+            write_json(directory / UNFINISHED_FILE, begun.plain())
         OmegaConf.save(OmegaConf.structured(run.config), directory / CONFIG_FILE)
     except OSError as error:
         raise run.not_writable(directory, error) from error
@@ -215,6 +219,7 @@ def _publish(run: Run, directory: Path, inputs: Inputs, result: Result | None, s
         "seconds": round(seconds, 3),
         **provenance.record(),
     }
+    sync_tree(directory)  # artifact.json must not reach the disk before the files that it describes
     write_json(directory / ARTIFACT_FILE, record)
     _clear_work(directory)
     say(directory.name, f"done in {seconds:.1f} s: {directory}")
@@ -229,8 +234,12 @@ def _clear_work(directory: Path) -> None:
 
 
 def _raise_if_foreign(directory: Path) -> None:
+    """Raise UserError if a directory has files, but neither of the files that every stage's directory has.
+
+    A kill may leave unfinished.json under its temporary name. It is then the only file.
+    """
     ours = (directory / ARTIFACT_FILE).is_file() or (directory / UNFINISHED_FILE).is_file()
-    if not ours and directory.is_dir() and any(directory.iterdir()):
+    if not ours and directory.is_dir() and {path.name for path in directory.iterdir()} - {f"{UNFINISHED_FILE}.tmp"}:
         raise UserError(
             f"{directory}: holds files that this program did not write. Move them away, or set another run_dir."
         )
@@ -239,6 +248,8 @@ def _raise_if_foreign(directory: Path) -> None:
 def _raise_if_unfinished_differs(directory: Path, begun: Inputs) -> None:
     """Raise UserError if a directory holds unfinished work with other inputs. It is protected like a complete stage."""
     before = read_unfinished(directory)
+    if before == BEING_EMPTIED:
+        return
     made = [path for path in directory.rglob("*") if path.is_file() and path.name not in BOOKKEEPING]
     if before is not None and made and (differences := _differences(before, begun.plain())):
         what = "is unfinished, and was begun with other inputs"

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.runs.durable import write_text
 from pipeline.runs.processes import is_main_process
 
 METRICS_FILE = "metrics.jsonl"
@@ -21,4 +22,4 @@ def forget_metrics_after(directory: Path, step: int) -> None:
     path = directory / METRICS_FILE
     if is_main_process() and path.is_file():
         kept = [line for line in read_metrics(directory) if line.get("step", 0) <= step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -14,6 +14,9 @@ from pipeline.runs.artifacts import ARTIFACT_FILE, MODEL_STAGES, UNFINISHED_FILE
 from pipeline.runs.commands import stage_command
 from pipeline.runs.settings import Settings, choose_settings
 
+BEING_EMPTIED: dict[str, Any] = {"is_being_emptied": True, "settings": {}, "parents": {}, "data": None}
+"""Contents of unfinished.json while a stage's directory is emptied. The directory then has nothing to resume."""
+
 
 class Run:
     """A run: its directory, and the settings of its stages.

@@ -10,15 +10,19 @@ import json
 import shutil
 from pathlib import Path
 
+from transformers.trainer import TRAINER_STATE_NAME
+
 from pipeline.config import Sharding
 from pipeline.errors import UserError
-from pipeline.runs.console import say
+from pipeline.runs.artifacts import digests_of
+from pipeline.runs.console import say, warn
+from pipeline.runs.durable import sync_tree
 from pipeline.runs.json_files import write_json
 from pipeline.runs.processes import is_main_process, process_count, wait_for_everyone
 from pipeline.runs.settings import Settings
 
 MARKER = "whole"
-"""Name of a file that every complete checkpoint has. The file records how the checkpoint is sharded."""
+"""Name of a file that every complete checkpoint has. The file records the sharding, and the other files."""
 
 
 def by_global_batch(settings: Settings) -> Settings:
@@ -47,12 +51,16 @@ def read_step(checkpoint: Path) -> int:
 
 
 def mark_complete(checkpoint: Path, sharding: Sharding) -> None:
-    """Record that a checkpoint is complete, and how it is sharded."""
-    write_json(checkpoint / MARKER, {"sharding": sharding.name})
+    """Record that a checkpoint is complete, how it is sharded, and the size and digest of each file.
+
+    All files are on the disk before the record is written.
+    """
+    sync_tree(checkpoint)
+    write_json(checkpoint / MARKER, {"sharding": sharding.name, "files": digests_of(checkpoint)})
 
 
 def find_last_complete(directory: Path, stage: str, sharding: Sharding) -> Path | None:
-    """Remove incomplete checkpoints, and return the newest complete one, or None.
+    """Remove incomplete and damaged checkpoints, and return the newest whole one, or None.
 
     Args:
         directory: directory with the checkpoints of a stage.
@@ -62,22 +70,54 @@ def find_last_complete(directory: Path, stage: str, sharding: Sharding) -> Path 
     Raises:
         UserError: the checkpoint was written with another sharding.
     """
-    found = sorted(directory.glob("checkpoint-*"), key=read_step)
-    complete = [path for path in found if (path / MARKER).is_file()]
     wait_for_everyone()
     if is_main_process():
-        _remove([path for path in found if path not in complete], stage)
+        _remove_unusable(directory, stage)
     wait_for_everyone()
-    if not complete:
+    found = sorted(directory.glob("checkpoint-*"), key=read_step)
+    if not found:
         return None
-    _raise_if_sharded_otherwise(complete[-1], sharding)
-    return complete[-1]
+    _raise_if_sharded_otherwise(found[-1], sharding)
+    return found[-1]
 
 
-def _remove(incomplete: list[Path], stage: str) -> None:
-    for path in incomplete:
-        say(stage, f"removing {path.name}: it is incomplete, because the run was interrupted")
+def _remove_unusable(directory: Path, stage: str) -> None:
+    """Remove the checkpoints from which training cannot resume.
+
+    A checkpoint also needs the checkpoint with the best weights so far, which may be an earlier one.
+    """
+    usable: list[int] = []
+    for path in sorted(directory.glob("checkpoint-*"), key=read_step):
+        if not (path / MARKER).is_file():
+            say(stage, f"removing {path.name}: it is incomplete, because the run was interrupted")
+        elif (damage := _find_damage(path)) is not None:
+            warn(stage, f"removing {path.name}: {damage}. Training resumes from an earlier checkpoint, if there is one")
+        elif (best := _best_step(path)) not in (None, read_step(path), *usable):
+            warn(stage, f"removing {path.name}: the best weights before it, checkpoint-{best}, are missing")
+        else:
+            usable.append(read_step(path))
+            continue
         shutil.rmtree(path)
+
+
+def _find_damage(checkpoint: Path) -> str | None:
+    """Describe the damage of a checkpoint's files, or return None. Markers of older versions list no files."""
+    try:
+        recorded = json.loads((checkpoint / MARKER).read_text(encoding="utf-8")).get("files", {})
+    except ValueError:
+        return f"{MARKER} is not readable"
+    missing = [name for name in recorded if not (checkpoint / name).is_file()]
+    if missing:
+        return f"{', '.join(missing)} missing"
+    found = digests_of(checkpoint) if recorded else {}
+    changed = [name for name in recorded if found[name] != recorded[name]]
+    return f"{', '.join(changed)} changed after the checkpoint was written" if changed else None
+
+
+def _best_step(checkpoint: Path) -> int | None:
+    """Return the step with the lowest validation loss so far, or None if training does not keep the best weights."""
+    path = checkpoint / TRAINER_STATE_NAME
+    return json.loads(path.read_text(encoding="utf-8"))["best_global_step"] if path.is_file() else None
 
 
 def _raise_if_sharded_otherwise(checkpoint: Path, sharding: Sharding) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 from pipeline.errors import UserError
 from pipeline.evaluate.transcripts import Transcript
 from pipeline.runs.console import say
+from pipeline.runs.durable import cut_torn_line
 from pipeline.runs.json_files import Json, write_json
 
 
@@ -106,12 +107,9 @@ class Journal(Generic[T]):
         """
         if not self._path.is_file():
             return []
-        text = self._path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):
-            self._path.write_bytes(whole)
+        cut_torn_line(self._path)
         try:
-            return [self._class(**json.loads(line)) for line in whole.splitlines()]
+            return [self._class(**json.loads(line)) for line in self._path.read_bytes().splitlines()]
         except (ValueError, TypeError) as error:
             raise UserError(
                 f"{self._path}: a line is not an answer of this program ({error}). Remove the file to ask again."

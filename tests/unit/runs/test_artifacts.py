@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,24 @@ def test_artifact_json_is_written_last(config: PipelineConfig, monkeypatch: pyte
     assert name == "artifact.json"
     assert there_before >= {*PAYLOAD, "config.yaml"}
     assert files_in(artifact.directory) == {*PAYLOAD, "config.yaml", "artifact.json"}
+
+
+def test_the_payload_is_on_the_disk_before_artifact_json(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[str] = set()
+    synced_before: set[str] = set()
+    replace = Path.replace
+
+    def watch_replace(source: Path, target: Path) -> Path:
+        if target.name == "artifact.json":
+            synced_before.update(synced)
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.readlink(f"/proc/self/fd/{descriptor}")))
+    monkeypatch.setattr(Path, "replace", watch_replace)
+    directory = make(config).directory
+    assert {str(directory / name) for name in (*PAYLOAD, "config.yaml")} <= synced_before
 
 
 def test_work_that_fails_leaves_no_artifact(config: PipelineConfig) -> None:
@@ -318,6 +337,62 @@ def test_overwrite_discards_unfinished_work_with_other_inputs(config: PipelineCo
     work = Work()
     assert set(make(config, work).files) == set(PAYLOAD)
     assert "shard-1" not in work.found[0]
+
+
+def kill_at(call: int, patched: pytest.MonkeyPatch) -> None:
+    """Kill the program at one of its deletions and renames. `call` counts them from 0."""
+    left = iter(range(call))
+
+    def wrap(function: Callable[..., object]) -> Callable[..., object]:
+        def act(*arguments: Any, **named: Any) -> object:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return function(*arguments, **named)
+
+        return act
+
+    for owner, name in ((Path, "unlink"), (Path, "replace"), (shutil, "rmtree")):
+        patched.setattr(owner, name, wrap(getattr(owner, name)))
+
+
+@pytest.mark.parametrize("call", range(7))
+@pytest.mark.parametrize("is_complete", [True, False], ids=["complete", "unfinished"])
+def test_a_kill_while_earlier_files_are_discarded_never_mixes_them_with_new_ones(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch, call: int, is_complete: bool
+) -> None:
+    error = None if is_complete else RuntimeError("power cut")
+    with nullcontext() if is_complete else pytest.raises(RuntimeError):
+        make(config, Work({"shard-1": b"old", "more/shard-2": b"old"}, error))
+    config.overwrite = True
+    config.sft.learning_rate = 0.5
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        kill_at(call, patched)
+        make(config, Work({}, KeyboardInterrupt()))
+    config.overwrite = False
+    directory, work = Run(config).stage_dir("sft"), Work()
+    if call < 1 + is_complete:  # nothing was deleted
+        assert error_of(config, work).startswith(f"{directory} is ")
+        assert (directory / "more" / "shard-2").read_bytes() == b"old"
+    else:
+        assert set(make(config, work).files) == set(PAYLOAD)
+        assert work.found == [{"config.yaml", "unfinished.json"}]
+
+
+def test_a_kill_before_unfinished_json_has_its_name_does_not_lock_the_stage(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        kill_at(0, patched)
+        make(config)
+    assert files_in(Run(config).stage_dir("sft")) == {"unfinished.json.tmp"}
+    assert set(make(config).files) == set(PAYLOAD)
+
+
+def test_a_line_that_was_torn_by_a_kill_is_cut_before_work_resumes(config: PipelineConfig) -> None:
+    directory = begin(config)
+    (directory / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    make(config)
+    assert (directory / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_an_interrupted_rebuild_goes_on_where_it_was(config: PipelineConfig) -> None:
