@@ -6,6 +6,7 @@ through a public hook for backends. So training computes with the same bits that
 This is the only module that imports modelopt.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -206,9 +207,10 @@ def calibrate_importance(model: "PreTrainedModel", calibrate: Calibrate) -> None
 def save_state(model: nn.Module, directory: Path) -> None:
     """Save the quantizers and the results of calibration.
 
-    ModelOpt's state has only the shapes of the results, so the results are saved in another file.
+    ModelOpt's state has only the shapes of the results, so the results are saved in another file. modelopt 0.47 orders
+    the state's keys by Python's hash seed. They are sorted, so that another process writes the same bytes.
     """
-    torch.save(mto.modelopt_state(base_of(model)), directory / STATE_FILE)
+    torch.save(_sort_keys(mto.modelopt_state(base_of(model))), directory / STATE_FILE)
     importance = {
         parameter_name(name).removesuffix(WEIGHTS): weight.cpu()
         for name, module in enabled(base_of(model))
@@ -221,6 +223,18 @@ def save_state(model: nn.Module, directory: Path) -> None:
     }
     if importance or amax:
         torch.save({"importance": importance, "amax": amax}, directory / CALIBRATION_FILE)
+
+
+def _sort_keys(state: Any) -> Any:
+    """Sort the keys of all dictionaries in nested dictionaries, lists and tuples.
+
+    Equal texts become one object, because pickle writes an object only once.
+    """
+    if isinstance(state, dict):
+        return {_sort_keys(key): _sort_keys(state[key]) for key in sorted(state, key=repr)}
+    if type(state) in (list, tuple):
+        return type(state)(map(_sort_keys, state))
+    return sys.intern(state) if type(state) is str else state
 
 
 def restore(model: nn.Module, directory: Path, block_format: BlockFormat) -> None:

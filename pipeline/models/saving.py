@@ -5,10 +5,11 @@
 - `write_plain` writes a saved model as a full checkpoint. It merges adapters into the weights.
 """
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from pipeline.checkpoints.gpt_oss import (
 )
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import SHARD_BYTES, STEP_BYTES, Piece, Step, Written, sort_by_layer, write_sharded
-from pipeline.checkpoints.side_files import copy_side_files
+from pipeline.checkpoints.side_files import ADAPTER_CONFIG, copy_side_files
 from pipeline.config import Sharding, TrainConfig
 from pipeline.models import sharding
 from pipeline.models.adapted_names import is_factor
@@ -59,7 +60,7 @@ def save(
     if is_main_process():
         copy_side_files(ref.base, directory)
     if is_adapted(model):
-        _save_adapters(model, directory)
+        save_adapters(model, directory)
         base = os.path.relpath(ref.base, directory.parent)
         return Kind.adapter, ModelRecord(dtype=dtype_name(dtype), base=base)
     if is_packed(model):
@@ -73,7 +74,7 @@ def save(
     return Kind.checkpoint, ModelRecord(dtype=dtype_name(dtype))
 
 
-def _save_adapters(model: "PreTrainedModel", directory: Path) -> None:
+def save_adapters(model: "PreTrainedModel", directory: Path) -> None:
     """Gather all adapters on every process, which is cheap because adapters are small. The main process writes them."""
     state = {}
     for name, parameter in model.named_parameters():
@@ -82,6 +83,14 @@ def _save_adapters(model: "PreTrainedModel", directory: Path) -> None:
                 state[name] = whole.detach().cpu().clone()
     if is_main_process():
         model.save_pretrained(str(directory), state_dict=state)
+        _sort_sets(directory / ADAPTER_CONFIG, model)
+
+
+def _sort_sets(path: Path, adapted: Any) -> None:
+    """Sort the lists that PEFT made from sets. Otherwise, their order depends on Python's hash seed."""
+    (config,) = adapted.peft_config.values()
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, stored | {name: sorted(value) for name, value in vars(config).items() if isinstance(value, set)})
 
 
 def _save_packed(model: "PreTrainedModel", ref: ModelRef, directory: Path) -> None:
