@@ -27,10 +27,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline import config
 from pipeline.config import command_line, rules
 from pipeline.errors import CheckFailed, MachineError, UserError, user_errors
-from pipeline.runs import allocator, preflight
+from pipeline.runs import allocator, preflight, stopping
 from pipeline.runs.one_stage import one_stage
 from pipeline.runs.processes import is_main_process
 from pipeline.runs.run import Run
+from pipeline.runs.stopping import Stopped
 
 _PACKAGE = Path(__file__).resolve().parent
 SWEEP_DIR = "sweep"
@@ -100,6 +101,7 @@ def main() -> NoReturn:
     # `setdefault` is not used here, because it would keep a value from the shell.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     allocator.let_segments_grow()
+    stopping.heed_signals()
     sys.exit(status(sys.argv[1:]))
 
 
@@ -120,6 +122,8 @@ def status(arguments: list[str]) -> int:
         return _report(error, 2)
     except KeyboardInterrupt:
         return _report(UserError("interrupted; run the same command, without overwrite=true, to resume"), 130)
+    except Stopped as stopped:
+        return _report(UserError(str(stopped)), stopping.EXIT_STATUS)
     except SystemExit as leaving:
         return int(leaving.code or 0) if not isinstance(leaving.code, str) else _report(UserError(leaving.code), 1)
     except Exception:  # noqa: BLE001 - any other exception is a bug: show its traceback and return 1

@@ -30,6 +30,7 @@ from pipeline.runs.metrics import read_metrics
 from pipeline.runs.processes import is_main_process, wait_for_everyone
 from pipeline.runs.provenance import peak_resident_bytes
 from pipeline.runs.tracking import log_metrics
+from pipeline.training.preemption import Preemption
 from pipeline.training.resume import mark_complete
 
 _LOSS = "eval_loss"
@@ -51,6 +52,7 @@ def make_callbacks(
     made: list[TrainerCallback] = [
         Metrics(directory, stage, tokens),
         Checkpoints(settings.save_total_limit, directory, stage, sharding),
+        Preemption(),
     ]
     if settings.early_stopping_patience is not None:
         made.append(EarlyStopping(settings.early_stopping_patience))

@@ -33,6 +33,7 @@ from pipeline.models import losses, sharding
 from pipeline.models.losses import Loss
 from pipeline.models.rounded_weights import RoundedWeights
 from pipeline.numerics.codec import CodecError
+from pipeline.runs import stopping
 from pipeline.runs.artifacts import CHECKPOINTS_DIR
 from pipeline.runs.console import say, warn
 from pipeline.runs.metrics import forget_metrics_after, read_metrics
@@ -142,7 +143,7 @@ def _run(trainer: "_Trainer", setup: Setup, checkpoint: Path | None) -> None:
     if checkpoint is not None:
         say(setup.stage, f"resuming from step {resume.read_step(checkpoint)}")
     try:
-        with deterministic_on_cpu():
+        with deterministic_on_cpu(), stopping.deferred(setup.stage, "after this step, with a checkpoint"):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (CodecError, FloatingPointError) as error:
         raise setup.divergence_error(str(error)) from error

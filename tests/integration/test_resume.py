@@ -1,17 +1,20 @@
 """A run that is killed and started again ends with the same bytes as an uninterrupted one."""
 
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import preempted
 import pytest
 from conftest import ONE_LAYER, SHORT, linked, run_program
+from forks import run_processes
 
-from pipeline.runs import artifacts
+from pipeline.runs import artifacts, stopping
 from pipeline.runs.metrics import read_metrics
 from pipeline.training import callbacks
 
@@ -119,6 +122,48 @@ def test_sft_resumed_at_any_step_ends_like_an_uninterrupted_run(
             assert run_program(*settings, f"run_dir={tmp_path / str(step)}") == 130
         resumed, resumed_losses = train(str(step))
         assert (resumed.fingerprint, resumed.details, resumed_losses) == (whole.fingerprint, whole.details, losses)
+
+
+@pytest.fixture
+def heeded_signals() -> Iterator[None]:
+    """Let signals stop the program in this process, as in a process of its own."""
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    stopping.heed_signals()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("heeded_signals")
+def test_training_that_the_system_stops_saves_a_checkpoint_and_resumes_to_the_same_result(
+    smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def send(self, args, state, control, **_) -> None:
+        if state.global_step == 2:  # in the middle of step 3; lines of metrics follow steps 2 and 4
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    run = linked(tmp_path, smoke_run, "upcast")
+    settings = (f"run_dir={run}", "recipe=smoke", *SHORT)
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks.Metrics, "on_pre_optimizer_step", send, raising=False)
+        assert run_program("stage=sft", *settings) == 143
+    shown = capsys.readouterr()
+    assert "[sft] SIGUSR1: stopping after this step, with a checkpoint\n" in shown.out
+    assert shown.err.endswith(
+        "error: stopped by SIGUSR1 after step 4, with a checkpoint; run the same command, without"
+        " overwrite=true, to resume\n"
+    )
+    assert run_program("stage=sft", *settings) == 0
+    assert "resuming from step 4" in capsys.readouterr().out
+    whole, resumed = artifacts.load(smoke_run / "sft"), artifacts.load(run / "sft")
+    assert (resumed.fingerprint, resumed.details) == (whole.fingerprint, whole.details)
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step() -> None:
+    ended = run_processes(preempted.__file__)
+    assert ended.returncode == 0, ended.stdout
+    for rank in range(2):
+        assert f"process {rank}: stopped by SIGUSR1 after step 3, with a checkpoint; " in ended.stdout
 
 
 def test_an_incomplete_checkpoint_is_removed_and_not_resumed_from(

@@ -1,0 +1,65 @@
+"""Stop in order when the system asks for it.
+
+Batch systems and cloud providers announce the end of a job with SIGTERM, SIGHUP or SIGUSR1. By default, these signals
+end a program at once. With `heed_signals`, they raise `Stopped`, and the stage leaves what it can resume. Inside
+`deferred`, the program asks `asked` for the signal, and stops at a place of its choice.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from pipeline.runs.console import say
+
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+EXIT_STATUS = 143
+"""128 + SIGTERM, as a shell reports it. It is the same for all of these signals."""
+
+_deferring: tuple[str, str] | None = None
+_asked: signal.Signals | None = None
+
+
+class Stopped(BaseException):
+    """The system asked the program to stop. Like KeyboardInterrupt, it is not an error, so nothing handles it."""
+
+    def __init__(self, number: signal.Signals, after: str = "") -> None:
+        """Create the exception. `after` says where the program stopped."""
+        super().__init__(f"stopped by {number.name}{after}; run the same command, without overwrite=true, to resume")
+
+
+def heed_signals() -> None:
+    """Let the signals stop this program in order. A signal that is ignored, as SIGHUP under nohup, stays ignored."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _receive)
+
+
+@contextmanager
+def deferred(stage: str, until: str) -> Iterator[None]:
+    """Inside the block, the first signal is only stored for `asked`. A second signal stops the program at once.
+
+    Args:
+        stage: name of the stage, for the message.
+        until: the time at which the program will stop, for the message.
+    """
+    global _deferring, _asked
+    _deferring, _asked = (stage, until), None
+    try:
+        yield
+    finally:
+        _deferring = _asked = None
+
+
+def asked() -> signal.Signals | None:
+    """Return the signal that arrived inside `deferred`, or None."""
+    return _asked
+
+
+def _receive(number: int, frame: FrameType | None) -> None:
+    global _asked
+    if _deferring is None or _asked is not None:
+        raise Stopped(signal.Signals(number))
+    _asked = signal.Signals(number)
+    stage, until = _deferring
+    say(stage, f"{_asked.name}: stopping {until}")

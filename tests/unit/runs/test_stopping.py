@@ -1,0 +1,59 @@
+"""Signals that announce the end of a job stop the program in order."""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from pipeline import __main__ as program
+from pipeline.runs import stopping
+from pipeline.runs.stopping import Stopped
+
+
+@pytest.fixture(autouse=True)
+def heeded_signals() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    stopping.heed_signals()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", stopping.SIGNALS, ids=str)
+def test_a_signal_ends_the_program_with_143_and_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    monkeypatch.setattr(program, "run", lambda _: send(number))
+    monkeypatch.setattr("sys.argv", ["pipeline", "stage=doctor", "recipe=smoke"])
+    assert program.status(["stage=doctor", "recipe=smoke"]) == 143
+    assert capsys.readouterr().err == (
+        f"error: stopped by {number.name}; run the same command, without overwrite=true, to resume\n"
+    )
+
+
+def test_a_deferred_signal_waits_until_the_program_asks(capsys: pytest.CaptureFixture[str]) -> None:
+    with stopping.deferred("sft", "after this step"):
+        assert stopping.asked() is None
+        send(signal.SIGHUP)
+        assert stopping.asked() is signal.SIGHUP
+    assert capsys.readouterr().out == "[sft] SIGHUP: stopping after this step\n"
+    assert stopping.asked() is None
+    with pytest.raises(Stopped):
+        send(signal.SIGHUP)
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    with pytest.raises(Stopped, match="stopped by SIGTERM"), stopping.deferred("sft", "after this step"):
+        send(signal.SIGUSR1)
+        send(signal.SIGTERM)
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stopping.heed_signals()
+    send(signal.SIGHUP)
