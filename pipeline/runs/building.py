@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from pipeline.config import Stage
-from pipeline.errors import UserError
+from pipeline.errors import MachineError, UserError
 from pipeline.runs import provenance
 from pipeline.runs.artifacts import (
     ARTIFACT_FILE,
@@ -164,6 +164,11 @@ def _lock(run: Run, directory: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise UserError(
                 f"{directory}: another run is working there. Wait for it, or set another run_dir."
+            ) from error
+        except OSError as error:
+            raise MachineError(
+                f"{directory.parent}: the file system cannot lock files ({error.strerror}), so two runs could mix their"
+                " files. Set run_dir to another file system."
             ) from error
         yield
 

@@ -3,7 +3,9 @@
 This module does not import torch. It uses torch only if a stage has imported it.
 """
 
+import errno
 import gc
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -15,6 +17,12 @@ from pipeline.errors import MachineError
 from pipeline.runs.memory_remedies import remedies
 
 _NO_KERNEL = "no kernel image is available"
+_DISK_ERRORS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS), "written"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "read or written"),
+}
+_WRITE_OF_TORCH = re.compile(r"PytorchStreamWriter|inline_container\.cc:\d+\] \. unexpected pos")
+_WRITE_OF_SAFETENSORS = re.compile(r"I/O error: .*\(os error (\d+)\)")
 _GPU_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _HOST_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
 _ASKED = re.compile(r"(?:Tried to allocate|you tried to allocate) ([\d.]+ ?\w+)")
@@ -29,12 +37,12 @@ def one_stage(config: PipelineConfig) -> Iterator[None]:
     stage are freed: `all` runs several stages in one process.
 
     Raises:
-        MachineError: the memory was too small, or a GPU has no kernels.
+        MachineError: the memory was too small, a file could not be written, or a GPU has no kernels.
     """
     _reset_peaks()
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         explanation = explain(error, config)
         if explanation is None:
             raise
@@ -78,6 +86,13 @@ def _cuda() -> Any:
 def explain(error: Exception, config: PipelineConfig) -> str | None:
     """Return a message with cause and remedy if the machine failed. Return None for any other error."""
     text, stage = str(error), config.stage.name
+    if (failure := _find_disk_error(error)) is not None:
+        return (
+            f"stage={stage}: {failure}. Check the disk of run_dir={config.run_dir}. Then run the same command again,"
+            " without overwrite=true, to resume."
+        )
+    if not isinstance(error, (MemoryError, RuntimeError)):
+        return None
     if _NO_KERNEL in text:
         return (
             f"stage={stage}: this build of torch has no kernels for the GPU ({_NO_KERNEL}). Install a build of torch"
@@ -91,6 +106,17 @@ def explain(error: Exception, config: PipelineConfig) -> str | None:
     advice = f"Set {', '.join(found)}, or use" if found else "Use"
     larger = "a GPU with more memory" if on_gpu else "a machine with more memory"
     return f"stage={stage} ran out of {where}{_amounts(text, on_gpu)}. {advice} {larger}."
+
+
+def _find_disk_error(error: Exception) -> str | None:
+    """Say which file could not be read or written, and why. Return None for any other error."""
+    if _WRITE_OF_TORCH.search(str(error)):
+        return "torch could not write a file; the disk may be full"
+    found = _WRITE_OF_SAFETENSORS.search(str(error))
+    number, file = (error.errno, error.filename) if isinstance(error, OSError) else (found and int(found[1]), None)
+    if number not in _DISK_ERRORS:
+        return None
+    return f"{file or 'a file'} could not be {_DISK_ERRORS[number]} ({os.strerror(number)})"
 
 
 def _amounts(text: str, on_gpu: bool) -> str:

@@ -1,5 +1,6 @@
 """Building a stage: new, unfinished, complete, up-to-date and changed directories. Also metrics.jsonl."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from omegaconf import OmegaConf
 
 from pipeline import __main__ as program
 from pipeline.config import DataConfig, LoraTarget, ModelConfig, PipelineConfig, Stage, command_line
-from pipeline.errors import UserError
+from pipeline.errors import MachineError, UserError
 from pipeline.runs import artifacts, building, console, metrics, provenance, tracking
 from pipeline.runs.artifacts import Artifact, Kind, Result, fingerprint_of, load
 from pipeline.runs.building import build
@@ -386,6 +387,15 @@ def test_a_kill_before_unfinished_json_has_its_name_does_not_lock_the_stage(
         make(config)
     assert files_in(Run(config).stage_dir("sft")) == {"unfinished.json.tmp"}
     assert set(make(config).files) == set(PAYLOAD)
+
+
+def test_a_file_system_without_locks_is_one_message(config: PipelineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(building.fcntl, "flock", refuse)
+    with pytest.raises(MachineError, match=r"cannot lock files \(No locks available\).*Set run_dir to another"):
+        make(config)
 
 
 def test_a_line_that_was_torn_by_a_kill_is_cut_before_work_resumes(config: PipelineConfig) -> None:

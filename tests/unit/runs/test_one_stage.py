@@ -1,9 +1,13 @@
 """A stage's memory is measured and freed, and failures of the machine are explained in one line."""
 
+import errno
 import gc
+import resource
 import sys
 import types
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,11 +17,13 @@ import pytest
 import torch
 from conftest import run_program
 from hydra import compose, initialize_config_dir
+from safetensors.torch import save_file
 
 from pipeline import __main__ as program
 from pipeline.config import Device, Method, PipelineConfig, Sharding, Stage, rules
 from pipeline.doctor.fake_gpu import pretend_cuda
 from pipeline.errors import MachineError
+from pipeline.runs.durable import write_text
 from pipeline.runs.memory_remedies import remedies
 from pipeline.runs.one_stage import one_stage
 
@@ -79,7 +85,54 @@ def test_a_missing_kernel_is_explained() -> None:
     assert "has no kernels for the GPU" in message_of(error, PipelineConfig(stage=Stage.evaluate))
 
 
-@pytest.mark.parametrize("error", [RuntimeError("an index is off"), ValueError("CUDA out of memory")])
+@contextmanager
+def small_files() -> Iterator[None]:
+    """Inside the block, no file can grow beyond 4096 bytes. A full disk fails in the same places."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("write", "what"),
+    [
+        (lambda path: torch.save(torch.zeros(4096), path), "torch could not write a file; the disk may be full"),
+        (lambda path: save_file({"a": torch.zeros(4096)}, path), "a file could not be written (File too large)"),
+        (lambda path: write_text(path, "x" * 8192), "a file could not be written (File too large)"),
+    ],
+    ids=["torch", "safetensors", "python"],
+)
+def test_a_file_that_cannot_be_written_is_explained(tmp_path: Path, write: Callable[[Path], None], what: str) -> None:
+    with small_files(), pytest.raises(Exception) as failed:
+        write(tmp_path / "file")
+    message = message_of(failed.value, PipelineConfig(stage=Stage.sft, run_dir="runs/mine"))
+    assert message == (
+        f"stage=sft: {what}. Check the disk of run_dir=runs/mine. Then run the same command again, without"
+        " overwrite=true, to resume."
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "what"),
+    [
+        (errno.ENOSPC, "written (No space left on device)"),
+        (errno.EDQUOT, "written (Disk quota exceeded)"),
+        (errno.EIO, "read or written (Input/output error)"),
+    ],
+)
+def test_a_disk_error_is_named_with_the_file(number: int, what: str) -> None:
+    error = OSError(number, "text", "runs/mine/sft/metrics.jsonl")
+    message = message_of(error, PipelineConfig(stage=Stage.sft))
+    assert f"stage=sft: runs/mine/sft/metrics.jsonl could not be {what}. Check the disk of" in message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FileNotFoundError(errno.ENOENT, "no file"), RuntimeError("an index is off"), ValueError("CUDA out of memory")],
+)
 def test_other_errors_stay_as_they_are(error: Exception) -> None:
     with pytest.raises(type(error)) as raised, one_stage(PipelineConfig(stage=Stage.sft)):
         raise error
