@@ -24,6 +24,7 @@ from pipeline.config.keys import is_known, schema, setting_keys, unknown_key, va
 from pipeline.config.model import SYNTHETIC, Dtype, ModelConfig, TinyConfig
 from pipeline.config.pipeline import Device, PipelineConfig, Sharding, Stage, can_train_parts
 from pipeline.config.quantize import (
+    Fallback,
     QuantizeConfig,
     QuantizeSource,
     RoundingMethod,
@@ -71,6 +72,7 @@ __all__ = [
     "ExpertsImplementation",
     "ExportConfig",
     "ExportTarget",
+    "Fallback",
     "FormatConfig",
     "FormatName",
     "GenerationConfig",

@@ -22,6 +22,14 @@ class RoundingMethod(Enum):
 
     nearest = "nearest"
     stochastic = "stochastic"
+    gptq = "gptq"
+
+
+class Fallback(Enum):
+    """Ways to round experts that have too few tokens for GPTQ."""
+
+    stochastic = "stochastic"
+    nearest = "nearest"
 
 
 class RoundingScales(Enum):
@@ -40,13 +48,21 @@ class QuantizeConfig:
     source: QuantizeSource = QuantizeSource.sft
     """Model to quantize: the fine-tuned model (sft) or the original (upcast). With upcast, QAT starts without SFT."""
     method: RoundingMethod = RoundingMethod.nearest
-    """Rounding of the experts: nearest, or stochastic (unbiased, so small changes survive on average)."""
+    """Rounding of the experts: nearest, stochastic (unbiased, so small changes survive on average), or gptq (weights
+    make up for each other's errors on calibration examples)."""
     scales: Optional[RoundingScales] = None
     """Scales to round to: base (own scales of a packed base), ceil, floor or mse; null: see docs/formats.md."""
     seed: Annotated[int, SEED] = 42
-    """Random seed of method=stochastic."""
-    calibration_samples: Annotated[int, POSITIVE] = 64
-    """Number of training examples for calibration, if the format needs it. The first batch checks the quantizers."""
+    """Random seed of stochastic rounding."""
+    damping: Annotated[float, POSITIVE] = 0.01
+    """For method=gptq: added to the diagonal of each Hessian, as a fraction of the diagonal's mean."""
+    tokens_per_input: Annotated[float, POSITIVE] = 8.0
+    """For method=gptq: an expert with fewer calibration tokens per input dimension is rounded by quantize.fallback."""
+    fallback: Fallback = Fallback.stochastic
+    """For method=gptq: rounding of experts with too few calibration tokens: stochastic or nearest."""
+    calibration_samples: Annotated[Optional[int], POSITIVE] = None
+    """Number of training examples for calibration, if the format or gptq needs it; null: 64 for a format, and for gptq
+    enough for twice the tokens of quantize.tokens_per_input."""
     batch_size: Annotated[int, POSITIVE] = 1
     """Number of examples per forward pass."""
 

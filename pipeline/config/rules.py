@@ -16,7 +16,7 @@ from pipeline.config.data import ColumnsConfig, DataConfig
 from pipeline.config.format import FormatName
 from pipeline.config.keys import is_known, schema, unknown_key
 from pipeline.config.pipeline import PipelineConfig, Sharding, Stage
-from pipeline.config.quantize import QuantizeSource, first_training, writes_rounded
+from pipeline.config.quantize import QuantizeSource, RoundingMethod, first_training, writes_rounded
 from pipeline.config.targets import TARGETS
 from pipeline.config.training import (
     ROUNDING_OPTIMIZERS,
@@ -197,6 +197,11 @@ def _format_problems(config: PipelineConfig) -> list[str]:
 def _quantize_problems(config: PipelineConfig) -> list[str]:
     """Rounded weights must stay what they are when the forward pass and the export round them again."""
     name, rule = config.format.name.name, config.format.scale_rule.name
+    if config.quantize.method is RoundingMethod.gptq and FORMATS[name].quantizes_activations:
+        return [
+            f"quantize.method=gptq: calibrates on unrounded inputs, but format={name} rounds the experts' inputs too."
+            " Use quantize.method=stochastic, or a format that rounds only weights."
+        ]
     if not writes_rounded(config.quantize) or FORMATS[name].scale_type is not ScaleType.e4m3:
         return []
     scales = config.quantize.scales

@@ -31,6 +31,7 @@ k = columns of a leaf.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -47,12 +48,29 @@ _CHUNK_BYTES = 8 << 30
 """Temporaries of a chunk of experts on a GPU. On a CPU, a chunk is one expert."""
 
 
-class HessianError(ValueError):
-    """GPTQ cannot use a Hessian. `expert` is the index of its expert in the stack."""
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Multiply float32 matrices in float32, even if torch is set to multiply them in TF32 or BF16."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
-    def __init__(self, expert: int, problem: str) -> None:
+
+class HessianError(ValueError):
+    """GPTQ cannot use a Hessian.
+
+    Attributes:
+        expert: index of its expert in the stack.
+        problem: what is wrong with the Hessian, as the end of a sentence.
+        is_finite: whether the Hessian has neither NaN nor Inf. More damping may then help.
+    """
+
+    def __init__(self, expert: int, problem: str, *, is_finite: bool) -> None:
         super().__init__(f"the Hessian of expert {expert} {problem}")
-        self.expert = expert
+        self.expert, self.problem, self.is_finite = expert, problem, is_finite
 
 
 class Hessians:
@@ -71,6 +89,7 @@ class Hessians:
         self.tokens = [0] * experts
 
     @torch.no_grad()
+    @_exact_products()
     def add(self, expert: int, tokens: Tensor) -> None:
         """Add the inputs of an expert: shape (tokens, in), any floating type."""
         if len(tokens) == 0:
@@ -87,6 +106,7 @@ class Hessians:
 
 
 @torch.no_grad()
+@_exact_products()
 def round_gptq(
     values: Tensor,
     hessians: Tensor,
@@ -240,7 +260,7 @@ def _factorize(hessians: Tensor, damping: float, act_order: bool, first: int) ->
         factors: L with each column divided by its diagonal, (n, in, in).
     """
     if bad := _indices(~torch.linalg.vector_norm(hessians, torch.inf, dim=(1, 2)).isfinite()):
-        raise HessianError(first + bad[0], "has NaN or Inf")
+        raise HessianError(first + bad[0], "has NaN or Inf", is_finite=False)
     count, inputs, _ = hessians.shape
     diagonal = hessians.diagonal(dim1=1, dim2=2)
     columns = torch.arange(inputs, device=hessians.device).expand(count, -1)
@@ -250,7 +270,8 @@ def _factorize(hessians: Tensor, damping: float, act_order: bool, first: int) ->
     damped.diagonal(dim1=1, dim2=2).add_(damping * diagonal.mean(dim=1, keepdim=True))
     factors, failed_at = torch.linalg.cholesky_ex(damped)
     if bad := _indices(failed_at > 0):
-        raise HessianError(first + bad[0], f"is not positive definite with a damping of {damping:g}")
+        problem = f"is not positive definite with a damping of {damping:g}"
+        raise HessianError(first + bad[0], problem, is_finite=True)
     return order, factors.div_(factors.diagonal(dim1=1, dim2=2).unsqueeze(1).clone())
 
 

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import QuantizeConfig
 from pipeline.quantize import account
-from pipeline.runs.console import say
+from pipeline.runs.console import say, warn
 from pipeline.runs.tracking import log_metrics
 
 Figures = dict[str, float | None]
@@ -26,6 +27,33 @@ def account_for(notes: Sequence[dict[str, Any]], directory: Path, method: str) -
     whole = account.total(note["sums"] for note in experts).figures()
     log_metrics(directory, whole)
     _tell(whole, method)
+    return whole
+
+
+def fallback_for(layers: Sequence[dict[str, Any]], directory: Path, settings: QuantizeConfig) -> dict[str, int]:
+    """Log how many experts of each layer GPTQ did not round, tell the user, and return the counts of the whole model.
+
+    Args:
+        layers: for each layer, the number of `tokens` of each expert, and the experts in `fallback`.
+        directory: directory of the stage.
+        settings: section `quantize` of the configuration.
+    """
+    whole = dict.fromkeys(("experts", "fallback_experts", "without_tokens"), 0)
+    for number, layer in enumerate(layers):
+        tokens, fallback = layer["tokens"], layer["fallback"]
+        counts = {"experts": len(tokens), "fallback_experts": len(fallback), "without_tokens": tokens.count(0)}
+        log_metrics(directory, {"layer": number, **counts, "fewest_tokens": min(tokens), "most_tokens": max(tokens)})
+        whole = {name: whole[name] + count for name, count in counts.items()}
+    log_metrics(directory, whole)
+    rounded = whole["experts"] - whole["fallback_experts"]
+    say("quantize", f"gptq rounded {rounded} of {whole['experts']} experts")
+    if whole["fallback_experts"]:
+        warn(
+            "quantize",
+            f"{whole['fallback_experts']} of {whole['experts']} experts had fewer than {settings.tokens_per_input:g}"
+            f" calibration tokens per input dimension ({whole['without_tokens']} had none). They were rounded by"
+            f" quantize.fallback={settings.fallback.name}. More examples may help (quantize.calibration_samples).",
+        )
     return whole
 
 

@@ -23,26 +23,23 @@ from torch import Tensor
 
 from pipeline.checkpoints.config_json import CONFIG, write_config
 from pipeline.checkpoints.dtypes import stored_name
-from pipeline.checkpoints.gpt_oss import ExpertProjection, expert_projections, other_tensors
+from pipeline.checkpoints.gpt_oss import ExpertProjection, expert_projections, loaded_bytes, other_tensors
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import SHARD_BYTES, Part, Piece, Step, Written, sort_by_layer, write_sharded
 from pipeline.checkpoints.side_files import copy_side_files
-from pipeline.errors import CheckFailed
 from pipeline.export.mxfp4 import released_config
 from pipeline.export.weights import bad_block, blocks_then_scales, raise_if_not_divisible
 from pipeline.models.saving import plain_piece
 from pipeline.models.weights import Weights
-from pipeline.numerics.codec import CodecError, choose_scales, fake_quantize, same_bits, tensor_scale
-from pipeline.numerics.comparison import unequal_blocks
+from pipeline.numerics.codec import CodecError, fake_quantize
 from pipeline.numerics.compiled import compilation_for
-from pipeline.numerics.convert import mxfp4_to_nvfp4
-from pipeline.numerics.formats import E8M0_LARGEST, MXFP4, BlockFormat
-from pipeline.numerics.stochastic import Noise, round_to_scales
+from pipeline.numerics.formats import MXFP4, BlockFormat
+from pipeline.numerics.stochastic import Noise
 from pipeline.quantize.account import Account, Scales
+from pipeline.quantize.codes import LayerCodes, StoredExperts
+from pipeline.quantize.experts import RoundedExperts, own_scales, round_experts, scales_by_rule, settle
 from pipeline.runs.console import progress
 from pipeline.runs.json_files import write_json
-
-_MOST_ROUNDS = 16
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,7 @@ class Job:
         rule: rule that chooses the scales, or None for the scales of `packed`.
         seed: seed of stochastic rounding, or None to round to the nearest value.
         device: device that computes, `cpu` or `cuda`.
+        codes: experts that are rounded already, or None. Otherwise `rule` and `seed` say how to round.
     """
 
     weights: Weights
@@ -66,30 +64,33 @@ class Job:
     rule: str | None
     seed: int | None
     device: str
+    codes: LayerCodes | None = None
 
     @property
     def projections(self) -> list[ExpertProjection]:
         """The stacks of experts of the model."""
         return expert_projections(self.weights.shape)
 
+    def scales_for(self, projection: ExpertProjection, trained: Tensor, own: Scales | None) -> Scales:
+        """Return the scales to round to: those of the rule, or else the base's own. `trained` is (E, in, out)."""
+        if self.rule is not None:
+            return scales_by_rule(trained, self.block_format, self.rule, self.weights.importance(projection.name))
+        assert own is not None
+        return own
+
+    def own_scales(self, packed: tuple[Tensor, ...] | None) -> Scales | None:
+        """Return the base's own scales of the experts that were read from `packed`, or None if nothing is packed."""
+        return None if packed is None else own_scales(packed, self.block_format, self.device)
+
 
 @dataclass(frozen=True)
 class _Read:
-    """Some experts as they are stored: in the trained model, in the base, and in the packed checkpoint."""
+    """Some experts as they are stored: in the trained model, in the base, in the packed checkpoint, and rounded."""
 
     trained: tuple[Tensor, ...]
     base: tuple[Tensor, ...]
     packed: tuple[Tensor, ...] | None
-
-
-@dataclass(frozen=True)
-class _Rounded:
-    """Rounded weights of some experts: blocks and scales as in `codec.encode`, and values (E, in, out)."""
-
-    blocks: Tensor
-    scales: Scales
-    values: Tensor
-    clipped: int
+    rounded: StoredExperts | None
 
 
 @dataclass
@@ -107,9 +108,10 @@ class _Stack:
     def read(self, rows: slice) -> _Read:
         job, name = self.job, self.projection.name
         packed = None if job.packed is None else job.packed.read_stored(name, rows)
-        return _Read(job.weights.read_stored(name, rows), job.base.read_stored(name, rows), packed)
+        rounded = None if job.codes is None else job.codes.read(self.projection, rows)
+        return _Read(job.weights.read_stored(name, rows), job.base.read_stored(name, rows), packed, rounded)
 
-    def round(self, rows: slice, read: _Read, *, is_final: bool) -> _Rounded:
+    def round(self, rows: slice, read: _Read, *, is_final: bool) -> RoundedExperts:
         """Round some experts and add them to the account.
 
         Args:
@@ -123,26 +125,23 @@ class _Stack:
         base = job.base.decode_stored(
             name, tuple(each.to(job.device) for each in read.base), rows=rows, device=job.device
         )
-        own = None if read.packed is None else _scales_of(read.packed, job)
+        own = job.own_scales(read.packed)
         try:
-            made = self._round(trained, own, rows)
+            made = self._round(trained, own, rows, read.rounded)
         except CodecError as error:
             where = job.weights.ref.directory
             raise bad_block(error, where, self.projection, rows, "Training went wrong.") from error
-        values, adjusted = _settle(made.values, job.block_format, name) if is_final else (made.values, 0)
+        values, adjusted = settle(made.values, job.block_format, name) if is_final else (made.values, 0)
         self._count(trained, values, base, scales=(made.scales, own), clipped=made.clipped, adjusted=adjusted)
-        return _Rounded(made.blocks, made.scales, values, made.clipped)
+        return RoundedExperts(made.blocks, made.scales, values, made.clipped)
 
-    def _round(self, trained: Tensor, own: Scales | None, rows: slice) -> _Rounded:
-        job, turned = self.job, trained.transpose(1, 2)
-        if job.rule is None:
-            assert own is not None
-            scales = own
-        else:
-            scales = _choose(turned, job.block_format, job.rule, job.weights.importance(self.projection.name))
+    def _round(self, trained: Tensor, own: Scales | None, rows: slice, rounded: StoredExperts | None) -> RoundedExperts:
+        job = self.job
+        if rounded is not None:
+            return rounded.decode(trained.dtype, job.device)
+        scales = job.scales_for(self.projection, trained, own)
         noise = None if job.seed is None else Noise.of(job.seed, self.projection.name)
-        made = round_to_scales(turned, job.block_format, *scales, noise=noise, first=rows.start)
-        return _Rounded(made.blocks, scales, made.values.transpose(1, 2), made.clipped)
+        return round_experts(trained, job.block_format, scales, noise, rows.start)
 
     def _count(
         self,
@@ -160,7 +159,7 @@ class _Stack:
         is_exact = own is not None and job.block_format.stores_like(MXFP4)
         turned = base.transpose(1, 2)
         near = base if is_exact else fake_quantize(turned, job.block_format).transpose(1, 2)
-        old = own or _choose(turned, job.block_format, job.block_format.scale_rule, None)
+        old = own or scales_by_rule(base, job.block_format, job.block_format.scale_rule, None)
         self.account.add(
             trained,
             rounded,
@@ -207,6 +206,11 @@ def write_packed(job: Job, directory: Path) -> Written:
     return written
 
 
+def output_bytes(job: Job, *, is_packed: bool) -> int:
+    """Return the size of the model that `write_packed` or `write_plain` writes."""
+    return loaded_bytes(job.weights.shape, job.weights.ref.dtype.itemsize, stays_packed=is_packed)
+
+
 def measure(job: Job) -> list[dict[str, Any]]:
     """Round the experts and write nothing. Return the record of each stack, like the notes of a written model."""
     notes = []
@@ -231,7 +235,7 @@ def _write(job: Job, directory: Path, piece: Callable[[_Stack], Piece], dtype: t
     return written
 
 
-def _piece(stack: _Stack, tensors: dict[str, Any], put: Callable[[_Rounded, bool], Iterable[Part]]) -> Piece:
+def _piece(stack: _Stack, tensors: dict[str, Any], put: Callable[[RoundedExperts, bool], Iterable[Part]]) -> Piece:
     """Return the piece that rounds a stack. `put` takes some experts, and whether they are the last of the stack."""
 
     def step(rows: slice) -> Step:
@@ -242,37 +246,3 @@ def _piece(stack: _Stack, tensors: dict[str, Any], put: Callable[[_Rounded, bool
         return (step(rows) for rows in stack.job.weights.parts(stack.projection.name))
 
     return Piece(tensors, steps, stack.note)
-
-
-def _scales_of(packed: tuple[Tensor, ...], job: Job) -> Scales:
-    """Return the own scales of packed experts, in the job's format."""
-    blocks, scales = (each.to(job.device) for each in packed)
-    if job.block_format.stores_like(MXFP4):
-        return scales.clamp(max=E8M0_LARGEST), None  # a larger scale is never written, and no weight needs it
-    converted = mxfp4_to_nvfp4(blocks, scales)
-    return converted.scales, converted.tensor_scale
-
-
-def _choose(turned: Tensor, block_format: BlockFormat, rule: str, importance: Tensor | None) -> Scales:
-    """Choose scales for (E, out, in) weights. The tensor scale is the format's own, whatever the rule."""
-    unit = tensor_scale(turned, block_format)
-    importance = None if importance is None else importance.to(turned.device)
-    return choose_scales(turned, block_format.with_rule(rule), unit, importance), unit
-
-
-def _settle(values: Tensor, block_format: BlockFormat, name: str) -> tuple[Tensor, int]:
-    """Round (E, in, out) values by the format's rule until they stay. Return them, and the number of changed blocks.
-
-    Raises:
-        CheckFailed: the values still change after many rounds.
-    """
-    adjusted = 0
-    for _ in range(_MOST_ROUNDS):
-        again = fake_quantize(values.transpose(1, 2), block_format).transpose(1, 2)
-        if same_bits(again, values):
-            return values, adjusted
-        adjusted += int(unequal_blocks(again, values, block_format).sum())
-        values = again
-    raise CheckFailed(
-        f"{name}: {block_format.name} with scale_rule={block_format.scale_rule} does not keep the rounded weights"
-    )

@@ -112,12 +112,15 @@ class QuantizeRecord(ModelRecord):
         method: value of quantize.method, or None in artifacts of older versions.
         scales: `base` or the rule that chose the scales, or None without an account.
         account: figures of rounding, documented in `quantize.account`. None if the upcast was removed.
+        fallback: for method gptq, how many experts there are (`experts`), how many of them had too few tokens and were
+            rounded by the fallback (`fallback_experts`), and how many had no token (`without_tokens`).
     """
 
     quantizers: int
     method: str | None = field(default=None, metadata=_OPTIONAL)
     scales: str | None = field(default=None, metadata=_OPTIONAL)
     account: dict[str, float | None] | None = field(default=None, metadata=_OPTIONAL)
+    fallback: dict[str, int] | None = field(default=None, metadata=_OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True)

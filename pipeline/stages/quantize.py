@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
+from torch import Tensor
 
 from pipeline.checkpoints.dtypes import dtype_name
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.side_files import link_or_copy
 from pipeline.config import (
+    Fallback,
     Method,
     PipelineConfig,
     QuantizeSource,
@@ -35,13 +38,14 @@ from pipeline.config import (
 from pipeline.data.examples import prepare_examples
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
-from pipeline.errors import UserError
-from pipeline.models import loading, losses, placement, references, saving
+from pipeline.models import attention, loading, losses, placement, references, saving
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
 from pipeline.numerics.formats import MXFP4
-from pipeline.quantize import origins, report, rounding
-from pipeline.runs.artifacts import BOOKKEEPING, SHARDS_FILE, Artifact, Kind, Result
+from pipeline.quantize import calibration, gptq, origins, report, rounding
+from pipeline.quantize.gptq import GptqSettings
+from pipeline.quantize.rounding import Job
+from pipeline.runs.artifacts import BOOKKEEPING, CHECKPOINTS_DIR, SHARDS_FILE, Artifact, Kind, Result
 from pipeline.runs.building import build
 from pipeline.runs.console import say
 from pipeline.runs.records import ModelRecord, QuantizeRecord
@@ -77,11 +81,15 @@ def run(config: PipelineConfig) -> Artifact:
 
 
 def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, directory: Path) -> Result:
-    from pipeline.models import adapters, attention, fake_quantizers, quantizer_calls
+    from pipeline.models import adapters, fake_quantizers, quantizer_calls
 
     block_format = references.configured_format(config.format)
     rounds = _writes_rounded(config)
-    form = _write_rounded(config, here, ref, directory) if rounds else _take_form(config.qat.method, ref, directory)
+    train = prepare_examples(here, config.data, rows, load_tokenizer(ref.base)).train
+    if rounds:
+        form = _write_rounded(config, here, ref, train, directory)
+    else:
+        form = _take_form(config.qat.method, ref, directory)
     kind, start, saved = form.kind, form.ref, form.record
     placement.raise_if_host_too_small("quantize", start.base, start.dtype)
     chosen = attention.for_inference(start.dtype)
@@ -89,7 +97,7 @@ def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, dire
     if config.qat.method is Method.lora and not start.adapter:
         model = adapters.attach(model, config.qat, "qat")
         kind, saved = saving.save(model, start, directory, train=config.qat, shared=config.sharding)
-    batches = _calibration_batches(config, here, rows, ref)
+    batches = _calibration_batches(config, train, ref)
     fake_quantizers.insert(model, block_format, lambda quantized: _run(quantized, batches))
     if config.format.importance:
         fake_quantizers.calibrate_importance(model, lambda quantized: _run(quantized, batches))
@@ -112,6 +120,7 @@ def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, dire
         method=config.quantize.method.name,
         scales=form.scales or block_format.scale_rule,
         account=form.account,
+        fallback=form.fallback,
     )
     (directory / BASE_DIR / SHARDS_FILE).unlink(missing_ok=True)  # only an unfinished stage needs it
     stored = MXFP4.name if kind is Kind.packed else saved.dtype
@@ -133,6 +142,7 @@ class _Form:
         digests: hashes of written files, see `Result`.
         scales: `base` or the rule that chose the scales of rounded experts. None if no rounded experts were written.
         account: figures of rounding, or None.
+        fallback: counts of experts that GPTQ did not round, or None.
     """
 
     kind: Kind
@@ -141,14 +151,17 @@ class _Form:
     digests: dict[str, str] = field(default_factory=dict)
     scales: str | None = None
     account: dict[str, float | None] | None = None
+    fallback: dict[str, int] | None = None
 
 
-def _write_rounded(config: PipelineConfig, here: Run, ref: ModelRef, directory: Path) -> _Form:
+def _write_rounded(config: PipelineConfig, here: Run, ref: ModelRef, train: Dataset, directory: Path) -> _Form:
     """Write the model with merged adapters and rounded experts. For LoRA, it becomes a base below `directory`."""
     job, method = _job(config, here, ref), config.qat.method
     into = directory / BASE_DIR if method is Method.lora else directory
     into.mkdir(exist_ok=True)
     is_packed = method is not Method.full and job.block_format.stores_like(MXFP4)
+    if config.quantize.method is RoundingMethod.gptq:
+        job = _round_layers(config, job, train, directory, rounding.output_bytes(job, is_packed=is_packed))
     written = (rounding.write_packed if is_packed else rounding.write_plain)(job, into)
     prefix = f"{BASE_DIR}/" if method is Method.lora else ""
     is_result = is_packed and method is Method.bf16_parts
@@ -160,7 +173,24 @@ def _write_rounded(config: PipelineConfig, here: Run, ref: ModelRef, directory: 
         {f"{prefix}{name}": digest for name, digest in written.files.items()},
         job.rule or RoundingScales.base.name,
         report.account_for(written.notes, directory, config.quantize.method.name),
+        None if job.codes is None else report.fallback_for(job.codes.notes(), directory, config.quantize),
     )
+
+
+def _round_layers(config: PipelineConfig, job: Job, train: Dataset, directory: Path, output_bytes: int) -> Job:
+    """Round the experts with GPTQ. The result has their codes, which lie below `directory` until the stage ends."""
+    ref, asked = job.weights.ref, config.quantize
+    chosen = calibration.for_gptq(train, asked, job.weights.shape, job.weights.checkpoint.config["num_experts_per_tok"])
+    seed = asked.seed if asked.fallback is Fallback.stochastic else None
+    codes = gptq.round_layers(
+        job,
+        GptqSettings(asked.damping, asked.tokens_per_input, seed),
+        losses.batches(chosen, asked.batch_size, load_tokenizer(ref.base).pad_token_id),
+        attention.for_inference(ref.dtype),
+        directory / CHECKPOINTS_DIR / asked.method.name,
+        output_bytes,
+    )
+    return replace(job, codes=codes)
 
 
 def _written(directory: Path, kind: Kind, record: ModelRecord) -> ModelRef:
@@ -178,12 +208,12 @@ def _measure(config: PipelineConfig, here: Run, ref: ModelRef, directory: Path) 
     return report.account_for(notes, directory, config.quantize.method.name)
 
 
-def _job(config: PipelineConfig, here: Run, ref: ModelRef) -> rounding.Job:
+def _job(config: PipelineConfig, here: Run, ref: ModelRef) -> Job:
     """Describe how the configuration rounds a model."""
     upcast, block_format = here.require(Stage.upcast), references.configured_format(config.format)
     packed = origins.find_packed(upcast, config.quantize, block_format)
     is_stochastic = config.quantize.method is RoundingMethod.stochastic
-    return rounding.Job(
+    return Job(
         Weights(ref),
         Checkpoint(upcast.directory),
         packed,
@@ -211,18 +241,11 @@ def _take_form(method: Method, ref: ModelRef, directory: Path) -> _Form:
     return _Form(Kind.adapter, ref, replace(whole, base=os.path.relpath(ref.base, directory.parent)))
 
 
-def _calibration_batches(config: PipelineConfig, here: Run, rows: Rows, ref: ModelRef) -> Sequence[Any]:
-    tokenizer = load_tokenizer(ref.base)
-    train = prepare_examples(here, config.data, rows, tokenizer).train
-    is_calibrated = references.configured_format(config.format).quantizes_activations or config.format.importance
-    if is_calibrated and len(train) < config.quantize.calibration_samples:
-        raise UserError(
-            f"quantize.calibration_samples={config.quantize.calibration_samples}: format={config.format.name.name} is"
-            f" calibrated on the data, which has {len(train)} training examples. Use more data, or set a lower"
-            " number. The scales are less reliable with fewer examples."
-        )
-    chosen = train.select(range(min(config.quantize.calibration_samples, len(train))))
-    return losses.batches(chosen, config.quantize.batch_size, tokenizer.pad_token_id)
+def _calibration_batches(config: PipelineConfig, train: Dataset, ref: ModelRef) -> Sequence[dict[str, Tensor]]:
+    block_format = references.configured_format(config.format)
+    is_calibrated = block_format.quantizes_activations or config.format.importance
+    chosen = calibration.for_format(train, config.quantize, block_format.name, is_calibrated=is_calibrated)
+    return losses.batches(chosen, config.quantize.batch_size, load_tokenizer(ref.base).pad_token_id)
 
 
 def _run(model: Any, batches: Sequence[Any]) -> None:
