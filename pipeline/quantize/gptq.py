@@ -33,8 +33,10 @@ from pipeline.quantize.rounding import Job
 from pipeline.runs.console import progress
 from pipeline.runs.disk import raise_if_disk_too_small
 
-_GROUP_BYTES = 8 << 30
-"""Memory of a group of experts on a GPU. On a CPU, a group is one expert."""
+_GROUP_BYTES = {"cpu": 0}
+"""Memory of a group of experts on each type of device. A group has at least one expert."""
+
+_GROUP_BYTES_ON_GPU = 8 << 30
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ class _LayerWork:
     def _groups(self) -> Iterator[range]:
         """Split the experts into consecutive groups that fit into memory."""
         experts, first, size = len(self._tokens), 0, 0
-        limit = 0 if self._job.device == "cpu" else _GROUP_BYTES
+        limit = _GROUP_BYTES.get(self._job.device, _GROUP_BYTES_ON_GPU)
         for expert in range(experts):
             needed = self._bytes_of(expert)
             if expert > first and size + needed > limit:

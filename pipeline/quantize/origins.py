@@ -30,7 +30,7 @@ def find_packed(upcast: Artifact, settings: QuantizeConfig, block_format: BlockF
     base = Checkpoint(upcast.directory)
     if base.is_packed:
         return base
-    if not wants and not (_prefers_own(settings.method) and settings.scales is None):
+    if not wants and not (settings.method is RoundingMethod.stochastic and settings.scales is None):
         return None
     directory = Path(upcast.read(UpcastRecord).source)
     if directory.is_dir() and (source := Checkpoint(directory)).is_packed:
@@ -54,9 +54,5 @@ def choose_rule(settings: QuantizeConfig, packed: Checkpoint | None, scale_rule:
     """
     if settings.scales is not None:
         return None if settings.scales is RoundingScales.base else settings.scales.name
-    takes_own = _prefers_own(settings.method) and packed is not None
+    takes_own = settings.method is RoundingMethod.stochastic and packed is not None
     return None if takes_own else scale_rule
-
-
-def _prefers_own(method: RoundingMethod) -> bool:
-    return method in (RoundingMethod.stochastic, RoundingMethod.gptq)
