@@ -1,5 +1,6 @@
 """Settings of `quantize`: the rounding of the experts, and the insertion of fake quantization."""
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Optional
@@ -48,8 +49,7 @@ class QuantizeConfig:
     source: QuantizeSource = QuantizeSource.sft
     """Model to quantize: the fine-tuned model (sft) or the original (upcast). With upcast, QAT starts without SFT."""
     method: RoundingMethod = RoundingMethod.nearest
-    """Rounding of the experts: nearest, stochastic (unbiased, so small changes survive on average), or gptq (weights
-    make up for each other's errors on calibration examples)."""
+    """Rounding of the experts: nearest, stochastic (unbiased) or gptq (fitted to examples); see docs/formats.md."""
     scales: Optional[RoundingScales] = None
     """Scales to round to: base (own scales of a packed base), ceil, floor or mse; null: see docs/formats.md."""
     seed: Annotated[int, SEED] = 42
@@ -61,8 +61,7 @@ class QuantizeConfig:
     fallback: Fallback = Fallback.stochastic
     """For method=gptq: rounding of experts with too few calibration tokens: stochastic or nearest."""
     calibration_samples: Annotated[Optional[int], POSITIVE] = None
-    """Number of training examples for calibration, if the format or gptq needs it; null: 64 for a format, and for gptq
-    enough for twice the tokens of quantize.tokens_per_input."""
+    """Training examples to calibrate the format or gptq; null: 64, and for gptq twice the tokens that it needs."""
     batch_size: Annotated[int, POSITIVE] = 1
     """Number of examples per forward pass."""
 
@@ -70,6 +69,22 @@ class QuantizeConfig:
 def writes_rounded(quantize: QuantizeConfig) -> bool:
     """Return whether `quantize` writes rounded experts. Otherwise only the forward pass rounds them."""
     return quantize.method is not RoundingMethod.nearest or quantize.scales is not None
+
+
+_UNEVENNESS = 2
+"""Routers give some experts fewer tokens than others. So GPTQ gets this many times the tokens of an even routing."""
+
+
+def calibration_tokens(quantize: QuantizeConfig, inputs: int, experts: int, experts_per_token: int) -> int:
+    """Return how many tokens GPTQ takes from the data, unless `quantize.calibration_samples` is set.
+
+    Args:
+        quantize: section `quantize`.
+        inputs: largest input dimension of the experts' matrices.
+        experts: experts of a layer.
+        experts_per_token: experts that the router chooses for each token.
+    """
+    return math.ceil(_UNEVENNESS * quantize.tokens_per_input * inputs * experts / experts_per_token)
 
 
 def first_training(source: QuantizeSource, sft: TrainConfig, qat: QatConfig) -> tuple[str, TrainConfig]:

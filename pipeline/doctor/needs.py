@@ -29,9 +29,11 @@ from pipeline.config import (
     Precision,
     QatConfig,
     QuantizeSource,
+    RoundingMethod,
     Stage,
     TrainConfig,
     adapted_layers,
+    calibration_tokens,
 )
 from pipeline.config.targets import TARGETS
 from pipeline.doctor import activations, low_bit_adam
@@ -287,6 +289,19 @@ def checkpoints(shape: Shape, train: TrainConfig) -> int:
     return (train.save_total_limit + 1) * (weights + _state_bytes(shape, train))
 
 
+def rounded_layers(plan: Plan, shape: Shape, longest: int, experts_per_token: int) -> int:
+    """Compute the bytes of the rounded layers and of the hidden states that GPTQ keeps until the stage is complete.
+
+    `longest` is the number of tokens of the longest example. The states of two layers lie on the disk for a moment.
+    """
+    inputs, samples = max(shape.hidden_size, shape.intermediate_size), plan.quantize.calibration_samples
+    tokens = calibration_tokens(plan.quantize, inputs, shape.num_local_experts, experts_per_token)
+    tokens = tokens if samples is None else samples * longest
+    first = plan.sft if plan.source is QuantizeSource.sft else plan.qat
+    states = tokens * shape.hidden_size * bytes_per_value(TRAIN_TYPES[first.precision])
+    return int(parameters(shape)["experts"] * plan.block_format.bits_per_value / 8) + 2 * states
+
+
 def figures(plan: Plan, model: Mapping[str, Any], longest: int, devices: dict[str, DeviceFigures]) -> NeedFigures:
     """Compute the needs of a run.
 
@@ -298,6 +313,9 @@ def figures(plan: Plan, model: Mapping[str, Any], longest: int, devices: dict[st
     """
     shape = Shape.of(model, plan.model_path)
     trains = plan.trainings
+    rounded = {}
+    if plan.quantize.method is RoundingMethod.gptq:
+        rounded[Stage.quantize.name] = rounded_layers(plan, shape, longest, int(model["num_experts_per_tok"]))
     needed = {name: of_stage(plan, name, model, longest) for name in trains}
     return {
         "parameters": parameters(shape),
@@ -305,7 +323,7 @@ def figures(plan: Plan, model: Mapping[str, Any], longest: int, devices: dict[st
         "devices": devices,
         "device_bytes": {name: {**asdict(part), "total": part.total} for name, part in needed.items()},
         "disk_bytes": disk(plan, shape, is_quantized(model)),
-        "checkpoint_bytes": {name: checkpoints(shape, train) for name, train in trains.items()},
+        "checkpoint_bytes": {name: checkpoints(shape, train) for name, train in trains.items()} | rounded,
         "tokens": longest,
     }
 

@@ -1,7 +1,7 @@
 """The settings that the needs of a run depend on."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.checkpoints.config_json import is_quantized
@@ -11,6 +11,7 @@ from pipeline.config import (
     FormatName,
     Method,
     QatConfig,
+    QuantizeConfig,
     QuantizeSource,
     Sharding,
     Stage,
@@ -35,6 +36,7 @@ class Plan:
         block_format: format that QAT rounds to.
         experts: value of upcast.experts.
         source: value of quantize.source.
+        quantize: settings of GPTQ.
         writes_rounded: whether `quantize` writes rounded experts. With LoRA, QAT then has a base of its own.
     """
 
@@ -48,6 +50,7 @@ class Plan:
     experts: Experts | None = None
     source: QuantizeSource = QuantizeSource.sft
     writes_rounded: bool = False
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
 
     def is_packed(self, stage: str, model: Mapping[str, Any]) -> bool:
         """Return whether a stage trains on packed experts. `model` is the content of the source's config.json."""

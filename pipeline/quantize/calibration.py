@@ -3,15 +3,12 @@
 from datasets import Dataset
 
 from pipeline.checkpoints.gpt_oss import Shape
-from pipeline.config import QuantizeConfig
+from pipeline.config import QuantizeConfig, calibration_tokens
 from pipeline.errors import UserError
 from pipeline.runs.console import say
 
 DEFAULT_SAMPLES = 64
 """Examples that calibrate a format, unless `quantize.calibration_samples` is set."""
-
-_UNEVENNESS = 2
-"""Routers give some experts fewer tokens than others. So GPTQ gets this many times the tokens of an even routing."""
 
 
 def for_format(train: Dataset, settings: QuantizeConfig, format_name: str, *, is_calibrated: bool) -> Dataset:
@@ -39,7 +36,7 @@ def for_gptq(train: Dataset, settings: QuantizeConfig, shape: Shape, experts_per
     if samples is not None and len(train) < samples:
         raise _too_few(samples, "quantize.method=gptq is calibrated", train)
     inputs = max(shape.hidden_size, shape.intermediate_size)
-    wanted = _UNEVENNESS * settings.tokens_per_input * inputs * shape.num_local_experts / experts_per_token
+    wanted = calibration_tokens(settings, inputs, shape.num_local_experts, experts_per_token)
     tokens = count = 0
     while count < len(train) if samples is None else count < samples:
         if samples is None and tokens >= wanted:

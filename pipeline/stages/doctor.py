@@ -38,6 +38,8 @@ _SETTINGS = (
     "quantize.source",
     "quantize.method",
     "quantize.scales",
+    "quantize.calibration_samples",
+    "quantize.tokens_per_input",
     "qat",
     "sharding",
     "export.target",
@@ -84,6 +86,7 @@ def _plan(config: PipelineConfig) -> Plan:
         config.upcast.experts,
         config.quantize.source,
         writes_rounded(config.quantize),
+        config.quantize,
     )
 
 

@@ -23,7 +23,9 @@ from pipeline.config import (
     Method,
     Precision,
     QatConfig,
+    QuantizeConfig,
     QuantizeSource,
+    RoundingMethod,
     Sharding,
     TinyConfig,
     TrainConfig,
@@ -248,6 +250,17 @@ def test_rounded_experts_take_the_space_of_a_plain_or_packed_model(
     adapters = 4 * needs.trained_parameters(RELEASED, qat) if qat is LORA else 0
     base = needs.disk(plan, RELEASED, True)["quantize"] - adapters
     assert base == pytest.approx(13.76e9 if is_packed else 2 * needs.parameters(RELEASED)["all"], rel=0.001)
+
+
+def test_gptq_keeps_its_rounded_layers_and_states_until_the_stage_is_complete() -> None:
+    plan, model = plan_of(FULL, FULL), {**RELEASED_CONFIG, "num_experts_per_tok": 4}
+    assert "quantize" not in needs.figures(plan, model, 4096, {})["checkpoint_bytes"]
+    codes = needs.parameters(RELEASED)["experts"] * 4.25 / 8
+    for samples, tokens in ((None, 2 * 8 * 2880 * 32 / 4), (10, 10 * 4096)):
+        asked = QuantizeConfig(method=RoundingMethod.gptq, calibration_samples=samples)
+        found = needs.figures(replace(plan, quantize=asked), model, 4096, {})["checkpoint_bytes"]["quantize"]
+        assert found == codes + 2 * tokens * 2880 * 4  # full training keeps its weights in float32
+    assert found < needs.figures(plan, model, 4096, {})["checkpoint_bytes"]["qat"]
 
 
 def test_a_teacher_is_a_second_model_if_quantize_wrote_a_rounded_base() -> None:
