@@ -34,6 +34,7 @@ from pipeline.config.quantize import (
     leaves_nothing_to_round,
     packs_rounded,
     raise_if_nothing_to_round,
+    rounds_base,
     writes_rounded,
 )
 from pipeline.config.serve import ServeConfig, ServingEngine
@@ -116,6 +117,7 @@ __all__ = [
     "leaves_nothing_to_round",
     "packs_rounded",
     "raise_if_nothing_to_round",
+    "rounds_base",
     "schema",
     "setting_keys",
     "unknown_key",

@@ -113,3 +113,8 @@ def packs_rounded(qat: QatConfig, block_format: FormatConfig) -> bool:
     """
     is_mxfp4 = block_format.name is FormatName["mxfp4"]
     return qat.method is Method.bf16_parts and is_mxfp4 and not block_format.importance
+
+
+def rounds_base(quantize: QuantizeConfig, qat: QatConfig, block_format: FormatConfig) -> bool:
+    """Return whether QAT starts from experts that `quantize` has rounded and written."""
+    return writes_rounded(quantize) or packs_rounded(qat, block_format)

@@ -84,5 +84,5 @@ def _job(plan: Plan, stage: str, model: Mapping[str, Any], longest: int, process
         sharding=plan.sharding,
         processes=processes,
         is_packed=plan.is_packed(stage, model),
-        has_own_base=plan.writes_rounded,
+        has_own_base=plan.rounds_base,
     )

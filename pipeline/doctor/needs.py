@@ -245,7 +245,7 @@ def disk(plan: Plan, shape: Shape, is_mxfp4: bool) -> dict[str, int]:
     """
     starts_packed = plan.starts_packed(is_mxfp4=is_mxfp4)
     upcast = packed_tensors(shape) if starts_packed else plain_tensors(shape)
-    has_sft = plan.source is QuantizeSource.sft
+    has_sft = plan.quantize.source is QuantizeSource.sft
     has_qat = Stage.qat.name in plan.trainings
     sft = _saved_bytes(shape, plan.sft) if has_sft else 0
     qat = _saved_bytes(shape, plan.qat) if has_qat else 0
@@ -297,7 +297,7 @@ def rounded_layers(plan: Plan, shape: Shape, longest: int, experts_per_token: in
     inputs, samples = max(shape.hidden_size, shape.intermediate_size), plan.quantize.calibration_samples
     tokens = calibration_tokens(plan.quantize, inputs, shape.num_local_experts, experts_per_token)
     tokens = tokens if samples is None else samples * longest
-    first = plan.sft if plan.source is QuantizeSource.sft else plan.qat
+    first = plan.sft if plan.quantize.source is QuantizeSource.sft else plan.qat
     states = tokens * shape.hidden_size * bytes_per_value(TRAIN_TYPES[first.precision])
     return int(parameters(shape)["experts"] * plan.block_format.bits_per_value / 8) + 2 * states
 
@@ -340,7 +340,7 @@ def of_stage(plan: Plan, stage: str, model: Mapping[str, Any], longest: int) -> 
         rounded_budget=rounded_weights.budget_bytes(plan.qat.rounded_cache_gib, plan.sharding, on_gpu=True),
         gathers=STRATEGIES[plan.sharding].gathers,
         is_packed=plan.is_packed(stage, model),
-        has_own_base=plan.writes_rounded,
+        has_own_base=plan.rounds_base,
     )
 
 

@@ -8,18 +8,19 @@ from pipeline.checkpoints.config_json import is_quantized
 from pipeline.config import (
     DataConfig,
     Experts,
-    FormatName,
+    FormatConfig,
     Method,
     QatConfig,
     QuantizeConfig,
-    QuantizeSource,
     Sharding,
     Stage,
     TrainConfig,
     first_training,
     keeps_packed,
     leaves_nothing_to_round,
+    rounds_base,
 )
+from pipeline.models.references import configured_format
 from pipeline.numerics.formats import MXFP4, BlockFormat
 
 
@@ -33,11 +34,8 @@ class Plan:
         sft, qat: settings of the training stages.
         sharding: how several processes share a model.
         target: name of the export target in TARGETS.
-        block_format: format that QAT rounds to.
+        format, quantize: sections of the configuration.
         experts: value of upcast.experts.
-        source: value of quantize.source.
-        quantize: settings of GPTQ.
-        writes_rounded: whether `quantize` writes rounded experts. With LoRA, QAT then has a base of its own.
     """
 
     model_path: str
@@ -46,11 +44,9 @@ class Plan:
     qat: QatConfig
     sharding: Sharding
     target: str
-    block_format: BlockFormat
-    experts: Experts | None = None
-    source: QuantizeSource = QuantizeSource.sft
-    writes_rounded: bool = False
+    format: FormatConfig = field(default_factory=FormatConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    experts: Experts | None = None
 
     def is_packed(self, stage: str, model: Mapping[str, Any]) -> bool:
         """Return whether a stage trains on packed experts. `model` is the content of the source's config.json."""
@@ -64,19 +60,23 @@ class Plan:
 
     def starts_packed(self, *, is_mxfp4: bool) -> bool:
         """Return whether training starts from packed experts. `is_mxfp4`: whether the source's experts are MXFP4."""
-        _, first = first_training(self.source, self.sft, self.qat)
+        _, first = first_training(self.quantize.source, self.sft, self.qat)
         return keeps_packed(self.experts, first.method, is_mxfp4=is_mxfp4)
 
     @property
+    def block_format(self) -> BlockFormat:
+        """The format that QAT rounds to."""
+        return configured_format(self.format)
+
+    @property
     def rounds_base(self) -> bool:
-        """Whether QAT starts from experts that `quantize` has rounded."""
-        packs = self.qat.method is Method.bf16_parts and self.block_format.name == MXFP4.name
-        return self.writes_rounded or packs
+        """Whether QAT starts from experts that `quantize` has rounded. QAT then has a base of its own."""
+        return rounds_base(self.quantize, self.qat, self.format)
 
     @property
     def trainings(self) -> dict[str, TrainConfig]:
         """The settings of each training stage, by the stage's name. Without rounding there is no QAT."""
         found: dict[str, TrainConfig] = {Stage.sft.name: self.sft}
-        if not leaves_nothing_to_round(self.source, self.sft, FormatName[self.block_format.name]):
+        if not leaves_nothing_to_round(self.quantize.source, self.sft, self.format.name):
             found[Stage.qat.name] = self.qat
         return found

@@ -71,7 +71,7 @@ def find(plan: Plan, stage: str, model: Mapping[str, Any], longest: int, *, proc
 
 def _packed_changes(plan: Plan, stage: str, processes: int, *, is_mxfp4: bool) -> list[_Change]:
     """If only adapters are trained, return the change to packed experts. Packed experts give the same result."""
-    _, first = first_training(plan.source, plan.sft, plan.qat)
+    _, first = first_training(plan.quantize.source, plan.sft, plan.qat)
     if Method.full in (first.method, plan.trainings[stage].method):
         return []
     condition = "" if is_mxfp4 else " if the weights of model.path are MXFP4 values"
@@ -116,7 +116,7 @@ def _last_changes(plan: Plan, stage: str, train: TrainConfig, longest: int, proc
     if half >= _SHORTEST:
         shorter = replace(plan, data=replace(plan.data, max_length=half))
         found.append(_Change(f"data.max_length={half}", shorter, processes))
-    if train.method is Method.full and can_train_parts(stage, plan.source, plan.experts):
+    if train.method is Method.full and can_train_parts(stage, plan.quantize.source, plan.experts):
         parts = _with(plan, stage, method=Method.bf16_parts)
         found.append(_Change(f"train@{stage}=bf16_parts", parts, processes))
     if train.method is not Method.lora:

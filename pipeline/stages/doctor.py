@@ -7,7 +7,7 @@ import xxhash
 
 from pipeline.checkpoints.config_json import read_config
 from pipeline.checkpoints.side_files import side_files
-from pipeline.config import PipelineConfig, Stage, writes_rounded
+from pipeline.config import PipelineConfig, Stage
 from pipeline.data.examples import rendering_of, split_rows
 from pipeline.data.harmony import Rendering
 from pipeline.data.languages import Languages
@@ -20,7 +20,6 @@ from pipeline.doctor.rows import examine
 from pipeline.doctor.rows import figures as token_figures
 from pipeline.errors import UserError
 from pipeline.models import source
-from pipeline.models.references import configured_format
 from pipeline.runs.artifacts import Artifact, Kind, Result
 from pipeline.runs.building import build
 from pipeline.runs.processes import is_main_process, process_count
@@ -73,20 +72,16 @@ def run(config: PipelineConfig) -> Artifact:
 
 
 def _plan(config: PipelineConfig) -> Plan:
-    target = config.export.target.name
-    block_format = configured_format(config.format)
     return Plan(
         config.model.path,
         config.data,
         config.sft,
         config.qat,
         config.sharding,
-        target,
-        block_format,
-        config.upcast.experts,
-        config.quantize.source,
-        writes_rounded(config.quantize),
+        config.export.target.name,
+        config.format,
         config.quantize,
+        config.upcast.experts,
     )
 
 

@@ -4,10 +4,19 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.checkpoints.gpt_oss import Shape
-from pipeline.config import DataConfig, Experts, Method, Precision, QatConfig, Sharding, TrainConfig
+from pipeline.config import (
+    DataConfig,
+    Experts,
+    FormatConfig,
+    FormatName,
+    Method,
+    Precision,
+    QatConfig,
+    Sharding,
+    TrainConfig,
+)
 from pipeline.doctor import device_memory, needs, remedies
 from pipeline.doctor.plan import Plan
-from pipeline.numerics.formats import MXFP4, NVFP4
 
 MODEL: dict[str, Any] = {
     "model_type": "gpt_oss",
@@ -15,7 +24,8 @@ MODEL: dict[str, Any] = {
     **vars(Shape(4, 64, 64, 4, 4, 2, 16, 512)),
 }
 SFT = TrainConfig(precision=Precision.fp32, batch_size=8, gradient_checkpointing=False)
-PLAN = Plan("model", DataConfig(max_length=2048), SFT, QatConfig(**vars(SFT)), Sharding.none, "mxfp4", MXFP4)
+PLAN = Plan("model", DataConfig(max_length=2048), SFT, QatConfig(**vars(SFT)), Sharding.none, "mxfp4")
+NVFP4 = FormatConfig(FormatName["nvfp4"])
 LONGEST = 1024
 
 
@@ -95,10 +105,16 @@ def test_bf16_parts_have_adapters_as_a_remedy_and_are_none_for_decoded_experts()
     assert "train@sft=bf16_parts" not in find(plan=replace(PLAN, experts=Experts.bf16))
 
 
+def test_bf16_parts_as_a_remedy_of_qat_train_on_the_experts_that_quantize_then_packs() -> None:
+    parts = replace(PLAN, qat=replace(PLAN.qat, method=Method.bf16_parts))
+    assert find("qat", PLAN)["train@qat=bf16_parts"] == bytes_of(parts, "qat")
+    assert parts.is_packed("qat", MODEL)
+
+
 def test_without_rounding_no_qat_is_planned() -> None:
     parts = replace(PLAN, sft=replace(SFT, method=Method.bf16_parts))
     assert list(parts.trainings) == ["sft"]
-    assert list(replace(parts, block_format=NVFP4).trainings) == ["sft", "qat"]
+    assert list(replace(parts, format=NVFP4).trainings) == ["sft", "qat"]
 
 
 def test_layers_that_stay_gathered_take_memory_that_resharding_saves() -> None:

@@ -19,7 +19,6 @@ from pipeline.doctor.plan import Plan
 from pipeline.doctor.rows import Example, Row
 from pipeline.errors import UserError
 from pipeline.models import tiny_model
-from pipeline.numerics.formats import MXFP4
 from pipeline.runs.records import DoctorRecord
 from pipeline.runs.run import Run
 
@@ -236,7 +235,7 @@ Found = Callable[..., list[str]]
 
 def plan(train: TrainConfig, sharding: Sharding) -> Plan:
     """Make a plan in which sft and qat have the same training settings."""
-    return Plan("model", DataConfig("data.jsonl"), train, QatConfig(**vars(train)), sharding, "mxfp4", MXFP4)
+    return Plan("model", DataConfig("data.jsonl"), train, QatConfig(**vars(train)), sharding, "mxfp4")
 
 
 @pytest.fixture
@@ -252,7 +251,7 @@ def found(tmp_path: Path) -> Found:
             place, *path = key.split("__")
             (data[path[0]] if place == "data" else machine)[path[-1]] = value
         sft = train or TrainConfig()
-        plan = Plan("model", DataConfig("data.jsonl"), sft, QatConfig(**vars(sft)), sharding, "mxfp4", MXFP4)
+        plan = Plan("model", DataConfig("data.jsonl"), sft, QatConfig(**vars(sft)), sharding, "mxfp4")
         run = Run(PipelineConfig(Stage.doctor, run_dir=str(tmp_path), model=ModelConfig("model")))
         report = DoctorRecord(data=data, needs=NEEDS, machine=machine, findings=[])
         return findings.findings(Facts.of(report, machine, plan, MODEL, run))

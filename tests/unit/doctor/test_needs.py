@@ -18,6 +18,8 @@ from pipeline.config import (
     DataConfig,
     DistillationConfig,
     Experts,
+    FormatConfig,
+    FormatName,
     LoraConfig,
     LoraTarget,
     Method,
@@ -26,6 +28,8 @@ from pipeline.config import (
     QuantizeConfig,
     QuantizeSource,
     RoundingMethod,
+    RoundingScales,
+    ScaleRule,
     Sharding,
     TinyConfig,
     TrainConfig,
@@ -39,11 +43,12 @@ from pipeline.models.references import ModelRef
 from pipeline.models.source import Source
 from pipeline.models.tiny_model import create_tiny
 from pipeline.models.weights import Weights
-from pipeline.numerics.formats import MXFP4, NVFP4, BlockFormat
+from pipeline.numerics.formats import MXFP4
 
 TINY = TinyConfig(num_hidden_layers=3, num_key_value_heads=1)
 FULL = TrainConfig(precision=Precision.fp32, attn_implementation="eager")
 LORA = TrainConfig(method=Method.lora, precision=Precision.bf16, attn_implementation="eager")
+ROUNDED = QuantizeConfig(scales=RoundingScales.ceil)
 RELEASED = Shape(24, 2880, 2880, 32, 64, 8, 64, 201_088)
 RELEASED_CONFIG = {"model_type": "gpt_oss", "num_experts_per_tok": 4, **vars(RELEASED)}
 
@@ -72,7 +77,7 @@ def build(model_config: dict[str, Any]) -> Any:
 
 
 def plan_of(sft: TrainConfig, qat: TrainConfig, target: str = "mxfp4") -> Plan:
-    return Plan("model", DataConfig(), sft, QatConfig(**vars(qat)), Sharding.none, target, MXFP4)
+    return Plan("model", DataConfig(), sft, QatConfig(**vars(qat)), Sharding.none, target)
 
 
 def memory(
@@ -239,12 +244,12 @@ def test_quantize_writes_only_weights_that_it_cannot_link(sft: TrainConfig, qat:
 
 
 @pytest.mark.parametrize(
-    ("qat", "block_format", "is_packed"), [(FULL, MXFP4, False), (LORA, MXFP4, True), (LORA, NVFP4, False)]
+    ("qat", "name", "is_packed"), [(FULL, "mxfp4", False), (LORA, "mxfp4", True), (LORA, "nvfp4", False)]
 )
 def test_rounded_experts_take_the_space_of_a_plain_or_packed_model(
-    qat: TrainConfig, block_format: BlockFormat, is_packed: bool
+    qat: TrainConfig, name: str, is_packed: bool
 ) -> None:
-    plan = replace(plan_of(LORA, qat), writes_rounded=True, block_format=block_format)
+    plan = replace(plan_of(LORA, qat), quantize=ROUNDED, format=FormatConfig(FormatName[name]))
     model = {**RELEASED_CONFIG, "quantization_config": {}}
     assert plan.is_packed("qat", model) == is_packed and plan.is_packed("sft", model)
     adapters = 4 * needs.trained_parameters(RELEASED, qat) if qat is LORA else 0
@@ -263,12 +268,37 @@ def test_gptq_keeps_its_rounded_layers_and_states_until_the_stage_is_complete() 
     assert found < needs.figures(plan, model, 4096, {})["checkpoint_bytes"]["qat"]
 
 
+@pytest.mark.parametrize("sft", [FULL, LORA], ids=["full", "lora"])
+def test_the_bf16_parts_are_trained_on_plain_experts_if_importance_chooses_the_scales(sft: TrainConfig) -> None:
+    """Rounding by importance needs a calibrated model, so `quantize` cannot pack the experts."""
+    mse = FormatConfig(scale_rule=ScaleRule["mse"])
+    packed = replace(plan_of(sft, replace(FULL, method=Method.bf16_parts)), format=mse)
+    plain = replace(packed, format=replace(mse, importance=True))
+    model = {**RELEASED_CONFIG, "quantization_config": {}}
+    assert packed.is_packed("qat", model) and not plain.is_packed("qat", model)
+    weights = [needs.of_stage(plan, "qat", model, 4096).weights for plan in (packed, plain)]
+    experts = needs.parameters(RELEASED)["experts"]
+    assert weights[1] - weights[0] >= experts * 4 - experts * 4.25 / 8 - 1
+    quantized = [needs.disk(plan, RELEASED, True)["quantize"] for plan in (packed, plain)]
+    merged = 0 if sft is FULL else 2 * needs.parameters(RELEASED)["all"]
+    assert quantized == [pytest.approx(13.76e9, rel=0.001), merged]
+
+
+def test_a_teacher_of_the_bf16_parts_is_a_second_model() -> None:
+    qat = replace(
+        QatConfig(**vars(replace(LORA, method=Method.bf16_parts))), distillation=DistillationConfig(weight=0.5)
+    )
+    model = {**RELEASED_CONFIG, "quantization_config": {}}
+    found = needs.of_stage(replace(plan_of(FULL, LORA), qat=qat), "qat", model, 4096)
+    assert found.teacher == 2 * needs.parameters(RELEASED)["all"]
+
+
 def test_a_teacher_is_a_second_model_if_quantize_wrote_a_rounded_base() -> None:
     qat = replace(QatConfig(**vars(LORA)), distillation=DistillationConfig(weight=0.5))
     plan = replace(plan_of(LORA, LORA), qat=qat)
     model = {**RELEASED_CONFIG, "quantization_config": {}}
     shared, own = (
-        needs.of_stage(replace(plan, writes_rounded=each), "qat", model, 4096).teacher for each in (False, True)
+        needs.of_stage(replace(plan, quantize=each), "qat", model, 4096).teacher for each in (QuantizeConfig(), ROUNDED)
     )
     assert (shared, own) == (0, 2 * needs.parameters(RELEASED)["all"])
 
@@ -293,7 +323,8 @@ def test_experts_are_packed_in_training_if_they_are_after_upcast(experts: Expert
 def test_without_sft_the_method_of_qat_decides_about_upcast_and_quantize() -> None:
     model = {**RELEASED_CONFIG, "quantization_config": {}}
     adapted, whole = (
-        replace(plan_of(*trains), source=QuantizeSource.upcast) for trains in ((FULL, LORA), (LORA, FULL))
+        replace(plan_of(*trains), quantize=QuantizeConfig(QuantizeSource.upcast))
+        for trains in ((FULL, LORA), (LORA, FULL))
     )
     assert adapted.is_packed("qat", model) and not whole.is_packed("qat", model)
     found = needs.disk(adapted, RELEASED, True)
