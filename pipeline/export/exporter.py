@@ -21,9 +21,9 @@ class Exporter:
 
     Attributes:
         write: writes a job's model into a directory. Each note in the result has `tensors`, the names of tensors.
-            `is_copied` says whether these tensors have the source's bytes. A note on experts has four more entries:
-            `layer`, `sums`, `copied_experts` and `other_than_trained`. Survival documents `sums`, and ExpertStack
-            documents the last two.
+            `is_copied` says whether these tensors have the source's bytes. A note on experts has five more entries:
+            `layer`, `sums`, `saturated_blocks`, `copied_experts` and `other_than_trained`. Account documents `sums`,
+            and ExpertStack documents the last three.
         kind: artifact kind of the export directory.
         layout: takes the sizes of a model. Returns the stored tensors for each tensor of the plain layout.
         describe: takes the base model and the names of the stored tensors. Returns the description that the export

@@ -20,12 +20,13 @@ from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import Part, Piece, Step, Written, sort_by_layer, write_sharded
 from pipeline.checkpoints.side_files import copy_side_files
 from pipeline.errors import UserError
+from pipeline.export.account import Account
 from pipeline.export.job import Job
-from pipeline.export.survival import Survival
 from pipeline.numerics.codec import CodecError, encode, fake_quantize, same_bits, tensor_scale
-from pipeline.numerics.comparison import differences
+from pipeline.numerics.comparison import count_clipped, differences
 from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.formats import MXFP4, BlockFormat
+from pipeline.numerics.scales import values_of
 from pipeline.runs.json_files import write_json
 
 
@@ -130,8 +131,8 @@ class ExpertStack:
     If the source has the same format, experts that training did not change keep the source's bytes.
 
     Attributes:
-        survival: running sums over the experts converted so far. The share of weight changes that survive rounding is
-            computed from them.
+        account: sums over the experts converted so far.
+        saturated_blocks: number of blocks, converted so far, whose scale is too small for their largest weight.
         copied_experts: number of experts converted so far that keep the source's bytes.
         other_than_trained: number of weights whose exported value differs from the rounded value that training used.
             The number stays 0 if training rounded to the same format or did not round.
@@ -140,7 +141,8 @@ class ExpertStack:
     job: Job
     base: Checkpoint
     projection: ExpertProjection
-    survival: Survival = field(default_factory=Survival)
+    account: Account = field(default_factory=Account)
+    saturated_blocks: int = 0
     copied_experts: int = 0
     other_than_trained: int = 0
 
@@ -156,7 +158,8 @@ class ExpertStack:
             "is_copied": self.copied_experts == self.projection.experts,
             "layer": self.projection.layer,
             "copied_experts": self.copied_experts,
-            "sums": self.survival.sums,
+            "sums": self.account.sums,
+            "saturated_blocks": self.saturated_blocks,
             "other_than_trained": self.other_than_trained,
         }
 
@@ -211,18 +214,18 @@ class ExpertStack:
     def _count(self, trained: Tensor, new: Packed, base: Tensor, old: Packed) -> None:
         job = self.job
         if new.values is base:
-            self.survival.add_untouched(trained, new.scales.numel())
+            self.account.add_untouched(trained, new.scales.numel())
         else:
-            scales, units = (new.scales, old.scales), (new.tensor_scale, old.tensor_scale)
-            self.survival.add(
+            saturated = int(new.saturated.sum())
+            self.saturated_blocks += saturated
+            self.account.add(
                 trained,
                 new.values,
                 base=base,
                 rounded_base=old.values,
-                scales=scales,
-                saturated=new.saturated,
+                scales=((new.scales, new.tensor_scale), (old.scales, old.tensor_scale)),
                 block_format=job.block_format,
-                units=units,
+                clipped=_count_clipped(trained, new, job.block_format) if saturated else 0,
             )
         trained_for = job.weights.ref.block_format
         if trained_for not in (None, job.block_format):
@@ -276,6 +279,10 @@ def blocks_then_scales(blocks: str, scales: str) -> Callable[[Tensor, Tensor, bo
             held.clear()
 
     return put
+
+
+def _count_clipped(trained: Tensor, new: Packed, block_format: BlockFormat) -> int:
+    return count_clipped(trained, values_of(new.scales, new.tensor_scale), block_format)
 
 
 def _restore(new: Packed, old: Packed, experts: Tensor) -> None:

@@ -31,16 +31,35 @@ def differences(stacks: Sequence[Tensor]) -> Tensor:
     return sums
 
 
-def changes(trained: Tensor, rounded: Tensor, base: Tensor) -> Tensor:
-    """Compare the change that training made, d = trained - base, with the change after rounding, r = rounded - base.
+def changes(stacks: Sequence[Tensor]) -> Tensor:
+    """Sum as `differences` does, and compare the change by training with the change that rounding leaves.
 
-    The tensors have the shape (E, rows, columns). The result is a float64 tensor with five sums: d^2, r * d, r^2,
-    trained^2, base^2.
+    Args:
+        stacks: see `differences`.
+
+    Returns:
+        A float64 tensor with eight numbers. The first four are those of `differences`. With d = values - base and
+        r = rounded values - base, the others are the sums of d^2, r * d, r^2 and base^2.
     """
-    sums = torch.zeros(5, dtype=torch.float64, device=trained.device)
-    for matrices in zip(trained, rounded, base, strict=True):
+    sums = torch.zeros(8, dtype=torch.float64, device=stacks[0].device)
+    for matrices in zip(*stacks, strict=True):
         sums += kernels.row_changes(*matrices).double().sum(dim=1)
     return sums
+
+
+def count_clipped(values: Tensor, scales: Tensor, block_format: BlockFormat) -> int:
+    """Count the values beyond 6 * scale.
+
+    Args:
+        values: weights, (E, in, out).
+        scales: scales of the blocks, (E, out, nb) float32.
+        block_format: the format.
+    """
+    blocks = values.unflatten(1, (-1, block_format.block_size))
+    return sum(
+        int(kernels.count_clipped(matrix, scale).long().sum())
+        for matrix, scale in zip(blocks.split(1), scales.transpose(1, 2).split(1), strict=True)
+    )
 
 
 def sum_of_squares(values: Tensor) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.numerics.compiled import kernel
+from pipeline.numerics.scales import LARGEST_E2M1
 
 
 @kernel
@@ -110,22 +111,26 @@ def row_differences(values: Tensor, rounded_values: Tensor, base: Tensor, rounde
 
     They are for reports only, because their bits may depend on the order of summation.
     """
-    exact, near = values.float(), rounded_values.float()
-    error = exact - near
-    moved, changed = exact != base.float(), near != rounded_base.float()
-    return torch.stack([each.sum(-1) for each in (error * error, exact * exact, moved.float(), changed.float())])
+    return torch.stack(_differences(values.float(), rounded_values.float(), base.float(), rounded_base.float()))
 
 
 @kernel
-def row_changes(trained: Tensor, rounded: Tensor, base: Tensor) -> Tensor:
-    """Sum the products of the changes d = trained - base and r = rounded - base over each row.
+def row_changes(values: Tensor, rounded_values: Tensor, base: Tensor, rounded_base: Tensor) -> Tensor:
+    """Measure the differences as `row_differences` does, and how much of the change by training rounding keeps.
 
-    Each argument has the shape (..., columns). The result has the shape (5, ...) and the type float32. It holds the
-    sums of d^2, r * d, r^2, trained^2 and base^2. They are for reports only, like `column_products`.
+    Arguments are those of `row_differences`. The result has the shape (8, ...) and the type float32. The first four
+    numbers of a row are those of `row_differences`. With d = values - base and r = rounded_values - base, the others
+    are the sums of d^2, r * d, r^2 and base^2.
     """
-    t, b = trained.float(), base.float()
-    d, r = t - b, rounded.float() - b
-    return torch.stack([each.sum(-1) for each in (d * d, r * d, r * r, t * t, b * b)])
+    exact, near, before = values.float(), rounded_values.float(), base.float()
+    d, r = exact - before, near - before
+    products = [each.sum(-1) for each in (d * d, r * d, r * r, before * before)]
+    return torch.stack([*_differences(exact, near, before, rounded_base.float()), *products])
+
+
+def _differences(exact: Tensor, near: Tensor, base: Tensor, rounded_base: Tensor) -> list[Tensor]:
+    error, moved, changed = exact - near, exact != base, near != rounded_base
+    return [each.sum(-1) for each in (error * error, exact * exact, moved.float(), changed.float())]
 
 
 @kernel
@@ -148,6 +153,15 @@ def column_products(one: Tensor, other: Tensor) -> Tensor:
     """
     e, b = one.float(), other.float()
     return torch.stack([each.sum(-2) for each in (e * b, e * e, b * b, (e - b) * (e - b))])
+
+
+@kernel
+def count_clipped(values: Tensor, scale: Tensor) -> Tensor:
+    """For each block, count the values beyond 6 * scale. The result is float32.
+
+    `values` has the shape (L, nb, block, lanes). `scale` and the result have the shape (L, nb, lanes).
+    """
+    return (values.float().abs() > LARGEST_E2M1 * scale.unsqueeze(-2)).float().sum(-2)
 
 
 @kernel

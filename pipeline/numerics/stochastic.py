@@ -98,7 +98,7 @@ def round_to_scales(
     blocks = torch.empty((*values.shape[:-1], values.shape[-1] // size, size // 2), dtype=torch.uint8)
     blocks, clipped = blocks.to(values.device), torch.zeros((), dtype=torch.int64, device=values.device)
     for slab, part, divisor in _slabs(view, block_format, stored, tensor_scale):
-        clipped += _count_clipped(part, divisor.scale)
+        clipped += kernels.count_clipped(part, divisor.scale).long().sum()
         near = _round(part, divisor, slab, noise, first)
         slabs.put(into, slab, near)
         slabs.put_transposed(blocks, slab, kernels.pack(near, divisor.inverse, divisor.significand))
@@ -131,11 +131,6 @@ def _round(part: Tensor, divisor: Divisor, slab: slabs.Slab, noise: Noise | None
     ]
     key = torch.tensor(noise.key, dtype=torch.int64, device=part.device)
     return _round_at_random(part, *fields, *places, key)
-
-
-@kernel
-def _count_clipped(values: Tensor, scale: Tensor) -> Tensor:
-    return (values.float().abs() > scales.LARGEST_E2M1 * scale.unsqueeze(-2)).sum()
 
 
 @kernel

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pipeline.errors import CheckFailed
+from pipeline.export.account import Scales
 from pipeline.numerics.codec import choose_scales, fake_quantize, same_bits, tensor_scale
 from pipeline.numerics.comparison import unequal_blocks
 from pipeline.numerics.convert import mxfp4_to_nvfp4
 from pipeline.numerics.formats import E8M0_LARGEST, MXFP4, BlockFormat
 from pipeline.numerics.stochastic import Noise, round_to_scales
-from pipeline.quantize.account import Scales
 
 _MOST_ROUNDS = 16
 

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from pipeline.checkpoints.gpt_oss import ExpertProjection
 from pipeline.errors import UserError
+from pipeline.export.account import Scales
 from pipeline.export.weights import bad_block
 from pipeline.models.layerwise import Layer, Routed, Walk
 from pipeline.numerics import codec, gptq
 from pipeline.numerics.gptq import HessianError, Hessians
 from pipeline.numerics.stochastic import Noise
-from pipeline.quantize.account import Scales
 from pipeline.quantize.codes import LayerCodes, StoredExperts
 from pipeline.quantize.experts import round_experts, settle
 from pipeline.quantize.rounding import Job

@@ -27,6 +27,7 @@ from pipeline.checkpoints.gpt_oss import ExpertProjection, expert_projections, l
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import SHARD_BYTES, Part, Piece, Step, Written, sort_by_layer, write_sharded
 from pipeline.checkpoints.side_files import copy_side_files
+from pipeline.export.account import Account, Scales
 from pipeline.export.mxfp4 import released_config
 from pipeline.export.weights import bad_block, blocks_then_scales, raise_if_not_divisible
 from pipeline.models.saving import plain_piece
@@ -35,7 +36,6 @@ from pipeline.numerics.codec import CodecError, fake_quantize
 from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.formats import MXFP4, BlockFormat
 from pipeline.numerics.stochastic import Noise
-from pipeline.quantize.account import Account, Scales
 from pipeline.quantize.codes import LayerCodes, StoredExperts
 from pipeline.quantize.experts import RoundedExperts, own_scales, round_experts, scales_by_rule, settle
 from pipeline.runs.console import progress

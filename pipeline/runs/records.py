@@ -111,7 +111,7 @@ class QuantizeRecord(ModelRecord):
         quantizers: number of fake quantizers that were inserted.
         method: value of quantize.method, or None in artifacts of older versions.
         scales: `base` or the rule that chose the scales, or None without an account.
-        account: figures of rounding, documented in `quantize.account`. None if the upcast was removed.
+        account: figures of rounding, documented in `export.account`. None if the upcast was removed.
         fallback: for method gptq, how many experts there are (`experts`), how many of them had too few tokens and were
             rounded by the fallback (`fallback_experts`), and how many had no token (`without_tokens`).
     """
@@ -143,6 +143,7 @@ class ExportRecord(StageRecord):
         changed_scales: share of the blocks whose scale and values both differ from the base model's.
         survival: share of the moved weights whose 4-bit value changed.
         saturated_blocks: share of the blocks whose scale is too small for their largest weight.
+        account: figures of rounding, documented in `export.account`. None in artifacts of older versions.
     """
 
     target: str
@@ -162,6 +163,7 @@ class ExportRecord(StageRecord):
     changed_scales: float
     survival: float
     saturated_blocks: float
+    account: dict[str, float | None] | None = field(default=None, metadata=_OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True)

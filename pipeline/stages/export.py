@@ -1,15 +1,19 @@
 """export: writes a checkpoint for serving, and reports how much of the training reached the 4-bit weights."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.checkpoints.shards import Written
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
-from pipeline.export import EXPORTERS, survival
+from pipeline.export import EXPORTERS, account
+from pipeline.export.account import Figures
 from pipeline.export.job import Job
 from pipeline.models import loading, references, source
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
+from pipeline.numerics.comparison import share
 from pipeline.numerics.formats import BlockFormat
 from pipeline.runs.artifacts import MODEL_STAGES, Artifact, Result
 from pipeline.runs.building import build
@@ -35,7 +39,7 @@ def run(config: PipelineConfig) -> Artifact:
         job = Job(Weights(ref), base, block_format, config.export.shard_bytes, device)
         target = config.export.target.name
         written = EXPORTERS[target].write(job, directory)
-        record = _account(written, ref, target, directory)
+        record = _record(written, ref, target, directory)
         _tell_of_requantizing(ref, block_format, record)
         rule, digests = block_format.scale_rule, written.files
         return Result(EXPORTERS[target].kind, record, block_format.name, scale_rule=rule, digests=digests)
@@ -47,14 +51,14 @@ def run(config: PipelineConfig) -> Artifact:
     return artifact
 
 
-def _account(written: Written, ref: ModelRef, target: str, directory: Path) -> ExportRecord:
+def _record(written: Written, ref: ModelRef, target: str, directory: Path) -> ExportRecord:
     """Log the figures of each layer and of the whole model, and return the record for artifact.json."""
-    notes = written.notes
-    experts = [note for note in notes if "sums" in note]
-    for layer in sorted({note["layer"] for note in experts}):
-        of_layer = survival.total(note["sums"] for note in experts if note["layer"] == layer)
-        log_metrics(directory, {"layer": layer, **of_layer.figures()})
-    whole = survival.total(note["sums"] for note in experts).figures()
+    notes, layers = written.notes, account.stacks_of_layers(written.notes)
+    for layer, stacks in layers.items():
+        of_layer, rounding = _figures(stacks)
+        log_metrics(directory, {"layer": layer, **of_layer, **rounding})
+    experts = [note for stacks in layers.values() for note in stacks]
+    whole, rounding = _figures(experts)
     copied = [name for note in notes if note["is_copied"] for name in note["tensors"]]
     figures = {
         "tensor_bytes": written.bytes,
@@ -65,19 +69,27 @@ def _account(written: Written, ref: ModelRef, target: str, directory: Path) -> E
         "other_than_trained": sum(note["other_than_trained"] for note in experts),
         **whole,
     }
-    log_metrics(directory, figures)
+    log_metrics(directory, {**figures, **rounding})
     record = ExportRecord(
         **figures,
+        account=rounding,
         copied=copied,
         target=target,
         exported_from=ref.name,
         exported_directory=str(ref.directory),
     )
-    _tell(record)
+    _tell(record, rounding)
     return record
 
 
-def _tell(record: ExportRecord) -> None:
+def _figures(stacks: Sequence[Mapping[str, Any]]) -> tuple[Figures, Figures]:
+    """Return error and survival, and the account, of some stacks of experts."""
+    sums = account.total(note["sums"] for note in stacks)
+    saturated = sum(note["saturated_blocks"] for note in stacks)
+    return {**sums.survival(), "saturated_blocks": share(saturated, sums.sums["blocks"])}, sums.figures()
+
+
+def _tell(record: ExportRecord, rounding: Figures) -> None:
     noise = "" if record.snr_db is None else f"signal-to-noise {record.snr_db:.2f} dB, "
     say(
         "export",
@@ -92,6 +104,8 @@ def _tell(record: ExportRecord) -> None:
         f"training moved {record.moved_weights:.2%} of the expert weights; {record.changed_codes:.2%} of the"
         f" 4-bit values differ from the base model's ({record.survival:.2%} of the moved weights)",
     )
+    say("export", account.describe(rounding, "rounding"))
+    say("export", account.describe_blocks(rounding))
     if record.survival < _HARDLY_ANY:
         warn(
             "export",

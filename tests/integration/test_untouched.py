@@ -249,6 +249,44 @@ def figures_of(names: list[str], trained: Tensors, source: Tensors, export: Tens
     }
 
 
+def account_of(names: list[str], trained: Tensors, source: Tensors, export: Tensors) -> dict[str, Any]:
+    """Compute the account of rounding from its definition, in float64 and integers."""
+    change = product = rest = rounded = base_squares = squares = 0.0
+    codes = values = up = down = clipped = blocks = 0
+    for name in names:
+        weight, near, base = trained[name].double(), decode_experts(export, name), decode_experts(source, name)
+        d, r = weight - base, near - base
+        change, product, rounded = change + d.square().sum(), product + (d * r).sum(), rounded + r.square().sum()
+        base_squares, squares = base_squares + base.square().sum(), squares + weight.square().sum()
+        differs = (split_blocks(near) != split_blocks(base)).any(dim=-1)
+        scales, old = export[f"{name}_scales"], source[f"{name}_scales"]
+        up, down = up + int((differs & (scales > old)).sum()), down + int((differs & (scales < old)).sum())
+        largest = 6 * 2.0 ** (scales.double() - 127)
+        clipped += int((split_blocks(weight).abs() > largest.unsqueeze(-1)).sum())
+        codes, values, blocks = codes + int((near != base).sum()), values + weight.numel(), blocks + scales.numel()
+    kept = float(product / change) if change else None
+    for name in names:
+        weight, near, base = trained[name].double(), decode_experts(export, name), decode_experts(source, name)
+        rest += float((near - base - (kept or 0) * (weight - base)).square().sum())
+    return {
+        "relative_change": math.sqrt(change / base_squares),
+        "kept": kept,
+        "noise": math.sqrt(rest / squares),
+        "changed_codes": codes / values,
+        "changed_scales": (up + down) / blocks,
+        "scales_up": up / blocks,
+        "scales_down": down / blocks,
+        "clipped_values": clipped,
+        "adjusted_blocks": 0,
+    }
+
+
+def assert_account(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.pop("kept") == (None if expected["kept"] is None else pytest.approx(expected.pop("kept"), rel=1e-5))
+    expected.pop("kept", None)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def assert_figures(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert {name: found[name] for name in COUNTS} == {name: expected[name] for name in COUNTS}
     for name in SUMS:
@@ -274,6 +312,10 @@ def test_the_figures_are_those_of_the_files(run: str, request: pytest.FixtureReq
     assert 0 < expected["relative_squared_error"] < 0.05
     assert (expected["saturated_blocks"] > 0) == (run == "mse")
     assert_figures(details_of(run_dir / "export"), expected)
+    account = account_of(experts_in(source), trained, source, export)
+    assert account["scales_down"] > 0 and (account["scales_up"] > 0) == (run != "mse")
+    assert (account["clipped_values"] > 0) == (run == "mse")
+    assert_account(details_of(run_dir / "export")["account"], account)
 
 
 @pytest.mark.parametrize("run", ["layer_one", "mse"])
@@ -288,6 +330,8 @@ def test_the_figures_of_each_layer_are_those_of_its_files_and_make_up_the_whole(
     for line in layers:
         names = [name for name in experts_in(source) if name.startswith(f"model.layers.{line['layer']}.")]
         assert_figures(line, figures_of(names, trained, source, export))
+        account = account_of(names, trained, source, export)
+        assert_account({name: line[name] for name in account}, account)
     (whole,) = (line for line in lines if "layer" not in line)
     # layers have the same size, so the whole is their mean
     for name in ("moved_weights", "changed_codes", "changed_scales", "saturated_blocks"):

@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.checkpoints.gpt_oss import expert_projections
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.config import TinyConfig
+from pipeline.export.account import total
 from pipeline.models import saving
 from pipeline.models.references import ModelRef
 from pipeline.models.tiny_model import create_tiny
@@ -18,7 +19,6 @@ from pipeline.models.weights import Weights
 from pipeline.numerics.codec import fake_quantize, same_bits
 from pipeline.numerics.formats import MXFP4, NVFP4, BlockFormat
 from pipeline.quantize import rounding
-from pipeline.quantize.account import Account, total
 from pipeline.quantize.rounding import Job
 
 NAME = "model.layers.0.mlp.experts.down_proj"
@@ -107,50 +107,6 @@ def test_an_unchanged_base_is_kept_and_nothing_is_divided_by_zero(base: Path, tm
     for block_format in (MXFP4, NVFP4.with_rule("mse")):
         figures = total(note["sums"] for note in rounding.measure(job(base, trained, block_format))).figures()
         assert figures == {**dict.fromkeys(figures, 0), "kept": None}
-
-
-def test_scales_that_grow_and_shrink_are_counted_if_values_differ() -> None:
-    account, ones = Account(), torch.ones(1, 32, 4)
-    base, rounded = ones.clone(), ones.clone()
-    rounded[0, :, 0], rounded[0, :, 1] = 2, 0.5
-    old = torch.full((1, 4, 1), 127, dtype=torch.uint8)
-    new = torch.tensor([128, 126, 126, 127], dtype=torch.uint8).view(1, 4, 1)
-    account.add(
-        rounded,
-        rounded,
-        base=base,
-        rounded_base=base,
-        scales=((new, None), (old, None)),
-        block_format=MXFP4,
-        clipped=3,
-        adjusted_blocks=0,
-    )
-    figures = account.figures()
-    assert (figures["scales_up"], figures["scales_down"], figures["changed_scales"]) == (0.25, 0.25, 0.5)
-    assert (figures["changed_codes"], figures["clipped_values"], figures["kept"]) == (0.5, 3, 1)
-    assert figures["noise"] == 0
-
-
-def test_the_kept_share_and_the_noise_split_the_change_after_rounding() -> None:
-    generator = torch.Generator().manual_seed(0)
-    base, delta, noise = (torch.randn(2, 64, 48, generator=generator) for _ in range(3))
-    noise -= (noise * delta).sum() / delta.square().sum() * delta
-    scales = torch.full((2, 48, 2), 127, dtype=torch.uint8), None
-    account, trained = Account(), base + 0.1 * delta
-    account.add(
-        trained,
-        base + 0.06 * delta + 0.2 * noise,
-        base=base,
-        rounded_base=base,
-        scales=(scales, scales),
-        block_format=MXFP4,
-        clipped=0,
-        adjusted_blocks=0,
-    )
-    figures = account.figures()
-    assert figures["kept"] == pytest.approx(0.6, rel=1e-4)
-    assert figures["noise"] == pytest.approx(float(0.2 * noise.norm() / trained.norm()), rel=1e-3)
-    assert figures["relative_change"] == pytest.approx(float(0.1 * delta.norm() / base.norm()), rel=1e-4)
 
 
 def _made(directory: Path) -> Path:
