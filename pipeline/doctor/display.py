@@ -6,6 +6,7 @@ from itertools import groupby
 from rich.console import Console
 from rich.text import Text
 
+from pipeline.checkpoints import largest_codes
 from pipeline.data.harmony import IGNORED, Conversation, ConversationError, Rendering, examples
 from pipeline.doctor.findings import DataFigures, Facts, device_needed, disk_needed, gigabytes, host_needed
 from pipeline.doctor.needs import as_batched
@@ -51,7 +52,7 @@ def conversation(row: int, chosen: Conversation, how: Rendering) -> None:
 def report(facts: Facts, findings: list[str]) -> None:
     """Print the figures, then the findings. The most serious finding comes first."""
     console = _console()
-    for title, value in (*_data_lines(facts.data), *_needs_lines(facts)):
+    for title, value in (*_data_lines(facts.data), *_base_lines(facts), *_needs_lines(facts)):
         _print(console, title, Text(value))
     if not findings:
         say("doctor", "no problems found")
@@ -105,6 +106,11 @@ def _token_lines(data: DataFigures) -> Iterable[tuple[str, str]]:
     lost = f"{cut['tokens_lost']:,} tokens lost, {cut['supervised_tokens_lost']:,} of them supervised"
     yield f"truncated at {cut['max_length']}", f"{cut['examples']} examples of {cut['rows']} rows: {lost}"
     yield "nothing to learn", f"{empty['examples']} examples, {empty['rows']} whole rows"
+
+
+def _base_lines(facts: Facts) -> Iterable[tuple[str, str]]:
+    if facts.largest_codes is not None:
+        yield "base", largest_codes.describe(facts.largest_codes)
 
 
 def _needs_lines(facts: Facts) -> Iterable[tuple[str, str]]:

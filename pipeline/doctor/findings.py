@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict, cast
 
+from pipeline.checkpoints.largest_codes import CodeFigures
 from pipeline.config import Stage
 from pipeline.doctor import remedies
 from pipeline.doctor.content import ControlTextFigures, CopyFigures, ReasoningFigures, ToolFigures
@@ -58,6 +59,7 @@ class Facts:
         plan: settings of the run.
         model: content of the source's config.json.
         run: the run. Stages that are complete need no further disk space.
+        largest_codes: shares of the base's blocks by their largest code, or None if its MXFP4 weights are not here.
     """
 
     data: DataFigures
@@ -66,13 +68,15 @@ class Facts:
     plan: Plan
     model: Mapping[str, Any]
     run: Run
+    largest_codes: CodeFigures | None = None
 
     @classmethod
     def of(
         cls, report: DoctorRecord, machine: Mapping[str, int], plan: Plan, model: Mapping[str, Any], run: Run
     ) -> "Facts":
         """Combine the figures of a report with the present state of the machine."""
-        return cls(cast(DataFigures, report.data), cast(NeedFigures, report.needs), machine, plan, model, run)
+        data, needs = cast(DataFigures, report.data), cast(NeedFigures, report.needs)
+        return cls(data, needs, machine, plan, model, run, report.largest_codes)
 
 
 def findings(facts: Facts) -> list[str]:

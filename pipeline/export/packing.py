@@ -10,7 +10,7 @@ Legend: E = experts of one part, in and out = dimensions of the matrix, nb = blo
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipeline.checkpoints.config_json import CONFIG
 from pipeline.checkpoints.gpt_oss import ExpertProjection, expert_projections, other_tensors
+from pipeline.checkpoints.largest_codes import BlockCounts
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import INDEX, Part, Piece, Step, Written, sort_by_layer, write_sharded
 from pipeline.errors import UserError
@@ -74,17 +75,20 @@ class _Stack:
 
     Attributes:
         inexact: number of blocks, packed so far, that do not decode to the bits of the source.
+        counts: counts of the blocks packed so far, by their largest code.
     """
 
     weights: Weights
     projection: ExpertProjection
     device: str
     inexact: int = 0
+    counts: BlockCounts = field(default_factory=BlockCounts)
 
     def piece(self) -> Piece:
         """Return the piece that makes the blocks and scales.
 
-        In the piece's note, `blocks` counts all blocks, and `inexact` counts the blocks that are not exact.
+        In the piece's note, `blocks` counts all blocks, and `inexact` counts the blocks that are not exact. The other
+        entries come from `counts`.
         """
         return Piece(self.projection.packed_tensors(), self._steps, self._note)
 
@@ -107,6 +111,7 @@ class _Stack:
         except CodecError as error:
             where = self.weights.ref.directory
             raise bad_block(error, where, self.projection, rows, "The checkpoint is damaged.") from error
+        self.counts.add(blocks, scales)
         decoded = torch.empty_like(plain)
         decode(blocks, scales, plain.dtype, out=decoded.transpose(1, 2))
         if not same_bits(decoded, plain):
@@ -115,7 +120,7 @@ class _Stack:
 
     def _note(self) -> dict[str, Any]:
         rows = self.projection.packed_tensors()[self.projection.scales]
-        return {"tensor": self.projection.name, "blocks": rows.bytes, "inexact": self.inexact}
+        return {"tensor": self.projection.name, "blocks": rows.bytes, "inexact": self.inexact, **self.counts.note()}
 
 
 def _count_unlike(one: Tensor, other: Tensor) -> int:

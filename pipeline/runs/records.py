@@ -45,12 +45,16 @@ class StageRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorRecord(StageRecord):
-    """Figures of `doctor` by topic, and its findings. Each topic has a file in `pipeline/doctor`."""
+    """Figures of `doctor` by topic, and its findings. Most topics have a file in `pipeline/doctor`.
+
+    `largest_codes` are figures of the base, as in `UpcastRecord`. They are None if its MXFP4 weights are not here.
+    """
 
     data: dict[str, Any]
     needs: dict[str, Any]
     machine: dict[str, Any]
     findings: list[str]
+    largest_codes: dict[str, Any] | None = field(default=None, metadata=_OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +72,22 @@ class ModelRecord(StageRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class UpcastRecord(ModelRecord):
-    """How many tensors were decoded, packed and copied, their total bytes, and the source's directory."""
+    """The checkpoint that training starts from.
+
+    Attributes:
+        decoded_tensors, packed_tensors, copied_tensors: numbers of tensors.
+        tensor_bytes: bytes of all tensors.
+        source: directory of the source.
+        largest_codes: shares of the MXFP4 blocks by their largest code, documented in `checkpoints.largest_codes`. None
+            if the source is BF16 and is not packed, and in artifacts of older versions.
+    """
 
     decoded_tensors: int
     packed_tensors: int
     copied_tensors: int
     tensor_bytes: int
     source: str
+    largest_codes: dict[str, Any] | None = field(default=None, metadata=_OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True)

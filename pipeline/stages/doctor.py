@@ -5,7 +5,10 @@ from typing import Any
 
 import xxhash
 
+from pipeline.checkpoints import largest_codes
 from pipeline.checkpoints.config_json import read_config
+from pipeline.checkpoints.largest_codes import CodeFigures
+from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.side_files import side_files
 from pipeline.config import PipelineConfig, Stage
 from pipeline.data.examples import rendering_of, split_rows
@@ -22,6 +25,7 @@ from pipeline.errors import UserError
 from pipeline.models import source
 from pipeline.runs.artifacts import Artifact, Kind, Result
 from pipeline.runs.building import build
+from pipeline.runs.console import say
 from pipeline.runs.processes import is_main_process, process_count
 from pipeline.runs.records import DoctorRecord
 from pipeline.runs.run import Run
@@ -53,12 +57,19 @@ def run(config: PipelineConfig) -> Artifact:
     how = rendering_of(config.data, load_tokenizer(model))
     rows = load_rows(here, config.data)
     _raise_if_no_such_row(config, rows)
+    weights = _open_weights(model)
     artifact = build(
         here,
         Stage.doctor,
         settings=_SETTINGS,
-        parents={"tokenizer": _fingerprint(model), "processes": str(process_count())},
-        work=lambda directory: _report(here, _plan(config), model, _data_figures(config, rows, how, tell), directory),
+        parents={
+            "tokenizer": _fingerprint(model),
+            "processes": str(process_count()),
+            **({"weights": source.sampled_fingerprint(model)} if weights else {}),
+        },
+        work=lambda directory: _report(
+            here, _plan(config), model, _data_figures(config, rows, how, tell), _codes(weights), directory
+        ),
         data=rows.fingerprint,
         is_report=True,
     )
@@ -85,17 +96,26 @@ def _plan(config: PipelineConfig) -> Plan:
     )
 
 
-def _report(here: Run, plan: Plan, model: Path, figures: DataFigures, directory: Path) -> Result:
+def _report(
+    here: Run, plan: Plan, model: Path, figures: DataFigures, codes: CodeFigures | None, directory: Path
+) -> Result:
     longest = min(figures["lengths"]["longest"], plan.data.max_length)
     shapes = read_config(model)
     devices = device_memory.figures(plan, shapes, longest, process_count())
     needed = needs.figures(plan, shapes, longest, devices)
-    facts = Facts(figures, needed, machine.figures(here.directory), plan, shapes, here)
+    facts = Facts(figures, needed, machine.figures(here.directory), plan, shapes, here, codes)
     sections: dict[str, Any] = {**facts.data, "needs": facts.needs, "machine": facts.machine}
+    sections |= {"largest_codes": codes} if codes else {}
     for section, values in sections.items():
         log_metrics(directory, {"section": section, **values})
     found = findings.findings(facts)
-    record = DoctorRecord(data=dict(facts.data), needs=dict(facts.needs), machine=dict(facts.machine), findings=found)
+    record = DoctorRecord(
+        data=dict(facts.data),
+        needs=dict(facts.needs),
+        machine=dict(facts.machine),
+        findings=found,
+        largest_codes=codes,
+    )
     return Result(Kind.report, record)
 
 
@@ -114,6 +134,25 @@ def _data_figures(config: PipelineConfig, rows: Rows, how: Rendering, tell: Lang
         "languages": content.languages(every, tell),
         "parity": parity.figures(every, how),
     }
+
+
+def _open_weights(model: Path) -> Checkpoint | None:
+    """Open the base model's weights. Return None if they are not MXFP4, or are not complete on this machine.
+
+    A download may be unfinished. `upcast` reports files that are missing or damaged.
+    """
+    if not any(model.glob("*.safetensors")):
+        return None
+    try:
+        found = Checkpoint(model)
+    except UserError as error:
+        say("doctor", f"the base model's blocks are not counted, because its weights are not complete: {error}")
+        return None
+    return found if found.is_packed else None
+
+
+def _codes(weights: Checkpoint | None) -> CodeFigures | None:
+    return None if weights is None else largest_codes.sample(weights)
 
 
 def _raise_if_no_such_row(config: PipelineConfig, rows: Rows) -> None:

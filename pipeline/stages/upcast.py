@@ -4,15 +4,17 @@ Adapters are trained on packed experts, so an MXFP4 source is linked. To train t
 to BF16, bit-exactly and shard by shard. A BF16 source is linked, or packed if the configuration asks for it.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from pipeline.checkpoints import largest_codes
 from pipeline.checkpoints.config_json import CONFIG, write_config
-from pipeline.checkpoints.gpt_oss import expert_projections, plain_tensors
+from pipeline.checkpoints.gpt_oss import TensorInfo, expert_projections, plain_tensors
+from pipeline.checkpoints.largest_codes import CodeFigures
 from pipeline.checkpoints.reading import Checkpoint
-from pipeline.checkpoints.shards import write_sharded
+from pipeline.checkpoints.shards import Piece, write_sharded
 from pipeline.checkpoints.side_files import copy_side_files, link_or_copy
 from pipeline.config import PipelineConfig, Stage, first_training, keeps_packed
 from pipeline.data.tokenizers import load_tokenizer
@@ -25,6 +27,7 @@ from pipeline.models.source import Source
 from pipeline.models.weights import Weights
 from pipeline.numerics.compiled import compilation_for
 from pipeline.numerics.formats import MXFP4
+from pipeline.numerics.scales import LARGEST_E2M1
 from pipeline.runs.artifacts import Artifact, Kind, Result
 from pipeline.runs.building import build
 from pipeline.runs.console import say
@@ -38,12 +41,13 @@ _SETTINGS = ("model.path", "model.revision", "model.tiny", "upcast")
 
 @dataclass(frozen=True, kw_only=True)
 class _Figures:
-    """Numbers of tensors that were decoded, packed and copied, and the bytes of all tensors in the checkpoint."""
+    """Figures of `UpcastRecord`."""
 
     decoded_tensors: int = 0
     packed_tensors: int = 0
     copied_tensors: int
     tensor_bytes: int
+    largest_codes: CodeFigures | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,10 @@ def _upcast(base: Source, directory: Path, config: PipelineConfig) -> Result:
         made = _link_plain(weights.checkpoint, directory)
     copy_side_files(base.directory, directory)
     figures = asdict(made.figures)
-    log_metrics(directory, figures)
+    log_metrics(directory, {name: value for name, value in figures.items() if value is not None})
+    if (codes := made.figures.largest_codes) is not None:
+        grows = f"with scale_rule=ceil, a block whose largest code is {LARGEST_E2M1:g} doubles its scale when this"
+        say("upcast", f"{largest_codes.describe(codes)}; {grows} weight grows")
     record = UpcastRecord(dtype="bfloat16", source=str(base.directory), **figures)
     return Result(made.kind, record, made.format, scale_rule=made.scale_rule, digests=made.digests)
 
@@ -104,7 +111,7 @@ def _link_packed(checkpoint: Checkpoint, directory: Path) -> _Made:
     for projection in expert_projections(checkpoint.shape):
         checkpoint.raise_if_nan(projection.name, checkpoint.read(projection.scales))
     say("upcast", "adapters are trained on the packed experts: linking the source's files")
-    figures = _link(checkpoint, directory)
+    figures = replace(_link(checkpoint, directory), largest_codes=largest_codes.sample(checkpoint))
     write_json(directory / CONFIG, checkpoint.config)
     return _Made(Kind.packed, MXFP4.name, figures)
 
@@ -112,12 +119,23 @@ def _link_packed(checkpoint: Checkpoint, directory: Path) -> _Made:
 def _decode(weights: Weights, directory: Path, config: PipelineConfig) -> _Made:
     """Decode the experts of an MXFP4 source to BF16."""
     layout, device = plain_tensors(weights.shape), device_of(config.device)
-    pieces = [plain_piece(weights, name, info, torch.bfloat16, device) for name, info in layout.items()]
+    stored = weights.checkpoint.tensors
+
+    def piece(name: str, info: TensorInfo) -> Piece:
+        found = plain_piece(weights, name, info, torch.bfloat16, device)
+        return found if name in stored else largest_codes.counting(found)
+
+    pieces = [piece(name, info) for name, info in layout.items()]
     with compilation_for(sum(projection.values for projection in expert_projections(weights.shape))):
         written = write_sharded(directory, pieces, config.upcast.shard_bytes, "upcast")
     write_config(directory, weights.checkpoint.config, torch.bfloat16)
-    decoded = sum(name not in weights.checkpoint.tensors for name in layout)
-    figures = _Figures(decoded_tensors=decoded, copied_tensors=len(pieces) - decoded, tensor_bytes=written.bytes)
+    decoded = sum(name not in stored for name in layout)
+    figures = _Figures(
+        decoded_tensors=decoded,
+        copied_tensors=len(pieces) - decoded,
+        tensor_bytes=written.bytes,
+        largest_codes=largest_codes.total(written.notes),
+    )
     return _Made(Kind.checkpoint, "bf16", figures, written.files)
 
 
@@ -128,7 +146,8 @@ def _pack(weights: Weights, directory: Path, config: PipelineConfig) -> _Made:
     written = pack(weights, directory, shard_bytes=shard_bytes, device=device)
     packed = len(expert_projections(weights.shape))
     copied = len(weights.checkpoint.tensors) - packed
-    figures = _Figures(packed_tensors=packed, copied_tensors=copied, tensor_bytes=written.bytes)
+    codes = largest_codes.total(written.notes)
+    figures = _Figures(packed_tensors=packed, copied_tensors=copied, tensor_bytes=written.bytes, largest_codes=codes)
     return _Made(Kind.packed, MXFP4.name, figures, written.files, MXFP4.scale_rule)
 
 

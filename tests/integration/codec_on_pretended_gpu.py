@@ -105,6 +105,8 @@ def other_uses() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "unequal_blocks", lambda: comparison.unequal_blocks(stack, stack, MXFP4)
     yield "column_products", lambda: kernels.column_products(stack, stack)
     yield "changes", lambda: comparison.changes([stack] * 4)
+    scale = empty(2, 2880, 90, dtype=torch.float32)
+    yield "count_clipped", lambda: comparison.count_clipped(stack, scale, MXFP4)
     yield "row_squares", lambda: kernels.row_squares(stack)
     a, b = empty(2, 2880, 8, dtype=torch.float32), empty(2, 8, 2880, dtype=torch.float32)
     yield "delta", lambda: low_rank.delta(stack, a, b, 2.0)

@@ -205,6 +205,14 @@ def test_weights_without_training_are_counted_as_copied(smoke_run: Path, tmp_pat
     details = artifacts.load(directory).details
     assert details["copied_experts"] == 2 * 2 * 8
     assert details["survival"] == 0 and details["relative_squared_error"] == 0
+    assert details["account"] == {**dict.fromkeys(details["account"], 0), "kept": None}
+
+
+@pytest.mark.parametrize("target", ["openai", "nvfp4", "gguf", "bf16"])
+def test_every_target_gives_the_account_of_the_same_rounding(smoke_run: Path, tmp_path: Path, target: str) -> None:
+    account = artifacts.load(smoke_run / "export").details["account"]
+    assert 0 < account["kept"] < 2 and account["noise"] > 0 and account["scales_up"] > 0
+    assert artifacts.load(export_as(smoke_run, tmp_path, target)).details["account"] == account
 
 
 @pytest.mark.parametrize("rule", ["mse", "nearest"])
