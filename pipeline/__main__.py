@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline import config
-from pipeline.config import command_line, rules
+from pipeline.config import command_line, rates, rules
 from pipeline.errors import CheckFailed, MachineError, UserError, user_errors
 from pipeline.runs import allocator, preflight, stopping
 from pipeline.runs.one_stage import one_stage
@@ -51,7 +51,8 @@ RECIPES_DIR = _beside_or_inside("recipes")
 
 @cache
 def register() -> None:
-    """Register the schema and the recipes with Hydra, once per process."""
+    """Register the schema, the recipes and the resolver `rate_of_sft` with Hydra, once per process."""
+    rates.register()
     store = ConfigStore.instance()
     store.store("schema", config.PipelineConfig)
     for path in sorted(RECIPES_DIR.glob("*.yaml")):
@@ -83,10 +84,12 @@ def _keep_jobs_apart(composed: DictConfig) -> None:
     A run_dir that contains settings (`r/${sft.learning_rate}`) already differs between the jobs, so it is not changed.
     """
     hydra_config = HydraConfig.get()
+    if hydra_config.mode is not RunMode.MULTIRUN:
+        return
     job = hydra_config.job.override_dirname.replace("/", "_")
     written: Any = OmegaConf.to_container(composed, resolve=False)
     is_made_of_settings = "${" in written["run_dir"].replace("${recipe}", "")
-    if hydra_config.mode is RunMode.MULTIRUN and job and not is_made_of_settings:
+    if job and not is_made_of_settings:
         composed.base_run = composed.run_dir
         composed.run_dir = f"{composed.run_dir}/{SWEEP_DIR}/{job}"
 
@@ -137,6 +140,8 @@ def _job(composed: DictConfig) -> None:
         run(composed)
     except (UserError, CheckFailed, MachineError) as error:
         sys.exit(_report(error, error.exit_status))
+    except OmegaConfBaseException as error:
+        sys.exit(_report(error, 2))
 
 
 def _report(error: Exception, status: int) -> int:

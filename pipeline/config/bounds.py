@@ -21,6 +21,17 @@ class Bound:
     choices: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Composed:
+    """The default of a setting in conf/config.yaml, for the help. It replaces the default of the field.
+
+    Attributes:
+        default: text of the default, as conf/config.yaml has it.
+    """
+
+    default: str
+
+
 def one_of(*choices: str) -> Bound:
     """Make a bound for a setting that accepts only these words."""
     return Bound(f"one of {', '.join(choices)}", choices.__contains__, choices)
@@ -32,6 +43,17 @@ def bounds_of(section: type) -> dict[str, tuple[Bound, ...]]:
     return {
         name: tuple(extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Bound))
         for name, hint in hints.items()
+    }
+
+
+def composed_defaults(section: type) -> dict[str, str]:
+    """Return the defaults of a section that conf/config.yaml sets, by the field's name."""
+    hints = get_type_hints(section, include_extras=True)
+    return {
+        name: extra.default
+        for name, hint in hints.items()
+        for extra in getattr(hint, "__metadata__", ())
+        if isinstance(extra, Composed)
     }
 
 

@@ -8,7 +8,7 @@ from dataclasses import Field, dataclass, fields, is_dataclass
 from enum import Enum
 from typing import get_args, get_origin
 
-from pipeline.config.bounds import Bound, bounds_of
+from pipeline.config.bounds import Bound, bounds_of, composed_defaults
 from pipeline.config.keys import types_of
 from pipeline.config.pipeline import PipelineConfig
 
@@ -35,6 +35,7 @@ class Description:
 def describe_settings(section: type = PipelineConfig, prefix: str = "") -> Iterator[Description]:
     """Describe every setting of a section and of the sections in it, in the order of the source."""
     meanings, types, bounds = _meanings(section), types_of(section), bounds_of(section)
+    composed = composed_defaults(section)
     for item in fields(section):
         key, kind = f"{prefix}{item.name}", types[item.name]
         if isinstance(kind, type) and is_dataclass(kind):
@@ -43,7 +44,8 @@ def describe_settings(section: type = PipelineConfig, prefix: str = "") -> Itera
         element = get_args(kind)[0] if get_origin(kind) is list else kind
         own = bounds[item.name]
         limits = tuple(bound.meaning for bound in own if not bound.choices)
-        yield Description(key, _default(item), _choices(element, own), limits, meanings[item.name])
+        default = composed.get(item.name) or _default(item)
+        yield Description(key, default, _choices(element, own), limits, meanings[item.name])
         if isinstance(element, type) and is_dataclass(element):
             yield from describe_settings(element, f"{key}[].")
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import SHORT, linked, run_program
+from conftest import ONE_LAYER, SHORT, linked, run_program
 
 from pipeline.runs import artifacts
 
@@ -13,13 +13,36 @@ def started(run_dir: Path, source: Path, *stages: str) -> tuple[str, ...]:
     return ("recipe=smoke", f"run_dir={run_dir}", *SHORT, "qat.max_steps=1")
 
 
-@pytest.mark.parametrize(("rate", "is_warned"), [("1e-2", True), ("1e-4", False)])
-def test_a_qat_rate_above_that_of_sft_is_warned_of(
-    rate: str, is_warned: bool, smoke_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("setting", "warning", "line"),
+    [
+        ("qat.learning_rate=1e-2", "is above the learning rate of sft, 0.003", "0.01: 3.3 of the learning rate of sft"),
+        ("qat.learning_rate=2e-4", "0.0002 is 0.067 of the learning rate of sft, 0.003", "0.0002: 0.067 of"),
+        ("qat.learning_rate=${rate_of_sft:0.1}", None, "0.0003: 0.1 of the learning rate of sft, 0.003"),
+        ("sft.learning_rate=1e-3", None, "0.0005: 0.17 of the learning rate of sft, 0.003"),
+    ],
+)
+def test_a_qat_rate_that_does_not_suit_the_rate_that_sft_had_is_warned_of(
+    setting: str, warning: str | None, line: str, smoke_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = started(tmp_path / "run", smoke_run, "upcast", "sft", "quantize")
-    assert run_program("stage=qat", *settings, f"qat.learning_rate={rate}") == 0
-    assert ("is above the learning rate of sft, 0.003" in capsys.readouterr().err) == is_warned
+    assert run_program("stage=qat", *settings, setting) == 0
+    said = capsys.readouterr()
+    assert f"[qat] learning rate {line}" in said.out
+    assert (warning is None and "warning: qat.learning_rate" not in said.err) or str(warning) in said.err
+
+
+def test_rates_of_different_methods_are_converted_before_they_are_compared(
+    lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    linked(tmp_path / "run", lora_run, "upcast", "sft")
+    settings = ("recipe=smoke", "train@sft=lora", *SHORT, *ONE_LAYER, f"run_dir={tmp_path / 'run'}", "qat.max_steps=1")
+    assert run_program("stage=quantize", *settings) == 0
+    assert run_program("stage=qat", *settings) == 0
+    converted = "learning rate of sft, 0.0003 (0.003 with method=lora, converted to full)"
+    said = capsys.readouterr()
+    assert f"qat.learning_rate=0.0005 is above the {converted}" in said.err
+    assert f"[qat] learning rate 0.0005: 1.7 of the {converted}" in said.out
 
 
 def test_qat_without_sft_is_possible_and_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

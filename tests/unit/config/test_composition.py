@@ -85,11 +85,6 @@ def test_the_method_is_chosen_separately_for_each_stage() -> None:
     assert (found.sft.method, found.qat.method) == (Method.full, Method.lora)
 
 
-def test_qat_has_a_lower_rate_than_sft_unless_a_recipe_says_otherwise() -> None:
-    found = resolved("stage=sft", SYNTHETIC_DATA)
-    assert (found.sft.learning_rate, found.qat.learning_rate) == (2e-5, 1e-5)
-
-
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults() -> None:
     found = resolved("recipe=smoke", "stage=sft", "sft.max_steps=7")
     assert found.sft.max_steps == 7

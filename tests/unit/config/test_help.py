@@ -70,7 +70,8 @@ def test_the_help_names_every_setting_with_its_meaning() -> None:
     settings = documented_settings()
     assert set(settings) <= {name for names in sections.values() for name in names}
     for section, names in sections.items():
-        for key, meaning in (pair for name in names for pair in settings[name].items()):
+        meanings = {key: text for name in reversed(names) for key, text in settings[name].items()}
+        for key, meaning in meanings.items():
             full = f"{section}.{key}".lstrip(".")
             (at,) = (i for i, line in enumerate(lines) if line.startswith(f"  {full} ["))
             assert lines[at + 1].strip() == meaning
