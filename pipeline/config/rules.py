@@ -23,6 +23,7 @@ from pipeline.config.training import (
     ExpertsImplementation,
     LoraConfig,
     Method,
+    Oscillation,
     Precision,
     TrainConfig,
 )
@@ -65,7 +66,7 @@ def problems(config: PipelineConfig) -> list[str]:
     found = [*_bound_problems(config), *_data_problems(config.data), *evaluation_rules.problems(config.evaluate)]
     found += _train_problems("sft", config.sft) + _train_problems("qat", config.qat)
     found += _format_problems(config) + _resharding_problems(config) + _parts_problems(config)
-    found += _quantize_problems(config)
+    found += _quantize_problems(config) + _oscillation_problems(config)
     return found + _qat_problems(config) + _experts_problems(config) + _packed_problems(config)
 
 
@@ -238,6 +239,30 @@ def _qat_problems(config: PipelineConfig) -> list[str]:
         found.append(
             f"qat.lora={_show_lora(qat.lora)} differs from sft.lora={_show_lora(sft.lora)}: QAT continues with SFT's"
             " adapters. Give both the same values."
+        )
+    return found
+
+
+def _oscillation_problems(config: PipelineConfig) -> list[str]:
+    if config.qat.oscillation is Oscillation.none:
+        return []
+    sharding, method = config.sharding, config.qat.method
+    asked, remedy = f"qat.oscillation={config.qat.oscillation.name}", "or set qat.oscillation=none."
+    found = []
+    if method is not Method.full:
+        found.append(
+            f"{asked}: holds weights of the experts, but qat.method={method.name} does not train them. Use"
+            f" train@qat=full, {remedy}"
+        )
+    if sharding in (Sharding.zero2, Sharding.zero3):
+        found.append(
+            f"{asked}: cannot hold weights with sharding={sharding.name}, because DeepSpeed overwrites held weights"
+            f" with its own copies. Use sharding=fsdp2, {remedy}"
+        )
+    if config.format.importance:
+        found.append(
+            f"{asked}: rounds without format.importance, so it would not see the values of training. Set"
+            f" format.importance=false, {remedy}"
         )
     return found
 

@@ -52,6 +52,13 @@ class Method(Enum):
     bf16_parts = "bf16_parts"
 
 
+class Oscillation(Enum):
+    """What QAT does about expert weights whose 4-bit values flip back and forth."""
+
+    none = "none"
+    hold = "hold"
+
+
 class LoraTarget(Enum):
     """Parts of a layer that get adapters."""
 
@@ -160,3 +167,5 @@ class QatConfig(TrainConfig):
     rounded_cache_gib: Annotated[Optional[float], NOT_NEGATIVE] = None
     """Largest cache of rounded experts, in GiB; 0: no cache; null: 1 on a CPU if sharding is none or zero2, else 0."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    oscillation: Oscillation = Oscillation.none
+    """Expert weights that flip between two 4-bit values: none (train on) or hold (keep at their mean; method=full)."""

@@ -32,7 +32,7 @@ from pipeline.numerics.formats import BlockFormat
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainerCallback
 
     from pipeline.training.distillation import Teacher
     from pipeline.training.trainer import Inputs
@@ -156,7 +156,15 @@ def _make_inputs(job: Job, size: Size) -> "Inputs":
         is_shared = teacher is not None and teacher.model is None
         rounded = fake_quantizers.keep_rounded(model, job.cache_bytes, keeps_frozen=is_shared)
     unused: Any = None  # there is no validation
-    return Inputs(model, _tokenizer(), _splits(), unused, rounded, teacher)
+    return Inputs(model, _tokenizer(), _splits(), unused, rounded, teacher, _watchers(model, job))
+
+
+def _watchers(model: "PreTrainedModel", job: Job) -> "list[TrainerCallback]":
+    from pipeline.training import oscillation
+
+    if not isinstance(job.train, QatConfig) or job.block_format is None:
+        return []
+    return [*oscillation.watch(model, job.train, job.block_format, job.sharding)]
 
 
 def _shard(model: "PreTrainedModel", job: Job) -> None:
@@ -231,6 +239,8 @@ def _train(inputs: "Inputs", job: Job, directory: Path, *, fake: FakeTensorMode,
             gc.collect()
             with memory.phase(LOAD):
                 model.train()
+                for callback in inputs.callbacks:
+                    callback.on_train_begin(trainer.args, trainer.state, trainer.control)
             for passes in (1, min(2, job.train.gradient_accumulation_steps)):
                 _step(trainer, model, optimizer, job, passes=passes, memory=memory)
 
@@ -257,8 +267,8 @@ def _step(
     with memory.phase(OPTIMIZER):
         trainer.accelerator.clip_grad_norm_(model.parameters(), job.train.max_grad_norm)
         optimizer.step()
-    for callback in trainer.callback_handler.callbacks:  # empties the cache of rounded weights
-        callback.on_optimizer_step(trainer.args, trainer.state, trainer.control)
+        for callback in trainer.callback_handler.callbacks:  # empties the cache of rounded weights
+            callback.on_optimizer_step(trainer.args, trainer.state, trainer.control)
     model.zero_grad()
 
 
@@ -328,6 +338,7 @@ def _fake_kernels() -> Iterator[None]:
     with (
         trainer.no_triton_kernels(),
         patch("pipeline.models.quantizer_backend.fake_quantize", _allocate_rounded),
+        patch("pipeline.training.oscillation.fake_quantize", _allocate_rounded),
         patch("pipeline.numerics.low_rank._for_each_expert", lambda _, base, *__: torch.empty_like(base)),
         patch("pipeline.models.packed_experts.decode", lambda *_, out: out),
         patch("pipeline.numerics.packed_rounding.round_packed", _allocate_merged),

@@ -26,6 +26,7 @@ from pipeline.checkpoints.gpt_oss import (
 from pipeline.config import (
     LoraTarget,
     Method,
+    Oscillation,
     Precision,
     QatConfig,
     QuantizeSource,
@@ -41,6 +42,7 @@ from pipeline.doctor.plan import Plan
 from pipeline.models import rounded_weights
 from pipeline.models.sharding import STRATEGIES
 from pipeline.numerics.formats import MXFP4
+from pipeline.training import oscillation
 
 _FP32_BYTES, _BF16_BYTES = bytes_per_value("F32"), bytes_per_value("BF16")
 _STATE_BYTES = {
@@ -97,7 +99,8 @@ class Memory:
     """Bytes that one device holds while it trains.
 
     Attributes:
-        weights, gradients, optimizer: the parts that sharding divides between the processes.
+        weights, gradients, optimizer: the parts that sharding divides between the processes. With
+            qat.oscillation=hold, `optimizer` includes the state of `training.oscillation.Holder`.
         activations: values that are kept for the backward pass, and the working memory of the busiest layer.
         rounded: rounded experts that QAT caches in a step.
         gathered: layers that are gathered while they are used, if parameters are sharded.
@@ -187,7 +190,7 @@ def memory(
     return Memory(
         weights=model + (trained * _ADAPTER_BYTES if is_adapted else 0),
         gradients=trained * _trained_width(train),
-        optimizer=_state_bytes(shape, train),
+        optimizer=_state_bytes(shape, train) + _holder_bytes(shape, train),
         activations=activations.estimate(
             shape,
             train,
@@ -222,6 +225,11 @@ def _state_bytes(shape: Shape, train: TrainConfig) -> int:
         sizes = trained_tensors(shape, train)
         return 2 * sum(low_bit_adam.state_bytes(train.optimizer, values, width) for values in sizes)
     return int(2 * trained_parameters(shape, train) * _STATE_BYTES.get(train.optimizer, width))
+
+
+def _holder_bytes(shape: Shape, train: TrainConfig) -> int:
+    is_held = isinstance(train, QatConfig) and train.oscillation is Oscillation.hold
+    return oscillation.BYTES_PER_WEIGHT * _changing_experts(shape, train) if is_held else 0
 
 
 def _changing_experts(shape: Shape, train: TrainConfig) -> int:
@@ -286,7 +294,7 @@ def checkpoints(shape: Shape, train: TrainConfig) -> int:
     # One more than the limit: transformers removes the oldest checkpoint after it has written the next one.
     is_partial = train.method is Method.bf16_parts  # checkpoints lack the frozen experts
     weights = gradient_bytes(shape, train) if is_partial else _saved_bytes(shape, train)
-    return (train.save_total_limit + 1) * (weights + _state_bytes(shape, train))
+    return (train.save_total_limit + 1) * (weights + _state_bytes(shape, train) + _holder_bytes(shape, train))
 
 
 def rounded_layers(plan: Plan, shape: Shape, longest: int, experts_per_token: int) -> int:

@@ -108,7 +108,7 @@ def _say_rate(qat: QatConfig, here: Run, start: Artifact) -> None:
 def _train(config: PipelineConfig, here: Run, quantized: Artifact, rows: Rows, directory: Path) -> Result:
     from pipeline.evaluate import samples
     from pipeline.models import fake_quantizers, quantizer_calls, rounded_weights
-    from pipeline.training import attention_check, trainer
+    from pipeline.training import attention_check, oscillation, trainer
     from pipeline.training.weight_changes import WeightChanges
 
     _say_rate(config.qat, here, quantized)
@@ -120,7 +120,9 @@ def _train(config: PipelineConfig, here: Run, quantized: Artifact, rows: Rows, d
     copies = placement.copies_in_host_memory(config.sharding)
     placement.raise_if_host_too_small("qat", start.base, loading.TRAIN_DTYPES[config.qat.precision], copies)
     model = loading.load_to_train(start, config.qat, attention, config.sharding)
-    changes = WeightChanges(model, block_format)  # read the weights before frozen experts are rounded in place
+    watchers = oscillation.watch(model, config.qat, block_format, config.sharding)
+    # Read the weights before frozen experts are rounded in place.
+    changes = WeightChanges(model, block_format, [watcher.measure for watcher in watchers])
     budget = rounded_weights.budget_bytes(
         config.qat.rounded_cache_gib, config.sharding, on_gpu=torch.cuda.is_available()
     )
@@ -128,7 +130,7 @@ def _train(config: PipelineConfig, here: Run, quantized: Artifact, rows: Rows, d
     is_shared = teacher is not None and teacher.model is None
     rounded = fake_quantizers.keep_rounded(model, budget, keeps_frozen=is_shared)
     looks = samples.callback(here, config.data, config.evaluate, rows=rows, tokenizer=tokenizer, directory=directory)
-    inputs = trainer.Inputs(model, tokenizer, splits, changes, rounded, teacher, looks)
+    inputs = trainer.Inputs(model, tokenizer, splits, changes, rounded, teacher, [*watchers, *looks])
     with quantizer_calls.watch(model) as fired:
         figures = trainer.train(inputs, trainer.Setup(config.qat, "qat", directory, config.sharding))
     fired.raise_unless_all(model)

@@ -273,6 +273,10 @@ def make_trainer(inputs: Inputs, setup: Setup, more: Mapping[str, Any]) -> _Trai
     tokens = TokenCount()
     tokenizer: Any = inputs.tokenizer  # TRL's parameter has another type than our protocol
     inputs.model.config.bos_token_id = tokenizer.bos_token_id  # otherwise the trainer sets it, with a warning
+    # These callbacks are the last, because they mark checkpoints as complete. Others may add files to checkpoints.
+    own = make_callbacks(
+        setup.settings, directory=setup.directory, stage=setup.stage, sharding=setup.sharding, tokens=tokens
+    )
     with _setting_errors(setup):
         trainer = _Trainer(
             model=inputs.model,
@@ -280,13 +284,7 @@ def make_trainer(inputs: Inputs, setup: Setup, more: Mapping[str, Any]) -> _Trai
             train_dataset=_pack(inputs.splits, setup.stage) if setup.settings.packing else inputs.splits.train,
             eval_dataset=inputs.splits.validation,
             processing_class=tokenizer,
-            callbacks=make_callbacks(
-                setup.settings,
-                directory=setup.directory,
-                stage=setup.stage,
-                sharding=setup.sharding,
-                tokens=tokens,
-            ),
+            callbacks=[*inputs.callbacks, *own],
         )
         trainer.get_optimizer_cls_and_kwargs(trainer.args, inputs.model)  # raises if the optimizer's package is missing
     strategy = sharding.STRATEGIES[setup.sharding]
@@ -294,8 +292,6 @@ def make_trainer(inputs: Inputs, setup: Setup, more: Mapping[str, Any]) -> _Trai
     strategy.set_gathers(inputs.model, setup.settings)
     trainer.remove_callback(PrinterCallback)
     trainer.tokens, trainer.weight_changes = tokens, inputs.weight_changes
-    for callback in inputs.callbacks:
-        trainer.add_callback(callback)
     if inputs.rounded is not None:
         trainer.add_callback(ForgetRounded(inputs.rounded))
     if inputs.teacher is not None:

@@ -8,7 +8,7 @@ If the experts are frozen, the first rows of all trained tensors are measured in
 to BF16, so an update that is too small for BF16 is lost.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,24 +30,33 @@ class WeightChanges:
     the model's device. Stacks take turns, so the device holds the sample of only one stack at a time.
     """
 
-    def __init__(self, model: nn.Module, block_format: BlockFormat) -> None:
+    def __init__(
+        self, model: nn.Module, block_format: BlockFormat, others: Sequence[Callable[[], dict[str, float]]] = ()
+    ) -> None:
         """Store the current weights of the sampled experts, for later comparison.
 
         Args:
             model: the model that will be trained. It may move to another device later.
             block_format: the format of the export.
+            others: functions that return further figures about the weights. `measure` adds these figures.
         """
-        self._model, self._format = model, block_format
+        self._model, self._format, self._others = model, block_format, others
         self._start = {name: weights.to("cpu", copy=True) for name, weights in expert_weights(model, _SAMPLED)}
         self._parts = {name: rows.to("cpu", copy=True) for name, rows in _bf16_parts(model)}
 
-    @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Return `moved_weights` and `changed_codes`. Both are shares of the sampled weights.
+        """Return `moved_weights` and `changed_codes`, shares of the sampled weights, and the figures of `others`.
 
         If the experts are frozen, return `changed_bf16_values`. This is the share of the sampled values that differ
         from the start after rounding to BF16. If adapters are trained only outside of the experts, the result is empty.
         """
+        found = self._measure_own()
+        for other in self._others:
+            found |= other()
+        return found
+
+    @torch.no_grad()
+    def _measure_own(self) -> dict[str, float]:
         if self._parts:
             return {"changed_bf16_values": self._measure_parts()}
         counts, total = [], 0

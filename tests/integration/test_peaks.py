@@ -9,11 +9,21 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoints.gpt_oss import Shape, other_tensors
-from pipeline.config import DistillationConfig, LoraConfig, Method, Precision, QatConfig, Sharding, TrainConfig
+from pipeline.config import (
+    DistillationConfig,
+    LoraConfig,
+    Method,
+    Oscillation,
+    Precision,
+    QatConfig,
+    Sharding,
+    TrainConfig,
+)
 from pipeline.doctor import needs, peaks
 from pipeline.doctor.fake_run import Job
 from pipeline.doctor.peaks import NotMeasured, Peaks
 from pipeline.numerics.formats import MXFP4
+from pipeline.training.oscillation import BYTES_PER_WEIGHT
 
 LAYERS = 6
 MODEL = {
@@ -46,6 +56,7 @@ def taught(train: QatConfig) -> QatConfig:
 FULL_QAT, MIXED_QAT = QatConfig(precision=Precision.bf16), QatConfig(precision=Precision.mixed_bf16)
 ONE_PASS = replace(SFT, train=TrainConfig(gradient_accumulation_steps=1))
 SHARDED = replace(ONE_PASS, sharding=Sharding.fsdp2, processes=4)
+SHARDED_QAT = replace(QAT, train=MIXED_QAT, sharding=Sharding.fsdp2, processes=4)
 JOBS = {
     "sft": SFT,
     "sft, every second layer": replace(SFT, train=TrainConfig(**LORA, lora=LoraConfig(every_nth=2))),
@@ -55,12 +66,15 @@ JOBS = {
     "full": replace(QAT, train=FULL_QAT),
     "full, taught": replace(QAT, train=taught(FULL_QAT)),
     "mixed": replace(QAT, train=MIXED_QAT),
+    "mixed, held": replace(QAT, train=replace(MIXED_QAT, oscillation=Oscillation.hold)),
     "mixed, taught": replace(QAT, train=taught(MIXED_QAT)),
     "parts": replace(SFT, train=TrainConfig(**PARTS), is_packed=True),
     "parts, qat": replace(QAT, train=QatConfig(**PARTS), is_packed=True),
     "parts, sharded": replace(SFT, train=TrainConfig(**PARTS), is_packed=True, sharding=Sharding.fsdp2, processes=4),
     "one pass": ONE_PASS,
     "sharded": SHARDED,
+    "qat, sharded": SHARDED_QAT,
+    "qat, sharded, held": replace(SHARDED_QAT, train=replace(MIXED_QAT, oscillation=Oscillation.hold)),
     "8-bit": replace(SFT, train=TrainConfig(**LORA, optimizer="adamw_torch_8bit")),
     "8-bit, sharded": replace(SHARDED, train=replace(SHARDED.train, optimizer="adamw_torch_8bit")),
     "sharded, gathered": replace(SHARDED, train=replace(SHARDED.train, reshard_after_forward=False)),
@@ -107,6 +121,12 @@ def test_a_teacher_takes_memory_unless_it_shares_the_base(found: dict[str, Peaks
 
 def test_a_teacher_with_fp32_weights_computes_in_bf16_under_mixed_precision(found: dict[str, Peaks]) -> None:
     assert found["mixed, taught"].load - found["mixed"].load > 4 * EXPERT_VALUES
+
+
+def test_holding_weights_takes_three_bytes_for_each_expert_weight(found: dict[str, Peaks]) -> None:
+    for name, job, processes in (("mixed", "mixed, held", 1), ("qat, sharded", "qat, sharded, held", 4)):
+        state = found[job].load - found[name].load
+        assert state == pytest.approx(BYTES_PER_WEIGHT * EXPERT_VALUES / processes, rel=0.01), name
 
 
 def test_only_the_bf16_parts_have_fp32_copies_and_states(found: dict[str, Peaks]) -> None:

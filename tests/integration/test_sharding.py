@@ -83,7 +83,7 @@ def plain(recipe: str) -> Case:
 ALONE = plain("smoke")
 SFT = Case("smoke", "sft", "fsdp2")
 TEACHER = ("qat.distillation.weight=0.5",)
-TAUGHT = Case("smoke", "qat", "fsdp2", TEACHER)
+TAUGHT = Case("smoke", "qat", "fsdp2", (*TEACHER, "qat.oscillation=hold"))
 ADAPTED = Case("smoke_lora", "sft", "fsdp2")
 ADAPTED_QAT = Case("smoke_lora", "qat", "fsdp2", TEACHER)
 SHARDED = (SFT, TAUGHT, ADAPTED, ADAPTED_QAT)

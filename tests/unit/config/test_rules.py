@@ -14,6 +14,7 @@ from pipeline.config import (
     FormatName,
     LoraConfig,
     Method,
+    Oscillation,
     Precision,
     QuantizeSource,
     RoundingMethod,
@@ -107,6 +108,31 @@ def test_a_kernel_that_skips_quantizers_of_the_format_is_refused_for_qat() -> No
         "qat.experts_implementation=grouped_mm: skips the input quantizers of down_proj."
         " format=nvfp4_w4a4 needs them. Use one of auto, eager, batched_mm."
     ]
+
+
+def test_oscillating_weights_can_be_held_if_they_are_trained_and_not_copied() -> None:
+    hold = {"qat__oscillation": Oscillation.hold}
+    for sharding in (Sharding.none, Sharding.fsdp2):
+        assert broken(**hold, sharding=sharding) == []
+    assert broken(qat__oscillation=Oscillation.none, sharding=Sharding.zero3, qat__method=Method.bf16_parts) == []
+
+
+def test_weights_that_cannot_be_held_are_refused_with_the_reason() -> None:
+    hold = {"qat__oscillation": Oscillation.hold}
+    for settings in (
+        {"qat__method": Method.lora, "qat__precision": Precision.bf16},
+        {"qat__method": Method.bf16_parts},
+    ):
+        (problem,) = broken(**hold, **settings)
+        name = settings["qat__method"].name
+        assert f"holds weights of the experts, but qat.method={name} does not train them. Use train@qat=full" in problem
+    for sharding in (Sharding.zero2, Sharding.zero3):
+        assert broken(**hold, sharding=sharding) == [
+            f"qat.oscillation=hold: cannot hold weights with sharding={sharding.name}, because DeepSpeed overwrites"
+            " held weights with its own copies. Use sharding=fsdp2, or set qat.oscillation=none."
+        ]
+    (problem,) = broken(**hold, format__importance=True, format__scale_rule=ScaleRule["mse"])
+    assert "qat.oscillation=hold: rounds without format.importance" in problem
 
 
 def test_sft_and_qat_with_different_adapters_are_refused_with_both() -> None:

@@ -23,6 +23,7 @@ from pipeline.config import (
     LoraConfig,
     LoraTarget,
     Method,
+    Oscillation,
     Precision,
     QatConfig,
     QuantizeConfig,
@@ -355,6 +356,15 @@ def test_codes_of_optimizer_states_have_a_scale_for_256_values(optimizer: str, e
     adapters = replace(LORA, optimizer=optimizer)
     trained = needs.trained_parameters(RELEASED, adapters)
     assert memory(RELEASED, adapters, 8, 4, False).optimizer == pytest.approx(2 * (each + 4 / 256) * trained, rel=0.01)
+
+
+def test_holding_weights_takes_three_bytes_for_each_expert_weight_in_memory_and_in_checkpoints() -> None:
+    held, free = (QatConfig(oscillation=each) for each in (Oscillation.hold, Oscillation.none))
+    state = 3 * needs.parameters(RELEASED)["experts"]
+    with_state, without = (memory(RELEASED, each, 8, 4, True) for each in (held, free))
+    assert with_state == replace(without, optimizer=without.optimizer + state)
+    grown = needs.checkpoints(RELEASED, held) - needs.checkpoints(RELEASED, free)
+    assert grown == (held.save_total_limit + 1) * state
 
 
 @pytest.mark.parametrize("train", [FULL, LORA])
