@@ -49,6 +49,7 @@ from pipeline.config.training import (
     Oscillation,
     Precision,
     QatConfig,
+    SftConfig,
     TrainConfig,
     adapted_layers,
 )
@@ -101,6 +102,7 @@ __all__ = [
     "ServeConfig",
     "ServerConfig",
     "ServingEngine",
+    "SftConfig",
     "Sharding",
     "Stage",
     "Supervise",

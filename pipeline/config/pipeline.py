@@ -16,7 +16,7 @@ from pipeline.config.model import ModelConfig
 from pipeline.config.quantize import QuantizeConfig, QuantizeSource
 from pipeline.config.serve import ServeConfig
 from pipeline.config.tracking import TrackingConfig
-from pipeline.config.training import QatConfig, TrainConfig
+from pipeline.config.training import QatConfig, SftConfig
 from pipeline.config.upcast import Experts, UpcastConfig
 from pipeline.config.verify import VerifyConfig
 
@@ -85,7 +85,7 @@ class PipelineConfig:
     data: DataConfig = field(default_factory=DataConfig)
     doctor: DoctorConfig = field(default_factory=DoctorConfig)
     upcast: UpcastConfig = field(default_factory=UpcastConfig)
-    sft: TrainConfig = field(default_factory=TrainConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
     format: FormatConfig = field(default_factory=FormatConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     qat: QatConfig = field(default_factory=QatConfig)

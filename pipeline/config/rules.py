@@ -281,6 +281,8 @@ def _experts_problems(config: PipelineConfig) -> list[str]:
 def _packed_problems(config: PipelineConfig) -> list[str]:
     """Packed experts are frozen. Adapters beside them can be trained, and the BF16 parts of the model."""
     first, train = first_training(config.quantize.source, config.sft, config.qat)
+    if config.sft.start is not None and first == Stage.sft.name:
+        return []  # training continues from another model, which `sft` checks
     if config.upcast.experts is Experts.packed and train.method is Method.full:
         others = "lora or bf16_parts" if first == Stage.sft.name else "lora"
         return [

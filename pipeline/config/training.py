@@ -91,7 +91,7 @@ def adapted_layers(lora: LoraConfig, count: int) -> list[int]:
 
 @dataclass
 class TrainConfig:
-    """Settings of a training stage. `sft` has exactly these settings. `qat` adds a few."""
+    """Settings that both training stages have. Each stage adds a few."""
 
     method: Method = Method.full
     """Train every weight (full), adapters (lora), or what the format keeps in BF16 (bf16_parts: not the experts)."""
@@ -146,6 +146,14 @@ class TrainConfig:
     """Stop after this many validations in a row without a new lowest loss; null: never stop early."""
     seed: Annotated[int, SEED] = 42
     """Random seed of the data order and of the initial adapters."""
+
+
+@dataclass
+class SftConfig(TrainConfig):
+    """Fine-tune the upcast checkpoint, or continue an earlier fine-tuning."""
+
+    start: Optional[str] = None
+    """Directory of a complete sft stage of the same base. Training continues from its model; null: from the upcast."""
 
 
 @dataclass

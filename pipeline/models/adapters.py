@@ -120,12 +120,16 @@ def attach(
     if any(name.endswith(_QUANTIZER) for name, _ in model.named_modules()):
         raise CheckFailed("adapters: the model is quantized already. Attach adapters before quantizers are inserted.")
     config = _peft_config(train.lora, model.config.num_hidden_layers, section)
+    _register_wrapper(config, model, is_factored)
+    torch.manual_seed(train.seed)
+    return cast("PreTrainedModel", get_peft_model(model, config))
+
+
+def _register_wrapper(config: PeftLoraConfig, model: "PreTrainedModel", is_factored: bool) -> None:
     if is_packed(model):
         _register(config, PackedExperts, _PackedWrapper)
     elif is_factored:
         _register(config, type(_experts_of(model)), _FactoredWrapper)
-    torch.manual_seed(train.seed)
-    return cast("PreTrainedModel", get_peft_model(model, config))
 
 
 def _register(config: PeftLoraConfig, experts: type[nn.Module], wrapper: type[ParamWrapper]) -> None:
@@ -160,11 +164,10 @@ def _peft_config(lora: LoraConfig, count: int, section: str) -> PeftLoraConfig:
     )
 
 
-def load(model: "PreTrainedModel", directory: Path, trainable: bool) -> "PreTrainedModel":
-    """Attach the adapters that are saved in `directory`. The result is a PeftModel."""
+def load(model: "PreTrainedModel", directory: Path, trainable: bool, *, is_factored: bool = False) -> "PreTrainedModel":
+    """Attach the adapters that are saved in `directory`. The result is a PeftModel. For `is_factored`, see `attach`."""
     config = PeftLoraConfig.from_pretrained(str(directory))
-    if is_packed(model):
-        _register(config, PackedExperts, _PackedWrapper)
+    _register_wrapper(config, model, is_factored)
     config.inference_mode = not trainable
     # By default, PEFT 0.21 reads the file to the first GPU in every process, even if the model is on the CPU.
     model_with_adapters = PeftModel.from_pretrained(

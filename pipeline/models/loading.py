@@ -1,6 +1,7 @@
 """Load models into memory: plain models, models with adapters and quantizers, models to train or to evaluate."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,7 +137,8 @@ def _restore_parts(model: "PreTrainedModel", ref: ModelRef, trainable: bool) -> 
     if ref.adapter:
         from pipeline.models import adapters
 
-        model = adapters.load(model, ref.directory, trainable)
+        is_factored = trainable and ref.block_format is None  # as when they were attached
+        model = adapters.load(model, ref.directory, trainable, is_factored=is_factored)
     if ref.block_format is not None:
         from pipeline.models import fake_quantizers
 
@@ -153,6 +155,8 @@ def load_to_train(
 ) -> "PreTrainedModel":
     """Load `ref` for training in `train.precision`, with its adapters and quantizers.
 
+    If adapters are not trained, they are merged into the weights.
+
     This is a collective call if the model is sharded. The weights are streamed to the device that trains, so the host
     holds no copy of the model. Packed experts are decoded only if they are trained.
 
@@ -167,12 +171,14 @@ def load_to_train(
     packed, mixed = ref.is_packed and train.method is not Method.full, is_mixed(train)
     dtype = TRAIN_DTYPES[train.precision]
     model = _build(ref.base, dtype, packed=packed, mixed=mixed, attn_implementation=attn_implementation)
-    model = _restore_parts(model, ref, trainable=True)
+    merges = ref.adapter and train.method is not Method.lora
+    model = _restore_parts(model, replace(ref, adapter=False) if merges else ref, trainable=True)
     model = model if attach is None else attach(model)
     if train.method is Method.bf16_parts:
         freeze_experts(model)
     checkpoint = Checkpoint(ref.base)
-    sharding.STRATEGIES[shared].place(model, partial(_read_packed if packed else _read_plain, checkpoint), mixed)
+    read = Weights(ref).read_rows if merges else partial(_read_packed if packed else _read_plain, checkpoint)
+    sharding.STRATEGIES[shared].place(model, read, mixed)
     checkpoint.close()
     set_up_to_train(model, train, ref.block_format)
     return model

@@ -16,6 +16,8 @@ from pipeline.runs.settings import Settings, choose_settings
 
 BEING_EMPTIED: dict[str, Any] = {"is_being_emptied": True, "settings": {}, "parents": {}, "data": None}
 """Contents of unfinished.json while a stage's directory is emptied. The directory then has nothing to resume."""
+START = "start"
+"""Name of the parent that is the model in `sft.start`."""
 
 
 class Run:
@@ -147,7 +149,15 @@ class Run:
         artifact = load(directory, check_files=False)
         parents = [parent for parent in artifact.parents if parent in Stage.__members__]
         has_same_parents = all(self.stage_dir(parent) == directory.with_name(parent) for parent in parents)
-        return has_same_parents and artifact.settings == self.settings(artifact.settings)
+        is_same = artifact.settings == self.settings(artifact.settings)
+        return has_same_parents and is_same and artifact.parents.get(START) == self._start_of(name)
+
+    def _start_of(self, stage: str) -> str | None:
+        """Return the fingerprint of the model in `sft.start`, or None if the stage does not start from it."""
+        start = self.config.sft.start
+        if start is None or stage != Stage.sft.name:
+            return None
+        return load(_absolute(start), check_files=False).fingerprint
 
 
 def read_unfinished(directory: Path) -> dict[str, Any] | None:

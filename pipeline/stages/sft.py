@@ -1,22 +1,27 @@
-"""sft: fine-tunes the upcast checkpoint with supervision: in full, with adapters, or only its BF16 parts."""
+"""sft: fine-tunes the upcast checkpoint with supervision: in full, with adapters, or only its BF16 parts.
 
+With `sft.start`, training continues from an earlier fine-tuning.
+"""
+
+from dataclasses import fields
 from pathlib import Path
 
-from pipeline.config import Method, PipelineConfig, Stage
+from pipeline.config import Method, PipelineConfig, Stage, TrainConfig
 from pipeline.data.examples import prepare_examples
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import UserError
-from pipeline.models import loading, placement, references, saving, sharding
+from pipeline.models import continuing, loading, placement, references, saving, sharding
 from pipeline.models.references import ModelRef
 from pipeline.numerics.formats import MXFP4
 from pipeline.runs.artifacts import Artifact, Kind, Result
 from pipeline.runs.building import build
 from pipeline.runs.records import TrainingRecord
-from pipeline.runs.run import Run
+from pipeline.runs.run import START, Run
 from pipeline.training import resume
 
-_SETTINGS = ("data", "sft")
+_SETTINGS = ("data", *(f"sft.{each.name}" for each in fields(TrainConfig)))
+"""Settings that count. `sft.start` does not: its fingerprint is a parent, so that runs can be moved."""
 
 
 def run(config: PipelineConfig) -> Artifact:
@@ -24,14 +29,17 @@ def run(config: PipelineConfig) -> Artifact:
     here = Run(config)
     upcast = references.require_upcast(here, config.model.path)
     sharding.raise_if_impossible(config.sharding)
-    _raise_if_in_other_form(config.sft.method, references.of_artifact(upcast))
+    earlier = continuing.find_start(here, upcast, config.sft)
+    start = earlier or references.of_artifact(upcast)
+    if earlier is None:
+        _raise_if_in_other_form(config.sft.method, start)
     rows = load_rows(here, config.data)
     return build(
         here,
         Stage.sft,
         settings=_SETTINGS,
-        parents={"upcast": upcast.fingerprint},
-        work=lambda directory: _train(config, here, references.of_artifact(upcast), rows, directory),
+        parents={"upcast": upcast.fingerprint} | ({} if earlier is None else {START: earlier.fingerprint}),
+        work=lambda directory: _train(config, here, start, rows, directory),
         data=rows.fingerprint,
         resumable_as=resume.by_global_batch,
         on_every_process=True,
@@ -62,7 +70,7 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     splits = prepare_examples(here, config.data, rows, tokenizer)
     copies = placement.copies_in_host_memory(config.sharding)
     placement.raise_if_host_too_small("sft", start.base, loading.TRAIN_DTYPES[config.sft.precision], copies)
-    adapted = config.sft.method is Method.lora
+    adapted = config.sft.method is Method.lora and not start.adapter
     attach = (lambda model: adapters.attach(model, config.sft, "sft", is_factored=True)) if adapted else None
     model = loading.load_to_train(start, config.sft, attention, config.sharding, attach)
     changes = WeightChanges(model, references.configured_format(config.format))
