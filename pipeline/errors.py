@@ -39,6 +39,12 @@ class MachineError(Exception):
     exit_status = 1
 
 
+def prefixed(error: UserError | CheckFailed | MachineError, prefix: str) -> Exception:
+    """Return an error of the same kind, whose message begins with a prefix."""
+    message = f"{prefix}: {error}"
+    return UserError(message, count=error.count) if isinstance(error, UserError) else type(error)(message)
+
+
 class Problems:
     """Counts all problems of a stream, but keeps only the first few. There may be too many to store."""
 

@@ -25,7 +25,9 @@ _GROUPS = {
     "sharding": "how training processes share a model",
     "tracking": "a service that also gets the metrics of metrics.jsonl",
 }
-_MODEL_INDEPENDENT = ("stage", "recipe", "run_dir", "doctor", "verify", "eval", "compare", "tracking", "overwrite")
+_MODEL_INDEPENDENT = (
+    *("stage", "recipe", "run_dir", "doctor", "verify", "controls", "eval", "compare", "tracking", "overwrite"),
+)
 """Prefixes of settings that do not change a model. Jobs of a sweep that differ only in them share a directory."""
 _HELP_FLAGS = ("--help", "-h")
 

@@ -31,6 +31,7 @@ class Stage(Enum):
     qat = "quantization-aware training of the quantized model, at a low learning rate"
     export = "write the checkpoint for serving, by default MXFP4 in the original's layout"
     verify = "prove that the export is correct"
+    controls = "train and round the models that QAT must beat (stage=all includes it with controls=true)"
     evaluate = "measure a stage's model: loss, perplexity, size and weight error"
     compare = "report the gains and losses of each stage, for one run or several"
     all = "run all stages above in order; skip stages that are up to date, and resume interrupted ones"
@@ -81,6 +82,8 @@ class PipelineConfig:
     """Rebuild a stage that is complete. If settings have changed, also discard the stage's unfinished work."""
     sharding: Sharding = Sharding.none
     """Split over processes: parameters, gradients and optimizer (fsdp2, zero3), or gradients and optimizer (zero2)."""
+    controls: bool = False
+    """Let stage=all also make the controls of QAT: more SFT and the best PTQ, PTQ by each rounding, BF16 parts."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     doctor: DoctorConfig = field(default_factory=DoctorConfig)

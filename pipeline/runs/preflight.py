@@ -19,7 +19,7 @@ from pipeline.runs.processes import has_launcher, local_process_count
 NO_GPU = "device=cuda: no GPU is visible here. Use device=auto or device=cpu."
 _BF16_CAPABILITY = (8, 0)
 _SIZES_DIFFER = 1.05  # GPUs of one model report sizes that differ by less than this factor
-_TRAINED = {Stage.sft: ("sft",), Stage.qat: ("qat",), Stage.all: ("sft", "qat")}
+_TRAINED = {Stage.sft: ("sft",), Stage.qat: ("qat",), Stage.controls: ("sft", "qat"), Stage.all: ("sft", "qat")}
 """For each stage that trains, the configuration sections with its training settings."""
 
 

@@ -4,6 +4,7 @@ import importlib
 from dataclasses import replace
 
 from pipeline.config import PipelineConfig, QuantizeSource, Stage, leaves_nothing_to_round
+from pipeline.config.controls import reason_for_none
 from pipeline.models import sharding
 from pipeline.publish import hub
 from pipeline.runs.artifacts import Artifact
@@ -11,7 +12,7 @@ from pipeline.runs.console import say
 from pipeline.runs.one_stage import one_stage
 
 STAGES = tuple(Stage)[: tuple(Stage).index(Stage.all)]
-"""The stages that `all` always runs. It starts no server, and uploads only if the user asks for it."""
+"""The stages that `all` can run. It starts no server, and uploads or makes controls only if the user asks for it."""
 
 
 def run(config: PipelineConfig) -> Artifact:
@@ -19,7 +20,7 @@ def run(config: PipelineConfig) -> Artifact:
     hub.check(config.export)  # check now, because the upload starts hours later
     sharding.raise_if_impossible(config.sharding)  # also now, because training starts minutes later
     artifact = None
-    for stage in STAGES if config.export.push_to_hub is None else (*STAGES, Stage.publish):
+    for stage in _stages(config):
         if (reason := _reason_to_skip(stage, config)) is not None:
             say(stage.name, f"skipped, because {reason}")
         else:
@@ -32,6 +33,11 @@ def run(config: PipelineConfig) -> Artifact:
     return artifact
 
 
+def _stages(config: PipelineConfig) -> list[Stage]:
+    chosen = [stage for stage in STAGES if stage is not Stage.controls or config.controls]
+    return chosen if config.export.push_to_hub is None else [*chosen, Stage.publish]
+
+
 def _reason_to_skip(stage: Stage, config: PipelineConfig) -> str | None:
     if stage is Stage.sft and config.quantize.source is QuantizeSource.upcast:
         return "quantize.source=upcast"
@@ -39,4 +45,4 @@ def _reason_to_skip(stage: Stage, config: PipelineConfig) -> str | None:
         config.quantize.source, config.sft, config.format.name
     ):
         return "sft.method=bf16_parts leaves nothing to round: the experts are still the source's own MXFP4 weights"
-    return None
+    return reason_for_none(config) if stage is Stage.controls else None

@@ -8,7 +8,7 @@ from conftest import run_program
 from evaluated import record
 
 from pipeline import __main__ as program
-from pipeline.config import PipelineConfig, QuantizeConfig, QuantizeSource, Stage, TrainConfig
+from pipeline.config import PipelineConfig, QuantizeConfig, QuantizeSource, SftConfig, Stage
 from pipeline.errors import UserError
 from pipeline.runs.building import build
 from pipeline.runs.run import Run
@@ -108,7 +108,7 @@ def test_models_of_the_same_settings_are_shared_and_reports_are_not(base: Path, 
 
 
 def test_what_was_made_otherwise_or_from_what_was_is_the_jobs_own(base: Path, tmp_path: Path) -> None:
-    other = job(tmp_path, sft=TrainConfig(learning_rate=1.0))
+    other = job(tmp_path, sft=SftConfig(learning_rate=1.0))
     own = [name for name in SETTINGS if other.stage_dir(name) == tmp_path / "job" / name]
     assert own == ["sft", "quantize", "qat"]  # quantize and qat have the same settings, but were made from another sft
 

@@ -1,0 +1,131 @@
+"""Choose the controls of a run: models that QAT must beat, because they also have more training or better rounding.
+
+A control is a run of its own in `<run_dir>/controls/<name>`. It shares the earlier stages of the main run.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+from pipeline.config import rules
+from pipeline.config.pipeline import PipelineConfig, Stage
+from pipeline.config.quantize import QuantizeSource, RoundingMethod, leaves_nothing_to_round
+from pipeline.config.training import Method, Precision, SftConfig, TrainConfig
+
+DIRECTORY = Stage.controls.name
+"""Subdirectory of run_dir. It holds one run directory for each control."""
+
+MORE_SFT, BF16_PARTS = "more_sft", "bf16_parts"
+"""Names of the controls that train. Each other control has the name of its rounding method."""
+
+_AUTO = "auto"  # the method that tries the others and keeps the best
+_BEST_FIRST = (_AUTO, "gptq", "stochastic", "nearest")
+_LORA_RATE = 10  # LoRA uses about ten times the learning rate of training whole tensors
+_STEPS = (
+    *("epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "packing"),
+    *("eval_steps", "save_steps", "logging_steps", "keep_best", "early_stopping_patience"),
+)
+"""Settings of `qat` that decide how long it trains, and which weights it keeps."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control: a run whose configuration differs from the main run's in a few settings.
+
+    Attributes:
+        name: name of the control, and of its directory.
+        config: configuration of its run. `overwrite`, `device` and similar settings are the main run's.
+        stages: the stages that it runs. The last one makes its model. The stages before them are the main run's.
+        origin: where its settings come from, for error messages.
+    """
+
+    name: str
+    config: PipelineConfig
+    stages: tuple[Stage, ...]
+    origin: str
+
+    @property
+    def model(self) -> str:
+        """Name of the control's model in the results: its directory, relative to the main run's directory."""
+        return f"{DIRECTORY}/{self.name}/{self.stages[-1].name}"
+
+
+def is_control(model: str) -> bool:
+    """Return whether the name of a model in the results is that of a control."""
+    return model.startswith(f"{DIRECTORY}/")
+
+
+def reason_for_none(config: PipelineConfig) -> str | None:
+    """Return the reason why a run has no controls, or None."""
+    if config.quantize.source is QuantizeSource.upcast:
+        return "quantize.source=upcast: without SFT, there is nothing to compare QAT with"
+    if leaves_nothing_to_round(config.quantize.source, config.sft, config.format.name):
+        return "sft.method=bf16_parts leaves nothing to round, so there is no QAT"
+    return None
+
+
+def controls_of(config: PipelineConfig, sft: str) -> list[Control]:
+    """List the controls of a run, the fastest first. Roundings that the format does not allow are left out.
+
+    Args:
+        config: configuration of the main run.
+        sft: directory of the main run's `sft`.
+    """
+    if reason_for_none(config) is not None:
+        return []
+    methods = [method for method in RoundingMethod if _is_possible(_rounded(config, method))]
+    found = [*_roundings(config, methods), _more_sft(config, methods, sft)]
+    return found if config.sft.method is Method.bf16_parts else [*found, _parts(config)]
+
+
+def _roundings(config: PipelineConfig, methods: list[RoundingMethod]) -> Iterator[Control]:
+    """Yield PTQ of the SFT model by each method, except the main run's own."""
+    for method in methods:
+        if method.name != _AUTO and method is not config.quantize.method:
+            its = _in_own_directory(_rounded(config, method), method.name)
+            yield Control(method.name, its, (Stage.quantize,), "quantize.method is the name of the control")
+
+
+def _more_sft(config: PipelineConfig, methods: list[RoundingMethod], sft: str) -> Control:
+    """Train the SFT model for as many more steps as QAT, without quantizers. Then round it by the best method."""
+    by_name = {method.name: method for method in methods}
+    best = next(by_name[name] for name in _BEST_FIRST if name in by_name)
+    its = _in_own_directory(_rounded(config, best), MORE_SFT)
+    its = replace(its, sft=_continued(config, sft))
+    return Control(MORE_SFT, its, (Stage.sft, Stage.quantize), "its sft.* are the main run's qat.*")
+
+
+def _continued(config: PipelineConfig, start: str) -> SftConfig:
+    """Return the settings of QAT, as settings of `sft`.
+
+    QAT of the BF16 parts trains them beside rounded experts. Before rounding, this would leave the experts out, so
+    the control trains by SFT's method and at its rate.
+    """
+    if config.qat.method is Method.bf16_parts and config.sft.method is not Method.bf16_parts:
+        return replace(config.sft, start=start, **{name: getattr(config.qat, name) for name in _STEPS})
+    return SftConfig(**{each.name: getattr(config.qat, each.name) for each in fields(TrainConfig)}, start=start)
+
+
+def _parts(config: PipelineConfig) -> Control:
+    """Train only the BF16 parts, with the steps and data of SFT. Adapters' rate and precision do not suit them."""
+    sft = replace(config.sft, method=Method.bf16_parts)
+    if config.sft.method is Method.lora:
+        precision = Precision.mixed_bf16 if sft.precision is Precision.bf16 else sft.precision
+        sft = replace(sft, learning_rate=sft.learning_rate / _LORA_RATE, precision=precision)
+    its = replace(config, sft=sft, upcast=replace(config.upcast, experts=None))
+    is_rounded = not leaves_nothing_to_round(its.quantize.source, its.sft, its.format.name)
+    stages = (Stage.upcast, Stage.sft, *([Stage.quantize] if is_rounded else []))
+    origin = "its sft.* are the main run's, with sft.method=bf16_parts"
+    return Control(BF16_PARTS, _in_own_directory(its, BF16_PARTS), stages, origin)
+
+
+def _rounded(config: PipelineConfig, method: RoundingMethod) -> PipelineConfig:
+    return replace(config, quantize=replace(config.quantize, method=method))
+
+
+def _is_possible(config: PipelineConfig) -> bool:
+    return not rules.problems(replace(config, stage=Stage.quantize))
+
+
+def _in_own_directory(config: PipelineConfig, name: str) -> PipelineConfig:
+    """The main run's stages are linked into the directory, so the control needs no base_run."""
+    return replace(config, run_dir=f"{config.run_dir}/{DIRECTORY}/{name}", base_run=None, controls=False)
