@@ -4,20 +4,21 @@ The test is McNemar's exact test, paired by prompt. Holm's method corrects the p
 report.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 
 import numpy as np
 
 from pipeline.compare.rows import PTQ, QAT, SFT, Row
+from pipeline.config.controls import is_control
 from pipeline.evaluate import statistics
 from pipeline.evaluate.statistics import BETTER, WORSE, Comparison
 from pipeline.evaluate.verdicts import pair
 from pipeline.runs.json_files import Json
 
 LOSS = "validation_loss"
-
+KL = "kl_divergence"
 
 TEST_COLUMNS = (
     *("figure", "model", "reference", "verdict", "difference (points)", "95 % interval", "p (corrected)", "prompts"),
@@ -31,11 +32,23 @@ TEST_TITLES = (*TEST_COLUMNS[:-1], "needed for significance")
 
 @dataclass(frozen=True)
 class Chain:
-    """An SFT model and the PTQ and QAT models made from it. None stands for a model that was not evaluated."""
+    """An SFT model and the PTQ and QAT models made from it. None stands for a model that was not evaluated.
+
+    `controls` are the controls of the run with the QAT model.
+    """
 
     sft: Row | None
     ptq: Row | None
     qat: Row | None
+    controls: Sequence[Row] = ()
+
+    @property
+    def best_control(self) -> Row | None:
+        """The control with the lowest validation loss. PTQ is a control, too. None without further controls."""
+        measured = [row for row in (self.ptq, *self.controls) if row is not None and LOSS in row.figures]
+        if not any(is_control(row.model) for row in measured):
+            return None
+        return min(measured, key=lambda row: (row.figures[LOSS], row.figures.get(KL, 0.0)))
 
     @property
     def title(self) -> str:
@@ -97,11 +110,19 @@ def find_chains(rows: list[Row]) -> list[Chain]:
 
     Each QAT model forms a chain with its PTQ and SFT models. Each remaining PTQ model forms a chain with its SFT model.
     """
-    found = [Chain(_origin(row, SFT, rows), _origin(row, PTQ, rows), row) for row in rows if row.model == QAT]
+    found = [
+        Chain(_origin(row, SFT, rows), _origin(row, PTQ, rows), row, _controls(row, rows))
+        for row in rows
+        if row.model == QAT
+    ]
     used = {id(chain.ptq) for chain in found}
     return found + [
         Chain(_origin(row, SFT, rows), row, None) for row in rows if row.model == PTQ and id(row) not in used
     ]
+
+
+def _controls(qat: Row, rows: list[Row]) -> list[Row]:
+    return [row for row in rows if is_control(row.model) and row.run is qat.run]
 
 
 def _origin(row: Row, stage: str, rows: list[Row]) -> Row | None:
@@ -128,10 +149,13 @@ def run_tests(rows: list[Row]) -> list[Test]:
 
 
 def pairs_of(chain: Chain) -> Iterator[tuple[Row, Row]]:
-    """Yield pairs of (model, reference): PTQ against SFT, QAT against PTQ, and QAT against SFT."""
+    """Yield pairs of (model, reference): PTQ and QAT against SFT, and QAT against PTQ and the best control."""
     for model, reference in ((chain.ptq, chain.sft), (chain.qat, chain.ptq), (chain.qat, chain.sft)):
         if model is not None and reference is not None:
             yield model, reference
+    if chain.qat is not None and chain.best_control not in (None, chain.ptq):
+        assert chain.best_control is not None
+        yield chain.qat, chain.best_control
 
 
 def format_pairs(rows: list[Row]) -> list[tuple[Row, Row]]:

@@ -7,14 +7,16 @@ difference that the test could have detected. Losses have no interval, because o
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline.compare.evidence import LOSS, Chain, Test, find_chains, format_pairs, pairs_of
-from pipeline.compare.rows import PTQ, QAT, SFT, Row
+from pipeline.compare.evidence import KL, LOSS, Chain, Test, find_chains, format_pairs, pairs_of
+from pipeline.compare.rows import PTQ, QAT, SFT, Row, control_of
+from pipeline.config.controls import MORE_SFT, is_control
 from pipeline.evaluate.statistics import BETTER, WORSE
 
 NOTHING = "no statistically significant difference"
 
 _SERVED = "served_bytes"
 _EFFECTS_OF_PTQ = {WORSE: "PTQ is worse than SFT", BETTER: "PTQ is better than SFT"}
+_AGAINST_CONTROL = {WORSE: "the best control is better than QAT", BETTER: "QAT is better than the best control"}
 _GAPS_TO_SFT = {WORSE: "QAT did not fully recover to SFT", BETTER: "QAT is better than SFT"}
 
 
@@ -53,14 +55,57 @@ def _describe_chain(chain: Chain, tests: list[Test]) -> Iterator[str]:
     missing = [name for name, row in ((SFT, chain.sft), (PTQ, chain.ptq), (QAT, chain.qat)) if row is None]
     if missing:
         yield f"Not evaluated: {', '.join(missing)}. Comparisons with missing models are left out."
+    yield from _describe_verdict(chain)
     yield from _describe_losses(chain)
     in_chain = {(id(model), id(reference)) for model, reference in pairs_of(chain)}
     own_tests = [test for test in tests if (id(test.model), id(test.reference)) in in_chain]
     for figure in dict.fromkeys(test.figure for test in own_tests):
         yield from _describe_rate([test for test in own_tests if test.figure == figure])
+        yield from (_describe_control(test) for test in own_tests if test.figure == figure and _has_control(test))
     if not own_tests:
         yield "No answers were compared, so no difference was tested. To compare answers, evaluate with eval=quick."
     yield from _describe_cost(chain)
+
+
+def _describe_verdict(chain: Chain) -> Iterator[str]:
+    """Compare QAT with the best control. Without controls, say what the comparison with PTQ is worth."""
+    qat, best = chain.qat, chain.best_control
+    if qat is None or LOSS not in qat.figures or SFT not in qat.lineage:
+        return
+    if best is None:
+        yield (
+            "Without controls, the comparison with PTQ overstates QAT, because more steps of SFT and a better rounding"
+            " also lower the loss (controls=true makes them)."
+        )
+        return
+    figures = f"validation loss {_pair(best, qat, LOSS)}"
+    if KL in best.figures and KL in qat.figures:
+        figures += f", KL divergence from SFT {_pair(best, qat, KL)}"
+    loss, own = best.figures[LOSS], qat.figures[LOSS]
+    if loss < own:
+        yield f"Verdict: {best.role} does better than QAT: {figures}. To export it, set export.source={best.model}."
+    else:
+        kind = "does not do better than" if loss > own else "does as well as"
+        yield f"Verdict: the best control, {best.role}, {kind} QAT: {figures}."
+    yield from _describe_choice(chain)
+
+
+def _pair(model: Row, reference: Row, figure: str) -> str:
+    return f"{model.figures[figure]:.4f} against {reference.figures[figure]:.4f}"
+
+
+def _describe_choice(chain: Chain) -> Iterator[str]:
+    """Say how far the choice of the best control can be trusted."""
+    count = len(chain.controls) + (chain.ptq is not None)
+    yield (
+        f"The best of {count} controls was chosen by its loss on the same data, so this loss is slightly optimistic."
+        " The losses have no interval."
+    )
+    more = next((row for row in chain.controls if control_of(row.model) == MORE_SFT), None)
+    if more is None:
+        yield f"{MORE_SFT} was not evaluated, so QAT may owe its loss to more training."
+    elif chain.qat is not None and more.steps != chain.qat.steps:
+        yield f"QAT had {chain.qat.steps} steps, but {more.role} had {more.steps}. Make the control again."
 
 
 def _describe_losses(chain: Chain) -> Iterator[str]:
@@ -102,6 +147,15 @@ def _describe_rate(tests: list[Test]) -> Iterator[str]:
         yield _summarize(recovered, _effect_of_qat(lost, recovered))
     if remaining:
         yield _summarize(remaining, _GAPS_TO_SFT.get(remaining.verdict, "the test shows no gap between QAT and SFT"))
+
+
+def _has_control(test: Test) -> bool:
+    return is_control(test.reference.model)
+
+
+def _describe_control(test: Test) -> str:
+    unclear = "the test shows no difference between QAT and the best control"
+    return _summarize(test, _AGAINST_CONTROL.get(test.verdict, unclear))
 
 
 def _summarize(test: Test, summary: str) -> str:

@@ -9,6 +9,7 @@ from typing import TypeAlias
 from pipeline.checkpoints.config_json import read_config
 from pipeline.checkpoints.gpt_oss import Shape, expert_projections, plain_tensors
 from pipeline.compare.runs import EvaluatedRun, StageFacts, has_answers
+from pipeline.config.controls import BF16_PARTS, MORE_SFT, is_control
 from pipeline.errors import UserError
 from pipeline.evaluate.scorers import VERDICTS
 from pipeline.evaluate.transcripts import Transcript
@@ -43,10 +44,12 @@ class Row:
         block_format: 4-bit format of the experts' weights in the forward pass, or None.
         figures: values of the figures by name. If a value belongs to a group, its name ends in /<group>.
         fingerprint: fingerprint of the model.
-        lineage: stage -> fingerprint, for the model and its ancestors.
+        lineage: stage -> fingerprint, for the model and its ancestors. A control has the ancestors of the run's SFT
+            model.
         seconds: duration of the stage that made the model, or None if it is unknown.
         peak_bytes: peak memory of the main process of that stage. It is GPU memory if the process has a GPU, else host
             memory. None if it is unknown.
+        steps: number of optimizer steps after SFT (QAT, or more SFT), or None.
         answers: the model's answers to the prompts; empty if there are none.
         verdicts: figure -> verdicts on the answers.
     """
@@ -61,6 +64,7 @@ class Row:
     lineage: dict[str, str]
     seconds: float | None = None
     peak_bytes: int | None = None
+    steps: int | None = None
     answers: list[Transcript] = field(default_factory=list)
     verdicts: dict[str, list[Verdict]] = field(default_factory=dict)
 
@@ -94,7 +98,7 @@ def _collect_run(run: EvaluatedRun, *, is_alone: bool) -> list[Row]:
 
 
 def _make_row(run: EvaluatedRun, model: str, results: Figures, *, shape: Shape | None, is_alone: bool) -> Row:
-    stage = run.read_stage(model) if model in ORDER else None
+    stage = _read_stage(run, model)
     lineage = _trace_lineage(run, model)
     answers = _read_answers(run, model)
     return Row(
@@ -108,9 +112,28 @@ def _make_row(run: EvaluatedRun, model: str, results: Figures, *, shape: Shape |
         lineage=lineage,
         seconds=None if stage is None else stage.seconds,
         peak_bytes=None if stage is None else stage.peak_bytes,
+        steps=_steps(run, model, stage),
         answers=answers,
         verdicts={name: verdicts for name, judge in VERDICTS.items() if (verdicts := judge(answers))},
     )
+
+
+def _read_stage(run: EvaluatedRun, model: str) -> StageFacts | None:
+    """Read the stage that made a model, or return None if no stage of the run made it."""
+    if is_control(model):
+        return run.read_control(model)
+    return run.read_stage(model) if model in ORDER else None
+
+
+def _steps(run: EvaluatedRun, model: str, stage: StageFacts | None) -> int | None:
+    if control_of(model) == MORE_SFT:
+        stage = run.read_stage(model.replace(PTQ, SFT))
+    return None if stage is None or model == SFT else stage.artifact.details.get("steps")
+
+
+def control_of(model: str) -> str | None:
+    """Return the name of the control that made a model, or None if it is another model."""
+    return model.split("/")[1] if is_control(model) else None
 
 
 def flatten(figures: Figures) -> dict[str, float]:
@@ -137,16 +160,25 @@ def _add_loss_changes(rows: list[Row]) -> None:
 def _role(model: str, stage: StageFacts | None, lineage: dict[str, str]) -> str:
     if stage is None:
         return model
+    method = stage.artifact.details.get("method")
+    rounded = f" ({method})" if method else ""
+    if (control := control_of(model)) is not None:
+        has_ptq = stage.artifact.stage == PTQ
+        trained = {MORE_SFT: "SFT + more SFT", BF16_PARTS: "BF16 parts"}.get(control, SFT.upper())
+        return f"{trained} + PTQ{rounded}" if has_ptq else trained
     if model == EXPORT:
         origin = stage.artifact.details["exported_from"]
         return f"{_role(origin, stage, lineage) if origin in _ROLES else origin}, exported"
-    return _ROLES[model] if SFT in lineage else _ROLES[model].removeprefix("SFT + ")
+    role = _ROLES[model] + (rounded if model == PTQ else "")
+    return role if SFT in lineage else role.removeprefix("SFT + ")
 
 
 def _trace_lineage(run: EvaluatedRun, model: str) -> dict[str, str]:
-    stage = run.read_stage(model) if model in ORDER else None
+    stage = _read_stage(run, model)
     if stage is None:
         return {}
+    if is_control(model):
+        return {**_trace_lineage(run, SFT), model: stage.artifact.fingerprint}
     parents = stage.artifact.parents
     if model == EXPORT:
         parents = {stage.artifact.details["exported_from"]: parents["model"]}

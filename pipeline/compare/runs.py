@@ -5,15 +5,23 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeAlias
 
 import xxhash
 
 from pipeline.config import Stage
+from pipeline.config.controls import is_control
 from pipeline.errors import user_errors
 from pipeline.runs import artifacts
-from pipeline.runs.artifacts import ARTIFACT_FILE, CONFIG_FILE, EVALUATED_STAGES, UNFINISHED_FILE, Artifact
+from pipeline.runs.artifacts import (
+    ARTIFACT_FILE,
+    CONFIG_FILE,
+    EVALUATED_STAGES,
+    MODEL_STAGES,
+    UNFINISHED_FILE,
+    Artifact,
+)
 from pipeline.runs.commands import stage_command
 
 _EVALUATE = Stage.evaluate.name
@@ -50,7 +58,7 @@ class EvaluatedRun:
     evaluated: Artifact
 
     def stage_dir(self, stage: str) -> Path | None:
-        """Return the directory of a complete stage, or None.
+        """Return the directory of a complete stage, or None. A control's model names its stage by a path.
 
         The stage may be in the run that `base_run` names. A stage of that run is ignored if it was rebuilt after this
         run was evaluated.
@@ -75,6 +83,16 @@ class EvaluatedRun:
         cost = json.loads((directory / ARTIFACT_FILE).read_text(encoding="utf-8"))
         peak_bytes = cost["peak_device_memory_bytes"] or cost["peak_memory_bytes"]
         return StageFacts(artifacts.load(directory, check_files=False), cost["seconds"], peak_bytes)
+
+    def read_control(self, model: str) -> StageFacts | None:
+        """Read the stage of a control's model. The cost is that of all stages that the control ran itself."""
+        made = self.read_stage(model)
+        if made is None:
+            return None
+        own = [stage for stage in MODEL_STAGES if not made.artifact.directory.with_name(stage.name).is_symlink()]
+        names = [PurePosixPath(model).with_name(stage.name).as_posix() for stage in own]
+        facts = [each for each in map(self.read_stage, names) if each is not None]
+        return StageFacts(made.artifact, sum(each.seconds for each in facts), max(each.peak_bytes for each in facts))
 
     @cached_property
     def _shared(self) -> str | None:
@@ -155,10 +173,10 @@ def _stale_problems(run: EvaluatedRun) -> list[str]:
     """Return a message for each model whose figures are stale, because it was rebuilt after its evaluation."""
     return [
         f"{directory}: was rebuilt after it was evaluated. Run {_command(run.directory)}"
-        for stage in Stage
-        if stage.name in run.evaluated.parents
-        and (directory := run.stage_dir(stage.name)) is not None
-        and artifacts.load(directory, check_files=False).fingerprint != run.evaluated.parents[stage.name]
+        for model, fingerprint in run.evaluated.parents.items()
+        if (model in Stage.__members__ or is_control(model))
+        and (directory := run.stage_dir(model)) is not None
+        and artifacts.load(directory, check_files=False).fingerprint != fingerprint
     ]
 
 

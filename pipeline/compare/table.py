@@ -121,7 +121,10 @@ def make_cost_table(rows: list[Row]) -> Table:
         Column("time", lambda row: _NONE if row.seconds is None else f"{row.seconds:.1f} s"),
         Column("most memory", lambda row: _NONE if row.peak_bytes is None else size(row.peak_bytes)),
     ]
-    caption = "Cost of the stage that made the model. Memory is the main process's peak, on its GPU if it has one."
+    caption = (
+        "Cost of the stage that made the model. A control has the sum of its own stages. Memory is the main process's"
+        " peak, on its GPU if it has one."
+    )
     return Table("Cost", [_MODEL, _ROLE, *columns], caption)
 
 

@@ -12,6 +12,7 @@ import torch
 from pipeline.checkpoints.config_json import is_quantized, read_config
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.config import FormatConfig, Stage
+from pipeline.config.controls import is_control
 from pipeline.errors import UserError
 from pipeline.models.source import sampled_fingerprint
 from pipeline.numerics.formats import FORMATS, BlockFormat
@@ -98,7 +99,7 @@ def configured_format(settings: FormatConfig) -> BlockFormat:
 
 
 def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> ModelRef:
-    """Find the model that `source` names: a stage of this run, or a directory.
+    """Find the model that `source` names: a stage of this run, a stage of a control (`Control.model`), or a directory.
 
     If `source` is None, the newest complete stage in `among` is used. Messages use `key` as the name of the setting.
 
@@ -115,8 +116,10 @@ def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> Mo
         if stage not in among:
             raise UserError(f"{key}={source}: must be one of {', '.join(s.name for s in among)}, or a directory.")
         return stage_ref(run, stage)
-    directory = Path(source).expanduser().absolute()
+    directory = run.directory / source if is_control(source) else Path(source).expanduser().absolute()
     if not directory.is_dir():
+        if is_control(source):
+            raise UserError(f"{key}={source}: no control of {run.directory} has this model.")
         raise UserError(f"{key}={source}: neither a stage ({', '.join(s.name for s in among)}) nor a directory.")
     if (directory / ARTIFACT_FILE).is_file():
         ref = of_artifact(load(directory))

@@ -13,7 +13,7 @@ from pipeline.models.source import Source
 from pipeline.runs import artifacts
 from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact
 from pipeline.runs.records import DoctorRecord, ExportRecord, TrainingRecord
-from pipeline.runs.run import Run
+from pipeline.runs.run import START, Run
 
 _COMPARISON = "compare.md"
 _DIRECTORIES = re.compile(r"(?<![\w:/.~-])[~.]{0,2}/(?:[^\s/|]+/)+")
@@ -49,8 +49,15 @@ def lineage(export: Artifact) -> list[Artifact]:
     }
     while made := next((made for place in candidates.items() if (made := _recorded(*place))), None):
         found.append(made)
-        candidates = {made.directory.parent / name: fingerprint for name, fingerprint in made.parents.items()}
+        candidates = _parents(made)
     return found[::-1]
+
+
+def _parents(made: Artifact) -> dict[Path, str]:
+    """Return where the parents of a stage may be, with their fingerprints. An SFT that it continues comes first."""
+    run, start = made.directory.parent, made.details.get(START)
+    continued = {run / start: made.parents[START]} if start is not None else {}
+    return continued | {run / name: fingerprint for name, fingerprint in made.parents.items() if name != START}
 
 
 def trainings(stages: list[Artifact]) -> list[Artifact]:

@@ -102,6 +102,7 @@ class TrainingRecord(ModelRecord):
             is a mean over supervised tokens.
         quantizers: number of fake quantizers that ran, or None if the model has none.
         attn_implementation: the attention kernel that was used, or None in artifacts of older versions.
+        start: directory of the earlier SFT that this one continues, relative to the run's directory, or None.
         counts: numbers of rows, examples, tokens, truncated examples and dropped examples.
     """
 
@@ -113,6 +114,7 @@ class TrainingRecord(ModelRecord):
     validation_loss: float
     quantizers: int | None = field(default=None, metadata=_OPTIONAL)
     attn_implementation: str | None = field(default=None, metadata=_OPTIONAL)
+    start: str | None = field(default=None, metadata=_OPTIONAL)
     counts: dict[str, int] = field(default_factory=dict, metadata=_OTHERS)
 
 

@@ -1,7 +1,8 @@
 """evaluate: measures models of the run, of a directory or of a server, and keeps their figures and answers."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from pipeline.evaluate.measure import Measure, Task, file_name
 from pipeline.evaluate.scorers import judge
 from pipeline.models import references
 from pipeline.models.references import ModelRef
+from pipeline.runs import controls
 from pipeline.runs.artifacts import EVALUATED_STAGES, Artifact, Kind, Result, load
 from pipeline.runs.building import build
-from pipeline.runs.console import say
+from pipeline.runs.console import say, warn
 from pipeline.runs.json_files import write_json
 from pipeline.runs.records import EvaluateRecord
 from pipeline.runs.run import Run
@@ -73,18 +75,29 @@ def _refs(here: Run, source: str | None) -> list[ModelRef]:
         raise UserError(
             f"evaluate.source={_ALL}: {here.config.run_dir} has no model yet. Run first: {here.command(Stage.upcast)}"
         )
-    return [references.stage_ref(here, stage) for stage in complete]
+    stages = [references.stage_ref(here, stage) for stage in complete]
+    for stale in [made.model for made in controls.find_made(here) if made.is_stale]:
+        warn("evaluate", f"{stale}: skipped, because it is stale. Run stage=controls with overwrite=true.")
+    return [*stages, *_controls(here)]
+
+
+def _controls(here: Run) -> Iterator[ModelRef]:
+    """Yield the models of the run's complete controls, except stale ones."""
+    for made in controls.find_made(here):
+        if not made.is_stale:
+            yield replace(references.of_artifact(made.artifact), name=made.model)
 
 
 def _measured_before(here: Run) -> list[ModelRef]:
-    """List the stages in the earlier report that are not stale. Only changed stages are measured again."""
+    """List the models in the earlier report that are not stale. Only changed models are measured again."""
     names = here.report_parents(Stage.evaluate)
     there = [
         load(here.stage_dir(stage))
         for stage in EVALUATED_STAGES
         if stage.name in names and references.is_loadable(here, stage)
     ]
-    return [references.of_artifact(artifact) for artifact in there if here.staleness(artifact) is None]
+    stages = [references.of_artifact(artifact) for artifact in there if here.staleness(artifact) is None]
+    return [*stages, *(ref for ref in _controls(here) if ref.name in names)]
 
 
 def _served_before(task: Task) -> list[Served]:
