@@ -7,6 +7,7 @@ from typing import Any
 
 from exports import SIZES
 
+from pipeline.config.controls import is_control
 from pipeline.evaluate.transcripts import Transcript
 
 RIGHT, WRONG = "7", "8"
@@ -75,11 +76,14 @@ def run(
         rounds = block_format if model in ("quantize", "qat") else None
         record(directory / model, fingerprint=named[model], parents=parents, fake_quantized=rounds)
         (directory / model / "config.json").write_text(json.dumps(SIZES))
+    for model in [model for model in models if is_control(model)]:
+        record(directory / model, fingerprint=model, parents={"sft": named["sft"]}, fake_quantized=block_format)
     evaluate = directory / "evaluate"
     for model, said in given.items():
-        (evaluate / model).mkdir(parents=True)
+        answers_of = evaluate / model.replace("/", "_")
+        answers_of.mkdir(parents=True)
         lines = [json.dumps(asdict(each)) + "\n" for each in said]
-        (evaluate / model / "generations.jsonl").write_text("".join(lines))
+        (answers_of / "generations.jsonl").write_text("".join(lines))
     parents = {model: named[model] for model in models} | ({"evaluate.prompts": "prompts"} if given else {})
     settings = {"data.path": "chats.jsonl", "evaluate.generate": bool(given), **facts.pop("settings", {})}
     details = {"reference": "sft", "results": models}
