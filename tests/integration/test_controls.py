@@ -1,0 +1,112 @@
+"""controls=true adds the controls to a finished run, and the report compares QAT with the best of them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import SHORT, run_program
+from test_resume import make_interruption
+
+from pipeline.checkpoints.reading import Checkpoint
+from pipeline.runs import artifacts
+from pipeline.runs.metrics import read_metrics
+from pipeline.training import callbacks
+
+SETTINGS = ("recipe=smoke", *SHORT, "controls=true")
+MORE, PARTS = "controls/more_sft/quantize", "controls/bf16_parts/sft"
+
+
+@pytest.fixture(scope="module")
+def whole(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the smoke run, to which controls=true has added the controls. Tests must not write to it."""
+    run_dir = Path(shutil.copytree(smoke_run, tmp_path_factory.mktemp("controls") / "run", symlinks=True))
+    assert run_program("stage=all", f"run_dir={run_dir}", *SETTINGS) == 0
+    return run_dir
+
+
+def stages(run_dir: Path) -> dict[str, str]:
+    """Return the fingerprints of all stages of the controls, by their paths."""
+    found = (run_dir / "controls").glob("*/*/artifact.json")
+    return {
+        path.parent.relative_to(run_dir).as_posix(): artifacts.load(path.parent).fingerprint
+        for path in found
+        if not path.parent.is_symlink()
+    }
+
+
+def test_only_the_controls_are_added_and_each_has_a_row(whole: Path, smoke_run: Path) -> None:
+    for stage in ("upcast", "sft", "quantize", "qat", "export", "verify"):
+        mine, before = (json.loads((run_dir / stage / "artifact.json").read_text()) for run_dir in (whole, smoke_run))
+        assert mine == before
+    rows = {row["model"]: row for row in json.loads((whole / "compare" / "compare.json").read_text())["rows"]}
+    assert rows.keys() >= {"qat", "controls/stochastic/quantize", MORE, PARTS}
+    assert rows[PARTS]["role"] == "BF16 parts" and rows[MORE]["role"].startswith("SFT + more SFT + PTQ (")
+    findings = json.loads((whole / "compare" / "compare.json").read_text())["findings"]
+    assert [line for line in findings[0]["sentences"] if line.startswith("Verdict: ")]
+
+
+def test_more_sft_continues_sft_for_the_steps_of_qat_on_the_same_examples(whole: Path) -> None:
+    more, qat, sft = (artifacts.load(whole / name) for name in ("controls/more_sft/sft", "qat", "sft"))
+    assert more.parents["start"] == sft.fingerprint and more.data == qat.data
+    assert more.details["steps"] == qat.details["steps"] == 6
+    assert more.details["validation_loss_before"] == pytest.approx(sft.details["validation_loss"])
+    tokens = [
+        [line["num_tokens"] for line in read_metrics(each.directory) if "num_tokens" in line] for each in (more, qat)
+    ]
+    assert tokens[0] == tokens[1]
+
+
+def test_bf16_parts_keep_the_experts_of_the_original(whole: Path) -> None:
+    (source,) = (whole / "source").iterdir()
+    base, parts = Checkpoint(source), Checkpoint(whole / PARTS)
+    blocks = [name for name in base.tensors if name.endswith(("_blocks", "_scales"))]
+    assert blocks and all(base.read(name).equal(parts.read(name)) for name in blocks)
+
+
+def test_a_second_run_is_up_to_date(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = stages(whole)
+    assert run_program("stage=controls", f"run_dir={whole}", *SETTINGS) == 0
+    said = capsys.readouterr().out
+    assert stages(whole) == before and said.count("up to date") == len(before) and "done in" not in said
+
+
+def test_an_interrupted_control_resumes_to_the_same_bytes(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = Path(shutil.copytree(whole, tmp_path / "moved", symlinks=True))
+    shutil.rmtree(run_dir / "controls" / "more_sft")
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks.Checkpoints, "on_save", make_interruption(3))
+        assert run_program("stage=controls", f"run_dir={run_dir}", *SETTINGS) == 130
+    assert not (run_dir / "controls" / "more_sft" / "sft" / "artifact.json").exists()
+    assert run_program("stage=controls", f"run_dir={run_dir}", *SETTINGS) == 0
+    said = capsys.readouterr().out
+    assert "resuming from step 3" in said and f"up to date: {run_dir}/{PARTS}" in said  # in a run that was moved
+    assert stages(run_dir) == stages(whole)
+
+
+def test_the_error_of_a_control_names_the_control(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_program("stage=controls", f"run_dir={whole}", *SETTINGS, "qat.learning_rate=1e-3") == 2
+    error = capsys.readouterr().err
+    assert "control more_sft (its sft.* are the main run's qat.*): " in error
+    assert "sft.learning_rate: was 0.0005, is 0.001" in error
+
+
+def test_stale_controls_are_left_out_of_the_evaluation(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
+    record = json.loads((run_dir / "sft" / "artifact.json").read_text())
+    for name in ("sft", "quantize", "qat", "export"):
+        shutil.rmtree(run_dir / name)
+    shutil.copytree(whole / "sft", run_dir / "sft")
+    (run_dir / "sft" / "artifact.json").write_text(json.dumps({**record, "fingerprint": "rebuilt"}))
+    assert run_program("stage=evaluate", f"run_dir={run_dir}", *SETTINGS, "evaluate.source=all") == 0
+    assert f"{MORE}: skipped, because it is stale" in (said := capsys.readouterr()).out + said.err
+    assert artifacts.load(run_dir / "evaluate").details["results"].keys() == {"upcast", "sft", PARTS}
+
+
+def test_a_run_that_has_no_controls_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_program("stage=controls", f"run_dir={tmp_path}", *SETTINGS, "train@sft=bf16_parts") == 2
+    assert "there are no controls, because sft.method=bf16_parts leaves nothing to round" in capsys.readouterr().err
