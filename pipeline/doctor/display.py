@@ -8,7 +8,7 @@ from rich.text import Text
 
 from pipeline.checkpoints import largest_codes
 from pipeline.data.harmony import IGNORED, Conversation, ConversationError, Rendering, examples
-from pipeline.doctor.findings import DataFigures, Facts, device_needed, disk_needed, gigabytes, host_needed
+from pipeline.doctor.findings import DataFigures, Facts, controls_of, device_needed, disk_needed, gigabytes, host_needed
 from pipeline.doctor.needs import as_batched
 from pipeline.doctor.parity import ParityFigures
 from pipeline.errors import UserError
@@ -119,10 +119,21 @@ def _needs_lines(facts: Facts) -> Iterable[tuple[str, str]]:
     for stage in needs["devices"]:
         yield f"{stage}, each device", _device(facts, stage)
     yield "disk by stage", ", ".join(f"{name} {gigabytes(size)}" for name, size in needs["disk_bytes"].items())
+    yield from _control_lines(facts)
     yield "disk", f"{_fits(disk_needed(facts), machine['disk_free_bytes'])} (with the checkpoints of training)"
     yield "host memory", _fits(host_needed(facts), machine["host_free_bytes"])
     largest = max(device_needed(facts, stage) for stage in needs["device_bytes"])
     yield "GPU memory", _fits(largest, machine["gpu_free_bytes"]) if machine["gpus"] else "there is no GPU here"
+
+
+def _control_lines(facts: Facts) -> Iterable[tuple[str, str]]:
+    controls = controls_of(facts)
+    if not controls:
+        return
+    disk = gigabytes(sum(control["disk_bytes"] for control in controls.values()))
+    trained = [f"{name} about {gigabytes(size)}" for name in controls if (size := controls[name]["device_bytes"])]
+    yield "controls", f"{', '.join(controls)}: {disk} more on disk"
+    yield "controls, each device", f"{', '.join(trained)}. Training takes about as long again as sft and qat"
 
 
 def _device(facts: Facts, stage: str) -> str:

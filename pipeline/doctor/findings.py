@@ -10,10 +10,11 @@ from pipeline.config import Stage
 from pipeline.doctor import remedies
 from pipeline.doctor.content import ControlTextFigures, CopyFigures, ReasoningFigures, ToolFigures
 from pipeline.doctor.leaks import LeakFigures
-from pipeline.doctor.needs import NeedFigures
+from pipeline.doctor.needs import ControlFigures, NeedFigures
 from pipeline.doctor.parity import ParityFigures
 from pipeline.doctor.plan import Plan
 from pipeline.doctor.rows import Lengths, NothingToLearn, TokenCounts, Truncated
+from pipeline.runs import controls
 from pipeline.runs.records import DoctorRecord
 from pipeline.runs.run import Run
 
@@ -92,8 +93,20 @@ def gigabytes(size: float) -> str:
 def disk_needed(facts: Facts) -> int:
     """Compute the peak disk usage of the remaining stages, in bytes. Only one of them has checkpoints at a time."""
     todo = [name for name in facts.needs["disk_bytes"] if not facts.run.is_complete(Stage[name])]
+    controls = [control for name, control in controls_of(facts).items() if not _is_made(facts.run, name)]
     resumable = [size for name, size in facts.needs["checkpoint_bytes"].items() if name in todo]
-    return sum(facts.needs["disk_bytes"][name] for name in todo) + max(resumable, default=0)
+    resumable += [control["checkpoint_bytes"] for control in controls]
+    sizes = [*(facts.needs["disk_bytes"][name] for name in todo), *(control["disk_bytes"] for control in controls)]
+    return sum(sizes) + max(resumable, default=0)
+
+
+def controls_of(facts: Facts) -> Mapping[str, ControlFigures]:
+    """Return the needs of the run's controls, by name."""
+    return facts.needs.get("controls", {})
+
+
+def _is_made(run: Run, control: str) -> bool:
+    return any(made.artifact.directory.parent.name == control for made in controls.find_made(run))
 
 
 def device_needed(facts: Facts, stage: str) -> int:
@@ -111,6 +124,7 @@ def host_needed(facts: Facts) -> int:
     if facts.machine["gpus"]:
         return whole
     training = max(device_needed(facts, stage) for stage in facts.needs["device_bytes"])
+    training = max(training, *(control["device_bytes"] for control in controls_of(facts).values()), 0)
     return max(whole, facts.machine["local_processes"] * training)
 
 
@@ -123,6 +137,18 @@ def _device_too_small(facts: Facts) -> list[str]:
         f" {_less_memory(facts, stage, free)}."
         for stage in facts.needs["device_bytes"]
         if (needed := device_needed(facts, stage)) > free
+    ]
+
+
+def _device_too_small_for_controls(facts: Facts) -> list[str]:
+    if not facts.machine["gpus"]:
+        return []
+    free = facts.machine["gpu_free_bytes"]
+    return [
+        f"the control {name} needs about {gigabytes(needed)} on each GPU, but only {gigabytes(free)} are free. It would"
+        " stop stage=all after the export. Use a larger GPU or sharding=fsdp2 on several GPUs, or set controls=false."
+        for name, control in controls_of(facts).items()
+        if (needed := control["device_bytes"]) > free
     ]
 
 
@@ -282,6 +308,7 @@ def _and_more(first: list[str], total: int) -> str:
 
 _CHECKS: tuple[Callable[[Facts], list[str]], ...] = (
     _device_too_small,
+    _device_too_small_for_controls,
     _host_too_small,
     _disk_too_small,
     _other_tokens,

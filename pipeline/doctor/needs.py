@@ -8,7 +8,7 @@ the number of processes. All other figures assume that each device holds these p
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from pipeline.checkpoints.config_json import is_quantized
 from pipeline.checkpoints.dtypes import TRAIN_TYPES, bytes_per_value
@@ -78,11 +78,23 @@ class DeviceFigures(TypedDict):
     estimated_because: str
 
 
+class ControlFigures(TypedDict):
+    """The needs of a control, in bytes: its stages on disk, its checkpoints, and its training on each device.
+
+    `checkpoint_bytes` and `device_bytes` are 0 if the control does not train.
+    """
+
+    disk_bytes: int
+    checkpoint_bytes: int
+    device_bytes: int
+
+
 class NeedFigures(TypedDict):
     """The needs of a run, stored in artifact.json.
 
     `devices` has the peak of each training stage. `device_bytes` maps each training stage to estimated bytes without
     sharding: one entry for each field of Memory, and `total`. `tokens` is the number of tokens of the longest example.
+    `controls` has the needs of each control, by its name. It is absent if the run makes no controls.
     """
 
     parameters: ParameterCounts
@@ -92,6 +104,7 @@ class NeedFigures(TypedDict):
     disk_bytes: dict[str, int]
     checkpoint_bytes: dict[str, int]
     tokens: int
+    controls: NotRequired[dict[str, ControlFigures]]
 
 
 @dataclass(frozen=True)

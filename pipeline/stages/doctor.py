@@ -11,12 +11,13 @@ from pipeline.checkpoints.largest_codes import CodeFigures
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.side_files import side_files
 from pipeline.config import PipelineConfig, Stage
+from pipeline.config.controls import controls_of
 from pipeline.data.examples import rendering_of, split_rows
 from pipeline.data.harmony import Rendering
 from pipeline.data.languages import Languages
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
-from pipeline.doctor import content, device_memory, display, findings, leaks, machine, needs, parity
+from pipeline.doctor import content, controls, device_memory, display, findings, leaks, machine, needs, parity
 from pipeline.doctor.findings import DataFigures, Facts
 from pipeline.doctor.plan import Plan
 from pipeline.doctor.rows import examine
@@ -46,6 +47,7 @@ _SETTINGS = (
     "qat",
     "sharding",
     "export.target",
+    "controls",
     "doctor.languages",
 )
 
@@ -103,6 +105,11 @@ def _report(
     shapes = read_config(model)
     devices = device_memory.figures(plan, shapes, longest, process_count())
     needed = needs.figures(plan, shapes, longest, devices)
+    if here.config.controls:
+        needed["controls"] = {
+            control.name: controls.figures(_plan(control.config), control.stages, shapes, longest, process_count())
+            for control in controls_of(here.config, str(here.directory / Stage.sft.name))
+        }
     facts = Facts(figures, needed, machine.figures(here.directory), plan, shapes, here, codes)
     sections: dict[str, Any] = {**facts.data, "needs": facts.needs, "machine": facts.machine}
     sections |= {"largest_codes": codes} if codes else {}

@@ -110,3 +110,12 @@ def test_stale_controls_are_left_out_of_the_evaluation(
 def test_a_run_that_has_no_controls_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_program("stage=controls", f"run_dir={tmp_path}", *SETTINGS, "train@sft=bf16_parts") == 2
     assert "there are no controls, because sft.method=bf16_parts leaves nothing to round" in capsys.readouterr().err
+
+
+def test_doctor_counts_the_disk_space_of_each_control(whole: Path) -> None:
+    found = artifacts.load(whole / "doctor").details["needs"]["controls"]
+    assert found.keys() == {path.name for path in (whole / "controls").iterdir()}
+    for name, control in found.items():
+        files = [path for path in (whole / "controls" / name).glob("*/*.safetensors") if not path.parent.is_symlink()]
+        size = sum(path.stat().st_size for path in files if path.stat().st_nlink == 1)
+        assert control["disk_bytes"] == pytest.approx(size, rel=0.05)

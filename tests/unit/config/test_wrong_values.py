@@ -13,7 +13,7 @@ WRONG_TYPES = {
     "model.path=null": "model.path=None: field 'model.path' is not Optional",
     "qat.lora.targets=[attention,router]": "qat.lora.targets=['attention', 'router']: Invalid value 'router', expected"
     " one of [attention, experts]",
-    "sft=3": "sft=3: Invalid type assigned: int is not a subclass of TrainConfig. value: 3",
+    "sft=3": "sft=3: Invalid type assigned: int is not a subclass of SftConfig. value: 3",
 }
 
 

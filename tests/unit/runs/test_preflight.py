@@ -16,7 +16,7 @@ from pipeline.runs.preflight import Machine
 H100 = Gpu("H100", (9, 0), 85 * 10**9)
 T4 = Gpu("T4", (7, 5), 16 * 10**9)
 LORA = TrainConfig(method=Method.lora, precision=Precision.bf16)
-TRAINING = (Stage.sft, Stage.qat, Stage.all)
+TRAINING = (Stage.sft, Stage.qat, Stage.controls, Stage.all)
 OTHERS = tuple(stage for stage in Stage if stage not in TRAINING)
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 

@@ -1,0 +1,31 @@
+"""Compute what the controls of a run need beside the run itself."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.checkpoints.config_json import is_quantized
+from pipeline.checkpoints.gpt_oss import Shape
+from pipeline.config import Stage
+from pipeline.doctor import device_memory, needs
+from pipeline.doctor.needs import ControlFigures
+from pipeline.doctor.plan import Plan
+
+
+def figures(
+    plan: Plan, stages: Sequence[Stage], model: Mapping[str, Any], longest: int, processes: int
+) -> ControlFigures:
+    """Compute the needs of one control.
+
+    Args:
+        plan: settings of the control's run.
+        stages: the stages that the control runs.
+        model, longest, processes: as for `device_memory.figures`.
+    """
+    shape = Shape.of(model, plan.model_path)
+    disk = needs.disk(plan, shape, is_quantized(model))
+    trains = Stage.sft in stages
+    return {
+        "disk_bytes": sum(disk[stage.name] for stage in stages),
+        "checkpoint_bytes": needs.checkpoints(shape, plan.sft) if trains else 0,
+        "device_bytes": device_memory.estimate(plan, Stage.sft.name, model, longest, processes) if trains else 0,
+    }

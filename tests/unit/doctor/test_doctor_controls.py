@@ -1,0 +1,53 @@
+"""doctor counts what the controls need on disk and on each GPU, until they are made."""
+
+from pathlib import Path
+from typing import Any
+
+import evaluated
+import pytest
+from test_doctor import HEALTHY, MODEL, NEEDS, ROOMY, plan
+
+from pipeline.config import ModelConfig, PipelineConfig, Sharding, Stage, TrainConfig
+from pipeline.doctor import display, findings
+from pipeline.doctor.findings import Facts
+from pipeline.runs.json_files import write_json
+from pipeline.runs.records import DoctorRecord
+from pipeline.runs.run import Run
+
+CONTROLS = {
+    "gptq": {"disk_bytes": 30, "checkpoint_bytes": 0, "device_bytes": 0},
+    "bf16_parts": {"disk_bytes": 10, "checkpoint_bytes": 500, "device_bytes": 700},
+}
+
+
+def facts(run_dir: Path, **machine: int) -> Facts:
+    run = Run(PipelineConfig(Stage.doctor, run_dir=str(run_dir), model=ModelConfig("model")))
+    needs: dict[str, Any] = {**NEEDS, "controls": CONTROLS}
+    report = DoctorRecord(data=HEALTHY, needs=needs, machine={}, findings=[])
+    return Facts.of(report, {**ROOMY, **machine}, plan(TrainConfig(), Sharding.none), MODEL, run)
+
+
+def test_controls_that_are_not_made_add_their_disk_space_and_their_checkpoints(tmp_path: Path) -> None:
+    assert findings.disk_needed(facts(tmp_path)) == 105 + 30 + 10 + 500
+    evaluated.record(tmp_path / "controls" / "bf16_parts" / "sft")
+    write_json(tmp_path / "controls" / "bf16_parts" / "control.json", {"stage": "sft"})
+    assert findings.disk_needed(facts(tmp_path)) == 105 + 30 + 180
+
+
+def test_a_control_that_does_not_fit_on_a_gpu_is_named(tmp_path: Path) -> None:
+    assert findings.findings(facts(tmp_path, gpu_free_bytes=700)) == []
+    (message,) = findings.findings(facts(tmp_path, gpu_free_bytes=699))
+    assert message.startswith("the control bf16_parts needs about 0.0 MB on each GPU") and "controls=false" in message
+
+
+def test_without_gpus_controls_train_in_host_memory(tmp_path: Path) -> None:
+    assert findings.host_needed(facts(tmp_path, gpus=0)) == 700
+
+
+def test_the_report_has_the_disk_space_of_controls_and_says_how_long_they_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    display.report(facts(tmp_path), [])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "controls gptq, bf16_parts: 0.0 MB more on disk" in said
+    assert "Training takes about as long again as sft and qat" in said
