@@ -43,12 +43,16 @@ class Chain:
     controls: Sequence[Row] = ()
 
     @property
-    def best_control(self) -> Row | None:
-        """The control with the lowest validation loss. PTQ is a control, too. None without further controls."""
+    def rivals(self) -> list[Row]:
+        """The controls with 4-bit experts and a known loss. PTQ is a control, too. Empty without further controls."""
         measured = [row for row in (self.ptq, *self.controls) if row is not None and LOSS in row.figures]
-        if not any(is_control(row.model) for row in measured):
-            return None
-        return min(measured, key=lambda row: (row.figures[LOSS], row.figures.get(KL, 0.0)))
+        rounded = [row for row in measured if row.block_format is not None]
+        return rounded if any(is_control(row.model) for row in rounded) else []
+
+    @property
+    def best_control(self) -> Row | None:
+        """The rival with the lowest validation loss, or None if there are no rivals."""
+        return min(self.rivals, key=lambda row: (row.figures[LOSS], row.figures.get(KL, 0.0)), default=None)
 
     @property
     def title(self) -> str:

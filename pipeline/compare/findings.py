@@ -96,12 +96,11 @@ def _pair(model: Row, reference: Row, figure: str) -> str:
 
 def _describe_choice(chain: Chain) -> Iterator[str]:
     """Say how far the choice of the best control can be trusted."""
-    count = len(chain.controls) + (chain.ptq is not None)
     yield (
-        f"The best of {count} controls was chosen by its loss on the same data, so this loss is slightly optimistic."
+        f"The best of {len(chain.rivals)} controls was chosen by its loss on the same data, so this loss is slightly optimistic."
         " The losses have no interval."
     )
-    more = next((row for row in chain.controls if control_of(row.model) == MORE_SFT), None)
+    more = next((row for row in chain.rivals if control_of(row.model) == MORE_SFT), None)
     if more is None:
         yield f"{MORE_SFT} was not evaluated, so QAT may owe its loss to more training."
     elif chain.qat is not None and more.steps != chain.qat.steps:

@@ -128,4 +128,6 @@ def _is_possible(config: PipelineConfig) -> bool:
 
 def _in_own_directory(config: PipelineConfig, name: str) -> PipelineConfig:
     """The main run's stages are linked into the directory, so the control needs no base_run."""
-    return replace(config, run_dir=f"{config.run_dir}/{DIRECTORY}/{name}", base_run=None, controls=False)
+    tracking = replace(config.tracking, name=f"{config.tracking.name or config.recipe}-{name}")
+    own = f"{config.run_dir}/{DIRECTORY}/{name}"
+    return replace(config, run_dir=own, base_run=None, controls=False, tracking=tracking)

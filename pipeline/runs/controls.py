@@ -65,12 +65,12 @@ def _link(path: Path, target: Path) -> None:
 
 
 def find_made(main: Run) -> Iterator[Made]:
-    """Find the complete controls of a run, in the order of their names."""
+    """Find the complete controls of a run, in the order of their names. Files of their models are not checked."""
     for file in sorted((main.directory / DIRECTORY).glob(f"*/{CONTROL_FILE}")):
         stage = json.loads(file.read_text(encoding="utf-8"))["stage"]
         directory = file.parent / stage
         if (directory / ARTIFACT_FILE).is_file():
-            artifact = load(directory)
+            artifact = load(directory, check_files=False)
             yield Made(f"{DIRECTORY}/{file.parent.name}/{stage}", artifact, _is_stale(main, artifact))
 
 

@@ -85,7 +85,7 @@ def _controls(here: Run) -> Iterator[ModelRef]:
     """Yield the models of the run's complete controls, except stale ones."""
     for made in controls.find_made(here):
         if not made.is_stale:
-            yield replace(references.of_artifact(made.artifact), name=made.model)
+            yield replace(references.of_artifact(load(made.artifact.directory)), name=made.model)
 
 
 def _measured_before(here: Run) -> list[ModelRef]:

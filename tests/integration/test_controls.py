@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import SHORT, run_program
+from conftest import SHORT, outcomes, run_program
 from test_resume import make_interruption
 
 from pipeline.checkpoints.reading import Checkpoint
@@ -105,6 +105,38 @@ def test_stale_controls_are_left_out_of_the_evaluation(
     assert run_program("stage=evaluate", f"run_dir={run_dir}", *SETTINGS, "evaluate.source=all") == 0
     assert f"{MORE}: skipped, because it is stale" in (said := capsys.readouterr()).out + said.err
     assert artifacts.load(run_dir / "evaluate").details["results"].keys() == {"upcast", "sft", PARTS}
+
+
+def test_a_controls_model_can_be_evaluated_and_exported_by_its_name(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
+    chosen = (
+        f"run_dir={run_dir}",
+        *SETTINGS,
+        f"export.source={PARTS}",
+        f"evaluate.source={MORE.replace('quantize', 'sft')}",
+    )
+    for stage in ("export", "verify", "evaluate", "publish"):
+        assert run_program(f"stage={stage}", *chosen, "overwrite=true") == 0
+    assert "FAILED" not in outcomes(run_dir)
+    assert artifacts.load(run_dir / "export").parents["model"] == artifacts.load(whole / PARTS).fingerprint
+    assert "controls/more_sft/sft" in artifacts.load(run_dir / "evaluate").details["results"]
+    card = (run_dir / "publish" / "model" / "README.md").read_text()
+    assert card.count("| supervised fine-tuning |") == 1
+    assert run_program("stage=export", f"run_dir={run_dir}", *SETTINGS, "export.source=controls/other/sft") == 2
+    assert "export.source=controls/other/sft: no control of" in capsys.readouterr().err
+
+
+def test_the_card_of_more_sft_has_both_trainings(whole: Path, tmp_path: Path) -> None:
+    run_dir = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
+    for stage in ("export", "verify", "publish"):
+        assert (
+            run_program(f"stage={stage}", f"run_dir={run_dir}", *SETTINGS, f"export.source={MORE}", "overwrite=true")
+            == 0
+        )
+    card = (run_dir / "publish" / "model" / "README.md").read_text()
+    assert [line.split()[4] for line in card.splitlines() if line.startswith("| supervised")] == ["12", "6"]
 
 
 def test_a_run_that_has_no_controls_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,6 +81,16 @@ def test_a_control_with_other_steps_than_qat_is_reported(tmp_path: Path) -> None
     assert "QAT had 6 steps, but SFT + more SFT + PTQ (stochastic) had 3." in sentences(report(run_dir))
 
 
+def test_a_model_that_is_not_rounded_is_no_rival_of_qat(tmp_path: Path) -> None:
+    unrounded = "controls/more_sft/sft"
+    run_dir = run_with(tmp_path / "run", {**LOSSES, unrounded: 1.0})
+    evaluated.record(run_dir / unrounded, fingerprint=unrounded, details={"steps": 6})
+    found = report(run_dir)
+    assert verdict(found).startswith("Verdict: SFT + more SFT + PTQ (stochastic) does better")
+    assert {row.role for row in found.rows if row.model == unrounded} == {"SFT + more SFT"}
+    assert "The best of 4 controls" in sentences(found)
+
+
 def test_answers_of_qat_are_tested_against_those_of_the_best_control_alone(tmp_path: Path) -> None:
     passed = {"sft": SFT, "quantize": LOW, "qat": LOW, MORE: SFT, STOCHASTIC: LOW}
     found = report(run_with(tmp_path / "run", LOSSES, passed))
