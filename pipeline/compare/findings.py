@@ -97,8 +97,8 @@ def _pair(model: Row, reference: Row, figure: str) -> str:
 def _describe_choice(chain: Chain) -> Iterator[str]:
     """Say how far the choice of the best control can be trusted."""
     yield (
-        f"The best of {len(chain.rivals)} controls was chosen by its loss on the same data, so this loss is slightly optimistic."
-        " The losses have no interval."
+        f"The best of {len(chain.rivals)} controls was chosen by its loss on the same data, so this loss is slightly"
+        " optimistic. The losses have no interval."
     )
     more = next((row for row in chain.rivals if control_of(row.model) == MORE_SFT), None)
     if more is None:
