@@ -20,11 +20,8 @@ MORE_SFT, BF16_PARTS = "more_sft", "bf16_parts"
 _AUTO = "auto"  # the method that tries the others and keeps the best
 _BEST_FIRST = (_AUTO, "gptq", "stochastic", "nearest")
 _LORA_RATE = 10  # LoRA uses about ten times the learning rate of training whole tensors
-_STEPS = (
-    *("epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "packing"),
-    *("eval_steps", "save_steps", "logging_steps", "keep_best", "early_stopping_patience"),
-)
-"""Settings of `qat` that decide how long it trains, and which weights it keeps."""
+_OF_METHOD = ("method", "lora", "precision", "optimizer", "stochastic_rounding")
+"""Settings of `sft` that belong to its method."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +95,14 @@ def _continued(config: PipelineConfig, start: str) -> SftConfig:
     """Return the settings of QAT, as settings of `sft`.
 
     QAT of the BF16 parts trains them beside rounded experts. Before rounding, this would leave the experts out, so
-    the control trains by SFT's method and at its rate.
+    the control then trains by SFT's method.
     """
-    if config.qat.method is Method.bf16_parts and config.sft.method is not Method.bf16_parts:
-        return replace(config.sft, start=start, **{name: getattr(config.qat, name) for name in _STEPS})
-    return SftConfig(**{each.name: getattr(config.qat, each.name) for each in fields(TrainConfig)}, start=start)
+    qat, sft = config.qat, config.sft
+    more = SftConfig(**{each.name: getattr(qat, each.name) for each in fields(TrainConfig)}, start=start)
+    if qat.method is not Method.bf16_parts or sft.method is Method.bf16_parts:
+        return more
+    more = replace(more, **{name: getattr(sft, name) for name in _OF_METHOD})
+    return replace(more, learning_rate=qat.learning_rate * (_LORA_RATE if sft.method is Method.lora else 1))
 
 
 def _parts(config: PipelineConfig) -> Control:

@@ -46,7 +46,10 @@ def test_more_sft_is_rounded_by_the_best_method_there_is() -> None:
 
 def test_qat_of_the_bf16_parts_is_held_against_more_steps_of_sft_by_its_own_method() -> None:
     sft = controls("train@qat=bf16_parts", "qat.max_steps=7")[MORE_SFT].config.sft
-    assert (sft.method, sft.max_steps, sft.learning_rate) == (Method.full, 7, 1e-3)
+    assert (sft.method, sft.max_steps, sft.learning_rate) == (Method.full, 7, 1e-4)
+    parts = ("train@qat=bf16_parts", "qat.learning_rate=2e-6")
+    lora = controls(*parts, recipe="multilingual")[MORE_SFT].config.sft
+    assert (lora.method, lora.precision, lora.learning_rate) == (Method.lora, Precision.bf16, pytest.approx(2e-5))
 
 
 def test_bf16_parts_have_the_steps_and_the_rate_of_full_sft() -> None:
