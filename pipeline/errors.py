@@ -4,10 +4,16 @@ A mistake of the user exits with 2. A failed check, or a machine that cannot do 
 """
 
 import difflib
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 MOST_PROBLEMS = 8
 """Number of problems that a long list shows. The rest are counted."""
+
+_MOST_PLACES = 3  # rows that are named of a group with the same problem
+_NUMBER = re.compile(r"\d+")
+_PLURALS = {"has": " have", "begins": " begin", "is": ": each is"}
 
 
 class UserError(Exception):
@@ -45,33 +51,86 @@ def prefixed(error: UserError | CheckFailed | MachineError, prefix: str) -> Exce
     return UserError(message, count=error.count) if isinstance(error, UserError) else type(error)(message)
 
 
-class Problems:
-    """Counts all problems of a stream, but keeps only the first few. There may be too many to store."""
+class RowProblems:
+    """Collects the problems of rows, and groups equal ones. Each group has a count and its first rows.
+
+    There may be more bad rows than memory can hold, so only the first groups are kept. Numbers in a reason, such as
+    the index of a message, do not make another group.
+    """
 
     def __init__(self, most: int = MOST_PROBLEMS) -> None:
         self._most = most
-        self._first: list[str] = []
-        self._count = 0
+        self._groups: dict[str, _Group] = {}
+        self._others = 0
 
-    def add(self, problem: str) -> None:
-        """Count a problem, and keep it unless the list is full."""
-        self._count += 1
-        if len(self._first) < self._most:
-            self._first.append(problem)
+    def add(self, where: str, reason: str) -> None:
+        """Add the problem of a row.
 
-    def lines(self) -> list[str]:
-        """List the first problems, and count the rest in a last line."""
-        return _with_rest(self._first, self._count)
+        Args:
+            where: place of the row, as in `chats.jsonl: row 3`.
+            reason: what is wrong with the row, without a full stop. The text continues a sentence about the row
+                ("has no 'messages'"), or is a sentence of its own.
+        """
+        key = _NUMBER.sub("…", reason)
+        if key in self._groups:
+            self._groups[key].add(where, reason, key)
+        elif len(self._groups) < self._most:
+            self._groups[key] = _Group(reason, [where])
+        else:
+            self._others += 1
 
     def raise_if_any(self) -> None:
-        """Raise one UserError that reports all problems together."""
-        if self._count:
-            raise _together(self.lines(), self._count)
+        """Raise one UserError that reports all groups together, one line for each."""
+        lines = [str(group) for group in self._groups.values()]
+        if self._others:
+            lines.append(f"{_rows(self._others)} with other problems")
+        if lines:
+            raise _together(lines, len(lines))
+
+
+@dataclass
+class _Group:
+    """Rows with the same problem. `places` has the first few, `count` is the number of all."""
+
+    reason: str
+    places: list[str]
+    count: int = 1
+    is_one_file: bool = True
+
+    def add(self, where: str, reason: str, key: str) -> None:
+        self.count += 1
+        self.is_one_file = self.is_one_file and _split_place(where)[0] == _split_place(self.places[0])[0]
+        if reason != self.reason:
+            self.reason = key
+        if len(self.places) < _MOST_PLACES:
+            self.places.append(where)
+
+    def __str__(self) -> str:
+        if self.count == 1:
+            return f"{self.places[0]}: {self.reason}."
+        file, _ = _split_place(self.places[0])
+        places = [_split_place(where)[1] for where in self.places] if self.is_one_file else self.places
+        rest = self.count - len(places)
+        shown = f"{', '.join(places)} and {rest} more" if rest else f"{', '.join(places[:-1])} and {places[-1]}"
+        verb, _, others = self.reason.partition(" ")
+        plural = f"{_PLURALS[verb]} {others}" if verb in _PLURALS else f": {self.reason}"
+        return f"{f'{file}: ' if self.is_one_file and file else ''}{_rows(self.count)} ({shown}){plural}."
+
+
+def _split_place(where: str) -> tuple[str, str]:
+    """Split `chats.jsonl: row 3` into the file and the number. The file is empty if `where` has another form."""
+    file, _, number = where.rpartition(": row ")
+    return file, number
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
 
 
 def at_most(problems: list[str], most: int = MOST_PROBLEMS) -> list[str]:
     """List the first problems, and count the rest in a last line."""
-    return _with_rest(problems[:most], len(problems))
+    rest = len(problems) - most
+    return [*problems[:most], f"and {rest} more"] if rest > 0 else problems
 
 
 def user_errors(problems: list[str], most: int | None = None) -> UserError:
@@ -85,11 +144,6 @@ def joined(errors: list[UserError]) -> UserError:
     if len(distinct) == 1:
         return distinct[0]
     return _together([line for error in distinct for line in error.problems], sum(error.count for error in distinct))
-
-
-def _with_rest(first: list[str], count: int) -> list[str]:
-    rest = count - len(first)
-    return [*first, f"and {rest} more"] if rest else first
 
 
 def _together(lines: list[str], count: int) -> UserError:

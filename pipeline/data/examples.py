@@ -20,7 +20,7 @@ from pipeline.data.rows import CODE, Conversations, Rows, column_of
 from pipeline.data.sampling import Numbers
 from pipeline.data.sources import digest_of_files
 from pipeline.data.tokenizers import Tokenizer
-from pipeline.errors import Problems, UserError, joined
+from pipeline.errors import RowProblems, UserError, joined
 from pipeline.runs.console import progress, say, warn
 from pipeline.runs.run import Run
 
@@ -155,14 +155,14 @@ def _render_examples(
     name: str, conversations: Conversations, numbers: Numbers, *, rendering: Rendering, max_length: int
 ) -> Iterator[Mapping[str, object]]:
     """Yield the examples of these rows. After the last row, raise one error that lists all bad rows, if any."""
-    bad = Problems()
+    bad = RowProblems()
     turns: list[tuple[int, Turn]] = []
     for number in progress(numbers, what=f"tokenizing {name}", unit="row"):
         conversation = conversations[int(number)]
         try:
             turns += [(int(number), turn) for turn in harmony.render_turns(conversation, rendering)]
         except ConversationError as error:
-            bad.add(f"{conversation.where}: {error}.")
+            bad.add(conversation.where, str(error))
         if len(turns) >= _TURNS_AT_ONCE:
             yield from _truncate(turns, rendering, max_length)
             turns = []

@@ -21,7 +21,7 @@ from pipeline.data.columns import Columns
 from pipeline.data.harmony import Conversation, ConversationError, parse_conversation
 from pipeline.data.sampling import Numbers
 from pipeline.data.sources import Opened, Source, Unreadable, data_sources, digest_of_files, open_rows
-from pipeline.errors import Problems, UserError, joined, user_errors
+from pipeline.errors import RowProblems, UserError, joined, user_errors
 from pipeline.runs.console import progress, say
 from pipeline.runs.run import Run
 
@@ -134,13 +134,13 @@ def _make_table(run: Run, source: Source) -> Dataset:
 def _check_rows(source: Source, opened: Opened) -> Iterator[Mapping[str, object]]:
     """Yield the rows of the table. After the last row, raise one error that lists all bad rows, if any."""
     mapping = Columns(source.key, source.data, source.expected, source.expected_key)
-    bad, count = Problems(), 0
+    bad, count = RowProblems(), 0
     for where, row in progress(opened.rows(), what=f"checking {source.data.path}", unit="row"):
         count += 1
         try:
             yield _check_row(source, mapping, where, row)
         except ConversationError as error:
-            bad.add(f"{where}: {error}.")
+            bad.add(where, str(error))
     if not count:
         raise UserError(f"{source.key}.path={source.data.path}: the data set is empty.")
     if missing := mapping.list_missing():

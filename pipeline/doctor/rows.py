@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from pipeline.data.harmony import IGNORED, Conversation, ConversationError, Rendering, examples
-from pipeline.errors import Problems
+from pipeline.errors import RowProblems
 from pipeline.runs.console import progress
 
 _FIRST_LENGTH = 64
@@ -86,12 +86,12 @@ def examine(conversations: Iterable[Conversation], how: Rendering, max_length: i
     Raises:
         UserError: the chat template refuses some rows. The error gives the place of each.
     """
-    rows, problems = [], Problems()
+    rows, problems = [], RowProblems()
     for conversation in progress(conversations, what="examining", unit="row"):
         try:
             counted = [_count(example, max_length) for example in examples(conversation, how)]
         except ConversationError as error:
-            problems.add(f"{conversation.where}: {error}.")
+            problems.add(conversation.where, str(error))
         else:
             rows.append(Row(conversation, counted))
     problems.raise_if_any()

@@ -2,27 +2,17 @@
 
 import pytest
 
-from pipeline.errors import Problems, UserError, at_most, joined, user_errors
+from pipeline.errors import RowProblems, UserError, at_most, joined, user_errors
 
 
 def many(count: int, name: str = "row") -> list[str]:
     return [f"{name} {i}: is bad." for i in range(count)]
 
 
-def collected(problems: list[str], most: int = 8) -> UserError:
-    found = Problems(most)
-    for problem in problems:
-        found.add(problem)
-    with pytest.raises(UserError) as caught:
-        found.raise_if_any()
-    return caught.value
-
-
 def test_a_single_problem_is_the_whole_message() -> None:
     for error in (
         user_errors(many(1)),
         user_errors(many(1), most=8),
-        collected(many(1)),
         joined([UserError(*many(1))]),
     ):
         assert str(error) == "row 0: is bad."
@@ -37,31 +27,21 @@ def test_all_problems_are_reported_together() -> None:
 
 @pytest.mark.parametrize("count", [2, 8])
 def test_a_list_that_is_short_enough_is_shown_whole(count: int) -> None:
-    for error in (user_errors(many(count), most=8), collected(many(count))):
-        assert error.problems == at_most(many(count)) == many(count)
-        assert str(error).startswith(f"{count} problems:\n")
+    error = user_errors(many(count), most=8)
+    assert error.problems == at_most(many(count)) == many(count)
+    assert str(error).startswith(f"{count} problems:\n")
 
 
 @pytest.mark.parametrize("count", [9, 20])
 def test_a_long_list_is_cut_and_announces_the_real_number_of_problems(count: int) -> None:
     shown = [*many(8), f"and {count - 8} more"]
-    for error in (user_errors(many(count), most=8), collected(many(count))):
-        assert str(error).splitlines() == [f"{count} problems:", *(f"  - {line}" for line in shown)]
-        assert (error.problems, error.count) == (shown, count)
-
-
-def test_a_collector_without_problems_raises_nothing() -> None:
-    found = Problems()
-    found.raise_if_any()
-    assert found.lines() == []
-
-
-def test_a_collector_can_show_fewer() -> None:
-    assert collected(many(3), most=1).problems == ["row 0: is bad.", "and 2 more"]
+    error = user_errors(many(count), most=8)
+    assert str(error).splitlines() == [f"{count} problems:", *(f"  - {line}" for line in shown)]
+    assert (error.problems, error.count) == (shown, count)
 
 
 def test_joined_errors_show_the_lines_and_the_number_of_all() -> None:
-    error = joined([collected(many(10, "a")), UserError("c: is not there."), collected(many(2, "b"))])
+    error = joined([user_errors(many(10, "a"), most=8), UserError("c: is not there."), user_errors(many(2, "b"))])
     assert str(error).splitlines() == [
         "13 problems:",
         *(f"  - {line}" for line in many(8, "a")),
@@ -74,4 +54,62 @@ def test_joined_errors_show_the_lines_and_the_number_of_all() -> None:
 
 def test_an_error_that_several_parts_raise_alike_is_reported_once() -> None:
     assert str(joined([UserError("disk: full."), UserError("disk: full.")])) == "disk: full."
-    assert joined([collected(many(2)), collected(many(2)), UserError("x")]).count == 3
+    assert joined([user_errors(many(2)), user_errors(many(2)), UserError("x")]).count == 3
+
+
+def grouped(*rows: tuple[str, str], most: int = 8) -> str:
+    found = RowProblems(most)
+    for where, reason in rows:
+        found.add(where, reason)
+    with pytest.raises(UserError) as caught:
+        found.raise_if_any()
+    return str(caught.value)
+
+
+def test_the_problem_of_one_row_is_a_sentence() -> None:
+    assert grouped(("a.jsonl: row 7", "has no answer")) == "a.jsonl: row 7: has no answer."
+
+
+@pytest.mark.parametrize(
+    ("reason", "sentence"),
+    [
+        ("has no answer", "have no answer."),
+        ("begins with an answer", "begin with an answer."),
+        ("is a list, not an object", ": each is a list, not an object."),
+        ("'tools' is not a list", ": 'tools' is not a list."),
+    ],
+)
+def test_rows_with_the_same_problem_are_one_line_with_a_count_and_the_first_rows(reason: str, sentence: str) -> None:
+    rows = [(f"a.jsonl: row {number}", reason) for number in (3, 9, *range(20, 30))]
+    separator = "" if sentence.startswith(":") else " "
+    assert grouped(*rows) == f"a.jsonl: 12 rows (3, 9, 20 and 9 more){separator}{sentence}"
+    assert grouped(*rows[:2]) == f"a.jsonl: 2 rows (3 and 9){separator}{sentence}"
+
+
+def test_rows_of_several_files_are_named_with_their_files() -> None:
+    rows = [("a.jsonl: row 3", "has no answer"), ("b.jsonl: row 1", "has no answer")]
+    assert grouped(*rows) == "2 rows (a.jsonl: row 3 and b.jsonl: row 1) have no answer."
+
+
+def test_problems_that_differ_only_in_numbers_are_one_group() -> None:
+    rows = [(f"a.jsonl: row {i}", f"messages[{i}] has the unknown role 'bard'") for i in (1, 2)]
+    assert grouped(*rows) == "a.jsonl: 2 rows (1 and 2): messages[…] has the unknown role 'bard'."
+
+
+def test_different_problems_are_listed_and_the_rest_is_counted() -> None:
+    rows = [(f"a.jsonl: row {i}", f"has no {name}") for i, name in enumerate("abcb", 1)]
+    assert grouped(*rows).splitlines() == [
+        "3 problems:",
+        "  - a.jsonl: row 1: has no a.",
+        "  - a.jsonl: 2 rows (2 and 4) have no b.",
+        "  - a.jsonl: row 3: has no c.",
+    ]
+    assert grouped(*rows, most=1).splitlines() == [
+        "2 problems:",
+        "  - a.jsonl: row 1: has no a.",
+        "  - 3 rows with other problems",
+    ]
+
+
+def test_no_bad_rows_raise_nothing() -> None:
+    RowProblems().raise_if_any()

@@ -14,7 +14,7 @@ from pipeline.data.examples import split_rows
 from pipeline.data.harmony import Conversation, ConversationError, Rendering
 from pipeline.data.rows import Conversations, Rows, read_rows
 from pipeline.data.sources import Source, data_sources
-from pipeline.errors import Problems
+from pipeline.errors import RowProblems
 from pipeline.evaluate.transcripts import Transcript, parse
 from pipeline.runs.console import say
 from pipeline.runs.run import Run
@@ -113,12 +113,12 @@ def token_ids(asked: list[Question], rendering: Rendering) -> list[list[int]]:
     Raises:
         UserError: the chat template refuses some prompts.
     """
-    texts, problems = [], Problems()
+    texts, problems = [], RowProblems()
     for question in asked:
         try:
             texts.append(harmony.render_prompt(question.prompt.conversation, rendering))
         except ConversationError as error:
-            problems.add(f"{question.prompt.conversation.where}: {error}.")
+            problems.add(question.prompt.conversation.where, str(error))
     problems.raise_if_any()
     return rendering.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
