@@ -12,7 +12,7 @@ MOST_PROBLEMS = 8
 """Number of problems that a long list shows. The rest are counted."""
 
 _MOST_PLACES = 3  # rows that are named of a group with the same problem
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"\d+|…")
 _PLURALS = {"has": " have", "begins": " begin", "is": ": each is"}
 
 
@@ -73,7 +73,7 @@ class RowProblems:
         """
         key = _NUMBER.sub("…", reason)
         if key in self._groups:
-            self._groups[key].add(where, reason, key)
+            self._groups[key].add(where, reason)
         elif len(self._groups) < self._most:
             self._groups[key] = _Group(reason, [where])
         else:
@@ -97,11 +97,11 @@ class _Group:
     count: int = 1
     is_one_file: bool = True
 
-    def add(self, where: str, reason: str, key: str) -> None:
+    def add(self, where: str, reason: str) -> None:
         self.count += 1
         self.is_one_file = self.is_one_file and _split_place(where)[0] == _split_place(self.places[0])[0]
-        if reason != self.reason:
-            self.reason = key
+        numbers = iter(_NUMBER.findall(reason))
+        self.reason = _NUMBER.sub(lambda found: found[0] if found[0] == next(numbers) else "…", self.reason)
         if len(self.places) < _MOST_PLACES:
             self.places.append(where)
 

@@ -6,7 +6,7 @@ as `squad`. An existing path on this machine is not a hub id. The name of a data
 
 from pathlib import Path
 
-DATA_SUFFIXES = (".jsonl", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 """Suffixes of the data files that the program reads."""
 
 

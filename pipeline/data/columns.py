@@ -3,6 +3,7 @@
 To add a data set, add a file to conf/data/. No change to this module is needed.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 
 from pipeline.config import ColumnsConfig, DataConfig
@@ -64,6 +65,8 @@ class Columns:
         values = {name: self._find(row, column) for name, column in columns.items() if column is not None}
         for name in _NEEDED:
             if name in values and values[name] is None:
+                if columns[name] in row:
+                    raise ConversationError(f"has nothing in {columns[name]!r}")
                 raise ConversationError(f"has no {columns[name]!r} (it has: {', '.join(_leaves(row)) or 'nothing'})")
         messages = self._messages(values["messages"]) if "messages" in values else self._single_turn(values)
         if values.get("system") is not None and isinstance(messages, list):
@@ -134,6 +137,12 @@ class Columns:
         return [question, answer]
 
     def _messages(self, messages: object) -> object:
+        if isinstance(messages, str):  # cells of a CSV file are text
+            column = self._data.columns.messages
+            try:
+                messages = json.loads(messages)
+            except ValueError as error:
+                raise ConversationError(f"{column!r} is text, but not a list of messages in JSON ({error})") from error
         return [self._message(message) for message in messages] if isinstance(messages, (list, tuple)) else messages
 
     def _message(self, message: object) -> object:

@@ -15,12 +15,13 @@ import xxhash
 from datasets import Dataset, Features, Value, concatenate_datasets
 
 from pipeline.config import DataConfig
-from pipeline.data import columns, harmony, tables
+from pipeline.data import columns, files, folders, harmony, tables
 from pipeline.data import sources as sources_module
 from pipeline.data.columns import Columns
+from pipeline.data.files import Unreadable
 from pipeline.data.harmony import Conversation, ConversationError, parse_conversation
 from pipeline.data.sampling import Numbers
-from pipeline.data.sources import Opened, Source, Unreadable, data_sources, digest_of_files, open_rows
+from pipeline.data.sources import Opened, Source, data_sources, digest_of_files, open_rows
 from pipeline.errors import RowProblems, UserError, joined, user_errors
 from pipeline.runs.console import progress, say
 from pipeline.runs.run import Run
@@ -37,7 +38,7 @@ _ROWS = Features(
 )
 _FILTERED_OUT = {"kept": False, "conversation": "", "where": "", "identity": 0, "expected": "", "merged": False}
 
-CODE = [Path(__file__), *(Path(str(module.__file__)) for module in (columns, sources_module, harmony))]
+CODE = [Path(__file__), *(Path(str(module.__file__)) for module in (columns, files, folders, sources_module, harmony))]
 """Files with the code that turns rows into conversations. If this code changes, all tables are made again."""
 
 

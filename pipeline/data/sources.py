@@ -1,11 +1,10 @@
-"""Reads the rows of data sets from files, folders, saved data sets, the hub, and the synthetic data set.
+"""Finds data sets: files, folders, saved data sets, data sets on the hub, and the synthetic data set.
 
 Each row is returned unchanged, together with its place. Other modules interpret the rows.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,15 +14,13 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from datasets.exceptions import DatasetsError
 
 from pipeline.config import SYNTHETIC, BlendPartConfig, DataConfig
-from pipeline.config.hub_ids import DATA_SUFFIXES, is_hub_id
-from pipeline.data import synthetic
+from pipeline.config.hub_ids import is_hub_id
+from pipeline.data import files, folders, synthetic
+from pipeline.data.files import PlacedRows, number_rows
 from pipeline.errors import UserError
 
 _READ_BYTES = 1 << 24
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-
-PlacedRows = Iterator[tuple[str, object]]
-"""Pairs of (place, row). Rows are counted from 1, as editors count lines."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +47,6 @@ class Source:
     expected: dict[str, str] = field(default_factory=dict)
     expected_key: str = "evaluate.prompts.expected.{}"
     needs_answers: bool = True
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """Stands for a row that cannot be read. Such a row is reported together with the other bad rows."""
-
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -115,28 +105,25 @@ def _source_of_part(key: str, data: DataConfig, part: BlendPartConfig) -> Source
 def _open_synthetic(source: Source, name: str) -> Opened:
     if name != f"{SYNTHETIC}arithmetic":
         raise UserError(f"{source.key}.path={name!r}: no such synthetic data set. Use {SYNTHETIC}arithmetic.")
-    return Opened(digest_of_files([Path(synthetic.__file__)]), lambda: _number_rows(name, synthetic.arithmetic_rows()))
+    return Opened(digest_of_files([Path(synthetic.__file__)]), lambda: number_rows(name, synthetic.arithmetic_rows()))
 
 
 def _open_file(source: Source, path: Path) -> Opened:
-    if path.suffix not in DATA_SUFFIXES:
-        raise UserError(
-            f"{source.key}.path={path}: must be a {' or '.join(DATA_SUFFIXES)} file, a folder of such files, or a saved"
-            " data set."
-        )
-    return Opened(digest_of_files([path]), lambda: _read_file(path))
+    files.raise_if_other_format(source.key, path)
+    return Opened(digest_of_files([path]), lambda: files.read_file(path, source.data.split))
 
 
 def _open_folder(source: Source, path: Path) -> Opened:
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         kept = sorted(p for p in path.rglob("*") if p.is_file())
-        return Opened(digest_of_files(kept), lambda: _number_rows(str(path), _load_saved(source, path)))
-    files = sorted(p for p in path.iterdir() if p.suffix in DATA_SUFFIXES and p.is_file())
-    if not files:
-        raise UserError(
-            f"{source.key}.path={path}: holds neither {' nor '.join(DATA_SUFFIXES)} files nor a saved data set."
-        )
-    return Opened(digest_of_files(files), lambda: (placed for file in files for placed in _read_file(file)))
+        return Opened(digest_of_files(kept), lambda: number_rows(str(path), _load_saved(source, path)))
+    chosen = folders.choose_files(source.key, path, source.data.split)
+    for file in chosen:
+        files.raise_if_other_format(source.key, file)
+    split = source.data.split
+    return Opened(
+        digest_of_files(chosen), lambda: (placed for file in chosen for placed in files.read_file(file, split))
+    )
 
 
 def _open_download(source: Source, hub_id: str) -> Opened:
@@ -147,13 +134,13 @@ def _open_download(source: Source, hub_id: str) -> Opened:
     files = [Path(entry["filename"]) for entry in fetched.cache_files]
     # If HF_DATASETS_IN_MEMORY_MAX_SIZE is set, small data sets are read into memory and have no cache files.
     identity = digest_of_files(files) if files else Hasher.hash(list(fetched))
-    return Opened(identity, lambda: _number_rows(_place(source, hub_id), fetched))
+    return Opened(identity, lambda: number_rows(_place(source, hub_id), fetched))
 
 
 def _open_stream(source: Source, hub_id: str) -> Opened:
     commit = _resolve_commit(source, hub_id)
     pinned = replace(source, data=replace(source.data, revision=commit))
-    return Opened(commit, lambda: _number_rows(_place(source, hub_id), _stream_rows(pinned, hub_id)))
+    return Opened(commit, lambda: number_rows(_place(source, hub_id), _stream_rows(pinned, hub_id)))
 
 
 def _stream_rows(source: Source, hub_id: str) -> Iterator[object]:
@@ -200,38 +187,6 @@ def _not_on_hub(source: Source, error: Exception) -> UserError:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _number_rows(where: str, rows: Iterable[object]) -> PlacedRows:
-    return ((f"{where}: row {i}", row) for i, row in enumerate(rows, 1))
-
-
-def _read_file(path: Path) -> PlacedRows:
-    return _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
-
-
-def _read_jsonl(path: Path) -> PlacedRows:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                row = Unreadable(f"not valid JSON ({error})")
-            yield f"{path}: row {number}", row
-
-
-def _read_parquet(path: Path) -> PlacedRows:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        rows = (row for batch in table.iter_batches(1024) for row in batch.to_pylist())
-        yield from _number_rows(str(path), rows)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({error}).") from error
 
 
 def _load_saved(source: Source, path: Path) -> Dataset:

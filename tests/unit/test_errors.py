@@ -92,8 +92,8 @@ def test_rows_of_several_files_are_named_with_their_files() -> None:
 
 
 def test_problems_that_differ_only_in_numbers_are_one_group() -> None:
-    rows = [(f"a.jsonl: row {i}", f"messages[{i}] has the unknown role 'bard'") for i in (1, 2)]
-    assert grouped(*rows) == "a.jsonl: 2 rows (1 and 2): messages[…] has the unknown role 'bard'."
+    rows = [(f"a.jsonl: row {i}", f"has {i} cells, but the header has 2") for i in (3, 4, 4)]
+    assert grouped(*rows) == "a.jsonl: 3 rows (3, 4 and 4) have … cells, but the header has 2."
 
 
 def test_different_problems_are_listed_and_the_rest_is_counted() -> None:

@@ -1,5 +1,7 @@
 """Rows of data sets: every supported form, errors in them, and the fingerprint of their contents."""
 
+import csv
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -46,8 +48,26 @@ def write_saved_dictionary(path: Path) -> Path:
     return path
 
 
+def written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def as_csv(rows: list[Any]) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerows([["messages"], *([json.dumps(row["messages"])] for row in rows)])
+    return file.getvalue()
+
+
 FORMS: dict[str, Callable[[Path], Path]] = {
     "jsonl": lambda path: jsonl(path.with_suffix(".jsonl"), ROWS),
+    "json": lambda path: written(path.with_suffix(".json"), json.dumps(ROWS)),
+    "indented json": lambda path: written(path.with_suffix(".json"), json.dumps(ROWS, indent=2)),
+    "json lines named json": lambda path: written(path.with_suffix(".json"), jsonl(path, ROWS).read_text()),
+    "a list in an object": lambda path: written(path.with_suffix(".json"), json.dumps({"version": 1, "data": ROWS})),
+    "a list of each split": lambda path: written(path.with_suffix(".json"), json.dumps({"test": [{}], "train": ROWS})),
+    "csv with messages as JSON": lambda path: written(path.with_suffix(".csv"), as_csv(ROWS)),
     "parquet": lambda path: parquet(path.with_suffix(".parquet"), ROWS),
     "folder": write_folder,
     "saved": write_saved,
@@ -288,9 +308,12 @@ def test_an_unset_data_path_is_an_error() -> None:
 
 
 def test_a_file_of_another_kind_is_refused_and_the_supported_kinds_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
+    path = tmp_path / "rows.txt"
     path.write_text("role,content\n")
-    assert load_error(path).startswith(f"data.path={path}: must be a .jsonl or .parquet file")
+    assert load_error(path) == (
+        f"data.path={path}: must be a .jsonl, .json, .csv, .tsv or .parquet file, a folder of such files, or a saved"
+        " data set."
+    )
 
 
 def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:
@@ -300,9 +323,10 @@ def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text("role,content\n")
+    (tmp_path / "rows.txt").write_text("role,content\n")
     assert load_error(tmp_path) == (
-        f"data.path={tmp_path}: holds neither .jsonl nor .parquet files nor a saved data set."
+        f"data.path={tmp_path}: holds no data. The path must be a .jsonl, .json, .csv, .tsv or .parquet file, a folder"
+        " of such files, or a saved data set."
     )
 
 

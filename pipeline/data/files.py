@@ -1,0 +1,273 @@
+"""Reads the rows of data files: JSON lines, JSON, CSV, TSV and Parquet.
+
+A file whose contents are of another format is an error. The message names the format, and says how to convert the file.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.hub_ids import DATA_SUFFIXES
+from pipeline.errors import UserError
+
+PlacedRows = Iterator[tuple[str, object]]
+"""Pairs of (place, row). Rows are counted from 1. In JSON lines, the number of a row is the number of its line."""
+
+KINDS = f"a {', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]} file, a folder of such files, or a saved data set"
+"""The kinds of data sets on this machine, for messages."""
+
+_HEAD_BYTES = 1 << 12
+_CSV_BLOCK = 1 << 24  # bytes; a row may not be longer
+_ONE_CONVERSATION = ("messages", "conversations")  # an object with such a list is a row, and not a list of rows
+_SPACE = re.compile(r"\s*")
+_SAME_FORMAT = {
+    **dict.fromkeys((".ndjson", ".jsonlines", ".jl"), ".jsonl"),
+    **dict.fromkeys((".pq", ".parq"), ".parquet"),
+}
+"""Other suffixes of formats that the program reads -> the suffix that it reads."""
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+"""First bytes of a compressed file -> program that unpacks it."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for a row that cannot be read. Such a row is reported together with the other bad rows."""
+
+    reason: str
+
+
+def raise_if_other_format(key: str, path: Path) -> None:
+    """Check by the name and the first bytes that a file has a format that `read_file` reads.
+
+    Raises:
+        UserError: the file has another format, or the wrong name for its format. The message says how to convert it.
+    """
+    suffix = path.suffix.lower()
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    found = _describe_binary(path, suffix, head) or _describe_text(path, suffix, head)
+    if found is None and suffix not in DATA_SUFFIXES:
+        found = f"must be {KINDS}."
+    if found is not None:
+        raise UserError(f"{key}.path={path}: {found}")
+
+
+def read_file(path: Path, split: str) -> PlacedRows:
+    """Read the rows of a file. `split` chooses a list of a JSON file that holds several lists of rows.
+
+    Raises:
+        UserError: the file cannot be read. A row that cannot be read is returned as `Unreadable`.
+    """
+    if path.suffix.lower() == ".json":
+        return _read_json(path, split)
+    return _READERS[path.suffix.lower()](path)
+
+
+def number_rows(where: str, rows: Iterable[object]) -> PlacedRows:
+    """Give each row its place: `where`, and the number of the row."""
+    return ((f"{where}: row {i}", row) for i, row in enumerate(rows, 1))
+
+
+def _describe_binary(path: Path, suffix: str, head: bytes) -> str | None:
+    """Describe a file of a binary format, except for a Parquet file with the right name."""
+    quoted = shlex.quote(str(path))
+    if head.startswith(b"PAR1") and suffix != ".parquet":
+        return f"holds Parquet. Rename it: mv {quoted} {shlex.quote(str(path.with_suffix('.parquet')))}"
+    for start, program in _COMPRESSED.items():
+        if head.startswith(start):
+            is_named = suffix not in DATA_SUFFIXES and Path(path.stem).suffix.lower() in DATA_SUFFIXES
+            target = path.with_suffix("") if is_named else path.with_name(f"unpacked-{path.name}")
+            return f"is compressed with {program}. Unpack it: {program} -dc {quoted} > {shlex.quote(str(target))}"
+    if head.startswith(b"PK\x03\x04"):
+        if suffix.startswith(".xls"):
+            return "is an Excel file. Save it as CSV (UTF-8) in Excel, and give that file."
+        return "is a zip archive. Unpack it, and give the file or the folder with the rows."
+    if suffix == ".arrow" or head.startswith(b"ARROW1"):
+        return f"is an Arrow file. Give the folder of the saved data set that it belongs to: {path.parent}"
+    return None
+
+
+def _describe_text(path: Path, suffix: str, head: bytes) -> str | None:
+    """Describe a text file that is named as another format."""
+    quoted = shlex.quote(str(path))
+    if suffix in _SAME_FORMAT:
+        target = path.with_suffix(_SAME_FORMAT[suffix])
+        return f"must be named *{target.suffix}. Rename it: mv {quoted} {shlex.quote(str(target))}"
+    if suffix != ".jsonl":
+        return None
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    is_list = text.startswith(b"[") and text[1:].lstrip()[:1] in (b"{", b"")
+    if not is_list and text.partition(b"\n")[0].strip() != b"{":
+        return None
+    what = "one JSON list" if is_list else "objects over several lines"
+    target = path.with_suffix(".json")
+    return f"holds {what}, not one object on each line. Rename it: mv {quoted} {shlex.quote(str(target))}"
+
+
+def _read_jsonl(path: Path) -> PlacedRows:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                row = Unreadable(f"not valid JSON ({error})")
+            yield f"{path}: row {number}", row
+
+
+def _read_json(path: Path, split: str) -> PlacedRows:
+    """Read a list of rows, an object that holds such a list, or a sequence of objects. Lines are counted from 1."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        start = _skip_space(text, 0)
+        is_list = text[start : start + 1] == "["
+        if not is_list and start < len(text):
+            value, end = json.JSONDecoder().raw_decode(text, start)
+            if isinstance(value, dict) and _skip_space(text, end) == len(text):
+                yield from number_rows(str(path), _rows_in(path, value, split))
+                return
+        has_lines, line, counted = "\n" in text.strip(), 1, 0
+        for number, (position, row) in enumerate((_elements if is_list else _sequence)(text, start), 1):
+            line, counted = line + text.count("\n", counted, position), position
+            yield f"{path}: row {number}{f' (line {line})' if has_lines else ''}", row
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}).") from error
+
+
+def _elements(text: str, start: int) -> Iterator[tuple[int, object]]:
+    """Yield (position, element) for the elements of the JSON list that begins at `start`.
+
+    Raises:
+        json.JSONDecodeError: the text is not a JSON list, or has more than the list.
+    """
+    decode, position = json.JSONDecoder().raw_decode, _skip_space(text, start + 1)
+    is_open = text[position : position + 1] != "]"
+    while is_open:
+        element, end = decode(text, position)
+        yield position, element
+        end = _skip_space(text, end)
+        is_open = text[end : end + 1] == ","
+        if not is_open and text[end : end + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, end)
+        position = _skip_space(text, end + 1) if is_open else end
+    if (rest := _skip_space(text, position + 1)) < len(text):
+        raise json.JSONDecodeError("Extra data", text, rest)
+
+
+def _sequence(text: str, start: int) -> Iterator[tuple[int, object]]:
+    """Yield (position, value) for JSON values that follow each other, separated by white space.
+
+    Raises:
+        json.JSONDecodeError: a value is not valid JSON.
+    """
+    decode = json.JSONDecoder().raw_decode
+    while start < len(text):
+        value, end = decode(text, start)
+        yield start, value
+        start = _skip_space(text, end)
+
+
+def _skip_space(text: str, position: int) -> int:
+    found = _SPACE.match(text, position)
+    assert found is not None  # the pattern matches the empty text
+    return found.end()
+
+
+def _rows_in(path: Path, value: Mapping[str, Any], split: str) -> list[object]:
+    """Return the only list of objects in a JSON object, or the one named `split`. Otherwise the object is a row."""
+    lists = {name: found for name, found in value.items() if isinstance(found, list) and found}
+    lists = {name: found for name, found in lists.items() if all(isinstance(row, dict) for row in found)}
+    if not lists or set(lists) & set(_ONE_CONVERSATION):
+        return [value]
+    if len(lists) > 1 and split not in lists:
+        raise UserError(f"{path}: holds the lists {', '.join(lists)}, and none of them is the split {split!r}.")
+    return lists[split] if split in lists else next(iter(lists.values()))
+
+
+def _read_csv(path: Path) -> PlacedRows:
+    """Read a table with one header row. Each value is text. An empty cell is null."""
+    import pyarrow
+    from pyarrow import csv
+
+    bad: dict[int, Unreadable] = {}
+
+    def note(row: csv.InvalidRow) -> str:
+        bad[row.number - 1] = Unreadable(f"has {row.actual_columns} cells, but the header has {row.expected_columns}")
+        return "skip"
+
+    if not path.read_bytes()[:_HEAD_BYTES].strip():
+        return
+    form = csv.ParseOptions(
+        delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True, invalid_row_handler=note
+    )
+    try:
+        names = _header(path, form)
+        bad.clear()
+        as_text = csv.ConvertOptions(
+            column_types=dict.fromkeys(names, pyarrow.string()), null_values=[""], strings_can_be_null=True
+        )
+        reading = csv.ReadOptions(use_threads=False, block_size=_CSV_BLOCK)
+        table = csv.open_csv(path, read_options=reading, parse_options=form, convert_options=as_text)
+        yield from _number_with_bad((row for batch in table for row in batch.to_pylist()), str(path), bad)
+    except (pyarrow.ArrowInvalid, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not a readable CSV file in UTF-8 ({error}).") from error
+
+
+def _header(path: Path, form: Any) -> list[str]:
+    """Return the names of the columns of a CSV or TSV file.
+
+    Raises:
+        UserError: two columns have the same name, or the file has another separator.
+    """
+    from pyarrow import csv
+
+    names = list(csv.open_csv(path, parse_options=form).schema.names)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"{path}: the header has the column {twice[0]!r} twice. Rename one of them.")
+    others = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+    separator = next((sign for sign in others if sign in names[0] and sign != form.delimiter), None)
+    if len(names) == 1 and separator is not None:
+        raise UserError(
+            f"{path}: the header has only the column {names[0]!r}. The columns of a {path.suffix} file are separated by"
+            f" {others[form.delimiter]}, not by {others[separator]}."
+        )
+    return names
+
+
+def _number_with_bad(rows: Iterator[object], where: str, bad: dict[int, Unreadable]) -> PlacedRows:
+    """Number the rows. The rows in `bad` are missing in `rows`, and are put in. `bad` grows while `rows` are read."""
+    number = 1
+    for row in rows:
+        while number in bad:
+            yield f"{where}: row {number}", bad.pop(number)
+            number += 1
+        yield f"{where}: row {number}", row
+        number += 1
+    for number in sorted(bad):
+        yield f"{where}: row {number}", bad[number]
+
+
+def _read_parquet(path: Path) -> PlacedRows:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        rows = (row for batch in table.iter_batches(1024) for row in batch.to_pylist())
+        yield from number_rows(str(path), rows)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: not a readable parquet file ({error}).") from error
+
+
+_READERS: dict[str, Callable[[Path], PlacedRows]] = {
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+}

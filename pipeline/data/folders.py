@@ -1,0 +1,85 @@
+"""Chooses the files of a folder that hold the rows of a split."""
+
+import re
+from pathlib import Path
+
+from pipeline.config.hub_ids import DATA_SUFFIXES
+from pipeline.data.files import KINDS
+from pipeline.errors import UserError
+from pipeline.runs.console import say, warn
+
+_TOGETHER = (".jsonl", ".parquet")  # files of these two formats are read together
+_NO_ROWS = ("dataset_infos.json",)  # describes a data set on the Hub
+_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Split -> words in the names of its files, as in the library `datasets`."""
+_SPLIT_OF = {word: split for split, words in _NAMES.items() for word in words}
+_SHOWN = 5
+
+
+def choose_files(key: str, folder: Path, split: str) -> list[Path]:
+    """Return the files of a folder that hold the rows of a split, in the order of their names.
+
+    A file belongs to the split that its name contains (`test.jsonl`, `chats-test.jsonl`). All other files belong to
+    `train`. If no name contains a split, all files are used. Files that are not used are reported.
+
+    Args:
+        key: key of the data set's settings, for messages.
+        folder: the folder.
+        split: name of the split.
+
+    Raises:
+        UserError: the folder has no data files, data files of formats that cannot be mixed, or no file of the split.
+    """
+    present = sorted(p for p in folder.iterdir() if p.is_file() and p.name not in _NO_ROWS)
+    known = [p for p in present if p.suffix.lower() in DATA_SUFFIXES]
+    if not known:
+        raise UserError(f"{key}.path={folder}: holds no data.{_advice(key, folder)}")
+    chosen = [p for p in known if p.suffix.lower() in _TOGETHER] or known
+    kinds = sorted({p.suffix.lower() for p in chosen} - {*_TOGETHER})
+    if len(kinds) > 1:
+        raise UserError(
+            f"{key}.path={folder}: holds files of several formats ({', '.join(p.name for p in chosen[:_SHOWN])}). Give"
+            f" one file, such as {key}.path={chosen[0]}, or move the other files away."
+        )
+    if others := [p.name for p in known if p not in chosen]:
+        warn("data", f"{key}.path={folder}: only the {' and '.join(_TOGETHER)} files are read, not {_list(others)}")
+    return _of_split(key, folder, split, chosen)
+
+
+def _of_split(key: str, folder: Path, split: str, files: list[Path]) -> list[Path]:
+    named = {path: found for path in files if (found := _split_in(path.stem)) is not None}
+    if not named:
+        return files
+    wanted = _SPLIT_OF.get(split, split)
+    chosen = [path for path in files if named.get(path, "train") == wanted]
+    if not chosen:
+        splits = sorted({named.get(path, "train") for path in files})
+        raise UserError(
+            f"{key}.split={split}: {folder} has only {' and '.join(splits)}, by the names of its files. Set"
+            f" {key}.split={splits[0]}, or give a file, such as {key}.path={files[0]}."
+        )
+    if others := [path.name for path in files if path not in chosen]:
+        say("data", f"{key}.split={split}: {_list([p.name for p in chosen])} of {folder}, and not {_list(others)}")
+    return chosen
+
+
+def _split_in(name: str) -> str | None:
+    """Return the split that a file name contains as a word, or None."""
+    return next((_SPLIT_OF[word] for word in re.split("[^a-z]+", name.lower()) if word in _SPLIT_OF), None)
+
+
+def _advice(key: str, folder: Path) -> str:
+    inner = [path for pattern in ("*/*", "*/*/*") for path in folder.glob(pattern)]
+    below = sorted({path.parent for path in inner if path.suffix.lower() in DATA_SUFFIXES and path.is_file()})
+    if below:
+        return f" A folder in it does: {key}.path={below[0]}."
+    return f" The path must be {KINDS}."
+
+
+def _list(names: list[str]) -> str:
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,191 @@
+"""Data files: JSON and CSV are read like JSON lines, and files of another format are named with what to do."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from data_files import ROWS, conversations, jsonl, load_error, parquet
+
+from pipeline.config import ColumnsConfig
+
+PAIRS = ColumnsConfig(messages=None, prompt="prompt", completion="completion")
+
+pytestmark = pytest.mark.usefixtures("working_directory")
+
+
+def written(name: str, content: str | bytes) -> Path:
+    path = Path(name)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def pairs(path: Path) -> list[tuple[str, str]]:
+    """Return (prompt, completion) of each row."""
+    found = conversations(path, columns=PAIRS)
+    return [(row.messages[0]["content"], row.messages[1]["content"]) for row in found]
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+BAD = {"messages": [{"role": "user", "content": "x"}]}
+
+
+def test_a_bad_row_of_a_json_list_is_named_with_its_row_and_line() -> None:
+    text = ",\n".join(json.dumps(row, indent=1) for row in (*ROWS[:2], BAD))
+    path = written("rows.json", f"[\n{text}\n]")
+    line = 1 + path.read_text()[: path.read_text().rindex("messages")].count("\n") - 1
+    assert load_error(path) == f"rows.json: row 3 (line {line}): has no assistant message: there is nothing to learn."
+
+
+def test_a_bad_row_of_a_json_list_on_one_line_is_named_with_its_row() -> None:
+    path = written("rows.json", json.dumps([*ROWS[:2], BAD, 7]))
+    assert load_error(path).splitlines()[1:] == [
+        "  - rows.json: row 3: has no assistant message: there is nothing to learn.",
+        "  - rows.json: row 4: is a int, not an object with 'messages'.",
+    ]
+
+
+def test_one_conversation_in_a_json_file_is_one_row() -> None:
+    assert len(conversations(written("rows.json", json.dumps(ROWS[0], indent=2)))) == 1
+
+
+def test_a_list_of_a_json_object_is_chosen_by_the_split() -> None:
+    path = written("rows.json", json.dumps({"train": ROWS[:5], "test": ROWS[5:7]}))
+    assert len(conversations(path)) == 5
+    assert len(conversations(path, split="test")) == 2
+    message = load_error(path, split="dev")
+    assert message == "rows.json: holds the lists train, test, and none of them is the split 'dev'."
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('[{"a": 1}, {"a": }]', "Expecting value: line 1 column 18"),
+        ('[{"a": 1}\n {"a": 2}]', "Expecting ',' or ']': line 2 column 2"),
+        ('[{"a": 1}', "Expecting ',' or ']': line 1 column 10"),
+        ('[{"a": 1}] x', "Extra data: line 1 column 12"),
+        ('{"a": 1} x', "Expecting value: line 1 column 10"),
+        (b"\xff\xfe[\x00", "can't decode byte 0xff"),
+    ],
+)
+def test_a_json_file_that_is_not_valid_is_named_with_the_place(text: str | bytes, reason: str) -> None:
+    message = load_error(written("rows.json", text))
+    assert message.startswith("rows.json: not valid JSON (") and reason in message
+
+
+@pytest.mark.parametrize("text", ["", " \n", "[]", "[ ]\n"])
+def test_an_empty_json_file_is_an_empty_data_set(text: str) -> None:
+    assert load_error(written("rows.json", text)) == "data.path=rows.json: the data set is empty."
+
+
+# --- CSV -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.csv", 'prompt,completion\n"A, ""b""\nc",007\nx,1.50\n'),
+        ("rows.CSV", '\ufeffprompt,completion\r\n"A, ""b""\nc",007\r\nx,1.50\r\n'),
+        ("rows.tsv", 'prompt\tcompletion\n"A, ""b""\nc"\t007\nx\t1.50\n'),
+    ],
+)
+def test_cells_are_text_as_it_stands_in_the_file(name: str, text: str) -> None:
+    assert pairs(written(name, text)) == [('A, "b"\nc', "007"), ("x", "1.50")]
+
+
+def test_rows_of_a_csv_file_with_too_many_or_too_few_cells_are_named() -> None:
+    path = written("rows.csv", "prompt,completion\na,b\nonly\nc,d\n1,2,3\n,e\n")
+    assert load_error(path, columns=PAIRS).splitlines()[1:] == [
+        "  - rows.csv: 2 rows (2 and 4) have … cells, but the header has 2.",
+        "  - rows.csv: row 5: has nothing in 'prompt'.",
+    ]
+
+
+def test_a_row_that_is_broken_at_the_end_of_a_csv_file_is_named() -> None:
+    assert load_error(written("rows.csv", "prompt,completion\na,b\nc\n"), columns=PAIRS).startswith("rows.csv: row 2: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("prompt;completion\na;b\n", "are separated by commas, not by semicolons."),
+        ("prompt\tcompletion\na\tb\n", "are separated by commas, not by tabs."),
+        ("prompt,prompt\na,b\n", "the header has the column 'prompt' twice."),
+        (b"prompt,completion\n\xff,b\n", "not a readable CSV file in UTF-8"),
+        ("prompt,completion\na,b\n".encode("utf-16"), "not a readable CSV file in UTF-8"),
+    ],
+)
+def test_a_csv_file_of_another_form_is_refused(text: str | bytes, reason: str) -> None:
+    message = load_error(written("rows.csv", text), columns=PAIRS)
+    assert message.startswith("rows.csv: ") and reason in message
+
+
+@pytest.mark.parametrize("text", ["", "\n", "prompt,completion\n"])
+def test_a_csv_file_without_rows_is_an_empty_data_set(text: str) -> None:
+    assert load_error(written("rows.csv", text), columns=PAIRS) == "data.path=rows.csv: the data set is empty."
+
+
+def test_messages_that_are_not_json_are_refused() -> None:
+    message = load_error(written("rows.csv", "messages\n\"[{'role': 'user'}]\"\n"))
+    assert message.startswith("rows.csv: row 1: 'messages' is text, but not a list of messages in JSON (")
+
+
+# --- other formats ---------------------------------------------------------------------------------------------------
+
+
+def test_parquet_with_another_name_is_refused_with_the_command_that_renames_it() -> None:
+    parquet(Path("rows.parquet"), ROWS)
+    for name in ("rows.pq", "rows.data", "rows.jsonl", "my rows.csv"):
+        shutil.copy("rows.parquet", name)
+        message = load_error(name)
+        assert message.startswith(f"data.path={name}: holds Parquet. Rename it: mv ")
+        assert message.endswith(".parquet" if " " not in name else "'my rows.parquet'")
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("rows.jsonl.gz", "rows.jsonl"), ("rows.jsonl", "unpacked-rows.jsonl"), ("rows", "unpacked-rows")],
+)
+def test_a_compressed_file_is_refused_with_the_command_that_unpacks_it(name: str, target: str) -> None:
+    written(name, gzip.compress(b"{}"))
+    message = load_error(Path(name).absolute())
+    unpack = f"gzip -dc {Path(name).absolute()} > {Path(target).absolute()}"
+    assert message.endswith(f": is compressed with gzip. Unpack it: {unpack}")
+
+
+@pytest.mark.parametrize("text", [json.dumps(ROWS, indent=1), json.dumps(ROWS), json.dumps(ROWS[0], indent=1)])
+def test_json_named_as_json_lines_is_refused_with_the_command_that_renames_it(text: str) -> None:
+    message = load_error(written("rows.jsonl", text))
+    assert message.endswith(", not one object on each line. Rename it: mv rows.jsonl rows.json")
+    Path("rows.jsonl").rename("rows.json")
+    assert conversations("rows.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "advice"),
+    [
+        ("rows.ndjson", b"{}", "must be named *.jsonl. Rename it: mv rows.ndjson rows.jsonl"),
+        ("rows.xlsx", b"PK\x03\x04", "is an Excel file. Save it as CSV (UTF-8) in Excel"),
+        ("rows.zip", b"PK\x03\x04", "is a zip archive. Unpack it"),
+        ("rows.arrow", b"\xff\xff", "is an Arrow file. Give the folder of the saved data set"),
+    ],
+)
+def test_other_formats_are_named(name: str, content: bytes, advice: str) -> None:
+    assert load_error(written(name, content)).startswith(f"data.path={name}: {advice}")
+
+
+def test_a_file_of_another_format_in_a_folder_is_named() -> None:
+    folder = Path("data")
+    folder.mkdir()
+    jsonl(folder / "a.jsonl", ROWS)
+    written("data/b.jsonl", json.dumps(ROWS))
+    assert load_error(folder).startswith("data.path=data/b.jsonl: holds one JSON list")
+
+
+def test_a_parquet_file_without_rows_of_objects_is_read_by_columns() -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "completion": ["b"]}), "rows.parquet")
+    assert pairs(Path("rows.parquet")) == [("a", "b")]
