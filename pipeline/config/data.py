@@ -32,6 +32,8 @@ class ColumnsConfig:
     """Column with the list of messages. Use null if the data set has prompt and completion instead."""
     prompt: Optional[str] = None
     """Column with the text of a single user turn."""
+    input: Optional[str] = None
+    """Column with more of the prompt, as in Alpaca's rows. Its text follows the prompt after a blank line."""
     completion: Optional[str] = None
     """Column with the answer to the prompt."""
     reasoning: Optional[str] = None
@@ -83,11 +85,11 @@ class DataConfig:
     """The conversations for training and validation."""
 
     path: Optional[str] = None
-    """A .jsonl or .parquet file, a folder of such files, a saved data set, a hub id, or synthetic://arithmetic."""
+    """A .jsonl, .json, .csv, .tsv or .parquet file, a folder, a saved data set, a hub id, or synthetic://arithmetic."""
     revision: Optional[str] = None
     """Revision of a hub id: a branch, tag or commit."""
     split: str = "train"
-    """Split of a data set on the Hub, or of a saved DatasetDict."""
+    """Split of a data set on the Hub, of a saved DatasetDict, or of a folder whose files name splits."""
     streaming: bool = False
     """Read a Hub data set without storing its files. The checked rows are still stored in <run_dir>/data."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)

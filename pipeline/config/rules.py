@@ -111,9 +111,12 @@ def _columns_problems(key: str, columns: ColumnsConfig) -> list[str]:
             f" completion={columns.completion!r} cannot go together. Name either messages"
             " alone, or prompt and completion with messages=null."
         ]
-    if columns.reasoning is not None and columns.completion is None:
-        return [f"{key}.columns.reasoning={columns.reasoning!r}: needs {key}.columns.completion, which is null."]
-    return []
+    needed = (("reasoning", columns.reasoning, "completion"), ("input", columns.input, "prompt"))
+    return [
+        f"{key}.columns.{name}={column!r}: needs {key}.columns.{other}, which is null."
+        for name, column, other in needed
+        if column is not None and getattr(columns, other) is None
+    ]
 
 
 def _train_problems(section: str, train: TrainConfig) -> list[str]:

@@ -7,13 +7,16 @@ import json
 from collections.abc import Iterator, Mapping
 
 from pipeline.config import ColumnsConfig, DataConfig
-from pipeline.data.harmony import ConversationError
+from pipeline.data import forms
+from pipeline.data.harmony import ROLES, ConversationError
 from pipeline.errors import did_you_mean
 
 _NEEDED = ("messages", "prompt", "completion")
 _OPTIONS = ("tools", "reasoning_effort", "reasoning_language")
 _MESSAGE_KEYS = ("role", "content", "thinking")
 _MOST_NAMES = 40
+_INSTRUCTIONS = ("system", "system_prompt", "system_message", "developer")
+_REASONING = ("reasoning", "thinking", "reasoning_content", "analysis", "thought", "cot", "chain_of_thought")
 
 
 class Columns:
@@ -39,6 +42,9 @@ class Columns:
         self._found: set[str] = set()
         self._kept_one = False
         self._others: dict[str, None] = {}  # ordered set: columns of the rows that lack a wanted column
+        self._unlike: Mapping[str, object] | None = None  # the first row that lacks a wanted column
+        self._keys: dict[str, None] = {}  # ordered set: keys of the messages
+        self._unused: dict[str, str] = {}  # column that no setting names -> name of the setting that would use it
 
     def require_object(self, row: object) -> Mapping[str, object]:
         """Return the row if it is a JSON object.
@@ -67,10 +73,12 @@ class Columns:
             if name in values and values[name] is None:
                 if columns[name] in row:
                     raise ConversationError(f"has nothing in {columns[name]!r}")
+                self._unlike = self._unlike or row
                 raise ConversationError(f"has no {columns[name]!r} (it has: {', '.join(_leaves(row)) or 'nothing'})")
-        messages = self._messages(values["messages"]) if "messages" in values else self._single_turn(values)
+        messages = self._messages(row, values["messages"]) if "messages" in values else self._single_turn(values)
         if values.get("system") is not None and isinstance(messages, list):
             messages = [{"role": "system", "content": values["system"]}, *messages]
+        self._note_unused(row, messages)
         return {"messages": messages, **{name: values.get(name) for name in _OPTIONS}}
 
     def read_expected(self, row: Mapping[str, object]) -> dict[str, str]:
@@ -89,16 +97,61 @@ class Columns:
         return {name: str(value) for name, value in found.items()}
 
     def list_missing(self) -> list[str]:
-        """Return one message for each wanted column that no row had. Call this after the last row."""
+        """Return one message for each wanted column or key that no row had. Call this after the last row."""
         there = ", ".join(self._others) or "none"
-        return [
-            f"{setting}={column!r}: no row of {self._data.path} has that column."
-            f"{did_you_mean(column, self._others)} Existing columns: {there}."
+        # Report a column only if rows were searched for it. Unreadable rows are not searched.
+        # In rows that the filter drops, only the filter's columns are searched.
+        missing = [
+            (column, setting)
             for column, setting in self._wanted.items()
-            # Report a column only if rows were searched for it. Unreadable rows are not searched.
-            # In rows that the filter drops, only the filter's columns are searched.
             if column not in self._found and (self._kept_one or (column in self._data.filter and self._others))
         ]
+        found = [
+            f"{setting}={column!r}: no row of {self._data.path} has that column."
+            f"{did_you_mean(column, self._others)} Existing columns: {there}."
+            for column, setting in missing
+        ]
+        needed = {f"{self._key}.columns.{name}" for name in (*_NEEDED, "input")}
+        if any(setting in needed for _, setting in missing):
+            found[-1] += self._advice(self._unlike)
+        return [*found, *self._missing_keys()]
+
+    def list_unused(self) -> list[str]:
+        """Return one message for each column that seems to be of use, but that no setting names."""
+        return [
+            f"{self._data.path}: the column {column!r} is not used. To use it, set {self._key}.columns.{name}={column}"
+            for column, name in self._unused.items()
+        ]
+
+    def _missing_keys(self) -> list[str]:
+        """Return one message for each key of messages that no message has."""
+        usual = ColumnsConfig()
+        wanted = {name: getattr(self._data.columns, name) for name in _MESSAGE_KEYS}
+        optional = {"thinking"} if wanted["thinking"] == usual.thinking else set()
+        return [
+            f"{self._key}.columns.{name}={key!r}: no message of {self._data.path} has that key."
+            f"{did_you_mean(key, self._keys)} Existing keys: {', '.join(self._keys)}."
+            + (self._advice(self._unlike) if name == "role" else "")
+            for name, key in wanted.items()
+            if self._keys and key not in self._keys and name not in optional
+        ]
+
+    def _advice(self, row: Mapping[str, object] | None) -> str:
+        form = None if row is None else forms.recognize(row)
+        return "" if form is None else f" {form.advice(self._key)}"
+
+    def _note_unused(self, row: Mapping[str, object], messages: object) -> None:
+        """Remember columns of instructions or reasoning that are not used, although the conversation has none."""
+        columns = vars(self._data.columns)
+        useful = {name: "system" for name in _INSTRUCTIONS if columns["system"] is None}
+        if columns["completion"] is not None and columns["reasoning"] is None:
+            useful |= dict.fromkeys(_REASONING, "reasoning")
+        if columns["prompt"] == "instruction" and columns["input"] is None:
+            useful["input"] = "input"
+        for column, name in useful.items():
+            has_text = isinstance(row.get(column), str) and row[column]
+            if has_text and column not in columns.values() and not (name == "system" and _has_instructions(messages)):
+                self._unused[column] = name
 
     def _looked_for(self) -> Iterator[tuple[str, str]]:
         """Yield (column, key of its setting) for each required column and each configured optional column."""
@@ -130,30 +183,61 @@ class Columns:
             column = getattr(self._data.columns, name)
             if column is not None and not isinstance(values[name], str):
                 raise ConversationError(f"{column!r} is {type(values[name]).__name__}, not text")
-        question = {"role": "user", "content": values["prompt"]}
+        question = {"role": "user", "content": self._question(values)}
         if "completion" not in values:
             return [question]
         answer = {"role": "assistant", "content": values["completion"], "thinking": values.get("reasoning")}
         return [question, answer]
 
-    def _messages(self, messages: object) -> object:
+    def _question(self, values: Mapping[str, object]) -> object:
+        more = values.get("input")
+        if more is None or more == "":
+            return values["prompt"]
+        if not isinstance(more, str):
+            raise ConversationError(f"{self._data.columns.input!r} is {type(more).__name__}, not text")
+        return f"{values['prompt']}\n\n{more}"
+
+    def _messages(self, row: Mapping[str, object], messages: object) -> object:
         if isinstance(messages, str):  # cells of a CSV file are text
             column = self._data.columns.messages
             try:
                 messages = json.loads(messages)
             except ValueError as error:
                 raise ConversationError(f"{column!r} is text, but not a list of messages in JSON ({error})") from error
-        return [self._message(message) for message in messages] if isinstance(messages, (list, tuple)) else messages
+        if not isinstance(messages, (list, tuple)):
+            return messages
+        named = self._data.columns.role
+        for i, message in enumerate(messages):
+            if isinstance(message, dict):
+                self._keys |= dict.fromkeys(map(str, message)) if len(self._keys) < _MOST_NAMES else {}
+                if named not in message:
+                    self._unlike = self._unlike or row
+                    raise ConversationError(f"messages[{i}] has no {named!r} (it has: {', '.join(map(str, message))})")
+        return [self._message(i, message) for i, message in enumerate(messages)]
 
-    def _message(self, message: object) -> object:
+    def _message(self, index: int, message: object) -> object:
         if not isinstance(message, dict):
             return message
-        role = message.get(self._data.columns.role)
-        chat = {"role": self._data.roles.get(role, role) if isinstance(role, str) else role}
+        chat = {"role": self._role(index, message[self._data.columns.role])}
         for key, name in (("content", self._data.columns.content), ("thinking", self._data.columns.thinking)):
             chat[key] = message.get(name)
         chat["tool_calls"] = message.get("tool_calls")
         return chat
+
+    def _role(self, index: int, name: object) -> object:
+        role = self._data.roles.get(name, name) if isinstance(name, str) else name
+        meant = forms.role_of(role) if isinstance(role, str) and role not in ROLES else None
+        if meant is not None:
+            raise ConversationError(
+                f"messages[{index}] has the unknown role {role!r}; roles are {', '.join(ROLES)}. Set"
+                f" '{self._key}.roles={{{name}: {meant}}}'"
+            )
+        return role
+
+
+def _has_instructions(messages: object) -> bool:
+    first = messages[0] if isinstance(messages, list) and messages else None
+    return isinstance(first, dict) and first.get("role") in ("system", "developer")
 
 
 def _leaves(row: Mapping[str, object], prefix: str = "") -> list[str]:

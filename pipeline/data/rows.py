@@ -15,7 +15,7 @@ import xxhash
 from datasets import Dataset, Features, Value, concatenate_datasets
 
 from pipeline.config import DataConfig
-from pipeline.data import columns, files, folders, harmony, tables
+from pipeline.data import columns, files, folders, forms, harmony, tables
 from pipeline.data import sources as sources_module
 from pipeline.data.columns import Columns
 from pipeline.data.files import Unreadable
@@ -23,7 +23,7 @@ from pipeline.data.harmony import Conversation, ConversationError, parse_convers
 from pipeline.data.sampling import Numbers
 from pipeline.data.sources import Opened, Source, data_sources, digest_of_files, open_rows
 from pipeline.errors import RowProblems, UserError, joined, user_errors
-from pipeline.runs.console import progress, say
+from pipeline.runs.console import progress, say, warn
 from pipeline.runs.run import Run
 
 _ROWS = Features(
@@ -38,7 +38,10 @@ _ROWS = Features(
 )
 _FILTERED_OUT = {"kept": False, "conversation": "", "where": "", "identity": 0, "expected": "", "merged": False}
 
-CODE = [Path(__file__), *(Path(str(module.__file__)) for module in (columns, files, folders, sources_module, harmony))]
+CODE = [
+    Path(__file__),
+    *(Path(str(module.__file__)) for module in (columns, files, folders, forms, sources_module, harmony)),
+]
 """Files with the code that turns rows into conversations. If this code changes, all tables are made again."""
 
 
@@ -147,6 +150,8 @@ def _check_rows(source: Source, opened: Opened) -> Iterator[Mapping[str, object]
     if missing := mapping.list_missing():
         raise user_errors(missing)  # a missing column makes every row bad, so bad rows are not listed
     bad.raise_if_any()
+    for unused in mapping.list_unused():
+        warn("data", unused)
 
 
 def _check_row(source: Source, mapping: Columns, where: str, row: object) -> Mapping[str, object]:

@@ -23,6 +23,15 @@ CALLED = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}
 ADD = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
 
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "alpaca": (
+        {"instruction": "Translate.", "input": "Bonjour.", "output": "Hello."},
+        {
+            "messages": [
+                {"role": "user", "content": "Translate.\n\nBonjour."},
+                {"role": "assistant", "content": "Hello."},
+            ]
+        },
+    ),
     "arithmetic": (
         {"messages": SIMPLE},
         {"messages": SIMPLE},
@@ -247,6 +256,74 @@ def test_an_unknown_role_is_named() -> None:
     rows = [{"conversations": [{"from": "human", "value": "Hi?"}, {"from": "bard", "value": "Hello."}]}]
     message = load_error(data_config("sharegpt", jsonl(rows)))
     assert message.startswith("rows.jsonl: row 1: messages[1] has the unknown role 'bard'")
+
+
+@pytest.mark.parametrize("nothing", ["", None])
+def test_an_instruction_without_input_is_the_whole_prompt(nothing: str | None) -> None:
+    rows = [SHAPES["alpaca"][0], {"instruction": "Hi?", "input": nothing, "output": "Hello."}]
+    _, found = load(data_config("alpaca", jsonl(rows)))
+    assert found["messages"] == [SIMPLE[0], {"role": "assistant", "content": "Hello."}]
+
+
+def test_an_input_that_is_not_text_is_named() -> None:
+    message = load_error(data_config("alpaca", jsonl([{**SHAPES["alpaca"][0], "input": 7}])))
+    assert message == "rows.jsonl: row 1: 'input' is int, not text."
+
+
+def test_messages_without_the_key_of_the_role_are_one_message() -> None:
+    rows = [{"messages": [{"author": "user", "text": "Hi?"}]}] * 100
+    assert load_error(data_config("chat", jsonl(rows))).splitlines() == [
+        "2 problems:",
+        "  - data.columns.role='role': no message of rows.jsonl has that key. Existing keys: author, text.",
+        "  - data.columns.content='content': no message of rows.jsonl has that key. Existing keys: author, text.",
+    ]
+
+
+def test_some_messages_without_the_key_of_the_role_are_named() -> None:
+    rows = [{"messages": SIMPLE}, {"messages": [SIMPLE[0], {"content": "Hello."}]}]
+    assert (
+        load_error(data_config("chat", jsonl(rows)))
+        == "rows.jsonl: row 2: messages[1] has no 'role' (it has: content)."
+    )
+
+
+def test_a_key_of_reasoning_that_no_message_has_is_an_error() -> None:
+    message = load_error(with_columns(jsonl([{"messages": SIMPLE}]), thinking="thoughts"))
+    assert message.startswith("data.columns.thinking='thoughts': no message of rows.jsonl has that key.")
+
+
+@pytest.mark.parametrize(("role", "meant"), [("human", "user"), ("gpt", "assistant"), ("Bot", "assistant")])
+def test_a_role_of_another_format_is_answered_with_the_setting(role: str, meant: str) -> None:
+    rows = [{"messages": [{"role": role, "content": "Hi?"}, SIMPLE[1]]}] * 3
+    message = load_error(data_config("chat", jsonl(rows)))
+    assert message.startswith(f"rows.jsonl: 3 rows (1, 2 and 3): messages[0] has the unknown role '{role}'; roles are")
+    assert message.endswith(f". Set 'data.roles={{{role}: {meant}}}'.")
+
+
+def unused(capsys: pytest.CaptureFixture[str], settings: DataConfig) -> str:
+    load(settings)
+    return capsys.readouterr().err
+
+
+def test_unused_instructions_are_reported_with_the_setting_that_uses_them(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"system": "Be kind.", "conversations": SHAPES["sharegpt"][0]["conversations"][1:]}
+    assert "the column 'system' is not used. To use it, set data.columns.system=system" in unused(
+        capsys, data_config("sharegpt", jsonl([row]))
+    )
+    settings = data_config("sharegpt", jsonl([row]), columns={"system": "system"})
+    assert unused(capsys, settings) == ""
+    assert load(settings)[0]["messages"][0] == {"role": "system", "content": "Be kind."}
+
+
+def test_instructions_that_the_messages_have_already_are_not_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {**SHAPES["sharegpt"][0], "system": "Be kind."}
+    assert unused(capsys, data_config("sharegpt", jsonl([row]))) == ""
+
+
+def test_unused_reasoning_and_input_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {**SHAPES["alpaca"][0], "reasoning": "Because."}
+    message = unused(capsys, with_columns(jsonl([row]), messages=None, prompt="instruction", completion="output"))
+    assert "set data.columns.reasoning=reasoning" in message and "set data.columns.input=input" in message
 
 
 # --- filter ----------------------------------------------------------------------------------------------------------
