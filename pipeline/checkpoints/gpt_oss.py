@@ -120,7 +120,8 @@ class Shape:
         """
         if config.get("model_type") != MODEL_TYPE:
             raise UserError(
-                f"{where}: model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}. Use a gpt-oss checkpoint."
+                f"{where}: model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}. Use a gpt-oss checkpoint,"
+                " such as model.path=openai/gpt-oss-20b."
             )
         sizes = {name: config.get(name) for name in cls.__dataclass_fields__}
         bad = [f"{name}={value!r}" for name, value in sizes.items() if type(value) is not int or value < 1]

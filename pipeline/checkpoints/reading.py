@@ -23,13 +23,15 @@ from pipeline.checkpoints.gpt_oss import (
     packed_tensors,
     plain_tensors,
 )
+from pipeline.checkpoints.recognition import describe_weights, find_wrapper, is_lfs_pointer, raise_if_other_layout
 from pipeline.checkpoints.shards import INDEX
-from pipeline.checkpoints.side_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from pipeline.checkpoints.side_files import ADAPTER_WEIGHTS
 from pipeline.errors import MOST_PROBLEMS, UserError, user_errors
 from pipeline.numerics.codec import decode
 from pipeline.numerics.formats import E8M0_NAN, MXFP4
 
 SINGLE = "model.safetensors"
+_SHOWN = 3  # names that a problem lists
 
 
 class TensorFiles:
@@ -111,7 +113,7 @@ class Checkpoint(TensorFiles):
         Raises:
             UserError: files, keys of config.json, or tensors are wrong. Several problems are reported together.
         """
-        _raise_if_adapters(directory)
+        raise_if_other_layout(directory)
         self.config = read_config(directory)
         self.shape = Shape.of(self.config, directory / CONFIG)
         super().__init__(directory)
@@ -219,18 +221,15 @@ class Checkpoint(TensorFiles):
         }
 
 
-def _raise_if_adapters(directory: Path) -> None:
-    if (directory / ADAPTER_CONFIG).is_file() and not (directory / CONFIG).is_file():
-        raise UserError(
-            f"{directory}: holds adapters ({ADAPTER_CONFIG}), not a whole model. Give their base model, or merge the"
-            " adapters into it and give the result."
-        )
-
-
 def layout_problems(stored: dict[str, TensorInfo], expected: dict[str, TensorInfo]) -> list[str]:
-    """Describe every difference between the stored tensors and the expected ones."""
-    found = [f"tensor {name} is missing" for name in expected if name not in stored]
-    found += [f"tensor {name} does not belong there" for name in stored if name not in expected]
+    """Describe the differences between the stored tensors and the expected ones. Many equal ones are one problem."""
+    if (prefix := find_wrapper(stored, expected)) is not None:
+        return [
+            f"the names of all tensors begin with {prefix!r}, which a wrapper such as PEFT or DDP adds. Save the model"
+            " inside the wrapper"
+        ]
+    found = _group("is missing", "are missing", [name for name in expected if name not in stored])
+    found += _group("does not belong there", "do not belong there", [name for name in stored if name not in expected])
     for name, info in expected.items():
         if name in stored and stored[name].shape != info.shape:
             found.append(f"tensor {name} has shape {list(stored[name].shape)}, not {list(info.shape)}")
@@ -239,26 +238,58 @@ def layout_problems(stored: dict[str, TensorInfo], expected: dict[str, TensorInf
     return found
 
 
+def _group(one: str, many: str, names: list[str]) -> list[str]:
+    """Return one problem for each tensor, or one problem for all of them if there are many."""
+    if len(names) <= MOST_PROBLEMS:
+        return [f"tensor {name} {one}" for name in names]
+    return [f"{len(names)} tensors {many}: {_first(names)}"]
+
+
+def _first(names: list[str]) -> str:
+    """List the first names, and count the rest."""
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
 def _stored_files(directory: Path) -> dict[str, dict[str, TensorInfo]]:
     """Check the weight files, and map each file to its tensors. If there is an index, it must match the files."""
     present = sorted(p.name for p in directory.glob("*.safetensors") if p.name != ADAPTER_WEIGHTS)
     weight_map = _weight_map(directory)
     listed = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
-    problems = [f"{directory}: weight file {name} is missing." for name in listed if name not in present]
-    problems += [f"{directory / name}: is not in {INDEX}; remove it." for name in present if name not in listed]
     if weight_map is None and not present:
-        raise UserError(f"{directory}: has no weights: neither {INDEX} nor {SINGLE}.")
-    files: dict[str, dict[str, TensorInfo]] = {}
+        raise UserError(f"{directory}: has no weights: neither {INDEX} nor {SINGLE}. {describe_weights(directory)}.")
+    if SINGLE in present and not {*listed} & {*present}:
+        raise UserError(
+            f"{directory}: {INDEX} does not list {SINGLE}, and the files that it lists are missing. It is left over"
+            f" from another save: remove {directory / INDEX}."
+        )
+    problems = _missing_files(directory, [name for name in listed if name not in present], len(listed))
+    problems += [f"{directory / name}: is not in {INDEX}; remove it." for name in present if name not in listed]
+    files, pointers = {}, []
     for name in (n for n in listed if n in present):
         try:
             files[name] = _read_header(directory / name)
         except (SafetensorError, OSError) as error:
-            problems.append(f"{directory / name}: damaged or truncated ({error}). Fetch it again.")
+            if isinstance(error, SafetensorError) and is_lfs_pointer(directory / name):
+                pointers.append(name)
+            else:
+                problems.append(f"{directory / name}: damaged or truncated ({error}). Fetch it again.")
+    if pointers:
+        problems.append(
+            f"{directory}: {len(pointers)} weight files are pointers of Git LFS ({_first(pointers)}). Fetch the files"
+            f" themselves: git -C {directory} lfs pull"
+        )
     if weight_map is not None and not problems:
         problems = _index_problems(directory, weight_map, files)
     if problems:
         raise user_errors(problems, most=MOST_PROBLEMS)
     return files
+
+
+def _missing_files(directory: Path, missing: list[str], count: int) -> list[str]:
+    if len(missing) < 2:
+        return [f"{directory}: weight file {name} is missing. Fetch it again." for name in missing]
+    return [f"{directory}: {len(missing)} of {count} weight files are missing: {_first(missing)}. Fetch them again."]
 
 
 def _weight_map(directory: Path) -> dict[str, str] | None:
@@ -309,6 +340,13 @@ def _data_offsets(path: Path) -> dict[str, int]:
 def _index_problems(directory: Path, weight_map: dict[str, str], files: dict[str, dict[str, TensorInfo]]) -> list[str]:
     stored = {(name, file) for file, tensors in files.items() for name in tensors}
     listed = set(weight_map.items())
-    return [
-        f"{directory / INDEX}: says that {name} is in {file}, but it is not." for name, file in sorted(listed - stored)
-    ] + [f"{directory / file}: holds {name}, which is not in {INDEX}." for name, file in sorted(stored - listed)]
+    wrong, unlisted = sorted(listed - stored), sorted(stored - listed)
+    if len(wrong) + len(unlisted) > MOST_PROBLEMS:
+        return [
+            f"{directory / INDEX}: does not match the weight files. {len(wrong)} tensors are not in the files that it"
+            f" names ({_first([name for name, _ in wrong]) or 'none'}), and it does not list {len(unlisted)} tensors"
+            f" ({_first([name for name, _ in unlisted]) or 'none'}). Fetch it again."
+        ]
+    return [f"{directory / INDEX}: says that {name} is in {file}, but it is not." for name, file in wrong] + [
+        f"{directory / file}: holds {name}, which is not in {INDEX}." for name, file in unlisted
+    ]

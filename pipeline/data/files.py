@@ -47,8 +47,11 @@ def raise_if_other_format(key: str, path: Path) -> None:
         UserError: the file has another format, or the wrong name for its format. The message says how to convert it.
     """
     suffix = path.suffix.lower()
-    with path.open("rb") as file:
-        head = file.read(_HEAD_BYTES)
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
     found = _describe_binary(path, suffix, head) or _describe_text(path, suffix, head)
     if found is None and suffix not in DATA_SUFFIXES:
         found = f"must be {KINDS}."

@@ -11,6 +11,7 @@ import torch
 
 from pipeline.checkpoints.config_json import is_quantized, read_config
 from pipeline.checkpoints.reading import Checkpoint
+from pipeline.checkpoints.recognition import describe_missing
 from pipeline.config import FormatConfig, Stage
 from pipeline.config.controls import is_control
 from pipeline.errors import UserError
@@ -117,6 +118,8 @@ def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> Mo
             raise UserError(f"{key}={source}: must be one of {', '.join(s.name for s in among)}, or a directory.")
         return stage_ref(run, stage)
     directory = run.directory / source if is_control(source) else Path(source).expanduser().absolute()
+    if directory.is_file():
+        raise UserError(f"{key}={source}: {describe_missing(source)}")
     if not directory.is_dir():
         if is_control(source):
             raise UserError(f"{key}={source}: no control of {run.directory} has this model.")

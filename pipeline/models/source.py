@@ -5,7 +5,10 @@ from pathlib import Path
 
 import xxhash
 
+from pipeline.checkpoints.config_json import CONFIG, read_config
+from pipeline.checkpoints.gpt_oss import Shape
 from pipeline.checkpoints.reading import Checkpoint
+from pipeline.checkpoints.recognition import describe_missing, raise_if_other_layout
 from pipeline.config import SYNTHETIC, ModelConfig
 from pipeline.config.hub_ids import is_hub_id
 from pipeline.errors import UserError
@@ -49,7 +52,7 @@ def locate(run: Run, model: ModelConfig, key: str = "model.path") -> Source:
     """
     directory = base_directory(run, model)
     if not directory.is_dir():
-        raise UserError(f"{key}={model.path}: no such directory.")
+        raise UserError(f"{key}={model.path}: {describe_missing(model.path)}")
     Checkpoint(directory).close()
     return Source(directory, sampled_fingerprint(directory))
 
@@ -60,11 +63,13 @@ def locate_without_weights(run: Run, model: ModelConfig) -> Path:
     Weights are not downloaded.
 
     Raises:
-        UserError: the directory or hub id does not exist.
+        UserError: the directory or hub id does not exist, or holds something else than a model that can be trained.
     """
     directory = base_directory(run, model, _HUB_SIDE_FILES)
     if not directory.is_dir():
-        raise UserError(f"model.path={model.path}: no such directory.")
+        raise UserError(f"model.path={model.path}: {describe_missing(model.path)}")
+    raise_if_other_layout(directory)
+    Shape.of(read_config(directory), directory / CONFIG)
     return directory
 
 

@@ -172,6 +172,21 @@ def test_adapters_in_place_of_a_model(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "adapters: holds adapters (adapter_config.json)" in upcast_error(capsys, tmp_path / "adapters", tmp_path)
 
 
+def test_files_that_are_no_checkpoint_are_named_by_every_stage_that_reads_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF")
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    run = ("recipe=smoke", f"run_dir={tmp_path / 'run'}")
+    for stage in ("upcast", "doctor", "all"):
+        assert "model.gguf: holds GGUF" in error_of(capsys, f"stage={stage}", *run, f"model.path={gguf}")
+        message = error_of(capsys, f"stage={stage}", *run, f"model.path={tmp_path / 'llama'}")
+        assert "model_type is 'llama', not 'gpt_oss'" in message
+    assert "export.source=" in error_of(capsys, "stage=export", *run, f"export.source={gguf}")
+
+
 def test_tokenizer_without_a_chat_template(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
     (model / "chat_template.jinja").unlink()
     assert "has no chat template" in upcast_error(capsys, model, tmp_path)
@@ -194,6 +209,18 @@ def test_bad_row_is_named(
     message = sft_error(capsys, upcast_run, f"data.path={path}")
     assert f"{path}: row 7: " in message
     assert reason in message
+
+
+def test_rows_of_another_form_are_answered_with_a_command_that_works(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"instruction": f"Add {i}", "input": "to 1", "output": f"{i + 1}"} for i in range(30)]))
+    run = ("stage=doctor", "recipe=smoke", f"model.path={tiny}", f"run_dir={tmp_path / 'run'}", "data.max_length=512")
+    message = error_of(capsys, *run, "data=chat", f"data.path={path}")
+    advice = message.partition("Use ")[2].strip().rstrip(".")
+    assert advice == "data=alpaca"
+    assert run_program(*run, advice, f"data.path={path}") == 0
 
 
 def test_several_bad_rows_are_reported_together(

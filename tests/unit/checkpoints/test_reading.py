@@ -432,13 +432,13 @@ def test_another_architecture_is_an_error(copy: Path) -> None:
 def test_a_directory_without_weights_is_an_error(copy: Path) -> None:
     for path in (*copy.glob("*.safetensors"), copy / INDEX):
         path.unlink()
-    assert only_problem(copy) == f"{copy}: has no weights: neither {INDEX} nor {SINGLE}."
+    assert only_problem(copy) == f"{copy}: has no weights: neither {INDEX} nor {SINGLE}. Fetch the *.safetensors files."
 
 
 def test_a_missing_shard_is_an_error(copy: Path) -> None:
     file = weight_map_of(copy)[SINKS]
     (copy / file).unlink()
-    assert only_problem(copy) == f"{copy}: weight file {file} is missing."
+    assert only_problem(copy) == f"{copy}: weight file {file} is missing. Fetch it again."
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, -1], ids=["empty", "in_the_length", "in_the_header", "last_byte_missing"])
@@ -614,9 +614,40 @@ def test_problems_with_tensors_are_reported_together(copy: Path) -> None:
     assert "tensor extra.weight does not belong there." in message
 
 
-def test_the_error_names_the_first_eight_problems_and_counts_the_others(copy: Path) -> None:
+def test_many_tensors_with_the_same_problem_are_one_line(copy: Path) -> None:
     edit(copy, {f"extra.{number}": torch.ones(1) for number in range(20)})
-    message = error_of(copy)
-    assert message.count("does not belong there") == 8
-    assert message.startswith("20 problems:\n")
-    assert message.endswith("  - and 12 more")
+    assert only_problem(copy) == f"{copy}: 20 tensors do not belong there: extra.0, extra.1, extra.10 and 17 more."
+
+
+def test_many_tensors_that_the_index_does_not_know_are_one_line(copy: Path) -> None:
+    edit(copy, {f"extra.{number}": torch.ones(1) for number in range(20)}, in_index=False)
+    assert only_problem(copy).startswith(f"{copy / INDEX}: does not match the weight files. 0 tensors are not in the")
+
+
+def test_names_that_a_wrapper_changed_are_one_line(plain: Path) -> None:
+    tensors = load_file(plain / SINGLE)
+    save_file({f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, plain / SINGLE)
+    assert only_problem(plain).startswith(f"{plain}: the names of all tensors begin with 'base_model.model.', which a")
+
+
+def test_several_missing_shards_are_one_line(copy: Path) -> None:
+    files = sorted(path.name for path in copy.glob("*.safetensors"))
+    edit_index(copy, **{f"extra.{number}": f"model-{number}.safetensors" for number in range(4)})
+    assert only_problem(copy) == (
+        f"{copy}: 4 of {len(files) + 4} weight files are missing: model-0.safetensors, model-1.safetensors,"
+        " model-2.safetensors and 1 more. Fetch them again."
+    )
+
+
+def test_an_index_that_is_left_over_from_another_save_is_named(plain: Path, copy: Path) -> None:
+    shutil.copyfile(copy / INDEX, plain / INDEX)
+    assert only_problem(plain).endswith(f"It is left over from another save: remove {plain / INDEX}.")
+    (plain / INDEX).unlink()
+    Checkpoint(plain).close()
+
+
+def test_pointers_of_git_lfs_are_one_line(copy: Path) -> None:
+    for path in copy.glob("*.safetensors"):
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "weight files are pointers of Git LFS (model-00001-of-" in only_problem(copy)
+    assert only_problem(copy).endswith(f"git -C {copy} lfs pull")

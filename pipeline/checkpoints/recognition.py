@@ -1,0 +1,146 @@
+"""Recognizes what a path holds that is not a gpt-oss checkpoint in Hugging Face's layout, and says what helps."""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from pipeline.checkpoints.config_json import CONFIG, read_config
+from pipeline.checkpoints.gpt_oss import MODEL_TYPE
+from pipeline.checkpoints.side_files import ADAPTER_CONFIG
+from pipeline.config import Stage
+from pipeline.errors import UserError
+from pipeline.runs.artifacts import ARTIFACT_FILE
+from pipeline.runs.commands import stage_command
+
+_SMALL, _LARGE = "openai/gpt-oss-20b", "openai/gpt-oss-120b"
+_BY_LAYERS = {24: _SMALL, 36: _LARGE}
+_ORIGINAL_KEYS = {"num_experts", "experts_per_token", "initial_context_length"}  # of config.json in original/
+_ORIGINAL = "original"
+_TOKENIZER = "tokenizer.json"
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_TRAINABLE = "mxfp4"  # the only quant_method of config.json whose weights can be trained
+_LFS = b"version https://git-lfs"
+_GGUF = "GGUF, the format of llama.cpp. These weights cannot be trained"
+_CHECKPOINT = f"Give a checkpoint in safetensors, such as model.path={_SMALL}"
+
+
+def describe_missing(path: str) -> str:
+    """Say what a path is that is not a directory: a file, or nothing. The text continues `model.path=…: `."""
+    file = Path(path).expanduser()
+    size = re.search(r"gpt-oss-(20b|120b)", path)
+    if not file.is_file():
+        return f"no such directory.{f' Did you mean openai/{size[0]}?' if size is not None and '/' not in path else ''}"
+    if file.suffix == ".gguf" or _starts_with(file, b"GGUF"):
+        return f"holds {_GGUF}. {_CHECKPOINT}."
+    if file.suffix == ".safetensors" or file.name in (CONFIG, ADAPTER_CONFIG, _TOKENIZER):
+        return f"no such directory. It is a file. Give the directory that it is in: {file.parent}."
+    return f"no such directory. It is a file. {_CHECKPOINT}."
+
+
+def raise_if_other_layout(directory: Path) -> None:
+    """Check config.json and the names of files, without opening the weights.
+
+    Raises:
+        UserError: the directory holds something else than a checkpoint that can be trained. The message says what to
+            do.
+    """
+    found = _describe_config(directory) if (directory / CONFIG).is_file() else _describe_without_config(directory)
+    if found is not None:
+        raise UserError(f"{directory}: {found}")
+
+
+def describe_weights(directory: Path) -> str:
+    """Say what a directory with config.json has in place of weights in safetensors."""
+    if any(directory.glob("*.gguf")):
+        return f"Its weights are {_GGUF}. {_CHECKPOINT}"
+    pickled = sorted(path.name for pattern in _PICKLED for path in directory.glob(pattern))
+    if pickled:
+        return (
+            f"Its weights are in PyTorch's format ({pickled[0]}), not in safetensors. Load the model with transformers,"
+            " and save it with save_pretrained"
+        )
+    return "Fetch the *.safetensors files"
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Return whether a file is a pointer that Git LFS leaves in place of the file itself."""
+    return file.is_file() and _starts_with(file, _LFS)
+
+
+def find_wrapper(stored: Collection[str], expected: Collection[str]) -> str | None:
+    """Return the prefix that a wrapper, such as PEFT or DDP, put before the names of all tensors, or None."""
+    known = next(iter(expected))
+    prefix = next((name.removesuffix(known) for name in stored if name.endswith(f".{known}")), None)
+    return prefix if prefix is not None and all(name.startswith(prefix) for name in stored) else None
+
+
+def _describe_config(directory: Path) -> str | None:
+    config = read_config(directory)
+    if config.get("model_type") is None and _ORIGINAL_KEYS & config.keys():
+        return _describe_original(directory, config)
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if config.get("model_type") == MODEL_TYPE and method not in (None, _TRAINABLE):
+        return (
+            f"{CONFIG} says that the weights are quantized with {method!r}, which cannot be trained. Give the model in"
+            f" MXFP4 or BF16, such as model.path={_hub_id(config)}. If the weights are BF16 nevertheless, as after a"
+            f" merge, remove quantization_config from {CONFIG}."
+        )
+    return None
+
+
+def _describe_original(directory: Path, config: Mapping[str, object]) -> str:
+    hub_id, root = _hub_id(config), directory.parent
+    if _is_model(root):
+        remedy = f"Give the root of the repository: model.path={root}"
+    else:
+        remedy = (
+            f"Give model.path={hub_id}, or fetch the root of that repository without original/: hf download {hub_id}"
+            f" --exclude 'original/*' --exclude 'metal/*' --local-dir <directory>"
+        )
+    return f"holds OpenAI's original layout (names such as block.0.attn.qkv.weight), not Hugging Face's. {remedy}."
+
+
+def _describe_without_config(directory: Path) -> str | None:
+    if (directory / ADAPTER_CONFIG).is_file():
+        return _describe_adapters(directory)
+    if gguf := sorted(directory.glob("*.gguf")):
+        return f"holds only {_GGUF} ({gguf[0].name}). {_CHECKPOINT}."
+    inner = [path for pattern in ("*", "*/*", "*/*/*") for path in sorted(directory.glob(f"{pattern}/{CONFIG}"))]
+    models = [path.parent for path in inner if _is_model(path.parent)]
+    if models:
+        return f"has no {CONFIG}, so it is not a model directory. A directory in it is: model.path={models[0]}"
+    if (directory / _ORIGINAL / CONFIG).is_file():
+        return _describe_original(directory / _ORIGINAL, read_config(directory / _ORIGINAL))
+    if (directory / _TOKENIZER).is_file():
+        return f"has no {CONFIG} and no weights, only a tokenizer. Fetch the whole repository: hf download <owner/name>"
+    return None
+
+
+def _describe_adapters(directory: Path) -> str:
+    kind = f"holds adapters ({ADAPTER_CONFIG}), not a whole model."
+    if (directory / ARTIFACT_FILE).is_file():
+        merged = stage_command(Stage.export, f"export.source={directory}", "export.target=bf16")
+        return f"{kind} Merge them into their base model, and give the export: {merged}"
+    base = read_config(directory, ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        return f"{kind} Give their base model, or merge the adapters into it and give the result."
+    return f"{kind} Give their base model (model.path={base}), or merge the adapters into it and give the result."
+
+
+def _is_model(directory: Path) -> bool:
+    """Return whether a directory has the config.json of a gpt-oss model."""
+    try:
+        return read_config(directory).get("model_type") == MODEL_TYPE
+    except UserError:
+        return False
+
+
+def _hub_id(config: Mapping[str, object]) -> str:
+    layers = config.get("num_hidden_layers")
+    return _BY_LAYERS.get(layers, _SMALL) if isinstance(layers, int) else _SMALL
+
+
+def _starts_with(file: Path, start: bytes) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(start)) == start
