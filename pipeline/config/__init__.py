@@ -5,7 +5,15 @@ sets or stages.
 """
 
 from pipeline.config.compare import CompareConfig
-from pipeline.config.data import BlendPartConfig, ColumnsConfig, DataConfig, ReasoningEffort, Supervise
+from pipeline.config.data import (
+    BlendPartConfig,
+    ColumnsConfig,
+    DataConfig,
+    DataPartConfig,
+    ReasoningEffort,
+    Supervise,
+    ValidationConfig,
+)
 from pipeline.config.doctor import DoctorConfig
 from pipeline.config.evaluate import (
     DuringTrainingConfig,
@@ -64,6 +72,7 @@ __all__ = [
     "ColumnsConfig",
     "CompareConfig",
     "DataConfig",
+    "DataPartConfig",
     "Device",
     "DistillationConfig",
     "DoctorConfig",
@@ -111,6 +120,7 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "UpcastConfig",
+    "ValidationConfig",
     "VerifyConfig",
     "adapted_layers",
     "calibration_tokens",

@@ -54,14 +54,10 @@ class ColumnsConfig:
     """Name of the field that holds an assistant message's reasoning."""
 
 
-@dataclass
-class BlendPartConfig:
-    """One data set of a blend. A setting that is null has the value of the same setting in `data`."""
+@dataclass(kw_only=True)
+class DataPartConfig:
+    """A data set beside or inside `data`. A setting that is null has the value of the same setting in `data`."""
 
-    path: str = MISSING
-    """As data.path."""
-    weight: Annotated[float, POSITIVE] = MISSING
-    """Relative share of the rows. Two parts with weights 3 and 1 get 75 % and 25 % of the rows."""
     revision: Optional[str] = None
     """As data.revision."""
     split: Optional[str] = None
@@ -78,6 +74,31 @@ class BlendPartConfig:
     """As data.reasoning_effort."""
     reasoning_language: Optional[str] = None
     """As data.reasoning_language."""
+
+
+@dataclass
+class BlendPartConfig(DataPartConfig):
+    """One data set of a blend. A setting that is null has the value of the same setting in `data`."""
+
+    path: str = MISSING
+    """As data.path."""
+    weight: Annotated[float, POSITIVE] = MISSING
+    """Relative share of the rows. Two parts with weights 3 and 1 get 75 % and 25 % of the rows."""
+
+
+@dataclass
+class ValidationConfig(DataPartConfig):
+    """Validation rows of your own. If path or split is set, no rows of `data` are held out."""
+
+    path: Optional[str] = None
+    """Data set to validate on, given as in data.path; null: data.path, if data.validation.split is set."""
+    split: Optional[str] = None
+    """Split of the validation rows; null: data.split."""
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the validation rows are a data set of their own."""
+        return self.path is not None or self.split is not None
 
 
 @dataclass
@@ -99,10 +120,11 @@ class DataConfig:
     """Keep only rows that match in every named column. {category: [a, b]} keeps rows whose category is a or b."""
     blend: list[BlendPartConfig] = field(default_factory=list)
     """Several data sets with weights, instead of data.path: [{path: a.jsonl, weight: 3}, …]."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     max_samples: Annotated[Optional[int], POSITIVE] = None
-    """Use only this many rows, drawn with data.seed; null: all."""
+    """Use only this many rows, drawn with data.seed; null: all. Rows of data.validation are not counted."""
     validation_fraction: Annotated[float, BETWEEN_0_AND_1] = 0.1
-    """Share of the rows to hold out for validation. These rows are never trained on."""
+    """Share of the rows to hold out for validation, unless data.validation is set. Equal prompts stay together."""
     seed: Annotated[int, SEED] = 42
     """Random seed for data.max_samples and for the split into training and validation rows."""
     max_length: Annotated[int, POSITIVE] = 4096

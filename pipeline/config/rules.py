@@ -89,6 +89,7 @@ def _data_problems(data: DataConfig) -> list[str]:
     found = _columns_problems("data", data.columns)
     texts = {"data.model_identity": data.model_identity, "data.reasoning_language": data.reasoning_language}
     texts |= {f"data.blend[{i}].reasoning_language": part.reasoning_language for i, part in enumerate(data.blend)}
+    texts |= {"data.validation.reasoning_language": data.validation.reasoning_language}
     for key, text in texts.items():
         if text is not None and ("<|" in text or "\n" in text or not text.strip()):
             found.append(f"{key}={text!r}: must be one line of text, without special tokens.")
@@ -97,10 +98,31 @@ def _data_problems(data: DataConfig) -> list[str]:
             f"data.path={data.path!r}: cannot be combined with data.blend. Make the path a part of the"
             " blend, or set it to null."
         )
-    for i, part in enumerate(data.blend):
+    parts = {f"data.blend[{i}]": part for i, part in enumerate(data.blend)} | {"data.validation": data.validation}
+    for key, part in parts.items():
         if part.columns is not None:
-            found += _columns_problems(f"data.blend[{i}]", part.columns)
-    return found
+            found += _columns_problems(key, part.columns)
+    return found + _validation_problems(data)
+
+
+def _validation_problems(data: DataConfig) -> list[str]:
+    own = data.validation
+    if not own.is_set:
+        alone = [name for name, value in vars(own).items() if value is not None]
+        return [f"data.validation.{name}: needs data.validation.path or data.validation.split." for name in alone]
+    if own.path is None and data.path is None:
+        return [
+            f"data.validation.split={own.split}: needs data.path, which is not set. Set data.validation.path to the"
+            " data set with the validation rows."
+        ]
+    is_same = own.path in (None, data.path) and own.split in (None, data.split)
+    if is_same and own.filter is None and own.revision in (None, data.revision):
+        return [
+            f"data.validation.path={own.path}, data.validation.split={own.split}: these are the training rows"
+            f" (data.path={data.path}, data.split={data.split}). Name another file or split, or set both to null to"
+            " hold out a share of the rows."
+        ]
+    return []
 
 
 def _columns_problems(key: str, columns: ColumnsConfig) -> list[str]:

@@ -42,7 +42,8 @@ class Splits:
 
     Attributes:
         train: examples to train on.
-        validation: held-out examples. No conversation has examples in both tables.
+        validation: examples to validate on, held out or of data.validation. No held-out conversation has examples in
+            both tables.
         counts: name -> count, for rows, examples, tokens, truncated examples and dropped examples.
         max_length: data.max_length, the largest number of tokens that an example may have.
         validation_rows: for each validation example, the index of its conversation in Rows.conversations.
@@ -65,6 +66,8 @@ def prepare_examples(run: Run, data: DataConfig, rows: Rows, tokenizer: Tokenize
     counts, chosen = _choose(data, rows)
     numbers_of = dict(zip(("train", "validation"), _split(data, rows, chosen), strict=True))
     counts |= {f"{name}_rows": len(numbers) for name, numbers in numbers_of.items()}
+    if rows.validation:
+        counts["validation_rows_with_training_prompts"] = _count_leaks(rows, **numbers_of)
     tokenized: dict[str, Dataset] = {}
     errors: list[UserError] = []
     for name, numbers in numbers_of.items():
@@ -96,7 +99,7 @@ def rendering_of(data: DataConfig, tokenizer: Tokenizer) -> Rendering:
 def split_rows(data: DataConfig, rows: Rows) -> tuple[Conversations, Conversations]:
     """Return the training conversations and the validation conversations.
 
-    data.max_samples limits their total number.
+    data.max_samples limits their total number, without the rows of data.validation.
 
     Raises:
         UserError: no training conversation or no validation conversation is left.
@@ -127,15 +130,32 @@ def _choose(data: DataConfig, rows: Rows) -> tuple[dict[str, int], Numbers]:
 
 
 def _split(data: DataConfig, rows: Rows, chosen: Numbers) -> tuple[Numbers, Numbers]:
+    if rows.validation:
+        own = sampling.choose([rows.validation], [rows.validation], data.seed)  # in a seeded order
+        return chosen, own + (len(rows.conversations) - rows.validation)
     held_out = round(len(chosen) * data.validation_fraction)
-    train, validation = sampling.split(rows.identities[chosen], held_out)
+    train, validation = sampling.split(rows.prompts[chosen], chosen, held_out)
     if not len(train) or not len(validation):
         empty = "train on" if len(validation) else "validate on"
+        count = len(np.unique(rows.prompts[chosen]))
+        alike = f" They have {count} different prompts, and equal prompts stay together." if count < len(chosen) else ""
         raise UserError(
             f"data.validation_fraction={data.validation_fraction} with {len(chosen)} rows: no row is left to {empty}."
-            " Change it, or use more rows."
+            f"{alike} Change it, use more rows, or set data.validation.path."
         )
     return chosen[train], chosen[validation]
+
+
+def _count_leaks(rows: Rows, train: Numbers, validation: Numbers) -> int:
+    """Count and report the validation rows whose prompt is also in the training rows."""
+    shared = int(np.isin(rows.prompts[validation], rows.prompts[train]).sum())
+    if shared:
+        warn(
+            "data",
+            f"{shared} of {len(validation)} rows of data.validation have a prompt that is also in the training rows."
+            " Their loss measures memorization. Remove them from one of the two; stage=doctor names them",
+        )
+    return shared
 
 
 def _tokenize(run: Run, name: str, rows: Rows, numbers: Numbers, *, rendering: Rendering, max_length: int) -> Dataset:

@@ -15,7 +15,7 @@ import xxhash
 from datasets import Dataset, Features, Value, concatenate_datasets
 
 from pipeline.config import DataConfig
-from pipeline.data import columns, files, folders, forms, harmony, tables
+from pipeline.data import columns, files, folders, forms, harmony, prompts, tables
 from pipeline.data import sources as sources_module
 from pipeline.data.columns import Columns
 from pipeline.data.files import Unreadable
@@ -32,15 +32,18 @@ _ROWS = Features(
         "conversation": Value("string"),  # JSON
         "where": Value("string"),
         "identity": Value("int64"),  # hash; rows with the same contents have the same hash
+        "prompt": Value("int64"),  # hash; rows with the same normalized prompt have the same hash
         "expected": Value("string"),  # JSON
         "merged": Value("bool"),
     }
 )
-_FILTERED_OUT = {"kept": False, "conversation": "", "where": "", "identity": 0, "expected": "", "merged": False}
+_FILTERED_OUT = {"kept": False, "identity": 0, "prompt": 0, "merged": False} | dict.fromkeys(
+    ("conversation", "where", "expected"), ""
+)
 
 CODE = [
     Path(__file__),
-    *(Path(str(module.__file__)) for module in (columns, files, folders, forms, sources_module, harmony)),
+    *(Path(str(module.__file__)) for module in (columns, files, folders, forms, prompts, sources_module, harmony)),
 ]
 """Files with the code that turns rows into conversations. If this code changes, all tables are made again."""
 
@@ -79,15 +82,18 @@ class Rows:
     """The conversations of a data set or of a blend. The conversations of a blend are in the order of its parts.
 
     Attributes:
-        conversations: one conversation for each row that data.filter keeps, in order.
-        identities: hash of each conversation. Equal conversations have equal hashes.
+        conversations: one conversation for each row that data.filter keeps, in order. The conversations of a data set
+            for validation are the last ones.
+        prompts: hash of each conversation's prompt. Equal prompts have equal hashes, see `prompts.normalized`.
         parts: one pair (data set, number of conversations) for each part of the blend. A single data set is one part.
-        fingerprint: hash of the contents of all conversations.
+        validation: number of conversations in the data set for validation, or 0 if there is none.
+        fingerprint: hash of the contents of all conversations, and of what decides which of them validate.
     """
 
     conversations: Conversations
-    identities: Numbers
+    prompts: Numbers
     parts: list[tuple[Source, int]]
+    validation: int
     fingerprint: str
 
 
@@ -118,10 +124,38 @@ def read_rows(run: Run, sources: list[Source]) -> Rows:
         raise joined(errors)
     _report_merged(found)
     kept = [_apply_filter(source, table) for source, table in zip(sources, found, strict=True)]
-    identities = np.concatenate([column_of(table, "identity") for table in kept])
-    parts = [(source, len(table)) for source, table in zip(sources, kept, strict=True)]
-    fingerprint = xxhash.xxh3_128_hexdigest(identities.tobytes())
-    return Rows(Conversations(concatenate_datasets(kept)), identities, parts, fingerprint)
+    _raise_if_same_rows(sources, kept)
+    found_prompts = np.concatenate([column_of(table, "prompt") for table in kept])
+    parts = [(source, len(table)) for source, table in zip(sources, kept, strict=True) if not source.validates]
+    validation = len(found_prompts) - sum(count for _, count in parts)
+    fingerprint = _hash(kept, found_prompts, validation)
+    return Rows(Conversations(concatenate_datasets(kept)), found_prompts, parts, validation, fingerprint)
+
+
+def _hash(kept: list[Dataset], of_prompts: Numbers, validation: int) -> str:
+    """Hash the contents of all rows, and what decides which of them validate, except for the settings."""
+    digest = xxhash.xxh3_128()
+    for table in kept:
+        digest.update(column_of(table, "identity").tobytes())
+    if validation:
+        digest.update(f"the last {validation} rows validate".encode())
+    elif len(np.unique(of_prompts)) < len(of_prompts):
+        digest.update(of_prompts.tobytes())  # rows with the same prompt stay together
+    return digest.hexdigest()
+
+
+def _raise_if_same_rows(sources: list[Source], kept: list[Dataset]) -> None:
+    """Raise UserError if the data set for validation has the same rows as a data set for training."""
+    if not sources[-1].validates:
+        return
+    own = column_of(kept[-1], "identity")
+    for source, table in zip(sources[:-1], kept[:-1], strict=True):
+        if np.array_equal(column_of(table, "identity"), own):
+            raise UserError(
+                f"data.validation: its {len(own)} rows are the training rows of {source.key}.path={source.data.path}."
+                " Name other rows, or set data.validation.path and data.validation.split to null to hold out a share of"
+                " the rows."
+            )
 
 
 def _make_table(run: Run, source: Source) -> Dataset:
@@ -169,15 +203,19 @@ def _check_row(source: Source, mapping: Columns, where: str, row: object) -> Map
         "reasoning_language": found.reasoning_language or source.reasoning_language,
     }
     text = json.dumps(conversation, ensure_ascii=False)
-    identity = xxhash.xxh3_64_intdigest(text.encode()) - (1 << 63)  # shifted into the range of int64
     return {
         "kept": True,
         "conversation": text,
         "where": where,
-        "identity": identity,
+        "identity": _hash_text(text),
+        "prompt": _hash_text(prompts.normalized(found)),
         "expected": json.dumps(mapping.read_expected(fields), ensure_ascii=False),
         "merged": found.merged_instructions,
     }
+
+
+def _hash_text(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode()) - (1 << 63)  # shifted into the range of int64
 
 
 def _report_merged(found: list[Dataset]) -> None:

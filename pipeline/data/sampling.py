@@ -59,20 +59,42 @@ def choose(available: Sequence[int], take: Sequence[int], seed: int) -> Numbers:
     return order[kept]
 
 
-def split(identities: Numbers, held_out: int) -> tuple[Numbers, Numbers]:
-    """Split rows into training and validation. All copies of a row go to the same set.
+def split(groups: Numbers, rows: Numbers, held_out: int) -> tuple[Numbers, Numbers]:
+    """Split rows into training and validation. All rows of a group go to the same set.
+
+    The groups are visited in a random order: the order of their rows with the lowest number. So a large group is not
+    chosen more often than a small one. A group is held out if this brings the number of validation rows closer to
+    `held_out`. So the number differs by at most half of the largest group. If every group is too large, the smallest
+    one is held out. If each row is a group of its own, the first `held_out` rows are held out.
 
     Args:
-        identities: one number per row. Copies of a row have the same number.
-        held_out: number of validation rows. The result may have a few more, because all copies of the last row are
-            added.
+        groups: number of each row's group. Rows are in a random order.
+        rows: number of each row in the data set.
+        held_out: number of validation rows.
 
     Returns:
         The positions of the training rows and of the validation rows, each in order.
     """
-    _, first, group, sizes = np.unique(identities, return_index=True, return_inverse=True, return_counts=True)
-    by_first = np.argsort(first)
-    before = np.empty(len(sizes), dtype=np.int64)  # for each group of copies, the number of rows in earlier groups
-    before[by_first] = np.cumsum(sizes[by_first]) - sizes[by_first]
-    validates = (before < held_out)[group]
+    _, group = np.unique(groups, return_inverse=True)
+    sizes = np.bincount(group)
+    by_number = np.argsort(rows)
+    _, lowest = np.unique(group[by_number], return_index=True)
+    order = np.argsort(by_number[lowest])  # groups, by the position of their row with the lowest number
+    chosen = _fill(sizes[order].tolist(), held_out, keeps_one=held_out < len(rows))
+    validates = np.isin(group, order[chosen])
     return np.flatnonzero(~validates), np.flatnonzero(validates)
+
+
+def _fill(sizes: list[int], wanted: int, keeps_one: bool) -> list[int]:
+    """Choose groups whose sizes add up to about `wanted`. If `keeps_one`, at least one group is not chosen."""
+    chosen: list[int] = []
+    total = 0
+    for i, size in enumerate(sizes):
+        if total >= wanted or (keeps_one and len(chosen) == len(sizes) - 1):
+            break
+        if abs(total + size - wanted) <= abs(total - wanted):
+            chosen.append(i)
+            total += size
+    if not chosen and wanted and len(sizes) > 1:
+        return [sizes.index(min(sizes))]
+    return chosen

@@ -13,7 +13,7 @@ import xxhash
 from datasets import Dataset, DatasetDict, IterableDataset
 from datasets.exceptions import DatasetsError
 
-from pipeline.config import SYNTHETIC, BlendPartConfig, DataConfig
+from pipeline.config import SYNTHETIC, DataConfig, DataPartConfig, ValidationConfig
 from pipeline.config.hub_ids import is_hub_id
 from pipeline.data import files, folders, synthetic
 from pipeline.data.files import PlacedRows, number_rows
@@ -25,7 +25,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Source:
-    """One data set: `data` itself, or a part of `data.blend`.
+    """One data set: `data` itself, a part of `data.blend`, or `data.validation`.
 
     Attributes:
         key: key of the data set's settings, for messages. Examples: `data`, `data.blend[0]`.
@@ -37,6 +37,7 @@ class Source:
         expected_key: key of the setting that names such a column, for messages. In the key, {} stands for the name of
             the value.
         needs_answers: whether each row must have an answer. Training rows need answers; evaluation prompts do not.
+        validates: whether the rows are for validation alone.
     """
 
     key: str
@@ -47,6 +48,7 @@ class Source:
     expected: dict[str, str] = field(default_factory=dict)
     expected_key: str = "evaluate.prompts.expected.{}"
     needs_answers: bool = True
+    validates: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,34 @@ class Opened:
 
 
 def data_sources(data: DataConfig) -> list[Source]:
-    """List the data sets that the configuration names.
+    """List the data sets that the configuration names. A data set for validation is the last one.
 
     Raises:
         UserError: the configuration names no data set.
     """
-    if data.blend:
-        return [_source_of_part(f"data.blend[{i}]", data, part) for i, part in enumerate(data.blend)]
-    if data.path is None:
+    if data.path is None and not data.blend:
         raise UserError("data.path: is not set. Give data.path=<file, folder or hub id>, or choose a recipe.")
-    return [Source("data", data)]
+    found = [_part(f"data.blend[{i}]", data, part.path, part, part.weight) for i, part in enumerate(data.blend)]
+    found = found or [Source("data", data)]
+    if data.validation.is_set:
+        path = data.validation.path or str(data.path)
+        found.append(replace(_part("data.validation", data, path, data.validation), validates=True))
+    return found
+
+
+def with_expected(sources: list[Source], expected: dict[str, str], key: str = Source.expected_key) -> list[Source]:
+    """Return the data sets, with columns for scorers in the data sets that can have validation rows.
+
+    Args:
+        sources: result of `data_sources`.
+        expected: see `Source`.
+        key: see `Source.expected_key`.
+    """
+    any_validates = any(source.validates for source in sources)
+    return [
+        replace(source, expected=expected, expected_key=key) if source.validates or not any_validates else source
+        for source in sources
+    ]
 
 
 def open_rows(source: Source) -> Opened:
@@ -95,11 +115,12 @@ def open_rows(source: Source) -> Opened:
     return _open_stream(source, name) if source.data.streaming else _open_download(source, name)
 
 
-def _source_of_part(key: str, data: DataConfig, part: BlendPartConfig) -> Source:
+def _part(key: str, data: DataConfig, path: str, part: DataPartConfig, weight: float = 1.0) -> Source:
     names = ("revision", "split", "streaming", "columns", "roles", "filter")
     own = {name: value for name in names if (value := getattr(part, name)) is not None}
     effort = part.reasoning_effort.name if part.reasoning_effort is not None else None
-    return Source(key, replace(data, path=part.path, blend=[], **own), part.weight, effort, part.reasoning_language)
+    settings = replace(data, path=path, blend=[], validation=ValidationConfig(), **own)
+    return Source(key, settings, weight, effort, part.reasoning_language)
 
 
 def _open_synthetic(source: Source, name: str) -> Opened:

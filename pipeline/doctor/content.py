@@ -8,6 +8,7 @@ from typing import TypedDict
 
 from pipeline.data.harmony import Conversation, Message, ToolCall
 from pipeline.data.languages import Languages
+from pipeline.data.prompts import prompt
 from pipeline.doctor.rows import Row, first
 
 _CONTROL = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?(?:think|thinking|reasoning|analysis)>|\[/?INST\]|<</?SYS>>")
@@ -125,12 +126,6 @@ def languages(rows: list[Row], tell: Languages) -> dict[str, dict[str, int]]:
             if texts:
                 found[kind][tell.of("\n".join(texts))] += 1
     return {kind: dict(found[kind].most_common()) for kind in ("prompts", "reasoning", "answers")}
-
-
-def prompt(conversation: Conversation) -> list[Message]:
-    """Return the messages before the first answer."""
-    roles = [message["role"] for message in conversation.messages]
-    return conversation.messages[: roles.index("assistant")]
 
 
 def _by_kind(conversation: Conversation) -> dict[str, list[str]]:

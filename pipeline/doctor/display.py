@@ -8,7 +8,16 @@ from rich.text import Text
 
 from pipeline.checkpoints import largest_codes
 from pipeline.data.harmony import IGNORED, Conversation, ConversationError, Rendering, examples
-from pipeline.doctor.findings import DataFigures, Facts, controls_of, device_needed, disk_needed, gigabytes, host_needed
+from pipeline.doctor.findings import (
+    DataFigures,
+    Facts,
+    ValidationFigures,
+    controls_of,
+    device_needed,
+    disk_needed,
+    gigabytes,
+    host_needed,
+)
 from pipeline.doctor.needs import as_batched
 from pipeline.doctor.parity import ParityFigures
 from pipeline.errors import UserError
@@ -95,7 +104,11 @@ def _data_lines(data: DataFigures) -> Iterable[tuple[str, str]]:
 def _token_lines(data: DataFigures) -> Iterable[tuple[str, str]]:
     rows, tokens, lengths = data["rows"], data["tokens"], data["lengths"]
     cut, empty = data["cut"], data["nothing_to_learn"]
-    yield "rows", f"{rows['all']:,}, of which {rows['train']:,} are trained on and {rows['validation']:,} held out"
+    own = data.get("validation")
+    validating = "held out" if own is None else "validate"
+    yield "rows", f"{rows['all']:,}, of which {rows['train']:,} are trained on and {rows['validation']:,} {validating}"
+    if own is not None:
+        yield "validation rows", f"{own['rows']:,} of {own['source']}: {_validation(own)}"
     yield "examples", f"{tokens['examples']:,}, one for each assistant turn that is trained"
     yield (
         "tokens",
@@ -162,6 +175,14 @@ def _histogram(counts: dict[str, int]) -> Iterable[tuple[str, str]]:
     for edge, count in counts.items():
         bar = "█" * max(round(_BAR * count / most), count > 0)
         yield f"  up to {edge}", f"{bar} {count}"
+
+
+def _validation(own: ValidationFigures) -> str:
+    tokens, cut = own["tokens"], own["cut"]
+    return (
+        f"{tokens['examples']:,} examples, {tokens['all']:,} tokens ({tokens['supervised_share']:.1%} supervised),"
+        f" longest {own['lengths']['longest']}, {cut['examples']} truncated"
+    )
 
 
 def _parity(parity: ParityFigures) -> str:

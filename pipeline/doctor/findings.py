@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from pipeline.checkpoints.largest_codes import CodeFigures
 from pipeline.config import Stage
@@ -31,6 +31,16 @@ class RowCounts(TypedDict):
     validation: int
 
 
+class ValidationFigures(TypedDict):
+    """Figures of the validation rows alone, and `source`: the path and split of their data set."""
+
+    source: str
+    rows: int
+    tokens: TokenCounts
+    lengths: Lengths
+    cut: Truncated
+
+
 class DataFigures(TypedDict):
     """Figures of the data in artifact.json. Each part is defined in the module of this package that computes it."""
 
@@ -47,6 +57,8 @@ class DataFigures(TypedDict):
     leaks: LeakFigures
     languages: dict[str, dict[str, int]]
     parity: ParityFigures
+    validation: NotRequired[ValidationFigures]
+    """Figures of the rows of data.validation. Missing if validation rows are held out."""
 
 
 @dataclass(frozen=True)
@@ -193,11 +205,12 @@ def _leaks(facts: Facts) -> list[str]:
     leaks = facts.data["leaks"]
     if not leaks["normalized"]:
         return []
+    remedy = "Remove them from data.validation, or from the training rows" if facts.plan.data.validation.is_set else ""
     return [
         f"validation rows whose prompt is also in the training rows: {leaks['normalized']} of"
         f" {facts.data['rows']['validation']} ({_and_more(leaks['first'], leaks['normalized'])}). Prompts that are"
-        f" equal word for word: {leaks['exact']}. The validation loss of these rows measures memorization. Keep one row"
-        " of each prompt in data.path."
+        f" equal word for word: {leaks['exact']}. The validation loss of these rows measures memorization."
+        f" {remedy or 'Keep one row of each prompt in data.path'}."
     ]
 
 
@@ -260,6 +273,11 @@ def _few_to_validate(facts: Facts) -> list[str]:
     rows, data = facts.data["rows"], facts.plan.data
     if rows["validation"] >= _FEW_ROWS:
         return []
+    if data.validation.is_set:
+        return [
+            f"rows of data.validation: {rows['validation']}. With so few, the validation loss is mostly noise. Use more"
+            " rows."
+        ]
     chosen = rows["train"] + rows["validation"]
     fraction = math.ceil(100 * _FEW_ROWS / chosen) / 100
     remedy = f"Set data.validation_fraction={fraction}" if fraction <= _MOST_HELD_OUT else "Use more rows"

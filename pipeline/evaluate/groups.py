@@ -1,13 +1,11 @@
 """Group validation examples by the value of a column, or by the language of their reasoning."""
 
-from dataclasses import replace
-
 from pipeline.config import DataConfig
 from pipeline.config.languages import code_of
 from pipeline.data.harmony import Conversation
 from pipeline.data.rows import Rows, read_rows
 from pipeline.data.sampling import Numbers
-from pipeline.data.sources import data_sources
+from pipeline.data.sources import data_sources, with_expected
 from pipeline.errors import UserError
 from pipeline.runs.run import Run
 
@@ -32,8 +30,7 @@ def group_examples(run: Run, data: DataConfig, column: str | None, *, rows: Rows
         UserError: rows lack the column, or the column has too many different values.
     """
     if column is not None:  # read the same rows again, with the column of the groups
-        sources = [replace(one, expected={_GROUP: column}, expected_key=_KEY) for one in data_sources(data)]
-        rows = read_rows(run, sources)
+        rows = read_rows(run, with_expected(data_sources(data), {_GROUP: column}, _KEY))
     group_of = {number: _group(rows.conversations[number]) for number in sorted({*map(int, numbers)})}
     found = {*group_of.values()} - {""}
     if len(found) > _MOST_GROUPS:

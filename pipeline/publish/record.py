@@ -86,9 +86,11 @@ def data(stage: Artifact) -> dict[str, str]:
     parts = settings["data.blend"] or [{"path": settings["data.path"], "revision": settings["data.revision"]}]
     told = {"conversations": _shown([_source(part) for part in parts])}
     told |= {key: _shown(value) for key, value in settings.items() if key.startswith("data.filter.")}
+    if own := _validation(settings):
+        told["validation"] = _shown(own)
     told["used"] = (
-        f"{counts['train_rows']} to train, {counts['validation_rows']} held out (data.seed="
-        f"{settings['data.seed']}); up to {settings['data.max_length']} tokens each"
+        f"{counts['train_rows']} to train, {counts['validation_rows']} {'to validate' if own else 'held out'}"
+        f" (data.seed={settings['data.seed']}); up to {settings['data.max_length']} tokens each"
     )
     told["fingerprint"] = f"`{stage.data}`"
     return told
@@ -97,6 +99,7 @@ def data(stage: Artifact) -> dict[str, str]:
 def hub_data_sets(stage: Artifact) -> list[str]:
     """List the Hub data sets that a training stage used."""
     paths = [part["path"] for part in stage.settings["data.blend"]] or [stage.settings["data.path"]]
+    paths += [path for path in [stage.settings.get("data.validation.path")] if path not in (None, *paths)]
     return [path for path in paths if is_hub_id(path, needs_owner=False)]
 
 
@@ -148,6 +151,16 @@ def _recorded(directory: Path, fingerprint: str) -> Artifact | None:
         return None
     artifact = artifacts.load(directory, check_files=False)
     return artifact if artifact.fingerprint == fingerprint else None
+
+
+def _validation(settings: Mapping[str, Any]) -> str | None:
+    """Name the data set of data.validation, or return None if validation rows are held out."""
+    path, split = settings.get("data.validation.path"), settings.get("data.validation.split")
+    if path is None and split is None:
+        return None
+    revision = settings.get("data.validation.revision") or (None if path else settings["data.revision"])
+    source = _source({"path": path or settings["data.path"], "revision": revision})
+    return f"{source} (split {split})" if split else source
 
 
 def _source(part: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from pipeline.data.examples import rendering_of, split_rows
 from pipeline.data.harmony import Rendering
 from pipeline.data.languages import Languages
 from pipeline.data.rows import Rows, load_rows
+from pipeline.data.sources import data_sources
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.doctor import content, controls, device_memory, display, findings, leaks, machine, needs, parity
 from pipeline.doctor.findings import DataFigures, Facts
@@ -129,7 +130,7 @@ def _report(
 def _data_figures(config: PipelineConfig, rows: Rows, how: Rendering, tell: Languages) -> DataFigures:
     train, validation = (examine(part, how, config.data.max_length) for part in split_rows(config.data, rows))
     every = [*train, *validation]
-    return {
+    figures: DataFigures = {
         "rows": {"all": len(rows.conversations), "train": len(train), "validation": len(validation)},
         **token_figures(every, config.data.max_length),
         "reasoning": content.reasoning(every),
@@ -141,6 +142,18 @@ def _data_figures(config: PipelineConfig, rows: Rows, how: Rendering, tell: Lang
         "languages": content.languages(every, tell),
         "parity": parity.figures(every, how),
     }
+    if rows.validation:
+        *_, source = data_sources(config.data)
+        limit = config.data.max_length
+        own = token_figures(validation, limit)
+        figures["validation"] = {
+            "source": f"{source.data.path} ({source.data.split})",
+            "rows": len(validation),
+            "tokens": own["tokens"],
+            "lengths": own["lengths"],
+            "cut": own["cut"],
+        }
+    return figures
 
 
 def _open_weights(model: Path) -> Checkpoint | None:
@@ -165,7 +178,8 @@ def _codes(weights: Checkpoint | None) -> CodeFigures | None:
 def _raise_if_no_such_row(config: PipelineConfig, rows: Rows) -> None:
     if config.doctor.row > len(rows.conversations):
         raise UserError(
-            f"doctor.row={config.doctor.row}: data.path={config.data.path} has {len(rows.conversations)} rows."
+            f"doctor.row={config.doctor.row}: data.path={config.data.path} has {len(rows.conversations)} rows"
+            f"{', with those of data.validation' if rows.validation else ''}."
         )
 
 

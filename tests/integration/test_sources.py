@@ -116,6 +116,31 @@ def test_a_run_on_real_multilingual_text_learns(tmp_path: Path) -> None:
     assert len(read_metrics(tmp_path / "sft")) > 6
 
 
+def test_a_run_validates_on_rows_of_its_own_and_is_stale_when_they_change(tmp_path: Path, capsys) -> None:
+    def write(name: str, numbers: range) -> Path:
+        rows = [{"question": f"What is {i} + 1?", "answer": f"{i + 1}", "kind": str(i % 2)} for i in numbers]
+        (tmp_path / name).write_text(json.dumps(rows))
+        return tmp_path / name
+
+    train, own = write("train.json", range(40)), write("own.json", range(37, 47))
+    arguments = ("recipe=smoke", f"run_dir={tmp_path / 'run'}", "data=prompt_completion", f"data.path={train}")
+    arguments += ("data.columns.prompt=question", "data.columns.completion=answer", "data.max_length=512")
+    arguments += (f"data.validation.path={own}", "evaluate.group_column=kind", *SHORT)
+    assert run_program("stage=doctor", *arguments) == 0
+    shown = capsys.readouterr()
+    assert "50, of which 40 are trained on and 10 validate" in shown.out
+    assert f"10 of {own} (train): 10 examples, " in " ".join(shown.out.split())
+    assert "3 validation prompts also in training" in shown.out
+    assert "Remove them from data.validation, or from the training rows." in " ".join(shown.err.split())
+    for stage in ("upcast", "sft", "evaluate"):
+        assert run_program(f"stage={stage}", *arguments) == 0, capsys.readouterr().err
+    assert "3 of 10 rows of data.validation have a prompt that is also in the training rows" in capsys.readouterr().err
+    assert artifacts.load(tmp_path / "run" / "sft").details["validation_rows"] == 10
+    write("own.json", range(50, 60))
+    assert run_program("stage=sft", *arguments) == 2
+    assert "the data set's contents: fingerprint was" in capsys.readouterr().err
+
+
 def test_a_model_of_another_shape_than_the_source_is_not_exported(tmp_path: Path, smoke_run: Path, capsys) -> None:
     arguments = ("recipe=smoke", f"run_dir={tmp_path / 'run'}", "model.tiny.num_hidden_layers=3")
     assert run_program("stage=export", *arguments, f"export.source={smoke_run / 'upcast'}") == 2

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import xxhash
 
 from pipeline.checkpoints.gpt_oss import STOP_TOKENS
-from pipeline.config import DataConfig, PromptsConfig
+from pipeline.config import DataConfig, PromptsConfig, ValidationConfig
 from pipeline.data import harmony, sampling
 from pipeline.data.examples import split_rows
 from pipeline.data.harmony import Conversation, ConversationError, Rendering
 from pipeline.data.rows import Conversations, Rows, read_rows
-from pipeline.data.sources import Source, data_sources
+from pipeline.data.sources import Source, data_sources, with_expected
 from pipeline.errors import RowProblems
 from pipeline.evaluate.transcripts import Transcript, parse
 from pipeline.runs.console import say
@@ -131,15 +131,20 @@ def fingerprint(asked: list[Question]) -> str:
 
 def _read_validation(run: Run, data: DataConfig, settings: PromptsConfig, rows: Rows) -> Conversations:
     if expected := settings.expected:  # read the same rows again, with the columns for scorers
-        sources = [replace(source, expected=expected) for source in data_sources(data)]
-        rows = read_rows(run, sources)
+        rows = read_rows(run, with_expected(data_sources(data), expected))
     _, validation = split_rows(data, rows)
     return validation
 
 
 def _read_own(run: Run, data: DataConfig, settings: PromptsConfig) -> Conversations:
     names = ("path", "revision", "split", "columns", "roles", "filter")
-    own = replace(data, blend=[], streaming=False, **{name: getattr(settings, name) for name in names})
+    own = replace(
+        data,
+        blend=[],
+        validation=ValidationConfig(),
+        streaming=False,
+        **{name: getattr(settings, name) for name in names},
+    )
     source = Source("evaluate.prompts", own, expected=settings.expected, needs_answers=False)
     conversations = read_rows(run, [source]).conversations
     count = len(conversations)

@@ -22,6 +22,7 @@ from pipeline.config import (
     ScaleRule,
     Sharding,
     TrainConfig,
+    ValidationConfig,
     adapted_layers,
     is_known,
     keeps_packed,
@@ -264,6 +265,46 @@ def test_columns_are_either_messages_or_prompt_and_completion(columns: dict[str,
 def test_a_reasoning_column_needs_a_completion_column() -> None:
     expected = "data.columns.reasoning='why': needs data.columns.completion, which is null."
     assert broken(data__columns=ColumnsConfig(reasoning="why")) == [expected]
+
+
+def test_an_input_column_needs_a_prompt_column() -> None:
+    expected = "data.columns.input='input': needs data.columns.prompt, which is null."
+    assert broken(data__columns=ColumnsConfig(input="input")) == [expected]
+
+
+VALIDATION: dict[str, tuple[dict[str, Any], str]] = {
+    "the same path": ({"path": "a"}, "data.validation.path=a, data.validation.split=None: these are the training rows"),
+    "the same split": ({"split": "train"}, "data.validation.path=None, data.validation.split=train: these are the"),
+    "neither path nor split": ({"filter": {"kind": ["x"]}}, "data.validation.filter: needs data.validation.path or"),
+    "columns that do not go together": (
+        {"path": "b", "columns": ColumnsConfig(prompt="x")},
+        "data.validation.columns: messages='messages', prompt='x'",
+    ),
+    "a language of two lines": (
+        {"path": "b", "reasoning_language": "a\nb"},
+        "data.validation.reasoning_language='a\\nb': must be one line",
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), VALIDATION.values(), ids=VALIDATION.keys())
+def test_validation_data_that_cannot_be_used_are_refused(settings: dict[str, Any], message: str) -> None:
+    (problem,) = broken(data__path="a", data__validation=ValidationConfig(**settings))
+    assert problem.startswith(message)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"path": "b"}, {"split": "test"}, {"path": "a", "split": "test"}, {"path": "a", "filter": {"kind": ["x"]}}, {}],
+)
+def test_validation_data_of_ones_own_are_allowed(settings: dict[str, Any]) -> None:
+    assert broken(data__path="a", data__validation=ValidationConfig(**settings)) == []
+
+
+def test_a_split_for_validation_needs_a_path_beside_a_blend() -> None:
+    parts = [BlendPartConfig(path="a", weight=1.0)]
+    (problem,) = broken(data__path=None, data__blend=parts, data__validation=ValidationConfig(split="test"))
+    assert problem.startswith("data.validation.split=test: needs data.path, which is not set.")
 
 
 def test_a_path_and_a_blend_together_are_refused() -> None:
