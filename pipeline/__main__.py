@@ -1,8 +1,8 @@
 """Run a command line: compose the configuration, check it, run the stage, and return the exit status.
 
 Hydra composes the configuration. By default, Hydra prints a traceback if the user makes a mistake. This module prints
-one message instead. Large libraries are imported only when a stage runs, so --help and error messages appear at
-once.
+one message instead. Hydra is imported only when a stage runs, and large libraries only by the stage. So the help,
+completions and error messages appear at once.
 """
 
 import importlib
@@ -16,18 +16,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-import hydra
-from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline import config
-from pipeline.config import command_line, rates, rules
+from pipeline.config import command_line, completion, help, rates, rules
+from pipeline.config.groups import Folders
 from pipeline.errors import CheckFailed, MachineError, UserError, user_errors
-from pipeline.runs import allocator, preflight, stopping
+from pipeline.runs import allocator, console, preflight, provenance, stopping
 from pipeline.runs.one_stage import one_stage
 from pipeline.runs.processes import is_main_process
 from pipeline.runs.run import Run
@@ -47,11 +43,14 @@ def _beside_or_inside(name: str) -> Path:
 
 CONF_DIR = _beside_or_inside("conf")
 RECIPES_DIR = _beside_or_inside("recipes")
+FOLDERS = Folders(CONF_DIR, RECIPES_DIR)
 
 
 @cache
 def register() -> None:
     """Register the schema, the recipes and the resolver `rate_of_sft` with Hydra, once per process."""
+    from hydra.core.config_store import ConfigStore
+
     rates.register()
     store = ConfigStore.instance()
     store.store("schema", config.PipelineConfig)
@@ -62,11 +61,15 @@ def register() -> None:
 
 def run(composed: DictConfig) -> None:
     """Run the stage of one job. If the job has a `base_run`, first run the earlier stages that `base_run` has."""
+    from hydra.core.hydra_config import HydraConfig
+
     chosen = HydraConfig.get().runtime.choices.get("recipe")
     if chosen is not None:
         composed.recipe = chosen  # `register` sets this field only in our own recipes, not in one from --config-dir
     _keep_jobs_apart(composed)
     pipeline_config = rules.resolve(composed)
+    if "torch" not in sys.modules:
+        console.note(pipeline_config.stage.name, "loading PyTorch and the other libraries of this stage")
     preflight.check(pipeline_config)
     for stage in Run(pipeline_config).earlier_stages():
         _run(replace(pipeline_config, stage=stage, overwrite=False))
@@ -83,6 +86,9 @@ def _keep_jobs_apart(composed: DictConfig) -> None:
 
     A run_dir that contains settings (`r/${sft.learning_rate}`) already differs between the jobs, so it is not changed.
     """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
     hydra_config = HydraConfig.get()
     if hydra_config.mode is not RunMode.MULTIRUN:
         return
@@ -111,17 +117,14 @@ def main() -> NoReturn:
 def status(arguments: list[str]) -> int:
     """Run the command in `arguments`, which must equal sys.argv[1:], and return the exit status."""
     try:
-        register()
-        if command_line.asks_for_help(arguments):
-            print(command_line.help_text(CONF_DIR, RECIPES_DIR))
+        if not arguments:
+            print(help.START, file=sys.stderr)
+            return UserError.exit_status  # a script must not take a forgotten stage for success
+        if (text := _answer(arguments)) is not None:
+            console.show_page(text)
             return 0
-        found = command_line.problems(arguments, CONF_DIR, RECIPES_DIR)
-        if found:
-            raise user_errors(found)
-        sys.argv[1:] = command_line.name_jobs(arguments)
-        hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")(_job)()
-        return 0
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+        return _run_jobs(arguments)
+    except (UserError, OmegaConfBaseException) as error:
         return _report(error, 2)
     except KeyboardInterrupt:
         return _report(UserError("interrupted; run the same command, without overwrite=true, to resume"), 130)
@@ -132,6 +135,47 @@ def status(arguments: list[str]) -> int:
     except Exception:  # noqa: BLE001 - any other exception is a bug: show its traceback and return 1
         traceback.print_exc()
         return 1
+
+
+def _answer(arguments: list[str]) -> str | None:
+    """Return the text that the arguments ask for: help, versions or completions. Return None if a stage should run."""
+    for flag in ("--shell-completion", "-sc"):
+        if flag in arguments:
+            order = [*arguments[arguments.index(flag) + 1 :], ""][0]
+            return completion.answer(order, FOLDERS, os.environ.get(completion.BEFORE, ""))
+    if command_line.asks_for("--help", arguments):
+        names = command_line.words(arguments)
+        return help.part(names, FOLDERS) if names else help.whole(FOLDERS)
+    return provenance.versions() if command_line.asks_for("--version", arguments) else None
+
+
+def _run_jobs(arguments: list[str]) -> int:
+    """Run one job, or the jobs of a sweep, with Hydra."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+
+    def run_job(composed: DictConfig) -> None:
+        if total > 1:
+            console.say("sweep", _job_title(HydraConfig.get(), total, swept))
+        _job(composed)
+
+    found = command_line.problems(arguments, FOLDERS)
+    if found:
+        raise user_errors(found)
+    total, swept = command_line.sweep_jobs(arguments)
+    register()
+    sys.argv[1:] = command_line.name_jobs(arguments)
+    try:
+        hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")(run_job)()
+    except HydraException as error:
+        return _report(error, 2)
+    return 0
+
+
+def _job_title(hydra_config: Any, total: int, swept: set[str]) -> str:
+    own = [each for each in hydra_config.overrides.task if each.partition("=")[0].lstrip("+") in swept]
+    return f"job {hydra_config.job.num + 1} of {total}: {' '.join(own)}"
 
 
 def _job(composed: DictConfig) -> None:

@@ -16,6 +16,7 @@ ALLOWED_REASONS = (
     "needs shared test data: ",
     "needs the machine of the record: ",
     "engine in an environment of its own: ",
+    "needs the shell ",
 )
 """The reason of an allowed skip begins with one of these texts."""
 

@@ -2,15 +2,22 @@
 
 import ast
 import inspect
+import sys
 from collections.abc import Iterator
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, dataclass, fields, is_dataclass
 from enum import Enum
+from functools import cache
+from itertools import pairwise
+from types import NoneType
 from typing import get_args, get_origin
 
 from pipeline.config.bounds import Bound, bounds_of, composed_defaults
 from pipeline.config.keys import types_of
 from pipeline.config.pipeline import PipelineConfig
+
+_TYPES: dict[object, str] = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+_PLURALS = {"whole number": "whole numbers", "number": "numbers", "text": "texts", "name": "names"}
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,7 @@ class Description:
 
     Attributes:
         key: dotted key of the setting. `[]` stands for each element of a list.
+        type: kind of value, in words. Example: "whole number or null".
         default: default value as written on the command line, or "required".
         choices: all values of the setting, or () if they cannot be listed.
         limits: other conditions on the value, in words.
@@ -26,6 +34,7 @@ class Description:
     """
 
     key: str
+    type: str
     default: str
     choices: tuple[str, ...]
     limits: tuple[str, ...]
@@ -45,7 +54,8 @@ def describe_settings(section: type = PipelineConfig, prefix: str = "") -> Itera
         own = bounds[item.name]
         limits = tuple(bound.meaning for bound in own if not bound.choices)
         default = composed.get(item.name) or _default(item)
-        yield Description(key, default, _choices(element, own), limits, meanings[item.name])
+        choices = _choices(_without_null(element), own)
+        yield Description(key, _type(kind), default, choices, limits, meanings[item.name])
         if isinstance(element, type) and is_dataclass(element):
             yield from describe_settings(element, f"{key}[].")
 
@@ -58,9 +68,8 @@ def _meanings(section: type) -> dict[str, str]:
     for each in reversed(section.__mro__):
         if not is_dataclass(each):
             continue
-        body = ast.parse(inspect.getsource(each)).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for statement, below in zip(body.body, body.body[1:], strict=False):
+        body = _class_bodies(each.__module__)[each.__name__]
+        for statement, below in pairwise(body):
             if (
                 isinstance(statement, ast.AnnAssign)
                 and isinstance(statement.target, ast.Name)
@@ -69,6 +78,31 @@ def _meanings(section: type) -> dict[str, str]:
             ):
                 found[statement.target.id] = str(below.value.value)
     return found
+
+
+@cache
+def _class_bodies(module: str) -> dict[str, list[ast.stmt]]:
+    """Parse a module once. `inspect.getsource` of a class would parse it again for each class."""
+    source = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node.body for node in source.body if isinstance(node, ast.ClassDef)}
+
+
+def _without_null(kind: object) -> object:
+    """Return X for Optional[X], and any other type unchanged."""
+    others = [each for each in get_args(kind) if each is not NoneType]
+    return others[0] if len(others) < len(get_args(kind)) else kind
+
+
+def _type(kind: object) -> str:
+    """Return the kind of value in words."""
+    arguments = get_args(kind)
+    if get_origin(kind) is list:
+        return f"list of {_PLURALS.get(_type(arguments[0]), 'settings')}"
+    if get_origin(kind) is dict:
+        return f"mapping of {_PLURALS[_type(arguments[0])]} to {_PLURALS.get(_type(arguments[1]), 'values')}"
+    if NoneType in arguments:
+        return f"{_type(_without_null(kind))} or null"
+    return "name" if inspect.isclass(kind) and issubclass(kind, Enum) else _TYPES.get(kind, "settings")
 
 
 def _default(item: Field) -> str:

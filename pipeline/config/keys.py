@@ -28,6 +28,12 @@ def setting_keys() -> list[str]:
     return [key for key, _ in _settings(PipelineConfig)]
 
 
+def section_at(key: str) -> type["DataclassInstance"] | None:
+    """Return the section with this full key, or None if the key names no section."""
+    kind = _types().get(key)
+    return kind if isinstance(kind, type) and is_dataclass(kind) else None
+
+
 def is_known(key: str) -> bool:
     """Return whether the schema has a setting or section with this full key."""
     # A setting of type dict accepts any names below its own key, such as data.roles.human.

@@ -1,5 +1,6 @@
 """Lines, warnings and progress bars on the terminal. Only the main process prints."""
 
+import os
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TextIO
@@ -16,10 +17,27 @@ def say(stage: str, message: str) -> None:
         _write_line(f"[{stage}] {message}", sys.stdout)
 
 
+def note(stage: str, message: str) -> None:
+    """Print a line about the progress of the command on stderr. Scripts that read stdout do not get it."""
+    if is_main_process():
+        _write_line(f"[{stage}] {message}", sys.stderr)
+
+
 def warn(stage: str, message: str) -> None:
     """Print a warning, on stderr."""
     if is_main_process():
         _write_line(f"[{stage}] warning: {message}", sys.stderr)
+
+
+def show_page(text: str) -> None:
+    """Print a text. On a terminal, a text that is longer than the window is shown in the user's pager."""
+    if sys.stdout.isatty() and text.count("\n") >= os.get_terminal_size().lines:
+        from pydoc import pager
+
+        os.environ.setdefault("LESS", "FRX")
+        pager(text)
+    else:
+        print(text)
 
 
 def _write_line(line: str, file: TextIO) -> None:

@@ -5,10 +5,11 @@ import resource
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pipeline import __version__
 from pipeline.runs.processes import process_count
 
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "nvidia-modelopt", "accelerate", "datasets", "safetensors")
@@ -34,6 +35,26 @@ def record() -> dict[str, Any]:
         "peak_memory_bytes": peak_resident_bytes(),
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
     }
+
+
+def versions() -> str:
+    """Return the versions of the program, of the main libraries and of Python, in three lines. Nothing is imported."""
+    commit = _git_commit()
+    libraries = ", ".join(f"{name} {_version(name)}" for name in _LIBRARIES)
+    return "\n".join(
+        [
+            f"gpt-oss-qat {__version__}" + (f", commit {commit}" if commit else ""),
+            libraries,
+            f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        ]
+    )
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "is not installed"
 
 
 def peak_resident_bytes() -> int:

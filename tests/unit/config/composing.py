@@ -42,7 +42,7 @@ def resolved(*overrides: str) -> PipelineConfig:
 
 def found_on(*arguments: str) -> str:
     """Return the only mistake in a command line. This check runs before the configuration is composed."""
-    (problem,) = command_line.problems(list(arguments), program.CONF_DIR, program.RECIPES_DIR)
+    (problem,) = command_line.problems(list(arguments), program.FOLDERS)
     return problem
 
 

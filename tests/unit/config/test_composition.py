@@ -47,7 +47,7 @@ def test_every_recipe_opens_with_its_own_command(recipe: str) -> None:
     assert first.startswith("# ") and "-m pipeline " in first
     arguments = first.partition("-m pipeline ")[2].split()
     assert f"recipe={recipe}" in arguments
-    assert command_line.problems(arguments, program.CONF_DIR, program.RECIPES_DIR) == []
+    assert command_line.problems(arguments, program.FOLDERS) == []
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -3,27 +3,44 @@
 import ast
 import dataclasses
 import os
+import platform
 import resource
 import subprocess
 import sys
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
 import pytest
 from conftest import run_program
 
-from config.composing import RECIPES, ROOT, STAGES, SYNTHETIC_DATA, choices
+import pipeline
+from config.composing import RECIPES, ROOT, STAGES, SYNTHETIC_DATA, Mistake, choices
 from pipeline import __main__ as program
 from pipeline import config
-from pipeline.config import command_line
+from pipeline.config import Stage, command_line, help
+from pipeline.config.descriptions import describe_settings
 
 SOURCES = sorted(Path(config.__file__).parent.glob("*.py"))
 
 
 @cache
 def help_text() -> str:
-    return command_line.help_text(program.CONF_DIR, program.RECIPES_DIR)
+    return help.whole(program.FOLDERS)
+
+
+def unwrapped(text: str) -> str:
+    """Join the lines of a text, and reduce all white space to single spaces."""
+    return " ".join(text.split())
+
+
+def block_of(key: str) -> str:
+    """Return the lines of a setting in the help, joined."""
+    lines = help_text().splitlines()
+    (start,) = (i for i, line in enumerate(lines) if line.startswith(f"  {key} ["))
+    below = [i for i, line in enumerate(lines) if i > start and not line.startswith(" " * 6)]
+    return unwrapped("\n".join(lines[start : min(below, default=len(lines))]))
 
 
 def documented_settings() -> dict[str, dict[str, str | None]]:
@@ -65,7 +82,6 @@ def sections_of(node: type, prefix: str = "") -> dict[str, list[str]]:
 
 
 def test_the_help_names_every_setting_with_its_meaning() -> None:
-    lines = help_text().splitlines()
     sections = sections_of(config.PipelineConfig)
     settings = documented_settings()
     assert set(settings) <= {name for names in sections.values() for name in names}
@@ -73,8 +89,7 @@ def test_the_help_names_every_setting_with_its_meaning() -> None:
         meanings = {key: text for name in reversed(names) for key, text in settings[name].items()}
         for key, meaning in meanings.items():
             full = f"{section}.{key}".lstrip(".")
-            (at,) = (i for i, line in enumerate(lines) if line.startswith(f"  {full} ["))
-            assert lines[at + 1].strip() == meaning
+            assert block_of(full).endswith(f") {meaning}")
 
 
 def test_the_help_names_every_key_that_the_schema_has() -> None:
@@ -85,38 +100,130 @@ def test_the_help_names_every_key_that_the_schema_has() -> None:
 
 
 def test_the_help_names_every_stage_recipe_and_choice() -> None:
-    text = help_text()
-    stages, groups = (
-        {
-            line.split()[0]: line.split(None, 1)[1]
-            for line in text.partition(f"\n{name}")[2].split("\n\n")[0].splitlines()[1:]
-        }
-        for name in ("stages", "groups")
-    )
-    assert list(stages) == STAGES
-    assert all(recipe in groups["recipe"] for recipe in RECIPES)
-    assert all(choice.partition("=")[2] in groups[choice.partition("=")[0]] for choice in choices())
+    stages, groups = (help_text().partition(f"\n{name}")[2].split("\n\n")[0] for name in ("stages", "groups"))
+    assert [line.split()[0] for line in stages.splitlines()[1:] if line[2] != " "] == STAGES
+    named = {word.strip(",") for word in groups.split()}
+    assert named >= {*RECIPES, *(choice.partition("=")[2] for choice in choices())}
 
 
-def test_the_help_shows_defaults_as_they_are_written_on_the_command_line() -> None:
-    lines = help_text().splitlines()
-    for line in (
-        "  overwrite [false]",
-        "  data.max_samples [null]",
-        "  model.path [required]",
-        "  data.path [null]",
-        "  sft.precision [mixed_bf16] (fp32 | mixed_bf16 | bf16)",
-        "  sft.lr_scheduler [cosine] (cosine | linear | constant | constant_with_warmup | polynomial | inverse_sqrt)",
-        "  sft.lora.targets [attention, experts] (attention | experts)",
-        "  verify.engines [] (transformers | openai | llama_cpp | mlx | vllm)",
-    ):
-        assert line in lines
+def test_every_line_of_the_help_fits_into_100_columns() -> None:
+    assert max(map(len, help_text().splitlines())) <= 100
+    assert max(map(len, help.START.splitlines())) <= 100
 
 
-@pytest.mark.parametrize("arguments", [["-h"], ["sft.lr=1", "--help", "recipe=nonsense"]])
+@pytest.mark.parametrize(
+    ("key", "facts"),
+    {
+        "overwrite": "[false] (true or false)",
+        "data.max_samples": "[null] (whole number or null, greater than 0)",
+        "model.path": "[required] (text)",
+        "data.path": "[null] (text or null)",
+        "data.validation_fraction": "[0.1] (number, between 0 and 1, both excluded)",
+        "sft.precision": "[mixed_bf16] (fp32 | mixed_bf16 | bf16)",
+        "sft.lora.targets": "[attention, experts] (attention | experts)",
+        "sft.lora.layers": "[null] (list of whole numbers or null)",
+        "upcast.experts": "[null] (packed | bf16 | null)",
+        "data.roles": "[{}] (mapping of texts to texts)",
+        "verify.engines": "[] (transformers | openai | llama_cpp | mlx | vllm)",
+    }.items(),
+)
+def test_the_help_shows_defaults_types_choices_and_bounds(key: str, facts: str) -> None:
+    assert block_of(key).startswith(f"{key} {facts} ")
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["--hel"], ["sft.lr=1", "--help", "recipe=nonsense"]])
 def test_the_help_is_shown_despite_other_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_program(*arguments) == 0
     assert capsys.readouterr().out == f"{help_text()}\n"
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_help_about_a_section_has_its_purpose_and_all_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_program("--help", "qat") == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"stage=qat\n  {Stage.qat.value}.\n")
+    assert (config.QatConfig.__doc__ or "") in unwrapped(text)
+    shown = [line.split()[0] for line in text.splitlines() if line.startswith("  qat.")]
+    assert shown == [each.key for each in describe_settings() if each.key.startswith("qat.")]
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_help_about_a_setting_has_all_facts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_program("--help", "sft.learning_rate") == 0
+    rows = [line.split(None, 1) for line in capsys.readouterr().out.splitlines()]
+    (setting,) = (each for each in describe_settings() if each.key == "sft.learning_rate")
+    assert rows == [
+        ["sft.learning_rate"],
+        ["type", "number"],
+        ["default", setting.default],
+        ["bounds", "greater than 0"],
+        ["meaning", setting.meaning],
+    ]
+
+
+def test_the_help_about_a_group_has_its_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_program("--help", "recipe") == 0
+    text = unwrapped(capsys.readouterr().out)
+    assert ", ".join(RECIPES) in text and "recipe type text" in text
+    assert run_program("train", "--help") == 0
+    assert capsys.readouterr().out.count("bf16_parts, full, lora") == 2
+
+
+@pytest.mark.parametrize("name", help.names_to_explain())
+def test_every_known_name_is_explained(name: str) -> None:
+    assert name.rpartition(".")[2] in help.part([name], program.FOLDERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    {"learning_rate": "'sft.learning_rate'", "exprot": "'export'", "sft.lora.rang": "'sft.lora.rank'"}.items(),
+)
+def test_an_unknown_name_is_refused_with_a_similar_one(name: str, meant: str, mistake: Mistake) -> None:
+    message = mistake("--help", name)
+    assert message.startswith(f"--help {name}: no such stage, group, section or setting. Did you mean {meant}")
+
+
+@pytest.mark.parametrize(
+    ("word", "advice"),
+    {
+        "sft": "To run this stage, use stage=sft.",
+        "help": "Use --help.",
+        "now": "Use key=value, such as stage=all",
+    }.items(),
+)
+def test_a_word_that_is_no_setting_is_refused_with_advice(word: str, advice: str, mistake: Mistake) -> None:
+    assert mistake(word, "recipe=smoke").startswith(f"{word}: is not a setting. {advice}")
+
+
+# --- without a stage --------------------------------------------------------------------------------------------------
+
+
+def test_without_arguments_a_screen_says_what_to_run_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_program() == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", f"{help.START}\n")
+    commands = [line.split("  ")[1] for line in help.START.splitlines() if line.startswith("  python -m pipeline ")]
+    overrides = [command.removeprefix("python -m pipeline ").split() for command in commands]
+    assert ["stage=all", "recipe=smoke"] in overrides
+    for arguments in overrides:
+        if arguments[0].startswith("--"):
+            assert run_program(*arguments) == 0
+        else:
+            assert command_line.problems(arguments, program.FOLDERS) == []
+
+
+def test_the_version_names_the_program_its_commit_and_the_libraries(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_program("--version") == 0
+    own, libraries, python = capsys.readouterr().out.splitlines()
+    assert own.startswith(f"gpt-oss-qat {pipeline.__version__}")
+    assert (", commit " in own) == (ROOT / ".git").exists()
+    assert f"torch {version('torch')}, transformers {version('transformers')}, trl " in libraries
+    assert python.startswith(f"Python {platform.python_version()}, ")
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
 
 
 def seconds_of_children() -> float:
@@ -129,6 +236,10 @@ def seconds_of_children() -> float:
     ("arguments", "status", "start"),
     [
         (["--help"], 0, "usage: python -m pipeline"),
+        (["--help", "sft"], 0, "stage=sft"),
+        (["--version"], 0, "gpt-oss-qat "),
+        (["--shell-completion", "query=recipe=smok"], 0, "recipe=smoke\t"),
+        ([], 2, "gpt-oss-qat fine-tunes"),
         (["stage=sft", "sft.lr=1"], 2, "error: sft.lr=1: unknown key"),
         (["stage=sft", SYNTHETIC_DATA, "sft.learning_rate=0"], 2, "error: sft.learning_rate=0.0: must be"),
     ],
@@ -148,6 +259,7 @@ def test_help_and_mistakes_answer_within_two_seconds_and_import_nothing_slow(
     lines = done.stderr.splitlines()
     imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
     said = [done.stdout, *(line for line in lines if not line.startswith("import time:"))]
+    needs_hydra = any("=" in argument for argument in arguments) and "--shell-completion" not in arguments
     assert (done.returncode, "".join(said)[: len(start)]) == (status, start)
-    assert "hydra" in imported
+    assert ("hydra" in imported) == needs_hydra
     assert imported & {"torch", "transformers", "trl", "peft", "modelopt", "datasets", "accelerate"} == set()

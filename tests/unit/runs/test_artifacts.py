@@ -586,7 +586,7 @@ def test_the_command_that_is_given_is_a_valid_one_without_a_recipe_too(config: P
     with pytest.raises(UserError) as caught:
         Run(config).require(Stage.upcast)
     arguments = str(caught.value).partition("python -m pipeline ")[2].split()
-    assert command_line.problems(arguments, program.CONF_DIR, program.RECIPES_DIR) == []
+    assert command_line.problems(arguments, program.FOLDERS) == []
 
 
 def test_a_stage_is_complete_when_its_artifact_json_is_there(config: PipelineConfig) -> None:

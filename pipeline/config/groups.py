@@ -1,0 +1,33 @@
+"""The config groups: folders of ready-made settings, of which the command line chooses one file each."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+RECIPE = "recipe"
+"""The group of the recipes. Its files are in recipes/, and the files of all other groups are in conf/<group>/."""
+
+GROUPS = {
+    RECIPE: "the experiment, as changes to the defaults",
+    "model": "the checkpoint to start from",
+    "data": "the data set",
+    "train@sft": "full, lora or bf16_parts, for SFT",
+    "train@qat": "full, lora or bf16_parts, for QAT",
+    "format": "the 4-bit format",
+    "eval": "prompts and task suites to evaluate, in addition to the validation loss",
+    "sharding": "how training processes share a model",
+    "tracking": "a service that also gets the metrics of metrics.jsonl",
+}
+"""Name of a group, as the command line writes it -> what it chooses."""
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The two folders with configuration files: conf/ and recipes/."""
+
+    conf: Path
+    recipes: Path
+
+    def choices(self, group: str) -> list[str]:
+        """List the choices of a group. The group's name may end with a package, as in `train@sft`."""
+        folder = self.recipes if group == RECIPE else self.conf / group.partition("@")[0]
+        return sorted(path.stem for path in folder.glob("*.yaml"))
