@@ -24,6 +24,7 @@ class RoundingMethod(Enum):
     nearest = "nearest"
     stochastic = "stochastic"
     gptq = "gptq"
+    auto = "auto"
 
 
 class Fallback(Enum):
@@ -49,7 +50,7 @@ class QuantizeConfig:
     source: QuantizeSource = QuantizeSource.sft
     """Model to quantize: the fine-tuned model (sft) or the original (upcast). With upcast, QAT starts without SFT."""
     method: RoundingMethod = RoundingMethod.nearest
-    """Rounding of the experts: nearest, stochastic (unbiased) or gptq (fitted to examples); see docs/formats.md."""
+    """Rounding of the experts: nearest, stochastic, gptq, or auto (the one nearest to SFT); see docs/formats.md."""
     scales: Optional[RoundingScales] = None
     """Scales to round to: base (own scales of a packed base), ceil, floor or mse; null: see docs/formats.md."""
     seed: Annotated[int, SEED] = 42
@@ -62,6 +63,8 @@ class QuantizeConfig:
     """For method=gptq: rounding of experts with too few calibration tokens: stochastic or nearest."""
     calibration_samples: Annotated[Optional[int], POSITIVE] = None
     """Training examples to calibrate the format or gptq; null: 64, and for gptq twice the tokens that it needs."""
+    auto_samples: Annotated[int, POSITIVE] = 64
+    """For method=auto: number of validation examples on which the roundings are compared."""
     batch_size: Annotated[int, POSITIVE] = 1
     """Number of examples per forward pass."""
 

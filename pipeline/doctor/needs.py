@@ -335,7 +335,7 @@ def figures(plan: Plan, model: Mapping[str, Any], longest: int, devices: dict[st
     shape = Shape.of(model, plan.model_path)
     trains = plan.trainings
     rounded = {}
-    if plan.quantize.method is RoundingMethod.gptq:
+    if plan.quantize.method in (RoundingMethod.gptq, RoundingMethod.auto):
         rounded[Stage.quantize.name] = rounded_layers(plan, shape, longest, int(model["num_experts_per_tok"]))
     needed = {name: of_stage(plan, name, model, longest) for name in trains}
     return {

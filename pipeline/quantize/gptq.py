@@ -112,12 +112,11 @@ class _LayerWork:
     def run(self, layer: Layer, states: Tensor) -> Tensor:
         """Round the layer for the states before it, (N, H). Return the states after it."""
         routed = layer.attend(states)
-        del states
         self._tokens = [len(each) for each in routed.tokens]
         outputs = torch.zeros_like(routed.residual)
         for group in self._groups():
             self._run_group(layer, routed, group, outputs)
-        return routed.residual + outputs
+        return outputs.add_(routed.residual)
 
     def _run_group(self, layer: Layer, routed: Routed, group: range, outputs: Tensor) -> None:
         """Round a group of experts, and add their outputs to `outputs` (N, H)."""

@@ -30,7 +30,8 @@ def find_packed(upcast: Artifact, settings: QuantizeConfig, block_format: BlockF
     base = Checkpoint(upcast.directory)
     if base.is_packed:
         return base
-    if not wants and not (settings.method is RoundingMethod.stochastic and settings.scales is None):
+    may_take = settings.method in (RoundingMethod.stochastic, RoundingMethod.auto) and settings.scales is None
+    if not wants and not may_take:
         return None
     directory = Path(upcast.read(UpcastRecord).source)
     if directory.is_dir() and (source := Checkpoint(directory)).is_packed:

@@ -27,6 +27,7 @@ from pipeline.checkpoints.gpt_oss import ExpertProjection, expert_projections, l
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import SHARD_BYTES, Part, Piece, Step, Written, sort_by_layer, write_sharded
 from pipeline.checkpoints.side_files import copy_side_files
+from pipeline.config import RoundingScales
 from pipeline.export.account import Account, Scales
 from pipeline.export.mxfp4 import released_config
 from pipeline.export.weights import bad_block, blocks_then_scales, raise_if_not_divisible
@@ -71,12 +72,39 @@ class Job:
         """The stacks of experts of the model."""
         return expert_projections(self.weights.shape)
 
+    @property
+    def scales_name(self) -> str:
+        """`base` or the rule that chooses the scales."""
+        return self.rule or RoundingScales.base.name
+
     def scales_for(self, projection: ExpertProjection, trained: Tensor, own: Scales | None) -> Scales:
         """Return the scales to round to: those of the rule, or else the base's own. `trained` is (E, in, out)."""
         if self.rule is not None:
             return scales_by_rule(trained, self.block_format, self.rule, self.weights.importance(projection.name))
         assert own is not None
         return own
+
+    def round(
+        self,
+        projection: ExpertProjection,
+        rows: slice,
+        trained: Tensor,
+        own: Scales | None,
+        stored: StoredExperts | None,
+    ) -> RoundedExperts:
+        """Round some experts, (E, in, out), or decode those that are rounded already.
+
+        Args:
+            projection: the stack.
+            rows: the experts, as rows of the stack.
+            trained: their weights.
+            own: their scales in the base, or None.
+            stored: the experts as `codes` has them, or None.
+        """
+        if stored is not None:
+            return stored.decode(trained.dtype, self.device)
+        noise = None if self.seed is None else Noise.of(self.seed, projection.name)
+        return round_experts(trained, self.block_format, self.scales_for(projection, trained, own), noise, rows.start)
 
     def own_scales(self, packed: tuple[Tensor, ...] | None) -> Scales | None:
         """Return the base's own scales of the experts that were read from `packed`, or None if nothing is packed."""
@@ -127,21 +155,13 @@ class _Stack:
         )
         own = job.own_scales(read.packed)
         try:
-            made = self._round(trained, own, rows, read.rounded)
+            made = job.round(self.projection, rows, trained, own, read.rounded)
         except CodecError as error:
             where = job.weights.ref.directory
             raise bad_block(error, where, self.projection, rows, "Training went wrong.") from error
         values, adjusted = settle(made.values, job.block_format, name) if is_final else (made.values, 0)
         self._count(trained, values, base, scales=(made.scales, own), clipped=made.clipped, adjusted=adjusted)
         return RoundedExperts(made.blocks, made.scales, values, made.clipped)
-
-    def _round(self, trained: Tensor, own: Scales | None, rows: slice, rounded: StoredExperts | None) -> RoundedExperts:
-        job = self.job
-        if rounded is not None:
-            return rounded.decode(trained.dtype, job.device)
-        scales = job.scales_for(self.projection, trained, own)
-        noise = None if job.seed is None else Noise.of(job.seed, self.projection.name)
-        return round_experts(trained, job.block_format, scales, noise, rows.start)
 
     def _count(
         self,
@@ -204,6 +224,14 @@ def write_packed(job: Job, directory: Path) -> Written:
     written = _write(job, directory, piece, torch.bfloat16)
     write_json(directory / CONFIG, released_config(job.weights.checkpoint.config))
     return written
+
+
+def round_rows(job: Job, projection: ExpertProjection, rows: slice, trained: Tensor) -> Tensor:
+    """Return some experts, (E, in, out), with the values that `write_plain` writes. `trained` are their weights."""
+    packed = None if job.packed is None else job.packed.read_stored(projection.name, rows)
+    stored = None if job.codes is None else job.codes.read(projection, rows)
+    made = job.round(projection, rows, trained, job.own_scales(packed), stored)
+    return settle(made.values, job.block_format, projection.name)[0]
 
 
 def output_bytes(job: Job, *, is_packed: bool) -> int:

@@ -124,11 +124,13 @@ class QuantizeRecord(ModelRecord):
 
     Attributes:
         quantizers: number of fake quantizers that were inserted.
-        method: value of quantize.method, or None in artifacts of older versions.
+        method: the method that rounded the experts: value of quantize.method, or the one that `auto` chose. None in
+            artifacts of older versions.
         scales: `base` or the rule that chose the scales, or None without an account.
         account: figures of rounding, documented in `export.account`. None if the upcast was removed.
         fallback: for method gptq, how many experts there are (`experts`), how many of them had too few tokens and were
             rounded by the fallback (`fallback_experts`), and how many had no token (`without_tokens`).
+        candidates: with quantize.method=auto, the roundings that were tried (see `quantize.selection.Candidate`).
     """
 
     quantizers: int
@@ -136,6 +138,7 @@ class QuantizeRecord(ModelRecord):
     scales: str | None = field(default=None, metadata=_OPTIONAL)
     account: dict[str, float | None] | None = field(default=None, metadata=_OPTIONAL)
     fallback: dict[str, int] | None = field(default=None, metadata=_OPTIONAL)
+    candidates: list[Any] | None = field(default=None, metadata=_OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True)

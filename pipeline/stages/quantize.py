@@ -13,6 +13,7 @@ come last: if an adapter were attached to weights that already have a quantizer,
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +28,25 @@ from pipeline.config import (
     Fallback,
     Method,
     PipelineConfig,
+    QuantizeConfig,
     QuantizeSource,
     RoundingMethod,
-    RoundingScales,
     Stage,
     packs_rounded,
     raise_if_nothing_to_round,
     writes_rounded,
 )
-from pipeline.data.examples import prepare_examples
+from pipeline.data.examples import Splits, prepare_examples
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.models import attention, loading, losses, placement, references, saving
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
-from pipeline.numerics.formats import MXFP4
-from pipeline.quantize import calibration, gptq, origins, report, rounding
+from pipeline.numerics.formats import MXFP4, BlockFormat
+from pipeline.quantize import calibration, gptq, origins, report, rounding, selection
 from pipeline.quantize.gptq import GptqSettings
 from pipeline.quantize.rounding import Job
+from pipeline.quantize.selection import Candidate
 from pipeline.runs.artifacts import BOOKKEEPING, CHECKPOINTS_DIR, SHARDS_FILE, Artifact, Kind, Result
 from pipeline.runs.building import build
 from pipeline.runs.console import say
@@ -85,9 +87,9 @@ def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, dire
 
     block_format = references.configured_format(config.format)
     rounds = _writes_rounded(config)
-    train = prepare_examples(here, config.data, rows, load_tokenizer(ref.base)).train
+    splits = prepare_examples(here, config.data, rows, load_tokenizer(ref.base))
     if rounds:
-        form = _write_rounded(config, here, ref, train, directory)
+        form = _write_rounded(config, here, ref, splits, directory)
     else:
         form = _take_form(config.qat.method, ref, directory)
     kind, start, saved = form.kind, form.ref, form.record
@@ -97,7 +99,7 @@ def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, dire
     if config.qat.method is Method.lora and not start.adapter:
         model = adapters.attach(model, config.qat, "qat")
         kind, saved = saving.save(model, start, directory, train=config.qat, shared=config.sharding)
-    batches = _calibration_batches(config, train, ref)
+    batches = _calibration_batches(config, splits.train, ref)
     fake_quantizers.insert(model, block_format, lambda quantized: _run(quantized, batches))
     if config.format.importance:
         fake_quantizers.calibrate_importance(model, lambda quantized: _run(quantized, batches))
@@ -117,10 +119,11 @@ def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, dire
     record = QuantizeRecord(
         **vars(saved),
         quantizers=quantizers,
-        method=config.quantize.method.name,
+        method=form.method,
         scales=form.scales or block_format.scale_rule,
         account=form.account,
         fallback=form.fallback,
+        candidates=form.candidates,
     )
     (directory / BASE_DIR / SHARDS_FILE).unlink(missing_ok=True)  # only an unfinished stage needs it
     stored = MXFP4.name if kind is Kind.packed else saved.dtype
@@ -140,28 +143,34 @@ class _Form:
         ref: the model. Its directory may be that of an earlier stage.
         record: record for artifact.json.
         digests: hashes of written files, see `Result`.
+        method: the method that rounds the experts.
         scales: `base` or the rule that chose the scales of rounded experts. None if no rounded experts were written.
         account: figures of rounding, or None.
         fallback: counts of experts that GPTQ did not round, or None.
+        candidates: figures of the roundings that `auto` tried, or None.
     """
 
     kind: Kind
     ref: ModelRef
     record: ModelRecord
     digests: dict[str, str] = field(default_factory=dict)
+    method: str = RoundingMethod.nearest.name
     scales: str | None = None
     account: dict[str, float | None] | None = None
     fallback: dict[str, int] | None = None
+    candidates: list[Candidate] | None = None
 
 
-def _write_rounded(config: PipelineConfig, here: Run, ref: ModelRef, train: Dataset, directory: Path) -> _Form:
+def _write_rounded(config: PipelineConfig, here: Run, ref: ModelRef, splits: Splits, directory: Path) -> _Form:
     """Write the model with merged adapters and rounded experts. For LoRA, it becomes a base below `directory`."""
-    job, method = _job(config, here, ref), config.qat.method
+    method, asked, candidates = config.qat.method, config.quantize, None
+    if asked.method is RoundingMethod.auto:
+        job, asked, candidates = _choose(config, here, ref, splits, directory)
+    else:
+        job = _prepare(config, asked, here, ref, splits, directory)
     into = directory / BASE_DIR if method is Method.lora else directory
     into.mkdir(exist_ok=True)
-    is_packed = method is not Method.full and job.block_format.stores_like(MXFP4)
-    if config.quantize.method is RoundingMethod.gptq:
-        job = _round_layers(config, job, train, directory, rounding.output_bytes(job, is_packed=is_packed))
+    is_packed = _packs(config, job.block_format)
     written = (rounding.write_packed if is_packed else rounding.write_plain)(job, into)
     prefix = f"{BASE_DIR}/" if method is Method.lora else ""
     is_result = is_packed and method is Method.bf16_parts
@@ -171,24 +180,55 @@ def _write_rounded(config: PipelineConfig, here: Run, ref: ModelRef, train: Data
         replace(ref, directory=into, base=into, adapter=False, dtype=dtype),
         ModelRecord(dtype=dtype_name(dtype)),
         {f"{prefix}{name}": digest for name, digest in written.files.items()},
-        job.rule or RoundingScales.base.name,
-        report.account_for(written.notes, directory, config.quantize.method.name),
-        None if job.codes is None else report.fallback_for(job.codes.notes(), directory, config.quantize),
+        asked.method.name,
+        job.scales_name,
+        report.account_for(written.notes, directory, asked.method.name),
+        None if job.codes is None else report.fallback_for(job.codes.notes(), directory, asked),
+        candidates,
     )
 
 
-def _round_layers(config: PipelineConfig, job: Job, train: Dataset, directory: Path, output_bytes: int) -> Job:
-    """Round the experts with GPTQ. The result has their codes, which lie below `directory` until the stage ends."""
-    ref, asked = job.weights.ref, config.quantize
-    chosen = calibration.for_gptq(train, asked, job.weights.shape, job.weights.checkpoint.config["num_experts_per_tok"])
+def _packs(config: PipelineConfig, block_format: BlockFormat) -> bool:
+    """Return whether rounded experts are written packed."""
+    return config.qat.method is not Method.full and block_format.stores_like(MXFP4)
+
+
+def _choose(
+    config: PipelineConfig, here: Run, ref: ModelRef, splits: Splits, directory: Path
+) -> tuple[Job, QuantizeConfig, list[Candidate]]:
+    """Try several roundings. Return the job and the settings of the best one, and the figures of all."""
+    asked, block_format = config.quantize, references.configured_format(config.format)
+    packed = origins.find_packed(here.require(Stage.upcast), asked, block_format)
+    tried = selection.candidates(asked, block_format, has_own_scales=packed is not None)
+    jobs = [_prepare(config, each, here, ref, splits, directory) for each in tried]
+    chosen = splits.validation.select(range(min(asked.auto_samples, len(splits.validation))))
+    batches = losses.batches(chosen, asked.batch_size, load_tokenizer(ref.base).pad_token_id)
+    say("quantize", f"auto: {len(jobs)} roundings are compared on {len(chosen)} validation examples")
+    measure = partial(selection.measure, jobs, batches, attention.for_inference(ref.dtype))
+    best, figures = selection.choose(tried, jobs, measure, directory)
+    return jobs[best], tried[best], figures
+
+
+def _prepare(
+    config: PipelineConfig, asked: QuantizeConfig, here: Run, ref: ModelRef, splits: Splits, directory: Path
+) -> Job:
+    """Describe how `asked` rounds. GPTQ rounds now. Its codes lie below `directory` until the stage ends."""
+    job = _job(config, asked, here, ref)
+    if asked.method is not RoundingMethod.gptq:
+        return job
+    shape, per_token = job.weights.shape, job.weights.checkpoint.config["num_experts_per_tok"]
     seed = asked.seed if asked.fallback is Fallback.stochastic else None
     codes = gptq.round_layers(
         job,
         GptqSettings(asked.damping, asked.tokens_per_input, seed),
-        losses.batches(chosen, asked.batch_size, load_tokenizer(ref.base).pad_token_id),
+        losses.batches(
+            calibration.for_gptq(splits.train, asked, shape, per_token),
+            asked.batch_size,
+            load_tokenizer(ref.base).pad_token_id,
+        ),
         attention.for_inference(ref.dtype),
         directory / CHECKPOINTS_DIR / asked.method.name,
-        output_bytes,
+        rounding.output_bytes(job, is_packed=_packs(config, job.block_format)),
     )
     return replace(job, codes=codes)
 
@@ -204,22 +244,22 @@ def _measure(config: PipelineConfig, here: Run, ref: ModelRef, directory: Path) 
     if not here.is_complete(Stage.upcast):
         say("quantize", "no account of the rounding: it compares with the upcast, which was removed")
         return None
-    notes = rounding.measure(_job(config, here, ref))
+    notes = rounding.measure(_job(config, config.quantize, here, ref))
     return report.account_for(notes, directory, config.quantize.method.name)
 
 
-def _job(config: PipelineConfig, here: Run, ref: ModelRef) -> Job:
-    """Describe how the configuration rounds a model."""
+def _job(config: PipelineConfig, asked: QuantizeConfig, here: Run, ref: ModelRef) -> Job:
+    """Describe how `asked` rounds a model."""
     upcast, block_format = here.require(Stage.upcast), references.configured_format(config.format)
-    packed = origins.find_packed(upcast, config.quantize, block_format)
-    is_stochastic = config.quantize.method is RoundingMethod.stochastic
+    packed = origins.find_packed(upcast, asked, block_format)
+    is_stochastic = asked.method is RoundingMethod.stochastic
     return Job(
         Weights(ref),
         Checkpoint(upcast.directory),
         packed,
         block_format,
-        origins.choose_rule(config.quantize, packed, block_format.scale_rule),
-        config.quantize.seed if is_stochastic else None,
+        origins.choose_rule(asked, packed, block_format.scale_rule),
+        asked.seed if is_stochastic else None,
         loading.device_of(config.device),
     )
 

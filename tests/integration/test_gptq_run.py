@@ -112,6 +112,33 @@ def test_experts_with_too_few_tokens_are_warned_of_and_counted(
     assert artifacts.load(here / "quantize").details["fallback"]["fallback_experts"] == 16
 
 
+def test_auto_keeps_the_nearest_rounding_with_the_bytes_of_asking_for_it(
+    quantized, smoke_run: Path, tmp_path: Path
+) -> None:
+    direct, settings = quantized("full-mxfp4")
+    here = linked(tmp_path / "run", smoke_run, "source", "upcast", "sft")
+    asked = [each for each in settings if each != GPTQ]
+    assert run_program("stage=quantize", f"run_dir={here}", *asked, "quantize.method=auto") == 0
+    details = artifacts.load(here / "quantize").details
+    found = {(each["method"], each["scales"]): each["kl_divergence"] for each in details["candidates"]}
+    assert list(found) == [("nearest", "ceil"), ("nearest", "base"), ("stochastic", "base"), ("gptq", "ceil")]
+    assert (details["method"], details["scales"]) == min(found, key=lambda each: found[each]) == ("gptq", "ceil")
+    assert found["gptq", "ceil"] < found["nearest", "ceil"] / 5
+    assert artifacts.load(here / "quantize").fingerprint == artifacts.load(direct / "quantize").fingerprint
+    logged = [line["kl_divergence"] for line in read_metrics(here / "quantize") if "candidate" in line]
+    assert logged == list(found.values())
+
+
+def test_auto_with_given_scales_writes_the_result_for_lora(lora_run: Path, tmp_path: Path) -> None:
+    here = linked(tmp_path / "run", lora_run, "source", "upcast", "sft")
+    asked = [each for each in LORA if each != GPTQ]
+    settings = (f"run_dir={here}", *asked, "quantize.method=auto", "quantize.scales=mse", "quantize.auto_samples=3")
+    for stage in ("quantize", "qat", "export", "verify"):
+        assert run_program(f"stage={stage}", *settings) == 0, stage
+    assert {each["scales"] for each in artifacts.load(here / "quantize").details["candidates"]} == {"mse"}
+    assert outcomes(here) == {"ok"}
+
+
 # Mistakes.
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import forks
 import pytest
-from conftest import outcomes, run_program
+from conftest import linked, outcomes, run_program
 
 from pipeline.runs import artifacts
 from pipeline.runs.metrics import read_metrics
@@ -293,3 +293,15 @@ def test_the_pretended_gpu_refuses_cpu_tensors_and_counts_syncs_as_cuda_does(pyt
     found = json.loads(done.stdout.splitlines()[-1])
     assert {name for name, (error, _) in found.items() if error} == set(REFUSED)
     assert {name: waits for name, (_, waits) in found.items() if waits} == WAITING
+
+
+def test_gptq_rounds_a_layer_of_experts_at_once_with_the_bytes_of_the_cpu(
+    python: list[str], full: Runs, tmp_path: Path
+) -> None:
+    for name in ("gpu", "cpu"):
+        linked(tmp_path / name, full.cpu, "source", "upcast", "sft")
+    runs = run_both(python, tmp_path, ("quantize",), (*FULL, "quantize.method=gptq"))
+    weights = [sorted((each / "quantize").glob("model*.safetensors")) for each in (runs.gpu, runs.cpu)]
+    assert weights[0] and [each.read_bytes() for each in weights[0]] == [each.read_bytes() for each in weights[1]]
+    counts = [artifacts.load(each / "quantize").details["fallback"] for each in (runs.gpu, runs.cpu)]
+    assert counts[0] == counts[1] and counts[0]["fallback_experts"] < counts[0]["experts"]
