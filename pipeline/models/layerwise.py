@@ -87,6 +87,8 @@ class Walk:
             device: device that computes, `cpu` or `cuda`.
             attention: attention implementation of transformers.
         """
+        from pipeline.models import sink_attention  # noqa: F401 (registers the attention in transformers)
+
         ref = weights.ref
         model = streaming.build(ref.base, ref.dtype, attn_implementation=attention)
         self.dtype, self.device = ref.dtype, torch.device(device)
@@ -152,10 +154,10 @@ class Walk:
     def _filled(self, module: nn.Module, prefix: str) -> Iterator[None]:
         """Give the parameters of a module their values, and make them hollow again at the end."""
         hollow = dict(module.named_parameters())
-        for name in hollow:
-            values = self.weights.read_trained(prefix + name).to(self.device, self.dtype)
-            _set(module, name, nn.Parameter(values, requires_grad=False))
         try:
+            for name in hollow:
+                values = self.weights.read_trained(prefix + name).to(self.device, self.dtype)
+                _set(module, name, nn.Parameter(values, requires_grad=False))
             yield
         finally:
             for name, parameter in hollow.items():

@@ -14,6 +14,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, Gpt
 from pipeline.checkpoints.gpt_oss import DOWN, GATE_UP, expert_parameter
 from pipeline.config import TinyConfig
 from pipeline.models import loading, losses, saving, streaming
+from pipeline.models.attention import EAGER, FUSED_SINKS
 from pipeline.models.layerwise import Walk
 from pipeline.models.references import ModelRef
 from pipeline.models.tiny_model import create_tiny
@@ -101,6 +102,17 @@ def test_padding_is_no_token_and_changes_no_state(batch_size: int, packed: Path)
         for number in range(walk.layers):
             routed, states = outputs(walk, number, states)
             assert sum(map(len, routed.tokens)) == sum(LENGTHS) * TinyConfig().num_experts_per_tok
+        found.append(states)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_fused_attention_gives_the_states_of_eager_attention(packed: Path) -> None:
+    found = []
+    for implementation in (EAGER, FUSED_SINKS):
+        walk = Walk(Weights(ModelRef("x", packed, packed, dtype=torch.float32)), batches(3), "cpu", implementation)
+        states = walk.embed()
+        for number in range(walk.layers):
+            states = outputs(walk, number, states)[1]
         found.append(states)
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
