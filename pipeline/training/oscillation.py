@@ -135,6 +135,8 @@ class OscillationCount(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
+        # Under ZeRO-3, there are none. Stacks that a validation gathers later are not counted either.
+        self._flips = {name: _make_flips(weights[:, :, _COLUMNS]) for name, weights in self._sampled()}
         self._start()
 
     @torch.no_grad()
@@ -143,7 +145,8 @@ class OscillationCount(TrainerCallback):
     ) -> None:
         self._steps += 1
         for name, weights in self._sampled():
-            self._flips[name].add(self._round(weights, _COLUMNS))
+            if name in self._flips:
+                self._flips[name].add(self._round(weights, _COLUMNS))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         found = (self._share(), self._steps) if self._steps and self._flips else self._last
@@ -168,9 +171,8 @@ class OscillationCount(TrainerCallback):
     def _start(self) -> None:
         self._steps = 0
         for name, weights in self._sampled():
-            if name not in self._flips:
-                self._flips[name] = _make_flips(weights[:, :, _COLUMNS])
-            self._flips[name].start(self._round(weights, _COLUMNS))
+            if name in self._flips:
+                self._flips[name].start(self._round(weights, _COLUMNS))
 
     def _share(self) -> float:
         crossed = torch.stack([flips.have_crossed(1).sum() for flips in self._flips.values()]).sum()
