@@ -59,12 +59,18 @@ def collect(runs: list[EvaluatedRun], most_examples: int) -> Content:
         facts=_facts(runs),
         reference=reference,
         rows=found,
-        tables=[*table.make_tables(found, reference), table.make_cost_table(found)],
+        tables=_tables(found, reference),
         tests=tests,
         findings=findings.describe(found, tests),
         charts=charts.make_charts(runs, found),
         examples=examples.choose(found, most_examples),
     )
+
+
+def _tables(found: list[Row], reference: str | None) -> list[Table]:
+    rounding = table.make_rounding_table(found)
+    kept = [] if rounding is None else [rounding]
+    return [*table.make_tables(found, reference), *kept, table.make_cost_table(found)]
 
 
 def to_markdown(content: Content) -> str:

@@ -57,6 +57,7 @@ def _describe_chain(chain: Chain, tests: list[Test]) -> Iterator[str]:
         yield f"Not evaluated: {', '.join(missing)}. Comparisons with missing models are left out."
     yield from _describe_verdict(chain)
     yield from _describe_losses(chain)
+    yield from _describe_rounding(chain)
     in_chain = {(id(model), id(reference)) for model, reference in pairs_of(chain)}
     own_tests = [test for test in tests if (id(test.model), id(test.reference)) in in_chain]
     for figure in dict.fromkeys(test.figure for test in own_tests):
@@ -123,6 +124,23 @@ def _describe_losses(chain: Chain) -> Iterator[str]:
             else "This difference remains after QAT."
         )
         yield f"Validation loss: SFT + QAT differs by {_change(qat, sft)} from SFT. {remark}"
+
+
+def _describe_rounding(chain: Chain) -> Iterator[str]:
+    """Describe how much of the experts' change the rounding of each model keeps."""
+    for name, row in (("PTQ", chain.ptq), ("QAT", chain.qat)):
+        if row is None or row.rounding is None:
+            continue
+        account = row.rounding.account
+        if account["kept"] is None:
+            yield f"Rounding of {name} ({row.rounding.method}): training did not change the experts."
+            continue
+        yield (
+            f"Rounding of {name} ({row.rounding.method}): training changed the experts by"
+            f" {100 * account['relative_change']:.2f} %. Rounding keeps {100 * account['kept']:.0f} % of this change on"
+            f" average, moves {100 * account['changed_codes']:.2f} % of the 4-bit values, and adds"
+            f" {100 * account['noise']:.2f} % noise."
+        )
 
 
 def _change(value: float, reference: float) -> str:

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from pipeline.checkpoints.config_json import read_config
 from pipeline.checkpoints.gpt_oss import Shape, expert_projections, plain_tensors
+from pipeline.compare.rounding import Rounding, find_rounding
 from pipeline.compare.runs import EvaluatedRun, StageFacts, has_answers
 from pipeline.config.controls import BF16_PARTS, MORE_SFT, is_control
 from pipeline.errors import UserError
@@ -52,6 +53,7 @@ class Row:
         steps: number of optimizer steps after SFT (QAT, or more SFT), or None.
         answers: the model's answers to the prompts; empty if there are none.
         verdicts: figure -> verdicts on the answers.
+        rounding: how the experts were rounded, with the account of rounding, or None.
     """
 
     run: EvaluatedRun
@@ -67,11 +69,14 @@ class Row:
     steps: int | None = None
     answers: list[Transcript] = field(default_factory=list)
     verdicts: dict[str, list[Verdict]] = field(default_factory=dict)
+    rounding: Rounding | None = None
 
     def to_json(self) -> dict[str, Json]:
         """Return the entry of this row in compare.json."""
         facts = {"run": self.run.label, "model": self.model, "role": self.role, "format": self.block_format}
-        return {**facts, **self.figures, "stage_seconds": self.seconds, "stage_peak_bytes": self.peak_bytes}
+        cost = {"stage_seconds": self.seconds, "stage_peak_bytes": self.peak_bytes}
+        rounding = {} if self.rounding is None else {"rounding": vars(self.rounding)}
+        return {**facts, **self.figures, **cost, **rounding}
 
 
 def collect(runs: list[EvaluatedRun]) -> list[Row]:
@@ -115,6 +120,7 @@ def _make_row(run: EvaluatedRun, model: str, results: Figures, *, shape: Shape |
         steps=_steps(run, model, stage),
         answers=answers,
         verdicts={name: verdicts for name, judge in VERDICTS.items() if (verdicts := judge(answers))},
+        rounding=None if stage is None else find_rounding(run, stage),
     )
 
 

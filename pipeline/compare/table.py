@@ -128,6 +128,22 @@ def make_cost_table(rows: list[Row]) -> Table:
     return Table("Cost", [_MODEL, _ROLE, *columns], caption)
 
 
+def make_rounding_table(rows: list[Row]) -> Table | None:
+    """Make the table of the accounts of rounding. Return None if no model has one."""
+    if all(row.rounding is None for row in rows):
+        return None
+    method = Column("rounding", lambda row: _NONE if row.rounding is None else row.rounding.method)
+    return Table("What rounding kept", [_MODEL, _ROLE, method, *map(_account_column, _ACCOUNT)], _ACCOUNT_CAPTION)
+
+
+def _account_column(name: str) -> Column:
+    def show(row: Row) -> str:
+        value = None if row.rounding is None else row.rounding.account[name]
+        return _NONE if value is None else f"{100 * value:.2f} %"
+
+    return Column(_ACCOUNT[name], show)
+
+
 def is_rate(name: str, rows: list[Row]) -> bool:
     """Return whether a figure is a pass rate. Only pass rates have a count of decided answers."""
     return any(f"{name}_decided" in row.figures for row in rows)
@@ -141,6 +157,23 @@ def _is_part(name: str, whole: list[str]) -> bool:
 def _is_figure(name: str, whole: list[str]) -> bool:
     return name in whole or f"{name}_decided" in whole
 
+
+_ACCOUNT = {
+    "relative_change": "relative change",
+    "kept": "kept",
+    "noise": "noise",
+    "changed_codes": "codes moved",
+    "changed_scales": "scales moved",
+}
+"""Figure of the account -> the title of its column."""
+
+_ACCOUNT_CAPTION = (
+    "Relative change: norm(D) / norm(B). D is the change of the experts by training, and B are the experts of the"
+    " original. Kept: share of D that is left after rounding, on average. Noise: norm of the rest, divided by the norm"
+    " of the weights. Codes moved, scales moved: shares of 4-bit values and of block scales that differ from the"
+    " original's. The weights before rounding are the model's own. If `quantize` wrote rounded experts, later rounding"
+    " changes nothing, and only the row of `quantize` shows the cost. A QAT model has the figures of its export."
+)
 
 _MODEL = Column("model", lambda row: row.title)
 _ROLE = Column("what it is", lambda row: row.role if row.role != row.model else _NONE)

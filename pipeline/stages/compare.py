@@ -3,6 +3,7 @@
 The report has text, tables, plots and answers.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.compare import content, page, plots, runs, table
@@ -38,13 +39,21 @@ def run(config: PipelineConfig) -> Artifact:
         here,
         Stage.compare,
         settings=("compare",),
-        parents={name: run.evaluated.fingerprint for name, run in zip(names, found, strict=True)},
+        parents={key: value for name, run in zip(names, found, strict=True) for key, value in _parents(name, run)},
         work=lambda directory: _write(report, directory),
         is_report=True,
     )
     if is_main_process():
         _show(report, artifact.directory / _PAGE)
     return artifact
+
+
+def _parents(name: str, run: EvaluatedRun) -> Iterator[tuple[str, str]]:
+    """Yield the inputs of the report from a run. An export has figures for the report, also if it was not evaluated."""
+    yield name, run.evaluated.fingerprint
+    export = run.read_stage(Stage.export.name)
+    if export is not None:
+        yield f"{name}: {Stage.export.name}", export.artifact.fingerprint
 
 
 def _runs(config: PipelineConfig, here: Run) -> list[EvaluatedRun]:

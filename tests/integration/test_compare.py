@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import SHORT, run_program
 
+from pipeline.runs import artifacts
+
 RECIPE = ("recipe=smoke", *SHORT)
 
 
@@ -29,6 +31,26 @@ def test_compare_writes_a_page_tables_and_plots(smoke_run: Path) -> None:
     page = (directory / "compare.html").read_text(encoding="utf-8")
     assert all(f'<figure id="{name}">' in page for name in plots)
     assert "## sft → quantize → qat" in (directory / "compare.md").read_text(encoding="utf-8")
+
+
+def test_the_accounts_of_rounding_are_those_of_quantize_and_export(smoke_run: Path) -> None:
+    rows = {row["model"]: row for row in json.loads((smoke_run / "compare" / "compare.json").read_text())["rows"]}
+    accounts = {stage: artifacts.load(smoke_run / stage).details["account"] for stage in ("quantize", "export")}
+    for model, stage in (("quantize", "quantize"), ("qat", "export"), ("export", "export")):
+        assert rows[model]["rounding"] == {"method": "nearest, ceil", "account": accounts[stage]}
+    assert accounts["quantize"] != accounts["export"] and "rounding" not in rows["sft"]
+    table = (smoke_run / "compare" / "what_rounding_kept.jsonl").read_text()
+    assert f"{100 * accounts['export']['kept']:.2f} %" in table
+
+
+def test_a_new_export_brings_the_report_up_to_date(smoke_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(smoke_run, tmp_path / "run"))
+    again = ("stage=export", *RECIPE, f"run_dir={run}", "export.target=openai", "overwrite=true")
+    assert run_program(*again, "export.source=sft") == 0
+    assert run_program("stage=evaluate", *RECIPE, f"run_dir={run}", "evaluate.source=qat") == 0
+    assert run_program("stage=compare", *RECIPE, f"run_dir={run}") == 0
+    rows = {row["model"]: row for row in json.loads((run / "compare" / "compare.json").read_text())["rows"]}
+    assert "rounding" not in rows["qat"] and "rounding" in rows["quantize"]
 
 
 def test_a_second_call_shows_the_table_and_rebuilds_nothing(

@@ -96,6 +96,70 @@ def test_a_bar_in_a_name_is_escaped_in_markdown(tmp_path: Path) -> None:
     assert "| a\\|b |" in shown
 
 
+ACCOUNT = {"relative_change": 0.0123, "kept": 0.514, "noise": 0.042, "changed_codes": 0.03, "changed_scales": 0.01}
+KEPT = "What rounding kept"
+
+
+def rounded(directory: Path, *, exported: str = "qat", kept: float | None = 0.25, **export: str) -> Path:
+    """Write a run whose PTQ model and export have accounts. The export's parent has the fingerprint `exported`."""
+    run = four(directory)
+    details = {"dtype": "bfloat16", "quantizers": 8, "method": "stochastic", "scales": "base", "account": ACCOUNT}
+    evaluated.record(run / "quantize", details=details, parents={"sft": "sft"}, fake_quantized="mxfp4")
+    evaluated.record(run / "qat", parents={"quantize": "quantize"}, fake_quantized="mxfp4", scale_rule="ceil")
+    facts = {"format": "mxfp4", "scale_rule": "ceil", **export}
+    account = {**ACCOUNT, "kept": kept}
+    evaluated.record(run / "export", parents={"model": exported}, details={"account": account}, **facts)
+    return run
+
+
+def shown(run: Path) -> dict[str, list[str]]:
+    """Return the cells of the table of rounding, by model."""
+    every = found(run)
+    made = table.make_rounding_table(every)
+    assert made is not None and made.title == KEPT
+    assert made.titles()[2:] == ["rounding", "relative change", "kept", "noise", "codes moved", "scales moved"]
+    return {line[0]: line[2:] for line in made.cells(every)}
+
+
+def test_the_accounts_of_ptq_and_of_the_export_of_qat_are_shown(tmp_path: Path) -> None:
+    cells = shown(rounded(tmp_path / "run"))
+    assert cells["sft"] == ["–"] * 6
+    assert cells["quantize"] == ["stochastic, base", "1.23 %", "51.40 %", "4.20 %", "3.00 %", "1.00 %"]
+    assert cells["qat"] == ["nearest, ceil", "1.23 %", "25.00 %", "4.20 %", "3.00 %", "1.00 %"]
+
+
+@pytest.mark.parametrize("other", [{"exported": "another"}, {"scale_rule": "mse"}, {"format": "nvfp4"}])
+def test_qat_has_no_account_of_another_models_export_or_of_another_rounding(
+    other: dict[str, str], tmp_path: Path
+) -> None:
+    assert shown(rounded(tmp_path / "run", **other))["qat"] == ["–"] * 6
+
+
+def test_experts_that_training_did_not_change_have_no_kept_share(tmp_path: Path) -> None:
+    run = rounded(tmp_path / "run", kept=None)
+    assert shown(run)["qat"][2] == "–"
+    sentences = content.collect(runs.find([str(run)]), 1).findings[0].sentences
+    assert "Rounding of QAT (nearest, ceil): training did not change the experts." in sentences
+
+
+def test_artifacts_of_older_versions_have_no_account(tmp_path: Path) -> None:
+    run = four(tmp_path / "run")
+    report = content.collect(runs.find([str(run)]), 1)
+    assert KEPT not in [each.title for each in report.tables]
+    assert not any("Rounding" in sentence for finding in report.findings for sentence in finding.sentences)
+    assert all("rounding" not in row for row in report.to_json()["rows"])
+
+
+def test_the_account_is_in_the_findings_and_in_the_json_of_the_report(tmp_path: Path) -> None:
+    report = content.collect(runs.find([str(rounded(tmp_path / "run"))]), 1)
+    text = " ".join(report.findings[0].sentences)
+    assert "Rounding of PTQ (stochastic, base): training changed the experts by 1.23 %. Rounding keeps 51 %" in text
+    assert "moves 3.00 % of the 4-bit values, and adds 4.20 % noise." in text
+    written = {row["model"]: row.get("rounding") for row in report.to_json()["rows"]}
+    assert written["quantize"] == {"method": "stochastic, base", "account": ACCOUNT}
+    assert written["sft"] is None
+
+
 def test_examples_on_which_models_disagree_come_first(tmp_path: Path) -> None:
     passed = {"sft": [True, True, True], "qat": [True, True, False]}
     chosen = examples.choose(found(evaluated.run(tmp_path / "run", passed)), 2)

@@ -1,0 +1,53 @@
+"""Find how the experts of a model were rounded, and the account of this rounding (see docs/formats.md)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.compare.runs import EvaluatedRun, StageFacts
+from pipeline.config import Stage
+from pipeline.runs.artifacts import Artifact
+from pipeline.runs.records import QuantizeRecord
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The rounding of a model's experts.
+
+    Attributes:
+        method: method and scales, such as "stochastic, base".
+        account: figures of the account, documented in `export.account`.
+    """
+
+    method: str
+    account: dict[str, Any]
+
+
+def find_rounding(run: EvaluatedRun, model: StageFacts) -> Rounding | None:
+    """Return the rounding of a model. Return None if nothing was rounded or accounted for.
+
+    Only `quantize` and `export` account for rounding. QAT's model has the account of its export, which rounds the same
+    weights to the same values as QAT's forward pass.
+    """
+    artifact = model.artifact
+    if artifact.stage == Stage.quantize.name:
+        return _of_quantize(artifact)
+    if artifact.stage == Stage.export.name:
+        return _of_export(artifact)
+    export = run.read_stage(Stage.export.name) if artifact.stage == Stage.qat.name else None
+    if export is None or export.artifact.parents["model"] != artifact.fingerprint:
+        return None
+    same_format = (export.artifact.format, export.artifact.scale_rule) == (artifact.fake_quantized, artifact.scale_rule)
+    return _of_export(export.artifact) if same_format else None
+
+
+def _of_quantize(artifact: Artifact) -> Rounding | None:
+    account = artifact.details.get("account")
+    if account is None:
+        return None
+    record = artifact.read(QuantizeRecord)
+    return Rounding(f"{record.method}, {record.scales}", account)
+
+
+def _of_export(artifact: Artifact) -> Rounding | None:
+    account = artifact.details.get("account")
+    return None if account is None else Rounding(f"nearest, {artifact.scale_rule}", account)
