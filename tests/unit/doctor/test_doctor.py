@@ -10,7 +10,17 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from pipeline.checkpoints.gpt_oss import Shape
-from pipeline.config import DataConfig, ModelConfig, PipelineConfig, QatConfig, Sharding, Stage, TinyConfig, TrainConfig
+from pipeline.config import (
+    DataConfig,
+    ModelConfig,
+    PipelineConfig,
+    QatConfig,
+    Sharding,
+    Stage,
+    TinyConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 from pipeline.data.harmony import Conversation, Rendering, parse_conversation
 from pipeline.data.languages import Languages
 from pipeline.doctor import content, display, findings, leaks, remedies, rows
@@ -245,13 +255,19 @@ def found(tmp_path: Path) -> Found:
     Changes are `data__section__name=value` or `machine__name=value`.
     """
 
-    def of(train: TrainConfig | None = None, sharding: Sharding = Sharding.none, **changes: Any) -> list[str]:
+    def of(
+        train: TrainConfig | None = None,
+        sharding: Sharding = Sharding.none,
+        validation: str | None = None,
+        **changes: Any,
+    ) -> list[str]:
         data, machine = {name: dict(values) for name, values in HEALTHY.items()}, dict(ROOMY)
         for key, value in changes.items():
             place, *path = key.split("__")
             (data[path[0]] if place == "data" else machine)[path[-1]] = value
         sft = train or TrainConfig()
-        plan = Plan("model", DataConfig("data.jsonl"), sft, QatConfig(**vars(sft)), sharding, "mxfp4")
+        config = DataConfig("data.jsonl", validation=ValidationConfig(path=validation))
+        plan = Plan("model", config, sft, QatConfig(**vars(sft)), sharding, "mxfp4")
         run = Run(PipelineConfig(Stage.doctor, run_dir=str(tmp_path), model=ModelConfig("model")))
         report = DoctorRecord(data=data, needs=NEEDS, machine=machine, findings=[])
         return findings.findings(Facts.of(report, machine, plan, MODEL, run))
@@ -337,6 +353,14 @@ def test_few_validation_rows_are_reported_with_a_sufficient_fraction(found: Foun
     )
     (message,) = found(data__rows__validation=2, data__rows__train=18)
     assert message.endswith("Use more rows.")
+
+
+def test_findings_about_validation_rows_of_ones_own_name_them(found: Found) -> None:
+    leaks, few = found(
+        validation="own.jsonl", data__rows__validation=8, data__leaks__normalized=2, data__leaks__first=["b: row 1 = a"]
+    )
+    assert leaks.endswith("measures memorization. Remove them from data.validation, or from the training rows.")
+    assert few == "rows of data.validation: 8. With so few, the validation loss is mostly noise. Use more rows."
 
 
 def test_tokens_that_differ_from_harmonys_are_quoted(found: Found) -> None:

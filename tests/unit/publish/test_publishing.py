@@ -100,6 +100,11 @@ def test_data_sets_of_the_hub_are_named_and_files_of_this_machine_only_by_their_
     blended = type(local)(**{**vars(local), "settings": {**settings, "data.path": None, "data.blend": blend}})
     assert record.data(blended)["conversations"] == "a/b at v1, weight 3, y.jsonl, weight 1"
     assert record.hub_data_sets(blended) == ["a/b"]
+    own = {"data.validation.path": "c/d", "data.validation.split": "test"}
+    with_own = type(local)(**{**vars(local), "settings": {**settings, **own}})
+    assert record.data(with_own)["validation"] == "c/d (split test)"
+    assert "1 to validate" in record.data(with_own)["used"]
+    assert record.hub_data_sets(with_own) == ["c/d"]
 
 
 def test_languages_are_those_of_enough_answers_to_the_same_data(config: PipelineConfig) -> None:
