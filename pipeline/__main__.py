@@ -23,7 +23,7 @@ from pipeline import config
 from pipeline.config import command_line, completion, help, rates, rules
 from pipeline.config.groups import Folders
 from pipeline.errors import CheckFailed, MachineError, UserError, user_errors
-from pipeline.runs import allocator, console, preflight, provenance, stopping
+from pipeline.runs import allocator, console, other_libraries, preflight, provenance, stopping
 from pipeline.runs.one_stage import one_stage
 from pipeline.runs.processes import is_main_process
 from pipeline.runs.run import Run
@@ -69,7 +69,8 @@ def run(composed: DictConfig) -> None:
     _keep_jobs_apart(composed)
     pipeline_config = rules.resolve(composed)
     if "torch" not in sys.modules:
-        console.note(pipeline_config.stage.name, "loading PyTorch and the other libraries of this stage")
+        console.note(pipeline_config.stage.name, "loading PyTorch and other libraries, which takes a few seconds")
+    other_libraries.silence()
     preflight.check(pipeline_config)
     for stage in Run(pipeline_config).earlier_stages():
         _run(replace(pipeline_config, stage=stage, overwrite=False))

@@ -89,7 +89,7 @@ def program_arguments(block: Block) -> Iterator[list[str]]:
 
 
 def _is_flag_of_launcher(argument: str) -> bool:
-    return "=" not in argument and argument not in ("-m", "--help")
+    return "=" not in argument and argument not in ("-m", "--help", "--version")
 
 
 def copy_checkout(into: Path) -> Path:

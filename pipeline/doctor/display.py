@@ -65,6 +65,11 @@ def report(facts: Facts, findings: list[str]) -> None:
         _print(console, title, Text(value))
     if not findings:
         say("doctor", "no problems found")
+    warnings(findings)
+
+
+def warnings(findings: list[str]) -> None:
+    """Print the findings alone, as warnings."""
     for number, finding in enumerate(findings, 1):
         warn("doctor", f"{number}. {finding}")
 

@@ -23,7 +23,6 @@ from pipeline.evaluate.expected import check
 from pipeline.evaluate.generation import endpoint, prompts
 from pipeline.evaluate.generation.endpoint import Served
 from pipeline.evaluate.generation.journal import Journal
-from pipeline.evaluate.generation.local import Local
 from pipeline.evaluate.generation.prompts import Question
 from pipeline.evaluate.scorers import EVALS, harness, judge, logits
 from pipeline.evaluate.scorers.judge import Judge, Judgement
@@ -189,6 +188,10 @@ class Measure:
         decide |= self._task.run.settings(_DECIDE_LOCAL)
         transcripts: list[Transcript] = []
         if self._task.questions:
+            from pipeline.evaluate.generation.local import (
+                Local,
+            )  # slow, and reports that are up to date need no answers
+
             journal: Journal[Transcript] = Journal(self._answers_of(ref), {"model": ref.fingerprint, **decide})
             Local(model, rendering, self._task.evaluate.generation).ask(self._task.questions, journal, ref.name)
             transcripts = [journal[question.key] for question in self._task.questions]

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from pipeline.models.sharding import gather, is_kept_from_gradients
 
@@ -63,6 +62,8 @@ def compute_states(model: nn.Module, inputs: Mapping[str, object], positions: Po
         inputs: the model's inputs, without labels.
         positions: the positions whose logits are needed.
     """
+    from transformers import PreTrainedModel  # slow, and reports import this module without running a model
+
     causal = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     embedding = causal.get_output_embeddings()
     if torch.is_grad_enabled() and is_kept_from_gradients(embedding.weight):

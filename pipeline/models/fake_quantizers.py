@@ -7,7 +7,6 @@ This is the only module that imports modelopt.
 """
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +36,7 @@ from pipeline.models.sharding import own_part
 from pipeline.numerics.codec import straight_through
 from pipeline.numerics.formats import MXFP4, BlockFormat, ScaleType
 from pipeline.numerics.scales import INPUT_RULE
+from pipeline.runs.other_libraries import hide_printed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -145,10 +145,6 @@ def keep_rounded(model: nn.Module, budget_bytes: float, *, keeps_frozen: bool = 
     return cache
 
 
-# ModelOpt warns once for each module type. The warning is about tensor parallelism, which is not used here.
-warnings.filterwarnings("ignore", message="Distributed training is initialized but no parallel_state")
-
-
 def register_backend() -> None:
     """Register the codec as a backend of ModelOpt. Call this before quantizers are inserted or restored."""
     if not is_registered_quant_backend(_BACKEND):
@@ -173,7 +169,8 @@ def insert(model: nn.Module, block_format: BlockFormat, calibrate: Calibrate) ->
         calibrate: function that runs calibration data through the model. Only formats with calibrated scales use it.
     """
     register_backend()
-    mtq.quantize(base_of(model), _quant_cfg(block_format), forward_loop=calibrate)
+    with hide_printed():
+        mtq.quantize(base_of(model), _quant_cfg(block_format), forward_loop=calibrate)
 
 
 def calibrate_importance(model: "PreTrainedModel", calibrate: Calibrate) -> None:
@@ -240,7 +237,8 @@ def _sort_keys(state: Any) -> Any:
 def restore(model: nn.Module, directory: Path, block_format: BlockFormat) -> None:
     """Restore the quantizers that are saved in `directory`, in place, and check them with `count`."""
     register_backend()
-    mto.restore_from_modelopt_state(base_of(model), modelopt_state_path=str(directory / STATE_FILE))
+    with hide_printed():
+        mto.restore_from_modelopt_state(base_of(model), modelopt_state_path=str(directory / STATE_FILE))
     calibration = load_calibration(directory)
     for full_name, module in enabled(base_of(model)):
         name = parameter_name(full_name)

@@ -46,12 +46,11 @@ def device_of(asked: Device) -> str:
 
 
 def _quieten() -> None:
-    """Hide transformers' warnings about missing MXFP4 kernels. Without a terminal, hide its progress bars too."""
+    """Without a terminal, hide transformers' progress bars."""
     from transformers.utils import logging
 
     if not shows_progress():
         logging.disable_progress_bar()
-    logging.get_logger("transformers.quantizers.quantizer_mxfp4").setLevel(logging.ERROR)
 
 
 def load_plain(directory: Path, dtype: torch.dtype, **arguments: Any) -> "PreTrainedModel":

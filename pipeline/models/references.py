@@ -18,9 +18,9 @@ from pipeline.errors import UserError
 from pipeline.models.source import sampled_fingerprint
 from pipeline.numerics.formats import FORMATS, BlockFormat
 from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact, Kind, load
-from pipeline.runs.console import say
 from pipeline.runs.records import ModelRecord
 from pipeline.runs.run import Run
+from pipeline.runs.up_to_date import say_if_needed
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> Mo
     if source is None:
         newest = next((stage for stage in reversed(among) if is_loadable(run, stage)), among[0])
         ref = stage_ref(run, newest)
-        say(run.stage.name, f"{key}: {newest.name}, the newest complete stage")
+        say_if_needed(run.stage.name, f"{key}: {newest.name}, the newest complete stage")
         return ref
     if source in Stage.__members__:  # a directory with the name of a stage must be given as ./<name>
         stage = Stage[source]

@@ -6,7 +6,6 @@ equal settings of the trainer. They have the value "auto" here, and the trainer 
 """
 
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,9 +24,6 @@ from pipeline.runs.processes import is_main_process, process_count, wait_for_eve
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-# DeepSpeed 0.19 calls collectives by deprecated names, and torch warns at every step.
-warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 _LEAVES = {"classes": [f"{MODELING_MODULE}.{DECODER_LAYER_CLASS}"]}  # ZeRO-3 gathers each of these modules as a whole
 _LAUNCHER_SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")

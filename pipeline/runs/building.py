@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from pipeline.config import Stage
 from pipeline.errors import MachineError, UserError
-from pipeline.runs import provenance
+from pipeline.runs import provenance, up_to_date
 from pipeline.runs.artifacts import (
     ARTIFACT_FILE,
     BOOKKEEPING,
@@ -93,6 +93,7 @@ def build(
     begun = Inputs(resumable_as(inputs.settings), inputs.parents, data)
     if not run.overwrite and (done := _find_up_to_date(directory, inputs, is_report)) is not None:
         return done
+    up_to_date.flush()
     _raise_if_foreign(directory)
     if not is_report and not run.overwrite:
         _raise_if_unfinished_differs(directory, begun)
@@ -142,7 +143,7 @@ def _find_up_to_date(directory: Path, inputs: Inputs, is_report: bool) -> Artifa
     if differences:
         say(done.stage, f"made anew, since {'; '.join(differences)}")
         return None
-    say(done.stage, f"up to date: {done.directory}")
+    up_to_date.report(done.stage, done.directory)
     _clear_work(done.directory)
     return done
 

@@ -7,6 +7,7 @@ from pipeline.config import PipelineConfig, QuantizeSource, Stage, leaves_nothin
 from pipeline.config.controls import reason_for_none
 from pipeline.models import sharding
 from pipeline.publish import hub
+from pipeline.runs import up_to_date
 from pipeline.runs.artifacts import Artifact
 from pipeline.runs.console import say
 from pipeline.runs.one_stage import one_stage
@@ -20,15 +21,12 @@ def run(config: PipelineConfig) -> Artifact:
     hub.check(config.export)  # check now, because the upload starts hours later
     sharding.raise_if_impossible(config.sharding)  # also now, because training starts minutes later
     artifact = None
-    for stage in _stages(config):
-        if (reason := _reason_to_skip(stage, config)) is not None:
-            say(stage.name, f"skipped, because {reason}")
-        else:
-            settings = replace(config, stage=stage)
-            if stage is Stage.evaluate and config.evaluate.source is None:
-                settings = replace(settings, evaluate=replace(config.evaluate, source="all"))
-            with one_stage(settings):
-                artifact = importlib.import_module(f"pipeline.stages.{stage.name}").run(settings)
+    with up_to_date.summarize(Stage.all.name, config.run_dir):
+        for stage in _stages(config):
+            if (reason := _reason_to_skip(stage, config)) is not None:
+                say(stage.name, f"skipped, because {reason}")
+            else:
+                artifact = _run(stage, config)
     assert artifact is not None
     return artifact
 
@@ -36,6 +34,15 @@ def run(config: PipelineConfig) -> Artifact:
 def _stages(config: PipelineConfig) -> list[Stage]:
     chosen = [stage for stage in STAGES if stage is not Stage.controls or config.controls]
     return chosen if config.export.push_to_hub is None else [*chosen, Stage.publish]
+
+
+def _run(stage: Stage, config: PipelineConfig) -> Artifact:
+    settings = replace(config, stage=stage)
+    if stage is Stage.evaluate and config.evaluate.source is None:
+        settings = replace(settings, evaluate=replace(config.evaluate, source="all"))
+    with one_stage(settings):
+        artifact: Artifact = importlib.import_module(f"pipeline.stages.{stage.name}").run(settings)
+    return artifact
 
 
 def _reason_to_skip(stage: Stage, config: PipelineConfig) -> str | None:

@@ -12,6 +12,7 @@ from pipeline.compare.evidence import TEST_COLUMNS
 from pipeline.compare.rows import ORDER
 from pipeline.compare.runs import EvaluatedRun
 from pipeline.config import PipelineConfig, Stage
+from pipeline.runs import up_to_date
 from pipeline.runs.artifacts import Artifact, Kind, Result
 from pipeline.runs.building import build
 from pipeline.runs.console import say
@@ -43,7 +44,10 @@ def run(config: PipelineConfig) -> Artifact:
         work=lambda directory: _write(report, directory),
         is_report=True,
     )
-    if is_main_process():
+    if up_to_date.is_summarized(Stage.compare.name):
+        up_to_date.flush()
+        _show_place(artifact.directory / _PAGE)
+    elif is_main_process():
         _show(report, artifact.directory / _PAGE)
     return artifact
 
@@ -91,4 +95,8 @@ def _show(report: Content, path: Path) -> None:
     missing = [name for name in ORDER if name not in {row.model for row in report.rows}]
     if missing:
         say("compare", f"not evaluated: {', '.join(missing)} (evaluate.source=all evaluates every stage there is)")
+    _show_place(path)
+
+
+def _show_place(path: Path) -> None:
     say("compare", f"report with plots and answers: {path}")

@@ -25,6 +25,7 @@ from pipeline.doctor.rows import examine
 from pipeline.doctor.rows import figures as token_figures
 from pipeline.errors import UserError
 from pipeline.models import source
+from pipeline.runs import up_to_date
 from pipeline.runs.artifacts import Artifact, Kind, Result
 from pipeline.runs.building import build
 from pipeline.runs.console import say
@@ -80,8 +81,12 @@ def run(config: PipelineConfig) -> Artifact:
         # Free memory and disk space change all the time, so they are measured even if the report is up to date.
         free = machine.figures(here.directory)
         facts = Facts.of(artifact.read(DoctorRecord), free, _plan(config), read_config(model), here)
+        found = findings.findings(facts)
+        if up_to_date.is_summarized(Stage.doctor.name):
+            display.warnings(found)
+            return artifact
         display.conversation(config.doctor.row, rows.conversations[config.doctor.row - 1], how)
-        display.report(facts, findings.findings(facts))
+        display.report(facts, found)
     return artifact
 
 

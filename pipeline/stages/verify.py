@@ -36,7 +36,8 @@ from pipeline.runs.run import Run
 from pipeline.runs.tracking import log_metrics
 
 if TYPE_CHECKING:
-    from pipeline.verify import Check, TrainedModel
+    from pipeline.verify import Check
+    from pipeline.verify.trained import TrainedModel
 
 _SETTINGS = ("verify",)
 _REPORT = "report.json"
@@ -209,12 +210,12 @@ def _examples(config: PipelineConfig, here: Run, base: Path) -> Dataset:
 
 
 def _trained_model(config: PipelineConfig, here: Run, export: Artifact, ref: ModelRef) -> "TrainedModel":
-    from pipeline import verify
+    from pipeline.verify.trained import TrainedModel  # imports ModelOpt and PEFT, so only if there is work
 
     batches = losses.batches(_examples(config, here, ref.base), 1, load_tokenizer(ref.base).pad_token_id)
     batches = [{key: values[:, :_MOST_POSITIONS] for key, values in batch.items()} for batch in batches]
     placement.raise_if_host_too_small("verify", ref.base, ref.dtype)
-    return verify.TrainedModel(ref, batches, _format_of(export))
+    return TrainedModel(ref, batches, _format_of(export))
 
 
 def _format_of(export: Artifact) -> BlockFormat:

@@ -16,12 +16,10 @@ from pipeline.export.layout import View, view_base
 from pipeline.verify.check import Check
 from pipeline.verify.distance import compare
 from pipeline.verify.files import check_files, check_tensors, check_unchanged
-from pipeline.verify.trained import TrainedModel
 from pipeline.verify.untouched import check_untouched
 
 __all__ = [
     "Check",
-    "TrainedModel",
     "check_against_base",
     "check_files",
     "check_tensors",

@@ -201,7 +201,8 @@ def test_all_ends_with_the_upload_where_that_is_asked_for(
     arguments = ("stage=all", "recipe=smoke", f"run_dir={run}", *SHORT, "export.push_to_hub=me/mine")
     assert run_program(*arguments) == 0
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("[")]
-    assert [line.split()[0] for line in lines if "up to date" in line] == [f"[{stage.name}]" for stage in STAGES]
+    names = ", ".join(stage.name for stage in STAGES)
+    assert [line for line in lines if "up to date" in line] == [f"[all] up to date: {names} ({run})"]
     assert lines[-1] == f"[publish] uploaded: {hub.url}/me/mine/commit/1"
     assert "model.safetensors.index.json" in hub.files
     hub.files.clear()

@@ -111,7 +111,9 @@ def test_the_proof_found_no_difference(smoke_run: Path) -> None:
 def test_a_second_run_does_nothing(smoke_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in smoke_run.rglob("*") if path.is_file()}
     assert run_program("stage=all", "recipe=smoke", f"run_dir={smoke_run}", *SHORT) == 0
-    assert capsys.readouterr().out.count("up to date") == len(STAGES)
+    report = f"[compare] report with plots and answers: {smoke_run / 'compare' / 'compare.html'}"
+    names = ", ".join(stage.name for stage in STAGES)
+    assert capsys.readouterr().out.splitlines() == [f"[all] up to date: {names} ({smoke_run})", report]
     assert {path: path.stat().st_mtime_ns for path in smoke_run.rglob("*") if path.is_file()} == before
 
 

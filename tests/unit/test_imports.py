@@ -140,6 +140,37 @@ def test_what_runs_before_a_stage_imports_no_slow_library_at_its_top(name: str) 
     assert found - set(sys.stdlib_module_names) <= {"hydra", "omegaconf", "pipeline", "xxhash"}
 
 
+@cache
+def imported_at_the_top(name: str) -> frozenset[str]:
+    """List every module that is imported with a file. Imports inside functions and for type checkers do not count."""
+    found: set[str] = set()
+    for node in ast.parse(modules()[name].read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(found)
+
+
+def loaded_with(name: str) -> set[str]:
+    """List the libraries and modules that are loaded with a module, directly or through other modules."""
+    seen: set[str] = set()
+    todo = {f"pipeline.{name}"}
+    while todo:
+        module = todo.pop()
+        seen.add(module)
+        own_name = module.removeprefix("pipeline.")
+        if module.startswith("pipeline.") and own_name in modules():
+            parents = {module.rpartition(".")[0]} - {"pipeline"}
+            todo |= (imported_at_the_top(own_name) | parents) - seen
+    return {module.partition(".")[0] for module in seen}
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if unit(name) == "stages"])
+def test_a_stage_loads_no_library_of_models_before_it_has_work(name: str) -> None:
+    assert loaded_with(name) & {"transformers", "trl", "peft", "modelopt", "accelerate", "deepspeed", "scipy"} == set()
+
+
 def test_every_package_says_what_it_is_for_and_what_it_must_not_know() -> None:
     for name in {unit(name) for name in modules() if name} - {"__main__", "errors"}:
         opening = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text(encoding="utf-8"))) or ""

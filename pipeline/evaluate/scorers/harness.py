@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets.exceptions import DatasetsError
-
 from pipeline.config import EndpointApi, EndpointConfig, LmEvalConfig
 from pipeline.data.harmony import Rendering
 from pipeline.errors import UserError, did_you_mean, user_errors
@@ -155,6 +153,8 @@ def _flatten(results: Mapping[str, Mapping[str, object]]) -> Iterator[tuple[str,
 @contextmanager
 def _task_errors(tasks: list[str]) -> Iterator[None]:
     """Turn lm-eval's errors about tasks and their data into a UserError."""
+    from datasets.exceptions import DatasetsError
+
     try:
         yield
     except (DatasetsError, FileNotFoundError, ConnectionError, ValueError, KeyError) as error:

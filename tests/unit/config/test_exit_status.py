@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch  # noqa: F401 - otherwise the program prints that it loads PyTorch
 from conftest import run_program
 
 from config.composing import Run, replace_stages

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
+import psutil
 import pytest
 from conftest import run_program
 
@@ -263,3 +264,15 @@ def test_help_and_mistakes_answer_within_two_seconds_and_import_nothing_slow(
     assert (done.returncode, "".join(said)[: len(start)]) == (status, start)
     assert ("hydra" in imported) == needs_hydra
     assert imported & {"torch", "transformers", "trl", "peft", "modelopt", "datasets", "accelerate"} == set()
+
+
+def test_a_stage_says_within_a_second_that_it_loads_pytorch(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipeline", "stage=upcast", "recipe=smoke", f"run_dir={tmp_path}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as running:
+        assert running.stderr is not None
+        line = running.stderr.readline()
+        used = psutil.Process(running.pid).cpu_times()  # other load does not change it
+        running.kill()
+    assert line == "[upcast] loading PyTorch and other libraries, which takes a few seconds\n"
+    assert used.user + used.system < 1

@@ -40,6 +40,23 @@ def test_each_job_has_a_directory_named_by_what_it_alone_has(ran: list[PipelineC
     assert sorted(places(ran), key=str) == [(f"{tmp_path}/sweep/{name}", str(tmp_path)) for name in names]
 
 
+def test_each_job_says_its_number_and_the_settings_in_which_jobs_differ(
+    ran: list[PipelineConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_program("-m", "stage=evaluate", *SWEEP, "evaluate.max_samples=2,3", f"run_dir={tmp_path}") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[sweep]")]
+    assert lines == [
+        f"[sweep] job {number} of 4: qat.learning_rate=5e-05 format={name} evaluate.max_samples={samples}"
+        for number, (name, samples) in enumerate(((n, s) for n in ("mxfp4", "nvfp4") for s in (2, 3)), 1)
+    ]
+    assert len(ran) == 4
+
+
+def test_one_job_is_not_counted(ran: list[PipelineConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_program("-m", "stage=qat", "recipe=smoke", "qat.seed=choice(1)") == 0
+    assert "[sweep]" not in capsys.readouterr().out
+
+
 def test_other_stages_of_a_sweep_find_the_same_directories(ran: list[PipelineConfig], tmp_path: Path) -> None:
     more = ("stage=evaluate", "eval=quick", "evaluate.source=quantize,qat", "overwrite=true")
     assert run_program("-m", "recipe=smoke", "format=choice(nvfp4)", *more, f"run_dir={tmp_path}") == 0
