@@ -47,9 +47,12 @@ def report(stage: str, directory: Path) -> None:
     if _summary is None:
         say(stage, f"up to date: {directory}")
         return
+    run_dir = Path(_summary.run_dir).expanduser().absolute()
+    # A stage of a control is named with its directory, as in controls/more_sft/sft.
+    name = directory.relative_to(run_dir).as_posix() if directory.is_relative_to(run_dir) else stage
     _summary.held.clear()
-    _summary.pending.append(stage)
-    _summary.finished.add(stage)
+    _summary.pending.append(name)
+    _summary.finished.add(name)
 
 
 def is_summarized(stage: str) -> bool:

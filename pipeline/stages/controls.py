@@ -10,9 +10,8 @@ from pipeline.config import PipelineConfig, Stage
 from pipeline.config.controls import Control, controls_of, reason_for_none
 from pipeline.errors import CheckFailed, MachineError, UserError, prefixed
 from pipeline.models import references, sharding
-from pipeline.runs import controls
+from pipeline.runs import controls, up_to_date
 from pipeline.runs.artifacts import Artifact, Kind
-from pipeline.runs.console import say
 from pipeline.runs.one_stage import one_stage
 from pipeline.runs.run import Run
 
@@ -32,7 +31,7 @@ def _make(here: Run, upcast: Artifact, control: Control) -> Artifact:
     """Run the stages of one control. Its upcast is the main run's if its experts are packed, as BF16 parts need."""
     shares_upcast = upcast.kind is Kind.packed
     stages = [stage for stage in control.stages if stage is not Stage.upcast or not shares_upcast]
-    say("controls", f"{control.name}: {control.config.run_dir}")
+    up_to_date.say_if_needed("controls", f"{control.name}: {control.config.run_dir}")
     try:
         controls.prepare(here, control, stages)
         artifacts = [_run_stage(replace(control.config, stage=stage)) for stage in stages]

@@ -31,6 +31,13 @@ def test_neighbours_share_one_line_before_the_next_stage_works(capsys: pytest.Ca
     assert capsys.readouterr().out == "[all] up to date: compare (r)\n"
 
 
+def test_a_stage_of_a_control_is_named_with_its_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with up_to_date.summarize("all", str(tmp_path)):
+        up_to_date.report("sft", tmp_path / "sft")
+        up_to_date.report("sft", tmp_path / "controls" / "more_sft" / "sft")
+    assert capsys.readouterr().out == f"[all] up to date: sft, controls/more_sft/sft ({tmp_path})\n"
+
+
 def test_the_line_is_printed_before_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError), up_to_date.summarize("all", "r"):
         report("doctor")
