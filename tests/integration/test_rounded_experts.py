@@ -87,12 +87,38 @@ def test_a_lora_student_on_a_rounded_base_learns_from_the_sft_model(lora_run: Pa
     assert lines and all(line["teacher_divergence"] > 0 for line in lines)
 
 
+def assert_divergence_from_sft(run: Path) -> None:
+    details = artifacts.load(run / "evaluate").details
+    figures = details["results"]["quantize"]
+    assert details["reference"] == "sft"
+    assert 0 < figures["kl_divergence_low"] < figures["kl_divergence"] < figures["kl_divergence_high"] < 1
+    assert figures["relative_weight_error"] > 0
+
+
+@pytest.mark.parametrize("case", ["full-nvfp4", "full-mxfp4-mse", "full-nearest-base"])
+def test_the_rounded_model_is_compared_with_the_sft_model(case: str, quantized) -> None:
+    """`test_qat_starts_from_the_rounded_model` does the same for other cases."""
+    run, settings = quantized(case)
+    assert run_program("stage=evaluate", f"run_dir={run}", *settings, "evaluate.source=quantize") == 0
+    assert_divergence_from_sft(run)
+
+
+def test_a_packed_model_is_compared_with_the_sft_model_that_has_adapters(lora_run: Path, tmp_path: Path) -> None:
+    run = linked(tmp_path / "run", lora_run, "source", "upcast", "sft")
+    for stage in ("quantize", "evaluate"):
+        settings = (*LORA, "train@qat=bf16_parts", "evaluate.source=quantize")
+        assert run_program(f"stage={stage}", f"run_dir={run}", *settings) == 0, stage
+    assert load(run).kind is Kind.packed
+    assert_divergence_from_sft(run)
+
+
 @pytest.mark.parametrize("case", ["full-mxfp4", "lora-mxfp4", "lora-nvfp4"])
 def test_qat_starts_from_the_rounded_model(case: str, quantized) -> None:
     run, settings = quantized(case)
     for stage in ("qat", "evaluate"):
         assert run_program(f"stage={stage}", f"run_dir={run}", *settings, "evaluate.source=all") == 0, stage
     results = artifacts.load(run / "evaluate").details["results"]
+    assert_divergence_from_sft(run)
     qat = artifacts.load(run / "qat").details
     assert results["quantize"]["validation_loss"] == pytest.approx(qat["validation_loss_before"], rel=1e-4)
     assert qat["validation_loss"] < qat["validation_loss_before"]
