@@ -282,7 +282,7 @@ def blocks_then_scales(blocks: str, scales: str) -> Callable[[Tensor, Tensor, bo
 
 
 def _count_clipped(trained: Tensor, new: Packed, block_format: BlockFormat) -> int:
-    return count_clipped(trained, values_of(new.scales, new.tensor_scale), block_format)
+    return int(count_clipped(trained, values_of(new.scales, new.tensor_scale), block_format))
 
 
 def _restore(new: Packed, old: Packed, experts: Tensor) -> None:

@@ -47,8 +47,8 @@ def changes(stacks: Sequence[Tensor]) -> Tensor:
     return sums
 
 
-def count_clipped(values: Tensor, scales: Tensor, block_format: BlockFormat) -> int:
-    """Count the values beyond 6 * scale.
+def count_clipped(values: Tensor, scales: Tensor, block_format: BlockFormat) -> Tensor:
+    """Count the values beyond 6 * scale. The result is int64, with the shape ().
 
     Args:
         values: weights, (E, in, out).
@@ -56,10 +56,10 @@ def count_clipped(values: Tensor, scales: Tensor, block_format: BlockFormat) -> 
         block_format: the format.
     """
     blocks = values.unflatten(1, (-1, block_format.block_size))
-    return sum(
-        int(kernels.count_clipped(matrix, scale).long().sum())
-        for matrix, scale in zip(blocks.split(1), scales.transpose(1, 2).split(1), strict=True)
-    )
+    count = torch.zeros((), dtype=torch.int64, device=values.device)
+    for matrix, scale in zip(blocks.split(1), scales.transpose(1, 2).split(1), strict=True):
+        count += kernels.count_clipped(matrix, scale).long().sum()
+    return count
 
 
 def sum_of_squares(values: Tensor) -> float:
