@@ -87,8 +87,6 @@ class Walk:
             device: device that computes, `cpu` or `cuda`.
             attention: attention implementation of transformers.
         """
-        from pipeline.models import sink_attention  # noqa: F401 (registers the attention in transformers)
-
         ref = weights.ref
         model = streaming.build(ref.base, ref.dtype, attn_implementation=attention)
         self.dtype, self.device = ref.dtype, torch.device(device)

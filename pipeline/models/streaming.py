@@ -40,6 +40,8 @@ def build(
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+    from pipeline.models import sink_attention  # noqa: F401 (registers the attention in transformers)
+
     config = AutoConfig.from_pretrained(directory)
     if is_quantized(read_config(directory)):
         del config.quantization_config  # experts are decoded while they are read
