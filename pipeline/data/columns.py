@@ -207,9 +207,10 @@ class Columns:
         if not isinstance(messages, (list, tuple)):
             return messages
         named = self._data.columns.role
+        wanted = {getattr(self._data.columns, name) for name in _MESSAGE_KEYS}
         for i, message in enumerate(messages):
             if isinstance(message, dict):
-                self._keys |= dict.fromkeys(map(str, message)) if len(self._keys) < _MOST_NAMES else {}
+                self._keys |= {key: None for key in message if len(self._keys) < _MOST_NAMES or key in wanted}
                 if named not in message:
                     self._unlike = self._unlike or row
                     raise ConversationError(f"messages[{i}] has no {named!r} (it has: {', '.join(map(str, message))})")

@@ -292,6 +292,13 @@ def test_a_key_of_reasoning_that_no_message_has_is_an_error() -> None:
     assert message.startswith("data.columns.thinking='thoughts': no message of rows.jsonl has that key.")
 
 
+def test_a_key_is_found_after_many_other_keys() -> None:
+    answer = {"role": "assistant", "content": "Hello.", "why": "A greeting."}
+    many = [{**SIMPLE[0], **{f"key_{i}": i for i in range(100)}}, answer]
+    (found,) = load(with_columns(jsonl([{"messages": many}]), thinking="why"))
+    assert found["messages"] == SIMPLE
+
+
 @pytest.mark.parametrize(("role", "meant"), [("human", "user"), ("gpt", "assistant"), ("Bot", "assistant")])
 def test_a_role_of_another_format_is_answered_with_the_setting(role: str, meant: str) -> None:
     rows = [{"messages": [{"role": role, "content": "Hi?"}, SIMPLE[1]]}] * 3
