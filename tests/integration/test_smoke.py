@@ -112,7 +112,7 @@ def test_a_second_run_does_nothing(smoke_run: Path, capsys: pytest.CaptureFixtur
     before = {path: path.stat().st_mtime_ns for path in smoke_run.rglob("*") if path.is_file()}
     assert run_program("stage=all", "recipe=smoke", f"run_dir={smoke_run}", *SHORT) == 0
     report = f"[compare] report with plots and answers: {smoke_run / 'compare' / 'compare.html'}"
-    names = ", ".join(stage.name for stage in STAGES)
+    names = ", ".join(STAGES)
     assert capsys.readouterr().out.splitlines() == [f"[all] up to date: {names} ({smoke_run})", report]
     assert {path: path.stat().st_mtime_ns for path in smoke_run.rglob("*") if path.is_file()} == before
 
