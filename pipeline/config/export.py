@@ -30,7 +30,7 @@ class ExportConfig:
     """Write a checkpoint for serving; `publish` uploads it to the Hub after `verify`."""
 
     source: Optional[str] = None
-    """Model to export: a stage of this run (upcast, sft, quantize, qat) or a directory; null: the newest stage."""
+    """Model to export: a stage (upcast, sft, quantize, qat), controls/… or a directory; null: the newest stage."""
     target: ExportTarget = ExportTarget["mxfp4"]
     """Layout: mxfp4 (as in openai/gpt-oss-20b), openai (OpenAI's own files), nvfp4, gguf (for llama.cpp) or bf16."""
     requantize: bool = False

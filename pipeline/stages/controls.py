@@ -13,6 +13,7 @@ from pipeline.models import references, sharding
 from pipeline.runs import controls, up_to_date
 from pipeline.runs.artifacts import Artifact, Kind
 from pipeline.runs.one_stage import one_stage
+from pipeline.runs.records import UpcastRecord
 from pipeline.runs.run import Run
 
 
@@ -23,8 +24,17 @@ def run(config: PipelineConfig) -> Artifact:
         raise UserError(f"stage=controls: there are no controls, because {reason}.")
     upcast, sft = references.require_upcast(here, config.model.path), here.require(Stage.sft)
     sharding.raise_if_impossible(config.sharding)
-    made = [_make(here, upcast, control) for control in controls_of(config, str(sft.directory))]
+    made = []
+    for control in controls_of(config, str(sft.directory)):
+        if Stage.upcast in control.stages and _is_bf16_source(upcast):
+            say("controls", f"{control.name}: skipped, because the source's experts are not packed MXFP4 weights")
+        else:
+            made.append(_make(here, upcast, control))
     return made[-1]
+
+
+def _is_bf16_source(upcast: Artifact) -> bool:
+    return upcast.kind is not Kind.packed and upcast.read(UpcastRecord).decoded_tensors == 0
 
 
 def _make(here: Run, upcast: Artifact, control: Control) -> Artifact:

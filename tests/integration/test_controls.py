@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import SHORT, outcomes, run_program
+from conftest import SHORT, linked, outcomes, run_program
 from test_resume import make_interruption
 
 from pipeline.checkpoints.reading import Checkpoint
@@ -137,6 +137,18 @@ def test_the_card_of_more_sft_has_both_trainings(whole: Path, tmp_path: Path) ->
         )
     card = (run_dir / "publish" / "model" / "README.md").read_text()
     assert [line.split()[4] for line in card.splitlines() if line.startswith("| supervised")] == ["12", "6"]
+
+
+def test_bf16_parts_are_skipped_if_the_source_is_bf16(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = linked(tmp_path / "run", whole, "data")
+    assert run_program("stage=upcast", f"run_dir={run_dir}", *SETTINGS, f"model.path={whole}/upcast") == 0
+    source = (f"run_dir={run_dir}", *SETTINGS, f"model.path={whole}/upcast", "sft.max_steps=6", "qat.max_steps=3")
+    assert run_program("stage=sft", *source) == 0 and run_program("stage=controls", *source) == 0
+    assert "bf16_parts: skipped, because the source's experts are not packed" in capsys.readouterr().out
+    assert {path.name for path in (run_dir / "controls").iterdir()} >= {"more_sft"}
+    assert not (run_dir / PARTS).exists()
 
 
 def test_a_run_that_has_no_controls_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
