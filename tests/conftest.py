@@ -20,6 +20,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Let torch trust the instruction sets that the processor lists. Otherwise it tests each set in a new Python process.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
+import forks
+
 from pipeline import __main__ as program
 
 VOCABULARY = Path(__file__).parents[2] / "shared" / "data" / "tokenizer"
@@ -45,6 +47,12 @@ SHORT = (
 
 ONE_LAYER = ("sft.lora.layers=[1]", "qat.lora.layers=[1]")
 """Settings that `lora_run` adds to SHORT."""
+
+
+def pytest_configure() -> None:
+    """Let the processes of pytest-xdist share the servers for forks."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        forks.share()
 
 
 def run_program(*arguments: str) -> int:

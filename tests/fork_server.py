@@ -4,8 +4,8 @@
     python -I -S tests/fork_server.py --ask SOCKET COMMAND   the client; COMMAND starts with a script or `-m MODULE`
 
 With --gpu, commands run on a pretended GPU. The client is used like an interpreter: the command has the arguments,
-environment, directory and streams of the client, and the client has its exit status. If the client is killed, the
-command is killed too. Tests start servers and clients with tests/forks.py.
+environment, directory and streams of the client, and gets the signals that the client gets. The client has its exit
+status. If the client is killed, the command is killed too. Tests start servers and clients with tests/forks.py.
 
 The program itself is imported after the fork, so a command runs the code of its own directory. Libraries read some
 environment variables while they are imported. If one of these differs between client and server, the client runs the
@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 _LIBRARIES = (
     *("torch", "transformers", "datasets", "accelerate", "peft", "trl.trainer.sft_trainer", "hydra"),
-    *("modelopt.torch.quantization", "torch.distributed.tensor"),
+    *("modelopt.torch.quantization", "torch.distributed.tensor", "matplotlib.figure", "scipy.stats"),
 )
 _OF_THE_PROGRAM = ("pipeline.__main__", "pipeline.models.fake_quantizers", "pipeline.training.trainer")
 """Modules that a server with --gpu imports too. It serves only this checkout."""
@@ -32,6 +32,8 @@ _READ_AT_IMPORT = (
 )
 """How names of such variables begin. Libraries set others in the tests' process, such as HF_XET_HIGH_PERFORMANCE."""
 _NEW_INTERPRETER = b"\xff"
+_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+"""Signals that a client passes on to its command."""
 
 
 # --- client -----------------------------------------------------------------------------------------------------------
@@ -39,11 +41,15 @@ _NEW_INTERPRETER = b"\xff"
 
 def ask(path: str, command: list[str]) -> int:
     """Let the server at a Unix socket run a command, and return the exit status."""
-    order = json.dumps({"command": command, "environment": dict(os.environ), "directory": os.getcwd()}).encode()
+    ignored = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
+    order = {"command": command, "environment": dict(os.environ), "directory": os.getcwd(), "ignored": ignored}
+    text = json.dumps(order).encode()
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(path)
-        socket.send_fds(server, [len(order).to_bytes(8, "big")], [0, 1, 2])
-        server.sendall(order)
+        socket.send_fds(server, [len(text).to_bytes(8, "big")], [0, 1, 2])
+        server.sendall(text)
+        for number in {*_SIGNALS}.difference(ignored):
+            signal.signal(number, lambda number, _: server.sendall(bytes([number])))
         answer = server.recv(1)
     if answer == _NEW_INTERPRETER:
         print("fork_server: slow, because a variable that libraries read at import differs", file=sys.stderr)
@@ -89,8 +95,8 @@ def _answer(client: socket.socket, before: dict[str, str] | None) -> NoReturn:
 
     size, files, _, _ = socket.recv_fds(client, 8, 3)
     text = b""
-    while len(text) < int.from_bytes(size, "big"):
-        text += client.recv(1 << 16)
+    while missing := int.from_bytes(size, "big") - len(text):
+        text += client.recv(missing)
     order = json.loads(text)
     if before is not None and before != _read_at_import(order["environment"]):
         client.sendall(_NEW_INTERPRETER)
@@ -98,17 +104,18 @@ def _answer(client: socket.socket, before: dict[str, str] | None) -> NoReturn:
     if (child := os.fork()) == 0:
         client.close()
         _run(order, files)
-    threading.Thread(target=_kill_without_client, args=(client, child), daemon=True).start()
+    threading.Thread(target=_pass_signals, args=(client, child), daemon=True).start()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with suppress(OSError):
         client.sendall(bytes([code if code >= 0 else 128 - code]))
     os._exit(0)
 
 
-def _kill_without_client(client: socket.socket, child: int) -> None:
-    """Wait until the client has gone, then kill the child. A client that waits for its answer sends nothing."""
+def _pass_signals(client: socket.socket, child: int) -> None:
+    """Pass each signal that the client gets on to the child. When the client has gone, kill the child."""
     with suppress(OSError):
-        client.recv(1)
+        while number := client.recv(1):
+            os.kill(child, number[0])
     with suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
 
@@ -121,6 +128,9 @@ def _run(order: dict[str, Any], files: list[int]) -> NoReturn:
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
+    for number in _SIGNALS:
+        handler = signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN if number in order["ignored"] else handler)
     os.chdir(order["directory"])
     interprets = {"TRITON_INTERPRET": os.environ["TRITON_INTERPRET"]} if "TRITON_INTERPRET" in os.environ else {}
     os.environ.clear()

@@ -4,6 +4,7 @@ Importing torch, transformers, trl and modelopt takes eight seconds of a core. T
 """
 
 import atexit
+import fcntl
 import os
 import shutil
 import socket
@@ -11,29 +12,52 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import cache
 from pathlib import Path
 
 import fork_server
 
 ROOT = Path(__file__).parents[1]
+_DIRECTORY = "FORK_SERVERS"
+"""Environment variable that names the directory of the servers."""
+_ENVIRONMENT = dict(os.environ)
+"""The environment of servers. A test that needs a server may have changed the variables of this process."""
 
 
-def start(path: Path, *flags: str) -> tuple["subprocess.Popen[bytes]", list[str]]:
-    """Start a server at a Unix socket. Return its process, and the command that is used like an interpreter."""
-    server = subprocess.Popen([sys.executable, fork_server.__file__, "--serve", path, *flags], stdin=subprocess.PIPE)
+def share() -> None:
+    """Let this process and its children use the same servers. The servers end with this process.
+
+    Each server reads a pipe that only this process can write to.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="fork-servers-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    os.mkfifo(directory / "alive")
+    os.open(directory / "alive", os.O_RDWR)  # stays open until this process ends
+    os.environ[_DIRECTORY] = str(directory)
+
+
+def interpreter(kind: str = "cpu") -> list[str]:
+    """Return the command that is used like an interpreter.
+
+    Args:
+        kind: "gpu" for commands that run on a pretended GPU.
+    """
+    directory = Path(os.environ[_DIRECTORY])
+    path = directory / kind
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _start(path, *(["--gpu"] if kind == "gpu" else []))
+    return [sys.executable, "-I", "-S", fork_server.__file__, "--ask", str(path)]
+
+
+def _start(path: Path, *flags: str) -> None:
+    """Start a server at a Unix socket, and wait until it accepts connections."""
+    with (path.parent / "alive").open("rb") as alive:
+        command = [sys.executable, fork_server.__file__, "--serve", str(path), *flags]
+        server = subprocess.Popen(command, stdin=alive, env=_ENVIRONMENT)
     while not path.exists():
         assert server.poll() is None, "the server ended while it imported the libraries"
         time.sleep(0.05)
-    return server, [sys.executable, "-I", "-S", fork_server.__file__, "--ask", str(path)]
-
-
-@cache
-def interpreter() -> list[str]:
-    """Return the command that is used like an interpreter. Its server ends with this process."""
-    directory = Path(tempfile.mkdtemp(prefix="fork-server-"))
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    return start(directory / "socket")[1]
 
 
 def run_processes(*command: str, processes: int = 2) -> subprocess.CompletedProcess[str]:

@@ -116,13 +116,18 @@ def _shorten(recipe: Path) -> None:
 
 @cache
 def _directory_of_python() -> Path:
-    """Make a directory with a script `python`. It runs the program in a fork, and all else in a new interpreter."""
+    """Make a directory with a script `python`. It runs the program in a fork, and all else in a new interpreter.
+
+    torchrun starts its processes with this script too, and gives it the flag -u first.
+    """
     directory = Path(tempfile.mkdtemp(prefix="python-of-pages-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     script = directory / "python"
     new = shlex.quote(sys.executable)
     script.write_text(
-        f'#!/bin/sh\n[ "$1 $2" = "-m pipeline" ] && exec {shlex.join(forks.interpreter())} "$@"\nexec {new} "$@"\n'
+        '#!/bin/sh\n[ "$1" = -u ] && shift\n'
+        f'[ "$1 $2" = "-m pipeline" ] && exec {shlex.join(forks.interpreter())} "$@"\n'
+        f'exec {new} "$@"\n'
     )
     script.chmod(0o755)
     return directory
@@ -130,11 +135,12 @@ def _directory_of_python() -> Path:
 
 def run_block(block: Block, directory: Path) -> str:
     """Run a block in a checkout, and return what it prints."""
-    path = os.pathsep.join([str(_directory_of_python()), str(Path(sys.executable).parent), os.environ["PATH"]])
+    forking = _directory_of_python()
+    path = os.pathsep.join([str(forking), str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.text],
         cwd=directory,
-        env={**os.environ, "PATH": path},
+        env={**os.environ, "PATH": path, "PYTHON_EXEC": str(forking / "python")},
         capture_output=True,
         text=True,
         timeout=600,

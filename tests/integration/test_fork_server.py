@@ -1,6 +1,8 @@
 """Commands that tests run in forks behave as in a new interpreter."""
 
+import functools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -80,6 +82,34 @@ def test_a_killed_client_takes_its_command_along(script: Path, tmp_path: Path) -
     client.kill()
     client.wait()
     assert has_ended(int((tmp_path / "pid").read_text()))
+
+
+HEEDS = """
+import signal, sys, time
+from pathlib import Path
+def end(number, _):
+    sys.exit(number)
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, end)
+Path(sys.argv[1]).touch()
+try:
+    time.sleep(300)
+except KeyboardInterrupt:
+    sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGHUP, signal.SIGHUP), (signal.SIGINT, 7)]
+)
+def test_a_command_gets_the_signals_of_its_client(number: int, status: int, script: Path, tmp_path: Path) -> None:
+    script.write_text(HEEDS, encoding="utf-8")
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+    client = subprocess.Popen([*forks.interpreter(), str(script), str(tmp_path / "ready")], preexec_fn=heed)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.05)
+    client.send_signal(number)
+    assert client.wait(30) == status
 
 
 def test_a_group_ends_if_one_process_fails(script: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -51,20 +50,13 @@ def flags(rows: list[dict[str, Any]]) -> dict[str, bool | None]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Command that runs Python on a pretended GPU."""
-    process, python = forks.start(tmp_path_factory.mktemp("server") / "socket", "--gpu")
-    yield shlex.join(python)
-    process.communicate(timeout=60)  # closes its standard input
-
-
-@pytest.fixture(scope="module")
-def whole(server: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Rows, Path]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Rows, Path]:
     """Exit status, rows and directory of a run with all sections."""
     out = tmp_path_factory.mktemp("whole")
     # More time than users have, because other tests run at the same time.
     arguments = ("--minutes", "12", "--variants", *VARIANTS)
-    return *check(out, *arguments, python=server, GPU_CHECK_PRETENDED="1"), out
+    python = shlex.join(forks.interpreter("gpu"))
+    return *check(out, *arguments, python=python, GPU_CHECK_PRETENDED="1"), out
 
 
 def test_every_section_passes_on_a_pretended_gpu(whole: tuple[int, Rows, Path]) -> None:

@@ -6,7 +6,6 @@ Each run is a fork of a process with a pretended GPU. The reference runs on the 
 import json
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,11 +86,9 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+def python() -> list[str]:
     """Command that runs a script on a pretended GPU."""
-    server, command = forks.start(tmp_path_factory.mktemp("server") / "socket", "--gpu")
-    yield command
-    server.communicate(timeout=60)  # closes its standard input
+    return forks.interpreter("gpu")
 
 
 def run_both(python: list[str], directory: Path, stages: tuple[str, ...], settings: tuple[str, ...]) -> Runs:

@@ -2,9 +2,9 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 from conftest import SHORT, run_program
 
@@ -12,18 +12,20 @@ from pipeline.runs import artifacts
 from pipeline.runs.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node={}")
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node={}", "--no-python")
 
 
 def launch(*command: str, processes: int = 2, launcher: tuple[str, ...] = TORCHRUN) -> subprocess.CompletedProcess:
-    """Run a Python command under a launcher.
+    """Run a Python command under a launcher. The launcher and the processes that it starts are forks (`forks`).
 
     Args:
         command: script or module, with its arguments.
         processes: number of processes.
-        launcher: module and flags of the launcher. {} stands for the number of processes.
+        launcher: module and flags of the launcher. {} stands for the number of processes. The last flag lets the
+            launcher start any command.
     """
-    started = [sys.executable, "-m", *(part.format(processes) for part in launcher), *command]
+    python = forks.interpreter()
+    started = [*python, "-m", *(part.format(processes) for part in launcher), *python, *command]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
     return subprocess.run(started, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
 

@@ -4,11 +4,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import forks
 import preempted
 import pytest
 from conftest import ONE_LAYER, SHORT, linked, run_program
@@ -28,12 +28,12 @@ LARGE = (
 
 
 def run_and_kill(when: Callable[[], bool], *arguments: str) -> None:
-    """Start the program, and kill it with SIGKILL as soon as `when` is true."""
+    """Start the program in a fork, and kill it with SIGKILL as soon as `when` is true. Return when it has ended."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", *arguments],
-        stdout=subprocess.DEVNULL,
+        [*forks.interpreter(), "-m", "pipeline", *arguments],
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        cwd=Path(__file__).parents[2],
+        cwd=forks.ROOT,
     )
     deadline = time.monotonic() + 120
     while not when():
@@ -41,7 +41,7 @@ def run_and_kill(when: Callable[[], bool], *arguments: str) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()  # the output ends when the fork ends, which has it too
 
 
 def test_sft_killed_between_checkpoints_resumes_to_the_same_weights(smoke_run: Path, tmp_path: Path, capsys) -> None:

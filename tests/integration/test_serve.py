@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import fake_engine
+import forks
 import psutil
 import pytest
 from conftest import run_program
@@ -154,11 +155,11 @@ def test_an_engine_that_ignores_being_asked_to_end_is_killed(
 
 @contextmanager
 def started(arguments: list[str], **how: Any) -> Iterator[subprocess.Popen[str]]:
-    """Start the program in a process of its own, and end this process even if the test fails.
+    """Start the program in a fork, and end this fork even if the test fails.
 
     SIGINT gets its default handler. Otherwise the program would ignore SIGINT if pytest is a background job of a shell.
     """
-    command, root = [sys.executable, "-m", "pipeline", *arguments], Path(fake_engine.__file__).parents[1]
+    command, root = [*forks.interpreter(), "-m", "pipeline", *arguments], forks.ROOT
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, text=True, cwd=root, preexec_fn=heed, **how) as program:
         try:

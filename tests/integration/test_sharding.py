@@ -19,7 +19,10 @@ from pipeline.data.tables import DIRECTORY
 from pipeline.runs import artifacts
 from pipeline.runs.metrics import read_metrics
 
-ACCELERATE = ("accelerate.commands.launch", "--config_file=scripts/accelerate/processes.yaml", "--num_processes={}")
+ACCELERATE = (
+    *("accelerate.commands.launch", "--config_file=scripts/accelerate/processes.yaml"),
+    *("--num_processes={}", "--no_python"),
+)
 STAGES = ("sft", "qat")
 # Global batches have 12 examples. Training must end within the first epoch, because accelerate repeats examples to fill
 # the last batch of an epoch.
