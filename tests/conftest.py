@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from allowed_skips import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401 - hooks
 from chat_server import Server
+from composing import composed_once
 
 # More threads would slow down work on such small tensors. torch reads OMP_NUM_THREADS at import, so set it first.
 # Processes that tests start inherit the variable.
@@ -55,13 +56,19 @@ def pytest_configure() -> None:
         forks.share()
 
 
+def pytest_collection_finish() -> None:
+    """Spare also the tests that do not run the program."""
+    spare_imports()
+
+
 def run_program(*arguments: str) -> int:
     """Run `python -m pipeline arguments…` in this process, and return its exit status."""
     before = sys.argv
     sys.argv = ["pipeline", *arguments]
     spare_imports()
     try:
-        return program.status(list(arguments))
+        with composed_once(arguments):
+            return program.status(list(arguments))
     finally:
         sys.argv = before
 

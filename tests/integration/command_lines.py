@@ -24,6 +24,7 @@ from pipeline.runs.artifacts import Kind
 from pipeline.runs.processes import is_main_process, process_count
 from pipeline.runs.records import ModelRecord
 from pipeline.training import callbacks, trainer
+from tests.composing import composed_once
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ def run(line: Line) -> Outcome:
     saving.save = save_and_compare if line.is_compared else save
     sys.argv = ["pipeline", *line.arguments]
     try:
-        return {"status": program.status(line.arguments), **outcome}
+        with composed_once(line.arguments):
+            return {"status": program.status(line.arguments), **outcome}
     finally:
         callbacks.Checkpoints.on_save, trainer.train, saving.save = on_save, train, save  # type: ignore[method-assign]
 

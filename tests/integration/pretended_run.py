@@ -14,6 +14,7 @@ import pretended_gpu
 
 from pipeline import __main__ as program
 from pipeline.training import trainer
+from tests.composing import composed_once
 
 
 class Training(TypedDict):
@@ -63,7 +64,8 @@ def run(lines: list[list[str]]) -> Outcome:
     statuses = []
     for line in lines:
         sys.argv = ["pipeline", *line]
-        statuses.append(program.status(line))
+        with composed_once(line):
+            statuses.append(program.status(line))
     sources = sorted({sync.source for sync in pretended_gpu.SYNCS})
     return {"statuses": statuses, "training": training, "sources": sources}
 
