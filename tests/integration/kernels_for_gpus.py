@@ -33,7 +33,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 DISASSEMBLED = (80, 120)
-"""Architectures whose machine code is read: the oldest and the newest. Reading it takes longer than compiling."""
+"""Architectures for which ptxas makes machine code, which is then read: the oldest and the newest.
+
+For the others, Triton stops at the PTX. Making and reading machine code takes longer than making the PTX.
+"""
 _INSTRUCTION = re.compile(r"^\s+(?:@!?%p\d+\s+)?([a-z][\w.]*)", re.MULTILINE)
 _MACHINE_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*)", re.MULTILINE)
 
@@ -223,6 +226,16 @@ def _replace_compiler(gpu: Gpu) -> None:
     tuner: Any = CachingAutotuner
     tuner.precompile = lambda self, *_, **__: _compile(gpu, self)
     tuner.run = lambda self, *_, **__: gpu.launch(self)
+    triton.knobs.runtime.add_stages_inspection_hook = _stop_at_ptx
+
+
+def _stop_at_ptx(backend: Any = None, stages: Any = None, *_: object) -> tuple[str, str] | None:
+    """Triton's hook for the stages of a compilation. Without arguments, it returns the key and hash of the hook."""
+    if backend is None:
+        return "no machine code", f"but for {DISASSEMBLED}"
+    if backend.target.arch not in DISASSEMBLED:
+        stages["cubin"] = lambda *_: b""
+    return None
 
 
 def _compile(gpu: Gpu, kernel: Any) -> None:
