@@ -1,7 +1,6 @@
 """Peak memory measured with fake tensors, in processes that pretend to have a GPU."""
 
-from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ from pipeline.config import (
     QatConfig,
     Sharding,
     TrainConfig,
+    adapted_layers,
 )
 from pipeline.doctor import needs, peaks
-from pipeline.doctor.fake_run import Job
+from pipeline.doctor.fake_run import Job, Size
 from pipeline.doctor.peaks import NotMeasured, Peaks
 from pipeline.numerics.formats import MXFP4
 from pipeline.training.oscillation import BYTES_PER_WEIGHT
@@ -81,28 +81,61 @@ JOBS = {
 }
 
 
-def measure(names: Iterable[str]) -> dict[str, Peaks]:
-    """Measure jobs together, so that the libraries are imported only once."""
-    found = dict(zip(names, peaks.measure([JOBS[name] for name in names]), strict=True))
-    assert all(isinstance(each, Peaks) for each in found.values()), found
-    return {name: each for name, each in found.items() if isinstance(each, Peaks)}
+BROKEN = replace(SFT, train=TrainConfig(**LORA, optimizer="no_such_optimizer"))
+EXACT = ("sft", "sft, every second layer")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured.
+
+    Attributes:
+        broken: result of BROKEN, which is the first job.
+        found: peaks of JOBS, computed from models of two and four layers.
+        exact: peaks of EXACT, measured with all six layers.
+    """
+
+    broken: Peaks | NotMeasured
+    found: dict[str, Peaks | NotMeasured]
+    exact: dict[str, Peaks | NotMeasured]
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Peaks]:
-    """Peaks of the jobs, computed from models of two and four layers."""
-    return measure(JOBS)
+def measured() -> Measured:
+    """Measure all jobs together, so that the libraries are imported only once."""
+    whole = [replace(JOBS[name]) for name in EXACT]
+    sizes = peaks._sizes
 
+    def sizes_or_whole(job: Job) -> list[Size]:
+        return [Size(LAYERS, adapted(job))] if any(job is each for each in whole) else sizes(job)
 
-@pytest.fixture(scope="module")
-def exact() -> dict[str, Peaks]:
-    """Peaks of some jobs, measured with all six layers."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(peaks, "_MORE", LAYERS)
-        return measure(["sft", "sft, every second layer"])
+        patched.setattr(peaks, "_sizes", sizes_or_whole)
+        broken, *others = peaks.measure([BROKEN, *JOBS.values(), *whole])
+    return Measured(
+        broken,
+        dict(zip(JOBS, others[: len(JOBS)], strict=True)),
+        dict(zip(EXACT, others[len(JOBS) :], strict=True)),
+    )
 
 
-@pytest.mark.parametrize("name", ["sft", "sft, every second layer"])
+def adapted(job: Job) -> int:
+    return len(adapted_layers(job.train.lora, LAYERS))
+
+
+@pytest.fixture(scope="module")
+def found(measured: Measured) -> dict[str, Any]:
+    assert [each for each in measured.found.values() if isinstance(each, NotMeasured)] == []
+    return measured.found
+
+
+@pytest.fixture(scope="module")
+def exact(measured: Measured) -> dict[str, Any]:
+    assert [each for each in measured.exact.values() if isinstance(each, NotMeasured)] == []
+    return measured.exact
+
+
+@pytest.mark.parametrize("name", EXACT)
 def test_two_and_four_layers_predict_six(name: str, found: dict[str, Peaks], exact: dict[str, Peaks]) -> None:
     for phase, size in vars(exact[name]).items():
         assert getattr(found[name], phase) == pytest.approx(size, rel=0.002), phase
@@ -166,11 +199,9 @@ def test_layers_that_stay_gathered_take_bf16_memory_until_the_backward_pass(foun
     assert kept.forward - freed.forward > 2 * EXPERT_VALUES * (LAYERS - 2) / LAYERS
 
 
-def test_a_job_that_fails_is_not_measured_and_the_others_are() -> None:
-    broken = replace(SFT, train=TrainConfig(**LORA, optimizer="no_such_optimizer"))
-    failed, whole = peaks.measure([broken, replace(SFT, model={**MODEL, "num_hidden_layers": 2})])
-    assert isinstance(failed, NotMeasured) and failed.reason.startswith("measuring failed: ")
-    assert isinstance(whole, Peaks)
+def test_a_job_that_fails_is_not_measured_and_the_others_are(measured: Measured) -> None:
+    assert isinstance(measured.broken, NotMeasured) and measured.broken.reason.startswith("measuring failed: ")
+    assert all(isinstance(each, Peaks) for each in measured.found.values())
 
 
 def test_without_a_compiler_the_reason_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
