@@ -149,15 +149,22 @@ def by_two(parts_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def by_one(parts_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs by one process, in FP32 and in mixed precision. They have no sharding."""
+    directory = tmp_path_factory.mktemp("by_one")
+    for name in ("ddp", "mixed"):
+        run_dir = linked(directory / name, parts_run, "source", "upcast")
+        assert run_program("stage=sft", f"run_dir={run_dir}", *SETTINGS, *PROCESSES[name]) == 0
+    return {name: directory / ("mixed" if name.startswith("mixed") else "ddp") for name in PROCESSES}
+
+
 @pytest.mark.parametrize("name", PROCESSES)
 def test_two_processes_have_the_losses_of_one_after_an_interruption(
-    name: str, by_two: Path, parts_run: Path, tmp_path: Path
+    name: str, by_two: Path, by_one: dict[str, Path], parts_run: Path
 ) -> None:
-    run_dir = linked(tmp_path / "run", parts_run, "source", "upcast")
-    more = tuple(each for each in PROCESSES[name] if not each.startswith("sharding"))
-    assert run_program("stage=sft", f"run_dir={run_dir}", *SETTINGS, *more) == 0
     tolerance = 1e-2 if "mixed" in name else 1e-5  # sharding casts weights to BF16 before layers are gathered
-    assert losses(by_two / name, "sft") == pytest.approx(losses(run_dir, "sft"), rel=tolerance)
+    assert losses(by_two / name, "sft") == pytest.approx(losses(by_one[name], "sft"), rel=tolerance)
     saved, base = Checkpoint(by_two / name / "sft"), Checkpoint(parts_run / "upcast")
     assert all(torch.equal(saved.read(each), base.read(each)) for each in base.tensors if is_packed_name(each))
 
@@ -171,13 +178,20 @@ BEFORE_QAT = {
     "importance": ("recipe=smoke", "format.scale_rule=mse", "format.importance=true"),
 }
 
+SAME_SFT = ("in mixed precision", "with a teacher", "nvfp4", "importance")
+"""Settings whose runs have the first two stages of "after full SFT"."""
+
 
 @pytest.fixture(scope="module")
 def qat_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs whose QAT trains the BF16 parts, up to verify. Tests must not write to them."""
     directory = tmp_path_factory.mktemp("qat")
     for name, settings in BEFORE_QAT.items():
-        for stage in ("upcast", "sft", "quantize", "qat", "export", "verify"):
+        stages = ["upcast", "sft", "quantize", "qat", "export", "verify"]
+        if name in SAME_SFT:
+            linked(directory / name, directory / "after full SFT", *stages[:2])
+            del stages[:2]
+        for stage in stages:
             arguments = (f"run_dir={directory / name}", *SHORT, *settings, "train@qat=bf16_parts", "sft.max_steps=6")
             assert run_program(f"stage={stage}", *arguments) == 0, (name, stage)
     return directory
