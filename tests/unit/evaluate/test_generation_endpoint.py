@@ -1,5 +1,6 @@
 """Requests to a real local server with OpenAI's API. It answers correctly, late, wrongly or not at all."""
 
+import asyncio
 import json
 import time
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,25 +178,37 @@ def test_a_slow_answer_is_asked_for_again(server: Server, answers: Answer) -> No
 
 
 def test_each_repetition_waits_longer(server: Server, answers: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "_FIRST_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(client, "_FIRST_WAIT_SECONDS", 0.02)
     server.replies = [Reply("oops", 500)] * 3 + [GOOD]
     answers(questions_of("a"))
     waits = [later - earlier for earlier, later in zip(server.at, server.at[1:], strict=False)]
     assert len(waits) == 3
-    assert all(wait >= at_least for wait, at_least in zip(waits, (0.1, 0.2, 0.4), strict=True))
+    assert all(wait >= at_least for wait, at_least in zip(waits, (0.02, 0.04, 0.08), strict=True))
 
 
-def test_retry_after_is_heeded_in_seconds(server: Server, answers: Answer) -> None:
-    server.replies = [Reply("busy", 429, {"Retry-After": "1"}), GOOD]
-    answers(questions_of("a"))
-    assert server.at[1] - server.at[0] >= 1.0
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Pauses between requests, in seconds. The client does not wait. The shortest Retry-After would take a second."""
+    found: list[float] = []
+
+    async def note(seconds: float) -> None:
+        found.append(seconds)
+
+    monkeypatch.setattr(client, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": note}))
+    return found
 
 
-def test_retry_after_is_heeded_as_a_date(server: Server, answers: Answer) -> None:
-    until = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=2), usegmt=True)  # whole seconds
+def test_retry_after_is_heeded_in_seconds(server: Server, answers: Answer, pauses: list[float]) -> None:
+    server.replies = [Reply("busy", 429, {"Retry-After": "7"}), GOOD]
+    assert answers(questions_of("a"), timeout_seconds=100)[0].answer == "5"
+    assert pauses == [7]
+
+
+def test_retry_after_is_heeded_as_a_date(server: Server, answers: Answer, pauses: list[float]) -> None:
+    until = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=50), usegmt=True)  # whole seconds
     server.replies = [Reply("busy", 503, {"Retry-After": until}), GOOD]
-    answers(questions_of("a"))
-    assert server.at[1] - server.at[0] >= 0.5
+    assert answers(questions_of("a"), timeout_seconds=100)[0].answer == "5"
+    assert 20 < pauses[0] <= 50
 
 
 def test_an_invalid_retry_after_is_ignored(server: Server, answers: Answer) -> None:
