@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import pytest
+from forks import ROOT
 
 from pipeline.models.attention import FUSED_SINKS
 
@@ -20,7 +21,7 @@ CONTROL = "eager full_attention padded"
 @pytest.fixture(scope="module")
 def on_fake_gpu() -> dict[str, dict[str, Any]]:
     command = [sys.executable, "-m", "tests.fake_attention", *CASES, CONTROL]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, dict[str, Any]] = json.loads(done.stdout)
     return found
