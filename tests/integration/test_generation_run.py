@@ -5,11 +5,11 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from chat_server import GOOD, Reply, Server
 from conftest import ONE_LAYER, SHORT, linked, run_program
@@ -71,11 +71,12 @@ def test_a_killed_evaluation_resumes_and_ends_with_the_same_answers(unmeasured: 
     assert evaluate(whole, *arguments) == 0
     path = run_dir / "evaluate" / "sft" / "generations.jsonl"
     command = ["-m", "pipeline", "stage=evaluate", "recipe=smoke", f"run_dir={run_dir}", *SHORT, *arguments]
-    process = subprocess.Popen([sys.executable, *command])
+    process = subprocess.Popen([*forks.interpreter(), *command], stdout=subprocess.PIPE)
     while process.poll() is None and not (path.is_file() and path.stat().st_size):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.communicate()  # the output ends when the fork ends, which has it too
+    assert process.returncode == -signal.SIGKILL
     kept = path.read_bytes()
     assert 0 < len(kept) < len((whole / "evaluate" / "sft" / "generations.jsonl").read_bytes())
     assert not (run_dir / "evaluate" / artifacts.ARTIFACT_FILE).is_file()
