@@ -12,6 +12,7 @@ from pipeline.errors import CheckFailed, MachineError, UserError, prefixed
 from pipeline.models import references, sharding
 from pipeline.runs import controls, up_to_date
 from pipeline.runs.artifacts import Artifact, Kind
+from pipeline.runs.console import say
 from pipeline.runs.one_stage import one_stage
 from pipeline.runs.records import UpcastRecord
 from pipeline.runs.run import Run
