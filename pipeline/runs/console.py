@@ -36,8 +36,11 @@ def show_page(text: str) -> None:
 
         os.environ.setdefault("LESS", "FRX")
         pager(text)
-    else:
-        print(text)
+        return
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again when it exits
 
 
 def _write_line(line: str, file: TextIO) -> None:
