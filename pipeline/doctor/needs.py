@@ -42,7 +42,7 @@ from pipeline.doctor.plan import Plan
 from pipeline.models import rounded_weights
 from pipeline.models.sharding import STRATEGIES
 from pipeline.numerics.formats import MXFP4
-from pipeline.training import oscillation
+from pipeline.training.flips import BYTES_PER_WEIGHT
 
 _FP32_BYTES, _BF16_BYTES = bytes_per_value("F32"), bytes_per_value("BF16")
 _STATE_BYTES = {
@@ -113,7 +113,7 @@ class Memory:
 
     Attributes:
         weights, gradients, optimizer: the parts that sharding divides between the processes. With
-            qat.oscillation=hold, `optimizer` includes the state of `training.oscillation.Holder`.
+            qat.oscillation=hold, `optimizer` includes the state of held weights (`training.flips`).
         activations: values that are kept for the backward pass, and the working memory of the busiest layer.
         rounded: rounded experts that QAT caches in a step.
         gathered: layers that are gathered while they are used, if parameters are sharded.
@@ -242,7 +242,7 @@ def _state_bytes(shape: Shape, train: TrainConfig) -> int:
 
 def _holder_bytes(shape: Shape, train: TrainConfig) -> int:
     is_held = isinstance(train, QatConfig) and train.oscillation is Oscillation.hold
-    return oscillation.BYTES_PER_WEIGHT * _changing_experts(shape, train) if is_held else 0
+    return BYTES_PER_WEIGHT * _changing_experts(shape, train) if is_held else 0
 
 
 def _changing_experts(shape: Shape, train: TrainConfig) -> int:

@@ -31,9 +31,9 @@ from pipeline.checkpoints.gpt_oss import EXPERT_WEIGHTS
 from pipeline.config import ExpertsImplementation, Precision
 from pipeline.models import expert_products
 from pipeline.models.adapters import base_of, is_factored
+from pipeline.models.autocast import compute_dtype
 from pipeline.models.expert_products import Factors, Multiply
 from pipeline.models.packed_experts import PackedExperts, is_packed
-from pipeline.models.rounded_weights import compute_dtype
 from pipeline.numerics.formats import BlockFormat
 from pipeline.runs.console import warn
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.checkpoints.gpt_oss import BIAS_SUFFIX, DOWN, GATE_UP
-from pipeline.models.rounded_weights import compute_dtype
+from pipeline.models.autocast import compute_dtype
 from pipeline.numerics import low_rank
 
 _STRIDE_BYTES = 16  # torch.nn.functional.grouped_mm takes only strides that are multiples of this

@@ -27,11 +27,12 @@ from pipeline.errors import CheckFailed
 from pipeline.models import quantizer_backend
 from pipeline.models.adapted_names import is_wrapped, parameter_name
 from pipeline.models.adapters import base_of
+from pipeline.models.autocast import compute_dtype
 from pipeline.models.calibration import CALIBRATION_FILE, load_calibration
 from pipeline.models.packed_experts import PackedExperts
 from pipeline.models.packed_quantizers import QuantizedPackedExperts
 from pipeline.models.quantizer_backend import INPUTS, WEIGHTS, format_of, state_of
-from pipeline.models.rounded_weights import RoundedWeights, compute_dtype
+from pipeline.models.rounded_weights import RoundedWeights
 from pipeline.models.sharding import own_part
 from pipeline.numerics.codec import straight_through
 from pipeline.numerics.formats import MXFP4, BlockFormat, ScaleType

@@ -134,14 +134,5 @@ class RoundedWeights:
         self._packed.clear()
 
 
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """Return the type of matrix products with `weight`.
-
-    Inside autocast, it is the type of autocast. Otherwise it is the type of `weight`.
-    """
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-
-
 def _version(weight: Tensor) -> tuple[int, ...]:
     return (weight.data_ptr(), weight._version) if weight.is_leaf and weight.requires_grad else ()

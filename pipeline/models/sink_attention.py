@@ -39,7 +39,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from pipeline.errors import UserError
 from pipeline.models.attention import FUSED_SINKS
-from pipeline.models.rounded_weights import compute_dtype
+from pipeline.models.autocast import compute_dtype
 
 aten = torch.ops.aten
 

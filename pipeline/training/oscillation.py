@@ -7,16 +7,12 @@ them: it sets a weight that oscillates to the mean of its rounded values, and ke
 weights at a mean, too. They store an average of the flips. Here the flips in a window of steps are counted, because a
 count takes one byte.
 
-A flip is found with the running mean of the rounded values. A weight that moves steadily stays ahead of its mean. A
-weight that flips crosses its mean each time.
-
 Legend: E = experts, in, out = sizes of a projection.
 """
 
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate.utils import reduce
@@ -33,63 +29,17 @@ from pipeline.models.rounded_weights import NonFinite
 from pipeline.numerics.codec import fake_quantize, tensor_scale
 from pipeline.numerics.formats import BlockFormat
 from pipeline.runs.console import say
+from pipeline.training.flips import Flips
 
 # torch 2.13 warns if a single process saves or loads a checkpoint.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-
-BYTES_PER_WEIGHT = 3
-"""Memory of `Holder` for each trained expert weight: a BF16 mean, and a count of one byte."""
 
 STATE_DIR = "oscillation"
 """Directory of the holder's state in a checkpoint."""
 
 _FLIPS, _WINDOW = 2, 32  # a weight is held if it crosses its mean so many times in so many optimizer steps
-_MEMORY = 1 / 8  # weight of the newest rounded value in the running mean
 _MANY = 0.01  # share of oscillating codes from which the program gives advice
-_VALUES_AT_ONCE = 1 << 22  # limits the size of temporary tensors, if an expert is not larger
 _SAMPLED, _COLUMNS = slice(0, 1), slice(0, 128)  # experts of each stack, and output dimensions of each expert
-
-
-class Flips(NamedTuple):
-    """Running mean of rounded values, and the number of times that a rounded value crossed it.
-
-    Attributes:
-        mean: running mean of the rounded values, (E, in, out) bfloat16.
-        crossings: (E, in, out) int8. The sign is the side of the mean on which the last value was. The magnitude is one
-            more than the number of crossings. It is 0 until a value differs from the mean.
-    """
-
-    mean: Tensor
-    crossings: Tensor
-
-    def start(self, rounded: Tensor) -> None:
-        """Start with these rounded values, and forget all crossings."""
-        self.mean.copy_(rounded)
-        self.crossings.zero_()
-
-    def add(self, rounded: Tensor, is_held: Tensor | None = None) -> None:
-        """Add the rounded values of a step. Weights of `is_held` (E, in, out) keep their state."""
-        side = torch.sign(rounded - self.mean.to(rounded.dtype)).to(torch.int8)
-        crossed = side * self.crossings.sign() < 0
-        magnitude = torch.clamp(self.crossings.abs() + crossed, min=1)
-        crossings = torch.where(side == 0, self.crossings, side * magnitude)
-        mean = torch.lerp(self.mean.float(), rounded.float(), _MEMORY).to(self.mean.dtype)
-        if is_held is not None:
-            crossings, mean = torch.where(is_held, self.crossings, crossings), torch.where(is_held, self.mean, mean)
-        self.crossings.copy_(crossings)
-        self.mean.copy_(mean)
-
-    def have_crossed(self, times: int) -> Tensor:
-        """Return which values have crossed their mean at least so many times."""
-        return self.crossings.abs() > times
-
-    def parts(self, weights: Tensor) -> Iterator[tuple[Tensor, "Flips"]]:
-        """Split the weights (E, in, out) and their state into views of a few experts each."""
-        if not weights.numel():  # FSDP2 can give a process no experts
-            return
-        size = max(1, _VALUES_AT_ONCE // max(1, weights[:1].numel()))
-        for part, mean, crossings in zip(*(each.split(size) for each in (weights, *self)), strict=True):
-            yield part, Flips(mean, crossings)
 
 
 class _Rounding:

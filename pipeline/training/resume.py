@@ -10,8 +10,6 @@ import json
 import shutil
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME
-
 from pipeline.config import Sharding
 from pipeline.errors import UserError
 from pipeline.runs.artifacts import digests_of
@@ -23,6 +21,8 @@ from pipeline.runs.settings import Settings
 
 MARKER = "whole"
 """Name of a file that every complete checkpoint has. The file records the sharding, and the other files."""
+
+_TRAINER_STATE = "trainer_state.json"  # the name that transformers gives it; importing transformers takes seconds
 
 
 def by_global_batch(settings: Settings) -> Settings:
@@ -116,7 +116,7 @@ def _find_damage(checkpoint: Path) -> str | None:
 
 def _best_step(checkpoint: Path) -> int | None:
     """Return the step with the lowest validation loss so far, or None if training does not keep the best weights."""
-    path = checkpoint / TRAINER_STATE_NAME
+    path = checkpoint / _TRAINER_STATE
     return json.loads(path.read_text(encoding="utf-8"))["best_global_step"] if path.is_file() else None
 
 

@@ -23,7 +23,7 @@ from pipeline.doctor import needs, peaks
 from pipeline.doctor.fake_run import Job, Size
 from pipeline.doctor.peaks import NotMeasured, Peaks
 from pipeline.numerics.formats import MXFP4
-from pipeline.training.oscillation import BYTES_PER_WEIGHT
+from pipeline.training.flips import BYTES_PER_WEIGHT
 
 LAYERS = 6
 MODEL = {

@@ -154,9 +154,7 @@ def test_a_prompt_that_the_template_refuses_is_an_error_with_its_row(greedy: Loc
     asked_for = [Question(Prompt(str(i), Conversation(bad, where=f"rows.jsonl: row {i}"), {}), 0) for i in range(10)]
     with pytest.raises(UserError) as caught:
         greedy.token_ids([Question(PROMPTS[0], 0), *asked_for])
-    assert "rows.jsonl: row 0: the chat template refuses it" in str(caught.value)
-    assert str(caught.value).startswith("10 problems:\n")
-    assert "and 2 more" in str(caught.value)
+    assert str(caught.value).startswith("rows.jsonl: 10 rows (0, 1, 2 and 7 more): the chat template refuses it")
 
 
 def test_too_little_memory_is_an_error_with_the_setting_to_lower(greedy: Local, monkeypatch: Any) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pipeline.config import Sharding
 from pipeline.models import rounded_weights
-from pipeline.models.rounded_weights import NonFinite, RoundedWeights, budget_bytes, compute_dtype
+from pipeline.models.rounded_weights import NonFinite, RoundedWeights, budget_bytes
 from pipeline.numerics.codec import CodecError, fake_quantize, straight_through
 from pipeline.numerics.formats import MXFP4
 
@@ -90,13 +90,6 @@ def test_cached_weights_never_get_a_graph() -> None:
     values = kept.of("w", weight, Rounder(weight))
     assert straight_through(weight, values).requires_grad
     assert not values.requires_grad
-
-
-def test_the_compute_type_is_autocasts_if_it_is_on() -> None:
-    weight = parameter(0.4)
-    assert compute_dtype(weight) is torch.float32
-    with torch.autocast("cpu", torch.bfloat16):
-        assert compute_dtype(weight) is torch.bfloat16
 
 
 def test_a_cpu_needs_no_flag_because_the_codec_raises_at_once() -> None:

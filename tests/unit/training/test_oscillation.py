@@ -11,7 +11,7 @@ from pipeline.config import Method, Oscillation, Precision, QatConfig, Sharding
 from pipeline.numerics import codec
 from pipeline.numerics.codec import fake_quantize
 from pipeline.numerics.formats import FORMATS, MXFP4
-from pipeline.training import oscillation
+from pipeline.training import flips, oscillation
 from pipeline.training.oscillation import Holder, OscillationCount
 
 NVFP4 = FORMATS["nvfp4"]
@@ -110,7 +110,7 @@ def test_a_weight_that_flips_rarely_is_not_held(tmp_path: Path) -> None:
 def test_a_large_stack_is_held_like_a_small_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for at_once in (1, 1 << 22):
-        monkeypatch.setattr(oscillation, "_VALUES_AT_ONCE", at_once)
+        monkeypatch.setattr(flips, "_VALUES_AT_ONCE", at_once)
         model = Experts()
         alternate(Training(model, tmp_path, Holder(model, MXFP4, FP32, "qat")), range(20))
         found.append(model.down_proj.detach())
