@@ -1,0 +1,100 @@
+"""Draws the plots of docs/rounding.md as SVG. The same results give the same bytes with the same matplotlib."""
+
+import hashlib
+import json
+from io import StringIO
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from scripts.rounding_study.cells import DROP, LARGE
+from scripts.rounding_study.figures import Results
+from scripts.rounding_study.settings import FULL, LORA, SIZES
+from scripts.rounding_study.statistics import Estimate
+from scripts.rounding_study.tables import describe_rounding, ways
+
+_PALETTE = ("#0072b2", "#d55e00", "#009e73")  # Okabe and Ito (2008)
+_MARKERS = ("o", "s", "^")
+_STYLE = {"font.size": 9, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
+_LEAST = 1e-6
+
+
+def draw(results: Results) -> dict[str, str]:
+    """Return the name and the text of each SVG file."""
+    return {
+        "rounding_divergence.svg": _save(results, "divergence", _draw_divergences(results)),
+        "rounding_gap.svg": _save(results, "gap", _draw_gaps(results)),
+    }
+
+
+def digest(results: Results) -> str:
+    """Return a digest of the results. Each plot holds the digest of the results that it shows."""
+    return hashlib.sha256(json.dumps(results.record["seeds"], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _save(results: Results, name: str, figure: Figure) -> str:
+    text = StringIO()
+    metadata = {**dict.fromkeys(("Date", "Creator", "Format", "Type")), "Description": digest(results)}
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure.savefig(text, format="svg", facecolor="white", metadata=metadata)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+
+
+def _draw_divergences(results: Results) -> Figure:
+    """Draw KL(SFT || rounded) of the full fine-tune, for each way of rounding and size of change."""
+    names = [DROP, *ways("mxfp4")]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        for i, size in enumerate(SIZES):
+            found = [results.mean(f"ptq/ceil/{FULL}/{size}/mxfp4/{name}", "kl") for name in names]
+            _draw_points(axes, found, 0.2 * (i - 1), i, f"experts changed by {size}")
+        axes.set_xscale("log")
+        axes.set_xlabel("KL(SFT ‖ rounded), nats per token")
+        _finish(figure, axes, [describe_rounding(name) for name in names])
+    return figure
+
+
+def _draw_gaps(results: Results) -> Figure:
+    """Draw the share of the gap that QAT closes, for each rate."""
+    fractions = list(results.record["settings"]["fractions"])
+    variants = [(method, size) for method in (FULL, LORA) for size in LARGE]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7, 3.0), layout="constrained")
+        for i, (method, size) in enumerate(variants):
+            axes = figure.add_subplot(1, len(variants), i + 1)
+            for j, control in enumerate(("1", None)):
+                found = [
+                    results.closed(
+                        f"qat/{method}/{size}/mxfp4/nearest/{each}", f"more/{method}/{size}/{control or each}"
+                    )
+                    for each in fractions
+                ]
+                label = "against more SFT at SFT's rate" if control else "against more SFT at the same rate"
+                _draw_points(axes, found, 0.1 * (2 * j - 1), j, label if i == 0 else None)
+            axes.axvline(0.75, color="#777777", linewidth=0.8, linestyle=":")
+            axes.set_title(f"{'LoRA' if method == LORA else 'full'}, {size}", fontsize=9)
+            axes.set_xlim(-0.5, 1.5)
+            axes.set_yticks(range(len(fractions)), fractions if i == 0 else [""] * len(fractions))
+            axes.set_ylim(len(fractions) - 0.5, -0.5)
+            axes.grid(axis="x", linewidth=0.4)
+        figure.supxlabel("share of the gap that QAT closes (dotted: 75 %)", fontsize=9)
+        figure.supylabel("rate of QAT / rate of SFT", fontsize=9)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _draw_points(axes: Axes, found: list[Estimate], below: float, series: int, label: str | None) -> None:
+    at = [i + below for i in range(len(found))]
+    margins = [0.0 if each.margin is None else each.margin for each in found]
+    means = [max(each.mean, _LEAST) if each.mean > 0 else each.mean for each in found]
+    look = {"fmt": _MARKERS[series], "color": _PALETTE[series], "markersize": 4, "capsize": 2, "elinewidth": 1}
+    axes.errorbar(means, at, xerr=margins, label=label, **look)
+
+
+def _finish(figure: Figure, axes: Axes, names: list[str]) -> None:
+    axes.set_yticks(range(len(names)), [name.replace("`", "") for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(axis="x", linewidth=0.4)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)

@@ -1,0 +1,187 @@
+"""Makes the tables of docs/rounding.md from the results."""
+
+from collections.abc import Callable, Iterable
+
+from scripts.rounding_study.cells import DROP, LARGE, ROUNDINGS, STARTS
+from scripts.rounding_study.figures import Results
+from scripts.rounding_study.rounding import BASE, GPTQ, STOCHASTIC
+from scripts.rounding_study.settings import BF16_PARTS, FULL, LORA, SIZES
+from scripts.rounding_study.statistics import Estimate
+
+_MILLI = 1000
+_SCALES = {BASE: "the base's scales"}
+_TRAINED = {FULL: "full", LORA: "LoRA", BF16_PARTS: "BF16 parts"}
+_TARGET_RATIO, _TARGET_CLOSED = 0.2, 0.75
+_DEFAULTS = {FULL: ("1/3",), LORA: ("1/10", "1/3")}
+"""Method -> the rates of QAT, as fractions of SFT's, for which the target is stated."""
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    titles = list(head)
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def describe_rounding(way: str) -> str:
+    """Return the shown name of a way of rounding, as cells name it."""
+    method, _, rule = way.partition(" ")
+    return "drop the experts' change" if way == DROP else f"{method}, {_SCALES.get(rule, f'`{rule}`')}"
+
+
+def ways(form: str) -> list[str]:
+    """List the ways of rounding to a format, as cells name them."""
+    return [f"{method} {rule}" for method, rule in ROUNDINGS[form]]
+
+
+def _run(results: Results) -> str:
+    record = results.record
+    seconds = [seed["cpu_seconds"] for seed in record["seeds"].values()]
+    settings, where = record["settings"], record["environment"]
+    versions = ", ".join(f"{name} {each}" for name, each in where.items() if name != "processor")
+    return (
+        f"Seeds: {', '.join(results.seeds)} ({len(results.seeds)} in all). The model has {record['parameters']:,}"
+        f" parameters, {settings['layers']} layers, and {settings['experts']} experts per layer."
+        f" Steps: {settings['pretraining_steps']} of pretraining, {settings['grid_steps']} with fake quantization,"
+        f" {settings['sft_steps']} of SFT, {settings['extra_steps']} of QAT or of more SFT."
+        f" A seed took {min(seconds)} to {max(seconds)} CPU-seconds on one core ({where['processor']}; {versions}).\n"
+    )
+
+
+def _tuning(results: Results) -> str:
+    rows = []
+    for rule, method in (("ceil", FULL), ("ceil", LORA), ("floor", FULL)):
+        for size in SIZES:
+            name = f"sft/{rule}/{method}/{size}"
+            rate = results.record["settings"]["rates"][method][size]
+            change = results.mean(name, "relative_change").show(3, 100)
+            row = [f"{_TRAINED[method]}, {size}", f"`{rule}`", f"{rate:g}", f"{change} %"]
+            rows.append([*row, results.mean(name, "loss").show(4)])
+    before = results.mean("base/ceil", "loss").show(4)
+    return f"Loss of the base `ceil` on the fine-tuning data: {before}.\n\n" + _table(
+        ["fine-tune", "base", "peak rate", "change of the experts", "loss"], rows
+    )
+
+
+def _divergences(rule: str, method: str, form: str) -> Callable[[Results], str]:
+    def make(results: Results) -> str:
+        names = [*([DROP] if form == "mxfp4" else []), *ways(form)]
+        cells = {way: [f"ptq/{rule}/{method}/{size}/{form}/{way}" for size in SIZES] for way in names}
+        rows = [
+            [describe_rounding(way), *(results.mean(cell, "kl").show(3, _MILLI) for cell in found)]
+            for way, found in cells.items()
+        ]
+        return _table(["rounding", *SIZES], rows)
+
+    return make
+
+
+def _account(results: Results) -> str:
+    rows = []
+    for way in ways("mxfp4"):
+        row = [describe_rounding(way)]
+        for size in SIZES:
+            cell = f"ptq/ceil/{FULL}/{size}/mxfp4/{way}"
+            row.append(f"{results.mean(cell, 'kept').mean:.2f} / {100 * results.mean(cell, 'noise').mean:.1f} %")
+        rows.append(row)
+    return _table(["rounding", *(f"{size}: kept / noise" for size in SIZES)], rows)
+
+
+def _gap(results: Results) -> str:
+    rows = []
+    for method in (FULL, LORA):
+        for size in LARGE:
+            more, variant = f"more/{method}/{size}/1", f"ceil/{method}/{size}"
+            shown = [results.mean(f"sft/{variant}", "loss"), results.mean(f"{more}/none", "loss")]
+            gap = results.difference(f"{more}/nearest", f"{more}/none")
+            rows.append([f"{_TRAINED[method]}, {size}", *(each.show(4) for each in shown), gap.show(2, _MILLI)])
+    return _table(["fine-tune", "loss of SFT", "loss of more SFT", "gap: nearest minus unrounded, 10⁻³"], rows)
+
+
+def _closing(method: str, size: str) -> Callable[[Results], str]:
+    def make(results: Results) -> str:
+        head = ["what follows SFT", "rate", "loss minus unrounded, 10⁻³", "gap closed", "gap closed, same rate"]
+        rows = []
+        for cell, shown, fraction in _runs(results, method, size):
+            more, same = (f"more/{method}/{size}/{each}" for each in ("1", fraction))
+            excess = results.difference(cell, f"{more}/none").show(2, _MILLI)
+            shares = [results.closed(cell, more), results.closed(cell, same)]
+            rows.append([shown, fraction, excess, *(f"{each.show(0, 100)} %" for each in shares)])
+        return _table(head, rows)
+
+    return make
+
+
+def _runs(results: Results, method: str, size: str) -> list[tuple[str, str, str]]:
+    """List the runs that follow SFT: cell, shown name, and fraction of SFT's rate."""
+    fractions = list(results.record["settings"]["fractions"])
+    default = results.record["settings"]["default_fraction"]
+    found = [(f"more/{method}/{size}/1/{start}", f"more SFT, then {start}", "1") for start in STARTS]
+    start = f"qat/{method}/{size}/mxfp4"
+    found += [(f"{start}/nearest/{each}", "QAT", each) for each in fractions]
+    found += [(f"{start}/{each}/{default}", f"QAT from {each}", default) for each in (STOCHASTIC, GPTQ)]
+    found.append((f"{start}/nearest/{default}/distilled", "QAT with distillation", default))
+    found.append((f"qat/{method}/{size}/nvfp4/nearest/{default}", "QAT in NVFP4", default))
+    if method == FULL and size == SIZES[0]:
+        parts = f"qat/{BF16_PARTS}/{size}/mxfp4"
+        found += [(f"{parts}/{each}/{default}", f"BF16 parts train on, from {each}", default) for each in STARTS]
+    return found
+
+
+def _parts(results: Results) -> str:
+    rows = []
+    largest = SIZES[0]
+    pairs = [(f"bf16/{size}/1", f"sft/ceil/{FULL}/{size}", size, "1") for size in SIZES]
+    pairs.append((f"bf16/{largest}/3", "fast/3", largest, "3"))
+    for parts, full, size, factor in pairs:
+        rate = int(factor) * results.record["settings"]["rates"][FULL][size]
+        losses = [results.mean(name, "loss").show(4) for name in (parts, full)]
+        rows.append([f"{rate:g}", *losses, results.difference(parts, full).show(2, _MILLI)])
+    best = results.difference(f"bf16/{largest}/3", f"sft/ceil/{FULL}/{largest}").show(2, _MILLI)
+    note = f"\nBF16 parts at three times the rate of the 10 % fine-tune, minus full SFT at this rate: {best} (10⁻³).\n"
+    return _table(["peak rate", "BF16 parts", "full SFT", "difference, 10⁻³"], rows) + note
+
+
+def _targets(results: Results) -> str:
+    rows = []
+    near = f"ptq/ceil/{FULL}/{SIZES[0]}/mxfp4/nearest ceil"
+    for way in ("gptq ceil", "stochastic base"):
+        ratio = results.ratio(f"ptq/ceil/{FULL}/{SIZES[0]}/mxfp4/{way}", near)
+        is_met = _is_below(ratio, _TARGET_RATIO)
+        rows.append([f"KL of {way.split()[0]} / KL of nearest `ceil`, 10 %", "≤ 0.2", ratio.show(3), is_met])
+    for method, fractions in _DEFAULTS.items():
+        for size in LARGE:
+            for fraction in fractions:
+                share = results.closed(f"qat/{method}/{size}/mxfp4/nearest/{fraction}", f"more/{method}/{size}/1")
+                what = f"gap closed by QAT, {_TRAINED[method]}, {size}, {fraction} of SFT's rate"
+                rows.append([what, "≥ 75 %", f"{share.show(0, 100)} %", _is_above(share, _TARGET_CLOSED)])
+    parts = results.difference(f"bf16/{SIZES[0]}/1", f"sft/ceil/{FULL}/{SIZES[0]}")
+    rows.append(["loss of BF16 parts − loss of full SFT, 10 %", "≤ 0", parts.show(4), _is_below(parts, 0.0)])
+    return _table(["quantity", "target", "measured", "met"], rows)
+
+
+def _is_below(found: Estimate, limit: float) -> str:
+    return _judge(found.mean <= limit, found.high is not None and found.high <= limit)
+
+
+def _is_above(found: Estimate, limit: float) -> str:
+    return _judge(found.mean >= limit, found.low is not None and found.low >= limit)
+
+
+def _judge(is_met: bool, is_certain: bool) -> str:
+    return "yes" if is_certain else ("mean only" if is_met else "**no**")
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "run": _run,
+    "tuning": _tuning,
+    "ceil full": _divergences("ceil", FULL, "mxfp4"),
+    "ceil lora": _divergences("ceil", LORA, "mxfp4"),
+    "floor full": _divergences("floor", FULL, "mxfp4"),
+    "nvfp4": _divergences("ceil", FULL, "nvfp4"),
+    "account": _account,
+    "gap": _gap,
+    **{f"closing {method} {size}": _closing(method, size) for method in (FULL, LORA) for size in LARGE},
+    "parts": _parts,
+    "targets": _targets,
+}
+"""Name of a table in the page -> function that makes it."""
