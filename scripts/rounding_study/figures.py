@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.rounding_study.statistics import Estimate, estimate
+from scripts.rounding_study.statistics import Estimate, estimate, estimate_ratio
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,15 @@ class Results:
         return estimate([one - two for one, two in pairs])
 
     def ratio(self, cell: str, other: str, figure: str = "kl") -> Estimate:
-        """Estimate the mean of figure(cell) / figure(other), paired by seed."""
-        pairs = zip(self.values(cell, figure), self.values(other, figure), strict=True)
-        return estimate([one / two for one, two in pairs])
+        """Estimate figure(cell) / figure(other)."""
+        return estimate_ratio(self.values(cell, figure), self.values(other, figure))
 
     def closed(self, cell: str, more: str) -> Estimate:
         """Estimate the share of the gap that a cell closes. `more` names the control, without its rounding.
 
         The gap is loss(more SFT, nearest) - loss(more SFT, unrounded).
         """
-        losses = (self.values(name, "loss") for name in (cell, f"{more}/nearest", f"{more}/none"))
-        return estimate([(near - found) / (near - none) for found, near, none in zip(*losses, strict=True)])
+        found, near, none = (self.values(name, "loss") for name in (cell, f"{more}/nearest", f"{more}/none"))
+        gained = [one - two for one, two in zip(near, found, strict=True)]
+        gap = [one - two for one, two in zip(near, none, strict=True)]
+        return estimate_ratio(gained, gap)

@@ -17,7 +17,6 @@ from scripts.rounding_study.tables import describe_rounding, ways
 _PALETTE = ("#0072b2", "#d55e00", "#009e73")  # Okabe and Ito (2008)
 _MARKERS = ("o", "s", "^")
 _STYLE = {"font.size": 9, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
-_LEAST = 1e-6
 
 
 def draw(results: Results) -> dict[str, str]:
@@ -87,10 +86,11 @@ def _draw_gaps(results: Results) -> Figure:
 
 def _draw_points(axes: Axes, found: list[Estimate], below: float, series: int, label: str | None) -> None:
     at = [i + below for i in range(len(found))]
-    margins = [0.0 if each.margin is None else each.margin for each in found]
-    means = [max(each.mean, _LEAST) if each.mean > 0 else each.mean for each in found]
+    means = [each.mean for each in found]
+    below_mean = [0.0 if each.low is None else each.mean - each.low for each in found]
+    above_mean = [0.0 if each.high is None else each.high - each.mean for each in found]
     look = {"fmt": _MARKERS[series], "color": _PALETTE[series], "markersize": 4, "capsize": 2, "elinewidth": 1}
-    axes.errorbar(means, at, xerr=margins, label=label, **look)
+    axes.errorbar(means, at, xerr=[below_mean, above_mean], label=label, **look)
 
 
 def _finish(figure: Figure, axes: Axes, names: list[str]) -> None:

@@ -18,7 +18,16 @@ def output(script: str, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "script", ["bench_conversions", "bench_packed", "bench_training", "engine_matrix", "gpu_check", "measure_scorers"]
+    "script",
+    [
+        "bench_conversions",
+        "bench_packed",
+        "bench_training",
+        "engine_matrix",
+        "gpu_check",
+        "measure_scorers",
+        "study_rounding",
+    ],
 )
 def test_a_script_finds_all_that_it_uses(script: str) -> None:
     assert script in output(script, "--help")
