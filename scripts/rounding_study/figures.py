@@ -57,3 +57,12 @@ class Results:
         gained = [one - two for one, two in zip(near, found, strict=True)]
         gap = [one - two for one, two in zip(near, none, strict=True)]
         return estimate_ratio(gained, gap)
+
+    def gained(self, cell: str, other: str, before: str) -> Estimate:
+        """Estimate the gain of a cell, loss(before) - loss(cell), as a share of another cell's gain."""
+        losses = self.values(before, "loss")
+        gains = [
+            [start - end for start, end in zip(losses, self.values(name, "loss"), strict=True)]
+            for name in (cell, other)
+        ]
+        return estimate_ratio(gains[0], gains[1])

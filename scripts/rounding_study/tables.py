@@ -131,15 +131,17 @@ def _runs(results: Results, method: str, size: str) -> list[tuple[str, str, str]
 def _parts(results: Results) -> str:
     rows = []
     largest = SIZES[0]
-    pairs = [(f"bf16/{size}/1", f"sft/ceil/{FULL}/{size}", size, "1") for size in SIZES]
-    pairs.append((f"bf16/{largest}/3", "fast/3", largest, "3"))
+    pairs = [(f"bf16/{size}/1", f"sft/ceil/{FULL}/{size}", size, 1) for size in SIZES]
+    pairs.append((f"bf16/{largest}/3", "fast/3", largest, 3))
     for parts, full, size, factor in pairs:
-        rate = int(factor) * results.record["settings"]["rates"][FULL][size]
+        rate = factor * results.record["settings"]["rates"][FULL][size]
         losses = [results.mean(name, "loss").show(4) for name in (parts, full)]
-        rows.append([f"{rate:g}", *losses, results.difference(parts, full).show(2, _MILLI)])
-    best = results.difference(f"bf16/{largest}/3", f"sft/ceil/{FULL}/{largest}").show(2, _MILLI)
-    note = f"\nBF16 parts at three times the rate of the 10 % fine-tune, minus full SFT at this rate: {best} (10⁻³).\n"
-    return _table(["peak rate", "BF16 parts", "full SFT", "difference, 10⁻³"], rows) + note
+        rounded = f"ptq/ceil/{FULL}/{size}/mxfp4/nearest ceil"
+        against = results.difference(parts, rounded).show(2, _MILLI) if factor == 1 else "not measured"
+        gained = f"{results.gained(parts, full, 'base/ceil').show(0, 100)} %"
+        rows.append([f"{rate:g}", *losses, results.difference(parts, full).show(2, _MILLI), against, gained])
+    head = ["peak rate", "BF16 parts", "full SFT", "difference, 10⁻³", "difference from full SFT, nearest `ceil`, 10⁻³"]
+    return _table([*head, "share of full SFT's gain"], rows)
 
 
 def _targets(results: Results) -> str:
