@@ -12,10 +12,10 @@ from scripts.rounding_study.cells import DROP, LARGE
 from scripts.rounding_study.figures import Results
 from scripts.rounding_study.settings import FULL, LORA, SIZES
 from scripts.rounding_study.statistics import Estimate
-from scripts.rounding_study.tables import describe_rounding, ways
+from scripts.rounding_study.tables import describe_rounding, list_runs, ways
 
-_PALETTE = ("#0072b2", "#d55e00", "#009e73")  # Okabe and Ito (2008)
-_MARKERS = ("o", "s", "^")
+_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito (2008)
+_MARKERS = ("o", "s", "^", "D")
 _STYLE = {"font.size": 9, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
 
 
@@ -56,31 +56,22 @@ def _draw_divergences(results: Results) -> Figure:
 
 
 def _draw_gaps(results: Results) -> Figure:
-    """Draw the share of the gap that QAT closes, for each rate."""
-    fractions = list(results.record["settings"]["fractions"])
+    """Draw the share of the gap that each run closes, against more SFT at the same rate."""
     variants = [(method, size) for method in (FULL, LORA) for size in LARGE]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(7, 3.0), layout="constrained")
+        figure = Figure(figsize=(7, 4.4), layout="constrained")
+        axes = figure.add_subplot()
+        names: list[str] = []
         for i, (method, size) in enumerate(variants):
-            axes = figure.add_subplot(1, len(variants), i + 1)
-            for j, control in enumerate(("1", None)):
-                found = [
-                    results.closed(
-                        f"qat/{method}/{size}/mxfp4/nearest/{each}", f"more/{method}/{size}/{control or each}"
-                    )
-                    for each in fractions
-                ]
-                label = "against more SFT at SFT's rate" if control else "against more SFT at the same rate"
-                _draw_points(axes, found, 0.1 * (2 * j - 1), j, label if i == 0 else None)
-            axes.axvline(0.75, color="#777777", linewidth=0.8, linestyle=":")
-            axes.set_title(f"{'LoRA' if method == LORA else 'full'}, {size}", fontsize=9)
-            axes.set_xlim(-0.5, 1.5)
-            axes.set_yticks(range(len(fractions)), fractions if i == 0 else [""] * len(fractions))
-            axes.set_ylim(len(fractions) - 0.5, -0.5)
-            axes.grid(axis="x", linewidth=0.4)
-        figure.supxlabel("share of the gap that QAT closes (dotted: 75 %)", fontsize=9)
-        figure.supylabel("rate of QAT / rate of SFT", fontsize=9)
-        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+            runs = [run for run in list_runs(results, method, size) if run.is_in_plot]
+            names = [f"{run.name}, {run.fraction}" for run in runs]
+            found = [results.closed(run.cell, f"more/{method}/{size}/{run.fraction}") for run in runs]
+            _draw_points(axes, found, 0.18 * (i - 1.5), i, f"{'LoRA' if method == LORA else 'full'}, {size}")
+        for share in (0, 0.75, 1):
+            axes.axvline(share, color="#777777", linewidth=0.8, linestyle=":")
+        axes.set_xlim(-1.6, 2.1)
+        axes.set_xlabel("share of the gap that is closed (dotted: 0, 75 % and 100 %)")
+        _finish(figure, axes, names)
     return figure
 
 
@@ -97,4 +88,4 @@ def _finish(figure: Figure, axes: Axes, names: list[str]) -> None:
     axes.set_yticks(range(len(names)), [name.replace("`", "") for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="x", linewidth=0.4)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)

@@ -1,6 +1,7 @@
 """Makes the tables of docs/rounding.md from the results."""
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from scripts.rounding_study.cells import DROP, LARGE, ROUNDINGS, STARTS
 from scripts.rounding_study.figures import Results
@@ -101,7 +102,7 @@ def _closing(method: str, size: str) -> Callable[[Results], str]:
         head = ["what follows SFT", "rate", "loss minus unrounded, 10⁻³", "KL to SFT, 10⁻³"]
         head += ["gap closed", "gap closed, same rate"]
         rows = []
-        for cell, shown, fraction in _runs(results, method, size):
+        for cell, shown, fraction in list_runs(results, method, size):
             more, same = (f"more/{method}/{size}/{each}" for each in ("1", fraction))
             excess = results.difference(cell, f"{more}/none").show(2, _MILLI)
             divergence = results.mean(cell, "kl").show(2, _MILLI)
@@ -112,19 +113,38 @@ def _closing(method: str, size: str) -> Callable[[Results], str]:
     return make
 
 
-def _runs(results: Results, method: str, size: str) -> list[tuple[str, str, str]]:
-    """List the runs that follow SFT: cell, shown name, and fraction of SFT's rate."""
+class Run(NamedTuple):
+    """A run that follows SFT.
+
+    Attributes:
+        cell: its cell.
+        name: shown name.
+        fraction: its rate as a fraction of SFT's.
+    """
+
+    cell: str
+    name: str
+    fraction: str
+
+    @property
+    def is_in_plot(self) -> bool:
+        """Whether the plot shows it. The control that defines 0 %, and the BF16 parts, are left out."""
+        return not self.cell.endswith("/1/nearest") and BF16_PARTS not in self.cell
+
+
+def list_runs(results: Results, method: str, size: str) -> list[Run]:
+    """List the runs that follow a fine-tune."""
     fractions = list(results.record["settings"]["fractions"])
     default = results.record["settings"]["default_fraction"]
-    found = [(f"more/{method}/{size}/1/{start}", f"more SFT, then {start}", "1") for start in STARTS]
+    found = [Run(f"more/{method}/{size}/1/{start}", f"more SFT, then {start}", "1") for start in STARTS]
     start = f"qat/{method}/{size}/mxfp4"
-    found += [(f"{start}/nearest/{each}", "QAT", each) for each in fractions]
-    found += [(f"{start}/{each}/{default}", f"QAT from {each}", default) for each in (STOCHASTIC, GPTQ)]
-    found.append((f"{start}/nearest/{default}/distilled", "QAT with distillation", default))
-    found.append((f"qat/{method}/{size}/nvfp4/nearest/{default}", "QAT in NVFP4", default))
+    found += [Run(f"{start}/nearest/{each}", "QAT", each) for each in fractions]
+    found += [Run(f"{start}/{each}/{default}", f"QAT from {each}", default) for each in (STOCHASTIC, GPTQ)]
+    found.append(Run(f"{start}/nearest/{default}/distilled", "QAT with distillation", default))
+    found.append(Run(f"qat/{method}/{size}/nvfp4/nearest/{default}", "QAT in NVFP4", default))
     if method == FULL and size == SIZES[0]:
         parts = f"qat/{BF16_PARTS}/{size}/mxfp4"
-        found += [(f"{parts}/{each}/{default}", f"BF16 parts train on, from {each}", default) for each in STARTS]
+        found += [Run(f"{parts}/{each}/{default}", f"BF16 parts train on, from {each}", default) for each in STARTS]
     return found
 
 
