@@ -6,6 +6,7 @@ Legend: E = experts, in = input dimension, out = output dimension, nb = blocks p
 from dataclasses import dataclass
 
 import torch
+from pipeline.quantize.account import Account, Scales
 from torch import Tensor
 
 from pipeline.numerics.codec import choose_scales, encode, fake_quantize, tensor_scale
@@ -14,7 +15,6 @@ from pipeline.numerics.convert import mxfp4_to_nvfp4
 from pipeline.numerics.formats import E8M0_LARGEST, FORMATS, MXFP4, BlockFormat
 from pipeline.numerics.gptq import Hessians, round_gptq
 from pipeline.numerics.stochastic import Noise, round_to_scales
-from pipeline.quantize.account import Account, Scales
 from scripts.rounding_study import models
 from scripts.rounding_study.models import Weights
 from scripts.rounding_study.settings import Settings
