@@ -170,7 +170,7 @@ class DistillationConfig:
 class QatConfig(TrainConfig):
     """Train with fake quantization of the experts."""
 
-    learning_rate: Annotated[float, POSITIVE, Composed("${rate_of_sft:{full:0.33,lora:0.2,bf16_parts:0.33}}")] = 6.6e-6
+    learning_rate: Annotated[float, POSITIVE, Composed("${rate_of_sft:0.33}")] = 6.6e-6
     """Peak learning rate: a number, or a fraction of sft.learning_rate, such as '${rate_of_sft:0.2}'."""
     rounded_cache_gib: Annotated[Optional[float], NOT_NEGATIVE] = None
     """Largest cache of rounded experts, in GiB; 0: no cache; null: 1 on a CPU if sharding is none or zero2, else 0."""

@@ -30,7 +30,7 @@ _LOWEST_SHARE, _TOLERANCE = 0.1, 1e-6
 
 From a tenth to a third of SFT's rate, it regained most of the loss.
 """
-_USUAL_RATES = "Usual rates are 0.33 of SFT's rate, and 0.2 with LoRA. Leave qat.learning_rate unset to get them."
+_USUAL_RATES = "The usual rate is 0.33 of SFT's rate. Leave qat.learning_rate unset to get them."
 
 
 def run(config: PipelineConfig) -> Artifact:

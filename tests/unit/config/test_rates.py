@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from config.composing import SYNTHETIC_DATA, resolved
 from pipeline.__main__ import CONF_DIR, RECIPES_DIR
-from pipeline.config import Method, PipelineConfig, Stage, rates
+from pipeline.config import PipelineConfig, Stage, rates
 from pipeline.config.descriptions import describe_settings
 from pipeline.config.rules import resolve
 from pipeline.errors import UserError
@@ -25,22 +25,22 @@ def rate(*overrides: str) -> float:
     ("settings", "wanted"),
     [
         ((), 6.6e-6),
-        (("train@sft=lora", "train@qat=lora"), 4e-5),
+        (("train@sft=lora", "train@qat=lora"), 6.6e-5),
         (("train@qat=bf16_parts",), 6.6e-6),
         (("train@sft=lora", "train@qat=bf16_parts"), 6.6e-6),
         (("train@sft=lora",), 6.6e-6),
-        (("train@qat=lora",), 4e-5),
-        (("train@sft=bf16_parts", "train@qat=lora", "format=nvfp4"), 4e-5),
+        (("train@qat=lora",), 6.6e-5),
+        (("train@sft=bf16_parts", "train@qat=lora", "format=nvfp4"), 6.6e-5),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else None,
 )
-def test_the_rate_is_a_third_of_sfts_and_a_fifth_with_lora(settings: tuple[str, ...], wanted: float) -> None:
+def test_the_rate_is_a_third_of_sfts(settings: tuple[str, ...], wanted: float) -> None:
     assert rate(*settings) == wanted
 
 
 def test_the_rate_follows_sfts_rate() -> None:
     assert rate("sft.learning_rate=3e-3") == 9.9e-4
-    assert rate("sft.learning_rate=1e-4", "train@sft=lora", "train@qat=lora") == 2e-5
+    assert rate("sft.learning_rate=1e-4", "train@sft=lora", "train@qat=lora") == 3.3e-5
 
 
 def test_the_rate_follows_the_setting_of_sft_also_if_sft_does_not_run() -> None:
@@ -59,12 +59,11 @@ def test_the_user_chooses_another_fraction() -> None:
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES_DIR.glob("*.yaml")))
 def test_recipes_state_no_rate_of_qat_except_the_smoke_recipes(recipe: str) -> None:
     found = resolved("stage=qat", f"recipe={recipe}", SYNTHETIC_DATA)
-    fractions = {Method.full: 0.33, Method.lora: 0.2, Method.bf16_parts: 0.33}
     share = found.qat.learning_rate / rates.convert(found.sft.learning_rate, found.sft.method, found.qat.method)
     if recipe.startswith("smoke"):
         assert found.qat.learning_rate == 1e-4
     else:
-        assert share == pytest.approx(fractions[found.qat.method])
+        assert share == pytest.approx(0.33)
 
 
 @pytest.mark.parametrize(
