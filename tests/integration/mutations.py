@@ -265,7 +265,7 @@ TENSORS = [
     Mutation("misspelt sinks", rename(SINKS, f"{SINKS}.weight"), SINKS),
     Mutation("blocks with a dot", rename(f"{DOWN}_blocks", f"{DOWN}.blocks"), f"{DOWN}_blocks"),
     Mutation("one name with a prefix", rename(SINKS, f"module.{SINKS}"), f"module.{SINKS}"),
-    Mutation("all names with a prefix", tensors(prefix_all), EMBED),
+    Mutation("all names with a prefix", tensors(prefix_all), "'module.'"),
     Mutation("queries, keys and values fused", tensors(fuse_qkv), "q_proj.weight"),
     Mutation("adapter tensors left", add(f"{L0}.self_attn.q_proj.lora_A.weight", torch.zeros(8, 64)), "lora_A"),
     Mutation("quantizer state left", add(f"{GATE_UP}_weight_quantizer._amax", torch.zeros(1)), "_amax"),

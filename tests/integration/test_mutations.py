@@ -24,6 +24,7 @@ from pipeline.models import references
 from pipeline.models.references import ModelRef
 from pipeline.numerics.formats import MXFP4
 from pipeline.runs import artifacts
+from pipeline.verify.trained import TrainedModel
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,7 +41,7 @@ class Run:
         self.export, self.target, self.base = run_dir / "export", target, base
         ids = torch.arange(20)[None]
         batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-        self.trained = verify.TrainedModel(ref, [batch], MXFP4)
+        self.trained = TrainedModel(ref, [batch], MXFP4)
 
     def break_copy(self, mutation: Mutation, directory: Path) -> Path:
         """Make a copy with the mutation. Unchanged files are links."""
