@@ -1,5 +1,6 @@
 """Makes the tables of docs/rounding.md from the results."""
 
+import textwrap
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -39,13 +40,14 @@ def _run(results: Results) -> str:
     seconds = [seed["cpu_seconds"] for seed in record["seeds"].values()]
     settings, where = record["settings"], record["environment"]
     versions = ", ".join(f"{name} {each}" for name, each in where.items() if name != "processor")
-    return (
+    text = (
         f"Seeds: {', '.join(results.seeds)} ({len(results.seeds)} in all). The model has {record['parameters']:,}"
         f" parameters, {settings['layers']} layers, and {settings['experts']} experts per layer."
         f" Steps: {settings['pretraining_steps']} of pretraining, {settings['grid_steps']} with fake quantization,"
         f" {settings['sft_steps']} of SFT, {settings['extra_steps']} of QAT or of more SFT."
-        f" A seed took {min(seconds)} to {max(seconds)} CPU-seconds on one core ({where['processor']}; {versions}).\n"
+        f" A seed took {min(seconds)} to {max(seconds)} CPU-seconds on one core ({where['processor']}; {versions})."
     )
+    return textwrap.fill(text, 120, break_on_hyphens=False) + "\n"
 
 
 def _tuning(results: Results) -> str:

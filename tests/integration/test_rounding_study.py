@@ -1,6 +1,8 @@
 """The study of rounding runs end to end and resumes, and docs/rounding.md shows the figures of its results file."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,21 @@ def test_an_interrupted_seed_resumes_to_the_same_figures(
 def test_figures_of_other_settings_are_refused(finished: Path) -> None:
     with pytest.raises(ValueError, match=r"cells\.json: these settings of the study have changed since: hidden"):
         record.run_seed(0, Settings(**{**MINUTE.__dict__, "hidden": 64}), finished)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0"], "--seeds and --threads must be at least 1"),
+        (["--minute"], "--minute needs its own --results"),
+        (["--table", "--results", "missing.json"], "missing.json"),
+    ],
+)
+def test_mistakes_end_with_a_message(arguments: list[str], message: str) -> None:
+    command = [sys.executable, str(page.ROOT / "scripts" / "study_rounding"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("form", "method", "rule"), [(f, *way) for f, ways in cells.ROUNDINGS.items() for way in ways])
