@@ -12,8 +12,10 @@ from pipeline.runs.artifacts import Artifact
 from pipeline.runs.console import say
 from pipeline.runs.one_stage import one_stage
 
-STAGES = tuple(Stage)[: tuple(Stage).index(Stage.all)]
-"""The stages that `all` can run. It starts no server, and uploads or makes controls only if the user asks for it."""
+_BEFORE_ALL = tuple(Stage)[: tuple(Stage).index(Stage.all)]
+STAGES = tuple(stage for stage in _BEFORE_ALL if stage is not Stage.controls)
+"""The stages that `all` always runs. It makes controls and uploads only if the user asks for it, and starts no server.
+"""
 
 
 def run(config: PipelineConfig) -> Artifact:
@@ -32,7 +34,7 @@ def run(config: PipelineConfig) -> Artifact:
 
 
 def _stages(config: PipelineConfig) -> list[Stage]:
-    chosen = [stage for stage in STAGES if stage is not Stage.controls or config.controls]
+    chosen = list(_BEFORE_ALL if config.controls else STAGES)
     return chosen if config.export.push_to_hub is None else [*chosen, Stage.publish]
 
 

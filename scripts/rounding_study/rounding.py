@@ -6,9 +6,9 @@ Legend: E = experts, in = input dimension, out = output dimension, nb = blocks p
 from dataclasses import dataclass
 
 import torch
-from pipeline.quantize.account import Account, Scales
 from torch import Tensor
 
+from pipeline.export.account import Account, Scales
 from pipeline.numerics.codec import choose_scales, encode, fake_quantize, tensor_scale
 from pipeline.numerics.comparison import unequal_blocks
 from pipeline.numerics.convert import mxfp4_to_nvfp4
