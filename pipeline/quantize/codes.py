@@ -7,21 +7,20 @@ Legend: E = experts, in = input dimension, out = output dimension, nb = blocks p
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.checkpoints.gpt_oss import ExpertProjection
-from pipeline.errors import UserError
 from pipeline.numerics.codec import decode
 from pipeline.quantize.experts import RoundedExperts
+from pipeline.runs.durable import replacing
 
 _STATES = "states"
 _NOTE = "note"
@@ -116,14 +115,5 @@ class LayerCodes:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with replacing(path) as temporary:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path}: cannot be written ({error}). If the disk is full, free some space. Then run the same command"
-            " again. It resumes at this layer."
-        ) from error
-    temporary.replace(path)

@@ -81,7 +81,8 @@ def round_layers(
         return codes
     walk = Walk(job.weights, batches, job.device, attention)
     states = codes.states(done - 1, walk.device) if done else walk.embed()
-    raise_if_disk_too_small(directory, _codes_bytes(job, layers - done) + 2 * states.nbytes + output_bytes)
+    new_states = 1 if done else 2  # the newest states are removed only after the next ones are complete
+    raise_if_disk_too_small(directory, _codes_bytes(job, layers - done) + new_states * states.nbytes + output_bytes)
     for number in progress(range(done, layers), what="gptq", unit="layer"):
         work = _LayerWork(job, settings, number)
         with walk.layer(number) as layer:
@@ -141,6 +142,7 @@ class _LayerWork:
         for i, parts in enumerate(inputs):
             for part in parts:
                 hessians.add(i, part)
+        self._raise_if_not_finite(projection, group, hessians)
         trained, scales = self._read(projection, group)
         few = hessians.with_too_few_tokens(self._settings.least_tokens)
         self._fell_back.update(group[i] for i in few)
@@ -153,6 +155,14 @@ class _LayerWork:
         assert blocks is not None and stored is not None
         self._parts[projection].append(StoredExperts(blocks, stored, torch.tensor(clipped), unit))
         return settle(made.values, self._job.block_format, projection.name)[0]
+
+    def _raise_if_not_finite(self, projection: ExpertProjection, group: range, hessians: Hessians) -> None:
+        """Check the inputs of all experts, also of those that the fallback rounds."""
+        largest = torch.linalg.vector_norm(hessians.means, torch.inf, dim=(1, 2))
+        for expert, is_finite in zip(group, largest.isfinite().tolist(), strict=True):
+            if not is_finite:
+                error = HessianError(expert, "has NaN or Inf", is_finite=False)
+                raise _unusable(f"{projection.name}: expert {expert}", error, self._settings.damping)
 
     def _read(self, projection: ExpertProjection, group: range) -> tuple[Tensor, Scales]:
         """Read the weights of a group, (g, in, out), and choose their scales."""

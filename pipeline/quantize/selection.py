@@ -96,10 +96,10 @@ def choose(
             for asked, job, divergence in zip(tried, jobs, found(), strict=True)
         ]
         _raise_if_not_finite(figures)
-        for number, each in enumerate(figures):
-            log_metrics(directory, {"candidate": number, **each})
         path.parent.mkdir(exist_ok=True)
         write_json(path, figures)
+    for number, each in enumerate(figures):
+        log_metrics(directory, {"candidate": number, **each})
     best = min(range(len(figures)), key=lambda i: figures[i]["kl_divergence"])
     for i, each in enumerate(figures):
         say(

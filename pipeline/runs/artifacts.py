@@ -164,4 +164,6 @@ def _digest(path: Path, advance: Callable[[int], object]) -> str:
 
 
 def _is_payload(name: str) -> bool:
-    return name.removesuffix(".tmp") not in BOOKKEEPING and not name.startswith(f"{CHECKPOINTS_DIR}/")
+    written = name.removesuffix(".tmp")
+    is_bookkeeping = written in BOOKKEEPING or written.endswith(f"/{SHARDS_FILE}")
+    return not is_bookkeeping and not name.startswith(f"{CHECKPOINTS_DIR}/")

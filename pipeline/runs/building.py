@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from pipeline.config import Stage
 from pipeline.errors import MachineError, UserError
-from pipeline.runs import provenance, up_to_date
+from pipeline.runs import provenance, stopping, up_to_date
 from pipeline.runs.artifacts import (
     ARTIFACT_FILE,
     BOOKKEEPING,
@@ -102,6 +102,7 @@ def build(
         _on_main_process(lambda: _prepare(run, directory, begun, keep_files=is_report and not run.overwrite))
         result, seconds = _work(lambda: work(directory), on_every_process)
         _on_main_process(lambda: _publish(run, directory, inputs, result, seconds))
+    stopping.raise_if_asked(f" after stage={stage.name}")
     return load(directory)
 
 
@@ -180,6 +181,8 @@ def _prepare(run: Run, directory: Path, begun: Inputs, keep_files: bool) -> None
     unfinished.json first states that the directory is being emptied. It states the inputs only when the directory is
     empty. So work that is interrupted in between never mixes with files that were made from other inputs.
     """
+    if (directory / ARTIFACT_FILE).is_file() and not run.overwrite and not keep_files:
+        raise UserError(f"{directory}: another run has just completed this stage. Run the same command again.")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         is_resumed = read_unfinished(directory) == begun.plain() and not (directory / ARTIFACT_FILE).exists()
@@ -236,7 +239,8 @@ def _clear_work(directory: Path) -> None:
     if is_main_process():
         shutil.rmtree(directory / CHECKPOINTS_DIR, ignore_errors=True)
         (directory / UNFINISHED_FILE).unlink(missing_ok=True)
-        (directory / SHARDS_FILE).unlink(missing_ok=True)
+        for shards in directory.rglob(SHARDS_FILE):
+            shards.unlink()
 
 
 def _raise_if_foreign(directory: Path) -> None:

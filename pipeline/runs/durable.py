@@ -1,25 +1,32 @@
 """Write files so that neither a kill nor a power cut leaves a part of them under their final name."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file atomically. Afterwards the file is on the disk.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Replace a file atomically by the temporary file that the block writes. Afterwards the file is on the disk.
 
-    If writing fails, the earlier file stays as it was.
+    If the block fails, the temporary file is removed, and the earlier file stays as it was.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        _sync(temporary)
         temporary.replace(path)
-    except OSError:
+    except Exception:
         temporary.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file. See `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def cut_torn_line(path: Path) -> None:

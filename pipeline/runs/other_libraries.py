@@ -66,6 +66,11 @@ WARNED = (
         "Distributed training is initialized but no parallel_state",
         "ModelOpt warns once for each type of module. The warning is about tensor parallelism, which is not used here.",
     ),
+    Silenced(
+        "UserWarning",
+        r"torch\.distributed is disabled, unavailable or uninitialized",
+        "torch 2.13 warns if a single process saves or loads the state of held weights. This is intended.",
+    ),
 )
 """Python warnings."""
 

@@ -7,7 +7,7 @@ end a program at once. With `heed_signals`, they raise `Stopped`, and the stage 
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from pipeline.runs.console import say
@@ -47,12 +47,26 @@ def deferred(stage: str, until: str) -> Iterator[None]:
     _deferring, _asked = (stage, until), None
     try:
         yield
+    except BaseException:
+        _asked = None
+        raise
     finally:
-        _deferring = _asked = None
+        _deferring = None
+
+
+def raise_if_asked(after: str) -> None:
+    """Raise `Stopped` if a signal arrived inside `deferred`, and the program did not stop there.
+
+    `after` says what the program has completed.
+    """
+    global _asked
+    number, _asked = _asked, None
+    if number is not None:
+        raise Stopped(number, after)
 
 
 def asked() -> signal.Signals | None:
-    """Return the signal that arrived inside `deferred`, or None."""
+    """Return the signal that arrived inside `deferred`, or None. It is kept until the program stops."""
     return _asked
 
 
@@ -62,4 +76,5 @@ def _receive(number: int, frame: FrameType | None) -> None:
         raise Stopped(signal.Signals(number))
     _asked = signal.Signals(number)
     stage, until = _deferring
-    say(stage, f"{_asked.name}: stopping {until}")
+    with suppress(RuntimeError):  # the signal has interrupted another print to the same stream
+        say(stage, f"{_asked.name}: stopping {until}")

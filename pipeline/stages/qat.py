@@ -25,12 +25,10 @@ if TYPE_CHECKING:
     from pipeline.training.distillation import Teacher
 
 _SETTINGS = ("data", "format", "qat")
-_LOWEST_SHARE, _TOLERANCE = 0.1, 1e-6
-"""With a small model, LoRA QAT at a twentieth of SFT's rate regained about a tenth of the loss from rounding.
-
-From a tenth to a third of SFT's rate, it regained most of the loss.
-"""
-_USUAL_RATES = "The usual rate is 0.33 of SFT's rate. Leave qat.learning_rate unset to get them."
+_LOWEST_SHARE = 0.1
+"""Lowest usual share of SFT's rate. In docs/rounding.md, QAT below it regained at most 11 % of the loss."""
+_TOLERANCE = 1e-6  # hides the error of products such as 0.1 * 2e-5
+_USUAL_RATE = "Leave qat.learning_rate unset to get the usual rate, a third of SFT's."
 
 
 def run(config: PipelineConfig) -> Artifact:
@@ -73,24 +71,28 @@ def _warn_about_sft(config: PipelineConfig, here: Run, start: Artifact) -> None:
             " learning rate is too low to teach a new task.",
         )
         return
-    base, reference = _rate_of_sft(config.qat, here)
+    if (found := _rate_of_sft(config.qat, here)) is None:
+        return
+    base, reference = found
     rate = f"qat.learning_rate={config.qat.learning_rate}"
     if config.qat.learning_rate > base:
         warn(
             "qat",
             f"{rate} is above {reference}. QAT moves the weights to values of the format, and a high rate would undo"
-            f" the fine-tuning. {_USUAL_RATES}",
+            f" the fine-tuning. {_USUAL_RATE}",
         )
     if config.qat.learning_rate < base * _LOWEST_SHARE * (1 - _TOLERANCE):
         warn(
             "qat",
             f"{rate} is {config.qat.learning_rate / base:.2g} of {reference}. With such a low rate, QAT regains only a"
-            f" small part of the loss from rounding. {_USUAL_RATES}",
+            f" small part of the loss from rounding. {_USUAL_RATE}",
         )
 
 
-def _rate_of_sft(qat: QatConfig, here: Run) -> tuple[float, str]:
-    """Return SFT's learning rate, converted to the method of QAT, and a phrase that describes it."""
+def _rate_of_sft(qat: QatConfig, here: Run) -> tuple[float, str] | None:
+    """Return SFT's learning rate, converted to the method of QAT, and a phrase. Return None if SFT was removed."""
+    if not here.is_complete(Stage.sft):
+        return None
     settings = here.require(Stage.sft).settings
     trained, rate = Method[settings["sft.method"]], float(settings["sft.learning_rate"])
     base = rates.convert(rate, trained, qat.method)
@@ -100,8 +102,8 @@ def _rate_of_sft(qat: QatConfig, here: Run) -> tuple[float, str]:
 
 
 def _say_rate(qat: QatConfig, here: Run, start: Artifact) -> None:
-    if Stage.sft.name in start.parents:
-        base, reference = _rate_of_sft(qat, here)
+    if Stage.sft.name in start.parents and (found := _rate_of_sft(qat, here)) is not None:
+        base, reference = found
         say("qat", f"learning rate {qat.learning_rate}: {qat.learning_rate / base:.2g} of {reference}")
 
 

@@ -32,9 +32,8 @@ from pipeline.config import (
     QuantizeSource,
     RoundingMethod,
     Stage,
-    packs_rounded,
     raise_if_nothing_to_round,
-    writes_rounded,
+    rounds_base,
 )
 from pipeline.data.examples import Splits, prepare_examples
 from pipeline.data.rows import Rows, load_rows
@@ -47,9 +46,10 @@ from pipeline.quantize import calibration, gptq, origins, report, rounding, sele
 from pipeline.quantize.gptq import GptqSettings
 from pipeline.quantize.rounding import Job
 from pipeline.quantize.selection import Candidate
-from pipeline.runs.artifacts import BOOKKEEPING, CHECKPOINTS_DIR, SHARDS_FILE, Artifact, Kind, Result
+from pipeline.runs.artifacts import BOOKKEEPING, CHECKPOINTS_DIR, Artifact, Kind, Result
 from pipeline.runs.building import build
 from pipeline.runs.console import say
+from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.records import ModelRecord, QuantizeRecord
 from pipeline.runs.run import Run
 from pipeline.runs.tracking import log_metrics
@@ -85,6 +85,7 @@ def run(config: PipelineConfig) -> Artifact:
 def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, directory: Path) -> Result:
     from pipeline.models import adapters, fake_quantizers, quantizer_calls
 
+    (directory / METRICS_FILE).unlink(missing_ok=True)  # an interrupted run has written lines that this one repeats
     block_format = references.configured_format(config.format)
     rounds = _writes_rounded(config)
     splits = prepare_examples(here, config.data, rows, load_tokenizer(ref.base))
@@ -125,13 +126,12 @@ def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, dire
         fallback=form.fallback,
         candidates=form.candidates,
     )
-    (directory / BASE_DIR / SHARDS_FILE).unlink(missing_ok=True)  # only an unfinished stage needs it
     stored = MXFP4.name if kind is Kind.packed else saved.dtype
     return Result(kind, record, stored, block_format.name, block_format.scale_rule, form.digests)
 
 
 def _writes_rounded(config: PipelineConfig) -> bool:
-    return writes_rounded(config.quantize) or packs_rounded(config.qat, config.format)
+    return rounds_base(config.quantize, config.qat, config.format)
 
 
 @dataclass(frozen=True)

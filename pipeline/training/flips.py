@@ -15,6 +15,7 @@ BYTES_PER_WEIGHT = 3
 """Memory of `Flips` for each weight: a BF16 mean, and a count of one byte."""
 
 _MEMORY = 1 / 8  # weight of the newest rounded value in the running mean
+_MOST = 126  # an int8 holds one crossing more
 _VALUES_AT_ONCE = 1 << 22  # limits the size of temporary tensors, if an expert is not larger
 
 
@@ -39,7 +40,7 @@ class Flips(NamedTuple):
         """Add the rounded values of a step. Weights of `is_held` (E, in, out) keep their state."""
         side = torch.sign(rounded - self.mean.to(rounded.dtype)).to(torch.int8)
         crossed = side * self.crossings.sign() < 0
-        magnitude = torch.clamp(self.crossings.abs() + crossed, min=1)
+        magnitude = (self.crossings.abs().clamp(max=_MOST) + crossed).clamp(min=1)
         crossings = torch.where(side == 0, self.crossings, side * magnitude)
         mean = torch.lerp(self.mean.float(), rounded.float(), _MEMORY).to(self.mean.dtype)
         if is_held is not None:

@@ -10,7 +10,6 @@ count takes one byte.
 Legend: E = experts, in, out = sizes of a projection.
 """
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,9 +29,6 @@ from pipeline.numerics.codec import fake_quantize, tensor_scale
 from pipeline.numerics.formats import BlockFormat
 from pipeline.runs.console import say
 from pipeline.training.flips import Flips
-
-# torch 2.13 warns if a single process saves or loads a checkpoint.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 STATE_DIR = "oscillation"
 """Directory of the holder's state in a checkpoint."""
@@ -177,7 +173,7 @@ class Holder(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         share = self.measure()["held_weights"]
-        say(self._stage, f"qat.oscillation=hold held {share:.2%} of the experts' weights at their mean")
+        say(self._stage, f"qat.oscillation=hold held {share:.2%} of the experts' weights at the last step")
 
     def measure(self) -> dict[str, float]:
         """Return `held_weights`, the share of the trained expert weights that are held. This is a collective call."""

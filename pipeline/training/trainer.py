@@ -143,12 +143,17 @@ def _run(trainer: "_Trainer", setup: Setup, checkpoint: Path | None) -> None:
     if checkpoint is not None:
         say(setup.stage, f"resuming from step {resume.read_step(checkpoint)}")
     try:
-        with deterministic_on_cpu(), stopping.deferred(setup.stage, "after this step, with a checkpoint"):
+        with deterministic_on_cpu(), stopping.deferred(setup.stage, _end_of_preempted(setup.settings)):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (CodecError, FloatingPointError) as error:
         raise setup.divergence_error(str(error)) from error
     if trainer.evaluated_step != trainer.state.global_step:
         trainer.evaluate()
+
+
+def _end_of_preempted(settings: TrainConfig) -> str:
+    step = "this step" if settings.logging_steps == 1 else "the next line of metrics"
+    return f"after {step}, with a checkpoint"
 
 
 def _summarize_losses(setup: Setup, kept: int | None) -> dict[str, float]:

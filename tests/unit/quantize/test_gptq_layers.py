@@ -249,10 +249,11 @@ def test_a_hessian_that_is_not_positive_definite_is_named(base: Path, trained: P
         run(job(base, trained), tmp_path / "codes", replace(ANY_TOKENS, damping=1e-30))
 
 
-def test_inputs_that_are_not_finite_are_named(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("least_tokens", [ANY_TOKENS.least_tokens, 1e9], ids=["gptq", "fallback"])
+def test_inputs_that_are_not_finite_are_named(base: Path, tmp_path: Path, least_tokens: float) -> None:
     bad = edited(base, tmp_path / "bad", "layers.1.self_attn.o_proj.bias", lambda each: each * torch.nan)
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.experts\.gate_up_proj: expert \d: .* NaN or Inf"):
-        run(job(base, bad), tmp_path / "codes")
+        run(job(base, bad), tmp_path / "codes", replace(ANY_TOKENS, least_tokens=least_tokens))
 
 
 def test_a_disk_that_is_too_small_is_refused_before_any_work(

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from omegaconf import OmegaConf
 from pipeline import __main__ as program
 from pipeline.config import DataConfig, LoraTarget, ModelConfig, PipelineConfig, Stage, command_line
 from pipeline.errors import MachineError, UserError
-from pipeline.runs import artifacts, building, console, metrics, provenance, tracking
+from pipeline.runs import artifacts, building, console, metrics, provenance, stopping, tracking
 from pipeline.runs.artifacts import Artifact, Kind, Result, fingerprint_of, load
 from pipeline.runs.building import build
 from pipeline.runs.json_files import write_json
 from pipeline.runs.records import StageRecord
 from pipeline.runs.run import Run
+from pipeline.runs.stopping import Stopped
 from pipeline.training import resume
 
 PAYLOAD = {"model.safetensors": b"weights", "sub/config.json": b"{}"}
@@ -387,6 +389,32 @@ def test_a_kill_before_unfinished_json_has_its_name_does_not_lock_the_stage(
         make(config)
     assert files_in(Run(config).stage_dir("sft")) == {"unfinished.json.tmp"}
     assert set(make(config).files) == set(PAYLOAD)
+
+
+def test_a_stage_that_another_run_has_just_completed_is_not_emptied(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other run completes the stage after this run has looked for it, and before this run has the lock."""
+    made = make(config)
+    monkeypatch.setattr(building, "_find_up_to_date", lambda *_: None)
+    message = error_of(config, work := Work())
+    assert message == f"{made.directory}: another run has just completed this stage. Run the same command again."
+    assert work.calls == 0 and load(made.directory).fingerprint == made.fingerprint
+
+
+def test_shards_of_a_base_below_the_stage_are_no_payload_and_are_removed_at_the_end(config: PipelineConfig) -> None:
+    made = make(config, Work({"base/model.safetensors": b"weights", "base/shards.json": b"{}"}))
+    assert set(made.files) == {"base/model.safetensors"}
+    assert not (made.directory / "base" / "shards.json").exists()
+
+
+def test_a_signal_that_came_too_late_for_a_step_stops_the_program_after_the_stage(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stopping, "_asked", signal.SIGTERM)
+    with pytest.raises(Stopped, match="stopped by SIGTERM after stage=sft"):
+        make(config)
+    assert Run(config).is_complete(Stage.sft)
 
 
 def test_a_file_system_without_locks_is_one_message(config: PipelineConfig, monkeypatch: pytest.MonkeyPatch) -> None:

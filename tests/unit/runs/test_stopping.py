@@ -42,7 +42,9 @@ def test_a_deferred_signal_waits_until_the_program_asks(capsys: pytest.CaptureFi
         send(signal.SIGHUP)
         assert stopping.asked() is signal.SIGHUP
     assert capsys.readouterr().out == "[sft] SIGHUP: stopping after this step\n"
-    assert stopping.asked() is None
+    with pytest.raises(Stopped, match="stopped by SIGHUP after stage=sft; run the same command"):
+        stopping.raise_if_asked(" after stage=sft")
+    stopping.raise_if_asked(" after stage=qat")  # the signal has been heeded
     with pytest.raises(Stopped):
         send(signal.SIGHUP)
 
@@ -51,6 +53,18 @@ def test_a_second_signal_does_not_wait() -> None:
     with pytest.raises(Stopped, match="stopped by SIGTERM"), stopping.deferred("sft", "after this step"):
         send(signal.SIGUSR1)
         send(signal.SIGTERM)
+    assert stopping.asked() is None
+
+
+def test_a_signal_in_the_middle_of_a_print_is_stored_without_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+
+    monkeypatch.setattr(stopping, "say", refuse)
+    with pytest.raises(Stopped), stopping.deferred("sft", "after this step"):
+        send(signal.SIGTERM)
+        assert stopping.asked() is signal.SIGTERM
+        raise Stopped(signal.SIGTERM)
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
