@@ -25,7 +25,7 @@ def test_the_launcher_prints_a_command_for_one_machine() -> None:
     assert outcome.stdout.split(" -m ") == [
         "python3",
         "torch.distributed.run --nproc-per-node=4 --standalone --max-restarts=0"
-        " --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=600",
+        r" --signals-to-handle=SIGTERM\,SIGINT\,SIGHUP\,SIGQUIT\,SIGUSR1 --shutdown-timeout=600",
         "pipeline stage=sft data.path=my\\ file \n",
     ]
 
