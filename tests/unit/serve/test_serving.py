@@ -77,8 +77,8 @@ def words(config: PipelineConfig, export: Artifact, gpus: int = 1, **settings: A
     return plan(config, export, gpus).command
 
 
-def test_the_stage_all_neither_publishes_nor_serves() -> None:
-    assert {*Stage} - {*STAGES} == {Stage.all, Stage.publish, Stage.serve}
+def test_the_stage_all_publishes_serves_and_makes_controls_only_on_demand() -> None:
+    assert {*Stage} - {*STAGES} == {Stage.all, Stage.controls, Stage.publish, Stage.serve}
 
 
 def test_the_table_has_a_row_for_every_engine_of_the_configuration() -> None:
