@@ -359,3 +359,44 @@ def test_rounding_to_given_scales_saturates() -> None:
     row = torch.tensor([100.0, -100.0, 5.0, 2.5, -0.1, 0.0] + [0.0] * 26)
     found = round_to_scales(row.view(1, 1, -1), MXFP4, torch.tensor([[[127]]], dtype=torch.uint8)).values
     assert found[0, 0, :6].tolist() == [6.0, -6.0, 4.0, 2.0, -0.0, 0.0]
+
+
+def modelopts(weights: Tensor, hessian: Tensor, scale: Tensor, damping: float, act_order: bool) -> Tensor:
+    """Run ModelOpt's GPTQ in float64 for one expert. `scale` has one value per weight, (out, in).
+
+    ModelOpt has no `act_order`, so the columns are sorted before. Its MXFP4 quantizer would choose the
+    scales again, so it is given the rounding to the nearest value.
+    """
+    from modelopt.torch.quantization.utils.calib_utils import compute_hessian_inverse, gptq_blockwise_update
+
+    columns = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(hessian))
+    rounded, scale = weights.double()[:, columns], scale[:, columns]
+    factor = compute_hessian_inverse(hessian[columns][:, columns], rounded, damping)
+    gptq_blockwise_update(rounded, factor, 32, lambda values: nearest(values, scale))
+    result = torch.empty_like(rounded)
+    result[:, columns] = rounded
+    return result
+
+
+@both_formats
+@both_orders
+def test_it_gives_the_weights_of_modelopts_gptq(block_format: BlockFormat, act_order: bool) -> None:
+    weights, hessians = random_weights(96), hessians_of(correlated_inputs(96), torch.float64)
+    stored, unit = chosen_scales(weights, block_format)
+    scale = scale_values(stored, unit).repeat_interleave(block_format.block_size, dim=-1)
+    found = round_gptq(
+        weights, hessians, block_format, stored=stored, tensor_scale=unit, damping=0.02, act_order=act_order
+    )
+    for rounded, *expert in zip(found, weights, hessians, scale, strict=True):
+        assert torch.equal(rounded.double(), modelopts(*expert, 0.02, act_order))
+
+
+def test_hessians_are_half_of_modelopts() -> None:
+    from modelopt.torch.quantization.utils.calib_utils import update_hessian
+
+    hessians, theirs, count = Hessians(1, 96), torch.zeros(96, 96), 0
+    for batch in correlated_inputs(96)[0].split(100):
+        hessians.add(0, batch)
+        theirs, count = update_hessian(batch, theirs, count)
+    assert hessians.tokens == [count]
+    torch.testing.assert_close(2 * hessians.means[0], theirs, rtol=1e-5, atol=1e-5 * theirs.max().item())
