@@ -190,6 +190,8 @@ def _prepare(run: Run, directory: Path, begun: Inputs, keep_files: bool) -> None
             say(directory.name, f"resuming what was interrupted in {directory}")
             cut_torn_line(directory / METRICS_FILE)
         else:
+            if not keep_files:
+                _raise_if_linked(directory)
             write_json(directory / UNFINISHED_FILE, BEING_EMPTIED)
             (directory / ARTIFACT_FILE).unlink(missing_ok=True)
             if keep_files:
@@ -200,6 +202,15 @@ def _prepare(run: Run, directory: Path, begun: Inputs, keep_files: bool) -> None
         OmegaConf.save(OmegaConf.structured(run.config), directory / CONFIG_FILE)
     except OSError as error:
         raise run.not_writable(directory, error) from error
+
+
+def _raise_if_linked(directory: Path) -> None:
+    """Raise UserError if a directory that would be emptied is a link. Another run may use the files behind it."""
+    if directory.is_symlink() and any(directory.iterdir()):
+        raise UserError(
+            f"{directory}: is a symbolic link to {directory.resolve()}, whose files would be deleted. Remove the link,"
+            " or set another run_dir."
+        )
 
 
 def _empty(directory: Path) -> None:

@@ -37,6 +37,9 @@ class Made:
 def prepare(main: Run, control: Control, stages: Iterable[Stage]) -> None:
     """Make the control's directory, with links to the stages of the main run that the control does not run itself.
 
+    A link that is left from other settings is removed if the control runs that stage itself. Otherwise, the control
+    would write into the main run.
+
     Args:
         main: the main run. Its `upcast` and `sft` are complete.
         control: the control.
@@ -47,6 +50,9 @@ def prepare(main: Run, control: Control, stages: Iterable[Stage]) -> None:
         directory = main.directory / DIRECTORY / control.name
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            for stage in stages:
+                if (directory / stage.name).is_symlink():
+                    (directory / stage.name).unlink()
             linked = [stage.name for stage in (Stage.upcast, Stage.sft) if stage not in stages]
             for name in (*linked, *_SHARED):
                 _link(directory / name, main.stage_dir(name))

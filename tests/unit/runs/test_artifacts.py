@@ -1,5 +1,6 @@
 """Building a stage: new, unfinished, complete, up-to-date and changed directories. Also metrics.jsonl."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -265,6 +266,17 @@ def test_overwrite_rebuilds_from_an_empty_directory(config: PipelineConfig) -> N
     assert work.found == [{"config.yaml", "unfinished.json"}]
     assert set(artifact.files) == {"new"}
     assert artifact.settings["sft.learning_rate"] == 0.5
+
+
+def test_files_behind_a_link_are_never_deleted(config: PipelineConfig, tmp_path: Path) -> None:
+    made = make(config)
+    other = dataclasses.replace(config, run_dir=str(tmp_path / "other"), overwrite=True)
+    Path(other.run_dir).mkdir()
+    (Path(other.run_dir) / "sft").symlink_to(made.directory)
+    before = files_in(made.directory)
+    with pytest.raises(UserError, match=r"is a symbolic link to .*Remove the link"):
+        make(other)
+    assert files_in(made.directory) == before
 
 
 def test_overwrite_rebuilds_what_is_up_to_date_too(config: PipelineConfig) -> None:
