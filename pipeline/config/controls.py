@@ -99,6 +99,8 @@ def _continued(config: PipelineConfig, start: str) -> SftConfig:
     """
     qat, sft = config.qat, config.sft
     more = SftConfig(**{each.name: getattr(qat, each.name) for each in fields(TrainConfig)}, start=start)
+    if Method.lora is sft.method is qat.method:
+        more = replace(more, lora=sft.lora)  # training continues with SFT's adapters
     if qat.method is not Method.bf16_parts or sft.method is Method.bf16_parts:
         return more
     more = replace(more, **{name: getattr(sft, name) for name in _OF_METHOD})
@@ -123,7 +125,8 @@ def _rounded(config: PipelineConfig, method: RoundingMethod) -> PipelineConfig:
 
 
 def _is_possible(config: PipelineConfig) -> bool:
-    return not rules.problems(replace(config, stage=Stage.quantize))
+    """Return whether the format allows the rounding. Controls have no QAT, so its rules do not count."""
+    return not rules.quantize_problems(config)
 
 
 def _in_own_directory(config: PipelineConfig, name: str) -> PipelineConfig:

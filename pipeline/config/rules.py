@@ -66,7 +66,7 @@ def problems(config: PipelineConfig) -> list[str]:
     found = [*_bound_problems(config), *_data_problems(config.data), *evaluation_rules.problems(config.evaluate)]
     found += _train_problems("sft", config.sft) + _train_problems("qat", config.qat)
     found += _format_problems(config) + _resharding_problems(config) + _parts_problems(config)
-    found += _quantize_problems(config) + _oscillation_problems(config)
+    found += quantize_problems(config) + _oscillation_problems(config)
     return found + _qat_problems(config) + _experts_problems(config) + _packed_problems(config)
 
 
@@ -220,8 +220,11 @@ def _format_problems(config: PipelineConfig) -> list[str]:
     return found
 
 
-def _quantize_problems(config: PipelineConfig) -> list[str]:
-    """Rounded weights must stay what they are when the forward pass and the export round them again."""
+def quantize_problems(config: PipelineConfig) -> list[str]:
+    """Return a message for each rule that `quantize.method` and `quantize.scales` break.
+
+    Rounded weights must stay what they are when the forward pass and the export round them again.
+    """
     name, rule = config.format.name.name, config.format.scale_rule.name
     if config.quantize.method is RoundingMethod.gptq and FORMATS[name].quantizes_activations:
         return [

@@ -39,6 +39,13 @@ def test_more_sft_trains_as_qat_does_but_without_quantizers() -> None:
     assert asdict(more.config.qat) == asdict(main.qat)  # so quantize makes the form that QAT would train
 
 
+def test_more_sft_and_nearest_rounding_are_possible_if_qat_trains_other_adapters_than_sft() -> None:
+    rounds = ("quantize.method=stochastic", "train@sft=lora", "train@qat=lora", "sft.lora.rank=4", "qat.lora.rank=8")
+    found = controls(*rounds)
+    assert found[MORE_SFT].config.sft.lora.rank == 4 and found[MORE_SFT].config.qat.lora.rank == 8
+    assert "nearest" in found
+
+
 def test_more_sft_is_rounded_by_the_best_method_there_is() -> None:
     best = next(name for name in ("auto", "gptq", "stochastic") if name in RoundingMethod.__members__)
     assert controls()[MORE_SFT].config.quantize.method.name == best
