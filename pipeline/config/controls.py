@@ -60,18 +60,30 @@ def reason_for_none(config: PipelineConfig) -> str | None:
     return None
 
 
-def controls_of(config: PipelineConfig, sft: str) -> list[Control]:
+def reason_without_parts(config: PipelineConfig, *, has_mxfp4: bool) -> str | None:
+    """Return the reason why a run has no control `bf16_parts`, or None. `has_mxfp4` is as for `controls_of`."""
+    if config.sft.method is Method.bf16_parts:
+        return "sft.method=bf16_parts trains the same"
+    if config.sft.start is not None:
+        return "sft.start is set, and the experts of that model may have been trained"
+    if not has_mxfp4:
+        return "the source's experts are not packed MXFP4 weights"
+    return None
+
+
+def controls_of(config: PipelineConfig, sft: str, *, has_mxfp4: bool) -> list[Control]:
     """List the controls of a run, the fastest first. Roundings that the format does not allow are left out.
 
     Args:
         config: configuration of the main run.
         sft: directory of the main run's `sft`.
+        has_mxfp4: whether the experts of the source are MXFP4, or `upcast` packs them.
     """
     if reason_for_none(config) is not None:
         return []
     methods = [method for method in RoundingMethod if _is_possible(_rounded(config, method))]
     found = [*_roundings(config, methods), _more_sft(config, methods, sft)]
-    return found if config.sft.method is Method.bf16_parts else [*found, _parts(config)]
+    return [*found, _parts(config)] if reason_without_parts(config, has_mxfp4=has_mxfp4) is None else found
 
 
 def _roundings(config: PipelineConfig, methods: list[RoundingMethod]) -> Iterator[Control]:

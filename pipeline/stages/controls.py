@@ -7,7 +7,7 @@ import importlib
 from dataclasses import replace
 
 from pipeline.config import PipelineConfig, Stage
-from pipeline.config.controls import Control, controls_of, reason_for_none
+from pipeline.config.controls import BF16_PARTS, Control, controls_of, reason_for_none, reason_without_parts
 from pipeline.errors import CheckFailed, MachineError, UserError, prefixed
 from pipeline.models import references, sharding
 from pipeline.runs import controls, up_to_date
@@ -25,17 +25,10 @@ def run(config: PipelineConfig) -> Artifact:
         raise UserError(f"stage=controls: there are no controls, because {reason}.")
     upcast, sft = references.require_upcast(here, config.model.path), here.require(Stage.sft)
     sharding.raise_if_impossible(config.sharding)
-    made = []
-    for control in controls_of(config, str(sft.directory)):
-        if Stage.upcast in control.stages and _is_bf16_source(upcast):
-            say("controls", f"{control.name}: skipped, because the source's experts are not packed MXFP4 weights")
-        else:
-            made.append(_make(here, upcast, control))
-    return made[-1]
-
-
-def _is_bf16_source(upcast: Artifact) -> bool:
-    return upcast.kind is not Kind.packed and upcast.read(UpcastRecord).decoded_tensors == 0
+    has_mxfp4 = upcast.kind is Kind.packed or upcast.read(UpcastRecord).decoded_tensors > 0
+    if (reason := reason_without_parts(config, has_mxfp4=has_mxfp4)) is not None:
+        say("controls", f"{BF16_PARTS}: skipped, because {reason}")
+    return [_make(here, upcast, each) for each in controls_of(config, str(sft.directory), has_mxfp4=has_mxfp4)][-1]
 
 
 def _make(here: Run, upcast: Artifact, control: Control) -> Artifact:

@@ -6,12 +6,12 @@ from typing import Any
 import xxhash
 
 from pipeline.checkpoints import largest_codes
-from pipeline.checkpoints.config_json import read_config
+from pipeline.checkpoints.config_json import is_quantized, read_config
 from pipeline.checkpoints.largest_codes import CodeFigures
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.side_files import side_files
 from pipeline.config import PipelineConfig, Stage
-from pipeline.config.controls import controls_of
+from pipeline.config.controls import Control, controls_of
 from pipeline.data.examples import rendering_of, split_rows
 from pipeline.data.harmony import Rendering
 from pipeline.data.languages import Languages
@@ -114,7 +114,7 @@ def _report(
     if here.config.controls:
         needed["controls"] = {
             control.name: controls.figures(_plan(control.config), control.stages, shapes, longest, process_count())
-            for control in controls_of(here.config, str(here.directory / Stage.sft.name))
+            for control in _controls(here, plan, is_mxfp4=is_quantized(shapes))
         }
     facts = Facts(figures, needed, machine.figures(here.directory), plan, shapes, here, codes)
     sections: dict[str, Any] = {**facts.data, "needs": facts.needs, "machine": facts.machine}
@@ -130,6 +130,11 @@ def _report(
         largest_codes=codes,
     )
     return Result(Kind.report, record)
+
+
+def _controls(here: Run, plan: Plan, *, is_mxfp4: bool) -> list[Control]:
+    has_mxfp4 = is_mxfp4 or plan.starts_packed(is_mxfp4=is_mxfp4)
+    return controls_of(here.config, str(here.directory / Stage.sft.name), has_mxfp4=has_mxfp4)
 
 
 def _data_figures(config: PipelineConfig, rows: Rows, how: Rendering, tell: Languages) -> DataFigures:

@@ -6,14 +6,22 @@ import pytest
 
 from config.composing import RECIPES, resolved
 from pipeline.config import Experts, Method, PipelineConfig, Precision, RoundingMethod, Stage, TrainConfig
-from pipeline.config.controls import BF16_PARTS, MORE_SFT, Control, controls_of, is_control, reason_for_none
+from pipeline.config.controls import (
+    BF16_PARTS,
+    MORE_SFT,
+    Control,
+    controls_of,
+    is_control,
+    reason_for_none,
+    reason_without_parts,
+)
 
 OTHERS = {method.name for method in RoundingMethod} - {"auto", "nearest"}
 
 
 def controls(*settings: str, recipe: str = "smoke") -> dict[str, Control]:
     config = resolved(f"recipe={recipe}", "stage=all", *settings)
-    return {control.name: control for control in controls_of(config, "runs/main/sft")}
+    return {control.name: control for control in controls_of(config, "runs/main/sft", has_mxfp4=True)}
 
 
 def test_a_run_with_nearest_rounding_gets_the_other_roundings_more_sft_and_bf16_parts() -> None:
@@ -32,7 +40,7 @@ def test_the_roundings_that_are_not_the_runs_own_become_controls() -> None:
 
 def test_more_sft_trains_as_qat_does_but_without_quantizers() -> None:
     main = resolved("recipe=smoke", "stage=all", "qat.distillation.weight=0.5", "qat.seed=7")
-    (more,) = (control for control in controls_of(main, "runs/main/sft") if control.name == MORE_SFT)
+    (more,) = (control for control in controls_of(main, "runs/main/sft", has_mxfp4=True) if control.name == MORE_SFT)
     trained = {each.name: getattr(more.config.sft, each.name) for each in fields(TrainConfig)}
     assert trained == {each.name: getattr(main.qat, each.name) for each in fields(TrainConfig)}
     assert more.config.sft.start == "runs/main/sft" and more.stages == (Stage.sft, Stage.quantize)
@@ -101,6 +109,14 @@ def test_a_run_without_sft_or_without_rounding_has_no_controls(setting: str, rea
 
 def test_sft_of_the_bf16_parts_for_another_format_is_not_made_twice() -> None:
     assert BF16_PARTS not in controls("train@sft=bf16_parts", "format=nvfp4", "export.target=nvfp4")
+
+
+def test_bf16_parts_are_left_out_of_a_continued_run_and_of_one_with_a_bf16_source() -> None:
+    continued = resolved("recipe=smoke", "stage=all", "sft.start=runs/other/sft")
+    assert [each.name for each in controls_of(continued, "sft", has_mxfp4=True)][-1] == MORE_SFT
+    assert (reason_without_parts(continued, has_mxfp4=True) or "").startswith("sft.start is set")
+    main = resolved("recipe=smoke", "stage=all")
+    assert [each.name for each in controls_of(main, "sft", has_mxfp4=False)][-1] == MORE_SFT
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
