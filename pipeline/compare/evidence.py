@@ -126,7 +126,12 @@ def find_chains(rows: list[Row]) -> list[Chain]:
 
 
 def _controls(qat: Row, rows: list[Row]) -> list[Row]:
-    return [row for row in rows if is_control(row.model) and row.run is qat.run]
+    """Find the controls that were evaluated with a QAT model, by their fingerprints.
+
+    Runs of a sweep may share a control's row, and the row then belongs to only one of them.
+    """
+    evaluated = qat.run.evaluated.parents
+    return [row for row in rows if is_control(row.model) and row.fingerprint == evaluated.get(row.model)]
 
 
 def _origin(row: Row, stage: str, rows: list[Row]) -> Row | None:

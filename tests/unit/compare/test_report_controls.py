@@ -1,12 +1,13 @@
 """The report compares QAT with the best control, and says so if a control does better."""
 
+import json
 from pathlib import Path
 
 import evaluated
 import pytest
 from test_report_findings import LOW, SFT, report, sentences, verdicts
 
-from pipeline.compare import content
+from pipeline.compare import content, evidence
 from pipeline.compare.content import Content
 from pipeline.errors import UserError
 from pipeline.evaluate.statistics import BETTER, WORSE
@@ -89,6 +90,19 @@ def test_a_model_that_is_not_rounded_is_no_rival_of_qat(tmp_path: Path) -> None:
     assert verdict(found).startswith("Verdict: SFT + more SFT + PTQ (stochastic) does better")
     assert {row.role for row in found.rows if row.model == unrounded} == {"SFT + more SFT"}
     assert "The best of 4 controls" in sentences(found)
+
+
+def test_runs_that_share_a_control_are_both_compared_with_it(tmp_path: Path) -> None:
+    first = run_with(tmp_path / "first", LOSSES)
+    second = run_with(tmp_path / "second", {**LOSSES, "qat": 1.8})
+    evaluated.record(second / "qat", fingerprint="other", parents={"quantize": "quantize"}, fake_quantized="mxfp4")
+    path = second / "evaluate" / "artifact.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "parents": {**record["parents"], "qat": "other"}}))
+    chains = evidence.find_chains(list(report(first, second).rows))
+    found = {chain.qat.title: chain.best_control for chain in chains if chain.qat is not None}
+    assert found.keys() == {"first/qat", "second/qat"}
+    assert {best.model for best in found.values() if best is not None} == {MORE} and None not in found.values()
 
 
 def test_answers_of_qat_are_tested_against_those_of_the_best_control_alone(tmp_path: Path) -> None:
