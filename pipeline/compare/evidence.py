@@ -44,9 +44,10 @@ class Chain:
 
     @property
     def rivals(self) -> list[Row]:
-        """The controls with 4-bit experts and a known loss. PTQ is a control, too. Empty without further controls."""
+        """The controls with the 4-bit format of QAT and a known loss. PTQ is one, too. Empty without further ones."""
         measured = [row for row in (self.ptq, *self.controls) if row is not None and LOSS in row.figures]
-        rounded = [row for row in measured if row.block_format is not None]
+        own = None if self.qat is None else self.qat.block_format
+        rounded = [row for row in measured if row.block_format is not None and row.block_format == own]
         return rounded if any(is_control(row.model) for row in rounded) else []
 
     @property

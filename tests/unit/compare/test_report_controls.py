@@ -92,6 +92,13 @@ def test_a_model_that_is_not_rounded_is_no_rival_of_qat(tmp_path: Path) -> None:
     assert "The best of 4 controls" in sentences(found)
 
 
+def test_a_control_in_another_format_is_no_rival_of_qat(tmp_path: Path) -> None:
+    run_dir = run_with(tmp_path / "run", LOSSES)
+    facts = {"fingerprint": MORE, "parents": {"sft": "sft"}, "details": {"method": "stochastic"}}
+    evaluated.record(run_dir / MORE, fake_quantized="nvfp4", **facts)
+    assert verdict(report(run_dir)).startswith("Verdict: SFT + PTQ (stochastic) does better than QAT")
+
+
 def test_runs_that_share_a_control_are_both_compared_with_it(tmp_path: Path) -> None:
     first = run_with(tmp_path / "first", LOSSES)
     second = run_with(tmp_path / "second", {**LOSSES, "qat": 1.8})
