@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.config import Stage
-from pipeline.config.controls import DIRECTORY, Control
+from pipeline.config.controls import DIRECTORY, Control, controls_of
 from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact, load
 from pipeline.runs.json_files import write_json
 from pipeline.runs.processes import is_main_process, wait_for_everyone
 from pipeline.runs.run import START, Run
+from pipeline.runs.settings import choose_settings
 
 CONTROL_FILE = "control.json"
 """File in a control's directory. It names the stage that makes the control's model."""
@@ -26,12 +27,21 @@ class Made:
     Attributes:
         model: name of its model in the results, as `Control.model`.
         artifact: the stage that made the model.
-        is_stale: whether the main run's stages were rebuilt since.
+        staleness: the reason why its figures do not fit the main run, or None: a stage was rebuilt, or settings differ.
     """
 
     model: str
     artifact: Artifact
-    is_stale: bool
+    staleness: str | None
+
+    @property
+    def remedy(self) -> str:
+        """How to make the control again, or to go on without it."""
+        return _remedy(self.artifact.directory.parent)
+
+
+def _remedy(directory: Path) -> str:
+    return f"Run stage=controls with overwrite=true, or delete {directory}."
 
 
 def prepare(main: Run, control: Control, stages: Iterable[Stage]) -> None:
@@ -77,12 +87,43 @@ def find_made(main: Run) -> Iterator[Made]:
         directory = file.parent / stage
         if (directory / ARTIFACT_FILE).is_file():
             artifact = load(directory, check_files=False)
-            yield Made(f"{DIRECTORY}/{file.parent.name}/{stage}", artifact, _is_stale(main, artifact))
+            yield Made(f"{DIRECTORY}/{file.parent.name}/{stage}", artifact, _staleness(main, artifact))
 
 
-def _is_stale(main: Run, artifact: Artifact) -> bool:
-    own = Run(replace(main.config, run_dir=str(artifact.directory.parent), base_run=None))
-    sft = load(own.stage_dir(Stage.sft), check_files=False) if own.is_complete(Stage.sft) else None
-    start = None if sft is None else sft.parents.get(START)
-    expected = load(main.stage_dir(Stage.sft), check_files=False).fingerprint if main.is_complete(Stage.sft) else None
-    return own.staleness(artifact) is not None or start not in (None, expected)
+def _staleness(main: Run, artifact: Artifact) -> str | None:
+    """Return the reason why a control is stale, or None.
+
+    The model that more SFT started from is not checked if the main run's `sft` was removed to save space.
+    """
+    directory = artifact.directory.parent
+    own = Run(replace(main.config, run_dir=str(directory), base_run=None))
+    if own.staleness(artifact) is not None:
+        return "a stage that it was made from was rebuilt later"
+    if main.is_complete(Stage.sft) and own.is_complete(Stage.sft):
+        now = load(main.stage_dir(Stage.sft), check_files=False).fingerprint
+        start = load(own.stage_dir(Stage.sft), check_files=False).parents.get(START)
+        if start not in (None, now):
+            return "it continued from an earlier sft, which was rebuilt later"
+    return _other_settings(main, directory)
+
+
+def _other_settings(main: Run, directory: Path) -> str | None:
+    """Return the settings of a control that differ from those that the main run's configuration gives it, or None.
+
+    Settings of the data are not compared, because models may be evaluated on other data.
+    """
+    listed = controls_of(main.config, str(main.stage_dir(Stage.sft)), has_mxfp4=True)
+    control = next((each for each in listed if each.name == directory.name), None)
+    if control is None:
+        return "a run with these settings has no such control"
+    for stage in control.stages:
+        path = directory / stage.name
+        if path.is_symlink() or not (path / ARTIFACT_FILE).is_file():
+            continue
+        recorded = load(path, check_files=False).settings
+        made = {key: value for key, value in recorded.items() if not key.startswith("data.")}
+        wanted = choose_settings(control.config, made)
+        differences = [f"{key}: was {made[key]!r}, is {wanted[key]!r}" for key in made if made[key] != wanted[key]]
+        if differences:
+            return f"it was made with other settings: {'; '.join(differences)}"
+    return None

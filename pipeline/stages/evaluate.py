@@ -76,15 +76,16 @@ def _refs(here: Run, source: str | None) -> list[ModelRef]:
             f"evaluate.source={_ALL}: {here.config.run_dir} has no model yet. Run first: {here.command(Stage.upcast)}"
         )
     stages = [references.stage_ref(here, stage) for stage in complete]
-    for stale in [made.model for made in controls.find_made(here) if made.is_stale]:
-        warn("evaluate", f"{stale}: skipped, because it is stale. Run stage=controls with overwrite=true.")
+    for made in controls.find_made(here):
+        if made.staleness is not None:
+            warn("evaluate", f"{made.model}: skipped, because it is stale: {made.staleness}. {made.remedy}")
     return [*stages, *_controls(here)]
 
 
 def _controls(here: Run) -> Iterator[ModelRef]:
     """Yield the models of the run's complete controls, except stale ones."""
     for made in controls.find_made(here):
-        if not made.is_stale:
+        if made.staleness is None:
             yield replace(references.of_artifact(load(made.artifact.directory)), name=made.model)
 
 

@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import evaluated
 import pytest
 
-from pipeline.config import ModelConfig, PipelineConfig, Stage
+from pipeline.config import ModelConfig, PipelineConfig, RoundingMethod, Stage
 from pipeline.config.controls import Control
 from pipeline.runs import controls
+from pipeline.runs.json_files import write_json
 from pipeline.runs.run import Run
 
 
@@ -31,3 +34,36 @@ def test_a_link_is_removed_if_the_control_makes_the_stage_itself(main: Run) -> N
     controls.prepare(main, control, [Stage.upcast, Stage.sft])
     assert not (directory / "upcast").exists() and (main.directory / "upcast").is_dir()
     assert (directory / "data").is_symlink()
+
+
+def stochastic(main: Run, **facts: Any) -> str | None:
+    """Make PTQ by stochastic rounding, and return the reason why it is stale."""
+    directory = main.directory / "controls" / "stochastic"
+    evaluated.record(directory / "quantize", parents={"sft": "sft"}, **facts)
+    write_json(directory / "control.json", {"stage": "quantize"})
+    (made,) = controls.find_made(main)
+    return made.staleness
+
+
+def test_a_control_with_other_settings_than_the_main_run_gives_it_is_stale(main: Run) -> None:
+    same = {"quantize.method": "stochastic", "quantize.seed": 42, "data.path": "others.jsonl"}
+    assert stochastic(main, settings=same) is None
+    reason = "it was made with other settings: quantize.seed: was 7, is 42"
+    assert stochastic(main, settings={**same, "quantize.seed": 7}) == reason
+
+
+def test_a_control_that_the_settings_do_not_ask_for_is_stale(main: Run) -> None:
+    own = replace(main.config, quantize=replace(main.config.quantize, method=RoundingMethod.stochastic))
+    assert stochastic(Run(own)) == "a run with these settings has no such control"
+
+
+def test_more_sft_is_stale_if_sft_was_rebuilt_but_not_if_sft_was_removed(main: Run) -> None:
+    directory = main.directory / "controls" / "more_sft"
+    evaluated.record(directory / "sft", fingerprint="more", parents={"start": "sft"})
+    evaluated.record(directory / "quantize", parents={"sft": "more"})
+    write_json(directory / "control.json", {"stage": "quantize"})
+    assert [made.staleness for made in controls.find_made(main)] == [None]
+    evaluated.record(main.directory / "sft", fingerprint="rebuilt")
+    (made,) = controls.find_made(main)
+    assert made.staleness == "it continued from an earlier sft, which was rebuilt later"
+    assert made.remedy == f"Run stage=controls with overwrite=true, or delete {directory}."
