@@ -15,6 +15,7 @@ from pipeline.evaluate.statistics import BETTER, WORSE
 NOTHING = "no statistically significant difference"
 
 _SERVED = "served_bytes"
+_DIGITS = 4  # of a loss. Losses that are equal as printed count as equal.
 _EFFECTS_OF_PTQ = {WORSE: "PTQ is worse than SFT", BETTER: "PTQ is better than SFT"}
 _AGAINST_CONTROL = {WORSE: "the best control is better than QAT", BETTER: "QAT is better than the best control"}
 _GAPS_TO_SFT = {WORSE: "QAT did not fully recover to SFT", BETTER: "QAT is better than SFT"}
@@ -82,7 +83,7 @@ def _describe_verdict(chain: Chain) -> Iterator[str]:
     figures = f"validation loss {_pair(best, qat, LOSS)}"
     if KL in best.figures and KL in qat.figures:
         figures += f", KL divergence from SFT {_pair(best, qat, KL)}"
-    loss, own = best.figures[LOSS], qat.figures[LOSS]
+    loss, own = (round(row.figures[LOSS], _DIGITS) for row in (best, qat))
     if loss < own:
         yield f"Verdict: {best.role} does better than QAT: {figures}. To export it, set export.source={best.model}."
     else:
@@ -92,7 +93,7 @@ def _describe_verdict(chain: Chain) -> Iterator[str]:
 
 
 def _pair(model: Row, reference: Row, figure: str) -> str:
-    return f"{model.figures[figure]:.4f} against {reference.figures[figure]:.4f}"
+    return f"{model.figures[figure]:.{_DIGITS}f} against {reference.figures[figure]:.{_DIGITS}f}"
 
 
 def _describe_choice(chain: Chain) -> Iterator[str]:
