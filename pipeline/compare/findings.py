@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.compare.evidence import KL, LOSS, Chain, Test, find_chains, format_pairs, pairs_of
-from pipeline.compare.rows import PTQ, QAT, SFT, Row, control_of
+from pipeline.compare.rows import PATIENCE, PTQ, QAT, SFT, Row, control_of
 from pipeline.config.controls import MORE_SFT, is_control
 from pipeline.evaluate.statistics import BETTER, WORSE
 
@@ -105,8 +105,23 @@ def _describe_choice(chain: Chain) -> Iterator[str]:
     more = next((row for row in chain.rivals if control_of(row.model) == MORE_SFT), None)
     if more is None:
         yield f"{MORE_SFT} was not evaluated, so QAT may owe its loss to more training."
-    elif chain.qat is not None and more.steps != chain.qat.steps:
-        yield f"QAT had {chain.qat.steps} steps, but {more.role} had {more.steps}. Make the control again."
+    elif chain.qat is not None:
+        yield from _describe_steps(chain.qat, more)
+
+
+def _describe_steps(qat: Row, more: Row) -> Iterator[str]:
+    """Say whether QAT and more SFT trained for other numbers of steps. Early stopping may end them differently."""
+    differences = [
+        f"{name}={value} against {more.schedule.get(name)}"
+        for name, value in qat.schedule.items()
+        if more.schedule.get(name) != value
+    ]
+    if differences:
+        yield f"QAT and {more.role} were set to other steps: {', '.join(differences)}. Make the control again."
+    elif more.steps != qat.steps and qat.schedule.get(PATIENCE) is not None:
+        yield f"Early stopping ended QAT after {qat.steps} steps, and {more.role} after {more.steps}."
+    elif more.steps != qat.steps:
+        yield f"QAT had {qat.steps} steps, but {more.role} had {more.steps}. Make the control again."
 
 
 def _describe_losses(chain: Chain) -> Iterator[str]:

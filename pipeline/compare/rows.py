@@ -25,6 +25,9 @@ UPCAST, SFT, PTQ, QAT, EXPORT = ORDER
 _ROLES = {UPCAST: "original", SFT: "SFT", PTQ: "SFT + PTQ", QAT: "SFT + QAT"}
 _BF16_BITS = 16
 _LOSS = "validation_loss"
+PATIENCE = "early_stopping_patience"
+"""Setting of a training stage that may end it before its last step."""
+_SCHEDULE = ("max_steps", "epochs", "batch_size", "gradient_accumulation_steps", PATIENCE)
 
 Figures: TypeAlias = "Mapping[str, float | Mapping[str, float | Mapping[str, float]]]"
 """Figures of a model as `evaluate` stores them, by name.
@@ -50,7 +53,9 @@ class Row:
         seconds: duration of the stage that made the model, or None if it is unknown.
         peak_bytes: peak memory of the main process of that stage. It is GPU memory if the process has a GPU, else host
             memory. None if it is unknown.
-        steps: number of optimizer steps after SFT (QAT, or more SFT), or None.
+        steps: number of optimizer steps of the stage that made the model. For the control more_sft, they are those of
+            its SFT. None if the stage does not train, if it is unknown, or for the SFT model.
+        schedule: the settings of that training that determine the number of steps, by name. Empty if `steps` is None.
         answers: the model's answers to the prompts; empty if there are none.
         verdicts: figure -> verdicts on the answers.
         rounding: how the experts were rounded, with the account of rounding, or None.
@@ -67,6 +72,7 @@ class Row:
     seconds: float | None = None
     peak_bytes: int | None = None
     steps: int | None = None
+    schedule: dict[str, Json] = field(default_factory=dict)
     answers: list[Transcript] = field(default_factory=list)
     verdicts: dict[str, list[Verdict]] = field(default_factory=dict)
     rounding: Rounding | None = None
@@ -106,6 +112,7 @@ def _make_row(run: EvaluatedRun, model: str, results: Figures, *, shape: Shape |
     stage = _read_stage(run, model)
     lineage = _trace_lineage(run, model)
     answers = _read_answers(run, model)
+    trained = _read_training(run, model, stage)
     return Row(
         run=run,
         model=model,
@@ -117,7 +124,8 @@ def _make_row(run: EvaluatedRun, model: str, results: Figures, *, shape: Shape |
         lineage=lineage,
         seconds=None if stage is None else stage.seconds,
         peak_bytes=None if stage is None else stage.peak_bytes,
-        steps=_steps(run, model, stage),
+        steps=None if trained is None else trained.artifact.details["steps"],
+        schedule={} if trained is None else _schedule(trained),
         answers=answers,
         verdicts={name: verdicts for name, judge in VERDICTS.items() if (verdicts := judge(answers))},
         rounding=None if stage is None else find_rounding(run, stage),
@@ -131,10 +139,17 @@ def _read_stage(run: EvaluatedRun, model: str) -> StageFacts | None:
     return run.read_stage(model) if model in ORDER else None
 
 
-def _steps(run: EvaluatedRun, model: str, stage: StageFacts | None) -> int | None:
+def _read_training(run: EvaluatedRun, model: str, stage: StageFacts | None) -> StageFacts | None:
+    """Read the training stage that `Row.steps` describes, or return None."""
     if control_of(model) == MORE_SFT:
         stage = run.read_stage(model.replace(PTQ, SFT))
-    return None if stage is None or model == SFT else stage.artifact.details.get("steps")
+    trains = stage is not None and model != SFT and "steps" in stage.artifact.details
+    return stage if trains else None
+
+
+def _schedule(stage: StageFacts) -> dict[str, Json]:
+    found = {name: stage.artifact.settings.get(f"{stage.artifact.stage}.{name}") for name in _SCHEDULE}
+    return {name: value for name, value in found.items() if name != "epochs" or found["max_steps"] in (None, -1)}
 
 
 def control_of(model: str) -> str | None:

@@ -83,6 +83,26 @@ def test_a_control_with_other_steps_than_qat_is_reported(tmp_path: Path) -> None
     assert "QAT had 6 steps, but SFT + more SFT + PTQ (stochastic) had 3." in sentences(report(run_dir))
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "Early stopping ended QAT after 6 steps, and SFT + more SFT + PTQ (stochastic) after 3."),
+        ({"max_steps": 3}, "were set to other steps: max_steps=9 against 3. Make the control again."),
+    ],
+)
+def test_early_stopping_is_told_from_other_settings_of_the_steps(
+    changed: dict[str, int], said: str, tmp_path: Path
+) -> None:
+    run_dir, asked = run_with(tmp_path / "run", LOSSES), {"max_steps": 9, "epochs": 1.0, "early_stopping_patience": 2}
+    settings = {f"qat.{name}": value for name, value in asked.items()}
+    facts = {"parents": {"quantize": "quantize"}, "fake_quantized": "mxfp4"}
+    evaluated.record(run_dir / "qat", settings=settings, details={"steps": 6}, **facts)
+    own = {f"sft.{name}": value for name, value in {**asked, "epochs": 2.0, **changed}.items()}
+    evaluated.record(run_dir / "controls" / "more_sft" / "sft", settings=own, details={"steps": 3})
+    found = sentences(report(run_dir))
+    assert said in found and ("Make the control again" in found) == bool(changed)
+
+
 def test_a_model_that_is_not_rounded_is_no_rival_of_qat(tmp_path: Path) -> None:
     unrounded = "controls/more_sft/sft"
     run_dir = run_with(tmp_path / "run", {**LOSSES, unrounded: 1.0})
