@@ -32,7 +32,9 @@ class Finding:
 def describe(rows: list[Row], tests: list[Test]) -> list[Finding]:
     """Describe each chain of models, and compare each pair of formats."""
     found = [Finding(chain.title, list(_describe_chain(chain, tests))) for chain in find_chains(rows)]
-    unrounded = [row for row in rows if row.model == SFT and row.block_format is not None]
+    unrounded = [
+        row for row in rows if row.model == SFT and row.block_format is not None and not _is_rounded(row, rows)
+    ]
     found += [Finding(f"{row.title}: nothing was rounded", [_describe_unrounded(row)]) for row in unrounded]
     if not found:
         advice = "No PTQ or QAT model was evaluated. evaluate.source=all evaluates every stage."
@@ -43,6 +45,11 @@ def describe(rows: list[Row], tests: list[Test]) -> list[Finding]:
         )
         for model, reference in format_pairs(rows)
     ]
+
+
+def _is_rounded(sft: Row, rows: list[Row]) -> bool:
+    """Return whether PTQ or QAT was made from an SFT model, as for another format than the original's."""
+    return any(row.model in (PTQ, QAT) and row.lineage.get(SFT) == sft.fingerprint for row in rows)
 
 
 def _describe_unrounded(row: Row) -> str:
@@ -231,8 +238,8 @@ def _describe_cost(chain: Chain) -> Iterator[str]:
     if end and sft and {_SERVED} <= end.figures.keys() & sft.figures.keys():
         served, whole = end.figures[_SERVED], sft.figures[_SERVED]
         yield (
-            f"Size when served: {size(served)} in {end.block_format}. SFT takes {size(whole)} in BF16,"
-            f" which is {whole / served:.2f} times as much."
+            f"Size when served: {size(served)} in {end.block_format}. SFT takes {size(whole)} in"
+            f" {sft.block_format or 'BF16'}, which is {whole / served:.2f} times as much."
         )
 
 

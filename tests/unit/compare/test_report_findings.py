@@ -152,3 +152,16 @@ def test_qat_of_a_sweep_is_compared_with_the_sft_that_another_run_evaluated(tmp_
         ("job/qat", "base/quantize"),
         ("job/qat", "base/sft"),
     }
+
+
+@pytest.mark.parametrize("models", [("sft", "quantize", "qat"), ("sft",)])
+def test_trained_bf16_parts_need_no_rounding_unless_they_are_rounded_to_another_format(
+    models: tuple[str, ...], tmp_path: Path
+) -> None:
+    figures = {model: {"validation_loss": 2.0} for model in models}
+    run_dir = evaluated.run(tmp_path / "run", figures=figures, block_format="nvfp4")
+    evaluated.record(run_dir / "sft", kind="packed", format="mxfp4", parents={"upcast": "upcast"})
+    found = report(run_dir)
+    is_rounded = "qat" in models
+    assert ("needs neither PTQ nor QAT" in sentences(found)) != is_rounded
+    assert ("in nvfp4. SFT takes" in sentences(found)) == is_rounded and "in BF16" not in sentences(found)
