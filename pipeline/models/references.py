@@ -17,6 +17,7 @@ from pipeline.config.controls import is_control
 from pipeline.errors import UserError
 from pipeline.models.source import sampled_fingerprint
 from pipeline.numerics.formats import FORMATS, BlockFormat
+from pipeline.runs import controls
 from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact, Kind, load
 from pipeline.runs.records import ModelRecord
 from pipeline.runs.run import Run
@@ -125,7 +126,8 @@ def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> Mo
             raise UserError(f"{key}={source}: no control of {run.directory} has this model.")
         raise UserError(f"{key}={source}: neither a stage ({', '.join(s.name for s in among)}) nor a directory.")
     if (directory / ARTIFACT_FILE).is_file():
-        ref = of_artifact(load(directory))
+        remedy = controls.remedy(directory.parent) if is_control(source) else None
+        ref = of_artifact(load(directory, remedy=remedy))
         return ref if directory == run.stage_dir(ref.name) else replace(ref, name=source)
     Checkpoint(directory).close()
     return ModelRef(source, directory, directory, fingerprint=sampled_fingerprint(directory))

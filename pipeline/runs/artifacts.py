@@ -103,8 +103,10 @@ class Artifact:
             ) from error
 
 
-def load(directory: Path, check_files: bool = True) -> Artifact:
+def load(directory: Path, check_files: bool = True, remedy: str | None = None) -> Artifact:
     """Read a complete stage's artifact.json, and check that all of its files are there with their recorded sizes.
+
+    Errors end with `remedy`. The default advice is to run the stage again.
 
     Raises:
         UserError: artifact.json is missing or unreadable, or a file is missing or has another size.
@@ -118,13 +120,14 @@ def load(directory: Path, check_files: bool = True) -> Artifact:
         artifact = Artifact(directory, kind=Kind[record["kind"]], **{name: record[name] for name in known})
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{path}: not a readable artifact ({error}). Run its stage again with overwrite=true."
+            f"{path}: not a readable artifact ({error}). {remedy or 'Run its stage again with overwrite=true.'}"
         ) from error
     for name, size in artifact.files.items() if check_files else ():
         file = directory / name
         if not file.is_file() or file.stat().st_size != size:
             state = "changed in size since it was written" if file.is_file() else "missing"
-            raise UserError(f"{file}: {state}. Run stage={artifact.stage} again with overwrite=true.")
+            again = f"Run stage={artifact.stage} again with overwrite=true."
+            raise UserError(f"{file}: {state}. {remedy or again}")
     return artifact
 
 

@@ -34,13 +34,13 @@ class Made:
     artifact: Artifact
     staleness: str | None
 
-    @property
-    def remedy(self) -> str:
-        """How to make the control again, or to go on without it."""
-        return _remedy(self.artifact.directory.parent)
+    def check_files(self) -> None:
+        """Raise UserError if a file of the model is missing or has another size."""
+        load(self.artifact.directory, remedy=remedy(self.artifact.directory.parent))
 
 
-def _remedy(directory: Path) -> str:
+def remedy(directory: Path) -> str:
+    """Return the advice for a control whose files are damaged or stale: make it again, or go on without it."""
     return f"Run stage=controls with overwrite=true, or delete {directory}."
 
 
@@ -86,7 +86,7 @@ def find_made(main: Run) -> Iterator[Made]:
         stage = json.loads(file.read_text(encoding="utf-8"))["stage"]
         directory = file.parent / stage
         if (directory / ARTIFACT_FILE).is_file():
-            artifact = load(directory, check_files=False)
+            artifact = load(directory, check_files=False, remedy=remedy(file.parent))
             yield Made(f"{DIRECTORY}/{file.parent.name}/{stage}", artifact, _staleness(main, artifact))
 
 

@@ -1,7 +1,7 @@
 """evaluate: measures models of the run, of a directory or of a server, and keeps their figures and answers."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,15 +78,17 @@ def _refs(here: Run, source: str | None) -> list[ModelRef]:
     stages = [references.stage_ref(here, stage) for stage in complete]
     for made in controls.find_made(here):
         if made.staleness is not None:
-            warn("evaluate", f"{made.model}: skipped, because it is stale: {made.staleness}. {made.remedy}")
+            remedy = controls.remedy(made.artifact.directory.parent)
+            warn("evaluate", f"{made.model}: skipped, because it is stale: {made.staleness}. {remedy}")
     return [*stages, *_controls(here)]
 
 
-def _controls(here: Run) -> Iterator[ModelRef]:
-    """Yield the models of the run's complete controls, except stale ones."""
+def _controls(here: Run, among: Container[str] | None = None) -> Iterator[ModelRef]:
+    """Yield the models of the run's complete controls, except stale ones. `among`: names of models, or None for all."""
     for made in controls.find_made(here):
-        if made.staleness is None:
-            yield replace(references.of_artifact(load(made.artifact.directory)), name=made.model)
+        if made.staleness is None and (among is None or made.model in among):
+            made.check_files()
+            yield replace(references.of_artifact(made.artifact), name=made.model)
 
 
 def _measured_before(here: Run) -> list[ModelRef]:
@@ -98,7 +100,7 @@ def _measured_before(here: Run) -> list[ModelRef]:
         if stage.name in names and references.is_loadable(here, stage)
     ]
     stages = [references.of_artifact(artifact) for artifact in there if here.staleness(artifact) is None]
-    return [*stages, *(ref for ref in _controls(here) if ref.name in names)]
+    return [*stages, *_controls(here, names)]
 
 
 def _served_before(task: Task) -> list[Served]:

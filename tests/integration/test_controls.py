@@ -107,6 +107,18 @@ def test_stale_controls_are_left_out_of_the_evaluation(
     assert artifacts.load(run_dir / "evaluate").details["results"].keys() == {"upcast", "sft", PARTS}
 
 
+def test_a_damaged_control_stops_only_an_evaluation_that_measures_it(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
+    shutil.rmtree(run_dir / "evaluate")
+    damaged = run_dir / "controls" / "stochastic"
+    (damaged / "quantize" / "config.json").unlink()
+    assert run_program("stage=evaluate", f"run_dir={run_dir}", *SETTINGS, "evaluate.source=sft") == 0
+    assert run_program("stage=evaluate", f"run_dir={run_dir}", *SETTINGS, "evaluate.source=all") == 2
+    assert f"or delete {damaged}." in capsys.readouterr().err
+
+
 def test_a_controls_model_can_be_evaluated_and_exported_by_its_name(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

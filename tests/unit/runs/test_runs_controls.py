@@ -9,6 +9,8 @@ import pytest
 
 from pipeline.config import ModelConfig, PipelineConfig, RoundingMethod, Stage
 from pipeline.config.controls import Control
+from pipeline.errors import UserError
+from pipeline.models import references
 from pipeline.runs import controls
 from pipeline.runs.json_files import write_json
 from pipeline.runs.run import Run
@@ -66,4 +68,19 @@ def test_more_sft_is_stale_if_sft_was_rebuilt_but_not_if_sft_was_removed(main: R
     evaluated.record(main.directory / "sft", fingerprint="rebuilt")
     (made,) = controls.find_made(main)
     assert made.staleness == "it continued from an earlier sft, which was rebuilt later"
-    assert made.remedy == f"Run stage=controls with overwrite=true, or delete {directory}."
+
+
+def test_a_damaged_control_is_to_be_made_again_or_deleted_but_never_the_main_run(main: Run) -> None:
+    directory = main.directory / "controls" / "stochastic"
+    remedy = f"Run stage=controls with overwrite=true, or delete {directory}."
+    stochastic(main, files={"model.safetensors": 3})
+    (made,) = controls.find_made(main)
+    with pytest.raises(UserError) as caught:
+        made.check_files()
+    assert str(caught.value) == f"{directory}/quantize/model.safetensors: missing. {remedy}"
+    with pytest.raises(UserError) as caught:
+        references.find(main, made.model, (), "evaluate.source")
+    assert str(caught.value).endswith(remedy)
+    (directory / "quantize" / "artifact.json").write_text("{")
+    with pytest.raises(UserError, match=r"not a readable artifact .* or delete"):
+        list(controls.find_made(main))
