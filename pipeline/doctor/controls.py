@@ -24,8 +24,11 @@ def figures(
     shape = Shape.of(model, plan.model_path)
     disk = needs.disk(plan, shape, is_quantized(model))
     trains = Stage.sft in stages
+    resumable = [needs.checkpoints(shape, plan.sft)] if trains else []
+    if Stage.quantize in stages:
+        resumable.append(needs.kept_layers(plan, model, longest))
     return {
         "disk_bytes": sum(disk[stage.name] for stage in stages),
-        "checkpoint_bytes": needs.checkpoints(shape, plan.sft) if trains else 0,
+        "checkpoint_bytes": max(resumable, default=0),
         "device_bytes": device_memory.estimate(plan, Stage.sft.name, model, longest, processes) if trains else 0,
     }

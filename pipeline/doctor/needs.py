@@ -79,9 +79,10 @@ class DeviceFigures(TypedDict):
 
 
 class ControlFigures(TypedDict):
-    """The needs of a control, in bytes: its stages on disk, its checkpoints, and its training on each device.
+    """The needs of a control, in bytes: its stages on disk, its files to resume from, and its training on each device.
 
-    `checkpoint_bytes` and `device_bytes` are 0 if the control does not train.
+    `checkpoint_bytes` is the larger of the checkpoints of its training and the layers that GPTQ keeps. It is 0 without
+    both. `device_bytes` is 0 if the control does not train.
     """
 
     disk_bytes: int
@@ -323,6 +324,13 @@ def rounded_layers(plan: Plan, shape: Shape, longest: int, experts_per_token: in
     return int(parameters(shape)["experts"] * plan.block_format.bits_per_value / 8) + 2 * states
 
 
+def kept_layers(plan: Plan, model: Mapping[str, Any], longest: int) -> int:
+    """Compute the bytes of `rounded_layers` of a run. 0 if its rounding keeps no layers. Arguments as for `figures`."""
+    if plan.quantize.method not in (RoundingMethod.gptq, RoundingMethod.auto):
+        return 0
+    return rounded_layers(plan, Shape.of(model, plan.model_path), longest, int(model["num_experts_per_tok"]))
+
+
 def figures(plan: Plan, model: Mapping[str, Any], longest: int, devices: dict[str, DeviceFigures]) -> NeedFigures:
     """Compute the needs of a run.
 
@@ -334,9 +342,8 @@ def figures(plan: Plan, model: Mapping[str, Any], longest: int, devices: dict[st
     """
     shape = Shape.of(model, plan.model_path)
     trains = plan.trainings
-    rounded = {}
-    if plan.quantize.method in (RoundingMethod.gptq, RoundingMethod.auto):
-        rounded[Stage.quantize.name] = rounded_layers(plan, shape, longest, int(model["num_experts_per_tok"]))
+    layers = kept_layers(plan, model, longest)
+    rounded = {Stage.quantize.name: layers} if layers else {}
     needed = {name: of_stage(plan, name, model, longest) for name in trains}
     return {
         "parameters": parameters(shape),

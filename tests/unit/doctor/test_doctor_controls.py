@@ -1,5 +1,6 @@
 """doctor counts what the controls need on disk and on each GPU, until they are made."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,17 @@ import evaluated
 import pytest
 from test_doctor import HEALTHY, MODEL, NEEDS, ROOMY, plan
 
-from pipeline.config import ModelConfig, PipelineConfig, Sharding, Stage, TrainConfig
-from pipeline.doctor import display, findings
+from pipeline.checkpoints.gpt_oss import Shape
+from pipeline.config import (
+    ModelConfig,
+    PipelineConfig,
+    QuantizeConfig,
+    RoundingMethod,
+    Sharding,
+    Stage,
+    TrainConfig,
+)
+from pipeline.doctor import controls, display, findings, needs
 from pipeline.doctor.findings import Facts
 from pipeline.runs.json_files import write_json
 from pipeline.runs.records import DoctorRecord
@@ -22,8 +32,8 @@ CONTROLS = {
 
 def facts(run_dir: Path, **machine: int) -> Facts:
     run = Run(PipelineConfig(Stage.doctor, run_dir=str(run_dir), model=ModelConfig("model")))
-    needs: dict[str, Any] = {**NEEDS, "controls": CONTROLS}
-    report = DoctorRecord(data=HEALTHY, needs=needs, machine={}, findings=[])
+    needed: dict[str, Any] = {**NEEDS, "controls": CONTROLS}
+    report = DoctorRecord(data=HEALTHY, needs=needed, machine={}, findings=[])
     return Facts.of(report, {**ROOMY, **machine}, plan(TrainConfig(), Sharding.none), MODEL, run)
 
 
@@ -32,6 +42,18 @@ def test_controls_that_are_not_made_add_their_disk_space_and_their_checkpoints(t
     evaluated.record(tmp_path / "controls" / "bf16_parts" / "sft")
     write_json(tmp_path / "controls" / "bf16_parts" / "control.json", {"stage": "sft"})
     assert findings.disk_needed(facts(tmp_path)) == 105 + 30 + 180
+
+
+def test_a_control_counts_its_checkpoints_or_the_layers_that_gptq_keeps_whichever_are_larger() -> None:
+    nearest = plan(TrainConfig(), Sharding.none)
+    gptq = replace(nearest, quantize=QuantizeConfig(method=RoundingMethod.gptq))
+    layers, checkpoints = needs.kept_layers(gptq, MODEL, 8), needs.checkpoints(Shape.of(MODEL, "model"), gptq.sft)
+    assert needs.kept_layers(nearest, MODEL, 8) == 0 < layers
+    alone = controls.figures(gptq, (Stage.quantize,), MODEL, 8, 1)
+    assert alone["checkpoint_bytes"] == layers and alone["device_bytes"] == 0
+    more = controls.figures(gptq, (Stage.sft, Stage.quantize), MODEL, 8, 1)
+    assert more["checkpoint_bytes"] == max(layers, checkpoints)
+    assert controls.figures(gptq, (Stage.sft,), MODEL, 8, 1)["checkpoint_bytes"] == checkpoints
 
 
 def test_a_control_that_does_not_fit_on_a_gpu_is_named(tmp_path: Path) -> None:
