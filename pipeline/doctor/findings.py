@@ -140,6 +140,13 @@ def host_needed(facts: Facts) -> int:
     return max(whole, facts.machine["local_processes"] * training)
 
 
+def _largest_control(facts: Facts) -> str | None:
+    """Return the control whose training needs more memory than every stage of the run, or None."""
+    name, control = max(controls_of(facts).items(), key=lambda each: each[1]["device_bytes"], default=(None, None))
+    stages = max(device_needed(facts, stage) for stage in facts.plan.trainings)
+    return name if control is not None and control["device_bytes"] > stages else None
+
+
 def _device_too_small(facts: Facts) -> list[str]:
     if not facts.machine["gpus"]:
         return []
@@ -170,6 +177,8 @@ def _host_too_small(facts: Facts) -> list[str]:
         return []
     if facts.machine["gpus"]:
         what, remedy = "loading the whole model (quantize, evaluate, verify)", "Use a machine with more host memory"
+    elif (control := _largest_control(facts)) is not None:
+        what, remedy = f"training the control {control} without a GPU", "Set controls=false"
     else:
         what = "training without a GPU"
         largest = max(facts.plan.trainings, key=lambda stage: device_needed(facts, stage))

@@ -64,6 +64,8 @@ def test_a_control_that_does_not_fit_on_a_gpu_is_named(tmp_path: Path) -> None:
 
 def test_without_gpus_controls_train_in_host_memory(tmp_path: Path) -> None:
     assert findings.host_needed(facts(tmp_path, gpus=0)) == 700
+    (message,) = findings.findings(facts(tmp_path, gpus=0, host_free_bytes=699))
+    assert message.startswith("training the control bf16_parts without a GPU needs") and "controls=false" in message
 
 
 def test_the_report_has_the_disk_space_of_controls_and_says_how_long_they_take(
