@@ -1,5 +1,6 @@
 """Find the fine-tuned model that SFT continues (`sft.start`), and check that it can be continued."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,14 @@ def find_start(run: Run, upcast: Artifact, sft: SftConfig) -> ModelRef | None:
         ref = replace(ref, base=upcast.directory)
     _raise_if_untrainable(run, sft, ref, artifact)
     return ref
+
+
+def relative_path(start: Path, run_dir: Path) -> str:
+    """Return the path of a stage's directory as seen from a run's directory.
+
+    Both may be reached through symbolic links. A link that is the stage itself is kept, so that a run can be moved.
+    """
+    return os.path.relpath(start.parent.resolve() / start.name, run_dir.resolve())
 
 
 def _load(run: Run, start: str) -> Artifact:

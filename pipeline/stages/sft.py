@@ -3,7 +3,6 @@
 With `sft.start`, training continues from an earlier fine-tuning.
 """
 
-import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -81,5 +80,5 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     kind, saved = saving.save(model, start, directory, train=config.sft, shared=config.sharding)
     details = {**figures, **saved.details(), "attn_implementation": attention}
     if config.sft.start is not None:
-        details["start"] = os.path.relpath(start.directory, directory.parent)
+        details["start"] = continuing.relative_path(start.directory, directory.parent)
     return Result(kind, TrainingRecord.from_details(details), MXFP4.name if kind is Kind.packed else saved.dtype)
