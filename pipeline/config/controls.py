@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pipeline.config import rules
 from pipeline.config.pipeline import PipelineConfig, Stage
 from pipeline.config.quantize import QuantizeSource, RoundingMethod, leaves_nothing_to_round
+from pipeline.config.rates import convert
 from pipeline.config.training import Method, Precision, SftConfig, TrainConfig
 
 DIRECTORY = Stage.controls.name
@@ -17,9 +18,7 @@ DIRECTORY = Stage.controls.name
 MORE_SFT, BF16_PARTS = "more_sft", "bf16_parts"
 """Names of the controls that train. Each other control has the name of its rounding method."""
 
-_AUTO = "auto"  # the method that tries the others and keeps the best
-_BEST_FIRST = (_AUTO, "gptq", "stochastic", "nearest")
-_LORA_RATE = 10  # LoRA uses about ten times the learning rate of training whole tensors
+_BEST_FIRST = (RoundingMethod.auto, RoundingMethod.gptq, RoundingMethod.stochastic, RoundingMethod.nearest)
 _OF_METHOD = ("method", "lora", "precision", "optimizer", "stochastic_rounding")
 """Settings of `sft` that belong to its method."""
 
@@ -89,15 +88,14 @@ def controls_of(config: PipelineConfig, sft: str, *, has_mxfp4: bool) -> list[Co
 def _roundings(config: PipelineConfig, methods: list[RoundingMethod]) -> Iterator[Control]:
     """Yield PTQ of the SFT model by each method, except the main run's own."""
     for method in methods:
-        if method.name != _AUTO and method is not config.quantize.method:
+        if method not in (RoundingMethod.auto, config.quantize.method):
             its = _in_own_directory(_rounded(config, method), method.name)
             yield Control(method.name, its, (Stage.quantize,), "quantize.method is the name of the control")
 
 
 def _more_sft(config: PipelineConfig, methods: list[RoundingMethod], sft: str) -> Control:
     """Train the SFT model for as many more steps as QAT, without quantizers. Then round it by the best method."""
-    by_name = {method.name: method for method in methods}
-    best = next(by_name[name] for name in _BEST_FIRST if name in by_name)
+    best = next(method for method in _BEST_FIRST if method in methods)
     its = _in_own_directory(_rounded(config, best), MORE_SFT)
     its = replace(its, sft=_continued(config, sft))
     return Control(MORE_SFT, its, (Stage.sft, Stage.quantize), "its sft.* are the main run's qat.*")
@@ -116,7 +114,7 @@ def _continued(config: PipelineConfig, start: str) -> SftConfig:
     if qat.method is not Method.bf16_parts or sft.method is Method.bf16_parts:
         return more
     more = replace(more, **{name: getattr(sft, name) for name in _OF_METHOD})
-    return replace(more, learning_rate=qat.learning_rate * (_LORA_RATE if sft.method is Method.lora else 1))
+    return replace(more, learning_rate=convert(qat.learning_rate, qat.method, sft.method))
 
 
 def _parts(config: PipelineConfig) -> Control:
@@ -124,7 +122,8 @@ def _parts(config: PipelineConfig) -> Control:
     sft = replace(config.sft, method=Method.bf16_parts)
     if config.sft.method is Method.lora:
         precision = Precision.mixed_bf16 if sft.precision is Precision.bf16 else sft.precision
-        sft = replace(sft, learning_rate=sft.learning_rate / _LORA_RATE, precision=precision)
+        rate = convert(sft.learning_rate, config.sft.method, sft.method)
+        sft = replace(sft, learning_rate=rate, precision=precision)
     its = replace(config, sft=sft, upcast=replace(config.upcast, experts=None))
     is_rounded = not leaves_nothing_to_round(its.quantize.source, its.sft, its.format.name)
     stages = (Stage.upcast, Stage.sft, *([Stage.quantize] if is_rounded else []))
