@@ -14,9 +14,7 @@ import xxhash
 from datasets import Dataset, Features
 from datasets.exceptions import DatasetGenerationError
 
-from pipeline.runs.run import Run
-
-DIRECTORY = "data"
+from pipeline.runs.run import DATA_DIR, Run
 
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -36,7 +34,7 @@ def table(
     Raises:
         UserError: the directory cannot be written.
     """
-    directory = run.stage_dir(DIRECTORY)
+    directory = run.stage_dir(DATA_DIR)
     fingerprint = xxhash.xxh3_128_hexdigest(repr((datasets.__version__, *key, features)).encode())
     try:
         with no_progress_bars():  # `rows` shows its own progress bar

@@ -32,14 +32,11 @@ from pipeline.models import attention, loading, losses, placement, source
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
 from pipeline.runs.console import say
-from pipeline.runs.run import Run
+from pipeline.runs.run import PREDICTIONS_DIR, Run
 from pipeline.runs.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-PREDICTIONS = "predictions"
-"""Name of the run's subdirectory with the reference's predictions. The subdirectory is safe to delete."""
 
 _ASKED = tuple(f"evaluate.generation.{name}" for name in ("max_new_tokens", "temperature", "top_p", "seed"))
 _RENDERED = ("data.model_identity", "data.conversation_date")
@@ -232,7 +229,7 @@ class Measure:
         if ref.fingerprint == self._reference.fingerprint:
             return None
         made = logits.fingerprint(self._reference, self._dtype, batches)
-        directory = self._task.run.stage_dir(PREDICTIONS) / made
+        directory = self._task.run.stage_dir(PREDICTIONS_DIR) / made
         if not directory.is_dir():
             logits.record(self._load(self._reference), batches, directory)
             gc.collect()  # frees the reference model, whose modules refer to each other in cycles

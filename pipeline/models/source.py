@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.models import tiny_model
 from pipeline.runs.console import say
 from pipeline.runs.processes import is_main_process, wait_for_everyone
-from pipeline.runs.run import Run
+from pipeline.runs.run import SOURCE_DIR, Run
 
 _HUB_SIDE_FILES = ["*.json", "*.jinja", "LICENSE*", "USAGE_POLICY*", "README.md"]
 _HUB_FILES = [*_HUB_SIDE_FILES, "*.safetensors"]
@@ -88,7 +88,7 @@ def _make_tiny(run: Run, model: ModelConfig) -> Path:
         raise UserError(
             f"model.path={model.path!r}: no such synthetic model. Use {SYNTHETIC}tiny, a directory or a hub id."
         )
-    directory = run.stage_dir("source") / tiny_model.name_of(model.tiny)
+    directory = run.stage_dir(SOURCE_DIR) / tiny_model.name_of(model.tiny)
     if is_main_process() and not directory.is_dir():
         try:
             tiny_model.create_tiny(directory, model.tiny)

@@ -11,13 +11,13 @@ from pipeline.config.controls import DIRECTORY, Control, controls_of
 from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact, load
 from pipeline.runs.json_files import write_json
 from pipeline.runs.processes import is_main_process, wait_for_everyone
-from pipeline.runs.run import START, Run
+from pipeline.runs.run import DATA_DIR, PREDICTIONS_DIR, SOURCE_DIR, START, Run
 from pipeline.runs.settings import choose_settings
 
 CONTROL_FILE = "control.json"
 """File in a control's directory. It names the stage that makes the control's model."""
 
-_SHARED = ("source", "data", "predictions")  # directories of a run that belong to no stage
+_SHARED = (SOURCE_DIR, DATA_DIR, PREDICTIONS_DIR)
 
 
 @dataclass(frozen=True)

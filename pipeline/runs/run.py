@@ -16,6 +16,11 @@ from pipeline.runs.settings import Settings, choose_settings
 
 BEING_EMPTIED: dict[str, Any] = {"is_being_emptied": True, "settings": {}, "parents": {}, "data": None}
 """Contents of unfinished.json while a stage's directory is emptied. The directory then has nothing to resume."""
+SOURCE_DIR, DATA_DIR, PREDICTIONS_DIR = "source", "data", "predictions"
+"""Directories of a run that belong to no stage: a synthetic source, tables of data, and predictions of the reference.
+
+The predictions are safe to delete.
+"""
 START = "start"
 """Name of the parent that is the model in `sft.start`."""
 

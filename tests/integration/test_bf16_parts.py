@@ -13,11 +13,11 @@ from test_sharding import launch_lines
 
 from pipeline.checkpoints.gpt_oss import EXPERT_WEIGHTS, is_packed_name, other_tensors
 from pipeline.checkpoints.reading import Checkpoint
-from pipeline.data.tables import DIRECTORY
 from pipeline.models import loading, packed_experts, references
 from pipeline.runs import artifacts
 from pipeline.runs.artifacts import Kind
 from pipeline.runs.metrics import read_metrics
+from pipeline.runs.run import DATA_DIR
 
 SETTINGS = ("recipe=smoke", "train@sft=bf16_parts", *SHORT)
 
@@ -139,7 +139,7 @@ def by_two(parts_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = []
     for name, more in PROCESSES.items():
         run_dir = directory / name
-        for part in ("source", "upcast", DIRECTORY):
+        for part in ("source", "upcast", DATA_DIR):
             if (parts_run / part).exists():
                 shutil.copytree(parts_run / part, run_dir / part)
         arguments = ["stage=sft", f"run_dir={run_dir}", *SETTINGS, *more, "sft.batch_size=4"]

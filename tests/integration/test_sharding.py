@@ -15,9 +15,9 @@ from conftest import run_program
 from forks import run_processes
 from test_processes import launch, losses
 
-from pipeline.data.tables import DIRECTORY
 from pipeline.runs import artifacts
 from pipeline.runs.metrics import read_metrics
+from pipeline.runs.run import DATA_DIR
 
 ACCELERATE = (
     *("accelerate.commands.launch", "--config_file=scripts/accelerate/processes.yaml"),
@@ -119,7 +119,7 @@ class Runs:
 
 def begin(case: Case, done: Path, run_dir: Path) -> None:
     """Make a run directory with the data tables and the completed stages that come before the case's stage."""
-    for part in (*BEFORE[case.stage], DIRECTORY):
+    for part in (*BEFORE[case.stage], DATA_DIR):
         shutil.copytree(done / plain(case.recipe).name / part, run_dir / part)
 
 
