@@ -3,9 +3,11 @@
 A file whose contents are of another format is an error. The message names the format, and says how to convert the file.
 """
 
+import csv
 import json
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ KINDS = f"a {', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]} file, a folde
 """The kinds of data sets on this machine, for messages."""
 
 _HEAD_BYTES = 1 << 12
-_CSV_BLOCK = 1 << 24  # bytes; a row may not be longer
+_SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 _ONE_CONVERSATION = ("messages", "conversations")  # an object with such a list is a row, and not a list of rows
 _SPACE = re.compile(r"\s*")
 _SAME_FORMAT = {
@@ -38,6 +40,10 @@ class Unreadable:
     """Stands for a row that cannot be read. Such a row is reported together with the other bad rows."""
 
     reason: str
+
+
+class TextRow(dict[str, str | None]):
+    """A row of a CSV or TSV file. Its values are text, also if the text is a number."""
 
 
 def raise_if_other_format(key: str, path: Path) -> None:
@@ -193,67 +199,66 @@ def _rows_in(path: Path, value: Mapping[str, Any], split: str) -> list[object]:
 
 
 def _read_csv(path: Path) -> PlacedRows:
-    """Read a table with one header row. Each value is text. An empty cell is null."""
-    import pyarrow
-    from pyarrow import csv
-
-    bad: dict[int, Unreadable] = {}
-
-    def note(row: csv.InvalidRow) -> str:
-        bad[row.number - 1] = Unreadable(f"has {row.actual_columns} cells, but the header has {row.expected_columns}")
-        return "skip"
-
-    if not path.read_bytes()[:_HEAD_BYTES].strip():
-        return
-    form = csv.ParseOptions(
-        delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True, invalid_row_handler=note
-    )
+    """Read a table with one header row. Each value is text. An empty cell is null. Lines are counted from 1."""
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    csv.field_size_limit(sys.maxsize)  # the default refuses cells of more than 128 KiB
     try:
-        names = _header(path, form)
-        bad.clear()
-        as_text = csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pyarrow.string()), null_values=[""], strings_can_be_null=True
-        )
-        reading = csv.ReadOptions(use_threads=False, block_size=_CSV_BLOCK)
-        table = csv.open_csv(path, read_options=reading, parse_options=form, convert_options=as_text)
-        yield from _number_with_bad((row for batch in table for row in batch.to_pylist()), str(path), bad)
-    except (pyarrow.ArrowInvalid, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not a readable CSV file in UTF-8 ({error}).") from error
+        # newline="" leaves line breaks in cells as they are. utf-8-sig drops the byte order mark that Excel writes.
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = _csv_lines(path, csv.reader(file, delimiter=separator, strict=True))
+            _, names = next(lines, (0, []))
+            _check_header(path, names, separator)
+            for number, (line, cells) in enumerate(lines, 1):
+                row = TextRow(zip(names, (cell or None for cell in cells), strict=False))
+                is_whole = len(cells) == len(names)
+                yield f"{path}: row {number} (line {line})", row if is_whole else _wrong_count(cells, names, separator)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not in UTF-8 ({error}). Save the file in UTF-8.") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
 
 
-def _header(path: Path, form: Any) -> list[str]:
-    """Return the names of the columns of a CSV or TSV file.
+def _csv_lines(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """Yield (number of the first line, cells) for each row that is not an empty line.
+
+    Raises:
+        UserError: the last quoted cell is not closed, or text follows a closing quote.
+    """
+    first = 1
+    try:
+        for cells in reader:
+            if cells:
+                yield first, cells
+            first = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{path}: the row that begins in line {first} has a wrong quote ({error}, line {reader.line_num}). Put"
+            ' quotes around a cell that begins with a quote, and double each quote in it, as in """Yes"", she said".'
+        ) from error
+
+
+def _wrong_count(cells: list[str], names: list[str], separator: str) -> Unreadable:
+    return Unreadable(
+        f"has {len(cells)} cells, but the header has {len(names)}. Put quotes around cells that contain"
+        f" {_SEPARATORS[separator]} or line breaks"
+    )
+
+
+def _check_header(path: Path, names: list[str], separator: str) -> None:
+    """Check the names of the columns of a CSV or TSV file.
 
     Raises:
         UserError: two columns have the same name, or the file has another separator.
     """
-    from pyarrow import csv
-
-    names = list(csv.open_csv(path, parse_options=form).schema.names)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"{path}: the header has the column {twice[0]!r} twice. Rename one of them.")
-    others = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
-    separator = next((sign for sign in others if sign in names[0] and sign != form.delimiter), None)
-    if len(names) == 1 and separator is not None:
+    other = next((sign for sign in _SEPARATORS if sign in "".join(names) and sign != separator), None)
+    if len(names) == 1 and other is not None:
         raise UserError(
             f"{path}: the header has only the column {names[0]!r}. The columns of a {path.suffix} file are separated by"
-            f" {others[form.delimiter]}, not by {others[separator]}."
+            f" {_SEPARATORS[separator]}, not by {_SEPARATORS[other]}."
         )
-    return names
-
-
-def _number_with_bad(rows: Iterator[object], where: str, bad: dict[int, Unreadable]) -> PlacedRows:
-    """Number the rows. The rows in `bad` are missing in `rows`, and are put in. `bad` grows while `rows` are read."""
-    number = 1
-    for row in rows:
-        while number in bad:
-            yield f"{where}: row {number}", bad.pop(number)
-            number += 1
-        yield f"{where}: row {number}", row
-        number += 1
-    for number in sorted(bad):
-        yield f"{where}: row {number}", bad[number]
 
 
 def _read_parquet(path: Path) -> PlacedRows:

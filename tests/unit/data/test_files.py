@@ -2,7 +2,10 @@
 
 import gzip
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -10,6 +13,7 @@ import pyarrow.parquet
 import pytest
 from data_files import ROWS, conversations, jsonl, load_error, parquet
 
+import pipeline
 from pipeline.config import ColumnsConfig
 
 PAIRS = ColumnsConfig(messages=None, prompt="prompt", completion="completion")
@@ -100,13 +104,52 @@ def test_cells_are_text_as_it_stands_in_the_file(name: str, text: str) -> None:
 def test_rows_of_a_csv_file_with_too_many_or_too_few_cells_are_named() -> None:
     path = written("rows.csv", "prompt,completion\na,b\nonly\nc,d\n1,2,3\n,e\n")
     assert load_error(path, columns=PAIRS).splitlines()[1:] == [
-        "  - rows.csv: 2 rows (2 and 4) have … cells, but the header has 2.",
-        "  - rows.csv: row 5: has nothing in 'prompt'.",
+        "  - rows.csv: 2 rows (2 (line 3) and 4 (line 5)) have … cells, but the header has 2. Put quotes around cells"
+        " that contain commas or line breaks.",
+        "  - rows.csv: row 5 (line 6): has nothing in 'prompt'.",
     ]
 
 
 def test_a_row_that_is_broken_at_the_end_of_a_csv_file_is_named() -> None:
-    assert load_error(written("rows.csv", "prompt,completion\na,b\nc\n"), columns=PAIRS).startswith("rows.csv: row 2: ")
+    assert load_error(written("rows.csv", "prompt,completion\na,b\nc\n"), columns=PAIRS).startswith(
+        "rows.csv: row 2 (line 3): has 1 cells"
+    )
+
+
+def test_a_broken_row_of_a_csv_file_is_named_also_on_several_cores() -> None:
+    written("rows.csv", "prompt,completion\na,b\nonly\n")
+    code = "from pathlib import Path; from pipeline.data.files import read_file;"
+    code += " print([row[1] for row in read_file(Path('rows.csv'), 'train')][1].reason)"
+    environment = {**os.environ, "OMP_NUM_THREADS": "4", "PYTHONPATH": str(Path(pipeline.__file__).parents[1])}
+    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert printed.stdout.startswith("has 1 cells, but the header has 2.")
+
+
+def test_a_broken_row_of_a_csv_file_is_named_with_its_line_after_cells_of_several_lines() -> None:
+    path = written("rows.csv", 'prompt,completion\n"a\nb",c\n\n"d\n\ne",f\nonly\n')
+    assert load_error(path, columns=PAIRS).startswith("rows.csv: row 3 (line 8): has 1 cells")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        (
+            "rows.csv",
+            'prompt,completion\na,b\nc,"d\ne,f\n',
+            "line 3 has a wrong quote (unexpected end of data, line 4)",
+        ),
+        ("rows.csv", 'prompt,completion\n"a,b\n"c",d\n', "line 2 has a wrong quote (',' expected after '\"', line 3)"),
+        ("rows.tsv", 'prompt\tcompletion\n"a" b\tc\n', "line 2 has a wrong quote ("),
+    ],
+)
+def test_a_quote_that_is_not_closed_or_not_doubled_is_refused(name: str, text: str, place: str) -> None:
+    message = load_error(written(name, text), columns=PAIRS)
+    assert message.startswith(f"{name}: the row that begins in {place}") and "double each quote" in message
+
+
+def test_a_cell_may_be_long() -> None:
+    long = "x" * (1 << 18)
+    assert pairs(written("rows.csv", f"prompt,completion\na,{long}\n")) == [("a", long)]
 
 
 @pytest.mark.parametrize(
@@ -115,8 +158,8 @@ def test_a_row_that_is_broken_at_the_end_of_a_csv_file_is_named() -> None:
         ("prompt;completion\na;b\n", "are separated by commas, not by semicolons."),
         ("prompt\tcompletion\na\tb\n", "are separated by commas, not by tabs."),
         ("prompt,prompt\na,b\n", "the header has the column 'prompt' twice."),
-        (b"prompt,completion\n\xff,b\n", "not a readable CSV file in UTF-8"),
-        ("prompt,completion\na,b\n".encode("utf-16"), "not a readable CSV file in UTF-8"),
+        (b"prompt,completion\n\xff,b\n", "not in UTF-8"),
+        ("prompt,completion\na,b\n".encode("utf-16"), "not in UTF-8"),
     ],
 )
 def test_a_csv_file_of_another_form_is_refused(text: str | bytes, reason: str) -> None:
@@ -131,7 +174,7 @@ def test_a_csv_file_without_rows_is_an_empty_data_set(text: str) -> None:
 
 def test_messages_that_are_not_json_are_refused() -> None:
     message = load_error(written("rows.csv", "messages\n\"[{'role': 'user'}]\"\n"))
-    assert message.startswith("rows.csv: row 1: 'messages' is text, but not a list of messages in JSON (")
+    assert message.startswith("rows.csv: row 1 (line 2): 'messages' is text, but not a list of messages in JSON (")
 
 
 # --- other formats ---------------------------------------------------------------------------------------------------
