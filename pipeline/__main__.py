@@ -164,10 +164,10 @@ def _run_jobs(arguments: list[str]) -> int:
     found = command_line.problems(arguments, FOLDERS)
     if found:
         raise user_errors(found)
-    total, swept = command_line.sweep_jobs(arguments)
-    register()
-    sys.argv[1:] = command_line.name_jobs(arguments)
     try:
+        total, swept = command_line.sweep_jobs(arguments)
+        register()
+        sys.argv[1:] = command_line.name_jobs(arguments)
         hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")(run_job)()
     except HydraException as error:
         return _report(error, 2)

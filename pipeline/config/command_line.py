@@ -116,7 +116,9 @@ def _explain(argument: str) -> str:
 
 def _override_problems(override: "Override", known: DictConfig, folders: Folders) -> list[str]:
     name = override.key_or_group + (f"@{override.package}" if override.package else "")
-    values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
+    values = _values(override)
+    if not values:
+        return [f"{override.input_line}: does not list values for a sweep. Write them out, as in {name}=<one>,<other>."]
     if name in GROUPS or name == "train":
         choices = folders.choices(name)
         if name == "train":
@@ -131,6 +133,18 @@ def _override_problems(override: "Override", known: DictConfig, folders: Folders
     if override.is_delete():
         return []
     return [problem for value in values if (problem := value_problem(known, name, value))]
+
+
+def _values(override: "Override") -> list[object]:
+    """Return the values of an override. An interval, a glob or an empty range has none that can be listed."""
+    from hydra.errors import HydraException
+
+    if not override.is_sweep_override():
+        return [override.value()]
+    try:
+        return list(override.sweep_string_iterator())
+    except (HydraException, ValueError):  # ValueError: the step of a range is 0
+        return []
 
 
 def _has_config_dir() -> bool:

@@ -173,3 +173,21 @@ def test_a_shared_stage_is_up_to_date_and_is_not_made_again(base: Path, tmp_path
     assert json.loads((base / "sft" / "artifact.json").read_text())["fingerprint"] == "sft"
     assert f"[sft] up to date: {base}/sft" in capsys.readouterr().out
     assert not (tmp_path / "job").exists()
+
+
+@pytest.mark.parametrize(
+    "sweep",
+    ["sft.learning_rate=interval(1e-5,1e-4)", "format=glob(*)", "sft.max_steps=range(1,9,0)", "sft.seed=range(1,1)"],
+)
+def test_a_sweep_without_listed_values_ends_with_one_message(sweep: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_program("-m", "stage=sft", "recipe=smoke", sweep) == 2
+    key = sweep.partition("=")[0]
+    message = f"error: {sweep}: does not list values for a sweep. Write them out, as in {key}=<one>,<other>.\n"
+    assert capsys.readouterr().err == message
+
+
+def test_a_sweep_of_a_hydra_setting_without_listed_values_ends_with_one_message(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_program("-m", "stage=sft", "recipe=smoke", "hydra.job.num=interval(1,2)") == 2
+    assert capsys.readouterr().err.startswith("error: Can only enumerate CHOICE and RANGE sweeps")
