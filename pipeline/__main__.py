@@ -119,7 +119,8 @@ def status(arguments: list[str]) -> int:
     """Run the command in `arguments`, which must equal sys.argv[1:], and return the exit status."""
     try:
         if not arguments:
-            print(help.START, file=sys.stderr)
+            if is_main_process():
+                print(help.START, file=sys.stderr)
             return UserError.exit_status  # a script must not take a forgotten stage for success
         if (text := _answer(arguments)) is not None:
             console.show_page(text)

@@ -31,6 +31,8 @@ def warn(stage: str, message: str) -> None:
 
 def show_page(text: str) -> None:
     """Print a text. On a terminal, a text that is longer than the window is shown in the user's pager."""
+    if not is_main_process():
+        return
     if sys.stdout.isatty() and text.count("\n") >= os.get_terminal_size().lines:
         from pydoc import pager
 
