@@ -5,9 +5,11 @@ To add a data set, add a file to conf/data/. No change to this module is needed.
 
 import json
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from pipeline.config import ColumnsConfig, DataConfig
 from pipeline.data import forms
+from pipeline.data.files import TextRow
 from pipeline.data.harmony import ROLES, ConversationError
 from pipeline.errors import did_you_mean
 
@@ -63,7 +65,7 @@ class Columns:
             ConversationError: a column that every row needs is missing, or is not text.
         """
         found = {column: self._find(row, column) for column in self._data.filter}
-        if any(found[column] not in values for column, values in self._data.filter.items()):
+        if not all(_is_among(found[column], values, row) for column, values in self._data.filter.items()):
             return None
         self._kept_one = True
         columns = {name: column for name, column in vars(self._data.columns).items() if name not in _MESSAGE_KEYS}
@@ -234,6 +236,25 @@ class Columns:
                 f" '{self._key}.roles={{{name}: {meant}}}'"
             )
         return role
+
+
+def _is_among(found: object, values: list[Any], row: Mapping[str, object]) -> bool:
+    """Return whether a value of the row is one of `values`. A cell of a CSV or TSV file matches also as a number."""
+    if found in values:
+        return True
+    return isinstance(row, TextRow) and isinstance(found, str) and any(_is_text_of(found, value) for value in values)
+
+
+def _is_text_of(text: str, value: object) -> bool:
+    """Return whether a text writes a number or a truth value: 1.50 for 1.5, True for true."""
+    if not isinstance(value, int | float):
+        return False
+    if isinstance(value, bool) or text == str(value):
+        return text.lower() == str(value).lower()
+    try:
+        return float(text) == value
+    except ValueError:
+        return False
 
 
 def _has_instructions(messages: object) -> bool:

@@ -147,6 +147,32 @@ def test_a_quote_that_is_not_closed_or_not_doubled_is_refused(name: str, text: s
     assert message.startswith(f"{name}: the row that begins in {place}") and "double each quote" in message
 
 
+@pytest.mark.parametrize(
+    ("cell", "wanted", "is_kept"),
+    [
+        ("1", 1, True),
+        ("1.50", 1.5, True),
+        ("True", True, True),
+        ("12345678901234567891", 12345678901234567891, True),
+        ("a", "a", True),
+        ("", None, True),
+        ("1", True, False),
+        ("10", 1, False),
+        ("one", 1, False),
+        ("1.50", "1.5", False),
+    ],
+)
+def test_a_filter_matches_cells_that_are_numbers(cell: str, wanted: object, is_kept: bool) -> None:
+    path = written("rows.csv", f"prompt,completion,label\na,b,other\nc,d,{cell}\n")
+    found = conversations(path, columns=PAIRS, filter={"label": [wanted, "other"]})
+    assert len(found) == 1 + is_kept
+
+
+def test_a_filter_does_not_take_the_text_of_a_json_row_for_a_number() -> None:
+    path = jsonl(Path("rows.jsonl"), [{**ROWS[0], "label": "1"}, {**ROWS[1], "label": 1}])
+    assert len(conversations(path, filter={"label": [1]})) == 1
+
+
 def test_a_cell_may_be_long() -> None:
     long = "x" * (1 << 18)
     assert pairs(written("rows.csv", f"prompt,completion\na,{long}\n")) == [("a", long)]
