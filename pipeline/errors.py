@@ -12,7 +12,7 @@ MOST_PROBLEMS = 8
 """Number of problems that a long list shows. The rest are counted."""
 
 _MOST_PLACES = 3  # rows that are named of a group with the same problem
-_NUMBER = re.compile(r"\d+|…")
+_NUMBER = re.compile(r"\d+")
 _PLURALS = {"has": " have", "begins": " begin", "is": ": each is"}
 
 
@@ -54,14 +54,14 @@ def prefixed(error: UserError | CheckFailed | MachineError, prefix: str) -> Exce
 class RowProblems:
     """Collects the problems of rows, and groups equal ones. Each group has a count and its first rows.
 
-    There may be more bad rows than memory can hold, so only the first groups are kept. Numbers in a reason, such as
-    the index of a message, do not make another group.
+    There may be more bad rows than memory can hold, so only the first groups are kept. All other rows are one group.
+    Numbers in a reason, such as the index of a message, do not make another group.
     """
 
     def __init__(self, most: int = MOST_PROBLEMS) -> None:
         self._most = most
         self._groups: dict[str, _Group] = {}
-        self._others = 0
+        self._others: _Group | None = None
 
     def add(self, where: str, reason: str) -> None:
         """Add the problem of a row.
@@ -76,32 +76,37 @@ class RowProblems:
             self._groups[key].add(where, reason)
         elif len(self._groups) < self._most:
             self._groups[key] = _Group(reason, [where])
+        elif self._others is None:
+            self._others = _Group(reason, [where], kind="other")
         else:
-            self._others += 1
+            self._others.add(where, reason)
 
     def raise_if_any(self) -> None:
         """Raise one UserError that reports all groups together, one line for each."""
-        lines = [str(group) for group in self._groups.values()]
-        if self._others:
-            lines.append(f"{_rows(self._others)} with other problems")
+        groups = [*self._groups.values(), *([] if self._others is None else [self._others])]
+        lines = [str(group) for group in groups]
         if lines:
             raise _together(lines, len(lines))
 
 
 @dataclass
 class _Group:
-    """Rows with the same problem. `places` has the first few, `count` is the number of all."""
+    """Rows with the same problem, or with problems of one kind. `reason` is the problem of the first row.
+
+    `places` has the first few rows, and `count` is the number of all.
+    """
 
     reason: str
     places: list[str]
     count: int = 1
     is_one_file: bool = True
+    has_one_reason: bool = True
+    kind: str = "similar"
 
     def add(self, where: str, reason: str) -> None:
         self.count += 1
         self.is_one_file = self.is_one_file and _split_place(where)[0] == _split_place(self.places[0])[0]
-        numbers = iter(_NUMBER.findall(reason))
-        self.reason = _NUMBER.sub(lambda found: found[0] if found[0] == next(numbers) else "…", self.reason)
+        self.has_one_reason = self.has_one_reason and reason == self.reason
         if len(self.places) < _MOST_PLACES:
             self.places.append(where)
 
@@ -112,19 +117,17 @@ class _Group:
         places = [_split_place(where)[1] for where in self.places] if self.is_one_file else self.places
         rest = self.count - len(places)
         shown = f"{', '.join(places)} and {rest} more" if rest else f"{', '.join(places[:-1])} and {places[-1]}"
+        rows = f"{f'{file}: ' if self.is_one_file and file else ''}{self.count} rows ({shown})"
+        if not self.has_one_reason:
+            return f"{rows} have {self.kind} problems. The first: {self.reason}."
         verb, _, others = self.reason.partition(" ")
-        plural = f"{_PLURALS[verb]} {others}" if verb in _PLURALS else f": {self.reason}"
-        return f"{f'{file}: ' if self.is_one_file and file else ''}{_rows(self.count)} ({shown}){plural}."
+        return f"{rows}{_PLURALS[verb]} {others}." if verb in _PLURALS else f"{rows}: {self.reason}."
 
 
 def _split_place(where: str) -> tuple[str, str]:
     """Split `chats.jsonl: row 3` into the file and the number. The file is empty if `where` has another form."""
     file, _, number = where.rpartition(": row ")
     return file, number
-
-
-def _rows(count: int) -> str:
-    return "1 row" if count == 1 else f"{count} rows"
 
 
 def at_most(problems: list[str], most: int = MOST_PROBLEMS) -> list[str]:

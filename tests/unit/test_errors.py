@@ -93,10 +93,16 @@ def test_rows_of_several_files_are_named_with_their_files() -> None:
 
 def test_problems_that_differ_only_in_numbers_are_one_group() -> None:
     rows = [(f"a.jsonl: row {i}", f"has {i} cells, but the header has 2") for i in (3, 4, 4)]
-    assert grouped(*rows) == "a.jsonl: 3 rows (3, 4 and 4) have … cells, but the header has 2."
+    expected = "a.jsonl: 3 rows (3, 4 and 4) have similar problems. The first: has 3 cells, but the header has 2."
+    assert grouped(*rows) == expected
 
 
-def test_different_problems_are_listed_and_the_rest_is_counted() -> None:
+def test_a_number_that_is_the_same_in_all_rows_stays() -> None:
+    rows = [(f"a.jsonl: row {i}", "has 3 cells, but the header has 2") for i in (3, 4)]
+    assert grouped(*rows) == "a.jsonl: 2 rows (3 and 4) have 3 cells, but the header has 2."
+
+
+def test_different_problems_are_listed_and_the_rest_is_counted_with_its_first_rows() -> None:
     rows = [(f"a.jsonl: row {i}", f"has no {name}") for i, name in enumerate("abcb", 1)]
     assert grouped(*rows).splitlines() == [
         "3 problems:",
@@ -107,8 +113,9 @@ def test_different_problems_are_listed_and_the_rest_is_counted() -> None:
     assert grouped(*rows, most=1).splitlines() == [
         "2 problems:",
         "  - a.jsonl: row 1: has no a.",
-        "  - 3 rows with other problems",
+        "  - a.jsonl: 3 rows (2, 3 and 4) have other problems. The first: has no b.",
     ]
+    assert grouped(*rows[:2], most=1).splitlines()[-1] == "  - a.jsonl: row 2: has no b."
 
 
 def test_no_bad_rows_raise_nothing() -> None:

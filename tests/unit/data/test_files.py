@@ -104,8 +104,8 @@ def test_cells_are_text_as_it_stands_in_the_file(name: str, text: str) -> None:
 def test_rows_of_a_csv_file_with_too_many_or_too_few_cells_are_named() -> None:
     path = written("rows.csv", "prompt,completion\na,b\nonly\nc,d\n1,2,3\n,e\n")
     assert load_error(path, columns=PAIRS).splitlines()[1:] == [
-        "  - rows.csv: 2 rows (2 (line 3) and 4 (line 5)) have … cells, but the header has 2. Put quotes around cells"
-        " that contain commas or line breaks.",
+        "  - rows.csv: 2 rows (2 (line 3) and 4 (line 5)) have similar problems. The first: has 1 cells, but the header"
+        " has 2. Put quotes around cells that contain commas or line breaks.",
         "  - rows.csv: row 5 (line 6): has nothing in 'prompt'.",
     ]
 
