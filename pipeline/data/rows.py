@@ -87,7 +87,8 @@ class Rows:
         prompts: hash of each conversation's prompt. Equal prompts have equal hashes, see `prompts.normalized`.
         parts: one pair (data set, number of conversations) for each part of the blend. A single data set is one part.
         validation: number of conversations in the data set for validation, or 0 if there is none.
-        fingerprint: hash of the contents of all conversations, and of what decides which of them validate.
+        fingerprint: hash of the contents of all conversations, and of what decides which of them train
+            and validate.
     """
 
     conversations: Conversations
@@ -128,15 +129,20 @@ def read_rows(run: Run, sources: list[Source]) -> Rows:
     found_prompts = np.concatenate([column_of(table, "prompt") for table in kept])
     parts = [(source, len(table)) for source, table in zip(sources, kept, strict=True) if not source.validates]
     validation = len(found_prompts) - sum(count for _, count in parts)
-    fingerprint = _hash(kept, found_prompts, validation)
+    fingerprint = _hash(kept, found_prompts, [count for _, count in parts], validation)
     return Rows(Conversations(concatenate_datasets(kept)), found_prompts, parts, validation, fingerprint)
 
 
-def _hash(kept: list[Dataset], of_prompts: Numbers, validation: int) -> str:
-    """Hash the contents of all rows, and what decides which of them validate, except for the settings."""
+def _hash(kept: list[Dataset], of_prompts: Numbers, lengths: list[int], validation: int) -> str:
+    """Hash the contents of all rows, and what decides which of them train and validate, except for the settings.
+
+    `lengths` has the number of rows of each part of a blend. The weights apply to these parts.
+    """
     digest = xxhash.xxh3_128()
     for table in kept:
         digest.update(column_of(table, "identity").tobytes())
+    if len(lengths) > 1:
+        digest.update(f"a blend of {lengths} rows".encode())
     if validation:
         digest.update(f"the last {validation} rows validate".encode())
     elif len(np.unique(of_prompts)) < len(of_prompts):

@@ -108,3 +108,15 @@ def test_a_part_of_less_than_one_row_is_refused(two_files: tuple[str, str], toke
     parts = blend(BlendPartConfig(two_files[0], 1000), BlendPartConfig(two_files[1], 1, columns=PAIR))
     message = prepare_error(tokenizer, None, blend=parts)
     assert message.startswith("data.blend[1].weight=1: this part would get none of the 100 rows.")
+
+
+def test_the_fingerprint_changes_with_the_borders_between_the_parts(tmp_path: Path) -> None:
+    rows = numbered_rows(10)
+    found = set()
+    for border in (4, 5):
+        halves = (
+            jsonl(tmp_path / f"a{border}.jsonl", rows[:border]),
+            jsonl(tmp_path / f"b{border}.jsonl", rows[border:]),
+        )
+        found.add(load(config_of(None, blend=blend(*(BlendPartConfig(str(half), 1) for half in halves)))).fingerprint)
+    assert len(found) == 2

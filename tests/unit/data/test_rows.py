@@ -363,6 +363,11 @@ def test_the_fingerprint_depends_on_the_contents_and_not_on_the_name(tmp_path: P
     assert load(config_of(first)).fingerprint == load(config_of(second)).fingerprint
 
 
+def test_the_fingerprint_of_a_data_set_stays_so_that_finished_stages_stay_up_to_date(tmp_path: Path) -> None:
+    found = load(config_of(jsonl(tmp_path / "a.jsonl", ROWS)))
+    assert found.fingerprint == "0e7ce2a119762b728f149aade9ccbfaf"
+
+
 def test_the_fingerprint_does_not_depend_on_the_order_of_keys(tmp_path: Path) -> None:
     turned = [{"id": 1, **row} for row in ROWS]
     first = load(config_of(jsonl(tmp_path / "first.jsonl", turned)))
