@@ -59,7 +59,7 @@ class DataPartConfig:
     """A data set beside or inside `data`. A setting that is null has the value of the same setting in `data`."""
 
     revision: Optional[str] = None
-    """As data.revision."""
+    """As data.revision. null: data.revision if the path is data.path, else the newest revision."""
     split: Optional[str] = None
     """As data.split."""
     streaming: Optional[bool] = None

@@ -29,7 +29,8 @@ class Source:
 
     Attributes:
         key: key of the data set's settings, for messages. Examples: `data`, `data.blend[0]`.
-        data: settings of the data set. For a part of a blend, unset settings are inherited from `data`.
+        data: settings of the data set. Unset settings of a part or of `data.validation` are inherited from `data`. The
+            revision is inherited only with the path, because another repository does not have it.
         weight: share of the blend, relative to the weights of the other parts.
         reasoning_effort: default for the rows of this part. None means the default of `data`.
         reasoning_language: default for the rows of this part. None means the default of `data`.
@@ -68,10 +69,14 @@ def data_sources(data: DataConfig) -> list[Source]:
     """List the data sets that the configuration names. A data set for validation is the last one.
 
     Raises:
-        UserError: the configuration names no data set.
+        UserError: the configuration names no data set, or a revision for a whole blend.
     """
     if data.path is None and not data.blend:
         raise UserError("data.path: is not set. Give data.path=<file, folder or hub id>, or choose a recipe.")
+    if data.blend and data.revision is not None:
+        raise UserError(
+            f"data.revision={data.revision!r}: belongs to data.path. Set the revision in the parts of data.blend."
+        )
     found = [_part(f"data.blend[{i}]", data, part.path, part, part.weight) for i, part in enumerate(data.blend)]
     found = found or [Source("data", data)]
     if data.validation.is_set:
@@ -118,6 +123,7 @@ def open_rows(source: Source) -> Opened:
 def _part(key: str, data: DataConfig, path: str, part: DataPartConfig, weight: float = 1.0) -> Source:
     names = ("revision", "split", "streaming", "columns", "roles", "filter")
     own = {name: value for name in names if (value := getattr(part, name)) is not None}
+    own.setdefault("revision", data.revision if path == data.path else None)
     effort = part.reasoning_effort.name if part.reasoning_effort is not None else None
     settings = replace(data, path=path, blend=[], validation=ValidationConfig(), **own)
     return Source(key, settings, weight, effort, part.reasoning_language)

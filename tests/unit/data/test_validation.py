@@ -18,8 +18,17 @@ from data_files import (
     prepare_error,
 )
 
-from pipeline.config import BlendPartConfig, ColumnsConfig, EvaluateConfig, ReasoningEffort, ValidationConfig
+from pipeline.config import (
+    BlendPartConfig,
+    ColumnsConfig,
+    DataConfig,
+    EvaluateConfig,
+    ReasoningEffort,
+    ValidationConfig,
+)
 from pipeline.data.examples import split_rows
+from pipeline.data.sources import data_sources
+from pipeline.errors import UserError
 from pipeline.evaluate import groups
 from pipeline.evaluate.generation import prompts
 from pipeline.runs.run import Run
@@ -163,3 +172,24 @@ def test_scorers_and_groups_need_their_columns_in_the_validation_rows_alone(trai
     numbers = [int(json.loads(json.dumps(row.messages))[0]["content"].split()[1].strip(".")) for row in validation]
     found = groups.group_examples(run, config.data, "topic", rows=rows, numbers=numbers)  # type: ignore[arg-type]
     assert found == [f"t{number % 2}" for number in numbers]
+
+
+def revisions(data: DataConfig) -> list[str | None]:
+    return [source.data.revision for source in data_sources(data)]
+
+
+def test_validation_rows_of_another_path_do_not_take_the_revision_of_the_training_rows() -> None:
+    def with_own(**settings: Any) -> DataConfig:
+        return DataConfig(path="owner/name", revision="v2", validation=ValidationConfig(**settings))
+
+    assert revisions(with_own(path="owner/other")) == ["v2", None]
+    assert revisions(with_own(path="owner/other", revision="v3")) == ["v2", "v3"]
+    assert revisions(with_own(split="test")) == ["v2", "v2"]
+    assert revisions(with_own(path="owner/name", split="test")) == ["v2", "v2"]
+
+
+def test_a_revision_for_a_whole_blend_is_refused() -> None:
+    parts = [BlendPartConfig("owner/a", 1, revision="v1"), BlendPartConfig("owner/b", 1)]
+    assert revisions(DataConfig(blend=parts)) == ["v1", None]
+    with pytest.raises(UserError, match=r"data\.revision='v2': belongs to data\.path"):
+        data_sources(DataConfig(revision="v2", blend=parts))
