@@ -25,6 +25,15 @@ KINDS = f"a {', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]} file, a folde
 _HEAD_BYTES = 1 << 12
 _SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 _ONE_CONVERSATION = ("messages", "conversations")  # an object with such a list is a row, and not a list of rows
+_ROW_LISTS = ("data", "rows", "examples", "samples", "records", "instances", "items")  # usual names of a list of rows
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Split -> words in the names of its files and lists, as in the library `datasets`."""
+SPLIT_OF = {word: split for split, words in _SPLIT_NAMES.items() for word in words}
+"""Word -> the split that it names."""
 _SPACE = re.compile(r"\s*")
 _SAME_FORMAT = {
     **dict.fromkeys((".ndjson", ".jsonlines", ".jl"), ".jsonl"),
@@ -188,14 +197,33 @@ def _skip_space(text: str, position: int) -> int:
 
 
 def _rows_in(path: Path, value: Mapping[str, Any], split: str) -> list[object]:
-    """Return the only list of objects in a JSON object, or the one named `split`. Otherwise the object is a row."""
+    """Return the rows in a JSON object: its list for `split`, or its only list. Without lists, the object is a row.
+
+    Raises:
+        UserError: the lists belong to other splits, or it is unclear whether the object is a row with a list.
+    """
     lists = {name: found for name, found in value.items() if isinstance(found, list) and found}
     lists = {name: found for name, found in lists.items() if all(isinstance(row, dict) for row in found)}
     if not lists or set(lists) & set(_ONE_CONVERSATION):
         return [value]
-    if len(lists) > 1 and split not in lists:
+    is_text = any(isinstance(found, str) for name, found in value.items() if name not in lists)
+    if split in lists:
+        return lists[split]
+    if is_text and list(lists) == ["tools"]:
+        return [value]
+    chosen = [name for name in lists if SPLIT_OF.get(name) == SPLIT_OF.get(split, split)]
+    if len(lists) == 1 and not set(lists) & set(SPLIT_OF):
+        chosen = [name for name in lists if name in _ROW_LISTS or not is_text]
+        if not chosen:
+            raise UserError(
+                f"{path}: holds one object with text and the list {', '.join(lists)}. If the list holds the rows,"
+                f" rename the list to {split}. If the object is one row, put it in brackets: [{{…}}]."
+            )
+    if len(chosen) != 1:
+        if len(lists) == 1:
+            raise UserError(f"{path}: holds the list {', '.join(lists)}, which is not the split {split!r}.")
         raise UserError(f"{path}: holds the lists {', '.join(lists)}, and none of them is the split {split!r}.")
-    return lists[split] if split in lists else next(iter(lists.values()))
+    return lists[chosen[0]]
 
 
 def _read_csv(path: Path) -> PlacedRows:

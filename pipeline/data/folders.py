@@ -4,19 +4,12 @@ import re
 from pathlib import Path
 
 from pipeline.config.hub_ids import DATA_SUFFIXES
-from pipeline.data.files import KINDS
+from pipeline.data.files import KINDS, SPLIT_OF
 from pipeline.errors import UserError
 from pipeline.runs.console import say, warn
 
 _TOGETHER = (".jsonl", ".parquet")  # files of these two formats are read together
 _NO_ROWS = ("dataset_infos.json",)  # describes a data set on the Hub
-_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-"""Split -> words in the names of its files, as in the library `datasets`."""
-_SPLIT_OF = {word: split for split, words in _NAMES.items() for word in words}
 _SHOWN = 5
 
 
@@ -54,7 +47,7 @@ def _of_split(key: str, folder: Path, split: str, files: list[Path]) -> list[Pat
     named = {path: found for path in files if (found := _split_in(path.stem)) is not None}
     if not named:
         return files
-    wanted = _SPLIT_OF.get(split, split)
+    wanted = SPLIT_OF.get(split, split)
     chosen = [path for path in files if named.get(path, "train") == wanted]
     if not chosen:
         splits = sorted({named.get(path, "train") for path in files})
@@ -69,7 +62,7 @@ def _of_split(key: str, folder: Path, split: str, files: list[Path]) -> list[Pat
 
 def _split_in(name: str) -> str | None:
     """Return the split that a file name contains as a word, or None."""
-    return next((_SPLIT_OF[word] for word in re.split("[^a-z]+", name.lower()) if word in _SPLIT_OF), None)
+    return next((SPLIT_OF[word] for word in re.split("[^a-z]+", name.lower()) if word in SPLIT_OF), None)
 
 
 def _advice(key: str, folder: Path) -> str:

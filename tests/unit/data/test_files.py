@@ -65,6 +65,29 @@ def test_a_list_of_a_json_object_is_chosen_by_the_split() -> None:
     assert message == "rows.json: holds the lists train, test, and none of them is the split 'dev'."
 
 
+def test_a_list_of_another_split_in_a_json_object_is_not_read() -> None:
+    path = written("rows.json", json.dumps({"test": ROWS}))
+    assert load_error(path) == "rows.json: holds the list test, which is not the split 'train'."
+    for name, split in (("training", "train"), ("test", "test"), ("data", "test"), ("chats", "train")):
+        assert len(conversations(written("rows.json", json.dumps({name: ROWS})), split=split)) == len(ROWS)
+
+
+PAIR = {"prompt": "a", "completion": "b"}
+FUNCTION = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+
+
+def test_tools_in_a_json_object_with_text_belong_to_its_row() -> None:
+    (row,) = conversations(written("rows.json", json.dumps({**PAIR, "tools": [FUNCTION]})), columns=PAIRS)
+    assert row.tools == [FUNCTION]
+
+
+def test_another_list_in_a_json_object_with_text_is_refused() -> None:
+    message = load_error(written("rows.json", json.dumps({**PAIR, "sources": [{"url": "c"}]})), columns=PAIRS)
+    assert message.startswith("rows.json: holds one object with text and the list sources. If the list holds the rows,")
+    assert pairs(written("rows.json", json.dumps([{**PAIR, "sources": [{"url": "c"}]}]))) == [("a", "b")]
+    assert pairs(written("rows.json", json.dumps({"version": "v2", "data": [PAIR]}))) == [("a", "b")]
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
