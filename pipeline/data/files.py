@@ -5,11 +5,13 @@ A file whose contents are of another format is an error. The message names the f
 
 import csv
 import json
+import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +96,12 @@ def _describe_binary(path: Path, suffix: str, head: bytes) -> str | None:
     """Describe a file of a binary format, except for a Parquet file with the right name."""
     quoted = shlex.quote(str(path))
     if head.startswith(b"PAR1") and suffix != ".parquet":
-        return f"holds Parquet. Rename it: mv {quoted} {shlex.quote(str(path.with_suffix('.parquet')))}"
+        return f"holds Parquet. Rename it: mv {quoted} {_free(path.with_suffix('.parquet'))}"
     for start, program in _COMPRESSED.items():
         if head.startswith(start):
             is_named = suffix not in DATA_SUFFIXES and Path(path.stem).suffix.lower() in DATA_SUFFIXES
             target = path.with_suffix("") if is_named else path.with_name(f"unpacked-{path.name}")
-            return f"is compressed with {program}. Unpack it: {program} -dc {quoted} > {shlex.quote(str(target))}"
+            return f"is compressed with {program}. Unpack it: {program} -dc {quoted} > {_free(target)}"
     if head.startswith(b"PK\x03\x04"):
         if suffix.startswith(".xls"):
             return "is an Excel file. Save it as CSV (UTF-8) in Excel, and give that file."
@@ -114,7 +116,7 @@ def _describe_text(path: Path, suffix: str, head: bytes) -> str | None:
     quoted = shlex.quote(str(path))
     if suffix in _SAME_FORMAT:
         target = path.with_suffix(_SAME_FORMAT[suffix])
-        return f"must be named *{target.suffix}. Rename it: mv {quoted} {shlex.quote(str(target))}"
+        return f"must be named *{target.suffix}. Rename it: mv {quoted} {_free(target)}"
     if suffix != ".jsonl":
         return None
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -123,7 +125,13 @@ def _describe_text(path: Path, suffix: str, head: bytes) -> str | None:
         return None
     what = "one JSON list" if is_list else "objects over several lines"
     target = path.with_suffix(".json")
-    return f"holds {what}, not one object on each line. Rename it: mv {quoted} {shlex.quote(str(target))}"
+    return f"holds {what}, not one object on each line. Rename it: mv {quoted} {_free(target)}"
+
+
+def _free(target: Path) -> str:
+    """Return the path for a shell, with a number if a file of that name exists: the command must not overwrite it."""
+    numbered = (target.with_stem(f"{target.stem}-{i}") for i in count(2))
+    return shlex.quote(str(next(path for path in chain([target], numbered) if not os.path.lexists(path))))
 
 
 def _read_jsonl(path: Path) -> PlacedRows:

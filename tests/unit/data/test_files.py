@@ -249,6 +249,15 @@ def test_a_compressed_file_is_refused_with_the_command_that_unpacks_it(name: str
     assert message.endswith(f": is compressed with gzip. Unpack it: {unpack}")
 
 
+def test_an_advised_command_does_not_overwrite_a_file() -> None:
+    for name in ("rows.json", "rows-2.json", "packed.jsonl", "table.parquet"):
+        written(name, "[]")
+    parquet(Path("table.csv"), ROWS)
+    assert load_error(written("rows.jsonl", "[{}]")).endswith("Rename it: mv rows.jsonl rows-3.json")
+    assert load_error(written("packed.jsonl.gz", gzip.compress(b"{}"))).endswith("packed.jsonl.gz > packed-2.jsonl")
+    assert load_error("table.csv").endswith("Rename it: mv table.csv table-2.parquet")
+
+
 @pytest.mark.parametrize("text", [json.dumps(ROWS, indent=1), json.dumps(ROWS), json.dumps(ROWS[0], indent=1)])
 def test_json_named_as_json_lines_is_refused_with_the_command_that_renames_it(text: str) -> None:
     message = load_error(written("rows.jsonl", text))
