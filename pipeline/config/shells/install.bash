@@ -1,15 +1,19 @@
 # Completion of gpt-oss-qat for bash. Use: eval "$(gpt-oss-qat --shell-completion install=bash)"
 
 _gpt_oss_qat_complete() {
-    local before="$1" line="${COMP_LINE:0:COMP_POINT}" separators word last known text
+    local line="${COMP_LINE:0:COMP_POINT}" before separators word last known text
     local -a program
     word="${line##*[[:space:]]}"
+    # The word before is taken from the line, because bash splits words at = : and @.
+    before="${line%"$word"}"
+    before="${before%"${before##*[![:space:]]}"}"
+    before="${before##*[[:space:]]}"
     case "${COMP_WORDS[0]##*/}" in
         gpt-oss-qat) program=("${COMP_WORDS[0]}") ;;
         launch) program=(@PYTHON@) ;;
         *) program=("${COMP_WORDS[0]}" -m pipeline) ;;
     esac
-    # bash splits words at = : and @, and replaces only the text after the last of them.
+    # bash replaces only the text after the last of these signs.
     separators="${COMP_WORDBREAKS//[^=:@]/}"
     last="$word"
     [[ -z "$separators" ]] || last="${word##*[$separators]}"
@@ -25,13 +29,13 @@ _gpt_oss_qat_complete() {
 
 # Completes `gpt-oss-qat …` and `scripts/launch …`.
 _gpt_oss_qat() {
-    _gpt_oss_qat_complete "$3"
+    _gpt_oss_qat_complete
 }
 
 # Completes `python -m pipeline …`. For all other commands of Python, the earlier completion is called.
 _gpt_oss_qat_python() {
     if [[ "${COMP_WORDS[1]} ${COMP_WORDS[2]}" == "-m pipeline" && $COMP_CWORD -gt 2 ]]; then
-        _gpt_oss_qat_complete "$3"
+        _gpt_oss_qat_complete
     elif [[ -n "${_GPT_OSS_QAT_EARLIER-}" ]]; then
         compopt +o nospace
         "$_GPT_OSS_QAT_EARLIER" "$@"

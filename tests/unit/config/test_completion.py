@@ -170,6 +170,7 @@ LINES = {
     f"{PROGRAM} sft.learning_r": "ate=",
     f"{PROGRAM} format=mxfp4,nvfp4_": "w4a4",
     f"{PROGRAM} --help exp": "ort",
+    f"{PROGRAM} --shell-completion  install=f": "ish",
     "scripts/launch stage=upc": "ast",
     "python scripts/bench_nume": "rics",
     f"{PROGRAM} run_dir={ROOT}/reci": "pes/",
