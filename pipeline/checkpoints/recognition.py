@@ -30,7 +30,11 @@ def describe_missing(path: str) -> str:
     size = re.search(r"gpt-oss-(20b|120b)", path)
     if not file.is_file():
         return f"no such directory.{f' Did you mean openai/{size[0]}?' if size is not None and '/' not in path else ''}"
-    if file.suffix == ".gguf" or _starts_with(file, b"GGUF"):
+    try:
+        is_gguf = file.suffix == ".gguf" or _starts_with(file, b"GGUF")
+    except OSError as error:
+        return f"is a file that cannot be read ({error.strerror}). {_CHECKPOINT}."
+    if is_gguf:
         return f"holds {_GGUF}. {_CHECKPOINT}."
     if file.suffix == ".safetensors" or file.name in (CONFIG, ADAPTER_CONFIG, _TOKENIZER):
         return f"no such directory. It is a file. Give the directory that it is in: {file.parent}."

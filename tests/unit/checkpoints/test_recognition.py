@@ -1,5 +1,6 @@
 """A path that is not a gpt-oss checkpoint is recognized, named and answered with what helps."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -55,6 +56,16 @@ def test_a_gguf_file_is_named(tmp_path: Path) -> None:
             "holds GGUF, the format of llama.cpp. These weights cannot be trained. Give a checkpoint"
         )
         assert message.endswith("model.path=openai/gpt-oss-20b.")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "model.data").write_bytes(b"")
+    monkeypatch.setattr(Path, "open", refuse)
+    message = describe_missing(str(tmp_path / "model.data"))
+    assert message.startswith("is a file that cannot be read (Permission denied). Give a checkpoint in safetensors")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
