@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoints.gpt_oss import expert_projections, packed_names
 from pipeline.checkpoints.reading import Checkpoint
-from pipeline.models import references
+from pipeline.models import fake_quantizers, references
 from pipeline.models.references import ModelRef
 from pipeline.models.weights import Weights
 from pipeline.numerics.codec import same_bits
@@ -65,6 +65,28 @@ def test_the_forward_pass_leaves_the_rounded_experts_as_they_are(case: str, quan
     weights = Weights(ref)
     for projection in expert_projections(weights.shape):
         assert same_bits(weights.read_effective(projection.name), weights.read_trained(projection.name))
+
+
+@pytest.mark.parametrize("case", ["full-mxfp4", "lora-mxfp4"])
+def test_interrupted_rounding_resumes_to_the_same_files_and_lines(
+    case: str, quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The experts are written. The interruption comes while quantizers are inserted."""
+    whole, settings = quantized(case)
+    run = linked(tmp_path / "run", whole, "source", "upcast", "sft")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fake_quantizers, "insert", interrupt)
+        assert run_program("stage=quantize", f"run_dir={run}", *settings) == 130
+    assert run_program("stage=quantize", f"run_dir={run}", *settings) == 0
+    assert load(run).files.keys() == load(whole).files.keys()
+    for name in load(whole).files.keys() - {"README.md", "adapter_config.json"}:  # PEFT writes the base's path in these
+        assert (run / "quantize" / name).read_bytes() == (whole / "quantize" / name).read_bytes(), name
+    lines = [[line | {"time": 0} for line in read_metrics(each / "quantize")] for each in (whole, run)]
+    assert lines[0] == lines[1]
 
 
 @pytest.mark.parametrize("case", ["full-mxfp4", "full-nvfp4", "lora-mxfp4", "lora-nvfp4"])
