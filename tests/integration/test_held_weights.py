@@ -29,7 +29,7 @@ def test_qat_that_holds_weights_resumes_to_the_same_bytes_and_its_export_is_prov
     held = figures(tmp_path / "whole" / "qat", "held_weights")
     assert held[0] == 0 and 0 < held[1] < held[-1]
     assert (
-        f"[qat] qat.oscillation=hold held {held[-1]:.2%} of the experts' weights at their mean"
+        f"[qat] qat.oscillation=hold held {held[-1]:.2%} of the experts' weights at the last step"
         in capsys.readouterr().out
     )
 
