@@ -148,7 +148,7 @@ def test_training_that_the_system_stops_saves_a_checkpoint_and_resumes_to_the_sa
         patched.setattr(callbacks.Metrics, "on_pre_optimizer_step", send, raising=False)
         assert run_program("stage=sft", *settings) == 143
     shown = capsys.readouterr()
-    assert "[sft] SIGUSR1: stopping after this step, with a checkpoint\n" in shown.out
+    assert "[sft] SIGUSR1: stopping after the next line of metrics, with a checkpoint\n" in shown.out
     assert shown.err.endswith(
         "error: stopped by SIGUSR1 after step 4, with a checkpoint; run the same command, without"
         " overwrite=true, to resume\n"
