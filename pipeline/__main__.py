@@ -5,7 +5,6 @@ one message instead. Hydra is imported only when a stage runs, and large librari
 completions and error messages appear at once.
 """
 
-import importlib
 import os
 import sys
 import time
@@ -13,7 +12,6 @@ import traceback
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
@@ -24,7 +22,7 @@ from pipeline.config import command_line, completion, help, rates, rules
 from pipeline.config.groups import Folders
 from pipeline.errors import CheckFailed, MachineError, UserError, user_errors
 from pipeline.runs import allocator, console, other_libraries, preflight, provenance, stopping
-from pipeline.runs.one_stage import one_stage
+from pipeline.runs.one_stage import run_stage
 from pipeline.runs.processes import is_main_process
 from pipeline.runs.run import Run
 from pipeline.runs.stopping import Stopped
@@ -73,13 +71,8 @@ def run(composed: DictConfig) -> None:
     other_libraries.silence()
     preflight.check(pipeline_config)
     for stage in Run(pipeline_config).earlier_stages():
-        _run(replace(pipeline_config, stage=stage, overwrite=False))
-    _run(pipeline_config)
-
-
-def _run(stage_config: config.PipelineConfig) -> None:
-    with one_stage(stage_config):
-        _module(stage_config.stage).run(stage_config)
+        run_stage(replace(pipeline_config, stage=stage, overwrite=False))
+    run_stage(pipeline_config)
 
 
 def _keep_jobs_apart(composed: DictConfig) -> None:
@@ -99,10 +92,6 @@ def _keep_jobs_apart(composed: DictConfig) -> None:
     if job and not is_made_of_settings:
         composed.base_run = composed.run_dir
         composed.run_dir = f"{composed.run_dir}/{SWEEP_DIR}/{job}"
-
-
-def _module(stage: config.Stage) -> ModuleType:
-    return importlib.import_module(f"pipeline.stages.{stage.name}")
 
 
 def main() -> NoReturn:

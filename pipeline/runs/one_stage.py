@@ -5,16 +5,20 @@ This module does not import torch. It uses torch only if a stage has imported it
 
 import errno
 import gc
+import importlib
 import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import PipelineConfig
 from pipeline.errors import MachineError
 from pipeline.runs.memory_remedies import remedies
+
+if TYPE_CHECKING:
+    from pipeline.runs.artifacts import Artifact
 
 _NO_KERNEL = "no kernel image is available"
 _DISK_ERRORS = {
@@ -27,6 +31,13 @@ _GPU_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS
 _HOST_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
 _ASKED = re.compile(r"(?:Tried to allocate|you tried to allocate) ([\d.]+ ?\w+)")
 _FREE = re.compile(r"GPU (\d+) has a total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free")
+
+
+def run_stage(config: PipelineConfig) -> "Artifact":
+    """Run the stage that the configuration names, as `one_stage` does, and return its artifact."""
+    with one_stage(config):
+        artifact: Artifact = importlib.import_module(f"pipeline.stages.{config.stage.name}").run(config)
+    return artifact
 
 
 @contextmanager

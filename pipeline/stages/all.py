@@ -1,6 +1,5 @@
 """all: runs every stage in order. A stage that is up to date is skipped, and an interrupted one is resumed."""
 
-import importlib
 from dataclasses import replace
 
 from pipeline.config import PipelineConfig, QuantizeSource, Stage, leaves_nothing_to_round
@@ -10,7 +9,7 @@ from pipeline.publish import hub
 from pipeline.runs import up_to_date
 from pipeline.runs.artifacts import Artifact
 from pipeline.runs.console import say
-from pipeline.runs.one_stage import one_stage
+from pipeline.runs.one_stage import run_stage
 
 _BEFORE_ALL = tuple(Stage)[: tuple(Stage).index(Stage.all)]
 STAGES = tuple(stage for stage in _BEFORE_ALL if stage is not Stage.controls)
@@ -42,9 +41,7 @@ def _run(stage: Stage, config: PipelineConfig) -> Artifact:
     settings = replace(config, stage=stage)
     if stage is Stage.evaluate and config.evaluate.source is None:
         settings = replace(settings, evaluate=replace(config.evaluate, source="all"))
-    with one_stage(settings):
-        artifact: Artifact = importlib.import_module(f"pipeline.stages.{stage.name}").run(settings)
-    return artifact
+    return run_stage(settings)
 
 
 def _reason_to_skip(stage: Stage, config: PipelineConfig) -> str | None:

@@ -3,7 +3,6 @@
 The stage has no artifact of its own. Each control has the artifacts of its stages.
 """
 
-import importlib
 from dataclasses import replace
 
 from pipeline.config import PipelineConfig, Stage
@@ -13,7 +12,7 @@ from pipeline.models import references, sharding
 from pipeline.runs import controls, up_to_date
 from pipeline.runs.artifacts import Artifact, Kind
 from pipeline.runs.console import say
-from pipeline.runs.one_stage import one_stage
+from pipeline.runs.one_stage import run_stage
 from pipeline.runs.records import UpcastRecord
 from pipeline.runs.run import Run
 
@@ -38,13 +37,7 @@ def _make(here: Run, upcast: Artifact, control: Control) -> Artifact:
     up_to_date.say_if_needed("controls", f"{control.name}: {control.config.run_dir}")
     try:
         controls.prepare(here, control, stages)
-        artifacts = [_run_stage(replace(control.config, stage=stage)) for stage in stages]
+        artifacts = [run_stage(replace(control.config, stage=stage)) for stage in stages]
     except (UserError, CheckFailed, MachineError) as error:
         raise prefixed(error, f"control {control.name} ({control.origin})") from error
     return artifacts[-1]
-
-
-def _run_stage(config: PipelineConfig) -> Artifact:
-    with one_stage(config):
-        artifact: Artifact = importlib.import_module(f"pipeline.stages.{config.stage.name}").run(config)
-        return artifact

@@ -27,7 +27,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     """A list that records the configuration of each call of a stage. No stage runs."""
     monkeypatch.chdir(tmp_path)
     found: list[Any] = []
-    monkeypatch.setattr(program, "_module", lambda stage: type("Recorder", (), {"run": staticmethod(found.append)}))
+    monkeypatch.setattr(program, "run_stage", found.append)
     return found
 
 

@@ -40,7 +40,7 @@ ONLY_IMPORTER = {
     "matplotlib": "compare.plots",
     "lm_eval": "evaluate.scorers.harness",
     "hydra": ("__main__", "config.command_line"),
-    "importlib": ("__main__", "stages.all", "stages.controls", "export"),
+    "importlib": ("runs.one_stage", "export"),
 }
 """Library -> the only modules that import it. Modules that import importlib choose other modules by name."""
 

@@ -25,8 +25,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[PipelineConfig]
     """
     monkeypatch.chdir(tmp_path)
     found: list[PipelineConfig] = []
-    stage = type("Recorder", (), {"run": staticmethod(found.append)})
-    monkeypatch.setattr(program, "_module", lambda _: stage)
+    monkeypatch.setattr(program, "run_stage", found.append)
     return found
 
 
