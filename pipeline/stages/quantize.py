@@ -163,11 +163,11 @@ class _Form:
 
 def _write_rounded(config: PipelineConfig, here: Run, ref: ModelRef, splits: Splits, directory: Path) -> _Form:
     """Write the model with merged adapters and rounded experts. For LoRA, it becomes a base below `directory`."""
-    method, asked, candidates = config.qat.method, config.quantize, None
+    method, asked, candidates, weights = config.qat.method, config.quantize, None, Weights(ref)
     if asked.method is RoundingMethod.auto:
-        job, asked, candidates = _choose(config, here, ref, splits, directory)
+        job, asked, candidates = _choose(config, here, weights, splits, directory)
     else:
-        job = _prepare(config, asked, here, ref, splits, directory)
+        job = _prepare(config, asked, here, weights, splits, directory)
     into = directory / BASE_DIR if method is Method.lora else directory
     into.mkdir(exist_ok=True)
     is_packed = _packs(config, job.block_format)
@@ -194,13 +194,13 @@ def _packs(config: PipelineConfig, block_format: BlockFormat) -> bool:
 
 
 def _choose(
-    config: PipelineConfig, here: Run, ref: ModelRef, splits: Splits, directory: Path
+    config: PipelineConfig, here: Run, weights: Weights, splits: Splits, directory: Path
 ) -> tuple[Job, QuantizeConfig, list[Candidate]]:
     """Try several roundings. Return the job and the settings of the best one, and the figures of all."""
-    asked, block_format = config.quantize, references.configured_format(config.format)
+    asked, block_format, ref = config.quantize, references.configured_format(config.format), weights.ref
     packed = origins.find_packed(here.require(Stage.upcast), asked, block_format)
     tried = selection.candidates(asked, block_format, has_own_scales=packed is not None)
-    jobs = [_prepare(config, each, here, ref, splits, directory) for each in tried]
+    jobs = [_prepare(config, each, here, weights, splits, directory) for each in tried]
     chosen = splits.validation.select(range(min(asked.auto_samples, len(splits.validation))))
     batches = losses.batches(chosen, asked.batch_size, load_tokenizer(ref.base).pad_token_id)
     say("quantize", f"auto: {len(jobs)} roundings are compared on {len(chosen)} validation examples")
@@ -210,10 +210,10 @@ def _choose(
 
 
 def _prepare(
-    config: PipelineConfig, asked: QuantizeConfig, here: Run, ref: ModelRef, splits: Splits, directory: Path
+    config: PipelineConfig, asked: QuantizeConfig, here: Run, weights: Weights, splits: Splits, directory: Path
 ) -> Job:
     """Describe how `asked` rounds. GPTQ rounds now. Its codes lie below `directory` until the stage ends."""
-    job = _job(config, asked, here, ref)
+    job, ref = _job(config, asked, here, weights), weights.ref
     if asked.method is not RoundingMethod.gptq:
         return job
     shape, per_token = job.weights.shape, job.weights.checkpoint.config["num_experts_per_tok"]
@@ -244,17 +244,17 @@ def _measure(config: PipelineConfig, here: Run, ref: ModelRef, directory: Path) 
     if not here.is_complete(Stage.upcast):
         say("quantize", "no account of the rounding: it compares with the upcast, which was removed")
         return None
-    notes = rounding.measure(_job(config, config.quantize, here, ref))
+    notes = rounding.measure(_job(config, config.quantize, here, Weights(ref)))
     return report.account_for(notes, directory, config.quantize.method.name)
 
 
-def _job(config: PipelineConfig, asked: QuantizeConfig, here: Run, ref: ModelRef) -> Job:
+def _job(config: PipelineConfig, asked: QuantizeConfig, here: Run, weights: Weights) -> Job:
     """Describe how `asked` rounds a model."""
     upcast, block_format = here.require(Stage.upcast), references.configured_format(config.format)
     packed = origins.find_packed(upcast, asked, block_format)
     is_stochastic = asked.method is RoundingMethod.stochastic
     return Job(
-        Weights(ref),
+        weights,
         Checkpoint(upcast.directory),
         packed,
         block_format,
