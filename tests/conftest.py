@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,23 @@ def spare_imports() -> None:
     of a model. Visiting these objects would take a third of the time of a stage with a tiny model.
     """
     _freeze(len(sys.modules))
+
+
+def quantized_runs(
+    cases: Mapping[str, tuple[str, ...]], smoke_run: Path, lora_run: Path, factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, tuple[str, ...]]]:
+    """Return a function that returns the run directory and the settings of a case. The stage `quantize` has run."""
+    made: dict[str, Path] = {}
+
+    def make(case: str) -> tuple[Path, tuple[str, ...]]:
+        if case not in made:
+            source = lora_run if case.startswith("lora") else smoke_run
+            run = linked(factory.mktemp(case) / "run", source, "source", "upcast", "sft")
+            assert run_program("stage=quantize", f"run_dir={run}", *cases[case]) == 0
+            made[case] = run
+        return made[case], cases[case]
+
+    return make
 
 
 def linked(run_dir: Path, source: Path, *stages: str) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ONE_LAYER, SHORT, linked, outcomes, run_program
+from conftest import ONE_LAYER, SHORT, linked, outcomes, quantized_runs, run_program
 
 from pipeline.checkpoints.gpt_oss import expert_projections
 from pipeline.models import references
@@ -32,17 +32,7 @@ CASES = {
 def quantized(
     smoke_run: Path, lora_run: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[Path, tuple[str, ...]]]:
-    """A function that returns the run directory and the settings of a case. The stage `quantize` has run."""
-    made: dict[str, Path] = {}
-
-    def make(case: str) -> tuple[Path, tuple[str, ...]]:
-        if case not in made:
-            source = lora_run if case.startswith("lora") else smoke_run
-            made[case] = linked(tmp_path_factory.mktemp(case) / "run", source, "source", "upcast", "sft")
-            assert run_program("stage=quantize", f"run_dir={made[case]}", *CASES[case]) == 0
-        return made[case], CASES[case]
-
-    return make
+    return quantized_runs(CASES, smoke_run, lora_run, tmp_path_factory)
 
 
 @pytest.mark.parametrize("case", CASES)

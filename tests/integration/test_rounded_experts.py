@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ONE_LAYER, SHORT, linked, outcomes, run_program
+from conftest import ONE_LAYER, SHORT, linked, outcomes, quantized_runs, run_program
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoints.gpt_oss import expert_projections, packed_names
@@ -36,18 +36,7 @@ CASES = {
 def quantized(
     smoke_run: Path, lora_run: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[Path, tuple[str, ...]]]:
-    """A function that returns the run directory and the settings of a case. The stage `quantize` has run."""
-    made: dict[str, Path] = {}
-
-    def make(case: str) -> tuple[Path, tuple[str, ...]]:
-        if case not in made:
-            source = lora_run if case.startswith("lora") else smoke_run
-            run = linked(tmp_path_factory.mktemp(case) / "run", source, "source", "upcast", "sft")
-            assert run_program("stage=quantize", f"run_dir={run}", *CASES[case]) == 0
-            made[case] = run
-        return made[case], CASES[case]
-
-    return make
+    return quantized_runs(CASES, smoke_run, lora_run, tmp_path_factory)
 
 
 def load(run: Path) -> Artifact:
