@@ -389,8 +389,7 @@ def _without_own_adapter(layer: LoraLayer, factors: Sequence[Tensor] | None) -> 
 
 @contextmanager
 def _parameter_replaced(module: nn.Module, weight: Tensor) -> Iterator[None]:
-    own = module.weight
-    module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    own, module.weight = module.weight, nn.Parameter(weight, requires_grad=False)
     try:
         yield
     finally:

@@ -16,11 +16,7 @@ from unittest.mock import patch
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from pipeline.config import Precision, Sharding, TrainConfig
