@@ -21,7 +21,7 @@ from pipeline import config
 from pipeline.config import command_line, completion, help, rates, rules
 from pipeline.config.groups import Folders
 from pipeline.errors import CheckFailed, MachineError, UserError, user_errors
-from pipeline.runs import allocator, console, other_libraries, preflight, provenance, stopping
+from pipeline.runs import allocator, console, other_libraries, preflight, provenance, stopping, tracking
 from pipeline.runs.one_stage import run_stage
 from pipeline.runs.processes import is_main_process
 from pipeline.runs.run import Run
@@ -70,9 +70,10 @@ def run(composed: DictConfig) -> None:
         console.note(pipeline_config.stage.name, "loading PyTorch and other libraries, which takes a few seconds")
     other_libraries.silence()
     preflight.check(pipeline_config)
-    for stage in Run(pipeline_config).earlier_stages():
-        run_stage(replace(pipeline_config, stage=stage, overwrite=False))
-    run_stage(pipeline_config)
+    with tracking.one_hint(pipeline_config.stage.name):
+        for stage in Run(pipeline_config).earlier_stages():
+            run_stage(replace(pipeline_config, stage=stage, overwrite=False))
+        run_stage(pipeline_config)
 
 
 def _keep_jobs_apart(composed: DictConfig) -> None:

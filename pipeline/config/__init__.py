@@ -46,7 +46,7 @@ from pipeline.config.quantize import (
     writes_rounded,
 )
 from pipeline.config.serve import ServeConfig, ServingEngine
-from pipeline.config.tracking import TrackingBackend, TrackingConfig
+from pipeline.config.tracking import TrackingBackend, TrackingConfig, Upload
 from pipeline.config.training import (
     AUTO_ATTENTION,
     DistillationConfig,
@@ -120,6 +120,7 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "UpcastConfig",
+    "Upload",
     "ValidationConfig",
     "VerifyConfig",
     "adapted_layers",

@@ -15,7 +15,7 @@ GROUPS = {
     "format": "the 4-bit format",
     "eval": "prompts and task suites to evaluate, in addition to the validation loss",
     "sharding": "how training processes share a model",
-    "tracking": "a service that also gets the metrics of metrics.jsonl",
+    "tracking": "a tracker that also gets the metrics: wandb, tensorboard or mlflow",
 }
 """Name of a group, as the command line writes it -> what it chooses."""
 

@@ -10,7 +10,7 @@ from dataclasses import is_dataclass
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config import evaluation_rules
+from pipeline.config import evaluation_rules, tracking
 from pipeline.config.bounds import bounds_of
 from pipeline.config.data import ColumnsConfig, DataConfig
 from pipeline.config.format import FormatName
@@ -66,7 +66,7 @@ def problems(config: PipelineConfig) -> list[str]:
     found = [*_bound_problems(config), *_data_problems(config.data), *evaluation_rules.problems(config.evaluate)]
     found += _train_problems("sft", config.sft) + _train_problems("qat", config.qat)
     found += _format_problems(config) + _resharding_problems(config) + _parts_problems(config)
-    found += quantize_problems(config) + _oscillation_problems(config)
+    found += quantize_problems(config) + _oscillation_problems(config) + [*tracking.problems(config.tracking)]
     return found + _qat_problems(config) + _experts_problems(config) + _packed_problems(config)
 
 

@@ -36,7 +36,7 @@ from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.processes import all_cores, is_main_process, wait_for_everyone
 from pipeline.runs.run import BEING_EMPTIED, Run, read_unfinished
 from pipeline.runs.settings import Settings
-from pipeline.runs.tracking import track
+from pipeline.runs.tracking import log_inputs, log_output, track
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,13 @@ def build(
     # Tracking may fail to start, so it starts before anything is deleted.
     with _lock(run, directory), track(run, stage.name, directory.parent):
         _on_main_process(lambda: _prepare(run, directory, begun, keep_files=is_report and not run.overwrite))
+        log_inputs(run, inputs.parents, inputs.data)
         result, seconds = _work(lambda: work(directory), on_every_process)
         _on_main_process(lambda: _publish(run, directory, inputs, result, seconds))
+        artifact = load(directory)
+        log_output(artifact)
     stopping.raise_if_asked(f" after stage={stage.name}")
-    return load(directory)
+    return artifact
 
 
 def _work(work: Callable[[], Result], on_every_process: bool) -> tuple[Result | None, float]:

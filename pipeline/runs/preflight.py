@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from pipeline.config import Device, PipelineConfig, Precision, QuantizeSource, Stage, TrainConfig
 from pipeline.errors import MachineError, user_errors
-from pipeline.runs import gpus
+from pipeline.runs import gpus, tracking
 from pipeline.runs.console import warn
 from pipeline.runs.gpus import Gpu
 from pipeline.runs.processes import has_launcher, local_process_count
@@ -59,16 +59,17 @@ class Machine:
 
 
 def check(config: PipelineConfig) -> None:
-    """Check this machine and the launcher. Warn of GPUs whose sizes differ.
+    """Check the tracker's package, this machine and the launcher. Warn of GPUs whose sizes differ.
 
-    The checks run if the stage trains, a launcher started the process, or device=cuda is set. Other commands skip the
-    checks, because these import torch, which takes time.
+    The checks of the machine run if the stage trains, a launcher started the process, or device=cuda is set. Other
+    commands skip them, because they import torch, which takes time.
 
     Raises:
-        UserError: a GPU is missing, the number of processes does not fit the GPUs, the GPUs lack the arithmetic of
-            `precision`, or the launcher contradicts the configuration.
+        UserError: the tracker's package is not installed, a GPU is missing, the number of processes does not fit the
+            GPUs, the GPUs lack the arithmetic of `precision`, or the launcher contradicts the configuration.
         MachineError: torch has no kernels for a GPU.
     """
+    tracking.raise_if_not_installed(config.tracking.backend)
     trains = config.stage in _TRAINED
     if trains or has_launcher() or config.device is Device.cuda:
         machine = Machine.read()

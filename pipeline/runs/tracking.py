@@ -1,6 +1,6 @@
-"""Log metrics and tables of a stage to its directory, and also to Weights & Biases if the user wants that.
+"""Log metrics and tables of a stage to its directory, and also to the tracker that the user chose.
 
-Only the main process writes and sends. This is the only module that imports wandb.
+Only the main process writes and sends.
 """
 
 import json
@@ -9,40 +9,94 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 
-from pipeline.config import TrackingBackend
+from pipeline.config import TrackingBackend, Upload
 from pipeline.errors import UserError
+from pipeline.runs.artifacts import Artifact, Kind
 from pipeline.runs.console import say, warn
 from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.processes import is_main_process
 from pipeline.runs.run import Run
-
-if TYPE_CHECKING:
-    import wandb
+from pipeline.runs.trackers import lineage, mlflow, weights_and_biases
+from pipeline.runs.trackers.mlflow import MLflow
+from pipeline.runs.trackers.readings import read_line
+from pipeline.runs.trackers.secrets import without_secrets
+from pipeline.runs.trackers.tensorboard import TensorBoard
+from pipeline.runs.trackers.tracker import Hint, TrackedStage, Tracker, in_one_line
+from pipeline.runs.trackers.weights_and_biases import WeightsAndBiases
 
 RUN_FILE = "tracking.json"
-"""File in the run's directory. It holds the W&B group of this pipeline run, and the prefix of its W&B run ids."""
-
-_WANDB_DIR = "wandb"
-_UPLOAD_SECONDS = 120.0  # limit for uploads at the end of a stage; `wandb sync` uploads the rest
+"""File in the run's directory. It holds the group of this pipeline run in the tracker, and the prefix of its ids."""
 
 
-def log_metrics(directory: Path, values: Mapping[str, object]) -> None:
-    """Append one JSON object to the stage's metrics.jsonl, and send it to the tracking service."""
+@dataclass(frozen=True)
+class _Backend:
+    """A tracker that can be chosen.
+
+    Attributes:
+        start: begins to track a stage.
+        modules: modules that must be importable. The extra with the tracker's name installs them.
+        environment: environment variables for the directory of a run, unless the user has set them.
+    """
+
+    start: Callable[[TrackedStage], Tracker]
+    modules: tuple[str, ...]
+    environment: Callable[[Path], dict[str, str]] = lambda _: {}
+
+
+_BACKENDS = {
+    TrackingBackend.wandb: _Backend(WeightsAndBiases, ("wandb",), weights_and_biases.environment),
+    TrackingBackend.tensorboard: _Backend(TensorBoard, ("tensorboard",)),
+    TrackingBackend.mlflow: _Backend(MLflow, ("mlflow", "sqlalchemy", "alembic"), mlflow.environment),
+}
+
+
+@dataclass
+class _Current:
+    """The stage that is tracked.
+
+    Attributes:
+        stage: its name.
+        tracker: the tracker, or None after its first failure.
+        upload: what the tracker gets.
+        report: finished files of the stage, keyed by their names. The report has them.
+    """
+
+    stage: str
+    tracker: Tracker | None
+    upload: Upload
+    report: dict[str, Path]
+
+
+_current: _Current | None = None
+_hints: list[Hint] | None = None  # hints to print when the program ends, or None if each stage prints its own
+
+
+def log_metrics(directory: Path, values: Mapping[str, object], model: str | None = None) -> None:
+    """Append one JSON object to the stage's metrics.jsonl, and send it to the tracker.
+
+    Args:
+        directory: directory of the stage.
+        values: the object. `model`, if present, names the model that the figures belong to.
+        model: name of the model in the tracker, if `values` has a name that is not unique.
+    """
     if is_main_process():
         line = {"time": round(time.time(), 3), **values}
         with (directory / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if _tracker is not None:
-            _tracker.send_metrics(line)
+        if _current is not None:
+            reading = read_line(line, _current.stage, model)
+            _send(lambda tracker: tracker.log(reading))
 
 
 def log_table(directory: Path, name: str, columns: list[str], rows: Sequence[Sequence[object]]) -> None:
-    """Write a table to <directory>/<name>.jsonl, one object per row, and send it to the service.
+    """Write a table to <directory>/<name>.jsonl, one object per row, and send it to the tracker.
 
     Args:
         directory: directory of the stage.
@@ -53,175 +107,174 @@ def log_table(directory: Path, name: str, columns: list[str], rows: Sequence[Seq
     if is_main_process():
         lines = [json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n" for row in rows]
         (directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        if _tracker is not None:
-            _tracker.send_table(name, columns, rows)
+        if _uploads(Upload.report):
+            _send(lambda tracker: tracker.log_table(name, columns, rows))
 
 
-def log_report(name: str, files: list[Path]) -> None:
-    """Send finished files of the stage to the service, as one artifact with versions."""
-    if _tracker is not None:
-        _tracker.send_report(name, files)
+def log_report(files: list[Path]) -> None:
+    """Add finished files to the stage's report. The tracker gets them when the stage is complete."""
+    if _current is not None:
+        _current.report |= {file.name: file for file in files}
 
 
 def log_media(images: dict[str, Path], pages: dict[str, Path]) -> None:
-    """Send finished plots and HTML pages of the stage to the service, each under its name."""
-    if _tracker is not None:
-        _tracker.send_media(images, pages)
+    """Send finished plots and HTML pages of the stage to the tracker, each under its name."""
+    if _uploads(Upload.report):
+        _send(lambda tracker: tracker.log_media(images, pages))
+
+
+def log_inputs(run: Run, parents: Mapping[str, str], data: str | None) -> None:
+    """Tell the tracker which data set and which models the stage uses. The arguments are those of `lineage.inputs`."""
+    if _current is not None:
+        items = list(lineage.inputs(run, parents, data))
+
+        def use(tracker: Tracker) -> None:
+            for item in items:
+                tracker.use(item)
+
+        _send(use)
+
+
+def log_output(artifact: Artifact) -> None:
+    """Tell the tracker what the complete stage made, and its final figures."""
+    if _current is None:
+        return
+    item = lineage.describe(artifact, _current.report if _uploads(Upload.report) else None)
+    _send(lambda tracker: tracker.make(item))
+    if _uploads(Upload.models) and artifact.kind is not Kind.report:
+        weights = lineage.weights(artifact)
+        _send(lambda tracker: tracker.make(weights))
+    figures = lineage.final_figures(artifact)
+    _send(lambda tracker: tracker.summarize(figures))
+
+
+def raise_if_not_installed(backend: TrackingBackend) -> None:
+    """Raise UserError if a package of the tracker is missing. The message has the command that installs it."""
+    modules = _BACKENDS[backend].modules if backend in _BACKENDS else ()
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise UserError(
+            f"tracking={backend.name}: the package {missing[0]} is not installed."
+            f" Use pip install 'gpt-oss-qat[{backend.name}]', or tracking=none."
+        )
 
 
 @contextmanager
 def track(run: Run, stage: str, run_dir: Path) -> Iterator[None]:
-    """Inside the block, a service (`tracking.backend`) receives everything that the stage logs.
+    """Inside the block, the tracker (`tracking.backend`) receives everything that the stage logs.
 
     Args:
-        run: the run whose configuration is sent. It holds no secrets.
-        stage: name of the stage. Each stage is one W&B run. All stages of a pipeline run form one W&B group.
-        run_dir: directory of the pipeline run. The service's files go to <run_dir>/wandb.
+        run: the run whose configuration is sent, without secrets.
+        stage: name of the stage. Each stage is one run of the tracker. All stages of a pipeline run form one group.
+        run_dir: directory of the pipeline run. The tracker's local files go below it.
 
     Raises:
-        UserError: the service's package is missing, there is no login, or the service cannot be reached. Later failures
-            are warnings: training goes on without the service.
+        UserError: a package is missing, or the tracker cannot start. Later failures are warnings: the stage goes on
+            without the tracker.
     """
-    global _tracker
-    if run.config.tracking.backend is TrackingBackend.none or not is_main_process():
+    global _current
+    settings = run.config.tracking
+    if settings.backend is TrackingBackend.none or not is_main_process():
         yield
         return
-    with _keep_wandb_files_in(run_dir / _WANDB_DIR):
-        _tracker = _Wandb(run, stage, run_dir)
-        exit_status = 1
+    raise_if_not_installed(settings.backend)
+    backend = _BACKENDS[settings.backend]
+    with _environment(backend.environment(run_dir)):
+        tracker = backend.start(_describe(run, stage, run_dir))
+        if tracker.url is not None:
+            say(stage, f"{tracker.title}: {tracker.url}")
+        _current = _Current(stage, tracker, settings.upload, {})
+        succeeded = False
         try:
             yield
-            exit_status = 0
+            succeeded = True
         finally:
-            _tracker.finish(exit_status)
-            _tracker = None
+            _send(lambda tracker: tracker.finish(succeeded))
+            _current = None
+            _tell(stage, tracker.hint)
 
 
-class _Wandb:
-    """One stage's run at Weights & Biases. The first failure after the start gives a warning and ends tracking."""
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set the environment variables that the user has not set."""
+    chosen = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(chosen)
+    try:
+        yield
+    finally:
+        for name in chosen:
+            del os.environ[name]
 
-    def __init__(self, run: Run, stage: str, run_dir: Path) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                "tracking=wandb: the package wandb is not installed. Use pip install 'gpt-oss-qat[wandb]', or"
-                " tracking=none."
-            ) from error
-        self._library = wandb
-        self._stage = stage
-        self._has_steps = False
-        identity = _identity(run, run_dir)
-        try:
-            started = self._start(run, identity, run_dir)
-        # wandb raises ValueError if a setting is invalid, and OSError if its process or its files fail.
-        except (wandb.errors.Error, ValueError, OSError) as error:
-            raise _not_started(str(error)) from error
-        self._run: wandb.Run | None = started
-        self._files = Path(started.dir).parent
-        say(stage, f"W&B: {self._place(started)}")
 
-    def _start(self, run: Run, identity: dict[str, str], run_dir: Path) -> "wandb.Run":
-        quiet = self._library.Settings(silent=True)  # wandb prints nothing; its errors are raised
-        is_online = self._library.setup(quiet).settings.mode in ("online", "run", "shared")
-        # Check the login here, because `init` would ask for it at the terminal and wait.
-        if is_online and not self._library.login(prompt=False, verify=False):
-            raise self._library.errors.UsageError("no login")
-        settings: Any = OmegaConf.to_container(OmegaConf.structured(run.config), enum_to_str=True)
-        tracking = run.config.tracking
-        return self._library.init(
-            project=tracking.project,
-            entity=tracking.entity,
-            tags=tracking.tags,
-            group=identity["group"],
-            name=f"{_name_of(run)}-{self._stage}",
-            id=f"{identity['id']}-{self._stage}",
-            job_type=self._stage,
-            resume="allow",
-            config=settings,
-            dir=run_dir,
-            settings=self._library.Settings(
-                console="off",
-                disable_code=True,
-                disable_git=True,  # the commit is in artifact.json, and wandb would add the text of all changes
-                allow_val_change=True,
-                finish_timeout=_UPLOAD_SECONDS,
-                finish_timeout_raises=True,
-            ),
+@contextmanager
+def one_hint(stage: str) -> Iterator[None]:
+    """Print the commands that show or upload the tracked stages once, after the block."""
+    global _hints
+    _hints = []
+    try:
+        yield
+    finally:
+        found, _hints = _hints, None
+        places: dict[tuple[str, str], list[str]] = {}
+        for hint in found:
+            known = places.setdefault((hint.purpose, hint.command), [])
+            known += [hint.place] if hint.place and hint.place not in known else []
+        for (purpose, command), where in places.items():
+            say(stage, f"{purpose}: {' '.join([command, *where])}")
+
+
+def _tell(stage: str, hint: Hint | None) -> None:
+    if hint is None:
+        return
+    if _hints is not None:
+        _hints.append(hint)
+    else:
+        say(stage, f"{hint.purpose}: {hint.command} {hint.place}".rstrip())
+
+
+def _uploads(wanted: Upload) -> bool:
+    order = list(Upload)
+    return _current is not None and order.index(_current.upload) >= order.index(wanted)
+
+
+def _send(act: Callable[[Tracker], None]) -> None:
+    """Let the tracker act. Its first failure is a warning and ends tracking of this stage."""
+    if _current is None or _current.tracker is None:
+        return
+    tracker = _current.tracker
+    try:
+        act(tracker)
+    except tracker.failures as error:
+        _current.tracker = None
+        warn(
+            _current.stage,
+            f"{tracker.title} failed ({in_one_line(error)}): going on without it. {METRICS_FILE} has everything.",
         )
 
-    def _place(self, run: "wandb.Run") -> str:
-        if run.disabled:
-            return "disabled, by WANDB_MODE or `wandb disabled`"
-        return f"offline; to upload: wandb sync {self._files}" if run.offline else str(run.url)
 
-    def send_metrics(self, values: Mapping[str, object]) -> None:
-        def send(run: "wandb.Run") -> None:
-            if "step" in values and not self._has_steps:
-                # wandb's own step counter cannot go back, but a resumed stage repeats steps.
-                run.define_metric("*", step_metric="step")
-                self._has_steps = True
-            run.log(dict(values))
-
-        self._try(send)
-
-    def send_table(self, name: str, columns: list[str], rows: Sequence[Sequence[object]]) -> None:
-        self._try(lambda run: run.log({name: self._library.Table(columns=columns, data=rows, allow_mixed_types=True)}))
-
-    def send_media(self, images: dict[str, Path], pages: dict[str, Path]) -> None:
-        def send(run: "wandb.Run") -> None:
-            shown = {f"plots/{name}": self._library.Image(str(path)) for name, path in images.items()}
-            shown |= {f"pages/{name}": self._library.Html(str(path), inject=False) for name, path in pages.items()}
-            run.log(shown)
-
-        self._try(send)
-
-    def send_report(self, name: str, files: list[Path]) -> None:
-        def send(run: "wandb.Run") -> None:
-            report = self._library.Artifact(f"{run.group}-{name}", type="report")
-            for file in files:
-                report.add_file(str(file))
-            run.log_artifact(report)
-
-        self._try(send)
-
-    def finish(self, exit_status: int) -> None:
-        """End the W&B run after its last uploads. The service shows it as failed unless `exit_status` is 0."""
-        self._try(lambda run: run.finish(exit_code=exit_status))
-
-    def _try(self, send: Callable[["wandb.Run"], None]) -> None:
-        if self._run is None:
-            return
-        try:
-            send(self._run)
-        except (self._library.errors.Error, OSError) as error:
-            warn(
-                self._stage,
-                f"W&B does not answer ({_in_one_line(error)}): going on without it. {METRICS_FILE} has everything."
-                f" To upload what W&B has on disk: wandb sync {self._files}",
-            )
-            self._run = None
-
-
-_tracker: _Wandb | None = None
-
-
-def _not_started(reason: str) -> UserError:
-    return UserError(
-        f"tracking=wandb: W&B could not be started ({_in_one_line(reason)}). Log in with `wandb login`,"
-        " set WANDB_MODE=offline to upload later, or use tracking=none."
+def _describe(run: Run, stage: str, run_dir: Path) -> TrackedStage:
+    config = run.config
+    plain: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    identity = _identity(run, run_dir)
+    return TrackedStage(
+        stage=stage,
+        name=_name_of(run),
+        group=identity["group"],
+        id=f"{identity['id']}-{stage}",
+        labels={
+            "recipe": run.recipe,
+            "model": lineage.base_name(config.model.path),
+            "format": config.format.name.name,
+        },
+        config=without_secrets(plain),
+        directory=run_dir,
+        settings=config.tracking,
     )
-
-
-def _in_one_line(error: object) -> str:
-    """Join the first lines of a message. They name the fault and its place; the rest explains the use of wandb."""
-    return " ".join(line.strip() for line in str(error).strip().splitlines()[:3]) or type(error).__name__
 
 
 def _identity(run: Run, run_dir: Path) -> dict[str, str]:
     """Read or create <run_dir>/tracking.json.
 
-    `id` is the prefix of every stage's W&B run id. `group` is the W&B group of the pipeline run.
+    `id` is the prefix of every stage's id in the tracker. `group` is the group of the pipeline run.
     """
     path = run_dir / RUN_FILE
     if not path.is_file():
@@ -232,20 +285,8 @@ def _identity(run: Run, run_dir: Path) -> dict[str, str]:
         kept = json.loads(path.read_text(encoding="utf-8"))
         return {"id": kept["id"], "group": kept["group"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not readable ({error!r}). Remove it to begin a new group of W&B runs.") from error
+        raise UserError(f"{path}: not readable ({error!r}). Remove it to begin a new group of tracked runs.") from error
 
 
 def _name_of(run: Run) -> str:
     return run.config.tracking.name or run.recipe
-
-
-@contextmanager
-def _keep_wandb_files_in(directory: Path) -> Iterator[None]:
-    """Put wandb's staged artifacts and logs into this directory too, unless the user has set another place for them."""
-    chosen = {name: str(directory) for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR") if name not in os.environ}
-    os.environ.update(chosen)
-    try:
-        yield
-    finally:
-        for name in chosen:
-            del os.environ[name]

@@ -76,12 +76,12 @@ def _write(report: Content, directory: Path) -> Result:
     for chart in report.charts:
         plots.write_png(chart, images[chart.name])
     for row in report.rows:
-        log_metrics(directory, row.to_json())
+        log_metrics(directory, row.to_json(), model=row.title)
     for each in report.tables:
         log_table(directory, each.title.lower().replace(" ", "_"), each.fields(), each.cells(report.rows))
     log_table(directory, "tests", list(TEST_COLUMNS), [test.cells() for test in report.tests])
     log_media(images, {Stage.compare.name: directory / _PAGE})
-    log_report(Stage.compare.name, [directory / name for name in (_JSON, _MARKDOWN, _PAGE)] + list(images.values()))
+    log_report([directory / name for name in (_JSON, _MARKDOWN, _PAGE)] + list(images.values()))
     return Result(Kind.report, CompareRecord(rows=len(report.rows)))
 
 
