@@ -5,6 +5,7 @@ stay. Libraries are not imported here: the filters work whenever a library is im
 """
 
 import logging
+import os
 import re
 import sys
 import warnings
@@ -52,6 +53,11 @@ LOGGED = (
         r".*(default to dequantizing|dequantize) the model to bf16",
         "transformers warns that it decodes MXFP4 weights, for lack of kernels. Decoding is what the program asks for.",
     ),
+    Silenced(
+        "mlflow.store.db.utils",
+        "Creating initial MLflow database tables|Updating database tables",
+        "mlflow 3.17 says how it makes the database of a new run. Failures raise an error.",
+    ),
 )
 """Lines that libraries write with Python's logging."""
 
@@ -89,7 +95,12 @@ PRINTED = (
 
 @cache
 def silence() -> None:
-    """Hide the lines in LOGGED and WARNED from now on. Call this before libraries are imported."""
+    """Hide the lines in LOGGED and WARNED from now on. Call this before libraries are imported.
+
+    mlflow is also kept from sending statistics of its use to its authors, unless the user has set the variable. mlflow
+    3.17 reads it on import, and DeepSpeed 0.19 imports mlflow.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     for each in LOGGED:
         logging.getLogger(each.source).addFilter(_Unless(each.pattern))
     for each in WARNED:

@@ -23,7 +23,7 @@ from pipeline.runs.console import say, warn
 from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.processes import is_main_process
 from pipeline.runs.run import Run
-from pipeline.runs.trackers import lineage, mlflow, weights_and_biases
+from pipeline.runs.trackers import lineage, weights_and_biases
 from pipeline.runs.trackers.mlflow import MLflow
 from pipeline.runs.trackers.readings import read_line
 from pipeline.runs.trackers.secrets import without_secrets
@@ -53,7 +53,7 @@ class _Backend:
 _BACKENDS = {
     TrackingBackend.wandb: _Backend(WeightsAndBiases, ("wandb",), weights_and_biases.environment),
     TrackingBackend.tensorboard: _Backend(TensorBoard, ("tensorboard",)),
-    TrackingBackend.mlflow: _Backend(MLflow, ("mlflow", "sqlalchemy", "alembic"), mlflow.environment),
+    TrackingBackend.mlflow: _Backend(MLflow, ("mlflow", "sqlalchemy", "alembic")),
 }
 
 

@@ -1,7 +1,9 @@
-"""The real wandb package, offline: its file has the values of metrics.jsonl, and no secrets."""
+"""The real wandb package, offline: its file has the figures, the lineage and the final figures, and no secrets."""
 
+import glob
 import json
 import os
+import shlex
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +12,14 @@ from typing import Any
 import pytest
 from conftest import SHORT, run_program
 from matplotlib.figure import Figure
+from tracked_stages import SECRET, build_stages, configuration
 
-from pipeline.config import PipelineConfig, TrackingBackend, TrackingConfig
+from pipeline.config import PipelineConfig, TrackingBackend, TrackingConfig, Upload
+from pipeline.runs.artifacts import load
 from pipeline.runs.metrics import read_metrics
+from pipeline.runs.records import TrainingRecord
 from pipeline.runs.run import Run
-from pipeline.runs.tracking import log_media, log_metrics, log_report, log_table, track
+from pipeline.runs.tracking import log_media, log_metrics, log_table, one_hint, track
 
 SECRETS = {"WANDB_API_KEY": "0123456789abcdef" * 3, "HF_TOKEN": "hf_aTokenThatNobodyHas", "MY_PASSWORD": "swordfish42"}
 HEADER_BYTES, BLOCK_BYTES = 7, 32768
@@ -92,10 +97,19 @@ def run_record(found: list[Any]) -> Any:
     return next(record.run for record in found if record.WhichOneof("record_type") == "run")
 
 
+def key_of(name: str) -> str:
+    return name if name == "step" else f"sft/{name}"
+
+
+def artifacts(found: list[Any]) -> list[Any]:
+    return [record.artifact for record in found if record.WhichOneof("record_type") == "artifact"]
+
+
 def test_the_file_holds_every_line_of_metrics_jsonl(run_dir: Path) -> None:
     logged = read_metrics(run_dir / "sft")
     assert [line["step"] for line in logged] == [0, 2, 2]
-    assert history(records(wandb_files(run_dir, "sft")[-1])) == logged
+    expected = [{key_of(name): value for name, value in line.items() if name != "time"} for line in logged]
+    assert history(records(wandb_files(run_dir, "sft")[-1])) == expected
     names = {name for line in logged for name in line}
     assert {"loss", "eval_loss", "eval_perplexity", "learning_rate", "grad_norm", "tokens_per_second", "epoch"} <= names
     assert {"supervised_tokens", "peak_memory_bytes", "seconds", "router_variation/layer_1"} <= names
@@ -111,8 +125,49 @@ def test_a_repeated_stage_is_the_same_run_in_the_group_of_the_pipeline(run_dir: 
         "sft",
         "smoke-sft",
         "gpt-oss-qat",
-        ["one"],
+        ["mxfp4", "one", "smoke", "tiny"],
     )
+
+
+def test_a_model_is_the_same_artifact_where_it_is_made_and_where_it_is_used(run_dir: Path) -> None:
+    (made,) = [each for each in artifacts(records(wandb_files(run_dir, "upcast")[0])) if each.name == "smoke-upcast"]
+    inputs = {each.name: each for each in artifacts(records(wandb_files(run_dir, "sft")[-1])) if each.use_after_commit}
+    assert sorted(inputs) == ["data-arithmetic", "smoke-upcast"]
+    fingerprint = load(run_dir / "upcast").fingerprint
+    assert (inputs["smoke-upcast"].digest, inputs["smoke-upcast"].type) == (made.digest, "model")
+    assert list(inputs["smoke-upcast"].aliases) == [fingerprint[:12]]
+    assert sorted(made.aliases) == sorted(["latest", fingerprint[:12]])
+    assert not made.use_after_commit
+    assert [entry.path for entry in made.manifest.contents] == ["description.json"]
+
+
+def test_the_summary_has_the_final_figures_of_the_model(run_dir: Path) -> None:
+    found = records(wandb_files(run_dir, "sft")[-1])
+    items = [
+        item for record in found if record.WhichOneof("record_type") == "summary" for item in record.summary.update
+    ]
+    summary = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+    record = load(run_dir / "sft").read(TrainingRecord)
+    assert summary["sft/validation_loss"] == record.validation_loss
+    assert summary["sft/kept_step"] == record.kept_step
+
+
+def test_the_command_that_uploads_all_stages_is_printed_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "a run"
+    with one_hint("all"):
+        build_stages(configuration(run_dir, TrackingBackend.wandb, Upload.models))
+    line = f"[all] to upload the offline runs to W&B: wandb sync '{run_dir}/wandb'/offline-run-*"
+    assert [each for each in capsys.readouterr().out.splitlines() if "wandb" in each] == [line]
+    command = shlex.split(line.partition(": ")[2].replace("wandb sync", "ls -d"))
+    listed = sorted(glob.glob(command[-1]))
+    assert [path.rpartition("-")[2] for path in listed] == ["upcast", "sft"]
+    (files,) = [each for each in artifacts(records(wandb_files(run_dir, "sft")[0])) if each.type == "model-files"]
+    assert "model.safetensors" in [entry.path for entry in files.manifest.contents]
+    assert not [
+        path for path in run_dir.glob("wandb/**/*.*") if path.is_file() and SECRET.encode() in path.read_bytes()
+    ]
 
 
 def test_the_configuration_is_there_and_no_secret_is_anywhere(run_dir: Path) -> None:
@@ -133,28 +188,22 @@ def test_wandb_writes_nothing_but_in_the_run(run_dir: Path) -> None:
     assert not [path for path in Path.home().rglob("*") if path.is_file()]
 
 
-def test_tables_plots_pages_and_reports_are_in_the_file_and_on_disk(tmp_path: Path) -> None:
+def test_tables_plots_and_pages_are_in_the_file_and_on_disk(tmp_path: Path) -> None:
     config = PipelineConfig(tracking=TrackingConfig(backend=TrackingBackend.wandb), recipe="smoke")
-    report = tmp_path / "compare.md"
-    report.write_text("| a | b |")
     page, plot = tmp_path / "compare.html", tmp_path / "loss.png"
     page.write_text("<!doctype html><p>shown</p>")
     Figure().savefig(plot)
     with track(Run(config), "compare", tmp_path):
-        log_metrics(tmp_path, {"model": "sft", "loss_change": None})
+        log_metrics(tmp_path, {"model": "sft", "loss": 1.0, "loss_change": None})
         log_table(tmp_path, "examples", ["prompt", "answer"], [["a", "b"], ["c", {"d": 1}]])
         log_media({"loss": plot}, {"compare": page})
-        log_report("compare", [report])
     (file,) = wandb_files(tmp_path, "compare")
     found = records(file)
-    assert history(found)[0]["model"] == "sft"
+    assert history(found)[0] == {"sft/loss": 1.0}
     assert history(found)[1]["examples.nrows"] == 2
     media = {path.name.split("_")[0]: path for path in file.parent.glob("files/media/*/*/*")}
     assert media["loss"].read_bytes() == plot.read_bytes()
     assert media["compare"].read_text() == page.read_text()
-    sent = [record.artifact for record in found if record.WhichOneof("record_type") == "artifact"]
-    (contents,) = (artifact.manifest.contents for artifact in sent if artifact.type == "report")
-    assert [entry.path for entry in contents] == ["compare.md"]
     (table,) = file.parent.glob("files/media/table/*.json")
     assert json.loads(table.read_text())["data"] == [["a", "b"], ["c", {"d": 1}]]
     assert len((tmp_path / "examples.jsonl").read_text().splitlines()) == 2

@@ -4,12 +4,14 @@ MLflow keeps its own store of files only for old data (mlflow 3.17 refuses to cr
 """
 
 import shlex
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
+from pipeline.runs import other_libraries
 from pipeline.runs.trackers.readings import split
 from pipeline.runs.trackers.tracker import DATASET, MODEL, Hint, Item, Reading, TrackedStage, in_one_line
 
@@ -25,11 +27,6 @@ _LONGEST_PARAM = 500
 _NOT_IN_URI = "%?"
 
 
-def environment(directory: Path) -> dict[str, str]:
-    """Return variables that keep mlflow from sending statistics of its use to its authors."""
-    return {"MLFLOW_DISABLE_TELEMETRY": "true"}
-
-
 class MLflow:
     """A stage as one MLflow run, in the experiment of `tracking.project`.
 
@@ -40,6 +37,7 @@ class MLflow:
     title = "MLflow"
 
     def __init__(self, stage: TrackedStage) -> None:
+        other_libraries.silence()
         from mlflow import MlflowClient, entities
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
@@ -161,9 +159,7 @@ class MLflow:
 
     def summarize(self, figures: Mapping[str, float]) -> None:
         """Log the figures as metrics of the run."""
-        from time import time
-
-        self.log(Reading(time(), None, figures, {}))
+        self.log(Reading(time.time(), None, figures, {}))
 
     def finish(self, succeeded: bool) -> None:
         """Set the status of the run."""

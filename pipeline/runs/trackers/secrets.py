@@ -8,7 +8,7 @@ HIDDEN = "***"
 _IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 _PARAMETER = re.compile(r"([?&](?:[\w-]*(?:key|token|secret|password))=)[^&\s]+", re.I)
 _SECRET_NAME = r"-*[\w-]*(?:api[-_]?key|[-_]token|secret|password)"
-_ASSIGNED = re.compile(rf"({_SECRET_NAME})=\S+", re.I)
+_ASSIGNED = re.compile(rf"({_SECRET_NAME})=[^&\s]+", re.I)
 _FLAG = re.compile(_SECRET_NAME, re.I)
 
 T = TypeVar("T")

@@ -113,17 +113,19 @@ class WeightsAndBiases:
         `use_artifact` sets for a draft online. `wandb sync` then records the use.
         """
         if self._run.offline:
-            self._run._log_artifact(self._draft(item), is_user_created=True, use_after_commit=True)
+            self._run._log_artifact(
+                self._draft(item), aliases=_aliases(item), is_user_created=True, use_after_commit=True
+            )
         else:
-            self._run.use_artifact(self._draft(item))
+            self._run.use_artifact(self._draft(item), aliases=_aliases(item))
 
     def make(self, item: Item) -> None:
-        """Log an output. Its aliases are `latest` and the beginning of its fingerprint."""
+        """Log an output. The alias `latest` moves to it."""
         artifact = self._draft(item)
         for name, path in item.files.items():
             # Weights are not copied to wandb's staging directory. The uploads read them where they are.
             artifact.add_file(str(path), name=name, policy="immutable" if item.kind == MODEL_FILES else "mutable")
-        self._run.log_artifact(artifact, aliases=["latest", item.fingerprint[:_ALIAS_LENGTH]])
+        self._run.log_artifact(artifact, aliases=["latest", *_aliases(item)])
 
     def _draft(self, item: Item) -> "wandb.Artifact":
         artifact = self._library.Artifact(item.name, type=item.kind, metadata=dict(item.description))
@@ -138,3 +140,7 @@ class WeightsAndBiases:
     def finish(self, succeeded: bool) -> None:
         """End the W&B run after its last uploads. The service shows it as failed unless the stage succeeded."""
         self._run.finish(exit_code=0 if succeeded else 1)
+
+
+def _aliases(item: Item) -> list[str]:
+    return [item.fingerprint[:_ALIAS_LENGTH]]
