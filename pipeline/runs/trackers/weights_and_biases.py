@@ -120,12 +120,12 @@ class WeightsAndBiases:
             self._run.use_artifact(self._draft(item), aliases=_aliases(item))
 
     def make(self, item: Item) -> None:
-        """Log an output. The alias `latest` moves to it."""
+        """Log an output. Its aliases are `latest`, which wandb always adds, and the beginning of its fingerprint."""
         artifact = self._draft(item)
         for name, path in item.files.items():
             # Weights are not copied to wandb's staging directory. The uploads read them where they are.
             artifact.add_file(str(path), name=name, policy="immutable" if item.kind == MODEL_FILES else "mutable")
-        self._run.log_artifact(artifact, aliases=["latest", *_aliases(item)])
+        self._run.log_artifact(artifact, aliases=_aliases(item))
 
     def _draft(self, item: Item) -> "wandb.Artifact":
         artifact = self._library.Artifact(item.name, type=item.kind, metadata=dict(item.description))
