@@ -160,8 +160,7 @@ def test_the_command_that_uploads_all_stages_is_printed_once(
     line = f"[all] to upload the offline runs to W&B: wandb sync '{run_dir}/wandb'/offline-run-*"
     assert [each for each in capsys.readouterr().out.splitlines() if "wandb" in each] == [line]
     command = shlex.split(line.partition(": ")[2].replace("wandb sync", "ls -d"))
-    listed = sorted(glob.glob(command[-1]))
-    assert [path.rpartition("-")[2] for path in listed] == ["upcast", "sft"]
+    assert sorted(path.rpartition("-")[2] for path in glob.glob(command[-1])) == ["sft", "upcast"]
     (files,) = [each for each in artifacts(records(wandb_files(run_dir, "sft")[0])) if each.type == "model-files"]
     assert "model.safetensors" in [entry.path for entry in files.manifest.contents]
     assert not [

@@ -21,7 +21,10 @@ from pipeline.config import (
     RoundingScales,
     ScaleRule,
     Sharding,
+    TrackingBackend,
+    TrackingConfig,
     TrainConfig,
+    Upload,
     ValidationConfig,
     adapted_layers,
     is_known,
@@ -57,6 +60,13 @@ BROKEN_RULES: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize(("key", "value", "meaning"), [(key, *rest) for key, rest in BROKEN_RULES.items()])
 def test_a_broken_rule_names_full_key_and_value(key: str, value: Any, meaning: str) -> None:
     assert broken(**{key.replace(".", "__"): value}) == [f"{key}={value!r}: {meaning}"]
+
+
+def test_tensorboard_cannot_store_weights() -> None:
+    chosen = TrackingConfig(backend=TrackingBackend.tensorboard, upload=Upload.models)
+    assert broken(tracking=chosen) == [
+        "tracking.upload=models: TensorBoard stores no weights. Use tracking.upload=report, or tracking=mlflow."
+    ]
 
 
 def test_the_defaults_break_no_rule() -> None:

@@ -20,6 +20,7 @@ HIDDEN = {
         "MXFP4 quantization requires the `kernels` package: `pip install kernels>=0.12.0`. We will default to"
         " dequantizing the model to bf16."
     ),
+    "mlflow.store.db.utils": "Creating initial MLflow database tables...",
 }
 """Name of a logger -> a line that it writes in a run, and that is hidden."""
 

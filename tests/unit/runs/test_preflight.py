@@ -1,12 +1,22 @@
 """Machines and launchers that do not fit the command are found before a stage begins."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import run_program
 
-from pipeline.config import Device, Method, PipelineConfig, Precision, QuantizeSource, Stage, TrainConfig
+from pipeline.config import (
+    Device,
+    Method,
+    PipelineConfig,
+    Precision,
+    QuantizeSource,
+    Stage,
+    TrackingBackend,
+    TrainConfig,
+)
 from pipeline.doctor.fake_gpu import FakeProperties, pretend_cuda
 from pipeline.errors import MachineError, UserError
 from pipeline.runs import preflight
@@ -187,3 +197,27 @@ def test_several_mistakes_are_reported_together() -> None:
     with pretend_cuda(2, FakeProperties("old", 7, 5)), pytest.raises(UserError) as raised:
         preflight.check(PipelineConfig(stage=Stage.sft))
     assert len(raised.value.problems) == 2
+
+
+@pytest.mark.parametrize(
+    ("backend", "module"),
+    [
+        (TrackingBackend.wandb, "wandb"),
+        (TrackingBackend.tensorboard, "tensorboard"),
+        (TrackingBackend.mlflow, "alembic"),
+    ],
+)
+def test_a_tracker_that_is_not_installed_is_refused_before_any_work(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    backend: TrackingBackend,
+    module: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert run_program("stage=upcast", "recipe=smoke", f"tracking={backend.name}", f"run_dir={tmp_path}") == 2
+    assert (
+        f"error: tracking={backend.name}: the package {module} is not installed."
+        f" Use pip install 'gpt-oss-qat[{backend.name}]', or tracking=none."
+    ) in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -7,19 +7,20 @@ import json
 import os
 import sys
 from importlib.machinery import ModuleSpec
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pipeline.config import PipelineConfig, TrackingBackend, TrackingConfig
+from pipeline.config import ModelConfig, PipelineConfig, TrackingBackend, TrackingConfig
 from pipeline.errors import UserError
 from pipeline.runs import console
 from pipeline.runs.console import say
 from pipeline.runs.metrics import forget_metrics_after, read_metrics
 from pipeline.runs.run import Run
-from pipeline.runs.tracking import log_metrics, log_report, log_table, track
+from pipeline.runs.tracking import log_inputs, log_metrics, log_report, log_table, track
 
 
 class WandbError(Exception):
@@ -29,7 +30,6 @@ class WandbError(Exception):
 class FakeRun:
     """A fake W&B run with the methods that the program calls. Every call fails while the fake package is `broken`."""
 
-    offline = True
     disabled = False
     group = "group"
 
@@ -37,6 +37,9 @@ class FakeRun:
         self.library, self.arguments, self.lines = library, arguments, []
         self.dir = str(arguments["dir"] / "wandb" / "offline-run" / "files")
         self.exit_code: int | None = None
+        self.used: list[tuple[str, str, list[str]]] = []
+        self.offline = library.mode == "offline"
+        self.url = "https://wandb.example/run"
 
     def _answer(self) -> None:
         if self.library.broken:
@@ -49,9 +52,23 @@ class FakeRun:
         self._answer()
         self.lines.append(values)
 
+    def use_artifact(self, artifact: "FakeArtifact", aliases: list[str]) -> None:
+        self._answer()
+        self.used.append((artifact.name, artifact.type, aliases))
+
     def finish(self, exit_code: int) -> None:
         self._answer()
         self.exit_code = exit_code
+
+
+class FakeArtifact(SimpleNamespace):
+    """A fake W&B artifact."""
+
+    def __init__(self, name: str, type: str, metadata: dict[str, Any]) -> None:
+        super().__init__(name=name, type=type, metadata=metadata, file=StringIO())
+
+    def new_file(self, *_: str, **__: str) -> StringIO:
+        return self.file
 
 
 class FakeWandb(SimpleNamespace):
@@ -60,6 +77,7 @@ class FakeWandb(SimpleNamespace):
     __spec__ = ModuleSpec("wandb", None)
     errors = SimpleNamespace(Error=WandbError, UsageError=WandbError)
     Settings = SimpleNamespace
+    Artifact = FakeArtifact
 
     def __init__(self, mode: str = "offline", has_login: bool = True, refusal: Exception | None = None) -> None:
         super().__init__(broken=False, runs=[])
@@ -231,6 +249,29 @@ def test_a_connection_that_breaks_later_is_one_warning_and_costs_no_metrics(
             log_metrics(tmp_path, {"step": step})
     assert capsys.readouterr().err.count("[sft] warning: W&B failed (Connection lost): going on without it.") == 1
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_online_inputs_are_declared_by_use_artifact_and_nothing_is_left_to_upload(
+    config: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = installed(monkeypatch, mode="online")
+    config.model = ModelConfig(path="openai/gpt-oss-20b")
+    run = Run(config)
+    with track(run, "upcast", tmp_path):
+        log_inputs(run, {"source": "f" * 32}, None)
+    assert fake.runs[0].used == [("base-gpt-oss-20b", "model", ["f" * 12])]
+    assert capsys.readouterr().out == "[upcast] W&B: https://wandb.example/run\n"
+
+
+def test_the_command_is_printed_by_each_stage_if_nothing_collects_it(
+    config: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    installed(monkeypatch)
+    with track(Run(config), "sft", tmp_path):
+        pass
+    assert (
+        f"[sft] to upload the offline runs to W&B: wandb sync {tmp_path}/wandb/offline-run-*" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"id": "a"}', "{"])
