@@ -245,10 +245,8 @@ def _send(act: Callable[[Tracker], None]) -> None:
         act(tracker)
     except tracker.failures as error:
         _current.tracker = None
-        warn(
-            _current.stage,
-            f"{tracker.title} failed ({in_one_line(error)}): going on without it. {METRICS_FILE} has everything.",
-        )
+        told = f"{tracker.title} failed ({in_one_line(error)}): going on without it. {METRICS_FILE} has everything."
+        warn(_current.stage, f"{told} {tracker.rescue}".rstrip())
 
 
 def _describe(run: Run, stage: str, run_dir: Path) -> TrackedStage:

@@ -61,7 +61,7 @@ class MLflow:
         place = (self._directory / "artifacts").as_uri()
         known: Sequence[Experiment] = self._client.search_experiments()
         for each in known:
-            if each.artifact_location == place and each.name.startswith(project):
+            if each.artifact_location == place and project in (each.name, each.name.rpartition("-")[0]):
                 return each.experiment_id
         taken = {each.name for each in known}
         free = (f"{project}-{number}" for number in range(2, len(taken) + 3))
@@ -92,6 +92,11 @@ class MLflow:
 
         store = shlex.quote(f"sqlite:///{self._directory / _DATABASE}")
         return Hint("to see the runs", f"pipx run mlflow=={__version__} ui --backend-store-uri {store}")
+
+    @property
+    def rescue(self) -> str:
+        """Nothing, because all data is on disk."""
+        return ""
 
     @property
     def url(self) -> str | None:

@@ -53,6 +53,11 @@ class TensorBoard:
         return Hint("to see the curves", f"tensorboard --logdir {shlex.quote(str(self._all))}")
 
     @property
+    def rescue(self) -> str:
+        """Nothing, because all data is on disk."""
+        return ""
+
+    @property
     def url(self) -> str | None:
         """None, because the user starts TensorBoard."""
         return None

@@ -99,6 +99,10 @@ class Tracker(Protocol):
         """The command to run after the program, or None."""
 
     @property
+    def rescue(self) -> str:
+        """How to get what the tracker has on disk after a failure. It is empty if there is nothing to do."""
+
+    @property
     def url(self) -> str | None:
         """Where the stage can be watched, or None."""
 

@@ -79,6 +79,12 @@ class WeightsAndBiases:
         return Hint("to upload the offline runs to W&B", "wandb sync", f"{shlex.quote(str(self._files))}/offline-run-*")
 
     @property
+    def rescue(self) -> str:
+        """The command that uploads this stage."""
+        files = Path(self._run.dir).parent
+        return f"To upload what W&B has on disk: wandb sync {shlex.quote(str(files))}"
+
+    @property
     def url(self) -> str | None:
         """Page of the W&B run, or why there is none."""
         if self._run.disabled:
