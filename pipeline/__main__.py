@@ -9,71 +9,33 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline import config
-from pipeline.config import command_line, completion, help, rates, rules
-from pipeline.config.groups import Folders
+from pipeline.config import command_line, completion, composition, help, program, rules
+from pipeline.config.composition import CONF_DIR, FOLDERS, register
+from pipeline.config.groups import RECIPE
 from pipeline.errors import CheckFailed, MachineError, UserError, user_errors
-from pipeline.runs import allocator, console, other_libraries, preflight, provenance, stopping, tracking
-from pipeline.runs.one_stage import run_stage
+from pipeline.runs import allocator, console, provenance, stopping
+from pipeline.runs.job import run_job
 from pipeline.runs.processes import is_main_process
-from pipeline.runs.run import Run
 from pipeline.runs.stopping import Stopped
 
-_PACKAGE = Path(__file__).resolve().parent
 SWEEP_DIR = "sweep"
 """Subdirectory of run_dir. It holds one directory for each job of a sweep."""
 _SECONDS_FOR_THE_MAIN_PROCESS = 10.0
 
 
-def _beside_or_inside(name: str) -> Path:
-    """Find conf/ or recipes/. An installed wheel has them inside the package, and a checkout has them beside it."""
-    inside = _PACKAGE / name
-    return inside if inside.is_dir() else _PACKAGE.parent / name
-
-
-CONF_DIR = _beside_or_inside("conf")
-RECIPES_DIR = _beside_or_inside("recipes")
-FOLDERS = Folders(CONF_DIR, RECIPES_DIR)
-
-
-@cache
-def register() -> None:
-    """Register the schema, the recipes and the resolver `rate_of_sft` with Hydra, once per process."""
-    from hydra.core.config_store import ConfigStore
-
-    rates.register()
-    store = ConfigStore.instance()
-    store.store("schema", config.PipelineConfig)
-    for path in sorted(RECIPES_DIR.glob("*.yaml")):
-        node = OmegaConf.merge(OmegaConf.load(path), {"recipe": path.stem})
-        store.store(path.stem, node, group="recipe", package="_global_", provider=str(path))
-
-
 def run(composed: DictConfig) -> None:
-    """Run the stage of one job. If the job has a `base_run`, first run the earlier stages that `base_run` has."""
+    """Run the stage of one job."""
     from hydra.core.hydra_config import HydraConfig
 
-    chosen = HydraConfig.get().runtime.choices.get("recipe")
-    if chosen is not None:
-        composed.recipe = chosen  # `register` sets this field only in our own recipes, not in one from --config-dir
+    composition.keep_choice(composed, HydraConfig.get().runtime.choices.get(RECIPE))
     _keep_jobs_apart(composed)
-    pipeline_config = rules.resolve(composed)
-    if "torch" not in sys.modules:
-        console.note(pipeline_config.stage.name, "loading PyTorch and other libraries, which takes a few seconds")
-    other_libraries.silence()
-    preflight.check(pipeline_config)
-    with tracking.one_hint(pipeline_config.stage.name):
-        for stage in Run(pipeline_config).earlier_stages():
-            run_stage(replace(pipeline_config, stage=stage, overwrite=False))
-        run_stage(pipeline_config)
+    run_job(rules.resolve(composed))
 
 
 def _keep_jobs_apart(composed: DictConfig) -> None:
@@ -110,10 +72,10 @@ def status(arguments: list[str]) -> int:
     try:
         if not arguments:
             if is_main_process():
-                print(help.START, file=sys.stderr)
+                print(program.named(help.START), file=sys.stderr)
             return UserError.exit_status  # a script must not take a forgotten stage for success
         if (text := _answer(arguments)) is not None:
-            console.show_page(text)
+            console.show_page(program.named(text))
             return 0
         return _run_jobs(arguments)
     except (UserError, OmegaConfBaseException) as error:
@@ -147,7 +109,7 @@ def _run_jobs(arguments: list[str]) -> int:
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
 
-    def run_job(composed: DictConfig) -> None:
+    def start_job(composed: DictConfig) -> None:
         if total > 1:
             console.say("sweep", _job_title(HydraConfig.get(), total, swept))
         _job(composed)
@@ -156,13 +118,23 @@ def _run_jobs(arguments: list[str]) -> int:
     if found:
         raise user_errors(found)
     try:
+        _warn_of_hiding_file()
         total, swept = command_line.sweep_jobs(arguments)
         register()
         sys.argv[1:] = command_line.name_jobs(arguments)
-        hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")(run_job)()
+        hydra.main(config_path=str(CONF_DIR), config_name="config", version_base=composition.HYDRA_VERSION)(start_job)()
     except HydraException as error:
         return _report(error, 2)
     return 0
+
+
+def _warn_of_hiding_file() -> None:
+    if (file := program.find_hiding_file(Path.cwd())) is not None:
+        console.warn(
+            program.COMMAND,
+            f"{file} hides this program from `{program.MODULE}`, from `torchrun -m pipeline` and from Python programs"
+            " that start in this directory. They would run that file. This command is not affected.",
+        )
 
 
 def _job_title(hydra_config: Any, total: int, swept: set[str]) -> str:
@@ -181,9 +153,8 @@ def _job(composed: DictConfig) -> None:
 
 
 def _report(error: Exception, status: int) -> int:
-    # In messages of Hydra and OmegaConf, the first three lines name the error and its place. The rest is internals.
     own = isinstance(error, (UserError, CheckFailed, MachineError))
-    message = str(error) if own else " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
+    message = str(error) if own else composition.short_message(error)
     if is_main_process():
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:

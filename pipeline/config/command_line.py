@@ -1,6 +1,5 @@
 """Read the command line: recognize flags, report all mistakes together, and count and name the jobs of a sweep."""
 
-import sys
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -56,7 +55,7 @@ def problems(arguments: list[str], folders: Folders) -> list[str]:
         except OverrideParseException as error:
             found.append(f"{argument}: {str(error).splitlines()[0]}")
             continue
-        found += _override_problems(override, known, folders)
+        found += _override_problems(override, known, folders, _has_config_dir(arguments))
     return found
 
 
@@ -94,6 +93,13 @@ def sweep_jobs(arguments: list[str]) -> tuple[int, set[str]]:
     return prod(swept.values()), set(swept)
 
 
+def quoted(value: str) -> str:
+    """Quote a value for an override, so that commas, quotes and brackets have no meaning. `${key}` keeps its own."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(value, Quote.single).with_quotes()
+
+
 def _is_override(argument: str) -> bool:
     return "=" in argument and not argument.startswith("-")
 
@@ -114,7 +120,7 @@ def _explain(argument: str) -> str:
     return f"{argument}: is not a setting. Use key=value, such as stage=all or recipe=smoke. `--help` lists all keys."
 
 
-def _override_problems(override: "Override", known: DictConfig, folders: Folders) -> list[str]:
+def _override_problems(override: "Override", known: DictConfig, folders: Folders, has_config_dir: bool) -> list[str]:
     name = override.key_or_group + (f"@{override.package}" if override.package else "")
     values = _values(override)
     if not values:
@@ -126,7 +132,7 @@ def _override_problems(override: "Override", known: DictConfig, folders: Folders
         return [
             f"{name}={value}: no such choice.{did_you_mean(str(value), choices)} Choose from: {', '.join(choices)}."
             for value in values
-            if value not in choices and not _has_config_dir()
+            if value not in choices and not has_config_dir
         ]
     if not is_known(name):
         return [unknown_key(name, override.input_line or name)]
@@ -147,5 +153,5 @@ def _values(override: "Override") -> list[object]:
         return []
 
 
-def _has_config_dir() -> bool:
-    return any(argument.startswith(("--config-dir", "-cd")) for argument in sys.argv)
+def _has_config_dir(arguments: list[str]) -> bool:
+    return any(argument.startswith(("--config-dir", "-cd")) for argument in arguments)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pipeline.config import Method, Sharding, adapted_layers
 from pipeline.doctor.fake_run import PHASES, Job, Outcome, Size
 from pipeline.models.sharding import STRATEGIES
+from pipeline.runs.processes import module_command
 
 _FEW, _MORE = 2, 4  # layers of the two models that are measured; half of the layers have sliding attention
 _NEIGHBOURS = 2  # layers to add if parameters are gathered: then a layer and its neighbours are in memory together
@@ -68,7 +69,7 @@ def _run(jobs: Sequence[Job]) -> list[Peaks | NotMeasured]:
     """Measure jobs in a process that pretends to have a GPU."""
     # Without sharding, each process holds the whole model, so one process is measured alone.
     requests = [(replace(job, processes=1) if job.sharding is Sharding.none else job, _sizes(job)) for job in jobs]
-    command, limit = [sys.executable, "-m", "pipeline.doctor.fake_run"], _LIMIT * len(jobs)
+    command, limit = module_command("pipeline.doctor.fake_run"), _LIMIT * len(jobs)
     try:
         done = subprocess.run(
             command, input=pickle.dumps(requests), capture_output=True, env=_environment(), timeout=limit, check=False

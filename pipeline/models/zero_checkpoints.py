@@ -7,7 +7,6 @@ files (https://www.deepspeed.ai/tutorials/universal-checkpointing).
 
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -20,6 +19,7 @@ from pipeline.runs.disk import raise_if_disk_too_small
 from pipeline.runs.processes import (
     environment_with_all_cores,
     is_main_process,
+    module_command,
     process_count,
     wait_for_everyone,
 )
@@ -116,7 +116,7 @@ def _convert(checkpoint: Path) -> None:
     raise_if_disk_too_small(checkpoint, _COPIES * sum(path.stat().st_size for path in native.iterdir()))
     say("resume", f"{checkpoint.name}: was written by {_count_writers(checkpoint)} processes; converting it")
     folders = [f"--input_folder={native}", f"--output_folder={universal}"]
-    command = [sys.executable, "-m", _CONVERTER, *folders, *_OPTIONS]
+    command = module_command(_CONVERTER, *folders, *_OPTIONS)
     environment = environment_with_all_cores()  # the other processes wait
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:

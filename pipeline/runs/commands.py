@@ -2,7 +2,7 @@
 
 import shlex
 
-from pipeline.config import PipelineConfig, Stage
+from pipeline.config import PipelineConfig, Stage, program
 
 
 def stage_command(
@@ -21,4 +21,4 @@ def stage_command(
         settings.append(f"recipe={recipe}")
     if run_dir is not None:
         settings.append(f"run_dir={run_dir}")
-    return f"python -m pipeline {shlex.join([*settings, *overrides])}"
+    return f"{program.name()} {shlex.join([*settings, *overrides])}"

@@ -1,14 +1,14 @@
 """The GPUs that this process may use. Nothing here creates a CUDA context, which would take memory on the GPU.
 
-`python -m pipeline.runs.gpus` prints the free memory of each GPU. `free_bytes` runs this command.
+As a program, this module prints the free memory of each GPU. `free_bytes` runs it.
 """
 
 import json
 import subprocess
-import sys
 from dataclasses import dataclass
 
 from pipeline.errors import MachineError
+from pipeline.runs.processes import module_command
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def free_bytes() -> list[int]:
     Raises:
         MachineError: the process failed.
     """
-    command = [sys.executable, "-m", __name__]
+    command = module_command("pipeline.runs.gpus")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -1,11 +1,29 @@
 """The rank of this process, the number of processes, and the barrier between them."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 _PATIENCE = timedelta(days=1)
+_ROOT = Path(__file__).resolve().parents[2]
+_RUN_MODULE = """\
+import runpy, sys
+root, module = sys.argv[1:3]
+del sys.argv[1:3]
+sys.path = [root, *filter(None, sys.path)]
+runpy.run_module(module, run_name="__main__", alter_sys=True)"""
+
+
+def module_command(module: str, *arguments: str) -> list[str]:
+    """Return a command that runs a module in a new process of this Python, as `python -m` does.
+
+    `python -m` would import from the working directory first. There, a file of the user such as pipeline.py could have
+    the name of a module that is needed.
+    """
+    return [sys.executable, "-c", _RUN_MODULE, str(_ROOT), module, *arguments]
 
 
 def is_main_process() -> bool:

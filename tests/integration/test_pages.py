@@ -13,8 +13,6 @@ import pytest
 from conftest import run_program
 from pages import EXTENDING, PAGES, ROOT, Block, copy_checkout, program_arguments, read_blocks, run_block
 
-from pipeline import __main__ as program
-
 README = ROOT / "README.md"
 SHELL = [block for page in PAGES for block in read_blocks(page) if block.language == "bash" and page != EXTENDING]
 MARKS = {".needs-gpu", ".needs-internet", ".needs-engine", ".needs-interruption", ".needs-time", ".runs-tests"}
@@ -27,7 +25,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     """A list that records the configuration of each call of a stage. No stage runs."""
     monkeypatch.chdir(tmp_path)
     found: list[Any] = []
-    monkeypatch.setattr(program, "run_stage", found.append)
+    monkeypatch.setattr("pipeline.runs.job.run_stage", found.append)
     return found
 
 

@@ -13,10 +13,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from pipeline import __main__ as program
-from pipeline.config import DataConfig, ModelConfig, PipelineConfig, Stage, command_line, rules
+from pipeline.config import DataConfig, ModelConfig, PipelineConfig, Stage, command_line, composition, rules
 
 ROOT = Path(__file__).parents[3]
-RECIPES = sorted(path.stem for path in program.RECIPES_DIR.glob("*.yaml"))
+RECIPES = sorted(path.stem for path in composition.RECIPES_DIR.glob("*.yaml"))
 STAGES = [stage.name for stage in Stage]
 SYNTHETIC_DATA = "data.path=synthetic://arithmetic"
 

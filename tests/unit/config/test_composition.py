@@ -20,6 +20,7 @@ from pipeline.config import (
     Sharding,
     Stage,
     command_line,
+    composition,
     rules,
 )
 
@@ -43,7 +44,7 @@ def test_every_stage_can_be_named_on_the_command_line(stage: Stage) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_opens_with_its_own_command(recipe: str) -> None:
-    first = (program.RECIPES_DIR / f"{recipe}.yaml").read_text(encoding="utf-8").splitlines()[0]
+    first = (composition.RECIPES_DIR / f"{recipe}.yaml").read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# ") and "-m pipeline " in first
     arguments = first.partition("-m pipeline ")[2].split()
     assert f"recipe={recipe}" in arguments
@@ -52,7 +53,7 @@ def test_every_recipe_opens_with_its_own_command(recipe: str) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_for_several_gpus_shards_the_model_and_its_command_starts_as_many_processes(recipe: str) -> None:
-    text = (program.RECIPES_DIR / f"{recipe}.yaml").read_text(encoding="utf-8")
+    text = (composition.RECIPES_DIR / f"{recipe}.yaml").read_text(encoding="utf-8")
     command = text.splitlines()[0]
     found = re.search(r"^# Hardware: (one|\d+) GPUs?\b", text, re.MULTILINE)
     gpus = 1 if found is None or found[1] == "one" else int(found[1])

@@ -8,8 +8,8 @@ from conftest import run_program
 from omegaconf import OmegaConf
 
 from config.composing import SYNTHETIC_DATA, resolved
-from pipeline.__main__ import CONF_DIR, RECIPES_DIR
 from pipeline.config import PipelineConfig, Stage, rates
+from pipeline.config.composition import CONF_DIR, RECIPES_DIR
 from pipeline.config.descriptions import describe_settings
 from pipeline.config.rules import resolve
 from pipeline.errors import UserError

@@ -7,7 +7,6 @@ import pytest
 from conftest import run_program
 from evaluated import record
 
-from pipeline import __main__ as program
 from pipeline.config import PipelineConfig, QuantizeConfig, QuantizeSource, SftConfig, Stage
 from pipeline.errors import UserError
 from pipeline.runs.building import build
@@ -25,7 +24,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[PipelineConfig]
     """
     monkeypatch.chdir(tmp_path)
     found: list[PipelineConfig] = []
-    monkeypatch.setattr(program, "run_stage", found.append)
+    monkeypatch.setattr("pipeline.runs.job.run_stage", found.append)
     return found
 
 

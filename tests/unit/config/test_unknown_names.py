@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from config.composing import STAGES, SYNTHETIC_DATA, Mistake, composed, found_on, one_line, write_recipe
 from pipeline import __main__ as program
-from pipeline.config import PipelineConfig, rules
+from pipeline.config import PipelineConfig, composition, rules
 from pipeline.errors import UserError
 
 MISSPELT = {
@@ -78,7 +78,7 @@ UNKNOWN_CHOICES = {
 def test_an_unknown_choice_of_a_group_is_refused_with_all_choices(argument: str, meant: str) -> None:
     message = one_line(found_on(argument))
     group = argument.partition("=")[0].partition("@")[0]
-    folder = program.RECIPES_DIR if group == "recipe" else program.CONF_DIR / group
+    folder = composition.RECIPES_DIR if group == "recipe" else program.CONF_DIR / group
     names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
     assert message.startswith(f"{argument}: no such choice.{meant}")
     assert message.endswith(f" Choose from: {names}.")

@@ -1,0 +1,29 @@
+"""The program's names on the command line, and files of the user that hide it."""
+
+import sys
+from pathlib import Path
+
+COMMAND = "gpt-oss-qat"
+MODULE = "python -m pipeline"
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def name() -> str:
+    """Return the name by which the user started the program, for hints. Outside of a shell, it is `MODULE`."""
+    return COMMAND if Path(sys.argv[0]).stem == COMMAND else MODULE
+
+
+def named(text: str) -> str:
+    """Return a text about `python -m pipeline` with the name by which the user started the program."""
+    return text.replace(MODULE, name())
+
+
+def find_hiding_file(directory: Path) -> Path | None:
+    """Return the file that Python would import as `pipeline` in a working directory, unless it is this program.
+
+    A folder without `__init__.py` hides nothing, because Python prefers packages that have one.
+    """
+    for file in (directory / "pipeline" / "__init__.py", directory / "pipeline.py"):
+        if file.is_file():
+            return None if file.parent.resolve() == _PACKAGE else file
+    return None

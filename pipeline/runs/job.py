@@ -1,0 +1,33 @@
+"""Run one job: the stage of a configuration, on a machine that was checked."""
+
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pipeline.config import PipelineConfig
+from pipeline.runs import console, other_libraries, preflight, tracking
+from pipeline.runs.one_stage import run_stage
+from pipeline.runs.run import Run
+
+if TYPE_CHECKING:
+    from pipeline.runs.artifacts import Artifact
+
+
+def run_job(config: PipelineConfig) -> "Artifact":
+    """Run the stage that the configuration names, and return its artifact.
+
+    If the job has a `base_run`, first run the earlier stages that `base_run` has.
+
+    Raises:
+        UserError: a mistake of the user.
+        CheckFailed: a check found a wrong result.
+        MachineError: the machine cannot do the work.
+    """
+    if "torch" not in sys.modules:
+        console.note(config.stage.name, "loading PyTorch and other libraries, which takes a few seconds")
+    other_libraries.silence()
+    preflight.check(config)
+    with tracking.one_hint(config.stage.name):
+        for stage in Run(config).earlier_stages():
+            run_stage(replace(config, stage=stage, overwrite=False))
+        return run_stage(config)
