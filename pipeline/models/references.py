@@ -56,8 +56,10 @@ def of_artifact(artifact: Artifact) -> ModelRef:
     """Describe the model that a stage wrote.
 
     Raises:
-        UserError: the artifact is an export that transformers cannot load.
+        UserError: the artifact is a report, or an export that transformers cannot load.
     """
+    if artifact.kind is Kind.report:
+        raise UserError(f"{artifact.directory} is the report of stage={artifact.stage}, not a model.")
     if artifact.kind is Kind.foreign:
         raise UserError(
             f"{artifact.directory} was exported in a layout that only inference engines load. Name another model of the"
@@ -125,12 +127,25 @@ def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> Mo
         if is_control(source):
             raise UserError(f"{key}={source}: no control of {run.directory} has this model.")
         raise UserError(f"{key}={source}: neither a stage ({', '.join(s.name for s in among)}) nor a directory.")
+    ref = in_directory(directory, controls.remedy(directory.parent) if is_control(source) else None)
+    is_own = (directory / ARTIFACT_FILE).is_file() and directory == run.stage_dir(ref.name)
+    return ref if is_own else replace(ref, name=source)
+
+
+def in_directory(directory: Path, remedy: str | None = None) -> ModelRef:
+    """Describe the model in a directory, which a stage or another program wrote. Its name is the stage's, or the path.
+
+    Args:
+        directory: absolute path of the directory.
+        remedy: advice at the end of a message about a damaged artifact, or None for the usual one.
+
+    Raises:
+        UserError: the artifact is damaged, a report, or not loadable; or the directory is no gpt-oss checkpoint.
+    """
     if (directory / ARTIFACT_FILE).is_file():
-        remedy = controls.remedy(directory.parent) if is_control(source) else None
-        ref = of_artifact(load(directory, remedy=remedy))
-        return ref if directory == run.stage_dir(ref.name) else replace(ref, name=source)
+        return of_artifact(load(directory, remedy=remedy))
     Checkpoint(directory).close()
-    return ModelRef(source, directory, directory, fingerprint=sampled_fingerprint(directory))
+    return ModelRef(str(directory), directory, directory, fingerprint=sampled_fingerprint(directory))
 
 
 def is_loadable(run: Run, stage: Stage) -> bool:

@@ -1,11 +1,24 @@
 """The setting of torch's allocator for GPU memory."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 _SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """Environment variables that torch 2.13 reads. The last two are older names of the first."""
 _OURS = "expandable_segments:True"
+
+
+@contextmanager
+def growing_segments() -> Iterator[None]:
+    """Inside the block, `let_segments_grow`. Then restore the environment. torch keeps the setting that it has read."""
+    before = os.environ.get(_SETTINGS[0])
+    let_segments_grow()
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_SETTINGS[0], None)
 
 
 def let_segments_grow() -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -137,8 +138,12 @@ class EngineProcess:
 def interrupt_on_signals() -> Iterator[None]:
     """Raise KeyboardInterrupt at SIGTERM and SIGHUP, as at Ctrl-C, so that these signals end the engine too.
 
-    A signal that is ignored, such as SIGHUP under nohup, stays ignored.
+    A signal that is ignored, such as SIGHUP under nohup, stays ignored. Only the main thread can handle signals, so
+    nothing changes in another thread.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

@@ -7,7 +7,8 @@ to an engine on this machine. Both read replies with the same code, which raises
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import TypedDict, TypeVar
@@ -31,6 +32,7 @@ _NOT_OPENAI = (ValueError, KeyError, IndexError, TypeError, AttributeError)
 """Errors that a `read` function raises for an unexpected reply."""
 
 T = TypeVar("T")
+R = TypeVar("R")
 Reply = TypeVar("Reply")
 """The form of reply that a `read` function expects. The reply is not checked before `read` is called."""
 
@@ -100,7 +102,7 @@ def find_model(settings: ServerConfig, key: str) -> str:
     if settings.model is not None:
         return settings.model
     url = address(str(settings.url))
-    names = asyncio.run(_models(settings, key))
+    names = _run(_models(settings, key))
     if len(names) != 1:
         have = f"has several models ({', '.join(names)})" if names else "names no model"
         raise UserError(f"{key}.url={url}: the server {have}. Choose one: {key}.model=<name>.")
@@ -132,7 +134,25 @@ def for_each(
         UserError: `work` raised a UserError. The first error cancels all other items.
     """
     if todo:
-        asyncio.run(_for_each(settings, key, todo, work, what=what))
+        _run(_for_each(settings, key, todo, work, what=what))
+
+
+def _run(work: Coroutine[object, object, R]) -> R:
+    """Run a coroutine to its end. In a notebook, where this thread has a running event loop, use another thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1, thread_name_prefix="requests") as other:
+        loop = other.submit(asyncio.new_event_loop).result()
+        task = loop.create_task(work)
+        done = other.submit(loop.run_until_complete, task)
+        try:
+            return done.result()
+        finally:  # an interrupt ends the requests, too
+            loop.call_soon_threadsafe(task.cancel)
+            wait([done])
+            other.submit(loop.close)
 
 
 async def _for_each(
