@@ -78,7 +78,7 @@ def _arguments(
 def _problem(override: str, given: dict[str, str]) -> str | None:
     """Say why an override cannot be used, or return None."""
     if not isinstance(override, str):
-        return f"overrides: {override!r} is a {type(override).__name__}, not a text such as 'sft.max_steps=10'."
+        return f"overrides: {override!r} is of type {type(override).__name__}, not a text such as 'sft.max_steps=10'."
     key = override.partition("=")[0].lstrip("+~")
     if override.startswith("-"):
         return f"overrides: {override!r} is a flag of the command. Give only settings, such as 'sft.max_steps=10'."

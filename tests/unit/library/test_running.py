@@ -1,0 +1,203 @@
+"""`pipeline.run` does what the command does, raises what the command prints, and leaves the process as it was."""
+
+import asyncio
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import linked, run_program
+
+import pipeline
+from pipeline import Artifact, CheckFailed, UserError, run
+
+
+def upcast(run_dir: Path | str, *overrides: str) -> Artifact:
+    return run("upcast", recipe="smoke", run_dir=run_dir, overrides=overrides)
+
+
+def message(*arguments: Any, **settings: Any) -> str:
+    with pytest.raises(UserError) as raised:
+        run(*arguments, **settings)
+    assert raised.value.exit_status == 2
+    return str(raised.value)
+
+
+def test_a_stage_leaves_what_the_command_leaves(tmp_path: Path) -> None:
+    made = upcast(tmp_path / "library", "model.tiny.seed=5")
+    arguments = ("stage=upcast", "recipe=smoke", f"run_dir={tmp_path}/command", "model.tiny.seed=5")
+    assert run_program(*arguments) == 0
+    by_command = json.loads((tmp_path / "command" / "upcast" / "artifact.json").read_text())
+    assert made.fingerprint == by_command["fingerprint"] and made.settings == by_command["settings"]
+    configured = [
+        yaml.safe_load((tmp_path / name / "upcast" / "config.yaml").read_text()) for name in ("library", "command")
+    ]
+    assert {key for key in configured[0] if configured[0][key] != configured[1][key]} == {"run_dir"}
+
+
+def test_a_second_call_is_up_to_date_and_returns_the_same_artifact(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = upcast(tmp_path)
+    capsys.readouterr()
+    assert upcast(tmp_path) == first
+    assert "up to date" in capsys.readouterr().out
+
+
+def test_a_relative_run_dir_starts_at_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert upcast("here").directory == tmp_path / "here" / "upcast"
+    assert run("upcast", recipe="smoke").directory == tmp_path / "runs" / "smoke" / "upcast"
+
+
+def test_a_run_dir_may_contain_signs_that_have_a_meaning_on_the_command_line(tmp_path: Path) -> None:
+    directory = tmp_path / 'it\'s, [a] {"b"}=c\\d #é'
+    assert upcast(directory).directory == directory / "upcast"
+    assert upcast(f"{tmp_path}/${{recipe}}").directory == tmp_path / "smoke" / "upcast"
+
+
+def test_a_recipe_of_ones_own_comes_from_config_dir(tmp_path: Path) -> None:
+    (tmp_path / "own" / "recipe").mkdir(parents=True)
+    (tmp_path / "own" / "recipe" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /model: tiny\n"
+    )
+    made = run("upcast", recipe="mine", run_dir=tmp_path / "run", config_dir=tmp_path / "own")
+    assert yaml.safe_load((made.directory / "config.yaml").read_text())["recipe"] == "mine"
+    assert "'recipe/mine2'" in message("upcast", recipe="mine2", config_dir=tmp_path / "own")
+    assert message("upcast", config_dir=tmp_path / "no") == f"config_dir='{tmp_path}/no': no such directory."
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "stage": ({"stage": "stf"}, "stage='stf': "),
+    "recipe": ({"recipe": "smok"}, "recipe=smok: no such choice. Did you mean 'smoke'?"),
+    "key": ({"overrides": ["sft.lerning_rate=1"]}, "unknown key 'sft.lerning_rate'. Did you mean 'sft.learning_rate'"),
+    "value": ({"overrides": ["sft.max_steps=many"]}, "sft.max_steps='many': "),
+    "bound": ({"overrides": ["sft.batch_size=0"]}, "sft.batch_size=0: must be "),
+    "sweep": ({"overrides": ["sft.seed=1,2"]}, "Ambiguous value for argument 'sft.seed=1,2'"),
+    "flag": ({"overrides": ["-m"]}, "overrides: '-m' is a flag of the command. "),
+    "word": ({"overrides": ["qat"]}, "qat: is not a setting. To run this stage, use stage=qat."),
+    "text": ({"overrides": "sft.seed=1"}, "must be a list of settings, as in overrides=['sft.seed=1']."),
+    "type": ({"overrides": [1]}, "overrides: 1 is of type int, not a text such as 'sft.max_steps=10'."),
+    "twice": ({"overrides": ["stage=qat"]}, "overrides: 'stage=qat' contradicts the argument stage='sft'. Remove one"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_an_error_that_names_it(mistake: str) -> None:
+    arguments, expected = MISTAKES[mistake]
+    assert expected in message(**{"stage": "sft", "recipe": "smoke", **arguments})
+
+
+def test_several_mistakes_are_one_error_that_lists_them() -> None:
+    with pytest.raises(UserError) as raised:
+        run("sft", recipe="smoke", overrides=["sft.lr=1", "sft.max_steps=many"])
+    assert [problem.partition(":")[0] for problem in raised.value.problems] == ["sft.lr=1", "sft.max_steps='many'"]
+
+
+def test_a_missing_stage_is_an_error_with_the_command_that_runs_it(tmp_path: Path) -> None:
+    assert "Run first: python -m pipeline stage=upcast recipe=smoke" in message("sft", recipe="smoke", run_dir=tmp_path)
+
+
+def test_a_wrong_export_is_a_failed_check(smoke_run: Path, tmp_path: Path) -> None:
+    own = linked(tmp_path / "run", smoke_run, "source", "upcast", "sft", "quantize", "qat", "data")
+    overrides = ["data.max_samples=80", "verify.samples=2"]
+    export = run("export", recipe="smoke", run_dir=own, overrides=overrides)
+    (export.directory / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(CheckFailed, match="is not right"):
+        run("verify", recipe="smoke", run_dir=own, overrides=overrides)
+
+
+def process_state() -> dict[str, Any]:
+    """Return settings of the process that a program may rely on."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)]
+    libraries = (
+        torch.initial_seed(),
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+    )
+    return {
+        "environment": dict(os.environ),
+        "signals": handlers,
+        "logging": (logging.root.level, list(logging.root.handlers), logging.root.manager.disable),
+        "random": libraries,
+        "torch": (
+            torch.get_default_dtype(),
+            torch.get_num_threads(),
+            torch.is_grad_enabled(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_float32_matmul_precision(),
+        ),
+        "python": (list(sys.argv), os.getcwd(), sys.stdout, sys.stderr, sys.excepthook),
+    }
+
+
+def test_training_leaves_the_process_as_it_was(smoke_run: Path, tmp_path: Path) -> None:
+    """Libraries set variables when they are imported. `smoke_run` has imported them."""
+    own = linked(tmp_path / "run", smoke_run, "source", "upcast", "data")
+    overrides = ["data.max_samples=80", "sft.max_steps=1", "sft.eval_steps=1", "sft.save_steps=1"]
+    before = process_state()
+    run("sft", recipe="smoke", run_dir=own, overrides=overrides)
+    after = process_state()
+    assert {name: after[name] for name in after if after[name] != before[name]} == {}
+
+
+def test_a_program_that_uses_hydra_itself_keeps_its_state(tmp_path: Path) -> None:
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.version import getbase
+
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "mine.yaml").write_text("answer: 42\n")
+    with hydra.initialize_config_dir(str(tmp_path / "conf"), version_base="1.2"):
+        mine, version = GlobalHydra.instance().hydra, getbase()
+        upcast(tmp_path / "run")
+        message("sft", recipe="smoke", overrides=["sft.seed=1,2"])
+        assert GlobalHydra.instance().hydra is mine and getbase() == version
+        assert hydra.compose("mine") == {"answer": 42}
+
+
+def test_threads_run_stages_one_after_another(tmp_path: Path) -> None:
+    found: dict[int, Artifact] = {}
+    threads = [
+        threading.Thread(target=lambda i=i: found.update({i: upcast(tmp_path / str(i), f"model.tiny.seed={i}")}))
+        for i in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {i: artifact.directory.parent.name for i, artifact in found.items()} == {0: "0", 1: "1"}
+    assert found[0].fingerprint != found[1].fingerprint
+
+
+def test_a_stage_runs_where_an_event_loop_runs_as_in_a_notebook(tmp_path: Path) -> None:
+    async def cell() -> Artifact:
+        return upcast(tmp_path)
+
+    assert asyncio.run(cell()).stage == "upcast"
+
+
+def test_every_public_name_can_be_imported_and_is_listed() -> None:
+    assert {*pipeline.__all__} <= {*dir(pipeline)}
+    assert all(callable(getattr(pipeline, name)) for name in pipeline.__all__ if name != "FORMATS")
+    with pytest.raises(AttributeError, match="module 'pipeline' has no attribute 'rum'"):
+        pipeline.rum  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_importing_the_package_and_run_loads_neither_torch_nor_hydra() -> None:
+    code = (
+        "import sys; import pipeline; from pipeline import run, UserError; print({'torch', 'hydra'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
