@@ -66,6 +66,20 @@ def error_of(answers: Answer, wanted: list[Question], **settings: Any) -> str:
 # --- requests and replies --------------------------------------------------------------------------------------------
 
 
+def test_answers_arrive_where_an_event_loop_runs_as_in_a_notebook(answers: Answer, server: Server) -> None:
+    async def cell() -> list[Transcript]:
+        return answers(questions_of("a", "b"), model=None)
+
+    assert [each.answer for each in asyncio.run(cell())] == [each.answer for each in answers(questions_of("a", "b"))]
+
+
+def test_a_mistake_is_raised_where_an_event_loop_runs(answers: Answer) -> None:
+    async def cell() -> str:
+        return error_of(answers, questions_of("a"), url="http://127.0.0.1:9", timeout_seconds=0.2)
+
+    assert "127.0.0.1:9" in asyncio.run(cell())
+
+
 def test_the_servers_only_model_is_used_if_none_is_named(server: Server) -> None:
     assert find(EndpointConfig(url=server.url)) == Served("endpoint", server.url, "tiny")
     assert server.asked[0][0] == "/v1/models"

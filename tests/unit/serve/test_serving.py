@@ -11,6 +11,7 @@ import socket
 import stat
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,19 @@ def test_signals_raise_keyboard_interrupt_while_an_engine_runs(number: signal.Si
         os.kill(os.getpid(), number)
         time.sleep(1)
     assert signal.getsignal(number) is before
+
+
+def test_outside_the_main_thread_an_engine_runs_without_handlers() -> None:
+    """Python allows only the main thread to set handlers."""
+
+    def run() -> bool:
+        with interrupt_on_signals():
+            return True
+
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(run).result()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
