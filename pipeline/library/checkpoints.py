@@ -22,7 +22,7 @@ from pipeline.models.references import ModelRef
 from pipeline.models.source import Source, sampled_fingerprint
 from pipeline.models.weights import Weights
 from pipeline.numerics.formats import FORMATS, SCALE_RULES, BlockFormat
-from pipeline.runs import durable
+from pipeline.runs import durable, other_libraries
 from pipeline.runs.artifacts import SHARDS_FILE
 from pipeline.verify import Check, check_against_base
 
@@ -92,6 +92,7 @@ def export_checkpoint(
         UserError: an argument is wrong, the checkpoints do not fit each other, the model was trained for another
             format, or a weight is NaN or Inf.
     """
+    other_libraries.silence()
     directory = Path(out).expanduser().absolute()
     _raise_if_wrong(target, format, scale_rule, device, directory)
     ref = references.in_directory(_existing(model, "model"))
@@ -143,6 +144,7 @@ def verify_checkpoint(checkpoint: Directory, reference: Directory) -> list[Check
     Raises:
         UserError: a directory is missing, or `reference` is not a complete gpt-oss checkpoint.
     """
+    other_libraries.silence()
     directory, base = _existing(checkpoint, "checkpoint"), _existing(reference, "reference")
     return check_against_base(directory, recognize(directory), base)
 

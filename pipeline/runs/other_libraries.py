@@ -68,6 +68,11 @@ WARNED = (
         "DeepSpeed 0.19 calls collectives by deprecated names, and torch warns at every step.",
     ),
     Silenced(
+        "Warning",
+        r"IProgress not found\. Please update jupyter",
+        "In a notebook without ipywidgets, tqdm cannot draw its bars. The program shows none outside of a terminal.",
+    ),
+    Silenced(
         "UserWarning",
         "Distributed training is initialized but no parallel_state",
         "ModelOpt warns once for each type of module. The warning is about tensor parallelism, which is not used here.",
@@ -80,7 +85,11 @@ WARNED = (
 )
 """Python warnings."""
 
-_CATEGORIES: dict[str, type[Warning]] = {"FutureWarning": FutureWarning, "UserWarning": UserWarning}
+_CATEGORIES: dict[str, type[Warning]] = {
+    "FutureWarning": FutureWarning,
+    "UserWarning": UserWarning,
+    "Warning": Warning,
+}
 
 PRINTED = (
     Silenced("modelopt", r"Inserted \d+ quantizers$", "`quantize` says how many quantizers are enabled."),

@@ -66,6 +66,18 @@ def test_a_page_runs_from_top_to_bottom(page: str, followed: tuple[Path, str], t
             run_block(block, checkout)
 
 
+def test_the_examples_of_the_library_run_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in read_blocks(ROOT / "docs" / "library.md"):
+        if block.language == "python":
+            exec(compile(block.text, str(block), "exec"), names)
+    assert names["verify"].details["checks"][
+        "tensors: names, shapes and types fit the layout and the base model's sizes"
+    ]
+    assert (tmp_path / "packed" / "config.json").is_file() and (tmp_path / "plain" / "config.json").is_file()
+
+
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
