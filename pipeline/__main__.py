@@ -75,7 +75,7 @@ def status(arguments: list[str]) -> int:
                 print(program.named(help.START), file=sys.stderr)
             return UserError.exit_status  # a script must not take a forgotten stage for success
         if (text := _answer(arguments)) is not None:
-            console.show_page(program.named(text))
+            console.show_page(text)
             return 0
         return _run_jobs(arguments)
     except (UserError, OmegaConfBaseException) as error:
@@ -99,7 +99,7 @@ def _answer(arguments: list[str]) -> str | None:
             return completion.answer(order, FOLDERS, os.environ.get(completion.BEFORE, ""))
     if command_line.asks_for("--help", arguments):
         names = command_line.words(arguments)
-        return help.part(names, FOLDERS) if names else help.whole(FOLDERS)
+        return program.named(help.part(names, FOLDERS) if names else help.whole(FOLDERS))
     return provenance.versions() if command_line.asks_for("--version", arguments) else None
 
 

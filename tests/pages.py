@@ -116,9 +116,10 @@ def _shorten(recipe: Path) -> None:
 
 @cache
 def _directory_of_python() -> Path:
-    """Make a directory with a script `python`. It runs the program in a fork, and all else in a new interpreter.
+    """Make a directory with the scripts `python` and `gpt-oss-qat`. They run the program in a fork.
 
-    torchrun starts its processes with this script too, and gives it the flag -u first.
+    `python` runs all else in a new interpreter. torchrun starts its processes with it too, and gives it the flag -u
+    first.
     """
     directory = Path(tempfile.mkdtemp(prefix="python-of-pages-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
@@ -129,7 +130,10 @@ def _directory_of_python() -> Path:
         f'[ "$1 $2" = "-m pipeline" ] && exec {shlex.join(forks.interpreter())} "$@"\n'
         f'exec {new} "$@"\n'
     )
-    script.chmod(0o755)
+    command = directory / "gpt-oss-qat"
+    command.write_text(f'#!/bin/sh\nexec {shlex.join(forks.interpreter())} -m pipeline "$@"\n')
+    for each in (script, command):
+        each.chmod(0o755)
     return directory
 
 

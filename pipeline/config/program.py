@@ -14,7 +14,7 @@ def name() -> str:
 
 
 def named(text: str) -> str:
-    """Return a text about `python -m pipeline` with the name by which the user started the program."""
+    """Replace the program's name in a text for people by the name that the user typed."""
     return text.replace(MODULE, name())
 
 
