@@ -34,6 +34,16 @@ def test_the_program_lets_segments_grow(monkeypatch: pytest.MonkeyPatch) -> None
     assert chosen() == OURS
 
 
+@pytest.mark.parametrize("own", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}])
+def test_the_library_sets_it_only_during_a_call(own: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(KeyError), allocator.growing_segments():
+        assert chosen() == (own or OURS)
+        raise KeyError
+    assert chosen() == own
+
+
 def test_the_program_sets_it_before_torch_is_loaded() -> None:
     code = "import sys, pipeline.__main__; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
