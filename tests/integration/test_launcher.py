@@ -30,6 +30,14 @@ def test_the_launcher_prints_a_command_for_one_machine() -> None:
     ]
 
 
+def test_the_processes_do_not_import_from_the_working_directory(tmp_path: Path) -> None:
+    interpreter = tmp_path / "python"
+    interpreter.write_text('#!/bin/sh\necho "$PYTHONSAFEPATH $PYTHONPATH"\n')
+    interpreter.chmod(0o755)
+    outcome = launch("--processes", "1", "stage=sft", PYTHON=str(interpreter), PYTHONPATH="/wheels")
+    assert outcome.stdout == f"1 {REPOSITORY}:/wheels\n"
+
+
 def test_under_slurm_the_launcher_meets_at_the_first_node_and_restarts() -> None:
     slurm = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "123456", "MASTER_ADDR": "node1"}
     outcome = launch("--processes", "8", "--dry-run", "stage=sft", **slurm)
