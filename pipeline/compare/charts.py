@@ -5,11 +5,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from pipeline.compare.findings import size
-from pipeline.compare.rows import EXPORT, QAT, SFT, UPCAST, Row, undominated
-from pipeline.compare.runs import EvaluatedRun
+from pipeline.compare.digits import size
+from pipeline.compare.names import EXPORT, MODELS, QAT, SFT, UPCAST, figure_title
+from pipeline.compare.rows import Row, undominated
+from pipeline.compare.runs import EvaluatedRun, distinct_runs
 from pipeline.compare.table import is_rate
 from pipeline.runs.metrics import read_metrics
+
+QUALITY, ROUNDING, TRAINING = "Quality", "What rounding did", "Training"
+GROUPS = (QUALITY, ROUNDING, TRAINING)
+"""Groups of plots, in the order of the page."""
 
 _LOSS = "validation_loss"
 _GROUPED = {_LOSS: "nats", "kl_divergence": "nats"}
@@ -47,7 +52,9 @@ class Chart:
             a name, such as German.
         x, y: labels of the axes, with units.
         series: the points, by series.
+        group: one of GROUPS.
         best: in a trade-off, names of the points that no other point dominates.
+        joined: in a trade-off, pairs of points of one model, which a line joins.
         is_share: whether values are shares from 0 to 1. The plot shows shares in percent.
     """
 
@@ -58,14 +65,16 @@ class Chart:
     x: str
     y: str
     series: list[Series]
+    group: str = QUALITY
     best: list[str] = field(default_factory=list)
+    joined: list[tuple[str, str]] = field(default_factory=list)
     is_share: bool = False
 
 
 def make_charts(runs: list[EvaluatedRun], rows: list[Row]) -> list[Chart]:
     """Make all plots that have points, in the order of the page."""
     found = [
-        *_tradeoff_charts(rows),
+        _tradeoff_chart(rows),
         *_rate_charts(rows),
         *_group_charts(rows),
         *_loss_charts(runs),
@@ -77,62 +86,53 @@ def make_charts(runs: list[EvaluatedRun], rows: list[Row]) -> list[Chart]:
 
 # --- quality against size ---------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class _Axis:
-    """An axis of a trade-off plot.
-
-    Attributes:
-        figure: name of the figure in Row.figures.
-        words: the figure's name in the title of the plot.
-        label: label of the axis.
-    """
-
-    figure: str
-    words: str
-    label: str
+_SERVED = "served_bytes"
 
 
-_SERVED = _Axis("served_bytes", "in memory when served", "weights in memory when served")
-_ON_DISK = _Axis("weight_bytes", "on disk", "weights on disk")
-
-
-def _tradeoff_charts(rows: list[Row]) -> Iterator[Chart]:
-    loss = _Axis(_LOSS, _title(_LOSS), "validation loss (nats)")
-    for size_axis in (_SERVED, _ON_DISK):
-        yield _tradeoff_chart(rows, size_axis, loss, is_higher_better=False)
-    for name in _rate_names(rows):
-        rate = _Axis(name, _title(name), f"{_title(name)} (%)")
-        yield _tradeoff_chart(rows, _SERVED, rate, is_higher_better=True)
-
-
-def _tradeoff_chart(rows: list[Row], size_axis: _Axis, quality: _Axis, *, is_higher_better: bool) -> Chart:
-    figures = (size_axis.figure, quality.figure)
-    measured = [row for row in rows if all(math.isfinite(row.figures.get(name, math.nan)) for name in figures)]
-    best = [row.title for row in undominated(measured, *figures, is_higher_better=is_higher_better)]
-    drawn = [row for row in measured if not _is_outlier(row, measured, quality.figure)]
+def _tradeoff_chart(rows: list[Row]) -> Chart:
+    """Plot the validation loss against the size. An export and its twin of equal size are one point."""
+    measured = [row for row in rows if all(math.isfinite(row.figures.get(name, math.nan)) for name in (_LOSS, _SERVED))]
+    names = _point_names(measured)
+    kept = [row for row in measured if row.title in names]
+    best = [names[row.title] for row in undominated(kept, _SERVED, _LOSS, is_higher_better=False)]
+    drawn = [row for row in kept if not _is_outlier(row, kept)]
     notes = [
-        f"{'Higher' if is_higher_better else 'Lower'} and further left is better.",
-        *_dominance_notes(measured, best),
-        *(f"Outside the plot: {row.title}, {row.figures[quality.figure]:.4f}." for row in measured if row not in drawn),
+        "Lower and further left is better.",
+        *_dominance_notes([names[row.title] for row in kept], best),
+        *(f"Outside the plot: {names[row.title]}, {row.figures[_LOSS]:.3f}." for row in kept if row not in drawn),
     ]
-    points = [(row.title, Point(row.figures[size_axis.figure], row.figures[quality.figure])) for row in drawn]
+    series = [Series(names[row.title], [Point(row.figures[_SERVED], row.figures[_LOSS])]) for row in drawn]
     return Chart(
-        name=_slug(f"tradeoff-{size_axis.figure}-{quality.figure}"),
-        title=f"{quality.words} against size {size_axis.words}",
+        name="tradeoff",
+        title="Validation loss against size",
         description=" ".join(notes),
         kind="tradeoff",
-        x=size_axis.label,
-        y=quality.label,
-        series=[Series(title, [point]) for title, point in points] if len(points) > 1 else [],
+        group=QUALITY,
+        x="weights in memory when served",
+        y="validation loss (nats)",
+        series=series if len(series) > 1 else [],
         best=best,
-        is_share=is_higher_better,
+        joined=[(row.title, other.title) for row in drawn for other in drawn if row.twin == other.fingerprint],
     )
 
 
-def _dominance_notes(rows: list[Row], best: list[str]) -> Iterator[str]:
+def _point_names(rows: list[Row]) -> dict[str, str]:
+    """Return the names of the points, by the titles of their rows.
+
+    An export and its twin share a point if they are equally large when served. The point has the figures of the export.
+    """
+    names = {row.title: row.title for row in rows}
+    for export in [row for row in rows if row.twin is not None]:
+        for row in rows:
+            if row.fingerprint == export.twin and f"{row.figures[_SERVED]:.2e}" == f"{export.figures[_SERVED]:.2e}":
+                names.pop(row.title, None)
+                names[export.title] = f"{row.title} = {export.title}"
+    return names
+
+
+def _dominance_notes(names: list[str], best: list[str]) -> Iterator[str]:
     yield "No other model dominates the filled points."
-    dominated = ", ".join(row.title for row in rows if row.title not in best)
+    dominated = ", ".join(name for name in names if name not in best)
     if dominated:
         yield (
             f"Dominated: {dominated}. For each of these, another model is smaller or better. That other model is"
@@ -140,15 +140,15 @@ def _dominance_notes(rows: list[Row], best: list[str]) -> Iterator[str]:
         )
 
 
-def _is_outlier(row: Row, rows: list[Row], quality: str) -> bool:
+def _is_outlier(row: Row, rows: list[Row]) -> bool:
     """Return whether to leave a model out of the plot.
 
     The loss of the untrained original can be very high. The other models would then look like one point.
     """
-    others = [each.figures[quality] for each in rows if each.model != UPCAST]
-    if row.model != UPCAST or quality != _LOSS or len(others) < 2:
+    others = [each.figures[_LOSS] for each in rows if each.model != UPCAST]
+    if row.model != UPCAST or len(others) < 2:
         return False
-    return row.figures[quality] > max(others) + 2 * (max(others) - min(others))
+    return row.figures[_LOSS] > max(others) + 2 * (max(others) - min(others))
 
 
 def _rate_names(rows: list[Row]) -> list[str]:
@@ -161,10 +161,6 @@ def _slug(text: str) -> str:
     return re.sub("[^a-z0-9]+", "-", text.lower())
 
 
-def _title(figure: str) -> str:
-    return figure.replace("_", " ").capitalize()
-
-
 # --- figures of models ------------------------------------------------------------------------------------------------
 
 
@@ -173,12 +169,12 @@ def _rate_charts(rows: list[Row]) -> Iterator[Chart]:
         points = [_make_point(row, name, row.title) for row in rows if name in row.figures]
         yield Chart(
             name=_slug(f"rate-{name}"),
-            title=_title(name),
+            title=figure_title(name),
             description="Share of decided answers that passed, with its 95 % interval.",
             kind="dots",
             x="passed (%)",
             y="",
-            series=[Series(_title(name), points)],
+            series=[Series(figure_title(name), points)],
             is_share=True,
         )
 
@@ -194,10 +190,12 @@ def _group_charts(rows: list[Row]) -> Iterator[Chart]:
             )
             for row in rows
         ]
+        if len({point.at for each in series for point in each.points}) < 2:
+            continue  # the values of the only group are in the table
         has_intervals = any(point.low is not None for each in series for point in each.points)
         yield Chart(
             name=_slug(f"groups-{figure}"),
-            title=f"{_title(figure)} by group",
+            title=f"{figure_title(figure)} by group",
             description="One point for each group and model" + (", with its 95 % interval." if has_intervals else "."),
             kind="dots",
             x=_GROUPED.get(figure, "passed (%)"),
@@ -230,7 +228,7 @@ def _loss_charts(runs: list[EvaluatedRun]) -> Iterator[Chart]:
     for stage in (SFT, QAT):
         series = [
             Series(f"{prefix}{name}", _points_by_step(run, stage, key), is_secondary=key == "loss")
-            for run, prefix in _distinct_runs(runs, stage)
+            for run, prefix in distinct_runs(runs, stage)
             for key, name in (("eval_loss", "validation"), ("loss", "training"))
         ]
         yield Chart(
@@ -239,6 +237,7 @@ def _loss_charts(runs: list[EvaluatedRun]) -> Iterator[Chart]:
             description="The validation loss is measured over supervised tokens at each evaluation. The training loss"
             " is logged on the training examples.",
             kind="lines",
+            group=TRAINING,
             x="optimizer step",
             y="loss (nats)",
             series=series,
@@ -246,11 +245,14 @@ def _loss_charts(runs: list[EvaluatedRun]) -> Iterator[Chart]:
 
 
 def _change_charts(runs: list[EvaluatedRun]) -> Iterator[Chart]:
-    for key, title in (("eval_changed_codes", "Flipped 4-bit codes"), ("eval_moved_weights", "Moved weights")):
+    for key, title in (
+        ("eval_changed_codes", "4-bit codes flipped since the start"),
+        ("eval_moved_weights", "Weights moved since the start"),
+    ):
         series = [
-            Series(f"{prefix}{stage}", _points_by_step(run, stage, key))
+            Series(f"{prefix}{MODELS[stage]}", _points_by_step(run, stage, key))
             for stage in (SFT, QAT)
-            for run, prefix in _distinct_runs(runs, stage)
+            for run, prefix in distinct_runs(runs, stage)
         ]
         yield Chart(
             name=_slug(f"training-{key.removeprefix('eval_')}"),
@@ -258,20 +260,12 @@ def _change_charts(runs: list[EvaluatedRun]) -> Iterator[Chart]:
             description="Share of the experts' weights that differ from the start of the stage. Only the first expert"
             " of each layer is measured.",
             kind="lines",
+            group=TRAINING,
             x="optimizer step",
             y="share (%)",
             series=series,
             is_share=True,
         )
-
-
-def _distinct_runs(runs: list[EvaluatedRun], stage: str) -> list[tuple[EvaluatedRun, str]]:
-    """Return the runs to draw for this stage. Each run comes with a prefix for the names of its series.
-
-    Several runs may share the directory of a stage. Such a stage is drawn once, for the first of these runs.
-    """
-    found = {run.stage_dir(stage): run for run in reversed(runs) if run.stage_dir(stage) is not None}
-    return [(run, f"{run.label}: " if len(found) > 1 else "") for run in runs if found.get(run.stage_dir(stage)) is run]
 
 
 def _points_by_step(run: EvaluatedRun, stage: str, key: str) -> list[Point]:
@@ -321,16 +315,22 @@ _LAYER_FIGURES = (
 
 
 def _layer_charts(runs: list[EvaluatedRun]) -> Iterator[Chart]:
+    drawn: list[list[list[Point]]] = []
     for figure in _LAYER_FIGURES:
         series = [
-            Series(f"{prefix}{EXPORT}", _points_by_layer(run, figure.key))
-            for run, prefix in _distinct_runs(runs, EXPORT)
+            Series(f"{prefix}{MODELS[EXPORT]}", _points_by_layer(run, figure.key))
+            for run, prefix in distinct_runs(runs, EXPORT)
         ]
+        points = [each.points for each in series]
+        if points in drawn:
+            continue  # if training moved every weight, survival equals the share of flipped codes
+        drawn.append(points)
         yield Chart(
             name=_slug(f"layers-{figure.key}"),
             title=figure.title,
             description=figure.description,
             kind="lines",
+            group=ROUNDING,
             x="layer",
             y=figure.unit,
             series=series,

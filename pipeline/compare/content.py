@@ -1,11 +1,14 @@
-"""Collect the content of a report, independent of its layout: rows, tables, tests, findings, plots and examples."""
+"""Collect the content of a report, independent of its layout: decisions, tables, plots, tests, examples."""
 
 from dataclasses import dataclass
 
-from pipeline.compare import charts, evidence, examples, findings, rows, table
+from pipeline.compare import about, charts, evidence, examples, exports, findings, rows, table
+from pipeline.compare.about import About
 from pipeline.compare.charts import Chart
+from pipeline.compare.decision import state_rule
 from pipeline.compare.evidence import Test
 from pipeline.compare.examples import Example
+from pipeline.compare.exports import Verdict
 from pipeline.compare.findings import Finding
 from pipeline.compare.rows import Row
 from pipeline.compare.runs import EvaluatedRun
@@ -19,10 +22,12 @@ class Content:
 
     Attributes:
         title: heading of the report.
-        facts: properties that all models share: name -> value.
+        verdicts: for each export, whether to ship it, and its most important figures.
+        rule: the rule of the verdicts, in words.
+        about: date, version, settings and hardware.
         reference: name of the reference model for all weight errors, or None.
         rows: one row for each model.
-        tables: tables of the models' figures.
+        tables: tables of the models' figures. The first one is the main table.
         tests: paired tests on the models' answers.
         findings: the results in words.
         charts: the plots, as data.
@@ -30,7 +35,9 @@ class Content:
     """
 
     title: str
-    facts: dict[str, str]
+    verdicts: list[Verdict]
+    rule: str
+    about: About
     reference: str | None
     rows: list[Row]
     tables: list[Table]
@@ -42,6 +49,12 @@ class Content:
     def to_json(self) -> dict[str, Json]:
         """Return the content of compare.json."""
         return {
+            "verdicts": [
+                {"run": each.label, "outcome": each.decision.outcome.name, "headline": each.decision.headline}
+                for each in self.verdicts
+            ],
+            "rule": self.rule,
+            "about": {"summary": self.about.summary, **self.about.facts},
             "reference": self.reference,
             "rows": [row.to_json() for row in self.rows],
             "findings": [vars(finding) for finding in self.findings],
@@ -49,14 +62,22 @@ class Content:
         }
 
 
-def collect(runs: list[EvaluatedRun], most_examples: int) -> Content:
-    """Collect the content of the report on comparable runs, with at most `most_examples` examples."""
+def collect(runs: list[EvaluatedRun], most_examples: int, margin: float = 5.0) -> Content:
+    """Collect the content of the report on comparable runs.
+
+    Args:
+        runs: the runs.
+        most_examples: maximum number of examples.
+        margin: `compare.margin`, in points.
+    """
     found = rows.collect(runs)
     reference = runs[0].evaluated.details["reference"]
     tests = evidence.run_tests(found)
     return Content(
         title=f"Comparison of {runs[0].label if len(runs) == 1 else f'{len(runs)} runs'}",
-        facts=_facts(runs),
+        verdicts=exports.judge_exports(runs, found, tests, margin),
+        rule=state_rule(margin),
+        about=about.describe(runs),
         reference=reference,
         rows=found,
         tables=_tables(found, reference),
@@ -68,25 +89,23 @@ def collect(runs: list[EvaluatedRun], most_examples: int) -> Content:
 
 
 def _tables(found: list[Row], reference: str | None) -> list[Table]:
+    main, *others = table.make_tables(found, reference)
     rounding = table.make_rounding_table(found)
-    kept = [] if rounding is None else [rounding]
-    return [*table.make_tables(found, reference), *kept, table.make_cost_table(found)]
+    return [main, *([] if rounding is None else [rounding]), *others]
 
 
 def to_markdown(content: Content) -> str:
-    """Write the findings and the tables in Markdown."""
-    parts = [f"# {content.title}\n"]
+    """Write the verdicts, the tables and the findings in Markdown."""
+    parts = [f"# {content.title}\n\n{content.about.summary}\n"]
+    for verdict in content.verdicts:
+        heading = f"**{verdict.label + ': ' if verdict.label else ''}{verdict.decision.headline}**\n"
+        parts.append(
+            heading + "".join(f"\n- {tile.title}: {tile.value} ({tile.note})" for tile in verdict.tiles) + "\n"
+        )
+    parts.append(f"{content.rule}\n")
+    main, *others = content.tables
+    parts.append(f"## {main.title}\n\n{table.to_markdown(main, content.rows)}")
     for finding in content.findings:
         parts.append(f"## {finding.title}\n\n" + "".join(f"- {sentence}\n" for sentence in finding.sentences))
-    parts += [f"## {each.title}\n\n{table.to_markdown(each, content.rows)}" for each in content.tables]
+    parts += [f"## {each.title}\n\n{table.to_markdown(each, content.rows)}" for each in others]
     return "\n".join(parts)
-
-
-def _facts(runs: list[EvaluatedRun]) -> dict[str, str]:
-    evaluated = runs[0].evaluated
-    base = evaluated.base_model
-    return {
-        "Base model": base["path"] + (f" at revision {base['revision']}" if base["revision"] else ""),
-        "Evaluation data": f"{evaluated.settings.get('data.path')}, fingerprint {evaluated.data}",
-        "Runs": "\n".join(str(run.directory) for run in runs),
-    }

@@ -10,13 +10,15 @@ from itertools import combinations
 
 import numpy as np
 
-from pipeline.compare.rows import PTQ, QAT, SFT, Row
+from pipeline.compare.names import EXPORT, PTQ, QAT, SFT, UPCAST, figure_name
+from pipeline.compare.rows import Row
 from pipeline.config.controls import is_control
 from pipeline.evaluate import statistics
 from pipeline.evaluate.statistics import BETTER, WORSE, Comparison
 from pipeline.evaluate.verdicts import pair
 from pipeline.runs.json_files import Json
 
+NOTHING = "no significant difference"
 LOSS = "validation_loss"
 KL = "kl_divergence"
 
@@ -34,13 +36,14 @@ TEST_TITLES = (*TEST_COLUMNS[:-1], "needed for significance")
 class Chain:
     """An SFT model and the PTQ and QAT models made from it. None stands for a model that was not evaluated.
 
-    `controls` are the controls of the run with the QAT model.
+    `controls` are the controls of the run with the QAT model. `export` is the export of the last model.
     """
 
     sft: Row | None
     ptq: Row | None
     qat: Row | None
     controls: Sequence[Row] = ()
+    export: Row | None = None
 
     @property
     def rivals(self) -> list[Row]:
@@ -86,7 +89,7 @@ class Test:
 
     def to_json(self) -> dict[str, Json]:
         """Return the entry of this test in compare.json."""
-        found = {"figure": self.figure, "model": self.model.title, "reference": self.reference.title}
+        found = {"figure": self.figure, "model": self.model.name, "reference": self.reference.name}
         figures = (
             {} if self.comparison is None else asdict(self.comparison) | {"difference": self.comparison.difference}
         )
@@ -94,13 +97,13 @@ class Test:
 
     def cells(self) -> list[str]:
         """Return the test as a line of a table, with one cell for each of TEST_COLUMNS."""
-        names = [self.figure.replace("_", " "), self.model.title, self.reference.title]
+        names = [figure_name(self.figure), self.model.title, self.reference.title]
         if (found := self.comparison) is None:
             return [*names, self.verdict, "–", "–", "–", "0", "–", "–", "–"]
         difference, low, high = (
             f"{100 * each:+.1f}" for each in (found.difference, found.interval.low, found.interval.high)
         )
-        verdict = self.verdict if self.is_significant else "not significant"
+        verdict = self.verdict if self.is_significant else NOTHING
         counts = [str(found.prompts), str(found.wins), str(found.losses)]
         return [*names, verdict, difference, f"{low} to {high}", f"{self.p_value:.2g}", *counts, self.needed]
 
@@ -116,13 +119,15 @@ def find_chains(rows: list[Row]) -> list[Chain]:
     Each QAT model forms a chain with its PTQ and SFT models. Each remaining PTQ model forms a chain with its SFT model.
     """
     found = [
-        Chain(_origin(row, SFT, rows), _origin(row, PTQ, rows), row, _controls(row, rows))
+        Chain(_origin(row, SFT, rows), _origin(row, PTQ, rows), row, _controls(row, rows), _export(row, rows))
         for row in rows
         if row.model == QAT
     ]
     used = {id(chain.ptq) for chain in found}
     return found + [
-        Chain(_origin(row, SFT, rows), row, None) for row in rows if row.model == PTQ and id(row) not in used
+        Chain(_origin(row, SFT, rows), row, None, export=_export(row, rows))
+        for row in rows
+        if row.model == PTQ and id(row) not in used
     ]
 
 
@@ -135,15 +140,29 @@ def _controls(qat: Row, rows: list[Row]) -> list[Row]:
     return [row for row in rows if is_control(row.model) and row.fingerprint == evaluated.get(row.model)]
 
 
+def _export(row: Row, rows: list[Row]) -> Row | None:
+    return next((each for each in rows if each.model == EXPORT and each.twin == row.fingerprint), None)
+
+
 def _origin(row: Row, stage: str, rows: list[Row]) -> Row | None:
     """Find the ancestor of a row's model: the model that `stage` made. Any run may have evaluated it."""
     wanted = row.lineage.get(stage)
     return next((each for each in rows if each.model == stage and each.fingerprint == wanted), None)
 
 
+def reference_of(row: Row, rows: list[Row]) -> Row | None:
+    """Find the model that a rounded model must match: the SFT model in its lineage, or without SFT the original."""
+    return _origin(row, SFT if SFT in row.lineage else UPCAST, rows)
+
+
 def run_tests(rows: list[Row]) -> list[Test]:
-    """Run all paired tests: between the models of each chain, and between the best QAT models of different formats."""
-    pairs = [pair for chain in find_chains(rows) for pair in pairs_of(chain)] + format_pairs(rows)
+    """Run all paired tests.
+
+    Tested are the exports against the models that they must match, the models of each chain against each other, and the
+    best QAT models of different formats.
+    """
+    exports = [(row, reference) for row in rows if row.model == EXPORT and (reference := reference_of(row, rows))]
+    pairs = exports + [pair for chain in find_chains(rows) for pair in pairs_of(chain)] + format_pairs(rows)
     distinct = {(id(model), id(reference)): (model, reference) for model, reference in pairs}.values()
     found = [(figure, *pair, _compare(figure, *pair)) for pair in distinct for figure in _common_figures(*pair)]
     compared = [comparison for *_, comparison in found if comparison is not None]

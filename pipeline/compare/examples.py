@@ -34,12 +34,14 @@ class Example:
         messages: the conversation up to the answer.
         disagreements: figures on which at least one model passed and at least one failed.
         answers: one answer of each model that answered the prompt, in the order of the rows.
+        reference: the answer in the data, or the expected answer of the scorers, or None if there is neither.
     """
 
     prompt_id: str
     messages: list[Message]
     disagreements: list[str]
     answers: list[Answer]
+    reference: str | None
 
 
 def choose(rows: list[Row], most: int) -> list[Example]:
@@ -68,7 +70,9 @@ def _make_example(prompt_id: str, answers: list[Answer]) -> Example:
     figures = dict.fromkeys(figure for answer in answers for figure in answer.verdicts)
     opposite = {_OUTCOMES[True], _OUTCOMES[False]}
     disagreements = [name for name in figures if opposite <= {answer.verdicts.get(name) for answer in answers}]
-    return Example(prompt_id, answers[0].transcript.messages, disagreements, answers)
+    first = answers[0].transcript
+    reference = first.reference if first.reference is not None else first.expected.get("answer")
+    return Example(prompt_id, first.messages, disagreements, answers, reference)
 
 
 def _has_different_answers(example: Example) -> bool:

@@ -7,12 +7,12 @@ difference that the test could have detected. Losses have no interval, because o
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline.compare.evidence import KL, LOSS, Chain, Test, find_chains, format_pairs, pairs_of
-from pipeline.compare.rows import PATIENCE, PTQ, QAT, SFT, Row, control_of
+from pipeline.compare.digits import size
+from pipeline.compare.evidence import KL, LOSS, NOTHING, Chain, Test, find_chains, format_pairs, pairs_of
+from pipeline.compare.names import PTQ, QAT, SFT, figure_title
+from pipeline.compare.rows import PATIENCE, Row, control_of
 from pipeline.config.controls import MORE_SFT, is_control
 from pipeline.evaluate.statistics import BETTER, WORSE
-
-NOTHING = "no statistically significant difference"
 
 _SERVED = "served_bytes"
 _DIGITS = 4  # of a loss. Losses that are equal as printed count as equal.
@@ -203,7 +203,7 @@ def _summarize(test: Test, summary: str) -> str:
 
 
 def _name(test: Test) -> str:
-    return test.figure.replace("_", " ").capitalize()
+    return figure_title(test.figure)
 
 
 def _effect_of_qat(lost: Test | None, recovered: Test) -> str:
@@ -236,9 +236,10 @@ def _describe_cost(chain: Chain) -> Iterator[str]:
         share = f", {qat.seconds / sft.seconds:.2f} times the duration of SFT" if sft and sft.seconds else ""
         yield f"Cost of QAT: {qat.seconds:.0f} s{share}; peak memory {size(qat.peak_bytes)}."
     if end and sft and {_SERVED} <= end.figures.keys() & sft.figures.keys():
-        served, whole = end.figures[_SERVED], sft.figures[_SERVED]
+        shipped = chain.export or end
+        served, whole = shipped.figures[_SERVED], sft.figures[_SERVED]
         yield (
-            f"Size when served: {size(served)} in {end.block_format}. SFT takes {size(whole)} in"
+            f"Size when served: {size(served)} in {shipped.block_format or 'BF16'}. SFT takes {size(whole)} in"
             f" {sft.block_format or 'BF16'}, which is {whole / served:.2f} times as much."
         )
 
@@ -256,8 +257,3 @@ def _describe_formats(model: Row, reference: Row, tests: list[Test]) -> Iterator
     for test in tests:
         if (id(test.model), id(test.reference)) == (id(model), id(reference)):
             yield f"{_name(test)}: {describe_test(test)}"
-
-
-def size(count: float) -> str:
-    """Write a number of bytes in GB or MB."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.3f} MB"

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.compare import charts, plots
+from pipeline.compare.charts import Chart
 from pipeline.compare.content import Content
 from pipeline.compare.evidence import TEST_TITLES
 
@@ -21,6 +22,8 @@ _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\
 
 def render(report: Content) -> str:
     """Render the whole page. The same report always gives the same text."""
+    drawn = {group: [_draw(chart) for chart in report.charts if chart.group == group] for group in charts.GROUPS}
+    main, *others = [(table, table.cells(report.rows), table.best(report.rows)) for table in report.tables]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -31,11 +34,18 @@ def render(report: Content) -> str:
     )
     return environment.get_template(_TEMPLATE).render(
         report=report,
-        tables=[(table, table.cells(report.rows)) for table in report.tables],
+        main=main,
+        others=others,
         test_titles=TEST_TITLES,
         tests=[test.cells() for test in report.tests],
-        plots=[(chart, Markup(plots.draw_svg(chart)), *charts.tabulate(chart)) for chart in report.charts],
+        plots={group: found for group, found in drawn.items() if found},
+        stages=[line.cells() for line in report.about.stages],
     )
+
+
+def _draw(chart: Chart) -> tuple[Chart, Markup, list[str], list[list[str]]]:
+    """Return a chart with its SVG element, and the head and the lines of the table of its figures."""
+    return chart, Markup(plots.draw_svg(chart)), *charts.tabulate(chart)
 
 
 def _replace_unprintable(value: object) -> object:

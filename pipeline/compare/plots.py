@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pipeline.compare.charts import Chart, Point
-from pipeline.compare.findings import size
+from pipeline.compare.digits import size
 
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -28,11 +28,11 @@ _ROLES = {_INK: "currentColor", _FAINT: "var(--faint)", _PAPER: "var(--paper)"}
 _ROLES |= {colour: f"var(--series-{i})" for i, colour in enumerate(_PALETTE, 1)}
 """Colour in the PNG -> CSS value that replaces it in the SVG. The page's style sheet defines the variables."""
 
-_WIDTH_INCHES, _HEIGHT_INCHES = 6.4, 3.4
+_WIDTH_INCHES, _HEIGHT_INCHES = 4.6, 3.0  # as wide as a phone, so that letters keep their size there
 _LINE_INCHES = 0.17  # height of one line of dots, and of one line of the legend
 _PNG_DPI = 150
-_LONGEST_NAME = 30
-_LEGEND_LETTERS = 90  # letters in one line of the legend
+_LONGEST_NAME = 20
+_LEGEND_LETTERS = 62  # letters in one line of the legend
 _SAME_PLACE = 0.03  # points closer than this share of the points' range, on both axes, get a common label
 _Place: TypeAlias = tuple[float, float]
 """Position of a point on the two axes."""
@@ -184,10 +184,14 @@ def _draw_tradeoff(axes: Axes, chart: Chart) -> None:
             markerfacecolor=colour if series.name in chart.best else _PAPER,
             label=f"{i}  {series.name}",
         )
+    places = {series.name: series.points[0] for series in chart.series}
+    for pair in chart.joined:
+        first, second = (places[name] for name in pair)
+        axes.plot([first.at, second.at], [first.value, second.value], color=_INK, linewidth=0.8, zorder=1)
     for (x, y), numbers in _number_places([series.points[0] for series in chart.series]):
         axes.annotate(", ".join(numbers), (x, y), xytext=(7, 5), textcoords="offset points")
     axes.margins(0.12)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
 
 

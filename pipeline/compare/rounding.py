@@ -5,8 +5,8 @@ from typing import Any
 
 from pipeline.compare.runs import EvaluatedRun, StageFacts
 from pipeline.config import Stage
-from pipeline.runs.artifacts import Artifact
-from pipeline.runs.records import QuantizeRecord
+from pipeline.runs.artifacts import Artifact, Kind
+from pipeline.runs.records import ExportRecord, QuantizeRecord
 
 
 @dataclass(frozen=True)
@@ -51,3 +51,19 @@ def _of_quantize(artifact: Artifact) -> Rounding | None:
 def _of_export(artifact: Artifact) -> Rounding | None:
     account = artifact.details.get("account")
     return None if account is None else Rounding(f"nearest, {artifact.scale_rule}", account)
+
+
+def find_twin(run: EvaluatedRun, export: StageFacts) -> str | None:
+    """Return the fingerprint of the model that an export was made from, if both round the experts to the same values.
+
+    Only a model that rounds to the export's format has the same values. The scale rule must be the same, unless the
+    model holds rounded experts.
+    """
+    artifact = export.artifact
+    origin = run.read_stage(artifact.read(ExportRecord).exported_from)
+    if origin is None or origin.artifact.fingerprint != artifact.parents["model"]:
+        return None
+    made = origin.artifact
+    rounds = (made.format if made.kind is Kind.packed else made.fake_quantized) == artifact.format
+    has_same_rule = made.kind is Kind.packed or made.scale_rule == artifact.scale_rule
+    return made.fingerprint if rounds and has_same_rule else None

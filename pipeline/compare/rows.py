@@ -8,7 +8,19 @@ from typing import TypeAlias
 
 from pipeline.checkpoints.config_json import read_config
 from pipeline.checkpoints.gpt_oss import Shape, expert_projections, plain_tensors
-from pipeline.compare.rounding import Rounding, find_rounding
+from pipeline.compare.names import (
+    EXPORT,
+    MODELS,
+    ORDER,
+    PTQ,
+    QAT,
+    SFT,
+    UPCAST,
+    distinct_endings,
+    is_local,
+    without_directory,
+)
+from pipeline.compare.rounding import Rounding, find_rounding, find_twin
 from pipeline.compare.runs import EvaluatedRun, StageFacts, has_answers
 from pipeline.config.controls import BF16_PARTS, MORE_SFT, is_control
 from pipeline.errors import UserError
@@ -16,12 +28,11 @@ from pipeline.evaluate.scorers import VERDICTS
 from pipeline.evaluate.transcripts import Transcript
 from pipeline.evaluate.verdicts import Verdict
 from pipeline.numerics.formats import FORMATS, MXFP4
-from pipeline.runs.artifacts import EVALUATED_STAGES, Kind
+from pipeline.runs.artifacts import Kind
 from pipeline.runs.json_files import Json
+from pipeline.runs.records import ExportRecord
 
 ANSWERS_FILE = "generations.jsonl"
-ORDER = tuple(stage.name for stage in EVALUATED_STAGES)
-UPCAST, SFT, PTQ, QAT, EXPORT = ORDER
 _ROLES = {UPCAST: "original", SFT: "SFT", PTQ: "SFT + PTQ", QAT: "SFT + QAT"}
 _BF16_BITS = 16
 _LOSS = "validation_loss"
@@ -43,7 +54,8 @@ class Row:
     Attributes:
         run: the run that evaluated the model.
         model: name of the model in the results: a stage, a directory, or a model on a server.
-        title: name of the model in the report.
+        name: `model` with the label of its run, if there are several runs. compare.json uses it.
+        title: name of the model for readers, such as "QAT". It is unique in the report.
         role: the steps from the original to the model ("SFT + PTQ"), or the model's name if the steps are unknown.
         block_format: 4-bit format of the experts' weights in the forward pass, or None.
         figures: values of the figures by name. If a value belongs to a group, its name ends in /<group>.
@@ -53,16 +65,20 @@ class Row:
         seconds: duration of the stage that made the model, or None if it is unknown.
         peak_bytes: peak memory of the main process of that stage. It is GPU memory if the process has a GPU, else host
             memory. None if it is unknown.
+        is_gpu_memory: whether `peak_bytes` is GPU memory.
         steps: number of optimizer steps of the stage that made the model. For the control more_sft, they are those of
             its SFT. None if the stage does not train, if it is unknown, or for the SFT model.
         schedule: the settings of that training that determine the number of steps, by name. Empty if `steps` is None.
         answers: the model's answers to the prompts; empty if there are none.
         verdicts: figure -> verdicts on the answers.
         rounding: how the experts were rounded, with the account of rounding, or None.
+        twin: for an export, the fingerprint of the model that computes with the same expert weights: the model that was
+            exported, if it rounds to the export's format. None otherwise.
     """
 
     run: EvaluatedRun
     model: str
+    name: str
     title: str
     role: str
     block_format: str | None
@@ -71,15 +87,18 @@ class Row:
     lineage: dict[str, str]
     seconds: float | None = None
     peak_bytes: int | None = None
+    is_gpu_memory: bool = False
     steps: int | None = None
     schedule: dict[str, Json] = field(default_factory=dict)
     answers: list[Transcript] = field(default_factory=list)
     verdicts: dict[str, list[Verdict]] = field(default_factory=dict)
     rounding: Rounding | None = None
+    twin: str | None = None
 
     def to_json(self) -> dict[str, Json]:
         """Return the entry of this row in compare.json."""
-        facts = {"run": self.run.label, "model": self.model, "role": self.role, "format": self.block_format}
+        model = self.model if self.model in ORDER or is_control(self.model) else self.name
+        facts = {"run": self.run.label, "model": model, "role": self.role, "format": self.block_format}
         cost = {"stage_seconds": self.seconds, "stage_peak_bytes": self.peak_bytes}
         rounding = {} if self.rounding is None else {"rounding": vars(self.rounding)}
         return {**facts, **self.figures, **cost, **rounding}
@@ -104,31 +123,42 @@ def collect(runs: list[EvaluatedRun]) -> list[Row]:
 def _collect_run(run: EvaluatedRun, *, is_alone: bool) -> list[Row]:
     results: Mapping[str, Figures] = run.evaluated.details["results"]
     names = [*(name for name in ORDER if name in results), *(name for name in results if name not in ORDER)]
-    shape = _read_shape(run)
-    return [_make_row(run, name, results[name], shape=shape, is_alone=is_alone) for name in names]
+    shape = read_shape(run)
+    endings = distinct_endings([Path(name) for name in names if is_local(name)])
+    prefix = "" if is_alone else run.label
+    return [
+        _make_row(run, name, results[name], shape=shape, prefix=prefix, shown=endings.get(Path(name), name))
+        for name in names
+    ]
 
 
-def _make_row(run: EvaluatedRun, model: str, results: Figures, *, shape: Shape | None, is_alone: bool) -> Row:
+def _make_row(run: EvaluatedRun, model: str, results: Figures, *, shape: Shape | None, prefix: str, shown: str) -> Row:
+    """Make the row of a model. `prefix` is the label of its run, or "". `shown` is the model's name without paths."""
     stage = _read_stage(run, model)
     lineage = _trace_lineage(run, model)
     answers = _read_answers(run, model)
     trained = _read_training(run, model, stage)
+    role = _role(shown, stage, lineage)
+    title = f"Control: {role}" if is_control(model) and stage is not None else MODELS.get(model, shown)
     return Row(
         run=run,
         model=model,
-        title=model if is_alone else f"{run.label}/{model}",
-        role=_role(model, stage, lineage),
+        name=f"{prefix}/{shown}" if prefix else shown,
+        title=f"{prefix}: {title}" if prefix else title,
+        role=role,
         block_format=_block_format(stage),
-        figures=flatten(results) | _sizes(stage, shape),
+        figures=flatten(results) | sizes(stage, shape),
         fingerprint=run.evaluated.parents[model],
         lineage=lineage,
         seconds=None if stage is None else stage.seconds,
         peak_bytes=None if stage is None else stage.peak_bytes,
+        is_gpu_memory=stage is not None and stage.is_gpu_memory,
         steps=None if trained is None else trained.artifact.details["steps"],
         schedule={} if trained is None else _schedule(trained),
         answers=answers,
         verdicts={name: verdicts for name, judge in VERDICTS.items() if (verdicts := judge(answers))},
         rounding=None if stage is None else find_rounding(run, stage),
+        twin=None if stage is None or model != EXPORT else find_twin(run, stage),
     )
 
 
@@ -189,7 +219,8 @@ def _role(model: str, stage: StageFacts | None, lineage: dict[str, str]) -> str:
         return f"{trained} + PTQ{rounded}" if has_ptq else trained
     if model == EXPORT:
         origin = stage.artifact.details["exported_from"]
-        return f"{_role(origin, stage, lineage) if origin in _ROLES else origin}, exported"
+        known = origin if is_control(origin) else without_directory(origin)
+        return f"{_role(origin, stage, lineage) if origin in _ROLES else known}, exported"
     role = _ROLES[model] + (rounded if model == PTQ else "")
     return role if SFT in lineage else role.removeprefix("SFT + ")
 
@@ -221,7 +252,7 @@ def _block_format(stage: StageFacts | None) -> str | None:
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def _read_shape(run: EvaluatedRun) -> Shape | None:
+def read_shape(run: EvaluatedRun) -> Shape | None:
     """Read the shape of the model from the first existing checkpoint of the run."""
     for stage in ORDER:
         directory = run.stage_dir(stage)
@@ -230,12 +261,15 @@ def _read_shape(run: EvaluatedRun) -> Shape | None:
     return None
 
 
-def _sizes(stage: StageFacts | None, shape: Shape | None) -> dict[str, float]:
+def sizes(stage: StageFacts | None, shape: Shape | None) -> dict[str, float]:
     """Compute `served_bytes`: the size of the weights in memory when the model is served.
 
-    If a model rounds its experts to a 4-bit format, they are served in this format. Otherwise they are served in BF16.
-    The experts of the original are served in its released format.
+    An export is served as it is, so its size is the size of its tensors. For any other model, this is the size of its
+    export: if a model rounds its experts to a 4-bit format, they are served in this format, and otherwise in BF16. The
+    experts of the original are served in its released format.
     """
+    if stage is not None and stage.artifact.stage == EXPORT:
+        return {"served_bytes": float(stage.artifact.read(ExportRecord).tensor_bytes)}
     if stage is None or shape is None:
         return {}
     was_packed = stage.artifact.stage == UPCAST and stage.artifact.details.get("decoded_tensors", 0) > 0
@@ -246,10 +280,16 @@ def _sizes(stage: StageFacts | None, shape: Shape | None) -> dict[str, float]:
     return {"served_bytes": others + experts * bits / 8}
 
 
+def are_twins(row: Row, other: Row) -> bool:
+    """Return whether one of two rows is an export of the other that computes with the same expert weights."""
+    return row.twin == other.fingerprint or other.twin == row.fingerprint
+
+
 def undominated(rows: Iterable[Row], size: str, quality: str, *, is_higher_better: bool) -> list[Row]:
     """Find the rows that no other row dominates (the Pareto front).
 
-    A row dominates another row if it is smaller or better, and is neither larger nor worse.
+    A row dominates another row if it is smaller or better, and is neither larger nor worse. An export and its twin are
+    one model, so they do not dominate each other.
 
     Args:
         rows: rows of the models. Rows that lack one of the figures are ignored.
@@ -261,7 +301,11 @@ def undominated(rows: Iterable[Row], size: str, quality: str, *, is_higher_bette
     points = [
         (row, row.figures[size], sign * row.figures[quality]) for row in rows if {size, quality} <= {*row.figures}
     ]
-    return [row for row, x, y in points if not any(a <= x and b <= y and (a, b) != (x, y) for _, a, b in points)]
+    return [
+        row
+        for row, x, y in points
+        if not any(a <= x and b <= y and (a, b) != (x, y) and not are_twins(row, each) for each, a, b in points)
+    ]
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------

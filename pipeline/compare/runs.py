@@ -3,13 +3,14 @@
 import glob
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import xxhash
 
+from pipeline.compare.names import distinct_endings
 from pipeline.config import Stage
 from pipeline.config.controls import is_control
 from pipeline.errors import user_errors
@@ -25,6 +26,7 @@ from pipeline.runs.artifacts import (
 from pipeline.runs.commands import stage_command
 
 _EVALUATE = Stage.evaluate.name
+_MADE_ON = ("git_commit", "libraries", "python", "device", "processes")
 _SHARED = "base_run"  # setting that names another run, whose stages this run uses
 
 
@@ -36,11 +38,15 @@ class StageFacts:
         artifact: the stage's artifact.
         seconds: duration of the stage.
         peak_bytes: peak memory of the stage's main process: GPU memory if it has a GPU, else host memory.
+        is_gpu_memory: whether `peak_bytes` is GPU memory.
+        made_on: commit of the program, versions and device, as `runs.provenance` recorded them, by name.
     """
 
     artifact: Artifact
     seconds: float
     peak_bytes: int
+    is_gpu_memory: bool = False
+    made_on: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,11 @@ class EvaluatedRun:
         if directory is None:
             return None
         cost = json.loads((directory / ARTIFACT_FILE).read_text(encoding="utf-8"))
-        peak_bytes = cost["peak_device_memory_bytes"] or cost["peak_memory_bytes"]
-        return StageFacts(artifacts.load(directory, check_files=False), cost["seconds"], peak_bytes)
+        on_gpu = cost["peak_device_memory_bytes"]
+        peak_bytes = on_gpu or cost["peak_memory_bytes"]
+        made_on = {name: cost[name] for name in _MADE_ON if name in cost}
+        artifact = artifacts.load(directory, check_files=False)
+        return StageFacts(artifact, cost["seconds"], peak_bytes, bool(on_gpu), made_on)
 
     def read_control(self, model: str) -> StageFacts | None:
         """Read the stage of a control's model. The cost is that of all stages that the control ran itself."""
@@ -92,7 +101,9 @@ class EvaluatedRun:
         own = [stage for stage in MODEL_STAGES if not made.artifact.directory.with_name(stage.name).is_symlink()]
         names = [PurePosixPath(model).with_name(stage.name).as_posix() for stage in own]
         facts = [each for each in map(self.read_stage, names) if each is not None]
-        return StageFacts(made.artifact, sum(each.seconds for each in facts), max(each.peak_bytes for each in facts))
+        most = max(facts, key=lambda each: each.peak_bytes)
+        seconds = sum(each.seconds for each in facts)
+        return StageFacts(made.artifact, seconds, most.peak_bytes, most.is_gpu_memory, made.made_on)
 
     @cached_property
     def _shared(self) -> str | None:
@@ -100,6 +111,15 @@ class EvaluatedRun:
 
         config = OmegaConf.load(self.directory / _EVALUATE / CONFIG_FILE)
         return OmegaConf.select(config, _SHARED)
+
+
+def distinct_runs(runs: list[EvaluatedRun], stage: str) -> list[tuple[EvaluatedRun, str]]:
+    """Return the runs to show for a stage, each with a prefix for names. Only runs with the complete stage count.
+
+    Several runs may share the directory of a stage. Such a stage is shown once, for the first of these runs.
+    """
+    found = {run.stage_dir(stage): run for run in reversed(runs) if run.stage_dir(stage) is not None}
+    return [(run, f"{run.label}: " if len(found) > 1 else "") for run in runs if found.get(run.stage_dir(stage)) is run]
 
 
 def find_this(evaluated: Artifact) -> list[EvaluatedRun]:
@@ -143,7 +163,7 @@ def find(patterns: list[str]) -> list[EvaluatedRun]:
             named.setdefault(directory, pattern)
     if problems:
         raise user_errors(problems)
-    labels = _labels(list(named))
+    labels = distinct_endings(list(named))
     found = [EvaluatedRun(labels[directory], directory, artifacts.load(directory / _EVALUATE)) for directory in named]
     problems = [problem for run in found for problem in _stale_problems(run)] + _mixture_problems(found)
     if problems:
@@ -182,19 +202,6 @@ def _stale_problems(run: EvaluatedRun) -> list[str]:
 
 def _command(directory: Path) -> str:
     return f"{stage_command(Stage.evaluate, run_dir=str(directory))}, with the run's recipe"
-
-
-def _labels(directories: list[Path]) -> dict[Path, str]:
-    """Label directories by their names.
-
-    If two names are equal, label all directories by their paths below the common parent.
-    """
-    names = [directory.name for directory in directories]
-    if len(set(names)) == len(names):
-        return dict(zip(directories, names, strict=True))
-    parts = [directory.parts for directory in directories]
-    shared = next((i for i, each in enumerate(zip(*parts, strict=False)) if len(set(each)) > 1), min(map(len, parts)))
-    return {directory: "/".join(directory.parts[shared:]) or directory.name for directory in directories}
 
 
 # --- properties that comparable runs share ----------------------------------------------------------------------------

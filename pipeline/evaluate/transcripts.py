@@ -32,6 +32,7 @@ class Transcript:
         tokens: number of generated tokens.
         seed: seed of the sampling, or None for greedy decoding.
         tool_calls: "name" and "arguments" of each call. The arguments are text, exactly as the model wrote it.
+        reference: the answer in the data, for reports. Scorers do not use it. None if the data have no answer.
     """
 
     prompt_id: str
@@ -45,6 +46,7 @@ class Transcript:
     tokens: int
     seed: int | None
     tool_calls: list[dict[str, str]] = field(default_factory=list)
+    reference: str | None = None
 
 
 class Parsed(NamedTuple):

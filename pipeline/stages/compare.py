@@ -4,12 +4,13 @@ The report has text, tables, plots and answers.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.compare import content, page, plots, runs, table
 from pipeline.compare.content import Content
 from pipeline.compare.evidence import TEST_COLUMNS
-from pipeline.compare.rows import ORDER
+from pipeline.compare.names import ORDER
 from pipeline.compare.runs import EvaluatedRun
 from pipeline.config import PipelineConfig, Stage
 from pipeline.runs import up_to_date
@@ -22,19 +23,24 @@ from pipeline.runs.records import CompareRecord
 from pipeline.runs.run import Run
 from pipeline.runs.tracking import log_media, log_metrics, log_report, log_table
 
+_COMPARISONS = "comparisons"
+_LONGEST_NAME = 80
 _JSON = "compare.json"
 _MARKDOWN = "compare.md"
 _PAGE = "compare.html"
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Compare the runs in compare.runs. Write the report to <run_dir>/compare, and show it.
+    """Compare the runs in compare.runs, write the report, and show it.
 
-    If compare.runs is empty, compare the models of this run.
+    If compare.runs is empty, compare the models of this run, and write the report to <run_dir>/compare. A report on
+    several runs has a directory of its own, see `place_report`.
     """
     here = Run(config)
     found = _runs(config, here)
-    report = content.collect(found, config.compare.examples)
+    if config.compare.runs:
+        here = Run(replace(config, run_dir=place_report(config, found), base_run=None))
+    report = content.collect(found, config.compare.examples, config.compare.margin)
     names = [run.directory.as_posix() if config.compare.runs else "evaluate" for run in found]
     artifact = build(
         here,
@@ -53,11 +59,33 @@ def run(config: PipelineConfig) -> Artifact:
 
 
 def _parents(name: str, run: EvaluatedRun) -> Iterator[tuple[str, str]]:
-    """Yield the inputs of the report from a run. An export has figures for the report, also if it was not evaluated."""
+    """Yield the inputs of the report from a run. An export and its proof count, also if it was not evaluated."""
     yield name, run.evaluated.fingerprint
-    export = run.read_stage(Stage.export.name)
-    if export is not None:
-        yield f"{name}: {Stage.export.name}", export.artifact.fingerprint
+    for stage in (Stage.export, Stage.verify):
+        if (found := run.read_stage(stage.name)) is not None:
+            yield f"{name}: {stage.name}", found.artifact.fingerprint
+
+
+def place_report(config: PipelineConfig, found: list[EvaluatedRun]) -> str:
+    """Return the directory in which a report on several runs gets its directory `compare`.
+
+    It is run_dir if the user has set it to a directory that is not a run. Otherwise it is comparisons/<name> beside
+    run_dir, so that the report replaces none of a run.
+    """
+    run_dir = Path(config.run_dir)
+    is_set = config.run_dir != f"runs/{config.recipe}"
+    is_run = any((run_dir.expanduser() / stage.name).is_dir() for stage in Stage if stage is not Stage.compare)
+    if is_set and not is_run and config.compare.name is None:
+        return config.run_dir
+    name = config.compare.name or _name(found)
+    return str(run_dir.parent / _COMPARISONS / name)
+
+
+def _name(found: list[EvaluatedRun]) -> str:
+    """Name a report by the labels of its runs, or by the first label if they are too long for a file name."""
+    labels = [run.label.replace("/", "_") for run in found]
+    joined = "+".join(labels)
+    return joined if len(joined) <= _LONGEST_NAME else f"{labels[0][:_LONGEST_NAME]}+{len(labels) - 1} more"
 
 
 def _runs(config: PipelineConfig, here: Run) -> list[EvaluatedRun]:
@@ -86,6 +114,10 @@ def _write(report: Content, directory: Path) -> Result:
 
 
 def _show(report: Content, path: Path) -> None:
+    for verdict in report.verdicts:
+        say("compare", f"{verdict.label + ': ' if verdict.label else ''}{verdict.decision.headline}")
+        for tile in verdict.tiles:
+            say("compare", f"  {tile.title}: {tile.value} ({tile.note})")
     for each in report.tables:
         table.show(each, report.rows)
     for finding in report.findings:

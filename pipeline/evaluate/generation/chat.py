@@ -90,6 +90,7 @@ def transcript(reply: Reply, question: Question, seed: int | None) -> Transcript
         tokens=int(reply["usage"]["completion_tokens"]),
         seed=seed,
         tool_calls=[_call(call["function"]) for call in message.get("tool_calls") or ()],
+        reference=question.prompt.reference,
     )
 
 

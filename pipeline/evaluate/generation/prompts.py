@@ -30,11 +30,13 @@ class Prompt:
         prompt_id: a hash of the conversation and of `expected`. It is the same in every run.
         conversation: the conversation up to the answer, with the requested reasoning effort and language.
         expected: properties of a right answer, for scorers. `expected` has a `language` if the prompt asks for one.
+        reference: the answer in the data, or None.
     """
 
     prompt_id: str
     conversation: Conversation
     expected: dict[str, str]
+    reference: str | None = None
 
 
 class Question(NamedTuple):
@@ -75,6 +77,7 @@ class Question(NamedTuple):
             tokens=tokens,
             seed=seed,
             tool_calls=found.tool_calls,
+            reference=self.prompt.reference,
         )
 
 
@@ -156,7 +159,13 @@ def _prompt(data: DataConfig, settings: PromptsConfig, row: Conversation) -> Pro
     expected = dict(_known(conversation)) | settings.expected_of_all | row.expected
     content = [conversation.messages, conversation.tools, conversation.reasoning_effort, expected]
     text = json.dumps(content, ensure_ascii=False, sort_keys=True)
-    return Prompt(xxhash.xxh3_64_hexdigest(text.encode()), conversation, expected)
+    return Prompt(xxhash.xxh3_64_hexdigest(text.encode()), conversation, expected, _reference(row))
+
+
+def _reference(row: Conversation) -> str | None:
+    """Return the text of the answer that `harmony.drop_answer` drops from a row, or None."""
+    last = row.messages[-1]
+    return (last["content"] or None) if last["role"] == "assistant" else None
 
 
 def _known(conversation: Conversation) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,193 @@
+"""Decide whether an export can be shipped. Pure functions: this module reads no files.
+
+The rule has three conditions, and RULE states them for readers:
+
+1. No pass rate of the export is significantly worse than the reference's. The test is McNemar's, corrected by Holm's
+   method, as in `evidence`. A validation loss that is not finite counts as worse.
+2. `verify` has passed on the export.
+3. The answers exclude a loss of quality beyond the margin. For each pass rate, the 95 % interval of the paired
+   difference must not reach below -margin. This is a test of non-inferiority (CPMP/EWP/2158/99). A test without a
+   significant result does not show equality, so the first condition alone would ship any export on a few prompts.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from pipeline.compare.names import figure_name
+from pipeline.evaluate.statistics import BETTER, WORSE, difference_interval
+
+
+class Outcome(Enum):
+    """The outcomes, from the most to the least urgent. The value begins the headline."""
+
+    do_not_ship = "Do not ship"
+    not_verified = "Do not ship yet"
+    not_measured = "Not measured"
+    not_decided = "Not decided"
+    ship = "Ship it"
+    no_export = "Nothing to ship"
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A paired comparison of one pass rate of the export with the reference's.
+
+    Attributes:
+        figure: name of the pass rate.
+        prompts: number of prompts that were decided for both models.
+        difference, low, high: difference of the pass rates, and its 95 % interval, as shares.
+        verdict: outcome of the corrected test: BETTER, WORSE, or another text.
+    """
+
+    figure: str
+    prompts: int
+    difference: float
+    low: float
+    high: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known about an export.
+
+    Attributes:
+        export: name of the export, such as "the MXFP4 export".
+        reference: name of the model that it must match, such as "SFT", or None if no such model was evaluated.
+        stands_for: name of the evaluated model whose answers count for the export, because it computes with the same
+            expert weights. None if the export itself was evaluated.
+        rates: comparisons of the pass rates.
+        loss: validation loss of the export, or None.
+        is_verified: whether `verify` has passed on the export's files.
+        smaller: size of the reference when served, divided by the export's, or None if a size is unknown.
+    """
+
+    export: str
+    reference: str | None
+    stands_for: str | None
+    rates: list[Rate]
+    loss: float | None
+    is_verified: bool
+    smaller: float | None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do with an export.
+
+    Attributes:
+        outcome: the outcome.
+        headline: the outcome and its reasons, in one sentence.
+    """
+
+    outcome: Outcome
+    headline: str
+
+
+NO_EXPORT = Decision(Outcome.no_export, f"{Outcome.no_export.value}: there is no export. Run stage=export.")
+
+
+def decide(evidence: Evidence, margin: float) -> Decision:
+    """Apply the rule of this module.
+
+    Args:
+        evidence: what is known about the export.
+        margin: the margin of non-inferiority, in points of a pass rate.
+    """
+    found = [*_worse(evidence), *_unverified(evidence), *_unmeasured(evidence), *_undecided(evidence, margin)]
+    if not found:
+        return Decision(Outcome.ship, f"{Outcome.ship.value}: {_praise(evidence, margin)}.")
+    outcome = found[0][0]
+    # A worse export needs no further reasons. What is missing is listed in full, so that it can be done at once.
+    reasons = [reason for each, reason in found if outcome is not Outcome.do_not_ship or each is outcome]
+    because = f"{evidence.export}, because " if outcome is Outcome.do_not_ship else f"{evidence.export} "
+    return Decision(outcome, f"{outcome.value}: {because}{', and '.join(reasons)}.")
+
+
+def state_rule(margin: float) -> str:
+    """State the rule for readers of the report."""
+    return (
+        "An export can be shipped if (1) no pass rate is significantly worse than the reference's, (2) verify has"
+        f" passed on it, and (3) for each pass rate, the 95 % interval of the difference excludes a loss of {margin:g}"
+        f" points or more (compare.margin). Condition 3 needs at least {least_prompts(margin)} prompts, and more if the"
+        " models differ on some. The reference is SFT, or the original without SFT. The tests are paired by prompt."
+    )
+
+
+def least_prompts(margin: float) -> int:
+    """Return the smallest number of prompts on which identical answers exclude a loss of `margin` points."""
+    low, high = 1, 1
+    while not _excludes(high, margin):
+        low, high = high, 2 * high
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _excludes(middle, margin) else (middle + 1, high)
+    return high
+
+
+def _excludes(prompts: int, margin: float) -> bool:
+    return difference_interval(0, 0, prompts).low > -margin / 100
+
+
+def _worse(evidence: Evidence) -> Iterator[tuple[Outcome, str]]:
+    if evidence.loss is not None and not math.isfinite(evidence.loss):
+        yield Outcome.do_not_ship, f"its validation loss is {evidence.loss}"
+    for rate in evidence.rates:
+        if rate.verdict == WORSE:
+            yield (
+                Outcome.do_not_ship,
+                f"{figure_name(rate.figure)} is {-100 * rate.difference:.1f} points worse than {evidence.reference}"
+                f" ({_interval(rate)}, {rate.prompts} prompts)",
+            )
+
+
+def _unverified(evidence: Evidence) -> Iterator[tuple[Outcome, str]]:
+    if not evidence.is_verified:
+        yield Outcome.not_verified, "is not verified (run stage=verify)"
+
+
+def _unmeasured(evidence: Evidence) -> Iterator[tuple[Outcome, str]]:
+    if not evidence.rates:
+        beside = evidence.reference or "the model before rounding"
+        yield Outcome.not_measured, f"has no answers to compare with {beside} (run stage=evaluate eval=quick)"
+
+
+def _undecided(evidence: Evidence, margin: float) -> Iterator[tuple[Outcome, str]]:
+    wide = [rate for rate in evidence.rates if rate.low <= -margin / 100]
+    if wide:
+        rate = min(wide, key=lambda each: each.low)
+        yield (
+            Outcome.not_decided,
+            f"was measured on too few prompts to tell ({rate.prompts}): {figure_name(rate.figure)} may be up to"
+            f" {-100 * rate.low:.1f} points worse than {evidence.reference}, and the margin is {margin:g}",
+        )
+
+
+def _praise(evidence: Evidence, margin: float) -> str:
+    better = [figure_name(rate.figure) for rate in evidence.rates if rate.verdict == BETTER]
+    equal = [figure_name(rate.figure) for rate in evidence.rates if rate.verdict != BETTER]
+    parts = [f"better than {evidence.reference} in {_list(better)}"] if better else []
+    parts += [f"as good as {evidence.reference} within {margin:g} points in {_list(equal)}"] if equal else []
+    prompts = {rate.prompts for rate in evidence.rates}
+    count = f"{min(prompts)} prompts" if len(prompts) == 1 else f"{min(prompts)} to {max(prompts)} prompts"
+    measured = f", measured as {evidence.stands_for}" if evidence.stands_for else ""
+    return f"{evidence.export} is {' and '.join(parts)} on {count}{measured}{_size(evidence)}, verified"
+
+
+def _size(evidence: Evidence) -> str:
+    if evidence.smaller is None:
+        return ""
+    ratio = f"{evidence.smaller:.1f}" if evidence.smaller >= 1 else f"{1 / evidence.smaller:.1f}"
+    if ratio == "1.0":
+        return f", as large as {evidence.reference}"
+    return f", {ratio} × {'smaller' if evidence.smaller > 1 else 'larger'}"
+
+
+def _interval(rate: Rate) -> str:
+    return f"95 % interval {100 * rate.low:+.1f} to {100 * rate.high:+.1f}"
+
+
+def _list(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

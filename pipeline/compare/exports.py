@@ -1,0 +1,121 @@
+"""Find the exports of the compared runs, and collect what is known about each: its answers, its proof and its size."""
+
+from dataclasses import dataclass
+
+from pipeline.compare.decision import NO_EXPORT, Decision, Evidence, Rate, decide
+from pipeline.compare.evidence import LOSS, Test, reference_of
+from pipeline.compare.names import EXPORT, SFT, UPCAST
+from pipeline.compare.rounding import find_twin
+from pipeline.compare.rows import Row, read_shape, sizes
+from pipeline.compare.runs import EvaluatedRun, StageFacts, distinct_runs
+from pipeline.compare.tiles import Tile, make_tiles
+from pipeline.config import Stage
+from pipeline.runs.records import ExportRecord
+
+_SERVED = "served_bytes"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The part of the report on one export: the decision in words, and the most important figures.
+
+    Attributes:
+        label: label of the run, or "" if the report has one run.
+        decision: whether to ship the export.
+        tiles: the most important figures.
+    """
+
+    label: str
+    decision: Decision
+    tiles: list[Tile]
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export, and the models that it is compared with.
+
+    Attributes:
+        run: the run of the export.
+        made: its artifact and cost.
+        measured: the row with its figures: its own, or the row of its twin. None if neither was evaluated.
+        reference: the row of the model that it must match, or None.
+        proof: the artifact of the `verify` that passed on the present files, or None.
+    """
+
+    run: EvaluatedRun
+    made: StageFacts
+    measured: Row | None
+    reference: Row | None
+    proof: StageFacts | None
+
+    @property
+    def name(self) -> str:
+        """The name in a sentence, such as `the MXFP4 export`."""
+        target = self.made.artifact.read(ExportRecord).target
+        block_format = str(self.made.artifact.format)
+        return f"the {block_format.upper()} export" + (f" (target {target})" if target != block_format else "")
+
+
+def judge_exports(runs: list[EvaluatedRun], rows: list[Row], tests: list[Test], margin: float) -> list[Verdict]:
+    """Decide about each export of the runs. Without an export, the only verdict says so."""
+    found = [_find(run, rows) for run, _ in distinct_runs(runs, EXPORT)]
+    if not found:
+        return [Verdict("", NO_EXPORT, [])]
+    return [_judge(export, rows, tests, margin, export.run.label if len(runs) > 1 else "") for export in found]
+
+
+def _judge(export: Export, rows: list[Row], tests: list[Test], margin: float, label: str) -> Verdict:
+    own = [test for test in tests if test.model is export.measured and test.reference is export.reference]
+    served = sizes(export.made, read_shape(export.run)).get(_SERVED)
+    whole = None if export.reference is None else export.reference.figures.get(_SERVED)
+    evidence = Evidence(
+        export=export.name,
+        reference=None if export.reference is None else export.reference.title,
+        stands_for=None if _is_own(export) or export.measured is None else export.measured.title,
+        rates=[_rate(test) for test in own if test.comparison is not None],
+        loss=None if export.measured is None else export.measured.figures.get(LOSS),
+        is_verified=export.proof is not None,
+        smaller=whole / served if whole and served else None,
+    )
+    lineage = export.measured.lineage if export.measured is not None else {}
+    made = [row for row in rows if row.fingerprint in lineage.values() and row.model in lineage]
+    tiles = make_tiles(evidence, export.measured, served, whole, export.proof, made)
+    return Verdict(label, decide(evidence, margin), tiles)
+
+
+def _is_own(export: Export) -> bool:
+    return export.measured is not None and export.measured.fingerprint == export.made.artifact.fingerprint
+
+
+def _rate(test: Test) -> Rate:
+    found = test.comparison
+    assert found is not None
+    bounds = (found.interval.low, found.interval.high)
+    return Rate(test.figure, found.prompts, found.difference, *bounds, test.verdict)
+
+
+def _find(run: EvaluatedRun, rows: list[Row]) -> Export:
+    made = run.read_stage(EXPORT)
+    assert made is not None
+    proof = _find_proof(run, made)
+    measured = next((row for row in rows if row.fingerprint == made.artifact.fingerprint), None)
+    if measured is None and _proves_the_twin(made, proof):
+        twin = find_twin(run, made)
+        measured = next((row for row in rows if row.fingerprint == twin), None)
+    reference = None if measured is None else reference_of(measured, rows)
+    if reference is None:
+        reference = next(
+            (row for stage in (SFT, UPCAST) for row in rows if row.model == stage and row.run is run), None
+        )
+    return Export(run, made, measured, reference, proof)
+
+
+def _find_proof(run: EvaluatedRun, export: StageFacts) -> StageFacts | None:
+    proof = run.read_stage(Stage.verify.name)
+    is_of_export = proof is not None and proof.artifact.parents["checkpoint"] == export.artifact.fingerprint
+    return proof if is_of_export else None
+
+
+def _proves_the_twin(export: StageFacts, proof: StageFacts | None) -> bool:
+    """Return whether `verify` compared the export with the model that it was made from, bit for bit."""
+    return proof is not None and proof.artifact.parents.get("model") == export.artifact.parents["model"]
