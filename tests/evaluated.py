@@ -5,13 +5,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from exports import SIZES
+from exports import SIZES, record_of
 
 from pipeline.config.controls import is_control
 from pipeline.evaluate.transcripts import Transcript
 
 RIGHT, WRONG = "7", "8"
 PARENTS = {"upcast": {}, "sft": {"upcast": "upcast"}, "quantize": {"sft": "sft"}, "qat": {"quantize": "quantize"}}
+"""Model -> its parents. An export is written by `record_export`."""
 
 
 def record(directory: Path, **facts: Any) -> None:
@@ -35,6 +36,27 @@ def record(directory: Path, **facts: Any) -> None:
         "peak_device_memory_bytes": 0,
     }
     (directory / "artifact.json").write_text(json.dumps({**usual, **facts}))
+
+
+def add(directory: Path, **facts: Any) -> None:
+    """Add fields to a stage's artifact.json."""
+    path = directory / "artifact.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+
+
+def record_export(run: Path, target: str = "mxfp4", **facts: Any) -> None:
+    """Write the artifact.json of an export of QAT in MXFP4."""
+    own = {"kind": "packed", "format": "mxfp4", "scale_rule": "ceil", "parents": {"model": "qat"}}
+    details = {**record_of(target).details(), "tensor_bytes": 600_000, **facts.pop("details", {})}
+    record(run / "export", **{**own, **facts, "details": details})
+
+
+def record_verify(run: Path, checkpoint: str = "export", model: str | None = "qat", engine: str = "") -> None:
+    """Write the artifact.json of a `verify` that has passed. `model` is the trained model that it compared with."""
+    checks = {"files: sound": "ok", "experts: equal": "ok", "engines": "not checked"}
+    checks |= {f"{engine}: loads the export": "ok"} if engine else {}
+    parents = {"checkpoint": checkpoint, **({} if model is None else {"model": model})}
+    record(run / "verify", kind="report", parents=parents, details={"checks": checks, "not_checked": ["engines"]})
 
 
 def answer(prompt: int, text: str | None, **facts: Any) -> Transcript:

@@ -129,7 +129,7 @@ def test_runs_that_share_a_control_are_both_compared_with_it(tmp_path: Path) -> 
     path.write_text(json.dumps({**record, "parents": {**record["parents"], "qat": "other"}}))
     chains = evidence.find_chains(list(report(first, second).rows))
     found = {chain.qat.title: chain.best_control for chain in chains if chain.qat is not None}
-    assert found.keys() == {"first/qat", "second/qat"}
+    assert found.keys() == {"first: QAT", "second: QAT"}
     assert {best.model for best in found.values() if best is not None} == {MORE} and None not in found.values()
 
 
@@ -137,8 +137,9 @@ def test_answers_of_qat_are_tested_against_those_of_the_best_control_alone(tmp_p
     passed = {"sft": SFT, "quantize": LOW, "qat": LOW, MORE: SFT, STOCHASTIC: LOW}
     found = report(run_with(tmp_path / "run", LOSSES, passed))
     assert verdicts(found)[("qat", MORE)] == WORSE and ("qat", STOCHASTIC) not in verdicts(found)
-    assert "Exact match: the best control is better than QAT. qat against controls/more_sft/quantize" in sentences(
-        found
+    assert (
+        "Exact match: the best control is better than QAT. QAT against Control: SFT + more SFT + PTQ (stochastic)"
+        in sentences(found)
     )
     better = report(run_with(tmp_path / "other", LOSSES, {**passed, "qat": SFT, MORE: LOW}))
     assert verdicts(better)[("qat", MORE)] == BETTER

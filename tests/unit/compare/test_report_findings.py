@@ -30,8 +30,8 @@ def test_loss_from_ptq_and_recovery_by_qat_are_reported_with_their_evidence(tmp_
     assert verdicts(found)[("quantize", "sft")] == WORSE
     assert verdicts(found)[("qat", "quantize")] == BETTER
     text = sentences(found)
-    assert "Exact match: PTQ is worse than SFT. quantize against sft: -25.0 points (95 % interval" in text
-    assert "Exact match: QAT recovered 100 % of the loss from PTQ. qat against quantize: +25.0 points" in text
+    assert "Exact match: PTQ is worse than SFT. PTQ against SFT: -25.0 points (95 % interval" in text
+    assert "Exact match: QAT recovered 100 % of the loss from PTQ. QAT against PTQ: +25.0 points" in text
     assert "Exact match: the test shows no gap between QAT and SFT." in text
     assert "100 prompts" in text
 
@@ -41,8 +41,8 @@ def test_an_insignificant_difference_claims_no_effect_and_names_the_detectable_o
     found = report(evaluated.run(tmp_path / "run", {"sft": SFT, "quantize": almost, "qat": SFT}))
     assert not {WORSE, BETTER} & set(verdicts(found).values())
     text = sentences(found)
-    assert "Exact match: the test shows no effect of PTQ. quantize against sft: -2.0 points" in text
-    assert "no statistically significant difference; at least " in text
+    assert "Exact match: the test shows no effect of PTQ. PTQ against SFT: -2.0 points" in text
+    assert "no significant difference; at least " in text
     assert all(test.cells()[-1].endswith("points are needed") for test in found.tests)
     assert not [word for word in ("lost", "worse", "better", "recovered") if word in text]
 
@@ -72,7 +72,7 @@ def test_models_without_common_prompts_are_not_tested(tmp_path: Path) -> None:
     answers = {"sft": [answer(0, RIGHT)], "quantize": [answer(1, WRONG)]}
     found = report(evaluated.run(tmp_path / "run", answers=answers))
     assert verdicts(found) == {("quantize", "sft"): "no prompt was decided for both models"}
-    assert "not tested. quantize against sft: no prompt was decided for both models." in sentences(found)
+    assert "not tested. PTQ against SFT: no prompt was decided for both models." in sentences(found)
 
 
 def test_models_without_answers_are_not_tested(tmp_path: Path) -> None:
@@ -137,9 +137,9 @@ def test_formats_are_compared_by_their_best_qat_on_the_same_prompts(tmp_path: Pa
     (finding,) = (each for each in report(*directories).findings if " against " in each.title)
     text = " ".join(finding.sentences)
     assert finding.title == "nvfp4 against mxfp4"
-    assert "nvfp4/qat (nvfp4) and mxfp4/qat (mxfp4). The first model's validation loss differs by -5.00 %" in text
+    assert "nvfp4: QAT (nvfp4) and mxfp4: QAT (mxfp4). The first model's validation loss differs by -5.00 %" in text
     assert "chosen by this loss on the same data" in text
-    assert "nvfp4/qat against mxfp4/qat: +0.0 points" in text
+    assert "nvfp4: QAT against mxfp4: QAT: +0.0 points" in text
 
 
 def test_qat_of_a_sweep_is_compared_with_the_sft_that_another_run_evaluated(tmp_path: Path) -> None:
@@ -148,9 +148,9 @@ def test_qat_of_a_sweep_is_compared_with_the_sft_that_another_run_evaluated(tmp_
     evaluated.record(job / "quantize", fingerprint="quantize", parents={"sft": "sft"})
     found = report(base, job)
     assert {(test.model.title, test.reference.title) for test in found.tests} == {
-        ("base/quantize", "base/sft"),
-        ("job/qat", "base/quantize"),
-        ("job/qat", "base/sft"),
+        ("base: PTQ", "base: SFT"),
+        ("job: QAT", "base: PTQ"),
+        ("job: QAT", "base: SFT"),
     }
 
 

@@ -138,22 +138,22 @@ def test_tables_of_plots_use_the_units_of_the_axes() -> None:
     chart = Chart("x", "", "", "tradeoff", "weights", "rate (%)", series, is_share=True)
     assert charts.tabulate(chart) == (
         ["", "weights", "rate (%)", "95 % interval"],
-        [["a", "1.500 MB", "25.00", "20.00 to 30.00"]],
+        [["a", "1.50 MB", "25.00", "20.00 to 30.00"]],
     )
 
 
 def test_the_loss_of_the_original_does_not_compress_the_plot(tmp_path: Path) -> None:
     losses = {"upcast": 7.0, "sft": 2.0, "qat": 2.1}
-    figures = {model: {"validation_loss": loss, "weight_bytes": 9.0} for model, loss in losses.items()}
+    figures = {model: {"validation_loss": loss} for model, loss in losses.items()}
     found = content.collect(runs.find([str(evaluated.run(tmp_path / "run", figures=figures))]), 0).charts[0]
-    assert [series.name for series in found.series] == ["sft", "qat"]
-    assert "Dominated: upcast." in found.description
-    assert "Outside the plot: upcast, 7.0000." in found.description
+    assert [series.name for series in found.series] == ["SFT", "QAT"]
+    assert "Dominated: Original." in found.description
+    assert "Outside the plot: Original, 7.000." in found.description
 
 
 def test_a_diverged_model_is_in_the_table_but_not_in_the_plots(tmp_path: Path) -> None:
     losses = {"sft": 2.0, "quantize": 2.1, "qat": float("nan")}
-    figures = {model: {"validation_loss": loss, "weight_bytes": 9.0} for model, loss in losses.items()}
+    figures = {model: {"validation_loss": loss} for model, loss in losses.items()}
     found = content.collect(runs.find([str(evaluated.run(tmp_path / "run", figures=figures))]), 0)
-    assert [series.name for series in found.charts[0].series] == ["sft", "quantize"]
+    assert [series.name for series in found.charts[0].series] == ["SFT", "PTQ"]
     assert "nan" in found.tables[0].cells(found.rows)[2]

@@ -40,7 +40,7 @@ def test_served_sizes_are_the_sizes_of_the_layouts(tmp_path: Path) -> None:
 def test_a_model_of_several_runs_is_one_row_with_the_most_figures(tmp_path: Path) -> None:
     first = evaluated.run(tmp_path / "a", figures={"sft": {"validation_loss": 2.0}})
     second = evaluated.run(tmp_path / "b", figures={"sft": {"validation_loss": 2.0, "perplexity": 7.4}})
-    assert [row.title for row in found(first, second)] == ["b/sft"]
+    assert [row.title for row in found(first, second)] == ["b: SFT"]
 
 
 def test_undominated_rows_are_the_pareto_front(tmp_path: Path) -> None:
@@ -77,17 +77,21 @@ def test_unknown_figures_get_columns_and_intervals_are_shown(tmp_path: Path) -> 
     figures = {"sft": {"validation_loss": 2.0, "surprise_index": 0.12345, **interval}, "qat": {"validation_loss": 2.0}}
     every = found(evaluated.run(tmp_path / "run", figures=figures))
     shown = {each.title: each for each in table.make_tables(every, "sft")}["Other figures"]
-    assert [column.title for column in shown.columns] == ["model", "surprise index", "KL divergence (nats)"]
-    assert shown.fields() == ["model", "surprise index", "KL (nats)"]
-    assert shown.cells(every) == [["sft", "0.1235", "0.50000 [0.25000, 0.75000]"], ["qat", "–", "–"]]
+    assert [column.title for column in shown.columns] == ["model", "surprise index"]
+    assert shown.cells(every) == [["SFT", "0.123"], ["QAT", "–"]]
+    main = table.make_tables(every, "sft")[0]
+    at = main.titles().index("KL divergence (nats)")
+    assert main.fields()[at] == "KL (nats)"
+    assert [line[at] for line in main.cells(every)] == ["0.5 [0.2, 0.8]", "–"]
 
 
 def test_a_rate_is_shown_with_its_interval_and_count(tmp_path: Path) -> None:
     rate = {"exact_match": 0.5, "exact_match_low": 0.1, "exact_match_high": 0.9, "exact_match_decided": 4.0}
     none = {"exact_match_decided": 0.0, "exact_match_undecided": 1.0}
     every = found(evaluated.run(tmp_path / "run", figures={"sft": rate, "qat": none}))
-    shown = {each.title: each for each in table.make_tables(every, "sft")}["Pass rates"]
-    assert shown.cells(every) == [["sft", "50 % [10, 90] of 4"], ["qat", "undecided"]]
+    shown = {each.title: each for each in table.make_tables(every, "sft")}["Models"]
+    at = shown.titles().index("exact match")
+    assert [line[at] for line in shown.cells(every)] == ["50 % [10, 90] of 4", "undecided"]
 
 
 def test_a_bar_in_a_name_is_escaped_in_markdown(tmp_path: Path) -> None:
@@ -108,7 +112,7 @@ def rounded(directory: Path, *, exported: str = "qat", kept: float | None = 0.25
     evaluated.record(run / "qat", parents={"quantize": "quantize"}, fake_quantized="mxfp4", scale_rule="ceil")
     facts = {"format": "mxfp4", "scale_rule": "ceil", **export}
     account = {**ACCOUNT, "kept": kept}
-    evaluated.record(run / "export", parents={"model": exported}, details={"account": account}, **facts)
+    evaluated.record_export(run, parents={"model": exported}, details={"account": account}, **facts)
     return run
 
 
@@ -123,21 +127,21 @@ def shown(run: Path) -> dict[str, list[str]]:
 
 def test_the_accounts_of_ptq_and_of_the_export_of_qat_are_shown(tmp_path: Path) -> None:
     cells = shown(rounded(tmp_path / "run"))
-    assert cells["sft"] == ["–"] * 6
-    assert cells["quantize"] == ["stochastic, base", "1.23 %", "51.40 %", "4.20 %", "3.00 %", "1.00 %"]
-    assert cells["qat"] == ["nearest, ceil", "1.23 %", "25.00 %", "4.20 %", "3.00 %", "1.00 %"]
+    assert cells["SFT"] == ["–"] * 6
+    assert cells["PTQ"] == ["stochastic, base", "1.23 %", "51.4 %", "4.20 %", "3.00 %", "1.00 %"]
+    assert cells["QAT"] == ["nearest, ceil", "1.23 %", "25.0 %", "4.20 %", "3.00 %", "1.00 %"]
 
 
 @pytest.mark.parametrize("other", [{"exported": "another"}, {"scale_rule": "mse"}, {"format": "nvfp4"}])
 def test_qat_has_no_account_of_another_models_export_or_of_another_rounding(
     other: dict[str, str], tmp_path: Path
 ) -> None:
-    assert shown(rounded(tmp_path / "run", **other))["qat"] == ["–"] * 6
+    assert shown(rounded(tmp_path / "run", **other))["QAT"] == ["–"] * 6
 
 
 def test_experts_that_training_did_not_change_have_no_kept_share(tmp_path: Path) -> None:
     run = rounded(tmp_path / "run", kept=None)
-    assert shown(run)["qat"][2] == "–"
+    assert shown(run)["QAT"][2] == "–"
     sentences = content.collect(runs.find([str(run)]), 1).findings[0].sentences
     assert "Rounding of QAT (nearest, ceil): training did not change the experts." in sentences
 

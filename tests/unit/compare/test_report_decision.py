@@ -1,0 +1,108 @@
+"""The rule of the headline: each outcome has its condition, and the words claim no more than was measured."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from pipeline.compare.decision import NO_EXPORT, Evidence, Outcome, Rate, decide, least_prompts, state_rule
+from pipeline.evaluate.statistics import BETTER, WORSE, difference_interval
+
+SAME = "no significant difference on 400 prompts (at least 3.0 points are needed)"
+EQUAL = Rate("exact_match", 400, 0.0, -0.007, 0.007, SAME)
+GOOD = Evidence("the MXFP4 export", "SFT", None, [EQUAL], 1.25, is_verified=True, smaller=1.93)
+
+
+def decided(**changed: object) -> tuple[Outcome, str]:
+    found = decide(replace(GOOD, **changed), 5.0)
+    return found.outcome, found.headline
+
+
+def test_a_verified_export_that_is_as_good_as_sft_is_shipped() -> None:
+    assert decided() == (
+        Outcome.ship,
+        "Ship it: the MXFP4 export is as good as SFT within 5 points in exact match on 400 prompts, 1.9 × smaller,"
+        " verified.",
+    )
+
+
+def test_a_significantly_worse_pass_rate_stops_an_export_whatever_else_is_missing() -> None:
+    worse = Rate("exact_match", 400, -0.25, -0.29, -0.21, WORSE)
+    expected = (
+        "Do not ship: the MXFP4 export, because exact match is 25.0 points worse than SFT (95 % interval -29.0 to"
+        " -21.0, 400 prompts)."
+    )
+    assert decided(rates=[EQUAL, worse]) == (Outcome.do_not_ship, expected)
+    assert decided(rates=[EQUAL, worse], is_verified=False) == (Outcome.do_not_ship, expected)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_an_export(loss: float) -> None:
+    assert decided(loss=loss) == (
+        Outcome.do_not_ship,
+        f"Do not ship: the MXFP4 export, because its validation loss is {loss}.",
+    )
+
+
+def test_an_export_that_is_not_verified_is_not_shipped_yet() -> None:
+    assert decided(is_verified=False) == (
+        Outcome.not_verified,
+        "Do not ship yet: the MXFP4 export is not verified (run stage=verify).",
+    )
+
+
+def test_an_export_without_answers_is_not_measured() -> None:
+    outcome, headline = decided(rates=[])
+    assert outcome is Outcome.not_measured
+    assert headline == (
+        "Not measured: the MXFP4 export has no answers to compare with SFT (run stage=evaluate eval=quick)."
+    )
+    assert "the model before rounding" in decided(rates=[], reference=None)[1]
+
+
+def test_everything_that_is_missing_is_named_at_once() -> None:
+    outcome, headline = decided(rates=[], is_verified=False)
+    assert outcome is Outcome.not_verified
+    assert "is not verified (run stage=verify), and has no answers to compare with SFT" in headline
+
+
+def test_an_interval_that_reaches_the_margin_leaves_the_question_open() -> None:
+    few = Rate("exact_match", 16, 0.0, -0.154, 0.154, SAME)
+    assert decided(rates=[EQUAL, few]) == (
+        Outcome.not_decided,
+        "Not decided: the MXFP4 export was measured on too few prompts to tell (16): exact match may be up to 15.4"
+        " points worse than SFT, and the margin is 5.",
+    )
+    assert decide(replace(GOOD, rates=[few]), 16.0).outcome is Outcome.ship
+
+
+def test_better_rates_equal_rates_and_several_numbers_of_prompts_are_told_apart() -> None:
+    better = Rate("safe_answered", 300, 0.1, 0.06, 0.14, BETTER)
+    headline = decided(rates=[EQUAL, better, replace(EQUAL, figure="format_health")])[1]
+    assert (
+        "is better than SFT in safe answered and as good as SFT within 5 points in exact match and format" in headline
+    )
+    assert "on 300 to 400 prompts" in headline
+
+
+@pytest.mark.parametrize(
+    ("smaller", "words"),
+    [(1.0, "as large as SFT"), (0.5, "2.0 × larger"), (4.0, "4.0 × smaller"), (None, "prompts, v")],
+)
+def test_the_size_is_told_in_words(smaller: float | None, words: str) -> None:
+    assert words in decided(smaller=smaller)[1]
+
+
+def test_answers_of_another_model_are_named() -> None:
+    assert "on 400 prompts, measured as QAT, 1.9" in decided(stands_for="QAT")[1]
+
+
+def test_without_an_export_there_is_nothing_to_ship() -> None:
+    assert NO_EXPORT.headline == "Nothing to ship: there is no export. Run stage=export."
+
+
+@pytest.mark.parametrize("margin", [0.5, 1.0, 5.0, 50.0])
+def test_the_stated_number_of_prompts_is_the_smallest_that_excludes_the_margin(margin: float) -> None:
+    least = least_prompts(margin)
+    assert difference_interval(0, 0, least).low > -margin / 100 >= difference_interval(0, 0, least - 1).low
+    assert f"at least {least} prompts" in state_rule(margin)
