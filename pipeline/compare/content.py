@@ -100,7 +100,9 @@ def to_markdown(content: Content) -> str:
     for verdict in content.verdicts:
         heading = f"**{verdict.label + ': ' if verdict.label else ''}{verdict.decision.headline}**\n"
         parts.append(
-            heading + "".join(f"\n- {tile.title}: {tile.value} ({tile.note})" for tile in verdict.tiles) + "\n"
+            heading
+            + "".join(f"\n- {tile.title}: {tile.value} ({'; '.join(tile.notes)})" for tile in verdict.tiles)
+            + "\n"
         )
     parts.append(f"{content.rule}\n")
     main, *others = content.tables

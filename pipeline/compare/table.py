@@ -143,7 +143,7 @@ def make_tables(rows: list[Row], reference: str | None) -> list[Table]:
     rates = [name for name in whole if is_rate(name, rows)]
     first = [_column(name, reference) for name in _QUALITY if name in whole]
     last = [_column(name, reference) for name in _SIZE if name in whole]
-    columns = [_MODEL, _ROLE, *first, *map(_rate_column, rates), *last, _TIME, _MEMORY]
+    columns = [_MODEL, *first, *map(_rate_column, rates), *last, _TIME, _MEMORY, _ROLE]
     shown = (*_QUALITY, *_SIZE, *_NOT_SHOWN, *rates)
     others = [name for name in whole if name not in shown and not _is_part(name, whole)]
     rest = [Table("Other figures", [_MODEL, *(_column(name, reference) for name in others)], _OTHERS_CAPTION)]

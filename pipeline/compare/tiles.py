@@ -18,11 +18,11 @@ _PASSED = "ok"
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure in large type, with its title above and a note below."""
+    """A figure in large type, with its title above and notes below."""
 
     title: str
     value: str
-    note: str
+    notes: list[str]
 
 
 def make_tiles(
@@ -49,12 +49,12 @@ def make_tiles(
 
 def _quality(evidence: Evidence, measured: Row | None) -> Tile:
     title = f"Quality kept against {evidence.reference}" if evidence.reference else "Quality kept"
-    notes = [_agreement(measured), _loss(measured)] if measured is not None else []
+    described = [] if measured is None else [_agreement(measured), _divergence(measured), _loss(measured)]
+    notes = [note for note in described if note]
     if evidence.rates:
         worst = min(evidence.rates, key=lambda rate: rate.low)
-        return Tile(title, f"{100 * worst.difference:+.1f} points", "; ".join(filter(None, [_describe(worst), *notes])))
-    told = [note for note in notes if note]
-    return Tile(title, "not measured", "; ".join(["no answers were compared", *told]))
+        return Tile(title, f"{100 * worst.difference:+.1f} points", [_describe(worst), *notes])
+    return Tile(title, "not measured", ["no answers were compared", *notes])
 
 
 def _describe(rate: Rate) -> str:
@@ -71,8 +71,11 @@ def _agreement(row: Row) -> str:
     low, high = (row.figures.get(f"{_AGREEMENT}{part}") for part in ("_low", "_high"))
     shares = (None if low is None else 100 * low, None if high is None else 100 * high)
     agreement = show(100 * row.figures[_AGREEMENT], *shares, unit=" %")
-    kl = f", KL divergence {significant(row.figures[KL])} nats" if KL in row.figures else ""
-    return f"{figure_name(_AGREEMENT)} {agreement}{kl}"
+    return f"{figure_name(_AGREEMENT)} {agreement}"
+
+
+def _divergence(row: Row) -> str:
+    return f"{figure_name(KL)} {significant(row.figures[KL])} nats" if KL in row.figures else ""
 
 
 def _loss(row: Row) -> str:
@@ -84,34 +87,34 @@ def _loss(row: Row) -> str:
 def _size(evidence: Evidence, measured: Row | None, served: float | None, whole: float | None) -> Tile:
     title = "Weights in memory when served"
     if served is None:
-        return Tile(title, "unknown", "")
+        return Tile(title, "unknown", [])
     notes = []
     if whole and evidence.smaller is not None:
         notes.append(f"{evidence.reference} takes {size(whole)}, {evidence.smaller:.2f} × as much")
     if measured is not None and "weight_bytes" in measured.figures and not evidence.stands_for:
         notes.append(f"{size(measured.figures['weight_bytes'])} on disk")
-    return Tile(title, size(served), "; ".join(notes))
+    return Tile(title, size(served), notes)
 
 
 def _verified(proof: StageFacts | None) -> Tile:
     if proof is None:
-        return Tile("Verified", "no", "stage=verify has not passed on this export")
+        return Tile("Verified", "no", ["stage=verify has not passed on this export"])
     record = proof.artifact.read(VerifyRecord)
     passed = [title for title, status in record.checks.items() if status == _PASSED]
     engines = [name for title in passed if (name := title.partition(":")[0]) in LIBRARIES]
     compared = "model" in proof.artifact.parents
     exact = "equal to the trained model, bit for bit" if compared else "compared with the base model alone"
     loaded = f"loaded by {', '.join(engines)}" if engines else "no engine was tried (verify.engines)"
-    return Tile("Verified", f"{len(passed)} checks passed", f"{exact}; {loaded}")
+    return Tile("Verified", f"{len(passed)} checks passed", [exact, loaded])
 
 
 def _cost(made: list[Row]) -> Tile:
     known = [row for row in made if row.seconds is not None]
     title = "Time and memory"
     if not known:
-        return Tile(title, "unknown", "")
+        return Tile(title, "unknown", [])
     seconds = sum(row.seconds for row in known if row.seconds is not None)
     most = max(known, key=lambda row: row.peak_bytes or 0)
     memory = "GPU memory" if most.is_gpu_memory else "host memory, without a GPU"
     stages = ", ".join(row.model for row in known)
-    return Tile(title, duration(seconds), f"{stages}; at most {size(most.peak_bytes or 0)} of {memory}")
+    return Tile(title, duration(seconds), [stages, f"at most {size(most.peak_bytes or 0)} of {memory}"])

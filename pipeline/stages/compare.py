@@ -117,7 +117,7 @@ def _show(report: Content, path: Path) -> None:
     for verdict in report.verdicts:
         say("compare", f"{verdict.label + ': ' if verdict.label else ''}{verdict.decision.headline}")
         for tile in verdict.tiles:
-            say("compare", f"  {tile.title}: {tile.value} ({tile.note})")
+            say("compare", f"  {tile.title}: {tile.value} ({'; '.join(tile.notes)})")
     for each in report.tables:
         table.show(each, report.rows)
     for finding in report.findings:

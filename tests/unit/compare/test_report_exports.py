@@ -39,7 +39,7 @@ def verdict(run_dir: Path) -> Verdict:
 
 def tile(found: Verdict, title: str) -> str:
     (each,) = (tile for tile in found.tiles if tile.title.startswith(title))
-    return f"{each.value}: {each.note}"
+    return f"{each.value}: {'; '.join(each.notes)}"
 
 
 def test_a_verified_export_with_the_answers_of_sft_is_shipped(tmp_path: Path) -> None:
