@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import SHORT, run_program
 
+from pipeline.compare.digits import significant
 from pipeline.runs import artifacts
 
 RECIPE = ("recipe=smoke", *SHORT)
@@ -27,10 +28,22 @@ def test_compare_writes_a_page_tables_and_plots(smoke_run: Path) -> None:
     directory = smoke_run / "compare"
     assert {"compare.html", "compare.md", "compare.json", "tests.jsonl"} <= {path.name for path in directory.iterdir()}
     plots = {path.stem for path in directory.glob("*.png")}
-    assert {"loss-sft", "loss-qat", "tradeoff-served-bytes-validation-loss", "layers-survival"} <= plots
+    assert {"loss-sft", "loss-qat", "tradeoff", "layers-changed-codes"} <= plots
     page = (directory / "compare.html").read_text(encoding="utf-8")
     assert all(f'<figure id="{name}">' in page for name in plots)
-    assert "## sft → quantize → qat" in (directory / "compare.md").read_text(encoding="utf-8")
+    assert "## SFT → PTQ → QAT" in (directory / "compare.md").read_text(encoding="utf-8")
+
+
+def test_the_report_decides_about_the_verified_export_and_has_no_local_path(smoke_run: Path) -> None:
+    directory = smoke_run / "compare"
+    report = json.loads((directory / "compare.json").read_text(encoding="utf-8"))
+    assert [verdict["outcome"] for verdict in report["verdicts"]] == ["not_measured"]  # it has no answers
+    assert report["verdicts"][0]["headline"].startswith("Not measured: the MXFP4 export has no answers to compare with")
+    records = {"artifact.json", "config.yaml"}
+    files = [path for path in directory.iterdir() if path.suffix in (".html", ".md", ".json", ".jsonl")]
+    assert not [path for path in files if path.name not in records and str(smoke_run.parent) in path.read_text()]
+    page = (directory / "compare.html").read_text(encoding="utf-8")
+    assert "evaluated on " in page and "qat.learning_rate=0.0005" in page and "8 checks passed" in page
 
 
 def test_the_accounts_of_rounding_are_those_of_quantize_and_export(smoke_run: Path) -> None:
@@ -40,7 +53,7 @@ def test_the_accounts_of_rounding_are_those_of_quantize_and_export(smoke_run: Pa
         assert rows[model]["rounding"] == {"method": "nearest, ceil", "account": accounts[stage]}
     assert accounts["quantize"] != accounts["export"] and "rounding" not in rows["sft"]
     table = (smoke_run / "compare" / "what_rounding_kept.jsonl").read_text()
-    assert f"{100 * accounts['export']['kept']:.2f} %" in table
+    assert f"{significant(100 * accounts['export']['kept'])} %" in table
 
 
 def test_a_new_export_brings_the_report_up_to_date(smoke_run: Path, tmp_path: Path) -> None:
@@ -71,10 +84,15 @@ def test_jobs_of_a_sweep_share_stages_with_unchanged_settings(run_dir: Path) -> 
     }
 
 
-def test_one_report_over_a_run_and_its_sweep(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_over_a_run_and_its_sweep_has_a_directory_of_its_own(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     everything = f"compare.runs=[{run_dir},{run_dir}/sweep/*]"
+    before = (run_dir / "compare" / "artifact.json").read_bytes()
     assert run_program("stage=compare", *RECIPE, f"run_dir={run_dir}", everything) == 0
-    report = json.loads((run_dir / "compare" / "compare.json").read_text())
+    assert (run_dir / "compare" / "artifact.json").read_bytes() == before
+    place = run_dir.parent / "comparisons" / "run+format=mxfp4+format=nvfp4" / "compare"
+    report = json.loads((place / "compare.json").read_text())
     # The first job shares its models with the run. The report shows each shared model once.
     assert [(row["run"], row["model"], row["format"]) for row in report["rows"]] == [
         *(("run", name, None) for name in ("upcast", "sft")),
@@ -84,11 +102,25 @@ def test_one_report_over_a_run_and_its_sweep(run_dir: Path, capsys: pytest.Captu
     assert all(row["loss_change"] is not None for row in report["rows"] if row["model"] in ("quantize", "qat"))
     titles = [finding["title"] for finding in report["findings"]]
     assert titles == [
-        "run/sft → run/quantize → run/qat",
-        "run/sft → format=nvfp4/quantize → format=nvfp4/qat",
+        "run: SFT → run: PTQ → run: QAT",
+        "run: SFT → format=nvfp4: PTQ → format=nvfp4: QAT",
         "nvfp4 against mxfp4",
     ]
-    assert "format=nvfp4/qat" in capsys.readouterr().out
+    assert "format=nvfp4: QAT" in capsys.readouterr().out
+
+
+def test_the_directory_of_a_report_over_several_runs_can_be_chosen(run_dir: Path, tmp_path: Path) -> None:
+    runs = f"compare.runs=[{run_dir},{run_dir}/sweep/*]"
+    assert run_program("stage=compare", *RECIPE, f"run_dir={tmp_path}/mine", runs) == 0
+    assert run_program("stage=compare", *RECIPE, f"run_dir={tmp_path}/mine", runs, "compare.name=formats") == 0
+    assert (tmp_path / "mine" / "compare" / "compare.html").is_file()
+    assert (tmp_path / "comparisons" / "formats" / "compare" / "compare.html").is_file()
+
+
+@pytest.mark.parametrize("setting", ["compare.name=a/b", "compare.name=..", "compare.margin=0", "compare.margin=100"])
+def test_a_bad_setting_of_the_report_is_named(setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_program("stage=compare", *RECIPE, f"run_dir={tmp_path}", setting) == 2
+    assert setting.partition("=")[0] in capsys.readouterr().err
 
 
 def test_runs_on_other_data_are_refused_in_one_message(
