@@ -102,8 +102,7 @@ def decide(evidence: Evidence, margin: float) -> Decision:
     outcome = found[0][0]
     # A worse export needs no further reasons. What is missing is listed in full, so that it can be done at once.
     reasons = [reason for each, reason in found if outcome is not Outcome.do_not_ship or each is outcome]
-    because = f"{evidence.export}, because " if outcome is Outcome.do_not_ship else f"{evidence.export} "
-    return Decision(outcome, f"{outcome.value}: {because}{', and '.join(reasons)}.")
+    return Decision(outcome, f"{outcome.value}: {evidence.export} {', and '.join(reasons)}.")
 
 
 def state_rule(margin: float) -> str:
@@ -133,14 +132,15 @@ def _excludes(prompts: int, margin: float) -> bool:
 
 def _worse(evidence: Evidence) -> Iterator[tuple[Outcome, str]]:
     if evidence.loss is not None and not math.isfinite(evidence.loss):
-        yield Outcome.do_not_ship, f"its validation loss is {evidence.loss}"
-    for rate in evidence.rates:
-        if rate.verdict == WORSE:
-            yield (
-                Outcome.do_not_ship,
-                f"{figure_name(rate.figure)} is {-100 * rate.difference:.1f} points worse than {evidence.reference}"
-                f" ({_interval(rate)}, {rate.prompts} prompts)",
-            )
+        yield Outcome.do_not_ship, f"does not work, because its validation loss is {evidence.loss}"
+    worse = [
+        f"its {figure_name(rate.figure)} is {-100 * rate.difference:.1f} points lower ({_interval(rate)},"
+        f" {rate.prompts} prompts)"
+        for rate in evidence.rates
+        if rate.verdict == WORSE
+    ]
+    if worse:
+        yield Outcome.do_not_ship, f"is worse than {evidence.reference}, because {_list(worse)}"
 
 
 def _unverified(evidence: Evidence) -> Iterator[tuple[Outcome, str]]:

@@ -214,9 +214,9 @@ _KINDS = {"lines": _draw_lines, "dots": _draw_dots, "tradeoff": _draw_tradeoff}
 
 
 def _wrap(name: str) -> str:
-    """Wrap a long name after commas and slashes. A part that is too long for a line is broken anywhere."""
+    """Wrap a long name after commas, slashes and spaces. A part that is too long for a line is broken anywhere."""
     lines = [""]
-    for part in re.findall(rf"[^,/]{{1,{_LONGEST_NAME}}}[,/]?|[,/]", name):
+    for part in re.findall(rf"[^,/ ]{{1,{_LONGEST_NAME}}}[,/ ]?|[,/ ]", name):
         if lines[-1] and len(lines[-1] + part) > _LONGEST_NAME:
             lines.append("")
         lines[-1] += part

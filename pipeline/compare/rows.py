@@ -236,7 +236,7 @@ def _trace_lineage(run: EvaluatedRun, model: str) -> dict[str, str]:
         parents = {stage.artifact.details["exported_from"]: parents["model"]}
     found = {model: stage.artifact.fingerprint}
     for name, fingerprint in parents.items():
-        if name in ORDER:
+        if name in ORDER or is_control(name):
             earlier = _trace_lineage(run, name)
             found |= earlier if earlier.get(name) == fingerprint else {name: fingerprint}
     return found

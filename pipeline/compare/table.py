@@ -207,7 +207,7 @@ def _show_memory(row: Row) -> str:
 
 
 _MODEL = Column("model", lambda row: row.title)
-_ROLE = Column("made by", lambda row: row.role if row.role != row.model else _NONE)
+_ROLE = Column("made by", lambda row: _NONE if row.title.lower().endswith(row.role.lower()) else row.role)
 _TIME = Column("time", _show_time)
 _MEMORY = Column("most memory", _show_memory)
 _OTHERS_CAPTION = (

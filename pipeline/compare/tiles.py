@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pipeline.compare.decision import Evidence, Rate
 from pipeline.compare.digits import duration, show, significant, size
 from pipeline.compare.evidence import KL, LOSS, NOTHING
-from pipeline.compare.names import figure_name
+from pipeline.compare.names import EXPORT, figure_name
 from pipeline.compare.rows import Row
 from pipeline.compare.runs import StageFacts
 from pipeline.config.engines import LIBRARIES
@@ -116,5 +116,5 @@ def _cost(made: list[Row]) -> Tile:
     seconds = sum(row.seconds for row in known if row.seconds is not None)
     most = max(known, key=lambda row: row.peak_bytes or 0)
     memory = "GPU memory" if most.is_gpu_memory else "host memory, without a GPU"
-    stages = ", ".join(row.model for row in known)
+    stages = ", ".join(row.model for row in sorted(known, key=lambda row: row.model == EXPORT))
     return Tile(title, duration(seconds), [stages, f"at most {size(most.peak_bytes or 0)} of {memory}"])

@@ -136,7 +136,7 @@ def comparison(run: Run, export: Artifact) -> str | None:
     evaluated, compared = (artifacts.load(run.stage_dir(stage)) for stage in (Stage.evaluate, Stage.compare))
     measured = set(evaluated.parents.values())
     covers_it = export.fingerprint in measured or export.parents["model"] in measured
-    if not covers_it or compared.parents["evaluate"] != evaluated.fingerprint:
+    if not covers_it or compared.parents.get("evaluate") != evaluated.fingerprint:
         return None
     return without_directories((compared.directory / _COMPARISON).read_text(encoding="utf-8")).strip()
 

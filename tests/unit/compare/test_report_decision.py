@@ -29,8 +29,8 @@ def test_a_verified_export_that_is_as_good_as_sft_is_shipped() -> None:
 def test_a_significantly_worse_pass_rate_stops_an_export_whatever_else_is_missing() -> None:
     worse = Rate("exact_match", 400, -0.25, -0.29, -0.21, WORSE)
     expected = (
-        "Do not ship: the MXFP4 export, because exact match is 25.0 points worse than SFT (95 % interval -29.0 to"
-        " -21.0, 400 prompts)."
+        "Do not ship: the MXFP4 export is worse than SFT, because its exact match is 25.0 points lower (95 % interval"
+        " -29.0 to -21.0, 400 prompts)."
     )
     assert decided(rates=[EQUAL, worse]) == (Outcome.do_not_ship, expected)
     assert decided(rates=[EQUAL, worse], is_verified=False) == (Outcome.do_not_ship, expected)
@@ -40,7 +40,7 @@ def test_a_significantly_worse_pass_rate_stops_an_export_whatever_else_is_missin
 def test_a_loss_that_is_not_finite_stops_an_export(loss: float) -> None:
     assert decided(loss=loss) == (
         Outcome.do_not_ship,
-        f"Do not ship: the MXFP4 export, because its validation loss is {loss}.",
+        f"Do not ship: the MXFP4 export does not work, because its validation loss is {loss}.",
     )
 
 

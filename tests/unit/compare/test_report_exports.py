@@ -12,13 +12,14 @@ from pipeline.compare.exports import Verdict
 
 ALL, MOST = [True] * 400, [True] * 300 + [False] * 100
 LOSSES = {"sft": 2.0, "quantize": 2.2, "qat": 2.05, "export": 2.06}
+CONTROL = "controls/stochastic/quantize"
 
 
 def run_with_export(
     directory: Path, models: tuple[str, ...] = tuple(LOSSES), answers: bool = True, **export: object
 ) -> Path:
     """Make an evaluated run with an export of QAT that has passed `verify`."""
-    figures = {model: {"validation_loss": LOSSES[model]} for model in models}
+    figures = {model: {"validation_loss": LOSSES.get(model, 2.1)} for model in models}
     passed = {model: MOST if model == "quantize" else ALL for model in models}
     fingerprints = {"export": str(export.get("fingerprint", "export"))}
     evaluated.run(directory, passed if answers else None, figures, fingerprints=fingerprints)
@@ -59,7 +60,7 @@ def test_a_worse_export_is_not_shipped(tmp_path: Path) -> None:
     path = run_dir / "evaluate" / "export" / "generations.jsonl"
     path.write_text((run_dir / "evaluate" / "quantize" / "generations.jsonl").read_text())
     decision = verdict(run_dir).decision
-    assert decision.outcome is Outcome.do_not_ship and "exact match is 25.0 points worse than SFT" in decision.headline
+    assert decision.outcome is Outcome.do_not_ship and "its exact match is 25.0 points lower" in decision.headline
 
 
 def test_a_proof_of_other_files_does_not_count(tmp_path: Path) -> None:
@@ -88,6 +89,17 @@ def test_answers_of_the_exported_model_count_if_the_export_was_proven_equal_to_i
 def test_answers_of_a_model_that_rounds_otherwise_do_not_count(tmp_path: Path) -> None:
     run_dir = run_with_export(tmp_path / "run", ("sft", "quantize", "qat"), scale_rule="mse", kind="foreign")
     assert verdict(run_dir).decision.outcome is Outcome.not_measured
+
+
+def test_an_export_of_a_control_must_match_the_sft_of_its_run(tmp_path: Path) -> None:
+    origin = {"parents": {"model": CONTROL}, "details": {"exported_from": CONTROL}}
+    run_dir = run_with_export(tmp_path / "run", ("sft", CONTROL, "export"), **origin)
+    evaluated.record_verify(run_dir, model=CONTROL)
+    facts = {"parents": {"sft": "sft"}, "details": {"method": "stochastic"}}
+    evaluated.record(run_dir / CONTROL, kind="packed", format="mxfp4", fingerprint=CONTROL, **facts)
+    found = report(run_dir)
+    assert found.verdicts[0].decision.outcome is Outcome.ship
+    assert {row.model: row.twin for row in found.rows}["export"] == CONTROL
 
 
 def test_engines_that_loaded_the_export_are_named(tmp_path: Path) -> None:
