@@ -219,7 +219,7 @@ def _role(model: str, stage: StageFacts | None, lineage: dict[str, str]) -> str:
         return f"{trained} + PTQ{rounded}" if has_ptq else trained
     if model == EXPORT:
         origin = stage.artifact.details["exported_from"]
-        known = origin if is_control(origin) else without_directory(origin)
+        known = f"control {control_of(origin)}" if is_control(origin) else without_directory(origin)
         return f"{_role(origin, stage, lineage) if origin in _ROLES else known}, exported"
     role = _ROLES[model] + (rounded if model == PTQ else "")
     return role if SFT in lineage else role.removeprefix("SFT + ")

@@ -172,6 +172,23 @@ def test_examples_on_which_models_disagree_come_first(tmp_path: Path) -> None:
     assert [each.verdicts["exact_match"] for each in chosen[0].answers] == ["passed", "failed"]
 
 
+def test_an_example_has_the_answer_of_the_data_or_else_the_expected_answer(tmp_path: Path) -> None:
+    given = [evaluated.answer(0, "8", reference="3 + 4 = 7"), evaluated.answer(1, "8")]
+    run = evaluated.run(tmp_path / "run", answers={"sft": given, "qat": given})
+    assert [each.reference for each in examples.choose(found(run), 2)] == ["3 + 4 = 7", evaluated.RIGHT]
+
+
+def test_the_best_values_of_a_column_are_marked_unless_all_are_equal(tmp_path: Path) -> None:
+    losses = {"sft": 2.0, "quantize": 2.2, "qat": 2.0001}
+    figures = {model: {"validation_loss": loss, "top1_agreement": 0.5} for model, loss in losses.items()}
+    every = found(evaluated.run(tmp_path / "run", figures=figures))
+    main = table.make_tables(every, None)[0]
+    marks = {title: [line[i] for line in main.best(every)] for i, title in enumerate(main.titles())}
+    assert marks["validation loss"] == [True, False, True]  # 2.0001 is printed as 2.000
+    assert marks["top-1 agreement"] == marks["model"] == [False] * 3
+    assert "| **2.000** |" in table.to_markdown(main, every)
+
+
 def test_a_line_that_is_not_an_answer_is_an_error_with_its_file(tmp_path: Path) -> None:
     run = evaluated.run(tmp_path / "run", {"sft": [True]})
     (run / "evaluate" / "sft" / "generations.jsonl").write_text("{}\n")

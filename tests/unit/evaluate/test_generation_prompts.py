@@ -75,6 +75,25 @@ def test_a_prompt_ends_before_the_last_answer(config: PipelineConfig) -> None:
     assert whole.prompt_id == without_answer.prompt_id
 
 
+def test_a_prompt_keeps_the_answer_of_the_data_for_reports(config: PipelineConfig) -> None:
+    calls = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}},
+        }
+    ]
+    rows = [row(1), {"messages": [user("Hi"), calls], "tools": tools}, {"messages": [user("question 2")]}]
+    found = of_file(config, rows)
+    assert {text: each.reference for text, each in zip(texts(found), found, strict=True)} == {
+        "question 1": "1",
+        "Hi": None,
+        "question 2": None,
+    }
+    transcript = prompts.questions(found, 1)[0].transcript("", "length", 0, None)
+    assert transcript.reference == found[0].reference
+
+
 def test_rows_of_another_data_set_need_no_answer(config: PipelineConfig) -> None:
     found = of_file(config, [{"question": "a"}, {"question": "b"}], columns=PROMPT_COLUMN)
     assert sorted(texts(found)) == ["a", "b"]
