@@ -18,6 +18,7 @@ from pipeline.runs.artifacts import Artifact, Kind, Result
 from pipeline.runs.building import build
 from pipeline.runs.console import say
 from pipeline.runs.json_files import write_json
+from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.processes import is_main_process
 from pipeline.runs.records import CompareRecord
 from pipeline.runs.run import Run
@@ -99,18 +100,24 @@ def _write(report: Content, directory: Path) -> Result:
     (directory / _MARKDOWN).write_text(content.to_markdown(report), encoding="utf-8")
     (directory / _PAGE).write_text(page.render(report), encoding="utf-8")
     images = {chart.name: directory / f"{chart.name}.png" for chart in report.charts}
-    for earlier in set(directory.glob("*.png")) - set(images.values()):
-        earlier.unlink()  # an earlier report may have had other charts
+    tables = {directory / f"{_file_name(each.title)}.jsonl" for each in report.tables}
+    written = {*images.values(), *tables, directory / METRICS_FILE}
+    for earlier in {*directory.glob("*.png"), *directory.glob("*.jsonl")} - written:
+        earlier.unlink()  # an earlier report may have had other plots and tables
     for chart in report.charts:
         plots.write_png(chart, images[chart.name])
     for row in report.rows:
-        log_metrics(directory, row.to_json(), model=row.title)
+        log_metrics(directory, row.to_json(), model=row.name)
     for each in report.tables:
-        log_table(directory, each.title.lower().replace(" ", "_"), each.fields(), each.cells(report.rows))
+        log_table(directory, _file_name(each.title), each.fields(), each.cells(report.rows))
     log_table(directory, "tests", list(TEST_COLUMNS), [test.cells() for test in report.tests])
     log_media(images, {Stage.compare.name: directory / _PAGE})
     log_report([directory / name for name in (_JSON, _MARKDOWN, _PAGE)] + list(images.values()))
     return Result(Kind.report, CompareRecord(rows=len(report.rows)))
+
+
+def _file_name(title: str) -> str:
+    return title.lower().replace(" ", "_")
 
 
 def _show(report: Content, path: Path) -> None:
