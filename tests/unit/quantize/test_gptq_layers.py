@@ -29,7 +29,15 @@ from pipeline.quantize.gptq import GptqSettings, round_layers
 from pipeline.quantize.rounding import Job
 from pipeline.runs import disk
 
-EXPERTS = TinyConfig().num_local_experts
+EXPERTS, HIDDEN, INTERMEDIATE = 4, 32, 64
+SHAPE = TinyConfig(
+    num_hidden_layers=3,
+    hidden_size=HIDDEN,
+    intermediate_size=INTERMEDIATE,
+    num_local_experts=EXPERTS,
+    num_experts_per_tok=2,
+)
+"""A small model, because GPTQ takes its time for each column of the experts."""
 LENGTHS = (150, 60, 150, 90)
 ANY_TOKENS = GptqSettings(damping=0.05, least_tokens=0.01, fallback_seed=1)
 
@@ -37,7 +45,7 @@ ANY_TOKENS = GptqSettings(damping=0.05, least_tokens=0.01, fallback_seed=1)
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("base") / "tiny"
-    create_tiny(directory, TinyConfig(num_hidden_layers=3))
+    create_tiny(directory, SHAPE)
     return directory
 
 
@@ -70,14 +78,16 @@ def job(base: Path, trained: Path, block_format: BlockFormat = MXFP4, rule: str 
     return Job(Weights(ModelRef("x", trained, trained, dtype=dtype)), packed, packed, block_format, rule, None, "cpu")
 
 
-def batches() -> Any:
+def batches(lengths: tuple[int, ...] = LENGTHS) -> Any:
     generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(500, (length,), generator=generator).tolist() for length in LENGTHS]
+    ids = [torch.randint(500, (length,), generator=generator).tolist() for length in lengths]
     return losses.batches([{"input_ids": each, "labels": each} for each in ids], 2, 0)
 
 
-def run(work: Job, directory: Path, settings: GptqSettings = ANY_TOKENS) -> codes.LayerCodes:
-    return round_layers(work, settings, batches(), "eager", directory, 0)
+def run(
+    work: Job, directory: Path, settings: GptqSettings = ANY_TOKENS, lengths: tuple[int, ...] = LENGTHS
+) -> codes.LayerCodes:
+    return round_layers(work, settings, batches(lengths), "eager", directory, 0)
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -170,7 +180,7 @@ def test_a_base_that_training_left_alone_keeps_its_bits(base: Path, tmp_path: Pa
         assert same_bits(found.read_plain(projection.name), before.read_plain(projection.name))
 
 
-@pytest.mark.parametrize("limit", [1 << 18, 1 << 40])
+@pytest.mark.parametrize("limit", [1 << 19, 1 << 40], ids=["some", "all"])
 def test_the_experts_at_once_change_no_bit(
     limit: int, base: Path, trained: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,26 +190,45 @@ def test_the_experts_at_once_change_no_bit(
     assert whole == files(tmp_path / "several")
 
 
-@pytest.mark.parametrize("before", range(5))  # three layers, and the states after two of them
-def test_an_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(
-    before: int, base: Path, trained: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    work, write, written = job(base, trained), codes._write, []
+def interrupt_at(write: int, patched: pytest.MonkeyPatch) -> None:
+    """Interrupt the run at this write of a file. A half-written file stays behind."""
+    original, written = codes._write, []
 
     def interrupted(path: Path, *others: Any) -> None:
-        if len(written) == before:
+        if len(written) == write:
             path.with_name(path.name + ".tmp").write_bytes(b"half")
             raise KeyboardInterrupt
         written.append(path)
-        write(path, *others)
+        original(path, *others)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(codes, "_write", interrupted)
-        run(work, tmp_path / "resumed")
-    layers = len(list((tmp_path / "resumed").glob("layer-*.safetensors")))
+    patched.setattr(codes, "_write", interrupted)
+
+
+def test_a_run_interrupted_at_each_file_in_turn_ends_with_the_bytes_of_an_uninterrupted_one(
+    base: Path, trained: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are five files: states after the first two layers, each before the layer itself, and the last layer."""
+    work = job(base, trained)
+    for write in (0, 1, 2, 1, 2):  # counted anew by each run; a run writes the states of an unwritten layer again
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            interrupt_at(write, patched)
+            run(work, tmp_path / "resumed")
     started = counted_layers(monkeypatch)
     run(work, tmp_path / "resumed")
-    assert len(started) == 3 - layers
+    assert started == [2]
+    assert whole == files(tmp_path / "resumed")
+
+
+def test_a_resumed_run_rounds_only_the_layers_that_are_missing(
+    base: Path, trained: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = job(base, trained)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt_at(2, patched)  # the first layer is written
+        run(work, tmp_path / "resumed")
+    started = counted_layers(monkeypatch)
+    run(work, tmp_path / "resumed")
+    assert len(started) == 2
     assert whole == files(tmp_path / "resumed")
 
 
@@ -222,9 +251,9 @@ def test_experts_with_too_few_tokens_are_rounded_by_the_fallback_and_counted(
 ) -> None:
     work = job(base, trained)
     tokens = run(work, tmp_path / "all").notes()[0]["tokens"]
-    limit = sorted(tokens)[EXPERTS // 2] / 96  # inputs of down_proj; gate_up_proj has 64
+    limit = sorted(tokens)[EXPERTS // 2] / INTERMEDIATE  # inputs of down_proj; gate_up_proj has fewer
     done = run(work, tmp_path / "some", GptqSettings(0.05, limit, seed))
-    fallen = [expert for expert, count in enumerate(tokens) if count < limit * 96]
+    fallen = [expert for expert, count in enumerate(tokens) if count < limit * INTERMEDIATE]
     assert done.notes()[0] == {"tokens": tokens, "fallback": fallen} and 0 < len(fallen) < EXPERTS
     down = work.projections[1]
     (tmp_path / "out").mkdir()
@@ -246,7 +275,7 @@ def test_experts_without_a_token_never_get_a_hessian(base: Path, tmp_path: Path)
 def test_a_hessian_that_is_not_positive_definite_is_named(base: Path, trained: Path, tmp_path: Path) -> None:
     name = r"model\.layers\.\d\.mlp\.experts\.\w+: expert \d: quantize\.damping=1e-30: .* not positive definite"
     with pytest.raises(UserError, match=name + r".* larger quantize\.damping"):
-        run(job(base, trained), tmp_path / "codes", replace(ANY_TOKENS, damping=1e-30))
+        run(job(base, trained), tmp_path / "codes", replace(ANY_TOKENS, damping=1e-30), lengths=(HIDDEN // 2,))
 
 
 @pytest.mark.parametrize("least_tokens", [ANY_TOKENS.least_tokens, 1e9], ids=["gptq", "fallback"])
