@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, get_type_hints
 
 
@@ -37,6 +38,7 @@ def one_of(*choices: str) -> Bound:
     return Bound(f"one of {', '.join(choices)}", choices.__contains__, choices)
 
 
+@cache
 def bounds_of(section: type) -> dict[str, tuple[Bound, ...]]:
     """Return the bounds of each field of a section, by the field's name."""
     hints = get_type_hints(section, include_extras=True)
@@ -46,6 +48,7 @@ def bounds_of(section: type) -> dict[str, tuple[Bound, ...]]:
     }
 
 
+@cache
 def composed_defaults(section: type) -> dict[str, str]:
     """Return the defaults of a section that conf/config.yaml sets, by the field's name."""
     hints = get_type_hints(section, include_extras=True)

@@ -60,6 +60,7 @@ def describe_settings(section: type = PipelineConfig, prefix: str = "") -> Itera
             yield from describe_settings(element, f"{key}[].")
 
 
+@cache
 def _meanings(section: type) -> dict[str, str]:
     """Map each field to its meaning: the string below it in the source, or its metadata if the class has no source."""
     found = {item.name: item.metadata["meaning"] for item in fields(section) if item.metadata}

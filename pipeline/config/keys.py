@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
+@cache
 def types_of(section: type["DataclassInstance"]) -> dict[str, object]:
     """Return the type of each field of a section, without bounds. Some types are generic aliases, such as list[str]."""
     hints = get_type_hints(section)

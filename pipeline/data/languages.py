@@ -12,9 +12,10 @@ was wrong for one. With this threshold, it was right for 1,746 of 1,750 whole qu
 undecided for the other four. Most errors confuse two closely related languages. Most errors occur in Russian sentences.
 """
 
+import copy
 import re
 from collections import Counter
-from functools import cached_property
+from functools import cache
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
@@ -60,6 +61,7 @@ class Languages:
             UserError: the classifier does not know some codes. The error names all unknown codes.
         """
         self._candidates = candidates
+        self._identifier = copy.copy(_every_language())
         unknown = sorted(set(candidates) - set(self._identifier.labels))
         if unknown:
             close = did_you_mean(unknown[0], self._identifier.labels)
@@ -68,10 +70,6 @@ class Languages:
                 " such as en, de, zh."
             )
         self._identifier.set_languages(candidates)
-
-    @cached_property
-    def _identifier(self) -> LanguageIdentifier:
-        return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)  # confidences are probabilities
 
     def of(self, text: str) -> str:
         """Return the code of the language with at least two thirds of the votes, or MIXED, or UNDECIDED."""
@@ -85,6 +83,12 @@ class Languages:
             return UNDECIDED
         language, most = votes.most_common(1)[0]
         return language if most >= _LEAST_SHARE * votes.total() else MIXED
+
+
+@cache
+def _every_language() -> LanguageIdentifier:
+    """Load the classifier once, because that takes a quarter of a second. Choose languages only for copies of it."""
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)  # confidences are probabilities
 
 
 def _join_short(sentences: list[str]) -> list[str]:

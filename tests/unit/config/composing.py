@@ -4,11 +4,12 @@ import copy
 import sys
 import types
 from collections.abc import Callable
-from functools import lru_cache, reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
 import pytest
+from composing import composed_quickly
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
@@ -25,10 +26,10 @@ Run = Callable[[PipelineConfig], None]
 Mistake = Callable[..., str]
 
 
-@lru_cache
+@cache
 def _composed(overrides: tuple[str, ...]) -> DictConfig:
     program.register()
-    with initialize_config_dir(str(program.CONF_DIR), version_base="1.3"):
+    with composed_quickly(), initialize_config_dir(str(program.CONF_DIR), version_base="1.3"):
         return compose("config", list(overrides))
 
 
@@ -36,8 +37,13 @@ def composed(*overrides: str) -> DictConfig:
     return copy.deepcopy(_composed(overrides))
 
 
+@cache
+def _resolved(overrides: tuple[str, ...]) -> PipelineConfig:
+    return rules.resolve(_composed(overrides))
+
+
 def resolved(*overrides: str) -> PipelineConfig:
-    return rules.resolve(composed(*overrides))
+    return copy.deepcopy(_resolved(overrides))
 
 
 def found_on(*arguments: str) -> str:

@@ -3,11 +3,14 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from composing import composed_quickly
 from conftest import run_program
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from config.composing import RECIPES, SYNTHETIC_DATA, Mistake, choices, composed, resolved, write_recipe
 from pipeline import __main__ as program
@@ -33,6 +36,28 @@ def test_every_recipe_resolves_for_every_stage(recipe: str) -> None:
     assert "${stage" not in OmegaConf.to_yaml(node)  # so another stage changes no other setting
     for stage in Stage:
         assert rules.problems(replace(found, stage=stage)) == []
+
+
+@pytest.mark.parametrize("more", [(), ("train@qat=lora", "format=nvfp4", "+sft.lr=1")])
+def test_the_tests_compose_what_hydra_composes(more: tuple[str, ...]) -> None:
+    """`composed_quickly` spares Hydra's work. Its second composition merges no file."""
+    overrides = ["recipe=smoke", "stage=sft", "sft.max_steps=3", *more]
+    with initialize_config_dir(str(program.CONF_DIR), version_base="1.3"):
+        plain = compose("config", overrides)
+        with composed_quickly():
+            first, second = compose("config", overrides), compose("config", overrides)
+    assert described(plain) == described(first) == described(second)
+    assert second._get_flag("struct") and (more == () or second.sft.lr == 1)
+
+
+def described(node: Any) -> object:
+    """Return the types, the flags and the content of a node of OmegaConf and of the nodes in it."""
+    data = node._metadata
+    facts = (type(node), data.ref_type, data.object_type, data.optional, data.key, data.flags)
+    if not isinstance(node, DictConfig | ListConfig) or isinstance(node._content, str | None):
+        return facts, node._value()
+    items = node._content.items() if isinstance(node, DictConfig) else enumerate(node._content)
+    return facts, {key: described(value) for key, value in items}
 
 
 @pytest.mark.parametrize("stage", Stage)

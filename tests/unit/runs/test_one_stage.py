@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from composing import composed_quickly
 from conftest import run_program
 from hydra import compose, initialize_config_dir
 from safetensors.torch import save_file
@@ -39,7 +40,7 @@ HOST_TEXT = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1
 def resolved(*overrides: str) -> PipelineConfig:
     """Resolve a configuration. Tests must not change it."""
     program.register()
-    with initialize_config_dir(str(program.CONF_DIR), version_base="1.3"):
+    with composed_quickly(), initialize_config_dir(str(program.CONF_DIR), version_base="1.3"):
         return rules.resolve(compose("config", list(overrides)))
 
 
