@@ -72,7 +72,8 @@ def problems(config: PipelineConfig) -> list[str]:
 
 def _bound_problems(section: object, prefix: str = "") -> Iterator[str]:
     """Yield a message for each broken bound. Sections inside this section, or inside its lists, are also checked."""
-    bounds = bounds_of(type(section))
+    kind: type = type(section)
+    bounds = bounds_of(kind)
     for name, value in vars(section).items():
         key = f"{prefix}{name}"
         if is_dataclass(value):

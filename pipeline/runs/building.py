@@ -35,7 +35,7 @@ from pipeline.runs.json_files import write_json
 from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.processes import all_cores, is_main_process, wait_for_everyone
 from pipeline.runs.run import BEING_EMPTIED, Run, read_unfinished
-from pipeline.runs.settings import Settings
+from pipeline.runs.settings import Settings, plain
 from pipeline.runs.tracking import log_inputs, log_output, track
 
 
@@ -202,7 +202,7 @@ def _prepare(run: Run, directory: Path, begun: Inputs, keep_files: bool) -> None
             else:
                 _empty(directory)  # The earlier result has other inputs, and the user has set overwrite=true.
             write_json(directory / UNFINISHED_FILE, begun.plain())
-        OmegaConf.save(OmegaConf.structured(run.config), directory / CONFIG_FILE)
+        OmegaConf.save(OmegaConf.create(plain(run.config)), directory / CONFIG_FILE)
     except OSError as error:
         raise run.not_writable(directory, error) from error
 
