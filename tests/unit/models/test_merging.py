@@ -131,7 +131,7 @@ def test_merging_a_few_experts_at_a_time_gives_the_bits_of_the_whole_stack(
     "sizes",
     [
         {"num_local_experts": 7},
-        {"num_local_experts": 16, "hidden_size": 256, "intermediate_size": 320},
+        {"num_local_experts": 9, "hidden_size": 256, "intermediate_size": 320},
         {"num_local_experts": 5, "hidden_size": 544, "intermediate_size": 32},
         {"num_local_experts": 6, "hidden_size": 96, "intermediate_size": 96},
     ],

@@ -42,14 +42,11 @@ def with_scale_one(values: Tensor, block_format: BlockFormat, noise: Noise = NOI
     return round_to_scales(values, block_format, scales, unit, noise=noise).values
 
 
-@pytest.mark.parametrize("block_format", ROWS, ids=NAMES)
 @pytest.mark.parametrize("value", [0.01, 0.2, 0.5625, 0.99, 1.2, 1.75, 2.1, 3.9, 4.02, 5.5, -0.3, -2.75, -5.9])
-def test_the_mean_of_a_million_draws_is_the_value_within_its_standard_error(
-    value: float, block_format: BlockFormat
-) -> None:
-    count = 1 << 20
-    values = torch.full((1, count // 96 // 8, 96 * 8), value)
-    found = with_scale_one(values, block_format)
+def test_the_mean_of_half_a_million_draws_is_the_value_within_four_standard_errors(value: float) -> None:
+    """The block size does not matter: another test shows that it changes no bit."""
+    values = torch.full((1, 683, 768), value)
+    found = with_scale_one(values, MXFP4)
     lower = max(m for m in E2M1_MAGNITUDES if m <= abs(value))
     upper = E2M1_MAGNITUDES[E2M1_MAGNITUDES.index(lower) + 1]
     assert set(found.abs().unique().tolist()) == {lower, upper}

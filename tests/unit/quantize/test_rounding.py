@@ -27,8 +27,13 @@ NAME = "model.layers.0.mlp.experts.down_proj"
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("base") / "tiny"
-    create_tiny(directory, TinyConfig())
+    create_tiny(directory, TinyConfig(num_hidden_layers=1, num_local_experts=4, num_experts_per_tok=2))
     return directory
+
+
+@pytest.fixture(scope="module")
+def trained_unevenly(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return change(base, tmp_path_factory.mktemp("trained") / "unevenly", uneven)
 
 
 def change(base: Path, directory: Path, edit: Callable[[Tensor], Tensor]) -> Path:
@@ -62,10 +67,9 @@ def uneven(values: Tensor) -> Tensor:
     ids=lambda row: f"{row.name}-{row.scale_rule}",
 )
 def test_the_rule_of_the_format_keeps_the_written_weights(
-    block_format: BlockFormat, rule: str | None, base: Path, tmp_path: Path
+    block_format: BlockFormat, rule: str | None, base: Path, trained_unevenly: Path, tmp_path: Path
 ) -> None:
-    trained = change(base, tmp_path / "trained", uneven)
-    written = rounding.write_plain(job(base, trained, block_format, rule=rule), _made(tmp_path / "out"))
+    written = rounding.write_plain(job(base, trained_unevenly, block_format, rule=rule), _made(tmp_path / "out"))
     found = Checkpoint(tmp_path / "out")
     for projection in expert_projections(found.shape):
         values = found.read_plain(projection.name)
