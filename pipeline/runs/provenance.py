@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def record() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "git_commit": _git_commit(),
-        "libraries": {name: version(name) for name in _LIBRARIES},
+        "libraries": dict(_libraries()),
         "host": platform.node(),
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
@@ -50,6 +51,11 @@ def versions() -> str:
     )
 
 
+@cache
+def _libraries() -> dict[str, str]:
+    return {name: version(name) for name in _LIBRARIES}
+
+
 def _version(library: str) -> str:
     try:
         return version(library)
@@ -62,8 +68,12 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
 
 
+@cache
 def _git_commit() -> str | None:
-    """Return the program's commit, or None outside a checkout. '+changes' is appended if tracked files are edited."""
+    """Return the program's commit, or None outside a checkout. '+changes' is appended if tracked files are edited.
+
+    A process asks git once, because it does not load code that changes later.
+    """
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists() or shutil.which("git") is None:
         return None

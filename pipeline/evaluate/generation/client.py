@@ -7,10 +7,12 @@ to an engine on this machine. Both read replies with the same code, which raises
 
 import asyncio
 import os
+import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from functools import cache
 from typing import TypedDict, TypeVar
 from urllib.parse import urlsplit
 
@@ -184,6 +186,12 @@ async def _models(settings: ServerConfig, key: str) -> list[str]:
         return await client.send("GET", "/models", None, model_names, what="the server's list of models")
 
 
+@cache
+def _trusted() -> ssl.SSLContext:
+    """Read the trusted certificates once, because that takes longer than a request to a server on this machine."""
+    return httpx.create_ssl_context()
+
+
 class Client:
     """A connection to one server."""
 
@@ -206,6 +214,7 @@ class Client:
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx.Timeout(settings.timeout_seconds, connect=connect_seconds, pool=None),
             limits=httpx.Limits(max_connections=settings.concurrency),
+            verify=_trusted(),
         )
 
     async def __aenter__(self) -> "Client":

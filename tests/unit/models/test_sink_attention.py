@@ -28,7 +28,6 @@ from tests.attention_cases import (
     spans_mask,
 )
 
-
 CASES = ("no padding", "padding on both sides", "a row of padding")  # the second has rows with padding on one side too
 
 
