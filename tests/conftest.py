@@ -51,7 +51,8 @@ ONE_LAYER = ("sft.lora.layers=[1]", "qat.lora.layers=[1]")
 
 
 def pytest_configure() -> None:
-    """Let the processes of pytest-xdist share the servers for forks."""
+    """Let the processes of pytest-xdist share the servers for forks. Collect no garbage while modules are imported."""
+    gc.disable()
     if "PYTEST_XDIST_WORKER" not in os.environ:
         forks.share()
 
@@ -59,6 +60,7 @@ def pytest_configure() -> None:
 def pytest_collection_finish() -> None:
     """Spare also the tests that do not run the program."""
     spare_imports()
+    gc.enable()
 
 
 def run_program(*arguments: str) -> int:
