@@ -14,8 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from pipeline.config import TrackingBackend, Upload
 from pipeline.errors import UserError
 from pipeline.runs.artifacts import Artifact, Kind
@@ -23,6 +21,7 @@ from pipeline.runs.console import say, warn
 from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.processes import is_main_process
 from pipeline.runs.run import Run
+from pipeline.runs.settings import plain
 from pipeline.runs.trackers import lineage, weights_and_biases
 from pipeline.runs.trackers.mlflow import MLflow
 from pipeline.runs.trackers.readings import read_line
@@ -251,7 +250,6 @@ def _send(act: Callable[[Tracker], None]) -> None:
 
 def _describe(run: Run, stage: str, run_dir: Path) -> TrackedStage:
     config = run.config
-    plain: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     identity = _identity(run, run_dir)
     return TrackedStage(
         stage=stage,
@@ -263,7 +261,7 @@ def _describe(run: Run, stage: str, run_dir: Path) -> TrackedStage:
             "model": lineage.base_name(config.model.path),
             "format": config.format.name.name,
         },
-        config=without_secrets(plain),
+        config=without_secrets(plain(config)),
         directory=run_dir,
         settings=config.tracking,
     )
