@@ -14,8 +14,8 @@ import pytest
 
 from pipeline.config import BlendPartConfig, DataConfig, ModelConfig, PipelineConfig, Stage
 from pipeline.data import synthetic
+from pipeline.data.conversations import Conversation
 from pipeline.data.examples import Splits, prepare_examples
-from pipeline.data.harmony import Conversation
 from pipeline.data.rows import Rows, load_rows
 from pipeline.errors import UserError
 from pipeline.runs.run import Run

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.compare.rows import Row
-from pipeline.data.harmony import Message
+from pipeline.data.conversations import Message
 from pipeline.evaluate.transcripts import Transcript
 
 _OUTCOMES = {True: "passed", False: "failed", None: "undecided"}

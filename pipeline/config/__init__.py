@@ -11,6 +11,7 @@ from pipeline.config.data import (
     DataConfig,
     DataPartConfig,
     ReasoningEffort,
+    RenderingForm,
     Supervise,
     ValidationConfig,
 )
@@ -105,6 +106,7 @@ __all__ = [
     "QuantizeConfig",
     "QuantizeSource",
     "ReasoningEffort",
+    "RenderingForm",
     "RoundingMethod",
     "RoundingScales",
     "ScaleRule",

@@ -24,6 +24,13 @@ class ReasoningEffort(Enum):
     high = "high"
 
 
+class RenderingForm(Enum):
+    """Who writes the tokens of a conversation: openai-harmony's rules, or the tokenizer's chat template."""
+
+    harmony = "harmony"
+    template = "template"
+
+
 @dataclass
 class ColumnsConfig:
     """Columns of a data set. A dotted path names a field of a nested object. null: the data set has no such column."""
@@ -38,8 +45,8 @@ class ColumnsConfig:
     """Column with the answer to the prompt."""
     reasoning: Optional[str] = None
     """Column with the reasoning that precedes the completion."""
-    system: Optional[str] = None
-    """Column with instructions to put before the first message."""
+    system: Optional[str] = "system"
+    """Column with instructions to put before the first message. null: such a column is not used."""
     tools: Optional[str] = "tools"
     """Column with the functions that the model can call: a list of schemas, or JSON text of such a list."""
     reasoning_effort: Optional[str] = "reasoning_effort"
@@ -131,6 +138,8 @@ class DataConfig:
     """Largest length of a training example in tokens. Longer examples are truncated at the end, and counted."""
     supervise: Supervise = Supervise.every_turn
     """Assistant turns to train on: every_turn or last_turn. Each one is an example, prompted as at inference."""
+    rendering: RenderingForm = RenderingForm.harmony
+    """harmony: the tokens that vLLM, SGLang and TensorRT-LLM give the model; template: those of its chat template."""
     reasoning_effort: ReasoningEffort = ReasoningEffort.medium
     """Value of the system message's `Reasoning:` line. A row can override it (data.columns.reasoning_effort)."""
     reasoning_language: Optional[str] = None

@@ -4,21 +4,24 @@ To add a data set, add a file to conf/data/. No change to this module is needed.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.config import ColumnsConfig, DataConfig
-from pipeline.data import forms
-from pipeline.data.files import TextRow
-from pipeline.data.harmony import ROLES, ConversationError
+from pipeline.data import forms, unused
+from pipeline.data.conversations import ROLES, ConversationError
+from pipeline.data.files import SPLIT_OF, ArrowRow, TextRow
+from pipeline.data.messages import REASONING_KEYS, ROLE_ALIASES
+from pipeline.data.unused import Unused
 from pipeline.errors import did_you_mean
 
 _NEEDED = ("messages", "prompt", "completion")
 _OPTIONS = ("tools", "reasoning_effort", "reasoning_language")
 _MESSAGE_KEYS = ("role", "content", "thinking")
 _MOST_NAMES = 40
-_INSTRUCTIONS = ("system", "system_prompt", "system_message", "developer")
-_REASONING = ("reasoning", "thinking", "reasoning_content", "analysis", "thought", "cot", "chain_of_thought")
+_OLDER_TOOLS = "functions"  # OpenAI's older column of function schemas, beside `function_call` in the messages
+_SPLIT = "split"
 
 
 class Columns:
@@ -46,7 +49,8 @@ class Columns:
         self._others: dict[str, None] = {}  # ordered set: columns of the rows that lack a wanted column
         self._unlike: Mapping[str, object] | None = None  # the first row that lacks a wanted column
         self._keys: dict[str, None] = {}  # ordered set: keys of the messages
-        self._unused: dict[str, str] = {}  # column that no setting names -> name of the setting that would use it
+        self._unused = Unused([], {})  # of the last row
+        self._splits: Counter[str] = Counter()  # value of an unused column `split` -> number of rows
 
     def require_object(self, row: object) -> Mapping[str, object]:
         """Return the row if it is a JSON object.
@@ -77,11 +81,17 @@ class Columns:
                     raise ConversationError(f"has nothing in {columns[name]!r}")
                 self._unlike = self._unlike or row
                 raise ConversationError(f"has no {columns[name]!r} (it has: {', '.join(_leaves(row)) or 'nothing'})")
-        messages = self._messages(row, values["messages"]) if "messages" in values else self._single_turn(values)
-        if values.get("system") is not None and isinstance(messages, list):
-            messages = [{"role": "system", "content": values["system"]}, *messages]
-        self._note_unused(row, messages)
-        return {"messages": messages, **{name: values.get(name) for name in _OPTIONS}}
+        values = {name: _drop_nulls(value) for name, value in values.items()} if isinstance(row, ArrowRow) else values
+        messages = self._messages(row, values["messages"]) if "messages" in values else self._single_turn(row, values)
+        has_instructions = _has_instructions(messages)
+        messages = self._add_system(values.get("system"), messages)
+        tools = self._tools(row, values.get("tools"))
+        self._note_unused(row, values, has_instructions)
+        return {"messages": messages, **{name: values.get(name) for name in _OPTIONS}, "tools": tools}
+
+    def unused_of_row(self) -> Unused:
+        """Return what is not used of the row that `to_chat_row` has converted last."""
+        return self._unused
 
     def read_expected(self, row: Mapping[str, object]) -> dict[str, str]:
         """Return the values that scorers need, as text. `row` must be a row that data.filter keeps.
@@ -118,11 +128,20 @@ class Columns:
             found[-1] += self._advice(self._unlike)
         return [*found, *self._missing_keys()]
 
-    def list_unused(self) -> list[str]:
-        """Return one message for each column that seems to be of use, but that no setting names."""
+    def list_other_splits(self) -> list[str]:
+        """Return a message if a column `split` says that rows belong to another split. Call this after the last row."""
+        wanted = SPLIT_OF.get(self._data.split, self._data.split)
+        if (
+            not self._splits
+            or not {*self._splits} <= {*SPLIT_OF}
+            or {SPLIT_OF[name] for name in self._splits} == {wanted}
+        ):
+            return []
+        there = ", ".join(f"{name} in {count} rows" for name, count in self._splits.items())
+        own = [name for name in self._splits if SPLIT_OF[name] == wanted] or [*self._splits]
         return [
-            f"{self._data.path}: the column {column!r} is not used. To use it, set {self._key}.columns.{name}={column}"
-            for column, name in self._unused.items()
+            f"{self._data.path}: the column {_SPLIT!r} says {there}, but all of them would be used. Keep the rows of one"
+            f" split: '{self._key}.filter={{{_SPLIT}: [{', '.join(own)}]}}'"
         ]
 
     def _missing_keys(self) -> list[str]:
@@ -142,18 +161,49 @@ class Columns:
         form = None if row is None else forms.recognize(row)
         return "" if form is None else f" {form.advice(self._key)}"
 
-    def _note_unused(self, row: Mapping[str, object], messages: object) -> None:
-        """Remember columns of instructions or reasoning that are not used, although the conversation has none."""
-        columns = vars(self._data.columns)
-        useful = {name: "system" for name in _INSTRUCTIONS if columns["system"] is None}
-        if columns["completion"] is not None and columns["reasoning"] is None:
-            useful |= dict.fromkeys(_REASONING, "reasoning")
-        if columns["prompt"] == "instruction" and columns["input"] is None:
-            useful["input"] = "input"
-        for column, name in useful.items():
-            has_text = isinstance(row.get(column), str) and row[column]
-            if has_text and column not in columns.values() and not (name == "system" and _has_instructions(messages)):
-                self._unused[column] = name
+    def _note_unused(self, row: Mapping[str, object], values: Mapping[str, object], has_instructions: bool) -> None:
+        """Remember what is not used. Raise ConversationError if it changes the meaning."""
+        columns = self._data.columns
+        names = ("messages",) if "messages" in values else ("prompt", "completion")
+        messages = {str(getattr(columns, name)): values[name] for name in names if name in values}
+        used = {
+            *self._wanted,
+            *(column for name, column in vars(columns).items() if column and name not in _MESSAGE_KEYS),
+        }
+        used |= {_OLDER_TOOLS} if self._uses_older_tools(row) else set()
+        found = unused.find_unused(row, columns, used, messages)
+        unused.raise_if_needed(row, columns, found, self._key)
+        if isinstance(row, ArrowRow) and any(
+            _has_null_arguments(items) for items in (row.get(str(n)) for n in messages)
+        ):
+            found.append(unused.NULL_ARGUMENTS)
+        self._unused = Unused(found, unused.settings_for(row, columns, has_instructions))
+        split = row.get(_SPLIT)
+        if _SPLIT in found and isinstance(split, str):
+            self._splits[split.lower()] += 1
+
+    def _add_system(self, text: object, messages: object) -> object:
+        """Put the instructions of a column before the messages, unless the messages begin with the same text."""
+        if text is None or text == "" or not isinstance(messages, list):
+            return messages
+        column = self._data.columns.system
+        if not isinstance(text, str):
+            raise ConversationError(
+                f"{column!r} is {type(text).__name__}, not text. If it does not hold instructions, set"
+                f" {self._key}.columns.system=null"
+            )
+        same = _has_instructions(messages) and messages[0]["content"] == text
+        return messages if same else [{"role": "system", "content": text}, *messages]
+
+    def _tools(self, row: Mapping[str, object], tools: object) -> object:
+        if not self._uses_older_tools(row):
+            return tools
+        if tools:
+            raise ConversationError(f"has {self._data.columns.tools!r} and {_OLDER_TOOLS!r}. Keep one of them")
+        return _drop_nulls(row[_OLDER_TOOLS]) if isinstance(row, ArrowRow) else row[_OLDER_TOOLS]
+
+    def _uses_older_tools(self, row: Mapping[str, object]) -> bool:
+        return self._data.columns.tools == ColumnsConfig.tools and bool(row.get(_OLDER_TOOLS))
 
     def _looked_for(self) -> Iterator[tuple[str, str]]:
         """Yield (column, key of its setting) for each required column and each configured optional column."""
@@ -180,16 +230,36 @@ class Columns:
         self._found.add(path)
         return value
 
-    def _single_turn(self, values: Mapping[str, object]) -> list[dict[str, object]]:
+    def _single_turn(self, row: Mapping[str, object], values: Mapping[str, object]) -> object:
+        """Make messages of a prompt and a completion: two texts, or two lists of messages, as TRL has them."""
+        if isinstance(values["prompt"], (list, tuple)):
+            return self._conversational(row, values)
         for name in ("prompt", "completion"):
             column = getattr(self._data.columns, name)
             if column is not None and not isinstance(values[name], str):
                 raise ConversationError(f"{column!r} is {type(values[name]).__name__}, not text")
         question = {"role": "user", "content": self._question(values)}
-        if "completion" not in values:
-            return [question]
-        answer = {"role": "assistant", "content": values["completion"], "thinking": values.get("reasoning")}
-        return [question, answer]
+        return [question, self._answer(values)] if "completion" in values else [question]
+
+    def _answer(self, values: Mapping[str, object]) -> dict[str, object]:
+        return {"role": "assistant", "content": values["completion"], "thinking": values.get("reasoning")}
+
+    def _conversational(self, row: Mapping[str, object], values: Mapping[str, object]) -> object:
+        """Join a list of messages and its completion. Answers in the prompt are context, and are not trained."""
+        if values.get("input"):
+            raise ConversationError(f"{self._data.columns.input!r} cannot follow a prompt that is a list of messages")
+        asked, answer = self._messages(row, values["prompt"]), values.get("completion")
+        if not isinstance(asked, list) or "completion" not in values:
+            return asked
+        context = [{**m, "weight": 0} if isinstance(m, dict) and m["role"] == "assistant" else m for m in asked]
+        if isinstance(answer, str):
+            return [*context, self._answer(values)]
+        said = self._messages(row, answer)
+        if not isinstance(said, list):
+            raise ConversationError(
+                f"{self._data.columns.completion!r} is {type(answer).__name__}, not a list of messages"
+            )
+        return [*context, *said]
 
     def _question(self, values: Mapping[str, object]) -> object:
         more = values.get("input")
@@ -219,17 +289,21 @@ class Columns:
         return [self._message(i, message) for i, message in enumerate(messages)]
 
     def _message(self, index: int, message: object) -> object:
+        """Give the message's keys their usual names. Other keys stay: `messages.parse_messages` knows them."""
         if not isinstance(message, dict):
             return message
-        chat = {"role": self._role(index, message[self._data.columns.role])}
-        for key, name in (("content", self._data.columns.content), ("thinking", self._data.columns.thinking)):
-            chat[key] = message.get(name)
-        chat["tool_calls"] = message.get("tool_calls")
-        return chat
+        columns = self._data.columns
+        replaced = {"role", "content", "thinking", columns.role, columns.content, columns.thinking}
+        if columns.thinking != ColumnsConfig.thinking:  # the setting chooses the key with the reasoning
+            replaced |= {*REASONING_KEYS}
+        chat = {key: value for key, value in message.items() if key not in replaced}
+        chat["role"] = self._role(index, message[columns.role])
+        return {**chat, "content": message.get(columns.content), "thinking": message.get(columns.thinking)}
 
     def _role(self, index: int, name: object) -> object:
         role = self._data.roles.get(name, name) if isinstance(name, str) else name
-        meant = forms.role_of(role) if isinstance(role, str) and role not in ROLES else None
+        known = (*ROLES, *ROLE_ALIASES)
+        meant = forms.role_of(role) if isinstance(role, str) and role not in known else None
         if meant is not None:
             raise ConversationError(
                 f"messages[{index}] has the unknown role {role!r}; roles are {', '.join(ROLES)}. Set"
@@ -255,6 +329,21 @@ def _is_text_of(text: str, value: object) -> bool:
         return float(text) == value
     except ValueError:
         return False
+
+
+def _drop_nulls(value: object) -> object:
+    """Drop keys whose value is None. Arrow adds such keys: it gives all objects of a column the same keys."""
+    if isinstance(value, dict):
+        return {key: _drop_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_drop_nulls(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _has_null_arguments(messages: object) -> bool:
+    """Return whether an argument of a tool call is null, in a list of messages."""
+    items = messages if isinstance(messages, (list, tuple)) else ()
+    calls = [call for item in items if isinstance(item, dict) for call in item.get("tool_calls") or ()]
+    found = [(call.get("function") or call).get("arguments") for call in calls if isinstance(call, dict)]
+    return any(value is None for arguments in found if isinstance(arguments, dict) for value in arguments.values())
 
 
 def _has_instructions(messages: object) -> bool:

@@ -14,10 +14,12 @@ import xxhash
 from datasets import Dataset, Features, List, Value
 
 from pipeline.config import DataConfig, Supervise
-from pipeline.data import harmony, sampling, tables
-from pipeline.data.harmony import IGNORED, ConversationError, Rendering, Turn
+from pipeline.data import harmony, harmony_text, sampling, scripts, tables, template_text, tool_schemas
+from pipeline.data.conversations import ConversationError
+from pipeline.data.harmony import Rendering
 from pipeline.data.rows import CODE, Conversations, Rows, column_of
 from pipeline.data.sampling import Numbers
+from pipeline.data.scripts import Script
 from pipeline.data.sources import digest_of_files
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import RowProblems, UserError, joined
@@ -33,7 +35,9 @@ _EXAMPLES = Features(
         "supervised": Value("int32"),  # supervised tokens after truncation
     }
 )
-_TURNS_AT_ONCE = 256
+_TEXTS_AT_ONCE = 512
+_CODE = [Path(str(module.__file__)) for module in (harmony, harmony_text, scripts, template_text, tool_schemas)]
+"""Files with the code that turns conversations into tokens."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ def rendering_of(data: DataConfig, tokenizer: Tokenizer) -> Rendering:
         data.supervise is Supervise.every_turn,
         data.reasoning_language,
         data.model_identity,
+        data.rendering.name,
     )
 
 
@@ -162,7 +167,7 @@ def _tokenize(run: Run, name: str, rows: Rows, numbers: Numbers, *, rendering: R
     """Return a table with all examples of these rows. The table also includes examples without a supervised token."""
     chosen = xxhash.xxh3_128_hexdigest(numbers.tobytes())
     settings = vars(rendering) | {"tokenizer": _fingerprint(rendering.tokenizer)}
-    key = ("examples", rows.fingerprint, chosen, settings, max_length, digest_of_files([*CODE, Path(__file__)]))
+    key = ("examples", rows.fingerprint, chosen, settings, max_length, digest_of_files([*CODE, *_CODE, Path(__file__)]))
     return tables.table(
         run,
         key,
@@ -176,27 +181,36 @@ def _render_examples(
 ) -> Iterator[Mapping[str, object]]:
     """Yield the examples of these rows. After the last row, raise one error that lists all bad rows, if any."""
     bad = RowProblems()
-    turns: list[tuple[int, Turn]] = []
+    batch: list[tuple[int, Script]] = []
+    waiting = 0
     for number in progress(numbers, what=f"tokenizing {name}", unit="row"):
         conversation = conversations[int(number)]
         try:
-            turns += [(int(number), turn) for turn in harmony.render_turns(conversation, rendering)]
+            batch.append((int(number), harmony.render(conversation, rendering)))
+            waiting += len(batch[-1][1].texts())
         except ConversationError as error:
             bad.add(conversation.where, str(error))
-        if len(turns) >= _TURNS_AT_ONCE:
-            yield from _truncate(turns, rendering, max_length)
-            turns = []
-    yield from _truncate(turns, rendering, max_length)
+        if waiting >= _TEXTS_AT_ONCE:
+            yield from _tokenize_batch(batch, rendering, max_length)
+            batch, waiting = [], 0
+    yield from _tokenize_batch(batch, rendering, max_length)
     bad.raise_if_any()
 
 
-def _truncate(turns: list[tuple[int, Turn]], rendering: Rendering, max_length: int) -> Iterator[Mapping[str, object]]:
-    """Tokenize (row number, turn) pairs, and truncate each example to `max_length` tokens."""
-    examples = harmony.tokenize([turn for _, turn in turns], rendering)
-    for (number, _), example in zip(turns, examples, strict=True):
-        truncated = {key: ids[:max_length] for key, ids in example.items()}
-        supervised = len(truncated["labels"]) - truncated["labels"].count(IGNORED)
-        yield {**truncated, "row": number, "length": len(example["input_ids"]), "supervised": supervised}
+def _tokenize_batch(
+    batch: list[tuple[int, Script]], rendering: Rendering, max_length: int
+) -> Iterator[Mapping[str, object]]:
+    """Tokenize (row number, script) pairs, and truncate each example to `max_length` tokens."""
+    made = harmony.tokenize([script for _, script in batch], rendering.tokenizer, max_length)
+    for (number, _), examples in zip(batch, made, strict=True):
+        for example in examples:
+            yield {
+                "input_ids": example.input_ids,
+                "labels": example.labels,
+                "row": number,
+                "length": example.length,
+                "supervised": example.kept_supervised,
+            }
 
 
 def _drop_unsupervised(data: DataConfig, name: str, table: Dataset, counts: dict[str, int]) -> Dataset:

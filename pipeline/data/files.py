@@ -57,6 +57,10 @@ class TextRow(dict[str, str | None]):
     """A row of a CSV or TSV file. Its values are text, also if the text is a number."""
 
 
+class ArrowRow(dict[str, object]):
+    """A row of a Parquet file or of a saved or downloaded data set. Its objects may have keys that Arrow has added."""
+
+
 def raise_if_other_format(key: str, path: Path) -> None:
     """Check by the name and the first bytes that a file has a format that `read_file` reads.
 
@@ -303,7 +307,7 @@ def _read_parquet(path: Path) -> PlacedRows:
 
     try:
         table = pyarrow.parquet.ParquetFile(path)
-        rows = (row for batch in table.iter_batches(1024) for row in batch.to_pylist())
+        rows = (row for batch in table.iter_batches(1024) for row in map(ArrowRow, batch.to_pylist()))
         yield from number_rows(str(path), rows)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: not a readable parquet file ({error}).") from error

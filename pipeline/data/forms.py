@@ -60,6 +60,11 @@ def role_of(name: str) -> str | None:
 
 def _lists(row: Mapping[str, object]) -> Iterator[Form]:
     """Yield the form of each column that holds a list of messages."""
+    answer = next((name for name in ("completion", "chosen") if _is_chat(row.get(name))), None)
+    if _is_chat(row.get("prompt")) and answer is not None:
+        own: dict[str, str | None] = {"messages": None, "prompt": "prompt", "completion": "completion"}
+        name = "conversational prompts and completions"
+        yield Form(name, "prompt_completion", _others({"completion": answer}), own)
     for column, value in row.items():
         first = value[0] if isinstance(value, (list, tuple)) and value else None
         if not isinstance(first, dict):
@@ -73,6 +78,11 @@ def _lists(row: Mapping[str, object]) -> Iterator[Form]:
             own = {"messages": "conversations", "role": "from", "content": "value"}
             columns = {} if column == "conversations" else {"messages": column}
             yield Form(name or "ShareGPT rows", "sharegpt", columns, own, _SHAREGPT_ROLES)
+
+
+def _is_chat(value: object) -> bool:
+    first = value[0] if isinstance(value, (list, tuple)) and value else None
+    return isinstance(first, dict) and {"role", "content"} <= first.keys()
 
 
 def _pairs(row: Mapping[str, object]) -> Iterator[Form]:

@@ -3,7 +3,7 @@
 import re
 import unicodedata
 
-from pipeline.data.harmony import Conversation, Message
+from pipeline.data.conversations import Conversation, Message
 
 _QUOTES = re.compile("[\"'`´“”„‘’‚«»「」]")
 _PUNCTUATION = re.compile(r"[.,;:!?…。，、；：！？]+(?=\s|$)")  # keeps the punctuation within numbers

@@ -15,13 +15,27 @@ import xxhash
 from datasets import Dataset, Features, Value, concatenate_datasets
 
 from pipeline.config import DataConfig
-from pipeline.data import columns, files, folders, forms, harmony, prompts, tables
+from pipeline.data import (
+    channels,
+    columns,
+    conversations,
+    files,
+    folders,
+    forms,
+    functions,
+    messages,
+    parsing,
+    prompts,
+    tables,
+)
 from pipeline.data import sources as sources_module
 from pipeline.data.columns import Columns
+from pipeline.data.conversations import Conversation, ConversationError
 from pipeline.data.files import Unreadable
-from pipeline.data.harmony import Conversation, ConversationError, parse_conversation
+from pipeline.data.parsing import parse_conversation
 from pipeline.data.sampling import Numbers
 from pipeline.data.sources import Opened, Source, data_sources, digest_of_files, open_rows
+from pipeline.data.unused import Unused, UnusedCounts
 from pipeline.errors import RowProblems, UserError, joined, user_errors
 from pipeline.runs.console import progress, say, warn
 from pipeline.runs.run import Run
@@ -35,15 +49,20 @@ _ROWS = Features(
         "prompt": Value("int64"),  # hash; rows with the same normalized prompt have the same hash
         "expected": Value("string"),  # JSON
         "merged": Value("bool"),
+        "unused": Value("string"),  # JSON of an `Unused`
     }
 )
 _FILTERED_OUT = {"kept": False, "identity": 0, "prompt": 0, "merged": False} | dict.fromkeys(
-    ("conversation", "where", "expected"), ""
+    ("conversation", "where", "expected", "unused"), ""
 )
 
 CODE = [
     Path(__file__),
-    *(Path(str(module.__file__)) for module in (columns, files, folders, forms, prompts, sources_module, harmony)),
+    *(
+        Path(str(module.__file__))
+        for module in (channels, columns, conversations, files, folders, forms, functions, messages, parsing, prompts)
+    ),
+    Path(str(sources_module.__file__)),
 ]
 """Files with the code that turns rows into conversations. If this code changes, all tables are made again."""
 
@@ -89,6 +108,7 @@ class Rows:
         validation: number of conversations in the data set for validation, or 0 if there is none.
         fingerprint: hash of the contents of all conversations, and of what decides which of them train
             and validate.
+        unused: for each data set, the columns and keys that are not used.
     """
 
     conversations: Conversations
@@ -96,29 +116,40 @@ class Rows:
     parts: list[tuple[Source, int]]
     validation: int
     fingerprint: str
+    unused: list[UnusedCounts]
 
 
-def load_rows(run: Run, data: DataConfig) -> Rows:
+def load_rows(run: Run, data: DataConfig, *, lists_unused: bool = True) -> Rows:
     """Read and check the data set that `data.path` names, or the data sets of `data.blend`.
+
+    Args:
+        run: the run whose directory holds the table of rows.
+        data: settings of the data sets.
+        lists_unused: whether to print the columns and keys that are not used, if the rows are read for the first time.
 
     Raises:
         UserError: a data set does not exist, is empty, or has bad rows. The error covers all parts of a blend, and
             names the file and number of each bad row.
     """
-    return read_rows(run, data_sources(data))
+    return read_rows(run, data_sources(data), lists_unused=lists_unused)
 
 
-def read_rows(run: Run, sources: list[Source]) -> Rows:
+def read_rows(run: Run, sources: list[Source], *, lists_unused: bool = True) -> Rows:
     """Read and check data sets.
 
     Raises:
         UserError: see `load_rows`.
     """
     found: list[Dataset] = []
+    unused: list[UnusedCounts] = []
     errors: list[UserError] = []
     for source in sources:
         try:
-            found.append(_make_table(run, source))
+            table, is_new = _make_table(run, source)
+            found.append(table)
+            unused.append(_count_unused(source, table))
+            if is_new and lists_unused:
+                _print_unused(unused[-1])
         except UserError as error:
             errors.append(error)
     if errors:
@@ -130,7 +161,7 @@ def read_rows(run: Run, sources: list[Source]) -> Rows:
     parts = [(source, len(table)) for source, table in zip(sources, kept, strict=True) if not source.validates]
     validation = len(found_prompts) - sum(count for _, count in parts)
     fingerprint = _hash(kept, found_prompts, [count for _, count in parts], validation)
-    return Rows(Conversations(concatenate_datasets(kept)), found_prompts, parts, validation, fingerprint)
+    return Rows(Conversations(concatenate_datasets(kept)), found_prompts, parts, validation, fingerprint, unused)
 
 
 def _hash(kept: list[Dataset], of_prompts: Numbers, lengths: list[int], validation: int) -> str:
@@ -164,15 +195,36 @@ def _raise_if_same_rows(sources: list[Source], kept: list[Dataset]) -> None:
             )
 
 
-def _make_table(run: Run, source: Source) -> Dataset:
-    """Check all rows of a data set, and return them as a table."""
+def _count_unused(source: Source, table: Dataset) -> UnusedCounts:
+    counted = UnusedCounts(str(source.data.path), source.key)
+    for value in table.data.column("unused").value_counts().to_pylist():
+        if value["values"]:  # a row that data.filter drops has an empty text
+            counted.add(Unused(*json.loads(value["values"])), value["counts"])
+    return counted
+
+
+def _print_unused(unused: UnusedCounts) -> None:
+    for warning in unused.warnings():
+        warn("data", warning)
+    for remark in unused.remarks():
+        say("data", remark)
+
+
+def _make_table(run: Run, source: Source) -> tuple[Dataset, bool]:
+    """Check all rows of a data set, and return them as a table, and whether the table is new."""
     opened = open_rows(source)
     data = source.data
     settings = (data.path, data.revision, data.split, data.columns, data.roles, data.filter)
     defaults = (source.reasoning_effort, source.reasoning_language)
     use = (source.expected, source.needs_answers)
     key = ("rows", opened.identity, settings, defaults, use, digest_of_files(CODE))
-    return tables.table(run, key, _ROWS, lambda: _check_rows(source, opened))
+    started: list[bool] = []
+
+    def rows() -> Iterator[Mapping[str, object]]:
+        started.append(True)
+        return _check_rows(source, opened)
+
+    return tables.table(run, key, _ROWS, rows), bool(started)
 
 
 def _check_rows(source: Source, opened: Opened) -> Iterator[Mapping[str, object]]:
@@ -190,8 +242,8 @@ def _check_rows(source: Source, opened: Opened) -> Iterator[Mapping[str, object]
     if missing := mapping.list_missing():
         raise user_errors(missing)  # a missing column makes every row bad, so bad rows are not listed
     bad.raise_if_any()
-    for unused in mapping.list_unused():
-        warn("data", unused)
+    if others := mapping.list_other_splits():
+        raise user_errors(others)
 
 
 def _check_row(source: Source, mapping: Columns, where: str, row: object) -> Mapping[str, object]:
@@ -217,6 +269,7 @@ def _check_row(source: Source, mapping: Columns, where: str, row: object) -> Map
         "prompt": _hash_text(prompts.normalized(found)),
         "expected": json.dumps(mapping.read_expected(fields), ensure_ascii=False),
         "merged": found.merged_instructions,
+        "unused": json.dumps(mapping.unused_of_row(), ensure_ascii=False),
     }
 
 

@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetsError
 from pipeline.config import SYNTHETIC, DataConfig, DataPartConfig, ValidationConfig
 from pipeline.config.hub_ids import is_hub_id
 from pipeline.data import files, folders, synthetic
-from pipeline.data.files import PlacedRows, number_rows
+from pipeline.data.files import ArrowRow, PlacedRows, number_rows
 from pipeline.errors import UserError
 
 _READ_BYTES = 1 << 24
@@ -143,7 +143,7 @@ def _open_file(source: Source, path: Path) -> Opened:
 def _open_folder(source: Source, path: Path) -> Opened:
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         kept = sorted(p for p in path.rglob("*") if p.is_file())
-        return Opened(digest_of_files(kept), lambda: number_rows(str(path), _load_saved(source, path)))
+        return Opened(digest_of_files(kept), lambda: number_rows(str(path), map(ArrowRow, _load_saved(source, path))))
     chosen = folders.choose_files(source.key, path, source.data.split)
     for file in chosen:
         files.raise_if_other_format(source.key, file)
@@ -161,13 +161,13 @@ def _open_download(source: Source, hub_id: str) -> Opened:
     files = [Path(entry["filename"]) for entry in fetched.cache_files]
     # If HF_DATASETS_IN_MEMORY_MAX_SIZE is set, small data sets are read into memory and have no cache files.
     identity = digest_of_files(files) if files else Hasher.hash(list(fetched))
-    return Opened(identity, lambda: number_rows(_place(source, hub_id), fetched))
+    return Opened(identity, lambda: number_rows(_place(source, hub_id), map(ArrowRow, fetched)))
 
 
 def _open_stream(source: Source, hub_id: str) -> Opened:
     commit = _resolve_commit(source, hub_id)
     pinned = replace(source, data=replace(source.data, revision=commit))
-    return Opened(commit, lambda: number_rows(_place(source, hub_id), _stream_rows(pinned, hub_id)))
+    return Opened(commit, lambda: number_rows(_place(source, hub_id), map(ArrowRow, _stream_rows(pinned, hub_id))))
 
 
 def _stream_rows(source: Source, hub_id: str) -> Iterator[object]:

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import TypedDict
 
-from pipeline.data.harmony import Conversation, Message, ToolCall
+from pipeline.data.conversations import Conversation, Message, ToolCall
 from pipeline.data.languages import Languages
 from pipeline.data.prompts import prompt
 from pipeline.doctor.rows import Row, first

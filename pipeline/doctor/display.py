@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.text import Text
 
 from pipeline.checkpoints import largest_codes
-from pipeline.data.harmony import IGNORED, Conversation, ConversationError, Rendering, examples
+from pipeline.data.conversations import Conversation, ConversationError
+from pipeline.data.harmony import IGNORED, Rendering, examples
 from pipeline.doctor.findings import (
     DataFigures,
     Facts,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TypedDict
 
-from pipeline.data.harmony import Conversation
+from pipeline.data.conversations import Conversation
 from pipeline.data.prompts import normalized, words
 from pipeline.doctor.rows import Row
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from pipeline.checkpoints.gpt_oss import SPECIAL_TOKENS
-from pipeline.data.harmony import Conversation, Message, Rendering, add_language, examples
+from pipeline.data.conversations import Conversation, Message, add_language
+from pipeline.data.harmony import Rendering, examples
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.doctor.rows import Row
 from pipeline.runs.console import progress

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypedDict
 
-from pipeline.data.harmony import IGNORED, Conversation, ConversationError, Rendering, examples
+from pipeline.data.conversations import Conversation, ConversationError
+from pipeline.data.harmony import IGNORED, Rendering, examples
 from pipeline.errors import RowProblems
 from pipeline.runs.console import progress
 

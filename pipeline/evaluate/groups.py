@@ -2,7 +2,7 @@
 
 from pipeline.config import DataConfig
 from pipeline.config.languages import code_of
-from pipeline.data.harmony import Conversation
+from pipeline.data.conversations import Conversation
 from pipeline.data.rows import Rows, read_rows
 from pipeline.data.sampling import Numbers
 from pipeline.data.sources import data_sources, with_expected

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pipeline.data.harmony import Message
+from pipeline.data.conversations import Message
 
 _PLAIN = r"(?:(?!<\|(?:start|channel|message|end|return|call)\|>).)*"
 _MESSAGE = re.compile(

@@ -1,8 +1,7 @@
 """Requests to the engine that stage=serve has just started on this machine."""
 
 from pipeline.config import DataConfig, GenerationConfig, ServeConfig
-from pipeline.data import harmony
-from pipeline.data.harmony import Conversation
+from pipeline.data.conversations import Conversation, drop_answer
 from pipeline.evaluate.generation import chat
 from pipeline.evaluate.generation.client import ModelList, local_status, model_names, send_local
 from pipeline.evaluate.generation.prompts import Prompt, Question
@@ -38,7 +37,7 @@ def ask(api: str, model: str, serve: ServeConfig, data: DataConfig) -> Transcrip
         NoAnswerError: no answer within `serve.answer_seconds`, an HTTP error, or a reply in another form.
     """
     conversation = Conversation([{"role": "user", "content": serve.question}])
-    asked = harmony.drop_answer(conversation, data.reasoning_effort.name, data.reasoning_language)
+    asked = drop_answer(conversation, data.reasoning_effort.name, data.reasoning_language)
     question = Question(Prompt("serve.question", asked, {}), 0)
     body = chat.request(model, question, [], GenerationConfig(max_new_tokens=serve.max_new_tokens))
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TypedDict
 
 from pipeline.config import GenerationConfig
-from pipeline.data.harmony import Conversation, Function
+from pipeline.data.conversations import Conversation, Function
 from pipeline.evaluate.generation.prompts import Question
 from pipeline.evaluate.transcripts import Transcript
 from pipeline.runs.json_files import Json
@@ -119,16 +119,20 @@ def _call(function: _Function) -> dict[str, str]:
 def _messages(conversation: Conversation) -> list[dict[str, Json]]:
     """Convert the messages to the API's form. A tool's message has the id of the call that it answers."""
     last_call = ""
+    calls: dict[str, str] = {}  # function -> id of its last call
     messages = []
     for i, message in enumerate(conversation.messages):
         sent: dict[str, Json] = {"role": message["role"], "content": message["content"]}
+        if "preamble" in message:  # engines return both texts as one, with a line break in between
+            sent["content"] = f"{message['preamble']}\n{message['content']}"
         if "thinking" in message:
             sent["reasoning_content"] = message["thinking"]
         if "tool_calls" in message:
             sent["tool_calls"] = [_sent_call(f"call_{i}", call["function"]) for call in message["tool_calls"]]
             last_call = f"call_{i}"
+            calls |= {call["function"]["name"]: last_call for call in message["tool_calls"]}
         if message["role"] == "tool":
-            sent["tool_call_id"] = last_call
+            sent["tool_call_id"] = calls[message["name"]] if "name" in message else last_call
         messages.append(sent)
     return messages
 

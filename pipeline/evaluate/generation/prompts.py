@@ -10,8 +10,9 @@ import xxhash
 from pipeline.checkpoints.gpt_oss import STOP_TOKENS
 from pipeline.config import DataConfig, PromptsConfig, ValidationConfig
 from pipeline.data import harmony, sampling
+from pipeline.data.conversations import Conversation, ConversationError, drop_answer
 from pipeline.data.examples import split_rows
-from pipeline.data.harmony import Conversation, ConversationError, Rendering
+from pipeline.data.harmony import Rendering
 from pipeline.data.rows import Conversations, Rows, read_rows
 from pipeline.data.sources import Source, data_sources, with_expected
 from pipeline.errors import RowProblems
@@ -155,7 +156,7 @@ def _read_own(run: Run, data: DataConfig, settings: PromptsConfig) -> Conversati
 
 
 def _prompt(data: DataConfig, settings: PromptsConfig, row: Conversation) -> Prompt:
-    conversation = harmony.drop_answer(row, data.reasoning_effort.name, data.reasoning_language)
+    conversation = drop_answer(row, data.reasoning_effort.name, data.reasoning_language)
     expected = dict(_known(conversation)) | settings.expected_of_all | row.expected
     content = [conversation.messages, conversation.tools, conversation.reasoning_effort, expected]
     text = json.dumps(content, ensure_ascii=False, sort_keys=True)

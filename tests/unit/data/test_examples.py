@@ -11,9 +11,9 @@ import pytest
 from data_files import ROWS, jsonl, numbered_rows, numbers_in, prepare, prepare_error
 
 from pipeline.config import ReasoningEffort, Supervise
+from pipeline.data import harmony
 from pipeline.data import rows as rows_module
 from pipeline.data.harmony import IGNORED
-from pipeline.data.rows import harmony
 
 REAL_TEXT = Path(__file__).parents[4] / "shared" / "data" / "mgsm" / "reasoning.jsonl"
 
@@ -118,16 +118,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         monkeypatch.setattr(module, name, lambda *arguments: (counted.update([name]), original(*arguments))[1])
 
     count(rows_module, "parse_conversation")
-    count(harmony, "render_turns")
+    count(harmony, "render")
     return counted
 
 
 def test_a_second_run_reads_and_tokenizes_nothing(calls: Counter[str], tokenizer: Any, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", numbered_rows(40))
     first = prepare(tokenizer, path)
-    assert calls == {"parse_conversation": 40, "render_turns": 40}
+    assert calls == {"parse_conversation": 40, "render": 40}
     second = prepare(tokenizer, path)
-    assert calls == {"parse_conversation": 40, "render_turns": 40}
+    assert calls == {"parse_conversation": 40, "render": 40}
     assert first.counts == second.counts
     assert first.train.to_list() == second.train.to_list()
 
@@ -161,7 +161,7 @@ def test_a_setting_of_the_rendering_changes_only_the_examples(
     path = jsonl(tmp_path / "a.jsonl", numbered_rows(40))
     prepare(tokenizer, path, max_length=1000)
     prepare(tokenizer, path, **{"max_length": 1000, **changed})
-    assert calls == {"parse_conversation": 40, "render_turns": 80}
+    assert calls == {"parse_conversation": 40, "render": 80}
 
 
 def test_another_tokenizer_changes_the_examples(calls: Counter[str], tokenizer: Any, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_another_tokenizer_changes_the_examples(calls: Counter[str], tokenizer: 
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["number"])
     assert prepare(other, path).counts["train_tokens"] != prepare(tokenizer, path).counts["train_tokens"]
-    assert calls == {"parse_conversation": 40, "render_turns": 80}
+    assert calls == {"parse_conversation": 40, "render": 80}
 
 
 # --- the system message ----------------------------------------------------------------------------------------------

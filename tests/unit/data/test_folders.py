@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from data_files import ROWS, conversations, jsonl, load_error
 
-from pipeline.data.harmony import parse_conversation
+from pipeline.data.parsing import parse_conversation
 
 pytestmark = pytest.mark.usefixtures("working_directory")
 

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoints.gpt_oss import SPECIAL_TOKENS
-from pipeline.data.harmony import IGNORED, ConversationError, Rendering, examples, parse_conversation
+from pipeline.data.conversations import ConversationError
+from pipeline.data.harmony import IGNORED, Rendering, examples
+from pipeline.data.parsing import parse_conversation
 
 DATE = "2025-08-05"
 SYSTEM = (

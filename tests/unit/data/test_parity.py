@@ -15,7 +15,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from pipeline.config import TinyConfig
-from pipeline.data.harmony import IGNORED, Rendering, examples, parse_conversation
+from pipeline.data.harmony import IGNORED, Rendering, examples
+from pipeline.data.parsing import parse_conversation
 from pipeline.models import tiny_model
 
 if "TIKTOKEN_ENCODINGS_BASE" not in os.environ:

@@ -10,7 +10,7 @@ from data_files import config_of, jsonl, load, numbered_rows
 from pipeline.config import DataConfig
 from pipeline.data import prompts, synthetic
 from pipeline.data.examples import split_rows
-from pipeline.data.harmony import parse_conversation
+from pipeline.data.parsing import parse_conversation
 from pipeline.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("working_directory")

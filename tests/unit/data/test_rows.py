@@ -17,7 +17,7 @@ import pytest
 from data_files import ROWS, blend, config_of, conversations, jsonl, load, load_error, parquet
 
 from pipeline.config import BlendPartConfig, ModelConfig, PipelineConfig, Stage
-from pipeline.data.harmony import parse_conversation
+from pipeline.data.parsing import parse_conversation
 from pipeline.errors import UserError
 
 GOOD = json.dumps(ROWS[1])

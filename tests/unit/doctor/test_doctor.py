@@ -21,8 +21,10 @@ from pipeline.config import (
     TrainConfig,
     ValidationConfig,
 )
-from pipeline.data.harmony import Conversation, Rendering, parse_conversation
+from pipeline.data.conversations import Conversation
+from pipeline.data.harmony import Rendering
 from pipeline.data.languages import Languages
+from pipeline.data.parsing import parse_conversation
 from pipeline.doctor import content, display, findings, leaks, remedies, rows
 from pipeline.doctor.findings import Facts
 from pipeline.doctor.plan import Plan

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from pipeline.checkpoints.gpt_oss import SPECIAL_TOKENS
 from pipeline.config import TinyConfig
 from pipeline.data import synthetic
-from pipeline.data.harmony import Rendering, parse_conversation
+from pipeline.data.harmony import Rendering
+from pipeline.data.parsing import parse_conversation
 from pipeline.doctor import parity
 from pipeline.doctor.rows import Row
 from pipeline.models import tiny_model

@@ -15,7 +15,7 @@ import pytest
 from chat_server import GOOD, Reply, Server, completion
 
 from pipeline.config import EndpointApi, EndpointConfig, GenerationConfig
-from pipeline.data.harmony import Conversation
+from pipeline.data.conversations import Conversation
 from pipeline.errors import UserError
 from pipeline.evaluate.generation import client
 from pipeline.evaluate.generation.endpoint import Served, ask, find

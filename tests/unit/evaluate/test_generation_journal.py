@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.harmony import Conversation
+from pipeline.data.conversations import Conversation
 from pipeline.errors import UserError
 from pipeline.evaluate.generation.journal import GENERATIONS, Journal
 from pipeline.evaluate.generation.prompts import Prompt, Question

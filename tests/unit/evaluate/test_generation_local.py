@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pipeline.config import GenerationConfig, TinyConfig
-from pipeline.data.harmony import Conversation, Rendering
+from pipeline.data.conversations import Conversation
+from pipeline.data.harmony import Rendering
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.evaluate.generation import local

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.data.harmony import Conversation
+from pipeline.data.conversations import Conversation
 from pipeline.evaluate.generation.prompts import Prompt, Question
 from pipeline.evaluate.samples import Samples
 from pipeline.evaluate.transcripts import Transcript

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 from pipeline.config import TinyConfig
 from pipeline.data import harmony
-from pipeline.data.harmony import Rendering, parse_conversation
+from pipeline.data.harmony import Rendering
+from pipeline.data.parsing import parse_conversation
 from pipeline.evaluate.transcripts import parse
 from pipeline.models.tiny_model import create_tiny
 
