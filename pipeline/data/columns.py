@@ -131,17 +131,13 @@ class Columns:
     def list_other_splits(self) -> list[str]:
         """Return a message if a column `split` says that rows belong to another split. Call this after the last row."""
         wanted = SPLIT_OF.get(self._data.split, self._data.split)
-        if (
-            not self._splits
-            or not {*self._splits} <= {*SPLIT_OF}
-            or {SPLIT_OF[name] for name in self._splits} == {wanted}
-        ):
+        if not {*self._splits} <= {*SPLIT_OF} or {SPLIT_OF[name] for name in self._splits} <= {wanted}:
             return []
         there = ", ".join(f"{name} in {count} rows" for name, count in self._splits.items())
         own = [name for name in self._splits if SPLIT_OF[name] == wanted] or [*self._splits]
         return [
-            f"{self._data.path}: the column {_SPLIT!r} says {there}, but all of them would be used. Keep the rows of one"
-            f" split: '{self._key}.filter={{{_SPLIT}: [{', '.join(own)}]}}'"
+            f"{self._data.path}: the column {_SPLIT!r} says {there}, but all of them would be used. Choose the rows:"
+            f" '{self._key}.filter={{{_SPLIT}: [{', '.join(own)}]}}'"
         ]
 
     def _missing_keys(self) -> list[str]:

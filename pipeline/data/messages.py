@@ -8,7 +8,7 @@ fractional weight or an image, is an error.
 from collections.abc import Mapping, Sequence
 
 from pipeline.data.channels import Part, join_channels
-from pipeline.data.conversations import ROLES, ConversationError, Message, ToolCall
+from pipeline.data.conversations import ROLES, ConversationError, Message, ToolCall, is_final
 from pipeline.data.functions import check_text, make_call, strip_namespace
 
 REASONING_KEYS = ("thinking", "reasoning_content", "reasoning")
@@ -173,8 +173,11 @@ def _name_results(parts: list[Part]) -> None:
     """
     by_id: dict[str, str] = {}
     called: list[str] = []
+    is_answered = False
     for part in parts:
         message = part.message
+        if message["role"] == "assistant":
+            is_answered = is_final(message)
         if "tool_calls" in message:
             called.append(message["tool_calls"][0]["function"]["name"])
             by_id |= {part.call_id: called[-1]} if part.call_id else {}
@@ -185,5 +188,7 @@ def _name_results(parts: list[Part]) -> None:
             if own is not None and own not in ({of_id} if of_id else called):
                 what = f"tool_call_id is of a call of {of_id!r}" if of_id else "no earlier message calls it"
                 raise ConversationError(f"{part.where} is a result of {own!r}, but {what}")
+            if is_answered:
+                raise ConversationError(f"{part.where} is a tool message, but its call is already answered")
             if (name := of_id or own or called[-1]) != called[-1]:
                 message["name"] = name

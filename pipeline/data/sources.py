@@ -4,7 +4,7 @@ Each row is returned unchanged, together with its place. Other modules interpret
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -143,7 +143,7 @@ def _open_file(source: Source, path: Path) -> Opened:
 def _open_folder(source: Source, path: Path) -> Opened:
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         kept = sorted(p for p in path.rglob("*") if p.is_file())
-        return Opened(digest_of_files(kept), lambda: number_rows(str(path), map(ArrowRow, _load_saved(source, path))))
+        return Opened(digest_of_files(kept), lambda: number_rows(str(path), _arrow_rows(_load_saved(source, path))))
     chosen = folders.choose_files(source.key, path, source.data.split)
     for file in chosen:
         files.raise_if_other_format(source.key, file)
@@ -161,16 +161,20 @@ def _open_download(source: Source, hub_id: str) -> Opened:
     files = [Path(entry["filename"]) for entry in fetched.cache_files]
     # If HF_DATASETS_IN_MEMORY_MAX_SIZE is set, small data sets are read into memory and have no cache files.
     identity = digest_of_files(files) if files else Hasher.hash(list(fetched))
-    return Opened(identity, lambda: number_rows(_place(source, hub_id), map(ArrowRow, fetched)))
+    return Opened(identity, lambda: number_rows(_place(source, hub_id), _arrow_rows(fetched)))
 
 
 def _open_stream(source: Source, hub_id: str) -> Opened:
     commit = _resolve_commit(source, hub_id)
     pinned = replace(source, data=replace(source.data, revision=commit))
-    return Opened(commit, lambda: number_rows(_place(source, hub_id), map(ArrowRow, _stream_rows(pinned, hub_id))))
+    return Opened(commit, lambda: number_rows(_place(source, hub_id), _arrow_rows(_stream_rows(pinned, hub_id))))
 
 
-def _stream_rows(source: Source, hub_id: str) -> Iterator[object]:
+def _arrow_rows(rows: Iterable[Mapping[str, object]]) -> Iterator[ArrowRow]:
+    return map(ArrowRow, rows)
+
+
+def _stream_rows(source: Source, hub_id: str) -> Iterator[Mapping[str, object]]:
     try:
         yield from _load_from_hub(source, hub_id)
     except (DatasetsError, OSError) as error:

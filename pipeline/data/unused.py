@@ -19,11 +19,9 @@ _CALL_KEYS = frozenset(("id", "type", "function", "name", "arguments"))
 _FUNCTION_KEYS = frozenset(("name", "arguments"))
 _SCHEMA_KEYS = frozenset(("type", "function", "name", "description", "parameters"))
 _PART_KEYS = frozenset(("type", "text"))
-_HARMLESS = frozenset(
-    ("id", "_id", "ids", "uuid", "guid", "idx", "index", "row_id", "conversation_id", "session_id", "prompt_id", "hash")
-    + ("source", "dataset", "url", "license", "created", "created_at", "updated_at", "timestamp", "model", "model_name")
-    + ("metadata", "meta", "strict", "annotations", "cache_control")
-)
+_IDS = ("id", "_id", "ids", "uuid", "guid", "idx", "index", "row_id", "conversation_id", "session_id", "prompt_id")
+_ORIGINS = ("source", "dataset", "url", "license", "created", "created_at", "updated_at", "timestamp", "model", "hash")
+_HARMLESS = frozenset((*_IDS, *_ORIGINS, "meta", "metadata", "model_name", "strict", "annotations", "cache_control"))
 """Names of columns and keys that do not change what a conversation means."""
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _MORE_TURNS = "history"

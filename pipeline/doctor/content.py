@@ -6,7 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import TypedDict
 
-from pipeline.data.conversations import Conversation, Message, ToolCall
+from pipeline.config import RenderingForm
+from pipeline.data.conversations import Conversation, Message, ToolCall, is_trained
+from pipeline.data.harmony import Rendering
 from pipeline.data.languages import Languages
 from pipeline.data.prompts import prompt
 from pipeline.doctor.rows import Row, first
@@ -22,6 +24,13 @@ class ReasoningFigures(TypedDict):
     turns_without: int
     rows_without: int
     first: list[str]
+
+
+class UntrainedFigures(TypedDict):
+    """How many assistant turns have the weight 0, and in how many rows. They are context, and are not trained."""
+
+    turns: int
+    rows: int
 
 
 class ToolFigures(TypedDict):
@@ -50,16 +59,27 @@ class CopyFigures(TypedDict):
     same_prompt_other_answer: int
 
 
-def reasoning(rows: list[Row]) -> ReasoningFigures:
-    """Count assistant turns with and without reasoning. A turn that calls a tool may have reasoning in `content`."""
-    turns = [turn for row in rows for turn in _assistant_turns(row.conversation)]
-    lacking = first(row for row in rows if not all(map(_reasoning, _assistant_turns(row.conversation))))
+def reasoning(rows: list[Row], how: Rendering) -> ReasoningFigures:
+    """Count the trained turns with and without reasoning.
+
+    The chat template writes text before a call as reasoning.
+    """
+    found = [[bool(_reasoning(turn, how)) for turn in _trained_turns(row.conversation)] for row in rows]
     return {
-        "turns": len(turns),
-        "turns_without": sum(not _reasoning(turn) for turn in turns),
-        "rows_without": sum(not any(map(_reasoning, _assistant_turns(row.conversation))) for row in rows),
-        "first": lacking,
+        "turns": sum(map(len, found)),
+        "turns_without": sum(not has for turns in found for has in turns),
+        "rows_without": sum(not any(turns) for turns in found),
+        "first": first(row for row, turns in zip(rows, found, strict=True) if not all(turns)),
     }
+
+
+def untrained(rows: list[Row]) -> UntrainedFigures:
+    """Count the assistant turns whose weight is 0, and the rows that have such turns."""
+    counts = [
+        sum(message["role"] == "assistant" and not is_trained(message) for message in row.conversation.messages)
+        for row in rows
+    ]
+    return {"turns": sum(counts), "rows": sum(map(bool, counts))}
 
 
 def efforts(rows: list[Row], default: str) -> dict[str, int]:
@@ -118,39 +138,41 @@ def copies(rows: list[Row]) -> CopyFigures:
     return {"rows": len(repeated), "first": first(repeated), "same_prompt_other_answer": other_answer}
 
 
-def languages(rows: list[Row], tell: Languages) -> dict[str, dict[str, int]]:
+def languages(rows: list[Row], tell: Languages, how: Rendering) -> dict[str, dict[str, int]]:
     """Count the rows by the language of the prompts, of the reasoning and of the answers."""
     found: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
-        for kind, texts in _by_kind(row.conversation).items():
+        for kind, texts in _by_kind(row.conversation, how).items():
             if texts:
                 found[kind][tell.of("\n".join(texts))] += 1
     return {kind: dict(found[kind].most_common()) for kind in ("prompts", "reasoning", "answers")}
 
 
-def _by_kind(conversation: Conversation) -> dict[str, list[str]]:
-    turns = list(_assistant_turns(conversation))
+def _by_kind(conversation: Conversation, how: Rendering) -> dict[str, list[str]]:
+    turns = list(_trained_turns(conversation))
     return {
         "prompts": [message["content"] for message in conversation.messages if message["role"] == "user"],
-        "reasoning": [_reasoning(turn) for turn in turns if _reasoning(turn)],
+        "reasoning": [text for turn in turns if (text := _reasoning(turn, how))],
         "answers": [turn["content"] for turn in turns if not _calls(turn)],
     }
 
 
-def _assistant_turns(conversation: Conversation) -> Iterator[Message]:
-    return (message for message in conversation.messages if message["role"] == "assistant")
+def _trained_turns(conversation: Conversation) -> Iterator[Message]:
+    return filter(is_trained, conversation.messages)
 
 
 def _calls(message: Message) -> list[ToolCall]:
     return message.get("tool_calls", [])
 
 
-def _reasoning(turn: Message) -> str:
-    return turn.get("thinking", "") or (turn["content"] if _calls(turn) else "")
+def _reasoning(turn: Message, how: Rendering) -> str:
+    is_in_content = bool(_calls(turn)) and how.form == RenderingForm.template.name
+    return turn.get("thinking", "") or (turn["content"] if is_in_content else "")
 
 
 def _texts(conversation: Conversation) -> Iterator[str]:
     for message in conversation.messages:
         yield message["content"]
         yield message.get("thinking", "")
+        yield message.get("preamble", "")
         yield json.dumps(_calls(message), ensure_ascii=False)

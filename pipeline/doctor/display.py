@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pipeline.checkpoints import largest_codes
+from pipeline.config.engines import engines_that_render
 from pipeline.data.conversations import Conversation, ConversationError
 from pipeline.data.harmony import IGNORED, Rendering, examples
 from pipeline.doctor.findings import (
@@ -21,6 +22,7 @@ from pipeline.doctor.findings import (
 )
 from pipeline.doctor.needs import as_batched
 from pipeline.doctor.parity import ParityFigures
+from pipeline.doctor.renderings import RenderingFigures
 from pipeline.errors import UserError
 from pipeline.models.sharding import STRATEGIES
 from pipeline.runs.console import say, warn
@@ -99,6 +101,11 @@ def _data_lines(data: DataFigures) -> Iterable[tuple[str, str]]:
         "tools",
         f"offered in {tools['rows_that_offer']} rows, called {tools['calls']} times in {tools['rows_that_call']} rows",
     )
+    if data["untrained"]["turns"]:
+        yield "weight 0", f"{data['untrained']['turns']} turns of {data['untrained']['rows']} rows are not trained"
+    for line in data["unused"]["remarks"]:
+        yield "not used", line
+    yield "rendering", _rendering(data["rendering"])
     yield "control tokens", f"as text in {data['control_text']['rows']} rows"
     yield "copies", f"{copies['rows']} rows; {copies['same_prompt_other_answer']} more repeat only an earlier prompt"
     yield "leaks", f"{leaks['exact']} validation prompts also in training, {leaks['normalized']} after normalization"
@@ -188,6 +195,14 @@ def _validation(own: ValidationFigures) -> str:
     return (
         f"{tokens['examples']:,} examples, {tokens['all']:,} tokens ({tokens['supervised_share']:.1%} supervised),"
         f" longest {own['lengths']['longest']}, {cut['examples']} truncated"
+    )
+
+
+def _rendering(found: RenderingFigures) -> str:
+    refused = f"; the chat template refuses {found['refused']}" if found["refused"] else ""
+    return (
+        f"{found['form']}, as in {', '.join(engines_that_render(found['form']))}; {found['differ']} of"
+        f" {found['compared']} rows have other tokens with the other rendering{refused}"
     )
 
 

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict, cast
 
 from pipeline.checkpoints.largest_codes import CodeFigures
-from pipeline.config import Stage
+from pipeline.config import RenderingForm, Stage
+from pipeline.config.engines import engines_that_render
 from pipeline.doctor import remedies
-from pipeline.doctor.content import ControlTextFigures, CopyFigures, ReasoningFigures, ToolFigures
+from pipeline.doctor.content import ControlTextFigures, CopyFigures, ReasoningFigures, ToolFigures, UntrainedFigures
 from pipeline.doctor.leaks import LeakFigures
 from pipeline.doctor.needs import ControlFigures, NeedFigures
 from pipeline.doctor.parity import ParityFigures
 from pipeline.doctor.plan import Plan
+from pipeline.doctor.renderings import RenderingFigures
 from pipeline.doctor.rows import Lengths, NothingToLearn, TokenCounts, Truncated
 from pipeline.runs import controls
 from pipeline.runs.records import DoctorRecord
@@ -41,6 +43,13 @@ class ValidationFigures(TypedDict):
     cut: Truncated
 
 
+class UnusedFigures(TypedDict):
+    """Lines about columns and keys that are not used: those that may matter, and harmless ones."""
+
+    warnings: list[str]
+    remarks: list[str]
+
+
 class DataFigures(TypedDict):
     """Figures of the data in artifact.json. Each part is defined in the module of this package that computes it."""
 
@@ -57,6 +66,9 @@ class DataFigures(TypedDict):
     leaks: LeakFigures
     languages: dict[str, dict[str, int]]
     parity: ParityFigures
+    untrained: UntrainedFigures
+    rendering: RenderingFigures
+    unused: UnusedFigures
     validation: NotRequired[ValidationFigures]
     """Figures of the rows of data.validation. Missing if validation rows are held out."""
 
@@ -256,6 +268,24 @@ def _truncation(facts: Facts) -> list[str]:
     ]
 
 
+def _unused(facts: Facts) -> list[str]:
+    return facts.data["unused"]["warnings"]
+
+
+def _other_rendering(facts: Facts) -> list[str]:
+    found = facts.data["rendering"]
+    if not found["differ"]:
+        return []
+    (other,) = (form.name for form in RenderingForm if form.name != found["form"])
+    parts = ", ".join(f"{part} in {rows}" for part, rows in found["parts"].items())
+    return [
+        f"rows that have other tokens with data.rendering={other}: {found['differ']} of {found['compared']}"
+        f" ({_and_more(found['first'], found['differ'])}; {parts}). data.rendering={found['form']} gives the tokens of"
+        f" {', '.join(engines_that_render(found['form']))}; {other} those of {', '.join(engines_that_render(other))}."
+        " Choose the one of your engine."
+    ]
+
+
 def _no_reasoning(facts: Facts) -> list[str]:
     found = facts.data["reasoning"]
     if not found["turns_without"]:
@@ -338,7 +368,9 @@ _CHECKS: tuple[Callable[[Facts], list[str]], ...] = (
     _device_too_small_for_controls,
     _host_too_small,
     _disk_too_small,
+    _unused,
     _other_tokens,
+    _other_rendering,
     _leaks,
     _control_text,
     _nothing_to_learn,

@@ -1,11 +1,12 @@
 """Check token parity: compare our tokens with openai-harmony's. Inference engines use openai-harmony.
 
-The prompt of each example is compared with the result of `render_conversation_for_completion`, which drops earlier
-reasoning. The completion is compared with the result of `render_conversation_for_training`.
+The tokens of a turn must be those that `render_conversation` gives for the prompt, and for the completion. Reasoning
+before the last answer of a prompt is left out, as engines do. openai-harmony itself leaves out only the reasoning
+before the first answer.
 
-The chat template of the released models differs from harmony in three places. The template writes a blank line after
-the developer's text, tool results as JSON strings, and `json` instead of `<|constrain|>json` in calls. These are not
-tokenization errors. So this module passes these parts to harmony in the form that the template writes.
+With data.rendering=template, three parts are known to differ. The chat template writes a blank line after the
+developer's text, tool results as JSON strings, and `json` instead of `<|constrain|>json` in calls. So this module
+passes these parts to openai-harmony in the form that the template writes.
 
 The check needs the package openai-harmony, and its vocabulary on disk. It never downloads the vocabulary.
 """
@@ -16,12 +17,16 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from pipeline.checkpoints.gpt_oss import SPECIAL_TOKENS
-from pipeline.data.conversations import Conversation, Message, add_language
-from pipeline.data.harmony import Rendering, examples
+from pipeline.config import RenderingForm
+from pipeline.data import harmony
+from pipeline.data.conversations import INSTRUCTIONS, Conversation, Message, add_language, is_final, is_trained
+from pipeline.data.harmony import Rendering
+from pipeline.data.harmony_text import CALL_TYPE
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.doctor.rows import Row
 from pipeline.runs.console import progress
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
 _VOCABULARY = "o200k_base.tiktoken"
 _URL = f"https://openaipublic.blob.core.windows.net/encodings/{_VOCABULARY}"
 _CONTEXT_TOKENS = 4
+_MOST_TURNS = 8  # of one conversation: the prompts of its turns repeat each other
 
 
 class Difference(TypedDict):
@@ -68,8 +74,10 @@ def figures(rows: list[Row], how: Rendering) -> ParityFigures:
     compared, differing = 0, 0
     first: Difference | None = None
     for row in progress(rows, what="token parity", unit="row"):
-        ours = [example["input_ids"] for example in examples(row.conversation, how)]
-        for mine, theirs in zip(ours, oracle.examples(row.conversation), strict=True):
+        script = harmony.render(row.conversation, how)
+        (ours,) = harmony.tokenize([replace(script, turns=script.turns[-_MOST_TURNS:])], how.tokenizer)
+        mine_of = [example.input_ids for example in ours]
+        for mine, theirs in zip(mine_of, oracle.examples(row.conversation), strict=True):
             compared += 1
             differing += mine != theirs
             if mine != theirs and first is None:
@@ -124,16 +132,21 @@ class _Oracle:
         self._encoding = openai_harmony.load_harmony_encoding(openai_harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
         self._opening = len(self._encoding.encode("<|start|>assistant", allowed_special="all"))
         self._how = how
+        self._by_template = how.form == RenderingForm.template.name
 
     def examples(self, conversation: Conversation) -> Iterator[list[int]]:
-        """Yield the token ids of each example, in the same order as `examples` of pipeline.data.harmony."""
+        """Yield the token ids of the last examples of a conversation, in the same order as `harmony.render`."""
         h = self._harmony
-        turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        turns = [i for i, message in enumerate(conversation.messages) if is_trained(message)]
         keep_all = h.RenderConversationConfig(auto_drop_analysis=False)
-        for turn in turns if self._how.every_turn else turns[-1:]:
-            before = [*self._instructions(conversation), *self._messages(conversation.messages[:turn])]
+        for turn in turns[-_MOST_TURNS:] if self._how.every_turn else turns[-1:]:
+            history = conversation.messages[:turn]
+            answered = max((i for i, message in enumerate(history) if is_final(message)), default=-1)
+            past = [message for message in self._messages(history[: answered + 1]) if message.channel != "analysis"]
+            before = [*self._instructions(conversation), *past]
+            before += self._messages(conversation.messages[:turn])[len(self._messages(history[: answered + 1])) :]
             prompt = self._encoding.render_conversation_for_completion(
-                h.Conversation.from_messages(before), h.Role.ASSISTANT
+                h.Conversation.from_messages(before), h.Role.ASSISTANT, keep_all
             )
             answer = h.Conversation.from_messages(self._messages(conversation.messages[turn : turn + 1]))
             completion = self._encoding.render_conversation_for_training(answer, keep_all)
@@ -149,11 +162,13 @@ class _Oracle:
         messages = [h.Message.from_role_and_content(h.Role.SYSTEM, system)]
         language = conversation.reasoning_language or self._how.reasoning_language
         first = add_language(conversation.messages, language)[0]
-        text = first["content"] if first["role"] in ("system", "developer") else ""
+        text = first["content"] if first["role"] in INSTRUCTIONS else ""
         if text or conversation.tools:
             developer = h.DeveloperContent.new()
             if text:
-                developer = developer.with_instructions(text if conversation.tools else f"{text}\n\n")
+                developer = developer.with_instructions(
+                    text if conversation.tools or not self._by_template else f"{text}\n\n"
+                )
             if conversation.tools:
                 developer = developer.with_function_tools(list(map(self._tool, conversation.tools)))
             messages.append(h.Message.from_role_and_content(h.Role.DEVELOPER, developer))
@@ -172,13 +187,14 @@ class _Oracle:
             if message["role"] == "user":
                 made.append(h.Message.from_role_and_content(h.Role.USER, message["content"]))
             elif message["role"] == "tool":
-                author = h.Author.new(h.Role.TOOL, called)
-                result = json.dumps(message["content"], ensure_ascii=False)
+                author = h.Author.new(h.Role.TOOL, f"functions.{message.get('name', called)}")
+                text = message["content"]
+                result = json.dumps(text, ensure_ascii=False) if self._by_template else text
                 made.append(h.Message.from_author_and_content(author, result).with_recipient("assistant"))
                 made[-1] = made[-1].with_channel("commentary")
             elif message["role"] == "assistant":
                 made += self._turn(message)
-                called = made[-1].recipient or called
+                called = message["tool_calls"][0]["function"]["name"] if "tool_calls" in message else called
         return made
 
     def _turn(self, message: Message) -> "list[openai_harmony.Message]":
@@ -187,11 +203,15 @@ class _Oracle:
         def say(channel: str, text: str) -> "openai_harmony.Message":
             return self._harmony.Message.from_role_and_content(self._harmony.Role.ASSISTANT, text).with_channel(channel)
 
-        calls = message.get("tool_calls")
-        thinking = message.get("thinking") or (message["content"] if calls else "")
-        reasoning = [say("analysis", thinking)] if thinking else []
+        calls = message.get("tool_calls", [])
+        thinking, preamble = message.get("thinking", ""), message["content"] if calls else message.get("preamble", "")
+        if calls and self._by_template:  # the template takes text before a call as its reasoning
+            thinking, preamble = thinking or preamble, ""
+        before = [say("analysis", thinking)] if thinking else []
+        before += [say("commentary", preamble)] if preamble else []
         if not calls:
-            return [*reasoning, say("final", message["content"])]
+            return [*before, say("final", message["content"])]
         function = calls[0]["function"]
         call = say("commentary", json.dumps(function["arguments"], ensure_ascii=False))
-        return [*reasoning, call.with_recipient(f"functions.{function['name']}").with_content_type("json")]
+        call = call.with_content_type("json" if self._by_template else CALL_TYPE)
+        return [*before, call.with_recipient(f"functions.{function['name']}")]

@@ -1,15 +1,18 @@
 """Render each row as training will see it. Count its examples, their tokens, and the tokens that truncation removes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypedDict
 
+from pipeline.data import harmony
 from pipeline.data.conversations import Conversation, ConversationError
-from pipeline.data.harmony import IGNORED, Rendering, examples
+from pipeline.data.harmony import Rendering
+from pipeline.data.scripts import Script
 from pipeline.errors import RowProblems
 from pipeline.runs.console import progress
 
 _FIRST_LENGTH = 64
+_ROWS_AT_ONCE = 64
 
 
 class TokenCounts(TypedDict):
@@ -87,14 +90,18 @@ def examine(conversations: Iterable[Conversation], how: Rendering, max_length: i
     Raises:
         UserError: the chat template refuses some rows. The error gives the place of each.
     """
-    rows, problems = [], RowProblems()
+    rows: list[Row] = []
+    problems = RowProblems()
+    batch: list[tuple[Conversation, Script]] = []
     for conversation in progress(conversations, what="examining", unit="row"):
         try:
-            counted = [_count(example, max_length) for example in examples(conversation, how)]
+            batch.append((conversation, harmony.render(conversation, how)))
         except ConversationError as error:
             problems.add(conversation.where, str(error))
-        else:
-            rows.append(Row(conversation, counted))
+        if len(batch) >= _ROWS_AT_ONCE:
+            rows += _count(batch, how, max_length)
+            batch = []
+    rows += _count(batch, how, max_length)
     problems.raise_if_any()
     return rows
 
@@ -125,13 +132,13 @@ def first(rows: Iterable[Row], most: int = 3) -> list[str]:
     return [row.conversation.where for _, row in zip(range(most), rows, strict=False)]
 
 
-def _count(example: dict[str, list[int]], limit: int) -> Example:
-    labels, kept = example["labels"], example["labels"][:limit]
-    return Example(len(labels), _count_supervised(labels), len(kept), _count_supervised(kept))
-
-
-def _count_supervised(labels: list[int]) -> int:
-    return len(labels) - labels.count(IGNORED)
+def _count(batch: list[tuple[Conversation, Script]], how: Rendering, limit: int) -> Iterator[Row]:
+    made = harmony.tokenize([script for _, script in batch], how.tokenizer, limit)
+    for (conversation, _), found in zip(batch, made, strict=True):
+        yield Row(
+            conversation,
+            [Example(e.length, e.supervised, min(e.length, limit), e.kept_supervised) for e in found],
+        )
 
 
 def _lengths(lengths: list[int]) -> Lengths:

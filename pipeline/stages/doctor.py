@@ -18,7 +18,18 @@ from pipeline.data.languages import Languages
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.sources import data_sources
 from pipeline.data.tokenizers import load_tokenizer
-from pipeline.doctor import content, controls, device_memory, display, findings, leaks, machine, needs, parity
+from pipeline.doctor import (
+    content,
+    controls,
+    device_memory,
+    display,
+    findings,
+    leaks,
+    machine,
+    needs,
+    parity,
+    renderings,
+)
 from pipeline.doctor.findings import DataFigures, Facts
 from pipeline.doctor.plan import Plan
 from pipeline.doctor.rows import examine
@@ -59,7 +70,7 @@ def run(config: PipelineConfig) -> Artifact:
     here, tell = Run(config), Languages(config.doctor.languages, "doctor.languages")
     model = source.locate_without_weights(here, config.model)
     how = rendering_of(config.data, load_tokenizer(model))
-    rows = load_rows(here, config.data)
+    rows = load_rows(here, config.data, lists_unused=False)  # the report lists them
     _raise_if_no_such_row(config, rows)
     weights = _open_weights(model)
     artifact = build(
@@ -69,6 +80,7 @@ def run(config: PipelineConfig) -> Artifact:
         parents={
             "tokenizer": _fingerprint(model),
             "processes": str(process_count()),
+            "unused": xxhash.xxh3_128_hexdigest(repr(rows.unused).encode()),
             **({"weights": source.sampled_fingerprint(model)} if weights else {}),
         },
         work=lambda directory: _report(
@@ -143,14 +155,20 @@ def _data_figures(config: PipelineConfig, rows: Rows, how: Rendering, tell: Lang
     figures: DataFigures = {
         "rows": {"all": len(rows.conversations), "train": len(train), "validation": len(validation)},
         **token_figures(every, config.data.max_length),
-        "reasoning": content.reasoning(every),
+        "reasoning": content.reasoning(every, how),
         "reasoning_effort": content.efforts(every, how.reasoning_effort),
         "tools": content.tools(every),
         "control_text": content.control_text(every),
         "copies": content.copies(every),
         "leaks": leaks.figures(train, validation),
-        "languages": content.languages(every, tell),
+        "languages": content.languages(every, tell, how),
         "parity": parity.figures(every, how),
+        "untrained": content.untrained(every),
+        "rendering": renderings.figures(every, how),
+        "unused": {
+            "warnings": [line for unused in rows.unused for line in unused.warnings()],
+            "remarks": [line for unused in rows.unused for line in unused.remarks()],
+        },
     }
     if rows.validation:
         *_, source = data_sources(config.data)

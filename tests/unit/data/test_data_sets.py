@@ -313,11 +313,11 @@ def unused(capsys: pytest.CaptureFixture[str], settings: DataConfig) -> str:
 
 
 def test_unused_instructions_are_reported_with_the_setting_that_uses_them(capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"system": "Be kind.", "conversations": SHAPES["sharegpt"][0]["conversations"][1:]}
-    assert "the column 'system' is not used. To use it, set data.columns.system=system" in unused(
+    row = {"system_prompt": "Be kind.", "conversations": SHAPES["sharegpt"][0]["conversations"][1:]}
+    assert "the column 'system_prompt' is not used. To use it, set data.columns.system=system_prompt" in unused(
         capsys, data_config("sharegpt", jsonl([row]))
     )
-    settings = data_config("sharegpt", jsonl([row]), columns={"system": "system"})
+    settings = data_config("sharegpt", jsonl([row]), columns={"system": "system_prompt"})
     assert unused(capsys, settings) == ""
     assert load(settings)[0]["messages"][0] == {"role": "system", "content": "Be kind."}
 

@@ -1,4 +1,7 @@
-"""Prompts and supervised tokens agree with gpt-oss' own chat template. Invalid rows are refused."""
+"""With data.rendering=template, prompts and supervised tokens are those of gpt-oss' own chat template.
+
+Invalid rows are refused.
+"""
 
 import copy
 import datetime
@@ -60,6 +63,7 @@ def rendering(tokenizer: Any, **changes: Any) -> Rendering:
             "reasoning_effort": "medium",
             "conversation_date": DATE,
             "every_turn": True,
+            "form": "template",
             **changes,
         }
     )
@@ -385,7 +389,6 @@ REFUSED_MESSAGES = {
         "messages[2] is a system message in mid-conversation",
     ),
     "content is a number": (bad(3), "messages[1].content is int, not text"),
-    "content in parts": (bad([{"type": "text", "text": "x"}]), "messages[1].content is list, not text"),
     "content is null": (bad(None), "messages[1].content is NoneType, not text"),
     "content is missing": ([USER, {"role": "assistant"}], "messages[1].content is NoneType, not text"),
     "thinking is a number": ([USER, {**ASSISTANT, "thinking": 5}], "messages[1].thinking is int, not text"),
@@ -402,10 +405,6 @@ REFUSED_MESSAGES = {
     "arguments are not JSON": (
         calling([{"name": "add", "arguments": "{a: 1}"}]),
         "messages[1].tool_calls[0].arguments is not valid JSON",
-    ),
-    "content and thinking of a call": (
-        calling([{"name": "add"}], content="so", thinking="hm"),
-        "put its reasoning in 'thinking' or 'content', not both",
     ),
 }
 
@@ -492,9 +491,14 @@ def test_bad_tool_schemas_are_refused(tools: Any, reason: str) -> None:
     assert reason in refusal({"messages": [USER, ASSISTANT], "tools": tools})
 
 
-def test_a_tool_result_without_an_open_call_is_refused(tokenizer: Any) -> None:
+def test_a_tool_result_without_an_open_call_is_refused() -> None:
     row = {"messages": [QUESTION, CALL, TOOL, ASSISTANT, TOOL, ASSISTANT]}
-    with pytest.raises(ConversationError, match="no previous assistant message with a tool call"):
+    assert refusal(row) == "messages[4] is a tool message, but its call is already answered"
+
+
+def test_content_and_thinking_of_a_call_are_refused_by_the_template(tokenizer: Any) -> None:
+    row = {"messages": calling([{"name": "add"}], content="so", thinking="hm")}
+    with pytest.raises(ConversationError, match="content and thinking"):
         render(tokenizer, row)
 
 

@@ -200,7 +200,7 @@ def _render(encoding: Any, messages: list[Any]) -> list[int]:
 
 @pytest.mark.parametrize("row", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
 def test_every_turn_has_the_tokens_of_openai_harmony(row: dict[str, Any], encoding: Any, tokenizer: Any) -> None:
-    made = examples(parse_conversation(row), Rendering(tokenizer, "medium", "2025-08-05", True))
+    made = examples(parse_conversation(row), Rendering(tokenizer, "medium", "2025-08-05", True, form="template"))
     wanted = expected(encoding, row)
     for ours, theirs in zip(made, wanted, strict=True):
         assert encoding.decode(ours["input_ids"]) == encoding.decode(theirs["input_ids"])
@@ -212,7 +212,7 @@ def test_the_template_writes_a_comma_after_a_parameters_default_unlike_openai_ha
 ) -> None:
     row = copy.deepcopy(CONVERSATIONS["tools without instructions"])
     row["tools"][0]["function"]["parameters"]["properties"]["hours"] = {"type": "integer", "default": 24}
-    made = examples(parse_conversation(row), Rendering(tokenizer, "medium", "2025-08-05", True))
+    made = examples(parse_conversation(row), Rendering(tokenizer, "medium", "2025-08-05", True, form="template"))
     for ours, theirs in zip(made, expected(encoding, row), strict=True):
         text = encoding.decode(ours["input_ids"])
         assert text.count("// default: 24,\n") == 1
@@ -220,6 +220,6 @@ def test_the_template_writes_a_comma_after_a_parameters_default_unlike_openai_ha
 
 
 def test_another_identity_has_the_tokens_of_openai_harmony(encoding: Any, tokenizer: Any) -> None:
-    rendering = Rendering(tokenizer, "medium", "2025-08-05", True, model_identity="You are Ada.")
+    rendering = Rendering(tokenizer, "medium", "2025-08-05", True, model_identity="You are Ada.", form="template")
     row = CONVERSATIONS["three turns"]
     assert examples(parse_conversation(row), rendering) == expected(encoding, row, "You are Ada.")
