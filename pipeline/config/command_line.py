@@ -1,5 +1,6 @@
 """Read the command line: recognize flags, report all mistakes together, and count and name the jobs of a sweep."""
 
+import shlex
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,7 @@ def problems(arguments: list[str], folders: Folders) -> list[str]:
         try:
             (override,) = _parse([argument])
         except OverrideParseException as error:
-            found.append(f"{argument}: {str(error).splitlines()[0]}")
+            found.append(_unreadable(argument, error, known))
             continue
         found += _override_problems(override, known, folders, _has_config_dir(arguments))
     return found
@@ -109,6 +110,18 @@ def _parse(overrides: list[str]) -> list["Override"]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     return OverridesParser.create().parse_overrides(overrides)
+
+
+def _unreadable(argument: str, error: Exception, known: DictConfig) -> str:
+    """Return the message for an override that Hydra cannot parse. For a text, it says how to quote the value."""
+    key, _, value = argument.partition("=")
+    name = key.lstrip("+~")
+    if not is_known(name) or value_problem(known, name, "text") or value[:1] in ("[", "{", "'", '"'):
+        return f"{argument}: {str(error).splitlines()[0]}"
+    escaped = value.replace("'", "\\'")
+    word = f"{key}='{escaped}'"
+    quoted = f'"{word}"' if not {*'"$`\\!'} & {*word} else shlex.quote(word)
+    return f"{argument}: has a character with a meaning of its own here. Put the value into quotes: {quoted}"
 
 
 def _explain(argument: str) -> str:

@@ -370,7 +370,6 @@ _CHECKS: tuple[Callable[[Facts], list[str]], ...] = (
     _disk_too_small,
     _unused,
     _other_tokens,
-    _other_rendering,
     _leaks,
     _control_text,
     _nothing_to_learn,
@@ -378,6 +377,7 @@ _CHECKS: tuple[Callable[[Facts], list[str]], ...] = (
     _no_reasoning,
     _copies,
     _few_to_validate,
+    _other_rendering,
 )
 """The checks, in the order of their findings.
 

@@ -35,7 +35,7 @@ from pipeline.runs.json_files import write_json
 from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.processes import all_cores, is_main_process, wait_for_everyone
 from pipeline.runs.run import BEING_EMPTIED, Run, read_unfinished
-from pipeline.runs.settings import Settings, plain
+from pipeline.runs.settings import Settings, plain, without_data_paths
 from pipeline.runs.tracking import log_inputs, log_output, track
 
 
@@ -188,7 +188,9 @@ def _prepare(run: Run, directory: Path, begun: Inputs, keep_files: bool) -> None
         raise UserError(f"{directory}: another run has just completed this stage. Run the same command again.")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        is_resumed = read_unfinished(directory) == begun.plain() and not (directory / ARTIFACT_FILE).exists()
+        before = read_unfinished(directory)
+        is_same = before not in (None, BEING_EMPTIED) and not _differences(before, begun.plain())
+        is_resumed = is_same and not (directory / ARTIFACT_FILE).exists()
         if is_resumed:
             say(directory.name, f"resuming what was interrupted in {directory}")
             cut_torn_line(directory / METRICS_FILE)
@@ -288,11 +290,14 @@ def _changed(directory: Path, what: str, differences: list[str], remedy: str = "
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Describe the differences of two sets of inputs. Equal contents of a data set are equal, whatever its path."""
+    has_same_data = before["data"] is not None and before["data"] == now["data"]
+    strip = without_data_paths if has_same_data else dict
     found = [
         f"{key}: was {old!r}, is {new!r}"
-        for part in ("settings", "parents")
-        for key in sorted({*before[part], *now[part]})
-        if (old := before[part].get(key)) != (new := now[part].get(key))
+        for one, other in ((strip(before["settings"]), strip(now["settings"])), (before["parents"], now["parents"]))
+        for key in sorted({*one, *other})
+        if (old := one.get(key)) != (new := other.get(key))
     ]
     if before["data"] != now["data"]:
         found.append(f"the data set's contents: fingerprint was {before['data']}, is {now['data']}")

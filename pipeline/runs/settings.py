@@ -10,6 +10,9 @@ from pipeline.config import PipelineConfig
 Settings = dict[str, Any]
 """Dotted key -> plain value. The section of `PipelineConfig` declares the type of the value."""
 
+_DATA_PATHS = ("data.path", "data.revision", "data.validation.path", "data.validation.revision", "data.streaming")
+_BLEND = "data.blend"
+
 
 def choose_settings(config: PipelineConfig, keys: Iterable[str]) -> Settings:
     """Flatten the settings under some keys, or sections, of the configuration."""
@@ -18,6 +21,16 @@ def choose_settings(config: PipelineConfig, keys: Iterable[str]) -> Settings:
         value = plain(_at(config, key))
         flat.update(_flatten(value, f"{key}.") if isinstance(value, dict) else {key: value})
     return flat
+
+
+def without_data_paths(settings: Settings) -> Settings:
+    """Return the settings without the places of data sets. Their contents have fingerprints of their own."""
+    kept = {key: value for key, value in settings.items() if key not in _DATA_PATHS}
+    if isinstance(kept.get(_BLEND), list):
+        kept[_BLEND] = [
+            {name: value for name, value in part.items() if name not in ("path", "revision")} for part in kept[_BLEND]
+        ]
+    return kept
 
 
 def plain(value: object) -> Any:

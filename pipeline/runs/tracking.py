@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from pipeline.config import TrackingBackend, Upload
 from pipeline.errors import UserError

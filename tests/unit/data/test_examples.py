@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from data_files import ROWS, jsonl, numbered_rows, numbers_in, prepare, prepare_error
 
-from pipeline.config import ReasoningEffort, Supervise
+from pipeline.config import ReasoningEffort, RenderingForm, Supervise
 from pipeline.data import harmony
 from pipeline.data import rows as rows_module
 from pipeline.data.harmony import IGNORED
@@ -152,6 +152,7 @@ def test_a_changed_file_is_read_again(calls: Counter[str], tokenizer: Any, tmp_p
         {"model_identity": "You are Ada."},
         {"conversation_date": "2020-01-01"},
         {"supervise": Supervise.last_turn},
+        {"rendering": RenderingForm.template},
     ],
     ids=lambda changed: next(iter(changed)),
 )
@@ -182,7 +183,7 @@ def test_language_and_identity_of_the_data_set_are_in_every_prompt(tokenizer: An
     splits = prepare(tokenizer, path, reasoning_language="French", model_identity="You are Ada.", max_length=1000)
     texts = [tokenizer.decode(ids) for part in (splits.train, splits.validation) for ids in part["input_ids"]]
     assert all(text.startswith("<|start|>system<|message|>You are Ada.\n") for text in texts)
-    languages = [text.partition("reasoning language: ")[2].split()[0] for text in texts]
+    languages = [text.partition("reasoning language: ")[2].partition("<|end|>")[0] for text in texts]
     assert Counter(languages) == {"French": 9, "German": 1}
 
 
@@ -270,13 +271,11 @@ def test_a_max_length_that_truncates_every_supervised_token_is_refused(tokenizer
 
 
 def test_a_row_that_the_template_refuses_is_named_with_file_and_row(tokenizer: Any, tmp_path: Path) -> None:
-    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": {}}]}
-    tool = {"role": "tool", "content": "5"}
-    answer = {"role": "assistant", "content": "5"}
-    rows = [*ROWS[:9], {"messages": [{"role": "user", "content": "Well?"}, call, tool, answer, tool, answer]}]
+    call = {"role": "assistant", "content": "5?", "thinking": "5", "tool_calls": [{"name": "add", "arguments": {}}]}
+    rows = [*ROWS[:9], {"messages": [{"role": "user", "content": "Well?"}, call]}]
     path = jsonl(tmp_path / "a.jsonl", rows)
-    message = prepare_error(tokenizer, path)
-    assert "no previous assistant message with a tool call" in message
+    message = prepare_error(tokenizer, path, rendering=RenderingForm.template)
+    assert "Cannot pass both content and thinking" in message
     assert f"{path}: row 10" in message
 
 

@@ -125,10 +125,11 @@ def test_a_tokenizer_with_another_vocabulary_is_not_checked(
     assert not found["is_checked"] and "not the released models' tokenizer" in found["reason"]
 
 
+@pytest.mark.parametrize("form", ["harmony", "template"])
 @pytest.mark.parametrize("every_turn", [True, False])
 @pytest.mark.parametrize("name", ROWS)
-def test_rendered_rows_have_harmonys_tokens(released: Any, name: str, every_turn: bool) -> None:
-    found = parity.figures([row(name)], rendering(released, every_turn=every_turn))
+def test_rendered_rows_have_harmonys_tokens(released: Any, name: str, every_turn: bool, form: str) -> None:
+    found = parity.figures([row(name)], rendering(released, every_turn=every_turn, form=form))
     turns = sum(message["role"] == "assistant" for message in ROWS[name]["messages"])
     assert found == {"is_checked": True, "examples": turns if every_turn else 1, "differ": 0, "first": None}
 
@@ -137,7 +138,7 @@ def test_a_changed_template_is_found_and_quoted(released: Any) -> None:
     original = released.chat_template
     released.chat_template = original.replace("Knowledge cutoff: 2024-06", "Knowledge cutoff: 2023-06")
     try:
-        found = parity.figures([row("one turn"), row("two turns")], rendering(released))
+        found = parity.figures([row("one turn"), row("two turns")], rendering(released, form="template"))
     finally:
         released.chat_template = original
     assert (found["examples"], found["differ"]) == (3, 3)
