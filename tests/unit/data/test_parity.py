@@ -8,6 +8,7 @@ default of a tool's parameter.
 import copy
 import json
 import os
+from random import Random
 from typing import Any
 
 import openai_harmony as harmony
@@ -223,3 +224,117 @@ def test_another_identity_has_the_tokens_of_openai_harmony(encoding: Any, tokeni
     rendering = Rendering(tokenizer, "medium", "2025-08-05", True, model_identity="You are Ada.", form="template")
     row = CONVERSATIONS["three turns"]
     assert examples(parse_conversation(row), rendering) == expected(encoding, row, "You are Ada.")
+
+
+# --- data.rendering=harmony: openai-harmony's own rendering, without any adaptation -----------------------------------
+
+TEXTS = [
+    "",
+    "x",
+    " leading",
+    "trailing ",
+    "\n\n",
+    "日本語 ü",
+    'a "quoted" {"json": 1}',
+    "12345 67.8",
+    "functions.add to=me",
+    "🙂‍↔️",
+]
+
+
+def random_conversation(seed: int) -> dict[str, Any]:
+    """Make a row with several turns. Each may have reasoning, calls with results, and text before the call."""
+    random = Random(seed)
+
+    def text() -> str:
+        return " ".join(random.choices(TEXTS, k=random.randrange(1, 4))) or "x"
+
+    messages = [{"role": random.choice(["system", "developer"]), "content": text()}] if random.random() < 0.6 else []
+    for turn in range(random.randrange(1, 5)):
+        messages.append({"role": "user", "content": text()})
+        for call in range(random.choice([0, 0, 1, 2])):
+            arguments = {"city": text(), "days": [1, None, 2.5, {"a": True}]}
+            function = {"name": random.choice(["weather", "now"]), "arguments": arguments}
+            message = {"role": "assistant", "content": random.choice(["", text()])}
+            message |= {"tool_calls": [{"id": f"{turn}.{call}", "function": function}]}
+            message |= {"thinking": text()} if random.random() < 0.6 else {}
+            messages += [message, {"role": "tool", "tool_call_id": f"{turn}.{call}", "content": text()}]
+        messages.append({"role": "assistant", "content": text()})
+        if random.random() < 0.6:
+            messages[-1]["thinking"] = text()
+    return {"messages": messages, "tools": random.choice([None, [WEATHER], [WEATHER, NOW]])}
+
+
+def by_openai_harmony(encoding: Any, row: dict[str, Any]) -> list[dict[str, list[int]]]:
+    """Render every assistant turn with openai-harmony. Reasoning before the last answer is left out, as engines do."""
+    made = []
+    for i, message in enumerate(row["messages"]):
+        if message["role"] != "assistant":
+            continue
+        finals = [at for at, m in enumerate(row["messages"][:i]) if m["role"] == "assistant" and "tool_calls" not in m]
+        history = _messages(row["messages"][:i], reasoning_after=max(finals, default=-1))
+        prompt = _render(encoding, [*_head(row), *history]) + encoding.encode(
+            "<|start|>assistant", allowed_special="all"
+        )
+        config = harmony.RenderConversationConfig(auto_drop_analysis=False)
+        alone = harmony.Conversation.from_messages(_messages([message], reasoning_after=-1))
+        completion = encoding.render_conversation_for_training(alone, config=config)[2:]  # without <|start|>assistant
+        made.append({"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion})
+    return made
+
+
+def _head(row: dict[str, Any]) -> list[Any]:
+    system = harmony.SystemContent.new().with_reasoning_effort(harmony.ReasoningEffort.MEDIUM)
+    system = system.with_conversation_start_date("2025-08-05")
+    developer = harmony.DeveloperContent.new()
+    if row["messages"][0]["role"] in ("system", "developer"):
+        developer = developer.with_instructions(row["messages"][0]["content"])
+    if row["tools"]:
+        functions = [tool["function"] for tool in row["tools"]]
+        developer = developer.with_function_tools(
+            [harmony.ToolDescription.new(f["name"], f["description"], parameters=f["parameters"]) for f in functions]
+        )
+    head = [harmony.Message.from_role_and_content(harmony.Role.SYSTEM, system)]
+    has_developer = row["messages"][0]["role"] in ("system", "developer") or row["tools"]
+    return [*head, harmony.Message.from_role_and_content(harmony.Role.DEVELOPER, developer)] if has_developer else head
+
+
+def _messages(messages: list[dict[str, Any]], reasoning_after: int) -> list[Any]:
+    made, called = [], ""
+    for i, message in enumerate(messages):
+        if message["role"] == "user":
+            made.append(harmony.Message.from_role_and_content(harmony.Role.USER, message["content"]))
+        elif message["role"] == "tool":
+            author = harmony.Author.new(harmony.Role.TOOL, f"functions.{called}")
+            result = harmony.Message.from_author_and_content(author, message["content"])
+            made.append(result.with_channel("commentary").with_recipient("assistant"))
+        elif message["role"] == "assistant":
+            if message.get("thinking") and i > reasoning_after:
+                made.append(_said(message["thinking"]).with_channel("analysis"))
+            if "tool_calls" not in message:
+                made.append(_said(message["content"]).with_channel("final"))
+                continue
+            if message["content"]:
+                made.append(_said(message["content"]).with_channel("commentary"))
+            function = message["tool_calls"][0]["function"]
+            call = _said(json.dumps(function["arguments"], ensure_ascii=False)).with_channel("commentary")
+            called = function["name"]
+            made.append(call.with_recipient(f"functions.{called}").with_content_type("<|constrain|>json"))
+    return made
+
+
+def test_random_conversations_have_the_tokens_of_openai_harmony(encoding: Any, tokenizer: Any) -> None:
+    for seed in range(60):
+        row = random_conversation(seed)
+        made = examples(parse_conversation(row), Rendering(tokenizer, "medium", "2025-08-05", True))
+        assert made == by_openai_harmony(encoding, row), seed
+
+
+def test_openai_harmony_itself_drops_the_reasoning_of_the_turn_before_as_we_do(encoding: Any, tokenizer: Any) -> None:
+    row = {"messages": [SYSTEM, QUESTION, ANSWER, THANKS, ANSWER], "tools": None}
+    _, second = examples(parse_conversation(row), Rendering(tokenizer, "medium", "2025-08-05", True))
+    conversation = harmony.Conversation.from_messages(
+        [*_head(row), *_messages(row["messages"][:4], reasoning_after=-1)]
+    )
+    prompt = encoding.render_conversation_for_completion(conversation, harmony.Role.ASSISTANT)
+    assert second["input_ids"][: len(prompt)] == prompt
