@@ -120,8 +120,8 @@ def raise_if_needed(row: Mapping[str, object], columns: ColumnsConfig, unused: I
         if name == _MORE_TURNS and columns.prompt is not None:
             raise ConversationError(f"has earlier turns in {name!r}, which would be lost. Put all turns into messages")
         if name == _TEMPLATE_VALUES:
-            advice = f" Set {key}.columns.{path.removeprefix(f'{name}.')}={path}" if "reasoning_effort" in path else ""
-            raise ConversationError(f"has {path!r}, which changes the prompt and is not used.{advice}")
+            advice = f". Set {key}.columns.{path.removeprefix(f'{name}.')}={path}" if "reasoning_effort" in path else ""
+            raise ConversationError(f"has {path!r}, which changes the prompt and is not used{advice}")
 
 
 def settings_for(row: Mapping[str, object], columns: ColumnsConfig, has_instructions: bool) -> dict[str, str]:

@@ -1,6 +1,9 @@
 """Values of the wrong type and missing values are refused. One message lists all of them."""
 
+import shlex
+
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from config.composing import STAGES, Mistake, found_on, one_line
 
@@ -37,6 +40,14 @@ def test_a_value_of_the_wrong_type_in_a_sweep_is_refused_before_it_starts(argume
 @pytest.mark.parametrize("argument", ["sft.learning_rate=[", "sft={learning_rate:1", "run_dir=a=b"])
 def test_a_value_that_cannot_be_parsed_is_refused_with_the_argument(argument: str) -> None:
     assert one_line(found_on(argument)).startswith(f"{argument}: ")
+
+
+@pytest.mark.parametrize("value", ["runs/my data (1)", "a=b", "a[1]", "it's", "a(b).jsonl", "#1", 'a"b{'])
+def test_a_path_that_cannot_be_parsed_is_answered_with_the_quoted_argument(value: str) -> None:
+    message = one_line(found_on(f"data.path={value}"))
+    _, _, quoted = message.partition("Put the value into quotes: ")
+    (word,) = shlex.split(quoted)  # as a shell reads it
+    assert OverridesParser.create().parse_override(word).value() == value
 
 
 def test_several_values_without_the_sweep_flag_are_refused(mistake: Mistake) -> None:

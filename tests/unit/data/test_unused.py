@@ -137,7 +137,7 @@ def test_the_older_column_functions_offers_tools(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", numbered(2, functions=[add]))
     assert conversations(path)[0].tools == [{"type": "function", "function": add}]
     assert counts(path) == {}
-    assert "has 'tools' and 'functions'" in load_error(jsonl(path, numbered(2, functions=[add], tools=[add])))
+    assert "have 'tools' and 'functions'" in load_error(jsonl(path, numbered(2, functions=[add], tools=[add])))
 
 
 # --- prompts and completions of messages -----------------------------------------------------------------------------
@@ -165,11 +165,11 @@ def test_a_prompt_of_messages_may_have_a_text_as_completion(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [
-        ({"images": [{"bytes": "x"}]}, "has 'images', but the model reads only text"),
+        ({"images": [{"bytes": "x"}]}, "have 'images', but the model reads only text"),
         ({"chat_template_kwargs": {"reasoning_effort": "low"}}, "data.columns.reasoning_effort=chat_template_kwargs."),
         (
             {"chat_template_kwargs": {"model_identity": "Ada"}},
-            "has 'chat_template_kwargs.model_identity', which changes",
+            "have 'chat_template_kwargs.model_identity', which changes",
         ),
     ],
 )

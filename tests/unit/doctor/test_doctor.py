@@ -1,7 +1,9 @@
 """doctor's figures, findings and display, on rows that each have one problem."""
 
+import copy
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from pipeline.data.conversations import Conversation
 from pipeline.data.harmony import Rendering
 from pipeline.data.languages import Languages
 from pipeline.data.parsing import parse_conversation
-from pipeline.doctor import content, display, findings, leaks, remedies, rows
+from pipeline.doctor import content, display, findings, leaks, remedies, renderings, rows
 from pipeline.doctor.findings import Facts
 from pipeline.doctor.plan import Plan
 from pipeline.doctor.rows import Example, Row
@@ -107,21 +109,61 @@ def test_rows_that_the_template_refuses_are_reported_together(how: Rendering) ->
     call = {"role": "assistant", "tool_calls": [CALL]}
     bad = [Conversation([QUESTION, call, ANSWER, orphan, ANSWER], where=f"data.jsonl: row {i}") for i in (1, 2)]
     with pytest.raises(UserError, match=r"2 rows \(1 and 2\): the chat template refuses it"):
-        rows.examine(bad, how, 4096)
+        rows.examine(bad, replace(how, form="template"), 4096)
 
 
 # --- content ---------------------------------------------------------------------------------------------------------
 
 
-def test_turns_without_reasoning_are_counted_and_the_first_rows_named() -> None:
+def test_turns_without_reasoning_are_counted_and_the_first_rows_named(how: Rendering) -> None:
     silent = {"role": "assistant", "content": "5"}
-    found = content.reasoning([row(QUESTION, ANSWER, QUESTION, silent, where="a"), row(QUESTION, ANSWER, where="b")])
+    examined = [row(QUESTION, ANSWER, QUESTION, silent, where="a"), row(QUESTION, ANSWER, where="b")]
+    found = content.reasoning(examined, how)
     assert found == {"turns": 3, "turns_without": 1, "rows_without": 0, "first": ["a"]}
 
 
-def test_the_content_of_a_tool_call_is_its_reasoning() -> None:
+def test_turns_of_weight_zero_are_counted_and_need_no_reasoning(how: Rendering) -> None:
+    silent = {"role": "assistant", "content": "5", "weight": 0}
+    examined = [row(QUESTION, silent, QUESTION, silent, QUESTION, ANSWER), row(QUESTION, ANSWER)]
+    assert content.untrained(examined) == {"turns": 2, "rows": 1}
+    assert content.reasoning(examined, how)["turns"] == 2
+    assert content.reasoning(examined, how)["turns_without"] == 0
+
+
+def test_the_content_of_a_tool_call_is_its_reasoning_with_the_template_alone(how: Rendering) -> None:
     call = {"role": "assistant", "content": "I can add.", "tool_calls": [CALL]}
-    assert content.reasoning([row(QUESTION, call)])["turns_without"] == 0
+    without = [
+        content.reasoning([row(QUESTION, call)], replace(how, form=form))["turns_without"]
+        for form in ("template", "harmony")
+    ]
+    assert without == [0, 1]
+
+
+# --- renderings ------------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_the_chat_template_writes_otherwise_are_counted_with_their_parts(how: Rendering) -> None:
+    instructions = {"role": "system", "content": "Be brief."}
+    both = {"role": "assistant", "content": "I look.", "thinking": "I can add.", "tool_calls": [CALL]}
+    examined = [
+        *(row(QUESTION, ANSWER, where="a"), row(instructions, QUESTION, ANSWER, where="b")),
+        *(row(*TOOL_USE, tools=[ADD], where="c"), row(QUESTION, both, where="d")),
+    ]
+    for form in ("harmony", "template"):
+        assert renderings.figures(examined, replace(how, form=form)) == {
+            "form": form,
+            "compared": 4,
+            "differ": 2,
+            "refused": 1,
+            "parts": {"instructions": 1, "tools": 1, "calls": 1, "results": 1},
+            "first": ["b", "c"],
+        }
+
+
+def test_the_template_of_a_fine_tune_is_compared_as_well(how: Rendering) -> None:
+    other = copy.deepcopy(how.tokenizer)
+    other.chat_template = how.tokenizer.chat_template.replace("Knowledge cutoff: 2024-06", "Knowledge cutoff: never")
+    assert renderings.figures([row(QUESTION, ANSWER)], replace(how, tokenizer=other))["differ"] == 1
 
 
 def test_tools_are_counted_as_offered_called_and_answered() -> None:
@@ -158,11 +200,11 @@ def test_copies_and_other_answers_to_the_same_prompt_are_counted_apart() -> None
     assert found == {"rows": 1, "first": ["copy"], "same_prompt_other_answer": 1}
 
 
-def test_languages_are_counted_by_kind_of_text() -> None:
+def test_languages_are_counted_by_kind_of_text(how: Rendering) -> None:
     english = "The train left the station before anyone had noticed."
     german = "Der Zug verließ den Bahnhof, bevor es jemand bemerkt hatte."
     turns = ({"role": "user", "content": english}, {"role": "assistant", "thinking": german, "content": "42"})
-    found = content.languages([row(*turns)], Languages(["en", "de"], "doctor.languages"))
+    found = content.languages([row(*turns)], Languages(["en", "de"], "doctor.languages"), how)
     assert found == {"prompts": {"en": 1}, "reasoning": {"de": 1}, "answers": {"undecided": 1}}
 
 
@@ -221,6 +263,9 @@ HEALTHY: dict[str, Any] = {
     "leaks": {"exact": 0, "normalized": 0, "share": 0.0, "first": []},
     "languages": {"prompts": {"en": 400}, "reasoning": {"de": 400}, "answers": {"undecided": 400}},
     "parity": {"is_checked": False, "reason": "the package openai-harmony is not installed"},
+    "untrained": {"turns": 0, "rows": 0},
+    "rendering": {"form": "harmony", "compared": 400, "differ": 0, "refused": 0, "parts": {}, "first": []},
+    "unused": {"warnings": [], "remarks": ["rows.jsonl: not used, and harmless: id (400 rows)"]},
 }
 TRAINING = {"weights": 40, "gradients": 10, "optimizer": 20, "activations": 30, "rounded": 0, "total": 100}
 DEVICE = {"bytes": 100, "phases": {}, "estimated_because": "the model is small"}
@@ -421,3 +466,18 @@ def test_the_memory_is_shown_with_the_tokens_that_it_is_for(
     made = Facts.of(report, ROOMY, plan(TrainConfig(packing=packing, batch_size=2), Sharding.none), MODEL, run)
     display.report(made, [])
     assert capsys.readouterr().out.count(f" at {tokens} tokens, estimated") == 2
+
+
+def test_unused_columns_are_findings(found: Found) -> None:
+    line = "rows.jsonl: not used: mood (3 rows). If the model needs them, see data.columns"
+    assert found(data__unused__warnings=[line]) == [line]
+
+
+def test_rows_that_engines_see_otherwise_are_a_finding_with_the_engines(found: Found) -> None:
+    changes = {"differ": 5, "parts": {"calls": 5, "results": 4}, "first": ["rows.jsonl: row 7"]}
+    (message,) = found(**{f"data__rendering__{key}": value for key, value in changes.items()})
+    assert "other tokens with data.rendering=template: 5 of 400 (rows.jsonl: row 7" in message
+    assert "calls in 5, results in 4" in message
+    assert (
+        "harmony gives the tokens of openai, vllm, sglang (/v1/responses), tensorrt_llm; template those of" in message
+    )

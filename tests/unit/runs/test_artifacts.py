@@ -8,7 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,16 @@ import pytest
 from omegaconf import OmegaConf
 
 from pipeline import __main__ as program
-from pipeline.config import DataConfig, LoraTarget, ModelConfig, PipelineConfig, Stage, command_line
+from pipeline.config import (
+    BlendPartConfig,
+    DataConfig,
+    LoraTarget,
+    ModelConfig,
+    PipelineConfig,
+    Stage,
+    ValidationConfig,
+    command_line,
+)
 from pipeline.errors import MachineError, UserError
 from pipeline.runs import artifacts, building, console, metrics, provenance, stopping, tracking
 from pipeline.runs.artifacts import Artifact, Kind, Result, fingerprint_of, load
@@ -255,6 +264,53 @@ def test_a_changed_parent_or_data_set_is_an_error_that_names_it(
 ) -> None:
     make(config)
     assert f"but was made with other inputs: {difference}. Use overwrite=true" in error_of(config, **changes)
+
+
+PLACES: dict[str, dict[str, Any]] = {
+    "another path": {"path": "./rows.jsonl"},
+    "a copy on the hub": {"path": "owner/rows", "revision": "abc"},
+    "a validation set": {"validation": ValidationConfig(path="./held_out.jsonl")},
+    "a blend": {"blend": [BlendPartConfig(path="./a.jsonl", weight=1), BlendPartConfig(path="./b.jsonl", weight=2)]},
+}
+
+
+def at(place: dict[str, Any]) -> DataConfig:
+    """Return the settings of the same data set, with its files at other places."""
+    before = {
+        "validation": ValidationConfig(path="held_out.jsonl"),
+        "blend": [BlendPartConfig(path="a.jsonl", weight=1), BlendPartConfig(path="b.jsonl", weight=2)],
+    }
+    return DataConfig(path="rows.jsonl", **{name: value for name, value in before.items() if name in place})
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys())
+def test_a_data_set_with_the_same_contents_is_the_same_at_another_place(
+    place: dict[str, Any], config: PipelineConfig
+) -> None:
+    config.data = at(place)
+    made = make(config)
+    config.data = replace(config.data, **place)
+    assert make(config, work := Work()).fingerprint == made.fingerprint
+    assert work.calls == 0
+    assert "data" in error_of(config, data="rows-2")
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys())
+def test_unfinished_work_goes_on_with_the_same_contents_at_another_place(
+    place: dict[str, Any], config: PipelineConfig
+) -> None:
+    config.data = at(place)
+    begin(config)
+    config.data = replace(config.data, **place)
+    make(config, work := Work())
+    assert work.found == [{"shard-1", "config.yaml", "unfinished.json"}]
+
+
+def test_another_weight_of_a_blend_is_another_input(config: PipelineConfig) -> None:
+    config.data = at({"blend": None})
+    make(config)
+    config.data.blend[0].weight = 5
+    assert "data.blend: was" in error_of(config)
 
 
 def test_overwrite_rebuilds_from_an_empty_directory(config: PipelineConfig) -> None:
