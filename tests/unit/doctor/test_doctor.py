@@ -445,7 +445,7 @@ def test_a_conversation_that_the_template_refuses_is_named_by_setting_and_row(ho
     call, orphan = {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "5"}
     bad = Conversation([QUESTION, call, ANSWER, orphan, ANSWER], where="data.jsonl: row 9")
     with pytest.raises(UserError, match=r"doctor\.row=9: data\.jsonl: row 9: the chat template refuses it"):
-        display.conversation(9, bad, how)
+        display.conversation(9, bad, replace(how, form="template"))
 
 
 def test_on_a_terminal_a_conversation_is_in_colour(how: Rendering, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,6 +478,4 @@ def test_rows_that_engines_see_otherwise_are_a_finding_with_the_engines(found: F
     (message,) = found(**{f"data__rendering__{key}": value for key, value in changes.items()})
     assert "other tokens with data.rendering=template: 5 of 400 (rows.jsonl: row 7" in message
     assert "calls in 5, results in 4" in message
-    assert (
-        "harmony gives the tokens of openai, vllm, sglang (/v1/responses), tensorrt_llm; template those of" in message
-    )
+    assert "harmony gives the tokens of openai, vllm, sglang (/v1/responses), tensorrt_llm; template those" in message
