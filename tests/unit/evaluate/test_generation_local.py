@@ -153,8 +153,9 @@ def test_a_prompt_that_the_template_refuses_is_an_error_with_its_row(greedy: Loc
         {"role": "user", "content": ""},
     ]
     asked_for = [Question(Prompt(str(i), Conversation(bad, where=f"rows.jsonl: row {i}"), {}), 0) for i in range(10)]
+    by_template = replace(greedy, rendering=replace(greedy.rendering, form="template"))
     with pytest.raises(UserError) as caught:
-        greedy.token_ids([Question(PROMPTS[0], 0), *asked_for])
+        by_template.token_ids([Question(PROMPTS[0], 0), *asked_for])
     assert str(caught.value).startswith("rows.jsonl: 10 rows (0, 1, 2 and 7 more): the chat template refuses it")
 
 

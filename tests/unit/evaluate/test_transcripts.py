@@ -28,7 +28,7 @@ def rendering(tmp_path_factory: pytest.TempPathFactory) -> Rendering:
 def completion_of(rendering: Rendering, answer: dict[str, Any]) -> str:
     """Render an assistant's turn with the chat template."""
     row = {"messages": [QUESTION, {"role": "assistant", **answer}], "tools": [ADD]}
-    (turn,) = harmony.render_turns(parse_conversation(row), rendering)
+    (turn,) = harmony.render(parse_conversation(row), rendering).turns
     return turn.completion
 
 
