@@ -142,6 +142,28 @@ def test_tools_and_calls_are_sent_in_the_apis_form(server: Server, answers: Answ
     assert sent["messages"][2] == {"role": "tool", "content": "5", "tool_call_id": made["id"]}
 
 
+def test_a_result_of_an_earlier_call_is_sent_with_the_id_of_its_call(server: Server, answers: Answer) -> None:
+    calls = [
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": {"name": n, "arguments": {}}}],
+        }
+        for n in ("one", "two")
+    ]
+    results = [{"role": "tool", "content": "1", "name": "one"}, {"role": "tool", "content": "2"}]
+    answers([Question(Prompt("id", Conversation([{"role": "user", "content": "?"}, *calls, *results]), {}), 0)])
+    _, one, two, first, second = server.bodies()[0]["messages"]
+    assert [first["tool_call_id"], second["tool_call_id"]] == [one["tool_calls"][0]["id"], two["tool_calls"][0]["id"]]
+
+
+def test_text_before_an_answer_is_sent_before_it(server: Server, answers: Answer) -> None:
+    answer = {"role": "assistant", "content": "Eight.", "preamble": "I look."}
+    asked = [{"role": "user", "content": "?"}, answer, {"role": "user", "content": "?"}]
+    answers([Question(Prompt("id", Conversation(asked), {}), 0)])
+    assert server.bodies()[0]["messages"][1]["content"] == "I look.\nEight."
+
+
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
 def test_reasoning_is_read_under_both_of_its_names(server: Server, answers: Answer, name: str) -> None:
     server.replies = [Reply(completion(**{name: "so"}))]
