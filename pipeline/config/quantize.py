@@ -10,6 +10,9 @@ from pipeline.config.format import FormatConfig, FormatName
 from pipeline.config.training import Method, QatConfig, TrainConfig
 from pipeline.errors import UserError
 
+CALIBRATION_SAMPLES = 64
+"""Examples that calibrate a format, unless `quantize.calibration_samples` is set."""
+
 
 class QuantizeSource(Enum):
     """Stages whose models `quantize` accepts."""

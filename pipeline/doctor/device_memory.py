@@ -18,10 +18,13 @@ from pipeline.doctor.plan import Plan
 from pipeline.models import rounded_weights
 from pipeline.models.sharding import STRATEGIES
 
+_NOT_YET = "measuring takes time"
 _SMALLEST = 10**9  # parameters; smaller models fit everywhere, so they are only estimated
 
 
-def figures(plan: Plan, model: Mapping[str, Any], longest: int, processes: int) -> dict[str, DeviceFigures]:
+def figures(
+    plan: Plan, model: Mapping[str, Any], longest: int, processes: int, *, is_measured: bool = True
+) -> dict[str, DeviceFigures]:
     """Compute the memory of each training stage of a run.
 
     Args:
@@ -29,9 +32,11 @@ def figures(plan: Plan, model: Mapping[str, Any], longest: int, processes: int) 
         model: content of the source's config.json.
         longest: number of tokens of the longest example, after truncation.
         processes: number of processes that train together. Each has one GPU.
+        is_measured: whether to measure the memory where possible. False: only estimate it.
     """
     stages = list(plan.trainings)
-    found = of_stages([(plan, stage, processes) for stage in stages], model, longest)
+    trainings = [(plan, stage, processes) for stage in stages]
+    found = of_stages(trainings, model, longest) if is_measured else _estimated(trainings, model, longest, _NOT_YET)
     return dict(zip(stages, found, strict=True))
 
 
@@ -39,13 +44,19 @@ def of_stages(
     trainings: Sequence[tuple[Plan, str, int]], model: Mapping[str, Any], longest: int
 ) -> list[DeviceFigures]:
     """Compute the memory of each training, in the given order. A training is (plan, name of the stage, processes)."""
-    estimated = [estimate(plan, stage, model, longest, processes) for plan, stage, processes in trainings]
     if needs.parameters(Shape.of(model, trainings[0][0].model_path))["all"] < _SMALLEST:
-        reason = f"the model has fewer than {_SMALLEST:,} parameters"
-        return [{"bytes": size, "phases": {}, "estimated_because": reason} for size in estimated]
+        return _estimated(trainings, model, longest, f"the model has fewer than {_SMALLEST:,} parameters")
+    estimated = [estimate(plan, stage, model, longest, processes) for plan, stage, processes in trainings]
     jobs = [_job(plan, stage, model, longest, processes) for plan, stage, processes in trainings]
     results = zip(trainings, peaks.measure(jobs), estimated, strict=True)
     return [_figures(found, size, _bucket_bytes(training, model)) for training, found, size in results]
+
+
+def _estimated(
+    trainings: Sequence[tuple[Plan, str, int]], model: Mapping[str, Any], longest: int, reason: str
+) -> list[DeviceFigures]:
+    sizes = [estimate(plan, stage, model, longest, processes) for plan, stage, processes in trainings]
+    return [{"bytes": size, "phases": {}, "estimated_because": reason} for size in sizes]
 
 
 def _figures(found: Peaks | NotMeasured, estimated: int, buckets: int) -> DeviceFigures:

@@ -10,16 +10,8 @@ from pipeline.checkpoints import largest_codes
 from pipeline.config.engines import engines_that_render
 from pipeline.data.conversations import Conversation, ConversationError
 from pipeline.data.harmony import IGNORED, Rendering, examples
-from pipeline.doctor.findings import (
-    DataFigures,
-    Facts,
-    ValidationFigures,
-    controls_of,
-    device_needed,
-    disk_needed,
-    gigabytes,
-    host_needed,
-)
+from pipeline.doctor.facts import DataFigures, Facts, ValidationFigures
+from pipeline.doctor.fit import controls_of, device_needed, disk_needed, gigabytes, host_needed
 from pipeline.doctor.needs import as_batched
 from pipeline.doctor.parity import ParityFigures
 from pipeline.doctor.renderings import RenderingFigures
@@ -61,10 +53,10 @@ def conversation(row: int, chosen: Conversation, how: Rendering) -> None:
             _print(console, label, _tokens(label, [token for _, token in run], console.is_terminal))
 
 
-def report(facts: Facts, findings: list[str]) -> None:
-    """Print the figures, then the findings. The most serious finding comes first."""
+def report(facts: Facts, timetable: Iterable[tuple[str, str]], findings: list[str]) -> None:
+    """Print the figures and the lines of the timetable, then the findings. The most serious finding comes first."""
     console = _console()
-    for title, value in (*_data_lines(facts.data), *_base_lines(facts), *_needs_lines(facts)):
+    for title, value in (*_data_lines(facts.data), *_base_lines(facts), *_needs_lines(facts), *timetable):
         _print(console, title, Text(value))
     if not findings:
         say("doctor", "no problems found")
@@ -159,7 +151,7 @@ def _control_lines(facts: Facts) -> Iterable[tuple[str, str]]:
     disk = gigabytes(sum(control["disk_bytes"] for control in controls.values()))
     trained = [f"{name} about {gigabytes(size)}" for name in controls if (size := controls[name]["device_bytes"])]
     yield "controls", f"{', '.join(controls)}: {disk} more on disk"
-    yield "controls, each device", f"{', '.join(trained)}. Training takes about as long again as sft and qat"
+    yield "controls, each device", f"{', '.join(trained) or 'none trains'}"
 
 
 def _device(facts: Facts, stage: str) -> str:

@@ -204,7 +204,7 @@ def memory(
     return Memory(
         weights=model + (trained * _ADAPTER_BYTES if is_adapted else 0),
         gradients=trained * _trained_width(train),
-        optimizer=_state_bytes(shape, train) + _holder_bytes(shape, train),
+        optimizer=state_bytes(shape, train) + _holder_bytes(shape, train),
         activations=activations.estimate(
             shape,
             train,
@@ -233,7 +233,8 @@ def _trained_width(train: TrainConfig) -> int:
     return _ADAPTER_BYTES if train.method is Method.lora else bytes_per_value(TRAIN_TYPES[train.precision])
 
 
-def _state_bytes(shape: Shape, train: TrainConfig) -> int:
+def state_bytes(shape: Shape, train: TrainConfig) -> int:
+    """Compute the bytes of the optimizer's states of all trained parameters."""
     width = _trained_width(train)
     if train.optimizer in low_bit_adam.BITS:
         sizes = trained_tensors(shape, train)
@@ -308,7 +309,7 @@ def checkpoints(shape: Shape, train: TrainConfig) -> int:
     # One more than the limit: transformers removes the oldest checkpoint after it has written the next one.
     is_partial = train.method is Method.bf16_parts  # checkpoints lack the frozen experts
     weights = gradient_bytes(shape, train) if is_partial else _saved_bytes(shape, train)
-    return (train.save_total_limit + 1) * (weights + _state_bytes(shape, train) + _holder_bytes(shape, train))
+    return (train.save_total_limit + 1) * (weights + state_bytes(shape, train) + _holder_bytes(shape, train))
 
 
 def rounded_layers(plan: Plan, shape: Shape, longest: int, experts_per_token: int) -> int:

@@ -10,6 +10,7 @@ from pipeline.config import (
     Experts,
     FormatConfig,
     Method,
+    PipelineConfig,
     QatConfig,
     QuantizeConfig,
     Sharding,
@@ -47,6 +48,21 @@ class Plan:
     format: FormatConfig = field(default_factory=FormatConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     experts: Experts | None = None
+
+    @classmethod
+    def of(cls, config: PipelineConfig) -> "Plan":
+        """Take the settings from a configuration."""
+        return cls(
+            config.model.path,
+            config.data,
+            config.sft,
+            config.qat,
+            config.sharding,
+            config.export.target.name,
+            config.format,
+            config.quantize,
+            config.upcast.experts,
+        )
 
     def is_packed(self, stage: str, model: Mapping[str, Any]) -> bool:
         """Return whether a stage trains on packed experts. `model` is the content of the source's config.json."""

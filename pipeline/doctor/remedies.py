@@ -1,6 +1,9 @@
-"""Find settings with which a training stage fits into the memory of a GPU. The memory is computed for each of them."""
+"""Settings that save memory or disk space, and the needs of the run with them.
 
-from collections.abc import Mapping
+Changes with less effect on the result come first.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,123 +12,146 @@ from pipeline.config import (
     DistillationConfig,
     Experts,
     Method,
+    PipelineConfig,
     Precision,
-    QatConfig,
     Sharding,
     TrainConfig,
-    can_train_parts,
     first_training,
 )
-from pipeline.doctor import device_memory
+from pipeline.config.rules import problems
+from pipeline.doctor import device_memory, prediction
+from pipeline.doctor.facts import Facts
 from pipeline.doctor.plan import Plan
 
-_USUAL_GPUS = 8  # in one machine
 _ROUND = 64
 _SHORTEST = 512  # tokens; most examples would be truncated
+_FEWEST_CHECKPOINTS = 2
+_COUNTS = (2, 4, 8, 16, 32, 64)  # GPUs
 
 
 @dataclass(frozen=True)
-class Remedy:
-    """A setting that saves memory.
+class Change:
+    """A change of settings.
 
     Attributes:
-        setting: text for the command line.
-        bytes: memory of each GPU with the setting.
-        is_measured: true if the bytes are measured with fake tensors, false if they are estimated.
+        settings: words for the command line.
+        apply: function that changes a configuration accordingly.
     """
 
-    setting: str
-    bytes: int
-    is_measured: bool
+    settings: tuple[str, ...]
+    apply: Callable[[PipelineConfig], PipelineConfig]
 
 
-@dataclass(frozen=True)
-class _Change:
-    setting: str
-    plan: Plan
-    processes: int
+def predict(facts: Facts, changes: Sequence[Change], *, is_measured: bool) -> Facts:
+    """Return the facts of the run with these changes. `is_measured`: as for `prediction.needs_of`."""
+    config = _applied(facts.run.config, changes)
+    longest = facts.data["lengths"]["longest"]
+    needed = prediction.needs_of(config, facts.model, longest, facts.machine["processes"], is_measured=is_measured)
+    return replace(facts, plan=Plan.of(config), needs=needed)
 
 
-def find(plan: Plan, stage: str, model: Mapping[str, Any], longest: int, *, processes: int, gpus: int) -> list[Remedy]:
-    """Compute the memory with each single setting that may help. Settings with less effect on the result come first.
+def allowed(facts: Facts, chosen: Sequence[Change], group: Sequence[Change]) -> list[Change]:
+    """Return the changes of a group that break no rule between settings, if they are added to those chosen."""
+    kept: list[Change] = []
+    before = set(problems(facts.run.config))
+    for change in group:
+        if not set(problems(_applied(facts.run.config, [*chosen, *kept, change]))) - before:
+            kept.append(change)
+    return kept
 
-    Args:
-        plan: settings of the run.
-        stage: name of the stage that does not fit.
-        model: content of the source's config.json.
-        longest: number of tokens of the longest example, after truncation.
-        processes: number of processes that train together.
-        gpus: number of GPUs in this machine.
+
+def count_gpus(facts: Facts, size: int) -> int | None:
+    """Return the fewest GPUs with `size` free bytes on which the training stages fit with sharding=fsdp2.
+
+    The memory is estimated. None if 64 GPUs are too few, or if the run is sharded already.
     """
-    is_mxfp4 = is_quantized(model)
-    changes = [] if plan.is_packed(stage, model) else _packed_changes(plan, stage, processes, is_mxfp4=is_mxfp4)
-    changes += _changes(plan, stage, longest, processes, gpus)
-    if not changes:
-        return []
-    found = device_memory.of_stages([(each.plan, stage, each.processes) for each in changes], model, longest)
-    return [
-        Remedy(change.setting, memory["bytes"], not memory["estimated_because"])
-        for change, memory in zip(changes, found, strict=True)
+    if facts.plan.sharding is not Sharding.none:
+        return None
+    sharded = replace(facts.plan, sharding=Sharding.fsdp2)
+    longest = min(facts.data["lengths"]["longest"], facts.plan.data.max_length)
+    for count in _COUNTS:
+        each = [device_memory.estimate(sharded, name, facts.model, longest, count) for name in sharded.trainings]
+        if max(each) <= size:
+            return count
+    return None
+
+
+def groups(facts: Facts) -> Iterator[list[Change]]:
+    """Yield groups of changes that only cost time. The changes of a group do the same in several stages."""
+    config, trains = facts.run.config, _trainings(facts)
+    yield _packed(facts)
+    if facts.plan.sharding is Sharding.none and facts.machine["processes"] > 1 and facts.machine["gpus"]:
+        yield [Change(("sharding=fsdp2",), lambda c: replace(c, sharding=Sharding.fsdp2))]
+    for field in ("gradient_checkpointing", "reshard_after_forward"):
+        yield [_change(name, **{field: True}) for name, train in trains.items() if not getattr(train, field)]
+    if config.qat.rounded_cache_gib and "qat" in trains:
+        yield [_change("qat", rounded_cache_gib=0.0)]
+    yield [_small_batch(name, train) for name, train in trains.items() if train.batch_size > 1]
+    yield [
+        _change(name, save_total_limit=_FEWEST_CHECKPOINTS)
+        for name, train in trains.items()
+        if train.save_total_limit > _FEWEST_CHECKPOINTS
     ]
+    if config.controls:
+        yield [Change(("controls=false",), lambda c: replace(c, controls=False))]
 
 
-def _packed_changes(plan: Plan, stage: str, processes: int, *, is_mxfp4: bool) -> list[_Change]:
-    """If only adapters are trained, return the change to packed experts. Packed experts give the same result."""
-    _, first = first_training(plan.quantize.source, plan.sft, plan.qat)
-    if Method.full in (first.method, plan.trainings[stage].method):
+def costly_groups(facts: Facts) -> Iterator[list[Change]]:
+    """Yield groups of changes that save memory, but may lower the quality of the result."""
+    config, trains = facts.run.config, _trainings(facts)
+    if config.qat.distillation.weight and "qat" in trains:
+        yield [Change(("qat.distillation.weight=0",), lambda c: _with(c, "qat", distillation=DistillationConfig()))]
+    yield [_lora(name) for name, train in trains.items() if train.method is not Method.lora]
+    limit = min(facts.data["lengths"]["longest"], config.data.max_length)
+    while (limit := _ROUND * (limit // (2 * _ROUND))) >= _SHORTEST:
+        yield [_shorter(limit)]
+
+
+def _trainings(facts: Facts) -> dict[str, TrainConfig]:
+    return {name: getattr(facts.run.config, name) for name in facts.plan.trainings}
+
+
+def _packed(facts: Facts) -> list[Change]:
+    """If only adapters are trained, return the change to packed experts. They give the same result."""
+    config = facts.run.config
+    _, first = first_training(config.quantize.source, config.sft, config.qat)
+    if config.upcast.experts is not Experts.bf16 or first.method is Method.full or not is_quantized(facts.model):
         return []
-    condition = "" if is_mxfp4 else " if the weights of model.path are MXFP4 values"
-    return [_Change(f"upcast.experts=packed{condition}", replace(plan, experts=Experts.packed), processes)]
+    packed = replace(config.upcast, experts=Experts.packed)
+    return [Change(("upcast.experts=packed",), lambda c: replace(c, upcast=packed))]
 
 
-def _changes(plan: Plan, stage: str, longest: int, processes: int, gpus: int) -> list[_Change]:
-    train = plan.trainings[stage]
-
-    def changed(setting: str, **fields: Any) -> _Change:
-        return _Change(f"{stage}.{setting}", _with(plan, stage, **fields), processes)
-
-    found = []
-    if not train.gradient_checkpointing:
-        found.append(changed("gradient_checkpointing=true", gradient_checkpointing=True))
-    if not train.reshard_after_forward:
-        found.append(changed("reshard_after_forward=true", reshard_after_forward=True))
-    if train.batch_size > 1:
-        found.append(changed("batch_size=1", batch_size=1))
-    if isinstance(train, QatConfig):
-        found += _qat_changes(train, changed)
-    if plan.sharding is Sharding.none:
-        count = processes if processes > 1 else gpus if gpus > 1 else _USUAL_GPUS
-        setting = f"sharding=fsdp2 on {count} GPUs of this size"
-        found.append(_Change(setting, replace(plan, sharding=Sharding.fsdp2), count))
-    return found + _last_changes(plan, stage, train, longest, processes)
+def _small_batch(stage: str, train: TrainConfig) -> Change:
+    """Run the same number of examples per step, one at a time."""
+    steps = train.batch_size * train.gradient_accumulation_steps
+    return _change(stage, batch_size=1, gradient_accumulation_steps=steps)
 
 
-def _qat_changes(train: QatConfig, changed: Any) -> list[_Change]:
-    found = []
-    if train.rounded_cache_gib != 0:
-        found.append(changed("rounded_cache_gib=0", rounded_cache_gib=0.0))
-    if train.distillation.weight:
-        found.append(changed("distillation.weight=0", distillation=DistillationConfig()))
-    return found
+def _lora(stage: str) -> Change:
+    """Train adapters, with the precision of conf/train/lora.yaml."""
+    return Change((f"train@{stage}=lora",), lambda c: _with(c, stage, method=Method.lora, precision=Precision.bf16))
 
 
-def _last_changes(plan: Plan, stage: str, train: TrainConfig, longest: int, processes: int) -> list[_Change]:
-    """Return changes that may lower the quality of the result: other methods of training, or shorter examples."""
-    found = []
-    half = _ROUND * (min(longest, plan.data.max_length) // (2 * _ROUND))
-    if half >= _SHORTEST:
-        shorter = replace(plan, data=replace(plan.data, max_length=half))
-        found.append(_Change(f"data.max_length={half}", shorter, processes))
-    if train.method is Method.full and can_train_parts(stage, plan.quantize.source, plan.experts):
-        parts = _with(plan, stage, method=Method.bf16_parts)
-        found.append(_Change(f"train@{stage}=bf16_parts", parts, processes))
-    if train.method is not Method.lora:
-        adapted = _with(plan, stage, method=Method.lora, precision=Precision.bf16)  # as conf/train/lora.yaml
-        found.append(_Change(f"train@{stage}=lora", adapted, processes))
-    return found
+def _shorter(limit: int) -> Change:
+    return Change((f"data.max_length={limit}",), lambda c: replace(c, data=replace(c.data, max_length=limit)))
 
 
-def _with(plan: Plan, stage: str, **fields: Any) -> Plan:
-    """Return the plan with other settings of a training stage."""
-    changed: dict[str, Any] = {stage: replace(plan.trainings[stage], **fields)}
-    return replace(plan, **changed)
+def _change(stage: str, **fields: Any) -> Change:
+    words = tuple(f"{stage}.{name}={_written(value)}" for name, value in fields.items())
+    return Change(words, lambda c: _with(c, stage, **fields))
+
+
+def _written(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
+
+
+def _with(config: PipelineConfig, stage: str, **fields: Any) -> PipelineConfig:
+    """Return the configuration with other settings of a training stage."""
+    changed: dict[str, Any] = {stage: replace(getattr(config, stage), **fields)}
+    return replace(config, **changed)
+
+
+def _applied(config: PipelineConfig, changes: Sequence[Change]) -> PipelineConfig:
+    for change in changes:
+        config = change.apply(config)
+    return config

@@ -4,11 +4,9 @@ from datasets import Dataset
 
 from pipeline.checkpoints.gpt_oss import Shape
 from pipeline.config import QuantizeConfig, calibration_tokens
+from pipeline.config.quantize import CALIBRATION_SAMPLES
 from pipeline.errors import UserError
 from pipeline.runs.console import say
-
-DEFAULT_SAMPLES = 64
-"""Examples that calibrate a format, unless `quantize.calibration_samples` is set."""
 
 
 def for_format(train: Dataset, settings: QuantizeConfig, format_name: str, *, is_calibrated: bool) -> Dataset:
@@ -17,7 +15,7 @@ def for_format(train: Dataset, settings: QuantizeConfig, format_name: str, *, is
     Raises:
         UserError: the format is calibrated, and the data has too few examples.
     """
-    samples = settings.calibration_samples or DEFAULT_SAMPLES
+    samples = settings.calibration_samples or CALIBRATION_SAMPLES
     if is_calibrated and len(train) < samples:
         raise _too_few(samples, f"format={format_name} is calibrated", train)
     return train.select(range(min(samples, len(train))))

@@ -6,37 +6,27 @@ from typing import Any
 import xxhash
 
 from pipeline.checkpoints import largest_codes
-from pipeline.checkpoints.config_json import is_quantized, read_config
+from pipeline.checkpoints.config_json import read_config
 from pipeline.checkpoints.largest_codes import CodeFigures
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.side_files import side_files
 from pipeline.config import PipelineConfig, Stage
-from pipeline.config.controls import Control, controls_of
+from pipeline.config.gpus import GPUS, GpuModel
 from pipeline.data.examples import rendering_of, split_rows
 from pipeline.data.harmony import Rendering
 from pipeline.data.languages import Languages
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.sources import data_sources
 from pipeline.data.tokenizers import load_tokenizer
-from pipeline.doctor import (
-    content,
-    controls,
-    device_memory,
-    display,
-    findings,
-    leaks,
-    machine,
-    needs,
-    parity,
-    renderings,
-)
-from pipeline.doctor.findings import DataFigures, Facts
+from pipeline.doctor import content, display, findings, leaks, machine, parity, prediction, renderings, timetable
+from pipeline.doctor.facts import DataFigures, Facts
 from pipeline.doctor.plan import Plan
 from pipeline.doctor.rows import examine
 from pipeline.doctor.rows import figures as token_figures
 from pipeline.errors import UserError
+from pipeline.evaluate.generation import prompts
 from pipeline.models import source
-from pipeline.runs import up_to_date
+from pipeline.runs import gpus, up_to_date
 from pipeline.runs.artifacts import Artifact, Kind, Result
 from pipeline.runs.building import build
 from pipeline.runs.console import say
@@ -73,6 +63,17 @@ def run(config: PipelineConfig) -> Artifact:
     rows = load_rows(here, config.data, lists_unused=False)  # the report lists them
     _raise_if_no_such_row(config, rows)
     weights = _open_weights(model)
+
+    found: list[str] = []  # to find remedies takes time, so a new report and its display share the findings
+
+    def write(directory: Path) -> Result:
+        figures, shapes = _data_figures(config, rows, how, tell), read_config(model)
+        needed = prediction.needs_of(config, shapes, figures["lengths"]["longest"], process_count())
+        free = machine.figures(here.directory, _planned(config))
+        facts = Facts(figures, needed, free, Plan.of(config), shapes, here, _codes(weights))
+        found.extend(findings.findings(facts))
+        return _report(facts, found, directory)
+
     artifact = build(
         here,
         Stage.doctor,
@@ -83,70 +84,54 @@ def run(config: PipelineConfig) -> Artifact:
             "unused": xxhash.xxh3_128_hexdigest(repr(rows.unused).encode()),
             **({"weights": source.sampled_fingerprint(model)} if weights else {}),
         },
-        work=lambda directory: _report(
-            here, _plan(config), model, _data_figures(config, rows, how, tell), _codes(weights), directory
-        ),
+        work=write,
         data=rows.fingerprint,
         is_report=True,
     )
     if is_main_process():
         # Free memory and disk space change all the time, so they are measured even if the report is up to date.
-        free = machine.figures(here.directory)
-        facts = Facts.of(artifact.read(DoctorRecord), free, _plan(config), read_config(model), here)
-        found = findings.findings(facts)
-        if up_to_date.is_summarized(Stage.doctor.name):
-            display.warnings(found)
-            return artifact
-        display.conversation(config.doctor.row, rows.conversations[config.doctor.row - 1], how)
-        display.report(facts, found)
+        free = machine.figures(here.directory, _planned(config))
+        facts = Facts.of(artifact.read(DoctorRecord), free, Plan.of(config), read_config(model), here)
+        _show(facts, rows, how, found or findings.findings(facts))
     return artifact
 
 
-def _plan(config: PipelineConfig) -> Plan:
-    return Plan(
-        config.model.path,
-        config.data,
-        config.sft,
-        config.qat,
-        config.sharding,
-        config.export.target.name,
-        config.format,
-        config.quantize,
-        config.upcast.experts,
-    )
+def _show(facts: Facts, rows: Rows, how: Rendering, found: list[str]) -> None:
+    if up_to_date.is_summarized(Stage.doctor.name):
+        display.warnings(found)
+        return
+    row = facts.run.config.doctor.row
+    display.conversation(row, rows.conversations[row - 1], how)
+    display.report(facts, _timetable(facts, rows), found)
 
 
-def _report(
-    here: Run, plan: Plan, model: Path, figures: DataFigures, codes: CodeFigures | None, directory: Path
-) -> Result:
-    longest = min(figures["lengths"]["longest"], plan.data.max_length)
-    shapes = read_config(model)
-    devices = device_memory.figures(plan, shapes, longest, process_count())
-    needed = needs.figures(plan, shapes, longest, devices)
-    if here.config.controls:
-        needed["controls"] = {
-            control.name: controls.figures(_plan(control.config), control.stages, shapes, longest, process_count())
-            for control in _controls(here, plan, is_mxfp4=is_quantized(shapes))
-        }
-    facts = Facts(figures, needed, machine.figures(here.directory), plan, shapes, here, codes)
+def _planned(config: PipelineConfig) -> GpuModel | None:
+    return None if config.doctor.gpu is None else GPUS[config.doctor.gpu.name]
+
+
+def _timetable(facts: Facts, rows: Rows) -> list[tuple[str, str]]:
+    config, visible = facts.run.config, gpus.visible()
+    speed = timetable.speed_of(config.doctor.gpu and config.doctor.gpu.name, visible)
+    if speed is None:
+        return [("time", timetable.unknown_gpu(visible[0].name))]
+    evaluate = config.evaluate
+    asked = prompts.load(facts.run, config.data, evaluate.prompts, rows) if evaluate.generate else []
+    return list(timetable.of_run(facts, speed, len(asked)).lines())
+
+
+def _report(facts: Facts, found: list[str], directory: Path) -> Result:
     sections: dict[str, Any] = {**facts.data, "needs": facts.needs, "machine": facts.machine}
-    sections |= {"largest_codes": codes} if codes else {}
+    sections |= {"largest_codes": facts.largest_codes} if facts.largest_codes else {}
     for section, values in sections.items():
         log_metrics(directory, {"section": section, **values})
-    found = findings.findings(facts)
     record = DoctorRecord(
         data=dict(facts.data),
         needs=dict(facts.needs),
         machine=dict(facts.machine),
         findings=found,
-        largest_codes=codes,
+        largest_codes=facts.largest_codes,
     )
     return Result(Kind.report, record)
-
-
-def _controls(here: Run, plan: Plan, *, is_mxfp4: bool) -> list[Control]:
-    has_mxfp4 = is_mxfp4 or plan.starts_packed(is_mxfp4=is_mxfp4)
-    return controls_of(here.config, str(here.directory / Stage.sft.name), has_mxfp4=has_mxfp4)
 
 
 def _data_figures(config: PipelineConfig, rows: Rows, how: Rendering, tell: Languages) -> DataFigures:

@@ -1,0 +1,39 @@
+"""Predict what a run with its controls needs: memory of each device, and space on disk."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.checkpoints.config_json import is_quantized
+from pipeline.config import PipelineConfig, Stage
+from pipeline.config.controls import Control, controls_of
+from pipeline.doctor import controls, device_memory, needs
+from pipeline.doctor.needs import NeedFigures
+from pipeline.doctor.plan import Plan
+
+
+def needs_of(
+    config: PipelineConfig, model: Mapping[str, Any], longest: int, processes: int, *, is_measured: bool = True
+) -> NeedFigures:
+    """Compute the needs of a run.
+
+    Args:
+        config: settings of the run.
+        model: content of the source's config.json.
+        longest: number of tokens of the longest example, before truncation.
+        processes: number of processes that train together.
+        is_measured: whether to measure the memory with fake tensors where possible. False: only estimate it.
+    """
+    plan, kept = Plan.of(config), min(longest, config.data.max_length)
+    devices = device_memory.figures(plan, model, kept, processes, is_measured=is_measured)
+    needed = needs.figures(plan, model, kept, devices)
+    if config.controls:
+        needed["controls"] = {
+            control.name: controls.figures(Plan.of(control.config), control.stages, model, kept, processes)
+            for control in _controls(config, plan, is_mxfp4=is_quantized(model))
+        }
+    return needed
+
+
+def _controls(config: PipelineConfig, plan: Plan, *, is_mxfp4: bool) -> list[Control]:
+    has_mxfp4 = is_mxfp4 or plan.starts_packed(is_mxfp4=is_mxfp4)
+    return controls_of(config, f"{config.run_dir}/{Stage.sft.name}", has_mxfp4=has_mxfp4)

@@ -1,0 +1,143 @@
+"""The estimated time of each stage of a run and its cost, as lines of the report."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from pipeline.checkpoints.config_json import is_quantized
+from pipeline.config import PipelineConfig, Stage
+from pipeline.config.controls import controls_of
+from pipeline.config.gpus import GPUS, recognize_gpu
+from pipeline.doctor import time
+from pipeline.doctor.facts import DataFigures, Facts
+from pipeline.doctor.plan import Plan
+from pipeline.doctor.time import Amounts, Speed
+from pipeline.doctor.work import Work
+from pipeline.runs.gpus import Gpu
+
+_ASSUMED = (
+    f"assumed: {time.COMPUTE_EFFICIENCY:.0%} of the peak arithmetic, {time.BANDWIDTH_EFFICIENCY:.0%} of the peak"
+    f" bandwidth, {time.DISK_BYTES_PER_SECOND / 1e9:.0f} GB/s from disk"
+)
+_ASSUMED_ON_CPU = f"assumed: its measured speed all the time, {time.DISK_BYTES_PER_SECOND / 1e9:.0f} GB/s from disk"
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """Estimated seconds of each stage.
+
+    Attributes:
+        seconds: seconds by the name of the stage.
+        device: the device and the assumptions, in words.
+        devices: number of devices that the run holds.
+        price: price of a device for one hour, or None.
+        missing: what the estimate leaves out, or "".
+    """
+
+    seconds: Mapping[str, float]
+    device: str
+    devices: int
+    price: float | None = None
+    missing: str = ""
+
+    @property
+    def total(self) -> float:
+        """Seconds of all stages."""
+        return sum(self.seconds.values())
+
+    @property
+    def cost(self) -> float | None:
+        """Price of all devices for all stages, or None without a price."""
+        return None if self.price is None else self.price * self.devices * self.total / 3600
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Yield titles and values for the report."""
+        yield "time", f"estimate, not measured, and without start-up: {self.device}"
+        for name, seconds in self.seconds.items():
+            yield f"  {name}", duration(seconds)
+        several = f" on {self.devices} GPUs" if self.devices > 1 else ""
+        yield "  together", f"{duration(self.total)}{several}{self.missing}"
+        if self.cost is not None:
+            hours = self.devices * self.total / 3600
+            yield "cost", f"estimate: {self.cost:.2f} for {hours:.1f} GPU hours at {self.price:g} each"
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as `3 h 20 min`, or `under a minute`."""
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return "under a minute"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+def of_run(facts: Facts, speed: Speed, prompts: int) -> Timetable:
+    """Estimate all stages of a run, also those that are complete.
+
+    Args:
+        facts: figures of the data and needs of the run.
+        speed: speed of each device.
+        prompts: number of prompts that models answer in `evaluate`.
+    """
+    config, processes = facts.run.config, facts.machine["processes"]
+    amounts = amounts_of(facts.data, prompts)
+    done = time.of_stages(
+        facts.plan, config.evaluate, config.verify.samples, facts.model, amounts, facts.needs, processes
+    )
+    if config.controls:
+        done["controls"] = _controls(facts, amounts, processes)
+    return Timetable(
+        {name: speed.seconds(each) for name, each in done.items()},
+        speed.name,
+        processes,
+        config.doctor.price_per_gpu_hour,
+        _missing(config),
+    )
+
+
+def amounts_of(data: DataFigures, prompts: int) -> Amounts:
+    """Return the numbers of examples and tokens for training and validation, after truncation."""
+    rows, tokens = data["rows"], data["tokens"]
+    kept = tokens["all"] - data["cut"]["tokens_lost"]
+    share = rows["train"] / (rows["train"] + rows["validation"])
+    train, others = round(tokens["examples"] * share), tokens["examples"] - round(tokens["examples"] * share)
+    return Amounts(train, kept * share, others, kept * (1 - share), prompts)
+
+
+def speed_of(planned: str | None, visible: tuple[Gpu, ...]) -> Speed | None:
+    """Return the speed of the planned GPU, of the first visible one, or of the CPU. None if a GPU is not in GPUS.
+
+    Args:
+        planned: value of `doctor.gpu`, or None.
+        visible: the GPUs of this machine.
+    """
+    if planned is None and not visible:
+        cpu = Speed.of_cpu()
+        return Speed(cpu.flops, cpu.fp32_flops, cpu.bytes_per_second, f"{cpu.name} ({_ASSUMED_ON_CPU})")
+    found = GPUS[planned] if planned is not None else recognize_gpu(visible[0].name)
+    if found is None:
+        return None
+    peak = f"{found.flops / 1e12:.0f} TFLOP/s and {found.bytes_per_second / 1e12:.3g} TB/s"
+    return Speed.of_gpu(found, f"{planned or visible[0].name} (peak {peak}; {_ASSUMED})")
+
+
+def unknown_gpu(name: str) -> str:
+    """Say that there is no estimate for a GPU."""
+    return f"no estimate: the speed of {name} is unknown here. Set doctor.gpu to the most similar of {', '.join(GPUS)}"
+
+
+def _missing(config: PipelineConfig) -> str:
+    parts = ["lm_eval tasks"] if config.evaluate.lm_eval.tasks else []
+    parts += ["models on servers"] if config.evaluate.endpoint.url is not None else []
+    return f", without {' and '.join(parts)}" if parts else ""
+
+
+def _controls(facts: Facts, amounts: Amounts, processes: int) -> Work:
+    config, total = facts.run.config, Work()
+    is_mxfp4 = is_quantized(facts.model)
+    has_mxfp4 = is_mxfp4 or facts.plan.starts_packed(is_mxfp4=is_mxfp4)
+    for control in controls_of(config, "sft", has_mxfp4=has_mxfp4):
+        plan = Plan.of(control.config)
+        if Stage.sft in control.stages:
+            total += time.training(plan, Stage.sft.name, facts.model, amounts, processes)
+        if Stage.quantize in control.stages:
+            total += time.rounding(plan, facts.model, amounts, facts.needs)
+    return total
