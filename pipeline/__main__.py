@@ -23,6 +23,7 @@ from pipeline.runs import allocator, console, provenance, stopping
 from pipeline.runs.job import run_job
 from pipeline.runs.processes import is_main_process
 from pipeline.runs.stopping import Stopped
+from pipeline.stages import find_ahead
 
 SWEEP_DIR = "sweep"
 """Subdirectory of run_dir. It holds one directory for each job of a sweep."""
@@ -35,7 +36,7 @@ def run(composed: DictConfig) -> None:
 
     composition.keep_choice(composed, HydraConfig.get().runtime.choices.get(RECIPE))
     _keep_jobs_apart(composed)
-    run_job(rules.resolve(composed))
+    run_job(rules.resolve(composed), find_ahead)
 
 
 def _keep_jobs_apart(composed: DictConfig) -> None:

@@ -5,14 +5,16 @@ A mistake of the user exits with 2. A failed check, or a machine that cannot do 
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 MOST_PROBLEMS = 8
 """Number of problems that a long list shows. The rest are counted."""
 
 _MOST_PLACES = 3  # rows that are named of a group with the same problem
 _NUMBER = re.compile(r"\d+")
+_Result = TypeVar("_Result")
 _PLURALS = {"has": " have", "begins": " begin", "is": ": each is"}
 
 
@@ -147,6 +149,31 @@ def joined(errors: list[UserError]) -> UserError:
     if len(distinct) == 1:
         return distinct[0]
     return _together([line for error in distinct for line in error.problems], sum(error.count for error in distinct))
+
+
+class Attempts:
+    """Makes several attempts, and reports the mistakes of all of them together."""
+
+    def __init__(self) -> None:
+        self._errors: list[UserError] = []
+
+    def attempt(self, act: Callable[[], _Result]) -> _Result | None:
+        """Return the result of `act`. If it raises UserError, keep the error and return None."""
+        try:
+            return act()
+        except UserError as error:
+            self._errors.append(error)
+            return None
+
+    @property
+    def problems(self) -> list[str]:
+        """One line for each problem so far."""
+        return list(dict.fromkeys(line for error in self._errors for line in error.problems))
+
+    def raise_if_any(self) -> None:
+        """Raise the errors as one UserError, if there are any."""
+        if self._errors:
+            raise joined(self._errors)
 
 
 def _together(lines: list[str], count: int) -> UserError:

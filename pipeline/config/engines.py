@@ -4,6 +4,7 @@
 come from the engines' documentation. A flag that would only repeat the engine's default is omitted.
 """
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,6 +213,27 @@ def engines_that_render(form: str) -> list[str]:
     """Return the engines whose prompts a value of `data.rendering` gives, with the routes of their API if not all."""
     found = {name: engine.renders[form] for name, engine in ENGINES.items() if form in engine.renders}
     return [f"{name} ({routes})" if routes else name for name, routes in found.items()]
+
+
+def loading_problems(engines: list[str], target: str, pythons: Mapping[str, str | None]) -> list[str]:
+    """Return a message for each engine that does not load a layout, and for each Python that does not exist.
+
+    Args:
+        engines: values of `verify.engines`.
+        target: layout of the export.
+        pythons: section `verify.python` as a dictionary.
+    """
+    wrong = [
+        f"verify.engines={name}: loads {' and '.join(ENGINES[name].targets)}, not {target}. Export with export.target="
+        f"{ENGINES[name].targets[0]}, or remove the engine."
+        for name in engines
+        if target not in ENGINES[name].targets
+    ]
+    return wrong + [
+        f"verify.python.{name}={python}: no such program. Set it to the Python of the environment with {name}."
+        for name, python in pythons.items()
+        if name in engines and python is not None and shutil.which(python) is None
+    ]
 
 
 SERVERS = {name: engine.server for name, engine in ENGINES.items() if engine.server is not None}

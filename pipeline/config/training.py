@@ -89,6 +89,15 @@ def adapted_layers(lora: LoraConfig, count: int) -> list[int]:
     return list(range(count)) if lora.layers is None else lora.layers
 
 
+def layers_problem(lora: LoraConfig, count: int, section: str) -> str | None:
+    """Return a message if a model of `count` layers lacks a layer that gets adapters, else None."""
+    layers = adapted_layers(lora, count)
+    if layers and set(layers) <= set(range(count)):
+        return None
+    setting = f"layers={lora.layers}" if lora.every_nth is None else f"every_nth={lora.every_nth}"
+    return f"{section}.lora.{setting}: the model has the layers 0 to {count - 1}."
+
+
 @dataclass
 class TrainConfig:
     """Settings that both training stages have. Each stage adds a few."""

@@ -5,7 +5,7 @@ memory, and the reason is reported.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from pipeline.checkpoints.gpt_oss import Shape
@@ -80,6 +80,12 @@ def estimate(plan: Plan, stage: str, model: Mapping[str, Any], longest: int, pro
     """Estimate the peak bytes of each GPU from the shapes and the settings. Arguments are those of `figures`."""
     alone = needs.of_stage(plan, stage, model, longest).on_each(processes, STRATEGIES[plan.sharding].sharded)
     return alone + _bucket_bytes((plan, stage, processes), model)
+
+
+def least(plan: Plan, stage: str, model: Mapping[str, Any], processes: int) -> int:
+    """Compute the bytes of weights, gradients, optimizer and teacher on each GPU. They do not depend on the data."""
+    parts = replace(needs.of_stage(plan, stage, model, 1), activations=0, rounded=0, gathered=0)
+    return parts.on_each(processes, STRATEGIES[plan.sharding].sharded)
 
 
 def _job(plan: Plan, stage: str, model: Mapping[str, Any], longest: int, processes: int) -> Job:

@@ -8,7 +8,9 @@ from pipeline.config import Stage
 from pipeline.doctor import remedies
 from pipeline.doctor.facts import Facts
 from pipeline.doctor.needs import ControlFigures
+from pipeline.errors import UserError
 from pipeline.runs import controls
+from pipeline.runs.console import warn
 from pipeline.runs.run import Run
 
 GPU, HOST, DISK = "on each GPU", "of host memory", "of disk space"
@@ -50,6 +52,36 @@ def findings(facts: Facts) -> list[str]:
     if not found:
         return []
     return [f"the run does not fit. {' '.join(each.describe() for each in found)} {_remedy(facts)}"]
+
+
+def raise_if_too_small(facts: Facts) -> None:
+    """Stop before the first stage that uses the hardware. With doctor.required=false, only warn.
+
+    Raises:
+        UserError: something does not fit.
+    """
+    report(shortages(facts), facts.run, "The warning of doctor says what to set.")
+
+
+def report(found: list[Shortage], run: Run, advice: str) -> None:
+    """Raise UserError for these shortages, or warn of them if doctor.required=false. Do nothing if there are none."""
+    if not found:
+        return
+    text = f"the run does not fit. {' '.join(each.describe() for each in found)} {advice}"
+    if run.config.doctor.required:
+        raise UserError(f"{text} To start anyway, set doctor.required=false.")
+    warn(run.stage.name, f"{text} It starts anyway, because doctor.required=false.")
+
+
+def shortages_of_stage(facts: Facts, stage: str) -> list[Shortage]:
+    """Compare the needs of one training stage with the machine."""
+    device, is_estimated = device_needed(facts, stage), bool(facts.needs["devices"][stage]["estimated_because"])
+    disk = facts.needs["disk_bytes"][stage] + facts.needs["checkpoint_bytes"][stage]
+    machine = facts.machine
+    on_host = Shortage(stage, HOST, machine["local_processes"] * device, machine["host_free_bytes"], is_estimated=True)
+    on_gpu = Shortage(stage, GPU, device, machine["gpu_free_bytes"], is_estimated)
+    found = [on_gpu if machine["gpus"] else on_host, Shortage(stage, DISK, disk, machine["disk_free_bytes"])]
+    return [each for each in found if each.needed > each.free]
 
 
 def shortages(facts: Facts) -> list[Shortage]:

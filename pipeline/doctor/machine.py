@@ -23,13 +23,13 @@ def figures(run_dir: Path, planned: GpuModel | None = None) -> dict[str, int]:
     free = gpus.free_bytes() if visible and planned is None else []
     if planned is not None:
         visible = (Gpu(" ".join(planned.words), (0, 0), planned.memory_bytes),) * local_process_count()
-        free = [gpu.total_bytes for gpu in visible]
+    totals = [gpu.total_bytes for gpu in visible]
     return {
         "disk_free_bytes": shutil.disk_usage(_existing(run_dir)).free,
         "host_free_bytes": host_memory.available_bytes(),
         "gpus": len(visible),
-        "gpu_free_bytes": min(free, default=0),
-        "gpu_total_bytes": min((gpu.total_bytes for gpu in visible), default=0),
+        "gpu_free_bytes": min(free or totals, default=0),
+        "gpu_total_bytes": min(totals, default=0),
         "processes": process_count(),
         "local_processes": local_process_count(),
     }

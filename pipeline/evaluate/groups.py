@@ -29,8 +29,7 @@ def group_examples(run: Run, data: DataConfig, column: str | None, *, rows: Rows
     Raises:
         UserError: rows lack the column, or the column has too many different values.
     """
-    if column is not None:  # read the same rows again, with the column of the groups
-        rows = read_rows(run, with_expected(data_sources(data), {_GROUP: column}, _KEY))
+    rows = check_column(run, data, column) or rows
     group_of = {number: _group(rows.conversations[number]) for number in sorted({*map(int, numbers)})}
     found = {*group_of.values()} - {""}
     if len(found) > _MOST_GROUPS:
@@ -39,6 +38,15 @@ def group_examples(run: Run, data: DataConfig, column: str | None, *, rows: Rows
             f" at most {_MOST_GROUPS} different values, such as a category."
         )
     return [group_of[int(number)] for number in numbers]
+
+
+def check_column(run: Run, data: DataConfig, column: str | None) -> Rows | None:
+    """Read the rows of `data` again, with the column of the groups. Return None without a column.
+
+    Raises:
+        UserError: rows lack the column.
+    """
+    return None if column is None else read_rows(run, with_expected(data_sources(data), {_GROUP: column}, _KEY))
 
 
 def _group(row: Conversation) -> str:

@@ -17,10 +17,10 @@ from pipeline.data.examples import prepare_examples, rendering_of
 from pipeline.data.harmony import Rendering
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizers import Tokenizer, load_tokenizer
-from pipeline.errors import UserError, user_errors
+from pipeline.errors import Attempts, UserError, user_errors
 from pipeline.evaluate import groups
 from pipeline.evaluate.expected import check
-from pipeline.evaluate.generation import endpoint, prompts
+from pipeline.evaluate.generation import client, endpoint, prompts
 from pipeline.evaluate.generation.endpoint import Served
 from pipeline.evaluate.generation.journal import Journal
 from pipeline.evaluate.generation.prompts import Question
@@ -87,16 +87,34 @@ def prepare(run: Run, data: DataConfig, model: ModelConfig, evaluate: EvaluateCo
         UserError: a row or prompt is bad, a prompt lacks a property that a scorer needs, the judge does not exist, or
             a task does not exist.
     """
-    rows = load_rows(run, data)
-    questions = _questions(run, data, evaluate, rows)
+    rows, questions, suites = check_inputs(run, data, evaluate)
+    return Task(run, data, model, evaluate, rows, questions, judge.find(evaluate.judge), suites)
+
+
+def check_inputs(
+    run: Run, data: DataConfig, evaluate: EvaluateConfig
+) -> tuple[Rows, list[Question], harness.Suites | None]:
+    """Read the data and the prompts, and find the tasks. No server is contacted.
+
+    Raises:
+        UserError: a row or prompt is bad, a column is missing, a prompt lacks a property that a scorer needs, no
+            prompt can be judged, an API key is missing, or a task does not exist.
+    """
+    rows, errors = load_rows(run, data), Attempts()
+    questions = errors.attempt(lambda: _questions(run, data, evaluate, rows)) or []
+    errors.attempt(lambda: groups.check_column(run, data, evaluate.group_column))
+    for key, server in ((endpoint.KEY, evaluate.endpoint), (judge.KEY, evaluate.judge)):
+        if server.url is not None:
+            errors.attempt(lambda key=key, server=server: client.read_key(server, key))  # type: ignore[misc]
+    suites = errors.attempt(lambda: harness.Suites(evaluate.lm_eval)) if evaluate.lm_eval.tasks else None
+    errors.raise_if_any()
     if evaluate.judge.url is not None and not any("safety" in each.prompt.expected for each in questions):
         raise UserError(
             f"{judge.KEY}.url={evaluate.judge.url}: no prompt is marked as safe or unsafe, so there is nothing to"
             " judge. Mark all prompts (+evaluate.prompts.expected_of_all.safety=safe), or name the column with the"
             " marks (+evaluate.prompts.expected.safety=<column>)."
         )
-    suites = harness.Suites(evaluate.lm_eval) if evaluate.lm_eval.tasks else None
-    return Task(run, data, model, evaluate, rows, questions, judge.find(evaluate.judge), suites)
+    return rows, questions, suites
 
 
 def check_tokens(refs: Sequence[ModelRef], reference: ModelRef | None) -> None:

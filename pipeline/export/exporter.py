@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -28,6 +29,8 @@ class Exporter:
         layout: takes the sizes of a model. Returns the stored tensors for each tensor of the plain layout.
         describe: takes the base model and the names of the stored tensors. Returns the description that the export
             must have.
+        check_source: takes the content of the base model's config.json and its directory. Raises UserError if the
+            layout cannot describe the model, or if a package is missing.
         mark: part of a tensor name that occurs only in this layout, or None.
         open: opens the files of a directory.
         read_description: reads the description of the model from a directory. The description is config.json or the
@@ -44,6 +47,7 @@ class Exporter:
     kind: Kind
     layout: Callable[[Shape], Layout]
     describe: Callable[[Checkpoint, Collection[str]], Mapping[str, object]]
+    check_source: Callable[[Mapping[str, Any], Path], object] = lambda config, directory: None
     mark: str | None = None
     open: Callable[[Path], Files] = TensorFiles
     read_description: Callable[[Path], Mapping[str, object]] = read_config

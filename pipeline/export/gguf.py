@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -170,11 +170,22 @@ def _write_head(
     return path.stat().st_size
 
 
-def _describe(gguf: ModuleType, writer: "GGUFWriter", config: dict[str, Any], source: Path) -> None:
+def _metadata_of(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """Return the keys of config.json that the metadata needs. Raise UserError if one is missing."""
     given = {**config, **{f"rope_scaling.{key}": value for key, value in rope_scaling(config).items()}}
     missing = [key for key in _KEYS if given.get(key) is None]
     if missing:
         raise UserError(f"{source / CONFIG}: has no {', '.join(missing)}. export.target=gguf needs it.")
+    return given
+
+
+def _check_source(config: Mapping[str, Any], source: Path) -> None:
+    import_gguf()
+    _metadata_of({**config, **legacy_config(config)}, source)
+
+
+def _describe(gguf: ModuleType, writer: "GGUFWriter", config: dict[str, Any], source: Path) -> None:
+    given = _metadata_of(config, source)
     for key, adder in _KEYS.items():
         getattr(writer, adder)(given[key])
     writer.add_value_length(given["head_dim"])
@@ -248,6 +259,7 @@ EXPORTER = Exporter(
     kind=Kind.foreign,
     layout=layout,
     describe=describe,
+    check_source=_check_source,
     mark="blk.",
     open=GgufFile,
     read_description=read_description,

@@ -129,4 +129,6 @@ def original_config(config: Mapping[str, object], where: Path) -> dict[str, obje
     return values
 
 
-EXPORTER = Exporter(write=write, kind=Kind.foreign, layout=layout, describe=describe, mark="block.")
+EXPORTER = Exporter(
+    write=write, kind=Kind.foreign, layout=layout, describe=describe, check_source=original_config, mark="block."
+)

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from pipeline.checkpoints.gpt_oss import ATTENTION_PROJECTIONS, EXPERT_WEIGHTS, attention_projection, expert_parameter
 from pipeline.checkpoints.side_files import ADAPTER_WEIGHTS
 from pipeline.config import LoraConfig, LoraTarget, TrainConfig, adapted_layers
+from pipeline.config.training import layers_problem
 from pipeline.errors import CheckFailed, UserError
 from pipeline.models import sharding
 from pipeline.models.adapted_names import parameter_name
@@ -146,9 +147,8 @@ def _experts_of(model: "PreTrainedModel") -> nn.Module:
 
 def _peft_config(lora: LoraConfig, count: int, section: str) -> PeftLoraConfig:
     layers = adapted_layers(lora, count)
-    if not layers or not set(layers) <= set(range(count)):
-        setting = f"layers={lora.layers}" if lora.every_nth is None else f"every_nth={lora.every_nth}"
-        raise UserError(f"{section}.lora.{setting}: the model has the layers 0 to {count - 1}.")
+    if (problem := layers_problem(lora, count, section)) is not None:
+        raise UserError(problem)
     attention = LoraTarget.attention in lora.targets
     experts = LoraTarget.experts in lora.targets
     return PeftLoraConfig(

@@ -24,17 +24,27 @@ def find_start(run: Run, upcast: Artifact, sft: SftConfig) -> ModelRef | None:
     """
     if sft.start is None:
         return None
-    artifact = _load(run, sft.start)
+    ref, artifact = check_start(run, sft.start)
     if artifact.parents.get(Stage.upcast.name) != upcast.fingerprint:
         raise UserError(
             f"sft.start={sft.start}: was made from another checkpoint than {upcast.directory}. Use the model.path and"
             " the upcast.experts of the run that made it."
         )
-    ref = references.of_artifact(artifact)
     if ref.adapter and ref.base.name == Stage.upcast.name:
         ref = replace(ref, base=upcast.directory)
-    _raise_if_untrainable(run, sft, ref, artifact)
     return ref
+
+
+def check_start(run: Run, start: str) -> tuple[ModelRef, Artifact]:
+    """Return the model in `sft.start`, and its artifact. Its base is checked by `find_start`, which needs the upcast.
+
+    Raises:
+        UserError: the directory is not a complete `sft` stage, or cannot be trained as configured.
+    """
+    artifact = _load(run, start)
+    ref = references.of_artifact(artifact)
+    _raise_if_untrainable(run, run.config.sft, ref, artifact)
+    return ref, artifact
 
 
 def relative_path(start: Path, run_dir: Path) -> str:

@@ -115,18 +115,13 @@ def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> Mo
         ref = stage_ref(run, newest)
         say_if_needed(run.stage.name, f"{key}: {newest.name}, the newest complete stage")
         return ref
+    if (problem := source_problem(run, source, among, key)) is not None:
+        raise UserError(problem)
     if source in Stage.__members__:  # a directory with the name of a stage must be given as ./<name>
-        stage = Stage[source]
-        if stage not in among:
-            raise UserError(f"{key}={source}: must be one of {', '.join(s.name for s in among)}, or a directory.")
-        return stage_ref(run, stage)
+        return stage_ref(run, Stage[source])
     directory = run.directory / source if is_control(source) else Path(source).expanduser().absolute()
-    if directory.is_file():
-        raise UserError(f"{key}={source}: {describe_missing(source)}")
     if not directory.is_dir():
-        if is_control(source):
-            raise UserError(f"{key}={source}: no control of {run.directory} has this model.")
-        raise UserError(f"{key}={source}: neither a stage ({', '.join(s.name for s in among)}) nor a directory.")
+        raise UserError(f"{key}={source}: no control of {run.directory} has this model.")
     ref = in_directory(directory, controls.remedy(directory.parent) if is_control(source) else None)
     is_own = (directory / ARTIFACT_FILE).is_file() and directory == run.stage_dir(ref.name)
     return ref if is_own else replace(ref, name=source)
@@ -146,6 +141,19 @@ def in_directory(directory: Path, remedy: str | None = None) -> ModelRef:
         return of_artifact(load(directory, remedy=remedy))
     Checkpoint(directory).close()
     return ModelRef(str(directory), directory, directory, fingerprint=sampled_fingerprint(directory))
+
+
+def source_problem(run: Run, source: str, among: tuple[Stage, ...], key: str) -> str | None:
+    """Return a message if `source` can never name a model, else None. A stage of this run may be made later."""
+    if source in Stage.__members__:
+        stages = ", ".join(stage.name for stage in among)
+        return None if Stage[source] in among else f"{key}={source}: must be one of {stages}, or a directory."
+    directory = Path(source).expanduser().absolute()
+    if is_control(source) or directory.is_dir():
+        return None
+    if directory.is_file():
+        return f"{key}={source}: {describe_missing(source)}"
+    return f"{key}={source}: neither a stage ({', '.join(s.name for s in among)}) nor a directory."
 
 
 def is_loadable(run: Run, stage: Stage) -> bool:

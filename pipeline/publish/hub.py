@@ -29,14 +29,22 @@ def check(settings: ExportConfig) -> None:
     """
     if settings.push_to_hub is None or not is_main_process():
         return
+    if found := problems(settings):
+        raise user_errors(found)
     name = settings.push_to_hub
+    with _hub_errors(name):
+        _raise_if_public(settings, HfApi(), name)
+
+
+def problems(settings: ExportConfig) -> list[str]:
+    """Return a message for a name that is not valid, and for a missing token. The Hub is not contacted."""
+    name = settings.push_to_hub
+    if name is None:
+        return []
     found = _name_problems(name)
     if get_token() is None:
         found.append(f"{_setting(name)}: there is no token for the Hub. {_LOGIN}")
-    if found:
-        raise user_errors(found)
-    with _hub_errors(name):
-        _raise_if_public(settings, HfApi(), name)
+    return found
 
 
 def _name_problems(name: str) -> list[str]:

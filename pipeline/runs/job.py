@@ -7,16 +7,21 @@ from typing import TYPE_CHECKING
 from pipeline.config import PipelineConfig
 from pipeline.runs import console, other_libraries, preflight, tracking
 from pipeline.runs.one_stage import run_stage
+from pipeline.runs.preflight import FindMore
 from pipeline.runs.run import Run
 
 if TYPE_CHECKING:
     from pipeline.runs.artifacts import Artifact
 
 
-def run_job(config: PipelineConfig) -> "Artifact":
+def run_job(config: PipelineConfig, find_ahead: FindMore) -> "Artifact":
     """Run the stage that the configuration names, and return its artifact.
 
     If the job has a `base_run`, first run the earlier stages that `base_run` has.
+
+    Args:
+        config: the configuration of the job.
+        find_ahead: finds the mistakes that a later stage would find, as `preflight.check` takes it.
 
     Raises:
         UserError: a mistake of the user.
@@ -26,7 +31,7 @@ def run_job(config: PipelineConfig) -> "Artifact":
     if "torch" not in sys.modules:
         console.note(config.stage.name, "loading PyTorch and other libraries, which takes a few seconds")
     other_libraries.silence()
-    preflight.check(config)
+    preflight.check(config, find_ahead)
     with tracking.one_hint(config.stage.name):
         for stage in Run(config).earlier_stages():
             run_stage(replace(config, stage=stage, overwrite=False))

@@ -6,7 +6,7 @@ real machine.
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from pipeline.config import Device, PipelineConfig, Precision, QuantizeSource, Stage, TrainConfig
@@ -58,22 +58,28 @@ class Machine:
         )
 
 
-def check(config: PipelineConfig) -> None:
+def check(config: PipelineConfig, find_more: Callable[[PipelineConfig], list[str]] = lambda config: []) -> None:
     """Check the tracker's package, this machine and the launcher. Warn of GPUs whose sizes differ.
 
     The checks of the machine run if the stage trains, a launcher started the process, or device=cuda is set. Other
     commands skip them, because they import torch, which takes time.
 
+    Args:
+        config: the configuration.
+        find_more: returns further problems of a command that trains. All problems are reported together.
+
     Raises:
         UserError: the tracker's package is not installed, a GPU is missing, the number of processes does not fit the
-            GPUs, the GPUs lack the arithmetic of `precision`, or the launcher contradicts the configuration.
+            GPUs, the GPUs lack the arithmetic of `precision`, the launcher contradicts the configuration, or `find_more`
+            has found problems.
         MachineError: torch has no kernels for a GPU.
     """
-    tracking.raise_if_not_installed(config.tracking.backend)
     trains = config.stage in _TRAINED
+    if not trains:
+        tracking.raise_if_not_installed(config.tracking.backend)
     if trains or has_launcher() or config.device is Device.cuda:
         machine = Machine.read()
-        if found := problems(config, machine):
+        if found := [*problems(config, machine), *(find_more(config) if trains else [])]:
             raise user_errors(found)
         raise_if_no_kernels(machine)
         if (trains or config.stage is Stage.doctor) and (difference := unequal_sizes(machine)):

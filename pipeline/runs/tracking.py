@@ -41,15 +41,19 @@ class _Backend:
         start: begins to track a stage.
         modules: modules that must be importable. The extra with the tracker's name installs them.
         environment: environment variables for the directory of a run, unless the user has set them.
+        check_login: raises UserError if the service needs a login and there is none.
     """
 
     start: Callable[[TrackedStage], Tracker]
     modules: tuple[str, ...]
     environment: Callable[[Path], dict[str, str]] = lambda _: {}
+    check_login: Callable[[], None] = lambda: None
 
 
 _BACKENDS = {
-    TrackingBackend.wandb: _Backend(WeightsAndBiases, ("wandb",), weights_and_biases.environment),
+    TrackingBackend.wandb: _Backend(
+        WeightsAndBiases, ("wandb",), weights_and_biases.environment, weights_and_biases.check_login
+    ),
     TrackingBackend.tensorboard: _Backend(TensorBoard, ("tensorboard",)),
     TrackingBackend.mlflow: _Backend(MLflow, ("mlflow", "sqlalchemy", "alembic")),
 }
@@ -154,6 +158,17 @@ def raise_if_not_installed(backend: TrackingBackend) -> None:
             f"tracking={backend.name}: the package {missing[0]} is not installed."
             f" Use pip install 'gpt-oss-qat[{backend.name}]', or tracking=none."
         )
+
+
+def raise_if_impossible(backend: TrackingBackend) -> None:
+    """Check, before work begins, the packages and the login of the tracker. No service is contacted.
+
+    Raises:
+        UserError: a package is missing, or there is no login.
+    """
+    raise_if_not_installed(backend)
+    if backend in _BACKENDS and is_main_process():
+        _BACKENDS[backend].check_login()
 
 
 @contextmanager

@@ -2,14 +2,20 @@
 
 from dataclasses import replace
 
+from pipeline.checkpoints.config_json import read_config
 from pipeline.config import PipelineConfig, QuantizeSource, Stage, leaves_nothing_to_round
 from pipeline.config.controls import reason_for_none
-from pipeline.models import sharding
+from pipeline.doctor import fit, machine
+from pipeline.doctor.facts import Facts
+from pipeline.doctor.plan import Plan
+from pipeline.models import sharding, source
 from pipeline.publish import hub
 from pipeline.runs import up_to_date
 from pipeline.runs.artifacts import Artifact
 from pipeline.runs.console import say
 from pipeline.runs.one_stage import run_stage
+from pipeline.runs.records import DoctorRecord
+from pipeline.runs.run import Run
 
 _BEFORE_ALL = tuple(Stage)[: tuple(Stage).index(Stage.all)]
 STAGES = tuple(stage for stage in _BEFORE_ALL if stage is not Stage.controls)
@@ -28,6 +34,8 @@ def run(config: PipelineConfig) -> Artifact:
                 say(stage.name, f"skipped, because {reason}")
             else:
                 artifact = _run(stage, config)
+                if stage is Stage.doctor:
+                    _raise_if_too_small(config, artifact)
     assert artifact is not None
     return artifact
 
@@ -42,6 +50,13 @@ def _run(stage: Stage, config: PipelineConfig) -> Artifact:
     if stage is Stage.evaluate and config.evaluate.source is None:
         settings = replace(settings, evaluate=replace(config.evaluate, source="all"))
     return run_stage(settings)
+
+
+def _raise_if_too_small(config: PipelineConfig, report: Artifact) -> None:
+    here = Run(config)
+    model = read_config(source.locate_without_weights(here, config.model))
+    free = machine.figures(here.directory)
+    fit.raise_if_too_small(Facts.of(report.read(DoctorRecord), free, Plan.of(config), model, here))
 
 
 def _reason_to_skip(stage: Stage, config: PipelineConfig) -> str | None:

@@ -90,6 +90,16 @@ def check(train: TrainConfig, section: str) -> str:
     return chosen
 
 
+def raise_if_wrong(train: TrainConfig, section: str) -> None:
+    """Check the attention implementation that the user chose, without a message of success. `auto` chooses later.
+
+    Raises:
+        UserError: as for `check`.
+    """
+    if train.attn_implementation != AUTO_ATTENTION:
+        _check_both(train, section, tells=False)
+
+
 def _passes(name: str, train: TrainConfig, section: str) -> bool:
     try:
         _check_both(replace(train, attn_implementation=name), section)
@@ -99,11 +109,14 @@ def _passes(name: str, train: TrainConfig, section: str) -> bool:
     return True
 
 
-def _check_both(train: TrainConfig, section: str) -> None:
-    if train.attn_implementation != EAGER:
-        _check(train, section, is_packed=False)
-    if train.packing:
-        _check(train, section, is_packed=True)
+def _check_both(train: TrainConfig, section: str, *, tells: bool = True) -> None:
+    kinds = [False] if train.attn_implementation != EAGER else []
+    for is_packed in [*kinds, *([True] if train.packing else [])]:
+        _check(train, section, is_packed=is_packed)
+        if tells:
+            alone = " keeps packed documents apart, and" if is_packed else ""
+            what = "outputs and gradients of sinks, q, k and v"
+            say(section, f"attn_implementation={train.attn_implementation}{alone} agrees with eager: {what}")
 
 
 def _check(train: TrainConfig, section: str, *, is_packed: bool) -> None:
@@ -127,8 +140,6 @@ def _check(train: TrainConfig, section: str, *, is_packed: bool) -> None:
             f" {wrong[tensor]:.2g} (relative error). Rounding explains at most {allowed:.2g}."
             f" {len(wrong)} of {len(found)} tensors differ too much. Use {section}.attn_implementation={EAGER}."
         )
-    alone = " keeps packed documents apart, and" if is_packed else ""
-    say(section, f"attn_implementation={name}{alone} agrees with eager: outputs and gradients of sinks, q, k and v")
 
 
 def measure_errors(

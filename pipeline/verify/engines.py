@@ -38,7 +38,6 @@ changes logits, so these engines are compared with a reference that also rounds 
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -54,7 +53,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config.engines import ENGINES, LIBRARIES
+from pipeline.config.engines import ENGINES, LIBRARIES, loading_problems
 from pipeline.data.harmony import IGNORED
 from pipeline.errors import user_errors
 from pipeline.models import loading
@@ -128,17 +127,7 @@ def raise_unless_loadable(engines: list[str], target: str, pythons: dict[str, st
     Raises:
         UserError: an engine does not load the layout, or its Python does not exist. All problems are reported together.
     """
-    wrong = [
-        f"verify.engines={name}: loads {' and '.join(ENGINES[name].targets)}, not {target}. Export with export.target="
-        f"{ENGINES[name].targets[0]}, or remove the engine."
-        for name in engines
-        if name not in engines_for(target)
-    ]
-    wrong += [
-        f"verify.python.{name}={python}: no such program. Set it to the Python of the environment with {name}."
-        for name, python in pythons.items()
-        if name in engines and python is not None and shutil.which(python) is None
-    ]
+    wrong = loading_problems(engines, target, pythons)
     if wrong:
         raise user_errors(wrong)
 

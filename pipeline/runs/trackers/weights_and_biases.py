@@ -23,6 +23,23 @@ def environment(directory: Path) -> dict[str, str]:
     return dict.fromkeys(("WANDB_DATA_DIR", "WANDB_CACHE_DIR"), str(directory / _DIRECTORY))
 
 
+def check_login() -> None:
+    """Raise UserError without a login, because `init` would ask for it at the terminal and wait."""
+    import wandb
+
+    quiet = wandb.Settings(silent=True)  # wandb prints nothing; its errors are raised
+    is_online = wandb.setup(quiet).settings.mode in ("online", "run", "shared")
+    if is_online and not wandb.login(prompt=False, verify=False):
+        raise _not_started("no login")
+
+
+def _not_started(reason: str) -> UserError:
+    return UserError(
+        f"tracking=wandb: W&B could not be started ({reason}). Log in with `wandb login`, set WANDB_MODE=offline to"
+        " upload later, or use tracking=none."
+    )
+
+
 class WeightsAndBiases:
     """A stage as one W&B run. All stages of a pipeline run form one W&B group."""
 
@@ -39,17 +56,10 @@ class WeightsAndBiases:
         try:
             self._run = self._start(stage)
         except self.failures as error:
-            raise UserError(
-                f"tracking=wandb: W&B could not be started ({in_one_line(error)}). Log in with `wandb login`,"
-                " set WANDB_MODE=offline to upload later, or use tracking=none."
-            ) from error
+            raise _not_started(in_one_line(error)) from error
 
     def _start(self, stage: TrackedStage) -> "wandb.Run":
-        quiet = self._library.Settings(silent=True)  # wandb prints nothing; its errors are raised
-        is_online = self._library.setup(quiet).settings.mode in ("online", "run", "shared")
-        # Check the login here, because `init` would ask for it at the terminal and wait.
-        if is_online and not self._library.login(prompt=False, verify=False):
-            raise self._library.errors.UsageError("no login")
+        check_login()
         return self._library.init(
             project=stage.settings.project,
             entity=stage.settings.entity,

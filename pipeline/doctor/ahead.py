@@ -1,0 +1,192 @@
+"""Find, before the first stage of a command, what a later stage would refuse after hours of training.
+
+Every check calls the function that the later stage calls. Stages that are complete are not checked.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoints.config_json import read_config
+from pipeline.checkpoints.gpt_oss import Shape, expert_projections
+from pipeline.checkpoints.recognition import describe_missing
+from pipeline.config import (
+    LoraConfig,
+    Method,
+    PipelineConfig,
+    QuantizeSource,
+    Stage,
+    TrainConfig,
+    leaves_nothing_to_round,
+)
+from pipeline.config.engines import loading_problems
+from pipeline.config.hub_ids import is_hub_id
+from pipeline.config.training import layers_problem
+from pipeline.data.rows import load_rows
+from pipeline.doctor import device_memory, fit, machine
+from pipeline.doctor.facts import Facts
+from pipeline.doctor.plan import Plan
+from pipeline.errors import Attempts, UserError
+from pipeline.models import continuing, references, sharding, source
+from pipeline.runs import tracking
+from pipeline.runs.artifacts import EVALUATED_STAGES, MODEL_STAGES, load
+from pipeline.runs.processes import process_count
+from pipeline.runs.records import DoctorRecord
+from pipeline.runs.run import Run
+
+_TRAINING = {
+    Stage.sft: (Stage.sft,),
+    Stage.qat: (Stage.qat,),
+    Stage.controls: (Stage.sft,),
+    Stage.all: (Stage.sft, Stage.qat),
+}
+"""Stage of the command -> the training stages that it may run."""
+_ALL = "all"  # value of evaluate.source
+
+
+def problems(config: PipelineConfig) -> list[str]:
+    """Return a message for each mistake in the settings of a stage that this command will run. Empty if there is none.
+
+    Commands that train nothing are not checked, because their own stage checks its settings at once.
+    """
+    trained = _trained(config)
+    if not trained:
+        return []
+    here, found = Run(config), Attempts()
+    found.attempt(lambda: sharding.raise_if_impossible(config.sharding))
+    found.attempt(lambda: tracking.raise_if_impossible(config.tracking.backend))
+    _check_training(found, here, trained)
+    _check_model(found, here, trained)
+    _check_data(found, here)
+    if config.stage is Stage.all:
+        return [*found.problems, *_source_problems(here), *_verify_problems(config)]
+    return found.problems
+
+
+def _trained(config: PipelineConfig) -> dict[str, TrainConfig]:
+    """Return the settings of the training stages that the command will run, by the stage's name."""
+    here = Run(config)
+    skipped = set()
+    if config.stage is Stage.all and config.quantize.source is QuantizeSource.upcast:
+        skipped.add(Stage.sft)
+    if leaves_nothing_to_round(config.quantize.source, config.sft, config.format.name):
+        skipped.add(Stage.qat)
+    todo = [
+        stage
+        for stage in _TRAINING.get(config.stage, ())
+        if stage not in skipped and (config.overwrite or config.stage is Stage.controls or not here.is_complete(stage))
+    ]
+    return {stage.name: getattr(config, stage.name) for stage in todo}
+
+
+def _check_training(found: Attempts, here: Run, trained: dict[str, TrainConfig]) -> None:
+    # These modules import transformers, which takes seconds. The training stages need it too.
+    from pipeline.training import attention_check, optimizers
+
+    for name, train in trained.items():
+        found.attempt(lambda train=train, name=name: optimizers.raise_if_impossible(train, name))  # type: ignore[misc]
+        found.attempt(lambda train=train, name=name: attention_check.raise_if_wrong(train, name))  # type: ignore[misc]
+    start = here.config.sft.start
+    if start is not None and Stage.sft.name in trained:
+        found.attempt(lambda: continuing.check_start(here, start))
+
+
+def _check_model(found: Attempts, here: Run, trained: dict[str, TrainConfig]) -> None:
+    """Check the settings that depend on config.json: layers of adapters, memory, block size, layout of the export."""
+    config = here.config
+    directory = found.attempt(lambda: source.locate_without_weights(here, config.model))
+    if directory is None:
+        return
+    model = read_config(directory)
+    shape = Shape.of(model, directory)
+    for name, train in trained.items():
+        if train.method is Method.lora:
+            found.attempt(lambda train=train, name=name: _raise_if_no_layer(train.lora, shape, name))  # type: ignore[misc]
+        if config.stage is Stage[name]:
+            found.attempt(lambda name=name: _raise_if_too_small(here, model, name))  # type: ignore[misc]
+    if config.stage is Stage.all:
+        _check_export(found, config, model, directory)
+
+
+def _raise_if_no_layer(lora: LoraConfig, shape: Shape, section: str) -> None:
+    if (problem := layers_problem(lora, shape.num_hidden_layers, section)) is not None:
+        raise UserError(problem)
+
+
+def _check_export(found: Attempts, config: PipelineConfig, model: Mapping[str, Any], directory: Path) -> None:
+    from pipeline.export import EXPORTERS
+    from pipeline.export.weights import raise_if_not_divisible
+
+    block_format = references.configured_format(config.format)
+    for projection in expert_projections(Shape.of(model, directory))[:2]:  # all layers have the same sizes
+        found.attempt(lambda projection=projection: raise_if_not_divisible(projection, block_format))  # type: ignore[misc]
+    found.attempt(lambda: EXPORTERS[config.export.target.name].check_source(model, directory))
+
+
+def _raise_if_too_small(here: Run, model: Mapping[str, Any], stage: str) -> None:
+    """Compare a training stage with the machine, by the report of `doctor`, or else without activations."""
+    free = machine.figures(here.directory)
+    known = _report(here)
+    if known is not None:
+        facts = Facts.of(known, free, Plan.of(here.config), model, here)
+        fit.report(fit.shortages_of_stage(facts, stage), here, "stage=doctor says what to set.")
+        return
+    least = device_memory.least(Plan.of(here.config), stage, model, free["processes"])
+    copies, kind, room = (
+        (1, fit.GPU, free["gpu_free_bytes"])
+        if free["gpus"]
+        else (free["local_processes"], fit.HOST, free["host_free_bytes"])
+    )
+    lacking = fit.Shortage(f"{stage}, even without activations,", kind, copies * least, room)
+    fit.report([lacking] if lacking.needed > room else [], here, "stage=doctor says what to set.")
+
+
+def _report(here: Run) -> DoctorRecord | None:
+    """Return the report of `doctor` if it was made with the settings of this command and for as many processes."""
+    if not here.is_complete(Stage.doctor):
+        return None
+    artifact = load(here.stage_dir(Stage.doctor), check_files=False)
+    is_same = artifact.settings == here.settings(artifact.settings)
+    return artifact.read(DoctorRecord) if is_same and artifact.parents["processes"] == str(process_count()) else None
+
+
+def _check_data(found: Attempts, here: Run) -> None:
+    """Check the rows, and the prompts of `evaluate` and of the answers during training."""
+    from pipeline.evaluate import measure
+    from pipeline.evaluate.generation import prompts
+
+    config, evaluate = here.config, here.config.evaluate
+    if config.stage is Stage.all:
+        found.attempt(lambda: measure.check_inputs(here, config.data, evaluate))
+    if not evaluate.during_training.prompts or (config.stage is Stage.all and evaluate.generate):
+        return
+
+    def load_prompts() -> None:
+        rows = load_rows(here, config.data)
+        prompts.load(here, config.data, evaluate.prompts, rows, evaluate.during_training.prompts)
+
+    found.attempt(load_prompts)
+
+
+def _source_problems(here: Run) -> list[str]:
+    export, evaluate = here.config.export.source, here.config.evaluate.source
+    asked = (
+        ("export.source", export, MODEL_STAGES),
+        ("evaluate.source", None if evaluate == _ALL else evaluate, EVALUATED_STAGES),
+    )
+    found = [references.source_problem(here, given, among, key) for key, given, among in asked if given is not None]
+    return [problem for problem in found if problem is not None]
+
+
+def _verify_problems(config: PipelineConfig) -> list[str]:
+    verify = config.verify
+    engines = [engine.name for engine in verify.engines]
+    found = loading_problems(engines, config.export.target.name, vars(verify.python))
+    places: Sequence[tuple[str, str | None]] = (
+        ("verify.reference", verify.reference),
+        ("verify.checkpoint", verify.checkpoint),
+    )
+    for key, path in places:
+        if path is not None and not Path(path).expanduser().is_dir() and not is_hub_id(path):
+            found.append(f"{key}={path}: {describe_missing(path)}")
+    return found
