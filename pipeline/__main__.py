@@ -84,7 +84,8 @@ def status(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _report(UserError("interrupted; run the same command, without overwrite=true, to resume"), 130)
     except Stopped as stopped:
-        return _report(UserError(str(stopped)), stopping.EXIT_STATUS)
+        # The main process gets the signal too, or has printed the error for which the launcher stops this process.
+        return _report(UserError(str(stopped)), stopping.EXIT_STATUS) if is_main_process() else stopping.EXIT_STATUS
     except SystemExit as leaving:
         return int(leaving.code or 0) if not isinstance(leaving.code, str) else _report(UserError(leaving.code), 1)
     except Exception:  # noqa: BLE001 - any other exception is a bug: show its traceback and return 1

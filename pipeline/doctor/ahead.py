@@ -23,7 +23,7 @@ from pipeline.config.engines import loading_problems
 from pipeline.config.hub_ids import is_hub_id
 from pipeline.config.training import layers_problem
 from pipeline.data.rows import load_rows
-from pipeline.doctor import device_memory, fit, machine
+from pipeline.doctor import device_memory, fit, machine, needs
 from pipeline.doctor.facts import Facts
 from pipeline.doctor.plan import Plan
 from pipeline.errors import Attempts, UserError
@@ -131,14 +131,19 @@ def _raise_if_too_small(here: Run, model: Mapping[str, Any], stage: str) -> None
         facts = Facts.of(known, free, Plan.of(here.config), model, here)
         fit.report(fit.shortages_of_stage(facts, stage), here, "stage=doctor says what to set.")
         return
-    least = device_memory.least(Plan.of(here.config), stage, model, free["processes"])
+    plan, shape = Plan.of(here.config), Shape.of(model, here.config.model.path)
+    least = device_memory.least(plan, stage, model, free["processes"])
     copies, kind, room = (
         (1, fit.GPU, free["gpu_free_bytes"])
         if free["gpus"]
         else (free["local_processes"], fit.HOST, free["host_free_bytes"])
     )
     lacking = fit.Shortage(f"{stage}, even without activations,", kind, copies * least, room)
-    fit.report([lacking] if lacking.needed > room else [], here, "stage=doctor says what to set.")
+    train = plan.trainings[stage]
+    files = needs.saved_bytes(shape, train) + needs.checkpoint(shape, train)
+    on_disk = fit.Shortage(f"{stage}, with one checkpoint,", fit.DISK, files, free["disk_free_bytes"])
+    found = [each for each in (lacking, on_disk) if each.needed > each.free]
+    fit.report(found, here, "stage=doctor says what to set.")
 
 
 def _report(here: Run) -> DoctorRecord | None:

@@ -14,7 +14,7 @@ from pipeline.doctor import needs, peaks
 from pipeline.doctor.fake_run import BACKWARD, OPTIMIZER, Job
 from pipeline.doctor.needs import DeviceFigures
 from pipeline.doctor.peaks import NotMeasured, Peaks
-from pipeline.doctor.plan import Plan
+from pipeline.doctor.plan import Plan, as_batched
 from pipeline.models import rounded_weights
 from pipeline.models.sharding import STRATEGIES
 
@@ -89,7 +89,7 @@ def least(plan: Plan, stage: str, model: Mapping[str, Any], processes: int) -> i
 
 
 def _job(plan: Plan, stage: str, model: Mapping[str, Any], longest: int, processes: int) -> Job:
-    train, tokens = needs.as_batched(plan.trainings[stage], longest, plan.data.max_length)
+    train, tokens = as_batched(plan.trainings[stage], longest, plan.data.max_length)
     is_quantized = stage == Stage.qat.name
     return Job(
         model=dict(model),

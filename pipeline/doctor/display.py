@@ -12,8 +12,8 @@ from pipeline.data.conversations import Conversation, ConversationError
 from pipeline.data.harmony import IGNORED, Rendering, examples
 from pipeline.doctor.facts import DataFigures, Facts, ValidationFigures
 from pipeline.doctor.fit import controls_of, device_needed, disk_needed, gigabytes, host_needed
-from pipeline.doctor.needs import as_batched
 from pipeline.doctor.parity import ParityFigures
+from pipeline.doctor.plan import as_batched
 from pipeline.doctor.renderings import RenderingFigures
 from pipeline.errors import UserError
 from pipeline.models.sharding import STRATEGIES

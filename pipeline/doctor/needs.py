@@ -6,7 +6,7 @@ the number of processes. All other figures assume that each device holds these p
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, NotRequired, TypedDict
 
@@ -38,7 +38,7 @@ from pipeline.config import (
 )
 from pipeline.config.targets import TARGETS
 from pipeline.doctor import activations, low_bit_adam
-from pipeline.doctor.plan import Plan
+from pipeline.doctor.plan import Plan, as_batched
 from pipeline.models import rounded_weights
 from pipeline.models.sharding import STRATEGIES
 from pipeline.numerics.formats import MXFP4
@@ -270,8 +270,8 @@ def disk(plan: Plan, shape: Shape, is_mxfp4: bool) -> dict[str, int]:
     upcast = packed_tensors(shape) if starts_packed else plain_tensors(shape)
     has_sft = plan.quantize.source is QuantizeSource.sft
     has_qat = Stage.qat.name in plan.trainings
-    sft = _saved_bytes(shape, plan.sft) if has_sft else 0
-    qat = _saved_bytes(shape, plan.qat) if has_qat else 0
+    sft = saved_bytes(shape, plan.sft) if has_sft else 0
+    qat = saved_bytes(shape, plan.qat) if has_qat else 0
     is_adapted = has_sft and plan.sft.method is Method.lora
     merges_adapters = is_adapted and plan.qat.method is not Method.lora
     adds_adapters = not is_adapted and plan.qat.method is Method.lora
@@ -305,11 +305,18 @@ def export_bytes(shape: Shape, target: str) -> int:
 
 
 def checkpoints(shape: Shape, train: TrainConfig) -> int:
-    """Compute the bytes of the checkpoints that a training stage keeps. Each has weights and optimizer states."""
+    """Compute the bytes of the checkpoints that a training stage keeps at most."""
     # One more than the limit: transformers removes the oldest checkpoint after it has written the next one.
-    is_partial = train.method is Method.bf16_parts  # checkpoints lack the frozen experts
-    weights = gradient_bytes(shape, train) if is_partial else _saved_bytes(shape, train)
-    return (train.save_total_limit + 1) * (weights + state_bytes(shape, train) + _holder_bytes(shape, train))
+    count = train.save_total_limit + 1
+    written = -(-train.max_steps // train.save_steps) if train.max_steps > 0 else count
+    return min(count, written) * checkpoint(shape, train)
+
+
+def checkpoint(shape: Shape, train: TrainConfig) -> int:
+    """Compute the bytes of a checkpoint: weights and optimizer states. With bf16_parts, it lacks the frozen experts."""
+    is_partial = train.method is Method.bf16_parts
+    weights = gradient_bytes(shape, train) if is_partial else saved_bytes(shape, train)
+    return weights + state_bytes(shape, train) + _holder_bytes(shape, train)
 
 
 def rounded_layers(plan: Plan, shape: Shape, longest: int, experts_per_token: int) -> int:
@@ -373,17 +380,7 @@ def of_stage(plan: Plan, stage: str, model: Mapping[str, Any], longest: int) -> 
     )
 
 
-def as_batched(train: TrainConfig, longest: int, max_length: int) -> tuple[TrainConfig, int]:
-    """Return the settings with the actual batch size, and the number of tokens in each row of a batch.
-
-    Rows are padded to the longest example. With packing, TRL lays all rows of a batch end to end in one row.
-    """
-    if not train.packing:
-        return train, min(longest, max_length)
-    return replace(train, batch_size=1), train.batch_size * max_length
-
-
-def _saved_bytes(shape: Shape, train: TrainConfig) -> int:
+def saved_bytes(shape: Shape, train: TrainConfig) -> int:
     """Compute the bytes of the weights or adapters that a training stage saves."""
     if train.method is Method.lora:
         return trained_parameters(shape, train) * _ADAPTER_BYTES

@@ -1,7 +1,7 @@
 """The settings that the needs of a run depend on."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.checkpoints.config_json import is_quantized
@@ -96,3 +96,13 @@ class Plan:
         if not leaves_nothing_to_round(self.quantize.source, self.sft, self.format.name):
             found[Stage.qat.name] = self.qat
         return found
+
+
+def as_batched(train: TrainConfig, longest: int, max_length: int) -> tuple[TrainConfig, int]:
+    """Return the settings with the actual batch size, and the number of tokens in each row of a batch.
+
+    Rows are padded to the longest example. With packing, TRL lays all rows of a batch end to end in one row.
+    """
+    if not train.packing:
+        return train, min(longest, max_length)
+    return replace(train, batch_size=1), train.batch_size * max_length

@@ -154,7 +154,7 @@ def training(plan: Plan, stage: str, config: Mapping[str, Any], amounts: Amounts
     optimizer = Work(memory_bytes=(3 * width * trained + 2 * states) / processes)
     step = one_pass.times(course.passes) + optimizer
     validation = work.forward(model, amounts.validation_tokens / processes, context, width=_WIDTH, is_packed=is_packed)
-    saved = needs.checkpoints(model.shape, train) / (train.save_total_limit + 1)
+    saved = needs.checkpoint(model.shape, train)
     disk = model_bytes(model, is_packed=is_packed) + saved * math.ceil(course.steps / train.save_steps)
     return step.times(course.steps) + validation.times(course.validations) + Work(disk_bytes=disk)
 

@@ -11,6 +11,10 @@ def raise_if_disk_too_small(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise UserError(
-            f"{directory}: needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free."
+            f"{directory}: needs {_readable(needed)}, but the disk has {_readable(free)} free."
             " Free some, or set run_dir to another disk."
         )
+
+
+def _readable(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
