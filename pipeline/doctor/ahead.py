@@ -41,23 +41,28 @@ _TRAINING = {
     Stage.all: (Stage.sft, Stage.qat),
 }
 """Stage of the command -> the training stages that it may run."""
+_BEFORE = {Stage.sft: Stage.upcast, Stage.qat: Stage.quantize, Stage.controls: Stage.sft}
+"""Stage of the command -> the stage that it needs."""
 _ALL = "all"  # value of evaluate.source
 
 
-def problems(config: PipelineConfig) -> list[str]:
+def problems(config: PipelineConfig, *, is_launched_well: bool = True) -> list[str]:
     """Return a message for each mistake in the settings of a stage that this command will run. Empty if there is none.
 
-    Commands that train nothing are not checked, because their own stage checks its settings at once.
+    Commands that train nothing are not checked, because their own stage checks its settings at once. If the machine or
+    the launcher does not fit, nothing is written to the run's directory, so the model and the data are not checked.
     """
     trained = _trained(config)
     if not trained:
         return []
     here, found = Run(config), Attempts()
     found.attempt(lambda: sharding.raise_if_impossible(config.sharding))
+    is_launched_well = is_launched_well and not found.problems
     found.attempt(lambda: tracking.raise_if_impossible(config.tracking.backend))
     _check_training(found, here, trained)
-    _check_model(found, here, trained)
-    _check_data(found, here)
+    if is_launched_well:
+        _check_model(found, here, trained)
+        _check_data(found, here)
     if config.stage is Stage.all:
         return [*found.problems, *_source_problems(here), *_verify_problems(config)]
     return found.problems
@@ -65,7 +70,9 @@ def problems(config: PipelineConfig) -> list[str]:
 
 def _trained(config: PipelineConfig) -> dict[str, TrainConfig]:
     """Return the settings of the training stages that the command will run, by the stage's name."""
-    here = Run(config)
+    here, before = Run(config), _BEFORE.get(config.stage)
+    if before is not None and not here.is_complete(before):
+        return {}  # the stage says at once that its input is missing
     skipped = set()
     if config.stage is Stage.all and config.quantize.source is QuantizeSource.upcast:
         skipped.add(Stage.sft)

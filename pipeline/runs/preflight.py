@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from pipeline.config import Device, PipelineConfig, Precision, QuantizeSource, Stage, TrainConfig
-from pipeline.errors import MachineError, user_errors
+from pipeline.errors import Attempts, MachineError, user_errors
 from pipeline.runs import gpus, tracking
 from pipeline.runs.console import warn
 from pipeline.runs.gpus import Gpu
@@ -19,6 +19,7 @@ from pipeline.runs.processes import has_launcher, local_process_count
 NO_GPU = "device=cuda: no GPU is visible here. Use device=auto or device=cpu."
 _BF16_CAPABILITY = (8, 0)
 _SIZES_DIFFER = 1.05  # GPUs of one model report sizes that differ by less than this factor
+FindMore = Callable[[PipelineConfig, bool], list[str]]
 _TRAINED = {Stage.sft: ("sft",), Stage.qat: ("qat",), Stage.controls: ("sft", "qat"), Stage.all: ("sft", "qat")}
 """For each stage that trains, the configuration sections with its training settings."""
 
@@ -58,7 +59,7 @@ class Machine:
         )
 
 
-def check(config: PipelineConfig, find_more: Callable[[PipelineConfig], list[str]] = lambda config: []) -> None:
+def check(config: PipelineConfig, find_more: FindMore | None = None) -> None:
     """Check the tracker's package, this machine and the launcher. Warn of GPUs whose sizes differ.
 
     The checks of the machine run if the stage trains, a launcher started the process, or device=cuda is set. Other
@@ -66,7 +67,8 @@ def check(config: PipelineConfig, find_more: Callable[[PipelineConfig], list[str
 
     Args:
         config: the configuration.
-        find_more: returns further problems of a command that trains. All problems are reported together.
+        find_more: returns further problems of a command that trains, and takes two arguments: the configuration, and
+            whether the machine and the launcher fit. All problems are reported together.
 
     Raises:
         UserError: the tracker's package is not installed, a GPU is missing, the number of processes does not fit the
@@ -75,11 +77,16 @@ def check(config: PipelineConfig, find_more: Callable[[PipelineConfig], list[str
         MachineError: torch has no kernels for a GPU.
     """
     trains = config.stage in _TRAINED
+    tracker = Attempts()
+    tracker.attempt(lambda: tracking.raise_if_not_installed(config.tracking.backend))
     if not trains:
-        tracking.raise_if_not_installed(config.tracking.backend)
+        tracker.raise_if_any()
     if trains or has_launcher() or config.device is Device.cuda:
         machine = Machine.read()
-        if found := [*problems(config, machine), *(find_more(config) if trains else [])]:
+        found = problems(config, machine)
+        if trains and find_more is not None:
+            found += find_more(config, not found)
+        if found := list(dict.fromkeys([*tracker.problems, *found])):
             raise user_errors(found)
         raise_if_no_kernels(machine)
         if (trains or config.stage is Stage.doctor) and (difference := unequal_sizes(machine)):

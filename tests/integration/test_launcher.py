@@ -23,8 +23,7 @@ def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 def test_the_launcher_prints_a_command_for_one_machine() -> None:
     outcome = launch("--processes", "4", "--dry-run", "stage=sft", "data.path=my file")
     assert outcome.stdout.split(" -m ") == [
-        "python3",
-        "torch.distributed.run --nproc-per-node=4 --standalone --max-restarts=0"
+        f"python3 {REPOSITORY / 'scripts' / 'torchrun'} --nproc-per-node=4 --standalone --max-restarts=0"
         r" --signals-to-handle=SIGTERM\,SIGINT\,SIGHUP\,SIGQUIT\,SIGUSR1 --shutdown-timeout=600",
         "pipeline stage=sft data.path=my\\ file \n",
     ]
@@ -84,8 +83,26 @@ def test_the_launcher_says_what_is_wrong(arguments: tuple[str, ...], message: st
 
 def test_the_launcher_starts_two_processes_that_leave_with_one_message(tmp_path: Path) -> None:
     outcome = launch("--processes", "2", "stage=sft", "recipe=smoke", f"run_dir={tmp_path}", PYTHON=sys.executable)
-    assert outcome.returncode != 0
-    assert outcome.stderr.count("error: stage=sft needs") == 1
+    assert outcome.returncode == 2
+    lines = [line for line in outcome.stderr.splitlines() if not line.startswith("[")]
+    assert len(lines) == 1 and lines[0].startswith("error: stage=sft needs")
+
+
+def test_a_killed_process_is_named_with_its_signal(tmp_path: Path) -> None:
+    """The children run a program that kills itself, in place of the pipeline."""
+    program = tmp_path / "pipeline.py"
+    program.write_text("import os, signal\nif os.environ['RANK'] == '1':\n    os.kill(os.getpid(), signal.SIGKILL)\n")
+    script = REPOSITORY / "scripts" / "torchrun"
+    outcome = subprocess.run(
+        [sys.executable, script, "--standalone", "--nproc-per-node=2", program],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert outcome.returncode == 128 + 9
+    assert outcome.stderr.splitlines()[-1].startswith("error: process 1 was killed by SIGKILL")
+    assert "Traceback" not in outcome.stderr
     assert "(local_rank: 1)" in outcome.stderr
     assert "exitcode  : 2" in outcome.stderr
     assert not (tmp_path / "sft").exists()
