@@ -72,8 +72,8 @@ def check(config: PipelineConfig, find_more: FindMore | None = None) -> None:
 
     Raises:
         UserError: the tracker's package is not installed, a GPU is missing, the number of processes does not fit the
-            GPUs, the GPUs lack the arithmetic of `precision`, the launcher contradicts the configuration, or `find_more`
-            has found problems.
+            GPUs, the GPUs lack the arithmetic of `precision`, the launcher contradicts the configuration, or
+            `find_more` has found problems.
         MachineError: torch has no kernels for a GPU.
     """
     trains = config.stage in _TRAINED
