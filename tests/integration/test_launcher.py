@@ -86,6 +86,7 @@ def test_the_launcher_starts_two_processes_that_leave_with_one_message(tmp_path:
     assert outcome.returncode == 2
     lines = [line for line in outcome.stderr.splitlines() if not line.startswith("[")]
     assert len(lines) == 1 and lines[0].startswith("error: stage=sft needs")
+    assert not (tmp_path / "sft").exists()
 
 
 def test_a_killed_process_is_named_with_its_signal(tmp_path: Path) -> None:
@@ -103,4 +104,3 @@ def test_a_killed_process_is_named_with_its_signal(tmp_path: Path) -> None:
     assert outcome.returncode == 128 + 9
     assert outcome.stderr.splitlines()[-1].startswith("error: process 1 was killed by SIGKILL")
     assert "Traceback" not in outcome.stderr
-    assert not (tmp_path / "sft").exists()
