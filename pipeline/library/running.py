@@ -13,6 +13,7 @@ from pipeline.errors import UserError, user_errors
 from pipeline.runs import allocator
 from pipeline.runs.artifacts import Artifact
 from pipeline.runs.job import run_job
+from pipeline.stages import find_ahead
 
 _one_at_a_time = threading.RLock()
 
@@ -54,7 +55,7 @@ def run(
     if found := command_line.problems([*flags, *arguments], composition.FOLDERS):
         raise user_errors(found)
     with _one_at_a_time, allocator.growing_segments(), _unchanged_random_numbers():
-        return run_job(composition.compose(arguments, files))
+        return run_job(composition.compose(arguments, files), find_ahead)
 
 
 def _arguments(
