@@ -18,12 +18,12 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.config import command_line, completion, composition, help, program, rules
 from pipeline.config.composition import CONF_DIR, FOLDERS, register
 from pipeline.config.groups import RECIPE
+from pipeline.config.pipeline import PipelineConfig
 from pipeline.errors import CheckFailed, MachineError, UserError, user_errors
 from pipeline.runs import allocator, console, provenance, stopping
 from pipeline.runs.job import run_job
 from pipeline.runs.processes import is_main_process
 from pipeline.runs.stopping import Stopped
-from pipeline.stages import find_ahead
 
 SWEEP_DIR = "sweep"
 """Subdirectory of run_dir. It holds one directory for each job of a sweep."""
@@ -36,7 +36,13 @@ def run(composed: DictConfig) -> None:
 
     composition.keep_choice(composed, HydraConfig.get().runtime.choices.get(RECIPE))
     _keep_jobs_apart(composed)
-    run_job(rules.resolve(composed), find_ahead)
+    run_job(rules.resolve(composed), _find_ahead)
+
+
+def _find_ahead(settings: PipelineConfig, is_launched_well: bool) -> list[str]:
+    from pipeline.doctor import ahead  # imports torch
+
+    return ahead.problems(settings, is_launched_well)
 
 
 def _keep_jobs_apart(composed: DictConfig) -> None:

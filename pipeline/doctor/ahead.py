@@ -28,7 +28,7 @@ from pipeline.doctor.facts import Facts
 from pipeline.doctor.plan import Plan
 from pipeline.errors import Attempts, UserError
 from pipeline.models import continuing, references, sharding, source
-from pipeline.runs import tracking
+from pipeline.runs import hub_login, tracking
 from pipeline.runs.artifacts import EVALUATED_STAGES, MODEL_STAGES, load
 from pipeline.runs.processes import process_count
 from pipeline.runs.records import DoctorRecord
@@ -46,7 +46,7 @@ _BEFORE = {Stage.sft: Stage.upcast, Stage.qat: Stage.quantize, Stage.controls: S
 _ALL = "all"  # value of evaluate.source
 
 
-def problems(config: PipelineConfig, *, is_launched_well: bool = True) -> list[str]:
+def problems(config: PipelineConfig, is_launched_well: bool = True) -> list[str]:
     """Return a message for each mistake in the settings of a stage that this command will run. Empty if there is none.
 
     Commands that train nothing are not checked, because their own stage checks its settings at once. If the machine or
@@ -64,7 +64,8 @@ def problems(config: PipelineConfig, *, is_launched_well: bool = True) -> list[s
         _check_model(found, here, trained)
         _check_data(found, here)
     if config.stage is Stage.all:
-        return [*found.problems, *_source_problems(here), *_verify_problems(config)]
+        later = [*_source_problems(here), *_verify_problems(config), *hub_login.problems(config.export)]
+        return [*found.problems, *later]
     return found.problems
 
 

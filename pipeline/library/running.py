@@ -9,11 +9,11 @@ from os import PathLike
 from pathlib import Path
 
 from pipeline.config import command_line, composition
+from pipeline.config.pipeline import PipelineConfig
 from pipeline.errors import UserError, user_errors
 from pipeline.runs import allocator
 from pipeline.runs.artifacts import Artifact
 from pipeline.runs.job import run_job
-from pipeline.stages import find_ahead
 
 _one_at_a_time = threading.RLock()
 
@@ -55,7 +55,7 @@ def run(
     if found := command_line.problems([*flags, *arguments], composition.FOLDERS):
         raise user_errors(found)
     with _one_at_a_time, allocator.growing_segments(), _unchanged_random_numbers():
-        return run_job(composition.compose(arguments, files), find_ahead)
+        return run_job(composition.compose(arguments, files), _find_ahead)
 
 
 def _arguments(
@@ -108,3 +108,9 @@ def _unchanged_random_numbers() -> Iterator[None]:
         random.setstate(random_state)
         if numpy is not None:
             numpy.random.set_state(numpy_state)
+
+
+def _find_ahead(settings: PipelineConfig, is_launched_well: bool) -> list[str]:
+    from pipeline.doctor import ahead  # imports torch
+
+    return ahead.problems(settings, is_launched_well)

@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from pipeline.config import ExportConfig, hub_ids
+from pipeline.config import ExportConfig
 from pipeline.errors import UserError, user_errors
+from pipeline.runs.hub_login import LOGIN, problems, setting
 from pipeline.runs.processes import is_main_process
-
-_LOGIN = "Log in with `hf auth login`, or put a token with write access into the environment variable HF_TOKEN."
 
 
 def check(settings: ExportConfig) -> None:
@@ -34,25 +33,6 @@ def check(settings: ExportConfig) -> None:
     name = settings.push_to_hub
     with _hub_errors(name):
         _raise_if_public(settings, HfApi(), name)
-
-
-def problems(settings: ExportConfig) -> list[str]:
-    """Return a message for a name that is not valid, and for a missing token. The Hub is not contacted."""
-    name = settings.push_to_hub
-    if name is None:
-        return []
-    found = _name_problems(name)
-    if get_token() is None:
-        found.append(f"{_setting(name)}: there is no token for the Hub. {_LOGIN}")
-    return found
-
-
-def _name_problems(name: str) -> list[str]:
-    # If a name has no owner, the Hub would add the token's owner. The card and `check` do not know this owner.
-    if "/" not in name:
-        return [f"{_setting(name)}: has no owner. Write <your name>/{name}."]
-    problem = hub_ids.problem(name)
-    return [] if problem is None else [f"{_setting(name)}: {problem}"]
 
 
 def push(settings: ExportConfig, directory: Path) -> str:
@@ -84,7 +64,7 @@ def _raise_if_public(settings: ExportConfig, api: HfApi, name: str) -> None:
     except RepositoryNotFoundError:
         return  # `push` creates the repository
     if settings.private and not is_private:
-        raise UserError(f"{_setting(name)}: is public. Make it private, choose another, or set export.private=false.")
+        raise UserError(f"{setting(name)}: is public. Make it private, choose another, or set export.private=false.")
 
 
 @contextmanager
@@ -94,8 +74,4 @@ def _hub_errors(name: str) -> Iterator[None]:
     # huggingface_hub raises ValueError if a file is too large, or if the Hub refuses the card's metadata.
     except (httpx.HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{_setting(name)}: the Hub cannot be reached or refuses ({reason}). {_LOGIN}") from error
-
-
-def _setting(name: str) -> str:
-    return f"export.push_to_hub={name}"
+        raise UserError(f"{setting(name)}: the Hub cannot be reached or refuses ({reason}). {LOGIN}") from error
