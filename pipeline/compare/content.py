@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.compare import about, charts, evidence, examples, exports, findings, rows, table
+from pipeline.compare import about, charts, evidence, examples, exports, exports_table, findings, rows, table
 from pipeline.compare.about import About
 from pipeline.compare.charts import Chart
 from pipeline.compare.decision import state_rule
@@ -80,7 +80,7 @@ def collect(runs: list[EvaluatedRun], most_examples: int, margin: float = 5.0) -
         about=about.describe(runs),
         reference=reference,
         rows=found,
-        tables=_tables(found, reference),
+        tables=_tables(runs, found, reference),
         tests=tests,
         findings=findings.describe(found, tests),
         charts=charts.make_charts(runs, found),
@@ -88,10 +88,10 @@ def collect(runs: list[EvaluatedRun], most_examples: int, margin: float = 5.0) -
     )
 
 
-def _tables(found: list[Row], reference: str | None) -> list[Table]:
+def _tables(runs: list[EvaluatedRun], found: list[Row], reference: str | None) -> list[Table]:
     main, *others = table.make_tables(found, reference)
-    rounding = table.make_rounding_table(found)
-    return [main, *([] if rounding is None else [rounding]), *others]
+    some = [exports_table.make(runs), table.make_rounding_table(found)]
+    return [main, *(each for each in some if each), *others]
 
 
 def to_markdown(content: Content) -> str:

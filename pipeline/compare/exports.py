@@ -7,9 +7,8 @@ from pipeline.compare.evidence import LOSS, Test, reference_of
 from pipeline.compare.names import EXPORT, SFT, UPCAST
 from pipeline.compare.rounding import find_twin
 from pipeline.compare.rows import Row, read_shape, sizes
-from pipeline.compare.runs import EvaluatedRun, StageFacts, distinct_runs
+from pipeline.compare.runs import EvaluatedRun, StageFacts, distinct_runs, read_facts
 from pipeline.compare.tiles import Tile, make_tiles
-from pipeline.config import Stage
 from pipeline.runs.records import ExportRecord
 
 _SERVED = "served_bytes"
@@ -111,9 +110,9 @@ def _find(run: EvaluatedRun, rows: list[Row]) -> Export:
 
 
 def _find_proof(run: EvaluatedRun, export: StageFacts) -> StageFacts | None:
-    proof = run.read_stage(Stage.verify.name)
-    is_of_export = proof is not None and proof.artifact.parents["checkpoint"] == export.artifact.fingerprint
-    return proof if is_of_export else None
+    same = [each for each in run.exports.values() if each.artifact.fingerprint == export.artifact.fingerprint]
+    proof = same[0].proof if same else None
+    return None if proof is None else read_facts(proof.directory)
 
 
 def _proves_the_twin(export: StageFacts, proof: StageFacts | None) -> bool:

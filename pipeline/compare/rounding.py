@@ -33,11 +33,11 @@ def find_rounding(run: EvaluatedRun, model: StageFacts) -> Rounding | None:
         return _of_quantize(artifact)
     if artifact.stage == Stage.export.name:
         return _of_export(artifact)
-    export = run.read_stage(Stage.export.name) if artifact.stage == Stage.qat.name else None
-    if export is None or export.artifact.parents["model"] != artifact.fingerprint:
+    if artifact.stage != Stage.qat.name:
         return None
-    same_format = (export.artifact.format, export.artifact.scale_rule) == (artifact.fake_quantized, artifact.scale_rule)
-    return _of_export(export.artifact) if same_format else None
+    made = [each.artifact for each in run.exports.values() if each.artifact.parents["model"] == artifact.fingerprint]
+    same = (each for each in made if (each.format, each.scale_rule) == (artifact.fake_quantized, artifact.scale_rule))
+    return next((_of_export(each) for each in same), None)
 
 
 def _of_quantize(artifact: Artifact) -> Rounding | None:

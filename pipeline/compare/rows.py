@@ -29,6 +29,7 @@ from pipeline.evaluate.transcripts import Transcript
 from pipeline.evaluate.verdicts import Verdict
 from pipeline.numerics.formats import FORMATS, MXFP4
 from pipeline.runs.artifacts import Kind
+from pipeline.runs.exports import is_export
 from pipeline.runs.json_files import Json
 from pipeline.runs.records import ExportRecord
 
@@ -122,7 +123,8 @@ def collect(runs: list[EvaluatedRun]) -> list[Row]:
 
 def _collect_run(run: EvaluatedRun, *, is_alone: bool) -> list[Row]:
     results: Mapping[str, Figures] = run.evaluated.details["results"]
-    names = [*(name for name in ORDER if name in results), *(name for name in results if name not in ORDER)]
+    known = [*ORDER, *(name for name in run.exports if name not in ORDER)]
+    names = [*(name for name in known if name in results), *(name for name in results if name not in known)]
     shape = read_shape(run)
     endings = distinct_endings([Path(name) for name in names if is_local(name)])
     prefix = "" if is_alone else run.label
@@ -158,7 +160,7 @@ def _make_row(run: EvaluatedRun, model: str, results: Figures, *, shape: Shape |
         answers=answers,
         verdicts={name: verdicts for name, judge in VERDICTS.items() if (verdicts := judge(answers))},
         rounding=None if stage is None else find_rounding(run, stage),
-        twin=None if stage is None or model != EXPORT else find_twin(run, stage),
+        twin=None if stage is None or not is_export(model) else find_twin(run, stage),
     )
 
 
@@ -166,7 +168,7 @@ def _read_stage(run: EvaluatedRun, model: str) -> StageFacts | None:
     """Read the stage that made a model, or return None if no stage of the run made it."""
     if is_control(model):
         return run.read_control(model)
-    return run.read_stage(model) if model in ORDER else None
+    return run.read_stage(model) if model in ORDER or is_export(model) else None
 
 
 def _read_training(run: EvaluatedRun, model: str, stage: StageFacts | None) -> StageFacts | None:
@@ -217,10 +219,11 @@ def _role(model: str, stage: StageFacts | None, lineage: dict[str, str]) -> str:
         has_ptq = stage.artifact.stage == PTQ
         trained = {MORE_SFT: "SFT + more SFT", BF16_PARTS: "BF16 parts"}.get(control, SFT.upper())
         return f"{trained} + PTQ{rounded}" if has_ptq else trained
-    if model == EXPORT:
+    if is_export(model):
         origin = stage.artifact.details["exported_from"]
         known = f"control {control_of(origin)}" if is_control(origin) else without_directory(origin)
-        return f"{_role(origin, stage, lineage) if origin in _ROLES else known}, exported"
+        form = "" if model == EXPORT else f" as {model.partition('/')[2]}"
+        return f"{_role(origin, stage, lineage) if origin in _ROLES else known}, exported{form}"
     role = _ROLES[model] + (rounded if model == PTQ else "")
     return role if SFT in lineage else role.removeprefix("SFT + ")
 
@@ -232,7 +235,7 @@ def _trace_lineage(run: EvaluatedRun, model: str) -> dict[str, str]:
     if is_control(model):
         return {**_trace_lineage(run, SFT), model: stage.artifact.fingerprint}
     parents = stage.artifact.parents
-    if model == EXPORT:
+    if is_export(model):
         parents = {stage.artifact.details["exported_from"]: parents["model"]}
     found = {model: stage.artifact.fingerprint}
     for name, fingerprint in parents.items():

@@ -14,7 +14,7 @@ from pipeline.compare.names import distinct_endings
 from pipeline.config import Stage
 from pipeline.config.controls import is_control
 from pipeline.errors import user_errors
-from pipeline.runs import artifacts
+from pipeline.runs import artifacts, exports
 from pipeline.runs.artifacts import (
     ARTIFACT_FILE,
     CONFIG_FILE,
@@ -24,6 +24,7 @@ from pipeline.runs.artifacts import (
     Artifact,
 )
 from pipeline.runs.commands import stage_command
+from pipeline.runs.exports import Export
 
 _EVALUATE = Stage.evaluate.name
 _MADE_ON = ("git_commit", "libraries", "python", "device", "processes")
@@ -69,6 +70,9 @@ class EvaluatedRun:
         The stage may be in the run that `base_run` names. A stage of that run is ignored if it was rebuilt after this
         run was evaluated.
         """
+        if exports.is_export(stage):
+            export = self.exports.get(stage)
+            return None if export is None else export.artifact.directory
         if (self.directory / stage / ARTIFACT_FILE).is_file():
             return self.directory / stage
         shared = None if self._shared is None else Path(self._shared).expanduser().absolute() / stage
@@ -84,14 +88,7 @@ class EvaluatedRun:
             UserError: artifact.json is not readable.
         """
         directory = self.stage_dir(stage)
-        if directory is None:
-            return None
-        cost = json.loads((directory / ARTIFACT_FILE).read_text(encoding="utf-8"))
-        on_gpu = cost["peak_device_memory_bytes"]
-        peak_bytes = on_gpu or cost["peak_memory_bytes"]
-        made_on = {name: cost[name] for name in _MADE_ON if name in cost}
-        artifact = artifacts.load(directory, check_files=False)
-        return StageFacts(artifact, cost["seconds"], peak_bytes, bool(on_gpu), made_on)
+        return None if directory is None else read_facts(directory)
 
     def read_control(self, model: str) -> StageFacts | None:
         """Read the stage of a control's model. The cost is that of all stages that the control ran itself."""
@@ -104,6 +101,12 @@ class EvaluatedRun:
         most = max(facts, key=lambda each: each.peak_bytes)
         seconds = sum(each.seconds for each in facts)
         return StageFacts(made.artifact, seconds, most.peak_bytes, most.is_gpu_memory, made.made_on)
+
+    @cached_property
+    def exports(self) -> dict[str, Export]:
+        """The complete exports by their names in reports (`exports.by_name`)."""
+        own = exports.by_name(self.directory)
+        return own if own or self._shared is None else exports.by_name(Path(self._shared).expanduser().absolute())
 
     @cached_property
     def _shared(self) -> str | None:
@@ -120,6 +123,20 @@ def distinct_runs(runs: list[EvaluatedRun], stage: str) -> list[tuple[EvaluatedR
     """
     found = {run.stage_dir(stage): run for run in reversed(runs) if run.stage_dir(stage) is not None}
     return [(run, f"{run.label}: " if len(found) > 1 else "") for run in runs if found.get(run.stage_dir(stage)) is run]
+
+
+def read_facts(directory: Path) -> StageFacts:
+    """Read artifact.json in the directory of a complete stage.
+
+    Raises:
+        UserError: artifact.json is not readable.
+    """
+    cost = json.loads((directory / ARTIFACT_FILE).read_text(encoding="utf-8"))
+    on_gpu = cost["peak_device_memory_bytes"]
+    peak_bytes = on_gpu or cost["peak_memory_bytes"]
+    made_on = {name: cost[name] for name in _MADE_ON if name in cost}
+    artifact = artifacts.load(directory, check_files=False)
+    return StageFacts(artifact, cost["seconds"], peak_bytes, bool(on_gpu), made_on)
 
 
 def find_this(evaluated: Artifact) -> list[EvaluatedRun]:
@@ -194,7 +211,7 @@ def _stale_problems(run: EvaluatedRun) -> list[str]:
     return [
         f"{directory}: was rebuilt after it was evaluated. Run {_command(run.directory)}"
         for model, fingerprint in run.evaluated.parents.items()
-        if (model in Stage.__members__ or is_control(model))
+        if (model in Stage.__members__ or exports.is_export(model) or is_control(model))
         and (directory := run.stage_dir(model)) is not None
         and artifacts.load(directory, check_files=False).fingerprint != fingerprint
     ]

@@ -27,7 +27,7 @@ from pipeline.config.evaluate import (
     PromptsConfig,
     ServerConfig,
 )
-from pipeline.config.export import CardConfig, ExportConfig, ExportTarget
+from pipeline.config.export import DEFAULT_TARGET, CardConfig, ExportConfig, ExportTarget
 from pipeline.config.format import FormatConfig, FormatName, ScaleRule
 from pipeline.config.keys import is_known, schema, setting_keys, unknown_key, value_problem
 from pipeline.config.model import SYNTHETIC, Dtype, ModelConfig, TinyConfig
@@ -67,6 +67,7 @@ from pipeline.config.verify import LoadingEngine, PythonConfig, VerifyConfig
 
 __all__ = [
     "AUTO_ATTENTION",
+    "DEFAULT_TARGET",
     "SYNTHETIC",
     "BlendPartConfig",
     "CardConfig",

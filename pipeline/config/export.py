@@ -15,6 +15,10 @@ class ExportTarget(Enum):
     add_members(vars(), TARGETS)
 
 
+DEFAULT_TARGET = ExportTarget["mxfp4"]
+"""Layout that `export` and `all` write if export.target is null."""
+
+
 @dataclass
 class CardConfig:
     """Facts for the model card. The pipeline cannot take them from the run."""
@@ -31,8 +35,8 @@ class ExportConfig:
 
     source: Optional[str] = None
     """Model to export: a stage (upcast, sft, quantize, qat), controls/… or a directory; null: the newest stage."""
-    target: ExportTarget = ExportTarget["mxfp4"]
-    """Layout: mxfp4 (as in openai/gpt-oss-20b), openai (OpenAI's own files), nvfp4, gguf (for llama.cpp) or bf16."""
+    target: Optional[ExportTarget] = None
+    """Layout: mxfp4 (as the original), openai, nvfp4, gguf (llama.cpp) or bf16; null: mxfp4, later the last export."""
     requantize: bool = False
     """Allow an export in a format for which the model was not trained. The loss of accuracy is reported."""
     shard_bytes: Annotated[int, POSITIVE] = 5_000_000_000
@@ -42,3 +46,8 @@ class ExportConfig:
     private: bool = True
     """Make a new repository private, and refuse to upload to a public one; false: make a new repository public."""
     card: CardConfig = field(default_factory=CardConfig)
+
+    @property
+    def layout(self) -> ExportTarget:
+        """The layout that `export` writes."""
+        return self.target or DEFAULT_TARGET

@@ -1,6 +1,6 @@
 """Define PipelineConfig, which holds all settings, and the list of stages."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Optional
 
@@ -98,3 +98,7 @@ class PipelineConfig:
     compare: CompareConfig = field(default_factory=CompareConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def with_target(self) -> "PipelineConfig":
+        """Return these settings with the export target that `export` uses, if it is null."""
+        return replace(self, export=replace(self.export, target=self.export.layout))

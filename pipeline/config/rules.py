@@ -211,7 +211,7 @@ def _format_problems(config: PipelineConfig) -> list[str]:
         found.append(f"format.scale_rule={scale_rule}: {name} has {', '.join(rules)}.")
     if config.format.importance and scale_rule != "mse":
         found.append(f"format.importance=true: applies only to format.scale_rule=mse, not {scale_rule}.")
-    target = config.export.target.name
+    target = config.export.layout.name
     held = TARGETS[target].holds
     if config.stage in (Stage.export, Stage.all) and name not in held:
         found.append(

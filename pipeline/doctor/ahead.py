@@ -128,7 +128,7 @@ def _check_export(found: Attempts, config: PipelineConfig, model: Mapping[str, A
     block_format = references.configured_format(config.format)
     for projection in expert_projections(Shape.of(model, directory))[:2]:  # all layers have the same sizes
         found.attempt(lambda projection=projection: raise_if_not_divisible(projection, block_format))  # type: ignore[misc]
-    found.attempt(lambda: EXPORTERS[config.export.target.name].check_source(model, directory))
+    found.attempt(lambda: EXPORTERS[config.export.layout.name].check_source(model, directory))
 
 
 def _raise_if_too_small(here: Run, model: Mapping[str, Any], stage: str) -> None:
@@ -194,7 +194,7 @@ def _source_problems(here: Run) -> list[str]:
 def _verify_problems(config: PipelineConfig) -> list[str]:
     verify = config.verify
     engines = [engine.name for engine in verify.engines]
-    found = loading_problems(engines, config.export.target.name, vars(verify.python))
+    found = loading_problems(engines, config.export.layout.name, vars(verify.python))
     places: Sequence[tuple[str, str | None]] = (
         ("verify.reference", verify.reference),
         ("verify.checkpoint", verify.checkpoint),

@@ -58,7 +58,7 @@ class Plan:
             config.sft,
             config.qat,
             config.sharding,
-            config.export.target.name,
+            config.export.layout.name,
             config.format,
             config.quantize,
             config.upcast.experts,

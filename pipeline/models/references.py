@@ -17,7 +17,7 @@ from pipeline.config.controls import is_control
 from pipeline.errors import UserError
 from pipeline.models.source import sampled_fingerprint
 from pipeline.numerics.formats import FORMATS, BlockFormat
-from pipeline.runs import controls
+from pipeline.runs import controls, exports
 from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact, Kind, load
 from pipeline.runs.records import ModelRecord
 from pipeline.runs.run import Run
@@ -52,8 +52,8 @@ class ModelRef:
         return is_quantized(read_config(self.base))
 
 
-def of_artifact(artifact: Artifact) -> ModelRef:
-    """Describe the model that a stage wrote.
+def of_artifact(artifact: Artifact, name: str | None = None) -> ModelRef:
+    """Describe the model that a stage wrote. `name` is its name in reports, by default the stage.
 
     Raises:
         UserError: the artifact is a report, or an export that transformers cannot load.
@@ -68,7 +68,7 @@ def of_artifact(artifact: Artifact) -> ModelRef:
     is_export = artifact.stage == Stage.export.name
     record = ModelRecord(dtype="bfloat16") if is_export else artifact.read(ModelRecord)
     return ModelRef(
-        artifact.stage,
+        name or artifact.stage,
         artifact.directory,
         _base_directory(artifact.directory, record.base),
         artifact.kind is Kind.adapter,
@@ -103,9 +103,11 @@ def configured_format(settings: FormatConfig) -> BlockFormat:
 
 
 def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> ModelRef:
-    """Find the model that `source` names: a stage of this run, a stage of a control (`Control.model`), or a directory.
+    """Find the model that `source` names.
 
-    If `source` is None, the newest complete stage in `among` is used. Messages use `key` as the name of the setting.
+    `source` is a stage of this run, an export (`export/<target>`), a stage of a control (`Control.model`), or a
+    directory. If `source` is None, the newest complete stage in `among` is used. Messages use `key` as the name of the
+    setting.
 
     Raises:
         UserError: the model is missing or unfinished, or the directory is not a model.
@@ -113,16 +115,19 @@ def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> Mo
     if source is None:
         newest = next((stage for stage in reversed(among) if is_loadable(run, stage)), among[0])
         ref = stage_ref(run, newest)
-        say_if_needed(run.stage.name, f"{key}: {newest.name}, the newest complete stage")
+        say_if_needed(run.stage.name, f"{key}: {ref.name}, the newest complete stage")
         return ref
     if (problem := source_problem(run, source, among, key)) is not None:
         raise UserError(problem)
-    if source in Stage.__members__:  # a directory with the name of a stage must be given as ./<name>
-        return stage_ref(run, Stage[source])
+    if is_own_name(source):  # a directory with such a name must be given as ./<name>
+        first, _, target = source.partition("/")
+        return export_ref(run, target) if target else stage_ref(run, Stage[first])
     directory = run.directory / source if is_control(source) else Path(source).expanduser().absolute()
     if not directory.is_dir():
         raise UserError(f"{key}={source}: no control of {run.directory} has this model.")
     ref = in_directory(directory, controls.remedy(directory.parent) if is_control(source) else None)
+    if ref.name == exports.NAME and (name := exports.name_of(run, directory)) is not None:
+        return replace(ref, name=name)
     is_own = (directory / ARTIFACT_FILE).is_file() and directory == run.stage_dir(ref.name)
     return ref if is_own else replace(ref, name=source)
 
@@ -145,9 +150,10 @@ def in_directory(directory: Path, remedy: str | None = None) -> ModelRef:
 
 def source_problem(run: Run, source: str, among: tuple[Stage, ...], key: str) -> str | None:
     """Return a message if `source` can never name a model, else None. A stage of this run may be made later."""
-    if source in Stage.__members__:
+    if is_own_name(source):
         stages = ", ".join(stage.name for stage in among)
-        return None if Stage[source] in among else f"{key}={source}: must be one of {stages}, or a directory."
+        is_possible = Stage[source.partition("/")[0]] in among
+        return None if is_possible else f"{key}={source}: must be one of {stages}, or a directory."
     directory = Path(source).expanduser().absolute()
     if is_control(source) or directory.is_dir():
         return None
@@ -156,14 +162,44 @@ def source_problem(run: Run, source: str, among: tuple[Stage, ...], key: str) ->
     return f"{key}={source}: neither a stage ({', '.join(s.name for s in among)}) nor a directory."
 
 
+def is_own_name(source: str) -> bool:
+    """Return whether a source means a model of this run: a stage, or export/<target>."""
+    return source in Stage.__members__ or exports.is_export(source)
+
+
 def is_loadable(run: Run, stage: Stage) -> bool:
     """Return whether a stage of this run is complete and transformers can load its model."""
+    if stage is Stage.export:
+        return _loadable_export(run) is not None
     return run.is_complete(stage) and load(run.stage_dir(stage), check_files=False).kind is not Kind.foreign
 
 
 def stage_ref(run: Run, stage: Stage) -> ModelRef:
     """Return the model of a complete stage of this run."""
-    return of_artifact(run.require(stage))
+    return export_ref(run, _loadable_export(run)) if stage is Stage.export else of_artifact(run.require(stage))
+
+
+def export_ref(run: Run, target: str | None) -> ModelRef:
+    """Return the model of the export in the layout `target`, or of the one that export.target names."""
+    artifact = Run(run.config, target).require(Stage.export)
+    return of_artifact(artifact, exports.name_of(run, artifact.directory))
+
+
+def export_refs(run: Run) -> list[ModelRef]:
+    """Return the models of all exports that transformers can load."""
+    there = exports.by_name(run.directory).values()
+    return [export_ref(run, export.target) for export in there if export.is_loadable]
+
+
+def _loadable_export(run: Run) -> str | None:
+    """Return the layout of the export that export.target names, or of the last one, if transformers can load it.
+
+    If export.target is null, an earlier export may take the place of the last one.
+    """
+    there = [export.target for export in exports.find_all(run.directory) if export.is_loadable]
+    if run.part in there:
+        return run.part
+    return there[0] if there and run.asked_part is None else None
 
 
 def require_upcast(run: Run, model_path: str) -> Artifact:

@@ -54,6 +54,7 @@ def write_text(run: Run, model: ModelConfig, settings: ExportConfig, *, proven: 
         added=" and ".join([FILE, *added]),
         checks={record.without_directories(title): status for title, status in verified.checks.items()},
         gaps=[record.without_directories(gap) for gap in verified.not_checked],
+        others=record.layouts(record.siblings(run, export)),
         comparison=record.comparison(run, export),
     )
     return str(card)

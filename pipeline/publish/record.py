@@ -9,9 +9,11 @@ from typing import Any
 
 from pipeline.config import Stage
 from pipeline.config.hub_ids import is_hub_id
+from pipeline.config.targets import TARGETS
 from pipeline.models.source import Source
-from pipeline.runs import artifacts
+from pipeline.runs import artifacts, exports
 from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact
+from pipeline.runs.exports import Export
 from pipeline.runs.records import DoctorRecord, ExportRecord, TrainingRecord
 from pipeline.runs.run import START, Run
 
@@ -44,7 +46,7 @@ def lineage(export: Artifact) -> list[Artifact]:
     origin = export.read(ExportRecord)
     found: list[Artifact] = []
     candidates = {
-        export.directory.parent / origin.exported_from: export.parents["model"],
+        export.run_directory / origin.exported_from: export.parents["model"],
         Path(origin.exported_directory): export.parents["model"],
     }
     while made := next((made for place in candidates.items() if (made := _recorded(*place))), None):
@@ -55,7 +57,7 @@ def lineage(export: Artifact) -> list[Artifact]:
 
 def _parents(made: Artifact) -> dict[Path, str]:
     """Return where the parents of a stage may be, with their fingerprints. An SFT that it continues comes first."""
-    run, start = made.directory.parent, made.details.get(START)
+    run, start = made.run_directory, made.details.get(START)
     continued = {run / start: made.parents[START]} if start is not None else {}
     return continued | {run / name: fingerprint for name, fingerprint in made.parents.items() if name != START}
 
@@ -124,6 +126,22 @@ def survival(exported: ExportRecord) -> dict[str, str]:
     """Return figures, keyed by title. They show how much of the fine-tuning the exported weights keep."""
     figures: dict[str, float | None] = {name: getattr(exported, name) for name in _SURVIVAL}
     return {title: show(value) for name, (title, show) in _SURVIVAL.items() if (value := figures[name]) is not None}
+
+
+def siblings(run: Run, export: Artifact) -> list[Export]:
+    """Find the other exports of the same model."""
+    same = [
+        each for each in exports.find_all(run.directory) if each.artifact.parents["model"] == export.parents["model"]
+    ]
+    return [each for each in same if each.artifact.fingerprint != export.fingerprint]
+
+
+def layouts(there: list[Export]) -> list[dict[str, str]]:
+    """Describe exports for the card: their `layout`, `size` and `proof`."""
+    return [
+        {"layout": TARGETS[each.target].title, "size": f"{each.bytes / 1e9:.3g} GB", "proof": each.proof_in_words}
+        for each in there
+    ]
 
 
 def comparison(run: Run, export: Artifact) -> str | None:

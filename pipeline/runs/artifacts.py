@@ -34,6 +34,7 @@ MODEL_STAGES = (Stage.upcast, Stage.sft, Stage.quantize, Stage.qat)
 EVALUATED_STAGES = (*MODEL_STAGES, Stage.export)
 """Stages whose result is a model to evaluate, in order."""
 _READ_BYTES = 1 << 24
+_MARKS = (f"/{ARTIFACT_FILE}", f"/{UNFINISHED_FILE}")
 
 
 class Kind(Enum):
@@ -88,6 +89,12 @@ class Artifact:
     base_model: dict[str, Any]
     data: str | None
 
+    @property
+    def run_directory(self) -> Path:
+        """Directory of the run. A part of a stage (`export/gguf`) lies one level deeper than a stage."""
+        is_part = self.directory.parent.name == self.stage != self.directory.name
+        return self.directory.parent.parent if is_part else self.directory.parent
+
     def read(self, kind: type[Record]) -> Record:
         """Return the stage's record.
 
@@ -134,7 +141,8 @@ def load(directory: Path, check_files: bool = True, remedy: str | None = None) -
 def fingerprint_of(directory: Path, known: dict[str, str] | None = None) -> tuple[str, dict[str, int]]:
     """Return the fingerprint of a payload, and the size of each file in bytes.
 
-    The fingerprint is the XXH3-128 of the files' names, sizes and digests.
+    The fingerprint is the XXH3-128 of the files' names, sizes and digests. A directory inside this one that is itself
+    the result of a stage does not count, as in `export/`, which has `export/<target>/`.
 
     Args:
         directory: directory of a stage, or any other directory.
@@ -142,7 +150,9 @@ def fingerprint_of(directory: Path, known: dict[str, str] | None = None) -> tupl
     """
     digests = dict(known or {})
     payload = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
-    sizes = {name: payload[name].stat().st_size for name in sorted(payload) if _is_payload(name)}
+    inner = tuple(f"{Path(name).parent.as_posix()}/" for name in payload if name.endswith(_MARKS))
+    own = [name for name in sorted(payload) if _is_payload(name) and not name.startswith(inner)]
+    sizes = {name: payload[name].stat().st_size for name in own}
     unread = {name: size for name, size in sizes.items() if name not in digests}
     with progress(total=sum(unread.values()), what="fingerprint", unit="B") as bar:
         for name in unread:

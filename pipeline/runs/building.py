@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from pipeline.config import Stage
 from pipeline.errors import MachineError, UserError
-from pipeline.runs import provenance, stopping, up_to_date
+from pipeline.runs import parts, provenance, stopping, up_to_date
 from pipeline.runs.artifacts import (
     ARTIFACT_FILE,
     BOOKKEEPING,
@@ -88,21 +88,26 @@ def build(
     Raises:
         UserError: the directory cannot be written, or holds a complete or unfinished stage with other inputs.
     """
-    directory = run.stage_dir(stage)
+    directory, place = run.stage_dir(stage), run.place(stage)
     inputs = Inputs(run.settings(settings), dict(parents), data)
     begun = Inputs(resumable_as(inputs.settings), inputs.parents, data)
     if not run.overwrite and (done := _find_up_to_date(directory, inputs, is_report)) is not None:
+        if not place.is_symlink():
+            _show(place, directory)
         return done
     up_to_date.flush()
-    _raise_if_foreign(directory)
+    _raise_if_foreign(place, directory)
     if not is_report and not run.overwrite:
         _raise_if_unfinished_differs(directory, begun)
     # Tracking may fail to start, so it starts before anything is deleted.
-    with _lock(run, directory), track(run, stage.name, directory.parent):
-        _on_main_process(lambda: _prepare(run, directory, begun, keep_files=is_report and not run.overwrite))
+    with _lock(run, place), track(run, stage.name, place.parent):
+        if stage.name in parts.STAGES:
+            _on_main_process(lambda: parts.settle(place, run.part))
+            directory = run.stage_dir(stage)
+        _on_main_process(lambda: _prepare(run, stage, directory, begun, keep_files=is_report and not run.overwrite))
         log_inputs(run, inputs.parents, inputs.data)
         result, seconds = _work(lambda: work(directory), on_every_process)
-        _on_main_process(lambda: _publish(run, directory, inputs, result, seconds))
+        _on_main_process(lambda: _publish(run, stage, directory, inputs, result, seconds))
         artifact = load(directory)
         log_output(artifact)
     stopping.raise_if_asked(f" after stage={stage.name}")
@@ -178,7 +183,12 @@ def _lock(run: Run, directory: Path) -> Iterator[None]:
         yield
 
 
-def _prepare(run: Run, directory: Path, begun: Inputs, keep_files: bool) -> None:
+def _show(place: Path, directory: Path) -> None:
+    if directory != place and is_main_process():
+        parts.show(directory)
+
+
+def _prepare(run: Run, stage: Stage, directory: Path, begun: Inputs, keep_files: bool) -> None:
     """Prepare the directory for work. Delete all files, except those of an interrupted run or an earlier report.
 
     unfinished.json first states that the directory is being emptied. It states the inputs only when the directory is
@@ -186,13 +196,18 @@ def _prepare(run: Run, directory: Path, begun: Inputs, keep_files: bool) -> None
     """
     if (directory / ARTIFACT_FILE).is_file() and not run.overwrite and not keep_files:
         raise UserError(f"{directory}: another run has just completed this stage. Run the same command again.")
+    place = run.place(stage)
     try:
+        if place != directory:
+            if not keep_files:
+                _raise_if_linked(place)
+            parts.hide(place, directory.name)
         directory.mkdir(parents=True, exist_ok=True)
         before = read_unfinished(directory)
         is_same = before not in (None, BEING_EMPTIED) and not _differences(before, begun.plain())
         is_resumed = is_same and not (directory / ARTIFACT_FILE).exists()
         if is_resumed:
-            say(directory.name, f"resuming what was interrupted in {directory}")
+            say(stage.name, f"resuming what was interrupted in {directory}")
             cut_torn_line(directory / METRICS_FILE)
         else:
             if not keep_files:
@@ -226,12 +241,12 @@ def _empty(directory: Path) -> None:
             path.unlink()
 
 
-def _publish(run: Run, directory: Path, inputs: Inputs, result: Result | None, seconds: float) -> None:
+def _publish(run: Run, stage: Stage, directory: Path, inputs: Inputs, result: Result | None, seconds: float) -> None:
     assert result is not None
     fingerprint, files = fingerprint_of(directory, result.digests)
     model = run.config.model
     record = {
-        "stage": directory.name,
+        "stage": stage.name,
         "kind": result.kind.name,
         "format": result.format,
         "fake_quantized": result.fake_quantized,
@@ -247,7 +262,8 @@ def _publish(run: Run, directory: Path, inputs: Inputs, result: Result | None, s
     sync_tree(directory)  # artifact.json must not reach the disk before the files that it describes
     write_json(directory / ARTIFACT_FILE, record)
     _clear_work(directory)
-    say(directory.name, f"done in {seconds:.1f} s: {directory}")
+    _show(run.place(stage), directory)
+    say(stage.name, f"done in {seconds:.1f} s: {directory}")
 
 
 def _clear_work(directory: Path) -> None:
@@ -259,16 +275,22 @@ def _clear_work(directory: Path) -> None:
             shards.unlink()
 
 
-def _raise_if_foreign(directory: Path) -> None:
+def _raise_if_foreign(place: Path, directory: Path) -> None:
     """Raise UserError if a directory has files, but neither of the files that every stage's directory has.
 
     A kill may leave unfinished.json under its temporary name. It is then the only file.
     """
+    if place != directory and parts.has_foreign_files(place):
+        raise _foreign(place)
     ours = (directory / ARTIFACT_FILE).is_file() or (directory / UNFINISHED_FILE).is_file()
     if not ours and directory.is_dir() and {path.name for path in directory.iterdir()} - {f"{UNFINISHED_FILE}.tmp"}:
-        raise UserError(
-            f"{directory}: holds files that this program did not write. Move them away, or set another run_dir."
-        )
+        raise _foreign(directory)
+
+
+def _foreign(directory: Path) -> UserError:
+    return UserError(
+        f"{directory}: holds files that this program did not write. Move them away, or set another run_dir."
+    )
 
 
 def _raise_if_unfinished_differs(directory: Path, begun: Inputs) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import PipelineConfig, QuantizeSource, Stage
+from pipeline.config import DEFAULT_TARGET, PipelineConfig, QuantizeSource, Stage
 from pipeline.errors import UserError
+from pipeline.runs import parts
 from pipeline.runs.artifacts import ARTIFACT_FILE, MODEL_STAGES, UNFINISHED_FILE, Artifact, Kind, load
 from pipeline.runs.commands import stage_command
 from pipeline.runs.settings import Settings, choose_settings
@@ -34,28 +35,50 @@ class Run:
         recipe: name of the recipe.
         directory: directory of the run.
         overwrite: whether to rebuild a complete stage.
+        asked_part: name of the part (see `runs.parts`) that the user asked for, or None.
     """
 
-    def __init__(self, config: PipelineConfig) -> None:
+    def __init__(self, config: PipelineConfig, part: str | None = None) -> None:
+        """Read the settings of a run.
+
+        Args:
+            config: the resolved configuration.
+            part: name of the export, and of its proof and its upload, that this run means by `export`. If it is None,
+                export.target names it. If this is None too, it is the export that was asked for last.
+        """
         self.config = config
         self.stage = config.stage
         self.recipe = config.recipe
         self.directory = _absolute(config.run_dir)
         self.overwrite = config.overwrite
+        self.asked_part = part or (config.export.target and config.export.target.name)
         self._shared = None if config.base_run is None else _absolute(config.base_run)
 
     def stage_dir(self, stage: Stage | str) -> Path:
         """Return the directory of a stage, in this run or in `base_run`.
 
         It is in `base_run` if this run has not begun the stage and can use the stage of `base_run` unchanged.
-        Directories that belong to no stage (tables of data, a synthetic source) are kept in `base_run` alone.
+        Directories that belong to no stage (tables of data, a synthetic source) are kept in `base_run` alone. The name
+        of an export may end with its target (`export/gguf`). Otherwise `part` in `Run` names the target.
         """
         name = stage.name if isinstance(stage, Stage) else stage
+        first, _, part = name.partition("/")
+        if first in parts.STAGES:
+            return parts.find(self.directory / first, part or self.part)
         own = self.directory / name
         if self._shared is None or (own / ARTIFACT_FILE).is_file() or (own / UNFINISHED_FILE).is_file():
             return own
         shared = self._shared / name
         return shared if name not in Stage.__members__ or self._can_use(shared) else own
+
+    def place(self, stage: Stage) -> Path:
+        """Return the directory of a stage. If the stage has parts, it is the directory above them."""
+        return self.directory / stage.name if stage.name in parts.STAGES else self.stage_dir(stage)
+
+    @property
+    def part(self) -> str:
+        """Name of the part that this run means, if a stage has parts."""
+        return self.asked_part or parts.newest(self.place(Stage.export)) or DEFAULT_TARGET.name
 
     def is_complete(self, stage: Stage) -> bool:
         """Whether a stage of this run is complete."""
@@ -70,7 +93,8 @@ class Run:
         directory = self.stage_dir(stage)
         if not (directory / ARTIFACT_FILE).is_file():
             state = "unfinished" if directory.is_dir() else "missing"
-            first = self.command(stage, run_dir=self.config.base_run)
+            target = [f"export.target={self.part}"] if stage.name in parts.STAGES and self.asked_part else []
+            first = self.command(stage, *target, run_dir=self.config.base_run)
             if self._shared is not None:
                 first += ", or this command with that stage"
             raise UserError(f"stage={self.stage.name} needs {directory}, which is {state}. Run first: {first}")

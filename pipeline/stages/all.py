@@ -25,6 +25,7 @@ STAGES = tuple(stage for stage in _BEFORE_ALL if stage is not Stage.controls)
 
 def run(config: PipelineConfig) -> Artifact:
     """Run the stages and return the last one's artifact."""
+    config = config.with_target()  # after an export to another target, too
     hub.check(config.export)  # check now, because the upload starts hours later
     sharding.raise_if_impossible(config.sharding)  # also now, because training starts minutes later
     artifact = None

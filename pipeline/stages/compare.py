@@ -60,11 +60,12 @@ def run(config: PipelineConfig) -> Artifact:
 
 
 def _parents(name: str, run: EvaluatedRun) -> Iterator[tuple[str, str]]:
-    """Yield the inputs of the report from a run. An export and its proof count, also if it was not evaluated."""
+    """Yield the inputs of the report from a run. The report lists exports, also those that were not evaluated."""
     yield name, run.evaluated.fingerprint
-    for stage in (Stage.export, Stage.verify):
-        if (found := run.read_stage(stage.name)) is not None:
-            yield f"{name}: {stage.name}", found.artifact.fingerprint
+    for model, export in run.exports.items():
+        yield f"{name}: {model}", export.artifact.fingerprint
+        if export.proof is not None:
+            yield f"{name}: {Stage.verify.name} of {model}", export.proof.fingerprint
 
 
 def place_report(config: PipelineConfig, found: list[EvaluatedRun]) -> str:

@@ -57,6 +57,7 @@ _SETTINGS = (
 
 def run(config: PipelineConfig) -> Artifact:
     """Write the report to <run_dir>/doctor, and print one conversation and the report. No model weights are needed."""
+    config = config.with_target()
     here, tell = Run(config), Languages(config.doctor.languages, "doctor.languages")
     model = source.locate_without_weights(here, config.model)
     how = rendering_of(config.data, load_tokenizer(model))

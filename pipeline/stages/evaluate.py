@@ -16,7 +16,7 @@ from pipeline.evaluate.scorers import judge
 from pipeline.models import references
 from pipeline.models.references import ModelRef
 from pipeline.runs import controls
-from pipeline.runs.artifacts import EVALUATED_STAGES, Artifact, Kind, Result, load
+from pipeline.runs.artifacts import EVALUATED_STAGES, MODEL_STAGES, Artifact, Kind, Result, load
 from pipeline.runs.building import build
 from pipeline.runs.console import say, warn
 from pipeline.runs.json_files import write_json
@@ -75,7 +75,8 @@ def _refs(here: Run, source: str | None) -> list[ModelRef]:
         raise UserError(
             f"evaluate.source={_ALL}: {here.config.run_dir} has no model yet. Run first: {here.command(Stage.upcast)}"
         )
-    stages = [references.stage_ref(here, stage) for stage in complete]
+    stages = [references.stage_ref(here, stage) for stage in complete if stage is not Stage.export]
+    stages += references.export_refs(here)
     for made in controls.find_made(here):
         if made.staleness is not None:
             remedy = controls.remedy(made.artifact.directory.parent)
@@ -96,11 +97,12 @@ def _measured_before(here: Run) -> list[ModelRef]:
     names = here.report_parents(Stage.evaluate)
     there = [
         load(here.stage_dir(stage))
-        for stage in EVALUATED_STAGES
+        for stage in MODEL_STAGES
         if stage.name in names and references.is_loadable(here, stage)
     ]
     stages = [references.of_artifact(artifact) for artifact in there if here.staleness(artifact) is None]
-    return [*stages, *_controls(here, names)]
+    exported = [ref for ref in references.export_refs(here) if ref.name in names]
+    return [*stages, *exported, *_controls(here, names)]
 
 
 def _served_before(task: Task) -> list[Served]:

@@ -27,7 +27,8 @@ _HARDLY_ANY = 0.05
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Write <run_dir>/export in the layout of `export.target`."""
+    """Write <run_dir>/export/<target> in the layout of `export.target`. Exports in other layouts stay as they are."""
+    config = config.with_target()
     here = Run(config)
     ref = references.find(here, config.export.source, MODEL_STAGES, "export.source")
     block_format = references.configured_format(config.format)
@@ -37,7 +38,7 @@ def run(config: PipelineConfig) -> Artifact:
 
     def work(directory: Path) -> Result:
         job = Job(Weights(ref), base, block_format, config.export.shard_bytes, device)
-        target = config.export.target.name
+        target = config.export.layout.name
         written = EXPORTERS[target].write(job, directory)
         record = _record(written, ref, target, directory)
         _tell_of_requantizing(ref, block_format, record)

@@ -8,13 +8,13 @@ from pipeline.errors import UserError
 from pipeline.models import source
 from pipeline.models.source import Source
 from pipeline.publish import hub
-from pipeline.publish.record import Proven
-from pipeline.runs import proofs
+from pipeline.publish.record import Proven, siblings
+from pipeline.runs import exports
 from pipeline.runs.artifacts import Artifact, Kind, Result, fingerprint_of
 from pipeline.runs.building import build
 from pipeline.runs.console import say, warn
 from pipeline.runs.processes import is_main_process
-from pipeline.runs.records import PublishRecord
+from pipeline.runs.records import ExportRecord, PublishRecord
 from pipeline.runs.run import Run
 
 MODEL = "model"
@@ -26,22 +26,25 @@ _LEGAL = ("LICENSE", "USAGE_POLICY", "NOTICE")
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Make <run_dir>/publish. If export.push_to_hub is set, upload the folder `model` in it.
+    """Make <run_dir>/publish/<target>. If export.push_to_hub is set, upload the folder `model` in it.
 
     Raises:
         UserError: the export is unfinished or not proven, the export has changed since `verify`, the base model has
             changed since `export`, or the upload fails.
     """
     here = Run(config)
-    export = here.require(Stage.export)
-    proof = proofs.find_proof(here, export)
+    export = exports.require(here)
+    proof = exports.find_proof(here, export)
     if proof is None:
-        raise UserError(f"{proofs.missing_proof(here, export)}. Only proven exports are published.")
+        raise UserError(f"{exports.missing_proof(here, export)}. Only proven exports are published.")
     hub.check(config.export)
     base = _base(here, config.model, export)
     parents = {"export": export.fingerprint, "verify": proof.fingerprint}
     told = [stage for stage in _ALSO_TOLD if here.is_complete(stage)]
     parents |= {stage.name: here.require(stage).fingerprint for stage in told}
+    for other in siblings(here, export):
+        parents[f"export/{other.target}"] = other.artifact.fingerprint
+        parents |= {f"verify/{other.target}": other.proof.fingerprint} if other.proof else {}
     artifact = build(
         here,
         Stage.publish,
@@ -91,7 +94,7 @@ def _link(export: Artifact, directory: Path) -> None:
     if fingerprint != export.fingerprint:
         raise UserError(
             f"{export.directory}: its files have changed since they were exported and verified. Export again:"
-            " stage=export overwrite=true, then stage=verify."
+            f" stage=export export.target={export.read(ExportRecord).target} overwrite=true, then stage=verify."
         )
 
 

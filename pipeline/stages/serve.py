@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import PipelineConfig, ServeConfig, Stage
 from pipeline.errors import UserError
-from pipeline.runs import proofs
+from pipeline.runs import exports
 from pipeline.runs.artifacts import Artifact
 from pipeline.runs.console import say
 from pipeline.runs.processes import process_count
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Serve <run_dir>/export and return its artifact.
+    """Serve the export of export.target and return its artifact.
 
     Raises:
         UserError: the export is unfinished or has not passed stage=verify, or `plan` refuses it.
@@ -31,7 +31,7 @@ def run(config: PipelineConfig) -> Artifact:
     if process_count() > 1:
         raise UserError("stage=serve: the engine must be started from a single process. Run it without a launcher.")
     here = Run(config)
-    export = here.require(Stage.export)
+    export = exports.require(here)
     launch = _launch(here, config.serve, export)
     if config.serve.dry_run:
         print(launch.shell_line)
@@ -46,8 +46,8 @@ def _launch(here: Run, settings: ServeConfig, export: Artifact) -> "Launch":
     from pipeline.serve.launch import plan
 
     found = []
-    if settings.verified_only and proofs.find_proof(here, export) is None:
-        found = [f"{proofs.missing_proof(here, export)}, or serve it as it is: serve.verified_only=false"]
+    if settings.verified_only and exports.find_proof(here, export) is None:
+        found = [f"{exports.missing_proof(here, export)}, or serve it as it is: serve.verified_only=false"]
     return plan(settings, export, name=here.recipe, gpus=torch.cuda.device_count(), found=found)
 
 

@@ -25,6 +25,7 @@ from pipeline.models.references import ModelRef
 from pipeline.models.source import Source
 from pipeline.models.weights import Weights
 from pipeline.numerics.formats import FORMATS, BlockFormat
+from pipeline.runs import exports, parts
 from pipeline.runs.artifacts import ARTIFACT_FILE, UNFINISHED_FILE, Artifact, Kind, Result, fingerprint_of, load
 from pipeline.runs.building import build
 from pipeline.runs.commands import stage_command
@@ -45,13 +46,14 @@ _MOST_POSITIONS = 512  # per sample; 8 samples then have 3.3 GB of logits with t
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Make <run_dir>/verify.
+    """Make <run_dir>/verify/<target>, or <run_dir>/verify/checkpoint for a checkpoint that is no export of this run.
 
     Raises:
         CheckFailed: a check found a problem. The report is written, but no artifact.
     """
     here = Run(config)
     subject = _subject(config, here)
+    here = Run(config, exports.part_of(here, subject.directory) or parts.CHECKPOINT)
     parents = {"checkpoint": subject.fingerprint, "reference": subject.reference.fingerprint}
     if subject.ref is not None:
         parents["model"] = subject.ref.fingerprint
@@ -125,6 +127,7 @@ def _verify(config: PipelineConfig, here: Run, subject: _Subject, into: Path) ->
         _show(check)
     wrong = [problem for check in checks for problem in check.problems]
     if wrong:
+        parts.show(into)
         count = "1 problem" if len(wrong) == 1 else f"{len(wrong)} problems"
         raise CheckFailed(f"{subject.directory} is not right: {count}, see {into / _REPORT}. First: {wrong[0]}")
     say("verify", "nothing wrong was found. Not checked:")
@@ -230,9 +233,9 @@ def _checkpoint(config: PipelineConfig, here: Run) -> Path:
         UserError: the directory is missing, unfinished, or cannot be an export of gpt-oss.
     """
     if config.verify.checkpoint is None:
-        return here.require(Stage.export, check_files=False).directory
+        return exports.require(here, check_files=False).directory
     given = f"verify.checkpoint={config.verify.checkpoint}"
-    directory = Path(config.verify.checkpoint).expanduser().absolute()
+    directory = parts.real_directory(Path(config.verify.checkpoint).expanduser().absolute())
     if not directory.is_dir():
         raise UserError(f"{given}: no such directory.")
     if (directory / ARTIFACT_FILE).is_file():
@@ -290,13 +293,13 @@ def _export(directory: Path, reference: Source) -> Artifact:
 def _trained(here: Run, export: Artifact) -> tuple[ModelRef | None, str]:
     """Return the model that the export was made from. If it is unknown, return None and the reason."""
     directory, record = export.directory, export.read(ExportRecord)
-    origins = (directory.parent / record.exported_from, Path(record.exported_directory))
+    origins = (export.run_directory / record.exported_from, Path(record.exported_directory))
     there = [references.find(here, str(origin), (), "exported_directory") for origin in origins if origin.is_dir()]
     for ref in there:
         if ref.fingerprint == export.parents["model"]:
             return ref, ""
     if there:
-        again = here.command(Stage.export, "overwrite=true")
+        again = here.command(Stage.export, f"export.target={record.target}", "overwrite=true")
         raise UserError(
             f"{directory} was made from an earlier {there[0].name} ({there[0].directory} has changed since)."
             f" Export again: {again}"

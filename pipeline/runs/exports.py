@@ -1,0 +1,123 @@
+"""The exports of a run, by name: `export` and `export/<target>`."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import Stage
+from pipeline.config.targets import TARGETS
+from pipeline.runs import parts
+from pipeline.runs.artifacts import Artifact, Kind, load
+from pipeline.runs.records import VerifyRecord
+from pipeline.runs.run import Run
+from pipeline.runs.up_to_date import say_if_needed
+
+NAME = Stage.export.name
+
+
+@dataclass(frozen=True)
+class Export:
+    """A complete export.
+
+    Attributes:
+        target: layout of the export, the name of its directory.
+        artifact: its record.
+        proof: artifact of the `verify` that passed on its files, or None.
+    """
+
+    target: str
+    artifact: Artifact
+    proof: Artifact | None
+
+    @property
+    def is_loadable(self) -> bool:
+        """Whether transformers can load it."""
+        return self.artifact.kind is not Kind.foreign
+
+    @property
+    def bytes(self) -> int:
+        """Size of all its files."""
+        return sum(self.artifact.files.values())
+
+    @property
+    def proof_in_words(self) -> str:
+        """Whether `verify` has passed, for tables."""
+        if self.proof is None:
+            return "no"
+        record = self.proof.read(VerifyRecord)
+        passed = sum(status == "ok" for status in record.checks.values())
+        return f"yes: {passed} checks passed, {len(record.not_checked)} not possible"
+
+
+def is_export(name: str) -> bool:
+    """Whether a model's name means an export of the run: `export`, or `export/<target>`."""
+    first, _, target = name.partition("/")
+    return first == NAME and (target in TARGETS or not target)
+
+
+def require(run: Run, check_files: bool = True) -> Artifact:
+    """Return the export that export.target names, or the last one if it is null.
+
+    Raises:
+        UserError: as `Run.require`.
+    """
+    export, others = run.require(Stage.export, check_files), parts.complete(run.place(Stage.export))
+    if len(others) > 1 and run.asked_part is None:
+        others.pop(run.part, None)
+        say_if_needed(run.stage.name, f"takes {export.directory}; export.target chooses another: {', '.join(others)}")
+    return export
+
+
+def find_all(run_directory: Path) -> list[Export]:
+    """Find the complete exports of a run, in the order of TARGETS. Files are not checked."""
+    there = parts.complete(run_directory / NAME)
+    proofs = [load(each, check_files=False) for each in parts.complete(run_directory / Stage.verify.name).values()]
+    found = []
+    for target in _ordered(there):
+        artifact = load(there[target], check_files=False)
+        found.append(Export(target, artifact, _proof_of(artifact, proofs)))
+    return found
+
+
+def by_name(run_directory: Path) -> dict[str, Export]:
+    """Return the complete exports by their names in reports.
+
+    One has the name `export`: the first in the order of TARGETS that transformers can load, or the first of all. So a
+    further export does not change the meaning of an earlier report. The others have the name `export/<target>`.
+    """
+    there = sorted(find_all(run_directory), key=lambda each: not each.is_loadable)
+    return {f"{NAME}/{each.target}" if i else NAME: each for i, each in enumerate(there)}
+
+
+def name_of(run: Run, directory: Path) -> str | None:
+    """Return the name in reports of an export of this run, or None for any other directory."""
+    there = {each.artifact.directory.resolve(): name for name, each in by_name(run.directory).items()}
+    return there.get(parts.real_directory(directory).resolve())
+
+
+def part_of(run: Run, directory: Path) -> str | None:
+    """Return the target of an export of this run, or None for any other directory."""
+    there = {path.resolve(): target for target, path in parts.complete(run.place(Stage.export)).items()}
+    return there.get(parts.real_directory(directory).resolve())
+
+
+def find_proof(run: Run, export: Artifact) -> Artifact | None:
+    """Return the artifact of the `verify` that passed on this export, or None. A failed `verify` leaves no artifact."""
+    there = parts.complete(run.place(Stage.verify)).values()
+    return _proof_of(export, [load(each) for each in there])
+
+
+def missing_proof(run: Run, export: Artifact) -> str:
+    """Return the message for an export that `verify` has not passed."""
+    target = part_of(run, export.directory)
+    command = run.command(Stage.verify, *([f"export.target={target}"] if target else []))
+    return f"{export.directory}: has not passed stage=verify. Run first: {command}"
+
+
+def _proof_of(export: Artifact, proofs: Iterable[Artifact]) -> Artifact | None:
+    return next((proof for proof in proofs if proof.parents["checkpoint"] == export.fingerprint), None)
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    order = list(TARGETS)
+    return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
