@@ -140,7 +140,7 @@ def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run_dir(smoke_run: Path, tmp_path: Path) -> Path:
     """A copy of the smoke run, which a test may change."""
-    return Path(shutil.copytree(smoke_run, tmp_path / "run"))
+    return Path(shutil.copytree(smoke_run, tmp_path / "run", symlinks=True))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pipeline.config import Stage
 from pipeline.config.targets import TARGETS
 from pipeline.runs import parts
 from pipeline.runs.artifacts import Artifact, Kind, load
+from pipeline.runs.processes import is_main_process
 from pipeline.runs.records import VerifyRecord
 from pipeline.runs.run import Run
 from pipeline.runs.up_to_date import say_if_needed
@@ -55,17 +56,34 @@ def is_export(name: str) -> bool:
     return first == NAME and (target in TARGETS or not target)
 
 
-def require(run: Run, check_files: bool = True) -> Artifact:
+def require(run: Run) -> Artifact:
     """Return the export that export.target names, or the last one if it is null.
 
     Raises:
-        UserError: as `Run.require`.
+        UserError: as `Run.require` and `parts.restore_links`.
     """
-    export, others = run.require(Stage.export, check_files), parts.complete(run.place(Stage.export))
-    if len(others) > 1 and run.asked_part is None:
-        others.pop(run.part, None)
-        say_if_needed(run.stage.name, f"takes {export.directory}; export.target chooses another: {', '.join(others)}")
+    if is_main_process():
+        parts.restore_links(run.place(Stage.export))
+    export = run.require(Stage.export)
+    _tell_of_others(run, export)
     return export
+
+
+def directory_to_verify(run: Run) -> Path:
+    """Return the directory of the export that `require` returns. It is `<run_dir>/export` if this shows the export.
+
+    So the proof covers the files that users and scripts find there. Files are not checked.
+    """
+    export, place = run.require(Stage.export, check_files=False), run.place(Stage.export)
+    _tell_of_others(run, export)
+    return place if parts.shown(place) == run.part else export.directory
+
+
+def _tell_of_others(run: Run, export: Artifact) -> None:
+    others = parts.complete(run.place(Stage.export))
+    others.pop(run.part, None)
+    if others and run.asked_part is None:
+        say_if_needed(run.stage.name, f"takes {export.directory}; export.target chooses another: {', '.join(others)}")
 
 
 def find_all(run_directory: Path) -> list[Export]:
@@ -91,14 +109,17 @@ def by_name(run_directory: Path) -> dict[str, Export]:
 
 def name_of(run: Run, directory: Path) -> str | None:
     """Return the name in reports of an export of this run, or None for any other directory."""
-    there = {each.artifact.directory.resolve(): name for name, each in by_name(run.directory).items()}
-    return there.get(parts.real_directory(directory).resolve())
+    target = part_of(run, directory)
+    return next((name for name, each in by_name(run.directory).items() if each.target == target), None)
 
 
 def part_of(run: Run, directory: Path) -> str | None:
     """Return the target of an export of this run, or None for any other directory."""
-    there = {path.resolve(): target for target, path in parts.complete(run.place(Stage.export)).items()}
-    return there.get(parts.real_directory(directory).resolve())
+    place = run.place(Stage.export)
+    if directory.resolve() == place.resolve():
+        return parts.shown(place)
+    there = {path.resolve(): target for target, path in parts.complete(place).items()}
+    return there.get(directory.resolve())
 
 
 def find_proof(run: Run, export: Artifact) -> Artifact | None:

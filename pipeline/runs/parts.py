@@ -9,6 +9,7 @@ stage is built again. A copy of a run may hold files in the place of links, beca
 count as links.
 """
 
+import filecmp
 import json
 import os
 from collections.abc import Iterator
@@ -66,13 +67,6 @@ def shown(place: Path) -> str | None:
     return _older_name(place) if _is_older(place) else _copied_name(place)
 
 
-def real_directory(directory: Path) -> Path:
-    """Return the part behind a stage's directory that shows one by links. Return every other directory unchanged."""
-    file = directory / ARTIFACT_FILE
-    name = _part_of(file) if file.is_symlink() else None
-    return directory if name is None else directory / name
-
-
 def show(part: Path) -> None:
     """Let the stage's directory show a part. If that is impossible, print a warning with the reason.
 
@@ -94,10 +88,31 @@ def show(part: Path) -> None:
         warn(place.name, f"{place} cannot show {part} by links ({error.strerror}: {error.filename}). Use {part}.")
 
 
+def restore_links(place: Path) -> None:
+    """Replace the files that a copy of the run holds in the place of links by links.
+
+    Raises:
+        UserError: one of these files is no copy, because it has other bytes.
+    """
+    name = _copied_name(place)
+    if name is None:
+        return
+    others = [file for file, is_same in _copies(place, name) if not is_same]
+    if others:
+        raise UserError(
+            f"{place / others[0]}: differs from {place / name / others[0]}, although both belong to the same export."
+            " Delete the wrong one. If that is the latter, export again with overwrite=true."
+        )
+    say(place.name, f"{place} holds copies of the files in {place / name}. They are replaced by links.")
+    show(place / name)
+
+
 def hide(place: Path, name: str | None = None) -> None:
     """Remove the links to a part, or all links to parts. The link to artifact.json goes first."""
     there = [file for file, target in _links(place) if name in (None, target)]
-    there += _copies(place) if _copied_name(place) is not None and name in (None, _copied_name(place)) else []
+    copied = _copied_name(place)
+    if copied is not None and name in (None, copied):
+        there += [file for file, is_same in _copies(place, copied) if is_same]
     for file in sorted(there, key=lambda file: file != ARTIFACT_FILE):
         (place / file).unlink()
         if file == ARTIFACT_FILE:
@@ -167,16 +182,12 @@ def _copied_name(place: Path) -> str | None:
     return next(same, None)
 
 
-def _copies(place: Path) -> list[str]:
-    """List the files of a stage's directory that are copies of the part's files, by their sizes."""
-    part = place / str(_copied_name(place))
-    return [
-        path.name
-        for path in part.iterdir()
-        if (file := place / path.name).is_file()
-        and not file.is_symlink()
-        and file.stat().st_size == path.stat().st_size
-    ]
+def _copies(place: Path, name: str) -> Iterator[tuple[str, bool]]:
+    """Yield the files that are in the stage's directory and in a part, and whether their bytes are the same."""
+    for path in sorted((place / name).iterdir()):
+        file = place / path.name
+        if file.is_file() and not file.is_symlink():
+            yield path.name, filecmp.cmp(file, path, shallow=False)
 
 
 def _links(place: Path) -> Iterator[tuple[str, str]]:

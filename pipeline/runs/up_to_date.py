@@ -48,7 +48,8 @@ def report(stage: str, directory: Path) -> None:
         say(stage, f"up to date: {directory}")
         return
     run_dir = Path(_summary.run_dir).expanduser().absolute()
-    # A stage of a control is named with its directory, as in controls/more_sft/sft.
+    # A stage of a control is named with its directory, as in controls/more_sft/sft. Parts of a stage are not named.
+    directory = directory.parent if directory.parent.name == stage else directory
     name = directory.relative_to(run_dir).as_posix() if directory.is_relative_to(run_dir) else stage
     _summary.held.clear()
     _summary.pending.append(name)

@@ -233,9 +233,9 @@ def _checkpoint(config: PipelineConfig, here: Run) -> Path:
         UserError: the directory is missing, unfinished, or cannot be an export of gpt-oss.
     """
     if config.verify.checkpoint is None:
-        return exports.require(here, check_files=False).directory
+        return exports.directory_to_verify(here)
     given = f"verify.checkpoint={config.verify.checkpoint}"
-    directory = parts.real_directory(Path(config.verify.checkpoint).expanduser().absolute())
+    directory = Path(config.verify.checkpoint).expanduser().absolute()
     if not directory.is_dir():
         raise UserError(f"{given}: no such directory.")
     if (directory / ARTIFACT_FILE).is_file():

@@ -16,7 +16,7 @@ from pipeline.checkpoints.side_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, sid
 from pipeline.errors import UserError, at_most
 from pipeline.export.exporter import Exporter
 from pipeline.export.layout import stored_tensors
-from pipeline.runs.artifacts import BOOKKEEPING, Artifact
+from pipeline.runs.artifacts import ARTIFACT_FILE, BOOKKEEPING, Artifact
 from pipeline.verify.check import Check
 
 _WITHOUT_MEANING = ("transformers_version", "_name_or_path", "producer")
@@ -131,7 +131,7 @@ def _stray_problems(directory: Path, _: Exporter, __: Checkpoint) -> Iterator[st
 
 
 def _foreign_problems(directory: Path, *_: object) -> Iterator[str]:
-    for name in sorted(path.name for path in directory.iterdir()):
+    for name in sorted(path.name for path in directory.iterdir() if not (path / ARTIFACT_FILE).is_file()):
         if not name.endswith((".gguf", *_DOCUMENTS)) and name not in BOOKKEEPING:
             yield f"{directory / name}: does not belong to the layout, which is a single file. Remove it"
 

@@ -17,7 +17,7 @@ RECIPE = ("recipe=smoke", *SHORT)
 def run_dir(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the smoke run, with an evaluated sweep over two formats."""
     run_dir = tmp_path_factory.mktemp("swept") / "run"
-    shutil.copytree(smoke_run, run_dir)
+    shutil.copytree(smoke_run, run_dir, symlinks=True)
     sweep = (*RECIPE, f"run_dir={run_dir}", "format=mxfp4,nvfp4", "-m")
     assert run_program("stage=qat", *sweep) == 0
     assert run_program("stage=evaluate", "evaluate.source=quantize,qat", *sweep) == 0
@@ -57,8 +57,8 @@ def test_the_accounts_of_rounding_are_those_of_quantize_and_export(smoke_run: Pa
 
 
 def test_a_new_export_brings_the_report_up_to_date(smoke_run: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(smoke_run, tmp_path / "run"))
-    again = ("stage=export", *RECIPE, f"run_dir={run}", "export.target=openai", "overwrite=true")
+    run = Path(shutil.copytree(smoke_run, tmp_path / "run", symlinks=True))
+    again = ("stage=export", *RECIPE, f"run_dir={run}", "overwrite=true")
     assert run_program(*again, "export.source=sft") == 0
     assert run_program("stage=evaluate", *RECIPE, f"run_dir={run}", "evaluate.source=qat") == 0
     assert run_program("stage=compare", *RECIPE, f"run_dir={run}") == 0
@@ -126,7 +126,7 @@ def test_a_bad_setting_of_the_report_is_named(setting: str, tmp_path: Path, caps
 def test_runs_on_other_data_are_refused_in_one_message(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = Path(shutil.copytree(run_dir, tmp_path / "other"))
+    other = Path(shutil.copytree(run_dir, tmp_path / "other", symlinks=True))
     short = [each for each in RECIPE if "max_samples" not in each]
     arguments = (*short, "data.max_samples=60", f"run_dir={other}")
     assert run_program("stage=evaluate", "evaluate.source=upcast", *arguments) == 0

@@ -18,7 +18,7 @@ def checkout(tmp_path: Path) -> Path:
 @pytest.fixture
 def extended(checkout: Path, smoke_run: Path) -> Path:
     """A copy of the checkout in which recipe=smoke has run."""
-    shutil.copytree(smoke_run, checkout / "runs" / "smoke")
+    shutil.copytree(smoke_run, checkout / "runs" / "smoke", symlinks=True)
     return checkout
 
 

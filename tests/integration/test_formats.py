@@ -135,7 +135,7 @@ def test_a_rule_that_the_format_does_not_have_is_refused(stage: str, tmp_path: P
 def test_qat_for_another_format_than_the_quantizers_is_refused_before_it_trains(
     other: str, trained: Callable[[str], Path], tmp_path: Path, capsys
 ) -> None:
-    run = Path(shutil.copytree(trained("nvfp4"), tmp_path / "run"))
+    run = Path(shutil.copytree(trained("nvfp4"), tmp_path / "run", symlinks=True))
     shutil.rmtree(run / "qat")
     formats = ("format=nvfp4", other) if other.startswith("format.") else (other,)
     message = error_of(capsys, "stage=qat", f"run_dir={run}", *QUICK, *formats)

@@ -67,7 +67,7 @@ def test_the_export_gives_the_same_answers_as_its_source(run_dir: Path) -> None:
 def test_a_killed_evaluation_resumes_and_ends_with_the_same_answers(unmeasured: Path) -> None:
     run_dir = unmeasured
     arguments = (*QUICK, "evaluate.source=sft", "evaluate.generation.batch_size=1", "evaluate.prompts.max_samples=8")
-    whole = shutil.copytree(run_dir, run_dir.with_name("whole"))
+    whole = shutil.copytree(run_dir, run_dir.with_name("whole"), symlinks=True)
     assert evaluate(whole, *arguments) == 0
     path = run_dir / "evaluate" / "sft" / "generations.jsonl"
     command = ["-m", "pipeline", "stage=evaluate", "recipe=smoke", f"run_dir={run_dir}", *SHORT, *arguments]

@@ -38,7 +38,7 @@ class Run:
     """A run with an export, its base model and its trained model."""
 
     def __init__(self, run_dir: Path, target: str, ref: ModelRef, base: Path) -> None:
-        self.export, self.target, self.base = run_dir / "export", target, base
+        self.export, self.target, self.base = run_dir / "export" / target, target, base
         ids = torch.arange(20)[None]
         batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
         self.trained = TrainedModel(ref, [batch], MXFP4)
@@ -77,7 +77,7 @@ def model_of(run_dir: Path, stage: str) -> ModelRef:
 
 @pytest.fixture(scope="module")
 def run(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run_dir = Path(shutil.copytree(smoke_run, tmp_path_factory.mktemp("mutations") / "run"))
+    run_dir = Path(shutil.copytree(smoke_run, tmp_path_factory.mktemp("mutations") / "run", symlinks=True))
     settings = (f"run_dir={run_dir}", "overwrite=true", "export.shard_bytes=150000")
     assert run_program("stage=export", "recipe=smoke", *SHORT, *settings) == 0
     return Run(run_dir, "mxfp4", model_of(run_dir, "qat"), source_of(run_dir))

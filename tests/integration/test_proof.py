@@ -36,7 +36,7 @@ def report_of(work: Path) -> dict:
 @pytest.fixture
 def export(smoke_run: Path, tmp_path: Path) -> Path:
     """A copy of the export that tests may break. Its artifact.json still names the trained model."""
-    return Path(shutil.copytree(smoke_run / "export", tmp_path / "export"))
+    return Path(shutil.copytree(smoke_run / "export" / "mxfp4", tmp_path / "export"))
 
 
 def test_a_good_copy_passes(smoke_run: Path, tmp_path: Path, export: Path) -> None:
@@ -126,7 +126,7 @@ def test_without_the_trained_model_a_wrong_order_exits_with_1_and_is_named(
 
 
 def test_without_the_trained_model_the_fingerprint_shows_a_flipped_bit(tmp_path: Path, smoke_run: Path, capsys) -> None:
-    run = Path(shutil.copytree(smoke_run, tmp_path / "run", ignore=shutil.ignore_patterns("qat")))
+    run = Path(shutil.copytree(smoke_run, tmp_path / "run", ignore=shutil.ignore_patterns("qat"), symlinks=True))
     record = json.loads((run / "export" / "artifact.json").read_text())
     record["details"]["exported_directory"] = str(tmp_path / "gone")
     (run / "export" / "artifact.json").write_text(json.dumps(record))
@@ -139,14 +139,14 @@ def test_without_the_trained_model_the_fingerprint_shows_a_flipped_bit(tmp_path:
 
 
 def test_verify_runs_again_when_the_export_has_changed(tmp_path: Path, smoke_run: Path) -> None:
-    run = Path(shutil.copytree(smoke_run, tmp_path / "run"))
+    run = Path(shutil.copytree(smoke_run, tmp_path / "run", symlinks=True))
     flip_one_bit(run / "export", source_of(smoke_run))
     assert run_program("stage=verify", "recipe=smoke", *SHORT, f"run_dir={run}") == 1
     assert not (run / "verify" / "artifact.json").exists()
 
 
 def test_a_moved_run_is_still_proven(tmp_path: Path, smoke_run: Path) -> None:
-    run = Path(shutil.copytree(smoke_run, tmp_path / "moved"))
+    run = Path(shutil.copytree(smoke_run, tmp_path / "moved", symlinks=True))
     assert run_program("stage=verify", "recipe=smoke", *SHORT, f"run_dir={run}", "overwrite=true") == 0
     assert report_of(run)["trained_model"] == str(run / "qat")
 

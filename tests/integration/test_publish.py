@@ -22,7 +22,7 @@ HUB_NAMES = ("export.card.base_model=openai/gpt-oss-20b", "export.card.license=a
 @pytest.fixture
 def run(smoke_run: Path, tmp_path: Path) -> Path:
     """A copy of the smoke run, which a test may change."""
-    return Path(shutil.copytree(smoke_run, tmp_path / "run"))
+    return Path(shutil.copytree(smoke_run, tmp_path / "run", symlinks=True))
 
 
 @pytest.fixture

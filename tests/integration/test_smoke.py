@@ -132,7 +132,7 @@ def test_transformers_loads_every_checkpoint_whole(smoke_run: Path) -> None:
 
 
 def test_stage_made_from_an_earlier_parent_is_refused(smoke_run: Path, tmp_path: Path, capsys) -> None:
-    run = Path(shutil.copytree(smoke_run, tmp_path / "run"))
+    run = Path(shutil.copytree(smoke_run, tmp_path / "run", symlinks=True))
     record = json.loads((run / "sft" / "artifact.json").read_text())
     (run / "sft" / "artifact.json").write_text(json.dumps({**record, "fingerprint": "rebuilt"}))
     assert run_program("stage=export", "recipe=smoke", *SHORT, f"run_dir={run}", "overwrite=true") == 2
@@ -146,7 +146,7 @@ def test_another_model_in_the_same_run_is_refused(smoke_run: Path, capsys) -> No
 
 
 def test_fewer_steps_than_a_logging_interval_are_trained_too(smoke_run: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(smoke_run, tmp_path / "run"))
+    run = Path(shutil.copytree(smoke_run, tmp_path / "run", symlinks=True))
     arguments = ("stage=sft", "recipe=smoke", *SHORT, f"run_dir={run}", "overwrite=true")
     assert run_program(*arguments, "sft.max_steps=3", "sft.logging_steps=50") == 0
     assert artifacts.load(run / "sft").details["steps"] == 3

@@ -57,7 +57,7 @@ def mse(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy_run(run: Path, into: Path, *stages: str) -> Path:
     """Copy the source model and some stages from the run directory `run` to the run directory `into`."""
     for name in ("source", *stages):
-        shutil.copytree(run / name, into / name)
+        shutil.copytree(run / name, into / name, symlinks=True)
     return into
 
 

@@ -239,7 +239,7 @@ def test_a_proof_of_an_earlier_export_does_not_count(config: PipelineConfig, exp
 
 def test_an_unfinished_export_is_refused(config: PipelineConfig, export: Artifact) -> None:
     (export.directory / "artifact.json").unlink()
-    with pytest.raises(UserError, match=r"stage=serve needs .*export, which is unfinished"):
+    with pytest.raises(UserError, match=r"stage=serve needs .*export/mxfp4, which is unfinished"):
         stage.run(config)
 
 
