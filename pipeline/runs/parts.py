@@ -85,7 +85,8 @@ def show(part: Path) -> None:
         sync(place)
     except OSError as error:
         _forget(place)
-        warn(place.name, f"{place} cannot show {part} by links ({error.strerror}: {error.filename}). Use {part}.")
+        file = error.filename2 or error.filename
+        warn(place.name, f"{place} cannot show {part} by links ({file}: {error.strerror}). Use {part}.")
 
 
 def restore_links(place: Path) -> None:
