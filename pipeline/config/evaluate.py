@@ -129,7 +129,7 @@ class EvaluateConfig:
     """Measure the loss of models, and optionally their answers and task scores."""
 
     source: Optional[str] = None
-    """Model to measure: a stage, a control's model (controls/…), a directory, or all of the run; null: newest stage."""
+    """Model to measure: a stage, export/<target>, a control (controls/…), a directory, or all; null: newest stage."""
     max_samples: Annotated[Optional[int], POSITIVE] = None
     """Use only this many validation examples; null: all."""
     batch_size: Annotated[int, POSITIVE] = 4

@@ -42,7 +42,7 @@ class VerifyConfig:
     """Prove that an export stores the trained model correctly."""
 
     checkpoint: Optional[str] = None
-    """Directory of the export to check; null: this run's export."""
+    """Directory of the export to check; null: this run's export (export.target, or the last one)."""
     reference: Optional[str] = None
     """Base checkpoint to compare the export with; null: model.path."""
     samples: Annotated[int, POSITIVE] = 8

@@ -159,7 +159,8 @@ def source_problem(run: Run, source: str, among: tuple[Stage, ...], key: str) ->
         return None
     if directory.is_file():
         return f"{key}={source}: {describe_missing(source)}"
-    return f"{key}={source}: neither a stage ({', '.join(s.name for s in among)}) nor a directory."
+    forms = f", an export ({exports.NAME}/<target>)" if Stage.export in among else ""
+    return f"{key}={source}: neither a stage ({', '.join(s.name for s in among)}){forms} nor a directory."
 
 
 def is_own_name(source: str) -> bool:
