@@ -6,6 +6,7 @@ item, and trackers connect them.
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ from omegaconf import OmegaConf
 
 from pipeline.config import PipelineConfig, Stage
 from pipeline.config.controls import DIRECTORY
-from pipeline.runs import controls
+from pipeline.runs import controls, exports
 from pipeline.runs.artifacts import ARTIFACT_FILE, CONFIG_FILE, MODEL_STAGES, Artifact, Kind, load
 from pipeline.runs.run import START, Run
 from pipeline.runs.trackers.readings import split
 from pipeline.runs.trackers.secrets import without_secrets
 from pipeline.runs.trackers.tracker import DATASET, MODEL, MODEL_FILES, REPORT, Item
 
-_OTHER_NAMES: Mapping[str, tuple[Stage, ...]] = {"model": MODEL_STAGES, "checkpoint": (Stage.export,)}
-"""Parents of export and verify that are a stage's model under another name."""
+_OTHER_NAMES: Mapping[str, tuple[Stage, ...]] = {"model": MODEL_STAGES}
+"""Parents of export that are a stage's model under another name."""
+_CHECKPOINT = "checkpoint"
+"""Name of the parent of verify that is an export."""
 _BASES = ("source", "reference")
 """Names of the parent that is the base model, in upcast and export, and in verify."""
 _RESULTS = "results"
@@ -55,6 +58,9 @@ def _candidates(run: Run, name: str) -> Iterator[Artifact]:
         yield load(Path(run.config.sft.start).expanduser().absolute(), check_files=False)
     elif name.startswith(f"{DIRECTORY}/"):
         yield from (made.artifact for made in controls.find_made(run) if made.model == name)
+    if exports.is_export(name) or name == _CHECKPOINT:
+        yield from (each.artifact for each in exports.find_all(run.directory))
+        return
     for stage in [Stage[name]] if name in Stage.__members__ else _OTHER_NAMES.get(name, ()):
         directory = run.stage_dir(stage)
         if (directory / ARTIFACT_FILE).is_file():
@@ -74,7 +80,7 @@ def describe(artifact: Artifact, files: Mapping[str, Path] | None = None) -> Ite
         "files": artifact.files,
     }
     kind = REPORT if artifact.kind is Kind.report else MODEL
-    name = item_name(_name_of_run(artifact.directory), artifact.stage)
+    name = item_name(_name_of_run(artifact), artifact.stage)
     return Item(name, kind, artifact.fingerprint, facts, dict(files or {}))
 
 
@@ -112,10 +118,10 @@ def _base(config: PipelineConfig, fingerprint: str) -> Item:
     return Item(item_name("base", base_name(model.path)), MODEL, fingerprint, {**facts, "fingerprint": fingerprint})
 
 
-def _name_of_run(directory: Path) -> str:
+def _name_of_run(artifact: Artifact) -> str:
     """Return the name of the run that made a stage. A control or a sweep may use a stage of another run."""
-    origin = directory.resolve()
-    path = origin / CONFIG_FILE
+    origin = replace(artifact, directory=artifact.directory.resolve())
+    path = origin.directory / CONFIG_FILE
     made_with = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
     named = (OmegaConf.select(made_with, key) for key in ("tracking.name", "recipe"))
-    return str(next((name for name in named if name), origin.parent.name))
+    return str(next((name for name in named if name), origin.run_directory.name))
