@@ -40,9 +40,9 @@ def refusal(smoke_run: Path, base: Path, tmp_path: Path) -> Refusal:
 def test_an_export_by_path_has_the_files_of_the_stage(smoke_run: Path, base: Path, tmp_path: Path) -> None:
     out = export_checkpoint(smoke_run / "qat", base, tmp_path / "deep" / "out", shard_bytes=5_000_000_000)
     assert out == tmp_path / "deep" / "out"
-    staged = sorted({path.name for path in (smoke_run / "export").iterdir()} - BOOKKEEPING)
+    staged = sorted({path.name for path in (smoke_run / "export" / "mxfp4").iterdir()} - BOOKKEEPING)
     assert sorted(path.name for path in out.iterdir()) == staged
-    assert filecmp.cmpfiles(smoke_run / "export", out, staged, shallow=False) == (staged, [], [])
+    assert filecmp.cmpfiles(smoke_run / "export" / "mxfp4", out, staged, shallow=False) == (staged, [], [])
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
