@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline.compare.digits import size
+from pipeline.compare.names import without_directory
 from pipeline.compare.rows import Row
 from pipeline.compare.runs import EvaluatedRun
 from pipeline.compare.table import Column, Table
@@ -37,5 +38,5 @@ def make(runs: list[EvaluatedRun]) -> ExportsTable | None:
 
 
 def _line(name: str, export: Export) -> list[str]:
-    origin = export.artifact.details["exported_from"]
+    origin = without_directory(export.artifact.details["exported_from"])
     return [name, export.target, origin, size(export.bytes), export.proof_in_words]
