@@ -112,7 +112,7 @@ def _tradeoff_chart(rows: list[Row]) -> Chart:
         y="validation loss (nats)",
         series=series if len(series) > 1 else [],
         best=best,
-        joined=[(row.title, other.title) for row in drawn for other in drawn if row.twin == other.fingerprint],
+        joined=[(names[row.title], names[other.title]) for row in drawn for other in _twins_of(row, drawn)],
     )
 
 
@@ -123,11 +123,16 @@ def _point_names(rows: list[Row]) -> dict[str, str]:
     """
     names = {row.title: row.title for row in rows}
     for export in [row for row in rows if row.twin is not None]:
-        for row in rows:
-            if row.fingerprint == export.twin and f"{row.figures[_SERVED]:.2e}" == f"{export.figures[_SERVED]:.2e}":
+        for row in _twins_of(export, rows):
+            if f"{row.figures[_SERVED]:.2e}" == f"{export.figures[_SERVED]:.2e}":
                 names.pop(row.title, None)
                 names[export.title] = f"{row.title} = {export.title}"
     return names
+
+
+def _twins_of(export: Row, rows: list[Row]) -> list[Row]:
+    """Return the rows that are the twin of an export. An export with the twin's bytes has the twin's fingerprint."""
+    return [row for row in rows if row is not export and row.fingerprint == export.twin]
 
 
 def _dominance_notes(names: list[str], best: list[str]) -> Iterator[str]:

@@ -132,10 +132,11 @@ def test_an_export_is_as_large_as_its_tensors_whatever_its_layout(tmp_path: Path
     assert any(sentence.startswith("Size when served: 1.17 MB in BF16.") for sentence in sentences)
 
 
-def test_an_export_and_its_twin_are_one_point(tmp_path: Path) -> None:
-    run_dir = run_with_export(tmp_path / "run")
+@pytest.mark.parametrize("fingerprint", ["export", "qat"], ids=["other bytes", "the twin's bytes"])
+def test_an_export_and_its_twin_are_one_point(fingerprint: str, tmp_path: Path) -> None:
+    run_dir = run_with_export(tmp_path / "run", fingerprint=fingerprint)
     size = {row.model: row.figures["served_bytes"] for row in report(run_dir).rows}["qat"]
-    evaluated.record_export(run_dir, details={"tensor_bytes": size})
+    evaluated.record_export(run_dir, fingerprint=fingerprint, details={"tensor_bytes": size})
     (chart,) = (chart for chart in report(run_dir).charts if chart.kind == "tradeoff")
     assert [series.name for series in chart.series] == ["SFT", "PTQ", "QAT = Exported"]
     assert chart.series[-1].points[0].value == LOSSES["export"]  # QAT has 2.05 and would dominate it
