@@ -1,4 +1,4 @@
-"""The recorded peaks of the recipes agree with the estimates, and with the table in docs/training.md.
+"""The recorded peaks of the recipes agree with the estimates, and with the tables in docs/training.md and README.md.
 
 `scripts/hardware_table --measure` made the record, tests/golden/peaks.json, with fake tensors.
 """
@@ -17,9 +17,9 @@ SCRIPT = runpy.run_path(str(ROOT / "scripts" / "hardware_table"))
 RECORD: dict[str, dict[str, int]] = json.loads((ROOT / "tests" / "golden" / "peaks.json").read_text(encoding="utf-8"))
 
 
-def test_the_page_has_the_table_of_the_record() -> None:
-    page: str = SCRIPT["page"]()
-    assert (ROOT / "docs" / "training.md").read_text(encoding="utf-8") == page, "run scripts/hardware_table"
+@pytest.mark.parametrize(("page", "text"), [("docs/training.md", "page"), ("README.md", "readme")])
+def test_the_pages_have_the_tables_of_the_record(page: str, text: str) -> None:
+    assert (ROOT / page).read_text(encoding="utf-8") == SCRIPT[text](), "run scripts/hardware_table"
 
 
 @pytest.mark.parametrize("name", RECORD)
