@@ -71,13 +71,15 @@ class UnusedCounts:
             for column, name in self.settings.items()
         ]
         if others := self._names(is_harmless=False):
-            found.append(f"{self.path}: not used: {others}. If the model needs them, see {self.key}.columns")
+            found.append(
+                f"{self.path}: not part of the conversations: {others}. If the model needs them, see {self.key}.columns"
+            )
         return found
 
     def remarks(self) -> list[str]:
         """Describe the columns and keys that do not change what a conversation means."""
         names = self._names(is_harmless=True)
-        return [f"{self.path}: not used, and harmless: {names}"] if names else []
+        return [f"{self.path}: not part of the conversations, and harmless: {names}"] if names else []
 
     def _names(self, *, is_harmless: bool) -> str:
         names = [name for name in self.counts if name not in self.settings and _is_harmless(name) == is_harmless]

@@ -38,7 +38,8 @@ def error_of(capsys: pytest.CaptureFixture[str], run_dir: Path, *arguments: str)
     capsys.readouterr()
     assert evaluate(run_dir, *arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    *warnings, error = error.splitlines()
+    assert error.startswith("error: ") and all(line.startswith("[data] warning: ") for line in warnings)
     return error
 
 

@@ -90,12 +90,15 @@ def test_what_is_not_used_is_listed_once_and_harmless_columns_in_one_line(
     config = config_of(path)
     load(config)
     printed = capsys.readouterr()
-    assert printed.err.count("not used") == 1 and printed.out.count("not used") == 1
-    assert f"{path}: not used: mood (3 rows), tone (1 row)." in printed.err.replace("\n", " ")
-    assert f"{path}: not used, and harmless: id (3 rows), source (3 rows)" in printed.out
+    assert (
+        printed.err.count("not part of the conversations") == 1
+        and printed.out.count("not part of the conversations") == 1
+    )
+    assert f"{path}: not part of the conversations: mood (3 rows), tone (1 row)." in printed.err.replace("\n", " ")
+    assert f"{path}: not part of the conversations, and harmless: id (3 rows), source (3 rows)" in printed.out
     (again,) = load(config).unused
     assert again.counts == {"id": 3, "source": 3, "mood": 3, "tone": 1}
-    assert "not used" not in "".join(capsys.readouterr())
+    assert "not part of the conversations" not in "".join(capsys.readouterr())
 
 
 def test_rows_that_a_filter_drops_are_not_counted(tmp_path: Path) -> None:

@@ -265,7 +265,7 @@ HEALTHY: dict[str, Any] = {
     "parity": {"is_checked": False, "reason": "the package openai-harmony is not installed"},
     "untrained": {"turns": 0, "rows": 0},
     "rendering": {"form": "harmony", "compared": 400, "differ": 0, "refused": 0, "parts": {}, "first": []},
-    "unused": {"warnings": [], "remarks": ["rows.jsonl: not used, and harmless: id (400 rows)"]},
+    "unused": {"warnings": [], "remarks": ["rows.jsonl: not part of the conversations, and harmless: id (400 rows)"]},
 }
 TRAINING = {"weights": 40, "gradients": 10, "optimizer": 20, "activations": 30, "rounded": 0, "total": 100}
 DEVICE = {"bytes": 100, "phases": {}, "estimated_because": "the model is small"}
@@ -461,7 +461,7 @@ def test_the_memory_is_shown_with_the_tokens_that_it_is_for(
 
 
 def test_unused_columns_are_findings(found: Found) -> None:
-    line = "rows.jsonl: not used: mood (3 rows). If the model needs them, see data.columns"
+    line = "rows.jsonl: not part of the conversations: mood (3 rows). If the model needs them, see data.columns"
     assert found(data__unused__warnings=[line]) == [line]
 
 
