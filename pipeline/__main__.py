@@ -15,12 +15,11 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config import command_line, completion, composition, help, program, rules
+from pipeline.config import PipelineConfig, command_line, completion, composition, help, program, rules
 from pipeline.config.composition import CONF_DIR, FOLDERS, register
 from pipeline.config.groups import RECIPE
-from pipeline.config.pipeline import PipelineConfig
-from pipeline.errors import CheckFailed, MachineError, UserError, user_errors
-from pipeline.runs import allocator, console, provenance, stopping
+from pipeline.errors import CheckFailed, MachineError, UserError
+from pipeline.runs import allocator, console, interruptions, present, provenance, stopping
 from pipeline.runs.job import run_job
 from pipeline.runs.processes import is_main_process
 from pipeline.runs.stopping import Stopped
@@ -36,7 +35,20 @@ def run(composed: DictConfig) -> None:
 
     composition.keep_choice(composed, HydraConfig.get().runtime.choices.get(RECIPE))
     _keep_jobs_apart(composed)
-    run_job(rules.resolve(composed), _find_ahead)
+    config = rules.resolve(composed)
+    _begin_command(config)
+    run_job(config, _find_ahead)
+
+
+def _begin_command(config: PipelineConfig) -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra_config = HydraConfig.get()
+    is_sweep = hydra_config.mode is RunMode.MULTIRUN
+    present.begin_job(config, hydra_config.overrides.task, is_sweep)
+    if not is_sweep or hydra_config.job.num == 0:
+        present.tell()
 
 
 def _find_ahead(settings: PipelineConfig, is_launched_well: bool) -> list[str]:
@@ -76,6 +88,7 @@ def main() -> NoReturn:
 
 def status(arguments: list[str]) -> int:
     """Run the command in `arguments`, which must equal sys.argv[1:], and return the exit status."""
+    present.forget()
     try:
         if not arguments:
             if is_main_process():
@@ -88,10 +101,11 @@ def status(arguments: list[str]) -> int:
     except (UserError, OmegaConfBaseException) as error:
         return _report(error, 2)
     except KeyboardInterrupt:
-        return _report(UserError("interrupted; run the same command, without overwrite=true, to resume"), 130)
+        return _report(UserError(interruptions.message("interrupted")), 130)
     except Stopped as stopped:
         # The main process gets the signal too, or has printed the error for which the launcher stops this process.
-        return _report(UserError(str(stopped)), stopping.EXIT_STATUS) if is_main_process() else stopping.EXIT_STATUS
+        message = interruptions.message(str(stopped))
+        return _report(UserError(message), stopping.EXIT_STATUS) if is_main_process() else stopping.EXIT_STATUS
     except SystemExit as leaving:
         return int(leaving.code or 0) if not isinstance(leaving.code, str) else _report(UserError(leaving.code), 1)
     except Exception:  # noqa: BLE001 - any other exception is a bug: show its traceback and return 1
@@ -122,9 +136,9 @@ def _run_jobs(arguments: list[str]) -> int:
             console.say("sweep", _job_title(HydraConfig.get(), total, swept))
         _job(composed)
 
-    found = command_line.problems(arguments, FOLDERS)
-    if found:
-        raise user_errors(found)
+    sys.argv[1:] = arguments = present.begin(
+        command_line.quote_lists(arguments), lambda given: command_line.problems(given, FOLDERS)
+    )
     try:
         _warn_of_hiding_file()
         total, swept = command_line.sweep_jobs(arguments)

@@ -28,7 +28,7 @@ from pipeline.evaluate.scorers import VERDICTS
 from pipeline.evaluate.transcripts import Transcript
 from pipeline.evaluate.verdicts import Verdict
 from pipeline.numerics.formats import FORMATS, MXFP4
-from pipeline.runs.artifacts import Kind
+from pipeline.runs.artifacts import Kind, advise_rebuild
 from pipeline.runs.exports import is_export
 from pipeline.runs.json_files import Json
 from pipeline.runs.records import ExportRecord
@@ -326,5 +326,5 @@ def _read_transcript(path: Path, line: bytes) -> Transcript:
         return Transcript(**json.loads(line))
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"{path}: a line is not an answer from `evaluate` ({error}). Evaluate the run again with overwrite=true."
+            f"{path}: a line is not an answer from `evaluate` ({error}). {advise_rebuild(path.parents[1])}"
         ) from error

@@ -14,7 +14,7 @@ from pipeline.compare.names import distinct_endings
 from pipeline.config import Stage
 from pipeline.config.controls import is_control
 from pipeline.errors import user_errors
-from pipeline.runs import artifacts, exports
+from pipeline.runs import artifacts, exports, own_settings
 from pipeline.runs.artifacts import (
     ARTIFACT_FILE,
     CONFIG_FILE,
@@ -23,7 +23,7 @@ from pipeline.runs.artifacts import (
     UNFINISHED_FILE,
     Artifact,
 )
-from pipeline.runs.commands import stage_command
+from pipeline.runs.commands import run_command
 from pipeline.runs.exports import Export
 
 _EVALUATE = Stage.evaluate.name
@@ -218,7 +218,9 @@ def _stale_problems(run: EvaluatedRun) -> list[str]:
 
 
 def _command(directory: Path) -> str:
-    return f"{stage_command(Stage.evaluate, run_dir=str(directory))}, with the run's recipe"
+    """Return the command that evaluates a run. It is complete if the run has recorded its settings."""
+    command = run_command(Stage.evaluate, str(directory))
+    return command if own_settings.read(directory) is not None else f"{command}, with the run's recipe"
 
 
 # --- properties that comparable runs share ----------------------------------------------------------------------------

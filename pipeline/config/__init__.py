@@ -31,7 +31,15 @@ from pipeline.config.export import DEFAULT_TARGET, CardConfig, ExportConfig, Exp
 from pipeline.config.format import FormatConfig, FormatName, ScaleRule
 from pipeline.config.keys import is_known, schema, setting_keys, unknown_key, value_problem
 from pipeline.config.model import SYNTHETIC, Dtype, ModelConfig, TinyConfig
-from pipeline.config.pipeline import Device, PipelineConfig, Sharding, Stage, can_train_parts
+from pipeline.config.pipeline import (
+    Device,
+    PipelineConfig,
+    Sharding,
+    Stage,
+    can_train_parts,
+    listed_stages,
+    rebuilds,
+)
 from pipeline.config.quantize import (
     Fallback,
     QuantizeConfig,
@@ -133,8 +141,10 @@ __all__ = [
     "is_known",
     "keeps_packed",
     "leaves_nothing_to_round",
+    "listed_stages",
     "packs_rounded",
     "raise_if_nothing_to_round",
+    "rebuilds",
     "rounds_base",
     "schema",
     "setting_keys",

@@ -1,5 +1,6 @@
 """Read the command line: recognize flags, report all mistakes together, and count and name the jobs of a sweep."""
 
+import re
 import shlex
 from math import prod
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ from omegaconf import DictConfig
 
 from pipeline.config.groups import GROUPS, Folders
 from pipeline.config.keys import is_known, schema, unknown_key, value_problem
+from pipeline.config.overrides import is_override
 from pipeline.config.pipeline import Stage
 from pipeline.errors import did_you_mean
 
@@ -23,6 +25,7 @@ _FLAGS_WITH_VALUE = (
     *("--experimental-rerun", "--info", "-i", "--shell-completion", "-sc"),
 )
 """Flags that may be followed by a value."""
+_LIST = re.compile(r"overwrite=(?:\[[\w, ]*\]|[\w ]+(?:,[\w ]*)+)")
 
 
 def asks_for(flag: str, arguments: list[str]) -> bool:
@@ -48,16 +51,25 @@ def problems(arguments: list[str], folders: Folders) -> list[str]:
 
     found = [_explain(word) for word in words(arguments)]
     known = schema()
+    has_config_dir = any(argument.startswith(("--config-dir", "-cd")) for argument in arguments)
     for argument in arguments:
-        if not _is_override(argument) or argument.lstrip("+~").startswith("hydra"):
+        if not is_override(argument) or argument.lstrip("+~").startswith("hydra"):
             continue  # This argument is for Hydra itself.
         try:
             (override,) = _parse([argument])
         except OverrideParseException as error:
             found.append(_unreadable(argument, error, known))
             continue
-        found += _override_problems(override, known, folders, _has_config_dir(arguments))
+        found += _override_problems(override, known, folders, has_config_dir)
     return found
+
+
+def quote_lists(arguments: list[str]) -> list[str]:
+    """Return the arguments with quotes around the stages in `overwrite=sft,qat`. Hydra would read a sweep."""
+    return [
+        f"overwrite='{argument.partition('=')[2].strip('[]')}'" if _LIST.fullmatch(argument) else argument
+        for argument in arguments
+    ]
 
 
 def name_jobs(arguments: list[str]) -> list[str]:
@@ -66,7 +78,7 @@ def name_jobs(arguments: list[str]) -> list[str]:
     A job's name lists the settings in which the jobs differ. It omits settings that do not change a model, so that a
     job has the same name in every stage of the sweep.
     """
-    plain = [argument for argument in arguments if _is_override(argument)]
+    plain = [argument for argument in arguments if is_override(argument)]
     if not plain or not {"-m", "--multirun"} & {*arguments}:
         return arguments
     overrides = _parse(plain)
@@ -88,21 +100,10 @@ def sweep_jobs(arguments: list[str]) -> tuple[int, set[str]]:
         return 1, set()
     swept = {
         override.key_or_group: len(list(override.sweep_string_iterator()))
-        for override in _parse([argument for argument in arguments if _is_override(argument)])
+        for override in _parse([argument for argument in arguments if is_override(argument)])
         if override.is_sweep_override()
     }
     return prod(swept.values()), set(swept)
-
-
-def quoted(value: str) -> str:
-    """Quote a value for an override, so that commas, quotes and brackets have no meaning. `${key}` keeps its own."""
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    return QuotedString(value, Quote.single).with_quotes()
-
-
-def _is_override(argument: str) -> bool:
-    return "=" in argument and not argument.startswith("-")
 
 
 def _parse(overrides: list[str]) -> list["Override"]:
@@ -164,7 +165,3 @@ def _values(override: "Override") -> list[object]:
         return list(override.sweep_string_iterator())
     except (HydraException, ValueError):  # ValueError: the step of a range is 0
         return []
-
-
-def _has_config_dir(arguments: list[str]) -> bool:
-    return any(argument.startswith(("--config-dir", "-cd")) for argument in arguments)

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config import rates, rules
-from pipeline.config.command_line import quoted
 from pipeline.config.groups import RECIPE, Folders
+from pipeline.config.overrides import quoted
 from pipeline.config.pipeline import PipelineConfig
 from pipeline.errors import UserError
 
@@ -57,6 +58,35 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> Pipel
         UserError: as `rules.resolve`. Or Hydra cannot compose these overrides. For example, one has several values,
             which only a sweep takes.
     """
+    with _composed(overrides, config_dirs) as composed:
+        return rules.resolve(composed)
+
+
+def values(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> dict[str, Any]:
+    """Return the values of all settings by their full keys, unchecked. A value that is not set is `???`.
+
+    Raises:
+        UserError: Hydra cannot compose these overrides.
+    """
+    with _composed(overrides, config_dirs) as composed:
+        plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False, enum_to_str=True)
+    return _flat(plain)
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in node.items():
+        found.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return found
+
+
+@contextmanager
+def _composed(overrides: Sequence[str], config_dirs: Sequence[Path]) -> Iterator[DictConfig]:
+    """Compose a configuration. Inside the block, interpolations of Hydra's own settings can be resolved.
+
+    Raises:
+        UserError: Hydra or OmegaConf raised an error, also inside the block.
+    """
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
@@ -72,7 +102,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> Pipel
             with open_dict(composed):
                 hydra_config = composed.pop("hydra")
             keep_choice(composed, hydra_config.runtime.choices.get(RECIPE))
-            return rules.resolve(composed)
+            yield composed
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(short_message(error)) from error
 

@@ -10,13 +10,19 @@ from enum import Enum
 from functools import cache
 from itertools import pairwise
 from types import NoneType
-from typing import get_args, get_origin
+from typing import Union, get_args, get_origin
 
 from pipeline.config.bounds import Bound, bounds_of, composed_defaults
 from pipeline.config.keys import types_of
 from pipeline.config.pipeline import PipelineConfig
 
-_TYPES: dict[object, str] = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+_TYPES: dict[object, str] = {
+    bool: "true or false",
+    int: "whole number",
+    float: "number",
+    str: "text",
+    Union[bool, str]: "true, false or text",
+}
 _PLURALS = {"whole number": "whole numbers", "number": "numbers", "text": "texts", "name": "names"}
 
 

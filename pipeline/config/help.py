@@ -17,6 +17,7 @@ WIDTH = 100
 _EXAMPLES = (
     ("stage=all recipe=smoke", "every stage on a tiny model"),
     ("stage=sft recipe=multilingual", "one stage of one recipe"),
+    ("stage=export run_dir=runs/multilingual", "the next stage, with the settings of the run"),
     ("-m stage=qat recipe=smoke format=mxfp4,nvfp4", "a sweep: one job for each value"),
 )
 _FLAGS = (

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Optional
+from typing import Annotated, Optional, Union
 
 from omegaconf import MISSING
 
+from pipeline.config.bounds import Bound
 from pipeline.config.compare import CompareConfig
 from pipeline.config.data import DataConfig
 from pipeline.config.doctor import DoctorConfig
@@ -64,6 +65,27 @@ def can_train_parts(stage: str, source: QuantizeSource, experts: Experts | None)
     return source is QuantizeSource.sft and not is_first_in_bf16
 
 
+REBUILDABLE = tuple(stage.name for stage in Stage if stage not in (Stage.all, Stage.serve))
+"""Names of the stages that `overwrite` may list."""
+
+
+def listed_stages(overwrite: bool | str) -> tuple[str, ...]:
+    """Return the names that `overwrite` lists, as in `overwrite=sft,quantize`. true and false list none."""
+    return () if isinstance(overwrite, bool) else tuple(name.strip() for name in overwrite.split(","))
+
+
+def rebuilds(overwrite: bool | str, stage: Stage) -> bool:
+    """Return whether `overwrite` asks to rebuild a stage."""
+    return overwrite if isinstance(overwrite, bool) else stage.name in listed_stages(overwrite)
+
+
+_LIST_OF_STAGES = Bound(
+    f"true, false, or stages with commas between them: {', '.join(REBUILDABLE)}",
+    lambda value: isinstance(value, bool) or set(listed_stages(value)) <= set(REBUILDABLE),
+    ("true", "false", *REBUILDABLE),
+)
+
+
 @dataclass
 class PipelineConfig:
     """Settings of the whole pipeline. `stage` names the part to run."""
@@ -73,13 +95,13 @@ class PipelineConfig:
     recipe: str = "default"
     """Name of the recipe. Choose it on the command line with recipe=<name>."""
     run_dir: str = "runs/${recipe}"
-    """Directory of the run's artifacts."""
+    """Directory of the run's artifacts. Without recipe=, an existing run supplies the settings that it recorded."""
     base_run: Optional[str] = None
     """Directory of another run. Its models (upcast to qat) are reused if settings match. Sweeps (-m) set base_run."""
     device: Device = Device.auto
     """Device of upcast and export; auto: the GPU if there is one. All devices give bit-identical results."""
-    overwrite: bool = False
-    """Rebuild a stage that is complete. If settings have changed, also discard the stage's unfinished work."""
+    overwrite: Annotated[Union[bool, str], _LIST_OF_STAGES] = False
+    """Rebuild a complete stage. Unfinished work with other settings is discarded. stage=all needs names: sft,qat."""
     sharding: Sharding = Sharding.none
     """Split over processes: parameters, gradients and optimizer (fsdp2, zero3), or gradients and optimizer (zero2)."""
     controls: bool = False

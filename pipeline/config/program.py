@@ -1,15 +1,23 @@
 """The program's names on the command line, and files of the user that hide it."""
 
+import os
 import sys
 from pathlib import Path
 
 COMMAND = "gpt-oss-qat"
 MODULE = "python -m pipeline"
+_LAUNCHER = "GPT_OSS_QAT_LAUNCHER"
+"""Environment variable in which scripts/launch passes on the command that started it, quoted for a shell."""
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def name() -> str:
-    """Return the name by which the user started the program, for hints. Outside of a shell, it is `MODULE`."""
+    """Return the command by which the user started the program, for hints: `COMMAND`, `MODULE` or scripts/launch.
+
+    In a Python program, it is `MODULE`.
+    """
+    if launcher := os.environ.get(_LAUNCHER):
+        return launcher
     return COMMAND if Path(sys.argv[0]).stem == COMMAND else MODULE
 
 

@@ -15,7 +15,7 @@ from pipeline.config.bounds import bounds_of
 from pipeline.config.data import ColumnsConfig, DataConfig
 from pipeline.config.format import FormatName
 from pipeline.config.keys import is_known, schema, unknown_key
-from pipeline.config.pipeline import PipelineConfig, Sharding, Stage
+from pipeline.config.pipeline import PipelineConfig, Sharding, Stage, listed_stages
 from pipeline.config.quantize import QuantizeSource, RoundingMethod, first_training, writes_rounded
 from pipeline.config.targets import TARGETS
 from pipeline.config.training import (
@@ -67,6 +67,7 @@ def problems(config: PipelineConfig) -> list[str]:
     found += _train_problems("sft", config.sft) + _train_problems("qat", config.qat)
     found += _format_problems(config) + _resharding_problems(config) + _parts_problems(config)
     found += quantize_problems(config) + _oscillation_problems(config) + [*tracking.problems(config.tracking)]
+    found += _overwrite_problems(config)
     return found + _qat_problems(config) + _experts_problems(config) + _packed_problems(config)
 
 
@@ -84,6 +85,16 @@ def _bound_problems(section: object, prefix: str = "") -> Iterator[str]:
                     yield from _bound_problems(element, f"{key}[{i}].")
         if value is not None:
             yield from (f"{key}={value!r}: must be {b.meaning}." for b in bounds[name] if not b.holds(value))
+
+
+def _overwrite_problems(config: PipelineConfig) -> list[str]:
+    names = listed_stages(config.overwrite)
+    if config.stage is Stage.all or not names or config.stage.name in names:
+        return []
+    return [
+        f"overwrite={config.overwrite}: stage={config.stage.name} does not build {' or '.join(names)}. Use"
+        f" overwrite=true to rebuild {config.stage.name}, or stage=all to run several stages."
+    ]
 
 
 def _data_problems(data: DataConfig) -> list[str]:

@@ -18,6 +18,7 @@ from pipeline.config import (
     Stage,
     TrainConfig,
     leaves_nothing_to_round,
+    rebuilds,
 )
 from pipeline.config.engines import loading_problems
 from pipeline.config.hub_ids import is_hub_id
@@ -82,7 +83,8 @@ def _trained(config: PipelineConfig) -> dict[str, TrainConfig]:
     todo = [
         stage
         for stage in _TRAINING.get(config.stage, ())
-        if stage not in skipped and (config.overwrite or config.stage is Stage.controls or not here.is_complete(stage))
+        if stage not in skipped
+        and (rebuilds(config.overwrite, stage) or config.stage is Stage.controls or not here.is_complete(stage))
     ]
     return {stage.name: getattr(config, stage.name) for stage in todo}
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
 
-from pipeline.config import command_line, composition
-from pipeline.config.pipeline import PipelineConfig
+from pipeline.config import PipelineConfig, command_line, composition
+from pipeline.config.overrides import assignment, is_override, key_of
 from pipeline.errors import UserError, user_errors
-from pipeline.runs import allocator
+from pipeline.runs import allocator, present, taken_settings
 from pipeline.runs.artifacts import Artifact
 from pipeline.runs.job import run_job
 
@@ -33,7 +33,8 @@ def run(
 
     Args:
         stage: name of the stage, such as "sft" or "all".
-        recipe: name of a recipe. None means the defaults of conf/config.yaml.
+        recipe: name of a recipe. None means the settings that the run in `run_dir` has recorded. If there are none,
+            it means the defaults of conf/config.yaml.
         run_dir: directory of the run. None means `runs/<recipe>` in the working directory. It may contain
             `${key}` for the value of a setting.
         overrides: further settings, each `key=value` in Hydra's syntax, such as "sft.max_steps=10" or "model=tiny".
@@ -49,13 +50,20 @@ def run(
         CheckFailed: a check found a wrong result, as "verify" does for a wrong export.
         MachineError: the machine cannot do the work, for example because its memory is too small.
     """
-    arguments = _arguments(stage, recipe, run_dir, overrides)
-    files = [] if config_dir is None else [_config_dir(config_dir)]
-    flags = [f"--config-dir={path}" for path in files]
-    if found := command_line.problems([*flags, *arguments], composition.FOLDERS):
-        raise user_errors(found)
-    with _one_at_a_time, allocator.growing_segments(), _unchanged_random_numbers():
-        return run_job(composition.compose(arguments, files), _find_ahead)
+    flags = [] if config_dir is None else [f"--config-dir={_config_dir(config_dir)}"]
+    arguments = [*flags, *_arguments(stage, recipe, run_dir, overrides)]
+    with _one_at_a_time, present.one_call(), allocator.growing_segments(), _unchanged_random_numbers():
+        return run_job(_begin(command_line.quote_lists(arguments)), _find_ahead)
+
+
+def _begin(arguments: list[str]) -> PipelineConfig:
+    """Check a command, take the settings of its run, and compose its configuration."""
+    whole = present.begin(arguments, lambda given: command_line.problems(given, composition.FOLDERS))
+    settings, directory = [each for each in whole if is_override(each)], taken_settings.config_dir(whole)
+    config = composition.compose(settings, [] if directory is None else [Path(directory)])
+    present.begin_job(config, settings, is_sweep=False)
+    present.tell()
+    return config
 
 
 def _arguments(
@@ -73,14 +81,14 @@ def _arguments(
     found = [problem for each in overrides if (problem := _problem(each, set_here)) is not None]
     if found:
         raise user_errors(found)
-    return [*(f"{name}={command_line.quoted(value)}" for name, value in set_here.items()), *overrides]
+    return [*(assignment(name, value) for name, value in set_here.items()), *overrides]
 
 
 def _problem(override: str, given: dict[str, str]) -> str | None:
     """Say why an override cannot be used, or return None."""
     if not isinstance(override, str):
         return f"overrides: {override!r} is of type {type(override).__name__}, not a text such as 'sft.max_steps=10'."
-    key = override.partition("=")[0].lstrip("+~")
+    key = key_of(override)
     if override.startswith("-"):
         return f"overrides: {override!r} is a flag of the command. Give only settings, such as 'sft.max_steps=10'."
     if key in given:

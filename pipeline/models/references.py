@@ -17,7 +17,7 @@ from pipeline.config.controls import is_control
 from pipeline.errors import UserError
 from pipeline.models.source import sampled_fingerprint
 from pipeline.numerics.formats import FORMATS, BlockFormat
-from pipeline.runs import controls, exports
+from pipeline.runs import controls, exports, passing_over
 from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact, Kind, load
 from pipeline.runs.records import ModelRecord
 from pipeline.runs.run import Run
@@ -110,10 +110,12 @@ def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> Mo
     setting.
 
     Raises:
-        UserError: the model is missing or unfinished, or the directory is not a model.
+        UserError: the model is missing or unfinished, the directory is not a model, or `source` is None and a stage
+            after the newest complete one is unfinished.
     """
     if source is None:
         newest = next((stage for stage in reversed(among) if is_loadable(run, stage)), among[0])
+        passing_over.raise_if_passed_over(run, newest, among, key)
         ref = stage_ref(run, newest)
         say_if_needed(run.stage.name, f"{key}: {ref.name}, the newest complete stage")
         return ref

@@ -16,6 +16,7 @@ import xxhash
 
 from pipeline.config import Stage
 from pipeline.errors import UserError
+from pipeline.runs.commands import locate, rebuild_command
 from pipeline.runs.console import progress
 from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.records import Record, StageRecord
@@ -27,6 +28,8 @@ UNFINISHED_FILE = "unfinished.json"
 SHARDS_FILE = "shards.json"
 SAMPLES_FILE = "samples.jsonl"
 CHECKPOINTS_DIR = "checkpoints"
+WHOLE_FILE = "whole"
+"""Name of a file that every complete training checkpoint has. It records the sharding, and the other files."""
 
 BOOKKEEPING = {ARTIFACT_FILE, CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, UNFINISHED_FILE, SHARDS_FILE}
 MODEL_STAGES = (Stage.upcast, Stage.sft, Stage.quantize, Stage.qat)
@@ -105,8 +108,7 @@ class Artifact:
             return kind.from_details(self.details)
         except KeyError as error:
             raise UserError(
-                f"{self.directory / ARTIFACT_FILE}: has no details.{error.args[0]}. Run stage={self.stage} again with"
-                " overwrite=true."
+                f"{self.directory / ARTIFACT_FILE}: has no details.{error.args[0]}. {advise_rebuild(self.directory)}"
             ) from error
 
 
@@ -126,16 +128,20 @@ def load(directory: Path, check_files: bool = True, remedy: str | None = None) -
         known = {item.name for item in dataclasses.fields(Artifact)} - {"directory", "kind"}
         artifact = Artifact(directory, kind=Kind[record["kind"]], **{name: record[name] for name in known})
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{path}: not a readable artifact ({error}). {remedy or 'Run its stage again with overwrite=true.'}"
-        ) from error
+        raise UserError(f"{path}: not a readable artifact ({error}). {remedy or advise_rebuild(directory)}") from error
     for name, size in artifact.files.items() if check_files else ():
         file = directory / name
         if not file.is_file() or file.stat().st_size != size:
             state = "changed in size since it was written" if file.is_file() else "missing"
-            again = f"Run stage={artifact.stage} again with overwrite=true."
-            raise UserError(f"{file}: {state}. {remedy or again}")
+            raise UserError(f"{file}: {state}. {remedy or advise_rebuild(directory)}")
     return artifact
+
+
+def advise_rebuild(directory: Path) -> str:
+    """Return the advice for a damaged stage."""
+    command, place = rebuild_command(directory), locate(directory)
+    stage = "its stage" if place is None else " ".join([f"stage={place.stage.name}", *place.target])
+    return f"Run {stage} again with overwrite=true." if command is None else f"Rebuild it: {command}"
 
 
 def fingerprint_of(directory: Path, known: dict[str, str] | None = None) -> tuple[str, dict[str, int]]:

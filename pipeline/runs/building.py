@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from pipeline.config import Stage
 from pipeline.errors import MachineError, UserError
-from pipeline.runs import parts, provenance, stopping, up_to_date
+from pipeline.runs import commands, interruptions, own_settings, parts, provenance, recording, stopping, up_to_date
 from pipeline.runs.artifacts import (
     ARTIFACT_FILE,
     BOOKKEEPING,
@@ -91,20 +91,23 @@ def build(
     directory, place = run.stage_dir(stage), run.place(stage)
     inputs = Inputs(run.settings(settings), dict(parents), data)
     begun = Inputs(resumable_as(inputs.settings), inputs.parents, data)
-    if not run.overwrite and (done := _find_up_to_date(directory, inputs, is_report)) is not None:
+    if not run.overwrite and (done := _find_up_to_date(run, directory, inputs, is_report)) is not None:
+        recording.record(run, stage, inputs.settings)
         if not place.is_symlink():
             _show(place, directory)
         return done
     up_to_date.flush()
     _raise_if_foreign(place, directory)
     if not is_report and not run.overwrite:
-        _raise_if_unfinished_differs(directory, begun)
+        _raise_if_unfinished_differs(run, directory, begun)
     # Tracking may fail to start, so it starts before anything is deleted.
-    with _lock(run, place), track(run, stage.name, place.parent):
+    with _lock(run, place), track(run, stage.name, place.parent), interruptions.working(run, stage):
+        _on_main_process(lambda: recording.record(run, stage, inputs.settings))
         if stage.name in parts.STAGES:
             _on_main_process(lambda: parts.settle(place, run.part))
             directory = run.stage_dir(stage)
         _on_main_process(lambda: _prepare(run, stage, directory, begun, keep_files=is_report and not run.overwrite))
+        commands.mark_begun(stage.name)
         log_inputs(run, inputs.parents, inputs.data)
         result, seconds = _work(lambda: work(directory), on_every_process)
         _on_main_process(lambda: _publish(run, stage, directory, inputs, result, seconds))
@@ -136,7 +139,7 @@ def _on_main_process(act: Callable[[], None]) -> None:
     wait_for_everyone()
 
 
-def _find_up_to_date(directory: Path, inputs: Inputs, is_report: bool) -> Artifact | None:
+def _find_up_to_date(run: Run, directory: Path, inputs: Inputs, is_report: bool) -> Artifact | None:
     """Return the complete stage if it was made with these inputs, or None if there is work to do.
 
     Raises:
@@ -148,7 +151,7 @@ def _find_up_to_date(directory: Path, inputs: Inputs, is_report: bool) -> Artifa
     before = {"settings": done.settings, "parents": done.parents, "data": done.data}
     differences = _differences(before, inputs.plain())
     if differences and not is_report:
-        raise _changed(done.directory, "is complete, but was made with other inputs", differences)
+        raise _changed(run, done.directory, "is complete, but was made with other inputs", differences)
     if differences:
         say(done.stage, f"made anew, since {'; '.join(differences)}")
         return None
@@ -293,7 +296,7 @@ def _foreign(directory: Path) -> UserError:
     )
 
 
-def _raise_if_unfinished_differs(directory: Path, begun: Inputs) -> None:
+def _raise_if_unfinished_differs(run: Run, directory: Path, begun: Inputs) -> None:
     """Raise UserError if a directory holds unfinished work with other inputs. It is protected like a complete stage."""
     before = read_unfinished(directory)
     if before == BEING_EMPTIED:
@@ -301,14 +304,26 @@ def _raise_if_unfinished_differs(directory: Path, begun: Inputs) -> None:
     made = [path for path in directory.rglob("*") if path.is_file() and path.name not in BOOKKEEPING]
     if before is not None and made and (differences := _differences(before, begun.plain())):
         what = "is unfinished, and was begun with other inputs"
-        raise _changed(directory, what, differences, "Go on with the same inputs, use")
+        raise _changed(run, directory, what, differences, "Go on with the same inputs, or rebuild it")
 
 
-def _changed(directory: Path, what: str, differences: list[str], remedy: str = "Use") -> UserError:
+def _changed(
+    run: Run, directory: Path, what: str, differences: list[str], remedy: str = "Go back to them, or rebuild it"
+) -> UserError:
+    place = commands.locate(directory)
+    assert place is not None
+    command = run.command(place.stage, *place.target, "overwrite=true")
     return UserError(
-        f"{directory} {what}: {'; '.join(differences)}."
-        f" {remedy} overwrite=true to rebuild it, or use another run_dir to keep it."
+        f"{directory} {what}: {'; '.join(differences)}. {remedy}: {command}. To keep it, use another run_dir."
+        f"{_own_settings_hint(run)}"
     )
+
+
+def _own_settings_hint(run: Run) -> str:
+    command = commands.current()
+    if command is None or command.uses_own_settings or own_settings.read(run.directory) is None:
+        return ""
+    return " Without recipe=, the command takes the settings of the run."
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

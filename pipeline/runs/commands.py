@@ -1,8 +1,68 @@
-"""Commands of this program, as messages show them."""
+"""Commands of this program, as messages show them, and the command that runs now."""
 
-import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from pipeline.config import PipelineConfig, Stage, program
+from pipeline.config import ExportTarget, PipelineConfig, Stage
+from pipeline.config.controls import DIRECTORY as CONTROLS_DIR
+from pipeline.config.groups import RECIPE
+from pipeline.config.overrides import assignment, belongs_to_run, by_key, shown
+from pipeline.runs import own_settings
+
+_CHOOSES_PLACE = ("stage", "run_dir", "overwrite")
+
+
+@dataclass
+class Command:
+    """The command that runs now: one job of a sweep, or the only job.
+
+    Attributes:
+        arguments: the command line.
+        overrides: key -> override. It has the overrides of the command line, and those that the run had recorded.
+        stage: name of the stage.
+        run_dir: directory of the run.
+        is_sweep: whether the command line asks for a sweep.
+        uses_own_settings: whether the command line took its settings from the run.
+        config_dir: directory of further configuration files, or None.
+        pending: stages that the user asked to rebuild, and that have not begun yet.
+        kept: keys and sections of recorded settings that a stage keeps although the command line does not give them.
+    """
+
+    arguments: list[str]
+    overrides: dict[str, str]
+    stage: str
+    run_dir: str
+    is_sweep: bool = False
+    uses_own_settings: bool = False
+    config_dir: str | None = None
+    pending: list[str] = field(default_factory=list)
+    kept: tuple[str, ...] = ()
+
+
+_current: Command | None = None
+
+
+def begin(command: Command) -> None:
+    """Declare the command that runs from now on."""
+    global _current
+    _current = command
+
+
+def forget() -> None:
+    """Forget the command of an earlier call in the same process."""
+    global _current
+    _current = None
+
+
+def current() -> Command | None:
+    """Return the command that runs now. It is None if code uses the stages without a command line."""
+    return _current
+
+
+def mark_begun(stage: str) -> None:
+    """State that a stage has begun, so that resuming it must not rebuild it once more."""
+    if _current is not None and stage in _current.pending:
+        _current.pending.remove(stage)
 
 
 def stage_command(
@@ -20,5 +80,96 @@ def stage_command(
     if recipe != PipelineConfig.recipe:
         settings.append(f"recipe={recipe}")
     if run_dir is not None:
-        settings.append(f"run_dir={run_dir}")
-    return f"{program.name()} {shlex.join([*settings, *overrides])}"
+        settings.append(assignment("run_dir", run_dir))
+    return shown([*settings, *overrides])
+
+
+def run_command(stage: Stage, run_dir: str, *overrides: str, recipe: str = PipelineConfig.recipe) -> str:
+    """Return the command that runs a stage of a run with the run's settings.
+
+    It names the settings that the run has not recorded itself. A stage of a control is run by `stage=controls`.
+    """
+    directory = Path(run_dir)
+    if directory.parent.name == CONTROLS_DIR:
+        return run_command(Stage.controls, str(directory.parent.parent), *overrides, recipe=recipe)
+    needed = _needed(run_dir)
+    if needed is None:
+        return stage_command(stage, *overrides, run_dir=run_dir, recipe=recipe)
+    own = {key: text for key, text in needed.items() if key not in (RECIPE, *by_key(overrides))}
+    first = [text for key, text in needed.items() if key == RECIPE]
+    more = ["--config-dir", _current.config_dir] if first and _current is not None and _current.config_dir else []
+    return shown([*more, f"stage={stage.name}", *first, assignment("run_dir", run_dir), *own.values(), *overrides])
+
+
+def rebuild_command(directory: Path) -> str | None:
+    """Return the command that rebuilds the stage in a directory. Return None if its settings are not known."""
+    if (place := locate(directory)) is None:
+        return None
+    run_dir = str(place.run_dir)
+    if _current is not None and _absolute(_current.run_dir) == place.run_dir:
+        run_dir = _current.run_dir
+    if _needed(run_dir) is None:
+        return None
+    return run_command(place.stage, run_dir, *place.target, "overwrite=true")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a directory of a run holds.
+
+    Attributes:
+        stage: the stage.
+        run_dir: directory of the run.
+        target: the override that names the export target, if the directory belongs to one target. Otherwise empty.
+    """
+
+    stage: Stage
+    run_dir: Path
+    target: tuple[str, ...] = ()
+
+
+def locate(directory: Path) -> Place | None:
+    """Return what `<run_dir>/<stage>` or `<run_dir>/<stage>/<target>` holds. Return None for other directories."""
+    above = directory.parent
+    if directory.name in Stage.__members__:
+        return Place(Stage[directory.name], above)
+    if above.name not in Stage.__members__:
+        return None
+    target = (f"export.target={directory.name}",) if directory.name in ExportTarget.__members__ else ()
+    return Place(Stage[above.name], above.parent, target)
+
+
+def resume() -> str:
+    """Return the command that goes on with the interrupted command, and rebuilds no stage twice."""
+    command = _current
+    if command is None:
+        return "the same command, without overwrite=true"
+    if command.is_sweep:
+        return shown([each for each in command.arguments if not each.startswith("overwrite=")])
+    given = by_key(each for each in command.arguments if "=" in each)
+    own = [text for key, text in given.items() if not belongs_to_run(key) and key not in _CHOOSES_PLACE]
+    if command.pending:
+        own.append(f"overwrite={'true' if command.pending == [command.stage] else ','.join(command.pending)}")
+    return run_command(Stage[command.stage], command.run_dir, *own)
+
+
+def _needed(run_dir: str) -> dict[str, str] | None:
+    """Return the overrides that a command for a run must give. Return None if only its recipe is known."""
+    own, command = own_settings.read(_absolute(run_dir)), _current
+    recorded = {} if own is None else own.overrides
+    is_own = command is not None and _absolute(command.run_dir) == _absolute(run_dir)
+    is_base = command is not None and not is_own and "base_run" in command.overrides
+    if command is None or not (is_own or is_base):
+        return None if own is None else {}
+    if is_base and own is not None:
+        return {}
+    wanted = own_settings.recordable(command.overrides)
+    if is_base:
+        wanted.pop("base_run")
+    if set(recorded) - set(wanted) or recorded.get(RECIPE) != wanted.get(RECIPE):
+        return wanted  # a command with recipe= does not use what the run has recorded
+    return {key: text for key, text in wanted.items() if recorded.get(key) != text}
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).expanduser().absolute()

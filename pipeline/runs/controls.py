@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.config import Stage
 from pipeline.config.controls import DIRECTORY, Control, controls_of
 from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact, load
+from pipeline.runs.commands import run_command
 from pipeline.runs.json_files import write_json
 from pipeline.runs.processes import is_main_process, wait_for_everyone
 from pipeline.runs.run import DATA_DIR, PREDICTIONS_DIR, SOURCE_DIR, START, Run
@@ -41,7 +42,8 @@ class Made:
 
 def remedy(directory: Path) -> str:
     """Return the advice for a control whose files are damaged or stale: make it again, or go on without it."""
-    return f"Run stage=controls with overwrite=true, or delete {directory}."
+    command = run_command(Stage.controls, str(directory.parent.parent), "overwrite=true")
+    return f"Make it again: {command}, or delete {directory}."
 
 
 def prepare(main: Run, control: Control, stages: Iterable[Stage]) -> None:

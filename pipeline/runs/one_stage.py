@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import PipelineConfig
 from pipeline.errors import MachineError
+from pipeline.runs import commands
 from pipeline.runs.memory_remedies import remedies
 
 if TYPE_CHECKING:
@@ -98,10 +99,7 @@ def explain(error: Exception, config: PipelineConfig) -> str | None:
     """Return a message with cause and remedy if the machine failed. Return None for any other error."""
     text, stage = str(error), config.stage.name
     if (failure := _find_disk_error(error)) is not None:
-        return (
-            f"stage={stage}: {failure}. Check the disk of run_dir={config.run_dir}. Then run the same command again,"
-            " without overwrite=true, to resume."
-        )
+        return f"stage={stage}: {failure}. Check the disk of run_dir={config.run_dir}. Then go on: {commands.resume()}"
     if not isinstance(error, (MemoryError, RuntimeError)):
         return None
     if _NO_KERNEL in text:

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import DEFAULT_TARGET, PipelineConfig, QuantizeSource, Stage
+from pipeline.config import DEFAULT_TARGET, PipelineConfig, QuantizeSource, Stage, rebuilds
 from pipeline.errors import UserError
 from pipeline.runs import parts
 from pipeline.runs.artifacts import ARTIFACT_FILE, MODEL_STAGES, UNFINISHED_FILE, Artifact, Kind, load
-from pipeline.runs.commands import stage_command
+from pipeline.runs.commands import locate, run_command
 from pipeline.runs.settings import Settings, choose_settings
 
 BEING_EMPTIED: dict[str, Any] = {"is_being_emptied": True, "settings": {}, "parents": {}, "data": None}
@@ -50,7 +50,7 @@ class Run:
         self.stage = config.stage
         self.recipe = config.recipe
         self.directory = _absolute(config.run_dir)
-        self.overwrite = config.overwrite
+        self.overwrite = rebuilds(config.overwrite, config.stage)
         self.asked_part = part or (config.export.target and config.export.target.name)
         self._shared = None if config.base_run is None else _absolute(config.base_run)
 
@@ -117,9 +117,11 @@ class Run:
             if name in Stage.__members__ and (directory / ARTIFACT_FILE).is_file():
                 parent = load(directory, check_files=False)
                 if parent.fingerprint != fingerprint:
+                    place = locate(artifact.directory)
+                    again = self.command(Stage[artifact.stage], *(place.target if place else ()), "overwrite=true")
                     return (
                         f"{artifact.directory} was made from an earlier {name}, which was rebuilt later."
-                        f" Run stage={artifact.stage} again with overwrite=true."
+                        f" Rebuild it: {again}"
                     )
                 if (inherited := self.staleness(parent)) is not None:
                     return inherited
@@ -155,8 +157,8 @@ class Run:
         return choose_settings(self.config, keys)
 
     def command(self, stage: Stage, *overrides: str, run_dir: str | None = None) -> str:
-        """Return the command that runs a stage in `run_dir`, or in this run. It uses the recipe of this run."""
-        return stage_command(stage, *overrides, run_dir=run_dir or self.config.run_dir, recipe=self.recipe)
+        """Return the command that runs a stage in `run_dir`, or in this run, with the settings of this run."""
+        return run_command(stage, run_dir or self.config.run_dir, *overrides, recipe=self.recipe)
 
     def not_writable(self, directory: Path, error: OSError) -> UserError:
         """Make the error for a directory of the run that cannot be created or written."""

@@ -25,7 +25,7 @@ class Stopped(BaseException):
 
     def __init__(self, number: signal.Signals, after: str = "") -> None:
         """Create the exception. `after` says where the program stopped."""
-        super().__init__(f"stopped by {number.name}{after}; run the same command, without overwrite=true, to resume")
+        super().__init__(f"stopped by {number.name}{after}")
 
 
 def heed_signals() -> None:

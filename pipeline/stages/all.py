@@ -3,14 +3,14 @@
 from dataclasses import replace
 
 from pipeline.checkpoints.config_json import read_config
-from pipeline.config import PipelineConfig, QuantizeSource, Stage, leaves_nothing_to_round
+from pipeline.config import PipelineConfig, QuantizeSource, Stage, leaves_nothing_to_round, rebuilds
 from pipeline.config.controls import reason_for_none
 from pipeline.doctor import fit, machine
 from pipeline.doctor.facts import Facts
 from pipeline.doctor.plan import Plan
 from pipeline.models import sharding, source
 from pipeline.publish import hub
-from pipeline.runs import up_to_date
+from pipeline.runs import rebuilding, up_to_date
 from pipeline.runs.artifacts import Artifact
 from pipeline.runs.console import say
 from pipeline.runs.one_stage import run_stage
@@ -24,8 +24,14 @@ STAGES = tuple(stage for stage in _BEFORE_ALL if stage is not Stage.controls)
 
 
 def run(config: PipelineConfig) -> Artifact:
-    """Run the stages and return the last one's artifact."""
+    """Run the stages and return the last one's artifact.
+
+    Raises:
+        UserError: `overwrite` does not name all stages that must be rebuilt, or names others.
+    """
     config = config.with_target()  # after an export to another target, too
+    stages = [stage for stage in _stages(config) if _reason_to_skip(stage, config) is None]
+    rebuilding.check(config, stages)  # before anything is discarded
     hub.check(config.export)  # check now, because the upload starts hours later
     sharding.raise_if_impossible(config.sharding)  # also now, because training starts minutes later
     artifact = None
@@ -47,7 +53,7 @@ def _stages(config: PipelineConfig) -> list[Stage]:
 
 
 def _run(stage: Stage, config: PipelineConfig) -> Artifact:
-    settings = replace(config, stage=stage)
+    settings = replace(config, stage=stage, overwrite=rebuilds(config.overwrite, stage))
     if stage is Stage.evaluate and config.evaluate.source is None:
         settings = replace(settings, evaluate=replace(config.evaluate, source="all"))
     return run_stage(settings)

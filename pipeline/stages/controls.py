@@ -9,7 +9,7 @@ from pipeline.config import PipelineConfig, Stage
 from pipeline.config.controls import BF16_PARTS, Control, controls_of, reason_for_none, reason_without_parts
 from pipeline.errors import CheckFailed, MachineError, UserError, prefixed
 from pipeline.models import references, sharding
-from pipeline.runs import controls, up_to_date
+from pipeline.runs import commands, controls, up_to_date
 from pipeline.runs.artifacts import Artifact, Kind
 from pipeline.runs.console import say
 from pipeline.runs.one_stage import run_stage
@@ -34,6 +34,7 @@ def _make(here: Run, upcast: Artifact, control: Control) -> Artifact:
     """Run the stages of one control. Its upcast is the main run's if its experts are packed, as BF16 parts need."""
     shares_upcast = upcast.kind is Kind.packed
     stages = [stage for stage in control.stages if stage is not Stage.upcast or not shares_upcast]
+    commands.mark_begun(Stage.controls.name)
     up_to_date.say_if_needed("controls", f"{control.name}: {control.config.run_dir}")
     try:
         controls.prepare(here, control, stages)

@@ -8,14 +8,14 @@ from typing import Any
 
 from pipeline.config import EvaluateConfig, PipelineConfig, Stage
 from pipeline.errors import UserError
-from pipeline.evaluate import measure
+from pipeline.evaluate import earlier_answers, measure
 from pipeline.evaluate.generation import endpoint, prompts
 from pipeline.evaluate.generation.endpoint import Served
 from pipeline.evaluate.measure import Measure, Task, file_name
 from pipeline.evaluate.scorers import judge
 from pipeline.models import references
 from pipeline.models.references import ModelRef
-from pipeline.runs import controls
+from pipeline.runs import controls, passing_over
 from pipeline.runs.artifacts import EVALUATED_STAGES, MODEL_STAGES, Artifact, Kind, Result, load
 from pipeline.runs.building import build
 from pipeline.runs.console import say, warn
@@ -35,6 +35,7 @@ _ALL = "all"
 
 def run(config: PipelineConfig) -> Artifact:
     """Measure `evaluate.source` and `evaluate.endpoint`. Add their figures to those in <run_dir>/evaluate."""
+    config = earlier_answers.keep(config)
     here = Run(config)
     asked_for = _asked_for(here, config.evaluate)
     task = measure.prepare(here, config.data, config.model, config.evaluate)
@@ -75,6 +76,8 @@ def _refs(here: Run, source: str | None) -> list[ModelRef]:
         raise UserError(
             f"evaluate.source={_ALL}: {here.config.run_dir} has no model yet. Run first: {here.command(Stage.upcast)}"
         )
+    for stage in passing_over.find_unfinished(here, EVALUATED_STAGES):
+        warn("evaluate", f"{stage.name}: skipped, because it is unfinished. Finish it: {here.command(stage)}")
     stages = [references.stage_ref(here, stage) for stage in complete if stage is not Stage.export]
     stages += references.export_refs(here)
     for made in controls.find_made(here):

@@ -9,7 +9,7 @@ from pipeline.models import source
 from pipeline.models.source import Source
 from pipeline.publish import hub
 from pipeline.publish.record import Proven, siblings
-from pipeline.runs import exports
+from pipeline.runs import exports, passing_over
 from pipeline.runs.artifacts import Artifact, Kind, Result, fingerprint_of
 from pipeline.runs.building import build
 from pipeline.runs.console import say, warn
@@ -29,11 +29,12 @@ def run(config: PipelineConfig) -> Artifact:
     """Make <run_dir>/publish/<target>. If export.push_to_hub is set, upload the folder `model` in it.
 
     Raises:
-        UserError: the export is unfinished or not proven, the export has changed since `verify`, the base model has
-            changed since `export`, or the upload fails.
+        UserError: the export is unfinished or not proven, a later model has begun since, the export has changed since
+            `verify`, the base model has changed since `export`, or the upload fails.
     """
     here = Run(config)
     export = exports.require(here)
+    passing_over.raise_if_export_is_older(here, export)
     proof = exports.find_proof(here, export)
     if proof is None:
         raise UserError(f"{exports.missing_proof(here, export)}. Only proven exports are published.")

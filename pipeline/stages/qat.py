@@ -37,7 +37,7 @@ def run(config: PipelineConfig) -> Artifact:
     raise_if_nothing_to_round(config.quantize.source, config.sft, config.format.name)
     start = here.require(Stage.quantize)
     sharding.raise_if_impossible(config.sharding)
-    _raise_if_quantized_otherwise(references.of_artifact(start), references.configured_format(config.format))
+    _raise_if_quantized_otherwise(here, references.of_artifact(start), references.configured_format(config.format))
     _warn_about_sft(config, here, start)
     rows = load_rows(here, config.data)
     return build(
@@ -52,13 +52,14 @@ def run(config: PipelineConfig) -> Artifact:
     )
 
 
-def _raise_if_quantized_otherwise(start: ModelRef, wanted: BlockFormat) -> None:
+def _raise_if_quantized_otherwise(here: Run, start: ModelRef, wanted: BlockFormat) -> None:
     have = start.block_format
     if have is not None and have != wanted:
         raise UserError(
             f"{start.directory} was made for format={have.name} with format.scale_rule={have.scale_rule}, but the"
-            f" configuration sets format={wanted.name} with format.scale_rule={wanted.scale_rule}. Run stage=quantize"
-            f" again with overwrite=true, or use format={have.name} format.scale_rule={have.scale_rule}."
+            f" configuration sets format={wanted.name} with format.scale_rule={wanted.scale_rule}. Quantize again:"
+            f" {here.command(Stage.quantize, 'overwrite=true')}. Or use format={have.name}"
+            f" format.scale_rule={have.scale_rule}."
         )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import PipelineConfig, ServeConfig, Stage
 from pipeline.errors import UserError
-from pipeline.runs import exports
+from pipeline.runs import exports, passing_over
 from pipeline.runs.artifacts import Artifact
 from pipeline.runs.console import say
 from pipeline.runs.processes import process_count
@@ -24,7 +24,8 @@ def run(config: PipelineConfig) -> Artifact:
     """Serve the export of export.target and return its artifact.
 
     Raises:
-        UserError: the export is unfinished or has not passed stage=verify, or `plan` refuses it.
+        UserError: the export is unfinished or has not passed stage=verify, a later model has begun since, or `plan`
+            refuses it.
         CheckFailed: the engine crashed, did not come up, or did not answer.
         KeyboardInterrupt: Ctrl-C before the engine had answered. Afterwards, Ctrl-C is the regular end.
     """
@@ -32,6 +33,7 @@ def run(config: PipelineConfig) -> Artifact:
         raise UserError("stage=serve: the engine must be started from a single process. Run it without a launcher.")
     here = Run(config)
     export = exports.require(here)
+    passing_over.raise_if_export_is_older(here, export)
     launch = _launch(here, config.serve, export)
     if config.serve.dry_run:
         print(launch.shell_line)

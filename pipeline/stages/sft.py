@@ -32,7 +32,7 @@ def run(config: PipelineConfig) -> Artifact:
     earlier = continuing.find_start(here, upcast, config.sft)
     start = earlier or references.of_artifact(upcast)
     if earlier is None:
-        _raise_if_in_other_form(config.sft.method, start)
+        _raise_if_in_other_form(here, config.sft.method, start)
     rows = load_rows(here, config.data)
     return build(
         here,
@@ -46,16 +46,18 @@ def run(config: PipelineConfig) -> Artifact:
     )
 
 
-def _raise_if_in_other_form(method: Method, upcast: ModelRef) -> None:
+def _raise_if_in_other_form(here: Run, method: Method, upcast: ModelRef) -> None:
     if method is Method.full and upcast.is_packed:
+        again = here.command(Stage.upcast, "upcast.experts=bf16", "overwrite=true")
         raise UserError(
-            f"sft.method=full: the experts in {upcast.directory} are packed and cannot be trained. Run stage=upcast"
-            " again with upcast.experts=bf16 overwrite=true, or use sft.method=lora."
+            f"sft.method=full: the experts in {upcast.directory} are packed and cannot be trained. Decode them:"
+            f" {again}. Or use sft.method=lora."
         )
     if method is Method.bf16_parts and not upcast.is_packed:
+        again = here.command(Stage.upcast, "upcast.experts=null", "overwrite=true")
         raise UserError(
             f"sft.method=bf16_parts: the experts in {upcast.directory} are not packed, so their MXFP4 bytes would not"
-            " reach the export unchanged. Run stage=upcast again with upcast.experts=null overwrite=true."
+            f" reach the export unchanged. Link the packed experts: {again}"
         )
 
 

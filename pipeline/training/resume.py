@@ -12,15 +12,12 @@ from pathlib import Path
 
 from pipeline.config import Sharding
 from pipeline.errors import UserError
-from pipeline.runs.artifacts import digests_of
+from pipeline.runs.artifacts import WHOLE_FILE, digests_of
 from pipeline.runs.console import say, warn
 from pipeline.runs.durable import sync_tree
 from pipeline.runs.json_files import write_json
 from pipeline.runs.processes import is_main_process, process_count, wait_for_everyone
 from pipeline.runs.settings import Settings
-
-MARKER = "whole"
-"""Name of a file that every complete checkpoint has. The file records the sharding, and the other files."""
 
 _TRAINER_STATE = "trainer_state.json"  # the name that transformers gives it; importing transformers takes seconds
 
@@ -56,7 +53,7 @@ def mark_complete(checkpoint: Path, sharding: Sharding) -> None:
     All files are on the disk before the record is written.
     """
     sync_tree(checkpoint)
-    write_json(checkpoint / MARKER, {"sharding": sharding.name, "files": digests_of(checkpoint)})
+    write_json(checkpoint / WHOLE_FILE, {"sharding": sharding.name, "files": digests_of(checkpoint)})
 
 
 def find_last_complete(directory: Path, stage: str, sharding: Sharding) -> Path | None:
@@ -88,7 +85,7 @@ def _remove_unusable(directory: Path, stage: str) -> None:
     """
     usable: list[int] = []
     for path in sorted(directory.glob("checkpoint-*"), key=read_step):
-        if not (path / MARKER).is_file():
+        if not (path / WHOLE_FILE).is_file():
             say(stage, f"removing {path.name}: it is incomplete, because the run was interrupted")
         elif (damage := _find_damage(path)) is not None:
             warn(stage, f"removing {path.name}: {damage}. Training resumes from an earlier checkpoint, if there is one")
@@ -103,9 +100,9 @@ def _remove_unusable(directory: Path, stage: str) -> None:
 def _find_damage(checkpoint: Path) -> str | None:
     """Describe the damage of a checkpoint's files, or return None. Markers of older versions list no files."""
     try:
-        recorded = json.loads((checkpoint / MARKER).read_text(encoding="utf-8")).get("files", {})
+        recorded = json.loads((checkpoint / WHOLE_FILE).read_text(encoding="utf-8")).get("files", {})
     except ValueError:
-        return f"{MARKER} is not readable"
+        return f"{WHOLE_FILE} is not readable"
     missing = [name for name in recorded if not (checkpoint / name).is_file()]
     if missing:
         return f"{', '.join(missing)} missing"
@@ -121,7 +118,7 @@ def _best_step(checkpoint: Path) -> int | None:
 
 
 def _raise_if_sharded_otherwise(checkpoint: Path, sharding: Sharding) -> None:
-    before = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["sharding"]
+    before = json.loads((checkpoint / WHOLE_FILE).read_text(encoding="utf-8"))["sharding"]
     if before != sharding.name:
         raise UserError(
             f"{checkpoint}: was written with sharding={before} and cannot be read with sharding={sharding.name}."

@@ -150,8 +150,8 @@ def test_training_that_the_system_stops_saves_a_checkpoint_and_resumes_to_the_sa
     shown = capsys.readouterr()
     assert "[sft] SIGUSR1: stopping after the next line of metrics, with a checkpoint\n" in shown.out
     assert shown.err.endswith(
-        "error: stopped by SIGUSR1 after step 4, with a checkpoint; run the same command, without"
-        " overwrite=true, to resume\n"
+        "error: stopped by SIGUSR1 after step 4, with a checkpoint. stage=sft: the next run starts from step 4, its"
+        f" last checkpoint. To go on: python -m pipeline stage=sft run_dir={run}\n"
     )
     assert run_program("stage=sft", *settings) == 0
     assert "resuming from step 4" in capsys.readouterr().out
@@ -163,7 +163,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step() -> No
     ended = run_processes(preempted.__file__)
     assert ended.returncode == 0, ended.stdout
     for rank in range(2):
-        assert f"process {rank}: stopped by SIGUSR1 after step 3, with a checkpoint; " in ended.stdout
+        assert f"process {rank}: stopped by SIGUSR1 after step 3, with a checkpoint" in ended.stdout
 
 
 def test_an_incomplete_checkpoint_is_removed_and_not_resumed_from(

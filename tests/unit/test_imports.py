@@ -40,13 +40,13 @@ ONLY_IMPORTER = {
     "gguf": "export.gguf_layout",
     "matplotlib": "compare.plots",
     "lm_eval": "evaluate.scorers.harness",
-    "hydra": ("__main__", "config.command_line", "config.composition"),
+    "hydra": ("__main__", "config.command_line", "config.composition", "config.overrides"),
     "importlib": ("", "runs.one_stage", "export"),
 }
 """Library -> the only modules that import it. Modules that import importlib choose other modules by name."""
 
 
-READERS_OF_ARGUMENTS = {"__main__", "config.composition", "library.running"}
+READERS_OF_ARGUMENTS = {"__main__", "library.running"}
 """The modules that may import `config.command_line`."""
 
 

@@ -45,7 +45,9 @@ def test_a_bug_keeps_its_traceback_and_leaves_with_1(
 def test_an_interruption_leaves_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     replace_stages(monkeypatch, raising(KeyboardInterrupt()))
     assert run_program(*ARGUMENTS) == 130
-    assert capsys.readouterr().err == "error: interrupted; run the same command, without overwrite=true, to resume\n"
+    assert capsys.readouterr().err == (
+        "error: interrupted. To go on: python -m pipeline stage=sft recipe=smoke run_dir=runs/smoke\n"
+    )
 
 
 def test_another_process_waits_for_the_report_of_the_main_process_and_then_reports_itself(

@@ -115,7 +115,7 @@ def test_every_line_of_the_help_fits_into_100_columns() -> None:
 @pytest.mark.parametrize(
     ("key", "facts"),
     {
-        "overwrite": "[false] (true or false)",
+        "controls": "[false] (true or false)",
         "data.max_samples": "[null] (whole number or null, greater than 0)",
         "model.path": "[required] (text)",
         "data.path": "[null] (text or null)",

@@ -10,7 +10,6 @@ from config.composing import STAGES, Mistake, found_on, one_line
 WRONG_TYPES = {
     "sft.learning_rate=fast": "sft.learning_rate='fast': Value 'fast' of type 'str' could not be converted to Float",
     "sft.max_steps=1.5": "sft.max_steps=1.5: Value '1.5' of type 'float' could not be converted to Integer",
-    "overwrite=maybe": "overwrite='maybe': Value 'maybe' is not a valid bool (type str)",
     "sft.method=dora": "sft.method='dora': Invalid value 'dora', expected one of [full, lora, bf16_parts]",
     "sft.batch_size=null": "sft.batch_size=None: field 'sft.batch_size' is not Optional",
     "model.path=null": "model.path=None: field 'model.path' is not Optional",

@@ -244,7 +244,8 @@ def test_a_changed_setting_is_an_error_that_names_key_and_both_values(config: Pi
     assert message == (
         f"{Run(config).stage_dir('sft')} is complete, but was made with other inputs: data.max_samples: was None, is 7;"
         " sft.learning_rate: was 2e-05, is 0.5; sft.lora.targets: was ['attention', 'experts'], is ['experts']."
-        " Use overwrite=true to rebuild it, or use another run_dir to keep it."
+        f" Go back to them, or rebuild it: python -m pipeline stage=sft recipe=smoke run_dir={config.run_dir}"
+        " overwrite=true. To keep it, use another run_dir."
     )
     assert work.calls == 0
     assert Run(config).is_complete(Stage.sft)
@@ -263,7 +264,9 @@ def test_a_changed_parent_or_data_set_is_an_error_that_names_it(
     changes: dict[str, Any], difference: str, config: PipelineConfig
 ) -> None:
     make(config)
-    assert f"but was made with other inputs: {difference}. Use overwrite=true" in error_of(config, **changes)
+    assert f"but was made with other inputs: {difference}. Go back to them, or rebuild it: " in error_of(
+        config, **changes
+    )
 
 
 PLACES: dict[str, dict[str, Any]] = {
@@ -384,8 +387,8 @@ def test_unfinished_training_goes_on_if_processes_and_batches_make_the_same_glob
     message = error_of(config)
     assert message == (
         f"{directory} is unfinished, and was begun with other inputs: sft.batch_size x sft.gradient_accumulation_steps"
-        " x processes: was 12, is 36. Go on with the same inputs, use overwrite=true to rebuild it, or use another"
-        " run_dir to keep it."
+        " x processes: was 12, is 36. Go on with the same inputs, or rebuild it: python -m pipeline stage=sft"
+        f" recipe=smoke run_dir={config.run_dir} overwrite=true. To keep it, use another run_dir."
     )
     config.sft.gradient_accumulation_steps = 2
     make(config, work := Work())

@@ -111,8 +111,7 @@ def test_a_file_that_cannot_be_written_is_explained(tmp_path: Path, write: Calla
         write(tmp_path / "file")
     message = message_of(failed.value, PipelineConfig(stage=Stage.sft, run_dir="runs/mine"))
     assert message == (
-        f"stage=sft: {what}. Check the disk of run_dir=runs/mine. Then run the same command again, without"
-        " overwrite=true, to resume."
+        f"stage=sft: {what}. Check the disk of run_dir=runs/mine. Then go on: the same command, without overwrite=true"
     )
 
 

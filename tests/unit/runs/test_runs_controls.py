@@ -72,7 +72,8 @@ def test_more_sft_is_stale_if_sft_was_rebuilt_but_not_if_sft_was_removed(main: R
 
 def test_a_damaged_control_is_to_be_made_again_or_deleted_but_never_the_main_run(main: Run) -> None:
     directory = main.directory / "controls" / "stochastic"
-    remedy = f"Run stage=controls with overwrite=true, or delete {directory}."
+    again = f"python -m pipeline stage=controls run_dir={main.directory} overwrite=true"
+    remedy = f"Make it again: {again}, or delete {directory}."
     stochastic(main, files={"model.safetensors": 3})
     (made,) = controls.find_made(main)
     with pytest.raises(UserError) as caught:

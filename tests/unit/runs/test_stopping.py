@@ -32,7 +32,7 @@ def test_a_signal_ends_the_program_with_143_and_says_how_to_go_on(
     monkeypatch.setattr("sys.argv", ["pipeline", "stage=doctor", "recipe=smoke"])
     assert program.status(["stage=doctor", "recipe=smoke"]) == 143
     assert capsys.readouterr().err == (
-        f"error: stopped by {number.name}; run the same command, without overwrite=true, to resume\n"
+        f"error: stopped by {number.name}. To go on: the same command, without overwrite=true\n"
     )
 
 
@@ -42,7 +42,7 @@ def test_a_deferred_signal_waits_until_the_program_asks(capsys: pytest.CaptureFi
         send(signal.SIGHUP)
         assert stopping.asked() is signal.SIGHUP
     assert capsys.readouterr().out == "[sft] SIGHUP: stopping after this step\n"
-    with pytest.raises(Stopped, match="stopped by SIGHUP after stage=sft; run the same command"):
+    with pytest.raises(Stopped, match=r"stopped by SIGHUP after stage=sft$"):
         stopping.raise_if_asked(" after stage=sft")
     stopping.raise_if_asked(" after stage=qat")  # the signal has been heeded
     with pytest.raises(Stopped):

@@ -10,8 +10,8 @@ from transformers import GptOssForCausalLM
 
 from pipeline.config import Sharding
 from pipeline.data.harmony import IGNORED
+from pipeline.runs.artifacts import WHOLE_FILE
 from pipeline.training import callbacks
-from pipeline.training.resume import MARKER
 
 EXPERTS, ACTIVE = 8, 2
 
@@ -96,7 +96,7 @@ def test_the_newest_and_the_best_checkpoint_are_kept_and_marked_complete(tmp_pat
     for step, best in ((2, 2), (4, 2), (6, 2), (10, 2)):
         keeper.on_save(*save(tmp_path, best, step), None)
     assert names(tmp_path) == {"checkpoint-2", "checkpoint-10"}
-    assert all((path / MARKER).is_file() for path in tmp_path.iterdir())
+    assert all((path / WHOLE_FILE).is_file() for path in tmp_path.iterdir())
 
 
 def test_no_checkpoint_is_removed_before_the_new_one_is_complete(

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.config import Sharding
 from pipeline.errors import UserError
+from pipeline.runs.artifacts import WHOLE_FILE
 from pipeline.training import resume
 
 
@@ -71,13 +72,13 @@ def test_a_checkpoint_is_on_the_disk_before_it_is_marked_complete(
     synced: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
     path = write_checkpoint(tmp_path, 5, Sharding.none)
-    marker = synced.index(str(path / f"{resume.MARKER}.tmp"))
+    marker = synced.index(str(path / f"{WHOLE_FILE}.tmp"))
     assert {str(path), str(path / "optimizer.pt"), str(path / "trainer_state.json")} <= set(synced[:marker])
 
 
 def test_checkpoints_of_older_versions_have_no_digests_and_are_used(tmp_path: Path) -> None:
     newest = write_checkpoint(tmp_path, 5, Sharding.none)
-    (newest / resume.MARKER).write_text('{"sharding": "none"}')
+    (newest / WHOLE_FILE).write_text('{"sharding": "none"}')
     assert resume.find_last_complete(tmp_path, "sft", Sharding.none) == newest
 
 

@@ -1,0 +1,101 @@
+"""Overrides as the command line writes them: `key=value`, `+key=value` or `~key=value`."""
+
+import re
+import shlex
+from collections.abc import Iterable
+
+from pipeline.config import program
+from pipeline.config.groups import RECIPE
+
+_OF_ONE_COMMAND = (
+    *("stage", "run_dir", "overwrite", "doctor", "serve", "hydra"),
+    *("compare.runs", "evaluate.source", "evaluate.endpoint", "export.push_to_hub", "verify.checkpoint"),
+)
+"""Keys and sections that say what one command does. They do not belong to the run."""
+_SECTIONS = {"train@sft": "sft", "train@qat": "qat", "eval": "evaluate"}
+"""Groups whose settings are in a section of another name."""
+_SECRET = re.compile(r"\b(?:hf_|sk-|github_pat_|ghp_)[\w-]{16,}|://[^/@\s]+:[^/@\s]+@")
+_NEEDS_NO_QUOTES = re.compile(
+    r"(?!\.\d|(?:null|true|false|nan|inf)$)[a-z_./][\w./:%@+ -]*(?<! )", re.ASCII | re.IGNORECASE
+)
+
+
+def is_override(argument: str) -> bool:
+    """Return whether an argument gives a key a value, or adds or removes one (`~key=value`). Flags do not."""
+    return "=" in argument and not argument.startswith("-")
+
+
+def key_of(override: str) -> str:
+    """Return the key or group, without signs: `sft.epochs` of `+sft.epochs=2`."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def by_key(overrides: Iterable[str]) -> dict[str, str]:
+    """Map each key to its override. If a key is given twice, the last one counts, and stands last."""
+    found: dict[str, str] = {}
+    for override in overrides:
+        key = key_of(override)
+        found.pop(key, None)
+        found[key] = override
+    return found
+
+
+def belongs_to_run(key: str) -> bool:
+    """Return whether a key is a setting of the run, and not of one command, as `stage` and `overwrite` are."""
+    return not any(key == each or key.startswith((f"{each}.", f"{each}/")) for each in _OF_ONE_COMMAND)
+
+
+def has_secret(override: str) -> bool:
+    """Return whether an override contains a token of a known form, or a password in an address."""
+    return _SECRET.search(override) is not None
+
+
+def touches(key: str, settings: Iterable[str]) -> bool:
+    """Return whether an override with this key can change one of the settings, given by their full keys."""
+    changed = _SECTIONS.get(key, key)
+    return any(
+        key == RECIPE or each == changed or each.startswith(f"{changed}.") or changed.startswith(f"{each}.")
+        for each in settings
+    )
+
+
+def plain_value(override: str) -> str | None:
+    """Return the text that an override gives its key. Return None for lists, several values and interpolations."""
+    value = override.partition("=")[2].strip()
+    if "${" in value:
+        return None
+    if value[:1] in ("'", '"'):
+        return _unquoted(value) if value[1:].endswith(value[0]) else None
+    unescaped = re.sub(r"\\.", "", value)
+    return None if set(unescaped) & set(",[]{}()") else re.sub(r"\\(.)", r"\1", value)
+
+
+def _unquoted(value: str) -> str:
+    """Return a text without its quotes. Inside, a backslash is doubled only in front of a quote, as `quoted` does."""
+    return re.sub(rf"(\\*)({value[0]}|$)", lambda m: m[1][: len(m[1]) // 2] + m[2], value[1:-1])
+
+
+def swept_values(override: str) -> list[str]:
+    """Return the plain values of an override with several values: `a,b` or `choice(a,b)`. Otherwise return none."""
+    value = override.partition("=")[2].strip()
+    listed = re.fullmatch(r"choice\((.*)\)", value)
+    parts = re.findall(r"""(?:'[^']*'|"[^"]*"|[^,'"])+""", listed[1] if listed else value)
+    found = [plain_value(f"={part}") for part in parts] if len(parts) > 1 or listed else []
+    return [each for each in found if each is not None]
+
+
+def shown(arguments: list[str]) -> str:
+    """Return the command with these arguments, quoted for a shell."""
+    return f"{program.name()} {shlex.join(arguments)}"
+
+
+def assignment(key: str, value: str) -> str:
+    """Return the override that sets a key to a text. Hydra reads some characters and words only inside quotes."""
+    return f"{key}={value if _NEEDS_NO_QUOTES.fullmatch(value) else quoted(value)}"
+
+
+def quoted(value: str) -> str:
+    """Quote a value for an override, so that commas, quotes and brackets have no meaning. `${key}` keeps its own."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(value, Quote.single).with_quotes()

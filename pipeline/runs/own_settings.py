@@ -1,0 +1,84 @@
+"""The settings that a run recorded for itself. A command with `run_dir=` and without `recipe=` uses them.
+
+`<run_dir>/command.yaml` holds overrides, as the command line gave them. A recorded interpolation, such as
+`${oc.env:TOKEN}`, stays unresolved.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config.overrides import belongs_to_run, by_key, has_secret, is_override
+from pipeline.errors import UserError
+from pipeline.runs.durable import write_text
+
+RECORD_FILE = "command.yaml"
+
+_HEADER = "# The settings of this run. Commands with this run_dir and without recipe= use them.\n"
+
+
+@dataclass(frozen=True)
+class OwnSettings:
+    """The recorded settings of a run.
+
+    Attributes:
+        overrides: key -> override, in the order of the command line.
+        working_directory: the directory at which relative paths in `overrides` start.
+        config_dir: the directory of further configuration files (`--config-dir`), or None.
+    """
+
+    overrides: dict[str, str]
+    working_directory: str
+    config_dir: str | None = None
+
+
+def read(run_dir: Path) -> OwnSettings | None:
+    """Read the recorded settings of a run. Return None if there are none.
+
+    Raises:
+        UserError: command.yaml cannot be read, or has another form.
+    """
+    import yaml
+
+    path = run_dir / RECORD_FILE
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        overrides, directory, more = found["overrides"], found["working_directory"], found["config_dir"]
+        if not _are_overrides(overrides) or not isinstance(directory, str) or not isinstance(more, str | None):
+            raise ValueError("a value has the wrong type")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except KeyError as error:
+        raise _unreadable(path, f"{error.args[0]} is missing") from error
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise _unreadable(path, str(error).splitlines()[0]) from error
+    return OwnSettings(by_key(overrides), directory, more)
+
+
+def _are_overrides(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) and is_override(each) for each in value)
+
+
+def _unreadable(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"{path}: is not a readable record of the run's settings ({reason}). Delete it, and give recipe= and the"
+        " settings on the command line. The next stage then records them again."
+    )
+
+
+def write(run_dir: Path, own: OwnSettings) -> None:
+    """Replace the recorded settings of a run."""
+    import yaml
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    content = {
+        "overrides": list(own.overrides.values()),
+        "working_directory": own.working_directory,
+        "config_dir": own.config_dir,
+    }
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
+    write_text(run_dir / RECORD_FILE, _HEADER + text)
+
+
+def recordable(given: dict[str, str]) -> dict[str, str]:
+    """Return the overrides that belong to the run. Tokens and passwords are never recorded."""
+    return {key: text for key, text in given.items() if belongs_to_run(key) and not has_secret(text)}
