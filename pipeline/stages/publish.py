@@ -55,7 +55,7 @@ def run(config: PipelineConfig) -> Artifact:
         is_report=True,
     )
     if is_main_process():
-        _offer(config, artifact)
+        _offer(here, config, artifact)
     return artifact
 
 
@@ -73,7 +73,7 @@ def _publish(config: PipelineConfig, here: Run, proven: Proven, into: Path) -> R
     from pipeline.publish import card
 
     directory, base = into / MODEL, proven.base
-    _link(proven.export, directory)
+    _link(here, proven.export, directory)
     added = [name for name in side_files(base.directory) if name.startswith(_LEGAL) and not (directory / name).exists()]
     for name in added:
         link_or_copy(base.directory / name, directory / name)
@@ -84,7 +84,7 @@ def _publish(config: PipelineConfig, here: Run, proven: Proven, into: Path) -> R
     return Result(Kind.report, PublishRecord(files=len(list(directory.iterdir()))), proven.export.format)
 
 
-def _link(export: Artifact, directory: Path) -> None:
+def _link(here: Run, export: Artifact, directory: Path) -> None:
     """Link the export's files into another directory, and check that they are the verified ones."""
     directory.mkdir(exist_ok=True)
     for path in directory.iterdir():
@@ -93,9 +93,10 @@ def _link(export: Artifact, directory: Path) -> None:
         link_or_copy(export.directory / name, directory / name)
     fingerprint, _ = fingerprint_of(directory)
     if fingerprint != export.fingerprint:
+        target = f"export.target={export.read(ExportRecord).target}"
         raise UserError(
             f"{export.directory}: its files have changed since they were exported and verified. Export again:"
-            f" stage=export export.target={export.read(ExportRecord).target} overwrite=true, then stage=verify."
+            f" {here.command(Stage.export, target, 'overwrite=true')}, then verify: {here.command(Stage.verify, target)}"
         )
 
 
@@ -114,11 +115,12 @@ def _tell_of_gaps(config: PipelineConfig, base: Source) -> None:
         )
 
 
-def _offer(config: PipelineConfig, artifact: Artifact) -> None:
+def _offer(here: Run, config: PipelineConfig, artifact: Artifact) -> None:
     directory = artifact.directory / MODEL
     if config.export.push_to_hub is None:
         say("publish", f"to upload it: hf upload <name/model> {directory} . --private")
         return
     if fingerprint_of(artifact.directory)[0] != artifact.fingerprint:
-        raise UserError(f"{directory}: a file has changed since it was made. Make it again: overwrite=true.")
+        again = here.command(Stage.publish, "overwrite=true")
+        raise UserError(f"{directory}: a file has changed since it was made. Make it again: {again}")
     say("publish", f"uploaded: {hub.push(config.export, directory)}")

@@ -37,6 +37,16 @@ def test_the_processes_do_not_import_from_the_working_directory(tmp_path: Path) 
     assert outcome.stdout == f"1 {REPOSITORY}:/wheels\n"
 
 
+@pytest.mark.parametrize(("slurm", "name"), [({}, ""), ({"SLURM_NNODES": "2", "SLURM_JOB_ID": "1"}, "srun ")])
+def test_the_processes_know_the_command_that_hints_name(tmp_path: Path, slurm: dict[str, str], name: str) -> None:
+    interpreter = tmp_path / "python"
+    interpreter.write_text('#!/bin/sh\necho "$GPT_OSS_QAT_LAUNCHER"\n')
+    interpreter.chmod(0o755)
+    environment = {"PYTHON": str(interpreter), "MASTER_ADDR": "node1", **slurm}
+    outcome = launch("--processes", "2", "stage=sft", **environment)
+    assert outcome.stdout == f"{name}{REPOSITORY}/scripts/launch --processes 2\n"
+
+
 def test_under_slurm_the_launcher_meets_at_the_first_node_and_restarts() -> None:
     slurm = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "123456", "MASTER_ADDR": "node1"}
     outcome = launch("--processes", "8", "--dry-run", "stage=sft", **slurm)

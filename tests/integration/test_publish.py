@@ -1,5 +1,6 @@
 """stage=publish on a real run: the card agrees with the records, the files equal the export, and the upload works."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from pipeline.runs import artifacts
 from pipeline.stages.all import STAGES
 
 HUB_NAMES = ("export.card.base_model=openai/gpt-oss-20b", "export.card.license=apache-2.0")
+
+INPUTS = ("settings", "parents", "data")
 
 
 @pytest.fixture
@@ -148,6 +151,27 @@ def test_an_export_that_verify_has_not_passed_is_not_published(run: Path, capfd:
     assert publish(run) == 2
     assert "has not passed stage=verify" in capfd.readouterr().err
     assert not (run / "publish").exists()
+
+
+def test_an_export_that_an_unfinished_qat_has_overtaken_is_not_published(
+    run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "export" / "mxfp4" / "artifact.json"
+    record = json.loads(path.read_text())
+    record["details"]["exported_from"] = "quantize"
+    path.write_text(json.dumps(record))
+    inputs = {name: json.loads((run / "qat" / "artifact.json").read_text())[name] for name in INPUTS}
+    (run / "qat" / "artifact.json").unlink()
+    (run / "qat" / "unfinished.json").write_text(json.dumps(inputs))
+    assert run_program("stage=publish", f"run_dir={run}") == 2
+    assert capfd.readouterr().err.endswith(
+        f"error: {run}/export/mxfp4 was made from quantize, but qat has begun since and is unfinished. Finish qat: python -m"
+        f" pipeline stage=qat run_dir={run}, then export and verify again: python -m pipeline stage=export"
+        f" run_dir={run} export.target=mxfp4 overwrite=true. Or use this export as it is: python -m pipeline stage=publish run_dir={run}"
+        " export.source=quantize\n"
+    )
+    assert not (run / "publish").exists()
+    assert run_program("stage=publish", f"run_dir={run}", "export.source=quantize") == 0
 
 
 def test_a_file_that_changed_since_it_was_verified_is_not_published(

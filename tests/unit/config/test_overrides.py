@@ -11,6 +11,7 @@ from pipeline.config.overrides import (
     has_secret,
     key_of,
     plain_value,
+    swept_values,
     touches,
 )
 
@@ -27,7 +28,13 @@ def test_the_last_override_of_a_key_counts_and_stands_last() -> None:
     assert list(by_key(["a=1", "b=2", "++a=3"]).values()) == ["b=2", "++a=3"]
 
 
-@pytest.mark.parametrize("text", ["runs/x", "/data/my runs/a", "sweep/format=nvfp4,sft.seed=1", "it's", "a\\b", "~/x"])
+AWKWARD = ["null", "True", "5", "1e3", ".5", "..", "a ", "é", "a{b", "it\\'s", "end\\", "a\\\\'b\\\\", 'say "x"']
+"""Texts that Hydra would read as another value, or not at all, without quotes."""
+
+
+@pytest.mark.parametrize(
+    "text", ["runs/x", "/data/my runs/a", "sweep/format=nvfp4,sft.seed=1", "it's", "a\\b", "~/x", *AWKWARD]
+)
 def test_an_assignment_gives_back_its_text_and_hydra_reads_it(text: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -72,3 +79,18 @@ def test_a_list_of_stages_is_one_value_and_not_a_sweep(given: str) -> None:
 def test_only_lists_are_quoted() -> None:
     arguments = ["overwrite=true", "overwrite=sft", "sft.seed=1,2", "-m"]
     assert quote_lists(arguments) == arguments
+
+
+@pytest.mark.parametrize(
+    ("override", "values"),
+    [
+        ("run_dir=a,b", ["a", "b"]),
+        ("run_dir=choice(a, 'b,c')", ["a", "b,c"]),
+        ("run_dir=choice(a)", ["a"]),
+        ("run_dir='a,b'", []),
+        ("run_dir=a", []),
+        ("run_dir=a,r/${recipe}", ["a"]),
+    ],
+)
+def test_the_plain_values_of_a_sweep_are_found(override: str, values: list[str]) -> None:
+    assert swept_values(override) == values

@@ -25,6 +25,16 @@ def test_the_name_is_that_of_the_command_that_was_typed(monkeypatch: pytest.Monk
     assert program.named("Use python -m pipeline --help.") == f"Use {name} --help."
 
 
+def test_under_the_launcher_hints_name_the_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GPT_OSS_QAT_LAUNCHER", "scripts/launch --processes 2")
+    assert run_program("stage=sft", "recipe=smoke", f"run_dir={tmp_path}") == 2
+    assert f"Run first: scripts/launch --processes 2 stage=upcast recipe=smoke run_dir={tmp_path}" in (
+        capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize("name", ["pipeline.py", "pipeline/__init__.py"])
 def test_a_file_that_hides_the_program_is_found_and_named_in_a_warning(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

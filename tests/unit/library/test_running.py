@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from config.composing import write_recipe
 from conftest import linked, run_program
 
 import pipeline
 from pipeline import Artifact, CheckFailed, UserError, run
+from pipeline.runs import commands, interruptions
 
 
 def upcast(run_dir: Path | str, *overrides: str) -> Artifact:
@@ -106,6 +108,61 @@ def test_several_mistakes_are_one_error_that_lists_them() -> None:
 
 def test_a_missing_stage_is_an_error_with_the_command_that_runs_it(tmp_path: Path) -> None:
     assert "Run first: python -m pipeline stage=upcast recipe=smoke" in message("sft", recipe="smoke", run_dir=tmp_path)
+
+
+def test_a_run_supplies_its_settings_to_a_call_without_a_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = upcast(tmp_path, "model.tiny.seed=5")
+    capsys.readouterr()
+    assert run("upcast", run_dir=tmp_path) == made
+    assert capsys.readouterr().err == f"[run] settings of {tmp_path}: recipe=smoke model.tiny.seed=5\n"
+    told = message("upcast", run_dir=tmp_path, overrides=["model.tiny.seed=6"])
+    assert "model.tiny.seed: was 5, is 6" in told
+    assert f"python -m pipeline stage=upcast run_dir={tmp_path} model.tiny.seed=6 overwrite=true." in told
+    assert capsys.readouterr().err.endswith("; the command line changes model.tiny.seed: 5 -> 6\n")
+
+
+def test_calls_and_commands_record_the_same_settings_in_a_run(tmp_path: Path) -> None:
+    arguments = ("stage=upcast", "recipe=smoke", "model.tiny.seed=5")
+    upcast(tmp_path / "library", "model.tiny.seed=5")
+    assert run_program(*arguments, f"run_dir={tmp_path}/command") == 0
+    by_call, by_command = (tmp_path / name / "command.yaml" for name in ("library", "command"))
+    assert by_call.read_text() == by_command.read_text()
+    assert run_program("stage=upcast", f"run_dir={tmp_path}/library") == 0
+    run("upcast", run_dir=tmp_path / "command")
+
+
+def test_a_recipe_from_config_dir_is_found_again(tmp_path: Path) -> None:
+    write_recipe(tmp_path, "model:\n  tiny:\n    seed: 5\n")
+    made = run("upcast", recipe="mine", run_dir=tmp_path / "run", config_dir=tmp_path)
+    assert run("upcast", run_dir=tmp_path / "run") == made
+
+
+def test_a_call_does_not_see_the_command_of_an_earlier_call(tmp_path: Path) -> None:
+    hint = f"Run first: python -m pipeline stage=upcast recipe=smoke run_dir={tmp_path}/new"
+    upcast(tmp_path / "old", "model.tiny.seed=5")
+    assert commands.current() is None
+    assert message("sft", recipe="smoke", run_dir=tmp_path / "new").endswith(hint)
+    run("upcast", run_dir=tmp_path / "old")
+    assert message("sft", recipe="smoke", run_dir=tmp_path / "new").endswith(hint)
+    assert commands.current() is None
+
+
+def test_an_interrupted_call_says_what_is_kept_and_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.runs.building._work", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run("upcast", recipe="smoke", run_dir=tmp_path, overrides=["overwrite=true", "model.tiny.seed=5"])
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "[upcast] warning: interrupted. stage=upcast: the next run starts from the beginning. To go on:"
+        f" python -m pipeline stage=upcast run_dir={tmp_path}"
+    )
+    assert interruptions.message("interrupted") == ("interrupted. To go on: the same command, without overwrite=true")
 
 
 def test_a_wrong_export_is_a_failed_check(smoke_run: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def interrupted(run_dir: Path, stage: Stage, fill: Callable[[Path], None]) -> st
     config = PipelineConfig(stage=stage, run_dir=str(run_dir))
     directory = run_dir / stage.name
     directory.mkdir()
-    with pytest.raises(KeyboardInterrupt), interruptions.working(Run(config), directory):
+    with pytest.raises(KeyboardInterrupt), interruptions.working(Run(config), stage):
         fill(directory)
         raise KeyboardInterrupt
     return interruptions.message("interrupted")
@@ -77,6 +77,6 @@ def test_a_complete_stage_that_was_not_yet_touched_stays(tmp_path: Path) -> None
 
 def test_an_error_that_is_no_interruption_leaves_nothing_to_say(tmp_path: Path) -> None:
     run = Run(PipelineConfig(stage=Stage.sft, run_dir=str(tmp_path)))
-    with pytest.raises(ValueError, match="wrong"), interruptions.working(run, tmp_path / "sft"):
+    with pytest.raises(ValueError, match="wrong"), interruptions.working(run, Stage.sft):
         raise ValueError("wrong")
     assert interruptions.message("interrupted").startswith("interrupted. To go on: ")

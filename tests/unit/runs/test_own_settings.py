@@ -170,6 +170,25 @@ def test_a_sweep_uses_them_and_its_jobs_keep_their_names(built: list[PipelineCon
     assert {config.sft.epochs for config in swept} == {2.0}
 
 
+def test_a_sweep_over_runs_is_refused_if_it_would_ignore_what_they_have_recorded(
+    built: list[PipelineConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_program("stage=upcast", *MADE) == 0
+    assert error_of(capsys, "-m", "stage=sft", "run_dir=new,r", "sft.epochs=2") == (
+        "run_dir=new,r: a sweep over run_dir does not take the settings that its runs have recorded, and r has"
+        " recorded recipe=smoke. Give these settings, too. Or run one command for each run, which takes them:"
+        " python -m pipeline stage=sft run_dir=r sft.epochs=2"
+    )
+    assert run_program("-m", "stage=sft", "run_dir=new,r", "recipe=smoke", "sft.epochs=2") == 0
+    assert [config.recipe for config in built if config.stage is Stage.sft] == ["smoke", "smoke"]
+
+
+def test_a_sweep_over_runs_of_the_default_recipe_needs_no_recipe(built: list[PipelineConfig]) -> None:
+    for stage in ("upcast", "sft"):
+        assert run_program("-m", f"stage={stage}", "run_dir=a,b", "model=tiny", "data=arithmetic") == 0
+    assert len(built) == 4
+
+
 def test_a_job_of_a_sweep_knows_itself_and_its_run(built: list[PipelineConfig]) -> None:
     assert run_program("-m", "stage=qat", *MADE, "qat.seed=1,2") == 0
     assert recorded("r/sweep/qat.seed=2") == ["recipe=smoke", "sft.epochs=2", "qat.seed=2", "base_run=r"]
@@ -190,6 +209,15 @@ def test_a_recipe_of_a_further_directory_is_found_again(built: list[PipelineConf
     assert run_program("--config-dir", "mine", "stage=upcast", RUN, "recipe=mine") == 0
     assert run_program("stage=export", RUN) == 0
     assert (built[-1].recipe, built[-1].sft.epochs) == ("mine", 5.0)
+
+
+def test_a_command_that_gives_a_recipe_of_a_further_directory_names_the_directory(
+    built: list[PipelineConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    write_recipe(tmp_path / "mine", "")
+    assert run_program("--config-dir", "mine", "stage=serve", RUN, "recipe=mine") == 0
+    assert needed(built[-1]) == f"python -m pipeline --config-dir {tmp_path}/mine stage=sft recipe=mine run_dir=r"
 
 
 def test_a_relative_path_is_refused_from_another_directory_with_the_command_that_works(
