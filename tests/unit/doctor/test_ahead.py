@@ -105,6 +105,9 @@ def test_complete_stages_are_not_checked(tmp_path: Path) -> None:
     assert ahead.problems(config_of(tmp_path)) == []
     again = replace(config_of(tmp_path), overwrite=True)
     assert about(ahead.problems(again, is_launched_well=False), "sft.optimizer")
+    named = ahead.problems(replace(again, overwrite="qat,export"), is_launched_well=False)
+    assert about(named, "qat.optimizer") and not about(named, "sft.optimizer")
+    assert ahead.problems(replace(again, overwrite="export,verify")) == []
 
 
 def test_stages_that_all_skips_are_not_checked(tmp_path: Path) -> None:
