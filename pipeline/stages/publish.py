@@ -96,7 +96,8 @@ def _link(here: Run, export: Artifact, directory: Path) -> None:
         target = f"export.target={export.read(ExportRecord).target}"
         raise UserError(
             f"{export.directory}: its files have changed since they were exported and verified. Export again:"
-            f" {here.command(Stage.export, target, 'overwrite=true')}, then verify: {here.command(Stage.verify, target)}"
+            f" {here.command(Stage.export, target, 'overwrite=true')}, then verify:"
+            f" {here.command(Stage.verify, target)}"
         )
 
 

@@ -165,10 +165,10 @@ def test_an_export_that_an_unfinished_qat_has_overtaken_is_not_published(
     (run / "qat" / "unfinished.json").write_text(json.dumps(inputs))
     assert run_program("stage=publish", f"run_dir={run}") == 2
     assert capfd.readouterr().err.endswith(
-        f"error: {run}/export/mxfp4 was made from quantize, but qat has begun since and is unfinished. Finish qat: python -m"
-        f" pipeline stage=qat run_dir={run}, then export and verify again: python -m pipeline stage=export"
-        f" run_dir={run} export.target=mxfp4 overwrite=true. Or use this export as it is: python -m pipeline stage=publish run_dir={run}"
-        " export.source=quantize\n"
+        f"error: {run}/export/mxfp4 was made from quantize, but qat has begun since and is unfinished. Finish qat:"
+        f" python -m pipeline stage=qat run_dir={run}, then export and verify again: python -m pipeline stage=export"
+        f" run_dir={run} export.target=mxfp4 overwrite=true. Or use this export as it is:"
+        f" python -m pipeline stage=publish run_dir={run} export.source=quantize\n"
     )
     assert not (run / "publish").exists()
     assert run_program("stage=publish", f"run_dir={run}", "export.source=quantize") == 0

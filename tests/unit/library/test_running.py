@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from config.composing import write_recipe
 from conftest import linked, run_program
 
 import pipeline
 from pipeline import Artifact, CheckFailed, UserError, run
 from pipeline.runs import commands, interruptions
+from tests.unit.config.composing import write_recipe
 
 
 def upcast(run_dir: Path | str, *overrides: str) -> Artifact:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch  # noqa: F401 - otherwise the program prints that it loads PyTorch
 import yaml
-from config.composing import replace_stages, write_recipe
 from conftest import run_program
 
 from pipeline.config import PipelineConfig, Stage
@@ -16,6 +15,7 @@ from pipeline.runs.building import build
 from pipeline.runs.own_settings import OwnSettings
 from pipeline.runs.records import StageRecord
 from pipeline.runs.run import Run
+from tests.unit.config.composing import replace_stages, write_recipe
 
 SECTIONS = {
     Stage.upcast: ("model.path",),
@@ -306,6 +306,15 @@ def test_a_stage_of_a_control_is_made_by_controls(built: list[PipelineConfig]) -
     assert run_program("stage=upcast", *MADE) == 0
     command = commands.run_command(Stage.quantize, "r/controls/more_sft", "overwrite=true")
     assert command == "python -m pipeline stage=controls run_dir=r overwrite=true"
+
+
+def test_the_export_of_a_target_is_rebuilt_by_a_command_that_names_the_target(built: list[PipelineConfig]) -> None:
+    assert run_program("stage=upcast", *MADE) == 0
+    for path, settings in (("export/gguf", " export.target=gguf"), ("verify/checkpoint", ""), ("export", "")):
+        command = commands.rebuild_command(Path("r", path).absolute())
+        stage = path.partition("/")[0]
+        assert command == f"python -m pipeline stage={stage} run_dir=r{settings} overwrite=true"
+    assert commands.rebuild_command(Path("r/data/x").absolute()) is None
 
 
 def test_the_command_that_goes_on_rebuilds_no_stage_twice(built: list[PipelineConfig]) -> None:
