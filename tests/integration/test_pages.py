@@ -22,10 +22,11 @@ RUNNING = [block for block in SHELL if not block.marks]
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
-    """A list that records the configuration of each call of a stage. No stage runs."""
+    """A list that records the configuration of each call of a stage. No stage runs, and no model is looked up."""
     monkeypatch.chdir(tmp_path)
     found: list[Any] = []
     monkeypatch.setattr("pipeline.runs.job.run_stage", found.append)
+    monkeypatch.setattr("pipeline.doctor.ahead.problems", lambda *_: [])
     return found
 
 
