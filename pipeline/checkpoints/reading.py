@@ -23,12 +23,13 @@ from pipeline.checkpoints.gpt_oss import (
     packed_tensors,
     plain_tensors,
 )
+from pipeline.checkpoints.non_finite import find_nan_scales
 from pipeline.checkpoints.recognition import describe_weights, find_wrapper, is_lfs_pointer, raise_if_other_layout
 from pipeline.checkpoints.shards import INDEX
 from pipeline.checkpoints.side_files import ADAPTER_WEIGHTS
 from pipeline.errors import MOST_PROBLEMS, UserError, user_errors
 from pipeline.numerics.codec import decode
-from pipeline.numerics.formats import E8M0_NAN, MXFP4
+from pipeline.numerics.formats import MXFP4
 
 SINGLE = "model.safetensors"
 _SHOWN = 3  # names that a problem lists
@@ -71,6 +72,28 @@ class TensorFiles:
         if len(data) < size:
             raise UserError(f"{self.directory / file}: ends within {name}. It was truncated while it was read.")
         return torch.from_numpy(data).view(torch_dtype(info.dtype)).view(shape)
+
+    def read_first(self, name: str, count: int) -> Tensor:
+        """Read the first values of a tensor, at most `count`, as a flat tensor."""
+        file, info = self._file_of[name], self.tensors[name]
+        dtype = torch_dtype(info.dtype)
+        data = self._file(file).read(self._offsets[file][name], min(info.bytes, count * dtype.itemsize))
+        return torch.from_numpy(data).view(dtype)
+
+    def read_header(self, file: str) -> bytes:
+        """Read the bytes of a weight file before the tensors' data."""
+        with (self.directory / file).open("rb") as opened:
+            length = opened.read(8)
+            return length + opened.read(int.from_bytes(length, "little"))
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the weight files."""
+        return list(self._files)
+
+    def names_in(self, file: str) -> list[str]:
+        """List the tensors of a weight file, in the order of their bytes. There are no gaps between tensors."""
+        return sorted(self._files[file], key=lambda name: (self._offsets[file][name], self.tensors[name].bytes))
 
     @property
     def weight_bytes(self) -> int:
@@ -170,13 +193,13 @@ class Checkpoint(TensorFiles):
         Raises:
             UserError: a scale byte is 255 (NaN).
         """
-        nan = scales == E8M0_NAN
-        if bool(nan.any()):
-            expert, row, block = nan.nonzero()[0].tolist()
+        if (found := find_nan_scales(scales)) is not None:
+            expert, row, block = found.first
             _, stored = packed_names(name)
+            more = f", the first of {found.count} in the part that was read" if found.count > 1 else ""
             raise UserError(
-                f"{self.directory / self._file_of[stored]}: {stored}: NaN (byte 255) at expert"
-                f" {expert + (rows.start or 0)}, row {row}, block {block}. The checkpoint is damaged."
+                f"{self.directory / self._file_of[stored]}: {stored}: {found.kind} at expert"
+                f" {expert + (rows.start or 0)}, row {row}, block {block}{more}. The checkpoint is damaged."
             )
 
     def _raise_if_not_gpt_oss(self) -> None:

@@ -28,10 +28,10 @@ from pipeline.checkpoints.direct_io import StreamedFile
 from pipeline.checkpoints.dtypes import bytes_per_value, stored_name
 from pipeline.checkpoints.gpt_oss import TensorInfo
 from pipeline.errors import UserError
-from pipeline.runs.artifacts import SHARDS_FILE
-from pipeline.runs.console import progress
+from pipeline.runs.artifacts import SHARDS_FILE, digest_of
+from pipeline.runs.console import progress, warn
 from pipeline.runs.disk import raise_if_disk_too_small
-from pipeline.runs.json_files import write_json
+from pipeline.runs.json_files import read_record, seal, write_json
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
@@ -40,6 +40,12 @@ STEP_BYTES = 1 << 26
 """Approximate size of a step's output, in bytes.
 
 Such a step is large enough to be fast, and several of them fit in memory.
+"""
+
+NOTES_VERSION = 1
+"""Version of the notes of pieces. Raise it if a conversion adds or changes a field of its notes.
+
+An interrupted conversion keeps the notes of its finished shards. Shards with notes of another version are made again.
 """
 
 _AHEAD = 2  # number of steps that may wait to be converted, and of parts that may wait to be written
@@ -140,7 +146,7 @@ def write_sharded(directory: Path, pieces: list[Piece], shard_bytes: int, what: 
     keep_freed_memory()
     shards = _split(pieces, shard_bytes)
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    done = _finished_shards(directory)
+    done = _finished_shards(directory, what)
     missing = [i for i, name in enumerate(names) if name not in done]
     total, left = sum(piece.bytes for piece in pieces), sum(piece.bytes for i in missing for piece in shards[i])
     raise_if_disk_too_small(directory, left)
@@ -156,7 +162,7 @@ def write_sharded(directory: Path, pieces: list[Piece], shard_bytes: int, what: 
             else:
                 done[names[i]] = output.finish(i, shards[i])
                 with _explain_full_disk(directory / names[i]):
-                    write_json(directory / SHARDS_FILE, done)
+                    write_json(directory / SHARDS_FILE, seal({"version": NOTES_VERSION, "shards": done}))
                 output.publish(i)
     with _explain_full_disk(directory / INDEX):
         _write_index(directory, dict(zip(names, shards, strict=True)), total)
@@ -193,18 +199,33 @@ def _width(piece: Piece) -> int:
     return min(bytes_per_value(info.dtype) for info in piece.tensors.values())
 
 
-def _finished_shards(directory: Path) -> dict[str, _Record]:
-    """Return the records of finished shards by name. Omit shards that are missing or have another size."""
+def _finished_shards(directory: Path, what: str) -> dict[str, _Record]:
+    """Return the records of finished shards by name. Omit shards that are missing or damaged, and report damage.
+
+    All shards are read again, because a bit can have changed since they were written.
+    """
+    path = directory / SHARDS_FILE
     try:
-        records = json.loads((directory / SHARDS_FILE).read_text(encoding="utf-8"))
+        stored = read_record(path)
     except FileNotFoundError:
         return {}
-    paths = {name: directory / name for name in records}
-    return {name: records[name] for name, path in paths.items() if _size(path) == records[name]["size"]}
+    except ValueError as error:
+        warn(what, f"{path}: not readable, so all weight files are made again ({error})")
+        return {}
+    if stored.get("version") != NOTES_VERSION:
+        warn(what, f"{path}: written by another version of this program, so all weight files are made again")
+        return {}
+    return {name: record for name, record in stored["shards"].items() if _is_whole(directory / name, record, what)}
 
 
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+def _is_whole(path: Path, record: _Record, what: str) -> bool:
+    """Return whether a shard is as it was written. Report a damaged shard."""
+    if not path.is_file():
+        return False
+    if path.stat().st_size == record["size"] and digest_of(path) == record["digest"]:
+        return True
+    warn(what, f"{path}: differs from what was written before the interruption, so it is made again. Check the disk")
+    return False
 
 
 def _run_steps(shards: list[list[Piece]], missing: list[int]) -> Iterator[tuple[int, Part | None]]:

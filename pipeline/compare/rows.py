@@ -1,6 +1,5 @@
 """Make the rows of the report. Each row describes one model: its origin, its figures and its cost."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from pipeline.compare.rounding import Rounding, find_rounding, find_twin
 from pipeline.compare.runs import EvaluatedRun, StageFacts, has_answers
 from pipeline.config.controls import BF16_PARTS, MORE_SFT, is_control
 from pipeline.errors import UserError
+from pipeline.evaluate.generation.journal import read_answer
 from pipeline.evaluate.scorers import VERDICTS
 from pipeline.evaluate.transcripts import Transcript
 from pipeline.evaluate.verdicts import Verdict
@@ -323,7 +323,7 @@ def _read_answers(run: EvaluatedRun, model: str) -> list[Transcript]:
 
 def _read_transcript(path: Path, line: bytes) -> Transcript:
     try:
-        return Transcript(**json.loads(line))
+        return read_answer(Transcript, line)
     except (ValueError, TypeError) as error:
         raise UserError(
             f"{path}: a line is not an answer from `evaluate` ({error}). {advise_rebuild(path.parents[1])}"

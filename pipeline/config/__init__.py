@@ -4,6 +4,7 @@ This package may import the tables of formats, export targets and engines. It mu
 sets or stages.
 """
 
+from pipeline.config.artifacts import ArtifactCheck, ArtifactsConfig
 from pipeline.config.compare import CompareConfig
 from pipeline.config.data import (
     BlendPartConfig,
@@ -77,6 +78,8 @@ __all__ = [
     "AUTO_ATTENTION",
     "DEFAULT_TARGET",
     "SYNTHETIC",
+    "ArtifactCheck",
+    "ArtifactsConfig",
     "BlendPartConfig",
     "CardConfig",
     "ColumnsConfig",

@@ -6,6 +6,7 @@ from typing import Annotated, Optional, Union
 
 from omegaconf import MISSING
 
+from pipeline.config.artifacts import ArtifactsConfig
 from pipeline.config.bounds import Bound
 from pipeline.config.compare import CompareConfig
 from pipeline.config.data import DataConfig
@@ -106,6 +107,7 @@ class PipelineConfig:
     """Split over processes: parameters, gradients and optimizer (fsdp2, zero3), or gradients and optimizer (zero2)."""
     controls: bool = False
     """Let stage=all also make the controls of QAT: more SFT and the best PTQ, PTQ by each rounding, BF16 parts."""
+    artifacts: ArtifactsConfig = field(default_factory=ArtifactsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     doctor: DoctorConfig = field(default_factory=DoctorConfig)

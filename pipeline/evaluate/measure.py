@@ -238,7 +238,7 @@ class Measure:
         return measure(self._task.suites) if self._task.suites else {}
 
     def _predictions(self, ref: ModelRef, batches: Sequence[Any]) -> Path | None:
-        """Return the directory of the reference's predictions on these batches. If it does not exist, make it first.
+        """Return the directory of the reference's predictions on these batches. Make it if it is missing or damaged.
 
         Call this before `ref` is loaded, so that two models are never in memory together. The result is None if `ref`
         is the reference itself.
@@ -248,7 +248,7 @@ class Measure:
             return None
         made = logits.fingerprint(self._reference, self._dtype, batches)
         directory = self._task.run.stage_dir(PREDICTIONS_DIR) / made
-        if not directory.is_dir():
+        if not logits.are_sound(directory):
             logits.record(self._load(self._reference), batches, directory)
             gc.collect()  # frees the reference model, whose modules refer to each other in cycles
         return directory

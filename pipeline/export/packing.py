@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.checkpoints import soundness
 from pipeline.checkpoints.config_json import CONFIG
 from pipeline.checkpoints.gpt_oss import ExpertProjection, expert_projections, other_tensors
 from pipeline.checkpoints.largest_codes import BlockCounts
@@ -53,7 +54,8 @@ def pack(weights: Weights, directory: Path, *, shard_bytes: int, device: str) ->
     for projection in stacks:
         raise_if_not_divisible(projection, MXFP4)
     others = other_tensors(weights.shape)
-    pieces = [plain_piece(weights, name, info, torch.bfloat16) for name, info in others.items()]
+    plain = (plain_piece(weights, name, info, torch.bfloat16) for name, info in others.items())
+    pieces = [soundness.checking(piece, checkpoint) for piece in plain]
     pieces += [_Stack(weights, projection, device).piece() for projection in stacks]
     with compilation_for(sum(projection.values for projection in stacks)):
         written = write_sharded(directory, sort_by_layer(pieces), shard_bytes, "upcast")
@@ -109,6 +111,7 @@ class _Stack:
         try:
             blocks, scales = encode(plain.transpose(1, 2), MXFP4)
         except CodecError as error:
+            soundness.scan(self.weights.checkpoint)  # names all tensors with NaN or Inf
             where = self.weights.ref.directory
             raise bad_block(error, where, self.projection, rows, "The checkpoint is damaged.") from error
         self.counts.add(blocks, scales)

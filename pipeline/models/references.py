@@ -70,23 +70,12 @@ def of_artifact(artifact: Artifact, name: str | None = None) -> ModelRef:
     return ModelRef(
         name or artifact.stage,
         artifact.directory,
-        _base_directory(artifact.directory, record.base),
+        artifact.base_directory,
         artifact.kind is Kind.adapter,
         format_of(artifact),
         artifact.fingerprint,
         getattr(torch, record.dtype),
     )
-
-
-def _base_directory(directory: Path, base: str | None) -> Path:
-    """Return the directory of the full checkpoint. `base` is its path from the run's directory.
-
-    The stage's directory may be a link to another run's, as in a control. Then `base` may start at that run.
-    """
-    if base is None:
-        return directory
-    beside = directory.parent / base
-    return beside if beside.is_dir() else directory.resolve().parent / base
 
 
 def format_of(artifact: Artifact) -> BlockFormat | None:

@@ -44,14 +44,15 @@ if TYPE_CHECKING:
 
 def save(
     model: "PreTrainedModel", ref: ModelRef, directory: Path, *, train: TrainConfig, shared: Sharding
-) -> tuple[Kind, ModelRecord]:
+) -> tuple[Kind, ModelRecord, dict[str, str]]:
     """Write a trained model and the side files of `ref`. Training started from `ref`.
 
     This is a collective call. config.json is copied from `ref`, and only the type is changed. If transformers wrote the
     file, it would rename settings, such as those of RoPE, and older engines would misread the file.
 
     Returns:
-        The kind of the model, and its record. `of_artifact` uses the record to find the model again.
+        The kind of the model, its record, and the XXH3-128 of each weight file that was hashed while it was written.
+        `of_artifact` uses the record to find the model again.
     """
     from pipeline.models.adapters import is_adapted
     from pipeline.models.packed_experts import is_packed
@@ -62,16 +63,16 @@ def save(
     if is_adapted(model):
         save_adapters(model, directory)
         base = os.path.relpath(ref.base, directory.parent)
-        return Kind.adapter, ModelRecord(dtype=dtype_name(dtype), base=base)
+        return Kind.adapter, ModelRecord(dtype=dtype_name(dtype), base=base), {}
     if is_packed(model):
-        _save_packed(model, ref, directory)
-        return Kind.packed, ModelRecord(dtype=dtype_name(torch.bfloat16))
+        digests = _save_packed(model, ref, directory)
+        return Kind.packed, ModelRecord(dtype=dtype_name(torch.bfloat16)), digests
     layout = plain_tensors(Shape.of(model.config.to_dict(), directory), stored_name(dtype))
-    _save_whole(model, directory, layout, dtype, [])
+    digests = _save_whole(model, directory, layout, dtype, [])
     if is_main_process():
         write_config(directory, read_config(ref.base), dtype)
         Checkpoint(directory).close()
-    return Kind.checkpoint, ModelRecord(dtype=dtype_name(dtype))
+    return Kind.checkpoint, ModelRecord(dtype=dtype_name(dtype)), digests
 
 
 def save_adapters(model: "PreTrainedModel", directory: Path) -> None:
@@ -93,15 +94,16 @@ def _sort_sets(path: Path, adapted: Any) -> None:
     write_json(path, stored | {name: sorted(value) for name, value in vars(config).items() if isinstance(value, set)})
 
 
-def _save_packed(model: "PreTrainedModel", ref: ModelRef, directory: Path) -> None:
+def _save_packed(model: "PreTrainedModel", ref: ModelRef, directory: Path) -> dict[str, str]:
     """Write the released layout: trained tensors in BF16, and the blocks and scales of the experts of `ref`."""
     base = Checkpoint(ref.base)
     frozen = [_copied_piece(base, projection) for projection in expert_projections(base.shape)]
-    _save_whole(model, directory, other_tensors(base.shape), torch.bfloat16, frozen)
+    digests = _save_whole(model, directory, other_tensors(base.shape), torch.bfloat16, frozen)
     if is_main_process():
         write_json(directory / CONFIG, base.config)
         Checkpoint(directory).close()
     base.close()
+    return digests
 
 
 def _copied_piece(base: Checkpoint, projection: ExpertProjection) -> Piece:
@@ -126,8 +128,10 @@ def _save_whole(
     layout: Mapping[str, TensorInfo],
     dtype: torch.dtype,
     others: Sequence[Piece],
-) -> None:
+) -> dict[str, str]:
     """Gather one parameter at a time and write it to disk. All processes gather parameters in the same order.
+
+    Return the XXH3-128 of each written file. Processes that write nothing return an empty dictionary.
 
     Args:
         model: the trained model.
@@ -143,11 +147,11 @@ def _save_whole(
         for name in (name for piece in pieces for name in piece.tensors if name in layout):
             with sharding.gather(parameters[name]):
                 pass
-        return
+        return {}
     # Do not resume an interrupted save: its shards may have other weights. Besides, the other processes gather every
     # parameter, so this process must not skip the parameters in those shards.
     (directory / SHARDS_FILE).unlink(missing_ok=True)
-    write_sharded(directory, pieces, SHARD_BYTES, "saving")
+    return write_sharded(directory, pieces, SHARD_BYTES, "saving").files
 
 
 def _gathering_piece(name: str, info: TensorInfo, parameter: Tensor, dtype: torch.dtype) -> Piece:

@@ -1,7 +1,8 @@
 """Stores rounded layers while a model is rounded layer by layer, so that an interrupted run resumes at the last one.
 
 Each layer is one safetensors file with the codes and scales of its experts. Next to it lies one file with the hidden
-states after the newest layer. A file gets its final name only when it is complete and on the disk.
+states after the newest layer. A file gets its final name only when it is complete and on the disk. Its digest lies in a
+file beside it, so that a resumed run finds damage.
 
 Legend: E = experts, in = input dimension, out = output dimension, nb = blocks per row.
 """
@@ -20,7 +21,9 @@ from torch import Tensor
 from pipeline.checkpoints.gpt_oss import ExpertProjection
 from pipeline.numerics.codec import decode
 from pipeline.quantize.experts import RoundedExperts
-from pipeline.runs.durable import replacing
+from pipeline.runs.artifacts import digest_of
+from pipeline.runs.console import warn
+from pipeline.runs.durable import replacing, write_text
 
 _STATES = "states"
 _NOTE = "note"
@@ -63,11 +66,14 @@ class LayerCodes:
         directory.mkdir(parents=True, exist_ok=True)
 
     def complete_layers(self, layers: int) -> int:
-        """Return how many layers need no more work: all of them, or those whose result the newest states continue."""
+        """Return how many layers need no more work: all of them, or those whose result the newest states continue.
+
+        All files are read, because a bit can have changed since they were written. Damaged files are reported.
+        """
         done = 0
-        while self._layer(done).is_file():
+        while done < layers and _is_whole(self._layer(done)):
             done += 1
-        return done if done == layers or not done or self._states(done - 1).is_file() else 0
+        return done if done == layers or not done or _is_whole(self._states(done - 1)) else 0
 
     def save(
         self, layer: int, stacks: Mapping[ExpertProjection, StoredExperts], note: object, states: Tensor | None
@@ -85,7 +91,8 @@ class LayerCodes:
             _write(self._states(layer), {_STATES: states}, {})
         _write(self._layer(layer), tensors, {_NOTE: json.dumps(note)})
         if layer:
-            self._states(layer - 1).unlink(missing_ok=True)
+            for path in (self._states(layer - 1), _digest_file(self._states(layer - 1))):
+                path.unlink(missing_ok=True)
 
     def states(self, layer: int, device: torch.device) -> Tensor:
         """Read the hidden states after a layer."""
@@ -115,5 +122,23 @@ class LayerCodes:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors, and then the file's XXH3-128 into a second file."""
+    _digest_file(path).unlink(missing_ok=True)
     with replacing(path) as temporary:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    write_text(_digest_file(path), digest_of(path))
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_suffix(".xxh3")
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a file is there and as it was written."""
+    digest = _digest_file(path)
+    if not path.is_file() or not digest.is_file():
+        return False
+    if digest.read_bytes() == digest_of(path).encode():
+        return True
+    warn("quantize", f"{path}: differs from what was written before the interruption, so it is made again")
+    return False

@@ -6,7 +6,6 @@ layer's output would rank the methods wrongly. All roundings go through a layer 
 Legend: N = tokens of all examples, H = hidden size, V = vocabulary size, n = tokens of a chunk.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +23,8 @@ from pipeline.models.layerwise import Layer, Routed, Walk
 from pipeline.numerics.formats import BlockFormat
 from pipeline.quantize.rounding import Job, round_rows
 from pipeline.runs.artifacts import CHECKPOINTS_DIR
-from pipeline.runs.console import progress, say
-from pipeline.runs.json_files import write_json
+from pipeline.runs.console import progress, say, warn
+from pipeline.runs.json_files import read_record, seal, write_json
 from pipeline.runs.tracking import log_metrics
 
 _MEASURED = "auto.json"
@@ -83,9 +82,8 @@ def choose(
         CheckFailed: a divergence is not finite.
     """
     path = directory / CHECKPOINTS_DIR / _MEASURED
-    if path.is_file():
-        figures: list[Candidate] = json.loads(path.read_text(encoding="utf-8"))
-    else:
+    figures = _read_measured(path)
+    if not figures:
         figures = [
             Candidate(
                 method=asked.method.name,
@@ -97,7 +95,7 @@ def choose(
         ]
         _raise_if_not_finite(figures)
         path.parent.mkdir(exist_ok=True)
-        write_json(path, figures)
+        write_json(path, seal({"candidates": figures}))
     for number, each in enumerate(figures):
         log_metrics(directory, {"candidate": number, **each})
     best = min(range(len(figures)), key=lambda i: figures[i]["kl_divergence"])
@@ -108,6 +106,18 @@ def choose(
             f" {each['kl_divergence']:.3g} ± {each['standard_error']:.1g}{', chosen' if i == best else ''}",
         )
     return best, figures
+
+
+def _read_measured(path: Path) -> list[Candidate]:
+    """Return the figures that an interrupted run has measured. Without usable figures, the list is empty."""
+    try:
+        found: list[Candidate] = read_record(path)["candidates"]
+        return found
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError) as error:
+        warn("quantize", f"{path}: damaged, so the roundings are compared again ({error!r})")
+        return []
 
 
 def _raise_if_not_finite(figures: Sequence[Candidate]) -> None:

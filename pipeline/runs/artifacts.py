@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
+from pipeline import __version__
 from pipeline.config import Stage
 from pipeline.errors import UserError
 from pipeline.runs.commands import locate, rebuild_command
@@ -31,7 +32,15 @@ CHECKPOINTS_DIR = "checkpoints"
 WHOLE_FILE = "whole"
 """Name of a file that every complete training checkpoint has. It records the sharding, and the other files."""
 
+ARTIFACT_VERSION = 2
+"""Version of the format of artifact.json. Version 1 has no `version` and no `digests`.
+
+Raise it when a field changes its meaning, and add the way from the earlier version to `_migrate`.
+"""
+
 BOOKKEEPING = {ARTIFACT_FILE, CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, UNFINISHED_FILE, SHARDS_FILE}
+RECORDS = (CONFIG_FILE, METRICS_FILE, SAMPLES_FILE)
+"""Files beside the payload whose digests artifact.json also holds. They are not part of the fingerprint."""
 MODEL_STAGES = (Stage.upcast, Stage.sft, Stage.quantize, Stage.qat)
 """Stages whose result is a model to train or export, in order. Runs can share these stages through `base_run`."""
 EVALUATED_STAGES = (*MODEL_STAGES, Stage.export)
@@ -76,7 +85,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A complete stage: its directory, and the fields of its artifact.json."""
+    """A complete stage: its directory, and the fields of its artifact.json.
+
+    `files` maps the payload's files to their sizes in bytes. `digests` maps the files, and those of `RECORDS`, to their
+    XXH3-128. It is empty in artifacts of version 1.
+    """
 
     directory: Path
     stage: str
@@ -91,6 +104,21 @@ class Artifact:
     details: dict[str, Any]
     base_model: dict[str, Any]
     data: str | None
+    version: int = ARTIFACT_VERSION
+    digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def base_directory(self) -> Path:
+        """The directory of the full checkpoint: this one, or for adapters the one that `details.base` names.
+
+        The path in `details.base` starts at the run's directory. The stage's directory may be a link to another run's,
+        as in a control. Then the path may start at that run.
+        """
+        base = self.details.get("base")
+        if base is None:
+            return self.directory
+        beside = self.directory.parent / str(base)
+        return beside if beside.is_dir() else self.directory.resolve().parent / str(base)
 
     @property
     def run_directory(self) -> Path:
@@ -118,13 +146,12 @@ def load(directory: Path, check_files: bool = True, remedy: str | None = None) -
     Errors end with `remedy`. The default advice is to run the stage again.
 
     Raises:
-        UserError: artifact.json is missing or unreadable, or a file is missing or has another size.
+        UserError: artifact.json is missing or unreadable or has a newer version, or a file is missing or has another
+            size.
     """
     path = directory / ARTIFACT_FILE
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict):
-            raise ValueError(f"holds {type(record).__name__}, not an object")
+        record = _migrate(json.loads(path.read_text(encoding="utf-8")), path)
         known = {item.name for item in dataclasses.fields(Artifact)} - {"directory", "kind"}
         artifact = Artifact(directory, kind=Kind[record["kind"]], **{name: record[name] for name in known})
     except (OSError, ValueError, KeyError) as error:
@@ -134,6 +161,8 @@ def load(directory: Path, check_files: bool = True, remedy: str | None = None) -
         if not file.is_file() or file.stat().st_size != size:
             state = "changed in size since it was written" if file.is_file() else "missing"
             raise UserError(f"{file}: {state}. {remedy or advise_rebuild(directory)}")
+    if check_files:
+        _read[directory] = artifact
     return artifact
 
 
@@ -144,8 +173,58 @@ def advise_rebuild(directory: Path) -> str:
     return f"Run {stage} again with overwrite=true." if command is None else f"Rebuild it: {command}"
 
 
-def fingerprint_of(directory: Path, known: dict[str, str] | None = None) -> tuple[str, dict[str, int]]:
-    """Return the fingerprint of a payload, and the size of each file in bytes.
+_read: dict[Path, Artifact] = {}
+
+
+def take_read() -> list[Artifact]:
+    """Return the artifacts that `load` has checked since the last call. They are the inputs of the stage that runs."""
+    found = list(_read.values())
+    _read.clear()
+    return found
+
+
+def _migrate(record: Any, path: Path) -> dict[str, Any]:
+    """Return the record of artifact.json in the form of this version.
+
+    Raises:
+        UserError: a newer version of the program wrote it.
+        ValueError: it is not a record.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"holds {type(record).__name__}, not an object")
+    version = record.get("version", 1)
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(f"version is {version!r}")
+    raise_if_newer(path, version, record.get("program"))
+    return {**record, "version": version, "digests": record.get("digests", {})}
+
+
+def raise_if_newer(path: Path, version: int, program: str | None) -> None:
+    """Raise UserError if a record has a newer version than this program writes.
+
+    Args:
+        path: file of the record.
+        version: version of the record.
+        program: version of the program that wrote the record, or None if it is unknown.
+    """
+    if version > ARTIFACT_VERSION:
+        raise UserError(
+            f"{path}: made by a newer version{f' {program}' if program else ''} of this program. Its format has version"
+            f" {version}, and this program ({__version__}) reads versions up to {ARTIFACT_VERSION}. Upgrade the"
+            " program, or set another run_dir."
+        )
+
+
+class Contents(NamedTuple):
+    """Files of a directory: their fingerprint, and the size in bytes and the XXH3-128 of each."""
+
+    fingerprint: str
+    sizes: dict[str, int]
+    digests: dict[str, str]
+
+
+def fingerprint_of(directory: Path, known: dict[str, str] | None = None) -> Contents:
+    """Return the fingerprint of a payload, and the size and digest of each file.
 
     The fingerprint is the XXH3-128 of the files' names, sizes and digests. A directory inside this one that is itself
     the result of a stage does not count, as in `export/`, which has `export/<target>/`.
@@ -154,26 +233,28 @@ def fingerprint_of(directory: Path, known: dict[str, str] | None = None) -> tupl
         directory: directory of a stage, or any other directory.
         known: hashes (XXH3-128) of files, keyed by the file's name. These files are not read again.
     """
-    digests = dict(known or {})
+    known = known or {}
     payload = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
     inner = tuple(f"{Path(name).parent.as_posix()}/" for name in payload if name.endswith(_MARKS))
     own = [name for name in sorted(payload) if _is_payload(name) and not name.startswith(inner)]
     sizes = {name: payload[name].stat().st_size for name in own}
+    digests = {name: digest for name, digest in known.items() if name in sizes}
     unread = {name: size for name, size in sizes.items() if name not in digests}
     with progress(total=sum(unread.values()), what="fingerprint", unit="B") as bar:
         for name in unread:
-            digests[name] = _digest(payload[name], bar.update)
+            digests[name] = digest_of(payload[name], bar.update)
     text = "".join(f"{name}\0{size}\0{digests[name]}\0" for name, size in sizes.items())
-    return xxhash.xxh3_128_hexdigest(text.encode()), sizes
+    return Contents(xxhash.xxh3_128_hexdigest(text.encode()), sizes, digests)
 
 
 def digests_of(directory: Path) -> dict[str, str]:
     """Return the XXH3-128 of each file below a directory, keyed by the file's path in the directory."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {path.relative_to(directory).as_posix(): _digest(path, lambda _: None) for path in files}
+    return {path.relative_to(directory).as_posix(): digest_of(path) for path in files}
 
 
-def _digest(path: Path, advance: Callable[[int], object]) -> str:
+def digest_of(path: Path, advance: Callable[[int], object] = lambda _: None) -> str:
+    """Return the XXH3-128 of a file. `advance` gets the number of bytes that were read."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(_READ_BYTES):

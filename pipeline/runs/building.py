@@ -6,7 +6,7 @@ artifact.json is written last and atomically, so that an interrupted stage never
 import fcntl
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,27 +14,41 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pipeline.config import Stage
+from pipeline.config import ArtifactCheck, Stage
 from pipeline.errors import MachineError, UserError
-from pipeline.runs import commands, interruptions, own_settings, parts, provenance, recording, stopping, up_to_date
+from pipeline.runs import (
+    commands,
+    damage,
+    interruptions,
+    own_settings,
+    parts,
+    provenance,
+    recording,
+    stopping,
+    up_to_date,
+)
 from pipeline.runs.artifacts import (
     ARTIFACT_FILE,
+    ARTIFACT_VERSION,
     BOOKKEEPING,
     CHECKPOINTS_DIR,
     CONFIG_FILE,
+    RECORDS,
     SHARDS_FILE,
     UNFINISHED_FILE,
     Artifact,
     Result,
+    digest_of,
     fingerprint_of,
     load,
+    take_read,
 )
 from pipeline.runs.console import say
 from pipeline.runs.durable import cut_torn_line, sync_tree
-from pipeline.runs.json_files import write_json
+from pipeline.runs.json_files import seal, write_json
 from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.processes import all_cores, is_main_process, wait_for_everyone
-from pipeline.runs.run import BEING_EMPTIED, Run, read_unfinished
+from pipeline.runs.run import BEING_EMPTIED, Run, write_unfinished
 from pipeline.runs.settings import Settings, plain, without_data_paths
 from pipeline.runs.tracking import log_inputs, log_output, track
 
@@ -88,7 +102,7 @@ def build(
     Raises:
         UserError: the directory cannot be written, or holds a complete or unfinished stage with other inputs.
     """
-    directory, place = run.stage_dir(stage), run.place(stage)
+    read, directory, place = take_read(), run.stage_dir(stage), run.place(stage)
     inputs = Inputs(run.settings(settings), dict(parents), data)
     begun = Inputs(resumable_as(inputs.settings), inputs.parents, data)
     if not run.overwrite and (done := _find_up_to_date(run, directory, inputs, is_report)) is not None:
@@ -100,6 +114,7 @@ def build(
     _raise_if_foreign(place, directory)
     if not is_report and not run.overwrite:
         _raise_if_unfinished_differs(run, directory, begun)
+    _check_inputs(run, stage, [artifact for artifact in read if artifact.directory not in (place, directory)])
     # Tracking may fail to start, so it starts before anything is deleted.
     with _lock(run, place), track(run, stage.name, place.parent), interruptions.working(run, stage):
         _on_main_process(lambda: recording.record(run, stage, inputs.settings))
@@ -115,6 +130,16 @@ def build(
         log_output(artifact)
     stopping.raise_if_asked(f" after stage={stage.name}")
     return artifact
+
+
+def _check_inputs(run: Run, stage: Stage, inputs: Sequence[Artifact]) -> None:
+    """With artifacts.check=full, compare the files of the inputs with their digests.
+
+    Raises:
+        CheckFailed: a file has changed since its stage wrote it.
+    """
+    if run.config.artifacts.check is ArtifactCheck.full:
+        _on_main_process(lambda: damage.raise_if_damaged(inputs, stage.name))
 
 
 def _work(work: Callable[[], Result], on_every_process: bool) -> tuple[Result | None, float]:
@@ -206,7 +231,7 @@ def _prepare(run: Run, stage: Stage, directory: Path, begun: Inputs, keep_files:
                 _raise_if_linked(place)
             parts.hide(place, directory.name)
         directory.mkdir(parents=True, exist_ok=True)
-        before = read_unfinished(directory)
+        before = run.read_unfinished(directory)
         is_same = before not in (None, BEING_EMPTIED) and not _differences(before, begun.plain())
         is_resumed = is_same and not (directory / ARTIFACT_FILE).exists()
         if is_resumed:
@@ -215,13 +240,13 @@ def _prepare(run: Run, stage: Stage, directory: Path, begun: Inputs, keep_files:
         else:
             if not keep_files:
                 _raise_if_linked(directory)
-            write_json(directory / UNFINISHED_FILE, BEING_EMPTIED)
+            write_unfinished(directory, BEING_EMPTIED)
             (directory / ARTIFACT_FILE).unlink(missing_ok=True)
             if keep_files:
                 (directory / METRICS_FILE).unlink(missing_ok=True)
             else:
                 _empty(directory)  # The earlier result has other inputs, and the user has set overwrite=true.
-            write_json(directory / UNFINISHED_FILE, begun.plain())
+            write_unfinished(directory, begun.plain())
         OmegaConf.save(OmegaConf.create(plain(run.config)), directory / CONFIG_FILE)
     except OSError as error:
         raise run.not_writable(directory, error) from error
@@ -246,24 +271,27 @@ def _empty(directory: Path) -> None:
 
 def _publish(run: Run, stage: Stage, directory: Path, inputs: Inputs, result: Result | None, seconds: float) -> None:
     assert result is not None
-    fingerprint, files = fingerprint_of(directory, result.digests)
+    found = fingerprint_of(directory, result.digests)
+    records = {name: digest_of(directory / name) for name in RECORDS if (directory / name).is_file()}
     model = run.config.model
     record = {
+        "version": ARTIFACT_VERSION,
         "stage": stage.name,
         "kind": result.kind.name,
         "format": result.format,
         "fake_quantized": result.fake_quantized,
         "scale_rule": result.scale_rule,
-        "fingerprint": fingerprint,
+        "fingerprint": found.fingerprint,
         **inputs.plain(),
         "base_model": {"path": model.path, "revision": model.revision},
         "details": result.record.details(),
-        "files": files,
+        "files": found.sizes,
+        "digests": {**found.digests, **records},
         "seconds": round(seconds, 3),
         **provenance.record(),
     }
     sync_tree(directory)  # artifact.json must not reach the disk before the files that it describes
-    write_json(directory / ARTIFACT_FILE, record)
+    write_json(directory / ARTIFACT_FILE, seal(record))
     _clear_work(directory)
     _show(run.place(stage), directory)
     say(stage.name, f"done in {seconds:.1f} s: {directory}")
@@ -298,7 +326,7 @@ def _foreign(directory: Path) -> UserError:
 
 def _raise_if_unfinished_differs(run: Run, directory: Path, begun: Inputs) -> None:
     """Raise UserError if a directory holds unfinished work with other inputs. It is protected like a complete stage."""
-    before = read_unfinished(directory)
+    before = run.read_unfinished(directory)
     if before == BEING_EMPTIED:
         return
     made = [path for path in directory.rglob("*") if path.is_file() and path.name not in BOOKKEEPING]

@@ -1,6 +1,5 @@
 """The directories of controls: `<run_dir>/controls/<name>` is a run with links to stages of the main run."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -8,9 +7,10 @@ from pathlib import Path
 
 from pipeline.config import Stage
 from pipeline.config.controls import DIRECTORY, Control, controls_of
+from pipeline.errors import UserError
 from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact, load
 from pipeline.runs.commands import run_command
-from pipeline.runs.json_files import write_json
+from pipeline.runs.json_files import read_record, seal, write_json
 from pipeline.runs.processes import is_main_process, wait_for_everyone
 from pipeline.runs.run import DATA_DIR, PREDICTIONS_DIR, SOURCE_DIR, START, Run
 from pipeline.runs.settings import choose_settings
@@ -68,7 +68,7 @@ def prepare(main: Run, control: Control, stages: Iterable[Stage]) -> None:
             linked = [stage.name for stage in (Stage.upcast, Stage.sft) if stage not in stages]
             for name in (*linked, *_SHARED):
                 _link(directory / name, main.stage_dir(name))
-            write_json(directory / CONTROL_FILE, {"stage": control.stages[-1].name})
+            write_json(directory / CONTROL_FILE, seal({"stage": control.stages[-1].name}))
         except OSError as error:
             raise main.not_writable(directory, error) from error
     wait_for_everyone()
@@ -85,11 +85,19 @@ def _link(path: Path, target: Path) -> None:
 def find_made(main: Run) -> Iterator[Made]:
     """Find the complete controls of a run, in the order of their names. Files of their models are not checked."""
     for file in sorted((main.directory / DIRECTORY).glob(f"*/{CONTROL_FILE}")):
-        stage = json.loads(file.read_text(encoding="utf-8"))["stage"]
+        stage = _read_stage(file)
         directory = file.parent / stage
         if (directory / ARTIFACT_FILE).is_file():
             artifact = load(directory, check_files=False, remedy=remedy(file.parent))
             yield Made(f"{DIRECTORY}/{file.parent.name}/{stage}", artifact, _staleness(main, artifact))
+
+
+def _read_stage(file: Path) -> str:
+    """Read the name of the stage that makes a control's model from control.json."""
+    try:
+        return Stage[read_record(file)["stage"]].name
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not readable ({error!r}). {remedy(file.parent)}") from error
 
 
 def _staleness(main: Run, artifact: Artifact) -> str | None:

@@ -37,6 +37,7 @@ _FREE = re.compile(r"GPU (\d+) has a total capacity of ([\d.]+ \w+) of which ([\
 def run_stage(config: PipelineConfig) -> "Artifact":
     """Run the stage that the configuration names, as `one_stage` does, and return its artifact."""
     with one_stage(config):
+        importlib.import_module("pipeline.runs.artifacts").take_read()  # artifacts that another stage has read
         artifact: Artifact = importlib.import_module(f"pipeline.stages.{config.stage.name}").run(config)
     return artifact
 

@@ -18,7 +18,7 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # Unit of getrusage(2): byt
 
 
 def record() -> dict[str, Any]:
-    """Return the program's commit, the versions of libraries, the machine, and this process's peak memory.
+    """Return the program's version and commit, the versions of libraries, the machine, and this process's peak memory.
 
     The peak of GPU memory counts this stage only. Linux keeps one peak of host memory for the life of a process, so the
     host peak includes the earlier stages of `stage=all`.
@@ -27,6 +27,7 @@ def record() -> dict[str, Any]:
 
     cuda = torch.cuda.is_available()
     return {
+        "program": __version__,
         "git_commit": _git_commit(),
         "libraries": dict(_libraries()),
         "host": platform.node(),

@@ -3,16 +3,25 @@
 Code that reads or writes stages gets a `Run`, not the whole configuration.
 """
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import DEFAULT_TARGET, PipelineConfig, QuantizeSource, Stage, rebuilds
 from pipeline.errors import UserError
 from pipeline.runs import parts
-from pipeline.runs.artifacts import ARTIFACT_FILE, MODEL_STAGES, UNFINISHED_FILE, Artifact, Kind, load
+from pipeline.runs.artifacts import (
+    ARTIFACT_FILE,
+    ARTIFACT_VERSION,
+    MODEL_STAGES,
+    UNFINISHED_FILE,
+    Artifact,
+    Kind,
+    load,
+    raise_if_newer,
+)
 from pipeline.runs.commands import locate, run_command
+from pipeline.runs.json_files import read_record, seal, write_json
 from pipeline.runs.settings import Settings, choose_settings
 
 BEING_EMPTIED: dict[str, Any] = {"is_being_emptied": True, "settings": {}, "parents": {}, "data": None}
@@ -136,7 +145,22 @@ class Run:
         directory = self.stage_dir(stage)
         if self.is_complete(stage):
             return load(directory).parents
-        return (read_unfinished(directory) or {"parents": {}})["parents"]
+        return (self.read_unfinished(directory) or {"parents": {}})["parents"]
+
+    def read_unfinished(self, directory: Path) -> dict[str, Any] | None:
+        """Read the inputs in unfinished.json of a stage's directory. Return None if the stage is not unfinished.
+
+        With overwrite=true, the result is also None if the file cannot be used.
+
+        Raises:
+            UserError: the file is not readable or damaged, or a newer version of the program wrote it.
+        """
+        try:
+            return _read_unfinished(directory)
+        except UserError:
+            if self.overwrite:
+                return None
+            raise
 
     def earlier_stages(self) -> list[Stage]:
         """List the stages to run before the stage that the user asked for.
@@ -191,12 +215,27 @@ class Run:
         return load(_absolute(start), check_files=False).fingerprint
 
 
-def read_unfinished(directory: Path) -> dict[str, Any] | None:
-    """Read unfinished.json of a stage's directory. Return None if it is missing or unreadable."""
+def _read_unfinished(directory: Path) -> dict[str, Any] | None:
+    path = directory / UNFINISHED_FILE
     try:
-        return json.loads((directory / UNFINISHED_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        record = read_record(path)
+        version = record.pop("version", 1)
+        if {"settings", "parents", "data"} - record.keys() or not isinstance(version, int):
+            raise ValueError("it lacks the stage's inputs")
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: not readable, so the unfinished work beside it cannot be resumed ({error}). Use"
+            " overwrite=true to start the stage again."
+        ) from error
+    raise_if_newer(path, version, None)
+    return record
+
+
+def write_unfinished(directory: Path, inputs: Mapping[str, Any]) -> None:
+    """State the inputs of an unfinished stage in unfinished.json."""
+    write_json(directory / UNFINISHED_FILE, seal({"version": ARTIFACT_VERSION, **inputs}))
 
 
 def _absolute(path: str) -> Path:

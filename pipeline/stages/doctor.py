@@ -5,7 +5,7 @@ from typing import Any
 
 import xxhash
 
-from pipeline.checkpoints import largest_codes
+from pipeline.checkpoints import largest_codes, soundness
 from pipeline.checkpoints.config_json import read_config
 from pipeline.checkpoints.largest_codes import CodeFigures
 from pipeline.checkpoints.reading import Checkpoint
@@ -71,7 +71,7 @@ def run(config: PipelineConfig) -> Artifact:
         figures, shapes = _data_figures(config, rows, how, tell), read_config(model)
         needed = prediction.needs_of(config, shapes, figures["lengths"]["longest"], process_count())
         free = machine.figures(here.directory, _planned(config))
-        facts = Facts(figures, needed, free, Plan.of(config), shapes, here, _codes(weights))
+        facts = Facts(figures, needed, free, Plan.of(config), shapes, here, _look_at(weights))
         found.extend(findings.findings(facts))
         return _report(facts, found, directory)
 
@@ -171,22 +171,27 @@ def _data_figures(config: PipelineConfig, rows: Rows, how: Rendering, tell: Lang
 
 
 def _open_weights(model: Path) -> Checkpoint | None:
-    """Open the base model's weights. Return None if they are not MXFP4, or are not complete on this machine.
+    """Open the base model's weights. Return None if they are not complete on this machine.
 
     A download may be unfinished. `upcast` reports files that are missing or damaged.
     """
     if not any(model.glob("*.safetensors")):
         return None
     try:
-        found = Checkpoint(model)
+        return Checkpoint(model)
     except UserError as error:
         say("doctor", f"the base model's blocks are not counted, because its weights are not complete: {error}")
         return None
-    return found if found.is_packed else None
 
 
-def _codes(weights: Checkpoint | None) -> CodeFigures | None:
-    return None if weights is None else largest_codes.sample(weights)
+def _look_at(weights: Checkpoint | None) -> CodeFigures | None:
+    """Look for NaN and Inf in a sample of the base model's weights, and count the MXFP4 blocks of another sample."""
+    if weights is None:
+        return None
+    soundness.raise_if_sample_bad(weights)
+    values = f"{soundness.SAMPLED_VALUES:,} values of each tensor"
+    say("doctor", f"no NaN or Inf in a sample of the weights (the first {values}); stage=upcast checks every byte")
+    return largest_codes.sample(weights) if weights.is_packed else None
 
 
 def _raise_if_no_such_row(config: PipelineConfig, rows: Rows) -> None:

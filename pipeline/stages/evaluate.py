@@ -1,6 +1,5 @@
 """evaluate: measures models of the run, of a directory or of a server, and keeps their figures and answers."""
 
-import json
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from pipeline.runs import controls, passing_over
 from pipeline.runs.artifacts import EVALUATED_STAGES, MODEL_STAGES, Artifact, Kind, Result, load
 from pipeline.runs.building import build
 from pipeline.runs.console import say, warn
-from pipeline.runs.json_files import write_json
+from pipeline.runs.json_files import read_record, seal, write_json
 from pipeline.runs.records import EvaluateRecord
 from pipeline.runs.run import Run
 from pipeline.runs.tracking import log_metrics
@@ -114,7 +113,7 @@ def _served_before(task: Task) -> list[Served]:
     directory = here.stage_dir(Stage.evaluate)
     for name in here.report_parents(Stage.evaluate):
         path = directory / f"{file_name(name)}.json"
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        record = _read_measured(path)
         if "served" not in record or (name == asked.name and asked.url):
             continue
         served = Served(**record["served"])
@@ -149,7 +148,7 @@ def _evaluate(task: Task, subjects: Sequence[ModelRef | Served], reference: Mode
         if figures is None:
             figures = measured.figures(subject)
             served = {"served": vars(subject)} if isinstance(subject, Served) else {}
-            write_json(path, {"inputs": inputs, "figures": figures, **served})
+            write_json(path, seal({"inputs": inputs, "figures": figures, **served}))
         log_metrics(directory, {"model": subject.name, **figures})
         results[subject.name] = figures
     record = EvaluateRecord(reference=reference.name if reference else None, results=results)
@@ -170,7 +169,16 @@ def _reference(here: Run, refs: list[ModelRef]) -> ModelRef | None:
 
 def _kept(path: Path, inputs: dict) -> dict[str, float] | None:
     """Return the figures of an earlier measurement if its inputs were the same, else None."""
-    if not path.is_file():
-        return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return record["figures"] if record["inputs"] == inputs else None
+    record = _read_measured(path)
+    return record["figures"] if record.get("inputs") == inputs else None
+
+
+def _read_measured(path: Path) -> dict[str, Any]:
+    """Read the figures of an earlier measurement, with their inputs. Without usable ones, return an empty record."""
+    try:
+        return read_record(path)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        warn("evaluate", f"{path}: damaged, so the model is measured again ({error})")
+        return {}

@@ -91,8 +91,7 @@ def _link(here: Run, export: Artifact, directory: Path) -> None:
         path.unlink()
     for name in export.files:
         link_or_copy(export.directory / name, directory / name)
-    fingerprint, _ = fingerprint_of(directory)
-    if fingerprint != export.fingerprint:
+    if fingerprint_of(directory).fingerprint != export.fingerprint:
         target = f"export.target={export.read(ExportRecord).target}"
         raise UserError(
             f"{export.directory}: its files have changed since they were exported and verified. Export again:"
@@ -121,7 +120,7 @@ def _offer(here: Run, config: PipelineConfig, artifact: Artifact) -> None:
     if config.export.push_to_hub is None:
         say("publish", f"to upload it: hf upload <name/model> {directory} . --private")
         return
-    if fingerprint_of(artifact.directory)[0] != artifact.fingerprint:
+    if fingerprint_of(artifact.directory).fingerprint != artifact.fingerprint:
         again = here.command(Stage.publish, "overwrite=true")
         raise UserError(f"{directory}: a file has changed since it was made. Make it again: {again}")
     say("publish", f"uploaded: {hub.push(config.export, directory)}")

@@ -138,12 +138,12 @@ def _train(config: PipelineConfig, here: Run, quantized: Artifact, rows: Rows, d
         figures = trainer.train(inputs, trainer.Setup(config.qat, "qat", directory, config.sharding))
     fired.raise_unless_all(model)
     figures["quantizers"] = fake_quantizers.count(model, block_format)
-    kind, saved = saving.save(model, start, directory, train=config.qat, shared=config.sharding)
+    kind, saved, digests = saving.save(model, start, directory, train=config.qat, shared=config.sharding)
     if is_main_process():
         fake_quantizers.save_state(model, directory)
     record = TrainingRecord.from_details({**figures, **saved.details(), "attn_implementation": attention})
     form = MXFP4.name if kind is Kind.packed else saved.dtype
-    return Result(kind, record, form, block_format.name, block_format.scale_rule)
+    return Result(kind, record, form, block_format.name, block_format.scale_rule, digests)
 
 
 def _load_teacher(here: Run, config: PipelineConfig, start: ModelRef, attention: str) -> "Teacher | None":

@@ -99,7 +99,7 @@ def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, dire
     model = placement.place(loading.load_quantized(start, start.dtype, attn_implementation=chosen))
     if config.qat.method is Method.lora and not start.adapter:
         model = adapters.attach(model, config.qat, "qat")
-        kind, saved = saving.save(model, start, directory, train=config.qat, shared=config.sharding)
+        kind, saved, _ = saving.save(model, start, directory, train=config.qat, shared=config.sharding)
     batches = _calibration_batches(config, splits.train, ref)
     fake_quantizers.insert(model, block_format, lambda quantized: _run(quantized, batches))
     if config.format.importance:
@@ -270,9 +270,9 @@ def _take_form(method: Method, ref: ModelRef, directory: Path) -> _Form:
     if method is not Method.lora and (ref.adapter or (ref.is_packed and method is Method.full)):
         change = "merging SFT's adapters" if ref.adapter else "decoding the experts to BF16"
         say("quantize", f"qat trains {'every weight' if method is Method.full else 'the BF16 parts'}: {change}")
-        saving.write_plain(ref, directory)
+        digests = saving.write_plain(ref, directory).files
         written = replace(ref, directory=directory, base=directory, adapter=False)
-        return _Form(Kind.checkpoint, written, whole)
+        return _Form(Kind.checkpoint, written, whole, digests)
     if method is not Method.lora or ref.adapter:
         for path in sorted(p for p in ref.directory.iterdir() if p.name not in BOOKKEEPING and p.is_file()):
             link_or_copy(path, directory / path.name)

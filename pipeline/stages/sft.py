@@ -79,8 +79,9 @@ def _train(config: PipelineConfig, here: Run, start: ModelRef, rows: Rows, direc
     looks = samples.callback(here, config.data, config.evaluate, rows=rows, tokenizer=tokenizer, directory=directory)
     inputs = trainer.Inputs(model, tokenizer, splits, changes, callbacks=looks)
     figures = trainer.train(inputs, trainer.Setup(config.sft, "sft", directory, config.sharding))
-    kind, saved = saving.save(model, start, directory, train=config.sft, shared=config.sharding)
+    kind, saved, digests = saving.save(model, start, directory, train=config.sft, shared=config.sharding)
     details = {**figures, **saved.details(), "attn_implementation": attention}
     if config.sft.start is not None:
         details["start"] = continuing.relative_path(start.directory, directory.parent)
-    return Result(kind, TrainingRecord.from_details(details), MXFP4.name if kind is Kind.packed else saved.dtype)
+    form = MXFP4.name if kind is Kind.packed else saved.dtype
+    return Result(kind, TrainingRecord.from_details(details), form, digests=digests)

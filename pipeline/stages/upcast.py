@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.checkpoints import largest_codes
+from pipeline.checkpoints import largest_codes, soundness
 from pipeline.checkpoints.config_json import CONFIG, write_config
 from pipeline.checkpoints.gpt_oss import TensorInfo, expert_projections, plain_tensors
 from pipeline.checkpoints.largest_codes import CodeFigures
@@ -58,7 +58,7 @@ class _Made:
         kind: kind of the checkpoint.
         format: format of the experts.
         figures: what was done to the tensors.
-        digests: file -> XXH3-128 of its bytes, for files that were written and not linked.
+        digests: weight file -> XXH3-128 of its bytes.
         scale_rule: rule that chose the scales, or None if no scales were chosen.
     """
 
@@ -107,13 +107,12 @@ def _upcast(base: Source, directory: Path, config: PipelineConfig) -> Result:
 
 
 def _link_packed(checkpoint: Checkpoint, directory: Path) -> _Made:
-    """Check all scales for NaN, which training would notice late. Then link the files of the MXFP4 source."""
-    for projection in expert_projections(checkpoint.shape):
-        checkpoint.raise_if_nan(projection.name, checkpoint.read(projection.scales))
+    """Check the files of the MXFP4 source for NaN and Inf. Then link them."""
+    digests = soundness.scan(checkpoint)
     say("upcast", "adapters are trained on the packed experts: linking the source's files")
     figures = replace(_link(checkpoint, directory), largest_codes=largest_codes.sample(checkpoint))
     write_json(directory / CONFIG, checkpoint.config)
-    return _Made(Kind.packed, MXFP4.name, figures)
+    return _Made(Kind.packed, MXFP4.name, figures, digests)
 
 
 def _decode(weights: Weights, directory: Path, config: PipelineConfig) -> _Made:
@@ -123,7 +122,7 @@ def _decode(weights: Weights, directory: Path, config: PipelineConfig) -> _Made:
 
     def piece(name: str, info: TensorInfo) -> Piece:
         found = plain_piece(weights, name, info, torch.bfloat16, device)
-        return found if name in stored else largest_codes.counting(found)
+        return soundness.checking(found, weights.checkpoint) if name in stored else largest_codes.counting(found)
 
     pieces = [piece(name, info) for name, info in layout.items()]
     with compilation_for(sum(projection.values for projection in expert_projections(weights.shape))):
@@ -152,12 +151,13 @@ def _pack(weights: Weights, directory: Path, config: PipelineConfig) -> _Made:
 
 
 def _link_plain(checkpoint: Checkpoint, directory: Path) -> _Made:
-    """Link the files of a BF16 source."""
+    """Check the files of a BF16 source for NaN and Inf. Then link them."""
     raise_unless_bf16(checkpoint)
+    digests = soundness.scan(checkpoint)
     say("upcast", "the source is BF16 already: linking its files")
     figures = _link(checkpoint, directory)
     write_config(directory, checkpoint.config, torch.bfloat16)
-    return _Made(Kind.checkpoint, "bf16", figures)
+    return _Made(Kind.checkpoint, "bf16", figures, digests)
 
 
 def _link(checkpoint: Checkpoint, directory: Path) -> _Figures:

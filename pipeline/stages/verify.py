@@ -26,7 +26,16 @@ from pipeline.models.source import Source
 from pipeline.models.weights import Weights
 from pipeline.numerics.formats import FORMATS, BlockFormat
 from pipeline.runs import exports, parts
-from pipeline.runs.artifacts import ARTIFACT_FILE, UNFINISHED_FILE, Artifact, Kind, Result, fingerprint_of, load
+from pipeline.runs.artifacts import (
+    ARTIFACT_FILE,
+    UNFINISHED_FILE,
+    Artifact,
+    Contents,
+    Kind,
+    Result,
+    fingerprint_of,
+    load,
+)
 from pipeline.runs.building import build
 from pipeline.runs.commands import stage_command
 from pipeline.runs.console import say
@@ -54,7 +63,7 @@ def run(config: PipelineConfig) -> Artifact:
     here = Run(config)
     subject = _subject(config, here)
     here = Run(config, exports.part_of(here, subject.directory) or parts.CHECKPOINT)
-    parents = {"checkpoint": subject.fingerprint, "reference": subject.reference.fingerprint}
+    parents = {"checkpoint": subject.found.fingerprint, "reference": subject.reference.fingerprint}
     if subject.ref is not None:
         parents["model"] = subject.ref.fingerprint
     return build(
@@ -73,7 +82,7 @@ class _Subject:
 
     Attributes:
         directory: directory of the checkpoint.
-        fingerprint, sizes: fingerprint and sizes of the checkpoint's present files.
+        found: the checkpoint's present files.
         target: name of the checkpoint's layout. EXPORTERS has a row for each name.
         reference: the base model.
         export: the artifact of the export stage, or None.
@@ -82,8 +91,7 @@ class _Subject:
     """
 
     directory: Path
-    fingerprint: str
-    sizes: dict[str, int]
+    found: Contents
     target: str
     reference: Source
     export: Artifact | None
@@ -101,7 +109,7 @@ def _subject(config: PipelineConfig, here: Run) -> _Subject:
         ref, unknown = _trained(here, export)
     target = recognize(directory) if export is None else export.read(ExportRecord).target
     _raise_unless_loadable(config, target)
-    return _Subject(directory, *fingerprint_of(directory), target, reference, export, ref, unknown)
+    return _Subject(directory, fingerprint_of(directory), target, reference, export, ref, unknown)
 
 
 def _raise_unless_loadable(config: PipelineConfig, target: str) -> None:
@@ -148,7 +156,10 @@ def _checks(config: PipelineConfig, here: Run, subject: _Subject) -> list["Check
     checks = verify.check_against_base(directory, subject.target, base, copied)
     are_comparable, are_configured = (check.status == "ok" for check in checks[:2])
     if export is not None:
-        checks.append(verify.check_unchanged(export, subject.fingerprint, subject.sizes))
+        checks.append(verify.check_unchanged(export, subject.found))
+    if subject.ref is not None:
+        checks.append(verify.check_trained_files(subject.ref.directory))
+        are_comparable = are_comparable and not checks[-1].problems
     if not are_comparable:
         return checks
     weights = _weight_checks(config, here, subject, are_configured)

@@ -32,6 +32,7 @@ from pipeline.runs.provenance import peak_resident_bytes
 from pipeline.runs.tracking import log_metrics
 from pipeline.training.preemption import Preemption
 from pipeline.training.resume import mark_complete
+from pipeline.training.symptoms import ROUTED, UNUSED
 
 _LOSS = "eval_loss"
 _RECOUNTED = "num_tokens"  # TRL's token count, which restarts at zero when a run is resumed
@@ -195,7 +196,8 @@ class _RouterLoad:
 
         Each expert gets a share of the tokens. `router_variation` is the standard deviation of these shares, divided by
         their mean. It is 0 if the shares are equal. `router_largest` is the largest share. If the shares are equal, it
-        is (experts per token) / experts. If one expert gets every token, it is 1.
+        is (experts per token) / experts. If one expert gets every token, it is 1. The figures of `symptoms` count the
+        experts without tokens.
         """
         assert self._counted is not None
         counts = reduce(self._counted, "sum").double().cpu()
@@ -203,7 +205,8 @@ class _RouterLoad:
         shares = counts * self._active / counts.sum(1, keepdim=True)
         variation = shares.std(1, correction=0) / shares.mean(1)
         found = {f"router_variation/layer_{layer}": float(value) for layer, value in enumerate(variation)}
-        return found | {f"router_largest/layer_{layer}": float(value) for layer, value in enumerate(shares.amax(1))}
+        found |= {f"router_largest/layer_{layer}": float(value) for layer, value in enumerate(shares.amax(1))}
+        return found | {UNUSED: int((counts == 0).sum()), ROUTED: float(counts.mean())}
 
 
 class _Progress:

@@ -38,6 +38,7 @@ from pipeline.training import resume
 from pipeline.training.callbacks import ForgetRounded, TokenCount, make_callbacks
 from pipeline.training.determinism import deterministic_on_cpu
 from pipeline.training.distillation import Teacher, distill
+from pipeline.training.symptoms import warn_of_symptoms
 from pipeline.training.trained_only import TrainedOnly
 from pipeline.training.weight_changes import WeightChanges
 
@@ -159,6 +160,7 @@ def _summarize_losses(setup: Setup, kept: int | None) -> dict[str, float]:
     training = [line["loss"] for line in lines if "loss" in line]
     if not all(math.isfinite(loss) for loss in (*validation.values(), *training)):
         raise setup.divergence_error("the loss is not finite")
+    warn_of_symptoms(lines, setup.stage, setup.settings)
     assert kept is not None  # all losses are finite, so one of them is the lowest
     return {
         "train_loss_first": training[0],

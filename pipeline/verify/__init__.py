@@ -15,7 +15,7 @@ from pipeline.export import EXPORTERS
 from pipeline.export.layout import View, view_base
 from pipeline.verify.check import Check
 from pipeline.verify.distance import compare
-from pipeline.verify.files import check_files, check_tensors, check_unchanged
+from pipeline.verify.files import check_files, check_tensors, check_trained_files, check_unchanged
 from pipeline.verify.untouched import check_untouched
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "check_against_base",
     "check_files",
     "check_tensors",
+    "check_trained_files",
     "check_unchanged",
     "view_export",
 ]

@@ -1,6 +1,6 @@
 """Checks the files of an export against the base model: names, shapes, types, shards, configuration and tokenizer.
 
-The checks read only the headers of weight files.
+The checks against the base model read only the headers of weight files. Others read whole files for their digests.
 """
 
 import json
@@ -16,7 +16,8 @@ from pipeline.checkpoints.side_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, sid
 from pipeline.errors import UserError, at_most
 from pipeline.export.exporter import Exporter
 from pipeline.export.layout import stored_tensors
-from pipeline.runs.artifacts import ARTIFACT_FILE, BOOKKEEPING, Artifact
+from pipeline.runs.artifacts import ARTIFACT_FILE, BOOKKEEPING, Artifact, Contents, load
+from pipeline.runs.damage import find_damage, with_bases
 from pipeline.verify.check import Check
 
 _WITHOUT_MEANING = ("transformers_version", "_name_or_path", "producer")
@@ -60,24 +61,40 @@ def check_files(directory: Path, target: Exporter, base: Checkpoint) -> Check:
 _Look = Callable[[Path, Exporter, Checkpoint], Iterator[str]]
 
 
-def check_unchanged(export: Artifact, fingerprint: str, sizes: dict[str, int]) -> Check:
+def check_unchanged(export: Artifact, found: Contents) -> Check:
     """Compare the files of an export with the record in its artifact.json.
 
     Args:
         export: the record in artifact.json.
-        fingerprint: current fingerprint of the files, from `artifacts.fingerprint_of`.
-        sizes: current sizes of the files, also from `artifacts.fingerprint_of`.
+        found: the present files, from `artifacts.fingerprint_of`.
     """
     check = Check("unchanged: the files are as export wrote them")
     for name, size in export.files.items():
-        if sizes.get(name) != size:
-            state = f"has {sizes[name]} bytes, but had {size} when" if name in sizes else "missing, but existed when"
-            check.problems.append(f"{export.directory / name}: {state} export wrote it")
-    added = sorted(sizes.keys() - export.files.keys())
+        if found.sizes.get(name) != size:
+            has = f"has {found.sizes.get(name)} bytes, but had {size} when" if name in found.sizes else None
+            check.problems.append(f"{export.directory / name}: {has or 'missing, but existed when'} export wrote it")
+    if export.digests and not check.problems:
+        check.problems = find_damage(export, found.digests, stage="verify")
+    added = sorted(found.sizes.keys() - export.files.keys())
     if added and not check.problems:
         check.skipped = f"export did not write {', '.join(added)}, so the fingerprint cannot be compared"
-    elif fingerprint != export.fingerprint and not check.problems:
+    elif found.fingerprint != export.fingerprint and not check.problems:
         check.problems.append(f"{export.directory}: the contents of a file changed since export wrote it")
+    return check
+
+
+def check_trained_files(directory: Path) -> Check:
+    """Read the trained model's files, and those of the checkpoint below adapters, and compare their digests."""
+    check = Check("trained model: its files are as its stage wrote them")
+    if not (directory / ARTIFACT_FILE).is_file():
+        check.skipped = f"{directory} has no {ARTIFACT_FILE} with digests"
+        return check
+    artifacts = with_bases([load(directory)])
+    check.problems = [problem for artifact in artifacts for problem in find_damage(artifact, stage="verify")]
+    check.measured["files"] = sum(len(artifact.digests) for artifact in artifacts)
+    without = [str(artifact.directory) for artifact in artifacts if not artifact.digests]
+    if without and not check.problems:
+        check.skipped = f"an older version of this program wrote {', '.join(without)}, without digests"
     return check
 
 

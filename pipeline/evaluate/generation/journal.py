@@ -1,6 +1,7 @@
 """Store answers in a file, one per line.
 
-Answers are appended as they arrive, so an interrupted evaluation can resume.
+Answers are appended as they arrive, so an interrupted evaluation can resume. Each line has a checksum, so a damaged
+answer is found and made again.
 """
 
 import json
@@ -9,11 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
-from pipeline.errors import UserError
 from pipeline.evaluate.transcripts import Transcript
-from pipeline.runs.console import say
-from pipeline.runs.durable import cut_torn_line
-from pipeline.runs.json_files import Json, write_json
+from pipeline.runs.console import say, warn
+from pipeline.runs.durable import cut_torn_line, replacing
+from pipeline.runs.json_files import Json, read_record, seal, unseal, write_json
 
 
 class Answer(Protocol):
@@ -57,9 +57,6 @@ class Journal(Generic[T]):
             directory: the directory of the model's answers; created if missing.
             inputs: the model and all settings that the answers depend on, as a flat mapping.
             kind: the kind of answers.
-
-        Raises:
-            UserError: a line of the file is not an answer.
         """
         self._path = directory / kind.file
         self._class = kind.answer
@@ -86,11 +83,11 @@ class Journal(Generic[T]):
 
     def _append(self, answers: list[T]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
+            file.writelines(json.dumps(seal(asdict(answer)), ensure_ascii=False) + "\n" for answer in answers)
         self._answers |= {_key(answer): answer for answer in answers}
 
     def _begin(self, path: Path, inputs: Mapping[str, Json]) -> None:
-        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        before = self._read_inputs(path)
         if before == inputs:
             return
         if self._path.is_file():
@@ -98,22 +95,45 @@ class Journal(Generic[T]):
             changes = "; ".join(f"{name} changed from {before.get(name)!r} to {inputs.get(name)!r}" for name in changed)
             say("evaluate", f"{self._path}: all answers are generated again, because {changes}")
             self._path.unlink()
-        write_json(path, inputs)
+        write_json(path, seal(inputs))
+
+    @staticmethod
+    def _read_inputs(path: Path) -> dict[str, Json]:
+        try:
+            return read_record(path) if path.is_file() else {}
+        except ValueError as error:
+            warn("evaluate", f"{path}: damaged ({error})")
+            return {}
 
     def _read(self) -> list[T]:
-        """Read all complete lines, and remove an incomplete last line from the file.
+        """Read all complete lines. Remove an incomplete last line and damaged lines from the file.
 
         Lines are split as bytes, because str.splitlines() also splits at U+2028 and other characters.
         """
         if not self._path.is_file():
             return []
         cut_torn_line(self._path)
-        try:
-            return [self._class(**json.loads(line)) for line in self._path.read_bytes().splitlines()]
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"{self._path}: a line is not an answer of this program ({error}). Remove the file to ask again."
-            ) from error
+        lines, answers, damaged = self._path.read_bytes().splitlines(keepends=True), [], []
+        for number, line in enumerate(lines, 1):
+            try:
+                answers.append(read_answer(self._class, line))
+            except (ValueError, TypeError) as error:
+                damaged.append(number)
+                warn("evaluate", f"{self._path}: line {number} is damaged and is made again ({error})")
+        if damaged:
+            kept = (line for number, line in enumerate(lines, 1) if number not in damaged)
+            with replacing(self._path) as temporary:
+                temporary.write_bytes(b"".join(kept))
+        return answers
+
+
+def read_answer(answer: type[T], line: bytes) -> T:
+    """Read an answer from a line of a journal. Lines of older versions have no checksum.
+
+    Raises:
+        ValueError, TypeError: the line is not an answer, or differs from its checksum.
+    """
+    return answer(**unseal(json.loads(line)))
 
 
 def _key(answer: Answer) -> tuple[str, int]:

@@ -24,16 +24,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.data.harmony import IGNORED
+from pipeline.errors import at_most
 from pipeline.evaluate.statistics import ratio_interval
 from pipeline.evaluate.subject import Subject
 from pipeline.models import chunked_logits
 from pipeline.models.chunked_logits import States
 from pipeline.models.references import ModelRef
-from pipeline.runs.console import progress
+from pipeline.runs.artifacts import digests_of
+from pipeline.runs.console import progress, say, warn
+from pipeline.runs.durable import sync_tree
+from pipeline.runs.json_files import read_record, seal, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_DIGESTS = "digests.json"
 TOP = 128
 BUCKETS = ((0, 32), (32, 128), (128, 512), (512, None))
 """Ranges of positions, counted from 0 over an example's supervised tokens. Divergence may grow with the position."""
@@ -58,7 +63,32 @@ def record(model: "PreTrainedModel", batches: Sequence[dict[str, Tensor]], direc
         kept = list(chunked_logits.map_chunks(_likeliest, (_states(model, batch),)))
         log_probs, tokens = (torch.cat(parts).cpu() for parts in zip(*kept, strict=True))
         save_file({"log_probs": log_probs, "tokens": tokens.int()}, _file(unfinished, i))
+    write_json(unfinished / _DIGESTS, seal(digests_of(unfinished)))
+    sync_tree(unfinished)
+    shutil.rmtree(directory, ignore_errors=True)  # predictions that are not sound
     unfinished.replace(directory)
+
+
+def are_sound(directory: Path) -> bool:
+    """Return whether stored predictions are complete and as they were written. Report damage.
+
+    Predictions without digests, which older versions wrote, are not sound.
+    """
+    if not directory.is_dir():
+        return False
+    try:
+        digests = read_record(directory / _DIGESTS)
+    except FileNotFoundError:
+        say("evaluate", f"{directory}: predictions without digests, from an older version of this program; made again")
+        return False
+    except ValueError as error:
+        warn("evaluate", f"{directory / _DIGESTS}: damaged ({error}), so the predictions are made again")
+        return False
+    have = digests_of(directory)
+    damaged = [name for name, digest in digests.items() if have.get(name) != digest]
+    if damaged:
+        warn("evaluate", f"{directory}: {', '.join(at_most(damaged))} damaged, so the predictions are made again")
+    return not damaged
 
 
 @torch.no_grad()
