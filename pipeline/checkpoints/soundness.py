@@ -102,7 +102,10 @@ class _Findings:
         self._rows[name] = first_row + (len(values) if values.dim() else 1)
         if (found := _find(name, values)) is None:
             return
-        place = _unravel(found.first[0], shape) if shape else [first_row + found.first[0], *found.first[1:]]
+        if shape is not None:
+            place = _unravel(found.first[0], shape)
+        else:
+            place = [row + first_row * (axis == 0) for axis, row in enumerate(found.first)]
         before = self._found.get(name, NonFinite(0, place, found.kind))
         self._found[name] = replace(before, count=before.count + found.count)
 

@@ -188,7 +188,7 @@ def _migrate(record: Any, path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: a newer version of the program wrote it.
-        ValueError: it is not a record.
+        ValueError, KeyError: it is not such a record.
     """
     if not isinstance(record, dict):
         raise ValueError(f"holds {type(record).__name__}, not an object")
@@ -196,7 +196,7 @@ def _migrate(record: Any, path: Path) -> dict[str, Any]:
     if not isinstance(version, int) or version < 1:
         raise ValueError(f"version is {version!r}")
     raise_if_newer(path, version, record.get("program"))
-    return {**record, "version": version, "digests": record.get("digests", {})}
+    return {**record, "version": version, "digests": {} if version == 1 else record["digests"]}
 
 
 def raise_if_newer(path: Path, version: int, program: str | None) -> None:

@@ -61,14 +61,14 @@ def find_damage(artifact: Artifact, known: Mapping[str, str] | None = None, *, s
         known: digests of files that were read already, keyed by the file's name.
         stage: name of the stage that checks, for messages.
     """
+    problems = [] if (damage := _damage_of_record(artifact)) is None else [damage]
     if not artifact.digests:
         warn(
             stage,
             f"{artifact.directory / ARTIFACT_FILE}: an older version of this program wrote it, without digests. Only"
             f" the sizes of its files are checked. To get digests, run stage={artifact.stage} with overwrite=true.",
         )
-        return []
-    problems = [] if (damage := _damage_of_record(artifact)) is None else [damage]
+        return problems
     paths = {name: artifact.directory / name for name in artifact.digests}
     there = {name: path for name, path in paths.items() if path.is_file()}
     have = {name: digest for name, digest in (known or {}).items() if name in there}

@@ -22,6 +22,7 @@ from pipeline.checkpoints.reading import INDEX
 from pipeline.checkpoints.shards import Part, Piece, Step, Written, piece_in_one_step, write_sharded
 from pipeline.errors import UserError
 from pipeline.runs.artifacts import SHARDS_FILE
+from pipeline.runs.json_files import seal, write_json
 
 TYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16", torch.uint8: "U8"}
 ONE_SHARD = "model-00001-of-00001.safetensors"
@@ -74,7 +75,13 @@ def shards_in(directory: Path) -> list[str]:
 
 def records_in(directory: Path) -> dict[str, Any]:
     path = directory / SHARDS_FILE
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text())["shards"] if path.exists() else {}
+
+
+def flip_one_bit(path: Path, at: int = -1) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
 
 
 def threads() -> list[str]:
@@ -320,6 +327,34 @@ def test_a_shard_of_another_size_is_made_again(
     assert convert_again(finished, stacks) == ["two"]
 
 
+@pytest.mark.parametrize("at", [-1, 20], ids=["data", "header"])
+def test_a_shard_with_a_flipped_bit_is_named_and_made_again(
+    at: int, finished: Path, stacks: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip_one_bit(finished / NAMES[1], at)
+    assert convert_again(finished, stacks) == ["two"]
+    told = f"[test] warning: {finished / NAMES[1]}: differs from what was written before the interruption"
+    assert told in capsys.readouterr().err
+
+
+def test_damaged_records_are_named_and_every_shard_is_made_again(
+    finished: Path, stacks: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (finished / SHARDS_FILE).read_text()
+    (finished / SHARDS_FILE).write_text(text.replace('"size": 1', '"size": 3', 1).replace('"size": 2', '"size": 3', 1))
+    assert convert_again(finished, stacks) == list(STACKS)
+    assert f"{finished / SHARDS_FILE}: not readable, so all weight files are made again" in capsys.readouterr().err
+
+
+def test_records_with_notes_of_another_version_are_not_used(
+    finished: Path, stacks: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their notes may lack fields. Version 0 had no version, and no other entry than the shards."""
+    write_json(finished / SHARDS_FILE, records_in(finished))
+    assert convert_again(finished, stacks) == list(STACKS)
+    assert "written by another version of this program, so all weight files are made again" in capsys.readouterr().err
+
+
 def test_a_missing_shard_is_made_again(finished: Path, stacks: dict[str, Tensor]) -> None:
     (finished / NAMES[2]).unlink()
     assert convert_again(finished, stacks) == ["three"]
@@ -329,7 +364,7 @@ def test_a_shard_without_a_record_is_made_again(finished: Path, stacks: dict[str
     """It may be incomplete."""
     records = records_in(finished)
     del records[NAMES[0]]
-    (finished / SHARDS_FILE).write_text(json.dumps(records))
+    write_json(finished / SHARDS_FILE, seal({"version": shards.NOTES_VERSION, "shards": records}))
     (finished / NAMES[0]).write_bytes(b"\xff" * (finished / NAMES[0]).stat().st_size)
     assert convert_again(finished, stacks) == ["one"]
 

@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.conversations import Conversation
-from pipeline.errors import UserError
-from pipeline.evaluate.generation.journal import GENERATIONS, Journal
 from pipeline.evaluate.generation.prompts import Prompt, Question
 from pipeline.evaluate.transcripts import Transcript
 
@@ -29,10 +27,12 @@ def test_added_answers_are_found_again(tmp_path: Path) -> None:
     assert ("x", 0) in found and ("x", 1) not in found and ("z", 0) not in found
 
 
-def test_every_answer_is_a_line_of_json_with_the_fields_of_a_transcript(tmp_path: Path) -> None:
+def test_every_answer_is_a_line_of_json_with_the_fields_of_a_transcript_and_a_checksum(tmp_path: Path) -> None:
     Journal(tmp_path, INPUTS).add([answer("x"), answer("y")])
     lines = (tmp_path / GENERATIONS.file).read_text(encoding="utf-8").split("\n")
-    assert [Transcript(**json.loads(line)) for line in lines[:-1]] == [answer("x"), answer("y")]
+    stored = [json.loads(line) for line in lines[:-1]]
+    assert all(len(each.pop("checksum")) == 32 for each in stored)
+    assert [Transcript(**each) for each in stored] == [answer("x"), answer("y")]
     assert lines[-1] == ""
 
 
@@ -61,13 +61,49 @@ def test_other_settings_start_over_and_are_named(tmp_path: Path, capsys: pytest.
     assert ("x", 0) not in Journal(tmp_path, INPUTS)
 
 
-def test_an_invalid_line_is_an_error_with_the_file(tmp_path: Path) -> None:
+def test_a_damaged_line_is_named_and_asked_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Journal(tmp_path, INPUTS).add([answer("x"), answer("y"), answer("z")])
+    path = tmp_path / GENERATIONS.file
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1].replace(b", 5 ", b", 7 ") + b'{"prompt": 1}\n' + lines[2])
     journal = Journal(tmp_path, INPUTS)
-    journal.add([answer("x")])
-    with (tmp_path / GENERATIONS.file).open("a", encoding="utf-8") as file:
-        file.write('{"prompt": 1}\n')
-    with pytest.raises(UserError, match=rf"{GENERATIONS.file}: a line is not an answer of this program"):
-        Journal(tmp_path, INPUTS)
+    assert ("x", 0) in journal and ("y", 0) not in journal and ("z", 0) in journal
+    told = capsys.readouterr().err
+    assert f"{path}: line 2 is damaged" in told and f"{path}: line 3 is damaged" in told
+    assert path.read_bytes() == lines[0] + lines[2]
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_a_flipped_bit_in_any_byte_of_an_answer_is_found(bit: int, tmp_path: Path) -> None:
+    Journal(tmp_path, INPUTS).add([answer("x", text="ja")])
+    good = (tmp_path / GENERATIONS.file).read_bytes().rstrip()
+    for at in range(len(good)):
+        damaged = bytearray(good)
+        damaged[at] ^= 1 << bit
+        try:
+            assert read_answer(Transcript, bytes(damaged)) == answer("x", text="ja")
+        except (ValueError, TypeError):
+            continue
+        assert at > good.index(b"checksum") - 10 or json.loads(damaged) == json.loads(good)
+
+
+def test_lines_of_older_versions_have_no_checksum_and_are_kept(tmp_path: Path) -> None:
+    Journal(tmp_path, INPUTS).add([answer("x")])
+    path = tmp_path / GENERATIONS.file
+    line = json.loads(path.read_text(encoding="utf-8"))
+    del line["checksum"]
+    path.write_text(json.dumps(line) + "\n", encoding="utf-8")
+    assert Journal(tmp_path, INPUTS)["x", 0] == answer("x")
+
+
+def test_damaged_inputs_are_named_and_everything_is_asked_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Journal(tmp_path, INPUTS).add([answer("x")])
+    path = tmp_path / GENERATIONS.inputs_file
+    path.write_text(path.read_text().replace('"model": "a"', '"model": "b"'))
+    assert ("x", 0) not in Journal(tmp_path, INPUTS)
+    assert f"{path}: damaged" in capsys.readouterr().err
 
 
 def test_seeds_differ_between_prompts_samples_and_seeds() -> None:

@@ -102,3 +102,28 @@ def test_stored_predictions_do_not_grow_with_the_vocabulary(tmp_path: Path, monk
 
 def test_without_a_reference_there_are_no_figures() -> None:
     assert logits.score(Subject(None, None, None, None, [])) == {}
+
+
+@pytest.mark.parametrize("name", ["000000.safetensors", "digests.json"])
+def test_predictions_with_a_flipped_bit_are_named_and_not_sound(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "predictions"
+    assert not logits.are_sound(directory)
+    logits.record(model(0), make_batches(), directory)
+    assert logits.are_sound(directory)
+    content = bytearray((directory / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (directory / name).write_bytes(content)
+    assert not logits.are_sound(directory)
+    told = capsys.readouterr().err
+    assert str(directory) in told and "so the predictions are made again" in told
+    logits.record(model(0), make_batches(), directory)
+    assert logits.are_sound(directory)
+
+
+def test_predictions_of_an_older_version_are_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logits.record(model(0), make_batches(), tmp_path / "predictions")
+    (tmp_path / "predictions" / "digests.json").unlink()
+    assert not logits.are_sound(tmp_path / "predictions")
+    assert "predictions without digests, from an older version" in capsys.readouterr().out

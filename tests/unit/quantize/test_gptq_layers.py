@@ -59,7 +59,8 @@ def whole(base: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -
     """The files of an uninterrupted run, without the states of a layer."""
     directory = tmp_path_factory.mktemp("whole")
     run(job(base, trained), directory)
-    assert sorted(files(directory)) == [f"layer-{layer:03}.safetensors" for layer in range(3)]
+    names = [f"layer-{layer:03}.{ending}" for layer in range(3) for ending in ("safetensors", "xxh3")]
+    assert sorted(files(directory)) == names
     return files(directory)
 
 
@@ -230,6 +231,35 @@ def test_a_resumed_run_rounds_only_the_layers_that_are_missing(
     run(work, tmp_path / "resumed")
     assert len(started) == 2
     assert whole == files(tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("name", ["layer-001.safetensors", "layer-001.xxh3", "states-001.safetensors"])
+def test_a_damaged_layer_is_made_again(
+    name: str,
+    base: Path,
+    trained: Path,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    work, save = job(base, trained), codes.LayerCodes.save
+
+    def interrupted(self: codes.LayerCodes, layer: int, *others: Any) -> None:
+        if layer == 2:
+            raise KeyboardInterrupt
+        save(self, layer, *others)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(codes.LayerCodes, "save", interrupted)
+        run(work, tmp_path / "resumed")
+    path = tmp_path / "resumed" / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    run(work, tmp_path / "resumed")
+    assert whole == files(tmp_path / "resumed")
+    assert f"{path.with_suffix('.safetensors')}: differs from what was written" in capsys.readouterr().err
 
 
 def counted_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:

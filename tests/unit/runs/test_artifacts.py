@@ -16,6 +16,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from pipeline import __main__ as program
+<<<<<<< HEAD
 from pipeline.config import (
     BlendPartConfig,
     DataConfig,
@@ -26,9 +27,13 @@ from pipeline.config import (
     ValidationConfig,
     command_line,
 )
+=======
+from pipeline import __version__
+from pipeline.config import DataConfig, LoraTarget, ModelConfig, PipelineConfig, Stage, command_line
+>>>>>>> 8d5ed88 (Tests: a flipped bit in any file is found; damaged records, journals, predictions and shards are made again)
 from pipeline.errors import MachineError, UserError
 from pipeline.runs import artifacts, building, console, metrics, provenance, stopping, tracking
-from pipeline.runs.artifacts import Artifact, Kind, Result, fingerprint_of, load
+from pipeline.runs.artifacts import Artifact, Kind, Result, digest_of, fingerprint_of, load
 from pipeline.runs.building import build
 from pipeline.runs.json_files import write_json
 from pipeline.runs.records import StageRecord
@@ -158,8 +163,12 @@ def test_work_that_fails_leaves_no_artifact(config: PipelineConfig) -> None:
 
 def test_an_artifact_says_all_that_the_contract_asks_for(config: PipelineConfig) -> None:
     record = record_of(make(config))
-    fingerprint, sizes = fingerprint_of(Run(config).stage_dir("sft"))
+    fingerprint, sizes, digests = fingerprint_of(Run(config).stage_dir("sft"))
+    records = {"config.yaml": digest_of(Run(config).stage_dir("sft") / "config.yaml")}
     expected = {
+        "version": 2,
+        "digests": {**digests, **records},
+        "program": __version__,
         "stage": "sft",
         "kind": "checkpoint",
         "format": "bfloat16",
