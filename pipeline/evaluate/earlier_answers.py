@@ -10,7 +10,7 @@ from pipeline.config import EvaluateConfig, PipelineConfig, Stage, is_known
 from pipeline.config.overrides import key_of
 from pipeline.runs import commands
 from pipeline.runs.artifacts import load
-from pipeline.runs.run import Run, read_unfinished
+from pipeline.runs.run import Run
 from pipeline.runs.settings import Settings
 from pipeline.runs.up_to_date import say_if_needed
 
@@ -53,7 +53,7 @@ def _settings_before(here: Run) -> Settings:
     directory = here.stage_dir(Stage.evaluate)
     if here.is_complete(Stage.evaluate):
         return load(directory, check_files=False).settings
-    return (read_unfinished(directory) or {"settings": {}})["settings"]
+    return (here.read_unfinished(directory) or {"settings": {}})["settings"]
 
 
 def _with(evaluate: EvaluateConfig, settings: Settings) -> EvaluateConfig | None:

@@ -11,7 +11,7 @@ from pipeline.runs.artifacts import ARTIFACT_FILE, MODEL_STAGES, load
 from pipeline.runs.commands import Command
 from pipeline.runs.own_settings import OwnSettings
 from pipeline.runs.processes import is_main_process
-from pipeline.runs.run import Run, read_unfinished
+from pipeline.runs.run import Run
 from pipeline.runs.settings import choose_settings
 
 
@@ -73,15 +73,15 @@ def _contradicted(run: Run, stage: Stage, settings: list[str]) -> list[str]:
     found: list[str] = []
     for each in MODEL_STAGES:
         if each is not stage:
-            made = _made_with(run.stage_dir(each))
+            made = _made_with(run, run.stage_dir(each))
             now = choose_settings(run.config, made)
             is_later = stage in MODEL_STAGES and MODEL_STAGES.index(each) > MODEL_STAGES.index(stage)
             found += [key for key in made if made[key] != now[key] and not (is_later and key in settings)]
     return found
 
 
-def _made_with(directory: Path) -> dict[str, object]:
+def _made_with(run: Run, directory: Path) -> dict[str, object]:
     if (directory / ARTIFACT_FILE).is_file():
         return load(directory, check_files=False).settings
-    begun = (read_unfinished(directory) or {"settings": {}})["settings"]
+    begun = (run.read_unfinished(directory) or {"settings": {}})["settings"]
     return {key: value for key, value in begun.items() if " " not in key}  # not a product of settings

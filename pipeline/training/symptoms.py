@@ -100,7 +100,7 @@ def _weights(validations: Sequence[Line], stage: str, rate: str) -> Iterator[str
     last = validations[-1] if validations else {}
     if len(validations) < 2:
         return
-    higher = f"Raise it: {rate} moves the weights by less than a step of their type or of the format."
+    higher = f"With {rate}, updates are smaller than a step of their type or of the format. Raise it."
     if last.get("eval_moved_weights") == 0:
         yield f"training changed none of the sampled expert weights. {higher}"
     elif stage == Stage.qat.name and last.get("eval_changed_codes") == 0:

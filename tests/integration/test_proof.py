@@ -12,6 +12,7 @@ from mutations import DOWN, GATE_UP, SINKS, swap_nibbles
 
 from pipeline.checkpoints.gpt_oss import expert_projections
 from pipeline.checkpoints.reading import Checkpoint
+from pipeline.runs.json_files import seal, write_json
 
 break_nibbles = change(f"{GATE_UP}_blocks", swap_nibbles)
 flip_one_bit = change(f"{DOWN}_blocks", set_at(7, 3, 1, 5, to=lambda byte: byte ^ 1))
@@ -129,13 +130,13 @@ def test_without_the_trained_model_the_fingerprint_shows_a_flipped_bit(tmp_path:
     run = Path(shutil.copytree(smoke_run, tmp_path / "run", ignore=shutil.ignore_patterns("qat"), symlinks=True))
     record = json.loads((run / "export" / "artifact.json").read_text())
     record["details"]["exported_directory"] = str(tmp_path / "gone")
-    (run / "export" / "artifact.json").write_text(json.dumps(record))
+    write_json(run / "export" / "artifact.json", seal({key: record[key] for key in record.keys() - {"checksum"}}))
     (shard,) = (run / "export").glob("*.safetensors")
     content = bytearray(shard.read_bytes())
     content[8 + int.from_bytes(content[:8], "little")] ^= 1  # the first byte after the header is part of a BF16 value
     shard.write_bytes(content)
     assert verify(smoke_run, tmp_path / "work", run / "export") == 1
-    assert "the contents of a file changed since export wrote it" in capsys.readouterr().err
+    assert f"{shard}: changed since stage=export wrote it: its XXH3-128 was" in capsys.readouterr().err
 
 
 def test_verify_runs_again_when_the_export_has_changed(tmp_path: Path, smoke_run: Path) -> None:

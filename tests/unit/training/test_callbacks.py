@@ -12,6 +12,7 @@ from pipeline.config import Sharding
 from pipeline.data.harmony import IGNORED
 from pipeline.runs.artifacts import WHOLE_FILE
 from pipeline.training import callbacks
+from pipeline.training.symptoms import ROUTED, UNUSED
 
 EXPERTS, ACTIVE = 8, 2
 
@@ -52,6 +53,17 @@ def test_router_load_equals_that_of_transformers_router_logits_without_padding(
         assert figures[f"router_variation/layer_{layer}"] == pytest.approx(
             (shares.std(correction=0) / shares.mean()).item()
         )
+
+
+def test_experts_without_tokens_are_counted(model: GptOssForCausalLM, batch: dict) -> None:
+    load = callbacks._RouterLoad(model)
+    model.eval()
+    with torch.no_grad():
+        logits = model(**batch, output_router_logits=True).router_logits
+    real, figures = batch["attention_mask"].flatten().bool(), load.take()
+    reached = [of_layer[real].topk(ACTIVE).indices.unique().numel() for of_layer in logits]
+    assert figures[UNUSED] == sum(EXPERTS - count for count in reached)
+    assert figures[ROUTED] == int(real.sum()) * ACTIVE / EXPERTS
 
 
 def test_router_load_ignores_training_steps(model: GptOssForCausalLM, batch: dict) -> None:
