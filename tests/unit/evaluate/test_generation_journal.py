@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.conversations import Conversation
+from pipeline.evaluate.generation.journal import GENERATIONS, Journal, read_answer
 from pipeline.evaluate.generation.prompts import Prompt, Question
 from pipeline.evaluate.transcripts import Transcript
 

@@ -16,7 +16,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from pipeline import __main__ as program
-<<<<<<< HEAD
+from pipeline import __version__
 from pipeline.config import (
     BlendPartConfig,
     DataConfig,
@@ -27,10 +27,6 @@ from pipeline.config import (
     ValidationConfig,
     command_line,
 )
-=======
-from pipeline import __version__
-from pipeline.config import DataConfig, LoraTarget, ModelConfig, PipelineConfig, Stage, command_line
->>>>>>> 8d5ed88 (Tests: a flipped bit in any file is found; damaged records, journals, predictions and shards are made again)
 from pipeline.errors import MachineError, UserError
 from pipeline.runs import artifacts, building, console, metrics, provenance, stopping, tracking
 from pipeline.runs.artifacts import Artifact, Kind, Result, digest_of, fingerprint_of, load
