@@ -11,12 +11,13 @@ import pytest
 from conftest import ONE_LAYER, SHORT, linked, run_program
 from safetensors.torch import load_file, save_file
 
-from pipeline.config import ArtifactCheck, PipelineConfig, Stage
+from pipeline.config import ArtifactCheck, PipelineConfig
 from pipeline.errors import CheckFailed, UserError
 from pipeline.runs import damage
 from pipeline.runs.artifacts import load
 
-STAGES = (Stage.upcast, Stage.sft, Stage.quantize, Stage.qat, Stage.export)
+MODELS = ("upcast", "sft", "quantize", "qat", "export/mxfp4")
+REPORTS = ("verify/mxfp4", "evaluate", "compare", "doctor")
 
 
 @pytest.fixture(params=["smoke_run", "lora_run"])
@@ -41,8 +42,8 @@ def flipped(path: Path, at: float = 0.5) -> Iterator[None]:
 def test_full_finds_a_flipped_bit_in_every_file_of_every_stage(finished: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     checked = set()
-    for stage in (*STAGES, Stage.verify, Stage.evaluate, Stage.compare, Stage.doctor):
-        directory = run / stage.name
+    for name in (*MODELS, *REPORTS):
+        directory = run / name
         damage.raise_if_damaged([load(directory)], "test")
         for path in sorted(each for each in directory.rglob("*") if each.is_file() and each.stat().st_size):
             # A name that changed in artifact.json is reported as a missing file of this name.
@@ -51,7 +52,7 @@ def test_full_finds_a_flipped_bit_in_every_file_of_every_stage(finished: Path, t
                 with flipped(path, at), pytest.raises((CheckFailed, UserError), match=re.escape(str(place))):
                     damage.raise_if_damaged([load(directory)], "test")
             checked.add(path.relative_to(run).as_posix())
-    assert {"upcast/tokenizer.json", "qat/modelopt_state.pth", "export/config.json"} <= checked
+    assert {"upcast/tokenizer.json", "qat/modelopt_state.pth", "export/mxfp4/config.json"} <= checked
     assert any(name.endswith("adapter_model.safetensors") for name in checked) == (
         finished.parent.name[:10] == "smoke_lora"
     )
@@ -82,7 +83,7 @@ def test_with_full_a_stage_stops_before_it_works(
     assert "Traceback" not in error and not (run / stage).exists()
 
 
-@pytest.mark.parametrize("name", ["qat/model.safetensors", "qat/tokenizer.json", "export/model.safetensors"])
+@pytest.mark.parametrize("name", ["qat/model.safetensors", "qat/tokenizer.json", "export/mxfp4/model.safetensors"])
 def test_verify_finds_a_flipped_bit_of_the_trained_model_and_of_the_export(
     name: str, smoke_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,8 +91,8 @@ def test_verify_finds_a_flipped_bit_of_the_trained_model_and_of_the_export(
     path = run / name if (run / name).is_file() else next((run / name).parent.glob("*.safetensors"))
     with flipped(path):
         assert run_program("stage=verify", "recipe=smoke", *SHORT, f"run_dir={run}", "overwrite=true") == 1
-    assert f"{path}: changed since stage={path.parent.name} wrote it" in capsys.readouterr().err
-    assert not (run / "verify" / "artifact.json").exists()
+    assert f"{path}: changed since stage={name.partition('/')[0]} wrote it" in capsys.readouterr().err
+    assert not (run / "verify" / "mxfp4" / "artifact.json").exists()
 
 
 def test_a_bit_that_flips_before_the_export_is_not_proven(
@@ -104,7 +105,7 @@ def test_a_bit_that_flips_before_the_export_is_not_proven(
     with flipped(run / "qat" / "adapter_model.safetensors", at=0.9):
         assert run_program("stage=export", *arguments) == 0
         assert run_program("stage=verify", *arguments) == 1
-    report = json.loads((run / "verify" / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((run / "verify" / "mxfp4" / "report.json").read_text(encoding="utf-8"))
     failed = [check["title"] for check in report["checks"] if check["status"] == "FAILED"]
     assert failed == ["trained model: its files are as its stage wrote them"]
     assert f"{run / 'qat' / 'adapter_model.safetensors'}: changed" in capsys.readouterr().err
