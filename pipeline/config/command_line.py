@@ -17,7 +17,19 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 _MODEL_INDEPENDENT = (
-    *("stage", "recipe", "run_dir", "doctor", "verify", "controls", "eval", "compare", "tracking", "overwrite"),
+    *(
+        "stage",
+        "recipe",
+        "run_dir",
+        "doctor",
+        "verify",
+        "controls",
+        "artifacts",
+        "eval",
+        "compare",
+        "tracking",
+        "overwrite",
+    ),
 )
 """Prefixes of settings that do not change a model. Jobs of a sweep that differ only in them share a directory."""
 _FLAGS_WITH_VALUE = (

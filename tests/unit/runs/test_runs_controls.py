@@ -85,3 +85,14 @@ def test_a_damaged_control_is_to_be_made_again_or_deleted_but_never_the_main_run
     (directory / "quantize" / "artifact.json").write_text("{")
     with pytest.raises(UserError, match=r"not a readable artifact .* or delete"):
         list(controls.find_made(main))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"stage": "nothing"}', '{"stage": "quantize", "checksum": "0"}'])
+def test_an_unreadable_control_json_is_one_message(main: Run, text: str) -> None:
+    file = main.directory / "controls" / "stochastic" / "control.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        list(controls.find_made(main))
+    assert str(caught.value).startswith(f"{file}: not readable (")
+    assert str(caught.value).endswith(f"Run stage=controls with overwrite=true, or delete {file.parent}.")
