@@ -87,7 +87,7 @@ def test_with_full_a_stage_stops_before_it_works(
 def test_verify_finds_a_flipped_bit_of_the_trained_model_and_of_the_export(
     name: str, smoke_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = Path(shutil.copytree(smoke_run, tmp_path / "run"))
+    run = Path(shutil.copytree(smoke_run, tmp_path / "run", symlinks=True))
     path = run / name if (run / name).is_file() else next((run / name).parent.glob("*.safetensors"))
     with flipped(path):
         assert run_program("stage=verify", "recipe=smoke", *SHORT, f"run_dir={run}", "overwrite=true") == 1
