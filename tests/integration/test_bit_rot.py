@@ -91,7 +91,8 @@ def test_verify_finds_a_flipped_bit_of_the_trained_model_and_of_the_export(
     path = run / name if (run / name).is_file() else next((run / name).parent.glob("*.safetensors"))
     with flipped(path):
         assert run_program("stage=verify", "recipe=smoke", *SHORT, f"run_dir={run}", "overwrite=true") == 1
-    assert f"{path}: changed since stage={name.partition('/')[0]} wrote it" in capsys.readouterr().err
+    # The export is read through the links in export/.
+    assert f"{path.name}: changed since stage={name.partition('/')[0]} wrote it" in capsys.readouterr().err
     assert not (run / "verify" / "mxfp4" / "artifact.json").exists()
 
 
