@@ -95,4 +95,4 @@ def test_an_unreadable_control_json_is_one_message(main: Run, text: str) -> None
     with pytest.raises(UserError) as caught:
         list(controls.find_made(main))
     assert str(caught.value).startswith(f"{file}: not readable (")
-    assert str(caught.value).endswith(f"Run stage=controls with overwrite=true, or delete {file.parent}.")
+    assert str(caught.value).endswith(controls.remedy(file.parent))
