@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.config import Stage
 from pipeline.errors import CheckFailed, at_most
-from pipeline.runs.artifacts import ARTIFACT_FILE, RECORDS, Artifact, digest_of, load
+from pipeline.runs.artifacts import ARTIFACT_FILE, RECORDS, Artifact, advise_rebuild, digest_of, load
 from pipeline.runs.console import progress, say, warn
 from pipeline.runs.json_files import CHECKSUM, read_record
 
@@ -101,7 +101,5 @@ def _remedy(artifact: Artifact) -> str:
     source = ""
     if artifact.stage in _LINKING:
         source = " The file may be a link to a file of its input, so check or fetch that file first."
-    return (
-        f"If nobody has edited the file, the disk or the memory is failing: check them.{source} Then run"
-        f" stage={artifact.stage} again with overwrite=true."
-    )
+    advice = advise_rebuild(artifact.directory)
+    return f"If nobody has edited the file, the disk or the memory is failing: check them.{source} {advice}"

@@ -88,7 +88,7 @@ def test_full_finds_a_flipped_bit_in_any_file_and_size_does_not(config: Pipeline
         f"{sft.directory / name}: changed since stage=sft wrote it: its XXH3-128 was {before}, and"
     )
     assert "the disk or the memory is failing" in message
-    assert message.endswith("Then run stage=sft again with overwrite=true.")
+    assert message.endswith("Run stage=sft again with overwrite=true.")
     assert not Run(config).stage_dir(Stage.qat).exists()
 
 
