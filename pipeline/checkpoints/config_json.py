@@ -1,6 +1,5 @@
 """Reads and writes config.json of a model directory."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 
 from pipeline.checkpoints.dtypes import dtype_name
 from pipeline.errors import UserError
+from pipeline.runs.foreign_files import read_json
 from pipeline.runs.json_files import write_json
 
 CONFIG = "config.json"
@@ -18,17 +18,15 @@ def read_config(directory: Path, name: str = CONFIG) -> dict[str, Any]:
     """Read config.json of a model directory, or another JSON file there.
 
     Raises:
-        UserError: the directory or the file does not exist, or the file is not a JSON object.
+        UserError: the directory or the file does not exist, or the file is not a JSON object, see
+            `foreign_files.read_json`.
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory.")
     path = directory / name
-    if not path.is_file():
+    if not path.exists() and not path.is_symlink():
         raise UserError(f"{directory}: has no {name}, so it is not a model directory.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}).") from error
+    config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path}: holds {type(config).__name__}, not an object.")
     return config

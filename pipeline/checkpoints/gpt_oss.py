@@ -13,8 +13,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pipeline.checkpoints.config_keys import MOST_EXPERTS, MOST_LAYERS, MOST_WIDTH, list_wrong_keys
 from pipeline.checkpoints.dtypes import bytes_per_value
-from pipeline.errors import UserError
+from pipeline.errors import UserError, user_errors
 from pipeline.numerics.formats import MXFP4
 
 MODEL_TYPE = "gpt_oss"
@@ -98,6 +99,9 @@ class TensorInfo:
         return size
 
 
+_MOST = {"num_hidden_layers": MOST_LAYERS, "num_local_experts": MOST_EXPERTS}  # of the others: MOST_WIDTH
+
+
 @dataclass(frozen=True)
 class Shape:
     """The sizes in config.json that determine the shapes of all tensors."""
@@ -116,7 +120,8 @@ class Shape:
         """Read the sizes from the content of config.json. `where` is the path of config.json, for messages.
 
         Raises:
-            UserError: the model has another architecture, or a size is missing or is not a positive whole number.
+            UserError: the model has another architecture; or a size is missing, too large, or not a positive whole
+                number; or another key has a wrong value, see `config_keys`.
         """
         if config.get("model_type") != MODEL_TYPE:
             raise UserError(
@@ -127,6 +132,13 @@ class Shape:
         bad = [f"{name}={value!r}" for name, value in sizes.items() if type(value) is not int or value < 1]
         if bad:
             raise UserError(f"{where}: {', '.join(bad)}: must be a positive whole number.")
+        large = [
+            f"{where}: {name}={value}: must be at most {_MOST.get(name, MOST_WIDTH)}."
+            for name, value in sizes.items()
+            if isinstance(value, int) and value > _MOST.get(name, MOST_WIDTH)
+        ]
+        if problems := large or [f"{where}: {wrong}" for wrong in list_wrong_keys(config, ATTENTION_TYPES)]:
+            raise user_errors(problems)
         return cls(**sizes)  # type: ignore[arg-type]
 
 

@@ -4,7 +4,7 @@ Data is read into memory, not mapped. So a file that shrinks during reading rais
 process. A tensor uses memory only while the caller keeps it. Several threads can read at the same time.
 """
 
-import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -30,9 +30,11 @@ from pipeline.checkpoints.side_files import ADAPTER_WEIGHTS
 from pipeline.errors import MOST_PROBLEMS, UserError, user_errors
 from pipeline.numerics.codec import decode
 from pipeline.numerics.formats import MXFP4
+from pipeline.runs.foreign_files import parse_json, raise_if_irregular, read_json
 
 SINGLE = "model.safetensors"
 _SHOWN = 3  # names that a problem lists
+_MOST_HEADER_BYTES = 1 << 24  # the headers of the released models have less than 64 KiB
 
 
 class TensorFiles:
@@ -297,6 +299,8 @@ def _stored_files(directory: Path) -> dict[str, dict[str, TensorInfo]]:
                 pointers.append(name)
             else:
                 problems.append(f"{directory / name}: damaged or truncated ({error}). Fetch it again.")
+        except UserError as error:
+            problems.append(str(error))
     if pointers:
         problems.append(
             f"{directory}: {len(pointers)} weight files are pointers of Git LFS ({_first(pointers)}). Fetch the files"
@@ -320,10 +324,11 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
     if not path.is_file():
         return None
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        assert isinstance(weight_map, dict)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{path}: not a readable index ({error!r}).") from error
+        weight_map = read_json(path)["weight_map"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a readable index ({error!r}). Fetch it again.") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path}: not a readable index (weight_map is {weight_map!r:.100}). Fetch it again.")
     outside = sorted({str(f) for f in weight_map.values() if not isinstance(f, str) or Path(f).name != f})
     if outside:
         raise UserError(f"{path}: names files outside its directory: {', '.join(outside[:3])}.")
@@ -334,7 +339,12 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     """Map each tensor's name to its type and shape.
 
     safetensors checks lengths, offsets, overlaps, gaps and the end of the file.
+
+    Raises:
+        SafetensorError: the file is damaged.
+        UserError: see `_data_offsets`, or the file is not a regular file.
     """
+    _raise_if_long_header(path)
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         infos = {name: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
@@ -352,12 +362,20 @@ def _data_offsets(path: Path) -> dict[str, int]:
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        pairs = json.loads(file.read(length), object_pairs_hook=list)
-    names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        pairs = parse_json(file.read(length), hook=list)
+    twice = sorted(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
     if twice:
         raise UserError(f"{path}: holds {', '.join(twice[:3])} twice. Fetch it again.")
     return {name: 8 + length + dict(entry)["data_offsets"][0] for name, entry in pairs if name != "__metadata__"}
+
+
+def _raise_if_long_header(path: Path) -> None:
+    """Check the length of a header before it is read. A short file is left to safetensors."""
+    raise_if_irregular(path)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if _MOST_HEADER_BYTES < length <= path.stat().st_size:
+        raise UserError(f"{path}: its header has {length:,} bytes. A header has at most {_MOST_HEADER_BYTES:,}.")
 
 
 def _index_problems(directory: Path, weight_map: dict[str, str], files: dict[str, dict[str, TensorInfo]]) -> list[str]:

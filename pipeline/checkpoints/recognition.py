@@ -6,18 +6,18 @@ from pathlib import Path
 
 from pipeline.checkpoints.config_json import CONFIG, read_config
 from pipeline.checkpoints.gpt_oss import MODEL_TYPE
-from pipeline.checkpoints.side_files import ADAPTER_CONFIG
+from pipeline.checkpoints.side_files import ADAPTER_CONFIG, PICKLES
 from pipeline.config import Stage
-from pipeline.errors import UserError
+from pipeline.errors import MOST_PROBLEMS, UserError, user_errors
 from pipeline.runs.artifacts import ARTIFACT_FILE
 from pipeline.runs.commands import stage_command
+from pipeline.runs.foreign_files import list_irregular
 
 _SMALL, _LARGE = "openai/gpt-oss-20b", "openai/gpt-oss-120b"
 _BY_LAYERS = {24: _SMALL, 36: _LARGE}
 _ORIGINAL_KEYS = {"num_experts", "experts_per_token", "initial_context_length"}  # of config.json in original/
 _ORIGINAL = "original"
 _TOKENIZER = "tokenizer.json"
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TRAINABLE = "mxfp4"  # the only quant_method of config.json whose weights can be trained
 _LFS = b"version https://git-lfs"
 _GGUF = "GGUF, the format of llama.cpp. These weights cannot be trained"
@@ -42,12 +42,14 @@ def describe_missing(path: str) -> str:
 
 
 def raise_if_other_layout(directory: Path) -> None:
-    """Check config.json and the names of files, without opening the weights.
+    """Check config.json and the names and kinds of files, without opening the weights.
 
     Raises:
-        UserError: the directory holds something else than a checkpoint that can be trained. The message says what to
-            do.
+        UserError: the directory holds something else than a checkpoint that can be trained, or a named pipe, a device
+            or a broken link. The message says what to do.
     """
+    if irregular := list_irregular(directory):
+        raise user_errors(irregular, most=MOST_PROBLEMS)
     found = _describe_config(directory) if (directory / CONFIG).is_file() else _describe_without_config(directory)
     if found is not None:
         raise UserError(f"{directory}: {found}")
@@ -57,7 +59,7 @@ def describe_weights(directory: Path) -> str:
     """Say what a directory with config.json has in place of weights in safetensors."""
     if any(directory.glob("*.gguf")):
         return f"Its weights are {_GGUF}. {_CHECKPOINT}"
-    pickled = sorted(path.name for pattern in _PICKLED for path in directory.glob(pattern))
+    pickled = sorted(path.name for suffix in PICKLES for path in directory.glob(f"*{suffix}"))
     if pickled:
         return (
             f"Its weights are in PyTorch's format ({pickled[0]}), not in safetensors. Load the model with transformers,"

@@ -3,7 +3,6 @@
 To add a data set, add a file to conf/data/. No change to this module is needed.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from pipeline.data.files import SPLIT_OF, ArrowRow, TextRow
 from pipeline.data.messages import REASONING_KEYS, ROLE_ALIASES
 from pipeline.data.unused import Unused
 from pipeline.errors import did_you_mean
+from pipeline.runs.foreign_files import parse_json
 
 _NEEDED = ("messages", "prompt", "completion")
 _OPTIONS = ("tools", "reasoning_effort", "reasoning_language")
@@ -271,7 +271,7 @@ class Columns:
         if isinstance(messages, str):  # cells of a CSV file are text
             column = self._data.columns.messages
             try:
-                messages = json.loads(messages)
+                messages = parse_json(messages)
             except ValueError as error:
                 raise ConversationError(f"{column!r} is text, but not a list of messages in JSON ({error})") from error
         if not isinstance(messages, (list, tuple)):
@@ -338,10 +338,15 @@ def _drop_nulls(value: object) -> object:
 
 def _has_null_arguments(messages: object) -> bool:
     """Return whether an argument of a tool call is null, in a list of messages."""
-    items = messages if isinstance(messages, (list, tuple)) else ()
-    calls = [call for item in items if isinstance(item, dict) for call in item.get("tool_calls") or ()]
-    found = [(call.get("function") or call).get("arguments") for call in calls if isinstance(call, dict)]
+    calls = [call for item in _objects(messages) for call in _objects(item.get("tool_calls"))]
+    functions = _objects([call.get("function") or call for call in calls])
+    found = [function.get("arguments") for function in functions]
     return any(value is None for arguments in found if isinstance(arguments, dict) for value in arguments.values())
+
+
+def _objects(values: object) -> list[dict[str, Any]]:
+    """Return the objects of a list. Anything else has none."""
+    return [value for value in values if isinstance(value, dict)] if isinstance(values, (list, tuple)) else []
 
 
 def _has_instructions(messages: object) -> bool:

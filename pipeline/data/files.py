@@ -8,15 +8,16 @@ import json
 import os
 import re
 import shlex
-import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
 from pipeline.config.hub_ids import DATA_SUFFIXES
 from pipeline.errors import UserError
+from pipeline.runs.foreign_files import describe_irregular, parse_json, parse_json_at
 
 PlacedRows = Iterator[tuple[str, object]]
 """Pairs of (place, row). Rows are counted from 1. In JSON lines, the number of a row is the number of its line."""
@@ -24,7 +25,12 @@ PlacedRows = Iterator[tuple[str, object]]
 KINDS = f"a {', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]} file, a folder of such files, or a saved data set"
 """The kinds of data sets on this machine, for messages."""
 
+MOST_ROW_BYTES = 1 << 24
+"""Most bytes of a row of JSON lines, and of a cell or a line of a table. Longer ones are refused."""
+MOST_JSON_BYTES = 1 << 29
+"""Most bytes of a .json file, which is read as a whole."""
 _HEAD_BYTES = 1 << 12
+_PARQUET_ROWS = 64
 _SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 _ONE_CONVERSATION = ("messages", "conversations")  # an object with such a list is a row, and not a list of rows
 _ROW_LISTS = ("data", "rows", "examples", "samples", "records", "instances", "items")  # usual names of a list of rows
@@ -68,6 +74,8 @@ def raise_if_other_format(key: str, path: Path) -> None:
         UserError: the file has another format, or the wrong name for its format. The message says how to convert it.
     """
     suffix = path.suffix.lower()
+    if (kind := describe_irregular(path)) is not None:
+        raise UserError(f"{key}.path={path}: is {kind}, not a regular file.")
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
@@ -140,24 +148,46 @@ def _free(target: Path) -> str:
 
 def _read_jsonl(path: Path) -> PlacedRows:
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        number = 0
+        while line := file.readline(MOST_ROW_BYTES + 1):
+            number += 1
             if not line.strip():
+                _skip_line(file, line)
                 continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                row = Unreadable(f"not valid JSON ({error})")
-            yield f"{path}: row {number}", row
+            yield f"{path}: row {number}", _parse_line(file, line)
+
+
+def _parse_line(file: BinaryIO, line: bytes) -> object:
+    if (size := len(line) + _skip_line(file, line)) > MOST_ROW_BYTES:
+        return Unreadable(f"has {size:,} bytes. A row has at most {MOST_ROW_BYTES:,}")
+    try:
+        return parse_json(line)
+    except ValueError as error:
+        return Unreadable(f"not valid JSON ({error})")
+
+
+def _skip_line(file: BinaryIO, line: bytes) -> int:
+    """Skip the rest of a line whose beginning was read. Returns the number of bytes that were skipped."""
+    skipped = 0
+    while line and not line.endswith(b"\n"):
+        line = file.readline(MOST_ROW_BYTES)
+        skipped += len(line)
+    return skipped
 
 
 def _read_json(path: Path, split: str) -> PlacedRows:
     """Read a list of rows, an object that holds such a list, or a sequence of objects. Lines are counted from 1."""
+    if (size := path.stat().st_size) > MOST_JSON_BYTES:
+        raise UserError(
+            f"{path}: has {size:,} bytes. It is read as a whole, so {MOST_JSON_BYTES:,} is the limit. Save the"
+            f" rows as JSON lines: jq -c '.[]' {shlex.quote(str(path))} > {_free(path.with_suffix('.jsonl'))}"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
         start = _skip_space(text, 0)
         is_list = text[start : start + 1] == "["
         if not is_list and start < len(text):
-            value, end = json.JSONDecoder().raw_decode(text, start)
+            value, end = parse_json_at(text, start)
             if isinstance(value, dict) and _skip_space(text, end) == len(text):
                 yield from number_rows(str(path), _rows_in(path, value, split))
                 return
@@ -175,10 +205,10 @@ def _elements(text: str, start: int) -> Iterator[tuple[int, object]]:
     Raises:
         json.JSONDecodeError: the text is not a JSON list, or has more than the list.
     """
-    decode, position = json.JSONDecoder().raw_decode, _skip_space(text, start + 1)
+    position = _skip_space(text, start + 1)
     is_open = text[position : position + 1] != "]"
     while is_open:
-        element, end = decode(text, position)
+        element, end = parse_json_at(text, position)
         yield position, element
         end = _skip_space(text, end)
         is_open = text[end : end + 1] == ","
@@ -195,9 +225,8 @@ def _sequence(text: str, start: int) -> Iterator[tuple[int, object]]:
     Raises:
         json.JSONDecodeError: a value is not valid JSON.
     """
-    decode = json.JSONDecoder().raw_decode
     while start < len(text):
-        value, end = decode(text, start)
+        value, end = parse_json_at(text, start)
         yield start, value
         start = _skip_space(text, end)
 
@@ -241,11 +270,11 @@ def _rows_in(path: Path, value: Mapping[str, Any], split: str) -> list[object]:
 def _read_csv(path: Path) -> PlacedRows:
     """Read a table with one header row. Each value is text. An empty cell is null. Lines are counted from 1."""
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    csv.field_size_limit(sys.maxsize)  # the default refuses cells of more than 128 KiB
+    csv.field_size_limit(MOST_ROW_BYTES)  # the default refuses cells of more than 128 KiB
     try:
         # newline="" leaves line breaks in cells as they are. utf-8-sig drops the byte order mark that Excel writes.
         with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = _csv_lines(path, csv.reader(file, delimiter=separator, strict=True))
+            lines = _csv_lines(path, csv.reader(_short_lines(path, file), delimiter=separator, strict=True))
             _, names = next(lines, (0, []))
             _check_header(path, names, separator)
             for number, (line, cells) in enumerate(lines, 1):
@@ -256,6 +285,20 @@ def _read_csv(path: Path) -> PlacedRows:
         raise UserError(f"{path}: not in UTF-8 ({error}). Save the file in UTF-8.") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
+
+
+def _short_lines(path: Path, file: TextIO) -> Iterator[str]:
+    """Yield the lines of a table.
+
+    Raises:
+        UserError: a line is too long.
+    """
+    number = 0
+    while line := file.readline(MOST_ROW_BYTES + 1):
+        number += 1
+        if len(line) > MOST_ROW_BYTES:
+            raise UserError(f"{path}: line {number} has more than {MOST_ROW_BYTES:,} characters.")
+        yield line
 
 
 def _csv_lines(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
@@ -271,6 +314,11 @@ def _csv_lines(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
                 yield first, cells
             first = reader.line_num + 1
     except csv.Error as error:
+        if "field larger" in str(error):
+            raise UserError(
+                f"{path}: the row that begins in line {first} has a cell of more than {MOST_ROW_BYTES:,} characters. Is"
+                " a quote not closed?"
+            ) from error
         raise UserError(
             f"{path}: the row that begins in line {first} has a wrong quote ({error}, line {reader.line_num}). Put"
             ' quotes around a cell that begins with a quote, and double each quote in it, as in """Yes"", she said".'
@@ -290,9 +338,9 @@ def _check_header(path: Path, names: list[str], separator: str) -> None:
     Raises:
         UserError: two columns have the same name, or the file has another separator.
     """
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, times in Counter(names).items() if times > 1)
     if twice:
-        raise UserError(f"{path}: the header has the column {twice[0]!r} twice. Rename one of them.")
+        raise UserError(f"{path}: the header has the column {twice[0]!r:.100} twice. Rename one of them.")
     other = next((sign for sign in _SEPARATORS if sign in "".join(names) and sign != separator), None)
     if len(names) == 1 and other is not None:
         raise UserError(
@@ -306,11 +354,12 @@ def _read_parquet(path: Path) -> PlacedRows:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(path)
-        rows = (row for batch in table.iter_batches(1024) for row in map(ArrowRow, batch.to_pylist()))
+        table = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+        # Few rows at a time, because a small file can hold large cells.
+        rows = (row for batch in table.iter_batches(_PARQUET_ROWS) for row in map(ArrowRow, batch.to_pylist()))
         yield from number_rows(str(path), rows)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({error}).") from error
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable parquet file ({error}). Fetch it again.") from error
 
 
 _READERS: dict[str, Callable[[Path], PlacedRows]] = {

@@ -1,11 +1,12 @@
 """Checks texts, tool calls and the schemas of functions."""
 
-import json
+import math
 import re
 from typing import Any, cast
 
 from pipeline.checkpoints.gpt_oss import SPECIAL_TOKENS
 from pipeline.data.conversations import ConversationError, ToolCall
+from pipeline.runs.foreign_files import parse_json
 from pipeline.runs.json_files import Json
 
 _NAMESPACE = "functions."
@@ -49,6 +50,8 @@ def check_json(where: str, value: object) -> None:
             check_json(where, inner)
     elif value is not None and not isinstance(value, (bool, int, float)):
         raise ConversationError(f"{where} has a {type(value).__name__}, which is not a JSON type")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConversationError(f"{where} has the number {value}, which JSON does not have")
 
 
 def make_call(where: str, name: str, arguments: object) -> ToolCall:
@@ -79,7 +82,7 @@ def _arguments(where: str, value: object) -> dict[str, object]:
     for _ in range(_ENCODED_TWICE):
         if isinstance(value, str) and value.strip():
             try:
-                value = json.loads(value)
+                value = parse_json(value)
             except ValueError as error:
                 raise ConversationError(f"{where}.arguments is not valid JSON ({error})") from error
     if value is None or (isinstance(value, str) and not value.strip()):
@@ -97,7 +100,7 @@ def parse_tools(tools: object) -> list[dict[str, Any]] | None:
     """
     if isinstance(tools, str) and tools.strip():
         try:
-            tools = json.loads(tools)
+            tools = parse_json(tools)
         except ValueError as error:
             raise ConversationError(f"'tools' is not valid JSON ({error})") from error
     if not tools or isinstance(tools, str):

@@ -18,6 +18,7 @@ from pipeline.config.hub_ids import is_hub_id
 from pipeline.data import files, folders, synthetic
 from pipeline.data.files import ArrowRow, PlacedRows, number_rows
 from pipeline.errors import UserError
+from pipeline.runs.foreign_files import MISSING, describe_irregular
 
 _READ_BYTES = 1 << 24
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -108,13 +109,15 @@ def open_rows(source: Source) -> Opened:
             UserError.
     """
     name = str(source.data.path)
-    path = Path(name).expanduser()
     if name.startswith(SYNTHETIC):
         return _open_synthetic(source, name)
-    if path.is_file():
+    path = Path(name).expanduser()
+    if (kind := describe_irregular(path)) is None:
         return _open_file(source, path)
     if path.is_dir():
         return _open_folder(source, path)
+    if kind != MISSING:
+        raise UserError(f"{source.key}.path={name:.300}: is {kind}, neither a regular file nor a folder.")
     if not is_hub_id(name, needs_owner=False):
         raise UserError(f"{source.key}.path={name}: no such file or folder.")
     return _open_stream(source, name) if source.data.streaming else _open_download(source, name)

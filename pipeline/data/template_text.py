@@ -1,17 +1,25 @@
 """Renders conversations with the tokenizer's chat template, as llama.cpp, MLX and transformers do.
 
-The template writes each prompt anew, so a conversation of n turns takes time in proportion to n².
+The template writes each prompt anew, so a conversation of n turns takes time in proportion to n². A template is a
+program that others wrote, so its time and its memory are limited.
 """
 
+import time
 from typing import TYPE_CHECKING
 
 from pipeline.checkpoints.gpt_oss import STOP_TOKENS
 from pipeline.data.conversations import Conversation, ConversationError, Message, is_trained
 from pipeline.data.scripts import Script, Turn
+from pipeline.errors import UserError
+from pipeline.runs.limits import TimeLimitError, call_limited
 
 if TYPE_CHECKING:
     from pipeline.data.tokenizers import Tokenizer
 
+MOST_SECONDS = 20.0
+"""Limit of the time for the prompts and completions of one conversation."""
+MOST_MEMORY = 1 << 31
+"""Limit of the memory that the template may allocate for one text, in bytes."""
 _PLACEHOLDER: list[Message] = [{"role": "user", "content": ""}]
 
 
@@ -25,6 +33,7 @@ class Template:
         self._date = date
         # Without an identity, leave `model_identity` undefined, because the template would render None as text.
         self._identity = {} if identity is None else {"model_identity": identity}
+        self._seconds = MOST_SECONDS
 
     def write_script(self, conversation: Conversation, every_turn: bool) -> Script:
         """Write the prompts and completions of the trained turns. See `harmony_text.write_script`.
@@ -64,22 +73,46 @@ class Template:
         return alone[len(opening) :]
 
     def _render(self, conversation: Conversation, messages: list[Message], *, for_generation: bool) -> str:
-        from jinja2 import TemplateError
-
         _raise_if_not_writable(messages)
+        begin = time.monotonic()
         try:
-            return self._tokenizer.apply_chat_template(
-                messages,
-                tools=conversation.tools,
-                tokenize=False,
-                add_generation_prompt=for_generation,
-                reasoning_effort=conversation.reasoning_effort or self._effort,
-                # The template calls `strftime_now` to get today's date. The argument replaces that function.
-                strftime_now=lambda _: self._date,
-                **self._identity,
+            text = call_limited(
+                lambda: self._tokenizer.apply_chat_template(
+                    messages,
+                    tools=conversation.tools,
+                    tokenize=False,
+                    add_generation_prompt=for_generation,
+                    reasoning_effort=conversation.reasoning_effort or self._effort,
+                    # The template calls `strftime_now` to get today's date. The argument replaces that function.
+                    strftime_now=lambda _: self._date,
+                    **self._identity,
+                ),
+                self._seconds,
+                MOST_MEMORY,
             )
-        except (TemplateError, TypeError, AttributeError) as error:
-            raise ConversationError(f"the chat template refuses it: {error}") from error
+            text.encode()
+            self._seconds -= time.monotonic() - begin
+            if self._seconds <= 0:
+                raise TimeLimitError
+        except TimeLimitError as error:
+            raise _too_expensive(conversation, f"takes longer than {MOST_SECONDS:g} seconds") from error
+        except MemoryError as error:
+            raise _too_expensive(conversation, f"needs more than {MOST_MEMORY >> 30} GiB of memory") from error
+        except Exception as error:  # the template is a program that others wrote, so it can raise any error
+            raise ConversationError(f"the chat template refuses it: {_first_line(error)}") from error
+        return text
+
+
+def _too_expensive(conversation: Conversation, what: str) -> UserError:
+    """Make an error that ends the reading of rows: thousands of such rows would take hours."""
+    return UserError(
+        f"{conversation.where}: the chat template {what} for these {len(conversation.messages)} messages."
+        " Use data.rendering=harmony, another chat template, or shorter conversations."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{(str(error).strip() or type(error).__name__).splitlines()[0]:.300}"
 
 
 def _raise_if_not_writable(messages: list[Message]) -> None:

@@ -6,6 +6,13 @@ from typing import TYPE_CHECKING, Protocol, cast, overload
 
 from pipeline.checkpoints.config_json import read_config
 from pipeline.errors import UserError
+from pipeline.runs.foreign_files import read_bytes
+
+_JSON_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("generation_config.json", "chat_template.json"),
+)
+_MOST_TEMPLATE_BYTES = 1 << 20  # gpt-oss' chat template has 16 KiB
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as FastTokenizer
@@ -44,17 +51,39 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
     Raises:
         UserError: the directory has no tokenizer, the tokenizer has no chat template, or it has more tokens than the
-            model.
+            model. Or one of the files that transformers reads is damaged.
     """
     from transformers import AutoTokenizer
 
+    _raise_if_no_json(directory)
+    # transformers and the library `tokenizers`, which is written in Rust, raise any kind of error for a damaged file.
     try:
         tokenizer = cast(Tokenizer, AutoTokenizer.from_pretrained(directory))  # transformers declares a less exact type
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory}: no usable tokenizer ({str(error).strip().splitlines()[0]}).") from error
+    except Exception as error:
+        raise UserError(f"{directory}: no usable tokenizer ({_first_line(error)}).") from error
     if not tokenizer.chat_template:
         raise UserError(f"{directory}: the tokenizer has no chat template (chat_template.jinja).")
+    if not isinstance(tokenizer.chat_template, str):
+        raise UserError(f"{directory}: the tokenizer has several chat templates. Keep one, in chat_template.jinja.")
     vocabulary = read_config(directory)["vocab_size"]
     if len(tokenizer) > vocabulary:
         raise UserError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, but the model has only {vocabulary}.")
     return tokenizer
+
+
+def _raise_if_no_json(directory: Path) -> None:
+    """Check the files that the tokenizer, or a model that is loaded later, is made from.
+
+    Raises:
+        UserError: one of them is not a JSON object, is too large, or is not a regular file.
+    """
+    for name in _JSON_FILES:
+        if (directory / name).exists():
+            read_config(directory, name)
+    for path in sorted(directory.glob("*.jinja")):
+        read_bytes(path, _MOST_TEMPLATE_BYTES)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]:.300}" if text else type(error).__name__

@@ -239,7 +239,9 @@ def restore(model: nn.Module, directory: Path, block_format: BlockFormat) -> Non
     """Restore the quantizers that are saved in `directory`, in place, and check them with `count`."""
     register_backend()
     with hide_printed():
-        mto.restore_from_modelopt_state(base_of(model), modelopt_state_path=str(directory / STATE_FILE))
+        # ModelOpt would run the code in a pickle if TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set.
+        state = mto.load_modelopt_state(str(directory / STATE_FILE), weights_only=True)
+        mto.restore_from_modelopt_state(base_of(model), state)
     calibration = load_calibration(directory)
     for full_name, module in enabled(base_of(model)):
         name = parameter_name(full_name)

@@ -1,0 +1,147 @@
+"""Reads files that others made: only regular files, of limited size, and JSON of limited depth.
+
+A named pipe or a device can block a reader for ever, and never ends. Deeply nested JSON exhausts the stack of Python's
+parser and of code that visits the value. So these files are refused before they are read or visited.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+MOST_DEPTH = 100
+"""Most lists and objects inside each other in JSON."""
+MOST_JSON_BYTES = 1 << 28
+"""Most bytes of a JSON file of a model directory. The tokenizer.json of gpt-oss has 28 MB."""
+
+MISSING = "missing"
+"""What `describe_irregular` returns for a path where nothing is."""
+
+_DECODER = json.JSONDecoder()
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a directory",
+}
+
+
+def describe_irregular(path: Path) -> str | None:
+    """Say what a path is that is not a regular file. Return None for a regular file. Symbolic links are followed.
+
+    The text continues `<path>: is `, as in `a named pipe`.
+    """
+    try:
+        return _KINDS.get(stat.S_IFMT(path.stat().st_mode))
+    except FileNotFoundError:
+        return f"a symbolic link to {os.readlink(path)}, which does not exist" if path.is_symlink() else MISSING
+    except (OSError, ValueError) as error:  # a loop of links, a name that is too long, a null character
+        return f"not readable ({getattr(error, 'strerror', None) or error})"
+
+
+def raise_if_irregular(path: Path) -> None:
+    """Check that a path is a regular file, before it is opened.
+
+    Raises:
+        UserError: it is something else, such as a named pipe.
+    """
+    if (found := describe_irregular(path)) is not None:
+        raise UserError(f"{path}: is {found}, not a regular file.")
+
+
+def list_irregular(directory: Path) -> list[str]:
+    """Return one problem for each entry of a directory that is neither a regular file nor a directory."""
+    found = {path: describe_irregular(path) for path in sorted(directory.iterdir()) if not path.is_dir()}
+    return [
+        f"{path}: is {kind}, not a regular file. Fetch the file again, or remove it."
+        for path, kind in found.items()
+        if kind is not None
+    ]
+
+
+def read_bytes(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
+    """Read a regular file of at most `most` bytes.
+
+    Raises:
+        UserError: it is not a regular file, is larger, or cannot be read.
+    """
+    raise_if_irregular(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
+    if len(content) > most:
+        raise UserError(f"{path}: has {path.stat().st_size:,} bytes. A file of this kind has at most {most:,}.")
+    return content
+
+
+def read_json(path: Path, most: int = MOST_JSON_BYTES) -> Any:
+    """Read a JSON file that others made.
+
+    Raises:
+        UserError: see `read_bytes`, or it is not JSON in UTF-8, or is nested more than MOST_DEPTH deep.
+    """
+    try:
+        return parse_json(read_bytes(path, most))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}).") from error
+
+
+def parse_json(text: str | bytes, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Parse JSON. `hook` is the `object_pairs_hook` of `json.loads`.
+
+    Raises:
+        ValueError: it is not valid JSON, or is nested more than MOST_DEPTH deep.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=hook)
+    except RecursionError:
+        raise ValueError(_too_deep()) from None
+    brackets = text.count(b"[") + text.count(b"{") if isinstance(text, bytes) else text.count("[") + text.count("{")
+    _raise_if_too_deep(value, brackets)
+    return value
+
+
+def parse_json_at(text: str, start: int) -> tuple[Any, int]:
+    """Parse the JSON value that begins at `start`. Returns the value, and the position after it.
+
+    Raises:
+        ValueError: see `parse_json`.
+    """
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except RecursionError:
+        raise ValueError(_too_deep()) from None
+    _raise_if_too_deep(value, text.count("[", start, end) + text.count("{", start, end))
+    return value, end
+
+
+def _raise_if_too_deep(value: object, brackets: int) -> None:
+    # Most values have few brackets, so they need not be visited.
+    if brackets > MOST_DEPTH and _is_too_deep(value):
+        raise ValueError(_too_deep())
+
+
+def _too_deep() -> str:
+    return f"nested more than {MOST_DEPTH} levels deep"
+
+
+def _is_too_deep(value: object) -> bool:
+    level = [value]
+    for _ in range(MOST_DEPTH + 1):
+        inner: list[object] = []
+        for each in level:
+            if isinstance(each, dict):
+                inner += each.values()
+            elif isinstance(each, (list, tuple)):
+                inner += each
+        level = [each for each in inner if isinstance(each, (dict, list, tuple))]
+        if not level:
+            return False
+    return True
