@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.checkpoints.config_json import CONFIG, read_config
 from pipeline.checkpoints.gpt_oss import MODEL_TYPE
-from pipeline.checkpoints.side_files import ADAPTER_CONFIG, PICKLES
+from pipeline.checkpoints.side_files import ADAPTER_CONFIG, PICKLES, side_files
 from pipeline.config import Stage
 from pipeline.errors import MOST_PROBLEMS, UserError, user_errors
 from pipeline.runs.artifacts import ARTIFACT_FILE
@@ -46,10 +46,11 @@ def raise_if_other_layout(directory: Path) -> None:
 
     Raises:
         UserError: the directory holds something else than a checkpoint that can be trained, or a named pipe, a device
-            or a broken link. The message says what to do.
+            or a broken link; or `side_files` refuses a link. The message says what to do.
     """
     if irregular := list_irregular(directory):
         raise user_errors(irregular, most=MOST_PROBLEMS)
+    side_files(directory)
     found = _describe_config(directory) if (directory / CONFIG).is_file() else _describe_without_config(directory)
     if found is not None:
         raise UserError(f"{directory}: {found}")

@@ -72,6 +72,9 @@ def problems(arguments: list[str], folders: Folders) -> list[str]:
         except OverrideParseException as error:
             found.append(_unreadable(argument, error, known))
             continue
+        except RecursionError:
+            found.append(f"{argument:.60}…: has too many brackets inside each other.")
+            continue
         found += _override_problems(override, known, folders, has_config_dir)
     return found
 

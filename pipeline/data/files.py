@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from pipeline.config.hub_ids import DATA_SUFFIXES
 from pipeline.errors import UserError
 from pipeline.runs.foreign_files import describe_irregular, parse_json, parse_json_at
+
+if TYPE_CHECKING:
+    import pyarrow
 
 PlacedRows = Iterator[tuple[str, object]]
 """Pairs of (place, row). Rows are counted from 1. In JSON lines, the number of a row is the number of its line."""
@@ -30,7 +33,8 @@ MOST_ROW_BYTES = 1 << 24
 MOST_JSON_BYTES = 1 << 29
 """Most bytes of a .json file, which is read as a whole."""
 _HEAD_BYTES = 1 << 12
-_PARQUET_ROWS = 64
+_BATCH_BYTES = 1 << 29  # of Parquet, as an upper bound of what is decompressed at a time
+_BATCH_ROWS = (4, 1024)  # least and most rows that are decompressed at a time
 _SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 _ONE_CONVERSATION = ("messages", "conversations")  # an object with such a list is a row, and not a list of rows
 _ROW_LISTS = ("data", "rows", "examples", "samples", "records", "instances", "items")  # usual names of a list of rows
@@ -75,7 +79,7 @@ def raise_if_other_format(key: str, path: Path) -> None:
     """
     suffix = path.suffix.lower()
     if (kind := describe_irregular(path)) is not None:
-        raise UserError(f"{key}.path={path}: is {kind}, not a regular file.")
+        raise UserError(f"{key}.path={path}: {kind}.")
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
@@ -159,7 +163,7 @@ def _read_jsonl(path: Path) -> PlacedRows:
 
 def _parse_line(file: BinaryIO, line: bytes) -> object:
     if (size := len(line) + _skip_line(file, line)) > MOST_ROW_BYTES:
-        return Unreadable(f"has {size:,} bytes. A row has at most {MOST_ROW_BYTES:,}")
+        return _too_large(size)
     try:
         return parse_json(line)
     except ValueError as error:
@@ -355,11 +359,25 @@ def _read_parquet(path: Path) -> PlacedRows:
 
     try:
         table = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
-        # Few rows at a time, because a small file can hold large cells.
-        rows = (row for batch in table.iter_batches(_PARQUET_ROWS) for row in map(ArrowRow, batch.to_pylist()))
-        yield from number_rows(str(path), rows)
+        # A small file can hold large rows: each row can have the size of its whole group, which is compressed.
+        groups = [table.metadata.row_group(i).total_byte_size for i in range(table.num_row_groups)]
+        count = min(_BATCH_ROWS[1], max(_BATCH_ROWS[0], _BATCH_BYTES // max(1, *groups, 1)))
+        yield from number_rows(str(path), (row for batch in table.iter_batches(count) for row in _rows_of(batch)))
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: not a readable parquet file ({error}). Fetch it again.") from error
+
+
+def _rows_of(batch: "pyarrow.RecordBatch") -> Iterator[object]:
+    if batch.nbytes <= MOST_ROW_BYTES:
+        yield from map(ArrowRow, batch.to_pylist())
+        return
+    for i in range(len(batch)):
+        row = batch.slice(i, 1)
+        yield _too_large(row.nbytes) if row.nbytes > MOST_ROW_BYTES else ArrowRow(row.to_pylist()[0])
+
+
+def _too_large(size: int) -> Unreadable:
+    return Unreadable(f"has {size:,} bytes. A row has at most {MOST_ROW_BYTES:,}")
 
 
 _READERS: dict[str, Callable[[Path], PlacedRows]] = {

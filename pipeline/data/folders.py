@@ -5,8 +5,9 @@ from pathlib import Path
 
 from pipeline.config.hub_ids import DATA_SUFFIXES
 from pipeline.data.files import KINDS, SPLIT_OF
-from pipeline.errors import UserError
+from pipeline.errors import MOST_PROBLEMS, UserError, user_errors
 from pipeline.runs.console import say, warn
+from pipeline.runs.foreign_files import list_irregular
 
 _TOGETHER = (".jsonl", ".parquet")  # files of these two formats are read together
 _NO_ROWS = ("dataset_infos.json",)  # describes a data set on the Hub
@@ -25,8 +26,10 @@ def choose_files(key: str, folder: Path, split: str) -> list[Path]:
         split: name of the split.
 
     Raises:
-        UserError: the folder has no data files, data files of formats that cannot be mixed, or no file of the split.
+        UserError: the folder has no data files, a named pipe or a broken link, data files of formats that cannot be mixed, or no file of the split.
     """
+    if irregular := list_irregular(folder):
+        raise user_errors(irregular, most=MOST_PROBLEMS)
     present = sorted(p for p in folder.iterdir() if p.is_file() and p.name not in _NO_ROWS)
     known = [p for p in present if p.suffix.lower() in DATA_SUFFIXES]
     if not known:

@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetsError
 from pipeline.config import SYNTHETIC, DataConfig, DataPartConfig, ValidationConfig
 from pipeline.config.hub_ids import is_hub_id
 from pipeline.data import files, folders, synthetic
-from pipeline.data.files import ArrowRow, PlacedRows, number_rows
+from pipeline.data.files import KINDS, ArrowRow, PlacedRows, number_rows
 from pipeline.errors import UserError
 from pipeline.runs.foreign_files import MISSING, describe_irregular
 
@@ -117,7 +117,7 @@ def open_rows(source: Source) -> Opened:
     if path.is_dir():
         return _open_folder(source, path)
     if kind != MISSING:
-        raise UserError(f"{source.key}.path={name:.300}: is {kind}, neither a regular file nor a folder.")
+        raise UserError(f"{source.key}.path={name:.300}: {kind}. Give {KINDS}.")
     if not is_hub_id(name, needs_owner=False):
         raise UserError(f"{source.key}.path={name}: no such file or folder.")
     return _open_stream(source, name) if source.data.streaming else _open_download(source, name)
@@ -146,7 +146,7 @@ def _open_file(source: Source, path: Path) -> Opened:
 def _open_folder(source: Source, path: Path) -> Opened:
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         kept = sorted(p for p in path.rglob("*") if p.is_file())
-        return Opened(digest_of_files(kept), lambda: number_rows(str(path), _arrow_rows(_load_saved(source, path))))
+        return Opened(digest_of_files(kept), lambda: number_rows(str(path), _saved_rows(source, path)))
     chosen = folders.choose_files(source.key, path, source.data.split)
     for file in chosen:
         files.raise_if_other_format(source.key, file)
@@ -223,14 +223,26 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def _saved_rows(source: Source, path: Path) -> Iterator[ArrowRow]:
+    loaded = _load_saved(source, path)
+    try:
+        yield from _arrow_rows(loaded)
+    except Exception as error:  # as in `_load_saved`
+        raise _not_readable(path, error) from error
+
+
+def _not_readable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: not a readable saved data set ({type(error).__name__}: {_first_line(error)}).")
+
+
 def _load_saved(source: Source, path: Path) -> Dataset:
     split = source.data.split
     try:
         loaded = datasets.load_from_disk(str(path))
     except IndexError as error:  # datasets 5.2 raises IndexError for a data set without rows
         raise UserError(f"{source.key}.path={path}: the data set is empty.") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a readable saved data set ({error}).") from error
+    except Exception as error:  # for damaged files, datasets 5.2 raises any kind of error
+        raise _not_readable(path, error) from error
     if not isinstance(loaded, DatasetDict):
         return loaded
     if split not in loaded:

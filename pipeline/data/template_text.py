@@ -16,7 +16,7 @@ from pipeline.runs.limits import TimeLimitError, call_limited
 if TYPE_CHECKING:
     from pipeline.data.tokenizers import Tokenizer
 
-MOST_SECONDS = 20.0
+MOST_SECONDS = 10.0
 """Limit of the time for the prompts and completions of one conversation."""
 MOST_MEMORY = 1 << 31
 """Limit of the memory that the template may allocate for one text, in bytes."""

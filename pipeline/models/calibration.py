@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pipeline.errors import UserError
+
 CALIBRATION_FILE = "calibration.pt"
 
 
@@ -24,6 +26,18 @@ class Calibration:
 
 
 def load_calibration(directory: Path) -> Calibration:
-    """Load the calibration that a stage saved, or an empty one if it saved none."""
+    """Load the calibration that a stage saved, or an empty one if it saved none.
+
+    Raises:
+        UserError: the file is damaged, or is a pickle that could run code.
+    """
     path = directory / CALIBRATION_FILE
-    return Calibration(**torch.load(path, weights_only=True)) if path.is_file() else Calibration({}, {})
+    if not path.is_file():
+        return Calibration({}, {})
+    # `weights_only` is given, because TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD changes its default. A damaged file raises any
+    # kind of error.
+    try:
+        return Calibration(**torch.load(path, weights_only=True))
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a readable calibration of this program ({reason:.200}). Remove it.") from error

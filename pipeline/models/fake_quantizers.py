@@ -23,7 +23,7 @@ from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 from torch import Tensor, nn
 
 from pipeline.checkpoints.gpt_oss import EXPERT_PATTERN, EXPERT_WEIGHTS, expert_parameter
-from pipeline.errors import CheckFailed
+from pipeline.errors import CheckFailed, UserError
 from pipeline.models import quantizer_backend
 from pipeline.models.adapted_names import is_wrapped, parameter_name
 from pipeline.models.adapters import base_of
@@ -239,8 +239,7 @@ def restore(model: nn.Module, directory: Path, block_format: BlockFormat) -> Non
     """Restore the quantizers that are saved in `directory`, in place, and check them with `count`."""
     register_backend()
     with hide_printed():
-        # ModelOpt would run the code in a pickle if TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set.
-        state = mto.load_modelopt_state(str(directory / STATE_FILE), weights_only=True)
+        state = _load_state(directory / STATE_FILE)
         mto.restore_from_modelopt_state(base_of(model), state)
     calibration = load_calibration(directory)
     for full_name, module in enabled(base_of(model)):
@@ -250,6 +249,24 @@ def restore(model: nn.Module, directory: Path, block_format: BlockFormat) -> Non
         if name.removesuffix(WEIGHTS) in calibration.importance:
             state_of(module).importance = calibration.importance[name.removesuffix(WEIGHTS)]
     count(model, block_format)
+
+
+def _load_state(path: Path) -> Any:
+    """Load a state of ModelOpt, without running code.
+
+    Raises:
+        UserError: the file is damaged, or is a pickle that could run code.
+    """
+    # `weights_only` is given, because TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD changes its default. A damaged file raises any
+    # kind of error.
+    try:
+        return mto.load_modelopt_state(str(path), weights_only=True)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path}: not a readable state of ModelOpt ({reason:.200}). Run the stage that made it again with"
+            " overwrite=true."
+        ) from error
 
 
 def count(model: nn.Module, block_format: BlockFormat) -> int:

@@ -5,7 +5,6 @@ contents alone. So if a stage is rebuilt with the same result, later stages stay
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,6 +18,7 @@ from pipeline.config import Stage
 from pipeline.errors import UserError
 from pipeline.runs.commands import locate, rebuild_command
 from pipeline.runs.console import progress
+from pipeline.runs.foreign_files import parse_json
 from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.records import Record, StageRecord
 from pipeline.runs.settings import Settings
@@ -151,7 +151,8 @@ def load(directory: Path, check_files: bool = True, remedy: str | None = None) -
     """
     path = directory / ARTIFACT_FILE
     try:
-        record = _migrate(json.loads(path.read_text(encoding="utf-8")), path)
+        record = _migrate(parse_json(path.read_text(encoding="utf-8")), path)
+        _raise_if_wrong_types(record)
         known = {item.name for item in dataclasses.fields(Artifact)} - {"directory", "kind"}
         artifact = Artifact(directory, kind=Kind[record["kind"]], **{name: record[name] for name in known})
     except (OSError, ValueError, KeyError) as error:
@@ -171,6 +172,17 @@ def advise_rebuild(directory: Path) -> str:
     command, place = rebuild_command(directory), locate(directory)
     stage = "its stage" if place is None else " ".join([f"stage={place.stage.name}", *place.target])
     return f"Run {stage} again with overwrite=true." if command is None else f"Rebuild it: {command}"
+
+
+def _raise_if_wrong_types(record: dict[str, Any]) -> None:
+    """Raise ValueError if a field of artifact.json has another type than `Artifact`."""
+    kinds: dict[str, type] = {"stage": str, "kind": str, "fingerprint": str}
+    kinds |= dict.fromkeys(("parents", "settings", "files", "digests", "details", "base_model"), dict)
+    for name, kind in kinds.items():
+        if not isinstance(record[name], kind):
+            raise ValueError(f"{name} is {record[name]!r:.80}, which is of the wrong type")
+    if wrong := [name for name, size in record["files"].items() if type(size) is not int or "\0" in name]:
+        raise ValueError(f"files: {wrong[0]!r:.80} has no size")
 
 
 _read: dict[Path, Artifact] = {}

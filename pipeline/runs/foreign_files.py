@@ -18,7 +18,7 @@ MOST_DEPTH = 100
 MOST_JSON_BYTES = 1 << 28
 """Most bytes of a JSON file of a model directory. The tokenizer.json of gpt-oss has 28 MB."""
 
-MISSING = "missing"
+MISSING = "is missing"
 """What `describe_irregular` returns for a path where nothing is."""
 
 _DECODER = json.JSONDecoder()
@@ -34,14 +34,15 @@ _KINDS = {
 def describe_irregular(path: Path) -> str | None:
     """Say what a path is that is not a regular file. Return None for a regular file. Symbolic links are followed.
 
-    The text continues `<path>: is `, as in `a named pipe`.
+    The text continues `<path>: `, as in `is a named pipe, not a regular file`.
     """
     try:
-        return _KINDS.get(stat.S_IFMT(path.stat().st_mode))
+        kind = _KINDS.get(stat.S_IFMT(path.stat().st_mode))
     except FileNotFoundError:
-        return f"a symbolic link to {os.readlink(path)}, which does not exist" if path.is_symlink() else MISSING
+        return f"is a symbolic link to {os.readlink(path)}, which does not exist" if path.is_symlink() else MISSING
     except (OSError, ValueError) as error:  # a loop of links, a name that is too long, a null character
-        return f"not readable ({getattr(error, 'strerror', None) or error})"
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    return None if kind is None else f"is {kind}, not a regular file"
 
 
 def raise_if_irregular(path: Path) -> None:
@@ -51,17 +52,13 @@ def raise_if_irregular(path: Path) -> None:
         UserError: it is something else, such as a named pipe.
     """
     if (found := describe_irregular(path)) is not None:
-        raise UserError(f"{path}: is {found}, not a regular file.")
+        raise UserError(f"{path}: {found}.")
 
 
 def list_irregular(directory: Path) -> list[str]:
     """Return one problem for each entry of a directory that is neither a regular file nor a directory."""
     found = {path: describe_irregular(path) for path in sorted(directory.iterdir()) if not path.is_dir()}
-    return [
-        f"{path}: is {kind}, not a regular file. Fetch the file again, or remove it."
-        for path, kind in found.items()
-        if kind is not None
-    ]
+    return [f"{path}: {kind}. Fetch the file again, or remove it." for path, kind in found.items() if kind is not None]
 
 
 def read_bytes(path: Path, most: int = MOST_JSON_BYTES) -> bytes:

@@ -1,10 +1,12 @@
 """Run one job: the stage of a configuration, on a machine that was checked."""
 
+import errno
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipeline.config import PipelineConfig
+from pipeline.errors import UserError
 from pipeline.runs import console, other_libraries, preflight, tracking
 from pipeline.runs.one_stage import run_stage
 from pipeline.runs.preflight import FindMore
@@ -31,8 +33,15 @@ def run_job(config: PipelineConfig, find_ahead: FindMore) -> "Artifact":
     if "torch" not in sys.modules:
         console.note(config.stage.name, "loading PyTorch and other libraries, which takes a few seconds")
     other_libraries.silence()
-    preflight.check(config, find_ahead)
-    with tracking.one_hint(config.stage.name):
-        for stage in Run(config).earlier_stages():
-            run_stage(replace(config, stage=stage, overwrite=False))
-        return run_stage(config)
+    try:
+        preflight.check(config, find_ahead)
+        with tracking.one_hint(config.stage.name):
+            for stage in Run(config).earlier_stages():
+                run_stage(replace(config, stage=stage, overwrite=False))
+            return run_stage(config)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise UserError(
+            f"{error.filename!s:.60}…: the path of {len(str(error.filename))} characters is too long."
+        ) from error
