@@ -26,7 +26,8 @@ def choose_files(key: str, folder: Path, split: str) -> list[Path]:
         split: name of the split.
 
     Raises:
-        UserError: the folder has no data files, a named pipe or a broken link, data files of formats that cannot be mixed, or no file of the split.
+        UserError: the folder has no data files, data files of formats that cannot be mixed, or no file of the split.
+            Or it has a named pipe or a broken link.
     """
     if irregular := list_irregular(folder):
         raise user_errors(irregular, most=MOST_PROBLEMS)

@@ -131,7 +131,7 @@ def _too_deep() -> str:
 
 def _is_too_deep(value: object) -> bool:
     level = [value]
-    for _ in range(MOST_DEPTH + 1):
+    for _ in range(MOST_DEPTH):
         inner: list[object] = []
         for each in level:
             if isinstance(each, dict):
