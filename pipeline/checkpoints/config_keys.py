@@ -6,6 +6,7 @@ default, and keys that are not listed here are not checked. `Shape.of` checks th
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import cast
 
 from pipeline.checkpoints.dtypes import STORED_TYPES
 from pipeline.config.bounds import Bound
@@ -34,6 +35,7 @@ def _number(meaning: str, holds: Callable[[float], bool]) -> Bound:
 
 
 _WHOLE = Bound("a positive whole number", _is_whole)
+_POSITIONS = Bound("a positive whole number, at most 16777216", lambda value: _is_whole(value, 1, 1 << 24))
 _TRUTH = Bound("true or false", lambda value: type(value) is bool)
 _POSITIVE = _number("a number greater than 0", lambda value: value > 0)
 _NOT_NEGATIVE = _number("a number, 0 or more", lambda value: value >= 0)
@@ -56,9 +58,9 @@ _KEYS = {
     "eos_token_id": _IDS,
     "experts_per_token": _WHOLE,
     "hidden_act": Bound("silu", lambda value: value == "silu"),
-    "initial_context_length": _WHOLE,
+    "initial_context_length": _POSITIONS,
     "initializer_range": _NOT_NEGATIVE,
-    "max_position_embeddings": _WHOLE,
+    "max_position_embeddings": _POSITIONS,
     "num_experts_per_tok": _WHOLE,
     "output_router_logits": _TRUTH,
     "pad_token_id": Bound("a token id or null", lambda value: value is None or _is_whole(value, 0)),
@@ -80,7 +82,7 @@ _ROPE_KEYS = {
     "beta_fast": _POSITIVE,
     "beta_slow": _POSITIVE,
     "factor": _number("a number, 1 or more", lambda value: value >= 1),
-    "original_max_position_embeddings": _WHOLE,
+    "original_max_position_embeddings": _POSITIONS,
     "rope_theta": _POSITIVE,
     "rope_type": _TEXT,
     "truncate": _TRUTH,
@@ -120,6 +122,11 @@ def _contradictions(config: Mapping[str, object], attention_types: tuple[str, ..
         yield f"num_attention_heads={heads}: must be a multiple of num_key_value_heads={groups}."
     if type(size := config["head_dim"]) is int and size % 2:
         yield f"head_dim={size}: must be even, because RoPE turns pairs."
+    vocabulary = cast(int, config["vocab_size"])
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = config.get(key)
+        if any(each >= vocabulary for each in (ids if isinstance(ids, list) else [ids]) if type(each) is int):
+            yield f"{key}={ids!r:.80}: must be less than vocab_size={vocabulary}."
     types = config.get("layer_types")
     if "layer_types" in config and not (isinstance(types, list) and all(each in attention_types for each in types)):
         yield f"layer_types={types!r:.80}: must be a list of {' and '.join(attention_types)}."

@@ -1,7 +1,7 @@
 """Print a conversation token by token, and doctor's report: the figures and the findings."""
 
 from collections.abc import Iterable
-from itertools import groupby
+from dataclasses import replace
 
 from rich.console import Console
 from rich.text import Text
@@ -9,7 +9,7 @@ from rich.text import Text
 from pipeline.checkpoints import largest_codes
 from pipeline.config.engines import engines_that_render
 from pipeline.data.conversations import Conversation, ConversationError
-from pipeline.data.harmony import IGNORED, Rendering, examples
+from pipeline.data.harmony import Rendering, render, tokenize
 from pipeline.doctor.facts import DataFigures, Facts, ValidationFigures
 from pipeline.doctor.fit import controls_of, device_needed, disk_needed, gigabytes, host_needed
 from pipeline.doctor.parity import ParityFigures
@@ -24,11 +24,14 @@ _STYLES = {"prompt": ("dim", "dim reverse"), "supervised": ("green", "black on g
 _BETWEEN = "│"
 _BAR = 30
 _TITLE = 22
+_MOST_EXAMPLES = 8  # that are printed of a conversation
+_MOST_TOKENS = 2000  # that are printed at the beginning and at the end of a text
 
 
 def conversation(row: int, chosen: Conversation, how: Rendering) -> None:
-    """Print every example of a conversation token by token. Prompt and supervised tokens are on separate lines.
+    """Print the last examples of a conversation token by token. Prompt and supervised tokens are on separate lines.
 
+    Only the first and the last tokens of a long text are printed.
     On a terminal, neighbouring tokens have different shades. Elsewhere, a bar separates the tokens.
 
     Args:
@@ -41,16 +44,27 @@ def conversation(row: int, chosen: Conversation, how: Rendering) -> None:
     """
     console = _console()
     try:
-        rendered = examples(chosen, how)
+        script = render(chosen, how)
     except ConversationError as error:
         raise UserError(f"doctor.row={row}: {chosen.where}: {error}.") from error
-    for number, example in enumerate(rendered, 1):
-        labels = ["prompt" if label == IGNORED else "supervised" for label in example["labels"]]
-        tokens = [how.tokenizer.decode([i]).replace("\n", "\\n") for i in example["input_ids"]]
-        supervised = labels.count("supervised")
-        say("doctor", f"row {row} ({chosen.where}), example {number}: {len(tokens)} tokens, {supervised} supervised")
-        for label, run in groupby(zip(labels, tokens, strict=True), key=lambda pair: pair[0]):
-            _print(console, label, _tokens(label, [token for _, token in run], console.is_terminal))
+    omitted = max(0, len(script.turns) - _MOST_EXAMPLES)
+    if omitted:
+        say("doctor", f"row {row} ({chosen.where}): the first {omitted} examples are not shown")
+    (rendered,) = tokenize([replace(script, turns=script.turns[omitted:])], how.tokenizer)
+    for number, example in enumerate(rendered, 1 + omitted):
+        length, supervised = example.length, example.supervised
+        say("doctor", f"row {row} ({chosen.where}), example {number}: {length} tokens, {supervised} supervised")
+        start = length - supervised
+        for label, ids in (("prompt", example.input_ids[:start]), ("supervised", example.input_ids[start:])):
+            tokens = [how.tokenizer.decode([i]).replace("\n", "\\n") for i in _ends(ids)]
+            if omitted_tokens := len(ids) - len(tokens):
+                tokens.insert(_MOST_TOKENS, f"… {omitted_tokens:,} tokens …")
+            _print(console, label, _tokens(label, tokens, console.is_terminal))
+
+
+def _ends(ids: list[int]) -> list[int]:
+    """Return the first and the last tokens of a long text, or all tokens of a short one."""
+    return ids if len(ids) <= 2 * _MOST_TOKENS else ids[:_MOST_TOKENS] + ids[-_MOST_TOKENS:]
 
 
 def report(facts: Facts, timetable: Iterable[tuple[str, str]], findings: list[str]) -> None:

@@ -13,7 +13,8 @@ from pipeline.data import harmony
 from pipeline.data.conversations import INSTRUCTIONS, Conversation, ConversationError
 from pipeline.data.harmony import Rendering
 from pipeline.doctor.rows import Row, first
-from pipeline.runs.console import progress
+from pipeline.errors import UserError
+from pipeline.runs.console import progress, warn
 
 _MOST_MESSAGES = 500  # the template takes time in proportion to the square of the number of messages
 
@@ -38,12 +39,16 @@ def figures(rows: list[Row], how: Rendering) -> RenderingFigures:
     last = replace(how, every_turn=False)
     compared = [row for row in rows if len(row.conversation.messages) <= _MOST_MESSAGES]
     refused, differing = 0, []
-    for row in progress(compared, what="renderings", unit="row"):
+    for number, row in enumerate(progress(compared, what="renderings", unit="row")):
         try:
             texts = {_text(row.conversation, replace(last, form=form.name)) for form in RenderingForm}
         except ConversationError:
             refused += 1
             continue
+        except UserError as error:  # the template takes too long, or too much memory
+            warn("doctor", f"only {number} rows are compared in both renderings. {error}")
+            compared = compared[:number]
+            break
         if len(texts) > 1:
             differing.append(row)
     parts = Counter(part for row in differing for part in _parts(row.conversation))
