@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from pipeline.config import config_files
 from pipeline.config.groups import GROUPS, Folders
 from pipeline.config.keys import is_known, schema, unknown_key, value_problem
 from pipeline.config.overrides import is_override
@@ -58,10 +59,14 @@ def words(arguments: list[str]) -> list[str]:
 
 
 def problems(arguments: list[str], folders: Folders) -> list[str]:
-    """Find every override that names an unknown key, an unknown choice of a group, or a value of the wrong type."""
+    """Find every override that names an unknown key, an unknown choice of a group, or a value of the wrong type.
+
+    Configuration files that Hydra must not read are problems, too.
+    """
     from hydra.errors import OverrideParseException
 
     found = [_explain(word) for word in words(arguments)]
+    found += config_files.problems(config_files.config_dirs_of(arguments))
     known = schema()
     has_config_dir = any(argument.startswith(("--config-dir", "-cd")) for argument in arguments)
     for argument in arguments:

@@ -12,11 +12,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config import rates, rules
+from pipeline.config import config_files, rates, rules
 from pipeline.config.groups import RECIPE, Folders
 from pipeline.config.overrides import quoted
 from pipeline.config.pipeline import PipelineConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, user_errors
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 HYDRA_VERSION = "1.3"
@@ -91,6 +91,8 @@ def _composed(overrides: Sequence[str], config_dirs: Sequence[Path]) -> Iterator
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
 
+    if found := config_files.problems(config_dirs):
+        raise user_errors(found)
     register()
     searched = (
         [f"hydra.searchpath=[{','.join(quoted(f'file://{path}') for path in config_dirs)}]"] if config_dirs else []
