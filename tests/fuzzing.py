@@ -276,7 +276,7 @@ class _Files:
 
     def fuzz_artifact(self, data: bytes) -> None:
         """artifact.json."""
-        load(self._write("artifact.json", _text([_ARTIFACT], Choices(data))).parent)
+        load(self._write("artifact.json", _text([ARTIFACT], Choices(data))).parent)
 
     def fuzz_parquet(self, data: bytes) -> None:
         """A Parquet file with bytes replaced."""
@@ -305,7 +305,7 @@ class _Files:
         return directory / name
 
 
-_ARTIFACT = {
+ARTIFACT = {
     "stage": "sft",
     "kind": "checkpoint",
     "format": "bf16",

@@ -14,7 +14,7 @@ from pipeline.data.files import SPLIT_OF, ArrowRow, TextRow
 from pipeline.data.messages import REASONING_KEYS, ROLE_ALIASES
 from pipeline.data.unused import Unused
 from pipeline.errors import did_you_mean
-from pipeline.runs.foreign_files import parse_json
+from pipeline.runs.foreign_files import MOST_DEPTH, is_too_deep, parse_json
 
 _NEEDED = ("messages", "prompt", "completion")
 _OPTIONS = ("tools", "reasoning_effort", "reasoning_language")
@@ -56,10 +56,12 @@ class Columns:
         """Return the row if it is a JSON object.
 
         Raises:
-            ConversationError: the row is another JSON value, such as a list.
+            ConversationError: the row is another JSON value, such as a list, or is nested too deeply.
         """
         if not isinstance(row, dict):
             raise ConversationError(f"is a {type(row).__name__}, not an object with {next(iter(self._wanted))!r}")
+        if isinstance(row, ArrowRow) and is_too_deep(row):  # rows in JSON were checked when they were parsed
+            raise ConversationError(f"is nested more than {MOST_DEPTH} levels deep")
         return row
 
     def to_chat_row(self, row: Mapping[str, object]) -> dict[str, object] | None:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from pipeline.checkpoints.gpt_oss import SPECIAL_TOKENS
 from pipeline.data.conversations import ConversationError, ToolCall
-from pipeline.runs.foreign_files import parse_json
+from pipeline.runs.foreign_files import MOST_DEPTH, is_too_deep, parse_json
 from pipeline.runs.json_files import Json
 
 _NAMESPACE = "functions."
@@ -37,17 +37,23 @@ def check_json(where: str, value: object) -> None:
     """Check that a value consists only of JSON types, and check all text in it, including keys.
 
     Raises:
-        ConversationError: it has another type, or a text that `check_text` refuses.
+        ConversationError: it has another type, is nested too deeply, or has a text that `check_text` refuses.
     """
+    if is_too_deep(value):
+        raise ConversationError(f"{where} is nested more than {MOST_DEPTH} levels deep")
+    _check_values(where, value)
+
+
+def _check_values(where: str, value: object) -> None:
     if isinstance(value, str):
         check_text(where, value)
     elif isinstance(value, dict):
         for key, inner in value.items():
-            check_json(where, key)
-            check_json(where, inner)
+            _check_values(where, key)
+            _check_values(where, inner)
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            check_json(where, inner)
+            _check_values(where, inner)
     elif value is not None and not isinstance(value, (bool, int, float)):
         raise ConversationError(f"{where} has a {type(value).__name__}, which is not a JSON type")
     elif isinstance(value, float) and not math.isfinite(value):

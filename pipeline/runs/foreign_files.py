@@ -121,7 +121,7 @@ def parse_json_at(text: str, start: int) -> tuple[Any, int]:
 
 def _raise_if_too_deep(value: object, brackets: int) -> None:
     # Most values have few brackets, so they need not be visited.
-    if brackets > MOST_DEPTH and _is_too_deep(value):
+    if brackets > MOST_DEPTH and is_too_deep(value):
         raise ValueError(_too_deep())
 
 
@@ -129,7 +129,8 @@ def _too_deep() -> str:
     return f"nested more than {MOST_DEPTH} levels deep"
 
 
-def _is_too_deep(value: object) -> bool:
+def is_too_deep(value: object) -> bool:
+    """Return whether lists and objects are nested more than MOST_DEPTH deep."""
     level = [value]
     for _ in range(MOST_DEPTH):
         inner: list[object] = []
