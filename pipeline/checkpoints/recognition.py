@@ -48,9 +48,10 @@ def raise_if_other_layout(directory: Path) -> None:
         UserError: the directory holds something else than a checkpoint that can be trained, or a named pipe, a device
             or a broken link; or `side_files` refuses a link. The message says what to do.
     """
-    if irregular := list_irregular(directory):
-        raise user_errors(irregular, most=MOST_PROBLEMS)
-    side_files(directory)
+    if directory.is_dir():
+        if irregular := list_irregular(directory):
+            raise user_errors(irregular, most=MOST_PROBLEMS)
+        side_files(directory)
     found = _describe_config(directory) if (directory / CONFIG).is_file() else _describe_without_config(directory)
     if found is not None:
         raise UserError(f"{directory}: {found}")

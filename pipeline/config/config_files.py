@@ -7,8 +7,10 @@ repetition.
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import yaml
+if TYPE_CHECKING:
+    import yaml
 
 _MOST_BYTES = 1 << 18
 _MOST_VALUES = 100_000
@@ -29,6 +31,8 @@ def problems(directories: Sequence[Path]) -> list[str]:
 
 
 def _describe(path: Path) -> Iterator[str]:
+    import yaml
+
     if not path.is_file():
         yield "is not a regular file. Remove it."
     elif (size := path.stat().st_size) > _MOST_BYTES:
@@ -48,10 +52,10 @@ def _describe(path: Path) -> Iterator[str]:
                 yield f"its aliases repeat values, {count:,} in all. A configuration file has at most {_MOST_VALUES:,}."
 
 
-def _count(node: yaml.Node, counted: dict[int, int]) -> int:
+def _count(node: "yaml.Node", counted: dict[int, int]) -> int:
     """Count the values that a node stands for. `counted` has the nodes that were counted."""
     if id(node) not in counted:
-        inner = node.value if isinstance(node, (yaml.SequenceNode, yaml.MappingNode)) else []
+        inner = node.value if isinstance(node.value, list) else []
         children = [child for each in inner for child in (each if isinstance(each, tuple) else (each,))]
         counted[id(node)] = 1 + sum(_count(child, counted) for child in children)
     return counted[id(node)]

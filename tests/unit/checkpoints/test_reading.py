@@ -504,7 +504,7 @@ def test_an_index_that_points_outside_its_directory_is_an_error(outside: str, co
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": null}'])
 def test_an_unreadable_index_is_an_error(content: str, copy: Path) -> None:
     (copy / INDEX).write_text(content)
-    assert only_problem(copy).startswith(f"{copy / INDEX}: not a readable index")
+    assert only_problem(copy).startswith((f"{copy / INDEX}: not a readable index", f"{copy / INDEX}: not valid JSON"))
 
 
 @pytest.mark.parametrize(("present", "absent"), [(BLOCKS, SCALES), (SCALES, BLOCKS)])
