@@ -358,11 +358,15 @@ def _data_offsets(path: Path) -> dict[str, int]:
     Reading rows needs these positions, because safetensors can read rows only by mapping the file.
 
     Raises:
-        UserError: the header has two tensors with the same name. Programs do not agree on which of them to read.
+        UserError: the header is nested too deeply, or has two tensors with the same name. Programs do not agree on
+            which of them to read.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        pairs = parse_json(file.read(length), hook=list)
+        try:
+            pairs = parse_json(file.read(length), hook=list)
+        except ValueError as error:
+            raise UserError(f"{path}: its header is damaged ({error}). Fetch it again.") from error
     twice = sorted(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
     if twice:
         raise UserError(f"{path}: holds {', '.join(twice[:3])} twice. Fetch it again.")

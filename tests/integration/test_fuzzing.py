@@ -61,6 +61,18 @@ def test_deep_value_that_was_no_json_is_a_user_error(targets: dict[str, fuzzing.
     fuzzing.run(targets["conversations"], base64.b64decode(DEEP_DEFAULT))
 
 
+# Found by fuzzing: safetensors ignores an unknown key of a tensor, whose value may be nested deeper than 100 levels.
+DEEP_HEADER = (
+    "ASg4KS4pACnc3Nzc3Nzc3Nzc3Nzc3Nzc3Nzc3NzcHR0dHR0dHR0dHR0dHdzc3Nzc3Fzc3Lu7u7u7u7u7u7u7u7u7u8XFxcXFxcXFxcXFxbu7Lru7u7u7"
+    "u7u7u0dEeru7u7u7u7u7u7u7u7u7u7u7u7u7u7u7u7u7u7u7u7u7u7u7u7u7u7suu7u7u7u7uygpt"
+)
+
+
+def test_header_with_a_deep_value_of_an_unknown_key_is_a_user_error(targets: dict[str, fuzzing.Target]) -> None:
+    with pytest.raises(UserError, match="its header is damaged"):
+        targets["header"](base64.b64decode(DEEP_HEADER + "=" * (-len(DEEP_HEADER) % 4)))
+
+
 @pytest.mark.parametrize("change", [{"kind": []}, {"kind": {}}, {"files": []}, {"files": {"x": None}}, {"parents": 1}])
 def test_field_of_an_artifact_has_another_type(change: dict[str, object], tmp_path: Path) -> None:
     (tmp_path / "artifact.json").write_text(json.dumps(fuzzing.ARTIFACT | change))
