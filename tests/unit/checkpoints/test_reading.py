@@ -228,7 +228,7 @@ def test_too_little_disk_space_is_an_error_before_anything_is_made(
     tmp_path: Path, maker: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", disk_with_free(229))
-    with pytest.raises(UserError, match=f"{tmp_path}: needs .* GB, but the disk has"):
+    with pytest.raises(UserError, match=f"{tmp_path}: needs .* MB, but the disk has"):
         write_sharded(tmp_path, maker.pieces, 80, "test")
     assert maker.made == []
     assert files_in(tmp_path) == {}
