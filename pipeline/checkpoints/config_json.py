@@ -33,8 +33,13 @@ def read_config(directory: Path, name: str = CONFIG) -> dict[str, Any]:
 
 
 def is_quantized(config: Mapping[str, object]) -> bool:
-    """Return whether a config.json describes a quantized checkpoint, such as the released gpt-oss in MXFP4."""
-    return "quantization_config" in config
+    """Return whether a config.json describes a checkpoint in MXFP4, such as the released gpt-oss.
+
+    An entry of another tool is left over from a model that was merged or decoded, since sources with weights that
+    another tool quantized are refused.
+    """
+    entry = config.get("quantization_config")
+    return isinstance(entry, Mapping) and entry.get("quant_method") == "mxfp4"
 
 
 def write_config(directory: Path, config: Mapping[str, object], dtype: torch.dtype) -> None:

@@ -24,15 +24,20 @@ from pipeline.checkpoints.gpt_oss import (
     plain_tensors,
 )
 from pipeline.checkpoints.non_finite import find_nan_scales
-from pipeline.checkpoints.recognition import describe_weights, find_wrapper, is_lfs_pointer, raise_if_other_layout
-from pipeline.checkpoints.shards import INDEX
+from pipeline.checkpoints.recognition import (
+    describe_weights,
+    find_wrapper,
+    is_lfs_pointer,
+    is_stale_index,
+    raise_if_other_layout,
+)
+from pipeline.checkpoints.shards import INDEX, SINGLE
 from pipeline.checkpoints.side_files import ADAPTER_WEIGHTS
 from pipeline.errors import MOST_PROBLEMS, UserError, user_errors
 from pipeline.numerics.codec import decode
 from pipeline.numerics.formats import MXFP4
 from pipeline.runs.foreign_files import parse_json, raise_if_irregular, read_json
 
-SINGLE = "model.safetensors"
 _SHOWN = 3  # names that a problem lists
 _MOST_HEADER_BYTES = 1 << 24  # the headers of the released models have less than 64 KiB
 
@@ -105,7 +110,8 @@ class TensorFiles:
     def weight_files(self) -> list[Path]:
         """List the weight files, and the index if there is one."""
         files = [self.directory / file for file in self._files]
-        return [*files, self.directory / INDEX] if (self.directory / INDEX).is_file() else files
+        has_index = (self.directory / INDEX).is_file() and not is_stale_index(self.directory)
+        return [*files, self.directory / INDEX] if has_index else files
 
     def close(self) -> None:
         """Close the files. The next read opens them again."""
@@ -279,17 +285,12 @@ def _first(names: list[str]) -> str:
 def _stored_files(directory: Path) -> dict[str, dict[str, TensorInfo]]:
     """Check the weight files, and map each file to its tensors. If there is an index, it must match the files."""
     present = sorted(p.name for p in directory.glob("*.safetensors") if p.name != ADAPTER_WEIGHTS)
-    weight_map = _weight_map(directory)
+    weight_map = None if is_stale_index(directory) else _weight_map(directory)
     listed = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
     if weight_map is None and not present:
         raise UserError(f"{directory}: has no weights: neither {INDEX} nor {SINGLE}. {describe_weights(directory)}.")
-    if SINGLE in present and not {*listed} & {*present}:
-        raise UserError(
-            f"{directory}: {INDEX} does not list {SINGLE}, and the files that it lists are missing. It is left over"
-            f" from another save: remove {directory / INDEX}."
-        )
     problems = _missing_files(directory, [name for name in listed if name not in present], len(listed))
-    problems += [f"{directory / name}: is not in {INDEX}; remove it." for name in present if name not in listed]
+    problems += _unlisted_files(directory, [name for name in present if name not in listed], weight_map)
     files, pointers = {}, []
     for name in (n for n in listed if n in present):
         try:
@@ -317,6 +318,16 @@ def _missing_files(directory: Path, missing: list[str], count: int) -> list[str]
     if len(missing) < 2:
         return [f"{directory}: weight file {name} is missing. Fetch it again." for name in missing]
     return [f"{directory}: {len(missing)} of {count} weight files are missing: {_first(missing)}. Fetch them again."]
+
+
+def _unlisted_files(directory: Path, names: list[str], weight_map: dict[str, str] | None) -> list[str]:
+    """Describe weight files that are not read. transformers prefers a single file, and some engines read all files."""
+    listed = SINGLE if weight_map is None else f"the files in {INDEX}"
+    return [
+        f"{directory / name}: lies beside {listed}, and programs do not agree on which of them to load. Move the"
+        " weights that you do not want, and their index, to another directory."
+        for name in names
+    ]
 
 
 def _weight_map(directory: Path) -> dict[str, str] | None:

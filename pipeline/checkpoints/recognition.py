@@ -1,12 +1,18 @@
 """Recognizes what a path holds that is not a gpt-oss checkpoint in Hugging Face's layout, and says what helps."""
 
+import json
 import re
 from collections.abc import Collection, Mapping
+from enum import Enum
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from pipeline.checkpoints.config_json import CONFIG, read_config
-from pipeline.checkpoints.gpt_oss import MODEL_TYPE
-from pipeline.checkpoints.side_files import ADAPTER_CONFIG, PICKLES, side_files
+from pipeline.checkpoints.dtypes import PLAIN_TYPES
+from pipeline.checkpoints.gpt_oss import ARCHITECTURE, MODEL_TYPE, PACKED_SUFFIXES
+from pipeline.checkpoints.shards import INDEX, SINGLE
+from pipeline.checkpoints.side_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLES, side_files
 from pipeline.config import Stage
 from pipeline.errors import MOST_PROBLEMS, UserError, user_errors
 from pipeline.runs.artifacts import ARTIFACT_FILE
@@ -88,13 +94,73 @@ def _describe_config(directory: Path) -> str | None:
         return _describe_original(directory, config)
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if config.get("model_type") == MODEL_TYPE and method not in (None, _TRAINABLE):
+    if (
+        config.get("model_type") == MODEL_TYPE
+        and method not in (None, _TRAINABLE)
+        and find_storage(directory) is not Storage.plain
+    ):
         return (
             f"{CONFIG} says that the weights are quantized with {method!r}, which cannot be trained. Give the model in"
             f" MXFP4 or BF16, such as model.path={_hub_id(config)}. If the weights are BF16 nevertheless, as after a"
             f" merge, remove quantization_config from {CONFIG}."
         )
     return None
+
+
+def find_left_over(directory: Path) -> list[str]:
+    """Describe what is left over from another model in a directory with config.json, and is not used.
+
+    Trainers copy config.json of the model that they loaded: another tool's quantization, or the name of a wrapper. An
+    index is left over if one file was saved beside it.
+    """
+    config, path, found = read_config(directory), directory / CONFIG, []
+    entry = config.get("quantization_config")
+    if isinstance(entry, Mapping) and entry.get("quant_method") != _TRAINABLE:
+        found.append(
+            f"{path}: quantization_config ({entry.get('quant_method')!r}) is left over from another model, because the"
+            " weights are not quantized. It is ignored, and exports do not have it"
+        )
+    if (names := config.get("architectures", [ARCHITECTURE])) != [ARCHITECTURE]:
+        found.append(f"{path}: architectures is {names!r}. Exports have {[ARCHITECTURE]!r}, the name that engines know")
+    if is_stale_index(directory):
+        found.append(
+            f"{directory / INDEX}: is left over from another save, because the files that it lists are missing. The"
+            f" weights are read from {SINGLE}, as transformers does"
+        )
+    return found
+
+
+def is_stale_index(directory: Path) -> bool:
+    """Return whether an index lists only files that are missing, beside a single weight file."""
+    if not (directory / INDEX).is_file() or not (directory / SINGLE).is_file():
+        return False
+    try:
+        listed = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        return bool(listed) and not any((directory / str(name)).is_file() for name in listed)
+    except (ValueError, KeyError, TypeError, AttributeError):  # opening the weights reports it
+        return False
+
+
+class Storage(Enum):
+    """How the weights of a directory are stored: in types that can be trained, or with experts in MXFP4."""
+
+    plain = "plain"
+    packed = "packed"
+
+
+def find_storage(directory: Path) -> Storage | None:
+    """Return how weights are stored, judged by the names and types of tensors. None: another way, or no weights."""
+    tensors: dict[str, str] = {}
+    try:
+        for path in directory.glob("*.safetensors"):
+            if path.name != ADAPTER_WEIGHTS:
+                with safe_open(path, framework="pt") as file:
+                    tensors |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError):  # opening the weights reports it
+        return None
+    if tensors and {*tensors.values()} <= {*PLAIN_TYPES}:
+        return Storage.plain
+    return Storage.packed if any(name.endswith(PACKED_SUFFIXES) for name in tensors) else None
 
 
 def _describe_original(directory: Path, config: Mapping[str, object]) -> str:

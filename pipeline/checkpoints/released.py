@@ -8,9 +8,10 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from pipeline.checkpoints.config_json import CONFIG, read_config
+from pipeline.checkpoints.config_json import CONFIG, is_quantized, read_config
+from pipeline.checkpoints.recognition import Storage, find_storage
 from pipeline.checkpoints.side_files import CHAT_TEMPLATES, TOKENIZER, TOKENIZER_CONFIG
-from pipeline.errors import UserError, user_errors
+from pipeline.errors import user_errors
 
 ARCHITECTURES = ["GptOssForCausalLM"]
 CONSTANTS: Mapping[str, object] = {
@@ -26,7 +27,6 @@ ROPE_KEYS = ("beta_fast", "beta_slow", "factor", "original_max_position_embeddin
 """Keys of `rope_scaling`. transformers 5 writes them as `rope_parameters`, together with `rope_theta`."""
 RETURN, CALL = "<|return|>", "<|call|>"
 _SIZES = ("num_experts_per_tok", "sliding_window", "max_position_embeddings")
-_WEIGHTS_OF_MXFP4 = "mxfp4"
 
 
 def layer_types(layers: int) -> list[str]:
@@ -65,14 +65,16 @@ def has_chat_template(directory: Path) -> bool:
 
 
 def raise_if_unfit(directory: Path) -> None:
-    """Judge the configuration of a source, without its weights.
+    """Judge the configuration of a source. Of its weights, only names and types are read, if they are here.
 
     Raises:
         UserError: `verify` would refuse an export with this configuration, or engines would misread it. All problems
             are reported together.
     """
     path = directory / CONFIG
-    found = [f"{path}: {problem}." for problem in _problems(read_config(directory), token_ids(directory))]
+    config = read_config(directory)
+    problems = [*_problems(config, token_ids(directory)), *_quantization_problems(config, directory)]
+    found = [f"{path}: {problem}." for problem in problems]
     if found:
         raise user_errors(found)
 
@@ -121,21 +123,16 @@ def _token_problems(config: Mapping[str, object], tokens: Mapping[str, int]) -> 
         yield f"pad_token_id is {pad!r}, not an id. Set it to the id of <|endoftext|>, {tokens.get('<|endoftext|>')}"
 
 
-def raise_if_stale(directory: Path, config: Mapping[str, object], *, is_packed: bool) -> None:
-    """Compare quantization_config with the stored weights.
-
-    Raises:
-        UserError: the entry says MXFP4 and the weights are plain, or the weights are MXFP4 and the entry is missing.
-    """
-    path, quantization = directory / CONFIG, config.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-    if method == _WEIGHTS_OF_MXFP4 and not is_packed:
-        raise UserError(
-            f"{path}: quantization_config says that the experts are MXFP4, but they are stored as plain weights. The"
-            f" entry is left over from another model: delete quantization_config in {path}."
+def _quantization_problems(config: Mapping[str, object], directory: Path) -> Iterator[str]:
+    """Compare quantization_config with the stored weights, if they are here."""
+    is_stated, stored = is_quantized(config), find_storage(directory)
+    if is_stated and stored is Storage.plain:
+        yield (
+            "quantization_config says that the experts are MXFP4, but they are stored as plain weights. Delete"
+            " quantization_config, which is left over from another model"
         )
-    if is_packed and method != _WEIGHTS_OF_MXFP4:
-        raise UserError(
-            f"{path}: has no quantization_config, but the experts are stored as MXFP4. Copy quantization_config from"
-            f" {CONFIG} of openai/gpt-oss-20b."
+    if not is_stated and stored is Storage.packed:
+        yield (
+            "has no quantization_config, but the experts are stored as MXFP4. Copy quantization_config from"
+            f" {CONFIG} of openai/gpt-oss-20b"
         )

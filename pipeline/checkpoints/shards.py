@@ -33,7 +33,7 @@ from pipeline.runs.console import progress, warn
 from pipeline.runs.disk import raise_if_disk_too_small
 from pipeline.runs.json_files import read_record, seal, write_json
 
-INDEX = "model.safetensors.index.json"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD_BYTES = 5_000_000_000
 """Size limit of a weight file, in bytes. Stages without a setting for this limit use it."""
 STEP_BYTES = 1 << 26

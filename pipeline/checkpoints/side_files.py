@@ -17,7 +17,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """Suffixes of files that can run code when they are loaded. They are neither read nor copied from a model directory."""
 _SNAPSHOTS, _BLOBS = "snapshots", "blobs"  # directories of a model in the hub's cache
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-_TOKENIZER_FILES = {
+TOKENIZER_FILES = {
     TOKENIZER,
     TOKENIZER_CONFIG,
     "special_tokens_map.json",
@@ -69,7 +69,7 @@ def choose_side_files(base: Path, own: Path) -> dict[str, Path]:
     chosen = {name: base / name for name in side_files(base)}
     mine = {name: own / name for name in side_files(own)}
     groups = [{GENERATION_CONFIG}] if GENERATION_CONFIG in mine else []
-    groups += [_TOKENIZER_FILES] if TOKENIZER in mine else []
+    groups += [TOKENIZER_FILES] if TOKENIZER in mine else []
     groups += [{*CHAT_TEMPLATES}] if _has_own_template(own, mine) else []
     for group in groups:
         chosen = {name: file for name, file in chosen.items() if name not in group}

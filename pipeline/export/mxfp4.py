@@ -6,8 +6,13 @@ The content of config.json comes from the source (see `released_config`).
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from pipeline.checkpoints.config_json import is_quantized
-from pipeline.checkpoints.gpt_oss import BLOCKS_SUFFIX, QUANTIZATION_CONFIG, other_tensors
+from pipeline.checkpoints.gpt_oss import (
+    ARCHITECTURE,
+    ATTENTION_TYPES,
+    BLOCKS_SUFFIX,
+    QUANTIZATION_CONFIG,
+    other_tensors,
+)
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import Written
 from pipeline.export.exporter import Exporter
@@ -40,23 +45,37 @@ def describe(base: Checkpoint, _: Collection[str]) -> dict[str, object]:
 def released_config(config: dict[str, object]) -> dict[str, object]:
     """Make the export's config.json from the source's config.json.
 
-    The configuration of an MXFP4 source is not changed. The configuration of a BF16 source gets the quantization
-    config and the rope keys of the released models. The rope keys are needed because transformers 5 writes
-    `rope_parameters`, but engines read `rope_scaling` and `rope_theta`.
+    The configuration of a released model is not changed. Another source gets the architecture, the quantization config
+    and the rope keys of the released models, and the keys that only some engines read.
     """
-    if is_quantized(config):
-        return config
     return {**legacy_config(config), "quantization_config": QUANTIZATION_CONFIG}
 
 
 def legacy_config(config: Mapping[str, object]) -> dict[str, object]:
-    """Return a copy of a configuration. It has the rope keys that engines read, and no data type."""
+    """Return a copy of a configuration. It has the keys that engines read, and no data type.
+
+    Trainers write the name of a wrapper, such as FSDPGptOssForCausalLM, as the architecture. transformers 5 writes
+    `rope_parameters`, but engines read `rope_scaling` and `rope_theta`.
+    """
     legacy = {key: value for key, value in config.items() if key not in _DIALECT}
+    legacy["architectures"] = [ARCHITECTURE]
     rope = config.get("rope_parameters")
     if rope and isinstance(rope, Mapping):
         legacy["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
         legacy["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 150000))
-    return legacy
+    return _engine_keys(legacy) | legacy
+
+
+def _engine_keys(config: Mapping[str, object]) -> dict[str, object]:
+    """Return keys that only some engines read. Models that were not made from a released one may lack them."""
+    layers = config.get("num_hidden_layers")
+    keys = {
+        "experts_per_token": config.get("num_experts_per_tok"),
+        "initial_context_length": rope_scaling(config).get("original_max_position_embeddings"),
+        "layer_types": [ATTENTION_TYPES[i % 2] for i in range(layers)] if isinstance(layers, int) else None,
+        "swiglu_limit": 7.0,
+    }
+    return {key: value for key, value in keys.items() if value is not None and key not in config}
 
 
 def rope_scaling(config: Mapping[str, object]) -> Mapping[str, object]:

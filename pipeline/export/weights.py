@@ -7,6 +7,7 @@ Legend: E = number of experts in one part, `in` and `out` = sizes of a projectio
 blocks in a row (`in` divided by the block size).
 """
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from pipeline.checkpoints.config_json import CONFIG
 from pipeline.checkpoints.gpt_oss import ExpertProjection, TensorInfo, expert_projections, other_tensors
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import Part, Piece, Step, Written, sort_by_layer, write_sharded
-from pipeline.checkpoints.side_files import copy_side_files
+from pipeline.checkpoints.side_files import choose_side_files
 from pipeline.errors import UserError
 from pipeline.export.account import Account
 from pipeline.export.job import Job
@@ -243,11 +244,12 @@ def stacks(job: Job, base: Checkpoint) -> list[ExpertStack]:
 def write_checkpoint(
     job: Job, base: Checkpoint, directory: Path, *, pieces: list[Piece], config: Mapping[str, object]
 ) -> Written:
-    """Write the pieces layer by layer, then copy the side files of the source, then write config.json."""
+    """Write the pieces layer by layer, then copy the side files of the model and its source, then write config.json."""
     values = sum(projection.values for projection in expert_projections(base.shape))
     with compilation_for(values):
         written = write_sharded(directory, sort_by_layer(pieces), job.shard_bytes, "export")
-    copy_side_files(job.source.directory, directory)
+    for name, file in choose_side_files(job.source.directory, job.weights.ref.directory).items():
+        shutil.copyfile(file, directory / name)
     write_json(directory / CONFIG, config)
     return written
 

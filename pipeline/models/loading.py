@@ -59,16 +59,19 @@ def load_plain(directory: Path, dtype: torch.dtype, **arguments: Any) -> "PreTra
     Raises:
         CheckFailed: a tensor is missing, unexpected or has the wrong shape. (transformers itself only prints a report.)
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.quantization_config import Mxfp4Config
 
     from pipeline.models import sink_attention  # noqa: F401 (registers the attention in transformers)
 
     _quieten()
+    config = AutoConfig.from_pretrained(directory)
     if is_quantized(read_config(directory)):
         arguments["quantization_config"] = Mxfp4Config(dequantize=True)
+    elif "quantization_config" in read_config(directory):
+        del config.quantization_config  # left over from another model, as `source.locate` reports
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, output_loading_info=True, **{"attn_implementation": "eager", **arguments}
+        directory, config=config, dtype=dtype, output_loading_info=True, **{"attn_implementation": "eager", **arguments}
     )
     model, info = loaded
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}

@@ -12,6 +12,7 @@ import torch
 from pipeline.checkpoints.config_json import is_quantized, read_config
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.recognition import describe_missing
+from pipeline.checkpoints.released import raise_if_unfit
 from pipeline.config import FormatConfig, Stage
 from pipeline.config.controls import is_control
 from pipeline.errors import UserError
@@ -136,6 +137,7 @@ def in_directory(directory: Path, remedy: str | None = None) -> ModelRef:
     if (directory / ARTIFACT_FILE).is_file():
         return of_artifact(load(directory, remedy=remedy))
     Checkpoint(directory).close()
+    raise_if_unfit(directory)
     return ModelRef(str(directory), directory, directory, fingerprint=sampled_fingerprint(directory))
 
 

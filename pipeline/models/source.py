@@ -8,7 +8,8 @@ import xxhash
 from pipeline.checkpoints.config_json import CONFIG, read_config
 from pipeline.checkpoints.gpt_oss import Shape
 from pipeline.checkpoints.reading import Checkpoint
-from pipeline.checkpoints.recognition import describe_missing, raise_if_other_layout
+from pipeline.checkpoints.recognition import describe_missing, find_left_over, raise_if_other_layout
+from pipeline.checkpoints.released import raise_if_unfit
 from pipeline.config import SYNTHETIC, ModelConfig
 from pipeline.config.hub_ids import is_hub_id
 from pipeline.errors import UserError
@@ -16,6 +17,7 @@ from pipeline.models import tiny_model
 from pipeline.runs.console import say
 from pipeline.runs.processes import is_main_process, wait_for_everyone
 from pipeline.runs.run import SOURCE_DIR, Run
+from pipeline.runs.up_to_date import say_if_needed
 
 _HUB_SIDE_FILES = ["*.json", "*.jinja", "LICENSE*", "USAGE_POLICY*", "README.md"]
 _HUB_FILES = [*_HUB_SIDE_FILES, "*.safetensors"]
@@ -54,6 +56,7 @@ def locate(run: Run, model: ModelConfig, key: str = "model.path") -> Source:
     if not directory.is_dir():
         raise UserError(f"{key}={model.path}: {describe_missing(model.path)}")
     Checkpoint(directory).close()
+    _judge(run, directory)
     return Source(directory, sampled_fingerprint(directory))
 
 
@@ -70,7 +73,15 @@ def locate_without_weights(run: Run, model: ModelConfig) -> Path:
         raise UserError(f"model.path={model.path}: {describe_missing(model.path)}")
     raise_if_other_layout(directory)
     Shape.of(read_config(directory), directory / CONFIG)
+    _judge(run, directory)
     return directory
+
+
+def _judge(run: Run, directory: Path) -> None:
+    """Judge the configuration of a source, and report files and entries that are left over from another model."""
+    raise_if_unfit(directory)
+    for line in find_left_over(directory):
+        say_if_needed(run.stage.name, line)
 
 
 def base_directory(run: Run, model: ModelConfig, hub_files: list[str] = _HUB_FILES) -> Path:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.checkpoints.config_json import is_quantized, read_config
+from pipeline.checkpoints.config_json import read_config
 from pipeline.errors import CheckFailed
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def build(
     from pipeline.models import sink_attention  # noqa: F401 (registers the attention in transformers)
 
     config = AutoConfig.from_pretrained(directory)
-    if is_quantized(read_config(directory)):
+    if "quantization_config" in read_config(directory):
         del config.quantization_config  # experts are decoded while they are read
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **arguments)

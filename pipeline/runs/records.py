@@ -162,6 +162,8 @@ class ExportRecord(StageRecord):
         survival: share of the moved weights whose 4-bit value changed.
         saturated_blocks: share of the blocks whose scale is too small for their largest weight.
         account: figures of rounding, documented in `export.account`. None in artifacts of older versions.
+        own_files: names of the side files that the exported model has in place of the base model's. None if it has the
+            base model's files.
     """
 
     target: str
@@ -182,6 +184,7 @@ class ExportRecord(StageRecord):
     survival: float
     saturated_blocks: float
     account: dict[str, float | None] | None = field(default=None, metadata=_OPTIONAL)
+    own_files: list[str] | None = field(default=None, metadata=_OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True)

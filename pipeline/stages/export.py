@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoints.shards import Written
+from pipeline.checkpoints.side_files import choose_side_files, describe_differences
 from pipeline.config import PipelineConfig, Stage
 from pipeline.errors import UserError
 from pipeline.export import EXPORTERS, account
@@ -40,7 +41,8 @@ def run(config: PipelineConfig) -> Artifact:
         job = Job(Weights(ref), base, block_format, config.export.shard_bytes, device)
         target = config.export.layout.name
         written = EXPORTERS[target].write(job, directory)
-        record = _record(written, ref, target, directory)
+        own = _tell_of_own_files(base.directory, ref, EXPORTERS[target].is_one_file)
+        record = _record(written, ref, target, directory, own)
         _tell_of_requantizing(ref, block_format, record)
         rule, digests = block_format.scale_rule, written.files
         return Result(EXPORTERS[target].kind, record, block_format.name, scale_rule=rule, digests=digests)
@@ -52,7 +54,23 @@ def run(config: PipelineConfig) -> Artifact:
     return artifact
 
 
-def _record(written: Written, ref: ModelRef, target: str, directory: Path) -> ExportRecord:
+def _tell_of_own_files(base: Path, ref: ModelRef, is_one_file: bool) -> list[str]:
+    """Report the side files that the exported model has in place of the base model's, and return their names."""
+    chosen = choose_side_files(base, ref.directory)
+    differences = describe_differences(base, chosen)
+    if differences and is_one_file:
+        warn(
+            "export",
+            f"{', '.join(differences)}: {ref.directory} has files of its own, but this layout holds the tokenizer and"
+            " the chat template of model.path. Set model.path to a model with the files that you want.",
+        )
+        return []
+    for line in differences.values():
+        say("export", line)
+    return [name for name in differences if name in chosen]
+
+
+def _record(written: Written, ref: ModelRef, target: str, directory: Path, own: list[str]) -> ExportRecord:
     """Log the figures of each layer and of the whole model, and return the record for artifact.json."""
     notes, layers = written.notes, account.stacks_of_layers(written.notes)
     for layer, stacks in layers.items():
@@ -78,8 +96,15 @@ def _record(written: Written, ref: ModelRef, target: str, directory: Path) -> Ex
         target=target,
         exported_from=ref.name,
         exported_directory=str(ref.directory),
+        own_files=own or None,
     )
     _tell(record, rounding)
+    if not record.moved_weights and all(note["is_copied"] for note in notes if "layer" not in note):
+        warn(
+            "export",
+            f"every weight of {ref.name} is the base model's, so this export serves the base model. Was nothing"
+            " trained, or does export.source name another model than you mean?",
+        )
     return record
 
 

@@ -18,7 +18,7 @@ from pipeline.config import PipelineConfig, Stage
 from pipeline.data.examples import prepare_examples
 from pipeline.data.rows import load_rows
 from pipeline.data.tokenizers import load_tokenizer
-from pipeline.errors import CheckFailed, UserError
+from pipeline.errors import CheckFailed, UserError, at_most
 from pipeline.export import EXPORTERS, recognize
 from pipeline.models import losses, placement, references, source
 from pipeline.models.references import ModelRef
@@ -153,7 +153,7 @@ def _checks(config: PipelineConfig, here: Run, subject: _Subject) -> list["Check
 
     directory, base, export = subject.directory, subject.reference.directory, subject.export
     copied = None if export is None else export.read(ExportRecord).copied
-    checks = verify.check_against_base(directory, subject.target, base, copied)
+    checks = verify.check_against_base(directory, subject.target, base, copied, _own_files(subject))
     are_comparable, are_configured = (check.status == "ok" for check in checks[:2])
     if export is not None:
         checks.append(verify.check_unchanged(export, subject.found))
@@ -164,6 +164,13 @@ def _checks(config: PipelineConfig, here: Run, subject: _Subject) -> list["Check
         return checks
     weights = _weight_checks(config, here, subject, are_configured)
     return [*checks, *weights, *_engine_checks(config, here, subject)]
+
+
+def _own_files(subject: _Subject) -> dict[str, Path | None]:
+    """Return the side files that the exported model has in place of the base model's. None: the file is gone."""
+    names = [] if subject.export is None else subject.export.read(ExportRecord).own_files or []
+    files = {name: None if subject.ref is None else subject.ref.directory / name for name in names}
+    return {name: file if file is not None and file.is_file() else None for name, file in files.items()}
 
 
 def _weight_checks(config: PipelineConfig, here: Run, subject: _Subject, are_configured: bool) -> list["Check"]:
@@ -325,6 +332,7 @@ def _record(check: "Check") -> dict[str, Any]:
         "problems": check.problems,
         "measured": check.measured,
         "tensors": check.tensors,
+        "stated": check.stated,
         "skipped": check.skipped,
     }
 
@@ -332,7 +340,7 @@ def _record(check: "Check") -> dict[str, Any]:
 def _show(check: "Check") -> None:
     figures = ", ".join(f"{name} {_figure(value)}" for name, value in check.measured.items())
     say("verify", f"{check.status:<12}{check.title}{f' ({figures})' if figures else ''}")
-    _list([*check.problems, *([check.skipped] if check.skipped else [])])
+    _list([*at_most(check.problems), *([check.skipped] if check.skipped else [])])
 
 
 def _figure(value: float | str | None) -> str:

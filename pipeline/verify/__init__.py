@@ -8,6 +8,7 @@ merges the adapters.
 Each layout maps the tensors of the plain layout to its stored tensors. So all layouts go through the same checks.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.checkpoints.reading import Checkpoint
@@ -29,7 +30,13 @@ __all__ = [
 ]
 
 
-def check_against_base(directory: Path, target: str, base: Path, copied: list[str] | None = None) -> list[Check]:
+def check_against_base(
+    directory: Path,
+    target: str,
+    base: Path,
+    copied: list[str] | None = None,
+    own: Mapping[str, Path | None] | None = None,
+) -> list[Check]:
     """Check an export against its base model. Weights are read only if the names and shapes of the tensors are right.
 
     Args:
@@ -38,9 +45,10 @@ def check_against_base(directory: Path, target: str, base: Path, copied: list[st
         base: directory of the base model.
         copied: names of the stored tensors that the export lists as copied from the base model. None if the export has
             no list.
+        own: see `check_files`.
     """
     layout, reference = EXPORTERS[target], Checkpoint(base)
-    tensors, files = check_tensors(directory, layout, reference), check_files(directory, layout, reference)
+    tensors, files = check_tensors(directory, layout, reference), check_files(directory, target, reference, own)
     if tensors.status != "ok":
         return [tensors, files, Check("weights", skipped="names, shapes or types of tensors are wrong")]
     export = view_export(directory, target, base)

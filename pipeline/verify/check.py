@@ -13,6 +13,7 @@ class Check:
         problems: descriptions of errors; empty if the check passed.
         measured: measured figures, also of a failed check.
         tensors: tensor name -> figures of the tensor. Only the report shows them.
+        stated: key of a description -> the expected and the found value. Only the report shows them.
         skipped: reason why the check did not run, or None.
         unseen: what the check does not cover, or None.
     """
@@ -21,6 +22,7 @@ class Check:
     problems: list[str] = field(default_factory=list)
     measured: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    stated: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped: str | None = None
     unseen: str | None = None
 

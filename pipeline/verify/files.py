@@ -4,28 +4,42 @@ The checks against the base model read only the headers of weight files. Others 
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import safe_open
 
 from pipeline.checkpoints.config_json import CONFIG
 from pipeline.checkpoints.reading import Checkpoint, TensorFiles, layout_problems
+from pipeline.checkpoints.recognition import is_stale_index
 from pipeline.checkpoints.shards import INDEX
-from pipeline.checkpoints.side_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, side_files
-from pipeline.errors import UserError, at_most
+from pipeline.checkpoints.side_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CHAT_TEMPLATES,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
+    side_files,
+)
+from pipeline.errors import UserError
+from pipeline.export import EXPORTERS
 from pipeline.export.exporter import Exporter
 from pipeline.export.layout import stored_tensors
 from pipeline.runs.artifacts import ARTIFACT_FILE, BOOKKEEPING, Artifact, Contents, load
 from pipeline.runs.damage import find_damage, with_bases
 from pipeline.verify.check import Check
+from pipeline.verify.configuration import RELEASED_TARGETS, Statement, compare, serving_problems, statements
 
-_WITHOUT_MEANING = ("transformers_version", "_name_or_path", "producer")
+_ONE_FILE = "files: metadata, tokenizer and chat template equal the base model's"
+_SEVERAL_FILES = (
+    "files: config.json says what the layout must say; tokenizer, chat template and generation config equal the base"
+    " model's, or the exported model's own; sound shards"
+)
 _DOCUMENTS = (".md",)  # a model card may be changed
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf")
 _ADAPTERS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-_ABSENT = object()
-_LONGEST = 80  # characters of a value in a message; longer values are truncated
+_AWAY = "Move it to another directory"
 
 
 def check_tensors(directory: Path, target: Exporter, base: Checkpoint) -> Check:
@@ -38,27 +52,48 @@ def check_tensors(directory: Path, target: Exporter, base: Checkpoint) -> Check:
         return check
     expected, optional = stored_tensors(target.layout(base.shape)), target.optional(base.shape)
     expected |= optional if optional.keys() & tensors.keys() else {}
-    check.problems = [f"{directory}: {problem}" for problem in at_most(layout_problems(tensors, expected))]
+    check.problems = [f"{directory}: {problem}" for problem in layout_problems(tensors, expected)]
     check.measured = {"tensors": len(tensors)}
     return check
 
 
-def check_files(directory: Path, target: Exporter, base: Checkpoint) -> Check:
-    """Compare configuration and side files with the base model's, check the shards, and find foreign files."""
-    if target.is_one_file:
-        check = Check("files: metadata, tokenizer and chat template equal the base model's")
-        looks: tuple[_Look, ...] = (_config_problems, _foreign_problems)
-    else:
-        check = Check(
-            "files: config.json, tokenizer, chat template and generation config equal the base model's; sound shards"
-        )
-        looks = (_config_problems, _side_file_problems, _stray_problems, _shard_problems)
-        check.measured = {"files": len(side_files(base.directory))}
-    check.problems = [problem for look in looks for problem in look(directory, target, base)]
+def check_files(directory: Path, target: str, base: Checkpoint, own: Mapping[str, Path | None] | None = None) -> Check:
+    """Check the configuration, side files and shards of an export, and find foreign files.
+
+    Args:
+        directory: directory of the export.
+        target: layout of the export, a row of EXPORTERS.
+        base: the base model.
+        own: side files that the exported model has in place of the base model's: name -> file, or None if the file is
+            gone. Such a file must be in the export.
+    """
+    exporter, own = EXPORTERS[target], own or {}
+    check = Check(_ONE_FILE if exporter.is_one_file else _SEVERAL_FILES)
+    check.problems += _configuration_problems(check, directory, target, base)
+    if exporter.is_one_file:
+        check.problems += _foreign_problems(directory)
+        return check
+    check.measured = {"files": len({*side_files(base.directory), *own}), "keys": len(check.stated)}
+    check.problems += [*_side_file_problems(directory, exporter, base, own), *_stray_problems(directory)]
+    if target in RELEASED_TARGETS:
+        check.problems += serving_problems(directory)
+    check.problems += _shard_problems(directory, exporter, base)
+    gone = [name for name, file in own.items() if file is None]
+    check.unseen = f"the contents of {', '.join(gone)}: the exported model no longer has them" if gone else None
     return check
 
 
-_Look = Callable[[Path, Exporter, Checkpoint], Iterator[str]]
+def _configuration_problems(check: Check, directory: Path, target: str, base: Checkpoint) -> list[str]:
+    """Compare the description of an export with what it must say. `check` gets each key with both values."""
+    where = directory if EXPORTERS[target].is_one_file else directory / CONFIG
+    try:
+        found = list(_state(directory, target, base))
+    except UserError as error:
+        return error.problems
+    except KeyError:  # check_tensors reports a missing tensor
+        return []
+    check.stated = {each.name: each.record() for each in found}
+    return [f"{where}: {each.problem}" for each in found if each.problem is not None]
 
 
 def check_unchanged(export: Artifact, found: Contents) -> Check:
@@ -98,59 +133,52 @@ def check_trained_files(directory: Path) -> Check:
     return check
 
 
-def _config_problems(directory: Path, target: Exporter, base: Checkpoint) -> Iterator[str]:
-    try:
-        have, names = target.read_description(directory), target.open(directory).tensors
-    except UserError as error:
-        yield from error.problems
-        return
-    for difference in _config_differences(have, target.describe(base, names)):
-        yield f"{directory if target.is_one_file else directory / CONFIG}: {difference}"
+def _state(directory: Path, target: str, base: Checkpoint) -> Iterator[Statement]:
+    """Compare the description of an export with what it must say, key by key."""
+    exporter = EXPORTERS[target]
+    have, tensors = exporter.read_description(directory), exporter.open(directory).tensors
+    if target in RELEASED_TARGETS:
+        yield from statements(directory, target, have, tensors, base.directory)
+    else:
+        yield from compare(have, exporter.describe(base, tensors))
 
 
-def _config_differences(have: Mapping[str, object], want: Mapping[str, object], prefix: str = "") -> Iterator[str]:
-    """Describe each difference between `have` and `want`, with its dotted key."""
-    for key in sorted({*have, *want} - set(_WITHOUT_MEANING)):
-        old, new = want.get(key, _ABSENT), have.get(key, _ABSENT)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _config_differences(new, old, f"{prefix}{key}.")
-        elif old is _ABSENT:
-            yield f"{prefix}{key} is {_shorten(new)}, but must be absent"
-        elif new is _ABSENT:
-            yield f"{prefix}{key} is missing, but must be {_shorten(old)}"
-        elif old != new:
-            yield f"{prefix}{key} is {_shorten(new)}, but must be {_shorten(old)}"
-
-
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
-
-
-def _side_file_problems(directory: Path, target: Exporter, base: Checkpoint) -> Iterator[str]:
-    expected, present = set(side_files(base.directory)), set(side_files(directory)) - set(target.records)
-    for name in sorted(name for name in expected | present if not name.endswith(_DOCUMENTS)):
-        path = directory / name
+def _side_file_problems(
+    directory: Path, target: Exporter, base: Checkpoint, own: Mapping[str, Path | None]
+) -> Iterator[str]:
+    expected: dict[str, Path | None] = {name: base.directory / name for name in side_files(base.directory)}
+    expected |= own
+    present = set(side_files(directory)) - set(target.records)
+    for name in sorted(name for name in {*expected, *present} if not name.endswith(_DOCUMENTS)):
+        path, file, whose = directory / name, expected.get(name), "exported" if name in own else "base"
         if name not in present:
-            yield f"{path}: missing. Copy it from the base model"
+            if not _is_replaced(name, own):
+                yield f"{path}: missing. Copy it from the {whose} model"
         elif name not in expected:
-            yield f"{path}: the base model has no such file. Remove it"
-        elif path.read_bytes() != (base.directory / name).read_bytes():
-            yield f"{path}: differs from the base model's"
+            yield f"{path}: the base model has no such file. {_AWAY}"
+        elif file is not None and path.read_bytes() != file.read_bytes():
+            yield f"{path}: differs from the {whose} model's"
 
 
-def _stray_problems(directory: Path, _: Exporter, __: Checkpoint) -> Iterator[str]:
+def _is_replaced(name: str, own: Mapping[str, Path | None]) -> bool:
+    """Return whether the exported model's own files take the place of a file that the base model has."""
+    if name in CHAT_TEMPLATES:
+        return name not in own and not {*CHAT_TEMPLATES, TOKENIZER_CONFIG}.isdisjoint(own)
+    return name in TOKENIZER_FILES and name not in own and TOKENIZER in own
+
+
+def _stray_problems(directory: Path) -> Iterator[str]:
     for name in sorted(path.name for path in directory.iterdir()):
         if name in _ADAPTERS:
-            yield f"{directory / name}: a leftover adapter, which transformers would add to the weights. Remove it"
+            yield f"{directory / name}: a leftover adapter, which transformers would add to the weights. {_AWAY}"
         elif name.endswith(_OTHER_WEIGHTS):
-            yield f"{directory / name}: weights of another layout. Remove it"
+            yield f"{directory / name}: weights of another layout. {_AWAY}"
 
 
-def _foreign_problems(directory: Path, *_: object) -> Iterator[str]:
+def _foreign_problems(directory: Path) -> Iterator[str]:
     for name in sorted(path.name for path in directory.iterdir() if not (path / ARTIFACT_FILE).is_file()):
         if not name.endswith((".gguf", *_DOCUMENTS)) and name not in BOOKKEEPING:
-            yield f"{directory / name}: does not belong to the layout, which is a single file. Remove it"
+            yield f"{directory / name}: does not belong to the layout, which is a single file. {_AWAY}"
 
 
 def _shard_problems(directory: Path, target: Exporter, base: Checkpoint) -> Iterator[str]:
@@ -164,7 +192,9 @@ def _shard_problems(directory: Path, target: Exporter, base: Checkpoint) -> Iter
             with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("format") != "pt":
                     yield f'{path}: its metadata must have {{"format": "pt"}}, or some readers refuse it'
-    if (directory / INDEX).is_file():
+    if is_stale_index(directory):
+        yield f"{directory / INDEX}: lists files that are missing. {_AWAY}"
+    elif (directory / INDEX).is_file():
         yield from _index_problems(files, target, base)
 
 

@@ -57,7 +57,7 @@ class Run:
         target, base = EXPORTERS[self.target], Checkpoint(self.base)
         found = [
             *verify.check_tensors(export, target, base).problems,
-            *verify.check_files(export, target, base).problems,
+            *verify.check_files(export, self.target, base).problems,
         ]
         if found:
             return found
