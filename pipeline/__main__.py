@@ -81,6 +81,7 @@ def main() -> NoReturn:
     # If this variable is set, Hydra raises its errors. Otherwise it prints a traceback and exits with 1.
     # `setdefault` is not used here, because it would keep a value from the shell.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    console.let_streams_print()
     allocator.let_segments_grow()
     stopping.heed_signals()
     sys.exit(status(sys.argv[1:]))

@@ -197,9 +197,9 @@ def _describe_adapters(directory: Path) -> str:
         merged = stage_command(Stage.export, f"export.source={directory}", "export.target=bf16")
         return f"{kind} Merge them into their base model, and give the export: {merged}"
     base = read_config(directory, ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        return f"{kind} Give their base model, or merge the adapters into it and give the result."
-    return f"{kind} Give their base model (model.path={base}), or merge the adapters into it and give the result."
+    given = base if isinstance(base, str) and base else "<base model>"
+    merged = stage_command(Stage.export, f"model.path={given}", f"export.source={directory}")
+    return f"{kind} Give their base model (model.path={given}). This command merges and exports them: {merged}"
 
 
 def _is_model(directory: Path) -> bool:

@@ -12,12 +12,14 @@ from torch import Tensor
 from pipeline.checkpoints.gpt_oss import plain_tensors
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import SHARD_BYTES
+from pipeline.checkpoints.side_files import choose_side_files, describe_differences
 from pipeline.config import Device
 from pipeline.config.targets import TARGETS
 from pipeline.errors import MOST_PROBLEMS, UserError, did_you_mean, user_errors
 from pipeline.export import EXPORTERS, recognize
 from pipeline.export.job import Job
 from pipeline.models import loading, references
+from pipeline.models.foreign_adapters import holds_adapters
 from pipeline.models.references import ModelRef
 from pipeline.models.source import Source, sampled_fingerprint
 from pipeline.models.weights import Weights
@@ -74,7 +76,7 @@ def export_checkpoint(
 
     Args:
         model: the model to export. It is the directory of a stage (`<run_dir>/qat`, also with adapters), or any gpt-oss
-            checkpoint in the Hugging Face layout.
+            checkpoint in the Hugging Face layout, or adapters that PEFT saved. These are merged on `base`.
         base: the base checkpoint. The export has its tokenizer and configuration. Weights that equal the base model's
             keep their stored bytes.
         out: directory to make. It must be missing or empty.
@@ -95,13 +97,15 @@ def export_checkpoint(
     other_libraries.silence()
     directory = Path(out).expanduser().absolute()
     _raise_if_wrong(target, format, scale_rule, device, directory)
-    ref = references.in_directory(_existing(model, "model"))
     source = _existing(base, "base")
     Checkpoint(source).close()
+    opened = Source(source, sampled_fingerprint(source))
+    given = _existing(model, "model")
+    ref = references.on_base(given, opened) if holds_adapters(given) else references.in_directory(given)
     block_format = _block_format(ref, target, format, scale_rule)
     job = Job(
         Weights(ref),
-        Source(source, sampled_fingerprint(source)),
+        opened,
         block_format,
         shard_bytes,
         loading.device_of(Device[device]),
@@ -128,7 +132,7 @@ def _appearing(directory: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def verify_checkpoint(checkpoint: Directory, reference: Directory) -> list[Check]:
+def verify_checkpoint(checkpoint: Directory, reference: Directory, model: Directory | None = None) -> list[Check]:
     """Check an exported checkpoint against its base model: its files, tensors, and gross errors of its weights.
 
     The layout is recognized from the files. Single wrong values are found only by comparing with the trained model. For
@@ -137,6 +141,7 @@ def verify_checkpoint(checkpoint: Directory, reference: Directory) -> list[Check
     Args:
         checkpoint: directory of the export, in any layout of `export_checkpoint`.
         reference: directory of the base checkpoint.
+        model: directory of the exported model, if it has a tokenizer, chat template or generation config of its own.
 
     Returns:
         One result for each check. The export is wrong if a `status` is "FAILED". Then `problems` describes the errors.
@@ -146,7 +151,11 @@ def verify_checkpoint(checkpoint: Directory, reference: Directory) -> list[Check
     """
     other_libraries.silence()
     directory, base = _existing(checkpoint, "checkpoint"), _existing(reference, "reference")
-    return check_against_base(directory, recognize(directory), base)
+    own: dict[str, Path | None] = {}
+    if model is not None:
+        chosen = choose_side_files(base, _existing(model, "model"))
+        own = {name: chosen[name] for name in describe_differences(base, chosen) if name in chosen}
+    return check_against_base(directory, recognize(directory), base, own=own)
 
 
 def _existing(path: Directory, name: str) -> Path:

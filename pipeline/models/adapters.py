@@ -1,6 +1,6 @@
-"""Attach LoRA adapters to attention layers and expert stacks, and merge adapters into the weights.
+"""Attach LoRA adapters to attention layers and expert stacks, and load saved adapters.
 
-This is the only module that imports peft.
+Only this module and `merging` import peft. This module holds its patches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,13 +28,13 @@ from pipeline.models.packed_experts import PackedExperts, is_packed
 from pipeline.numerics import low_rank
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 _ADAPTER = "default"
 _QUANTIZER = "_weight_quantizer"
 
 
-def _factors_of(wrapper: ParamWrapper, adapter_name: str = _ADAPTER) -> Factors:
+def factors_of(wrapper: ParamWrapper, adapter_name: str = _ADAPTER) -> Factors:
     """Return the factors of an expert stack's adapter as views of PEFT's matrices.
 
     PEFT 0.21 keeps the factors of all experts in two matrices. The shape of A is (experts * rank, in). The shape of B
@@ -56,7 +56,7 @@ def _compute_delta(wrapper: ParamWrapper, adapter_name: str, *_: object, **__: o
     of experts. Under autocast, that method computes in BF16. An export merges a few experts at a time, on a CPU. With
     PEFT's method, the exported weights would therefore differ from the weights in training.
     """
-    factors = _factors_of(wrapper, adapter_name)
+    factors = factors_of(wrapper, adapter_name)
     return low_rank.delta(wrapper.get_param(), factors.a, factors.b, factors.scaling)
 
 
@@ -74,7 +74,7 @@ class _FactoredWrapper(ParamWrapper):
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         (adapter,) = self.active_adapters
-        factors = {**kwargs.pop("factors", {}), self.parameter_name: _factors_of(self, adapter)}
+        factors = {**kwargs.pop("factors", {}), self.parameter_name: factors_of(self, adapter)}
         return self.base_layer(x, *args, factors=factors, **kwargs)
 
 
@@ -245,75 +245,7 @@ def _whole_factors(wrapper: ParamWrapper) -> Iterator[Factors]:
             whole = stack.enter_context(sharding.gather(_weight(factor)))
             stack.callback(setattr, factor, "weight", _weight(factor))
             factor.weight = torch.nn.Parameter(whole.data, requires_grad=False)
-        yield _factors_of(wrapper)
-
-
-class Merger:
-    """Merges saved adapters tensor by tensor, so that the whole base model is never in memory.
-
-    Experts are merged with `low_rank.merge`. In training, the quantizer of an adapted expert stack gets the same sum:
-    ModelOpt 0.47 adds the wrapper's delta to the base, and then quantizes. SFT has no such sum for experts, because
-    it multiplies by the factors of their adapters. Attention is merged with PEFT's own `merge`, one layer at a time, in
-    a model without weights.
-    """
-
-    def __init__(self, directory: Path, model_config: "PretrainedConfig", dtype: torch.dtype) -> None:
-        """Read the adapters.
-
-        Args:
-            directory: directory of the adapters.
-            model_config: configuration of the base model.
-            dtype: type of the base weights in training.
-        """
-        from transformers import AutoModelForCausalLM
-
-        self._dtype = dtype
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
-        config = PeftLoraConfig.from_pretrained(str(directory))
-        adapted = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
-        weights = load_file(directory / ADAPTER_WEIGHTS)
-        self._layers: dict[str, LoraLayer] = {}
-        for name, module in adapted.named_modules():
-            if isinstance(module, ParamWrapper):
-                self._layers[f"{parameter_name(name)}.{module.parameter_name}"] = module
-            elif isinstance(module, Linear):
-                self._layers[f"{parameter_name(name)}.weight"] = module
-            else:
-                continue
-            for factor in (module.lora_A, module.lora_B):
-                side = "lora_A" if factor is module.lora_A else "lora_B"
-                factor[_ADAPTER].weight = torch.nn.Parameter(weights.pop(f"{name}.{side}.weight"))
-        if weights:
-            raise UserError(
-                f"{directory / ADAPTER_WEIGHTS}: tensors belong to no adapter: {', '.join(sorted(weights)[:3])}."
-            )
-
-    def __contains__(self, name: str) -> bool:
-        """Return whether this parameter of the plain model has an adapter."""
-        return name in self._layers
-
-    @torch.no_grad()
-    def merge(self, name: str, base: Tensor, first: int = 0) -> Tensor:
-        """Return base + delta, in the type that training used.
-
-        Args:
-            name: name of the parameter in the plain model.
-            base: base weights of the parameter. For an expert stack, this may be a part of the stack:
-                consecutive experts (E, in, out).
-            first: index of the first expert in `base`.
-        """
-        layer = self._layers[name]
-        if isinstance(layer, ParamWrapper):
-            return _factors_of(layer).merge(base.to(self._dtype), slice(first, first + len(base)))
-        owner, attribute = layer.get_base_layer(), name.rpartition(".")[2]
-        hollow = getattr(owner, attribute)
-        setattr(owner, attribute, torch.nn.Parameter(base.to(self._dtype, copy=True), requires_grad=False))
-        layer.merge(adapter_names=[_ADAPTER])
-        result = getattr(owner, attribute).data
-        setattr(owner, attribute, hollow)
-        layer.merged_adapters.clear()
-        return result
+        yield factors_of(wrapper)
 
 
 class SavedAdapters:

@@ -9,17 +9,20 @@ from pathlib import Path
 
 import torch
 
-from pipeline.checkpoints.config_json import is_quantized, read_config
+from pipeline.checkpoints.config_json import CONFIG, is_quantized, read_config
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.recognition import describe_missing
 from pipeline.checkpoints.released import raise_if_unfit
 from pipeline.config import FormatConfig, Stage
 from pipeline.config.controls import is_control
 from pipeline.errors import UserError
-from pipeline.models.source import sampled_fingerprint
+from pipeline.models import foreign_adapters
+from pipeline.models.foreign_adapters import describe_other_base, read_adapter_config
+from pipeline.models.source import Source, locate, sampled_fingerprint
 from pipeline.numerics.formats import FORMATS, BlockFormat
 from pipeline.runs import controls, exports, passing_over
 from pipeline.runs.artifacts import ARTIFACT_FILE, Artifact, Kind, load
+from pipeline.runs.console import warn
 from pipeline.runs.records import ModelRecord
 from pipeline.runs.run import Run
 from pipeline.runs.up_to_date import say_if_needed
@@ -117,6 +120,11 @@ def find(run: Run, source: str | None, among: tuple[Stage, ...], key: str) -> Mo
     directory = run.directory / source if is_control(source) else Path(source).expanduser().absolute()
     if not directory.is_dir():
         raise UserError(f"{key}={source}: no control of {run.directory} has this model.")
+    if foreign_adapters.holds_adapters(directory):
+        base = locate(run, run.config.model)
+        if (warning := describe_other_base(read_adapter_config(directory), base, run.config.model.path)) is not None:
+            warn(run.stage.name, f"{key}={source}: {warning}.")
+        return replace(on_base(directory, base), name=source)
     ref = in_directory(directory, controls.remedy(directory.parent) if is_control(source) else None)
     if ref.name == exports.NAME and (name := exports.name_of(run, directory)) is not None:
         return replace(ref, name=name)
@@ -139,6 +147,17 @@ def in_directory(directory: Path, remedy: str | None = None) -> ModelRef:
     Checkpoint(directory).close()
     raise_if_unfit(directory)
     return ModelRef(str(directory), directory, directory, fingerprint=sampled_fingerprint(directory))
+
+
+def on_base(directory: Path, base: Source) -> ModelRef:
+    """Describe adapters that another program saved with PEFT. They are merged on `base`, in bfloat16.
+
+    Raises:
+        UserError: this program cannot merge the adapters exactly.
+    """
+    read_adapter_config(directory)
+    mark = foreign_adapters.fingerprint(directory, base.fingerprint)
+    return ModelRef(str(directory), directory, base.directory, adapter=True, fingerprint=mark)
 
 
 def source_problem(run: Run, source: str, among: tuple[Stage, ...], key: str) -> str | None:
@@ -196,6 +215,11 @@ def _loadable_export(run: Run) -> str | None:
     return there[0] if there and run.asked_part is None else None
 
 
+def _is_source_of(directory: Path, upcast: Artifact) -> bool:
+    """Return whether a directory has the contents that an upcast was made from. Its path may be spelled otherwise."""
+    return (directory / CONFIG).is_file() and sampled_fingerprint(directory) == upcast.parents["source"]
+
+
 def require_upcast(run: Run, model_path: str) -> Artifact:
     """Return the artifact of this run's upcast.
 
@@ -203,7 +227,7 @@ def require_upcast(run: Run, model_path: str) -> Artifact:
         UserError: the upcast is missing or unfinished, or was made from another model.
     """
     upcast = run.require(Stage.upcast)
-    if upcast.settings["model.path"] != model_path:
+    if upcast.settings["model.path"] != model_path and not _is_source_of(Path(model_path).expanduser(), upcast):
         raise UserError(
             f"model.path={model_path}, but {upcast.directory} was made from {upcast.settings['model.path']}."
             " Set another run_dir, or give the model.path that this run began with."

@@ -8,6 +8,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,8 @@ from pipeline.runs.records import ModelRecord
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_CARD = "README.md"
+
 
 def save(
     model: "PreTrainedModel", ref: ModelRef, directory: Path, *, train: TrainConfig, shared: Sharding
@@ -61,7 +64,7 @@ def save(
     if is_main_process():
         copy_side_files(ref.base, directory)
     if is_adapted(model):
-        save_adapters(model, directory)
+        save_adapters(model, directory, ref.base)
         base = os.path.relpath(ref.base, directory.parent)
         return Kind.adapter, ModelRecord(dtype=dtype_name(dtype), base=base), {}
     if is_packed(model):
@@ -75,23 +78,40 @@ def save(
     return Kind.checkpoint, ModelRecord(dtype=dtype_name(dtype)), digests
 
 
-def save_adapters(model: "PreTrainedModel", directory: Path) -> None:
-    """Gather all adapters on every process, which is cheap because adapters are small. The main process writes them."""
+def save_adapters(model: "PreTrainedModel", directory: Path, base: Path) -> None:
+    """Gather all adapters on every process, which is cheap because adapters are small. The main process writes them.
+
+    The saved files name the base by its path from `directory`. PEFT would write its absolute path into them, so equal
+    adapters would have other bytes in another place. PEFT would also write a model card in place of the base's.
+    """
     state = {}
     for name, parameter in model.named_parameters():
         if is_factor(name):
             with sharding.gather(parameter) as whole:
                 state[name] = whole.detach().cpu().clone()
     if is_main_process():
-        model.save_pretrained(str(directory), state_dict=state)
-        _sort_sets(directory / ADAPTER_CONFIG, model)
+        with _kept(directory / _CARD):
+            model.save_pretrained(str(directory), state_dict=state)
+        _write_adapter_config(directory / ADAPTER_CONFIG, model, os.path.relpath(base, directory))
 
 
-def _sort_sets(path: Path, adapted: Any) -> None:
-    """Sort the lists that PEFT made from sets. Otherwise, their order depends on Python's hash seed."""
+def _write_adapter_config(path: Path, adapted: Any, base: str) -> None:
+    """Name the base, and sort the lists that PEFT made from sets: their order depends on Python's hash seed."""
     (config,) = adapted.peft_config.values()
+    sets = {name: sorted(value) for name, value in vars(config).items() if isinstance(value, set)}
     stored = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, stored | {name: sorted(value) for name, value in vars(config).items() if isinstance(value, set)})
+    write_json(path, {**stored, **sets, "base_model_name_or_path": base})
+
+
+@contextmanager
+def _kept(path: Path) -> Iterator[None]:
+    """Restore a file after the block, or remove it if it did not exist."""
+    before = path.read_bytes() if path.is_file() else None
+    yield
+    if before is not None:
+        path.write_bytes(before)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _save_packed(model: "PreTrainedModel", ref: ModelRef, directory: Path) -> dict[str, str]:

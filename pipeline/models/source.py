@@ -134,10 +134,15 @@ def sampled_fingerprint(directory: Path) -> str:
     """
     digest = xxhash.xxh3_128((directory / "config.json").read_bytes())
     for path in sorted(directory.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            for i in range(_SAMPLES):
-                file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
+        update_with_samples(digest, path)
     return digest.hexdigest()
+
+
+def update_with_samples(digest: xxhash.xxh3_128, path: Path) -> None:
+    """Update a hash with the name, the size and evenly spaced parts of a weight file."""
+    size = path.stat().st_size
+    digest.update(f"{path.name}:{size}".encode())
+    with path.open("rb") as file:
+        for i in range(_SAMPLES):
+            file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))

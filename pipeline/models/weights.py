@@ -15,7 +15,7 @@ from pipeline.models.references import ModelRef
 from pipeline.numerics.codec import fake_quantize
 
 if TYPE_CHECKING:
-    from pipeline.models.adapters import Merger
+    from pipeline.models.merging import Merger
 
 
 class Weights:
@@ -99,6 +99,6 @@ class Weights:
 def _load_merger(ref: ModelRef) -> "Merger":
     from transformers import AutoConfig
 
-    from pipeline.models.adapters import Merger
+    from pipeline.models.merging import Merger
 
     return Merger(ref.directory, AutoConfig.from_pretrained(ref.base), ref.dtype)

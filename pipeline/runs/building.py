@@ -49,7 +49,7 @@ from pipeline.runs.json_files import seal, write_json
 from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.processes import all_cores, is_main_process, wait_for_everyone
 from pipeline.runs.run import BEING_EMPTIED, Run, write_unfinished
-from pipeline.runs.settings import Settings, plain, without_data_paths
+from pipeline.runs.settings import Settings, plain, without_data_paths, without_model_paths
 from pipeline.runs.tracking import log_inputs, log_output, track
 
 
@@ -355,9 +355,14 @@ def _own_settings_hint(run: Run) -> str:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Describe the differences of two sets of inputs. Equal contents of a data set are equal, whatever its path."""
+    """Describe the differences of two sets of inputs. Data and models are equal if their contents are."""
     has_same_data = before["data"] is not None and before["data"] == now["data"]
-    strip = without_data_paths if has_same_data else dict
+    same = {name for name, fingerprint in before["parents"].items() if now["parents"].get(name) == fingerprint}
+
+    def strip(settings: Settings) -> Settings:
+        known = without_model_paths(settings, same)
+        return without_data_paths(known) if has_same_data else known
+
     found = [
         f"{key}: was {old!r}, is {new!r}"
         for one, other in ((strip(before["settings"]), strip(now["settings"])), (before["parents"], now["parents"]))

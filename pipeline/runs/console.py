@@ -1,5 +1,7 @@
 """Lines, warnings and progress bars on the terminal. Only the main process prints."""
 
+import codecs
+import io
 import os
 import sys
 from collections.abc import Iterable
@@ -9,6 +11,30 @@ from pipeline.runs.processes import is_main_process
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+
+_PLAIN = str.maketrans({"…": "...", "→": "->", "–": "-", "—": "-", "×": "x", "·": "-", "≥": ">="})
+_ERRORS = "plain_text"
+
+
+def let_streams_print() -> None:
+    """Let stdout and stderr print every text, whatever their encoding is.
+
+    A character that the encoding lacks is replaced by a similar one, or by its escape, as in \\xe9. The name of a file
+    may have bytes that are no text at all. Without this, such a character would end the command with a traceback.
+    """
+    codecs.register_error(_ERRORS, _spell)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_ERRORS)
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    """Return the replacement of the characters that an encoding lacks, and the position after them."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end].translate(_PLAIN)
+    return lacking.encode("ascii", "backslashreplace").decode("ascii"), error.end
 
 
 def say(stage: str, message: str) -> None:

@@ -31,6 +31,7 @@ SOURCE_DIR, DATA_DIR, PREDICTIONS_DIR = "source", "data", "predictions"
 
 The predictions are safe to delete.
 """
+_MODEL_PATH = "model.path"
 START = "start"
 """Name of the parent that is the model in `sft.start`."""
 
@@ -204,7 +205,7 @@ class Run:
         artifact = load(directory, check_files=False)
         parents = [parent for parent in artifact.parents if parent in Stage.__members__]
         has_same_parents = all(self.stage_dir(parent) == directory.with_name(parent) for parent in parents)
-        is_same = artifact.settings == self.settings(artifact.settings)
+        is_same = _are_same(artifact.settings, self.settings(artifact.settings))
         return has_same_parents and is_same and artifact.parents.get(START) == self._start_of(name)
 
     def _start_of(self, stage: str) -> str | None:
@@ -213,6 +214,15 @@ class Run:
         if start is None or stage != Stage.sft.name:
             return None
         return load(_absolute(start), check_files=False).fingerprint
+
+
+def _are_same(one: Settings, other: Settings) -> bool:
+    """Whether settings are equal. Two spellings of the path of one model are equal."""
+    different = {key for key in {*one, *other} if one.get(key) != other.get(key)}
+    if different != {_MODEL_PATH}:
+        return not different
+    places = [_absolute(settings[_MODEL_PATH]) for settings in (one, other)]
+    return all(place.is_dir() for place in places) and places[0].samefile(places[1])
 
 
 def _read_unfinished(directory: Path) -> dict[str, Any] | None:

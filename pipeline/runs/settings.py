@@ -1,6 +1,6 @@
 """Settings as artifacts record them: a flat dictionary from dotted key to plain value."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import is_dataclass
 from enum import Enum
 from typing import Any
@@ -11,6 +11,8 @@ Settings = dict[str, Any]
 """Dotted key -> plain value. The section of `PipelineConfig` declares the type of the value."""
 
 _DATA_PATHS = ("data.path", "data.revision", "data.validation.path", "data.validation.revision", "data.streaming")
+_PARENT_OF_PATH = {"model.path": "source", "model.revision": "source", "export.source": "model"}
+"""Setting that names a model -> the parent that holds the fingerprint of its contents."""
 _BLEND = "data.blend"
 
 
@@ -31,6 +33,11 @@ def without_data_paths(settings: Settings) -> Settings:
             {name: value for name, value in part.items() if name not in ("path", "revision")} for part in kept[_BLEND]
         ]
     return kept
+
+
+def without_model_paths(settings: Settings, same: Collection[str]) -> Settings:
+    """Return the settings without the places of models whose contents are known. `same` names the equal parents."""
+    return {key: value for key, value in settings.items() if _PARENT_OF_PATH.get(key) not in same}
 
 
 def plain(value: object) -> Any:

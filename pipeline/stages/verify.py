@@ -312,7 +312,11 @@ def _trained(here: Run, export: Artifact) -> tuple[ModelRef | None, str]:
     """Return the model that the export was made from. If it is unknown, return None and the reason."""
     directory, record = export.directory, export.read(ExportRecord)
     origins = (export.run_directory / record.exported_from, Path(record.exported_directory))
-    there = [references.find(here, str(origin), (), "exported_directory") for origin in origins if origin.is_dir()]
+    there = [
+        references.find(here, str(origin), (), "exported_directory")
+        for origin in dict.fromkeys(origins)
+        if origin.is_dir()
+    ]
     for ref in there:
         if ref.fingerprint == export.parents["model"]:
             return ref, ""

@@ -1,7 +1,7 @@
 """Checks the configuration of an export: config.json, generation_config.json, tokenizer and chat template.
 
-What they must say is stated apart from the code that writes exports. Sizes come from the tensors of the export, ids
-from its tokenizer, and constants from `checkpoints.released`. All other keys must equal the base model's.
+What they must say is stated apart from the code that writes exports: the number format here, constants in
+`checkpoints.released`, ids in the tokenizer. All other keys, such as sizes, must equal the base model's.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoints.config_json import CONFIG, read_config
-from pipeline.checkpoints.gpt_oss import TensorInfo
+from pipeline.checkpoints.gpt_oss import Shape, TensorInfo
 from pipeline.checkpoints.released import (
     ARCHITECTURES,
     CONSTANTS,
@@ -78,11 +78,14 @@ def expected_config(
         base: config.json of the base model, as it is on disk.
         tokens: special tokens of the export's tokenizer, text -> id.
     """
-    sizes = _sizes(tensors)
     scaling, theta = rope_of(base)
     expected = {key: value for key, value in base.items() if key not in (*_DIALECT, *_WITHOUT_MEANING)}
-    expected |= {**CONSTANTS, **sizes, "architectures": ARCHITECTURES}
-    expected |= {"layer_types": layer_types(sizes["num_hidden_layers"]), "rope_scaling": scaling, "rope_theta": theta}
+    expected |= {**CONSTANTS, "architectures": ARCHITECTURES}
+    expected |= {
+        "layer_types": layer_types(Shape.of(base, CONFIG).num_hidden_layers),
+        "rope_scaling": scaling,
+        "rope_theta": theta,
+    }
     expected |= {
         "experts_per_token": base.get("num_experts_per_tok"),
         "initial_context_length": base.get("initial_context_length", scaling.get("original_max_position_embeddings")),
@@ -90,25 +93,6 @@ def expected_config(
     if RETURN in tokens and not isinstance(base.get("eos_token_id"), list):
         expected["eos_token_id"] = tokens[RETURN]
     return expected | _number_format(target, tensors)
-
-
-def _sizes(tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
-    """Compute the sizes in config.json from the shapes of tensors, all of which other readers find by these names."""
-    vocabulary, hidden = tensors["model.embed_tokens.weight"].shape
-    layer = "model.layers.0."
-    (heads,) = tensors[f"{layer}self_attn.sinks"].shape
-    head_dim = tensors[f"{layer}self_attn.q_proj.weight"].shape[0] // heads
-    experts, twice = tensors[f"{layer}mlp.experts.gate_up_proj_bias"].shape
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "num_hidden_layers": sum(name.endswith(".self_attn.sinks") for name in tensors),
-        "num_attention_heads": heads,
-        "head_dim": head_dim,
-        "num_key_value_heads": tensors[f"{layer}self_attn.k_proj.weight"].shape[0] // head_dim,
-        "num_local_experts": experts,
-        "intermediate_size": twice // 2,
-    }
 
 
 def _number_format(target: str, tensors: Mapping[str, TensorInfo]) -> dict[str, object]:

@@ -19,7 +19,7 @@ def save(directory: Path) -> None:
     adapted = adapters.attach(model, QatConfig(method=Method.lora, lora=LoraConfig(rank=2)), "qat")
     fake_quantizers.insert(adapted, MXFP4, lambda quantized: quantized(input_ids=torch.arange(8).view(1, 8)))
     fake_quantizers.save_state(adapted, directory)
-    saving.save_adapters(adapted, directory)
+    saving.save_adapters(adapted, directory, directory)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
 
 ONLY_IMPORTER = {
     "trl": "training.trainer",
-    "peft": "models.adapters",
+    "peft": ("models.adapters", "models.merging"),
     "modelopt": "models.fake_quantizers",
     "py3langid": "data.languages",
     "scipy": "evaluate.statistics",

@@ -456,7 +456,9 @@ def test_a_shard_with_extra_bytes_is_an_error(copy: Path) -> None:
 
 def test_a_weight_file_that_is_not_in_the_index_is_an_error(copy: Path) -> None:
     save_file({"stray": torch.ones(1)}, copy / "stray.safetensors")
-    assert only_problem(copy) == f"{copy / 'stray.safetensors'}: is not in {INDEX}; remove it."
+    message = only_problem(copy)
+    assert message.startswith(f"{copy / 'stray.safetensors'}: lies beside the files in {INDEX}, and programs do not agree")
+    assert message.endswith("Move the weights that you do not want, and their index, to another directory.")
 
 
 def test_shards_without_their_index_are_an_error(copy: Path) -> None:
@@ -602,7 +604,7 @@ def test_problems_with_files_are_reported_together(copy: Path) -> None:
     assert message.startswith("3 problems:")
     assert f"weight file {first.name} is missing" in message
     assert f"{second}: damaged or truncated" in message
-    assert f"{copy / 'stray.safetensors'}: is not in {INDEX}" in message
+    assert f"{copy / 'stray.safetensors'}: lies beside the files in {INDEX}" in message
 
 
 def test_problems_with_tensors_are_reported_together(copy: Path) -> None:
@@ -639,9 +641,20 @@ def test_several_missing_shards_are_one_line(copy: Path) -> None:
     )
 
 
-def test_an_index_that_is_left_over_from_another_save_is_named(plain: Path, copy: Path) -> None:
+def test_beside_a_left_over_index_the_single_file_is_read_as_transformers_does(plain: Path, copy: Path) -> None:
+    before = {name: Checkpoint(plain).read(name) for name in Checkpoint(plain).tensors}
     shutil.copyfile(copy / INDEX, plain / INDEX)
-    assert only_problem(plain).endswith(f"It is left over from another save: remove {plain / INDEX}.")
+    opened = Checkpoint(plain)
+    assert all(torch.equal(opened.read(name), tensor) for name, tensor in before.items())
+    assert opened.weight_files() == [plain / SINGLE]
+    assert find_left_over(plain)[-1].startswith(f"{plain / INDEX}: is left over from another save")
+
+
+def test_a_single_file_beside_shards_is_refused_and_no_advice_deletes_weights(plain: Path, copy: Path) -> None:
+    shutil.copyfile(plain / SINGLE, copy / SINGLE)
+    message = only_problem(copy)
+    assert message.startswith(f"{copy / SINGLE}: lies beside the files in {INDEX}")
+    assert "remove" not in message and "elete" not in message
     (plain / INDEX).unlink()
     Checkpoint(plain).close()
 

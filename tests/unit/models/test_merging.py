@@ -19,7 +19,7 @@ from pipeline.checkpoints.reading import Checkpoint
 from pipeline.config import LoraConfig, LoraTarget, TinyConfig, TrainConfig
 from pipeline.models import adapters, fake_quantizers, loading, quantizer_calls
 from pipeline.models import weights as weights_module
-from pipeline.models.adapters import Merger
+from pipeline.models.merging import Merger
 from pipeline.models.references import ModelRef
 from pipeline.models.tiny_model import create_tiny
 from pipeline.models.weights import Weights
