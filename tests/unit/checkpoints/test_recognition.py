@@ -107,8 +107,9 @@ def test_adapters_are_answered_with_their_base_model(with_tokenizer: bool, tmp_p
         error_of(directory)
         == error_without_weights(directory)
         == (
-            "holds adapters (adapter_config.json), not a whole model. Give their base model (model.path=owner/base), or"
-            " merge the adapters into it and give the result."
+            "holds adapters (adapter_config.json), not a whole model. Give their base model (model.path=owner/base)."
+            " This command merges and exports them: python -m pipeline stage=export model.path=owner/base"
+            f" export.source={directory}"
         )
     )
 
