@@ -80,6 +80,9 @@ def problems(arguments: list[str], folders: Folders) -> list[str]:
         except RecursionError:
             found.append(f"{argument:.60}…: has too many brackets inside each other.")
             continue
+        if override.is_choice_sweep() and _takes_text(known, override.key_or_group) and not _is_sweep(arguments):
+            found.append(f"{argument}: lists several values, which only a sweep (-m) takes. {_quoting(argument)}")
+            continue
         found += _override_problems(override, known, folders, has_config_dir)
     return found
 
@@ -90,6 +93,10 @@ def quote_lists(arguments: list[str]) -> list[str]:
         f"overwrite='{argument.partition('=')[2].strip('[]')}'" if _LIST.fullmatch(argument) else argument
         for argument in arguments
     ]
+
+
+def _is_sweep(arguments: list[str]) -> bool:
+    return not {"-m", "--multirun"}.isdisjoint(arguments) or any("hydra.mode=" in each for each in arguments)
 
 
 def name_jobs(arguments: list[str]) -> list[str]:
@@ -136,13 +143,22 @@ def _parse(overrides: list[str]) -> list["Override"]:
 def _unreadable(argument: str, error: Exception, known: DictConfig) -> str:
     """Return the message for an override that Hydra cannot parse. For a text, it says how to quote the value."""
     key, _, value = argument.partition("=")
-    name = key.lstrip("+~")
-    if not is_known(name) or value_problem(known, name, "text") or value[:1] in ("[", "{", "'", '"'):
+    if not _takes_text(known, key.lstrip("+~")) or value[:1] in ("[", "{", "'", '"'):
         return f"{argument}: {str(error).splitlines()[0]}"
+    return f"{argument}: has a character with a meaning of its own here. {_quoting(argument)}"
+
+
+def _takes_text(known: DictConfig, name: str) -> bool:
+    return is_known(name) and not value_problem(known, name, "text")
+
+
+def _quoting(argument: str) -> str:
+    """Say how to quote the value of an override, for Hydra and for a shell."""
+    key, _, value = argument.partition("=")
     escaped = value.replace("'", "\\'")
     word = f"{key}='{escaped}'"
     quoted = f'"{word}"' if not {*'"$`\\!'} & {*word} else shlex.quote(word)
-    return f"{argument}: has a character with a meaning of its own here. Put the value into quotes: {quoted}"
+    return f"Put the value into quotes: {quoted}"
 
 
 def _explain(argument: str) -> str:

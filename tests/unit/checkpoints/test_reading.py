@@ -658,8 +658,6 @@ def test_a_single_file_beside_shards_is_refused_and_no_advice_deletes_weights(pl
     message = only_problem(copy)
     assert message.startswith(f"{copy / SINGLE}: lies beside the files in {INDEX}")
     assert message.endswith("Move the weights that you do not want, and their index, to another directory.")
-    (plain / INDEX).unlink()
-    Checkpoint(plain).close()
 
 
 def test_pointers_of_git_lfs_are_one_line(copy: Path) -> None:
