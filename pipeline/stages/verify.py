@@ -261,7 +261,8 @@ def _checkpoint(config: PipelineConfig, here: Run) -> Path:
     if (directory / UNFINISHED_FILE).is_file():
         raise UserError(f"{given}: unfinished. Repeat the command that was writing it, then verify.")
     if (directory / ADAPTER_CONFIG).is_file() and not (directory / CONFIG).is_file():
-        raise UserError(f"{given}: holds adapters, not a whole model. Verify its export: {_export_command(directory)}")
+        exported = stage_command(Stage.export, f"model.path={config.model.path}", f"export.source={directory}")
+        raise UserError(f"{given}: holds adapters, not a whole model. Export them, and verify the export: {exported}")
     if not any(each for kind in ("*.safetensors", "*.gguf") for each in directory.glob(kind)):
         raise UserError(f"{given}: holds no weights (*.safetensors, *.gguf), so it is not an exported checkpoint.")
     if (found := _model_type(directory)) not in (None, MODEL_TYPE):
