@@ -251,7 +251,7 @@ def test_rounded_experts_take_the_space_of_a_plain_or_packed_model(
     qat: TrainConfig, name: str, is_packed: bool
 ) -> None:
     plan = replace(plan_of(LORA, qat), quantize=ROUNDED, format=FormatConfig(FormatName[name]))
-    model = {**RELEASED_CONFIG, "quantization_config": {}}
+    model = {**RELEASED_CONFIG, "quantization_config": {"quant_method": "mxfp4"}}
     assert plan.is_packed("qat", model) == is_packed and plan.is_packed("sft", model)
     adapters = 4 * needs.trained_parameters(RELEASED, qat) if qat is LORA else 0
     base = needs.disk(plan, RELEASED, True)["quantize"] - adapters
@@ -275,7 +275,7 @@ def test_the_bf16_parts_are_trained_on_plain_experts_if_importance_chooses_the_s
     mse = FormatConfig(scale_rule=ScaleRule["mse"])
     packed = replace(plan_of(sft, replace(FULL, method=Method.bf16_parts)), format=mse)
     plain = replace(packed, format=replace(mse, importance=True))
-    model = {**RELEASED_CONFIG, "quantization_config": {}}
+    model = {**RELEASED_CONFIG, "quantization_config": {"quant_method": "mxfp4"}}
     assert packed.is_packed("qat", model) and not plain.is_packed("qat", model)
     weights = [needs.of_stage(plan, "qat", model, 4096).weights for plan in (packed, plain)]
     experts = needs.parameters(RELEASED)["experts"]
@@ -289,7 +289,7 @@ def test_a_teacher_of_the_bf16_parts_is_a_second_model() -> None:
     qat = replace(
         QatConfig(**vars(replace(LORA, method=Method.bf16_parts))), distillation=DistillationConfig(weight=0.5)
     )
-    model = {**RELEASED_CONFIG, "quantization_config": {}}
+    model = {**RELEASED_CONFIG, "quantization_config": {"quant_method": "mxfp4"}}
     found = needs.of_stage(replace(plan_of(FULL, LORA), qat=qat), "qat", model, 4096)
     assert found.teacher == 2 * needs.parameters(RELEASED)["all"]
 
@@ -297,7 +297,7 @@ def test_a_teacher_of_the_bf16_parts_is_a_second_model() -> None:
 def test_a_teacher_is_a_second_model_if_quantize_wrote_a_rounded_base() -> None:
     qat = replace(QatConfig(**vars(LORA)), distillation=DistillationConfig(weight=0.5))
     plan = replace(plan_of(LORA, LORA), qat=qat)
-    model = {**RELEASED_CONFIG, "quantization_config": {}}
+    model = {**RELEASED_CONFIG, "quantization_config": {"quant_method": "mxfp4"}}
     shared, own = (
         needs.of_stage(replace(plan, quantize=each), "qat", model, 4096).teacher for each in (QuantizeConfig(), ROUNDED)
     )
@@ -315,14 +315,14 @@ def test_a_bf16_source_is_linked_or_packed() -> None:
 @pytest.mark.parametrize("experts", [None, *Experts])
 def test_experts_are_packed_in_training_if_they_are_after_upcast(experts: Experts | None, is_mxfp4: bool) -> None:
     plan = replace(plan_of(LORA, LORA), experts=experts)
-    model = {**RELEASED_CONFIG, **({"quantization_config": {}} if is_mxfp4 else {})}
+    model = {**RELEASED_CONFIG, **({"quantization_config": {"quant_method": "mxfp4"}} if is_mxfp4 else {})}
     is_packed = plan.is_packed("sft", model)
     assert is_packed == (experts is Experts.packed or (experts is None and is_mxfp4))
     assert (needs.disk(plan, RELEASED, is_mxfp4)["upcast"] == 0) == (is_packed == is_mxfp4)
 
 
 def test_without_sft_the_method_of_qat_decides_about_upcast_and_quantize() -> None:
-    model = {**RELEASED_CONFIG, "quantization_config": {}}
+    model = {**RELEASED_CONFIG, "quantization_config": {"quant_method": "mxfp4"}}
     adapted, whole = (
         replace(plan_of(*trains), quantize=QuantizeConfig(QuantizeSource.upcast))
         for trains in ((FULL, LORA), (LORA, FULL))
