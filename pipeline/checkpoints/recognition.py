@@ -1,6 +1,5 @@
 """Recognizes what a path holds that is not a gpt-oss checkpoint in Hugging Face's layout, and says what helps."""
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from enum import Enum
@@ -17,7 +16,7 @@ from pipeline.config import Stage
 from pipeline.errors import MOST_PROBLEMS, UserError, user_errors
 from pipeline.runs.artifacts import ARTIFACT_FILE
 from pipeline.runs.commands import stage_command
-from pipeline.runs.foreign_files import list_irregular
+from pipeline.runs.foreign_files import list_irregular, read_json
 
 _SMALL, _LARGE = "openai/gpt-oss-20b", "openai/gpt-oss-120b"
 _BY_LAYERS = {24: _SMALL, 36: _LARGE}
@@ -135,9 +134,9 @@ def is_stale_index(directory: Path) -> bool:
     if not (directory / INDEX).is_file() or not (directory / SINGLE).is_file():
         return False
     try:
-        listed = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        listed = read_json(directory / INDEX)["weight_map"].values()
         return bool(listed) and not any((directory / str(name)).is_file() for name in listed)
-    except (ValueError, KeyError, TypeError, AttributeError):  # opening the weights reports it
+    except (UserError, KeyError, TypeError, AttributeError):  # opening the weights reports it
         return False
 
 
