@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pipeline.checkpoints.config_json import CONFIG
 from pipeline.checkpoints.gpt_oss import expert_projections, plain_tensors
-from pipeline.checkpoints.reading import INDEX, SINGLE, Checkpoint
+from pipeline.checkpoints.reading import Checkpoint
+from pipeline.checkpoints.shards import INDEX, SINGLE
 from pipeline.config import TinyConfig
 from pipeline.errors import UserError
 from pipeline.models import weights as weights_module

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pipeline.checkpoints.config_json import CONFIG
 from pipeline.checkpoints.gpt_oss import TensorInfo, expert_projections, packed_tensors, plain_tensors
-from pipeline.checkpoints.reading import INDEX, SINGLE, Checkpoint
+from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.recognition import find_left_over
-from pipeline.checkpoints.shards import Piece, piece_in_one_step, write_sharded
+from pipeline.checkpoints.shards import INDEX, SINGLE, Piece, piece_in_one_step, write_sharded
 from pipeline.config import TinyConfig
 from pipeline.errors import UserError
 from pipeline.models.tiny_model import create_tiny

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from pipeline.checkpoints import direct_io, shards
 from pipeline.checkpoints.gpt_oss import TensorInfo
-from pipeline.checkpoints.reading import INDEX
-from pipeline.checkpoints.shards import Part, Piece, Step, Written, piece_in_one_step, write_sharded
+from pipeline.checkpoints.shards import INDEX, Part, Piece, Step, Written, piece_in_one_step, write_sharded
 from pipeline.errors import UserError
 from pipeline.runs.artifacts import SHARDS_FILE
 from pipeline.runs.json_files import seal, write_json
