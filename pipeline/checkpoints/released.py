@@ -4,14 +4,14 @@ The statement follows config.json of openai/gpt-oss-20b and -120b. It does not u
 `verify` can check that code with it. Sources are judged by the same statement before any work begins.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pipeline.checkpoints.config_json import CONFIG, is_quantized, read_config
 from pipeline.checkpoints.recognition import Storage, find_storage
 from pipeline.checkpoints.side_files import CHAT_TEMPLATES, TOKENIZER, TOKENIZER_CONFIG
-from pipeline.errors import user_errors
+from pipeline.errors import UserError, user_errors
+from pipeline.runs.foreign_files import read_json
 
 ARCHITECTURES = ["GptOssForCausalLM"]
 CONSTANTS: Mapping[str, object] = {
@@ -50,9 +50,9 @@ def rope_of(config: Mapping[str, object]) -> tuple[dict[str, object], object]:
 def token_ids(directory: Path) -> dict[str, int]:
     """Return the special tokens of tokenizer.json, text -> id. The result is empty if the file cannot be read."""
     try:
-        content = json.loads((directory / TOKENIZER).read_text(encoding="utf-8"))
+        content = read_json(directory / TOKENIZER)
         return {token["content"]: token["id"] for token in content["added_tokens"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, UserError, KeyError, TypeError):
         return {}
 
 
