@@ -1,13 +1,13 @@
 """Runs Python commands without the time that imports take: a server has imported the libraries, and forks.
 
-    python tests/fork_server.py --serve SOCKET [--gpu]       the server; it ends when its standard input closes
-    python -I -S tests/fork_server.py --ask SOCKET COMMAND   the client; COMMAND starts with a script or `-m MODULE`
+    python tests/fork_server.py --serve SOCKET [--gpu | --program]   the server; it ends when its standard input closes
+    python -I -S tests/fork_server.py --ask SOCKET COMMAND           the client; COMMAND starts with a script or `-m MODULE`
 
-With --gpu, commands run on a pretended GPU. The client is used like an interpreter: the command has the arguments,
+With --gpu, commands run on a pretended GPU. With --program, the server also imports the program. The client is used like an interpreter: the command has the arguments,
 environment, directory and streams of the client, and gets the signals that the client gets. The client has its exit
 status. If the client is killed, the command is killed too. Tests start servers and clients with tests/forks.py.
 
-The program itself is imported after the fork, so a command runs the code of its own directory. Libraries read some
+Without these flags, the program is imported after the fork, so a command runs the code of its own directory. Libraries read some
 environment variables while they are imported. If one of these differs between client and server, the client runs the
 command in a new interpreter.
 """
@@ -25,7 +25,7 @@ _LIBRARIES = (
     *("modelopt.torch.quantization", "torch.distributed.tensor", "matplotlib.figure", "scipy.stats"),
 )
 _OF_THE_PROGRAM = ("pipeline.__main__", "pipeline.models.fake_quantizers", "pipeline.training.trainer")
-"""Modules that a server with --gpu imports too. It serves only this checkout."""
+"""Modules that a server with --gpu or --program imports too. It serves only this checkout."""
 _READ_AT_IMPORT = (
     *("CUDA_VISIBLE_DEVICES", "HF_DATASETS_", "HF_ENDPOINT", "HF_HOME", "HF_HUB_", "OMP_NUM_THREADS", "TRANSFORMERS_"),
     "TRITON_INTERPRET",
@@ -176,6 +176,9 @@ def main() -> None:
         sys.exit(ask(path, more))
     if more == ["--gpu"]:
         _serve_on_gpu(path)
+    elif more == ["--program"]:
+        sys.path.insert(1, os.path.dirname(sys.path[0]))
+        serve(path, (*_LIBRARIES, *_OF_THE_PROGRAM), may_refuse=True)
     else:
         serve(path, _LIBRARIES, may_refuse=True)
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import fork_server
@@ -35,35 +36,44 @@ def share() -> None:
     os.environ[_DIRECTORY] = str(directory)
 
 
-def interpreter(kind: str = "cpu") -> list[str]:
+def interpreter(kind: str = "cpu", preload: Path | None = None) -> list[str]:
     """Return the command that is used like an interpreter.
 
     Args:
-        kind: "gpu" for commands that run on a pretended GPU.
+        kind: "gpu" for commands that run on a pretended GPU, or "program" for a server that has imported the program.
+        preload: library that the loader preloads into the server. Such a kind has one library.
     """
     directory = Path(os.environ[_DIRECTORY])
     path = directory / kind
     with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            _start(path, *(["--gpu"] if kind == "gpu" else []))
+            _start(path, *([] if kind == "cpu" else [f"--{kind}"]), preload=preload)
     return [sys.executable, "-I", "-S", fork_server.__file__, "--ask", str(path)]
 
 
-def _start(path: Path, *flags: str) -> None:
+def _start(path: Path, *flags: str, preload: Path | None) -> None:
     """Start a server at a Unix socket, and wait until it accepts connections."""
     with (path.parent / "alive").open("rb") as alive:
         command = [sys.executable, fork_server.__file__, "--serve", str(path), *flags]
-        server = subprocess.Popen(command, stdin=alive, env=_ENVIRONMENT)
+        preloaded = {} if preload is None else {"LD_PRELOAD": str(preload)}
+        server = subprocess.Popen(command, stdin=alive, env={**_ENVIRONMENT, **preloaded})
     while not path.exists():
         assert server.poll() is None, "the server ended while it imported the libraries"
         time.sleep(0.05)
 
 
-def run_processes(*command: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+def run_processes(
+    *command: str, processes: int = 2, python: Sequence[str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a script or module in a group of processes, as torchrun does, and return when all have ended.
 
     If a process fails, the others are killed, because they may wait for it.
+
+    Args:
+        command: script or `-m` and module, and arguments.
+        processes: number of processes.
+        python: command that is used like an interpreter, or None for `interpreter()`.
 
     Returns:
         The first exit status that is not 0, and the output of all processes.
@@ -72,11 +82,12 @@ def run_processes(*command: str, processes: int = 2) -> subprocess.CompletedProc
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
     group = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "GROUP_RANK": "0"}
-    shared = {**os.environ, **group, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
+    used = interpreter() if python is None else python
+    shared = {**environment(), **group, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         started = [
             subprocess.Popen(
-                [*interpreter(), *command],
+                [*used, *command],
                 env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 cwd=ROOT,
                 stdout=output,
@@ -103,3 +114,8 @@ def _wait_for(started: list["subprocess.Popen[bytes]"]) -> int:
         for process in started:
             process.kill()
             process.wait()
+
+
+def environment() -> dict[str, str]:
+    """Return the environment for commands that import modules of the tests and of this checkout."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
