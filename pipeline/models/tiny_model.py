@@ -34,6 +34,7 @@ from pipeline.errors import UserError
 from pipeline.numerics.codec import encode
 from pipeline.numerics.formats import MXFP4
 from pipeline.runs.artifacts import SHARDS_FILE
+from pipeline.runs.durable import sync_tree
 
 _RESERVED_ROWS = 16  # embedding rows that belong to no token; the released models have such rows too
 _CONTEXT = 4096
@@ -66,6 +67,7 @@ def create_tiny(directory: Path, tiny: TinyConfig) -> None:
     _write(unfinished / "generation_config.json", _generation_config(ids))
     write_sharded(unfinished, _pieces(tiny, config), tiny.shard_bytes, "tiny model")
     (unfinished / SHARDS_FILE).unlink()
+    sync_tree(unfinished)
     unfinished.replace(directory)
 
 

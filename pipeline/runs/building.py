@@ -82,6 +82,7 @@ def build(
     data: str | None = None,
     resumable_as: Callable[[Settings], Settings] = lambda settings: settings,
     on_every_process: bool = False,
+    keeps_metrics: bool = False,
     is_report: bool = False,
 ) -> Artifact:
     """Run `work`, and publish the payload that `work` writes into the stage's directory.
@@ -96,6 +97,8 @@ def build(
         resumable_as: function that takes the settings, and returns values for unfinished.json. These values must not
             change when an unfinished stage is resumed.
         on_every_process: True if all processes call `work`, as in training. False if only the main process calls it.
+        keeps_metrics: whether a resumed `work` goes on with the lines of metrics.jsonl, as training does. If False, it
+            writes all lines again.
         is_report: whether the stage is rebuilt if its inputs have changed. If False, changed inputs are an error. The
             error protects models.
 
@@ -121,7 +124,8 @@ def build(
         if stage.name in parts.STAGES:
             _on_main_process(lambda: parts.settle(place, run.part))
             directory = run.stage_dir(stage)
-        _on_main_process(lambda: _prepare(run, stage, directory, begun, keep_files=is_report and not run.overwrite))
+        keep_files = is_report and not run.overwrite
+        _on_main_process(lambda: _prepare(run, stage, directory, begun, keep_files, keeps_metrics))
         commands.mark_begun(stage.name)
         log_inputs(run, inputs.parents, inputs.data)
         result, seconds = _work(lambda: work(directory), on_every_process)
@@ -216,7 +220,7 @@ def _show(place: Path, directory: Path) -> None:
         parts.show(directory)
 
 
-def _prepare(run: Run, stage: Stage, directory: Path, begun: Inputs, keep_files: bool) -> None:
+def _prepare(run: Run, stage: Stage, directory: Path, begun: Inputs, keep_files: bool, keeps_metrics: bool) -> None:
     """Prepare the directory for work. Delete all files, except those of an interrupted run or an earlier report.
 
     unfinished.json first states that the directory is being emptied. It states the inputs only when the directory is
@@ -236,7 +240,10 @@ def _prepare(run: Run, stage: Stage, directory: Path, begun: Inputs, keep_files:
         is_resumed = is_same and not (directory / ARTIFACT_FILE).exists()
         if is_resumed:
             say(stage.name, f"resuming what was interrupted in {directory}")
-            cut_torn_line(directory / METRICS_FILE)
+            if keeps_metrics:
+                cut_torn_line(directory / METRICS_FILE)
+            else:
+                (directory / METRICS_FILE).unlink(missing_ok=True)
         else:
             if not keep_files:
                 _raise_if_linked(directory)

@@ -26,8 +26,9 @@ _DISK_ERRORS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS), "written"),
     **dict.fromkeys((errno.EIO, errno.ESTALE), "read or written"),
 }
-_WRITE_OF_TORCH = re.compile(r"PytorchStreamWriter|inline_container\.cc:\d+\] \. unexpected pos")
-_WRITE_OF_SAFETENSORS = re.compile(r"I/O error: .*\(os error (\d+)\)")
+_WRITE_OF_TORCH = re.compile(r"PytorchStreamWriter|inline_container\.cc:\d+\] \. (unexpected pos|open file failed)")
+_FILE_OF_RUST = re.compile(r"\(os error (\d+)\)")
+"""End of the messages of safetensors and tokenizers, which raise no OSError."""
 _GPU_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _HOST_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
 _ASKED = re.compile(r"(?:Tried to allocate|you tried to allocate) ([\d.]+ ?\w+)")
@@ -122,7 +123,7 @@ def _find_disk_error(error: Exception) -> str | None:
     """Say which file could not be read or written, and why. Return None for any other error."""
     if _WRITE_OF_TORCH.search(str(error)):
         return "torch could not write a file; the disk may be full"
-    found = _WRITE_OF_SAFETENSORS.search(str(error))
+    found = _FILE_OF_RUST.search(str(error))
     number, file = (error.errno, error.filename) if isinstance(error, OSError) else (found and int(found[1]), None)
     if number not in _DISK_ERRORS:
         return None

@@ -49,6 +49,7 @@ def run(config: PipelineConfig) -> Artifact:
         data=rows.fingerprint,
         resumable_as=resume.by_global_batch,
         on_every_process=True,
+        keeps_metrics=True,
     )
 
 

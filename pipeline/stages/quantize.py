@@ -49,7 +49,6 @@ from pipeline.quantize.selection import Candidate
 from pipeline.runs.artifacts import BOOKKEEPING, CHECKPOINTS_DIR, Artifact, Kind, Result
 from pipeline.runs.building import build
 from pipeline.runs.console import say
-from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.records import ModelRecord, QuantizeRecord
 from pipeline.runs.run import Run
 from pipeline.runs.tracking import log_metrics
@@ -85,7 +84,6 @@ def run(config: PipelineConfig) -> Artifact:
 def _quantize(config: PipelineConfig, here: Run, ref: ModelRef, rows: Rows, directory: Path) -> Result:
     from pipeline.models import adapters, fake_quantizers, quantizer_calls
 
-    (directory / METRICS_FILE).unlink(missing_ok=True)  # an interrupted run has written lines that this one repeats
     block_format = references.configured_format(config.format)
     rounds = _writes_rounded(config)
     splits = prepare_examples(here, config.data, rows, load_tokenizer(ref.base))

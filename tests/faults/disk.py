@@ -1,6 +1,6 @@
 """The contents of a disk after a power cut, computed from the journal of the injector.
 
-Nothing that was not synced is sure to be on the disk. `names_kept` chooses between the two ends of what file systems do:
+Nothing that was not synced is sure to be on the disk. File systems differ, and `names_kept` chooses between two ends:
 
 - True: names reach the disk in order, as with a journal of metadata. The contents of files are lost since their last
   sync. So a file that was written, renamed and not synced is empty under its new name.

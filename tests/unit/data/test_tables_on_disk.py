@@ -1,5 +1,6 @@
 """Tables on disk: each is made once, found again, and never left half-written."""
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,26 @@ def test_the_unfinished_table_of_a_killed_run_is_made_again(tmp_path: Path) -> N
     source = Source()
     assert numbers(tmp_path, source, "a") == list(range(10))
     assert source.made == 1
+
+
+def test_a_table_that_was_not_yet_on_the_disk_at_a_power_cut_is_made_again(tmp_path: Path) -> None:
+    numbers(tmp_path, Source(), "a")
+    (whole,) = tmp_path.rglob("whole")
+    whole.unlink()
+    for path in whole.parent.rglob("*.*"):
+        if path.is_file():
+            path.write_bytes(b"")  # the contents are lost, but the names are there
+    source = Source()
+    assert numbers(tmp_path, source, "a") == list(range(10))
+    assert source.made == 1
+
+
+def test_a_table_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    numbers(tmp_path, Source(), "a")
+    before = [Path(path).name for path in synced[: [Path(path).name for path in synced].index("whole.tmp")]]
+    assert {"dataset_info.json", "generator-train.arrow", "0.0.0"} <= {*before}
 
 
 def test_one_of_several_threads_writes_the_table_and_the_others_wait(tmp_path: Path) -> None:

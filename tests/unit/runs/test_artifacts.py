@@ -505,8 +505,15 @@ def test_a_file_system_without_locks_is_one_message(config: PipelineConfig, monk
 def test_a_line_that_was_torn_by_a_kill_is_cut_before_work_resumes(config: PipelineConfig) -> None:
     directory = begin(config)
     (directory / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
-    make(config)
+    make(config, keeps_metrics=True)
     assert (directory / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_stage_that_writes_all_its_figures_again_resumes_without_the_earlier_lines(config: PipelineConfig) -> None:
+    directory = begin(config)
+    (directory / "metrics.jsonl").write_text('{"layer": 0}\n')
+    make(config)
+    assert not (directory / "metrics.jsonl").exists()
 
 
 def test_an_interrupted_rebuild_goes_on_where_it_was(config: PipelineConfig) -> None:
