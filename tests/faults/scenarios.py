@@ -92,7 +92,7 @@ def _all() -> list[Scenario]:
     made.append(Scenario("sft overwrite", "sft", needs=("upcast",), settings_before=before))
     before = ("sft.learning_rate=1e-2", "train@sft=lora")
     made.append(Scenario("sft lora → full", "sft", needs=("upcast",), settings_before=before))
-    before = ("export.target=gguf",)
+    before = ("export.shard_bytes=200000",)
     made.append(Scenario("export overwrite", "export", needs=_before("export"), settings_before=before))
     for sharding in ("none", "fsdp2"):
         for rank in range(2):

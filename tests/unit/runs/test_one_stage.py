@@ -116,6 +116,24 @@ def test_a_file_that_cannot_be_written_is_explained(tmp_path: Path, write: Calla
 
 
 @pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (Exception("Input/output error (os error 5)"), "a file could not be read or written (Input/output error)"),
+        (
+            RuntimeError(
+                "[enforce fail at inline_container.cc:747] . open file failed with strerror: Disk quota exceeded"
+            ),
+            "torch could not write a file; the disk may be full",
+        ),
+    ],
+    ids=["tokenizers", "torch"],
+)
+def test_errors_of_libraries_that_raise_no_oserror_are_explained(error: Exception, what: str) -> None:
+    message = message_of(error, PipelineConfig(stage=Stage.sft, run_dir="runs/mine"))
+    assert message.startswith(f"stage=sft: {what}. Check the disk of run_dir=runs/mine.")
+
+
+@pytest.mark.parametrize(
     ("number", "what"),
     [
         (errno.ENOSPC, "written (No space left on device)"),
