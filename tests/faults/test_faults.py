@@ -6,7 +6,6 @@ The sample differs from run to run. The name of a failed test says its seed: FAU
 import os
 import random
 import time
-from pathlib import Path
 
 import disk
 import pytest
@@ -77,7 +76,7 @@ def test_a_fault_that_damages_the_result_is_judged_as_lost(bench: Bench, monkeyp
     assert bench.judge(scenario, last).outcome is Outcome.identical
     run = Injector.run
 
-    def damage(injector: Injector, *arguments, **settings):  # noqa: ANN202
+    def damage(injector: Injector, *arguments, **settings):
         ended = run(injector, *arguments, **settings)
         config = injector.run_dir / "upcast" / "config.json"
         config.write_bytes(config.read_bytes() + b" {}")
