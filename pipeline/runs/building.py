@@ -44,7 +44,7 @@ from pipeline.runs.artifacts import (
     take_read,
 )
 from pipeline.runs.console import say
-from pipeline.runs.durable import cut_torn_line, sync_tree
+from pipeline.runs.durable import cut_torn_line, sync_names, sync_tree
 from pipeline.runs.json_files import seal, write_json
 from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.processes import all_cores, is_main_process, wait_for_everyone
@@ -254,6 +254,7 @@ def _prepare(run: Run, stage: Stage, directory: Path, begun: Inputs, keep_files:
             else:
                 _empty(directory)  # The earlier result has other inputs, and the user has set overwrite=true.
             write_unfinished(directory, begun.plain())
+        sync_names(directory, run.directory)
         OmegaConf.save(OmegaConf.create(plain(run.config)), directory / CONFIG_FILE)
     except OSError as error:
         raise run.not_writable(directory, error) from error

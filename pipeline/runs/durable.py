@@ -50,6 +50,14 @@ def sync_tree(directory: Path) -> None:
         sync(Path(parent))
 
 
+def sync_names(path: Path, top: Path) -> None:
+    """Wait until the names of a file or directory and of its parents below `top` are on the disk."""
+    for parent in path.parents:
+        sync(parent)
+        if parent == top:
+            return
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or the list of names in a directory, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

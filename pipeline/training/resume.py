@@ -14,7 +14,7 @@ from pipeline.config import Sharding
 from pipeline.errors import UserError
 from pipeline.runs.artifacts import WHOLE_FILE, digests_of
 from pipeline.runs.console import say, warn
-from pipeline.runs.durable import sync_tree
+from pipeline.runs.durable import sync_names, sync_tree
 from pipeline.runs.json_files import write_json
 from pipeline.runs.processes import is_main_process, process_count, wait_for_everyone
 from pipeline.runs.settings import Settings
@@ -50,10 +50,11 @@ def read_step(checkpoint: Path) -> int:
 def mark_complete(checkpoint: Path, sharding: Sharding) -> None:
     """Record that a checkpoint is complete, how it is sharded, and the size and digest of each file.
 
-    All files are on the disk before the record is written.
+    All files are on the disk before the record is written. `checkpoint` is in a directory of the stage's directory.
     """
     sync_tree(checkpoint)
     write_json(checkpoint / WHOLE_FILE, {"sharding": sharding.name, "files": digests_of(checkpoint)})
+    sync_names(checkpoint, checkpoint.parents[1])
 
 
 def find_last_complete(directory: Path, stage: str, sharding: Sharding) -> Path | None:

@@ -67,7 +67,7 @@ class Bench:
 
         Many changes that follow one another have the same operation and file. They are listed once, and the last, too.
         """
-        self._start(scenario)
+        self.start(scenario)
         ended = self.injector.run(scenario.arguments, processes=scenario.processes, rank=scenario.rank)
         assert ended.status == 0, ended.output
         self._expected[scenario.name] = contents(self.injector.run_dir, scenario)
@@ -83,7 +83,7 @@ class Bench:
         """Disturb the command, run it again, and compare with the undisturbed run."""
         if scenario.name not in self._expected:
             self.changes(scenario)
-        self._start(scenario)
+        self.start(scenario)
         group = {"processes": scenario.processes, "rank": scenario.rank}
         first = self.injector.run(scenario.arguments, fault.kind, fault.change.number, **group)
         if not first.was_disturbed:
@@ -97,8 +97,9 @@ class Bench:
         """Say what is wrong after a fault, before the command is repeated."""
         if kind.is_error and ended.status != 0 and not _is_clean(ended):
             return f"status {ended.status}\n{ended.output}"
-        is_complete = (self.injector.run_dir / scenario.stage / ARTIFACT_FILE).is_file()
-        if kind.is_error and ended.status == 0 and not is_complete:
+        directory = self.injector.run_dir / scenario.stage
+        is_complete = (directory / ARTIFACT_FILE).is_file()
+        if kind.is_error and ended.status == 0 and not any(directory.rglob(ARTIFACT_FILE)):
             return "status 0, but the stage is not complete"
         was_complete = bool(scenario.settings_before)
         return self._differences(scenario, _IS_WORK) if is_complete and not was_complete else None
@@ -125,7 +126,7 @@ class Bench:
         lists = {"missing": missing, "more": more, "different": changed}
         return "; ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names) or None
 
-    def _start(self, scenario: Scenario) -> None:
+    def start(self, scenario: Scenario) -> None:
         """Put the run directory into the state in which the command starts."""
         self.injector.restore(self._prepare(scenario))
 

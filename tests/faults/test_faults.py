@@ -69,6 +69,16 @@ def test_a_complete_stage_survives_a_power_cut_right_after_the_command(bench: Be
         bench.changes(scenario)
 
 
+def test_a_complete_checkpoint_survives_a_power_cut(bench: Bench) -> None:
+    scenario = SCENARIOS["sft full"]
+    changes = bench.changes(scenario)
+    marked = next(index for index, change in enumerate(changes) if change.path.endswith("checkpoint-2/whole.tmp"))
+    following = next(change for change in changes[marked:] if change.path.startswith("sft/metrics.jsonl"))
+    bench.start(scenario)
+    assert bench.injector.run(scenario.arguments, Kind.forgetful_cut, following.number).was_disturbed
+    assert (bench.injector.run_dir / "sft/checkpoints/checkpoint-2/whole").is_file()
+
+
 def test_a_fault_that_damages_the_result_is_judged_as_lost(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     scenario = SCENARIOS["upcast"]
     changes = bench.changes(scenario)
