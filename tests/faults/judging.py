@@ -16,7 +16,7 @@ from pipeline.runs.artifacts import ARTIFACT_FILE, CONFIG_FILE
 _TIMES = re.compile(r"second|runtime|_per_|duration|time|memory|peak|rate_of_disk|free")
 """Names of figures that differ between two undisturbed runs: times, and the state of the machine."""
 _COMPARED_OF_ARTIFACT = ("stage", "kind", "format", "fake_quantized", "scale_rule", "fingerprint", "files", "details")
-_IS_WORK = re.compile(r"/(unfinished|shards)\.json$|/checkpoints/")
+IS_WORK = re.compile(r"/(unfinished|shards)\.json$|/checkpoints/")
 """Files for an unfinished stage. They may be left beside artifact.json, until the same command runs again."""
 _ADVICE = re.compile(r"(?<!without )overwrite=true")
 
@@ -102,7 +102,7 @@ class Bench:
         if kind.is_error and ended.status == 0 and not any(directory.rglob(ARTIFACT_FILE)):
             return "status 0, but the stage is not complete"
         was_complete = bool(scenario.settings_before)
-        return self._differences(scenario, _IS_WORK) if is_complete and not was_complete else None
+        return self.differences(scenario, IS_WORK) if is_complete and not was_complete else None
 
     def _judge_repeated(self, scenario: Scenario, again: Ended) -> Verdict:
         outcome, advice = Outcome.identical, ""
@@ -111,10 +111,10 @@ class Bench:
             again = self.injector.run((*scenario.arguments, "overwrite=true"), processes=scenario.processes)
         if again.status != 0:
             return Verdict(Outcome.lost, f"{advice}when repeated: status {again.status}\n{again.output}")
-        wrong = self._differences(scenario)
+        wrong = self.differences(scenario)
         return Verdict(outcome, advice) if wrong is None else Verdict(Outcome.lost, f"when repeated: {wrong}")
 
-    def _differences(self, scenario: Scenario, ignored: re.Pattern[str] | None = None) -> str | None:
+    def differences(self, scenario: Scenario, ignored: re.Pattern[str] | None = None) -> str | None:
         """Compare the run directory with the undisturbed run's. Return None if they are equal.
 
         Further files whose names match `ignored` may be there.
