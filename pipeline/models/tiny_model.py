@@ -34,7 +34,7 @@ from pipeline.errors import UserError
 from pipeline.numerics.codec import encode
 from pipeline.numerics.formats import MXFP4
 from pipeline.runs.artifacts import SHARDS_FILE
-from pipeline.runs.durable import sync_tree
+from pipeline.runs.durable import sync, sync_tree
 
 _RESERVED_ROWS = 16  # embedding rows that belong to no token; the released models have such rows too
 _CONTEXT = 4096
@@ -69,6 +69,7 @@ def create_tiny(directory: Path, tiny: TinyConfig) -> None:
     (unfinished / SHARDS_FILE).unlink()
     sync_tree(unfinished)
     unfinished.replace(directory)
+    sync(directory.parent)
 
 
 def _pieces(tiny: TinyConfig, config: Mapping[str, object]) -> list[Piece]:

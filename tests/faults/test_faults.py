@@ -59,8 +59,9 @@ def _linked_size(entry: disk.File) -> int:
     return entry.synced.stat().st_size if entry.synced is not None else 0
 
 
-def test_a_complete_stage_survives_a_power_cut_right_after_the_command(bench: Bench) -> None:
-    scenario = SCENARIOS["export mxfp4 full"]
+@pytest.mark.parametrize("name", ["upcast", "export mxfp4 full"])
+def test_a_complete_stage_and_its_source_survive_a_power_cut_right_after_the_command(name: str, bench: Bench) -> None:
+    scenario = SCENARIOS[name]
     for names_kept in (True, False):
         bench.changes(scenario)
         disk.write_tree(bench.injector.tree(), bench.injector.run_dir, names_kept)
