@@ -12,10 +12,11 @@ from pathlib import Path
 
 from pipeline.config import Sharding
 from pipeline.errors import UserError
-from pipeline.runs.artifacts import WHOLE_FILE, digests_of
+from pipeline.runs.artifacts import SAMPLES_FILE, WHOLE_FILE, digests_of
 from pipeline.runs.console import say, warn
-from pipeline.runs.durable import sync_names, sync_tree
+from pipeline.runs.durable import sync, sync_names, sync_tree
 from pipeline.runs.json_files import write_json
+from pipeline.runs.metrics import METRICS_FILE
 from pipeline.runs.processes import is_main_process, process_count, wait_for_everyone
 from pipeline.runs.settings import Settings
 
@@ -50,8 +51,12 @@ def read_step(checkpoint: Path) -> int:
 def mark_complete(checkpoint: Path, sharding: Sharding) -> None:
     """Record that a checkpoint is complete, how it is sharded, and the size and digest of each file.
 
-    All files are on the disk before the record is written. `checkpoint` is in a directory of the stage's directory.
+    All files are on the disk before the record is written. So are the lines of metrics and samples up to this step,
+    because a resumed training does not write them again. `checkpoint` is in a directory of the stage's directory.
     """
+    for lines in (checkpoint.parents[1] / METRICS_FILE, checkpoint.parents[1] / SAMPLES_FILE):
+        if lines.is_file():
+            sync(lines)
     sync_tree(checkpoint)
     write_json(checkpoint / WHOLE_FILE, {"sharding": sharding.name, "files": digests_of(checkpoint)})
     sync_names(checkpoint, checkpoint.parents[1])

@@ -14,6 +14,7 @@ from judging import IS_WORK, Bench, Fault, Outcome, faults_of
 from scenarios import SCENARIOS, Scenario
 
 from pipeline.config import ExportTarget, Stage
+from pipeline.runs.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs Linux on x86-64 and a C compiler")
 
@@ -75,7 +76,9 @@ def test_a_complete_checkpoint_survives_a_power_cut(bench: Bench) -> None:
     following = next(change for change in changes[marked:] if change.path.startswith("sft/metrics.jsonl"))
     bench.start(scenario)
     assert bench.injector.run(scenario.arguments, Kind.forgetful_cut, following.number).was_disturbed
-    assert (bench.injector.run_dir / "sft/checkpoints/checkpoint-2/whole").is_file()
+    sft = bench.injector.run_dir / "sft"
+    assert (sft / "checkpoints/checkpoint-2/whole").is_file()
+    assert [line["step"] for line in read_metrics(sft) if "eval_loss" in line] == [0, 2]
 
 
 def test_a_fault_that_damages_the_result_is_judged_as_lost(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
