@@ -26,7 +26,9 @@ _DISK_ERRORS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS), "written"),
     **dict.fromkeys((errno.EIO, errno.ESTALE), "read or written"),
 }
-_WRITE_OF_TORCH = re.compile(r"PytorchStreamWriter|inline_container\.cc:\d+\] \. (unexpected pos|open file failed)")
+_WRITE_OF_TORCH = re.compile(
+    r"PytorchStreamWriter|inline_container\.cc:\d+\] \. (unexpected pos|open file failed)|basic_ios::clear: iostream error"
+)
 _FILE_OF_RUST = re.compile(r"\(os error (\d+)\)")
 """End of the messages of safetensors and tokenizers, which raise no OSError."""
 _GPU_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")

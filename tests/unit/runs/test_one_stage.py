@@ -125,8 +125,9 @@ def test_a_file_that_cannot_be_written_is_explained(tmp_path: Path, write: Calla
             ),
             "torch could not write a file; the disk may be full",
         ),
+        (RuntimeError("basic_ios::clear: iostream error"), "torch could not write a file; the disk may be full"),
     ],
-    ids=["tokenizers", "torch"],
+    ids=["tokenizers", "torch", "torch at its end"],
 )
 def test_errors_of_libraries_that_raise_no_oserror_are_explained(error: Exception, what: str) -> None:
     message = message_of(error, PipelineConfig(stage=Stage.sft, run_dir="runs/mine"))
