@@ -27,7 +27,7 @@ _DISK_ERRORS = {
     **dict.fromkeys((errno.EIO, errno.ESTALE), "read or written"),
 }
 _WRITE_OF_TORCH = re.compile(
-    r"PytorchStreamWriter|inline_container\.cc:\d+\] \. (unexpected pos|open file failed)|basic_ios::clear: iostream error"
+    r"PytorchStreamWriter|inline_container\.cc:\d+\] \. (unexpected pos|open file failed)|iostream error"
 )
 _FILE_OF_RUST = re.compile(r"\(os error (\d+)\)")
 """End of the messages of safetensors and tokenizers, which raise no OSError."""
