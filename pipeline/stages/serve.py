@@ -54,7 +54,7 @@ def _launch(here: Run, settings: ServeConfig, export: Artifact) -> "Launch":
 
 
 def _serve(config: PipelineConfig, here: Run, launch: "Launch") -> None:
-    from pipeline.evaluate.generation.client import NoAnswerError
+    from pipeline.evaluate.generation.replies import NoAnswerError
     from pipeline.serve import client
     from pipeline.serve.process import EngineProcess, interrupt_on_signals
 

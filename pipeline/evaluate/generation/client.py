@@ -10,8 +10,6 @@ import os
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import TypedDict, TypeVar
 from urllib.parse import urlsplit
@@ -20,23 +18,23 @@ import httpx
 
 from pipeline.config import ServerConfig
 from pipeline.errors import UserError
+from pipeline.evaluate.generation.replies import (
+    NoAnswerError,
+    Reply,
+    StatusError,
+    UnexpectedReplyError,
+    no_answer,
+    read_reply,
+)
 from pipeline.runs.console import progress
 from pipeline.runs.json_files import Json
 
 _FIRST_WAIT_SECONDS = 0.5
 _CONNECT_SECONDS = 10.0
-_SHOWN_CHARACTERS = 300
 _KEY_REFUSED = (401, 403)
-_TOO_MANY = 429
-_SERVER_FAILED = 500
 _CHECK_ADDRESS = "Does the address end with the API's base path, as in http://localhost:8000/v1?"
-_NOT_OPENAI = (ValueError, KeyError, IndexError, TypeError, AttributeError)
-"""Errors that a `read` function raises for an unexpected reply."""
-
 T = TypeVar("T")
 R = TypeVar("R")
-Reply = TypeVar("Reply")
-"""The form of reply that a `read` function expects. The reply is not checked before `read` is called."""
 
 
 class _Model(TypedDict):
@@ -47,41 +45,6 @@ class ModelList(TypedDict):
     """The reply to GET /models."""
 
     data: list[_Model]
-
-
-class NoAnswerError(Exception):
-    """A request got no usable answer.
-
-    Attributes:
-        problem: a description of the failure. The error's message consists of the address and this description.
-    """
-
-    def __init__(self, url: str, problem: str) -> None:
-        super().__init__(f"{url}: {problem}")
-        self.problem = problem
-
-
-class StatusError(NoAnswerError):
-    """The server answered with an HTTP error.
-
-    Attributes:
-        status: the HTTP status.
-        wait_seconds: how long the server asks to wait before the next attempt, or None.
-    """
-
-    def __init__(self, response: httpx.Response, secret: str | None) -> None:
-        self.status = response.status_code
-        self.wait_seconds = _retry_after(response)
-        super().__init__(str(response.url), f"status {self.status}: {_beginning(response.text, secret)}")
-
-    @property
-    def is_temporary(self) -> bool:
-        """Whether the same request may succeed later."""
-        return self.status == _TOO_MANY or self.status >= _SERVER_FAILED
-
-
-class UnexpectedReplyError(NoAnswerError):
-    """The server's reply does not have the form of OpenAI's API."""
 
 
 def address(url: str) -> str:
@@ -275,8 +238,8 @@ class Client:
             response = await self._http.request(method, url, json=body)
         except httpx.RequestError as error:
             limit = f"{self._name}.timeout_seconds={self._settings.timeout_seconds}"
-            raise _no_answer(url, error, limit, self._key) from error
-        return _read(response, read, self._key)
+            raise no_answer(url, error, limit, self._key) from error
+        return read_reply(response, read, self._key)
 
     def _pause(self, attempt: int, failure: NoAnswerError) -> float:
         """Return the seconds until the next attempt. The wait doubles each time, unless the server states one."""
@@ -319,8 +282,8 @@ def send_local(
     try:
         response = _request_local(method, url, body, seconds)
     except httpx.RequestError as error:
-        raise _no_answer(url, error, f"{limit}={seconds:g}", None) from error
-    return _read(response, read, None)
+        raise no_answer(url, error, f"{limit}={seconds:g}", None) from error
+    return read_reply(response, read, None)
 
 
 def local_status(url: str, seconds: float) -> int | None:
@@ -335,42 +298,6 @@ def _request_local(method: str, url: str, body: Mapping[str, Json] | None, secon
     # A proxy from the environment cannot reach this machine's ports, so trust_env is False.
     # The address is http and needs no certificates, so verify=False saves the time to load them.
     return httpx.request(method, url, json=body, timeout=seconds, trust_env=False, verify=False, follow_redirects=True)
-
-
-def _read(response: httpx.Response, read: Callable[[Reply], T], secret: str | None) -> T:
-    """Read a successful response with `read`.
-
-    Raises:
-        StatusError: the response is an HTTP error.
-        UnexpectedReplyError: the response is not JSON, or `read` cannot read it.
-    """
-    if not response.is_success:
-        raise StatusError(response, secret)
-    try:
-        return read(response.json())
-    except _NOT_OPENAI as error:
-        raise UnexpectedReplyError(
-            str(response.url),
-            f"not what OpenAI's API promises ({error!r}): {_beginning(response.text, secret)}",
-        ) from error
-
-
-def _no_answer(url: str, error: httpx.RequestError, limit: str, secret: str | None) -> NoAnswerError:
-    """Make the error for a request that got no response."""
-    if isinstance(error, httpx.TimeoutException):
-        return NoAnswerError(url, f"no answer within {limit}")
-    return NoAnswerError(url, _without(secret, str(error)) or type(error).__name__)
-
-
-def _beginning(text: str, secret: str | None) -> str:
-    """Return the beginning of a text on one line, without the API key."""
-    line = " ".join(_without(secret, text).split())
-    return f"{line[:_SHOWN_CHARACTERS]}{' …' if len(line) > _SHOWN_CHARACTERS else ''}" or "nothing"
-
-
-def _without(secret: str | None, text: str) -> str:
-    """Mask the API key in a text. Some servers quote the key that they refuse."""
-    return text.replace(secret, "***") if secret else text
 
 
 def read_key(settings: ServerConfig, key: str) -> str | None:
@@ -392,18 +319,3 @@ def read_key(settings: ServerConfig, key: str) -> str | None:
     if not found.isascii() or not found.isprintable():
         raise UserError(f"{setting}: this environment variable holds characters that a key cannot have.")
     return found
-
-
-def _retry_after(response: httpx.Response) -> float | None:
-    """Return how many seconds the server asks to wait. Return None if it does not ask.
-
-    The header Retry-After has a number of seconds or a date (RFC 9110, 10.2.3).
-    """
-    text = response.headers.get("Retry-After", "")
-    if text.isdigit():
-        return float(text)
-    try:
-        until = parsedate_to_datetime(text)
-    except ValueError:
-        return None
-    return max(0.0, (until - datetime.now(timezone.utc)).total_seconds())

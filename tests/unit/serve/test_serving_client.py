@@ -7,7 +7,7 @@ import pytest
 from chat_server import GOOD, Reply, Server
 
 from pipeline.config import DataConfig, ServeConfig
-from pipeline.evaluate.generation.client import NoAnswerError, StatusError, UnexpectedReplyError
+from pipeline.evaluate.generation.replies import NoAnswerError, StatusError, UnexpectedReplyError
 from pipeline.serve import client
 
 
