@@ -36,7 +36,7 @@ ONLY_IMPORTER = {
     "openai_harmony": "doctor.parity",
     "wandb": "runs.trackers.weights_and_biases",
     "mlflow": "runs.trackers.mlflow",
-    "httpx": ("evaluate.generation.client", "publish.hub"),
+    "httpx": ("evaluate.generation.client", "evaluate.generation.replies", "publish.hub"),
     "gguf": "export.gguf_layout",
     "matplotlib": "compare.plots",
     "lm_eval": "evaluate.scorers.harness",
