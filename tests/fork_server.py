@@ -129,6 +129,9 @@ def _run(order: dict[str, Any], files: list[int]) -> NoReturn:
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
+    # The old stream objects remember properties of the old files, such as whether they are seekable.
+    sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
     for number in _SIGNALS:
         handler = signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL
         signal.signal(number, signal.SIG_IGN if number in order["ignored"] else handler)

@@ -230,7 +230,7 @@ def switch_on(sharding: Sharding) -> Iterator[dict[str, object]]:
         assert isinstance(given, dict)
         arguments["accelerator_config"] = {**given, "use_configured_state": True}
     try:
-        with STRATEGIES[sharding].reading():
+        with STRATEGIES[sharding].reading(), fsdp2.plain_errors():
             yield arguments
     finally:
         _forget_switches()

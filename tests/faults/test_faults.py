@@ -1,6 +1,6 @@
 """Faults while a stage runs: a sample of those that scripts/soak judges. Nothing is lost, and the injector sees all.
 
-The sample differs from run to run. The name of a failed test says its seed: FAULTS_SEED=<seed> repeats the sample.
+FAULTS_SEED=<seed> draws another sample. A failed test names its seed. scripts/soak judges all faults.
 """
 
 import os
@@ -18,7 +18,7 @@ from pipeline.runs.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs Linux on x86-64 and a C compiler")
 
-SEED = int(os.environ.get("FAULTS_SEED", random.SystemRandom().randrange(10**6)))
+SEED = int(os.environ.get("FAULTS_SEED", "0"))
 SECONDS = 60
 """Time for the sample of faults. Preparation takes about 20 s more."""
 SINGLE = [name for name, scenario in SCENARIOS.items() if scenario.processes == 1]
