@@ -6,14 +6,11 @@ sharded, so this module shards models before accelerate gets them.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -27,20 +24,6 @@ from pipeline.runs.processes import wait_for_everyone
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Raise the first failed process's own error in place of torch's CheckpointException.
-
-    torch 2.13 raises it if a sharded checkpoint cannot be written. It is a BaseException, so it would be taken for the
-    end of the program, and its text is the traceback of another process.
-    """
-    try:
-        yield
-    except CheckpointException as error:
-        cause, _ = next(iter(error.failures.values()))
-        raise cause from error
 
 
 def policy(mixed: bool, output_dtype: torch.dtype | None = None) -> MixedPrecisionPolicy:

@@ -128,7 +128,7 @@ class ShardingStrategy:
         shard_frozen: function that prepares a frozen model, such as a teacher, after `place` has loaded it.
         distributed_type: name of accelerate's DistributedType for training on CPUs.
         package: package that must be installed, or None.
-        reading: context manager. Inside it, a run can read checkpoints even if more or fewer processes wrote them.
+        checkpoints: context manager in which checkpoints are read and written.
     """
 
     arguments: Callable[[], dict[str, object]]
@@ -141,7 +141,23 @@ class ShardingStrategy:
     shard_frozen: Callable[["Accelerator", nn.Module], nn.Module] = _replicate
     distributed_type: str = "MULTI_GPU"
     package: str | None = None
-    reading: Callable[[], AbstractContextManager[None]] = nullcontext
+    checkpoints: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Raise the first failed process's own error in place of torch's CheckpointException.
+
+    torch 2.13 raises it if a sharded checkpoint cannot be written. It is a BaseException, so it would be taken for the
+    end of the program, and its text is the traceback of another process.
+    """
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from error
 
 
 def _fsdp2() -> dict[str, object]:
@@ -192,7 +208,7 @@ _ALL = ("weights", "gradients", "optimizer")
 _DEEPSPEED: Any = {
     "distributed_type": "DEEPSPEED",
     "package": "deepspeed",
-    "reading": zero_checkpoints.convert_when_needed,
+    "checkpoints": zero_checkpoints.convert_when_needed,
 }
 STRATEGIES = {
     Sharding.none: ShardingStrategy(dict, sharded=(), gathers=False, distributed_type="MULTI_CPU"),
@@ -204,6 +220,7 @@ STRATEGIES = {
         set_gathers=_set_fsdp2_gathers,
         correct=_correct_fsdp2,
         shard_frozen=_keep,
+        checkpoints=_plain_errors,
     ),
     Sharding.zero2: ShardingStrategy(
         lambda: _zero(2), sharded=_ALL[1:], gathers=False, place=_load_for_zero2, **_DEEPSPEED
@@ -230,7 +247,7 @@ def switch_on(sharding: Sharding) -> Iterator[dict[str, object]]:
         assert isinstance(given, dict)
         arguments["accelerator_config"] = {**given, "use_configured_state": True}
     try:
-        with STRATEGIES[sharding].reading(), fsdp2.plain_errors():
+        with STRATEGIES[sharding].checkpoints():
             yield arguments
     finally:
         _forget_switches()
