@@ -1,6 +1,6 @@
 """Decide whether an export can be shipped. Pure functions: this module reads no files.
 
-The rule has three conditions, and RULE states them for readers:
+The rule has three conditions, and `state_rule` states them for readers:
 
 1. No pass rate of the export is significantly worse than the reference's. The test is McNemar's, corrected by Holm's
    method, as in `evidence`. A validation loss that is not finite counts as worse.
@@ -8,11 +8,12 @@ The rule has three conditions, and RULE states them for readers:
 3. The answers exclude a loss of quality beyond the margin. For each pass rate, the 95 % interval of the paired
    difference must not reach below -margin. This is a test of non-inferiority (CPMP/EWP/2158/99). A test without a
    significant result does not show equality, so the first condition alone would ship any export on a few prompts.
+   An answer that cannot be judged takes no part in the comparison, so only few such answers are allowed.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 
 from pipeline.compare.names import figure_name
@@ -62,6 +63,8 @@ class Evidence:
         loss: validation loss of the export, or None.
         is_verified: whether `verify` has passed on the export's files.
         smaller: size of the reference when served, divided by the export's, or None if a size is unknown.
+        left_open: pass rates of the reference -> (prompts on which the export's answer could not be judged, prompts on
+            which the reference's could). A missing text cannot be judged, for example if the export stops reasoning.
     """
 
     export: str
@@ -71,6 +74,7 @@ class Evidence:
     loss: float | None
     is_verified: bool
     smaller: float | None
+    left_open: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,8 @@ def state_rule(margin: float) -> str:
         "An export can be shipped if (1) no pass rate is significantly worse than the reference's, (2) verify has"
         f" passed on it, and (3) for each pass rate, the 95 % interval of the difference excludes a loss of {margin:g}"
         f" points or more (compare.margin). Condition 3 needs at least {least_prompts(margin)} prompts, and more if the"
-        " models differ on some. The reference is SFT, or the original without SFT. The tests are paired by prompt."
+        f" models differ on some. It also needs answers that can be judged on all but {margin:g} % of these prompts."
+        " The reference is SFT, or the original without SFT. The tests are paired by prompt."
     )
 
 
@@ -151,10 +156,17 @@ def _unverified(evidence: Evidence) -> Iterator[tuple[Outcome, str]]:
 def _unmeasured(evidence: Evidence) -> Iterator[tuple[Outcome, str]]:
     if not evidence.rates:
         beside = evidence.reference or "the model before rounding"
-        yield Outcome.not_measured, f"has no answers to compare with {beside} (run stage=evaluate eval=quick)"
+        yield Outcome.not_measured, f"has no answers to compare with {beside} (run stage=evaluate eval=full)"
 
 
 def _undecided(evidence: Evidence, margin: float) -> Iterator[tuple[Outcome, str]]:
+    for figure, (missing, prompts) in evidence.left_open.items():
+        if missing > prompts * margin / 100:
+            yield (
+                Outcome.not_decided,
+                f"gave no answer that {figure_name(figure)} can judge on {missing} of the {prompts} prompts where"
+                f" {evidence.reference} did",
+            )
     wide = [rate for rate in evidence.rates if rate.low <= -margin / 100]
     if wide:
         rate = min(wide, key=lambda each: each.low)

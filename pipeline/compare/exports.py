@@ -71,6 +71,7 @@ def _judge(export: Export, rows: list[Row], tests: list[Test], margin: float, la
         export=export.name,
         reference=None if export.reference is None else export.reference.title,
         stands_for=None if _is_own(export) or export.measured is None else export.measured.title,
+        left_open=dict(_left_open(test) for test in own),
         rates=[_rate(test) for test in own if test.comparison is not None],
         loss=None if export.measured is None else export.measured.figures.get(LOSS),
         is_verified=export.proof is not None,
@@ -80,6 +81,13 @@ def _judge(export: Export, rows: list[Row], tests: list[Test], margin: float, la
     made = [row for row in rows if row.fingerprint in lineage.values() and row.model in lineage]
     tiles = make_tiles(evidence, export.measured, served, whole, export.proof, made)
     return Verdict(label, decide(evidence, margin), tiles)
+
+
+def _left_open(test: Test) -> tuple[str, tuple[int, int]]:
+    """Return a figure, and how many prompts that decide the reference leave the model open, of how many."""
+    decided = sum(each.passed is not None for each in test.reference.verdicts[test.figure] if each.sample == 0)
+    compared = 0 if test.comparison is None else test.comparison.prompts
+    return test.figure, (decided - compared, decided)
 
 
 def _is_own(export: Export) -> bool:

@@ -72,7 +72,7 @@ def _describe_chain(chain: Chain, tests: list[Test]) -> Iterator[str]:
         yield from _describe_rate([test for test in own_tests if test.figure == figure])
         yield from (_describe_control(test) for test in own_tests if test.figure == figure and _has_control(test))
     if not own_tests:
-        yield "No answers were compared, so no difference was tested. To compare answers, evaluate with eval=quick."
+        yield "No answers were compared, so no difference was tested. To compare answers, evaluate with eval=full."
     yield from _describe_cost(chain)
 
 

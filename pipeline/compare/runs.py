@@ -228,7 +228,10 @@ def _command(directory: Path) -> str:
 _TOKENIZER = "tokenizer.json"
 _SETTINGS = (
     *(f"data.{name}" for name in ("max_samples", "validation_fraction", "seed", "max_length", "supervise")),
-    *(f"data.{name}" for name in ("reasoning_effort", "reasoning_language", "model_identity", "conversation_date")),
+    *(
+        f"data.{name}"
+        for name in ("reasoning_effort", "reasoning_language", "model_identity", "conversation_date", "rendering")
+    ),
     *("model.dtype", "evaluate.max_samples"),
 )
 """Settings that affect the figures. Data and models are compared by their fingerprints, not by their settings."""

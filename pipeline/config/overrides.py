@@ -9,7 +9,14 @@ from pipeline.config.groups import RECIPE
 
 _OF_ONE_COMMAND = (
     *("stage", "run_dir", "overwrite", "doctor", "serve", "hydra"),
-    *("compare.runs", "evaluate.source", "evaluate.endpoint", "export.push_to_hub", "verify.checkpoint"),
+    *(
+        "compare.runs",
+        "evaluate.source",
+        "evaluate.endpoint",
+        "export.push_to_hub",
+        "export.source",
+        "verify.checkpoint",
+    ),
 )
 """Keys and sections that say what one command does. They do not belong to the run."""
 _SECTIONS = {"train@sft": "sft", "train@qat": "qat", "eval": "evaluate"}

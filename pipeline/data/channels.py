@@ -41,7 +41,8 @@ def join_channels(parts: list[Part]) -> list[Part]:
     joined: list[Part] = []
     pending: list[Part] = []
     for part in parts:
-        if part.channel is None and part.recipient is None:
+        ends_turn = bool(pending) and "tool_calls" in part.message
+        if part.channel is None and part.recipient is None and not ends_turn:
             _raise_if_any(pending)
             joined.append(_weighted(part, part.weight))
             continue
@@ -67,8 +68,9 @@ def _join(parts: list[Part]) -> Part:
     for part in parts:
         if part.channel is not None and part.channel not in _CHANNELS:
             raise ConversationError(f"{part.where} has the unknown channel {part.channel!r}; use {_list(_CHANNELS)}")
-    if last.recipient is not None and last.channel not in (None, "commentary"):
-        raise ConversationError(f"{last.where} calls {last.recipient!r} in the channel {last.channel!r}")
+    calls = last.recipient if last.recipient is not None else "tool_calls" if "tool_calls" in last.message else None
+    if calls is not None and last.channel not in (None, "commentary"):
+        raise ConversationError(f"{last.where} calls {calls!r} in the channel {last.channel!r}, not in 'commentary'")
     if [part.channel for part in before] not in ([], ["analysis"], ["commentary"], ["analysis", "commentary"]):
         raise ConversationError(
             f"{before[0].where} to {last.where} are one turn. Its messages before the last one must be at most one in"
@@ -85,10 +87,13 @@ def _merge(before: list[Part], last: Part) -> Message:
     message: Message = {**last.message}
     if last.recipient is not None:
         message = {"role": "assistant", "content": "", "tool_calls": [_call(last)]}
+    reasoning = [part.message["thinking"] for part in (*before, last) if part.message.get("thinking")]
     if texts.get("analysis"):
-        if "thinking" in message or any("thinking" in part.message for part in before):
-            raise ConversationError(f"{last.where} has reasoning of its own and in the channel 'analysis'")
-        message["thinking"] = texts["analysis"]
+        reasoning.append(texts["analysis"])
+    if len(reasoning) > 1:
+        raise ConversationError(f"{last.where} has reasoning of its own and in the channel 'analysis'")
+    if reasoning:
+        message["thinking"] = reasoning[0]
     if texts.get("commentary"):
         if "tool_calls" not in message:
             message["preamble"] = texts["commentary"]

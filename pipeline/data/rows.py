@@ -27,6 +27,7 @@ from pipeline.data import (
     parsing,
     prompts,
     tables,
+    unused,
 )
 from pipeline.data import sources as sources_module
 from pipeline.data.columns import Columns
@@ -37,6 +38,7 @@ from pipeline.data.sampling import Numbers
 from pipeline.data.sources import Opened, Source, data_sources, digest_of_files, open_rows
 from pipeline.data.unused import Unused, UnusedCounts
 from pipeline.errors import RowProblems, UserError, joined, user_errors
+from pipeline.runs import foreign_files
 from pipeline.runs.console import progress, say, warn
 from pipeline.runs.run import Run
 
@@ -56,14 +58,8 @@ _FILTERED_OUT = {"kept": False, "identity": 0, "prompt": 0, "merged": False} | d
     ("conversation", "where", "expected", "unused"), ""
 )
 
-CODE = [
-    Path(__file__),
-    *(
-        Path(str(module.__file__))
-        for module in (channels, columns, conversations, files, folders, forms, functions, messages, parsing, prompts)
-    ),
-    Path(str(sources_module.__file__)),
-]
+_MODULES = (channels, columns, conversations, files, folders, forms, functions, messages, parsing, prompts, unused)
+CODE = [Path(__file__), *(Path(str(module.__file__)) for module in (*_MODULES, sources_module, foreign_files))]
 """Files with the code that turns rows into conversations. If this code changes, all tables are made again."""
 
 

@@ -117,7 +117,7 @@ def raise_if_needed(row: Mapping[str, object], columns: ColumnsConfig, unused: I
     """
     for path in unused:
         name = path.partition(".")[0]
-        if name in _MEDIA and not isinstance(row[name], str):
+        if name in _MEDIA and not isinstance(row.get(name, row.get(path)), str):
             raise ConversationError(f"has {name!r}, but the model reads only text. Remove the row or the column")
         if name == _MORE_TURNS and columns.prompt is not None:
             raise ConversationError(f"has earlier turns in {name!r}, which would be lost. Put all turns into messages")

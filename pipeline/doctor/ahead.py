@@ -31,7 +31,7 @@ from pipeline.errors import Attempts, UserError
 from pipeline.models import continuing, references, sharding, source
 from pipeline.runs import hub_login, tracking
 from pipeline.runs.artifacts import EVALUATED_STAGES, MODEL_STAGES, load
-from pipeline.runs.processes import process_count
+from pipeline.runs.processes import is_main_process, process_count
 from pipeline.runs.records import DoctorRecord
 from pipeline.runs.run import Run
 
@@ -65,7 +65,8 @@ def problems(config: PipelineConfig, is_launched_well: bool = True) -> list[str]
         _check_model(found, here, trained)
         _check_data(found, here)
     if config.stage is Stage.all:
-        later = [*_source_problems(here), *_verify_problems(config), *hub_login.problems(config.export)]
+        login = hub_login.problems(config.export) if is_main_process() else []  # only the main process uploads
+        later = [*_source_problems(here), *_verify_problems(config), *login]
         return [*found.problems, *later]
     return found.problems
 

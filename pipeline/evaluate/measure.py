@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ASKED = tuple(f"evaluate.generation.{name}" for name in ("max_new_tokens", "temperature", "top_p", "seed"))
-_RENDERED = ("data.model_identity", "data.conversation_date")
+_RENDERED = ("data.model_identity", "data.conversation_date", "data.rendering")
 _DECIDE_SERVED = {
     EndpointApi.completions.name: (*_ASKED, *_RENDERED, "model.path", "model.revision"),  # model.*: the tokenizer
     EndpointApi.chat.name: _ASKED,

@@ -207,12 +207,12 @@ def export_refs(run: Run) -> list[ModelRef]:
 def _loadable_export(run: Run) -> str | None:
     """Return the layout of the export that export.target names, or of the last one, if transformers can load it.
 
-    If export.target is null, an earlier export may take the place of the last one.
+    Otherwise, another export takes its place.
     """
     there = [export.target for export in exports.find_all(run.directory) if export.is_loadable]
     if run.part in there:
         return run.part
-    return there[0] if there and run.asked_part is None else None
+    return there[0] if there else None
 
 
 def _is_source_of(directory: Path, upcast: Artifact) -> bool:

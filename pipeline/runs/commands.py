@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline.config import ExportTarget, PipelineConfig, Stage
 from pipeline.config.controls import DIRECTORY as CONTROLS_DIR
 from pipeline.config.groups import RECIPE
-from pipeline.config.overrides import assignment, belongs_to_run, by_key, shown
+from pipeline.config.overrides import assignment, belongs_to_run, by_key, key_of, shown
 from pipeline.runs import own_settings
 
 _CHOOSES_PLACE = ("stage", "run_dir", "overwrite")
@@ -145,7 +145,7 @@ def resume() -> str:
     if command is None:
         return "the same command, without overwrite=true"
     if command.is_sweep:
-        return shown([each for each in command.arguments if not each.startswith("overwrite=")])
+        return shown([each for each in command.arguments if key_of(each) != "overwrite"])
     given = by_key(each for each in command.arguments if "=" in each)
     own = [text for key, text in given.items() if not belongs_to_run(key) and key not in _CHOOSES_PLACE]
     if command.pending:

@@ -64,7 +64,7 @@ def _made_from(here: Run, going: set[Stage]) -> set[Stage]:
     """Return the models and controls that are made from some stages, directly or through others."""
     found = set(going)
     for stage in (*MODEL_STAGES, Stage.export):
-        if _seconds(here, stage) is not None and found & _parents(here, stage):
+        if stage not in going and _seconds(here, stage) is not None and found & _parents(here, stage):
             found.add(stage)
     if found & {Stage.upcast, Stage.sft} and _seconds(here, Stage.controls) is not None:
         found.add(Stage.controls)

@@ -6,6 +6,7 @@ from pathlib import Path
 from pipeline.config import Stage
 from pipeline.config.groups import RECIPE
 from pipeline.config.overrides import touches
+from pipeline.errors import UserError
 from pipeline.runs import commands, own_settings
 from pipeline.runs.artifacts import ARTIFACT_FILE, MODEL_STAGES, load
 from pipeline.runs.commands import Command
@@ -81,7 +82,10 @@ def _contradicted(run: Run, stage: Stage, settings: list[str]) -> list[str]:
 
 
 def _made_with(run: Run, directory: Path) -> dict[str, object]:
-    if (directory / ARTIFACT_FILE).is_file():
-        return load(directory, check_files=False).settings
-    begun = (run.read_unfinished(directory) or {"settings": {}})["settings"]
+    try:
+        if (directory / ARTIFACT_FILE).is_file():
+            return load(directory, check_files=False).settings
+        begun = (run.read_unfinished(directory) or {"settings": {}})["settings"]
+    except UserError:  # a damaged model protects no settings; the stage that needs the model reports the damage
+        return {}
     return {key: value for key, value in begun.items() if " " not in key}  # not a product of settings

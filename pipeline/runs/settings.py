@@ -55,9 +55,15 @@ def plain(value: object) -> Any:
 
 
 def _at(section: object, key: str) -> object:
-    """Return the setting or section with this dotted key. If a section is null, all in it is null too."""
+    """Return the setting or section with this dotted key. If a section is null, all in it is null too.
+
+    Artifacts record entries of dictionaries with keys of their own, such as data.roles.human. An entry or setting that
+    does not exist is null.
+    """
+    if isinstance(section, dict):
+        return section.get(key)  # the user's names may contain dots
     name, _, rest = key.partition(".")
-    value = None if section is None else vars(section)[name]
+    value = None if section is None else vars(section).get(name)
     return _at(value, rest) if rest else value
 
 

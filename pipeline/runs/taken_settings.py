@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.config import PipelineConfig
 from pipeline.config.groups import RECIPE
-from pipeline.config.overrides import assignment, by_key, is_override, plain_value, shown, swept_values
+from pipeline.config.overrides import assignment, by_key, is_override, key_of, plain_value, shown, swept_values
 from pipeline.errors import UserError
 from pipeline.runs import own_settings
 from pipeline.runs.artifacts import CONFIG_FILE, MODEL_STAGES
@@ -57,7 +57,7 @@ def config_dir(arguments: list[str]) -> str | None:
     """Return the absolute directory that --config-dir names, or None."""
     for i, argument in enumerate(arguments):
         flag, _, value = argument.partition("=")
-        if flag in _CONFIG_DIR:
+        if flag in _CONFIG_DIR and (value or i + 1 < len(arguments)):
             return str(Path(value or arguments[i + 1]).expanduser().absolute())
     return None
 
@@ -115,9 +115,10 @@ def _raise_if_elsewhere(own: OwnSettings, given: dict[str, str], run_dir: str, a
             continue
         if (there / value).exists() and (there / value).resolve() != (here / value).resolve():
             moved = [
-                f"run_dir={Path(run_dir).expanduser().resolve()}" if a.startswith("run_dir=") else a for a in arguments
+                assignment("run_dir", str(Path(run_dir).expanduser().resolve())) if key_of(a) == "run_dir" else a
+                for a in arguments
             ]
             raise UserError(
                 f"run_dir={run_dir}: its setting {override} is a path relative to {there}. Run the command there: cd"
-                f" {there} && {shown(moved)}. Or give {key}= with an absolute path."
+                f" {shlex.quote(str(there))} && {shown(moved)}. Or give {key}= with an absolute path."
             )

@@ -17,6 +17,7 @@ from pipeline.checkpoints.side_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CHAT_TEMPLATES,
+    PICKLES,
     TOKENIZER,
     TOKENIZER_CONFIG,
     TOKENIZER_FILES,
@@ -37,7 +38,7 @@ _SEVERAL_FILES = (
     " model's, or the exported model's own; sound shards"
 )
 _DOCUMENTS = (".md",)  # a model card may be changed
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf")
+_OTHER_WEIGHTS = (*PICKLES, ".gguf")
 _ADAPTERS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 _AWAY = "Move it to another directory"
 

@@ -55,7 +55,7 @@ def test_an_export_without_answers_is_not_measured() -> None:
     outcome, headline = decided(rates=[])
     assert outcome is Outcome.not_measured
     assert headline == (
-        "Not measured: the MXFP4 export has no answers to compare with SFT (run stage=evaluate eval=quick)."
+        "Not measured: the MXFP4 export has no answers to compare with SFT (run stage=evaluate eval=full)."
     )
     assert "the model before rounding" in decided(rates=[], reference=None)[1]
 
@@ -106,3 +106,10 @@ def test_the_stated_number_of_prompts_is_the_smallest_that_excludes_the_margin(m
     least = least_prompts(margin)
     assert difference_interval(0, 0, least).low > -margin / 100 >= difference_interval(0, 0, least - 1).low
     assert f"at least {least} prompts" in state_rule(margin)
+
+
+@pytest.mark.parametrize(("missing", "outcome"), [(20, Outcome.ship), (21, Outcome.not_decided)])
+def test_answers_that_cannot_be_judged_are_not_passed_over(missing: int, outcome: Outcome) -> None:
+    found, headline = decided(left_open={"reasoning_language": (missing, 400)})
+    assert found is outcome
+    assert (f"can judge on {missing} of the 400 prompts" in headline) == (outcome is Outcome.not_decided)

@@ -34,6 +34,28 @@ def refusal(*messages: dict[str, Any]) -> str:
 
 
 SAME: dict[str, tuple[list[Any], list[Any]]] = {
+    "reasoning beside an empty analysis": (
+        [USER, {**THINKING, "content": "", "thinking": "2 times 4"}, FINAL],
+        [USER, {"role": "assistant", "thinking": "2 times 4", "content": "Eight."}],
+    ),
+    "reasoning of a call with a recipient": (
+        [USER, {**CALL, "thinking": "2 times 4"}, RESULT, FINAL],
+        [
+            USER,
+            {"role": "assistant", "thinking": "2 times 4", "content": "", "tool_calls": CALLS},
+            {"role": "tool", "name": "add", "content": "8"},
+            {"role": "assistant", "content": "Eight."},
+        ],
+    ),
+    "analysis before tool calls without a channel": (
+        [USER, THINKING, {"role": "assistant", "content": "", "tool_calls": CALLS}, RESULT, FINAL],
+        [
+            USER,
+            {"role": "assistant", "thinking": "2 times 4", "content": "", "tool_calls": CALLS},
+            {"role": "tool", "name": "add", "content": "8"},
+            {"role": "assistant", "content": "Eight."},
+        ],
+    ),
     "reasoning and answer": (
         [USER, THINKING, FINAL],
         [USER, {"role": "assistant", "thinking": "2 times 4", "content": "Eight."}],
@@ -100,6 +122,7 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
     "a call of no function": ([USER, {**CALL, "recipient": "python"}, FINAL], "only functions.<name> can be called"),
     "a call in another channel": ([USER, {**CALL, "channel": "analysis"}, FINAL], "in the channel 'analysis'"),
     "reasoning twice, once as thinking": ([USER, THINKING, {**FINAL, "thinking": "x"}], "has reasoning of its own"),
+    "tool calls in another channel": ([USER, {**FINAL, "tool_calls": CALLS}], "in the channel 'final'"),
     "arguments that are no object": ([USER, {**CALL, "content": "[1]"}, FINAL], "messages[1].arguments is a list"),
     "channel of another type": ([USER, {**FINAL, "channel": 3}], "messages[1].channel is int, not text"),
 }

@@ -49,7 +49,9 @@ def test_the_settings_of_the_answers_are_kept_and_no_others(run_dir: Path) -> No
 def test_an_unfinished_report_counts_too(run_dir: Path) -> None:
     settings = json.loads((run_dir / "evaluate" / "artifact.json").read_text())["settings"]
     (run_dir / "evaluate" / "artifact.json").unlink()
-    (run_dir / "evaluate" / "unfinished.json").write_text(json.dumps({"settings": settings, "parents": {}}))
+    (run_dir / "evaluate" / "unfinished.json").write_text(
+        json.dumps({"settings": settings, "parents": {}, "data": None})
+    )
     assert kept(run_dir).generation == EARLIER.generation
 
 

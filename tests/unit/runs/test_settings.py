@@ -39,3 +39,15 @@ def test_a_setting_of_a_section_that_is_null_is_null() -> None:
     assert choose_settings(PipelineConfig(), ("data.validation.columns.messages",)) == {
         "data.validation.columns.messages": None
     }
+
+
+def test_recorded_entries_of_a_mapping_are_found_again() -> None:
+    config = PipelineConfig()
+    config.data.roles = {"human": "user", "a.b": "tool"}
+    recorded = choose_settings(config, ("data.roles",))
+    assert recorded == {"data.roles.human": "user", "data.roles.a.b": "tool"}
+    assert choose_settings(config, recorded) == recorded
+
+
+def test_a_setting_that_this_program_does_not_know_is_null() -> None:
+    assert choose_settings(PipelineConfig(), ("data.of_another_version",)) == {"data.of_another_version": None}
