@@ -24,7 +24,7 @@ from pipeline.models.weights import Weights
 from pipeline.numerics.codec import decode, same_bits
 from pipeline.runs.artifacts import fingerprint_of
 
-TINY = TinyConfig(num_hidden_layers=2, num_local_experts=3, hidden_size=64, intermediate_size=96)
+TINY = TinyConfig(num_hidden_layers=2, num_local_experts=3, num_experts_per_tok=3, hidden_size=64, intermediate_size=96)
 SHARD_BYTES = 60_000
 FIRST, SECOND = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"
 OFF_GRID = 1 + 2**-7

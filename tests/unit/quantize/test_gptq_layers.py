@@ -320,7 +320,7 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(
 ) -> None:
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 16))
     started = counted_layers(monkeypatch)
-    with pytest.raises(UserError, match=r"needs 0\.. GB, but the disk has"):
+    with pytest.raises(UserError, match=r"needs 0\.. MB, but the disk has"):
         run(job(base, trained), tmp_path / "codes")
     assert not started and shutil.disk_usage(tmp_path).free == 1 << 16
 
