@@ -65,10 +65,10 @@ def load_plain(directory: Path, dtype: torch.dtype, **arguments: Any) -> "PreTra
     from pipeline.models import sink_attention  # noqa: F401 (registers the attention in transformers)
 
     _quieten()
-    config = AutoConfig.from_pretrained(directory)
+    config = arguments.pop("config", None) or AutoConfig.from_pretrained(directory)
     if is_quantized(read_config(directory)):
         arguments["quantization_config"] = Mxfp4Config(dequantize=True)
-    elif "quantization_config" in read_config(directory):
+    elif hasattr(config, "quantization_config"):
         del config.quantization_config  # left over from another model, as `source.locate` reports
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory, config=config, dtype=dtype, output_loading_info=True, **{"attn_implementation": "eager", **arguments}

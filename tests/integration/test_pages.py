@@ -15,7 +15,7 @@ from pages import EXTENDING, PAGES, ROOT, Block, copy_checkout, program_argument
 
 README = ROOT / "README.md"
 SHELL = [block for page in PAGES for block in read_blocks(page) if block.language == "bash" and page != EXTENDING]
-MARKS = {".needs-gpu", ".needs-internet", ".needs-engine", ".needs-interruption", ".needs-time", ".runs-tests"}
+MARKS = {f".needs-{what}" for what in ("gpu", "internet", "engine", "interruption", "time", "files")} | {".runs-tests"}
 """These tests do not run blocks that have one of these marks."""
 RUNNING = [block for block in SHELL if not block.marks]
 
