@@ -77,7 +77,7 @@ def _mark_whole(folder: Path) -> None:
 def _one_at_a_time(directory: Path, fingerprint: str) -> Iterator[None]:
     """Let one process or thread after the other make a table, or find it."""
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / f"{fingerprint}.lock").open("w") as lock:
+    with (directory / f"{fingerprint}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

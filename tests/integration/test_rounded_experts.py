@@ -241,7 +241,7 @@ def test_a_weight_that_is_not_finite_is_named(bad: float, smoke_run: Path, tmp_p
     (run / "sft").mkdir()
     for path in (smoke_run / "sft").iterdir():
         if path.suffix != ".safetensors" and path.is_file():
-            (run / "sft" / path.name).symlink_to(path)
+            (run / "sft" / path.name).hardlink_to(path)
     (weights,) = (smoke_run / "sft").glob("model*.safetensors")
     tensors = load_file(weights)
     name = "model.layers.1.mlp.experts.down_proj"

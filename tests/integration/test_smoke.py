@@ -11,6 +11,8 @@ from conftest import SHORT, outcomes, run_program
 from pipeline.checkpoints.config_json import read_config
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.side_files import side_files
+from pipeline.config import TinyConfig
+from pipeline.models.tiny_model import create_tiny
 from pipeline.runs import artifacts
 from pipeline.stages import all as every_stage
 
@@ -139,8 +141,16 @@ def test_stage_made_from_an_earlier_parent_is_refused(smoke_run: Path, tmp_path:
     assert f"{run / 'quantize'} was made from an earlier sft" in capsys.readouterr().err
 
 
-def test_another_model_in_the_same_run_is_refused(smoke_run: Path, capsys) -> None:
+def test_the_same_model_at_another_path_is_the_same_model(smoke_run: Path, capsys) -> None:
     arguments = ("stage=sft", "recipe=smoke", *SHORT, f"run_dir={smoke_run}", f"model.path={source_of(smoke_run)}")
+    assert run_program(*arguments) == 0
+    assert "[sft] up to date" in capsys.readouterr().out
+
+
+def test_another_model_in_the_same_run_is_refused(smoke_run: Path, tmp_path: Path, capsys) -> None:
+    other = tmp_path / "other"
+    create_tiny(other, TinyConfig(seed=7))
+    arguments = ("stage=sft", "recipe=smoke", *SHORT, f"run_dir={smoke_run}", f"model.path={other}")
     assert run_program(*arguments) == 2
     assert "was made from synthetic://tiny" in capsys.readouterr().err
 
