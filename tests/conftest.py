@@ -122,6 +122,23 @@ def outcomes(run_dir: Path) -> set[str]:
 
 
 @pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model. Tests must not write to it."""
+    from pipeline.config import TinyConfig
+    from pipeline.models.tiny_model import create_tiny
+
+    directory: Path = tmp_path_factory.mktemp("tiny") / "model"
+    create_tiny(directory, TinyConfig())
+    return directory
+
+
+@pytest.fixture
+def model(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may damage."""
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory in which all stages of recipe=smoke have run, with few steps. Tests must not write to it."""
     run_dir = tmp_path_factory.mktemp("smoke") / "run"

@@ -19,19 +19,10 @@ from pipeline.checkpoints.config_json import CONFIG, read_config
 from pipeline.checkpoints.gpt_oss import plain_tensors
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.side_files import copy_side_files
-from pipeline.config import TinyConfig
 from pipeline.models import loading
-from pipeline.models.tiny_model import create_tiny
 from pipeline.runs import artifacts, console
 
 LORA = ("recipe=smoke_lora", *SHORT, "sft.max_steps=2", "sft.eval_steps=2", "sft.save_steps=2", "data.max_samples=20")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory: Path = tmp_path_factory.mktemp("brought") / "tiny"
-    create_tiny(directory, TinyConfig())
-    return directory
 
 
 def plain_copy(tiny: Path, directory: Path, noise: float = 0.0, **config: Any) -> Path:

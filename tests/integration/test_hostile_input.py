@@ -10,27 +10,12 @@ from typing import Any
 import pytest
 from conftest import run_program
 
-from pipeline.config import TinyConfig
-from pipeline.models import tiny_model
-
 INDEX = "model.safetensors.index.json"
 DEEP = "[" * 100_000 + "]" * 100_000
 ROWS = "".join(
     json.dumps({"messages": [{"role": "user", "content": f"hi {i}"}, {"role": "assistant", "content": "ho"}]}) + "\n"
     for i in range(30)
 )
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("hostile") / "model"
-    tiny_model.create_tiny(directory, TinyConfig())
-    return directory
-
-
-@pytest.fixture
-def model(tiny: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny, tmp_path / "model"))
 
 
 def error_of(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: str) -> str:
