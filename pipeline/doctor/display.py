@@ -11,13 +11,14 @@ from pipeline.config.engines import engines_that_render
 from pipeline.data.conversations import Conversation, ConversationError
 from pipeline.data.harmony import Rendering, render, tokenize
 from pipeline.doctor.facts import DataFigures, Facts, ValidationFigures
-from pipeline.doctor.fit import controls_of, device_needed, disk_needed, gigabytes, host_needed
+from pipeline.doctor.fit import controls_of, device_needed, disk_needed, host_needed
 from pipeline.doctor.parity import ParityFigures
 from pipeline.doctor.plan import as_batched
 from pipeline.doctor.renderings import RenderingFigures
 from pipeline.errors import UserError
 from pipeline.models.sharding import STRATEGIES
 from pipeline.runs.console import say, warn
+from pipeline.runs.disk import gigabytes
 
 _PLAIN_WIDTH = 120
 _STYLES = {"prompt": ("dim", "dim reverse"), "supervised": ("green", "black on green")}

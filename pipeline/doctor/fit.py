@@ -11,6 +11,7 @@ from pipeline.doctor.needs import ControlFigures
 from pipeline.errors import UserError
 from pipeline.runs import controls
 from pipeline.runs.console import warn
+from pipeline.runs.disk import gigabytes
 from pipeline.runs.run import Run
 
 GPU, HOST, DISK = "on each GPU", "of host memory", "of disk space"
@@ -39,11 +40,6 @@ class Shortage:
         about = "about " if self.is_estimated else ""
         needed, free = gigabytes(self.needed), gigabytes(self.free)
         return f"{self.what} needs {about}{needed} {self.kind}, but only {free} are free."
-
-
-def gigabytes(size: float) -> str:
-    """Format a number of bytes in decimal units, as for disks: `13.8 GB`, or MB below one GB."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def findings(facts: Facts) -> list[str]:

@@ -11,10 +11,11 @@ def raise_if_disk_too_small(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise UserError(
-            f"{directory}: needs {_readable(needed)}, but the disk has {_readable(free)} free."
+            f"{directory}: needs {gigabytes(needed)}, but the disk has {gigabytes(free)} free."
             " Free some, or set run_dir to another disk."
         )
 
 
-def _readable(size: int) -> str:
+def gigabytes(size: float) -> str:
+    """Format a number of bytes in decimal units, as for disks: `13.8 GB`, or MB below one GB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import UserError
 from pipeline.runs import other_libraries
 from pipeline.runs.trackers.readings import split
-from pipeline.runs.trackers.tracker import DATASET, MODEL, Hint, Item, Reading, TrackedStage, in_one_line
+from pipeline.runs.trackers.tracker import DATASET, MODEL, Hint, Item, OnDisk, Reading, TrackedStage, in_one_line
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment, LoggedModel, Run
@@ -27,7 +27,7 @@ _LONGEST_PARAM = 500
 _NOT_IN_URI = "%?"
 
 
-class MLflow:
+class MLflow(OnDisk):
     """A stage as one MLflow run, in the experiment of `tracking.project`.
 
     MLflow never changes a parameter. So a stage continues its run if its settings are the same, and otherwise begins a
@@ -92,16 +92,6 @@ class MLflow:
 
         store = shlex.quote(f"sqlite:///{self._directory / _DATABASE}")
         return Hint("to see the runs", f"pipx run mlflow=={__version__} ui --backend-store-uri {store}")
-
-    @property
-    def rescue(self) -> str:
-        """Nothing, because all data is on disk."""
-        return ""
-
-    @property
-    def url(self) -> str | None:
-        """None, because the user starts MLflow's pages."""
-        return None
 
     def log(self, reading: Reading) -> None:
         """Log the numbers as metrics at their step, and the texts as tags."""

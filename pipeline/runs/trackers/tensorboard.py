@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
-from pipeline.runs.trackers.tracker import Hint, Item, Reading, TrackedStage
+from pipeline.runs.trackers.tracker import Hint, Item, OnDisk, Reading, TrackedStage
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -16,7 +16,7 @@ _DIRECTORY = "tensorboard"
 _MOST_ROWS = 100  # TensorBoard shows a table as one text
 
 
-class TensorBoard:
+class TensorBoard(OnDisk):
     """A stage as one run of TensorBoard. TensorBoard stores no files other than images."""
 
     title = "TensorBoard"
@@ -51,16 +51,6 @@ class TensorBoard:
     def hint(self) -> Hint | None:
         """The command that shows all stages."""
         return Hint("to see the curves", f"tensorboard --logdir {shlex.quote(str(self._all))}")
-
-    @property
-    def rescue(self) -> str:
-        """Nothing, because all data is on disk."""
-        return ""
-
-    @property
-    def url(self) -> str | None:
-        """None, because the user starts TensorBoard."""
-        return None
 
     def log(self, reading: Reading) -> None:
         """Add scalars and texts."""

@@ -128,6 +128,20 @@ class Tracker(Protocol):
         """End the stage after the last write."""
 
 
+class OnDisk:
+    """What trackers share that write only to the run's directory."""
+
+    @property
+    def rescue(self) -> str:
+        """Nothing, because all data is on disk."""
+        return ""
+
+    @property
+    def url(self) -> str | None:
+        """None, because the user starts the tracker's pages."""
+        return None
+
+
 def in_one_line(error: Exception) -> str:
     """Join the first lines of a message. They name the fault and its place; the rest explains the use of a library."""
     return " ".join(line.strip() for line in str(error).strip().splitlines()[:3]) or type(error).__name__
