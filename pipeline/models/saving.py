@@ -7,8 +7,8 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from pipeline.checkpoints.gpt_oss import (
 )
 from pipeline.checkpoints.reading import Checkpoint
 from pipeline.checkpoints.shards import SHARD_BYTES, STEP_BYTES, Piece, Step, Written, sort_by_layer, write_sharded
-from pipeline.checkpoints.side_files import ADAPTER_CONFIG, copy_side_files
+from pipeline.checkpoints.side_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, copy_side_files
 from pipeline.config import Sharding, TrainConfig
 from pipeline.models import sharding
 from pipeline.models.adapted_names import is_factor
@@ -41,8 +41,6 @@ from pipeline.runs.records import ModelRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_CARD = "README.md"
 
 
 def save(
@@ -82,7 +80,8 @@ def save_adapters(model: "PreTrainedModel", directory: Path, base: Path) -> None
     """Gather all adapters on every process, which is cheap because adapters are small. The main process writes them.
 
     The saved files name the base by its path from `directory`. PEFT would write its absolute path into them, so equal
-    adapters would have other bytes in another place. PEFT would also write a model card in place of the base's.
+    adapters would have other bytes in another place. PEFT also writes a model card, which would replace the base's. So
+    PEFT writes into a directory of its own. If a save was interrupted, the next one removes this directory.
     """
     state = {}
     for name, parameter in model.named_parameters():
@@ -90,9 +89,13 @@ def save_adapters(model: "PreTrainedModel", directory: Path, base: Path) -> None
             with sharding.gather(parameter) as whole:
                 state[name] = whole.detach().cpu().clone()
     if is_main_process():
-        with _kept(directory / _CARD):
-            model.save_pretrained(str(directory), state_dict=state)
-        _write_adapter_config(directory / ADAPTER_CONFIG, model, os.path.relpath(base, directory))
+        unfinished = directory / "adapters.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by an interrupted save
+        model.save_pretrained(str(unfinished), state_dict=state)
+        _write_adapter_config(unfinished / ADAPTER_CONFIG, model, os.path.relpath(base, directory))
+        for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+            (unfinished / name).replace(directory / name)
+        shutil.rmtree(unfinished)
 
 
 def _write_adapter_config(path: Path, adapted: Any, base: str) -> None:
@@ -101,17 +104,6 @@ def _write_adapter_config(path: Path, adapted: Any, base: str) -> None:
     sets = {name: sorted(value) for name, value in vars(config).items() if isinstance(value, set)}
     stored = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, {**stored, **sets, "base_model_name_or_path": base})
-
-
-@contextmanager
-def _kept(path: Path) -> Iterator[None]:
-    """Restore a file after the block, or remove it if it did not exist."""
-    before = path.read_bytes() if path.is_file() else None
-    yield
-    if before is not None:
-        path.write_bytes(before)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _save_packed(model: "PreTrainedModel", ref: ModelRef, directory: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""All stages save checkpoints with the same size limit for weight files, whatever limit the upcast used."""
+"""All stages save checkpoints with the same size limit for weight files, and a save that was killed leaves no trace."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pipeline.checkpoints.reading import Checkpoint
-from pipeline.config import Sharding, TinyConfig, TrainConfig
-from pipeline.models import loading, saving
+from pipeline.config import LoraConfig, Sharding, TinyConfig, TrainConfig
+from pipeline.models import adapters, loading, saving
 from pipeline.models.references import ModelRef
 from pipeline.models.tiny_model import create_tiny
 
@@ -47,3 +47,31 @@ def test_a_model_is_saved_in_shards_of_its_own_size_limit(
     expected, found = tensors(whole), tensors(parts)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_adapters_are_saved_as_the_same_files_after_a_killed_save(
+    tiny: ModelRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = TrainConfig(lora=LoraConfig(rank=1))
+    model = adapters.attach(loading.load_plain(tiny.base, torch.float32), train, "sft")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for directory in (whole, killed):
+        directory.mkdir()
+    saving.save(model, tiny, whole, train=train, shared=Sharding.none)
+
+    def half_a_save(directory: str, **_: object) -> None:
+        Path(directory).mkdir()
+        for name in ("README.md", ".tmpjxDWIo", "adapter_config.json"):
+            (Path(directory) / name).write_text("half", encoding="utf-8")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model, "save_pretrained", half_a_save)
+        saving.save(model, tiny, killed, train=train, shared=Sharding.none)
+    saving.save(model, tiny, killed, train=train, shared=Sharding.none)
+    assert contents(killed) == contents(whole)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
