@@ -11,28 +11,50 @@ class GpuModel:
     """A model of GPU.
 
     Attributes:
-        words: words that occur together in the name that the driver reports.
+        names: names that the driver reports, as in `torch.cuda.get_device_name`, without the leading NVIDIA.
+        capability: compute capability, from NVIDIA's list of CUDA GPUs.
         flops: peak dense BF16 arithmetic of the tensor cores with FP32 accumulation, in FLOP/s.
+        fp32_flops: peak FP32 arithmetic without tensor cores (not TF32), in FLOP/s.
         bytes_per_second: peak bandwidth of the memory, in bytes/s.
         memory_bytes: size of the memory, in bytes.
         source: document that has these figures. Datasheets state FLOP/s with sparsity; `flops` is half of that.
     """
 
-    words: tuple[str, ...]
+    names: tuple[str, ...]
+    capability: tuple[int, int]
     flops: float
+    fp32_flops: float
     bytes_per_second: float
     memory_bytes: int
     source: str
 
 
+_ADA, _AMPERE, _HOPPER = (8, 9), (8, 0), (9, 0)
+_A100, _H100, _H200 = "NVIDIA A100 datasheet", "NVIDIA H100 datasheet", "NVIDIA H200 datasheet"
+_ADA_PAPER, _BLACKWELL_PAPER = "NVIDIA Ada GPU architecture whitepaper", "NVIDIA RTX Blackwell architecture whitepaper"
+_GB = 10**9
+
 GPUS = {
-    "l4": GpuModel(("L4",), 121e12, 300e9, 24 * 10**9, "NVIDIA L4 datasheet"),
-    "rtx4090": GpuModel(("RTX", "4090"), 165.2e12, 1008e9, 24 * 10**9, "NVIDIA Ada GPU architecture whitepaper"),
-    "l40s": GpuModel(("L40S",), 362e12, 864e9, 48 * 10**9, "NVIDIA L40S datasheet"),
-    "a100": GpuModel(("A100", "80GB"), 312e12, 2.039e12, 80 * 10**9, "NVIDIA A100 datasheet, SXM 80 GB"),
-    "h100": GpuModel(("H100",), 989e12, 3.35e12, 80 * 10**9, "NVIDIA H100 datasheet, SXM"),
-    "h200": GpuModel(("H200",), 989e12, 4.8e12, 141 * 10**9, "NVIDIA H200 datasheet, SXM"),
-    "b200": GpuModel(("B200",), 2250e12, 8e12, 180 * 10**9, "NVIDIA HGX B200 datasheet, per GPU"),
+    "l4": GpuModel(("L4",), _ADA, 121e12, 30.3e12, 300e9, 24 * _GB, "NVIDIA L4 datasheet"),
+    "rtx4090": GpuModel(("GeForce RTX 4090",), _ADA, 165.2e12, 82.6e12, 1008e9, 24 * _GB, _ADA_PAPER),
+    "rtx5090": GpuModel(("GeForce RTX 5090",), (12, 0), 209.5e12, 104.8e12, 1792e9, 32 * _GB, _BLACKWELL_PAPER),
+    "rtx6000_ada": GpuModel(
+        ("RTX 6000 Ada Generation",), _ADA, 364.2e12, 91.1e12, 960e9, 48 * _GB, "NVIDIA RTX 6000 Ada datasheet"
+    ),
+    "l40s": GpuModel(("L40S",), _ADA, 362e12, 91.6e12, 864e9, 48 * _GB, "NVIDIA L40S datasheet"),
+    "a100": GpuModel(
+        ("A100-SXM4-80GB", "A100-SXM-80GB"), _AMPERE, 312e12, 19.5e12, 2.039e12, 80 * _GB, f"{_A100}, 80GB SXM"
+    ),
+    "a100_pcie": GpuModel(("A100 80GB PCIe",), _AMPERE, 312e12, 19.5e12, 1.935e12, 80 * _GB, f"{_A100}, 80GB PCIe"),
+    "a100_40gb": GpuModel(
+        ("A100-SXM4-40GB", "A100-PCIE-40GB"), _AMPERE, 312e12, 19.5e12, 1.555e12, 40 * _GB, f"{_A100} of 2020, 40GB"
+    ),
+    "h100": GpuModel(("H100 80GB HBM3",), _HOPPER, 989e12, 67e12, 3.35e12, 80 * _GB, f"{_H100}, SXM"),
+    "h100_pcie": GpuModel(("H100 PCIe",), _HOPPER, 756e12, 51e12, 2e12, 80 * _GB, f"{_H100} of 2022, PCIe"),
+    "h100_nvl": GpuModel(("H100 NVL",), _HOPPER, 835e12, 60e12, 3.9e12, 94 * _GB, f"{_H100}, NVL"),
+    "h200": GpuModel(("H200",), _HOPPER, 989e12, 67e12, 4.8e12, 141 * _GB, f"{_H200}, SXM"),
+    "h200_nvl": GpuModel(("H200 NVL",), _HOPPER, 835e12, 60e12, 4.8e12, 141 * _GB, f"{_H200}, NVL"),
+    "b200": GpuModel(("B200",), (10, 0), 2250e12, 75e12, 7.7e12, 180 * _GB, "NVIDIA HGX B200 datasheet, per GPU"),
 }
 """GPUs by their names in `doctor.gpu`. To add a GPU, add a row."""
 
@@ -44,6 +66,8 @@ class GpuName(Enum):
 
 
 def recognize_gpu(name: str) -> GpuModel | None:
-    """Return the GPU with this name, such as `NVIDIA H100 80GB HBM3`. Return None if GPUS has no row for it."""
-    words = name.replace("-", " ").split()
-    return next((gpu for gpu in GPUS.values() if all(word in words for word in gpu.words)), None)
+    """Return the GPU with this name, such as `NVIDIA H100 80GB HBM3`. Return None if GPUS has no row for it.
+
+    Names are compared as a whole. So a slice of a GPU (`… MIG 1g.10gb`), a laptop's GPU and other variants are unknown.
+    """
+    return next((gpu for gpu in GPUS.values() if name.removeprefix("NVIDIA ") in gpu.names), None)

@@ -22,7 +22,7 @@ def figures(run_dir: Path, planned: GpuModel | None = None) -> dict[str, int]:
     visible = gpus.visible()
     free = gpus.free_bytes() if visible and planned is None else []
     if planned is not None:
-        visible = (Gpu(" ".join(planned.words), (0, 0), planned.memory_bytes),) * local_process_count()
+        visible = (Gpu(planned.names[0], planned.capability, planned.memory_bytes),) * local_process_count()
     totals = [gpu.total_bytes for gpu in visible]
     return {
         "disk_free_bytes": shutil.disk_usage(_existing(run_dir)).free,

@@ -1,24 +1,26 @@
 """The estimated time of each stage of a run and its cost, as lines of the report."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.checkpoints.config_json import is_quantized
 from pipeline.config import PipelineConfig, Stage
 from pipeline.config.controls import controls_of
-from pipeline.config.gpus import GPUS, recognize_gpu
-from pipeline.doctor import time
-from pipeline.doctor.facts import DataFigures, Facts
+from pipeline.config.gpus import GPUS, GpuModel, recognize_gpu
+from pipeline.doctor import speeds, time
+from pipeline.doctor.facts import Facts
+from pipeline.doctor.lengths import Amounts, amounts_of
 from pipeline.doctor.plan import Plan
-from pipeline.doctor.time import Amounts, Speed
+from pipeline.doctor.speeds import Speed
+from pipeline.doctor.time import Devices, Inference
 from pipeline.doctor.work import Work
 from pipeline.runs.gpus import Gpu
 
 _ASSUMED = (
-    f"assumed: {time.COMPUTE_EFFICIENCY:.0%} of the peak arithmetic, {time.BANDWIDTH_EFFICIENCY:.0%} of the peak"
-    f" bandwidth, {time.DISK_BYTES_PER_SECOND / 1e9:.0f} GB/s from disk"
+    f"assumed: {speeds.COMPUTE_EFFICIENCY:.0%} of the peak arithmetic, {speeds.BANDWIDTH_EFFICIENCY:.0%} of the peak"
+    f" bandwidth, {speeds.DISK_BYTES_PER_SECOND / 1e9:.0f} GB/s from disk"
 )
-_ASSUMED_ON_CPU = f"assumed: its measured speed all the time, {time.DISK_BYTES_PER_SECOND / 1e9:.0f} GB/s from disk"
+_ASSUMED_ON_CPU = f"assumed: its measured speed all the time, {speeds.DISK_BYTES_PER_SECOND / 1e9:.0f} GB/s from disk"
 
 
 @dataclass(frozen=True)
@@ -77,29 +79,19 @@ def of_run(facts: Facts, speed: Speed, prompts: int) -> Timetable:
         speed: speed of each device.
         prompts: number of prompts that models answer in `evaluate`.
     """
-    config, processes = facts.run.config, facts.machine["processes"]
+    config, devices = facts.run.config, Devices(facts.machine["processes"], speed.capability)
     amounts = amounts_of(facts.data, prompts)
-    done = time.of_stages(
-        facts.plan, config.evaluate, config.verify.samples, facts.model, amounts, facts.needs, processes
-    )
+    asked = Inference(config.evaluate, config.verify.samples, config.model.dtype)
+    done = time.of_stages(facts.plan, asked, facts.model, amounts, facts.needs, devices)
     if config.controls:
-        done["controls"] = _controls(facts, amounts, processes)
+        done["controls"] = _controls(facts, amounts, devices)
     return Timetable(
         {name: speed.seconds(each) for name, each in done.items()},
         speed.name,
-        processes,
+        devices.count,
         config.doctor.price_per_gpu_hour,
         _missing(config),
     )
-
-
-def amounts_of(data: DataFigures, prompts: int) -> Amounts:
-    """Return the numbers of examples and tokens for training and validation, after truncation."""
-    rows, tokens = data["rows"], data["tokens"]
-    kept = tokens["all"] - data["cut"]["tokens_lost"]
-    share = rows["train"] / (rows["train"] + rows["validation"])
-    train, others = round(tokens["examples"] * share), tokens["examples"] - round(tokens["examples"] * share)
-    return Amounts(train, kept * share, others, kept * (1 - share), prompts)
 
 
 def speed_of(planned: str | None, visible: tuple[Gpu, ...]) -> Speed | None:
@@ -111,12 +103,18 @@ def speed_of(planned: str | None, visible: tuple[Gpu, ...]) -> Speed | None:
     """
     if planned is None and not visible:
         cpu = Speed.of_cpu()
-        return Speed(cpu.flops, cpu.fp32_flops, cpu.bytes_per_second, f"{cpu.name} ({_ASSUMED_ON_CPU})")
+        return replace(cpu, name=f"{cpu.name} (measured here: {_rates(cpu)}; {_ASSUMED_ON_CPU})")
     found = GPUS[planned] if planned is not None else recognize_gpu(visible[0].name)
     if found is None:
         return None
-    peak = f"{found.flops / 1e12:.0f} TFLOP/s and {found.bytes_per_second / 1e12:.3g} TB/s"
-    return Speed.of_gpu(found, f"{planned or visible[0].name} (peak {peak}; {_ASSUMED})")
+    return Speed.of_gpu(found, f"{planned or visible[0].name} (peak {_rates(found)}; {_ASSUMED})")
+
+
+def _rates(device: GpuModel | Speed) -> str:
+    bf16, fp32 = (
+        f"{flops / 1e12:.3g} TFLOP/s in {name}" for flops, name in ((device.flops, "BF16"), (device.fp32_flops, "FP32"))
+    )
+    return f"{bf16}, {fp32}, {device.bytes_per_second / 1e12:.3g} TB/s"
 
 
 def unknown_gpu(name: str) -> str:
@@ -130,14 +128,14 @@ def _missing(config: PipelineConfig) -> str:
     return f", without {' and '.join(parts)}" if parts else ""
 
 
-def _controls(facts: Facts, amounts: Amounts, processes: int) -> Work:
+def _controls(facts: Facts, amounts: Amounts, devices: Devices) -> Work:
     config, total = facts.run.config, Work()
     is_mxfp4 = is_quantized(facts.model)
     has_mxfp4 = is_mxfp4 or facts.plan.starts_packed(is_mxfp4=is_mxfp4)
     for control in controls_of(config, "sft", has_mxfp4=has_mxfp4):
         plan = Plan.of(control.config)
         if Stage.sft in control.stages:
-            total += time.training(plan, Stage.sft.name, facts.model, amounts, processes)
+            total += time.training(plan, Stage.sft.name, facts.model, amounts, devices)
         if Stage.quantize in control.stages:
-            total += time.rounding(plan, facts.model, amounts, facts.needs)
+            total += time.rounding(plan, facts.model, amounts, facts.needs, devices)
     return total

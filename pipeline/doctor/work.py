@@ -1,10 +1,10 @@
-"""Count the FLOPs and the bytes of memory traffic of a forward pass, an optimizer step, GPTQ and generation.
+"""Count the FLOPs and the bytes of memory traffic of forward and backward passes, GPTQ and generation.
 
-The counts cover matrix products, attention, weights and optimizer states. Activations, norms and communication between
-GPUs are left out. `time` divides the counts by the speed of a device.
+All formulas are here. The counts cover matrix products, attention, weights, gradients and, with eager attention, the
+scores. Other activations, norms and communication between GPUs are left out. `speeds` has the speed of a device.
 
 Legend: L = layers, H = hidden size, I = intermediate size, V = vocabulary, N = query heads, G = key-value heads,
-D = head dimension, E = experts of a layer, K = experts per token, r = rank of the adapters.
+D = head dimension, E = experts of a layer, K = experts per token, r = rank of the adapters, T = tokens of a row.
 """
 
 from collections.abc import Mapping
@@ -15,11 +15,27 @@ from pipeline.checkpoints.dtypes import TRAIN_TYPES, bytes_per_value
 from pipeline.checkpoints.gpt_oss import Shape
 from pipeline.config import LoraTarget, Method, Precision, TrainConfig, adapted_layers
 from pipeline.doctor.activations import compute_width
+from pipeline.models import attention
 from pipeline.numerics.formats import MXFP4
 
 _PACKED_BYTES = MXFP4.bits_per_value / 8
 _FULL_ATTENTION = "full_attention"
-_BF16_BYTES = bytes_per_value("BF16")
+_FP32_BYTES, _BF16_BYTES = bytes_per_value("F32"), bytes_per_value("BF16")
+_GATE_UP_SHARE = 2 / 3
+"""Share of an expert's values in gate-up: 2·H·I of 3·H·I."""
+_FUSED_BACKWARD = 2.5
+"""Backward FLOPs of fused attention per forward FLOP: 5 products to 2. Source: FlashAttention-2, arXiv 2307.08691."""
+_EAGER_BACKWARD = 2.0
+"""The same for eager attention. It stores the scores, so it does not compute them again: 4 products to 2."""
+_SCORE_COPIES = 13
+"""How often eager attention reads or writes a tensor of all scores in a forward pass, and again in a backward pass.
+
+This counts the operations of transformers' `eager_attention_forward` for gpt-oss: two products, scaling, mask,
+concatenation with the sinks, maximum, subtraction, softmax.
+"""
+_HEAD_PRODUCTS = 3
+"""Products with the head in training. TRL's fused head (`trl.kernels.chunked_logprob`) computes the logits again in the
+backward pass, and then the gradient of the hidden states."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +43,8 @@ class Work:
     """What a device has to do.
 
     Attributes:
-        flops: floating-point operations of matrix products in the training precision. A multiply-add counts as 2.
-        fp32_flops: the same in FP32, which tensor cores do not speed up.
+        flops: floating-point operations of matrix products in BF16. A multiply-add counts as 2.
+        fp32_flops: the same in FP32. The program leaves TF32 off, so tensor cores do not speed FP32 up.
         memory_bytes: bytes that the device reads from its memory and writes to it.
         disk_bytes: bytes that are read from disk and written to it.
     """
@@ -40,6 +56,10 @@ class Work:
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(mine + its for mine, its in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def in_fp32(self) -> "Work":
+        """Return this work with all products in FP32."""
+        return Work(0.0, self.flops + self.fp32_flops, self.memory_bytes, self.disk_bytes)
 
     def times(self, count: float) -> "Work":
         """Return the work of doing this `count` times."""
@@ -83,11 +103,25 @@ class Model:
         return s.num_hidden_layers * s.num_local_experts * 3 * s.hidden_size * s.intermediate_size
 
     @property
-    def dense_values(self) -> int:
-        """Values that each token is multiplied by, beside its experts: attention, routers (L·H·E) and head (H·V)."""
+    def router_values(self) -> int:
+        """Values of the routers: L·H·E."""
         s = self.shape
-        routers = s.num_hidden_layers * s.hidden_size * s.num_local_experts
-        return self.attention_values + routers + s.hidden_size * s.vocab_size
+        return s.num_hidden_layers * s.hidden_size * s.num_local_experts
+
+    @property
+    def head_values(self) -> int:
+        """Values of the head: H·V."""
+        return self.shape.hidden_size * self.shape.vocab_size
+
+    @property
+    def dense_values(self) -> int:
+        """Values that each token is multiplied by, beside its experts: attention, routers and head."""
+        return self.attention_values + self.router_values + self.head_values
+
+    @property
+    def chosen_values(self) -> int:
+        """Values of the K experts of a token, in all layers."""
+        return self.expert_values * self.experts_per_token // self.shape.num_local_experts
 
     @property
     def active_values(self) -> int:
@@ -95,18 +129,54 @@ class Model:
 
         This leaves out the embedding, which is only looked up.
         """
-        return self.dense_values + self.expert_values * self.experts_per_token // self.shape.num_local_experts
+        return self.dense_values + self.chosen_values
 
-    def scores(self, context: float) -> float:
-        """FLOPs per token of the attention scores and of the sum over values: 4·N·D per visible token and layer."""
-        s = self.shape
-        others = s.num_hidden_layers - self.full_layers
-        visible = self.full_layers * context + others * min(context, self.window)
-        return 4 * s.num_attention_heads * s.head_dim * visible
+    def visible(self, length: float, kernel: str) -> float:
+        """Return the number of keys that a query is multiplied by, on average over a row and summed over the layers.
 
-    def forward(self, context: float) -> float:
-        """FLOPs per token of a forward pass: 2 per active value, and the scores. `context`: tokens seen on average."""
-        return 2 * self.active_values + self.scores(context)
+        Eager attention multiplies by all T keys of the row and masks some. Other kernels skip the keys that a query
+        does not see: T/2 are left, and in a layer with window w < T they are w - w²/(2·T).
+
+        Args:
+            length: tokens of a row, T.
+            kernel: name of the attention implementation.
+        """
+        if kernel == attention.EAGER:
+            return self.shape.num_hidden_layers * length
+        window = min(self.window, length)
+        others = self.shape.num_hidden_layers - self.full_layers
+        return self.full_layers * length / 2 + others * (window - window**2 / (2 * length) if length else 0)
+
+    def scores(self, keys: float) -> float:
+        """FLOPs per token of the attention scores and of the sum over values: 4·N·D per visible key."""
+        return 4 * self.shape.num_attention_heads * self.shape.head_dim * keys
+
+    def experts_read(self, tokens: float, *, is_packed: bool) -> float:
+        """Return the values of the experts that a forward pass over `tokens` tokens reads.
+
+        If all experts are equally likely, the tokens choose E·(1 - (1 - K/E)^tokens) experts of a layer on average.
+        Packed experts are decoded for each row, tokens·K of them, or all E if that is fewer (`packed_passes`).
+        """
+        count, chosen = self.shape.num_local_experts, self.experts_per_token
+        share = min(1, tokens * chosen / count) if is_packed else 1 - (1 - chosen / count) ** tokens
+        return self.expert_values * share
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one pass of one device.
+
+    Attributes:
+        tokens: tokens of all rows, with padding.
+        length: tokens of a row, with padding. For packed documents: of a document, unless the kernel is eager.
+        kernel: name of the attention implementation.
+        predicted: share of the tokens whose logits are computed.
+    """
+
+    tokens: float
+    length: float
+    kernel: str = attention.FUSED_SINKS
+    predicted: float = 1.0
 
 
 def adapter_values(model: Model, train: TrainConfig) -> float:
@@ -125,67 +195,104 @@ def adapter_values(model: Model, train: TrainConfig) -> float:
     return float(per_layer * len(adapted_layers(train.lora, s.num_hidden_layers)))
 
 
-def forward(model: Model, tokens: float, context: float, *, width: int, is_packed: bool) -> Work:
-    """Count the work of a forward pass over `tokens` tokens. It reads all weights once, as many tokens use all experts.
+def forward(model: Model, batch: Batch, *, width: int, is_packed: bool) -> Work:
+    """Count the work of a forward pass: 2 FLOPs per token and active value, and the scores. It reads each weight once.
 
     Args:
         model: sizes of the model.
-        tokens: tokens of the pass.
-        context: tokens that a token attends to, on average. It is half the length of an example.
-        width: bytes of a value in matrix products.
+        batch: the rows of the pass.
+        width: bytes of a value in matrix products. 4 stands for FP32.
         is_packed: whether the experts are packed. They are read, decoded and read again: 17/32 + 2·width bytes a value.
     """
-    experts = _PACKED_BYTES + 2 * width if is_packed else width
-    return Work(
-        flops=tokens * model.forward(context),
-        memory_bytes=model.expert_values * experts + model.dense_values * width,
+    dense = model.attention_values + model.router_values + batch.predicted * model.head_values
+    keys = model.visible(batch.length, batch.kernel)
+    experts = model.experts_read(batch.tokens, is_packed=is_packed) * _expert_bytes(width, is_packed=is_packed)
+    done = Work(
+        flops=batch.tokens * (2 * (dense + model.chosen_values) + model.scores(keys)),
+        memory_bytes=experts + model.dense_values * width + _score_bytes(model, batch, width),
     )
+    return done.in_fp32() if width == _FP32_BYTES else done
+
+
+def _expert_bytes(width: int, *, is_packed: bool) -> float:
+    """Bytes to use an expert's value once."""
+    return _PACKED_BYTES + 2 * width if is_packed else width
+
+
+def _score_bytes(model: Model, batch: Batch, width: int) -> float:
+    """Bytes that eager attention reads and writes for its scores in a forward pass. Fused kernels store no scores."""
+    if batch.kernel != attention.EAGER:
+        return 0.0
+    heads = model.shape.num_attention_heads * model.visible(batch.length, batch.kernel)
+    return _SCORE_COPIES * width * batch.tokens * heads
 
 
 def training_pass(
-    model: Model,
-    train: TrainConfig,
-    tokens: float,
-    context: float,
-    *,
-    is_packed: bool,
-    rounds: bool,
-    has_teacher: bool,
+    model: Model, train: TrainConfig, batch: Batch, *, is_packed: bool, rounds: bool, has_teacher: bool
 ) -> Work:
     """Count the work of one forward and backward pass on one device. Other arguments are those of `forward`.
 
-    With F FLOPs for a forward pass, the input gradients take F again. The weight gradients take 2 FLOPs per token and
-    trained active value. Gradient checkpointing repeats the forward pass, except the head. A teacher adds F.
-    QAT rounds the expert weights that change in every forward pass (2·width bytes per value). Adapters on rounded
-    experts first add their product to the base: 2·r FLOPs per value.
+    - Projections and plain experts: a forward pass takes F FLOPs. The gradients of the inputs take F again, and so does
+      the forward pass that gradient checkpointing repeats.
+    - Packed experts: 8/3·F with and without checkpointing. The forward pass is not repeated. The backward pass
+      multiplies by gate-up again (2/3·F), and computes the gradients of the inputs (`packed_passes.Pass.backward`).
+    - Attention: `_FUSED_BACKWARD` or `_EAGER_BACKWARD`. The head: `_HEAD_PRODUCTS`.
+    - Gradients of weights: 2 FLOPs per token and trained active value.
+    - A teacher adds a forward pass. QAT rounds the expert weights that change, in every forward pass.
 
     Args:
         rounds: whether expert weights that change are rounded in the forward pass (QAT).
         has_teacher: whether a teacher predicts the same tokens.
     """
-    width = compute_width(train)
-    once = forward(model, tokens, context, width=width, is_packed=is_packed)
-    again = int(train.gradient_checkpointing)
-    head = 2 * model.shape.hidden_size * model.shape.vocab_size * tokens
-    trained = {
-        Method.full: model.active_values,
-        Method.bf16_parts: model.dense_values,
-        Method.lora: 0,
-    }[train.method]
-    adapters = (3 + again) * 2 * adapter_values(model, train)
-    total = once.times(2 + again + has_teacher) + Work(flops=tokens * (2 * trained + adapters) - again * head)
-    total += Work(memory_bytes=_cast_bytes(model, train, is_packed=is_packed) * (2 + again))
+    width, again = compute_width(train), int(train.gradient_checkpointing)
+    total = _products(model, train, batch, is_packed=is_packed)
+    total += Work(memory_bytes=_weight_bytes(model, train, batch, is_packed=is_packed))
+    total += Work(memory_bytes=(2 + again) * _score_bytes(model, batch, width))
+    if has_teacher:
+        total += forward(model, batch, width=width, is_packed=is_packed)
     if rounds:
-        total += _rounding(model, train).times(1 + again)
-    return total
+        total += _rounding(model, train).times(2 if is_packed else 1 + again)
+    return total.in_fp32() if train.precision is Precision.fp32 else total
 
 
-def _cast_bytes(model: Model, train: TrainConfig, *, is_packed: bool) -> float:
-    """Bytes per pass to cast FP32 weights to BF16 (mixed_bf16): 4 to read and 2 to write per value."""
-    if train.precision is not Precision.mixed_bf16:
-        return 0.0
-    values = model.dense_values + (0 if is_packed else model.expert_values)
-    return float(values * (bytes_per_value(TRAIN_TYPES[train.precision]) + _BF16_BYTES))
+def _products(model: Model, train: TrainConfig, batch: Batch, *, is_packed: bool) -> Work:
+    """Count the FLOPs of `training_pass`, without rounding and teacher."""
+    again = int(train.gradient_checkpointing)
+    projections, head = model.attention_values + model.router_values, batch.predicted * model.head_values
+    trained = {
+        Method.full: projections + head + model.chosen_values,
+        Method.bf16_parts: projections + head,
+        Method.lora: 0.0,
+    }[train.method]
+    backward = _EAGER_BACKWARD if batch.kernel == attention.EAGER else _FUSED_BACKWARD
+    values = (
+        (2 + again) * projections
+        + (2 + _GATE_UP_SHARE if is_packed else 2 + again) * model.chosen_values
+        + _HEAD_PRODUCTS * head
+        + (3 + again) * adapter_values(model, train)
+        + trained
+    )
+    scores = (1 + again + backward) * model.scores(model.visible(batch.length, batch.kernel))
+    return Work(flops=batch.tokens * (2 * values + scores))
+
+
+def _weight_bytes(model: Model, train: TrainConfig, batch: Batch, *, is_packed: bool) -> float:
+    """Bytes of weights in `training_pass`: each product reads them once.
+
+    Packed experts are decoded in the forward and in the backward pass. The latter reads gate-up once more. With
+    mixed_bf16, each forward pass casts the FP32 weights: 4 bytes to read and 2 to write per value.
+    """
+    width, again = compute_width(train), int(train.gradient_checkpointing)
+    experts = model.experts_read(batch.tokens, is_packed=is_packed)
+    projections = (2 + again) * width * (model.attention_values + model.router_values)
+    if is_packed:
+        read = experts * (2 * _expert_bytes(width, is_packed=True) + _GATE_UP_SHARE * width)
+    else:
+        read = experts * (2 + again) * width
+    cast = model.dense_values + (0 if is_packed else model.expert_values)
+    cast_bytes = bytes_per_value(TRAIN_TYPES[train.precision]) + _BF16_BYTES
+    is_cast = train.precision is Precision.mixed_bf16
+    return projections + read + _HEAD_PRODUCTS * width * model.head_values + is_cast * (1 + again) * cast * cast_bytes
 
 
 def _rounding(model: Model, train: TrainConfig) -> Work:
@@ -199,39 +306,59 @@ def _rounding(model: Model, train: TrainConfig) -> Work:
     return Work(flops=2 * rank * values, memory_bytes=2 * compute_width(train) * values)
 
 
-def gptq(model: Model, tokens: float, context: float, *, is_packed: bool) -> Work:
-    """Count the work of GPTQ on `tokens` calibration tokens.
+def optimizer_step(*, gradient_bytes: float, state_bytes: float, passes: float, shards: int) -> Work:
+    """Count the traffic of an optimizer step on one device, and of the gradients of its passes.
 
-    Two forward passes: one for the inputs, one through the rounded layer. The Hessians take 2·K·(H² + I²) FLOPs per
-    token and layer. Per expert, the inverses take about 2·(H³ + I³), and the updates out·in² (3·H²·I if H = I).
-    Hessians, inverses and updates are FP32.
+    Each pass writes its gradients and adds them to the sum: it writes two values and reads two. Then the step reads the
+    sum and the weights, writes the weights, and reads and writes the states. Gradients have the type of the weights.
+
+    Args:
+        gradient_bytes, state_bytes: bytes of all gradients and of all states.
+        passes: passes of each device in a step.
+        shards: number of devices that divide the optimizer between them. 1 if each device updates all weights.
+    """
+    return Work(memory_bytes=4 * passes * gradient_bytes + (3 * gradient_bytes + 2 * state_bytes) / shards)
+
+
+def gptq(model: Model, tokens: float) -> Work:
+    """Count the work of GPTQ on `tokens` calibration tokens, without the forward passes.
+
+    The Hessians take 2·K·(H² + I²) FLOPs per token and layer. Per expert, the inverses take about 2·(H³ + I³), and the
+    updates out·in² (3·H²·I if H = I). All is FP32.
     """
     s, k = model.shape, model.experts_per_token
     hidden, inner = s.hidden_size, s.intermediate_size
     hessians = tokens * s.num_hidden_layers * 2 * k * (hidden**2 + inner**2)
     experts = s.num_hidden_layers * s.num_local_experts
     solves = experts * (2 * (hidden**3 + inner**3) + 2 * inner * hidden**2 + hidden * inner**2)
-    passes = forward(model, tokens, context, width=_BF16_BYTES, is_packed=is_packed).times(2)
-    return passes + Work(fp32_flops=hessians + solves)
+    return Work(fp32_flops=hessians + solves)
 
 
 def generation(
-    model: Model, answers: int, *, batch_size: int, new_tokens: int, context: float, width: int, is_packed: bool
+    model: Model, answers: int, *, batch_size: int, new_tokens: int, prompt: Batch, width: int, is_packed: bool
 ) -> Work:
     """Count the work to generate `answers` answers of `new_tokens` tokens each. Reading the weights dominates it.
 
-    Each step of a batch of B answers reads the dense weights, the experts that its tokens choose, and the keys and
-    values of its contexts: 2·L·G·D values per token. B tokens choose E·(1 - (1 - K/E)^B) experts of a layer on average,
-    if all experts are equally likely.
+    Each batch reads its prompts in one pass. Then each step reads the dense weights, the experts that its B tokens
+    choose (`Model.experts_read`), and the cache: 2·G·D values per visible token and layer. transformers' DynamicCache
+    copies it (2 accesses). Its eager attention reads it once, and writes and reads a copy for each of the N/G query
+    heads that share a key head.
 
     Args:
-        context: tokens of a prompt, and half of the answer.
+        prompt: the prompts of a batch. Its `kernel` reads them. Steps always use eager attention.
         width, is_packed: as for `forward`.
     """
-    s, batch = model.shape, min(batch_size, max(answers, 1))
-    steps = -(-answers // batch) * new_tokens
-    share = 1 - (1 - model.experts_per_token / s.num_local_experts) ** batch
-    experts = share * model.expert_values * (_PACKED_BYTES + 2 * width if is_packed else width)
-    cache = batch * context * 2 * s.num_hidden_layers * s.num_key_value_heads * s.head_dim * width
-    read = model.dense_values * width + experts + cache
-    return Work(flops=answers * new_tokens * model.forward(context), memory_bytes=steps * read)
+    s, size = model.shape, min(batch_size, max(answers, 1))
+    batches = -(-answers // size)
+    context = prompt.length + new_tokens / 2
+    others = s.num_hidden_layers - model.full_layers
+    keys = model.full_layers * context + others * min(context, model.window)
+    accesses = 3 + 2 * s.num_attention_heads / s.num_key_value_heads
+    cache = size * keys * 2 * s.num_key_value_heads * s.head_dim * accesses
+    experts = model.experts_read(size, is_packed=is_packed) * _expert_bytes(width, is_packed=is_packed)
+    step = Work(
+        flops=size * (2 * model.active_values + model.scores(keys)),
+        memory_bytes=width * (model.dense_values + cache) + experts,
+    )
+    steps = (step.in_fp32() if width == _FP32_BYTES else step).times(batches * new_tokens)
+    return steps + forward(model, prompt, width=width, is_packed=is_packed).times(batches)

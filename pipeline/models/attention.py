@@ -82,12 +82,18 @@ def for_teacher(student: str, precision: Precision, dtype: torch.dtype) -> str:
 
 
 def for_inference(dtype: torch.dtype) -> str:
-    """Return the implementation for evaluation on this process' device.
+    """Return the implementation for evaluation on this process' device. `dtype` is the type it is computed in."""
+    return for_inference_on(dtype, capability())
+
+
+def for_inference_on(dtype: torch.dtype, gpu: Capability | None) -> str:
+    """Return the implementation for evaluation.
 
     This is `fused_sinks` where it runs, and otherwise eager. It is never `flex_attention`, which would be compiled for
     each length.
 
     Args:
         dtype: type that attention is computed in.
+        gpu: compute capability of the GPU, or None for a CPU.
     """
-    return FUSED_SINKS if FUSED_SINKS in candidates(dtype, capability()) else EAGER
+    return FUSED_SINKS if FUSED_SINKS in candidates(dtype, gpu) else EAGER
