@@ -28,7 +28,7 @@ class LengthDistribution:
         total, below = sum(found["histogram"].values()), 0
         for edge, count in found["histogram"].items():
             below += count
-            points.append((below / total, int(edge)))
+            points.append((below / total, min(int(edge), found["longest"])))
         points.sort()
         least = list(points)
         for i in reversed(range(len(points) - 1)):  # the edge of a bin may be above the longest example in the bin

@@ -1,169 +1,138 @@
-"""The estimated time of each stage follows from FLOPs, bytes and speeds. The expected values are computed by hand."""
+"""The work of each stage is the work of its passes, updates and files. The expected values are computed by hand."""
 
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from test_needs import RELEASED_CONFIG
+from sizes import ACTIVE, FULL, LORA, MODEL, SMALL
 
 from pipeline.config import (
     DataConfig,
     DistillationConfig,
-    LoraConfig,
-    LoraTarget,
-    Method,
+    Dtype,
+    EvaluateConfig,
+    GenerationConfig,
     Precision,
     QatConfig,
     Sharding,
     TrainConfig,
 )
-from pipeline.config.gpus import GPUS, recognize_gpu
-from pipeline.doctor import time, timetable, work
+from pipeline.doctor import needs, time, work
+from pipeline.doctor.lengths import Amounts, LengthDistribution
 from pipeline.doctor.plan import Plan
-from pipeline.doctor.time import Amounts, Schedule, Speed
-from pipeline.doctor.timetable import Timetable
-from pipeline.doctor.work import Model, Work
-from pipeline.runs.gpus import Gpu
+from pipeline.doctor.time import Devices, Inference, Schedule
+from pipeline.doctor.work import Batch, Work
+from pipeline.models.attention import EAGER, FUSED_SINKS
 
-SMALL: dict[str, Any] = {
-    "model_type": "gpt_oss",
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 1,
-    "hidden_size": 4,
-    "intermediate_size": 8,
-    "num_local_experts": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 2,
-    "vocab_size": 10,
-}
-MODEL = Model.of(SMALL, "model")
-ATTENTION, ROUTER, HEAD, EXPERT = 2 * 4 * 2 * (2 + 1), 4 * 4, 4 * 10, 3 * 4 * 8
-DENSE, EXPERTS = ATTENTION + ROUTER + HEAD, 4 * EXPERT
-ACTIVE = DENSE + 2 * EXPERT
-FULL = TrainConfig(precision=Precision.bf16, gradient_checkpointing=False)
-LORA = replace(FULL, method=Method.lora, lora=LoraConfig(rank=3, targets=[LoraTarget.experts]))
 AMOUNTS = Amounts(train_examples=100, train_tokens=1000, validation_examples=10, validation_tokens=100)
+EVEN = replace(AMOUNTS, lengths=LengthDistribution((0.0, 1.0), (0.0, 20.0)))  # lengths from 0 to 20, equally likely
+CPU, GPU = Devices(), Devices(1, (9, 0))
+NONE = {"is_packed": False, "rounds": False, "has_teacher": False}
 
 
-def plan(train: TrainConfig) -> Plan:
-    return Plan(
-        "model", DataConfig("data.jsonl", max_length=50), train, QatConfig(**vars(train)), Sharding.none, "mxfp4"
-    )
+def plan(train: TrainConfig, sharding: Sharding = Sharding.none) -> Plan:
+    return Plan("model", DataConfig("data.jsonl", max_length=50), train, QatConfig(**vars(train)), sharding, "mxfp4")
 
 
-def training_pass(train: TrainConfig, **more: Any) -> Work:
-    usual = {"is_packed": False, "rounds": False, "has_teacher": False}
-    return work.training_pass(MODEL, train, 10, 0, **{**usual, **more})
-
-
-def test_the_released_models_have_the_active_parameters_of_their_model_card() -> None:
-    """The card of gpt-oss-20b says 3.6 B, and the card of gpt-oss-120b says 5.1 B."""
-    large = {**RELEASED_CONFIG, "num_hidden_layers": 36, "num_local_experts": 128}
-    models = [Model.of({**config, "num_experts_per_tok": 4}, "") for config in (RELEASED_CONFIG, large)]
-    assert [round(model.active_values / 1e9, 1) for model in models] == [3.6, 5.1]
-
-
-def test_a_forward_pass_has_two_flops_per_active_value_and_reads_all_weights() -> None:
-    assert (MODEL.dense_values, MODEL.expert_values, MODEL.active_values) == (DENSE, EXPERTS, ACTIVE)
-    done = work.forward(MODEL, 10, 0, width=2, is_packed=False)
-    assert (done.flops, done.memory_bytes) == (10 * 2 * ACTIVE, 2 * (DENSE + EXPERTS))
-
-
-def test_attention_grows_with_the_context_up_to_the_window() -> None:
-    sliding = Model.of({**SMALL, "layer_types": ["sliding_attention"], "sliding_window": 5}, "")
-    assert MODEL.scores(20) == 4 * 2 * 2 * 20 and sliding.scores(20) == 4 * 2 * 2 * 5
-
-
-def test_packed_experts_are_read_decoded_and_read_again() -> None:
-    done = work.forward(MODEL, 10, 0, width=2, is_packed=True)
-    assert done.memory_bytes == 2 * DENSE + EXPERTS * (17 / 32 + 2 + 2)
-
-
-def test_full_training_takes_three_forward_passes_and_checkpointing_one_more() -> None:
-    forward = 10 * 2 * ACTIVE
-    assert training_pass(FULL).flops == 3 * forward
-    again = training_pass(replace(FULL, gradient_checkpointing=True))
-    assert again.flops == 4 * forward - 10 * 2 * HEAD
-    assert again.memory_bytes == 3 * 2 * (DENSE + EXPERTS)
-
-
-def test_adapters_have_no_weight_gradients_of_the_base() -> None:
-    adapters = 2 * 3 * (4 + 16 + 8 + 4)  # two experts, rank 3, (in + out) of gate_up and of down
-    assert work.adapter_values(MODEL, LORA) == adapters
-    assert training_pass(LORA).flops == 10 * (2 * 2 * ACTIVE + 3 * 2 * adapters)
-
-
-def test_frozen_experts_have_no_weight_gradients() -> None:
-    assert training_pass(replace(FULL, method=Method.bf16_parts)).flops == 10 * (2 * 2 * ACTIVE + 2 * DENSE)
-
-
-def test_qat_rounds_the_changing_experts_and_the_teacher_runs_forward() -> None:
-    plain = training_pass(FULL)
-    assert training_pass(FULL, rounds=True).memory_bytes - plain.memory_bytes == 2 * 2 * EXPERTS
-    assert training_pass(FULL, has_teacher=True).flops - plain.flops == 10 * 2 * ACTIVE
-    assert training_pass(LORA, rounds=True).flops - training_pass(LORA).flops == 2 * 3 * EXPERTS
-
-
-def test_generation_reads_the_weights_and_the_cache_at_each_step() -> None:
-    done = work.generation(MODEL, 6, batch_size=2, new_tokens=5, context=7, width=2, is_packed=False)
-    chosen = 1 - (1 - 2 / 4) ** 2  # share of the experts that two tokens choose
-    cache = 2 * 7 * 2 * 1 * 1 * 2 * 2
-    assert done.memory_bytes == 3 * 5 * (2 * DENSE + chosen * 2 * EXPERTS + cache)
+def sft(train: TrainConfig, amounts: Amounts = AMOUNTS, devices: Devices = GPU, **more: Any) -> Work:
+    return time.training(plan(train, **more), "sft", SMALL, amounts, devices)
 
 
 def test_steps_follow_from_rows_batches_and_processes() -> None:
     train = replace(FULL, batch_size=2, gradient_accumulation_steps=5, epochs=2, eval_steps=8)
-    assert Schedule.of(plan(train), "sft", AMOUNTS, 1) == Schedule(20, 1000 / 50, 5, 1 + 3)
-    assert Schedule.of(plan(train), "sft", AMOUNTS, 5) == Schedule(4, 1000 / 50, 5, 1 + 1)
-    packed = replace(train, packing=True)  # 1000 tokens in rows of 50
-    assert Schedule.of(plan(packed), "sft", AMOUNTS, 1) == Schedule(4, 1000 / 10, 5, 1 + 1)
+    assert Schedule.of(plan(train), "sft", AMOUNTS, 1) == Schedule(20, 2, 5, 1 + 3)
+    assert Schedule.of(plan(train), "sft", AMOUNTS, 5) == Schedule(4, 2, 5, 1 + 1)
+    packed = replace(train, packing=True)  # 1000 tokens in rows of 50: 10 passes of 10 examples
+    assert Schedule.of(plan(packed), "sft", AMOUNTS, 1) == Schedule(4, 10, 5, 1 + 1)
     assert Schedule.of(plan(replace(train, max_steps=3)), "sft", AMOUNTS, 1).steps == 3
 
 
-def test_training_is_steps_validations_and_files() -> None:
-    train = replace(FULL, batch_size=10, gradient_accumulation_steps=1, save_steps=50)
-    done = time.training(plan(train), "sft", SMALL, AMOUNTS, 1)
-    context = 5.0
-    forward = MODEL.forward(context)
-    assert done.flops == pytest.approx(1000 * (2 * forward + 2 * ACTIVE) + 100 * 2 * forward)
-    assert time.training(plan(train), "sft", SMALL, AMOUNTS, 2).flops == pytest.approx(done.flops / 2)
-    taught = replace(plan(train), qat=QatConfig(**{**vars(train), "distillation": DistillationConfig(weight=0.5)}))
-    more = time.training(taught, "qat", SMALL, AMOUNTS, 1).flops - done.flops
-    assert more == pytest.approx(1000 * forward)
+def test_training_is_passes_updates_validations_and_files() -> None:
+    train = replace(FULL, batch_size=10, gradient_accumulation_steps=5, eval_steps=50, save_steps=50)  # 2 steps
+    one = work.training_pass(MODEL, train, Batch(100, 10), **NONE)
+    trained = needs.trained_parameters(MODEL.shape, train)
+    update = Work(memory_bytes=2 * trained * (5 * 4 + 3 + 2 * 2))  # BF16, two states
+    validation = work.forward(MODEL, Batch(100, 10), width=2, is_packed=False)
+    disk = time.model_bytes(MODEL, is_packed=False) + needs.checkpoint(MODEL.shape, train)
+    expected = one.times(10) + update.times(2) + validation.times(2) + Work(disk_bytes=disk)
+    assert vars(sft(train)) == pytest.approx(vars(expected))
 
 
-def test_seconds_are_the_sum_of_arithmetic_memory_and_disk() -> None:
-    speed = Speed.of_gpu(GPUS["h100"], "")
-    assert speed.seconds(Work(flops=0.3 * 989e12)) == pytest.approx(1)
-    assert speed.seconds(Work(fp32_flops=0.03 * 989e12)) == pytest.approx(1)
-    assert speed.seconds(Work(memory_bytes=0.5 * 3.35e12, disk_bytes=2e9)) == pytest.approx(3)
+def test_a_validation_reads_the_weights_once_per_batch() -> None:
+    train = replace(FULL, batch_size=4, eval_steps=50)
+    once = work.forward(MODEL, Batch(100 / 3, 10), width=2, is_packed=False)  # 10 examples in 3 batches
+    none = replace(AMOUNTS, validation_examples=0, validation_tokens=0)
+    more = sft(train).memory_bytes - sft(train, none).memory_bytes
+    assert more == pytest.approx(2 * 3 * once.memory_bytes)
+    halved = sft(train, devices=Devices(2, (9, 0))).memory_bytes - sft(train, none, Devices(2, (9, 0))).memory_bytes
+    assert halved == pytest.approx(2 * 2 * once.memory_bytes)  # one device runs two of the three batches
 
 
-def test_the_price_counts_every_gpu_for_the_whole_time() -> None:
-    table = Timetable({"sft": 3600.0, "qat": 1800.0}, "h100", devices=8, price=2.5)
-    assert table.cost == 2.5 * 8 * 1.5
-    assert dict(table.lines())["cost"] == "estimate: 30.00 for 12.0 GPU hours at 2.5 each"
-    assert dict(table.lines())["  together"] == "1 h 30 min on 8 GPUs"
-    assert "cost" not in dict(Timetable({"sft": 1.0}, "h100", 1).lines())
+def test_padding_is_counted() -> None:
+    """The longest of 3 even lengths up to 20 has 15 tokens. A batch of 3 then has 45 tokens, not 30."""
+    train = replace(FULL, batch_size=3, max_steps=1, gradient_accumulation_steps=1, eval_steps=50)
+    none = replace(EVEN, train_examples=99, train_tokens=990, validation_examples=0, validation_tokens=0)
+    done, without = sft(train, none).flops, sft(train, replace(none, lengths=LengthDistribution())).flops
+    logits = 4 * 2 * MODEL.head_values  # padding has no logits
+    scores = [Batch(tokens, length) for tokens, length in ((45, 18.0 / 20 * 2 * 10 * 8 / 9), (30, 10))]
+    expected = [
+        each.tokens * (3 * 2 * (ACTIVE - MODEL.head_values) + 3.5 * MODEL.scores(each.length / 2)) + 30 * logits
+        for each in scores
+    ]
+    assert [done, without] == pytest.approx(expected, rel=0.01)
 
 
-def test_gpus_are_recognized_by_the_name_of_the_driver() -> None:
-    names = {
-        "h100": "NVIDIA H100 80GB HBM3",
-        "a100": "NVIDIA A100-SXM4-80GB",
-        "rtx4090": "NVIDIA GeForce RTX 4090",
-        "l40s": "NVIDIA L40S",
-        "l4": "NVIDIA L4",
+def test_packed_rows_have_no_padding_and_documents_do_not_see_each_other() -> None:
+    train = replace(FULL, batch_size=2, packing=True, max_steps=1, gradient_accumulation_steps=1)
+    none = replace(AMOUNTS, validation_examples=0, validation_tokens=0)
+    passes = {
+        kernel: work.training_pass(MODEL, train, Batch(100, length, kernel), **NONE).flops
+        for kernel, length in ((FUSED_SINKS, 10), (EAGER, 100))
     }
-    assert {name: recognize_gpu(name) for name in names.values()} == {each: GPUS[key] for key, each in names.items()}
-    assert recognize_gpu("NVIDIA T4") is None and recognize_gpu("NVIDIA A100-SXM4-40GB") is None
+    assert sft(train, none).flops == pytest.approx(passes[FUSED_SINKS])
+    assert sft(replace(train, attn_implementation=EAGER), none).flops == pytest.approx(passes[EAGER])
 
 
-def test_an_unknown_gpu_has_no_estimate_unless_another_is_planned_for() -> None:
-    unknown = (Gpu("NVIDIA T4", (7, 5), 16 * 10**9),)
-    assert timetable.speed_of(None, unknown) is None
-    planned = timetable.speed_of("h100", unknown)
-    assert planned is not None and planned.flops == 0.3 * 989e12
-    measured = timetable.speed_of(None, ())
-    assert measured is not None and measured.flops > 1e8 and "CPU" in measured.name
+def test_a_cpu_runs_eager_attention() -> None:
+    assert sft(FULL, devices=CPU).flops > sft(FULL, devices=GPU).flops
+
+
+def test_fp32_training_and_its_validations_are_fp32() -> None:
+    done = sft(replace(FULL, precision=Precision.fp32, attn_implementation=FUSED_SINKS))
+    assert done.flops == 0 and done.fp32_flops == pytest.approx(sft(FULL).flops)
+
+
+@pytest.mark.parametrize(("sharding", "shards"), [(Sharding.none, 1), (Sharding.zero2, 4), (Sharding.fsdp2, 4)])
+def test_only_sharding_divides_the_optimizer(sharding: Sharding, shards: int) -> None:
+    train = replace(FULL, batch_size=5, gradient_accumulation_steps=5, max_steps=1)
+    states = needs.state_bytes(MODEL.shape, train)
+    heavier = replace(train, optimizer="sgd")  # no states
+    devices = Devices(4, (9, 0))
+    less = sft(train, devices=devices, sharding=sharding).memory_bytes
+    less -= sft(heavier, devices=devices, sharding=sharding).memory_bytes
+    assert less == pytest.approx(2 * states / shards)
+
+
+def test_the_teacher_adds_a_forward_pass() -> None:
+    train = replace(FULL, batch_size=10, gradient_accumulation_steps=1)
+    taught = QatConfig(**{**vars(train), "distillation": DistillationConfig(weight=0.5)})
+    plain, more = (
+        time.training(replace(plan(train), qat=qat), "qat", SMALL, AMOUNTS, GPU).flops
+        for qat in (QatConfig(**vars(train)), taught)
+    )
+    assert more - plain == pytest.approx(10 * work.forward(MODEL, Batch(100, 10), width=2, is_packed=False).flops)
+
+
+def test_evaluation_runs_batches_and_answers_prompts_in_the_type_of_model_dtype() -> None:
+    evaluate = EvaluateConfig(batch_size=4, generate=True, generation=GenerationConfig(max_new_tokens=6, batch_size=2))
+    amounts = replace(AMOUNTS, prompts=3)
+
+    def done(dtype: Dtype) -> Work:
+        return time.evaluation(plan(LORA), Inference(evaluate, 1, dtype), SMALL, amounts, GPU, models=5)
+
+    losses = work.forward(MODEL, Batch(100 / 3, 10), width=2, is_packed=False).times(3)
+    asked = Batch(2 * 5, 5)
+    answers = work.generation(MODEL, 3, batch_size=2, new_tokens=6, prompt=asked, width=2, is_packed=False)
+    expected = (losses + answers + Work(disk_bytes=time.model_bytes(MODEL, is_packed=False))).times(5)
+    assert vars(done(Dtype.bfloat16)) == pytest.approx(vars(expected))
+    assert done(Dtype.float32).flops == 0 and done(Dtype.float32).fp32_flops > 0
