@@ -53,7 +53,7 @@ class Timetable:
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Yield titles and values for the report."""
-        yield "time", f"estimate, not measured, and without start-up: {self.device}"
+        yield "time", f"estimate without start-up. No GPU run has been compared with it. {self.device}"
         for name, seconds in self.seconds.items():
             yield f"  {name}", duration(seconds)
         several = f" on {self.devices} GPUs" if self.devices > 1 else ""
